@@ -1,0 +1,1 @@
+"""The straight line from a vision-language model to a recommended mixed-precision plan."""

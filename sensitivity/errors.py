@@ -1,0 +1,23 @@
+"""UserError, and its one habit: say what was wrong, what is allowed, what to type next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend; shown as one sentence, without a traceback."""
+
+
+def unknown(what: str, name: object, allowed: Iterable[object]) -> UserError:
+    """The error for a name that is not in a table: the choices, and the nearest one."""
+    names = [str(choice) for choice in allowed]
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return UserError(f"unknown {what} '{name}'; choose from {', '.join(names)}{hint}")
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an exception, for use inside a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,191 @@
+"""Scheme and Plan, and what they weigh: the only place where bits and bytes are counted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from sensitivity.components import ComponentMap, Weight, matches
+from sensitivity.errors import UserError, unknown
+
+Setting = str | int | float | bool | None
+PAPER_NATIVE_BITS = 16  # what the published bpw figures give every weight that is not quantised
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weights of one component are stored."""
+
+    method: str
+    bits: int
+    group: int | str = "row"  # "tensor", "row", or that many columns share one scale
+    symmetric: bool = True
+    settings: tuple[tuple[str, Setting], ...] = ()  # the method's own few, sorted by name
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.bits, int) and not isinstance(self.bits, bool)
+        if not whole or not 1 <= self.bits <= 16:
+            raise UserError(f"bits must be a whole number from 1 to 16, not {self.bits!r}")
+        if self.group not in ("tensor", "row") and not (isinstance(self.group, int) and self.group > 0):
+            raise UserError(f"group must be 'tensor', 'row' or a number of columns above 0, not {self.group!r}")
+        object.__setattr__(self, "settings", tuple(sorted(self.settings)))
+
+    def __getitem__(self, setting: str) -> Setting:
+        return dict(self.settings)[setting]
+
+    def get(self, setting: str, default: Setting = None) -> Setting:
+        return dict(self.settings).get(setting, default)
+
+    def __str__(self) -> str:
+        return f"{self.method}:{self.bits}"
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {"method": self.method, "bits": self.bits, "group": self.group, "symmetric": self.symmetric}
+        return {**plain, **({"settings": dict(self.settings)} if self.settings else {})}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Scheme:
+        known = {"method", "bits", "group", "symmetric", "settings"}
+        if extra := sorted(set(data) - known):
+            raise unknown("scheme field", extra[0], sorted(known))
+        return cls(**{**data, "settings": tuple(data.get("settings", {}).items())})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Component -> Scheme, or None for native precision."""
+
+    schemes: tuple[tuple[str, Scheme | None], ...]
+
+    @classmethod
+    def of(cls, parts: ComponentMap, choice: Mapping[str, Scheme | None], default: Scheme | None = None) -> Plan:
+        """A plan from patterns over component names; the last pattern that matches wins."""
+        for pattern in choice:
+            parts.match(pattern)  # a pattern that matches nothing is a mistake, not an empty wish
+        schemes: dict[str, Scheme | None] = dict.fromkeys(parts.names, default)
+        for name in parts.names:
+            for pattern, scheme in choice.items():
+                if matches(name, pattern):
+                    schemes[name] = scheme
+        return cls(tuple(schemes.items()))
+
+    @classmethod
+    def uniform(cls, parts: ComponentMap, scheme: Scheme | None) -> Plan:
+        return cls.of(parts, {}, scheme)
+
+    def __getitem__(self, name: str) -> Scheme | None:
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Scheme | None]:
+        return dict(self.schemes)
+
+    @property
+    def is_native(self) -> bool:
+        return all(scheme is None for _, scheme in self.schemes)
+
+    @property
+    def is_uniform(self) -> bool:
+        return len({scheme for _, scheme in self.schemes}) == 1
+
+    @cached_property
+    def key(self) -> str:
+        """Stable across processes and versions: the hash of the canonical JSON."""
+        return hashlib.sha256(self.dumps().encode()).hexdigest()[:16]
+
+    def bits(self, native: int = 16) -> dict[str, int]:
+        return {name: scheme.bits if scheme else native for name, scheme in self.schemes}
+
+    def describe(self) -> str:
+        """Short, for tables and figures: 'vision 4 · connector 8 · language 3'."""
+        methods = {scheme.method for _, scheme in self.schemes if scheme}
+        if self.is_uniform:
+            return f"all {self.schemes[0][1]}" if methods else "full precision"
+        return " · ".join(
+            f"{name} {'native' if s is None else s.bits if len(methods) == 1 else s}" for name, s in self.schemes
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: scheme and scheme.to_json() for name, scheme in self.schemes}
+
+    def dumps(self) -> str:
+        return json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        return cls(tuple((name, scheme and Scheme.from_json(scheme)) for name, scheme in data.items()))
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a plan weighs. `bpw` counts all that is stored; `bpw_codes` is the papers' convention."""
+
+    bits: int
+    codes: int
+    numel: int
+    bpw_codes: float
+
+    @property
+    def bytes(self) -> int:
+        return math.ceil(self.bits / 8)
+
+    @property
+    def bpw(self) -> float:
+        return self.bits / self.numel
+
+    def to_json(self) -> dict[str, float]:
+        return {"bytes": self.bytes, "bpw": self.bpw, "bpw_codes": self.bpw_codes}
+
+
+def groups(scheme: Scheme, rows: int, cols: int) -> int:
+    """How many groups of weights have a scale of their own; a last, shorter group of a row counts as one."""
+    if scheme.group == "tensor":
+        return 1
+    return rows if scheme.group == "row" else rows * math.ceil(cols / int(scheme.group))
+
+
+def _affine(scheme: Scheme, rows: int, cols: int) -> int:
+    """A 16-bit scale per group, and a zero point as wide as a code where the grid is asymmetric."""
+    return groups(scheme, rows, cols) * (16 + (0 if scheme.symmetric else scheme.bits))
+
+
+# method -> bits stored beside the codes of a rows x cols weight
+OVERHEAD: dict[str, Callable[[Scheme, int, int], int]] = {
+    "uniform": lambda scheme, rows, cols: 64 * groups(scheme, rows, cols),  # minimum and range, float32
+    "rtn": _affine,
+    "codes": lambda scheme, rows, cols: 0,  # an imported table: nothing is known beyond the widths
+}
+
+
+def weight_bits(scheme: Scheme | None, weight: Weight, native_bits: int) -> int:
+    """All bits that one weight takes."""
+    if scheme is None:
+        return native_bits * weight.numel
+    if scheme.method not in OVERHEAD:
+        raise unknown("method", scheme.method, OVERHEAD)
+    return scheme.bits * weight.numel + OVERHEAD[scheme.method](scheme, weight.rows, weight.cols)
+
+
+def component_bits(parts: ComponentMap, name: str, scheme: Scheme | None) -> int:
+    return sum(weight_bits(scheme, w, parts.native_bits) for w in parts[name].weights)
+
+
+def size(parts: ComponentMap, plan: Plan) -> Size:
+    """What a plan weighs, everything counted: codes, scales, zero points, codebooks, kept weights."""
+    missing = [name for name in parts.names if name not in dict(plan.schemes)]
+    extra = [name for name, _ in plan.schemes if name not in parts.names]
+    if missing or extra:
+        raise UserError(f"the plan is for other components: missing {missing or 'none'}, unknown {extra or 'none'}")
+    kept = sum(k.numel for k in parts.kept)
+    stored = kept * parts.native_bits + sum(component_bits(parts, c.name, plan[c.name]) for c in parts.components)
+    codes = sum(c.numel * (s.bits if (s := plan[c.name]) else PAPER_NATIVE_BITS) for c in parts.components)
+    return Size(stored, codes, parts.numel, (codes + kept * PAPER_NATIVE_BITS) / parts.numel)
+
+
+def uniform_sizes(parts: ComponentMap, schemes: Iterable[Scheme]) -> dict[int, Size]:
+    return {scheme.bits: size(parts, Plan.uniform(parts, scheme)) for scheme in schemes}

@@ -1,0 +1,99 @@
+"""Opens the Optuna storage of a study: a journal file that survives being killed, or a database URL."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import IO
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+from sensitivity.errors import UserError, reason
+
+optuna.logging.set_verbosity(logging.WARNING)
+
+
+class KernelLock(JournalFileOpenLock):
+    """A lock that the kernel drops when its holder dies.
+
+    Optuna's own locks are files: one left behind by a killed process blocks everybody for half a minute, and for
+    ever when the journal's path is relative. Where the file system knows no locks (some network mounts), Optuna's
+    is what remains.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        super().__init__(str(journal))
+        self._path = journal.with_suffix(".kernel-lock")
+        self._file: IO[bytes] | None = None
+
+    def acquire(self) -> bool:
+        file = open(self._path, "ab")  # noqa: SIM115 - stays open for as long as the lock is held
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            file.close()
+            return super().acquire()
+        self._file = file
+        return True
+
+    def release(self) -> None:
+        if self._file is None:
+            super().release()
+        else:
+            self._file.close()  # closing drops the lock
+            self._file = None
+
+
+def mend(journal: Path, lock: KernelLock) -> None:
+    """Cut off a last line that a killed process or a full disk left half-written; Optuna would append to it."""
+    if not journal.exists():
+        return
+    lock.acquire()
+    try:
+        _cut(journal)
+    finally:
+        lock.release()
+
+
+def _cut(journal: Path) -> None:
+    with open(journal, "rb+") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        while end:
+            begin = max(0, end - 65536)
+            file.seek(begin)
+            newline = file.read(end - begin).rfind(b"\n")
+            if newline >= 0:
+                end = begin + newline + 1
+                break
+            end = begin
+        if end != size:
+            file.truncate(end)
+
+
+def open_storage(where: Path | str) -> BaseStorage:
+    """A journal file for a path, Optuna's database storage for a URL."""
+    if isinstance(where, str) and "://" in where:
+        try:
+            return RDBStorage(where, engine_kwargs={"pool_pre_ping": True})
+        except Exception as error:  # whatever the driver raises, the user needs the same sentence
+            raise UserError(f"cannot open the storage {_without_password(where)}: {reason(error)}") from error
+    journal = Path(where).absolute()
+    lock = KernelLock(journal)
+    mend(journal, lock)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        try:
+            return JournalStorage(JournalFileBackend(str(journal), lock_obj=lock))
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{where} is not a study's journal, or is damaged: {reason(error)}") from error
+
+
+def _without_password(url: str) -> str:
+    head, _, tail = url.partition("://")
+    login, at, host = tail.rpartition("@")
+    return f"{head}://{login.partition(':')[0]}{at}{host}"
