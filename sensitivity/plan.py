@@ -168,7 +168,11 @@ def weight_bits(scheme: Scheme | None, weight: Weight, native_bits: int) -> int:
         return native_bits * weight.numel
     if scheme.method not in OVERHEAD:
         raise unknown("method", scheme.method, OVERHEAD)
-    return scheme.bits * weight.numel + OVERHEAD[scheme.method](scheme, weight.rows, weight.cols)
+    overhead = OVERHEAD[scheme.method]
+    stored = scheme.bits * weight.numel + overhead(scheme, weight.rows, weight.cols)
+    if weight.bias and scheme.get("biases"):  # the bias is counted among the kept weights: only the change is added
+        stored += (scheme.bits - native_bits) * weight.rows + overhead(scheme, 1, weight.rows)
+    return stored
 
 
 def component_bits(parts: ComponentMap, name: str, scheme: Scheme | None) -> int:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import socket
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError
+from sensitivity.files import whole, write_whole
 from sensitivity.plan import Plan, Size, size
 from sensitivity.scores import Score, paired, summarise
 from sensitivity.storage import open_storage
@@ -32,9 +32,9 @@ EXAMPLE_COLUMNS = ("task", "example", "cluster", "kind", "score", "nll", "answer
 
 @dataclass(frozen=True)
 class Asked:
-    """A trial that this process is to run: its number in the storage and its plan."""
+    """A trial that this process is to run, and its plan."""
 
-    number: int
+    trial: optuna.Trial
     plan: Plan
 
 
@@ -59,10 +59,15 @@ class Study:
         self.meta: dict[str, Any] = attrs["meta"]
         self.tasks: tuple[str, ...] = tuple(attrs["tasks"])
         self.parts = ComponentMap.from_json(attrs["parts"])
+        self._examples: dict[str, pd.DataFrame] = {}
 
     @classmethod
     def create(
-        cls, path: Path | str, parts: ComponentMap, tasks: Sequence[str], meta: Mapping[str, Any],
+        cls,
+        path: Path | str,
+        parts: ComponentMap,
+        tasks: Sequence[str],
+        meta: Mapping[str, Any],
         storage: str | None = None,
     ) -> Study:
         """Begin a study, or open the one that is there if it is about the same thing."""
@@ -111,7 +116,7 @@ class Study:
             trial.set_user_attr("owner", _me())
             plan = Plan.from_json(trial.user_attrs["plan"])
             if plan.key not in {t.user_attrs["key"] for t in self.trials()}:
-                return Asked(trial.number, plan)
+                return Asked(trial, plan)
             self._optuna.tell(trial, state=TrialState.PRUNED)  # queued twice by two processes that started together
         return None
 
@@ -119,31 +124,32 @@ class Study:
     def distributions(self) -> dict[str, BaseDistribution]:
         return {name: IntDistribution(1, NATIVE) for name in self.parts.names}
 
-    def tell(self, asked: Asked, examples: Mapping[str, Sequence[Any]], facts: Mapping[str, Any]) -> None:
+    def tell(self, asked: Asked, examples: Mapping[str, Sequence[Any]], facts: Mapping[str, Any]) -> dict[str, float]:
         """Store a finished trial: first its examples, then, in one step that makes it count, its scores."""
         frame = pd.DataFrame(dict(examples), columns=list(EXAMPLE_COLUMNS))
         folder = self.path / "examples"
         folder.mkdir(exist_ok=True)
         target = folder / f"{asked.plan.key}.parquet"
-        with _whole(target) as unfinished:
+        with whole(target) as unfinished:
             frame.to_parquet(unfinished, index=False)
-        scores = self._scores(frame)
+        scores = {str(task): _score(rows) for task, rows in frame.groupby("task", sort=False)}
         weight = size(self.parts, asked.plan)
-        trial_id = self._optuna.get_trials(deepcopy=False)[asked.number]._trial_id
-        stored = {"scores": scores, "size": weight.to_json(), **dict(facts)}
-        for name, value in stored.items():
-            self._storage.set_trial_user_attr(trial_id, name, value)
-        self._optuna.tell(asked.number, [*(scores[task]["mean"] for task in self.tasks), weight.bpw])
+        for name, value in {"scores": scores, "size": weight.to_json(), **facts}.items():
+            asked.trial.set_user_attr(name, value)
+        means = {task: float(scores[task]["mean"]) for task in self.tasks}
+        self._optuna.tell(asked.trial, [*means.values(), weight.bpw])
+        return means
 
     def give_up(self, asked: Asked, why: str) -> None:
-        trial_id = self._optuna.get_trials(deepcopy=False)[asked.number]._trial_id
-        self._storage.set_trial_user_attr(trial_id, "failure", why)
-        self._optuna.tell(asked.number, state=TrialState.FAIL)
+        """Mark a trial that could not be run, with the reason."""
+        asked.trial.set_user_attr("failure", why)
+        self._optuna.tell(asked.trial, state=TrialState.FAIL)
 
     def release_lost(self) -> int:
         """Queue again what processes that no longer live on this machine were running."""
         lost = [
-            t for t in self._optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            t
+            for t in self._optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
             if not _alive(t.user_attrs.get("owner"))
         ]
         for trial in lost:
@@ -151,19 +157,13 @@ class Study:
         plans = [Plan.from_json(t.user_attrs["plan"]) for t in lost if "plan" in t.user_attrs]
         return self.enqueue(plans)
 
-    def _scores(self, frame: pd.DataFrame) -> dict[str, Any]:
-        base = self._baseline_examples()
-        scores: dict[str, Any] = {}
-        for task, rows in frame.groupby("task", sort=False):
-            known = rows["nll"].notna()
-            scores[str(task)] = {
-                **summarise(rows["score"], rows["cluster"]).to_json(),
-                "nll": float(rows["nll"][known].mean()) if known.any() else None,
-            }
-            if base is not None:
-                same = rows.merge(base[base["task"] == task], on="example", suffixes=("", "_base"))
-                scores[str(task)]["delta"] = paired(same["score"], same["score_base"], same["cluster"]).to_json()
-        return scores
+    def compare(self, plan: Plan, base: Plan, task: str) -> Score | None:
+        """The paired difference in a task's score between two finished plans; None without per-example scores."""
+        ours, theirs = self.examples(plan), self.examples(base)
+        if ours is None or theirs is None:
+            return None
+        both = ours[ours["task"] == task].merge(theirs[theirs["task"] == task], on="example", suffixes=("", "_base"))
+        return paired(both["score"], both["score_base"], both["cluster"])
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -190,8 +190,13 @@ class Study:
         attrs = trial.user_attrs
         plan = Plan.from_json(attrs["plan"])
         row: dict[str, Any] = {
-            "number": trial.number, "key": attrs["key"], "plan": plan.describe(),
-            "uniform": plan.is_uniform, "native": plan.is_native, **plan.bits(NATIVE), **attrs["size"],
+            "number": trial.number,
+            "key": attrs["key"],
+            "plan": plan.describe(),
+            "uniform": plan.is_uniform,
+            "native": plan.is_native,
+            **plan.bits(NATIVE),
+            **attrs["size"],
             "seconds": attrs.get("seconds", np.nan),
         }
         for task in self.tasks:
@@ -200,9 +205,9 @@ class Study:
                 continue
             row |= {task: score["mean"], f"{task}.nll": score.get("nll")}
             row |= {f"{task}.{name}": score.get(name) for name in ("se", "low", "high", "n")}
-            if delta := score.get("delta"):
-                row |= {f"{task}.delta": delta["mean"]}
-                row |= {f"{task}.delta.{name}": delta[name] for name in ("se", "low", "high")}
+            if delta := self.compare(plan, self.native, task):
+                row |= {f"{task}.delta": delta.mean, f"{task}.delta.se": delta.se}
+                row |= {f"{task}.delta.low": delta.low, f"{task}.delta.high": delta.high}
         return row
 
     def plan(self, number: int) -> Plan:
@@ -210,11 +215,22 @@ class Study:
 
     def examples(self, plan: Plan) -> pd.DataFrame | None:
         """Per-example scores of a finished plan; None where only the means are known (an imported table)."""
-        path = self.path / "examples" / f"{plan.key}.parquet"
-        return pd.read_parquet(path) if path.exists() else None
+        if plan.key not in self._examples:
+            path = self.path / "examples" / f"{plan.key}.parquet"
+            if not path.exists():
+                return None
+            self._examples[plan.key] = pd.read_parquet(path)
+        return self._examples[plan.key]
 
-    def _baseline_examples(self) -> pd.DataFrame | None:
-        return self.examples(Plan.uniform(self.parts, None))
+    @property
+    def native(self) -> Plan:
+        """The plan that quantises nothing."""
+        return Plan.uniform(self.parts, None)
+
+
+def _score(rows: pd.DataFrame) -> dict[str, Any]:
+    known = rows["nll"].dropna()
+    return {**summarise(rows["score"], rows["cluster"]).to_json(), "nll": float(known.mean()) if len(known) else None}
 
 
 def _difference(name: str, found: Any, wanted: Any) -> str:
@@ -250,25 +266,6 @@ def _alive(owner: Mapping[str, Any] | None) -> bool:
     except PermissionError:
         pass
     return bool(_started(owner["pid"]) == owner["since"])
-
-
-@contextlib.contextmanager
-def _whole(target: Path) -> Any:
-    """A temporary name beside the target, moved into place only when the block ends well."""
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.{time.monotonic_ns()}")
-    try:
-        yield unfinished
-        os.replace(unfinished, target)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write_whole(target: Path, content: bytes) -> None:
-    """Write a file so that it is either there in full or not at all."""
-    with _whole(target) as unfinished:
-        unfinished.write_bytes(content)
 
 
 __all__ = ["EXAMPLE_COLUMNS", "NATIVE", "Asked", "Score", "Size", "Study", "write_whole"]

@@ -1,0 +1,47 @@
+"""The plan as our own canonical JSON: which weights, which scheme, what it weighs, where it comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sensitivity.components import ComponentMap
+from sensitivity.errors import UserError
+from sensitivity.files import write_whole
+from sensitivity.plan import Plan, size
+
+VERSION = 1
+
+
+def document(parts: ComponentMap, plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "model": parts.model,
+        "by": parts.by,
+        "key": plan.key,
+        "plan": plan.to_json(),
+        "size": size(parts, plan).to_json(),
+        "weights": {component.name: [weight.name for weight in component.weights] for component in parts.components},
+        **facts,
+    }
+
+
+def write(parts: ComponentMap, plan: Plan, facts: dict[str, Any], out: Path) -> Path:
+    """One JSON file; into a folder as plan.json."""
+    target = out if out.suffix == ".json" else out / "plan.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, (json.dumps(document(parts, plan, facts), indent=2) + "\n").encode())
+    return target
+
+
+def read(path: Path) -> tuple[str, Plan, dict[str, Any]]:
+    """Granularity, plan and the whole document of a plan.json."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return data["by"], Plan.from_json(data["plan"]), data
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a plan that `sensitivity recommend` or `export` wrote") from error

@@ -1,0 +1,89 @@
+"""Integer grids: the codes, scales and zero points of a weight, and how they become numbers again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sensitivity.plan import Scheme
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A weight on an integer grid: (codes - zero) * scale, a scale and zero per row or per group of columns.
+
+    `zero` is whole-numbered for grids that a runtime can store; the paper's uniform grid has a free one.
+    """
+
+    codes: Tensor  # uint8, rows x cols
+    scale: Tensor  # float32 that fits 16 bits where the scheme says so; 1 x 1, rows x 1 or rows x groups
+    zero: Tensor
+    group: int  # columns that share a scale
+
+    def dequantise(self) -> Tensor:
+        scale, zero = (self.spread(t) for t in (self.scale, self.zero))
+        return (self.codes - zero) * scale
+
+    def spread(self, per_group: Tensor) -> Tensor:
+        """One value per group, repeated over its columns; the last group of a row may be shorter."""
+        if per_group.shape[1] == 1:
+            return per_group
+        return per_group.repeat_interleave(self.group, dim=1)[:, : self.codes.shape[1]]
+
+
+def columns(scheme: Scheme, weight: Tensor) -> int:
+    """How many columns share a scale."""
+    return weight.shape[1] if isinstance(scheme.group, str) else min(scheme.group, weight.shape[1])
+
+
+def ranges(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Smallest and largest weight of each group, always with zero between them."""
+    if scheme.group == "tensor":
+        grouped = weight.reshape(1, 1, -1)
+    else:
+        size = columns(scheme, weight)
+        rows, cols = weight.shape
+        padding = math.ceil(cols / size) * size - cols  # zeros widen no range that has zero in it
+        grouped = torch.nn.functional.pad(weight, (0, padding)).reshape(rows, -1, size)
+    return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+
+
+def sixteen(scale: Tensor, like: torch.dtype) -> Tensor:
+    """A scale as it will be stored, in 16 bits, so that what is measured is what is exported."""
+    half = torch.bfloat16 if like == torch.bfloat16 else torch.float16
+    tiny = torch.finfo(half).tiny
+    return scale.clamp(min=tiny).to(half).float()
+
+
+def affine(weight: Tensor, scheme: Scheme, low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each group for given ranges.
+
+    Symmetric grids put the largest magnitude half a step beyond the last code, 2a / (2^b - 1), as GPTQ and
+    compressed-tensors do. One symmetric bit has no zero: it stands for plus or minus the mean magnitude.
+    """
+    levels = 2**scheme.bits - 1
+    if scheme.symmetric and scheme.bits == 1:
+        scale = sixteen(2 * _mean_magnitude(weight, scheme, low.shape), dtype)
+        return scale, torch.full_like(scale, 0.5)
+    if scheme.symmetric:
+        scale = sixteen(2 * torch.maximum(-low, high) / levels, dtype)
+        return scale, torch.full_like(scale, 2.0 ** (scheme.bits - 1))
+    scale = sixteen((high - low) / levels, dtype)
+    return scale, (-low / scale).round().clamp(0, levels)
+
+
+def _mean_magnitude(weight: Tensor, scheme: Scheme, shape: torch.Size) -> Tensor:
+    if scheme.group == "tensor":
+        return weight.abs().mean().reshape(shape)
+    size = columns(scheme, weight)
+    return torch.stack([chunk.abs().mean(1) for chunk in torch.split(weight, size, dim=1)], dim=1)
+
+
+def encode(weight: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor) -> Quantised:
+    """Nearest codes on a given grid."""
+    draft = Quantised(weight, scale, zero, columns(scheme, weight))
+    codes = torch.round(weight / draft.spread(scale) + draft.spread(zero)).clamp(0, 2**scheme.bits - 1)
+    return Quantised(codes.to(torch.uint8), scale, zero, draft.group)

@@ -1,0 +1,121 @@
+"""The loop: ask for a plan, quantise, evaluate, tell; begin again where a killed process left off."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sensitivity.components import ComponentMap
+from sensitivity.errors import UserError
+from sensitivity.evaluate import Batch, Rows, answer, batches, rows_of
+from sensitivity.models import VLM
+from sensitivity.plan import Plan, Scheme
+from sensitivity.quantize import quantized
+from sensitivity.replay import Memory, remembered
+from sensitivity.tasks import Task
+from sensitivity.trials import Study
+
+LIBRARIES = ("torch", "transformers", "optuna", "numpy")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A trial that was just finished, and how far the sweep is."""
+
+    plan: Plan
+    scores: Mapping[str, float]
+    seconds: float
+    done: int
+    left: int
+
+
+def run(vlm: VLM, study: Study, tasks: Sequence[Task], plans: Iterable[Plan], plain: bool = False) -> Iterator[Step]:
+    """Run every plan that the study does not hold yet; full precision first, since all else is compared to it.
+
+    A list of plans is queued at once, for any number of processes to take from; other iterables are asked for one
+    plan at a time, after the last one was told.
+    """
+    trial = _Trial(vlm, study.parts, tasks, plain)
+    study.release_lost()
+    study.enqueue([Plan.uniform(study.parts, None), *(plans if isinstance(plans, Sequence) else ())])
+    yield from _drain(study, trial)
+    if not isinstance(plans, Sequence):
+        for plan in plans:
+            study.enqueue([plan])
+            yield from _drain(study, trial)
+
+
+def _drain(study: Study, trial: _Trial) -> Iterator[Step]:
+    while (asked := study.ask()) is not None:
+        began = time.perf_counter()
+        try:
+            rows = trial.run(asked.plan)
+        except UserError as error:
+            study.give_up(asked, str(error))
+            raise
+        seconds = time.perf_counter() - began
+        facts = {"seconds": seconds, "path": "plain" if trial.plain else "fast", "versions": versions()}
+        scores = study.tell(asked, rows, facts)
+        counts = study.counts()
+        yield Step(asked.plan, scores, seconds, counts["done"], counts["waiting"] + counts["running"])
+
+
+class _Trial:
+    """What plans share: the tasks as tensors, quantised weights, and the vision tower's outputs."""
+
+    def __init__(self, vlm: VLM, parts: ComponentMap, tasks: Sequence[Task], plain: bool) -> None:
+        self.vlm, self.parts, self.tasks, self.plain = vlm, parts, tasks, plain
+        self.batches: dict[str, list[Batch]] = {task.name: list(batches(vlm, task, plain)) for task in tasks}
+        self.weights: dict[tuple[str, Scheme], Tensor] | None = None if plain else {}
+        self.vision = None if plain else Memory()
+
+    def run(self, plan: Plan) -> Rows:
+        """Per-example rows of all tasks under a plan."""
+        rows: Rows = {}
+        tower = None if self.plain else self.vlm.vision
+        setting = self._inside(tower, plan)
+        with quantized(self.vlm.model, self.parts, plan, self.weights):
+            for task in self.tasks:
+                for number, batch in enumerate(self.batches[task.name]):
+                    with remembered(tower, self.vision, setting, (task.name, number)):
+                        found = rows_of(task, batch, *answer(self.vlm, task, batch))
+                    for name, values in found.items():
+                        rows.setdefault(name, []).extend(values)
+        return rows
+
+    def _inside(self, module: nn.Module | None, plan: Plan) -> Hashable:
+        """The schemes of all components that have a weight inside a module: while they stay, so do its outputs."""
+        if module is None:
+            return None
+        inside = {id(parameter) for parameter in module.parameters()}
+        names = {name for name, parameter in self.vlm.model.named_parameters() if id(parameter) in inside}
+        return tuple(
+            (component.name, plan[component.name])
+            for component in self.parts.components
+            if any(weight.name in names for weight in component.weights)
+        )
+
+
+def identity(vlm: VLM, tasks: Sequence[Task], sources: Sequence[str], n: int, seed: int) -> dict[str, Any]:
+    """What must be the same for trials to be comparable: model, type of numbers, data and seed."""
+    return {
+        "model": vlm.name,
+        "fingerprint": vlm.fingerprint,
+        "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        "note": vlm.note,
+        "tasks": list(sources),
+        "n": n,
+        "seed": seed,
+        "data": {task.name: f"{len(task.examples)} examples {task.fingerprint}" for task in tasks},
+        "chance": {task.name: task.chance for task in tasks},
+    }
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("sensitivity", *LIBRARIES)} | {"threads": str(torch.get_num_threads())}
