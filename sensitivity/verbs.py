@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sensitivity.allocate import Candidate, Recommendation, best_uniform, judge, solve
+from sensitivity.allocate import best_uniform, solve
 from sensitivity.components import ComponentMap
-from sensitivity.errors import UserError
+from sensitivity.errors import UserError, unknown
 from sensitivity.export import write
+from sensitivity.export.plan_json import read
 from sensitivity.importance import rank
 from sensitivity.models import VLM, inspect, load
-from sensitivity.plan import Plan
+from sensitivity.plan import Plan, Scheme
 from sensitivity.report import report
-from sensitivity.search import grid, one_at_a_time
-from sensitivity.sweep import Step, identity, run
+from sensitivity.search import grid, one_at_a_time, random
+from sensitivity.sweep import Step, identity, versions
+from sensitivity.sweep import run as run_plans
 from sensitivity.tasks import task as find_task
 from sensitivity.trials import Study
+from sensitivity.verdict import Recommendation, judge, unmeasured
 
 FRESH = 1_000_003  # added to a study's seed where a choice is verified: other scenes than those it was made on
 
@@ -59,41 +62,77 @@ def sweeping(
     """The study, and the sweep as something to walk along: each step is a finished trial."""
     chosen = [find_task(name, "evaluation", n, seed) for name in dict.fromkeys(tasks)]
     study = Study.create(out, parts, [task.name for task in chosen], identity(vlm, chosen, tasks, n, seed), storage)
-    return study, run(vlm, study, chosen, plans, plain)
+    return study, run_plans(vlm, study, chosen, plans, plain)
 
 
-def recommend(study: Study, bpw: float, run: VLM | None = None, tasks: Sequence[str] | None = None) -> Recommendation:
+def plans(
+    parts: ComponentMap, schemes: Sequence[Scheme], search: str = "grid", trials: int | None = None, seed: int = 0
+) -> Iterable[Plan]:
+    """What to try: a list where all plans are known beforehand, otherwise plans one after the other."""
+    if search not in SEARCHES:
+        raise unknown("search", search, SEARCHES)
+    return SEARCHES[search](parts, schemes, trials, seed)
+
+
+SEARCHES: dict[str, Callable[[ComponentMap, Sequence[Scheme], int | None, int], Iterable[Plan]]] = {
+    "grid": lambda parts, schemes, trials, seed: grid(parts, schemes=schemes)[:trials],
+    "one-at-a-time": lambda parts, schemes, trials, seed: one_at_a_time(parts, schemes=schemes)[:trials],
+    "random": lambda parts, schemes, trials, seed: random(parts, trials or 100, schemes=schemes, seed=seed),
+}
+
+
+def recommend(
+    study: Study,
+    bpw: float,
+    run: VLM | None = None,
+    task: str | None = None,
+    floors: Mapping[str, float] | None = None,
+    top: int = 3,
+) -> Recommendation:
     """The plan with the best predicted score within a budget; with `run`, verified by running it.
 
-    Verified on fresh examples where the task has any, against full precision and the best uniform plan of at most
-    the same size, in a study of its own under `verify`, so that it is done once.
+    The best few candidates run on examples that had no part in choosing them (where the task has more), beside full
+    precision and the best uniform plan of at most the same size, in a study of its own under `verify`: done once.
     """
-    candidates = solve(study, bpw=bpw, tasks=tasks)
+    chosen, steps = recommending(study, bpw, run, task, floors, top)
+    for _ in steps:
+        pass
+    return chosen()
+
+
+def recommending(
+    study: Study,
+    bpw: float,
+    run: VLM | None = None,
+    task: str | None = None,
+    floors: Mapping[str, float] | None = None,
+    top: int = 3,
+) -> tuple[Callable[[], Recommendation], Iterator[Step]]:
+    """The verification as something to walk along, and what gives the recommendation once that is done."""
+    task = task or study.tasks[0]
+    candidates = solve(study, bpw=bpw, task=task, floors=floors, top=top)
     if run is None:
-        return Recommendation.of(candidates[0])
-    rival = best_uniform(study, candidates[0])
-    return judge(study, candidates, rival, verify(study, run, [*candidates, *([rival] if rival else [])]))
-
-
-def verify(study: Study, vlm: VLM, candidates: Sequence[Candidate]) -> Study:
-    """Run candidates on examples that none of them was chosen on."""
+        return lambda: unmeasured(study, candidates, task), iter(())
+    if study.meta.get("fingerprint") != run.fingerprint:
+        raise UserError(f"{study.path} was measured on {study.meta.get('model')}, and {run.name} is another model")
+    rival = best_uniform(study, bpw, task)
+    plans = [study.native, *(candidate.plan for candidate in candidates), *([rival] if rival else [])]
     meta = study.meta
-    if meta["fingerprint"] != vlm.fingerprint:
-        raise UserError(f"{study.path} was measured on {meta['model']}, and {vlm.name} is another model")
-    return sweep(
-        vlm,
-        study.parts,
-        [candidate.plan for candidate in candidates],
-        meta["tasks"],
-        study.path / "verify",
-        n=meta["n"],
-        seed=meta["seed"] + FRESH,
+    second, steps = sweeping(
+        run, study.parts, plans, meta["tasks"], study.path / "verify", n=meta["n"], seed=meta["seed"] + FRESH
     )
+
+    def chosen() -> Recommendation:
+        frames = {plan.key: frame for plan in plans if (frame := second.examples(plan)) is not None}
+        known = study.examples(study.native)
+        fresh = known is not None and set(known["example"]).isdisjoint(frames[study.native.key]["example"])
+        return judge(study, candidates, frames, rival, task, fresh=fresh, provenance={"versions": versions()})
+
+    return chosen, steps
 
 
 def export(
-    source: VLM | None,
-    parts: ComponentMap,
+    study: Study,
     plan: Plan,
     out: Path | str,
     format: str = "plan",
@@ -101,4 +140,15 @@ def export(
     facts: dict[str, Any] | None = None,
 ) -> Path:
     """Write a plan as the files that a runtime loads."""
-    return write(parts, plan, facts or {}, Path(out), format, force)
+    return write(study.parts, plan, facts or {}, Path(out), format, force)
+
+
+def export_from(source: Path, bpw: float | None, out: Path, format: str, force: bool) -> Path:
+    """Export a plan.json, or the best predicted plan of a study for a budget."""
+    if source.suffix == ".json":
+        _, plan, facts = read(source)
+        return export(Study(source.parent), plan, out, format, force, facts)
+    if bpw is None:
+        raise UserError(f"a study holds many plans: name a budget, `sensitivity export {source} --bpw 4.0 --out ...`")
+    study = Study(source)
+    return export(study, solve(study, bpw=bpw)[0].plan, out, format, force)

@@ -1,0 +1,227 @@
+"""load() and inspect(): a VLM from a folder, the hub or this package, and the named parts of its weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
+
+from sensitivity.components import ComponentMap, natural
+from sensitivity.errors import UserError, reason, unknown
+from sensitivity.models.checkpoint import find, fingerprint, read_config, stored_bits, weight_files
+from sensitivity.models.discover import discover
+from sensitivity.models.families import FAMILIES, Family, family_of
+from sensitivity.models.heavy import NOTE, heavy
+from sensitivity.models.places import Places
+
+__all__ = ["FAMILIES", "VLM", "Family", "discover", "inspect", "load"]
+
+DTYPES = ("float32", "float16", "bfloat16")
+STALE = re.compile(r"(position_ids|inv_freq|masked_bias)$")  # buffers that old checkpoints hold and nobody reads
+
+
+@dataclass
+class VLM:
+    """A loaded model and what must be known about it."""
+
+    name: str
+    model: Any  # of transformers, or any nn.Module with its getters
+    processor: Any  # of transformers; None where the folder has none
+    family: Family
+    fingerprint: str
+    native_bits: int  # per weight, as stored in the checkpoint
+    transformers: str = transformers.__version__
+    note: str | None = None  # what a reader of its scores must be told
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @cached_property
+    def vision(self) -> nn.Module:
+        """The module that turns pixels into features."""
+        found = Places(self.model, self.family).found
+        module: nn.Module = self.model.get_submodule(next(path for path, part in found.items() if part == "vision"))
+        return module
+
+    @property
+    def encoder_decoder(self) -> bool:
+        return bool(self.model.config.get_text_config().is_encoder_decoder)
+
+
+def load(name: str, *, device: str = "cpu", dtype: str | torch.dtype | None = None, config_only: bool = False) -> VLM:
+    """A model from a folder, the hub, or `embedded:...`; with config_only no weights are needed, and none are there."""
+    target, wanted = _device(device), _dtype(dtype)
+    folder = find(name, config_only)
+    raw = read_config(folder, name)
+    files = [] if config_only else weight_files(folder, name)
+    planted = name == "embedded:scenes-llava-heavy"
+    if wanted is None and name.startswith("embedded:") and target.type == "cpu":
+        wanted = torch.float32
+    with _quiet():
+        config, architecture = _config(folder, name, raw)
+        if config_only:
+            model, processor = _empty(architecture, config, name), None
+        else:
+            # outliers are planted before rounding to a narrower type, so that the function survives it best
+            model = _filled(architecture, config, folder, name, torch.float32 if planted else wanted)
+            processor = _processor(folder, name)
+    if planted and not config_only:
+        heavy(model)
+        model = model.to(wanted or torch.float16)
+    model = model.eval().requires_grad_(False)
+    return VLM(
+        name=name,
+        model=model if config_only else model.to(target),
+        processor=processor,
+        family=family_of(model),
+        fingerprint=fingerprint(raw, files, NOTE if planted else None),
+        native_bits=stored_bits(files) or _config_bits(config),
+        note=NOTE if planted else _dead_blocks(config),
+    )
+
+
+def inspect(vlm: VLM | str, by: str = "group.kind") -> ComponentMap:
+    """Every weight of a model in exactly one named component, or kept with a reason; a name needs no weights."""
+    if isinstance(vlm, str):
+        vlm = load(vlm, config_only=True)
+    return discover(vlm.model, vlm.family, vlm.name, by, vlm.native_bits)
+
+
+def _config(folder: Path, name: str, raw: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The configuration and its class in transformers: as the architecture says, or what reads images and text."""
+    known = raw.get("model_type") in transformers.CONFIG_MAPPING
+    remote = raw.get("auto_map")
+    if not known:
+        if remote:
+            raise UserError(
+                f"{name} needs code of its own (trust_remote_code), which is never run here; give a model whose class "
+                f"is part of transformers {transformers.__version__}"
+            )
+        raise UserError(
+            f"model_type {raw.get('model_type')!r} of {name} is not known to transformers {transformers.__version__}; "
+            f"the tested families are {', '.join(key for key in FAMILIES if key[0].islower())}"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # each family checks its own configuration, with errors of its own
+        why = f"config.json of {name} does not fit its model_type ({reason(error)}); fetch it again"
+        raise UserError(why) from error
+    named = getattr(transformers, (raw.get("architectures") or [""])[0], None)
+    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+        return config, named
+    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING):
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return config, found[0] if isinstance(found, tuple | list) else found
+    raise UserError(f"transformers {transformers.__version__} has no model class for {raw['model_type']!r} of {name}")
+
+
+def _empty(architecture: Any, config: Any, name: str) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return architecture(config)  # type: ignore[no-any-return]
+    except Exception as error:
+        why = f"{architecture.__name__} cannot be built from the config of {name} ({reason(error)})"
+        raise UserError(why) from error
+
+
+def _filled(architecture: Any, config: Any, folder: Path, name: str, dtype: torch.dtype | None) -> nn.Module:
+    """The model with its weights, all of them and no others, each a number."""
+    try:
+        model, loading = architecture.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise UserError(f"{name} cannot be loaded as {architecture.__name__} ({reason(error)})") from error
+    misfits = {
+        "lacks": loading["missing_keys"],
+        "has unknown": [key for key in loading["unexpected_keys"] if not STALE.search(key)],
+        "has, of another shape than its config says,": [key for key, *_ in loading["mismatched_keys"]],
+    }
+    for how, keys in misfits.items():
+        if keys:
+            raise UserError(
+                f"the checkpoint of {name} {how} tensors for {architecture.__name__}: {_some(keys)}; "
+                "fetch it again, or mend its config.json"
+            )
+    if wrong := [key for key, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise UserError(f"{name} has NaN or infinite weights in {_some(wrong)}; fetch the checkpoint again")
+    return model  # type: ignore[no-any-return]
+
+
+def _some(keys: Any) -> str:
+    ordered = sorted(keys, key=natural)
+    return ", ".join(ordered[:8]) + (f" and {len(ordered) - 8} more" if len(ordered) > 8 else "")
+
+
+def _dead_blocks(config: Any) -> str | None:
+    """LLaVA's default reads the features of the last block but one, so that the last may take any width unpunished."""
+    layer = getattr(config, "vision_feature_layer", None)
+    if not isinstance(layer, int) or layer >= -1:
+        return None
+    return f"without effect: the last {-layer - 1} of the vision blocks, since vision_feature_layer is {layer}"
+
+
+def _processor(folder: Path, name: str) -> Any:
+    if not any((folder / file).exists() for file in ("processor_config.json", "preprocessor_config.json")):
+        return None
+    try:
+        return transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise UserError(f"the processor of {name} cannot be loaded ({reason(error)})") from error
+
+
+def _config_bits(config: Any) -> int:
+    dtype = getattr(config, "dtype", None)
+    return torch.finfo(dtype).bits if isinstance(dtype, torch.dtype) else 16
+
+
+def _device(device: str) -> torch.device:
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{device}' cannot be used ({reason(error)}); choose from cpu, cuda, mps") from error
+    return target
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    return getattr(torch, dtype)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No load report and no bar of transformers': what they would say is either an error here or nothing."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

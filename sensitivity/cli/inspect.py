@@ -1,0 +1,69 @@
+"""sensitivity inspect: the parts of a model, what is kept and why."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sensitivity import terminal
+from sensitivity.cli import words
+
+ABOUT = "list the parts of a model, what is kept and why, and what uniform plans weigh"
+EXAMPLE = "sensitivity inspect embedded:scenes-llava --by part"
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    words.model(p)
+    words.by(p, "group.kind")
+    words.methods(p, words.WIDTHS, "rtn")
+    p.add_argument("--config-only", action="store_true", help="read config.json alone; no weights are needed")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from sensitivity import verbs
+    from sensitivity.plan import uniform_sizes
+
+    vlm = verbs.load(args.model, config_only=args.config_only)
+    parts = verbs.inspect(vlm, by=args.by)
+    kept: dict[str, list[int]] = {}
+    for weight in parts.kept:
+        kept.setdefault(weight.reason, []).append(weight.numel)
+    sizes = uniform_sizes(parts, words.schemes(args))
+    facts: dict[str, Any] = {
+        "model": vlm.name,
+        "class": type(vlm.model).__name__,
+        "parameters": parts.numel,
+        "by": parts.by,
+        "components": [
+            {"name": c.name, "modules": len(c.weights), "parameters": c.numel, "share": c.numel / parts.numel}
+            for c in parts.components
+        ],
+        "kept": [{"reason": why, "tensors": len(n), "parameters": sum(n)} for why, n in kept.items()],
+        "uniform": [{"bits": bits, **size.to_json()} for bits, size in sizes.items()],
+        "note": vlm.note,
+    }
+    if not args.json:
+        show_inspect(facts, args)
+    return facts
+
+
+def show_inspect(facts: dict[str, Any], args: argparse.Namespace) -> None:
+    print(f"{facts['model']}: {facts['class']}, {facts['parameters']:,} parameters")
+    if facts["note"]:
+        print(facts["note"])
+    total = facts["parameters"]
+    terminal.table(
+        "Components",
+        ("name", "modules", "parameters", "share"),
+        [(c["name"], c["modules"], f"{c['parameters']:,}", f"{c['share']:.1%}") for c in facts["components"]],
+    )
+    terminal.table(
+        "Kept at native precision",
+        ("why", "tensors", "parameters", "share"),
+        [(k["reason"], k["tensors"], f"{k['parameters']:,}", f"{k['parameters'] / total:.1%}") for k in facts["kept"]],
+    )
+    terminal.table(
+        f"Uniform plans ({args.method})",
+        ("bits", "bpw, all stored", "bpw, codes only", "MB"),
+        [(u["bits"], f"{u['bpw']:.3f}", f"{u['bpw_codes']:.3f}", f"{u['bytes'] / 1e6:,.1f}") for u in facts["uniform"]],
+    )

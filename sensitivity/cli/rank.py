@@ -1,0 +1,37 @@
+"""sensitivity rank: how much of the score each part decides."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sensitivity import terminal
+from sensitivity.cli import words
+
+ABOUT = "say how much of the score each part decides, with intervals"
+EXAMPLE = "sensitivity rank runs/first"
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    words.study(p)
+    words.task(p)
+    p.add_argument("--by", metavar="GRANULARITY", help="rank coarser parts than the study's own")
+    p.add_argument(
+        "--near", type=float, metavar="SHARE", help="only trials with this share of full precision, such as 0.9"
+    )
+    p.add_argument("--bootstraps", type=int, default=100, help="resamples behind the intervals (default: 100)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from sensitivity.importance import rank
+    from sensitivity.trials import Study
+
+    study = Study(args.study)
+    found = {
+        task: rank(study, task, by=args.by, near=args.near, bootstraps=args.bootstraps)
+        for task in ([args.task] if args.task else study.tasks)
+    }
+    if not args.json:
+        for one in found.values():
+            terminal.ranking(one)
+    return {task: one.to_json() for task, one in found.items()}

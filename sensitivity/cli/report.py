@@ -1,0 +1,27 @@
+"""sensitivity report: a page that a person reads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sensitivity.cli import words
+
+ABOUT = "write a page with the frontier, the importance of each part, and what to do"
+EXAMPLE = "sensitivity report runs/first"
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    words.study(p)
+    p.add_argument("--out", type=Path, help="where to write (default: STUDY/report)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from sensitivity.report import report
+    from sensitivity.trials import Study
+
+    path = report(Study(args.study), args.out or args.study / "report")
+    if not args.json:
+        print(f"report: {path}")
+    return {"report": str(path)}

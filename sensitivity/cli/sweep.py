@@ -1,0 +1,63 @@
+"""sensitivity sweep: evaluate plans on tasks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from sensitivity import terminal
+from sensitivity.cli import words
+
+ABOUT = "evaluate plans on tasks; the same command continues where it was stopped"
+EXAMPLE = "sensitivity sweep embedded:scenes-llava --task vqa --bits 2,3,4,6,8 --by part --out runs/first"
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    words.model(p)
+    p.add_argument(
+        "--task",
+        type=words.names,
+        default=("vqa",),
+        metavar="T[,T]",
+        help="vqa, caption, scene, ground, or a .jsonl file of your own (default: vqa)",
+    )
+    words.by(p, "part")
+    words.methods(p, (2, 3, 4, 6, 8), "rtn")
+    p.add_argument(
+        "--search", default="grid", help="grid, one-at-a-time, random, tpe, nsga2, gp or frontier (default: grid)"
+    )
+    p.add_argument("--trials", type=int, metavar="N", help="how many plans a search other than grid may try")
+    p.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="runs/NAME",
+        help="where the study is kept; the same again continues it",
+    )
+    words.samples(p)
+    words.device(p)
+    p.add_argument(
+        "--plain", action="store_true", help="load, quantise, run: nothing shared between plans (slow, the reference)"
+    )
+    p.add_argument(
+        "--storage", metavar="URL", help="an Optuna storage for a team, such as postgresql+psycopg://host/db"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from sensitivity import verbs
+
+    vlm = verbs.load(args.model, device=args.device, dtype=args.dtype)
+    parts = verbs.inspect(vlm, by=args.by)
+    plans = verbs.plans(parts, words.schemes(args), args.search, args.trials, args.seed)
+    study, steps = verbs.sweeping(
+        vlm, parts, plans, args.task, args.out, n=args.n, seed=args.seed, plain=args.plain, storage=args.storage
+    )
+    terminal.walk(steps, f"sweeping {vlm.name}")
+    facts = {"study": str(args.out), **study.counts(), "trials": json.loads(study.table().to_json(orient="records"))}
+    if not args.json:
+        terminal.frontier(study)
+        print(f"{facts['done']} plans in {args.out}; next: sensitivity recommend {args.out} --bpw 4")
+    return facts

@@ -1,0 +1,103 @@
+"""Words of the command line that several verbs share, and how they are read."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sensitivity.plan import Scheme
+
+WIDTHS = (2, 3, 4, 5, 6, 8)
+
+
+def model(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help="a folder, a hub name, or an embedded model: embedded:scenes-llava")
+
+
+def device(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--device", default="cpu", help="where to run, such as cuda (default: cpu)")
+    p.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored; embedded models in float32)")
+
+
+def by(p: argparse.ArgumentParser, default: str) -> None:
+    p.add_argument(
+        "--by",
+        default=default,
+        metavar="GRANULARITY",
+        help=f"part, group, kind, group.kind, block or linear (default: {default})",
+    )
+
+
+def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str) -> None:
+    p.add_argument(
+        "--bits",
+        type=numbers,
+        default=tuple(bits),
+        metavar="B,B,...",
+        help=f"widths to try (default: {','.join(map(str, bits))})",
+    )
+    p.add_argument("--method", default=method, help=f"how weights are quantised (default: {method})")
+    p.add_argument(
+        "--group", type=group_size, metavar="N|row|tensor", help="weights that share a scale (default: the method's)"
+    )
+    p.add_argument(
+        "--symmetric", action=argparse.BooleanOptionalAction, help="a grid around zero (default: the method's)"
+    )
+    p.add_argument("--biases", action="store_true", default=None, help="quantise biases too, as the paper's code did")
+
+
+def budget(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--bpw",
+        type=float,
+        default=4.0,
+        metavar="X",
+        help="budget in bits per weight, all that is stored counted (default: 4.0)",
+    )
+
+
+def study(p: argparse.ArgumentParser) -> None:
+    p.add_argument("study", type=Path, metavar="STUDY", help="the folder of a sweep, such as runs/demo")
+
+
+def task(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--task", metavar="T", help="the task that decides (default: the study's first)")
+
+
+def samples(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--n", type=int, default=1000, help="examples per task, drawn with the seed (default: 1000)")
+    p.add_argument("--seed", type=int, default=0, help="of the examples and of any search (default: 0)")
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(dict.fromkeys(int(piece) for piece in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers such as 2,3,4") from None
+
+
+def names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(piece.strip() for piece in text.split(",") if piece.strip()))
+
+
+def group_size(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def floor(text: str) -> tuple[str, float]:
+    task, _, share = text.partition("=")
+    try:
+        return task, float(share.rstrip("%")) / (100 if share.endswith("%") else 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not like ground=0.95") from None
+
+
+def schemes(args: argparse.Namespace) -> list[Scheme]:
+    from sensitivity.quantize import scheme
+
+    return [
+        scheme(args.method, bits, group=args.group, symmetric=args.symmetric, biases=args.biases) for bits in args.bits
+    ]

@@ -1,0 +1,190 @@
+"""Any torch VLM to a ComponentMap: each parameter in a named part, block and kind, or kept with a reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+from sensitivity.components import PARTS, ComponentMap, Kept, Weight, check
+from sensitivity.errors import UserError
+from sensitivity.models.families import Family, family_of
+from sensitivity.models.places import Places, inside
+
+# Words of a module path, tried in this order: an attention has an output, and a cross-attention is an attention.
+KINDS = {
+    "cross": re.compile(r"cross|encdec|encoder_attn|x_attn"),
+    "attn": re.compile(r"attn|attention"),
+    "ff": re.compile(
+        r"mlp|ffn|feed_?forward|densereludense|intermediate|output|expert|moe"
+        r"|\b(c_)?fc|\b(up|gate|down|c)_proj|\bw[i123o]\b|\bwi_|\blinear_?\d"
+    ),
+}
+QUERY, KEY_VALUE = {"q_proj", "q", "query"}, {"k_proj", "k", "key", "v_proj", "v", "value"}
+GATED = {"gate_proj": "up_proj", "wi_0": "wi_1", "w1": "w3"}
+
+
+def discover(
+    model: nn.Module,
+    family: Family | None = None,
+    name: str = "",
+    by: str = "group.kind",
+    native_bits: int = 16,
+) -> ComponentMap:
+    """Sorts every parameter of a model, on any device, the meta device included."""
+    family = family_of(model) if family is None else family
+    places = Places(model, family)
+    aliases: dict[int, list[nn.Module]] = {}  # a tied parameter is sorted once, in view of all modules that hold it
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(model.get_submodule(path.rpartition(".")[0]))
+    heads = {id(model.get_submodule(path)) for path in places.heads}
+    packed = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+
+    linears: list[str] = []
+    kept: list[Kept] = []
+    parameters = dict(model.named_parameters())
+    for path, parameter in parameters.items():
+        owners = aliases[id(parameter)]
+        reason = _reason(path, owners, heads, packed, _routes(model, path.rpartition(".")[0]))
+        if reason is None:
+            linears.append(path)
+        else:
+            part = "language" if any(id(owner) in heads for owner in owners) else None
+            kept.append(Kept(path, parameter.numel(), reason, places.part(path) or part))
+    if lost := [path for path in linears if places.part(path) is None]:
+        raise places.refuse(path.rpartition(".")[0] for path in lost)
+
+    weights = _weights(model, family, places, linears, packed)
+    check(weights, kept, {path: parameter.numel() for path, parameter in parameters.items()})
+    parts = ComponentMap(name or type(model).__name__, "group.kind", tuple(weights), tuple(kept), native_bits)
+    return parts.regroup(by)
+
+
+def _weights(model: nn.Module, family: Family, places: Places, linears: list[str], packed: list[str]) -> list[Weight]:
+    modules = [path.rpartition(".")[0] for path in linears]
+    found: dict[str, list[str]] = {part: [] for part in PARTS}
+    for path in _blocks(model, "", False, [*modules, *packed], family):
+        found[places.part(path) or "connector"].append(path)
+    home = {path: (part, i) for part, paths in found.items() for i, path in enumerate(paths)}
+    weights: list[Weight] = []
+    nameless: list[str] = []
+    for path, module in zip(linears, modules, strict=True):
+        linear = model.get_submodule(module)
+        part = places.part(module)
+        assert part is not None
+        assert isinstance(linear, nn.Linear)
+        block = next((b for b in _around(module) if b in home and home[b][0] == part), None)
+        kind = _kind(module[len(block) + 1 :], family) if block else None
+        if block and kind is None:
+            nameless.append(module)
+        weights.append(
+            Weight(
+                name=path,
+                rows=linear.weight.shape[0],
+                cols=linear.weight.shape[1],
+                part=part,
+                block=home[block][1] if block else None,
+                blocks=len(found[part]),
+                kind=kind,
+                bias=f"{module}.bias" if linear.bias is not None else None,
+                shares_input=_shares_input(model, module, family),
+            )
+        )
+    if nameless:
+        raise UserError(
+            f"cannot tell whether these layers are attention or feed-forward: {', '.join(nameless[:8])}; give a word "
+            "of their names a kind in FAMILIES (sensitivity/models/families.py)"
+        )
+    return weights
+
+
+def _routes(model: nn.Module, path: str) -> bool:
+    """Whether a layer chooses among the experts that stand beside it."""
+    parent, _, leaf = path.rpartition(".")
+    return leaf in ("gate", "router") and hasattr(model.get_submodule(parent), "experts")
+
+
+def _reason(path: str, owners: list[nn.Module], heads: set[int], packed: list[str], router: bool) -> str | None:
+    """Why a parameter is kept at native precision; None for a linear weight, which is not."""
+    module, _, leaf = path.rpartition(".")
+    owner, kind = owners[0], type(owners[0]).__name__
+    head = any(id(o) in heads for o in owners)
+    if any(isinstance(o, nn.Embedding) for o in owners):
+        if re.search(r"pos|relative|row_emb|column_emb|tile", path.lower()):
+            return "position embedding"
+        return "embedding, tied to the output head" if head else "embedding"
+    if "norm" in kind.lower():
+        return "norm"
+    if head:
+        return "bias" if leaf == "bias" else "output head"
+    if any(inside(module, attention) for attention in packed):
+        return "bias" if leaf.endswith("bias") else "packed attention, which is not read through linear layers"
+    if leaf == "bias":
+        return "bias"
+    if isinstance(owner, nn.Linear) and leaf == "weight":
+        return "router" if router else None
+    if kind.startswith("Conv") and isinstance(owner, nn.modules.conv._ConvNd):
+        return "patch convolution" if "patch" in path else "convolution"
+    return _bare(path.lower(), kind)
+
+
+def _bare(path: str, kind: str) -> str:
+    """The reason for a parameter that stands in a module of its own making."""
+    if "expert" in path:
+        return "expert weights, which are not linear layers"
+    if "router" in path or "router" in kind.lower():
+        return "router"
+    if re.search(r"pos(ition)?_?emb|positional", path):
+        return "position embedding"
+    if re.search(r"class_embedding|cls_token|query|probe|newline|latent|token", path):
+        return "learned token"
+    if re.search(r"scale|gate|lambda|logit|temperature|gamma", path):
+        return "scale or gate"
+    return f"bare parameter of {kind}, not a linear layer"
+
+
+def _around(path: str) -> Iterator[str]:
+    """A module path and the paths around it, innermost first."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
+def _blocks(module: nn.Module, path: str, listed: bool, layers: list[str], family: Family) -> list[str]:
+    """Elements of lists that hold attention; not a stage made of whole blocks, nor a layer within a block, as in T5."""
+    within = [layer for layer in layers if not path or inside(layer, path)]
+    if not within:
+        return []
+    found = [
+        block
+        for key, child in module.named_children()
+        for block in _blocks(child, f"{path}.{key}" if path else key, isinstance(module, nn.ModuleList), within, family)
+    ]
+    if not listed or _kinds(path, within, family).isdisjoint({"attn", "cross"}):
+        return found
+    whole = any("ff" in _kinds(block, [layer for layer in within if inside(layer, block)], family) for block in found)
+    return found if whole else [path]
+
+
+def _kinds(path: str, layers: list[str], family: Family) -> set[str | None]:
+    return {_kind(layer[len(path) + 1 :], family) for layer in layers}
+
+
+def _kind(path: str, family: Family) -> str | None:
+    """The kind of a layer by the words of its path within its block."""
+    for word, kind in family.kinds.items():
+        if word in path:
+            return kind
+    return next((kind for kind, words in KINDS.items() if words.search(path.lower())), None)
+
+
+def _shares_input(model: nn.Module, path: str, family: Family) -> str | None:
+    """The module around linears that read the same: q, k, v of self-attention; k, v of cross-attention; gate, up."""
+    parent, _, leaf = path.rpartition(".")
+    cross = _kind(path, family) == "cross"
+    for group in (KEY_VALUE if cross else QUERY | KEY_VALUE, *({gate, up} for gate, up in GATED.items())):
+        there = group & {key for key, child in model.get_submodule(parent).named_children()}
+        if leaf in group and len(there) > 1:
+            return parent
+    return None

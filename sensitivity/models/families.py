@@ -1,0 +1,52 @@
+"""FAMILIES: the few words about each family of VLMs that the model itself cannot say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """Module paths, from any depth; the longest that fits wins. What is left empty is asked of the model's getters."""
+
+    label: str = ""  # as papers write it
+    vision: tuple[str, ...] = ()
+    connector: tuple[str, ...] = ()
+    language: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()  # linears that are kept: they turn features into scores or logits
+    kinds: dict[str, str] = field(default_factory=dict)  # a word of a path inside a block -> attn, cross or ff
+    prompt: str = "{}"  # around a question, where the processor has no chat template
+    shares_prefix: bool = False  # the image comes first, and its keys and values serve every question about it
+
+
+# by class name where one class of a family differs, otherwise by config.model_type
+FAMILIES: dict[str, Family] = {
+    "llava": Family("LLaVA", prompt="USER: <image>\n{} ASSISTANT:", shares_prefix=True),
+    "llava_next": Family("LLaVA-NeXT"),
+    "llava_onevision": Family("LLaVA-OneVision"),
+    "blip-2": Family("BLIP-2"),
+    "Blip2ForImageTextRetrieval": Family("BLIP-2 retrieval", language=("embeddings",), heads=("itm_head",)),
+    "instructblip": Family("InstructBLIP"),
+    "qwen2_vl": Family("Qwen2-VL", connector=("visual.merger",)),
+    "qwen2_5_vl": Family("Qwen2.5-VL", connector=("visual.merger",)),
+    "qwen3_vl": Family("Qwen3-VL", connector=("visual.merger", "visual.deepstack_merger_list")),
+    "internvl": Family("InternVL"),
+    "idefics3": Family("Idefics3"),
+    "smolvlm": Family("SmolVLM"),
+    "paligemma": Family("PaliGemma"),
+    "gemma3": Family("Gemma 3"),
+    "mllama": Family("Llama 3.2 Vision"),
+    "kosmos-2": Family("Kosmos-2"),
+    "florence2": Family("Florence-2"),
+    "clip": Family("CLIP"),
+    # the text tower ends in its projection into the shared space; the pooling head of the vision tower is vision
+    "siglip": Family("SigLIP", connector=("text_model.head",)),
+}
+
+
+def family_of(model: nn.Module) -> Family:
+    """What is known about a model's family; empty for an unknown one, which is then discovered by getters alone."""
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    return FAMILIES.get(type(model).__name__) or FAMILIES.get(model_type) or Family()

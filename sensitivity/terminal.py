@@ -1,0 +1,119 @@
+"""What a person sees in the terminal: tables, a bar with the time left, the summary of a recommendation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sensitivity.importance import Ranking
+    from sensitivity.sweep import Step
+    from sensitivity.trials import Study
+    from sensitivity.verdict import Recommendation
+
+WIDTH = 120  # where there is no terminal to ask
+
+
+def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Columns of numbers to the right, the last column as wide as it wants."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    grid = Table(*heads, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(grid.columns):
+        column.justify = "right" if rows and all(str(row[i]).lstrip("+-")[:1].isdigit() for row in rows) else "left"
+        column.overflow = "fold"
+    for row in rows:
+        grid.add_row(*(escape(str(cell)) for cell in row))
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console.print()
+    console.print(grid)
+
+
+def walk(steps: Iterable[Step], title: str) -> int:
+    """Walk along a sweep behind a bar on standard error: what is done, what is left, the time it will take."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[last]}"),
+    )
+    finished = 0
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        line = bar.add_task(title, total=None, last="preparing")
+        earlier = None  # what earlier runs did says nothing about the speed of this one
+        for step in steps:
+            finished += 1
+            earlier = step.done - 1 if earlier is None else earlier
+            last = " ".join(f"{task} {score:.3f}" for task, score in step.scores.items())
+            bar.update(line, total=step.done + step.left - earlier, completed=step.done - earlier, last=last)
+        if not finished:
+            bar.update(line, total=1, completed=1, last="nothing was left to do")
+    return finished
+
+
+def frontier(study: Study, most: int = 12) -> None:
+    """The plans that no smaller one beats on the first task."""
+    rows = study.table().sort_values(["bpw", study.tasks[0]], ascending=[True, False])
+    best = rows[rows[study.tasks[0]] > rows[study.tasks[0]].cummax().shift(fill_value=-1.0)].tail(most)
+    table(
+        f"Frontier: no smaller plan scores higher on {study.tasks[0]} (95 % intervals)",
+        ("bpw", *study.tasks, "plan"),
+        [
+            (f"{row['bpw']:.2f}", *(_interval(row, task) for task in study.tasks), row["plan"])
+            for _, row in best.iterrows()
+        ],
+    )
+
+
+def ranking(found: Ranking) -> None:
+    rows = []
+    for name, row in found.table.iterrows():
+        shares = [f"{row[column]:.1f}" for column in ("forest", "permutation", "shap") if column in row]
+        span = f"{row['consensus']:.1f} [{row['consensus.low']:.1f}, {row['consensus.high']:.1f}]"
+        rows.append((name, span, *shares))
+    table(
+        f"Importance for {found.task}, in per cent ({found.trials} trials; R2 of the forest {found.r2:.2f}, "
+        f"of a line {found.linear_r2:.2f})",
+        ("component", "consensus", "forest", "permutation", "SHAP"),
+        rows,
+    )
+    for warning in found.warnings:
+        print(f"  note: {warning}")
+
+
+def recommendation(found: Recommendation) -> None:
+    """The plan, what it weighs, what it scores beside full precision and the best uniform plan."""
+    print()
+    print(f"Best plan for {found.budget:g} bits per weight, judged by {found.task}:")
+    print(f"  {found.plan.describe()}")
+    print(
+        f"  {found.size.bpw:.2f} bpw all stored ({found.size.bpw_codes:.2f} codes only), {_megabytes(found.size.bytes)}"
+    )
+    if found.measured is None:
+        expected = found.candidate.predicted[found.task]
+        print(f"  predicted {found.task} {expected.score:.3f} [{expected.low:.3f}, {expected.high:.3f}]")
+    else:
+        where = "examples that had no part in the choice" if found.fresh else "the examples it was chosen on"
+        print(f"  {found.task} {found.measured}, measured on {where}")
+        if found.full is not None:
+            print(f"  full precision {found.full}")
+        if found.uniform is not None:
+            print(f"  best uniform plan within the budget: {found.uniform.other.describe()}, {found.uniform.score}")
+    print(f"  {found.words}")
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def _interval(row: pd.Series, task: str) -> str:
+    return f"{row[task]:.3f} [{row[task + '.low']:.3f}, {row[task + '.high']:.3f}]"

@@ -1,0 +1,28 @@
+"""What several test files need: the embedded model, loaded once, and one thread so that tests do not fight."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a test that fails somewhere
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def scenes_llava():  # type: ignore[no-untyped-def]
+    from sensitivity.models import load
+
+    return load("embedded:scenes-llava")
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """The folder of published tables, which are not part of the repository."""
+    folder = Path(os.environ.get("SENSITIVITY_SHARED", ROOT.parent / "shared")) / "data" / "published"
+    if not folder.exists():
+        pytest.skip("the published tables are not here; SENSITIVITY_SHARED says where they are")
+    return folder

@@ -1,0 +1,113 @@
+"""The sweep: fast against plain, killed and resumed against undisturbed, nothing computed twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from sensitivity import verbs
+from sensitivity.errors import UserError
+from sensitivity.models import VLM, inspect
+from sensitivity.plan import Plan
+from sensitivity.quantize import scheme
+from sensitivity.trials import Study
+
+BITS = (2, 4, 8)
+
+
+def plans_for(vlm: VLM) -> tuple[Any, list[Plan]]:
+    parts = inspect(vlm, by="part")
+    return parts, verbs.grid(parts, schemes=[scheme("uniform", bits) for bits in BITS])
+
+
+def table(study: Study) -> pd.DataFrame:
+    return study.table().drop(columns=["number", "seconds"]).set_index("key").sort_index()
+
+
+def test_the_fast_path_equals_the_plain_one(scenes_llava: VLM, tmp_path: Path) -> None:
+    parts, plans = plans_for(scenes_llava)
+    some, tasks = plans[:: len(plans) // 6], ["vqa", "ground"]
+    fast = verbs.sweep(scenes_llava, parts, some, tasks, tmp_path / "fast", n=25)
+    plain = verbs.sweep(scenes_llava, parts, some, tasks, tmp_path / "plain", n=25, plain=True)
+    for plan in some:
+        ours, theirs = fast.examples(plan), plain.examples(plan)
+        assert ours is not None
+        assert theirs is not None
+        pd.testing.assert_frame_equal(ours.drop(columns=["nll", "answer"]), theirs.drop(columns=["nll", "answer"]))
+        pd.testing.assert_series_equal(ours["nll"], theirs["nll"], rtol=1e-3, atol=2e-4)
+
+
+def test_the_same_seed_gives_the_same_table_bit_for_bit(scenes_llava: VLM, tmp_path: Path) -> None:
+    parts, plans = plans_for(scenes_llava)
+    first = verbs.sweep(scenes_llava, parts, plans[:5], ["vqa"], tmp_path / "a", n=20, seed=3)
+    second = verbs.sweep(scenes_llava, parts, plans[:5], ["vqa"], tmp_path / "b", n=20, seed=3)
+    pd.testing.assert_frame_equal(table(first), table(second), check_exact=True)
+    for plan in plans[:5]:
+        files = [study.path / "examples" / f"{plan.key}.parquet" for study in (first, second)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_nothing_is_run_twice(scenes_llava: VLM, tmp_path: Path) -> None:
+    parts, plans = plans_for(scenes_llava)
+    verbs.sweep(scenes_llava, parts, plans[:4], ["vqa"], tmp_path, n=10)
+    study, steps = verbs.sweeping(scenes_llava, parts, plans[:6], ["vqa"], tmp_path, n=10)
+    assert [step.plan for step in steps] == plans[4:6]
+    assert study.counts()["done"] == 6
+
+
+def test_the_model_is_itself_again_after_a_sweep(scenes_llava: VLM, tmp_path: Path) -> None:
+    before = {name: p.detach().clone() for name, p in scenes_llava.model.named_parameters()}
+    parts, plans = plans_for(scenes_llava)
+    verbs.sweep(scenes_llava, parts, plans[:3], ["vqa"], tmp_path, n=5)
+    assert all(p.equal(before[name]) for name, p in scenes_llava.model.named_parameters())
+    assert "forward" not in vars(scenes_llava.vision)
+
+
+def test_another_seed_or_number_is_refused(scenes_llava: VLM, tmp_path: Path) -> None:
+    parts, plans = plans_for(scenes_llava)
+    verbs.sweep(scenes_llava, parts, plans[:1], ["vqa"], tmp_path, n=5)
+    with pytest.raises(UserError, match="holds another study .n: there 5, here 6.; choose another --out"):
+        verbs.sweep(scenes_llava, parts, plans[:1], ["vqa"], tmp_path, n=6)
+    with pytest.raises(UserError, match="seed: there 0, here 1"):
+        verbs.sweep(scenes_llava, parts, plans[:1], ["vqa"], tmp_path, n=5, seed=1)
+
+
+def command(out: Path) -> list[str]:
+    words = f"sweep embedded:scenes-llava --task vqa --bits 2,4,8 --by part --method uniform --n 40 --out {out} --json"
+    return [sys.executable, "-m", "sensitivity", *words.split()]
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
+    """Three kills, at whatever the process was doing, then a run to the end."""
+    out, kills = tmp_path / "killed", 0
+    while kills < 3:
+        process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wanted = 5 * (kills + 1)
+        while process.poll() is None and len(list(out.glob("examples/*.parquet"))) < wanted:
+            time.sleep(0.01)
+        if process.poll() is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills == 3
+    assert 0 < Study(out).counts()["done"] < 28
+    resumed = subprocess.run(command(out), capture_output=True, text=True, check=True)
+    assert json.loads(resumed.stdout)["done"] == 28
+    subprocess.run(command(tmp_path / "whole"), capture_output=True, check=True)
+    ours, theirs = Study(out), Study(tmp_path / "whole")
+    assert ours.counts() == theirs.counts() == {"done": 28, "waiting": 0, "running": 0}
+    pd.testing.assert_frame_equal(table(ours), table(theirs), check_exact=True)
+    for file in (out / "examples").glob("*.parquet"):
+        assert file.read_bytes() == (tmp_path / "whole" / "examples" / file.name).read_bytes()
+    assert not list(out.rglob(".*"))  # nothing half-written is left

@@ -1,0 +1,148 @@
+"""The shape of the code: who imports whom, what is loaded when, and that the README says what is there."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import readme
+
+PACKAGE = readme.ROOT / "sensitivity"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+VALUES = {"errors", "files", "components", "plan", "runtimes"}
+TORCH = {"models", "quantize", "tasks", "evaluate", "replay", "sweep", "export"}
+ABOVE = {"verbs", "cli", "terminal", "__init__", "__main__"}
+DOOR = {"trials", "scores", "storage"}  # the study: table wing, and the only thing of it that the torch wing may use
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def wing(name: str) -> str:
+    for names, answer in ((VALUES, "values"), (TORCH, "torch"), (ABOVE, "above"), (DOOR, "door")):
+        if name in names:
+            return answer
+    return "table"
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms of our own package that a module imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sensitivity":
+            module = node.module or ""
+            rooms = [module] if "." in module else [f"sensitivity.{alias.name}" for alias in node.names]
+            found |= {name.split(".")[1] for name in rooms}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("sensitivity.")}
+    return found
+
+
+ALLOWED = {
+    "values": {"values"},
+    "door": {"values", "door"},
+    "torch": {"values", "torch", "door"},
+    "table": {"values", "table", "door"},
+    "above": {"values", "torch", "table", "door", "above"},
+}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_wings_meet_in_trials_alone(path: Path) -> None:
+    mine = wing(room(path))
+    wrong = {name for name in imports(path) if wing(name) not in ALLOWED[mine]}
+    assert not wrong, f"{room(path)} ({mine}) imports {wrong}"
+
+
+def test_only_verbs_knows_both_wings() -> None:
+    both = {room(path) for path in MODULES if {"torch", "table"} <= {wing(name) for name in imports(path)}}
+    assert both <= {"verbs"}
+
+
+def loaded(code: str) -> set[str]:
+    """The top-level modules that are in memory after some code has run in a fresh process."""
+    script = f"{code}\nimport sys; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    return set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+
+
+HEAVY = {"torch", "transformers", "pandas", "sklearn", "optuna", "numpy", "matplotlib", "shap"}
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import sensitivity", HEAVY),
+        ("import sensitivity.cli; sensitivity.cli.parser()", HEAVY),
+        ("import sensitivity.plan, sensitivity.components", HEAVY),
+        ("import sensitivity.importance", {"torch", "transformers"}),
+        ("import sensitivity.allocate, sensitivity.search, sensitivity.report", {"torch", "transformers"}),
+    ],
+)
+def test_heavy_libraries_are_not_loaded(code: str, absent: set[str]) -> None:
+    assert not loaded(code) & absent
+
+
+def test_the_test_above_would_notice() -> None:
+    assert "torch" in loaded("import sensitivity.models")
+
+
+def test_verbs_are_functions_whatever_was_imported_before() -> None:
+    code = "import sensitivity.verbs; from sensitivity import sweep, report, export, rank; assert all(map(callable, (sweep, report, export, rank)))"
+    loaded(code)
+
+
+def test_nobody_but_cli_prints_or_reads_argv() -> None:
+    for path in MODULES:
+        if room(path) not in ("cli", "terminal", "__main__"):
+            names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+            assert not names & {"print", "argparse"}, path
+
+
+def test_model_families_are_named_in_models_alone() -> None:
+    families = ("blip", "llava", "qwen", "paligemma", "idefics", "mllama", "florence")
+    for path in MODULES:
+        if room(path) not in ("models", "cli"):
+            code = ast.unparse(_without_docstrings(ast.parse(path.read_text()))).lower()
+            code = code.replace("embedded:scenes-llava", "")
+            assert not [family for family in families if family in code], path
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_say_what_they_are_and_stay_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    doc = ast.get_docstring(ast.parse(text)) or ""
+    assert doc.splitlines()[0].endswith((".", "…", ":", ";", "`")) is True or len(doc.splitlines()[0]) > 20
+    assert "\n" not in doc.split("\n\n")[0], "the first line says it all"
+    assert len(text.splitlines()) <= 420
+
+
+def test_readme_blocks_are_what_the_code_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "110")
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.rewritten(text) == text, "run `python tests/readme.py`"
+
+
+def test_readme_shows_every_verb() -> None:
+    text = readme.README.read_text(encoding="utf-8")
+    assert not [verb for verb in readme.VERBS if f"<!-- help: {verb} -->" not in text]
+    assert "<!-- tree -->" in text
+
+
+def test_no_machine_paths() -> None:
+    files = subprocess.run(["git", "ls-files"], cwd=readme.ROOT, capture_output=True, text=True, check=True).stdout.split()
+    bad = "/" + "work/"
+    for name in files:
+        path = readme.ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".txt", ".log", ".json", ".html", "") and path.is_file():
+            assert bad not in path.read_text(encoding="utf-8", errors="ignore"), name
