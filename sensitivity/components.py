@@ -117,7 +117,7 @@ class ComponentMap:
     @cached_property
     def components(self) -> tuple[Component, ...]:
         members: dict[str, list[Weight]] = {}
-        for weight in sorted(self.weights, key=_flow):
+        for weight in sorted(self.weights, key=lambda weight: _flow(weight, self.by)):
             members.setdefault(weight.place(self.by), []).append(weight)
         return tuple(Component(name, tuple(weights)) for name, weights in members.items())
 
@@ -169,10 +169,13 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.startswith(pattern + ".") or fnmatch.fnmatchcase(name, pattern)
 
 
-def _flow(weight: Weight) -> tuple[int, float, int]:
-    """Data-flow order: part, block (what stands outside the blocks comes last), kind."""
-    block = float("inf") if weight.block is None else weight.block
-    return PARTS.index(weight.part), block, KINDS.index(weight.kind) if weight.kind in KINDS else len(KINDS)
+def _flow(weight: Weight, by: str) -> tuple[int, float, int]:
+    """Data-flow order: part, block or group as the granularity knows them (outside the blocks comes last), kind."""
+    kind = KINDS.index(weight.kind) if weight.kind in KINDS else len(KINDS)
+    if weight.block is None:
+        return PARTS.index(weight.part), float("inf"), kind
+    depth = weight.block if by in ("block", "linear") else GROUPS.index(weight.group or "") if "group" in by else 0
+    return PARTS.index(weight.part), depth, kind
 
 
 def natural(name: str) -> list[tuple[int, str]]:

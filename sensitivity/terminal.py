@@ -65,7 +65,7 @@ def frontier(study: Study, most: int = 12) -> None:
     rows = study.table().sort_values(["bpw", study.tasks[0]], ascending=[True, False])
     best = rows[rows[study.tasks[0]] > rows[study.tasks[0]].cummax().shift(fill_value=-1.0)].tail(most)
     table(
-        f"Frontier: no smaller plan scores higher on {study.tasks[0]} (95 % intervals)",
+        f"Frontier: no smaller plan scores higher on {study.tasks[0]} (95 % intervals where they are known)",
         ("bpw", *study.tasks, "plan"),
         [
             (f"{row['bpw']:.2f}", *(_interval(row, task) for task in study.tasks), row["plan"])
@@ -116,4 +116,7 @@ def _megabytes(count: int) -> str:
 
 
 def _interval(row: pd.Series, task: str) -> str:
-    return f"{row[task]:.3f} [{row[task + '.low']:.3f}, {row[task + '.high']:.3f}]"
+    low, high = row.get(f"{task}.low"), row.get(f"{task}.high")
+    if low is None or low != low:  # an imported table has means alone
+        return f"{row[task]:.3f}"
+    return f"{row[task]:.3f} [{low:.3f}, {high:.3f}]"

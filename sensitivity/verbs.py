@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sensitivity.allocate import best_uniform, solve
+from sensitivity.allocate import Candidate, best_uniform, solve
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError, unknown
 from sensitivity.export import write
@@ -109,26 +109,46 @@ def recommending(
     top: int = 3,
 ) -> tuple[Callable[[], Recommendation], Iterator[Step]]:
     """The verification as something to walk along, and what gives the recommendation once that is done."""
-    task = task or study.tasks[0]
-    candidates = solve(study, bpw=bpw, task=task, floors=floors, top=top)
+    asked = {"bpw": bpw, "task": task or study.tasks[0], "floors": dict(floors or {}), "top": top}
+    candidates, rival = _proposed(study, asked)
     if run is None:
-        return lambda: unmeasured(study, candidates, task), iter(())
+        return lambda: unmeasured(study, candidates, task, {"asked": asked}), iter(())
     if study.meta.get("fingerprint") != run.fingerprint:
         raise UserError(f"{study.path} was measured on {study.meta.get('model')}, and {run.name} is another model")
-    rival = best_uniform(study, bpw, task)
-    plans = [study.native, *(candidate.plan for candidate in candidates), *([rival] if rival else [])]
+    plans = [candidate.plan for candidate in (*candidates, *([rival] if rival else []))]
     meta = study.meta
     second, steps = sweeping(
         run, study.parts, plans, meta["tasks"], study.path / "verify", n=meta["n"], seed=meta["seed"] + FRESH
     )
+    return lambda: _judged(study, second, candidates, rival, asked), steps
 
-    def chosen() -> Recommendation:
-        frames = {plan.key: frame for plan in plans if (frame := second.examples(plan)) is not None}
-        known = study.examples(study.native)
-        fresh = known is not None and set(known["example"]).isdisjoint(frames[study.native.key]["example"])
-        return judge(study, candidates, frames, rival, task, fresh=fresh, provenance={"versions": versions()})
 
-    return chosen, steps
+def recommended(study: Study) -> Recommendation | None:
+    """What was last recommended for a study, from what its verification measured; None if nothing was."""
+    if not (study.path / "plan.json").exists():
+        return None
+    asked = read(study.path / "plan.json")[2].get("provenance", {}).get("asked")
+    if asked is None:
+        return None
+    candidates, rival = _proposed(study, asked)
+    if not (study.path / "verify").exists():
+        return unmeasured(study, candidates, asked["task"], {"asked": asked})
+    return _judged(study, Study(study.path / "verify"), candidates, rival, asked)
+
+
+def _proposed(study: Study, asked: Mapping[str, Any]) -> tuple[list[Candidate], Candidate | None]:
+    """The best few plans by prediction, and the best uniform one that fits as well."""
+    candidates = solve(study, bpw=asked["bpw"], tasks=[asked["task"]], floors=asked["floors"], top=asked["top"])
+    return candidates, best_uniform(study, candidates[0], asked["task"])
+
+
+def _judged(
+    study: Study, second: Study, candidates: Sequence[Candidate], rival: Candidate | None, asked: dict[str, Any]
+) -> Recommendation:
+    known, again = study.examples(study.native), second.examples(second.native)
+    fresh = known is not None and again is not None and set(known["example"]).isdisjoint(again["example"])
+    facts = {"asked": asked, "verified": dict(second.meta), "versions": versions()}
+    return judge(study, candidates, rival, second, asked["task"], fresh=fresh, provenance=facts)
 
 
 def export(

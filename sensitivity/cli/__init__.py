@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
-from sensitivity.cli import demo, export, inspect, rank, recommend, report, sweep
+from sensitivity.cli import demo, export, import_, inspect, rank, recommend, report, sweep
 from sensitivity.errors import UserError
 
 # A verb is a module with ABOUT, EXAMPLE, arguments(parser) and run(args) -> what --json prints. torch, pandas and the
@@ -22,6 +22,7 @@ VERBS: dict[str, ModuleType] = {
     "recommend": recommend,
     "export": export,
     "report": report,
+    "import": import_,
     "demo": demo,
 }
 

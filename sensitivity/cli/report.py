@@ -18,10 +18,11 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from sensitivity.report import report
+    from sensitivity import verbs
     from sensitivity.trials import Study
 
-    path = report(Study(args.study), args.out or args.study / "report")
+    study = Study(args.study)
+    path = verbs.report(study, args.out or args.study / "report", verbs.recommended(study))
     if not args.json:
         print(f"report: {path}")
     return {"report": str(path)}

@@ -87,6 +87,13 @@ def group_size(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 
+def pair(text: str) -> tuple[str, str]:
+    left, equals, right = text.partition("=")
+    if not (left and equals and right):
+        raise argparse.ArgumentTypeError(f"'{text}' is not like NAME=VALUE")
+    return left, right
+
+
 def floor(text: str) -> tuple[str, float]:
     task, _, share = text.partition("=")
     try:
