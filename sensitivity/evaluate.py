@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +13,11 @@ from transformers import DynamicCache
 
 from sensitivity.errors import UserError
 from sensitivity.models import VLM
+from sensitivity.replay import Replay
 from sensitivity.tasks import Example, Task, open_image
 
 Rows = dict[str, list[Any]]
+Image = list[tuple[Tensor, Tensor]]  # keys and values of each layer for the images of a batch
 IMAGES_PER_BATCH = 64
 
 
@@ -52,9 +55,21 @@ class Batch:
 
 
 @torch.inference_mode()
-def answer(vlm: VLM, task: Task, batch: Batch) -> tuple[list[str], list[float]]:
-    """Greedy answers of a batch, by the fast path where the batch is made for it."""
-    return _drafted(vlm, task, batch) if batch.prefix else _generated(vlm, task, batch)
+def answer(
+    vlm: VLM, task: Task, batch: Batch, replay: Replay | None = None, name: Hashable = None
+) -> tuple[list[str], list[float]]:
+    """Greedy answers of a batch, by the fast path where the batch is made for it.
+
+    With `replay`, what this plan shares with the last one on the batch of this name is not computed again.
+    """
+    over = replay.over if replay else lambda *_: nullcontext()
+    if not batch.prefix:
+        with over(name, "vision"):
+            return _generated(vlm, task, batch)
+    with over(name, "vision", "connector", "language"):
+        cache = vlm.model(**_placed(vlm, batch.inputs), use_cache=True, logits_to_keep=1).past_key_values
+    image = replay.caches(name, cache) if replay else [(layer.keys, layer.values) for layer in cache.layers]
+    return _drafted(vlm, task, batch, image, lambda: over((name, "questions"), "language"))
 
 
 def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
@@ -152,20 +167,21 @@ def _with_prefix(vlm: VLM, clusters: Sequence[Sequence[Example]]) -> Batch | Non
     return Batch(examples, inputs, len(prefix), owner, prompts, [_target(vlm, example) for example in examples])
 
 
-def _drafted(vlm: VLM, task: Task, batch: Batch) -> tuple[list[str], list[float]]:
+def _drafted(
+    vlm: VLM, task: Task, batch: Batch, image: Image, first: Callable[[], AbstractContextManager[None]]
+) -> tuple[list[str], list[float]]:
     """Greedy decoding that reads a whole draft in one pass and keeps it up to the first token that differs.
 
     The first draft is the right answer, so its likelihood comes along; where only that answer scores, a row is done
     after one pass. Otherwise the differing token replaces the draft's, and the rows that are not finished go on.
     """
     end = vlm.processor.tokenizer.eos_token_id
-    cache = vlm.model(**_placed(vlm, batch.inputs), use_cache=True, logits_to_keep=1).past_key_values
-    image = [(layer.keys, layer.values) for layer in cache.layers]
     drafts, accepted = [list(target) for target in batch.targets], [0] * len(batch.targets)
     nll: list[float] = []
     left = list(range(len(drafts)))
     while left:
-        logits = _continue(vlm, batch, image, left, [drafts[i] for i in left])
+        with nullcontext() if nll else first():  # later drafts are a plan's own, and shared with no other
+            logits = _continue(vlm, batch, image, left, [drafts[i] for i in left])
         if not nll:
             nll = _mean_nll(logits, _padded(batch.targets, fill=-100).to(vlm.device))
         likeliest = logits.argmax(-1).tolist()
@@ -185,9 +201,7 @@ def _drafted(vlm: VLM, task: Task, batch: Batch) -> tuple[list[str], list[float]
     return [_said(vlm, draft[:n], end, task) for draft, n in zip(drafts, accepted, strict=True)], nll
 
 
-def _continue(
-    vlm: VLM, batch: Batch, image: list[tuple[Tensor, Tensor]], rows: list[int], drafts: list[list[int]]
-) -> Tensor:
+def _continue(vlm: VLM, batch: Batch, image: Image, rows: list[int], drafts: list[list[int]]) -> Tensor:
     """Logits that predict each draft token and the one after the draft, for some rows, on top of their images."""
     tails = [batch.prompts[row] + draft for row, draft in zip(rows, drafts, strict=True)]
     ids = _padded(tails, fill=0).to(vlm.device)  # to the right, where causal attention does not see it

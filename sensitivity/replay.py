@@ -1,71 +1,178 @@
-"""What neighbouring plans share is computed once: a module's outputs are kept while nothing inside it changes."""
+"""What neighbouring plans share is computed once: hidden states are kept where a component begins."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+
+from sensitivity.components import PARTS, ComponentMap
+from sensitivity.plan import Plan
+
+LIMIT = 4 << 30  # bytes of hidden states; a batch that does not fit is computed again for every plan
 
 
-class Memory:
-    """Outputs of one module by call, for one setting of its weights; a new setting forgets the old one's."""
+@dataclass
+class Stage:
+    """The blocks of one part, in order, and the depths at which hidden states are worth keeping."""
 
-    def __init__(self, limit: int = 2 << 30) -> None:
-        self.limit = limit  # bytes; beyond it nothing more is kept, and what is missing is computed again
-        self._setting: Hashable = None
-        self._outputs: dict[Hashable, Any] = {}
+    blocks: list[nn.Module]
+    boundaries: list[int]  # i: after the first i blocks
+
+
+class Replay:
+    """The hidden states along one path through the tree of plans; memory does not grow with the number of plans.
+
+    Plans that agree on everything before a boundary have the same hidden states there, so the blocks before it are
+    skipped: each gives back what the last of them gave. It is the forward that is replaced and not the module, since
+    transformers records hidden states by class. What a model does with the outputs of skipped blocks (a feature layer
+    that is not the last, features from several depths) is not known here: `prove` tries every boundary once and drops
+    those that change a single bit.
+    """
+
+    def __init__(self, model: nn.Module, parts: ComponentMap, limit: int = LIMIT) -> None:
+        self.parts, self.limit = parts, limit
+        self.stages = {part: stage for part in PARTS if (stage := _stage(model, parts, part)).boundaries}
+        self.only: tuple[str, int] | None = None  # while proving: the one boundary to use
+        self._keys: dict[tuple[str, int], Hashable] = {}
+        self._states: dict[tuple[Hashable, str, int], tuple[Hashable, Any]] = {}
+        self._caches: dict[Hashable, list[tuple[Hashable, Tensor, Tensor]]] = {}
+        self._full: set[Hashable] = set()  # batches that did not fit
         self._bytes = 0
 
-    def under(self, setting: Hashable) -> dict[Hashable, Any]:
-        if setting != self._setting:
-            self._setting, self._outputs, self._bytes = setting, {}, 0
-        return self._outputs
+    def under(self, plan: Plan) -> None:
+        """From now on the model has this plan's weights."""
+        depths = [(part, i) for part, stage in self.stages.items() for i in range(len(stage.blocks) + 1)]
+        self._keys = {(part, depth): self._upstream(plan, part, depth) for part, depth in depths}
 
-    def keep(self, call: Hashable, output: Any) -> None:
-        size = sum(t.numel() * t.element_size() for t in _tensors(output))
-        if self._bytes + size <= self.limit:
-            self._outputs[call] = output
-            self._bytes += size
+    def _upstream(self, plan: Plan, part: str, depth: int) -> Hashable:
+        """The schemes of all that the hidden state after so many blocks of a part may depend on."""
+        place = PARTS.index(part)
+        return tuple(
+            (component.name, plan[component.name])
+            for component in self.parts.components
+            if PARTS.index(component.part) < place
+            or (component.part == part and any(w.block is None or w.block < depth for w in component.weights))
+        )
+
+    @contextmanager
+    def over(self, batch: Hashable, *parts: str) -> Iterator[None]:
+        """Inside the block, one forward pass over a batch skips what is known and keeps what it learns."""
+        with ExitStack() as patches:
+            for part in parts:
+                if part in self.stages and batch not in self._full:
+                    patches.enter_context(self._patched(batch, part, self.stages[part]))
+            yield
+
+    @contextmanager
+    def _patched(self, batch: Hashable, part: str, stage: Stage) -> Iterator[None]:
+        usable = [depth for depth in stage.boundaries if self.only in (None, (part, depth))]
+        known = [d for d in usable if self._states.get((batch, part, d), (None,))[0] == self._keys[part, d]]
+        start = max(known, default=0)
+        if start:
+            given = self._states[batch, part, start][1]
+            for block in stage.blocks[:start]:
+                block.forward = lambda *_, **__: given
+        for depth in stage.boundaries:
+            if depth > start:
+                block = stage.blocks[depth - 1]
+                block.forward = self._recorded(block.forward, (batch, part, depth))
+        try:
+            yield
+        finally:
+            for block in stage.blocks:
+                vars(block).pop("forward", None)  # uncovers the method of the class
+
+    def _recorded(self, forward: Callable[..., Any], slot: tuple[Hashable, str, int]) -> Callable[..., Any]:
+        def recording(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            self._keep(slot, (self._keys[slot[1:]], output))
+            return output
+
+        return recording
+
+    def caches(self, batch: Hashable, cache: Any) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer after a pass over a batch's images: just computed, or from the path."""
+        before = self._caches.get(batch, [])
+        found: list[tuple[Hashable, Tensor, Tensor]] = []
+        for i, layer in enumerate(cache.layers):
+            if layer.get_seq_length():
+                found.append((self._keys.get(("language", i + 1)), layer.keys, layer.values))
+            else:
+                assert before[i][0] == self._keys["language", i + 1], "a skipped layer's cache is of another path"
+                found.append(before[i])
+        if "language" in self.stages and batch not in self._full:
+            self._bytes += sum(_size(entry) for entry in found) - sum(_size(entry) for entry in before)
+            self._caches[batch] = found
+            self._check(batch)
+        return [(keys, values) for _, keys, values in found]
+
+    def _keep(self, slot: tuple[Hashable, str, int], state: tuple[Hashable, Any]) -> None:
+        batch = slot[0]
+        if batch not in self._full:
+            self._bytes += _size(state[1]) - _size(self._states.get(slot))
+            self._states[slot] = state
+            self._check(batch)
+
+    def _check(self, batch: Hashable) -> None:
+        """Forget a batch that does not fit; the others keep their place."""
+        if self._bytes > self.limit:
+            self._full.add(batch)
+            for slot in [slot for slot in self._states if slot[0] == batch]:
+                self._bytes -= _size(self._states.pop(slot))
+            self._bytes -= sum(_size(entry) for entry in self._caches.pop(batch, []))
+
+    def prove(self, run: Callable[[], Any]) -> None:
+        """Run once and keep, then once from every boundary: one that changes the outcome is not used."""
+        expected = run()
+        for part, stage in self.stages.items():
+            for depth in list(stage.boundaries):
+                self.only = (part, depth)
+                try:
+                    same = bool(run() == expected)
+                except (RuntimeError, IndexError, AttributeError, TypeError, AssertionError):
+                    same = False  # a family that wants more of its blocks than one output
+                if not same:
+                    stage.boundaries.remove(depth)
+        self.only = None
+        self.stages = {part: stage for part, stage in self.stages.items() if stage.boundaries}
 
 
-@contextmanager
-def remembered(module: nn.Module | None, memory: Memory | None, setting: Hashable, batch: Hashable) -> Iterator[None]:
-    """Inside the block the module runs at most once per setting and batch; later calls get the same tensors back.
-
-    Exact, since what is returned is what was computed. The forward is replaced, not the module: transformers
-    records hidden states by class.
-    """
-    if module is None or memory is None:
-        yield
-        return
-    stored, forward, calls = memory.under(setting), module.forward, 0
-
-    def replayed(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        call = (batch, calls)
-        calls += 1
-        if call in stored:
-            return stored[call]
-        output = forward(*args, **kwargs)
-        memory.keep(call, output)
-        return output
-
-    module.forward = replayed
-    try:
-        yield
-    finally:
-        del module.forward  # uncovers the method of the class
+def _stage(model: nn.Module, parts: ComponentMap, part: str) -> Stage:
+    """A part's blocks as modules, and the depths where a component begins or the part ends."""
+    names: dict[int, list[str]] = {}
+    owners: dict[int, set[str]] = {}
+    for component in parts.components:
+        for weight in component.weights:
+            if weight.part == part and weight.block is not None:
+                names.setdefault(weight.block, []).append(weight.module)
+                owners.setdefault(weight.block, set()).add(component.name)
+    if not names:
+        return Stage([], [])
+    blocks = [model.get_submodule(_common(names[i])) for i in sorted(names)]
+    last = len(blocks)
+    begins = {i for i in range(1, last) if owners[i] != owners[i - 1]}
+    # the whole of a part, and all but its last block, which some models leave without effect
+    ends = set() if part == "language" else {last, last - 1} - {0}
+    return Stage(blocks, sorted(begins | ends))
 
 
-def _tensors(output: Any) -> Iterator[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _tensors(value)
+def _common(paths: list[str]) -> str:
+    """The deepest module around all of them."""
+    return os.path.commonpath([path.replace(".", "/") for path in paths]).replace("/", ".")
+
+
+def _size(output: Any) -> int:
+    """Bytes of all tensors in whatever a block gives back."""
+    if isinstance(output, Tensor):
+        return output.numel() * output.element_size()
+    if isinstance(output, dict):
+        return sum(_size(value) for value in output.values())
+    if isinstance(output, tuple | list):
+        return sum(_size(value) for value in output)
+    return 0
+

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError
 from sensitivity.evaluate import Batch, Rows, answer, batches, rows_of
 from sensitivity.models import VLM
-from sensitivity.plan import Plan, Scheme
-from sensitivity.quantize import quantized
-from sensitivity.replay import Memory, remembered
+from sensitivity.plan import Plan
+from sensitivity.quantize import Memory, quantized
+from sensitivity.replay import Replay
 from sensitivity.tasks import Task
 from sensitivity.trials import Study
 
@@ -67,39 +66,35 @@ def _drain(study: Study, trial: _Trial) -> Iterator[Step]:
 
 
 class _Trial:
-    """What plans share: the tasks as tensors, quantised weights, and the vision tower's outputs."""
+    """What plans share: the tasks as tensors, quantised weights, and hidden states along the path of the last plan."""
 
     def __init__(self, vlm: VLM, parts: ComponentMap, tasks: Sequence[Task], plain: bool) -> None:
         self.vlm, self.parts, self.tasks, self.plain = vlm, parts, tasks, plain
         self.batches: dict[str, list[Batch]] = {task.name: list(batches(vlm, task, plain)) for task in tasks}
-        self.weights: dict[tuple[str, Scheme], Tensor] | None = None if plain else {}
-        self.vision = None if plain else Memory()
+        self.weights: Memory | None = None if plain else {}
+        self.replay = None if plain else self._proven()
+
+    def _proven(self) -> Replay:
+        """Hidden states may be kept where doing so changes no answer and no likelihood, on a first few examples."""
+        replay = Replay(self.vlm.model, self.parts)
+        replay.under(Plan.uniform(self.parts, None))
+        task = self.tasks[0]
+        few = next(batches(self.vlm, replace(task, examples=task.examples[:4])))
+        replay.prove(lambda: answer(self.vlm, task, few, replay, "proof"))
+        return replay
 
     def run(self, plan: Plan) -> Rows:
         """Per-example rows of all tasks under a plan."""
         rows: Rows = {}
-        tower = None if self.plain else self.vlm.vision
-        setting = self._inside(tower, plan)
+        if self.replay:
+            self.replay.under(plan)
         with quantized(self.vlm.model, self.parts, plan, self.weights):
             for task in self.tasks:
                 for number, batch in enumerate(self.batches[task.name]):
-                    with remembered(tower, self.vision, setting, (task.name, number)):
-                        found = rows_of(task, batch, *answer(self.vlm, task, batch))
+                    found = rows_of(task, batch, *answer(self.vlm, task, batch, self.replay, (task.name, number)))
                     for name, values in found.items():
                         rows.setdefault(name, []).extend(values)
         return rows
-
-    def _inside(self, module: nn.Module | None, plan: Plan) -> Hashable:
-        """The schemes of all components that have a weight inside a module: while they stay, so do its outputs."""
-        if module is None:
-            return None
-        inside = {id(parameter) for parameter in module.parameters()}
-        names = {name for name, parameter in self.vlm.model.named_parameters() if id(parameter) in inside}
-        return tuple(
-            (component.name, plan[component.name])
-            for component in self.parts.components
-            if any(weight.name in names for weight in component.weights)
-        )
 
 
 def identity(vlm: VLM, tasks: Sequence[Task], sources: Sequence[str], n: int, seed: int) -> dict[str, Any]:

@@ -1,0 +1,224 @@
+"""The knapsack against brute force, floors, ties and limits; budgets; verdicts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sensitivity.allocate import GB, Knapsack, best_uniform, solve, spend
+from sensitivity.errors import UserError
+from sensitivity.plan import Plan, Scheme, size
+from sensitivity.surrogate import Space, learn
+from sensitivity.trials import Study
+from sensitivity.verdict import judge, unmeasured
+from tests import planted
+
+FOUR = planted.parts(("vision.front", "vision.end", "connector", "language"), (700, 900, 100, 2500))
+
+
+def rough(seed: int) -> planted.Formula:
+    """Damages at random, and a pair that hurts each other more than the sum."""
+    draw = np.random.default_rng(seed)
+    half = draw.uniform(0, 3.5, 6)
+
+    def formula(bits: np.ndarray) -> np.ndarray:
+        each = np.column_stack([planted.damage(bits[:, i], half[i]) for i in range(bits.shape[1])])
+        return np.asarray(np.exp(-each.sum(axis=1) - 2 * each[:, 0] * each[:, -1]))
+
+    return formula
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("bpw", [3.2, 4.1, 6.0, 9.0])
+def test_equal_to_brute_force(tmp_path: Path, seed: int, bpw: float) -> None:
+    study = planted.study(tmp_path, {"a": rough(seed)}, 0.01, levels=(2, 3, 4, 8, 16), components=FOUR)
+    knapsack = Knapsack.of(study, ["a"])
+    model = knapsack.models["a"]
+    index = np.array(list(itertools.product(*(range(len(o)) for o in knapsack.space.choices))))
+    bits = np.array([size(FOUR, knapsack.space.decode(row)).bits for row in index])
+    scores = model.predict(index)
+    budget = int(bpw * FOUR.numel)
+    found = spend(knapsack, budget, "a", top=3)
+    best = np.sort(scores[bits <= budget])[::-1][:3]
+    np.testing.assert_allclose([c.predicted["a"].score for c in found], best, atol=1e-6)
+    assert all(c.size.bits <= budget for c in found)
+
+
+def test_interactions_join_where_the_data_support_them(tmp_path: Path) -> None:
+    def crossing(bits: np.ndarray) -> np.ndarray:
+        each = [planted.damage(bits[:, i], 1.5) for i in range(3)]
+        return np.asarray(np.exp(-(each[0] + each[1] + each[2]) - 6 * each[0] * each[2]))
+
+    study = planted.study(tmp_path / "one", {"a": crossing}, 0.01)
+    assert Knapsack.of(study, ["a"]).models["a"].pairs == ((0, 2),)
+    plain = planted.study(tmp_path / "two", {"a": planted.product}, 0.01)
+    assert Knapsack.of(plain, ["a"]).models["a"].pairs == ()
+
+
+def test_the_surrogate_learns_from_few_trials() -> None:
+    bits = planted.grid()
+    plans = [planted.plan(planted.PARTS, row) for row in bits]
+    space = Space.of(plans)
+    index, draw = space.encode(plans), np.random.default_rng(0)
+    truth = planted.product(bits)
+    rows = draw.choice(len(bits), 40, replace=False)
+    model = learn(space, index[rows], truth[rows] + 0.02 * draw.standard_normal(40))
+    error = model.predict(index) - truth
+    assert 1 - np.mean(error**2) / truth.var() > 0.97
+    assert model.sigma == pytest.approx(0.02, abs=0.01)
+    low, high = np.quantile(model.draws(index), [0.025, 0.975], axis=0)
+    assert np.mean((low <= truth + 1e-3) & (truth - 1e-3 <= high)) > 0.8
+
+
+def test_the_jacobian_is_the_derivative() -> None:
+    space = Space.of([planted.plan(planted.PARTS, row) for row in planted.grid()])
+    index = space.encode([planted.plan(planted.PARTS, row) for row in planted.grid()[::7]])
+    layout = learn(space, index, np.linspace(0.2, 1, len(index)), pairs=False).layout
+    layout = type(layout)(layout.sizes, layout.family_start, layout.bits, layout.above, ((0, 1), (1, 2)))
+    theta = np.random.default_rng(0).normal(0, 0.3, layout.length)
+    theta[:2] = 1.0, 0.1
+    step = 1e-6
+    columns = [
+        (layout.predict(theta + step * unit, index) - layout.predict(theta - step * unit, index)) / (2 * step)
+        for unit in np.eye(layout.length)
+    ]
+    np.testing.assert_allclose(layout.jacobian(theta, index), np.column_stack(columns), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def two_tasks(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    def grounding(bits: np.ndarray) -> np.ndarray:
+        return np.asarray(0.9 * np.exp(-planted.damage(bits[:, 0], 4.5) - planted.damage(bits[:, 2], 1)))
+
+    return planted.study(tmp_path_factory.mktemp("two"), {"vqa": planted.product, "grounding": grounding}, 0.005)
+
+
+def test_several_budgets_at_once_and_bytes(two_tasks: Study) -> None:
+    found = solve(two_tasks, bpw=[4, 6], top=2)
+    assert [(c.budget, c.rank) for c in found] == [(4, 0), (4, 1), (6, 0), (6, 1)]
+    assert found[0].predicted["vqa"].score <= found[2].predicted["vqa"].score
+    same = solve(two_tasks, bytes=4 * two_tasks.parts.numel / 8, top=1)[0]
+    assert same.plan == found[0].plan
+    p = found[0].predicted["vqa"]
+    assert p.low <= p.score <= p.high
+    json.dumps(found[0].to_json())
+
+
+def test_floors_move_bits_to_where_the_other_task_needs_them(two_tasks: Study) -> None:
+    free = solve(two_tasks, bpw=5, tasks=["vqa"], top=1)[0]
+    bound = solve(two_tasks, bpw=5, tasks=["vqa"], floors={"grounding": 0.9}, top=1)[0]
+    assert bound.plan.bits()["vision"] > free.plan.bits()["vision"]
+    p = bound.predicted["grounding"]
+    assert p.score >= 0.9 * p.full - 1e-6
+
+
+def test_weights_over_several_tasks_are_solved_exactly(two_tasks: Study) -> None:
+    wish = {"vqa": 1.0, "grounding": 3.0}
+    knapsack = Knapsack.of(two_tasks, list(wish))
+    index = np.array(list(itertools.product(*(range(len(o)) for o in knapsack.space.choices))))
+    bits = np.array([size(two_tasks.parts, knapsack.space.decode(row)).bits for row in index])
+    native = np.zeros((1, 3), dtype=int)
+    value = sum(
+        w / 4 * knapsack.models[t].predict(index) / knapsack.models[t].predict(native)[0] for t, w in wish.items()
+    )
+    for bpw in (3.5, 4.2, 5.0, 7.0):
+        best = solve(two_tasks, bpw=bpw, weights=wish, top=2)
+        got = [sum(w / 4 * c.predicted[t].score / c.predicted[t].full for t, w in wish.items()) for c in best]
+        fitting = np.sort(value[bits <= int(bpw * two_tasks.parts.numel)])[::-1]
+        np.testing.assert_allclose(got, fitting[:2], atol=1e-6)
+
+
+def test_limits_hold_by_construction(two_tasks: Study) -> None:
+    only = {Scheme("codes", 4), Scheme("codes", 8)}
+    for c in solve(two_tasks, bpw=7, allowed=lambda name, choice: choice in only, top=3):
+        assert set(c.plan.bits().values()) <= {4, 8}
+    for c in solve(two_tasks, bpw=6, tied=[["vision", "language"]], top=3):
+        assert c.plan["vision"] == c.plan["language"]
+
+
+def test_infeasible_wishes_say_what_is_reachable(two_tasks: Study) -> None:
+    with pytest.raises(UserError, match=r"no measured plan fits 1.00 bpw .* 3.40 to 16.00 bpw .* can be reached"):
+        solve(two_tasks, bpw=1.0)
+    with pytest.raises(UserError, match=r"predicted to keep grounding at 99% of full precision; that takes \d+\.\d+ bpw"):
+        solve(two_tasks, bpw=3.6, floors={"grounding": 0.99})
+    with pytest.raises(UserError, match="unknown task 'ocr'; choose from vqa, grounding"):
+        solve(two_tasks, bpw=4, floors={"ocr": 0.9})
+    with pytest.raises(UserError, match="needs one budget"):
+        solve(two_tasks)
+    with pytest.raises(UserError, match="a budget must be above 0, not -1"):
+        solve(two_tasks, bytes=-1 / GB * GB)
+    with pytest.raises(UserError, match="no measured width of vision is allowed"):
+        solve(two_tasks, bpw=4, allowed=lambda name, choice: name != "vision")
+    with pytest.raises(UserError, match="unknown component 'visoin'.*did you mean vision"):
+        solve(two_tasks, bpw=4, tied=[["visoin", "language"]])
+
+
+# -- verdicts -------------------------------------------------------------------------------------------------------
+
+
+def frame(right: float, n: int = 400, seed: int = 0, noise: float = 0.0) -> pd.DataFrame:
+    """Examples of equal difficulty for every plan: those below a plan's share are answered right."""
+    draw = np.random.default_rng(seed)
+    luck = np.arange(n) / n + noise * draw.standard_normal(n)
+    names = [f"e{i}" for i in range(n)]
+    return pd.DataFrame({"task": "vqa", "example": names, "cluster": names, "score": (luck < right).astype(float)})
+
+
+def test_verdicts(two_tasks: Study) -> None:
+    candidates = solve(two_tasks, bpw=5, top=2)
+    rival = best_uniform(two_tasks, candidates[0])
+    assert rival is not None
+    assert rival.plan.is_uniform
+    assert rival.size.bpw <= 5
+    mine, other, them = (c.plan.key for c in (*candidates, rival))
+    native = Plan.uniform(two_tasks.parts, None).key
+
+    found = judge(two_tasks, candidates, rival, {mine: frame(0.9), other: frame(0.7), them: frame(0.6), native: frame(0.95)})
+    assert found.uniform is not None
+    assert (found.plan.key, found.uniform.verdict) == (mine, "better")
+    assert "Clearly better than the best uniform plan: +0.300" in found.words
+    assert found.full is not None
+    assert found.full.mean == pytest.approx(0.95)
+    assert found.others[0].verdict == "better"
+    data = json.loads(found.dumps())
+    assert data["provenance"]["trials"] == len(two_tasks.trials())
+    assert data["measured"]["mean"] == pytest.approx(0.9)
+
+    noisy = {mine: frame(0.62, noise=0.3, seed=1), them: frame(0.6, noise=0.3, seed=2)}
+    found = judge(two_tasks, candidates, rival, noisy)
+    assert found.uniform is not None
+    assert found.uniform.verdict == "tied"
+    assert found.uniform.more is not None
+    assert found.uniform.more > 100
+    assert f"about {found.uniform.more:,} more examples would decide" in found.words
+
+    found = judge(two_tasks, candidates, rival, {mine: frame(0.5), them: frame(0.6)})
+    assert found.uniform is not None
+    assert found.uniform.verdict == "no worse"
+    assert "The best uniform plan is no worse" in found.words
+
+    assert "Predicted only" in judge(two_tasks, candidates, rival, {}).words
+    assert unmeasured(two_tasks, candidates).measured is None
+
+
+def test_the_number_of_examples_that_decide_is_about_right() -> None:
+    """With so many, four out of five repetitions find the difference."""
+    from sensitivity.scores import paired
+    from sensitivity.verdict import _more
+
+    draw = np.random.default_rng(0)
+    sample = draw.normal(0.05, 0.5, 200)
+    sample += 0.05 - sample.mean()
+    difference = paired(sample, np.zeros(200), np.arange(200))
+    more = _more(difference)
+    assert more is not None
+    wins = 0
+    for _ in range(300):
+        again = draw.normal(0.05, float(sample.std()), 200 + more)
+        wins += paired(again, np.zeros(len(again)), np.arange(len(again))).low > 0
+    assert 0.7 < wins / 300 < 0.9

@@ -1,0 +1,160 @@
+"""Scale search and clip search: against loops over real outputs, and the invariants they must keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sensitivity.plan import OVERHEAD
+from sensitivity.quantize import Curvature, Linears, quantise, scheme, solve
+from sensitivity.quantize.clip import RATIOS, clipped, group_errors
+from sensitivity.quantize.grid import Quantised, affine, encode, ranges
+from sensitivity.quantize.scale_search import QUERY_KEY, errors, scales
+
+WIDTH, GROUP = 48, 16
+
+
+def inputs(tokens: int = 200) -> Tensor:
+    """A few channels carry most of the signal, as in real models."""
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(tokens, WIDTH, generator=g) * torch.logspace(-1, 1.5, WIDTH)[torch.randperm(WIDTH, generator=g)]
+
+
+def linears(names: tuple[str, ...] = ("up.weight", "gate.weight")) -> Linears:
+    g = torch.Generator().manual_seed(1)
+    seen = Curvature(WIDTH)
+    seen.add(inputs())
+    return Linears(names, tuple(torch.randn(10 + i, WIDTH, generator=g) for i in range(len(names))), seen)
+
+
+def output_error(weight: Tensor, quantised: Tensor) -> float:
+    return float((inputs() @ (weight - quantised).T).double().square().sum())
+
+
+def result(given: Linears, **chosen: object) -> Quantised:
+    found = solve(given, [scheme("awq", 3, **{"group": GROUP, **chosen})])[0][0]
+    assert isinstance(found, Quantised)
+    return found
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [GROUP, 11, "row"])
+def test_errors_from_the_gram_matrix_are_those_of_the_outputs(bits: int, group: int | str) -> None:
+    given = linears()
+    chosen = scheme("awq", bits, group=group)
+    grid = scales(given.seen, 20, torch.float32)
+    found = errors(given.rows, grid, given.seen.gram, chosen, torch.float32)
+    for s, error in zip(grid, found.tolist(), strict=True):
+        slow = 0.0
+        for weight in given.weights:
+            nearest = quantise(weight * s, scheme("rtn", bits, group=group, symmetric=False)) / s
+            slow += output_error(weight, nearest)
+        assert error == pytest.approx(slow, rel=1e-4)
+
+
+def test_the_search_in_pieces_is_the_search_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = linears()
+    grid = scales(given.seen, 20, torch.float32)
+    whole = errors(given.rows, grid, given.seen.gram, scheme("awq", 3), torch.float32)
+    monkeypatch.setattr("sensitivity.quantize.scale_search.ROOM", 1)
+    torch.testing.assert_close(errors(given.rows, grid, given.seen.gram, scheme("awq", 3), torch.float32), whole)
+
+
+def test_exponent_0_is_nearest() -> None:
+    assert torch.equal(scales(linears().seen, 20, torch.float32)[0], torch.ones(WIDTH))
+    given = linears()
+    found = result(given, exponents=1, clip=False)
+    assert found.inputs is None
+    nearest = scheme("rtn", 3, group=GROUP, symmetric=False)
+    assert torch.equal(found.dequantise(), quantise(given.weights[0], nearest))
+
+
+def test_scales_and_clipping_each_help() -> None:
+    given = linears()
+    nearest, scaled, both = (
+        output_error(given.weights[0], result(given, **chosen).dequantise())
+        for chosen in ({"exponents": 1, "clip": False}, {"clip": False}, {})
+    )
+    assert both <= scaled < nearest
+
+
+def test_weights_that_share_an_input_share_the_scale() -> None:
+    first, second = solve(linears(), [scheme("awq", 3, group=GROUP)])[0]
+    assert isinstance(first, Quantised)
+    assert isinstance(second, Quantised)
+    assert first.inputs is not None
+    assert torch.equal(first.inputs, second.inputs)  # type: ignore[arg-type]
+
+
+def test_a_scale_takes_16_bits_and_is_counted() -> None:
+    found = result(linears())
+    assert found.inputs is not None
+    assert torch.equal(found.inputs, found.inputs.half().float())
+    plain = OVERHEAD["rtn"](scheme("rtn", 3, group=GROUP, symmetric=False), 10, WIDTH)
+    assert OVERHEAD["awq"](scheme("awq", 3, group=GROUP), 10, WIDTH) == plain + 16 * WIDTH
+
+
+def test_the_effective_weight_on_plain_inputs_is_the_scaled_one_on_divided_inputs() -> None:
+    found = result(linears())
+    assert found.inputs is not None
+    scaled = Quantised(found.codes, found.scale, found.zero, found.group)
+    torch.testing.assert_close(
+        inputs() @ found.dequantise().T, (inputs() / found.inputs) @ scaled.dequantise().T, rtol=1e-4, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "skipped"),
+    [
+        ("layers.0.self_attn.q_proj.weight", True),
+        ("layers.0.self_attn.k_proj.weight", True),
+        ("layer.0.attention.attention.query.weight", True),
+        ("block.0.SelfAttention.k.weight", True),
+        ("layers.0.self_attn.qkv.weight", True),
+        ("layers.0.self_attn.v_proj.weight", False),
+        ("layers.0.self_attn.out_proj.weight", False),
+        ("layers.0.mlp.fc1.weight", False),
+        ("layer.0.intermediate_query.dense.weight", False),
+    ],
+)
+def test_queries_and_keys_are_not_clipped(name: str, skipped: bool) -> None:
+    assert bool(QUERY_KEY.search(name)) is skipped
+    given = linears((name,))
+    plain, found = result(given, clip=False), result(given)
+    assert torch.equal(plain.scale, found.scale) is skipped
+    assert not torch.equal(result(given, clip_qk=True).scale, plain.scale)
+
+
+# -- clip
+
+
+@pytest.mark.parametrize("group", [GROUP, 11, "row"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_best_range_of_every_group_is_the_best_of_all_tried(group: int | str, symmetric: bool) -> None:
+    given = linears(("w",))
+    w, gram = given.rows, given.seen.gram
+    chosen = scheme("clip", 3, group=group, symmetric=symmetric)
+    low, high = clipped(w, chosen, torch.float32, gram)
+    rounded = encode(w, chosen, *affine(w, chosen, low, high, torch.float32)).dequantise()
+    width = WIDTH if group == "row" else int(group)
+    found = group_errors(w - rounded, width, gram)
+    row = scheme("rtn", 3, symmetric=symmetric)
+    for i in range(len(w)):
+        for g, start in enumerate(range(0, WIDTH, width)):
+            piece, block = w[i : i + 1, start : start + width], gram[start : start + width, start : start + width]
+            best = float("inf")
+            least, most = ranges(piece, row)
+            for ratio in RATIOS:
+                edge = ratio * torch.maximum(-least, most)
+                near = affine(piece, row, torch.maximum(least, -edge), torch.minimum(most, edge), torch.float32)
+                e = piece - encode(piece, row, *near).dequantise()
+                best = min(best, float((e @ block @ e.T).squeeze()))
+            assert float(found[i, g]) == pytest.approx(best, rel=1e-3)
+
+
+def test_clipping_never_costs_more_than_nearest_within_a_row() -> None:
+    given = linears(("w",))
+    for bits in (2, 3, 4, 8):
+        clip_error = output_error(given.rows, quantise(given.rows, scheme("clip", bits), given.seen))
+        assert clip_error <= output_error(given.rows, quantise(given.rows, scheme("rtn", bits)))

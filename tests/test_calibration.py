@@ -1,0 +1,411 @@
+"""Calibration: every layer of every family sees its tokens once and knows what they are; both paths; the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_vlms
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from sensitivity.components import ComponentMap
+from sensitivity.errors import UserError
+from sensitivity.models import VLM, family_of, inspect
+from sensitivity.plan import Plan, Scheme
+from sensitivity.quantize import METHODS, Statistics, calibrate, prepare, quantized, scheme
+from sensitivity.quantize.cache import Cache
+from sensitivity.quantize.calibration import collect
+from sensitivity.quantize.linears import reads
+from sensitivity.quantize.tokens import ANSWER, MODALITIES, PADDING, PROMPT, VISION, Batch, batches, image_token
+from sensitivity.tasks import Task, task
+
+N = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def parts(scenes_llava: VLM) -> ComponentMap:
+    return inspect(scenes_llava, by="part")
+
+
+@pytest.fixture(scope="module")
+def statistics(scenes_llava: VLM, parts: ComponentMap) -> Statistics:
+    return calibrate(scenes_llava, parts, ["vqa", "caption"], n=N)
+
+
+# -- one pass, all layers
+
+
+def test_statistics_are_what_a_plain_loop_over_examples_finds(
+    scenes_llava: VLM, parts: ComponentMap, statistics: Statistics
+) -> None:
+    """One example at a time, one hook on every single layer, and everything multiplied out in double precision."""
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for weight in parts.weights:
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], name: str = weight.name) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1]).double()
+            seen[name] = seen.get(name, 0) + x.T @ x
+
+        handles.append(scenes_llava.model.get_submodule(weight.module).register_forward_pre_hook(hook))
+    for kind in ("vqa", "caption"):
+        for example in task(kind, "calibration", N // 2, 0).examples:
+            text = scenes_llava.processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": example.prompt}]}],
+                add_generation_prompt=True,
+            )
+            text += " " + example.answers[0]
+            picture = Image.fromarray(example.image)  # type: ignore[arg-type]
+            inputs = scenes_llava.processor(images=[picture], text=[text], return_tensors="pt")
+            with torch.inference_mode():
+                scenes_llava.model(**inputs)
+    for handle in handles:
+        handle.remove()
+    found = statistics.gather(parts.weights)
+    for weight in parts.weights:
+        gram = found[reads(weight)].gram
+        scale = float(gram.diagonal().max())
+        torch.testing.assert_close(gram.double() / scale, seen[weight.name] / scale, rtol=0, atol=1e-5)
+
+
+def test_every_token_is_counted_once_by_what_it_is(
+    scenes_llava: VLM, parts: ComponentMap, statistics: Statistics
+) -> None:
+    tokenizer = scenes_llava.processor.tokenizer
+    examples = [e for kind in ("vqa", "caption") for e in task(kind, "calibration", N // 2, 0).examples]
+    words = [len(tokenizer(e.prompt, add_special_tokens=False)["input_ids"]) + 1 for e in examples]  # and <answer>
+    said = [len(tokenizer(e.answers[0], add_special_tokens=False)["input_ids"]) for e in examples]
+    found = statistics.gather(parts.weights)
+    for weight in parts.weights:
+        counts = dict(zip(MODALITIES, found[reads(weight)].modalities.tolist(), strict=True))
+        if weight.part == "language":
+            assert counts == {"padding": 0, "vision": 36 * N, "prompt": sum(words), "answer": sum(said)}
+        else:
+            patches = 37 if weight.part == "vision" else 36
+            assert counts == {"padding": 0, "vision": patches * N, "prompt": 0, "answer": 0}
+        assert found[reads(weight)].tokens == sum(counts.values())
+
+
+def test_padding_never_counts(scenes_llava: VLM, parts: ComponentMap) -> None:
+    (batch,) = batches(scenes_llava, [task("vqa", "calibration", 1, 0)])
+    language = [w for w in parts.weights if w.part == "language"]
+    plain = collect(scenes_llava, language, [batch])
+    (_, text), said = batch.known[0], batch.known[1]
+    more = dict(batch.inputs)
+    for name, fill in (("input_ids", 0), ("attention_mask", 0)):
+        value = more[name]
+        more[name] = torch.cat([value, torch.full((1, 5), fill, dtype=value.dtype)], dim=1)
+    wider = torch.cat([text, torch.full((1, 5), PADDING)], dim=1)
+    padded = collect(scenes_llava, language, [Batch(more, [("language", wider), said])])
+    for name, found in padded.items():
+        assert found.tokens == plain[name].tokens
+        assert found.modalities[PADDING] == 5
+        torch.testing.assert_close(found.gram, plain[name].gram, rtol=1e-3, atol=1e-3)
+
+
+def test_examples_are_put_together_only_where_nothing_needs_padding(scenes_llava: VLM) -> None:
+    made = list(batches(scenes_llava, [task("vqa", "calibration", 40, 0), task("caption", "calibration", 10, 0)]))
+    assert sum(len(batch.known[0][1]) for batch in made) == 50
+    assert len(made) < 50
+    for batch in made:
+        assert batch.inputs["attention_mask"].all()
+        assert batch.known[0][1].shape == batch.inputs["input_ids"].shape
+
+
+# -- families
+
+
+def fed(name: str, vlm: VLM) -> Batch:
+    """Two rows for a small model: image tokens where the family has them, then words."""
+    model, config, rows, more = vlm.model, vlm.model.config, 2, {}
+    pixels, count, token = torch.randn(rows, 3, 16, 16), 4, image_token(vlm)
+    words = torch.randint(5, 80, (rows, 6))
+    if name.startswith(("blip2", "instructblip")):
+        count, token = config.num_query_tokens, 90
+        config.image_token_index = config.image_token_id = token
+    if name == "instructblip":
+        asked = torch.randint(5, 80, (rows, 3))
+        more = {"qformer_input_ids": asked, "qformer_attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]])}
+    if name.startswith("qwen"):
+        token = config.image_token_id = 90
+        vision = config.vision_config
+        pixels = torch.randn(rows * 16, 3 * vision.temporal_patch_size * vision.patch_size**2)
+        more = {"image_grid_thw": torch.tensor([[1, 4, 4]] * rows)}
+    if name in ("paligemma", "gemma3"):
+        token = config.image_token_id = 90
+    if name in ("clip", "siglip"):
+        count = 0
+    ids = torch.cat([torch.full((rows, count), token), words], dim=1)
+    if name.startswith("qwen"):
+        more["mm_token_type_ids"] = (ids == token).int()
+    text = torch.full_like(ids, PROMPT)
+    text[ids == token] = VISION
+    known = [("language", text)]
+    if vlm.encoder_decoder:
+        more["decoder_input_ids"] = torch.randint(5, 80, (rows, 4))
+        known.append(("language", torch.full((rows, 4), ANSWER)))
+    inputs = {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
+    from sensitivity.quantize.tokens import _questioned
+
+    assert next(model.parameters()).dtype == torch.float32
+    return Batch(inputs, [*known, *_questioned(vlm, inputs)])
+
+
+FAMILIES = ("llava", "blip2_opt", "blip2_t5", "instructblip", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paligemma",
+            "gemma3", "clip", "siglip")  # fmt: skip
+
+
+def built(name: str) -> VLM:
+    torch.manual_seed(0)
+    model = small_vlms.BUILDERS[name]().eval().requires_grad_(False)
+    return VLM(name, model, None, family_of(model), "small", 32)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_linear_of_a_family_sees_tokens_and_takes_every_method(name: str) -> None:
+    vlm = built(name)
+    parts = inspect(vlm, by="part")
+    batch = fed(name, vlm)
+    found = collect(vlm, parts.weights, [batch])
+    assert {reads(weight) for weight in parts.weights} == set(found)
+    for weight in parts.weights:
+        modality = found[reads(weight)].modalities
+        assert modality[VISION] > 0 or weight.part != "vision"
+        if weight.part == "language" and weight.kind == "ff" and vlm.encoder_decoder and "decoder" in weight.name:
+            assert modality.tolist() == [0, 0, 0, 8]
+    facts = {"path": "float"}
+    statistics = Statistics(facts, lambda weights: {reads(w): found[reads(w)] for w in weights})
+    chosen = {
+        part: scheme(method, 3, calibration=facts)
+        for part, method in zip(parts.names, ("gptq", "awq", "clip"), strict=False)
+    }
+    with quantized(vlm.model, parts, Plan.of(parts, chosen), statistics=statistics) as changed, torch.no_grad():
+        assert changed == {weight.name for weight in parts.weights}
+        from sensitivity.quantize.tokens import run
+
+        run(vlm, batch)
+
+
+def test_a_q_former_that_reads_the_question_knows_it_from_its_queries() -> None:
+    vlm = built("instructblip")
+    parts = inspect(vlm)
+    found = collect(vlm, parts.weights, [fed("instructblip", vlm)])
+    seen = {w.name: found[reads(w)].modalities.tolist() for w in parts.weights if w.part == "connector"}
+    assert seen["qformer.encoder.layer.0.attention.attention.query.weight"] == [1, 64, 5, 0]
+    assert seen["qformer.encoder.layer.0.intermediate.dense.weight"] == [1, 0, 5, 0]
+    assert seen["qformer.encoder.layer.0.intermediate_query.dense.weight"] == [0, 64, 0, 0]
+    assert seen["qformer.encoder.layer.0.crossattention.attention.key.weight"] == [0, 10, 0, 0]
+
+
+def test_a_layer_without_tokens_is_named() -> None:
+    vlm = built("blip2_retrieval")  # its text goes through the Q-Former, and here there is only an image
+    weight = next(w for w in inspect(vlm).weights if "intermediate.dense" in w.name)
+    with pytest.raises(UserError, match=f"{weight.name} saw no token"):
+        collect(vlm, [weight], [])
+
+
+def test_inputs_that_are_no_numbers_name_the_layer(scenes_llava: VLM, parts: ComponentMap) -> None:
+    (batch,) = batches(scenes_llava, [task("vqa", "calibration", 1, 0)])
+    broken = {**batch.inputs, "pixel_values": torch.full_like(batch.inputs["pixel_values"], float("nan"))}
+    with pytest.raises(UserError, match=r"inputs of \S*vision_tower\.\S*layers\.0\.\S+ are NaN or infinite"):
+        collect(scenes_llava, parts.weights, [dataclasses.replace(batch, inputs=broken)])
+
+
+# -- data
+
+
+def test_calibration_data_is_never_evaluated_on(scenes_llava: VLM, parts: ComponentMap, tmp_path: Path) -> None:
+    calibrate(scenes_llava, parts, ["vqa"], n=2, against=[task("vqa", "evaluation", 50)])
+    Image.new("RGB", (48, 48)).save(tmp_path / "a.png")
+    lines = [
+        {"image": "a.png", "prompt": "where is the 3?", "answers": ["top left"], "split": split, "id": split}
+        for split in ("calibration", "evaluation")
+    ]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    with pytest.raises(UserError, match="calibration example calibration of mine is also evaluated on"):
+        calibrate(scenes_llava, parts, [str(file)], n=1, against=[task(str(file), "evaluation")])
+
+
+def test_facts_name_the_data(statistics: Statistics) -> None:
+    assert {key: statistics.facts[key] for key in ("calibration", "examples", "seed", "path")} == {
+        "calibration": "vqa,caption", "examples": N, "seed": 0, "path": "float",
+    }  # fmt: skip
+    assert len(str(statistics.facts["data"]).split(".")) == 2
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"path": "both"}, "unknown calibration path 'both'; choose from float, exposed"),
+        ({"n": 0}, "0 calibration examples do not go round 1 tasks"),
+    ],
+)
+def test_a_wrong_wish_is_refused(scenes_llava: VLM, parts: ComponentMap, how: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        calibrate(scenes_llava, parts, ["vqa"], **how)
+
+
+def test_statistics_must_be_those_of_the_scheme(scenes_llava: VLM, parts: ComponentMap, statistics: Statistics) -> None:
+    other = scheme("gptq", 4, calibration={**statistics.facts, "seed": 1})
+    with (
+        pytest.raises(UserError, match="was to be calibrated with seed = 1, and the statistics have 0"),
+        quantized(scenes_llava.model, parts, Plan.uniform(parts, other), statistics=statistics),
+    ):
+        pass
+
+
+# -- weights from them
+
+
+def installed(vlm: VLM, parts: ComponentMap, plan: Plan, memory: Any, statistics: Statistics) -> dict[str, Tensor]:
+    with quantized(vlm.model, parts, plan, memory, statistics) as changed:
+        return {name: vlm.model.get_parameter(name).detach().clone() for name in changed}
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def calibrated(statistics: Statistics) -> list[Scheme]:
+    names = [name for name, row in METHODS.items() if row.calibrated]
+    return [scheme(name, bits, calibration=statistics.facts) for name in names for bits in (2, 4)]
+
+
+def test_prepared_weights_are_those_found_plan_by_plan(
+    scenes_llava: VLM, parts: ComponentMap, statistics: Statistics
+) -> None:
+    finer = parts.regroup("group")
+    plans = [Plan.of(finer, {"vision.front": one, "language.end": one}) for one in calibrated(statistics)]
+    memory: dict[Any, Tensor] = {}
+    prepare(scenes_llava.model, finer, plans, memory, statistics)
+    size = len(memory)
+    for plan in plans:
+        assert same(
+            installed(scenes_llava, finer, plan, memory, statistics),
+            installed(scenes_llava, finer, plan, {}, statistics),
+        )
+    assert len(memory) == size
+
+
+def test_a_weight_does_not_depend_on_what_else_the_plan_holds(
+    scenes_llava: VLM, parts: ComponentMap, statistics: Statistics
+) -> None:
+    finest, blocks = parts.regroup("linear"), parts.regroup("block")
+    name = "model.language_model.layers.1.self_attn.k_proj"
+    for one in calibrated(statistics):
+        alone = installed(scenes_llava, finest, Plan.of(finest, {name: one}), {}, statistics)
+        full = installed(scenes_llava, blocks, Plan.of(blocks, {"language.0*": one}), {}, statistics)
+        assert list(alone) == [f"{name}.weight"]
+        assert torch.equal(alone[f"{name}.weight"], full[f"{name}.weight"])
+
+
+def test_coverage_at_every_granularity(scenes_llava: VLM, parts: ComponentMap, statistics: Statistics) -> None:
+    memory: dict[Any, Tensor] = {}
+    for by in ("part", "group", "kind", "group.kind", "block", "linear"):
+        finer = parts.regroup(by)
+        component = finer.components[len(finer.components) // 2]
+        plan = Plan.of(finer, {component.name: scheme("gptq", 3, calibration=statistics.facts)})
+        changed = installed(scenes_llava, finer, plan, memory, statistics)
+        assert set(changed) == {weight.name for weight in component.weights}
+
+
+# -- inputs that already passed quantised layers
+
+
+@pytest.fixture(scope="module")
+def exposed(scenes_llava: VLM, parts: ComponentMap) -> Statistics:
+    return calibrate(scenes_llava, parts, ["vqa"], n=5, path="exposed")
+
+
+def test_the_exposed_path_sees_what_the_layers_before_it_became(
+    scenes_llava: VLM, parts: ComponentMap, exposed: Statistics
+) -> None:
+    float_path = calibrate(scenes_llava, parts, ["vqa"], n=5)
+    first, last = (
+        "model.vision_tower.encoder.layers.0.mlp.fc1.weight",
+        "model.language_model.layers.3.mlp.up_proj.weight",
+    )
+    on_float, on_exposed = (
+        installed(scenes_llava, parts, Plan.uniform(parts, scheme("gptq", 2, calibration=s.facts)), {}, s)
+        for s in (float_path, exposed)
+    )
+    assert torch.equal(on_float[first], on_exposed[first])  # nothing stands before the first block
+    assert not torch.equal(on_float[last], on_exposed[last])
+
+
+def test_the_exposed_path_is_the_same_again_and_memory_does_not_mix_plans_up(
+    scenes_llava: VLM, parts: ComponentMap, exposed: Statistics
+) -> None:
+    four, two = (scheme("gptq", bits, calibration=exposed.facts) for bits in (4, 2))
+    plans = [Plan.of(parts, {"vision": v, "language": four}) for v in (four, two)]
+    memory: dict[Any, Tensor] = {}
+    for plan in (*plans, *plans):
+        shared = installed(scenes_llava, parts, plan, memory, exposed)
+        assert same(shared, installed(scenes_llava, parts, plan, {}, exposed))
+
+
+# -- the cache
+
+
+def test_statistics_from_the_cache_are_the_same_bits(
+    scenes_llava: VLM, parts: ComponentMap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(tmp_path)
+    first = calibrate(scenes_llava, parts, ["vqa"], n=3, cache=cache)
+    monkeypatch.setattr("sensitivity.quantize.calibration.collect", lambda *_: pytest.fail("computed again"))
+    second = calibrate(scenes_llava, parts, ["vqa"], n=3, cache=cache)
+    a, b = first.gather(parts.weights), second.gather(parts.weights)
+    for name in a:
+        assert torch.equal(a[name].gram, b[name].gram)
+        assert torch.equal(a[name].mean_magnitude, b[name].mean_magnitude)
+        assert a[name].modalities.tolist() == b[name].modalities.tolist()
+    monkeypatch.undo()
+    calibrate(scenes_llava, parts, ["vqa"], n=4, cache=cache)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_the_cache_survives_damage_and_stays_small(tmp_path: Path) -> None:
+    cpu, made = torch.device("cpu"), []
+
+    def entry(cache: Cache, number: int) -> float:
+        def make() -> dict[str, Tensor]:
+            made.append(number)
+            return {"x": torch.full((250,), float(number))}  # 1,000 bytes and a header
+
+        return float(cache.fetch({"entry": number}, make, cpu)["x"][0])
+
+    cache = Cache(tmp_path / "deep" / "down", limit_gb=3.6e-6)
+    assert [entry(cache, i) for i in (1, 2, 1)] == [1, 2, 1]
+    assert made == [1, 2]
+    for file in cache.folder.glob("*.safetensors"):
+        file.write_bytes(b"damaged")
+    assert entry(cache, 1) == 1
+    assert made == [1, 2, 1]
+    for i in range(3, 9):
+        entry(cache, i)
+        assert sum(file.stat().st_size for file in cache.folder.iterdir()) <= 3.6e3 + 300
+    assert entry(cache, 8) == 8
+    assert made == [1, 2, 1, 3, 4, 5, 6, 7, 8]
+    assert entry(Cache(tmp_path / "none", limit_gb=0), 5) == 5
+    assert not (tmp_path / "none").exists()
+
+
+def test_only_tasks_that_exist(scenes_llava: VLM, parts: ComponentMap) -> None:
+    with pytest.raises(UserError, match="unknown task 'vqua'"):
+        calibrate(scenes_llava, parts, ["vqua"])
+    assert isinstance(task("vqa", "calibration", 1), Task)

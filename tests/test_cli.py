@@ -1,0 +1,186 @@
+"""What a user types and reads: verbs, --json, one clear sentence per mistake, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sensitivity import cli
+from sensitivity.trials import Study
+
+MODEL = "embedded:scenes-llava"
+SWEEP = f"sweep {MODEL} --task vqa --bits 2,4,8 --by part --method uniform --n 25"
+
+
+def run(capsys: pytest.CaptureFixture[str], line: str, *more: object) -> tuple[int, str, str]:
+    status = cli.main([*line.split(), *map(str, more)])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "first"
+    assert cli.main([*SWEEP.split(), "--out", str(out)]) == 0
+    return out
+
+
+def one_object(printed: str) -> dict[str, Any]:
+    found = json.loads(printed)
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_explains_itself_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert f"example: sensitivity {verb}" in " ".join(printed.split())
+    assert "--json" in printed
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_examples_can_be_parsed(verb: str) -> None:
+    example = cli.VERBS[verb].EXAMPLE
+    assert example.startswith("sensitivity ")
+    assert cli.parser().parse_args(example.split()[1:]).verb == verb
+
+
+def test_python_m_sensitivity_is_the_same() -> None:
+    printed = [
+        subprocess.run([sys.executable, *words, "--help"], capture_output=True, text=True, check=True).stdout
+        for words in (["-m", "sensitivity"], ["-c", "import sys; from sensitivity.cli import main; sys.exit(main())"])
+    ]
+    assert printed[0] == printed[1]
+    assert printed[0].startswith("usage: sensitivity")
+
+
+def test_inspect_says_what_is_where(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, f"inspect {MODEL} --by part")
+    assert status == 0
+    for words in ("vision", "connector", "language", "Kept at native precision", "patch convolution", "Uniform plans"):
+        assert words in out
+
+
+def test_inspect_needs_nothing_but_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from sensitivity.models import load
+
+    load(MODEL).model.config.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    status, out, _ = run(capsys, "inspect", tmp_path, "--config-only", "--json")
+    _, whole, _ = run(capsys, f"inspect {MODEL} --json")
+    assert status == 0
+    assert one_object(out)["components"] == one_object(whole)["components"]
+
+
+def test_sweep_rank_recommend_report_export(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, SWEEP, "--out", study)
+    assert status == 0
+    assert "nothing was left to do" in err
+    assert "28 plans in" in out
+    status, out, _ = run(capsys, "rank", study)
+    assert status == 0
+    assert "Importance for vqa" in out
+    status, out, _ = run(capsys, "recommend", study, "--bpw", "5")
+    assert status == 0
+    assert "Best plan for 5 bits per weight" in out
+    assert "measured on examples that had no part in the choice" in out
+    plan = json.loads((study / "plan.json").read_text())
+    assert plan["size"]["bpw"] <= 5
+    assert plan["provenance"]["verified"]["fingerprint"] == Study(study).meta["fingerprint"]
+    status, out, _ = run(capsys, "report", study)
+    assert status == 0
+    assert (study / "report" / "index.html").stat().st_size > 10_000
+    status, _, _ = run(capsys, "export", study / "plan.json", "--out", tmp_path / "copy.json")
+    assert status == 0
+    assert json.loads((tmp_path / "copy.json").read_text())["plan"] == plan["plan"]
+
+
+@pytest.mark.parametrize(
+    "line", [f"inspect {MODEL}", "rank STUDY --bootstraps 10", "recommend STUDY --bpw 5 --no-run", "report STUDY"]
+)
+def test_json_is_one_object_and_nothing_else(study: Path, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, line.replace("STUDY", str(study)), "--json")
+    assert status == 0
+    one_object(out)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("inspect nowhere/at/all", "nowhere/at/all"),
+        ("inspect embedded:scenes", "did you mean"),
+        (f"inspect {MODEL} --method gtpq", "unknown method 'gtpq'; choose from"),
+        (f"inspect {MODEL} --method uniform --bits 9", "uniform takes 1 to 8 bits, not 9"),
+        (f"inspect {MODEL} --method uniform --group 32", "uniform is always per tensor"),
+        (f"inspect {MODEL} --by parts", "did you mean part?"),
+        (f"sweep {MODEL} --task vaq --out OUT", "unknown task 'vaq'; choose from"),
+        (f"sweep {MODEL} --task gone.jsonl --out OUT", "cannot read gone.jsonl"),
+        (f"sweep {MODEL} --search gird --out OUT", "unknown search 'gird'; choose from grid"),
+        (f"sweep {MODEL} --device warp --out OUT", "device 'warp' cannot be used"),
+        (f"sweep {MODEL} --dtype int3 --out OUT", "unknown dtype 'int3'"),
+        (f"sweep {MODEL} --by linear --out OUT", "choose coarser parts"),
+        (f"sweep {MODEL} --n 0 --out OUT", "at least one example"),
+        ("rank OUT", "no study at"),
+        ("recommend STUDY --bpw 1.0", "can be reached; ask for more"),
+        ("recommend STUDY --task capton", "capton"),
+        ("export STUDY --out OUT", "name a budget"),
+        ("export STUDY --bpw 5 --format gguff --out OUT", "unknown format 'gguff'; choose from"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    study: Path, tmp_path: Path, line: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = line.replace("STUDY", str(study)).replace("OUT", str(tmp_path / "out"))
+    status, out, err = run(capsys, words)
+    assert status == 1
+    assert out == ""
+    lines = [text for text in err.splitlines() if text.startswith("error: ")]
+    assert len(lines) == 1
+    assert sentence in lines[0]
+    assert "Traceback" not in err
+    assert not (tmp_path / "out" / "journal.log").exists()
+    status, out, _ = run(capsys, words, "--json")
+    assert (status, sentence in one_object(out)["error"]) == (1, True)
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "sensitivity", "rank", str(tmp_path / "gone"), "--debug"]
+    assert "Traceback" in subprocess.run(words, capture_output=True, text=True, check=False).stderr
+
+
+def test_a_corrupt_picture_stops_the_sweep_before_it_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "own.jsonl").write_text(json.dumps({"image": "a.png", "prompt": "what?", "answers": ["this"]}))
+    status, _, err = run(capsys, f"sweep {MODEL} --task {tmp_path}/own.jsonl --bits 4", "--out", tmp_path / "out")
+    assert status == 1
+    assert "cannot read the image" in err
+    assert "a.png" in err
+
+
+def test_a_full_disk_is_a_sentence_and_the_sweep_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a disk that fills up in the middle of the journal."""
+    command = [sys.executable, "-m", "sensitivity", *SWEEP.split(), "--out", str(tmp_path / "out")]
+
+    def small() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    full = subprocess.run(command, capture_output=True, text=True, preexec_fn=small, check=False)
+    assert full.returncode == 1
+    assert full.stderr.splitlines()[-1].startswith("error: ")
+    assert "File too large" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert not list((tmp_path / "out").rglob(".*"))
+    again = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    assert one_object(again.stdout)["done"] == 28
+    assert Study(tmp_path / "out").counts() == {"done": 28, "waiting": 0, "running": 0}

@@ -1,0 +1,222 @@
+"""Estimators against planted truths and against the libraries they stand for; the published ranking; bad tables."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import shap
+from sklearn.ensemble import RandomForestRegressor
+from sklearn.inspection import permutation_importance
+
+from sensitivity import estimators, robustness, treeshap
+from sensitivity.errors import UserError
+from sensitivity.estimators import CONSENSUS, ESTIMATORS, shares
+from sensitivity.importance import rank
+from sensitivity.readings import of_study, of_table
+from tests import planted
+
+FORMULAS = {"additive": planted.additive, "product": planted.product, "tied": planted.tied, "crossed": planted.crossed}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_irrelevant_components_get_next_to_nothing(name: str) -> None:
+    readings = planted.readings(planted.additive, noise=0.005)
+    share = shares(ESTIMATORS[name](estimators.fit(readings.bits, readings.score)))
+    assert share[0] > share[2] > share[1]
+    assert share[1] < 5
+
+
+@pytest.mark.parametrize("name", CONSENSUS)
+def test_equal_components_share_equally(name: str) -> None:
+    readings = planted.readings(planted.tied, noise=0.005)
+    share = shares(ESTIMATORS[name](estimators.fit(readings.bits, readings.score)))
+    assert share[0] == pytest.approx(share[2], abs=4)
+
+
+@pytest.mark.parametrize("formula", FORMULAS.values(), ids=FORMULAS)
+def test_shares_of_an_additive_truth_are_its_variances(formula: planted.Formula) -> None:
+    """Without noise the impurity share of an additive score is each term's share of the variance."""
+    readings = planted.readings(formula)
+    share = shares(estimators.forest(estimators.fit(readings.bits, readings.score)))
+    means = [pd.Series(readings.score).groupby(column).transform("mean").to_numpy() for column in readings.bits.T]
+    variance = np.array([values.var() for values in means])
+    if formula in (planted.additive, planted.tied):
+        np.testing.assert_allclose(share, 100 * variance / variance.sum(), atol=2)
+
+
+@pytest.mark.parametrize("formula", FORMULAS.values(), ids=FORMULAS)
+def test_the_table_of_games_is_treeshap(formula: planted.Formula) -> None:
+    readings = planted.readings(formula, noise=0.02)
+    draw = np.random.default_rng(1)
+    rows = draw.integers(0, len(readings), 150)  # with repeats, as in a resample
+    forest = RandomForestRegressor(20, random_state=0).fit(readings.bits[rows], readings.score[rows])
+    explainer, games = shap.TreeExplainer(forest), treeshap.Games(forest, readings.bits)
+    np.testing.assert_allclose(games.values(), explainer.shap_values(readings.bits), atol=1e-10)
+    np.testing.assert_allclose(games.interactions(), explainer.shap_interaction_values(readings.bits), atol=1e-10)
+
+
+def test_permutation_is_scikit_learns() -> None:
+    readings = planted.readings(planted.product, noise=0.02)
+    fitted = estimators.fit(readings.bits, readings.score)
+    theirs = permutation_importance(fitted.forest, fitted.x, fitted.y, n_repeats=50, random_state=0)
+    np.testing.assert_allclose(estimators.permutation(fitted), theirs.importances_mean, rtol=0.1, atol=0.002)
+
+
+def test_a_large_grid_is_left_to_shap() -> None:
+    draw = np.random.default_rng(0)
+    bits = draw.choice([2, 3, 4, 6, 8], size=(60, 9)).astype(float)
+    assert not treeshap.fits(bits)
+    fitted = estimators.fit(bits, bits[:, 0] + 0.1 * bits[:, 1], explained=30, trees=10)
+    assert int(np.argmax(estimators.shap(fitted))) == 0
+    assert robustness.interactions(fitted, [f"c{i}" for i in range(9)]).shape == (36, 4)
+
+
+def test_groups_rank_as_one() -> None:
+    readings = planted.readings(planted.additive, noise=0.01)
+    alone = estimators.fit(readings.bits, readings.score)
+    joint = estimators.fit(readings.bits, readings.score, [[0, 2], [1]])
+    np.testing.assert_allclose(estimators.forest(joint)[0], estimators.forest(alone)[[0, 2]].sum())
+    assert shares(estimators.permutation(joint))[0] > 95
+
+
+def test_intervals_hold_the_planted_shares() -> None:
+    """Of an irrelevant, an important and a middling component; the experiment on coverage has the rates."""
+    truth = rank(planted.readings(planted.additive), bootstraps=0, thorough=False).table["consensus"]
+    found = rank(planted.readings(planted.additive, noise=0.02), bootstraps=40, thorough=False).table
+    for name in planted.PARTS:
+        assert found["consensus.low"][name] <= truth[name] + 0.5, name
+        assert found["consensus.high"][name] >= truth[name] - 0.5, name
+    assert found["consensus.low"]["connector"] < 0.5  # not told from nothing
+
+
+def test_pairs_that_hurt_each_other_are_found() -> None:
+    readings = planted.readings(planted.crossed)
+    pairs = robustness.interactions(estimators.fit(readings.bits, readings.score), planted.PARTS)
+    assert set(pairs.iloc[0][["a", "b"]]) == {"vision", "language"}
+    assert pairs.iloc[0]["both_low"] < -0.1
+    assert pairs.iloc[1]["strength"] < 0.01
+
+
+def test_a_ranking_that_rests_on_one_level_says_so() -> None:
+    def cliff(bits: np.ndarray) -> np.ndarray:
+        return np.asarray(1.0 * (bits[:, 0] > 2) - 0.1 * planted.damage(bits[:, 2], 3))
+
+    found = rank(planted.readings(cliff, noise=0.005), bootstraps=5)
+    assert found.order[0] == "vision"
+    worst = found.levels.loc[found.levels["shift"].abs().idxmax()]
+    assert (worst["component"], worst["bits"], worst["changes_first"]) == ("vision", 2, True)
+    assert "rests on vision at 2 bits" in " ".join(found.warnings)
+    near = rank(planted.readings(cliff, noise=0.005), bootstraps=5, near=0.7)
+    assert near.order[0] == "language"
+    assert near.trials < found.trials
+
+
+def test_untouched_components_are_suspected() -> None:
+    """As in a published table: some attention and feed-forward layers were never quantised, and nobody noticed."""
+    found = rank(planted.readings(planted.additive), bootstraps=5)
+    assert "connector alone never moved the score" in " ".join(found.warnings)
+    assert "vision alone" not in " ".join(found.warnings)
+
+
+def test_components_that_always_move_together_are_named() -> None:
+    bits = planted.grid()[:, [0, 0, 2]]
+    table = pd.DataFrame(bits, columns=list(planted.PARTS)).assign(score=planted.additive(bits))
+    found = rank(of_table(table, planted.PARTS, "score"), bootstraps=5)
+    assert "vision and connector always had the same bits" in " ".join(found.warnings)
+
+
+def test_per_megabyte_and_coarser_parts(tmp_path: Path) -> None:
+    names = ("vision.front", "vision.end", "language")
+    study = planted.study(
+        tmp_path, {"a": planted.additive, "b": planted.tied}, 0.01, components=planted.parts(names, (10**6,) * 3)
+    )
+    found = rank(study, "a", bootstraps=5)
+    assert found.table["gain_per_mb"]["vision.front"] > found.table["gain_per_mb"]["language"] > 0
+    coarse = rank(study, "a", by="part", bootstraps=5)
+    assert set(coarse.order) == {"vision", "language"}
+    both = rank(study, "b", by="part", bootstraps=5)
+    tau = robustness.agreement(pd.DataFrame({"a": coarse.table["consensus"], "b": both.table["consensus"]}))
+    assert tau.loc["a", "b"] in (-1.0, 1.0)
+    data = json.loads(found.dumps())
+    assert data["components"]["vision.front"]["consensus"] > 50
+    with pytest.raises(UserError, match="unknown granularity"):
+        rank(study, "a", by="thirds")
+    with pytest.raises(UserError, match="unknown task 'c'"):
+        rank(study, "c")
+    with pytest.raises(UserError, match="unknown method of this study 'gptq'; choose from codes"):
+        rank(study, "a", method="gptq")
+
+
+def test_the_same_seed_gives_the_same_ranking() -> None:
+    one, two = (rank(planted.readings(planted.product, 0.02), bootstraps=5) for _ in range(2))
+    assert one.dumps() == two.dumps()
+
+
+def test_noise_is_not_ranked() -> None:
+    with pytest.raises(UserError, match="predicts unseen plans worse than the mean does"):
+        rank(planted.readings(lambda bits: 0 * bits[:, 0], noise=1.0))
+
+
+def test_bad_tables_are_refused_with_a_sentence() -> None:
+    bits = planted.grid()
+    good = pd.DataFrame(bits, columns=list(planted.PARTS)).assign(score=planted.product(bits))
+    with pytest.raises(UserError, match="3 usable trials for 'score': a ranking needs at least 8"):
+        rank(of_table(good.head(3), planted.PARTS, "score"))
+    with pytest.raises(UserError, match="unknown column 'visoin'.*did you mean vision"):
+        of_table(good, ("visoin",), "score")
+    with pytest.raises(UserError, match="two columns named 'vision'"):
+        of_table(pd.concat([good, good[["vision"]]], axis=1), planted.PARTS, "score")
+    with pytest.raises(UserError, match="column 'score' holds 'n/a.' in row 2, not a number"):
+        of_table(good.astype(object).replace({"score": {good["score"][1]: "n/a?"}}), planted.PARTS, "score")
+    with pytest.raises(UserError, match="no trial has a score"):
+        of_table(good.assign(score=np.nan), planted.PARTS, "score")
+    with pytest.raises(UserError, match="every trial scored 1 on 'score'"):
+        rank(of_table(good.assign(score=1.0), planted.PARTS, "score"))
+    with pytest.raises(UserError, match="every component had the same bits"):
+        rank(of_table(good.assign(vision=4, connector=4, language=4), planted.PARTS, "score"))
+
+
+def test_what_is_left_out_is_counted() -> None:
+    bits = planted.grid()
+    table = pd.DataFrame(bits, columns=list(planted.PARTS)).assign(score=planted.product(bits))
+    table.loc[:4, "score"] = np.nan
+    table.loc[5:7, "vision"] = np.nan
+    table["language"] = 4
+    found = rank(of_table(table, planted.PARTS, "score"), bootstraps=2, thorough=False)
+    told = " / ".join(found.warnings)
+    assert "3 trials left out: no bits" in told
+    assert "5 trials left out: no number as score" in told
+    assert "language always had 4 bits: not ranked" in told
+
+
+def test_replicates_tell_the_noise(tmp_path: Path) -> None:
+    rows = np.repeat(planted.grid((3, 4, 8)), 4, axis=0)
+    study = planted.study(tmp_path, {"a": planted.product}, noise=0.03, rows=rows)
+    assert of_study(study).noise == pytest.approx(0.03, rel=0.25)
+
+
+def test_the_published_ranking_is_reproduced(published: Path) -> None:
+    table = pd.read_csv(published / "blip2_gptq_coco.csv")
+    readings = of_table(table, ["vit_bits", "qformer_bits", "llm_bits"], "cider")
+    found = rank(readings, bootstraps=5)
+    consensus = found.table["consensus"]
+    assert consensus["vit_bits"] == pytest.approx(50.4, abs=1)
+    assert consensus["qformer_bits"] == pytest.approx(2.0, abs=1)
+    assert consensus["llm_bits"] == pytest.approx(47.6, abs=1)
+    assert found.linear_r2 == pytest.approx(0.20, abs=0.01)
+    assert "rests on vit_bits at 2 bits" in " ".join(found.warnings)
+
+
+def test_importing_loads_no_torch() -> None:
+    """And neither does a whole ranking."""
+    code = (
+        "import sys; from tests import planted; from sensitivity.importance import rank;"
+        "rank(planted.readings(planted.product, 0.02), bootstraps=2); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
