@@ -154,10 +154,28 @@ def _affine(scheme: Scheme, rows: int, cols: int) -> int:
     return groups(scheme, rows, cols) * (16 + (0 if scheme.symmetric else scheme.bits))
 
 
+def _blocks(scheme: Scheme, rows: int, cols: int) -> int:
+    """As bitsandbytes stores them: the table of 16 numbers, and a float32 scale for each block of the flattened weight.
+
+    With `double`, scales take 8 bits, and beside them a mean, a float32 scale per 256 and a table of 256 numbers.
+    """
+    blocks = math.ceil(rows * cols / int(scheme.group))
+    table = 16 * 32
+    if scheme.get("double"):
+        return table + 8 * blocks + 32 * (math.ceil(blocks / 256) + 1 + 256)
+    return table + 32 * blocks
+
+
 # method -> bits stored beside the codes of a rows x cols weight
 OVERHEAD: dict[str, Callable[[Scheme, int, int], int]] = {
     "uniform": lambda scheme, rows, cols: 64 * groups(scheme, rows, cols),  # minimum and range, float32
     "rtn": _affine,
+    "clip": _affine,
+    "gptq": _affine,
+    "awq": lambda scheme, rows, cols: _affine(scheme, rows, cols) + 16 * cols,  # a scale per input channel
+    "nf4": _blocks,
+    "fp4": _blocks,
+    "llm-int8": lambda scheme, rows, cols: 32 * rows,
     "codes": lambda scheme, rows, cols: 0,  # an imported table: nothing is known beyond the widths
 }
 

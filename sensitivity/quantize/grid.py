@@ -22,10 +22,12 @@ class Quantised:
     scale: Tensor  # float32 that fits 16 bits where the scheme says so; 1 x 1, rows x 1 or rows x groups
     zero: Tensor
     group: int  # columns that share a scale
+    inputs: Tensor | None = None  # what each column was multiplied by before rounding (AWQ); the input is divided by it
 
     def dequantise(self) -> Tensor:
         scale, zero = (self.spread(t) for t in (self.scale, self.zero))
-        return (self.codes - zero) * scale
+        weight = (self.codes - zero) * scale
+        return weight if self.inputs is None else weight / self.inputs
 
     def spread(self, per_group: Tensor) -> Tensor:
         """One value per group, repeated over its columns; the last group of a row may be shorter."""

@@ -1,0 +1,69 @@
+"""NF4 and FP4: the nearest of sixteen fixed numbers, times the largest magnitude of a block of the flattened weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sensitivity.plan import Scheme
+
+# Dettmers et al. 2023 (QLoRA), appendix E: quantiles of the normal distribution, exactly 0 and exactly 1 among them
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+# bitsandbytes' four-bit float: sign, and one of 0, 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1
+_HALF = (0.005208333333, 0.16666667, 0.25, 0.33333333, 0.5, 0.66666667, 1.0)
+FP4 = (*(-x for x in reversed(_HALF)), 0.0, *_HALF)
+TABLES = {"nf4": NF4, "fp4": FP4}
+NESTED = 256  # block sizes that share one scale where the scales are themselves rounded
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Codes into a table, and a scale for each block of the flattened weight."""
+
+    codes: Tensor  # uint8, blocks x block
+    table: Tensor
+    scale: Tensor  # one per block, as it comes back from how it is stored
+    shape: torch.Size
+
+    def dequantise(self) -> Tensor:
+        flat = (self.table[self.codes.long()] * self.scale[:, None]).reshape(-1)
+        return flat[: self.shape.numel()].reshape(self.shape)
+
+
+def coded(weight: Tensor, scheme: Scheme) -> Coded:
+    """Nearest in the table; with `double`, the blocks' scales take eight bits instead of thirty-two."""
+    table = torch.tensor(TABLES[scheme.method], device=weight.device)
+    size = int(scheme.group)
+    flat = weight.float().reshape(-1)
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % size)).reshape(-1, size)
+    largest = blocks.abs().amax(1)
+    unit = blocks / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    codes = torch.bucketize(unit, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    return Coded(codes, table, _nested(largest) if scheme["double"] else largest, weight.shape)
+
+
+def _nested(scale: Tensor) -> Tensor:
+    """Scales less their mean, in blocks of 256, rounded to bitsandbytes' eight-bit dynamic table."""
+    mean = scale.mean()
+    table = dynamic_table().to(scale.device)
+    blocks = torch.nn.functional.pad(scale - mean, (0, -len(scale) % NESTED)).reshape(-1, NESTED)
+    largest = blocks.abs().amax(1, keepdim=True)
+    unit = blocks / largest.clamp(min=torch.finfo(torch.float32).tiny)
+    rounded = table[torch.bucketize(unit, (table[1:] + table[:-1]) / 2)] * largest
+    return rounded.reshape(-1)[: len(scale)] + mean
+
+
+def dynamic_table() -> Tensor:
+    """Signed numbers with a variable exponent (Dettmers 2015): per decade 10^-6 to 1 twice as many as in the last."""
+    numbers = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        middles = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)).tolist()
+        numbers += [*middles, *(-m for m in middles)]
+    return torch.tensor(sorted(numbers))

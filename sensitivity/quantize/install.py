@@ -1,0 +1,167 @@
+"""quantized(): a plan put into a model and taken out again, bit for bit; prepare(): all widths of a layer at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sensitivity.components import ComponentMap, Weight
+from sensitivity.errors import UserError
+from sensitivity.plan import Plan, Scheme
+from sensitivity.quantize.curvature import Curvature
+from sensitivity.quantize.linears import Linears, reads
+from sensitivity.quantize.methods import method_of, quantise, solve
+from sensitivity.quantize.statistics import Statistics
+
+Memory = MutableMapping[tuple[Any, ...], Tensor]  # (parameter, scheme, ...) -> quantised weight
+
+
+@contextmanager
+def quantized(
+    model: nn.Module,
+    parts: ComponentMap,
+    plan: Plan,
+    memory: Memory | None = None,
+    statistics: Statistics | None = None,
+) -> Iterator[set[str]]:
+    """Inside the block the model has the plan's weights; after it, also after an exception, its own again.
+
+    Yields the names of the changed parameters, which are exactly those that the plan asks for, or it is an error.
+    `memory` keeps quantised weights by (parameter, scheme), for plans to come. Methods that need calibration take
+    it from `statistics`, block by block in the direction of data flow.
+    """
+    parameters = dict(model.named_parameters())
+    asked = targets(parts, plan)
+    if strangers := sorted(set(asked) - set(parameters)):
+        raise UserError(f"the plan names weights that this model does not have: {', '.join(strangers[:4])}")
+    work = _Work(model, parts, {} if memory is None else memory, statistics)
+    with ExitStack() as installed:
+        try:
+            for block in _blocks(parts, asked):
+                work.solve(block, {weight.name: {asked[weight.name]} for weight in block})
+                for weight in block:
+                    chosen = asked[weight.name]
+                    parameters[weight.name].data = work.memory[work.key(weight.name, chosen)]
+                    if weight.bias and weight.bias in asked:
+                        parameters[weight.bias].data = work.bias(weight.bias, chosen)
+                    if change := method_of(chosen).inputs:
+                        hook = _changing(change, chosen)
+                        installed.callback(model.get_submodule(weight.module).register_forward_pre_hook(hook).remove)
+                work.done += [(weight.name, asked[weight.name]) for weight in block]
+            changed = {name for name, p in parameters.items() if p.data_ptr() != work.own[name].data_ptr()}
+            if changed != set(asked):
+                missed, surplus = sorted(set(asked) - changed), sorted(changed - set(asked))
+                raise UserError(f"coverage: not quantised {missed[:4]}, quantised without being asked {surplus[:4]}")
+            yield changed
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = work.own[name]
+
+
+def prepare(
+    model: nn.Module, parts: ComponentMap, plans: Iterable[Plan], memory: Memory, statistics: Statistics | None = None
+) -> None:
+    """Fill the memory with every weight at every scheme that some plan asks for, each layer studied once for all.
+
+    The bits are those that `quantized` would find plan by plan. On the exposed path they depend on the plan, so
+    there is nothing to prepare.
+    """
+    if statistics is not None and statistics.exposed:
+        return
+    wanted: dict[str, set[Scheme]] = {}
+    for plan in plans:
+        for name, chosen in targets(parts, plan).items():
+            wanted.setdefault(name, set()).add(chosen)
+    work = _Work(model, parts, memory, statistics)
+    for block in _blocks(parts, wanted):
+        work.solve(block, wanted)
+
+
+def targets(parts: ComponentMap, plan: Plan) -> dict[str, Scheme]:
+    """The parameters that a plan changes, each with its scheme; biases only where the scheme says so."""
+    asked: dict[str, Scheme] = {}
+    for component in parts.components:
+        if (chosen := plan[component.name]) is not None:
+            for weight in component.weights:
+                asked[weight.name] = chosen
+                if weight.bias and chosen.get("biases"):
+                    asked[weight.bias] = chosen
+    return asked
+
+
+class _Work:
+    """Quantising the weights of one model: what it has of its own, what is remembered, and what is done so far."""
+
+    def __init__(self, model: nn.Module, parts: ComponentMap, memory: Memory, statistics: Statistics | None) -> None:
+        self.own = {name: parameter.data for name, parameter in model.named_parameters()}
+        self.memory, self.statistics = memory, statistics
+        self.done: list[tuple[str, Scheme]] = []
+        self.inputs: dict[str, list[Weight]] = {}
+        for weight in parts.weights:
+            self.inputs.setdefault(reads(weight), []).append(weight)
+
+    def key(self, name: str, chosen: Scheme) -> tuple[Any, ...]:
+        """What a quantised weight depends on; on the exposed path, all that was quantised before it too."""
+        if self.statistics is not None and self.statistics.exposed and method_of(chosen).calibrated:
+            return name, chosen, tuple(self.done)
+        return name, chosen
+
+    def solve(self, block: Iterable[Weight], wanted: Mapping[str, set[Scheme]]) -> None:
+        """Put what is missing into the memory. Weights that share an input are solved together, always all of them."""
+        missing: dict[str, set[Scheme]] = {}
+        for weight in block:
+            if lacking := {s for s in wanted[weight.name] if self.key(weight.name, s) not in self.memory}:
+                missing.setdefault(reads(weight), set()).update(lacking)
+        studied = {shared for shared, schemes in missing.items() if any(self._calibrated(s) for s in schemes)}
+        found: Mapping[str, Curvature] = {}
+        if studied:
+            assert self.statistics is not None
+            found = self.statistics.gather([self.inputs[shared][0] for shared in sorted(studied)])
+        for shared, schemes in missing.items():
+            names = tuple(weight.name for weight in self.inputs[shared])
+            for name in names:
+                _finite(name, self.own[name])
+            ordered = sorted(schemes, key=str)
+            linears = Linears(names, tuple(self.own[name] for name in names), found.get(shared))
+            for chosen, results in zip(ordered, solve(linears, ordered), strict=True):
+                for name, result in zip(names, results, strict=True):
+                    weight_data = self.own[name]
+                    value = weight_data.clone() if result is None else result.dequantise().to(weight_data.dtype)
+                    self.memory[self.key(name, chosen)] = value
+            if linears.curvature is not None:
+                linears.curvature.forget()
+
+    def bias(self, name: str, chosen: Scheme) -> Tensor:
+        if (name, chosen) not in self.memory:
+            _finite(name, self.own[name])
+            bias = self.own[name]
+            self.memory[name, chosen] = quantise(bias.reshape(1, -1), chosen).reshape(bias.shape)
+        return self.memory[name, chosen]
+
+    def _calibrated(self, chosen: Scheme) -> bool:
+        if not method_of(chosen).calibrated:
+            return False
+        if self.statistics is None:
+            raise UserError(f"{chosen.method} needs calibration data: pass statistics, as calibrate() makes them")
+        self.statistics.fits(chosen)
+        return True
+
+
+def _blocks(parts: ComponentMap, asked: Mapping[str, Any]) -> Iterator[list[Weight]]:
+    """The weights that are asked for, block by block in the direction of data flow."""
+    for block in parts.regroup("block").components:
+        if chosen := [weight for weight in block.weights if weight.name in asked]:
+            yield chosen
+
+
+def _finite(name: str, weight: Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        raise UserError(f"{name} holds NaN or infinite values and cannot be quantised")
+
+
+def _changing(change: Callable[[Tensor, Scheme], Tensor], chosen: Scheme) -> Any:
+    return lambda module, args: (change(args[0], chosen), *args[1:])

@@ -1,0 +1,121 @@
+"""METHODS, and scheme(): every way to quantise a weight, and a scheme with all that it depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from sensitivity.errors import UserError, unknown
+from sensitivity.plan import Scheme, Setting
+from sensitivity.quantize.activations import int8_rows, split_inputs
+from sensitivity.quantize.clip import clip
+from sensitivity.quantize.codebook import coded
+from sensitivity.quantize.curvature import Curvature
+from sensitivity.quantize.linears import Linears, Method, Stored, alone
+from sensitivity.quantize.nearest import rtn, uniform
+from sensitivity.quantize.obq import gptq
+from sensitivity.quantize.presets import PRESETS
+from sensitivity.quantize.scale_search import awq
+
+BLOCKS = "in blocks of 64 of the flattened weight, around zero"
+METHODS: dict[str, Method] = {
+    "uniform": Method(
+        alone(uniform), group="tensor", symmetric=False, settings={"biases": False}, fixed="per tensor and asymmetric"
+    ),
+    "rtn": Method(alone(rtn), settings={"biases": False}),
+    "clip": Method(clip, range(2, 9), calibrated=True),
+    "gptq": Method(
+        gptq,
+        calibrated=True,
+        settings={"damp": 0.01, "order": "given", "clip": False},
+        choices={"order": ("given", "activation")},
+    ),
+    "awq": Method(
+        awq,
+        range(2, 9),
+        group=128,
+        symmetric=False,
+        calibrated=True,
+        settings={"exponents": 20, "clip": True, "clip_qk": False},
+    ),
+    "nf4": Method(alone(coded), range(4, 5), group=64, settings={"double": False}, fixed=BLOCKS),
+    "fp4": Method(alone(coded), range(4, 5), group=64, settings={"double": False}, fixed=BLOCKS),
+    "llm-int8": Method(
+        alone(int8_rows),
+        range(8, 9),
+        settings={"threshold": 6.0, "outliers": "token"},
+        choices={"outliers": ("token", "call")},
+        fixed="per row and symmetric",
+        inputs=split_inputs,
+    ),
+}
+
+
+def method_of(scheme: Scheme) -> Method:
+    if scheme.method not in METHODS:
+        raise unknown("method", scheme.method, METHODS)
+    return METHODS[scheme.method]
+
+
+def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None = None, **chosen: Any) -> Scheme:
+    """A scheme of a known method or preset: its defaults, what was chosen beyond them, and the calibration data.
+
+    `calibration` is what `Statistics.facts` says; only methods that use it write it down.
+    """
+    preset = dict(PRESETS.get(method, {"method": method}))
+    name = str(preset.pop("method"))
+    if name not in METHODS:
+        raise unknown("method", method, [*METHODS, *PRESETS])
+    row = METHODS[name]
+    wanted: dict[str, Any] = {**preset, **{key: value for key, value in chosen.items() if value is not None}}
+    if bits not in row.widths:
+        widths = f"{row.widths[0]} to {row.widths[-1]}" if len(row.widths) > 1 else f"only {row.widths[0]}"
+        raise UserError(f"{name} takes {widths} bits, not {bits}")
+    group, symmetric = wanted.pop("group", row.group), wanted.pop("symmetric", row.symmetric)
+    if row.fixed and (group, symmetric) != (row.group, row.symmetric):
+        raise UserError(f"{name} is always {row.fixed}; use rtn for other groups and symmetric grids")
+    if row.calibrated and group == "tensor":
+        raise UserError(f"{name} needs a scale per row or group; choose --group row or a number of columns")
+    settings = {**row.settings, **{key: _checked(name, row, key, value) for key, value in wanted.items()}}
+    if not settings.get("biases"):
+        settings.pop("biases", None)  # what is not done is not written down
+    facts = dict(calibration or {}) if row.calibrated else {}
+    return Scheme(name, bits, group, symmetric, tuple({**settings, **facts}.items()))
+
+
+def _checked(name: str, row: Method, setting: str, value: Setting) -> Setting:
+    if setting not in row.settings:
+        raise unknown(f"setting of {name}", setting, row.settings or ["none"])
+    if setting in row.choices and value not in row.choices[setting]:
+        raise unknown(f"{setting} of {name}", value, row.choices[setting])
+    default = row.settings[setting]
+    if isinstance(default, bool) != isinstance(value, bool) or isinstance(default, str) != isinstance(value, str):
+        raise UserError(f"{setting} of {name} is like {default!r}, not {value!r}")
+    if isinstance(value, int | float) and value < 0:
+        raise UserError(f"{setting} of {name} cannot be below 0, as {value!r} is")
+    return value
+
+
+def solve(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Stored | None]]:
+    """Weights that share an input, quantised: per scheme a result for each; None where there is nothing to round."""
+    results: dict[Scheme, Sequence[Stored | None]] = {}
+    for alike in _alike(schemes):
+        results.update(zip(alike, method_of(alike[0]).solve(linears, alike), strict=True))
+    return [list(results[chosen]) for chosen in schemes]
+
+
+def quantise(weight: Tensor, scheme: Scheme, curvature: Curvature | None = None) -> Tensor:
+    """One weight as its codes would give it back, in its own type."""
+    ((result,),) = solve(Linears(("the weight",), (weight.detach(),), curvature), [scheme])
+    return weight.detach().clone() if result is None else result.dequantise().to(weight.dtype)
+
+
+def _alike(schemes: Iterable[Scheme]) -> list[list[Scheme]]:
+    """Schemes that differ in bits alone, together, narrow ones first."""
+    found: dict[Scheme, list[Scheme]] = {}
+    for chosen in sorted(set(schemes), key=lambda s: s.bits):
+        found.setdefault(replace(chosen, bits=1), []).append(chosen)
+    return list(found.values())

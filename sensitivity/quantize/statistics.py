@@ -1,0 +1,35 @@
+"""Statistics: what calibration found out about each layer's inputs, or how to find it out along the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from sensitivity.components import Weight
+from sensitivity.errors import UserError
+from sensitivity.plan import Scheme, Setting
+from sensitivity.quantize.curvature import Curvature
+
+PATHS = ("float", "exposed")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The curvature of layers by input, and on which data, how, it was found: facts that schemes write down."""
+
+    facts: Mapping[str, Setting]  # calibration, examples, seed, data and path
+    gather: Callable[[Sequence[Weight]], Mapping[str, Curvature]]  # of some weights, by `reads`
+
+    @property
+    def exposed(self) -> bool:
+        """Whether inputs passed the layers that were quantised before: then they differ from plan to plan."""
+        return self.facts["path"] == "exposed"
+
+    def fits(self, scheme: Scheme) -> None:
+        """A scheme names the data that it was calibrated on, or two trials with one key could differ."""
+        for fact, value in self.facts.items():
+            if scheme.get(fact) != value:
+                raise UserError(
+                    f"{scheme.method} was to be calibrated with {fact} = {scheme.get(fact)!r}, and the statistics have "
+                    f"{value!r}; make schemes with calibration=statistics.facts"
+                )
