@@ -140,6 +140,21 @@ class Study:
         self._optuna.tell(asked.trial, [*means.values(), weight.bpw])
         return means
 
+    def append(self, plans: Sequence[Plan], scores: Sequence[Mapping[str, float]]) -> None:
+        """Add trials that were finished elsewhere, of which only the scores are known; replicates stay replicates."""
+        trials = []
+        for plan, means in zip(plans, scores, strict=True):
+            weight = size(self.parts, plan)
+            known = {task: {"mean": float(means[task])} for task in self.tasks}
+            attrs = {"key": plan.key, "plan": plan.to_json(), "size": weight.to_json(), "scores": known}
+            values = [*(known[task]["mean"] for task in self.tasks), weight.bpw]
+            trials.append(
+                optuna.trial.create_trial(
+                    values=values, params=plan.bits(NATIVE), distributions=self.distributions, user_attrs=attrs
+                )
+            )
+        self._optuna.add_trials(trials)
+
     def give_up(self, asked: Asked, why: str) -> None:
         """Mark a trial that could not be run, with the reason."""
         asked.trial.set_user_attr("failure", why)

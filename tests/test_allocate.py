@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sensitivity.allocate import GB, Knapsack, best_uniform, solve, spend
+from sensitivity.allocate import best_uniform, solve, spend
 from sensitivity.errors import UserError
+from sensitivity.knapsack import Knapsack
 from sensitivity.plan import Plan, Scheme, size
 from sensitivity.surrogate import Space, learn
 from sensitivity.trials import Study
@@ -34,7 +35,7 @@ def rough(seed: int) -> planted.Formula:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("bpw", [3.2, 4.1, 6.0, 9.0])
+@pytest.mark.parametrize("bpw", [3.4, 4.1, 6.0, 9.0])
 def test_equal_to_brute_force(tmp_path: Path, seed: int, bpw: float) -> None:
     study = planted.study(tmp_path, {"a": rough(seed)}, 0.01, levels=(2, 3, 4, 8, 16), components=FOUR)
     knapsack = Knapsack.of(study, ["a"])
@@ -43,7 +44,7 @@ def test_equal_to_brute_force(tmp_path: Path, seed: int, bpw: float) -> None:
     bits = np.array([size(FOUR, knapsack.space.decode(row)).bits for row in index])
     scores = model.predict(index)
     budget = int(bpw * FOUR.numel)
-    found = spend(knapsack, budget, "a", top=3)
+    found = spend(knapsack, budget, {"a": 1.0}, top=3)
     best = np.sort(scores[bits <= budget])[::-1][:3]
     np.testing.assert_allclose([c.predicted["a"].score for c in found], best, atol=1e-6)
     assert all(c.size.bits <= budget for c in found)
@@ -110,8 +111,8 @@ def test_several_budgets_at_once_and_bytes(two_tasks: Study) -> None:
 
 
 def test_floors_move_bits_to_where_the_other_task_needs_them(two_tasks: Study) -> None:
-    free = solve(two_tasks, bpw=5, tasks=["vqa"], top=1)[0]
-    bound = solve(two_tasks, bpw=5, tasks=["vqa"], floors={"grounding": 0.9}, top=1)[0]
+    free = solve(two_tasks, bpw=6.5, tasks=["vqa"], top=1)[0]
+    bound = solve(two_tasks, bpw=6.5, tasks=["vqa"], floors={"grounding": 0.9}, top=1)[0]
     assert bound.plan.bits()["vision"] > free.plan.bits()["vision"]
     p = bound.predicted["grounding"]
     assert p.score >= 0.9 * p.full - 1e-6
@@ -151,7 +152,7 @@ def test_infeasible_wishes_say_what_is_reachable(two_tasks: Study) -> None:
     with pytest.raises(UserError, match="needs one budget"):
         solve(two_tasks)
     with pytest.raises(UserError, match="a budget must be above 0, not -1"):
-        solve(two_tasks, bytes=-1 / GB * GB)
+        solve(two_tasks, bytes=-1)
     with pytest.raises(UserError, match="no measured width of vision is allowed"):
         solve(two_tasks, bpw=4, allowed=lambda name, choice: name != "vision")
     with pytest.raises(UserError, match="unknown component 'visoin'.*did you mean vision"):

@@ -1,0 +1,200 @@
+"""Spends a budget: measurements, sizes and a limit give the plans that are predicted to score best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sensitivity.components import ComponentMap
+from sensitivity.errors import UserError
+from sensitivity.knapsack import Allowed, Knapsack, Predicted, Program
+from sensitivity.plan import Plan, Size, size
+from sensitivity.readings import check_task
+from sensitivity.trials import Study
+
+Floats = np.ndarray
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan that fits a budget, first by rank among its budget's."""
+
+    plan: Plan
+    size: Size
+    budget: float  # in bpw
+    rank: int
+    predicted: dict[str, Predicted]
+
+    def to_json(self) -> dict[str, Any]:
+        predicted = {task: p.to_json() for task, p in self.predicted.items()}
+        return {
+            "plan": self.plan.to_json(),
+            "describe": self.plan.describe(),
+            "size": self.size.to_json(),
+            "budget_bpw": self.budget,
+            "rank": self.rank,
+            "predicted": predicted,
+        }
+
+
+def solve(
+    study: Study,
+    *,
+    bpw: float | Iterable[float] | None = None,
+    bytes: float | Iterable[float] | None = None,
+    tasks: Sequence[str] | None = None,
+    weights: Mapping[str, float] | None = None,
+    floors: Mapping[str, float] | None = None,
+    allowed: Allowed | None = None,
+    tied: Sequence[Sequence[str]] = (),
+    top: int = 3,
+) -> list[Candidate]:
+    """The best few plans for each budget, best first; nothing is measured.
+
+    bpw or bytes: one budget or several. tasks: whose scores are to be high (the study's first), as shares of full
+    precision, equally or by weights. floors: task -> share of full precision that must be kept. allowed: which
+    choices a component may have. tied: components that must share their scheme.
+    """
+    wish = dict(weights or dict.fromkeys(tasks or study.tasks[:1], 1.0))
+    for name in (*wish, *(floors or {})):
+        check_task(study, name)
+    if not all(weight > 0 for weight in wish.values()):
+        raise UserError(f"weights of tasks must be above 0, not {min(wish.values()):g}")
+    knapsack = Knapsack.of(study, list(dict.fromkeys([*wish, *(floors or {})])))
+    return [
+        candidate
+        for budget in budgets(study.parts, bpw, bytes)
+        for candidate in spend(knapsack, budget, wish, floors, allowed, tied, top)
+    ]
+
+
+def budgets(
+    parts: ComponentMap, bpw: float | Iterable[float] | None, size_in_bytes: float | Iterable[float] | None
+) -> list[int]:
+    """The limits in bits."""
+    if (bpw is None) == (size_in_bytes is None):
+        raise UserError("a recommendation needs one budget: bits per weight (--bpw 4.0) or bytes (--gb 2.5)")
+    given, unit = (bpw, parts.numel) if size_in_bytes is None else (size_in_bytes, 8)
+    limits = [float(limit) for limit in (given if isinstance(given, Iterable) else [given or 0.0])]
+    if bad := [limit for limit in limits if not (math.isfinite(limit) and limit > 0)]:
+        raise UserError(f"a budget must be above 0, not {bad[0]:g}")
+    return [math.floor(limit * unit + 1e-6) for limit in limits]
+
+
+def spend(
+    knapsack: Knapsack,
+    budget: int,
+    weights: Mapping[str, float],
+    floors: Mapping[str, float] | None = None,
+    allowed: Allowed | None = None,
+    tied: Sequence[Sequence[str]] = (),
+    top: int = 3,
+) -> list[Candidate]:
+    """The best few plans of at most so many bits, by the weighted mean of the tasks' shares of full precision."""
+    program = Program(knapsack, allowed, tied)
+    program.at_most(budget - knapsack.kept)
+    for name, share in (floors or {}).items():
+        program.keep(name, share)
+    if len(weights) == 1:
+        found = _one_task(program, next(iter(weights)), budget, top)
+    else:
+        found = _several_tasks(program, weights, budget, top)
+    if not found:
+        raise _infeasible(knapsack, budget, floors or {}, allowed, tied)
+    plans = [knapsack.space.decode(row) for row in found]
+    limit = budget / knapsack.parts.numel
+    return [
+        Candidate(plan, size(knapsack.parts, plan), limit, rank, predicted)
+        for rank, (plan, predicted) in enumerate(zip(plans, knapsack.predicted(plans), strict=True))
+    ]
+
+
+def _fits(knapsack: Knapsack, row: Floats, budget: int) -> bool:
+    return size(knapsack.parts, knapsack.space.decode(row)).bits <= budget  # the solver's tolerance is not ours
+
+
+def _one_task(program: Program, task: str, budget: int, top: int) -> list[Floats]:
+    """The score falls with the damage: the least damage is the best score."""
+    found: list[Floats] = []
+    cost = program.damage(task)
+    while len(found) < top and (best := program.minimise(cost)) is not None:
+        program.exclude(best[0])
+        if _fits(program.knapsack, best[0], budget):
+            found.append(best[0])
+    return found
+
+
+def _several_tasks(program: Program, weights: Mapping[str, float], budget: int, top: int) -> list[Floats]:
+    """Best first by an upper bound; what was found is best for certain once no bound is better."""
+    knapsack = program.knapsack
+    total = sum(weights.values())
+    weights = {task: weight / total for task, weight in weights.items()}
+    cost = program.bound(weights)
+    found: list[tuple[float, Floats]] = []
+    while (best := program.minimise(cost)) is not None:
+        row, bound = best[0], -best[1]
+        if len(found) >= top and bound <= found[top - 1][0]:
+            break
+        program.exclude(row)
+        if _fits(knapsack, row, budget):
+            value = sum(w * float(knapsack.models[t].predict(row[None])[0]) / knapsack.full(t) for t, w in weights.items())
+            found = sorted([*found, (value, row)], key=lambda pair: -pair[0])
+    return [row for _, row in found[:top]]
+
+
+def _infeasible(
+    knapsack: Knapsack,
+    budget: int,
+    floors: Mapping[str, float],
+    allowed: Allowed | None,
+    tied: Sequence[Sequence[str]],
+) -> UserError:
+    """Say what is reachable."""
+    numel = knapsack.parts.numel
+    program = Program(knapsack, allowed, tied)
+    weights = np.concatenate(knapsack.bits) / numel
+    smallest = program.minimise(dict(enumerate(weights)))
+    largest = program.minimise(dict(enumerate(-weights)))
+    if smallest is None or largest is None:
+        return UserError("no plan obeys these constraints: components that must share have no width in common")
+    low, high = (size(knapsack.parts, knapsack.space.decode(row)).bits for row, _ in (smallest, largest))
+    if low > budget:
+        return UserError(
+            f"no measured plan fits {budget / numel:.2f} bpw ({_bytes(budget)}): with the widths of this study "
+            f"{low / numel:.2f} to {high / numel:.2f} bpw ({_bytes(low)} to {_bytes(high)}) can be reached; "
+            "ask for more, or sweep lower widths (--bits)"
+        )
+    needed = Program(knapsack, allowed, tied)
+    for name, share in floors.items():
+        needed.keep(name, share)
+    wish = " and ".join(f"{name} at {share:.0%}" for name, share in floors.items())
+    found = needed.minimise(dict(enumerate(weights)))
+    if found is None:
+        return UserError(f"no measured plan is predicted to keep {wish} of full precision, at any size")
+    least = size(knapsack.parts, knapsack.space.decode(found[0])).bits / numel
+    return UserError(
+        f"no plan of at most {budget / numel:.2f} bpw is predicted to keep {wish} of full precision; that takes "
+        f"{least:.2f} bpw, or lower the floor"
+    )
+
+
+def _bytes(bits: float) -> str:
+    return f"{bits / 8e9:.2f} GB" if bits >= 8e9 else f"{bits / 8e6:.2f} MB"
+
+
+def best_uniform(study: Study, candidate: Candidate, task: str | None = None) -> Candidate | None:
+    """The uniform plan within the candidate's budget that is predicted to score best; None where none is so small."""
+    task = check_task(study, task)
+    knapsack = Knapsack.of(study, [task])
+    shared = set.intersection(*(set(options) for options in knapsack.space.choices))
+    plans = [Plan.uniform(study.parts, choice) for choice in shared]
+    fitting = [plan for plan in plans if size(study.parts, plan).bits <= candidate.budget * study.parts.numel + 1e-6]
+    if not fitting:
+        return None
+    predicted = knapsack.predicted(fitting)
+    best = max(range(len(fitting)), key=lambda i: predicted[i][task].score)
+    return Candidate(fitting[best], size(study.parts, fitting[best]), candidate.budget, 0, predicted[best])

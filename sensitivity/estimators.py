@@ -1,0 +1,212 @@
+"""ESTIMATORS: how much of a forest's picture of the scores each component accounts for, one function per answer."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import IntDistribution
+from optuna.importance import BaseImportanceEvaluator, FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
+from sklearn.ensemble import RandomForestRegressor
+from sklearn.linear_model import LinearRegression
+from sklearn.metrics import r2_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
+
+from sensitivity import treeshap
+
+Floats = np.ndarray
+TREES = 100
+REPEATS = 50  # of every permutation
+EXPLAINED = 400  # rows that SHAP explains where the grid is too large for the exact table
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A forest and the rows it learnt from; `groups` says which columns make one component."""
+
+    forest: RandomForestRegressor
+    x: Floats
+    y: Floats
+    groups: tuple[tuple[int, ...], ...]
+    seed: int
+    explained: int = EXPLAINED
+
+    @cached_property
+    def shap(self) -> tuple[Floats, Floats]:
+        """Shapley values, a row per explained plan and a column per feature; and how many trials each plan had."""
+        plans, weight = np.unique(self.x, axis=0, return_counts=True)
+        if treeshap.fits(plans):
+            return treeshap.Games(self.forest, plans).values(), weight
+        if len(plans) > self.explained:
+            rows = np.random.default_rng(self.seed).choice(len(plans), self.explained, replace=False)
+            plans, weight = plans[rows], weight[rows]
+        return np.asarray(explainer(self.forest).shap_values(plans, check_additivity=False)), weight
+
+    @cached_property
+    def shap_pairs(self) -> tuple[Floats, Floats, Floats]:
+        """Shapley interaction values, how many trials each plan had, and the plans."""
+        plans, weight = np.unique(self.x, axis=0, return_counts=True)
+        if treeshap.fits(plans):
+            return treeshap.Games(self.forest, plans).interactions(), weight, plans
+        few = min(self.explained // 4, 10_000 // plans.shape[1] ** 2)  # the cost grows with the square
+        if len(plans) > few:
+            rows = np.random.default_rng(self.seed).choice(len(plans), few, replace=False)
+            plans, weight = plans[rows], weight[rows]
+        return np.asarray(explainer(self.forest).shap_interaction_values(plans)), weight, plans
+
+
+def explainer(forest: RandomForestRegressor) -> Any:
+    """shap's own, imported here because it takes two seconds and only large grids need it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PendingDeprecationWarning)  # of its import of matplotlib
+        import shap
+    return shap.TreeExplainer(forest)
+
+
+def fit(
+    x: Floats,
+    y: Floats,
+    groups: Sequence[Sequence[int]] | None = None,
+    seed: int = 0,
+    explained: int = EXPLAINED,
+    trees: int = TREES,
+) -> Fitted:
+    groups = tuple((i,) for i in range(x.shape[1])) if groups is None else tuple(tuple(group) for group in groups)
+    return Fitted(forest_of(seed, trees).fit(x, y), x, y, groups, seed, explained)
+
+
+def forest_of(seed: int, trees: int = TREES) -> RandomForestRegressor:
+    return RandomForestRegressor(trees, random_state=seed, n_jobs=1)
+
+
+def forest(fitted: Fitted) -> Floats:
+    """How much the splits on a component lower the squared error, as the forest grows."""
+    return _together(fitted, fitted.forest.feature_importances_)
+
+
+def permutation(fitted: Fitted) -> Floats:
+    """How much R2 is lost when a component's widths are shuffled among the trials (mean of 50 shuffles)."""
+    draw = np.random.default_rng(fitted.seed)
+    x = fitted.x
+    shuffles = np.stack([draw.permutation(len(x)) for _ in range(REPEATS)])
+    base = r2_score(fitted.y, fitted.forest.predict(x))
+    spread = np.sum((fitted.y - fitted.y.mean()) ** 2)
+    lost = []
+    for group in fitted.groups:
+        columns = list(group)
+        shuffled = np.repeat(x[None], REPEATS, axis=0)
+        shuffled[:, :, columns] = x[shuffles][:, :, columns]
+        predicted = _predict(fitted.forest, shuffled.reshape(-1, x.shape[1])).reshape(REPEATS, -1)
+        scores = 1 - np.sum((fitted.y - predicted) ** 2, axis=1) / spread
+        lost.append(base - scores.mean())
+    return np.asarray(lost)
+
+
+def _predict(forest: RandomForestRegressor, x: Floats) -> Floats:
+    """Predictions that ask the forest once per different row: shuffled trials repeat each other."""
+    code = np.zeros(len(x), dtype=np.int64)
+    for column in x.T:
+        values, place = np.unique(column, return_inverse=True)
+        if len(values) > 1 and code.max() > np.iinfo(np.int64).max // len(values):
+            _, code = np.unique(code, return_inverse=True)
+        code = code * len(values) + place
+    _, first, back = np.unique(code, return_index=True, return_inverse=True)
+    return np.asarray(forest.predict(x[first])[back])
+
+
+def shap(fitted: Fitted) -> Floats:
+    """Mean absolute Shapley value of a component over the trials (TreeSHAP)."""
+    values, weight = fitted.shap
+    together = np.column_stack([values[:, list(group)].sum(axis=1) for group in fitted.groups])
+    return np.asarray(np.average(np.abs(together), axis=0, weights=weight))
+
+
+def fanova(fitted: Fitted) -> Floats:
+    """Optuna's fANOVA: the share of the variance that a component's main effect explains."""
+    return _optuna(fitted, FanovaImportanceEvaluator(seed=fitted.seed))
+
+
+def ped_anova(fitted: Fitted) -> Floats:
+    """Optuna's PED-ANOVA: how much the best tenth of the trials differ from the rest in a component's widths."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return _optuna(fitted, PedAnovaImportanceEvaluator())
+
+
+def _optuna(fitted: Fitted, evaluator: BaseImportanceEvaluator) -> Floats:
+    """Optuna's estimators want a study of its own; levels are numbered so that 8 -> 16 is one step like 3 -> 4."""
+    study = optuna.create_study(direction="maximize")
+    places = [np.unique(column, return_inverse=True) for column in fitted.x.T]
+    varied = {f"x{i}": place for i, (values, place) in enumerate(places) if len(values) > 1}
+    space = {name: IntDistribution(0, int(place.max())) for name, place in varied.items()}
+    study.add_trials(
+        [
+            optuna.trial.create_trial(
+                params={name: int(place[row]) for name, place in varied.items()},
+                distributions=dict(space),
+                value=float(y),
+            )
+            for row, y in enumerate(fitted.y)
+        ]
+    )
+    raw = np.full(fitted.x.shape[1], np.nan)
+    with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError):  # it cannot tell: the column stays empty
+        found = evaluator.evaluate(study)
+        raw = np.array([found.get(f"x{i}", 0.0) for i in range(fitted.x.shape[1])])
+    return _together(fitted, raw)
+
+
+def _together(fitted: Fitted, raw: Floats) -> Floats:
+    return np.array([raw[list(group)].sum() for group in fitted.groups])
+
+
+ESTIMATORS: dict[str, Callable[[Fitted], Floats]] = {
+    "forest": forest,
+    "permutation": permutation,
+    "shap": shap,
+    "fanova": fanova,
+    "ped_anova": ped_anova,
+}
+CONSENSUS = ("forest", "permutation", "shap")  # the published consensus is the mean of these three
+
+
+def shares(raw: Floats) -> Floats:
+    """Normalised to 100 %; what an estimator finds negative (shuffling helped, by chance) counts as nothing."""
+    positive = np.maximum(raw, 0)
+    total = positive.sum()
+    return np.asarray(100 * positive / total) if total > 0 else np.full(len(raw), 100 / len(raw))
+
+
+def consensus(fitted: Fitted) -> Floats:
+    return np.asarray(np.mean([shares(ESTIMATORS[name](fitted)) for name in CONSENSUS], axis=0))
+
+
+def chance(x: Floats, y: Floats, seed: int = 0, probes: int = 5) -> dict[str, float]:
+    """The share that a component without any influence gets: that of a shuffled column, by each estimator."""
+    widest = max(x.T, key=lambda column: len(np.unique(column)))
+    found: dict[str, list[float]] = {name: [] for name in CONSENSUS}
+    for number in range(probes):
+        probe = np.random.default_rng([seed, number]).permutation(widest)
+        fitted = fit(np.column_stack([x, probe]), y, seed=number, explained=60, trees=50)
+        for name in CONSENSUS:
+            found[name].append(float(shares(ESTIMATORS[name](fitted))[-1]))
+    means = {name: float(np.mean(values)) for name, values in found.items()}
+    return {"consensus": float(np.mean(list(means.values()))), **means}
+
+
+def cross_validated(x: Floats, y: Floats, keys: Sequence[str], seed: int = 0) -> float:
+    """R2 of the forest on plans it has not seen: five folds, replicates of a plan in the same fold."""
+    folds = min(5, len(set(keys)))
+    split = GroupKFold(folds, shuffle=True, random_state=seed)
+    return float(r2_score(y, cross_val_predict(forest_of(seed), x, y, groups=list(keys), cv=split)))
+
+
+def linear(x: Floats, y: Floats) -> float:
+    """R2 of a straight line through the bits, the fit that published tables quote."""
+    return float(LinearRegression().fit(x, y).score(x, y))

@@ -1,0 +1,243 @@
+"""Scores to blame: how much of the score each part of the model decides, by several estimators, with intervals."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn.utils.parallel import Parallel, delayed
+from threadpoolctl import threadpool_limits
+
+from sensitivity import estimators, robustness
+from sensitivity.components import ComponentMap
+from sensitivity.errors import UserError
+from sensitivity.estimators import CONSENSUS, ESTIMATORS, Fitted, shares
+from sensitivity.readings import Readings, count, of_study
+from sensitivity.trials import Study
+
+Floats = np.ndarray
+BOOTSTRAPS = 100
+RESAMPLED_TREES = 50  # of a resample's forest: half the time, and intervals that are a little too wide
+FEWEST = 8  # trials below which nothing is ranked
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Who is to blame for lost score. `table` has a row per component, most important first.
+
+    Columns: consensus, forest, permutation, shap, fanova, ped_anova (shares in per cent); for the first four also
+    NAME.low and NAME.high (95 % interval); NAME.raw before normalising; gain (score from the lowest to the highest
+    width tried, others averaged) and gain_per_mb.
+    """
+
+    task: str
+    by: str
+    trials: int
+    full: float
+    noise: float | None
+    r2: float
+    linear_r2: float
+    table: pd.DataFrame
+    tau: pd.DataFrame  # Kendall's, between estimators
+    pairs: pd.DataFrame  # a, b, strength, both_low: how far a pair departs from the sum of its two effects
+    levels: pd.DataFrame  # component, bits, trials, shift, tau, changes_first: the ranking without that level
+    warnings: tuple[str, ...]
+    method: str | None = None
+    near: float | None = None  # only trials with at least this share of full precision
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        return tuple(self.table.index)
+
+    def to_json(self) -> dict[str, Any]:
+        frames = ("tau", "pairs", "levels")
+        plain = {k: v for k, v in self.__dict__.items() if k not in (*frames, "table", "warnings")}
+        found = {
+            **{name: _number(value) for name, value in plain.items()},
+            "components": {str(name): _clean(row) for name, row in self.table.iterrows()},
+            "warnings": list(self.warnings),
+        }
+        return (
+            found
+            | {name: [_clean(row) for _, row in getattr(self, name).iterrows()] for name in frames[1:]}
+            | {"tau": {str(name): _clean(row) for name, row in self.tau.iterrows()}}
+        )
+
+    def dumps(self) -> str:
+        return json.dumps(self.to_json(), indent=1)
+
+
+def rank(
+    source: Study | Readings,
+    task: str | None = None,
+    *,
+    by: str | None = None,
+    method: str | None = None,
+    near: float | None = None,
+    bootstraps: int = BOOTSTRAPS,
+    seed: int = 0,
+    thorough: bool = True,
+) -> Ranking:
+    """Rank the parts of a study for one task.
+
+    by: a coarser granularity than the study's own. near: only trials whose score is at least this share of full
+    precision (0.9), where a plan would really be used. thorough=False leaves out what only explains the ranking
+    (levels, pairs, Optuna's estimators).
+    """
+    readings = of_study(source, task, method) if isinstance(source, Study) else source
+    parts = source.parts if isinstance(source, Study) else None
+    warnings = list(readings.notes)
+    if near is not None:
+        readings = robustness.near_operating_point(readings, near)
+    readings, told = _rankable(readings)
+    warnings += told
+    names, groups, granularity = grouping(readings.names, parts, by)
+    r2 = estimators.cross_validated(readings.bits, readings.score, readings.keys, seed)
+    if r2 <= 0:
+        raise UserError(
+            f"no ranking for '{readings.task}': the forest predicts unseen plans worse than the mean does "
+            f"(cross-validated R2 {r2:.2f} over {count(len(readings), 'trial')}); measure more plans, or lower widths"
+        )
+    fitted = estimators.fit(readings.bits, readings.score, groups, seed)
+    chosen = list(ESTIMATORS) if thorough else list(CONSENSUS)
+    raw = {name: ESTIMATORS[name](fitted) for name in chosen}
+    chance = estimators.chance(readings.bits, readings.score, seed)
+    columns = np.array([len(group) for group in groups])
+    table = _table(names, raw, bootstrap(readings, groups, bootstraps, seed), {n: c * columns for n, c in chance.items()})
+    table = table.join(_gains(fitted, names, parts, readings.names)).sort_values("consensus", ascending=False)
+    nothing = pd.DataFrame()
+    ranking = Ranking(
+        readings.task,
+        granularity,
+        len(readings),
+        readings.full,
+        readings.noise,
+        r2,
+        estimators.linear(readings.bits, readings.score),
+        table,
+        nothing,
+        nothing,
+        nothing,
+        tuple(warnings),
+        method,
+        near,
+    )
+    if not thorough:
+        return ranking
+    levels = robustness.without_levels(readings, names, groups, table["consensus"], seed)
+    return replace(
+        ranking,
+        tau=robustness.agreement(table[chosen]),
+        levels=levels,
+        pairs=robustness.interactions(fitted, names),
+        warnings=(*warnings, *robustness.cautions(readings, ranking, levels)),
+    )
+
+
+def _rankable(readings: Readings) -> tuple[Readings, list[str]]:
+    """Leave out constant components, saying so; refuse what cannot be ranked at all."""
+    constant = [name for name, column in zip(readings.names, readings.bits.T, strict=True) if np.ptp(column) == 0]
+    told = [f"{name} always had {readings.bits[0, readings.names.index(name)]:g} bits: not ranked" for name in constant]
+    if len(readings) < FEWEST:
+        raise UserError(
+            f"{count(len(readings), 'usable trial')} for '{readings.task}': a ranking needs at least {FEWEST}; "
+            "measure more plans (sensitivity sweep)"
+        )
+    if len(constant) == len(readings.names):
+        raise UserError("every component had the same bits in all trials: there is nothing to rank")
+    if np.ptp(readings.score) == 0:
+        raise UserError(f"every trial scored {readings.score[0]:g} on '{readings.task}': there is nothing to explain")
+    return readings.without(constant), told
+
+
+def grouping(
+    names: Sequence[str], parts: ComponentMap | None, by: str | None
+) -> tuple[tuple[str, ...], list[list[int]], str]:
+    """Which columns make one component when ranked at a coarser granularity."""
+    own = parts.by if parts else "component"
+    if by is None or by == own:
+        return tuple(names), [[i] for i in range(len(names))], own
+    if parts is None:
+        raise UserError("a bare table has only its own granularity; leave out --by")
+    coarse = parts.regroup(by)
+    owner = {weight.name: component.name for component in coarse.components for weight in component.weights}
+    found: dict[str, list[int]] = {}
+    for column, name in enumerate(names):
+        owners = {owner[weight.name] for weight in parts[name].weights}
+        if len(owners) > 1:
+            raise UserError(f"'{by}' is finer than this study's '{own}': {name} lies in {', '.join(sorted(owners))}")
+        found.setdefault(owners.pop(), []).append(column)
+    return tuple(found), list(found.values()), by
+
+
+def bootstrap(readings: Readings, groups: Sequence[Sequence[int]], times: int, seed: int) -> dict[str, Floats]:
+    """Shares (resamples x components) of the consensus and its three estimators over resampled trials."""
+    explained = 60 if len(readings.names) > 3 else estimators.EXPLAINED
+
+    def once(number: int) -> Floats:
+        rows = np.random.default_rng([seed, number]).integers(0, len(readings), len(readings))
+        x, y = readings.bits[rows], readings.score[rows]
+        fitted = estimators.fit(x, y, groups, number, explained, RESAMPLED_TREES)
+        return np.stack([shares(ESTIMATORS[name](fitted)) for name in CONSENSUS])
+
+    with threadpool_limits(1):  # two resamples at a time are parallel enough
+        found = Parallel(n_jobs=2, prefer="threads")(delayed(once)(number) for number in range(times))
+    drawn = np.array(list(found)).reshape(times, len(CONSENSUS), len(groups))
+    return {"consensus": drawn.mean(axis=1), **{name: drawn[:, i] for i, name in enumerate(CONSENSUS)}}
+
+
+def _table(
+    names: Sequence[str], raw: dict[str, Floats], drawn: dict[str, Floats], chance: dict[str, Floats]
+) -> pd.DataFrame:
+    share = {name: shares(values) for name, values in raw.items()}
+    share = {"consensus": np.mean([share[name] for name in CONSENSUS], axis=0), **share}
+    columns: dict[str, Floats] = {}
+    for name, values in share.items():
+        columns[name] = np.full(len(names), np.nan) if name in raw and np.isnan(raw[name]).any() else values
+        if name in drawn and len(drawn[name]):
+            columns[f"{name}.low"], columns[f"{name}.high"] = interval(values, drawn[name], chance[name])
+    columns |= {f"{name}.raw": values for name, values in raw.items()}
+    return pd.DataFrame(columns, index=pd.Index(names, name="component"))
+
+
+def interval(point: Floats, drawn: Floats, chance: Floats) -> tuple[Floats, Floats]:
+    """The middle 95 % of the resamples, widened where needed to hold the estimate itself.
+
+    A forest gives something even to a component without influence, and resampling cannot tell: what a shuffled
+    column gets is therefore taken off the lower end.
+    """
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    return np.maximum(np.minimum(low, point) - chance, 0), np.maximum(high, point)
+
+
+def _gains(fitted: Fitted, names: Sequence[str], parts: ComponentMap | None, columns: Sequence[str]) -> pd.DataFrame:
+    """Score gained from the lowest to the highest width of a component, others as they were; and per megabyte."""
+    rows = []
+    for group in fitted.groups:
+        low, high = (fitted.x.copy() for _ in range(2))
+        for column in group:
+            low[:, column], high[:, column] = fitted.x[:, column].min(), fitted.x[:, column].max()
+        gain = float(np.mean(fitted.forest.predict(high) - fitted.forest.predict(low)))
+        megabytes = (
+            sum(parts[columns[c]].numel * float(np.ptp(fitted.x[:, c])) / 8e6 for c in group) if parts else math.nan
+        )
+        rows.append({"gain": gain, "gain_per_mb": gain / megabytes if megabytes else math.nan})
+    return pd.DataFrame(rows, index=pd.Index(names, name="component"))
+
+
+def _clean(row: pd.Series) -> dict[str, Any]:
+    return {str(name): _number(value) for name, value in row.items()}
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+__all__ = ["CONSENSUS", "ESTIMATORS", "Ranking", "rank"]

@@ -1,0 +1,172 @@
+"""What the analyses read of a study: each trial's bits per component and one score; what is left out is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from sensitivity.errors import UserError, unknown
+from sensitivity.plan import Plan
+from sensitivity.trials import Study
+
+Floats = np.ndarray
+
+
+@dataclass(frozen=True)
+class Readings:
+    """One score of every usable trial; arrays run over trials, the second axis of `bits` over components."""
+
+    task: str
+    names: tuple[str, ...]
+    bits: Floats
+    score: Floats
+    se: Floats  # NaN where a trial does not know its own error
+    keys: tuple[str, ...]  # equal keys are replicates of one plan
+    bpw: Floats  # NaN where sizes are unknown
+    methods: tuple[str, ...]
+    plans: tuple[Plan, ...] = ()
+    notes: tuple[str, ...] = ()  # what was left out and why, in words
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    def where(self, mask: Floats | Sequence[int]) -> Readings:
+        """The same readings, only those trials."""
+        rows = np.arange(len(self))[np.asarray(mask)]
+        return replace(
+            self,
+            bits=self.bits[rows],
+            score=self.score[rows],
+            se=self.se[rows],
+            bpw=self.bpw[rows],
+            keys=tuple(self.keys[i] for i in rows),
+            methods=tuple(self.methods[i] for i in rows),
+            plans=tuple(self.plans[i] for i in rows) if self.plans else (),
+        )
+
+    def without(self, names: Sequence[str]) -> Readings:
+        """The same readings, some components ignored."""
+        keep = [i for i, name in enumerate(self.names) if name not in names]
+        return replace(self, bits=self.bits[:, keep], names=tuple(self.names[i] for i in keep))
+
+    @cached_property
+    def full(self) -> float:
+        """The score at full precision: its measured mean, or else the best guess, the mean of the widest trials."""
+        native = np.all(self.bits == 16, axis=1)
+        if native.any():
+            return float(self.score[native].mean())
+        widest = self.bits.sum(axis=1)
+        return float(self.score[widest == widest.max()].mean())
+
+    @cached_property
+    def noise(self) -> float | None:
+        """Standard deviation of one reading: from replicates, else from the trials' own errors."""
+        groups = pd.DataFrame({"key": self.keys, "score": self.score}).groupby("key")["score"]
+        spare = len(self.score) - groups.ngroups
+        if spare >= 3:
+            return float(np.sqrt(((self.score - groups.transform("mean")) ** 2).sum() / spare))
+        known = self.se[np.isfinite(self.se)]
+        return float(np.sqrt(np.mean(known**2))) if len(known) else None
+
+
+def check_task(study: Study, task: str | None) -> str:
+    if task is None:
+        return study.tasks[0]
+    if task not in study.tasks:
+        raise unknown("task", task, study.tasks)
+    return task
+
+
+def of_study(study: Study, task: str | None = None, method: str | None = None) -> Readings:
+    """The readings of one task, if wanted only those of plans that use one method (full precision always counts)."""
+    task = check_task(study, task)
+    table = study.table()
+    if not len(table):
+        raise UserError(f"no trial of {study.path} is finished yet; let `sensitivity sweep` run on")
+    names = study.parts.names
+    plans = [study.plan(number) for number in table["number"]]
+    methods = [_method(plan) for plan in plans]
+    score = table[task].to_numpy(dtype=float) if task in table else np.full(len(table), np.nan)
+    se = table[f"{task}.se"].astype(float).to_numpy() if f"{task}.se" in table else np.full(len(table), np.nan)
+    readings = Readings(
+        task,
+        names,
+        table[list(names)].to_numpy(dtype=float),
+        score,
+        se,
+        tuple(table["key"]),
+        table["bpw"].to_numpy(dtype=float),
+        tuple(methods),
+        tuple(plans),
+    )
+    if method is not None:
+        found = sorted({m for m in methods if m != "native"})
+        if method not in found:
+            raise unknown("method of this study", method, found)
+        readings = readings.where(np.array([m in (method, "native") for m in methods]))
+    return _usable(readings)
+
+
+def of_table(
+    table: pd.DataFrame, components: Sequence[str], score: str, se: str | None = None, bpw: str | None = None
+) -> Readings:
+    """Readings from any table with a column of bits per component and a column of scores."""
+    if not table.columns.is_unique:
+        twice = sorted({str(c) for c in table.columns[table.columns.duplicated()]})
+        raise UserError(f"the table has two columns named '{twice[0]}'; rename or delete one")
+    for column in (*components, score):
+        if column not in table:
+            raise unknown("column", column, table.columns)
+    bits = np.column_stack([numbers(table, column) for column in components])
+    whole = np.isfinite(bits).all(axis=1)
+    nothing = np.full(len(table), np.nan)
+    keys = tuple("/".join(f"{b:g}" for b in row) for row in bits)
+    readings = Readings(
+        score,
+        tuple(components),
+        bits,
+        numbers(table, score),
+        numbers(table, se) if se else nothing,
+        keys,
+        numbers(table, bpw) if bpw else nothing,
+        ("",) * len(table),
+    )
+    if (~whole).any():
+        note = f"{count((~whole).sum(), 'trial')} left out: no bits given for some component"
+        readings = replace(readings.where(whole), notes=(note,))
+    return _usable(readings)
+
+
+def numbers(table: pd.DataFrame, column: str) -> Floats:
+    """A column as numbers; text in it is an error that says where."""
+    values = pd.to_numeric(table[column], errors="coerce")
+    wrong = values.isna() & table[column].notna()
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        more = f" (and {int(wrong.sum()) - 1} more)" if wrong.sum() > 1 else ""
+        raise UserError(f"column '{column}' holds '{table[column].iloc[row]}' in row {row + 1}{more}, not a number")
+    return np.asarray(values.to_numpy(dtype=float))
+
+
+def _usable(readings: Readings) -> Readings:
+    finite = np.isfinite(readings.score)
+    if not finite.any():
+        raise UserError(f"no trial has a score for '{readings.task}'")
+    if finite.all():
+        return readings
+    note = f"{count((~finite).sum(), 'trial')} left out: no number as score for '{readings.task}'"
+    return replace(readings.where(finite), notes=(*readings.notes, note))
+
+
+def _method(plan: Plan) -> str:
+    methods = {scheme.method for _, scheme in plan.schemes if scheme}
+    return "native" if not methods else "+".join(sorted(methods))
+
+
+def count(number: int | np.integer, what: str) -> str:
+    """'1 trial', '3 trials'."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,324 @@
+"""Study to a page that a person reads: one self-contained HTML file, and its figures as PNG, SVG and CSV beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+
+from sensitivity import figures, words
+from sensitivity.allocate import Candidate, spend
+from sensitivity.components import LABELS, ComponentMap
+from sensitivity.errors import UserError
+from sensitivity.files import write_whole
+from sensitivity.importance import Ranking, rank
+from sensitivity.knapsack import Knapsack
+from sensitivity.plan import Plan
+from sensitivity.trials import Study
+from sensitivity.verdict import Recommendation
+
+BUDGETS = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0)  # bpw; those that the study's widths can reach are shown
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 470, 62, 16, 16, 48  # of the interactive figure
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A static figure on the page: drawing, what it shows in words, and its numbers."""
+
+    name: str
+    title: str
+    alt: str
+    svg: Markup
+    rows: pd.DataFrame
+
+
+def report(
+    study: Study,
+    out: Path | str,
+    recommendation: Recommendation | None = None,
+    rankings: Mapping[str, Ranking] | None = None,
+    bootstraps: int = 20,
+) -> Path:
+    """Write the report of a study into a folder; return the page. Rankings that are not given are made here."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    table = study.table()
+    if not len(table):
+        raise UserError(f"no trial of {study.path} is finished yet: nothing to report")
+    tasks = [_task(study, table, task, recommendation, rankings or {}, bootstraps, out) for task in study.tasks]
+    page = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            model=study.parts.model,
+            by=study.parts.by,
+            trials=len(table),
+            tasks=tasks,
+            meta=study.meta,
+            recommendation=recommendation,
+            chosen=recommendation and _plan_rows(study.parts, recommendation.plan),
+            summary=words.summary(study, table, recommendation, [task["ranking"] for task in tasks]),
+            kept=_kept(study.parts),
+            plans=_plans(study, table),
+            labels=LABELS,
+            made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            version=version("sensitivity"),
+            provenance=json.dumps(study.meta, indent=1, default=str),
+        )
+    )
+    target = out / "index.html"
+    write_whole(target, page.encode())
+    return target
+
+
+def _environment() -> jinja2.Environment:
+    found = jinja2.Environment(
+        loader=jinja2.PackageLoader("sensitivity"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= {"score": _score, "percent": lambda x: "–" if x is None or math.isnan(x) else f"{x:.1f} %"}
+    return found
+
+
+def _score(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.3f}"
+
+
+def _task(
+    study: Study,
+    table: pd.DataFrame,
+    task: str,
+    recommendation: Recommendation | None,
+    rankings: Mapping[str, Ranking],
+    bootstraps: int,
+    out: Path,
+) -> dict[str, Any]:
+    """Everything that the page says about one task."""
+    refusal, ranking = "", rankings.get(task)
+    try:
+        ranking = ranking or rank(study, task, bootstraps=bootstraps)
+    except UserError as error:
+        refusal = str(error)
+    known = table[table[task].notna()] if task in table else table.iloc[:0]
+    if not len(known):
+        return {"name": task, "pareto": None, "pictures": [], "ranking": None, "refusal": refusal, "budgets": []}
+    native = known[known["native"]]
+    full = float(native[task].mean()) if len(native) else None
+    chosen = recommendation.plan.key if recommendation else None
+    pictures = _pictures(study, known, task, ranking, full, chosen)
+    folder = _slug(task)
+    for picture, figure in pictures:
+        write_whole(out / f"{folder}-{picture.name}.png", figures.png(figure))
+        write_whole(out / f"{folder}-{picture.name}.svg", figures.svg(figure).encode())
+        write_whole(out / f"{folder}-{picture.name}.csv", picture.rows.to_csv(index=False).encode())
+    return {
+        "name": task,
+        "slug": folder,
+        "ranking": ranking,
+        "refusal": refusal,
+        "full": full,
+        "pareto": _pareto(known, task, full, recommendation),
+        "pictures": [picture for picture, _ in pictures],
+        "budgets": _budgets(study, task),
+    }
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "task"
+
+
+def _pictures(
+    study: Study, table: pd.DataFrame, task: str, ranking: Ranking | None, full: float | None, chosen: str | None
+) -> list[tuple[Picture, Any]]:
+    names = list(study.parts.names)
+    drawn = [
+        (
+            "pareto",
+            "Score against size",
+            "Scatter plot of the score of every plan against its bits per weight, with the frontier of the best.",
+            figures.pareto(table, task, full, chosen),
+            table,
+        )
+    ]
+    if ranking is not None:
+        drawn.append(
+            (
+                "importance",
+                "Importance of the parts",
+                words.importance_alt(ranking),
+                figures.importance(ranking.table),
+                ranking.table.reset_index(),
+            )
+        )
+    drawn.append(
+        (
+            "by-bits",
+            "Sensitivity to the width of each part",
+            "Lines of the mean score over the bits of each component, averaged over the widths of the others.",
+            figures.by_bits(table, task, names),
+            table[[*names, task]].groupby(names, as_index=False).mean(),
+        )
+    )
+    return [
+        (Picture(name, title, alt, _inline(figures.svg(figure), f"{_slug(task)}-{name}", alt), rows), figure)
+        for name, title, alt, figure, rows in drawn
+    ]
+
+
+def _inline(svg: str, prefix: str, alt: str) -> Markup:
+    """An SVG for the page: ids of its own, colours that follow the page's, a text alternative."""
+    svg = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
+    for colour, variable in ((figures.INK, "--ink"), (figures.FAINT, "--faint"), (figures.PAPER, "--paper")):
+        svg = svg.replace(colour, f"var({variable})")
+    opening = Markup('<svg role="img" aria-label="{}"').format(alt)
+    return Markup(svg.replace("<svg", opening, 1))
+
+
+def _budgets(study: Study, task: str) -> list[Candidate]:
+    """The predicted best plan for each budget that can be reached."""
+    found: list[Candidate] = []
+    knapsack = Knapsack.of(study, [task])
+    for bpw in BUDGETS:
+        try:
+            best = spend(knapsack, int(bpw * study.parts.numel), {task: 1.0}, top=1)[0]
+        except UserError:
+            continue
+        if not found or best.plan.key != found[-1].plan.key:
+            found.append(best)
+    return found
+
+
+def _plan_rows(parts: ComponentMap, plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {"name": c.name, "scheme": plan[c.name], "numel": c.numel, "share": 100 * c.numel / parts.numel}
+        for c in parts.components
+    ]
+
+
+def _kept(parts: ComponentMap) -> list[dict[str, Any]]:
+    """Kept weights by reason."""
+    if not parts.kept:
+        return []
+    rows = pd.DataFrame([{"reason": k.reason, "numel": k.numel} for k in parts.kept])
+    sums = rows.groupby("reason")["numel"].agg(["sum", "count"]).sort_values("sum", ascending=False)
+    return [
+        {
+            "reason": reason,
+            "numel": int(row["sum"]),
+            "count": int(row["count"]),
+            "share": 100 * row["sum"] / parts.numel,
+        }
+        for reason, row in sums.iterrows()
+    ]
+
+
+def _plans(study: Study, table: pd.DataFrame) -> dict[str, Any]:
+    """Every plan once, small: names, the schemes in use, and per trial which scheme each component has."""
+    schemes: dict[str, int] = {}
+    rows = []
+    for number in table["number"]:
+        plan = study.plan(number)
+        keys = [json.dumps(scheme and scheme.to_json()) for _, scheme in plan.schemes]
+        rows.append([schemes.setdefault(key, len(schemes)) for key in keys])
+    return {"names": list(study.parts.names), "schemes": [json.loads(key) for key in schemes], "plans": rows}
+
+
+def _pareto(
+    table: pd.DataFrame, task: str, full: float | None, recommendation: Recommendation | None
+) -> dict[str, Any] | None:
+    """Places of everything in the interactive figure."""
+    rows = table[table["bpw"].notna()]
+    if not len(rows):
+        return None
+    best = figures.frontier(rows, task)
+    low = rows[f"{task}.low"].astype(float) if f"{task}.low" in rows else pd.Series(math.nan, rows.index)
+    high = rows[f"{task}.high"].astype(float) if f"{task}.high" in rows else pd.Series(math.nan, rows.index)
+    measured = recommendation.measured if recommendation and recommendation.task == task else None
+    scores = [rows[task].min(), rows[task].max(), *([full] if full is not None else [])]
+    if measured:
+        scores += [measured.low, measured.high]
+    across = _scale(math.log(rows["bpw"].min() * 0.95), math.log(rows["bpw"].max() * 1.05), LEFT, WIDTH - RIGHT)
+    ticks = _ticks(min(scores), max(scores))
+    pad = 0.04 * (max(scores) - min(scores) or 1)
+    up = _scale(min(scores) - pad, max(scores) + pad, HEIGHT - BOTTOM, TOP)
+    points = [
+        {
+            "i": place,
+            "x": round(across(math.log(row["bpw"])), 1),
+            "y": round(up(row[task]), 1),
+            "kind": "native" if row["native"] else "uniform" if row["uniform"] else "mixed",
+            "best": index in best.index,
+            "bpw": round(float(row["bpw"]), 3),
+            "score": round(float(row[task]), 4),
+            "low": _rounded(low[index]),
+            "high": _rounded(high[index]),
+            "y1": _placed(up, low[index]),
+            "y2": _placed(up, high[index]),
+        }
+        for place, (index, row) in zip((table.index.get_loc(i) for i in rows.index), rows.iterrows(), strict=True)
+    ]
+    line = [(p["x"], p["y"]) for p in sorted((p for p in points if p["best"]), key=lambda p: p["x"])]
+    star = None
+    if recommendation and recommendation.task == task:
+        expected = recommendation.candidate.predicted[task]
+        score = measured.mean if measured else expected.score
+        low_, high_ = (measured.low, measured.high) if measured else (expected.low, expected.high)
+        star = {
+            "x": across(math.log(recommendation.size.bpw)),
+            "y": up(score),
+            "y1": up(low_),
+            "y2": up(high_),
+            "label": f"{'measured' if measured else 'predicted'} {score:.3f} at {recommendation.size.bpw:.2f} bpw",
+        }
+    return {
+        "points": points,
+        "line": line,
+        "star": star,
+        "full": full is not None and up(full),
+        "task": task,
+        "xticks": [
+            (f"{t:g}", across(math.log(t))) for t in figures.BPW_TICKS if LEFT <= across(math.log(t)) <= WIDTH - RIGHT
+        ],
+        "yticks": [(f"{t:.4g}", up(t)) for t in ticks if TOP <= up(t) <= HEIGHT - BOTTOM],
+        "width": WIDTH,
+        "height": HEIGHT,
+        "left": LEFT,
+        "right": WIDTH - RIGHT,
+        "bottom": HEIGHT - BOTTOM,
+        "top": TOP,
+        "clouded": len(points) > 400,
+    }
+
+
+def _placed(up: Any, value: float) -> float | None:
+    return None if not math.isfinite(value) else round(min(max(up(value), TOP), HEIGHT - BOTTOM), 1)
+
+
+def _rounded(value: float) -> float | None:
+    return round(float(value), 4) if math.isfinite(value) else None
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Any:
+    span = (high - low) or 1.0
+    return lambda value: start + (end - start) * (value - low) / span
+
+
+def _ticks(low: float, high: float) -> Sequence[float]:
+    from matplotlib.ticker import MaxNLocator
+
+    return [float(tick) for tick in MaxNLocator(6).tick_values(low, high)]

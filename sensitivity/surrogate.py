@@ -1,0 +1,318 @@
+"""Predicts the score of any plan: damage grows as bits fall, adds up over components and is read off a curve."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from scipy.optimize import least_squares
+from scipy.stats import norm
+
+from sensitivity.errors import UserError
+from sensitivity.plan import Plan, Scheme
+
+Floats = np.ndarray
+Choice = Scheme | None
+DRAWS = 128
+
+
+@dataclass(frozen=True)
+class Space:
+    """What each component may be: native first, then schemes by falling bits, family after family."""
+
+    names: tuple[str, ...]
+    choices: tuple[tuple[Choice, ...], ...]
+
+    @classmethod
+    def of(cls, plans: Sequence[Plan]) -> Space:
+        """All schemes that these plans use, and native."""
+        if not plans:
+            raise UserError("no plan to learn from")
+        names = tuple(name for name, _ in plans[0].schemes)
+        seen: list[set[Choice]] = [{plan[name] for plan in plans} | {None} for name in names]
+        return cls(names, tuple(tuple(sorted(found, key=_order)) for found in seen))
+
+    def encode(self, plans: Sequence[Plan]) -> Floats:
+        """Plans as rows of positions in `choices`."""
+        place = [{choice: i for i, choice in enumerate(options)} for options in self.choices]
+        rows = [[at[plan[name]] for name, at in zip(self.names, place, strict=True)] for plan in plans]
+        return np.array(rows, dtype=int).reshape(len(plans), len(self.names))
+
+    def decode(self, row: Sequence[int] | Floats) -> Plan:
+        chosen = (options[int(i)] for options, i in zip(self.choices, row, strict=True))
+        return Plan(tuple(zip(self.names, chosen, strict=True)))
+
+
+def _family(scheme: Scheme) -> str:
+    return f"{scheme.method}/{scheme.group}/{scheme.symmetric}/{scheme.settings}"
+
+
+def _order(choice: Choice) -> tuple[str, int]:
+    return ("", 0) if choice is None else (_family(choice), -choice.bits)
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """score = floor + (top - floor) * exp(-eta ** power), eta = the sum of damages, plus products of pairs of them.
+
+    Within a family of schemes a component's damage rises step by step as bits fall; steps are positive because their
+    logarithms are fitted. The prior says that a step doubles or trebles per bit and that components and steps differ
+    by some factors; the data soon overrule it. `theta` is the fit, `root` a square root of its covariance.
+    """
+
+    space: Space
+    pairs: tuple[tuple[int, int], ...]
+    theta: Floats
+    root: Floats
+    sigma: float  # of one reading, misfit included
+    layout: _Layout = field(repr=False)
+
+    def damages(self, theta: Floats | None = None) -> list[Floats]:
+        """Per component the damage of each of its choices."""
+        return self.layout.damages(self.theta if theta is None else theta)
+
+    def gammas(self, theta: Floats | None = None) -> Floats:
+        theta = self.theta if theta is None else theta
+        return np.asarray(theta[len(theta) - len(self.pairs) :])
+
+    def predict(self, index: Floats, theta: Floats | None = None) -> Floats:
+        return self.layout.predict(self.theta if theta is None else theta, index)
+
+    def sample(self, draw: np.random.Generator, times: int = DRAWS) -> Floats:
+        """Plausible parameters: draws from the fit's normal approximation."""
+        return np.asarray(self.theta + draw.standard_normal((times, self.root.shape[1])) @ self.root.T)
+
+    def draws(self, index: Floats) -> Floats:
+        """Scores of plans under each plausible parameter vector, draws x plans; the same draws at every call."""
+        return np.stack([self.predict(index, theta) for theta in self.sample(np.random.default_rng(0))])
+
+    @property
+    def power(self) -> float:
+        return self.layout.power(self.theta)
+
+    def at_damage(self, eta: Floats) -> Floats:
+        return self.layout.curve(self.theta, eta)[0]
+
+    def eta_at(self, score: float) -> float:
+        """The damage at which the score falls to a given value; negative when it never is that high."""
+        return self.layout.eta_at(self.theta, score)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where each parameter lies in theta: top, floor, log power, level, slope, components, steps, pairs."""
+
+    sizes: tuple[int, ...]
+    family_start: tuple[tuple[int, ...], ...]  # per component, per step: the index of the step it builds on, or -1
+    bits: tuple[tuple[int, ...], ...]  # per component, per step
+    above: tuple[tuple[int, ...], ...]  # the bits one step higher in the family (16 = native)
+    pairs: tuple[tuple[int, int], ...]
+
+    @property
+    def steps(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def length(self) -> int:
+        return 5 + len(self.sizes) + self.steps + len(self.pairs)
+
+    @cached_property
+    def owner(self) -> Floats:
+        return np.repeat(np.arange(len(self.sizes)), self.sizes)
+
+    @cached_property
+    def first(self) -> Floats:
+        return np.cumsum([0, *self.sizes])
+
+    @cached_property
+    def base(self) -> Floats:
+        """Logarithm of the expected steps: damage e-folds per bit and is 1 at three bits."""
+        steps = zip(itertools.chain(*self.bits), itertools.chain(*self.above), strict=True)
+        return np.array([math.log(math.exp(3 - b) - math.exp(3 - a)) if a > b else -12.0 for b, a in steps])
+
+    @cached_property
+    def falling(self) -> Floats:
+        return np.array([4.0 - b for bits in self.bits for b in bits])
+
+    @cached_property
+    def chain(self) -> Floats:
+        """Steps x steps: which steps add up to the damage of a choice."""
+        matrix = np.eye(self.steps)
+        for c, parents in enumerate(self.family_start):
+            for i, parent in enumerate(parents):
+                if parent >= 0:
+                    matrix[self.first[c] + i] += matrix[self.first[c] + parent]
+        return matrix
+
+    def flat(self, theta: Floats) -> tuple[Floats, Floats]:
+        """Steps, and damages of all choices but native."""
+        parts = len(self.sizes)
+        log = self.base + theta[3] + theta[4] * self.falling + theta[5 + self.owner]
+        log = log + theta[5 + parts : 5 + parts + self.steps]
+        steps = np.exp(np.clip(log, -30, 6))
+        return steps, self.chain @ steps
+
+    def damages(self, theta: Floats) -> list[Floats]:
+        _, flat = self.flat(theta)
+        return [np.concatenate([[0.0], flat[a:b]]) for a, b in itertools.pairwise(self.first)]
+
+    def predict(self, theta: Floats, index: Floats) -> Floats:
+        damages = np.column_stack([d[index[:, c]] for c, d in enumerate(self.damages(theta))])
+        return np.asarray(self.curve(theta, self.eta(theta, damages))[0])
+
+    def eta(self, theta: Floats, damages: Floats) -> Floats:
+        gammas = theta[self.length - len(self.pairs) :]
+        eta = np.asarray(damages.sum(axis=1))
+        for gamma, (a, b) in zip(gammas, self.pairs, strict=True):
+            eta = eta + gamma * damages[:, a] * damages[:, b]
+        return eta
+
+    def power(self, theta: Floats) -> float:
+        return math.exp(min(max(float(theta[2]), -2.0), 2.0))
+
+    def curve(self, theta: Floats, eta: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+        """The score; what is left of the quality; and derivatives of the score by eta and by the log of the power."""
+        top, floor, power = theta[0], theta[1], self.power(theta)
+        eta = np.maximum(eta, 1e-9)
+        bent = np.minimum(eta**power, 700.0)
+        left = np.exp(-bent)
+        slope = -(top - floor) * left * bent
+        return floor + (top - floor) * left, left, slope * power / eta, slope * power * np.log(eta)
+
+    def eta_at(self, theta: Floats, score: float) -> float:
+        top, floor, power = theta[0], theta[1], self.power(theta)
+        if score > top:
+            return -1.0
+        return math.inf if score <= floor else float((-math.log((score - floor) / (top - floor))) ** (1 / power))
+
+    def jacobian(self, theta: Floats, index: Floats) -> Floats:
+        steps, flat = self.flat(theta)
+        parts, gammas = len(self.sizes), theta[self.length - len(self.pairs) :]
+        padded = [np.concatenate([[0.0], flat[a:b]]) for a, b in itertools.pairwise(self.first)]
+        damages = np.column_stack([d[index[:, c]] for c, d in enumerate(padded)])
+        _, left, by_eta, by_power = self.curve(theta, self.eta(theta, damages))
+        out = np.zeros((len(index), self.length))
+        out[:, 0], out[:, 1], out[:, 2] = left, 1 - left, by_power
+        by_step = np.zeros((len(index), self.steps))
+        for c, first in enumerate(self.first[:-1]):
+            weight = np.ones(len(index))
+            for gamma, (a, b) in zip(gammas, self.pairs, strict=True):
+                weight = weight + (gamma * damages[:, b] if a == c else gamma * damages[:, a] if b == c else 0.0)
+            used = index[:, c] > 0
+            by_step[used] += weight[used, None] * self.chain[first + index[used, c] - 1]
+        by_step *= by_eta[:, None] * steps
+        out[:, 3] = by_step.sum(axis=1)
+        out[:, 4] = by_step @ self.falling
+        out[:, 5 + parts : 5 + parts + self.steps] = by_step
+        for c in range(parts):
+            out[:, 5 + c] = by_step[:, self.owner == c].sum(axis=1)
+        for k, (a, b) in enumerate(self.pairs):
+            out[:, self.length - len(self.pairs) + k] = by_eta * damages[:, a] * damages[:, b]
+        return out
+
+
+def _layout(space: Space, pairs: tuple[tuple[int, int], ...]) -> _Layout:
+    parents: list[tuple[int, ...]] = []
+    bits, above = [], []
+    for options in space.choices:
+        schemes = [option for option in options if option is not None]
+        before: list[int] = []
+        for i, scheme in enumerate(schemes):
+            before.append(i - 1 if i and _family(schemes[i - 1]) == _family(scheme) else -1)
+        parents.append(tuple(before))
+        bits.append(tuple(scheme.bits for scheme in schemes))
+        above.append(tuple(schemes[p].bits if p >= 0 else 16 for p in before))
+    return _Layout(tuple(len(b) for b in bits), tuple(parents), tuple(bits), tuple(above), pairs)
+
+
+def learn(
+    space: Space,
+    index: Floats,
+    score: Floats,
+    full: float | None = None,
+    noise: float | None = None,
+    pairs: bool = True,
+) -> Surrogate:
+    """Fit the model to readings; interaction terms join only where the data speak for them."""
+    unit = float(np.max(np.abs(score))) or 1.0
+    readings = score / unit
+    top = (float(np.quantile(score, 0.9)) if full is None else full) / unit
+    least = max((noise or 0.0) / unit, 1e-3)
+    found = _fit(space, index, readings, (), top, least, None)
+    if pairs:
+        chosen: tuple[tuple[int, int], ...] = ()
+        while (better := _missing_pair(found, index, readings, chosen)) and len(chosen) < len(space.names):
+            chosen = (*chosen, better)
+            found = _fit(space, index, readings, chosen, top, least, np.append(found.theta, 0.0))
+    theta, root = found.theta.copy(), found.root.copy()
+    theta[:2] *= unit
+    root[:2] *= unit
+    return Surrogate(space, found.pairs, theta, root, found.sigma * unit, found.layout)
+
+
+def _fit(
+    space: Space,
+    index: Floats,
+    score: Floats,
+    pairs: tuple[tuple[int, int], ...],
+    top: float,
+    least: float,
+    start: Floats | None,
+) -> Surrogate:
+    layout = _layout(space, pairs)
+    parts = len(space.names)
+    centre = np.concatenate([[top, 0.0, 0.0, -0.5, 0.0], np.zeros(parts + layout.steps + len(pairs))])
+    spread = np.concatenate(
+        [[0.1, 0.3, 0.5, 2.0, 0.7], np.full(parts, 1.5), np.full(layout.steps, 1.0), np.full(len(pairs), 1.0)]
+    )
+    theta = centre if start is None else start
+    sigma = max(least, 0.05)
+    for _ in range(3):  # the noise and the fit depend on each other
+        scale = sigma
+
+        def residuals(t: Floats, scale: float = scale) -> Floats:
+            return np.concatenate([(layout.predict(t, index) - score) / scale, (t - centre) / spread])
+
+        def slopes(t: Floats, scale: float = scale) -> Floats:
+            return np.concatenate([layout.jacobian(t, index) / scale, np.diag(1 / spread)])
+
+        found = least_squares(residuals, theta, jac=slopes, method="lm", max_nfev=100, xtol=1e-6, ftol=1e-6)
+        theta = found.x
+        data = found.jac[: len(score)]
+        inverse = np.linalg.inv(found.jac.T @ found.jac)
+        used = float(np.trace(data @ inverse @ data.T))  # how many parameters the data really determined
+        misfit = float(np.sum((layout.predict(theta, index) - score) ** 2))
+        sigma = max(least, math.sqrt(misfit / max(len(score) - used, 1.0)))
+        if abs(sigma - scale) < 0.02 * scale:
+            break
+    values, vectors = np.linalg.eigh(inverse)
+    root = vectors * np.sqrt(np.maximum(values, 0))
+    return Surrogate(space, pairs, theta, root, sigma, layout)
+
+
+def _missing_pair(
+    model: Surrogate, index: Floats, score: Floats, chosen: tuple[tuple[int, int], ...]
+) -> tuple[int, int] | None:
+    """The pair whose product of damages best explains what is left, if that is beyond chance (1 % over all pairs)."""
+    layout, theta = model.layout, model.theta
+    damages = np.column_stack([d[index[:, c]] for c, d in enumerate(model.damages())])
+    by_eta = layout.curve(theta, layout.eta(theta, damages))[2]
+    left = (score - layout.predict(theta, index)) / model.sigma
+    jac = layout.jacobian(theta, index) / model.sigma
+    candidates = [pair for pair in itertools.combinations(range(len(layout.sizes)), 2) if pair not in chosen]
+    if not candidates or len(score) < layout.length / 2:
+        return None
+    normal = model.root @ model.root.T
+    best, most = None, float(norm.isf(0.005 / len(candidates)))
+    for a, b in candidates:
+        column = by_eta * damages[:, a] * damages[:, b] / model.sigma
+        spare = column - jac @ (normal @ (jac.T @ column))  # what the other parameters cannot imitate
+        weight = float(column @ spare)
+        strength = abs(float(spare @ left)) / math.sqrt(weight) if weight > 1e-6 else 0.0
+        if strength > most:
+            best, most = (a, b), strength
+    return best

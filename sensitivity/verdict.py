@@ -1,0 +1,236 @@
+"""Recommendation and its verdict: measured examples say whether a plan really beats the best uniform one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from sensitivity.allocate import Candidate
+from sensitivity.errors import UserError
+from sensitivity.plan import Plan, Size
+from sensitivity.readings import check_task
+from sensitivity.scores import Score, paired, summarise
+from sensitivity.trials import Study
+
+POWER = 0.8  # 'about N more examples would decide' means: with this probability
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A paired difference on the same examples, in words: 'better', 'tied' or 'no worse' (the other side)."""
+
+    other: Plan
+    score: Score  # the other plan's
+    difference: Score  # ours minus theirs; the interval allows for having picked the best of several candidates
+    verdict: str
+    more: int | None  # examples that would likely decide a tie; None: none needed, or no number would do
+    words: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "other": self.other.to_json(),
+            "describe": self.other.describe(),
+            "score": self.score.to_json(),
+            "difference": self.difference.to_json(),
+            "verdict": self.verdict,
+            "more_examples": self.more,
+            "words": self.words,
+        }
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The plan to use for a budget: what was predicted, what was measured, and what it was preferred to."""
+
+    task: str
+    budget: float  # in bpw
+    plan: Plan
+    size: Size
+    candidate: Candidate
+    measured: Score | None = None
+    full: Score | None = None  # full precision on the same examples
+    uniform: Comparison | None = None
+    others: tuple[Comparison, ...] = ()  # the other candidates
+    fresh: bool = False  # whether the examples had no part in choosing the plan
+    words: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "task": self.task,
+            "budget_bpw": self.budget,
+            "plan": self.plan.to_json(),
+            "key": self.plan.key,
+            "describe": self.plan.describe(),
+            "size": self.size.to_json(),
+            "predicted": {task: p.to_json() for task, p in self.candidate.predicted.items()},
+            "measured": self.measured and self.measured.to_json(),
+            "full_precision": self.full and self.full.to_json(),
+            "uniform": self.uniform and self.uniform.to_json(),
+            "candidates": [other.to_json() for other in self.others],
+            "fresh_examples": self.fresh,
+            "verdict": self.words,
+            "provenance": self.provenance,
+        }
+
+    def dumps(self) -> str:
+        return json.dumps(_finite(self.to_json()), indent=1)
+
+
+def judge(
+    study: Study,
+    candidates: Sequence[Candidate],
+    rival: Candidate | None,
+    measured: Study | Mapping[str, pd.DataFrame],
+    task: str | None = None,
+    *,
+    fresh: bool = True,
+    provenance: Mapping[str, Any] | None = None,
+) -> Recommendation:
+    """Choose among the candidates of one budget by measurement and compare with the best uniform plan, the rival.
+
+    measured: a study in which they were run, or plan key -> per-example scores (task, example, cluster, score), on
+    the same examples for all. Candidates without measurements are passed over. fresh: these examples had no part in
+    finding the candidates.
+    """
+    task = check_task(study, task)
+    native = Plan.uniform(study.parts, None)
+    plans = [native, *(candidate.plan for candidate in (*candidates, *([rival] if rival else [])))]
+    frames = _frames(measured, plans) if isinstance(measured, Study) else measured
+    rows = {plan.key: _of_task(frames[plan.key], task) for plan in plans if plan.key in frames}
+    run = [c for c in candidates if c.plan.key in rows]
+    if not run:
+        return unmeasured(study, candidates, task, provenance)
+    scores = {key: summarise(frame["score"], frame["cluster"]) for key, frame in rows.items()}
+    best = max(run, key=lambda c: scores[c.plan.key].mean)
+    mine = rows[best.plan.key]
+    facing = None
+    if rival is not None and rival.plan.key in rows and rival.plan.key != best.plan.key:
+        facing = compare(mine, rows[rival.plan.key], rival.plan, "the best uniform plan", len(run))
+    others = tuple(
+        compare(mine, rows[c.plan.key], c.plan, "the runner-up", len(run)) for c in run if c.plan.key != best.plan.key
+    )
+    return Recommendation(
+        task,
+        best.budget,
+        best.plan,
+        best.size,
+        best,
+        scores[best.plan.key],
+        scores.get(native.key),
+        facing,
+        others,
+        fresh,
+        facing.words if facing else _without_rival(best, rival),
+        source(study) | dict(provenance or {}),
+    )
+
+
+def _frames(measured: Study, plans: Sequence[Plan]) -> dict[str, pd.DataFrame]:
+    return {plan.key: frame for plan in plans if (frame := measured.examples(plan)) is not None}
+
+
+def _without_rival(best: Candidate, rival: Candidate | None) -> str:
+    if rival is None:
+        return "No uniform plan fits this budget."
+    same = best.plan.key == rival.plan.key
+    return "A uniform plan is the best choice here." if same else "The best uniform plan was not measured."
+
+
+def unmeasured(
+    study: Study,
+    candidates: Sequence[Candidate],
+    task: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Recommendation:
+    """A recommendation that was only predicted (an imported table has no model to run)."""
+    best = candidates[0]
+    return Recommendation(
+        check_task(study, task),
+        best.budget,
+        best.plan,
+        best.size,
+        best,
+        provenance=source(study) | dict(provenance or {}),
+        words="Predicted only: nothing was run to check it.",
+    )
+
+
+def source(study: Study) -> dict[str, Any]:
+    """Where a plan came from: the study's own facts and which trials were read."""
+    trials = study.trials()
+    return {
+        "study": dict(study.meta),
+        "model": study.parts.model,
+        "by": study.parts.by,
+        "trials": len(trials),
+        "trial_keys": sorted({trial.user_attrs["key"] for trial in trials}),
+    }
+
+
+def _of_task(frame: pd.DataFrame, task: str) -> pd.DataFrame:
+    rows = frame[frame["task"] == task]
+    if not len(rows):
+        raise UserError(f"these measurements hold nothing about '{task}'")
+    return rows
+
+
+def compare(mine: pd.DataFrame, theirs: pd.DataFrame, other: Plan, name: str, tries: int = 1) -> Comparison:
+    """Paired on the examples that both have."""
+    both = mine.merge(theirs, on="example", suffixes=("", "_other"))
+    if not len(both):
+        raise UserError(f"{other.describe()} was measured on other examples: nothing can be compared")
+    difference = _corrected(paired(both["score"], both["score_other"], both["cluster"]), tries)
+    verdict, more, words = _verdict(difference, name)
+    return Comparison(other, summarise(theirs["score"], theirs["cluster"]), difference, verdict, more, words)
+
+
+def _corrected(difference: Score, tries: int) -> Score:
+    """Widen the interval for having picked the best of several (Bonferroni)."""
+    if tries < 2 or difference.clusters < 2:
+        return difference
+    half = float(stats.t.ppf(1 - 0.025 / tries, difference.clusters - 1)) * difference.se
+    mean = difference.mean
+    return Score(mean, difference.se, difference.n, difference.clusters, mean - half, mean + half)
+
+
+def _verdict(difference: Score, name: str) -> tuple[str, int | None, str]:
+    gap, low, high = difference.mean, difference.low, difference.high
+    interval = f"{gap:+.3f} [{low:+.3f}, {high:+.3f}], {difference.n:,} paired examples"
+    if low > 0:
+        return "better", None, f"Clearly better than {name}: {interval}."
+    if gap <= 0:
+        return "no worse", None, f"{name[0].upper()}{name[1:]} is no worse: {interval}."
+    more = _more(difference)
+    if more is None:
+        return "tied", None, f"Tied with {name}: {interval}; no practical number of examples would decide."
+    return "tied", more, f"Tied with {name}: {interval}; about {more:,} more examples would decide."
+
+
+def _more(difference: Score) -> int | None:
+    """How many more examples would show a difference of this size, if it is real, four times out of five."""
+    if not math.isfinite(difference.se) or difference.mean == 0:
+        return None
+    width = (difference.high - difference.mean) / difference.se if difference.se else 2.0
+    wanted = difference.n * ((width + float(stats.norm.ppf(POWER))) * difference.se / difference.mean) ** 2
+    more = wanted - difference.n
+    if more > 1000 * difference.n:
+        return None
+    digits = max(1.0, 10 ** math.floor(math.log10(max(more, 1.0))) / 10)
+    return max(1, int(np.ceil(more / digits) * digits))
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
