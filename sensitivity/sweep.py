@@ -15,11 +15,12 @@ from sensitivity.errors import UserError
 from sensitivity.evaluate import Batch, Rows, answer, batches, rows_of
 from sensitivity.models import VLM
 from sensitivity.plan import Plan
-from sensitivity.quantize import Memory, quantized
+from sensitivity.quantize import Memory, Statistics, prepare, quantized
 from sensitivity.replay import Replay
 from sensitivity.tasks import Task
 from sensitivity.trials import Study
 
+WEIGHTS = 4 << 30  # bytes of quantised weights to remember, beyond those of the plan that is running
 LIBRARIES = ("torch", "transformers", "optuna", "numpy")
 
 
@@ -34,13 +35,22 @@ class Step:
     left: int
 
 
-def run(vlm: VLM, study: Study, tasks: Sequence[Task], plans: Iterable[Plan], plain: bool = False) -> Iterator[Step]:
+def run(
+    vlm: VLM,
+    study: Study,
+    tasks: Sequence[Task],
+    plans: Iterable[Plan],
+    plain: bool = False,
+    statistics: Statistics | None = None,
+) -> Iterator[Step]:
     """Run every plan that the study does not hold yet; full precision first, since all else is compared to it.
 
     A list of plans is queued at once, for any number of processes to take from; other iterables are asked for one
     plan at a time, after the last one was told.
     """
-    trial = _Trial(vlm, study.parts, tasks, plain)
+    trial = _Trial(vlm, study.parts, tasks, plain, statistics)
+    if isinstance(plans, Sequence):
+        trial.prepare(plans)
     study.release_lost()
     study.enqueue([Plan.uniform(study.parts, None), *(plans if isinstance(plans, Sequence) else ())])
     yield from _drain(study, trial)
@@ -68,8 +78,15 @@ def _drain(study: Study, trial: _Trial) -> Iterator[Step]:
 class _Trial:
     """What plans share: the tasks as tensors, quantised weights, and hidden states along the path of the last plan."""
 
-    def __init__(self, vlm: VLM, parts: ComponentMap, tasks: Sequence[Task], plain: bool) -> None:
-        self.vlm, self.parts, self.tasks, self.plain = vlm, parts, tasks, plain
+    def __init__(
+        self,
+        vlm: VLM,
+        parts: ComponentMap,
+        tasks: Sequence[Task],
+        plain: bool = False,
+        statistics: Statistics | None = None,
+    ) -> None:
+        self.vlm, self.parts, self.tasks, self.plain, self.statistics = vlm, parts, tasks, plain, statistics
         self.batches: dict[str, list[Batch]] = {task.name: list(batches(vlm, task, plain)) for task in tasks}
         self.weights: Memory | None = None if plain else {}
         self.replay = None if plain else self._proven()
@@ -83,17 +100,26 @@ class _Trial:
         replay.prove(lambda: answer(self.vlm, task, few, replay, "proof"))
         return replay
 
+    def prepare(self, plans: Sequence[Plan]) -> None:
+        """Quantise every layer at all the widths it will be asked for, each layer studied once, if there is room."""
+        widths = {scheme for plan in plans for _, scheme in plan.schemes if scheme}
+        room = sum(w.numel for w in self.parts.weights) * self.vlm.model.dtype.itemsize * len(widths)
+        if self.weights is not None and room < WEIGHTS:
+            prepare(self.vlm.model, self.parts, plans, self.weights, self.statistics)
+
     def run(self, plan: Plan) -> Rows:
         """Per-example rows of all tasks under a plan."""
         rows: Rows = {}
         if self.replay:
             self.replay.under(plan)
-        with quantized(self.vlm.model, self.parts, plan, self.weights):
+        with quantized(self.vlm.model, self.parts, plan, self.weights, self.statistics):
             for task in self.tasks:
                 for number, batch in enumerate(self.batches[task.name]):
                     found = rows_of(task, batch, *answer(self.vlm, task, batch, self.replay, (task.name, number)))
                     for name, values in found.items():
                         rows.setdefault(name, []).extend(values)
+        if self.weights and sum(t.numel() * t.element_size() for t in self.weights.values()) > WEIGHTS:
+            self.weights.clear()
         return rows
 
 

@@ -3,39 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sensitivity import search
 from sensitivity.allocate import Candidate, best_uniform, solve
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError, unknown
 from sensitivity.export import write
-from sensitivity.export.plan_json import read
+from sensitivity.export.plan_json import read, write_file
 from sensitivity.importance import rank
 from sensitivity.models import VLM, inspect, load
 from sensitivity.plan import Plan, Scheme
+from sensitivity.quantize import Statistics, calibrate, method_of, scheme
+from sensitivity.quantize.cache import Cache, home
 from sensitivity.report import report
-from sensitivity.search import grid, one_at_a_time, random
 from sensitivity.sweep import Step, identity, versions
 from sensitivity.sweep import run as run_plans
+from sensitivity.tasks import Task
 from sensitivity.tasks import task as find_task
 from sensitivity.trials import Study
 from sensitivity.verdict import Recommendation, judge, unmeasured
 
+BITS = (2, 3, 4, 6, 8)
+CACHE_GB = 8.0  # of calibration statistics on disk
 FRESH = 1_000_003  # added to a study's seed where a choice is verified: other scenes than those it was made on
 
 __all__ = [
+    "calibrated",
     "export",
     "grid",
     "inspect",
     "load",
     "one_at_a_time",
+    "plans",
     "rank",
     "recommend",
     "report",
     "sweep",
     "sweeping",
 ]
+
+
+def grid(
+    parts: ComponentMap, bits: Sequence[int] = BITS, method: str = "rtn", schemes: Sequence[Scheme] = (), **chosen: Any
+) -> list[Plan]:
+    """Every combination of widths over components, and full precision."""
+    return search.grid(parts, schemes=schemes or [scheme(method, width, **chosen) for width in bits])
+
+
+def one_at_a_time(
+    parts: ComponentMap, bits: Sequence[int] = BITS, method: str = "rtn", schemes: Sequence[Scheme] = (), **chosen: Any
+) -> list[Plan]:
+    """Each component alone at each width, the uniform plans, and full precision."""
+    return search.one_at_a_time(parts, schemes=schemes or [scheme(method, width, **chosen) for width in bits])
+
+
+def plans(
+    parts: ComponentMap, schemes: Sequence[Scheme], how: str = "grid", trials: int | None = None, seed: int = 0
+) -> Iterable[Plan]:
+    """What to try: a list where all plans are known beforehand, otherwise plans one after the other."""
+    if how not in SEARCHES:
+        raise unknown("search", how, SEARCHES)
+    return SEARCHES[how](parts, schemes, trials, seed)
+
+
+SEARCHES: dict[str, Callable[[ComponentMap, Sequence[Scheme], int | None, int], Iterable[Plan]]] = {
+    "grid": lambda parts, schemes, trials, seed: grid(parts, schemes=schemes)[:trials],
+    "one-at-a-time": lambda parts, schemes, trials, seed: one_at_a_time(parts, schemes=schemes)[:trials],
+    "random": lambda parts, schemes, trials, seed: search.random(parts, trials or 100, schemes=schemes, seed=seed),
+}
 
 
 def sweep(
@@ -58,27 +96,52 @@ def sweeping(
     seed: int = 0,
     plain: bool = False,
     storage: str | None = None,
+    statistics: Statistics | None = None,
 ) -> tuple[Study, Iterator[Step]]:
-    """The study, and the sweep as something to walk along: each step is a finished trial."""
+    """The study, and the sweep as something to walk along: each step is a finished trial.
+
+    Methods that need calibration take it from `statistics`; without, the calibration splits of the tasks are used.
+    """
     chosen = [find_task(name, "evaluation", n, seed) for name in dict.fromkeys(tasks)]
-    study = Study.create(out, parts, [task.name for task in chosen], identity(vlm, chosen, tasks, n, seed), storage)
-    return study, run_plans(vlm, study, chosen, plans, plain)
+    facts = identity(vlm, chosen, tasks, n, seed)
+    study = Study.create(out, parts, [task.name for task in chosen], facts, storage)
+    if statistics is None and isinstance(plans, Sequence):
+        schemes = list(dict.fromkeys(one for plan in plans for _, one in plan.schemes if one))
+        named, statistics = calibrated(vlm, parts, schemes, tasks, against=chosen)
+        facts_of: dict[Scheme | None, Scheme | None] = {None: None, **dict(zip(schemes, named, strict=True))}
+        plans = [Plan(tuple((name, facts_of[one]) for name, one in plan.schemes)) for plan in plans]
+    return study, run_plans(vlm, study, chosen, plans, plain, statistics)
 
 
-def plans(
-    parts: ComponentMap, schemes: Sequence[Scheme], search: str = "grid", trials: int | None = None, seed: int = 0
-) -> Iterable[Plan]:
-    """What to try: a list where all plans are known beforehand, otherwise plans one after the other."""
-    if search not in SEARCHES:
-        raise unknown("search", search, SEARCHES)
-    return SEARCHES[search](parts, schemes, trials, seed)
+def calibrated(
+    vlm: VLM,
+    parts: ComponentMap,
+    schemes: Sequence[Scheme],
+    tasks: Sequence[str],
+    n: int = 128,
+    seed: int = 0,
+    path: str = "float",
+    against: Iterable[Task] = (),
+    cache_gb: float = CACHE_GB,
+) -> tuple[list[Scheme], Statistics | None]:
+    """The schemes with the data that they are calibrated on written into them, and the statistics if any need them.
 
-
-SEARCHES: dict[str, Callable[[ComponentMap, Sequence[Scheme], int | None, int], Iterable[Plan]]] = {
-    "grid": lambda parts, schemes, trials, seed: grid(parts, schemes=schemes)[:trials],
-    "one-at-a-time": lambda parts, schemes, trials, seed: one_at_a_time(parts, schemes=schemes)[:trials],
-    "random": lambda parts, schemes, trials, seed: random(parts, trials or 100, schemes=schemes, seed=seed),
-}
+    Schemes that already name their data are calibrated on that.
+    """
+    needing = [one for one in schemes if method_of(one).calibrated]
+    if not needing:
+        return list(schemes), None
+    named = {tuple(one.get(fact) for fact in ("calibration", "examples", "seed", "path")) for one in needing}
+    if len(named) > 1:
+        raise UserError("these plans were calibrated on different data; run those of each in a sweep of its own")
+    if None not in (known := named.pop()):
+        tasks, n, seed, path = str(known[0]).split(","), int(known[1] or 0), int(known[2] or 0), str(known[3])
+    cache = Cache(home(), cache_gb) if cache_gb > 0 else None
+    statistics = calibrate(vlm, parts, tasks, n, seed, path, against, cache)
+    return [
+        replace(one, settings=tuple({**dict(one.settings), **statistics.facts}.items())) if one in needing else one
+        for one in schemes
+    ], statistics
 
 
 def recommend(
@@ -121,6 +184,11 @@ def recommending(
         run, study.parts, plans, meta["tasks"], study.path / "verify", n=meta["n"], seed=meta["seed"] + FRESH
     )
     return lambda: _judged(study, second, candidates, rival, asked), steps
+
+
+def remember(study: Study, found: Recommendation) -> Path:
+    """Write a recommendation as the study's plan.json, with all that says where it comes from."""
+    return write_file(study.parts, found.plan, found.to_json(), study.path / "plan.json")
 
 
 def recommended(study: Study) -> Recommendation | None:

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if vlm is not None:
         terminal.walk(steps, "verifying")
     found = chosen()
-    path = verbs.export(study, found.plan, args.study / "plan.json", facts=found.to_json(), force=True)
+    path = verbs.remember(study, found)
     if not args.json:
         terminal.recommendation(found)
         print(f"plan: {path}")

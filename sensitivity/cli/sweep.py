@@ -37,6 +37,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         help="where the study is kept; the same again continues it",
     )
     words.samples(p)
+    words.calibration(p)
     words.device(p)
     p.add_argument(
         "--plain", action="store_true", help="load, quantise, run: nothing shared between plans (slow, the reference)"
@@ -48,12 +49,34 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity import verbs
+    from sensitivity.tasks import task
 
     vlm = verbs.load(args.model, device=args.device, dtype=args.dtype)
     parts = verbs.inspect(vlm, by=args.by)
-    plans = verbs.plans(parts, words.schemes(args), args.search, args.trials, args.seed)
+    chosen = [task(name, n=args.n, seed=args.seed) for name in args.task]  # first of all: it may be misspelt
+    schemes, statistics = verbs.calibrated(
+        vlm,
+        parts,
+        words.schemes(args),
+        args.calibration or args.task,
+        n=args.calibration_n,
+        seed=args.seed,
+        path=args.path,
+        against=chosen,
+        cache_gb=args.cache_gb,
+    )
+    plans = verbs.plans(parts, schemes, args.search, args.trials, args.seed)
     study, steps = verbs.sweeping(
-        vlm, parts, plans, args.task, args.out, n=args.n, seed=args.seed, plain=args.plain, storage=args.storage
+        vlm,
+        parts,
+        plans,
+        args.task,
+        args.out,
+        n=args.n,
+        seed=args.seed,
+        plain=args.plain,
+        storage=args.storage,
+        statistics=statistics,
     )
     terminal.walk(steps, f"sweeping {vlm.name}")
     facts = {"study": str(args.out), **study.counts(), "trials": json.loads(study.table().to_json(orient="records"))}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sensitivity.plan import Scheme
@@ -47,6 +48,14 @@ def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str) -> Non
         "--symmetric", action=argparse.BooleanOptionalAction, help="a grid around zero (default: the method's)"
     )
     p.add_argument("--biases", action="store_true", default=None, help="quantise biases too, as the paper's code did")
+    p.add_argument(
+        "--set",
+        type=setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of the method's own, such as damp=0.05 for gptq",
+    )
 
 
 def budget(p: argparse.ArgumentParser) -> None:
@@ -72,6 +81,19 @@ def samples(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0, help="of the examples and of any search (default: 0)")
 
 
+def calibration(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("calibration", "for methods that look at what a layer reads, such as gptq and awq")
+    g.add_argument("--calibration", type=names, metavar="T[,T]", help="whose calibration split (default: the tasks')")
+    g.add_argument("--calibration-n", type=int, default=128, metavar="N", help="how many examples (default: 128)")
+    g.add_argument(
+        "--path",
+        default="float",
+        metavar="float|exposed",
+        help="inputs of the float model, once for all plans, or of layers behind quantised ones, per plan (default: float)",
+    )
+    g.add_argument("--cache-gb", type=float, default=8.0, help="of statistics kept on disk; 0 keeps none (default: 8)")
+
+
 def numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(dict.fromkeys(int(piece) for piece in text.split(",")))
@@ -94,6 +116,15 @@ def pair(text: str) -> tuple[str, str]:
     return left, right
 
 
+def setting(text: str) -> tuple[str, Any]:
+    """A value that looks like a number, true or false is one; anything else is a word."""
+    name, value = pair(text)
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
 def floor(text: str) -> tuple[str, float]:
     task, _, share = text.partition("=")
     try:
@@ -105,6 +136,5 @@ def floor(text: str) -> tuple[str, float]:
 def schemes(args: argparse.Namespace) -> list[Scheme]:
     from sensitivity.quantize import scheme
 
-    return [
-        scheme(args.method, bits, group=args.group, symmetric=args.symmetric, biases=args.biases) for bits in args.bits
-    ]
+    own = {"group": args.group, "symmetric": args.symmetric, "biases": args.biases, **dict(args.set)}
+    return [scheme(args.method, bits, **own) for bits in args.bits]
