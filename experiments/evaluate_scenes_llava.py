@@ -1,0 +1,143 @@
+"""Measures embedded:scenes-llava on unseen handwriting, beside shuffled images and the best blind guess.
+
+python experiments/evaluate_scenes_llava.py             # 1,024 scenes; writes card.json and README.md in the folder
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import scenes_llava_card
+import torch
+from PIL import Image
+from torch.nn.functional import cross_entropy
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from sensitivity.tasks import boxes
+from sensitivity.tasks import scenes as S
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "sensitivity" / "models" / "embedded" / "scenes-llava"
+TARGETS = {kind: {"exact": 0.97} for kind in (*S.VQA_KINDS, "scene")}
+TARGETS |= {"caption": {"exact": 0.92}, "ground": {"upright IoU >= .5": 0.95, "oriented IoU >= .5": 0.85}}
+
+
+def score(kind: str, answer: str, truth: str) -> dict[str, float]:
+    """Every measure of one answer."""
+    measures = {"exact": float(answer == truth)}
+    if kind == "caption":
+        said, meant = answer.split(), truth.split()
+        same = sum(a == b for a, b in zip(said, meant, strict=False))
+        measures["words in place"] = same / max(len(said), len(meant))
+    if kind == "ground":
+        meant_box, said_boxes = boxes.parse(truth)[0], boxes.parse(answer)
+        upright = boxes.upright_iou(said_boxes[0], meant_box) if said_boxes else 0.0
+        oriented = boxes.oriented_iou(said_boxes[0], meant_box) if said_boxes else 0.0
+        measures |= {"upright IoU >= .5": float(upright >= 0.5), "oriented IoU >= .5": float(oriented >= 0.5)}
+        measures |= {"upright IoU": upright, "oriented IoU": oriented}
+        measures["angle"] = float(bool(said_boxes) and said_boxes[0][4] == meant_box[4])
+    return measures
+
+
+def summary(values: np.ndarray, cluster: np.ndarray) -> dict[str, float]:
+    """Mean with a 95 % interval; the questions to one scene are not independent, so errors add up scene by scene."""
+    mean, n = values.mean(), len(values)
+    _, scene = np.unique(cluster, return_inverse=True)
+    sums = np.bincount(scene, values - mean)
+    error = float(np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / n)
+    # Without a single error the spread says nothing: rule of three on the scenes.
+    reach = 1.96 * error if error > 0 else 3 / len(sums)
+    return {"mean": float(mean), "low": float(mean) - reach, "high": float(mean) + reach, "n": n}
+
+
+class Reader:
+    """The model behind its own processor, as anyone would use it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def inputs(self, prompts: list[str], images: list[np.ndarray]) -> dict[str, torch.Tensor]:
+        chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": p}]}] for p in prompts]
+        text = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+        pictures = [Image.fromarray(image) for image in images]
+        return dict(self.processor(images=pictures, text=text, return_tensors="pt"))
+
+    @torch.inference_mode()
+    def answers(self, prompts: list[str], images: list[np.ndarray]) -> list[str]:
+        inputs = self.inputs(prompts, images)
+        out = self.model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+        return list(self.processor.batch_decode(out, skip_special_tokens=True))
+
+    @torch.inference_mode()
+    def surprise(self, prompts: list[str], images: list[np.ndarray], answers: list[str]) -> list[float]:
+        """Mean negative log-likelihood per token of the true answers (with their end), in nats."""
+        words = self.processor.tokenizer
+        ends = [[*words.encode(a), words.eos_token_id] for a in answers]
+        width = max(map(len, ends))
+        labels = torch.tensor([[*e, *[-100] * (width - len(e))] for e in ends])
+        inputs = self.inputs(prompts, images)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], labels.clamp(min=0)], 1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], (labels >= 0).long()], 1)
+        logits = self.model(**inputs).logits[:, -width - 1 : -1]
+        loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+        return list((loss.sum(1) / (labels >= 0).sum(1)).tolist())
+
+
+def measure(reader: Reader, kind: str, asked: list[tuple[int, S.Question]], scenes: list[S.Scene]) -> dict:
+    """One kind of question: the answers to the right images, to other scenes' images, and the best constant answer."""
+    most_common = Counter(q.answer for _, q in asked).most_common(1)[0][0]
+    found: dict[str, dict[str, list[float]]] = {w: defaultdict(list) for w in ("right", "shuffled", "prior")}
+    for start in range(0, len(asked), 256):
+        part = asked[start : start + 256]
+        prompts, truths = [q.prompt for _, q in part], [q.answer for _, q in part]
+        for which, shift in (("right", 0), ("shuffled", len(scenes) // 2)):
+            images = [scenes[(i + shift) % len(scenes)].image for i, _ in part]
+            found[which]["NLL"] += reader.surprise(prompts, images, truths)
+            for answer, truth in zip(reader.answers(prompts, images), truths, strict=True):
+                for name, value in score(kind, answer, truth).items():
+                    found[which][name].append(value)
+        for truth in truths:
+            for name, value in score(kind, most_common, truth).items():
+                found["prior"][name].append(value)
+    cluster = np.array([i for i, _ in asked])
+    measures = {}
+    for name, values in found["right"].items():
+        row = summary(np.array(values), cluster)
+        if name != "NLL":
+            row |= {"low": max(0.0, row["low"]), "high": min(1.0, row["high"])}
+        row["shuffled"] = float(np.mean(found["shuffled"][name]))
+        if name in found["prior"]:
+            row["prior"] = float(np.mean(found["prior"][name]))
+        if name in TARGETS[kind]:
+            row["target"] = TARGETS[kind][name]
+        measures[name] = {k: round(v, 4) for k, v in row.items()}
+    return measures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--scenes", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    reader, scenes = Reader(args.folder), S.scenes("evaluation", args.scenes, args.seed)
+    asked = [(i, q) for i, scene in enumerate(scenes) for q in S.questions(scene, args.seed)]
+    kinds = {}
+    for kind in S.KINDS:
+        kinds[kind] = measure(reader, kind, [(i, q) for i, q in asked if q.kind == kind], scenes)
+        print(kind, json.dumps(kinds[kind]), flush=True)
+    card = {"scenes": len(scenes), "split": "evaluation", "seed": args.seed, "kinds": kinds}
+    card |= {"bytes": (args.folder / "model.safetensors").stat().st_size, "words": len(reader.processor.tokenizer)}
+    (args.folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    (args.folder / "README.md").write_text(scenes_llava_card.text(card))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Two helpers that exist only while scenes-llava is trained: images in symbols, and heads that question the eye."""
+
+from __future__ import annotations
+
+import scenes_llava as L
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sensitivity.tasks import scenes as S
+
+SCALE = 0.4
+
+
+class Symbols(nn.Module):
+    """An image as the language would like to read it: a patch is the sum of the words for what is there."""
+
+    def __init__(self, width: int = 192) -> None:
+        super().__init__()
+        self.corner = nn.Embedding(4 * 26, width)
+        self.angle = nn.Embedding(len(S.ANGLES), width)
+        self.patch = nn.Embedding(L.PATCHES, width)
+        for table in (self.corner, self.angle, self.patch):
+            nn.init.normal_(table.weight, 0.0, 0.2)
+
+    def forward(self, batch: L.Batch, words: Tensor) -> Tensor:
+        corners = self.corner(batch.corners + 26 * torch.arange(4)).sum(-2)
+        there = words[batch.words].sum(-2) + SCALE * (corners + self.angle(batch.angle))
+        return words[batch.background][:, None] + SCALE * self.patch.weight + there * batch.filled[..., None]
+
+
+class Heads(nn.Module):
+    """What the eye is asked about each patch while it learns to see."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.out = nn.ModuleDict(
+            {
+                "digit": nn.Linear(width, 11),
+                "colour": nn.Linear(width, len(S.COLOURS) + 1),
+                "angle": nn.Linear(width, len(S.ANGLES)),
+                "background": nn.Linear(width, len(S.BACKGROUNDS)),
+                "box": nn.Linear(width, 4 * 26),
+            }
+        )
+
+    def forward(self, batch: L.Batch, seen: Tensor) -> tuple[Tensor, dict[str, float]]:
+        there = batch.filled
+        first = {"digit": L.encode("0")[0], "colour": L.encode("red")[0], "background": L.encode("paper")[0]}
+        digit = torch.where(there, batch.words[..., 0] - first["digit"], 10)
+        colour = torch.where(there, batch.words[..., 1] - first["colour"], len(S.COLOURS))
+        background = (batch.background - first["background"])[:, None].expand_as(there)
+        asked = {
+            "digit": (1.0, seen, digit),
+            "colour": (0.5, seen, colour),
+            "background": (0.2, seen, background),
+            "angle": (0.3, seen[there], batch.angle[there]),
+            "box": (0.4, seen[there], batch.corners[there]),
+        }
+        total, right = seen.new_zeros(()), {}
+        for name, (weight, features, truth) in asked.items():
+            scores = self.out[name](features).unflatten(-1, (*truth.shape[features.dim() - 1 :], -1))
+            total = total + weight * cross_entropy(scores.flatten(0, -2), truth.flatten())
+            hit = (scores.argmax(-1) == truth).float()
+            right["eye " + name] = float((hit[there] if name in ("digit", "colour") else hit).mean())
+        return total, right
