@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
+from sensitivity import terminal
+
 ABOUT = "write a plan as files that a runtime loads"
-EXAMPLE = "sensitivity export runs/first --bpw 4.0 --format plan --out out/plan.json"
+EXAMPLE = "sensitivity export runs/first --bpw 4.0 --format compressed-tensors --out out/first"
+FORMATS = (
+    "plan, fake, compressed-tensors, gptq, awq, auto-round, llm-compressor, bnb, torchao, modelopt, llama.cpp or mlx"
+)
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("source", type=Path, metavar="STUDY|plan.json", help="a study, or a plan that was recommended")
     p.add_argument("--bpw", type=float, metavar="X", help="the budget, where the source is a study")
-    p.add_argument("--format", default="plan", help="what to write (default: plan)")
+    p.add_argument("--format", default="plan", help=f"{FORMATS} (default: plan)")
+    p.add_argument("--runtime", metavar="NAME", help="what is going to load it, such as vllm (default: as the format)")
+    p.add_argument("--model", help="where the model is, if not where the sweep found it")
     p.add_argument("--out", type=Path, required=True, help="the folder to write")
     p.add_argument("--force", action="store_true", help="write over what is there")
 
@@ -21,7 +29,28 @@ def arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity import verbs
 
-    path = verbs.export_from(args.source, args.bpw, args.out, args.format, args.force)
+    path = verbs.export_from(
+        args.source, args.bpw, args.out, args.format, args.force, model=args.model, runtime=args.runtime
+    )
+    facts: dict[str, Any] = {"path": str(path), "format": args.format}
+    if (path / "sensitivity.json").exists():
+        known = json.loads((path / "sensitivity.json").read_bytes())
+        facts |= {name: known[name] for name in ("predicted_size", "written") if name in known}
     if not args.json:
-        print(f"wrote {path}")
-    return {"path": str(path), "format": args.format}
+        show(facts)
+    return facts
+
+
+def show(facts: dict[str, Any]) -> None:
+    print(f"wrote {facts['path']}")
+    if written := facts.get("written"):
+        predicted = facts["predicted_size"]
+        terminal.table(
+            "Size",
+            ("", "bytes of tensors", "bpw, all stored"),
+            [
+                ("predicted", f"{predicted['bytes']:,}", f"{predicted['bpw']:.3f}"),
+                ("written", f"{written['bytes']:,}", f"{written['bpw']:.3f}"),
+            ],
+        )
+        print(f"next: sensitivity verify {facts['path']}")

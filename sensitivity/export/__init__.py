@@ -2,25 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError, unknown
-from sensitivity.export import plan_json
-from sensitivity.plan import Plan
+from sensitivity.export import (
+    auto_round,
+    awq,
+    bnb,
+    compressed,
+    fake,
+    gptq,
+    llama_cpp,
+    llm_compressor,
+    manifest,
+    mlx,
+    modelopt,
+    plan_json,
+    torchao,
+)
+from sensitivity.export.card import card
+from sensitivity.export.job import Codes, Job, Written
+from sensitivity.plan import size
+from sensitivity.runtimes import check
 
-# name -> writes the plan for a model into a folder or file, and returns what was written
-FORMATS: dict[str, Callable[[ComponentMap, Plan, dict[str, Any], Path], Path]] = {
+__all__ = ["FORMATS", "Codes", "Job", "Written", "write"]
+
+# name -> writes the plan for a model into a new folder, and says what it wrote
+FORMATS: dict[str, Callable[[Job, Path], Written]] = {
     "plan": plan_json.write,
+    "fake": fake.write,
+    "compressed-tensors": compressed.write,
+    "gptq": gptq.write,
+    "awq": awq.write,
+    "auto-round": auto_round.write,
+    "llm-compressor": llm_compressor.write,
+    "bnb": bnb.write,
+    "torchao": torchao.write,
+    "modelopt": modelopt.write,
+    "llama.cpp": llama_cpp.write,
+    "mlx": mlx.write,
 }
+EXPECTED = "expected.parquet"  # per-example answers of the trial, for `verify`
 
 
-def write(parts: ComponentMap, plan: Plan, facts: dict[str, Any], out: Path, format: str, force: bool = False) -> Path:
-    """Write a plan in a runtime's format; what is already there stays unless `force`."""
+def write(
+    job: Job,
+    out: Path,
+    format: str,
+    force: bool = False,
+    facts: Mapping[str, Any] | None = None,
+    runtime: str | None = None,
+    expected: Path | None = None,
+) -> dict[str, Any]:
+    """Write a plan in a runtime's format; what is already there stays unless `force`. Returns the summary.
+
+    `facts` are about the trial (scores, data, seeds), `expected` its per-example answers; both travel along.
+    """
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
-    if out.exists() and not force:
+    if (out.exists() or out.is_symlink()) and not force:
         raise UserError(f"{out} is already there; choose another --out or add --force")
-    return FORMATS[format](parts, plan, facts, out)
+    check(job.parts, job.plan, runtime or format)
+    if format == "plan" and out.suffix == ".json":
+        plan_json.write_file(job.parts, job.plan, job.facts, out)
+        return {"path": str(out), "format": format, "bpw": size(job.parts, job.plan).bpw}
+    with _beside(out) as folder:
+        written = FORMATS[format](job, folder)
+        (folder / "README.md").write_text(card(job, written, format, facts or {}), encoding="utf-8")
+        if expected is not None:
+            shutil.copyfile(expected, folder / EXPECTED)
+        summary = _summary(job, written, format)
+        trial = {
+            "trial": dict(facts or {}),
+            "dtype": str(job.dtype).removeprefix("torch."),
+            "runtime": runtime or format,
+        }
+        document = plan_json.document(job.parts, job.plan, job.facts)
+        manifest.write(folder, {**document, **summary, **trial, "runs": written.runs}, written.hashes)
+    return {"path": str(out), **summary}
+
+
+def _summary(job: Job, written: Written, format: str) -> dict[str, Any]:
+    predicted = size(job.parts, job.plan)
+    facts: dict[str, Any] = {"format": format, "predicted_size": predicted.to_json()}
+    if written.bytes:
+        total = sum(written.bytes.values())
+        stored = {"bytes": total, "bpw": 8 * total / job.parts.numel, "components": dict(written.bytes)}
+        facts["written"] = {**stored, "headers": written.headers}
+    return facts
+
+
+@contextlib.contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A hidden folder beside the target, which takes its place only when all is written."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.{time.monotonic_ns()}")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        _flush(unfinished)
+        _replace(unfinished, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())  # a name must not be on disk before its content is
+
+
+def _replace(folder: Path, out: Path) -> None:
+    if out.is_dir() and not out.is_symlink():
+        old = folder.with_name(folder.name + ".old")
+        os.replace(out, old)
+        os.replace(folder, out)
+        shutil.rmtree(old)
+    else:
+        out.unlink(missing_ok=True)
+        os.replace(folder, out)

@@ -9,10 +9,12 @@ from typing import Any
 
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError
+from sensitivity.export.job import Job, Written
 from sensitivity.files import write_whole
 from sensitivity.plan import Plan, size
 
 VERSION = 1
+SCHEMA = Path(__file__).parent / "plan.schema.json"
 
 
 def document(parts: ComponentMap, plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,11 +30,15 @@ def document(parts: ComponentMap, plan: Plan, facts: Mapping[str, Any]) -> dict[
     }
 
 
-def write(parts: ComponentMap, plan: Plan, facts: dict[str, Any], out: Path) -> Path:
-    """One JSON file; into a folder as plan.json."""
-    target = out if out.suffix == ".json" else out / "plan.json"
+def write(job: Job, folder: Path) -> Written:
+    write_file(job.parts, job.plan, job.facts, folder / "plan.json")
+    return Written(load="sensitivity export FOLDER/plan.json --format compressed-tensors --out DIR\n")
+
+
+def write_file(parts: ComponentMap, plan: Plan, facts: Mapping[str, Any], target: Path) -> Path:
+    """One JSON file."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, (json.dumps(document(parts, plan, facts), indent=2) + "\n").encode())
+    write_whole(target, (json.dumps(document(parts, plan, facts), indent=2, default=str) + "\n").encode())
     return target
 
 

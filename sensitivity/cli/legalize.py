@@ -1,0 +1,38 @@
+"""sensitivity legalize: the best plan that a runtime can load."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sensitivity.cli import words
+
+ABOUT = "find the best plan that a runtime can load, and what that costs"
+EXAMPLE = "sensitivity legalize runs/first --bpw 4.0 --runtime vllm --out out/plan.json"
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("source", type=Path, metavar="STUDY|plan.json", help="a study, or a plan that was recommended")
+    p.add_argument("--runtime", required=True, metavar="NAME", help="what is to load it: a format's name, or vllm")
+    p.add_argument("--bpw", type=float, metavar="X", help="the budget (default: the size of the plan)")
+    words.task(p)
+    p.add_argument("--out", type=Path, metavar="plan.json", help="where to write it (default: only said)")
+    p.add_argument("--force", action="store_true", help="write over what is there")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from sensitivity import verbs
+
+    study, found = verbs.legalize_from(args.source, args.runtime, args.bpw, args.task)
+    facts = found.to_json()
+    if args.out is not None:
+        verbs.export(study, found.plan, args.out, force=args.force, facts={"legalized": facts})
+    if not args.json:
+        for breach in found.breaches:
+            print(f"not for {found.runtime}: {breach}")
+        print(f"{'legal' if found.breaches else 'already legal'}: {found.plan.describe()}")
+        print(f"cost: {found.words}")
+        if args.out is not None:
+            print(f"wrote {args.out}")
+    return facts

@@ -1,0 +1,91 @@
+"""The model card of an export: the plan as a table, scores with intervals, size, how to load it, licence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sensitivity.components import ComponentMap
+from sensitivity.export.job import Job, Written
+from sensitivity.plan import Scheme, component_bits, size
+
+
+def card(job: Job, written: Written, format: str, facts: Mapping[str, Any]) -> str:
+    return "\n".join(_lines(job, written, format, facts))
+
+
+def _lines(job: Job, written: Written, format: str, facts: Mapping[str, Any]) -> Iterator[str]:
+    license = job.source.license
+    yield from ("---", f"license: {license}", f"base_model: {Path(job.parts.model).name}", "---", "")
+    yield from (f"# {Path(job.parts.model).name}, {job.plan.describe()}", "")
+    yield f"Weights of {Path(job.parts.model).name} under a mixed-precision plan, exported as `{format}` by sensitivity."
+    yield from ("", "## Plan", "")
+    yield "| component | method | bits | group | grid | weights | predicted bytes | written bytes |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for component in job.parts.components:
+        scheme = job.plan[component.name]
+        predicted = component_bits(job.parts, component.name, scheme) // 8
+        stored = f"{written.bytes[component.name]:,}" if written.bytes else "–"
+        yield f"| {component.name} | {_scheme(scheme)} | {component.numel:,} | {predicted:,} | {stored} |"
+    kept = sum(k.numel for k in job.parts.kept)
+    stored = f"{written.bytes['kept']:,}" if written.bytes else "–"
+    yield f"| kept ({_reasons(job.parts)}) | | native | | | {kept:,} | {kept * job.parts.native_bits // 8:,} | {stored} |"
+    yield from ("", "## Size", "", *_size(job, written), "", "## Scores", "")
+    yield from _scores(facts)
+    yield from (
+        "",
+        "## How to load it",
+        "",
+        f"```{'python' if 'import' in written.load else 'text'}",
+        written.load.rstrip(),
+        "```",
+    )
+    for note in written.notes:
+        yield from ("", note)
+    yield from ("", "`sensitivity verify FOLDER` says whether the files are whole and answer as measured.", "")
+    yield from ("## Licence", "")
+    if license == "unknown":
+        yield "The card of the base model names no licence; whatever holds for the base model holds for these weights."
+    else:
+        yield f"{license}, as the base model; any licence files of the base model lie beside this card."
+    yield ""
+
+
+def _scheme(scheme: Scheme | None) -> str:
+    if scheme is None:
+        return "native | | | "
+    return f"{scheme.method} | {scheme.bits} | {scheme.group} | {'symmetric' if scheme.symmetric else 'asymmetric'}"
+
+
+def _reasons(parts: ComponentMap) -> str:
+    return ", ".join(dict.fromkeys(kept.reason for kept in parts.kept))
+
+
+def _size(job: Job, written: Written) -> Iterator[str]:
+    predicted = size(job.parts, job.plan)
+    yield f"Predicted: {predicted.bytes:,} bytes, {predicted.bpw:.3f} bits per weight (codes alone: {predicted.bpw_codes:.3f})."
+    if written.bytes:
+        total = sum(written.bytes.values())
+        yield (
+            f"Written: {total:,} bytes of tensors, {8 * total / job.parts.numel:.3f} bits per weight, and "
+            f"{written.headers:,} bytes of names and shapes."
+        )
+    else:
+        yield "This format is a configuration: the runtime's own tool makes the weights from it."
+
+
+def _scores(facts: Mapping[str, Any]) -> Iterator[str]:
+    measured = facts.get("scores") or {}
+    if not measured:
+        yield "This plan was not measured on a task."
+        return
+    yield "| task | score | 95 % interval | n | full precision |"
+    yield "|---|---|---|---|---|"
+    for task, score in measured.items():
+        full = (facts.get("full_precision_scores") or {}).get(task, {}).get("mean")
+        interval = f"{score['low']:.4f} to {score['high']:.4f}" if score.get("low") is not None else "–"
+        native = "–" if full is None else f"{full:.4f}"
+        yield f"| {task} | {score['mean']:.4f} | {interval} | {score.get('n', '–')} | {native} |"
+    if facts.get("note"):
+        yield from ("", f"Note: {facts['note']}.")

@@ -1,0 +1,27 @@
+"""fake: a full-precision checkpoint whose quantised weights hold the values that their codes stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sensitivity.export.job import Job, Written, checkpoint, headers
+
+LOAD = """\
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype="{dtype}")
+processor = AutoProcessor.from_pretrained(FOLDER)
+"""
+
+
+def write(job: Job, folder: Path) -> Written:
+    """Loads everywhere and answers as the plan does, but saves nothing: for comparison, and for methods without codes."""
+    weight, hashes = checkpoint(job, folder, None, {})
+    return Written(
+        load=LOAD.format(dtype=str(job.dtype).removeprefix("torch.")),
+        bytes=weight,
+        hashes=hashes,
+        headers=headers(folder, weight),
+        notes=("The values are quantised, the files are not smaller: they hold every weight in full precision.",),
+        runs=True,
+    )

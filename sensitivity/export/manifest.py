@@ -1,0 +1,62 @@
+"""The manifest of an export: what was written, from which plan, with the hash of every file; and whether it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sensitivity.errors import UserError
+from sensitivity.files import write_whole
+
+NAME = "sensitivity.json"
+VERIFIED = "verified.json"  # written later, so it is not among the hashed files
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write(folder: Path, facts: Mapping[str, Any], known: Mapping[str, str]) -> None:
+    """The last file of an export; `known` are hashes that were found while writing."""
+    files = {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": known.get(file.name) or sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    content = json.dumps({**facts, "files": files}, indent=1, default=str) + "\n"
+    (folder / NAME).write_text(content, encoding="utf-8")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    if not (folder / NAME).exists():
+        raise UserError(f"{folder} is no export: it has no {NAME}; `sensitivity export` writes one")
+    try:
+        found: dict[str, Any] = json.loads((folder / NAME).read_bytes())
+        found["files"], found["format"], found["plan"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{NAME} of {folder} is damaged; export again") from error
+    return found
+
+
+def damage(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """What is not as it was written: files that are missing, cut short or changed, and weights that were added."""
+    found = []
+    for name, facts in manifest["files"].items():
+        file = folder / name
+        if not file.exists():
+            found.append(f"{name} is missing")
+        elif (size := file.stat().st_size) != facts["bytes"]:
+            found.append(f"{name} has {size:,} bytes instead of {facts['bytes']:,}")
+        elif sha256(file) != facts["sha256"]:
+            found.append(f"{name} was changed")
+    added = {file.name for file in folder.glob("*.safetensors")} - set(manifest["files"])
+    return found + [f"{name} was added" for name in sorted(added)]
+
+
+def note(folder: Path, outcome: Mapping[str, Any]) -> None:
+    """Store what a verification found."""
+    write_whole(folder / VERIFIED, (json.dumps(outcome, indent=1, default=str) + "\n").encode())
