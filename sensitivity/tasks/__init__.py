@@ -3,31 +3,51 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sensitivity.errors import UserError, reason, unknown
+from sensitivity.tasks.boxes import Regions
 
 SPLITS = ("evaluation", "calibration")
+SHORT = "\nAnswer the question using a single word or phrase."  # after a question, as in LLaVA-1.5 and GeoChat
+
+
+class Stored(Protocol):
+    """An image that is read when it is needed: a Path, or a cell of a data set."""
+
+    def read_bytes(self) -> bytes: ...
+
+    def resolve(self) -> object:
+        """Which image this is, for comparisons."""
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One image, one prompt, and the answers that are right; examples of one cluster share an image."""
+    """One image, one prompt, and the answers that are right; examples of one cluster share an image.
+
+    The first answer is the one whose likelihood is measured. `regions` are the true boxes, where boxes are asked for.
+    """
 
     id: str
     cluster: str
     kind: str
-    image: NDArray[np.uint8] | Path
+    image: NDArray[np.uint8] | Stored
     prompt: str
     answers: tuple[str, ...]
+    regions: Regions | None = None
+
+
+Metric = Callable[[Sequence[str], Sequence[Example]], float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +56,7 @@ class Task:
 
     `exact` says that only the first answer, letter for letter, is right. Then an answer can be judged without
     being generated: greedy generation gives it exactly if each of its tokens is the likeliest after those before.
+    `metrics` are further figures of all answers together, for the report alone; `notes` say what was left out.
     """
 
     name: str
@@ -43,15 +64,20 @@ class Task:
     score: Callable[[str, Example], float]
     exact: bool = False
     max_new_tokens: int = 32
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with any id, prompt, answer or image."""
+        """Changes with any id, prompt, answer, box or image."""
         digest = hashlib.sha256()
         for example in self.examples:
             digest.update(repr((example.id, example.kind, example.prompt, example.answers)).encode())
+            if example.regions:
+                digest.update(repr(example.regions).encode())
             image = example.image
-            digest.update(image.read_bytes() if isinstance(image, Path) else np.ascontiguousarray(image).tobytes())
+            pixels = np.ascontiguousarray(image).tobytes() if isinstance(image, np.ndarray) else image.read_bytes()
+            digest.update(pixels)
         return digest.hexdigest()[:16]
 
     @cached_property
@@ -63,13 +89,19 @@ class Task:
             commonest[kind] = answers.most_common(1)[0][0]
         return float(np.mean([self.score(commonest[example.kind], example) for example in self.examples]))
 
+    def measure(self, answers: Sequence[str]) -> dict[str, float]:
+        """The further metrics of one answer per example, in their order."""
+        if len(answers) != len(self.examples):
+            raise ValueError(f"{len(answers)} answers for {len(self.examples)} examples")
+        return {name: float(metric(answers, self.examples)) for name, metric in self.metrics.items()}
 
-def open_image(source: NDArray[np.uint8] | Path) -> Image.Image:
+
+def open_image(source: NDArray[np.uint8] | Stored) -> Image.Image:
     """An upright RGB picture from an array or a file of any kind that Pillow reads."""
-    if not isinstance(source, Path):
+    if isinstance(source, np.ndarray):
         return Image.fromarray(source)
     try:
-        with Image.open(source) as image:
+        with Image.open(stream(source)) as image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16 bits a channel; convert() would clip them to white
                 return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")
@@ -80,13 +112,23 @@ def open_image(source: NDArray[np.uint8] | Path) -> Image.Image:
         raise UserError(f"cannot read the image {source}: {reason(error)}") from error
 
 
+def stream(source: Stored) -> Path | io.BytesIO:
+    """What Pillow can open; of a file, no more is read than is needed."""
+    return source if isinstance(source, Path) else io.BytesIO(source.read_bytes())
+
+
 def exact(answer: str, example: Example) -> float:
     """1 if the answer is one of the right ones, apart from case and white space."""
     given = " ".join(answer.lower().split())
     return float(any(given == " ".join(right.lower().split()) for right in example.answers))
 
 
-from sensitivity.tasks import local, of_scenes  # noqa: E402 - they use what stands above
+def mean_of(score: Callable[[str, Example], float]) -> Metric:
+    """A score per example as a metric of all answers."""
+    return lambda answers, examples: float(np.mean([score(a, e) for a, e in zip(answers, examples, strict=True)]))
+
+
+from sensitivity.tasks import coco, geochat, gqa, local, of_scenes, rsvqa, scene_folders, vqav2  # noqa: E402 - they use these
 
 TASKS: dict[str, Callable[[str, int, int], Task]] = {
     "vqa": of_scenes.vqa,
@@ -95,15 +137,36 @@ TASKS: dict[str, Callable[[str, int, int], Task]] = {
     "ground": of_scenes.ground,
 }
 
+# published data sets, from a folder in their official layout: --task coco-captions:FOLDER
+DATASETS: dict[str, Callable[[Path, str, int, int], Task]] = {
+    "coco-captions": coco.captions,
+    "vqav2": vqav2.vqav2,
+    "gqa": gqa.gqa,
+    "rsvqa-lrben": rsvqa.lrben,
+    "rsvqa-hrben": rsvqa.hrben,
+    "aid": scene_folders.aid,
+    "ucmerced": scene_folders.ucmerced,
+    "geochat-grounding": geochat.grounding,
+    "geochat-region-captions": geochat.region_captions,
+}
+
 
 def task(name: str, split: str = "evaluation", n: int = 1000, seed: int = 0) -> Task:
-    """A task by its name, or from a .jsonl file of the user's own; `n` counts examples."""
+    """A task by its name, DATASET:FOLDER, or from a user's own data, SCORER:PATH; `n` counts examples."""
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     if n < 1:
         raise UserError(f"a task needs at least one example, not {n}")
+    if name in TASKS:
+        return TASKS[name](split, n, seed)
+    head, colon, folder = name.partition(":")
+    if head in DATASETS:
+        if not folder:
+            raise UserError(f"{head} needs the folder where the data set is; type {head}:FOLDER")
+        return DATASETS[head](Path(folder).expanduser(), split, n, seed)
+    if colon and head in local.SCORERS:
+        return local.own(Path(folder).expanduser(), split, n, seed, head)
     if name.endswith(".jsonl"):
-        return local.jsonl(Path(name), split, n, seed)
-    if name not in TASKS:
-        raise unknown("task", name, [*TASKS, "FILE.jsonl"])
-    return TASKS[name](split, n, seed)
+        return local.own(Path(name).expanduser(), split, n, seed)
+    owns = (*(f"{scorer}:PATH" for scorer in local.SCORERS), "FILE.jsonl")
+    raise unknown("task", name, [*TASKS, *(f"{known}:FOLDER" for known in DATASETS), *owns])

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 Box = tuple[float, float, float, float, float]
 Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The true boxes of an image as convex polygons, and the image's size, in pixels."""
+
+    width: int
+    height: int
+    polygons: tuple[tuple[Point, ...], ...]
+
 
 _BOX = re.compile(r"\{<(\d+)><(\d+)><(\d+)><(\d+)>\|<(-?\d+)>\}")
 
@@ -50,7 +62,12 @@ def _clip(subject: list[Point], start: Point, end: Point) -> list[Point]:
 
 def oriented_iou(a: Box, b: Box) -> float:
     """Intersection over union of two turned boxes."""
-    overlap, other = corners(a), corners(b)
+    return polygon_iou(corners(a), corners(b))
+
+
+def polygon_iou(a: Sequence[Point], b: Sequence[Point]) -> float:
+    """Intersection over union of two convex polygons that go the same way round, as `convex` gives them."""
+    overlap, other = list(a), list(b)
     whole = _area(overlap) + _area(other)
     for start, end in zip(other, other[1:] + other[:1], strict=True):
         overlap = _clip(overlap, start, end)
@@ -61,3 +78,72 @@ def oriented_iou(a: Box, b: Box) -> float:
 def upright_iou(a: Box, b: Box) -> float:
     """Intersection over union of the boxes before they are turned: the angle does not count."""
     return oriented_iou((*a[:4], 0.0), (*b[:4], 0.0))
+
+
+def convex(points: Sequence[Sequence[float]]) -> tuple[Point, ...] | None:
+    """The corners of a convex polygon, clockwise as seen, in whatever order they come; None if it has no area."""
+    if len(points) < 3 or any(len(point) != 2 for point in points):
+        return None
+    cx, cy = (sum(point[i] for point in points) / len(points) for i in (0, 1))
+    around = sorted(((float(x), float(y)) for x, y in points), key=lambda p: math.atan2(p[1] - cy, p[0] - cx))
+    return tuple(around) if _area(around) > 1e-9 else None
+
+
+def _diagonal(box: Box) -> list[Point]:
+    """The two corners as the ends of a diagonal, whose parts along and across the angle are the sides."""
+    x1, y1, x2, y2, angle = box
+    length = math.hypot(x2 - x1, y2 - y1)
+    width, height = length * math.cos(math.radians(angle)), length * math.sin(math.radians(angle))
+    cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
+    return corners((cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2, angle))
+
+
+# How the two corners and the angle of a written box become a polygon. GeoChat's paper does not say; its demo turns the
+# box anticlockwise (cv2.getRotationMatrix2D). Other people's evaluators turn it clockwise, or read the corners as a
+# diagonal, with which most upright boxes (angle 0) have no area.
+DECODINGS: dict[str, Callable[[Box], list[Point]]] = {
+    "turned": corners,
+    "clockwise": lambda box: corners((*box[:4], -box[4])),
+    "diagonal": _diagonal,
+}
+
+
+def decoded(text: str, width: int, height: int, decoding: str = "turned") -> list[tuple[Point, ...]]:
+    """The boxes in a text as polygons in pixels; written corners are per cent of the image."""
+    found = []
+    for x1, y1, x2, y2, angle in parse(text):
+        box = (x1 * width / 100, y1 * height / 100, x2 * width / 100, y2 * height / 100, angle)
+        if (polygon := convex(DECODINGS[decoding](box))) is not None:
+            found.append(polygon)
+    return found
+
+
+def written(polygon: Sequence[Point], width: int, height: int) -> str:
+    """A true box as a model would write it: the sides of its first edge's rectangle, turned back about the centre."""
+    cx, cy = (sum(point[i] for point in polygon) / len(polygon) for i in (0, 1))
+    (ax, ay), (bx, by), (dx, dy) = polygon[0], polygon[1], polygon[-1]
+    along, across = math.hypot(bx - ax, by - ay), math.hypot(dx - ax, dy - ay)
+    angle = -round(math.degrees(math.atan2(by - ay, bx - ax)))  # anticlockwise as seen
+    if not -45 <= angle <= 45:  # the same rectangle, with its sides exchanged
+        angle = (angle + 45) % 90 - 45
+        if abs(math.remainder(-math.degrees(math.atan2(by - ay, bx - ax)) - angle, 180)) > 45:
+            along, across = across, along
+    ends = ((cx - along / 2) / width, (cy - across / 2) / height, (cx + along / 2) / width, (cy + across / 2) / height)
+    return "{" + "".join(f"<{min(max(round(100 * end), 0), 100)}>" for end in ends) + f"|<{angle}>}}"
+
+
+def matches(given: Sequence[Sequence[Point]], right: Sequence[Sequence[Point]], threshold: float) -> int:
+    """How many true boxes are found if each given box may stand for one of them: the largest such number."""
+    near = [[polygon_iou(one, other) >= threshold for other in right] for one in given]
+    taken: dict[int, int] = {}  # true box -> the given one that stands for it
+
+    def place(one: int, tried: set[int]) -> bool:
+        for other, good in enumerate(near[one]):
+            if good and other not in tried:
+                tried.add(other)
+                if other not in taken or place(taken[other], tried):
+                    taken[other] = one
+                    return True
+        return False
+
+    return sum(place(one, set()) for one in range(len(given)))

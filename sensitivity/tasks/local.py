@@ -1,60 +1,130 @@
-"""A user's own data: a JSON Lines file with image, prompt and answers per line."""
+"""A user's own data: JSON Lines with image, prompt and answers or boxes, or a saved data set; and scorers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sensitivity import tasks
 from sensitivity.errors import UserError
+from sensitivity.tasks import caption_scores, grounding, layout, saved, vqa_accuracy
+from sensitivity.tasks.boxes import Regions
 
 NEEDS = 'each line is like {"image": "a.jpg", "prompt": "What is this?", "answers": ["a cat"]}'
+BOXES = 'each line is like {"image": "a.jpg", "prompt": "Where is it?", "boxes": [[10, 20, 50, 60]]}, in pixels'
+FEWEST = 4  # answers for the accuracy of VQA: with one left out, three others must be able to agree
+
+Scorer = Callable[[str, tuple[tasks.Example, ...], tuple[str, ...]], tasks.Task]
 
 
-def jsonl(path: Path, split: str, n: int, seed: int) -> tasks.Task:
-    """n examples drawn with the seed; a line may name its "split" (evaluation where it does not)."""
-    lines = [line for line in _lines(path) if line.get("split", "evaluation") == split]
-    if not lines:
-        raise UserError(f'{path} has no {split} lines; {NEEDS}, and may have "split": "{split}"')
-    order = np.random.default_rng(seed).permutation(len(lines))[:n]
-    examples = tuple(_example(path, lines[i]) for i in sorted(order))
-    ids = [example.id for example in examples]
-    if len(set(ids)) < len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
-        raise UserError(f"{path} has the id '{twice}' twice")
-    return tasks.Task(path.stem, examples, tasks.exact)
+def _exact(name: str, examples: tuple[tasks.Example, ...], notes: tuple[str, ...]) -> tasks.Task:
+    return tasks.Task(name, examples, tasks.exact, notes=notes)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _vqa(name: str, examples: tuple[tasks.Example, ...], notes: tuple[str, ...]) -> tasks.Task:
+    for example in examples:
+        if len(example.answers) < FEWEST:
+            raise UserError(
+                f"example {example.id} of {name} has fewer than {FEWEST} answers, so the accuracy of VQA cannot reach "
+                "1; give every person's answer, or type exact: in front of the file instead of vqa:"
+            )
+    return tasks.Task(name, examples, vqa_accuracy.accuracy, notes=notes)
+
+
+# --task SCORER:FILE.jsonl or SCORER:FOLDER
+SCORERS: dict[str, Scorer] = {
+    "exact": _exact,
+    "vqa": _vqa,
+    "iou": grounding.task,
+    "caption": caption_scores.task,
+}
+
+
+def own(
+    path: Path,
+    split: str,
+    n: int,
+    seed: int,
+    scorer: str = "exact",
+    score: Callable[[str, tasks.Example], float] | None = None,
+) -> tasks.Task:
+    """n examples drawn with the seed; a line may name its "split" (evaluation where it does not).
+
+    `score` is any function from an answer and its example to a number, in place of a scorer's.
+    """
+    if path.is_dir():
+        return made(path, saved.lines_of(path, split, scorer == "iou"), split, n, seed, scorer, score)
+    boxes = scorer == "iou"
+    mine = [line for line in lines_of(path, boxes) if line["split"] == split]
+    needs = BOXES if boxes else NEEDS
+    if not mine:
+        raise UserError(f'{path} has no {split} lines; {needs}, and may have "split": "{split}"')
+    return made(path, mine, split, n, seed, scorer, score)
+
+
+def made(
+    path: Path,
+    lines: Iterable[dict[str, Any]],
+    split: str,
+    n: int,
+    seed: int,
+    scorer: str,
+    score: Callable[[str, tasks.Example], float] | None = None,
+) -> tasks.Task:
+    """The task of lines that were read from `path`."""
+    source = layout.Source(path.stem, path.parent, "mend or take out those lines")
+    chosen = layout.draw((_example(path, line, scorer == "iou") for line in lines), n, seed, str(path), split)
+    gone = [layout.Flaw(e.id, "no image file") for e in chosen if isinstance(e.image, Path) and not e.image.is_file()]
+    notes = tuple(source.tolerated(gone, len(chosen)))
+    missing = {flaw.id for flaw in gone}
+    examples = tuple(e for e in chosen if e.id not in missing)
+    if scorer == "iou":
+        examples = tuple(map(grounding.sized, examples))
+    if score is not None:
+        return tasks.Task(path.stem, examples, score, notes=notes)
+    return SCORERS[scorer](path.stem, examples, notes)
+
+
+def lines_of(path: Path, boxes: bool = False) -> Iterator[dict[str, Any]]:
+    """The lines as objects, each with its number and split."""
+    needs, right = (BOXES, "boxes") if boxes else (NEEDS, "answers")
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         try:
             fields = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON ({error.msg}); {NEEDS}") from error
+            raise UserError(f"{path}, line {number} is not JSON ({error.msg}); {needs}") from error
         given = fields if isinstance(fields, dict) else {}
-        if missing := [name for name in ("image", "prompt", "answers") if not given.get(name)]:
-            raise UserError(f"{path}, line {number} lacks {' and '.join(missing)}; {NEEDS}")
-        yield {**fields, "number": number}
+        if missing := [name for name in ("image", "prompt", right) if not given.get(name)]:
+            raise UserError(f"{path}, line {number} lacks {' and '.join(missing)}; {needs}")
+        yield {"split": "evaluation", **fields, "number": number}
 
 
-def _example(path: Path, fields: dict[str, Any]) -> tasks.Example:
-    image = path.parent / fields["image"]
-    answers = fields["answers"]
+def _example(path: Path, fields: dict[str, Any], boxes: bool) -> tasks.Example:
+    given = fields.get("answers") or ()
+    answers = (given,) if isinstance(given, str) else tuple(str(answer) for answer in given)
+    if not boxes and not all(answer.strip() for answer in answers):
+        raise UserError(f"{path}, line {fields['number']} has an empty answer; {NEEDS}")
+    regions = None
+    if boxes:
+        whole = grounding.polygons(fields["boxes"])
+        if whole is None:
+            raise UserError(f"{path}, line {fields['number']} has a box without an area; {BOXES}")
+        regions = Regions(0, 0, whole)
+    image = fields["image"]
     return tasks.Example(
-        id=str(fields.get("id", f"line-{fields['number']}")),
-        cluster=str(fields["image"]),
+        id=str(fields.get("id", f"line-{fields['number']:06d}")),
+        cluster=str(image),
         kind=str(fields.get("kind", "all")),
-        image=image,
+        image=path.parent / image if isinstance(image, str) else image,
         prompt=str(fields["prompt"]),
-        answers=(answers,) if isinstance(answers, str) else tuple(str(answer) for answer in answers),
+        answers=answers,
+        regions=regions,
     )

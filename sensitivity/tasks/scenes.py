@@ -114,6 +114,16 @@ def _cut(bitmap: Array) -> Array:
     return bitmap[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
+def _wobble(rng: np.random.Generator, bitmap: Array, amount: float) -> Array:
+    """The same digit as another hand might slant and squeeze it: its four corners moved a little."""
+    large = Image.fromarray(np.pad(bitmap, 1))
+    width, height = 3 * large.width, 3 * large.height
+    large = large.resize((width, height), Image.Resampling.BICUBIC)
+    corners = np.array([[0, 0], [0, height], [width, height], [width, 0]], float)
+    corners += rng.uniform(-amount, amount, (4, 2)) * (width, height)
+    return _cut(np.asarray(large.transform((width, height), Image.Transform.QUAD, corners.ravel().tolist(), 2)))
+
+
 # -- layout: what is where
 
 
@@ -132,7 +142,7 @@ def _place(rng: np.random.Generator, cell: int, aspect: float, hard: float) -> t
 
 
 def _layout(
-    rng: np.random.Generator, split: str, most: int, hard: float
+    rng: np.random.Generator, split: str, most: int, hard: float, wobble: float
 ) -> tuple[str, tuple[Digit, ...], tuple[Array, ...]]:
     count = int(rng.integers(1, most + 1))
     background = list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
@@ -143,6 +153,8 @@ def _layout(
     for value, colour, cell in zip(values.tolist(), colours.tolist(), cells.tolist(), strict=True):
         samples = _samples(split)[value]
         bitmap = samples[int(rng.integers(len(samples)))]
+        if wobble > 0:
+            bitmap = _wobble(rng, bitmap, wobble)
         box, angle = _place(rng, cell, bitmap.shape[1] / bitmap.shape[0], hard)
         digits.append(Digit(value, list(COLOURS)[colour], cell, box, angle))
         bitmaps.append(bitmap)
@@ -203,10 +215,15 @@ def _draw(rng: np.random.Generator, background: str, digits: tuple[Digit, ...], 
 # -- scenes and questions
 
 
-def scene(split: str, seed: int, index: int, most: int = 4, hard: float = 1.0, draw: bool = True) -> Scene:
-    """Scene `index` of a split and a seed; `most` digits, and `hard` < 1 centres and straightens some, for training."""
+def scene(
+    split: str, seed: int, index: int, most: int = 4, hard: float = 1.0, draw: bool = True, wobble: float = 0.0
+) -> Scene:
+    """Scene `index` of a split and a seed.
+
+    For training: at `most` so many digits, `hard` below 1 centres and straightens some, `wobble` bends them.
+    """
     rng = np.random.default_rng([list(SPLITS).index(split), seed, index])
-    background, digits, bitmaps = _layout(rng, split, most, hard)
+    background, digits, bitmaps = _layout(rng, split, most, hard, wobble)
     image = _draw(rng, background, digits, bitmaps) if draw else np.zeros((0, 0, 3), np.uint8)
     return Scene(f"{split}-{seed}-{index:06d}", image, background, digits)
 

@@ -1,0 +1,41 @@
+"""Captions of COCO val2017, scored against the five that people wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from sensitivity import tasks
+from sensitivity.tasks import caption_scores
+from sensitivity.tasks.layout import Flaw, Source
+
+GET = (
+    "download annotations_trainval2017.zip and val2017.zip from cocodataset.org and unpack both there, to have "
+    "annotations/captions_val2017.json and val2017/ (train2017 too, to calibrate on training images)"
+)
+PROMPT = "Provide a one-sentence caption for the provided image."
+FILE = "annotations/captions_{}.json"
+
+
+def captions(folder: Path, split: str, n: int, seed: int) -> tasks.Task:
+    source = Source("coco-captions", folder, GET)
+    part = source.part(split, ("val2017", "train2017"), (FILE, "{}"))
+    source.file(part.name)
+    examples, notes = source.drawn(_rows(source, part.name), part, n, seed)
+    return caption_scores.task(source.name, examples, notes)
+
+
+def _rows(source: Source, part: str) -> Iterator[tasks.Example | Flaw]:
+    data = source.json(FILE.format(part), "images", "annotations")
+    written: dict[int, list[str]] = {image["id"]: [] for image in data["images"]}
+    for annotation in data["annotations"]:
+        if annotation["image_id"] not in written:
+            yield Flaw(str(annotation["id"]), "a caption of an image that is not in the list")
+        elif annotation["caption"].strip():
+            written[annotation["image_id"]].append(annotation["caption"].strip())
+    for image in data["images"]:
+        name = str(image["id"])
+        if right := tuple(written[image["id"]]):
+            yield tasks.Example(name, name, "caption", source.folder / part / image["file_name"], PROMPT, right)
+        else:
+            yield Flaw(name, "no caption")

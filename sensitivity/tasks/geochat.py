@@ -1,0 +1,83 @@
+"""GeoChat-Bench: boxes for what is described (referring.jsonl), and words for what is in a box (region_captioning)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sensitivity import tasks
+from sensitivity.tasks import caption_scores
+from sensitivity.tasks import grounding as boxes_found
+from sensitivity.tasks.answers import phrase
+from sensitivity.tasks.boxes import Regions
+from sensitivity.tasks.layout import Flaw, Source
+
+GET = (
+    "download referring.jsonl and region_captioning.jsonl from huggingface.co/datasets/MBZUAI/GeoChat-Bench and "
+    "images.zip of GeoChat_Instruct, with all its .png files in one folder named images there"
+)
+PROMPTS = {"ref": "[refer] Give me the location of <p> {} </p>", "grounding": "[grounding]{}"}
+IDENTIFY = "[identify] What is the object present at {}"
+REFERRING, REGIONS = "referring.jsonl", "region_captioning.jsonl"
+
+
+def grounding(folder: Path, split: str, n: int, seed: int, decoding: str = "turned") -> tasks.Task:
+    """acc@0.5; the kinds are ref (one thing, described) and grounding (all things of a kind)."""
+    source = Source("geochat-grounding", folder, GET)
+    lines = source.lines(REFERRING)
+    source.file("images")
+    examples, notes = source.drawn(_asked(source, lines), source.part(split), n, seed)
+    return boxes_found.task(source.name, tuple(map(boxes_found.sized, examples)), notes, decoding)
+
+
+def region_captions(folder: Path, split: str, n: int, seed: int) -> tasks.Task:
+    """ROUGE-L of rouge_score; the paper's METEOR is nltk's, ours METEOR 1.5, so those two do not compare."""
+    source = Source("geochat-region-captions", folder, GET)
+    lines = source.lines(REGIONS)
+    source.file("images")
+    examples, notes = source.drawn(_described(source, lines), source.part(split), n, seed)
+    first, longest = caption_scores.rouge("rouge1"), caption_scores.rouge("rougeL")
+
+    def rouge_l(answer: str, example: tasks.Example) -> float:
+        return max(longest(phrase(answer), right.lower()) for right in example.answers)
+
+    def rouge_1(answer: str, example: tasks.Example) -> float:
+        return max(first(phrase(answer), right.lower()) for right in example.answers)
+
+    further, missing = caption_scores.metrics()
+    kept: dict[str, tasks.Metric] = {"ROUGE-1": tasks.mean_of(rouge_1)}
+    kept |= {name: metric for name, metric in further.items() if name == "METEOR"}
+    return tasks.Task(source.name, examples, rouge_l, max_new_tokens=64, metrics=kept, notes=(*notes, *missing))
+
+
+def _asked(source: Source, lines: Iterator[dict[str, Any]]) -> Iterator[tasks.Example | Flaw]:
+    for number, line in enumerate(lines, start=1):
+        name, image, kind = _name(line, number), str(line.get("image_id", "")), str(line.get("type", "ref"))
+        right = boxes_found.polygons(line.get("ground_truth") or [])
+        if kind not in PROMPTS:
+            yield Flaw(name, f"of a type that is not {' or '.join(PROMPTS)}")
+        elif right is None:
+            yield Flaw(name, "no true box with an area")
+        else:
+            prompt = PROMPTS[kind].format(str(line["question"]).strip())
+            yield tasks.Example(name, image, kind, _image(source, image), prompt, (), Regions(0, 0, right))
+
+
+def _described(source: Source, lines: Iterator[dict[str, Any]]) -> Iterator[tasks.Example | Flaw]:
+    for number, line in enumerate(lines, start=1):
+        name, image, right = _name(line, number), str(line.get("image_id", "")), str(line.get("ground_truth") or "")
+        if not right.strip():
+            yield Flaw(name, "no caption")
+        else:
+            prompt = IDENTIFY.format(str(line["question"]).strip())
+            yield tasks.Example(name, image, "region", _image(source, image), prompt, (right.strip(),))
+
+
+def _name(line: dict[str, Any], number: int) -> str:
+    """The files' question ids, where they have any, are not unique over types; lines are."""
+    return f"{line.get('question_id', 'line')}-{number:05d}"
+
+
+def _image(source: Source, name: str) -> Path:
+    return source.folder / "images" / f"{name}.png"

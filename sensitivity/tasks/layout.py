@@ -1,0 +1,144 @@
+"""Published data sets as they are unpacked: which files, which split, what is drawn, and what is left out and said."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sensitivity import tasks
+from sensitivity.errors import UserError
+
+SHARE = 0.02  # of a data set's examples, which may be left out with a note; more is refused
+TENTH = 10  # one image in ten is kept for calibration where a data set has no split of its own for it
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """An example that cannot be used, and why."""
+
+    id: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of a data set that a split is read from: an official one, or some of its images by hash."""
+
+    name: str
+    split: str
+    hashed: bool
+
+    def has(self, image: str) -> bool:
+        return not self.hashed or held_out(image) == (self.split == "calibration")
+
+    @property
+    def note(self) -> tuple[str, ...]:
+        if not self.hashed:
+            return ()
+        words = "are" if self.split == "calibration" else "leave out"
+        return (f"no split for calibration here: {self.split} examples {words} one image in {TENTH}, chosen by hash",)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set in a folder, and what to download if it is not there."""
+
+    name: str
+    folder: Path
+    get: str
+
+    def file(self, name: str) -> Path:
+        path = self.folder / name
+        if not path.exists():
+            raise UserError(f"{self.name} needs {name} in {self.folder}; {self.get}")
+        return path
+
+    def json(self, name: str, *keys: str) -> Any:
+        """What a file holds; `keys` must be there."""
+        path = self.file(name)
+        try:
+            found = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path} as JSON ({error}); {self.get}") from error
+        if keys and not (isinstance(found, dict) and set(keys) <= set(found)):
+            raise UserError(f"{path} is not of the {self.name} layout: it has no {' or '.join(keys)}; {self.get}")
+        return found
+
+    def lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """The objects of a JSON Lines file."""
+        path = self.file(name)
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    try:
+                        yield dict(json.loads(line))
+                    except (TypeError, ValueError) as error:
+                        raise UserError(f"{path}, line {number} is not a JSON object; {self.get}") from error
+
+    def part(self, split: str, names: Sequence[str] = ("",), files: Sequence[str] = ()) -> Part:
+        """Of the parts `names`, the first is evaluated on; of the others, the first whose files are here calibrates.
+
+        All its files must be here, images too: COCO's archive of annotations brings those of the training images.
+        """
+        evaluation, *others = names
+        whole = next((n for n in others if all((self.folder / file.format(n)).exists() for file in files)), None)
+        if whole is None:
+            return Part(evaluation, split, hashed=True)
+        return Part(evaluation if split == "evaluation" else whole, split, hashed=False)
+
+    def drawn(
+        self, rows: Iterable[tasks.Example | Flaw], part: Part, n: int, seed: int
+    ) -> tuple[tuple[tasks.Example, ...], tuple[str, ...]]:
+        """n of the part's examples drawn with the seed, in the order of their ids, and notes on what is left out."""
+        flaws: list[Flaw] = []
+        good: list[tasks.Example] = []
+        for row in rows:
+            if isinstance(row, Flaw):
+                flaws.append(row)
+            elif part.has(row.cluster):
+                good.append(row)
+        notes = [*part.note, *self.tolerated(flaws, len(flaws) + len(good))]
+        good.sort(key=lambda example: example.id)  # the sample does not depend on the order of a file or a folder
+        chosen = draw(good, n, seed, f"{self.name} in {self.folder}", part.split)
+        gone = [Flaw(e.id, "no image file") for e in chosen if isinstance(e.image, Path) and not e.image.is_file()]
+        notes += self.tolerated(gone, len(chosen))
+        missing = {flaw.id for flaw in gone}
+        return tuple(e for e in chosen if e.id not in missing), tuple(notes)
+
+    def tolerated(self, flaws: Sequence[Flaw], total: int) -> list[str]:
+        """One note per kind of flaw; an error where they are too many."""
+        notes = []
+        for why in dict.fromkeys(flaw.why for flaw in flaws):
+            ids = [flaw.id for flaw in flaws if flaw.why == why]
+            few = ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
+            notes.append(f"{len(ids)} of {total} examples left out: {why} ({few})")
+        if len(flaws) > SHARE * total:
+            raise UserError(
+                f"{self.name} in {self.folder}: {'; '.join(notes)}; at most {SHARE:.0%} may be left out; {self.get}"
+            )
+        return notes
+
+
+def draw(examples: Iterable[tasks.Example], n: int, seed: int, where: str, split: str) -> list[tasks.Example]:
+    """n examples in the order that they come in; more of them include the fewer."""
+    known: dict[str, tasks.Example] = {}
+    for example in examples:
+        if example.id in known:
+            raise UserError(f"{where} has the id '{example.id}' twice; every example needs its own")
+        known[example.id] = example
+    if not known:
+        raise UserError(f"{where} has no {split} examples")
+    order = np.random.default_rng(seed).permutation(len(known))[:n]
+    every = list(known.values())
+    return [every[i] for i in sorted(order.tolist())]
+
+
+def held_out(image: str) -> bool:
+    """Whether an image is one of the tenth that is kept for calibration: a property of its name alone."""
+    return int(hashlib.sha256(image.encode()).hexdigest(), 16) % TENTH == 0

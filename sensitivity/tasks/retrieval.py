@@ -1,0 +1,91 @@
+"""Retrieval: Flickr30k in Karpathy's split, five captions to an image, and recall among the most similar."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sensitivity.errors import UserError
+from sensitivity.tasks import SPLITS, Example
+from sensitivity.tasks.layout import Flaw, Source
+
+GET = (
+    "download dataset_flickr30k.json (Karpathy's splits, caption_datasets.zip of cs.stanford.edu/people/karpathy/"
+    "deepimagesent) and the Flickr30k images (shannon.cs.illinois.edu/DenotationGraph), as flickr30k-images/ there"
+)
+FILE, IMAGES = "dataset_flickr30k.json", "flickr30k-images"
+PARTS = {"evaluation": "test", "calibration": "train"}  # val is left for choosing settings
+RANKS = (1, 5, 10)
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Images, all captions, and whose caption each is: `owner[j]` is the index of the image of caption j."""
+
+    images: tuple[Path, ...]
+    captions: tuple[str, ...]
+    owner: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+
+def flickr30k(folder: Path, split: str = "evaluation", n: int = 1000, seed: int = 0) -> Pairs:
+    """n images (all 1,000 of the test part by default) with all their captions."""
+    assert split in SPLITS
+    source = Source("flickr30k", folder, GET)
+    listed = source.json(FILE, "images")["images"]
+    source.file(IMAGES)
+    rows: list[Example | Flaw] = []
+    for image in listed:
+        name = str(image["filename"])
+        if image["split"] == PARTS[split]:
+            words = tuple(text for one in image["sentences"] if (text := str(one["raw"]).strip()))
+            file = source.folder / IMAGES / name
+            rows.append(Example(name, name, "caption", file, "", words) if words else Flaw(name, "no caption"))
+    part = source.part(split, ("test", "train"))
+    examples, notes = source.drawn(rows, part, n, seed)
+    captions = tuple(text for example in examples for text in example.answers)
+    owner = tuple(index for index, example in enumerate(examples) for _ in example.answers)
+    return Pairs(tuple(e.image for e in examples if isinstance(e.image, Path)), captions, owner, notes)
+
+
+def recalls(images_to_texts: ArrayLike, texts_to_images: ArrayLike, owner: ArrayLike) -> dict[str, float]:
+    """R@1, 5 and 10 of images (rows) among captions, and of captions (rows) among images, and their means.
+
+    Two matrices, since a second model that re-ranks the first few does so for each way on its own. An image is right
+    if any of its captions is among the k most similar, a caption if its own image is.
+    """
+    by_image, by_text, whose = np.asarray(images_to_texts, float), np.asarray(texts_to_images, float), np.asarray(owner)
+    if by_image.shape != (len(set(whose.tolist())), len(whose)) or by_text.shape != by_image.shape[::-1]:
+        raise UserError(
+            f"similarities of {by_image.shape} and {by_text.shape} do not fit {len(whose)} captions of "
+            f"{len(set(whose.tolist()))} images; the first is images by captions, the second captions by images"
+        )
+    text = ranks(by_image, whose[None, :] == np.arange(len(by_image))[:, None])
+    image = ranks(by_text, whose[:, None] == np.arange(len(by_image))[None, :])
+    found = {f"text R@{k}": float((text < k).mean()) for k in RANKS}
+    found |= {f"image R@{k}": float((image < k).mean()) for k in RANKS}
+    for way in ("text", "image"):
+        found[f"{way} mean"] = float(np.mean([found[f"{way} R@{k}"] for k in RANKS]))
+    return found | {"mean": (found["text mean"] + found["image mean"]) / 2}
+
+
+def ranks(similarity: NDArray[np.float64], right: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The rank (0 is first) of the best right column of each row; equals count as before it, so ties win nothing.
+
+    A similarity that is not a number ranks last.
+    """
+    values = np.where(np.isnan(similarity), -np.inf, similarity)
+    best = np.where(right, values, -np.inf).max(axis=1, keepdims=True)
+    return np.asarray(((values >= best) & ~right).sum(axis=1))
+
+
+def reranked(similarity: ArrayLike, again: ArrayLike, k: int) -> NDArray[np.float64]:
+    """The second model's scores added where the first's are among the k highest of their row; the others go last."""
+    first, second = np.asarray(similarity, float), np.asarray(again, float)
+    order = np.argsort(-first, axis=1, kind="stable")[:, :k]
+    result = np.full(first.shape, -100.0)  # what the published code writes for those that are not looked at again
+    np.put_along_axis(result, order, np.take_along_axis(first + second, order, axis=1), axis=1)
+    return result

@@ -1,0 +1,71 @@
+"""RSVQA, low and high resolution: is it there, is there more of it, is it rural; counts and areas are not asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sensitivity import tasks
+from sensitivity.tasks.answers import squeezed
+from sensitivity.tasks.layout import Flaw, Source
+
+KINDS = ("presence", "comp", "rural_urban")  # as in GeoChat's tables; in the data files also count and area
+GET_LR = "download all files of zenodo.org/records/6344334 and unpack Images_LR.zip there"
+GET_HR = "download all files of zenodo.org/records/6344367 and unpack Images.tar (a folder Data) there"
+
+
+def lrben(folder: Path, split: str, n: int, seed: int) -> tasks.Task:
+    return _task(Source("rsvqa-lrben", folder, GET_LR), "LR_split_{}", ("test", "train"), "Images_LR", split, n, seed)
+
+
+def hrben(folder: Path, split: str, n: int, seed: int) -> tasks.Task:
+    """The second test set, Philadelphia, which is the one that GeoChat-Bench asks about."""
+    source = Source("rsvqa-hrben", folder, GET_HR)
+    return _task(source, "USGS_split_{}", ("test_phili", "train"), "Data", split, n, seed)
+
+
+def _task(
+    source: Source, prefix: str, parts: tuple[str, str], images: str, split: str, n: int, seed: int
+) -> tasks.Task:
+    part = source.part(split, parts, (f"{prefix}_questions.json", f"{prefix}_answers.json"))
+    source.file(images)
+    rows = _rows(source, prefix.format(part.name), source.folder / images)
+    examples, notes = source.drawn(rows, part, n, seed)
+    return tasks.Task(source.name, examples, match, max_new_tokens=10, metrics=by_kind(examples), notes=notes)
+
+
+def _rows(source: Source, prefix: str, images: Path) -> Iterator[tasks.Example | Flaw]:
+    said = {}
+    for one in source.json(f"{prefix}_answers.json", "answers")["answers"]:
+        if one.get("active"):  # what was taken back stays in the files as an id alone
+            said[one["question_id"]] = str(one["answer"]).strip()
+    for question in source.json(f"{prefix}_questions.json", "questions")["questions"]:
+        if not question.get("active") or question["type"] not in KINDS:
+            continue
+        name, image = str(question["id"]), str(question["img_id"])
+        if not said.get(question["id"]):
+            yield Flaw(name, "no answer")
+        else:
+            prompt = question["question"] + tasks.SHORT
+            yield tasks.Example(name, image, question["type"], images / f"{image}.tif", prompt, (said[question["id"]],))
+
+
+def match(answer: str, example: tasks.Example) -> float:
+    """1 if the answer is a right one apart from case, spaces and full stops."""
+    return float(squeezed(answer) in {squeezed(one) for one in example.answers})
+
+
+def by_kind(examples: Sequence[tasks.Example]) -> dict[str, tasks.Metric]:
+    """The accuracy of each kind of question that was drawn, and their plain mean; the score is over all questions."""
+    kinds = sorted({example.kind for example in examples})
+
+    def of(kinds: Sequence[str]) -> tasks.Metric:
+        def metric(answers: Sequence[str], examples: Sequence[tasks.Example]) -> float:
+            pairs = list(zip(answers, examples, strict=True))
+            return float(np.mean([np.mean([match(a, e) for a, e in pairs if e.kind == kind]) for kind in kinds]))
+
+        return metric
+
+    return {kind: of([kind]) for kind in kinds} | {"mean of the kinds": of(kinds)}

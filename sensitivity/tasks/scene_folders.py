@@ -1,0 +1,53 @@
+"""Scene classification with no training: AID and UCMerced, a folder of images for each class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from sensitivity import tasks
+from sensitivity.errors import UserError
+from sensitivity.tasks.layout import Flaw, Source
+from sensitivity.tasks.rsvqa import match
+
+GET_AID = "download AID.zip (captain-whu.github.io/AID) and unpack it, to have Airport/airport_1.jpg and its like there"
+GET_UCMERCED = (
+    "download UCMerced_LandUse.zip (weegee.vision.ucmerced.edu/datasets/landuse.html), unpack it and name its folder "
+    "Images, where agricultural/agricultural00.tif and its like are"
+)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+
+
+def aid(folder: Path, split: str, n: int, seed: int) -> tasks.Task:
+    return _task(Source("aid", folder, GET_AID), split, n, seed)
+
+
+def ucmerced(folder: Path, split: str, n: int, seed: int) -> tasks.Task:
+    return _task(Source("ucmerced", folder, GET_UCMERCED), split, n, seed)
+
+
+def _task(source: Source, split: str, n: int, seed: int) -> tasks.Task:
+    """There is no official split, so a tenth of the images is for calibration."""
+    classes = {name: files for name, files in _classes(source).items() if files}
+    if len(classes) < 2:
+        raise UserError(f"{source.name} needs a folder of images for each class in {source.folder}; {source.get}")
+    prompt = f"Classify the image from the following classes: {', '.join(classes)}." + (
+        " Answer in one word or a short phrase."
+    )
+    rows: Iterator[tasks.Example | Flaw] = (
+        tasks.Example(f"{name}/{file.name}", f"{name}/{file.name}", "scene", file, prompt, (name,))
+        for name, files in classes.items()
+        for file in files
+    )
+    examples, notes = source.drawn(rows, source.part(split), n, seed)
+    return tasks.Task(source.name, examples, match, max_new_tokens=16, notes=notes)
+
+
+def _classes(source: Source) -> dict[str, list[Path]]:
+    if not source.folder.is_dir():
+        raise UserError(f"{source.name}: no folder {source.folder}; {source.get}")
+    return {
+        folder.name: sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+        for folder in sorted(source.folder.iterdir())
+        if folder.is_dir() and not folder.name.startswith(".")
+    }

@@ -1,0 +1,56 @@
+"""VQAv2: questions about COCO's val2014 images, ten people's answers each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sensitivity import tasks
+from sensitivity.tasks import vqa_accuracy
+from sensitivity.tasks.layout import Flaw, Source
+
+QUESTIONS = "v2_OpenEnded_mscoco_{}_questions.json"
+ANNOTATIONS = "v2_mscoco_{}_annotations.json"
+GET = (
+    "download v2_Questions_Val_mscoco.zip and v2_Annotations_Val_mscoco.zip from visualqa.org/download.html and "
+    "val2014.zip from cocodataset.org, and unpack all there (the Train ones too, to calibrate on training images)"
+)
+
+
+def vqav2(folder: Path, split: str, n: int, seed: int) -> tasks.Task:
+    source = Source("vqav2", folder, GET)
+    part = source.part(split, ("val2014", "train2014"), (QUESTIONS, ANNOTATIONS, "{}"))
+    source.file(part.name)
+    examples, notes = source.drawn(_rows(source, part.name), part, n, seed)
+    script = {"official script": tasks.mean_of(vqa_accuracy.verbatim)}
+    return tasks.Task(source.name, examples, vqa_accuracy.accuracy, max_new_tokens=10, metrics=script, notes=notes)
+
+
+def _rows(source: Source, part: str) -> Iterator[tasks.Example | Flaw]:
+    asked = source.json(QUESTIONS.format(part), "questions")["questions"]
+    said = {one["question_id"]: one for one in source.json(ANNOTATIONS.format(part), "annotations")["annotations"]}
+    seen = set()
+    for question in asked:
+        name, image = str(question["question_id"]), question["image_id"]
+        annotation = said.get(question["question_id"])
+        seen.add(question["question_id"])
+        if annotation is None:
+            yield Flaw(name, "no annotation")
+        elif annotation["image_id"] != image:
+            yield Flaw(name, "annotated on another image")
+        elif not (right := commonest_first([one["answer"] for one in annotation["answers"]])):
+            yield Flaw(name, "no answers")
+        else:
+            file = source.folder / part / f"COCO_{part}_{image:012d}.jpg"
+            kind = str(annotation.get("answer_type", "all"))
+            yield tasks.Example(name, str(image), kind, file, question["question"] + tasks.SHORT, right)
+    for name in said.keys() - seen:
+        yield Flaw(str(name), "an annotation of no question")
+
+
+def commonest_first(answers: Sequence[str]) -> tuple[str, ...]:
+    """All answers, in an order that makes the first the one to expect; blank ones are gone."""
+    given = [answer.strip() for answer in answers if answer.strip()]
+    counts = Counter(given)
+    return tuple(sorted(given, key=lambda answer: -counts[answer]))
