@@ -141,7 +141,9 @@ def _several_tasks(program: Program, weights: Mapping[str, float], budget: int, 
             break
         program.exclude(row)
         if _fits(knapsack, row, budget):
-            value = sum(w * float(knapsack.models[t].predict(row[None])[0]) / knapsack.full(t) for t, w in weights.items())
+            value = sum(
+                w * float(knapsack.models[t].predict(row[None])[0]) / knapsack.full(t) for t, w in weights.items()
+            )
             found = sorted([*found, (value, row)], key=lambda pair: -pair[0])
     return [row for _, row in found[:top]]
 
@@ -198,3 +200,6 @@ def best_uniform(study: Study, candidate: Candidate, task: str | None = None) ->
     predicted = knapsack.predicted(fitting)
     best = max(range(len(fitting)), key=lambda i: predicted[i][task].score)
     return Candidate(fitting[best], size(study.parts, fitting[best]), candidate.budget, 0, predicted[best])
+
+
+__all__ = ["Candidate", "Knapsack", "Predicted", "best_uniform", "budgets", "solve", "spend"]

@@ -23,7 +23,7 @@ from sensitivity import treeshap
 Floats = np.ndarray
 TREES = 100
 REPEATS = 50  # of every permutation
-EXPLAINED = 400  # rows that SHAP explains where the grid is too large for the exact table
+EXPLAINED = 150  # rows that SHAP explains where the grid is too large for the exact table
 
 
 @dataclass(frozen=True)
@@ -187,15 +187,21 @@ def consensus(fitted: Fitted) -> Floats:
     return np.asarray(np.mean([shares(ESTIMATORS[name](fitted)) for name in CONSENSUS], axis=0))
 
 
-def chance(x: Floats, y: Floats, seed: int = 0, probes: int = 5) -> dict[str, float]:
-    """The share that a component without any influence gets: that of a shuffled column, by each estimator."""
-    widest = max(x.T, key=lambda column: len(np.unique(column)))
+def chance(x: Floats, y: Floats, least: int, seed: int = 0, probes: int = 8) -> dict[str, float]:
+    """The share that a component without any influence gets in a resample, by each estimator.
+
+    Found by shuffling the least important column of resampled trials: the forest then explains noise with it, as
+    much as such a table allows.
+    """
     found: dict[str, list[float]] = {name: [] for name in CONSENSUS}
     for number in range(probes):
-        probe = np.random.default_rng([seed, number]).permutation(widest)
-        fitted = fit(np.column_stack([x, probe]), y, seed=number, explained=60, trees=50)
+        draw = np.random.default_rng([seed, number])
+        rows = draw.integers(0, len(x), len(x))
+        shuffled = x[rows]
+        shuffled[:, least] = draw.permutation(shuffled[:, least])
+        fitted = fit(shuffled, y[rows], seed=number, explained=60, trees=50)
         for name in CONSENSUS:
-            found[name].append(float(shares(ESTIMATORS[name](fitted))[-1]))
+            found[name].append(float(shares(ESTIMATORS[name](fitted))[least]))
     means = {name: float(np.mean(values)) for name, values in found.items()}
     return {"consensus": float(np.mean(list(means.values()))), **means}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -57,6 +58,12 @@ def frontier(table: pd.DataFrame, task: str) -> pd.DataFrame:
     return rows[rows[task] > best.shift(fill_value=-np.inf)]
 
 
+def short(name: object, most: int = 30) -> str:
+    """A name that leaves room for the figure."""
+    text = str(name)
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 + 1 :]}"
+
+
 def colours(names: Sequence[str]) -> dict[str, str]:
     if len(names) <= len(PALETTE):
         return dict(zip(names, PALETTE, strict=False))
@@ -80,7 +87,7 @@ def pareto(table: pd.DataFrame, task: str, full: float | None = None, chosen: st
         if not len(mine):
             axes.collections[-1].remove()
         bpw_axis(axes, table["bpw"])
-        axes.set(xlabel="bits per weight, everything counted", ylabel=task)
+        axes.set(xlabel="bits per weight, everything counted", ylabel=short(task))
         axes.legend(loc="lower right")
         return figure
 
@@ -127,11 +134,11 @@ def importance(ranking: pd.DataFrame, names: Sequence[str] = ("consensus", "fore
                 label=name,
                 error_kw={"ecolor": INK, "elinewidth": 0.8, "capsize": 2},
             )
-        axes.set_yticks(np.arange(len(ranking)), [str(name) for name in ranking.index])
+        axes.set_yticks(np.arange(len(ranking)), [short(name) for name in ranking.index])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set(xlabel="share of the score's differences, %")
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside upper center", ncols=len(names))
         return figure
 
 
@@ -140,25 +147,105 @@ def by_bits(table: pd.DataFrame, task: str, names: Sequence[str], alone: bool = 
     colour = colours(names)
     with canvas() as (figure, axes):
         for i, name in enumerate(names):
-            rows = table
-            if alone:
-                others = [other for other in names if other != name]
-                rows = table[(table[others] == 16).all(axis=1)]
-            curve = rows.groupby(name)[task].agg(["mean", "std", "count"])
-            if len(curve) < 2:
-                continue
-            at = np.arange(len(curve)) if not alone else curve.index.to_numpy(dtype=float)
-            at = curve.index.to_numpy(dtype=float)
-            axes.plot(at, curve["mean"], marker="os^Dvp*X"[i % 8], color=colour[name], label=name, linewidth=1.4)
-        axes.set_xscale("log")
-        widths = np.unique(table[list(names)].to_numpy(dtype=float))
-        axes.xaxis.set_major_locator(FixedLocator(list(widths)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.set(
-            xlabel="bits of one component" + (", others native" if alone else ", mean over the others"), ylabel=task
-        )
-        axes.legend(loc="lower right", ncols=1 + len(names) // 7)
+            curve = (single(table, names, name) if alone else table).groupby(name)[task].mean()
+            if len(curve) > 1:
+                axes.plot(
+                    curve.index.to_numpy(dtype=float), curve, marker="os^Dvp*X"[i % 8], color=colour[name],
+                    label=short(name), linewidth=1.4,
+                )  # fmt: skip
+        _widths(axes, np.unique(table[list(names)].to_numpy(dtype=float)))
+        axes.set(xlabel=f"bits of one part, {'others native' if alone else 'mean over the others'}", ylabel=short(task))
+        if axes.lines:
+            axes.legend(loc="lower right", ncols=1 + len(names) // 7, fontsize=8 if len(names) > 6 else 10)
+        return figure
+
+
+def single(table: pd.DataFrame, names: Sequence[str], name: str) -> pd.DataFrame:
+    """Rows in which no other component was touched."""
+    others = [other for other in names if other != name]
+    return table[(table[others] == 16).all(axis=1)]
+
+
+def _widths(axes: Axes, widths: np.ndarray) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(list(widths)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def coloured(table: pd.DataFrame, task: str, name: str) -> Figure:
+    """Score against bits per weight, each plan in the colour of one component's width."""
+    widths = sorted(table[name].unique())
+    shades = dict(zip(widths, sns.color_palette("viridis", len(widths)).as_hex(), strict=True))
+    with canvas(5, 3.4) as (figure, axes):
+        for i, width in enumerate(widths):
+            rows = table[table[name] == width]
+            label = "native" if width == 16 else f"{width:g} bits"
+            axes.scatter(rows["bpw"], rows[task], s=16, color=shades[width], marker="os^Dvp*X"[i % 8], label=label,
+                         linewidth=0, alpha=0.8)  # fmt: skip
+        bpw_axis(axes, table["bpw"])
+        axes.set(xlabel="bits per weight", ylabel=short(task), title=short(name))
+        figure.legend(fontsize=8, loc="outside right center")
+        return figure
+
+
+def pairwise(table: pd.DataFrame, task: str, one: str, other: str) -> Figure:
+    """Mean score for every combination of the widths of two components."""
+    grid = table.pivot_table(index=one, columns=other, values=task, aggfunc="mean")
+    with canvas(5.2, 3.6) as (figure, axes):
+        heat(axes, grid, ".2f" if grid.size <= 64 else "")
+        axes.set(xlabel=f"bits of {short(other)}", ylabel=f"bits of {short(one)}", title=f"mean {short(task)}")
+        return figure
+
+
+def heat(axes: Axes, grid: pd.DataFrame, form: str, centre: float | None = None) -> None:
+    axes.grid(visible=False)
+    grid = grid.rename(index=_name, columns=_name)
+    most = None if centre is None else max(float(np.nanmax(np.abs(grid.to_numpy(dtype=float)))), 1e-12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PendingDeprecationWarning)  # seaborn's use of matplotlib
+        sns.heatmap(
+            grid, ax=axes, annot=bool(form), fmt=form or ".2g", cmap="viridis" if centre is None else "PuOr",
+            center=centre, vmin=most and -most, vmax=most, linewidths=0.5, annot_kws={"size": 8},
+            cbar_kws={"shrink": 0.8},
+        )  # fmt: skip
+    axes.tick_params(axis="y", rotation=0)
+
+
+def _name(label: object) -> object:
+    return short(label, 20) if isinstance(label, str) else label
+
+
+def interactions(pairs: pd.DataFrame, names: Sequence[str]) -> Figure:
+    """What pairs do beyond the sum of their two effects where both are low: negative is worse than the sum."""
+    grid = pd.DataFrame(np.nan, index=list(names), columns=list(names))
+    for pair in pairs.itertuples():
+        grid.loc[pair.a, pair.b] = grid.loc[pair.b, pair.a] = pair.both_low
+    size = max(3.2, 0.55 * len(names) + 1.8)
+    with canvas(size + 1.4, size) as (figure, axes):
+        heat(axes, grid, ".2g" if len(names) <= 10 else "", centre=0)
+        return figure
+
+
+def calibration(predicted: pd.DataFrame, task: str) -> Figure:
+    """Scores of plans that the surrogate had not seen, against what it expected of them."""
+    with canvas(4.6, 4.2) as (figure, axes):
+        ends = [predicted[["expected", "measured"]].min().min(), predicted[["expected", "measured"]].max().max()]
+        axes.plot(ends, ends, color=INK, linewidth=1, linestyle="--")
+        seen = predicted["measured"]
+        axes.vlines(seen, predicted["low"], predicted["high"], color=PALETTE[5], linewidth=0.7, alpha=0.5)
+        axes.scatter(predicted["measured"], predicted["expected"], s=12, color=PALETTE[0], linewidth=0)
+        axes.set(xlabel=f"measured {short(task)}", ylabel=f"expected {short(task)}")
+        return figure
+
+
+def levels(moves: pd.DataFrame) -> Figure:
+    """How far the ranking moves, in points of share, when one level of one component is left out."""
+    grid = moves.pivot_table(index="component", columns="bits", values="shift", sort=False)
+    grid = grid[sorted(grid.columns)]
+    with canvas(6, max(2.2, 0.42 * len(grid) + 1.2)) as (figure, axes):
+        heat(axes, grid, ".0f" if grid.size <= 80 else "", centre=0)
+        axes.set(xlabel="bits left out", ylabel="")
         return figure
 
 

@@ -136,23 +136,17 @@ class FrontierSampler(BaseSampler):
 
         The frontier is a staircase: each of its plans holds the sizes up to the next one's.
         """
-        thetas = model.sample(self.draw, DRAWS)
-        drawn = np.stack([model.predict(pool, theta) for theta in thetas])
-        size = np.log(self.weights.bpw(pool))
-        last = self.largest(index)
         steps = self.staircase(model, index)
-        start = [min(float(size.min()), last), *(at for at, _ in steps)]
-        held = [np.full((1, len(index[0])), -1), *(row[None] for _, row in steps)]
+        rows = np.concatenate([pool, *(row[None] for _, row in steps)])
+        drawn = np.stack([model.predict(rows, theta) for theta in model.sample(self.draw, DRAWS)])
+        drawn, held = drawn[:, : len(pool)], drawn[:, len(pool) :]
+        nothing = np.minimum(0.0, drawn.min(axis=1, keepdims=True))
+        size, last = np.log(self.weights.bpw(pool)), self.largest(index)
+        begin = [min(float(size.min()), last), *(at for at, _ in steps)]
         total = np.zeros(len(pool))
-        for i, (begin, row) in enumerate(zip(start, held, strict=True)):
-            end = start[i + 1] if i + 1 < len(start) else last
-            width = np.clip(end - np.maximum(size, begin), 0, None)
-            values = (
-                np.array([model.predict(row, theta)[0] for theta in thetas])
-                if i
-                else np.minimum(0.0, drawn.min(axis=1))
-            )
-            total += np.maximum(drawn - values[:, None], 0).mean(axis=0) * width
+        for start, end, value in zip(begin, [*begin[1:], last], np.hstack([nothing, held]).T, strict=True):
+            width = np.clip(end - np.maximum(size, start), 0, None)
+            total += np.maximum(drawn - value[:, None], 0).mean(axis=0) * width
         return total
 
     def staircase(self, model: Surrogate, index: Floats) -> list[tuple[float, Floats]]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from sklearn.utils.parallel import Parallel, delayed
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from sensitivity import estimators, robustness
 from sensitivity.components import ComponentMap
@@ -106,9 +106,11 @@ def rank(
     fitted = estimators.fit(readings.bits, readings.score, groups, seed)
     chosen = list(ESTIMATORS) if thorough else list(CONSENSUS)
     raw = {name: ESTIMATORS[name](fitted) for name in chosen}
-    chance = estimators.chance(readings.bits, readings.score, seed)
+    least = int(np.argmin(fitted.forest.feature_importances_))
+    nothing_but_chance = estimators.chance(readings.bits, readings.score, least, seed) if bootstraps else {}
     columns = np.array([len(group) for group in groups])
-    table = _table(names, raw, bootstrap(readings, groups, bootstraps, seed), {n: c * columns for n, c in chance.items()})
+    floor = {name: share * columns for name, share in nothing_but_chance.items()}
+    table = _table(names, raw, bootstrap(readings, groups, bootstraps, seed), floor)
     table = table.join(_gains(fitted, names, parts, readings.names)).sort_values("consensus", ascending=False)
     nothing = pd.DataFrame()
     ranking = Ranking(
@@ -129,7 +131,7 @@ def rank(
     )
     if not thorough:
         return ranking
-    levels = robustness.without_levels(readings, names, groups, table["consensus"], seed)
+    levels = robustness.without_levels(readings, names, groups, seed)
     return replace(
         ranking,
         tau=robustness.agreement(table[chosen]),
@@ -137,6 +139,11 @@ def rank(
         pairs=robustness.interactions(fitted, names),
         warnings=(*warnings, *robustness.cautions(readings, ranking, levels)),
     )
+
+
+def compare(rankings: Mapping[str, Ranking]) -> pd.DataFrame:
+    """Kendall's tau between rankings of the same parts: by task, by method, near and far."""
+    return robustness.agreement(pd.DataFrame({name: found.table["consensus"] for name, found in rankings.items()}))
 
 
 def _rankable(readings: Readings) -> tuple[Readings, list[str]]:
@@ -240,4 +247,4 @@ def _number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-__all__ = ["CONSENSUS", "ESTIMATORS", "Ranking", "rank"]
+__all__ = ["CONSENSUS", "ESTIMATORS", "Ranking", "compare", "rank"]

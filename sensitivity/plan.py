@@ -154,6 +154,11 @@ def _affine(scheme: Scheme, rows: int, cols: int) -> int:
     return groups(scheme, rows, cols) * (16 + (0 if scheme.symmetric else scheme.bits))
 
 
+def _scaled(scheme: Scheme, rows: int, cols: int) -> int:
+    """And a 16-bit scale per input channel, unless it is folded into what stands before."""
+    return _affine(scheme, rows, cols) + (0 if scheme.get("scales") == "folded" else 16 * cols)
+
+
 def _blocks(scheme: Scheme, rows: int, cols: int) -> int:
     """As bitsandbytes stores them: the table of 16 numbers, and a float32 scale for each block of the flattened weight.
 
@@ -172,7 +177,7 @@ OVERHEAD: dict[str, Callable[[Scheme, int, int], int]] = {
     "rtn": _affine,
     "clip": _affine,
     "gptq": _affine,
-    "awq": lambda scheme, rows, cols: _affine(scheme, rows, cols) + 16 * cols,  # a scale per input channel
+    "awq": _scaled,
     "nf4": _blocks,
     "fp4": _blocks,
     "llm-int8": lambda scheme, rows, cols: 32 * rows,

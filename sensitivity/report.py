@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pandas as pd
 from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from sensitivity import figures, words
+from sensitivity import figures, robustness, words
 from sensitivity.allocate import Candidate, spend
 from sensitivity.components import LABELS, ComponentMap
 from sensitivity.errors import UserError
@@ -24,9 +27,12 @@ from sensitivity.files import write_whole
 from sensitivity.importance import Ranking, rank
 from sensitivity.knapsack import Knapsack
 from sensitivity.plan import Plan
+from sensitivity.readings import of_study
+from sensitivity.surrogate import Space, learn
 from sensitivity.trials import Study
 from sensitivity.verdict import Recommendation
 
+NEAR = 0.9  # share of full precision that counts as near the operating point
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0)  # bpw; those that the study's widths can reach are shown
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 470, 62, 16, 16, 48  # of the interactive figure
 
@@ -116,7 +122,8 @@ def _task(
         refusal = str(error)
     known = table[table[task].notna()] if task in table else table.iloc[:0]
     if not len(known):
-        return {"name": task, "pareto": None, "pictures": [], "ranking": None, "refusal": refusal, "budgets": []}
+        nothing: dict[str, Any] = {"near": None, "pareto": None, "pictures": [], "ranking": None, "budgets": []}
+        return {"name": task, "refusal": refusal, **nothing}
     native = known[known["native"]]
     full = float(native[task].mean()) if len(native) else None
     chosen = recommendation.plan.key if recommendation else None
@@ -128,6 +135,8 @@ def _task(
         write_whole(out / f"{folder}-{picture.name}.csv", picture.rows.to_csv(index=False).encode())
     return {
         "name": task,
+        "near": _near(study, task) if ranking else None,
+        "tau": words.agreement(ranking) if ranking else "",
         "slug": folder,
         "ranking": ranking,
         "refusal": refusal,
@@ -138,46 +147,90 @@ def _task(
     }
 
 
+def _near(study: Study, task: str) -> pd.DataFrame | None:
+    """Consensus shares where plans are really used: close to full precision, and around single budgets."""
+    readings = of_study(study, task)
+    columns = {}
+    try:
+        close = rank(study, task, near=NEAR, bootstraps=0, thorough=False)
+        columns[f"within {1 - NEAR:.0%} of full precision ({close.trials} trials)"] = close.table["consensus"]
+    except UserError:  # too few such plans, or nothing to explain among them: the column stays away
+        pass
+    around = robustness.by_budget(readings, [3.0, 4.0, 6.0])
+    for budget, row in around.iterrows():
+        columns[f"around {budget:g} bpw ({row['trials']:.0f})"] = row.drop("trials")
+    return pd.DataFrame(columns).reindex(list(study.parts.names)) if columns else None
+
+
 def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "task"
 
 
 def _pictures(
     study: Study, table: pd.DataFrame, task: str, ranking: Ranking | None, full: float | None, chosen: str | None
-) -> list[tuple[Picture, Any]]:
-    names = list(study.parts.names)
-    drawn = [
-        (
-            "pareto",
-            "Score against size",
-            "Scatter plot of the score of every plan against its bits per weight, with the frontier of the best.",
-            figures.pareto(table, task, full, chosen),
-            table,
-        )
+) -> list[tuple[Picture, Figure]]:
+    """The static figures, in the order in which they are read."""
+    names = [name for name in study.parts.names if table[name].nunique() > 1]
+    drawn: list[tuple[str, str, str, Figure, pd.DataFrame]] = [
+        ("pareto", "Score against size", words.PARETO_ALT, figures.pareto(table, task, full, chosen), table)
     ]
     if ranking is not None:
-        drawn.append(
-            (
-                "importance",
-                "Importance of the parts",
-                words.importance_alt(ranking),
-                figures.importance(ranking.table),
-                ranking.table.reset_index(),
-            )
-        )
-    drawn.append(
-        (
-            "by-bits",
-            "Sensitivity to the width of each part",
-            "Lines of the mean score over the bits of each component, averaged over the widths of the others.",
-            figures.by_bits(table, task, names),
-            table[[*names, task]].groupby(names, as_index=False).mean(),
-        )
-    )
+        drawn.append((
+            "importance", "Importance of the parts", words.importance_alt(ranking),
+            figures.importance(ranking.table), ranking.table.reset_index(),
+        ))  # fmt: skip
+        if len(ranking.levels):
+            drawn.append(("levels", "How far the ranking rests on single levels", words.levels_alt(ranking),
+                          figures.levels(ranking.levels), ranking.levels))  # fmt: skip
+    if names:
+        means = table.melt(id_vars=[task], value_vars=names, var_name="part", value_name="bits")
+        means = means.groupby(["part", "bits"], as_index=False)[task].agg(["mean", "count"])
+        drawn.append(("by-bits", "Sensitivity to the width of each part", words.by_bits_alt(means, task),
+                      figures.by_bits(table, task, names), means))  # fmt: skip
+        alone = pd.concat([figures.single(table, names, name).assign(part=name) for name in names])
+        if alone.groupby("part").size().max() > 2:
+            drawn.append(("alone", "One part at a time, the others native", words.ALONE_ALT,
+                          figures.by_bits(table, task, names, alone=True), alone))  # fmt: skip
+    if ranking is not None and len(ranking.pairs):
+        drawn.append(("interactions", "Parts that hurt each other", words.interactions_alt(ranking),
+                      figures.interactions(ranking.pairs, list(ranking.order)), ranking.pairs))  # fmt: skip
+        first, second = ranking.pairs.iloc[0][["a", "b"]]
+        if {first, second} <= set(names):
+            drawn.append(("pair", f"Widths of {first} and {second} together", words.PAIR_ALT,
+                          figures.pairwise(table, task, first, second), table[[first, second, task]]))  # fmt: skip
+    for name in list(ranking.order if ranking else names)[:3]:
+        if name in names and table["bpw"].notna().all():
+            drawn.append((f"widths-{_slug(name)}", f"Score against size by the width of {name}", words.WIDTHS_ALT,
+                          figures.coloured(table, task, name), table[["bpw", name, task]]))  # fmt: skip
+    if (checked := unseen(study, task)) is not None:
+        drawn.append(("calibration", "What was expected of unseen plans, and what they scored",
+                      words.calibration_alt(checked), figures.calibration(checked, task), checked))  # fmt: skip
     return [
         (Picture(name, title, alt, _inline(figures.svg(figure), f"{_slug(task)}-{name}", alt), rows), figure)
         for name, title, alt, figure, rows in drawn
     ]
+
+
+def unseen(study: Study, task: str, folds: int = 5) -> pd.DataFrame | None:
+    """Each plan as expected by a surrogate that learnt from four fifths of the others; None where plans are few."""
+    readings = of_study(study, task)
+    keys = np.array(readings.keys)
+    groups = np.unique(keys)
+    if len(groups) < 4 * folds:
+        return None
+    space = Space.of(readings.plans)
+    index = space.encode(readings.plans)
+    lot = dict(zip(groups, np.random.default_rng(0).permutation(len(groups)) % folds, strict=True))
+    fold = np.array([lot[key] for key in keys])
+    found = pd.DataFrame({"key": keys, "measured": readings.score, "expected": 0.0, "low": 0.0, "high": 0.0})
+    for out in range(folds):
+        model = learn(space, index[fold != out], readings.score[fold != out], noise=readings.noise)
+        draws = model.draws(index[fold == out])
+        noise = model.sigma * np.random.default_rng(out).standard_normal(draws.shape)
+        low, high = np.quantile(draws + noise, [0.025, 0.975], axis=0)
+        expected = model.predict(index[fold == out])
+        found.loc[fold == out, ["expected", "low", "high"]] = np.column_stack([expected, low, high])
+    return found
 
 
 def _inline(svg: str, prefix: str, alt: str) -> Markup:
@@ -319,6 +372,4 @@ def _scale(low: float, high: float, start: float, end: float) -> Any:
 
 
 def _ticks(low: float, high: float) -> Sequence[float]:
-    from matplotlib.ticker import MaxNLocator
-
     return [float(tick) for tick in MaxNLocator(6).tick_values(low, high)]

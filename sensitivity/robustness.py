@@ -41,31 +41,51 @@ def _expected(forest: RandomForestRegressor, readings: Readings) -> Floats:
     return np.asarray(forest.fit(readings.bits, readings.score).oob_prediction_)
 
 
+def by_budget(readings: Readings, budgets: Sequence[float], reach: float = 0.15) -> pd.DataFrame:
+    """Consensus shares among plans of about each size (bpw within a share of the budget); a row per budget.
+
+    Budgets with fewer than eight such plans, or whose plans all score the same, are left out.
+    """
+    rows = {}
+    for budget in budgets:
+        around = readings.where(np.abs(readings.bpw / budget - 1) <= reach)
+        if len(around) >= 8 and np.ptp(around.score) > 0:
+            share = estimators.consensus(estimators.fit(around.bits, around.score, explained=60, trees=50))
+            rows[budget] = dict(zip(readings.names, share, strict=True)) | {"trials": len(around)}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=[*readings.names, "trials"]).rename_axis("bpw")
+
+
 def without_levels(
-    readings: Readings, names: Sequence[str], groups: Sequence[Sequence[int]], base: pd.Series, seed: int
+    readings: Readings, names: Sequence[str], groups: Sequence[Sequence[int]], seed: int
 ) -> pd.DataFrame:
-    """Rank again without each level in turn: how far does the ranking move, and does the first place change?"""
-    rows = []
-    base = base.reindex(list(names))
+    """Rank again without each level in turn: how far does the ranking move, and does the first place change?
+
+    By the forest alone, which is quick and agrees with the consensus on what a single level decides. Of many
+    components only the two lowest levels are left out: those are where scores collapse.
+    """
+
+    def share(rest: Readings) -> Floats:
+        return estimators.shares(estimators.forest(estimators.fit(rest.bits, rest.score, groups, seed, trees=40)))
+
+    rows, base = [], share(readings)
+    many = len(names) > 6
     for name, group in zip(names, groups, strict=True):
-        for bits in np.unique(readings.bits[:, list(group)]):
+        for bits in np.unique(readings.bits[:, list(group)])[: 2 if many else None]:
             touched = (readings.bits[:, list(group)] == bits).any(axis=1)
             rest = readings.where(~touched)
             if len(rest) < max(8, len(readings) / 2) or np.ptp(rest.score) == 0:
                 continue
-            fitted = estimators.fit(rest.bits, rest.score, groups, seed, explained=60, trees=50)
-            share = estimators.consensus(fitted)
-            moved = share - base.to_numpy()
-            most = int(np.argmax(np.abs(moved)))
+            found = share(rest)
+            most = int(np.argmax(np.abs(found - base)))
             rows.append(
                 {
                     "component": name,
                     "bits": int(bits),
                     "trials": int(touched.sum()),
-                    "shift": float(moved[most]),
+                    "shift": float((found - base)[most]),
                     "moves": names[most],
-                    "tau": float(kendalltau(share, base).statistic),
-                    "changes_first": names[int(np.argmax(share))] != base.idxmax(),
+                    "tau": float(kendalltau(found, base).statistic),
+                    "changes_first": int(np.argmax(found)) != int(np.argmax(base)),
                 }
             )
     columns = ["component", "bits", "trials", "shift", "moves", "tau", "changes_first"]

@@ -6,6 +6,8 @@ import fcntl
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -49,15 +51,21 @@ class KernelLock(JournalFileOpenLock):
             self._file = None
 
 
+@contextmanager
+def held(lock: KernelLock) -> Iterator[None]:
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def mend(journal: Path, lock: KernelLock) -> None:
     """Cut off a last line that a killed process or a full disk left half-written; Optuna would append to it."""
     if not journal.exists():
         return
-    lock.acquire()
-    try:
+    with held(lock):
         _cut(journal)
-    finally:
-        lock.release()
 
 
 def _cut(journal: Path) -> None:

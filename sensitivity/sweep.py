@@ -45,19 +45,22 @@ def run(
 ) -> Iterator[Step]:
     """Run every plan that the study does not hold yet; full precision first, since all else is compared to it.
 
-    A list of plans is queued at once, for any number of processes to take from; other iterables are asked for one
-    plan at a time, after the last one was told.
+    A list of plans is queued at once, before the first step is asked for, so that any number of processes can take
+    from it; other iterables are asked for one plan at a time, after the last one was told.
     """
     trial = _Trial(vlm, study.parts, tasks, plain, statistics)
     if isinstance(plans, Sequence):
         trial.prepare(plans)
     study.release_lost()
     study.enqueue([Plan.uniform(study.parts, None), *(plans if isinstance(plans, Sequence) else ())])
+    return _walk(study, trial, () if isinstance(plans, Sequence) else plans)
+
+
+def _walk(study: Study, trial: _Trial, more: Iterable[Plan]) -> Iterator[Step]:
     yield from _drain(study, trial)
-    if not isinstance(plans, Sequence):
-        for plan in plans:
-            study.enqueue([plan])
-            yield from _drain(study, trial)
+    for plan in more:
+        study.enqueue([plan])
+        yield from _drain(study, trial)
 
 
 def _drain(study: Study, trial: _Trial) -> Iterator[Step]:

@@ -23,7 +23,7 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> No
     from rich.markup import escape
     from rich.table import Table
 
-    grid = Table(*heads, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    grid = Table(*heads, box=None, pad_edge=False)
     for i, column in enumerate(grid.columns):
         column.justify = "right" if rows and all(str(row[i]).lstrip("+-")[:1].isdigit() for row in rows) else "left"
         column.overflow = "fold"
@@ -31,7 +31,8 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> No
         grid.add_row(*(escape(str(cell)) for cell in row))
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print()
-    console.print(grid)
+    console.print(escape(title), style="bold", soft_wrap=True, highlight=False)  # a table's own title wraps at its width
+    console.print(grid, highlight=False)
 
 
 def walk(steps: Iterable[Step], title: str) -> int:

@@ -23,7 +23,7 @@ from sensitivity.errors import UserError
 from sensitivity.files import whole, write_whole
 from sensitivity.plan import Plan, Size, size
 from sensitivity.scores import Score, paired, summarise
-from sensitivity.storage import open_storage
+from sensitivity.storage import KernelLock, held, open_storage
 
 NATIVE = 16  # the 'bits' of a component at native precision, as an Optuna parameter and in tables
 NAME = "sensitivity"
@@ -97,6 +97,10 @@ class Study:
 
     def enqueue(self, plans: Iterable[Plan]) -> int:
         """Queue the plans that are not yet done, queued or running; return how many were added."""
+        with held(KernelLock(self.path / "queue")):  # processes that start together want to queue the same plans
+            return self._enqueue(plans)
+
+    def _enqueue(self, plans: Iterable[Plan]) -> int:
         known = {t.user_attrs.get("key") for t in self._optuna.get_trials(deepcopy=False) if t.state != TrialState.FAIL}
         added = 0
         for plan in plans:
@@ -115,10 +119,16 @@ class Study:
                 return None
             trial.set_user_attr("owner", _me())
             plan = Plan.from_json(trial.user_attrs["plan"])
-            if plan.key not in {t.user_attrs["key"] for t in self.trials()}:
+            if not self._elsewhere(trial.number, plan.key):
                 return Asked(trial, plan)
             self._optuna.tell(trial, state=TrialState.PRUNED)  # queued twice by two processes that started together
         return None
+
+    def _elsewhere(self, number: int, key: str) -> bool:
+        """Whether a plan is done, or was begun earlier by somebody who is still at it."""
+        states = (TrialState.COMPLETE, TrialState.RUNNING)
+        found = [t for t in self._optuna.get_trials(deepcopy=False, states=states) if t.user_attrs.get("key") == key]
+        return any(t.state == TrialState.COMPLETE or t.number < number for t in found)
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:

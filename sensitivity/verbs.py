@@ -7,18 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sensitivity import search
 from sensitivity.allocate import Candidate, best_uniform, solve
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError, unknown
-from sensitivity.export import write
+from sensitivity.export import FORMATS, Codes, Job, write
+from sensitivity.export.job import from_weights_alone
 from sensitivity.export.plan_json import read, write_file
+from sensitivity.export.verify import verify
 from sensitivity.importance import rank
+from sensitivity.legalize import Legal, legal, legalize
 from sensitivity.models import VLM, inspect, load
 from sensitivity.plan import Plan, Scheme
 from sensitivity.quantize import Statistics, calibrate, method_of, scheme
 from sensitivity.quantize.cache import Cache, home
 from sensitivity.report import report
+from sensitivity.runtimes import breaches
 from sensitivity.sweep import Step, identity, versions
 from sensitivity.sweep import run as run_plans
 from sensitivity.tasks import Task
@@ -35,6 +41,7 @@ __all__ = [
     "export",
     "grid",
     "inspect",
+    "legalize",
     "load",
     "one_at_a_time",
     "plans",
@@ -43,6 +50,7 @@ __all__ = [
     "report",
     "sweep",
     "sweeping",
+    "verify",
 ]
 
 
@@ -226,17 +234,79 @@ def export(
     format: str = "plan",
     force: bool = False,
     facts: dict[str, Any] | None = None,
+    *,
+    model: VLM | str | None = None,
+    runtime: str | None = None,
+    codes: Codes | None = None,
 ) -> Path:
-    """Write a plan as the files that a runtime loads."""
-    return write(study.parts, plan, facts or {}, Path(out), format, force)
+    """Write a plan as the files that a runtime loads; a plan that it cannot load is refused, with what would fit."""
+    out, meta, name = Path(out), study.meta, runtime or format
+    if format not in FORMATS:
+        raise unknown("format", format, FORMATS)
+    if found := breaches(study.parts, plan, name):
+        raise UserError(f"{name} cannot hold this plan: {'; '.join(found)}. {_instead(study, plan, name)}")
+    job = Job(
+        model=model or meta.get("model", ""),
+        parts=study.parts,
+        plan=plan,
+        facts={"study": str(study.path), **(facts or {})},
+        dtype=getattr(torch, meta.get("dtype", "float16")),
+        codes=codes or from_weights_alone,
+    )
+    if format != "plan" and meta.get("fingerprint") not in (None, job.source.fingerprint):
+        raise UserError(f"{study.path} was measured on {meta['model']}, and {job.source.name} is another model")
+    trial, expected = _measured(study, plan)
+    write(job, out, format, force, trial, runtime, expected)
+    return out / "plan.json" if format == "plan" and out.suffix != ".json" else out
 
 
-def export_from(source: Path, bpw: float | None, out: Path, format: str, force: bool) -> Path:
+def export_from(source: Path, bpw: float | None, out: Path, format: str, force: bool, **how: Any) -> Path:
     """Export a plan.json, or the best predicted plan of a study for a budget."""
+    study, plan, facts = _source(source, bpw, how.get("runtime"))
+    return export(study, plan, out, format, force, facts, **how)
+
+
+def legalize_from(source: Path, runtime: str, bpw: float | None, task: str | None = None) -> tuple[Study, Legal]:
+    """The best plan that a runtime can load, for a plan.json or a budget of a study."""
+    if source.suffix == ".json":
+        study, plan, _ = _source(source, None, None)
+        return study, legalize(study, plan, runtime, bpw, task)
+    study, plan, _ = _source(source, bpw, None)
+    return study, legalize(study, plan, runtime, bpw, task)
+
+
+def _source(source: Path, bpw: float | None, runtime: str | None) -> tuple[Study, Plan, dict[str, Any]]:
     if source.suffix == ".json":
         _, plan, facts = read(source)
-        return export(Study(source.parent), plan, out, format, force, facts)
+        here = (source.parent / "journal.log").exists() or (source.parent / "storage.url").exists()
+        return Study(source.parent if here else facts.get("study", source.parent)), plan, facts
     if bpw is None:
-        raise UserError(f"a study holds many plans: name a budget, `sensitivity export {source} --bpw 4.0 --out ...`")
+        raise UserError(f"a study holds many plans: name a budget, `{source} --bpw 4.0`, or give a plan.json")
     study = Study(source)
-    return export(study, solve(study, bpw=bpw)[0].plan, out, format, force)
+    return study, (legal(study, runtime, bpw) if runtime else solve(study, bpw=bpw)[0]).plan, {}
+
+
+def _instead(study: Study, plan: Plan, name: str) -> str:
+    try:
+        found = legalize(study, plan, name)
+    except UserError as error:
+        return f"There is no plan to offer instead: {error}"
+    return (
+        f"The best plan of its size that fits is {found.plan.describe()}: {found.words}. "
+        f"`sensitivity legalize {study.path} --runtime {name} --bpw {found.before.bpw:.2f}` writes it"
+    )
+
+
+def _measured(study: Study, plan: Plan) -> tuple[dict[str, Any], Path | None]:
+    """The trial that measured a plan, on fresh examples where there are any, and the file of its answers."""
+    studies = [Study(study.path / "verify")] if (study.path / "verify" / "journal.log").exists() else []
+    for one in (*studies, study):
+        trials = {trial.user_attrs["key"]: trial.user_attrs for trial in one.trials()}
+        if found := trials.get(plan.key):
+            native = trials.get(study.native.key, {}).get("scores", {})
+            about = {name: found.get(name) for name in ("scores", "path", "versions")}
+            path = one.path / "examples" / f"{plan.key}.parquet"
+            return {
+                **about, "full_precision_scores": native, "meta": dict(one.meta), "note": one.meta.get("note"),
+            }, path if path.exists() else None
+    return {}, None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
-from sensitivity.importance import Ranking
+from sensitivity.importance import Ranking, compare
 from sensitivity.readings import count
 from sensitivity.trials import Study
 from sensitivity.verdict import Recommendation
@@ -70,6 +72,12 @@ def _sure(table: pd.DataFrame, recommendation: Recommendation | None, ranked: Se
             f"{max(ranking.r2, 0):.0%} of the variance of plans it has not seen, a straight line "
             f"{max(ranking.linear_r2, 0):.0%} of those it has."
         )
+    if len(ranked) > 1:
+        tau = compare({ranking.task: ranking for ranking in ranked}).to_numpy()
+        least = float(np.nanmin(tau))
+        told.append(
+            f"Between tasks the order of the parts agrees with a Kendall's tau of at least {least:.2f} (1: the same)."
+        )
     return told
 
 
@@ -84,6 +92,22 @@ def _change(study: Study, recommendation: Recommendation | None, ranked: Sequenc
     return told
 
 
+def agreement(ranking: Ranking) -> str:
+    """Where two estimators order the parts most differently."""
+    if not len(ranking.tau):
+        return ""
+    pairs = [
+        (float(ranking.tau.loc[a, b]), a, b) for a, b in itertools.combinations(ranking.tau.index, 2)
+        if pd.notna(ranking.tau.loc[a, b])
+    ]  # fmt: skip
+    if not pairs:
+        return ""
+    tau, a, b = min(pairs)
+    if tau > 0.999:
+        return "All estimators put the parts in the same order."
+    return f"The estimators differ most between {a} and {b}: Kendall's tau of their orders is {tau:.2f} (1: the same)."
+
+
 def importance_alt(ranking: Ranking) -> str:
     """The importance figure for those who cannot see it."""
     shares = ", ".join(
@@ -92,3 +116,46 @@ def importance_alt(ranking: Ranking) -> str:
         for name, row in ranking.table.iterrows()
     )
     return f"Bars of each component's share of the differences in {ranking.task}; consensus: {shares}."
+
+
+PARETO_ALT = "Scatter plot of the score of every plan against its bits per weight, with the frontier of the best."
+ALONE_ALT = "Lines of the score over the bits of one part while all others stay at native precision."
+PAIR_ALT = "Table in colours of the mean score for each combination of the widths of the two parts that interact most."
+WIDTHS_ALT = "Scatter plot of score against bits per weight; colour and shape of a point say the width of this part."
+
+
+def by_bits_alt(means: pd.DataFrame, task: str) -> str:
+    """Where each part loses a tenth of what it has at its widest."""
+    told = []
+    for part, rows in means.groupby("part", sort=False):
+        curve = rows.set_index("bits")["mean"]
+        least = curve[curve >= 0.9 * curve.iloc[-1]].index.min() if curve.iloc[-1] > 0 else curve.index.max()
+        told.append(f"{part} keeps nine tenths down to {least:g} bits")
+    return f"Lines of the mean {task} over the bits of each part, averaged over the others: {'; '.join(told)}."
+
+
+def levels_alt(ranking: Ranking) -> str:
+    worst = ranking.levels.loc[ranking.levels["shift"].abs().idxmax()]
+    return (
+        "Points by which shares move when all trials with one width of one part are left out; most: "
+        f"{worst['moves']} by {worst['shift']:+.0f} without {worst['component']} at {worst['bits']} bits."
+    )
+
+
+def interactions_alt(ranking: Ranking) -> str:
+    pair = ranking.pairs.iloc[0]
+    how = "worse" if pair["both_low"] < 0 else "less bad"
+    return (
+        "What two parts do to the score beyond the sum of their effects, where both are in the lower half of their "
+        f"widths (SHAP). Strongest: {pair['a']} with {pair['b']}, together {how} than the sum by "
+        f"{abs(pair['both_low']):.2g}. Negative means that they hurt each other."
+    )
+
+
+def calibration_alt(checked: pd.DataFrame) -> str:
+    inside = ((checked["low"] <= checked["measured"]) & (checked["measured"] <= checked["high"])).mean()
+    error = (checked["measured"] - checked["expected"]).abs().median()
+    return (
+        f"Expected against measured scores of plans the surrogate had not seen (five folds): median error {error:.3f}; "
+        f"{inside:.0%} of the readings lie within their 95 % interval."
+    )

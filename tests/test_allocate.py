@@ -145,7 +145,9 @@ def test_limits_hold_by_construction(two_tasks: Study) -> None:
 def test_infeasible_wishes_say_what_is_reachable(two_tasks: Study) -> None:
     with pytest.raises(UserError, match=r"no measured plan fits 1.00 bpw .* 3.40 to 16.00 bpw .* can be reached"):
         solve(two_tasks, bpw=1.0)
-    with pytest.raises(UserError, match=r"predicted to keep grounding at 99% of full precision; that takes \d+\.\d+ bpw"):
+    with pytest.raises(
+        UserError, match=r"predicted to keep grounding at 99% of full precision; that takes \d+\.\d+ bpw"
+    ):
         solve(two_tasks, bpw=3.6, floors={"grounding": 0.99})
     with pytest.raises(UserError, match="unknown task 'ocr'; choose from vqa, grounding"):
         solve(two_tasks, bpw=4, floors={"ocr": 0.9})
@@ -155,7 +157,7 @@ def test_infeasible_wishes_say_what_is_reachable(two_tasks: Study) -> None:
         solve(two_tasks, bytes=-1)
     with pytest.raises(UserError, match="no measured width of vision is allowed"):
         solve(two_tasks, bpw=4, allowed=lambda name, choice: name != "vision")
-    with pytest.raises(UserError, match="unknown component 'visoin'.*did you mean vision"):
+    with pytest.raises(UserError, match=r"unknown component 'visoin'.*did you mean vision"):
         solve(two_tasks, bpw=4, tied=[["visoin", "language"]])
 
 
@@ -179,7 +181,9 @@ def test_verdicts(two_tasks: Study) -> None:
     mine, other, them = (c.plan.key for c in (*candidates, rival))
     native = Plan.uniform(two_tasks.parts, None).key
 
-    found = judge(two_tasks, candidates, rival, {mine: frame(0.9), other: frame(0.7), them: frame(0.6), native: frame(0.95)})
+    found = judge(
+        two_tasks, candidates, rival, {mine: frame(0.9), other: frame(0.7), them: frame(0.6), native: frame(0.95)}
+    )
     assert found.uniform is not None
     assert (found.plan.key, found.uniform.verdict) == (mine, "better")
     assert "Clearly better than the best uniform plan: +0.300" in found.words

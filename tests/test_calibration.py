@@ -282,8 +282,9 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 
 def calibrated(statistics: Statistics) -> list[Scheme]:
-    names = [name for name, row in METHODS.items() if row.calibrated]
-    return [scheme(name, bits, calibration=statistics.facts) for name in names for bits in (2, 4)]
+    chosen = [("gptq", 2), ("gptq", 4), ("clip", 3), ("awq", 3)]
+    assert {name for name, _ in chosen} == {name for name, row in METHODS.items() if row.calibrated}
+    return [scheme(name, bits, calibration=statistics.facts) for name, bits in chosen]
 
 
 def test_prepared_weights_are_those_found_plan_by_plan(
@@ -329,19 +330,23 @@ def test_coverage_at_every_granularity(scenes_llava: VLM, parts: ComponentMap, s
 
 @pytest.fixture(scope="module")
 def exposed(scenes_llava: VLM, parts: ComponentMap) -> Statistics:
-    return calibrate(scenes_llava, parts, ["vqa"], n=5, path="exposed")
+    return calibrate(scenes_llava, parts, ["vqa"], n=2, path="exposed")
 
 
 def test_the_exposed_path_sees_what_the_layers_before_it_became(
     scenes_llava: VLM, parts: ComponentMap, exposed: Statistics
 ) -> None:
-    float_path = calibrate(scenes_llava, parts, ["vqa"], n=5)
+    float_path = calibrate(scenes_llava, parts, ["vqa"], n=2)
+    parts = parts.regroup("group")
+    ends = ("vision.front", "language.end")
     first, last = (
         "model.vision_tower.encoder.layers.0.mlp.fc1.weight",
         "model.language_model.layers.3.mlp.up_proj.weight",
     )
     on_float, on_exposed = (
-        installed(scenes_llava, parts, Plan.uniform(parts, scheme("gptq", 2, calibration=s.facts)), {}, s)
+        installed(
+            scenes_llava, parts, Plan.of(parts, dict.fromkeys(ends, scheme("gptq", 2, calibration=s.facts))), {}, s
+        )
         for s in (float_path, exposed)
     )
     assert torch.equal(on_float[first], on_exposed[first])  # nothing stands before the first block
@@ -352,7 +357,8 @@ def test_the_exposed_path_is_the_same_again_and_memory_does_not_mix_plans_up(
     scenes_llava: VLM, parts: ComponentMap, exposed: Statistics
 ) -> None:
     four, two = (scheme("gptq", bits, calibration=exposed.facts) for bits in (4, 2))
-    plans = [Plan.of(parts, {"vision": v, "language": four}) for v in (four, two)]
+    parts = parts.regroup("group")
+    plans = [Plan.of(parts, {"vision.front": v, "language.end": four}) for v in (four, two)]
     memory: dict[Any, Tensor] = {}
     for plan in (*plans, *plans):
         shared = installed(scenes_llava, parts, plan, memory, exposed)
@@ -377,6 +383,31 @@ def test_statistics_from_the_cache_are_the_same_bits(
     monkeypatch.undo()
     calibrate(scenes_llava, parts, ["vqa"], n=4, cache=cache)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_quantised_weights_from_the_cache_are_the_same_bits(
+    scenes_llava: VLM, parts: ComponentMap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finer = parts.regroup("group")
+    plain = calibrate(scenes_llava, parts, ["vqa"], n=3)
+    one = scheme("gptq", 3, calibration=plain.facts)
+    plan = Plan.of(finer, {"vision.front": one, "connector": scheme("rtn", 3)})
+    expected = installed(scenes_llava, finer, plan, {}, plain)
+    cached = calibrate(scenes_llava, parts, ["vqa"], n=3, cache=Cache(tmp_path))
+    assert same(installed(scenes_llava, finer, plan, {}, cached), expected)
+    solved = Plan.of(finer, {"vision.front": one})
+    monkeypatch.setattr("sensitivity.quantize.methods.method_of", lambda _: pytest.fail("computed again"))
+    again = installed(scenes_llava, finer, solved, {}, cached)
+    assert same(again, {name: expected[name] for name in again})
+    monkeypatch.undo()
+    name = next(iter(again))  # another weight is other content, whatever the model is called
+    parameter = scenes_llava.model.get_parameter(name)
+    own = parameter.data
+    parameter.data = own * 2
+    try:
+        assert not torch.equal(installed(scenes_llava, finer, solved, {}, cached)[name], again[name])
+    finally:
+        parameter.data = own
 
 
 def test_the_cache_survives_damage_and_stays_small(tmp_path: Path) -> None:

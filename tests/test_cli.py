@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +186,63 @@ def test_a_full_disk_is_a_sentence_and_the_sweep_goes_on_when_there_is_room(tmp_
     again = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     assert one_object(again.stdout)["done"] == 28
     assert Study(tmp_path / "out").counts() == {"done": 28, "waiting": 0, "running": 0}
+
+
+def test_workers_share_the_queue_and_one_that_dies_loses_nothing(study: Path, tmp_path: Path) -> None:
+    """The first process is held until the second has begun a trial, in which it is killed: one table all the same."""
+    out = tmp_path / "crew"
+    command = [sys.executable, "-m", "sensitivity", *SWEEP.split(), "--out", str(out), "--workers", "2", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        children: list[str] = []
+        while not children and process.poll() is None:
+            time.sleep(0.01)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 1
+        os.kill(process.pid, signal.SIGSTOP)
+        worker = int(children[0])
+        deadline = time.monotonic() + 120
+        begun = False
+        while not begun and time.monotonic() < deadline:
+            begun = worker in {line.get("user_attr", {}).get("owner", {}).get("pid") for line in journal(out)}
+        os.kill(worker, signal.SIGKILL)
+        os.kill(process.pid, signal.SIGCONT)
+        printed = process.communicate()[0]
+    assert begun
+    assert process.returncode == 0
+    assert one_object(printed)["done"] == 28
+    ours, theirs = (Study(path).table().set_index("key").sort_index() for path in (out, study))
+    assert Study(out).counts() == {"done": 28, "waiting": 0, "running": 0}
+    assert ours.index.is_unique
+    assert (ours["vqa"] == theirs["vqa"]).all()
+
+
+def journal(out: Path) -> list[dict[str, Any]]:
+    path = out / "journal.log"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+
+def test_a_database_serves_as_well_as_a_journal(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "team"
+    status, _, _ = run(capsys, SWEEP, "--out", out, "--storage", f"sqlite:///{tmp_path}/team.db", "--json")
+    assert status == 0
+    assert not (out / "journal.log").exists()
+    ours, theirs = (Study(path).table().set_index("key").sort_index() for path in (out, study))
+    assert (ours["vqa"] == theirs["vqa"]).all()
+    status, _, err = run(capsys, SWEEP, "--out", out)  # the folder remembers where its study is
+    assert status == 0
+    assert "nothing was left to do" in err
+
+
+def test_a_database_that_is_not_there_is_named_without_its_password(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"sqlite:///{tmp_path}/no/such/folder/a.db"
+    status, _, err = run(capsys, SWEEP, "--out", tmp_path / "x", "--storage", url)
+    assert status == 1
+    assert "cannot open the storage sqlite" in err
+    from sensitivity.storage import _without_password
+
+    assert _without_password("postgresql://me:secret@host/db") == "postgresql://me@host/db"

@@ -37,7 +37,10 @@ def test_components_come_in_data_flow_order_and_a_coarser_map_is_a_union() -> No
 
 
 def test_what_stands_outside_the_blocks_has_a_name_of_its_own() -> None:
-    outside = (Weight("proj.weight", 2, 2, "connector", None, 12, None), Weight("pool.weight", 2, 2, "vision", None, 3, "ff"))
+    outside = (
+        Weight("proj.weight", 2, 2, "connector", None, 12, None),
+        Weight("pool.weight", 2, 2, "vision", None, 3, "ff"),
+    )
     parts = ComponentMap("toy", "group.kind", outside, ())
     assert parts.names == ("vision.other", "connector.projection")
 

@@ -90,7 +90,8 @@ def write(path: Path, mode: str, size: tuple[int, int] = (8, 6), **how: Any) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("a.png", "L"), ("a.jpg", "CMYK"), ("a.png", "P"), ("a.png", "RGBA"), ("a.png", "I;16"), ("a.png", "1")]
+    ("name", "mode"),
+    [("a.png", "L"), ("a.jpg", "CMYK"), ("a.png", "P"), ("a.png", "RGBA"), ("a.png", "I;16"), ("a.png", "1")],
 )
 def test_pictures_of_every_kind_become_rgb(tmp_path: Path, name: str, mode: str) -> None:
     assert open_image(write(tmp_path / name, mode)).mode == "RGB"

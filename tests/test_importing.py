@@ -90,7 +90,10 @@ def test_rows_left_out_are_counted_with_the_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.astype({"v": object}).replace({"v": {2: "two"}}), "column 'v' holds 'two' in row 1 .*not a number"),
+        (
+            lambda t: t.astype({"v": object}).replace({"v": {2: "two"}}),
+            "column 'v' holds 'two' in row 1 .*not a number",
+        ),
         (lambda t: t.assign(v=17), "vision has 17 bits in row 1; bits are whole numbers from 1 to 16"),
         (lambda t: t.assign(v=2.5), "vision has 2.5 bits in row 1"),
         (lambda t: t.assign(v=0), "vision has 0 bits"),
@@ -115,7 +118,7 @@ def test_wrong_wishes(tmp_path: Path) -> None:
         import_table(path, out, ["bleu"], parts=COLUMNS)
     with pytest.raises(UserError, match="say what the columns are"):
         import_table(path, out, ["cider"])
-    with pytest.raises(UserError, match="named after its part of the model, vision, connector, language .* not 'eye'"):
+    with pytest.raises(UserError, match=r"named after its part of the model, vision, connector, language .* not 'eye'"):
         import_table(path, out, ["cider"], parts={"v": "eye"})
     with pytest.raises(UserError, match="two columns are both said to be 'vision'"):
         import_table(path, out, ["cider"], parts={"v": "vision", "c": "vision"})
@@ -125,7 +128,7 @@ def test_wrong_wishes(tmp_path: Path) -> None:
         import_table(path, out, ["cider"], parts=COLUMNS, numel={"vision": 10})
     with pytest.raises(UserError, match="the components have 3,000,000 weights, more than the whole model's 5"):
         import_table(path, out, ["cider"], parts=COLUMNS, total=5)
-    with pytest.raises(UserError, match="cannot read .*nowhere.csv: No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*nowhere.csv: No such file"):
         import_table(tmp_path / "nowhere.csv", out, ["cider"], parts=COLUMNS)
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(UserError, match="is not a table with commas and a header"):

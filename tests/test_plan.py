@@ -92,7 +92,8 @@ def test_key_is_the_same_in_another_process(parts: ComponentMap) -> None:
         "print(Plan((('vision', Scheme('rtn', 4, 128, False, (('b', 1), ('a', 2)))), ('connector', None))).key)"
     )
     keys = {
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
     }
     settings = (("a", 2), ("b", 1))
     here = Plan((("vision", Scheme("rtn", 4, 128, False, settings)), ("connector", None))).key

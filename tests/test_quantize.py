@@ -108,16 +108,18 @@ def test_narrow_weights_keep_their_type(dtype: torch.dtype) -> None:
 
 
 def test_a_scheme_holds_every_choice() -> None:
-    chosen = scheme("gptq", 4, calibration={"calibration": "vqa", "examples": 128}, order="activation")
+    chosen = scheme("gptq", 4, calibration={"calibration": "vqa", "examples": 128}, order="given")
     assert dict(chosen.settings) == {
-        "damp": 0.01, "order": "activation", "clip": False, "calibration": "vqa", "examples": 128,
+        "damp": 0.01, "order": "given", "clip": True, "calibration": "vqa", "examples": 128,
     }  # fmt: skip
     assert scheme("rtn", 4, calibration={"calibration": "vqa"}).settings == ()
     assert Scheme.from_json(chosen.to_json()) == chosen
 
 
 def test_presets_are_rows_of_settings() -> None:
-    assert scheme("paper-gptq", 4) == scheme("gptq", 4, group="row", symmetric=True, damp=0.01)
+    assert scheme("paper-gptq", 4) == scheme(
+        "gptq", 4, group="row", symmetric=True, damp=0.01, order="given", clip=False
+    )
     assert scheme("paper-awq", 3) == scheme("awq", 3, group=128, symmetric=False, exponents=20)
     assert scheme("paper-uniform", 3) == scheme("uniform", 3, biases=True)
     assert all(preset["method"] in METHODS for preset in PRESETS.values())

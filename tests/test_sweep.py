@@ -111,3 +111,19 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
     for file in (out / "examples").glob("*.parquet"):
         assert file.read_bytes() == (tmp_path / "whole" / "examples" / file.name).read_bytes()
     assert not list(out.rglob(".*"))  # nothing half-written is left
+
+
+@pytest.mark.parametrize("family", ["blip2_opt", "blip2_t5"])
+def test_a_folder_of_another_family(family: str, tmp_path: Path) -> None:
+    """A small random model in the real format: Q-Former, decoder or encoder-decoder, no chat template."""
+    import saved_vlms
+
+    vlm = verbs.load(str(saved_vlms.save(family, tmp_path / "model")), dtype="float32")
+    parts = inspect(vlm, by="part")
+    plans = verbs.grid(parts, bits=(3, 8))
+    study = verbs.sweep(vlm, parts, plans, ["vqa"], tmp_path / "fast", n=6)
+    plain = verbs.sweep(vlm, parts, plans, ["vqa"], tmp_path / "plain", n=6, plain=True)
+    pd.testing.assert_frame_equal(table(study), table(plain), check_exact=True)
+    assert len(study.table()) == 2 ** len(parts.names) + 1
+    assert study.table()["vqa.nll"].notna().all()
+    assert study.table()["vqa.nll"].nunique() > 2  # the plans really differ

@@ -66,7 +66,9 @@ def test_only_verbs_knows_both_wings() -> None:
 def loaded(code: str) -> set[str]:
     """The top-level modules that are in memory after some code has run in a fresh process."""
     script = f"{code}\nimport sys; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
-    return set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+    return set(
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    )
 
 
 HEAVY = {"torch", "transformers", "pandas", "sklearn", "optuna", "numpy", "matplotlib", "shap"}
@@ -140,7 +142,9 @@ def test_readme_shows_every_verb() -> None:
 
 
 def test_no_machine_paths() -> None:
-    files = subprocess.run(["git", "ls-files"], cwd=readme.ROOT, capture_output=True, text=True, check=True).stdout.split()
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=readme.ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     bad = "/" + "work/"
     for name in files:
         path = readme.ROOT / name

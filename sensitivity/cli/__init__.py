@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
-from sensitivity.cli import demo, export, import_, inspect, rank, recommend, report, sweep
+from sensitivity.cli import demo, export, import_, inspect, legalize, rank, recommend, report, sweep, verify
 from sensitivity.errors import UserError
 
 # A verb is a module with ABOUT, EXAMPLE, arguments(parser) and run(args) -> what --json prints. torch, pandas and the
@@ -20,7 +20,9 @@ VERBS: dict[str, ModuleType] = {
     "sweep": sweep,
     "rank": rank,
     "recommend": recommend,
+    "legalize": legalize,
     "export": export,
+    "verify": verify,
     "report": report,
     "import": import_,
     "demo": demo,
@@ -29,7 +31,9 @@ VERBS: dict[str, ModuleType] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; 0, or 1 after one clear sentence on standard error."""
-    args = parser().parse_args(argv)
+    typed = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(typed)
+    args.typed = typed  # a sweep with workers starts the same command again
     try:
         with quiet(args):
             facts = VERBS[args.verb].run(args)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sensitivity import terminal
-from sensitivity.cli import words
+from sensitivity.cli import words, workers
 
 ABOUT = "evaluate plans on tasks; the same command continues where it was stopped"
 EXAMPLE = "sensitivity sweep embedded:scenes-llava --task vqa --bits 2,3,4,6,8 --by part --out runs/first"
@@ -38,6 +38,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     )
     words.samples(p)
     words.calibration(p)
+    p.add_argument("--workers", type=int, default=1, metavar="N", help="processes on this machine (default: 1)")
     words.device(p)
     p.add_argument(
         "--plain", action="store_true", help="load, quantise, run: nothing shared between plans (slow, the reference)"
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity import verbs
     from sensitivity.tasks import task
 
+    workers.share_cores(args.workers)
     vlm = verbs.load(args.model, device=args.device, dtype=args.dtype)
     parts = verbs.inspect(vlm, by=args.by)
     chosen = [task(name, n=args.n, seed=args.seed) for name in args.task]  # first of all: it may be misspelt
@@ -66,19 +68,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         cache_gb=args.cache_gb,
     )
     plans = verbs.plans(parts, schemes, args.search, args.trials, args.seed)
-    study, steps = verbs.sweeping(
-        vlm,
-        parts,
-        plans,
-        args.task,
-        args.out,
-        n=args.n,
-        seed=args.seed,
-        plain=args.plain,
-        storage=args.storage,
-        statistics=statistics,
-    )
-    terminal.walk(steps, f"sweeping {vlm.name}")
+    how = {"n": args.n, "seed": args.seed, "plain": args.plain, "storage": args.storage, "statistics": statistics}
+    study, steps = verbs.sweeping(vlm, parts, plans, args.task, args.out, **how)
+    with workers.crew(args):
+        terminal.walk(steps, f"sweeping {vlm.name}")
+    if study.release_lost():  # of a worker that died
+        terminal.walk(verbs.sweeping(vlm, parts, [], args.task, args.out, **how)[1], "what a lost worker left")
     facts = {"study": str(args.out), **study.counts(), "trials": json.loads(study.table().to_json(orient="records"))}
     if not args.json:
         terminal.frontier(study)

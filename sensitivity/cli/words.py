@@ -89,7 +89,7 @@ def calibration(p: argparse.ArgumentParser) -> None:
         "--path",
         default="float",
         metavar="float|exposed",
-        help="inputs of the float model, once for all plans, or of layers behind quantised ones, per plan (default: float)",
+        help="inputs of the float model, or of layers behind quantised ones (slow: anew for each plan; default: float)",
     )
     g.add_argument("--cache-gb", type=float, default=8.0, help="of statistics kept on disk; 0 keeps none (default: 8)")
 

@@ -59,11 +59,21 @@ class VLM:
         return bool(self.model.config.get_text_config().is_encoder_decoder)
 
 
-def load(name: str, *, device: str = "cpu", dtype: str | torch.dtype | None = None, config_only: bool = False) -> VLM:
-    """A model from a folder, the hub, or `embedded:...`; with config_only no weights are needed, and none are there."""
+def load(
+    name: str,
+    *,
+    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    config_only: bool = False,
+    quantised: bool = False,
+) -> VLM:
+    """A model from a folder, the hub, or `embedded:...`; with config_only no weights are needed, and none are there.
+
+    `quantised` takes a checkpoint that is quantised already, as an export is; its weights are unpacked at once.
+    """
     target, wanted = _device(device), _dtype(dtype)
     folder = find(name, config_only)
-    raw = read_config(folder, name)
+    raw = read_config(folder, name, quantised)
     files = [] if config_only else weight_files(folder, name)
     planted = name == "embedded:scenes-llava-heavy"
     if wanted is None and name.startswith("embedded:") and target.type == "cpu":
@@ -76,6 +86,8 @@ def load(name: str, *, device: str = "cpu", dtype: str | torch.dtype | None = No
             # outliers are planted before rounding to a narrower type, so that the function survives it best
             model = _filled(architecture, config, folder, name, torch.float32 if planted else wanted)
             processor = _processor(folder, name)
+    if quantised and not config_only:
+        _unpack(model)
     if planted and not config_only:
         heavy(model)
         model = model.to(wanted or torch.float16)
@@ -165,6 +177,14 @@ def _filled(architecture: Any, config: Any, folder: Path, name: str, dtype: torc
     if wrong := [key for key, weight in model.named_parameters() if not weight.isfinite().all()]:
         raise UserError(f"{name} has NaN or infinite weights in {_some(wrong)}; fetch the checkpoint again")
     return model  # type: ignore[no-any-return]
+
+
+def _unpack(model: Any) -> None:
+    """Unpack now what compressed-tensors unpacks on the first forward pass of the whole model: some families generate
+    without one."""
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None:
+        compressor.decompress_model(model)
 
 
 def _some(keys: Any) -> str:

@@ -55,7 +55,7 @@ def _embedded() -> str:
     return " or ".join(f"embedded:{known}" for known in EMBEDDED)
 
 
-def read_config(folder: Path, name: str) -> dict[str, Any]:
+def read_config(folder: Path, name: str, quantised: bool = False) -> dict[str, Any]:
     """config.json, refused where transformers alone cannot build the model from it."""
     file = folder / "config.json"
     if not file.exists():
@@ -68,7 +68,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         raise UserError(f"config.json of {name} is not JSON ({reason(error)}); fetch it again") from error
     if not isinstance(config, dict):
         raise UserError(f"config.json of {name} is not a JSON object; fetch it again")
-    if "quantization_config" in config:
+    if "quantization_config" in config and not quantised:
         method = (config["quantization_config"] or {}).get("quant_method", "by an unnamed method")
         raise UserError(f"{name} is already quantised ({method}); give the model it was made from")
     return config

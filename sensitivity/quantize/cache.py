@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sensitivity.files import whole
 
-VERSION = 1  # raised when the meaning of an entry changes
+VERSION = 2  # raised when the meaning of an entry changes
 
 
 def home() -> Path:
@@ -26,6 +26,15 @@ def home() -> Path:
     if chosen := os.environ.get("SENSITIVITY_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sensitivity"
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Of types, shapes and every bit."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -38,22 +47,35 @@ class Cache:
     def fetch(
         self, about: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]], device: torch.device
     ) -> dict[str, Tensor]:
-        """The tensors described, from the folder or made now; on another machine or another torch they are others."""
-        here = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(device), "v": VERSION}
-        text = json.dumps({**about, **here}, sort_keys=True)
-        file = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
-        with suppress(OSError, SafetensorError):  # not there, being deleted, or not whole: made again
+        """The tensors described, from the folder or made now."""
+        if (found := self.load(about, device)) is not None:
+            return found
+        made = {name: tensor.contiguous() for name, tensor in make().items()}
+        self.store(about, made, device)
+        return made
+
+    def load(self, about: Mapping[str, Any], device: torch.device) -> dict[str, Tensor] | None:
+        file, _ = self._entry(about, device)
+        with suppress(OSError, SafetensorError):  # not there, being deleted, or not whole: to be made again
             found = load_file(file, device=str(device))
             os.utime(file)
             return found
-        made = {name: tensor.contiguous() for name, tensor in make().items()}
+        return None
+
+    def store(self, about: Mapping[str, Any], made: Mapping[str, Tensor], device: torch.device) -> None:
+        file, text = self._entry(about, device)
         size = sum(tensor.numel() * tensor.element_size() for tensor in made.values())
         if size <= self.limit_gb * 1e9:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._make_room(size)
             with whole(file) as unfinished:
-                save_file(made, unfinished, metadata={"about": text})
-        return made
+                save_file({name: t.contiguous() for name, t in made.items()}, unfinished, metadata={"about": text})
+
+    def _entry(self, about: Mapping[str, Any], device: torch.device) -> tuple[Path, str]:
+        """Another torch or another number of threads may round sums differently, so those are part of the name."""
+        here = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(device), "v": VERSION}
+        text = json.dumps({**about, **here}, sort_keys=True)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors", text
 
     def _make_room(self, size: int) -> None:
         """Delete the oldest entries until the new one fits; other processes may be doing the same."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from sensitivity.models import VLM
 from sensitivity.plan import Setting
 from sensitivity.quantize.cache import Cache
 from sensitivity.quantize.curvature import Curvature
+from sensitivity.quantize.fold import Absorber, absorbers
 from sensitivity.quantize.linears import reads
 from sensitivity.quantize.statistics import PATHS, Statistics
 from sensitivity.quantize.tokens import PADDING, Batch, batches, disjoint, run
@@ -51,8 +53,13 @@ def calibrate(
         "data": ".".join(task.fingerprint for task in data),
         "path": path,
     }
+
+    def trace() -> Mapping[str, Absorber]:
+        few = [replace(data[0], examples=data[0].examples[:1])]
+        return absorbers(vlm.model, parts, lambda: run(vlm, next(batches(vlm, few))))
+
     if path == "float":
-        return Statistics(facts, _studied(vlm, parts, data, facts, cache))
+        return Statistics(facts, _studied(vlm, parts, data, facts, cache), trace, cache)
     made: list[Batch] = []  # as inputs of the model; kept, since every block reads them again
 
     def gather(weights: Sequence[Weight]) -> Mapping[str, Curvature]:
@@ -60,7 +67,7 @@ def calibrate(
             made.extend(batches(vlm, data))
         return collect(vlm, weights, made)
 
-    return Statistics(facts, gather)
+    return Statistics(facts, gather, trace, cache)
 
 
 def _studied(

@@ -69,6 +69,11 @@ class Curvature:
         totals = torch.tensor([self.weight, self.tokens], dtype=torch.float64)
         return {"gram": self.gram, "magnitude": self.magnitude, "totals": totals, "modalities": self.modalities}
 
+    @property
+    def content(self) -> list[Tensor]:
+        """What quantised weights depend on."""
+        return [self.gram, self.magnitude, torch.tensor(self.weight, dtype=torch.float64)]
+
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Curvature:
         """What `tensors` gave."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from sensitivity.components import ComponentMap, Weight
 from sensitivity.errors import UserError
-from sensitivity.plan import Plan, Scheme
+from sensitivity.plan import Plan, Scheme, Setting
+from sensitivity.quantize.cache import fingerprint
 from sensitivity.quantize.curvature import Curvature
+from sensitivity.quantize.fold import Absorber
 from sensitivity.quantize.linears import Linears, reads
 from sensitivity.quantize.methods import method_of, quantise, solve
 from sensitivity.quantize.statistics import Statistics
@@ -126,14 +129,35 @@ class _Work:
             for name in names:
                 _finite(name, self.own[name])
             ordered = sorted(schemes, key=str)
-            linears = Linears(names, tuple(self.own[name] for name in names), found.get(shared))
-            for chosen, results in zip(ordered, solve(linears, ordered), strict=True):
-                for name, result in zip(names, results, strict=True):
-                    weight_data = self.own[name]
-                    value = weight_data.clone() if result is None else result.dequantise().to(weight_data.dtype)
+            foldable = any(s.get("scales") == "folded" for s in schemes) and shared in self._absorbers()
+            linears = Linears(names, tuple(self.own[name] for name in names), found.get(shared), foldable)
+            for chosen, values in zip(ordered, self._values(linears, ordered), strict=True):
+                for name, value in zip(names, values, strict=True):
                     self.memory[self.key(name, chosen)] = value
             if linears.curvature is not None:
                 linears.curvature.forget()
+
+    def _values(self, linears: Linears, schemes: Sequence[Scheme]) -> list[list[Tensor]]:
+        """Per scheme the weights as they come back; calibrated ones through the cache on disk, by what they hang on."""
+        cache = self.statistics.cache if self.statistics is not None and linears.curvature is not None else None
+        content = None if cache is None else [linears.foldable, fingerprint([*linears.weights, *linears.seen.content])]
+        about = {s: {"scheme": replace(s, settings=_own(s)).to_json(), "content": content} for s in schemes}
+        found = {s: cache.load(about[s], linears.weights[0].device) for s in schemes} if cache is not None else {}
+        missing = [s for s in schemes if found.get(s) is None]
+        values: dict[Scheme, list[Tensor]] = {}
+        for chosen, results in zip(missing, solve(linears, missing), strict=True):
+            pairs = zip(linears.weights, results, strict=True)
+            values[chosen] = [w.clone() if r is None else r.dequantise().to(w.dtype) for w, r in pairs]
+            if cache is not None:
+                stored = {str(i): value for i, value in enumerate(values[chosen])}
+                cache.store(about[chosen], stored, linears.weights[0].device)
+        for chosen, tensors in found.items():
+            if tensors is not None:
+                values[chosen] = [tensors[str(i)] for i in range(len(linears.weights))]
+        return [values[chosen] for chosen in schemes]
+
+    def _absorbers(self) -> Mapping[str, Absorber]:
+        return {} if self.statistics is None else self.statistics.absorbers
 
     def bias(self, name: str, chosen: Scheme) -> Tensor:
         if (name, chosen) not in self.memory:
@@ -156,6 +180,11 @@ def _blocks(parts: ComponentMap, asked: Mapping[str, Any]) -> Iterator[list[Weig
     for block in parts.regroup("block").components:
         if chosen := [weight for weight in block.weights if weight.name in asked]:
             yield chosen
+
+
+def _own(chosen: Scheme) -> tuple[tuple[str, Setting], ...]:
+    """A scheme's settings without the facts of its calibration data, whose content stands for them."""
+    return tuple((name, value) for name, value in chosen.settings if name in method_of(chosen).settings)
 
 
 def _finite(name: str, weight: Tensor) -> None:

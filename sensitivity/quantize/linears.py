@@ -29,6 +29,7 @@ class Linears:
     names: tuple[str, ...]
     weights: tuple[Tensor, ...]
     curvature: Curvature | None = None
+    foldable: bool = True  # whether something before them can take over a scale per input channel
 
     @cached_property
     def rows(self) -> Tensor:

@@ -30,7 +30,8 @@ METHODS: dict[str, Method] = {
     "gptq": Method(
         gptq,
         calibrated=True,
-        settings={"damp": 0.01, "order": "given", "clip": False},
+        # order and clipping cost no bit; on the embedded model's layers they take off 20 to 40 % of the output error
+        settings={"damp": 0.01, "order": "activation", "clip": True},
         choices={"order": ("given", "activation")},
     ),
     "awq": Method(
@@ -39,7 +40,8 @@ METHODS: dict[str, Method] = {
         group=128,
         symmetric=False,
         calibrated=True,
-        settings={"exponents": 20, "clip": True, "clip_qk": False},
+        settings={"exponents": 20, "clip": True, "clip_qk": False, "scales": "stored"},
+        choices={"scales": ("stored", "folded")},  # folded: only where what stands before can absorb them, for nothing
     ),
     "nf4": Method(alone(coded), range(4, 5), group=64, settings={"double": False}, fixed=BLOCKS),
     "fp4": Method(alone(coded), range(4, 5), group=64, settings={"double": False}, fixed=BLOCKS),

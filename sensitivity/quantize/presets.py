@@ -10,6 +10,6 @@ from sensitivity.plan import Setting
 # `path` = "exposed", but by blocks) and quantises the head too, and its AWQ takes the exponents 0, 1, ..., 19.
 PRESETS: dict[str, dict[str, Setting]] = {
     "paper-uniform": {"method": "uniform", "biases": True},
-    "paper-gptq": {"method": "gptq", "group": "row", "symmetric": True, "damp": 0.01, "order": "given"},
+    "paper-gptq": {"method": "gptq", "group": "row", "symmetric": True, "damp": 0.01, "order": "given", "clip": False},
     "paper-awq": {"method": "awq", "group": 128, "symmetric": False, "exponents": 20, "clip": True},
 }

@@ -28,7 +28,8 @@ def awq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Quantised | No
 
 def _one(linears: Linears, scheme: Scheme) -> list[Quantised | None]:
     seen, rows = linears.seen, linears.rows
-    grid = scales(seen, int(scheme["exponents"] or 1), linears.dtype)
+    scaled_at_all = linears.foldable or scheme["scales"] == "stored"
+    grid = scales(seen, int(scheme["exponents"] or 1) if scaled_at_all else 1, linears.dtype)
     chosen = grid[int(errors(rows, grid, seen.gram, scheme, linears.dtype).argmin())]
     scaled, gram = rows * chosen, seen.gram / chosen[:, None] / chosen
     low, high = ranges(scaled, scheme)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from sensitivity.components import Weight
 from sensitivity.errors import UserError
 from sensitivity.plan import Scheme, Setting
+from sensitivity.quantize.cache import Cache
 from sensitivity.quantize.curvature import Curvature
+from sensitivity.quantize.fold import Absorber
 
 PATHS = ("float", "exposed")
 
@@ -19,6 +22,13 @@ class Statistics:
 
     facts: Mapping[str, Setting]  # calibration, examples, seed, data and path
     gather: Callable[[Sequence[Weight]], Mapping[str, Curvature]]  # of some weights, by `reads`
+    trace: Callable[[], Mapping[str, Absorber]] = field(default=dict)  # what scales can be folded into, by input
+    cache: Cache | None = None  # of quantised weights
+
+    @cached_property
+    def absorbers(self) -> Mapping[str, Absorber]:
+        """Found when first asked for, by one forward pass."""
+        return self.trace()
 
     @property
     def exposed(self) -> bool:

@@ -1,0 +1,161 @@
+"""What quantising costs: widths that share a study, GPTQ of a large layer, AWQ's search; each against the plain way.
+
+python -m experiments.benchmarks.quantise [--peer PYTHON-OF-A-VENV-WITH-GPTQMODEL] [--side 4096]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from experiments.parity.gptq import published, theirs
+from experiments.parity.layers import Layer
+from sensitivity.models import inspect, load
+from sensitivity.plan import Plan
+from sensitivity.quantize import Curvature, Linears, calibrate, prepare, quantise, scheme, solve
+from sensitivity.quantize.scale_search import errors, scales
+
+WIDTHS = (2, 3, 4, 5, 6, 8)
+
+
+def timed(run: Callable[[], object], repeat: int = 3) -> float:
+    """The fastest of a few."""
+    times = []
+    for _ in range(repeat):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def shared(model: str) -> list[str]:
+    """Statistics and every layer at one width, and at six."""
+    vlm = load(model)
+    parts = inspect(vlm, by="part")
+    lines = ["| method | statistics | and one width | and six widths | six / one |", "|---|---|---|---|---|"]
+    tasks = ["vqa", "caption", "scene", "ground"]
+    calibrate(vlm, parts, tasks)  # once for nothing: libraries load
+    study = timed(lambda: calibrate(vlm, parts, tasks))
+    statistics = calibrate(vlm, parts, tasks)
+    prepare(vlm.model, parts, [Plan.uniform(parts, scheme("rtn", 4))], {})
+    for method in ("gptq", "paper-gptq", "clip", "awq"):
+
+        def at(widths: tuple[int, ...], method: str = method) -> float:
+            plans = [Plan.uniform(parts, scheme(method, b, calibration=statistics.facts)) for b in widths]
+            return timed(lambda: prepare(vlm.model, parts, plans, {}, statistics), 1 if method == "awq" else 3)
+
+        one, six = at((4,)), at(WIDTHS)
+        lines.append(
+            f"| {method} | {study:.2f} s | {study + one:.2f} s | {study + six:.2f} s | "
+            f"{(study + six) / (study + one):.2f} |"
+        )
+    return lines
+
+
+def layer(side: int, tokens: int) -> tuple[Tensor, Tensor, Curvature]:
+    g = torch.Generator().manual_seed(0)
+    mix = torch.randn(side, side, generator=g) / side**0.5
+    inputs = torch.randn(tokens, side, generator=g) @ mix * torch.logspace(-1, 1, side)
+    weight = torch.randn(side, side, generator=g) / side**0.5
+    seen = Curvature(side)
+    seen.add(inputs)
+    return weight, inputs, seen
+
+
+def large(side: int, peer: str | None) -> list[str]:
+    """One large layer: column-wise error feedback four ways, factorisation included."""
+    weight, inputs, seen = layer(side, 2 * side)
+    chosen = scheme("paper-gptq", 4)
+
+    def ours(*widths: int) -> None:
+        seen.forget()
+        solve(Linears(("layer",), (weight,), seen), [scheme("paper-gptq", bits) for bits in widths])
+
+    grouped = scheme("gptq", 4, group=128)
+    rows = [
+        ("ours, one width", timed(lambda: ours(4))),
+        ("ours, six widths", timed(lambda: ours(*WIDTHS), 1)),
+        ("ours, one width, with activation order and clip search, groups of 128",
+         timed(lambda: (seen.forget(), solve(Linears(("layer",), (weight,), seen), [grouped])), 1)),
+        ("the published algorithm in plain PyTorch", timed(lambda: published(weight, seen.gram, chosen))),
+    ]  # fmt: skip
+    if peer:
+        one = [Layer("layer", weight, inputs[: 1 << 10], inputs[:1])]
+        wish = {"group": "row", "symmetric": True, "bits": 4}
+        times = [theirs(peer, one, [("key", "layer", wish)])[1]["seconds"]["key"] for _ in range(3)]
+        rows.append(("GPTQModel 7.6.0", min(times)))
+    plain = rows[0][1]
+    found, other = (quantise(weight, chosen, seen), published(weight, seen.gram, chosen))
+    same = float((found - other).abs().gt(1e-6).float().mean())
+    lines = [f"| {side} x {side}, 4 bits, per row | seconds | times ours |", "|---|---|---|"]
+    lines += [f"| {name} | {seconds:.2f} | {seconds / plain:.2f} |" for name, seconds in rows]
+    rate = timed(lambda: weight @ weight)
+    lines += [
+        "",
+        f"Numbers that differ from the published algorithm's: {100 * same:.3f} %. A product of two such matrices "
+        f"takes {rate:.2f} s here ({2 * side**3 / rate / 1e9:.0f} GFLOP/s).",
+    ]
+    return lines
+
+
+def search(side: int, tokens: int) -> list[str]:
+    """AWQ's search over 20 exponents: all at once from the Gram matrix, or one module output after the other."""
+    weight, inputs, seen = layer(side, tokens)
+    chosen = scheme("awq", 4)
+    grid = scales(seen, 20, torch.float32)
+    nearest = scheme("rtn", 4, group=128, symmetric=False)
+
+    def loop() -> Tensor:
+        right = inputs @ weight.T
+        return torch.stack([(inputs @ (quantise(weight * s, nearest) / s).T - right).square().sum() for s in grid])
+
+    at_once, slow = errors(weight, grid, seen.gram, chosen, torch.float32), loop()
+    assert int(at_once.argmin()) == int(slow.argmin())
+    batched, looped = timed(lambda: errors(weight, grid, seen.gram, chosen, torch.float32), 2), timed(loop, 1)
+    return [f"| {side} x {side}, {tokens} tokens | {batched:.2f} s | {looped:.2f} s | {looped / batched:.1f} |"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer")
+    parser.add_argument("--model", default="embedded:scenes-llava")
+    parser.add_argument("--side", type=int, default=4096)
+    parser.add_argument("--out", default="reports/benchmark-quantise.md")
+    args = parser.parse_args()
+    lines = [
+        "# What quantising costs",
+        "",
+        f"`python -m experiments.benchmarks.quantise --peer PYTHON --side {args.side}`: torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, {os.cpu_count()} cores. Fastest of three where it is short.",
+        "",
+        f"## Every layer of {args.model}, 128 calibration examples",
+        "",
+        *shared(args.model),
+        "",
+        "## One large layer",
+        "",
+        *large(args.side, args.peer),
+        "",
+        "## AWQ's search over 20 exponents",
+        "",
+        "| layer | at once | loop over outputs | loop / at once |",
+        "|---|---|---|---|",
+    ]
+    for side, tokens in ((args.side // 4, 8 * args.side), (args.side // 2, 4 * args.side)):
+        lines += search(side, tokens)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    lines += ["", f"Peak memory of all of it: {peak:.2f} GB."]
+    Path(args.out).parent.mkdir(exist_ok=True)
+    Path(args.out).write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

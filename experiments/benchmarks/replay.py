@@ -1,0 +1,280 @@
+"""Every search against tables of measured plans: regret of the frontier against the number of plans measured.
+
+    python experiments/benchmarks/replay.py [--seeds 20] [--searches random,tpe,nsga2,frontier] [--only NAME]
+
+A table stands in for the model: what a search asks for is answered with the table's reading. After every few plans
+a plan is chosen for each budget from 3.5 to 8 bpw, in three ways (see regrets), and its true score is compared with the best true score within the budget. Truth is known for planted tables;
+for a noisy published one it is the table smoothed by a Gaussian process, for one without noise the table itself.
+The published tables are read from SENSITIVITY_SHARED or ../shared and left out where they are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import optuna
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from optuna.distributions import IntDistribution
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
+
+from sensitivity.components import ComponentMap, Kept, Weight
+from sensitivity.frontier import FrontierSampler, Weights, believed
+from sensitivity.plan import Plan, Scheme, size
+from sensitivity.search import MAXIMIZE, MINIMIZE, SAMPLERS, Ground, searching
+from sensitivity.surrogate import Space, learn
+
+ROOT = Path(__file__).parent.parent.parent
+SHARED = Path(os.environ.get("SENSITIVITY_SHARED", ROOT.parent / "shared")) / "data" / "published"
+BUDGETS = np.arange(3.5, 8.01, 0.25)
+SHARES = (0.05, 0.1, 0.2)
+SIZES = {"vision": 984_023_040, "connector": 104_988_672, "language": 2_516_582_400}
+TOTAL = 3_744_761_856
+
+
+@dataclass(frozen=True)
+class Table:
+    """Distinct plans, one reading of each, their truth and sizes."""
+
+    name: str
+    parts: ComponentMap
+    plans: list[Plan]
+    reading: np.ndarray
+    truth: np.ndarray
+    noise: float | None
+    factors: np.ndarray | None = None  # where not every combination exists: the table's own columns, as levels
+
+    @property
+    def space(self) -> Space:
+        return Space.of(self.plans)
+
+    @property
+    def bpw(self) -> np.ndarray:
+        return np.array([size(self.parts, plan).bpw for plan in self.plans])
+
+
+def part_map(sizes: dict[str, int], total: int) -> ComponentMap:
+    weights = tuple(Weight(f"{n}.weight", 1, s, n.split(".")[0], None, 0, None) for n, s in sizes.items())
+    return ComponentMap("table", "linear", weights, (Kept("rest", total - sum(sizes.values()), "rest"),))
+
+
+def plan_of(names: list[str], bits: np.ndarray) -> Plan:
+    schemes = (None if b == 16 else Scheme("codes", int(b)) for b in bits)
+    return Plan(tuple(zip(names, schemes, strict=True)))
+
+
+def gptq(score: str) -> Table:
+    table = pd.read_csv(SHARED / "blip2_gptq_coco.csv")
+    bits = table[["vit_bits", "qformer_bits", "llm_bits"]].to_numpy(dtype=float)
+    kernel = ConstantKernel(1) * RBF([1, 1, 1], (0.3, 20)) + WhiteKernel(0.01)
+    reading = table[score].to_numpy(dtype=float)
+    process = GaussianProcessRegressor(kernel, normalize_y=True, n_restarts_optimizer=2, random_state=0)
+    truth = process.fit(np.log2(bits), reading).predict(np.log2(bits))
+    parts = part_map(SIZES, TOTAL)
+    return Table(f"GPTQ {score}", parts, [plan_of(list(SIZES), row) for row in bits], reading, truth, None)
+
+
+def uniform() -> Table:
+    table = pd.read_csv(SHARED / "blip2_uniform_coco.csv")
+    parts = {"VIT": "vision", "QFORMER": "connector", "LLM": "language"}
+    thirds = ("FIRST", "MIDDLE", "LAST")
+    on = {f"{p}.{t}.{k}": table[f"{c}_{t}"].to_numpy() * np.isin(table["type"], [w, "BOTH"])
+          for c, p in parts.items() for t in thirds for k, w in (("attn", "ATTENTION"), ("ff", "MLP"))}  # fmt: skip
+    bits = np.column_stack([np.where(column == 1, table["bit_size"], 16) for column in on.values()])
+    switches = table[[f"{c}_{t}" for c in parts for t in thirds]].to_numpy()
+    patterns = switches.reshape(-1, 3, 3) @ [4, 2, 1]
+    kind = table["type"].map({"MLP": 0, "ATTENTION": 1, "BOTH": 2}).to_numpy()
+    width = np.searchsorted([3, 4, 5, 6, 8, 16], table["bit_size"])
+    _, first = np.unique(bits, axis=0, return_index=True)  # plans that change the same weights are one plan
+    names = list(on)
+    components = part_map({n: SIZES[n.split(".")[0]] // 6 for n in names}, TOTAL)
+    score = table["CIDEr"].to_numpy(dtype=float)[first]
+    plans = [plan_of(names, row) for row in bits[first]]
+    return Table(
+        "uniform CIDEr", components, plans, score, score, None, np.column_stack([width, kind, patterns])[first]
+    )
+
+
+def planted(name: str, cross: float, noise: float, seed: int) -> Table:
+    """Four components, six widths; damages at random, pairs that hurt each other where cross is above 0."""
+    draw = np.random.default_rng(seed)
+    names = ["vision.front", "vision.end", "connector", "language"]
+    bits = np.array([*itertools.product((2, 3, 4, 6, 8), repeat=4), (16,) * 4], dtype=float)
+    harm = np.exp(-(bits - draw.uniform(0, 3, 4)))
+    harm[bits == 16] = 0
+    truth = np.exp(-harm.sum(axis=1) - cross * harm[:, 0] * harm[:, 3])
+    parts = part_map(dict(zip(names, (300, 320, 60, 2500), strict=True)), 3300)
+    reading = truth + noise * draw.standard_normal(len(truth))
+    return Table(name, parts, [plan_of(names, row) for row in bits], reading, truth, noise)
+
+
+def tables(only: str | None) -> Iterator[Table]:
+    made = {
+        "planted": lambda: planted("planted", 0.0, 0.03, 0),
+        "planted-pairs": lambda: planted("planted, pairs", 4.0, 0.03, 1),
+        "planted-quiet": lambda: planted("planted, quiet", 0.0, 0.002, 2),
+    }
+    if SHARED.exists():
+        made |= {
+            "gptq": lambda: gptq("cider"), "meteor": lambda: gptq("meteor"), "uniform": uniform,
+        }  # fmt: skip
+    for name, make in made.items():
+        if only is None or name in only.split(","):
+            yield make()
+
+
+def walk(table: Table, search: str, count: int, seed: int) -> list[int]:
+    """Which plans a search asks for, in order."""
+    if search == "random":
+        return [int(i) for i in np.random.default_rng(seed).permutation(len(table.plans))[:count]]
+    if table.factors is not None:
+        return walk_rows(table, search, count, seed)
+    place = {plan.key: i for i, plan in enumerate(table.plans)}
+    bpw, rows, trials = table.bpw, list[int](), list[SimpleNamespace]()
+    study = SimpleNamespace(tasks=("score",), parts=table.parts, trials=lambda: trials)
+    schemes = sorted({s for plan in table.plans for _, s in plan.schemes if s}, key=lambda s: s.bits)
+    ground = Ground.of(table.parts, schemes)
+    for plan in searching(study, ground, search, 10**9, seed * 10_000):  # type: ignore[arg-type]
+        i = place.get(plan.key)
+        attrs = {"key": plan.key, "plan": plan.to_json()}
+        values = [float(table.reading[i]), float(bpw[i])] if i is not None else [0.0, size(table.parts, plan).bpw]
+        trials.append(SimpleNamespace(user_attrs=attrs, values=values))  # what the table lacks costs nothing
+        rows += [i] if i is not None else []
+        if len(rows) == count:
+            return rows
+    return rows
+
+
+def walk_rows(table: Table, search: str, count: int, seed: int) -> list[int]:
+    """The same where only some combinations exist: what does not is moved to the nearest plan that does."""
+    assert table.factors is not None
+    bpw, rows = table.bpw, list[int]()
+    if search == "frontier":
+        space = table.space
+        index = space.encode(table.plans)
+        place = {tuple(row): i for i, row in enumerate(index)}
+        native = size(table.parts, Plan.uniform(table.parts, None)).bits
+        bits = tuple(
+            np.array([(o.bits if o else 16) * c.numel for o in options], dtype=float)
+            for c, options in zip(table.parts.components, space.choices, strict=True)
+        )
+        weights = Weights(bits, native - sum(b[0] for b in bits), table.parts.numel)
+        sampler = FrontierSampler(space, weights, candidates=index, seed=seed)
+        while len(rows) < count:
+            rows.append(place[tuple(sampler.next(index[rows], table.reading[rows][:, None]))])
+        return rows
+    levels = [int(column.max()) + 1 for column in table.factors.T]
+    ground = SimpleNamespace(joint=None, weights=None, low=None)
+    study = optuna.create_study(directions=[MAXIMIZE, MINIMIZE], sampler=SAMPLERS[search](ground, seed))  # type: ignore[arg-type]
+    space_ = {f"f{i}": IntDistribution(0, n - 1) for i, n in enumerate(levels)}
+    for _ in range(20 * count):
+        trial = study.ask(dict(space_))
+        wish = np.array([trial.params[name] for name in space_])
+        bits_apart = np.array([[bin(int(a) ^ int(b)).count("1") for a, b in zip(r[2:], wish[2:], strict=True)]
+                               for r in table.factors]).sum(axis=1)  # fmt: skip
+        apart = 2 * np.abs(table.factors[:, 0] - wish[0]) + 2 * (table.factors[:, 1] != wish[1]) + bits_apart
+        i = int(np.argmin(apart))
+        study.tell(trial, [float(table.reading[i]), float(bpw[i])])
+        if i not in rows:
+            rows.append(i)
+        if len(rows) == count:
+            break
+    return rows
+
+
+def regrets(table: Table, rows: list[int]) -> dict[str, float]:
+    """Mean over budgets of what is missed, in per cent of full precision, for three ways to choose a plan.
+
+    reading: the measured plan with the highest reading; believed: the measured plan that the surrogate holds for the
+    best; recommended: any plan, as `sensitivity recommend` would (before running it).
+    """
+    chosen, bpw, space = np.array(rows), table.bpw, table.space
+    index = space.encode(table.plans)
+    model = learn(space, index[chosen], table.reading[chosen], noise=table.noise)
+    belief = believed(model, index[chosen], table.reading[chosen], table.noise)
+    ways = {
+        "reading": (chosen, table.reading[chosen]),
+        "believed": (chosen, belief),
+        "recommended": (np.arange(len(bpw)), model.predict(index)),
+    }
+    full = table.truth[np.argmax(bpw)]
+    found = {}
+    for name, (plans, value) in ways.items():
+        missed = []
+        for budget in BUDGETS[BUDGETS >= bpw.min()]:
+            fits = bpw[plans] <= budget
+            held = table.truth[plans[fits][np.argmax(value[fits])]] if fits.any() else 0.0
+            missed.append((table.truth[bpw <= budget].max() - held) / full)
+        found[name] = 100 * float(np.mean(missed))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--searches", default="random,tpe,nsga2,frontier")
+    parser.add_argument("--only")
+    parser.add_argument("--out", type=Path, default=ROOT / "reports" / "replay.csv")
+    args = parser.parse_args()
+    found: list[dict[str, object]] = []
+    for table in tables(args.only):
+        count = len(table.plans)
+        marks = [round(share * count) for share in SHARES]
+        more = [n for n in np.geomspace(8, marks[-1], 8).round().astype(int) if n not in marks]
+        for n in marks:
+            found += records(table, "the whole table", 0, n, list(range(count)), 0.0)
+        for search, seed in itertools.product(args.searches.split(","), range(args.seeds)):
+            began = time.perf_counter()
+            asked = walk(table, search, marks[-1], seed)
+            seconds = time.perf_counter() - began
+            for n in (*marks, *more):
+                found += records(table, search, seed, int(n), asked[:n], seconds)
+        print(table.name, f"{seconds:.1f} s for the last {marks[-1]} plans", flush=True)
+        save(pd.DataFrame(found), args.out)
+
+
+def records(
+    table: Table, search: str, seed: int, plans: int, rows: list[int], seconds: float
+) -> list[dict[str, object]]:
+    share = plans / len(table.plans)
+    return [
+        {"table": table.name, "search": search, "seed": seed, "plans": plans, "share": share, "pick": pick,
+         "regret": regret, "seconds": seconds}
+        for pick, regret in regrets(table, rows).items()
+    ]  # fmt: skip
+
+
+def save(found: pd.DataFrame, out: Path) -> None:
+    """The numbers, a table for reading and the curves."""
+    found.to_csv(out, index=False, float_format="%.4f")
+    marks = found[found["share"].round(2).isin(SHARES)].assign(share=lambda t: (100 * t["share"]).round())
+    text = marks.pivot_table(index=["table", "pick", "search"], columns="share", values="regret").round(2).to_string()
+    command = "python experiments/benchmarks/replay.py"
+    out.with_suffix(".md").write_text(
+        f"# Regret of the frontier, % of full precision, after measuring a share of all plans (%)\n\n"
+        f"`{command}`, mean over {found['seed'].max() + 1} seeds.\n\n```\n{text}\n```\n"
+    )
+    curves = found[found["search"] != "the whole table"]
+    names = list(curves["table"].unique())
+    figure = Figure(figsize=(4.5 * len(names), 4), layout="constrained")
+    for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
+        rows = curves[(curves["table"] == name) & (curves["pick"] == "believed")]
+        sns.lineplot(
+            rows, x="plans", y="regret", hue="search", style="search", palette="colorblind", ax=axes, n_boot=200
+        )
+        axes.set(title=name, xlabel="plans measured", ylabel="regret, % of full precision", ylim=(0, 25))
+    figure.savefig(out.with_suffix(".png"), dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""GPTQModel's own GPTQ on stored layers: read inputs and weights, write its weights; runs where GPTQModel lives."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from importlib.metadata import version
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+
+import torch
+from gptqmodel.looper.named_module import NamedModule
+from gptqmodel.quantization.config import QuantizeConfig
+from gptqmodel.quantization.gptq import GPTQ
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+def quantise(weight: torch.Tensor, inputs: torch.Tensor, how: dict) -> tuple[torch.Tensor, float]:
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight.data = weight.clone()
+    activation = how.get("order") == "activation"
+    config = QuantizeConfig(
+        bits=how["bits"],
+        group_size=-1 if how["group"] == "row" else how["group"],
+        sym=how["symmetric"],
+        desc_act=activation,
+        static_groups=activation,
+        act_group_aware=bool(how.get("aware")),
+        damp_percent=0.01,
+        offload_to_disk=False,
+    )
+    solver = GPTQ(NamedModule(linear, "linear", "linear", 0), config)
+    solver.quantizer.configure(perchannel=True)
+    for chunk in torch.split(inputs, 2048):
+        solver.add_batch(chunk[None], torch.zeros(1))
+    began = time.perf_counter()
+    quantised = solver.quantize(blocksize=128)[0]
+    return quantised.float()[: weight.shape[0], : weight.shape[1]], time.perf_counter() - began
+
+
+def main(source: str, target: str) -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    results, facts = {}, {"gptqmodel": version("gptqmodel"), "torch": torch.__version__, "seconds": {}}
+    with safe_open(source, "pt") as stored:
+        wishes = json.loads(stored.metadata()["wishes"])
+        for key, layer, how in wishes:
+            weight, inputs = stored.get_tensor(f"{layer}|weight"), stored.get_tensor(f"{layer}|inputs")
+            quantised, facts["seconds"][key] = quantise(weight, inputs, how)
+            results[key] = quantised.contiguous()
+    save_file(results, target, metadata={"facts": json.dumps(facts)})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,47 @@
+"""More processes on this machine: the same command, started again, takes from the same queue."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from sensitivity.errors import UserError
+
+CHILD = "SENSITIVITY_WORKER"  # set for a worker, which starts none of its own
+
+
+def share_cores(count: int) -> None:
+    """Each process computes with its share of the cores; more threads than cores are slower than fewer."""
+    if count < 1:
+        raise UserError(f"--workers takes a number from 1 up, not {count}")
+    if count > 1:
+        import torch
+
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+
+
+@contextlib.contextmanager
+def crew(args: argparse.Namespace) -> Iterator[None]:
+    """Workers beside this process, until the queue is empty; they end with it when it is stopped."""
+    count = 0 if CHILD in os.environ else args.workers - 1
+    command = [sys.executable, "-m", "sensitivity", *args.typed, "--json"]
+    processes = [
+        subprocess.Popen(
+            command, env={**os.environ, CHILD: "1"}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for _ in range(count)
+    ]  # fmt: skip
+    try:
+        yield
+        for process in processes:
+            process.wait()
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
