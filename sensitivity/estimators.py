@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,13 +17,18 @@ from sklearn.ensemble import RandomForestRegressor
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import r2_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.utils.parallel import Parallel, delayed
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from sensitivity import treeshap
 
 Floats = np.ndarray
 TREES = 100
 REPEATS = 50  # of every permutation
-EXPLAINED = 150  # rows that SHAP explains where the grid is too large for the exact table
+EXPLAINED = 60  # rows that SHAP explains where the grid is too large for the exact table
+FEW = 25  # of them in a resample
+SHUFFLED = 500  # rows that are shuffled at most in a resample
+FANOVA = 400  # trials that Optuna's fANOVA is given at most: its time grows faster than their number
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,12 @@ class Fitted:
         plans, weight = np.unique(self.x, axis=0, return_counts=True)
         if treeshap.fits(plans):
             return treeshap.Games(self.forest, plans).interactions(), weight, plans
-        few = min(self.explained // 4, 10_000 // plans.shape[1] ** 2)  # the cost grows with the square
+        few = min(self.explained // 2, 10_000 // plans.shape[1] ** 2)  # the cost grows with the square
         if len(plans) > few:
             rows = np.random.default_rng(self.seed).choice(len(plans), few, replace=False)
             plans, weight = plans[rows], weight[rows]
-        return np.asarray(explainer(self.forest).shap_interaction_values(plans)), weight, plans
+        small = forest_of(self.seed, 20).fit(self.x, self.y)
+        return np.asarray(explainer(small).shap_interaction_values(plans)), weight, plans
 
 
 def explainer(forest: RandomForestRegressor) -> Any:
@@ -93,17 +99,20 @@ def forest(fitted: Fitted) -> Floats:
 def permutation(fitted: Fitted) -> Floats:
     """How much R2 is lost when a component's widths are shuffled among the trials (mean of 50 shuffles)."""
     draw = np.random.default_rng(fitted.seed)
-    x = fitted.x
+    x, y = fitted.x, fitted.y
+    if fitted.explained < EXPLAINED and len(x) > SHUFFLED:
+        rows = draw.choice(len(x), SHUFFLED, replace=False)
+        x, y = x[rows], y[rows]
     shuffles = np.stack([draw.permutation(len(x)) for _ in range(REPEATS)])
-    base = r2_score(fitted.y, fitted.forest.predict(x))
-    spread = np.sum((fitted.y - fitted.y.mean()) ** 2)
+    base = r2_score(y, fitted.forest.predict(x))
+    spread = np.sum((y - y.mean()) ** 2)
     lost = []
     for group in fitted.groups:
         columns = list(group)
         shuffled = np.repeat(x[None], REPEATS, axis=0)
         shuffled[:, :, columns] = x[shuffles][:, :, columns]
         predicted = _predict(fitted.forest, shuffled.reshape(-1, x.shape[1])).reshape(REPEATS, -1)
-        scores = 1 - np.sum((fitted.y - predicted) ** 2, axis=1) / spread
+        scores = 1 - np.sum((y - predicted) ** 2, axis=1) / spread
         lost.append(base - scores.mean())
     return np.asarray(lost)
 
@@ -129,6 +138,9 @@ def shap(fitted: Fitted) -> Floats:
 
 def fanova(fitted: Fitted) -> Floats:
     """Optuna's fANOVA: the share of the variance that a component's main effect explains."""
+    if len(fitted.x) > FANOVA:
+        rows = np.random.default_rng(fitted.seed).choice(len(fitted.x), FANOVA, replace=False)
+        fitted = replace(fitted, x=fitted.x[rows], y=fitted.y[rows])
     return _optuna(fitted, FanovaImportanceEvaluator(seed=fitted.seed))
 
 
@@ -187,23 +199,29 @@ def consensus(fitted: Fitted) -> Floats:
     return np.asarray(np.mean([shares(ESTIMATORS[name](fitted)) for name in CONSENSUS], axis=0))
 
 
-def chance(x: Floats, y: Floats, least: int, seed: int = 0, probes: int = 8) -> dict[str, float]:
+def chance(x: Floats, y: Floats, least: int, seed: int = 0, probes: int = 5) -> dict[str, float]:
     """The share that a component without any influence gets in a resample, by each estimator.
 
     Found by shuffling the least important column of resampled trials: the forest then explains noise with it, as
     much as such a table allows.
     """
-    found: dict[str, list[float]] = {name: [] for name in CONSENSUS}
-    for number in range(probes):
+
+    def once(number: int) -> list[float]:
         draw = np.random.default_rng([seed, number])
         rows = draw.integers(0, len(x), len(x))
         shuffled = x[rows]
         shuffled[:, least] = draw.permutation(shuffled[:, least])
-        fitted = fit(shuffled, y[rows], seed=number, explained=60, trees=50)
-        for name in CONSENSUS:
-            found[name].append(float(shares(ESTIMATORS[name](fitted))[least]))
-    means = {name: float(np.mean(values)) for name, values in found.items()}
-    return {"consensus": float(np.mean(list(means.values()))), **means}
+        fitted = fit(shuffled, y[rows], seed=number, explained=FEW, trees=50)
+        return [float(shares(ESTIMATORS[name](fitted))[least]) for name in CONSENSUS]
+
+    means = np.mean(in_parallel(once, probes), axis=0)
+    return {"consensus": float(means.mean()), **dict(zip(CONSENSUS, means.tolist(), strict=True))}
+
+
+def in_parallel(once: Callable[[int], Any], times: int) -> list[Any]:
+    """once(0), once(1), ... two at a time, each on one core."""
+    with threadpool_limits(1):
+        return list(Parallel(n_jobs=2, prefer="threads")(delayed(once)(number) for number in range(times)))
 
 
 def cross_validated(x: Floats, y: Floats, keys: Sequence[str], seed: int = 0) -> float:

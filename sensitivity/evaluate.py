@@ -210,7 +210,7 @@ def _continue(vlm: VLM, batch: Batch, image: Image, rows: list[int], drafts: lis
     for layer, (keys, values) in enumerate(image):
         cache.update(keys[owners], values[owners], layer)
     positions = torch.arange(batch.prefix, batch.prefix + ids.shape[1], device=vlm.device).expand(len(rows), -1)
-    logits = vlm.model(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True).logits
+    logits: Tensor = vlm.model(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True).logits
     longest = max(len(draft) for draft in drafts) + 1
     starts = torch.tensor([len(batch.prompts[row]) - 1 for row in rows], device=vlm.device)
     where = (starts[:, None] + torch.arange(longest, device=vlm.device)).clamp(max=ids.shape[1] - 1)

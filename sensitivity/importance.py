@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.utils.parallel import Parallel, delayed
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from sensitivity import estimators, robustness
 from sensitivity.components import ComponentMap
@@ -184,17 +182,15 @@ def grouping(
 
 def bootstrap(readings: Readings, groups: Sequence[Sequence[int]], times: int, seed: int) -> dict[str, Floats]:
     """Shares (resamples x components) of the consensus and its three estimators over resampled trials."""
-    explained = 60 if len(readings.names) > 3 else estimators.EXPLAINED
 
     def once(number: int) -> Floats:
         rows = np.random.default_rng([seed, number]).integers(0, len(readings), len(readings))
         x, y = readings.bits[rows], readings.score[rows]
-        fitted = estimators.fit(x, y, groups, number, explained, RESAMPLED_TREES)
+        fitted = estimators.fit(x, y, groups, number, estimators.FEW, RESAMPLED_TREES)
         return np.stack([shares(ESTIMATORS[name](fitted)) for name in CONSENSUS])
 
-    with threadpool_limits(1):  # two resamples at a time are parallel enough
-        found = Parallel(n_jobs=2, prefer="threads")(delayed(once)(number) for number in range(times))
-    drawn = np.array(list(found)).reshape(times, len(CONSENSUS), len(groups))
+    found = estimators.in_parallel(once, times)
+    drawn = np.array(found).reshape(times, len(CONSENSUS), len(groups))
     return {"consensus": drawn.mean(axis=1), **{name: drawn[:, i] for i, name in enumerate(CONSENSUS)}}
 
 

@@ -1,4 +1,4 @@
-"""The best plan that a runtime can load: solved again under the budget, not rounded part by part, and what that costs."""
+"""The best plan that a runtime can load: solved again under the budget, not rounded part by part; and its cost."""
 
 from __future__ import annotations
 
@@ -77,9 +77,7 @@ def legal(study: Study, runtime: str, bpw: float, task: str | None = None) -> Ca
     failure: UserError | None = None
     for allowed in searches(study.parts, runtime, sorted(_measured(study), key=str)):
         try:
-            candidates += solve(
-                study, bpw=bpw, tasks=[task], allowed=allowed, tied=tied(study.parts, runtime), top=1
-            )
+            candidates += solve(study, bpw=bpw, tasks=[task], allowed=allowed, tied=tied(study.parts, runtime), top=1)
         except UserError as error:
             failure = failure or error
     if not candidates:

@@ -32,6 +32,7 @@ from sensitivity.surrogate import Space, learn
 from sensitivity.trials import Study
 from sensitivity.verdict import Recommendation
 
+MANY = 1000  # trials beyond which fewer resamples have to do
 NEAR = 0.9  # share of full precision that counts as near the operating point
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0)  # bpw; those that the study's widths can reach are shown
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 470, 62, 16, 16, 48  # of the interactive figure
@@ -117,7 +118,8 @@ def _task(
     """Everything that the page says about one task."""
     refusal, ranking = "", rankings.get(task)
     try:
-        ranking = ranking or rank(study, task, bootstraps=bootstraps)
+        few = bootstraps if len(table) <= MANY else max(1, bootstraps // 2)
+        ranking = ranking or rank(study, task, bootstraps=few)
     except UserError as error:
         refusal = str(error)
     known = table[table[task].notna()] if task in table else table.iloc[:0]

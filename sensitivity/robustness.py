@@ -50,7 +50,7 @@ def by_budget(readings: Readings, budgets: Sequence[float], reach: float = 0.15)
     for budget in budgets:
         around = readings.where(np.abs(readings.bpw / budget - 1) <= reach)
         if len(around) >= 8 and np.ptp(around.score) > 0:
-            share = estimators.consensus(estimators.fit(around.bits, around.score, explained=60, trees=50))
+            share = estimators.consensus(estimators.fit(around.bits, around.score, explained=estimators.FEW, trees=50))
             rows[budget] = dict(zip(readings.names, share, strict=True)) | {"trials": len(around)}
     return pd.DataFrame.from_dict(rows, orient="index", columns=[*readings.names, "trials"]).rename_axis("bpw")
 
@@ -67,27 +67,22 @@ def without_levels(
     def share(rest: Readings) -> Floats:
         return estimators.shares(estimators.forest(estimators.fit(rest.bits, rest.score, groups, seed, trees=40)))
 
-    rows, base = [], share(readings)
-    many = len(names) > 6
+    left_out = []
     for name, group in zip(names, groups, strict=True):
-        for bits in np.unique(readings.bits[:, list(group)])[: 2 if many else None]:
+        for bits in np.unique(readings.bits[:, list(group)])[: 2 if len(names) > 6 else None]:
             touched = (readings.bits[:, list(group)] == bits).any(axis=1)
             rest = readings.where(~touched)
-            if len(rest) < max(8, len(readings) / 2) or np.ptp(rest.score) == 0:
-                continue
-            found = share(rest)
-            most = int(np.argmax(np.abs(found - base)))
-            rows.append(
-                {
-                    "component": name,
-                    "bits": int(bits),
-                    "trials": int(touched.sum()),
-                    "shift": float((found - base)[most]),
-                    "moves": names[most],
-                    "tau": float(kendalltau(found, base).statistic),
-                    "changes_first": int(np.argmax(found)) != int(np.argmax(base)),
-                }
-            )
+            if len(rest) >= max(8, len(readings) / 2) and np.ptp(rest.score) > 0:
+                left_out.append((name, int(bits), int(touched.sum()), rest))
+    base, *found = estimators.in_parallel(lambda i: share(left_out[i - 1][3] if i else readings), len(left_out) + 1)
+    rows = []
+    for (name, bits, trials, _), shares in zip(left_out, found, strict=True):
+        most = int(np.argmax(np.abs(shares - base)))
+        rows.append({
+            "component": name, "bits": bits, "trials": trials, "shift": float((shares - base)[most]),
+            "moves": names[most], "tau": float(kendalltau(shares, base).statistic),
+            "changes_first": int(np.argmax(shares)) != int(np.argmax(base)),
+        })  # fmt: skip
     columns = ["component", "bits", "trials", "shift", "moves", "tau", "changes_first"]
     return pd.DataFrame(rows, columns=columns)
 

@@ -31,12 +31,15 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> No
         grid.add_row(*(escape(str(cell)) for cell in row))
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print()
-    console.print(escape(title), style="bold", soft_wrap=True, highlight=False)  # a table's own title wraps at its width
+    console.print(escape(title), style="bold", soft_wrap=True, highlight=False)
     console.print(grid, highlight=False)
 
 
-def walk(steps: Iterable[Step], title: str) -> int:
-    """Walk along a sweep behind a bar on standard error: what is done, what is left, the time it will take."""
+def walk(steps: Iterable[Step], title: str, expected: int = 0) -> int:
+    """Walk along a sweep behind a bar on standard error: what is done, what is left, the time it will take.
+
+    `expected` is how many plans there will be, where they are not all known beforehand.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -55,7 +58,9 @@ def walk(steps: Iterable[Step], title: str) -> int:
             finished += 1
             earlier = step.done - 1 if earlier is None else earlier
             last = " ".join(f"{task} {score:.3f}" for task, score in step.scores.items())
-            bar.update(line, total=step.done + step.left - earlier, completed=step.done - earlier, last=last)
+            bar.update(
+                line, total=max(step.done + step.left, expected) - earlier, completed=step.done - earlier, last=last
+            )
         if not finished:
             bar.update(line, total=1, completed=1, last="nothing was left to do")
     return finished

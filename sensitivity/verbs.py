@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from sensitivity import search
 from sensitivity.allocate import Candidate, best_uniform, solve
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError, unknown
-from sensitivity.export import FORMATS, Codes, Job, write
+from sensitivity.export import CHECKPOINTS, FORMATS, Codes, Job, write
+from sensitivity.export.calibrated import codes as codes_of
 from sensitivity.export.job import from_weights_alone
 from sensitivity.export.plan_json import read, write_file
 from sensitivity.export.verify import verify
@@ -68,24 +70,22 @@ def one_at_a_time(
     return search.one_at_a_time(parts, schemes=schemes or [scheme(method, width, **chosen) for width in bits])
 
 
+Plans = Iterable[Plan] | Callable[[Study], Iterable[Plan]]
+
+
 def plans(
     parts: ComponentMap, schemes: Sequence[Scheme], how: str = "grid", trials: int | None = None, seed: int = 0
-) -> Iterable[Plan]:
-    """What to try: a list where all plans are known beforehand, otherwise plans one after the other."""
-    if how not in SEARCHES:
-        raise unknown("search", how, SEARCHES)
-    return SEARCHES[how](parts, schemes, trials, seed)
-
-
-SEARCHES: dict[str, Callable[[ComponentMap, Sequence[Scheme], int | None, int], Iterable[Plan]]] = {
-    "grid": lambda parts, schemes, trials, seed: grid(parts, schemes=schemes)[:trials],
-    "one-at-a-time": lambda parts, schemes, trials, seed: one_at_a_time(parts, schemes=schemes)[:trials],
-    "random": lambda parts, schemes, trials, seed: search.random(parts, trials or 100, schemes=schemes, seed=seed),
-}
+) -> Plans:
+    """What to try: a list where all plans are known beforehand; otherwise each is chosen when the last one is told."""
+    if how in search.LISTS:
+        return search.LISTS[how](parts, schemes, trials or 100, seed)[:trials]
+    if how not in search.SAMPLERS:
+        raise unknown("search", how, [*search.LISTS, *search.SAMPLERS])
+    return lambda study: search.plans(study, schemes, how, trials, seed)
 
 
 def sweep(
-    vlm: VLM, parts: ComponentMap, plans: Iterable[Plan], tasks: Sequence[str], out: Path | str, **how: Any
+    vlm: VLM, parts: ComponentMap, plans: Plans, tasks: Sequence[str], out: Path | str, **how: Any
 ) -> Study:
     """Evaluate every plan that the study at `out` does not hold yet, and return the study."""
     study, steps = sweeping(vlm, parts, plans, tasks, out, **how)
@@ -97,7 +97,7 @@ def sweep(
 def sweeping(
     vlm: VLM,
     parts: ComponentMap,
-    plans: Iterable[Plan],
+    plans: Plans,
     tasks: Sequence[str],
     out: Path | str,
     n: int = 1000,
@@ -113,6 +113,8 @@ def sweeping(
     chosen = [find_task(name, "evaluation", n, seed) for name in dict.fromkeys(tasks)]
     facts = identity(vlm, chosen, tasks, n, seed)
     study = Study.create(out, parts, [task.name for task in chosen], facts, storage)
+    if callable(plans):
+        return study, run_plans(vlm, study, chosen, plans(study), plain, statistics)
     if statistics is None and isinstance(plans, Sequence):
         schemes = list(dict.fromkeys(one for plan in plans for _, one in plan.schemes if one))
         named, statistics = calibrated(vlm, parts, schemes, tasks, against=chosen)
@@ -251,13 +253,24 @@ def export(
         plan=plan,
         facts={"study": str(study.path), **(facts or {})},
         dtype=getattr(torch, meta.get("dtype", "float16")),
-        codes=codes or from_weights_alone,
     )
     if format != "plan" and meta.get("fingerprint") not in (None, job.source.fingerprint):
         raise UserError(f"{study.path} was measured on {meta['model']}, and {job.source.name} is another model")
     trial, expected = _measured(study, plan)
-    write(job, out, format, force, trial, runtime, expected)
+    with _codes(study, job, format) as found_again:
+        write(replace(job, codes=codes or found_again), out, format, force, trial, runtime, expected)
     return out / "plan.json" if format == "plan" and out.suffix != ".json" else out
+
+
+def _codes(study: Study, job: Job, format: str) -> AbstractContextManager[Codes]:
+    """How the weights of a plan are quantised: from the weights alone, or calibrated again on the data it names."""
+    schemes = list(dict.fromkeys(scheme for _, scheme in job.plan.schemes if scheme is not None))
+    if format not in CHECKPOINTS or not any(method_of(scheme).calibrated for scheme in schemes):
+        return nullcontext(from_weights_alone)
+    vlm = load(job.model, dtype=study.meta["dtype"]) if isinstance(job.model, str) else job.model
+    _, statistics = calibrated(vlm, study.parts, schemes, study.meta["tasks"])
+    assert statistics is not None
+    return codes_of(vlm, study.parts, job.plan, statistics)
 
 
 def export_from(source: Path, bpw: float | None, out: Path, format: str, force: bool, **how: Any) -> Path:

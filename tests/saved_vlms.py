@@ -38,11 +38,15 @@ def blip2(text: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def blip2_opt() -> tuple[Any, Any]:
-    return blip2({"model_type": "opt", **small.OPT, "vocab_size": 256, "max_position_embeddings": 512, **small.SPECIALS})
+    return blip2(
+        {"model_type": "opt", **small.OPT, "vocab_size": 256, "max_position_embeddings": 512, **small.SPECIALS}
+    )
 
 
 def blip2_t5() -> tuple[Any, Any]:
-    return blip2({"model_type": "t5", **small.T5, "num_decoder_layers": 3, "vocab_size": 256, "decoder_start_token_id": 0})
+    return blip2(
+        {"model_type": "t5", **small.T5, "num_decoder_layers": 3, "vocab_size": 256, "decoder_start_token_id": 0}
+    )
 
 
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {"blip2_opt": blip2_opt, "blip2_t5": blip2_t5}

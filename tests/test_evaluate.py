@@ -1,4 +1,4 @@
-"""The fast path against generation by transformers, example by example; images and data that are not as they should be."""
+"""The fast path against generation by transformers, example by example; images and data that are not in order."""
 
 from __future__ import annotations
 

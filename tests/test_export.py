@@ -22,6 +22,7 @@ from sensitivity.components import ComponentMap, Weight
 from sensitivity.errors import UserError
 from sensitivity.export import FORMATS, Job, manifest, shards, write
 from sensitivity.export.awq import ORDER, _words
+from sensitivity.export.calibrated import codes as codes_of
 from sensitivity.export.gptq import PLANES, layout, pack_planes
 from sensitivity.export.job import from_weights_alone
 from sensitivity.export.packing import pack, unpack
@@ -29,7 +30,7 @@ from sensitivity.export.plan_json import SCHEMA, read
 from sensitivity.export.source import open_source
 from sensitivity.models import inspect, load
 from sensitivity.plan import Plan, Scheme, component_bits, size
-from sensitivity.quantize import quantized
+from sensitivity.quantize import calibrate, quantized, scheme
 from sensitivity.runtimes import RUNTIMES
 
 EMBEDDED = "embedded:scenes-llava"
@@ -298,9 +299,7 @@ def test_llm_compressor_has_a_modifier_per_method(exports: Path) -> None:
     }
 
 
-def test_bnb_skips_whole_paths_and_refuses_a_mixture(
-    exports: Path, parts: ComponentMap, tmp_path: Path
-) -> None:
+def test_bnb_skips_whole_paths_and_refuses_a_mixture(exports: Path, parts: ComponentMap, tmp_path: Path) -> None:
     config = json.loads((exports / "bnb" / "quantization_config.json").read_bytes())
     assert config["load_in_4bit"] is True
     assert "model.multi_modal_projector.linear_1" in config["llm_int8_skip_modules"]
@@ -407,9 +406,7 @@ def test_damage_is_found(exports: Path, tmp_path: Path, what: str) -> None:
 
 def test_codes_off_the_integer_grid_are_refused_with_a_way_out(parts: ComponentMap, tmp_path: Path) -> None:
     for scheme in (rtn(4, "tensor", False, "uniform"), rtn(4, 64, True, "nf4", double=False)):
-        with pytest.raises(
-            UserError, match=f"what {scheme.method} stores; use --method rtn, or --format fake"
-        ):
+        with pytest.raises(UserError, match=f"what {scheme.method} stores; use --method rtn, or --format fake"):
             write(job(parts, {}, scheme), tmp_path / "out", "compressed-tensors")
     assert not list(tmp_path.iterdir())
 
@@ -425,6 +422,25 @@ def test_calibrated_methods_ask_for_their_codes(parts: ComponentMap, tmp_path: P
 
     write(job(parts, {}, rtn(4, method="gptq"), codes=codes), tmp_path / "out", "compressed-tensors")
     assert set(calls) == {weight.name for weight in parts.weights}
+
+
+@pytest.mark.parametrize("path", ["float", "exposed"])
+def test_calibrated_codes_are_those_that_were_measured(tmp_path: Path, path: str) -> None:
+    vlm = load(EMBEDDED)
+    parts = inspect(vlm, by="part")
+    statistics = calibrate(vlm, parts, ["vqa"], n=4, path=path)
+    chosen = scheme("gptq", 3, calibration=statistics.facts)
+    plan = Plan.of(parts, {"vision": chosen, "connector": None, "language": rtn(4)})
+    if path == "exposed":
+        plan = Plan.of(parts, {"vision": rtn(2), "connector": chosen}, None)  # what follows a coarse tower
+    before = {name: parameter.data.clone() for name, parameter in vlm.model.named_parameters()}
+    with codes_of(vlm, parts, plan, statistics) as codes:
+        asked = Job(vlm, parts, plan, dtype=torch.float32, codes=codes)
+        write(asked, tmp_path / "out", "compressed-tensors")
+    assert all(torch.equal(before[name], parameter) for name, parameter in vlm.model.named_parameters())
+    found = dict(load(str(tmp_path / "out"), dtype="float32", quantised=True).model.named_parameters())
+    with quantized(vlm.model, parts, plan, statistics=statistics):
+        assert not [name for name, p in vlm.model.named_parameters() if not torch.equal(p, found[name])]
 
 
 def test_an_unknown_format_is_told_the_known_ones(parts: ComponentMap, tmp_path: Path) -> None:

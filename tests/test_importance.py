@@ -155,7 +155,7 @@ def test_per_megabyte_and_coarser_parts(tmp_path: Path) -> None:
 def test_importance_budget_by_budget(tmp_path: Path) -> None:
     study = planted.study(tmp_path, {"a": planted.product}, 0.01)
     found = robustness.by_budget(of_study(study), [3.0, 5.0, 8.0, 99.0])
-    assert list(found.index) == [3.0, 5.0, 8.0]
+    assert list(found.index) == [5.0, 8.0]  # too few plans are as small as 3
     np.testing.assert_allclose(found[list(planted.PARTS)].sum(axis=1), 100)
     assert (found["trials"] >= 8).all()
 

@@ -121,12 +121,12 @@ def test_groups_that_make_no_sense(group: object) -> None:
 
 
 def test_an_unknown_field_of_a_stored_scheme_is_refused() -> None:
-    with pytest.raises(UserError, match="unknown scheme field 'bitz'.*did you mean bits"):
+    with pytest.raises(UserError, match=r"unknown scheme field 'bitz'.*did you mean bits"):
         Scheme.from_json({"method": "rtn", "bits": 4, "bitz": 3})
 
 
 def test_a_plan_for_another_model_is_refused(parts: ComponentMap) -> None:
-    with pytest.raises(UserError, match="the plan is for other components: missing .*connector.*unknown .*audio"):
+    with pytest.raises(UserError, match=r"the plan is for other components: missing .*connector.*unknown .*audio"):
         size(parts, Plan((("vision", None), ("audio", None))))
 
 

@@ -75,7 +75,7 @@ def test_the_model_is_itself_again_after_a_sweep(scenes_llava: VLM, tmp_path: Pa
 def test_another_seed_or_number_is_refused(scenes_llava: VLM, tmp_path: Path) -> None:
     parts, plans = plans_for(scenes_llava)
     verbs.sweep(scenes_llava, parts, plans[:1], ["vqa"], tmp_path, n=5)
-    with pytest.raises(UserError, match="holds another study .n: there 5, here 6.; choose another --out"):
+    with pytest.raises(UserError, match=r"holds another study \(n: there 5, here 6\); choose another --out"):
         verbs.sweep(scenes_llava, parts, plans[:1], ["vqa"], tmp_path, n=6)
     with pytest.raises(UserError, match="seed: there 0, here 1"):
         verbs.sweep(scenes_llava, parts, plans[:1], ["vqa"], tmp_path, n=5, seed=1)

@@ -90,7 +90,7 @@ def test_another_model_or_seed_is_refused_with_the_difference(tmp_path: Path, ch
 
 def test_other_tasks_and_granularity_are_refused(tmp_path: Path) -> None:
     new(tmp_path)
-    with pytest.raises(UserError, match="tasks: there .'vqa'., here .'caption'."):
+    with pytest.raises(UserError, match=r"tasks: there .'vqa'., here .'caption'."):
         Study.create(tmp_path, PARTS, ["caption"], {"model": "toy"})
     with pytest.raises(UserError, match="by: there part, here linear"):
         Study.create(tmp_path, PARTS.regroup("linear"), ["vqa"], {"model": "toy"})

@@ -67,11 +67,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         against=chosen,
         cache_gb=args.cache_gb,
     )
+    expected = 0 if args.search in ("grid", "one-at-a-time") else args.trials or 100
     plans = verbs.plans(parts, schemes, args.search, args.trials, args.seed)
     how = {"n": args.n, "seed": args.seed, "plain": args.plain, "storage": args.storage, "statistics": statistics}
     study, steps = verbs.sweeping(vlm, parts, plans, args.task, args.out, **how)
     with workers.crew(args):
-        terminal.walk(steps, f"sweeping {vlm.name}")
+        terminal.walk(steps, f"sweeping {vlm.name}", expected)
     if study.release_lost():  # of a worker that died
         terminal.walk(verbs.sweeping(vlm, parts, [], args.task, args.out, **how)[1], "what a lost worker left")
     facts = {"study": str(args.out), **study.counts(), "trials": json.loads(study.table().to_json(orient="records"))}

@@ -48,6 +48,7 @@ FORMATS: dict[str, Callable[[Job, Path], Written]] = {
     "llama.cpp": llama_cpp.write,
     "mlx": mlx.write,
 }
+CHECKPOINTS = ("fake", "compressed-tensors", "gptq", "awq", "auto-round")  # those that hold weights
 EXPECTED = "expected.parquet"  # per-example answers of the trial, for `verify`
 
 

@@ -59,11 +59,6 @@ def _specs(key: str, weight: Weight, scheme: Scheme) -> tuple[Spec, ...]:
 
 
 def _tensors(found: Quantised, weight: Weight, scheme: Scheme) -> Sequence[Tensor]:
-    if found.inputs is not None:
-        raise UserError(
-            f"{weight.name} was quantised with a factor per input, which must be folded into the layer before it; give "
-            "`codes` whose factors are folded already, or use --format fake"
-        )
     count = _specs("", weight, scheme)[1].shape[0]
     zero = found.zero.to(torch.uint8).T.expand(count, weight.rows)
     scale = found.scale.to(torch.float16)

@@ -19,7 +19,7 @@ def _lines(job: Job, written: Written, format: str, facts: Mapping[str, Any]) ->
     license = job.source.license
     yield from ("---", f"license: {license}", f"base_model: {Path(job.parts.model).name}", "---", "")
     yield from (f"# {Path(job.parts.model).name}, {job.plan.describe()}", "")
-    yield f"Weights of {Path(job.parts.model).name} under a mixed-precision plan, exported as `{format}` by sensitivity."
+    yield f"{Path(job.parts.model).name} under a mixed-precision plan, exported as `{format}` by sensitivity."
     yield from ("", "## Plan", "")
     yield "| component | method | bits | group | grid | weights | predicted bytes | written bytes |"
     yield "|---|---|---|---|---|---|---|---|"
@@ -30,7 +30,8 @@ def _lines(job: Job, written: Written, format: str, facts: Mapping[str, Any]) ->
         yield f"| {component.name} | {_scheme(scheme)} | {component.numel:,} | {predicted:,} | {stored} |"
     kept = sum(k.numel for k in job.parts.kept)
     stored = f"{written.bytes['kept']:,}" if written.bytes else "–"
-    yield f"| kept ({_reasons(job.parts)}) | | native | | | {kept:,} | {kept * job.parts.native_bits // 8:,} | {stored} |"
+    sizes = f"{kept:,} | {kept * job.parts.native_bits // 8:,} | {stored}"
+    yield f"| kept ({_reasons(job.parts)}) | native | | | | {sizes} |"
     yield from ("", "## Size", "", *_size(job, written), "", "## Scores", "")
     yield from _scores(facts)
     yield from (
@@ -64,7 +65,8 @@ def _reasons(parts: ComponentMap) -> str:
 
 def _size(job: Job, written: Written) -> Iterator[str]:
     predicted = size(job.parts, job.plan)
-    yield f"Predicted: {predicted.bytes:,} bytes, {predicted.bpw:.3f} bits per weight (codes alone: {predicted.bpw_codes:.3f})."
+    bpw = f"{predicted.bpw:.3f} bits per weight (codes alone: {predicted.bpw_codes:.3f})"
+    yield f"Predicted: {predicted.bytes:,} bytes, {bpw}."
     if written.bytes:
         total = sum(written.bytes.values())
         yield (

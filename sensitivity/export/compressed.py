@@ -19,6 +19,7 @@ from sensitivity.plan import Scheme
 from sensitivity.quantize.grid import Quantised
 
 FORMAT = "pack-quantized"
+UNPACK = "model.hf_quantizer.compressor.decompress_model(model)\n"
 STRATEGIES = {"tensor": "tensor", "row": "channel"}
 
 
@@ -26,16 +27,22 @@ def write(job: Job, folder: Path) -> Written:
     """Loads through plain `from_pretrained` with compressed-tensors installed."""
     weight, hashes = checkpoint(job, folder, layout(job.half), {"quantization_config": config(job)})
     return Written(
-        load=LOAD.format(dtype=str(job.dtype).removeprefix("torch.")) + "# needs: pip install compressed-tensors\n",
+        load=LOAD.format(dtype=str(job.dtype).removeprefix("torch.")) + UNPACK,
         bytes=weight,
         hashes=hashes,
         headers=headers(folder, weight),
         notes=(
-            "transformers keeps the weights packed until the first forward pass and unpacks them then; its own "
-            "`dequantize=True` reads only the first group of settings and must not be used with mixed widths.",
+            "Needs compressed-tensors (pip install compressed-tensors). Without the last line the weights are unpacked "
+            "by the first forward pass of the whole model, which `generate` of some families never makes. "
+            "transformers' `dequantize=True` reads only the first group of settings: not for mixed widths.",
         ),
-        runs=True,
+        runs=all(_loads(scheme) for _, scheme, _ in job.groups()),
     )
+
+
+def _loads(scheme: Scheme) -> bool:
+    """Whether transformers can load it: packed zero points are for other runtimes (see RUNTIMES)."""
+    return scheme.symmetric or scheme.group == "tensor"
 
 
 def config(job: Job) -> dict[str, Any]:

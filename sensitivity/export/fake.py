@@ -15,7 +15,7 @@ processor = AutoProcessor.from_pretrained(FOLDER)
 
 
 def write(job: Job, folder: Path) -> Written:
-    """Loads everywhere and answers as the plan does, but saves nothing: for comparison, and for methods without codes."""
+    """Loads everywhere and answers as the plan does, but saves nothing: to compare, and for methods without codes."""
     weight, hashes = checkpoint(job, folder, None, {})
     return Written(
         load=LOAD.format(dtype=str(job.dtype).removeprefix("torch.")),

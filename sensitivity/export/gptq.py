@@ -46,7 +46,7 @@ def write(job: Job, folder: Path) -> Written:
 
 
 def checkpoint_format(job: Job) -> str:
-    """The oldest layout that can hold the plan: `gptq` stores zero points less one, which asymmetric ones can overflow."""
+    """The oldest layout that can hold the plan: `gptq` stores zero points less one, and 0 less one overflows."""
     schemes = {scheme for _, scheme, _ in job.groups()}
     if any(scheme.bits in (5, 6, 7) for scheme in schemes):
         return "gptq_p"

@@ -44,7 +44,7 @@ def from_weights_alone(name: str, weight: Tensor, scheme: Scheme) -> Any:
 
     if scheme.method in METHODS and METHODS[scheme.method].calibrated:
         raise UserError(
-            f"{scheme.method} needs its calibration data again to be exported; give `codes`, for example from "
+            f"{scheme.method} needs its calibration data again to be exported; give `codes`, such as those of "
             "sensitivity.export.calibrated.codes(vlm, parts, plan, statistics)"
         )
     ((result,),) = solve(Linears((name,), (weight,)), [scheme])
@@ -175,6 +175,11 @@ def _packed(job: Job, tensor: Stored, weight: Weight, layout: Layout) -> Piece:
 
     def make() -> Sequence[Tensor]:
         found = job.codes(tensor.parameter, _read(job, tensor), scheme)
+        if getattr(found, "inputs", None) is not None:
+            raise UserError(
+                f"{tensor.parameter} was quantised with a factor for each input, which this layout cannot hold; use "
+                "--format fake, or a method without scales, such as gptq"
+            )
         if not isinstance(found, Quantised) or not bool((found.zero == found.zero.round()).all()):
             raise UserError(f"{tensor.parameter} has no codes on an integer grid; use --method rtn, or --format fake")
         return layout.tensors(found, weight, scheme)

@@ -83,9 +83,9 @@ def _name(module: str, known: Mapping[str, Any]) -> str | None:
     words = module.split(".")
     ends = [".".join(words[start:]) for start in range(len(words))]
     heard = {key: str(value[1]) for key, value in known.items() if not str(value[1]).startswith(("a.", "mm.a."))}
-    for fits in (lambda key, end: key == end, lambda key, end: key.endswith("." + end)):
+    for whole in (True, False):
         for end in ends:
-            names = {name for key, name in heard.items() if fits(key, end)}
+            names = {name for key, name in heard.items() if key == end or (not whole and key.endswith("." + end))}
             if len(names) == 1:
                 return names.pop()
             if names:

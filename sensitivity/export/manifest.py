@@ -1,4 +1,4 @@
-"""The manifest of an export: what was written, from which plan, with the hash of every file; and whether it is whole."""
+"""The manifest of an export: what was written, from which plan, each file with its hash; and whether it is whole."""
 
 from __future__ import annotations
 

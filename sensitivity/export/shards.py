@@ -90,7 +90,7 @@ def _file(target: Path, pieces: Sequence[Piece]) -> str:
                 assert found == (spec.dtype, spec.shape), f"{spec.key}: {found} instead of {spec.dtype}, {spec.shape}"
                 plain = tensor.detach().contiguous().cpu().reshape(-1)
                 if spec.bytes:
-                    stream.put(memoryview(plain.view(torch.uint8).numpy()).cast("B"))
+                    stream.put(plain.view(torch.uint8).numpy().data)
     return stream.sha256
 
 

@@ -35,8 +35,8 @@ def verify(folder: Path, device: str = "cpu") -> dict[str, Any]:
     elif not (folder / EXPECTED).exists():
         outcome |= {
             "verdict": "whole",
-            "words": "every file is as it was written; the plan was never measured, so there are no answers to compare: "
-            "`sensitivity recommend` measures the plan that it chooses",
+            "words": "every file is as it was written; the plan was never measured, so there are no answers to "
+            "compare: `sensitivity recommend` measures the plan that it chooses",
         }
     else:
         expected = pd.read_parquet(folder / EXPECTED)

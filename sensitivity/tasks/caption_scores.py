@@ -69,13 +69,13 @@ def _grams(text: str) -> Counter[Gram]:
 
 
 def metrics() -> tuple[dict[str, tasks.Metric], tuple[str, ...]]:
-    """What is here of BLEU-4, ROUGE-L, METEOR and CIDEr on the Java program's words, and notes on what is not."""
+    """What is here of BLEU-4, ROUGE-L and METEOR, and notes on what is not."""
     if importlib.util.find_spec("pycocoevalcap") is None:
         return {}, (f"BLEU-4, ROUGE-L and METEOR are left out: they need pycocoevalcap ({INSTALL})",)
     plain: dict[str, tasks.Metric] = {"BLEU-4": bleu4, "ROUGE-L": rouge_l}
     if shutil.which("java") is None:
         return plain, ("METEOR is left out: it needs Java, and there is none on the path",)
-    return plain | {"METEOR": meteor, "CIDEr (PTB)": cider_of_ptb}, ()
+    return plain | {"METEOR": meteor}, ()
 
 
 def bleu4(answers: Sequence[str], examples: Sequence[tasks.Example]) -> float:
@@ -97,7 +97,8 @@ def meteor(answers: Sequence[str], examples: Sequence[tasks.Example]) -> float:
     right, given = _corpus(answers, examples)
     program = Meteor()
     try:
-        return float(program.compute_score(right, given)[0])
+        # a line without words would leave the program waiting for more
+        return float(program.compute_score(right, {i: [said or "."] for i, [said] in given.items()})[0])
     except (OSError, ValueError) as error:
         raise UserError(f"METEOR's Java program failed ({error}); it needs 2 GB; try java -version") from error
     finally:
@@ -108,21 +109,10 @@ def meteor(answers: Sequence[str], examples: Sequence[tasks.Example]) -> float:
             pipe.close()
 
 
-def cider_of_ptb(answers: Sequence[str], examples: Sequence[tasks.Example]) -> float:
-    """CIDEr as it is published: by pycocoevalcap, on words split by the Stanford tokenizer in Java."""
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
-    split = PTBTokenizer().tokenize
-    right = split({i: [{"caption": one} for one in example.answers] for i, example in enumerate(examples)})
-    given = split({i: [{"caption": answer}] for i, answer in enumerate(answers)})
-    return float(Cider().compute_score(right, given)[0])
-
-
 def _corpus(answers: Sequence[str], examples: Sequence[tasks.Example]) -> tuple[dict[int, Any], dict[int, Any]]:
-    """References and answers in the form of pycocoevalcap; no words at all would upset its programs."""
+    """References and answers in the form of pycocoevalcap."""
     right = {i: [" ".join(words(one)) for one in example.answers] for i, example in enumerate(examples)}
-    return right, {i: [" ".join(words(answer)) or "."] for i, answer in enumerate(answers)}
+    return right, {i: [" ".join(words(answer))] for i, answer in enumerate(answers)}
 
 
 def rouge(kind: str) -> Callable[[str, str], float]:

@@ -98,11 +98,17 @@ class Source:
         """n of the part's examples drawn with the seed, in the order of their ids, and notes on what is left out."""
         flaws: list[Flaw] = []
         good: list[tasks.Example] = []
-        for row in rows:
-            if isinstance(row, Flaw):
-                flaws.append(row)
-            elif part.has(row.cluster):
-                good.append(row)
+        try:
+            for row in rows:
+                if isinstance(row, Flaw):
+                    flaws.append(row)
+                elif part.has(row.cluster):
+                    good.append(row)
+        except (KeyError, TypeError, AttributeError) as error:
+            what = f"an entry has no {error}" if isinstance(error, KeyError) else f"an entry is wrong ({error})"
+            raise UserError(
+                f"{self.name} in {self.folder} is not of the official layout: {what}; {self.get}"
+            ) from error
         notes = [*part.note, *self.tolerated(flaws, len(flaws) + len(good))]
         good.sort(key=lambda example: example.id)  # the sample does not depend on the order of a file or a folder
         chosen = draw(good, n, seed, f"{self.name} in {self.folder}", part.split)

@@ -12,8 +12,8 @@ from sensitivity.tasks.rsvqa import match
 
 GET_AID = "download AID.zip (captain-whu.github.io/AID) and unpack it, to have Airport/airport_1.jpg and its like there"
 GET_UCMERCED = (
-    "download UCMerced_LandUse.zip (weegee.vision.ucmerced.edu/datasets/landuse.html), unpack it and name its folder "
-    "Images, where agricultural/agricultural00.tif and its like are"
+    "download UCMerced_LandUse.zip (weegee.vision.ucmerced.edu/datasets/landuse.html), and unpack it, to have "
+    "Images/agricultural/agricultural00.tif and its like there"
 )
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 
@@ -23,7 +23,7 @@ def aid(folder: Path, split: str, n: int, seed: int) -> tasks.Task:
 
 
 def ucmerced(folder: Path, split: str, n: int, seed: int) -> tasks.Task:
-    return _task(Source("ucmerced", folder, GET_UCMERCED), split, n, seed)
+    return _task(Source("ucmerced", folder / "Images", GET_UCMERCED), split, n, seed)
 
 
 def _task(source: Source, split: str, n: int, seed: int) -> tasks.Task:
