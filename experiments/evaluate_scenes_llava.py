@@ -51,7 +51,7 @@ def summary(values: np.ndarray, cluster: np.ndarray) -> dict[str, float]:
     error = float(np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / n)
     # Without a single error the spread says nothing: rule of three on the scenes.
     reach = 1.96 * error if error > 0 else 3 / len(sums)
-    return {"mean": float(mean), "low": float(mean) - reach, "high": float(mean) + reach, "n": n}
+    return {"mean": float(mean), "low": max(0.0, float(mean) - reach), "high": float(mean) + reach, "n": n}
 
 
 class Reader:
@@ -109,7 +109,7 @@ def measure(reader: Reader, kind: str, asked: list[tuple[int, S.Question]], scen
     for name, values in found["right"].items():
         row = summary(np.array(values), cluster)
         if name != "NLL":
-            row |= {"low": max(0.0, row["low"]), "high": min(1.0, row["high"])}
+            row["high"] = min(1.0, row["high"])
         row["shuffled"] = float(np.mean(found["shuffled"][name]))
         if name in found["prior"]:
             row["prior"] = float(np.mean(found["prior"][name]))

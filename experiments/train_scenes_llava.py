@@ -1,6 +1,6 @@
 """Trains embedded:scenes-llava, counted in steps: language on symbols, eye, bridge, all; the last two twice.
 
-    python experiments/train_scenes_llava.py                # about half an hour on two cores
+    python experiments/train_scenes_llava.py                # about an hour on two cores that others use too
     python experiments/train_scenes_llava.py --smoke        # a few steps of everything
 
 A stage that has left its checkpoint in --work is not done again; delete the file to repeat it.

@@ -82,9 +82,7 @@ def additive(bits: np.ndarray) -> np.ndarray:
 
 def tied(bits: np.ndarray) -> np.ndarray:
     """Vision and language alike, the connector a little."""
-    return np.asarray(
-        1 - 0.3 * damage(bits[:, 0], 2) - 0.05 * damage(bits[:, 1], 2) - 0.3 * damage(bits[:, 2], 2)
-    )
+    return np.asarray(1 - 0.3 * damage(bits[:, 0], 2) - 0.05 * damage(bits[:, 1], 2) - 0.3 * damage(bits[:, 2], 2))
 
 
 def crossed(bits: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import planted
 import pytest
 
 from sensitivity.allocate import best_uniform, solve, spend
@@ -17,7 +18,6 @@ from sensitivity.plan import Plan, Scheme, size
 from sensitivity.surrogate import Space, learn
 from sensitivity.trials import Study
 from sensitivity.verdict import judge, unmeasured
-from tests import planted
 
 FOUR = planted.parts(("vision.front", "vision.end", "connector", "language"), (700, 900, 100, 2500))
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from sensitivity.errors import UserError
-from sensitivity.evaluate import evaluate
+from sensitivity.evaluate import batches, evaluate
 from sensitivity.models import VLM
 from sensitivity.tasks import DATASETS, Task, geochat, layout, local, open_image, retrieval, task, vqa_accuracy
 
@@ -308,10 +308,24 @@ def test_files_that_are_something_else_are_named(tmp_path: Path, text: str) -> N
         task(f"coco-captions:{tmp_path}")
 
 
+@pytest.mark.parametrize("text", ["{", '{"questions": [{"image_id": 1}, {"ima', '{"questions": [', '{"questions": [}'])
+def test_long_files_are_read_one_entry_at_a_time_and_named_where_they_break(tmp_path: Path, text: str) -> None:
+    source = layout.Source("x", tmp_path, "download it")
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=r"(cannot read .*a.json as JSON|it has no questions).*; download it"):
+        list(source.records("a.json", "questions"))
+    (tmp_path / "a.json").write_text('{"info": {}, "questions" : [ {"a": "]"} ,\n{"a": [{}]}\n], "more": [1]}')
+    assert list(source.records("a.json", "questions")) == [{"a": "]"}, {"a": [{}]}]
+    (tmp_path / "a.json").write_text('{"questions": []}')
+    assert list(source.records("a.json", "questions")) == []
+
+
 def test_entries_that_lack_a_field_are_named(tmp_path: Path) -> None:
     gqa(tmp_path)
     change(tmp_path / "testdev_balanced_questions.json", lambda data: data["200003"].pop("imageId") and None)
-    with pytest.raises(UserError, match="gqa in .* is not of the official layout: an entry has no 'imageId'; download"):
+    with pytest.raises(
+        UserError, match=r"gqa in .* is not of the official layout: an entry has no 'imageId'; download"
+    ):
         task(f"gqa:{tmp_path}")
 
 
@@ -397,6 +411,16 @@ def test_a_model_answers_a_data_set(scenes_llava: VLM, whole: dict[str, Path]) -
     ]
     assert all(np.isfinite(rows["nll"]))
     assert set(found.measure(rows["answer"])) >= {"mean of the kinds"}
+
+
+def test_a_truncated_image_is_named_while_tensors_are_made_before_any_plan(scenes_llava: VLM, tmp_path: Path) -> None:
+    gqa(tmp_path)
+    found = task(f"gqa:{tmp_path}", n=4)
+    broken = found.examples[2].image
+    assert isinstance(broken, Path)
+    broken.write_bytes(picture(tmp_path / "large.jpg", (90, 90)).read_bytes()[:400])
+    with pytest.raises(UserError, match=f"cannot read the image .*{broken.name}"):
+        list(batches(scenes_llava, found))
 
 
 # -- a user's own

@@ -21,6 +21,7 @@ from torch import nn
 from sensitivity.components import ComponentMap, Weight
 from sensitivity.errors import UserError
 from sensitivity.export import FORMATS, Job, manifest, shards, write
+from sensitivity.export import job as job_module
 from sensitivity.export.awq import ORDER, _words
 from sensitivity.export.calibrated import codes as codes_of
 from sensitivity.export.gptq import PLANES, layout, pack_planes
@@ -163,6 +164,16 @@ def test_fake_loads_as_measured_with_any_method(shape: Path, tmp_path: Path) -> 
     with quantized(own, parts, asked.plan):
         mine, theirs = dict(own.named_parameters()), dict(found.named_parameters())
         assert not [name for name in mine if not torch.equal(mine[name], theirs[name])]
+
+
+@pytest.mark.parametrize("group", ["row", 32])
+def test_pieces_of_a_weight_are_quantised_as_the_whole(monkeypatch: pytest.MonkeyPatch, group: int | str) -> None:
+    weight = torch.randn(50, 96)
+    whole = from_weights_alone("a", weight, rtn(3, group, False))
+    monkeypatch.setattr(job_module, "PIECE", 7 * 96)
+    pieces = from_weights_alone("a", weight, rtn(3, group, False))
+    for part in ("codes", "scale", "zero", "group"):
+        assert torch.equal(torch.as_tensor(getattr(whole, part)), torch.as_tensor(getattr(pieces, part))), part
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -405,9 +416,9 @@ def test_damage_is_found(exports: Path, tmp_path: Path, what: str) -> None:
 
 
 def test_codes_off_the_integer_grid_are_refused_with_a_way_out(parts: ComponentMap, tmp_path: Path) -> None:
-    for scheme in (rtn(4, "tensor", False, "uniform"), rtn(4, 64, True, "nf4", double=False)):
-        with pytest.raises(UserError, match=f"what {scheme.method} stores; use --method rtn, or --format fake"):
-            write(job(parts, {}, scheme), tmp_path / "out", "compressed-tensors")
+    for free in (rtn(4, "tensor", False, "uniform"), rtn(4, 64, True, "nf4", double=False)):
+        with pytest.raises(UserError, match=f"what {free.method} stores; use --method rtn, or --format fake"):
+            write(job(parts, {}, free), tmp_path / "out", "compressed-tensors")
     assert not list(tmp_path.iterdir())
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import planted
 import pytest
 
 from sensitivity.allocate import solve
@@ -13,7 +14,6 @@ from sensitivity.errors import UserError
 from sensitivity.importance import rank
 from sensitivity.importing import Switches, import_table
 from sensitivity.trials import Study
-from tests import planted
 
 COLUMNS = {"v": "vision", "c": "connector", "l": "language"}
 

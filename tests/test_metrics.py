@@ -263,6 +263,10 @@ def test_written_corners_are_per_cent_of_each_side_and_angles_are_turned_in_pixe
     assert {tuple(round(v) for v in point) for point in upright} == {(75, 0), (125, 0), (125, 100), (75, 100)}
 
 
+def test_white_space_inside_a_box_does_not_count() -> None:
+    assert boxes.decoded("{<10> <10><30> <40>|<0> }", 200, 100) == boxes.decoded(EXACT, 200, 100)
+
+
 def test_the_three_readings_of_an_angle() -> None:
     text = "{<20><40><80><60>|<30>}"
     turned, clockwise, diagonal = (boxes.decoded(text, 100, 100, how)[0] for how in boxes.DECODINGS)

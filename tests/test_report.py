@@ -7,7 +7,10 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import planted
 import pytest
+from browser import browser
+from test_allocate import frame
 
 from sensitivity.allocate import solve
 from sensitivity.components import ComponentMap, Kept, Weight
@@ -16,9 +19,6 @@ from sensitivity.plan import Plan
 from sensitivity.report import report
 from sensitivity.trials import Study
 from sensitivity.verdict import Recommendation, judge, unmeasured
-from tests import planted
-from tests.browser import browser
-from tests.test_allocate import frame
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'`{{7*7}}"
 
@@ -169,9 +169,7 @@ def test_in_a_browser(page: Path) -> None:
             window.devtools("Emulation.setEmulatedMedia", features=feature)
             seen.add(window.run(colour))
         assert len(seen) == 2
-        window.devtools(
-            "Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True
-        )
+        window.devtools("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
         wide = window.run("return [document.documentElement.scrollWidth, window.innerWidth]")
         assert wide[0] <= wide[1]  # nothing sticks out on a phone
         assert window.picture().startswith(b"\x89PNG")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import optuna
+import planted
 import pytest
 
 from sensitivity import search
@@ -17,7 +18,6 @@ from sensitivity.frontier import FrontierSampler, Weights, believed
 from sensitivity.plan import Plan, Scheme, size
 from sensitivity.surrogate import Space, learn
 from sensitivity.trials import Study
-from tests import planted
 
 PARTS = planted.parts()
 SCHEMES = [Scheme("codes", bits) for bits in (2, 3, 4, 6, 8)]

@@ -59,7 +59,9 @@ def main() -> None:
     draw = np.random.default_rng(1)
     with tempfile.TemporaryDirectory() as folder:
         three = ["vision", "connector", "language"]
-        grid = np.array([*itertools.product((2, 3, 4, 5, 6, 7, 8, 16), (2, 3, 4, 5, 6, 7, 8, 16), (3, 4, 5, 6, 7, 8, 16))])
+        grid = np.array(
+            [*itertools.product((2, 3, 4, 5, 6, 7, 8, 16), (2, 3, 4, 5, 6, 7, 8, 16), (3, 4, 5, 6, 7, 8, 16))]
+        )
         small = study(Path(folder) / "448", three, grid.astype(float))
         rank(small, bootstraps=1)  # imports
         start = time.perf_counter()

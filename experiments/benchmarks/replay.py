@@ -1,11 +1,13 @@
 """Every search against tables of measured plans: regret of the frontier against the number of plans measured.
 
-    python experiments/benchmarks/replay.py [--seeds 20] [--searches random,tpe,nsga2,frontier] [--only NAME]
+    python experiments/benchmarks/replay.py [--seeds 20] [--searches random,tpe,nsga2,frontier] [--only gptq,planted]
 
-A table stands in for the model: what a search asks for is answered with the table's reading. After every few plans
-a plan is chosen for each budget from 3.5 to 8 bpw, in three ways (see regrets), and its true score is compared with the best true score within the budget. Truth is known for planted tables;
-for a noisy published one it is the table smoothed by a Gaussian process, for one without noise the table itself.
-The published tables are read from SENSITIVITY_SHARED or ../shared and left out where they are not.
+A table stands in for the model: what a search asks for is answered with the table's reading. After some plans a plan
+is chosen for each budget from 3.5 to 8 bpw, in three ways (see regrets), and its true score is compared with the best
+true score within the budget. Truth is known for planted tables; for a noisy published one it is the table smoothed by
+a Gaussian process, for one without noise the table itself. "The whole table" has measured everything: what remains
+there is the table's own noise. The published tables are read from SENSITIVITY_SHARED or ../shared and left out where
+they are not.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,15 +122,14 @@ def planted(name: str, cross: float, noise: float, seed: int) -> Table:
 
 
 def tables(only: str | None) -> Iterator[Table]:
-    made = {
+    made: dict[str, Callable[[], Table]] = {}
+    if SHARED.exists():
+        made |= {"gptq": lambda: gptq("cider"), "meteor": lambda: gptq("meteor"), "uniform": uniform}
+    made |= {
         "planted": lambda: planted("planted", 0.0, 0.03, 0),
         "planted-pairs": lambda: planted("planted, pairs", 4.0, 0.03, 1),
         "planted-quiet": lambda: planted("planted, quiet", 0.0, 0.002, 2),
     }
-    if SHARED.exists():
-        made |= {
-            "gptq": lambda: gptq("cider"), "meteor": lambda: gptq("meteor"), "uniform": uniform,
-        }  # fmt: skip
     for name, make in made.items():
         if only is None or name in only.split(","):
             yield make()
@@ -211,7 +213,7 @@ def regrets(table: Table, rows: list[int]) -> dict[str, float]:
     found = {}
     for name, (plans, value) in ways.items():
         missed = []
-        for budget in BUDGETS[BUDGETS >= bpw.min()]:
+        for budget in BUDGETS[bpw.min() <= BUDGETS]:
             fits = bpw[plans] <= budget
             held = table.truth[plans[fits][np.argmax(value[fits])]] if fits.any() else 0.0
             missed.append((table.truth[bpw <= budget].max() - held) / full)
@@ -259,7 +261,7 @@ def save(found: pd.DataFrame, out: Path) -> None:
     found.to_csv(out, index=False, float_format="%.4f")
     marks = found[found["share"].round(2).isin(SHARES)].assign(share=lambda t: (100 * t["share"]).round())
     text = marks.pivot_table(index=["table", "pick", "search"], columns="share", values="regret").round(2).to_string()
-    command = "python experiments/benchmarks/replay.py"
+    command = "python experiments/benchmarks/replay.py " + " ".join(sys.argv[1:])
     out.with_suffix(".md").write_text(
         f"# Regret of the frontier, % of full precision, after measuring a share of all plans (%)\n\n"
         f"`{command}`, mean over {found['seed'].max() + 1} seeds.\n\n```\n{text}\n```\n"

@@ -38,6 +38,10 @@ model = AutoModelForImageTextToText.from_pretrained(MODEL, quantization_config=s
 Codes = Callable[[str, Tensor, Scheme], Any]
 
 
+BY_ROW = ("rtn",)  # methods to which one row of a weight says nothing about another
+PIECE = 2**20  # weights at a time, so that what they become on the way stays in the cache
+
+
 def from_weights_alone(name: str, weight: Tensor, scheme: Scheme) -> Any:
     """Codes of methods that look at nothing but the weight."""
     from sensitivity.quantize import METHODS
@@ -47,8 +51,13 @@ def from_weights_alone(name: str, weight: Tensor, scheme: Scheme) -> Any:
             f"{scheme.method} needs its calibration data again to be exported; give `codes`, such as those of "
             "sensitivity.export.calibrated.codes(vlm, parts, plan, statistics)"
         )
-    ((result,),) = solve(Linears((name,), (weight,)), [scheme])
-    return result
+    rows = max(PIECE // weight.shape[1], 1)
+    if scheme.method not in BY_ROW or scheme.group == "tensor" or len(weight) <= rows:
+        ((result,),) = solve(Linears((name,), (weight,)), [scheme])
+        return result
+    pieces = [solve(Linears((name,), (piece,)), [scheme])[0][0] for piece in torch.split(weight, rows)]
+    codes, scale, zero = (torch.cat([getattr(piece, part) for piece in pieces]) for part in ("codes", "scale", "zero"))
+    return Quantised(codes, scale, zero, pieces[0].group)
 
 
 @dataclass(frozen=True)

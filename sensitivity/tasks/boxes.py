@@ -109,9 +109,12 @@ DECODINGS: dict[str, Callable[[Box], list[Point]]] = {
 
 
 def decoded(text: str, width: int, height: int, decoding: str = "turned") -> list[tuple[Point, ...]]:
-    """The boxes in a text as polygons in pixels; written corners are per cent of the image."""
+    """The boxes in a text as polygons in pixels; written corners are per cent of the image.
+
+    White space does not count: tokenizers put some between the numbers when they turn tokens into text.
+    """
     found = []
-    for x1, y1, x2, y2, angle in parse(text):
+    for x1, y1, x2, y2, angle in parse("".join(text.split())):
         box = (x1 * width / 100, y1 * height / 100, x2 * width / 100, y2 * height / 100, angle)
         if (polygon := convex(DECODINGS[decoding](box))) is not None:
             found.append(polygon)

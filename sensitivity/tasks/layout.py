@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from sensitivity import tasks
 from sensitivity.errors import UserError
 
 SHARE = 0.02  # of a data set's examples, which may be left out with a note; more is refused
+_BETWEEN = re.compile(r"[\s,]*")
 TENTH = 10  # one image in ten is kept for calibration where a data set has no split of its own for it
 
 
@@ -69,6 +71,25 @@ class Source:
         if keys and not (isinstance(found, dict) and set(keys) <= set(found)):
             raise UserError(f"{path} is not of the {self.name} layout: it has no {' or '.join(keys)}; {self.get}")
         return found
+
+    def records(self, name: str, key: str) -> Iterator[dict[str, Any]]:
+        """The objects of the list `key` in a file, one at a time: VQAv2's annotations as a whole fill gigabytes."""
+        path = self.file(name)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {path} as JSON ({error}); {self.get}") from error
+        start = re.search(rf'"{key}"\s*:\s*\[', text)
+        if start is None:
+            raise UserError(f"{path} is not of the {self.name} layout: it has no {key}; {self.get}")
+        read, at = json.JSONDecoder().raw_decode, _gap(text, start.end())
+        while text[at : at + 1] != "]":
+            try:
+                one, at = read(text, at)
+            except json.JSONDecodeError as error:
+                raise UserError(f"cannot read {path} as JSON ({error}); {self.get}") from error
+            yield one
+            at = _gap(text, at)
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
         """The objects of a JSON Lines file."""
@@ -129,6 +150,12 @@ class Source:
                 f"{self.name} in {self.folder}: {'; '.join(notes)}; at most {SHARE:.0%} may be left out; {self.get}"
             )
         return notes
+
+
+def _gap(text: str, at: int) -> int:
+    """Where the next object of a list begins, or the list ends."""
+    between = _BETWEEN.match(text, at)
+    return between.end() if between else at
 
 
 def draw(examples: Iterable[tasks.Example], n: int, seed: int, where: str, split: str) -> list[tasks.Example]:

@@ -38,10 +38,10 @@ def _task(
 
 def _rows(source: Source, prefix: str, images: Path) -> Iterator[tasks.Example | Flaw]:
     said = {}
-    for one in source.json(f"{prefix}_answers.json", "answers")["answers"]:
+    for one in source.records(f"{prefix}_answers.json", "answers"):
         if one.get("active"):  # what was taken back stays in the files as an id alone
             said[one["question_id"]] = str(one["answer"]).strip()
-    for question in source.json(f"{prefix}_questions.json", "questions")["questions"]:
+    for question in source.records(f"{prefix}_questions.json", "questions"):
         if not question.get("active") or question["type"] not in KINDS:
             continue
         name, image = str(question["id"]), str(question["img_id"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sensitivity import tasks
 from sensitivity.tasks import vqa_accuracy
@@ -28,29 +30,30 @@ def vqav2(folder: Path, split: str, n: int, seed: int) -> tasks.Task:
 
 
 def _rows(source: Source, part: str) -> Iterator[tasks.Example | Flaw]:
-    asked = source.json(QUESTIONS.format(part), "questions")["questions"]
-    said = {one["question_id"]: one for one in source.json(ANNOTATIONS.format(part), "annotations")["annotations"]}
+    said = {
+        one["question_id"]: (one["image_id"], sys.intern(one.get("answer_type", "all")), _people(one))
+        for one in source.records(ANNOTATIONS.format(part), "annotations")
+    }
     seen = set()
-    for question in asked:
+    for question in source.records(QUESTIONS.format(part), "questions"):
         name, image = str(question["question_id"]), question["image_id"]
-        annotation = said.get(question["question_id"])
         seen.add(question["question_id"])
-        if annotation is None:
+        about, kind, right = said.get(question["question_id"], (None, "", ()))
+        if about is None:
             yield Flaw(name, "no annotation")
-        elif annotation["image_id"] != image:
+        elif about != image:
             yield Flaw(name, "annotated on another image")
-        elif not (right := commonest_first([one["answer"] for one in annotation["answers"]])):
+        elif not right:
             yield Flaw(name, "no answers")
         else:
             file = source.folder / part / f"COCO_{part}_{image:012d}.jpg"
-            kind = str(annotation.get("answer_type", "all"))
             yield tasks.Example(name, str(image), kind, file, question["question"] + tasks.SHORT, right)
     for name in said.keys() - seen:
         yield Flaw(str(name), "an annotation of no question")
 
 
-def commonest_first(answers: Sequence[str]) -> tuple[str, ...]:
+def _people(annotation: dict[str, Any]) -> tuple[str, ...]:
     """All answers, in an order that makes the first the one to expect; blank ones are gone."""
-    given = [answer.strip() for answer in answers if answer.strip()]
+    given = [sys.intern(one["answer"].strip()) for one in annotation["answers"] if one["answer"].strip()]
     counts = Counter(given)
     return tuple(sorted(given, key=lambda answer: -counts[answer]))
