@@ -200,7 +200,7 @@ def consensus(fitted: Fitted) -> Floats:
 
 
 def chance(x: Floats, y: Floats, least: int, seed: int = 0, probes: int = 5) -> dict[str, float]:
-    """The share that a component without any influence gets in a resample, by each estimator.
+    """The most that a component without any influence gets in a few resamples, by each estimator.
 
     Found by shuffling the least important column of resampled trials: the forest then explains noise with it, as
     much as such a table allows.
@@ -214,8 +214,8 @@ def chance(x: Floats, y: Floats, least: int, seed: int = 0, probes: int = 5) -> 
         fitted = fit(shuffled, y[rows], seed=number, explained=FEW, trees=50)
         return [float(shares(ESTIMATORS[name](fitted))[least]) for name in CONSENSUS]
 
-    means = np.mean(in_parallel(once, probes), axis=0)
-    return {"consensus": float(means.mean()), **dict(zip(CONSENSUS, means.tolist(), strict=True))}
+    most = np.max(in_parallel(once, probes), axis=0)
+    return {"consensus": float(most.mean()), **dict(zip(CONSENSUS, most.tolist(), strict=True))}
 
 
 def in_parallel(once: Callable[[int], Any], times: int) -> list[Any]:

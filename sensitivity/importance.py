@@ -211,11 +211,12 @@ def _table(
 def interval(point: Floats, drawn: Floats, chance: Floats) -> tuple[Floats, Floats]:
     """The middle 95 % of the resamples, widened where needed to hold the estimate itself.
 
-    A forest gives something even to a component without influence, and resampling cannot tell: what a shuffled
-    column gets is therefore taken off the lower end.
+    A forest explains noise too, with every component alike, and resampling cannot tell: what a shuffled column gets
+    is taken off the lower end, and the upper end is as high as if all components had been given so much of the 100 %.
     """
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-    return np.maximum(np.minimum(low, point) - chance, 0), np.maximum(high, point)
+    noise = min(float(chance.sum()) / 100, 0.9)
+    return np.maximum(np.minimum(low, point) - chance, 0), np.minimum(np.maximum(high, point) / (1 - noise), 100)
 
 
 def _gains(fitted: Fitted, names: Sequence[str], parts: ComponentMap | None, columns: Sequence[str]) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ def arguments(p: argparse.ArgumentParser) -> None:
         type=words.names,
         default=("vqa",),
         metavar="T[,T]",
-        help="vqa, caption, scene, ground, or a .jsonl file of your own (default: vqa)",
+        help="vqa, caption, scene, ground; DATASET:FOLDER such as vqav2:FOLDER; your own FILE.jsonl, or"
+        " SCORER:FILE.jsonl with exact, vqa, iou or caption (default: vqa)",
     )
     words.by(p, "part")
     words.methods(p, (2, 3, 4, 6, 8), "rtn")
@@ -56,6 +58,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     vlm = verbs.load(args.model, device=args.device, dtype=args.dtype)
     parts = verbs.inspect(vlm, by=args.by)
     chosen = [task(name, n=args.n, seed=args.seed) for name in args.task]  # first of all: it may be misspelt
+    for one in chosen:
+        for note in one.notes:
+            print(f"{one.name}: {note}", file=sys.stderr)
     schemes, statistics = verbs.calibrated(
         vlm,
         parts,
