@@ -17,8 +17,6 @@ from sklearn.ensemble import RandomForestRegressor
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import r2_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
-from sklearn.utils.parallel import Parallel, delayed
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from sensitivity import treeshap
 
@@ -214,14 +212,8 @@ def chance(x: Floats, y: Floats, least: int, seed: int = 0, probes: int = 5) -> 
         fitted = fit(shuffled, y[rows], seed=number, explained=FEW, trees=50)
         return [float(shares(ESTIMATORS[name](fitted))[least]) for name in CONSENSUS]
 
-    most = np.max(in_parallel(once, probes), axis=0)
+    most = np.max([once(number) for number in range(probes)], axis=0)
     return {"consensus": float(most.mean()), **dict(zip(CONSENSUS, most.tolist(), strict=True))}
-
-
-def in_parallel(once: Callable[[int], Any], times: int) -> list[Any]:
-    """once(0), once(1), ... two at a time, each on one core."""
-    with threadpool_limits(1):
-        return list(Parallel(n_jobs=2, prefer="threads")(delayed(once)(number) for number in range(times)))
 
 
 def cross_validated(x: Floats, y: Floats, keys: Sequence[str], seed: int = 0) -> float:

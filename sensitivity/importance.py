@@ -189,7 +189,7 @@ def bootstrap(readings: Readings, groups: Sequence[Sequence[int]], times: int, s
         fitted = estimators.fit(x, y, groups, number, estimators.FEW, RESAMPLED_TREES)
         return np.stack([shares(ESTIMATORS[name](fitted)) for name in CONSENSUS])
 
-    found = estimators.in_parallel(once, times)
+    found = [once(number) for number in range(times)]
     drawn = np.array(found).reshape(times, len(CONSENSUS), len(groups))
     return {"consensus": drawn.mean(axis=1), **{name: drawn[:, i] for i, name in enumerate(CONSENSUS)}}
 

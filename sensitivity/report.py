@@ -35,7 +35,7 @@ from sensitivity.verdict import Recommendation
 MANY = 1000  # trials beyond which fewer resamples have to do
 NEAR = 0.9  # share of full precision that counts as near the operating point
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0)  # bpw; those that the study's widths can reach are shown
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 470, 62, 16, 16, 48  # of the interactive figure
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 480, 66, 16, 16, 62  # of the interactive figure
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def without_levels(
             rest = readings.where(~touched)
             if len(rest) >= max(8, len(readings) / 2) and np.ptp(rest.score) > 0:
                 left_out.append((name, int(bits), int(touched.sum()), rest))
-    base, *found = estimators.in_parallel(lambda i: share(left_out[i - 1][3] if i else readings), len(left_out) + 1)
+    base, found = share(readings), [share(rest) for *_, rest in left_out]
     rows = []
     for (name, bits, trials, _), shares in zip(left_out, found, strict=True):
         most = int(np.argmax(np.abs(shares - base)))

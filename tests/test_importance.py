@@ -135,11 +135,11 @@ def test_per_megabyte_and_coarser_parts(tmp_path: Path) -> None:
     study = planted.study(
         tmp_path, {"a": planted.additive, "b": planted.tied}, 0.01, components=planted.parts(names, (10**6,) * 3)
     )
-    found = rank(study, "a", bootstraps=5)
+    found = rank(study, "a", bootstraps=2, thorough=False)
     assert found.table["gain_per_mb"]["vision.front"] > found.table["gain_per_mb"]["language"] > 0
-    coarse = rank(study, "a", by="part", bootstraps=5)
+    coarse = rank(study, "a", by="part", bootstraps=0, thorough=False)
     assert set(coarse.order) == {"vision", "language"}
-    both = rank(study, "b", by="part", bootstraps=5)
+    both = rank(study, "b", by="part", bootstraps=0, thorough=False)
     tau = compare({"a": coarse, "b": both})
     assert tau.loc["a", "b"] in (-1.0, 1.0)
     data = json.loads(found.dumps())
@@ -161,7 +161,7 @@ def test_importance_budget_by_budget(tmp_path: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_ranking() -> None:
-    one, two = (rank(planted.readings(planted.product, 0.02), bootstraps=5) for _ in range(2))
+    one, two = (rank(planted.readings(planted.product, 0.02), bootstraps=2, thorough=False) for _ in range(2))
     assert one.dumps() == two.dumps()
 
 

@@ -48,10 +48,16 @@ def checkpoint(folder: Path, layers: int) -> None:
 
 
 class Peak:
-    """The most anonymous memory of this process within the block: the page cache does not count."""
+    """The most anonymous memory of this process within the block, above what it had before any export.
+
+    The page cache does not count; what the allocator keeps from one export to the next does.
+    """
+
+    before = 0
 
     def __enter__(self) -> Peak:
-        self.before = self.most = self._now()
+        Peak.before = Peak.before or self._now()
+        self.most = self._now()
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
@@ -131,15 +137,16 @@ def main() -> None:
         exports = [exporting(space / "model", parts, scheme, space) for scheme in schemes]
     head = ["bits", "group", "GB read", "GB written", "export, s", "read + write, s", "ratio"]
     head += ["peak memory, MB", "largest tensor, MB"]
+    threads = torch.get_num_threads()
     lines = [
         "# Streaming and packing",
         "",
         f"`python experiments/benchmarks/export.py --layers {args.layers}` on {os.cpu_count()} cores, torch "
-        f"{torch.__version__} with {torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f} at the end.",
+        f"{torch.__version__} with {threads} threads; load average at the end {os.getloadavg()[0]:.1f}.",
         "",
-        f"A LLaVA of the 7B's width with {args.layers} language layers and random weights to compressed-tensors; rounding "
-        "to nearest, hashing and putting the files on disk are part of the export. Memory is what was added at the "
-        "peak. Other work on the machine slows all of it: see the load average.",
+        f"A LLaVA of the 7B's width with {args.layers} language layers and random weights to compressed-tensors. "
+        "Rounding to nearest, hashing and putting the files on disk are part of the export. Memory is what was "
+        "added at the peak. Other work on the machine slows all of it: see the load average.",
         "",
         *rows(head, exports),
         "",

@@ -105,13 +105,13 @@ def main() -> None:
     lines = [
         "# AWQ: ours against llm-compressor",
         "",
-        f"`python -m experiments.parity.awq --peer PYTHON --model {args.model}` (torch {torch.__version__}, llm-compressor "
-        f"{facts['llmcompressor']} with transformers {facts['transformers']}, {torch.get_num_threads()} threads, "
-        f"{os.cpu_count()} cores)",
+        f"`python -m experiments.parity.awq --peer PYTHON --model {args.model}` (torch {torch.__version__}, "
+        f"llm-compressor {facts['llmcompressor']} with transformers {facts['transformers']}, "
+        f"{torch.get_num_threads()} threads, {os.cpu_count()} cores)",
         "",
-        f"The {len(ratios[BITS[0], 'search'])} linear layers of {args.model} that a norm feeds, groups of {GROUP}, asymmetric, "
-        f"{N} calibration examples, activations",
-        "alone in the scales (`duo_scaling=False`). Ratios of relative output error, ours / theirs: below 1 ours is better.",
+        f"The {len(ratios[BITS[0], 'search'])} linear layers of {args.model} that a norm feeds, groups of {GROUP},",
+        f"asymmetric, {N} calibration examples, activations alone in the scales (`duo_scaling=False`). Ratios of",
+        "relative output error, ours / theirs: below 1 ours is better.",
         "Geometric mean (worst layer); `fresh` is judged on inputs from the evaluation split.",
         "",
         f"| bits | {' | '.join(columns)} |",

@@ -34,7 +34,7 @@ def write(job: Job, folder: Path) -> Written:
     """Codes packed along the columns, zero points along the rows, scales in float16, and which group a column is in."""
     kind = checkpoint_format(job)
     settings = config(job, kind)
-    weight, hashes = checkpoint(job, folder, layout(kind), {"quantization_config": settings})
+    weight, hashes = checkpoint(job, folder, layout(kind), {"quantization_config": settings}, renamed=True)
     (folder / "quantize_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     notes = [
         "This layout also stores a zero point for every group of a symmetric grid, and four bytes per column that name "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def from_weights_alone(name: str, weight: Tensor, scheme: Scheme) -> Any:
         return result
     pieces = [solve(Linears((name,), (piece,)), [scheme])[0][0] for piece in torch.split(weight, rows)]
     codes, scale, zero = (torch.cat([getattr(piece, part) for piece in pieces]) for part in ("codes", "scale", "zero"))
-    return Quantised(codes, scale, zero, pieces[0].group)
+    return Quantised(codes, scale, zero, int(scheme.group) if isinstance(scheme.group, int) else weight.shape[1])
 
 
 @dataclass(frozen=True)
@@ -132,15 +132,18 @@ class Layout:
 
 
 def checkpoint(
-    job: Job, folder: Path, layout: Layout | None, config: Mapping[str, Any]
+    job: Job, folder: Path, layout: Layout | None, config: Mapping[str, Any], renamed: bool = False
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Stream all tensors, quantised weights in the direction of data flow; and the files that stand beside them.
 
-    Without a layout the weights are written as numbers. Returns the bytes of each component, and the files' hashes.
+    Without a layout the weights are written as numbers. `renamed` writes the names that transformers gives parameters
+    instead of those of the checkpoint, for runtimes that do not rename on loading. Returns the bytes of each
+    component, and the files' hashes.
     """
-    stored = {tensor.parameter: tensor for tensor in job.source.tensors}
+    tensors = [replace(t, key=t.parameter) if renamed else t for t in job.source.tensors]
+    stored = {tensor.parameter: tensor for tensor in tensors}
     pieces: dict[str, Piece] = {}
-    for tensor in job.source.tensors:
+    for tensor in tensors:
         if tensor.parameter not in job.schemes:
             pieces[tensor.parameter] = _copied(tensor)
     for name, weight in job.weights.items():
