@@ -50,7 +50,7 @@ def main() -> None:
                 rows.append({"method": method, "bits": bits, "part": where, "key": plan.key,
                              "bpw": size(parts, plan).bpw})  # fmt: skip
     study = verbs.sweep(vlm, parts, plans, TASKS, args.work, n=args.n, statistics=statistics)
-    native = study.native()
+    native = study.native
     by_key = {plan.key: plan for plan in plans}
     for row in rows:
         for name in TASKS:
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def write(out: Path, args: argparse.Namespace, study: verbs.Study, table: pd.DataFrame, facts: dict) -> None:
-    native = study.table().set_index("key").loc[study.native().key]
+    native = study.table().set_index("key").loc[study.native.key]
     lines = [
         "# Method x bits x part x task",
         "",

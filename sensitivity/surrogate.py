@@ -18,6 +18,8 @@ from sensitivity.plan import Plan, Scheme
 Floats = np.ndarray
 Choice = Scheme | None
 DRAWS = 128
+PAIRS = 6  # interaction terms at most
+WORTH = 0.03  # by which share a term must lower the residuals to stay
 
 
 @dataclass(frozen=True)
@@ -242,12 +244,12 @@ def learn(
     readings = score / unit
     top = (float(np.quantile(score, 0.9)) if full is None else full) / unit
     least = max((noise or 0.0) / unit, 1e-3)
-    found = _fit(space, index, readings, (), top, least, None)
-    if pairs:
-        chosen: tuple[tuple[int, int], ...] = ()
-        while (better := _missing_pair(found, index, readings, chosen)) and len(chosen) < len(space.names):
-            chosen = (*chosen, better)
-            found = _fit(space, index, readings, chosen, top, least, np.append(found.theta, 0.0))
+    found = _fit(space, index, readings, (), top, least)
+    while pairs and len(found.pairs) < PAIRS and (pair := _missing_pair(found, index, readings)):
+        better = _fit(space, index, readings, (*found.pairs, pair), top, least, found)
+        if better.sigma > (1 - WORTH) * found.sigma or better.gammas().min() < 0:
+            break
+        found = better
     theta, root = found.theta.copy(), found.root.copy()
     theta[:2] *= unit
     root[:2] *= unit
@@ -261,7 +263,7 @@ def _fit(
     pairs: tuple[tuple[int, int], ...],
     top: float,
     least: float,
-    start: Floats | None,
+    before: Surrogate | None = None,
 ) -> Surrogate:
     layout = _layout(space, pairs)
     parts = len(space.names)
@@ -269,9 +271,9 @@ def _fit(
     spread = np.concatenate(
         [[0.1, 0.3, 0.5, 2.0, 0.7], np.full(parts, 1.5), np.full(layout.steps, 1.0), np.full(len(pairs), 1.0)]
     )
-    theta = centre if start is None else start
-    sigma = max(least, 0.05)
-    for _ in range(3):  # the noise and the fit depend on each other
+    theta = centre if before is None else np.append(before.theta, 0.0)
+    sigma = max(least, 0.05) if before is None else before.sigma
+    for _ in range(3 if before is None else 1):  # the noise and the fit depend on each other
         scale = sigma
 
         def residuals(t: Floats, scale: float = scale) -> Floats:
@@ -280,7 +282,9 @@ def _fit(
         def slopes(t: Floats, scale: float = scale) -> Floats:
             return np.concatenate([layout.jacobian(t, index) / scale, np.diag(1 / spread)])
 
-        found = least_squares(residuals, theta, jac=slopes, method="lm", max_nfev=100, xtol=1e-6, ftol=1e-6)
+        found = least_squares(
+            residuals, theta, jac=slopes, method="lm", max_nfev=100 if before is None else 30, xtol=1e-6, ftol=1e-6
+        )
         theta = found.x
         data = found.jac[: len(score)]
         inverse = np.linalg.inv(found.jac.T @ found.jac)
@@ -294,25 +298,27 @@ def _fit(
     return Surrogate(space, pairs, theta, root, sigma, layout)
 
 
-def _missing_pair(
-    model: Surrogate, index: Floats, score: Floats, chosen: tuple[tuple[int, int], ...]
-) -> tuple[int, int] | None:
-    """The pair whose product of damages best explains what is left, if that is beyond chance (1 % over all pairs)."""
+def _missing_pair(model: Surrogate, index: Floats, score: Floats) -> tuple[int, int] | None:
+    """The pair whose product of damages best explains what is left, if that is beyond chance (1 % over all pairs).
+
+    Only pairs that hurt each other more than the sum: a negative product would soon promise that two ruined parts
+    make a good model, and damage that adds up to less than its sum is what the power of the curve is for.
+    """
     layout, theta = model.layout, model.theta
     damages = np.column_stack([d[index[:, c]] for c, d in enumerate(model.damages())])
     by_eta = layout.curve(theta, layout.eta(theta, damages))[2]
     left = (score - layout.predict(theta, index)) / model.sigma
     jac = layout.jacobian(theta, index) / model.sigma
-    candidates = [pair for pair in itertools.combinations(range(len(layout.sizes)), 2) if pair not in chosen]
+    candidates = [pair for pair in itertools.combinations(range(len(layout.sizes)), 2) if pair not in model.pairs]
     if not candidates or len(score) < layout.length / 2:
         return None
     normal = model.root @ model.root.T
-    best, most = None, float(norm.isf(0.005 / len(candidates)))
+    best, most = None, float(norm.isf(0.01 / len(candidates)))
     for a, b in candidates:
         column = by_eta * damages[:, a] * damages[:, b] / model.sigma
         spare = column - jac @ (normal @ (jac.T @ column))  # what the other parameters cannot imitate
         weight = float(column @ spare)
-        strength = abs(float(spare @ left)) / math.sqrt(weight) if weight > 1e-6 else 0.0
+        strength = float(spare @ left) / math.sqrt(weight) if weight > 1e-6 else 0.0
         if strength > most:
             best, most = (a, b), strength
     return best

@@ -231,3 +231,18 @@ def test_the_number_of_examples_that_decide_is_about_right() -> None:
         again = draw.normal(0.05, float(sample.std()), 200 + more)
         wins += paired(again, np.zeros(len(again)), np.arange(len(again))).low > 0
     assert 0.7 < wins / 300 < 0.9
+
+
+def test_two_ruined_parts_never_make_a_good_model(tmp_path: Path) -> None:
+    """Where damage adds up to less than its sum, no term may promise that a second ruined part heals the first."""
+
+    def worst(bits: np.ndarray) -> np.ndarray:
+        return np.asarray(np.exp(-np.maximum(planted.damage(bits[:, 0], 4), planted.damage(bits[:, 2], 4))))
+
+    study = planted.study(tmp_path, {"a": worst}, 0.01)
+    model = Knapsack.of(study, ["a"]).models["a"]
+    assert (model.gammas() >= 0).all()
+    alone, both = (
+        model.predict(model.space.encode([planted.plan(planted.PARTS, b)])) for b in ((2, 16, 16), (2, 16, 2))
+    )
+    assert both[0] <= alone[0] + 1e-9

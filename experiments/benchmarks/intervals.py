@@ -1,8 +1,8 @@
 """How often the 95 % intervals of an importance hold the truth, on planted tables.
 
-    python experiments/benchmarks/coverage.py [--tables 40] [--bootstraps 60]
+    python experiments/benchmarks/intervals.py [--tables 40] [--bootstraps 60]
 
-Truth is the consensus of the same estimators on the whole table without noise. Writes reports/coverage.md.
+Truth is the consensus of the same estimators on the whole table without noise. Writes reports/intervals.md.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def save(rows: pd.DataFrame, args: argparse.Namespace) -> None:
     table = rows.groupby(["truth", "trials", "noise", "part"], sort=False)[["share", "held", "width"]].mean().round(2)
     text = (
         "# Do the intervals hold the truth?\n\n"
-        f"`python experiments/benchmarks/coverage.py --tables {args.tables} --bootstraps {args.bootstraps}`: true "
+        f"`python experiments/benchmarks/intervals.py --tables {args.tables} --bootstraps {args.bootstraps}`: true "
         "share (%), how often the 95 % interval held it, and its mean width in points.\n\n"
         f"```\n{table.to_string()}\n```\n\nOverall: {rows['held'].mean():.3f}\n"
     )
-    (ROOT / "reports" / "coverage.md").write_text(text)
+    (ROOT / "reports" / "intervals.md").write_text(text)
     print(text, flush=True)
 
 
