@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--method", default="paper-gptq")
     parser.add_argument("--plans", type=int, default=72)
     parser.add_argument("--n", type=int, default=500)
+    parser.add_argument("--examples", type=int, default=32, help="to calibrate on; each block passes over them anew")
     parser.add_argument("--work", default="runs/calibration-path")
     parser.add_argument("--out", default="reports/calibration-path.md")
     args = parser.parse_args()
@@ -50,7 +51,7 @@ def main() -> None:
     scores: dict[str, dict[str, list[float]]] = {}
     noise: dict[str, float] = {}
     for path in ("float", "exposed"):
-        statistics = calibrate(vlm, parts, TASKS, path=path, against=evaluation)
+        statistics = calibrate(vlm, parts, TASKS, args.examples, path=path, against=evaluation)
         of = {bits: scheme(args.method, bits, calibration=statistics.facts) for bits in BITS}
         plans = [Plan(tuple(zip(parts.names, (of[b] for b in row), strict=True))) for row in choices]
         where = f"{args.work}-{path}"
@@ -63,7 +64,7 @@ def main() -> None:
         "# Float inputs, or inputs that passed the quantised layers",
         "",
         f"`python -m experiments.calibration_path --model {args.model} --method {args.method} --plans {args.plans} "
-        f"--n {args.n}`",
+        f"--n {args.n} --examples {args.examples}`",
         "",
         f"{args.plans} random plans over {len(parts.names)} groups of {args.model}, {args.method} at {BITS} bits, each",
         f"quantised with statistics of one pass (`float`) and block by block (`exposed`), on {args.n} examples of each",

@@ -1,7 +1,7 @@
 """Where the embedded models break: each part alone and all together, per tensor, at 2 to 8 bits, on every task.
 
-    python experiments/cliffs.py            # writes reports/cliffs.md
-    python experiments/cliffs.py --smoke    # a few examples, two widths
+python experiments/cliffs.py            # writes reports/cliffs.md
+python experiments/cliffs.py --smoke    # a few examples, two widths
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,21 +72,34 @@ def legalize(study: Study, plan: Plan, runtime: str, bpw: float | None = None, t
 
 def legal(study: Study, runtime: str, bpw: float, task: str | None = None) -> Candidate:
     """The best plan for a budget among those that a runtime can load."""
+    return candidates(study, runtime, bpw, task, top=1)[0]
+
+
+def candidates(
+    study: Study,
+    runtime: str,
+    bpw: float,
+    task: str | None = None,
+    floors: Mapping[str, float] | None = None,
+    top: int = 3,
+) -> list[Candidate]:
+    """The best few plans for a budget among those that a runtime can load, best first."""
     task = check_task(study, task)
-    candidates: list[Candidate] = []
+    found: list[Candidate] = []
+    together = tied(study.parts, runtime)
     failure: UserError | None = None
     for allowed in searches(study.parts, runtime, sorted(_measured(study), key=str)):
         try:
-            candidates += solve(study, bpw=bpw, tasks=[task], allowed=allowed, tied=tied(study.parts, runtime), top=1)
+            found += solve(study, bpw=bpw, tasks=[task], floors=floors, allowed=allowed, tied=together, top=top)
         except UserError as error:
             failure = failure or error
-    if not candidates:
+    if not found:
         why = f" ({failure})" if failure else ""
         raise UserError(
             f"nothing that was measured fits {runtime} in {bpw:.2f} bpw{why}; sweep schemes that it can load, such as "
             f"--method rtn --symmetric, or allow more bits with --bpw"
         ) from failure
-    return max(candidates, key=lambda candidate: candidate.predicted[task].score)
+    return sorted(found, key=lambda candidate: -candidate.predicted[task].score)[:top]
 
 
 def _measured(study: Study) -> set[Scheme]:

@@ -21,6 +21,7 @@ from sensitivity.export.plan_json import read, write_file
 from sensitivity.export.verify import verify
 from sensitivity.importance import rank
 from sensitivity.legalize import Legal, legal, legalize
+from sensitivity.legalize import candidates as legal_candidates
 from sensitivity.models import VLM, inspect, load
 from sensitivity.plan import Plan, Scheme
 from sensitivity.quantize import Statistics, calibrate, method_of, scheme
@@ -84,9 +85,7 @@ def plans(
     return lambda study: search.plans(study, schemes, how, trials, seed)
 
 
-def sweep(
-    vlm: VLM, parts: ComponentMap, plans: Plans, tasks: Sequence[str], out: Path | str, **how: Any
-) -> Study:
+def sweep(vlm: VLM, parts: ComponentMap, plans: Plans, tasks: Sequence[str], out: Path | str, **how: Any) -> Study:
     """Evaluate every plan that the study at `out` does not hold yet, and return the study."""
     study, steps = sweeping(vlm, parts, plans, tasks, out, **how)
     for _ in steps:
@@ -161,13 +160,14 @@ def recommend(
     task: str | None = None,
     floors: Mapping[str, float] | None = None,
     top: int = 3,
+    runtime: str | None = None,
 ) -> Recommendation:
     """The plan with the best predicted score within a budget; with `run`, verified by running it.
 
     The best few candidates run on examples that had no part in choosing them (where the task has more), beside full
     precision and the best uniform plan of at most the same size, in a study of its own under `verify`: done once.
     """
-    chosen, steps = recommending(study, bpw, run, task, floors, top)
+    chosen, steps = recommending(study, bpw, run, task, floors, top, runtime)
     for _ in steps:
         pass
     return chosen()
@@ -180,9 +180,16 @@ def recommending(
     task: str | None = None,
     floors: Mapping[str, float] | None = None,
     top: int = 3,
+    runtime: str | None = None,
 ) -> tuple[Callable[[], Recommendation], Iterator[Step]]:
     """The verification as something to walk along, and what gives the recommendation once that is done."""
-    asked = {"bpw": bpw, "task": task or study.tasks[0], "floors": dict(floors or {}), "top": top}
+    asked = {
+        "bpw": bpw,
+        "task": task or study.tasks[0],
+        "floors": dict(floors or {}),
+        "top": top,
+        "runtime": runtime,
+    }
     candidates, rival = _proposed(study, asked)
     if run is None:
         return lambda: unmeasured(study, candidates, task, {"asked": asked}), iter(())
@@ -216,8 +223,12 @@ def recommended(study: Study) -> Recommendation | None:
 
 def _proposed(study: Study, asked: Mapping[str, Any]) -> tuple[list[Candidate], Candidate | None]:
     """The best few plans by prediction, and the best uniform one that fits as well."""
-    candidates = solve(study, bpw=asked["bpw"], tasks=[asked["task"]], floors=asked["floors"], top=asked["top"])
-    return candidates, best_uniform(study, candidates[0], asked["task"])
+    bpw, task, floors, top = (asked[name] for name in ("bpw", "task", "floors", "top"))
+    if runtime := asked.get("runtime"):
+        found = legal_candidates(study, runtime, bpw, task, floors, top)
+    else:
+        found = solve(study, bpw=bpw, tasks=[task], floors=floors, top=top)
+    return found, best_uniform(study, found[0], task)
 
 
 def _judged(
@@ -320,6 +331,9 @@ def _measured(study: Study, plan: Plan) -> tuple[dict[str, Any], Path | None]:
             about = {name: found.get(name) for name in ("scores", "path", "versions")}
             path = one.path / "examples" / f"{plan.key}.parquet"
             return {
-                **about, "full_precision_scores": native, "meta": dict(one.meta), "note": one.meta.get("note"),
+                **about,
+                "full_precision_scores": native,
+                "meta": dict(one.meta),
+                "note": one.meta.get("note"),
             }, path if path.exists() else None
     return {}, None

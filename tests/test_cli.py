@@ -135,6 +135,8 @@ def test_json_is_one_object_and_nothing_else(study: Path, line: str, capsys: pyt
         ("rank OUT", "no study at"),
         ("recommend STUDY --bpw 1.0", "can be reached; ask for more"),
         ("recommend STUDY --task capton", "capton"),
+        ("recommend STUDY --no-run --runtime comprsed", "did you mean compressed-tensors?"),
+        ("recommend STUDY --no-run --bpw 5 --runtime compressed-tensors", "nothing that was measured fits compressed"),
         ("export STUDY --out OUT", "name a budget"),
         ("export STUDY --bpw 5 --format gguff --out OUT", "unknown format 'gguff'; choose from"),
     ],
@@ -198,14 +200,15 @@ def test_workers_share_the_queue_and_one_that_dies_loses_nothing(study: Path, tm
             time.sleep(0.01)
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert len(children) == 1
-        os.kill(process.pid, signal.SIGSTOP)
-        worker = int(children[0])
+        worker, begun = int(children[0]), False
         deadline = time.monotonic() + 120
-        begun = False
         while not begun and time.monotonic() < deadline:
+            os.kill(process.pid, signal.SIGSTOP)
+            time.sleep(0.2)
             begun = worker in {line.get("user_attr", {}).get("owner", {}).get("pid") for line in journal(out)}
+            os.kill(process.pid, signal.SIGCONT)
+            time.sleep(0.005)  # it may have been stopped with a lock in its hand
         os.kill(worker, signal.SIGKILL)
-        os.kill(process.pid, signal.SIGCONT)
         printed = process.communicate()[0]
     assert begun
     assert process.returncode == 0

@@ -127,3 +127,17 @@ def test_a_folder_of_another_family(family: str, tmp_path: Path) -> None:
     assert len(study.table()) == 2 ** len(parts.names) + 1
     assert study.table()["vqa.nll"].notna().all()
     assert study.table()["vqa.nll"].nunique() > 2  # the plans really differ
+
+
+def test_the_program_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands there, with fewer widths and examples."""
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    program = text.split("```python\n")[1].split("```")[0]
+    shorter = program.replace("bits=(2, 3, 4, 6, 8)", "bits=(1, 2, 8)")
+    shorter = shorter.replace('tasks=["vqa"],', 'tasks=["vqa"], n=60,')
+    assert shorter.count("n=60") == shorter.count("(1, 2, 8)") == 1
+    monkeypatch.chdir(tmp_path)
+    exec(compile(shorter, "README.md", "exec"), {})
+    out = tmp_path / "runs" / "demo-api"
+    assert json.loads((out / "plan.json").read_text())["size"]["bpw"] <= 4
+    assert (out / "report" / "index.html").exists()

@@ -24,6 +24,10 @@ def arguments(p: argparse.ArgumentParser) -> None:
         metavar="TASK=SHARE",
         help="keep a task at this share of full precision, such as ground=0.95",
     )
+    p.add_argument(
+        "--runtime", metavar="NAME", help="only plans that it can load, such as compressed-tensors"
+    )
+    p.add_argument("--gb", type=float, metavar="X", help="the budget in GB (10^9 bytes), instead of --bpw")
     p.add_argument("--no-run", action="store_true", help="predict only; the model is not loaded")
     p.add_argument("--model", help="where the model is, if not where the sweep found it")
     words.device(p)
@@ -38,7 +42,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     vlm = None
     if not args.no_run and "fingerprint" in study.meta:
         vlm = verbs.load(str(model), device=args.device, dtype=args.dtype or study.meta["dtype"])
-    chosen, steps = verbs.recommending(study, args.bpw, vlm, args.task, dict(args.floor))
+    bpw = args.bpw if args.gb is None else args.gb * 8e9 / study.parts.numel
+    chosen, steps = verbs.recommending(study, bpw, vlm, args.task, dict(args.floor), runtime=args.runtime)
     if vlm is not None:
         terminal.walk(steps, "verifying")
     found = chosen()
