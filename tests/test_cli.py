@@ -107,6 +107,25 @@ def test_sweep_rank_recommend_report_export(study: Path, tmp_path: Path, capsys:
     assert json.loads((tmp_path / "copy.json").read_text())["plan"] == plan["plan"]
 
 
+@pytest.mark.slow
+def test_the_demo_and_the_demo_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole line on few examples; the second time no plan is run."""
+    status, out, err = run(capsys, "demo --n 30 --bpw 5", "--out", tmp_path)
+    assert status == 0
+    assert "126/126" in err
+    for words in ("Kept at native precision", "Importance for vqa", "Best plan for 5 bits per weight", "report: "):
+        assert words in out
+    assert (tmp_path / "plan.json").exists()
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "data-plan" in page or "<svg" in page
+    status, again, err = run(capsys, "demo --n 30 --bpw 5", "--out", tmp_path)
+    assert status == 0
+    assert err.count("nothing was left to do") == 2
+    assert again == out
+    status, out, _ = run(capsys, "demo --n 30 --bpw 5 --json", "--out", tmp_path)
+    assert set(one_object(out)) == {"inspect", "sweep", "rank", "recommend", "report"}
+
+
 @pytest.mark.parametrize(
     "line", [f"inspect {MODEL}", "rank STUDY --bootstraps 10", "recommend STUDY --bpw 5 --no-run", "report STUDY"]
 )

@@ -32,8 +32,7 @@ VERBS: dict[str, ModuleType] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; 0, or 1 after one clear sentence on standard error."""
     typed = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(typed)
-    args.typed = typed  # a sweep with workers starts the same command again
+    args = parser().parse_args(typed, argparse.Namespace(typed=typed))  # workers start the same command again
     try:
         with quiet(args):
             facts = VERBS[args.verb].run(args)

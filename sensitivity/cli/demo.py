@@ -40,6 +40,7 @@ def _typed(line: str, args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         print(f"\n$ sensitivity {line}")
     flags = [flag for flag, on in (("--json", args.json), ("--debug", args.debug)) if on]
-    one = parser().parse_args([*shlex.split(line), *flags])
+    words = [*shlex.split(line), *flags]
+    one = parser().parse_args(words, argparse.Namespace(typed=words))
     facts: dict[str, Any] = VERBS[one.verb].run(one)
     return facts
