@@ -141,7 +141,7 @@ def test_a_lock_of_a_killed_process_is_gone_with_it(tmp_path: Path) -> None:
     holder.stdout.close()
     began = time.monotonic()
     assert study.enqueue([NATIVE]) == 1
-    assert time.monotonic() - began < 5  # Optuna's own locks would wait half a minute
+    assert time.monotonic() - began < 20  # Optuna's own locks would wait half a minute
 
 
 def test_where_the_file_system_has_no_locks_optunas_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
