@@ -5,20 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from sensitivity.components import ComponentMap
+from sensitivity.contenders import Until, contenders
 from sensitivity.errors import UserError
 from sensitivity.evaluate import Batch, Rows, answer, batches, rows_of
 from sensitivity.models import VLM
 from sensitivity.plan import Plan
 from sensitivity.quantize import Memory, Statistics, prepare, quantized
 from sensitivity.replay import Replay
+from sensitivity.shards import cuts, shard
 from sensitivity.tasks import Task
-from sensitivity.trials import Study
+from sensitivity.trials import Asked, Study
 
 WEIGHTS = 4 << 30  # bytes of quantised weights to remember, beyond those of the plan that is running
 LIBRARIES = ("torch", "transformers", "optuna", "numpy")
@@ -26,13 +29,15 @@ LIBRARIES = ("torch", "transformers", "optuna", "numpy")
 
 @dataclass(frozen=True)
 class Step:
-    """A trial that was just finished, and how far the sweep is."""
+    """Some examples of a trial that were just run, and how far the sweep is, in images over all plans."""
 
     plan: Plan
     scores: Mapping[str, float]
     seconds: float
+    complete: bool  # whether the plan has now seen all examples
     done: int
     left: int
+    images: int  # for each plan
 
 
 def run(
@@ -42,40 +47,65 @@ def run(
     plans: Iterable[Plan],
     plain: bool = False,
     statistics: Statistics | None = None,
+    until: Until | None = None,
 ) -> Iterator[Step]:
     """Run every plan that the study does not hold yet; full precision first, since all else is compared to it.
 
     A list of plans is queued at once, before the first step is asked for, so that any number of processes can take
-    from it; other iterables are asked for one plan at a time, after the last one was told.
+    from it; all of them see a first shard of examples before any sees more. Other iterables are asked for one plan
+    at a time, after the last one was told, and each sees all examples.
     """
-    trial = _Trial(vlm, study.parts, tasks, plain, statistics)
-    if isinstance(plans, Sequence):
-        trial.prepare(plans)
+    listed = isinstance(plans, Sequence)
+    trial = _Trial(vlm, study.parts, tasks, plain, statistics, growing=listed)
     study.release_lost()
-    study.enqueue([Plan.uniform(study.parts, None), *(plans if isinstance(plans, Sequence) else ())])
-    return _walk(study, trial, () if isinstance(plans, Sequence) else plans)
+    first = Plan.uniform(study.parts, None)
+    if not isinstance(plans, Sequence):
+        study.enqueue([first])
+        return _walk(study, trial, plans, until or Until())
+    trial.prepare(plans)
+    study.enqueue([first, *sorted(plans, key=_path)])
+    return _walk(study, trial, (), until or Until())
 
 
-def _walk(study: Study, trial: _Trial, more: Iterable[Plan]) -> Iterator[Step]:
-    yield from _drain(study, trial)
+def _path(plan: Plan) -> list[str]:
+    """Plans that share the most stand beside each other: sorted as data flows through them."""
+    return [str(scheme) for _, scheme in plan.schemes]
+
+
+def _walk(study: Study, trial: _Trial, more: Iterable[Plan], until: Until) -> Iterator[Step]:
+    yield from _drain(study, trial, until)
     for plan in more:
+        if until.reached(study):
+            return
         study.enqueue([plan])
-        yield from _drain(study, trial)
+        yield from _drain(study, trial, until)
 
 
-def _drain(study: Study, trial: _Trial) -> Iterator[Step]:
-    while (asked := study.ask()) is not None:
+def _drain(study: Study, trial: _Trial, until: Until) -> Iterator[Step]:
+    last: Asked | None = None
+    wanted: set[str] | None = None
+    while not (last and until.reached(study)):
+        if (asked := study.ask(last, wanted)) is None:
+            return
         began = time.perf_counter()
+        end = trial.end(asked.done)
         try:
-            rows = trial.run(asked.plan)
+            rows = trial.run(asked.plan, asked.done, end)
         except UserError as error:
             study.give_up(asked, str(error))
             raise
+        except BaseException:  # Ctrl-C, most often
+            study.put_back(asked)
+            raise
         seconds = time.perf_counter() - began
         facts = {"seconds": seconds, "path": "plain" if trial.plain else "fast", "versions": versions()}
-        scores = study.tell(asked, rows, facts)
-        counts = study.counts()
-        yield Step(asked.plan, scores, seconds, counts["done"], counts["waiting"] + counts["running"])
+        complete = end == trial.ends[-1]
+        scores = study.tell(asked, rows, facts, None if complete else end)
+        if until.chooses and (last is None or asked.done != last.done):  # a round begins
+            wanted = contenders(study, len(trial.ends))
+        total = trial.ends[-1]
+        yield Step(asked.plan, scores, seconds, complete, *study.progress(total, wanted), total)
+        last = asked
 
 
 class _Trial:
@@ -88,9 +118,12 @@ class _Trial:
         tasks: Sequence[Task],
         plain: bool = False,
         statistics: Statistics | None = None,
+        growing: bool = True,
     ) -> None:
         self.vlm, self.parts, self.tasks, self.plain, self.statistics = vlm, parts, tasks, plain, statistics
-        self.batches: dict[str, list[Batch]] = {task.name: list(batches(vlm, task, plain)) for task in tasks}
+        self.ends = cuts(tasks, growing)
+        self.batches: dict[str, list[Batch]] = {}
+        self.begun: int | None = None  # where the shard begins whose batches these are
         self.weights: Memory | None = None if plain else {}
         self.replay = None if plain else self._proven()
 
@@ -110,8 +143,14 @@ class _Trial:
         if self.weights is not None and room < WEIGHTS:
             prepare(self.vlm.model, self.parts, plans, self.weights, self.statistics)
 
-    def run(self, plan: Plan) -> Rows:
-        """Per-example rows of all tasks under a plan."""
+    def end(self, begin: int) -> int:
+        """Where the shard ends that begins after so many images."""
+        return next(end for end in self.ends if end > begin)
+
+    def run(self, plan: Plan, begin: int, end: int) -> Rows:
+        """Per-example rows of all tasks under a plan, for the images of one shard."""
+        if begin != self.begun:
+            self._enter(begin, end)
         rows: Rows = {}
         if self.replay:
             self.replay.under(plan)
@@ -124,6 +163,16 @@ class _Trial:
         if self.weights and sum(t.numel() * t.element_size() for t in self.weights.values()) > WEIGHTS:
             self.weights.clear()
         return rows
+
+    def _enter(self, begin: int, end: int) -> None:
+        """Make a shard's examples tensors, and forget those of the last one: memory holds one shard."""
+        self.batches = {}
+        if self.replay:
+            self.replay.clear()
+        for task in self.tasks:
+            some = replace(task, examples=tuple(shard(task, begin, end, self.ends[-1])))
+            self.batches[task.name] = list(batches(self.vlm, some, self.plain)) if some.examples else []
+        self.begun = begin
 
 
 def identity(vlm: VLM, tasks: Sequence[Task], sources: Sequence[str], n: int, seed: int) -> dict[str, Any]:
@@ -141,5 +190,6 @@ def identity(vlm: VLM, tasks: Sequence[Task], sources: Sequence[str], n: int, se
     }
 
 
+@cache
 def versions() -> dict[str, str]:
     return {name: version(name) for name in ("sensitivity", *LIBRARIES)} | {"threads": str(torch.get_num_threads())}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from sensitivity import turns
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError
 from sensitivity.files import whole, write_whole
@@ -32,10 +30,11 @@ EXAMPLE_COLUMNS = ("task", "example", "cluster", "kind", "score", "nll", "answer
 
 @dataclass(frozen=True)
 class Asked:
-    """A trial that this process is to run, and its plan."""
+    """A trial that this process is to run, its plan, and how far into the examples it has come."""
 
     trial: optuna.Trial
     plan: Plan
+    done: int = 0
 
 
 class Study:
@@ -59,7 +58,7 @@ class Study:
         self.meta: dict[str, Any] = attrs["meta"]
         self.tasks: tuple[str, ...] = tuple(attrs["tasks"])
         self.parts = ComponentMap.from_json(attrs["parts"])
-        self._examples: dict[str, pd.DataFrame] = {}
+        self._deltas: dict[tuple[str, str, int, int], Score | None] = {}
 
     @classmethod
     def create(
@@ -101,7 +100,7 @@ class Study:
             return self._enqueue(plans)
 
     def _enqueue(self, plans: Iterable[Plan]) -> int:
-        known = {t.user_attrs.get("key") for t in self._optuna.get_trials(deepcopy=False) if t.state != TrialState.FAIL}
+        known = {t.user_attrs.get("key") for t in self._all() if t.state != TrialState.FAIL}
         added = 0
         for plan in plans:
             if plan.key not in known:
@@ -110,44 +109,66 @@ class Study:
                 added += 1
         return added
 
-    def ask(self) -> Asked | None:
-        """The next queued plan, now ours; None when the queue is empty."""
-        while any(True for _ in self._optuna.get_trials(deepcopy=False, states=(TrialState.WAITING,))):
-            trial = self._optuna.ask(self.distributions)
-            if "plan" not in trial.user_attrs:  # another process emptied the queue in between
-                self._optuna.tell(trial, state=TrialState.FAIL)
-                return None
-            trial.set_user_attr("owner", _me())
-            plan = Plan.from_json(trial.user_attrs["plan"])
-            if not self._elsewhere(trial.number, plan.key):
-                return Asked(trial, plan)
-            self._optuna.tell(trial, state=TrialState.PRUNED)  # queued twice by two processes that started together
+    def ask(self, last: Asked | None = None, wanted: Container[str] | None = None) -> Asked | None:
+        """The waiting plan that is best run after the last one, now ours; None when no wanted plan waits."""
+        while (found := turns.choose(self._all(), last.trial.number if last else None, wanted)) is not None:
+            with held(KernelLock(self.path / "queue")):  # so that nobody releases what is just being taken
+                if not turns.claim(self._storage, found):
+                    continue
+            trial = optuna.Trial(self._optuna, found._trial_id)
+            plan = Plan.from_json(found.user_attrs["plan"])
+            if self._elsewhere(found.number, plan.key):  # queued twice by two processes that started together
+                self._optuna.tell(trial, state=TrialState.PRUNED)
+                continue
+            for name, widths in self.distributions.items():
+                trial._suggest(name, widths)
+            return Asked(trial, plan, turns.far(found))
         return None
 
+    def _all(self) -> list[FrozenTrial]:
+        return self._optuna.get_trials(deepcopy=False)
+
     def _elsewhere(self, number: int, key: str) -> bool:
-        """Whether a plan is done, or was begun earlier by somebody who is still at it."""
-        states = (TrialState.COMPLETE, TrialState.RUNNING)
-        found = [t for t in self._optuna.get_trials(deepcopy=False, states=states) if t.user_attrs.get("key") == key]
-        return any(t.state == TrialState.COMPLETE or t.number < number for t in found)
+        """Whether a plan is done, or stands in the queue before this place."""
+        found = [t for t in self._all() if t.user_attrs.get("key") == key and t.number != number]
+        over = (TrialState.FAIL, TrialState.PRUNED)
+        return any(t.state == TrialState.COMPLETE or (t.number < number and t.state not in over) for t in found)
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
         return {name: IntDistribution(1, NATIVE) for name in self.parts.names}
 
-    def tell(self, asked: Asked, examples: Mapping[str, Sequence[Any]], facts: Mapping[str, Any]) -> dict[str, float]:
-        """Store a finished trial: first its examples, then, in one step that makes it count, its scores."""
+    def tell(
+        self,
+        asked: Asked,
+        examples: Mapping[str, Sequence[Any]],
+        facts: Mapping[str, Any],
+        done: int | None = None,
+    ) -> dict[str, float]:
+        """Store what a trial found: first its examples, then its scores.
+
+        It is finished, or with `done`, how far it has come, waits for its next examples.
+        """
         frame = pd.DataFrame(dict(examples), columns=list(EXAMPLE_COLUMNS))
+        if asked.done and (before := self.examples(asked.plan)) is not None:
+            again = _which(before).isin(_which(frame))  # a process died between storing and saying so
+            frame = pd.concat([before[~again], frame], ignore_index=True)
         folder = self.path / "examples"
         folder.mkdir(exist_ok=True)
-        target = folder / f"{asked.plan.key}.parquet"
-        with whole(target) as unfinished:
+        with whole(folder / f"{asked.plan.key}.parquet") as unfinished:
             frame.to_parquet(unfinished, index=False)
         scores = {str(task): _score(rows) for task, rows in frame.groupby("task", sort=False)}
         weight = size(self.parts, asked.plan)
+        facts = {**facts, "seconds": facts.get("seconds", 0.0) + asked.trial.user_attrs.get("seconds", 0.0)}
         for name, value in {"scores": scores, "size": weight.to_json(), **facts}.items():
-            asked.trial.set_user_attr(name, value)
+            if asked.trial.user_attrs.get(name) != value:
+                asked.trial.set_user_attr(name, value)
         means = {task: float(scores[task]["mean"]) for task in self.tasks}
-        self._optuna.tell(asked.trial, [*means.values(), weight.bpw])
+        if done is None:
+            self._optuna.tell(asked.trial, [*means.values(), weight.bpw])
+        else:
+            asked.trial.set_user_attr(turns.DONE, done)
+            self._storage.set_trial_state_values(asked.trial._trial_id, TrialState.WAITING)
         return means
 
     def append(self, plans: Sequence[Plan], scores: Sequence[Mapping[str, float]]) -> None:
@@ -170,25 +191,14 @@ class Study:
         asked.trial.set_user_attr("failure", why)
         self._optuna.tell(asked.trial, state=TrialState.FAIL)
 
-    def release_lost(self) -> int:
-        """Queue again what processes that no longer live on this machine were running."""
-        lost = [
-            t
-            for t in self._optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            if not _alive(t.user_attrs.get("owner"))
-        ]
-        for trial in lost:
-            self._optuna.tell(trial.number, state=TrialState.FAIL)
-        plans = [Plan.from_json(t.user_attrs["plan"]) for t in lost if "plan" in t.user_attrs]
-        return self.enqueue(plans)
+    def put_back(self, asked: Asked) -> None:
+        """A trial that was interrupted waits again."""
+        self._storage.set_trial_state_values(asked.trial._trial_id, TrialState.WAITING)
 
-    def compare(self, plan: Plan, base: Plan, task: str) -> Score | None:
-        """The paired difference in a task's score between two finished plans; None without per-example scores."""
-        ours, theirs = self.examples(plan), self.examples(base)
-        if ours is None or theirs is None:
-            return None
-        both = ours[ours["task"] == task].merge(theirs[theirs["task"] == task], on="example", suffixes=("", "_base"))
-        return paired(both["score"], both["score_base"], both["cluster"])
+    def release_lost(self) -> int:
+        """Let the plans wait again that processes were running which no longer live on this machine."""
+        with held(KernelLock(self.path / "queue")):
+            return turns.release(self._storage, self._all())
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -196,22 +206,43 @@ class Study:
         """Finished trials, in the order in which they were queued."""
         return self._optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
+    def measured(self) -> list[FrozenTrial]:
+        """Finished trials, and those that have a score from a part of their examples."""
+        over = (TrialState.FAIL, TrialState.PRUNED)
+        return [trial for trial in self._all() if trial.state not in over and "scores" in trial.user_attrs]
+
+    def unmeasured(self) -> set[str]:
+        """The keys of plans that are queued or running and have no score yet."""
+        open_ = (TrialState.WAITING, TrialState.RUNNING)
+        trials = [trial for trial in self._all() if trial.state in open_ and "scores" not in trial.user_attrs]
+        return {str(trial.user_attrs.get("key")) for trial in trials}
+
     def counts(self) -> dict[str, int]:
         """How many plans are done, waiting and running."""
-        trials = self._optuna.get_trials(deepcopy=False)
+        trials = self._all()
         states = {"done": TrialState.COMPLETE, "waiting": TrialState.WAITING, "running": TrialState.RUNNING}
         return {name: sum(t.state == state for t in trials) for name, state in states.items()}
 
+    def progress(self, total: int, wanted: Container[str] | None = None) -> tuple[int, int]:
+        """Images done, and left where only wanted plans go on; a finished plan has seen `total`."""
+        trials = [trial for trial in self._all() if trial.state not in (TrialState.FAIL, TrialState.PRUNED)]
+        seen = [total if trial.state == TrialState.COMPLETE else turns.far(trial) for trial in trials]
+        going = [wanted is None or trial.user_attrs.get("key") in wanted for trial in trials]
+        return sum(seen), sum(total - far for far, goes in zip(seen, going, strict=True) if goes)
+
     def table(self) -> pd.DataFrame:
-        """One row per finished trial: bits per component, size, and per task the score and its interval.
+        """One row per measured trial: bits per component, size, and per task the score and its interval.
 
-        Columns: number, key, plan (what a person calls it), uniform, native; a column of bits for each component;
-        bytes, bpw, bpw_codes, seconds; for each task T: T, T.se, T.low, T.high, T.n, T.nll, and the paired
-        difference to full precision as T.delta, T.delta.se, T.delta.low, T.delta.high.
+        Columns: number, key, plan (what a person calls it), uniform, native, complete (whether it has seen all the
+        examples); a column of bits for each component; bytes, bpw, bpw_codes, seconds; for each task T: T, T.se,
+        T.low, T.high, T.n, T.nll, and the paired difference to full precision as T.delta, T.delta.se, T.delta.low,
+        T.delta.high; its further metrics by their names, such as T.BLEU-4; not_finite: how many examples NaN logits
+        made worth nothing.
         """
-        return pd.DataFrame([self._row(trial) for trial in self.trials()])
+        native = self.examples(self.native)
+        return pd.DataFrame([self._row(trial, native) for trial in self.measured()])
 
-    def _row(self, trial: FrozenTrial) -> dict[str, Any]:
+    def _row(self, trial: FrozenTrial, native: pd.DataFrame | None) -> dict[str, Any]:
         attrs = trial.user_attrs
         plan = Plan.from_json(attrs["plan"])
         row: dict[str, Any] = {
@@ -220,9 +251,11 @@ class Study:
             "plan": plan.describe(),
             "uniform": plan.is_uniform,
             "native": plan.is_native,
+            "complete": trial.state == TrialState.COMPLETE,
             **plan.bits(NATIVE),
             **attrs["size"],
             "seconds": attrs.get("seconds", np.nan),
+            **({"not_finite": lost} if (lost := attrs.get("not_finite")) else {}),
         }
         for task in self.tasks:
             score = attrs["scores"].get(task)
@@ -230,22 +263,32 @@ class Study:
                 continue
             row |= {task: score["mean"], f"{task}.nll": score.get("nll")}
             row |= {f"{task}.{name}": score.get(name) for name in ("se", "low", "high", "n")}
-            if delta := self.compare(plan, self.native, task):
+            row |= {f"{task}.{name}": value for name, value in attrs.get("metrics", {}).get(task, {}).items()}
+            if delta := self._delta(plan, task, score.get("n"), native):
                 row |= {f"{task}.delta": delta.mean, f"{task}.delta.se": delta.se}
                 row |= {f"{task}.delta.low": delta.low, f"{task}.delta.high": delta.high}
         return row
+
+    def _delta(self, plan: Plan, task: str, n: int | None, native: pd.DataFrame | None) -> Score | None:
+        """The paired difference to full precision, computed once for what both have seen."""
+        if native is None or n is None:
+            return None
+        known = plan.key, task, n, len(native)
+        if known not in self._deltas:
+            self._deltas[known] = _paired(self.examples(plan), native, task)
+        return self._deltas[known]
+
+    def compare(self, plan: Plan, base: Plan, task: str) -> Score | None:
+        """The paired difference in a task's score between two plans; None without per-example scores."""
+        return _paired(self.examples(plan), self.examples(base), task)
 
     def plan(self, number: int) -> Plan:
         return Plan.from_json(self._optuna.get_trials(deepcopy=False)[number].user_attrs["plan"])
 
     def examples(self, plan: Plan) -> pd.DataFrame | None:
-        """Per-example scores of a finished plan; None where only the means are known (an imported table)."""
-        if plan.key not in self._examples:
-            path = self.path / "examples" / f"{plan.key}.parquet"
-            if not path.exists():
-                return None
-            self._examples[plan.key] = pd.read_parquet(path)
-        return self._examples[plan.key]
+        """Per-example scores of a measured plan; None where only the means are known (an imported table)."""
+        path = self.path / "examples" / f"{plan.key}.parquet"
+        return pd.read_parquet(path) if path.exists() else None
 
     @property
     def native(self) -> Plan:
@@ -258,6 +301,17 @@ def _score(rows: pd.DataFrame) -> dict[str, Any]:
     return {**summarise(rows["score"], rows["cluster"]).to_json(), "nll": float(known.mean()) if len(known) else None}
 
 
+def _which(rows: pd.DataFrame) -> pd.MultiIndex:
+    return pd.MultiIndex.from_frame(rows[["task", "example"]])
+
+
+def _paired(ours: pd.DataFrame | None, theirs: pd.DataFrame | None, task: str) -> Score | None:
+    if ours is None or theirs is None:
+        return None
+    both = ours[ours["task"] == task].merge(theirs[theirs["task"] == task], on="example", suffixes=("", "_base"))
+    return paired(both["score"], both["score_base"], both["cluster"]) if len(both) else None
+
+
 def _difference(name: str, found: Any, wanted: Any) -> str:
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in [*found, *wanted]:
@@ -265,32 +319,6 @@ def _difference(name: str, found: Any, wanted: Any) -> str:
                 return _difference(key, found.get(key), wanted.get(key))
     short = [text if len(text := str(value)) < 60 else text[:57] + "..." for value in (found, wanted)]
     return f"{name}: there {short[0]}, here {short[1]}"
-
-
-def _me() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "since": _started(os.getpid())}
-
-
-def _started(pid: int) -> str | None:
-    """When a process started, in the kernel's own count, so that a reused pid is not mistaken for the old process."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    return None
-
-
-def _alive(owner: Mapping[str, Any] | None) -> bool:
-    """Whether the owner of a trial may still be at work; on another machine we cannot know and assume so."""
-    if owner is None:
-        return False
-    if owner["host"] != socket.gethostname():
-        return True
-    try:
-        os.kill(owner["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return bool(_started(owner["pid"]) == owner["since"])
 
 
 __all__ = ["EXAMPLE_COLUMNS", "NATIVE", "Asked", "Score", "Size", "Study", "write_whole"]

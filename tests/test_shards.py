@@ -1,0 +1,246 @@
+"""Shards outside, plans inside: every plan has a first score soon, the rest goes where it matters, nothing is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from sensitivity import verbs
+from sensitivity.contenders import RATE, Until, _beats, contenders, frontier, uncertainty
+from sensitivity.errors import UserError
+from sensitivity.models import VLM, inspect
+from sensitivity.plan import Plan
+from sensitivity.quantize import scheme
+from sensitivity.shards import FIRST, MOST, cuts, shard
+from sensitivity.sweep import run
+from sensitivity.tasks import Example, Task, task
+from sensitivity.trials import Study
+from sensitivity.turns import choose
+
+PIXEL = np.zeros((1, 1, 3), np.uint8)
+
+
+def asked(name: str, images: int, per_image: int) -> Task:
+    ids = [(i, j) for i in range(images) for j in range(per_image)]
+    examples = (Example(f"{i}.{j}", f"i{i}", "all", PIXEL, "?", ("x",)) for i, j in ids)
+    return Task(name, tuple(examples), lambda *_: 1.0)
+
+
+@given(st.lists(st.tuples(st.integers(1, 1200), st.integers(1, 3)), min_size=1, max_size=3), st.booleans())
+def test_shards_are_all_examples_once_and_never_too_many(sizes: list[tuple[int, int]], growing: bool) -> None:
+    tasks = [asked(f"t{i}", images, per_image) for i, (images, per_image) in enumerate(sizes)]
+    ends = cuts(tasks, growing)
+    assert ends == sorted(set(ends))
+    assert max(np.diff([0, *ends])) <= MOST
+    for one in tasks:
+        found = [e for begin, end in zip([0, *ends], ends, strict=False) for e in shard(one, begin, end, ends[-1])]
+        assert sorted(e.id for e in found) == sorted(e.id for e in one.examples)
+    if growing:
+        assert ends[0] <= FIRST
+        assert len(ends) <= 5 + ends[-1] // MOST
+
+
+def test_a_shard_is_no_matter_of_the_order_of_the_data() -> None:
+    one = asked("t", 40, 2)
+    backwards = dataclasses.replace(one, examples=one.examples[::-1])
+    ours, theirs = (sorted(e.id for e in shard(each, 0, 10, 40)) for each in (one, backwards))
+    assert ours == theirs
+    assert ours != sorted(e.id for e in one.examples[:20])
+
+
+def trial(number: int, state: TrialState, done: int = 0) -> FrozenTrial:
+    values = [0.0] if state == TrialState.COMPLETE else None
+    found = create_trial(state=state, values=values, user_attrs={"key": str(number), "done": done})
+    found.number = number
+    return found
+
+
+def walk(order: str) -> list[FrozenTrial]:
+    """w waiting, r running elsewhere, d done, one plan each."""
+    states = {"w": TrialState.WAITING, "r": TrialState.RUNNING, "d": TrialState.COMPLETE}
+    return [trial(i, states[letter]) for i, letter in enumerate(order)]
+
+
+@pytest.mark.parametrize(
+    ("order", "last", "expected"),
+    [
+        ("wwwwww", None, 0),  # alone: from the beginning
+        ("dwwwww", 0, 1),
+        ("rwwwwwwww", None, 5),  # another is at it: the middle of what nobody has begun
+        ("ddrwwwddww", 9, 5),  # the longest stretch
+        ("ddrwwddrww", 1, 4),  # what follows is taken by another: not right behind it
+        ("ddwwdd", 5, 2),  # wraps
+        ("dddd", 3, None),
+    ],
+)
+def test_neighbours_are_taken_one_after_the_other(order: str, last: int | None, expected: int | None) -> None:
+    found = choose(walk(order), last)
+    assert (None if found is None else found.number) == expected
+
+
+def test_those_that_have_seen_least_come_first_and_only_wanted_ones() -> None:
+    waiting = [trial(i, TrialState.WAITING, done) for i, done in enumerate((4, 0, 4, 0))]
+    assert choose(waiting, 1).number == 3  # type: ignore[union-attr]
+    assert choose(waiting[::2], 0).number == 2  # type: ignore[union-attr]
+    assert choose(waiting, None, {"2"}).number == 2  # type: ignore[union-attr]
+    assert choose(waiting, None, set()) is None
+
+
+def plans_for(vlm: VLM, widths: tuple[int, ...] = (2, 4, 8)) -> tuple[Any, list[Plan]]:
+    parts = inspect(vlm, by="part")
+    return parts, verbs.grid(parts, schemes=[scheme("uniform", bits) for bits in widths])
+
+
+def test_after_the_first_shard_every_plan_has_a_score(scenes_llava: VLM, tmp_path: Path) -> None:
+    parts, plans = plans_for(scenes_llava, (2, 8))
+    study, steps = verbs.sweeping(scenes_llava, parts, plans, ["vqa"], tmp_path / "a", n=60)
+    done = []
+    for step in steps:
+        done.append(step.done)
+        if len(done) == len(plans):
+            break
+    table = study.table()
+    assert len(table) == len(plans)
+    assert not table["complete"].any()
+    assert table["vqa.n"].max() < 50
+    assert table["vqa.delta.se"].notna().all()
+    assert done == sorted(done)
+    assert step.done + step.left == len(plans) * step.images
+    # and it goes on to what an undisturbed sweep finds, in another order of plans
+    verbs.sweep(scenes_llava, parts, plans[::-1], ["vqa"], tmp_path / "a", n=60)
+    verbs.sweep(scenes_llava, parts, plans, ["vqa"], tmp_path / "b", n=60)
+    ours, theirs = (Study(tmp_path / name).table().drop(columns=["number", "seconds"]) for name in "ab")
+    pd.testing.assert_frame_equal(
+        ours.set_index("key").sort_index(), theirs.set_index("key").sort_index(), check_exact=True
+    )
+    assert ours["complete"].all()
+    assert (ours["vqa.n"] == 60).all()
+
+
+def test_an_error_that_is_small_enough_ends_it_and_hopeless_plans_see_less(scenes_llava: VLM, tmp_path: Path) -> None:
+    parts, plans = plans_for(scenes_llava, (2, 8))
+    study = verbs.sweep(scenes_llava, parts, plans, ["vqa"], tmp_path, n=600, until=["error<5%"])
+    table = study.table().set_index("key")
+    seen = table["vqa.n"]
+    assert seen.min() < 100 < seen.max()
+    best = [found.user_attrs["key"] for found in frontier(study.measured(), "vqa")]
+    assert seen[best].min() > seen.min()
+    assert uncertainty(study) < 0.05
+    hopeless = table[table["language"] == 2]
+    assert hopeless["vqa.n"].max() < seen.max()
+    assert table.loc[Plan.uniform(parts, None).key, "vqa.n"] == seen.max()
+
+
+def test_time_ends_it(scenes_llava: VLM, tmp_path: Path) -> None:
+    parts, plans = plans_for(scenes_llava)
+    study = Study.create(tmp_path, parts, ["vqa"], {})
+    steps = run(scenes_llava, study, [task("vqa", n=300)], plans, until=Until(seconds=0.0))
+    assert len(list(steps)) == 1  # one is always run, so that every call gets on
+    assert study.counts() == {"done": 0, "waiting": len(plans), "running": 0}
+
+
+def test_an_interrupted_plan_waits_again(scenes_llava: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, plans = plans_for(scenes_llava)
+    study = Study.create(tmp_path, parts, ["vqa"], {})
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    steps = run(scenes_llava, study, [task("vqa", n=20)], plans)
+    next(steps)
+    monkeypatch.setattr("sensitivity.sweep._Trial.run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        next(steps)
+    assert study.counts() == {"done": 1, "waiting": len(plans) - 1, "running": 0}
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.5])
+def test_a_plan_that_nobody_beats_is_seldom_dropped(sigma: float) -> None:
+    """Ten equally good plans, of which the luckiest is each time taken for the rival, looked at after every shard."""
+    rng = np.random.default_rng(5)
+    rounds, rivals, runs, dropped = [4, 16, 64, 256], 10, 400, 0
+    for _ in range(runs):
+        skill = rng.normal(0.7, sigma * 0.3, size=(256, 1)).clip(0, 1)  # images differ in difficulty
+        right = rng.random((256, rivals + 1)) < skill
+        level = RATE / (len(rounds) * (rivals + 1))
+        for end in rounds:
+            best = int(np.argmax(right[:end, 1:].mean(0))) + 1
+            rival, plan = (pd.DataFrame({"sum": right[:end, i] * 1.0, "count": 1}) for i in (best, 0))
+            if _beats(rival, plan, level):
+                dropped += 1
+                break
+    assert dropped / runs <= RATE
+    worse = pd.DataFrame({"sum": (rng.random(256) < 0.3) * 1.0, "count": 1})
+    better = pd.DataFrame({"sum": (rng.random(256) < 0.9) * 1.0, "count": 1})
+    assert _beats(better, worse, level)
+    assert not _beats(better.head(4), worse.head(4) * 0, level)  # four images are no proof, however clear they look
+
+
+def test_only_what_is_worse_on_every_task_is_dropped(tmp_path: Path, scenes_llava: VLM) -> None:
+    parts = inspect(scenes_llava, by="part")
+    small, large = (Plan.uniform(parts, scheme("uniform", bits)) for bits in (4, 8))
+    study = Study.create(tmp_path, parts, ["a", "b"], {})
+    study.enqueue([small, large, study.native])
+    quality = {small.key: {"a": 0.95, "b": 0.2}, large.key: {"a": 0.2, "b": 0.95}, study.native.key: {"a": 1, "b": 1}}
+
+    def told(drop: str | None = None) -> None:
+        while (found := study.ask()) is not None:
+            rng, rows = np.random.default_rng(1), []
+            for name in ("a", "b"):
+                share = 0.1 if name == drop and found.plan is not study.native else quality[found.plan.key][name]
+                rows += [
+                    {"task": name, "example": f"e{i}", "cluster": f"c{i}", "kind": "k", "score": float(r < share)}
+                    for i, r in enumerate(rng.random(300))
+                ]
+            frame = pd.DataFrame(rows).assign(nll=0.0, answer="")
+            study.tell(found, frame.to_dict("list"), {}, 4)
+            if found.done:
+                study.put_back(found)
+                return
+
+    told()
+    assert contenders(study, 4) == {small.key, large.key, study.native.key}  # each is best at something
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("soon", "--until 'soon' is none of: complete, a time such as 10min"),
+        ("0min", "--until '0min' needs a number above zero"),
+        ("error<1.2.3%", "needs a number above zero"),
+    ],
+)
+def test_until_says_what_it_wants(word: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Until.parse([word])
+
+
+def test_until_takes_the_first_that_is_reached() -> None:
+    until = Until.parse(["2h", "90 min", "error < 0.5%", "complete"])
+    assert (until.seconds, until.error) == (5400, 0.005)
+    assert not Until.parse([]).chooses
+
+
+def test_lines_for_machines_and_one_object_at_the_end(tmp_path: Path) -> None:
+    words = f"sweep embedded:scenes-llava --bits 2,8 --n 60 --until error<30% --out {tmp_path} --json"
+    done = subprocess.run([sys.executable, "-m", "sensitivity", *words.split()], capture_output=True, text=True)
+    facts = json.loads(done.stdout)
+    assert facts["waiting"] > 0
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert lines[-1]["done"] > 0
+    assert lines[-1]["left"] > 0
+    best = lines[-1]["frontier"]
+    assert [point["bpw"] for point in best] == sorted(point["bpw"] for point in best)
+    means = [point["scores"]["vqa"]["mean"] for point in best]
+    assert means == sorted(means)
