@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from sensitivity.errors import UserError
+from sensitivity.drafts import Drafts
+from sensitivity import searching
+from sensitivity.errors import Notice, UserError
 from sensitivity.models import VLM
 from sensitivity.replay import Replay
-from sensitivity.tasks import Example, Task, open_image
+from sensitivity.tasks import SEARCHES, SHORT, Example, Task, open_image
+from sensitivity.tasks.answers import without_special
 
 Rows = dict[str, list[Any]]
 Image = list[tuple[Tensor, Tensor]]  # keys and values of each layer for the images of a batch
@@ -36,7 +42,10 @@ def rows_of(task: Task, batch: Batch, answers: list[str], nll: list[float]) -> R
         "example": [example.id for example in batch.examples],
         "cluster": [example.cluster for example in batch.examples],
         "kind": [example.kind for example in batch.examples],
-        "score": [task.score(given, example) for given, example in zip(answers, batch.examples, strict=True)],
+        "score": [
+            task.score(given, example) if math.isfinite(surprise) else 0.0  # NaN logits: what is written is no answer
+            for given, example, surprise in zip(answers, batch.examples, nll, strict=True)
+        ],
         "nll": nll,
         "answer": answers,
     }
@@ -52,30 +61,79 @@ class Batch:
     owner: list[int] = field(default_factory=list)  # which image each example is about
     prompts: list[list[int]] = field(default_factory=list)  # tokens after the prefix
     targets: list[list[int]] = field(default_factory=list)  # tokens of the first right answer, and the end
+    halves: list[Batch] = field(default_factory=list)  # instead of all this, where it did not fit on the device
 
 
-@torch.inference_mode()
 def answer(
     vlm: VLM, task: Task, batch: Batch, replay: Replay | None = None, name: Hashable = None
 ) -> tuple[list[str], list[float]]:
-    """Greedy answers of a batch, by the fast path where the batch is made for it.
+    """Greedy answers of a batch; one that does not fit on the device is halved, for this plan and all that follow.
 
     With `replay`, what this plan shares with the last one on the batch of this name is not computed again.
     """
+    if not batch.halves:
+        try:
+            return _answered(vlm, task, batch, replay, name)
+        except torch.OutOfMemoryError as error:
+            if len(batch.examples) == 1 or task.gallery:
+                why = f"a single example of {task.name} does not fit into the memory of {vlm.device}"
+                raise UserError(f"{why}; choose a narrower --dtype or another --device") from error
+        if replay:
+            replay.leave_out(name)
+            replay.leave_out((name, "questions"))
+        _halve(vlm, task, batch)  # not while the error is handled: it holds on to the tensors that did fit
+    found = [answer(vlm, task, half, replay, (name, i)) for i, half in enumerate(batch.halves)]
+    return [one for answers, _ in found for one in answers], [one for _, nll in found for one in nll]
+
+
+def _halve(vlm: VLM, task: Task, batch: Batch) -> None:
+    """Two batches in the place of one, questions of one image together where there is more than one image."""
+    if vlm.device.type == "cuda":
+        torch.cuda.empty_cache()
+    clusters = list(dict.fromkeys(example.cluster for example in batch.examples))
+    first = set(clusters[: (len(clusters) + 1) // 2])
+    middle = sum(example.cluster in first for example in batch.examples)
+    middle = middle if len(clusters) > 1 else len(batch.examples) // 2
+    for some in (batch.examples[:middle], batch.examples[middle:]):
+        batch.halves += batches(vlm, replace(task, examples=some), plain=not batch.prefix)
+    batch.inputs.clear()
+    warnings.warn(f"out of memory on {vlm.device}: batches of {task.name} are halved", Notice, stacklevel=2)
+
+
+@torch.inference_mode()
+def _answered(
+    vlm: VLM, task: Task, batch: Batch, replay: Replay | None, name: Hashable
+) -> tuple[list[str], list[float]]:
+    """By the fast path where the batch is made for it."""
     over = replay.over if replay else lambda *_: nullcontext()
+    if task.gallery:
+        return searching.ranked(vlm, task, batch.examples, lambda number: over((name, number), "vision"))
+    earlier = replay.drafts.get(name) if replay else None
     if not batch.prefix:
-        with over(name, "vision"):
-            return _generated(vlm, task, batch)
+        if replay is None or not _plainly_greedy(vlm):
+            with over(name, "vision"):
+                return _generated(vlm, task, batch)
+        tokens, nll = _guessed(vlm, task, batch, earlier, lambda: over(name, "vision"))
+        replay.drafts[name] = tokens
+        return [_said(vlm, draft, task) for draft in tokens], nll
     with over(name, "vision", "connector", "language"):
         cache = vlm.model(**_placed(vlm, batch.inputs), use_cache=True, logits_to_keep=1).past_key_values
     image = replay.caches(name, cache) if replay else [(layer.keys, layer.values) for layer in cache.layers]
-    return _drafted(vlm, task, batch, image, lambda: over((name, "questions"), "language"))
+    tokens, nll = _drafted(vlm, task, batch, image, earlier, lambda: over((name, "questions"), "language"))
+    if replay:
+        replay.drafts[name] = tokens
+    return [_said(vlm, draft, task) for draft in tokens], nll
 
 
 def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
     """The task's examples as tensors, image by image; independent of any plan, so they can be kept."""
     if vlm.processor is None:
         raise UserError(f"{vlm.name} has no processor or tokenizer files; they are needed to run a task")
+    if task.gallery:
+        yield _gallery(vlm, task)
+        return
+    if not vlm.model.can_generate():
+        raise UserError(f"{vlm.name} answers nothing: its tasks are {', '.join(SEARCHES)} and flickr30k:FOLDER")
     groups: dict[str, list[Example]] = {}
     for example in task.examples:
         groups.setdefault(example.cluster, []).append(example)
@@ -91,13 +149,23 @@ def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
                 yield _whole(vlm, tuple(examples[i : i + IMAGES_PER_BATCH]))
 
 
-def prompt_text(vlm: VLM, prompt: str) -> str:
+def _gallery(vlm: VLM, task: Task) -> Batch:
+    """All that is looked for at once, read when it is needed; one example alone is a calibration's, as tensors."""
+    searching.check(vlm)
+    alone = searching.pair(vlm, task.examples[0]) if len(task.examples) == 1 else {}
+    return Batch(task.examples, alone, targets=[[0]] * len(task.examples))
+
+
+def prompt_text(vlm: VLM, example: Example) -> str:
     """The prompt as the model's own chat template or family wants it, with a place for one image."""
     if getattr(vlm.processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        content = [{"type": "image"}, {"type": "text", "text": example.prompt}]
         chat = [{"role": "user", "content": content}]
         return str(vlm.processor.apply_chat_template(chat, add_generation_prompt=True))
-    return str(vlm.family.prompt.format(prompt))
+    if example.kind == "caption" and vlm.family.caption is not None:
+        return vlm.family.caption
+    question = example.prompt.removesuffix(SHORT) if vlm.family.brief else example.prompt
+    return vlm.family.prompt.format(question)
 
 
 # -- the plain path: one prompt per row, generated by transformers
@@ -107,7 +175,7 @@ def _whole(vlm: VLM, examples: tuple[Example, ...]) -> Batch:
     vlm.processor.tokenizer.padding_side = "left"
     inputs = vlm.processor(
         images=[[open_image(example.image)] for example in examples],
-        text=[prompt_text(vlm, example.prompt) for example in examples],
+        text=[prompt_text(vlm, example) for example in examples],
         padding=True,
         return_tensors="pt",
     )
@@ -116,28 +184,88 @@ def _whole(vlm: VLM, examples: tuple[Example, ...]) -> Batch:
 
 def _generated(vlm: VLM, task: Task, batch: Batch) -> tuple[list[str], list[float]]:
     inputs = _placed(vlm, batch.inputs)
-    output = vlm.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=task.max_new_tokens)
-    if not vlm.encoder_decoder:
-        output = output[:, inputs["input_ids"].shape[1] :]
-    answers = vlm.processor.tokenizer.batch_decode(output, skip_special_tokens=True)
-    return [text.strip() for text in answers], _surprise(vlm, batch, inputs)
+    answers = vlm.processor.tokenizer.batch_decode(_generate(vlm, task, inputs), skip_special_tokens=True)
+    logits = _predicted(vlm, inputs, batch.targets)
+    return [without_special(text) for text in answers], _mean_nll(logits, _padded(batch.targets, -100).to(vlm.device))
 
 
-def _surprise(vlm: VLM, batch: Batch, inputs: dict[str, Tensor]) -> list[float]:
-    """Mean negative log-likelihood of the first right answer's tokens, one forward pass for all."""
-    targets = _padded(batch.targets, fill=-100).to(vlm.device)
+def _generate(vlm: VLM, task: Task, inputs: dict[str, Tensor]) -> Tensor:
+    """The tokens that transformers' own greedy search writes after the prompts."""
+    output: Tensor = vlm.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=task.max_new_tokens)
+    return output[:, 1:] if vlm.encoder_decoder else output[:, inputs["input_ids"].shape[1] :]
+
+
+def _predicted(vlm: VLM, inputs: dict[str, Tensor], drafts: Sequence[Sequence[int]]) -> Tensor:
+    """Logits that predict each token of the drafts and the one after, one forward pass over the whole prompts."""
+    end = vlm.processor.tokenizer.eos_token_id
+    words = _padded([[*draft, end] for draft in drafts], fill=-100).to(vlm.device)
     if vlm.encoder_decoder:
-        logits = vlm.model(**inputs, labels=targets).logits
-    else:
-        longer = dict(inputs)
-        words = targets.clamp(min=0)
-        longer["input_ids"] = torch.cat([inputs["input_ids"], words], dim=1)
-        for name, value in inputs.items():  # masks and token types grow with the text
-            if name != "input_ids" and value.shape == inputs["input_ids"].shape:
-                tail = (targets >= 0).to(value.dtype) if name == "attention_mask" else torch.zeros_like(words)
-                longer[name] = torch.cat([value, tail], dim=1)
-        logits = vlm.model(**longer).logits[:, -words.shape[1] - 1 : -1]
-    return _mean_nll(logits, targets)
+        logits: Tensor = vlm.model(**inputs, labels=words).logits
+        return logits
+    words = words[:, :-1]
+    longer, ids = dict(inputs), words.clamp(min=0)
+    longer["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
+    for name, value in inputs.items():  # masks and token types grow with the text
+        if name != "input_ids" and value.shape == inputs["input_ids"].shape:
+            tail = (words >= 0).to(value.dtype) if name == "attention_mask" else torch.zeros_like(ids)
+            longer[name] = torch.cat([value, tail], dim=1)
+    logits = vlm.model(**longer).logits[:, -ids.shape[1] - 1 :]
+    return logits
+
+
+# -- the fast path where prompts are whole: drafts, and generation for the rows whose drafts were wrong
+
+HARMLESS = {  # settings of generation that do not touch greedy logits
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "do_sample",
+    "temperature", "top_p", "top_k", "max_length", "max_new_tokens", "use_cache", "num_beams", "_from_model_config",
+    "early_stopping", "length_penalty", "output_attentions", "output_hidden_states", "return_dict_in_generate",
+}  # fmt: skip
+
+
+def _plainly_greedy(vlm: VLM) -> bool:
+    """Whether the likeliest token is what generation takes: no penalties, no forced or forbidden tokens."""
+    return set(vlm.model.generation_config.to_diff_dict()) <= HARMLESS
+
+
+def _guessed(
+    vlm: VLM,
+    task: Task,
+    batch: Batch,
+    earlier: list[list[int]] | None,
+    over: Callable[[], AbstractContextManager[None]],
+) -> tuple[list[list[int]], list[float]]:
+    """Greedy answers by reading the right ones, then a neighbour's; only rows that differ from both are generated."""
+    inputs, ends = _placed(vlm, batch.inputs), _ends(vlm)
+
+    def read(rows: list[int], drafts: list[list[int]]) -> Tensor:
+        every = [batch.targets[row] for row in range(len(batch.targets))]
+        for row, draft in zip(rows, drafts, strict=True):
+            every[row] = draft
+        with over():
+            return _predicted(vlm, inputs, every)[rows]
+
+    found = Drafts.of(batch.targets)
+    logits = found.advance(read, ends, task.max_new_tokens, once=task.exact)
+    nll = _mean_nll(logits, _padded(batch.targets, fill=-100).to(vlm.device))
+    if found.guess(earlier):
+        found.advance(read, ends, task.max_new_tokens)
+    answers = found.answers
+    if found.left:
+        some, rows = inputs, list(range(len(answers)))
+        if all(len(value) == len(answers) for value in inputs.values()):
+            rows, some = found.left, {name: value[found.left] for name, value in inputs.items()}
+        with over() if some is inputs else nullcontext():
+            written = _generate(vlm, task, some).tolist()
+        for row, tokens in zip(rows, written, strict=True):
+            length = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+            answers[row] = tokens[:length]
+    return answers, nll
+
+
+def _ends(vlm: VLM) -> set[int]:
+    """The tokens that end an answer."""
+    named = vlm.model.generation_config.eos_token_id
+    return {vlm.processor.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
 
 
 # -- the fast path: an image's tokens once, its questions after them, the right answer as a draft
@@ -149,7 +277,7 @@ def _with_prefix(vlm: VLM, clusters: Sequence[Sequence[Example]]) -> Batch | Non
     owner, prompts, pictures, prefix = [], [], [], None
     for index, cluster in enumerate(clusters):
         picture = open_image(cluster[0].image)
-        texts = [prompt_text(vlm, example.prompt) for example in cluster]
+        texts = [prompt_text(vlm, example) for example in cluster]
         encoded = vlm.processor(images=[[picture]] * len(texts), text=texts)
         pictures.append(torch.as_tensor(encoded["pixel_values"][0]))
         for ids in encoded["input_ids"]:
@@ -168,37 +296,27 @@ def _with_prefix(vlm: VLM, clusters: Sequence[Sequence[Example]]) -> Batch | Non
 
 
 def _drafted(
-    vlm: VLM, task: Task, batch: Batch, image: Image, first: Callable[[], AbstractContextManager[None]]
-) -> tuple[list[str], list[float]]:
-    """Greedy decoding that reads a whole draft in one pass and keeps it up to the first token that differs.
+    vlm: VLM,
+    task: Task,
+    batch: Batch,
+    image: Image,
+    earlier: list[list[int]] | None,
+    first: Callable[[], AbstractContextManager[None]],
+) -> tuple[list[list[int]], list[float]]:
+    """Greedy answers on top of the images, from drafts.
 
     The first draft is the right answer, so its likelihood comes along; where only that answer scores, a row is done
-    after one pass. Otherwise the differing token replaces the draft's, and the rows that are not finished go on.
+    after one pass. The second is what a neighbouring plan answered; then each pass goes on from the token that differs.
     """
-    end = vlm.processor.tokenizer.eos_token_id
-    drafts, accepted = [list(target) for target in batch.targets], [0] * len(batch.targets)
-    nll: list[float] = []
-    left = list(range(len(drafts)))
-    while left:
-        with nullcontext() if nll else first():  # later drafts are a plan's own, and shared with no other
-            logits = _continue(vlm, batch, image, left, [drafts[i] for i in left])
-        if not nll:
-            nll = _mean_nll(logits, _padded(batch.targets, fill=-100).to(vlm.device))
-        likeliest = logits.argmax(-1).tolist()
-        for row, best in zip(list(left), likeliest, strict=True):
-            draft = drafts[row]
-            same = accepted[row]
-            while same < len(draft) and draft[same] == best[same]:
-                same += 1
-            if same == len(draft) and draft[-1] != end:
-                draft.append(best[same])
-            elif same < len(draft):
-                draft[same] = best[same]
-            accepted[row] = min(same + 1, len(draft))
-            finished = draft[accepted[row] - 1] == end or accepted[row] >= task.max_new_tokens
-            if finished or task.exact:
-                left.remove(row)
-    return [_said(vlm, draft[:n], end, task) for draft, n in zip(drafts, accepted, strict=True)], nll
+    ends, found = _ends(vlm), Drafts.of(batch.targets)
+    read = partial(_continue, vlm, batch, image)
+    with first():  # later drafts are a plan's own, and shared with no other
+        logits = found.advance(read, ends, task.max_new_tokens, once=task.exact)
+    nll = _mean_nll(logits, _padded(batch.targets, fill=-100).to(vlm.device))
+    while found.left:
+        found.guess(earlier)
+        found.advance(read, ends, task.max_new_tokens)
+    return found.answers, nll
 
 
 def _continue(vlm: VLM, batch: Batch, image: Image, rows: list[int], drafts: list[list[int]]) -> Tensor:
@@ -217,10 +335,10 @@ def _continue(vlm: VLM, batch: Batch, image: Image, rows: list[int], drafts: lis
     return logits.gather(1, where[:, :, None].expand(-1, -1, logits.shape[-1]))
 
 
-def _said(vlm: VLM, tokens: list[int], end: int, task: Task) -> str:
+def _said(vlm: VLM, tokens: list[int], task: Task) -> str:
     """The answer as text; an ellipsis where it was left off because it could no longer be right."""
-    text = str(vlm.processor.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-    return text if tokens[-1] == end or len(tokens) >= task.max_new_tokens else text + "…"
+    text = without_special(str(vlm.processor.tokenizer.decode(tokens, skip_special_tokens=True)))
+    return text if tokens[-1] in _ends(vlm) or len(tokens) >= task.max_new_tokens else text + "…"
 
 
 # -- shared

@@ -41,6 +41,7 @@ class Replay:
         self._keys: dict[tuple[str, int], Hashable] = {}
         self._states: dict[tuple[Hashable, str, int], tuple[Hashable, Any]] = {}
         self._caches: dict[Hashable, list[tuple[Hashable, Tensor, Tensor]]] = {}
+        self.drafts: dict[Hashable, list[list[int]]] = {}  # what the last plan answered, in tokens
         self._full: set[Hashable] = set()  # batches that did not fit
         self._bytes = 0
 
@@ -119,12 +120,21 @@ class Replay:
             self._check(batch)
 
     def _check(self, batch: Hashable) -> None:
-        """Forget a batch that does not fit; the others keep their place."""
         if self._bytes > self.limit:
-            self._full.add(batch)
-            for slot in [slot for slot in self._states if slot[0] == batch]:
-                self._bytes -= _size(self._states.pop(slot))
-            self._bytes -= sum(_size(entry) for entry in self._caches.pop(batch, []))
+            self.leave_out(batch)
+
+    def leave_out(self, batch: Hashable) -> None:
+        """A batch does not fit and is not kept; the others keep their place."""
+        self._full.add(batch)
+        for slot in [slot for slot in self._states if slot[0] == batch]:
+            self._bytes -= _size(self._states.pop(slot))
+        self._bytes -= sum(_size(entry) for entry in self._caches.pop(batch, []))
+
+    def clear(self) -> None:
+        """Drop everything that is kept: other examples come."""
+        for kept in (self._states, self._caches, self._full, self.drafts):
+            kept.clear()
+        self._bytes = 0
 
     def prove(self, run: Callable[[], Any]) -> None:
         """Run once and keep, then once from every boundary: one that changes the outcome is not used."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
+    from optuna.trial import FrozenTrial
 
     from sensitivity.importance import Ranking
     from sensitivity.sweep import Step
@@ -35,35 +38,98 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> No
     console.print(grid, highlight=False)
 
 
-def walk(steps: Iterable[Step], title: str, expected: int = 0) -> int:
-    """Walk along a sweep behind a bar on standard error: what is done, what is left, the time it will take.
+def walk(steps: Iterable[Step], title: str, study: Study | None = None, plans: int = 0) -> int:
+    """Walk along a sweep behind a bar on standard error: what is done, the time left, and the frontier so far.
 
-    `expected` is how many plans there will be, where they are not all known beforehand.
+    `plans` is how many there will be, where they are not all known beforehand.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[last]}"),
     )
     finished = 0
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        line = bar.add_task(title, total=None, last="preparing")
-        earlier = None  # what earlier runs did says nothing about the speed of this one
+    bar = Progress(*columns)
+    line = bar.add_task(title, total=None, last="preparing")
+    with Live(bar, console=Console(stderr=True), refresh_per_second=4) as live:
+        earlier = shown = 0.0  # what earlier runs did says nothing about the speed of this one
         for step in steps:
+            earlier = earlier if finished else step.done - 1
             finished += 1
-            earlier = step.done - 1 if earlier is None else earlier
-            last = " ".join(f"{task} {score:.3f}" for task, score in step.scores.items())
-            bar.update(
-                line, total=max(step.done + step.left, expected) - earlier, completed=step.done - earlier, last=last
-            )
+            total = max(step.done + step.left, plans * step.images) - earlier
+            bar.update(line, total=total, completed=step.done - earlier, last=_last(step))
+            if study is not None and live.console.is_terminal and time.monotonic() - shown > 1:
+                live.update(Group(bar, *(Text(f"  {text}", style="dim") for text in standing(study))))
+                shown = time.monotonic()
         if not finished:
             bar.update(line, total=1, completed=1, last="nothing was left to do")
+        live.update(bar)
     return finished
+
+
+def walk_in_json(steps: Iterable[Step], study: Study, plans: int = 0) -> int:
+    """The same for machines: a line of JSON on standard error, at most one a second, and the last."""
+    began, earlier, shown, finished = time.monotonic(), 0, 0.0, 0
+    line = ""
+    for step in steps:
+        earlier = earlier if finished else step.done - 1
+        finished += 1
+        left = max(step.left, plans * step.images - step.done)
+        facts = {
+            "done": step.done,
+            "left": left,
+            "seconds_left": round((time.monotonic() - began) / (step.done - earlier) * left, 1),
+            "plan": step.plan.describe(),
+            "scores": dict(step.scores),
+            "frontier": [_point(trial) for trial in best_so_far(study)],
+        }
+        line = json.dumps(facts)
+        if time.monotonic() - shown > 1:
+            print(line, file=sys.stderr, flush=True)
+            line, shown = "", time.monotonic()
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    return finished
+
+
+def _last(step: Step) -> str:
+    return " ".join(f"{task} {score:.3f}" for task, score in step.scores.items())
+
+
+def best_so_far(study: Study) -> list[FrozenTrial]:
+    from sensitivity.contenders import frontier
+
+    return frontier(study.measured(), study.tasks[0])
+
+
+def standing(study: Study, most: int = 8) -> list[str]:
+    """The frontier as it stands, a line each: size, score with its interval, from how many examples."""
+    lines = []
+    for trial in best_so_far(study)[-most:]:
+        point = _point(trial)
+        score = point["scores"][study.tasks[0]]
+        span = f"[{score['low']:.3f}, {score['high']:.3f}]"
+        lines.append(f"{point['bpw']:5.2f} bpw  {score['mean']:.3f} {span} n {score['n']}  {point['plan']}")
+    return lines
+
+
+def _point(trial: FrozenTrial) -> dict[str, Any]:
+    from sensitivity.plan import Plan
+
+    attrs = trial.user_attrs
+    shown = ("mean", "low", "high", "n")
+    return {
+        "bpw": round(attrs["size"]["bpw"], 4),
+        "plan": Plan.from_json(attrs["plan"]).describe(),
+        "scores": {task: {name: score[name] for name in shown} for task, score in attrs["scores"].items()},
+    }
 
 
 def frontier(study: Study, most: int = 12) -> None:
@@ -105,7 +171,7 @@ def recommendation(found: Recommendation) -> None:
         f"  {found.size.bpw:.2f} bpw all stored ({found.size.bpw_codes:.2f} codes only), {_megabytes(found.size.bytes)}"
     )
     if found.measured is None:
-        expected = found.candidate.predicted[found.task]
+        expected = found.predicted
         print(f"  predicted {found.task} {expected.score:.3f} [{expected.low:.3f}, {expected.high:.3f}]")
     else:
         where = "examples that had no part in the choice" if found.fresh else "the examples it was chosen on"

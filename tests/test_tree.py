@@ -13,7 +13,7 @@ import readme
 PACKAGE = readme.ROOT / "sensitivity"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 VALUES = {"errors", "files", "components", "plan", "runtimes"}
-TORCH = {"models", "quantize", "tasks", "evaluate", "replay", "shards", "sweep", "export"}
+TORCH = {"models", "quantize", "tasks", "evaluate", "replay", "drafts", "shards", "sweep", "export"}
 ABOVE = {"verbs", "exporting", "cli", "terminal", "__init__", "__main__"}
 DOOR = {"trials", "scores", "storage", "turns", "contenders"}  # the study: table wing, and the only thing of it that the torch wing may use
 

@@ -1,0 +1,59 @@
+"""Greedy answers from drafts: a whole guess is read in one pass, and kept up to the first token that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+# rows and a draft for each -> logits that predict every token of the draft, and the one after it
+Reader = Callable[[list[int], list[list[int]]], Tensor]
+
+
+@dataclass
+class Drafts:
+    """What greedy decoding has found so far, row by row; it is exactly what one token at a time would give."""
+
+    tokens: list[list[int]]  # accepted ones first, then guesses
+    accepted: list[int]
+    left: list[int]  # rows that are not finished
+
+    @classmethod
+    def of(cls, guesses: Sequence[Sequence[int]]) -> Drafts:
+        return cls([list(guess) for guess in guesses], [0] * len(guesses), list(range(len(guesses))))
+
+    def advance(self, read: Reader, ends: set[int], most: int, once: bool = False) -> Tensor:
+        """Read the drafts of all unfinished rows in one pass, and put right the first token that differs in each.
+
+        With `once` every row is finished after this pass: only its guess would have been right.
+        """
+        logits = read(self.left, [self.tokens[row] for row in self.left])
+        for row, best in zip(list(self.left), logits.argmax(-1).tolist(), strict=True):
+            draft, far = self.tokens[row], self.accepted[row]
+            agrees = True
+            while agrees and far < most and not (far and draft[far - 1] in ends):
+                agrees = far < len(draft) and draft[far] == best[far]
+                draft[far : far + 1] = [best[far]]
+                far += 1
+            self.accepted[row] = far
+            finished = draft[far - 1] in ends or far >= most
+            if finished or once:
+                self.left.remove(row)
+        return logits
+
+    def guess(self, others: Sequence[Sequence[int]] | None) -> bool:
+        """Take another model's answers for drafts, where they begin as what is accepted; whether any did."""
+        fitting = [row for row in self.left if others and self._fits(row, others[row])]
+        for row in fitting:
+            assert others is not None
+            self.tokens[row] = list(others[row])
+        return bool(fitting)
+
+    def _fits(self, row: int, other: Sequence[int]) -> bool:
+        far = self.accepted[row]
+        return len(other) > far and list(other[:far]) == self.tokens[row][:far]
+
+    @property
+    def answers(self) -> list[list[int]]:
+        return [draft[:far] for draft, far in zip(self.tokens, self.accepted, strict=True)]

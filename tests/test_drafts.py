@@ -1,0 +1,72 @@
+"""Drafts give exactly what greedy decoding gives, token by token, whatever is guessed; and good guesses save passes."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sensitivity.drafts import Drafts
+
+END, WORDS = 0, 5
+TOKENS = st.lists(st.integers(0, WORDS - 1), min_size=1, max_size=8)
+
+
+def next_token(seed: int, row: int, before: list[int]) -> int:
+    """A language model: the next word depends on all words before."""
+    generator = torch.Generator().manual_seed(hash((seed, row, *before)) % (1 << 30))
+    return int(torch.randint(0, WORDS, (), generator=generator))
+
+
+def greedy(seed: int, row: int, most: int) -> list[int]:
+    said: list[int] = []
+    while len(said) < most and END not in said:
+        said.append(next_token(seed, row, said))
+    return said
+
+
+def reader(seed: int):  # type: ignore[no-untyped-def]
+    def read(rows: list[int], drafts: list[list[int]]) -> torch.Tensor:
+        longest = max(map(len, drafts)) + 1
+        logits = torch.zeros(len(rows), longest, WORDS)
+        for i, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
+            for place in range(longest):
+                logits[i, place, next_token(seed, row, draft[:place])] = 1
+        read.passes += 1
+        return logits
+
+    read.passes = 0  # type: ignore[attr-defined]
+    return read
+
+
+@given(st.integers(0, 1 << 20), st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=4), st.integers(1, 9))
+def test_any_draft_ends_in_the_greedy_answer(seed: int, guesses: list[tuple[list[int], list[int]]], most: int) -> None:
+    found = Drafts.of([first for first, _ in guesses])
+    read = reader(seed)
+    while found.left:
+        found.advance(read, {END}, most)
+        found.guess([second for _, second in guesses])
+    assert found.answers == [greedy(seed, row, most) for row in range(len(guesses))]
+    assert read.passes <= most
+
+
+@given(st.integers(0, 1 << 20), TOKENS)
+def test_a_neighbour_that_agrees_costs_one_pass_more(seed: int, first: list[int]) -> None:
+    found, read = Drafts.of([first]), reader(seed)
+    found.advance(read, {END}, 8)
+    if found.left:
+        assert found.guess([greedy(seed, 0, 8)])
+        found.advance(read, {END}, 8)
+    assert not found.left
+    assert read.passes <= 2
+    assert found.answers == [greedy(seed, 0, 8)]
+
+
+def test_where_only_the_guess_would_be_right_one_pass_is_enough() -> None:
+    right, read = greedy(1, 0, 8), reader(1)
+    wrong = [(right[0] + 1) % WORDS, *right]
+    found = Drafts.of([right, wrong])
+    found.advance(read, {END}, 8, once=True)
+    assert not found.left
+    assert found.answers[0] == right
+    assert len(found.answers[1]) == 1
