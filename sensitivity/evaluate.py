@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from sensitivity.drafts import Drafts
 from sensitivity import searching
+from sensitivity.drafts import Drafts
 from sensitivity.errors import Notice, UserError
 from sensitivity.models import VLM
 from sensitivity.replay import Replay
@@ -113,7 +113,7 @@ def _answered(
         if replay is None or not _plainly_greedy(vlm):
             with over(name, "vision"):
                 return _generated(vlm, task, batch)
-        tokens, nll = _guessed(vlm, task, batch, earlier, lambda: over(name, "vision"))
+        tokens, nll = _guessed(vlm, task, batch, earlier, partial(over, name, "vision", "connector"))
         replay.drafts[name] = tokens
         return [_said(vlm, draft, task) for draft in tokens], nll
     with over(name, "vision", "connector", "language"):
@@ -200,7 +200,7 @@ def _predicted(vlm: VLM, inputs: dict[str, Tensor], drafts: Sequence[Sequence[in
     end = vlm.processor.tokenizer.eos_token_id
     words = _padded([[*draft, end] for draft in drafts], fill=-100).to(vlm.device)
     if vlm.encoder_decoder:
-        logits: Tensor = vlm.model(**inputs, labels=words).logits
+        logits: Tensor = vlm.model(**inputs, labels=words, use_cache=False).logits
         return logits
     words = words[:, :-1]
     longer, ids = dict(inputs), words.clamp(min=0)
@@ -209,7 +209,7 @@ def _predicted(vlm: VLM, inputs: dict[str, Tensor], drafts: Sequence[Sequence[in
         if name != "input_ids" and value.shape == inputs["input_ids"].shape:
             tail = (words >= 0).to(value.dtype) if name == "attention_mask" else torch.zeros_like(ids)
             longer[name] = torch.cat([value, tail], dim=1)
-    logits = vlm.model(**longer).logits[:, -ids.shape[1] - 1 :]
+    logits = vlm.model(**longer, use_cache=False).logits[:, -ids.shape[1] - 1 :]
     return logits
 
 
@@ -232,23 +232,32 @@ def _guessed(
     task: Task,
     batch: Batch,
     earlier: list[list[int]] | None,
-    over: Callable[[], AbstractContextManager[None]],
+    over: Callable[..., AbstractContextManager[None]],
 ) -> tuple[list[list[int]], list[float]]:
-    """Greedy answers by reading the right ones, then a neighbour's; only rows that differ from both are generated."""
+    """Greedy answers by reading the right ones, then a neighbour's; only rows that differ from both are generated.
+
+    All plans read the right answers, so that pass shares the language model's hidden states too.
+    """
     inputs, ends = _placed(vlm, batch.inputs), _ends(vlm)
 
     def read(rows: list[int], drafts: list[list[int]]) -> Tensor:
         every = [batch.targets[row] for row in range(len(batch.targets))]
         for row, draft in zip(rows, drafts, strict=True):
             every[row] = draft
-        with over():
+        with over(*([] if found.accepted[0] else ["language"])):
             return _predicted(vlm, inputs, every)[rows]
 
     found = Drafts.of(batch.targets)
     logits = found.advance(read, ends, task.max_new_tokens, once=task.exact)
     nll = _mean_nll(logits, _padded(batch.targets, fill=-100).to(vlm.device))
     if found.guess(earlier):
-        found.advance(read, ends, task.max_new_tokens)
+        # a model that says the image's own word would be sent looking for the features of another image
+        image = getattr(vlm.model.config, "image_token_id", None)
+        aside = [row for row in found.left if image in found.tokens[row]]
+        found.left = [row for row in found.left if row not in aside]
+        if found.left:
+            found.advance(read, ends, task.max_new_tokens)
+        found.left = sorted([*found.left, *aside])
     answers = found.answers
     if found.left:
         some, rows = inputs, list(range(len(answers)))

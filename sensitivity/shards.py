@@ -18,6 +18,8 @@ def cuts(tasks: Sequence[Task], growing: bool = True) -> list[int]:
     Growing shards give every plan a first score soon, and need few rounds; without, each is as large as memory likes.
     """
     total = max(len({example.cluster for example in task.examples}) for task in tasks)
+    if any(task.gallery for task in tasks):
+        return [total]  # an image is looked for among all
     ends: list[int] = []
     size = FIRST if growing else MOST
     while (ends[-1] if ends else 0) < total:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import optuna
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from sensitivity.errors import UserError, reason
 
@@ -87,7 +90,7 @@ def open_storage(where: Path | str) -> BaseStorage:
     """A journal file for a path, Optuna's database storage for a URL."""
     if isinstance(where, str) and "://" in where:
         try:
-            return RDBStorage(where, engine_kwargs={"pool_pre_ping": True})
+            return patient(_database(where))
         except Exception as error:  # whatever the driver raises, the user needs the same sentence
             raise UserError(f"cannot open the storage {_without_password(where)}: {reason(error)}") from error
     journal = Path(where).absolute()
@@ -99,6 +102,68 @@ def open_storage(where: Path | str) -> BaseStorage:
             return JournalStorage(JournalFileBackend(str(journal), lock_obj=lock))
         except (ValueError, KeyError) as error:
             raise UserError(f"{where} is not a study's journal, or is damaged: {reason(error)}") from error
+
+
+def _database(url: str, tries: int = 5) -> RDBStorage:
+    """Optuna's tables are made by whoever comes first; launchers that start together get in each other's way."""
+    try:
+        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    except (IntegrityError, ProgrammingError):
+        if tries == 1:
+            raise
+        time.sleep(AGAIN)
+        return _database(url, tries - 1)
+
+
+def close(storage: BaseStorage) -> None:
+    """Give back a database's connections; a journal holds none."""
+    if isinstance(storage, RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+PATIENCE = 300.0  # seconds that a database may be away
+AGAIN = 0.5
+
+
+def patient(storage: RDBStorage) -> RDBStorage:
+    """A database that is away for some time is waited for, as a sweep may have days of work behind it."""
+    for name in BaseStorage.__dict__:
+        if not name.startswith("_") and callable(getattr(storage, name)):
+            setattr(storage, name, _waiting(getattr(storage, name)))
+    return storage
+
+
+def _waiting(call: Callable[..., Any]) -> Callable[..., Any]:
+    def patiently(*args: Any, **kwargs: Any) -> Any:
+        began = None
+        while True:
+            try:
+                return call(*args, **kwargs)
+            except UpdateFinishedTrialError:
+                if began is None:
+                    raise
+                return True  # it had been carried out before the connection was lost
+            except (StorageInternalError, SQLAlchemyError) as error:
+                if not _lost(error):
+                    raise
+                began = began or time.monotonic()
+                if time.monotonic() - began > PATIENCE:
+                    why = f"the database has been away for {PATIENCE:g} seconds ({reason(error)})"
+                    raise UserError(f"{why}; the same command continues when it is back") from error
+                time.sleep(AGAIN)
+
+    return patiently
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether it is the connection that failed, in whichever state, and not what was asked for."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, SQLAlchemyError):
+            return not isinstance(cause, IntegrityError | ProgrammingError | DataError)
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def _without_password(url: str) -> str:

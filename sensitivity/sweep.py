@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,13 +18,14 @@ from sensitivity.errors import UserError
 from sensitivity.evaluate import Batch, Rows, answer, batches, rows_of
 from sensitivity.models import VLM
 from sensitivity.plan import Plan
-from sensitivity.quantize import Memory, Statistics, prepare, quantized
+from sensitivity.quantize import Statistics, prepare, quantized
+from sensitivity.quantize.memory import Bounded
 from sensitivity.replay import Replay
 from sensitivity.shards import cuts, shard
 from sensitivity.tasks import Task
 from sensitivity.trials import Asked, Study
 
-WEIGHTS = 4 << 30  # bytes of quantised weights to remember, beyond those of the plan that is running
+MEMORY_GB = 8.0  # half of it for quantised weights beyond those of the plan that is running, half for hidden states
 LIBRARIES = ("torch", "transformers", "optuna", "numpy")
 
 
@@ -48,6 +50,7 @@ def run(
     plain: bool = False,
     statistics: Statistics | None = None,
     until: Until | None = None,
+    memory_gb: float = MEMORY_GB,
 ) -> Iterator[Step]:
     """Run every plan that the study does not hold yet; full precision first, since all else is compared to it.
 
@@ -56,7 +59,7 @@ def run(
     at a time, after the last one was told, and each sees all examples.
     """
     listed = isinstance(plans, Sequence)
-    trial = _Trial(vlm, study.parts, tasks, plain, statistics, growing=listed)
+    trial = _Trial(vlm, study.parts, tasks, plain, statistics, listed, memory_gb)
     study.release_lost()
     first = Plan.uniform(study.parts, None)
     if not isinstance(plans, Sequence):
@@ -91,6 +94,7 @@ def _drain(study: Study, trial: _Trial, until: Until) -> Iterator[Step]:
         end = trial.end(asked.done)
         try:
             rows = trial.run(asked.plan, asked.done, end)
+            lost = not_finite(rows, asked.plan) + asked.trial.user_attrs.get("not_finite", 0)
         except UserError as error:
             study.give_up(asked, str(error))
             raise
@@ -98,14 +102,36 @@ def _drain(study: Study, trial: _Trial, until: Until) -> Iterator[Step]:
             study.put_back(asked)
             raise
         seconds = time.perf_counter() - began
-        facts = {"seconds": seconds, "path": "plain" if trial.plain else "fast", "versions": versions()}
-        complete = end == trial.ends[-1]
+        total = trial.ends[-1]
+        facts: dict[str, Any] = {"seconds": seconds, "images": total, "versions": versions()}
+        facts["path"] = "plain" if trial.plain else "fast"
+        facts |= {"not_finite": lost} if lost else {}
+        complete = end == total
+        facts |= {"metrics": _metrics(study, trial, asked, rows)} if complete else {}
         scores = study.tell(asked, rows, facts, None if complete else end)
         if until.chooses and (last is None or asked.done != last.done):  # a round begins
             wanted = contenders(study, len(trial.ends))
-        total = trial.ends[-1]
         yield Step(asked.plan, scores, seconds, complete, *study.progress(total, wanted), total)
         last = asked
+
+
+def _metrics(study: Study, trial: _Trial, asked: Asked, rows: Rows) -> dict[str, dict[str, float]]:
+    """Each task's further metrics over all examples of a trial, those of earlier shards too."""
+    before = study.examples(asked.plan) if asked.done else None
+    every = rows if before is None else {name: [*before[name], *rows[name]] for name in rows}
+    return {task.name: found for task in trial.tasks if (found := task.quick(every))}
+
+
+def not_finite(rows: Rows, plan: Plan) -> int:
+    """How many examples NaN logits made worth nothing; at full precision that is an error."""
+    named = zip(rows["task"], rows["example"], rows["nll"], strict=True)
+    lost = [f"{task} {example}" for task, example, nll in named if nll is not None and not math.isfinite(nll)]
+    if lost and plan.is_native:
+        raise UserError(
+            f"the model's logits are not numbers at full precision, on {len(lost)} of {len(rows['nll'])} examples "
+            f"({', '.join(lost[:3])}); choose another --dtype, such as float32 or bfloat16"
+        )
+    return len(lost)
 
 
 class _Trial:
@@ -119,17 +145,19 @@ class _Trial:
         plain: bool = False,
         statistics: Statistics | None = None,
         growing: bool = True,
+        memory_gb: float = MEMORY_GB,
     ) -> None:
         self.vlm, self.parts, self.tasks, self.plain, self.statistics = vlm, parts, tasks, plain, statistics
         self.ends = cuts(tasks, growing)
         self.batches: dict[str, list[Batch]] = {}
         self.begun: int | None = None  # where the shard begins whose batches these are
-        self.weights: Memory | None = None if plain else {}
+        self.half = int(memory_gb * 1e9 / 2)
+        self.weights = None if plain else Bounded(self.half)
         self.replay = None if plain else self._proven()
 
     def _proven(self) -> Replay:
         """Hidden states may be kept where doing so changes no answer and no likelihood, on a first few examples."""
-        replay = Replay(self.vlm.model, self.parts)
+        replay = Replay(self.vlm.model, self.parts, self.half)
         replay.under(Plan.uniform(self.parts, None))
         task = self.tasks[0]
         few = next(batches(self.vlm, replace(task, examples=task.examples[:4])))
@@ -140,7 +168,7 @@ class _Trial:
         """Quantise every layer at all the widths it will be asked for, each layer studied once, if there is room."""
         widths = {scheme for plan in plans for _, scheme in plan.schemes if scheme}
         room = sum(w.numel for w in self.parts.weights) * self.vlm.model.dtype.itemsize * len(widths)
-        if self.weights is not None and room < WEIGHTS:
+        if self.weights is not None and room <= self.half:
             prepare(self.vlm.model, self.parts, plans, self.weights, self.statistics)
 
     def end(self, begin: int) -> int:
@@ -160,8 +188,8 @@ class _Trial:
                     found = rows_of(task, batch, *answer(self.vlm, task, batch, self.replay, (task.name, number)))
                     for name, values in found.items():
                         rows.setdefault(name, []).extend(values)
-        if self.weights and sum(t.numel() * t.element_size() for t in self.weights.values()) > WEIGHTS:
-            self.weights.clear()
+        if self.weights is not None:
+            self.weights.trim()
         return rows
 
     def _enter(self, begin: int, end: int) -> None:

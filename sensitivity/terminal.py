@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from sensitivity.importance import Ranking
+    from sensitivity.preflight import Forecast
     from sensitivity.sweep import Step
     from sensitivity.trials import Study
     from sensitivity.verdict import Recommendation
@@ -144,6 +145,12 @@ def frontier(study: Study, most: int = 12) -> None:
             for _, row in best.iterrows()
         ],
     )
+
+
+def forecast(found: Forecast) -> None:
+    rate = f"{found.flops / 1e9:,.0f} GFLOP/s in products of this model's shapes"
+    count = f"{found.plans:,} plans, {found.examples:,} examples of {found.images:,} images"
+    table(f"{count}; {rate}", ("what", "how much", "of which"), found.rows())
 
 
 def ranking(found: Ranking) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ class Study:
 
     def ask(self, last: Asked | None = None, wanted: Container[str] | None = None) -> Asked | None:
         """The waiting plan that is best run after the last one, now ours; None when no wanted plan waits."""
-        while (found := turns.choose(self._all(), last.trial.number if last else None, wanted)) is not None:
+        while (found := self._next(last, wanted)) is not None:
             with held(KernelLock(self.path / "queue")):  # so that nobody releases what is just being taken
                 if not turns.claim(self._storage, found):
                     continue
@@ -124,6 +124,14 @@ class Study:
                 trial._suggest(name, widths)
             return Asked(trial, plan, turns.far(found))
         return None
+
+    def _next(self, last: Asked | None, wanted: Container[str] | None) -> FrozenTrial | None:
+        number = last.trial.number if last else None
+        found = turns.choose(self._all(), number, wanted)
+        if found is None and self._release(lambda owner: bool(owner == turns.me())):
+            # claimed by us without our hearing of it: the connection was lost in between
+            found = turns.choose(self._all(), number, wanted)
+        return found
 
     def _all(self) -> list[FrozenTrial]:
         return self._optuna.get_trials(deepcopy=False)
@@ -160,7 +168,8 @@ class Study:
         scores = {str(task): _score(rows) for task, rows in frame.groupby("task", sort=False)}
         weight = size(self.parts, asked.plan)
         facts = {**facts, "seconds": facts.get("seconds", 0.0) + asked.trial.user_attrs.get("seconds", 0.0)}
-        for name, value in {"scores": scores, "size": weight.to_json(), **facts}.items():
+        # the scores last: they are what says that all of it is there
+        for name, value in {"size": weight.to_json(), **facts, "scores": scores}.items():
             if asked.trial.user_attrs.get(name) != value:
                 asked.trial.set_user_attr(name, value)
         means = {task: float(scores[task]["mean"]) for task in self.tasks}
@@ -195,10 +204,13 @@ class Study:
         """A trial that was interrupted waits again."""
         self._storage.set_trial_state_values(asked.trial._trial_id, TrialState.WAITING)
 
-    def release_lost(self) -> int:
-        """Let the plans wait again that processes were running which no longer live on this machine."""
+    def release_lost(self, owner: Mapping[str, Any] | None = None) -> int:
+        """Let the plans wait again of processes that no longer live on this machine, or of a certain one."""
+        return self._release(turns.dead if owner is None else lambda other: bool(other == owner))
+
+    def _release(self, lost: Callable[[Any], bool]) -> int:
         with held(KernelLock(self.path / "queue")):
-            return turns.release(self._storage, self._all())
+            return turns.release(self._storage, self._all(), lost)
 
     # -- reading --------------------------------------------------------------------------------------------------
 

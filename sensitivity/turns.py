@@ -56,12 +56,12 @@ def claim(storage: BaseStorage, trial: FrozenTrial) -> bool:
     return True
 
 
-def release(storage: BaseStorage, trials: Sequence[FrozenTrial], dead: Callable[[Any], bool] | None = None) -> int:
-    """Let trials wait again whose owner no longer lives; what they had finished of their examples stays."""
-    lost = [t for t in trials if t.state == TrialState.RUNNING and (dead or _dead)(t.user_attrs.get("owner"))]
-    for trial in lost:
+def release(storage: BaseStorage, trials: Sequence[FrozenTrial], lost: Callable[[Any], bool]) -> int:
+    """Let trials wait again whose owner is lost; what they had finished of their examples stays."""
+    found = [t for t in trials if t.state == TrialState.RUNNING and lost(t.user_attrs.get("owner"))]
+    for trial in found:
         storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
-    return len(lost)
+    return len(found)
 
 
 def me() -> dict[str, Any]:
@@ -75,7 +75,7 @@ def _started(pid: int) -> str | None:
     return None
 
 
-def _dead(owner: Mapping[str, Any] | None) -> bool:
+def dead(owner: Mapping[str, Any] | None) -> bool:
     """Whether the owner of a trial is surely gone; on another machine we cannot know and assume that it lives."""
     if owner is None:
         return True

@@ -23,7 +23,7 @@ from sensitivity.models import VLM, inspect
 from sensitivity.plan import Plan
 from sensitivity.quantize import scheme
 from sensitivity.shards import FIRST, MOST, cuts, shard
-from sensitivity.sweep import run
+from sensitivity.sweep import _Trial, run
 from sensitivity.tasks import Example, Task, task
 from sensitivity.trials import Study
 from sensitivity.turns import choose
@@ -140,6 +140,30 @@ def test_an_error_that_is_small_enough_ends_it_and_hopeless_plans_see_less(scene
     hopeless = table[table["language"] == 2]
     assert hopeless["vqa.n"].min() < seen.max()
     assert table.loc[Plan.uniform(parts, None).key, "vqa.n"] == seen.max()
+
+
+def test_a_tight_memory_budget_is_kept_and_changes_nothing(
+    scenes_llava: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, plans = plans_for(scenes_llava, (2, 8))
+    widest, used, run_one = [0, 0], [], _Trial.run
+
+    def watched(self: _Trial, *where: Any) -> Any:
+        found = run_one(self, *where)
+        assert self.weights is not None
+        assert self.replay is not None
+        used.append((self.weights.bytes, self.replay._bytes))
+        return found
+
+    monkeypatch.setattr("sensitivity.sweep._Trial.run", watched)
+    ample = verbs.sweep(scenes_llava, parts, plans, ["vqa"], tmp_path / "ample", n=40)
+    widest = [max(one) for one in zip(*used, strict=True)]
+    used.clear()
+    tight = verbs.sweep(scenes_llava, parts, plans, ["vqa"], tmp_path / "tight", n=40, memory_gb=min(widest) / 1e9)
+    assert used
+    assert all(weights <= min(widest) / 2 and states <= min(widest) / 2 for weights, states in used)
+    ours, theirs = (study.table().drop(columns=["number", "seconds"]) for study in (tight, ample))
+    pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
 
 
 def test_time_ends_it(scenes_llava: VLM, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +22,7 @@ from sensitivity.errors import UserError
 from sensitivity.models import VLM, inspect
 from sensitivity.plan import Plan
 from sensitivity.quantize import scheme
+from sensitivity.tasks import TASKS
 from sensitivity.trials import Study
 
 BITS = (2, 4, 8)
@@ -134,6 +137,41 @@ def test_a_folder_of_another_family(family: str, tmp_path: Path) -> None:
     assert len(study.table()) == 2 ** len(parts.names) + 1
     assert study.table()["vqa.nll"].notna().all()
     assert study.table()["vqa.nll"].nunique() > 2  # the plans really differ
+
+
+FAMILIES = ("llava", "blip2_opt", "blip2_t5", "qwen2_5_vl", "internvl", "smolvlm", "paligemma", "gemma3")
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of a tokenizer of sentencepiece's
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fast_equals_plain_on_random_models_plans_and_shards(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers written out in full by shared states and drafts, and by generate() alone: the same, letter for letter."""
+    import saved_vlms
+
+    rng = np.random.default_rng(sum(map(ord, family)))
+
+    tokens = int(rng.integers(2, 7))
+    monkeypatch.setitem(
+        TASKS, "free",
+        lambda *asked: dataclasses.replace(TASKS["vqa"](*asked), name="free", exact=False, max_new_tokens=tokens),
+    )  # fmt: skip
+    monkeypatch.setattr("sensitivity.shards.FIRST", int(rng.integers(1, 4)))
+    monkeypatch.setattr("sensitivity.shards.GROWTH", int(rng.integers(2, 4)))
+    monkeypatch.setattr("sensitivity.evaluate.IMAGES_PER_BATCH", int(rng.integers(1, 5)))
+    vlm = verbs.load(str(saved_vlms.save(family, tmp_path / "model")), dtype="float32")
+    parts = inspect(vlm, by=str(rng.choice(["part", "group", "kind"])))
+    widths = [None, *(scheme("rtn", bits) for bits in (2, 3, 8))]
+    plans = [Plan(tuple((name, widths[rng.integers(4)]) for name in parts.names)) for _ in range(3)]
+    fast = verbs.sweep(vlm, parts, plans, ["vqa", "free"], tmp_path / "fast", n=12)
+    plain = verbs.sweep(vlm, parts, plans, ["vqa", "free"], tmp_path / "plain", n=12, plain=True)
+    for plan in plans:
+        ours, theirs = (study.examples(plan).set_index(["task", "example"]) for study in (fast, plain))
+        pd.testing.assert_frame_equal(ours[["score"]], theirs[["score"]])
+        pd.testing.assert_series_equal(ours["nll"], theirs["nll"], rtol=1e-3, atol=2e-4)
+        pd.testing.assert_series_equal(ours.loc["free", "answer"], theirs.loc["free", "answer"])
+    assert plain.table()["free.nll"].nunique() > 2  # the plans really differ
 
 
 def test_the_program_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sensitivity import terminal
 from sensitivity.cli import words, workers
+
+if TYPE_CHECKING:
+    from sensitivity.components import ComponentMap
+    from sensitivity.models import VLM
+    from sensitivity.search import Plans
+    from sensitivity.sweep import Step
+    from sensitivity.tasks import Task
+    from sensitivity.trials import Study
 
 ABOUT = "evaluate plans on tasks; the same command continues where it was stopped"
 EXAMPLE = "sensitivity sweep embedded:scenes-llava --task vqa --bits 2,3,4,6,8 --by part --out runs/first"
@@ -22,7 +31,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         type=words.names,
         default=("vqa",),
         metavar="T[,T]",
-        help="vqa, caption, scene, ground; DATASET:FOLDER such as vqav2:FOLDER; your own FILE.jsonl, or"
+        help="vqa, caption, scene, ground, retrieval; DATASET:FOLDER such as vqav2:FOLDER; your own FILE.jsonl, or"
         " SCORER:FILE.jsonl with exact, vqa, iou or caption (default: vqa)",
     )
     words.by(p, "part")
@@ -30,6 +39,8 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--search", default="grid", help="grid, one-at-a-time, random, tpe, nsga2, gp or frontier (default: grid)"
     )
+    words.limits(p)
+    p.add_argument("--runtime", metavar="NAME", help="only plans that it can load, such as vllm or gptq")
     p.add_argument("--trials", type=int, metavar="N", help="how many plans a search other than grid may try")
     p.add_argument(
         "--out",
@@ -40,7 +51,30 @@ def arguments(p: argparse.ArgumentParser) -> None:
     )
     words.samples(p)
     words.calibration(p)
+    p.add_argument(
+        "--until",
+        action="append",
+        default=[],
+        metavar="WHEN",
+        help="complete (the default), a time such as 10min, or error<0.5%%: half the 95 %% interval of each frontier"
+        " plan's difference to full precision. All plans get a first shard of examples, then those that matter get"
+        " more; the same command without it completes the sweep",
+    )
+    p.add_argument(
+        "--memory-gb",
+        type=float,
+        default=8.0,
+        metavar="GB",
+        help="for what plans share: quantised weights and hidden states (default: 8); less is slower, not different",
+    )
     p.add_argument("--workers", type=int, default=1, metavar="N", help="processes on this machine (default: 1)")
+    p.add_argument(
+        "--executor",
+        choices=("local", "ray"),
+        default="local",
+        help="where the workers run: on this machine, or as Ray actors, with a GPU each where --device is cuda, on the"
+        " cluster that RAY_ADDRESS names or on this machine (default: local)",
+    )
     words.device(p)
     p.add_argument(
         "--plain", action="store_true", help="load, quantise, run: nothing shared between plans (slow, the reference)"
@@ -48,23 +82,37 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--storage", metavar="URL", help="an Optuna storage for a team, such as postgresql+psycopg://host/db"
     )
+    p.add_argument("--dry-run", action="store_true", help="predict time, disk and memory; no weights are loaded")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.executor == "ray" and not workers.is_child():
+        return _on_a_cluster(args)
     from sensitivity import verbs
+    from sensitivity.legalize import plans_for
+    from sensitivity.limits import allowing, tying
+    from sensitivity.preflight import blank
+    from sensitivity.runtimes import restrict
     from sensitivity.tasks import task
 
     workers.share_cores(args.workers)
-    vlm = verbs.load(args.model, device=args.device, dtype=args.dtype)
+    vlm = blank(args.model) if args.dry_run else verbs.load(args.model, device=args.device, dtype=args.dtype)
     parts = verbs.inspect(vlm, by=args.by)
     chosen = [task(name, n=args.n, seed=args.seed) for name in args.task]  # first of all: it may be misspelt
     for one in chosen:
         for note in one.notes:
             print(f"{one.name}: {note}", file=sys.stderr)
+    asked, allow, tie = words.schemes(args), allowing(parts.names, dict(args.allow)), tying(parts.names, args.tie)
+    if args.runtime:
+        asked, left_out = restrict(parts, asked, args.runtime, allow)
+        for line in left_out:
+            print(f"{args.runtime} restricts the space: {line}", file=sys.stderr)
+    if args.dry_run:
+        return _foreseen(args, vlm, parts, verbs.plans(parts, asked, args.search, args.trials, args.seed), chosen)
     schemes, statistics = verbs.calibrated(
         vlm,
         parts,
-        words.schemes(args),
+        asked,
         args.calibration or args.task,
         n=args.calibration_n,
         seed=args.seed,
@@ -73,15 +121,56 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         cache_gb=args.cache_gb,
     )
     expected = 0 if args.search in ("grid", "one-at-a-time") else args.trials or 100
-    plans = verbs.plans(parts, schemes, args.search, args.trials, args.seed)
+    space = (parts, schemes, args.search, args.trials, args.seed, allow, tie)
+    plans = plans_for(args.runtime, *space) if args.runtime else verbs.plans(*space)
     how = {"n": args.n, "seed": args.seed, "plain": args.plain, "storage": args.storage, "statistics": statistics}
+    how |= {"until": args.until, "memory_gb": args.memory_gb}
     study, steps = verbs.sweeping(vlm, parts, plans, args.task, args.out, **how)
     with workers.crew(args):
-        terminal.walk(steps, f"sweeping {vlm.name}", expected)
+        _walk(args, steps, f"sweeping {vlm.name}", study, expected)
     if study.release_lost():  # of a worker that died
-        terminal.walk(verbs.sweeping(vlm, parts, [], args.task, args.out, **how)[1], "what a lost worker left")
+        _walk(args, verbs.sweeping(vlm, parts, [], args.task, args.out, **how)[1], "what a lost worker left", study)
+    return _summary(args, study)
+
+
+def _foreseen(
+    args: argparse.Namespace, vlm: VLM, parts: ComponentMap, plans: Plans, tasks: Sequence[Task]
+) -> dict[str, Any]:
+    """What the sweep would take. Plans that a search would choose are taken to be as those drawn at random."""
+    from sensitivity import verbs
+    from sensitivity.preflight import foresee
+
+    if callable(plans):
+        plans = verbs.plans(parts, words.schemes(args), "random", args.trials, args.seed)
+    assert not callable(plans)
+    how = {"device": args.device, "dtype": args.dtype, "plain": args.plain, "cache_gb": args.cache_gb}
+    found = foresee(vlm, parts, list(plans), tasks, calibration=args.calibration_n, **how)
+    if not args.json:
+        terminal.forecast(found)
+    return found.to_json()
+
+
+def _summary(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     facts = {"study": str(args.out), **study.counts(), "trials": json.loads(study.table().to_json(orient="records"))}
     if not args.json:
         terminal.frontier(study)
-        print(f"{facts['done']} plans in {args.out}; next: sensitivity recommend {args.out} --bpw 4")
+        some = facts["waiting"] + facts["running"]
+        rest = f", {some} more have not seen all examples (the same command without --until goes on)" if some else ""
+        legal = f" --runtime {args.runtime}" if args.runtime else ""
+        print(f"{facts['done']} plans in {args.out}{rest}; next: sensitivity recommend {args.out} --bpw 4{legal}")
     return facts
+
+
+def _on_a_cluster(args: argparse.Namespace) -> dict[str, Any]:
+    """The actors do all the work, from the same command; here is but the queue to be watched."""
+    from sensitivity.cli import cluster
+
+    study = cluster.sweep(args, lambda steps, study: _walk(args, steps, f"sweeping {args.model}", study))
+    return _summary(args, study)
+
+
+def _walk(args: argparse.Namespace, steps: Iterator[Step], title: str, study: Study, plans: int = 0) -> None:
+    if args.json:
+        terminal.walk_in_json(steps, study, plans)
+    else:
+        terminal.walk(steps, title, study, plans)

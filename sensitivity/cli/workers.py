@@ -14,6 +14,10 @@ from sensitivity.errors import UserError
 CHILD = "SENSITIVITY_WORKER"  # set for a worker, which starts none of its own
 
 
+def is_child() -> bool:
+    return CHILD in os.environ
+
+
 def share_cores(count: int) -> None:
     """Each process computes with its share of the cores; more threads than cores are slower than fewer."""
     if count < 1:
@@ -27,7 +31,7 @@ def share_cores(count: int) -> None:
 @contextlib.contextmanager
 def crew(args: argparse.Namespace) -> Iterator[None]:
     """Workers beside this process, until the queue is empty; they end with it when it is stopped."""
-    count = 0 if CHILD in os.environ else args.workers - 1
+    count = 0 if is_child() else args.workers - 1
     command = [sys.executable, "-m", "sensitivity", *args.typed, "--json"]
     processes = [
         subprocess.Popen(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sensitivity.errors import UserError
 
 NOTE = "synthetic outliers, same function"
-SPREAD, LOUD, LOUDER = 0.5, 2, 8.0  # log-normal factors, and that many channels louder by this much
+SPREAD, LOUD, LOUDER = 0.4, 2, 6.0  # log-normal factors, and that many channels louder by this much
 
 
 @torch.no_grad()

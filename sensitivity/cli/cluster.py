@@ -1,0 +1,146 @@
+"""Workers on a Ray cluster: actors that take plans from the study's queue; what a lost one ran is run elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sensitivity.cli import workers
+from sensitivity.errors import Notice, UserError
+
+if TYPE_CHECKING:
+    from sensitivity.sweep import Step
+    from sensitivity.trials import Study
+
+LIVES = 3  # how many actors may be lost for each worker before it is given up
+PAUSE = 0.5  # seconds between two looks at the queue
+
+
+def sweep(args: argparse.Namespace, show: Callable[[Iterator[Step], Study], None]) -> Study:
+    """Start the actors and watch the study until its queue is empty."""
+    ray = _ray()
+    share = {"num_gpus": 1} if args.device.startswith("cuda") else {"num_cpus": max(1, _cores(ray) // args.workers)}
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # Ray writes there of workers that it lost; so do we, elsewhere
+            crew = _Crew(ray, args, share)
+            study = crew.study()
+            show(crew.watch(study), study)
+        return study
+    finally:
+        ray.shutdown()
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--executor ray needs Ray: pip install 'sensitivity[ray]'") from None
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # a cluster that is there is joined where RAY_ADDRESS names it, never one that was found by chance
+    where = os.environ.get("RAY_ADDRESS", "local")
+    ray.init(where, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, configure_logging=False)
+    return ray
+
+
+def _cores(ray: Any) -> int:
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
+class _Crew:
+    """The actors and what each of them promised; one that dies is replaced, after its plans were released."""
+
+    def __init__(self, ray: Any, args: argparse.Namespace, share: dict[str, int]) -> None:
+        self.ray, self.args, self.out = ray, args, Path(args.out)
+        self.worker = ray.remote(max_restarts=0, **share)(Worker)
+        self.lives = LIVES * args.workers
+        self.at_work: dict[Any, tuple[Any, Any]] = {}  # promise -> (actor, who it is)
+        self.lost: list[Any] = []
+        for _ in range(args.workers):
+            self._start()
+
+    def _start(self) -> None:
+        actor = self.worker.remote()
+        who = actor.who.remote()
+        self.at_work[actor.run.remote(list(self.args.typed), str(Path.cwd()))] = (actor, who)
+
+    def look(self, seconds: float = PAUSE) -> None:
+        """Wait a moment; replace what was lost, and pass on what went wrong."""
+        from ray.exceptions import RayActorError
+
+        ended, _ = self.ray.wait(list(self.at_work), timeout=seconds)
+        for promise in ended:
+            actor, who = self.at_work.pop(promise)
+            try:
+                if error := self.ray.get(promise):
+                    raise UserError(error)
+            except RayActorError:
+                with contextlib.suppress(RayActorError):  # it died before it could say who it is: it ran nothing
+                    self.lost.append(self.ray.get(who))
+                self.lives -= 1
+                warnings.warn("a worker was lost; what it was running is run by others", Notice, stacklevel=2)
+                if self.lives < 0:
+                    raise UserError("workers are lost again and again; their logs are where Ray keeps them") from None
+                self._start()
+            del actor
+
+    def study(self) -> Study:
+        """The study, as soon as an actor has begun it."""
+        from sensitivity.trials import Study
+
+        while self.at_work:
+            self.look()
+            with contextlib.suppress(UserError):
+                return Study(self.out)
+        return Study(self.out)
+
+    def watch(self, study: Study) -> Iterator[Step]:
+        """Steps made of what the actors stored since the last look."""
+        from sensitivity.plan import Plan
+        from sensitivity.sweep import Step
+
+        before = -1
+        while True:
+            for who in self.lost:
+                study.release_lost(who)
+            self.lost.clear()
+            measured = study.measured()
+            if measured:
+                latest = max(measured, key=lambda trial: str(trial.datetime_complete or trial.datetime_start))
+                attrs = latest.user_attrs
+                done, left = study.progress(attrs["images"])
+                if done != before:
+                    before = done
+                    scores = {task: found["mean"] for task, found in attrs["scores"].items()}
+                    plan = Plan.from_json(attrs["plan"])
+                    yield Step(plan, scores, attrs["seconds"], latest.state.is_finished(), done, left, attrs["images"])
+            if not self.at_work:
+                return
+            self.look()
+
+
+class Worker:
+    """An actor: the same command, as one of the workers."""
+
+    def who(self) -> dict[str, Any]:
+        from sensitivity.turns import me
+
+        return me()
+
+    def run(self, typed: list[str], folder: str) -> str | None:
+        """The error that ended it, if any."""
+        from sensitivity.cli import main
+
+        os.chdir(folder)
+        os.environ[workers.CHILD] = "1"
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+            status = main([*typed, "--json"])
+        return None if status == 0 else str(json.loads(said.getvalue())["error"])

@@ -1,0 +1,174 @@
+"""Many workers on one study: a real PostgreSQL that goes away, a Ray cluster that loses an actor, launchers killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from sensitivity.errors import UserError
+from sensitivity.storage import close, open_storage
+from sensitivity.trials import Study
+
+SWEEP = "sweep embedded:scenes-llava --bits 2,8 --method uniform --n 40 --json"
+
+
+def start(out: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "sensitivity", *SWEEP.split(), "--out", str(out), *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process: subprocess.Popen[str]) -> dict[str, object]:
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return json.loads(said)  # type: ignore[no-any-return]
+
+
+def eventually(happened: Callable[[], bool], seconds: float = 120) -> None:
+    began = time.monotonic()
+    while not happened():
+        assert time.monotonic() - began < seconds, "it never happened"
+        time.sleep(0.05)
+
+
+def answers(out: Path) -> int:
+    return len(list(out.glob("examples/[!.]*.parquet")))
+
+
+def table(study: Study) -> pd.DataFrame:
+    found = study.table()
+    assert not found["key"].duplicated().any()
+    return found.drop(columns=["number", "seconds"]).set_index("key").sort_index()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    out = tmp_path_factory.mktemp("alone") / "study"
+    finished(start(out))
+    return Study(out)
+
+
+class Postgres:
+    """A server of our own, from the system's package, that can be stopped and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+        found = shutil.which("initdb") or (str(programs[-1]) if programs else None)
+        if found is None:
+            pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
+        pytest.importorskip("psycopg", reason="psycopg is not installed (extra postgres)")
+        self.programs, self.data = Path(found).parent, folder / "data"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        if os.getuid() == 0:  # the server refuses to run as root
+            person = pwd.getpwnam("postgres")
+            os.chown(folder, person.pw_uid, person.pw_gid)
+        self._run("initdb", "-D", str(self.data), "-U", "team", "-A", "trust", "--no-sync")
+
+    def _run(self, program: str, *words: str) -> None:
+        command = [str(self.programs / program), *words]
+        if os.getuid() == 0:
+            command = ["runuser", "-u", "postgres", "--", *command]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
+
+    def start(self) -> None:
+        options = f"-p {self.port} -k {self.data} -c listen_addresses=127.0.0.1 -c fsync=off"
+        self._run("pg_ctl", "-D", str(self.data), "-o", options, "-w", "-l", str(self.data / "log"), "start")
+
+    def stop(self) -> None:
+        self._run("pg_ctl", "-D", str(self.data), "-m", "immediate", "-w", "stop")
+
+    @property
+    def url(self) -> str:
+        return f"postgresql+psycopg://team@127.0.0.1:{self.port}/postgres"
+
+
+@pytest.fixture
+def postgres() -> Iterator[Postgres]:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own is closed to other users
+        server = Postgres(Path(folder))
+        server.start()
+        yield server
+        server.stop()
+
+
+@pytest.mark.slow
+def test_two_launchers_a_kill_and_a_database_that_goes_away(
+    postgres: Postgres, tmp_path: Path, undisturbed: Study
+) -> None:
+    out = tmp_path / "shared"
+    launchers = [start(out, "--storage", postgres.url) for _ in range(2)]
+    eventually(lambda: answers(out) >= 2)
+    postgres.stop()
+    time.sleep(3)
+    postgres.start()
+    before = answers(out)
+    eventually(lambda: answers(out) > before)
+    launchers[0].send_signal(signal.SIGKILL)
+    launchers[0].communicate()
+    finished(launchers[1])
+    assert finished(start(out, "--storage", postgres.url))["done"] == 9  # what the killed one was running, if anything
+    study = Study(out)
+    assert study.counts() == {"done": 9, "waiting": 0, "running": 0}
+    pd.testing.assert_frame_equal(table(study), table(undisturbed), check_exact=True)
+    close(study._storage)
+
+
+def test_a_database_that_stays_away_is_one_sentence(
+    postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sensitivity.storage.PATIENCE", 1.0)
+    storage = open_storage(postgres.url)
+    postgres.stop()
+    with pytest.raises(UserError, match=r"the database has been away for 1 seconds .*the same command continues"):
+        storage.get_all_studies()
+    postgres.start()
+    assert storage.get_all_studies() == []
+    close(storage)
+    with pytest.raises(UserError, match="cannot open the storage postgresql"):
+        open_storage(postgres.url.replace("/postgres", "/nowhere"))
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_that_loses_an_actor(tmp_path: Path, undisturbed: Study) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
+    out = tmp_path / "cluster"
+    launcher = start(out, "--executor", "ray", "--workers", "2")
+    eventually(lambda: answers(out) >= 2)
+    study = Study(out)
+    owners: list[int] = []
+
+    def at_work() -> bool:
+        owners[:] = [t.user_attrs["owner"]["pid"] for t in study.optuna_study.get_trials() if t.state.name == "RUNNING"]
+        return bool(owners)
+
+    eventually(at_work)
+    assert launcher.pid not in owners
+    os.kill(owners[0], signal.SIGKILL)
+    said, errors = launcher.communicate(timeout=300)
+    assert json.loads(said)["done"] == 9
+    assert "note: a worker was lost; what it was running is run by others" in errors
+    assert study.counts() == {"done": 9, "waiting": 0, "running": 0}
+    pd.testing.assert_frame_equal(table(Study(out)), table(undisturbed), check_exact=True)
+
+
+def test_an_actors_mistake_is_the_launchers_sentence(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
+    launcher = start(tmp_path / "out", "--executor", "ray", "--search", "gird")
+    said, errors = launcher.communicate(timeout=300)
+    assert launcher.returncode == 1
+    assert "unknown search 'gird'" in json.loads(said)["error"]
+    assert "Traceback" not in errors
