@@ -1,29 +1,37 @@
 """What the one-pass statistics cost against inputs that passed the quantised layers: scores, and the ranking of plans.
 
-python -m experiments.calibration_path [--model embedded:scenes-llava] [--plans 72] [--n 500]
+python -m experiments.calibration_path [--model embedded:scenes-llava] [--plans 64] [--n 300]
 """
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 from scipy.stats import bootstrap, kendalltau, spearmanr
 
-from sensitivity import verbs
+from experiments.measured import measured, parser, write
+from sensitivity.components import ComponentMap
 from sensitivity.models import inspect, load
 from sensitivity.plan import Plan
-from sensitivity.quantize import calibrate, scheme
-from sensitivity.tasks import task
+from sensitivity.quantize import scheme
+from sensitivity.trials import Study
 
-TASKS = ("vqa", "caption")
 BITS = (2, 3, 4, 5)
 
 
-def halves(study: verbs.Study, plans: list[Plan], name: str) -> float:
+def plans(parts: ComponentMap, method: str, count: int, facts: Mapping[str, object]) -> list[Plan]:
+    """Random widths for every group, the same for both paths."""
+    rng = np.random.default_rng(0)
+    of = {bits: scheme(method, bits, calibration=facts) for bits in BITS}  # type: ignore[arg-type]
+    return [Plan(tuple((name, of[int(rng.choice(BITS))]) for name in parts.names)) for _ in range(count)]
+
+
+def halves(study: Study, chosen: list[Plan], name: str) -> float:
+    """Rank correlation of the scores on every other image with those on the rest."""
     scores: list[list[float]] = [[], []]
-    for plan in plans:
+    for plan in chosen:
         rows = study.examples(plan)
         assert rows is not None
         rows = rows[rows["task"] == name]
@@ -33,62 +41,59 @@ def halves(study: verbs.Study, plans: list[Plan], name: str) -> float:
     return float(spearmanr(*scores).statistic)
 
 
+def between(a: np.ndarray, b: np.ndarray, of: Callable[..., object]) -> str:
+    """A rank correlation with its 95 % interval over plans."""
+    spread = bootstrap((a, b), lambda x, y: of(x, y).statistic, paired=True, vectorized=False,
+                       n_resamples=1999, rng=0, method="percentile").confidence_interval  # fmt: skip
+    return f"{of(a, b).statistic:.3f} [{spread.low:.3f}, {spread.high:.3f}]"  # type: ignore[attr-defined]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="embedded:scenes-llava")
-    parser.add_argument("--method", default="paper-gptq")
-    parser.add_argument("--plans", type=int, default=72)
-    parser.add_argument("--n", type=int, default=500)
-    parser.add_argument("--examples", type=int, default=32, help="to calibrate on; each block passes over them anew")
-    parser.add_argument("--work", default="runs/calibration-path")
-    parser.add_argument("--out", default="reports/calibration-path.md")
-    args = parser.parse_args()
-    vlm = load(args.model)
+    p = parser(__doc__, "calibration-path", 300)
+    p.add_argument("--tasks", default="vqa")
+    p.add_argument("--method", default="paper-gptq")
+    p.add_argument("--plans", type=int, default=64)
+    args = p.parse_args()
+    tasks, vlm = args.tasks.split(","), load(args.model)
     parts = inspect(vlm, by="group")
-    evaluation = [task(name, n=args.n) for name in TASKS]
-    rng = np.random.default_rng(0)
-    choices = [[int(bits) for bits in rng.choice(BITS, len(parts.names))] for _ in range(args.plans)]
-    scores: dict[str, dict[str, list[float]]] = {}
-    noise: dict[str, float] = {}
+    choose = partial(plans, parts, args.method, args.plans)
+    scores: dict[tuple[str, str], np.ndarray] = {}
+    native, noise, seconds = {}, {}, {}
     for path in ("float", "exposed"):
-        statistics = calibrate(vlm, parts, TASKS, args.examples, path=path, against=evaluation)
-        of = {bits: scheme(args.method, bits, calibration=statistics.facts) for bits in BITS}
-        plans = [Plan(tuple(zip(parts.names, (of[b] for b in row), strict=True))) for row in choices]
-        where = f"{args.work}-{path}"
-        study = verbs.sweep(vlm, parts, plans, TASKS, where, n=args.n, statistics=statistics)
+        study, chosen = measured(vlm, parts, tasks, choose, args, path)
         table = study.table().set_index("key")
-        if path == "float":
-            noise = {name: halves(study, plans, name) for name in TASKS}
-        scores[path] = {name: [float(table.loc[plan.key, name]) for plan in plans] for name in TASKS}
+        for name in tasks:
+            scores[path, name] = np.array([float(table.loc[plan.key, name]) for plan in chosen])
+            native[name] = float(table.loc[study.native.key, name])
+            noise.setdefault(name, halves(study, chosen, name))
+        seconds[path] = float(np.median([trial.user_attrs["seconds"] for trial in study.trials()]))
     lines = [
         "# Float inputs, or inputs that passed the quantised layers",
         "",
-        f"`python -m experiments.calibration_path --model {args.model} --method {args.method} --plans {args.plans} "
-        f"--n {args.n} --examples {args.examples}`",
+        f"`python -m experiments.calibration_path --model {args.model} --tasks {args.tasks} --method {args.method} "
+        f"--plans {args.plans} --n {args.n} --examples {args.examples}`",
         "",
-        f"{args.plans} random plans over {len(parts.names)} groups of {args.model}, {args.method} at {BITS} bits, each",
-        f"quantised with statistics of one pass (`float`) and block by block (`exposed`), on {args.n} examples of each",
-        "task. Rank correlation of the scores of the two, with 95 % bootstrap intervals over plans; the difference is",
-        "exposed less float. For comparison, the rank correlation between the float path's scores on two halves of the",
-        "images: what noise in the scores alone leaves of a correlation of 1, with half as many examples.",
+        f"{args.plans} random plans over {len(parts.names)} groups of {args.model}, {args.method} at "
+        f"{', '.join(map(str, BITS))} bits, each quantised with",
+        f"statistics of one pass over the float model (`float`) and block by block (`exposed`), on {args.n} examples",
+        "of each task. Rank correlations of the two columns of scores, with 95 % bootstrap intervals over plans; the",
+        "difference is exposed less float. For comparison, the rank correlation between the float path's scores on two",
+        "halves of the images: what noise alone leaves of a correlation of 1, with half as many examples.",
         "",
-        "| task | Spearman | Kendall | two halves | mean difference | largest gain | largest loss |",
-        "|---|---|---|---|---|---|---|",
+        "| task | native | float | Spearman | Kendall | two halves | mean difference | largest gain | largest loss |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in TASKS:
-        a, b = np.array(scores["float"][name]), np.array(scores["exposed"][name])
-        spread = bootstrap((a, b), lambda x, y: spearmanr(x, y).statistic, paired=True, vectorized=False,
-                           n_resamples=999, rng=0, method="percentile").confidence_interval  # fmt: skip
+    for name in tasks:
+        a, b = scores["float", name], scores["exposed", name]
         gain = b - a
         se = gain.std(ddof=1) / len(gain) ** 0.5
         lines.append(
-            f"| {name} | {spearmanr(a, b).statistic:.3f} [{spread.low:.3f}, {spread.high:.3f}] | "
-            f"{kendalltau(a, b).statistic:.3f} | {noise[name]:.3f} | "
+            f"| {name} | {native[name]:.3f} | {a.mean():.3f} ({a.min():.3f} to {a.max():.3f}) | "
+            f"{between(a, b, spearmanr)} | {between(a, b, kendalltau)} | {noise[name]:.3f} | "
             f"{gain.mean():+.4f} ± {1.96 * se:.4f} | {gain.max():+.3f} | {gain.min():+.3f} |"
         )
-    Path(args.out).parent.mkdir(exist_ok=True)
-    Path(args.out).write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    lines += ["", f"Median seconds of a trial: float {seconds['float']:.1f}, exposed {seconds['exposed']:.1f}."]
+    write(args.out, lines)
 
 
 if __name__ == "__main__":

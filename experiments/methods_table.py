@@ -6,15 +6,16 @@ python -m experiments.methods_table [--model embedded:scenes-llava] [--n 500]
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from collections.abc import Mapping
 
 import pandas as pd
 
-from sensitivity import verbs
+from experiments.measured import measured, parser, write
+from sensitivity.components import ComponentMap
 from sensitivity.models import inspect, load
 from sensitivity.plan import Plan, size
-from sensitivity.quantize import METHODS, calibrate, scheme
-from sensitivity.tasks import task
+from sensitivity.quantize import scheme
+from sensitivity.trials import Study
 
 TASKS = ("vqa", "caption", "scene", "ground")
 METHODS_BITS = {
@@ -29,49 +30,48 @@ METHODS_BITS = {
 WHERE = ("vision", "connector", "language", "all")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="embedded:scenes-llava")
-    parser.add_argument("--n", type=int, default=500)
-    parser.add_argument("--work", default="runs/methods-table")
-    parser.add_argument("--out", default="reports/methods-table.md")
-    args = parser.parse_args()
-    vlm = load(args.model)
-    parts = inspect(vlm, by="part")
-    evaluation = [task(name, n=args.n) for name in TASKS]
-    statistics = calibrate(vlm, parts, TASKS, against=evaluation)
-    plans, rows = [], []
+def wishes(parts: ComponentMap, facts: Mapping[str, object]) -> list[tuple[str, int, str, Plan]]:
+    found = []
     for method, widths in METHODS_BITS.items():
         for bits in widths:
-            chosen = scheme(method, bits, calibration=statistics.facts)
+            chosen = scheme(method, bits, calibration=facts)  # type: ignore[arg-type]
             for where in WHERE:
                 plan = Plan.uniform(parts, chosen) if where == "all" else Plan.of(parts, {where: chosen})
-                plans.append(plan)
-                rows.append({"method": method, "bits": bits, "part": where, "key": plan.key,
-                             "bpw": size(parts, plan).bpw})  # fmt: skip
-    study = verbs.sweep(vlm, parts, plans, TASKS, args.work, n=args.n, statistics=statistics)
-    native = study.native
-    by_key = {plan.key: plan for plan in plans}
-    for row in rows:
-        for name in TASKS:
-            against = study.compare(by_key[str(row["key"])], native, name)
-            assert against is not None
-            row[name] = against
-    write(Path(args.out), args, study, pd.DataFrame(rows), dict(statistics.facts))
+                found.append((method, bits, where, plan))
+    return found
 
 
-def write(out: Path, args: argparse.Namespace, study: verbs.Study, table: pd.DataFrame, facts: dict) -> None:
+def main() -> None:
+    args = parser(__doc__, "methods-table", 500).parse_args()
+    vlm = load(args.model)
+    parts = inspect(vlm, by="part")
+    known: list[tuple[str, int, str, Plan]] = []
+
+    def plans(facts: Mapping[str, object]) -> list[Plan]:
+        known.extend(wishes(parts, facts))
+        return [plan for *_, plan in known]
+
+    study, _ = measured(vlm, parts, TASKS, plans, args)
+    rows = []
+    for method, bits, where, plan in known:
+        against = {name: study.compare(plan, study.native, name) for name in TASKS}
+        rows.append({"method": method, "bits": bits, "part": where, "bpw": size(parts, plan).bpw, **against})
+    write(args.out, report(args, study, pd.DataFrame(rows), vlm.note))
+
+
+def report(args: argparse.Namespace, study: Study, table: pd.DataFrame, note: str | None) -> list[str]:
     native = study.table().set_index("key").loc[study.native.key]
     lines = [
         "# Method x bits x part x task",
         "",
-        f"`python -m experiments.methods_table --model {args.model} --n {args.n}`",
+        f"`python -m experiments.methods_table --model {args.model} --n {args.n} --out {args.out}`",
         "",
-        f"{args.model}, {args.n} examples of each task; calibration: {facts['examples']} examples, float path. Full",
+        f"{args.model}, {args.n} examples of each task; calibration: {args.examples} examples, float path. Full",
         "precision scores "
         + ", ".join(f"{name} {native[name]:.3f}" for name in TASKS)
         + ". Numbers are paired differences to",
         "that on the same examples, with 95 % intervals; bpw counts everything stored, kept weights at 16 bits.",
+        *([f"{note[0].upper()}{note[1:]}."] if note else []),
     ]
     for where in WHERE:
         lines += [
@@ -90,10 +90,7 @@ def write(out: Path, args: argparse.Namespace, study: verbs.Study, table: pd.Dat
     whole["loss"] = [sum(row[name].mean for name in TASKS) / len(TASKS) for _, row in whole.iterrows()]
     for method, group in whole[whole["loss"] >= -0.01].groupby("method", sort=False):
         lines.append(f"| {method} | {group['bpw'].min():.2f} |")
-    assert set(table["method"]) <= {*METHODS, "paper-gptq"}
-    out.parent.mkdir(exist_ok=True)
-    out.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return lines
 
 
 if __name__ == "__main__":

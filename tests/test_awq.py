@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sensitivity.plan import OVERHEAD
 from sensitivity.quantize import Curvature, Linears, quantise, scheme, solve
-from sensitivity.quantize.clip import RATIOS, clipped, group_errors
+from sensitivity.quantize.clip import RATIOS, clipped, group_errors, grouped, halved, own_blocks, quadratic
 from sensitivity.quantize.grid import Quantised, affine, encode, ranges
 from sensitivity.quantize.scale_search import QUERY_KEY, errors, scales
 
@@ -44,7 +44,7 @@ def test_errors_from_the_gram_matrix_are_those_of_the_outputs(bits: int, group: 
     given = linears()
     chosen = scheme("awq", bits, group=group)
     grid = scales(given.seen, 20, torch.float32)
-    found = errors(given.rows, grid, given.seen.gram, chosen, torch.float32)
+    (found,) = errors(given.rows, grid, given.seen.gram, [chosen], torch.float32)
     for s, error in zip(grid, found.tolist(), strict=True):
         slow = 0.0
         for weight in given.weights:
@@ -56,9 +56,31 @@ def test_errors_from_the_gram_matrix_are_those_of_the_outputs(bits: int, group: 
 def test_the_search_in_pieces_is_the_search_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     given = linears()
     grid = scales(given.seen, 20, torch.float32)
-    whole = errors(given.rows, grid, given.seen.gram, scheme("awq", 3), torch.float32)
+    whole = errors(given.rows, grid, given.seen.gram, [scheme("awq", 3)], torch.float32)
     monkeypatch.setattr("sensitivity.quantize.scale_search.ROOM", 1)
-    torch.testing.assert_close(errors(given.rows, grid, given.seen.gram, scheme("awq", 3), torch.float32), whole)
+    torch.testing.assert_close(errors(given.rows, grid, given.seen.gram, [scheme("awq", 3)], torch.float32), whole)
+
+
+@pytest.mark.parametrize("method", ["awq", "clip"])
+@pytest.mark.parametrize("group", [GROUP, 11, "row"])
+def test_a_width_has_the_same_bits_alone_and_among_others(method: str, group: int | str) -> None:
+    given = linears()
+    schemes = [scheme(method, bits, group=group) for bits in (2, 3, 4, 5, 6, 8)]
+    for one, results in zip(schemes, solve(given, schemes), strict=True):
+        (alone,) = solve(given, [one])
+        for a, b in zip(alone, results, strict=True):
+            assert isinstance(a, Quantised)
+            assert isinstance(b, Quantised)
+            assert torch.equal(a.codes, b.codes)
+            assert torch.equal(a.scale, b.scale)
+            assert (a.inputs is None and b.inputs is None) or torch.equal(a.inputs, b.inputs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("width", [1, 100, 128, 300])
+def test_half_a_matrix_gives_the_whole_form(width: int) -> None:
+    e = torch.randn(7, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = e.T @ e + torch.eye(width)
+    torch.testing.assert_close(quadratic(e, halved(gram)).double(), ((e @ gram) * e).sum(1), rtol=1e-6, atol=1e-6)
 
 
 def test_exponent_0_is_nearest() -> None:
@@ -138,7 +160,7 @@ def test_the_best_range_of_every_group_is_the_best_of_all_tried(group: int | str
     low, high = clipped(w, chosen, torch.float32, gram)
     rounded = encode(w, chosen, *affine(w, chosen, low, high, torch.float32)).dequantise()
     width = WIDTH if group == "row" else int(group)
-    found = group_errors(w - rounded, width, gram)
+    found = group_errors(grouped(w - rounded, width), own_blocks(gram, width))
     row = scheme("rtn", 3, symmetric=symmetric)
     for i in range(len(w)):
         for g, start in enumerate(range(0, WIDTH, width)):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,22 @@ from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError
 from sensitivity.models import VLM, family_of, inspect
 from sensitivity.plan import Plan, Scheme
-from sensitivity.quantize import METHODS, Statistics, calibrate, prepare, quantized, scheme
+from sensitivity.quantize import METHODS, Curvature, Statistics, calibrate, prepare, quantized, scheme
 from sensitivity.quantize.cache import Cache
-from sensitivity.quantize.calibration import collect
+from sensitivity.quantize.calibration import collect, exposed, unquantised
 from sensitivity.quantize.linears import reads
-from sensitivity.quantize.tokens import ANSWER, MODALITIES, PADDING, PROMPT, VISION, Batch, batches, image_token
+from sensitivity.quantize.tokens import (
+    ANSWER,
+    MODALITIES,
+    PADDING,
+    PROMPT,
+    VISION,
+    Batch,
+    _questioned,
+    _together,
+    batches,
+    run,
+)
 from sensitivity.tasks import Task, task
 
 N = 20
@@ -131,42 +144,61 @@ def test_examples_are_put_together_only_where_nothing_needs_padding(scenes_llava
 
 def fed(name: str, vlm: VLM) -> Batch:
     """Two rows for a small model: image tokens where the family has them, then words."""
-    model, config, rows, more = vlm.model, vlm.model.config, 2, {}
-    pixels, count, token = torch.randn(rows, 3, 16, 16), 4, image_token(vlm)
+    model, config, rows, token = vlm.model, vlm.model.config, 2, 90
+    pixels, more, asks_count = pictures(name, vlm, rows)
     words = torch.randint(5, 80, (rows, 6))
-    if name.startswith(("blip2", "instructblip")):
-        count, token = config.num_query_tokens, 90
-        config.image_token_index = config.image_token_id = token
-    if name == "instructblip":
-        asked = torch.randint(5, 80, (rows, 3))
-        more = {"qformer_input_ids": asked, "qformer_attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]])}
-    if name.startswith("qwen"):
-        token = config.image_token_id = 90
-        vision = config.vision_config
-        pixels = torch.randn(rows * 16, 3 * vision.temporal_patch_size * vision.patch_size**2)
-        more = {"image_grid_thw": torch.tensor([[1, 4, 4]] * rows)}
-    if name in ("paligemma", "gemma3"):
-        token = config.image_token_id = 90
-    if name in ("clip", "siglip"):
-        count = 0
+    count = asks_count
+    if count is None:
+        with torch.no_grad():
+            features = model.get_image_features(pixels, **more).pooler_output
+        count = sum(one.reshape(-1, one.shape[-1]).shape[0] for one in features) // rows
+    config.image_token_id = token
+    if hasattr(config, "image_token_index"):
+        config.image_token_index = token
     ids = torch.cat([torch.full((rows, count), token), words], dim=1)
     if name.startswith("qwen"):
         more["mm_token_type_ids"] = (ids == token).int()
+    if name == "kosmos2":
+        more["image_embeds_position_mask"] = (ids == token).int()
+    if name == "mllama":
+        more["cross_attention_mask"] = torch.ones(*ids.shape, 1, 4)
     text = torch.full_like(ids, PROMPT)
     text[ids == token] = VISION
     known = [("language", text)]
     if vlm.encoder_decoder:
         more["decoder_input_ids"] = torch.randint(5, 80, (rows, 4))
         known.append(("language", torch.full((rows, 4), ANSWER)))
+    if name == "instructblip":
+        asked = torch.randint(5, 80, (rows, 3))
+        more |= {"qformer_input_ids": asked, "qformer_attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]])}
     inputs = {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
-    from sensitivity.quantize.tokens import _questioned
-
     assert next(model.parameters()).dtype == torch.float32
     return Batch(inputs, [*known, *_questioned(vlm, inputs)])
 
 
-FAMILIES = ("llava", "blip2_opt", "blip2_t5", "instructblip", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paligemma",
-            "gemma3", "clip", "siglip")  # fmt: skip
+def pictures(name: str, vlm: VLM, rows: int) -> tuple[Tensor, dict[str, Tensor], int | None]:
+    """Pixels as a family wants them, what it must know about them, and how many tokens a row has for its image."""
+    config = vlm.model.config
+    if name.startswith("qwen"):
+        vision = config.vision_config
+        pixels = torch.randn(rows * 16, 3 * vision.temporal_patch_size * vision.patch_size**2)
+        return pixels, {"image_grid_thw": torch.tensor([[1, 4, 4]] * rows)}, 4
+    if name in ("llava_next", "llava_onevision"):  # the whole picture, and two tiles of it
+        config.image_grid_pinpoints = [[16, 32], [32, 16]]
+        return torch.randn(rows, 3, 3, 16, 16), {"image_sizes": torch.tensor([[16, 28]] * rows)}, None
+    if name in ("idefics3", "smolvlm"):
+        return torch.randn(rows, 1, 3, 16, 16), {}, None
+    if name == "mllama":  # four tiles of one picture
+        ratio = {"aspect_ratio_ids": torch.ones(rows, 1, dtype=torch.long), "aspect_ratio_mask": torch.ones(rows, 1, 4)}
+        return torch.randn(rows, 1, 4, 3, 16, 16), ratio, 0
+    if name == "florence2":
+        return torch.randn(rows, 3, 64, 64), {}, None
+    if name.startswith(("blip2", "instructblip")):
+        return torch.randn(rows, 3, 16, 16), {}, config.num_query_tokens
+    return torch.randn(rows, 3, 16, 16), {}, {"clip": 0, "siglip": 0, "kosmos2": 4, "internvl": None}.get(name, 4)
+
+
+FAMILIES = tuple(small_vlms.BUILDERS)
 
 
 def built(name: str) -> VLM:
@@ -178,8 +210,7 @@ def built(name: str) -> VLM:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_linear_of_a_family_sees_tokens_and_takes_every_method(name: str) -> None:
     vlm = built(name)
-    parts = inspect(vlm, by="part")
-    batch = fed(name, vlm)
+    parts, batch = inspect(vlm, by="part"), fed(name, vlm)
     found = collect(vlm, parts.weights, [batch])
     assert {reads(weight) for weight in parts.weights} == set(found)
     for weight in parts.weights:
@@ -188,16 +219,129 @@ def test_every_linear_of_a_family_sees_tokens_and_takes_every_method(name: str) 
         if weight.part == "language" and weight.kind == "ff" and vlm.encoder_decoder and "decoder" in weight.name:
             assert modality.tolist() == [0, 0, 0, 8]
     facts = {"path": "float"}
-    statistics = Statistics(facts, lambda weights: {reads(w): found[reads(w)] for w in weights})
+    statistics = Statistics(facts, lambda weights, done=None: {reads(w): found[reads(w)] for w in weights})
     chosen = {
         part: scheme(method, 3, calibration=facts)
         for part, method in zip(parts.names, ("gptq", "awq", "clip"), strict=False)
     }
     with quantized(vlm.model, parts, Plan.of(parts, chosen), statistics=statistics) as changed, torch.no_grad():
         assert changed == {weight.name for weight in parts.weights}
-        from sensitivity.quantize.tokens import run
-
         run(vlm, batch)
+
+
+def test_every_mask_grows_with_the_answer() -> None:
+    vlm = built("mllama")
+    rows = fed("mllama", vlm).inputs
+    batch = _together(vlm, [({name: t[i : i + 1] for name, t in rows.items()}, [7, 8, 9]) for i in range(2)])
+    assert batch.inputs["cross_attention_mask"].shape[:2] == batch.inputs["input_ids"].shape
+    language = [weight for weight in inspect(vlm).weights if weight.part == "language"]
+    (found,) = collect(vlm, language[:1], [batch]).values()
+    assert found.modalities[ANSWER] == 6
+
+
+# -- block by block
+
+
+def alike(a: Mapping[str, Curvature], b: Mapping[str, Curvature]) -> bool:
+    return a.keys() == b.keys() and all(
+        torch.equal(a[name].gram, b[name].gram) and a[name].modalities.tolist() == b[name].modalities.tolist()
+        for name in a
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_block_by_block_is_bit_for_bit_what_whole_passes_find(name: str) -> None:
+    """On the float model, and on one whose blocks change on the way: feature layers, second stacks and all."""
+    vlm = built(name)
+    parts, batch = inspect(vlm, by="block"), fed(name, vlm)
+    few, sequential = unquantised(vlm, parts, lambda: [batch], {}, None, room=0), exposed(vlm, parts, lambda: [batch])
+    found = collect(vlm, parts.weights, [batch])
+    done: list[tuple[str, Scheme]] = []
+    for component in parts.components:
+        asked = few(component.weights)
+        assert alike(asked, {shared: found[shared] for shared in asked})
+    for i, component in enumerate(parts.components):
+        on_the_way = sequential(component.weights, done)
+        if i % 3 == 2 or component.weights[0].block is None:
+            assert alike(on_the_way, collect(vlm, component.weights, [batch]))
+        for weight in component.weights:
+            vlm.model.get_parameter(weight.name).data.mul_(0.9)
+        done += [(weight.name, scheme("rtn", 4)) for weight in component.weights]
+
+
+def test_each_block_runs_twice_at_most_and_nothing_behind_it(scenes_llava: VLM, parts: ComponentMap) -> None:
+    """Once to be seen, once more when it is quantised: the sequential path costs two passes, not one for each block."""
+    finer, calls = parts.regroup("block"), Counter()
+    sequential = exposed(scenes_llava, finer, lambda: batches(scenes_llava, [task("vqa", "calibration", 1, 0)]))
+    sequential(finer.components[0].weights, [])  # finds out what may be skipped
+    one = [next(w for w in c.weights) for c in finer.components if c.weights[0].block is not None]
+    handles = [
+        scenes_llava.model.get_submodule(w.module).register_forward_hook(lambda *_, name=w.name: calls.update([name]))
+        for w in one
+    ]
+    done: list[tuple[str, Scheme]] = []
+    for component in finer.components:
+        sequential(component.weights, done)
+        done += [(weight.name, scheme("rtn", 4)) for weight in component.weights]
+    for handle in handles:
+        handle.remove()
+    loose = len(finer.components) - len(one)  # what stands outside of blocks may be read at the end
+    assert max(calls.values()) <= 2 + loose
+    assert calls[one[0].name] == 2
+
+
+def test_another_plan_starts_where_it_differs(scenes_llava: VLM, parts: ComponentMap) -> None:
+    """What was kept of one plan is not taken for what another would have: also after a plan that nobody described."""
+    finer = parts.regroup("block")
+    data = [task("vqa", "calibration", 2, 0)]
+    sequential = exposed(scenes_llava, finer, lambda: batches(scenes_llava, data))
+    plain = lambda weights, done=None: collect(scenes_llava, weights, batches(scenes_llava, data))  # noqa: E731
+    facts = {"path": "exposed"}
+    three, two = (scheme("gptq", bits, order="given", clip=False, calibration=facts) for bits in (3, 2))
+    first, middle, last = finer.names[1], finer.names[4], finer.names[-1]
+    plans = [
+        {first: three, last: three},
+        {first: two, last: three},
+        {first: two, middle: two, last: three},
+        {last: three},
+    ]
+    for plan in plans:
+        fast, slow = (
+            installed(scenes_llava, finer, Plan.of(finer, plan), {}, Statistics(facts, gather))
+            for gather in (sequential, plain)
+        )
+        assert same(fast, slow)
+    name = finer[first].weights[0].name
+    own = scenes_llava.model.get_parameter(name).data
+    scenes_llava.model.get_parameter(name).data = own * 0.5
+    try:
+        assert alike(sequential(finer[last].weights), plain(finer[last].weights))
+    finally:
+        scenes_llava.model.get_parameter(name).data = own
+
+
+def test_no_more_matrices_are_held_than_there_is_room_for(
+    scenes_llava: VLM, parts: ComponentMap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest block's worth at a time, and the same quantised weights."""
+    alive: weakref.WeakSet[Curvature] = weakref.WeakSet()
+    most = [0]
+    start = Curvature.__init__
+
+    def counting(self: Curvature, *how: Any) -> None:
+        start(self, *how)
+        alive.add(self)
+        most[0] = max(most[0], sum(4 * one.width**2 for one in alive))
+
+    whole = calibrate(scenes_llava, parts, ["vqa"], n=3)
+    monkeypatch.setattr(Curvature, "__init__", counting)
+    little = calibrate(scenes_llava, parts, ["vqa"], n=3, room=0)
+    finer = parts.regroup("block")
+    blocks = [sum(4 * w.cols**2 for w in {reads(w): w for w in c.weights}.values()) for c in finer.components]
+    plan = Plan.uniform(finer, scheme("gptq", 3, calibration=whole.facts))
+    found = installed(scenes_llava, finer, plan, {}, little)
+    assert 0 < most[0] <= max(blocks) < sum(blocks) / 5
+    assert same(found, installed(scenes_llava, finer, plan, {}, whole))
 
 
 def test_a_q_former_that_reads_the_question_knows_it_from_its_queries() -> None:
@@ -329,12 +473,12 @@ def test_coverage_at_every_granularity(scenes_llava: VLM, parts: ComponentMap, s
 
 
 @pytest.fixture(scope="module")
-def exposed(scenes_llava: VLM, parts: ComponentMap) -> Statistics:
+def on_the_way(scenes_llava: VLM, parts: ComponentMap) -> Statistics:
     return calibrate(scenes_llava, parts, ["vqa"], n=2, path="exposed")
 
 
 def test_the_exposed_path_sees_what_the_layers_before_it_became(
-    scenes_llava: VLM, parts: ComponentMap, exposed: Statistics
+    scenes_llava: VLM, parts: ComponentMap, on_the_way: Statistics
 ) -> None:
     float_path = calibrate(scenes_llava, parts, ["vqa"], n=2)
     parts = parts.regroup("group")
@@ -347,42 +491,43 @@ def test_the_exposed_path_sees_what_the_layers_before_it_became(
         installed(
             scenes_llava, parts, Plan.of(parts, dict.fromkeys(ends, scheme("gptq", 2, calibration=s.facts))), {}, s
         )
-        for s in (float_path, exposed)
+        for s in (float_path, on_the_way)
     )
     assert torch.equal(on_float[first], on_exposed[first])  # nothing stands before the first block
     assert not torch.equal(on_float[last], on_exposed[last])
 
 
 def test_the_exposed_path_is_the_same_again_and_memory_does_not_mix_plans_up(
-    scenes_llava: VLM, parts: ComponentMap, exposed: Statistics
+    scenes_llava: VLM, parts: ComponentMap, on_the_way: Statistics
 ) -> None:
-    four, two = (scheme("gptq", bits, calibration=exposed.facts) for bits in (4, 2))
+    four, two = (scheme("gptq", bits, calibration=on_the_way.facts) for bits in (4, 2))
     parts = parts.regroup("group")
     plans = [Plan.of(parts, {"vision.front": v, "language.end": four}) for v in (four, two)]
     memory: dict[Any, Tensor] = {}
     for plan in (*plans, *plans):
-        shared = installed(scenes_llava, parts, plan, memory, exposed)
-        assert same(shared, installed(scenes_llava, parts, plan, {}, exposed))
+        shared = installed(scenes_llava, parts, plan, memory, on_the_way)
+        assert same(shared, installed(scenes_llava, parts, plan, {}, on_the_way))
 
 
 # -- the cache
 
 
+@pytest.mark.parametrize("room", [1 << 30, 0])
 def test_statistics_from_the_cache_are_the_same_bits(
-    scenes_llava: VLM, parts: ComponentMap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scenes_llava: VLM, parts: ComponentMap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
-    cache = Cache(tmp_path)
-    first = calibrate(scenes_llava, parts, ["vqa"], n=3, cache=cache)
+    cache, files = Cache(tmp_path), 1 if room else len(parts.regroup("block").names)
+    a = calibrate(scenes_llava, parts, ["vqa"], n=3, cache=cache, room=room).gather(parts.weights)
+    assert len(list(tmp_path.glob("*.safetensors"))) == files
     monkeypatch.setattr("sensitivity.quantize.calibration.collect", lambda *_: pytest.fail("computed again"))
-    second = calibrate(scenes_llava, parts, ["vqa"], n=3, cache=cache)
-    a, b = first.gather(parts.weights), second.gather(parts.weights)
+    b = calibrate(scenes_llava, parts, ["vqa"], n=3, cache=cache, room=room).gather(parts.weights)
     for name in a:
         assert torch.equal(a[name].gram, b[name].gram)
         assert torch.equal(a[name].mean_magnitude, b[name].mean_magnitude)
         assert a[name].modalities.tolist() == b[name].modalities.tolist()
     monkeypatch.undo()
     calibrate(scenes_llava, parts, ["vqa"], n=4, cache=cache)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert len(list(tmp_path.glob("*.safetensors"))) == files + 1
 
 
 def test_quantised_weights_from_the_cache_are_the_same_bits(

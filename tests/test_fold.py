@@ -100,7 +100,7 @@ def test_a_folded_model_equals_the_unfolded_one(name: str) -> None:
     found = collect(vlm, parts.weights, [batch])
     facts = {"path": "float"}
     statistics = Statistics(
-        facts, lambda weights: {reads(w): found[reads(w)] for w in weights}, lambda: folds(vlm, parts, batch)
+        facts, lambda weights, done=None: {reads(w): found[reads(w)] for w in weights}, lambda: folds(vlm, parts, batch)
     )
     chosen = scheme("awq", 4, group=16, calibration=facts, scales="folded")
     with quantized(vlm.model, parts, Plan.uniform(parts, chosen), statistics=statistics):

@@ -49,8 +49,10 @@ def published(weight: Tensor, gram: Tensor, chosen: Scheme) -> Tensor:
         if chosen["order"] == "activation":  # groups of the weights as given
             start = column // width * width
             chunk = given[:, start : start + width]
-        elif j % width == 0:
-            chunk = w[:, j : j + width].float()
+        elif j % width == 0:  # all grids of 128 columns together, from the weights as they have become by then
+            if j % (max(128 // width, 1) * width) == 0:
+                then = w.clone()
+            chunk = then[:, j : j + width].float()
         scale, zero = (t[:, 0].double() for t in affine(chunk, row, *ranges(chunk, row), torch.float32))
         code = torch.round(w[:, j] / scale + zero).clamp(0, 2**chosen.bits - 1)
         out[:, column] = (code - zero) * scale
@@ -71,6 +73,13 @@ def test_it_is_the_published_algorithm(group: int | str, symmetric: bool, order:
         assert cost(w, ours, seen) == pytest.approx(cost(w, theirs, seen), rel=0.02)
 
 
+def test_grids_are_found_for_128_columns_at_a_time_as_released() -> None:
+    seen, w = curvature(inputs(600, 200)), weights(16, 200)
+    chosen = scheme("gptq", 3, group=48, symmetric=False, order="given", clip=False)  # spans of 96: 0, 96, 192
+    ours, theirs = quantise(w, chosen, seen), published(w, seen.gram, chosen)
+    assert (ours - theirs).abs().gt(1e-4).any(1).float().mean() <= 0.2
+
+
 @pytest.mark.parametrize("chosen", [{}, {"group": 16}, {"group": 16, "symmetric": False, "order": "given"}])
 def test_a_width_has_the_same_bits_alone_and_among_others(chosen: dict[str, object]) -> None:
     linears = Linears(("q", "k"), (weights(13), weights(5, seed=2)), curvature(inputs()))
@@ -81,6 +90,37 @@ def test_a_width_has_the_same_bits_alone_and_among_others(chosen: dict[str, obje
         for a, b in zip(alone, results, strict=True):
             assert torch.equal(a.codes, b.codes)  # type: ignore[union-attr]
             assert torch.equal(a.scale, b.scale)  # type: ignore[union-attr]
+
+
+def test_another_backend_is_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sensitivity.quantize.peers.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"gptqmodel is not installed; type: pip install 'sensitivity\[peers\]'"):
+        scheme("gptq", 4, backend="gptqmodel")
+    monkeypatch.setattr("sensitivity.quantize.peers.find_spec", lambda _: "here")
+    assert scheme("gptq", 4, backend="gptqmodel")["clip"] is False
+    for method, bits, chosen, message in (
+        ("gptq", 4, {"backend": "gptqmodle"}, "unknown backend of gptq 'gptqmodle'; choose from own, gptqmodel"),
+        ("gptq", 4, {"backend": "gptqmodel", "clip": True}, "no clip search .* add --set clip=false"),
+        ("gptq", 1, {"backend": "gptqmodel"}, "gptqmodel takes 2 to 8 bits, not 1"),
+        ("awq", 4, {"backend": "gptqmodel"}, "awq has no backend but our own"),
+    ):
+        with pytest.raises(UserError, match=message):
+            scheme(method, bits, **chosen)
+
+
+def test_our_own_backend_is_not_written_down() -> None:
+    assert scheme("gptq", 4, backend="own") == scheme("gptq", 4)
+
+
+@pytest.mark.parametrize("group", ["row", 24, 16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_real_library_through_our_statistics_is_as_good(group: int | str, symmetric: bool) -> None:
+    pytest.importorskip("gptqmodel", reason="needs the extra peers")
+    seen, w = curvature(inputs()), weights()
+    for bits in (2, 3, 4, 8):
+        how = {"group": group, "symmetric": symmetric, "clip": False}
+        ours, theirs = (quantise(w, scheme("gptq", bits, **how, **b), seen) for b in ({}, {"backend": "gptqmodel"}))
+        assert cost(w, ours, seen) == pytest.approx(cost(w, theirs, seen), rel=0.1)
 
 
 @pytest.mark.parametrize("group", ["row", 24])

@@ -6,23 +6,19 @@ python -m experiments.parity.awq --peer PYTHON-OF-A-VENV-WITH-LLMCOMPRESSOR
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from experiments.measured import write
 from experiments.parity.layers import TASKS, layers
+from experiments.parity.peers import ask, cell
 from sensitivity.models import VLM, inspect, load
 from sensitivity.models.checkpoint import find
 from sensitivity.quantize import Curvature, Linears, quantise, scheme, solve
@@ -34,8 +30,8 @@ BITS = (2, 3, 4, 8)
 GROUP, N = 64, 128
 
 
-def rows(vlm: VLM, file: Path) -> None:
-    """The calibration examples as the peer's inputs, one by one."""
+def theirs(peer: str, folder: Path, vlm: VLM, bits: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """llm-compressor's weights, from the calibration examples as inputs of the model, one by one."""
     found = []
     for name in TASKS:
         data = task(name, "calibration", N // len(TASKS), 0)
@@ -43,22 +39,9 @@ def rows(vlm: VLM, file: Path) -> None:
             (batch,) = batches(vlm, [replace(data, examples=(example,))])
             found.append({key: value[0] for key, value in batch.inputs.items()})
     names = sorted(found[0])
-    tensors = {f"{i}|{name}": row[name].contiguous().clone() for i, row in enumerate(found) for name in names}
-    save_file(tensors, file, metadata={"count": str(len(found)), "names": json.dumps(names)})
-
-
-def theirs(peer: str, folder: Path, vlm: VLM, bits: int) -> tuple[dict[str, Tensor], dict]:
-    with tempfile.TemporaryDirectory() as work:
-        source, target = Path(work) / "rows.safetensors", Path(work) / "theirs.safetensors"
-        rows(vlm, source)
-        script = Path(__file__).with_name("with_llm_compressor.py")
-        command = [peer, "-W", "ignore", str(script), str(folder), str(source), str(target), str(bits), str(GROUP)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=work)
-        if done.returncode:
-            sys.exit(done.stderr[-2000:])
-        with safe_open(target, "pt") as stored:
-            names = list(stored.keys())
-            return {name: stored.get_tensor(name) for name in names}, json.loads(stored.metadata()["facts"])
+    tensors = {f"{i}|{name}": row[name] for i, row in enumerate(found) for name in names}
+    about = {"count": len(found), "names": names}
+    return ask(peer, "with_llm_compressor.py", tensors, about, str(folder.resolve()), str(bits), str(GROUP))
 
 
 def main() -> None:
@@ -118,12 +101,10 @@ def main() -> None:
         "|---" * (1 + len(columns)) + "|",
     ]
     for bits in BITS:
-        cells = [f"{np.exp(np.mean(np.log(ratios[bits, c]))):.3f} ({max(ratios[bits, c]):.3f})" for c in columns]
+        cells = [cell(ratios[bits, name]) for name in columns]
         lines.append(f"| {bits} | {' | '.join(cells)} |")
     lines += ["", "Seconds: " + ", ".join(f"{name} {t:.0f} s" for name, t in seconds.items()) + "."]
-    Path(args.out).parent.mkdir(exist_ok=True)
-    Path(args.out).write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write(args.out, lines)
 
 
 if __name__ == "__main__":

@@ -6,26 +6,23 @@ python -m experiments.parity.gptq --peer PYTHON-OF-A-VENV-WITH-GPTQMODEL
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from experiments.measured import write
 from experiments.parity.layers import Layer, layers
+from experiments.parity.peers import ask, cell
 from sensitivity.plan import Scheme
 from sensitivity.quantize import Curvature, Linears, quantise, scheme, solve
 from sensitivity.quantize.grid import affine, ranges
 
+ROOT = Path(__file__).parents[2]  # where the peer finds this package
 BITS = (2, 3, 4, 8)
 PLAIN = {"order": "given", "clip": False}
 SETTINGS = {  # label: grid, ours, GPTQModel's
@@ -39,8 +36,11 @@ SETTINGS = {  # label: grid, ours, GPTQModel's
 }  # fmt: skip
 
 
-def published(weight: Tensor, gram: Tensor, chosen: Scheme) -> Tensor:
-    """Frantar et al. 2023 in plain PyTorch, single precision, blocks of 128 columns, as released; groups adaptive."""
+def published(weight: Tensor, gram: Tensor, chosen: Scheme, fresh: bool = False) -> Tensor:
+    """Frantar et al. 2023 in plain PyTorch, single precision, blocks of 128 columns, as released; groups adaptive.
+
+    Released code finds a group's grid from the weights as they were when its block began; `fresh` from those of now.
+    """
     w, h = weight.clone(), gram.clone()
     h.diagonal().add_(float(chosen["damp"]) * h.diagonal().mean())  # type: ignore[arg-type]
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
@@ -52,7 +52,7 @@ def published(weight: Tensor, gram: Tensor, chosen: Scheme) -> Tensor:
         block, errors = w[:, a:b].clone(), torch.zeros_like(w[:, a:b])
         for j in range(a, b):
             if j % width == 0:
-                chunk = torch.cat([block[:, j - a :], w[:, b:]], 1)[:, :width]
+                chunk = torch.cat([block[:, j - a :], w[:, b:]], 1)[:, :width] if fresh else w[:, j : j + width]
                 scale, zero = (t[:, 0] for t in affine(chunk, row, *ranges(chunk, row), torch.float32))
             code = torch.round(block[:, j - a] / scale + zero).clamp(0, 2**chosen.bits - 1)
             out[:, j] = (code - zero) * scale
@@ -62,20 +62,13 @@ def published(weight: Tensor, gram: Tensor, chosen: Scheme) -> Tensor:
     return out
 
 
-def theirs(peer: str, found: list[Layer], wishes: list[tuple[str, str, dict]]) -> tuple[dict[str, Tensor], dict]:
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "layers.safetensors", Path(folder) / "theirs.safetensors"
-        tensors = {f"{layer.name}|{key}": t for layer in found for key, t in (("weight", layer.weight),
-                                                                               ("inputs", layer.inputs))}  # fmt: skip
-        save_file({name: t.contiguous().clone() for name, t in tensors.items()}, source,
-                  metadata={"wishes": json.dumps(wishes)})  # fmt: skip
-        script = Path(__file__).with_name("with_gptqmodel.py")
-        done = subprocess.run([peer, str(script), str(source), str(target)], capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stderr[-2000:])
-        with safe_open(target, "pt") as stored:
-            names = list(stored.keys())
-            return {name: stored.get_tensor(name) for name in names}, json.loads(stored.metadata()["facts"])
+def theirs(
+    peer: str, found: list[Layer], wishes: list[tuple[str, str, dict]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """GPTQModel's weights for some wishes (key, layer, settings), by itself and as `--backend gptqmodel` calls it."""
+    tensors = {f"{layer.name}|weight": layer.weight for layer in found}
+    tensors |= {f"{layer.name}|inputs": layer.inputs for layer in found}
+    return ask(peer, "with_gptqmodel.py", tensors, {"wishes": wishes}, str(ROOT))
 
 
 def main() -> None:
@@ -97,32 +90,38 @@ def main() -> None:
         seen = Curvature(layer.weight.shape[1])
         seen.add(layer.inputs)
         for label, (grid, how, _) in SETTINGS.items():
-            began = time.perf_counter()
+            began = time.process_time()
             schemes = [scheme("gptq", bits, **grid, **how) for bits in BITS]
             results = solve(Linears((layer.name,), (layer.weight,), seen), schemes)
-            seconds["ours"] += time.perf_counter() - began
+            seconds["ours"] += time.process_time() - began
             seen.forget()
             for chosen, (result,) in zip(schemes, results, strict=True):
                 ours = result.dequantise()  # type: ignore[union-attr]
                 others = {"nearest": quantise(layer.weight, scheme("rtn", chosen.bits, group=chosen.group,
                                                                    symmetric=chosen.symmetric))}  # fmt: skip
                 if how is PLAIN:
-                    began = time.perf_counter()
+                    began = time.process_time()
                     others["published"] = published(layer.weight, seen.gram, chosen)
-                    seconds["published"] += time.perf_counter() - began
+                    seconds["published"] += time.process_time() - began
+                    if chosen.group != "row":
+                        others["fresher grids"] = published(layer.weight, seen.gram, chosen, fresh=True)
                 if peer:
-                    others["GPTQModel"] = peer[f"{layer.name}|{label}|{chosen.bits}"]
+                    key = f"{layer.name}|{label}|{chosen.bits}"
+                    others["GPTQModel"] = peer[key]
+                    if (through := peer.get(f"{key}|backend")) is not None:
+                        ratios[label, 0, "backend"].append(layer.error(through) / layer.error(peer[key]))
                 for name, other in others.items():
                     ratios[label, chosen.bits, name].append(layer.error(ours) / layer.error(other))
                     fresh = layer.error(ours, fresh=True) / layer.error(other, fresh=True)
                     ratios[label, chosen.bits, f"{name}, fresh"].append(fresh)
     seconds["GPTQModel"] = sum(facts.get("seconds", {}).values())
-    write(Path(args.out), args, found, ratios, seconds, facts)
+    write(args.out, table(args, found, ratios, seconds, facts))
 
 
-def write(out: Path, args: argparse.Namespace, found: list[Layer], ratios: dict, seconds: dict, facts: dict) -> None:
+def table(args: argparse.Namespace, found: list[Layer], ratios: dict, seconds: dict, facts: dict) -> list[str]:
     versions = f"torch {torch.__version__}, gptqmodel {facts.get('gptqmodel', 'not run')}"
     command = f"python -m experiments.parity.gptq --peer PYTHON --model {args.model} --every {args.every}"
+    columns = ("nearest", "published", "published, fresh", "fresher grids", "GPTQModel", "GPTQModel, fresh")
     lines = [
         "# GPTQ: ours against the published algorithm and GPTQModel",
         "",
@@ -132,22 +131,28 @@ def write(out: Path, args: argparse.Namespace, found: list[Layer], ratios: dict,
         "Numbers are ratios of relative output error, ours / theirs: below 1 ours is better. Geometric means over",
         "layers, in brackets the worst layer; `fresh` is judged on inputs from the evaluation split.",
         "",
-        "| setting | bits | nearest | published | published, fresh | GPTQModel | GPTQModel, fresh |",
-        "|---|---|---|---|---|---|---|",
+        f"| setting | bits | {' | '.join(columns)} |",
+        "|---" * (2 + len(columns)) + "|",
     ]
     for label in SETTINGS:
         for bits in BITS:
-            cells = []
-            for name in ("nearest", "published", "published, fresh", "GPTQModel", "GPTQModel, fresh"):
-                values = ratios.get((label, bits, name))
-                cells.append(f"{np.exp(np.mean(np.log(values))):.3f} ({max(values):.3f})" if values else "–")
+            cells = [cell(ratios.get((label, bits, name))) for name in columns]
             lines.append(f"| {label} | {bits} | {' | '.join(cells)} |")
     times = ", ".join(f"{name} {t:.1f} s" for name, t in seconds.items() if t)
-    lines += ["", f"Seconds for all of it, statistics left out: {times} (ours does the four widths of a layer at once; "
-              "published without the activation order)."]  # fmt: skip
-    out.parent.mkdir(exist_ok=True)
-    out.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    through = [ratio for (_, _, name), values in ratios.items() if name == "backend" for ratio in values]
+    return [
+        *lines,
+        "",
+        "Grids of groups are those of the weights as they have become by the first of 128 columns, as released code",
+        "has it. `fresher grids` is the published algorithm with each grid found when its group begins: what the",
+        "weights make up for by then has widened their ranges.",
+        "",
+        "`--backend gptqmodel`, which gives the library our Gram matrices and stores its scales in 16 bits, against",
+        f"the library by itself, over all widths of the settings that it has: {cell(through)}.",
+        "",
+        f"Processor seconds for all of it, statistics left out: {times} (ours does the four widths of a layer at once; "
+        "published without the activation order).",
+    ]
 
 
 if __name__ == "__main__":

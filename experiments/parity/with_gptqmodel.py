@@ -1,4 +1,7 @@
-"""GPTQModel's own GPTQ on stored layers: read inputs and weights, write its weights; runs where GPTQModel lives."""
+"""GPTQModel's own GPTQ on stored layers: read inputs and weights, write its weights; runs where GPTQModel lives.
+
+python with_gptqmodel.py LAYERS.safetensors OUT.safetensors ROOT-OF-THIS-REPOSITORY
+"""
 
 from __future__ import annotations
 
@@ -36,12 +39,23 @@ def quantise(weight: torch.Tensor, inputs: torch.Tensor, how: dict) -> tuple[tor
     solver.quantizer.configure(perchannel=True)
     for chunk in torch.split(inputs, 2048):
         solver.add_batch(chunk[None], torch.zeros(1))
-    began = time.perf_counter()
+    began = time.process_time()
     quantised = solver.quantize(blocksize=128)[0]
-    return quantised.float()[: weight.shape[0], : weight.shape[1]], time.perf_counter() - began
+    return quantised.float()[: weight.shape[0], : weight.shape[1]], time.process_time() - began
 
 
-def main(source: str, target: str) -> None:
+def through(weight: torch.Tensor, inputs: torch.Tensor, how: dict) -> torch.Tensor:
+    """The same by `--backend gptqmodel`, from a Gram matrix."""
+    from sensitivity.quantize import Curvature, quantise, scheme
+
+    seen = Curvature(weight.shape[1])
+    seen.add(inputs)
+    grid = {"group": how["group"], "symmetric": how["symmetric"], "order": how.get("order", "given")}
+    return quantise(weight, scheme("gptq", how["bits"], backend="gptqmodel", **grid), seen)
+
+
+def main(source: str, target: str, root: str) -> None:
+    sys.path.insert(0, root)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     results, facts = {}, {"gptqmodel": version("gptqmodel"), "torch": torch.__version__, "seconds": {}}
     with safe_open(source, "pt") as stored:
@@ -50,6 +64,8 @@ def main(source: str, target: str) -> None:
             weight, inputs = stored.get_tensor(f"{layer}|weight"), stored.get_tensor(f"{layer}|inputs")
             quantised, facts["seconds"][key] = quantise(weight, inputs, how)
             results[key] = quantised.contiguous()
+            if not how.get("aware"):  # an order that `--backend` does not offer
+                results[f"{key}|backend"] = through(weight, inputs, how).contiguous()
     save_file(results, target, metadata={"facts": json.dumps(facts)})
 
 

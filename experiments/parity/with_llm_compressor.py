@@ -1,6 +1,6 @@
 """llm-compressor's AWQ on a whole LLaVA folder: the effective weights it ends with; runs where llm-compressor lives.
 
-python with_llm_compressor.py MODEL-FOLDER ROWS.safetensors OUT.safetensors BITS GROUP
+python with_llm_compressor.py ROWS.safetensors OUT.safetensors MODEL-FOLDER BITS GROUP
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def norms(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: m.weight.detach().clone() for name, m in model.named_modules() if "norm" in name.rpartition(".")[2]}
 
 
-def main(folder: str, source: str, target: str, bits: str, group: str) -> None:
+def main(source: str, target: str, folder: str, bits: str, group: str) -> None:
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     rows: list[dict] = []
     with safe_open(source, "pt") as stored:
-        count = int(stored.metadata()["count"])
+        count = json.loads(stored.metadata()["count"])
         names = json.loads(stored.metadata()["names"])
         rows = [{name: stored.get_tensor(f"{i}|{name}") for name in names} for i in range(count)]
     data = Dataset.from_list([{name: t.tolist() for name, t in row.items()} for row in rows])

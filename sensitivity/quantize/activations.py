@@ -20,13 +20,13 @@ def int8_rows(weight: Tensor, scheme: Scheme) -> Quantised:
 
 
 def split_inputs(inputs: Tensor, scheme: Scheme) -> Tensor:
-    """Inputs as the eight-bit product sees them, those at or above the threshold as they are.
+    """Inputs as the eight-bit product sees them, those at or above the threshold as they are; at 0 there is none.
 
     The real thing keeps a whole column if any token of the call reaches the threshold there (`outliers` = "call").
     Then an answer depends on what else is in its batch; "token" keeps only the token's own outliers, and it does not.
     """
     values = inputs.float()
-    outlier = values.abs() >= float(scheme["threshold"] or 0)
+    outlier = values.abs() >= (float(scheme["threshold"] or 0) or float("inf"))
     largest = values.masked_fill(outlier, 0).abs().amax(-1, keepdim=True)
     scale = largest.clamp(min=torch.finfo(torch.float32).tiny) / LEVELS
     rounded = (values / scale).round().clamp(-LEVELS, LEVELS) * scale

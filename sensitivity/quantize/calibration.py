@@ -18,10 +18,13 @@ from sensitivity.quantize.cache import Cache
 from sensitivity.quantize.curvature import Curvature
 from sensitivity.quantize.fold import Absorber, absorbers
 from sensitivity.quantize.linears import reads
-from sensitivity.quantize.statistics import PATHS, Statistics
+from sensitivity.quantize.statistics import PATHS, Gather, Statistics
 from sensitivity.quantize.tokens import PADDING, Batch, batches, disjoint, run
+from sensitivity.quantize.walk import Done, Walk
 from sensitivity.tasks import Task
 from sensitivity.tasks import task as find_task
+
+ROOM = 1 << 30  # bytes of Gram matrices at once; a block of a 7B model has 0.7 GB of them
 
 
 def calibrate(
@@ -33,10 +36,12 @@ def calibrate(
     path: str = "float",
     against: Iterable[Task] = (),
     cache: Cache | None = None,
+    room: int = ROOM,
 ) -> Statistics:
     """What the layers of `parts` see on n examples of the tasks' calibration splits, shared out among the tasks.
 
     `against` are the tasks that will be evaluated on, which must have no example and no image in common with these.
+    Matrices that do not fit into `room` bytes together are found a few blocks at a time, when they are asked for.
     """
     if path not in PATHS:
         raise unknown("calibration path", path, PATHS)
@@ -58,38 +63,104 @@ def calibrate(
         few = [replace(data[0], examples=data[0].examples[:1])]
         return absorbers(vlm.model, parts, lambda: run(vlm, next(batches(vlm, few))))
 
-    if path == "float":
-        return Statistics(facts, _studied(vlm, parts, data, facts, cache), trace, cache)
-    made: list[Batch] = []  # as inputs of the model; kept, since every block reads them again
-
-    def gather(weights: Sequence[Weight]) -> Mapping[str, Curvature]:
-        if not made:
-            made.extend(batches(vlm, data))
-        return collect(vlm, weights, made)
-
-    return Statistics(facts, gather, trace, cache)
+    if path == "exposed":
+        return Statistics(facts, exposed(vlm, parts, lambda: batches(vlm, data)), trace, cache)
+    about = {**facts, "model": vlm.fingerprint, "dtype": str(vlm.model.dtype)}
+    return Statistics(facts, unquantised(vlm, parts, lambda: batches(vlm, data), about, cache, room), trace, cache)
 
 
-def _studied(
-    vlm: VLM, parts: ComponentMap, data: Sequence[Task], facts: Mapping[str, Any], cache: Cache | None
-) -> Callable[[Sequence[Weight]], Mapping[str, Curvature]]:
-    """One pass over the float model, at once: later it may hold other weights."""
-    inputs = {reads(weight): weight for weight in reversed(parts.weights)}
+def exposed(vlm: VLM, parts: ComponentMap, data: Callable[[], Iterable[Batch]]) -> Gather:
+    """Statistics of the model as it stands when they are asked for, block after block of a plan."""
+    walks: list[Walk] = []
 
-    def study() -> dict[str, Tensor]:
-        found = collect(vlm, list(inputs.values()), batches(vlm, data))
-        return {f"{name}|{key}": t for name, curvature in found.items() for key, t in curvature.tensors().items()}
+    def gather(weights: Sequence[Weight], done: Done | None = None) -> Mapping[str, Curvature]:
+        if not walks:
+            walks.append(Walk(vlm, parts, data(), exposed=True))
+        with walks[0].towards(weights, done) as forward:
+            return collect(vlm, weights, walks[0].data, forward)
 
-    about = {**facts, "model": vlm.fingerprint, "dtype": str(vlm.model.dtype), "inputs": sorted(inputs)}
-    tensors = study() if cache is None else cache.fetch({"statistics": about}, study, vlm.device)
+    return gather
+
+
+def unquantised(
+    vlm: VLM,
+    parts: ComponentMap,
+    data: Callable[[], Iterable[Batch]],
+    about: Mapping[str, Any],
+    cache: Cache | None,
+    room: int = ROOM,
+) -> Gather:
+    """Statistics of the float model: of all layers at once in one pass, or of a few blocks where there is less room."""
+    shares = _shares(parts, room)
+    at = {reads(weight): i for i, share in enumerate(shares) for weight in share}
+    held: dict[int, Mapping[str, Curvature]] = {}
+    walks: list[Walk] = []
+    own = {name: parameter.data_ptr() for name, parameter in vlm.model.named_parameters()}
+
+    def study(share: Sequence[Weight]) -> Mapping[str, Curvature]:
+        assert all(p.data_ptr() == own[name] for name, p in vlm.model.named_parameters()), "not the float model"
+        if len(shares) == 1:
+            return collect(vlm, share, data())
+        if not walks:
+            walks.append(Walk(vlm, parts, data(), exposed=False))
+        with walks[0].towards(share, ()) as forward:
+            return collect(vlm, share, walks[0].data, forward)
+
+    def find(i: int) -> Mapping[str, Curvature]:
+        if i not in held:
+            held.clear()  # before the next ones are made
+            held[i] = _stored(about, sorted(reads(w) for w in shares[i]), lambda: study(shares[i]), cache, vlm.device)
+        return held[i]
+
+    def gather(weights: Sequence[Weight], done: Done | None = None) -> Mapping[str, Curvature]:
+        wanted = sorted({reads(weight) for weight in weights}, key=lambda name: at[name])
+        return {name: find(at[name])[name] for name in wanted}
+
+    if len(shares) == 1:
+        find(0)  # at once: later the model may hold other weights
+    return gather
+
+
+def _shares(parts: ComponentMap, room: int) -> list[list[Weight]]:
+    """One weight for each input, in the direction of data flow, as many blocks together as fit; never less than one."""
+    shares: list[list[Weight]] = []
+    left = 0
+    seen: set[str] = set()
+    for block in parts.regroup("block").components:
+        share = [
+            weight for weight in {reads(w): w for w in reversed(block.weights)}.values() if reads(weight) not in seen
+        ]
+        seen |= {reads(weight) for weight in share}
+        bytes_ = sum(4 * weight.cols * weight.cols for weight in share)
+        if not shares or bytes_ > left:
+            shares, left = [*shares, []], room
+        shares[-1] += share
+        left -= bytes_
+    return shares
+
+
+def _stored(
+    about: Mapping[str, Any],
+    inputs: list[str],
+    study: Callable[[], Mapping[str, Curvature]],
+    cache: Cache | None,
+    device: torch.device,
+) -> Mapping[str, Curvature]:
+    """Statistics of some inputs, through the cache on disk."""
+
+    def make() -> dict[str, Tensor]:
+        return {f"{name}|{key}": t for name, found in study().items() for key, t in found.tensors().items()}
+
+    tensors = make() if cache is None else cache.fetch({"statistics": {**about, "inputs": inputs}}, make, device)
     split: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         split.setdefault(name.rpartition("|")[0], {})[name.rpartition("|")[2]] = tensor
-    known = {name: Curvature.of(of_one) for name, of_one in split.items()}
-    return lambda weights: {reads(weight): known[reads(weight)] for weight in weights}
+    return {name: Curvature.of(of_one) for name, of_one in split.items()}
 
 
-def collect(vlm: VLM, weights: Iterable[Weight], data: Iterable[Batch]) -> dict[str, Curvature]:
+def collect(
+    vlm: VLM, weights: Iterable[Weight], data: Iterable[Batch], forward: Callable[[VLM, Batch], None] = run
+) -> dict[str, Curvature]:
     """What the inputs of some weights look like on the model as it stands, batch by batch."""
     leaders = {reads(weight): weight for weight in weights}
     found = {name: Curvature(w.cols, vlm.device) for name, w in leaders.items()}
@@ -112,7 +183,7 @@ def collect(vlm: VLM, weights: Iterable[Weight], data: Iterable[Batch]) -> dict[
             hooks.callback(handle.remove)
         for batch in data:
             now[:] = [batch]
-            run(vlm, batch)
+            forward(vlm, batch)
     for name, weight in leaders.items():
         found[name].check(weight.name)
     return found

@@ -41,7 +41,8 @@ def absorbers(model: nn.Module, parts: ComponentMap, run: Callable[[], None]) ->
     by_module = {weight.module: weight for weight in parts.weights}
     for weight in parts.weights:
         before = _sibling(weight, by_module, VALUE, OUTPUT) or _sibling(weight, by_module, UP, DOWN)
-        if before is not None and before.rows == weight.cols:
+        # where a norm stands between the two (Kosmos-2), it is what is found already
+        if before is not None and before.rows == weight.cols and reads(weight) not in found:
             found[reads(weight)] = Absorber(before.module, False)
     return found
 

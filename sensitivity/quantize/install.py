@@ -42,9 +42,13 @@ def quantized(
     if strangers := sorted(set(asked) - set(parameters)):
         raise UserError(f"the plan names weights that this model does not have: {', '.join(strangers[:4])}")
     work = _Work(model, parts, {} if memory is None else memory, statistics)
+    blocks = list(_blocks(parts, asked))
+    if statistics is None or not statistics.exposed:  # statistics of the float model are asked for while it is one
+        for block in blocks:
+            work.solve(block, {weight.name: {asked[weight.name]} for weight in block})
     with ExitStack() as installed:
         try:
-            for block in _blocks(parts, asked):
+            for block in blocks:
                 work.solve(block, {weight.name: {asked[weight.name]} for weight in block})
                 for weight in block:
                     chosen = asked[weight.name]
@@ -123,7 +127,7 @@ class _Work:
         found: Mapping[str, Curvature] = {}
         if studied:
             assert self.statistics is not None
-            found = self.statistics.gather([self.inputs[shared][0] for shared in sorted(studied)])
+            found = self.statistics.gather([self.inputs[shared][0] for shared in sorted(studied)], tuple(self.done))
         for shared, schemes in missing.items():
             names = tuple(weight.name for weight in self.inputs[shared])
             for name in names:

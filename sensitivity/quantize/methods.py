@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sensitivity.errors import UserError, unknown
 from sensitivity.plan import Scheme, Setting
+from sensitivity.quantize import peers
 from sensitivity.quantize.activations import int8_rows, split_inputs
 from sensitivity.quantize.clip import clip
 from sensitivity.quantize.codebook import coded
@@ -20,6 +21,7 @@ from sensitivity.quantize.obq import gptq
 from sensitivity.quantize.presets import PRESETS
 from sensitivity.quantize.scale_search import awq
 
+OWN = "own"
 BLOCKS = "in blocks of 64 of the flattened weight, around zero"
 METHODS: dict[str, Method] = {
     "uniform": Method(
@@ -31,8 +33,8 @@ METHODS: dict[str, Method] = {
         gptq,
         calibrated=True,
         # order and clipping cost no bit; on the embedded model's layers they take off 20 to 40 % of the output error
-        settings={"damp": 0.01, "order": "activation", "clip": True},
-        choices={"order": ("given", "activation")},
+        settings={"damp": 0.01, "order": "activation", "clip": True, "backend": OWN},
+        choices={"order": ("given", "activation"), "backend": (OWN, "gptqmodel")},
     ),
     "awq": Method(
         awq,
@@ -76,6 +78,10 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     if bits not in row.widths:
         widths = f"{row.widths[0]} to {row.widths[-1]}" if len(row.widths) > 1 else f"only {row.widths[0]}"
         raise UserError(f"{name} takes {widths} bits, not {bits}")
+    if "backend" in wanted and "backend" not in row.settings:
+        raise UserError(f"{name} has no backend but our own; leave out --backend, or choose --method gptq")
+    if wanted.get("backend", OWN) != OWN:
+        wanted.setdefault("clip", False)  # our own search, which others lack
     group, symmetric = wanted.pop("group", row.group), wanted.pop("symmetric", row.symmetric)
     if row.fixed and (group, symmetric) != (row.group, row.symmetric):
         raise UserError(f"{name} is always {row.fixed}; use rtn for other groups and symmetric grids")
@@ -84,8 +90,13 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     settings = {**row.settings, **{key: _checked(name, row, key, value) for key, value in wanted.items()}}
     if not settings.get("biases"):
         settings.pop("biases", None)  # what is not done is not written down
+    if settings.get("backend") == OWN:
+        settings.pop("backend")
     facts = dict(calibration or {}) if row.calibrated else {}
-    return Scheme(name, bits, group, symmetric, tuple({**settings, **facts}.items()))
+    found = Scheme(name, bits, group, symmetric, tuple({**settings, **facts}.items()))
+    if found.get("backend"):
+        peers.check(found)
+    return found
 
 
 def _checked(name: str, row: Method, setting: str, value: Setting) -> Setting:

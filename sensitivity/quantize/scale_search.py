@@ -10,37 +10,39 @@ import torch
 from torch import Tensor
 
 from sensitivity.plan import Scheme
-from sensitivity.quantize.clip import clipped
+from sensitivity.quantize.clip import clipped, grouped, halved, quadratic, rounding
 from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.grid import Quantised, affine, encode, ranges, sixteen
+from sensitivity.quantize.grid import Quantised, affine, columns, encode, ranges, sixteen
 from sensitivity.quantize.linears import Linears
 
 FLOOR = 1e-4  # of a channel's mean magnitude, as in llm-awq
-ROOM = 1 << 22  # numbers that the search may hold at once where a layer itself is smaller
+ROOM = 1 << 18  # numbers that the search holds at once, or a row under every candidate
 # Lin et al. leave the ranges of queries and keys alone: their product meets a softmax, which the layer's error misses
 QUERY_KEY = re.compile(r"(^|[._])(q|k|query|key|w?qkv|q_proj|k_proj|query_key_value)[._]weight$", re.IGNORECASE)
 
 
 def awq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Quantised | None]]:
     """One scale per input channel, found for all weights that read it together; then clipping; then nearest."""
-    return [_one(linears, scheme) for scheme in schemes]
+    seen, first = linears.seen, schemes[0]
+    scaled_at_all = linears.foldable or first["scales"] == "stored"
+    grid = scales(seen, int(first["exponents"] or 1) if scaled_at_all else 1, linears.dtype)
+    found = errors(linears.rows, grid, seen.gram, schemes, linears.dtype) if len(grid) > 1 else None
+    best = [0] * len(schemes) if found is None else found.argmin(1).tolist()
+    return [_rounded(linears, scheme, grid[i]) for scheme, i in zip(schemes, best, strict=True)]
 
 
-def _one(linears: Linears, scheme: Scheme) -> list[Quantised | None]:
-    seen, rows = linears.seen, linears.rows
-    scaled_at_all = linears.foldable or scheme["scales"] == "stored"
-    grid = scales(seen, int(scheme["exponents"] or 1) if scaled_at_all else 1, linears.dtype)
-    chosen = grid[int(errors(rows, grid, seen.gram, scheme, linears.dtype).argmin())]
-    scaled, gram = rows * chosen, seen.gram / chosen[:, None] / chosen
+def _rounded(linears: Linears, scheme: Scheme, chosen: Tensor) -> list[Quantised | None]:
+    """Clipped and rounded under the chosen scale."""
+    scaled = linears.rows * chosen
     low, high = ranges(scaled, scheme)
     if scheme["clip"]:
-        best = clipped(scaled, scheme, linears.dtype, gram)
+        best = clipped(scaled, scheme, linears.dtype, linears.seen.gram / chosen[:, None] / chosen)
         free = torch.cat(
             [
                 torch.full((len(weight), 1), bool(scheme["clip_qk"]) or not QUERY_KEY.search(name))
                 for name, weight in zip(linears.names, linears.weights, strict=True)
             ]
-        ).to(rows.device)
+        ).to(scaled.device)
         low, high = torch.where(free, best[0], low), torch.where(free, best[1], high)
     whole = encode(scaled, scheme, *affine(scaled, scheme, low, high, linears.dtype))
     return linears.split(whole if bool((chosen == 1).all()) else replace(whole, inputs=chosen))
@@ -53,17 +55,19 @@ def scales(seen: Curvature, steps: int, dtype: torch.dtype) -> Tensor:
     return sixteen(grid / (grid.amax(1, keepdim=True) * grid.amin(1, keepdim=True)).sqrt(), dtype)
 
 
-def errors(rows: Tensor, grid: Tensor, gram: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
-    """tr(D H D') for the rounding error D under each candidate: the output error, without any output.
+def errors(rows: Tensor, grid: Tensor, gram: Tensor, schemes: Sequence[Scheme], dtype: torch.dtype) -> Tensor:
+    """tr(D H D') for the rounding error D at each width under each candidate: the output error, without any output.
 
-    All candidates are one batch; rows come in pieces, so that no more is held than a layer's own size or `ROOM`.
+    All candidates are one batch, with ranges that all widths share; rows come in pieces.
     """
     count, cols = grid.shape
-    piece = max(-(-len(rows) // count), ROOM // (count * cols), 1)
-    total = torch.zeros(count, dtype=torch.float64, device=rows.device)
-    for some in torch.split(rows, piece):
-        scaled = (some * grid[:, None]).reshape(-1, cols)
-        rounded = encode(scaled, scheme, *affine(scaled, scheme, *ranges(scaled, scheme), dtype)).dequantise()
-        error = ((scaled - rounded).reshape(count, -1, cols) / grid[:, None]).reshape(-1, cols)
-        total += ((error @ gram) * error).sum(1).reshape(count, -1).sum(1, dtype=torch.float64)
+    size, half = columns(schemes[0], rows), halved(gram)
+    total = torch.zeros(len(schemes), count, dtype=torch.float64, device=rows.device)
+    for some in torch.split(rows, max(-(-ROOM // (count * cols)), 1)):
+        scaled = grouped(some * grid[:, None], size)
+        low, high = scaled.amin(-1).clamp_(max=0), scaled.amax(-1).clamp_(min=0)
+        room = torch.empty_like(scaled)
+        for i, scheme in enumerate(schemes):
+            error = rounding(scaled, scheme, low, high, dtype, out=room).flatten(-2)[..., :cols].div_(grid[:, None])
+            total[i] += quadratic(error.reshape(-1, cols), half).reshape(count, -1).sum(1, dtype=torch.float64)
     return total

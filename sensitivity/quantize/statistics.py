@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 from sensitivity.components import Weight
 from sensitivity.errors import UserError
@@ -12,8 +13,15 @@ from sensitivity.plan import Scheme, Setting
 from sensitivity.quantize.cache import Cache
 from sensitivity.quantize.curvature import Curvature
 from sensitivity.quantize.fold import Absorber
+from sensitivity.quantize.walk import Done
 
 PATHS = ("float", "exposed")
+
+
+class Gather(Protocol):
+    """The curvature of some weights, by `reads`; `done` are the weights that the model holds quantised by then."""
+
+    def __call__(self, weights: Sequence[Weight], done: Done | None = None, /) -> Mapping[str, Curvature]: ...
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,7 @@ class Statistics:
     """The curvature of layers by input, and on which data, how, it was found: facts that schemes write down."""
 
     facts: Mapping[str, Setting]  # calibration, examples, seed, data and path
-    gather: Callable[[Sequence[Weight]], Mapping[str, Curvature]]  # of some weights, by `reads`
+    gather: Gather
     trace: Callable[[], Mapping[str, Absorber]] = field(default=dict)  # what scales can be folded into, by input
     cache: Cache | None = None  # of quantised weights
 

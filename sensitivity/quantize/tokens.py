@@ -82,6 +82,9 @@ def _together(vlm: VLM, group: Sequence[tuple[dict[str, Tensor], list[int]]]) ->
             if value.shape == prompt.shape:
                 more = answers if name == "input_ids" else torch.full_like(answers, int(name == "attention_mask"))
                 inputs[name] = torch.cat([value, more.to(value.dtype)], dim=1)
+            elif value.shape[:2] == prompt.shape and name.endswith("mask"):  # who sees which picture (Mllama)
+                more = value[:, -1:].expand(-1, answers.shape[1], *value.shape[2:])
+                inputs[name] = torch.cat([value, more], dim=1)
         text = torch.cat([text, said], dim=1)
     known = [("language", text), ("language", said), *_questioned(vlm, inputs)]
     return Batch(inputs, [(part, t.to(vlm.device)) for part, t in known])

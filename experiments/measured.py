@@ -1,0 +1,48 @@
+"""Plans of calibrated methods measured on a model: what the experiments on methods have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from sensitivity import verbs
+from sensitivity.components import ComponentMap
+from sensitivity.models import VLM
+from sensitivity.plan import Plan
+from sensitivity.quantize import calibrate
+from sensitivity.tasks import task
+from sensitivity.trials import Study
+
+
+def parser(about: str | None, name: str, n: int) -> argparse.ArgumentParser:
+    """With what every one of them asks for; `name` is that of its report and of its study."""
+    found = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--model", default="embedded:scenes-llava")
+    found.add_argument("--n", type=int, default=n, help="examples of each task")
+    found.add_argument("--examples", type=int, default=128, help="to calibrate on")
+    found.add_argument("--work", default=f"runs/{name}")
+    found.add_argument("--out", default=f"reports/{name}.md")
+    return found
+
+
+def measured(
+    vlm: VLM,
+    parts: ComponentMap,
+    tasks: Sequence[str],
+    plans: Callable[[Mapping[str, object]], list[Plan]],
+    args: argparse.Namespace,
+    path: str = "float",
+) -> tuple[Study, list[Plan]]:
+    """The study of some plans, given what the statistics say about their data; done once, then read again."""
+    evaluation = [task(name, n=args.n) for name in tasks]
+    statistics = calibrate(vlm, parts, tasks, args.examples, path=path, against=evaluation)
+    chosen = plans(statistics.facts)
+    work = f"{args.work}-{path}"
+    return verbs.sweep(vlm, parts, chosen, tasks, work, n=args.n, statistics=statistics), chosen
+
+
+def write(out: str, lines: Sequence[str]) -> None:
+    Path(out).parent.mkdir(exist_ok=True)
+    Path(out).write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
