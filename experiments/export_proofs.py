@@ -2,7 +2,8 @@
 
 python experiments/export_proofs.py make /tmp/proofs            with sensitivity installed
 OTHER/bin/python experiments/export_proofs.py read /tmp/proofs  with torch 2.13, transformers 5.23, gptqmodel 7.6.0,
-    auto-round 0.16.1, torchao 0.18.0, bitsandbytes 0.50.2, nvidia-modelopt 0.47.0; or llmcompressor 0.14 alone
+    auto-round 0.16.1, torchao 0.18.0, bitsandbytes 0.50.2, nvidia-modelopt 0.47.0; or llmcompressor 0.14
+    alone; or mlx-lm 0.32 and mlx[cpu] alone
 
 The second prints one line per format; reports/export.md holds them.
 """
@@ -45,6 +46,12 @@ def make(space: Path) -> None:
             rtn(4, 32),
         ),
         (
+            "mlx",
+            "mlx",
+            {"vision": rtn(8, 64, False), "connector": None, "language.front": rtn(3, 32, False)},
+            rtn(4, 32, False),
+        ),
+        (
             "llm-compressor",
             "llm-compressor",
             {"vision": rtn(8), "connector": None, "language.front": rtn(3, 64, False, "gptq")},
@@ -59,6 +66,7 @@ def make(space: Path) -> None:
         write(job, space / name, format, force=True)
         if format in ("awq", "auto-round"):
             write(job, space / f"{name}-values", "fake", force=True)
+    folded(space)
     known = small_known(space / "known")
     parts = inspect(str(known))
     for name, front in (("gptq", rtn(8)), ("gptq-planes", rtn(6, 32, False))):
@@ -66,6 +74,25 @@ def make(space: Path) -> None:
         job = Job(str(known), parts, Plan.of(parts, choice, rtn(4, 32)), dtype=torch.float16)
         write(job, space / name, "gptq", force=True)
         write(job, space / f"{name}-values", "fake", force=True)
+
+
+def folded(space: Path) -> None:
+    """Scales of AWQ's own search, taken over by the layers before, beside the weights as they are measured."""
+    from sensitivity.export import Job, write
+    from sensitivity.export.calibrated import codes
+    from sensitivity.models import inspect, load
+    from sensitivity.plan import Plan
+    from sensitivity.quantize import calibrate, scheme
+
+    vlm = load("embedded:scenes-llava")
+    parts = inspect(vlm)
+    statistics = calibrate(vlm, parts, ["vqa"], n=16)
+    chosen = scheme("awq", 4, group=32, scales="folded", calibration=statistics.facts)
+    plan = Plan.of(parts, {"connector": None}, chosen)
+    for name, format in (("awq-folded", "awq"), ("awq-folded-values", "fake")):
+        with codes(vlm, parts, plan, statistics, folding=format == "awq") as found:
+            job = Job(vlm, parts, plan, dtype=torch.float32, codes=found.codes, changed=found.changed)
+            write(job, space / name, format, force=True)
 
 
 def small_known(folder: Path) -> Path:
@@ -96,21 +123,31 @@ def read(space: Path) -> None:
 
         checks: dict[str, Callable[[], object]] = {"llm-compressor": lambda: recipe(space / "llm-compressor")}
     except ImportError:
-        checks = {
-            "bnb4": lambda: settings(space / "bnb4", "BitsAndBytesConfig"),
-            "bnb8": lambda: settings(space / "bnb8", "BitsAndBytesConfig"),
-            "torchao": lambda: settings(space / "torchao", "TorchAoConfig"),
-            "modelopt": lambda: modelopt(space / "modelopt"),
-            "awq": lambda: logits(space / "awq"),
-            "auto-round": lambda: logits(space / "auto-round"),
-            "gptq": lambda: gptq(space / "gptq"),
-            "gptq-planes": lambda: gptq(space / "gptq-planes"),
-        }
+        try:
+            import mlx_lm  # noqa: F401
+        except ImportError:
+            checks = torch_checks(space)
+        else:
+            checks = {"mlx": lambda: mlx(space / "mlx")}
     for name, check in checks.items():
         try:
             print(f"== {name}: {check()}")
         except Exception as error:
             print(f"== {name}: FAILED, {type(error).__name__}: {str(error)[:300]}")
+
+
+def torch_checks(space: Path) -> dict[str, Callable[[], object]]:
+    return {
+        "bnb4": lambda: settings(space / "bnb4", "BitsAndBytesConfig"),
+        "bnb8": lambda: settings(space / "bnb8", "BitsAndBytesConfig"),
+        "torchao": lambda: settings(space / "torchao", "TorchAoConfig"),
+        "modelopt": lambda: modelopt(space / "modelopt"),
+        "awq": lambda: logits(space / "awq"),
+        "awq-folded": lambda: logits(space / "awq-folded"),
+        "auto-round": lambda: logits(space / "auto-round"),
+        "gptq": lambda: gptq(space / "gptq"),
+        "gptq-planes": lambda: gptq(space / "gptq-planes"),
+    }
 
 
 def kinds(model: Any) -> dict[str, int]:
@@ -180,6 +217,45 @@ def recipe(folder: Path) -> object:
         }
         for modifier in found.modifiers
     }
+
+
+def mlx(folder: Path) -> object:
+    """Layers by kind after conversion by mlx-lm, and again as it loads them, from the entry that conversion wrote."""
+    import mlx.core as mx
+    from mlx import nn
+    from mlx_lm.utils import quantize_model
+
+    entry = json.loads((folder / "quantization.json").read_bytes())["quantization"]
+    model = nn.Module()
+    for key, value in mx.load(str(SCENES / "model.safetensors")).items():
+        path, leaf = key.rpartition(".")[::2]
+        if leaf == "weight" and value.ndim == 2:
+            place(model, path.split("."), nn.Linear(value.shape[1], value.shape[0], bias=False), nn.Module)
+    converted, written = quantize_model(
+        model, {}, entry["group_size"], entry["bits"], quant_predicate=lambda path, module: entry.get(path, False)
+    )
+    found = {p: m for p, m in converted.named_modules() if hasattr(m, "bits")}
+    asked = {path: value for path, value in entry.items() if isinstance(value, dict)}
+    assert {path: (m.group_size, m.bits, m.mode) for path, m in found.items()} == {
+        path: (value["group_size"], value["bits"], value["mode"]) for path, value in asked.items()
+    }
+    assert {path: value for path, value in written["quantization"].items() if isinstance(value, dict)} == asked
+    count = Counter(f"{p.split('.')[0]} {type(m).__name__} {m.bits} in {m.group_size}" for p, m in found.items())
+    return f"{dict(count)}; every layer as in the entry, and in the entry that mlx-lm writes"
+
+
+def place(module: Any, path: list[str], leaf: Any, new: Callable[[], Any]) -> None:
+    """Put a layer into a tree of modules under a path whose numbers are places in lists."""
+    name, rest = path[0], path[1:]
+    if not rest:
+        module[name] = leaf
+        return
+    if rest[0].isdigit():
+        layers = module.setdefault(name, [])
+        layers += [new() for _ in range(int(rest[0]) + 1 - len(layers))]
+        place(layers[int(rest[0])], rest[1:], leaf, new)
+    else:
+        place(module.setdefault(name, new()), rest, leaf, new)
 
 
 if __name__ == "__main__":

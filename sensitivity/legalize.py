@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sensitivity.allocate import Candidate, Knapsack, Predicted, solve
+from sensitivity.allocate import Candidate, Knapsack, Predicted, mean_share, solve
+from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError
+from sensitivity.limits import Allowed, both, joined
 from sensitivity.plan import Plan, Scheme, Size, size
 from sensitivity.readings import check_task
-from sensitivity.runtimes import breaches, searches, tied
+from sensitivity.runtimes import abilities, breaches, restrict, searches, tied
+from sensitivity.search import Plans, plans
 from sensitivity.trials import Study
 
 
@@ -80,26 +83,71 @@ def candidates(
     runtime: str,
     bpw: float,
     task: str | None = None,
-    floors: Mapping[str, float] | None = None,
     top: int = 3,
+    weights: Mapping[str, float] | None = None,
+    floors: Mapping[str, float] | None = None,
+    allow: Allowed | None = None,
+    tie: Sequence[Sequence[str]] = (),
+    knapsack: Knapsack | None = None,
 ) -> list[Candidate]:
     """The best few plans for a budget among those that a runtime can load, best first."""
-    task = check_task(study, task)
+    wish = weights or {check_task(study, task): 1.0}
     found: list[Candidate] = []
-    together = tied(study.parts, runtime)
+    together = joined([*tied(study.parts, runtime), *tie])
+    knapsack = knapsack or Knapsack.of(study, list(dict.fromkeys([*wish, *(floors or {})])))
     failure: UserError | None = None
-    for allowed in searches(study.parts, runtime, sorted(_measured(study), key=str)):
+    usable = _usable(study, runtime)
+    for allowed in searches(study.parts, runtime, usable):
         try:
-            found += solve(study, bpw=bpw, tasks=[task], floors=floors, allowed=allowed, tied=together, top=top)
+            found += solve(
+                study, bpw=bpw, weights=wish, floors=floors, allowed=both(allowed, allow), tied=together, top=top,
+                knapsack=knapsack,
+            )  # fmt: skip
         except UserError as error:
             failure = failure or error
     if not found:
-        why = f" ({failure})" if failure else ""
         raise UserError(
-            f"nothing that was measured fits {runtime} in {bpw:.2f} bpw{why}; sweep schemes that it can load, such as "
-            f"--method rtn --symmetric, or allow more bits with --bpw"
+            f"nothing that {runtime} can load of what was measured fits {bpw:.2f} bpw: {failure}"
         ) from failure
-    return sorted(found, key=lambda candidate: -candidate.predicted[task].score)[:top]
+    return sorted(found, key=lambda candidate: -mean_share(candidate.predicted, wish))[:top]
+
+
+def _usable(study: Study, runtime: str) -> list[Scheme]:
+    """What was measured and a runtime can load somewhere, or what to sweep instead."""
+    try:
+        return restrict(study.parts, sorted(_measured(study), key=str), runtime)[0]
+    except UserError as error:
+        raise UserError(
+            f"nothing that this study measured can be loaded by {runtime}, which takes {abilities(runtime)}; "
+            f"`sensitivity sweep {study.meta.get('model', 'MODEL')} --runtime {runtime}` measures what can"
+        ) from error
+
+
+def plans_for(
+    runtime: str,
+    parts: ComponentMap,
+    schemes: Sequence[Scheme],
+    how: str = "grid",
+    trials: int | None = None,
+    seed: int = 0,
+    allow: Allowed | None = None,
+    tie: Sequence[Sequence[str]] = (),
+) -> Plans:
+    """What a sweep may try of what a runtime can load; see `runtimes.restrict` for what that leaves out."""
+    together = joined([*tied(parts, runtime), *tie])
+    ways = [
+        plans(parts, schemes, how, trials, seed, both(allowed, allow), together)
+        for allowed in searches(parts, runtime, schemes)
+    ]
+    lists = [way for way in ways if not callable(way)]
+    if len(ways) == 1:
+        return ways[0]
+    if len(lists) < len(ways):
+        raise UserError(
+            f"{runtime} takes one scheme for all that is quantised, which a search cannot walk through; name one width "
+            "with --bits, or use --search grid"
+        )
+    return list(dict.fromkeys(plan for way in lists for plan in way))[:trials]
 
 
 def _measured(study: Study) -> set[Scheme]:

@@ -185,10 +185,47 @@ OVERHEAD: dict[str, Callable[[Scheme, int, int], int]] = {
 }
 
 
-def weight_bits(scheme: Scheme | None, weight: Weight, native_bits: int) -> int:
-    """All bits that one weight takes."""
+def _words(bits: int) -> int:
+    """Bits, filled up to whole 32-bit words."""
+    return 32 * math.ceil(bits / 32)
+
+
+def _compressed_tensors(scheme: Scheme, rows: int, cols: int) -> int:
+    """Rows of whole words, a 16-bit scale per group, the shape; zero points packed along the rows."""
+    stored = rows * _words(cols * scheme.bits) + 16 * groups(scheme, rows, cols) + 2 * 64
+    if scheme.symmetric:
+        return stored
+    return stored + (8 if scheme.group == "tensor" else groups(scheme, 1, cols) * _words(rows * scheme.bits))
+
+
+def _awq(scheme: Scheme, rows: int, cols: int) -> int:
+    """Codes, and for every group a 16-bit scale and a zero point, of symmetric grids too."""
+    return scheme.bits * rows * cols + groups(scheme, rows, cols) * (16 + scheme.bits)
+
+
+def _gptq(scheme: Scheme, rows: int, cols: int) -> int:
+    """The same, and 32 bits per column that name its group."""
+    return _awq(scheme, rows, cols) + 32 * cols
+
+
+# format of files -> all bits that it stores of a rows x cols weight; other formats leave that to the runtime's own tool
+FILES: dict[str, Callable[[Scheme, int, int], int]] = {
+    "compressed-tensors": _compressed_tensors,
+    "gptq": _gptq,
+    "auto-round": _gptq,
+    "awq": _awq,
+    "float32": lambda scheme, rows, cols: 32 * rows * cols,  # the values themselves
+    "float16": lambda scheme, rows, cols: 16 * rows * cols,
+    "bfloat16": lambda scheme, rows, cols: 16 * rows * cols,
+}
+
+
+def weight_bits(scheme: Scheme | None, weight: Weight, native_bits: int, format: str | None = None) -> int:
+    """All bits that one weight takes, as its method counts them or as a format of files stores it."""
     if scheme is None:
         return native_bits * weight.numel
+    if format in FILES:
+        return FILES[format](scheme, weight.rows, weight.cols)
     if scheme.method not in OVERHEAD:
         raise unknown("method", scheme.method, OVERHEAD)
     overhead = OVERHEAD[scheme.method]
@@ -198,18 +235,22 @@ def weight_bits(scheme: Scheme | None, weight: Weight, native_bits: int) -> int:
     return stored
 
 
-def component_bits(parts: ComponentMap, name: str, scheme: Scheme | None) -> int:
-    return sum(weight_bits(scheme, w, parts.native_bits) for w in parts[name].weights)
+def component_bits(parts: ComponentMap, name: str, scheme: Scheme | None, format: str | None = None) -> int:
+    return sum(weight_bits(scheme, w, parts.native_bits, format) for w in parts[name].weights)
 
 
-def size(parts: ComponentMap, plan: Plan) -> Size:
-    """What a plan weighs, everything counted: codes, scales, zero points, codebooks, kept weights."""
+def size(parts: ComponentMap, plan: Plan, format: str | None = None) -> Size:
+    """What a plan weighs, everything counted: codes, scales, zero points, codebooks, kept weights.
+
+    With a format of files, as that stores it: some keep zero points of symmetric grids, or the group of each column.
+    """
     missing = [name for name in parts.names if name not in dict(plan.schemes)]
     extra = [name for name, _ in plan.schemes if name not in parts.names]
     if missing or extra:
         raise UserError(f"the plan is for other components: missing {missing or 'none'}, unknown {extra or 'none'}")
     kept = sum(k.numel for k in parts.kept)
-    stored = kept * parts.native_bits + sum(component_bits(parts, c.name, plan[c.name]) for c in parts.components)
+    stored = kept * parts.native_bits
+    stored += sum(component_bits(parts, c.name, plan[c.name], format) for c in parts.components)
     codes = sum(c.numel * (s.bits if (s := plan[c.name]) else PAPER_NATIVE_BITS) for c in parts.components)
     return Size(stored, codes, parts.numel, (codes + kept * PAPER_NATIVE_BITS) / parts.numel)
 

@@ -10,7 +10,7 @@ from sensitivity.errors import UserError, unknown
 from sensitivity.plan import Plan, Scheme
 
 Choice = Scheme | None
-WHOLE_ZERO = ("rtn", "clip", "gptq")  # methods whose codes lie on an integer grid with a whole-numbered zero
+WHOLE_ZERO = ("rtn", "clip", "gptq", "awq")  # methods whose codes lie on an integer grid with a whole-numbered zero
 ANY = tuple(range(1, 17))
 
 
@@ -34,6 +34,7 @@ class Runtime:
     one_scheme: bool = False  # whether all that is quantised must be quantised alike
     parts: tuple[str, ...] = PARTS  # the others stay in full precision
     biases: bool = False  # whether biases can be quantised too
+    packed: bool = False  # whether it loads our codes, and has no place for a factor per input beside them
     instead: str = "rtn"  # the method to use in place of one that it does not know
 
 
@@ -50,6 +51,7 @@ RUNTIMES: dict[str, Runtime] = {
         symmetric=tuple(range(2, 9)),
         asymmetric=tuple(range(1, 9)),
         zeros=("tensor",),
+        packed=True,
     ),
     # vllm compressed_tensors_wNa16 and its fused qkv_proj, gate_up_proj; groups as its kernels are built
     "vllm": Runtime(
@@ -58,6 +60,7 @@ RUNTIMES: dict[str, Runtime] = {
         asymmetric=(4, 8),
         groups=("row", 32, 64, 128),
         fused=True,
+        packed=True,
     ),
     # GPTQModel 7.6: codes are packed along the columns, zeros along the rows, 32 at a time
     "gptq": Runtime(
@@ -67,24 +70,26 @@ RUNTIMES: dict[str, Runtime] = {
         groups=("row", 16, 32, 64, 128, 256, 512, 1024),
         rows=32,
         cols=32,
+        packed=True,
     ),
     "awq": Runtime(
         "AutoAWQ's layout",
         symmetric=(4,),
         asymmetric=(4,),
-        methods=(*WHOLE_ZERO, "awq"),
         groups=("row", 16, 32, 64, 128),
         rows=8,
         one_scheme=True,
+        packed=True,
     ),
     # auto-round 0.16, packing_format auto_round:auto_gptq, which cannot hold an asymmetric zero of 0
-    "auto-round": Runtime("AutoRound", symmetric=(2, 3, 4, 8), groups=("row", 32, 64, 128, 256), rows=32, cols=32),
+    "auto-round": Runtime(
+        "AutoRound", symmetric=(2, 3, 4, 8), groups=("row", 32, 64, 128, 256), rows=32, cols=32, packed=True
+    ),
     # compressed-tensors' pydantic scheme; grids are found again by llm-compressor, so its methods alone
     "llm-compressor": Runtime(
         "llm-compressor",
         symmetric=tuple(range(2, 9)),
         asymmetric=tuple(range(1, 9)),
-        methods=(*WHOLE_ZERO, "awq"),
     ),
     # bitsandbytes 0.50: blocks of the flattened weight in 4 bits, rows with outlier columns apart in 8
     "bnb": Runtime(
@@ -104,7 +109,6 @@ RUNTIMES: dict[str, Runtime] = {
     "modelopt": Runtime(
         "ModelOpt",
         symmetric=(4, 8),
-        methods=(*WHOLE_ZERO, "awq"),
         groups_of={4: (32, 64, 128), 8: ("row",)},
     ),
     # llama.cpp: q4_0, q5_0 and q8_0 are blocks of 32 columns; k-quants are super-blocks of 256 with scales of their own
@@ -122,7 +126,7 @@ RUNTIMES: dict[str, Runtime] = {
         "mlx-lm and mlx-vlm",
         asymmetric=(2, 3, 4, 5, 6, 8),
         groups=(32, 64, 128),
-        methods=WHOLE_ZERO,
+        methods=("rtn", "clip", "gptq"),
     ),
 }
 
@@ -131,6 +135,19 @@ def runtime(name: str) -> Runtime:
     if name not in RUNTIMES:
         raise unknown("runtime", name, RUNTIMES)
     return RUNTIMES[name]
+
+
+def abilities(name: str) -> str:
+    """What a runtime takes, in a few words that name what to ask a sweep for."""
+    able = runtime(name)
+    zeros = "" if able.zeros is None else f" --group {' or '.join(map(str, able.zeros))}"
+    grids = (("--symmetric", able.symmetric), (f"--no-symmetric{zeros}", able.asymmetric))
+    words = [f"{flag} --bits {','.join(map(str, widths))}" for flag, widths in grids if widths]
+    found = " or ".join(words)
+    groups = able.groups_of or ({} if able.groups is None else {0: able.groups})
+    for bits, sizes in groups.items():
+        found += f", --group {' or '.join(map(str, sizes))}" + (f" at {bits} bits" if bits else "")
+    return found if able.methods is None else f"--method {' or '.join(able.methods)} {found}"
 
 
 def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
@@ -144,6 +161,11 @@ def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
         yield (
             f"{able.about} cannot hold what {scheme.method} stores; use --method {able.instead}, or --format fake, "
             "which writes the values themselves"
+        )
+    if able.packed and scheme.method == "awq" and scheme.get("scales") != "folded":
+        yield (
+            f"{able.about} has no place for the factor per input that awq stores; sweep with --set scales=folded, by "
+            "which the layer before takes it over where that is exact (never across a GELU), or use --format fake"
         )
     widths = able.symmetric if scheme.symmetric else able.asymmetric
     if scheme.bits not in widths:
@@ -229,6 +251,40 @@ def searches(parts: ComponentMap, name: str, schemes: Sequence[Choice]) -> list[
     if not runtime(name).one_scheme:
         return [allowed(parts, name)]
     return [allowed(parts, name, only) for only in dict.fromkeys(schemes) if only is not None]
+
+
+def restrict(
+    parts: ComponentMap, schemes: Sequence[Scheme], name: str, wanted: Callable[[str, Choice], bool] | None = None
+) -> tuple[list[Scheme], list[str]]:
+    """The schemes that a runtime can load somewhere, and what it leaves out, one sentence a rule.
+
+    An error where it can load none of them, or none of those that are wanted of a component (`wanted`).
+    """
+    refused: dict[str, dict[str, list[str]]] = {}
+    legal: dict[Scheme, None] = {}
+    for component in parts.components:
+        asked = [scheme for scheme in schemes if wanted is None or wanted(component.name, scheme)]
+        why = {scheme: list(refusals(component, scheme, name)) for scheme in asked}
+        legal |= {scheme: None for scheme, rules in why.items() if not rules}
+        for scheme, rules in why.items():
+            for rule in rules:
+                refused.setdefault(rule, {}).setdefault(str(scheme), []).append(component.name)
+        if wanted is not None and not wanted(component.name, None) and asked and all(why.values()):
+            raise UserError(f"{name} can load none of what {component.name} is allowed: {why[asked[0]][0]}")
+    found = [_left_out(parts, places, rule) for rule, places in refused.items()]
+    if not legal:
+        raise UserError(f"{name} can load nothing of this space: {'; '.join(found)}")
+    found += [f"{', '.join(g)} share their scheme: {runtime(name).about} makes one layer" for g in tied(parts, name)]
+    return [scheme for scheme in schemes if scheme in legal], found
+
+
+def _left_out(parts: ComponentMap, places: Mapping[str, Sequence[str]], rule: str) -> str:
+    """'rtn:2, rtn:3 of vision: the rule'."""
+    by_place: dict[str, list[str]] = {}
+    for scheme, names in places.items():
+        where = "all parts" if len(names) == len(parts.names) else ", ".join(names)
+        by_place.setdefault(where, []).append(scheme)
+    return f"{'; '.join(f'{_list(schemes)} of {where}' for where, schemes in by_place.items())}: {rule}"
 
 
 def check(parts: ComponentMap, plan: Plan, name: str) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import re
 import shutil
+import signal
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +30,13 @@ from sensitivity.export.awq import ORDER, _words
 from sensitivity.export.calibrated import codes as codes_of
 from sensitivity.export.gptq import PLANES, layout, pack_planes
 from sensitivity.export.job import from_weights_alone
-from sensitivity.export.packing import pack, unpack
+from sensitivity.export.packing import LARGE, fresh, pack, unpack
 from sensitivity.export.plan_json import SCHEMA, read
-from sensitivity.export.source import open_source
+from sensitivity.export.source import _reader, open_source
 from sensitivity.models import inspect, load
 from sensitivity.plan import Plan, Scheme, component_bits, size
 from sensitivity.quantize import calibrate, quantized, scheme
+from sensitivity.quantize.nearest import rtn as rtn_of
 from sensitivity.runtimes import RUNTIMES
 
 EMBEDDED = "embedded:scenes-llava"
@@ -79,6 +84,21 @@ def test_packing_is_that_of_compressed_tensors(bits: int) -> None:
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     codes = torch.randint(2**bits, (5, 77), dtype=torch.uint8)
     assert torch.equal(pack(codes, bits), helpers.pack_to_int32((codes.int() - 2 ** (bits - 1)).to(torch.int8), bits))
+
+
+@pytest.mark.parametrize("group", ["tensor", "row", 32, 40])  # of 72 columns: 32 and 40 leave a shorter last group
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rounding_is_the_plain_formula_bit_for_bit(group: int | str, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    for cols in (72, 80, 96):  # groups that divide the rows take another way
+        weight = torch.randn(24, cols, generator=draw).to(dtype)
+        weight[3] = 0
+        for bits, symmetric in itertools.product((1, 3, 4, 8), (True, False)):
+            found = rtn_of(weight, rtn(bits, group, symmetric))
+            scale, zero = found.spread(found.scale), found.spread(found.zero)
+            plain = torch.round(weight.float() / scale + zero).clamp(0, 2**bits - 1)
+            assert torch.equal(found.codes, plain.to(torch.uint8))
+            assert torch.equal(found.dequantise(), (plain - zero) * scale)
 
 
 @pytest.mark.parametrize("bits", PLANES)
@@ -200,20 +220,84 @@ def test_planted_outliers_are_exported_from_memory(tmp_path: Path) -> None:
 # -- honest weight
 
 
-@pytest.mark.parametrize("format", ["compressed-tensors", "awq"])
-def test_predicted_bytes_are_written_bytes(parts: ComponentMap, tmp_path: Path, format: str) -> None:
-    scheme = rtn(4, 64, format == "compressed-tensors") if format != "awq" else rtn(4, 64, False)
-    asked = job(parts, {"connector": None}, scheme)
-    write(asked, tmp_path / "out", format)
+WIDE: dict[str, Callable[[], nn.Module]] = {  # rows and columns that every packed format can hold
+    "llava": lambda: small_vlms.llava(**LARGER),
+    "tied": lambda: small_vlms.llava(tie_word_embeddings=True, **LARGER),
+    "blip2": small_vlms.blip2_opt,
+    "qwen2.5": small_vlms.qwen2_5_vl,
+}
+LARGER: dict[str, dict[str, Any]] = {
+    "text": {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_hidden_layers": 3},
+    "vision": {"hidden_size": 32, "intermediate_size": 64},
+}
+OF_PACKED = {
+    "compressed-tensors": [rtn(5), rtn(3, 32), rtn(4, "tensor", False)],
+    "gptq": [rtn(5), rtn(3, 32), rtn(4, 32, False)],
+    "auto-round": [rtn(8), rtn(3, 32)],
+    "awq": [rtn(4), rtn(4, 32), rtn(4, 32, False)],
+}
+
+
+@pytest.fixture(scope="module", params=WIDE)
+def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wide") / request.param
+    with pytest.MonkeyPatch.context() as patch:
+        for sizes in (small_vlms.VIT, small_vlms.QFORMER):
+            for name in {"hidden_size", "intermediate_size", "encoder_hidden_size"} & set(sizes):
+                patch.setitem(sizes, name, 64 if name == "intermediate_size" else 32)
+        for name, value in {"word_embed_proj_dim": 64, "hidden_size": 64, "ffn_dim": 96}.items():
+            patch.setitem(small_vlms.OPT, name, value)
+        if request.param == "qwen2.5":
+            for name, value in {**LARGER["text"], "num_attention_heads": 2}.items():
+                patch.setitem(small_vlms.LLAMA, name, value)
+            patch.setitem(small_vlms.ROPE, "mrope_section", [4, 6, 6])
+            small_qwen(folder)
+        else:
+            WIDE[request.param]().half().save_pretrained(folder)
+    return folder
+
+
+def small_qwen(folder: Path) -> None:
+    vision = {"depth": 3, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 64}
+    text = {**small_vlms.LLAMA, "rope_parameters": small_vlms.ROPE}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    transformers.Qwen2_5_VLForConditionalGeneration(config).half().save_pretrained(folder)
+
+
+@pytest.mark.parametrize("format", OF_PACKED)
+def test_predicted_bytes_are_written_bytes(wide: Path, tmp_path: Path, format: str) -> None:
+    """Per component, with one that stays native; of one scheme after the other, and mixed where that may be."""
+    parts = inspect(str(wide), by="part")
+    schemes = OF_PACKED[format]
+    mixed = [] if RUNTIMES[format].one_scheme else [dict(zip(("vision", "language"), schemes, strict=False))]
+    for choice in [*({"vision": one, "language": one} for one in schemes), *mixed]:
+        asked = Job(str(wide), parts, Plan.of(parts, dict(choice)), dtype=torch.float16)
+        write(asked, tmp_path / "out", format, force=True)
+        found = written(tmp_path / "out")["written"]
+        for component in parts.components:
+            predicted = component_bits(parts, component.name, asked.plan[component.name], format) / 8
+            assert found["components"][component.name] == predicted, component.name
+        promised = size(parts, asked.plan, format)
+        assert (found["bytes"], found["bpw"]) == (promised.bytes, pytest.approx(promised.bpw))
+        assert (tmp_path / "out" / "model.safetensors").stat().st_size == found["bytes"] + found["headers"]
+
+
+def test_numbers_weigh_what_was_promised(parts: ComponentMap, tmp_path: Path) -> None:
+    asked = job(parts, {"vision": rtn(3)})  # in float32, from a checkpoint in 16 bits
+    write(asked, tmp_path / "out", "fake")
+    assert written(tmp_path / "out")["written"]["bytes"] == written(tmp_path / "out")["predicted_size"]["bytes"]
+
+
+def test_a_row_that_words_do_not_divide_weighs_what_was_promised(shape: Path, tmp_path: Path) -> None:
+    parts = inspect(str(shape), by="group.kind")
+    first = parts.names[0]
+    asked = Job(str(shape), parts, Plan.of(parts, {first: None}, rtn(3)), dtype=torch.float16)
+    write(asked, tmp_path / "out", "compressed-tensors")
     found = written(tmp_path / "out")["written"]
-    for component in parts.components:
-        predicted = component_bits(parts, component.name, asked.plan[component.name]) / 8
-        assert found["components"][component.name] == pytest.approx(predicted, rel=0.01), component.name
-    promised = size(parts, asked.plan)
-    assert found["bytes"] == pytest.approx(promised.bytes, rel=0.01)
-    assert found["bpw"] == pytest.approx(promised.bpw, rel=0.01)
-    on_disk = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert on_disk == found["bytes"] + found["headers"]
+    for name in parts.names:
+        predicted = component_bits(parts, name, asked.plan[name], "compressed-tensors") / 8
+        assert found["components"][name] == predicted, name
+    assert found["bytes"] == size(parts, asked.plan, "compressed-tensors").bytes
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
@@ -221,12 +305,40 @@ def test_every_width_weighs_what_was_promised(parts: ComponentMap, tmp_path: Pat
     asked = job(parts, {}, rtn(bits))
     write(asked, tmp_path / "out", "compressed-tensors")
     for component in parts.components:
-        predicted = component_bits(parts, component.name, asked.plan[component.name]) / 8
-        assert written(tmp_path / "out")["written"]["components"][component.name] == pytest.approx(predicted, rel=0.01)
+        planned = component_bits(parts, component.name, asked.plan[component.name]) / 8
+        assert written(tmp_path / "out")["written"]["components"][component.name] == pytest.approx(planned, rel=0.01)
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "fake"])
+def test_layers_made_at_once_are_the_same_file(parts: ComponentMap, tmp_path: Path, format: str) -> None:
+    asked = job(parts, {"vision": rtn(3, 32), "language": rtn(4)})
+    threads, hashes = torch.get_num_threads(), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        try:
+            write(asked, tmp_path / str(count), format)
+            assert torch.get_num_threads() == count
+        finally:
+            torch.set_num_threads(threads)
+        hashes.append(written(tmp_path / str(count))["files"]["model.safetensors"]["sha256"])
+    assert hashes[0] == hashes[1]
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    model = small_vlms.llava().half()
+    folder = tmp_path / "model"
+    parameters = dict(model.named_parameters())
+    name = next(name for name in parameters if name.endswith("mlp.down_proj.weight"))
+    parameters[name].data[-1, -1] = float("nan")
+    model.save_pretrained(folder)
+    parts = inspect(str(folder), by="part")
+    with pytest.raises(UserError, match=f"{re.escape(name)} holds NaN or infinite values"):
+        write(Job(str(folder), parts, Plan.uniform(parts, rtn(4))), tmp_path / "out", "compressed-tensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_shards_are_read_as_one_model(parts: ComponentMap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards.write, "__defaults__", (400_000,))
+    monkeypatch.setattr(shards.write, "__defaults__", (400_000, 1))
     write(job(parts, {"vision": rtn(4)}), tmp_path / "out", "compressed-tensors")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_bytes())
@@ -382,6 +494,30 @@ def test_an_interruption_leaves_nothing_that_looks_finished(parts: ComponentMap,
     assert written(tmp_path / "out")["files"] == before
 
 
+def test_a_killed_export_leaves_nothing_that_looks_finished(parts: ComponentMap, tmp_path: Path) -> None:
+    calls = []
+
+    def dies(name: str, weight: torch.Tensor, scheme: Scheme) -> Any:
+        calls.append(name)
+        if len(calls) > 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return from_weights_alone(name, weight, scheme)
+
+    asked = job(parts, {}, rtn(4), codes=dies)
+    write(job(parts, {}, rtn(3)), tmp_path / "old", "compressed-tensors")
+    for name in ("new", "old"):
+        if (child := os.fork()) == 0:
+            write(asked, tmp_path / name, "compressed-tensors", force=True)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not (tmp_path / "new").exists()
+    assert manifest.damage(tmp_path / "old", manifest.read(tmp_path / "old")) == []
+    left = [path for path in tmp_path.iterdir() if path.name != "old"]
+    assert len(left) == 2
+    assert all(path.name.startswith(".") and not (path / manifest.NAME).exists() for path in left)
+    write(job(parts, {}, rtn(4)), tmp_path / "new", "compressed-tensors")
+
+
 def test_a_full_disk_is_one_sentence(parts: ComponentMap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
@@ -445,8 +581,8 @@ def test_calibrated_codes_are_those_that_were_measured(tmp_path: Path, path: str
     if path == "exposed":
         plan = Plan.of(parts, {"vision": rtn(2), "connector": chosen}, None)  # what follows a coarse tower
     before = {name: parameter.data.clone() for name, parameter in vlm.model.named_parameters()}
-    with codes_of(vlm, parts, plan, statistics) as codes:
-        asked = Job(vlm, parts, plan, dtype=torch.float32, codes=codes)
+    with codes_of(vlm, parts, plan, statistics) as found_again:
+        asked = Job(vlm, parts, plan, dtype=torch.float32, codes=found_again.codes)
         write(asked, tmp_path / "out", "compressed-tensors")
     assert all(torch.equal(before[name], parameter) for name, parameter in vlm.model.named_parameters())
     found = dict(load(str(tmp_path / "out"), dtype="float32", quantised=True).model.named_parameters())
@@ -454,9 +590,76 @@ def test_calibrated_codes_are_those_that_were_measured(tmp_path: Path, path: str
         assert not [name for name, p in vlm.model.named_parameters() if not torch.equal(p, found[name])]
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_of_inputs_are_folded_into_the_layer_before(tmp_path: Path, symmetric: bool) -> None:
+    """A packed file answers as the measured weights do; without the folding it would be nowhere near."""
+    vlm = load(EMBEDDED)
+    parts = inspect(vlm, by="part")
+    statistics = calibrate(vlm, parts, ["vqa"], n=4)
+    chosen = scheme("awq", 4, group=32, symmetric=symmetric, scales="folded", calibration=statistics.facts)
+    plan, ids = Plan.of(parts, {"connector": None}, chosen), torch.randint(5, 160, (1, 48))
+    ids[0, :36] = 4
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 48, 48)}
+    with torch.inference_mode(), quantized(vlm.model, parts, plan, statistics=statistics):
+        measured = vlm.model(**inputs).logits
+    before = {name: parameter.data.clone() for name, parameter in vlm.model.named_parameters()}
+    format = "compressed-tensors" if symmetric else "awq"
+    with codes_of(vlm, parts, plan, statistics, folding=True) as found:
+        asked = Job(vlm, parts, plan, dtype=torch.float32, codes=found.codes, changed=found.changed)
+        write(asked, tmp_path / "out", format, notes=lambda: found.notes)
+    assert all(torch.equal(before[name], parameter) for name, parameter in vlm.model.named_parameters())
+    assert len(found.folded) > 20
+    assert found.unscaled == {"vision": {"fc2"}}  # behind a GELU
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"The scales of {len(found.folded)} inputs are folded" in card
+    assert "such as a GELU, were measured and written without: vision: fc2" in card
+    if not symmetric:
+        return  # the layout is tried above, and read by transformers in reports/export.md
+    model = load(str(tmp_path / "out"), dtype="float32", quantised=True).model
+    with torch.inference_mode():
+        answer = model(**inputs).logits
+        for name, parameter in model.named_parameters():  # as if nothing had taken the scales over
+            if name in found.changed:
+                parameter.data = before[name]
+        astray = model(**inputs).logits
+    assert (answer - measured).abs().max() < 0.02 * measured.abs().max()
+    assert (astray - measured).abs().max() > 10 * (answer - measured).abs().max()
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "awq", "gptq"])
+def test_scales_without_a_place_are_refused_with_ways_out(parts: ComponentMap, tmp_path: Path, format: str) -> None:
+    stored = scheme("awq", 4, group=32, symmetric=True)
+    says = "no place for the factor per input that awq stores; sweep with --set scales=folded, .* --format fake"
+    with pytest.raises(UserError, match=f"vision .*{says}"):
+        write(job(parts, {}, stored), tmp_path / "out", format)
+
+
 def test_an_unknown_format_is_told_the_known_ones(parts: ComponentMap, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown format 'gguf'; choose from plan, fake, compressed-tensors"):
         write(job(parts, {}), tmp_path / "out", "gguf")
+
+
+def test_memory_is_used_again_only_when_nobody_looks_at_it() -> None:
+    first = fresh(LARGE)
+    where, look = first.data_ptr(), first.view(torch.int32).reshape(4, -1)[1:]
+    del first
+    second = fresh(LARGE)
+    assert second.data_ptr() != where
+    del look
+    third = fresh(LARGE)
+    assert third.data_ptr() == where
+    assert len({tensor.data_ptr() for tensor in (second, third, fresh(LARGE))}) == 3
+
+
+def test_a_tensor_is_read_wherever_it_begins_and_not_beyond_the_end(tmp_path: Path) -> None:
+    values = torch.randn(5000).half()
+    file = tmp_path / "odd"
+    file.write_bytes(b"\0" * 4099 + values.numpy().tobytes())
+    for start, skipped in ((4099, 0), (4101, 1), (8099, 2000)):
+        found = _reader(file, start, 2 * (5000 - skipped), torch.float16, (5000 - skipped,))()
+        assert torch.equal(found, values[skipped:])
+    with pytest.raises(UserError, match="odd ends early; fetch it again"):
+        _reader(file, 8099, 10_000, torch.float16, (5000,))()
 
 
 def test_a_source_is_the_checkpoint_under_the_names_of_parameters(shape: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 
 from sensitivity.components import ComponentMap, Kept, Weight
 from sensitivity.errors import UserError
+from sensitivity.legalize import plans_for
 from sensitivity.plan import Plan, Scheme
-from sensitivity.runtimes import RUNTIMES, allowed, breaches, check, searches, tied
+from sensitivity.runtimes import RUNTIMES, abilities, allowed, breaches, check, restrict, searches, tied
 
 
 def rtn(bits: int, group: int | str = "row", symmetric: bool = True, method: str = "rtn") -> Scheme:
@@ -46,6 +48,8 @@ def test_every_runtime_takes_full_precision() -> None:
         ("compressed-tensors", rtn(1), "symmetric widths 2, 3, 4, 5, 6, 7, 8, not 1"),
         ("compressed-tensors", rtn(4, "row", False), "zero points of tensor groups, not of row; use --symmetric"),
         ("compressed-tensors", rtn(4, "tensor", False, "uniform"), "use --method rtn, or --format fake"),
+        ("compressed-tensors", rtn(4, 32, True, "awq"), "no place for the factor per input"),
+        ("modelopt", rtn(4, 32, True, "awq"), None),
         ("compressed-tensors", rtn(4, 48), "groups of 48 do not divide rows of 64 weights; use --group row"),
         ("vllm", rtn(3, 32), None),
         ("vllm", rtn(3, 32, False), "asymmetric widths 4, 8, not 3"),
@@ -135,6 +139,76 @@ def test_allowed_and_tied_say_the_same_as_breaches(name: str) -> None:
             for fine in looks
         )
         assert found == (breaches(parts, plan, name) == []), (name, plan.describe())
+
+
+@pytest.mark.parametrize("how", ["grid", "one-at-a-time", "random"])
+@pytest.mark.parametrize("name", list(RUNTIMES))
+def test_a_sweep_for_a_runtime_tries_legal_plans_alone(name: str, how: str) -> None:
+    """Brute force: a grid tries all legal plans without native parts; other lists try none that is illegal."""
+    parts = ComponentMap(
+        "tiny",
+        "linear",
+        tuple(linear(n, "language", "attn", 0, "attn" if n in "qk" else None) for n in ("q", "k", "o")),
+        (),
+    )
+    every = [rtn(3), rtn(4), rtn(4, 32, False), rtn(8, "row"), rtn(8, 64, True, "nf4"), rtn(4, 64, True, "nf4")]
+    usable, left_out = restrict(parts, every, name)
+    assert [s for s in every if not breaches(parts, Plan.uniform(parts, s), name)] == usable
+    assert len(usable) == len(every) or left_out
+    found = plans_for(name, parts, usable, how, trials=None if how == "grid" else 20)
+    assert isinstance(found, list)
+    assert not [plan.describe() for plan in found if breaches(parts, plan, name)]
+    if how == "grid":
+        rows = (Plan(tuple(zip(parts.names, row, strict=True))) for row in itertools.product(every, repeat=3))
+        legal = {plan for plan in rows if not breaches(parts, plan, name)}
+        assert set(found) == legal | {Plan.uniform(parts, None)}
+
+
+def test_what_a_runtime_leaves_out_is_said_with_the_rule() -> None:
+    parts = model("group.kind", odd=40)
+    usable, left_out = restrict(parts, [rtn(4), rtn(4, 64), rtn(1)], "compressed-tensors")
+    assert usable == [rtn(4), rtn(4, 64)]
+    assert any(line.startswith("rtn:1 of all parts: ") and "not 1" in line for line in left_out)
+    assert any(line.startswith("rtn:4 of vision") and "do not divide rows of 40" in line for line in left_out)
+    _, ties = restrict(model("linear"), [rtn(4)], "vllm")
+    assert any(line.startswith("vision.0.attn.q, vision.0.attn.k, vision.0.attn.v share their scheme") for line in ties)
+
+
+def test_a_space_that_a_runtime_cannot_load_is_refused_with_the_rule() -> None:
+    parts = model("part")
+    with pytest.raises(UserError, match=r"awq can load nothing of this space: rtn:3 of all parts: .* not 3"):
+        restrict(parts, [rtn(3)], "awq")
+    only_three = {"vision": 3}
+    wanted = lambda name, scheme: scheme is not None and scheme.bits == only_three.get(name, scheme.bits)  # noqa: E731
+    with pytest.raises(UserError, match=r"awq can load none of what vision is allowed: .* not 3"):
+        restrict(parts, [rtn(3), rtn(4)], "awq", wanted)
+
+
+def test_a_search_cannot_walk_where_all_must_be_alike() -> None:
+    parts = model("part")
+    both = [rtn(4, 64, True, "nf4"), rtn(8, "row", True, "llm-int8")]
+    usable, _ = restrict(parts, both, "bnb")
+    assert usable == both
+    with pytest.raises(UserError, match=r"bnb takes one scheme for all .* name one width with --bits, or use --search"):
+        plans_for("bnb", parts, usable, "tpe")
+    assert callable(plans_for("bnb", parts, usable[:1], "tpe"))
+
+
+@pytest.mark.parametrize("name", list(RUNTIMES))
+def test_abilities_name_what_is_legal(name: str) -> None:
+    """The words are flags; what they say of a width is true of some group."""
+    words = abilities(name)
+    parts = model("part")
+    for flag, symmetric in (("--symmetric", True), ("--no-symmetric", False)):
+        bits = re.search(rf"(?<!\S){flag}(?: --group \S+)? --bits (\d+(?:,\d+)*)", words)
+        for width in [int(b) for b in bits[1].split(",")] if bits else []:
+            tried = [
+                rtn(width, group, symmetric, method)
+                for group in ("row", "tensor", 16, 32, 64)
+                for method in ("rtn", "nf4", "llm-int8")
+            ]
+            wide = name == "llama.cpp" and width in (2, 3, 6)  # needs rows of 256
+            assert wide or any(not breaches(parts, Plan.uniform(parts, one), name) for one in tried), (width, words)
 
 
 def test_an_illegal_plan_is_an_error_that_names_the_way_out() -> None:

@@ -10,13 +10,15 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from sensitivity import cli, verbs
+from sensitivity import cli, exporting, verbs
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError
 from sensitivity.export import manifest
+from sensitivity.export.plan_json import write_file
 from sensitivity.export.verify import compare, verify
 from sensitivity.models import VLM, inspect
 from sensitivity.plan import Plan, Scheme, size
+from sensitivity.quantize import calibrate, scheme
 from sensitivity.runtimes import breaches
 from sensitivity.trials import Study
 
@@ -38,7 +40,7 @@ def study(scenes_llava: VLM, tmp_path_factory: pytest.TempPathFactory) -> Study:
 @pytest.fixture(scope="module")
 def export(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan = Plan.of(study.parts, MIXED)
-    return verbs.export(study, plan, tmp_path_factory.mktemp("out") / "ct", "compressed-tensors")
+    return exporting.export(study, plan, tmp_path_factory.mktemp("out") / "ct", "compressed-tensors")
 
 
 def test_an_export_answers_as_measured(export: Path, study: Study, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,13 +79,13 @@ def test_a_changed_file_is_told_before_anything_runs(export: Path, tmp_path: Pat
 
 def test_formats_of_other_runtimes_are_whole_but_not_run(study: Study, tmp_path: Path) -> None:
     plan = Plan.of(study.parts, {"vision": rtn(4, 32), "connector": None, "language": rtn(3)})
-    found = verify(verbs.export(study, plan, tmp_path / "out", "gptq"))
+    found = verify(exporting.export(study, plan, tmp_path / "out", "gptq"))
     assert found["verdict"] == "whole"
     assert "answers were not compared" in found["words"]
 
 
 def test_a_plan_that_was_never_measured_says_so(study: Study, tmp_path: Path) -> None:
-    found = verify(verbs.export(study, Plan.uniform(study.parts, rtn(5)), tmp_path / "out", "compressed-tensors"))
+    found = verify(exporting.export(study, Plan.uniform(study.parts, rtn(5)), tmp_path / "out", "compressed-tensors"))
     assert "never measured" in found["words"]
 
 
@@ -116,7 +118,87 @@ def test_differences_are_counted_example_by_example() -> None:
 def test_another_model_than_the_measured_one_is_refused(study: Study, tmp_path: Path) -> None:
     other = "embedded:scenes-llava-heavy"
     with pytest.raises(UserError, match="is another model"):
-        verbs.export(study, Plan.of(study.parts, MIXED), tmp_path / "out", "fake", model=other)
+        exporting.export(study, Plan.of(study.parts, MIXED), tmp_path / "out", "fake", model=other)
+
+
+# -- a sweep for one runtime
+
+
+@pytest.mark.parametrize("search", ["grid", "frontier"])
+def test_a_sweep_for_a_runtime_says_what_it_leaves_out_and_tries_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], search: str
+) -> None:
+    args = ["sweep", "embedded:scenes-llava", "--n", "2", "--group", "32", "--runtime", "modelopt", "--search", search]
+    out = tmp_path / "run"
+    assert cli.main([*args, "--bits", "3,4,8", "--trials", "3", "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "modelopt restricts the space: rtn:3 of all parts: ModelOpt loads symmetric widths 4, 8, not 3" in said.err
+    assert "rtn:8 of all parts: ModelOpt takes groups of row at 8 bits, not 32" in said.err
+    assert f"recommend {out} --bpw 4 --runtime modelopt" in said.out
+    study = Study(out)
+    plans = [Plan.from_json(trial.user_attrs["plan"]) for trial in study.trials()]
+    assert len(plans) > 1
+    assert not [plan.describe() for plan in plans if breaches(study.parts, plan, "modelopt")]
+
+
+def test_a_sweep_of_what_a_runtime_cannot_load_does_not_begin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["sweep", "embedded:scenes-llava", "--runtime", "awq", "--bits", "3", "--out", str(tmp_path / "run")]
+    assert cli.main(args) == 1
+    assert "awq can load nothing of this space: rtn:3 of all parts" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# -- another calibration path
+
+
+@pytest.fixture(scope="module")
+def calibrated(scenes_llava: VLM, tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Plan]:
+    """A study in which one plan of GPTQ at 2 bits was measured on the float path."""
+    parts = inspect(scenes_llava, by="part")
+    statistics = calibrate(scenes_llava, parts, ["vqa"], n=4)
+    chosen = scheme("gptq", 2, group=32, calibration=statistics.facts)
+    plan = Plan.of(parts, {"vision": chosen, "connector": chosen})
+    out = tmp_path_factory.mktemp("runs") / "gptq"
+    return verbs.sweep(scenes_llava, parts, [plan], ["vqa"], out, n=12, statistics=statistics), plan
+
+
+def test_the_exposed_path_is_measured_against_the_other_on_fresh_examples(
+    calibrated: tuple[Study, Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, plan = calibrated
+    write_file(study.parts, plan, {}, study.path / "plan.json")
+    args = ["export", str(study.path / "plan.json"), "--format", "compressed-tensors", "--path", "exposed"]
+    assert cli.main([*args, "--out", str(tmp_path / "out")]) == 0
+    facts = manifest.read(tmp_path / "out")
+    other = Plan.from_json(facts["plan"])
+    assert {one["path"] for _, one in other.schemes if one} == {"exposed"}
+    second = Study(study.path / "verify")
+    assert second.meta["seed"] != study.meta["seed"]
+    ours, theirs = second.examples(other), second.examples(plan)
+    assert ours is not None
+    assert theirs is not None
+    gain = facts["trial"]["path_gain"]["vqa"]
+    assert (gain["mean"], gain["n"]) == (pytest.approx((ours["score"] - theirs["score"]).mean()), 12)
+    likelier = (theirs["nll"] - ours["nll"]).mean()
+    assert gain["log_likelihood"]["mean"] == pytest.approx(likelier)
+    assert abs(likelier) > 1e-3  # the two paths are not the same weights
+    said = capsys.readouterr().out
+    words = "Calibrated again on the exposed path. Against the path on which the plan was chosen, paired on the same "
+    words += f"examples: vqa {gain['mean']:+.4f}"
+    assert words in said
+    assert words in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert ("No score rose" in said) == (gain["mean"] <= 0)
+
+
+def test_a_path_that_changes_nothing_is_refused(calibrated: tuple[Study, Plan], study: Study, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--path float changes nothing: this plan was measured on the float path"):
+        exporting.export(*calibrated, tmp_path / "out", "fake", path="float")
+    with pytest.raises(UserError, match=r"--path exposed changes nothing: this plan has no method that is calibrated"):
+        exporting.export(study, Plan.of(study.parts, MIXED), tmp_path / "out", "fake", path="exposed")
+    with pytest.raises(UserError, match=r"unknown calibration path 'exposd'; choose from float, exposed"):
+        exporting.export(*calibrated, tmp_path / "out", "fake", path="exposd")
 
 
 # -- legalize
@@ -146,7 +228,7 @@ def planted(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Study:
 def test_the_legal_plan_is_the_best_that_brute_force_finds(planted: Study, runtime: str) -> None:
     asked = Plan(tuple(zip(planted.parts.names, (rtn(3, 32, False), rtn(3), rtn(3, 32, False)), strict=True)))
     budget = 7.0
-    found = verbs.legalize(planted, asked, runtime, bpw=budget)
+    found = exporting.legalize(planted, asked, runtime, bpw=budget)
     assert breaches(planted.parts, found.plan, runtime) == []
     assert found.after.bpw <= budget
     scores = {trial.user_attrs["key"]: trial.user_attrs["scores"]["vqa"]["mean"] for trial in planted.trials()}
@@ -162,7 +244,7 @@ def test_the_legal_plan_is_the_best_that_brute_force_finds(planted: Study, runti
 
 def test_a_legal_plan_stays_and_costs_nothing(planted: Study) -> None:
     plan = Plan.uniform(planted.parts, rtn(4))
-    found = verbs.legalize(planted, plan, "compressed-tensors")
+    found = exporting.legalize(planted, plan, "compressed-tensors")
     assert (found.plan, found.breaches) == (plan, ())
     assert found.words == "nothing: the plan is legal as it is"
 
@@ -170,7 +252,7 @@ def test_a_legal_plan_stays_and_costs_nothing(planted: Study) -> None:
 def test_an_illegal_export_says_what_breaks_and_what_fits_at_what_cost(planted: Study, tmp_path: Path) -> None:
     plan = Plan.of(planted.parts, {"vision": rtn(3, 32, False)}, rtn(4))
     with pytest.raises(UserError) as caught:
-        verbs.export(planted, plan, tmp_path / "out", "compressed-tensors")
+        exporting.export(planted, plan, tmp_path / "out", "compressed-tensors")
     said = str(caught.value)
     assert "vision (rtn:3): transformers with compressed-tensors loads zero points of tensor groups" in said
     assert "The best plan of its size that fits is" in said
@@ -191,5 +273,8 @@ def test_legalize_writes_a_plan_that_export_takes(
 
 
 def test_nothing_legal_was_measured(planted: Study) -> None:
-    with pytest.raises(UserError, match=r"nothing that was measured fits bnb in 4.00 bpw .* sweep schemes that it can"):
-        verbs.legalize(planted, Plan.uniform(planted.parts, rtn(3)), "bnb", bpw=4.0)
+    none = r"nothing that this study measured can be loaded by bnb, which takes --method nf4 or fp4 or llm-int8 .*"
+    with pytest.raises(UserError, match=none + r"; `sensitivity sweep embedded:scenes-llava --runtime bnb` measures"):
+        exporting.legalize(planted, Plan.uniform(planted.parts, rtn(3)), "bnb", bpw=4.0)
+    with pytest.raises(UserError, match=r"nothing that awq can load of what was measured fits 2.00 bpw: no measured"):
+        exporting.legalize(planted, Plan.uniform(planted.parts, rtn(3)), "awq", bpw=2.0)

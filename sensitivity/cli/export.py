@@ -23,33 +23,45 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--runtime", metavar="NAME", help="what is going to load it, such as vllm (default: as the format)")
     p.add_argument("--model", help="where the model is, if not where the sweep found it")
     p.add_argument("--out", type=Path, required=True, help="the folder to write")
+    p.add_argument(
+        "--path",
+        metavar="exposed",
+        help="calibrate again, on inputs that passed the layers quantised before, and measure what that gains",
+    )
     p.add_argument("--force", action="store_true", help="write over what is there")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from sensitivity import verbs
+    from sensitivity import exporting
 
-    path = verbs.export_from(
-        args.source, args.bpw, args.out, args.format, args.force, model=args.model, runtime=args.runtime
-    )
+    path = exporting.export_from(
+        args.source, args.bpw, args.out, args.format, args.force,
+        model=args.model, runtime=args.runtime, path=args.path,
+    )  # fmt: skip
     facts: dict[str, Any] = {"path": str(path), "format": args.format}
     if (path / "sensitivity.json").exists():
         known = json.loads((path / "sensitivity.json").read_bytes())
-        facts |= {name: known[name] for name in ("predicted_size", "written") if name in known}
+        facts["path_gain"] = known["trial"].get("path_gain")
+        facts |= {name: known[name] for name in ("size", "predicted_size", "written") if name in known}
     if not args.json:
         show(facts)
     return facts
 
 
 def show(facts: dict[str, Any]) -> None:
+    from sensitivity.export.card import path_gain
+
     print(f"wrote {facts['path']}")
+    if gain := facts.get("path_gain"):
+        print(path_gain(gain))
     if written := facts.get("written"):
-        predicted = facts["predicted_size"]
+        planned, predicted = facts["size"], facts["predicted_size"]
         terminal.table(
             "Size",
             ("", "bytes of tensors", "bpw, all stored"),
             [
-                ("predicted", f"{predicted['bytes']:,}", f"{predicted['bpw']:.3f}"),
+                ("the plan", f"{planned['bytes']:,}", f"{planned['bpw']:.3f}"),
+                (f"predicted for {facts['format']}", f"{predicted['bytes']:,}", f"{predicted['bpw']:.3f}"),
                 ("written", f"{written['bytes']:,}", f"{written['bpw']:.3f}"),
             ],
         )

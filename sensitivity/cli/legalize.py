@@ -22,12 +22,12 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from sensitivity import verbs
+    from sensitivity import exporting
 
-    study, found = verbs.legalize_from(args.source, args.runtime, args.bpw, args.task)
+    study, found = exporting.legalize_from(args.source, args.runtime, args.bpw, args.task)
     facts = found.to_json()
     if args.out is not None:
-        verbs.export(study, found.plan, args.out, force=args.force, facts={"legalized": facts})
+        exporting.export(study, found.plan, args.out, force=args.force, facts={"legalized": facts})
     if not args.json:
         for breach in found.breaches:
             print(f"not for {found.runtime}: {breach}")

@@ -6,7 +6,8 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from sensitivity.export.job import Codes, Job, Written
 from sensitivity.plan import size
 from sensitivity.runtimes import check
 
-__all__ = ["FORMATS", "Codes", "Job", "Written", "write"]
+__all__ = ["FORMATS", "Codes", "Job", "Written", "refuse_to_overwrite", "write"]
 
 # name -> writes the plan for a model into a new folder, and says what it wrote
 FORMATS: dict[str, Callable[[Job, Path], Written]] = {
@@ -60,21 +61,23 @@ def write(
     facts: Mapping[str, Any] | None = None,
     runtime: str | None = None,
     expected: Path | None = None,
+    notes: Callable[[], Sequence[str]] = tuple,
 ) -> dict[str, Any]:
     """Write a plan in a runtime's format; what is already there stays unless `force`. Returns the summary.
 
-    `facts` are about the trial (scores, data, seeds), `expected` its per-example answers; both travel along.
+    `facts` are about the trial (scores, data, seeds), `expected` its per-example answers; both travel along. `notes`
+    are for the card, of what is known only when all is written.
     """
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
-    if (out.exists() or out.is_symlink()) and not force:
-        raise UserError(f"{out} is already there; choose another --out or add --force")
+    refuse_to_overwrite(out, force)
     check(job.parts, job.plan, runtime or format)
     if format == "plan" and out.suffix == ".json":
         plan_json.write_file(job.parts, job.plan, job.facts, out)
         return {"path": str(out), "format": format, "bpw": size(job.parts, job.plan).bpw}
     with _beside(out) as folder:
         written = FORMATS[format](job, folder)
+        written = replace(written, notes=(*written.notes, *notes()))
         (folder / "README.md").write_text(card(job, written, format, facts or {}), encoding="utf-8")
         if expected is not None:
             shutil.copyfile(expected, folder / EXPECTED)
@@ -89,8 +92,13 @@ def write(
     return {"path": str(out), **summary}
 
 
+def refuse_to_overwrite(out: Path, force: bool) -> None:
+    if (out.exists() or out.is_symlink()) and not force:
+        raise UserError(f"{out} is already there; choose another --out or add --force")
+
+
 def _summary(job: Job, written: Written, format: str) -> dict[str, Any]:
-    predicted = size(job.parts, job.plan)
+    predicted = size(job.parts, job.plan, job.stored_as(format))
     facts: dict[str, Any] = {"format": format, "predicted_size": predicted.to_json()}
     if written.bytes:
         total = sum(written.bytes.values())

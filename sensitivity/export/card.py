@@ -25,14 +25,14 @@ def _lines(job: Job, written: Written, format: str, facts: Mapping[str, Any]) ->
     yield "|---|---|---|---|---|---|---|---|"
     for component in job.parts.components:
         scheme = job.plan[component.name]
-        predicted = component_bits(job.parts, component.name, scheme) // 8
+        predicted = component_bits(job.parts, component.name, scheme, job.stored_as(format)) // 8
         stored = f"{written.bytes[component.name]:,}" if written.bytes else "–"
         yield f"| {component.name} | {_scheme(scheme)} | {component.numel:,} | {predicted:,} | {stored} |"
     kept = sum(k.numel for k in job.parts.kept)
     stored = f"{written.bytes['kept']:,}" if written.bytes else "–"
     sizes = f"{kept:,} | {kept * job.parts.native_bits // 8:,} | {stored}"
     yield f"| kept ({_reasons(job.parts)}) | native | | | | {sizes} |"
-    yield from ("", "## Size", "", *_size(job, written), "", "## Scores", "")
+    yield from ("", "## Size", "", *_size(job, written, format), "", "## Scores", "")
     yield from _scores(facts)
     yield from (
         "",
@@ -63,11 +63,12 @@ def _reasons(parts: ComponentMap) -> str:
     return ", ".join(dict.fromkeys(kept.reason for kept in parts.kept))
 
 
-def _size(job: Job, written: Written) -> Iterator[str]:
-    predicted = size(job.parts, job.plan)
-    bpw = f"{predicted.bpw:.3f} bits per weight (codes alone: {predicted.bpw_codes:.3f})"
-    yield f"Predicted: {predicted.bytes:,} bytes, {bpw}."
+def _size(job: Job, written: Written, format: str) -> Iterator[str]:
+    planned, predicted = size(job.parts, job.plan), size(job.parts, job.plan, job.stored_as(format))
+    bpw = f"{planned.bpw:.3f} bits per weight (codes alone: {planned.bpw_codes:.3f})"
+    yield f"Planned: {planned.bytes:,} bytes, {bpw}."
     if written.bytes:
+        yield f"Predicted as `{format}` stores it: {predicted.bytes:,} bytes, {predicted.bpw:.3f} bits per weight."
         total = sum(written.bytes.values())
         yield (
             f"Written: {total:,} bytes of tensors, {8 * total / job.parts.numel:.3f} bits per weight, and "
@@ -89,5 +90,28 @@ def _scores(facts: Mapping[str, Any]) -> Iterator[str]:
         interval = f"{score['low']:.4f} to {score['high']:.4f}" if score.get("low") is not None else "–"
         native = "–" if full is None else f"{full:.4f}"
         yield f"| {task} | {score['mean']:.4f} | {interval} | {score.get('n', '–')} | {native} |"
+    if gain := facts.get("path_gain"):
+        yield from ("", path_gain(gain))
     if facts.get("note"):
         yield from ("", f"Note: {facts['note']}.")
+
+
+def path_gain(gain: Mapping[str, Any]) -> str:
+    """What calibrating again on another path changed, as a sentence: a measured, paired difference."""
+    tasks = []
+    for task, found in gain.items():
+        if task != "path":
+            tasks.append(f"{task} {_interval(found)}, n = {found['n']}")
+            if likely := found.get("log_likelihood"):
+                tasks[-1] += f" (log-likelihood of right answers {_interval(likely)})"
+    words = (
+        f"Calibrated again on the {gain['path']} path. Against the path on which the plan was chosen, paired on the "
+        f"same examples: {'; '.join(tasks)}."
+    )
+    if all(found["mean"] <= 0 for task, found in gain.items() if task != "path"):
+        words += " No score rose: without --path the plan is exported as it was chosen."
+    return words
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    return f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"

@@ -38,7 +38,7 @@ def write(job: Job, folder: Path) -> Written:
     (folder / "quantize_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     notes = [
         "This layout also stores a zero point for every group of a symmetric grid, and four bytes per column that name "
-        "its group: that is the difference between predicted and written bytes.",
+        "its group.",
         "transformers' own GPTQ loader takes one width for all; mixed widths need GPTQModel, whose definitions cover "
         "the language model of most families and leave vision and connector alone.",
     ]

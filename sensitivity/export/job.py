@@ -16,6 +16,7 @@ from torch import Tensor
 from sensitivity.components import ComponentMap, Weight
 from sensitivity.errors import UserError
 from sensitivity.export import shards
+from sensitivity.export.packing import fresh
 from sensitivity.export.shards import Piece, Spec
 from sensitivity.export.source import Source, Stored, open_source
 from sensitivity.models import VLM
@@ -39,7 +40,7 @@ Codes = Callable[[str, Tensor, Scheme], Any]
 
 
 BY_ROW = ("rtn",)  # methods to which one row of a weight says nothing about another
-PIECE = 2**20  # weights at a time, so that what they become on the way stays in the cache
+PIECE = 2**19  # weights at a time, so that what they become on the way stays in the cache
 
 
 def from_weights_alone(name: str, weight: Tensor, scheme: Scheme) -> Any:
@@ -55,9 +56,13 @@ def from_weights_alone(name: str, weight: Tensor, scheme: Scheme) -> Any:
     if scheme.method not in BY_ROW or scheme.group == "tensor" or len(weight) <= rows:
         ((result,),) = solve(Linears((name,), (weight,)), [scheme])
         return result
-    pieces = [solve(Linears((name,), (piece,)), [scheme])[0][0] for piece in torch.split(weight, rows)]
-    codes, scale, zero = (torch.cat([getattr(piece, part) for piece in pieces]) for part in ("codes", "scale", "zero"))
-    return Quantised(codes, scale, zero, int(scheme.group) if isinstance(scheme.group, int) else weight.shape[1])
+    codes, found = fresh(weight.numel()).reshape(weight.shape), []
+    for into, piece in zip(torch.split(codes, rows), torch.split(weight, rows), strict=True):
+        ((result,),) = solve(Linears((name,), (piece,)), [scheme])
+        assert isinstance(result, Quantised)
+        into.copy_(result.codes)
+        found.append(replace(result, codes=into))
+    return Quantised(codes, torch.cat([r.scale for r in found]), torch.cat([r.zero for r in found]), found[0].group)
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Job:
     facts: Mapping[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float16  # in which the plan was measured: codes and scales are found in it
     codes: Codes = from_weights_alone
+    changed: Mapping[str, Tensor] = field(default_factory=dict)  # parameters that change as codes are found
 
     @cached_property
     def source(self) -> Source:
@@ -90,6 +96,10 @@ class Job:
     def half(self) -> torch.dtype:
         """The 16-bit type of scales, the one that they were rounded to."""
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
+
+    def stored_as(self, format: str) -> str:
+        """How a format stores weights, by the name under which `plan.size` knows it."""
+        return str(self.dtype).removeprefix("torch.") if format == "fake" else format
 
     def modules(self, component: str) -> list[str]:
         return [weight.module for weight in self.parts[component].weights]
@@ -143,19 +153,20 @@ def checkpoint(
     tensors = [replace(t, key=t.parameter) if renamed else t for t in job.source.tensors]
     stored = {tensor.parameter: tensor for tensor in tensors}
     pieces: dict[str, Piece] = {}
-    for tensor in tensors:
-        if tensor.parameter not in job.schemes:
-            pieces[tensor.parameter] = _copied(tensor)
     for name, weight in job.weights.items():
         pieces[name] = _values(job, stored[name]) if layout is None else _packed(job, stored[name], weight, layout)
     for name in job.schemes:
         if name not in pieces:
             pieces[name] = _values(job, stored[name])  # a bias
+    for tensor in tensors:  # last: codes may have changed what stands before them
+        if tensor.parameter not in job.schemes:
+            pieces[tensor.parameter] = _copied(job, tensor)
     home = {w.name: c.name for c in job.parts.components for w in c.weights}
     weights = dict.fromkeys([*job.parts.names, "kept"], 0)
     for name, piece in pieces.items():
         weights[home.get(name, "kept")] += piece.bytes
-    hashes = shards.write(folder, pieces.values())
+    # other codes than these are found in the direction of data flow, one after the other
+    hashes = shards.write(folder, pieces.values(), ahead=shards.AHEAD if job.codes is from_weights_alone else 1)
     (folder / "config.json").write_text(json.dumps({**job.source.config, **config}, indent=2) + "\n", encoding="utf-8")
     for file in job.source.beside():
         shutil.copyfile(file, folder / file.name)
@@ -173,13 +184,17 @@ def headers(folder: Path, weight: Mapping[str, int]) -> int:
 def _read(job: Job, tensor: Stored) -> Tensor:
     """A parameter in the type in which the plan was measured."""
     weight = tensor.read().to(job.dtype)
-    if not torch.isfinite(weight).all():
+    if weight.numel() and not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(weight)):
         raise UserError(f"{tensor.parameter} holds NaN or infinite values and cannot be quantised")
     return weight
 
 
-def _copied(tensor: Stored) -> Piece:
-    return Piece((Spec(tensor.key, tensor.dtype, tensor.shape),), lambda: (tensor.read(),))
+def _copied(job: Job, tensor: Stored) -> Piece:
+    def make() -> Sequence[Tensor]:
+        changed = job.changed.get(tensor.parameter)
+        return (tensor.read() if changed is None else changed.to(tensor.dtype),)
+
+    return Piece((Spec(tensor.key, tensor.dtype, tensor.shape),), make)
 
 
 def _packed(job: Job, tensor: Stored, weight: Weight, layout: Layout) -> Piece:
@@ -189,8 +204,8 @@ def _packed(job: Job, tensor: Stored, weight: Weight, layout: Layout) -> Piece:
         found = job.codes(tensor.parameter, _read(job, tensor), scheme)
         if getattr(found, "inputs", None) is not None:
             raise UserError(
-                f"{tensor.parameter} was quantised with a factor for each input, which this layout cannot hold; use "
-                "--format fake, or a method without scales, such as gptq"
+                f"{tensor.parameter} was quantised with a factor for each input, which this layout cannot hold; sweep "
+                "with --set scales=folded, or use --format fake, or a method without scales, such as gptq"
             )
         if not isinstance(found, Quantised) or not bool((found.zero == found.zero.round()).all()):
             raise UserError(f"{tensor.parameter} has no codes on an integer grid; use --method rtn, or --format fake")

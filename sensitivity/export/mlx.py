@@ -21,12 +21,14 @@ def write(job: Job, folder: Path) -> Written:
     schemes = [scheme for _, scheme, _ in job.groups()]
     if not schemes:
         raise UserError("the plan quantises nothing, so there is nothing to configure; use --format plan")
-    entry = {**_affine(schemes[0]), **modules}
+    # on conversion mlx-lm leaves alone what the group on top does not divide, whatever a module's own group is
+    entry = {**_affine(min(schemes, key=lambda scheme: int(scheme.group))), **modules}
     save(folder, "quantization.json", {"quantization": entry, "quantization_config": entry})
     load = (
         "import json\nfrom mlx_vlm import convert\n\n"
         'plan = json.load(open("quantization.json"))["quantization"]\n'
-        "convert(MODEL, OUT, quantize=True, quant_predicate=lambda path, module: plan.get(path, False))\n"
+        'convert(MODEL, OUT, quantize=True, q_group_size=plan["group_size"], q_bits=plan["bits"],\n'
+        "        quant_predicate=lambda path, module: plan.get(path, False))\n"
     )
     notes = (REMADE, "Modules are named as in the base model's checkpoint; mlx-vlm renames the parts of some families.")
     return Written(load=load, notes=notes)

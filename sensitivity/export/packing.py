@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,8 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-PIECE = 2**18  # codes at a time, so that all intermediate values stay in a core's cache
+PIECE = 2**16  # codes at a time: intermediate values stay in a core's cache, and in memory that is used again
 Bytes = NDArray[np.uint8]
+LARGE = 2**22  # bytes
+ROOMS: list[Bytes] = []  # that nobody looks at
+KEPT = 6
+LOCK = threading.RLock()  # a tensor may be given back at any moment, by any thread
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -21,7 +27,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if cols % 32:  # whole groups of 32 codes are whole words
         codes = torch.nn.functional.pad(codes, (0, -cols % 32))
     flat = codes.contiguous().reshape(-1).numpy()
-    packed = np.empty(len(flat) // 8 * bits, np.uint8)
+    packed = fresh(len(flat) // 8 * bits).numpy()
 
     def piece(start: int) -> None:
         _gather(flat[start : start + PIECE], bits, packed[start // 8 * bits : (start + PIECE) // 8 * bits])
@@ -33,27 +39,56 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     else:
         for start in starts:
             piece(start)
-    return torch.from_numpy(packed).reshape(rows, -1).view(torch.int32)[:, :words].contiguous()
+    found = torch.from_numpy(packed).reshape(rows, -1).view(torch.int32)
+    return found if found.shape[1] == words else found[:, :words].contiguous()
+
+
+def fresh(count: int) -> Tensor:
+    """Bytes with any content, in memory that an earlier layer had if there is any: new memory takes longer to get.
+
+    Memory comes back when the last tensor that looks at it is gone.
+    """
+    if count < LARGE:
+        return torch.empty(count, dtype=torch.uint8)
+    with LOCK:
+        fitting = [room for room in ROOMS if count <= len(room) <= 2 * count]
+        if fitting:
+            room = min(fitting, key=len)
+            ROOMS[:] = [other for other in ROOMS if other is not room]
+        else:
+            room = np.empty(count, np.uint8)
+    part = room[:count]
+    weakref.finalize(part, _back, room).atexit = False
+    return torch.from_numpy(part)
+
+
+def _back(room: Bytes) -> None:
+    with LOCK:
+        ROOMS.insert(0, room)
+        del ROOMS[KEPT:]
 
 
 def _gather(codes: Bytes, bits: int, out: Bytes) -> None:
     """Eight codes are eight bytes, one word; three times neighbours close up, and its lowest bytes are full."""
     if bits == 8:
         out[:] = codes
-    elif bits == 4:  # the commonest width: two codes are one 16-bit word, whose high byte moves down by four bits
+        return
+    if bits == 4:  # the commonest width: two codes are one 16-bit word, whose high byte moves down by four bits
         pairs = codes.view(np.uint16)
         moved = pairs >> np.uint16(4)
         moved |= pairs
         np.copyto(out, moved, casting="unsafe")
-    else:
-        word = codes.view(np.uint64)
-        for lane in (8, 16, 32):
-            low = _repeat((1 << bits * lane // 8) - 1, 2 * lane)
-            high = word >> np.uint64(lane - bits * lane // 8)
-            high &= np.uint64(low << bits * lane // 8)
-            word = word & np.uint64(low)
-            word |= high
-        out.reshape(-1, bits)[:] = word.view(np.uint8).reshape(-1, 8)[:, :bits]
+        return
+    word, high = codes.view(np.uint64), np.empty(len(codes) // 8, np.uint64)
+    for lane in (8, 16, 32):  # each lane moves to where the one below it ends
+        full = bits * lane // 8
+        np.bitwise_and(word, np.uint64(_repeat((1 << full) - 1, 2 * lane) << lane), out=high)
+        word = np.bitwise_xor(word, high, out=None if lane == 8 else word)
+        high >>= np.uint64(lane - full)
+        word |= high
+    octets = word.view(np.uint8)
+    for place in range(bits):  # the lowest bytes of each word, close together
+        out[place::bits] = octets[place::8]
 
 
 def _repeat(mask: int, every: int) -> int:

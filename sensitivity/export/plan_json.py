@@ -18,7 +18,7 @@ SCHEMA = Path(__file__).parent / "plan.schema.json"
 
 
 def document(parts: ComponentMap, plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {
+    known = {
         "version": VERSION,
         "model": parts.model,
         "by": parts.by,
@@ -26,8 +26,8 @@ def document(parts: ComponentMap, plan: Plan, facts: Mapping[str, Any]) -> dict[
         "plan": plan.to_json(),
         "size": size(parts, plan).to_json(),
         "weights": {component.name: [weight.name for weight in component.weights] for component in parts.components},
-        **facts,
     }
+    return {**known, **facts, **known}  # facts may come from another plan.json: what is known of this one stands
 
 
 def write(job: Job, folder: Path) -> Written:

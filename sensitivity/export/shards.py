@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,9 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sensitivity.export import packing
 from sensitivity.export.source import CODES
 
 SHARD = 5_000_000_000  # bytes of tensors in a file
+AHEAD = 2  # layers that are made at once: more would only be more memory
+SOON = 64_000_000  # bytes after which what was written is on its way to the disk
 
 
 @dataclass(frozen=True)
@@ -44,14 +50,19 @@ class Piece:
         return sum(spec.bytes for spec in self.specs)
 
 
-def write(folder: Path, pieces: Iterable[Piece], limit: int = SHARD) -> dict[str, str]:
-    """Write all pieces, in one file or several with an index; the sha256 of each file."""
+def write(folder: Path, pieces: Iterable[Piece], limit: int = SHARD, ahead: int = 1) -> dict[str, str]:
+    """Write all pieces, in one file or several with an index; the sha256 of each file.
+
+    With `ahead`, that many pieces are made at once, each by a thread of its own: for pieces that know nothing of
+    each other.
+    """
     shards = _split(list(pieces), limit)
     names = [
         "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         for i in range(1, len(shards) + 1)
     ]
-    hashes = {name: _file(folder / name, shard) for name, shard in zip(names, shards, strict=True)}
+    hashes = {name: _file(folder / name, shard, ahead) for name, shard in zip(names, shards, strict=True)}
+    packing.ROOMS.clear()
     if len(shards) > 1:
         where = {spec.key: name for name, shard in zip(names, shards, strict=True) for p in shard for spec in p.specs}
         total = sum(piece.bytes for shard in shards for piece in shard)
@@ -72,7 +83,7 @@ def _split(pieces: list[Piece], limit: int) -> list[list[Piece]]:
     return shards
 
 
-def _file(target: Path, pieces: Sequence[Piece]) -> str:
+def _file(target: Path, pieces: Sequence[Piece], ahead: int) -> str:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for spec in (spec for piece in pieces for spec in piece.specs):
@@ -84,14 +95,36 @@ def _file(target: Path, pieces: Sequence[Piece]) -> str:
     text += b" " * (-len(text) % 8)  # the format wants its data aligned
     with _Stream(target) as stream:
         stream.put(memoryview(len(text).to_bytes(8, "little") + text))
-        for piece in pieces:
-            for spec, tensor in zip(piece.specs, piece.make(), strict=True):
+        for piece, tensors in _made(pieces, ahead):
+            for spec, tensor in zip(piece.specs, tensors, strict=True):
                 found = (tensor.dtype, tuple(tensor.shape))
                 assert found == (spec.dtype, spec.shape), f"{spec.key}: {found} instead of {spec.dtype}, {spec.shape}"
                 plain = tensor.detach().contiguous().cpu().reshape(-1)
                 if spec.bytes:
                     stream.put(plain.view(torch.uint8).numpy().data)
     return stream.sha256
+
+
+def _made(pieces: Sequence[Piece], ahead: int) -> Iterator[tuple[Piece, Sequence[Tensor]]]:
+    """Pieces and their tensors in order; the threads of torch are shared out among those who make them."""
+    own = torch.get_num_threads()
+    if (makers := min(ahead, own)) < 2:
+        yield from ((piece, piece.make()) for piece in pieces)
+        return
+    torch.set_num_threads(own // makers)
+    made: deque[tuple[Piece, Future[Sequence[Tensor]]]] = deque()
+    try:
+        with ThreadPoolExecutor(makers) as threads:
+            for piece in pieces:
+                made.append((piece, threads.submit(piece.make)))
+                if len(made) == makers:
+                    first, tensors = made.popleft()
+                    yield first, tensors.result()
+            while made:
+                first, tensors = made.popleft()
+                yield first, tensors.result()
+    finally:
+        torch.set_num_threads(own)
 
 
 class _Stream:
@@ -122,11 +155,24 @@ class _Stream:
         digest = hashlib.sha256()
         try:
             with self.target.open("wb") as file:
+                behind = 0
                 while (content := self.waiting.get()) is not None:
-                    file.write(content)
-                    digest.update(content)
+                    for start in range(0, len(content), SOON):
+                        some = content[start : start + SOON]
+                        file.write(some)
+                        digest.update(some)
+                        behind += len(some)
+                        if behind >= SOON:
+                            behind = _begin_to_store(file.fileno())
             self.sha256 = digest.hexdigest()
         except OSError as error:
             self.failure = error
             while self.waiting.get() is not None:  # nobody may wait for a thread that has given up
                 pass
+
+
+def _begin_to_store(file: int) -> int:
+    """Have the disk take over what was written, while the next layers are made: without that all waits for the end."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)  # the kernel then writes what it must before it forgets
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -105,21 +106,23 @@ def _held(model: nn.Module) -> Iterator[Stored]:
 
 
 def _reader(file: Path, start: int, length: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-    """Plain reads instead of a memory map: what was read can be given back at once."""
+    """A map of these bytes alone, given back with the tensor; a copy would be new memory, which costs more than it."""
 
     def read() -> Tensor:
         if length == 0:
             return torch.empty(shape, dtype=dtype)
-        content = bytearray(length)
-        with file.open("rb", buffering=0) as stream:
-            stream.seek(start)
-            view, done = memoryview(content), 0
-            while done < length:  # one read gives at most 2 GB
-                got = stream.readinto(view[done:])
-                if not got:
-                    raise UserError(f"{file.name} ends early; fetch it again")
-                done += got
-        return torch.frombuffer(content, dtype=dtype).reshape(shape)
+        page = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        try:
+            with file.open("rb") as stream:
+                there = mmap.mmap(stream.fileno(), start - page + length, access=mmap.ACCESS_COPY, offset=page)
+        except ValueError as error:
+            raise UserError(f"{file.name} ends early; fetch it again") from error
+        if hasattr(mmap, "MADV_WILLNEED"):
+            there.madvise(mmap.MADV_WILLNEED)  # all of it will be read, so the disk may begin
+        content = torch.frombuffer(there, dtype=torch.uint8, offset=start - page)
+        if (start - page) % dtype.itemsize:  # a header of any length may stand before the tensors of old files
+            content = content.clone()
+        return content.view(dtype).reshape(shape)
 
     return read
 
