@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError
-from sensitivity.knapsack import Allowed, Knapsack, Predicted, Program
+from sensitivity.knapsack import Knapsack, Predicted, Program
+from sensitivity.limits import Allowed
 from sensitivity.plan import Plan, Size, size
 from sensitivity.readings import check_task
 from sensitivity.trials import Study
 
 Floats = np.ndarray
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of a plan: budgets in bits per weight, whose scores count how much, and what must hold.
+
+    weights: task -> weight of its share of full precision. floors: task -> share that must be kept. allow: pattern of
+    components -> widths, 16 for native. tie: groups of patterns that share their scheme. top: how many plans are tried.
+    """
+
+    bpw: tuple[float, ...]
+    weights: Mapping[str, float]
+    floors: Mapping[str, float] = field(default_factory=dict)
+    allow: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    tie: Sequence[Sequence[str]] = ()
+    runtime: str | None = None
+    top: int = 3
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.__dict__) | {"bpw": list(self.bpw), "tie": [list(group) for group in self.tie]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Wish:
+        return cls(**{**data, "bpw": tuple(data["bpw"])})
 
 
 @dataclass(frozen=True)
@@ -52,19 +77,24 @@ def solve(
     allowed: Allowed | None = None,
     tied: Sequence[Sequence[str]] = (),
     top: int = 3,
+    knapsack: Knapsack | None = None,
 ) -> list[Candidate]:
     """The best few plans for each budget, best first; nothing is measured.
 
     bpw or bytes: one budget or several. tasks: whose scores are to be high (the study's first), as shares of full
     precision, equally or by weights. floors: task -> share of full precision that must be kept. allowed: which
-    choices a component may have. tied: components that must share their scheme.
+    choices a component may have. tied: components that must share their scheme. knapsack: what was learnt before.
     """
     wish = dict(weights or dict.fromkeys(tasks or study.tasks[:1], 1.0))
     for name in (*wish, *(floors or {})):
         check_task(study, name)
-    if not all(weight > 0 for weight in wish.values()):
+    if not all(math.isfinite(weight) and weight > 0 for weight in wish.values()):
         raise UserError(f"weights of tasks must be above 0, not {min(wish.values()):g}")
-    knapsack = Knapsack.of(study, list(dict.fromkeys([*wish, *(floors or {})])))
+    if bad := [share for share in (floors or {}).values() if not 0 < share <= 1]:
+        raise UserError(f"a floor is a share of full precision above 0 and at most 1, such as 0.95, not {bad[0]:g}")
+    if top < 1:
+        raise UserError(f"at least one plan must be tried (--top), not {top}")
+    knapsack = knapsack or Knapsack.of(study, list(dict.fromkeys([*wish, *(floors or {})])))
     return [
         candidate
         for budget in budgets(study.parts, bpw, bytes)
@@ -188,18 +218,33 @@ def _bytes(bits: float) -> str:
     return f"{bits / 8e9:.2f} GB" if bits >= 8e9 else f"{bits / 8e6:.2f} MB"
 
 
-def best_uniform(study: Study, candidate: Candidate, task: str | None = None) -> Candidate | None:
-    """The uniform plan within the candidate's budget that is predicted to score best; None where none is so small."""
-    task = check_task(study, task)
-    knapsack = Knapsack.of(study, [task])
+def best_uniform(
+    knapsack: Knapsack,
+    budget: float,
+    weights: Mapping[str, float],
+    floors: Mapping[str, float] | None = None,
+    fits: Callable[[Plan], bool] = lambda plan: True,
+) -> Candidate | None:
+    """The uniform plan within a budget in bpw that is predicted to score best, under the same conditions.
+
+    None where no uniform plan meets them.
+    """
+    parts = knapsack.parts
     shared = set.intersection(*(set(options) for options in knapsack.space.choices))
-    plans = [Plan.uniform(study.parts, choice) for choice in shared]
-    fitting = [plan for plan in plans if size(study.parts, plan).bits <= candidate.budget * study.parts.numel + 1e-6]
-    if not fitting:
-        return None
-    predicted = knapsack.predicted(fitting)
-    best = max(range(len(fitting)), key=lambda i: predicted[i][task].score)
-    return Candidate(fitting[best], size(study.parts, fitting[best]), candidate.budget, 0, predicted[best])
+    plans = [Plan.uniform(parts, choice) for choice in sorted(shared, key=str)]
+    plans = [plan for plan in plans if size(parts, plan).bits <= budget * parts.numel + 1e-6 and fits(plan)]
+    found = [
+        Candidate(plan, size(parts, plan), budget, 0, predicted)
+        for plan, predicted in zip(plans, knapsack.predicted(plans), strict=True)
+        if all(predicted[task].score >= share * predicted[task].full for task, share in (floors or {}).items())
+    ]
+    return max(found, key=lambda one: mean_share(one.predicted, weights), default=None)
 
 
-__all__ = ["Candidate", "Knapsack", "Predicted", "best_uniform", "budgets", "solve", "spend"]
+def mean_share(predicted: Mapping[str, Predicted], weights: Mapping[str, float]) -> float:
+    """The weighted mean of predicted scores, as shares of full precision."""
+    shares = [predicted[task].score / predicted[task].full * weight for task, weight in weights.items()]
+    return sum(shares) / sum(weights.values())
+
+
+__all__ = ["Candidate", "Knapsack", "Predicted", "Wish", "best_uniform", "budgets", "mean_share", "solve", "spend"]

@@ -23,9 +23,12 @@ from sensitivity import treeshap
 Floats = np.ndarray
 TREES = 100
 REPEATS = 50  # of every permutation
+FEW_REPEATS = 10  # in a resample
+MANY = 1000  # trials beyond which the forests that only say how sure a ranking is have half the trees
 EXPLAINED = 60  # rows that SHAP explains where the grid is too large for the exact table
-FEW = 25  # of them in a resample
+FEW = 10  # of them in a resample
 SHUFFLED = 500  # rows that are shuffled at most in a resample
+FANOVA_TREES = 32
 FANOVA = 400  # trials that Optuna's fANOVA is given at most: its time grows faster than their number
 
 
@@ -57,7 +60,7 @@ class Fitted:
         plans, weight = np.unique(self.x, axis=0, return_counts=True)
         if treeshap.fits(plans):
             return treeshap.Games(self.forest, plans).interactions(), weight, plans
-        few = min(self.explained // 2, 10_000 // plans.shape[1] ** 2)  # the cost grows with the square
+        few = min(self.explained // 4, 10_000 // plans.shape[1] ** 2)  # the cost grows with the square
         if len(plans) > few:
             rows = np.random.default_rng(self.seed).choice(len(plans), few, replace=False)
             plans, weight = plans[rows], weight[rows]
@@ -85,6 +88,11 @@ def fit(
     return Fitted(forest_of(seed, trees).fit(x, y), x, y, groups, seed, explained)
 
 
+def spared(trees: int, trials: int) -> int:
+    """Trees of a forest that is grown many times: half where trials are many."""
+    return trees if trials <= MANY else trees // 2
+
+
 def forest_of(seed: int, trees: int = TREES) -> RandomForestRegressor:
     return RandomForestRegressor(trees, random_state=seed, n_jobs=1)
 
@@ -101,15 +109,16 @@ def permutation(fitted: Fitted) -> Floats:
     if fitted.explained < EXPLAINED and len(x) > SHUFFLED:
         rows = draw.choice(len(x), SHUFFLED, replace=False)
         x, y = x[rows], y[rows]
-    shuffles = np.stack([draw.permutation(len(x)) for _ in range(REPEATS)])
+    repeats = REPEATS if fitted.explained >= EXPLAINED else FEW_REPEATS
+    shuffles = np.stack([draw.permutation(len(x)) for _ in range(repeats)])
     base = r2_score(y, fitted.forest.predict(x))
     spread = np.sum((y - y.mean()) ** 2)
     lost = []
     for group in fitted.groups:
         columns = list(group)
-        shuffled = np.repeat(x[None], REPEATS, axis=0)
+        shuffled = np.repeat(x[None], repeats, axis=0)
         shuffled[:, :, columns] = x[shuffles][:, :, columns]
-        predicted = _predict(fitted.forest, shuffled.reshape(-1, x.shape[1])).reshape(REPEATS, -1)
+        predicted = _predict(fitted.forest, shuffled.reshape(-1, x.shape[1])).reshape(repeats, -1)
         scores = 1 - np.sum((y - predicted) ** 2, axis=1) / spread
         lost.append(base - scores.mean())
     return np.asarray(lost)
@@ -139,7 +148,7 @@ def fanova(fitted: Fitted) -> Floats:
     if len(fitted.x) > FANOVA:
         rows = np.random.default_rng(fitted.seed).choice(len(fitted.x), FANOVA, replace=False)
         fitted = replace(fitted, x=fitted.x[rows], y=fitted.y[rows])
-    return _optuna(fitted, FanovaImportanceEvaluator(seed=fitted.seed))
+    return _optuna(fitted, FanovaImportanceEvaluator(n_trees=FANOVA_TREES, seed=fitted.seed))
 
 
 def ped_anova(fitted: Fitted) -> Floats:
@@ -200,16 +209,16 @@ def consensus(fitted: Fitted) -> Floats:
 def chance(x: Floats, y: Floats, least: int, seed: int = 0, probes: int = 5) -> dict[str, float]:
     """The most that a component without any influence gets in a few resamples, by each estimator.
 
-    Found by shuffling the least important column of resampled trials: the forest then explains noise with it, as
+    Found by shuffling the least important column and resampling the trials: the forest then explains noise with it, as
     much as such a table allows.
     """
 
     def once(number: int) -> list[float]:
         draw = np.random.default_rng([seed, number])
+        shuffled = x.copy()
+        shuffled[:, least] = draw.permutation(x[:, least])  # before resampling: drawn twice, a trial stays one trial
         rows = draw.integers(0, len(x), len(x))
-        shuffled = x[rows]
-        shuffled[:, least] = draw.permutation(shuffled[:, least])
-        fitted = fit(shuffled, y[rows], seed=number, explained=FEW, trees=50)
+        fitted = fit(shuffled[rows], y[rows], seed=number, explained=FEW, trees=spared(50, len(x)))
         return [float(shares(ESTIMATORS[name](fitted))[least]) for name in CONSENSUS]
 
     most = np.max([once(number) for number in range(probes)], axis=0)
@@ -220,7 +229,8 @@ def cross_validated(x: Floats, y: Floats, keys: Sequence[str], seed: int = 0) ->
     """R2 of the forest on plans it has not seen: five folds, replicates of a plan in the same fold."""
     folds = min(5, len(set(keys)))
     split = GroupKFold(folds, shuffle=True, random_state=seed)
-    return float(r2_score(y, cross_val_predict(forest_of(seed), x, y, groups=list(keys), cv=split)))
+    forest = forest_of(seed, spared(TREES, len(x)))
+    return float(r2_score(y, cross_val_predict(forest, x, y, groups=list(keys), cv=split)))
 
 
 def linear(x: Floats, y: Floats) -> float:

@@ -70,7 +70,7 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     return dict(zip(names, sns.color_palette("husl", len(names)).as_hex(), strict=True))
 
 
-def pareto(table: pd.DataFrame, task: str, full: float | None = None, chosen: str | None = None) -> Figure:
+def pareto(table: pd.DataFrame, task: str, full: float | None = None, chosen: Sequence[str] = ()) -> Figure:
     """Score against bits per weight: all plans, uniform ones, the frontier, full precision, the chosen plan."""
     with canvas() as (figure, axes):
         mixed = table[~table["uniform"]]
@@ -82,10 +82,8 @@ def pareto(table: pd.DataFrame, task: str, full: float | None = None, chosen: st
         axes.scatter(uniform["bpw"], uniform[task], s=46, marker="s", color=PALETTE[1], label="uniform plans", zorder=3)
         if full is not None:
             axes.axhline(full, color=INK, linestyle="--", linewidth=1, label="full precision")
-        mine = table[table["key"] == chosen] if chosen else table.iloc[:0]
-        axes.scatter(mine["bpw"], mine[task], s=150, marker="*", color=PALETTE[2], label="recommended", zorder=4)
-        if not len(mine):
-            axes.collections[-1].remove()
+        if len(mine := table[table["key"].isin(list(chosen))]):
+            axes.scatter(mine["bpw"], mine[task], s=150, marker="*", color=PALETTE[2], label="recommended", zorder=4)
         bpw_axis(axes, table["bpw"])
         axes.set(xlabel="bits per weight, everything counted", ylabel=short(task))
         axes.legend(loc="lower right")
@@ -147,7 +145,7 @@ def by_bits(table: pd.DataFrame, task: str, names: Sequence[str], alone: bool = 
     colour = colours(names)
     with canvas() as (figure, axes):
         for i, name in enumerate(names):
-            curve = (single(table, names, name) if alone else table).groupby(name)[task].mean()
+            curve = (single(table, names, name) if alone else quantised(table)).groupby(name)[task].mean()
             if len(curve) > 1:
                 axes.plot(
                     curve.index.to_numpy(dtype=float), curve, marker="os^Dvp*X"[i % 8], color=colour[name],
@@ -158,6 +156,11 @@ def by_bits(table: pd.DataFrame, task: str, names: Sequence[str], alone: bool = 
         if axes.lines:
             axes.legend(loc="lower right", ncols=1 + len(names) // 7, fontsize=8 if len(names) > 6 else 10)
         return figure
+
+
+def quantised(table: pd.DataFrame) -> pd.DataFrame:
+    """All but full precision, which is no mean over others where it is the only plan with a native part."""
+    return table[~table["native"]]
 
 
 def single(table: pd.DataFrame, names: Sequence[str], name: str) -> pd.DataFrame:
@@ -176,7 +179,7 @@ def _widths(axes: Axes, widths: np.ndarray) -> None:
 def coloured(table: pd.DataFrame, task: str, name: str) -> Figure:
     """Score against bits per weight, each plan in the colour of one component's width."""
     widths = sorted(table[name].unique())
-    shades = dict(zip(widths, sns.color_palette("viridis", len(widths)).as_hex(), strict=True))
+    shades = dict(zip(widths, sns.color_palette("viridis", len(widths) + 1).as_hex()[:-1], strict=True))
     with canvas(5, 3.4) as (figure, axes):
         for i, width in enumerate(widths):
             rows = table[table[name] == width]
@@ -191,7 +194,7 @@ def coloured(table: pd.DataFrame, task: str, name: str) -> Figure:
 
 def pairwise(table: pd.DataFrame, task: str, one: str, other: str) -> Figure:
     """Mean score for every combination of the widths of two components."""
-    grid = table.pivot_table(index=one, columns=other, values=task, aggfunc="mean")
+    grid = quantised(table).pivot_table(index=one, columns=other, values=task, aggfunc="mean")
     with canvas(5.2, 3.6) as (figure, axes):
         heat(axes, grid, ".2f" if grid.size <= 64 else "")
         axes.set(xlabel=f"bits of {short(other)}", ylabel=f"bits of {short(one)}", title=f"mean {short(task)}")
@@ -254,6 +257,7 @@ def svg(figure: Figure) -> str:
     with mpl.rc_context(cast(Any, STYLE)):
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        figure.set_layout_engine("none")  # everything has its place now: drawn again it need not be found again
     whole = text.getvalue()
     return whole[whole.index("<svg") :]
 

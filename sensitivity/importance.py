@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sensitivity import estimators, robustness
+from sensitivity import estimators, remembered, robustness
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError
 from sensitivity.estimators import CONSENSUS, ESTIMATORS, Fitted, shares
-from sensitivity.readings import Readings, count, of_study
+from sensitivity.readings import Readings, check_task, count, of_study
 from sensitivity.trials import Study
 
 Floats = np.ndarray
@@ -66,6 +66,18 @@ class Ranking:
             | {"tau": {str(name): _clean(row) for name, row in self.tau.iterrows()}}
         )
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Ranking:
+        def frame(by_row: Mapping[str, Any]) -> pd.DataFrame:
+            return pd.DataFrame.from_dict(by_row, orient="index").astype(float)
+
+        plain = {k: v for k, v in data.items() if k != "components"}
+        lists = {name: pd.DataFrame(data[name]) for name in ("pairs", "levels")}
+        if len(lists["pairs"]):
+            lists["pairs"] = lists["pairs"].astype({"strength": float, "both_low": float})
+        table = frame(data["components"]).rename_axis("component")
+        return cls(**{**plain, **lists, "table": table, "tau": frame(data["tau"]), "warnings": tuple(data["warnings"])})
+
     def dumps(self) -> str:
         return json.dumps(self.to_json(), indent=1)
 
@@ -85,10 +97,37 @@ def rank(
 
     by: a coarser granularity than the study's own. near: only trials whose score is at least this share of full
     precision (0.9), where a plan would really be used. thorough=False leaves out what only explains the ranking
-    (levels, pairs, Optuna's estimators).
+    (levels, pairs, Optuna's estimators). A study's ranking is kept in its folder and not made twice.
     """
-    readings = of_study(source, task, method) if isinstance(source, Study) else source
-    parts = source.parts if isinstance(source, Study) else None
+    how: dict[str, Any] = {"by": by, "method": method, "near": near}
+    how |= {"bootstraps": bootstraps, "seed": seed, "thorough": thorough}
+    if not isinstance(source, Study):
+        return _rank(source, None, **how)
+    file = remembered.place(source, {"task": check_task(source, task), **how})
+    if (kept := remembered.read(file)) is not None:
+        return Ranking.from_json(kept)
+    found = _rank(of_study(source, task, method), source.parts, **how)
+    remembered.write(file, found.to_json())
+    return found
+
+
+def known(study: Study, task: str) -> Ranking | None:
+    """The ranking that `rank` made of all that a study holds now, if it was ever asked for."""
+    usual = {"by": None, "method": None, "near": None, "bootstraps": BOOTSTRAPS, "seed": 0, "thorough": True}
+    kept = remembered.read(remembered.place(study, {"task": task, **usual}))
+    return None if kept is None else Ranking.from_json(kept)
+
+
+def _rank(
+    readings: Readings,
+    parts: ComponentMap | None,
+    by: str | None,
+    method: str | None,
+    near: float | None,
+    bootstraps: int,
+    seed: int,
+    thorough: bool,
+) -> Ranking:
     warnings = list(readings.notes)
     if near is not None:
         readings = robustness.near_operating_point(readings, near)
@@ -186,7 +225,7 @@ def bootstrap(readings: Readings, groups: Sequence[Sequence[int]], times: int, s
     def once(number: int) -> Floats:
         rows = np.random.default_rng([seed, number]).integers(0, len(readings), len(readings))
         x, y = readings.bits[rows], readings.score[rows]
-        fitted = estimators.fit(x, y, groups, number, estimators.FEW, RESAMPLED_TREES)
+        fitted = estimators.fit(x, y, groups, number, estimators.FEW, estimators.spared(RESAMPLED_TREES, len(x)))
         return np.stack([shares(ESTIMATORS[name](fitted)) for name in CONSENSUS])
 
     found = [once(number) for number in range(times)]
@@ -222,8 +261,9 @@ def interval(point: Floats, drawn: Floats, chance: Floats) -> tuple[Floats, Floa
 def _gains(fitted: Fitted, names: Sequence[str], parts: ComponentMap | None, columns: Sequence[str]) -> pd.DataFrame:
     """Score gained from the lowest to the highest width of a component, others as they were; and per megabyte."""
     rows = []
+    some = fitted.x[:: 1 + len(fitted.x) // 500]  # enough for a mean
     for group in fitted.groups:
-        low, high = (fitted.x.copy() for _ in range(2))
+        low, high = (some.copy() for _ in range(2))
         for column in group:
             low[:, column], high[:, column] = fitted.x[:, column].min(), fitted.x[:, column].max()
         gain = float(np.mean(fitted.forest.predict(high) - fitted.forest.predict(low)))

@@ -111,6 +111,8 @@ def _read(path: Path) -> pd.DataFrame:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path} is not a table with commas and a header: {str(error).splitlines()[0]}") from error
+    if len(header) == 1 and (other := next((mark for mark in (";", "\t", "|") if mark in header[0]), None)):
+        raise UserError(f"{path} separates its columns by {other!r}; save it with commas")
     if twice := sorted({name for name in header if header.count(name) > 1}):
         raise UserError(f"the table has two columns named '{twice[0]}'; rename or delete one")
     if not len(table):

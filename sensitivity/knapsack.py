@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +13,13 @@ from scipy.sparse import csr_array
 
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError, unknown
+from sensitivity.limits import Allowed
 from sensitivity.plan import Plan, component_bits, size
 from sensitivity.readings import of_study
 from sensitivity.surrogate import Choice, Space, Surrogate, learn
 from sensitivity.trials import Study
 
 Floats = np.ndarray
-Allowed = Callable[[str, Choice], bool]
 SEGMENTS = 24  # of the staircase of lines that bounds a task's score from above, where several tasks are weighed
 
 
@@ -69,6 +69,8 @@ class Knapsack:
         return float(self.models[task].predict(np.zeros((1, len(self.space.names)), dtype=int))[0])
 
     def predicted(self, plans: Sequence[Plan]) -> list[dict[str, Predicted]]:
+        if not plans:
+            return []
         index = self.space.encode(plans)
         found: list[dict[str, Predicted]] = [{} for _ in plans]
         for task, model in self.models.items():

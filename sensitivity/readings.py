@@ -11,7 +11,7 @@ import pandas as pd
 
 from sensitivity.errors import UserError, unknown
 from sensitivity.plan import Plan
-from sensitivity.trials import Study
+from sensitivity.trials import NATIVE, Study
 
 Floats = np.ndarray
 
@@ -84,22 +84,21 @@ def check_task(study: Study, task: str | None) -> str:
 def of_study(study: Study, task: str | None = None, method: str | None = None) -> Readings:
     """The readings of one task, if wanted only those of plans that use one method (full precision always counts)."""
     task = check_task(study, task)
-    table = study.table()
-    if not len(table):
+    trials = [trial.user_attrs for trial in study.trials()]
+    if not trials:
         raise UserError(f"no trial of {study.path} is finished yet; let `sensitivity sweep` run on")
-    names = study.parts.names
-    plans = [study.plan(number) for number in table["number"]]
+    plans = [Plan.from_json(trial["plan"]) for trial in trials]
     methods = [_method(plan) for plan in plans]
-    score = table[task].to_numpy(dtype=float) if task in table else np.full(len(table), np.nan)
-    se = table[f"{task}.se"].astype(float).to_numpy() if f"{task}.se" in table else np.full(len(table), np.nan)
+    widths = [plan.bits(NATIVE) for plan in plans]
+    scores = [trial["scores"].get(task) or {} for trial in trials]
     readings = Readings(
         task,
-        names,
-        table[list(names)].to_numpy(dtype=float),
-        score,
-        se,
-        tuple(table["key"]),
-        table["bpw"].to_numpy(dtype=float),
+        study.parts.names,
+        np.array([[bits[name] for name in study.parts.names] for bits in widths], dtype=float),
+        np.array([score.get("mean", np.nan) for score in scores], dtype=float),
+        np.array([score.get("se", np.nan) for score in scores], dtype=float),
+        tuple(trial["key"] for trial in trials),
+        np.array([trial["size"]["bpw"] for trial in trials], dtype=float),
         tuple(methods),
         tuple(plans),
     )

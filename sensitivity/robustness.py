@@ -65,7 +65,8 @@ def without_levels(
     """
 
     def share(rest: Readings) -> Floats:
-        return estimators.shares(estimators.forest(estimators.fit(rest.bits, rest.score, groups, seed, trees=40)))
+        trees = estimators.spared(40, len(readings))
+        return estimators.shares(estimators.forest(estimators.fit(rest.bits, rest.score, groups, seed, trees=trees)))
 
     left_out = []
     for name, group in zip(names, groups, strict=True):
@@ -85,6 +86,17 @@ def without_levels(
         })  # fmt: skip
     columns = ["component", "bits", "trials", "shift", "moves", "tau", "changes_first"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def cliffs(levels: pd.DataFrame) -> list[tuple[str, int]]:
+    """Components whose share rests on their lowest width, or widths, and the highest of those."""
+    found = []
+    for name, rows in levels.groupby("component", sort=False) if len(levels) else ():
+        rows = rows.sort_values("bits")
+        deciding = ((rows["shift"] <= -MOVED) & (rows["moves"] == name)).cummin()  # from the lowest upwards
+        if deciding.any() and not deciding.all():
+            found.append((str(name), int(rows["bits"][deciding].max())))
+    return found
 
 
 def interactions(fitted: estimators.Fitted, names: Sequence[str]) -> pd.DataFrame:

@@ -17,103 +17,78 @@ from optuna.study import StudyDirection
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError, unknown
 from sensitivity.frontier import FrontierSampler, Weights
+from sensitivity.limits import Allowed
 from sensitivity.plan import Plan, Scheme, component_bits, size
-from sensitivity.surrogate import Choice, Space
+from sensitivity.surrogate import Space
 from sensitivity.trials import Study
 
 LARGEST = 20_000  # plans in a grid; beyond it nobody waits for the end
 
 
-def schemes_for(
-    bits: Sequence[int] = (2, 3, 4, 6, 8), method: str = "rtn", group: int | str = "row", symmetric: bool = True
-) -> tuple[Scheme, ...]:
-    """One scheme per width, narrowest first."""
-    if not bits:
-        raise UserError("no widths given; name some, such as --bits 2,3,4,6,8")
-    return tuple(Scheme(method, width, group, symmetric) for width in sorted(set(bits)))
+Plans = Iterable[Plan] | Callable[[Study], Iterable[Plan]]
 
 
-def grid(
-    parts: ComponentMap,
-    bits: Sequence[int] = (2, 3, 4, 6, 8),
-    method: str = "rtn",
-    group: int | str = "row",
-    symmetric: bool = True,
-    schemes: Sequence[Scheme] | None = None,
-) -> list[Plan]:
+def grid(parts: ComponentMap, schemes: Sequence[Scheme]) -> list[Plan]:
     """Every combination of schemes over components, and full precision.
 
     In data-flow order, the first component varying slowest, so that neighbours share their first stages.
     """
-    choices = list(schemes or schemes_for(bits, method, group, symmetric))
-    count = len(choices) ** len(parts.names) + 1
-    if count > LARGEST:
-        raise UserError(_too_many(parts, choices, count))
-    native = Plan.uniform(parts, None)
-    rows = itertools.product(choices, repeat=len(parts.names))
-    return [native, *(Plan(tuple(zip(parts.names, row, strict=True))) for row in rows)]
+    return LISTS["grid"](Ground.of(parts, schemes), 0, 0)
 
 
-def _too_many(parts: ComponentMap, choices: Sequence[Scheme], count: int) -> str:
-    components = len(parts.names)
-    fewer = int(LARGEST ** (1 / components))
+def one_at_a_time(parts: ComponentMap, schemes: Sequence[Scheme]) -> list[Plan]:
+    """Full precision; the uniform plans; and each component alone at each width, the others as wide as may be."""
+    return LISTS["one-at-a-time"](Ground.of(parts, schemes), 0, 0)
+
+
+def _grid(ground: Ground, trials: int, seed: int) -> list[Plan]:
+    choices = [range(len(options) - 1, min(1, len(options) - 1) - 1, -1) for options in ground.joint.choices]
+    if (count := math.prod(map(len, choices)) + 1) > LARGEST:
+        raise UserError(_too_many(choices, count))
+    return list(dict.fromkeys([ground.native, *map(ground.plan, itertools.product(*choices))]))
+
+
+def _too_many(choices: Sequence[Sequence[int]], count: int) -> str:
+    fewer = int(LARGEST ** (1 / len(choices)))
     hint = f"at most {fewer} widths (--bits)" if fewer > 1 else "a single width"
     shown = f"{count:,}" if count < 10**9 else f"about 10^{round(math.log10(count))}"
     return (
-        f"a grid of {len(choices)} widths over {components} components has {shown} plans, more than {LARGEST:,}; "
-        f"choose coarser parts (--by part), {hint}, or let a search choose (--search frontier --trials 200)"
+        f"a grid of {max(map(len, choices))} widths over {len(choices)} components has {shown} plans, more than "
+        f"{LARGEST:,}; choose coarser parts (--by part), {hint}, or let a search choose "
+        "(--search frontier --trials 200)"
     )
 
 
-def one_at_a_time(
-    parts: ComponentMap,
-    bits: Sequence[int] = (2, 3, 4, 6, 8),
-    method: str = "rtn",
-    group: int | str = "row",
-    symmetric: bool = True,
-    schemes: Sequence[Scheme] | None = None,
-) -> list[Plan]:
-    """Full precision; the uniform plans; and each component alone at each width, the others native."""
-    choices = list(schemes or schemes_for(bits, method, group, symmetric))
-    native = Plan.uniform(parts, None)
-    alone = [
-        Plan(tuple((name, scheme if name == chosen else None) for name in parts.names))
-        for chosen in parts.names
-        for scheme in choices
+def _one_at_a_time(ground: Ground, trials: int, seed: int) -> list[Plan]:
+    rows = [
+        [i if axis == chosen else first for axis, first in enumerate(ground.low)]
+        for chosen, options in enumerate(ground.joint.choices)
+        for i in range(len(options) - 1, 0, -1)
     ]
-    return list(dict.fromkeys([native, *(Plan.uniform(parts, scheme) for scheme in choices), *alone]))
+    return list(dict.fromkeys([ground.native, *map(ground.plan, [*reversed(ground.uniform()), *rows])]))
 
 
-def random(
-    parts: ComponentMap,
-    trials: int,
-    bits: Sequence[int] = (2, 3, 4, 6, 8),
-    method: str = "rtn",
-    group: int | str = "row",
-    symmetric: bool = True,
-    schemes: Sequence[Scheme] | None = None,
-    seed: int = 0,
-) -> list[Plan]:
+def _random(ground: Ground, trials: int, seed: int) -> list[Plan]:
     """Different plans drawn evenly, native among the choices, after full precision; the same seed draws the same."""
-    choices: list[Scheme | None] = [*(schemes or schemes_for(bits, method, group, symmetric)), None]
-    trials = min(trials, len(choices) ** len(parts.names))
+    counts = [len(options) for options in ground.joint.choices]
+    possible = math.prod(n - first for n, first in zip(counts, ground.low, strict=True))
+    trials = min(trials, possible + any(ground.low))  # full precision is there whether it may be drawn or not
     draw = np.random.default_rng(seed)
-    plans = dict.fromkeys([Plan.uniform(parts, None)])
+    plans = dict.fromkeys([ground.native])
     while len(plans) < trials:
-        row = draw.integers(len(choices), size=len(parts.names))
-        plans[Plan(tuple((name, choices[i]) for name, i in zip(parts.names, row, strict=True)))] = None
+        plans[ground.plan(draw.integers(ground.low, counts))] = None
     return sorted(plans, key=lambda plan: [-b for b in plan.bits().values()])
 
 
-LISTS: dict[str, Callable[[ComponentMap, Sequence[Scheme], int, int], list[Plan]]] = {
-    "grid": lambda parts, schemes, trials, seed: grid(parts, schemes=schemes),
-    "one-at-a-time": lambda parts, schemes, trials, seed: one_at_a_time(parts, schemes=schemes),
-    "random": lambda parts, schemes, trials, seed: random(parts, trials, schemes=schemes, seed=seed),
+# name -> all its plans at once: where it may walk, how many plans, seed
+LISTS: dict[str, Callable[[Ground, int, int], list[Plan]]] = {
+    "grid": _grid,
+    "one-at-a-time": _one_at_a_time,
+    "random": _random,
 }
 
 # -- one after the other --------------------------------------------------------------------------------------------
 
-Allowed = Callable[[str, Choice], bool]
 POPULATION = 20  # of NSGA-II
 MAXIMIZE, MINIMIZE = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
 
@@ -127,22 +102,23 @@ SAMPLERS: dict[str, Callable[[Ground, int], BaseSampler]] = {
 
 
 def plans(
-    study: Study,
+    parts: ComponentMap,
     schemes: Sequence[Scheme],
-    search: str = "grid",
+    how: str = "grid",
     trials: int | None = None,
     seed: int = 0,
     allowed: Allowed | None = None,
     tied: Sequence[Sequence[str]] = (),
-) -> Iterable[Plan]:
-    """What to measure: a list where all plans are known beforehand, otherwise one plan after the other."""
-    if search in LISTS:
-        return LISTS[search](study.parts, schemes, trials or 100, seed)[:trials]
-    if search not in SAMPLERS:
-        raise unknown("search", search, [*LISTS, *SAMPLERS])
+) -> Plans:
+    """What to try: a list where all plans are known beforehand; otherwise each is chosen when the last one is told."""
+    if how not in LISTS and how not in SAMPLERS:
+        raise unknown("search", how, [*LISTS, *SAMPLERS])
     if trials is not None and trials < 1:
         raise UserError(f"a search needs at least one trial (--trials), not {trials}")
-    return searching(study, Ground.of(study.parts, schemes, allowed, tied), search, trials or 100, seed)
+    ground = Ground.of(parts, schemes, allowed, tied)
+    if how in LISTS:
+        return LISTS[how](ground, trials or 100, seed)[:trials]
+    return lambda study: searching(study, ground, how, trials or 100, seed)
 
 
 def searching(study: Study, ground: Ground, search: str, trials: int, seed: int) -> Iterator[Plan]:
@@ -193,6 +169,8 @@ class Ground:
         allowed: Allowed | None = None,
         tied: Sequence[Sequence[str]] = (),
     ) -> Ground:
+        if not schemes:
+            raise UserError("no widths given; name some, such as --bits 2,3,4,6,8")
         ordered = sorted(set(schemes), key=lambda s: (s.method, str(s.group), s.symmetric, s.settings, -s.bits))
         axes, choices, low = [], [], []
         for group in _groups(parts.names, tied):
@@ -210,6 +188,16 @@ class Ground:
         joint = Space(tuple("+".join(group) for group in axes), tuple(choices))
         return cls(parts.names, tuple(axes), joint, tuple(low), Weights(bits, float(kept), parts.numel))
 
+    @property
+    def native(self) -> Plan:
+        """Full precision, which is measured whether it is allowed or not."""
+        return Plan(tuple((name, None) for name in self.names))
+
+    def uniform(self) -> list[list[int]]:
+        """Rows of the plans that give every component the same scheme, widest first."""
+        shared = [c for c in self.joint.choices[0] if c and all(c in options for options in self.joint.choices)]
+        return [[options.index(choice) for options in self.joint.choices] for choice in shared]
+
     def row(self, plan: Plan) -> list[int] | None:
         """Positions of a plan; None for plans from elsewhere with schemes that are not ours."""
         row = []
@@ -220,7 +208,7 @@ class Ground:
             row.append(options.index(choice))
         return row
 
-    def plan(self, row: Sequence[int]) -> Plan:
+    def plan(self, row: Sequence[int] | np.ndarray) -> Plan:
         chosen = {
             name: options[i]
             for names, options, i in zip(self.axes, self.joint.choices, row, strict=True)

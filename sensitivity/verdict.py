@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from sensitivity.allocate import Candidate
+from sensitivity.allocate import Candidate, Predicted
 from sensitivity.errors import UserError
 from sensitivity.plan import Plan, Size
-from sensitivity.readings import check_task
+from sensitivity.readings import of_study
 from sensitivity.scores import Score, paired, summarise
 from sensitivity.trials import Study
 
@@ -24,7 +24,7 @@ POWER = 0.8  # 'about N more examples would decide' means: with this probability
 
 @dataclass(frozen=True)
 class Comparison:
-    """A paired difference on the same examples, in words: 'better', 'tied' or 'no worse' (the other side)."""
+    """A paired difference on the same examples, in words: 'better', 'tied', 'worse' or 'no worse' (the other side)."""
 
     other: Plan
     score: Score  # the other plan's
@@ -47,9 +47,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The plan to use for a budget: what was predicted, what was measured, and what it was preferred to."""
+    """The plan to use for a budget: what was predicted, what was measured, and what it was preferred to.
 
-    task: str
+    With several weights, `measured`, `full` and all comparisons are the weighted mean of shares of full precision.
+    """
+
+    weights: Mapping[str, float]  # task -> how much it counts
     budget: float  # in bpw
     plan: Plan
     size: Size
@@ -61,10 +64,28 @@ class Recommendation:
     fresh: bool = False  # whether the examples had no part in choosing the plan
     words: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
+    by_task: Mapping[str, Score] = field(default_factory=dict)  # measured, each on its own scale
+
+    @property
+    def task(self) -> str:
+        """What it was judged by, in words."""
+        return judged_by(self.weights)
+
+    @property
+    def predicted(self) -> Predicted:
+        """As `measured`, before anything was run."""
+        if len(self.weights) == 1:
+            return self.candidate.predicted[self.task]
+        each = [(self.candidate.predicted[task], w / sum(self.weights.values())) for task, w in self.weights.items()]
+        score, low, high = (
+            sum(w * float(getattr(p, name)) / p.full for p, w in each) for name in ("score", "low", "high")
+        )
+        return Predicted(score, low, high, 1.0)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "task": self.task,
+            "task_weights": dict(self.weights),
             "budget_bpw": self.budget,
             "plan": self.plan.to_json(),
             "key": self.plan.key,
@@ -72,6 +93,7 @@ class Recommendation:
             "size": self.size.to_json(),
             "predicted": {task: p.to_json() for task, p in self.candidate.predicted.items()},
             "measured": self.measured and self.measured.to_json(),
+            "by_task": {task: score.to_json() for task, score in self.by_task.items()},
             "full_precision": self.full and self.full.to_json(),
             "uniform": self.uniform and self.uniform.to_json(),
             "candidates": [other.to_json() for other in self.others],
@@ -89,7 +111,7 @@ def judge(
     candidates: Sequence[Candidate],
     rival: Candidate | None,
     measured: Study | Mapping[str, pd.DataFrame],
-    task: str | None = None,
+    weights: Mapping[str, float] | None = None,
     *,
     fresh: bool = True,
     provenance: Mapping[str, Any] | None = None,
@@ -97,28 +119,35 @@ def judge(
     """Choose among the candidates of one budget by measurement and compare with the best uniform plan, the rival.
 
     measured: a study in which they were run, or plan key -> per-example scores (task, example, cluster, score), on
-    the same examples for all. Candidates without measurements are passed over. fresh: these examples had no part in
-    finding the candidates.
+    the same examples for all. Candidates without measurements are passed over. weights: which tasks count how much
+    (the study's first alone). fresh: these examples had no part in finding the candidates.
+
+    The rival wins if it is clearly better than the best of the candidates.
     """
-    task = check_task(study, task)
+    weights = weights or {study.tasks[0]: 1.0}
     native = Plan.uniform(study.parts, None)
     plans = [native, *(candidate.plan for candidate in (*candidates, *([rival] if rival else [])))]
     frames = _frames(measured, plans) if isinstance(measured, Study) else measured
-    rows = {plan.key: _of_task(frames[plan.key], task) for plan in plans if plan.key in frames}
+    full = {task: _full(study, frames.get(native.key), task) for task in weights}
+    rows = {plan.key: _weighed(frames[plan.key], weights, full) for plan in plans if plan.key in frames}
     run = [c for c in candidates if c.plan.key in rows]
     if not run:
-        return unmeasured(study, candidates, task, provenance)
+        return unmeasured(study, candidates, weights, provenance)
     scores = {key: summarise(frame["score"], frame["cluster"]) for key, frame in rows.items()}
     best = max(run, key=lambda c: scores[c.plan.key].mean)
-    mine = rows[best.plan.key]
     facing = None
     if rival is not None and rival.plan.key in rows and rival.plan.key != best.plan.key:
-        facing = compare(mine, rows[rival.plan.key], rival.plan, "the best uniform plan", len(run))
+        facing = compare(rows[best.plan.key], rows[rival.plan.key], rival.plan, "the best uniform plan", len(run))
+    words = facing.words if facing else _without_rival(best, rival)
+    if rival is not None and facing is not None and facing.verdict == "worse":
+        best, facing, words = rival, None, f"A uniform plan is the best choice here. {words}"
     others = tuple(
-        compare(mine, rows[c.plan.key], c.plan, "the runner-up", len(run)) for c in run if c.plan.key != best.plan.key
+        compare(rows[best.plan.key], rows[c.plan.key], c.plan, "the runner-up", len(run))
+        for c in run
+        if c.plan.key != best.plan.key
     )
     return Recommendation(
-        task,
+        weights,
         best.budget,
         best.plan,
         best.size,
@@ -128,9 +157,16 @@ def judge(
         facing,
         others,
         fresh,
-        facing.words if facing else _without_rival(best, rival),
+        words,
         source(study) | dict(provenance or {}),
+        {str(task): summarise(rows["score"], rows["cluster"]) for task, rows in frames[best.plan.key].groupby("task")},
     )
+
+
+def judged_by(weights: Mapping[str, float]) -> str:
+    """'vqa', or '0.75 vqa + 0.25 ground'."""
+    total = sum(weights.values())
+    return next(iter(weights)) if len(weights) == 1 else " + ".join(f"{w / total:.2g} {t}" for t, w in weights.items())
 
 
 def _frames(measured: Study, plans: Sequence[Plan]) -> dict[str, pd.DataFrame]:
@@ -139,7 +175,7 @@ def _frames(measured: Study, plans: Sequence[Plan]) -> dict[str, pd.DataFrame]:
 
 def _without_rival(best: Candidate, rival: Candidate | None) -> str:
     if rival is None:
-        return "No uniform plan fits this budget."
+        return "No uniform plan meets these conditions."
     same = best.plan.key == rival.plan.key
     return "A uniform plan is the best choice here." if same else "The best uniform plan was not measured."
 
@@ -147,13 +183,13 @@ def _without_rival(best: Candidate, rival: Candidate | None) -> str:
 def unmeasured(
     study: Study,
     candidates: Sequence[Candidate],
-    task: str | None = None,
+    weights: Mapping[str, float] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Recommendation:
     """A recommendation that was only predicted (an imported table has no model to run)."""
     best = candidates[0]
     return Recommendation(
-        check_task(study, task),
+        weights or {study.tasks[0]: 1.0},
         best.budget,
         best.plan,
         best.size,
@@ -182,6 +218,28 @@ def _of_task(frame: pd.DataFrame, task: str) -> pd.DataFrame:
     return rows
 
 
+def _full(study: Study, native: pd.DataFrame | None, task: str) -> float:
+    return of_study(study, task).full if native is None else float(_of_task(native, task)["score"].mean())
+
+
+def _weighed(frame: pd.DataFrame, weights: Mapping[str, float], full: Mapping[str, float]) -> pd.DataFrame:
+    """Examples of all tasks that count, scaled so that their mean is the weighted mean of shares of full precision.
+
+    One frame, so that tasks on the same images do not pass for independent evidence.
+    """
+    if len(weights) == 1:
+        return _of_task(frame, next(iter(weights)))
+    each = {task: _of_task(frame, task) for task in weights}
+    rows, total = sum(map(len, each.values())), sum(weights.values())
+    return pd.concat([
+        one.assign(
+            example=f"{task} " + one["example"].astype(str),
+            score=one["score"] * rows / len(one) * weights[task] / total / (full[task] or 1.0),
+        )
+        for task, one in each.items()
+    ])  # fmt: skip
+
+
 def compare(mine: pd.DataFrame, theirs: pd.DataFrame, other: Plan, name: str, tries: int = 1) -> Comparison:
     """Paired on the examples that both have."""
     both = mine.merge(theirs, on="example", suffixes=("", "_other"))
@@ -206,6 +264,8 @@ def _verdict(difference: Score, name: str) -> tuple[str, int | None, str]:
     interval = f"{gap:+.3f} [{low:+.3f}, {high:+.3f}], {difference.n:,} paired examples"
     if low > 0:
         return "better", None, f"Clearly better than {name}: {interval}."
+    if high < 0:
+        return "worse", None, f"{name[0].upper()}{name[1:]} is clearly better: {interval} for the solved plan."
     if gap <= 0:
         return "no worse", None, f"{name[0].upper()}{name[1:]} is no worse: {interval}."
     more = _more(difference)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from sensitivity import robustness
 from sensitivity.importance import Ranking, compare
 from sensitivity.readings import count
 from sensitivity.trials import Study
@@ -25,47 +26,57 @@ class Summary:
 
 
 def summary(
-    study: Study, table: pd.DataFrame, recommendation: Recommendation | None, rankings: Sequence[Ranking | None]
+    study: Study, table: pd.DataFrame, chosen: Sequence[Recommendation], rankings: Sequence[Ranking | None]
 ) -> Summary:
     ranked = [ranking for ranking in rankings if ranking is not None]
     return Summary(
-        tuple(_do(study, recommendation, ranked)),
-        tuple(_sure(table, recommendation, ranked)),
-        tuple(_change(study, recommendation, ranked)),
+        tuple(_do(study, chosen, ranked)), tuple(_sure(study, chosen, ranked)), tuple(_change(study, chosen, ranked))
     )
 
 
-def _do(study: Study, recommendation: Recommendation | None, ranked: Sequence[Ranking]) -> list[str]:
-    told = []
-    if recommendation is not None:
-        size = recommendation.size
-        told.append(
-            f"Use the plan {recommendation.plan.describe()}: {size.bpw:.2f} bits per weight "
-            f"({size.bytes / 1e6:,.1f} MB) within a budget of {recommendation.budget:.2f}."
-        )
-    else:
+def _do(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
+    told = [
+        f"Use the plan {one.plan.describe()}: {one.size.bpw:.2f} bits per weight ({one.size.bytes / 1e6:,.1f} MB) "
+        f"within a budget of {one.budget:.2f}."
+        for one in chosen
+    ]
+    if not chosen:
         told.append(
             f"Choose a budget and ask for its plan: sensitivity recommend {study.path} --bpw 4.0. "
             "The table of budgets below shows what each would buy."
         )
-    for ranking in ranked:
-        first, last = ranking.order[0], ranking.order[-1]
-        told.append(
-            f"For {ranking.task}, spend bits on {first} first ({ranking.table['consensus'].iloc[0]:.0f} % of the "
-            f"differences in score); {last} matters least ({ranking.table['consensus'].iloc[-1]:.0f} %)."
+    return told + [_advice(ranking) for ranking in ranked]
+
+
+def _advice(ranking: Ranking) -> str:
+    """Where to spend bits; or, where single levels decide, which levels to keep away from."""
+    share = ranking.table["consensus"]
+    first, last = ranking.order[0], ranking.order[-1]
+    cliffs = dict(robustness.cliffs(ranking.levels))
+    kept = " and ".join(f"{name} above {bits} bits" for name, bits in cliffs.items())
+    ends = f"{first} {share.iloc[0]:.0f} % of the differences in score, {last} {share.iloc[-1]:.0f} %"
+    if first in cliffs:
+        return (
+            f"For {ranking.task}, keep {kept}: there the score falls, and that makes most of the ranking ({ends}). For "
+            "wider plans see the importance where plans are used."
         )
-    return told
+    return f"For {ranking.task}, {f'keep {kept}, and ' if kept else ''}spend bits on {first} first ({ends})."
 
 
-def _sure(table: pd.DataFrame, recommendation: Recommendation | None, ranked: Sequence[Ranking]) -> list[str]:
+def _sure(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
     told = []
-    if recommendation is not None and recommendation.measured is not None:
-        measured, full = recommendation.measured, recommendation.full
-        kept = f", where full precision scores {full}" if full else ""
-        fresh = "fresh examples" if recommendation.fresh else "the examples it was chosen on, which flatters it"
-        told.append(f"It was run on {fresh} and scored {measured}{kept}.")
-    if recommendation is not None:
-        told.append(recommendation.words)
+    if chosen and all(one.measured is None for one in chosen):
+        told.append(chosen[0].words)
+    for one in chosen if not told else ():
+        at = f"At {one.budget:g} bpw: " if len(chosen) > 1 else ""
+        if one.measured is not None:
+            kept = f", where full precision scores {one.full}" if one.full else ""
+            fresh = "fresh examples" if one.fresh else "the examples it was chosen on, which flatters it"
+            told.append(f"{at}{'it' if at else 'It'} was run on {fresh} and scored {one.measured}{kept}.")
+        told.append(f"{at}{one.words}")
+    if study.meta.get("left_out"):
+        used, rows = study.meta.get("used", 0), study.meta.get("rows", 0)
+        told.append(f"{used:,} of {rows:,} rows of the imported table were used. {_sentences(study.meta['left_out'])}")
     for ranking in ranked:
         told.append(
             f"The ranking for {ranking.task} rests on {count(ranking.trials, 'trial')}; the forest explains "
@@ -75,16 +86,23 @@ def _sure(table: pd.DataFrame, recommendation: Recommendation | None, ranked: Se
     if len(ranked) > 1:
         tau = compare({ranking.task: ranking for ranking in ranked}).to_numpy()
         least = float(np.nanmin(tau))
-        told.append(
-            f"Between tasks the order of the parts agrees with a Kendall's tau of at least {least:.2f} (1: the same)."
-        )
+        alike = f"agrees with a Kendall's tau of at least {least:.2f} (1: the same)" if least < 0.999 else "is the same"
+        told.append(f"Between tasks the order of the parts {alike}.")
     return told
 
 
-def _change(study: Study, recommendation: Recommendation | None, ranked: Sequence[Ranking]) -> list[str]:
+def _sentences(notes: Sequence[str]) -> str:
+    return " ".join(f"{note[:1].upper()}{note[1:]}." for note in notes)
+
+
+def _change(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
     told = [f"{ranking.task}: {warning}." for ranking in ranked for warning in ranking.warnings]
-    if recommendation is not None and recommendation.uniform and recommendation.uniform.more:
-        told.append(f"About {recommendation.uniform.more:,} more examples would show whether the difference is real.")
+    told += [
+        f"About {one.uniform.more:,} more examples would show whether the lead over the uniform plan at "
+        f"{one.budget:g} bpw is real."
+        for one in chosen
+        if one.uniform and one.uniform.more
+    ]
     counts = study.counts()
     if counts["waiting"]:
         told.append(f"{count(counts['waiting'], 'plan')} of this sweep are still waiting to be measured.")

@@ -11,9 +11,10 @@ import pandas as pd
 import planted
 import pytest
 
-from sensitivity.allocate import best_uniform, solve, spend
+from sensitivity.allocate import Candidate, Wish, best_uniform, solve, spend
 from sensitivity.errors import UserError
 from sensitivity.knapsack import Knapsack
+from sensitivity.limits import allowing, joined, tying
 from sensitivity.plan import Plan, Scheme, size
 from sensitivity.surrogate import Space, learn
 from sensitivity.trials import Study
@@ -35,19 +36,19 @@ def rough(seed: int) -> planted.Formula:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("bpw", [3.4, 4.1, 6.0, 9.0])
-def test_equal_to_brute_force(tmp_path: Path, seed: int, bpw: float) -> None:
+def test_equal_to_brute_force(tmp_path: Path, seed: int) -> None:
     study = planted.study(tmp_path, {"a": rough(seed)}, 0.01, levels=(2, 3, 4, 8, 16), components=FOUR)
     knapsack = Knapsack.of(study, ["a"])
     model = knapsack.models["a"]
     index = np.array(list(itertools.product(*(range(len(o)) for o in knapsack.space.choices))))
     bits = np.array([size(FOUR, knapsack.space.decode(row)).bits for row in index])
     scores = model.predict(index)
-    budget = int(bpw * FOUR.numel)
-    found = spend(knapsack, budget, {"a": 1.0}, top=3)
-    best = np.sort(scores[bits <= budget])[::-1][:3]
-    np.testing.assert_allclose([c.predicted["a"].score for c in found], best, atol=1e-6)
-    assert all(c.size.bits <= budget for c in found)
+    for bpw in (3.4, 4.1, 6.0, 9.0):
+        budget = int(bpw * FOUR.numel)
+        found = spend(knapsack, budget, {"a": 1.0}, top=3)
+        best = np.sort(scores[bits <= budget])[::-1][:3]
+        np.testing.assert_allclose([c.predicted["a"].score for c in found], best, atol=1e-6)
+        assert all(c.size.bits <= budget for c in found)
 
 
 def test_interactions_join_where_the_data_support_them(tmp_path: Path) -> None:
@@ -178,7 +179,7 @@ def frame(right: float, n: int = 400, seed: int = 0, noise: float = 0.0) -> pd.D
 
 def test_verdicts(two_tasks: Study) -> None:
     candidates = solve(two_tasks, bpw=5, top=2)
-    rival = best_uniform(two_tasks, candidates[0])
+    rival = best_uniform(Knapsack.of(two_tasks, ["vqa"]), 5, {"vqa": 1.0})
     assert rival is not None
     assert rival.plan.is_uniform
     assert rival.size.bpw <= 5
@@ -206,13 +207,81 @@ def test_verdicts(two_tasks: Study) -> None:
     assert found.uniform.more > 100
     assert f"about {found.uniform.more:,} more examples would decide" in found.words
 
-    found = judge(two_tasks, candidates, rival, {mine: frame(0.5), them: frame(0.6)})
+    close = {mine: frame(0.58, noise=0.3, seed=1), them: frame(0.62, noise=0.3, seed=2)}
+    found = judge(two_tasks, candidates, rival, close)
     assert found.uniform is not None
     assert found.uniform.verdict == "no worse"
     assert "The best uniform plan is no worse" in found.words
 
     assert "Predicted only" in judge(two_tasks, candidates, rival, {}).words
     assert unmeasured(two_tasks, candidates).measured is None
+
+
+def test_a_uniform_plan_that_is_clearly_better_is_recommended(two_tasks: Study) -> None:
+    candidates = solve(two_tasks, bpw=5, top=2)
+    rival = best_uniform(Knapsack.of(two_tasks, ["vqa"]), 5, {"vqa": 1.0})
+    assert rival is not None
+    mine, them = candidates[0].plan.key, rival.plan.key
+    found = judge(two_tasks, candidates, rival, {mine: frame(0.5), them: frame(0.8)})
+    assert found.plan == rival.plan
+    assert found.uniform is None
+    assert found.others[0].verdict == "better"
+    assert "A uniform plan is the best choice here. The best uniform plan is clearly better: -0.300" in found.words
+
+
+def test_several_tasks_are_judged_by_their_weighted_shares(two_tasks: Study) -> None:
+    weights = {"vqa": 3.0, "grounding": 1.0}
+    candidates = solve(two_tasks, bpw=5, weights=weights, top=2)
+    native = Plan.uniform(two_tasks.parts, None).key
+
+    def both(vqa: float, grounding: float) -> pd.DataFrame:
+        return pd.concat([frame(vqa), frame(grounding, n=200).assign(task="grounding")])
+
+    one, other = (candidate.plan.key for candidate in candidates)
+    frames = {native: both(0.9, 0.5), one: both(0.45, 0.5), other: both(0.81, 0.25)}
+    found = judge(two_tasks, candidates, None, frames, weights)
+    assert found.plan.key == other  # 0.75 * 0.9 + 0.25 * 0.5 against 0.75 * 0.5 + 0.25
+    assert found.measured is not None
+    assert found.measured.mean == pytest.approx(0.8)
+    assert found.others[0].difference.mean == pytest.approx(0.8 - 0.625)
+    assert found.by_task["grounding"].mean == 0.25
+    assert found.task == "0.75 vqa + 0.25 grounding"
+    assert found.predicted.low <= found.predicted.score <= found.predicted.high
+
+
+def test_the_best_uniform_plan_meets_the_same_conditions(two_tasks: Study) -> None:
+    knapsack, wish = Knapsack.of(two_tasks, ["vqa", "grounding"]), {"vqa": 1.0}
+
+    def bits(found: Candidate | None) -> set[int]:
+        return set(found.plan.bits().values()) if found else set()
+
+    assert bits(best_uniform(knapsack, 9, wish)) == {8}
+    assert bits(best_uniform(knapsack, 9, wish, fits=lambda plan: plan.bits()["vision"] < 8)) == {6}
+    assert bits(best_uniform(knapsack, 5, wish, floors={"grounding": 0.9})) == set()
+
+
+def test_a_wish_survives_the_journey_through_json() -> None:
+    wish = Wish((3.0, 4.0), {"vqa": 1.0}, {"ground": 0.9}, {"vision": (4, 8)}, [("vision", "language")], "vllm", 2)
+    again = Wish.from_json(json.loads(json.dumps(wish.to_json())))
+    assert again.to_json() == json.loads(json.dumps(wish.to_json()))
+    assert (again.bpw, again.runtime, again.top) == (wish.bpw, wish.runtime, wish.top)
+
+
+def test_limits_are_named_by_patterns() -> None:
+    names = ("vision.front.attn", "vision.front.ff", "connector", "language.end.ff")
+    allow = allowing(names, {"vision": (4, 8), "vision.front.ff": (16,), "*.ff": (2,)})
+    assert allow is not None
+    assert allow("vision.front.attn", Scheme("codes", 4))
+    assert not allow("vision.front.attn", None)
+    assert allow("vision.front.ff", None)  # the longest pattern decides
+    assert not allow("language.end.ff", Scheme("codes", 4))
+    assert allow("connector", Scheme("codes", 3))
+    assert tying(names, [("*.ff", "connector")]) == [("vision.front.ff", "language.end.ff", "connector")]
+    assert joined([("a", "b"), ("c", "d"), ("b", "c")]) == [("a", "b", "c", "d")]
+    with pytest.raises(UserError, match=r"unknown component 'visoin'.*"):
+        allowing(names, {"visoin": (4,)})
+    with pytest.raises(UserError, match="'connector' is a single component"):
+        tying(names, [("connector",)])
 
 
 def test_the_number_of_examples_that_decide_is_about_right() -> None:

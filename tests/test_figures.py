@@ -45,7 +45,7 @@ def drawings(task: str = "vqa", part: str = "vision") -> dict[str, figures.Figur
     moves = pd.DataFrame({"component": [part, part, "language"], "bits": [2, 4, 2], "shift": [-30.0, 2, 1]})
     seen = pd.DataFrame({"measured": [0.1, 0.9], "expected": [0.2, 0.8], "low": [0, 0.7], "high": [0.3, 1]})
     return {
-        "pareto": figures.pareto(frame, task, 0.99, "k3"),
+        "pareto": figures.pareto(frame, task, 0.99, ["k3"]),
         "importance": figures.importance(ranking),
         "by_bits": figures.by_bits(frame, task, names),
         "alone": figures.by_bits(frame, task, names, alone=True),

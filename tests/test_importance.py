@@ -17,7 +17,7 @@ from sklearn.inspection import permutation_importance
 from sensitivity import estimators, robustness, treeshap
 from sensitivity.errors import UserError
 from sensitivity.estimators import CONSENSUS, ESTIMATORS, shares
-from sensitivity.importance import compare, rank
+from sensitivity.importance import compare, known, rank
 from sensitivity.readings import of_study, of_table
 
 FORMULAS = {"additive": planted.additive, "product": planted.product, "tied": planted.tied, "crossed": planted.crossed}
@@ -106,19 +106,20 @@ def test_a_ranking_that_rests_on_one_level_says_so() -> None:
     def cliff(bits: np.ndarray) -> np.ndarray:
         return np.asarray(1.0 * (bits[:, 0] > 2) - 0.1 * planted.damage(bits[:, 2], 3))
 
-    found = rank(planted.readings(cliff, noise=0.005), bootstraps=5)
+    found = rank(planted.readings(cliff, noise=0.005), bootstraps=0)
     assert found.order[0] == "vision"
     worst = found.levels.loc[found.levels["shift"].abs().idxmax()]
     assert (worst["component"], worst["bits"], worst["changes_first"]) == ("vision", 2, True)
     assert "rests on vision at 2 bits" in " ".join(found.warnings)
-    near = rank(planted.readings(cliff, noise=0.005), bootstraps=5, near=0.7)
+    assert robustness.cliffs(found.levels) == [("vision", 2)]
+    near = rank(planted.readings(cliff, noise=0.005), bootstraps=0, near=0.7, thorough=False)
     assert near.order[0] == "language"
     assert near.trials < found.trials
 
 
 def test_untouched_components_are_suspected() -> None:
     """As in a published table: some attention and feed-forward layers were never quantised, and nobody noticed."""
-    found = rank(planted.readings(planted.additive), bootstraps=5)
+    found = rank(planted.readings(planted.additive), bootstraps=0)
     assert "connector alone never moved the score" in " ".join(found.warnings)
     assert "vision alone" not in " ".join(found.warnings)
 
@@ -126,7 +127,7 @@ def test_untouched_components_are_suspected() -> None:
 def test_components_that_always_move_together_are_named() -> None:
     bits = planted.grid()[:, [0, 0, 2]]
     table = pd.DataFrame(bits, columns=list(planted.PARTS)).assign(score=planted.additive(bits))
-    found = rank(of_table(table, planted.PARTS, "score"), bootstraps=5)
+    found = rank(of_table(table, planted.PARTS, "score"), bootstraps=0)
     assert "vision and connector always had the same bits" in " ".join(found.warnings)
 
 
@@ -163,6 +164,25 @@ def test_importance_budget_by_budget(tmp_path: Path) -> None:
 def test_the_same_seed_gives_the_same_ranking() -> None:
     one, two = (rank(planted.readings(planted.product, 0.02), bootstraps=2, thorough=False) for _ in range(2))
     assert one.dumps() == two.dumps()
+
+
+def test_a_ranking_is_kept_until_the_trials_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = planted.study(tmp_path, {"a": planted.product}, 0.02, levels=(2, 4, 8))
+    first = rank(study, bootstraps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(estimators, "fit", None)  # whoever fits now fails
+        again = rank(study, bootstraps=2)
+        for name in ("table", "tau", "pairs", "levels"):
+            pd.testing.assert_frame_equal(getattr(again, name), getattr(first, name))
+        assert (again.dumps(), again.order, again.warnings) == (first.dumps(), first.order, first.warnings)
+        with pytest.raises(TypeError):
+            rank(study, bootstraps=2, near=0.5)
+    assert known(study, "a") is None  # that is the one with all resamples
+    study.append([planted.plan(planted.PARTS, (2, 2, 2))], [{"a": 0.9}])
+    assert rank(study, bootstraps=0, thorough=False).trials == first.trials + 1
+    for file in (tmp_path / "rankings").iterdir():
+        file.write_text("{")  # what cannot be read is made again
+    assert rank(study, bootstraps=0, thorough=False).trials == first.trials + 1
 
 
 def test_noise_is_not_ranked() -> None:
@@ -211,7 +231,7 @@ def test_replicates_tell_the_noise(tmp_path: Path) -> None:
 def test_the_published_ranking_is_reproduced(published: Path) -> None:
     table = pd.read_csv(published / "blip2_gptq_coco.csv")
     readings = of_table(table, ["vit_bits", "qformer_bits", "llm_bits"], "cider")
-    found = rank(readings, bootstraps=5)
+    found = rank(readings, bootstraps=0)
     consensus = found.table["consensus"]
     assert consensus["vit_bits"] == pytest.approx(50.4, abs=1)
     assert consensus["qformer_bits"] == pytest.approx(2.0, abs=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ import pandas as pd
 import planted
 import pytest
 
+from sensitivity import cli
 from sensitivity.allocate import solve
 from sensitivity.errors import UserError
 from sensitivity.importance import rank
 from sensitivity.importing import Switches, import_table
+from sensitivity.plan import Plan
 from sensitivity.trials import Study
 
 COLUMNS = {"v": "vision", "c": "connector", "l": "language"}
@@ -136,6 +139,82 @@ def test_wrong_wishes(tmp_path: Path) -> None:
     import_table(path, out, ["cider"], parts=COLUMNS)
     with pytest.raises(UserError, match="already holds a study with 125 trials"):
         import_table(path, out, ["cider"], parts=COLUMNS)
+
+
+ROWS = "v,c,l,cider\n" + "".join(f"{v},{c},{w},{v + w}\n" for v in (2, 4, 8) for c in (4, 8) for w in (2, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (ROWS, ["18 of 18 rows became trials"]),
+        (ROWS.replace("2,4,2,", ",4,2,"), ["17 of 18 rows", "note: 1 row left out: bits are missing"]),
+        (ROWS.replace("2,4,2,4", "2,4,2,nan"), ["17 of 18", "note: 1 row left out: a score is missing or not finite"]),
+        (ROWS.replace("v,c", "v,v"), ["error: the table has two columns named 'v'; rename or delete one"]),
+        (ROWS.replace(",8,", ",4,"), ["connector has the same bits in every row", "9 rows repeat the bits"]),
+        ("v,c,l,cider\n4,4,4,1\n", ["1 of 1 rows", "vision has the same bits in every row"]),
+        (ROWS.replace("2,4,2,4", "2,4,2,high"), ["error: column 'cider' holds 'high' in row 1, not a number"]),
+        (ROWS.replace("2,4,2,4", "17,4,2,4"), ["error: vision has 17 bits in row 1; bits are whole numbers"]),
+        (ROWS.replace(",", ";"), ["error:", "separates its columns by ';'; save it with commas"]),
+        ("", ["error:", "is not a table with commas and a header"]),
+    ],
+    ids=["good", "missing", "no score", "twice", "constant", "one", "text", "too wide", "semicolons", "empty"],
+)
+def test_what_a_user_reads(tmp_path: Path, text: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "table.csv").write_text(text)
+    out, refused = tmp_path / "run", words[0].startswith("error")
+    line = ["import", tmp_path / "table.csv", "--score", "cider", "--out", out]
+    line += [word for column, part in COLUMNS.items() for word in ("--part", f"{column}={part}")]
+    assert cli.main([*map(str, line)]) == int(refused)
+    printed = capsys.readouterr()
+    for some in words:
+        assert some in (printed.err if refused else printed.out)
+    assert out.exists() != refused
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("recommend RUN --bpw 0", "a budget must be above 0, not 0"),
+        ("recommend RUN --bpw 1", "no measured plan fits 1.00 bpw"),
+        ("recommend RUN --floor cider=1.5", "a floor is a share of full precision above 0 and at most 1"),
+        ("recommend RUN --floor bleu=0.9", "unknown task 'bleu'; choose from cider"),
+        ("recommend RUN --weight cider=0", "weights of tasks must be above 0, not 0"),
+        ("recommend RUN --task cider --weight cider=1", "either --task names the one task"),
+        ("recommend RUN --allow visoin=4", "unknown component 'visoin'; choose from vision, connector, language"),
+        ("recommend RUN --allow vision=5", "no measured width of vision is allowed"),
+        ("recommend RUN --tie vision", "'vision' is a single component"),
+        ("recommend RUN --top 0", "at least one plan must be tried (--top), not 0"),
+        ("rank RUN --method gptq", "unknown method of this study 'gptq'; choose from codes"),
+        ("rank RUN --near 2", "near must be a share of full precision between 0 and 1"),
+        ("rank RUN --by thirds", "unknown granularity 'thirds'"),
+        ("rank RUN --task bleu", "unknown task 'bleu'"),
+    ],
+)
+def test_wishes_that_cannot_be_met(
+    imported: Path, line: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(line.replace("RUN", str(imported)).split()) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_limits_from_the_command_line(imported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"recommend {imported} --bpw 4,5 --allow vision=4,8 --tie vision,language --floor cider=20% --json"
+    assert cli.main(line.split()) == 0
+    found = json.loads(capsys.readouterr().out)["budgets"]
+    assert [one["budget_bpw"] for one in found] == [4, 5]
+    for one, name in zip(found, ("plan.json", "plan-5bpw.json"), strict=True):
+        plan = Plan.from_json(json.loads((imported / name).read_text())["plan"]).bits()
+        assert plan["vision"] == plan["language"] in (4, 8)
+        assert one["path"].endswith(name)
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("imported")
+    (folder / "table.csv").write_text(ROWS)
+    import_table(folder / "table.csv", folder / "run", ["cider"], parts=COLUMNS)
+    return folder / "run"
 
 
 def test_constant_columns_and_one_row(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import planted
 import pytest
 from browser import browser
@@ -15,7 +16,7 @@ from test_allocate import frame
 from sensitivity.allocate import solve
 from sensitivity.components import ComponentMap, Kept, Weight
 from sensitivity.errors import UserError
-from sensitivity.plan import Plan
+from sensitivity.plan import Plan, Scheme
 from sensitivity.report import report
 from sensitivity.trials import Study
 from sensitivity.verdict import Recommendation, judge, unmeasured
@@ -94,7 +95,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
         (Kept("x", 10, HOSTILE),),
     )  # fmt: skip
     study = Study.create(tmp_path / "run", parts, [HOSTILE], {"model": HOSTILE, "note": HOSTILE})
-    bits = planted.grid((2, 4, 8, 16))
+    bits = planted.grid((2, 4, 8))
     plans = [planted.plan(parts.names, row) for row in bits]
     study.append(plans, [{HOSTILE: float(value)} for value in planted.product(bits)])
     text = report(study, tmp_path / "report", unmeasured(study, solve(study, bpw=5)), bootstraps=2).read_text()
@@ -109,6 +110,27 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
         assert window.run("return document.title").startswith(HOSTILE)
 
 
+def test_several_budgets_several_methods_and_a_cliff(tmp_path: Path) -> None:
+    def cliff(bits: np.ndarray) -> np.ndarray:
+        return np.asarray(1.0 * (bits[:, 0] > 2) - 0.05 * planted.damage(bits[:, 2], 3))
+
+    levels = (2, 4, 8)
+    study = planted.study(tmp_path / "two", {"vqa": cliff}, 0.005, levels=levels)
+    bits = planted.grid(levels)
+    plans = [Plan(tuple((n, Scheme("rtn", int(b))) for n, b in zip(planted.PARTS, row, strict=True))) for row in bits]
+    study.append(plans, [{"vqa": float(value)} for value in cliff(bits)])
+    chosen = [unmeasured(study, solve(study, bpw=bpw)) for bpw in (5, 8)]
+    text = report(study, tmp_path / "out", chosen, bootstraps=1).read_text()
+    assert "The recommended plan for 5 bits per weight" in text
+    assert "The recommended plan for 8 bits per weight" in text
+    assert text.count('class="star"') == 2
+    assert "Importance by method" in text
+    assert "codes (27 trials)" in text
+    assert "For vqa, keep vision above 2 bits: there the score falls" in text
+    assert "Bars are 95 % intervals" not in text  # only means are known
+    assert text.count("Predicted only: nothing was run to check it.") == 1
+
+
 def test_few_trials_and_no_recommendation(tmp_path: Path) -> None:
     rows = planted.grid((4, 16))[:3]
     study = planted.study(tmp_path / "few", {"a": planted.product}, rows=rows)
@@ -121,7 +143,7 @@ def test_few_trials_and_no_recommendation(tmp_path: Path) -> None:
 
 
 def test_noise_is_reported_as_such(tmp_path: Path) -> None:
-    study = planted.study(tmp_path / "noise", {"a": lambda bits: 0 * bits[:, 0]}, noise=1.0)
+    study = planted.study(tmp_path / "noise", {"a": lambda bits: 0 * bits[:, 0]}, noise=1.0, levels=(2, 4, 8))
     assert "worse than the mean" in report(study, tmp_path / "out").read_text()
 
 

@@ -15,6 +15,7 @@ EXAMPLE = "sensitivity rank runs/first"
 def arguments(p: argparse.ArgumentParser) -> None:
     words.study(p)
     words.task(p)
+    p.add_argument("--method", metavar="METHOD", help="only plans of this method, where a study holds several")
     p.add_argument("--by", metavar="GRANULARITY", help="rank coarser parts than the study's own")
     p.add_argument(
         "--near", type=float, metavar="SHARE", help="only trials with this share of full precision, such as 0.9"
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     study = Study(args.study)
     found = {
-        task: rank(study, task, by=args.by, near=args.near, bootstraps=args.bootstraps)
+        task: rank(study, task, by=args.by, method=args.method, near=args.near, bootstraps=args.bootstraps)
         for task in ([args.task] if args.task else study.tasks)
     }
     if not args.json:

@@ -14,20 +14,34 @@ EXAMPLE = "sensitivity recommend runs/first --bpw 4.0"
 
 def arguments(p: argparse.ArgumentParser) -> None:
     words.study(p)
-    words.budget(p)
+    p.add_argument(
+        "--bpw",
+        type=words.budgets,
+        default=(4.0,),
+        metavar="X[,X]",
+        help="budgets in bits per weight, all that is stored counted (default: 4.0)",
+    )
+    p.add_argument("--gb", type=words.budgets, metavar="X[,X]", help="budgets in GB (10^9 bytes), instead of --bpw")
     words.task(p)
     p.add_argument(
+        "--weight",
+        type=words.share,
+        action="append",
+        default=[],
+        metavar="TASK=W",
+        help="instead of --task: how much each of several tasks counts, such as vqa=2",
+    )
+    p.add_argument(
         "--floor",
-        type=words.floor,
+        type=words.share,
         action="append",
         default=[],
         metavar="TASK=SHARE",
         help="keep a task at this share of full precision, such as ground=0.95",
     )
-    p.add_argument(
-        "--runtime", metavar="NAME", help="only plans that it can load, such as compressed-tensors"
-    )
-    p.add_argument("--gb", type=float, metavar="X", help="the budget in GB (10^9 bytes), instead of --bpw")
+    words.limits(p)
+    p.add_argument("--runtime", metavar="NAME", help="only plans that it can load, such as compressed-tensors")
+    p.add_argument("--top", type=int, default=3, metavar="K", help="how many plans are run per budget (default: 3)")
     p.add_argument("--no-run", action="store_true", help="predict only; the model is not loaded")
     p.add_argument("--model", help="where the model is, if not where the sweep found it")
     words.device(p)
@@ -35,20 +49,28 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity import verbs
+    from sensitivity.allocate import Wish
+    from sensitivity.errors import UserError
     from sensitivity.trials import Study
 
     study = Study(args.study)
+    if args.task and args.weight:
+        raise UserError("either --task names the one task that decides, or --weight says how much each counts")
+    bpw = args.bpw if args.gb is None else tuple(gb * 8e9 / study.parts.numel for gb in args.gb)
+    weights = dict(args.weight) or {args.task or study.tasks[0]: 1.0}
+    wish = Wish(bpw, weights, dict(args.floor), dict(args.allow), args.tie, args.runtime, args.top)
     model = args.model or study.meta.get("model")
     vlm = None
     if not args.no_run and "fingerprint" in study.meta:
         vlm = verbs.load(str(model), device=args.device, dtype=args.dtype or study.meta["dtype"])
-    bpw = args.bpw if args.gb is None else args.gb * 8e9 / study.parts.numel
-    chosen, steps = verbs.recommending(study, bpw, vlm, args.task, dict(args.floor), runtime=args.runtime)
+    chosen, steps = verbs.recommending(study, wish, vlm)
     if vlm is not None:
         terminal.walk(steps, "verifying")
     found = chosen()
-    path = verbs.remember(study, found)
+    paths = verbs.remember(study, found)
     if not args.json:
-        terminal.recommendation(found)
-        print(f"plan: {path}")
-    return {**found.to_json(), "path": str(path)}
+        for one, path in zip(found, paths, strict=True):
+            terminal.recommendation(one)
+            print(f"  plan: {path}")
+    facts = [{**one.to_json(), "path": str(path)} for one, path in zip(found, paths, strict=True)]
+    return facts[0] | ({"budgets": facts} if len(facts) > 1 else {})

@@ -19,8 +19,8 @@ def model(p: argparse.ArgumentParser) -> None:
 
 
 def device(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--device", default="cpu", help="where to run, such as cuda (default: cpu)")
-    p.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored; embedded models in float32)")
+    p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 or mps; auto spreads it (default: cpu)")
+    p.add_argument("--dtype", help="fp32, bf16 or fp16 (default: as stored; embedded models in float32)")
 
 
 def by(p: argparse.ArgumentParser, default: str) -> None:
@@ -56,6 +56,7 @@ def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str) -> Non
         metavar="NAME=VALUE",
         help="a setting of the method's own, such as damp=0.05 for gptq",
     )
+    p.add_argument("--backend", metavar="gptqmodel", help="GPTQModel's solver for --method gptq (default: our own)")
 
 
 def budget(p: argparse.ArgumentParser) -> None:
@@ -105,6 +106,13 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(piece.strip() for piece in text.split(",") if piece.strip()))
 
 
+def budgets(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(dict.fromkeys(float(piece) for piece in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a budget such as 4, or a list such as 3,3.5,4") from None
+
+
 def group_size(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
@@ -125,16 +133,40 @@ def setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def floor(text: str) -> tuple[str, float]:
-    task, _, share = text.partition("=")
+def share(text: str) -> tuple[str, float]:
+    task, _, number = text.partition("=")
     try:
-        return task, float(share.rstrip("%")) / (100 if share.endswith("%") else 1)
+        return task, float(number.rstrip("%")) / (100 if number.endswith("%") else 1)
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is not like ground=0.95") from None
+
+
+def allowed(text: str) -> tuple[str, tuple[int, ...]]:
+    part, widths = pair(text)
+    return part, numbers(widths.replace("native", "16"))
+
+
+def limits(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--allow",
+        type=allowed,
+        action="append",
+        default=[],
+        metavar="PART=B,B,...",
+        help="only these widths for a part, 16 for native, such as vision=4,8",
+    )
+    p.add_argument(
+        "--tie",
+        type=names,
+        action="append",
+        default=[],
+        metavar="PART,PART",
+        help="parts that must have the same width",
+    )
 
 
 def schemes(args: argparse.Namespace) -> list[Scheme]:
     from sensitivity.quantize import scheme
 
-    own = {"group": args.group, "symmetric": args.symmetric, "biases": args.biases, **dict(args.set)}
+    own = {name: getattr(args, name) for name in ("group", "symmetric", "biases", "backend")} | dict(args.set)
     return [scheme(args.method, bits, **own) for bits in args.bits]
