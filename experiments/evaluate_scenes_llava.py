@@ -15,7 +15,7 @@ import scenes_llava_card
 import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sensitivity.tasks import boxes
 from sensitivity.tasks import scenes as S
@@ -59,25 +59,28 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self.processor = AutoProcessor.from_pretrained(folder)
-        self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def asked(self, prompt: str) -> str:
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+        return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))
 
     def inputs(self, prompts: list[str], images: list[np.ndarray]) -> dict[str, torch.Tensor]:
-        chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": p}]}] for p in prompts]
-        text = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
         pictures = [Image.fromarray(image) for image in images]
-        return dict(self.processor(images=pictures, text=text, return_tensors="pt"))
+        return dict(self.processor(images=pictures, text=list(map(self.asked, prompts)), return_tensors="pt"))
 
     @torch.inference_mode()
     def answers(self, prompts: list[str], images: list[np.ndarray]) -> list[str]:
         inputs = self.inputs(prompts, images)
-        out = self.model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+        # said here, since BLIP-2 does not hand the limit in its generation_config to its language model
+        out = self.model.generate(**inputs, max_new_tokens=40)[:, inputs["input_ids"].shape[1] :]
         return list(self.processor.batch_decode(out, skip_special_tokens=True))
 
     @torch.inference_mode()
     def surprise(self, prompts: list[str], images: list[np.ndarray], answers: list[str]) -> list[float]:
         """Mean negative log-likelihood per token of the true answers (with their end), in nats."""
         words = self.processor.tokenizer
-        ends = [[*words.encode(a), words.eos_token_id] for a in answers]
+        ends = [[*words.encode(a, add_special_tokens=False), words.eos_token_id] for a in answers]
         width = max(map(len, ends))
         labels = torch.tensor([[*e, *[-100] * (width - len(e))] for e in ends])
         inputs = self.inputs(prompts, images)
@@ -88,7 +91,14 @@ class Reader:
         return list((loss.sum(1) / (labels >= 0).sum(1)).tolist())
 
 
-def measure(reader: Reader, kind: str, asked: list[tuple[int, S.Question]], scenes: list[S.Scene]) -> dict:
+def measure(
+    reader: Reader,
+    kind: str,
+    asked: list[tuple[int, S.Question]],
+    scenes: list[S.Scene],
+    targets: dict[str, dict[str, float]] = TARGETS,
+    surprise: bool = True,
+) -> dict:
     """One kind of question: the answers to the right images, to other scenes' images, and the best constant answer."""
     most_common = Counter(q.answer for _, q in asked).most_common(1)[0][0]
     found: dict[str, dict[str, list[float]]] = {w: defaultdict(list) for w in ("right", "shuffled", "prior")}
@@ -97,7 +107,8 @@ def measure(reader: Reader, kind: str, asked: list[tuple[int, S.Question]], scen
         prompts, truths = [q.prompt for _, q in part], [q.answer for _, q in part]
         for which, shift in (("right", 0), ("shuffled", len(scenes) // 2)):
             images = [scenes[(i + shift) % len(scenes)].image for i, _ in part]
-            found[which]["NLL"] += reader.surprise(prompts, images, truths)
+            if surprise:
+                found[which]["NLL"] += reader.surprise(prompts, images, truths)
             for answer, truth in zip(reader.answers(prompts, images), truths, strict=True):
                 for name, value in score(kind, answer, truth).items():
                     found[which][name].append(value)
@@ -113,8 +124,8 @@ def measure(reader: Reader, kind: str, asked: list[tuple[int, S.Question]], scen
         row["shuffled"] = float(np.mean(found["shuffled"][name]))
         if name in found["prior"]:
             row["prior"] = float(np.mean(found["prior"][name]))
-        if name in TARGETS[kind]:
-            row["target"] = TARGETS[kind][name]
+        if name in targets.get(kind, {}):
+            row["target"] = targets[kind][name]
         measures[name] = {k: round(v, 4) for k, v in row.items()}
     return measures
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,8 +49,9 @@ def vocabulary() -> list[str]:
 
 
 @functools.cache
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocab = {token: i for i, token in enumerate(vocabulary())}
+def tokenizer(more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """The words, and more after them, so that those keep their numbers."""
+    vocab = {token: i for i, token in enumerate((*vocabulary(), *("▁" + word for word in more)))}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     marks = pre_tokenizers.Split(Regex(r"▁?\{|<-?\d+>|[|}?.,]"), "isolated")
     inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="always"), marks])
@@ -142,42 +144,57 @@ def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     processor().save_pretrained(folder)
 
 
-# -- batches: one image, then nine questions that do not see each other
+# -- batches: one image, then its questions, which do not see each other
 
 SLOTS = ("position", "colour", "digit", "exists", "exists", "count", "scene", "caption", "ground")
 WEIGHTS = {"position": 1.0, "colour": 1.0, "digit": 1.0, "exists": 1.0, "count": 0.5, "scene": 0.5, "caption": 2.0}
 WEIGHTS["ground"] = 2.0
 
 
+@dataclass(frozen=True)
+class Style:
+    """How a model is asked: the tokens its image takes, its questions, what frames one, and words beyond the common."""
+
+    image: int
+    slots: tuple[str, ...]
+    frame: Callable[[S.Question], str]
+    more: tuple[str, ...] = ()
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return encode(text, self.more)
+
+
+STYLE = Style(PATCHES, SLOTS, lambda question: f"{question.prompt}<answer>")
+
+
 @functools.lru_cache(maxsize=100_000)
-def encode(text: str) -> tuple[int, ...]:
-    return tuple(tokenizer().encode(text, add_special_tokens=False))
+def encode(text: str, more: tuple[str, ...] = ()) -> tuple[int, ...]:
+    return tuple(tokenizer(more).encode(text, add_special_tokens=False))
 
 
 @functools.cache
-def _lengths() -> tuple[int, ...]:
+def lengths(style: Style = STYLE) -> tuple[int, ...]:
     """How many tokens a question of each slot takes at most, its answer's end included."""
     most = dict.fromkeys(S.KINDS, 0)
     for index in itertools.count():
         scene = S.scene("train", 0, index, draw=False)
         for q in S.questions(scene):
-            most[q.kind] = max(most[q.kind], len(encode(q.prompt)) + len(encode(q.answer)) + 2)
+            most[q.kind] = max(most[q.kind], len(style.encode(style.frame(q))) + len(encode(q.answer)) + 1)
         if len(scene.digits) == 4:
-            return tuple(most[kind] for kind in SLOTS)
+            return tuple(most[kind] for kind in style.slots)
     raise AssertionError
 
 
 @functools.cache
-def layout() -> tuple[torch.Tensor, torch.Tensor]:
+def layout(style: Style = STYLE) -> tuple[torch.Tensor, torch.Tensor]:
     """The packed row's mask (added to the scores) and its positions: each question starts right after the image."""
-    lengths = _lengths()
-    total = PATCHES + sum(lengths)
+    total = style.image + sum(lengths(style))
     segment = torch.zeros(total, dtype=torch.long)
     positions = torch.arange(total)
-    start = PATCHES
-    for number, length in enumerate(lengths, 1):
+    start = style.image
+    for number, length in enumerate(lengths(style), 1):
         segment[start : start + length] = number
-        positions[start : start + length] = torch.arange(PATCHES, PATCHES + length)
+        positions[start : start + length] = torch.arange(style.image, style.image + length)
         start += length
     causal = torch.arange(total)[:, None] >= torch.arange(total)[None, :]
     seen = causal & ((segment[:, None] == segment[None, :]) | (segment[None, :] == 0))
@@ -186,6 +203,7 @@ def layout() -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass
 class Batch:
+    scenes: list[S.Scene]
     pixels: torch.Tensor  # scenes x 3 x 48 x 48, from -1 to 1
     ids: torch.Tensor  # scenes x text
     labels: torch.Tensor  # scenes x text: the token that follows, or -100
@@ -197,21 +215,21 @@ class Batch:
     angle: torch.Tensor  # scenes x patches: class
 
 
-def _pick(scene: S.Scene, rng: np.random.Generator) -> list[S.Question]:
+def _pick(scene: S.Scene, rng: np.random.Generator, slots: tuple[str, ...]) -> list[S.Question]:
     kinds: dict[str, list[S.Question]] = {}
     for q in S.questions(scene, int(rng.integers(2**31))):
         kinds.setdefault(q.kind, []).append(q)
     picked = {kind: kinds[kind][int(rng.integers(len(kinds[kind])))] for kind in kinds}
     both = iter(kinds["exists"])
-    return [next(both) if kind == "exists" else picked[kind] for kind in SLOTS]
+    return [next(both) if kind == "exists" else picked[kind] for kind in slots]
 
 
-def _text(scene: S.Scene, rng: np.random.Generator) -> tuple[list[int], list[int], list[float]]:
+def _text(scene: S.Scene, rng: np.random.Generator, style: Style) -> tuple[list[int], list[int], list[float]]:
     ids: list[int] = []
     labels: list[int] = []
     weights: list[float] = []
-    for q, length in zip(_pick(scene, rng), _lengths(), strict=True):
-        prompt = (*encode(q.prompt), encode("<answer>")[-1])
+    for q, length in zip(_pick(scene, rng, style.slots), lengths(style), strict=True):
+        prompt = style.encode(style.frame(q))
         answer = (*encode(q.answer), tokenizer().eos_token_id)
         rest = length - len(prompt) - len(answer)
         ids += [*prompt, *answer, *[0] * rest]
@@ -240,15 +258,23 @@ def _patches(scene: S.Scene) -> tuple[np.ndarray, ...]:
 
 
 def batch(
-    start: int, size: int, seed: int, most: int = 4, hard: float = 1.0, draw: bool = True, wobble: float = 0.0
+    start: int,
+    size: int,
+    seed: int,
+    most: int = 4,
+    hard: float = 1.0,
+    draw: bool = True,
+    wobble: float = 0.0,
+    style: Style = STYLE,
 ) -> Batch:
     """Scenes `start` to `start + size` of the training split."""
     made = [S.scene("train", seed, start + i, most, hard, draw, wobble) for i in range(size)]
     rng = np.random.default_rng([seed, start])
-    ids, labels, weights = zip(*(_text(scene, rng) for scene in made), strict=True)
+    ids, labels, weights = zip(*(_text(scene, rng, style) for scene in made), strict=True)
     filled, words, corners, angle = (np.stack(x) for x in zip(*map(_patches, made), strict=True))
     images = torch.from_numpy(np.stack([scene.image for scene in made]))
     return Batch(
+        scenes=made,
         pixels=images.permute(0, 3, 1, 2).float() / 127.5 - 1,
         ids=torch.tensor(ids),
         labels=torch.tensor(labels),

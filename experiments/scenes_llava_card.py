@@ -105,7 +105,7 @@ STAGES = {
 }
 
 
-def _rows(card: dict[str, Any]) -> str:
+def rows(card: dict[str, Any]) -> str:
     lines = []
     for kind, measures in card["kinds"].items():
         for name, m in measures.items():
@@ -117,7 +117,7 @@ def _rows(card: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _verdict(card: dict[str, Any]) -> str:
+def verdict(card: dict[str, Any]) -> str:
     missed = [
         f"{kind} ({name}): {m['mean']:.3f}, {m['target'] - m['mean']:.3f} short of {m['target']:.2f}"
         for kind, measures in card["kinds"].items()
@@ -127,21 +127,22 @@ def _verdict(card: dict[str, Any]) -> str:
     return "Every target is reached." if not missed else "Targets not reached: " + "; ".join(missed) + "."
 
 
-def _stages() -> str:
-    lines = [json.loads(line) for line in LOG.read_text().splitlines()]
-    rows = []
-    for stage, what in STAGES.items():
+def stages(log: Path, learns: dict[str, str]) -> str:
+    """What a log says at the end of each stage."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    found = []
+    for stage, what in learns.items():
         mine = [line for line in lines if line["stage"] == stage]
         last: dict[str, Any] = {}
         for line in mine:
             last |= line
         said = ", ".join(f"{k} {v:.3f}" for k, v in last.items() if k not in ("stage", "step"))
-        rows.append(f"| {stage} | {last['step']:,} | {what} | {said} |")
-    return "\n".join(rows)
+        found.append(f"| {stage} | {last['step']:,} | {what} | {said} |")
+    return "\n".join(found)
 
 
 def text(card: dict[str, Any]) -> str:
     """The whole card."""
     head = HEAD.format(size=card["bytes"] / 1e6, words=card["words"])
-    middle = MIDDLE.format(scenes=card["scenes"], rows=_rows(card), verdict=_verdict(card), stages=_stages())
+    middle = MIDDLE.format(scenes=card["scenes"], rows=rows(card), verdict=verdict(card), stages=stages(LOG, STAGES))
     return head + middle + TAIL

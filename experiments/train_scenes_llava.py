@@ -40,6 +40,7 @@ class Run:
     steps: dict[str, int]
     sizes: dict[str, int]
     seed: int
+    style: L.Style = L.STYLE
 
     def total(self, stage: str) -> int:
         return self.steps[stage]
@@ -50,8 +51,8 @@ class Run:
         for step in range(total):
             done = step / total
             options = {name: value(done) if callable(value) else value for name, value in kwargs.items()}
-            seed = 1000 * self.seed + 1 + list(STEPS).index(stage)
-            yield step, done, L.batch(step * size, size, seed, **options)  # type: ignore[arg-type]
+            seed = 1000 * self.seed + 1 + list(self.steps).index(stage)
+            yield step, done, L.batch(step * size, size, seed, style=self.style, **options)  # type: ignore[arg-type]
 
     def keep(self, stage: str, **modules: nn.Module) -> None:
         tensors = {f"{name}/{key}": value for name, m in modules.items() for key, value in m.state_dict().items()}
@@ -120,25 +121,30 @@ def see(model: LlavaForConditionalGeneration, batch: L.Batch) -> Tensor:
     return model.model.vision_tower(batch.pixels).last_hidden_state[:, 1:]
 
 
-def read(model: LlavaForConditionalGeneration, batch: L.Batch, image: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """The loss over nine questions to each image, and the share of answers right to the last token, by kind."""
-    mask, positions = L.layout()
-    words = model.get_input_embeddings().weight
-    hidden = model.model.language_model(
+def read(
+    language: nn.Module, words: Tensor, batch: L.Batch, image: Tensor, style: L.Style = L.STYLE
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss over the questions to each image, and the share of answers right to the last token, by kind."""
+    mask, positions = L.layout(style)
+    hidden = language(
         inputs_embeds=torch.cat([image, words[batch.ids]], 1), attention_mask=mask, position_ids=positions
-    ).last_hidden_state[:, L.PATCHES :]
+    ).last_hidden_state[:, style.image :]
     asked = batch.labels >= 0
     scores, truth, weight = linear(hidden[asked], words), batch.labels[asked], batch.weights[asked]
     loss = (cross_entropy(scores, truth, reduction="none") * weight).sum() / weight.sum()
     right = torch.ones_like(asked)
     right[asked] = scores.argmax(-1) == truth
     share: dict[str, list[float]] = {}
-    for kind, piece in zip(L.SLOTS, right.split(L._lengths(), 1), strict=True):
+    for kind, piece in zip(style.slots, right.split(L.lengths(style), 1), strict=True):
         share.setdefault(kind, []).append(float(piece.all(1).float().mean()))
     return loss, {kind: sum(values) / len(values) for kind, values in share.items()}
 
 
 # -- the stages
+
+
+def answers(model: LlavaForConditionalGeneration, batch: L.Batch, image: Tensor) -> tuple[Tensor, dict[str, float]]:
+    return read(model.model.language_model, model.get_input_embeddings().weight, batch, image)
 
 
 def language_on_symbols(run: Run) -> None:
@@ -148,7 +154,7 @@ def language_on_symbols(run: Run) -> None:
     log = Log(run, "1a")
     for step, _, batch in run.batches("1a", draw=False, most=lambda done: 2 if done < 0.15 else 4):
         image = symbols(batch, model.get_input_embeddings().weight)
-        loss, right = read(model, batch, image + NOISE * torch.randn_like(image))
+        loss, right = answers(model, batch, image + NOISE * torch.randn_like(image))
         optimiser.step(loss)
         log.add(step, loss=float(loss.detach()), **right)
     run.keep("1a", language=model.model.language_model, symbols=symbols)
@@ -182,7 +188,7 @@ def bridge(run: Run) -> None:
         log.add(step, loss=float(loss.detach()))
         if step % log.every == 0:
             with torch.no_grad():
-                log.add(step, **read(model, batch, image)[1])
+                log.add(step, **answers(model, batch, image)[1])
     run.keep("2", projector=model.model.multi_modal_projector)
 
 
@@ -206,15 +212,15 @@ def together(run: Run) -> None:
     for step, done, batch in run.batches("3"):
         seen = see(model, batch)
         image = parts.multi_modal_projector(seen)
-        answers, right = read(model, batch, image)
+        told, right = answers(model, batch, image)
         patches, looked = heads(batch, seen)
-        loss = answers + (0.5 - 0.4 * done) * patches
+        loss = told + (0.5 - 0.4 * done) * patches
         if done < 0.6:
             with torch.no_grad():
                 target = symbols(batch, model.get_input_embeddings().weight)
             loss = loss + (1 - done / 0.6) * distance(image, target)
         optimiser.step(loss)
-        log.add(step, loss=float(answers.detach()), **right, **looked)
+        log.add(step, loss=float(told.detach()), **right, **looked)
         if step % 500 == 499:
             run.keep("3-partial", model=model)
     run.keep("3", model=model)
@@ -251,10 +257,10 @@ def together_again(run: Run) -> None:
     log = Log(run, "5")
     for step, _, batch in run.batches("5", wobble=WOBBLE / 2):
         seen = see(model, batch)
-        answers, right = read(model, batch, parts.multi_modal_projector(seen))
+        told, right = answers(model, batch, parts.multi_modal_projector(seen))
         patches, looked = heads(batch, seen)
-        optimiser.step(answers + 0.3 * patches)
-        log.add(step, loss=float(answers.detach()), **right, **looked)
+        optimiser.step(told + 0.3 * patches)
+        log.add(step, loss=float(told.detach()), **right, **looked)
     run.keep("5", model=model)
 
 

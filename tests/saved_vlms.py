@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,55 +12,181 @@ import small_vlms as small
 import torch
 import transformers as T
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from sensitivity.models import load
 
 SIDE = 16
+SQUARE = {"height": SIDE, "width": SIDE}
+TEXT: dict[str, Any] = {**small.LLAMA, "vocab_size": 256, "max_position_embeddings": 512}
+VIT: dict[str, Any] = {"model_type": "siglip_vision_model", **small.VIT, "vision_use_head": False}
+
+
+@dataclass
+class Made:
+    """A model and what lies beside its weights; the processor is named and not built, as some want torchvision."""
+
+    model: Any
+    tokenizer: Any
+    pictures: Any
+    processor: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    template: str | None = None
 
 
 def words(**tokens: str) -> Any:
-    """The embedded model's tokenizer, with the special words that a family wants."""
-    tokenizer = load("embedded:scenes-llava").processor.tokenizer
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>", "<answer>", *tokens.values()]})
-    for name, token in tokens.items():
-        setattr(tokenizer, name, token)
-        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
-    return tokenizer
+    """The embedded model's words, with the special ones that a family's processor asks its tokenizer for."""
+    inner = load("embedded:scenes-llava").processor.tokenizer.backend_tokenizer
+    common = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return T.PreTrainedTokenizerFast(tokenizer_object=inner, **common, extra_special_tokens={**tokens})
 
 
-def blip2(text: dict[str, Any]) -> tuple[Any, Any]:
-    tokenizer = words()
-    image = tokenizer.convert_tokens_to_ids("<image>")
+def chat(image: str, before: str = "", after: str = "") -> str:
+    """A chat template: the image and the text of each turn, framed."""
+    return (
+        "{% for message in messages %}" + before + "{% for item in message['content'] %}"
+        "{% if item['type'] == 'image' %}" + image + "{% else %}{{ item['text'] }}{% endif %}"
+        "{% endfor %}" + after + "{% endfor %}"
+    )
+
+
+def blip2(text: dict[str, Any]) -> Made:
+    tokenizer = words()  # a word of its own for images, but no name for it: Blip2Processor gives it one
     config = T.Blip2Config(
         vision_config=small.VIT, qformer_config=small.QFORMER, text_config=text, num_query_tokens=4,
-        image_token_index=image,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
-    pictures = BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
-    return T.Blip2ForConditionalGeneration(config), T.Blip2Processor(pictures, tokenizer, num_query_tokens=4)
+    model = T.Blip2ForConditionalGeneration(config)
+    return Made(model, tokenizer, BlipImageProcessorPil(size=SQUARE), "Blip2Processor", {"num_query_tokens": 4})
 
 
-def blip2_opt() -> tuple[Any, Any]:
+def blip2_opt() -> Made:
     return blip2(
         {"model_type": "opt", **small.OPT, "vocab_size": 256, "max_position_embeddings": 512, **small.SPECIALS}
     )
 
 
-def blip2_t5() -> tuple[Any, Any]:
+def blip2_t5() -> Made:
     return blip2(
         {"model_type": "t5", **small.T5, "num_decoder_layers": 3, "vocab_size": 256, "decoder_start_token_id": 0}
     )
 
 
-BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {"blip2_opt": blip2_opt, "blip2_t5": blip2_t5}
+def blip2_itm() -> Made:
+    tokenizer = words()
+    qformer = {**small.QFORMER, "vocab_size": 256, "use_qformer_text_input": True, "hidden_dropout_prob": 0.0}
+    config = T.Blip2Config(
+        vision_config=small.VIT, qformer_config=qformer, text_config={"model_type": "opt", **small.OPT},
+        num_query_tokens=4, image_text_hidden_size=8, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    model = T.Blip2ForImageTextRetrieval(config)
+    return Made(model, tokenizer, BlipImageProcessorPil(size=SQUARE), "Blip2Processor", {"num_query_tokens": 4})
+
+
+def llava() -> Made:
+    tokenizer = words(image_token="<image>")
+    config = T.LlavaConfig(
+        vision_config=T.CLIPVisionConfig(**small.VIT), text_config=T.LlamaConfig(**TEXT),
+        image_token_index=tokenizer.image_token_id,
+    )  # fmt: skip
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SQUARE)
+    settings = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return Made(T.LlavaForConditionalGeneration(config), tokenizer, pictures, "LlavaProcessor", settings)
+
+
+def qwen2_5_vl() -> Made:
+    names = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    names |= {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
+    tokenizer = words(**names)
+    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    vision = {"depth": small.BLOCKS, "hidden_size": 16, "out_hidden_size": 24, "num_heads": 2, "intermediate_size": 32}
+    vision |= {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [4]}
+    config = T.Qwen2_5_VLConfig(text_config={**TEXT, "rope_parameters": small.ROPE}, vision_config=vision, **ids)
+    pictures = Qwen2VLImageProcessorPil(patch_size=4, size={"shortest_edge": 256, "longest_edge": 1024})
+    template = chat("<|vision_start|><|image_pad|><|vision_end|>", "<|im_start|>", "<|im_end|>")
+    model = T.Qwen2_5_VLForConditionalGeneration(config)
+    return Made(model, tokenizer, pictures, "Qwen2_5_VLProcessor", template=template)
+
+
+def internvl() -> Made:
+    names = {"context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>", "end_image_token": "</img>"}
+    tokenizer = words(**names, video_token="<video>")
+    config = T.InternVLConfig(
+        vision_config={**small.VIT, "image_size": [SIDE, SIDE], "patch_size": [4, 4]},
+        text_config={"model_type": "qwen2", **TEXT}, image_token_id=tokenizer.context_image_token_id,
+    )  # fmt: skip
+    model = T.InternVLForConditionalGeneration(config)
+    pictures = GotOcr2ImageProcessorPil(size=SQUARE)
+    return Made(model, tokenizer, pictures, "InternVLProcessor", {"image_seq_length": 4}, chat("<IMG_CONTEXT>"))
+
+
+def smolvlm() -> Made:
+    names = {"fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"}
+    tokenizer = words(
+        **names, image_token="<image>", end_of_utterance_token="<end_of_utterance>", video_token="<video>"
+    )
+    config = T.SmolVLMConfig(
+        vision_config={**small.VIT, "patch_size": 4}, text_config={"model_type": "llama", **TEXT}, scale_factor=2,
+        image_token_id=tokenizer.image_token_id,
+    )  # fmt: skip
+    edges = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
+    pictures = SmolVLMImageProcessorPil(**edges)
+    template = chat("<image>", "User:", "<end_of_utterance>")
+    return Made(
+        T.SmolVLMForConditionalGeneration(config), tokenizer, pictures, "SmolVLMProcessor", {"image_seq_len": 4},
+        template,
+    )  # fmt: skip
+
+
+def paligemma() -> Made:
+    tokenizer = words(image_token="<image>")
+    config = T.PaliGemmaConfig(
+        vision_config={**VIT, "projection_dim": 24}, text_config={"model_type": "gemma", **TEXT}, projection_dim=24,
+        image_token_index=tokenizer.image_token_id,
+    )  # fmt: skip
+    pictures = SiglipImageProcessorPil(size=SQUARE)
+    pictures.image_seq_length = 4
+    return Made(T.PaliGemmaForConditionalGeneration(config), tokenizer, pictures, "PaliGemmaProcessor")
+
+
+def gemma3() -> Made:
+    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    tokenizer = words(**names)
+    ids = {"boi_token_index": tokenizer.boi_token_id, "eoi_token_index": tokenizer.eoi_token_id}
+    config = T.Gemma3Config(
+        vision_config=VIT, text_config={**TEXT, "sliding_window": 64}, mm_tokens_per_image=4,
+        image_token_index=tokenizer.image_token_id, **ids,
+    )  # fmt: skip
+    pictures = Gemma3ImageProcessorPil(size=SQUARE)
+    template = chat("<start_of_image>", "{{ bos_token }}<start_of_turn>user\n", "<end_of_turn>\n")
+    model = T.Gemma3ForConditionalGeneration(config)
+    return Made(model, tokenizer, pictures, "Gemma3Processor", {"image_seq_length": 4}, template)
+
+
+BUILDERS: dict[str, Callable[[], Made]] = {
+    f.__name__: f for f in (blip2_opt, blip2_t5, blip2_itm, llava, qwen2_5_vl, internvl, smolvlm, paligemma, gemma3)
+}
 
 
 def save(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
-    model, processor = BUILDERS[name]()
-    for parameter in model.parameters():  # some families start at zero
+    made = BUILDERS[name]()
+    for parameter in made.model.parameters():  # some families start at zero
         torch.nn.init.normal_(parameter, 0, 0.1)
-    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    if made.model.can_generate():
+        made.model.generation_config.eos_token_id = made.tokenizer.eos_token_id
+        made.model.generation_config.pad_token_id = made.tokenizer.pad_token_id
+    made.model.save_pretrained(folder)
+    made.tokenizer.save_pretrained(folder)
+    made.pictures.save_pretrained(folder)
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "processor_class": made.processor}))
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": made.processor, **made.settings}))
+    if made.template:
+        (folder / "chat_template.jinja").write_text(made.template)
     return folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,30 @@ import torch
 import transformers
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
+from transformers.utils.import_utils import is_accelerate_available
 
 from sensitivity.components import ComponentMap, natural
 from sensitivity.errors import UserError, reason, unknown
+from sensitivity.models.adapters import WEIGHTS, adapter_config, base_of, merged
 from sensitivity.models.checkpoint import find, fingerprint, read_config, stored_bits, weight_files
 from sensitivity.models.discover import discover
-from sensitivity.models.families import FAMILIES, Family, family_of
+from sensitivity.models.families import FAMILIES, SEARCHERS, Family, family_of
 from sensitivity.models.heavy import NOTE, heavy
+from sensitivity.models.original_llava import (
+    converted,
+    converted_config,
+    files_of,
+    is_original,
+    labelled,
+    processor_for,
+)
 from sensitivity.models.places import Places
+from sensitivity.models.processing import processor_of
 
-__all__ = ["FAMILIES", "VLM", "Family", "discover", "inspect", "load"]
+__all__ = ["FAMILIES", "SEARCHERS", "VLM", "Family", "discover", "inspect", "load"]
 
 DTYPES = ("float32", "float16", "bfloat16")
+SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 STALE = re.compile(r"(position_ids|inv_freq|masked_bias)$")  # buffers that old checkpoints hold and nobody reads
 
 
@@ -70,22 +82,31 @@ def load(
     """A model from a folder, the hub, or `embedded:...`; with config_only no weights are needed, and none are there.
 
     `quantised` takes a checkpoint that is quantised already, as an export is; its weights are unpacked at once.
+    The device `auto` spreads a model over what there is. An adapter is merged into its base model.
     """
     target, wanted = _device(device), _dtype(dtype)
     folder = find(name, config_only)
+    if (adapter := adapter_config(folder, name)) is not None:
+        base = load(base_of(adapter, folder, name), device=device, dtype=dtype, config_only=config_only)
+        return _adapted(base, adapter, folder, name, config_only)
     raw = read_config(folder, name, quantised)
-    files = [] if config_only else weight_files(folder, name)
+    original = is_original(raw)
+    files = [] if config_only else files_of(folder, name) if original else weight_files(folder, name)
     planted = name == "embedded:scenes-llava-heavy"
-    if wanted is None and name.startswith("embedded:") and target.type == "cpu":
+    if wanted is None and name.startswith("embedded:") and device == "cpu":
         wanted = torch.float32
     with _quiet():
         config, architecture = _config(folder, name, raw)
         if config_only:
             model, processor = _empty(architecture, config, name), None
+        elif original:
+            tensors = converted(raw, config, files, name)
+            model = _filled(architecture, config, None, name, wanted, target, tensors)
+            processor = processor_for(folder, name, config)
         else:
             # outliers are planted before rounding to a narrower type, so that the function survives it best
-            model = _filled(architecture, config, folder, name, torch.float32 if planted else wanted)
-            processor = _processor(folder, name)
+            model = _filled(architecture, config, folder, name, torch.float32 if planted else wanted, target)
+            processor = processor_of(folder, name, config)
     if quantised and not config_only:
         _unpack(model)
     if planted and not config_only:
@@ -94,13 +115,21 @@ def load(
     model = model.eval().requires_grad_(False)
     return VLM(
         name=name,
-        model=model if config_only else model.to(target),
+        model=model if config_only or target is None else model.to(target),
         processor=processor,
-        family=family_of(model),
+        family=labelled(raw, family_of(model)) if original else family_of(model),
         fingerprint=fingerprint(raw, files, NOTE if planted else None),
         native_bits=stored_bits(files) or _config_bits(config),
         note=NOTE if planted else _dead_blocks(config),
     )
+
+
+def _adapted(base: VLM, adapter: Mapping[str, Any], folder: Path, name: str, config_only: bool) -> VLM:
+    if not config_only:
+        with _quiet():
+            base.model = merged(base.model, folder, name).eval().requires_grad_(False)
+    mark = fingerprint(adapter, [] if config_only else [folder / WEIGHTS], base.fingerprint)
+    return replace(base, name=name, fingerprint=mark)
 
 
 def inspect(vlm: VLM | str, by: str = "group.kind") -> ComponentMap:
@@ -112,6 +141,8 @@ def inspect(vlm: VLM | str, by: str = "group.kind") -> ComponentMap:
 
 def _config(folder: Path, name: str, raw: Mapping[str, Any]) -> tuple[Any, Any]:
     """The configuration and its class in transformers: as the architecture says, or what reads images and text."""
+    if is_original(raw):
+        return converted_config(raw, name), transformers.LlavaForConditionalGeneration
     known = raw.get("model_type") in transformers.CONFIG_MAPPING
     remote = raw.get("auto_map")
     if not known:
@@ -148,18 +179,29 @@ def _empty(architecture: Any, config: Any, name: str) -> nn.Module:
         raise UserError(why) from error
 
 
-def _filled(architecture: Any, config: Any, folder: Path, name: str, dtype: torch.dtype | None) -> nn.Module:
-    """The model with its weights, all of them and no others, each a number."""
+def _filled(
+    architecture: Any,
+    config: Any,
+    folder: Path | None,
+    name: str,
+    dtype: torch.dtype | None,
+    target: torch.device | None,
+    tensors: dict[str, torch.Tensor] | None = None,
+) -> nn.Module:
+    """The model with its weights (of the folder, or the given ones), all of them and no others, each a number."""
+    spread = {"device_map": "auto"} if target is None else {}
     try:
         model, loading = architecture.from_pretrained(
             folder,
+            state_dict=tensors,
             config=config,
-            dtype=dtype or "auto",
+            dtype=dtype or (config.dtype if tensors else "auto"),
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
+            **spread,
         )
     except Exception as error:
         raise UserError(f"{name} cannot be loaded as {architecture.__name__} ({reason(error)})") from error
@@ -200,34 +242,33 @@ def _dead_blocks(config: Any) -> str | None:
     return f"without effect: the last {-layer - 1} of the vision blocks, since vision_feature_layer is {layer}"
 
 
-def _processor(folder: Path, name: str) -> Any:
-    if not any((folder / file).exists() for file in ("processor_config.json", "preprocessor_config.json")):
-        return None
-    try:
-        return transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)  # type: ignore[no-untyped-call]
-    except Exception as error:
-        raise UserError(f"the processor of {name} cannot be loaded ({reason(error)})") from error
-
-
 def _config_bits(config: Any) -> int:
     dtype = getattr(config, "dtype", None)
     return torch.finfo(dtype).bits if isinstance(dtype, torch.dtype) else 16
 
 
-def _device(device: str) -> torch.device:
+def _device(device: str) -> torch.device | None:
+    """None for `auto`: accelerate then places each layer."""
+    if device == "auto":
+        if not is_accelerate_available():
+            raise UserError("device 'auto' spreads a model over devices with accelerate; type `pip install accelerate`")
+        return None
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{device}' cannot be used ({reason(error)}); choose from cpu, cuda, mps") from error
+        raise UserError(
+            f"device '{device}' cannot be used ({reason(error)}); choose from cpu, cuda, mps, auto"
+        ) from error
     return target
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
+    dtype = SHORT.get(dtype, dtype)
     if dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
+        raise unknown("dtype", dtype, (*DTYPES, *SHORT))
     return getattr(torch, dtype)  # type: ignore[no-any-return]
 
 

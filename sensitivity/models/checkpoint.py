@@ -14,9 +14,15 @@ from typing import Any
 
 from sensitivity.errors import UserError, reason, unknown
 
-EMBEDDED = {"scenes-llava": "scenes-llava", "scenes-llava-heavy": "scenes-llava"}  # name -> folder
+EMBEDDED = {  # name -> folder
+    "scenes-llava": "scenes-llava",
+    "scenes-llava-heavy": "scenes-llava",
+    "scenes-blip2": "scenes-blip2",
+    "scenes-blip2-itm": "scenes-blip2-itm",
+}
 HERE = Path(__file__).parent / "embedded"
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a hub repository: no pickle, no code
+CONFIGS = ["config.json", "adapter_config.json"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
 WHOLE = 100 * 2**20  # a file up to this size is hashed to the last byte
@@ -44,7 +50,7 @@ def find(name: str, config_only: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json"] if config_only else WANTED))
+        return Path(snapshot_download(name, allow_patterns=CONFIGS if config_only else WANTED))
     except (OSError, ValueError) as error:
         raise UserError(
             f"'{name}' is neither a folder here nor a model that could be had from the hub ({reason(error)}); {instead}"
@@ -125,7 +131,7 @@ def stored_bits(files: Sequence[Path]) -> int | None:
     """How wide most weights are stored; None without files."""
     widths: Counter[int] = Counter()
     for file in files:
-        for entry in header(file).values():
+        for entry in header(file).values() if file.suffix == ".safetensors" else ():
             if entry["dtype"] in BITS:
                 widths[BITS[entry["dtype"]]] += prod(entry["shape"])
     return widths.most_common(1)[0][0] if widths else None
@@ -142,7 +148,8 @@ def fingerprint(config: Mapping[str, Any], files: Sequence[Path], note: str | No
             if size <= WHOLE:
                 digest.update(stream.read())
                 continue
-            digest.update(stream.read(8 + int.from_bytes(stream.read(8), "little")))
+            # the header of a safetensors file; a pickle has none, and its first bytes say nothing about its size
+            digest.update(stream.read(8 + min(int.from_bytes(stream.read(8), "little"), WHOLE)))
             for i in range(PIECES):
                 stream.seek(i * (size - PIECE) // (PIECES - 1), os.SEEK_SET)
                 digest.update(stream.read(PIECE))

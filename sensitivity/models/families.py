@@ -18,6 +18,8 @@ class Family:
     heads: tuple[str, ...] = ()  # linears that are kept: they turn features into scores or logits
     kinds: dict[str, str] = field(default_factory=dict)  # a word of a path inside a block -> attn, cross or ff
     prompt: str = "{}"  # around a question, where the processor has no chat template
+    brief: bool = False  # the prompt asks for a short answer itself, so that a task's own request is left out
+    caption: str | None = None  # in place of the request for a caption
     shares_prefix: bool = False  # the image comes first, and its keys and values serve every question about it
 
 
@@ -26,7 +28,7 @@ FAMILIES: dict[str, Family] = {
     "llava": Family("LLaVA", prompt="USER: <image>\n{} ASSISTANT:", shares_prefix=True),
     "llava_next": Family("LLaVA-NeXT"),
     "llava_onevision": Family("LLaVA-OneVision"),
-    "blip-2": Family("BLIP-2"),
+    "blip-2": Family("BLIP-2", prompt="Question: {} Short answer:", brief=True, caption=""),
     "Blip2ForImageTextRetrieval": Family("BLIP-2 retrieval", language=("embeddings",), heads=("itm_head",)),
     "instructblip": Family("InstructBLIP"),
     "qwen2_vl": Family("Qwen2-VL", connector=("visual.merger",)),
@@ -35,7 +37,7 @@ FAMILIES: dict[str, Family] = {
     "internvl": Family("InternVL"),
     "idefics3": Family("Idefics3"),
     "smolvlm": Family("SmolVLM"),
-    "paligemma": Family("PaliGemma"),
+    "paligemma": Family("PaliGemma", prompt="<image>answer en {}", brief=True, caption="<image>caption en"),
     "gemma3": Family("Gemma 3"),
     "mllama": Family("Llama 3.2 Vision"),
     "kosmos-2": Family("Kosmos-2"),
@@ -44,6 +46,8 @@ FAMILIES: dict[str, Family] = {
     # the text tower ends in its projection into the shared space; the pooling head of the vision tower is vision
     "siglip": Family("SigLIP", connector=("text_model.head",)),
 }
+
+SEARCHERS = "Salesforce/blip2-itm-vit-g-coco or embedded:scenes-blip2-itm"  # for those who ask another to search
 
 
 def family_of(model: nn.Module) -> Family:

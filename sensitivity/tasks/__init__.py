@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,13 +51,25 @@ class Example:
 Metric = Callable[[Sequence[str], Sequence[Example]], float]
 
 
+@dataclass(frozen=True)
+class Gallery:
+    """Nothing is asked, but captions are looked for among those of so many images, and images among them.
+
+    The `top` most similar are compared once more, by a model that can read an image and a text together; 0 for none.
+    """
+
+    pool: int
+    top: int
+
+
 @dataclass(frozen=True, eq=False)
 class Task:
     """Examples and the rule that scores an answer.
 
     `exact` says that only the first answer, letter for letter, is right. Then an answer can be judged without
     being generated: greedy generation gives it exactly if each of its tokens is the likeliest after those before.
-    `metrics` are further figures of all answers together, for the report alone; `notes` say what was left out.
+    `metrics` are further figures of all answers together; those in `slow` (a program of its own starts) are not taken
+    of every plan. `notes` say what was left out.
     """
 
     name: str
@@ -66,6 +79,8 @@ class Task:
     max_new_tokens: int = 32
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    gallery: Gallery | None = None
+    slow: tuple[str, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -83,6 +98,8 @@ class Task:
     @cached_property
     def chance(self) -> float:
         """The score of always giving each kind's commonest right answer: what blindness gets."""
+        if self.gallery:
+            return 1 / min(self.gallery.pool, len({example.cluster for example in self.examples}))
         commonest: dict[str, str] = {}
         for kind in {example.kind for example in self.examples}:
             answers = Counter(example.answers[0] for example in self.examples if example.kind == kind)
@@ -94,6 +111,16 @@ class Task:
         if len(answers) != len(self.examples):
             raise ValueError(f"{len(answers)} answers for {len(self.examples)} examples")
         return {name: float(metric(answers, self.examples)) for name, metric in self.metrics.items()}
+
+    def quick(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+        """The further metrics that are not slow, of a trial's rows: in any order, and of as many examples as it has."""
+        named = zip(rows["task"], rows["example"], rows["answer"], strict=True)
+        said = {example: answer for name, example, answer in named if name == self.name}
+        asked = [example for example in self.examples if example.id in said]
+        answers = [said[example.id] for example in asked]
+        chosen = [name for name in self.metrics if asked and name not in self.slow]
+        found = {name: float(self.metrics[name](answers, asked)) for name in chosen}
+        return {name: value for name, value in found.items() if math.isfinite(value)}  # all kinds may not be there yet
 
 
 def open_image(source: NDArray[np.uint8] | Stored) -> Image.Image:
@@ -128,7 +155,17 @@ def mean_of(score: Callable[[str, Example], float]) -> Metric:
     return lambda answers, examples: float(np.mean([score(a, e) for a, e in zip(answers, examples, strict=True)]))
 
 
-from sensitivity.tasks import coco, geochat, gqa, local, of_scenes, rsvqa, scene_folders, vqav2  # noqa: E402 - they use these
+from sensitivity.tasks import (  # noqa: E402 - they use these
+    coco,
+    geochat,
+    gqa,
+    local,
+    of_scenes,
+    retrieval,
+    rsvqa,
+    scene_folders,
+    vqav2,
+)
 
 TASKS: dict[str, Callable[[str, int, int], Task]] = {
     "vqa": of_scenes.vqa,
@@ -150,23 +187,28 @@ DATASETS: dict[str, Callable[[Path, str, int, int], Task]] = {
     "geochat-region-captions": geochat.region_captions,
 }
 
+# what is searched and not asked, for models that compare images with texts; here `n` counts images
+SEARCHES: dict[str, Callable[[str, int, int], Task]] = {"retrieval": retrieval.of_scenes}
+GALLERIES: dict[str, Callable[[Path, str, int, int], Task]] = {"flickr30k": retrieval.of_flickr30k}
+
 
 def task(name: str, split: str = "evaluation", n: int = 1000, seed: int = 0) -> Task:
     """A task by its name, DATASET:FOLDER, or from a user's own data, SCORER:PATH; `n` counts examples."""
+    tasks, sets = {**TASKS, **SEARCHES}, {**DATASETS, **GALLERIES}
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     if n < 1:
         raise UserError(f"a task needs at least one example, not {n}")
-    if name in TASKS:
-        return TASKS[name](split, n, seed)
+    if name in tasks:
+        return tasks[name](split, n, seed)
     head, colon, folder = name.partition(":")
-    if head in DATASETS:
+    if head in sets:
         if not folder:
             raise UserError(f"{head} needs the folder where the data set is; type {head}:FOLDER")
-        return DATASETS[head](Path(folder).expanduser(), split, n, seed)
+        return sets[head](Path(folder).expanduser(), split, n, seed)
     if colon and head in local.SCORERS:
         return local.own(Path(folder).expanduser(), split, n, seed, head)
     if name.endswith(".jsonl"):
         return local.own(Path(name).expanduser(), split, n, seed)
     owns = (*(f"{scorer}:PATH" for scorer in local.SCORERS), "FILE.jsonl")
-    raise unknown("task", name, [*TASKS, *(f"{known}:FOLDER" for known in DATASETS), *owns])
+    raise unknown("task", name, [*tasks, *(f"{known}:FOLDER" for known in sets), *owns])

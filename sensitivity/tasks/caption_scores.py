@@ -17,12 +17,13 @@ ORDERS = 4  # n-grams of one to four words
 SIGMA = 6.0  # of the penalty for a caption of another length
 Gram = tuple[str, ...]
 INSTALL = "pip install 'sensitivity[tasks]'"
+SLOW = ("METEOR",)  # Java takes seconds to start, and 2 GB
 
 
 def task(name: str, examples: tuple[tasks.Example, ...], notes: tuple[str, ...] = (), most: int = 32) -> tasks.Task:
     """Captions scored by CIDEr, with what else is usually reported."""
     further, missing = metrics()
-    return tasks.Task(name, examples, cider(examples), False, most, further, (*notes, *missing))
+    return tasks.Task(name, examples, cider(examples), False, most, further, (*notes, *missing), slow=SLOW)
 
 
 def cider(examples: Sequence[tasks.Example]) -> Callable[[str, tasks.Example], float]:

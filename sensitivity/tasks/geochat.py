@@ -48,7 +48,10 @@ def region_captions(folder: Path, split: str, n: int, seed: int) -> tasks.Task:
     further, missing = caption_scores.metrics()
     kept: dict[str, tasks.Metric] = {"ROUGE-1": tasks.mean_of(rouge_1)}
     kept |= {name: metric for name, metric in further.items() if name == "METEOR"}
-    return tasks.Task(source.name, examples, rouge_l, max_new_tokens=64, metrics=kept, notes=(*notes, *missing))
+    told = (*notes, *missing)
+    return tasks.Task(
+        source.name, examples, rouge_l, max_new_tokens=64, metrics=kept, notes=told, slow=caption_scores.SLOW
+    )
 
 
 def _asked(source: Source, lines: Iterator[dict[str, Any]]) -> Iterator[tasks.Example | Flaw]:

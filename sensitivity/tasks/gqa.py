@@ -20,8 +20,7 @@ def gqa(folder: Path, split: str, n: int, seed: int) -> tasks.Task:
     source = Source("gqa", folder, GET)
     part = source.part(split, ("testdev", "val", "train"), (QUESTIONS,))
     source.file("images")
-    examples, notes = source.drawn(_rows(source, part.name), part, n, seed)
-    return tasks.Task(source.name, examples, vqa_accuracy.match, max_new_tokens=10, notes=notes)
+    return source.questions(_rows, part, n, seed, vqa_accuracy.match)
 
 
 def _rows(source: Source, part: str) -> Iterator[tasks.Example | Flaw]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 
 from sensitivity import tasks
 from sensitivity.errors import UserError
+from sensitivity.tasks import images
 
 SHARE = 0.02  # of a data set's examples, which may be left out with a note; more is refused
 _BETWEEN = re.compile(r"[\s,]*")
@@ -113,6 +114,19 @@ class Source:
             return Part(evaluation, split, hashed=True)
         return Part(evaluation if split == "evaluation" else whole, split, hashed=False)
 
+    def questions(
+        self,
+        rows: Callable[[Source, str], Iterable[tasks.Example | Flaw]],
+        part: Part,
+        n: int,
+        seed: int,
+        score: Callable[[str, tasks.Example], float],
+        **more: Any,
+    ) -> tasks.Task:
+        """A task of short answers to n questions of a part."""
+        examples, notes = self.drawn(rows(self, part.name), part, n, seed)
+        return tasks.Task(self.name, examples, score, max_new_tokens=10, notes=notes, **more)
+
     def drawn(
         self, rows: Iterable[tasks.Example | Flaw], part: Part, n: int, seed: int
     ) -> tuple[tuple[tasks.Example, ...], tuple[str, ...]]:
@@ -133,10 +147,17 @@ class Source:
         notes = [*part.note, *self.tolerated(flaws, len(flaws) + len(good))]
         good.sort(key=lambda example: example.id)  # the sample does not depend on the order of a file or a folder
         chosen = draw(good, n, seed, f"{self.name} in {self.folder}", part.split)
-        gone = [Flaw(e.id, "no image file") for e in chosen if isinstance(e.image, Path) and not e.image.is_file()]
-        notes += self.tolerated(gone, len(chosen))
-        missing = {flaw.id for flaw in gone}
-        return tuple(e for e in chosen if e.id not in missing), tuple(notes)
+        seen, more = self.seen(chosen)
+        return seen, (*notes, *more)
+
+    def seen(self, chosen: Sequence[tasks.Example]) -> tuple[tuple[tasks.Example, ...], tuple[str, ...]]:
+        """Those whose image is there and whole, and notes on the others."""
+        why: dict[str, str | None] = {}
+        for example in chosen:
+            if example.cluster not in why:
+                why[example.cluster] = images.unusable(example.image)
+        bad = [Flaw(example.id, reason) for example in chosen if (reason := why[example.cluster])]
+        return tuple(e for e in chosen if not why[e.cluster]), tuple(self.tolerated(bad, len(chosen)))
 
     def tolerated(self, flaws: Sequence[Flaw], total: int) -> list[str]:
         """One note per kind of flaw; an error where they are too many."""

@@ -76,10 +76,7 @@ def made(
     """The task of lines that were read from `path`."""
     source = layout.Source(path.stem, path.parent, "mend or take out those lines")
     chosen = layout.draw((_example(path, line, scorer == "iou") for line in lines), n, seed, str(path), split)
-    gone = [layout.Flaw(e.id, "no image file") for e in chosen if isinstance(e.image, Path) and not e.image.is_file()]
-    notes = tuple(source.tolerated(gone, len(chosen)))
-    missing = {flaw.id for flaw in gone}
-    examples = tuple(e for e in chosen if e.id not in missing)
+    examples, notes = source.seen(chosen)
     if scorer == "iou":
         examples = tuple(map(grounding.sized, examples))
     if score is not None:

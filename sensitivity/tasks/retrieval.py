@@ -1,7 +1,8 @@
-"""Retrieval: Flickr30k in Karpathy's split, five captions to an image, and recall among the most similar."""
+"""Retrieval: scenes, and Flickr30k in Karpathy's split, five captions to an image; recall among the most similar."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sensitivity.errors import UserError
-from sensitivity.tasks import SPLITS, Example
+from sensitivity.tasks import SPLITS, Example, Gallery, Metric, Stored, Task, scenes
 from sensitivity.tasks.layout import Flaw, Source
 
 GET = (
@@ -19,6 +20,8 @@ GET = (
 FILE, IMAGES = "dataset_flickr30k.json", "flickr30k-images"
 PARTS = {"evaluation": "test", "calibration": "train"}  # val is left for choosing settings
 RANKS = (1, 5, 10)
+WAYS = ("text", "image")  # what is looked for: the captions of an image, or the image of a caption
+POOL = 256  # scenes among which one is looked for
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +52,63 @@ def flickr30k(folder: Path, split: str = "evaluation", n: int = 1000, seed: int 
     captions = tuple(text for example in examples for text in example.answers)
     owner = tuple(index for index, example in enumerate(examples) for _ in example.answers)
     return Pairs(tuple(e.image for e in examples if isinstance(e.image, Path)), captions, owner, notes)
+
+
+def of_flickr30k(folder: Path, split: str, n: int, seed: int) -> Task:
+    """n images and all their captions, in one pool; the 128 most similar are read together again, as published."""
+    pairs = flickr30k(folder, split, n, seed)
+    captions: list[list[str]] = [[] for _ in pairs.images]
+    for caption, whose in zip(pairs.captions, pairs.owner, strict=True):
+        captions[whose].append(caption)
+    names = [image.name for image in pairs.images]
+    return _task("flickr30k", names, pairs.images, captions, Gallery(len(names), 128), pairs.notes)
+
+
+def of_scenes(split: str, n: int, seed: int) -> Task:
+    """n scenes, no two of one caption, in pools of 256."""
+    found: dict[str, scenes.Scene] = {}
+    index = 0
+    while len(found) < n:
+        one = scenes.scene(split, seed, index)
+        found.setdefault(scenes.caption(one), one)
+        index += 1
+    names, images = [one.id for one in found.values()], [one.image for one in found.values()]
+    return _task("retrieval", names, images, [[caption] for caption in found], Gallery(POOL, 16), ())
+
+
+def _task(
+    name: str,
+    names: Sequence[str],
+    images: Sequence[NDArray[np.uint8] | Stored],
+    captions: Sequence[Sequence[str]],
+    gallery: Gallery,
+    notes: tuple[str, ...],
+) -> Task:
+    """Each image looks for its captions, each caption for its image; an answer is the rank of the first right one."""
+    examples = []
+    for key, image, words in zip(names, images, captions, strict=True):
+        examples.append(Example(key, key, "text", image, "", tuple(words)))
+        examples += [Example(f"{key}-{j}", key, "image", image, one, (one,)) for j, one in enumerate(words)]
+    metrics = {f"{way} R@{k}": _recall(way, k) for way in WAYS for k in RANKS}
+    for way in WAYS:
+        metrics[f"{way} mean"] = _mean([_recall(way, k) for k in RANKS])
+    metrics["mean"] = _mean([metrics[f"{way} mean"] for way in WAYS])
+    return Task(name, tuple(examples), first, metrics=metrics, notes=notes, gallery=gallery)
+
+
+def first(answer: str, example: Example) -> float:
+    """1 if a right one ranks first."""
+    return float(answer == "1")
+
+
+def _recall(way: str, k: int) -> Metric:
+    return lambda answers, examples: float(
+        np.mean([int(answer) <= k for answer, e in zip(answers, examples, strict=True) if e.kind == way])
+    )
+
+
+def _mean(metrics: Sequence[Metric]) -> Metric:
+    return lambda answers, examples: float(np.mean([metric(answers, examples) for metric in metrics]))
 
 
 def recalls(images_to_texts: ArrayLike, texts_to_images: ArrayLike, owner: ArrayLike) -> dict[str, float]:

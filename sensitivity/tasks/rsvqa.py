@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def by_kind(examples: Sequence[tasks.Example]) -> dict[str, tasks.Metric]:
     def of(kinds: Sequence[str]) -> tasks.Metric:
         def metric(answers: Sequence[str], examples: Sequence[tasks.Example]) -> float:
             pairs = list(zip(answers, examples, strict=True))
-            return float(np.mean([np.mean([match(a, e) for a, e in pairs if e.kind == kind]) for kind in kinds]))
+            of_kinds = [[match(a, e) for a, e in pairs if e.kind == kind] for kind in kinds]
+            return float(np.mean([np.mean(found) for found in of_kinds])) if all(of_kinds) else math.nan
 
         return metric
 

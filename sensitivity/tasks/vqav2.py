@@ -24,9 +24,8 @@ def vqav2(folder: Path, split: str, n: int, seed: int) -> tasks.Task:
     source = Source("vqav2", folder, GET)
     part = source.part(split, ("val2014", "train2014"), (QUESTIONS, ANNOTATIONS, "{}"))
     source.file(part.name)
-    examples, notes = source.drawn(_rows(source, part.name), part, n, seed)
     script = {"official script": tasks.mean_of(vqa_accuracy.verbatim)}
-    return tasks.Task(source.name, examples, vqa_accuracy.accuracy, max_new_tokens=10, metrics=script, notes=notes)
+    return source.questions(_rows, part, n, seed, vqa_accuracy.accuracy, metrics=script)
 
 
 def _rows(source: Source, part: str) -> Iterator[tasks.Example | Flaw]:

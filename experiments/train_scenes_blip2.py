@@ -1,0 +1,280 @@
+"""Trains embedded:scenes-blip2 and embedded:scenes-blip2-itm, counted in steps, from the eye of scenes-llava.
+
+    python experiments/train_scenes_blip2.py                # both; about 45 minutes of one core
+    python experiments/train_scenes_blip2.py --smoke        # a few steps of everything
+
+A stage that has left its checkpoint in --work is not done again; delete the file to repeat it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import scenes_blip2 as B
+import scenes_llava as L
+import torch
+from scenes_blip2_aids import Cells, Clues, captions, same
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, layer_norm, normalize
+from train_scenes_llava import NOISE, ROOT, WOBBLE, Log, Optimiser, Run, distance, read
+from transformers import LlavaForConditionalGeneration
+
+EMBEDDED = ROOT / "sensitivity" / "models" / "embedded"
+STEPS = {"eye": 400, "cells": 1000, "contrast": 1200, "match": 500, "symbols": 800, "bridge": 600}
+SIZES = {"eye": 48, "cells": 48, "contrast": 96, "match": 48, "symbols": 32, "bridge": 48}
+
+
+# -- what the stages share
+
+
+def look(model: Any, batch: L.Batch) -> Tensor:
+    """The frozen eye's patches."""
+    with torch.no_grad():
+        seen: Tensor = model.vision_model(batch.pixels).last_hidden_state
+    return seen
+
+
+def query(model: Any, seen: Tensor) -> Tensor:
+    """What the Q-Former's queries find in the patches."""
+    tokens = model.query_tokens.expand(len(seen), -1, -1)
+    found: Tensor = model.qformer(query_embeds=tokens, encoder_hidden_states=seen).last_hidden_state
+    return found
+
+
+def answers(model: Any, batch: L.Batch, image: Tensor) -> tuple[Tensor, dict[str, float]]:
+    words = model.get_input_embeddings().weight
+    return read(model.language_model.model.decoder, words, batch, image, B.STYLE)
+
+
+class Queries(nn.Module):
+    """The queries as a module, so that they are kept and optimised like one."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.tokens = model.query_tokens
+
+
+# -- stages of both
+
+
+def eye(run: Run) -> None:
+    """The eye of scenes-llava in BLIP-2's shape, repaired until it sees what the original sees."""
+    folder = EMBEDDED / "scenes-llava"
+    clip = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).model.vision_tower.eval()
+    model = B.build().vision_model
+    B.transplant(clip, model, L.batch(0, 64, 1).pixels)
+    optimiser = Optimiser(run.total("eye"), (3e-4, [model.embeddings, model.encoder]))
+    log = Log(run, "eye")
+    for step, _, batch in run.batches("eye", wobble=WOBBLE / 2):
+        with torch.no_grad():
+            target = layer_norm(clip(batch.pixels).last_hidden_state, (B.WIDTH,))
+        away = distance(model(batch.pixels).last_hidden_state[:, 1:], target[:, 1:])
+        optimiser.step(away)
+        log.add(step, distance=float(away.detach()))
+    run.keep("eye", vision=model)
+
+
+def cells(run: Run) -> None:
+    """The Q-Former learns which query is about which quarter, and to find the digit and the colour there."""
+    model, clues = B.build(), Clues()
+    run.fetch("eye", vision=model.vision_model)
+    optimiser = Optimiser(run.total("cells"), (1.5e-3, [Queries(model), model.qformer, clues]))
+    log = Log(run, "cells")
+    for step, _, batch in run.batches("cells"):
+        loss, right = clues(batch, query(model, look(model, batch)))
+        optimiser.step(loss)
+        log.add(step, loss=float(loss.detach()), **right)
+    run.keep("cells", qformer=model.qformer, queries=Queries(model), clues=clues)
+
+
+# -- retrieval
+
+
+def similarity(model: Any, image: Tensor, text: Tensor) -> Tensor:
+    """Images by texts: the cosine of the query that is most like the text, as BLIP-2 compares them."""
+    images, texts = normalize(model.vision_projection(image), dim=-1), normalize(model.text_projection(text), dim=-1)
+    return torch.einsum("iqd,td->iqt", images, texts).amax(1)
+
+
+def texts(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    embeds = model.embeddings(input_ids=ids)
+    read: Tensor = model.qformer(query_embeds=embeds, query_length=0, attention_mask=mask).last_hidden_state
+    return read[:, 0]
+
+
+def contrast_loss(similar: Tensor, warmth: Tensor, alike: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Each image's caption among all, and the other way; two scenes of one caption are not held against each other."""
+    scores = (similar * warmth.exp()).masked_fill(alike & ~torch.eye(len(alike), dtype=torch.bool), -1e9)
+    truth = torch.arange(len(scores))
+    loss = (cross_entropy(scores, truth) + cross_entropy(scores.T, truth)) / 2
+    found = {name: float((s.argmax(1) == truth).float().mean()) for name, s in (("text", scores), ("image", scores.T))}
+    return loss, {f"{name} R@1": share for name, share in found.items()}
+
+
+def match_loss(model: Any, seen: Tensor, ids: Tensor, mask: Tensor, similar: Tensor, alike: Tensor) -> Any:
+    """Do image and caption belong together? Asked about the right pairs and about likely wrong ones of both ways."""
+    likely = (similar.detach() * 20).masked_fill(alike, -1e9)
+    wrong_text, wrong_image = (torch.multinomial(s.softmax(1), 1)[:, 0] for s in (likely, likely.T))
+    own = torch.arange(len(seen))
+    images, words = torch.cat([own, own, wrong_image]), torch.cat([own, wrong_text, own])
+    scores = matches(model, seen[images], ids[words], mask[words])
+    truth = (torch.arange(3 * len(own)) < len(own)).long()
+    return cross_entropy(scores, truth), float((scores.argmax(1) == truth).float().mean())
+
+
+def matches(model: Any, seen: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    tokens = model.query_tokens.expand(len(seen), -1, -1)
+    both = torch.cat([torch.ones(tokens.shape[:2], dtype=mask.dtype), mask], 1)
+    embeds = model.embeddings(input_ids=ids, query_embeds=tokens)
+    read = model.qformer(
+        query_embeds=embeds, query_length=B.QUERIES, attention_mask=both, encoder_hidden_states=seen
+    ).last_hidden_state
+    scores: Tensor = model.itm_head(read[:, : B.QUERIES]).mean(1)
+    return scores
+
+
+class Warmth(nn.Module):
+    """One over the temperature of the contrast, as a logarithm; needed in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = nn.Parameter(torch.tensor(math.log(10.0)))
+
+
+def contrast(run: Run) -> None:
+    """An image's queries and its caption come to lie together; the clues are let go on the way."""
+    model, clues, warmth = B.build(retrieval=True), Clues(), Warmth()
+    run.fetch("eye", vision=model.vision_model)
+    run.fetch("cells", qformer=Loose(model.qformer), queries=Queries(model), clues=clues)
+    learning = [Queries(model), model.qformer, model.embeddings, model.vision_projection, model.text_projection]
+    optimiser = Optimiser(run.total("contrast"), (1.5e-3, [*learning, clues, warmth]))
+    log = Log(run, "contrast")
+    for step, done, batch in run.batches("contrast", most=lambda done: 2 if done < 0.1 else 4):
+        image = query(model, look(model, batch))
+        ids, mask = captions(batch)
+        similar = similarity(model, image, texts(model, ids, mask))
+        loss, right = contrast_loss(similar, warmth.log, same(batch))
+        told, looked = clues(batch, image)
+        optimiser.step(loss + max(0.0, 0.3 * (1 - done / 0.7)) * told)
+        log.add(step, loss=float(loss.detach()), **right, **looked)
+    run.keep("contrast", model=model, warmth=warmth)
+
+
+def match(run: Run) -> None:
+    """The head that reads image and caption together, beside the contrast."""
+    model, warmth = B.build(retrieval=True), Warmth()
+    run.fetch("contrast", model=model, warmth=warmth)
+    parts = [model.embeddings, model.vision_projection, model.text_projection, model.itm_head]
+    optimiser = Optimiser(run.total("match"), (7e-4, [Queries(model), model.qformer, warmth, *parts]))
+    log = Log(run, "match")
+    for step, _, batch in run.batches("match"):
+        seen = look(model, batch)
+        ids, mask = captions(batch)
+        similar, alike = similarity(model, query(model, seen), texts(model, ids, mask)), same(batch)
+        loss, right = contrast_loss(similar, warmth.log, alike)
+        matched, share = match_loss(model, seen, ids, mask, similar, alike)
+        optimiser.step(loss + matched)
+        log.add(step, loss=float(loss.detach()), match=float(matched.detach()), matched=share, **right)
+    run.keep("match", model=model)
+
+
+class Loose(nn.Module):
+    """A Q-Former that is given the weights of one without text layers."""
+
+    def __init__(self, qformer: nn.Module) -> None:
+        super().__init__()
+        self.inner = [qformer]
+
+    def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
+        loaded = self.inner[0].load_state_dict(state, strict=False)
+        assert not loaded.unexpected_keys
+        assert all(".intermediate." in key or ".output." in key for key in loaded.missing_keys)
+        return loaded
+
+
+# -- captions and questions
+
+
+def symbols(run: Run) -> None:
+    """OPT learns to bind and to answer, from perfect symbols with a little noise."""
+    model, table = B.build(), Cells()
+    optimiser = Optimiser(run.total("symbols"), (2e-3, [model.language_model, table]))
+    log = Log(run, "symbols")
+    for step, _, batch in run.batches("symbols", draw=False, most=lambda done: 2 if done < 0.15 else 4):
+        image = table(batch, model.get_input_embeddings().weight)
+        loss, right = answers(model, batch, image + NOISE * torch.randn_like(image))
+        optimiser.step(loss)
+        log.add(step, loss=float(loss.detach()), **right)
+    run.keep("symbols", language=model.language_model, table=table)
+
+
+def bridge(run: Run) -> None:
+    """The Q-Former and its projection learn to say in symbols what the eye has seen."""
+    model, table = B.build(), Cells()
+    run.fetch("eye", vision=model.vision_model)
+    run.fetch("cells", qformer=model.qformer, queries=Queries(model))
+    run.fetch("symbols", language=model.language_model, table=table)
+    optimiser = Optimiser(
+        run.total("bridge"), (1e-3, [Queries(model), model.qformer]), (3e-3, [model.language_projection])
+    )
+    log = Log(run, "bridge")
+    for step, _, batch in run.batches("bridge"):
+        with torch.no_grad():
+            target = table(batch, model.get_input_embeddings().weight)
+        image = model.language_projection(query(model, look(model, batch)))
+        loss = distance(image, target)
+        optimiser.step(loss)
+        log.add(step, distance=float(loss.detach()))
+        if step % log.every == 0:
+            with torch.no_grad():
+                log.add(step, **answers(model, batch, image)[1])
+    run.keep("bridge", model=model)
+
+
+STAGES: dict[str, Callable[[Run], None]] = {
+    "eye": eye,
+    "cells": cells,
+    "contrast": contrast,
+    "match": match,
+    "symbols": symbols,
+    "bridge": bridge,
+}
+LAST = {"scenes-blip2-itm": "match", "scenes-blip2": "bridge"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "train-scenes-blip2", help="checkpoints")
+    parser.add_argument("--out", type=Path, default=EMBEDDED, help="where the two model folders come to lie")
+    parser.add_argument("--log", type=Path, default=Path(__file__).with_suffix(".log"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=None, help="these stages, and no model folders")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--smoke", action="store_true", help="a few steps of each stage; needs --out and --work")
+    args = parser.parse_args()
+    if args.smoke and parser.get_default("out") == args.out:
+        parser.error("--smoke would overwrite the shipped models; give it another --out, --work and --log")
+
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    steps, sizes = (dict.fromkeys(STAGES, few) if args.smoke else full for few, full in ((3, STEPS), (4, SIZES)))
+    run = Run(args.work, steps, sizes, args.seed, B.STYLE)
+    for number, (stage, learn) in enumerate(STAGES.items()):
+        if stage in (args.only or STAGES) and not (args.work / f"{stage}.safetensors").exists():
+            torch.manual_seed(1000 * args.seed + number)
+            learn(run)
+    if args.only:
+        return
+    for name, stage in LAST.items():
+        model = B.build(retrieval=name.endswith("itm"))
+        run.fetch(stage, model=model)
+        B.save(model, args.out / name)
+    args.log.write_text("".join((args.work / f"{stage}.jsonl").read_text() for stage in STAGES))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Checkpoints in LLaVA's own layout, GeoChat's among them, as LlavaForConditionalGeneration: every tensor is placed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from sensitivity.errors import UserError, reason
+from sensitivity.models.checkpoint import find, weight_files
+from sensitivity.models.families import Family
+
+SIDES = {"geochat": 504}  # pixels; others keep the size of their tower
+TOWERS = {  # the towers that need not be there, since the checkpoint holds their weights
+    "openai/clip-vit-large-patch14-336": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "image_size": 336, "patch_size": 14, "projection_dim": 768,
+    },
+}  # fmt: skip
+RENAMED = (
+    (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
+    (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+    (r"^model\.vision_tower\.(vision_tower\.)?(vision_model\.)?", "model.vision_tower."),
+    (r"^model\.(?=(embed_tokens|layers|norm)\.)", "model.language_model."),
+)
+TOWER, POSITIONS = "model.vision_tower.", "model.vision_tower.embeddings.position_embedding.weight"
+WORDS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+SYSTEM = (  # of the conversation named llava_v1, in which GeoChat is asked, too
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+TEMPLATE = (
+    SYSTEM + "{% for message in messages %} {{ message['role'] | upper }}: {% for item in message['content'] %}"
+    "{% if item['type'] == 'image' %}<image>\n{% else %}{{ item['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+
+
+def is_original(raw: Mapping[str, Any]) -> bool:
+    """Whether config.json is one of LLaVA's own code: the language model's, with words on images among them."""
+    return "mm_vision_tower" in raw and "vision_config" not in raw
+
+
+def labelled(raw: Mapping[str, Any], family: Family) -> Family:
+    return replace(family, label="GeoChat") if raw.get("model_type") == "geochat" else family
+
+
+def converted_config(raw: Mapping[str, Any], name: str) -> LlavaConfig:
+    """The configuration in transformers' words; there is one word more, for the places of an image."""
+    if raw.get("mm_projector_type") != "mlp2x_gelu":
+        raise UserError(
+            f"{name} has the projector {raw.get('mm_projector_type')!r} of LLaVA's own layout; only mlp2x_gelu, of "
+            "LLaVA-1.5 and GeoChat, is known"
+        )
+    known = set(LlamaConfig().to_dict()) - {"architectures", "model_type", "dtype", "transformers_version"}
+    words = int(raw["vocab_size"])
+    text = {key: value for key, value in raw.items() if key in known and value is not None} | {"vocab_size": words + 1}
+    scaling = raw.get("rope_scaling") or {}
+    turning = {"rope_type": scaling.get("type", "default"), "rope_theta": raw.get("rope_theta", 10000.0)}
+    text["rope_parameters"] = {**turning, **{key: value for key, value in scaling.items() if key != "type"}}
+    tower = dict(_tower(str(raw["mm_vision_tower"]), name))
+    tower["image_size"] = SIDES.get(str(raw.get("model_type")), tower["image_size"])
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**tower),
+        text_config=LlamaConfig(**text),
+        image_token_index=words,
+        image_seq_length=(tower["image_size"] // tower["patch_size"]) ** 2,
+        vision_feature_layer=raw.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy="full" if raw.get("mm_vision_select_feature") == "cls_patch" else "default",
+        tie_word_embeddings=False,
+        dtype=raw.get("torch_dtype") or raw.get("dtype"),
+        **{key: cast(Any, raw.get(key)) for key in ("pad_token_id", "bos_token_id", "eos_token_id")},
+    )
+
+
+def _tower(tower: str, name: str) -> Mapping[str, Any]:
+    if tower in TOWERS:
+        return TOWERS[tower]
+    try:
+        config = json.loads((find(tower, config_only=True) / "config.json").read_bytes())
+    except (UserError, OSError, ValueError) as error:
+        why = f"{name} names the vision tower {tower} (mm_vision_tower), whose config.json cannot be had"
+        raise UserError(f"{why} ({reason(error)})") from error
+    known = CLIPVisionConfig().to_dict()
+    return {key: value for key, value in config.get("vision_config", config).items() if key in known}
+
+
+def files_of(folder: Path, name: str) -> list[Path]:
+    """The weights: safetensors, or the pickles as they are published, which are read without running code in them."""
+    index, whole = folder / "pytorch_model.bin.index.json", folder / "pytorch_model.bin"
+    if any(folder.glob("*.safetensors")):
+        return weight_files(folder, name)
+    if not (index.exists() or whole.exists()):
+        raise UserError(
+            f"{name} has no weights here; those in LLaVA's own layout are often pickles, which are not fetched by "
+            "themselves: type `hf download NAME --local-dir FOLDER` and give the folder"
+        )
+    shards = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {whole.name}
+    if missing := sorted(shard for shard in shards if not (folder / shard).exists()):
+        raise UserError(f"{name} lacks {', '.join(missing)}, which its index names; fetch the missing files")
+    return [folder / shard for shard in sorted(shards)]
+
+
+def converted(raw: Mapping[str, Any], config: LlavaConfig, files: Sequence[Path], name: str) -> dict[str, Tensor]:
+    """All tensors by transformers' names; what has no place there keeps its own name, and is then reported."""
+    found = {_renamed(key): tensor for file in files for key, tensor in _read(file, name).items()}
+    if not any(key.startswith(TOWER) for key in found):  # it was frozen, and not saved again
+        tower = str(raw["mm_vision_tower"])
+        for file in weight_files(find(tower), tower):
+            theirs = {key: tensor for key, tensor in _read(file, tower).items() if key.startswith("vision_model.")}
+            found |= {TOWER + key.removeprefix("vision_model."): tensor for key, tensor in theirs.items()}
+    if POSITIONS in found:
+        vision: Any = config.vision_config
+        found[POSITIONS] = interpolated(found[POSITIONS], vision.image_size // vision.patch_size)
+    for key in WORDS:
+        if key in found and len(found[key]) == config.image_token_index:
+            # the image's word stands for no word: it is as unlikely to be said as the unknown one
+            found[key] = torch.cat([found[key], found[key][:1]])
+    return found
+
+
+def _renamed(key: str) -> str:
+    for pattern, new in RENAMED:
+        key, changed = re.subn(pattern, new, key)
+        if changed:
+            break
+    return key
+
+
+def _read(file: Path, name: str) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    try:
+        tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch's own, pickle's, zip's
+        raise UserError(f"{file.name} of {name} cannot be read as weights alone ({reason(error)})") from error
+    return tensors
+
+
+def interpolated(positions: Tensor, side: int) -> Tensor:
+    """Positions of a grid of patches with `side` to a side: bicubic, corners on corners; the class token stays."""
+    before = round((len(positions) - 1) ** 0.5)
+    if before == side:
+        return positions
+    grid = positions[1:].float().T.reshape(1, -1, before, before)
+    larger = torch.nn.functional.interpolate(grid, size=side, mode="bicubic", align_corners=True)
+    return torch.cat([positions[:1], larger.flatten(2)[0].T.to(positions.dtype)])
+
+
+def processor_for(folder: Path, name: str, config: LlavaConfig) -> Any:
+    """LLaVA's processor for the size of the tower, around the checkpoint's own tokenizer."""
+    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
+        return None
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, config=config.text_config, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:
+        raise UserError(f"the tokenizer of {name} cannot be loaded ({reason(error)})") from error
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
+    if tokenizer.convert_tokens_to_ids("<image>") != config.image_token_index:
+        raise UserError(
+            f"the tokenizer of {name} has {len(tokenizer) - 1} words and its config.json {config.image_token_index} "
+            "(vocab_size); fetch both again"
+        )
+    vision: Any = config.vision_config
+    side, build = vision.image_size, cast(Any, LlavaProcessor)
+    return build(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
