@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from types import ModuleType
 from typing import Any
 
@@ -16,8 +15,8 @@ _HOMES = {
     "one_at_a_time": "verbs",
     "sweep": "verbs",
     "recommend": "verbs",
-    "verify": "verbs",
-    "export": "verbs",
+    "verify": "exporting",
+    "export": "exporting",
     "rank": "importance",
     "report": "report",
     "quantized": "quantize",
@@ -40,8 +39,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'sensitivity' has no attribute '{name}'")
     importlib.import_module(f"sensitivity.{_HOMES[name]}")
     for verb, home in _HOMES.items():  # importing a module such as sensitivity.sweep hides the verb of that name
-        if (verb == name or isinstance(globals().get(verb), ModuleType)) and f"sensitivity.{home}" in sys.modules:
-            globals()[verb] = getattr(sys.modules[f"sensitivity.{home}"], verb)
+        if verb == name or isinstance(globals().get(verb), ModuleType):
+            globals()[verb] = getattr(importlib.import_module(f"sensitivity.{home}"), verb)
     return globals()[name]
 
 

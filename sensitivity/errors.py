@@ -10,6 +10,10 @@ class UserError(Exception):
     """Something the user can mend; shown as one sentence, without a traceback."""
 
 
+class Notice(UserWarning):
+    """Something to know though the work goes on; the command line shows it as one line, once."""
+
+
 def unknown(what: str, name: object, allowed: Iterable[object]) -> UserError:
     """The error for a name that is not in a table: the choices, and the nearest one."""
     names = [str(choice) for choice in allowed]

@@ -209,6 +209,8 @@ def _predicted(vlm: VLM, inputs: dict[str, Tensor], drafts: Sequence[Sequence[in
         if name != "input_ids" and value.shape == inputs["input_ids"].shape:
             tail = (words >= 0).to(value.dtype) if name == "attention_mask" else torch.zeros_like(ids)
             longer[name] = torch.cat([value, tail], dim=1)
+        elif value.ndim > 2 and value.shape[:2] == inputs["input_ids"].shape:  # which image each token may look at
+            longer[name] = torch.cat([value, value[:, -1:].expand(-1, ids.shape[1], *value.shape[2:])], dim=1)
     logits = vlm.model(**longer, use_cache=False).logits[:, -ids.shape[1] - 1 :]
     return logits
 

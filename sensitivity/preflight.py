@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,7 @@ import pandas as pd
 import torch
 
 from sensitivity.components import PARTS, ComponentMap
-from sensitivity.errors import UserError
-from sensitivity.models import VLM, load
-from sensitivity.models.checkpoint import find, read_config
-from sensitivity.models.original_llava import is_original, processor_for
-from sensitivity.models.processing import processor_of
+from sensitivity.models import VLM
 from sensitivity.passes import Sample, Shapes
 from sensitivity.plan import Plan, Scheme
 from sensitivity.probe import Probe
@@ -68,20 +64,6 @@ class Forecast:
                 label = name if name == "disk" else f"{name} memory"
                 found.append((label, _size(sum(amounts.values())), _made(amounts, _size)))
         return found
-
-
-def blank(name: str) -> VLM:
-    """A model without weights, but with the processor that makes examples into tensors."""
-    vlm, folder = load(name, config_only=True), find(name, config_only=True)
-    if not (name.startswith("embedded:") or Path(name).expanduser().is_dir()):
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja"]))
-    made = processor_for if is_original(read_config(folder, name)) else processor_of
-    processor = made(folder, name, vlm.model.config)
-    if processor is None:
-        raise UserError(f"{name} has no processor or tokenizer files; they are needed to foresee what a task takes")
-    return replace(vlm, processor=processor)
 
 
 def foresee(

@@ -74,6 +74,8 @@ class Replay:
         usable = [depth for depth in stage.boundaries if self.only in (None, (part, depth))]
         known = [d for d in usable if self._states.get((batch, part, d), (None,))[0] == self._keys[part, d]]
         start = max(known, default=0)
+        # accelerate, which spreads a model over devices, has forwards of its own there
+        before = {block: {k: v for k, v in vars(block).items() if k == "forward"} for block in stage.blocks}
         if start:
             given = self._states[batch, part, start][1]
             for block in stage.blocks[:start]:
@@ -87,6 +89,7 @@ class Replay:
         finally:
             for block in stage.blocks:
                 vars(block).pop("forward", None)  # uncovers the method of the class
+                vars(block).update(before[block])
 
     def _recorded(self, forward: Callable[..., Any], slot: tuple[Hashable, str, int]) -> Callable[..., Any]:
         def recording(*args: Any, **kwargs: Any) -> Any:
@@ -163,7 +166,7 @@ def _stage(model: nn.Module, parts: ComponentMap, part: str) -> Stage:
                 owners.setdefault(weight.block, set()).add(component.name)
     if not names:
         return Stage([], [])
-    blocks = [model.get_submodule(_common(names[i])) for i in sorted(names)]
+    blocks = [_around(model, names[i]) for i in sorted(names)]
     last = len(blocks)
     begins = {i for i in range(1, last) if owners[i] != owners[i - 1]}
     # the whole of a part, and all but its last block, which some models leave without effect
@@ -171,9 +174,12 @@ def _stage(model: nn.Module, parts: ComponentMap, part: str) -> Stage:
     return Stage(blocks, sorted(begins | ends))
 
 
-def _common(paths: list[str]) -> str:
-    """The deepest module around all of them."""
-    return os.path.commonpath([path.replace(".", "/") for path in paths]).replace("/", ".")
+def _around(model: nn.Module, names: list[str]) -> nn.Module:
+    """The deepest module around all of them that has a forward of its own; a list of modules has none."""
+    path = os.path.commonpath([name.replace(".", "/") for name in names])
+    while isinstance(module := model.get_submodule(path.replace("/", ".")), nn.ModuleList | nn.ModuleDict):
+        path = os.path.dirname(path)
+    return module
 
 
 def _size(output: Any) -> int:

@@ -16,9 +16,12 @@ from sensitivity.export.plan_json import read, write_file
 from sensitivity.importance import rank
 from sensitivity.knapsack import Knapsack
 from sensitivity.legalize import candidates as legal_candidates
+from sensitivity.legalize import plans_for
 from sensitivity.limits import allowing, tying
 from sensitivity.models import VLM, inspect, load
+from sensitivity.models.blank import blank
 from sensitivity.plan import Plan, Scheme
+from sensitivity.preflight import foresee
 from sensitivity.quantize import Statistics, calibrate, method_of, scheme
 from sensitivity.quantize.cache import Cache, home
 from sensitivity.readings import check_task
@@ -37,12 +40,15 @@ CACHE_GB = 8.0  # of calibration statistics on disk
 FRESH = 1_000_003  # added to a study's seed where a choice is verified: other scenes than those it was made on
 
 __all__ = [
+    "blank",
     "calibrated",
+    "foresee",
     "grid",
     "inspect",
     "load",
     "one_at_a_time",
     "plans",
+    "plans_for",
     "rank",
     "recommend",
     "recommend_each",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a test that fails somewhere
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; threads that wait for each other cost more than they give
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; threads that wait cost more than they give
 
 ROOT = Path(__file__).parent.parent
 

@@ -107,6 +107,24 @@ def test_sweep_rank_recommend_report_export(study: Path, tmp_path: Path, capsys:
     assert json.loads((tmp_path / "copy.json").read_text())["plan"] == plan["plan"]
 
 
+def test_a_list_of_budgets_is_run_once(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "recommend STUDY --bpw 5,7 --allow vision=4,8,16 --top 1"
+    status, out, _ = run(capsys, line.replace("STUDY", str(study)))
+    assert status == 0
+    assert "Best plan for 5 bits per weight" in out
+    assert "Best plan for 7 bits per weight" in out
+    measured = len(Study(study / "verify").trials())
+    status, _, err = run(capsys, line.replace("STUDY", str(study)))
+    assert status == 0
+    assert "nothing was left to do" in err
+    assert len(Study(study / "verify").trials()) == measured
+    for name in ("plan.json", "plan-7bpw.json"):
+        found = json.loads((study / name).read_text())
+        assert found["plan"]["vision"] is None or found["plan"]["vision"]["bits"] in (4, 8)
+        assert found["measured"]["n"] == 25
+        assert found["provenance"]["asked"]["bpw"] == [5, 7]
+
+
 @pytest.mark.slow
 def test_the_demo_and_the_demo_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole line on few examples; the second time no plan is run."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,27 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from small.datasets import COUNT, WRITE, bench, coco, flickr, gqa, picture, rsvqa, vqav2, write
 
 from sensitivity.errors import UserError
 from sensitivity.evaluate import batches, evaluate
 from sensitivity.models import VLM
-from sensitivity.tasks import DATASETS, Task, geochat, layout, local, open_image, retrieval, task, vqa_accuracy
-
-COUNT = 120  # images in each small data set: two may be missing, three are too many
-
-
-def picture(path: Path, size: tuple[int, int] = (8, 6)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stream = io.BytesIO()
-    Image.new("RGB", size, (90, 120, 60)).save(stream, {".jpg": "JPEG", ".png": "PNG", ".tif": "TIFF"}[path.suffix])
-    path.write_bytes(stream.getvalue())
-    return path
-
-
-def write(path: Path, data: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.suffix == ".jsonl"
-    path.write_text("\n".join(map(json.dumps, data)) if lines else json.dumps(data), encoding="utf-8")
+from sensitivity.tasks import (
+    DATASETS,
+    GALLERIES,
+    Task,
+    geochat,
+    layout,
+    local,
+    open_image,
+    retrieval,
+    task,
+    vqa_accuracy,
+)
 
 
 def change(path: Path, how: Callable[[Any], Any]) -> None:
@@ -39,103 +34,6 @@ def change(path: Path, how: Callable[[Any], Any]) -> None:
     text = path.read_text()
     data = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
     write(path, how(data) or data)
-
-
-# -- the layouts
-
-
-def coco(folder: Path, part: str = "val2017", first: int = 100) -> None:
-    images = [{"id": first + i, "file_name": f"{first + i:012d}.jpg", "height": 6, "width": 8} for i in range(COUNT)]
-    captions = [
-        {"id": 10 * one["id"] + j, "image_id": one["id"], "caption": f"A cat number {one['id']}, view {j}. "}
-        for one in images
-        for j in range(5)
-    ]
-    write(folder / f"annotations/captions_{part}.json", {"info": {}, "images": images, "annotations": captions})
-    for one in images:
-        picture(folder / part / str(one["file_name"]))
-
-
-def vqav2(folder: Path, part: str = "val2014", first: int = 100) -> None:
-    asked, said = [], []
-    for image in range(first, first + COUNT):
-        picture(folder / part / f"COCO_{part}_{image:012d}.jpg")
-        for j in range(2):
-            name = image * 1000 + j
-            asked.append({"image_id": image, "question": "Is it a cat?", "question_id": name})
-            people = ["no"] * 3 + ["yes"] * 6 + ["maybe"]
-            said.append({"question_id": name, "image_id": image, "answer_type": "yes/no", "question_type": "is it a",
-                         "multiple_choice_answer": "yes",
-                         "answers": [{"answer": a, "answer_id": k + 1} for k, a in enumerate(people)]})  # fmt: skip
-    write(folder / f"v2_OpenEnded_mscoco_{part}_questions.json", {"questions": asked, "data_subtype": part})
-    write(folder / f"v2_mscoco_{part}_annotations.json", {"annotations": said, "data_subtype": part})
-
-
-def gqa(folder: Path, part: str = "testdev", first: int = 0) -> None:
-    found = {}
-    for i in range(first, first + COUNT):
-        picture(folder / "images" / f"n{i}.jpg")
-        found[f"20{i:04d}"] = {"imageId": f"n{i}", "question": "Is it red?", "answer": "no", "isBalanced": True,
-                               "types": {"structural": "verify", "semantic": "attr"}}  # fmt: skip
-    write(folder / f"{part}_balanced_questions.json", found)
-
-
-def rsvqa(folder: Path, prefix: str, images: str, first: int = 0) -> None:
-    asked: list[dict[str, Any]] = [{"id": 99999, "active": False}]
-    said: list[dict[str, Any]] = [{"id": 99999, "active": False}]
-    kinds = ("presence", "comp", "rural_urban", "count")
-    for image in range(first, first + COUNT):
-        picture(folder / images / f"{image}.tif")
-        for j, kind in enumerate(kinds):
-            name = image * 10 + j
-            asked.append(
-                {
-                    "id": name,
-                    "img_id": image,
-                    "type": kind,
-                    "question": f"{kind}?",
-                    "answers_ids": [name],
-                    "active": True,
-                }
-            )
-            answer = {"rural_urban": "rural", "count": "3"}.get(kind, "yes")
-            said.append({"id": name, "question_id": name, "answer": answer, "active": True})
-    write(folder / f"{prefix}_questions.json", {"questions": asked})
-    write(folder / f"{prefix}_answers.json", {"answers": said})
-
-
-def scenes(folder: Path, suffix: str) -> None:
-    for name in ("Airport", "BareLand", "Beach"):
-        for i in range(COUNT // 3):
-            picture(folder / name / f"{name.lower()}_{i}{suffix}")
-
-
-def bench(folder: Path, file: str) -> None:
-    lines = []
-    for i in range(COUNT):
-        picture(folder / "images" / f"P{i:04d}.png", (60, 40))
-        box = [[6, 4], [30, 4], [30, 20], [6, 20]]
-        kind = ("ref", "grounding")[i % 2]
-        right: Any = [box] if kind == "ref" else [box, [[40.0, 20.0], [50.0, 20.0], [50.0, 30.0], [40.0, 30.0]]]
-        question = " the large ship "
-        if file == geochat.REGIONS:
-            right, question = "a large ship", "{<10><10><50><50>|<0>}"
-        lines.append({"image_id": f"P{i:04d}", "question": question, "ground_truth": right, "type": kind,
-                      "dataset": "SOTA", "question_id": i % 7, "obj_ids": [0], "size_group": "small"})  # fmt: skip
-    write(folder / file, lines)
-
-
-WRITE: dict[str, Callable[[Path], None]] = {
-    "coco-captions": coco,
-    "vqav2": vqav2,
-    "gqa": gqa,
-    "rsvqa-lrben": lambda folder: rsvqa(folder, "LR_split_test", "Images_LR"),
-    "rsvqa-hrben": lambda folder: rsvqa(folder, "USGS_split_test_phili", "Data"),
-    "aid": lambda folder: scenes(folder, ".jpg"),
-    "ucmerced": lambda folder: scenes(folder / "Images", ".tif"),
-    "geochat-grounding": lambda folder: bench(folder, geochat.REFERRING),
-    "geochat-region-captions": lambda folder: bench(folder, geochat.REGIONS),
-}
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +57,7 @@ def ids(found: Task) -> list[str]:
 
 
 def test_every_data_set_has_a_layout_here() -> None:
-    assert set(WRITE) == set(DATASETS)
+    assert set(WRITE) == {*DATASETS, *GALLERIES}
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -382,14 +280,7 @@ def test_regions_are_scored_by_rouge(whole: dict[str, Path]) -> None:
 
 
 def test_flickr_gives_images_captions_and_owners(tmp_path: Path) -> None:
-    images = []
-    for i in range(COUNT):
-        picture(tmp_path / "flickr30k-images" / f"{i:04d}.jpg")
-        sentences = [{"raw": f"Caption {j} of {i} .", "tokens": [], "sentid": 5 * i + j} for j in range(5)]
-        images.append(
-            {"filename": f"{i:04d}.jpg", "imgid": i, "split": ("test", "train", "val")[i % 3], "sentences": sentences}
-        )
-    write(tmp_path / "dataset_flickr30k.json", {"images": images, "dataset": "flickr30k"})
+    flickr(tmp_path)
     found, calibration = retrieval.flickr30k(tmp_path), retrieval.flickr30k(tmp_path, "calibration")
     assert len(found.images) == len(calibration.images) == COUNT // 3
     assert set(found.images).isdisjoint(calibration.images)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import random
 import shutil
@@ -9,9 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from sensitivity import verbs
 from sensitivity.errors import UserError
+from sensitivity.models import VLM
 from sensitivity.tasks import Example, Task, answers, boxes, caption_scores, grounding, retrieval, rsvqa, vqa_accuracy
+from sensitivity.tasks import task as find_task
 from sensitivity.tasks.boxes import Regions
 from sensitivity.tasks.words import words
 
@@ -230,6 +236,40 @@ def test_without_java_or_the_library_the_gap_is_named(monkeypatch: pytest.Monkey
     assert found.score(CAPTIONS[0], EXAMPLES[0]) == pytest.approx(CIDER[0])
     with pytest.raises(UserError, match=r"rouge_score, which is not installed; type pip install"):
         caption_scores.rouge("rouge1")
+
+
+def test_quick_metrics_are_in_a_study_over_all_shards_and_slow_ones_are_not(scenes_llava: VLM, tmp_path: Path) -> None:
+    pytest.importorskip("pycocoevalcap")
+    lines = []
+    for one in find_task("caption", n=9).examples:  # more than a first shard of images
+        assert isinstance(one.image, np.ndarray)
+        Image.fromarray(one.image).save(tmp_path / f"{one.id}.png")
+        lines.append({"id": one.id, "image": f"{one.id}.png", "prompt": one.prompt, "answers": list(one.answers)})
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    typed = f"caption:{tmp_path / 'own.jsonl'}"
+    parts = verbs.inspect(scenes_llava, by="part")
+    study = verbs.sweep(scenes_llava, parts, verbs.grid(parts, bits=(3,)), [typed], tmp_path / "run", n=9)
+    asked = find_task(typed, n=9)
+    for row in study.table().to_dict("records"):
+        stored = study.examples(study.plan(row["number"]))
+        assert stored is not None
+        assert list(stored["example"]) != [one.id for one in asked.examples], "shards have an order of their own"
+        said = dict(zip(stored["example"], stored["answer"], strict=True))
+        answers = [said[one.id] for one in asked.examples]
+        for name in ("BLEU-4", "ROUGE-L"):
+            assert row[f"own.{name}"] == pytest.approx(asked.metrics[name](answers, asked.examples))
+        assert "own.METEOR" not in row
+    assert study.table()["own.ROUGE-L"].max() > 0.5
+
+
+def test_quick_metrics_of_some_of_the_examples_leave_out_what_has_no_value_yet() -> None:
+    examples = tuple(example("yes", kind=kind, id=str(i)) for i, kind in enumerate(["presence", "presence", "comp"]))
+    asked = Task("x", examples, rsvqa.match, metrics=rsvqa.by_kind(examples))
+    rows = {"task": ["x", "x", "other"], "example": ["1", "0", "2"], "answer": ["no", "Yes.", "yes"]}
+    assert asked.quick(rows) == {"presence": 0.5}
+    rows["task"][2] = "x"
+    assert asked.quick(rows) == pytest.approx({"presence": 0.5, "comp": 1, "mean of the kinds": 0.75})
+    assert dataclasses.replace(asked, slow=("comp", "presence")).quick(rows) == {"mean of the kinds": 0.75}
 
 
 @pytest.mark.slow

@@ -12,10 +12,12 @@ import readme
 
 PACKAGE = readme.ROOT / "sensitivity"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-VALUES = {"errors", "files", "components", "plan", "runtimes"}
+VALUES = {"errors", "files", "components", "plan", "limits", "runtimes"}
 TORCH = {"models", "quantize", "tasks", "evaluate", "replay", "drafts", "shards", "sweep", "export"}
+TORCH |= {"preflight", "probe", "passes", "searching"}
 ABOVE = {"verbs", "exporting", "cli", "terminal", "__init__", "__main__"}
-DOOR = {"trials", "scores", "storage", "turns", "contenders"}  # the study: table wing, and the only thing of it that the torch wing may use
+# the study: table wing, and the only thing of it that the torch wing may use
+DOOR = {"trials", "scores", "storage", "turns", "contenders"}
 
 
 def room(path: Path) -> str:

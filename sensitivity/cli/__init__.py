@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from sensitivity.cli import demo, export, import_, inspect, legalize, rank, recommend, report, sweep, verify
-from sensitivity.errors import UserError
+from sensitivity.errors import Notice, UserError
 
 # A verb is a module with ABOUT, EXAMPLE, arguments(parser) and run(args) -> what --json prints. torch, pandas and the
 # like are imported inside run(): `sensitivity --help` is to answer at once.
@@ -71,6 +71,13 @@ def quiet(args: argparse.Namespace) -> Iterator[None]:
     with warnings.catch_warnings():
         if not args.debug:
             warnings.simplefilter("ignore")
+        warnings.simplefilter("default", Notice)
+        shown = warnings.showwarning
+        warnings.showwarning = lambda message, category, *where, **how: (
+            print(f"note: {message}", file=sys.stderr)
+            if issubclass(category, Notice)
+            else shown(message, category, *where, **how)
+        )
         yield
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from sensitivity.cli import words, workers
 if TYPE_CHECKING:
     from sensitivity.components import ComponentMap
     from sensitivity.models import VLM
-    from sensitivity.search import Plans
+    from sensitivity.plan import Plan
     from sensitivity.sweep import Step
     from sensitivity.tasks import Task
     from sensitivity.trials import Study
@@ -89,14 +89,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.executor == "ray" and not workers.is_child():
         return _on_a_cluster(args)
     from sensitivity import verbs
-    from sensitivity.legalize import plans_for
     from sensitivity.limits import allowing, tying
-    from sensitivity.preflight import blank
     from sensitivity.runtimes import restrict
     from sensitivity.tasks import task
 
     workers.share_cores(args.workers)
-    vlm = blank(args.model) if args.dry_run else verbs.load(args.model, device=args.device, dtype=args.dtype)
+    vlm = verbs.blank(args.model) if args.dry_run else verbs.load(args.model, device=args.device, dtype=args.dtype)
     parts = verbs.inspect(vlm, by=args.by)
     chosen = [task(name, n=args.n, seed=args.seed) for name in args.task]  # first of all: it may be misspelt
     for one in chosen:
@@ -122,7 +120,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     expected = 0 if args.search in ("grid", "one-at-a-time") else args.trials or 100
     space = (parts, schemes, args.search, args.trials, args.seed, allow, tie)
-    plans = plans_for(args.runtime, *space) if args.runtime else verbs.plans(*space)
+    plans = verbs.plans_for(args.runtime, *space) if args.runtime else verbs.plans(*space)
     how = {"n": args.n, "seed": args.seed, "plain": args.plain, "storage": args.storage, "statistics": statistics}
     how |= {"until": args.until, "memory_gb": args.memory_gb}
     study, steps = verbs.sweeping(vlm, parts, plans, args.task, args.out, **how)
@@ -134,17 +132,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _foreseen(
-    args: argparse.Namespace, vlm: VLM, parts: ComponentMap, plans: Plans, tasks: Sequence[Task]
+    args: argparse.Namespace,
+    vlm: VLM,
+    parts: ComponentMap,
+    plans: Iterable[Plan] | Callable[[Study], Iterable[Plan]],
+    tasks: Sequence[Task],
 ) -> dict[str, Any]:
     """What the sweep would take. Plans that a search would choose are taken to be as those drawn at random."""
     from sensitivity import verbs
-    from sensitivity.preflight import foresee
 
     if callable(plans):
         plans = verbs.plans(parts, words.schemes(args), "random", args.trials, args.seed)
     assert not callable(plans)
     how = {"device": args.device, "dtype": args.dtype, "plain": args.plain, "cache_gb": args.cache_gb}
-    found = foresee(vlm, parts, list(plans), tasks, calibration=args.calibration_n, **how)
+    found = verbs.foresee(vlm, parts, list(plans), tasks, calibration=args.calibration_n, **how)
     if not args.json:
         terminal.forecast(found)
     return found.to_json()

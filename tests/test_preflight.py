@@ -1,0 +1,155 @@
+"""The preflight: no weights are read, what it counts is what happens, and what it says is near what is measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import datasets, models
+from torch.utils.flop_counter import FlopCounterMode
+
+from sensitivity import verbs
+from sensitivity.cli import main
+from sensitivity.errors import UserError
+from sensitivity.evaluate import batches
+from sensitivity.models import VLM, inspect, load
+from sensitivity.models.blank import blank
+from sensitivity.passes import COLD, Sample, Shapes
+from sensitivity.plan import Plan
+from sensitivity.preflight import Forecast, _runs, _stored, foresee
+from sensitivity.probe import Probe
+from sensitivity.quantize import scheme
+from sensitivity.shards import cuts
+from sensitivity.tasks import task
+
+
+class Counting(Probe):
+    """Counts the floating-point operations of products, as if nothing else took any time."""
+
+    call = 0.0  # type: ignore[assignment]
+
+    def product(self, tokens: int, rows: int, cols: int) -> float:
+        return 2.0 * tokens * rows * cols
+
+    def attention(self, *_: int) -> float:
+        return 0.0
+
+    def sweep_over(self, numbers: int) -> float:
+        return 0.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("preflight")
+    for name in ("llava", "blip2", "geochat"):
+        models.save(name, made / name)
+    datasets.gqa(made / "gqa")
+    return made
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2", "geochat"])
+def test_products_are_counted_as_a_forward_pass_really_has_them(folder: Path, name: str) -> None:
+    asked = task(f"gqa:{folder / 'gqa'}", n=12)
+    vlm = load(str(folder / name), dtype="float32")
+    empty = blank(str(folder / name))
+    parts = inspect(empty, by="part")
+    counted = Shapes(empty, parts, Counting(torch.device("cpu"), torch.float32))
+    sample = Sample.of(empty, asked, [12], plain=False)
+    (batch,) = batches(vlm, asked)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        if batch.prefix:
+            cache = vlm.model(**batch.inputs, use_cache=True, logits_to_keep=1).past_key_values
+            rows = max(map(len, batch.prompts)) + max(map(len, batch.targets))
+            twelve = [layer.keys.shape[0] for layer in cache.layers]
+            assert set(twelve) == {sample.images}
+            ids = torch.zeros(sample.examples, rows, dtype=torch.long)
+            vlm.model(input_ids=ids, past_key_values=cache, position_ids=(torch.arange(rows) + batch.prefix)[None])
+        else:
+            longer = torch.cat([batch.inputs["input_ids"], torch.tensor(batch.targets)], 1)
+            mask = torch.ones_like(longer)
+            vlm.model(pixel_values=batch.inputs["pixel_values"], input_ids=longer, attention_mask=mask)
+    products = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    expected = sum(first for first, _ in counted.passes(sample).values())
+    assert expected == pytest.approx(products * COLD, rel=0.15)
+
+
+def test_runs_are_counted_as_plans_share_their_beginnings(folder: Path) -> None:
+    parts = inspect(str(folder / "llava"), by="part")
+    plans = verbs.grid(parts, bits=(3, 8))  # full precision and 2 x 2 x 2
+    assert _runs(parts, plans) == {"vision": 3, "connector": 5, "language": 9}
+    alone = verbs.one_at_a_time(parts, bits=(3,))  # full precision, all at 3, and each part alone
+    assert _runs(parts, alone) == {"vision": 2, "connector": 4, "language": 5}
+    assert _runs(parts, [Plan.uniform(parts, None)]) == {"vision": 1, "connector": 1, "language": 1}
+
+
+def test_no_weights_are_needed(tmp_path: Path, folder: Path) -> None:
+    models.save("llava", tmp_path / "llava")
+    (tmp_path / "llava" / "model.safetensors").unlink()
+    vlm = blank(str(tmp_path / "llava"))
+    parts = inspect(vlm, by="part")
+    asked = task(f"gqa:{folder / 'gqa'}", n=20)
+    plans = verbs.grid(parts, bits=(4,), method="gptq")
+    found = foresee(vlm, parts, plans, [asked], calibration=8, dtype="float32")
+    assert found.plans == 2
+    assert found.examples == found.images == 20
+    assert found.host["weights"] == 4 * parts.numel
+    assert found.seconds["calibration"] > 0
+    assert found.slowest > sum(found.seconds.values())
+    assert found.disk["statistics and weights"] >= 4 * sum(
+        {w.shares_input or w.name: w.cols**2 for w in parts.weights}.values()
+    )
+    assert {row[0] for row in found.rows()} == {"time", "disk", "host memory"}
+
+
+def test_files_are_as_large_as_foreseen(scenes_llava: VLM, tmp_path: Path) -> None:
+    """Within 30 %, for one task in one shard, and two tasks in several."""
+    parts = inspect(scenes_llava, by="part")
+    plans = verbs.grid(parts, bits=(8,))
+    for names, n in ((["vqa"], 10), (["vqa", "caption"], 12)):
+        out = tmp_path / str(n)
+        verbs.sweep(scenes_llava, parts, plans, names, out, n=n)
+        tasks = [task(name, n=n) for name in names]
+        size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+        assert sum(_stored(parts, tasks, plans, len(cuts(tasks))).values()) == pytest.approx(size, rel=0.3)
+
+
+def test_a_model_that_cannot_read_examples_is_refused(tmp_path: Path) -> None:
+    models.save("llava", tmp_path / "llava")
+    for file in tmp_path.glob("llava/*process*"):
+        file.unlink()
+    with pytest.raises(UserError, match="has no processor or tokenizer files"):
+        blank(str(tmp_path / "llava"))
+
+
+def test_the_probe_measures_each_shape_once_and_more_work_takes_longer(scenes_llava: VLM) -> None:
+    probe = Probe(torch.device("cpu"), torch.float32)
+    assert probe.product(64, 512, 512) < probe.product(1024, 512, 512) < probe.product(8192, 512, 512)
+    assert probe.product(8192, 512, 512) == 8 * probe.product(1024, 512, 512)
+    weight = inspect(scenes_llava, by="part").weights[0]
+    assert probe.quantising(scheme("gptq", 4), weight) > probe.quantising(scheme("rtn", 4), weight) > 0
+    assert probe.flops > 1e8
+
+
+def test_the_command_line_says_it_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "sweep",
+        "embedded:scenes-llava",
+        "--task",
+        "vqa",
+        "--n",
+        "20",
+        "--out",
+        str(tmp_path / "run"),
+        "--dry-run",
+    ]
+    assert main([*words, "--search", "tpe", "--trials", "6", "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert found["plans"] == 6
+    assert found["total"]["seconds"] == pytest.approx(sum(found["seconds"].values()))
+    assert set(found) > set(Forecast.__dataclass_fields__)
+    assert main([*words, "--bits", "4"]) == 0
+    assert "host memory" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
