@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
     from optuna.trial import FrozenTrial
+    from rich.console import Console
 
     from sensitivity.importance import Ranking
     from sensitivity.preflight import Forecast
@@ -59,20 +61,31 @@ def walk(steps: Iterable[Step], title: str, study: Study | None = None, plans: i
     finished = 0
     bar = Progress(*columns)
     line = bar.add_task(title, total=None, last="preparing")
-    with Live(bar, console=Console(stderr=True), refresh_per_second=4) as live:
+    console = Console(stderr=True)
+    with _line_ended(console), Live(bar, console=console, refresh_per_second=4) as live:
         earlier = shown = 0.0  # what earlier runs did says nothing about the speed of this one
         for step in steps:
             earlier = earlier if finished else step.done - 1
             finished += 1
             total = max(step.done + step.left, plans * step.images) - earlier
             bar.update(line, total=total, completed=step.done - earlier, last=_last(step))
-            if study is not None and live.console.is_terminal and time.monotonic() - shown > 1:
+            if study is not None and console.is_terminal and time.monotonic() - shown > 1:
                 live.update(Group(bar, *(Text(f"  {text}", style="dim") for text in standing(study))))
                 shown = time.monotonic()
         if not finished:
             bar.update(line, total=1, completed=1, last="nothing was left to do")
         live.update(bar)
     return finished
+
+
+@contextmanager
+def _line_ended(console: Console) -> Iterator[None]:
+    """In a file, the last state of a bar is a line, whatever ended it."""
+    try:
+        yield
+    finally:
+        if not console.is_terminal:
+            console.print()
 
 
 def walk_in_json(steps: Iterable[Step], study: Study, plans: int = 0) -> int:

@@ -347,7 +347,7 @@ def test_own_lines_with_a_scorer(tmp_path: Path) -> None:
         (
             "exact",
             {"answers": ["cat"], "image": "gone.png"},
-            r"1 of 1 examples left out: no image file \(line-000001\)",
+            r"1 of 1 examples left out: no image file \(line-000001: gone.png\)",
         ),
     ],
 )

@@ -156,7 +156,7 @@ class Source:
         for example in chosen:
             if example.cluster not in why:
                 why[example.cluster] = images.unusable(example.image)
-        bad = [Flaw(example.id, reason) for example in chosen if (reason := why[example.cluster])]
+        bad = [Flaw(_named(example), reason) for example in chosen if (reason := why[example.cluster])]
         return tuple(e for e in chosen if not why[e.cluster]), tuple(self.tolerated(bad, len(chosen)))
 
     def tolerated(self, flaws: Sequence[Flaw], total: int) -> list[str]:
@@ -171,6 +171,11 @@ class Source:
                 f"{self.name} in {self.folder}: {'; '.join(notes)}; at most {SHARE:.0%} may be left out; {self.get}"
             )
         return notes
+
+
+def _named(example: tasks.Example) -> str:
+    """An example with its image's file, where it has one."""
+    return f"{example.id}: {example.image.name}" if isinstance(example.image, Path) else example.id
 
 
 def _gap(text: str, at: int) -> int:
