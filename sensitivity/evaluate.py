@@ -19,7 +19,7 @@ from sensitivity.drafts import Drafts
 from sensitivity.errors import Notice, UserError
 from sensitivity.models import VLM
 from sensitivity.replay import Replay
-from sensitivity.tasks import SEARCHES, SHORT, Example, Task, open_image
+from sensitivity.tasks import GALLERIES, SEARCHES, SHORT, Example, Task, open_image
 from sensitivity.tasks.answers import without_special
 
 Rows = dict[str, list[Any]]
@@ -133,7 +133,8 @@ def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
         yield _gallery(vlm, task)
         return
     if not vlm.model.can_generate():
-        raise UserError(f"{vlm.name} answers nothing: its tasks are {', '.join(SEARCHES)} and flickr30k:FOLDER")
+        searches = " and ".join([*SEARCHES, *(f"{name}:FOLDER" for name in GALLERIES)])
+        raise UserError(f"{vlm.name} answers nothing: its tasks are {searches}")
     groups: dict[str, list[Example]] = {}
     for example in task.examples:
         groups.setdefault(example.cluster, []).append(example)

@@ -23,7 +23,6 @@ from sensitivity.plan import Plan, Scheme
 from sensitivity.probe import Probe
 from sensitivity.quantize import method_of
 from sensitivity.quantize.linears import reads
-from sensitivity.replay import LIMIT
 from sensitivity.shards import MOST, cuts
 from sensitivity.sweep import MEMORY_GB
 from sensitivity.tasks import Task
@@ -76,6 +75,7 @@ def foresee(
     dtype: str | None = None,
     plain: bool = False,
     cache_gb: float = 8.0,
+    memory_gb: float = MEMORY_GB,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Forecast:
     """What running these plans, full precision among them, will take on a device; the probe takes some seconds."""
@@ -110,8 +110,8 @@ def foresee(
     }
     work = {
         "weights": float(parts.numel * kind.itemsize),
-        "quantised weights": 0.0 if plain else float(min(MEMORY_GB * 1e9 / 2, len(schemes) * stored)),
-        "hidden states": 0.0 if plain else min(float(LIMIT), sum(model.kept(sample) for sample in samples)),
+        "quantised weights": 0.0 if plain else min(memory_gb * 1e9 / 2, float(len(schemes) * stored)),
+        "hidden states": 0.0 if plain else min(memory_gb * 1e9 / 2, sum(model.kept(sample) for sample in samples)),
         "activations": max(model.activations(sample) for sample in samples),
         "statistics": grams,
     }

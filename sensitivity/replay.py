@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from sensitivity.components import PARTS, ComponentMap
 from sensitivity.plan import Plan
 
-LIMIT = 4 << 30  # bytes of hidden states; a batch that does not fit is computed again for every plan
-
 
 @dataclass
 class Stage:
@@ -34,7 +32,8 @@ class Replay:
     those that change a single bit.
     """
 
-    def __init__(self, model: nn.Module, parts: ComponentMap, limit: int = LIMIT) -> None:
+    def __init__(self, model: nn.Module, parts: ComponentMap, limit: int) -> None:
+        """`limit` is in bytes; a batch whose hidden states do not fit is computed again for every plan."""
         self.parts, self.limit = parts, limit
         self.stages = {part: stage for part in PARTS if (stage := _stage(model, parts, part)).boundaries}
         self.only: tuple[str, int] | None = None  # while proving: the one boundary to use

@@ -40,6 +40,7 @@ CACHE_GB = 8.0  # of calibration statistics on disk
 FRESH = 1_000_003  # added to a study's seed where a choice is verified: other scenes than those it was made on
 
 __all__ = [
+    "Plans",
     "blank",
     "calibrated",
     "foresee",

@@ -150,6 +150,8 @@ def test_the_command_line_says_it_and_writes_nothing(tmp_path: Path, capsys: pyt
     assert found["plans"] == 6
     assert found["total"]["seconds"] == pytest.approx(sum(found["seconds"].values()))
     assert set(found) > set(Forecast.__dataclass_fields__)
+    assert main([*words, "--bits", "4,8", "--allow", "vision=8", "--json", "--executor", "ray"]) == 0
+    assert json.loads(capsys.readouterr().out)["plans"] == 5  # connector and language at two widths, full precision
     assert main([*words, "--bits", "4"]) == 0
     assert "host memory" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,11 @@ from sensitivity.cli import words, workers
 if TYPE_CHECKING:
     from sensitivity.components import ComponentMap
     from sensitivity.models import VLM
-    from sensitivity.plan import Plan
+    from sensitivity.plan import Scheme
     from sensitivity.sweep import Step
     from sensitivity.tasks import Task
     from sensitivity.trials import Study
+    from sensitivity.verbs import Plans
 
 ABOUT = "evaluate plans on tasks; the same command continues where it was stopped"
 EXAMPLE = "sensitivity sweep embedded:scenes-llava --task vqa --bits 2,3,4,6,8 --by part --out runs/first"
@@ -86,7 +87,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if args.executor == "ray" and not workers.is_child():
+    if args.executor == "ray" and not workers.is_child() and not args.dry_run:
         return _on_a_cluster(args)
     from sensitivity import verbs
     from sensitivity.limits import allowing, tying
@@ -105,8 +106,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         asked, left_out = restrict(parts, asked, args.runtime, allow)
         for line in left_out:
             print(f"{args.runtime} restricts the space: {line}", file=sys.stderr)
+
+    def plans_of(schemes: Sequence[Scheme], search: str) -> Plans:
+        space = (parts, schemes, search, args.trials, args.seed, allow, tie)
+        return verbs.plans_for(args.runtime, *space) if args.runtime else verbs.plans(*space)
+
     if args.dry_run:
-        return _foreseen(args, vlm, parts, verbs.plans(parts, asked, args.search, args.trials, args.seed), chosen)
+        plans = plans_of(asked, args.search)
+        # plans that a search would choose are taken to be as those drawn at random
+        return _foreseen(args, vlm, parts, plans_of(asked, "random") if callable(plans) else plans, chosen)
     schemes, statistics = verbs.calibrated(
         vlm,
         parts,
@@ -119,11 +127,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         cache_gb=args.cache_gb,
     )
     expected = 0 if args.search in ("grid", "one-at-a-time") else args.trials or 100
-    space = (parts, schemes, args.search, args.trials, args.seed, allow, tie)
-    plans = verbs.plans_for(args.runtime, *space) if args.runtime else verbs.plans(*space)
     how = {"n": args.n, "seed": args.seed, "plain": args.plain, "storage": args.storage, "statistics": statistics}
     how |= {"until": args.until, "memory_gb": args.memory_gb}
-    study, steps = verbs.sweeping(vlm, parts, plans, args.task, args.out, **how)
+    study, steps = verbs.sweeping(vlm, parts, plans_of(schemes, args.search), args.task, args.out, **how)
     with workers.crew(args):
         _walk(args, steps, f"sweeping {vlm.name}", study, expected)
     if study.release_lost():  # of a worker that died
@@ -135,17 +141,16 @@ def _foreseen(
     args: argparse.Namespace,
     vlm: VLM,
     parts: ComponentMap,
-    plans: Iterable[Plan] | Callable[[Study], Iterable[Plan]],
+    plans: Plans,
     tasks: Sequence[Task],
 ) -> dict[str, Any]:
-    """What the sweep would take. Plans that a search would choose are taken to be as those drawn at random."""
+    """What the sweep would take."""
     from sensitivity import verbs
 
-    if callable(plans):
-        plans = verbs.plans(parts, words.schemes(args), "random", args.trials, args.seed)
     assert not callable(plans)
-    how = {"device": args.device, "dtype": args.dtype, "plain": args.plain, "cache_gb": args.cache_gb}
-    found = verbs.foresee(vlm, parts, list(plans), tasks, calibration=args.calibration_n, **how)
+    how = {"device": args.device, "dtype": args.dtype, "plain": args.plain, "calibration": args.calibration_n}
+    how |= {"cache_gb": args.cache_gb, "memory_gb": args.memory_gb}
+    found = verbs.foresee(vlm, parts, list(plans), tasks, **how)
     if not args.json:
         terminal.forecast(found)
     return found.to_json()
