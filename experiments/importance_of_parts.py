@@ -9,7 +9,8 @@ import argparse
 import importlib
 from pathlib import Path
 
-from published import ROOT, importance
+from beside import importance
+from published import ROOT
 
 from sensitivity.trials import Study
 

@@ -10,6 +10,19 @@ from torch import Tensor
 # rows and a draft for each -> logits that predict every token of the draft, and the one after it
 Reader = Callable[[list[int], list[list[int]]], Tensor]
 
+# row by row what other plans answered, the latest first
+Known = list[list[list[int]]]
+KEPT = 8  # answers of a row: enough for one of them to go on like the next plan's, and few enough to forget
+
+
+def remembered(known: Known | None, answers: Sequence[list[int]]) -> Known:
+    """With a plan's answers in front of those of the plans before it."""
+    before = known or [[] for _ in answers]
+    return [
+        [answer, *(other for other in others if other != answer)][:KEPT]
+        for answer, others in zip(answers, before, strict=True)
+    ]
+
 
 @dataclass
 class Drafts:
@@ -42,17 +55,18 @@ class Drafts:
                 self.left.remove(row)
         return logits
 
-    def guess(self, others: Sequence[Sequence[int]] | None) -> bool:
-        """Take another model's answers for drafts, where they begin as what is accepted; whether any did."""
-        fitting = [row for row in self.left if others and self._fits(row, others[row])]
-        for row in fitting:
-            assert others is not None
-            self.tokens[row] = list(others[row])
-        return bool(fitting)
-
-    def _fits(self, row: int, other: Sequence[int]) -> bool:
-        far = self.accepted[row]
-        return len(other) > far and list(other[:far]) == self.tokens[row][:far]
+    def guess(self, known: Known | None) -> bool:
+        """Take what other plans answered for drafts, where that begins as what is accepted; whether any did."""
+        found = False
+        for row in self.left if known else ():
+            assert known is not None
+            far = self.accepted[row]
+            begun = self.tokens[row][:far]
+            fitting = (answer for answer in known[row] if len(answer) > far and answer[:far] == begun)
+            if answer := next(fitting, None):
+                self.tokens[row] = list(answer)
+                found = True
+        return found
 
     @property
     def answers(self) -> list[list[int]]:

@@ -7,17 +7,19 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from sensitivity.batches import IMAGES_PER_BATCH, Batch, batches
 from sensitivity.components import PARTS, ComponentMap, Weight
-from sensitivity.evaluate import IMAGES_PER_BATCH, Batch, batches
 from sensitivity.models import VLM
 from sensitivity.probe import Probe
+from sensitivity.searching import CHUNK
 from sensitivity.shards import MOST
-from sensitivity.tasks import Task
+from sensitivity.tasks import Gallery, Task
 
 FEW = 8  # images that are made into tensors to see what all will be like
 PASSES = 30  # over a block's hidden states, beside its products: norms, rotations, residuals, reshaping
 COPIES = 6  # of keys and values, where questions are read on top of their images
 COLD = 1.4  # a pass takes so many times what its pieces take one by one, again and again (reports/preflight.md)
+EVERYTHING: Mapping[str | None, float] = {}
 CALLS = 12  # small operations to every linear layer; their start-up is most of what a small model costs
 
 
@@ -43,7 +45,7 @@ class Sample:
     ) -> Sample:
         clusters = list(dict.fromkeys(example.cluster for example in task.examples))
         few = replace(task, examples=tuple(e for e in task.examples if e.cluster in set(clusters[:FEW])))
-        if task.gallery:  # an image and a caption; how many of them meet is counted elsewhere
+        if task.gallery:  # an image and a caption; how many of them meet, `_searched` knows
             few = replace(task, examples=task.examples[:1])
         next(batches(vlm, few, plain))  # what is slow the first time
         began = clock()
@@ -68,6 +70,10 @@ class Sample:
             prefix=bool(batch.prefix),
         )
 
+    def shares(self, part: str) -> bool:
+        """Whether plans that begin alike compute a part once; what searches a gallery reads its texts anew."""
+        return part == "vision" or not self.task.gallery
+
     @property
     def questions(self) -> float:
         return self.examples / self.images
@@ -80,18 +86,26 @@ class Shapes:
         self.probe, self.parts = probe, parts
         text = vlm.model.config.get_text_config()
         self.heads = int(getattr(text, "num_attention_heads", 8) or 8)
+        groups = int(getattr(text, "num_key_value_heads", None) or self.heads)
         head = vlm.model.get_output_embeddings()
         self.head = tuple(head.weight.shape) if head is not None else (0, 0)
         self.weights = {part: [w for w in parts.weights if w.part == part] for part in PARTS}
         self.blocks = {part: max((w.blocks for w in weights), default=0) for part, weights in self.weights.items()}
         self.width = {part: _width(weights) for part, weights in self.weights.items()}
+        self.caches = self.width["language"] * groups // self.heads  # numbers in the keys of a token
 
-    def through(self, part: str, rows: int, tokens: int, before: int = 0) -> float:
-        """Seconds for one pass of rows x tokens through a part; `before` are tokens that they attend to as well."""
+    def through(
+        self, part: str, rows: int, tokens: int, before: int = 0, seen: Mapping[str | None, float] = EVERYTHING
+    ) -> float:
+        """Seconds for one pass of rows x tokens through a part; `before` are tokens that they attend to as well.
+
+        `seen` is the share of the tokens that layers of a kind see, where that is not all.
+        """
         if not self.weights[part] or not rows * tokens:
             return 0.0
         count, blocks, width = rows * tokens, self.blocks[part], self.width[part]
-        products = sum(self.probe.product(count, w.rows, w.cols) for w in self.weights[part])
+        shares = [(w, round(seen.get(w.kind, 1.0) * count)) for w in self.weights[part]]
+        products = sum(self.probe.product(some, w.rows, w.cols) for w, some in shares if some)
         heads = self.heads if width % self.heads == 0 else 1
         attention = self.probe.attention(rows, heads, tokens, before + tokens, width // heads) if blocks else 0.0
         calls = CALLS * len(self.weights[part]) * self.probe.call
@@ -99,29 +113,50 @@ class Shapes:
 
     def passes(self, sample: Sample) -> dict[str, tuple[float, float]]:
         """Per part: seconds of what plans may share, over all images, and of what each plan does for itself."""
+        if sample.task.gallery:
+            return self._searched(sample, sample.task.gallery)
         found = dict.fromkeys(PARTS, (0.0, 0.0))
         for images, times in sample.sizes.items():
             questions = max(round(images * sample.questions), 1)
             rows = images if sample.prefix else questions
-            looked = images if sample.task.gallery else rows
-            met = (
-                questions * (1 + sample.task.gallery.top) if sample.task.gallery else rows
-            )  # image and text, read together
-            tokens = sample.places + (sample.sequence if sample.task.gallery else 0)
-            found["vision"] = _plus(found["vision"], times * self.through("vision", looked, sample.patches))
-            found["connector"] = _plus(found["connector"], times * self.through("connector", met, tokens))
-            if sample.task.gallery:
-                continue
+            found["vision"] = _plus(found["vision"], times * self.through("vision", rows, sample.patches))
+            found["connector"] = _plus(found["connector"], times * self.through("connector", rows, sample.places))
             whole = self.through("language", rows, sample.sequence)
+            # every plan turns its own hidden states into words; then it reads what its neighbour answered
             if sample.prefix:
-                asked = self._asked(sample, questions)
-                again = 0.0 if sample.task.exact else asked
+                asked, words = self._asked(sample, questions)
+                again = words + (0.0 if sample.task.exact else asked + words)
                 found["language"] = _plus(found["language"], times * (whole + asked), times * again)
             else:
-                whole += self.probe.product(rows * sample.sequence, *self.head)
-                again = 0.0 if sample.task.exact else whole
+                words = self.probe.product(rows * sample.sequence, *self.head)
+                again = words + (0.0 if sample.task.exact else whole + words)
                 found["language"] = _plus(found["language"], times * whole, times * again)
         return {part: (COLD * shared, COLD * own) for part, (shared, own) in found.items()}
+
+    def _searched(self, sample: Sample, gallery: Gallery) -> dict[str, tuple[float, float]]:
+        """Images and captions on their own, and together those pairs that one of the two has among its first few.
+
+        Queries and words pass feed-forwards of their own, and queries alone look at the image.
+        """
+        captions = sample.examples - sample.images
+        pool = min(gallery.pool, sample.images)
+        texts = max(captions * pool / sample.images, 1.0)
+        alone = min(gallery.top / texts, 1.0), min(gallery.top / pool, 1.0)
+        # most pairs that an image chooses are its caption's choice too: a quarter of the way to choosing by chance
+        chosen = 0.75 * max(alone) + 0.25 * (1 - (1 - alone[0]) * (1 - alone[1]))
+        pairs = round(chosen * texts * sample.images)
+        queries, words = sample.places, max(sample.sequence - sample.places, 1)
+
+        def portions(part: str, rows: int, size: int, tokens: int, looking: float = 1.0) -> float:
+            count = -(-rows // size)
+            seen: Mapping[str | None, float] = {"ff": 0.5, "cross": looking} if part == "connector" else EVERYTHING
+            return count * self.through(part, -(-rows // count), tokens, seen=seen) if count else 0.0
+
+        read = portions("connector", sample.images, CHUNK, queries)
+        read += portions("connector", captions, CHUNK, words, looking=0.0)
+        read += portions("connector", pairs, 4 * CHUNK, queries + words, looking=queries / (queries + words))
+        vision = portions("vision", sample.images, CHUNK, sample.patches)
+        return {"vision": (COLD * vision, 0.0), "connector": (COLD * read, 0.0), "language": (0.0, 0.0)}
 
     def writing(self, sample: Sample) -> float:
         """Seconds for writing all answers token by token, up to the task's limit."""
@@ -130,24 +165,38 @@ class Shapes:
         steps, total = sample.task.max_new_tokens, 0.0
         for images, times in sample.sizes.items():
             questions = max(round(images * sample.questions), 1)
-            step = self._asked(sample, questions) if sample.prefix else self.through("language", questions, 1)
-            total += times * steps * step
+            if sample.prefix:
+                total += times * steps * sum(self._asked(sample, questions))
+            else:  # generated from the images on
+                total += times * self.through("vision", questions, sample.patches)
+                total += times * self.through("connector", questions, sample.places)
+                total += times * self.through("language", questions, sample.sequence)
+                total += times * steps * self.through("language", questions, 1, before=sample.sequence)
         return COLD * total
 
-    def _asked(self, sample: Sample, questions: int) -> float:
-        head = self.probe.product(questions * sample.tail, *self.head)
+    def _asked(self, sample: Sample, questions: int) -> tuple[float, float]:
+        """Seconds for questions on top of their images, through the blocks; and what each plan does for itself."""
+        words = self.probe.product(questions * sample.tail, *self.head)
         known = questions * sample.sequence * self.width["language"] * self.blocks["language"]
         copied = COPIES * self.probe.sweep_over(known)
-        return self.through("language", questions, sample.tail, before=sample.sequence) + head + copied
+        return self.through("language", questions, sample.tail, before=sample.sequence), words + copied
 
     def kept(self, sample: Sample) -> float:
-        """Bytes of hidden states along one path: where components begin, and keys and values of the images."""
-        images, size = min(sample.images, MOST), self.probe.dtype.itemsize
+        """Bytes of hidden states along one path: where components begin, before and after the last block of a part,
+        and keys and values of the images."""
         begins = Counter(component.part for component in self.parts.components)
-        found = begins["vision"] * sample.patches * self.width["vision"]
+        states = {part: begins[part] + 1 for part in PARTS if self.blocks[part]}
+        states["language"] = begins["language"] - 1
+        if sample.task.gallery:
+            states = {"vision": states["vision"]}
+        tokens = {"vision": sample.patches, "connector": sample.places, "language": sample.sequence}
+        numbers = sum(count * tokens[part] * self.width[part] for part, count in states.items())
+        images = min(sample.images, MOST)
+        rows = images if sample.prefix or sample.task.gallery else images * sample.questions
         if sample.prefix:
-            found += (begins["language"] + 2 * self.blocks["language"]) * sample.sequence * self.width["language"]
-        return float(images * size * found)
+            numbers += 2 * self.blocks["language"] * sample.sequence * self.caches
+            numbers += round(sample.questions * states["language"] * sample.tail * self.width["language"])
+        return float(rows * self.probe.dtype.itemsize * numbers)
 
     def activations(self, sample: Sample) -> float:
         """Bytes of the largest pass: logits in two types, and what a block is at work on."""

@@ -86,11 +86,6 @@ def foresee(
     schemes = list(dict.fromkeys(scheme for plan in plans for _, scheme in plan.schemes if scheme))
     passes = [model.passes(sample) for sample in samples]
     runs = {part: float(len(plans)) for part in PARTS} if plain else _runs(parts, plans)
-    running = sum(
-        seconds * (runs[part] if part == "vision" or sample.prefix else len(plans)) + again * len(plans)
-        for sample, of_parts in zip(samples, passes, strict=True)
-        for part, (seconds, again) in of_parts.items()
-    )
     anew = len(plans) * sum(model.writing(sample) for sample in samples)
     calibrated = [scheme for scheme in schemes if method_of(scheme).calibrated]
     inputs = {reads(weight): weight for weight in parts.weights} if calibrated else {}
@@ -105,7 +100,7 @@ def foresee(
         if calibrated
         else 0.0,
         "quantising": sum(_quantising(parts, plans, scheme, probe) for scheme in schemes),
-        "running": running,
+        "running": sum(_running(*one, runs, len(plans)) for one in zip(samples, passes, strict=True)),
         "storing": STORING * len(plans) * len(cuts(tasks)),
     }
     work = {
@@ -152,6 +147,14 @@ def _runs(parts: ComponentMap, plans: Sequence[Plan]) -> dict[str, float]:
         times = 1 + sum(one != other for one, other in pairwise(paths))
         found[component.part] += times * component.numel / whole[component.part]
     return found
+
+
+def _running(sample: Sample, passes: Mapping[str, tuple[float, float]], runs: Mapping[str, float], plans: int) -> float:
+    """Seconds for all plans: what they share as often as their beginnings differ, the rest for each of them."""
+    return sum(
+        seconds * (runs[part] if sample.shares(part) else plans) + again * plans
+        for part, (seconds, again) in passes.items()
+    )
 
 
 def _quantising(parts: ComponentMap, plans: Sequence[Plan], scheme: Scheme, probe: Probe) -> float:

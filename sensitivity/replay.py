@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sensitivity.components import PARTS, ComponentMap
+from sensitivity.drafts import Known
 from sensitivity.plan import Plan
 
 
@@ -40,7 +41,7 @@ class Replay:
         self._keys: dict[tuple[str, int], Hashable] = {}
         self._states: dict[tuple[Hashable, str, int], tuple[Hashable, Any]] = {}
         self._caches: dict[Hashable, list[tuple[Hashable, Tensor, Tensor]]] = {}
-        self.drafts: dict[Hashable, list[list[int]]] = {}  # what the last plan answered, in tokens
+        self.answers: dict[Hashable, Known] = {}  # in tokens
         self._full: set[Hashable] = set()  # batches that did not fit
         self._bytes = 0
 
@@ -134,7 +135,7 @@ class Replay:
 
     def clear(self) -> None:
         """Drop everything that is kept: other examples come."""
-        for kept in (self._states, self._caches, self._full, self.drafts):
+        for kept in (self._states, self._caches, self._full, self.answers):
             kept.clear()
         self._bytes = 0
 
@@ -150,6 +151,8 @@ class Replay:
                     same = False  # a family that wants more of its blocks than one output
                 if not same:
                     stage.boundaries.remove(depth)
+                    self.clear()
+                    run()  # wrong states were kept along the way, and would speak against every boundary behind them
         self.only = None
         self.stages = {part: stage for part, stage in self.stages.items() if stage.boundaries}
 

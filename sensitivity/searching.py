@@ -35,15 +35,18 @@ def pair(vlm: VLM, example: Example) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def ranked(vlm: VLM, task: Task, examples: Sequence[Example], over: Over) -> tuple[list[str], list[float]]:
+def ranked(
+    vlm: VLM, task: Task, examples: Sequence[Example], over: Over, at_once: int = CHUNK
+) -> tuple[list[str], list[float]]:
     """For each example the rank of the first right one, and how unlikely the right ones were.
 
-    `over` may spare blocks of the vision tower what they did before on images of the same name.
+    `over` may spare blocks of the vision tower what they did before on images of the same name; `at_once` images or
+    captions, and four times as many pairs, go onto the device together.
     """
     assert task.gallery is not None
     found: dict[str, tuple[str, float]] = {}
     for number, pool in enumerate(_pools(examples, task.gallery.pool)):
-        found |= _searched(vlm, pool, task.gallery.top, partial(_named, over, number))
+        found |= _searched(vlm, pool, task.gallery.top, partial(_named, over, number), at_once)
     return [found[e.id][0] for e in examples], [found[e.id][1] for e in examples]
 
 
@@ -58,15 +61,15 @@ def _pools(examples: Sequence[Example], images: int) -> Iterator[list[Example]]:
         yield [example for example in examples if example.cluster in here]
 
 
-def _searched(vlm: VLM, pool: Sequence[Example], top: int, over: Over) -> dict[str, tuple[str, float]]:
+def _searched(vlm: VLM, pool: Sequence[Example], top: int, over: Over, at_once: int) -> dict[str, tuple[str, float]]:
     images = list({example.cluster: example for example in pool}.values())
     place = {example.cluster: i for i, example in enumerate(images)}
     asked = {"text": [e for e in pool if e.kind == "text"], "image": [e for e in pool if e.kind == "image"]}
     owner = np.array([place[example.cluster] for example in asked["image"]])
-    seen, pictured = _looked(vlm, images, over)
-    ids, mask, meant = _read(vlm, [example.prompt for example in asked["image"]])
-    similar = np.concatenate([_similar(chunk, meant) for chunk in torch.split(pictured, CHUNK)])
-    again = _together(vlm, seen, ids, mask, _first(similar, top))
+    seen, pictured = _looked(vlm, images, over, at_once)
+    ids, mask, meant = _read(vlm, [example.prompt for example in asked["image"]], at_once)
+    similar = np.concatenate([_similar(chunk, meant) for chunk in torch.split(pictured, at_once)])
+    again = _together(vlm, seen, ids, mask, _first(similar, top), at_once)
     result: dict[str, tuple[str, float]] = {}
     for way, scores, again_scores in (("text", similar, again), ("image", similar.T, again.T)):
         rows = np.array([place[e.cluster] for e in asked["text"]]) if way == "text" else np.arange(len(owner))
@@ -78,10 +81,10 @@ def _searched(vlm: VLM, pool: Sequence[Example], top: int, over: Over) -> dict[s
     return result
 
 
-def _looked(vlm: VLM, images: Sequence[Example], over: Over) -> tuple[list[Tensor], Tensor]:
+def _looked(vlm: VLM, images: Sequence[Example], over: Over, at_once: int) -> tuple[list[Tensor], Tensor]:
     """The patches of every image, and what the queries make of them, in the space where they are compared."""
     seen, pictured = [], []
-    for number, chunk in enumerate(_chunks(images)):
+    for number, chunk in enumerate(_chunks(images, at_once)):
         pictures = [open_image(example.image) for example in chunk]
         pixels = vlm.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
         with over(number):
@@ -93,14 +96,14 @@ def _looked(vlm: VLM, images: Sequence[Example], over: Over) -> tuple[list[Tenso
     return seen, torch.cat(pictured)
 
 
-def _read(vlm: VLM, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+def _read(vlm: VLM, captions: Sequence[str], at_once: int) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and mask of every caption, and its first token in the space where images and captions are compared."""
     tokenizer = vlm.processor.tokenizer
     tokenizer.padding_side = "right"  # the first token is the one that stands for the text
     encoded = tokenizer(list(captions), padding=True, truncation=True, max_length=WORDS, return_tensors="pt")
     ids, mask = encoded["input_ids"].to(vlm.device), encoded["attention_mask"].to(vlm.device)
     meant = []
-    for some, there in zip(torch.split(ids, CHUNK), torch.split(mask, CHUNK), strict=True):
+    for some, there in zip(torch.split(ids, at_once), torch.split(mask, at_once), strict=True):
         words = vlm.model.embeddings(input_ids=some)
         read = vlm.model.qformer(query_embeds=words, query_length=0, attention_mask=there).last_hidden_state
         meant.append(_projected(vlm.model.text_projection, read[:, 0]))
@@ -127,14 +130,14 @@ def _first(similar: NDArray[np.float64], top: int) -> NDArray[np.bool_]:
 
 
 def _together(
-    vlm: VLM, seen: Sequence[Tensor], ids: Tensor, mask: Tensor, chosen: NDArray[np.bool_]
+    vlm: VLM, seen: Sequence[Tensor], ids: Tensor, mask: Tensor, chosen: NDArray[np.bool_], at_once: int
 ) -> NDArray[np.float64]:
     """How well image and caption match, for the chosen pairs: the mean over the queries, which see both."""
     scores = np.zeros(chosen.shape)
     pairs = np.argwhere(chosen)
-    for start in range(0, len(pairs), 4 * CHUNK):
-        rows, columns = pairs[start : start + 4 * CHUNK].T
-        patches = torch.stack([seen[row // CHUNK][row % CHUNK] for row in rows.tolist()])
+    for start in range(0, len(pairs), 4 * at_once):
+        rows, columns = pairs[start : start + 4 * at_once].T
+        patches = torch.stack([seen[row // at_once][row % at_once] for row in rows.tolist()])
         words, there = ids[columns.tolist()], mask[columns.tolist()]
         tokens = vlm.model.query_tokens.expand(len(rows), -1, -1)
         queries = tokens.shape[1]
@@ -159,6 +162,6 @@ def _surprise(scores: NDArray[np.float64], right: NDArray[np.bool_]) -> NDArray[
     return surprise
 
 
-def _chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-    for start in range(0, len(examples), CHUNK):
-        yield examples[start : start + CHUNK]
+def _chunks(examples: Sequence[Example], at_once: int) -> Iterator[Sequence[Example]]:
+    for start in range(0, len(examples), at_once):
+        yield examples[start : start + at_once]

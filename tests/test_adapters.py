@@ -101,7 +101,7 @@ def edit(folder: Path, **values: object) -> None:
 
 def test_a_base_that_is_not_named(folder: Path) -> None:
     edit(folder, base_model_name_or_path=None)
-    with pytest.raises(UserError, match="names no base model; write its folder or hub name there"):
+    with pytest.raises(UserError, match=r"names no base model; type .*lora@BASE, where BASE is its folder"):
         load(str(folder))
 
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import saved_vlms
 import torch
 from PIL import Image
-from small import datasets
+from small import datasets, models
 
 from sensitivity import verbs
+from sensitivity.batches import batches
 from sensitivity.cli import main
 from sensitivity.errors import Notice, UserError
-from sensitivity.evaluate import answer, batches, evaluate
+from sensitivity.evaluate import answer, evaluate
 from sensitivity.models import VLM, inspect, load
+from sensitivity.quantize import calibrate
 from sensitivity.tasks import open_image, task
 from sensitivity.tasks.images import TAIL, unusable
 from sensitivity.trials import Study
@@ -258,7 +262,121 @@ def test_a_sweep_goes_on_in_halves_and_says_so_once(
     assert halves["vqa"].to_dict() == whole["vqa"].to_dict()
 
 
+def rows_of(args: Any, kwargs: Any) -> int:
+    """Of the first tensor that a module is called with; the Q-Former's queries may stand for many images."""
+    named = ("encoder_hidden_states", "query_embeds", "pixel_values", "input_ids", "hidden_states")
+    found = [*(kwargs[name] for name in named if kwargs.get(name) is not None), *args]
+    return len(found[0])
+
+
+@contextmanager
+def small(module: torch.nn.Module, most: int) -> Iterator[list[int]]:
+    """A module that runs out of memory on more rows than that; those that it had."""
+    sizes: list[int] = []
+
+    def look(_: object, args: Any, kwargs: Any) -> None:
+        sizes.append(rows_of(args, kwargs))
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError(f"{sizes.pop()} rows")
+
+    hook = module.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield sizes
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize(("module", "most"), [("vision_model", 3), ("qformer", 10)])
+def test_a_gallery_is_searched_in_smaller_portions_and_a_sweep_goes_on_with_those(
+    tmp_path: Path, module: str, most: int
+) -> None:
+    """While images are looked at, or while pairs are read together, after all images have been."""
+    vlm = load(str(saved_vlms.save("blip2_itm", tmp_path / "itm")))
+    parts = inspect(vlm, by="part")
+    plans, names = verbs.one_at_a_time(parts, bits=(3,)), ["retrieval"]
+    whole = verbs.sweep(vlm, parts, plans, names, tmp_path / "whole", n=9)
+    with small(vlm.model.get_submodule(module), most) as sizes, pytest.warns(Notice) as said:
+        parted = verbs.sweep(vlm, parts, plans, names, tmp_path / "parted", n=9)
+    assert {str(one.message) for one in said} == {"out of memory on cpu: batches of retrieval are halved"}
+    assert most // 2 <= max(sizes) <= most
+    assert len(said) <= 12  # for the proof and the sweep, and not again for every plan
+    for plan in plans:
+        ours, theirs = parted.examples(plan), whole.examples(plan)
+        assert ours is not None
+        assert theirs is not None
+        assert ours["answer"].tolist() == theirs["answer"].tolist()
+        np.testing.assert_allclose(ours["nll"], theirs["nll"], rtol=1e-4)
+
+
+def test_a_pair_that_does_not_fit_alone_is_an_error(tmp_path: Path) -> None:
+    vlm = load(str(saved_vlms.save("blip2_itm", tmp_path / "itm")))
+    alone = "a single example of retrieval does not fit into the memory of cpu"
+    with small(vlm.model.vision_model, 0), pytest.warns(Notice), pytest.raises(UserError, match=alone):
+        evaluate(vlm, task("retrieval", n=3))
+
+
+@pytest.mark.parametrize("path", ["float", "exposed"])
+@pytest.mark.parametrize("room", [1 << 30, 0])
+def test_calibration_begins_anew_with_fewer_rows_and_finds_the_same(mine: VLM, path: str, room: int) -> None:
+    """The memory is full in the middle of a pass, when the blocks before have counted its tokens already."""
+    parts = inspect(mine, by="block")
+    weights = [weight for weight in parts.weights if weight.part == "language"]
+    whole = calibrate(mine, parts, ["vqa"], n=24, path=path, room=room).gather(weights)
+    layer = mine.model.get_submodule("model.language_model.layers.3")
+    with small(layer, 5) as sizes, pytest.warns(Notice, match="on cpu: batches of the calibration data are halved"):
+        parted = calibrate(mine, parts, ["vqa"], n=24, path=path, room=room).gather(weights)
+    assert max(sizes) <= 5
+    for name, found in whole.items():
+        assert parted[name].tokens == found.tokens
+        assert parted[name].modalities.tolist() == found.modalities.tolist()
+        torch.testing.assert_close(parted[name].gram, found.gram, rtol=1e-3, atol=1e-4 * float(found.gram.max()))
+
+
+def test_calibration_data_that_does_not_fit_row_by_row_is_an_error(mine: VLM) -> None:
+    alone = "a single example of the calibration data does not fit into the memory of cpu"
+    with small(mine.model, 0), pytest.warns(Notice), pytest.raises(UserError, match=alone):
+        calibrate(mine, inspect(mine, by="part"), ["vqa"], n=3)
+
+
 def test_an_example_that_does_not_fit_alone_is_an_error(mine: VLM) -> None:
     alone = "a single example of vqa does not fit into the memory of cpu"
     with Small(mine, 0), pytest.warns(Notice), pytest.raises(UserError, match=alone):
         evaluate(mine, task("vqa", n=3))
+
+
+# -- memory that does not grow with the data
+
+
+def most_memory(run: Callable[[], object]) -> int:
+    """The most bytes of this process while something runs, beyond those it had before."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+
+    def held(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+    if held("VmHWM") > 1.02 * held("VmRSS"):
+        pytest.skip("this kernel does not forget the most memory of a process")
+    before = held("VmRSS")
+    run()
+    return held("VmHWM") - before
+
+
+def test_memory_does_not_grow_with_the_images_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures that are megabytes as tensors; all of them together would show."""
+    monkeypatch.setattr("sensitivity.shards.MOST", 8)
+    vlm = load(str(models.save("geochat", tmp_path / "model")), dtype="float32")
+    parts = inspect(vlm, by="part")
+    for name, count in (("warm", 8), ("few", 16), ("many", 56)):
+        monkeypatch.setattr(datasets, "COUNT", count)
+        datasets.gqa(tmp_path / name)
+
+    def sweep(name: str) -> None:
+        verbs.sweep(vlm, parts, verbs.grid(parts, bits=(8,)), [f"gqa:{tmp_path / name}"], tmp_path / f"{name}-study")
+
+    sweep("warm")
+    few, many = most_memory(lambda: sweep("few")), most_memory(lambda: sweep("many"))
+    whole = 4 * 3 * models.PIXELS**2  # bytes of an image
+    assert few > 4 * whole  # what would be seen
+    assert many - few < 0.2 * (56 - 16) * whole

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 from small.datasets import COUNT, WRITE, bench, coco, flickr, gqa, picture, rsvqa, vqav2, write
 
+from sensitivity.batches import batches
 from sensitivity.errors import UserError
-from sensitivity.evaluate import batches, evaluate
+from sensitivity.evaluate import evaluate
 from sensitivity.models import VLM
 from sensitivity.tasks import (
     DATASETS,
@@ -255,6 +256,7 @@ def test_grounding_knows_each_images_size_and_writes_its_boxes(whole: dict[str, 
     assert ref.regions
     assert (ref.regions.width, ref.regions.height) == (60, 40)
     assert found.measure([example.answers[0] for example in found.examples])["acc@0.5"] == 1
+    assert found.measure([example.answers[0] for example in found.examples])["acc@0.5, read as diagonal"] == 0
     diagonal = geochat.grounding(whole["geochat-grounding"], "evaluation", 60, 0, decoding="diagonal")
     assert diagonal.measure([example.answers[0] for example in found.examples])["acc@0.5"] == 0
 
@@ -343,6 +345,7 @@ def test_own_lines_with_a_scorer(tmp_path: Path) -> None:
         ("vqa", {"answers": ["cat"]}, "fewer than 4 answers, so the accuracy of VQA cannot reach 1"),
         ("exact", {"answers": ["cat", " "]}, "line 1 has an empty answer"),
         ("iou", {"answers": ["cat"]}, r"line 1 lacks boxes; .*in pixels"),
+        ("iou", {"boxes": []}, "line 1 lacks boxes"),
         ("iou", {"boxes": [[10, 10, 10, 40]]}, "line 1 has a box without an area"),
         (
             "exact",
@@ -356,6 +359,18 @@ def test_own_lines_that_do_not_fit_are_refused(tmp_path: Path, scorer: str, line
     write(tmp_path / "x.jsonl", [{"image": "a.png", "prompt": "?", **line}])
     with pytest.raises(UserError, match=message):
         task(f"{scorer}:{tmp_path / 'x.jsonl'}")
+
+
+def test_boxes_are_in_pixels_of_the_upright_image(tmp_path: Path) -> None:
+    """As the model sees it: a camera that was held sideways says so in the file."""
+    for orientation, size in ((1, (80, 40)), (3, (80, 40)), (6, (40, 80)), (8, (40, 80))):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (80, 40)).save(tmp_path / "a.jpg", exif=exif)
+        write(tmp_path / "b.jsonl", [{"image": "a.jpg", "prompt": "where?", "boxes": [[0, 0, 20, 30]]}])
+        (example,) = task(f"iou:{tmp_path / 'b.jsonl'}").examples
+        assert example.regions is not None
+        assert (example.regions.width, example.regions.height) == size == open_image(example.image).size
 
 
 def test_a_data_set_saved_by_datasets(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sensitivity.drafts import Drafts
+from sensitivity.drafts import Drafts, remembered
 
 END, WORDS = 0, 5
 TOKENS = st.lists(st.integers(0, WORDS - 1), min_size=1, max_size=8)
@@ -45,7 +45,7 @@ def test_any_draft_ends_in_the_greedy_answer(seed: int, guesses: list[tuple[list
     read = reader(seed)
     while found.left:
         found.advance(read, {END}, most)
-        found.guess([second for _, second in guesses])
+        found.guess([[second] for _, second in guesses])
     assert found.answers == [greedy(seed, row, most) for row in range(len(guesses))]
     assert read.passes <= most
 
@@ -55,11 +55,30 @@ def test_a_neighbour_that_agrees_costs_one_pass_more(seed: int, first: list[int]
     found, read = Drafts.of([first]), reader(seed)
     found.advance(read, {END}, 8)
     if found.left:
-        assert found.guess([greedy(seed, 0, 8)])
+        assert found.guess([[greedy(seed, 0, 8)]])
         found.advance(read, {END}, 8)
     assert not found.left
     assert read.passes <= 2
     assert found.answers == [greedy(seed, 0, 8)]
+
+
+def test_an_older_plan_s_answer_is_tried_where_the_latest_begins_differently() -> None:
+    right, read = greedy(4, 0, 8), reader(4)
+    latest = [(right[0] + 1) % WORDS, *right[1:]]
+    found = Drafts.of([latest])
+    known = remembered(remembered(None, [right]), [latest])
+    assert known == [[latest, right]]
+    found.advance(read, {END}, 8)
+    assert found.guess(known)
+    found.advance(read, {END}, 8)
+    assert (found.left, found.answers, read.passes) == ([], [right], 2)
+
+
+def test_few_answers_are_remembered_each_once_and_the_latest_first() -> None:
+    known = None
+    for token in [*range(12), 5]:
+        known = remembered(known, [[token]])
+    assert known == [[[5], [11], [10], [9], [8], [7], [6], [4]]]
 
 
 def test_where_only_the_guess_would_be_right_one_pass_is_enough() -> None:

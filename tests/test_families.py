@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from sensitivity import verbs
+from sensitivity.batches import prompt_text
 from sensitivity.errors import UserError
-from sensitivity.evaluate import evaluate, prompt_text
+from sensitivity.evaluate import evaluate
 from sensitivity.models import FAMILIES, VLM, load
 from sensitivity.plan import Plan
 from sensitivity.quantize import scheme

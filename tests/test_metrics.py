@@ -371,8 +371,12 @@ def test_the_mean_of_scores_is_found_of_all_true_boxes() -> None:
     task = grounding.task("g", asked)
     found = task.measure(said)
     assert found == pytest.approx(
-        {"acc@0.5": 2 / 5, "acc@0.25": 3 / 5, "any match@0.5": 1 / 3, "any match@0.25": 2 / 3}
-    )
+        {
+            "acc@0.5": 2 / 5, "acc@0.25": 3 / 5, "any match@0.5": 1 / 3, "any match@0.25": 2 / 3,
+            "acc@0.5, read as clockwise": 2 / 5, "acc@0.25, read as clockwise": 3 / 5,
+            "acc@0.5, read as diagonal": 0, "acc@0.25, read as diagonal": 0,
+        }
+    )  # fmt: skip
     scores = [task.score(a, e) for a, e in zip(said, asked, strict=True)]
     assert np.mean(scores) == pytest.approx(found["acc@0.5"])
     with pytest.raises(UserError, match="unknown decoding of boxes 'turnd'; choose from turned, clockwise, diagonal"):

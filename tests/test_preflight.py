@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,19 @@ from small import datasets, models
 from torch.utils.flop_counter import FlopCounterMode
 
 from sensitivity import verbs
+from sensitivity.batches import batches
 from sensitivity.cli import main
+from sensitivity.components import PARTS
 from sensitivity.errors import UserError
-from sensitivity.evaluate import batches
 from sensitivity.models import VLM, inspect, load
 from sensitivity.models.blank import blank
 from sensitivity.passes import COLD, Sample, Shapes
 from sensitivity.plan import Plan
-from sensitivity.preflight import Forecast, _runs, _stored, foresee
+from sensitivity.preflight import Forecast, _running, _runs, _stored, foresee
 from sensitivity.probe import Probe
 from sensitivity.quantize import scheme
 from sensitivity.shards import cuts
+from sensitivity.sweep import _path, _Trial
 from sensitivity.tasks import task
 
 
@@ -57,7 +60,8 @@ def test_products_are_counted_as_a_forward_pass_really_has_them(folder: Path, na
     empty = blank(str(folder / name))
     parts = inspect(empty, by="part")
     counted = Shapes(empty, parts, Counting(torch.device("cpu"), torch.float32))
-    sample = Sample.of(empty, asked, [12], plain=False)
+    once = dataclasses.replace(asked, exact=True)  # no second reading of answers that were wrong
+    sample = Sample.of(empty, once, [12], plain=False)
     (batch,) = batches(vlm, asked)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         if batch.prefix:
@@ -72,8 +76,34 @@ def test_products_are_counted_as_a_forward_pass_really_has_them(folder: Path, na
             mask = torch.ones_like(longer)
             vlm.model(pixel_values=batch.inputs["pixel_values"], input_ids=longer, attention_mask=mask)
     products = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
-    expected = sum(first for first, _ in counted.passes(sample).values())
+    expected = sum(shared + own for shared, own in counted.passes(sample).values())
     assert expected == pytest.approx(products * COLD, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2", "geochat"])
+def test_plans_are_counted_as_replay_really_computes_them(folder: Path, name: str) -> None:
+    """All products of a sweep whose plans share beginnings in every part; without sharing there would be far more."""
+    asked = dataclasses.replace(task(f"gqa:{folder / 'gqa'}", n=12), exact=True)
+    vlm = load(str(folder / name), dtype="float32")
+    parts = inspect(vlm, by="group")
+    plans = sorted(verbs.one_at_a_time(parts, bits=(8,)), key=_path)
+    trial = _Trial(vlm, parts, [asked], growing=False)
+    # a feature layer that is not the last spoils one boundary of the vision tower, and no other
+    assert trial.replay
+    assert trial.replay.stages["language"].boundaries == [1, 2]
+    assert trial.replay.stages["vision"].boundaries[:2] == [1, 2]
+    with FlopCounterMode(display=False) as counter:
+        for plan in plans:
+            trial.run(plan, 0, 12)
+    products = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    counted = Shapes(vlm, parts, Counting(torch.device("cpu"), torch.float32))
+    sample = Sample.of(vlm, asked, [12], plain=False)
+    passes = counted.passes(sample)
+    expected = _running(sample, passes, _runs(parts, plans), len(plans)) / COLD
+    alone = _running(sample, passes, dict.fromkeys(PARTS, len(plans)), len(plans)) / COLD
+    assert expected == pytest.approx(products, rel=0.06)
+    assert alone > 1.07 * products
+    assert counted.kept(sample) == pytest.approx(trial.replay._bytes, rel=0.3)
 
 
 def test_runs_are_counted_as_plans_share_their_beginnings(folder: Path) -> None:

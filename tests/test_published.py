@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import planted
 import pytest
-from published import Experiment, Figure, Reading, alone, importance, mixed, reading, readings, to_run, verdict
+from beside import Reading, importance, reading, readings, verdict
+from published import Experiment, Figure, alone, mixed, to_run
 
 from sensitivity.plan import Scheme
 from sensitivity.scores import summarise

@@ -11,7 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sensitivity.evaluate import Rows, answer, batches, rows_of
+from sensitivity.batches import batches
+from sensitivity.evaluate import Rows, answer, rows_of
 from sensitivity.models import VLM, inspect
 from sensitivity.plan import Plan
 from sensitivity.quantize import quantized, scheme

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -15,17 +16,16 @@ from torch import Tensor, nn
 
 from sensitivity.errors import UserError
 from sensitivity.models import VLM, load
-from sensitivity.models.checkpoint import find, fingerprint, header, read_config, weight_files
+from sensitivity.models.adapters import resolve, whole
+from sensitivity.models.checkpoint import DTYPES, fingerprint, header, read_config, weight_files
+from sensitivity.models.layouts import as_converted, as_written, is_original
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}  # as safetensors names them
 STALE = re.compile(r"(position_ids|inv_freq|masked_bias)$")  # buffers of old checkpoints, which nobody reads
 BESIDE = re.compile(r".*\.(json|jinja|txt|model)|(licen[cs]e|notice|use_policy).*", re.IGNORECASE)
-NOT_BESIDE = {"config.json", "model.safetensors.index.json", "sensitivity.json", "verified.json", "vocab.py"}
+NOT_BESIDE = re.compile(
+    r"config\.json|(model\.safetensors|pytorch_model\.bin)\.index\.json|sensitivity\.json|verified\.json|trainer_state\.json"
+)
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,17 @@ class Source:
     config: Mapping[str, Any]
     tensors: tuple[Stored, ...]
     fingerprint: str = ""
+    processor: Any = None  # of a checkpoint in another layout, whose own files are not enough
 
-    def beside(self) -> Iterator[Path]:
-        """Tokenizer, processor, generation settings, licence: all but weights and what an export writes itself."""
+    def beside(self, target: Path) -> None:
+        """Copy tokenizer, processor, generation settings, licence: all but weights and what an export writes itself."""
         for file in sorted(self.folder.iterdir()):
-            if file.is_file() and BESIDE.fullmatch(file.name) and file.name not in NOT_BESIDE:
-                yield file
+            # in another layout, settings of generation were not read when the model was measured
+            unread = self.processor is not None and file.name == "generation_config.json"
+            if file.is_file() and BESIDE.fullmatch(file.name) and not NOT_BESIDE.fullmatch(file.name) and not unread:
+                shutil.copyfile(file, target / file.name)
+        if self.processor is not None:
+            self.processor.save_pretrained(target)
 
     @property
     def license(self) -> str:
@@ -69,15 +74,21 @@ class Source:
         return found[1] if found else "unknown"
 
 
-def open_source(model: VLM | str) -> Source:
-    """The checkpoint of a model, streamed; a model that was changed after loading is taken from memory instead."""
+def open_source(model: VLM | str, dtype: torch.dtype | None = None) -> Source:
+    """The checkpoint of a model, streamed; a model that was changed after loading is taken from memory instead.
+
+    Such a one is changed in the type `dtype` in which it was measured, where it is not loaded yet.
+    """
     name = model if isinstance(model, str) else model.name
-    if isinstance(model, str) and name == "embedded:scenes-llava-heavy":
-        model = load(name)  # its outliers are planted on loading: no file holds them
-    folder = find(name)
+    folder, adapter = resolve(name)
+    if name == "embedded:scenes-llava-heavy" or adapter is not None:  # no file holds these weights
+        planted = adapter is None
+        if isinstance(model, str):
+            model = load(name, dtype=None if planted else dtype)
+        return _in_memory(model)
     config = read_config(folder, name)
-    if isinstance(model, VLM) and (model.name == "embedded:scenes-llava-heavy"):
-        return Source(name, folder, config, tuple(_held(model.model)), model.fingerprint)
+    if is_original(config):
+        return _as_converted(name, folder, config)
     files = weight_files(folder, name)
     skeleton = load(name, config_only=True).model
     rename = _renaming(skeleton, name)
@@ -99,10 +110,33 @@ def open_source(model: VLM | str) -> Source:
     return Source(name, folder, config, tuple(tensors), fingerprint(config, files))
 
 
+def _in_memory(vlm: VLM) -> Source:
+    """Weights that an adapter was merged into, or outliers planted into; the small files are the base model's."""
+    base, folder = whole(vlm.name)
+    config, processor = read_config(folder, base), None
+    if is_original(config):
+        config, processor = as_written(vlm.model.config, type(vlm.model).__name__), vlm.processor
+    return Source(vlm.name, folder, config, tuple(_held(vlm.model)), vlm.fingerprint, processor)
+
+
 def _held(model: nn.Module) -> Iterator[Stored]:
-    for name, parameter in model.named_parameters():
-        data = parameter.data
-        yield Stored(name, name, data.dtype, tuple(data.shape), lambda data=data: data)  # type: ignore[misc]
+    tied = {path for path, _ in model.named_parameters(remove_duplicate=False)} - set(dict(model.named_parameters()))
+    for name, data in model.state_dict().items():
+        if name not in tied:
+            yield Stored(name, name, data.dtype, tuple(data.shape), lambda data=data: data)  # type: ignore[misc]
+
+
+def _as_converted(name: str, folder: Path, raw: Mapping[str, Any]) -> Source:
+    """A checkpoint in another layout, each tensor converted when its turn has come."""
+    found = as_converted(folder, name, raw)
+    parameters = dict(load(name, config_only=True).model.named_parameters())
+    tensors = [
+        Stored(key, key, dtype, tuple(parameters[key].shape), read)
+        for key, (dtype, read) in found.tensors.items()
+        if key in parameters
+    ]
+    _complete(parameters, tensors, name)
+    return Source(name, folder, found.config, tuple(tensors), fingerprint(raw, found.files), found.processor)
 
 
 def _reader(file: Path, start: int, length: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[], Tensor]:

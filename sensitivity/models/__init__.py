@@ -18,8 +18,8 @@ from transformers.utils.import_utils import is_accelerate_available
 
 from sensitivity.components import ComponentMap, natural
 from sensitivity.errors import UserError, reason, unknown
-from sensitivity.models.adapters import WEIGHTS, adapter_config, base_of, merged
-from sensitivity.models.checkpoint import find, fingerprint, read_config, stored_bits, weight_files
+from sensitivity.models.adapters import WEIGHTS, Adapter, merged, resolve
+from sensitivity.models.checkpoint import fingerprint, read_config, stored_bits, weight_files
 from sensitivity.models.discover import discover
 from sensitivity.models.families import FAMILIES, SEARCHERS, Family, family_of
 from sensitivity.models.heavy import NOTE, heavy
@@ -82,13 +82,14 @@ def load(
     """A model from a folder, the hub, or `embedded:...`; with config_only no weights are needed, and none are there.
 
     `quantised` takes a checkpoint that is quantised already, as an export is; its weights are unpacked at once.
-    The device `auto` spreads a model over what there is. An adapter is merged into its base model.
+    The device `auto` spreads a model over what there is. An adapter is merged into its base model, which it names
+    itself, or which stands behind an @ in its name.
     """
     target, wanted = _device(device), _dtype(dtype)
-    folder = find(name, config_only)
-    if (adapter := adapter_config(folder, name)) is not None:
-        base = load(base_of(adapter, folder, name), device=device, dtype=dtype, config_only=config_only)
-        return _adapted(base, adapter, folder, name, config_only)
+    folder, adapter = resolve(name, config_only)
+    if adapter is not None:
+        base = load(adapter.base, device=device, dtype=dtype, config_only=config_only)
+        return _adapted(base, adapter, name, config_only)
     raw = read_config(folder, name, quantised)
     original = is_original(raw)
     files = [] if config_only else files_of(folder, name) if original else weight_files(folder, name)
@@ -100,7 +101,7 @@ def load(
         if config_only:
             model, processor = _empty(architecture, config, name), None
         elif original:
-            tensors = converted(raw, config, files, name)
+            tensors = {key: read() for key, (_, read) in converted(raw, config, files, name).items()}
             model = _filled(architecture, config, None, name, wanted, target, tensors)
             processor = processor_for(folder, name, config)
         else:
@@ -124,11 +125,11 @@ def load(
     )
 
 
-def _adapted(base: VLM, adapter: Mapping[str, Any], folder: Path, name: str, config_only: bool) -> VLM:
+def _adapted(base: VLM, adapter: Adapter, name: str, config_only: bool) -> VLM:
     if not config_only:
         with _quiet():
-            base.model = merged(base.model, folder, name).eval().requires_grad_(False)
-    mark = fingerprint(adapter, [] if config_only else [folder / WEIGHTS], base.fingerprint)
+            base.model = merged(base.model, adapter, name).eval().requires_grad_(False)
+    mark = fingerprint(adapter.config, [] if config_only else [adapter.folder / WEIGHTS], base.fingerprint)
     return replace(base, name=name, fingerprint=mark)
 
 

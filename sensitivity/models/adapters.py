@@ -4,14 +4,44 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
 from sensitivity.errors import UserError, reason
+from sensitivity.models.checkpoint import find
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in a folder, and the model that it is merged into."""
+
+    folder: Path
+    config: dict[str, Any]
+    base: str
+
+
+def resolve(name: str, config_only: bool = False) -> tuple[Path, Adapter | None]:
+    """The folder that a name means, and the adapter if one lies in it: ADAPTER, or ADAPTER@BASE."""
+    alone, at, base = (name, "", "") if Path(name).expanduser().is_dir() else name.rpartition("@")
+    alone = alone or name
+    folder = find(alone, config_only)
+    config = adapter_config(folder, alone)
+    if config is None:
+        if at:
+            raise UserError(f"{alone} is no adapter, which alone takes a base model behind an @; type {alone}")
+        return folder, None
+    return folder, Adapter(folder, config, base or base_of(config, folder, alone))
+
+
+def whole(name: str, config_only: bool = False) -> tuple[str, Path]:
+    """The whole model behind a name, and its folder: that of an adapter's base model."""
+    folder, adapter = resolve(name, config_only)
+    return (name, folder) if adapter is None else whole(adapter.base, config_only)
 
 
 def adapter_config(folder: Path, name: str) -> dict[str, Any] | None:
@@ -32,15 +62,20 @@ def base_of(config: dict[str, Any], folder: Path, name: str) -> str:
     """The model that an adapter was made for: as the adapter names it, or beside the adapter's folder."""
     base = config.get("base_model_name_or_path")
     if not base:
-        raise UserError(
-            f"{CONFIG} of {name} names no base model; write its folder or hub name there, as base_model_name_or_path"
-        )
-    beside = folder / base
-    return str(beside if beside.is_dir() else base)
+        raise UserError(f"{CONFIG} of {name} names no base model; type {name}@BASE, where BASE is its folder or name")
+    if (folder / base).is_dir():
+        return str(folder / base)
+    try:
+        find(base, config_only=True)
+    except UserError as error:
+        why = f"{name} is an adapter for {base}, which cannot be had"
+        raise UserError(f"{why} ({error}); type {name}@FOLDER, where FOLDER holds that model") from error
+    return str(base)
 
 
-def merged(model: Any, folder: Path, name: str) -> Any:
+def merged(model: Any, adapter: Adapter, name: str) -> Any:
     """The model with the adapter in its weights, every tensor of which has found its place."""
+    folder = adapter.folder
     try:
         import peft
     except ImportError:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from sensitivity.errors import UserError
 from sensitivity.models import VLM, load
-from sensitivity.models.checkpoint import find, read_config
+from sensitivity.models.adapters import whole
+from sensitivity.models.checkpoint import read_config
 from sensitivity.models.original_llava import is_original, processor_for
 from sensitivity.models.processing import processor_of
 
@@ -15,7 +16,8 @@ SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]  # of a hub repository: all bu
 
 
 def blank(name: str) -> VLM:
-    vlm, folder = load(name, config_only=True), find(name, config_only=True)
+    vlm = load(name, config_only=True)
+    name, folder = whole(name, config_only=True)  # an adapter brings no processor
     if not (name.startswith("embedded:") or Path(name).expanduser().is_dir()):
         from huggingface_hub import snapshot_download
 

@@ -12,6 +12,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sensitivity.errors import UserError, reason, unknown
 
 EMBEDDED = {  # name -> folder
@@ -24,6 +26,11 @@ HERE = Path(__file__).parent / "embedded"
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a hub repository: no pickle, no code
 CONFIGS = ["config.json", "adapter_config.json"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
 WHOLE = 100 * 2**20  # a file up to this size is hashed to the last byte
 PIECES, PIECE = 64, 2**16  # of a larger one, beside its header

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from sensitivity.errors import UserError, reason
-from sensitivity.models.checkpoint import find, weight_files
+from sensitivity.models.checkpoint import DTYPES, find, header, weight_files
 from sensitivity.models.families import Family
 
 SIDES = {"geochat": 504}  # pixels; others keep the size of their tower
@@ -111,22 +112,39 @@ def files_of(folder: Path, name: str) -> list[Path]:
     return [folder / shard for shard in sorted(shards)]
 
 
-def converted(raw: Mapping[str, Any], config: LlavaConfig, files: Sequence[Path], name: str) -> dict[str, Tensor]:
-    """All tensors by transformers' names; what has no place there keeps its own name, and is then reported."""
-    found = {_renamed(key): tensor for file in files for key, tensor in _read(file, name).items()}
+Read = Callable[[], Tensor]
+
+
+def converted(
+    raw: Mapping[str, Any], config: LlavaConfig, files: Sequence[Path], name: str
+) -> dict[str, tuple[torch.dtype, Read]]:
+    """All tensors by transformers' names: their type, and how each is read and made what it is there.
+
+    What has no place there keeps its own name, and is then reported.
+    """
+    found = {_renamed(key): one for file in files for key, one in _stored(file, name).items()}
     if not any(key.startswith(TOWER) for key in found):  # it was frozen, and not saved again
         tower = str(raw["mm_vision_tower"])
         for file in weight_files(find(tower), tower):
-            theirs = {key: tensor for key, tensor in _read(file, tower).items() if key.startswith("vision_model.")}
-            found |= {TOWER + key.removeprefix("vision_model."): tensor for key, tensor in theirs.items()}
-    if POSITIONS in found:
-        vision: Any = config.vision_config
-        found[POSITIONS] = interpolated(found[POSITIONS], vision.image_size // vision.patch_size)
-    for key in WORDS:
-        if key in found and len(found[key]) == config.image_token_index:
-            # the image's word stands for no word: it is as unlikely to be said as the unknown one
-            found[key] = torch.cat([found[key], found[key][:1]])
+            theirs = {key: one for key, one in _stored(file, tower).items() if key.startswith("vision_model.")}
+            found |= {TOWER + key.removeprefix("vision_model."): one for key, one in theirs.items()}
+    vision: Any = config.vision_config
+    changed = {POSITIONS: partial(interpolated, side=vision.image_size // vision.patch_size)}
+    changed |= dict.fromkeys(WORDS, partial(_with_image_word, words=config.image_token_index))
+    for key, change in changed.items():
+        if key in found:
+            dtype, read = found[key]
+            found[key] = dtype, partial(_changed, change, read)
     return found
+
+
+def _changed(change: Callable[[Tensor], Tensor], read: Read) -> Tensor:
+    return change(read())
+
+
+def _with_image_word(rows: Tensor, words: int | None) -> Tensor:
+    """The image's word stands for no word: it is as unlikely to be said as the unknown one."""
+    return torch.cat([rows, rows[:1]]) if len(rows) == words else rows
 
 
 def _renamed(key: str) -> str:
@@ -137,14 +155,21 @@ def _renamed(key: str) -> str:
     return key
 
 
-def _read(file: Path, name: str) -> dict[str, Tensor]:
+def _stored(file: Path, name: str) -> dict[str, tuple[torch.dtype, Read]]:
+    """The tensors in a file, none of which is read yet."""
     if file.suffix == ".safetensors":
-        return load_file(file)
+        return {key: (DTYPES[entry["dtype"]], partial(_from, file, key)) for key, entry in header(file).items()}
     try:
         tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch's own, pickle's, zip's
         raise UserError(f"{file.name} of {name} cannot be read as weights alone ({reason(error)})") from error
-    return tensors
+    return {key: (tensor.dtype, tensor.detach) for key, tensor in tensors.items()}  # in a map of the file
+
+
+def _from(file: Path, key: str) -> Tensor:
+    with safe_open(file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(key)
+        return tensor
 
 
 def interpolated(positions: Tensor, side: int) -> Tensor:

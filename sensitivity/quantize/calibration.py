@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sensitivity.components import ComponentMap, Weight
 from sensitivity.errors import UserError, unknown
+from sensitivity.halving import if_it_fits
 from sensitivity.models import VLM
 from sensitivity.plan import Setting
 from sensitivity.quantize.cache import Cache
@@ -19,7 +20,7 @@ from sensitivity.quantize.curvature import Curvature
 from sensitivity.quantize.fold import Absorber, absorbers
 from sensitivity.quantize.linears import reads
 from sensitivity.quantize.statistics import PATHS, Gather, Statistics
-from sensitivity.quantize.tokens import PADDING, Batch, batches, disjoint, run
+from sensitivity.quantize.tokens import PADDING, ROWS, Batch, batches, disjoint, run
 from sensitivity.quantize.walk import Done, Walk
 from sensitivity.tasks import Task
 from sensitivity.tasks import task as find_task
@@ -64,28 +65,57 @@ def calibrate(
         return absorbers(vlm.model, parts, lambda: run(vlm, next(batches(vlm, few))))
 
     if path == "exposed":
-        return Statistics(facts, exposed(vlm, parts, lambda: batches(vlm, data)), trace, cache)
+        return Statistics(facts, exposed(vlm, parts, lambda rows: batches(vlm, data, rows)), trace, cache)
     about = {**facts, "model": vlm.fingerprint, "dtype": str(vlm.model.dtype)}
-    return Statistics(facts, unquantised(vlm, parts, lambda: batches(vlm, data), about, cache, room), trace, cache)
+    found = unquantised(vlm, parts, lambda rows: batches(vlm, data, rows), about, cache, room)
+    return Statistics(facts, found, trace, cache)
 
 
-def exposed(vlm: VLM, parts: ComponentMap, data: Callable[[], Iterable[Batch]]) -> Gather:
+Data = Callable[[int], Iterable[Batch]]  # the calibration data in batches of at most so many rows
+
+
+class Portions:
+    """Calibration data on its way through a model, in batches that fit onto the device.
+
+    Statistics are sums over batches, so a study that ran out of memory begins anew, with smaller ones.
+    """
+
+    def __init__(self, vlm: VLM, parts: ComponentMap, data: Data, exposed: bool) -> None:
+        self.rows = ROWS
+        self.vlm, self.parts, self.data, self.exposed = vlm, parts, data, exposed
+        self.walk: Walk | None = None
+
+    def whole(self, weights: Sequence[Weight]) -> Mapping[str, Curvature]:
+        """What some weights see, by whole forward passes."""
+        return self._fitting(lambda: collect(self.vlm, weights, self.data(self.rows)))
+
+    def walked(self, weights: Sequence[Weight], done: Done | None) -> Mapping[str, Curvature]:
+        """The same, from where the last study left off."""
+
+        def study() -> Mapping[str, Curvature]:
+            self.walk = self.walk or Walk(self.vlm, self.parts, self.data(self.rows), self.exposed)
+            with self.walk.towards(weights, done) as forward:
+                return collect(self.vlm, weights, self.walk.data, forward)
+
+        return self._fitting(study)
+
+    def _fitting(self, study: Callable[[], Mapping[str, Curvature]]) -> Mapping[str, Curvature]:
+        while (found := if_it_fits(study, self.rows, "the calibration data", self.vlm.device)) is None:
+            self.rows //= 2
+            self.walk = None
+        return found
+
+
+def exposed(vlm: VLM, parts: ComponentMap, data: Data) -> Gather:
     """Statistics of the model as it stands when they are asked for, block after block of a plan."""
-    walks: list[Walk] = []
-
-    def gather(weights: Sequence[Weight], done: Done | None = None) -> Mapping[str, Curvature]:
-        if not walks:
-            walks.append(Walk(vlm, parts, data(), exposed=True))
-        with walks[0].towards(weights, done) as forward:
-            return collect(vlm, weights, walks[0].data, forward)
-
-    return gather
+    portions = Portions(vlm, parts, data, exposed=True)
+    return lambda weights, done=None: portions.walked(weights, done)
 
 
 def unquantised(
     vlm: VLM,
     parts: ComponentMap,
-    data: Callable[[], Iterable[Batch]],
+    data: Data,
     about: Mapping[str, Any],
     cache: Cache | None,
     room: int = ROOM,
@@ -94,17 +124,12 @@ def unquantised(
     shares = _shares(parts, room)
     at = {reads(weight): i for i, share in enumerate(shares) for weight in share}
     held: dict[int, Mapping[str, Curvature]] = {}
-    walks: list[Walk] = []
+    portions = Portions(vlm, parts, data, exposed=False)
     own = {name: parameter.data_ptr() for name, parameter in vlm.model.named_parameters()}
 
     def study(share: Sequence[Weight]) -> Mapping[str, Curvature]:
         assert all(p.data_ptr() == own[name] for name, p in vlm.model.named_parameters()), "not the float model"
-        if len(shares) == 1:
-            return collect(vlm, share, data())
-        if not walks:
-            walks.append(Walk(vlm, parts, data(), exposed=False))
-        with walks[0].towards(share, ()) as forward:
-            return collect(vlm, share, walks[0].data, forward)
+        return portions.whole(share) if len(shares) == 1 else portions.walked(share, ())
 
     def find(i: int) -> Mapping[str, Curvature]:
         if i not in held:

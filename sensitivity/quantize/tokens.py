@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sensitivity import evaluate
+from sensitivity import batches as evaluated
 from sensitivity.errors import UserError
 from sensitivity.models import VLM
 from sensitivity.tasks import Task
@@ -46,17 +46,17 @@ class Batch:
         return self.counted[key]
 
 
-def batches(vlm: VLM, tasks: Sequence[Task]) -> Iterator[Batch]:
+def batches(vlm: VLM, tasks: Sequence[Task], rows: int = ROWS) -> Iterator[Batch]:
     """Every example with its first right answer. Examples are put together only where all shapes agree."""
     waiting: dict[Any, list[tuple[dict[str, Tensor], list[int]]]] = {}
     for task in tasks:
         for example in task.examples:
-            (one,) = evaluate.batches(vlm, replace(task, examples=(example,)), plain=True)
+            (one,) = evaluated.batches(vlm, replace(task, examples=(example,)), plain=True)
             target = one.targets[0][:-1]  # the end is said, never read
             shapes = tuple((name, tuple(value.shape)) for name, value in sorted(one.inputs.items()))
             group = waiting.setdefault((shapes, len(target)), [])
             group.append((one.inputs, target))
-            if len(group) == ROWS:
+            if len(group) == rows:
                 yield _together(vlm, waiting.pop((shapes, len(target))))
     for group in waiting.values():
         yield _together(vlm, group)

@@ -32,7 +32,7 @@ class Stored(Protocol):
         """Which image this is, for comparisons."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)  # there may be hundreds of thousands (reports/memory.md)
 class Example:
     """One image, one prompt, and the answers that are right; examples of one cluster share an image.
 

@@ -12,6 +12,7 @@ from sensitivity import tasks
 from sensitivity.errors import UserError, reason, unknown
 from sensitivity.tasks.boxes import DECODINGS, Point, Regions, convex, decoded, matches, polygon_iou, written
 
+ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # of EXIF: those that stand upright only after a quarter turn
 THRESHOLDS = (0.5, 0.25)  # of the intersection over union; the score is at the first
 
 
@@ -23,6 +24,8 @@ def task(
     most: int = 256,
 ) -> tasks.Task:
     """True boxes found one to one, over all true boxes: acc@0.5 as the score, acc@0.25 and any match beside it.
+
+    Beside them too: what other ways to read a written box would have found.
 
     An example scores its boxes found by the mean number of boxes per example, so that the mean over examples is the
     published figure, found of all; with more than one box to an image an example's score can therefore pass 1.
@@ -36,6 +39,8 @@ def task(
 
     further: dict[str, tasks.Metric] = {f"acc@{at}": accuracy(at, decoding) for at in THRESHOLDS}
     further |= {f"any match@{at}": any_match(at, decoding) for at in THRESHOLDS}
+    others = [other for other in DECODINGS if other != decoding]
+    further |= {f"acc@{at}, read as {other}": accuracy(at, other) for other in others for at in THRESHOLDS}
     return tasks.Task(name, examples, score, max_new_tokens=most, metrics=further, notes=notes)
 
 
@@ -68,7 +73,7 @@ def any_match(threshold: float, decoding: str = "turned") -> tasks.Metric:
 
 
 def sized(example: tasks.Example) -> tasks.Example:
-    """With the size of the image, read from its first bytes, and the boxes as the text whose likelihood is measured."""
+    """With the size of the upright image, read from its first bytes, and the boxes as the text that is expected."""
     image, known = example.image, _regions(example)
     try:
         if isinstance(image, np.ndarray):
@@ -76,6 +81,8 @@ def sized(example: tasks.Example) -> tasks.Example:
         else:
             with Image.open(tasks.stream(image)) as opened:
                 width, height = opened.size
+                if opened.getexif().get(ORIENTATION, 1) in LYING:
+                    width, height = height, width
     except (OSError, SyntaxError) as error:
         raise UserError(f"cannot read the image {image}: {reason(error)}") from error
     text = "".join(written(polygon, width, height) for polygon in known.polygons)

@@ -34,6 +34,7 @@ def _rows(source: Source, part: str) -> Iterator[tasks.Example | Flaw]:
         for one in source.records(ANNOTATIONS.format(part), "annotations")
     }
     seen = set()
+    pictures: dict[int, tuple[str, Path]] = {}  # one name and one path for all questions about an image
     for question in source.records(QUESTIONS.format(part), "questions"):
         name, image = str(question["question_id"]), question["image_id"]
         seen.add(question["question_id"])
@@ -45,8 +46,10 @@ def _rows(source: Source, part: str) -> Iterator[tasks.Example | Flaw]:
         elif not right:
             yield Flaw(name, "no answers")
         else:
-            file = source.folder / part / f"COCO_{part}_{image:012d}.jpg"
-            yield tasks.Example(name, str(image), kind, file, question["question"] + tasks.SHORT, right)
+            if image not in pictures:
+                pictures[image] = str(image), source.folder / part / f"COCO_{part}_{image:012d}.jpg"
+            cluster, file = pictures[image]
+            yield tasks.Example(name, cluster, kind, file, question["question"] + tasks.SHORT, right)
     for name in said.keys() - seen:
         yield Flaw(str(name), "an annotation of no question")
 

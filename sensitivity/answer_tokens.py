@@ -1,0 +1,41 @@
+"""Answers as tokens: the right one, what ends one, what it says, and how likely a model held it to be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sensitivity.models import VLM
+from sensitivity.tasks import Example, Task
+from sensitivity.tasks.answers import without_special
+
+
+def target(vlm: VLM, example: Example) -> list[int]:
+    tokenizer = vlm.processor.tokenizer
+    return [*tokenizer(example.answers[0], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def ends(vlm: VLM) -> set[int]:
+    """The tokens that end an answer."""
+    named = vlm.model.generation_config.eos_token_id
+    return {vlm.processor.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+
+
+def said(vlm: VLM, tokens: list[int], task: Task) -> str:
+    """The answer as text; an ellipsis where it was left off because it could no longer be right."""
+    text = without_special(str(vlm.processor.tokenizer.decode(tokens, skip_special_tokens=True)))
+    return text if tokens[-1] in ends(vlm) or len(tokens) >= task.max_new_tokens else text + "…"
+
+
+def mean_nll(logits: Tensor, targets: Tensor) -> list[float]:
+    wide = logits[:, : targets.shape[1]].float()
+    loss = torch.nn.functional.cross_entropy(wide.transpose(1, 2), targets, ignore_index=-100, reduction="none")
+    means: list[float] = (loss.sum(1) / (targets >= 0).sum(1)).tolist()
+    return means
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
