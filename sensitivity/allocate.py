@@ -13,7 +13,7 @@ from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError
 from sensitivity.knapsack import Knapsack, Predicted, Program
 from sensitivity.limits import Allowed
-from sensitivity.plan import Plan, Size, size
+from sensitivity.plan import Plan, Size
 from sensitivity.readings import check_task
 from sensitivity.trials import Study
 
@@ -25,7 +25,8 @@ class Wish:
     """What is asked of a plan: budgets in bits per weight, whose scores count how much, and what must hold.
 
     weights: task -> weight of its share of full precision. floors: task -> share that must be kept. allow: pattern of
-    components -> widths, 16 for native. tie: groups of patterns that share their scheme. top: how many plans are tried.
+    components -> widths, 16 for native. tie: groups of patterns that share their scheme. runtime: what is to
+    load the plan, whose files the budgets then count. top: how many plans are tried.
     """
 
     bpw: tuple[float, ...]
@@ -138,13 +139,13 @@ def spend(
     plans = [knapsack.space.decode(row) for row in found]
     limit = budget / knapsack.parts.numel
     return [
-        Candidate(plan, size(knapsack.parts, plan), limit, rank, predicted)
+        Candidate(plan, knapsack.size(plan), limit, rank, predicted)
         for rank, (plan, predicted) in enumerate(zip(plans, knapsack.predicted(plans), strict=True))
     ]
 
 
 def _fits(knapsack: Knapsack, row: Floats, budget: int) -> bool:
-    return size(knapsack.parts, knapsack.space.decode(row)).bits <= budget  # the solver's tolerance is not ours
+    return knapsack.size(knapsack.space.decode(row)).bits <= budget  # the solver's tolerance is not ours
 
 
 def _one_task(program: Program, task: str, budget: int, top: int) -> list[Floats]:
@@ -193,11 +194,12 @@ def _infeasible(
     largest = program.minimise(dict(enumerate(-weights)))
     if smallest is None or largest is None:
         return UserError("no plan obeys these constraints: components that must share have no width in common")
-    low, high = (size(knapsack.parts, knapsack.space.decode(row)).bits for row, _ in (smallest, largest))
+    low, high = (knapsack.size(knapsack.space.decode(row)).bits for row, _ in (smallest, largest))
     if low > budget:
         return UserError(
             f"no measured plan fits {budget / numel:.2f} bpw ({_bytes(budget)}): with the widths of this study "
-            f"{low / numel:.2f} to {high / numel:.2f} bpw ({_bytes(low)} to {_bytes(high)}) can be reached; "
+            f"{low / numel:.2f} to {high / numel:.2f} bpw ({_bytes(low)} to {_bytes(high)}"
+            f"{f' in {knapsack.format} files' if knapsack.format else ''}) can be reached; "
             "ask for more, or sweep lower widths (--bits)"
         )
     needed = Program(knapsack, allowed, tied)
@@ -207,7 +209,7 @@ def _infeasible(
     found = needed.minimise(dict(enumerate(weights)))
     if found is None:
         return UserError(f"no measured plan is predicted to keep {wish} of full precision, at any size")
-    least = size(knapsack.parts, knapsack.space.decode(found[0])).bits / numel
+    least = knapsack.size(knapsack.space.decode(found[0])).bits / numel
     return UserError(
         f"no plan of at most {budget / numel:.2f} bpw is predicted to keep {wish} of full precision; that takes "
         f"{least:.2f} bpw, or lower the floor"
@@ -232,9 +234,9 @@ def best_uniform(
     parts = knapsack.parts
     shared = set.intersection(*(set(options) for options in knapsack.space.choices))
     plans = [Plan.uniform(parts, choice) for choice in sorted(shared, key=str)]
-    plans = [plan for plan in plans if size(parts, plan).bits <= budget * parts.numel + 1e-6 and fits(plan)]
+    plans = [plan for plan in plans if knapsack.size(plan).bits <= budget * parts.numel + 1e-6 and fits(plan)]
     found = [
-        Candidate(plan, size(parts, plan), budget, 0, predicted)
+        Candidate(plan, knapsack.size(plan), budget, 0, predicted)
         for plan, predicted in zip(plans, knapsack.predicted(plans), strict=True)
         if all(predicted[task].score >= share * predicted[task].full for task, share in (floors or {}).items())
     ]

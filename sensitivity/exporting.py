@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -9,25 +10,27 @@ from typing import Any
 
 import torch
 
+from sensitivity import exported
 from sensitivity.allocate import solve
 from sensitivity.errors import UserError, unknown
-from sensitivity.export import CHECKPOINTS, FORMATS, Codes, Job, refuse_to_overwrite, write
+from sensitivity.export import CHECKPOINTS, FORMATS, Codes, Job, clear, refuse_to_overwrite, write
 from sensitivity.export.calibrated import Found
 from sensitivity.export.calibrated import codes as codes_of
 from sensitivity.export.job import from_weights_alone
 from sensitivity.export.plan_json import read
 from sensitivity.export.verify import verify
+from sensitivity.knapsack import Knapsack
 from sensitivity.legalize import Legal, legal, legalize
 from sensitivity.models import VLM, load
 from sensitivity.plan import FILES, Plan, Scheme
 from sensitivity.quantize import method_of
 from sensitivity.quantize.statistics import PATHS
-from sensitivity.runtimes import breaches
-from sensitivity.scores import paired
+from sensitivity.runtimes import breaches, files_of
+from sensitivity.scores import paired, summarise
 from sensitivity.trials import Study
 from sensitivity.verbs import FRESH, calibrated, sweep
 
-__all__ = ["export", "export_from", "legalize", "legalize_from", "verify"]
+__all__ = ["clear", "export", "export_from", "legalize", "legalize_from", "verify"]
 
 
 def export(
@@ -70,8 +73,13 @@ def export(
     trial, expected = _measured(study, plan)
     with _codes(study, job, format) as again:
         job = replace(job, codes=codes or again.codes, changed=again.changed)
-        write(job, out, format, force, {**trial, **gain}, runtime, expected, lambda: again.notes)
-    return out / "plan.json" if format == "plan" and out.suffix != ".json" else out
+        done = write(job, out, format, force, {**trial, **gain}, runtime, expected, lambda: again.notes)
+    if format == "plan":
+        return out if out.suffix == ".json" else out / "plan.json"
+    weighs = done.get("written") or done["predicted_size"]
+    about = {"format": format, "plan": plan.describe(), "bytes": weighs["bytes"], "bpw": weighs["bpw"]}
+    exported.note(study.path, out, {**about, "written": "written" in done, **gain})
+    return out
 
 
 def _on_path(study: Study, plan: Plan, path: str, model: VLM) -> tuple[Plan, dict[str, Any]]:
@@ -103,6 +111,8 @@ def _gain(study: Study, ours: Plan, theirs: Plan, task: str) -> dict[str, Any]:
     frames = [rows[rows["task"] == task] for rows in map(study.examples, (ours, theirs)) if rows is not None]
     both = frames[0].merge(frames[1], on="example", suffixes=("", "_base"))
     found = paired(both["score"], both["score_base"], both["cluster"]).to_json()
+    ends = (("ours", "score"), ("theirs", "score_base"))
+    found["scores"] = {whose: summarise(both[column], both["cluster"]).to_json() for whose, column in ends}
     known = both.dropna(subset=["nll", "nll_base"])
     if len(known):
         found["log_likelihood"] = paired(-known["nll"], -known["nll_base"], known["cluster"]).to_json()
@@ -122,20 +132,20 @@ def _codes(study: Study, job: Job, format: str) -> AbstractContextManager[Found]
 
 def export_from(source: Path, bpw: float | None, out: Path, format: str, force: bool, **how: Any) -> Path:
     """Export a plan.json, or the best predicted plan of a study for a budget."""
-    study, plan, facts = _source(source, bpw, how.get("runtime"))
+    study, plan, facts = _source(source, bpw, format if format in FILES else how.get("runtime"), how.get("runtime"))
     return export(study, plan, out, format, force, facts, **how)
 
 
 def legalize_from(source: Path, runtime: str, bpw: float | None, task: str | None = None) -> tuple[Study, Legal]:
     """The best plan that a runtime can load, for a plan.json or a budget of a study."""
-    if source.suffix == ".json":
-        study, plan, _ = _source(source, None, None)
-        return study, legalize(study, plan, runtime, bpw, task)
-    study, plan, _ = _source(source, bpw, None)
+    study, plan, _ = _source(source, bpw, runtime)
     return study, legalize(study, plan, runtime, bpw, task)
 
 
-def _source(source: Path, bpw: float | None, runtime: str | None) -> tuple[Study, Plan, dict[str, Any]]:
+def _source(
+    source: Path, bpw: float | None, counted: str | None, legal_in: str | None = None
+) -> tuple[Study, Plan, dict[str, Any]]:
+    """Study, plan and what is known of it. A budget counts the files of the runtime `counted`."""
     if source.suffix == ".json":
         _, plan, facts = read(source)
         here = (source.parent / "journal.log").exists() or (source.parent / "storage.url").exists()
@@ -143,7 +153,9 @@ def _source(source: Path, bpw: float | None, runtime: str | None) -> tuple[Study
     if bpw is None:
         raise UserError(f"a study holds many plans: name a budget, `{source} --bpw 4.0`, or give a plan.json")
     study = Study(source)
-    return study, (legal(study, runtime, bpw) if runtime else solve(study, bpw=bpw)[0]).plan, {}
+    if legal_in is not None:
+        return study, legal(study, legal_in, bpw).plan, {}
+    return study, solve(study, bpw=bpw, knapsack=Knapsack.of(study, study.tasks[:1], files_of(counted)))[0].plan, {}
 
 
 def _instead(study: Study, plan: Plan, name: str) -> str:
@@ -153,7 +165,8 @@ def _instead(study: Study, plan: Plan, name: str) -> str:
         return f"There is no plan to offer instead: {error}"
     return (
         f"The best plan of its size that fits is {found.plan.describe()}: {found.words}. "
-        f"`sensitivity legalize {study.path} --runtime {name} --bpw {found.before.bpw:.2f}` writes it"
+        f"`sensitivity legalize {study.path} --runtime {name} --bpw {math.ceil(1000 * found.before.bpw) / 1000:g} "
+        "--out plan.json` writes it"
     )
 
 

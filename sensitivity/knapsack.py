@@ -14,7 +14,7 @@ from scipy.sparse import csr_array
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError, unknown
 from sensitivity.limits import Allowed
-from sensitivity.plan import Plan, component_bits, size
+from sensitivity.plan import Plan, Size, component_bits, size
 from sensitivity.readings import of_study
 from sensitivity.surrogate import Choice, Space, Surrogate, learn
 from sensitivity.trials import Study
@@ -38,31 +38,37 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Knapsack:
-    """The measured choices of a study, what they weigh, and one surrogate per task."""
+    """The measured choices of a study, what they weigh (in a format's files), and one surrogate per task."""
 
     parts: ComponentMap
     space: Space
     bits: tuple[Floats, ...]  # per component, per choice
     models: dict[str, Surrogate]
     kept: int  # bits that no choice changes
+    format: str | None = None
 
     @classmethod
-    def of(cls, study: Study, tasks: Sequence[str]) -> Knapsack:
+    def of(cls, study: Study, tasks: Sequence[str], format: str | None = None) -> Knapsack:
         space = Space.of([Plan.from_json(trial.user_attrs["plan"]) for trial in study.trials()])
         models = {}
         for task in tasks:
             readings = of_study(study, task)
             models[task] = learn(space, space.encode(readings.plans), readings.score, readings.full, readings.noise)
-        return cls.build(study.parts, space, models)
+        return cls.build(study.parts, space, models, format)
 
     @classmethod
-    def build(cls, parts: ComponentMap, space: Space, models: Mapping[str, Surrogate]) -> Knapsack:
+    def build(
+        cls, parts: ComponentMap, space: Space, models: Mapping[str, Surrogate], format: str | None = None
+    ) -> Knapsack:
         bits = tuple(
-            np.array([component_bits(parts, name, choice) for choice in options], dtype=float)
+            np.array([component_bits(parts, name, choice, format) for choice in options], dtype=float)
             for name, options in zip(space.names, space.choices, strict=True)
         )
         kept = size(parts, Plan.uniform(parts, None)).bits - int(sum(b[0] for b in bits))
-        return cls(parts, space, bits, dict(models), kept)
+        return cls(parts, space, bits, dict(models), kept, format)
+
+    def size(self, plan: Plan) -> Size:
+        return size(self.parts, plan, self.format)
 
     def full(self, task: str) -> float:
         """Full precision, as predicted."""

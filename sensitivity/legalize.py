@@ -11,9 +11,10 @@ from sensitivity.allocate import Candidate, Knapsack, Predicted, mean_share, sol
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError
 from sensitivity.limits import Allowed, both, joined
+from sensitivity.loadable import restrict, searches
 from sensitivity.plan import Plan, Scheme, Size, size
 from sensitivity.readings import check_task
-from sensitivity.runtimes import abilities, breaches, restrict, searches, tied
+from sensitivity.runtimes import abilities, breaches, files_of, tied
 from sensitivity.search import Plans, plans
 from sensitivity.trials import Study
 
@@ -35,10 +36,10 @@ class Legal:
     @property
     def words(self) -> str:
         """What it costs, as the end of a sentence."""
-        if not self.breaches:
+        if self.plan == self.asked:
             return "nothing: the plan is legal as it is"
         change = (self.after.bytes - self.before.bytes) / self.before.bytes
-        bytes_ = f"{self.after.bytes:,} bytes instead of {self.before.bytes:,} ({change:+.1%})"
+        bytes_ = f"{self.after.bytes:,} bytes instead of {self.before.bytes:,} ({change:+.1%}), {self.after.how}"
         if self.predicted_before is None or self.predicted_after is None:
             return bytes_
         was, now = self.predicted_before.score, self.predicted_after.score
@@ -61,9 +62,12 @@ class Legal:
 
 
 def legalize(study: Study, plan: Plan, runtime: str, bpw: float | None = None, task: str | None = None) -> Legal:
-    """The plan itself if a runtime can load it, otherwise the best by prediction of at most its size, or of `bpw`."""
+    """The plan itself if a runtime can load it, otherwise the best by prediction of at most its size, or of `bpw`.
+
+    Sizes are those of the runtime's files.
+    """
     task = check_task(study, task)
-    before = size(study.parts, plan)
+    before = size(study.parts, plan, files_of(runtime))
     found = tuple(breaches(study.parts, plan, runtime))
     predicted = _predicted(study, plan, task)
     fits = bpw is None or before.bits <= bpw * study.parts.numel
@@ -94,7 +98,7 @@ def candidates(
     wish = weights or {check_task(study, task): 1.0}
     found: list[Candidate] = []
     together = joined([*tied(study.parts, runtime), *tie])
-    knapsack = knapsack or Knapsack.of(study, list(dict.fromkeys([*wish, *(floors or {})])))
+    knapsack = knapsack or Knapsack.of(study, list(dict.fromkeys([*wish, *(floors or {})])), files_of(runtime))
     failure: UserError | None = None
     usable = _usable(study, runtime)
     for allowed in searches(study.parts, runtime, usable):
@@ -133,7 +137,7 @@ def plans_for(
     allow: Allowed | None = None,
     tie: Sequence[Sequence[str]] = (),
 ) -> Plans:
-    """What a sweep may try of what a runtime can load; see `runtimes.restrict` for what that leaves out."""
+    """What a sweep may try of what a runtime can load; see `loadable.restrict` for what that leaves out."""
     together = joined([*tied(parts, runtime), *tie])
     ways = [
         plans(parts, schemes, how, trials, seed, both(allowed, allow), together)

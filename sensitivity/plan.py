@@ -14,6 +14,7 @@ from sensitivity.components import ComponentMap, Weight, matches
 from sensitivity.errors import UserError, unknown
 
 Setting = str | int | float | bool | None
+LABEL = 112  # bytes of a tensor's entry in a safetensors header beside its name, at most
 PAPER_NATIVE_BITS = 16  # what the published bpw figures give every weight that is not quantised
 
 
@@ -129,6 +130,7 @@ class Size:
     codes: int
     numel: int
     bpw_codes: float
+    format: str | None = None  # of the files that are counted; None: what the methods themselves store
 
     @property
     def bytes(self) -> int:
@@ -138,8 +140,14 @@ class Size:
     def bpw(self) -> float:
         return self.bits / self.numel
 
-    def to_json(self) -> dict[str, float]:
-        return {"bytes": self.bytes, "bpw": self.bpw, "bpw_codes": self.bpw_codes}
+    @property
+    def how(self) -> str:
+        """How it was counted, in words."""
+        return "all stored" if self.format is None else f"all stored in {self.format} files"
+
+    def to_json(self) -> dict[str, Any]:
+        found = {"bytes": self.bytes, "bpw": self.bpw, "bpw_codes": self.bpw_codes}
+        return found if self.format is None else {**found, "format": self.format}
 
 
 def groups(scheme: Scheme, rows: int, cols: int) -> int:
@@ -252,7 +260,17 @@ def size(parts: ComponentMap, plan: Plan, format: str | None = None) -> Size:
     stored = kept * parts.native_bits
     stored += sum(component_bits(parts, c.name, plan[c.name], format) for c in parts.components)
     codes = sum(c.numel * (s.bits if (s := plan[c.name]) else PAPER_NATIVE_BITS) for c in parts.components)
-    return Size(stored, codes, parts.numel, (codes + kept * PAPER_NATIVE_BITS) / parts.numel)
+    bpw_codes = (codes + kept * PAPER_NATIVE_BITS) / parts.numel
+    return Size(stored, codes, parts.numel, bpw_codes, format if format in FILES else None)
+
+
+def labels(parts: ComponentMap) -> int:
+    """Bytes of names, shapes and places of a model's tensors in files of packed weights, at most.
+
+    A packed weight is four tensors or fewer, and each takes its name and some 90 characters more.
+    """
+    packed = sum(4 * (len(weight.name) + LABEL) for weight in parts.weights)
+    return packed + sum(len(kept.name) + LABEL for kept in parts.kept)
 
 
 def uniform_sizes(parts: ComponentMap, schemes: Iterable[Scheme]) -> dict[int, Size]:

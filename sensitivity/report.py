@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from sensitivity import robustness, words
+from sensitivity import exported, robustness, words
 from sensitivity.allocate import Candidate, spend
 from sensitivity.components import LABELS, ComponentMap
 from sensitivity.errors import UserError
@@ -23,7 +24,7 @@ from sensitivity.importance import Ranking, known, rank
 from sensitivity.interactive import pareto
 from sensitivity.knapsack import Knapsack
 from sensitivity.pictures import pictures, slug
-from sensitivity.plan import Plan
+from sensitivity.plan import Plan, size
 from sensitivity.readings import Readings, of_study
 from sensitivity.trials import Study
 from sensitivity.verdict import Recommendation
@@ -62,6 +63,8 @@ def report(
             meta=study.meta,
             recommendations=[(one, _plan_rows(study.parts, one.plan)) for one in chosen],
             summary=words.summary(study, table, chosen, [task["ranking"] for task in tasks]),
+            exports=exported.noted(study.path),
+            path_gain=exported.path_gain,
             kept=_kept(study.parts),
             plans=_plans(study),
             labels=LABELS,
@@ -124,7 +127,8 @@ def _task(
         write_whole(stem.with_suffix(".svg"), picture.svg.encode())
         write_whole(stem.with_suffix(".csv"), picture.rows.to_csv(index=False).encode())
     return found | {
-        "pareto": pareto(rows, task, full, chosen),
+        # on the figure all plans are counted alike, whatever files the recommended one is meant for
+        "pareto": pareto(rows, task, full, [replace(one, size=size(study.parts, one.plan)) for one in chosen]),
         "pictures": [(picture, picture.inline(found["slug"])) for picture in drawn if picture.name != "pareto"],
         "budgets": _budgets(study, task),
     }

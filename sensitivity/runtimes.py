@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sensitivity.components import PARTS, Component, ComponentMap, Weight
@@ -36,6 +36,7 @@ class Runtime:
     biases: bool = False  # whether biases can be quantised too
     packed: bool = False  # whether it loads our codes, and has no place for a factor per input beside them
     instead: str = "rtn"  # the method to use in place of one that it does not know
+    files: str | None = None  # the format that it reads, where we write the weights: a budget counts what that stores
 
 
 NAMED = Runtime("", ANY, ANY, methods=None, biases=True, ragged=True)
@@ -52,6 +53,7 @@ RUNTIMES: dict[str, Runtime] = {
         asymmetric=tuple(range(1, 9)),
         zeros=("tensor",),
         packed=True,
+        files="compressed-tensors",
     ),
     # vllm compressed_tensors_wNa16 and its fused qkv_proj, gate_up_proj; groups as its kernels are built
     "vllm": Runtime(
@@ -61,6 +63,7 @@ RUNTIMES: dict[str, Runtime] = {
         groups=("row", 32, 64, 128),
         fused=True,
         packed=True,
+        files="compressed-tensors",
     ),
     # GPTQModel 7.6: codes are packed along the columns, zeros along the rows, 32 at a time
     "gptq": Runtime(
@@ -71,6 +74,7 @@ RUNTIMES: dict[str, Runtime] = {
         rows=32,
         cols=32,
         packed=True,
+        files="gptq",
     ),
     "awq": Runtime(
         "AutoAWQ's layout",
@@ -80,10 +84,17 @@ RUNTIMES: dict[str, Runtime] = {
         rows=8,
         one_scheme=True,
         packed=True,
+        files="awq",
     ),
     # auto-round 0.16, packing_format auto_round:auto_gptq, which cannot hold an asymmetric zero of 0
     "auto-round": Runtime(
-        "AutoRound", symmetric=(2, 3, 4, 8), groups=("row", 32, 64, 128, 256), rows=32, cols=32, packed=True
+        "AutoRound",
+        symmetric=(2, 3, 4, 8),
+        groups=("row", 32, 64, 128, 256),
+        rows=32,
+        cols=32,
+        packed=True,
+        files="auto-round",
     ),
     # compressed-tensors' pydantic scheme; grids are found again by llm-compressor, so its methods alone
     "llm-compressor": Runtime(
@@ -137,6 +148,11 @@ def runtime(name: str) -> Runtime:
     return RUNTIMES[name]
 
 
+def files_of(name: str | None) -> str | None:
+    """The format of files in which a budget for a runtime counts; None: as the plan itself counts."""
+    return None if name is None else runtime(name).files
+
+
 def abilities(name: str) -> str:
     """What a runtime takes, in a few words that name what to ask a sweep for."""
     able = runtime(name)
@@ -170,14 +186,14 @@ def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
     widths = able.symmetric if scheme.symmetric else able.asymmetric
     if scheme.bits not in widths:
         kind = "symmetric" if scheme.symmetric else "asymmetric"
-        yield f"{able.about} loads {kind} widths {_list(widths) or 'of no kind'}, not {scheme.bits}"
+        yield f"{able.about} loads {kind} widths {listed(widths) or 'of no kind'}, not {scheme.bits}"
     groups = able.groups_of.get(scheme.bits, able.groups)
     if groups is not None and scheme.group not in groups:
-        yield f"{able.about} takes groups of {_list(groups)} at {scheme.bits} bits, not {scheme.group}"
+        yield f"{able.about} takes groups of {listed(groups)} at {scheme.bits} bits, not {scheme.group}"
     elif scheme.group == "tensor" and not able.tensors:
         yield f"{able.about} takes a scale per row or group, not one per tensor; use --group row"
     elif not scheme.symmetric and able.zeros is not None and scheme.group not in able.zeros:
-        yield f"{able.about} loads zero points of {_list(able.zeros)} groups, not of {scheme.group}; use --symmetric"
+        yield f"{able.about} loads zero points of {listed(able.zeros)} groups, not of {scheme.group}; use --symmetric"
     if scheme.get("biases") and not able.biases:
         yield f"{able.about} keeps biases in full precision; leave --biases away"
     yield from _misfits(component.weights, scheme, able)
@@ -187,12 +203,12 @@ def _misfits(weights: Sequence[Weight], scheme: Scheme, able: Runtime) -> Iterat
     """Rows and columns that a group, or the packing, does not divide."""
     rows, cols = sorted({w.rows for w in weights}), sorted({w.cols for w in weights})
     if isinstance(scheme.group, int) and not able.ragged and (odd := [n for n in cols if n % scheme.group]):
-        yield f"groups of {scheme.group} do not divide rows of {_list(odd)} weights; use --group row"
+        yield f"groups of {scheme.group} do not divide rows of {listed(odd)} weights; use --group row"
     if odd := [n for n in rows if n % able.rows]:
-        yield f"{able.about} needs rows in multiples of {able.rows}, not {_list(odd)}"
+        yield f"{able.about} needs rows in multiples of {able.rows}, not {listed(odd)}"
     step = able.cols_of.get(scheme.bits, able.cols)
     if odd := [n for n in cols if n % step]:
-        yield f"{able.about} needs columns in multiples of {step} at {scheme.bits} bits, not {_list(odd)}"
+        yield f"{able.about} needs columns in multiples of {step} at {scheme.bits} bits, not {listed(odd)}"
 
 
 def breaches(parts: ComponentMap, plan: Plan, name: str) -> list[str]:
@@ -217,18 +233,6 @@ def breaches(parts: ComponentMap, plan: Plan, name: str) -> list[str]:
     return found
 
 
-def allowed(parts: ComponentMap, name: str, only: Choice = None) -> Callable[[str, Choice], bool]:
-    """Whether a component may have a scheme in a runtime; with `only`, no other scheme than that one."""
-    runtime(name)
-
-    def fine(component: str, scheme: Choice) -> bool:
-        if only is not None and scheme not in (None, only):
-            return False
-        return not any(refusals(parts[component], scheme, name))
-
-    return fine
-
-
 def tied(parts: ComponentMap, name: str) -> list[tuple[str, ...]]:
     """Components that must share their scheme, since their weights become one layer of the runtime."""
     if not runtime(name).fused:
@@ -246,47 +250,6 @@ def tied(parts: ComponentMap, name: str) -> list[tuple[str, ...]]:
     return sorted(tuple(sorted(group, key=order.__getitem__)) for group in merged if len(group) > 1)
 
 
-def searches(parts: ComponentMap, name: str, schemes: Sequence[Choice]) -> list[Callable[[str, Choice], bool]]:
-    """The `allowed` of each search that finds a best legal plan: one, or one per scheme where all must be alike."""
-    if not runtime(name).one_scheme:
-        return [allowed(parts, name)]
-    return [allowed(parts, name, only) for only in dict.fromkeys(schemes) if only is not None]
-
-
-def restrict(
-    parts: ComponentMap, schemes: Sequence[Scheme], name: str, wanted: Callable[[str, Choice], bool] | None = None
-) -> tuple[list[Scheme], list[str]]:
-    """The schemes that a runtime can load somewhere, and what it leaves out, one sentence a rule.
-
-    An error where it can load none of them, or none of those that are wanted of a component (`wanted`).
-    """
-    refused: dict[str, dict[str, list[str]]] = {}
-    legal: dict[Scheme, None] = {}
-    for component in parts.components:
-        asked = [scheme for scheme in schemes if wanted is None or wanted(component.name, scheme)]
-        why = {scheme: list(refusals(component, scheme, name)) for scheme in asked}
-        legal |= {scheme: None for scheme, rules in why.items() if not rules}
-        for scheme, rules in why.items():
-            for rule in rules:
-                refused.setdefault(rule, {}).setdefault(str(scheme), []).append(component.name)
-        if wanted is not None and not wanted(component.name, None) and asked and all(why.values()):
-            raise UserError(f"{name} can load none of what {component.name} is allowed: {why[asked[0]][0]}")
-    found = [_left_out(parts, places, rule) for rule, places in refused.items()]
-    if not legal:
-        raise UserError(f"{name} can load nothing of this space: {'; '.join(found)}")
-    found += [f"{', '.join(g)} share their scheme: {runtime(name).about} makes one layer" for g in tied(parts, name)]
-    return [scheme for scheme in schemes if scheme in legal], found
-
-
-def _left_out(parts: ComponentMap, places: Mapping[str, Sequence[str]], rule: str) -> str:
-    """'rtn:2, rtn:3 of vision: the rule'."""
-    by_place: dict[str, list[str]] = {}
-    for scheme, names in places.items():
-        where = "all parts" if len(names) == len(parts.names) else ", ".join(names)
-        by_place.setdefault(where, []).append(scheme)
-    return f"{'; '.join(f'{_list(schemes)} of {where}' for where, schemes in by_place.items())}: {rule}"
-
-
 def check(parts: ComponentMap, plan: Plan, name: str) -> None:
     """An error that names every breach."""
     if found := breaches(parts, plan, name):
@@ -298,5 +261,5 @@ def _scheme(scheme: Choice) -> str:
     return "native" if scheme is None else str(scheme)
 
 
-def _list(values: Sequence[object]) -> str:
+def listed(values: Sequence[object]) -> str:
     return ", ".join(map(str, values))

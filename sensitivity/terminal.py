@@ -185,11 +185,10 @@ def ranking(found: Ranking) -> None:
 def recommendation(found: Recommendation) -> None:
     """The plan, what it weighs, what it scores beside full precision and the best uniform plan."""
     print()
-    print(f"Best plan for {found.budget:g} bits per weight, judged by {found.task}:")
+    print(f"Best plan for {found.budget:.4g} bits per weight, judged by {found.task}:")
     print(f"  {found.plan.describe()}")
-    print(
-        f"  {found.size.bpw:.2f} bpw all stored ({found.size.bpw_codes:.2f} codes only), {_megabytes(found.size.bytes)}"
-    )
+    size = found.size
+    print(f"  {size.bpw:.2f} bpw {size.how} ({size.bpw_codes:.2f} codes only), {_megabytes(size.bytes)}")
     if found.measured is None:
         expected = found.predicted
         print(f"  predicted {found.task} {expected.score:.3f} [{expected.low:.3f}, {expected.high:.3f}]")

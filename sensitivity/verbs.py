@@ -26,7 +26,7 @@ from sensitivity.quantize import Statistics, calibrate, method_of, scheme
 from sensitivity.quantize.cache import Cache, home
 from sensitivity.readings import check_task
 from sensitivity.report import report
-from sensitivity.runtimes import breaches
+from sensitivity.runtimes import breaches, files_of
 from sensitivity.search import Plans, plans
 from sensitivity.sweep import MEMORY_GB, Step, identity, versions
 from sensitivity.sweep import run as run_plans
@@ -192,7 +192,7 @@ def remember(study: Study, found: Sequence[Recommendation]) -> list[Path]:
     """Write recommendations beside the study, with all that says where they come from: the first is plan.json."""
     names = ["plan.json", *(f"plan-{one.budget:g}bpw.json" for one in found[1:])]
     return [
-        write_file(study.parts, one.plan, one.to_json(), study.path / name)
+        write_file(study.parts, one.plan, {**one.to_json(), "stored_size": one.size.to_json()}, study.path / name)
         for one, name in zip(found, names, strict=True)
     ]
 
@@ -217,7 +217,7 @@ def _proposed(study: Study, wish: Wish) -> Proposed:
     names, runtime = study.parts.names, wish.runtime
     for task in (*wish.weights, *wish.floors):
         check_task(study, task)
-    knapsack = Knapsack.of(study, list(dict.fromkeys([*wish.weights, *wish.floors])))
+    knapsack = Knapsack.of(study, list(dict.fromkeys([*wish.weights, *wish.floors])), files_of(runtime))
     allow, tie = allowing(names, wish.allow), tying(names, wish.tie)
 
     def fits(plan: Plan) -> bool:

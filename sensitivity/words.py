@@ -36,7 +36,8 @@ def summary(
 
 def _do(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
     told = [
-        f"Use the plan {one.plan.describe()}: {one.size.bpw:.2f} bits per weight ({one.size.bytes / 1e6:,.1f} MB) "
+        f"Use the plan {one.plan.describe()}: {one.size.bpw:.2f} bits per weight"
+        f"{f' in {one.size.format} files' if one.size.format else ''} ({one.size.bytes / 1e6:,.1f} MB) "
         f"within a budget of {one.budget:.2f}."
         for one in chosen
     ]

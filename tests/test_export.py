@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -9,7 +10,9 @@ import re
 import shutil
 import signal
 import struct
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from torch import nn
 
 from sensitivity.components import ComponentMap, Weight
 from sensitivity.errors import UserError
-from sensitivity.export import FORMATS, Job, manifest, shards, write
+from sensitivity.export import FORMATS, Job, clear, manifest, shards, write
 from sensitivity.export import job as job_module
 from sensitivity.export.awq import ORDER, _words
 from sensitivity.export.calibrated import codes as codes_of
@@ -33,8 +36,9 @@ from sensitivity.export.job import from_weights_alone
 from sensitivity.export.packing import LARGE, fresh, pack, unpack
 from sensitivity.export.plan_json import SCHEMA, read
 from sensitivity.export.source import _reader, open_source
+from sensitivity.export.unfinished import beside
 from sensitivity.models import inspect, load
-from sensitivity.plan import Plan, Scheme, component_bits, size
+from sensitivity.plan import Plan, Scheme, component_bits, labels, size
 from sensitivity.quantize import calibrate, quantized, scheme
 from sensitivity.quantize.nearest import rtn as rtn_of
 from sensitivity.runtimes import RUNTIMES
@@ -280,6 +284,7 @@ def test_predicted_bytes_are_written_bytes(wide: Path, tmp_path: Path, format: s
         promised = size(parts, asked.plan, format)
         assert (found["bytes"], found["bpw"]) == (promised.bytes, pytest.approx(promised.bpw))
         assert (tmp_path / "out" / "model.safetensors").stat().st_size == found["bytes"] + found["headers"]
+        assert found["headers"] <= labels(parts)  # what a budget in GB leaves for them
 
 
 def test_numbers_weigh_what_was_promised(parts: ComponentMap, tmp_path: Path) -> None:
@@ -389,6 +394,20 @@ def test_every_export_has_a_card_and_a_manifest_and_no_pickle(exports: Path, nam
     assert "| vision |" in card
     assert manifest.damage(folder, manifest.read(folder)) == []
     assert not [file for file in folder.rglob("*") if file.suffix in (".bin", ".pt", ".pkl", ".pth")]
+
+
+def test_the_licence_of_the_base_model_is_carried_along(shape: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(shape, tmp_path / "model")
+    parts = inspect(str(model), by="part")
+    write(Job(str(model), parts, Plan.of(parts, {"language": rtn(4)})), tmp_path / "silent", "compressed-tensors")
+    assert "names no licence" in (tmp_path / "silent" / "README.md").read_text(encoding="utf-8")
+    (model / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# A model\n")
+    (model / "LICENSE").write_text("Do as you like.")
+    write(Job(str(model), parts, Plan.of(parts, {"language": rtn(4)})), tmp_path / "out", "compressed-tensors")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlicense: apache-2.0\nbase_model: model\n---\n")
+    assert "apache-2.0, as the base model" in card
+    assert (tmp_path / "out" / "LICENSE").read_text() == "Do as you like."
 
 
 def test_plan_json_obeys_its_schema_and_comes_back(exports: Path, parts: ComponentMap) -> None:
@@ -512,10 +531,26 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(parts: ComponentMap,
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert not (tmp_path / "new").exists()
     assert manifest.damage(tmp_path / "old", manifest.read(tmp_path / "old")) == []
-    left = [path for path in tmp_path.iterdir() if path.name != "old"]
-    assert len(left) == 2
-    assert all(path.name.startswith(".") and not (path / manifest.NAME).exists() for path in left)
+    (left,) = (path for path in tmp_path.iterdir() if path.name != "old")  # the second one cleared what the first left
+    assert left.name.startswith(".old.")
+    assert not (left / manifest.MANIFEST).exists()
     write(job(parts, {}, rtn(4)), tmp_path / "new", "compressed-tensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
+
+
+def test_only_what_a_dead_process_left_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / ".mine.1.2").mkdir()
+    with beside(tmp_path / "out") as living:
+        (living / "file").write_text("being written")
+        assert clear(tmp_path) == []
+        dead = tmp_path / ".other.99999.1.unfinished"
+        dead.mkdir()
+        (tmp_path / ".there.99999.1.unfinished.old").mkdir()
+        (tmp_path / ".back.99999.1.unfinished.old").mkdir()
+        (tmp_path / "there").mkdir()
+        assert clear(tmp_path) == [dead, tmp_path / ".there.99999.1.unfinished.old"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.1.2", "back", "out", "there"]
+    assert (tmp_path / "out" / "file").exists()
 
 
 def test_a_full_disk_is_one_sentence(parts: ComponentMap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -588,6 +623,36 @@ def test_calibrated_codes_are_those_that_were_measured(tmp_path: Path, path: str
     found = dict(load(str(tmp_path / "out"), dtype="float32", quantised=True).model.named_parameters())
     with quantized(vlm.model, parts, plan, statistics=statistics):
         assert not [name for name, p in vlm.model.named_parameters() if not torch.equal(p, found[name])]
+
+
+def test_the_exposed_path_visits_each_block_about_once() -> None:
+    """The codes of beginning again for each block, for a fraction of the calls of its layers."""
+    vlm = load(EMBEDDED)
+    parts = inspect(vlm, by="part")
+    called: Counter[str] = Counter()
+    for weight in parts.weights:
+        hear: Any = lambda *_, name=weight.name: called.update([name])  # noqa: E731
+        vlm.model.get_submodule(weight.module).register_forward_pre_hook(hear)
+    calls, found = {}, {}
+    for way in ("again", "onwards"):
+        statistics = calibrate(vlm, parts, ["vqa"], n=1, path="exposed")
+        if way == "again":
+            anew = functools.partial(lambda gather, weights, done=None: gather(weights), statistics.gather)
+            statistics = replace(statistics, gather=anew)
+        plan = Plan.uniform(parts, scheme("gptq", 3, calibration=statistics.facts))
+        called.clear()
+        with codes_of(vlm, parts, plan, statistics) as again:
+            asked = Job(vlm, parts, plan, dtype=torch.float32)
+            stored = {tensor.parameter: tensor for tensor in asked.source.tensors}
+            found[way] = [again.codes(name, stored[name].read(), plan.schemes[0][1]).codes for name in asked.weights]
+        calls[way] = dict(called)
+    assert all(torch.equal(one, other) for one, other in zip(*found.values(), strict=True))
+    first = parts.weights[0].name
+    blocks = len(parts.regroup("block").components)
+    assert calls["again"][first] >= blocks
+    inside = [weight.name for weight in parts.weights if weight.block is not None]
+    assert max(calls["onwards"][name] for name in inside) <= 3  # looked at, studied, and once more when it is final
+    assert sum(calls["onwards"].values()) < sum(calls["again"].values()) / 2
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -16,6 +16,7 @@ from test_allocate import frame
 from sensitivity.allocate import solve
 from sensitivity.components import ComponentMap, Kept, Weight
 from sensitivity.errors import UserError
+from sensitivity.exported import note
 from sensitivity.plan import Plan, Scheme
 from sensitivity.report import report
 from sensitivity.trials import Study
@@ -98,7 +99,11 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     bits = planted.grid((2, 4, 8))
     plans = [planted.plan(parts.names, row) for row in bits]
     study.append(plans, [{HOSTILE: float(value)} for value in planted.product(bits)])
+    gained = {"mean": 0.1, "low": 0.0, "high": 0.2, "n": 9}
+    about = {"format": HOSTILE, "plan": HOSTILE, "bpw": 4.0, "bytes": 9, "written": True}
+    note(study.path, Path(HOSTILE), {**about, "path_gain": {"path": HOSTILE, HOSTILE: gained}})
     text = report(study, tmp_path / "report", unmeasured(study, solve(study, bpw=5)), bootstraps=2).read_text()
+    assert "<h2>Exported</h2>" in text
     assert "<img src=x" not in text
     assert "49" not in re.sub(r"[\d.]{3,}", "", text).split("<title>")[1].split("</title>")[0]
     data = re.search(r'<script type="application/json" id="plans">(.*?)</script>', text, re.DOTALL)

@@ -10,8 +10,9 @@ import pytest
 from sensitivity.components import ComponentMap, Kept, Weight
 from sensitivity.errors import UserError
 from sensitivity.legalize import plans_for
+from sensitivity.loadable import allowed, restrict, searches
 from sensitivity.plan import Plan, Scheme
-from sensitivity.runtimes import RUNTIMES, abilities, allowed, breaches, check, restrict, searches, tied
+from sensitivity.runtimes import RUNTIMES, abilities, breaches, check, tied
 
 
 def rtn(bits: int, group: int | str = "row", symmetric: bool = True, method: str = "rtn") -> Scheme:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+import saved_vlms
+from PIL import Image
 
 from sensitivity import cli, exporting, verbs
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError
-from sensitivity.export import manifest
+from sensitivity.export import EXPECTED, manifest
 from sensitivity.export.plan_json import write_file
-from sensitivity.export.verify import compare, verify
-from sensitivity.models import VLM, inspect
+from sensitivity.export.verify import compare, rerun, verify
+from sensitivity.exported import noted
+from sensitivity.models import VLM, inspect, load
 from sensitivity.plan import Plan, Scheme, size
 from sensitivity.quantize import calibrate, scheme
+from sensitivity.report import report
 from sensitivity.runtimes import breaches
 from sensitivity.trials import Study
 
@@ -62,9 +69,28 @@ def test_the_card_tells_scores_size_and_how_to_load(export: Path, study: Study) 
     assert 'from_pretrained(FOLDER, dtype="float32")' in card
 
 
-def test_a_changed_file_is_told_before_anything_runs(export: Path, tmp_path: Path) -> None:
-    import shutil
+@pytest.mark.parametrize("name", ["blip2_opt", "qwen2_5_vl"])
+def test_other_families_answer_as_measured(name: str, tmp_path: Path) -> None:
+    """What the fresh process does, in this one: the files alone give the trial's answers and likelihoods."""
+    draw = np.random.default_rng(0)
+    lines = []
+    for i in range(3):
+        Image.fromarray(draw.integers(0, 255, (20, 40, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        lines.append({"image": f"{i}.png", "prompt": "where is the 3?", "answers": ["top left"]})
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    vlm = load(str(saved_vlms.save(name, tmp_path / name)))
+    parts = inspect(vlm, by="part")
+    plan = Plan.of(parts, {"vision": rtn(4), "connector": None, "language": rtn(3)})
+    study = verbs.sweep(vlm, parts, [plan], [str(tmp_path / "own.jsonl")], tmp_path / "run")
+    out = exporting.export(study, plan, tmp_path / "out", "compressed-tensors")
+    facts = manifest.read(out)
+    rerun(str(out), str(tmp_path / "rows.parquet"), facts["dtype"], facts["trial"], "cpu")
+    found = compare(pd.read_parquet(out / EXPECTED), pd.read_parquet(tmp_path / "rows.parquet"))
+    assert (found["verdict"], found["examples"]) == ("as measured", 3)
+    assert found["largest_nll_difference"] < 1e-4
 
+
+def test_a_changed_file_is_told_before_anything_runs(export: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(export, folder)
     content = bytearray((folder / "model.safetensors").read_bytes())
@@ -190,6 +216,16 @@ def test_the_exposed_path_is_measured_against_the_other_on_fresh_examples(
     assert words in said
     assert words in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert ("No score rose" in said) == (gain["mean"] <= 0)
+    scores = gain["scores"]
+    assert gain["mean"] == pytest.approx(scores["ours"]["mean"] - scores["theirs"]["mean"])
+    page = html.unescape(report(study, tmp_path / "report", bootstraps=2).read_text(encoding="utf-8"))
+    assert f"{tmp_path / 'out'}: {words}" in page
+    assert "<td>compressed-tensors</td>" in page
+    assert '<td class="left">not verified</td>' in page
+    manifest.note(tmp_path / "out", {"verdict": "as measured"})
+    assert [one["state"] for one in noted(study.path)] == ["as measured"]
+    shutil.rmtree(tmp_path / "out")
+    assert [one["state"] for one in noted(study.path)] == ["no longer there"]
 
 
 def test_a_path_that_changes_nothing_is_refused(calibrated: tuple[Study, Plan], study: Study, tmp_path: Path) -> None:
@@ -240,6 +276,65 @@ def test_the_legal_plan_is_the_best_that_brute_force_finds(planted: Study, runti
     fitting = [plan for plan in legal if size(planted.parts, plan).bpw <= budget]
     best = max(scores[plan.key] for plan in fitting)
     assert scores[found.plan.key] == pytest.approx(best, abs=0.02)  # the surrogate is a model: a near tie may win
+
+
+@pytest.mark.parametrize("runtime", ["gptq", "awq", "compressed-tensors"])
+def test_a_budget_for_a_runtime_counts_what_its_files_weigh(planted: Study, runtime: str) -> None:
+    """Planted: plans that fit by their own count and not as the format stores them, which keeps more."""
+    parts = planted.parts
+    uniform = Plan.uniform(parts, rtn(4, 32))
+    own, stored = size(parts, uniform), size(parts, uniform, runtime)
+    assert own.bits < stored.bits
+    budget = (own.bits + 64) / parts.numel
+    found = exporting.legalize(planted, Plan.uniform(parts, None), runtime, bpw=budget)
+    assert found.after == size(parts, found.plan, runtime)
+    assert found.after.bpw <= budget < stored.bpw
+    scores = {trial.user_attrs["key"]: trial.user_attrs["scores"]["vqa"]["mean"] for trial in planted.trials()}
+    plans = [Plan.from_json(trial.user_attrs["plan"]) for trial in planted.trials()]
+    fitting = [p for p in plans if not breaches(parts, p, runtime) and size(parts, p, runtime).bpw <= budget]
+    assert scores[found.plan.key] == pytest.approx(max(scores[plan.key] for plan in fitting), abs=0.02)
+    chosen = verbs.recommend(planted, budget, runtime=runtime)
+    assert (chosen.plan, chosen.size) == (found.plan, found.after)
+    assert breaches(parts, chosen.plan, runtime) == []
+    if runtime == "gptq":  # which keeps most beside the codes
+        freely = verbs.recommend(planted, budget)
+        assert size(parts, freely.plan, runtime).bpw > budget
+
+
+def test_what_fits_in_so_many_gb_fits_on_disk(
+    planted: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tensors of a uniform plan would fit by 10 bytes; with their names and shapes they would not."""
+    gb = (size(planted.parts, Plan.uniform(planted.parts, rtn(8)), "gptq").bytes + 10) / 1e9
+    args = ["recommend", str(planted.path), "--runtime", "gptq", "--gb", f"{gb:.9f}", "--no-run"]
+    assert cli.main(args) == 0
+    assert "all stored in gptq files" in capsys.readouterr().out
+    source, out = str(planted.path / "plan.json"), tmp_path / "out"
+    assert cli.main(["export", source, "--format", "gptq", "--out", str(out)]) == 0
+    on_disk = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert 0.7 * gb < on_disk / 1e9 <= gb
+    plan = json.loads((planted.path / "plan.json").read_bytes())
+    assert plan["stored_size"]["bytes"] == manifest.read(out)["written"]["bytes"]
+    assert plan["size"]["bytes"] < plan["stored_size"]["bytes"]
+
+
+def test_a_budget_for_a_format_is_one_for_its_files(
+    planted: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    budget = size(planted.parts, Plan.uniform(planted.parts, rtn(8))).bpw + 0.01
+    args = ["export", str(planted.path), "--bpw", f"{budget:.4f}", "--format", "gptq", "--out", str(tmp_path / "out")]
+    (tmp_path / ".other.99999.1.unfinished").mkdir()
+    assert cli.main([*args, "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["written"]["bpw"] <= budget
+    assert f"removed what exports that were killed had left: {tmp_path}/.other.99999.1.unfinished\n" in said.err
+    assert size(planted.parts, Plan.uniform(planted.parts, rtn(8)), "gptq").bpw > budget
+
+
+def test_a_plan_that_is_too_large_is_not_called_legal_as_it_is(planted: Study) -> None:
+    found = exporting.legalize(planted, Plan.uniform(planted.parts, rtn(8)), "gptq", bpw=6.0)
+    assert found.breaches == ()
+    assert "all stored in gptq files" in found.words
 
 
 def test_a_legal_plan_stays_and_costs_nothing(planted: Study) -> None:

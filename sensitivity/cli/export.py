@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity import exporting
 
+    if left := exporting.clear(args.out.parent):
+        print(f"removed what exports that were killed had left: {', '.join(map(str, left))}", file=sys.stderr)
     path = exporting.export_from(
         args.source, args.bpw, args.out, args.format, args.force,
         model=args.model, runtime=args.runtime, path=args.path,
@@ -49,7 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(facts: dict[str, Any]) -> None:
-    from sensitivity.export.card import path_gain
+    from sensitivity.exported import path_gain
 
     print(f"wrote {facts['path']}")
     if gain := facts.get("path_gain"):
@@ -66,3 +69,8 @@ def show(facts: dict[str, Any]) -> None:
             ],
         )
         print(f"next: sensitivity verify {facts['path']}")
+    elif predicted := facts.get("predicted_size"):
+        print(f"a configuration: the runtime's own tool makes the weights, as {facts['path']}/README.md says")
+        print(f"predicted: {predicted['bytes']:,} bytes, {predicted['bpw']:.3f} bpw, all stored")
+    else:
+        print(f"next: sensitivity export {facts['path']} --format NAME --out DIR")

@@ -23,6 +23,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity import exporting
+    from sensitivity.runtimes import files_of
 
     study, found = exporting.legalize_from(args.source, args.runtime, args.bpw, args.task)
     facts = found.to_json()
@@ -31,8 +32,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         for breach in found.breaches:
             print(f"not for {found.runtime}: {breach}")
-        print(f"{'legal' if found.breaches else 'already legal'}: {found.plan.describe()}")
+        if found.plan != found.asked and not found.breaches:
+            print(f"too large for the budget: {found.asked.describe()}, {found.before.bpw:.3f} bpw {found.before.how}")
+        print(f"{'already legal' if found.plan == found.asked else 'legal'}: {found.plan.describe()}")
+        print(f"  {found.after.bpw:.3f} bpw {found.after.how}, {found.after.bytes:,} bytes")
         print(f"cost: {found.words}")
         if args.out is not None:
-            print(f"wrote {args.out}")
+            format = files_of(args.runtime) or args.runtime
+            print(f"wrote {args.out}; next: sensitivity export {args.out} --format {format} --out DIR")
     return facts

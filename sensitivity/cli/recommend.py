@@ -19,7 +19,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         type=words.budgets,
         default=(4.0,),
         metavar="X[,X]",
-        help="budgets in bits per weight, all that is stored counted (default: 4.0)",
+        help="budgets in bits per weight, all that is stored counted, in the files of --runtime (default: 4.0)",
     )
     p.add_argument("--gb", type=words.budgets, metavar="X[,X]", help="budgets in GB (10^9 bytes), instead of --bpw")
     words.task(p)
@@ -51,12 +51,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity import verbs
     from sensitivity.allocate import Wish
     from sensitivity.errors import UserError
+    from sensitivity.plan import labels
+    from sensitivity.runtimes import files_of
     from sensitivity.trials import Study
 
     study = Study(args.study)
     if args.task and args.weight:
         raise UserError("either --task names the one task that decides, or --weight says how much each counts")
-    bpw = args.bpw if args.gb is None else tuple(gb * 8e9 / study.parts.numel for gb in args.gb)
+    beside = 8 * labels(study.parts) if files_of(args.runtime) else 0  # bits per weight count tensors, GB whole files
+    bpw = args.bpw if args.gb is None else tuple(max(gb * 8e9 - beside, 1) / study.parts.numel for gb in args.gb)
     weights = dict(args.weight) or {args.task or study.tasks[0]: 1.0}
     wish = Wish(bpw, weights, dict(args.floor), dict(args.allow), args.tie, args.runtime, args.top)
     model = args.model or study.meta.get("model")

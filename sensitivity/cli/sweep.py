@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return _on_a_cluster(args)
     from sensitivity import verbs
     from sensitivity.limits import allowing, tying
-    from sensitivity.runtimes import restrict
+    from sensitivity.loadable import restrict
     from sensitivity.tasks import task
 
     workers.share_cores(args.workers)

@@ -15,7 +15,12 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 
 
 def model(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", metavar="MODEL", help="a folder, a hub name, or an embedded model: embedded:scenes-llava")
+    p.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a folder, a hub name, or an embedded model: embedded:scenes-llava; an adapter may be"
+        " ADAPTER@BASE, where its base model is not as it says",
+    )
 
 
 def device(p: argparse.ArgumentParser) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +26,11 @@ from sensitivity.export import (
 )
 from sensitivity.export.card import card
 from sensitivity.export.job import Codes, Job, Written
+from sensitivity.export.unfinished import beside, clear
 from sensitivity.plan import size
 from sensitivity.runtimes import check
 
-__all__ = ["FORMATS", "Codes", "Job", "Written", "refuse_to_overwrite", "write"]
+__all__ = ["FORMATS", "Codes", "Job", "Written", "clear", "refuse_to_overwrite", "write"]
 
 # name -> writes the plan for a model into a new folder, and says what it wrote
 FORMATS: dict[str, Callable[[Job, Path], Written]] = {
@@ -75,7 +73,7 @@ def write(
     if format == "plan" and out.suffix == ".json":
         plan_json.write_file(job.parts, job.plan, job.facts, out)
         return {"path": str(out), "format": format, "bpw": size(job.parts, job.plan).bpw}
-    with _beside(out) as folder:
+    with beside(out) as folder:
         written = FORMATS[format](job, folder)
         written = replace(written, notes=(*written.notes, *notes()))
         (folder / "README.md").write_text(card(job, written, format, facts or {}), encoding="utf-8")
@@ -105,37 +103,3 @@ def _summary(job: Job, written: Written, format: str) -> dict[str, Any]:
         stored = {"bytes": total, "bpw": 8 * total / job.parts.numel, "components": dict(written.bytes)}
         facts["written"] = {**stored, "headers": written.headers}
     return facts
-
-
-@contextlib.contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A hidden folder beside the target, which takes its place only when all is written."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.{time.monotonic_ns()}")
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        _flush(unfinished)
-        _replace(unfinished, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())  # a name must not be on disk before its content is
-
-
-def _replace(folder: Path, out: Path) -> None:
-    if out.is_dir() and not out.is_symlink():
-        old = folder.with_name(folder.name + ".old")
-        os.replace(out, old)
-        os.replace(folder, out)
-        shutil.rmtree(old)
-    else:
-        out.unlink(missing_ok=True)
-        os.replace(folder, out)

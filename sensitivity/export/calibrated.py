@@ -47,9 +47,7 @@ class Found:
 
 
 @contextmanager
-def codes(
-    vlm: VLM, parts: ComponentMap, plan: Plan, statistics: Statistics, folding: bool = False
-) -> Iterator[Found]:
+def codes(vlm: VLM, parts: ComponentMap, plan: Plan, statistics: Statistics, folding: bool = False) -> Iterator[Found]:
     """Inside the block, codes for weights that are asked for in the direction of data flow, as `checkpoint` does.
 
     On the exposed path each block is quantised in the model before the next one is studied; afterwards the model has

@@ -8,6 +8,7 @@ from typing import Any
 
 from sensitivity.components import ComponentMap
 from sensitivity.export.job import Job, Written
+from sensitivity.exported import path_gain
 from sensitivity.plan import Scheme, component_bits, size
 
 
@@ -94,24 +95,3 @@ def _scores(facts: Mapping[str, Any]) -> Iterator[str]:
         yield from ("", path_gain(gain))
     if facts.get("note"):
         yield from ("", f"Note: {facts['note']}.")
-
-
-def path_gain(gain: Mapping[str, Any]) -> str:
-    """What calibrating again on another path changed, as a sentence: a measured, paired difference."""
-    tasks = []
-    for task, found in gain.items():
-        if task != "path":
-            tasks.append(f"{task} {_interval(found)}, n = {found['n']}")
-            if likely := found.get("log_likelihood"):
-                tasks[-1] += f" (log-likelihood of right answers {_interval(likely)})"
-    words = (
-        f"Calibrated again on the {gain['path']} path. Against the path on which the plan was chosen, paired on the "
-        f"same examples: {'; '.join(tasks)}."
-    )
-    if all(found["mean"] <= 0 for task, found in gain.items() if task != "path"):
-        words += " No score rose: without --path the plan is exported as it was chosen."
-    return words
-
-
-def _interval(found: Mapping[str, Any]) -> str:
-    return f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -40,7 +39,7 @@ Codes = Callable[[str, Tensor, Scheme], Any]
 
 
 BY_ROW = ("rtn",)  # methods to which one row of a weight says nothing about another
-PIECE = 2**19  # weights at a time, so that what they become on the way stays in the cache
+PIECE = 2**20  # weights at a time, so that what they become on the way stays in the cache that cores share
 
 
 def from_weights_alone(name: str, weight: Tensor, scheme: Scheme) -> Any:
@@ -79,7 +78,7 @@ class Job:
 
     @cached_property
     def source(self) -> Source:
-        return open_source(self.model)
+        return open_source(self.model, self.dtype)
 
     @cached_property
     def schemes(self) -> dict[str, Scheme]:
@@ -168,8 +167,7 @@ def checkpoint(
     # other codes than these are found in the direction of data flow, one after the other
     hashes = shards.write(folder, pieces.values(), ahead=shards.AHEAD if job.codes is from_weights_alone else 1)
     (folder / "config.json").write_text(json.dumps({**job.source.config, **config}, indent=2) + "\n", encoding="utf-8")
-    for file in job.source.beside():
-        shutil.copyfile(file, folder / file.name)
+    job.source.beside(folder)
     return weights, hashes
 
 

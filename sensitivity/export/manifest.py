@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sensitivity.errors import UserError
+from sensitivity.exported import MANIFEST, VERIFIED
 from sensitivity.files import write_whole
 
-NAME = "sensitivity.json"
-VERIFIED = "verified.json"  # written later, so it is not among the hashed files
+__all__ = ["MANIFEST", "VERIFIED", "damage", "note", "read", "sha256", "write"]
 
 
 def sha256(file: Path) -> str:
@@ -28,17 +28,17 @@ def write(folder: Path, facts: Mapping[str, Any], known: Mapping[str, str]) -> N
         if file.is_file()
     }
     content = json.dumps({**facts, "files": files}, indent=1, default=str) + "\n"
-    (folder / NAME).write_text(content, encoding="utf-8")
+    (folder / MANIFEST).write_text(content, encoding="utf-8")
 
 
 def read(folder: Path) -> dict[str, Any]:
-    if not (folder / NAME).exists():
-        raise UserError(f"{folder} is no export: it has no {NAME}; `sensitivity export` writes one")
+    if not (folder / MANIFEST).exists():
+        raise UserError(f"{folder} is no export: it has no {MANIFEST}; `sensitivity export` writes one")
     try:
-        found: dict[str, Any] = json.loads((folder / NAME).read_bytes())
+        found: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
         found["files"], found["format"], found["plan"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{NAME} of {folder} is damaged; export again") from error
+        raise UserError(f"{MANIFEST} of {folder} is damaged; export again") from error
     return found
 
 
@@ -58,5 +58,5 @@ def damage(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def note(folder: Path, outcome: Mapping[str, Any]) -> None:
-    """Store what a verification found."""
+    """Store what a verification found, in a file of its own, which is not among the hashed ones."""
     write_whole(folder / VERIFIED, (json.dumps(outcome, indent=1, default=str) + "\n").encode())

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-PIECE = 2**16  # codes at a time: intermediate values stay in a core's cache, and in memory that is used again
+PIECE = 2**18  # codes at a time: intermediate values stay in a core's cache, and in memory that is used again
 Bytes = NDArray[np.uint8]
 LARGE = 2**22  # bytes
 ROOMS: list[Bytes] = []  # that nobody looks at
@@ -21,11 +21,16 @@ LOCK = threading.RLock()  # a tensor may be given back at any moment, by any thr
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """rows x cols of uint8 to rows x ceil(cols * bits / 32) of int32; the first code is in the lowest bits."""
+    """rows x cols of uint8 to rows x ceil(cols * bits / 32) of int32; the first code is in the lowest bits.
+
+    Codes of eight bits are packed as they are: then the same memory is looked at as words.
+    """
     rows, cols = codes.shape
     words = math.ceil(cols * bits / 32)
     if cols % 32:  # whole groups of 32 codes are whole words
         codes = torch.nn.functional.pad(codes, (0, -cols % 32))
+    if bits == 8:
+        return codes.reshape(-1).view(torch.int32).reshape(rows, -1)[:, :words].contiguous()
     flat = codes.contiguous().reshape(-1).numpy()
     packed = fresh(len(flat) // 8 * bits).numpy()
 
@@ -69,15 +74,18 @@ def _back(room: Bytes) -> None:
 
 
 def _gather(codes: Bytes, bits: int, out: Bytes) -> None:
-    """Eight codes are eight bytes, one word; three times neighbours close up, and its lowest bytes are full."""
-    if bits == 8:
-        out[:] = codes
-        return
-    if bits == 4:  # the commonest width: two codes are one 16-bit word, whose high byte moves down by four bits
+    """Eight codes are eight bytes, one word; three times neighbours close up, and its lowest bytes are full.
+
+    As long as two codes fit into a byte there is a shorter way: two bytes are a word, whose high one moves down.
+    """
+    while bits <= 4:
         pairs = codes.view(np.uint16)
-        moved = pairs >> np.uint16(4)
+        moved = pairs >> np.uint16(8 - bits)
         moved |= pairs
-        np.copyto(out, moved, casting="unsafe")
+        bits *= 2
+        codes = out if bits == 8 else np.empty(len(pairs), np.uint8)
+        np.copyto(codes, moved, casting="unsafe")
+    if bits == 8:
         return
     word, high = codes.view(np.uint64), np.empty(len(codes) // 8, np.uint64)
     for lane in (8, 16, 32):  # each lane moves to where the one below it ends

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,10 +92,17 @@ def _mean_magnitude(weight: Tensor, scheme: Scheme, shape: torch.Size) -> Tensor
     return torch.stack([chunk.abs().mean(1) for chunk in torch.split(weight, size, dim=1)], dim=1)
 
 
-def encode(weight: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor) -> Quantised:
-    """Nearest codes on a given grid."""
+def encode(weight: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor, spare: bool = False) -> Quantised:
+    """Nearest codes on a given grid. A `spare` weight may be overwritten, which saves a pass over new memory."""
     group = columns(scheme, weight)
     numbers, (step, shift) = Quantised(weight, scale, zero, group)._aligned(weight, scale, zero)
-    codes = (numbers / step).add_(shift).round_().clamp_(0, 2**scheme.bits - 1)
-    # by way of 16 bits, for which torch has vector instructions: from float32 to uint8 at once takes five times as long
-    return Quantised(codes.to(torch.int16).to(torch.uint8).reshape(weight.shape), scale, zero, group)
+    scaled = numbers.div_(step) if spare else numbers / step
+    codes = scaled.add_(shift).round_().clamp_(0, 2**scheme.bits - 1)
+    return Quantised(_bytes(codes).reshape(weight.shape), scale, zero, group)
+
+
+def _bytes(codes: Tensor) -> Tensor:
+    """As uint8; numpy has vector instructions for it, and torch takes six times as long."""
+    if codes.device.type != "cpu":
+        return codes.to(torch.uint8)
+    return torch.from_numpy(codes.detach().numpy().astype(np.uint8))

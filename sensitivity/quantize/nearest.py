@@ -12,7 +12,7 @@ def rtn(weight: Tensor, scheme: Scheme) -> Quantised:
     """Round to nearest per tensor, row or group; symmetric or asymmetric."""
     values = weight.float()
     low, high = ranges(values, scheme)
-    return encode(values, scheme, *affine(values, scheme, low, high, weight.dtype))
+    return encode(values, scheme, *affine(values, scheme, low, high, weight.dtype), spare=values is not weight)
 
 
 def uniform(weight: Tensor, scheme: Scheme) -> Quantised | None:

@@ -1,0 +1,92 @@
+"""The hidden folder in which an export grows beside its target: held while its process lives, cleared when it died."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from sensitivity.errors import UserError
+
+NAME = re.compile(r"\.(.+)\.\d+\.\d+\.unfinished(\.old)?")  # of what, by which process, when; what it had replaced
+
+
+@contextlib.contextmanager
+def beside(out: Path) -> Iterator[Path]:
+    """A hidden folder beside the target, which takes its place only when all is written."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    clear(out.parent)
+    made = out.with_name(f".{out.name}.{os.getpid()}.{time.monotonic_ns()}")
+    made.mkdir()
+    unfinished = made.with_name(f"{made.name}.unfinished")
+    try:
+        with _held(made):  # before it has a name under which another process may clear it
+            made.rename(unfinished)
+            yield unfinished
+            _flush(unfinished)
+            _replace(unfinished, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def clear(parent: Path) -> list[Path]:
+    """Remove what exports into a folder left behind when they were killed; what was there before comes back."""
+    gone = []
+    for folder in sorted(parent.glob(".*.unfinished*")):
+        if (name := NAME.fullmatch(folder.name)) is None or not folder.is_dir():
+            continue
+        with _held(folder) as free:
+            if free and name[2] and not (parent / name[1]).exists():  # killed between two renamings
+                folder.rename(parent / name[1])
+            elif free:
+                shutil.rmtree(folder, ignore_errors=True)
+                gone += [] if folder.exists() else [folder]
+    return gone
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Whether nobody else holds a folder, and hold it; the kernel lets go of it when the process dies.
+
+    Where the file system knows no locks on folders (some network mounts), nothing is ever free to be cleared.
+    """
+    try:
+        place = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        free = True
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            free = False
+        yield free
+    finally:
+        os.close(place)
+
+
+def _flush(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())  # a name must not be on disk before its content is
+
+
+def _replace(folder: Path, out: Path) -> None:
+    if out.is_dir() and not out.is_symlink():
+        old = folder.with_name(folder.name + ".old")
+        with _held(out):
+            os.replace(out, old)
+            os.replace(folder, out)
+            shutil.rmtree(old)
+    else:
+        out.unlink(missing_ok=True)
+        os.replace(folder, out)
