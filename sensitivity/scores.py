@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CONFIDENCE = 0.95
 
@@ -65,6 +68,20 @@ def paired(values: ArrayLike, base: ArrayLike, clusters: ArrayLike) -> Score:
     mean = float(difference.mean())
     se, count = clustered_se(difference, np.asarray(clusters))
     return Score(mean, se, len(difference), count, *_student(mean, se, count))
+
+
+def told(rows: pd.DataFrame) -> dict[str, Any]:
+    """A task's score from its examples, as a study keeps it."""
+    known = rows["nll"].dropna()
+    return {**summarise(rows["score"], rows["cluster"]).to_json(), "nll": float(known.mean()) if len(known) else None}
+
+
+def difference(ours: pd.DataFrame | None, theirs: pd.DataFrame | None, task: str) -> Score | None:
+    """The paired difference in a task's score on the examples that both have seen."""
+    if ours is None or theirs is None:
+        return None
+    both = ours[ours["task"] == task].merge(theirs[theirs["task"] == task], on="example", suffixes=("", "_base"))
+    return paired(both["score"], both["score_base"], both["cluster"]) if len(both) else None
 
 
 def _student(mean: float, se: float, clusters: int) -> tuple[float, float]:

@@ -20,6 +20,10 @@ def cuts(tasks: Sequence[Task], growing: bool = True) -> list[int]:
     total = max(len({example.cluster for example in task.examples}) for task in tasks)
     if any(task.gallery for task in tasks):
         return [total]  # an image is looked for among all
+    return ends_of(total, growing)
+
+
+def ends_of(total: int, growing: bool = True) -> list[int]:
     ends: list[int] = []
     size = FIRST if growing else MOST
     while (ends[-1] if ends else 0) < total:

@@ -12,20 +12,22 @@ from typing import Any
 
 import torch
 
+from sensitivity.batches import Batch, batches
 from sensitivity.components import ComponentMap
 from sensitivity.contenders import Until, contenders
 from sensitivity.errors import UserError
-from sensitivity.evaluate import Batch, Rows, answer, batches, rows_of
+from sensitivity.evaluate import Rows, answer, rows_of
 from sensitivity.models import VLM
 from sensitivity.plan import Plan
 from sensitivity.quantize import Statistics, prepare, quantized
-from sensitivity.quantize.memory import Bounded
+from sensitivity.quantize.memory import Memory
 from sensitivity.replay import Replay
 from sensitivity.shards import cuts, shard
 from sensitivity.tasks import Task
 from sensitivity.trials import Asked, Study
 
 MEMORY_GB = 8.0  # half of it for quantised weights beyond those of the plan that is running, half for hidden states
+CODE = 1.25  # bytes of a weight as codes, scales of small groups included
 LIBRARIES = ("torch", "transformers", "optuna", "numpy")
 
 
@@ -152,7 +154,7 @@ class _Trial:
         self.batches: dict[str, list[Batch]] = {}
         self.begun: int | None = None  # where the shard begins whose batches these are
         self.half = int(memory_gb * 1e9 / 2)
-        self.weights = None if plain else Bounded(self.half)
+        self.weights = None if plain else Memory(self.half)
         self.replay = None if plain else self._proven()
 
     def _proven(self) -> Replay:
@@ -167,7 +169,7 @@ class _Trial:
     def prepare(self, plans: Sequence[Plan]) -> None:
         """Quantise every layer at all the widths it will be asked for, each layer studied once, if there is room."""
         widths = {scheme for plan in plans for _, scheme in plan.schemes if scheme}
-        room = sum(w.numel for w in self.parts.weights) * self.vlm.model.dtype.itemsize * len(widths)
+        room = sum(w.numel for w in self.parts.weights) * CODE * len(widths)
         if self.weights is not None and room <= self.half:
             prepare(self.vlm.model, self.parts, plans, self.weights, self.statistics)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import pandas as pd
 from optuna.distributions import BaseDistribution, IntDistribution
@@ -19,11 +19,12 @@ from sensitivity import turns
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError
 from sensitivity.files import whole, write_whole
+from sensitivity.glance import Glance
 from sensitivity.plan import Plan, Size, size
-from sensitivity.scores import Score, paired, summarise
+from sensitivity.rows import NATIVE, row
+from sensitivity.scores import Score, difference, told
 from sensitivity.storage import KernelLock, held, open_storage
 
-NATIVE = 16  # the 'bits' of a component at native precision, as an Optuna parameter and in tables
 NAME = "sensitivity"
 EXAMPLE_COLUMNS = ("task", "example", "cluster", "kind", "score", "nll", "answer")
 
@@ -58,6 +59,7 @@ class Study:
         self.meta: dict[str, Any] = attrs["meta"]
         self.tasks: tuple[str, ...] = tuple(attrs["tasks"])
         self.parts = ComponentMap.from_json(attrs["parts"])
+        self._glance = Glance(lambda: self._optuna.get_trials(deepcopy=False))
         self._deltas: dict[tuple[str, str, int, int], Score | None] = {}
 
     @classmethod
@@ -77,15 +79,16 @@ class Study:
         backend = open_storage(storage or path / "journal.log")
         # one maximised value per task, and bits per weight as the last, minimised one
         directions = [StudyDirection.MAXIMIZE] * len(tasks) + [StudyDirection.MINIMIZE]
-        study = optuna.create_study(study_name=NAME, storage=backend, directions=directions, load_if_exists=True)
-        wanted = {"meta": json.loads(json.dumps(dict(meta))), "tasks": list(tasks), "parts": parts.to_json()}
-        wanted = json.loads(json.dumps(wanted))
-        for name, value in wanted.items():
-            found = study.user_attrs.get(name)
-            if found is None:
-                study.set_user_attr(name, value)
-            elif found != value:
-                raise UserError(f"{path} holds another study ({_difference(name, found, value)}); choose another --out")
+        wanted = json.loads(json.dumps({"meta": dict(meta), "tasks": list(tasks), "parts": parts.to_json()}))
+        with held(KernelLock(path / "queue")):  # launchers that start together say the same thing at once
+            study = optuna.create_study(study_name=NAME, storage=backend, directions=directions, load_if_exists=True)
+            for name, value in wanted.items():
+                found = study.user_attrs.get(name)
+                if found is None:
+                    study.set_user_attr(name, value)
+                elif found != value:
+                    why = _difference(name, found, value)
+                    raise UserError(f"{path} holds another study ({why}); choose another --out")
         return cls(path, storage)
 
     # -- asking and telling ---------------------------------------------------------------------------------------
@@ -100,45 +103,54 @@ class Study:
             return self._enqueue(plans)
 
     def _enqueue(self, plans: Iterable[Plan]) -> int:
-        known = {t.user_attrs.get("key") for t in self._all() if t.state != TrialState.FAIL}
+        known = {t.user_attrs.get("key") for t in self._glance.now() if t.state != TrialState.FAIL}
         added = 0
         for plan in plans:
             if plan.key not in known:
                 self._optuna.enqueue_trial(plan.bits(NATIVE), user_attrs={"key": plan.key, "plan": plan.to_json()})
                 known.add(plan.key)
                 added += 1
+        self._glance.now()
         return added
 
     def ask(self, last: Asked | None = None, wanted: Container[str] | None = None) -> Asked | None:
         """The waiting plan that is best run after the last one, now ours; None when no wanted plan waits."""
         while (found := self._next(last, wanted)) is not None:
             with held(KernelLock(self.path / "queue")):  # so that nobody releases what is just being taken
-                if not turns.claim(self._storage, found):
-                    continue
+                ours = turns.claim(self._storage, found)
+            now = self._heard(found._trial_id)
+            if not ours:
+                continue
             trial = optuna.Trial(self._optuna, found._trial_id)
             plan = Plan.from_json(found.user_attrs["plan"])
             if self._elsewhere(found.number, plan.key):  # queued twice by two processes that started together
                 self._optuna.tell(trial, state=TrialState.PRUNED)
+                self._heard(found._trial_id)
                 continue
             for name, widths in self.distributions.items():
                 trial._suggest(name, widths)
-            return Asked(trial, plan, turns.far(found))
+            return Asked(trial, plan, turns.far(now))
         return None
+
+    def _heard(self, trial_id: int) -> FrozenTrial:
+        """A trial as it is now, after we did something with it."""
+        trial = self._storage.get_trial(trial_id)
+        self._glance.changed(trial)
+        return trial
 
     def _next(self, last: Asked | None, wanted: Container[str] | None) -> FrozenTrial | None:
         number = last.trial.number if last else None
-        found = turns.choose(self._all(), number, wanted)
+        found = turns.choose(self._glance.lately(), number, wanted)
+        if found is None:  # what lately looked like the end may not be it
+            found = turns.choose(self._glance.now(), number, wanted)
         if found is None and self._release(lambda owner: bool(owner == turns.me())):
             # claimed by us without our hearing of it: the connection was lost in between
-            found = turns.choose(self._all(), number, wanted)
+            found = turns.choose(self._glance.now(), number, wanted)
         return found
-
-    def _all(self) -> list[FrozenTrial]:
-        return self._optuna.get_trials(deepcopy=False)
 
     def _elsewhere(self, number: int, key: str) -> bool:
         """Whether a plan is done, or stands in the queue before this place."""
-        found = [t for t in self._all() if t.user_attrs.get("key") == key and t.number != number]
+        found = [t for t in self._glance.lately() if t.user_attrs.get("key") == key and t.number != number]
         over = (TrialState.FAIL, TrialState.PRUNED)
         return any(t.state == TrialState.COMPLETE or (t.number < number and t.state not in over) for t in found)
 
@@ -165,7 +177,7 @@ class Study:
         folder.mkdir(exist_ok=True)
         with whole(folder / f"{asked.plan.key}.parquet") as unfinished:
             frame.to_parquet(unfinished, index=False)
-        scores = {str(task): _score(rows) for task, rows in frame.groupby("task", sort=False)}
+        scores = {str(task): told(rows) for task, rows in frame.groupby("task", sort=False)}
         weight = size(self.parts, asked.plan)
         facts = {**facts, "seconds": facts.get("seconds", 0.0) + asked.trial.user_attrs.get("seconds", 0.0)}
         # the scores last: they are what says that all of it is there
@@ -178,6 +190,7 @@ class Study:
         else:
             asked.trial.set_user_attr(turns.DONE, done)
             self._storage.set_trial_state_values(asked.trial._trial_id, TrialState.WAITING)
+        self._heard(asked.trial._trial_id)
         return means
 
     def append(self, plans: Sequence[Plan], scores: Sequence[Mapping[str, float]]) -> None:
@@ -199,10 +212,12 @@ class Study:
         """Mark a trial that could not be run, with the reason."""
         asked.trial.set_user_attr("failure", why)
         self._optuna.tell(asked.trial, state=TrialState.FAIL)
+        self._heard(asked.trial._trial_id)
 
     def put_back(self, asked: Asked) -> None:
         """A trial that was interrupted waits again."""
         self._storage.set_trial_state_values(asked.trial._trial_id, TrialState.WAITING)
+        self._heard(asked.trial._trial_id)
 
     def release_lost(self, owner: Mapping[str, Any] | None = None) -> int:
         """Let the plans wait again of processes that no longer live on this machine, or of a certain one."""
@@ -210,7 +225,7 @@ class Study:
 
     def _release(self, lost: Callable[[Any], bool]) -> int:
         with held(KernelLock(self.path / "queue")):
-            return turns.release(self._storage, self._all(), lost)
+            return turns.release(self._storage, self._glance.now(), lost)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -221,78 +236,45 @@ class Study:
     def measured(self) -> list[FrozenTrial]:
         """Finished trials, and those that have a score from a part of their examples."""
         over = (TrialState.FAIL, TrialState.PRUNED)
-        return [trial for trial in self._all() if trial.state not in over and "scores" in trial.user_attrs]
+        return [trial for trial in self._glance.now() if trial.state not in over and "scores" in trial.user_attrs]
 
     def unmeasured(self) -> set[str]:
         """The keys of plans that are queued or running and have no score yet."""
         open_ = (TrialState.WAITING, TrialState.RUNNING)
-        trials = [trial for trial in self._all() if trial.state in open_ and "scores" not in trial.user_attrs]
+        trials = [trial for trial in self._glance.now() if trial.state in open_ and "scores" not in trial.user_attrs]
         return {str(trial.user_attrs.get("key")) for trial in trials}
 
     def counts(self) -> dict[str, int]:
         """How many plans are done, waiting and running."""
-        trials = self._all()
+        trials = self._glance.now()
         states = {"done": TrialState.COMPLETE, "waiting": TrialState.WAITING, "running": TrialState.RUNNING}
         return {name: sum(t.state == state for t in trials) for name, state in states.items()}
 
     def progress(self, total: int, wanted: Container[str] | None = None) -> tuple[int, int]:
         """Images done, and left where only wanted plans go on; a finished plan has seen `total`."""
-        trials = [trial for trial in self._all() if trial.state not in (TrialState.FAIL, TrialState.PRUNED)]
+        over = (TrialState.FAIL, TrialState.PRUNED)
+        trials = [trial for trial in self._glance.lately() if trial.state not in over]
         seen = [total if trial.state == TrialState.COMPLETE else turns.far(trial) for trial in trials]
         going = [wanted is None or trial.user_attrs.get("key") in wanted for trial in trials]
         return sum(seen), sum(total - far for far, goes in zip(seen, going, strict=True) if goes)
 
     def table(self) -> pd.DataFrame:
-        """One row per measured trial: bits per component, size, and per task the score and its interval.
-
-        Columns: number, key, plan (what a person calls it), uniform, native, complete (whether it has seen all the
-        examples); a column of bits for each component; bytes, bpw, bpw_codes, seconds; for each task T: T, T.se,
-        T.low, T.high, T.n, T.nll, and the paired difference to full precision as T.delta, T.delta.se, T.delta.low,
-        T.delta.high; its further metrics by their names, such as T.BLEU-4; not_finite: how many examples NaN logits
-        made worth nothing.
-        """
+        """One row per measured trial: bits per component, size, and per task the score and its interval (see rows)."""
         native = self.examples(self.native)
-        return pd.DataFrame([self._row(trial, native) for trial in self.measured()])
+        return pd.DataFrame([row(trial, self.tasks, partial(self._delta, native)) for trial in self.measured()])
 
-    def _row(self, trial: FrozenTrial, native: pd.DataFrame | None) -> dict[str, Any]:
-        attrs = trial.user_attrs
-        plan = Plan.from_json(attrs["plan"])
-        row: dict[str, Any] = {
-            "number": trial.number,
-            "key": attrs["key"],
-            "plan": plan.describe(),
-            "uniform": plan.is_uniform,
-            "native": plan.is_native,
-            "complete": trial.state == TrialState.COMPLETE,
-            **plan.bits(NATIVE),
-            **attrs["size"],
-            "seconds": attrs.get("seconds", np.nan),
-            **({"not_finite": lost} if (lost := attrs.get("not_finite")) else {}),
-        }
-        for task in self.tasks:
-            score = attrs["scores"].get(task)
-            if score is None:
-                continue
-            row |= {task: score["mean"], f"{task}.nll": score.get("nll")}
-            row |= {f"{task}.{name}": score.get(name) for name in ("se", "low", "high", "n")}
-            row |= {f"{task}.{name}": value for name, value in attrs.get("metrics", {}).get(task, {}).items()}
-            if delta := self._delta(plan, task, score.get("n"), native):
-                row |= {f"{task}.delta": delta.mean, f"{task}.delta.se": delta.se}
-                row |= {f"{task}.delta.low": delta.low, f"{task}.delta.high": delta.high}
-        return row
-
-    def _delta(self, plan: Plan, task: str, n: int | None, native: pd.DataFrame | None) -> Score | None:
+    def _delta(self, native: pd.DataFrame | None, plan: Plan, task: str, n: int | None) -> Score | None:
         """The paired difference to full precision, computed once for what both have seen."""
         if native is None or n is None:
             return None
         known = plan.key, task, n, len(native)
         if known not in self._deltas:
-            self._deltas[known] = _paired(self.examples(plan), native, task)
+            self._deltas[known] = difference(self.examples(plan), native, task)
         return self._deltas[known]
 
     def compare(self, plan: Plan, base: Plan, task: str) -> Score | None:
         """The paired difference in a task's score between two plans; None without per-example scores."""
-        return _paired(self.examples(plan), self.examples(base), task)
+        return difference(self.examples(plan), self.examples(base), task)
 
     def plan(self, number: int) -> Plan:
         return Plan.from_json(self._optuna.get_trials(deepcopy=False)[number].user_attrs["plan"])
@@ -308,20 +290,8 @@ class Study:
         return Plan.uniform(self.parts, None)
 
 
-def _score(rows: pd.DataFrame) -> dict[str, Any]:
-    known = rows["nll"].dropna()
-    return {**summarise(rows["score"], rows["cluster"]).to_json(), "nll": float(known.mean()) if len(known) else None}
-
-
 def _which(rows: pd.DataFrame) -> pd.MultiIndex:
     return pd.MultiIndex.from_frame(rows[["task", "example"]])
-
-
-def _paired(ours: pd.DataFrame | None, theirs: pd.DataFrame | None, task: str) -> Score | None:
-    if ours is None or theirs is None:
-        return None
-    both = ours[ours["task"] == task].merge(theirs[theirs["task"] == task], on="example", suffixes=("", "_base"))
-    return paired(both["score"], both["score_base"], both["cluster"]) if len(both) else None
 
 
 def _difference(name: str, found: Any, wanted: Any) -> str:

@@ -27,8 +27,9 @@ def choose(trials: Sequence[FrozenTrial], last: int | None, wanted: Container[st
     open_ = [t for t in queue if t.state == TrialState.WAITING and (wanted is None or t.user_attrs["key"] in wanted)]
     if not open_:
         return None
-    least = min(far(trial) for trial in open_)
-    free = {trial.number for trial in open_ if far(trial) == least}
+    seen = {trial.number: far(trial) for trial in open_}
+    least = min(seen.values())
+    free = {number for number, images in seen.items() if images == least}
     order = [trial for trial in queue if trial.number in free or trial.state == TrialState.RUNNING]
     following = next((trial for trial in order if last is not None and trial.number > last), None)
     if following is not None and following.number in free:
@@ -45,6 +46,8 @@ def far(trial: FrozenTrial) -> int:
 
 def claim(storage: BaseStorage, trial: FrozenTrial) -> bool:
     """Make a waiting trial ours, if nobody was faster; its owner is never unknown while it runs."""
+    if storage.get_trial(trial._trial_id).state != TrialState.WAITING:  # what we know of it may be old
+        return False
     try:
         storage.set_trial_user_attr(trial._trial_id, "owner", me())
         if not storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import time
 import weakref
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sensitivity import verbs
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError
 from sensitivity.models import VLM, family_of, inspect
@@ -24,6 +29,7 @@ from sensitivity.quantize import METHODS, Curvature, Statistics, calibrate, prep
 from sensitivity.quantize.cache import Cache
 from sensitivity.quantize.calibration import collect, exposed, unquantised
 from sensitivity.quantize.linears import reads
+from sensitivity.quantize.memory import Memory
 from sensitivity.quantize.tokens import (
     ANSWER,
     MODALITIES,
@@ -254,7 +260,8 @@ def test_block_by_block_is_bit_for_bit_what_whole_passes_find(name: str) -> None
     """On the float model, and on one whose blocks change on the way: feature layers, second stacks and all."""
     vlm = built(name)
     parts, batch = inspect(vlm, by="block"), fed(name, vlm)
-    few, sequential = unquantised(vlm, parts, lambda: [batch], {}, None, room=0), exposed(vlm, parts, lambda: [batch])
+    few = unquantised(vlm, parts, lambda _: [batch], {}, None, room=0)
+    sequential = exposed(vlm, parts, lambda _: [batch])
     found = collect(vlm, parts.weights, [batch])
     done: list[tuple[str, Scheme]] = []
     for component in parts.components:
@@ -272,7 +279,7 @@ def test_block_by_block_is_bit_for_bit_what_whole_passes_find(name: str) -> None
 def test_each_block_runs_twice_at_most_and_nothing_behind_it(scenes_llava: VLM, parts: ComponentMap) -> None:
     """Once to be seen, once more when it is quantised: the sequential path costs two passes, not one for each block."""
     finer, calls = parts.regroup("block"), Counter()
-    sequential = exposed(scenes_llava, finer, lambda: batches(scenes_llava, [task("vqa", "calibration", 1, 0)]))
+    sequential = exposed(scenes_llava, finer, lambda _: batches(scenes_llava, [task("vqa", "calibration", 1, 0)]))
     sequential(finer.components[0].weights, [])  # finds out what may be skipped
     one = [next(w for w in c.weights) for c in finer.components if c.weights[0].block is not None]
     handles = [
@@ -294,7 +301,7 @@ def test_another_plan_starts_where_it_differs(scenes_llava: VLM, parts: Componen
     """What was kept of one plan is not taken for what another would have: also after a plan that nobody described."""
     finer = parts.regroup("block")
     data = [task("vqa", "calibration", 2, 0)]
-    sequential = exposed(scenes_llava, finer, lambda: batches(scenes_llava, data))
+    sequential = exposed(scenes_llava, finer, lambda rows: batches(scenes_llava, data, rows))
     plain = lambda weights, done=None: collect(scenes_llava, weights, batches(scenes_llava, data))  # noqa: E731
     facts = {"path": "exposed"}
     three, two = (scheme("gptq", bits, order="given", clip=False, calibration=facts) for bits in (3, 2))
@@ -307,7 +314,7 @@ def test_another_plan_starts_where_it_differs(scenes_llava: VLM, parts: Componen
     ]
     for plan in plans:
         fast, slow = (
-            installed(scenes_llava, finer, Plan.of(finer, plan), {}, Statistics(facts, gather))
+            installed(scenes_llava, finer, Plan.of(finer, plan), Memory(), Statistics(facts, gather))
             for gather in (sequential, plain)
         )
         assert same(fast, slow)
@@ -339,9 +346,9 @@ def test_no_more_matrices_are_held_than_there_is_room_for(
     finer = parts.regroup("block")
     blocks = [sum(4 * w.cols**2 for w in {reads(w): w for w in c.weights}.values()) for c in finer.components]
     plan = Plan.uniform(finer, scheme("gptq", 3, calibration=whole.facts))
-    found = installed(scenes_llava, finer, plan, {}, little)
+    found = installed(scenes_llava, finer, plan, Memory(), little)
     assert 0 < most[0] <= max(blocks) < sum(blocks) / 5
-    assert same(found, installed(scenes_llava, finer, plan, {}, whole))
+    assert same(found, installed(scenes_llava, finer, plan, Memory(), whole))
 
 
 def test_a_q_former_that_reads_the_question_knows_it_from_its_queries() -> None:
@@ -416,7 +423,7 @@ def test_statistics_must_be_those_of_the_scheme(scenes_llava: VLM, parts: Compon
 # -- weights from them
 
 
-def installed(vlm: VLM, parts: ComponentMap, plan: Plan, memory: Any, statistics: Statistics) -> dict[str, Tensor]:
+def installed(vlm: VLM, parts: ComponentMap, plan: Plan, memory: Memory, statistics: Statistics) -> dict[str, Tensor]:
     with quantized(vlm.model, parts, plan, memory, statistics) as changed:
         return {name: vlm.model.get_parameter(name).detach().clone() for name in changed}
 
@@ -436,13 +443,13 @@ def test_prepared_weights_are_those_found_plan_by_plan(
 ) -> None:
     finer = parts.regroup("group")
     plans = [Plan.of(finer, {"vision.front": one, "language.end": one}) for one in calibrated(statistics)]
-    memory: dict[Any, Tensor] = {}
+    memory = Memory()
     prepare(scenes_llava.model, finer, plans, memory, statistics)
     size = len(memory)
     for plan in plans:
         assert same(
             installed(scenes_llava, finer, plan, memory, statistics),
-            installed(scenes_llava, finer, plan, {}, statistics),
+            installed(scenes_llava, finer, plan, Memory(), statistics),
         )
     assert len(memory) == size
 
@@ -453,14 +460,14 @@ def test_a_weight_does_not_depend_on_what_else_the_plan_holds(
     finest, blocks = parts.regroup("linear"), parts.regroup("block")
     name = "model.language_model.layers.1.self_attn.k_proj"
     for one in calibrated(statistics):
-        alone = installed(scenes_llava, finest, Plan.of(finest, {name: one}), {}, statistics)
-        full = installed(scenes_llava, blocks, Plan.of(blocks, {"language.0*": one}), {}, statistics)
+        alone = installed(scenes_llava, finest, Plan.of(finest, {name: one}), Memory(), statistics)
+        full = installed(scenes_llava, blocks, Plan.of(blocks, {"language.0*": one}), Memory(), statistics)
         assert list(alone) == [f"{name}.weight"]
         assert torch.equal(alone[f"{name}.weight"], full[f"{name}.weight"])
 
 
 def test_coverage_at_every_granularity(scenes_llava: VLM, parts: ComponentMap, statistics: Statistics) -> None:
-    memory: dict[Any, Tensor] = {}
+    memory = Memory()
     for by in ("part", "group", "kind", "group.kind", "block", "linear"):
         finer = parts.regroup(by)
         component = finer.components[len(finer.components) // 2]
@@ -488,10 +495,9 @@ def test_the_exposed_path_sees_what_the_layers_before_it_became(
         "model.language_model.layers.3.mlp.up_proj.weight",
     )
     on_float, on_exposed = (
-        installed(
-            scenes_llava, parts, Plan.of(parts, dict.fromkeys(ends, scheme("gptq", 2, calibration=s.facts))), {}, s
-        )
+        installed(scenes_llava, parts, Plan.of(parts, dict.fromkeys(ends, two)), Memory(), s)
         for s in (float_path, on_the_way)
+        for two in [scheme("gptq", 2, calibration=s.facts)]
     )
     assert torch.equal(on_float[first], on_exposed[first])  # nothing stands before the first block
     assert not torch.equal(on_float[last], on_exposed[last])
@@ -503,10 +509,10 @@ def test_the_exposed_path_is_the_same_again_and_memory_does_not_mix_plans_up(
     four, two = (scheme("gptq", bits, calibration=on_the_way.facts) for bits in (4, 2))
     parts = parts.regroup("group")
     plans = [Plan.of(parts, {"vision.front": v, "language.end": four}) for v in (four, two)]
-    memory: dict[Any, Tensor] = {}
+    memory = Memory()
     for plan in (*plans, *plans):
         shared = installed(scenes_llava, parts, plan, memory, on_the_way)
-        assert same(shared, installed(scenes_llava, parts, plan, {}, on_the_way))
+        assert same(shared, installed(scenes_llava, parts, plan, Memory(), on_the_way))
 
 
 # -- the cache
@@ -537,12 +543,12 @@ def test_quantised_weights_from_the_cache_are_the_same_bits(
     plain = calibrate(scenes_llava, parts, ["vqa"], n=3)
     one = scheme("gptq", 3, calibration=plain.facts)
     plan = Plan.of(finer, {"vision.front": one, "connector": scheme("rtn", 3)})
-    expected = installed(scenes_llava, finer, plan, {}, plain)
+    expected = installed(scenes_llava, finer, plan, Memory(), plain)
     cached = calibrate(scenes_llava, parts, ["vqa"], n=3, cache=Cache(tmp_path))
-    assert same(installed(scenes_llava, finer, plan, {}, cached), expected)
+    assert same(installed(scenes_llava, finer, plan, Memory(), cached), expected)
     solved = Plan.of(finer, {"vision.front": one})
     monkeypatch.setattr("sensitivity.quantize.methods.method_of", lambda _: pytest.fail("computed again"))
-    again = installed(scenes_llava, finer, solved, {}, cached)
+    again = installed(scenes_llava, finer, solved, Memory(), cached)
     assert same(again, {name: expected[name] for name in again})
     monkeypatch.undo()
     name = next(iter(again))  # another weight is other content, whatever the model is called
@@ -550,7 +556,7 @@ def test_quantised_weights_from_the_cache_are_the_same_bits(
     own = parameter.data
     parameter.data = own * 2
     try:
-        assert not torch.equal(installed(scenes_llava, finer, solved, {}, cached)[name], again[name])
+        assert not torch.equal(installed(scenes_llava, finer, solved, Memory(), cached)[name], again[name])
     finally:
         parameter.data = own
 
@@ -579,6 +585,44 @@ def test_the_cache_survives_damage_and_stays_small(tmp_path: Path) -> None:
     assert made == [1, 2, 1, 3, 4, 5, 6, 7, 8]
     assert entry(Cache(tmp_path / "none", limit_gb=0), 5) == 5
     assert not (tmp_path / "none").exists()
+
+
+def fetching(folder: Path, limit: float, times: int) -> int:
+    """How many entries had to be made."""
+    cache, made = Cache(folder, limit), []
+    for i in range(times):
+        right = torch.full((1000,), float(i % 8))
+
+        def make(i: int = i, right: Tensor = right) -> dict[str, Tensor]:
+            made.append(i)
+            return {"x": right}
+
+        assert torch.equal(cache.fetch({"entry": i % 8}, make, torch.device("cpu"))["x"], right)
+    return len(made)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_processes_share_the_cache_and_it_may_be_deleted_under_them(tmp_path: Path) -> None:
+    """Eight entries where five fit, two processes that want them all, and a person with a shovel."""
+    folder = tmp_path / "cache"
+    with ProcessPoolExecutor(2, get_context("fork")) as pool:
+        both = [pool.submit(fetching, folder, 2.2e-5, 400) for _ in range(2)]
+        while not all(process.done() for process in both):
+            time.sleep(0.002)
+            shutil.rmtree(folder, ignore_errors=True)
+        assert all(process.result() > 8 for process in both)
+        shutil.rmtree(folder, ignore_errors=True)
+        assert pool.submit(fetching, folder, 1, 16).result() == 8
+    assert fetching(folder, 1, 16) == 0  # what another process left
+
+
+@pytest.mark.parametrize("limit", [0, 8])
+def test_how_much_is_kept_is_the_callers_choice(
+    scenes_llava: VLM, parts: ComponentMap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float
+) -> None:
+    monkeypatch.setenv("SENSITIVITY_CACHE", str(tmp_path))
+    verbs.calibrated(scenes_llava, parts, [scheme("gptq", 3)], ["vqa"], n=1, cache_gb=limit)
+    assert len(list(tmp_path.glob("*.safetensors"))) == bool(limit)
 
 
 def test_only_tasks_that_exist(scenes_llava: VLM, parts: ComponentMap) -> None:

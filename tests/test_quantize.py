@@ -14,6 +14,8 @@ from sensitivity.errors import UserError
 from sensitivity.models.discover import discover
 from sensitivity.plan import Plan, Scheme, size
 from sensitivity.quantize import METHODS, PRESETS, quantise, quantized, scheme
+from sensitivity.quantize.grid import Quantised
+from sensitivity.quantize.memory import Memory, tensors, value_of
 from sensitivity.quantize.methods import solve
 
 
@@ -201,14 +203,48 @@ def test_a_weight_that_is_no_number_is_named(model: nn.Module, parts: ComponentM
 
 
 def test_memory_gives_the_same_bits(model: nn.Module, parts: ComponentMap) -> None:
-    memory: dict[tuple[object, ...], Tensor] = {}
+    memory = Memory()
     plan = Plan.uniform(parts, scheme("rtn", 3))
     name = parts.weights[0].name
+    with quantized(model, parts, plan):
+        alone = model.get_parameter(name).detach().clone()
     with quantized(model, parts, plan, memory):
-        first = model.get_parameter(name).detach().clone()
+        first = model.get_parameter(name).detach()
     with quantized(model, parts, plan, memory):
-        assert torch.equal(model.get_parameter(name), first)
-        assert model.get_parameter(name).data_ptr() == memory[name, scheme("rtn", 3)].data_ptr()
+        again = model.get_parameter(name).detach()
+    assert torch.equal(first, alone)
+    assert again.data_ptr() == first.data_ptr()  # what did not change is not made again
+
+
+@pytest.mark.parametrize("asked", ["rtn 3", "uniform 2", "nf4 4", "fp4 4", "llm-int8 8"])
+def test_weights_are_remembered_as_codes_of_a_byte(asked: str, model: nn.Module, parts: ComponentMap) -> None:
+    method, bits = asked.split()
+    memory, plan = Memory(), Plan.uniform(parts, scheme(method, int(bits)))
+    with quantized(model, parts, plan) as changed:
+        expected = {name: model.get_parameter(name).detach().clone() for name in changed}
+    with quantized(model, parts, plan, memory):
+        pass
+    kept = Memory()
+    for key, value in memory.items():
+        kept[key] = value_of(tensors(value))
+        assert torch.equal(kept.dense(key, model.get_parameter(key[0])), expected[key[0]])
+    assert memory.keys() == kept.keys()
+    assert memory.bytes < 1.6 * sum(weight.numel() for weight in expected.values())  # small layers, many scales
+
+
+def test_a_plan_that_changes_one_part_makes_numbers_of_that_part_alone(
+    model: nn.Module, parts: ComponentMap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Quantised] = []
+    plainly = Quantised.dequantise
+    monkeypatch.setattr(Quantised, "dequantise", lambda self: made.append(self) or plainly(self))
+    memory, part = Memory(), parts.components[-1]
+    for bits in (3, 4):
+        made.clear()
+        plan = Plan.of(parts, {"*": scheme("rtn", 8), part.name: scheme("rtn", bits)})
+        with quantized(model, parts, plan, memory):
+            pass
+    assert len(made) == len(part.weights)
 
 
 def test_a_calibrated_method_asks_for_statistics(model: nn.Module, parts: ComponentMap) -> None:

@@ -155,7 +155,7 @@ def test_a_tight_memory_budget_is_kept_and_changes_nothing(
         used.append((self.weights.bytes, self.replay._bytes))
         return found
 
-    monkeypatch.setattr("sensitivity.sweep._Trial.run", watched)
+    monkeypatch.setattr(_Trial, "run", watched)
     ample = verbs.sweep(scenes_llava, parts, plans, ["vqa"], tmp_path / "ample", n=40)
     widest = [max(one) for one in zip(*used, strict=True)]
     used.clear()
@@ -183,7 +183,7 @@ def test_an_interrupted_plan_waits_again(scenes_llava: VLM, tmp_path: Path, monk
 
     steps = run(scenes_llava, study, [task("vqa", n=20)], plans)
     next(steps)
-    monkeypatch.setattr("sensitivity.sweep._Trial.run", stop)
+    monkeypatch.setattr(_Trial, "run", stop)
     with pytest.raises(KeyboardInterrupt):
         next(steps)
     assert study.counts() == {"done": 1, "waiting": len(plans) - 1, "running": 0}

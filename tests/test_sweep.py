@@ -159,7 +159,7 @@ def test_fast_equals_plain_on_random_models_plans_and_shards(
     )  # fmt: skip
     monkeypatch.setattr("sensitivity.shards.FIRST", int(rng.integers(1, 4)))
     monkeypatch.setattr("sensitivity.shards.GROWTH", int(rng.integers(2, 4)))
-    monkeypatch.setattr("sensitivity.evaluate.IMAGES_PER_BATCH", int(rng.integers(1, 5)))
+    monkeypatch.setattr("sensitivity.batches.IMAGES_PER_BATCH", int(rng.integers(1, 5)))
     vlm = verbs.load(str(saved_vlms.save(family, tmp_path / "model")), dtype="float32")
     parts = inspect(vlm, by=str(rng.choice(["part", "group", "kind"])))
     widths = [None, *(scheme("rtn", bits) for bits in (2, 3, 8))]

@@ -17,7 +17,9 @@ import pytest
 
 from sensitivity.components import ComponentMap, Weight
 from sensitivity.errors import UserError
+from sensitivity.glance import Glance
 from sensitivity.plan import Plan, Scheme
+from sensitivity.storage import close
 from sensitivity.trials import Study
 
 PARTS = ComponentMap(
@@ -207,3 +209,42 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path: P
     with pytest.raises((UserError, OSError)):
         study.tell(asked, rows(asked.plan), {})
     assert study.counts()["done"] == 0
+
+
+@pytest.mark.parametrize("storage", [None, "sqlite:///{}/team.db"])
+def test_an_old_glance_at_the_queue_takes_no_plan_twice_and_loses_none(
+    storage: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sensitivity.glance.PART", 1e9)  # neither ever reads the queue again of its own accord
+    where = storage and storage.format(tmp_path)
+    ours = Study.create(tmp_path, PARTS, ["vqa"], {"seed": 0}, where)
+    ours.enqueue([NATIVE, *PLANS])
+    theirs = Study(tmp_path)
+    assert ours.counts() == theirs.counts()
+    seen: list[tuple[str, int]] = []
+    last: dict[Study, Any] = {ours: None, theirs: None}
+    for study in [theirs, theirs, ours, ours, theirs, *[ours, theirs] * 40]:
+        if (asked := study.ask(last[study])) is not None:
+            seen.append((asked.plan.key, asked.done))
+            study.tell(asked, rows(asked.plan, n=30 + asked.done), {}, 30 if asked.done == 0 else None)
+            last[study] = asked
+    assert sorted(seen) == sorted((plan.key, done) for plan in [NATIVE, *PLANS] for done in (0, 30))
+    assert ours.counts() == {"done": 7, "waiting": 0, "running": 0}
+    close(ours._storage)
+    close(theirs._storage)
+
+
+def test_a_glance_reads_again_when_reading_is_cheap_beside_the_time_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, readings = [0.0], []
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+
+    def read() -> list[Any]:
+        clock[0] += 2  # seconds
+        readings.append(clock[0])
+        return []
+
+    glance = Glance(read)
+    for _ in range(100):
+        glance.lately()
+        clock[0] += 1
+    assert readings == [2, 44, 86]  # each is good for twenty times as long as it took

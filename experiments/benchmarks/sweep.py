@@ -1,11 +1,13 @@
 """What a sweep costs beside the plain path (load, calibrate, quantise, run, once per plan) and beside its bound.
 
 python experiments/benchmarks/sweep.py                 # writes reports/sweep.md
-python experiments/benchmarks/sweep.py --only blip2    # one of blip2, llava, drafts, workers, growth
+python experiments/benchmarks/sweep.py --only blip2    # one of blip2, llava, drafts, workers
 
 CPU seconds of one thread, models of random weights in the shapes at which the paper's code was measured. The plain
 path is run for a few plans and multiplied; the bound is each distinct computation once: statistics, every layer at
-every width, and each part of the model once for every distinct setting of it and of what comes before it.
+every width, and each part of the model once for every distinct setting of it and of what comes before it. It is
+given where one pass is the whole answer (vqa); drafts need fewer passes than writing captions does. The marginal plan
+differs from the one before in the language model alone, and is compared with one forward pass of that.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import dataclasses
 import itertools
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,11 +35,14 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from sensitivity import verbs
-from sensitivity.evaluate import answer, batches, evaluate
+from sensitivity.batches import batches
+from sensitivity.evaluate import answer, evaluate
 from sensitivity.models import VLM, load
 from sensitivity.models.checkpoint import find
 from sensitivity.plan import Plan
 from sensitivity.quantize import quantized, scheme
+from sensitivity.replay import Replay
+from sensitivity.sweep import _Trial
 from sensitivity.tasks import Task, task
 
 ROOT = Path(__file__).parent.parent.parent
@@ -110,10 +116,10 @@ def plain(folder: Path, plan: Plan, asked: str, examples: Task) -> None:
     vlm = load(str(folder), dtype="float32")
     parts = verbs.inspect(vlm, by="part")
     schemes = list(dict.fromkeys(one for _, one in plan.schemes if one))
-    named, statistics = verbs.calibrated(vlm, parts, schemes, [asked], CALIBRATION, against=[examples], cache_gb=0)
+    named, gathered = verbs.calibrated(vlm, parts, schemes, [asked], CALIBRATION, against=[examples], cache_gb=0)
     facts = {None: None, **dict(zip(schemes, named, strict=True))}
     chosen = Plan(tuple((name, facts[one]) for name, one in plan.schemes))
-    with quantized(vlm.model, parts, chosen, statistics=statistics):
+    with quantized(vlm.model, parts, chosen, statistics=gathered):
         evaluate(vlm, examples, plain=True)
 
 
@@ -123,7 +129,7 @@ class Cost:
     weights: float
     walking: float
     first: float  # of the walking: until every plan has a score
-    per_plan: list[float]
+    per_plan: dict[Plan, float]
 
     @property
     def all(self) -> float:
@@ -134,21 +140,30 @@ def fast(vlm: VLM, plans: list[Plan], asked: str, n: int, out: Path) -> Cost:
     parts = verbs.inspect(vlm, by="part")
     schemes = list(dict.fromkeys(one for plan in plans for _, one in plan.schemes if one))
     examples = task(asked, n=n)
-    calibration, (named, statistics) = spent(
+    calibration, (named, gathered) = spent(
         lambda: verbs.calibrated(vlm, parts, schemes, [asked], CALIBRATION, against=[examples], cache_gb=0)
     )
     facts = {None: None, **dict(zip(schemes, named, strict=True))}
     some = [Plan(tuple((name, facts[one]) for name, one in plan.schemes)) for plan in plans]
-    weights, (_, steps) = spent(lambda: verbs.sweeping(vlm, parts, some, [asked], out, n=n, statistics=statistics))
-    began, first, seen, per_plan = time.process_time(), 0.0, set(), []
-    last = began
+    weights, (_, steps) = spent(lambda: verbs.sweeping(vlm, parts, some, [asked], out, n=n, statistics=gathered))
+    began, first = time.process_time(), 0.0
+    last, per_plan = began, dict[Plan, float]()
     for step in steps:
         now = time.process_time()
-        seen.add(step.plan.key)
-        first = now - began if len(seen) == len(plans) + 1 and not first else first
-        per_plan.append(now - last)
+        per_plan[step.plan] = per_plan.get(step.plan, 0.0) + now - last
+        first = now - began if len(per_plan) == len(plans) + 1 and not first else first
         last = now
     return Cost(calibration, weights, last - began, first, per_plan)
+
+
+def marginal(per_plan: dict[Plan, float]) -> float:
+    """The median cost of a plan that differs from the one before it in the language model alone."""
+    order = sorted(per_plan, key=lambda plan: [str(scheme) for _, scheme in plan.schemes])
+    return statistics.median(
+        per_plan[plan]
+        for before, plan in itertools.pairwise(order)
+        if [s for name, s in plan.schemes if name != "language"] == [s for n, s in before.schemes if n != "language"]
+    )
 
 
 @contextmanager
@@ -174,13 +189,15 @@ def timed(modules: dict[str, list[Any]], spent_in: dict[str, float]) -> Iterator
 def bound(vlm: VLM, plans: list[Plan], asked: str, n: int, cost: Cost) -> tuple[float, dict[str, float]]:
     """Each distinct computation once, from the time that one run without any sharing spends in each part."""
     examples = task(asked, n=n)
+    unshared = Replay(vlm.model, verbs.inspect(vlm, by="part"), 0)
+    unshared.stages = {}
     inner = vlm.model.model if hasattr(vlm.model, "model") else vlm.model
     connector = [getattr(inner, name) for name in ("qformer", "language_projection", "multi_modal_projector")
                  if hasattr(inner, name)]  # fmt: skip
     parts: dict[str, float] = {}
     some = list(batches(vlm, examples))
     with timed({"vision": [vlm.vision], "connector": connector}, parts):
-        whole, _ = spent(lambda: [answer(vlm, examples, batch) for batch in some])
+        whole, _ = spent(lambda: [answer(vlm, examples, batch, unshared, i) for i, batch in enumerate(some)])
     parts["language"] = whole - parts["vision"] - parts["connector"]
     names = ("vision", "connector", "language")
     distinct = {
@@ -202,21 +219,24 @@ def compare(name: str, method: str, bits: tuple[int, ...], asked: str, n: int, s
         slow = [spent(lambda plan=plan: plain(folder, plan, asked, examples))[0] for plan in some]
     each = sum(slow) / len(slow)
     paper = (PAPER if "gptq" in method else PAPER_AWQ).get((name, len(plans)))
-    marginal = sorted(cost.per_plan)[len(cost.per_plan) // 4] if len(cost.per_plan) == len(plans) + 1 else None
+    one_pass = asked != "caption"
     row = [
         name, method, str(len(plans)), f"{asked}, {n}", f"{each:.1f}", f"{each * len(plans):.0f}",
         f"{cost.calibration:.1f} + {cost.weights:.1f} + {cost.walking:.1f} = {cost.all:.1f}",
-        f"{each * len(plans) / cost.all:.1f}", f"{cost.all / least:.2f}",
-        f"{cost.first / cost.all:.0%}",
+        f"{each * len(plans) / cost.all:.1f}", f"{each * len(plans) / least:.1f}" if one_pass else "",
+        f"{cost.all / least:.2f}" if one_pass else "",
+        f"{marginal(cost.per_plan) / parts['language']:.2f}" if one_pass else "",
+        f"{cost.first / cost.all:.1%}",
         f"{paper / cost.all:.0f}" if paper and n == 64 else "",
     ]  # fmt: skip
-    print(row, {k: round(v, 2) for k, v in parts.items()}, marginal, flush=True)
+    print(row, {k: round(v, 2) for k, v in parts.items()}, flush=True)
     return row
 
 
 HEADS = (
     "shape", "method", "plans", "task, n", "plain, a plan", "plain, all", "ours: statistics + weights + plans",
-    "times less than plain", "of the bound", "first frontier", "times less than the paper's",
+    "times less than plain", "the bound's times less", "of the bound", "marginal plan, passes of language",
+    "first frontier", "times less than the paper's",
 )  # fmt: skip
 
 
@@ -224,19 +244,19 @@ def drafts(n: int = 200) -> str:
     """Captions of the embedded model, scored so that every answer must be written out."""
     vlm = load("embedded:scenes-llava")
     parts = verbs.inspect(vlm, by="part")
-    plans = verbs.grid(parts, schemes=[scheme("rtn", width) for width in (3, 4, 8)])
     asked = dataclasses.replace(task("caption", n=n), exact=False)
-    from sensitivity.sweep import _Trial
-
+    schemes = [scheme("gptq", width) for width in (2, 4, 8)]
+    named, gathered = verbs.calibrated(vlm, parts, schemes, ["caption"], CALIBRATION, against=[asked], cache_gb=0)
+    plans = sorted(verbs.grid(parts, schemes=named), key=lambda plan: [str(scheme) for _, scheme in plan.schemes])
     seconds = {}
     for name in (True, False):
-        trial = _Trial(vlm, parts, [asked], plain=name)
+        trial = _Trial(vlm, parts, [asked], plain=name, statistics=gathered)
         trial.prepare(plans)
         some = plans if not name else plans[:: len(plans) // 8]
         used, _ = spent(lambda trial=trial, some=some: [trial.run(plan, 0, trial.ends[-1]) for plan in some])
         seconds[name] = used / len(some)
     return (
-        f"Captions of `embedded:scenes-llava`, n {n}, {len(plans)} plans: {seconds[True]:.2f} CPU s a plan by "
+        f"Captions of `embedded:scenes-llava`, n {n}, GPTQ, {len(plans)} plans: {seconds[True]:.2f} CPU s a plan by "
         f"`generate`, {seconds[False]:.2f} with drafts and shared prefixes: {seconds[True] / seconds[False]:.1f} times "
         "less."
     )
@@ -258,67 +278,58 @@ def workers() -> str:
     )
 
 
-GROWTH = """
-import resource, sys, tempfile, time
-from sensitivity import verbs
-from sensitivity.quantize import scheme
-kind, value = sys.argv[1], int(sys.argv[2])
-given = {"plans": 27, "examples": 200} | {kind: value}
-vlm = verbs.load("embedded:scenes-llava")
-parts = verbs.inspect(vlm, by="group")
-plans = verbs.grid(parts, schemes=[scheme("rtn", w) for w in (2, 3, 4, 6)])[: given["plans"]]
-began = time.process_time()
-with tempfile.TemporaryDirectory() as out:
-    verbs.sweep(vlm, parts, plans, ["vqa"], out, n=given["examples"])
-print(time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-"""
-
-
-def growth() -> list[tuple[str, int, float, float]]:
-    found = []
-    for kind, values in {"plans": (9, 27, 81, 243), "examples": (50, 200, 800, 3200)}.items():
-        for value in values:
-            words = [sys.executable, "-c", GROWTH, kind, str(value)]
-            said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-            seconds, peak = map(float, said.split())
-            found.append((kind, value, seconds, peak))
-            print(found[-1], flush=True)
-    return found
-
-
 def table(heads: tuple[str, ...], rows: list[list[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+INTRODUCTION = f"""CPU seconds of one thread (torch {torch.__version__}), {CALIBRATION} calibration examples, models of
+random weights in the shapes at which the paper's code was measured. Plain: load, calibrate, quantise and run for every
+plan, run for one or two plans and multiplied. The bound: statistics, every layer at every width, and each part of the
+model once for every distinct setting of it and of what comes before it; given where one pass is the whole answer. The
+marginal plan differs from the one before in the language model alone. First frontier: when every plan has a score and
+an interval, as a share of the whole; a first shard has 4 images."""
+
 GRIDS = [  # shape, method, widths, task, examples, how many plans the plain path is run for
     ("blip2", "paper-gptq", (2, 4, 8), "caption", 64, 2),
     ("blip2", "paper-gptq", (2, 4, 8), "vqa", 1000, 1),
-    ("blip2", "paper-gptq", (2, 3, 4, 5, 6, 8), "caption", 64, 1),
+    ("blip2", "paper-gptq", (2, 3, 4, 5, 6, 8), "vqa", 64, 1),
     ("blip2", "paper-awq", (2, 4, 8), "caption", 64, 1),
     ("llava", "paper-gptq", (2, 4, 8), "caption", 64, 2),
     ("llava", "paper-gptq", (2, 4, 8), "vqa", 1000, 1),
-    ("llava", "paper-gptq", (2, 3, 4, 5, 6, 8), "caption", 64, 1),
+    ("llava", "paper-gptq", (2, 3, 4, 5, 6, 8), "vqa", 64, 1),
 ]
+
+
+def shapes(name: str) -> str:
+    return table(HEADS, [compare(*grid) for grid in GRIDS if grid[0] == name])
+
+
+# the report's sections, each of which may be run alone
+SECTIONS: dict[str, tuple[str, Callable[[], str]]] = {
+    "blip2": ("BLIP-2", lambda: shapes("blip2")),
+    "llava": ("LLaVA", lambda: shapes("llava")),
+    "drafts": ("Captions by drafts", drafts),
+    "workers": ("Workers", workers),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("blip2", "llava", "drafts", "workers", "growth"))
+    parser.add_argument("--only", choices=SECTIONS, help="run one section, and leave the others as they are")
     parser.add_argument("--out", type=Path, default=ROOT / "reports" / "sweep.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [compare(*grid) for grid in GRIDS if args.only in (None, grid[0])]
-    said = [table(HEADS, rows)] if rows else []
-    said += [drafts()] if args.only in (None, "drafts") else []
-    said += [workers()] if args.only in (None, "workers") else []
-    if args.only in (None, "growth"):
-        lines = [[kind, str(value), f"{seconds:.1f}", f"{peak:.0f}"] for kind, value, seconds, peak in growth()]
-        said.append(table(("of", "how many", "CPU s", "peak MB"), lines))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print("\n\n".join(said), f"\n\npeak {peak:.0f} MB")
-    if args.only is None:
-        args.out.write_text("\n\n".join(["# What a sweep costs", *said]) + "\n", encoding="utf-8")
+    text = args.out.read_text(encoding="utf-8") if args.out.exists() else ""
+    found = dict(part.split("\n\n", 1) for part in text.split("\n## ")[1:])
+    for name, (title, run) in SECTIONS.items():
+        if args.only in (None, name):
+            found[title] = run()
+            print(found[title], flush=True)
+            said = [f"## {one}\n\n{found[one].strip()}" for one, _ in SECTIONS.values() if one in found]
+            head = f"# What a sweep costs\n\n`python experiments/benchmarks/sweep.py`: {INTRODUCTION}"
+            args.out.write_text("\n\n".join([head, *said]) + "\n", encoding="utf-8")
+    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from sensitivity.quantize.calibration import calibrate
 from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.install import Memory, prepare, quantized, targets
+from sensitivity.quantize.install import prepare, quantized, targets
 from sensitivity.quantize.linears import Linears, Method
 from sensitivity.quantize.methods import METHODS, method_of, quantise, scheme, solve
 from sensitivity.quantize.presets import PRESETS
@@ -13,7 +13,6 @@ __all__ = [
     "PRESETS",
     "Curvature",
     "Linears",
-    "Memory",
     "Method",
     "Statistics",
     "calibrate",

@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sensitivity.errors import UserError
 from sensitivity.files import whole
 
-VERSION = 3  # raised when the meaning of an entry changes
+VERSION = 4  # raised when the meaning of an entry changes
 
 
 def home() -> Path:
@@ -56,20 +57,22 @@ class Cache:
 
     def load(self, about: Mapping[str, Any], device: torch.device) -> dict[str, Tensor] | None:
         file, _ = self._entry(about, device)
-        with suppress(OSError, SafetensorError):  # not there, being deleted, or not whole: to be made again
-            found = load_file(file, device=str(device))
+        found: dict[str, Tensor] | None = None
+        with suppress(OSError, SafetensorError, RuntimeError):  # not there, being deleted, or not whole
+            found = load_file(file)
             os.utime(file)
-            return found
-        return None
+        return None if found is None else {name: tensor.to(device) for name, tensor in found.items()}
 
     def store(self, about: Mapping[str, Any], made: Mapping[str, Tensor], device: torch.device) -> None:
         file, text = self._entry(about, device)
         size = sum(tensor.numel() * tensor.element_size() for tensor in made.values())
         if size <= self.limit_gb * 1e9:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._make_room(size)
-            with whole(file) as unfinished:
-                save_file({name: t.contiguous() for name, t in made.items()}, unfinished, metadata={"about": text})
+            with suppress(OSError, SafetensorError, UserError):  # deleted meanwhile, or not to be written
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._make_room(size)
+                with whole(file) as unfinished:
+                    apart = {name: t.contiguous().clone() for name, t in made.items()}  # results may share tensors
+                    save_file(apart, unfinished, metadata={"about": text})
 
     def _entry(self, about: Mapping[str, Any], device: torch.device) -> tuple[Path, str]:
         """Another torch or another number of threads may round sums differently, so those are part of the name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,10 +17,9 @@ from sensitivity.quantize.cache import fingerprint
 from sensitivity.quantize.curvature import Curvature
 from sensitivity.quantize.fold import Absorber
 from sensitivity.quantize.linears import Linears, reads
+from sensitivity.quantize.memory import Held, Key, Memory, held, tensors, value_of
 from sensitivity.quantize.methods import method_of, quantise, solve
 from sensitivity.quantize.statistics import Statistics
-
-Memory = MutableMapping[tuple[Any, ...], Tensor]  # (parameter, scheme, ...) -> quantised weight
 
 
 @contextmanager
@@ -34,14 +33,15 @@ def quantized(
     """Inside the block the model has the plan's weights; after it, also after an exception, its own again.
 
     Yields the names of the changed parameters, which are exactly those that the plan asks for, or it is an error.
-    `memory` keeps quantised weights by (parameter, scheme), for plans to come. Methods that need calibration take
+    `memory` keeps the codes of quantised weights for plans to come, and makes numbers only of those that change.
+    Methods that need calibration take
     it from `statistics`, block by block in the direction of data flow.
     """
     parameters = dict(model.named_parameters())
     asked = targets(parts, plan)
     if strangers := sorted(set(asked) - set(parameters)):
         raise UserError(f"the plan names weights that this model does not have: {', '.join(strangers[:4])}")
-    work = _Work(model, parts, {} if memory is None else memory, statistics)
+    work = _Work(model, parts, Memory() if memory is None else memory, statistics)
     blocks = list(_blocks(parts, asked))
     if statistics is None or not statistics.exposed:  # statistics of the float model are asked for while it is one
         for block in blocks:
@@ -52,7 +52,7 @@ def quantized(
                 work.solve(block, {weight.name: {asked[weight.name]} for weight in block})
                 for weight in block:
                     chosen = asked[weight.name]
-                    parameters[weight.name].data = work.memory[work.key(weight.name, chosen)]
+                    parameters[weight.name].data = work.weight(weight.name, chosen)
                     if weight.bias and weight.bias in asked:
                         parameters[weight.bias].data = work.bias(weight.bias, chosen)
                     if change := method_of(chosen).inputs:
@@ -111,7 +111,10 @@ class _Work:
         for weight in parts.weights:
             self.inputs.setdefault(reads(weight), []).append(weight)
 
-    def key(self, name: str, chosen: Scheme) -> tuple[Any, ...]:
+    def weight(self, name: str, chosen: Scheme) -> Tensor:
+        return self.memory.dense(self.key(name, chosen), self.own[name])
+
+    def key(self, name: str, chosen: Scheme) -> Key:
         """What a quantised weight depends on; on the exposed path, all that was quantised before it too."""
         if self.statistics is not None and self.statistics.exposed and method_of(chosen).calibrated:
             return name, chosen, tuple(self.done)
@@ -141,23 +144,24 @@ class _Work:
             if linears.curvature is not None:
                 linears.curvature.forget()
 
-    def _values(self, linears: Linears, schemes: Sequence[Scheme]) -> list[list[Tensor]]:
-        """Per scheme the weights as they come back; calibrated ones through the cache on disk, by what they hang on."""
+    def _values(self, linears: Linears, schemes: Sequence[Scheme]) -> list[list[Held]]:
+        """Per scheme the weights' codes; calibrated ones through the cache on disk, by what they hang on."""
         cache = self.statistics.cache if self.statistics is not None and linears.curvature is not None else None
         content = None if cache is None else [linears.foldable, fingerprint([*linears.weights, *linears.seen.content])]
         about = {s: {"scheme": replace(s, settings=_own(s)).to_json(), "content": content} for s in schemes}
         found = {s: cache.load(about[s], linears.weights[0].device) for s in schemes} if cache is not None else {}
         missing = [s for s in schemes if found.get(s) is None]
-        values: dict[Scheme, list[Tensor]] = {}
+        values: dict[Scheme, list[Held]] = {}
         for chosen, results in zip(missing, solve(linears, missing), strict=True):
             pairs = zip(linears.weights, results, strict=True)
-            values[chosen] = [w.clone() if r is None else r.dequantise().to(w.dtype) for w, r in pairs]
+            values[chosen] = [w.clone() if r is None else held(r) for w, r in pairs]
             if cache is not None:
-                stored = {str(i): value for i, value in enumerate(values[chosen])}
+                every = enumerate(values[chosen])
+                stored = {f"{i}.{name}": tensor for i, value in every for name, tensor in tensors(value).items()}
                 cache.store(about[chosen], stored, linears.weights[0].device)
-        for chosen, tensors in found.items():
-            if tensors is not None:
-                values[chosen] = [tensors[str(i)] for i in range(len(linears.weights))]
+        for chosen, kept in found.items():
+            if kept is not None:
+                values[chosen] = [value_of(_under(f"{i}.", kept)) for i in range(len(linears.weights))]
         return [values[chosen] for chosen in schemes]
 
     def _absorbers(self) -> Mapping[str, Absorber]:
@@ -168,7 +172,7 @@ class _Work:
             _finite(name, self.own[name])
             bias = self.own[name]
             self.memory[name, chosen] = quantise(bias.reshape(1, -1), chosen).reshape(bias.shape)
-        return self.memory[name, chosen]
+        return self.memory.dense((name, chosen), self.own[name])
 
     def _calibrated(self, chosen: Scheme) -> bool:
         if not method_of(chosen).calibrated:
@@ -177,6 +181,10 @@ class _Work:
             raise UserError(f"{chosen.method} needs calibration data: pass statistics, as calibrate() makes them")
         self.statistics.fits(chosen)
         return True
+
+
+def _under(prefix: str, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
 
 
 def _blocks(parts: ComponentMap, asked: Mapping[str, Any]) -> Iterator[list[Weight]]:
