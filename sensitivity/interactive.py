@@ -29,8 +29,10 @@ def pareto(
     scores = [rows[task].min(), rows[task].max(), *([full] if full is not None else [])]
     scores += [value for one in chosen for value in _told(one, task)[1:] if math.isfinite(value)]
     sizes = [rows["bpw"].min(), rows["bpw"].max(), *(one.size.bpw for one in chosen)]
+    if min(scores) == max(scores):  # nothing changes anything: a tenth above and below, so that there is an axis
+        scores += [scores[0] - 0.1, scores[0] + 0.1]
     across = _scale(math.log(min(sizes) * 0.95), math.log(max(sizes) * 1.05), LEFT, WIDTH - RIGHT)
-    pad = 0.04 * (max(scores) - min(scores) or 1)
+    pad = 0.04 * (max(scores) - min(scores))
     up = _scale(min(scores) - pad, max(scores) + pad, HEIGHT - BOTTOM, TOP)
     points = _points(table, rows, task, across, up)
     ticks = [float(tick) for tick in MaxNLocator(6).tick_values(min(scores), max(scores))]

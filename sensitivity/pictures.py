@@ -85,8 +85,10 @@ def _of_ranking(ranking: Ranking) -> list[Drawn]:
 def _by_bits(table: pd.DataFrame, task: str, names: Sequence[str]) -> list[Drawn]:
     means = figures.quantised(table).melt(id_vars=[task], value_vars=names, var_name="part", value_name="bits")
     means = means.groupby(["part", "bits"], as_index=False)[task].agg(["mean", "count"])
-    drawn = [("by-bits", "Sensitivity to the width of each part", words.by_bits_alt(means, task),
-              figures.by_bits(table, task, names), means)]  # fmt: skip
+    drawn: list[Drawn] = []
+    if means.groupby("part").size().max() > 1:
+        drawn.append(("by-bits", "Sensitivity to the width of each part", words.by_bits_alt(means, task),
+                      figures.by_bits(table, task, names), means))  # fmt: skip
     alone = pd.concat([figures.single(table, names, name).assign(part=name) for name in names])
     if alone.groupby("part").size().max() > 2:
         drawn.append(("alone", "One part at a time, the others native", words.ALONE_ALT,

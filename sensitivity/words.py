@@ -75,6 +75,8 @@ def _sure(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranki
             fresh = "fresh examples" if one.fresh else "the examples it was chosen on, which flatters it"
             told.append(f"{at}{'it' if at else 'It'} was run on {fresh} and scored {one.measured}{kept}.")
         told.append(f"{at}{one.words}")
+    if not chosen and not ranked:
+        told.append("Not at all yet: no part could be ranked, for the reason given below, and no plan was run.")
     if study.meta.get("left_out"):
         used, rows = study.meta.get("used", 0), study.meta.get("rows", 0)
         told.append(f"{used:,} of {rows:,} rows of the imported table were used. {_sentences(study.meta['left_out'])}")
@@ -148,8 +150,10 @@ def by_bits_alt(means: pd.DataFrame, task: str) -> str:
     told = []
     for part, rows in means.groupby("part", sort=False):
         curve = rows.set_index("bits")["mean"]
-        least = curve[curve >= 0.9 * curve.iloc[-1]].index.min() if curve.iloc[-1] > 0 else curve.index.max()
-        told.append(f"{part} keeps nine tenths down to {least:g} bits")
+        if curve.iloc[-1] > 0:
+            told.append(f"{part} keeps nine tenths down to {curve[curve >= 0.9 * curve.iloc[-1]].index.min():g} bits")
+        else:
+            told.append(f"{part} is worth nothing even at {curve.index[-1]:g} bits")
     return f"Lines of the mean {task} over the bits of each part, averaged over the others: {'; '.join(told)}."
 
 

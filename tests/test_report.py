@@ -147,6 +147,18 @@ def test_few_trials_and_no_recommendation(tmp_path: Path) -> None:
         report(empty, tmp_path / "out")
 
 
+@pytest.mark.parametrize("levels", [(3, 8), (8, 16)])
+def test_a_study_that_tells_nothing_says_so(levels: tuple[int, int], tmp_path: Path) -> None:
+    rows = None if levels == (3, 8) else np.array([[16.0] * 3, [8.0] * 3])
+    made = planted.study(tmp_path, {"vqa": lambda bits: np.zeros(len(bits))}, levels=levels, rows=rows)
+    text = report(made, tmp_path / "report", bootstraps=2).read_text()
+    assert "Not at all yet: no part could be ranked" in text
+    assert "keeps nine tenths" not in text
+    assert (tmp_path / "report" / "vqa-by-bits.png").exists() == (rows is None)  # one width is no curve
+    ticks = [float(tick) for tick in re.findall(r'text-anchor="end">([^<]+)</text>', text)]
+    assert min(ticks) < -0.01 < 0.01 < max(ticks)  # an axis, though all plans lie on one line
+
+
 def test_noise_is_reported_as_such(tmp_path: Path) -> None:
     study = planted.study(tmp_path / "noise", {"a": lambda bits: 0 * bits[:, 0]}, noise=1.0, levels=(2, 4, 8))
     assert "worse than the mean" in report(study, tmp_path / "out").read_text()
