@@ -24,7 +24,7 @@ from sensitivity.probe import Probe
 from sensitivity.quantize import method_of
 from sensitivity.quantize.linears import reads
 from sensitivity.shards import MOST, cuts
-from sensitivity.sweep import MEMORY_GB
+from sensitivity.sweep import CODE, MEMORY_GB
 from sensitivity.tasks import Task
 from sensitivity.trials import EXAMPLE_COLUMNS
 
@@ -92,7 +92,7 @@ def foresee(
     grams = sum(4.0 * weight.cols**2 for weight in inputs.values())
     once = sum(first for of_parts in passes for first, _ in of_parts.values()) / sum(s.examples for s in samples)
     tokens = max(sum(sample.sequence for sample in samples) // len(samples), 1)
-    stored = sum(w.numel for w in parts.weights) * kind.itemsize
+    many = sum(w.numel for w in parts.weights)
     seconds = {
         "loading": parts.numel * kind.itemsize / LOADING,
         "examples": sum(sample.making * sample.images for sample in samples),
@@ -105,7 +105,8 @@ def foresee(
     }
     work = {
         "weights": float(parts.numel * kind.itemsize),
-        "quantised weights": 0.0 if plain else min(memory_gb * 1e9 / 2, float(len(schemes) * stored)),
+        "quantised weights": 0.0 if plain else min(memory_gb * 1e9 / 2, len(schemes) * CODE * many)
+        + many * kind.itemsize,  # codes, and the plan that is running as numbers
         "hidden states": 0.0 if plain else min(memory_gb * 1e9 / 2, sum(model.kept(sample) for sample in samples)),
         "activations": max(model.activations(sample) for sample in samples),
         "statistics": grams,
@@ -114,7 +115,7 @@ def foresee(
         "Python": float(resident + LATER),
         "examples": sum(sample.bytes * min(sample.images, MOST) for sample in samples),
     }
-    cached = min(cache_gb * 1e9, grams + stored * len(calibrated)) if calibrated else 0.0
+    cached = min(cache_gb * 1e9, grams + CODE * many * len(calibrated)) if calibrated else 0.0
     return Forecast(
         plans=len(plans),
         examples=sum(sample.examples for sample in samples),
