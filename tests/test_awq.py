@@ -8,7 +8,8 @@ from torch import Tensor
 
 from sensitivity.plan import OVERHEAD
 from sensitivity.quantize import Curvature, Linears, quantise, scheme, solve
-from sensitivity.quantize.clip import RATIOS, clipped, group_errors, grouped, halved, own_blocks, quadratic
+from sensitivity.quantize.clip import RATIOS, clipped
+from sensitivity.quantize.cost import STRIP, Cost, directions, halved, quadratic
 from sensitivity.quantize.grid import Quantised, affine, encode, ranges
 from sensitivity.quantize.scale_search import QUERY_KEY, errors, scales
 
@@ -157,10 +158,9 @@ def test_the_best_range_of_every_group_is_the_best_of_all_tried(group: int | str
     given = linears(("w",))
     w, gram = given.rows, given.seen.gram
     chosen = scheme("clip", 3, group=group, symmetric=symmetric)
-    low, high = clipped(w, chosen, torch.float32, gram)
-    rounded = encode(w, chosen, *affine(w, chosen, low, high, torch.float32)).dequantise()
     width = WIDTH if group == "row" else int(group)
-    found = group_errors(grouped(w - rounded, width), own_blocks(gram, width))
+    low, high = clipped(w, chosen, torch.float32, Cost.of(gram, width))
+    error = w - encode(w, chosen, *affine(w, chosen, low, high, torch.float32)).dequantise()
     row = scheme("rtn", 3, symmetric=symmetric)
     for i in range(len(w)):
         for g, start in enumerate(range(0, WIDTH, width)):
@@ -172,7 +172,54 @@ def test_the_best_range_of_every_group_is_the_best_of_all_tried(group: int | str
                 near = affine(piece, row, torch.maximum(least, -edge), torch.minimum(most, edge), torch.float32)
                 e = piece - encode(piece, row, *near).dequantise()
                 best = min(best, float((e @ block @ e.T).squeeze()))
-            assert float(found[i, g]) == pytest.approx(best, rel=1e-3)
+            e = error[i, start : start + width]
+            assert float(e @ block @ e) == pytest.approx(best, rel=1e-3), g
+
+
+def tall(width: int, seed: int = 0) -> Tensor:
+    """A Gram matrix as real ones are: a few directions hold most of it, and one channel was always zero."""
+    g = torch.Generator().manual_seed(seed)
+    common = torch.randn(4 * width, width // 10, generator=g) @ torch.randn(width // 10, width, generator=g)
+    x = common + torch.randn(4 * width, width, generator=g) / 2
+    x[:, 3] = 0
+    return x.T @ x
+
+
+@pytest.mark.parametrize("width", [100, 128, 300])
+def test_a_few_directions_never_say_more_than_the_whole_matrix(width: int) -> None:
+    gram = tall(width)
+    few = directions(gram).double()
+    assert few.shape == (width, -(-width // 8))
+    rest = torch.linalg.eigvalsh(gram.double() - few @ few.T)
+    largest = float(torch.linalg.eigvalsh(gram.double())[-1])
+    assert rest.min() > -1e-6 * largest
+    assert rest.max() < 0.5 * largest
+    assert not directions(torch.zeros(width, width)).any()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", ["row", 128])
+def test_what_a_few_directions_rule_out_would_not_have_been_chosen(
+    bits: int, group: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = torch.Generator().manual_seed(1)
+    gram, w = tall(200), torch.randn(150, 200, generator=g)
+    size = 200 if group == "row" else int(group)
+    scale = torch.rand(200, generator=g) + 0.5
+    chosen = scheme("clip", bits, group=group)
+    fast = Cost.of(gram, size)
+    assert size > STRIP
+    assert len(fast.few) == len(fast.exact) == -(-200 // size)
+    judged: list[int] = []
+    monkeypatch.setattr(
+        "sensitivity.quantize.cost.quadratic", lambda e, half: (judged.append(len(e)), quadratic(e, half))[1]
+    )
+    for cost in (fast, fast.under(scale)):
+        found = clipped(w, chosen, torch.float32, cost)
+        assert sum(judged) < 0.6 * len(RATIOS) * len(w) * len(cost.exact)
+        slow = clipped(w, chosen, torch.float32, Cost(cost.exact, ()))
+        assert all(torch.equal(a, b) for a, b in zip(found, slow, strict=True))
+        judged.clear()
 
 
 def test_clipping_never_costs_more_than_nearest_within_a_row() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sensitivity import verbs
 from sensitivity.components import ComponentMap
-from sensitivity.errors import UserError
+from sensitivity.errors import Notice, UserError
 from sensitivity.models import VLM, family_of, inspect
 from sensitivity.plan import Plan, Scheme
 from sensitivity.quantize import METHODS, Curvature, Statistics, calibrate, prepare, quantized, scheme
@@ -584,6 +584,14 @@ def test_the_cache_survives_damage_and_stays_small(tmp_path: Path) -> None:
     assert entry(cache, 8) == 8
     assert made == [1, 2, 1, 3, 4, 5, 6, 7, 8]
     assert entry(Cache(tmp_path / "none", limit_gb=0), 5) == 5
+
+
+def test_a_cache_that_cannot_be_written_to_is_said_and_does_without(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file where the folder would be")
+    cache = Cache(tmp_path / "taken")
+    with pytest.warns(Notice, match=r"nothing can be kept in .*taken: calibration is done again by the next run"):
+        found = cache.fetch({"entry": 1}, lambda: {"x": torch.ones(3)}, torch.device("cpu"))
+    assert found["x"].tolist() == [1, 1, 1]
     assert not (tmp_path / "none").exists()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
 
-from sensitivity.errors import UserError
+from sensitivity.errors import Notice, UserError
 from sensitivity.plan import Scheme
 from sensitivity.quantize import Curvature, Linears, quantise, scheme, solve
 from sensitivity.quantize.grid import affine, ranges
@@ -114,13 +116,16 @@ def test_our_own_backend_is_not_written_down() -> None:
 
 @pytest.mark.parametrize("group", ["row", 24, 16])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_the_real_library_through_our_statistics_is_as_good(group: int | str, symmetric: bool) -> None:
+def test_the_real_library_through_our_statistics_is_as_good_and_keeps_quiet(
+    group: int | str, symmetric: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("gptqmodel", reason="needs the extra peers")
     seen, w = curvature(inputs()), weights()
     for bits in (2, 3, 4, 8):
         how = {"group": group, "symmetric": symmetric, "clip": False}
         ours, theirs = (quantise(w, scheme("gptq", bits, **how, **b), seen) for b in ({}, {"backend": "gptqmodel"}))
         assert cost(w, ours, seen) == pytest.approx(cost(w, theirs, seen), rel=0.1)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("group", ["row", 24])
@@ -219,11 +224,14 @@ def test_the_factor_is_computed_once() -> None:
     assert seen.factor(0.02) is not first
 
 
-def test_a_matrix_that_will_not_factorise_gets_more_damping_and_says_so() -> None:
-    seen = curvature(inputs(5))  # 5 tokens cannot tell 72 channels apart
-    with pytest.warns(UserWarning, match="the weight: damping raised from 0 to "):
-        found = quantise(weights(), scheme("gptq", 4, damp=0.0), seen)
-    assert torch.isfinite(found).all()
+def test_a_matrix_that_will_not_factorise_gets_more_damping_and_says_so_once() -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default", Notice)  # as the command line has it
+        for _ in range(3):  # layers; 5 tokens cannot tell 72 channels apart
+            assert torch.isfinite(quantise(weights(), scheme("gptq", 4, damp=0.0), curvature(inputs(5)))).all()
+    (notice,) = said
+    assert notice.category is Notice
+    assert str(notice.message).startswith("damping raised from 0 to 0.001, since a Gram matrix would not factorise")
 
 
 def test_a_channel_that_was_always_zero_is_rounded_to_nearest() -> None:

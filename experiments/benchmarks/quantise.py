@@ -1,12 +1,14 @@
 """What quantising costs: widths that share a study, GPTQ of a large layer, AWQ's search; each against the plain way.
 
-python -m experiments.benchmarks.quantise [--peer PYTHON-OF-A-VENV-WITH-GPTQMODEL] [--side 4096]
+python -m experiments.benchmarks.quantise [--peer PYTHON-OF-A-VENV-WITH-GPTQMODEL] [--side 4096] [--threads 2]
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
+import re
 import resource
 import time
 from collections.abc import Callable
@@ -26,12 +28,13 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 
 
 def timed(run: Callable[[], object], repeat: int = 3) -> float:
-    """Processor seconds, the fastest of a few: on a busy machine the clock on the wall says little."""
+    """Seconds, the fastest of a few. Of one thread those of the processor: a busy machine does not change them much."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times = []
     for _ in range(repeat):
-        began = time.process_time()
+        began = clock()
         run()
-        times.append(time.process_time() - began)
+        times.append(clock() - began)
     return min(times)
 
 
@@ -88,7 +91,7 @@ def large(side: int, peer: str | None) -> list[str]:
     ]  # fmt: skip
     if peer:
         one = [Layer("layer", weight, inputs, inputs[:1])]
-        wish = {"group": "row", "symmetric": True, "bits": 4}
+        wish = {"group": "row", "symmetric": True, "bits": 4, "alone": True}
         times = [theirs(peer, one, [("key", "layer", wish)])[1]["seconds"]["key"] for _ in range(2)]
         rows.append(("GPTQModel 7.6.0", min(times)))
     plain = rows[0][1]
@@ -122,19 +125,44 @@ def search(side: int, tokens: int) -> list[str]:
     return [f"| {side} x {side}, {tokens} tokens | {batched:.2f} s | {looped:.2f} s | {looped / batched:.1f} |"]
 
 
+def most(run: Callable[[], object]) -> int:
+    """Bytes held at the height of it, beyond those before: Linux counts them anew when it is told to."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status")
+    before = int(re.findall(r"VmRSS:\s+(\d+)", status.read_text())[0])
+    run()
+    return 1024 * (int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) - before)
+
+
+def memory(side: int) -> list[str]:
+    """What quantising a layer holds beyond its weight and its Gram matrix, the results included, in layers."""
+    weight, _, seen = layer(side, side)
+    lines = []
+    for method, widths in (("gptq", (4,)), ("gptq", WIDTHS), ("clip", (4,)), ("awq", (4,))):
+        schemes = [scheme(method, bits) for bits in widths]
+        seen.forget()
+        held = most(lambda schemes=schemes: solve(Linears(("layer",), (weight,), seen), schemes))  # type: ignore[misc]
+        lines.append(f"| {method}, {len(widths)} widths | {held / 1e9:.2f} GB | {held / (4 * side**2):.1f} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer")
     parser.add_argument("--model", default="embedded:scenes-llava")
     parser.add_argument("--side", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", default="reports/benchmark-quantise.md")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the peer
     lines = [
         "# What quantising costs",
         "",
-        f"`python -m experiments.benchmarks.quantise --peer PYTHON --side {args.side}`: torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads, {os.cpu_count()} cores. Processor seconds, the fastest of three where it",
-        "is short; a busy machine does not change them much.",
+        f"`python -m experiments.benchmarks.quantise --peer PYTHON --side {args.side} --threads {args.threads}`: "
+        f"torch {torch.__version__}, {os.cpu_count()} cores.",
+        f"{'Processor seconds' if args.threads == 1 else 'Seconds on the wall'}, the fastest of three where short.",
         "",
         f"## Every layer of {args.model}, 128 calibration examples",
         "",
@@ -151,6 +179,16 @@ def main() -> None:
     ]
     for side, tokens in ((args.side // 4, 8 * args.side), (args.side // 2, 4 * args.side)):
         lines += search(side, tokens)
+    lines += [
+        "",
+        f"## Memory beyond a layer of {args.side} x {args.side} and its Gram matrix",
+        "",
+        f"A layer of this size has {4 * args.side**2 / 1e9:.3f} GB in 32 bits. Results (codes and grids) are included.",
+        "",
+        "| method | at most | in layers |",
+        "|---|---|---|",
+        *memory(args.side),
+    ]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     lines += ["", f"Peak memory of all of it: {peak:.2f} GB."]
     Path(args.out).parent.mkdir(exist_ok=True)

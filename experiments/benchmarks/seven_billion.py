@@ -50,10 +50,10 @@ def llava(shrink: int, device: str, dtype: torch.dtype) -> VLM:
     return VLM(f"LLaVA-1.5-7B / {shrink}", model, None, family_of(model), "random", 16)
 
 
-def batches(vlm: VLM, examples: int) -> Iterator[Batch]:
+def batches(vlm: VLM, examples: int, at_once: int = ROWS) -> Iterator[Batch]:
     """Noise for images and words; it weighs and costs what real examples do."""
-    for start in range(0, examples, ROWS):
-        rows = min(ROWS, examples - start)
+    for start in range(0, examples, at_once):
+        rows = min(at_once, examples - start)
         g = torch.Generator().manual_seed(start)
         ids = torch.cat([torch.full((rows, 576), IMAGE), torch.randint(3, IMAGE, (rows, WORDS), generator=g)], 1)
         pixels = torch.randn(rows, 3, 336, 336, generator=g)
@@ -86,7 +86,7 @@ def main() -> None:
     blocks = [sum(4 * w.cols**2 for w in inputs if w.place("block") == name) / 1e9 for name in parts.names]
     facts = {"path": "float"}
     loaded, began = gigabytes(args.device), time.perf_counter()
-    gather = unquantised(vlm, parts, lambda: batches(vlm, args.examples), {}, None, int(args.room * 1e9))
+    gather = unquantised(vlm, parts, lambda rows: batches(vlm, args.examples, rows), {}, None, int(args.room * 1e9))
     statistics = Statistics(facts, gather)
     widths = [int(bits) for bits in args.bits.split(",")]
     for name in parts.names:  # block by block, so that no more than one block's results are held

@@ -72,19 +72,22 @@ def main() -> None:
                 "search": scheme("awq", bits, group=GROUP, clip=False),
                 "search and clip": scheme("awq", bits, group=GROUP),
             }
+            whole = replace(found[names[0]], weight=torch.cat(weights))
+            other = torch.cat([peer[name] for name in names])
             for label, chosen in schemes.items():
                 (results,) = solve(Linears(tuple(names), weights, seen), [chosen])
-                for name, result in zip(names, results, strict=True):
-                    ours, layer = result.dequantise(), found[name]  # type: ignore[union-attr]
-                    other = layer.error(peer[name], fresh=True)
-                    ratios[bits, label].append(layer.error(ours) / layer.error(peer[name]))
-                    ratios[bits, f"{label}, fresh"].append(layer.error(ours, fresh=True) / other)
-                    if label == "search":
-                        nearest = scheme("rtn", bits, group=GROUP, symmetric=False)
-                        plain = layer.error(quantise(layer.weight, nearest), fresh=True)
-                        ratios[bits, "theirs / nearest"].append(other / plain)
+                ours = [result.dequantise() for result in results]  # type: ignore[union-attr]
+                ratios[bits, label].append(whole.error(torch.cat(ours)) / whole.error(other))
+                fresh = whole.error(torch.cat(ours), fresh=True) / whole.error(other, fresh=True)
+                ratios[bits, f"{label}, fresh"].append(fresh)
+                for name, one in zip(names, ours, strict=True):
+                    ratios[bits, f"{label}, alone"].append(found[name].error(one) / found[name].error(peer[name]))
+            nearest = scheme("rtn", bits, group=GROUP, symmetric=False)
+            plain = whole.error(quantise(whole.weight, nearest), fresh=True)
+            ratios[bits, "theirs / nearest"].append(whole.error(other, fresh=True) / plain)
         seconds["ours, both searches and the comparison"] += time.perf_counter() - began
-    columns = ("theirs / nearest", "search", "search, fresh", "search and clip", "search and clip, fresh")
+    judged = ("search", "search, fresh", "search, alone", "search and clip", "search and clip, fresh")
+    columns = ("theirs / nearest", *judged)
     lines = [
         "# AWQ: ours against llm-compressor",
         "",
@@ -92,10 +95,12 @@ def main() -> None:
         f"llm-compressor {facts['llmcompressor']} with transformers {facts['transformers']}, "
         f"{torch.get_num_threads()} threads, {os.cpu_count()} cores)",
         "",
-        f"The {len(ratios[BITS[0], 'search'])} linear layers of {args.model} that a norm feeds, groups of {GROUP},",
-        f"asymmetric, {N} calibration examples, activations alone in the scales (`duo_scaling=False`). Ratios of",
-        "relative output error, ours / theirs: below 1 ours is better.",
-        "Geometric mean (worst layer); `fresh` is judged on inputs from the evaluation split.",
+        f"The {len(ratios[BITS[0], 'search, alone'])} linear layers of {args.model} that a norm feeds,",
+        f"groups of {GROUP}, asymmetric, {N} calibration examples, activations alone in the scales",
+        "(`duo_scaling=False`). Ratios of relative output error, ours / theirs: below 1 ours is better. Geometric mean",
+        f"and, in brackets, the worst of the {len(ratios[BITS[0], 'search'])} inputs: layers that share one share",
+        "their scales, and are chosen for and judged together;",
+        "`alone` is each layer by itself; `fresh` is judged on inputs from the evaluation split.",
         "",
         f"| bits | {' | '.join(columns)} |",
         "|---" * (1 + len(columns)) + "|",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sensitivity.errors import UserError
+from sensitivity.errors import Notice, UserError
 from sensitivity.files import whole
 
 VERSION = 4  # raised when the meaning of an entry changes
@@ -67,12 +68,16 @@ class Cache:
         file, text = self._entry(about, device)
         size = sum(tensor.numel() * tensor.element_size() for tensor in made.values())
         if size <= self.limit_gb * 1e9:
-            with suppress(OSError, SafetensorError, UserError):  # deleted meanwhile, or not to be written
+            apart = {name: t.contiguous().clone() for name, t in made.items()}  # results may share tensors
+            try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._make_room(size)
                 with whole(file) as unfinished:
-                    apart = {name: t.contiguous().clone() for name, t in made.items()}  # results may share tensors
                     save_file(apart, unfinished, metadata={"about": text})
+            except (OSError, SafetensorError, UserError):
+                if self.folder.exists():  # else it was deleted meanwhile, and is made again next time
+                    said = f"nothing can be kept in {self.folder}: calibration is done again by the next run"
+                    warnings.warn(said, Notice, stacklevel=2)
 
     def _entry(self, about: Mapping[str, Any], device: torch.device) -> tuple[Path, str]:
         """Another torch or another number of threads may round sums differently, so those are part of the name."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sensitivity.errors import UserError
+from sensitivity.errors import Notice, UserError
 
 RAISE = 10.0  # how much more damping each further attempt gets
 
@@ -110,17 +110,17 @@ class Curvature:
                 "bfloat16 (--dtype), or look at what stands before this layer"
             )
 
-    def factor(self, damp: float = 0.01, by_activation: bool = False, name: str = "a layer") -> Factor:
+    def factor(self, damp: float = 0.01, by_activation: bool = False) -> Factor:
         """Computed once and kept: it serves every width. Damping rises until the matrix can be factorised."""
         if self._factor is None or self._factor[0] != (damp, by_activation):
-            self._factor = (damp, by_activation), self._factorise(damp, by_activation, name)
+            self._factor = (damp, by_activation), self._factorise(damp, by_activation)
         return self._factor[1]
 
     def forget(self) -> None:
         """Let go of the factor, which is as large as the Gram matrix."""
         self._factor = None
 
-    def _factorise(self, damp: float, by_activation: bool, name: str) -> Factor:
+    def _factorise(self, damp: float, by_activation: bool) -> Factor:
         diagonal = self.gram.diagonal()
         order = torch.argsort(diagonal, descending=True, stable=True) if by_activation else None
         mean = float(diagonal.mean())
@@ -138,6 +138,8 @@ class Curvature:
                 break
             tried = max(tried, 1e-4) * RAISE
         if tried > damp:
-            warnings.warn(f"{name}: damping raised from {damp:g} to {tried:g}, for its Gram matrix", stacklevel=2)
+            # without the layer's name: the same words are shown once, however many layers it is true of
+            why = "since a Gram matrix would not factorise; more calibration examples help (--calibration-n)"
+            warnings.warn(f"damping raised from {damp:g} to {tried:g}, {why}", Notice, stacklevel=2)
         unit = (lower / scale).flip(0, 1).contiguous()
         return Factor(unit, scale.flip(0).square(), order, tried)

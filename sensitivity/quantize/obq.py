@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sensitivity.plan import Scheme
 from sensitivity.quantize.clip import clipped
+from sensitivity.quantize.cost import Cost
 from sensitivity.quantize.curvature import Factor
 from sensitivity.quantize.grid import Quantised, affine, columns, ranges
 from sensitivity.quantize.linears import Linears
@@ -27,7 +28,7 @@ def gptq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Quantised | N
     first = schemes[0]
     if first.get("backend") == "gptqmodel":
         return gptqmodel(linears, schemes)
-    factor = linears.seen.factor(float(first["damp"] or 0), first["order"] == "activation", linears.name)
+    factor = linears.seen.factor(float(first["damp"] or 0), first["order"] == "activation")
     runs = [_Run.start(linears, scheme, factor) for scheme in schemes]
     _Sweep(factor, runs, linears.rows).go(columns(first, linears.rows), isinstance(first.group, int))
     return [linears.split(run.result(factor)) for run in runs]
@@ -80,7 +81,10 @@ class _Run:
 
 
 def _grid(rows: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = clipped(rows, scheme, dtype, importance) if scheme.get("clip") else ranges(rows, scheme)
+    if scheme.get("clip"):
+        low, high = clipped(rows, scheme, dtype, Cost.of(importance, columns(scheme, rows)))
+    else:
+        low, high = ranges(rows, scheme)
     return affine(rows, scheme, low, high, dtype)
 
 

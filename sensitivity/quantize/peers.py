@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib.util import find_spec
+from io import StringIO
 from typing import Any
 
 import torch
@@ -30,7 +32,8 @@ def check(scheme: Scheme) -> None:
 
 def gptqmodel(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Quantised | None]]:
     """Each weight at each width on its own, as the library works. Channels that were always zero lose their weights."""
-    return [[_one(linears, weight.detach().float(), scheme) for weight in linears.weights] for scheme in schemes]
+    with redirect_stdout(StringIO()):  # it greets on standard output, where --json may stand
+        return [[_one(linears, weight.detach().float(), scheme) for weight in linears.weights] for scheme in schemes]
 
 
 def _one(linears: Linears, weight: Tensor, scheme: Scheme) -> Quantised:

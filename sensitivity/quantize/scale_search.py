@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sensitivity.plan import Scheme
-from sensitivity.quantize.clip import clipped, grouped, halved, quadratic, rounding
+from sensitivity.quantize.clip import clipped, rounding
+from sensitivity.quantize.cost import Cost, halved, quadratic
 from sensitivity.quantize.curvature import Curvature
 from sensitivity.quantize.grid import Quantised, affine, columns, encode, ranges, sixteen
 from sensitivity.quantize.linears import Linears
@@ -28,15 +29,16 @@ def awq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Quantised | No
     grid = scales(seen, int(first["exponents"] or 1) if scaled_at_all else 1, linears.dtype)
     found = errors(linears.rows, grid, seen.gram, schemes, linears.dtype) if len(grid) > 1 else None
     best = [0] * len(schemes) if found is None else found.argmin(1).tolist()
-    return [_rounded(linears, scheme, grid[i]) for scheme, i in zip(schemes, best, strict=True)]
+    cost = Cost.of(seen.gram, columns(first, linears.rows)) if first["clip"] else None
+    return [_rounded(linears, scheme, grid[i], cost) for scheme, i in zip(schemes, best, strict=True)]
 
 
-def _rounded(linears: Linears, scheme: Scheme, chosen: Tensor) -> list[Quantised | None]:
+def _rounded(linears: Linears, scheme: Scheme, chosen: Tensor, cost: Cost | None) -> list[Quantised | None]:
     """Clipped and rounded under the chosen scale."""
     scaled = linears.rows * chosen
     low, high = ranges(scaled, scheme)
-    if scheme["clip"]:
-        best = clipped(scaled, scheme, linears.dtype, linears.seen.gram / chosen[:, None] / chosen)
+    if cost is not None:
+        best = clipped(scaled, scheme, linears.dtype, cost.under(chosen))
         free = torch.cat(
             [
                 torch.full((len(weight), 1), bool(scheme["clip_qk"]) or not QUERY_KEY.search(name))
@@ -71,3 +73,10 @@ def errors(rows: Tensor, grid: Tensor, gram: Tensor, schemes: Sequence[Scheme], 
             error = rounding(scaled, scheme, low, high, dtype, out=room).flatten(-2)[..., :cols].div_(grid[:, None])
             total[i] += quadratic(error.reshape(-1, cols), half).reshape(count, -1).sum(1, dtype=torch.float64)
     return total
+
+
+def grouped(rows: Tensor, size: int) -> Tensor:
+    """... x columns as ... x groups x size, the last group filled up with zeros, which are rounded to themselves."""
+    if padding := -rows.shape[-1] % size:
+        rows = torch.nn.functional.pad(rows, (0, padding))
+    return rows.reshape(*rows.shape[:-1], -1, size)
