@@ -74,8 +74,9 @@ class Cache:
                 self._make_room(size)
                 with whole(file) as unfinished:
                     save_file(apart, unfinished, metadata={"about": text})
-            except (OSError, SafetensorError, UserError):
-                if self.folder.exists():  # else it was deleted meanwhile, and is made again next time
+            except (OSError, SafetensorError, UserError) as error:
+                gone = isinstance(error.__cause__ or error, FileNotFoundError) or "No such file" in str(error)
+                if not gone:  # deleted meanwhile: it is made again next time
                     said = f"nothing can be kept in {self.folder}: calibration is done again by the next run"
                     warnings.warn(said, Notice, stacklevel=2)
 
