@@ -20,6 +20,7 @@ from torch import Tensor
 from sensitivity.errors import Notice, UserError
 from sensitivity.files import whole
 
+CLOSED = ("Permission denied", "Read-only", "No space", "quota", "Not a directory")  # as the system says it
 VERSION = 4  # raised when the meaning of an entry changes
 
 
@@ -75,10 +76,10 @@ class Cache:
                 with whole(file) as unfinished:
                     save_file(apart, unfinished, metadata={"about": text})
             except (OSError, SafetensorError, UserError) as error:
-                gone = isinstance(error.__cause__ or error, FileNotFoundError) or "No such file" in str(error)
-                if not gone:  # deleted meanwhile: it is made again next time
-                    said = f"nothing can be kept in {self.folder}: calibration is done again by the next run"
-                    warnings.warn(said, Notice, stacklevel=2)
+                said = f"{error} {error.__cause__}"
+                if self.folder.is_file() or any(why in said for why in CLOSED):  # else it was deleted meanwhile
+                    again = "calibration is done again by the next run"
+                    warnings.warn(f"nothing can be kept in {self.folder}: {again}", Notice, stacklevel=2)
 
     def _entry(self, about: Mapping[str, Any], device: torch.device) -> tuple[Path, str]:
         """Another torch or another number of threads may round sums differently, so those are part of the name."""
