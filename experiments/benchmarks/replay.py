@@ -288,8 +288,9 @@ def save(found: pd.DataFrame, out: Path) -> None:
     )
     curves = found[found["search"] != WHOLE]
     names = list(curves["table"].unique())
-    figure = Figure(figsize=(4.5 * len(names), 4), layout="constrained")
-    for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
+    across, down = min(3, len(names)), -(-len(names) // 3)
+    figure = Figure(figsize=(4.5 * across, 4 * down), layout="constrained")
+    for axes, name in zip(figure.subplots(down, across, squeeze=False).flat, names, strict=False):
         rows = curves[(curves["table"] == name) & (curves["pick"] == "believed")]
         sns.lineplot(
             rows, x="plans", y="regret", hue="search", style="search", palette="colorblind", ax=axes, n_boot=200
