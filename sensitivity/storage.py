@@ -128,8 +128,10 @@ AGAIN = 0.5
 
 def patient(storage: RDBStorage) -> RDBStorage:
     """A database that is away for some time is waited for, as a sweep may have days of work behind it."""
-    for name in BaseStorage.__dict__:
-        if not name.startswith("_") and callable(getattr(storage, name)):
+    public = [name for name in BaseStorage.__dict__ if not name.startswith("_")]
+    private = ("_get_trials", "_create_new_trial", "_set_trial_param")  # which Optuna's cache in front of it calls
+    for name in (*public, *private):
+        if callable(getattr(storage, name)):
             setattr(storage, name, _waiting(getattr(storage, name)))
     return storage
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import optuna
 import pandas as pd
 import pytest
 
@@ -129,6 +130,23 @@ def test_two_launchers_a_kill_and_a_database_that_goes_away(
     assert study.counts() == {"done": 9, "waiting": 0, "running": 0}
     pd.testing.assert_frame_equal(table(study), table(undisturbed), check_exact=True)
     close(study._storage)
+
+
+def test_all_that_optuna_asks_of_a_database_is_waited_for(
+    postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the cache that Optuna puts before it, too, which calls what is not public."""
+    monkeypatch.setattr("sensitivity.storage.PATIENCE", 0.2)
+    monkeypatch.setattr("sensitivity.storage.AGAIN", 0.1)
+    study = optuna.create_study(storage=open_storage(postgres.url))
+    trial = study.ask()
+    postgres.stop()
+    for call in (study.get_trials, study.ask, lambda: trial.suggest_int("bits", 1, 16), lambda: study.user_attrs):
+        with pytest.raises(UserError, match="the database has been away"):
+            call()
+    postgres.start()
+    assert [trial.number for trial in study.get_trials()] == [0]
+    close(study._storage._backend)  # type: ignore[attr-defined]
 
 
 def test_a_database_that_stays_away_is_one_sentence(
