@@ -126,6 +126,8 @@ def drawn(found: pd.DataFrame) -> Figure:
             xscale="log", yscale="log", xlabel=kind, ylabel="CPU seconds a step" if "queue" in kind else "CPU seconds"
         )
         axes.set_title(f"slope {slope(rows):.2f}")
+        axes.set_xticks(rows["how many"], [f"{value:,}" for value in rows["how many"]])
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3, which="both")
     return figure
 
@@ -137,6 +139,7 @@ def slope(rows: pd.DataFrame) -> float:
 def projection(found: pd.DataFrame) -> str:
     """What a large sweep would take, and what would hold it up first."""
     from sensitivity.shards import ends_of
+    from sensitivity.sweep import CODE
 
     def queue(name: str, plans: int = PLANS) -> float:
         rows = found[found["of"] == f"queued plans, {name}"]
@@ -147,19 +150,19 @@ def projection(found: pd.DataFrame) -> str:
     last = 2 * WEIGHTS["language"] / 3 * TOKENS
     hours = {name: PLANS * IMAGES * work / RATE / GPUS / 3600 for name, work in (("all", whole), ("last", last))}
     each, in_turn = steps // GPUS, queue("journal", 100) * steps / 3600
-    host = WEIGHTS["language"] * 6 * 2 / 1e9
+    host = WEIGHTS["language"] * 6 * CODE / 1e9
     return f"""{PLANS:,} plans of {IMAGES:,} images with one question each, LLaVA-1.5-7B, {GPUS} GPUs at an assumed
 {RATE / 1e12:.0f} TFLOP/s: {hours["all"]:.1f} hours where every plan is a whole forward pass, {hours["last"]:.1f} where
 it is the last third of the language model. That is {steps:,} steps, {each:,} for each GPU. With so many plans queued a
 step costs {1000 * queue("journal"):.0f} ms of CPU with a journal and {1000 * queue("database"):.0f} ms with a database:
-{each * queue("database") / 60:.0f} minutes a GPU in all.
+{each * queue("database"):.0f} s for each GPU in all.
 
 What would break first:
 
 1. The journal. One process at a time writes to it and puts it on disk, about {1000 * queue("journal", 100):.0f} ms a
    step, {in_turn:.1f} hours for all steps one after the other. So many GPUs want a database (`--storage`).
-2. Host memory. Six widths of 7 billion weights are {host:.0f} GB in bf16; `--memory-gb` keeps its limit, and what does
-   not fit is quantised again.
+2. Host memory. Six widths of 7 billion weights are {host:.0f} GB of codes for each process; `--memory-gb` keeps its
+   limit, and what does not fit is quantised again.
 3. The first look at the queue, which every process takes; later ones follow when they cost a twentieth of the time."""
 
 
