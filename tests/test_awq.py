@@ -197,6 +197,21 @@ def test_a_few_directions_never_say_more_than_the_whole_matrix(width: int) -> No
     assert not directions(torch.zeros(width, width)).any()
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 3, 12])
+def test_inputs_of_fewer_tokens_than_directions_are_no_trouble(tokens: int) -> None:
+    g = torch.Generator().manual_seed(tokens)
+    x, w = torch.randn(tokens, 256, generator=g), torch.randn(40, 256, generator=g)
+    gram = (x.T @ x) / max(tokens, 1)
+    few = directions(gram).double()
+    assert torch.isfinite(few).all()
+    assert few.shape[1] <= tokens
+    top = float(torch.linalg.eigvalsh(gram.double())[-1].clamp(min=1e-30))
+    assert torch.linalg.eigvalsh(gram.double() - few @ few.T).min() > -1e-5 * top
+    fast, chosen = Cost.of(gram, 256), scheme("clip", 3, group="row")
+    found, slow = (clipped(w, chosen, torch.float32, cost) for cost in (fast, Cost(fast.exact, ())))
+    assert all(torch.equal(a, b) for a, b in zip(found, slow, strict=True))
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group", ["row", 128])
 def test_what_a_few_directions_rule_out_would_not_have_been_chosen(
