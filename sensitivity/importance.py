@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -230,8 +228,7 @@ def bootstrap(readings: Readings, groups: Sequence[Sequence[int]], times: int, s
         fitted = estimators.fit(x, y, groups, number, estimators.FEW, estimators.spared(RESAMPLED_TREES, len(x)))
         return np.stack([shares(ESTIMATORS[name](fitted)) for name in CONSENSUS])
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # trees grow without Python's lock
-        found = list(pool.map(once, range(times)))
+    found = estimators.side_by_side(once, range(times))
     drawn = np.array(found).reshape(times, len(CONSENSUS), len(groups))
     return {"consensus": drawn.mean(axis=1), **{name: drawn[:, i] for i, name in enumerate(CONSENSUS)}}
 

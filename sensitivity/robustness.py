@@ -75,7 +75,7 @@ def without_levels(
             rest = readings.where(~touched)
             if len(rest) >= max(8, len(readings) / 2) and np.ptp(rest.score) > 0:
                 left_out.append((name, int(bits), int(touched.sum()), rest))
-    base, found = share(readings), [share(rest) for *_, rest in left_out]
+    base, *found = estimators.side_by_side(share, [readings, *(rest for *_, rest in left_out)])
     rows = []
     for (name, bits, trials, _), shares in zip(left_out, found, strict=True):
         most = int(np.argmax(np.abs(shares - base)))

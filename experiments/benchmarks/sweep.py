@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import json
 import os
 import resource
 import statistics
@@ -46,6 +47,7 @@ from sensitivity.sweep import _Trial
 from sensitivity.tasks import Task, task
 
 ROOT = Path(__file__).parent.parent.parent
+ROWS = ROOT / "runs" / "sweep-rows.json"  # delete it to measure all anew
 CALIBRATION = 128
 DEEP: dict[str, Any] = {"num_hidden_layers": 12, "num_attention_heads": 8, "hidden_size": 256}
 WIDE = {**DEEP, "intermediate_size": 1024}
@@ -302,7 +304,13 @@ GRIDS = [  # shape, method, widths, task, examples, how many plans the plain pat
 
 
 def shapes(name: str) -> str:
-    return table(HEADS, [compare(*grid) for grid in GRIDS if grid[0] == name])
+    """Rows that were measured before are read from the file of rows, if there is one."""
+    rows = json.loads(ROWS.read_text()) if ROWS.exists() else {}
+    for grid in GRIDS:
+        if grid[0] == name and str(grid) not in rows:
+            rows[str(grid)] = compare(*grid)
+            ROWS.write_text(json.dumps(rows, indent=1))
+    return table(HEADS, [rows[str(grid)] for grid in GRIDS if grid[0] == name])
 
 
 # the report's sections, each of which may be run alone
