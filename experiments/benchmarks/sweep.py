@@ -290,7 +290,12 @@ random weights in the shapes at which the paper's code was measured. Plain: load
 plan, run for one or two plans and multiplied. The bound: statistics, every layer at every width, and each part of the
 model once for every distinct setting of it and of what comes before it; given where one pass is the whole answer. The
 marginal plan differs from the one before in the language model alone. First frontier: when every plan has a score and
-an interval, as a share of the whole; a first shard has 4 images."""
+an interval, as a share of the whole; a first shard has 4 images.
+
+What bounds them: every plan wants the language model once for every example, so that no sharing makes a sweep of many
+examples cheaper than `the bound's times less`; the plain path loses most where examples are few and calibration is
+most of a plan. Captions of random models never agree between plans, so that their drafts are written anew. 64 questions
+lie on about twenty images, of which a first shard has four."""
 
 GRIDS = [  # shape, method, widths, task, examples, how many plans the plain path is run for
     ("blip2", "paper-gptq", (2, 4, 8), "caption", 64, 2),
