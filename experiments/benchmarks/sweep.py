@@ -295,7 +295,7 @@ an interval, as a share of the whole; a first shard has 4 images.
 What bounds them: every plan wants the language model once for every example, so that no sharing makes a sweep of many
 examples cheaper than `the bound's times less`; the plain path loses most where examples are few and calibration is
 most of a plan. Captions of random models never agree between plans, so that their drafts are written anew. 64 questions
-lie on about twenty images, of which a first shard has four."""
+lie on thirteen images, of which a first shard has four."""
 
 GRIDS = [  # shape, method, widths, task, examples, how many plans the plain path is run for
     ("blip2", "paper-gptq", (2, 4, 8), "caption", 64, 2),
