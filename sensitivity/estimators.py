@@ -230,8 +230,12 @@ def chance(x: Floats, y: Floats, least: int, seed: int = 0, probes: int = 5) -> 
 
 
 def side_by_side(once: Callable[[Given], Found], given: Iterable[Given]) -> list[Found]:
-    """The same for each, in their order, on all cores: trees grow without Python's lock."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    """The same for each, in their order, on all cores: trees grow without Python's lock.
+
+    scikit-learn resets the process's warning filters in every thread; they are put back at the end.
+    """
+    with warnings.catch_warnings(record=True), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")
         return list(pool.map(once, given))
 
 
