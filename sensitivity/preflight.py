@@ -23,8 +23,9 @@ from sensitivity.plan import Plan, Scheme
 from sensitivity.probe import Probe
 from sensitivity.quantize import method_of
 from sensitivity.quantize.linears import reads
+from sensitivity.quantize.memory import CODE
 from sensitivity.shards import MOST, cuts
-from sensitivity.sweep import CODE, MEMORY_GB
+from sensitivity.sweep import MEMORY_GB
 from sensitivity.tasks import Task
 from sensitivity.trials import EXAMPLE_COLUMNS
 

@@ -20,14 +20,13 @@ from sensitivity.evaluate import Rows, answer, rows_of
 from sensitivity.models import VLM
 from sensitivity.plan import Plan
 from sensitivity.quantize import Statistics, prepare, quantized
-from sensitivity.quantize.memory import Memory
+from sensitivity.quantize.memory import CODE, Memory
 from sensitivity.replay import Replay
 from sensitivity.shards import cuts, shard
 from sensitivity.tasks import Task
 from sensitivity.trials import Asked, Study
 
 MEMORY_GB = 8.0  # half of it for quantised weights beyond those of the plan that is running, half for hidden states
-CODE = 1.25  # bytes of a weight as codes, scales of small groups included
 LIBRARIES = ("torch", "transformers", "optuna", "numpy")
 
 

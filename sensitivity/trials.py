@@ -110,7 +110,8 @@ class Study:
                 self._optuna.enqueue_trial(plan.bits(NATIVE), user_attrs={"key": plan.key, "plan": plan.to_json()})
                 known.add(plan.key)
                 added += 1
-        self._glance.now()
+        if added:
+            self._glance.now()
         return added
 
     def ask(self, last: Asked | None = None, wanted: Container[str] | None = None) -> Asked | None:

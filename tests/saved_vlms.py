@@ -11,6 +11,7 @@ from typing import Any
 import small_vlms as small
 import torch
 import transformers as T
+from safetensors.torch import load_file
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -190,3 +191,31 @@ def save(name: str, folder: Path) -> Path:
     if made.template:
         (folder / "chat_template.jinja").write_text(made.template)
     return folder
+
+
+def adapter(base: Path, folder: Path) -> Path:
+    """A LoRA of rank 2 on queries and values of the language model, as PEFT saves it, that changes them by much."""
+    import peft
+
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")
+    adapted = peft.get_peft_model(load(str(base)).model, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, 0, 0.3)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def in_pickles(folder: Path, without: str = "") -> dict[str, torch.Tensor]:
+    """A checkpoint as GeoChat is published, in two pickles and an index; gives back the tensors that are left out."""
+    tensors = load_file(folder / "model.safetensors")
+    left_out = {name: tensors.pop(name) for name in list(tensors) if without and without in name}
+    names = sorted(tensors)
+    shards = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(names)}
+    for shard in set(shards.values()):
+        torch.save({name: tensors[name] for name in names if shards[name] == shard}, folder / shard)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
+    (folder / "model.safetensors").unlink()
+    return left_out

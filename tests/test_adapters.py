@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import peft
 import pytest
 import saved_vlms
 import torch
@@ -33,17 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(base: Path) -> Path:
-    """A LoRA of rank 2 on queries and values of the language model, as PEFT saves it, with something in it."""
-    torch.manual_seed(1)
-    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")
-    adapted = peft.get_peft_model(load(str(base)).model, config)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, 0, 0.3)
-    folder = base.parent / "lora"
-    adapted.peft_config["default"].base_model_name_or_path = str(base)
-    adapted.save_pretrained(folder)
-    return folder
+    return saved_vlms.adapter(base, base.parent / "lora")
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from saved_vlms import adapter, in_pickles
 from small import models
 
 from sensitivity import cli, exporting, verbs
@@ -27,37 +27,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:Futur
 KINDS = ("adapter", "original", "adapter of original")
 
 
-def adapter(base: Path, folder: Path) -> Path:
-    """A LoRA that changes queries and values by much."""
-    torch.manual_seed(1)
-    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")
-    adapted = peft.get_peft_model(load(str(base)).model, config)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, 0, 0.3)
-    adapted.peft_config["default"].base_model_name_or_path = str(base)
-    adapted.save_pretrained(folder)
-    return folder
-
-
-def in_pickles(folder: Path) -> None:
-    """As GeoChat is published: two pickles and an index, and files that have nothing to do with running it."""
-    tensors = load_file(folder / "model.safetensors")
-    names = sorted(tensors)
-    shards = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(names)}
-    for shard in set(shards.values()):
-        torch.save({name: tensors[name] for name in names if shards[name] == shard}, folder / shard)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
-    (folder / "model.safetensors").unlink()
-    (folder / "generation_config.json").write_text('{"repetition_penalty": 9.0}')  # nobody reads it in this layout
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("models")
     adapter(models.save("llava", made / "llava"), made / "adapter")
     adapter(models.save("geochat", made / "original"), made / "adapter of original")
     in_pickles(made / "original")
+    (made / "original" / "generation_config.json").write_text('{"repetition_penalty": 9.0}')  # nobody reads it here
     return made
 
 

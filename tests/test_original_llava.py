@@ -12,7 +12,7 @@ import saved_vlms
 import small_vlms as small
 import torch
 import transformers as T
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sensitivity.errors import UserError
@@ -111,14 +111,7 @@ def test_the_converted_model_is_the_one_that_was_built(folder: Path, direct: Any
 
 
 def test_as_published_in_pickles_and_without_the_frozen_tower(folder: Path, direct: Any) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tower = {key: tensors.pop(key) for key in list(tensors) if "vision_tower" in key}
-    names = sorted(tensors)
-    shards = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(names)}
-    for shard in set(shards.values()):
-        torch.save({name: tensors[name] for name in names if shards[name] == shard}, folder / shard)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
-    (folder / "model.safetensors").unlink()
+    tower = saved_vlms.in_pickles(folder, without="vision_tower")
     clip = {key.partition("vision_tower.vision_tower.")[2]: value for key, value in tower.items()}
     save_file({**clip, "text_model.stranger": torch.zeros(1)}, folder.parent / "tower" / "model.safetensors")
     assert torch.equal(logits(load(str(folder)).model), logits(direct))

@@ -138,8 +138,8 @@ def slope(rows: pd.DataFrame) -> float:
 
 def projection(found: pd.DataFrame) -> str:
     """What a large sweep would take, and what would hold it up first."""
+    from sensitivity.quantize.memory import CODE
     from sensitivity.shards import ends_of
-    from sensitivity.sweep import CODE
 
     def queue(name: str, plans: int = PLANS) -> float:
         rows = found[found["of"] == f"queued plans, {name}"]

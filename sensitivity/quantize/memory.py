@@ -16,6 +16,7 @@ from sensitivity.quantize.grid import Quantised
 from sensitivity.quantize.linears import Stored
 
 Key = tuple[Any, ...]  # a parameter's name, its scheme, and on the exposed path what was quantised before it
+CODE = 1.25  # bytes of a weight, scales of small groups included
 Held = Tensor | Quantised | Coded  # what has no codes is a tensor: biases, weights that a method leaves alone
 
 
