@@ -11,6 +11,12 @@ from sensitivity.models import VLM
 from sensitivity.tasks import Example, Task
 from sensitivity.tasks.answers import without_special
 
+HARMLESS = {  # settings of generation that do not touch greedy logits
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "do_sample",
+    "temperature", "top_p", "top_k", "max_length", "max_new_tokens", "use_cache", "num_beams", "_from_model_config",
+    "early_stopping", "length_penalty", "output_attentions", "output_hidden_states", "return_dict_in_generate",
+}  # fmt: skip
+
 
 def target(vlm: VLM, example: Example) -> list[int]:
     tokenizer = vlm.processor.tokenizer
@@ -21,6 +27,11 @@ def ends(vlm: VLM) -> set[int]:
     """The tokens that end an answer."""
     named = vlm.model.generation_config.eos_token_id
     return {vlm.processor.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+
+
+def plainly_greedy(vlm: VLM) -> bool:
+    """Whether the likeliest token is what generation takes: no penalties, no forced or forbidden tokens."""
+    return set(vlm.model.generation_config.to_diff_dict()) <= HARMLESS
 
 
 def said(vlm: VLM, tokens: list[int], task: Task) -> str:
@@ -34,6 +45,13 @@ def mean_nll(logits: Tensor, targets: Tensor) -> list[float]:
     loss = torch.nn.functional.cross_entropy(wide.transpose(1, 2), targets, ignore_index=-100, reduction="none")
     means: list[float] = (loss.sum(1) / (targets >= 0).sum(1)).tolist()
     return means
+
+
+def logits_from(logits: Tensor, starts: Sequence[int], count: int) -> Tensor:
+    """Row by row so many places of the logits from a start of its own; places beyond the last give the last."""
+    first = torch.tensor(starts, device=logits.device)[:, None]
+    where = (first + torch.arange(count, device=logits.device)).clamp(max=logits.shape[1] - 1)
+    return logits.gather(1, where[:, :, None].expand(-1, -1, logits.shape[-1]))
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sensitivity import searching
-from sensitivity.answer_tokens import target
+from sensitivity.answer_tokens import plainly_greedy, target
 from sensitivity.errors import UserError
 from sensitivity.models import VLM
 from sensitivity.tasks import GALLERIES, SEARCHES, SHORT, Example, Task, open_image
@@ -45,12 +46,12 @@ def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
     for example in task.examples:
         groups.setdefault(example.cluster, []).append(example)
     clusters = list(groups.values())
+    sharing = vlm.family.shares_prefix and not plain and not vlm.encoder_decoder and plainly_greedy(vlm)
     for start in range(0, len(clusters), IMAGES_PER_BATCH):
         chunk = clusters[start : start + IMAGES_PER_BATCH]
-        shared = None if plain or not vlm.family.shares_prefix else _with_prefix(vlm, chunk)
-        if shared is not None:
-            yield shared
-        else:
+        shared = _with_prefix(vlm, chunk) if sharing else []
+        yield from shared
+        if not shared:
             examples = [example for cluster in chunk for example in cluster]
             for i in range(0, len(examples), IMAGES_PER_BATCH):
                 yield _whole(vlm, tuple(examples[i : i + IMAGES_PER_BATCH]))
@@ -74,28 +75,58 @@ def _whole(vlm: VLM, examples: tuple[Example, ...]) -> Batch:
     return Batch(examples, dict(inputs), targets=[target(vlm, example) for example in examples])
 
 
-def _with_prefix(vlm: VLM, clusters: Sequence[Sequence[Example]]) -> Batch | None:
-    """Images with their questions, if every prompt starts with the image; None where that does not hold."""
-    image_token = vlm.model.config.image_token_id
-    owner, prompts, pictures, prefix = [], [], [], None
-    for index, cluster in enumerate(clusters):
-        picture = open_image(cluster[0].image)
-        texts = [prompt_text(vlm, example) for example in cluster]
-        encoded = vlm.processor(images=[[picture]] * len(texts), text=texts)
-        pictures.append(torch.as_tensor(encoded["pixel_values"][0]))
-        for ids in encoded["input_ids"]:
-            end = len(ids) - ids[::-1].index(image_token) if image_token in ids else 0
-            head = list(ids[:end])
-            prefix = prefix or head
-            if head != prefix or not head:
-                return None
-            owner.append(index)
-            prompts.append(list(ids[end:]))
-    if prefix is None:
+def _with_prefix(vlm: VLM, clusters: Sequence[Sequence[Example]]) -> list[Batch]:
+    """Images with their questions, those together whose prompts begin alike; nothing where that saves nothing."""
+    together: dict[Any, list[_Image]] = {}
+    for cluster in clusters:
+        if (image := _image(vlm, tuple(cluster))) is None:
+            return []
+        together.setdefault(image.kind, []).append(image)
+    if len(together) > 1 and all(len(cluster) == 1 for cluster in clusters):
+        return []  # images of many sizes with a question each
+    return [_stacked(vlm, images) for images in together.values()]
+
+
+@dataclass
+class _Image:
+    """An image's tensors, with the tokens up to its end, and what each question about it says after that."""
+
+    examples: tuple[Example, ...]
+    inputs: dict[str, Tensor]
+    prompts: list[list[int]]
+
+    @property
+    def kind(self) -> Any:
+        shapes = [(name, value.shape[1:]) for name, value in self.inputs.items()]
+        return tuple(self.inputs["input_ids"][0].tolist()), tuple(shapes)
+
+
+def _image(vlm: VLM, examples: tuple[Example, ...]) -> _Image | None:
+    """None if a prompt does not go on after its image, or not all prompts begin alike."""
+    picture, texts = open_image(examples[0].image), [prompt_text(vlm, example) for example in examples]
+    inputs = dict(vlm.processor(images=[[picture]], text=texts[:1], return_tensors="pt"))
+    prompts = [inputs["input_ids"][0].tolist()]
+    if texts[1:]:
+        prompts += map(list, vlm.processor(images=[[picture]] * len(texts[1:]), text=texts[1:])["input_ids"])
+    first, image, shape = prompts[0], vlm.model.config.image_token_id, inputs["input_ids"].shape
+    end = len(first) - first[::-1].index(image) if image in first else 0
+    if not end or any(ids[:end] != first[:end] or not ids[end:] or image in ids[end:] for ids in prompts):
         return None
-    inputs = {"pixel_values": torch.stack(pictures), "input_ids": torch.tensor([prefix] * len(clusters))}
-    examples = tuple(example for cluster in clusters for example in cluster)
-    return Batch(examples, inputs, len(prefix), owner, prompts, [target(vlm, example) for example in examples])
+    del inputs["attention_mask"]  # nothing is padded
+    inputs = {name: value[:, :end] if value.shape == shape else value for name, value in inputs.items()}
+    return _Image(examples, inputs, [ids[end:] for ids in prompts])
+
+
+def _stacked(vlm: VLM, images: Sequence[_Image]) -> Batch:
+    examples = tuple(example for image in images for example in image.examples)
+    return Batch(
+        examples,
+        {name: torch.cat([image.inputs[name] for image in images]) for name in images[0].inputs},
+        prefix=images[0].inputs["input_ids"].shape[1],
+        owner=[index for index, image in enumerate(images) for _ in image.examples],
+        prompts=[prompt for image in images for prompt in image.prompts],
+        targets=[target(vlm, example) for example in examples],
+    )
 
 
 def prompt_text(vlm: VLM, example: Example) -> str:

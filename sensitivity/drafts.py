@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# rows and a draft for each -> logits that predict every token of the draft, and the one after it
-Reader = Callable[[list[int], list[list[int]]], Tensor]
+# rows, a draft for each and how much of that is accepted -> logits that predict what comes after that, and one more
+Reader = Callable[[list[int], list[list[int]], list[int]], Tensor]
 
 # row by row what other plans answered, the latest first
 Known = list[list[list[int]]]
@@ -31,41 +31,46 @@ class Drafts:
     tokens: list[list[int]]  # accepted ones first, then guesses
     accepted: list[int]
     left: list[int]  # rows that are not finished
+    gained: list[int]  # tokens that the last pass added to a row
 
     @classmethod
     def of(cls, guesses: Sequence[Sequence[int]]) -> Drafts:
-        return cls([list(guess) for guess in guesses], [0] * len(guesses), list(range(len(guesses))))
+        none = [0] * len(guesses)
+        return cls([list(guess) for guess in guesses], none, list(range(len(guesses))), list(none))
 
     def advance(self, read: Reader, ends: set[int], most: int, once: bool = False) -> Tensor:
         """Read the drafts of all unfinished rows in one pass, and put right the first token that differs in each.
 
         With `once` every row is finished after this pass: only its guess would have been right.
         """
-        logits = read(self.left, [self.tokens[row] for row in self.left])
+        logits = read(self.left, [self.tokens[row] for row in self.left], [self.accepted[row] for row in self.left])
         for row, best in zip(list(self.left), logits.argmax(-1).tolist(), strict=True):
-            draft, far = self.tokens[row], self.accepted[row]
-            agrees = True
+            draft, begun = self.tokens[row], self.accepted[row]
+            agrees, far = True, begun
             while agrees and far < most and not (far and draft[far - 1] in ends):
-                agrees = far < len(draft) and draft[far] == best[far]
-                draft[far : far + 1] = [best[far]]
+                token = best[far - begun]
+                agrees = far < len(draft) and draft[far] == token
+                draft[far : far + 1] = [token]
                 far += 1
-            self.accepted[row] = far
+            self.accepted[row], self.gained[row] = far, far - begun
             finished = draft[far - 1] in ends or far >= most
             if finished or once:
                 self.left.remove(row)
         return logits
 
     def guess(self, known: Known | None) -> bool:
-        """Take what other plans answered for drafts, where that begins as what is accepted; whether any did."""
+        """Take what other plans answered for drafts, where that begins as what is accepted; whether any did.
+
+        Elsewhere the old guess goes on, twice as far as its last part was right: reading what is wrong costs, too.
+        """
         found = False
-        for row in self.left if known else ():
-            assert known is not None
+        for row in self.left:
             far = self.accepted[row]
             begun = self.tokens[row][:far]
-            fitting = (answer for answer in known[row] if len(answer) > far and answer[:far] == begun)
-            if answer := next(fitting, None):
-                self.tokens[row] = list(answer)
-                found = True
+            others = known[row] if known else []
+            fitting = next((answer for answer in others if len(answer) > far and answer[:far] == begun), None)
+            self.tokens[row] = list(fitting or self.tokens[row][: far + 2 * self.gained[row]])
+            found = found or fitting is not None
         return found
 
     @property

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from sensitivity import searching, shared_images, whole_prompts
-from sensitivity.answer_tokens import said
-from sensitivity.batches import Batch, batches, placed
+from sensitivity.answer_tokens import plainly_greedy, said
+from sensitivity.batches import Batch, batches
 from sensitivity.drafts import remembered
 from sensitivity.halving import if_it_fits
 from sensitivity.models import VLM
@@ -93,16 +93,17 @@ def _answered(
         return searching.ranked(vlm, task, batch.examples, lambda number: over((name, number), "vision"), batch.at_once)
     known = replay.answers.get(name) if replay else None
     if not batch.prefix:
-        if replay is None or not whole_prompts.plainly_greedy(vlm):
+        if replay is None or not plainly_greedy(vlm):
             with over(name, "vision"):
                 return whole_prompts.generated(vlm, task, batch)
         tokens, nll = whole_prompts.guessed(vlm, task, batch, known, partial(over, name, "vision", "connector"))
         replay.answers[name] = remembered(known, tokens)
         return [said(vlm, draft, task) for draft in tokens], nll
     with over(name, "vision", "connector", "language"):
-        cache = vlm.model(**placed(vlm, batch.inputs), use_cache=True, logits_to_keep=1).past_key_values
+        cache, places = shared_images.looked_at(vlm, batch)
     image = replay.caches(name, cache) if replay else [(layer.keys, layer.values) for layer in cache.layers]
-    tokens, nll = shared_images.drafted(vlm, task, batch, image, known, lambda: over((name, "questions"), "language"))
+    questions = partial(over, (name, "questions"), "language")
+    tokens, nll = shared_images.drafted(vlm, task, batch, image, places, known, questions)
     if replay:
         replay.answers[name] = remembered(known, tokens)
     return [said(vlm, draft, task) for draft in tokens], nll

@@ -37,6 +37,7 @@ class Sample:
     places: int  # of an image in the language model
     sequence: int  # tokens of the pass over an image, or over a whole prompt and its answer
     tail: int  # tokens of the pass over a question and its answer, where that is apart
+    said: int  # of these, or of a whole prompt, those whose logits are asked for
     prefix: bool
 
     @classmethod
@@ -56,6 +57,7 @@ class Sample:
         shards = [round((end - begin) * share) for begin, end in zip([0, *ends], ends, strict=False)]
         target = max(map(len, batch.targets))
         ids = batch.inputs["input_ids"]
+        tail = max((len(p) + len(t) for p, t in zip(batch.prompts, batch.targets, strict=False)), default=0)
         return cls(
             task=task,
             examples=len(task.examples),
@@ -66,7 +68,8 @@ class Sample:
             patches=_patches(vlm, batch, looked),
             places=int((ids == getattr(vlm.model.config, "image_token_id", -1)).sum()) // len(ids) or ids.shape[1],
             sequence=batch.prefix or ids.shape[1] + target,
-            tail=max(map(len, batch.prompts)) + target if batch.prefix else 0,
+            tail=tail,
+            said=tail - min(map(len, batch.prompts)) + 1 if batch.prefix else ids.shape[1] + target,
             prefix=bool(batch.prefix),
         )
 
@@ -128,7 +131,7 @@ class Shapes:
                 again = words + (0.0 if sample.task.exact else asked + words)
                 found["language"] = _plus(found["language"], times * (whole + asked), times * again)
             else:
-                words = self.probe.product(rows * sample.sequence, *self.head)
+                words = self.probe.product(rows * sample.said, *self.head)
                 again = words + (0.0 if sample.task.exact else whole + words)
                 found["language"] = _plus(found["language"], times * whole, times * again)
         return {part: (COLD * shared, COLD * own) for part, (shared, own) in found.items()}
@@ -176,7 +179,7 @@ class Shapes:
 
     def _asked(self, sample: Sample, questions: int) -> tuple[float, float]:
         """Seconds for questions on top of their images, through the blocks; and what each plan does for itself."""
-        words = self.probe.product(questions * sample.tail, *self.head)
+        words = self.probe.product(questions * sample.said + round(questions / sample.questions), *self.head)
         known = questions * sample.sequence * self.width["language"] * self.blocks["language"]
         copied = COPIES * self.probe.sweep_over(known)
         return self.through("language", questions, sample.tail, before=sample.sequence), words + copied
@@ -202,8 +205,7 @@ class Shapes:
         """Bytes of the largest pass: logits in two types, and what a block is at work on."""
         images = max(sample.sizes)
         questions = max(round(images * sample.questions), 1)
-        tokens = questions * sample.tail if sample.prefix else questions * sample.sequence
-        logits = tokens * self.head[0] * (self.probe.dtype.itemsize + 8)
+        logits = questions * sample.said * self.head[0] * (self.probe.dtype.itemsize + 8)
         return float(logits + 8 * images * sample.sequence * self.width["language"] * self.probe.dtype.itemsize)
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from sensitivity.answer_tokens import ends, mean_nll, padded
-from sensitivity.batches import Batch
+from sensitivity.answer_tokens import ends, logits_from, mean_nll, padded
+from sensitivity.batches import Batch, placed
 from sensitivity.drafts import Drafts, Known
 from sensitivity.models import VLM
 from sensitivity.tasks import Task
@@ -19,11 +19,25 @@ from sensitivity.tasks import Task
 Image = list[tuple[Tensor, Tensor]]  # keys and values of each layer for the images of a batch
 
 
+def looked_at(vlm: VLM, batch: Batch) -> tuple[Any, Tensor]:
+    """After a pass over a batch's images and what stands before them: keys and values, and the next token's place.
+
+    An image of Qwen's takes fewer places than it has tokens; the model leaves behind by how many.
+    """
+    kept = DynamicCache()  # of all tokens, also where a layer looks back only so far
+    found = vlm.model(**placed(vlm, batch.inputs), past_key_values=kept, use_cache=True, logits_to_keep=1)
+    places = torch.full((len(batch.inputs["input_ids"]), 1), batch.prefix, device=vlm.device)
+    fewer = getattr(getattr(vlm.model, "model", None), "rope_deltas", None)
+    cache = found.get("language_model_outputs", found).past_key_values
+    return cache, places if fewer is None else places + fewer
+
+
 def drafted(
     vlm: VLM,
     task: Task,
     batch: Batch,
     image: Image,
+    places: Tensor,
     known: Known | None,
     first: Callable[[], AbstractContextManager[None]],
 ) -> tuple[list[list[int]], list[float]]:
@@ -33,28 +47,88 @@ def drafted(
     after one pass. The next are what other plans answered, if that begins like what is accepted; each pass goes on
     from the token that differs.
     """
-    ending, found = ends(vlm), Drafts.of(batch.targets)
-    read = partial(_continue, vlm, batch, image)
+    ending, found, read = ends(vlm), Drafts.of(batch.targets), _Reading(vlm, batch, image, places)
     with first():  # later drafts are a plan's own, and shared with no other
         logits = found.advance(read, ending, task.max_new_tokens, once=task.exact)
     nll = mean_nll(logits, padded(batch.targets, fill=-100).to(vlm.device))
+    del logits
     while found.left:
         found.guess(known)
         found.advance(read, ending, task.max_new_tokens)
     return found.answers, nll
 
 
-def _continue(vlm: VLM, batch: Batch, image: Image, rows: list[int], drafts: list[list[int]]) -> Tensor:
-    """Logits that predict each draft token and the one after the draft, for some rows, on top of their images."""
-    tails = [batch.prompts[row] + draft for row, draft in zip(rows, drafts, strict=True)]
-    ids = padded(tails, fill=0).to(vlm.device)  # to the right, where causal attention does not see it
-    owners = torch.tensor([batch.owner[row] for row in rows], device=vlm.device)
-    cache = DynamicCache()
-    for layer, (keys, values) in enumerate(image):
-        cache.update(keys[owners], values[owners], layer)
-    positions = torch.arange(batch.prefix, batch.prefix + ids.shape[1], device=vlm.device).expand(len(rows), -1)
-    logits: Tensor = vlm.model(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True).logits
-    longest = max(len(draft) for draft in drafts) + 1
-    starts = torch.tensor([len(batch.prompts[row]) - 1 for row in rows], device=vlm.device)
-    where = (starts[:, None] + torch.arange(longest, device=vlm.device)).clamp(max=ids.shape[1] - 1)
-    return logits.gather(1, where[:, :, None].expand(-1, -1, logits.shape[-1]))
+class _Reading:
+    """Passes over questions and drafts on top of their images; what was read and accepted is not read again."""
+
+    def __init__(self, vlm: VLM, batch: Batch, image: Image, places: Tensor) -> None:
+        self.vlm, self.batch, self.image, self.places = vlm, batch, image, places
+        # a language model inside another one, with a head of its own (BLIP-2), or the model itself without pictures
+        inner = getattr(vlm.model, "language_model", None)
+        self.model = inner if inner is not None and inner.get_output_embeddings() is not None else vlm.model
+        # of the last pass: its rows, how many tokens after the image they had read before it, the room for these
+        self.rows: list[int] = []
+        self.read: list[int] = []
+        self.room = 0
+        self.cache: Any = None
+
+    def __call__(self, rows: list[int], drafts: list[list[int]], accepted: list[int]) -> Tensor:
+        """Logits that predict each draft's tokens from the accepted ones on, and the one after the draft."""
+        device, prefix = self.vlm.device, self.batch.prefix
+        tails = [[*self.batch.prompts[row], *draft] for row, draft in zip(rows, drafts, strict=True)]
+        # the token that was put right last is the first that was never read
+        new = [len(self.batch.prompts[row]) + far - 1 for row, far in zip(rows, accepted, strict=True)]
+        begins = new if self._covers(prefix + max(new) + max(map(len, drafts))) else [0] * len(rows)
+        ids = padded([tail[begin:] for tail, begin in zip(tails, begins, strict=True)], fill=0).to(device)
+        owners = torch.tensor([self.batch.owner[row] for row in rows], device=device)
+        cache, room = self._cache(rows, begins, owners), max(begins)
+        start = torch.tensor(begins, device=device)[:, None]
+        how: dict[str, Any] = {}
+        if room:  # rows that have read less leave places empty; what stands to the right, causal attention never sees
+            seen = torch.ones(len(rows), prefix + room + ids.shape[1], dtype=torch.long, device=device)
+            seen[:, prefix : prefix + room] = torch.arange(room, device=device) < start
+            how["attention_mask"] = seen
+        wanted = [first - begin for first, begin in zip(new, begins, strict=True)]
+        logits: Tensor = self.model(
+            input_ids=ids,
+            past_key_values=cache,
+            position_ids=self.places[owners] + start + torch.arange(ids.shape[1], device=device),
+            use_cache=True,
+            logits_to_keep=ids.shape[1] - min(wanted),
+            **how,
+        ).logits
+        self.rows, self.read, self.room, self.cache = list(rows), begins, room, cache
+        longest = max(len(draft) - far for draft, far in zip(drafts, accepted, strict=True)) + 1
+        return logits_from(logits, [place - min(wanted) for place in wanted], longest)
+
+    def _covers(self, longest: int) -> bool:
+        """Whether the last pass left keys and values in every layer, and empty places among them do no harm.
+
+        A layer that was replayed has none; one that looks back only so far counts empty places, too.
+        """
+        window = getattr(self.vlm.model.config.get_text_config(), "sliding_window", None)
+        if self.cache is None or (window and longest > window):
+            return False
+        return all(layer.get_seq_length() > self.batch.prefix for layer in self.cache.layers)
+
+    def _cache(self, rows: Sequence[int], begins: Sequence[int], owners: Tensor) -> DynamicCache:
+        """Keys and values of the rows' images, and of so many tokens after them that were read before."""
+        device, cache = self.vlm.device, DynamicCache()
+        room = max(begins)
+        if room:
+            at = [self.rows.index(row) for row in rows]
+            before = torch.tensor([self.read[place] for place in at], device=device)[:, None]
+            index = torch.arange(room, device=device).expand(len(rows), -1)
+            # first what was read before the last pass, then what that added, behind the empty places
+            index = self.batch.prefix + torch.where(index < before, index, self.room + index - before)
+            row = torch.tensor(at, device=device)[:, None]
+        for number, shared in enumerate(self.image):
+            both = [half[owners] for half in shared]
+            if room:
+                layer = self.cache.layers[number]
+                index = index.clamp(max=layer.keys.shape[2] - 1)
+                added = (half[row, :, index].transpose(1, 2) for half in (layer.keys, layer.values))
+                both = [torch.cat([one, more], dim=2) for one, more in zip(both, added, strict=True)]
+            cache.update(both[0], both[1], number)
+        self.cache = None
+        return cache

@@ -8,18 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from sensitivity.answer_tokens import ends, mean_nll, padded
+from sensitivity.answer_tokens import ends, logits_from, mean_nll, padded
 from sensitivity.batches import Batch, placed
 from sensitivity.drafts import Drafts, Known
 from sensitivity.models import VLM
 from sensitivity.tasks import Task
 from sensitivity.tasks.answers import without_special
-
-HARMLESS = {  # settings of generation that do not touch greedy logits
-    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "do_sample",
-    "temperature", "top_p", "top_k", "max_length", "max_new_tokens", "use_cache", "num_beams", "_from_model_config",
-    "early_stopping", "length_penalty", "output_attentions", "output_hidden_states", "return_dict_in_generate",
-}  # fmt: skip
 
 
 def generated(vlm: VLM, task: Task, batch: Batch) -> tuple[list[str], list[float]]:
@@ -27,11 +21,6 @@ def generated(vlm: VLM, task: Task, batch: Batch) -> tuple[list[str], list[float
     answers = vlm.processor.tokenizer.batch_decode(_generate(vlm, task, inputs), skip_special_tokens=True)
     logits = _predicted(vlm, inputs, batch.targets)
     return [without_special(text) for text in answers], mean_nll(logits, padded(batch.targets, -100).to(vlm.device))
-
-
-def plainly_greedy(vlm: VLM) -> bool:
-    """Whether the likeliest token is what generation takes: no penalties, no forced or forbidden tokens."""
-    return set(vlm.model.generation_config.to_diff_dict()) <= HARMLESS
 
 
 def guessed(
@@ -47,12 +36,13 @@ def guessed(
     """
     inputs, ending = placed(vlm, batch.inputs), ends(vlm)
 
-    def read(rows: list[int], drafts: list[list[int]]) -> Tensor:
+    def read(rows: list[int], drafts: list[list[int]], accepted: list[int]) -> Tensor:
         every = [batch.targets[row] for row in range(len(batch.targets))]
         for row, draft in zip(rows, drafts, strict=True):
             every[row] = draft
-        with over(*([] if found.accepted[0] else ["language"])):
-            return _predicted(vlm, inputs, every)[rows]
+        with over(*([] if any(accepted) else ["language"])):
+            logits = _predicted(vlm, inputs, every)[rows]
+        return logits_from(logits, accepted, logits.shape[1] - min(accepted)) if any(accepted) else logits
 
     found = Drafts.of(batch.targets)
     logits = found.advance(read, ending, task.max_new_tokens, once=task.exact)

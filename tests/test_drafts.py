@@ -26,12 +26,12 @@ def greedy(seed: int, row: int, most: int) -> list[int]:
 
 
 def reader(seed: int):  # type: ignore[no-untyped-def]
-    def read(rows: list[int], drafts: list[list[int]]) -> torch.Tensor:
-        longest = max(map(len, drafts)) + 1
+    def read(rows: list[int], drafts: list[list[int]], accepted: list[int]) -> torch.Tensor:
+        longest = max(len(draft) - far for draft, far in zip(drafts, accepted, strict=True)) + 1
         logits = torch.zeros(len(rows), longest, WORDS)
-        for i, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
+        for i, (row, draft, far) in enumerate(zip(rows, drafts, accepted, strict=True)):
             for place in range(longest):
-                logits[i, place, next_token(seed, row, draft[:place])] = 1
+                logits[i, place, next_token(seed, row, draft[: far + place])] = 1
         read.passes += 1
         return logits
 

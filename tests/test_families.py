@@ -14,14 +14,14 @@ import saved_vlms
 import torch
 from PIL import Image
 
-from sensitivity import verbs
-from sensitivity.batches import prompt_text
+from sensitivity import shared_images, verbs
+from sensitivity.batches import Batch, batches, prompt_text
 from sensitivity.errors import UserError
-from sensitivity.evaluate import evaluate
+from sensitivity.evaluate import answer, evaluate
 from sensitivity.models import FAMILIES, VLM, load
 from sensitivity.plan import Plan
 from sensitivity.quantize import scheme
-from sensitivity.tasks import SHORT, Example, task
+from sensitivity.tasks import SHORT, Example, Task, task
 
 ASKING = [name for name in saved_vlms.BUILDERS if name != "blip2_itm"]
 
@@ -82,6 +82,114 @@ def test_a_sweep_of_two_plans_from_a_saved_folder(name: str, own: Path, tmp_path
         assert answers[example.id].removesuffix("…").startswith(words.removesuffix("…")) or (
             words.startswith(answers[example.id].removesuffix("…"))
         )
+
+
+def asked_of_many_sizes(folder: Path, n: int = 12) -> Task:
+    """Three questions to each of four pictures, one of which is high; no answer is done before its last word."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for name in ("one", "high", "three", "four"):
+        shape = (40, 20, 3) if name == "high" else (20, 40, 3)
+        Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(folder / f"{name}.png")
+        for i, words in enumerate(("where is the 3?", "how many digits are there?", "what is this?")):
+            answers = ["top left" if i else "a red 3"]
+            lines.append({"id": f"{name}-{i}", "image": f"{name}.png", "prompt": words, "answers": answers})
+    (folder / "many.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return replace(task(str(folder / "many.jsonl"), n=n), exact=False, max_new_tokens=12)
+
+
+def talkative(name: str, folder: Path) -> VLM:
+    """A model whose weights are so large that every place and every word before it change the answer."""
+    vlm = load(str(saved_vlms.save(name, folder)), dtype="float32")
+    torch.manual_seed(1)
+    for parameter in vlm.model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, 0, 0.35)
+    return vlm
+
+
+def by_example(rows: dict[str, list[Any]], name: str) -> dict[str, Any]:
+    return dict(zip(rows["example"], rows[name], strict=True))
+
+
+SHARING = [name for name in ASKING if name not in ("blip2_t5", "paligemma")]  # whose images see the question
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's processor
+@pytest.mark.parametrize("name", ASKING)
+def test_questions_on_top_of_their_images_are_answered_as_whole_prompts_are(name: str, tmp_path: Path) -> None:
+    vlm, asked = talkative(name, tmp_path / name), asked_of_many_sizes(tmp_path)
+    apart = list(batches(vlm, asked))
+    assert all(bool(batch.prefix) == (name in SHARING) for batch in apart)
+    assert len(apart) == (2 if name == "smolvlm" else 1)  # it cuts high pictures into more pieces
+    ours, theirs = evaluate(vlm, asked), evaluate(vlm, asked, plain=True)
+    assert by_example(ours, "answer") == by_example(theirs, "answer")
+    assert by_example(ours, "nll") == pytest.approx(by_example(theirs, "nll"), rel=1e-4, abs=1e-4)
+    assert len(set(theirs["answer"])) > 1
+
+
+def test_images_may_take_fewer_places_than_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The likelihoods of Qwen's answers tell: without its own places they are others."""
+    vlm, asked = talkative("qwen2_5_vl", tmp_path / "qwen"), asked_of_many_sizes(tmp_path)
+    theirs = by_example(evaluate(vlm, asked, plain=True), "nll")
+    looked_at = shared_images.looked_at
+
+    def misplaced(vlm: VLM, batch: Batch) -> Any:
+        cache, places = looked_at(vlm, batch)
+        assert (places < batch.prefix).all()
+        return cache, torch.full_like(places, batch.prefix)
+
+    monkeypatch.setattr(shared_images, "looked_at", misplaced)
+    ours = by_example(evaluate(vlm, asked), "nll")
+    assert max(abs(ours[name] - theirs[name]) for name in theirs) > 5e-4
+
+
+@pytest.mark.parametrize("window", [5, 24, 64])
+def test_layers_that_look_back_only_so_far(window: int, tmp_path: Path) -> None:
+    vlm, asked = talkative("gemma3", tmp_path / "gemma"), asked_of_many_sizes(tmp_path)
+    vlm.model.config.text_config.sliding_window = window
+    for layer in vlm.model.model.language_model.layers:
+        if layer.self_attn.sliding_window is not None:
+            layer.self_attn.sliding_window = window
+    ours, theirs = evaluate(vlm, asked), evaluate(vlm, asked, plain=True)
+    assert by_example(ours, "answer") == by_example(theirs, "answer")
+    assert by_example(ours, "nll") == pytest.approx(by_example(theirs, "nll"), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_what_is_accepted_is_not_read_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm, asked = talkative(name, tmp_path / name), asked_of_many_sizes(tmp_path)
+    batch = next(batches(vlm, asked))
+    read = []
+    before = shared_images._Reading.__call__
+
+    def reading(self: Any, rows: list[int], drafts: list[list[int]], accepted: list[int]) -> Any:
+        handle = self.model.get_input_embeddings().register_forward_hook(lambda *a: read.append(a[2].shape[1]))
+        try:
+            return before(self, rows, drafts, accepted)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(shared_images._Reading, "__call__", reading)
+    answer(vlm, asked, batch)
+    assert len(read) > 3
+    assert read[0] == max(len(prompt) + len(right) for prompt, right in zip(batch.prompts, batch.targets, strict=True))
+    assert max(read[1:]) <= max(map(len, batch.targets)) + 1  # of the guess, and not of the question
+    assert read[-1] == 1
+
+
+def test_penalties_are_left_to_generate(tmp_path: Path) -> None:
+    vlm, asked = talkative("llava", tmp_path / "llava"), asked_of_many_sizes(tmp_path)
+    before = evaluate(vlm, asked)["answer"]
+    vlm.model.generation_config.repetition_penalty = 3.0
+    assert not any(batch.prefix for batch in batches(vlm, asked))
+    assert evaluate(vlm, asked)["answer"] == evaluate(vlm, asked, plain=True)["answer"] != before
+
+
+def test_pictures_of_many_sizes_with_a_question_each_stay_together(tmp_path: Path) -> None:
+    vlm, asked = talkative("smolvlm", tmp_path / "smolvlm"), asked_of_many_sizes(tmp_path)
+    one_each = replace(asked, examples=asked.examples[::3])
+    assert [(batch.prefix, len(batch.examples)) for batch in batches(vlm, one_each)] == [(0, 4)]
 
 
 def test_video_parts_are_left_out_and_pictures_stay(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from small import datasets, models
 from torch.utils.flop_counter import FlopCounterMode
 
-from sensitivity import verbs
+from sensitivity import shared_images, verbs
 from sensitivity.batches import batches
 from sensitivity.cli import main
 from sensitivity.components import PARTS
@@ -65,12 +66,10 @@ def test_products_are_counted_as_a_forward_pass_really_has_them(folder: Path, na
     (batch,) = batches(vlm, asked)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         if batch.prefix:
-            cache = vlm.model(**batch.inputs, use_cache=True, logits_to_keep=1).past_key_values
-            rows = max(map(len, batch.prompts)) + max(map(len, batch.targets))
-            twelve = [layer.keys.shape[0] for layer in cache.layers]
-            assert set(twelve) == {sample.images}
-            ids = torch.zeros(sample.examples, rows, dtype=torch.long)
-            vlm.model(input_ids=ids, past_key_values=cache, position_ids=(torch.arange(rows) + batch.prefix)[None])
+            cache, places = shared_images.looked_at(vlm, batch)
+            assert {layer.keys.shape[0] for layer in cache.layers} == {sample.images}
+            image = [(layer.keys, layer.values) for layer in cache.layers]
+            shared_images.drafted(vlm, once, batch, image, places, None, nullcontext)
         else:
             longer = torch.cat([batch.inputs["input_ids"], torch.tensor(batch.targets)], 1)
             mask = torch.ones_like(longer)

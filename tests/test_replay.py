@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sensitivity.batches import batches
 from sensitivity.evaluate import Rows, answer, rows_of
-from sensitivity.models import VLM, inspect
+from sensitivity.models import VLM, inspect, load
 from sensitivity.plan import Plan
 from sensitivity.quantize import quantized, scheme
 from sensitivity.replay import Replay
@@ -68,6 +68,24 @@ def test_bit_for_bit_what_is_computed_without(
         chosen = (None if width is None else scheme("rtn", width, group="tensor") for width in bits)
         plan = Plan(tuple(zip(parts.names, chosen, strict=False)))
         assert run(scenes_llava, asked, parts, plan, replay, size) == run(scenes_llava, asked, parts, plan, None, size)
+
+
+@pytest.mark.parametrize("name", ["vqa", "caption"])
+def test_bit_for_bit_with_a_connector_of_blocks_and_a_language_model_inside(name: str) -> None:
+    """BLIP-2: questions are read on top of their images, and captions written out, by the inner model."""
+    vlm = load("embedded:scenes-blip2")
+    parts = inspect(vlm, by="group")
+    asked, replay = dataclasses.replace(task(name, n=7), exact=False), proven(vlm, parts)
+    assert all(replay.stages[part].boundaries for part in ("vision", "connector", "language"))
+    bits = [8] * len(parts.names)
+    answers = set()
+    for place in (0, 4, 2, len(bits) - 1, len(bits) - 1):
+        bits[place] = 2 if bits[place] == 8 else 3
+        plan = Plan(tuple((one, scheme("rtn", width)) for one, width in zip(parts.names, bits, strict=True)))
+        ours, theirs = run(vlm, asked, parts, plan, replay), run(vlm, asked, parts, plan, None)
+        assert ours == theirs
+        answers.add(tuple(theirs["answer"]))
+    assert len(answers) > 1
 
 
 def counted(vlm: VLM, action: Any) -> int:
