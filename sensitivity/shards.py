@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from sensitivity.tasks import Example, Task
 
-FIRST = 4  # images: enough for an interval, and a few per cent of a usual sweep
+FIRST = 4  # images, fewer of a small task: enough for an interval, and a few per cent of the sweep
+FEWEST = 2  # images: fewer have no interval
 GROWTH = 4
 MOST = 512  # images: bounds what a sweep holds in memory, however large the task is
 
@@ -25,10 +26,15 @@ def cuts(tasks: Sequence[Task], growing: bool = True) -> list[int]:
 
 def ends_of(total: int, growing: bool = True) -> list[int]:
     ends: list[int] = []
-    size = FIRST if growing else MOST
-    while (ends[-1] if ends else 0) < total:
-        ends.append(min(total, (ends[-1] if ends else 0) + min(size, MOST)))
-        size = ends[-1] * (GROWTH - 1)
+    done, size = 0, min(max(total // 20, FEWEST), FIRST) if growing else MOST
+    while done < total:
+        size = min(size, MOST)
+        left = total - done - size
+        if left <= size and size + left <= MOST:  # what is left over is no shard of its own
+            size += left
+        done = min(total, done + size)
+        ends.append(done)
+        size = done * (GROWTH - 1)
     return ends
 
 
@@ -39,5 +45,7 @@ def shard(task: Task, begin: int, end: int, total: int) -> list[Example]:
         clusters.setdefault(example.cluster, []).append(example)
     names = sorted(clusters)
     random.Random(0).shuffle(names)
-    first, last = (round(place * len(names) / total) for place in (begin, end))
+    # every task has a score after the first shard, though another one may have a hundred times its images
+    few = min(FEWEST, len(names))
+    first, last = (max(round(place * len(names) / total), few) if place else 0 for place in (begin, end))
     return [example for name in names[first:last] for example in clusters[name]]

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from PIL import Image
 
 from sensitivity import verbs
 from sensitivity.contenders import RATE, Until, _beats, contenders, frontier, uncertainty
@@ -22,7 +23,7 @@ from sensitivity.errors import UserError
 from sensitivity.models import VLM, inspect
 from sensitivity.plan import Plan
 from sensitivity.quantize import scheme
-from sensitivity.shards import FIRST, MOST, cuts, shard
+from sensitivity.shards import FIRST, MOST, cuts, ends_of, shard
 from sensitivity.sweep import _Trial, run
 from sensitivity.tasks import Example, Task, task
 from sensitivity.trials import Study
@@ -49,6 +50,31 @@ def test_shards_are_all_examples_once_and_never_too_many(sizes: list[tuple[int, 
     if growing:
         assert ends[0] <= FIRST
         assert len(ends) <= 5 + ends[-1] // MOST
+        assert all(shard(one, 0, ends[0], ends[-1]) for one in tasks)
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (1, [1]), (2, [2]), (4, [4]), (5, [2, 5]), (13, [2, 13]), (64, [3, 12, 64]), (200, [4, 16, 64, 200]),
+        (1000, [4, 16, 64, 256, 768, 1000]),
+    ],
+)  # fmt: skip
+def test_a_first_shard_is_a_twentieth_and_what_is_left_over_is_none_of_its_own(
+    images: int, expected: list[int]
+) -> None:
+    assert ends_of(images) == expected
+
+
+def test_a_task_of_few_images_beside_one_of_many_has_a_score_at_once(scenes_llava: VLM, tmp_path: Path) -> None:
+    few = json.dumps({"image": "a.png", "prompt": "what?", "answers": ["this"]})
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "few.jsonl").write_text(few)
+    parts = inspect(scenes_llava, by="part")
+    tasks, sources = [task("caption", n=90), task(str(tmp_path / "few.jsonl"), n=90)], ["caption", "few"]
+    study = Study.create(tmp_path / "study", parts, ["caption", "few"], {"tasks": sources})
+    steps = run(scenes_llava, study, tasks, [])
+    assert set(next(steps).scores) == {"caption", "few"}
 
 
 def test_a_shard_is_no_matter_of_the_order_of_the_data() -> None:
