@@ -168,21 +168,27 @@ class Shapes:
         steps, total = sample.task.max_new_tokens, 0.0
         for images, times in sample.sizes.items():
             questions = max(round(images * sample.questions), 1)
+            step = self.probe.product(questions, *self.head)
             if sample.prefix:
-                total += times * steps * sum(self._asked(sample, questions))
+                read = sample.sequence + sample.tail
+                step += self.through("language", questions, 1, before=read) + self._copied(questions, read)
+                total += times * steps * step
             else:  # generated from the images on
                 total += times * self.through("vision", questions, sample.patches)
                 total += times * self.through("connector", questions, sample.places)
                 total += times * self.through("language", questions, sample.sequence)
-                total += times * steps * self.through("language", questions, 1, before=sample.sequence)
+                total += times * steps * (step + self.through("language", questions, 1, before=sample.sequence))
         return COLD * total
 
     def _asked(self, sample: Sample, questions: int) -> tuple[float, float]:
         """Seconds for questions on top of their images, through the blocks; and what each plan does for itself."""
         words = self.probe.product(questions * sample.said + round(questions / sample.questions), *self.head)
-        known = questions * sample.sequence * self.width["language"] * self.blocks["language"]
-        copied = COPIES * self.probe.sweep_over(known)
+        copied = self._copied(questions, sample.sequence)
         return self.through("language", questions, sample.tail, before=sample.sequence), words + copied
+
+    def _copied(self, questions: int, tokens: int) -> float:
+        """Seconds for giving each question keys and values of its own."""
+        return COPIES * self.probe.sweep_over(questions * tokens * self.width["language"] * self.blocks["language"])
 
     def kept(self, sample: Sample) -> float:
         """Bytes of hidden states along one path: where components begin, before and after the last block of a part,

@@ -113,22 +113,23 @@ class _Reading:
 
     def _cache(self, rows: Sequence[int], begins: Sequence[int], owners: Tensor) -> DynamicCache:
         """Keys and values of the rows' images, and of so many tokens after them that were read before."""
-        device, cache = self.vlm.device, DynamicCache()
-        room = max(begins)
-        if room:
-            at = [self.rows.index(row) for row in rows]
-            before = torch.tensor([self.read[place] for place in at], device=device)[:, None]
-            index = torch.arange(room, device=device).expand(len(rows), -1)
-            # first what was read before the last pass, then what that added, behind the empty places
-            index = self.batch.prefix + torch.where(index < before, index, self.room + index - before)
-            row = torch.tensor(at, device=device)[:, None]
-        for number, shared in enumerate(self.image):
-            both = [half[owners] for half in shared]
-            if room:
-                layer = self.cache.layers[number]
-                index = index.clamp(max=layer.keys.shape[2] - 1)
-                added = (half[row, :, index].transpose(1, 2) for half in (layer.keys, layer.values))
+        cache, room = DynamicCache(), max(begins)
+        picked = self._picked(rows, room) if room else None
+        for number, (keys, values) in enumerate(self.image):
+            both = [half[owners.to(half.device)] for half in (keys, values)]  # a model may lie on several devices
+            if picked:
+                layer, (row, place) = self.cache.layers[number], (index.to(keys.device) for index in picked)
+                added = (half[row, :, place].transpose(1, 2) for half in (layer.keys, layer.values))
                 both = [torch.cat([one, more], dim=2) for one, more in zip(both, added, strict=True)]
             cache.update(both[0], both[1], number)
         self.cache = None
         return cache
+
+    def _picked(self, rows: Sequence[int], room: int) -> tuple[Tensor, Tensor]:
+        """Where in the last pass's cache the tokens after the image stand, row by row: first those that were there
+        before it, then, behind the empty places, those that it added."""
+        at = [self.rows.index(row) for row in rows]
+        before = torch.tensor([self.read[place] for place in at])[:, None]
+        order = torch.arange(room).expand(len(rows), -1)
+        place = self.batch.prefix + torch.where(order < before, order, self.room + order - before)
+        return torch.tensor(at)[:, None], place.clamp(max=self.cache.get_seq_length() - 1)
