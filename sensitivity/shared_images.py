@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from sensitivity.answer_tokens import ends, logits_from, mean_nll, padded
 from sensitivity.batches import Batch, placed
@@ -118,10 +119,13 @@ class _Reading:
         for number, (keys, values) in enumerate(self.image):
             both = [half[owners.to(half.device)] for half in (keys, values)]  # a model may lie on several devices
             if picked:
-                layer, (row, place) = self.cache.layers[number], (index.to(keys.device) for index in picked)
-                added = (half[row, :, place].transpose(1, 2) for half in (layer.keys, layer.values))
+                last, (row, place) = self.cache.layers[number], (index.to(keys.device) for index in picked)
+                added = (half[row, :, place].transpose(1, 2) for half in (last.keys, last.values))
                 both = [torch.cat([one, more], dim=2) for one, more in zip(both, added, strict=True)]
-            cache.update(both[0], both[1], number)
+            layer = DynamicLayer()  # type: ignore[no-untyped-call]
+            layer.lazy_initialization(*both)
+            layer.keys, layer.values = both  # its update() would copy them once more
+            cache.layers.append(layer)
         self.cache = None
         return cache
 

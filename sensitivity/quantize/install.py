@@ -41,15 +41,16 @@ def quantized(
     asked = targets(parts, plan)
     if strangers := sorted(set(asked) - set(parameters)):
         raise UserError(f"the plan names weights that this model does not have: {', '.join(strangers[:4])}")
-    work = _Work(model, parts, Memory() if memory is None else memory, statistics)
-    blocks = list(_blocks(parts, asked))
-    if statistics is None or not statistics.exposed:  # statistics of the float model are asked for while it is one
+    work = _Work(parameters, parts, Memory() if memory is None else memory, statistics)
+    blocks, exposed = list(_blocks(parts, asked)), statistics is not None and statistics.exposed
+    if not exposed:  # statistics of the float model are asked for while it is one
         for block in blocks:
             work.solve(block, {weight.name: {asked[weight.name]} for weight in block})
     with ExitStack() as installed:
         try:
             for block in blocks:
-                work.solve(block, {weight.name: {asked[weight.name]} for weight in block})
+                if exposed:
+                    work.solve(block, {weight.name: {asked[weight.name]} for weight in block})
                 for weight in block:
                     chosen = asked[weight.name]
                     parameters[weight.name].data = work.weight(weight.name, chosen)
@@ -83,7 +84,7 @@ def prepare(
     for plan in plans:
         for name, chosen in targets(parts, plan).items():
             wanted.setdefault(name, set()).add(chosen)
-    work = _Work(model, parts, memory, statistics)
+    work = _Work(dict(model.named_parameters()), parts, memory, statistics)
     for block in _blocks(parts, wanted):
         work.solve(block, wanted)
 
@@ -103,8 +104,10 @@ def targets(parts: ComponentMap, plan: Plan) -> dict[str, Scheme]:
 class _Work:
     """Quantising the weights of one model: what it has of its own, what is remembered, and what is done so far."""
 
-    def __init__(self, model: nn.Module, parts: ComponentMap, memory: Memory, statistics: Statistics | None) -> None:
-        self.own = {name: parameter.data for name, parameter in model.named_parameters()}
+    def __init__(
+        self, parameters: Mapping[str, Tensor], parts: ComponentMap, memory: Memory, statistics: Statistics | None
+    ) -> None:
+        self.own = {name: parameter.data for name, parameter in parameters.items()}
         self.memory, self.statistics = memory, statistics
         self.done: list[tuple[str, Scheme]] = []
         self.inputs: dict[str, list[Weight]] = {}

@@ -26,6 +26,7 @@ class Memory(OrderedDict[Key, Held]):
     def __init__(self, limit: float = math.inf) -> None:
         super().__init__()
         self.limit = limit
+        self.bytes = 0
         self._dense: dict[str, tuple[Key, Tensor]] = {}
 
     def __getitem__(self, key: Key) -> Held:
@@ -33,7 +34,9 @@ class Memory(OrderedDict[Key, Held]):
         return super().__getitem__(key)
 
     def __setitem__(self, key: Key, value: Held) -> None:
+        self.bytes -= _bytes(self[key]) if key in self else 0
         super().__setitem__(key, _moved(value, torch.device("cpu")))
+        self.bytes += _bytes(self[key])
 
     def dense(self, key: Key, like: Tensor) -> Tensor:
         """The weight as numbers, on the device and of the type of the model's own; the last one is kept."""
@@ -44,15 +47,10 @@ class Memory(OrderedDict[Key, Held]):
             self._dense[name] = key, (value if isinstance(value, Tensor) else value.dequantise()).to(like.dtype)
         return self._dense[name][1]
 
-    @property
-    def bytes(self) -> int:
-        return sum(_bytes(value) for value in self.values())
-
     def trim(self) -> None:
-        used = self.bytes
-        while used > self.limit:
+        while self.bytes > self.limit:
             _, value = self.popitem(last=False)
-            used -= _bytes(value)
+            self.bytes -= _bytes(value)
 
 
 def held(value: Stored) -> Held:
