@@ -208,11 +208,13 @@ class Shapes:
         return float(rows * self.probe.dtype.itemsize * numbers)
 
     def activations(self, sample: Sample) -> float:
-        """Bytes of the largest pass: logits in two types, and what a block is at work on."""
-        images = max(sample.sizes)
+        """Bytes of the largest pass: logits in two types, what a block is at work on, and each question's own keys and
+        values where it is read on top of its image."""
+        images, wide = max(sample.sizes), self.probe.dtype.itemsize
         questions = max(round(images * sample.questions), 1)
-        logits = questions * sample.said * self.head[0] * (self.probe.dtype.itemsize + 8)
-        return float(logits + 8 * images * sample.sequence * self.width["language"] * self.probe.dtype.itemsize)
+        logits = questions * sample.said * self.head[0] * (wide + 8)
+        own = 2 * self.blocks["language"] * questions * (sample.sequence + sample.tail) * self.caches * sample.prefix
+        return float(logits + wide * (own + 8 * images * sample.sequence * self.width["language"]))
 
 
 def _plus(one: tuple[float, float], shared: float, own: float = 0.0) -> tuple[float, float]:
