@@ -49,7 +49,7 @@ class Knapsack:
 
     @classmethod
     def of(cls, study: Study, tasks: Sequence[str], format: str | None = None) -> Knapsack:
-        space = Space.of([Plan.from_json(trial.user_attrs["plan"]) for trial in study.trials()])
+        space = Space.of([Plan.from_json(trial.user_attrs["plan"]) for trial in study.measured()])
         models = {}
         for task in tasks:
             readings = of_study(study, task)

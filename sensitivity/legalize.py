@@ -155,7 +155,7 @@ def plans_for(
 
 
 def _measured(study: Study) -> set[Scheme]:
-    plans: Iterable[Plan] = (Plan.from_json(trial.user_attrs["plan"]) for trial in study.trials())
+    plans: Iterable[Plan] = (Plan.from_json(trial.user_attrs["plan"]) for trial in study.measured())
     return {scheme for plan in plans for _, scheme in plan.schemes if scheme is not None}
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 import pandas as pd
+from optuna.trial import TrialState
 
 from sensitivity.errors import UserError, unknown
 from sensitivity.plan import Plan
@@ -84,13 +85,19 @@ def check_task(study: Study, task: str | None) -> str:
 def of_study(study: Study, task: str | None = None, method: str | None = None) -> Readings:
     """The readings of one task, if wanted only those of plans that use one method (full precision always counts)."""
     task = check_task(study, task)
-    trials = [trial.user_attrs for trial in study.trials()]
-    if not trials:
-        raise UserError(f"no trial of {study.path} is finished yet; let `sensitivity sweep` run on")
+    measured = study.measured()
+    if not measured:
+        raise UserError(f"no trial of {study.path} has a score yet; let `sensitivity sweep` run on")
+    trials = [trial.user_attrs for trial in measured]
     plans = [Plan.from_json(trial["plan"]) for trial in trials]
     methods = [_method(plan) for plan in plans]
     widths = [plan.bits(NATIVE) for plan in plans]
-    scores = [trial["scores"].get(task) or {} for trial in trials]
+    scores = _level(study, task, plans, [trial["scores"].get(task) or {} for trial in trials])
+    open_ = sum(trial.state != TrialState.COMPLETE for trial in measured)
+    unfinished = (
+        f"{open_:,} of {count(len(trials), 'trial')} have not seen all examples; those that saw fewer than full "
+        "precision count by their difference to it; `sensitivity sweep` completes them"
+    )
     readings = Readings(
         task,
         study.parts.names,
@@ -101,6 +108,7 @@ def of_study(study: Study, task: str | None = None, method: str | None = None) -
         np.array([trial["size"]["bpw"] for trial in trials], dtype=float),
         tuple(methods),
         tuple(plans),
+        (unfinished,) if open_ else (),
     )
     if method is not None:
         found = sorted({m for m in methods if m != "native"})
@@ -108,6 +116,21 @@ def of_study(study: Study, task: str | None = None, method: str | None = None) -
             raise unknown("method of this study", method, found)
         readings = readings.where(np.array([m in (method, "native") for m in methods]))
     return _usable(readings)
+
+
+def _level(study: Study, task: str, plans: Sequence[Plan], scores: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Scores of a sweep that was stopped, on one level: what saw fewer examples than full precision counts by its
+    difference to that on those it saw, since its examples may be easier than the others."""
+    key = study.native.key
+    full = next((score for plan, score in zip(plans, scores, strict=True) if plan.key == key), {})
+    native, found = None, []
+    for plan, score in zip(plans, scores, strict=True):
+        if score.get("n", 0) < full.get("n", 0):
+            native = study.examples(study.native) if native is None else native
+            if apart := study.apart(native, plan, task, int(score["n"])):
+                score = {**score, "mean": full["mean"] + apart.mean, "se": float(np.hypot(full["se"], apart.se))}
+        found.append(score)
+    return found
 
 
 def of_table(

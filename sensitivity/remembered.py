@@ -18,7 +18,7 @@ CODE = ("readings", "estimators", "treeshap", "importance", "robustness")  # a c
 
 def place(study: Study, wish: Mapping[str, Any]) -> Path:
     """The file of a ranking: its name is the hash of all that it depends on."""
-    trials = [(trial.user_attrs["key"], trial.user_attrs["scores"]) for trial in study.trials()]
+    trials = [(trial.user_attrs["key"], trial.user_attrs["scores"]) for trial in study.measured()]
     content = json.dumps([_code(), dict(wish), study.parts.to_json(), trials], sort_keys=True, default=str)
     return study.path / "rankings" / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}.json"
 

@@ -108,6 +108,7 @@ def _task(
     """Everything that the page says about one task, and its figures as files."""
     found: dict[str, Any] = {"name": task, "slug": slug(task), "refusal": "", "ranking": None, "pareto": None}
     found |= {"pictures": [], "budgets": [], "near": None, "methods": None, "tau": ""}
+    readings: Readings | None = None
     try:
         readings = of_study(study, task)
         few = bootstraps if len(table) <= MANY else max(1, bootstraps // 2)
@@ -115,7 +116,7 @@ def _task(
         found |= {"near": _near(study, readings), "methods": _methods(study, readings), "tau": words.agreement(ranking)}
     except UserError as error:
         found["refusal"] = str(error)
-    if task not in table or not table[task].notna().any():
+    if readings is None or task not in table or not table[task].notna().any():
         return found
     rows = table[table[task].notna()]
     native = rows[rows["native"]]
@@ -199,7 +200,7 @@ def _plans(study: Study) -> dict[str, Any]:
     """Every plan once, small: names, the schemes in use, and per trial which scheme each component has."""
     schemes: dict[str, int] = {}
     rows = []
-    for trial in study.trials():
+    for trial in study.measured():
         plan = Plan.from_json(trial.user_attrs["plan"])
         keys = [json.dumps(scheme and scheme.to_json()) for _, scheme in plan.schemes]
         rows.append([schemes.setdefault(key, len(schemes)) for key in keys])

@@ -18,7 +18,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlchemyError
 
-from sensitivity.errors import UserError, reason
+from sensitivity.errors import Notice, UserError, reason
 
 optuna.logging.set_verbosity(logging.WARNING)
 
@@ -86,13 +86,21 @@ def _cut(journal: Path) -> None:
             file.truncate(end)
 
 
-def open_storage(where: Path | str) -> BaseStorage:
-    """A journal file for a path, Optuna's database storage for a URL."""
+def open_storage(where: Path | str, known: bool = False) -> BaseStorage:
+    """A journal file for a path, Optuna's database storage for a URL; one that is `known` to be right is waited for."""
     if isinstance(where, str) and "://" in where:
-        try:
-            return patient(_database(where))
-        except Exception as error:  # whatever the driver raises, the user needs the same sentence
-            raise UserError(f"cannot open the storage {_without_password(where)}: {reason(error)}") from error
+        began, told = time.monotonic(), False
+        while True:
+            try:
+                return patient(_database(where))
+            except Exception as error:  # whatever the driver raises, the user needs the same sentence
+                why = f"cannot open the storage {_without_password(where)}: {reason(error)}"
+                if not known or not _lost(error) or time.monotonic() - began > PATIENCE:
+                    raise UserError(why) from error
+            if not told:
+                warnings.warn(f"{why}; waiting for it", Notice, stacklevel=2)
+                told = True
+            time.sleep(AGAIN)
     journal = Path(where).absolute()
     lock = KernelLock(journal)
     mend(journal, lock)

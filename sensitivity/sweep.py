@@ -41,6 +41,7 @@ class Step:
     done: int
     left: int
     images: int  # for each plan
+    new: int = 1  # images that were just run
 
 
 def run(
@@ -112,7 +113,7 @@ def _drain(study: Study, trial: _Trial, until: Until) -> Iterator[Step]:
         scores = study.tell(asked, rows, facts, None if complete else end)
         if until.chooses and (last is None or asked.done != last.done):  # a round begins
             wanted = contenders(study, len(trial.ends))
-        yield Step(asked.plan, scores, seconds, complete, *study.progress(total, wanted), total)
+        yield Step(asked.plan, scores, seconds, complete, *study.progress(total, wanted), total, end - asked.done)
         last = asked
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,41 +44,60 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> No
     console.print(grid, highlight=False)
 
 
-def walk(steps: Iterable[Step], title: str, study: Study | None = None, plans: int = 0) -> int:
-    """Walk along a sweep behind a bar on standard error: what is done, the time left, and the frontier so far.
+class Pace:
+    """How long the rest will take, from what this run has done; what earlier runs did says nothing about it.
 
-    `plans` is how many there will be, where they are not all known beforehand.
+    `plans` is how many there will be, where they are not all known beforehand; after `seconds` it ends anyway.
     """
+
+    def __init__(self, plans: int = 0, seconds: float = math.inf) -> None:
+        self.plans, self.ends = plans, time.monotonic() + seconds
+        self.earlier, self.began = 0, 0.0
+
+    def after(self, step: Step) -> tuple[int, float]:
+        """Images and seconds that are left."""
+        now = time.monotonic()
+        if not self.began:  # the clock begins where the first step did: loading is over
+            self.earlier, self.began = step.done - step.new, now - step.seconds
+        images = max(step.left, self.plans * step.images - step.done)
+        seconds = (now - self.began) / (step.done - self.earlier) * images
+        return images, max(min(seconds, self.ends - now), 0.0)
+
+
+def walk(
+    steps: Iterable[Step], title: str, study: Study | None = None, plans: int = 0, seconds: float = math.inf
+) -> int:
+    """Walk along a sweep behind a bar on standard error: what is done, the time left, and the frontier so far."""
     from rich.console import Console, Group
     from rich.live import Live
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
     from rich.text import Text
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[last]}"),
-    )
-    finished = 0
-    bar = Progress(*columns)
-    line = bar.add_task(title, total=None, last="preparing")
+    names = ("{task.description}", "{task.fields[time]}", "{task.fields[last]}")
+    title_, time_, last_ = (TextColumn(name) for name in names)
+    finished, pace, began = 0, Pace(plans, seconds), time.monotonic()
+    bar = Progress(title_, BarColumn(), TaskProgressColumn(), time_, last_)
+    line = bar.add_task(title, total=None, time="", last="preparing")
     console = Console(stderr=True)
     with _line_ended(console), Live(bar, console=console, refresh_per_second=4) as live:
-        earlier = shown = 0.0  # what earlier runs did says nothing about the speed of this one
+        shown = 0.0
         for step in steps:
-            earlier = earlier if finished else step.done - 1
             finished += 1
-            total = max(step.done + step.left, plans * step.images) - earlier
-            bar.update(line, total=total, completed=step.done - earlier, last=_last(step))
+            images, rest = pace.after(step)
+            done, clock = step.done - pace.earlier, f"{_clock(rest)} left"
+            bar.update(line, total=done + images, completed=done, time=clock, last=_last(step))
             if study is not None and console.is_terminal and time.monotonic() - shown > 1:
                 live.update(Group(bar, *(Text(f"  {text}", style="dim") for text in standing(study))))
                 shown = time.monotonic()
         if not finished:
             bar.update(line, total=1, completed=1, last="nothing was left to do")
+        bar.update(line, time=f"in {_clock(time.monotonic() - began)}")
         live.update(bar)
     return finished
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 @contextmanager
@@ -88,29 +110,39 @@ def _line_ended(console: Console) -> Iterator[None]:
             console.print()
 
 
-def walk_in_json(steps: Iterable[Step], study: Study, plans: int = 0) -> int:
+def walk_in_json(steps: Iterable[Step], study: Study, plans: int = 0, seconds: float = math.inf) -> int:
     """The same for machines: a line of JSON on standard error, at most one a second, and the last."""
-    began, earlier, shown, finished = time.monotonic(), 0, 0.0, 0
-    line = ""
+    pace, shown, finished = Pace(plans, seconds), 0.0, 0
+    unsaid: Callable[[], None] | None = None
     for step in steps:
-        earlier = earlier if finished else step.done - 1
         finished += 1
-        left = max(step.left, plans * step.images - step.done)
-        facts = {
-            "done": step.done,
-            "left": left,
-            "seconds_left": round((time.monotonic() - began) / (step.done - earlier) * left, 1),
-            "plan": step.plan.describe(),
-            "scores": dict(step.scores),
-            "frontier": [_point(trial) for trial in best_so_far(study)],
-        }
-        line = json.dumps(facts)
+        unsaid = partial(_say, step, *pace.after(step), study)
         if time.monotonic() - shown > 1:
-            print(line, file=sys.stderr, flush=True)
-            line, shown = "", time.monotonic()
-    if line:
-        print(line, file=sys.stderr, flush=True)
+            unsaid()
+            unsaid, shown = None, time.monotonic()
+    if unsaid:
+        unsaid()
     return finished
+
+
+def _say(step: Step, images: int, seconds: float, study: Study) -> None:
+    counts = study.counts(lately=True)
+    facts = {
+        "done": step.done,
+        "left": images,
+        "plans_done": counts["done"],
+        "plans_left": counts["waiting"] + counts["running"],
+        "seconds_left": round(seconds, 1),
+        "plan": step.plan.describe(),
+        "scores": dict(step.scores),
+        "frontier": points(study),
+    }
+    print(json.dumps(facts), file=sys.stderr, flush=True)
+
+
+def points(study: Study) -> list[dict[str, Any]]:
+    """The frontier for machines."""
+    return [_point(trial) for trial in best_so_far(study)]
 
 
 def _last(step: Step) -> str:
@@ -151,7 +183,8 @@ def frontier(study: Study, most: int = 12) -> None:
     rows = study.table().sort_values(["bpw", study.tasks[0]], ascending=[True, False])
     best = rows[rows[study.tasks[0]] > rows[study.tasks[0]].cummax().shift(fill_value=-1.0)].tail(most)
     table(
-        f"Frontier: no smaller plan scores higher on {study.tasks[0]} (95 % intervals where they are known)",
+        f"Frontier: no smaller plan scores higher on {study.tasks[0]} (95 % intervals where they are known"
+        f"{'' if rows['complete'].all() else '; n where not all examples were seen'})",
         ("bpw", *study.tasks, "plan"),
         [
             (f"{row['bpw']:.2f}", *(_interval(row, task) for task in study.tasks), row["plan"])
@@ -210,4 +243,5 @@ def _interval(row: pd.Series, task: str) -> str:
     low, high = row.get(f"{task}.low"), row.get(f"{task}.high")
     if low is None or low != low:  # an imported table has means alone
         return f"{row[task]:.3f}"
-    return f"{row[task]:.3f} [{low:.3f}, {high:.3f}]"
+    seen = "" if row["complete"] else f" (n {row[f'{task}.n']:.0f})"
+    return f"{row[task]:.3f} [{low:.3f}, {high:.3f}]{seen}"

@@ -48,7 +48,7 @@ class Study:
             storage = address.read_text().strip()
         if storage is None and not (self.path / "journal.log").exists():
             raise UserError(f"no study at {self.path}; `sensitivity sweep MODEL --out {self.path}` makes one")
-        self._storage = open_storage(storage or self.path / "journal.log")
+        self._storage = open_storage(storage or self.path / "journal.log", known=address.exists())
         try:
             self._optuna = optuna.load_study(study_name=NAME, storage=self._storage)
         except KeyError:
@@ -73,10 +73,16 @@ class Study:
     ) -> Study:
         """Begin a study, or open the one that is there if it is about the same thing."""
         path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        if storage is not None:
-            write_whole(path / "storage.url", storage.encode())
-        backend = open_storage(storage or path / "journal.log")
+        if storage is not None and "://" not in storage:
+            raise UserError(f"'{storage}' is no storage; it is a URL such as postgresql+psycopg://HOST/DB")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            address = path / "storage.url"
+            backend = open_storage(storage or path / "journal.log", address.exists() and address.read_text() == storage)
+            if storage is not None:
+                write_whole(address, storage.encode())
+        except OSError as error:
+            raise UserError(f"a study cannot be kept in {path} ({error.strerror}); choose another --out") from error
         # one maximised value per task, and bits per weight as the last, minimised one
         directions = [StudyDirection.MAXIMIZE] * len(tasks) + [StudyDirection.MINIMIZE]
         wanted = json.loads(json.dumps({"meta": dict(meta), "tasks": list(tasks), "parts": parts.to_json()}))
@@ -245,9 +251,9 @@ class Study:
         trials = [trial for trial in self._glance.now() if trial.state in open_ and "scores" not in trial.user_attrs]
         return {str(trial.user_attrs.get("key")) for trial in trials}
 
-    def counts(self) -> dict[str, int]:
-        """How many plans are done, waiting and running."""
-        trials = self._glance.now()
+    def counts(self, lately: bool = False) -> dict[str, int]:
+        """How many plans are done, waiting and running; `lately` is cheap, and may not know yet what others did."""
+        trials = self._glance.lately() if lately else self._glance.now()
         states = {"done": TrialState.COMPLETE, "waiting": TrialState.WAITING, "running": TrialState.RUNNING}
         return {name: sum(t.state == state for t in trials) for name, state in states.items()}
 
@@ -262,9 +268,9 @@ class Study:
     def table(self) -> pd.DataFrame:
         """One row per measured trial: bits per component, size, and per task the score and its interval (see rows)."""
         native = self.examples(self.native)
-        return pd.DataFrame([row(trial, self.tasks, partial(self._delta, native)) for trial in self.measured()])
+        return pd.DataFrame([row(trial, self.tasks, partial(self.apart, native)) for trial in self.measured()])
 
-    def _delta(self, native: pd.DataFrame | None, plan: Plan, task: str, n: int | None) -> Score | None:
+    def apart(self, native: pd.DataFrame | None, plan: Plan, task: str, n: int | None) -> Score | None:
         """The paired difference to full precision, computed once for what both have seen."""
         if native is None or n is None:
             return None

@@ -94,15 +94,17 @@ def sweeping(
     statistics: Statistics | None = None,
     until: Sequence[str] = (),
     memory_gb: float = MEMORY_GB,
+    whole: bool = False,
 ) -> tuple[Study, Iterator[Step]]:
     """The study, and the sweep as something to walk along: each step is a finished trial.
 
     Methods that need calibration take it from `statistics`; without, the calibration splits of the tasks are used.
-    `until` may end it early: "10min", "error<0.5%"; examples then go to the plans that matter.
+    `until` may end it early: "10min", "error<0.5%"; examples then go to the plans that matter. Answers that can no
+    longer be right are left off there, unless they are wanted `whole`.
     """
     limit = Until.parse(until)
-    chosen = [find_task(name, "evaluation", n, seed) for name in dict.fromkeys(tasks)]
-    facts = identity(vlm, chosen, tasks, n, seed)
+    chosen = [find_task(name, "evaluation", n, seed, whole) for name in dict.fromkeys(tasks)]
+    facts = identity(vlm, chosen, tasks, n, seed) | ({"whole_answers": True} if whole else {})
     study = Study.create(out, parts, [task.name for task in chosen], facts, storage)
     if callable(plans):
         return study, run_plans(vlm, study, chosen, plans(study), plain, statistics, limit, memory_gb)
@@ -182,9 +184,8 @@ def recommending(
         raise UserError(f"{study.path} was measured on {study.meta.get('model')}, and {run.name} is another model")
     plans = [one.plan for candidates, rival in proposed for one in (*candidates, *([rival] if rival else []))]
     meta = study.meta
-    second, steps = sweeping(
-        run, study.parts, plans, meta["tasks"], study.path / "verify", n=meta["n"], seed=meta["seed"] + FRESH
-    )
+    how = {"n": meta["n"], "seed": meta["seed"] + FRESH, "whole": meta.get("whole_answers", False)}
+    second, steps = sweeping(run, study.parts, plans, meta["tasks"], study.path / "verify", **how)
     return lambda: _judged(study, second, proposed, wish), steps
 
 

@@ -201,7 +201,7 @@ def unmeasured(
 
 def source(study: Study) -> dict[str, Any]:
     """Where a plan came from: the study's own facts and which trials were read."""
-    trials = study.trials()
+    trials = study.measured()
     return {
         "study": dict(study.meta),
         "model": study.parts.model,

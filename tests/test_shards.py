@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -17,14 +18,16 @@ from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from PIL import Image
 
-from sensitivity import verbs
+from sensitivity import terminal, verbs
+from sensitivity.cli import main
 from sensitivity.contenders import RATE, Until, _beats, contenders, frontier, uncertainty
 from sensitivity.errors import UserError
 from sensitivity.models import VLM, inspect
 from sensitivity.plan import Plan
 from sensitivity.quantize import scheme
+from sensitivity.readings import of_study
 from sensitivity.shards import FIRST, MOST, cuts, ends_of, shard
-from sensitivity.sweep import _Trial, run
+from sensitivity.sweep import Step, _Trial, run
 from sensitivity.tasks import Example, Task, task
 from sensitivity.trials import Study
 from sensitivity.turns import choose
@@ -294,3 +297,110 @@ def test_lines_for_machines_and_one_object_at_the_end(tmp_path: Path) -> None:
     assert [point["bpw"] for point in best] == sorted(point["bpw"] for point in best)
     means = [point["scores"]["vqa"]["mean"] for point in best]
     assert means == sorted(means)
+
+
+# -- a sweep that was stopped
+
+
+@pytest.fixture
+def stopped(scenes_llava: VLM, tmp_path: Path) -> Study:
+    """Every plan has seen a first shard, a few a second one, and full precision alone all examples."""
+    parts, plans = plans_for(scenes_llava, (2, 8))
+    study, steps = verbs.sweeping(scenes_llava, parts, plans, ["vqa"], tmp_path / "stopped", n=300)
+    for step in steps:
+        if step.complete:
+            break
+    steps.close()  # type: ignore[attr-defined]
+    return study
+
+
+def test_a_stopped_study_can_be_ranked_and_recommends_and_says_what_it_rests_on(
+    stopped: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = stopped.counts()
+    assert counts["done"] == 1
+    table, full = stopped.table(), stopped.examples(stopped.native)
+    assert full is not None
+    assert len(full) == 300
+    note = f"{counts['waiting']} of {len(table)} trials have not seen all examples; those that saw fewer than full"
+    assert main(["rank", str(stopped.path), "--bootstraps", "2"]) == 0
+    assert note in capsys.readouterr().out
+    assert main(["recommend", str(stopped.path), "--bpw", "6", "--no-run"]) == 0
+    assert note in capsys.readouterr().out
+    assert main(["report", str(stopped.path)]) == 0
+    assert note in (stopped.path / "report" / "index.html").read_text()
+
+
+def test_what_saw_few_examples_counts_by_its_difference_to_full_precision_on_those(stopped: Study) -> None:
+    readings, full = of_study(stopped, "vqa"), stopped.examples(stopped.native)
+    assert full is not None
+    apart = 0
+    for key, plan, score in zip(readings.keys, readings.plans, readings.score, strict=True):
+        mine = stopped.examples(plan)
+        assert mine is not None
+        both = mine.merge(full, on="example")
+        expected = full["score"].mean() + (both["score_x"] - both["score_y"]).mean()
+        assert score == pytest.approx(expected, abs=1e-12)
+        apart += key != stopped.native.key and abs(score - mine["score"].mean()) > 1e-6
+    assert apart > 0  # the first examples were not like all of them
+
+
+def test_an_error_that_was_not_reached_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["embedded:scenes-blip2", "--bits", "2", "--n", "20", "--until", "error<0.5%", "--out", str(tmp_path / "s")]
+    assert main(["sweep", *words]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    known = uncertainty(Study(tmp_path / "s"))
+    assert known > 0.005
+    assert f"What frontier plans lose is known to {known:.4f} of a score, 0.0050 was wanted; no examples" in out
+
+
+def test_the_time_left_is_of_this_run_alone() -> None:
+    """Twenty images of a hundred were there before; four more took two seconds."""
+    pace = terminal.Pace()
+    plan = Plan((("a", None),))
+    images, seconds = pace.after(Step(plan, {}, 2.0, False, 24, 76, 10, 4))
+    assert images == 76
+    assert seconds == pytest.approx(76 * 2 / 4, rel=0.01)
+    assert terminal.Pace(seconds=5).after(Step(plan, {}, 2.0, False, 24, 76, 10, 4))[1] == pytest.approx(5, rel=0.01)
+    assert terminal.Pace(plans=20).after(Step(plan, {}, 2.0, False, 24, 0, 10, 4))[0] == 176
+
+
+@pytest.mark.parametrize("name", ["vqa", "caption"])
+def test_whole_answers_are_those_of_the_plain_path_letter_for_letter(name: str, tmp_path: Path) -> None:
+    words = ["sweep", "embedded:scenes-blip2", "--task", name, "--bits", "2,4", "--n", "20", "--json"]
+    found = {}
+    for how in ((), ("--whole-answers",), ("--whole-answers", "--plain")):
+        out = tmp_path / "-".join(["study", *how])
+        assert main([*words, *how, "--out", str(out)]) == 0
+        study = Study(out)
+        frames = [study.examples(study.plan(i)) for i in range(len(study.trials()))]
+        found[how] = pd.concat([frame for frame in frames if frame is not None], ignore_index=True)
+    short, ours, theirs = found.values()
+    assert (ours["answer"] == theirs["answer"]).all()
+    assert (ours["score"] == theirs["score"]).all()
+    assert (short["score"] == theirs["score"]).all()
+    assert not ours["answer"].str.endswith("…").any()
+    assert short["answer"].str.endswith("…").any()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--memory-gb", "-1"], "argument --memory-gb: '-1' is not an amount such as 8 or 0.5"),
+        (["--memory-gb", "nan"], "argument --memory-gb: 'nan' is not an amount"),
+        (["--cache-gb", "inf"], "argument --cache-gb: 'inf' is not an amount"),
+        (["--storage", "nonsense"], "'nonsense' is no storage; it is a URL such as postgresql+psycopg://HOST/DB"),
+        (["--out", "FILE"], r"a study cannot be kept in FILE (File exists); choose another --out"),
+        (["--out", "FILE/below"], r"a study cannot be kept in FILE/below (Not a directory); choose another --out"),
+    ],
+)
+def test_bad_words_are_refused_in_a_sentence(
+    more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "FILE").write_text("")
+    more = [word.replace("FILE", str(tmp_path / "FILE")) for word in more]
+    words = ["sweep", "embedded:scenes-blip2", "--bits", "4", "--n", "2", "--out", str(tmp_path / "s"), *more]
+    with contextlib.suppress(SystemExit):
+        assert main(words) != 0
+    assert message.replace("FILE", str(tmp_path / "FILE")) in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "s").exists()

@@ -9,6 +9,7 @@ the two assumptions that it names.
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import subprocess
@@ -161,9 +162,14 @@ What would break first:
 
 1. The journal. One process at a time writes to it and puts it on disk, about {1000 * queue("journal", 100):.0f} ms a
    step, {in_turn:.1f} hours for all steps one after the other. So many GPUs want a database (`--storage`).
-2. Host memory. Six widths of 7 billion weights are {host:.0f} GB of codes for each process; `--memory-gb` keeps its
-   limit, and what does not fit is quantised again.
-3. The first look at the queue, which every process takes; later ones follow when they cost a twentieth of the time."""
+2. Host memory. Six widths of 7 billion weights are {host:.0f} GB of codes for each process, at {CODE} bytes a weight
+   with its scales. The default `--memory-gb 8` gives half of that to codes, so that layers would be quantised again for
+   plan after plan: give `--memory-gb {10 * math.ceil(2 * host / 10)}`, or fewer widths.
+3. Reading the queue. Each process reads all plans when it starts, and after that only as often as takes a twentieth of
+   its time: with many thousands of plans it learns late what others did, and asks for plans that are gone.
+
+Not in these hours: statistics and six widths of every layer, once for each process before its first plan, not measured
+on a GPU here (`experiments/benchmarks/seven_billion.py` measures them)."""
 
 
 def main() -> None:

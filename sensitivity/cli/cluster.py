@@ -106,7 +106,7 @@ class _Crew:
         from sensitivity.plan import Plan
         from sensitivity.sweep import Step
 
-        before = -1
+        before = 0
         while True:
             for who in self.lost:
                 study.release_lost(who)
@@ -117,10 +117,11 @@ class _Crew:
                 attrs = latest.user_attrs
                 done, left = study.progress(attrs["images"])
                 if done != before:
-                    before = done
+                    new, before = done - before, done
                     scores = {task: found["mean"] for task, found in attrs["scores"].items()}
                     plan = Plan.from_json(attrs["plan"])
-                    yield Step(plan, scores, attrs["seconds"], latest.state.is_finished(), done, left, attrs["images"])
+                    where = latest.state.is_finished(), done, left, attrs["images"], max(new, 1)
+                    yield Step(plan, scores, attrs["seconds"], *where)
             if not self.at_work:
                 return
             self.look()

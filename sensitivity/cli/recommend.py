@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity.allocate import Wish
     from sensitivity.errors import UserError
     from sensitivity.plan import labels
+    from sensitivity.readings import of_study
     from sensitivity.runtimes import files_of
     from sensitivity.trials import Study
 
@@ -71,9 +72,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         terminal.walk(steps, "verifying")
     found = chosen()
     paths = verbs.remember(study, found)
+    notes = dict.fromkeys(note for task in weights for note in of_study(study, task).notes)
     if not args.json:
+        for note in notes:
+            print(f"note: {note}")
         for one, path in zip(found, paths, strict=True):
             terminal.recommendation(one)
             print(f"  plan: {path}")
     facts = [{**one.to_json(), "path": str(path)} for one, path in zip(found, paths, strict=True)]
-    return facts[0] | ({"budgets": facts} if len(facts) > 1 else {})
+    return facts[0] | {"notes": list(notes)} | ({"budgets": facts} if len(facts) > 1 else {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--memory-gb",
-        type=float,
+        type=words.amount,
         default=8.0,
         metavar="GB",
         help="for what plans share: quantised weights and hidden states (default: 8); less is slower, not different",
@@ -79,6 +79,11 @@ def arguments(p: argparse.ArgumentParser) -> None:
     words.device(p)
     p.add_argument(
         "--plain", action="store_true", help="load, quantise, run: nothing shared between plans (slow, the reference)"
+    )
+    p.add_argument(
+        "--whole-answers",
+        action="store_true",
+        help="write wrong answers to their end; without, they end with … where they can no longer be right",
     )
     p.add_argument(
         "--storage", metavar="URL", help="an Optuna storage for a team, such as postgresql+psycopg://host/db"
@@ -97,7 +102,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     workers.share_cores(args.workers)
     vlm = verbs.blank(args.model) if args.dry_run else verbs.load(args.model, device=args.device, dtype=args.dtype)
     parts = verbs.inspect(vlm, by=args.by)
-    chosen = [task(name, n=args.n, seed=args.seed) for name in args.task]  # first of all: it may be misspelt
+    whole = args.whole_answers
+    chosen = [task(name, n=args.n, seed=args.seed, whole=whole) for name in args.task]  # first: it may be misspelt
     for one in chosen:
         for note in one.notes:
             print(f"{one.name}: {note}", file=sys.stderr)
@@ -128,7 +134,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     expected = 0 if args.search in ("grid", "one-at-a-time") else args.trials or 100
     how = {"n": args.n, "seed": args.seed, "plain": args.plain, "storage": args.storage, "statistics": statistics}
-    how |= {"until": args.until, "memory_gb": args.memory_gb}
+    how |= {"whole": whole, "until": args.until, "memory_gb": args.memory_gb}
     study, steps = verbs.sweeping(vlm, parts, plans_of(schemes, args.search), args.task, args.out, **how)
     with workers.crew(args):
         _walk(args, steps, f"sweeping {vlm.name}", study, expected)
@@ -157,14 +163,33 @@ def _foreseen(
 
 
 def _summary(args: argparse.Namespace, study: Study) -> dict[str, Any]:
-    facts = {"study": str(args.out), **study.counts(), "trials": json.loads(study.table().to_json(orient="records"))}
+    from sensitivity.contenders import Until, uncertainty
+
+    goal = Until.parse(args.until).error
+    trials = json.loads(study.table().to_json(orient="records"))
+    facts = {"study": str(args.out), **study.counts(), "frontier": terminal.points(study), "trials": trials}
+    if goal:
+        facts["error"] = known = uncertainty(study)
     if not args.json:
         terminal.frontier(study)
-        some = facts["waiting"] + facts["running"]
-        rest = f", {some} more have not seen all examples (the same command without --until goes on)" if some else ""
+        if goal:
+            missed = "; no examples are left, so that a larger --n is needed, in another --out"
+            print(
+                f"What frontier plans lose is known to {known:.4f} of a score, {goal:.4f} was wanted"
+                f"{missed if known >= goal and not facts['waiting'] else ''}"
+            )
         legal = f" --runtime {args.runtime}" if args.runtime else ""
-        print(f"{facts['done']} plans in {args.out}{rest}; next: sensitivity recommend {args.out} --bpw 4{legal}")
+        print(f"{_rest(facts, args.out)}; next: sensitivity recommend {args.out} --bpw 4{legal}")
     return facts
+
+
+def _rest(counts: Mapping[str, Any], out: Path) -> str:
+    told = [f"{counts['done']} plans in {out} have seen all examples"]
+    if counts["waiting"]:
+        told.append(f"{counts['waiting']} more have not (the same command without --until goes on)")
+    if counts["running"]:
+        told.append(f"{counts['running']} more are running in another process")
+    return ", ".join(told)
 
 
 def _on_a_cluster(args: argparse.Namespace) -> dict[str, Any]:
@@ -176,7 +201,10 @@ def _on_a_cluster(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _walk(args: argparse.Namespace, steps: Iterator[Step], title: str, study: Study, plans: int = 0) -> None:
+    from sensitivity.contenders import Until
+
+    seconds = Until.parse(args.until).seconds
     if args.json:
-        terminal.walk_in_json(steps, study, plans)
+        terminal.walk_in_json(steps, study, plans, seconds)
     else:
-        terminal.walk(steps, title, study, plans)
+        terminal.walk(steps, title, study, plans, seconds)

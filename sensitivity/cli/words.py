@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,7 @@ def calibration(p: argparse.ArgumentParser) -> None:
         metavar="float|exposed",
         help="inputs of the float model, or of layers behind quantised ones (slow: anew for each plan; default: float)",
     )
-    g.add_argument("--cache-gb", type=float, default=8.0, help="of statistics kept on disk; 0 keeps none (default: 8)")
+    g.add_argument("--cache-gb", type=amount, default=8.0, help="of statistics kept on disk; 0 keeps none (default: 8)")
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -116,6 +117,16 @@ def budgets(text: str) -> tuple[float, ...]:
         return tuple(dict.fromkeys(float(piece) for piece in text.split(",")))
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is not a budget such as 4, or a list such as 3,3.5,4") from None
+
+
+def amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not an amount such as 8 or 0.5")
+    return value
 
 
 def group_size(text: str) -> int | str:

@@ -7,9 +7,10 @@ import contextlib
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 
-from sensitivity.errors import UserError
+from sensitivity.errors import Notice, UserError
 
 CHILD = "SENSITIVITY_WORKER"  # set for a worker, which starts none of its own
 
@@ -42,8 +43,10 @@ def crew(args: argparse.Namespace) -> Iterator[None]:
     ]  # fmt: skip
     try:
         yield
-        for process in processes:
-            process.wait()
+        if ended := [process.returncode for process in processes if process.wait()]:
+            why = ", ".join(f"signal {-code}" if code < 0 else f"status {code}" for code in ended)
+            told = f"{len(ended)} of the workers ended early ({why}); what they were running is run again"
+            warnings.warn(told, Notice, stacklevel=2)
     finally:
         for process in processes:
             if process.poll() is None:

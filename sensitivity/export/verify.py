@@ -98,7 +98,7 @@ def rerun(folder: str, target: str, dtype: str, trial: Mapping[str, Any], device
     vlm = load(folder, device=device, dtype=dtype, quantised=True)
     frames = []
     for source in dict.fromkeys(meta["tasks"]):
-        task = find_task(source, "evaluation", meta["n"], meta["seed"])
+        task = find_task(source, "evaluation", meta["n"], meta["seed"], meta.get("whole_answers", False))
         data = f"{len(task.examples)} examples {task.fingerprint}"
         if meta["data"].get(task.name) != data:
             raise UserError(

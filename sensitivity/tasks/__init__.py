@@ -7,7 +7,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -192,8 +192,16 @@ SEARCHES: dict[str, Callable[[str, int, int], Task]] = {"retrieval": retrieval.o
 GALLERIES: dict[str, Callable[[Path, str, int, int], Task]] = {"flickr30k": retrieval.of_flickr30k}
 
 
-def task(name: str, split: str = "evaluation", n: int = 1000, seed: int = 0) -> Task:
-    """A task by its name, DATASET:FOLDER, or from a user's own data, SCORER:PATH; `n` counts examples."""
+def task(name: str, split: str = "evaluation", n: int = 1000, seed: int = 0, whole: bool = False) -> Task:
+    """A task by its name, DATASET:FOLDER, or from a user's own data, SCORER:PATH; `n` counts examples.
+
+    Answers are written out `whole`, also where they can no longer be right.
+    """
+    found = _named(name, split, n, seed)
+    return replace(found, exact=False) if whole else found
+
+
+def _named(name: str, split: str, n: int, seed: int) -> Task:
     tasks, sets = {**TASKS, **SEARCHES}, {**DATASETS, **GALLERIES}
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
