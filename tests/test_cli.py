@@ -229,7 +229,7 @@ def test_workers_share_the_queue_and_one_that_dies_loses_nothing(study: Path, tm
     """The first process is held until the second has begun a trial, in which it is killed: one table all the same."""
     out = tmp_path / "crew"
     command = [sys.executable, "-m", "sensitivity", *SWEEP.split(), "--out", str(out), "--workers", "2", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         children: list[str] = []
         while not children and process.poll() is None:
             time.sleep(0.01)
@@ -244,8 +244,9 @@ def test_workers_share_the_queue_and_one_that_dies_loses_nothing(study: Path, tm
             os.kill(process.pid, signal.SIGCONT)
             time.sleep(0.005)  # it may have been stopped with a lock in its hand
         os.kill(worker, signal.SIGKILL)
-        printed = process.communicate()[0]
+        printed, told = process.communicate()
     assert begun
+    assert "note: 1 of the workers ended early (signal 9); what they were running is run again" in told
     assert process.returncode == 0
     assert one_object(printed)["done"] == 28
     ours, theirs = (Study(path).table().set_index("key").sort_index() for path in (out, study))

@@ -132,6 +132,26 @@ def test_two_launchers_a_kill_and_a_database_that_goes_away(
     close(study._storage)
 
 
+@pytest.mark.slow
+def test_a_database_that_is_away_at_the_start_is_waited_for_where_it_was_there_before(
+    postgres: Postgres, tmp_path: Path
+) -> None:
+    out = tmp_path / "shared"
+    assert finished(start(out, "--storage", postgres.url, "--bits", "8"))["done"] == 2
+    postgres.stop()
+    wrong = start(tmp_path / "new", "--storage", postgres.url, "--bits", "8")
+    assert "cannot open the storage" in wrong.communicate(timeout=120)[0]  # it may be misspelt: not waited for
+    assert wrong.returncode == 1
+    later = start(out, "--storage", postgres.url, "--bits", "2,8")
+    assert later.stderr is not None
+    line = later.stderr.readline()
+    while line and "waiting for it" not in line:
+        line = later.stderr.readline()
+    postgres.start()
+    assert "note: cannot open the storage postgresql+psycopg://team@127.0.0.1" in line
+    assert finished(later)["done"] == 9
+
+
 def test_all_that_optuna_asks_of_a_database_is_waited_for(
     postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
