@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +345,22 @@ def test_what_saw_few_examples_counts_by_its_difference_to_full_precision_on_tho
         assert score == pytest.approx(expected, abs=1e-12)
         apart += key != stopped.native.key and abs(score - mine["score"].mean()) > 1e-6
     assert apart > 0  # the first examples were not like all of them
+
+
+def test_ctrl_c_leaves_the_frontier_on_the_screen(tmp_path: Path) -> None:
+    words = ["embedded:scenes-blip2", "--bits", "2,4,8", "--n", "2000", "--out", str(tmp_path / "s")]
+    command = [sys.executable, "-m", "sensitivity", "sweep", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while len(list(tmp_path.glob("s/examples/[!.]*.parquet"))) < 3:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Frontier: no smaller plan scores higher on vqa" in out
+    assert "(n 20)" in out
+    assert told.splitlines()[-1] == "stopped; what was finished is kept, and the same command continues"
+    assert Study(tmp_path / "s").counts()["running"] == 0
 
 
 def test_an_error_that_was_not_reached_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

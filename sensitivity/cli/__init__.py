@@ -27,6 +27,7 @@ VERBS: dict[str, ModuleType] = {
     "import": import_,
     "demo": demo,
 }
+STOPPED = 130  # by Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(facts, indent=2, default=str))
         return 0
     except KeyboardInterrupt:
-        return fail(args, "stopped; what was finished is kept, and the same command continues", 130)
+        return fail(args, "stopped; what was finished is kept, and the same command continues", STOPPED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fail(args: argparse.Namespace, message: str, status: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(message if status == STOPPED else f"error: {message}", file=sys.stderr)
     if args.json:
         print(json.dumps({"error": message}))
     return status

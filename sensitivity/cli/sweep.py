@@ -136,8 +136,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     how = {"n": args.n, "seed": args.seed, "plain": args.plain, "storage": args.storage, "statistics": statistics}
     how |= {"whole": whole, "until": args.until, "memory_gb": args.memory_gb}
     study, steps = verbs.sweeping(vlm, parts, plans_of(schemes, args.search), args.task, args.out, **how)
-    with workers.crew(args):
-        _walk(args, steps, f"sweeping {vlm.name}", study, expected)
+    try:
+        with workers.crew(args):
+            _walk(args, steps, f"sweeping {vlm.name}", study, expected)
+    except KeyboardInterrupt:
+        if not args.json and study.measured():
+            terminal.frontier(study)
+        raise
     if study.release_lost():  # of a worker that died
         _walk(args, verbs.sweeping(vlm, parts, [], args.task, args.out, **how)[1], "what a lost worker left", study)
     return _summary(args, study)
