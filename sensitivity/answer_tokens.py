@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,9 +34,33 @@ def plainly_greedy(vlm: VLM) -> bool:
     return set(vlm.model.generation_config.to_diff_dict()) <= HARMLESS
 
 
+def hopeless(vlm: VLM, task: Task, examples: Sequence[Example]) -> Callable[[int, list[int]], bool] | None:
+    """Whether what a row has said begins like no right answer, where a task takes nothing else."""
+    if not task.exact:
+        return None
+    right = [[_bare(answer) for answer in example.answers] for example in examples]
+
+    def cannot(row: int, tokens: list[int]) -> bool:
+        begun = _bare(_text(vlm, tokens))
+        # half a letter, or what may become a special token, which does not count
+        open_ = begun.endswith("\N{REPLACEMENT CHARACTER}") or begun.rfind("<") > begun.rfind(">")
+        return not open_ and not any(answer.startswith(begun) for answer in right[row])
+
+    return cannot
+
+
+def _bare(text: str) -> str:
+    """Without case and white space, of which a tokenizer may take some away later."""
+    return "".join(text.lower().split())
+
+
+def _text(vlm: VLM, tokens: list[int]) -> str:
+    return without_special(str(vlm.processor.tokenizer.decode(tokens, skip_special_tokens=True)))
+
+
 def said(vlm: VLM, tokens: list[int], task: Task) -> str:
     """The answer as text; an ellipsis where it was left off because it could no longer be right."""
-    text = without_special(str(vlm.processor.tokenizer.decode(tokens, skip_special_tokens=True)))
+    text = _text(vlm, tokens)
     return text if tokens[-1] in ends(vlm) or len(tokens) >= task.max_new_tokens else text + "…"
 
 

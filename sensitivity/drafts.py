@@ -10,6 +10,9 @@ from torch import Tensor
 # rows, a draft for each and how much of that is accepted -> logits that predict what comes after that, and one more
 Reader = Callable[[list[int], list[list[int]], list[int]], Tensor]
 
+# a row and its accepted tokens -> whether they can no longer become a right answer
+Hopeless = Callable[[int, list[int]], bool]
+
 # row by row what other plans answered, the latest first
 Known = list[list[list[int]]]
 KEPT = 8  # answers of a row: enough for one of them to go on like the next plan's, and few enough to forget
@@ -38,10 +41,10 @@ class Drafts:
         none = [0] * len(guesses)
         return cls([list(guess) for guess in guesses], none, list(range(len(guesses))), list(none))
 
-    def advance(self, read: Reader, ends: set[int], most: int, once: bool = False) -> Tensor:
+    def advance(self, read: Reader, ends: set[int], most: int, hopeless: Hopeless | None = None) -> Tensor:
         """Read the drafts of all unfinished rows in one pass, and put right the first token that differs in each.
 
-        With `once` every row is finished after this pass: only its guess would have been right.
+        A row is left off where it is `hopeless`: whatever comes next, it will not be right.
         """
         logits = read(self.left, [self.tokens[row] for row in self.left], [self.accepted[row] for row in self.left])
         for row, best in zip(list(self.left), logits.argmax(-1).tolist(), strict=True):
@@ -53,8 +56,7 @@ class Drafts:
                 draft[far : far + 1] = [token]
                 far += 1
             self.accepted[row], self.gained[row] = far, far - begun
-            finished = draft[far - 1] in ends or far >= most
-            if finished or once:
+            if draft[far - 1] in ends or far >= most or (hopeless and hopeless(row, draft[:far])):
                 self.left.remove(row)
         return logits
 

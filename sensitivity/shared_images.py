@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from sensitivity.answer_tokens import ends, logits_from, mean_nll, padded
+from sensitivity.answer_tokens import ends, hopeless, logits_from, mean_nll, padded
 from sensitivity.batches import Batch, placed
 from sensitivity.drafts import Drafts, Known
 from sensitivity.models import VLM
@@ -44,18 +44,19 @@ def drafted(
 ) -> tuple[list[list[int]], list[float]]:
     """Greedy answers on top of the images, from drafts.
 
-    The first draft is the right answer, so its likelihood comes along; where only that answer scores, a row is done
-    after one pass. The next are what other plans answered, if that begins like what is accepted; each pass goes on
+    The first draft is the right answer, so its likelihood comes along; where only right answers count, most rows are
+    done after one pass. The next are what other plans answered, if that begins like what is accepted; each pass goes on
     from the token that differs.
     """
-    ending, found, read = ends(vlm), Drafts.of(batch.targets), _Reading(vlm, batch, image, places)
+    found, read = Drafts.of(batch.targets), _Reading(vlm, batch, image, places)
+    rules = ends(vlm), task.max_new_tokens, hopeless(vlm, task, batch.examples)
     with first():  # later drafts are a plan's own, and shared with no other
-        logits = found.advance(read, ending, task.max_new_tokens, once=task.exact)
+        logits = found.advance(read, *rules)
     nll = mean_nll(logits, padded(batch.targets, fill=-100).to(vlm.device))
     del logits
     while found.left:
         found.guess(known)
-        found.advance(read, ending, task.max_new_tokens)
+        found.advance(read, *rules)
     return found.answers, nll
 
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from sensitivity.answer_tokens import ends, logits_from, mean_nll, padded
+from sensitivity.answer_tokens import ends, hopeless, logits_from, mean_nll, padded
 from sensitivity.batches import Batch, placed
 from sensitivity.drafts import Drafts, Known
 from sensitivity.models import VLM
@@ -44,8 +44,8 @@ def guessed(
             logits = _predicted(vlm, inputs, every)[rows]
         return logits_from(logits, accepted, logits.shape[1] - min(accepted)) if any(accepted) else logits
 
-    found = Drafts.of(batch.targets)
-    logits = found.advance(read, ending, task.max_new_tokens, once=task.exact)
+    found, rules = Drafts.of(batch.targets), (ending, task.max_new_tokens, hopeless(vlm, task, batch.examples))
+    logits = found.advance(read, *rules)
     nll = mean_nll(logits, padded(batch.targets, fill=-100).to(vlm.device))
     if found.guess(known):
         # a model that says the image's own word would be sent looking for the features of another image
@@ -53,7 +53,7 @@ def guessed(
         aside = [row for row in found.left if image in found.tokens[row]]
         found.left = [row for row in found.left if row not in aside]
         if found.left:
-            found.advance(read, ending, task.max_new_tokens)
+            found.advance(read, *rules)
         found.left = sorted([*found.left, *aside])
     answers = found.answers
     if found.left:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -114,6 +115,16 @@ def qwen2_5_vl() -> Made:
     return Made(model, tokenizer, pictures, "Qwen2_5_VLProcessor", template=template)
 
 
+def qwen2_vl() -> Made:
+    made = qwen2_5_vl()
+    vision = {"depth": small.BLOCKS, "embed_dim": 16, "hidden_size": 24, "num_heads": 2, "mlp_ratio": 2}
+    vision |= {"patch_size": 4}
+    ids = {name: getattr(made.model.config, name) for name in ("image_token_id", "video_token_id")}
+    ids |= {name: getattr(made.model.config, name) for name in ("vision_start_token_id", "vision_end_token_id")}
+    config = T.Qwen2VLConfig(text_config={**TEXT, "rope_parameters": small.ROPE}, vision_config=vision, **ids)
+    return replace(made, model=T.Qwen2VLForConditionalGeneration(config), processor="Qwen2VLProcessor")
+
+
 def internvl() -> Made:
     names = {"context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>", "end_image_token": "</img>"}
     tokenizer = words(**names, video_token="<video>")
@@ -144,6 +155,17 @@ def smolvlm() -> Made:
     )  # fmt: skip
 
 
+def idefics3() -> Made:
+    made = smolvlm()
+    config = T.Idefics3Config(
+        vision_config={**small.VIT, "patch_size": 4}, text_config={"model_type": "llama", **TEXT}, scale_factor=2,
+        image_token_id=made.tokenizer.image_token_id,
+    )  # fmt: skip
+    pictures = Idefics3ImageProcessorPil(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
+    model = T.Idefics3ForConditionalGeneration(config)
+    return replace(made, model=model, pictures=pictures, processor="Idefics3Processor")
+
+
 def paligemma() -> Made:
     tokenizer = words(image_token="<image>")
     config = T.PaliGemmaConfig(
@@ -170,7 +192,10 @@ def gemma3() -> Made:
 
 
 BUILDERS: dict[str, Callable[[], Made]] = {
-    f.__name__: f for f in (blip2_opt, blip2_t5, blip2_itm, llava, qwen2_5_vl, internvl, smolvlm, paligemma, gemma3)
+    f.__name__: f
+    for f in (
+        blip2_opt, blip2_t5, blip2_itm, llava, qwen2_vl, qwen2_5_vl, internvl, idefics3, smolvlm, paligemma, gemma3,
+    )
 }
 
 

@@ -81,11 +81,12 @@ def test_few_answers_are_remembered_each_once_and_the_latest_first() -> None:
     assert known == [[[5], [11], [10], [9], [8], [7], [6], [4]]]
 
 
-def test_where_only_the_guess_would_be_right_one_pass_is_enough() -> None:
-    right, read = greedy(1, 0, 8), reader(1)
+def test_what_is_hopeless_is_left_off_and_the_rest_goes_on() -> None:
+    right, other, read = greedy(1, 0, 8), greedy(1, 1, 8), reader(1)
     wrong = [(right[0] + 1) % WORDS, *right]
-    found = Drafts.of([right, wrong])
-    found.advance(read, {END}, 8, once=True)
-    assert not found.left
-    assert found.answers[0] == right
-    assert len(found.answers[1]) == 1
+    found = Drafts.of([wrong, wrong])
+    while found.left:
+        found.advance(read, {END}, 8, hopeless=lambda row, tokens: row == 0)
+        found.guess(None)
+    assert len(found.answers[0]) == 1
+    assert found.answers[1] == other

@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sensitivity.answer_tokens import hopeless
 from sensitivity.errors import UserError
 from sensitivity.evaluate import evaluate
-from sensitivity.models import VLM, inspect
+from sensitivity.models import FAMILIES, VLM, inspect
 from sensitivity.plan import Plan
 from sensitivity.quantize import quantized, scheme
 from sensitivity.tasks import TASKS, Example, open_image, task
@@ -168,3 +169,29 @@ def test_the_fingerprint_notices_a_single_pixel() -> None:
     examples[2] = Example(*dataclasses.astuple(examples[2])[:3], image, *dataclasses.astuple(examples[2])[4:])
     assert dataclasses.replace(asked, examples=tuple(examples)).fingerprint != asked.fingerprint
     assert task("vqa", n=5).fingerprint == asked.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("said", "left_off"),
+    [
+        ("", False), ("top", False), ("top left", False), ("Top", False), ("to", False), ("bottom", True),
+        ("top right", True), ("top left corner", True), ("<pad>", False), ("<pad>top", False), ("<98>", True), ("<", False),
+    ],
+)  # fmt: skip
+def test_an_answer_is_left_off_only_where_it_can_no_longer_be_right(said: str, left_off: bool) -> None:
+    """Whatever tokens say it: other case, other pieces of words and special tokens may still become the right one."""
+
+    class Words:
+        def decode(self, tokens: list[str], **_: Any) -> str:
+            return "".join(tokens)
+
+    class Processor:
+        tokenizer = Words()
+
+    vlm = VLM("x", None, Processor(), FAMILIES["llava"], "", 16)
+    example = Example("1", "1", "all", np.zeros((1, 1, 3), np.uint8), "where?", ("top left", "up left"))
+    asked = dataclasses.replace(task("vqa", n=1), examples=(example,))
+    cannot = hopeless(vlm, asked, asked.examples)
+    assert cannot is not None
+    assert cannot(0, list(said)) == left_off  # type: ignore[arg-type]
+    assert hopeless(vlm, dataclasses.replace(asked, exact=False), asked.examples) is None

@@ -66,8 +66,8 @@ class Gallery:
 class Task:
     """Examples and the rule that scores an answer.
 
-    `exact` says that only the first answer, letter for letter, is right. Then an answer can be judged without
-    being generated: greedy generation gives it exactly if each of its tokens is the likeliest after those before.
+    `exact` says that an answer scores only if it is a right one, apart from case and white space. Then one that begins
+    like none of them need not be written out.
     `metrics` are further figures of all answers together; those in `slow` (a program of its own starts) are not taken
     of every plan. `notes` say what was left out.
     """
