@@ -175,7 +175,8 @@ def test_the_fingerprint_notices_a_single_pixel() -> None:
     ("said", "left_off"),
     [
         ("", False), ("top", False), ("top left", False), ("Top", False), ("to", False), ("bottom", True),
-        ("top right", True), ("top left corner", True), ("<pad>", False), ("<pad>top", False), ("<98>", True), ("<", False),
+        ("top right", True), ("top left corner", True), ("<pad>", False), ("<pad>top", False), ("<98>", True),
+        ("<", False),
     ],
 )  # fmt: skip
 def test_an_answer_is_left_off_only_where_it_can_no_longer_be_right(said: str, left_off: bool) -> None:
