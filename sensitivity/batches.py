@@ -112,7 +112,7 @@ def _image(vlm: VLM, examples: tuple[Example, ...]) -> _Image | None:
     end = len(first) - first[::-1].index(image) if image in first else 0
     if not end or any(ids[:end] != first[:end] or not ids[end:] or image in ids[end:] for ids in prompts):
         return None
-    del inputs["attention_mask"]  # nothing is padded
+    inputs.pop("attention_mask", None)  # nothing is padded
     inputs = {name: value[:, :end] if value.shape == shape else value for name, value in inputs.items()}
     return _Image(examples, inputs, [ids[end:] for ids in prompts])
 

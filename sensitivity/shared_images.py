@@ -30,7 +30,7 @@ def looked_at(vlm: VLM, batch: Batch) -> tuple[Any, Tensor]:
     places = torch.full((len(batch.inputs["input_ids"]), 1), batch.prefix, device=vlm.device)
     fewer = getattr(getattr(vlm.model, "model", None), "rope_deltas", None)
     cache = found.get("language_model_outputs", found).past_key_values
-    return cache, places if fewer is None else places + fewer
+    return cache, places if fewer is None else places + fewer.to(places.device)
 
 
 def drafted(
