@@ -64,7 +64,7 @@ def blip2() -> tuple[Any, Any]:
         vision_config={**WIDE, "image_size": 64, "patch_size": 8},
         qformer_config={**WIDE, "num_hidden_layers": 6, "encoder_hidden_size": 256, "vocab_size": 256},
         text_config={"model_type": "opt", **DEEP, **SPECIALS, "ffn_dim": 1024, "word_embed_proj_dim": 256,
-                     "vocab_size": 256, "max_position_embeddings": 512},
+                     "vocab_size": len(words), "max_position_embeddings": 512},
         num_query_tokens=32,
         image_token_index=words.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
@@ -76,7 +76,7 @@ def llava() -> tuple[Any, Any]:
     words = T.AutoTokenizer.from_pretrained(find("embedded:scenes-llava"), local_files_only=True)
     config = T.LlavaConfig(
         vision_config=T.CLIPVisionConfig(**WIDE, image_size=64, patch_size=8),
-        text_config=T.LlamaConfig(**WIDE, **SPECIALS, vocab_size=256, max_position_embeddings=512),
+        text_config=T.LlamaConfig(**WIDE, **SPECIALS, vocab_size=len(words), max_position_embeddings=512),
         image_token_index=words.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
     )
