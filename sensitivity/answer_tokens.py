@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sensitivity.errors import UserError
 from sensitivity.models import VLM
 from sensitivity.tasks import Example, Task
 from sensitivity.tasks.answers import without_special
@@ -20,18 +22,43 @@ HARMLESS = {  # settings of generation that do not touch greedy logits
 
 def target(vlm: VLM, example: Example) -> list[int]:
     tokenizer = vlm.processor.tokenizer
+    without_image(vlm, example.answers[0], f"the first right answer of example {example.id}")
     return [*tokenizer(example.answers[0], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
+def without_image(vlm: VLM, text: str, what: str) -> None:
+    """The token that stands for a piece of the image has no other meaning."""
+    token = getattr(vlm.processor, "image_token", None)
+    if isinstance(token, str) and token and token in text:
+        raise UserError(f"{what} holds {token}, by which {vlm.name} marks images; write it differently")
+
+
+def speaker(vlm: VLM) -> Any:
+    """What generates: the model, or a language model inside it that has a head of its own (BLIP-2)."""
+    inner = getattr(vlm.model, "language_model", None)
+    return inner if inner is not None and inner.get_output_embeddings() is not None else vlm.model
+
+
 def ends(vlm: VLM) -> set[int]:
-    """The tokens that end an answer."""
-    named = vlm.model.generation_config.eos_token_id
-    return {vlm.processor.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    """The tokens that end an answer, where it is generated."""
+    named = speaker(vlm).generation_config.eos_token_id
+    return {*(named if isinstance(named, list) else [named])} - {None}
 
 
 def plainly_greedy(vlm: VLM) -> bool:
     """Whether the likeliest token is what generation takes: no penalties, no forced or forbidden tokens."""
-    return set(vlm.model.generation_config.to_diff_dict()) <= HARMLESS
+    config = speaker(vlm).generation_config
+    if vlm.encoder_decoder:  # right answers are read behind the start that the configuration names
+        starts = {config.decoder_start_token_id, vlm.model.config.get_text_config().decoder_start_token_id}
+        if len(starts - {None}) > 1:
+            return False
+    return set(config.to_diff_dict()) <= HARMLESS
+
+
+def tail(vlm: VLM, name: str, value: Tensor, ids: Tensor) -> Tensor:
+    """What stands beside more tokens of text in a mask or in token types, as generation itself says."""
+    more = vlm.model._update_model_kwargs_for_generation({}, {name: value})
+    return more[name][:, -1:].expand(ids.shape) if name in more else torch.zeros_like(ids, dtype=value.dtype)
 
 
 def hopeless(vlm: VLM, task: Task, examples: Sequence[Example]) -> Callable[[int, list[int]], bool] | None:
@@ -51,7 +78,7 @@ def hopeless(vlm: VLM, task: Task, examples: Sequence[Example]) -> Callable[[int
 
 def _bare(text: str) -> str:
     """Without case and white space, of which a tokenizer may take some away later."""
-    return "".join(text.lower().split())
+    return "".join(text.casefold().split())
 
 
 def _text(vlm: VLM, tokens: list[int]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sensitivity import searching
-from sensitivity.answer_tokens import plainly_greedy, target
+from sensitivity.answer_tokens import plainly_greedy, target, without_image
 from sensitivity.errors import UserError
 from sensitivity.models import VLM
 from sensitivity.tasks import GALLERIES, SEARCHES, SHORT, Example, Task, open_image
@@ -42,9 +43,9 @@ def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
     if not vlm.model.can_generate():
         searches = " and ".join([*SEARCHES, *(f"{name}:FOLDER" for name in GALLERIES)])
         raise UserError(f"{vlm.name} answers nothing: its tasks are {searches}")
-    groups: dict[str, list[Example]] = {}
+    groups: dict[Any, list[Example]] = {}
     for example in task.examples:
-        groups.setdefault(example.cluster, []).append(example)
+        groups.setdefault((example.cluster, _same(example.image)), []).append(example)
     clusters = list(groups.values())
     sharing = vlm.family.shares_prefix and not plain and not vlm.encoder_decoder and plainly_greedy(vlm)
     for start in range(0, len(clusters), IMAGES_PER_BATCH):
@@ -55,6 +56,11 @@ def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
             examples = [example for cluster in chunk for example in cluster]
             for i in range(0, len(examples), IMAGES_PER_BATCH):
                 yield _whole(vlm, tuple(examples[i : i + IMAGES_PER_BATCH]))
+
+
+def _same(image: Any) -> Any:
+    """Equal for equal images: a cluster may hold more than one."""
+    return image.resolve() if hasattr(image, "resolve") else (image.shape, hashlib.blake2b(image.tobytes()).digest())
 
 
 def _gallery(vlm: VLM, task: Task) -> Batch:
@@ -72,7 +78,12 @@ def _whole(vlm: VLM, examples: tuple[Example, ...]) -> Batch:
         padding=True,
         return_tensors="pt",
     )
-    return Batch(examples, dict(inputs), targets=[target(vlm, example) for example in examples])
+    return Batch(examples, _read(inputs), targets=[target(vlm, example) for example in examples])
+
+
+def _read(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what only training reads (PaliGemma's processor gives it)."""
+    return {name: value for name, value in inputs.items() if name != "labels"}
 
 
 def _with_prefix(vlm: VLM, clusters: Sequence[Sequence[Example]]) -> list[Batch]:
@@ -104,7 +115,7 @@ class _Image:
 def _image(vlm: VLM, examples: tuple[Example, ...]) -> _Image | None:
     """None if a prompt does not go on after its image, or not all prompts begin alike."""
     picture, texts = open_image(examples[0].image), [prompt_text(vlm, example) for example in examples]
-    inputs = dict(vlm.processor(images=[[picture]], text=texts[:1], return_tensors="pt"))
+    inputs = _read(vlm.processor(images=[[picture]], text=texts[:1], return_tensors="pt"))
     prompts = [inputs["input_ids"][0].tolist()]
     if texts[1:]:
         prompts += map(list, vlm.processor(images=[[picture]] * len(texts[1:]), text=texts[1:])["input_ids"])
@@ -131,6 +142,7 @@ def _stacked(vlm: VLM, images: Sequence[_Image]) -> Batch:
 
 def prompt_text(vlm: VLM, example: Example) -> str:
     """The prompt as the model's own chat template or family wants it, with a place for one image."""
+    without_image(vlm, example.prompt, f"the prompt of example {example.id}")
     if getattr(vlm.processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": example.prompt}]
         chat = [{"role": "user", "content": content}]

@@ -27,6 +27,13 @@ def remembered(known: Known | None, answers: Sequence[list[int]]) -> Known:
     ]
 
 
+def left_off(row: int, tokens: list[int], hopeless: Hopeless | None, begun: int = 0) -> int | None:
+    """After how many tokens it became hopeless, if it did: the same, however far a pass happened to read."""
+    if hopeless is None or not hopeless(row, tokens):
+        return None
+    return next(place for place in range(begun + 1, len(tokens) + 1) if hopeless(row, tokens[:place]))
+
+
 @dataclass
 class Drafts:
     """What greedy decoding has found so far, row by row; it is exactly what one token at a time would give."""
@@ -55,8 +62,11 @@ class Drafts:
                 agrees = far < len(draft) and draft[far] == token
                 draft[far : far + 1] = [token]
                 far += 1
+            finished = draft[far - 1] in ends or far >= most
+            if cut := left_off(row, draft[:far], hopeless, begun):
+                far, finished = cut, True
             self.accepted[row], self.gained[row] = far, far - begun
-            if draft[far - 1] in ends or far >= most or (hopeless and hopeless(row, draft[:far])):
+            if finished:
                 self.left.remove(row)
         return logits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -140,7 +141,11 @@ class Replay:
         self._bytes = 0
 
     def prove(self, run: Callable[[], Any]) -> None:
-        """Run once and keep, then once from every boundary: one that changes the outcome is not used."""
+        """Run once and keep, then once from every boundary: one that changes the outcome is not used.
+
+        Of a few examples, whatever the limit: where nothing is kept, nothing is proved.
+        """
+        limit, self.limit = self.limit, sys.maxsize
         expected = run()
         for part, stage in self.stages.items():
             for depth in list(stage.boundaries):
@@ -153,7 +158,8 @@ class Replay:
                     stage.boundaries.remove(depth)
                     self.clear()
                     run()  # wrong states were kept along the way, and would speak against every boundary behind them
-        self.only = None
+        self.only, self.limit = None, limit
+        self.clear()
         self.stages = {part: stage for part, stage in self.stages.items() if stage.boundaries}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from sensitivity.answer_tokens import ends, hopeless, logits_from, mean_nll, padded
+from sensitivity.answer_tokens import ends, hopeless, logits_from, mean_nll, padded, speaker
 from sensitivity.batches import Batch, placed
 from sensitivity.drafts import Drafts, Known
 from sensitivity.models import VLM
@@ -65,9 +65,7 @@ class _Reading:
 
     def __init__(self, vlm: VLM, batch: Batch, image: Image, places: Tensor) -> None:
         self.vlm, self.batch, self.image, self.places = vlm, batch, image, places
-        # a language model inside another one, with a head of its own (BLIP-2), or the model itself without pictures
-        inner = getattr(vlm.model, "language_model", None)
-        self.model = inner if inner is not None and inner.get_output_embeddings() is not None else vlm.model
+        self.model = speaker(vlm)
         # of the last pass: its rows, how many tokens after the image they had read before it, the room for these
         self.rows: list[int] = []
         self.read: list[int] = []

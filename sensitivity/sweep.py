@@ -161,8 +161,8 @@ class _Trial:
         """Hidden states may be kept where doing so changes no answer and no likelihood, on a first few examples."""
         replay = Replay(self.vlm.model, self.parts, self.half)
         replay.under(Plan.uniform(self.parts, None))
-        task = self.tasks[0]
-        few = next(batches(self.vlm, replace(task, examples=task.examples[:4])))
+        task = replace(self.tasks[0], examples=self.tasks[0].examples[:4])
+        few = next(batches(self.vlm, task))
         replay.prove(lambda: answer(self.vlm, task, few, replay, "proof"))
         return replay
 

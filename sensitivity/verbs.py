@@ -30,7 +30,7 @@ from sensitivity.runtimes import breaches, files_of
 from sensitivity.search import Plans, plans
 from sensitivity.sweep import MEMORY_GB, Step, identity, versions
 from sensitivity.sweep import run as run_plans
-from sensitivity.tasks import Task
+from sensitivity.tasks import Task, distinct
 from sensitivity.tasks import task as find_task
 from sensitivity.trials import Study
 from sensitivity.verdict import Recommendation, judge, unmeasured
@@ -104,6 +104,7 @@ def sweeping(
     """
     limit = Until.parse(until)
     chosen = [find_task(name, "evaluation", n, seed, whole) for name in dict.fromkeys(tasks)]
+    distinct(chosen, list(dict.fromkeys(tasks)))
     facts = identity(vlm, chosen, tasks, n, seed) | ({"whole_answers": True} if whole else {})
     study = Study.create(out, parts, [task.name for task in chosen], facts, storage)
     if callable(plans):

@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from sensitivity.answer_tokens import ends, hopeless, logits_from, mean_nll, padded
+from sensitivity.answer_tokens import ends, hopeless, logits_from, mean_nll, padded, tail
 from sensitivity.batches import Batch, placed
-from sensitivity.drafts import Drafts, Known
+from sensitivity.drafts import Drafts, Known, left_off
 from sensitivity.models import VLM
 from sensitivity.tasks import Task
 from sensitivity.tasks.answers import without_special
@@ -64,7 +64,7 @@ def guessed(
             written = _generate(vlm, task, some).tolist()
         for row, tokens in zip(rows, written, strict=True):
             length = next((i + 1 for i, token in enumerate(tokens) if token in ending), len(tokens))
-            answers[row] = tokens[:length]
+            answers[row] = tokens[: left_off(row, tokens[:length], rules[2]) or length]
     return answers, nll
 
 
@@ -86,8 +86,8 @@ def _predicted(vlm: VLM, inputs: dict[str, Tensor], drafts: Sequence[Sequence[in
     longer["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
     for name, value in inputs.items():  # masks and token types grow with the text
         if name != "input_ids" and value.shape == inputs["input_ids"].shape:
-            tail = (words >= 0).to(value.dtype) if name == "attention_mask" else torch.zeros_like(ids)
-            longer[name] = torch.cat([value, tail], dim=1)
+            more = (words >= 0).to(value.dtype) if name == "attention_mask" else tail(vlm, name, value, ids)
+            longer[name] = torch.cat([value, more], dim=1)
         elif value.ndim > 2 and value.shape[:2] == inputs["input_ids"].shape:  # which image each token may look at
             longer[name] = torch.cat([value, value[:, -1:].expand(-1, ids.shape[1], *value.shape[2:])], dim=1)
     logits = vlm.model(**longer, use_cache=False).logits[:, -ids.shape[1] - 1 :]

@@ -176,7 +176,7 @@ def test_the_fingerprint_notices_a_single_pixel() -> None:
     [
         ("", False), ("top", False), ("top left", False), ("Top", False), ("to", False), ("bottom", True),
         ("top right", True), ("top left corner", True), ("<pad>", False), ("<pad>top", False), ("<98>", True),
-        ("<", False),
+        ("<", False), ("ΟΔΟΣ", False), ("ΟΔΟΣΑ", False),
     ],
 )  # fmt: skip
 def test_an_answer_is_left_off_only_where_it_can_no_longer_be_right(said: str, left_off: bool) -> None:
@@ -190,7 +190,7 @@ def test_an_answer_is_left_off_only_where_it_can_no_longer_be_right(said: str, l
         tokenizer = Words()
 
     vlm = VLM("x", None, Processor(), FAMILIES["llava"], "", 16)
-    example = Example("1", "1", "all", np.zeros((1, 1, 3), np.uint8), "where?", ("top left", "up left"))
+    example = Example("1", "1", "all", np.zeros((1, 1, 3), np.uint8), "where?", ("top left", "up left", "οδοσα"))
     asked = dataclasses.replace(task("vqa", n=1), examples=(example,))
     cannot = hopeless(vlm, asked, asked.examples)
     assert cannot is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sensitivity.evaluate import answer, evaluate
 from sensitivity.models import FAMILIES, VLM, load
 from sensitivity.plan import Plan
 from sensitivity.quantize import scheme
+from sensitivity.sweep import _Trial
 from sensitivity.tasks import SHORT, Example, Task, task
 
 ASKING = [name for name in saved_vlms.BUILDERS if name != "blip2_itm"]
@@ -126,6 +128,93 @@ def test_questions_on_top_of_their_images_are_answered_as_whole_prompts_are(name
     assert by_example(ours, "answer") == by_example(theirs, "answer")
     assert by_example(ours, "nll") == pytest.approx(by_example(theirs, "nll"), rel=1e-4, abs=1e-4)
     assert len(set(theirs["answer"])) > 1
+
+
+def by_both_paths(vlm: VLM, asked: Task, plans: Sequence[Plan] = ()) -> tuple[list[Any], list[Any]]:
+    """Scores and answers as a sweep finds them, plan after plan, with and without sharing."""
+    parts, found = verbs.inspect(vlm, by="part"), []
+    for plain in (False, True):
+        trial = _Trial(vlm, parts, [asked], plain=plain, growing=False)
+        rows = [trial.run(plan, 0, trial.ends[-1]) for plan in plans or [Plan.uniform(parts, None)]]
+        found.append([(by_example(one, "score"), by_example(one, "answer")) for one in rows])
+    return found[0], found[1]
+
+
+def with_its_own(vlm: VLM, asked: Task, share: int = 1) -> Task:
+    """What the model says is right, at least of every so manieth example."""
+    said = by_example(evaluate(vlm, asked, plain=True), "answer")
+    examples = tuple(
+        replace(one, answers=(said[one.id],)) if i % share == 0 else one for i, one in enumerate(asked.examples)
+    )
+    return replace(asked, examples=examples, exact=True)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's processor
+@pytest.mark.parametrize("name", ASKING)
+def test_right_answers_are_found_right_by_both_paths(name: str, tmp_path: Path) -> None:
+    """A draft that is right must not help itself: it is what the model would have said without it."""
+    vlm = talkative(name, tmp_path / name)
+    asked = with_its_own(vlm, replace(asked_of_many_sizes(tmp_path), max_new_tokens=3), 2)
+    parts = verbs.inspect(vlm, by="part")
+    plans = [Plan.uniform(parts, scheme("rtn", bits) if bits else None) for bits in (None, 8, 3, None)]
+    fast, plain = by_both_paths(vlm, asked, plans)
+    assert [scores for scores, _ in fast] == [scores for scores, _ in plain]
+    assert sum(fast[0][0].values()) >= 6
+    assert fast[0] == fast[3]  # where an answer is cut does not depend on what was said before
+    whole_fast, whole_plain = by_both_paths(vlm, replace(asked, exact=False), plans)
+    assert whole_fast == whole_plain
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2_opt", "blip2_t5"])
+@pytest.mark.parametrize("which", ["none", "another", "two", "penalty", "start"])
+def test_answers_end_where_generation_ends_them(name: str, which: str, tmp_path: Path) -> None:
+    """BLIP-2 generates by the configuration of the model inside it."""
+    vlm, asked = talkative(name, tmp_path / name), asked_of_many_sizes(tmp_path)
+    words = vlm.processor.tokenizer
+    said = words(evaluate(vlm, asked, plain=True)["answer"][0], add_special_tokens=False)["input_ids"]
+    inner = getattr(vlm.model, "language_model", vlm.model) if name != "llava" else vlm.model
+    if which == "penalty":
+        inner.generation_config.repetition_penalty = 3.0
+    elif which == "start":
+        inner.generation_config.decoder_start_token_id = 7
+    else:
+        ended: dict[str, Any] = {"none": None, "another": said[-1], "two": [said[-1], words.eos_token_id]}
+        inner.generation_config.eos_token_id = ended[which]
+    fast, plain = by_both_paths(vlm, asked)
+    assert fast == plain
+    own = with_its_own(vlm, asked)
+    fast, plain = by_both_paths(vlm, own)
+    assert fast[0][0] == plain[0][0]
+
+
+def test_several_images_in_one_cluster_are_each_looked_at(tmp_path: Path) -> None:
+    vlm, asked = talkative("llava", tmp_path / "llava"), asked_of_many_sizes(tmp_path)
+    apart = {image: np.asarray(Image.open(tmp_path / f"{image}.png")) for image in ("one", "high", "three", "four")}
+    for images in (lambda one: one.image, lambda one: apart[one.id.split("-")[0]]):
+        together = replace(asked, examples=tuple(replace(e, cluster="all", image=images(e)) for e in asked.examples))
+        fast, plain = by_both_paths(vlm, together)
+        assert fast == plain == by_both_paths(vlm, asked)[0]
+
+
+def test_a_proof_needs_no_room_of_the_sweep_s(tmp_path: Path) -> None:
+    """With a limit that the proof would not fit in, a feature layer that is not the last is found out all the same."""
+    vlm = talkative("llava", tmp_path / "llava")
+    vlm.model.config.vision_feature_layer = -2
+    parts = verbs.inspect(vlm, by="part")
+    for gb in (8.0, 5e-6):
+        trial = _Trial(vlm, parts, [asked_of_many_sizes(tmp_path)], memory_gb=gb)
+        assert trial.replay
+        assert trial.replay.stages["vision"].boundaries == [4]
+        assert trial.replay._bytes == 0
+
+
+def test_the_image_s_own_token_in_a_text_is_named(tmp_path: Path) -> None:
+    vlm, asked = talkative("llava", tmp_path / "llava"), asked_of_many_sizes(tmp_path)
+    one = asked.examples[0]
+    with pytest.raises(UserError, match=r"the prompt of example one-0 holds <image>, by which .* marks images"):
+        list(batches(vlm, replace(asked, examples=(replace(one, prompt="what is <image>?"),))))
+    with pytest.raises(UserError, match="the first right answer of example one-0 holds <image>"):
+        list(batches(vlm, replace(asked, examples=(replace(one, answers=("<image>",)),))))
 
 
 def test_images_may_take_fewer_places_than_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -347,6 +347,16 @@ def test_what_saw_few_examples_counts_by_its_difference_to_full_precision_on_tho
     assert apart > 0  # the first examples were not like all of them
 
 
+def test_two_tasks_of_one_name_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = json.dumps({"image": "a.png", "prompt": "what?", "answers": ["this"]})
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "own.jsonl").write_text(line)
+    named = f"{tmp_path}/own.jsonl,exact:{tmp_path}/own.jsonl"
+    assert main(["sweep", "embedded:scenes-blip2", "--task", named, "--out", str(tmp_path / "s")]) == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/own.jsonl and exact:{tmp_path}/own.jsonl are both called own; rename one of the files" in said
+
+
 def test_ctrl_c_leaves_the_frontier_on_the_screen(tmp_path: Path) -> None:
     words = ["embedded:scenes-blip2", "--bits", "2,4,8", "--n", "2000", "--out", str(tmp_path / "s")]
     command = [sys.executable, "-m", "sensitivity", "sweep", *words]

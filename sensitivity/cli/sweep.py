@@ -97,13 +97,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity import verbs
     from sensitivity.limits import allowing, tying
     from sensitivity.loadable import restrict
-    from sensitivity.tasks import task
+    from sensitivity.tasks import distinct, task
 
     workers.share_cores(args.workers)
     vlm = verbs.blank(args.model) if args.dry_run else verbs.load(args.model, device=args.device, dtype=args.dtype)
     parts = verbs.inspect(vlm, by=args.by)
     whole = args.whole_answers
     chosen = [task(name, n=args.n, seed=args.seed, whole=whole) for name in args.task]  # first: it may be misspelt
+    distinct(chosen, args.task)
     for one in chosen:
         for note in one.notes:
             print(f"{one.name}: {note}", file=sys.stderr)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sensitivity import batches as evaluated
+from sensitivity.answer_tokens import tail
 from sensitivity.errors import UserError
 from sensitivity.models import VLM
 from sensitivity.tasks import Task
@@ -80,7 +81,7 @@ def _together(vlm: VLM, group: Sequence[tuple[dict[str, Tensor], list[int]]]) ->
     else:
         for name, value in list(inputs.items()):  # masks and token types grow with the text
             if value.shape == prompt.shape:
-                more = answers if name == "input_ids" else torch.full_like(answers, int(name == "attention_mask"))
+                more = answers if name == "input_ids" else tail(vlm, name, value, answers)
                 inputs[name] = torch.cat([value, more.to(value.dtype)], dim=1)
             elif value.shape[:2] == prompt.shape and name.endswith("mask"):  # who sees which picture (Mllama)
                 more = value[:, -1:].expand(-1, answers.shape[1], *value.shape[2:])

@@ -201,6 +201,14 @@ def task(name: str, split: str = "evaluation", n: int = 1000, seed: int = 0, who
     return replace(found, exact=False) if whole else found
 
 
+def distinct(found: Sequence[Task], sources: Sequence[str]) -> None:
+    """Scores are kept by the name of a task, so that no two may have the same."""
+    for i, (one, source) in enumerate(zip(found, sources, strict=True)):
+        for other, earlier in zip(found[:i], sources, strict=False):
+            if one.name == other.name:
+                raise UserError(f"{earlier} and {source} are both called {one.name}; rename one of the files")
+
+
 def _named(name: str, split: str, n: int, seed: int) -> Task:
     tasks, sets = {**TASKS, **SEARCHES}, {**DATASETS, **GALLERIES}
     if split not in SPLITS:

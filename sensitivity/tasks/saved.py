@@ -45,8 +45,8 @@ def lines_of(folder: Path, split: str, boxes: bool) -> Iterator[dict[str, Any]]:
     right = _column(folder, rows, *(("boxes",) if boxes else ("answers", "answer")))
     images = rows.select_columns(["image"])
     for number, row in enumerate(rows.remove_columns(["image"])):
-        cell = Cell(images, number, f"{folder.name}/{part.name}/{row.get('image_id', '')}")
-        if "image_id" not in row:
+        cell = Cell(images, number, f"{folder.name}/{part.name}/{row.get('image_id') or ''}")
+        if row.get("image_id") is None:
             cell = Cell(images, number, cell.name + hashlib.sha256(cell.read_bytes()).hexdigest()[:16])
         if part.has(cell.name):
             line = {name: row[name] for name in ("id", "kind") if row.get(name) is not None}
