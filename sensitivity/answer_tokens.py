@@ -57,8 +57,11 @@ def plainly_greedy(vlm: VLM) -> bool:
 
 def tail(vlm: VLM, name: str, value: Tensor, ids: Tensor) -> Tensor:
     """What stands beside more tokens of text in a mask or in token types, as generation itself says."""
-    more = vlm.model._update_model_kwargs_for_generation({}, {name: value})
-    return more[name][:, -1:].expand(ids.shape) if name in more else torch.zeros_like(ids, dtype=value.dtype)
+    if not vlm.model.can_generate():  # a model that searches reads text as it is
+        return torch.full_like(ids, int(name == "attention_mask"), dtype=value.dtype)
+    more = vlm.model._update_model_kwargs_for_generation({}, {name: value}, is_encoder_decoder=False)
+    last: Tensor = more[name][:, -1:]
+    return last.expand(ids.shape)
 
 
 def hopeless(vlm: VLM, task: Task, examples: Sequence[Example]) -> Callable[[int, list[int]], bool] | None:
