@@ -61,7 +61,7 @@ def test_products_are_counted_as_a_forward_pass_really_has_them(folder: Path, na
     empty = blank(str(folder / name))
     parts = inspect(empty, by="part")
     counted = Shapes(empty, parts, Counting(torch.device("cpu"), torch.float32))
-    once = dataclasses.replace(asked, exact=True)  # no second reading of answers that were wrong
+    once = dataclasses.replace(asked, exact=True, max_new_tokens=1)  # no second reading of wrong answers
     sample = Sample.of(empty, once, [12], plain=False)
     (batch,) = batches(vlm, asked)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -82,7 +82,7 @@ def test_products_are_counted_as_a_forward_pass_really_has_them(folder: Path, na
 @pytest.mark.parametrize("name", ["llava", "blip2", "geochat"])
 def test_plans_are_counted_as_replay_really_computes_them(folder: Path, name: str) -> None:
     """All products of a sweep whose plans share beginnings in every part; without sharing there would be far more."""
-    asked = dataclasses.replace(task(f"gqa:{folder / 'gqa'}", n=12), exact=True)
+    asked = dataclasses.replace(task(f"gqa:{folder / 'gqa'}", n=12), exact=True, max_new_tokens=1)
     vlm = load(str(folder / name), dtype="float32")
     parts = inspect(vlm, by="group")
     plans = sorted(verbs.one_at_a_time(parts, bits=(8,)), key=_path)
