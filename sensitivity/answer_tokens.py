@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from sensitivity.errors import UserError
 from sensitivity.models import VLM
@@ -36,7 +37,7 @@ def without_image(vlm: VLM, text: str, what: str) -> None:
 def speaker(vlm: VLM) -> Any:
     """What generates: the model, or a language model inside it that has a head of its own (BLIP-2)."""
     inner = getattr(vlm.model, "language_model", None)
-    return inner if inner is not None and inner.get_output_embeddings() is not None else vlm.model
+    return inner if isinstance(inner, PreTrainedModel) and inner.can_generate() else vlm.model
 
 
 def ends(vlm: VLM) -> set[int]:
