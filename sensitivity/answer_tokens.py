@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from sensitivity.errors import UserError
 from sensitivity.models import VLM
@@ -34,21 +32,15 @@ def without_image(vlm: VLM, text: str, what: str) -> None:
         raise UserError(f"{what} holds {token}, by which {vlm.name} marks images; write it differently")
 
 
-def speaker(vlm: VLM) -> Any:
-    """What generates: the model, or a language model inside it that has a head of its own (BLIP-2)."""
-    inner = getattr(vlm.model, "language_model", None)
-    return inner if isinstance(inner, PreTrainedModel) and inner.can_generate() else vlm.model
-
-
 def ends(vlm: VLM) -> set[int]:
     """The tokens that end an answer, where it is generated."""
-    named = speaker(vlm).generation_config.eos_token_id
+    named = vlm.speaker.generation_config.eos_token_id
     return {*(named if isinstance(named, list) else [named])} - {None}
 
 
 def plainly_greedy(vlm: VLM) -> bool:
     """Whether the likeliest token is what generation takes: no penalties, no forced or forbidden tokens."""
-    config = speaker(vlm).generation_config
+    config = vlm.speaker.generation_config
     if vlm.encoder_decoder:  # right answers are read behind the start that the configuration names
         starts = {config.decoder_start_token_id, vlm.model.config.get_text_config().decoder_start_token_id}
         if len(starts - {None}) > 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,7 @@ from sensitivity import searching
 from sensitivity.answer_tokens import plainly_greedy, target, without_image
 from sensitivity.errors import UserError
 from sensitivity.models import VLM
-from sensitivity.tasks import GALLERIES, SEARCHES, SHORT, Example, Task, open_image
+from sensitivity.tasks import GALLERIES, SEARCHES, SHORT, Example, Task, open_image, same_image
 
 IMAGES_PER_BATCH = 64
 
@@ -45,7 +44,7 @@ def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
         raise UserError(f"{vlm.name} answers nothing: its tasks are {searches}")
     groups: dict[Any, list[Example]] = {}
     for example in task.examples:
-        groups.setdefault((example.cluster, _same(example.image)), []).append(example)
+        groups.setdefault((example.cluster, same_image(example.image)), []).append(example)
     clusters = list(groups.values())
     sharing = vlm.family.shares_prefix and not plain and not vlm.encoder_decoder and plainly_greedy(vlm)
     for start in range(0, len(clusters), IMAGES_PER_BATCH):
@@ -56,11 +55,6 @@ def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
             examples = [example for cluster in chunk for example in cluster]
             for i in range(0, len(examples), IMAGES_PER_BATCH):
                 yield _whole(vlm, tuple(examples[i : i + IMAGES_PER_BATCH]))
-
-
-def _same(image: Any) -> Any:
-    """Equal for equal images: a cluster may hold more than one."""
-    return image.resolve() if hasattr(image, "resolve") else (image.shape, hashlib.blake2b(image.tobytes()).digest())
 
 
 def _gallery(vlm: VLM, task: Task) -> Batch:
@@ -82,7 +76,7 @@ def _whole(vlm: VLM, examples: tuple[Example, ...]) -> Batch:
 
 
 def _read(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what only training reads (PaliGemma's processor gives it)."""
+    """Without what only training reads, which some processors give."""
     return {name: value for name, value in inputs.items() if name != "labels"}
 
 

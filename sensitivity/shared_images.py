@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from sensitivity.answer_tokens import ends, hopeless, logits_from, mean_nll, padded, speaker
+from sensitivity.answer_tokens import ends, hopeless, logits_from, mean_nll, padded
 from sensitivity.batches import Batch, placed
 from sensitivity.drafts import Drafts, Known
 from sensitivity.models import VLM
@@ -23,7 +23,7 @@ Image = list[tuple[Tensor, Tensor]]  # keys and values of each layer for the ima
 def looked_at(vlm: VLM, batch: Batch) -> tuple[Any, Tensor]:
     """After a pass over a batch's images and what stands before them: keys and values, and the next token's place.
 
-    An image of Qwen's takes fewer places than it has tokens; the model leaves behind by how many.
+    Where an image takes fewer places than it has tokens, the model leaves behind by how many.
     """
     kept = DynamicCache()  # of all tokens, also where a layer looks back only so far
     found = vlm.model(**placed(vlm, batch.inputs), past_key_values=kept, use_cache=True, logits_to_keep=1)
@@ -65,7 +65,7 @@ class _Reading:
 
     def __init__(self, vlm: VLM, batch: Batch, image: Image, places: Tensor) -> None:
         self.vlm, self.batch, self.image, self.places = vlm, batch, image, places
-        self.model = speaker(vlm)
+        self.model = vlm.speaker
         # of the last pass: its rows, how many tokens after the image they had read before it, the room for these
         self.rows: list[int] = []
         self.read: list[int] = []

@@ -70,13 +70,12 @@ def walk(
     """Walk along a sweep behind a bar on standard error: what is done, the time left, and the frontier so far."""
     from rich.console import Console, Group
     from rich.live import Live
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn
     from rich.text import Text
 
-    names = ("{task.description}", "{task.fields[time]}", "{task.fields[last]}")
-    title_, time_, last_ = (TextColumn(name) for name in names)
     finished, pace, began = 0, Pace(plans, seconds), time.monotonic()
-    bar = Progress(title_, BarColumn(), TaskProgressColumn(), time_, last_)
+    beside = "{task.fields[time]}", "{task.fields[last]}"
+    bar = Progress("{task.description}", BarColumn(), TaskProgressColumn(), *beside)
     line = bar.add_task(title, total=None, time="", last="preparing")
     console = Console(stderr=True)
     with _line_ended(console), Live(bar, console=console, refresh_per_second=4) as live:

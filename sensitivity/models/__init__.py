@@ -67,6 +67,12 @@ class VLM:
         return module
 
     @property
+    def speaker(self) -> Any:
+        """What generates: the model, or a language model inside it that has a head of its own (BLIP-2)."""
+        inner = getattr(self.model, "language_model", None)
+        return inner if isinstance(inner, transformers.PreTrainedModel) and inner.can_generate() else self.model
+
+    @property
     def encoder_decoder(self) -> bool:
         return bool(self.model.config.get_text_config().is_encoder_decoder)
 

@@ -34,8 +34,7 @@ def quantized(
 
     Yields the names of the changed parameters, which are exactly those that the plan asks for, or it is an error.
     `memory` keeps the codes of quantised weights for plans to come, and makes numbers only of those that change.
-    Methods that need calibration take
-    it from `statistics`, block by block in the direction of data flow.
+    Methods that need calibration take it from `statistics`, block by block in the direction of data flow.
     """
     parameters = dict(model.named_parameters())
     asked = targets(parts, plan)

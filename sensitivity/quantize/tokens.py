@@ -14,7 +14,7 @@ from sensitivity import batches as evaluated
 from sensitivity.answer_tokens import tail
 from sensitivity.errors import UserError
 from sensitivity.models import VLM
-from sensitivity.tasks import Task
+from sensitivity.tasks import Task, same_image
 
 MODALITIES = ("padding", "vision", "prompt", "answer")
 PADDING, VISION, PROMPT, ANSWER = range(4)
@@ -118,18 +118,14 @@ def run(vlm: VLM, batch: Batch) -> None:
 def disjoint(calibration: Sequence[Task], evaluation: Sequence[Task]) -> None:
     """No example and no image of the calibration data is evaluated on."""
     used = {example.id for task in evaluation for example in task.examples}
-    images = {_image(example.image) for task in evaluation for example in task.examples}
+    images = {same_image(example.image) for task in evaluation for example in task.examples}
     for task in calibration:
         for example in task.examples:
-            if example.id in used or _image(example.image) in images:
+            if example.id in used or same_image(example.image) in images:
                 raise UserError(
                     f"calibration example {example.id} of {task.name} is also evaluated on, which would flatter every "
                     'calibrated method; give it a split of its own ("split": "calibration" in a .jsonl file)'
                 )
-
-
-def _image(image: Any) -> Any:
-    return image.resolve() if hasattr(image, "resolve") else (image.shape, image.tobytes())
 
 
 def _placed(vlm: VLM, value: Tensor) -> Tensor:

@@ -139,6 +139,11 @@ def open_image(source: NDArray[np.uint8] | Stored) -> Image.Image:
         raise UserError(f"cannot read the image {source}: {reason(error)}") from error
 
 
+def same_image(image: Any) -> Any:
+    """Equal for equal images, and small."""
+    return image.resolve() if hasattr(image, "resolve") else (image.shape, hashlib.blake2b(image.tobytes()).digest())
+
+
 def stream(source: Stored) -> Path | io.BytesIO:
     """What Pillow can open; of a file, no more is read than is needed."""
     return source if isinstance(source, Path) else io.BytesIO(source.read_bytes())
