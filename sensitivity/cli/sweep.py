@@ -98,6 +98,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity.limits import allowing, tying
     from sensitivity.loadable import restrict
     from sensitivity.tasks import distinct, task
+    from sensitivity.turns import me
 
     workers.share_cores(args.workers)
     vlm = verbs.blank(args.model) if args.dry_run else verbs.load(args.model, device=args.device, dtype=args.dtype)
@@ -141,6 +142,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         with workers.crew(args):
             _walk(args, steps, f"sweeping {vlm.name}", study, expected)
     except KeyboardInterrupt:
+        study.release_lost(me())  # a plan that was being asked for or told when it came
         if not args.json and study.measured():
             terminal.frontier(study)
         raise
