@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from sensitivity import inspect, load, one_at_a_time, sweep
+from sensitivity.files import write_again
 from sensitivity.trials import NATIVE, Study
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +67,7 @@ def main() -> None:
         study = sweep(vlm, parts, plans, tasks=TASKS, out=args.runs / model.removeprefix("embedded:"), n=n)
         lines += section(model, study)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("\n".join(lines))
+    write_again(args.out, "\n".join(lines))
     print("\n".join(lines))
 
 

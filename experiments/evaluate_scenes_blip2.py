@@ -18,6 +18,7 @@ import torch
 from evaluate_scenes_llava import Reader, measure, summary
 
 from sensitivity.evaluate import evaluate
+from sensitivity.files import write_again
 from sensitivity.models import load
 from sensitivity.tasks import Task, retrieval
 from sensitivity.tasks import scenes as S
@@ -108,8 +109,8 @@ def main() -> None:
         card = {"scenes": args.scenes, "split": "evaluation", "seed": args.seed, "kinds": kinds}
         weights = folder / "model.safetensors"
         card |= {"bytes": weights.stat().st_size, "words": len(B.tokenizer(name.endswith("itm")))}
-        (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
-        (folder / "README.md").write_text(scenes_blip2_card.text(name, card))
+        write_again(folder / "README.md", scenes_blip2_card.text(name, card))
+        write_again(folder / "card.json", json.dumps(card, indent=1) + "\n")
 
 
 if __name__ == "__main__":

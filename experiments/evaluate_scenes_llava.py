@@ -17,6 +17,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from sensitivity.files import write_again
 from sensitivity.tasks import boxes
 from sensitivity.tasks import scenes as S
 
@@ -146,8 +147,8 @@ def main() -> None:
         print(kind, json.dumps(kinds[kind]), flush=True)
     card = {"scenes": len(scenes), "split": "evaluation", "seed": args.seed, "kinds": kinds}
     card |= {"bytes": (args.folder / "model.safetensors").stat().st_size, "words": len(reader.processor.tokenizer)}
-    (args.folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
-    (args.folder / "README.md").write_text(scenes_llava_card.text(card))
+    write_again(args.folder / "README.md", scenes_llava_card.text(card))
+    write_again(args.folder / "card.json", json.dumps(card, indent=1) + "\n")
 
 
 if __name__ == "__main__":

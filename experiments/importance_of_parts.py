@@ -12,6 +12,7 @@ from pathlib import Path
 from beside import importance
 from published import ROOT
 
+from sensitivity.files import write_again
 from sensitivity.trials import Study
 
 NAMES = (
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
             lines += importance(experiment, Study(args.runs / name))[2:]
         else:
             lines += [f"Not run yet: `python experiments/{name}.py --data FOLDER`.", ""]
-    (args.runs / "importance_of_parts.md").write_text("\n".join(lines), encoding="utf-8")
+    write_again(args.runs / "importance_of_parts.md", "\n".join(lines))
     print("\n".join(lines))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sensitivity import verbs
 from sensitivity.components import ComponentMap
+from sensitivity.files import write_again
 from sensitivity.models import VLM
 from sensitivity.plan import Plan
 from sensitivity.quantize import calibrate
@@ -44,5 +45,5 @@ def measured(
 
 def write(out: str, lines: Sequence[str]) -> None:
     Path(out).parent.mkdir(exist_ok=True)
-    Path(out).write_text("\n".join(lines) + "\n")
+    write_again(Path(out), "\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -24,6 +24,7 @@ from sensitivity import terminal, verbs
 from sensitivity.cli import words
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError
+from sensitivity.files import write_again
 from sensitivity.models.blank import blank
 from sensitivity.plan import Plan, Scheme
 from sensitivity.preflight import foresee
@@ -129,7 +130,7 @@ def run(experiment: Experiment, args: argparse.Namespace) -> None:
     terminal.walk(steps, f"sweeping {args.model}", study)
     lines = page(experiment, study, chosen, scheme_of, vlm, args)
     written = [args.out / "published.md"]
-    written[0].write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_again(written[0], "\n".join(lines) + "\n")
     if args.smoke is None:
         written.append(verbs.report(study, args.out / "report"))
     print("\n".join(lines))

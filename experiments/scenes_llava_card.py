@@ -132,7 +132,7 @@ def stages(log: Path, learns: dict[str, str]) -> str:
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     found = []
     for stage, what in learns.items():
-        mine = [line for line in lines if line["stage"] == stage]
+        mine = [line for line in lines if line.get("stage") == stage]
         last: dict[str, Any] = {}
         for line in mine:
             last |= line

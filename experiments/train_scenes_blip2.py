@@ -23,6 +23,8 @@ from torch.nn.functional import cross_entropy, layer_norm, normalize
 from train_scenes_llava import NOISE, ROOT, WOBBLE, Log, Optimiser, Run, distance, read
 from transformers import LlavaForConditionalGeneration
 
+from sensitivity.files import write_again
+
 EMBEDDED = ROOT / "sensitivity" / "models" / "embedded"
 STEPS = {"eye": 400, "cells": 1000, "contrast": 1200, "match": 500, "symbols": 800, "bridge": 600}
 SIZES = {"eye": 48, "cells": 48, "contrast": 96, "match": 48, "symbols": 32, "bridge": 48}
@@ -235,6 +237,7 @@ def bridge(run: Run) -> None:
     run.keep("bridge", model=model)
 
 
+HEAD = '{"log": "training of scenes-blip2"}\n'  # by which a later run knows the log as one of its own
 STAGES: dict[str, Callable[[Run], None]] = {
     "eye": eye,
     "cells": cells,
@@ -273,7 +276,7 @@ def main() -> None:
         model = B.build(retrieval=name.endswith("itm"))
         run.fetch(stage, model=model)
         B.save(model, args.out / name)
-    args.log.write_text("".join((args.work / f"{stage}.jsonl").read_text() for stage in STAGES))
+    write_again(args.log, HEAD + "".join((args.work / f"{stage}.jsonl").read_text() for stage in STAGES))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from transformers import LlavaForConditionalGeneration
 
+from sensitivity.files import whole, write_again
+
 ROOT = Path(__file__).resolve().parent.parent
+HEAD = '{"log": "training of scenes-llava"}\n'  # by which a later run knows the log as one of its own
 NOISE, WOBBLE = 0.15, 0.09
 STEPS = {"1a": 1300, "1b": 3600, "2": 1100, "3": 1500, "4": 2600, "5": 400}
 SIZES = {"1a": 32, "1b": 48, "2": 48, "3": 32, "4": 48, "5": 32}
@@ -57,8 +60,8 @@ class Run:
     def keep(self, stage: str, **modules: nn.Module) -> None:
         tensors = {f"{name}/{key}": value for name, m in modules.items() for key, value in m.state_dict().items()}
         tensors = {key: value.contiguous().clone() for key, value in tensors.items()}
-        save_file(tensors, self.work / f"{stage}.tmp")
-        (self.work / f"{stage}.tmp").rename(self.work / f"{stage}.safetensors")
+        with whole(self.work / f"{stage}.safetensors") as unfinished:
+            save_file(tensors, unfinished)
 
     def fetch(self, stage: str, **modules: nn.Module) -> None:
         tensors = load_file(self.work / f"{stage}.safetensors")
@@ -281,7 +284,7 @@ def write(run: Run, out: Path, log: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     L.save(model, out)
     (out / "model.safetensors").chmod(0o644)
-    log.write_text("".join((run.work / f"{stage}.jsonl").read_text() for stage in STAGES))
+    write_again(log, HEAD + "".join((run.work / f"{stage}.jsonl").read_text() for stage in STAGES))
 
 
 def main() -> None:

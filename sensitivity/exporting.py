@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from sensitivity import exported
 from sensitivity.allocate import solve
 from sensitivity.errors import UserError, unknown
-from sensitivity.export import CHECKPOINTS, FORMATS, Codes, Job, clear, refuse_to_overwrite, write
+from sensitivity.export import CHECKPOINTS, FORMATS, Codes, Job, clear, may_be_written, write
 from sensitivity.export.calibrated import Found
 from sensitivity.export.calibrated import codes as codes_of
 from sensitivity.export.job import from_weights_alone
@@ -30,7 +31,7 @@ from sensitivity.scores import paired, summarise
 from sensitivity.trials import Study
 from sensitivity.verbs import FRESH, calibrated, sweep
 
-__all__ = ["clear", "export", "export_from", "legalize", "legalize_from", "verify"]
+__all__ = ["clear", "export", "export_from", "legalize", "legalize_from", "may_be_written", "verify"]
 
 
 def export(
@@ -45,9 +46,11 @@ def export(
     runtime: str | None = None,
     codes: Codes | None = None,
     path: str | None = None,
+    keep: Iterable[Path] = (),
 ) -> Path:
     """Write a plan as the files that a runtime loads; a plan that it cannot load is refused, with what would fit.
 
+    What is at `out` is replaced only by `force`, and only if an earlier export wrote it; never what is in `keep`.
     With `path`, its calibrated methods are calibrated again on that path, and what that gains is measured.
     """
     out, meta, name = Path(out), study.meta, runtime or format
@@ -56,8 +59,8 @@ def export(
     if found := breaches(study.parts, plan, name):
         raise UserError(f"{name} cannot hold this plan: {'; '.join(found)}. {_instead(study, plan, name)}")
     gain: dict[str, Any] = {}
+    may_be_written(out, format, force, [study.path, *keep])  # before the long part
     if path is not None:
-        refuse_to_overwrite(out, force)  # before the long part
         if not isinstance(model, VLM):
             model = load(model or meta["model"], dtype=meta["dtype"])
         plan, gain = _on_path(study, plan, path, model)
@@ -132,8 +135,9 @@ def _codes(study: Study, job: Job, format: str) -> AbstractContextManager[Found]
 
 def export_from(source: Path, bpw: float | None, out: Path, format: str, force: bool, **how: Any) -> Path:
     """Export a plan.json, or the best predicted plan of a study for a budget."""
+    may_be_written(out, format, force, [source])  # before anything is read
     study, plan, facts = _source(source, bpw, format if format in FILES else how.get("runtime"), how.get("runtime"))
-    return export(study, plan, out, format, force, facts, **how)
+    return export(study, plan, out, format, force, facts, keep=[source], **how)
 
 
 def legalize_from(source: Path, runtime: str, bpw: float | None, task: str | None = None) -> tuple[Study, Legal]:

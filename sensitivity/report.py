@@ -19,7 +19,7 @@ from sensitivity import exported, robustness, words
 from sensitivity.allocate import Candidate, spend
 from sensitivity.components import LABELS, ComponentMap
 from sensitivity.errors import UserError
-from sensitivity.files import write_whole
+from sensitivity.files import may_write, write_whole
 from sensitivity.importance import Ranking, known, rank
 from sensitivity.interactive import pareto
 from sensitivity.knapsack import Knapsack
@@ -29,6 +29,7 @@ from sensitivity.readings import Readings, of_study
 from sensitivity.trials import Study
 from sensitivity.verdict import Recommendation
 
+GENERATOR = '<meta name="generator" content="sensitivity">'  # by which a report is known as ours
 MANY = 1000  # trials beyond which fewer resamples have to do
 NEAR = 0.9  # share of full precision that counts as near the operating point
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0)  # bpw; those that the study's widths can reach are shown
@@ -46,10 +47,11 @@ def report(
     Rankings that are not given are those that `rank` made before, or else made here with fewer resamples.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    may_write(out, True, lambda there: _why_foreign(there, study), [study.path])
     table = study.table()
     if not len(table):
         raise UserError(f"no trial of {study.path} is finished yet: nothing to report")
+    out.mkdir(parents=True, exist_ok=True)
     chosen = [recommendation] if isinstance(recommendation, Recommendation) else list(recommendation)
     tasks = [_task(study, table, task, chosen, rankings or {}, bootstraps, out) for task in study.tasks]
     page = (
@@ -69,6 +71,7 @@ def report(
             plans=_plans(study),
             labels=LABELS,
             made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            generator=GENERATOR,
             version=version("sensitivity"),
             provenance=json.dumps(study.meta, indent=1, default=str),
         )
@@ -76,6 +79,19 @@ def report(
     target = out / "index.html"
     write_whole(target, page.encode())
     return target
+
+
+def _why_foreign(out: Path, study: Study) -> str:
+    """Why a folder is not that of an earlier report; an empty string where it is."""
+    if not out.is_dir():
+        return "it is a file, and a folder is meant"
+    if out.resolve() == (study.path / "report").resolve():
+        return ""
+    page = out / "index.html"
+    with contextlib.suppress(OSError):
+        if page.is_file() and GENERATOR.encode() in page.read_bytes()[:4096]:
+            return ""
+    return "it holds other things than an earlier report"
 
 
 def _environment() -> jinja2.Environment:

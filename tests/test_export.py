@@ -37,6 +37,7 @@ from sensitivity.export.packing import LARGE, fresh, pack, unpack
 from sensitivity.export.plan_json import SCHEMA, read
 from sensitivity.export.source import _reader, open_source
 from sensitivity.export.unfinished import beside
+from sensitivity.files import begin_folder
 from sensitivity.models import inspect, load
 from sensitivity.plan import Plan, Scheme, component_bits, labels, size
 from sensitivity.quantize import calibrate, quantized, scheme
@@ -488,8 +489,9 @@ def test_what_is_there_stays_without_force(parts: ComponentMap, tmp_path: Path) 
     with pytest.raises(UserError, match="already there; choose another --out or add --force"):
         write(job(parts, {}, rtn(4)), tmp_path / "out", "compressed-tensors")
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
-    write(job(parts, {}, rtn(4)), tmp_path / "out", "compressed-tensors", force=True)
-    assert not (tmp_path / "out" / "mine.txt").exists()
+    with pytest.raises(UserError, match="out is not replaced: it holds other things than an export"):
+        write(job(parts, {}, rtn(4)), tmp_path / "out", "compressed-tensors", force=True)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 
 def test_an_interruption_leaves_nothing_that_looks_finished(parts: ComponentMap, tmp_path: Path) -> None:
@@ -544,9 +546,8 @@ def test_only_what_a_dead_process_left_is_cleared(tmp_path: Path) -> None:
         (living / "file").write_text("being written")
         assert clear(tmp_path) == []
         dead = tmp_path / ".other.99999.1.unfinished"
-        dead.mkdir()
-        (tmp_path / ".there.99999.1.unfinished.old").mkdir()
-        (tmp_path / ".back.99999.1.unfinished.old").mkdir()
+        for folder in (dead, tmp_path / ".there.99999.1.unfinished.old", tmp_path / ".back.99999.1.unfinished.old"):
+            begin_folder(folder)
         (tmp_path / "there").mkdir()
         assert clear(tmp_path) == [dead, tmp_path / ".there.99999.1.unfinished.old"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.1.2", "back", "out", "there"]

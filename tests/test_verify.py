@@ -22,6 +22,7 @@ from sensitivity.export import EXPECTED, manifest
 from sensitivity.export.plan_json import write_file
 from sensitivity.export.verify import compare, rerun, verify
 from sensitivity.exported import noted
+from sensitivity.files import begin_folder
 from sensitivity.models import VLM, inspect, load
 from sensitivity.plan import Plan, Scheme, size
 from sensitivity.quantize import calibrate, scheme
@@ -323,7 +324,7 @@ def test_a_budget_for_a_format_is_one_for_its_files(
 ) -> None:
     budget = size(planted.parts, Plan.uniform(planted.parts, rtn(8))).bpw + 0.01
     args = ["export", str(planted.path), "--bpw", f"{budget:.4f}", "--format", "gptq", "--out", str(tmp_path / "out")]
-    (tmp_path / ".other.99999.1.unfinished").mkdir()
+    begin_folder(tmp_path / ".other.99999.1.unfinished")
     assert cli.main([*args, "--json"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["written"]["bpw"] <= budget

@@ -22,6 +22,7 @@ import numpy as np
 from sensitivity import estimators
 from sensitivity.allocate import solve
 from sensitivity.components import ComponentMap, Kept, Weight
+from sensitivity.files import write_again
 from sensitivity.importance import bootstrap, rank
 from sensitivity.plan import Plan, Scheme
 from sensitivity.readings import of_study
@@ -96,7 +97,8 @@ def main() -> None:
             report(large, Path(folder) / "report")
         lines.append(f"| its size | {page.stat().st_size / 1e6:.1f} MB | | 6 MB |")
     text, load = "\n".join(lines), os.getloadavg()[0]
-    (ROOT / "reports" / "decision.md").write_text(
+    write_again(
+        ROOT / "reports" / "decision.md",
         f"# Speed of the table wing\n\n`python experiments/benchmarks/decision.py` on {os.cpu_count()} cores; "
         f"load average at the end {load:.1f} (above {os.cpu_count()}: other work was running).\n\n{text}\n"
     )

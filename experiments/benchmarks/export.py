@@ -24,6 +24,7 @@ from sensitivity.export.job import from_weights_alone
 from sensitivity.export.packing import pack, unpack
 from sensitivity.export.shards import Piece, Spec
 from sensitivity.export.source import open_source
+from sensitivity.files import discard, write_again
 from sensitivity.models import inspect, load
 from sensitivity.plan import Plan, Scheme
 
@@ -101,7 +102,7 @@ def read_and_write(folder: Path, size: int, target: Path) -> float:
             if start // BLOCK % 4 == 3:  # as an export does: that the disk has begun makes this faster, too
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.fsync(stream.fileno())
-    target.unlink()
+    discard(target, ours=True)
     return time.perf_counter() - began
 
 
@@ -229,7 +230,7 @@ def main() -> None:
         *rows(["bits", "GB of codes a second"], [packing(bits) for bits in (2, 3, 4, 5, 6, 8)]),
         "",
     ]
-    args.out.write_text("\n".join(lines), encoding="utf-8")
+    write_again(args.out, "\n".join(lines))
     print(json.dumps({"wrote": args.out.name}))
 
 

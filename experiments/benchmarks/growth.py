@@ -26,6 +26,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from sensitivity.files import write_again
+
 ROOT = Path(__file__).parent.parent.parent
 VALUES = {
     "plans": (9, 27, 81, 243),
@@ -181,7 +183,8 @@ def main() -> None:
     texts = {"CPU s": found["CPU s"].map("{:.3g}".format), "peak MB": found["peak MB"].round().astype(int)}
     slopes = "\n".join(f"* {kind}: {slope(rows):.2f}" for kind, rows in found.groupby("of", sort=False))
     drawn(found).savefig(ROOT / "reports" / "growth.png", dpi=110)
-    (ROOT / "reports" / "growth.md").write_text(
+    write_again(
+        ROOT / "reports" / "growth.md",
         f"""# How the cost of a sweep grows
 
 `python experiments/benchmarks/growth.py`, one thread: CPU seconds and peak memory of whole processes. 27 plans by group

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from sensitivity.files import write_again
 from sensitivity.importance import rank
 from sensitivity.readings import Readings
 
@@ -71,7 +72,7 @@ def save(rows: pd.DataFrame, args: argparse.Namespace) -> None:
         "share (%), how often the 95 % interval held it, and its mean width in points.\n\n"
         f"```\n{table.to_string()}\n```\n\nOverall: {rows['held'].mean():.3f}\n"
     )
-    (ROOT / "reports" / "intervals.md").write_text(text)
+    write_again(ROOT / "reports" / "intervals.md", text)
     print(text, flush=True)
 
 

@@ -18,6 +18,8 @@ import tempfile
 import tracemalloc
 from pathlib import Path
 
+from sensitivity.files import write_again
+
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 
@@ -60,7 +62,7 @@ def main() -> None:
         f"runs ({kept * asked / 1e6:.0f} MB together), and {most:.0f} for the moment in which the files are read.",
     ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_again(args.out, "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sensitivity.files import write_again
+
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 NEAR = 0.3
@@ -75,7 +77,7 @@ def main() -> None:
         print(row(case, found[-1]), file=sys.stderr)
     lines = page(cases, found)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_again(args.out, "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from experiments.parity.gptq import published, theirs
 from experiments.parity.layers import Layer
+from sensitivity.files import write_again
 from sensitivity.models import inspect, load
 from sensitivity.plan import Plan
 from sensitivity.quantize import Curvature, Linears, calibrate, prepare, quantise, scheme, solve
@@ -192,7 +193,7 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     lines += ["", f"Peak memory of all of it: {peak:.2f} GB."]
     Path(args.out).parent.mkdir(exist_ok=True)
-    Path(args.out).write_text("\n".join(lines) + "\n")
+    write_again(Path(args.out), "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

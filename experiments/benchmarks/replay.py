@@ -34,6 +34,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
 from sensitivity.components import ComponentMap, Kept, Weight
+from sensitivity.files import write_again
 from sensitivity.frontier import FrontierSampler, Weights, believed
 from sensitivity.plan import Plan, Scheme, size
 from sensitivity.search import MAXIMIZE, MINIMIZE, SAMPLERS, Ground, searching
@@ -281,7 +282,8 @@ def save(found: pd.DataFrame, out: Path) -> None:
     wide = marks.pivot_table(index=["table", "pick", "search"], columns="share", values="regret").round(2)
     seeds = found[found["search"] != WHOLE].groupby(["table", "search"])["seed"].nunique()
     wide.insert(0, "seeds", [seeds.get((table, search), 1) for table, _, search in wide.index])
-    out.with_suffix(".md").write_text(
+    write_again(
+        out.with_suffix(".md"),
         "# Regret of the frontier, % of full precision, after measuring a share of all plans (%)\n\n"
         "`python experiments/benchmarks/replay.py`, with --only and --searches for the tables and searches below; mean "
         f"over the seeds named. gp stops at {GP_MOST} plans.\n\n```\n{wide.to_string()}\n```\n\n{won(marks)}\n"

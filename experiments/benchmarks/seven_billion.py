@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import transformers as T
 
+from sensitivity.files import write_again
 from sensitivity.models import VLM, inspect
 from sensitivity.models.families import family_of
 from sensitivity.plan import Plan
@@ -110,7 +111,7 @@ def main() -> None:
     ]
     print("\n".join(lines))
     if args.out:
-        Path(args.out).write_text("\n".join(lines) + "\n")
+        write_again(Path(args.out), "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from sensitivity.files import write_again
+
 ROOT = Path(__file__).parent.parent.parent
 CONFIGURATION = """
 import json, resource, statistics, sys, time
@@ -86,7 +88,7 @@ def main() -> None:
         "",
     ]
     args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text("\n".join(lines))
+    write_again(args.out, "\n".join(lines))
     print("\n".join(lines))
 
 

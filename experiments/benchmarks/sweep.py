@@ -38,6 +38,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from sensitivity import verbs
 from sensitivity.batches import batches
 from sensitivity.evaluate import answer, evaluate
+from sensitivity.files import write_again
 from sensitivity.models import VLM, load
 from sensitivity.models.checkpoint import find
 from sensitivity.plan import Plan
@@ -355,7 +356,7 @@ def main() -> None:
             print(found[title], flush=True)
             said = [f"## {one}\n\n{found[one].strip()}" for one, _ in SECTIONS.values() if one in found]
             head = f"# What a sweep costs\n\n`python experiments/benchmarks/sweep.py`: {INTRODUCTION}"
-            args.out.write_text("\n\n".join([head, *said]) + "\n", encoding="utf-8")
+            write_again(args.out, "\n\n".join([head, *said]) + "\n")
     print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 
 

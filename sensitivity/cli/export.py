@@ -29,7 +29,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         metavar="exposed",
         help="calibrate again, on inputs that passed the layers quantised before, and measure what that gains",
     )
-    p.add_argument("--force", action="store_true", help="write over what is there")
+    p.add_argument("--force", action="store_true", help="replace an earlier export that is there")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

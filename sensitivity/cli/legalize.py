@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sensitivity.cli import words
+from sensitivity.errors import UserError
 
 ABOUT = "find the best plan that a runtime can load, and what that costs"
 EXAMPLE = "sensitivity legalize runs/first --bpw 4.0 --runtime vllm --out out/plan.json"
@@ -18,17 +19,23 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--bpw", type=float, metavar="X", help="the budget (default: the size of the plan)")
     words.task(p)
     p.add_argument("--out", type=Path, metavar="plan.json", help="where to write it (default: only said)")
-    p.add_argument("--force", action="store_true", help="write over what is there")
+    p.add_argument("--force", action="store_true", help="replace a plan that is there")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity import exporting
     from sensitivity.runtimes import files_of
 
+    if args.out is not None:
+        if args.out.suffix != ".json":
+            raise UserError(f"--out takes a file, such as {args.out / 'plan.json'}")
+        exporting.may_be_written(args.out, "plan", args.force, [args.source])  # before the search
     study, found = exporting.legalize_from(args.source, args.runtime, args.bpw, args.task)
     facts = found.to_json()
     if args.out is not None:
-        exporting.export(study, found.plan, args.out, force=args.force, facts={"legalized": facts})
+        exporting.export(
+            study, found.plan, args.out, force=args.force, facts={"legalized": facts}, keep=[args.source]
+        )
     if not args.json:
         for breach in found.breaches:
             print(f"not for {found.runtime}: {breach}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,12 @@ from sensitivity.export import (
 from sensitivity.export.card import card
 from sensitivity.export.job import Codes, Job, Written
 from sensitivity.export.unfinished import beside, clear
+from sensitivity.files import may_write
 from sensitivity.plan import size
+from sensitivity.quantize.cache import home
 from sensitivity.runtimes import check
 
-__all__ = ["FORMATS", "Codes", "Job", "Written", "clear", "refuse_to_overwrite", "write"]
+__all__ = ["FORMATS", "Codes", "Job", "Written", "clear", "may_be_written", "write"]
 
 # name -> writes the plan for a model into a new folder, and says what it wrote
 FORMATS: dict[str, Callable[[Job, Path], Written]] = {
@@ -68,7 +70,7 @@ def write(
     """
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
-    refuse_to_overwrite(out, force)
+    may_be_written(out, format, force, job.reads)
     check(job.parts, job.plan, runtime or format)
     if format == "plan" and out.suffix == ".json":
         plan_json.write_file(job.parts, job.plan, job.facts, out)
@@ -90,9 +92,14 @@ def write(
     return {"path": str(out), **summary}
 
 
-def refuse_to_overwrite(out: Path, force: bool) -> None:
-    if (out.exists() or out.is_symlink()) and not force:
-        raise UserError(f"{out} is already there; choose another --out or add --force")
+def may_be_written(out: Path, format: str, force: bool, keep: Iterable[Path] = ()) -> None:
+    """Refuse a target where something that is not an earlier export would be lost, or that is not `force`."""
+    if format == "plan" and out.suffix == ".json":
+        if out.is_dir():
+            raise UserError(f"{out} is a folder; name a file, such as {out / 'plan.json'}")
+        may_write(out, force, plan_json.why_foreign, keep)
+    else:
+        may_write(out, force, manifest.why_foreign, [home(), *keep])
 
 
 def _summary(job: Job, written: Written, format: str) -> dict[str, Any]:

@@ -80,6 +80,13 @@ class Job:
     def source(self) -> Source:
         return open_source(self.model, self.dtype)
 
+    @property
+    def reads(self) -> list[Path]:
+        """What an export reads and must not replace: the folders of the model and of the study."""
+        named = [self.model.name if isinstance(self.model, VLM) else self.model, self.facts.get("study")]
+        places = [end for one in named if one for end in str(one).split("@")]  # ADAPTER@BASE
+        return [Path(place) for place in places if Path(place).exists()]
+
     @cached_property
     def schemes(self) -> dict[str, Scheme]:
         """The parameters that the plan changes."""

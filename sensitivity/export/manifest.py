@@ -10,9 +10,9 @@ from typing import Any
 
 from sensitivity.errors import UserError
 from sensitivity.exported import MANIFEST, VERIFIED
-from sensitivity.files import write_whole
+from sensitivity.files import MARK, UNFINISHED, write_whole
 
-__all__ = ["MANIFEST", "VERIFIED", "damage", "note", "read", "sha256", "write"]
+__all__ = ["MANIFEST", "VERIFIED", "damage", "note", "read", "sha256", "why_foreign", "write"]
 
 
 def sha256(file: Path) -> str:
@@ -25,9 +25,9 @@ def write(folder: Path, facts: Mapping[str, Any], known: Mapping[str, str]) -> N
     files = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": known.get(file.name) or sha256(file)}
         for file in sorted(folder.rglob("*"))
-        if file.is_file()
+        if file.is_file() and file.name != UNFINISHED
     }
-    content = json.dumps({**facts, "files": files}, indent=1, default=str) + "\n"
+    content = json.dumps({**facts, "written_by": MARK, "files": files}, indent=1, default=str) + "\n"
     (folder / MANIFEST).write_text(content, encoding="utf-8")
 
 
@@ -40,6 +40,25 @@ def read(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{MANIFEST} of {folder} is damaged; export again") from error
     return found
+
+
+def why_foreign(out: Path) -> str:
+    """Why something is not an export that we wrote, and it alone; an empty string where it is."""
+    if not out.is_dir():
+        return "it is a file, and a folder is meant"
+    try:
+        found = read(out)
+    except UserError:
+        return f"it holds other things than an export (no {MANIFEST} of ours)"
+    if found.get("written_by") != MARK:
+        return f"its {MANIFEST} has no mark that an export left"
+    ours = {MANIFEST, VERIFIED, UNFINISHED, *found["files"]}
+    others = sorted(
+        str(file.relative_to(out))
+        for file in out.rglob("*")
+        if (not file.is_dir() or file.is_symlink()) and file.relative_to(out).as_posix() not in ours
+    )
+    return f"it also holds {', '.join(others[:3])}, which no export wrote" if others else ""
 
 
 def damage(folder: Path, manifest: Mapping[str, Any]) -> list[str]:

@@ -42,6 +42,17 @@ def write_file(parts: ComponentMap, plan: Plan, facts: Mapping[str, Any], target
     return target
 
 
+def why_foreign(out: Path) -> str:
+    """Why something is not a plan that we wrote; an empty string where it is one."""
+    if out.is_dir():
+        return "it is a folder, and a file is meant"
+    try:
+        read(out)
+    except UserError:
+        return "it is no plan that `sensitivity` wrote"
+    return ""
+
+
 def read(path: Path) -> tuple[str, Plan, dict[str, Any]]:
     """Granularity, plan and the whole document of a plan.json."""
     try:

@@ -6,34 +6,46 @@ import contextlib
 import fcntl
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from sensitivity.errors import UserError
+from sensitivity.export.manifest import why_foreign
+from sensitivity.files import begin_folder, discard, is_unfinished, put_back, put_in_place
 
 NAME = re.compile(r"\.(.+)\.\d+\.\d+\.unfinished(\.old)?")  # of what, by which process, when; what it had replaced
 
 
 @contextlib.contextmanager
 def beside(out: Path) -> Iterator[Path]:
-    """A hidden folder beside the target, which takes its place only when all is written."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    clear(out.parent)
+    """A hidden folder beside the target, which takes its place only when all is written.
+
+    The caller has asked `may_write` before; what is there is looked at again before it is replaced.
+    """
     made = out.with_name(f".{out.name}.{os.getpid()}.{time.monotonic_ns()}")
-    made.mkdir()
     unfinished = made.with_name(f"{made.name}.unfinished")
+    begun = False
+    missing = [folder for folder in out.parents if not folder.exists()]
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        clear(out.parent)
+        begin_folder(made)
+        begun = True
         with _held(made):  # before it has a name under which another process may clear it
             made.rename(unfinished)
             yield unfinished
             _flush(unfinished)
-            _replace(unfinished, out)
+            with _held(out) if out.is_dir() else contextlib.nullcontext():
+                put_in_place(unfinished, out, why_foreign)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for folder in (made, unfinished):  # names that no other process gives
+            discard(folder, ours=begun)
+        for folder in missing:  # a failed export leaves no folder behind
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def clear(parent: Path) -> list[Path]:
@@ -43,11 +55,12 @@ def clear(parent: Path) -> list[Path]:
         if (name := NAME.fullmatch(folder.name)) is None or not folder.is_dir():
             continue
         with _held(folder) as free:
-            if free and name[2] and not (parent / name[1]).exists():  # killed between two renamings
-                folder.rename(parent / name[1])
-            elif free:
-                shutil.rmtree(folder, ignore_errors=True)
-                gone += [] if folder.exists() else [folder]
+            if not free or not (is_unfinished(folder) or not why_foreign(folder)):
+                continue
+            if name[2] and not (parent / name[1]).exists():  # killed between two renamings
+                put_back(folder, parent / name[1])
+            elif discard(folder, ours=True):
+                gone.append(folder)
     return gone
 
 
@@ -78,15 +91,3 @@ def _flush(folder: Path) -> None:
         if file.is_file():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())  # a name must not be on disk before its content is
-
-
-def _replace(folder: Path, out: Path) -> None:
-    if out.is_dir() and not out.is_symlink():
-        old = folder.with_name(folder.name + ".old")
-        with _held(out):
-            os.replace(out, old)
-            os.replace(folder, out)
-            shutil.rmtree(old)
-    else:
-        out.unlink(missing_ok=True)
-        os.replace(folder, out)

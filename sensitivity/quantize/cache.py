@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sensitivity.errors import Notice, UserError
-from sensitivity.files import whole
+from sensitivity.files import discard, whole
 
 CLOSED = ("Permission denied", "Read-only", "No space", "quota", "Not a directory")  # as the system says it
 VERSION = 4  # raised when the meaning of an entry changes
@@ -85,7 +85,7 @@ class Cache:
         """Another torch or another number of threads may round sums differently, so those are part of the name."""
         here = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(device), "v": VERSION}
         text = json.dumps({**about, **here}, sort_keys=True)
-        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors", text
+        return self.folder / f"{_name(text)}.safetensors", text
 
     def _make_room(self, size: int) -> None:
         """Delete the oldest entries until the new one fits; other processes may be doing the same."""
@@ -97,5 +97,19 @@ class Cache:
         for _, bytes_, file in sorted(entries, key=lambda entry: entry[0]):
             if total <= self.limit_gb * 1e9:
                 break
-            file.unlink(missing_ok=True)
-            total -= bytes_
+            if discard(file, _is_entry(file)):  # the folder may be one where other tensors are kept
+                total -= bytes_
+
+
+def _is_entry(file: Path) -> bool:
+    """Whether a file is an entry of ours: named after the hash of the description that it carries."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            about = (opened.metadata() or {}).get("about", "")
+    except (OSError, SafetensorError):
+        return False
+    return file.stem == _name(about)
+
+
+def _name(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
