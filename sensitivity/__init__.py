@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -37,11 +38,19 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'sensitivity' has no attribute '{name}'")
-    importlib.import_module(f"sensitivity.{_HOMES[name]}")
-    for verb, home in _HOMES.items():  # importing a module such as sensitivity.sweep hides the verb of that name
-        if verb == name or isinstance(globals().get(verb), ModuleType):
-            globals()[verb] = getattr(importlib.import_module(f"sensitivity.{home}"), verb)
-    return globals()[name]
+    globals()[name] = found = getattr(importlib.import_module(f"sensitivity.{_HOMES[name]}"), name)
+    return found
+
+
+class _Package(ModuleType):
+    """Python binds a module that was imported in its package; one of a public name's name would hide it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -15,6 +15,7 @@ import pandas as pd
 from optuna.trial import FrozenTrial
 from scipy import stats
 
+from sensitivity import examples
 from sensitivity.errors import UserError
 from sensitivity.trials import Study
 
@@ -144,7 +145,12 @@ def _sums(study: Study, trial: FrozenTrial, task: str) -> pd.DataFrame:
 @lru_cache(maxsize=4096)
 def _read(path: Path, n: int, task: str) -> pd.DataFrame:
     """`n` is part of the key: the file grows."""
-    rows = pd.read_parquet(path, columns=["task", "cluster", "score"])
+    try:
+        rows = examples.read(path)
+    except examples.Damaged as error:
+        raise UserError(
+            f"{path} is damaged ({error}); the sweep's command, given again, runs that plan again"
+        ) from error
     return rows[rows["task"] == task].groupby("cluster")["score"].agg(["sum", "count"])
 
 

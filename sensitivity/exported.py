@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sensitivity.files import write_whole
+from sensitivity import schema
+from sensitivity.files import finite, write_whole
 
 NOTES = "exports"  # in a study's folder
 MANIFEST = "sensitivity.json"  # in an export: what was written
@@ -22,22 +23,26 @@ def note(study: Path, out: Path, facts: Mapping[str, Any]) -> None:
     (study / NOTES).mkdir(exist_ok=True)
     target = study / NOTES / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}.json"
     content = {"folder": folder, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}
-    write_whole(target, (json.dumps(content, indent=1) + "\n").encode())
+    write_whole(target, (json.dumps(finite(content), indent=1) + "\n").encode())
 
 
 def noted(study: Path) -> list[dict[str, Any]]:
     """The exports of a study that were noted, oldest first, each with its `state`: verified or not, or gone."""
-    found = [json.loads(file.read_bytes()) for file in (study / NOTES).glob("*.json")]
+    files = sorted((study / NOTES).glob("*.json"))
+    found = [schema.read(file, "export", "delete it; the export itself is not touched") for file in files]
     return [{"path_gain": None, **one, "state": _state(one)} for one in sorted(found, key=lambda one: str(one["time"]))]
 
 
 def _state(one: Mapping[str, Any]) -> str:
     folder = Path(one["folder"])
-    if not (folder / MANIFEST).exists():
+    try:
+        if not (folder / MANIFEST).exists():
+            return "no longer there"
+        if not (folder / VERIFIED).exists():
+            return "not verified"
+    except (OSError, ValueError):  # a name that no file can have
         return "no longer there"
-    if not (folder / VERIFIED).exists():
-        return "not verified"
-    return str(json.loads((folder / VERIFIED).read_bytes())["verdict"])
+    return str(schema.read(folder / VERIFIED, "verified", f"`sensitivity verify {folder}` writes it anew")["verdict"])
 
 
 def path_gain(gain: Mapping[str, Any]) -> str:
@@ -60,8 +65,10 @@ def path_gain(gain: Mapping[str, Any]) -> str:
 
 
 def _interval(found: Mapping[str, Any]) -> str:
-    return f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+    low, high = ("–" if found[end] is None else f"{found[end]:+.4f}" for end in ("low", "high"))
+    return f"{found['mean']:+.4f} [{low}, {high}]"
 
 
 def _score(found: Mapping[str, Any]) -> str:
-    return f"{found['mean']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
+    low, high = ("–" if found[end] is None else f"{found[end]:.4f}" for end in ("low", "high"))
+    return f"{found['mean']:.4f} [{low}, {high}]"

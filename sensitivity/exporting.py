@@ -18,13 +18,14 @@ from sensitivity.export import CHECKPOINTS, FORMATS, Codes, Job, clear, may_be_w
 from sensitivity.export.calibrated import Found
 from sensitivity.export.calibrated import codes as codes_of
 from sensitivity.export.job import from_weights_alone
-from sensitivity.export.plan_json import read
 from sensitivity.export.verify import verify
 from sensitivity.knapsack import Knapsack
 from sensitivity.legalize import Legal, legal, legalize
 from sensitivity.models import VLM, load
 from sensitivity.plan import FILES, Plan, Scheme
+from sensitivity.planfile import read
 from sensitivity.quantize import method_of
+from sensitivity.quantize.methods import known
 from sensitivity.quantize.statistics import PATHS
 from sensitivity.runtimes import breaches, files_of
 from sensitivity.scores import paired, summarise
@@ -153,7 +154,11 @@ def _source(
     if source.suffix == ".json":
         _, plan, facts = read(source)
         here = (source.parent / "journal.log").exists() or (source.parent / "storage.url").exists()
-        return Study(source.parent if here else facts.get("study", source.parent)), plan, facts
+        study = Study(source.parent if here else facts.get("study", source.parent))
+        plan.check(study.parts)
+        for scheme in {scheme for _, scheme in plan.schemes if scheme is not None}:
+            known(scheme)
+        return study, plan, facts
     if bpw is None:
         raise UserError(f"a study holds many plans: name a budget, `{source} --bpw 4.0`, or give a plan.json")
     study = Study(source)
@@ -183,10 +188,11 @@ def _measured(study: Study, plan: Plan) -> tuple[dict[str, Any], Path | None]:
             native = trials.get(study.native.key, {}).get("scores", {})
             about = {name: found.get(name) for name in ("scores", "path", "versions")}
             path = one.path / "examples" / f"{plan.key}.parquet"
+            whole = one.examples(plan) is not None
             return {
                 **about,
                 "full_precision_scores": native,
                 "meta": dict(one.meta),
                 "note": one.meta.get("note"),
-            }, path if path.exists() else None
+            }, path if whole else None
     return {}, None

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sensitivity.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MARK = "sensitivity"  # the value of "written_by" in a manifest, and the content of UNFINISHED
 UNFINISHED = ".unfinished"  # a file in each folder that is still being written
@@ -17,6 +23,16 @@ PACKAGE = Path(__file__).resolve().parent
 
 # says why a path is not one that we wrote; an empty string where it is ours
 WhyForeign = Callable[[Path], str]
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def full(target: Path, error: OSError) -> UserError:
+    """What could not be written or read, and what helps, instead of a number of the system's."""
+    if error.errno in NO_SPACE:
+        return UserError(
+            f"no space is left for {target}; what was finished is kept: make room, and the same command goes on"
+        )
+    return UserError(f"cannot use {target}: {error.strerror or type(error).__name__}")
 
 
 @contextlib.contextmanager
@@ -27,9 +43,29 @@ def whole(target: Path) -> Iterator[Path]:
         yield unfinished
         os.replace(unfinished, target)
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+        raise full(target, error) from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """JSON knows no infinity and no NaN: null stands for them."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table_of(rows: pd.DataFrame) -> bytes:
+    """Rows as CSV, in which no text passes for a formula when a spreadsheet opens it (OWASP: CSV injection)."""
+
+    def inert(value: Any) -> Any:
+        return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+    plain = rows.map(inert)
+    plain.columns = [inert(name) for name in rows.columns]
+    return bytes(plain.to_csv(index=False).encode())
 
 
 def write_whole(target: Path, content: bytes) -> None:

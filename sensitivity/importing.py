@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-from collections.abc import Mapping, Sequence
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +18,23 @@ import pandas as pd
 
 from sensitivity.components import GRANULARITIES, GROUPS, KINDS, PARTS, ComponentMap, Kept, Weight, matches
 from sensitivity.errors import UserError, unknown
+from sensitivity.files import full
 from sensitivity.plan import Plan, Scheme
 from sensitivity.readings import count, numbers
+from sensitivity.schema import shown
 from sensitivity.trials import NATIVE, Study
 
+# what a weight can lie in at any granularity of a study, but a layer's own name
+COMPONENT = re.compile(
+    rf"({'|'.join(PARTS)})(\.({'|'.join(GROUPS)}|other|projection))?(\.({'|'.join(KINDS)}))?"
+    rf"|({'|'.join(PARTS)})\.\d{{1,4}}"
+)
 UNKNOWN = 1_000_000  # weights of a component whose size nobody gave: all the same, so bpw is a plain mean
-RESERVED = {"number", "key", "plan", "uniform", "native", "bytes", "bpw", "bpw_codes", "seconds"}
+RESERVED = {"number", "key", "plan", "uniform", "native", "complete", "bytes", "bpw", "bpw_codes", "format", "seconds"}
+RESERVED |= {"not_finite"}
+ABOUT = ("nll", "se", "low", "high", "n", "delta", "delta.se", "delta.low", "delta.high")  # columns beside a score's
+LARGEST_SCORE = 1e9
+MOST_WEIGHTS = 10**15
 
 
 @dataclass(frozen=True)
@@ -69,19 +85,18 @@ def import_table(
             "say what the columns are: either --part COLUMN=COMPONENT or --switch COLUMN=COMPONENT --bits COLUMN"
         )
     table = _read(Path(path))
-    _known(table, [*scores])
-    if not scores:
-        raise UserError(f"name at least one column of scores (--score); there are {', '.join(table.columns)}")
-    if taken := RESERVED & set(scores):
-        raise UserError(
-            f"a score cannot be called '{taken.pop()}': the study's own table uses that name; rename the column"
-        )
+    if Path(out).exists():
+        _free(Path(out))
+    _scores(table, scores)
     bits = _columns(table, parts) if parts is not None else _switched(table, switches)
+    if taken := [name for name in scores if name in bits.columns]:
+        raise UserError(f"a score cannot be called '{taken[0]}': that is a component; rename the column")
     values = pd.DataFrame({name: numbers(table, name) for name in scores})
     whole, notes = _complete(bits, values)
     if not whole.any():
         raise UserError(f"no row of {path} has all bits and scores")
     _check_bits(bits[whole])
+    _check_scores(values[whole])
     notes += _remarks(bits[whole])
     components = _map(list(bits.columns), numel or {}, total, model or Path(path).stem)
     if components.numel == sum(w.numel for w in components.weights) and not numel:
@@ -95,22 +110,84 @@ def import_table(
         "left_out": notes,
         "columns": dict(parts or (switches.columns if switches else {})),
     }
-    study = Study.create(out, components, list(scores), meta)
-    if study.trials():
-        raise UserError(f"{out} already holds a study with {count(len(study.trials()), 'trial')}; choose another --out")
-    study.append(plans, [dict(zip(scores, row, strict=True)) for row in values[whole].to_numpy(dtype=float)])
-    return Imported(study, len(table), int(whole.sum()), tuple(notes))
+    rows = [dict(zip(scores, row, strict=True)) for row in values[whole].to_numpy(dtype=float)]
+    with _aside(Path(out)) as unfinished:
+        Study.create(unfinished, components, list(scores), meta).append(plans, rows)
+    return Imported(Study(out), len(table), int(whole.sum()), tuple(notes))
+
+
+def _free(out: Path) -> None:
+    """A table becomes a study in a folder of its own."""
+    if (out / "journal.log").exists() or (out / "storage.url").exists():
+        trials = count(len(Study(out).trials()), "trial")
+        raise UserError(f"{out} already holds a study with {trials}; choose another --out")
+    if not out.is_dir() or any(out.iterdir()):
+        raise UserError(f"{out} is already there and is no empty folder; choose another --out")
+
+
+@contextlib.contextmanager
+def _aside(out: Path) -> Iterator[Path]:
+    """A hidden folder beside the target that becomes it when all rows are there: a study of half a table never is."""
+    before = [place for place in out.parents if not place.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name[:64]}.", dir=out.parent) as folder:
+            yield Path(folder) / "study"
+            os.replace(Path(folder) / "study", out)
+    except BaseException as error:
+        for place in before:
+            with contextlib.suppress(OSError):
+                place.rmdir()  # only what is empty
+        if isinstance(error, OSError):
+            raise full(out, error) from error
+        raise
+
+
+def _scores(table: pd.DataFrame, scores: Sequence[str]) -> None:
+    """Columns that can stand as tasks in the study's own table, in file names and on a page."""
+    _known(table, [*scores])
+    if not scores:
+        raise UserError(f"name at least one column of scores (--score); there are {', '.join(table.columns)}")
+    if twice := [name for name in scores if list(scores).count(name) > 1]:
+        raise UserError(f"the score '{twice[0]}' is named twice; name each column once")
+    taken = RESERVED | {f"{name}.{about}" for name in scores for about in ABOUT}
+    if wrong := [name for name in scores if name in taken]:
+        raise UserError(
+            f"a score cannot be called '{wrong[0]}': the study's own table uses that name; rename the column"
+        )
+    for name in scores:
+        if not name.strip() or len(name) > 100 or not name.isprintable() or set(name) & set("<>&\"'`|\\"):
+            raise UserError(
+                f"a score cannot be called {shown(name)}: a name has 1 to 100 letters, and none of "
+                "< > & \" ' ` | \\; rename the column"
+            )
+
+
+def _check_scores(scores: pd.DataFrame) -> None:
+    for name, column in scores.items():
+        if len(wrong := column[column.abs() > LARGEST_SCORE]):
+            row = int(wrong.index[0]) + 1
+            raise UserError(f"{name} is {wrong.iloc[0]:g} in row {row}; a score is at most {LARGEST_SCORE:,.0f}")
 
 
 def _read(path: Path) -> pd.DataFrame:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"cannot read {path}: it is no file")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             header = next(csv.reader(file), [])
-        table = pd.read_csv(path, encoding="utf-8-sig")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pd.errors.DtypeWarning)  # what is no number is named below
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # a row that is longer than the header
+            table = pd.read_csv(path, encoding="utf-8-sig", index_col=False)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{path} is not a table with commas and a header: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot read {path}: {error.strerror or 'it is away'}") from error
+    except UnicodeError as error:
+        raise UserError(f"{path} is not a table with commas and a header: it is not text in UTF-8") from error
+    except (ValueError, csv.Error, pd.errors.ParserWarning) as error:
+        raise UserError(
+            f"{path} is not a table with commas and a header, whose rows all have as many fields as that"
+        ) from error
     if len(header) == 1 and (other := next((mark for mark in (";", "\t", "|") if mark in header[0]), None)):
         raise UserError(f"{path} separates its columns by {other!r}; save it with commas")
     if twice := sorted({name for name in header if header.count(name) > 1}):
@@ -169,10 +246,14 @@ def _meant(table: pd.DataFrame, switches: Switches, kind: str) -> np.ndarray:
 
 def _names(components: Sequence[str]) -> None:
     for component in components:
-        if component.split(".")[0] not in PARTS:
+        if not COMPONENT.fullmatch(component):
             raise UserError(
-                f"a component is named after its part of the model, {', '.join(PARTS)} (finer: vision.front.attn), "
-                f"not '{component}'"
+                f"a component is named after its part of the model, {', '.join(PARTS)} (finer: vision.front.attn, with "
+                f"{', '.join(GROUPS)} and {', '.join(KINDS)}; or a block, vision.03), not '{component}'"
+            )
+        if inside := [other for other in components if component.startswith(f"{other}.")]:
+            raise UserError(
+                f"'{component}' is a part of '{inside[0]}', which has bits of its own; name one or the other"
             )
     if twice := sorted({name for name in components if list(components).count(name) > 1}):
         raise UserError(f"two columns are both said to be '{twice[0]}'")
@@ -209,6 +290,8 @@ def _remarks(bits: pd.DataFrame) -> list[str]:
 
 
 def _map(names: Sequence[str], numel: Mapping[str, int], total: int | None, model: str) -> ComponentMap:
+    if wrong := [n for n in (*numel.values(), *([] if total is None else [total])) if not 0 < n <= MOST_WEIGHTS]:
+        raise UserError(f"a number of weights is from 1 to {MOST_WEIGHTS:,}, not {wrong[0]:,}")
     sizes = _sizes(names, numel)
     weights = tuple(_weight(name, sizes[name]) for name in names)
     rest = 0 if total is None else total - sum(sizes.values())

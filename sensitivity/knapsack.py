@@ -53,6 +53,8 @@ class Knapsack:
         models = {}
         for task in tasks:
             readings = of_study(study, task)
+            if not readings.full > 0:
+                raise UserError(_nothing_to_lose(task, readings.full))
             models[task] = learn(space, space.encode(readings.plans), readings.score, readings.full, readings.noise)
         return cls.build(study.parts, space, models, format)
 
@@ -217,6 +219,15 @@ class Program:
             return None
         picked = [found.x[start:end] for start, end in itertools.pairwise(self.first)]
         return np.array([int(np.argmax(p)) for p in picked]), float(found.fun) * scale
+
+
+def _nothing_to_lose(task: str, full: float) -> str:
+    if full == 0:
+        return (
+            f"full precision scored 0 on '{task}', so there is nothing to lose and no plan to prefer; have a look at "
+            "the task, its prompts and answers: does the model ever answer it?"
+        )
+    return f"full precision scored {full:g} on '{task}'; plans are compared by their share of it, which must be above 0"
 
 
 def _above(model: Surrogate) -> tuple[Floats, Floats, Floats]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from sensitivity.errors import UserError, unknown
 
 Setting = str | int | float | bool | None
 LABEL = 112  # bytes of a tensor's entry in a safetensors header beside its name, at most
+WIDEST_GROUP = 2**24  # columns that share a scale: more than any layer has
 PAPER_NATIVE_BITS = 16  # what the published bpw figures give every weight that is not quantised
 
 
@@ -32,8 +33,11 @@ class Scheme:
         whole = isinstance(self.bits, int) and not isinstance(self.bits, bool)
         if not whole or not 1 <= self.bits <= 16:
             raise UserError(f"bits must be a whole number from 1 to 16, not {self.bits!r}")
-        if self.group not in ("tensor", "row") and not (isinstance(self.group, int) and self.group > 0):
-            raise UserError(f"group must be 'tensor', 'row' or a number of columns above 0, not {self.group!r}")
+        number = isinstance(self.group, int) and not isinstance(self.group, bool)
+        if self.group not in ("tensor", "row") and not (number and 1 <= int(self.group) <= WIDEST_GROUP):
+            raise UserError(
+                f"group must be 'tensor', 'row' or a number of columns from 1 to {WIDEST_GROUP:,}, not {self.group!r}"
+            )
         object.__setattr__(self, "settings", tuple(sorted(self.settings)))
 
     def __getitem__(self, setting: str) -> Setting:
@@ -86,6 +90,15 @@ class Plan:
     def _by_name(self) -> dict[str, Scheme | None]:
         return dict(self.schemes)
 
+    def check(self, parts: ComponentMap) -> None:
+        """A plan says something of each component, and of nothing else."""
+        names = parts.names
+        missing = [name for name in names if name not in self._by_name]
+        extra = [name for name in self._by_name if name not in set(names)]
+        if missing or extra:
+            told = ("missing", missing), ("unknown", extra)
+            raise UserError(f"the plan is for other components: {'; '.join(f'{w} {_few(n)}' for w, n in told if n)}")
+
     @property
     def is_native(self) -> bool:
         return all(scheme is None for _, scheme in self.schemes)
@@ -120,6 +133,10 @@ class Plan:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         return cls(tuple((name, scheme and Scheme.from_json(scheme)) for name, scheme in data.items()))
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
 
 
 @dataclass(frozen=True)
@@ -172,7 +189,9 @@ def _blocks(scheme: Scheme, rows: int, cols: int) -> int:
 
     With `double`, scales take 8 bits, and beside them a mean, a float32 scale per 256 and a table of 256 numbers.
     """
-    blocks = math.ceil(rows * cols / int(scheme.group))
+    if isinstance(scheme.group, str):
+        raise UserError(f"{scheme.method} has blocks of a number of weights (its group), not '{scheme.group}'")
+    blocks = math.ceil(rows * cols / scheme.group)
     table = 16 * 32
     if scheme.get("double"):
         return table + 8 * blocks + 32 * (math.ceil(blocks / 256) + 1 + 256)
@@ -252,10 +271,7 @@ def size(parts: ComponentMap, plan: Plan, format: str | None = None) -> Size:
 
     With a format of files, as that stores it: some keep zero points of symmetric grids, or the group of each column.
     """
-    missing = [name for name in parts.names if name not in dict(plan.schemes)]
-    extra = [name for name, _ in plan.schemes if name not in parts.names]
-    if missing or extra:
-        raise UserError(f"the plan is for other components: missing {missing or 'none'}, unknown {extra or 'none'}")
+    plan.check(parts)
     kept = sum(k.numel for k in parts.kept)
     stored = kept * parts.native_bits
     stored += sum(component_bits(parts, c.name, plan[c.name], format) for c in parts.components)

@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 
 from sensitivity.errors import UserError, unknown
 from sensitivity.plan import Plan
+from sensitivity.records import mixed
 from sensitivity.trials import NATIVE, Study
 
 Floats = np.ndarray
@@ -108,7 +109,7 @@ def of_study(study: Study, task: str | None = None, method: str | None = None) -
         np.array([trial["size"]["bpw"] for trial in trials], dtype=float),
         tuple(methods),
         tuple(plans),
-        (unfinished,) if open_ else (),
+        tuple(note for note in (unfinished if open_ else None, mixed(measured)) if note),
     )
     if method is not None:
         found = sorted({m for m in methods if m != "native"})

@@ -5,39 +5,49 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sensitivity.errors import UserError
 from sensitivity.files import write_whole
 from sensitivity.trials import Study
 
-CODE = ("readings", "estimators", "treeshap", "importance", "robustness")  # a change in these is another ranking
+LIBRARIES = ("numpy", "scipy", "pandas", "scikit-learn", "shap", "optuna")  # which count in a ranking, too
 
 
 def place(study: Study, wish: Mapping[str, Any]) -> Path:
     """The file of a ranking: its name is the hash of all that it depends on."""
-    trials = [(trial.user_attrs["key"], trial.user_attrs["scores"]) for trial in study.measured()]
+    kept = ("key", "plan", "size", "scores", "versions")
+    trials = [[trial.state.name, *map(trial.user_attrs.get, kept)] for trial in study.measured()]
     content = json.dumps([_code(), dict(wish), study.parts.to_json(), trials], sort_keys=True, default=str)
     return study.path / "rankings" / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}.json"
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """What was kept; None where nothing was, or nothing that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text())
-        return found if isinstance(found, dict) else None
+    """What was kept; None where nothing was, or where it is not what was written."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        first, _, rest = path.read_bytes().partition(b"\n")
+        if first.decode() == hashlib.sha256(rest).hexdigest():
+            found: dict[str, Any] = json.loads(rest)
+            return found
     return None
 
 
 def write(path: Path, ranking: Mapping[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # a folder that may only be read is no reason to fail
+    content = json.dumps(dict(ranking)).encode()
+    with contextlib.suppress(OSError, UserError):  # a folder that is full, or may only be read, is no reason to fail
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, json.dumps(dict(ranking)).encode())
+        write_whole(path, f"{hashlib.sha256(content).hexdigest()}\n".encode() + content)
 
 
 @cache
 def _code() -> str:
-    files = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in CODE]
-    return hashlib.sha256(b"".join(files)).hexdigest()
+    """All of this package, and the libraries that fit and resample: whatever changes, the ranking may."""
+    package = Path(__file__).parent
+    files = [file.read_bytes() for file in sorted(package.rglob("*.py"))]
+    versions = [f"{name} {version(name)}" for name in LIBRARIES] + [sys.version]
+    return hashlib.sha256(b"\0".join([*files, *(one.encode() for one in versions)])).hexdigest()

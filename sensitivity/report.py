@@ -15,11 +15,11 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from sensitivity import exported, robustness, words
+from sensitivity import exported, recommended, robustness, words
 from sensitivity.allocate import Candidate, spend
 from sensitivity.components import LABELS, ComponentMap
 from sensitivity.errors import UserError
-from sensitivity.files import may_write, write_whole
+from sensitivity.files import may_write, table_of, write_whole
 from sensitivity.importance import Ranking, known, rank
 from sensitivity.interactive import pareto
 from sensitivity.knapsack import Knapsack
@@ -53,6 +53,7 @@ def report(
         raise UserError(f"no trial of {study.path} is finished yet: nothing to report")
     out.mkdir(parents=True, exist_ok=True)
     chosen = [recommendation] if isinstance(recommendation, Recommendation) else list(recommendation)
+    grown = recommended.since(study, chosen)
     tasks = [_task(study, table, task, chosen, rankings or {}, bootstraps, out) for task in study.tasks]
     page = (
         _environment()
@@ -64,7 +65,7 @@ def report(
             tasks=tasks,
             meta=study.meta,
             recommendations=[(one, _plan_rows(study.parts, one.plan)) for one in chosen],
-            summary=words.summary(study, table, chosen, [task["ranking"] for task in tasks]),
+            summary=words.summary(study, table, chosen, [task["ranking"] for task in tasks], grown),
             exports=exported.noted(study.path),
             path_gain=exported.path_gain,
             kept=_kept(study.parts),
@@ -142,7 +143,7 @@ def _task(
         stem = out / f"{found['slug']}-{picture.name}"
         write_whole(stem.with_suffix(".png"), picture.png)
         write_whole(stem.with_suffix(".svg"), picture.svg.encode())
-        write_whole(stem.with_suffix(".csv"), picture.rows.to_csv(index=False).encode())
+        write_whole(stem.with_suffix(".csv"), table_of(picture.rows))
     return found | {
         # on the figure all plans are counted alike, whatever files the recommended one is meant for
         "pareto": pareto(rows, task, full, [replace(one, size=size(study.parts, one.plan)) for one in chosen]),
@@ -177,7 +178,10 @@ def _methods(study: Study, readings: Readings) -> pd.DataFrame | None:
 def _budgets(study: Study, task: str) -> list[Candidate]:
     """The predicted best plan for each budget that can be reached."""
     found: list[Candidate] = []
-    knapsack = Knapsack.of(study, [task])
+    try:
+        knapsack = Knapsack.of(study, [task])
+    except UserError:  # full precision scored nothing: no share of it can be kept
+        return []
     for bpw in BUDGETS:
         try:
             best = spend(knapsack, int(bpw * study.parts.numel), {task: 1.0}, top=1)[0]

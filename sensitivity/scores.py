@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,13 @@ class Score:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Score:
+        """Null stands for what is infinite: a single cluster says nothing of the spread."""
+        ends = {"se": math.inf, "low": -math.inf, "high": math.inf}
+        known = {name: data[name] for name in ("mean", "n", "clusters")}
+        return cls(**known, **{name: end if data[name] is None else data[name] for name, end in ends.items()})
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}] (n {self.n})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import time
@@ -19,6 +20,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from sensitivity.errors import Notice, UserError, reason
+from sensitivity.files import full
 
 optuna.logging.set_verbosity(logging.WARNING)
 
@@ -52,6 +54,26 @@ class KernelLock(JournalFileOpenLock):
         else:
             self._file.close()  # closing drops the lock
             self._file = None
+
+
+class Journal(JournalFileBackend):
+    """Optuna's, of which a line stands in the file in full or not at all, on a disk that is full too."""
+
+    def __init__(self, path: Path, lock: KernelLock) -> None:
+        super().__init__(str(path), lock_obj=lock)
+        self._kernel = lock
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
+        with held(self._kernel), open(self._file_path, "ab", buffering=0) as file:
+            end, left = file.tell(), memoryview(lines)
+            try:
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except OSError as error:
+                file.truncate(end)  # others would append to half a line
+                raise full(Path(self._file_path), error) from error
 
 
 @contextmanager
@@ -94,7 +116,7 @@ def open_storage(where: Path | str, known: bool = False) -> BaseStorage:
             try:
                 return patient(_database(where))
             except Exception as error:  # whatever the driver raises, the user needs the same sentence
-                why = f"cannot open the storage {_without_password(where)}: {reason(error)}"
+                why = f"cannot open the storage {without_password(where)}: {reason(error)}"
                 if not known or not _lost(error) or time.monotonic() - began > PATIENCE:
                     raise UserError(why) from error
             if not told:
@@ -102,20 +124,41 @@ def open_storage(where: Path | str, known: bool = False) -> BaseStorage:
                 told = True
             time.sleep(AGAIN)
     journal = Path(where).absolute()
+    if journal.exists() and not journal.is_file():
+        raise UserError(f"{where} is not a study's journal: it is no file")
     lock = KernelLock(journal)
-    mend(journal, lock)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        try:
-            return JournalStorage(JournalFileBackend(str(journal), lock_obj=lock))
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{where} is not a study's journal, or is damaged: {reason(error)}") from error
+    try:
+        mend(journal, lock)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return JournalStorage(Journal(journal, lock))
+    except OSError as error:
+        raise full(Path(where), error) from error
+    except Exception as error:  # whatever Optuna stumbles over: the lines are not those that it wrote
+        raise UserError(
+            f"{where} is not a study's journal, or is damaged (line {_damaged(journal)}); a copy of the study, or a "
+            "new sweep in another --out, is what helps"
+        ) from error
+
+
+def _damaged(journal: Path) -> str:
+    """The first line that is no entry of a journal, as far as that can be told without reading its sense."""
+    with open(journal, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if not isinstance(json.loads(line)["op_code"], int):
+                    return str(number)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                return str(number)
+    return "unknown: each line is well formed, but they do not go together"
 
 
 def _database(url: str, tries: int = 5) -> RDBStorage:
     """Optuna's tables are made by whoever comes first; launchers that start together get in each other's way."""
     try:
-        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        # a server that keeps texts without saying how (SQL_ASCII) gives them back as bytes, unless it is told
+        utf8 = {"connect_args": {"client_encoding": "utf8"}} if url.startswith("postgresql") else {}
+        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, **utf8})
     except (IntegrityError, ProgrammingError):
         if tries == 1:
             raise
@@ -176,7 +219,7 @@ def _lost(error: BaseException) -> bool:
     return False
 
 
-def _without_password(url: str) -> str:
+def without_password(url: str) -> str:
     head, _, tail = url.partition("://")
     login, at, host = tail.rpartition("@")
     return f"{head}://{login.partition(':')[0]}{at}{host}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,12 +16,13 @@ import torch
 from sensitivity.batches import Batch, batches
 from sensitivity.components import ComponentMap
 from sensitivity.contenders import Until, contenders
-from sensitivity.errors import UserError
+from sensitivity.errors import Notice, UserError
 from sensitivity.evaluate import Rows, answer, rows_of
 from sensitivity.models import VLM
 from sensitivity.plan import Plan
 from sensitivity.quantize import Statistics, prepare, quantized
 from sensitivity.quantize.memory import CODE, Memory
+from sensitivity.records import mixed
 from sensitivity.replay import Replay
 from sensitivity.shards import cuts, shard
 from sensitivity.tasks import Task
@@ -63,6 +65,8 @@ def run(
     listed = isinstance(plans, Sequence)
     trial = _Trial(vlm, study.parts, tasks, plain, statistics, listed, memory_gb)
     study.release_lost()
+    if told := mixed(study.measured(), versions()):
+        warnings.warn(told, Notice, stacklevel=2)
     first = Plan.uniform(study.parts, None)
     if not isinstance(plans, Sequence):
         study.enqueue([first])

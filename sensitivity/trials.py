@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,13 +13,14 @@ from typing import Any
 import optuna
 import pandas as pd
 from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from sensitivity import turns
+from sensitivity import examples as answers
+from sensitivity import place, records, turns
 from sensitivity.components import ComponentMap
-from sensitivity.errors import UserError
-from sensitivity.files import whole, write_whole
+from sensitivity.errors import Notice, UserError
 from sensitivity.glance import Glance
 from sensitivity.plan import Plan, Size, size
 from sensitivity.rows import NATIVE, row
@@ -26,7 +28,7 @@ from sensitivity.scores import Score, difference, told
 from sensitivity.storage import KernelLock, held, open_storage
 
 NAME = "sensitivity"
-EXAMPLE_COLUMNS = ("task", "example", "cluster", "kind", "score", "nll", "answer")
+EXAMPLE_COLUMNS = answers.COLUMNS
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,10 @@ class Study:
 
     def __init__(self, path: Path | str, storage: str | None = None) -> None:
         self.path = Path(path)
-        address = self.path / "storage.url"
-        if storage is None and address.exists():
-            storage = address.read_text().strip()
+        storage = storage or place.address(self.path)
         if storage is None and not (self.path / "journal.log").exists():
             raise UserError(f"no study at {self.path}; `sensitivity sweep MODEL --out {self.path}` makes one")
-        self._storage = open_storage(storage or self.path / "journal.log", known=address.exists())
+        self._storage = open_storage(storage or self.path / "journal.log", known=place.address(self.path) is not None)
         try:
             self._optuna = optuna.load_study(study_name=NAME, storage=self._storage)
         except KeyError:
@@ -56,10 +56,13 @@ class Study:
         attrs = self._optuna.user_attrs
         if not {"meta", "tasks", "parts"} <= set(attrs):
             raise UserError(f"{self.path} was interrupted before its first trial; delete it and start again")
+        self.parts = records.identity(attrs, self._optuna.directions, self.path)
         self.meta: dict[str, Any] = attrs["meta"]
         self.tasks: tuple[str, ...] = tuple(attrs["tasks"])
-        self.parts = ComponentMap.from_json(attrs["parts"])
-        self._glance = Glance(lambda: self._optuna.get_trials(deepcopy=False))
+        self._again = frozenset(attrs.get(records.AGAIN, ()))
+        self._records = records.Records(self.path, self.tasks, self.parts.names)
+        self._glance = Glance(lambda: self._records.checked(self._optuna.get_trials(deepcopy=False)))
+        self._told: set[str] = set()
         self._deltas: dict[tuple[str, str, int, int], Score | None] = {}
 
     @classmethod
@@ -73,16 +76,20 @@ class Study:
     ) -> Study:
         """Begin a study, or open the one that is there if it is about the same thing."""
         path = Path(path)
-        if storage is not None and "://" not in storage:
-            raise UserError(f"'{storage}' is no storage; it is a URL such as postgresql+psycopg://HOST/DB")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            address = path / "storage.url"
-            backend = open_storage(storage or path / "journal.log", address.exists() and address.read_text() == storage)
-            if storage is not None:
-                write_whole(address, storage.encode())
-        except OSError as error:
-            raise UserError(f"a study cannot be kept in {path} ({error.strerror}); choose another --out") from error
+        storage = place.agreed(path, storage)
+        with place.made(path):
+            known = place.address(path) is not None
+            backend = open_storage(storage or path / "journal.log", known)
+            if storage is not None and not known:
+                place.write(path, storage)
+            cls._begin(path, parts, tasks, meta, backend)
+        return cls(path, storage)
+
+    @staticmethod
+    def _begin(
+        path: Path, parts: ComponentMap, tasks: Sequence[str], meta: Mapping[str, Any], backend: BaseStorage
+    ) -> None:
+        """Say once what the study is about, or compare that with what was said before."""
         # one maximised value per task, and bits per weight as the last, minimised one
         directions = [StudyDirection.MAXIMIZE] * len(tasks) + [StudyDirection.MINIMIZE]
         wanted = json.loads(json.dumps({"meta": dict(meta), "tasks": list(tasks), "parts": parts.to_json()}))
@@ -95,7 +102,6 @@ class Study:
                 elif found != value:
                     why = _difference(name, found, value)
                     raise UserError(f"{path} holds another study ({why}); choose another --out")
-        return cls(path, storage)
 
     # -- asking and telling ---------------------------------------------------------------------------------------
 
@@ -109,7 +115,8 @@ class Study:
             return self._enqueue(plans)
 
     def _enqueue(self, plans: Iterable[Plan]) -> int:
-        known = {t.user_attrs.get("key") for t in self._glance.now() if t.state != TrialState.FAIL}
+        self._put_aside_damaged()
+        known = {t.user_attrs.get("key") for t in self._counted(self._glance.now()) if t.state != TrialState.FAIL}
         added = 0
         for plan in plans:
             if plan.key not in known:
@@ -158,6 +165,9 @@ class Study:
     def _elsewhere(self, number: int, key: str) -> bool:
         """Whether a plan is done, or stands in the queue before this place."""
         found = [t for t in self._glance.lately() if t.user_attrs.get("key") == key and t.number != number]
+        if found:
+            self._again = frozenset(self._optuna.user_attrs.get(records.AGAIN, ()))  # another may have put it aside
+            found = self._counted(found)
         over = (TrialState.FAIL, TrialState.PRUNED)
         return any(t.state == TrialState.COMPLETE or (t.number < number and t.state not in over) for t in found)
 
@@ -176,14 +186,12 @@ class Study:
 
         It is finished, or with `done`, how far it has come, waits for its next examples.
         """
-        frame = pd.DataFrame(dict(examples), columns=list(EXAMPLE_COLUMNS))
-        if asked.done and (before := self.examples(asked.plan)) is not None:
+        frame = pd.DataFrame(dict(examples), columns=list(answers.COLUMNS))
+        if asked.done:
+            before = self._answers(asked.plan)
             again = _which(before).isin(_which(frame))  # a process died between storing and saying so
             frame = pd.concat([before[~again], frame], ignore_index=True)
-        folder = self.path / "examples"
-        folder.mkdir(exist_ok=True)
-        with whole(folder / f"{asked.plan.key}.parquet") as unfinished:
-            frame.to_parquet(unfinished, index=False)
+        answers.write(self._file(asked.plan.key), frame)
         scores = {str(task): told(rows) for task, rows in frame.groupby("task", sort=False)}
         weight = size(self.parts, asked.plan)
         facts = {**facts, "seconds": facts.get("seconds", 0.0) + asked.trial.user_attrs.get("seconds", 0.0)}
@@ -238,12 +246,17 @@ class Study:
 
     def trials(self) -> list[FrozenTrial]:
         """Finished trials, in the order in which they were queued."""
-        return self._optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return [trial for trial in self._counted(self._glance.now()) if trial.state == TrialState.COMPLETE]
 
     def measured(self) -> list[FrozenTrial]:
         """Finished trials, and those that have a score from a part of their examples."""
         over = (TrialState.FAIL, TrialState.PRUNED)
-        return [trial for trial in self._glance.now() if trial.state not in over and "scores" in trial.user_attrs]
+        trials = self._counted(self._glance.now())
+        return [trial for trial in trials if trial.state not in over and "scores" in trial.user_attrs]
+
+    def _counted(self, trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+        """All but those whose plans are run again, as their answers were lost."""
+        return [trial for trial in trials if trial.number not in self._again]
 
     def unmeasured(self) -> set[str]:
         """The keys of plans that are queued or running and have no score yet."""
@@ -253,14 +266,14 @@ class Study:
 
     def counts(self, lately: bool = False) -> dict[str, int]:
         """How many plans are done, waiting and running; `lately` is cheap, and may not know yet what others did."""
-        trials = self._glance.lately() if lately else self._glance.now()
+        trials = self._counted(self._glance.lately() if lately else self._glance.now())
         states = {"done": TrialState.COMPLETE, "waiting": TrialState.WAITING, "running": TrialState.RUNNING}
         return {name: sum(t.state == state for t in trials) for name, state in states.items()}
 
     def progress(self, total: int, wanted: Container[str] | None = None) -> tuple[int, int]:
         """Images done, and left where only wanted plans go on; a finished plan has seen `total`."""
         over = (TrialState.FAIL, TrialState.PRUNED)
-        trials = [trial for trial in self._glance.lately() if trial.state not in over]
+        trials = [trial for trial in self._counted(self._glance.lately()) if trial.state not in over]
         seen = [total if trial.state == TrialState.COMPLETE else turns.far(trial) for trial in trials]
         going = [wanted is None or trial.user_attrs.get("key") in wanted for trial in trials]
         return sum(seen), sum(total - far for far, goes in zip(seen, going, strict=True) if goes)
@@ -287,9 +300,59 @@ class Study:
         return Plan.from_json(self._optuna.get_trials(deepcopy=False)[number].user_attrs["plan"])
 
     def examples(self, plan: Plan) -> pd.DataFrame | None:
-        """Per-example scores of a measured plan; None where only the means are known (an imported table)."""
-        path = self.path / "examples" / f"{plan.key}.parquet"
-        return pd.read_parquet(path) if path.exists() else None
+        """Per-example scores of a measured plan; None where only the means are known (an imported table).
+
+        Where they are damaged, that is said once; the next sweep runs the plan again.
+        """
+        path = self._file(plan.key)
+        if not path.exists():
+            return None
+        try:
+            return answers.read(path)
+        except answers.Damaged as error:
+            self._lost(f"the answers of the plan {plan.describe()} are damaged ({path}: {error})")
+            return None
+
+    def _answers(self, plan: Plan) -> pd.DataFrame:
+        """The same where they must be there, as further examples are added to them."""
+        try:
+            return answers.read(self._file(plan.key))
+        except answers.Damaged as error:
+            raise UserError(
+                f"the answers of the plan {plan.describe()} are damaged ({self._file(plan.key)}: {error}); the same "
+                "command runs that plan again"
+            ) from error
+
+    def _file(self, key: str) -> Path:
+        return self.path / "examples" / f"{key}.parquet"
+
+    def _lost(self, what: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            end = "its mean scores still count, and the sweep's command, given again, runs that plan again"
+            warnings.warn(f"{what}; {end}", Notice, stacklevel=3)
+
+    def _put_aside_damaged(self) -> None:
+        """Trials whose answers are lost count no more, so that their plans are queued again; only under the lock."""
+        over = [t for t in self.measured() if t.state != TrialState.RUNNING and records.has_answers(t, self.tasks)]
+        gone = [trial for trial in over if not self._readable(trial)]
+        for trial in gone:
+            if trial.state != TrialState.COMPLETE:
+                self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        if gone:
+            self._again |= {trial.number for trial in gone}
+            self._optuna.set_user_attr(records.AGAIN, sorted(self._again))
+            self._glance.now()
+
+    def _readable(self, trial: FrozenTrial) -> bool:
+        path = self._file(trial.user_attrs["key"])
+        try:
+            return len(answers.read(path)) > 0
+        except answers.Damaged as error:
+            plan = Plan.from_json(trial.user_attrs["plan"]).describe()
+            told = f"the answers of the plan {plan} are damaged ({path}: {error}); that plan is run again"
+            warnings.warn(told, Notice, stacklevel=2)
+            return False
 
     @property
     def native(self) -> Plan:
@@ -310,4 +373,4 @@ def _difference(name: str, found: Any, wanted: Any) -> str:
     return f"{name}: there {short[0]}, here {short[1]}"
 
 
-__all__ = ["EXAMPLE_COLUMNS", "NATIVE", "Asked", "Score", "Size", "Study", "write_whole"]
+__all__ = ["EXAMPLE_COLUMNS", "NATIVE", "Asked", "Score", "Size", "Study"]

@@ -8,25 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from sensitivity import search
-from sensitivity.allocate import Candidate, Wish, best_uniform, solve
+from sensitivity.allocate import Wish
 from sensitivity.components import ComponentMap
 from sensitivity.contenders import Until
 from sensitivity.errors import UserError
-from sensitivity.export.plan_json import read, write_file
 from sensitivity.importance import rank
-from sensitivity.knapsack import Knapsack
-from sensitivity.legalize import candidates as legal_candidates
 from sensitivity.legalize import plans_for
-from sensitivity.limits import allowing, tying
 from sensitivity.models import VLM, inspect, load
 from sensitivity.models.blank import blank
 from sensitivity.plan import Plan, Scheme
 from sensitivity.preflight import foresee
 from sensitivity.quantize import Statistics, calibrate, method_of, scheme
 from sensitivity.quantize.cache import Cache, home
-from sensitivity.readings import check_task
+from sensitivity.recommended import Proposed, proposed, recommended, remember
 from sensitivity.report import report
-from sensitivity.runtimes import breaches, files_of
 from sensitivity.search import Plans, plans
 from sensitivity.sweep import MEMORY_GB, Step, identity, versions
 from sensitivity.sweep import run as run_plans
@@ -53,6 +48,8 @@ __all__ = [
     "rank",
     "recommend",
     "recommend_each",
+    "recommended",
+    "remember",
     "report",
     "sweep",
     "sweeping",
@@ -178,78 +175,26 @@ def recommending(
     study: Study, wish: Wish, run: VLM | None = None
 ) -> tuple[Callable[[], list[Recommendation]], Iterator[Step]]:
     """The verification as something to walk along, and what gives the recommendations once that is done."""
-    proposed = _proposed(study, wish)
+    found = proposed(study, wish)
     if run is None:
-        return lambda: _judged(study, None, proposed, wish), iter(())
+        return lambda: _judged(study, None, found, wish), iter(())
     if study.meta.get("fingerprint") != run.fingerprint:
         raise UserError(f"{study.path} was measured on {study.meta.get('model')}, and {run.name} is another model")
-    plans = [one.plan for candidates, rival in proposed for one in (*candidates, *([rival] if rival else []))]
+    plans = [one.plan for candidates, rival in found for one in (*candidates, *([rival] if rival else []))]
     meta = study.meta
     how = {"n": meta["n"], "seed": meta["seed"] + FRESH, "whole": meta.get("whole_answers", False)}
     second, steps = sweeping(run, study.parts, plans, meta["tasks"], study.path / "verify", **how)
-    return lambda: _judged(study, second, proposed, wish), steps
+    return lambda: _judged(study, second, found, wish), steps
 
 
-def remember(study: Study, found: Sequence[Recommendation]) -> list[Path]:
-    """Write recommendations beside the study, with all that says where they come from: the first is plan.json."""
-    names = ["plan.json", *(f"plan-{one.budget:g}bpw.json" for one in found[1:])]
-    return [
-        write_file(study.parts, one.plan, {**one.to_json(), "stored_size": one.size.to_json()}, study.path / name)
-        for one, name in zip(found, names, strict=True)
-    ]
-
-
-def recommended(study: Study) -> list[Recommendation]:
-    """What was last recommended for a study, from what its verification measured; nothing if nothing was."""
-    if not (study.path / "plan.json").exists():
-        return []
-    asked = read(study.path / "plan.json")[2].get("provenance", {}).get("asked")
-    if asked is None:
-        return []
-    wish = Wish.from_json(asked)
-    second = Study(study.path / "verify") if (study.path / "verify").exists() else None
-    return _judged(study, second, _proposed(study, wish), wish)
-
-
-Proposed = list[tuple[list[Candidate], Candidate | None]]
-
-
-def _proposed(study: Study, wish: Wish) -> Proposed:
-    """Per budget the best few plans by prediction, and the best uniform one that fits as well."""
-    names, runtime = study.parts.names, wish.runtime
-    for task in (*wish.weights, *wish.floors):
-        check_task(study, task)
-    knapsack = Knapsack.of(study, list(dict.fromkeys([*wish.weights, *wish.floors])), files_of(runtime))
-    allow, tie = allowing(names, wish.allow), tying(names, wish.tie)
-
-    def fits(plan: Plan) -> bool:
-        return not (runtime and breaches(study.parts, plan, runtime)) and all(
-            allow is None or allow(*one) for one in plan.schemes
-        )
-
-    found: Proposed = []
-    for bpw in wish.bpw:
-        if runtime:
-            best = legal_candidates(
-                study, runtime, bpw, None, wish.top, wish.weights, wish.floors, allow, tie, knapsack
-            )
-        else:
-            best = solve(
-                study, bpw=bpw, weights=wish.weights, floors=wish.floors, allowed=allow, tied=tie, top=wish.top,
-                knapsack=knapsack,
-            )  # fmt: skip
-        found.append((best, best_uniform(knapsack, bpw, wish.weights, wish.floors, fits)))
-    return found
-
-
-def _judged(study: Study, second: Study | None, proposed: Proposed, wish: Wish) -> list[Recommendation]:
+def _judged(study: Study, second: Study | None, found: Proposed, wish: Wish) -> list[Recommendation]:
     facts: dict[str, Any] = {"asked": wish.to_json()}
     if second is None:
-        return [unmeasured(study, candidates, wish.weights, facts) for candidates, _ in proposed]
+        return [unmeasured(study, candidates, wish.weights, facts) for candidates, _ in found]
     known, again = study.examples(study.native), second.examples(second.native)
     fresh = known is not None and again is not None and set(known["example"]).isdisjoint(again["example"])
     facts |= {"verified": dict(second.meta), "versions": versions()}
     return [
         judge(study, candidates, rival, second, wish.weights, fresh=fresh, provenance=facts)
-        for candidates, rival in proposed
+        for candidates, rival in found
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,10 @@ import pandas as pd
 from scipy import stats
 
 from sensitivity.allocate import Candidate, Predicted
+from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError
-from sensitivity.plan import Plan, Size
+from sensitivity.files import finite
+from sensitivity.plan import Plan, Size, size
 from sensitivity.readings import of_study
 from sensitivity.scores import Score, paired, summarise
 from sensitivity.trials import Study
@@ -43,6 +46,18 @@ class Comparison:
             "more_examples": self.more,
             "words": self.words,
         }
+
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Comparison:
+        return cls(
+            Plan.from_json(data["other"]),
+            Score.from_json(data["score"]),
+            Score.from_json(data["difference"]),
+            data["verdict"],
+            data["more_examples"],
+            data["words"],
+        )
 
 
 @dataclass(frozen=True)
@@ -102,8 +117,34 @@ class Recommendation:
             "provenance": self.provenance,
         }
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], parts: ComponentMap) -> Recommendation:
+        """What `to_json` said, read from a file that was held against its schema."""
+        plan = Plan.from_json(data["plan"])
+        weighs = size(parts, plan, data["stored_size"].get("format"))
+        predicted = {task: Predicted(**one) for task, one in data["predicted"].items()}
+
+        def score(name: str) -> Score | None:
+            return Score.from_json(data[name]) if data.get(name) else None
+
+        return cls(
+            data["task_weights"],
+            data["budget_bpw"],
+            plan,
+            weighs,
+            Candidate(plan, weighs, data["budget_bpw"], 0, predicted),
+            score("measured"),
+            score("full_precision"),
+            Comparison.from_json(data["uniform"]) if data.get("uniform") else None,
+            tuple(map(Comparison.from_json, data["candidates"])),
+            data["fresh_examples"],
+            data["verdict"],
+            data["provenance"],
+            {task: Score.from_json(one) for task, one in data["by_task"].items()},
+        )
+
     def dumps(self) -> str:
-        return json.dumps(_finite(self.to_json()), indent=1)
+        return json.dumps(finite(self.to_json()), indent=1)
 
 
 def judge(
@@ -208,7 +249,14 @@ def source(study: Study) -> dict[str, Any]:
         "by": study.parts.by,
         "trials": len(trials),
         "trial_keys": sorted({trial.user_attrs["key"] for trial in trials}),
+        "read": digest(study),
     }
+
+
+def digest(study: Study) -> str:
+    """What a recommendation read of a study: other plans, or other scores, are another one."""
+    known = sorted(json.dumps([t.user_attrs["key"], t.user_attrs["scores"]], sort_keys=True) for t in study.measured())
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
 
 
 def _of_task(frame: pd.DataFrame, task: str) -> pd.DataFrame:
@@ -285,12 +333,3 @@ def _more(difference: Score) -> int | None:
         return None
     digits = max(1.0, 10 ** math.floor(math.log10(max(more, 1.0))) / 10)
     return max(1, int(np.ceil(more / digits) * digits))
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no infinity."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

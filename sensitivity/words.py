@@ -26,11 +26,17 @@ class Summary:
 
 
 def summary(
-    study: Study, table: pd.DataFrame, chosen: Sequence[Recommendation], rankings: Sequence[Ranking | None]
+    study: Study,
+    table: pd.DataFrame,
+    chosen: Sequence[Recommendation],
+    rankings: Sequence[Ranking | None],
+    grown: Sequence[str] = (),
 ) -> Summary:
     ranked = [ranking for ranking in rankings if ranking is not None]
     return Summary(
-        tuple(_do(study, chosen, ranked)), tuple(_sure(study, chosen, ranked)), tuple(_change(study, chosen, ranked))
+        tuple(_do(study, chosen, ranked)),
+        (*_sure(study, chosen, ranked), *grown),
+        tuple(_change(study, chosen, ranked)),
     )
 
 

@@ -282,6 +282,6 @@ def test_a_database_that_is_not_there_is_named_without_its_password(
     status, _, err = run(capsys, SWEEP, "--out", tmp_path / "x", "--storage", url)
     assert status == 1
     assert "cannot open the storage sqlite" in err
-    from sensitivity.storage import _without_password
+    from sensitivity.storage import without_password
 
-    assert _without_password("postgresql://me:secret@host/db") == "postgresql://me@host/db"
+    assert without_password("postgresql://me:secret@host/db") == "postgresql://me@host/db"

@@ -34,15 +34,16 @@ from sensitivity.export.calibrated import codes as codes_of
 from sensitivity.export.gptq import PLANES, layout, pack_planes
 from sensitivity.export.job import from_weights_alone
 from sensitivity.export.packing import LARGE, fresh, pack, unpack
-from sensitivity.export.plan_json import SCHEMA, read
 from sensitivity.export.source import _reader, open_source
 from sensitivity.export.unfinished import beside
 from sensitivity.files import begin_folder
 from sensitivity.models import inspect, load
 from sensitivity.plan import Plan, Scheme, component_bits, labels, size
+from sensitivity.planfile import read
 from sensitivity.quantize import calibrate, quantized, scheme
 from sensitivity.quantize.nearest import rtn as rtn_of
 from sensitivity.runtimes import RUNTIMES
+from sensitivity.schema import schema as schema_of
 
 EMBEDDED = "embedded:scenes-llava"
 
@@ -413,11 +414,11 @@ def test_the_licence_of_the_base_model_is_carried_along(shape: Path, tmp_path: P
 
 def test_plan_json_obeys_its_schema_and_comes_back(exports: Path, parts: ComponentMap) -> None:
     document = json.loads((exports / "plan" / "plan.json").read_bytes())
-    schema = json.loads(SCHEMA.read_bytes())
-    jsonschema.validate(document, schema)
+    wanted = schema_of("plan")
+    jsonschema.validate(document, wanted)
     assert read(exports / "plan" / "plan.json")[1] == job(parts, *LEGAL["plan"]).plan
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({**document, "plan": {"vision": {"method": "rtn", "bits": 99}}}, schema)
+        jsonschema.validate({**document, "plan": {"vision": {"method": "rtn", "bits": 99}}}, wanted)
 
 
 def test_gptq_names_what_differs_and_what_stays(exports: Path) -> None:

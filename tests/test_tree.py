@@ -12,13 +12,13 @@ import readme
 
 PACKAGE = readme.ROOT / "sensitivity"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-VALUES = {"errors", "files", "components", "plan", "limits", "runtimes", "loadable", "exported"}
+VALUES = {"errors", "schema", "planfile", "files", "components", "plan", "limits", "runtimes", "loadable", "exported"}
 TORCH = {"models", "quantize", "tasks", "evaluate", "replay", "drafts", "shards", "sweep", "export"}
 TORCH |= {"preflight", "probe", "passes", "searching", "batches", "whole_prompts", "shared_images", "answer_tokens"}
 TORCH |= {"halving"}
 ABOVE = {"verbs", "exporting", "cli", "terminal", "__init__", "__main__"}
 # the study: table wing, and the only thing of it that the torch wing may use
-DOOR = {"trials", "rows", "scores", "storage", "glance", "turns", "contenders"}
+DOOR = {"trials", "examples", "records", "place", "rows", "scores", "storage", "glance", "turns", "contenders"}
 
 
 def room(path: Path) -> str:

@@ -19,12 +19,12 @@ from sensitivity import cli, exporting, verbs
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError
 from sensitivity.export import EXPECTED, manifest
-from sensitivity.export.plan_json import write_file
 from sensitivity.export.verify import compare, rerun, verify
 from sensitivity.exported import noted
 from sensitivity.files import begin_folder
 from sensitivity.models import VLM, inspect, load
 from sensitivity.plan import Plan, Scheme, size
+from sensitivity.planfile import write_file
 from sensitivity.quantize import calibrate, scheme
 from sensitivity.report import report
 from sensitivity.runtimes import breaches

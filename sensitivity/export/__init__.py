@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sensitivity import planfile
 from sensitivity.errors import UserError, unknown
 from sensitivity.export import (
     auto_round,
@@ -73,7 +74,7 @@ def write(
     may_be_written(out, format, force, job.reads)
     check(job.parts, job.plan, runtime or format)
     if format == "plan" and out.suffix == ".json":
-        plan_json.write_file(job.parts, job.plan, job.facts, out)
+        planfile.write_file(job.parts, job.plan, job.facts, out)
         return {"path": str(out), "format": format, "bpw": size(job.parts, job.plan).bpw}
     with beside(out) as folder:
         written = FORMATS[format](job, folder)
@@ -87,7 +88,7 @@ def write(
             "dtype": str(job.dtype).removeprefix("torch."),
             "runtime": runtime or format,
         }
-        document = plan_json.document(job.parts, job.plan, job.facts)
+        document = planfile.document(job.parts, job.plan, job.facts)
         manifest.write(folder, {**document, **summary, **trial, "runs": written.runs}, written.hashes)
     return {"path": str(out), **summary}
 

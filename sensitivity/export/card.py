@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,22 @@ from sensitivity.export.job import Job, Written
 from sensitivity.exported import path_gain
 from sensitivity.plan import Scheme, component_bits, size
 
+PLAIN = re.compile(
+    r"[A-Za-z0-9][\w.+-]*"
+)  # what YAML takes for a text without quotes, numbers and words for nothing apart
+MARKUP = str.maketrans({letter: f"&#{ord(letter)};" for letter in "<>&|`[]*\\"})
+
+
+def inert(text: str) -> str:
+    """Somebody else's words in Markdown: no tag, link, picture, emphasis or cell begins in them."""
+    return " ".join(text.split()).translate(MARKUP)
+
+
+def _in_front(text: str) -> str:
+    """A text in the front matter, which is YAML: a text in JSON's quotes is one there too."""
+    simple = PLAIN.fullmatch(text) and not re.fullmatch(r"(?i)y|n|yes|no|on|off|true|false|null|[\d._+e-]+", text)
+    return text if simple else json.dumps(text)
+
 
 def card(job: Job, written: Written, format: str, facts: Mapping[str, Any]) -> str:
     return "\n".join(_lines(job, written, format, facts))
@@ -18,9 +36,16 @@ def card(job: Job, written: Written, format: str, facts: Mapping[str, Any]) -> s
 
 def _lines(job: Job, written: Written, format: str, facts: Mapping[str, Any]) -> Iterator[str]:
     license = job.source.license
-    yield from ("---", f"license: {license}", f"base_model: {Path(job.parts.model).name}", "---", "")
-    yield from (f"# {Path(job.parts.model).name}, {job.plan.describe()}", "")
-    yield f"{Path(job.parts.model).name} under a mixed-precision plan, exported as `{format}` by sensitivity."
+    model = inert(Path(job.parts.model).name)
+    yield from (
+        "---",
+        f"license: {_in_front(license)}",
+        f"base_model: {_in_front(Path(job.parts.model).name)}",
+        "---",
+        "",
+    )
+    yield from (f"# {model}, {inert(job.plan.describe())}", "")
+    yield f"{model} under a mixed-precision plan, exported as `{format}` by sensitivity."
     yield from ("", "## Plan", "")
     yield "| component | method | bits | group | grid | weights | predicted bytes | written bytes |"
     yield "|---|---|---|---|---|---|---|---|"
@@ -28,7 +53,7 @@ def _lines(job: Job, written: Written, format: str, facts: Mapping[str, Any]) ->
         scheme = job.plan[component.name]
         predicted = component_bits(job.parts, component.name, scheme, job.stored_as(format)) // 8
         stored = f"{written.bytes[component.name]:,}" if written.bytes else "–"
-        yield f"| {component.name} | {_scheme(scheme)} | {component.numel:,} | {predicted:,} | {stored} |"
+        yield f"| {inert(component.name)} | {_scheme(scheme)} | {component.numel:,} | {predicted:,} | {stored} |"
     kept = sum(k.numel for k in job.parts.kept)
     stored = f"{written.bytes['kept']:,}" if written.bytes else "–"
     sizes = f"{kept:,} | {kept * job.parts.native_bits // 8:,} | {stored}"
@@ -50,7 +75,7 @@ def _lines(job: Job, written: Written, format: str, facts: Mapping[str, Any]) ->
     if license == "unknown":
         yield "The card of the base model names no licence; whatever holds for the base model holds for these weights."
     else:
-        yield f"{license}, as the base model; any licence files of the base model lie beside this card."
+        yield f"{inert(license)}, as the base model; any licence files of the base model lie beside this card."
     yield ""
 
 
@@ -61,7 +86,7 @@ def _scheme(scheme: Scheme | None) -> str:
 
 
 def _reasons(parts: ComponentMap) -> str:
-    return ", ".join(dict.fromkeys(kept.reason for kept in parts.kept))
+    return inert(", ".join(dict.fromkeys(kept.reason for kept in parts.kept)))
 
 
 def _size(job: Job, written: Written, format: str) -> Iterator[str]:
@@ -90,8 +115,11 @@ def _scores(facts: Mapping[str, Any]) -> Iterator[str]:
         full = (facts.get("full_precision_scores") or {}).get(task, {}).get("mean")
         interval = f"{score['low']:.4f} to {score['high']:.4f}" if score.get("low") is not None else "–"
         native = "–" if full is None else f"{full:.4f}"
-        yield f"| {task} | {score['mean']:.4f} | {interval} | {score.get('n', '–')} | {native} |"
+        yield f"| {inert(task)} | {score['mean']:.4f} | {interval} | {score.get('n', '–')} | {native} |"
     if gain := facts.get("path_gain"):
-        yield from ("", path_gain(gain))
+        yield from (
+            "",
+            path_gain({inert(name): inert(found) if isinstance(found, str) else found for name, found in gain.items()}),
+        )
     if facts.get("note"):
-        yield from ("", f"Note: {facts['note']}.")
+        yield from ("", f"Note: {inert(str(facts['note']))}.")

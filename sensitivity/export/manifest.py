@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sensitivity import schema
 from sensitivity.errors import UserError
 from sensitivity.exported import MANIFEST, VERIFIED
-from sensitivity.files import MARK, UNFINISHED, write_whole
+from sensitivity.files import MARK, UNFINISHED, finite, write_whole
 
 __all__ = ["MANIFEST", "VERIFIED", "damage", "note", "read", "sha256", "why_foreign", "write"]
 
@@ -27,18 +28,16 @@ def write(folder: Path, facts: Mapping[str, Any], known: Mapping[str, str]) -> N
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != UNFINISHED
     }
-    content = json.dumps({**facts, "written_by": MARK, "files": files}, indent=1, default=str) + "\n"
+    content = json.dumps(finite({**facts, "written_by": MARK, "files": files}), indent=1, default=str) + "\n"
     (folder / MANIFEST).write_text(content, encoding="utf-8")
 
 
 def read(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).exists():
         raise UserError(f"{folder} is no export: it has no {MANIFEST}; `sensitivity export` writes one")
-    try:
-        found: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
-        found["files"], found["format"], found["plan"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{MANIFEST} of {folder} is damaged; export again") from error
+    found = schema.read(folder / MANIFEST, "manifest", "export again")
+    if outside := [name for name in found["files"] if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise UserError(f"{MANIFEST} of {folder} names {schema.shown(outside[0])}, which lies elsewhere; export again")
     return found
 
 
@@ -66,7 +65,7 @@ def damage(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     found = []
     for name, facts in manifest["files"].items():
         file = folder / name
-        if not file.exists():
+        if not file.is_file():
             found.append(f"{name} is missing")
         elif (size := file.stat().st_size) != facts["bytes"]:
             found.append(f"{name} has {size:,} bytes instead of {facts['bytes']:,}")
@@ -78,4 +77,4 @@ def damage(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 def note(folder: Path, outcome: Mapping[str, Any]) -> None:
     """Store what a verification found, in a file of its own, which is not among the hashed ones."""
-    write_whole(folder / VERIFIED, (json.dumps(outcome, indent=1, default=str) + "\n").encode())
+    write_whole(folder / VERIFIED, (json.dumps(finite(outcome), indent=1, default=str) + "\n").encode())

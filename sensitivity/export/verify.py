@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from sensitivity import examples
 from sensitivity.errors import UserError
 from sensitivity.export import EXPECTED, manifest
 
@@ -39,10 +40,21 @@ def verify(folder: Path, device: str = "cpu") -> dict[str, Any]:
             "compare: `sensitivity recommend` measures the plan that it chooses",
         }
     else:
-        expected = pd.read_parquet(folder / EXPECTED)
+        expected = _expected(folder, facts)
         outcome |= compare(expected, _in_fresh_process(folder, facts["dtype"], facts["trial"], device))
     manifest.note(folder, outcome)
     return outcome
+
+
+def _expected(folder: Path, facts: Mapping[str, Any]) -> pd.DataFrame:
+    """The measured answers, where the manifest says all that it takes to find them again."""
+    meta = facts["trial"].get("meta", {})
+    if lacking := [name for name in ("tasks", "n", "seed", "data") if name not in meta]:
+        raise UserError(f"{folder} does not say on which data it was measured ({lacking[0]} is missing); export again")
+    try:
+        return examples.read(folder / EXPECTED)
+    except examples.Damaged as error:
+        raise UserError(f"{folder / EXPECTED} is damaged ({error}); export again") from error
 
 
 def compare(expected: pd.DataFrame, found: pd.DataFrame) -> dict[str, Any]:
@@ -94,7 +106,7 @@ def rerun(folder: str, target: str, dtype: str, trial: Mapping[str, Any], device
     from sensitivity.tasks import task as find_task
 
     meta = trial["meta"]
-    torch.set_num_threads(int(trial.get("versions", {}).get("threads", torch.get_num_threads())))
+    torch.set_num_threads(int((trial.get("versions") or {}).get("threads", torch.get_num_threads())))
     vlm = load(folder, device=device, dtype=dtype, quantised=True)
     frames = []
     for source in dict.fromkeys(meta["tasks"]):

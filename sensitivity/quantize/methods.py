@@ -22,6 +22,8 @@ from sensitivity.quantize.presets import PRESETS
 from sensitivity.quantize.scale_search import awq
 
 OWN = "own"
+# what a calibrated scheme says of its data (Statistics.facts)
+CALIBRATION = {"calibration": str, "examples": int, "seed": int, "data": str, "path": str}
 BLOCKS = "in blocks of 64 of the flattened weight, around zero"
 METHODS: dict[str, Method] = {
     "uniform": Method(
@@ -97,6 +99,25 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     if found.get("backend"):
         peers.check(found)
     return found
+
+
+def known(chosen: Scheme) -> None:
+    """Refuse a scheme, from a file perhaps, that no method of ours gives: its widths, settings and their kinds."""
+    if chosen.method == "codes":  # of an imported table: widths are all that is known
+        if chosen.settings:
+            raise unknown("setting of codes", chosen.settings[0][0], ["none"])
+        return
+    row, facts = method_of(chosen), CALIBRATION if method_of(chosen).calibrated else {}
+    if chosen.bits not in row.widths:
+        raise UserError(f"{chosen.method} does not take {chosen.bits} bits")
+    if row.fixed and (chosen.group, chosen.symmetric) != (row.group, row.symmetric):
+        raise UserError(f"{chosen.method} is always {row.fixed}, not {chosen.group}, symmetric: {chosen.symmetric}")
+    for setting, value in chosen.settings:
+        if setting in facts:
+            if isinstance(value, bool) or not isinstance(value, facts[setting]):
+                raise UserError(f"{setting} of {chosen.method} cannot be {value!r}")
+        else:
+            _checked(chosen.method, row, setting, value)
 
 
 def _checked(name: str, row: Method, setting: str, value: Setting) -> Setting:
