@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -63,7 +62,7 @@ def fault(value: Any, wanted: Mapping[str, Any] | bool, home: str, at: str = "")
     if wanted is True:
         return None
     if wanted is False:
-        return f"{at or 'it'} is not known here"
+        return f"'{at}' is not known here"
     if ref := wanted.get("$ref"):
         home, wanted = _there(ref, home)
     if options := wanted.get("anyOf"):
@@ -99,7 +98,7 @@ def _plainly(value: Any, wanted: Mapping[str, Any]) -> bool:
     """Whether a value's type, limits and letters are as wanted; what is inside it is looked at elsewhere."""
     if (kinds := _kinds(wanted)) and not any(TYPES[kind](value) for kind in kinds):
         return False
-    if "const" in wanted and value != wanted["const"]:
+    if "const" in wanted and (value != wanted["const"] or isinstance(value, bool)):
         return False
     if "enum" in wanted and value not in wanted["enum"]:
         return False
@@ -107,15 +106,15 @@ def _plainly(value: Any, wanted: Mapping[str, Any]) -> bool:
         return _within(value, wanted)
     if isinstance(value, str):
         fits = re.search(wanted.get("pattern", ""), value) is not None
-        return fits and wanted.get("minLength", 0) <= len(value) <= wanted.get("maxLength", math.inf)
+        return fits and len(value) >= int(wanted.get("minLength", 0))
     if isinstance(value, Mapping):
-        return len(value) >= wanted.get("minProperties", 0)
-    return not isinstance(value, list | tuple) or len(value) >= wanted.get("minItems", 0)
+        return len(value) >= int(wanted.get("minProperties", 0))
+    return not isinstance(value, list | tuple) or len(value) >= int(wanted.get("minItems", 0))
 
 
 def _within(value: float, wanted: Mapping[str, Any]) -> bool:
     limits = {"minimum": operator.ge, "exclusiveMinimum": operator.gt, "maximum": operator.le}
-    return all(holds(value, wanted[name]) for name, holds in limits.items() if name in wanted)
+    return all(bool(holds(value, wanted[name])) for name, holds in limits.items() if name in wanted)
 
 
 def _kinds(wanted: Mapping[str, Any]) -> list[str]:

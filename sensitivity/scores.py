@@ -35,8 +35,7 @@ class Score:
     def from_json(cls, data: Mapping[str, Any]) -> Score:
         """Null stands for what is infinite: a single cluster says nothing of the spread."""
         ends = {"se": math.inf, "low": -math.inf, "high": math.inf}
-        known = {name: data[name] for name in ("mean", "n", "clusters")}
-        return cls(**known, **{name: end if data[name] is None else data[name] for name, end in ends.items()})
+        return cls(**{name: ends[name] if data[name] is None else data[name] for name in cls.__dataclass_fields__})
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}] (n {self.n})"

@@ -95,9 +95,37 @@ def test_the_test_above_would_notice() -> None:
     assert "torch" in loaded("import sensitivity.models")
 
 
-def test_verbs_are_functions_whatever_was_imported_before() -> None:
-    names = "sweep, report, export, rank, inspect, grid"
-    loaded(f"import sensitivity.verbs; from sensitivity import {names}; assert all(map(callable, ({names})))")
+ORDERS = {
+    "a module that has a verb's name": ["sweep", "report", "export"],
+    "the verbs": ["verbs"],
+    "the table wing": ["importance", "report"],
+    "the command line": ["cli", "exporting"],
+}
+SAME = """
+import importlib, sys, types
+import sensitivity
+for name in {modules!r}:
+    importlib.import_module(f'sensitivity.{{name}}')
+found = {{name: getattr(sensitivity, name) for name in sensitivity.__all__}}
+for name in ('sweep', 'report', 'export', 'exporting', 'verbs'):
+    importlib.import_module(f'sensitivity.{{name}}')
+from sensitivity import export, grid, inspect, load, rank, recommend, report, sweep
+for name, one in found.items():
+    assert not isinstance(one, types.ModuleType), name
+    assert getattr(sensitivity, name) is one, name
+    assert getattr(importlib.import_module(f'sensitivity.{{sensitivity._HOMES[name]}}'), name) is one, name
+for name in ('export', 'grid', 'inspect', 'load', 'rank', 'recommend', 'report', 'sweep'):
+    assert globals()[name] is found[name], name
+print('same')
+"""
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_public_names_are_the_same_objects_whatever_was_imported_before(order: str) -> None:
+    """In a process of its own: what is imported first must not hide a verb, and later imports must not either."""
+    code = SAME.format(modules=ORDERS[order])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "same\n", done.stderr
 
 
 def test_nobody_but_cli_prints_or_reads_argv() -> None:
