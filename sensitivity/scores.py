@@ -35,7 +35,8 @@ class Score:
     def from_json(cls, data: Mapping[str, Any]) -> Score:
         """Null stands for what is infinite: a single cluster says nothing of the spread."""
         ends = {"se": math.inf, "low": -math.inf, "high": math.inf}
-        return cls(**{name: ends[name] if data[name] is None else data[name] for name in cls.__dataclass_fields__})
+        known: dict[str, Any] = {name: ends.get(name) if value is None else value for name, value in data.items()}
+        return cls(**{name: known[name] for name in cls.__dataclass_fields__})
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}] (n {self.n})"

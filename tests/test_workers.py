@@ -17,6 +17,7 @@ from pathlib import Path
 
 import optuna
 import pandas as pd
+import planted
 import pytest
 
 from sensitivity.errors import UserError
@@ -108,6 +109,18 @@ def postgres() -> Iterator[Postgres]:
         server.start()
         yield server
         server.stop()
+
+
+def test_a_server_that_does_not_say_how_it_keeps_texts(postgres: Postgres, tmp_path: Path) -> None:
+    """Such a one (SQL_ASCII) gives texts back as bytes, over which its driver stumbled."""
+    words = "CREATE DATABASE plain ENCODING 'SQL_ASCII' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'"
+    server = ["-h", "127.0.0.1", "-p", str(postgres.port), "-U", "team", "-d", "postgres"]
+    subprocess.run(["psql", *server, "-c", words], check=True, stdout=subprocess.DEVNULL)
+    url = postgres.url.removesuffix("postgres") + "plain"
+    study = Study.create(tmp_path / "run", planted.parts(), ["vqä"], {"model": "größe"}, url)
+    study.append([study.native], [{"vqä": 0.5}])
+    again = Study(tmp_path / "run")
+    assert (again.tasks, again.meta["model"], len(again.trials())) == (("vqä",), "größe", 1)
 
 
 @pytest.mark.slow
