@@ -121,6 +121,8 @@ def test_a_server_that_does_not_say_how_it_keeps_texts(postgres: Postgres, tmp_p
     study.append([study.native], [{"vqä": 0.5}])
     again = Study(tmp_path / "run")
     assert (again.tasks, again.meta["model"], len(again.trials())) == (("vqä",), "größe", 1)
+    close(study._storage)
+    close(again._storage)
 
 
 @pytest.mark.slow
