@@ -48,6 +48,22 @@ def whole(target: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def making(folder: Path, ours: Iterable[str] = ()) -> Iterator[None]:
+    """Make a folder; where the block fails, what was made goes again: our files in it, by name, and empty folders."""
+    before = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for name in ours if before else ():
+                (folder / name).unlink(missing_ok=True)
+            for place in before:
+                place.rmdir()  # only what is empty
+        raise
+
+
 def finite(value: Any) -> Any:
     """JSON knows no infinity and no NaN: null stands for them."""
     if isinstance(value, Mapping):

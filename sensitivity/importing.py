@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import os
 import re
 import tempfile
 import warnings
@@ -18,7 +17,7 @@ import pandas as pd
 
 from sensitivity.components import GRANULARITIES, GROUPS, KINDS, PARTS, ComponentMap, Kept, Weight, matches
 from sensitivity.errors import UserError, unknown
-from sensitivity.files import full
+from sensitivity.files import full, making
 from sensitivity.plan import Plan, Scheme
 from sensitivity.readings import count, numbers
 from sensitivity.schema import shown
@@ -128,19 +127,15 @@ def _free(out: Path) -> None:
 @contextlib.contextmanager
 def _aside(out: Path) -> Iterator[Path]:
     """A hidden folder beside the target that becomes it when all rows are there: a study of half a table never is."""
-    before = [place for place in out.parents if not place.exists()]
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name[:64]}.", dir=out.parent) as folder:
+        with (
+            making(out.parent),
+            tempfile.TemporaryDirectory(prefix=f".{out.name[:64]}.", dir=out.parent) as folder,
+        ):
             yield Path(folder) / "study"
-            os.replace(Path(folder) / "study", out)
-    except BaseException as error:
-        for place in before:
-            with contextlib.suppress(OSError):
-                place.rmdir()  # only what is empty
-        if isinstance(error, OSError):
-            raise full(out, error) from error
-        raise
+            Path(folder, "study").rename(out)  # an empty folder at most is there
+    except OSError as error:
+        raise full(out, error) from error
 
 
 def _scores(table: pd.DataFrame, scores: Sequence[str]) -> None:

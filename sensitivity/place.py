@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sensitivity.errors import UserError
-from sensitivity.files import NO_SPACE, full, write_whole
+from sensitivity.files import NO_SPACE, full, making, write_whole
 from sensitivity.storage import without_password
 
 ADDRESS = "storage.url"
@@ -54,21 +54,11 @@ def write(path: Path, url: str) -> None:
 @contextlib.contextmanager
 def made(path: Path) -> Iterator[None]:
     """The folder of a study; what this made of it goes again where the study could not be begun."""
-    before = [place for place in (path, *path.parents) if not place.exists()]
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException as error:
-        if before:
-            for name in OURS:
-                with contextlib.suppress(OSError):
-                    (path / name).unlink(missing_ok=True)
-            for place in before:
-                with contextlib.suppress(OSError):
-                    place.rmdir()  # only what is empty
-        if isinstance(error, OSError):
-            if error.errno in NO_SPACE:
-                raise full(path, error) from error
-            why = error.strerror or "it cannot be written"
-            raise UserError(f"a study cannot be kept in {path} ({why}); choose another --out") from error
-        raise
+        with making(path, OURS):
+            yield
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise full(path, error) from error
+        why = error.strerror or "it cannot be written"
+        raise UserError(f"a study cannot be kept in {path} ({why}); choose another --out") from error

@@ -38,6 +38,7 @@ ALLOWED = {
     ("sensitivity/files.py", "*"): "the one place",
     ("sensitivity/export/unfinished.py", "rename"): "a folder that it has just made, to its name",
     ("sensitivity/export/unfinished.py", "rmdir"): "empty folders that it has just made",
+    ("sensitivity/importing.py", "rename"): "a study that it has just made, to a name that is free or an empty folder",
     ("sensitivity/storage.py", "truncate"): "the torn last line of a study's own journal",
 }
 
