@@ -14,6 +14,8 @@ from sensitivity.errors import UserError, unknown
 PARTS = ("vision", "connector", "language")  # in data-flow order, which every listing follows
 GROUPS = ("front", "middle", "end")
 KINDS = ("attn", "cross", "ff")
+EMBEDDING, HEAD = "embedding", "head"  # kinds of what is kept unless it is asked for: words on their way in and out
+WORDS = (EMBEDDING, HEAD)
 LABELS = {"vision": "ViT", "connector": "Q-Former / projector", "language": "LLM"}  # papers' names, for figures
 
 
@@ -30,6 +32,17 @@ class Weight:
     kind: str | None
     bias: str | None = None
     shares_input: str | None = None  # linears with equal values read the same input (q, k, v; gate, up)
+    tied: str | None = None  # of an embedding that is the output head too: the module of the head
+
+    @property
+    def reader(self) -> str:
+        """The module that multiplies its input by it: of a tied weight that is the head, whatever module holds it."""
+        return self.tied or self.module
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether its rows are only looked up: nothing is multiplied by them, so there are no inputs to calibrate on."""
+        return self.kind == EMBEDDING
 
     @property
     def numel(self) -> int:
@@ -45,6 +58,8 @@ class Weight:
         if self.block is not None:
             third = self.blocks // 3, 2 * self.blocks // 3
             return GROUPS[(self.block >= third[0]) + (self.block >= third[1])]
+        if self.kind in WORDS:
+            return self.kind
         if not self.blocks:
             return None
         return "projection" if self.part == "connector" else "other"
@@ -79,7 +94,7 @@ def _block(w: Weight) -> str:
 
 
 GRANULARITIES: dict[str, Callable[[Weight], str]] = {
-    "part": lambda w: w.part,
+    "part": lambda w: _join(w.part, w.kind if w.kind in WORDS else None),  # words are never a part's other weights
     "group": lambda w: _join(w.part, w.group),
     "kind": lambda w: _join(w.part, _kind(w) or w.group),
     "group.kind": lambda w: _join(w.part, w.group, _kind(w)),
@@ -171,7 +186,9 @@ def matches(name: str, pattern: str) -> bool:
 
 def _flow(weight: Weight, by: str) -> tuple[int, float, int]:
     """Data-flow order: part, block or group as the granularity knows them (outside the blocks comes last), kind."""
-    kind = KINDS.index(weight.kind) if weight.kind in KINDS else len(KINDS)
+    kind = KINDS.index(weight.kind) if weight.kind in KINDS else len(KINDS) + (weight.kind == HEAD)
+    if weight.looked_up:
+        return PARTS.index(weight.part), -1, kind
     if weight.block is None:
         return PARTS.index(weight.part), float("inf"), kind
     depth = weight.block if by in ("block", "linear") else GROUPS.index(weight.group or "") if "group" in by else 0

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sensitivity.batches import IMAGES_PER_BATCH, Batch, batches
-from sensitivity.components import PARTS, ComponentMap, Weight
+from sensitivity.batches import Batch, batches, images_at_once
+from sensitivity.components import PARTS, WORDS, ComponentMap, Weight
 from sensitivity.models import VLM
 from sensitivity.probe import Probe
 from sensitivity.searching import CHUNK
@@ -53,6 +53,7 @@ class Sample:
         batch = next(batches(vlm, few, plain))
         looked = len({example.cluster for example in batch.examples})
         making = (clock() - began) / looked
+        most = images_at_once(batch.inputs["pixel_values"].numel() // (looked if batch.prefix else len(batch.examples)))
         share = len(clusters) / max(ends[-1], 1)
         shards = [round((end - begin) * share) for begin, end in zip([0, *ends], ends, strict=False)]
         target = max(map(len, batch.targets))
@@ -62,7 +63,7 @@ class Sample:
             task=task,
             examples=len(task.examples),
             images=len(clusters),
-            sizes=Counter(size for images in shards for size in _chunks(images)),
+            sizes=Counter(size for images in shards for size in _chunks(images, most)),
             making=making,
             bytes=sum(t.numel() * t.element_size() for t in batch.inputs.values()) / looked,
             patches=_patches(vlm, batch, looked),
@@ -92,7 +93,8 @@ class Shapes:
         groups = int(getattr(text, "num_key_value_heads", None) or self.heads)
         head = vlm.model.get_output_embeddings()
         self.head = tuple(head.weight.shape) if head is not None else (0, 0)
-        self.weights = {part: [w for w in parts.weights if w.part == part] for part in PARTS}
+        layers = [w for w in parts.weights if w.kind not in WORDS]  # words are counted where they are read and said
+        self.weights = {part: [w for w in layers if w.part == part] for part in PARTS}
         self.blocks = {part: max((w.blocks for w in weights), default=0) for part, weights in self.weights.items()}
         self.width = {part: _width(weights) for part, weights in self.weights.items()}
         self.caches = self.width["language"] * groups // self.heads  # numbers in the keys of a token
@@ -226,9 +228,9 @@ def _width(weights: Sequence[Weight]) -> int:
     return Counter(w.cols for w in weights).most_common(1)[0][0] if weights else 0
 
 
-def _chunks(images: int) -> list[int]:
-    whole, rest = divmod(images, IMAGES_PER_BATCH)
-    return [IMAGES_PER_BATCH] * whole + ([rest] if rest else [])
+def _chunks(images: int, most: int) -> list[int]:
+    whole, rest = divmod(images, most)
+    return [most] * whole + ([rest] if rest else [])
 
 
 def _patches(vlm: VLM, batch: Batch, images: int) -> int:

@@ -247,10 +247,23 @@ FILES: dict[str, Callable[[Scheme, int, int], int]] = {
 }
 
 
+# methods that look at a layer's inputs: rows of an embedding are looked up and not multiplied, so it has none, and its
+# rows are rounded to nearest on the same kind of grid
+CALIBRATED = ("clip", "gptq", "awq")
+
+
+def scheme_of(weight: Weight, scheme: Scheme) -> Scheme:
+    """What a component's scheme means for one of its weights."""
+    if weight.looked_up and scheme.method in CALIBRATED:
+        return Scheme("rtn", scheme.bits, scheme.group, scheme.symmetric)
+    return scheme
+
+
 def weight_bits(scheme: Scheme | None, weight: Weight, native_bits: int, format: str | None = None) -> int:
     """All bits that one weight takes, as its method counts them or as a format of files stores it."""
     if scheme is None:
         return native_bits * weight.numel
+    scheme = scheme_of(weight, scheme)
     if format in FILES:
         return FILES[format](scheme, weight.rows, weight.cols)
     if scheme.method not in OVERHEAD:

@@ -19,7 +19,7 @@ import torch
 from sensitivity.components import PARTS, ComponentMap
 from sensitivity.models import VLM
 from sensitivity.passes import Sample, Shapes
-from sensitivity.plan import Plan, Scheme
+from sensitivity.plan import Plan, Scheme, scheme_of
 from sensitivity.probe import Probe
 from sensitivity.quantize import method_of
 from sensitivity.quantize.linears import reads
@@ -89,7 +89,7 @@ def foresee(
     runs = {part: float(len(plans)) for part in PARTS} if plain else _runs(parts, plans)
     anew = len(plans) * sum(model.writing(sample) for sample in samples)
     calibrated = [scheme for scheme in schemes if method_of(scheme).calibrated]
-    inputs = {reads(weight): weight for weight in parts.weights} if calibrated else {}
+    inputs = {reads(weight): weight for weight in parts.weights if not weight.looked_up} if calibrated else {}
     grams = sum(4.0 * weight.cols**2 for weight in inputs.values())
     once = sum(first for of_parts in passes for first, _ in of_parts.values()) / sum(s.examples for s in samples)
     tokens = max(sum(sample.sequence for sample in samples) // len(samples), 1)
@@ -161,7 +161,8 @@ def _running(sample: Sample, passes: Mapping[str, tuple[float, float]], runs: Ma
 
 def _quantising(parts: ComponentMap, plans: Sequence[Plan], scheme: Scheme, probe: Probe) -> float:
     used = {name for plan in plans for name, chosen in plan.schemes if chosen == scheme}
-    return sum(probe.quantising(scheme, w) for c in parts.components if c.name in used for w in c.weights)
+    weights = (w for c in parts.components if c.name in used for w in c.weights)
+    return sum(probe.quantising(scheme_of(w, scheme), w) for w in weights)
 
 
 def _stored(parts: ComponentMap, tasks: Sequence[Task], plans: Sequence[Plan], shards: int) -> dict[str, float]:

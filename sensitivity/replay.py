@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sensitivity.components import PARTS, ComponentMap
+from sensitivity.components import HEAD, PARTS, ComponentMap, Weight
 from sensitivity.drafts import Known
 from sensitivity.plan import Plan
 
@@ -58,7 +58,7 @@ class Replay:
             (component.name, plan[component.name])
             for component in self.parts.components
             if PARTS.index(component.part) < place
-            or (component.part == part and any(w.block is None or w.block < depth for w in component.weights))
+            or (component.part == part and any(_before(w, depth) for w in component.weights))
         )
 
     @contextmanager
@@ -146,21 +146,33 @@ class Replay:
         Of a few examples, whatever the limit: where nothing is kept, nothing is proved.
         """
         limit, self.limit = self.limit, sys.maxsize
-        expected = run()
+
+        def once() -> Any:
+            self.answers.clear()  # a draft may round otherwise, and answers of a model that is unsure would differ by it
+            return run()
+
+        expected = once()
         for part, stage in self.stages.items():
             for depth in list(stage.boundaries):
                 self.only = (part, depth)
                 try:
-                    same = bool(run() == expected)
+                    same = bool(once() == expected)
                 except (RuntimeError, IndexError, AttributeError, TypeError, AssertionError):
                     same = False  # a family that wants more of its blocks than one output
                 if not same:
                     stage.boundaries.remove(depth)
                     self.clear()
-                    run()  # wrong states were kept along the way, and would speak against every boundary behind them
+                    once()  # wrong states were kept along the way, and would speak against every boundary behind them
         self.only, self.limit = None, limit
         self.clear()
         self.stages = {part: stage for part, stage in self.stages.items() if stage.boundaries}
+
+
+def _before(weight: Weight, depth: int) -> bool:
+    """Whether the hidden state after so many blocks of a weight's part may depend on it."""
+    if weight.kind == HEAD and not weight.tied:
+        return False
+    return weight.block is None or weight.block < depth
 
 
 def _stage(model: nn.Module, parts: ComponentMap, part: str) -> Stage:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sensitivity.components import PARTS, Component, ComponentMap, Weight
+from sensitivity.components import PARTS, WORDS, Component, ComponentMap, Weight
 from sensitivity.errors import UserError, unknown
 from sensitivity.plan import Plan, Scheme
 
@@ -33,13 +33,14 @@ class Runtime:
     fused: bool = False  # whether q, k, v (and gate, up) become one layer, with one scheme
     one_scheme: bool = False  # whether all that is quantised must be quantised alike
     parts: tuple[str, ...] = PARTS  # the others stay in full precision
+    words: tuple[str, ...] = ()  # of an embedding, a head, and one that is both ("tied"), those that it can hold
     biases: bool = False  # whether biases can be quantised too
     packed: bool = False  # whether it loads our codes, and has no place for a factor per input beside them
     instead: str = "rtn"  # the method to use in place of one that it does not know
     files: str | None = None  # the format that it reads, where we write the weights: a budget counts what that stores
 
 
-NAMED = Runtime("", ANY, ANY, methods=None, biases=True, ragged=True)
+NAMED = Runtime("", ANY, ANY, methods=None, biases=True, ragged=True, words=(*WORDS, "tied"))
 # The widths were read in the libraries named in the comments; ../reports/export.md says which were also loaded.
 RUNTIMES: dict[str, Runtime] = {
     "plan": NAMED,
@@ -53,6 +54,7 @@ RUNTIMES: dict[str, Runtime] = {
         asymmetric=tuple(range(1, 9)),
         zeros=("tensor",),
         packed=True,
+        words=("head",),
         files="compressed-tensors",
     ),
     # vllm compressed_tensors_wNa16 and its fused qkv_proj, gate_up_proj; groups as its kernels are built
@@ -173,6 +175,11 @@ def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
         return
     if component.part not in able.parts:
         yield f"{able.about} keeps {component.part} in full precision"
+    if lost := [word for word in map(_word, component.weights) if word and word not in able.words]:
+        yield (
+            f"{able.about} keeps the {WORD[lost[0]]} in full precision; sweep without --include "
+            f"{'embedding,head' if lost[0] == 'tied' else lost[0]}, or use --format fake"
+        )
     if able.methods is not None and scheme.method not in able.methods:
         yield (
             f"{able.about} cannot hold what {scheme.method} stores; use --method {able.instead}, or --format fake, "
@@ -197,6 +204,13 @@ def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
     if scheme.get("biases") and not able.biases:
         yield f"{able.about} keeps biases in full precision; leave --biases away"
     yield from _misfits(component.weights, scheme, able)
+
+
+WORD = {"embedding": "embedding", "head": "output head", "tied": "embedding that is the output head too"}
+
+
+def _word(weight: Weight) -> str | None:
+    return "tied" if weight.tied else weight.kind if weight.kind in WORDS else None
 
 
 def _misfits(weights: Sequence[Weight], scheme: Scheme, able: Runtime) -> Iterator[str]:

@@ -29,6 +29,7 @@ from sensitivity.tasks import Task
 from sensitivity.trials import Asked, Study
 
 MEMORY_GB = 8.0  # half of it for quantised weights beyond those of the plan that is running, half for hidden states
+PROVEN = 2  # examples on which kept hidden states are proven: which blocks go on unseen is the model's, not the image's
 LIBRARIES = ("torch", "transformers", "optuna", "numpy")
 
 
@@ -165,7 +166,7 @@ class _Trial:
         """Hidden states may be kept where doing so changes no answer and no likelihood, on a first few examples."""
         replay = Replay(self.vlm.model, self.parts, self.half)
         replay.under(Plan.uniform(self.parts, None))
-        task = replace(self.tasks[0], examples=self.tasks[0].examples[:4])
+        task = replace(self.tasks[0], examples=self.tasks[0].examples[:PROVEN])
         few = next(batches(self.vlm, task))
         replay.prove(lambda: answer(self.vlm, task, few, replay, "proof"))
         return replay

@@ -15,6 +15,7 @@ EXAMPLE = "sensitivity inspect embedded:scenes-llava --by part"
 def arguments(p: argparse.ArgumentParser) -> None:
     words.model(p)
     words.by(p, "group.kind")
+    words.include(p)
     words.methods(p, words.WIDTHS, "rtn")
     p.add_argument("--config-only", action="store_true", help="read config.json alone; no weights are needed")
 
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity.plan import uniform_sizes
 
     vlm = verbs.load(args.model, config_only=args.config_only)
-    parts = verbs.inspect(vlm, by=args.by)
+    parts = verbs.inspect(vlm, by=args.by, include=args.include)
     kept: dict[str, list[int]] = {}
     for weight in parts.kept:
         kept.setdefault(weight.reason, []).append(weight.numel)

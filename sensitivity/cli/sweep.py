@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sensitivity.verbs import Plans
 
 ABOUT = "evaluate plans on tasks; the same command continues where it was stopped"
+NEAREST = "rows of the embedding are looked up, not multiplied: methods that calibrate round them to nearest"
 EXAMPLE = "sensitivity sweep embedded:scenes-llava --task vqa --bits 2,3,4,6,8 --by part --out runs/first"
 
 
@@ -36,6 +37,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         " SCORER:FILE.jsonl with exact, vqa, iou or caption (default: vqa)",
     )
     words.by(p, "part")
+    words.include(p)
     words.methods(p, (2, 3, 4, 6, 8), "rtn")
     p.add_argument(
         "--search", default="grid", help="grid, one-at-a-time, random, tpe, nsga2, gp or frontier (default: grid)"
@@ -102,7 +104,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     workers.share_cores(args.workers)
     vlm = verbs.blank(args.model) if args.dry_run else verbs.load(args.model, device=args.device, dtype=args.dtype)
-    parts = verbs.inspect(vlm, by=args.by)
+    parts = verbs.inspect(vlm, by=args.by, include=args.include)
+    if any(weight.looked_up for weight in parts.weights):
+        print(NEAREST, file=sys.stderr)
     whole = args.whole_answers
     chosen = [task(name, n=args.n, seed=args.seed, whole=whole) for name in args.task]  # first: it may be misspelt
     distinct(chosen, args.task)

@@ -38,6 +38,16 @@ def by(p: argparse.ArgumentParser, default: str) -> None:
     )
 
 
+def include(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--include",
+        type=names,
+        default=(),
+        metavar="W[,W]",
+        help="embedding, head or both as components of their own, which are kept otherwise; tied ones are one, a head",
+    )
+
+
 def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str) -> None:
     p.add_argument(
         "--bits",

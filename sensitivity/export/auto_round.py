@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from sensitivity.components import WORDS
 from sensitivity.errors import UserError
 from sensitivity.export.fake import LOAD
 from sensitivity.export.gptq import layout
@@ -68,7 +69,8 @@ def arguments(scheme: Scheme) -> dict[str, Any]:
 
 def blocks(job: Job) -> list[str]:
     """What stands before the number of a block, or the module itself where there is none."""
-    found = [w.module if w.block is None else _before(w.module, w.block) for w in job.parts.weights]
+    layers = [w for w in job.parts.weights if w.kind not in WORDS]
+    found = [w.module if w.block is None else _before(w.module, w.block) for w in layers]
     return list(dict.fromkeys(found))
 
 

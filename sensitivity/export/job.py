@@ -118,7 +118,9 @@ class Job:
             for k in self.parts.kept
             if k.reason in ("output head", "router") and k.name.endswith(".weight")
         ]
-        return list(dict.fromkeys([*left, *heads, "lm_head"]))  # a tied head has no weight of its own
+        found = list(dict.fromkeys([*left, *heads, "lm_head"]))  # a tied head has no weight of its own
+        changed = {w.reader for w in self.weights.values()}
+        return [module for module in found if module not in changed]
 
     def groups(self) -> Iterator[tuple[str, Scheme, list[str]]]:
         """Components that are quantised: name, scheme, modules."""

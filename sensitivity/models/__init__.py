@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -139,11 +139,14 @@ def _adapted(base: VLM, adapter: Adapter, name: str, config_only: bool) -> VLM:
     return replace(base, name=name, fingerprint=mark)
 
 
-def inspect(vlm: VLM | str, by: str = "group.kind") -> ComponentMap:
-    """Every weight of a model in exactly one named component, or kept with a reason; a name needs no weights."""
+def inspect(vlm: VLM | str, by: str = "group.kind", include: Collection[str] = ()) -> ComponentMap:
+    """Every weight of a model in exactly one named component, or kept with a reason; a name needs no weights.
+
+    `include` may name embedding and head, which are kept otherwise.
+    """
     if isinstance(vlm, str):
         vlm = load(vlm, config_only=True)
-    return discover(vlm.model, vlm.family, vlm.name, by, vlm.native_bits)
+    return discover(vlm.model, vlm.family, vlm.name, by, vlm.native_bits, include)
 
 
 def _config(folder: Path, name: str, raw: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
-from sensitivity.components import PARTS, ComponentMap, Kept, Weight, check
-from sensitivity.errors import UserError
+from sensitivity.components import EMBEDDING, HEAD, PARTS, WORDS, ComponentMap, Kept, Weight, check
+from sensitivity.errors import UserError, unknown
 from sensitivity.models.families import Family, family_of
 from sensitivity.models.places import Places, inside
 
@@ -21,6 +21,8 @@ KINDS = {
         r"|\b(c_)?fc|\b(up|gate|down|c)_proj|\bw[i123o]\b|\bwi_|\blinear_?\d"
     ),
 }
+# reasons to keep a weight that --include takes back, and the words that name it there
+ASKED = {"embedding": {EMBEDDING}, "output head": {HEAD}, "embedding, tied to the output head": {EMBEDDING, HEAD}}
 QUERY, KEY_VALUE = {"q_proj", "q", "query"}, {"k_proj", "k", "key", "v_proj", "v", "value"}
 GATED = {"gate_proj": "up_proj", "wi_0": "wi_1", "w1": "w3"}
 
@@ -31,8 +33,15 @@ def discover(
     name: str = "",
     by: str = "group.kind",
     native_bits: int = 16,
+    include: Collection[str] = (),
 ) -> ComponentMap:
-    """Sorts every parameter of a model, on any device, the meta device included."""
+    """Sorts every parameter of a model, on any device, the meta device included.
+
+    `include` makes components of the language model's embedding and output head, which are kept otherwise.
+    """
+    for word in include:
+        if word not in WORDS:
+            raise unknown("weight to include", word, WORDS)
     family = family_of(model) if family is None else family
     places = Places(model, family)
     aliases: dict[int, list[nn.Module]] = {}  # a tied parameter is sorted once, in view of all modules that hold it
@@ -43,19 +52,29 @@ def discover(
 
     linears: list[str] = []
     kept: list[Kept] = []
+    asked: dict[str, nn.Parameter] = {}
     parameters = dict(model.named_parameters())
     for path, parameter in parameters.items():
         owners = aliases[id(parameter)]
         reason = _reason(path, owners, heads, packed, _routes(model, path.rpartition(".")[0]))
         if reason is None:
             linears.append(path)
-        else:
-            part = "language" if any(id(owner) in heads for owner in owners) else None
-            kept.append(Kept(path, parameter.numel(), reason, places.part(path) or part))
+            continue
+        head = any(id(owner) in heads for owner in owners)
+        within = {places.part(places.paths[id(owner)]) for owner in owners}
+        if not ASKED.get(reason, set()).isdisjoint(include) and (head or "language" in within):
+            asked[path] = parameter
+            continue
+        kept.append(Kept(path, parameter.numel(), reason, places.part(path) or ("language" if head else None)))
     if lost := [path for path in linears if places.part(path) is None]:
         raise places.refuse(path.rpartition(".")[0] for path in lost)
 
     weights = _weights(model, family, places, linears, packed)
+    blocks = max((weight.blocks for weight in weights if weight.part == "language"), default=0)
+    weights += [_words(model, path, asked[path], aliases[id(asked[path])], heads, places, blocks) for path in asked]
+    found = {word for weight in weights for word in ((weight.kind, EMBEDDING) if weight.tied else (weight.kind,))}
+    if lacking := [word for word in include if word not in found]:
+        raise UserError(f"{name or type(model).__name__} has no {lacking[0]} to include; leave that word away")
     check(weights, kept, {path: parameter.numel() for path, parameter in parameters.items()})
     parts = ComponentMap(name or type(model).__name__, "group.kind", tuple(weights), tuple(kept), native_bits)
     return parts.regroup(by)
@@ -97,6 +116,31 @@ def _weights(model: nn.Module, family: Family, places: Places, linears: list[str
             "of their names a kind in FAMILIES (sensitivity/models/families.py)"
         )
     return weights
+
+
+def _words(
+    model: nn.Module,
+    path: str,
+    parameter: nn.Parameter,
+    owners: list[nn.Module],
+    heads: set[int],
+    places: Places,
+    blocks: int,
+) -> Weight:
+    """The embedding or the output head as a weight of the language model; one that is both is a head."""
+    module = path.rpartition(".")[0]
+    reader = next((places.paths[id(owner)] for owner in owners if id(owner) in heads), None)
+    return Weight(
+        name=path,
+        rows=parameter.shape[0],
+        cols=parameter.shape[1],
+        part="language",
+        block=None,
+        blocks=blocks,
+        kind=EMBEDDING if reader is None else HEAD,
+        bias=f"{module}.bias" if reader == module and getattr(owners[0], "bias", None) is not None else None,
+        tied=reader if reader != module else None,
+    )
 
 
 def _routes(model: nn.Module, path: str) -> bool:

@@ -21,7 +21,7 @@ from sensitivity.errors import Notice, UserError
 from sensitivity.files import discard, whole
 
 CLOSED = ("Permission denied", "Read-only", "No space", "quota", "Not a directory")  # as the system says it
-VERSION = 4  # raised when the meaning of an entry changes
+VERSION = 5  # raised when the meaning of an entry changes
 
 
 def home() -> Path:

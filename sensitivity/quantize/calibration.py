@@ -93,7 +93,10 @@ class Portions:
         """The same, from where the last study left off."""
 
         def study() -> Mapping[str, Curvature]:
-            self.walk = self.walk or Walk(self.vlm, self.parts, self.data(self.rows), self.exposed)
+            # one example is enough to look at: a pass over a whole batch is a good part of all calibration
+            self.walk = self.walk or Walk(
+                self.vlm, self.parts, self.data(self.rows), self.exposed, next(iter(self.data(1)))
+            )
             with self.walk.towards(weights, done) as forward:
                 return collect(self.vlm, weights, self.walk.data, forward)
 
@@ -153,7 +156,9 @@ def _shares(parts: ComponentMap, room: int) -> list[list[Weight]]:
     seen: set[str] = set()
     for block in parts.regroup("block").components:
         share = [
-            weight for weight in {reads(w): w for w in reversed(block.weights)}.values() if reads(weight) not in seen
+            weight
+            for weight in {reads(w): w for w in reversed(block.weights) if not w.looked_up}.values()
+            if reads(weight) not in seen
         ]
         seen |= {reads(weight) for weight in share}
         bytes_ = sum(4 * weight.cols * weight.cols for weight in share)
@@ -203,7 +208,7 @@ def collect(
 
     with ExitStack() as hooks, torch.inference_mode():
         for name, weight in leaders.items():
-            module = vlm.model.get_submodule(weight.module)
+            module = vlm.model.get_submodule(weight.reader)
             handle = module.register_forward_pre_hook(watch(name, weight.part), with_kwargs=True)
             hooks.callback(handle.remove)
         for batch in data:

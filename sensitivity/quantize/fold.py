@@ -104,7 +104,8 @@ def _sibling(
 
 
 def _norms(model: nn.Module, parts: ComponentMap, run: Callable[[], None]) -> dict[str, str]:
-    names = {id(model.get_parameter(weight.name)): reads(weight) for weight in parts.weights}
+    # a tied head cannot be scaled: the embedding would be scaled with it
+    names = {id(model.get_parameter(weight.name)): reads(weight) for weight in parts.weights if not weight.tied}
     watch = _Watch(names)
     with ExitStack() as hooks:
         for path, module in model.named_modules():

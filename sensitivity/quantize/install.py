@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sensitivity.components import ComponentMap, Weight
 from sensitivity.errors import UserError
-from sensitivity.plan import Plan, Scheme, Setting
+from sensitivity.plan import Plan, Scheme, Setting, scheme_of
 from sensitivity.quantize.cache import fingerprint
 from sensitivity.quantize.curvature import Curvature
 from sensitivity.quantize.fold import Absorber
@@ -55,9 +55,9 @@ def quantized(
                     parameters[weight.name].data = work.weight(weight.name, chosen)
                     if weight.bias and weight.bias in asked:
                         parameters[weight.bias].data = work.bias(weight.bias, chosen)
-                    if change := method_of(chosen).inputs:
+                    if (change := method_of(chosen).inputs) and not weight.looked_up:
                         hook = _changing(change, chosen)
-                        installed.callback(model.get_submodule(weight.module).register_forward_pre_hook(hook).remove)
+                        installed.callback(model.get_submodule(weight.reader).register_forward_pre_hook(hook).remove)
                 work.done += [(weight.name, asked[weight.name]) for weight in block]
             changed = {name for name, p in parameters.items() if p.data_ptr() != work.own[name].data_ptr()}
             if changed != set(asked):
@@ -94,7 +94,7 @@ def targets(parts: ComponentMap, plan: Plan) -> dict[str, Scheme]:
     for component in parts.components:
         if (chosen := plan[component.name]) is not None:
             for weight in component.weights:
-                asked[weight.name] = chosen
+                asked[weight.name] = scheme_of(weight, chosen)
                 if weight.bias and chosen.get("biases"):
                     asked[weight.bias] = chosen
     return asked

@@ -82,4 +82,4 @@ def alone(quantise: Callable[[Tensor, Scheme], Stored | None]) -> Solve:
 
 def reads(weight: Weight) -> str:
     """The name of the input that a weight reads: equal for weights that share it."""
-    return weight.shares_input or weight.module
+    return weight.shares_input or weight.reader

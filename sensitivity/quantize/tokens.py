@@ -27,6 +27,7 @@ class Batch:
 
     inputs: dict[str, Any]
     known: Sequence[tuple[str, Tensor]]  # part, and rows x positions of indices into MODALITIES
+    keep: int = 1  # positions, from the end, at which words are asked for: what an output head reads
     counted: dict[Any, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
 
     def modality(self, part: str, shape: torch.Size) -> tuple[Tensor | None, Tensor]:
@@ -57,7 +58,7 @@ def batches(vlm: VLM, tasks: Sequence[Task], rows: int = ROWS) -> Iterator[Batch
             shapes = tuple((name, tuple(value.shape)) for name, value in sorted(one.inputs.items()))
             group = waiting.setdefault((shapes, len(target)), [])
             group.append((one.inputs, target))
-            if len(group) == rows:
+            if len(group) == min(rows, evaluated.images_at_once(one.inputs["pixel_values"].numel())):
                 yield _together(vlm, waiting.pop((shapes, len(target))))
     for group in waiting.values():
         yield _together(vlm, group)
@@ -72,6 +73,7 @@ def _together(vlm: VLM, group: Sequence[tuple[dict[str, Tensor], list[int]]]) ->
     if "attention_mask" in inputs:
         text[inputs["attention_mask"] == 0] = PADDING
     said = torch.full_like(answers, ANSWER)
+    asked = torch.cat([torch.full_like(prompt[:, :1], PROMPT), said], dim=1)  # from the end of the prompt on
     inputs = {name: _placed(vlm, value) for name, value in inputs.items()}
     answers = answers.to(vlm.device)
     if vlm.encoder_decoder:
@@ -87,8 +89,8 @@ def _together(vlm: VLM, group: Sequence[tuple[dict[str, Tensor], list[int]]]) ->
                 more = value[:, -1:].expand(-1, answers.shape[1], *value.shape[2:])
                 inputs[name] = torch.cat([value, more], dim=1)
         text = torch.cat([text, said], dim=1)
-    known = [("language", text), ("language", said), *_questioned(vlm, inputs)]
-    return Batch(inputs, [(part, t.to(vlm.device)) for part, t in known])
+    known = [("language", text), ("language", said), ("language", asked), *_questioned(vlm, inputs)]
+    return Batch(inputs, [(part, t.to(vlm.device)) for part, t in known], keep=asked.shape[1])
 
 
 def _questioned(vlm: VLM, inputs: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
@@ -109,9 +111,9 @@ def image_token(vlm: VLM) -> int:
 
 
 def run(vlm: VLM, batch: Batch) -> None:
-    """One forward pass for what its layers see; no logits beyond the last position's."""
+    """One forward pass for what its layers see; no logits but those of the answer."""
     known = inspect.signature(vlm.model.forward).parameters
-    savings = {"use_cache": False, "logits_to_keep": 1}
+    savings = {"use_cache": False, "logits_to_keep": batch.keep}
     vlm.model(**batch.inputs, **{name: value for name, value in savings.items() if name in known})
 
 

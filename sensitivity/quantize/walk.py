@@ -43,15 +43,18 @@ class Walk:
     stack); for the others an empty tensor of the right shape is enough. Which is which, `_look` finds out.
     """
 
-    def __init__(self, vlm: VLM, parts: ComponentMap, data: Iterable[Batch], exposed: bool) -> None:
+    def __init__(
+        self, vlm: VLM, parts: ComponentMap, data: Iterable[Batch], exposed: bool, look: Batch | None = None
+    ) -> None:
+        """`look` is a small batch to find out about the model with; without, the smallest of the data is taken."""
         self.vlm, self.exposed = vlm, exposed
         self.data = list(data)
         self.places = {weight.name: place_of(weight) for weight in parts.weights}
-        self.loose = {w.module: vlm.model.get_submodule(w.module) for w in parts.weights if w.block is None}
+        self.loose = {w.reader: vlm.model.get_submodule(w.reader) for w in parts.weights if w.block is None}
         self.calls: Counter[str] = Counter()  # of loose modules in a forward pass
         self.blocks = _blocks(vlm.model, parts.weights)
         self.given: dict[Place, tuple[Any, list[list[Any]]]] = {}  # upstream, and per batch what each call gave back
-        self._look(min(self.data, key=lambda batch: sum(t.numel() for t in batch.inputs.values())))
+        self._look(look or min(self.data, key=lambda batch: sum(t.numel() for t in batch.inputs.values())))
 
     @contextmanager
     def towards(self, weights: Sequence[Weight], done: Done | None) -> Iterator[Callable[[VLM, Batch], None]]:
@@ -118,8 +121,8 @@ class Walk:
         goals: dict[nn.Module, int] = {}
         for weight in weights:
             block = at.get(place_of(weight))
-            goals[block.module if block else self.vlm.model.get_submodule(weight.module)] = (
-                block.calls if block else self.calls[weight.module]
+            goals[block.module if block else self.vlm.model.get_submodule(weight.reader)] = (
+                block.calls if block else self.calls[weight.reader]
             )
         if not all(goals.values()):
             return  # one that did not run when `_look` looked: to the end then

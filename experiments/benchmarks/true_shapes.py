@@ -1,0 +1,163 @@
+"""A sweep of a model of true shape, stage by stage: seconds, the share of this machine's products, memory, the forecast.
+
+python -m experiments.true_shapes smolvlm-256m /tmp/256m
+python -m experiments.benchmarks.true_shapes /tmp/256m [--images 48] >> reports/true-shapes.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from sensitivity import verbs
+from sensitivity.quantize import scheme
+from sensitivity.tasks import task as find_task
+
+QUESTIONS = ("What is in this picture?", "How many things are there?")
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch's own counter does not know
+SIDE = 2048  # of the square matrices that say how fast this machine multiplies
+
+
+@dataclass
+class Stages:
+    """What each stage took, and the most memory of this process in it."""
+
+    found: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        spent = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        self.found[name] = {**spent, "peak": memory("VmHWM"), "after": memory("VmRSS")}
+        print(name, {key: round(value, 1) for key, value in self.found[name].items()}, file=sys.stderr, flush=True)
+
+
+def memory(which: str) -> float:
+    """Bytes of this process, now (VmRSS) or at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * float(next(line for line in lines if line.startswith(which)).split()[1])
+
+
+def rate() -> float:
+    """Float32 operations a CPU second in large products: the best of a few, as a bound should be."""
+    a, b = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
+    times = []
+    for _ in range(7):
+        began = time.process_time()
+        a @ b
+        times.append(time.process_time() - began)
+    return 2 * SIDE**3 / min(times)
+
+
+def pictures(folder: Path, images: int, calibration: int) -> Path:
+    """Noise in large spots as images of 512 pixels, with two questions each, for evaluation and for calibration."""
+    draw = np.random.default_rng(0)
+    lines: list[str] = []
+    for number in range(images + calibration):
+        spots = draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(spots).resize((512, 512), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+        split = "evaluation" if number < images else "calibration"
+        asked = QUESTIONS if number < images else QUESTIONS[:1]
+        for question in asked:
+            answer = str(draw.choice(["yes", "no", "a tree", "three"]))
+            line = {"image": f"{number}.png", "prompt": question, "answers": [answer], "split": split}
+            lines.append(json.dumps(line))
+    (folder / "pictures.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "pictures.jsonl"
+
+
+def measured(args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Every stage of a sweep in this process; plans one at a time, nothing read from a cache of earlier runs."""
+    found: dict[str, Any] = {"rate": rate(), "threads": torch.get_num_threads()}
+    source, stages = str(pictures(work, args.images, args.calibration)), Stages()
+    schemes = [scheme("gptq", int(width)) for width in args.bits.split(",")]
+    evaluation = find_task(source)
+    with stages("forecast"):
+        blank = verbs.blank(args.model)
+        parts = verbs.inspect(blank, by=args.by)
+        plans = verbs.one_at_a_time(parts, schemes=schemes)
+        clock = time.process_time if found["threads"] == 1 else time.perf_counter
+        how: dict[str, Any] = {"calibration": args.calibration, "dtype": "float32", "clock": clock}
+        said = verbs.foresee(blank, parts, plans, [evaluation], **how).to_json()
+    with stages("load"):
+        vlm = verbs.load(args.model, dtype="float32")
+    counter = FlopCounterMode(display=False, custom_mapping={ATTENTION: _attention})
+    with stages("calibrate and quantize"):
+        how = {"n": args.calibration, "against": [evaluation], "cache_gb": 0}
+        named, statistics = verbs.calibrated(vlm, parts, schemes, [source], **how)
+        plans = verbs.one_at_a_time(parts, schemes=named)
+        steps = verbs.sweeping(vlm, parts, plans, [source], work / "study", statistics=statistics)[1]
+    with stages("plans"), counter:
+        seconds = [step.seconds for step in steps]
+    found |= {"stages": stages.found, "flops": counter.get_total_flops(), "steps": seconds, "plans": len(plans)}
+    return found | {"model": 4.0 * parts.numel, "said": said}
+
+
+def _attention(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **more: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def page(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
+    stages, cpu = found["stages"], "CPU s" if found["threads"] == 1 else "s"
+    which = "cpu" if found["threads"] == 1 else "wall"
+    total = sum(stage[which] for name, stage in stages.items() if name != "forecast")
+    peak = max(stage["peak"] for stage in stages.values())
+    share = found["flops"] / found["rate"] / stages["plans"]["cpu"]
+    lines = [
+        f"## {Path(args.model).name}, {args.images} images, {args.calibration} calibration examples",
+        "",
+        f"    python -m experiments.benchmarks.true_shapes {args.model} --images {args.images} --calibration "
+        f"{args.calibration} --bits {args.bits} --by {args.by}",
+        "",
+        f"torch {torch.__version__}, {found['threads']} threads, {found['rate'] / 1e9:.0f} GFLOP a CPU second in float32 "
+        f"products of {SIDE}.",
+        "",
+        "| stage | s | CPU s | most memory, GB | GB beyond the model |",
+        "|---|---|---|---|---|",
+    ]
+    for name, stage in stages.items():
+        peaks = f"{stage['peak'] / 1e9:.2f} | {(stage['peak'] - found['model']) / 1e9:.2f}"
+        lines.append(f"| {name} | {stage['wall']:.0f} | {stage['cpu']:.0f} | {peaks} |")
+    return [
+        *lines,
+        "",
+        f"{found['plans']} plans: {stages['plans'][which] / found['plans']:.1f} {cpu} a plan, {found['flops'] / 1e12:.1f} "
+        f"TFLOP in products, which is {share:.0%} of what this machine's products allow in that time. In all {total:.0f} "
+        f"{cpu}; the forecast was {sum(found['said']['seconds'].values()):.0f}, and "
+        f"{sum(found['said']['host'].values()) / 1e9:.1f} GB where {peak / 1e9:.1f} were taken.",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder that experiments.true_shapes made")
+    parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("--calibration", type=int, default=128)
+    parser.add_argument("--bits", default="3,4,8")
+    parser.add_argument("--by", default="part")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        found = measured(args, Path(work))
+    print(json.dumps(found), file=sys.stderr)
+    print("\n".join(page(args, found)))
+
+
+if __name__ == "__main__":
+    main()
