@@ -41,7 +41,7 @@ class Weight:
 
     @property
     def looked_up(self) -> bool:
-        """Whether its rows are only looked up: nothing is multiplied by them, so there are no inputs to calibrate on."""
+        """Whether its rows are only looked up: no inputs are multiplied by them to calibrate on."""
         return self.kind == EMBEDDING
 
     @property

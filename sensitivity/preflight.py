@@ -106,7 +106,9 @@ def foresee(
     }
     work = {
         "weights": float(parts.numel * kind.itemsize),
-        "quantised weights": 0.0 if plain else min(memory_gb * 1e9 / 2, len(schemes) * CODE * many)
+        "quantised weights": 0.0
+        if plain
+        else min(memory_gb * 1e9 / 2, len(schemes) * CODE * many)
         + many * kind.itemsize,  # codes, and the plan that is running as numbers
         "hidden states": 0.0 if plain else min(memory_gb * 1e9 / 2, sum(model.kept(sample) for sample in samples)),
         "activations": max(model.activations(sample) for sample in samples),

@@ -148,7 +148,7 @@ class Replay:
         limit, self.limit = self.limit, sys.maxsize
 
         def once() -> Any:
-            self.answers.clear()  # a draft may round otherwise, and answers of a model that is unsure would differ by it
+            self.answers.clear()  # a draft may round otherwise, which an unsure model's answers show
             return run()
 
         expected = once()
@@ -211,4 +211,3 @@ def _size(output: Any) -> int:
     if isinstance(output, tuple | list):
         return sum(_size(value) for value in output)
     return 0
-

@@ -1,4 +1,4 @@
-"""A sweep of a model of true shape, stage by stage: seconds, the share of this machine's products, memory, the forecast.
+"""A sweep of a model of true shape, stage by stage: seconds, share of the bound, memory, the forecast.
 
 python -m experiments.true_shapes smolvlm-256m /tmp/256m
 python -m experiments.benchmarks.true_shapes /tmp/256m [--images 48] >> reports/true-shapes.md
@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Iterator
