@@ -124,8 +124,8 @@ def page(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
         f"    python -m experiments.benchmarks.true_shapes {args.model} --images {args.images} --calibration "
         f"{args.calibration} --bits {args.bits} --by {args.by}",
         "",
-        f"torch {torch.__version__}, {found['threads']} threads, {found['rate'] / 1e9:.0f} GFLOP a CPU second in float32 "
-        f"products of {SIDE}.",
+        f"torch {torch.__version__}, {found['threads']} threads, {found['rate'] / 1e9:.0f} GFLOP a CPU second in "
+        f"float32 products of {SIDE}.",
         "",
         "| stage | s | CPU s | most memory, GB | GB beyond the model |",
         "|---|---|---|---|---|",
@@ -133,11 +133,12 @@ def page(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
     for name, stage in stages.items():
         peaks = f"{stage['peak'] / 1e9:.2f} | {(stage['peak'] - found['model']) / 1e9:.2f}"
         lines.append(f"| {name} | {stage['wall']:.0f} | {stage['cpu']:.0f} | {peaks} |")
+    each, counted = stages["plans"][which] / found["plans"], found["flops"] / 1e12
     return [
         *lines,
         "",
-        f"{found['plans']} plans: {stages['plans'][which] / found['plans']:.1f} {cpu} a plan, {found['flops'] / 1e12:.1f} "
-        f"TFLOP in products, which is {share:.0%} of what this machine's products allow in that time. In all {total:.0f} "
+        f"{found['plans']} plans: {each:.1f} {cpu} a plan, {counted:.1f} TFLOP in products, which is {share:.0%} of "
+        f"what this machine's products allow in that time. In all {total:.0f} "
         f"{cpu}; the forecast was {sum(found['said']['seconds'].values()):.0f}, and "
         f"{sum(found['said']['host'].values()) / 1e9:.1f} GB where {peak / 1e9:.1f} were taken.",
     ]
