@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 300  # letters of another's message inside a sentence of ours
+
 
 class UserError(Exception):
     """Something the user can mend; shown as one sentence, without a traceback."""
@@ -23,5 +25,9 @@ def unknown(what: str, name: object, allowed: Iterable[object]) -> UserError:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an exception, for use inside a sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an exception, for use inside a sentence; with the next where it only announces that."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    told = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    if isinstance(error, LookupError) and not isinstance(error, UserError):  # else no more than a name or a number
+        told = f"{type(error).__name__}: {told}"
+    return told if len(told) <= LONGEST else f"{told[:LONGEST]}..."

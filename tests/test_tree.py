@@ -12,7 +12,19 @@ import readme
 
 PACKAGE = readme.ROOT / "sensitivity"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-VALUES = {"errors", "schema", "planfile", "files", "components", "plan", "limits", "runtimes", "loadable", "exported"}
+VALUES = {
+    "errors",
+    "fields",
+    "schema",
+    "planfile",
+    "files",
+    "components",
+    "plan",
+    "limits",
+    "runtimes",
+    "loadable",
+    "exported",
+}
 TORCH = {"models", "quantize", "tasks", "evaluate", "replay", "drafts", "shards", "sweep", "export"}
 TORCH |= {"preflight", "probe", "passes", "searching", "batches", "whole_prompts", "shared_images", "answer_tokens"}
 TORCH |= {"halving"}

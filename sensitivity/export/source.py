@@ -19,6 +19,7 @@ from sensitivity.models import VLM, load
 from sensitivity.models.adapters import resolve, whole
 from sensitivity.models.checkpoint import DTYPES, fingerprint, header, read_config, weight_files
 from sensitivity.models.layouts import as_converted, as_written, is_original
+from sensitivity.models.match import renaming
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}  # as safetensors names them
 STALE = re.compile(r"(position_ids|inv_freq|masked_bias)$")  # buffers of old checkpoints, which nobody reads
@@ -96,16 +97,12 @@ def open_source(model: VLM | str, dtype: torch.dtype | None = None) -> Source:
     tied = {path for path, _ in skeleton.named_parameters(remove_duplicate=False)} - set(parameters)
     tensors: list[Stored] = []
     for file in files:
-        with file.open("rb") as stream:
-            start = 8 + int.from_bytes(stream.read(8), "little")
         for key, entry in header(file).items():
             known = rename(key)
             if known in tied or (known not in parameters and (STALE.search(key) or known not in buffers)):
                 continue
-            dtype, shape, where = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-            tensors.append(
-                Stored(key, known, dtype, shape, _reader(file, start + where[0], where[1] - where[0], dtype, shape))
-            )
+            read = _reader(file, entry.start, entry.bytes, entry.dtype, entry.shape)
+            tensors.append(Stored(key, known, entry.dtype, entry.shape, read))
     _complete(parameters, tensors, name)
     return Source(name, folder, config, tuple(tensors), fingerprint(config, files))
 
@@ -140,7 +137,8 @@ def _as_converted(name: str, folder: Path, raw: Mapping[str, Any]) -> Source:
 
 
 def _reader(file: Path, start: int, length: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-    """A map of these bytes alone, given back with the tensor; a copy would be new memory, which costs more than it."""
+    """A map of these bytes alone, given back with the tensor: safe_open maps the whole file, which then stays in memory
+    as it is read, and a copy would be new memory, which costs more than it."""
 
     def read() -> Tensor:
         if length == 0:
@@ -162,24 +160,17 @@ def _reader(file: Path, start: int, length: int, dtype: torch.dtype, shape: tupl
 
 
 def _renaming(skeleton: nn.Module, name: str) -> Callable[[str], str]:
-    """Checkpoint key to parameter name, as transformers itself renames on loading."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping: Any = get_model_conversion_mapping(skeleton)  # type: ignore[arg-type]
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    there: dict[str, Any] = skeleton.state_dict()
+    """Checkpoint key to parameter name, where the tensor stays as it is."""
+    renamed = renaming(skeleton)
 
     def rename(key: str) -> str:
-        prefix = getattr(skeleton, "base_model_prefix", None)
-        known, converted = rename_source_key(key, renamings, converters, prefix, there)
-        if converted is not None:
+        known, changed = renamed(key)
+        if changed:
             raise UserError(
                 f"{name} stores {key} in another shape than transformers uses it (merged or split on loading), which "
                 "cannot be exported tensor by tensor; load it and save it again with save_pretrained"
             )
-        return str(known)
+        return known
 
     return rename
 

@@ -16,13 +16,14 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 from transformers.utils.import_utils import is_accelerate_available
 
-from sensitivity.components import ComponentMap, natural
+from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError, reason, unknown
 from sensitivity.models.adapters import WEIGHTS, Adapter, merged, resolve
-from sensitivity.models.checkpoint import fingerprint, read_config, stored_bits, weight_files
+from sensitivity.models.checkpoint import fingerprint, header, read_config, stored_bits, weight_files
 from sensitivity.models.discover import discover
 from sensitivity.models.families import FAMILIES, SEARCHERS, Family, family_of
 from sensitivity.models.heavy import NOTE, heavy
+from sensitivity.models.match import check_tensors, few, refuse
 from sensitivity.models.original_llava import (
     converted,
     converted_config,
@@ -108,9 +109,14 @@ def load(
             model, processor = _empty(architecture, config, name), None
         elif original:
             tensors = {key: read() for key, (_, read) in converted(raw, config, files, name).items()}
+            stored = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+            check_tensors(_empty(architecture, config, name), stored, name)
             model = _filled(architecture, config, None, name, wanted, target, tensors)
             processor = processor_for(folder, name, config)
         else:
+            if not quantised:
+                stored = {key: (one.dtype, one.shape) for file in files for key, one in header(file).items()}
+                check_tensors(_empty(architecture, config, name), stored, name)
             # outliers are planted before rounding to a narrower type, so that the function survives it best
             model = _filled(architecture, config, folder, name, torch.float32 if planted else wanted, target)
             processor = processor_of(folder, name, config)
@@ -215,19 +221,11 @@ def _filled(
         )
     except Exception as error:
         raise UserError(f"{name} cannot be loaded as {architecture.__name__} ({reason(error)})") from error
-    misfits = {
-        "lacks": loading["missing_keys"],
-        "has unknown": [key for key in loading["unexpected_keys"] if not STALE.search(key)],
-        "has, of another shape than its config says,": [key for key, *_ in loading["mismatched_keys"]],
-    }
-    for how, keys in misfits.items():
-        if keys:
-            raise UserError(
-                f"the checkpoint of {name} {how} tensors for {architecture.__name__}: {_some(keys)}; "
-                "fetch it again, or mend its config.json"
-            )
+    refuse(model, name, "lacks", loading["missing_keys"])
+    refuse(model, name, "unknown", [key for key in loading["unexpected_keys"] if not STALE.search(key)])
+    refuse(model, name, "shape", [key for key, *_ in loading["mismatched_keys"]])
     if wrong := [key for key, weight in model.named_parameters() if not weight.isfinite().all()]:
-        raise UserError(f"{name} has NaN or infinite weights in {_some(wrong)}; fetch the checkpoint again")
+        raise UserError(f"{name} has NaN or infinite weights in {few(wrong)}; fetch the checkpoint again")
     return model  # type: ignore[no-any-return]
 
 
@@ -237,11 +235,6 @@ def _unpack(model: Any) -> None:
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
     if compressor is not None:
         compressor.decompress_model(model)
-
-
-def _some(keys: Any) -> str:
-    ordered = sorted(keys, key=natural)
-    return ", ".join(ordered[:8]) + (f" and {len(ordered) - 8} more" if len(ordered) > 8 else "")
 
 
 def _dead_blocks(config: Any) -> str | None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from sensitivity.errors import UserError, reason
-from sensitivity.models.checkpoint import find
+from sensitivity.fields import FILE, FOLDER, MISSING, Misfit, check, not_a_file
+from sensitivity.models.checkpoint import described, find, header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -35,7 +33,9 @@ def resolve(name: str, config_only: bool = False) -> tuple[Path, Adapter | None]
         if at:
             raise UserError(f"{alone} is no adapter, which alone takes a base model behind an @; type {alone}")
         return folder, None
-    return folder, Adapter(folder, config, base or base_of(config, folder, alone))
+    adapter = Adapter(folder, config, base or base_of(config, folder, alone))
+    _check_chain(adapter, name)
+    return folder, adapter
 
 
 def whole(name: str, config_only: bool = False) -> tuple[str, Path]:
@@ -47,15 +47,30 @@ def whole(name: str, config_only: bool = False) -> tuple[str, Path]:
 def adapter_config(folder: Path, name: str) -> dict[str, Any] | None:
     """What a folder says about the adapter in it; None where there is a whole model, or nothing."""
     file = folder / CONFIG
-    if not file.exists() or (folder / "config.json").exists():
+    if not_a_file(file) == MISSING or not_a_file(folder / "config.json") != MISSING:
         return None
+    config = described(file, name)
     try:
-        config = dict(json.loads(file.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{CONFIG} of {name} cannot be read ({reason(error)}); fetch it again") from error
-    if not (folder / WEIGHTS).exists():
+        check(config, {}, {"base_model_name_or_path": FILE})
+    except Misfit as error:
+        raise UserError(f"{CONFIG} of {name} does not fit: {error}; fetch it again") from error
+    if not_a_file(folder / WEIGHTS) == MISSING:
         raise UserError(f"{name} has no {WEIGHTS}; save the adapter with model.save_pretrained(folder)")
     return config
+
+
+def _check_chain(adapter: Adapter, name: str) -> None:
+    """An adapter may be made for an adapter, and so on, but never in a circle."""
+    seen = [adapter.folder.resolve()]
+    base = Path(adapter.base).expanduser()
+    while not_a_file(base) == FOLDER:
+        if base.resolve() in seen:
+            raise UserError(f"the adapter {name} is its own base model; type {name}@BASE, where BASE is a whole model")
+        seen.append(base.resolve())
+        config = adapter_config(base, str(base))
+        if config is None:
+            return
+        base = Path(base_of(config, base, str(base))).expanduser()
 
 
 def base_of(config: dict[str, Any], folder: Path, name: str) -> str:
@@ -63,7 +78,7 @@ def base_of(config: dict[str, Any], folder: Path, name: str) -> str:
     base = config.get("base_model_name_or_path")
     if not base:
         raise UserError(f"{CONFIG} of {name} names no base model; type {name}@BASE, where BASE is its folder or name")
-    if (folder / base).is_dir():
+    if not_a_file(folder / base) == FOLDER:
         return str(folder / base)
     try:
         find(base, config_only=True)
@@ -76,6 +91,10 @@ def base_of(config: dict[str, Any], folder: Path, name: str) -> str:
 def merged(model: Any, adapter: Adapter, name: str) -> Any:
     """The model with the adapter in its weights, every tensor of which has found its place."""
     folder = adapter.folder
+    stored = header(folder / WEIGHTS)
+    if rounded := [key for key, one in stored.items() if not one.dtype.is_floating_point or one.dtype.itemsize < 2]:
+        raise UserError(f"the adapter {name} stores {rounded[0]} as whole numbers or in 8 bits; save it in float32")
+    _check_rank(adapter, max((max(one.shape, default=0) for one in stored.values()), default=0), name)
     try:
         import peft
     except ImportError:
@@ -88,10 +107,20 @@ def merged(model: Any, adapter: Adapter, name: str) -> Any:
             adapted = peft.PeftModel.from_pretrained(model, folder, local_files_only=True)
     except Exception as error:  # PEFT's own, torch's on shapes
         raise UserError(f"the adapter {name} does not fit its base model ({reason(error)})") from error
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        there = set(file.keys())
+    there = set(stored)
     wanted = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if astray := sorted(there ^ wanted):
         how = "has tensors for no layer of" if astray[0] in there else "lacks tensors for"
         raise UserError(f"the adapter {name} {how} its base model: {', '.join(astray[:4])}; is the base model right?")
-    return adapted.merge_and_unload(safe_merge=True)
+    try:
+        return adapted.merge_and_unload(safe_merge=True)
+    except Exception as error:  # NaN, most often
+        raise UserError(f"the adapter {name} cannot be merged into its base model ({reason(error)})") from error
+
+
+def _check_rank(adapter: Adapter, largest: int, name: str) -> None:
+    """PEFT makes room for the rank that the config says, before it looks at what is stored."""
+    ranks = adapter.config.get("rank_pattern")
+    for rank in (adapter.config.get("r"), *(ranks.values() if isinstance(ranks, dict) else ())):
+        if isinstance(rank, int | float) and not 0 <= rank <= largest:
+            raise UserError(f"{CONFIG} of {name} has the rank {rank}, and no stored tensor is larger than {largest}")

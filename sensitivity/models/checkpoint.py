@@ -8,13 +8,31 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from sensitivity.errors import UserError, reason, unknown
+from sensitivity.fields import (
+    FILE_INSIDE,
+    FOLDER,
+    MISSING,
+    OBJECT,
+    SHOWN,
+    TEXT,
+    Kind,
+    Misfit,
+    check,
+    either,
+    listed,
+    not_a_file,
+    one_of,
+    read,
+)
 
 EMBEDDED = {  # name -> folder
     "scenes-llava": "scenes-llava",
@@ -25,13 +43,26 @@ EMBEDDED = {  # name -> folder
 HERE = Path(__file__).parent / "embedded"
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a hub repository: no pickle, no code
 CONFIGS = ["config.json", "adapter_config.json"]
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-DTYPES = {
+DTYPES = {  # as safetensors names them; fewer bits than a byte have no type in torch
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
+DTYPE = either(OBJECT, one_of("auto", *(f"{at}{one}" for at in ("", "torch.") for one in FLOATS)))
+CONFIG = {  # what is read of a configuration before transformers reads it; null is nothing
+    "model_type": TEXT, "architectures": listed(TEXT, 0), "quantization_config": OBJECT, "auto_map": OBJECT,
+    "dtype": DTYPE, "torch_dtype": DTYPE,
+}  # fmt: skip
+BESIDE = (  # what transformers reads beside the config, of which it ignores some where they are no JSON
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+REPEATED = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?|experts?)$")  # words for how often a module is built
+MOST = 1000  # of such modules: the deepest models have some hundreds; each takes a millisecond to build, and memory
+WEIGHT_MAP = Kind("tensors and their files", lambda value: isinstance(value, dict) and all(map(_shard, value.values())))
 WHOLE = 100 * 2**20  # a file up to this size is hashed to the last byte
 PIECES, PIECE = 64, 2**16  # of a larger one, beside its header
 
@@ -47,9 +78,10 @@ def find(name: str, config_only: bool = False) -> Path:
             raise UserError(f"{name} is not part of this installation; reinstall sensitivity, or give a model folder")
         return folder
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    trouble = not_a_file(folder)
+    if trouble == FOLDER:
         return folder
-    if folder.is_file():
+    if trouble != MISSING:
         raise UserError(f"'{name}' is a file; give the folder it lies in")
     instead = f"give a folder with config.json and *.safetensors, or {_embedded()}"
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
@@ -71,35 +103,70 @@ def _embedded() -> str:
 def read_config(folder: Path, name: str, quantised: bool = False) -> dict[str, Any]:
     """config.json, refused where transformers alone cannot build the model from it."""
     file = folder / "config.json"
-    if not file.exists():
+    if not_a_file(file) == MISSING:
         raise UserError(
             f"{name} has no config.json; give a folder that has one, beside *.safetensors, or {_embedded()}"
         )
+    config = described(file, name)
     try:
-        config = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"config.json of {name} is not JSON ({reason(error)}); fetch it again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"config.json of {name} is not a JSON object; fetch it again")
-    if "quantization_config" in config and not quantised:
-        method = (config["quantization_config"] or {}).get("quant_method", "by an unnamed method")
+        check(config, {}, CONFIG)
+        _check_counts(config)
+    except Misfit as error:
+        raise UserError(f"config.json of {name} does not fit: {error}; fetch it again") from error
+    if (how := config.get("quantization_config")) is not None and not quantised:
+        method = str(how.get("quant_method", "by an unnamed method"))[:SHOWN]
         raise UserError(f"{name} is already quantised ({method}); give the model it was made from")
+    for beside in BESIDE:
+        if not_a_file(folder / beside) != MISSING:
+            described(folder / beside, name)
     return config
+
+
+def described(file: Path, name: str) -> dict[str, Any]:
+    """A JSON object that belongs to a model."""
+    try:
+        found = read(file)
+    except Misfit as error:
+        raise UserError(f"{file.name} of {name} is not JSON ({error}); fetch it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file.name} of {name} is not a JSON object; fetch it again")
+    return found
+
+
+def _check_counts(config: Any, path: str = "") -> None:
+    """Nothing is repeated so often that building the model, even without weights, would not end."""
+    inside = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for key, value in inside:
+        below = path if isinstance(key, int) else f"{path}.{key}" if path else str(key)
+        if isinstance(value, int) and value > MOST and REPEATED.search(below.rpartition(".")[2]):
+            raise Misfit(f"{below} is {value}, and {MOST:,} is the most")
+        _check_counts(value, below)
+
+
+def _shard(value: Any) -> bool:
+    return FILE_INSIDE.fits(value) and "/" not in value
+
+
+def shards_of(index: Path, name: str) -> list[Path]:
+    """The files that an index names, each of which is there."""
+    try:
+        found = check(described(index, name), {"weight_map": WEIGHT_MAP})["weight_map"]
+    except Misfit as error:
+        raise UserError(f"{index.name} of {name} cannot be used: {error}; fetch it again") from error
+    files = sorted({index.parent / shard for shard in found.values()})
+    if missing := [file.name for file in files if not_a_file(file) == MISSING]:
+        raise UserError(f"{name} lacks {', '.join(missing[:8])}, which its index names; fetch the missing files")
+    return files
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
     """The safetensors files of a model, all there and none cut short; never a pickle."""
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            files = sorted({folder / shard for shard in json.loads(index.read_bytes())["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index.name} of {name} cannot be read ({reason(error)}); fetch it again") from error
-        if missing := [file.name for file in files if not file.exists()]:
-            raise UserError(f"{name} lacks {', '.join(missing)}, which its index names; fetch the missing files")
+    if not_a_file(index) != MISSING:
+        files = shards_of(index, name)
     else:
         files = [folder / "model.safetensors"]
-        if not files[0].exists():
+        if not_a_file(files[0]) == MISSING:
             raise _no_weights(folder, name)
     for file in files:
         header(file)
@@ -116,22 +183,40 @@ def _no_weights(folder: Path, name: str) -> UserError:
     return UserError(f"{name} has no model.safetensors; fetch the weights, or inspect it with --config-only")
 
 
-def header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file, after a look at whether all its bytes are there."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            if length > size - 8:
-                raise ValueError("the header is longer than the file")
-            entries = json.loads(stream.read(length))
-            entries.pop("__metadata__", None)
-            end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-            if end != size:
-                raise ValueError(f"{size:,} bytes instead of {end:,}")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{file.name} is no whole safetensors file ({reason(error)}); fetch it again") from error
-    return dict(entries)
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a safetensors file, and at which byte it begins."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def header(file: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file, none of which is read: the library looks whether all of their bytes are there.
+
+    It does not say where a tensor begins; but they lie one after the other, which it makes sure of, too.
+    """
+    if trouble := not_a_file(file):
+        raise UserError(f"{file.name} is no whole safetensors file ({trouble}); fetch it again")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            found = [(key, opened.get_slice(key)) for key in opened.offset_keys()]
+            kinds = [(key, one.get_dtype(), tuple(one.get_shape())) for key, one in found]
+    except (SafetensorError, OSError) as error:
+        why = reason(error).removeprefix("Error while deserializing header: ")
+        raise UserError(f"{file.name} is no whole safetensors file ({why}); fetch it again") from error
+    if strange := sorted({dtype for _, dtype, _ in kinds} - set(DTYPES)):
+        raise UserError(f"{file.name} holds numbers of the type {strange[0]}; known are {', '.join(DTYPES)}")
+    entries, start = {}, file.stat().st_size - sum(prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in kinds)
+    for key, dtype, shape in kinds:
+        entries[key] = Entry(DTYPES[dtype], shape, start)
+        start += entries[key].bytes
+    return entries
 
 
 def stored_bits(files: Sequence[Path]) -> int | None:
@@ -139,8 +224,8 @@ def stored_bits(files: Sequence[Path]) -> int | None:
     widths: Counter[int] = Counter()
     for file in files:
         for entry in header(file).values() if file.suffix == ".safetensors" else ():
-            if entry["dtype"] in BITS:
-                widths[BITS[entry["dtype"]]] += prod(entry["shape"])
+            if entry.dtype.is_floating_point:
+                widths[8 * entry.dtype.itemsize] += prod(entry.shape)
     return widths.most_common(1)[0][0] if widths else None
 
 

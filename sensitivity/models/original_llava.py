@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProces
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from sensitivity.errors import UserError, reason
-from sensitivity.models.checkpoint import DTYPES, find, header, weight_files
+from sensitivity.fields import FILE, MISSING, OBJECT, Kind, Misfit, check, not_a_file
+from sensitivity.models.checkpoint import described, find, header, shards_of, weight_files
 from sensitivity.models.families import Family
 
 SIDES = {"geochat": 504}  # pixels; others keep the size of their tower
@@ -28,6 +28,7 @@ TOWERS = {  # the towers that need not be there, since the checkpoint holds thei
         "image_size": 336, "patch_size": 14, "projection_dim": 768,
     },
 }  # fmt: skip
+VOCABULARY = Kind("a number of words from 1 to 10,000,000", lambda value: type(value) is int and 1 <= value <= 10**7)
 RENAMED = (
     (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
     (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
@@ -63,6 +64,18 @@ def converted_config(raw: Mapping[str, Any], name: str) -> LlavaConfig:
             f"{name} has the projector {raw.get('mm_projector_type')!r} of LLaVA's own layout; only mlp2x_gelu, of "
             "LLaVA-1.5 and GeoChat, is known"
         )
+    try:
+        check(raw, {"vocab_size": VOCABULARY, "mm_vision_tower": FILE}, {"rope_scaling": OBJECT})
+        return _converted_config(raw, name)
+    except UserError:
+        raise
+    except Exception as error:  # transformers checks each value, with errors of its own
+        raise UserError(
+            f"config.json of {name} does not fit LLaVA's own layout ({reason(error)}); fetch it again"
+        ) from error
+
+
+def _converted_config(raw: Mapping[str, Any], name: str) -> LlavaConfig:
     known = set(LlamaConfig().to_dict()) - {"architectures", "model_type", "dtype", "transformers_version"}
     words = int(raw["vocab_size"])
     text = {key: value for key, value in raw.items() if key in known and value is not None} | {"vocab_size": words + 1}
@@ -88,12 +101,13 @@ def _tower(tower: str, name: str) -> Mapping[str, Any]:
     if tower in TOWERS:
         return TOWERS[tower]
     try:
-        config = json.loads((find(tower, config_only=True) / "config.json").read_bytes())
-    except (UserError, OSError, ValueError) as error:
+        config = described(find(tower, config_only=True) / "config.json", tower)
+        inside = check(config, {}, {"vision_config": OBJECT}).get("vision_config") or config
+    except (UserError, Misfit) as error:
         why = f"{name} names the vision tower {tower} (mm_vision_tower), whose config.json cannot be had"
         raise UserError(f"{why} ({reason(error)})") from error
     known = CLIPVisionConfig().to_dict()
-    return {key: value for key, value in config.get("vision_config", config).items() if key in known}
+    return {key: value for key, value in inside.items() if key in known}
 
 
 def files_of(folder: Path, name: str) -> list[Path]:
@@ -101,15 +115,12 @@ def files_of(folder: Path, name: str) -> list[Path]:
     index, whole = folder / "pytorch_model.bin.index.json", folder / "pytorch_model.bin"
     if any(folder.glob("*.safetensors")):
         return weight_files(folder, name)
-    if not (index.exists() or whole.exists()):
+    if not_a_file(index) == not_a_file(whole) == MISSING:
         raise UserError(
             f"{name} has no weights here; those in LLaVA's own layout are often pickles, which are not fetched by "
             "themselves: type `hf download NAME --local-dir FOLDER` and give the folder"
         )
-    shards = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {whole.name}
-    if missing := sorted(shard for shard in shards if not (folder / shard).exists()):
-        raise UserError(f"{name} lacks {', '.join(missing)}, which its index names; fetch the missing files")
-    return [folder / shard for shard in sorted(shards)]
+    return [whole] if not_a_file(index) == MISSING else shards_of(index, name)
 
 
 Read = Callable[[], Tensor]
@@ -158,9 +169,13 @@ def _renamed(key: str) -> str:
 def _stored(file: Path, name: str) -> dict[str, tuple[torch.dtype, Read]]:
     """The tensors in a file, none of which is read yet."""
     if file.suffix == ".safetensors":
-        return {key: (DTYPES[entry["dtype"]], partial(_from, file, key)) for key, entry in header(file).items()}
+        return {key: (entry.dtype, partial(_from, file, key)) for key, entry in header(file).items()}
     try:
+        if trouble := not_a_file(file):
+            raise Misfit(trouble)
         tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in tensors.items()):
+            raise Misfit("it holds other things than tensors")
     except Exception as error:  # torch's own, pickle's, zip's
         raise UserError(f"{file.name} of {name} cannot be read as weights alone ({reason(error)})") from error
     return {key: (tensor.dtype, tensor.detach) for key, tensor in tensors.items()}  # in a map of the file

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +16,13 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from sensitivity.errors import UserError, reason, unknown
+from sensitivity.fields import MISSING, Misfit, not_a_file
 from sensitivity.tasks.boxes import Regions
 
+SLIMMEST = 200  # to one: a line of pixels whose short side is enlarged to a model's fills gigabytes
 SPLITS = ("evaluation", "calibration")
 SHORT = "\nAnswer the question using a single word or phrase."  # after a question, as in LLaVA-1.5 and GeoChat
 
@@ -128,15 +132,28 @@ def open_image(source: NDArray[np.uint8] | Stored) -> Image.Image:
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
     try:
-        with Image.open(stream(source)) as image:
+        with opened(source) as image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16 bits a channel; convert() would clip them to white
                 return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")
             return upright.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"no image at {source}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except Exception as error:  # on a damaged file, each of Pillow's readers has errors of its own
         raise UserError(f"cannot read the image {source}: {reason(error)}") from error
+
+
+@contextmanager
+def opened(source: Stored) -> Iterator[Image.Image]:
+    """A picture whose size is known and whose pixels are not read yet; what is no file is not waited for."""
+    if isinstance(source, Path) and (trouble := not_a_file(source)):
+        raise FileNotFoundError(source) if trouble == MISSING else Misfit(trouble)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at twice as much, Pillow refuses
+        with Image.open(stream(source)) as image:
+            if max(image.size) > SLIMMEST * min(image.size):
+                raise Misfit(f"it is {image.width} by {image.height} pixels, and {SLIMMEST} to 1 is the most")
+            yield image
 
 
 def same_image(image: Any) -> Any:

@@ -6,14 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sensitivity import tasks
+from sensitivity.fields import ANY_TEXT, FILE_INSIDE, WHOLE
 from sensitivity.tasks import caption_scores
-from sensitivity.tasks.layout import Flaw, Source
+from sensitivity.tasks.layout import Flaw, Source, each
 
 GET = (
     "download annotations_trainval2017.zip and val2017.zip from cocodataset.org and unpack both there, to have "
     "annotations/captions_val2017.json and val2017/ (train2017 too, to calibrate on training images)"
 )
 PROMPT = "Provide a one-sentence caption for the provided image."
+IMAGE = {"id": WHOLE, "file_name": FILE_INSIDE}
+CAPTION = {"id": WHOLE, "image_id": WHOLE, "caption": ANY_TEXT}
 FILE = "annotations/captions_{}.json"
 
 
@@ -27,13 +30,14 @@ def captions(folder: Path, split: str, n: int, seed: int) -> tasks.Task:
 
 def _rows(source: Source, part: str) -> Iterator[tasks.Example | Flaw]:
     data = source.json(FILE.format(part), "images", "annotations")
-    written: dict[int, list[str]] = {image["id"]: [] for image in data["images"]}
-    for annotation in data["annotations"]:
+    images = list(each(data["images"], "an image", IMAGE))
+    written: dict[int, list[str]] = {image["id"]: [] for image in images}
+    for annotation in each(data["annotations"], "a caption", CAPTION):
         if annotation["image_id"] not in written:
             yield Flaw(str(annotation["id"]), "a caption of an image that is not in the list")
         elif annotation["caption"].strip():
             written[annotation["image_id"]].append(annotation["caption"].strip())
-    for image in data["images"]:
+    for image in images:
         name = str(image["id"])
         if right := tuple(written[image["id"]]):
             yield tasks.Example(name, name, "caption", source.folder / part / image["file_name"], PROMPT, right)

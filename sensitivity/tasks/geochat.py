@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from sensitivity import tasks
+from sensitivity.fields import ANY_TEXT, FILE_INSIDE, NAME, TEXT, Kind
 from sensitivity.tasks import caption_scores
 from sensitivity.tasks import grounding as boxes_found
 from sensitivity.tasks.answers import phrase
 from sensitivity.tasks.boxes import Regions
-from sensitivity.tasks.layout import Flaw, Source
+from sensitivity.tasks.layout import Flaw, Source, each
 
 GET = (
     "download referring.jsonl and region_captioning.jsonl from huggingface.co/datasets/MBZUAI/GeoChat-Bench and "
     "images.zip of GeoChat_Instruct, with all its .png files in one folder named images there"
 )
+ASKED, MORE = {"image_id": FILE_INSIDE, "question": TEXT}, {"type": TEXT, "question_id": NAME}
+TRUE_BOXES = Kind("a list of boxes", lambda value: value == [] or boxes_found.BOXES.fits(value))
 PROMPTS = {"ref": "[refer] Give me the location of <p> {} </p>", "grounding": "[grounding]{}"}
 IDENTIFY = "[identify] What is the object present at {}"
 REFERRING, REGIONS = "referring.jsonl", "region_captioning.jsonl"
@@ -55,25 +58,25 @@ def region_captions(folder: Path, split: str, n: int, seed: int) -> tasks.Task:
 
 
 def _asked(source: Source, lines: Iterator[dict[str, Any]]) -> Iterator[tasks.Example | Flaw]:
-    for number, line in enumerate(lines, start=1):
-        name, image, kind = _name(line, number), str(line.get("image_id", "")), str(line.get("type", "ref"))
+    for number, line in enumerate(each(lines, "a line", ASKED, {**MORE, "ground_truth": TRUE_BOXES}), start=1):
+        name, image, kind = _name(line, number), line["image_id"], line.get("type") or "ref"
         right = boxes_found.polygons(line.get("ground_truth") or [])
         if kind not in PROMPTS:
             yield Flaw(name, f"of a type that is not {' or '.join(PROMPTS)}")
         elif right is None:
             yield Flaw(name, "no true box with an area")
         else:
-            prompt = PROMPTS[kind].format(str(line["question"]).strip())
+            prompt = PROMPTS[kind].format(line["question"].strip())
             yield tasks.Example(name, image, kind, _image(source, image), prompt, (), Regions(0, 0, right))
 
 
 def _described(source: Source, lines: Iterator[dict[str, Any]]) -> Iterator[tasks.Example | Flaw]:
-    for number, line in enumerate(lines, start=1):
-        name, image, right = _name(line, number), str(line.get("image_id", "")), str(line.get("ground_truth") or "")
+    for number, line in enumerate(each(lines, "a line", ASKED, {**MORE, "ground_truth": ANY_TEXT}), start=1):
+        name, image, right = _name(line, number), line["image_id"], line.get("ground_truth") or ""
         if not right.strip():
             yield Flaw(name, "no caption")
         else:
-            prompt = IDENTIFY.format(str(line["question"]).strip())
+            prompt = IDENTIFY.format(line["question"].strip())
             yield tasks.Example(name, image, "region", _image(source, image), prompt, (right.strip(),))
 
 

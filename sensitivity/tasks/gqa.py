@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sensitivity import tasks
+from sensitivity.fields import ANY_TEXT, FILE_INSIDE, OBJECT, TEXT, Misfit, check, shown
 from sensitivity.tasks import vqa_accuracy
 from sensitivity.tasks.layout import Flaw, Source
 
 QUESTIONS = "{}_balanced_questions.json"
+QUESTION, MORE = {"imageId": FILE_INSIDE, "question": TEXT}, {"answer": ANY_TEXT, "types": OBJECT}
 GET = (
     "download questions1.2.zip and images.zip from cs.stanford.edu/people/dorarad/gqa/download.html and unpack them, "
     "to have testdev_balanced_questions.json (val_balanced_questions.json too, to calibrate on) and images/ there"
@@ -24,9 +26,14 @@ def gqa(folder: Path, split: str, n: int, seed: int) -> tasks.Task:
 
 
 def _rows(source: Source, part: str) -> Iterator[tasks.Example | Flaw]:
-    for name, question in source.json(QUESTIONS.format(part)).items():
-        image, answer = str(question["imageId"]), str(question.get("answer") or "").strip()
-        kind = str(question.get("types", {}).get("structural", "all"))  # verify, query, choose, logical, compare
+    every = source.json(QUESTIONS.format(part))
+    if not isinstance(every, dict):
+        raise Misfit(f"where the questions should stand in an object there is {shown(every)}")
+    for name, question in every.items():
+        check(question, QUESTION, MORE, "an entry")
+        image, answer = question["imageId"], (question.get("answer") or "").strip()
+        # verify, query, choose, logical, compare
+        kind = check(question.get("types") or {}, {}, {"structural": TEXT}).get("structural") or "all"
         if not answer:
             yield Flaw(name, "no answer")
         else:

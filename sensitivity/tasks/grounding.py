@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from sensitivity import tasks
 from sensitivity.errors import UserError, reason, unknown
+from sensitivity.fields import NUMBER, Kind, listed
 from sensitivity.tasks.boxes import DECODINGS, Point, Regions, convex, decoded, matches, polygon_iou, written
 
 ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # of EXIF: those that stand upright only after a quarter turn
+MOST = 1000  # corners of a box
 THRESHOLDS = (0.5, 0.25)  # of the intersection over union; the score is at the first
+
+
+def _is_box(value: Any) -> bool:
+    if not isinstance(value, list) or not 3 <= len(value) <= MOST:
+        return False
+    if all(map(NUMBER.fits, value)):
+        return len(value) >= 4 and len(value) % 2 == 0
+    return all(isinstance(point, list) and len(point) == 2 and all(map(NUMBER.fits, point)) for point in value)
+
+
+BOX = Kind("boxes, each [x1, y1, x2, y2] or corners [[x, y], ...]", _is_box)
+BOXES = listed(BOX)
 
 
 def task(
@@ -79,14 +93,24 @@ def sized(example: tasks.Example) -> tasks.Example:
         if isinstance(image, np.ndarray):
             height, width = image.shape[:2]
         else:
-            with Image.open(tasks.stream(image)) as opened:
-                width, height = opened.size
-                if opened.getexif().get(ORIENTATION, 1) in LYING:
+            with tasks.opened(image) as picture:
+                width, height = picture.size
+                if picture.getexif().get(ORIENTATION, 1) in LYING:
                     width, height = height, width
-    except (OSError, SyntaxError) as error:
+    except Exception as error:  # on a damaged file, each of Pillow's readers has errors of its own
         raise UserError(f"cannot read the image {image}: {reason(error)}") from error
     text = "".join(written(polygon, width, height) for polygon in known.polygons)
     return replace(example, answers=example.answers or (text,), regions=Regions(width, height, known.polygons))
+
+
+def outside(example: tasks.Example) -> str | None:
+    """The size of an image that one of its boxes does not touch at all; None where all do."""
+    known = _regions(example)
+    for polygon in known.polygons:
+        (left, right), (top, bottom) = ((min(ends), max(ends)) for ends in zip(*polygon, strict=True))
+        if right <= 0 or bottom <= 0 or left >= known.width or top >= known.height:
+            return f"{known.width} by {known.height} pixels"
+    return None
 
 
 def polygons(boxes: Sequence[Sequence[float | Sequence[float]]]) -> tuple[tuple[Point, ...], ...] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 
 from sensitivity import tasks
 from sensitivity.errors import UserError
+from sensitivity.fields import Kind, Misfit, check, content, not_a_file, parsed, read, shown
 from sensitivity.tasks import images
 
 SHARE = 0.02  # of a data set's examples, which may be left out with a note; more is refused
@@ -66,8 +67,8 @@ class Source:
         """What a file holds; `keys` must be there."""
         path = self.file(name)
         try:
-            found = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
+            found = read(path)
+        except Misfit as error:
             raise UserError(f"cannot read {path} as JSON ({error}); {self.get}") from error
         if keys and not (isinstance(found, dict) and set(keys) <= set(found)):
             raise UserError(f"{path} is not of the {self.name} layout: it has no {' or '.join(keys)}; {self.get}")
@@ -77,8 +78,8 @@ class Source:
         """The objects of the list `key` in a file, one at a time: VQAv2's annotations as a whole fill gigabytes."""
         path = self.file(name)
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = content(path).decode("utf-8-sig")
+        except (Misfit, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {path} as JSON ({error}); {self.get}") from error
         start = re.search(rf'"{key}"\s*:\s*\[', text)
         if start is None:
@@ -87,7 +88,7 @@ class Source:
         while text[at : at + 1] != "]":
             try:
                 one, at = read(text, at)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"cannot read {path} as JSON ({error}); {self.get}") from error
             yield one
             at = _gap(text, at)
@@ -95,13 +96,15 @@ class Source:
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
         """The objects of a JSON Lines file."""
         path = self.file(name)
-        with path.open(encoding="utf-8") as file:
+        if trouble := not_a_file(path):
+            raise UserError(f"cannot read {path}: {trouble}; {self.get}")
+        with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     try:
-                        yield dict(json.loads(line))
-                    except (TypeError, ValueError) as error:
-                        raise UserError(f"{path}, line {number} is not a JSON object; {self.get}") from error
+                        yield check(parsed(line), {})
+                    except Misfit as error:
+                        raise UserError(f"{path}, line {number} is not a JSON object ({error}); {self.get}") from error
 
     def part(self, split: str, names: Sequence[str] = ("",), files: Sequence[str] = ()) -> Part:
         """Of the parts `names`, the first is evaluated on; of the others, the first whose files are here calibrates.
@@ -139,11 +142,9 @@ class Source:
                     flaws.append(row)
                 elif part.has(row.cluster):
                     good.append(row)
-        except (KeyError, TypeError, AttributeError) as error:
-            what = f"an entry has no {error}" if isinstance(error, KeyError) else f"an entry is wrong ({error})"
-            raise UserError(
-                f"{self.name} in {self.folder} is not of the official layout: {what}; {self.get}"
-            ) from error
+        except Misfit as error:
+            why = f"{self.name} in {self.folder} is not of the official layout: {error}; {self.get}"
+            raise UserError(why) from error
         notes = [*part.note, *self.tolerated(flaws, len(flaws) + len(good))]
         good.sort(key=lambda example: example.id)  # the sample does not depend on the order of a file or a folder
         chosen = draw(good, n, seed, f"{self.name} in {self.folder}", part.split)
@@ -171,6 +172,15 @@ class Source:
                 f"{self.name} in {self.folder}: {'; '.join(notes)}; at most {SHARE:.0%} may be left out; {self.get}"
             )
         return notes
+
+
+def each(entries: Any, what: str, required: Mapping[str, Kind], optional: Mapping[str, Kind] = {}) -> Iterator[Any]:
+    """The entries of a list, objects whose fields are of these kinds: what names one of them."""
+    if isinstance(entries, list | tuple | Iterator):
+        for entry in entries:
+            yield check(entry, required, optional, what)
+    else:
+        raise Misfit(f"where {what} should stand in a list there is {shown(entries)}")
 
 
 def _named(example: tasks.Example) -> str:

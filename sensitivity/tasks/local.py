@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import codecs
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sensitivity import tasks
 from sensitivity.errors import UserError
+from sensitivity.fields import ANY_TEXT, FILE, NAME, TEXT, Misfit, check, content, either, listed, one_of, parsed
 from sensitivity.tasks import caption_scores, grounding, layout, saved, vqa_accuracy
 from sensitivity.tasks.boxes import Regions
 
 NEEDS = 'each line is like {"image": "a.jpg", "prompt": "What is this?", "answers": ["a cat"]}'
 BOXES = 'each line is like {"image": "a.jpg", "prompt": "Where is it?", "boxes": [[10, 20, 50, 60]]}, in pixels'
+SAID = either(ANY_TEXT, listed(ANY_TEXT))  # an empty answer is refused in words of its own
+ASKED = {"prompt": ANY_TEXT}
+ABOUT = {"id": NAME, "kind": TEXT, "split": one_of(*tasks.SPLITS)}
 FEWEST = 4  # answers for the accuracy of VQA: with one left out, three others must be able to agree
 
 Scorer = Callable[[str, tuple[tasks.Example, ...], tuple[str, ...]], tasks.Task]
@@ -79,6 +83,11 @@ def made(
     examples, notes = source.seen(chosen)
     if scorer == "iou":
         examples = tuple(map(grounding.sized, examples))
+        for example in examples:
+            if astray := grounding.outside(example):
+                raise UserError(
+                    f"{path}: example {example.id} has a box outside of its image, which is {astray}; {BOXES}"
+                )
     if score is not None:
         return tasks.Task(path.stem, examples, score, notes=notes)
     return SCORERS[scorer](path.stem, examples, notes)
@@ -88,40 +97,53 @@ def lines_of(path: Path, boxes: bool = False) -> Iterator[dict[str, Any]]:
     """The lines as objects, each with its number and split."""
     needs, right = (BOXES, "boxes") if boxes else (NEEDS, "answers")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
+        every = content(path).split(b"\n")  # and at nothing else: JSON may hold U+2028 and U+0085 as they are
+    except Misfit as error:
+        raise UserError(f"cannot read {path}: {error}; {needs}") from error
+    for number, line in enumerate(every, start=1):
         try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON ({error.msg}); {needs}") from error
+            if not line.removeprefix(codecs.BOM_UTF8).strip():
+                continue
+            fields = parsed(line)
+        except Misfit as error:
+            raise UserError(f"{path}, line {number} is not JSON ({error}); {needs}") from error
         given = fields if isinstance(fields, dict) else {}
-        if missing := [name for name in ("image", "prompt", right) if not given.get(name)]:
+        if missing := [name for name in ("image", "prompt", right) if given.get(name) in (None, "", [])]:
             raise UserError(f"{path}, line {number} lacks {' and '.join(missing)}; {needs}")
-        yield {"split": "evaluation", **fields, "number": number}
+        try:
+            check(given, {"image": FILE, **ASKED}, ABOUT)
+        except Misfit as error:
+            raise UserError(f"{path}, line {number}: {error}; {needs}") from error
+        yield {**given, "split": given.get("split") or "evaluation", "number": number}
 
 
 def _example(path: Path, fields: dict[str, Any], boxes: bool) -> tasks.Example:
+    line, needs = f"{path}, line {fields['number']}", BOXES if boxes else NEEDS
+    try:
+        check(
+            fields,
+            {**ASKED, **({"boxes": grounding.BOXES} if boxes else {"answers": SAID})},
+            {**ABOUT, "answers": SAID},
+        )
+    except Misfit as error:
+        raise UserError(f"{line}: {error}; {needs}") from error
     given = fields.get("answers") or ()
-    answers = (given,) if isinstance(given, str) else tuple(str(answer) for answer in given)
-    if not boxes and not all(answer.strip() for answer in answers):
-        raise UserError(f"{path}, line {fields['number']} has an empty answer; {NEEDS}")
+    answers = (given,) if isinstance(given, str) else tuple(given)
+    if not all(answer.strip() for answer in answers) or not (answers or boxes):
+        raise UserError(f"{line} has an empty answer; {needs}")
     regions = None
     if boxes:
         whole = grounding.polygons(fields["boxes"])
         if whole is None:
-            raise UserError(f"{path}, line {fields['number']} has a box without an area; {BOXES}")
+            raise UserError(f"{line} has a box without an area; {needs}")
         regions = Regions(0, 0, whole)
-    image = fields["image"]
+    image, name = fields["image"], fields.get("id")
     return tasks.Example(
-        id=str(fields.get("id", f"line-{fields['number']:06d}")),
+        id=f"line-{fields['number']:06d}" if name is None else str(name),
         cluster=str(image),
-        kind=str(fields.get("kind", "all")),
+        kind=fields.get("kind") or "all",
         image=path.parent / image if isinstance(image, str) else image,
-        prompt=str(fields["prompt"]),
+        prompt=fields["prompt"],
         answers=answers,
         regions=regions,
     )

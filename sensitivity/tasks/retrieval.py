@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +10,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sensitivity.errors import UserError
+from sensitivity.fields import ANY_TEXT, FILE_INSIDE, TEXT, Kind, listed
 from sensitivity.tasks import SPLITS, Example, Gallery, Metric, Stored, Task, scenes
-from sensitivity.tasks.layout import Flaw, Source
+from sensitivity.tasks.layout import Flaw, Source, each
 
 GET = (
     "download dataset_flickr30k.json (Karpathy's splits, caption_datasets.zip of cs.stanford.edu/people/karpathy/"
     "deepimagesent) and the Flickr30k images (shannon.cs.illinois.edu/DenotationGraph), as flickr30k-images/ there"
 )
 FILE, IMAGES = "dataset_flickr30k.json", "flickr30k-images"
+SENTENCE = Kind("a sentence", lambda value: isinstance(value, dict) and ANY_TEXT.fits(value.get("raw")))
+LISTED = {"filename": FILE_INSIDE, "split": TEXT, "sentences": listed(SENTENCE, 0)}
 PARTS = {"evaluation": "test", "calibration": "train"}  # val is left for choosing settings
 RANKS = (1, 5, 10)
 WAYS = ("text", "image")  # what is looked for: the captions of an image, or the image of a caption
@@ -38,20 +41,22 @@ def flickr30k(folder: Path, split: str = "evaluation", n: int = 1000, seed: int 
     """n images (all 1,000 of the test part by default) with all their captions."""
     assert split in SPLITS
     source = Source("flickr30k", folder, GET)
-    listed = source.json(FILE, "images")["images"]
+    every = source.json(FILE, "images")["images"]
     source.file(IMAGES)
-    rows: list[Example | Flaw] = []
-    for image in listed:
-        name = str(image["filename"])
-        if image["split"] == PARTS[split]:
-            words = tuple(text for one in image["sentences"] if (text := str(one["raw"]).strip()))
-            file = source.folder / IMAGES / name
-            rows.append(Example(name, name, "caption", file, "", words) if words else Flaw(name, "no caption"))
     part = source.part(split, ("test", "train"))
-    examples, notes = source.drawn(rows, part, n, seed)
+    examples, notes = source.drawn(_rows(source, every, PARTS[split]), part, n, seed)
     captions = tuple(text for example in examples for text in example.answers)
     owner = tuple(index for index, example in enumerate(examples) for _ in example.answers)
     return Pairs(tuple(e.image for e in examples if isinstance(e.image, Path)), captions, owner, notes)
+
+
+def _rows(source: Source, every: object, part: str) -> Iterator[Example | Flaw]:
+    for image in each(every, "an image", LISTED):
+        name = image["filename"]
+        if image["split"] == part:
+            words = tuple(text for one in image["sentences"] if (text := one["raw"].strip()))
+            file = source.folder / IMAGES / name
+            yield Example(name, name, "caption", file, "", words) if words else Flaw(name, "no caption")
 
 
 def of_flickr30k(folder: Path, split: str, n: int, seed: int) -> Task:

@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from sensitivity import tasks
+from sensitivity.fields import ANY_TEXT, FLAG, TEXT, WHOLE, check
 from sensitivity.tasks.answers import squeezed
-from sensitivity.tasks.layout import Flaw, Source
+from sensitivity.tasks.layout import Flaw, Source, each
 
 KINDS = ("presence", "comp", "rural_urban")  # as in GeoChat's tables; in the data files also count and area
+STATE = {"active": FLAG}
+ANSWER = {"question_id": WHOLE, "answer": ANY_TEXT}
+QUESTION = {"id": WHOLE, "img_id": WHOLE, "type": TEXT, "question": TEXT}
 GET_LR = "download all files of zenodo.org/records/6344334 and unpack Images_LR.zip there"
 GET_HR = "download all files of zenodo.org/records/6344367 and unpack Images.tar (a folder Data) there"
 
@@ -39,11 +43,14 @@ def _task(
 
 def _rows(source: Source, prefix: str, images: Path) -> Iterator[tasks.Example | Flaw]:
     said = {}
-    for one in source.records(f"{prefix}_answers.json", "answers"):
+    for one in each(source.records(f"{prefix}_answers.json", "answers"), "an answer", {}, STATE):
         if one.get("active"):  # what was taken back stays in the files as an id alone
-            said[one["question_id"]] = str(one["answer"]).strip()
-    for question in source.records(f"{prefix}_questions.json", "questions"):
-        if not question.get("active") or question["type"] not in KINDS:
+            check(one, ANSWER, {}, "an answer")
+            said[one["question_id"]] = one["answer"].strip()
+    for question in each(source.records(f"{prefix}_questions.json", "questions"), "a question", {}, STATE):
+        if not question.get("active"):
+            continue
+        if check(question, QUESTION, {}, "a question")["type"] not in KINDS:
             continue
         name, image = str(question["id"]), str(question["img_id"])
         if not said.get(question["id"]):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sensitivity.errors import UserError, reason
+from sensitivity.fields import Misfit, content
 from sensitivity.tasks import layout
 
 NEEDS = (
@@ -29,7 +30,9 @@ class Cell:
 
     def read_bytes(self) -> bytes:
         stored = self.rows[self.number]["image"]
-        return bytes(stored["bytes"]) if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
+        if not isinstance(stored, dict):
+            raise Misfit("there is no image")
+        return bytes(stored["bytes"]) if stored["bytes"] is not None else content(Path(stored["path"]))
 
     def resolve(self) -> str:
         return self.name
@@ -47,7 +50,7 @@ def lines_of(folder: Path, split: str, boxes: bool) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(rows.remove_columns(["image"])):
         cell = Cell(images, number, f"{folder.name}/{part.name}/{row.get('image_id') or ''}")
         if row.get("image_id") is None:
-            cell = Cell(images, number, cell.name + hashlib.sha256(cell.read_bytes()).hexdigest()[:16])
+            cell = Cell(images, number, cell.name + _mark(cell))
         if part.has(cell.name):
             line = {name: row[name] for name in ("id", "kind") if row.get(name) is not None}
             asked = {"image": cell, "prompt": row[prompt], "boxes" if boxes else "answers": row[right]}
@@ -61,7 +64,7 @@ def _rows(folder: Path, split: str) -> tuple[layout.Part, Any]:
 
     try:
         found = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of datasets, Arrow, JSON; a folder may be damaged in many ways
         raise UserError(f"cannot read {folder} as a saved data set ({reason(error)}); {NEEDS}") from error
     part = layout.Part("all", split, hashed=True)
     if isinstance(found, datasets.DatasetDict):
@@ -72,7 +75,19 @@ def _rows(folder: Path, split: str) -> tuple[layout.Part, Any]:
         part = layout.Part("train" if apart and split == "calibration" else known[0], split, hashed=not apart)
         found = found[part.name]
     _column(folder, found, "image")
-    return part, found.cast_column("image", datasets.Image(decode=False))
+    try:
+        return part, found.cast_column("image", datasets.Image(decode=False))
+    except Exception as error:
+        why = f"the column image of {folder} holds no images ({reason(error)}); {NEEDS}"
+        raise UserError(why) from error
+
+
+def _mark(cell: Cell) -> str:
+    """An image's own name, by its content; one that cannot be read is left out later, and has its row's number."""
+    try:
+        return hashlib.sha256(cell.read_bytes()).hexdigest()[:16]
+    except (Misfit, TypeError, OSError):
+        return f"row-{cell.number}"
 
 
 def _column(folder: Path, rows: Any, *names: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sensitivity import tasks
 from sensitivity.errors import UserError
+from sensitivity.fields import TEXT
 from sensitivity.tasks.layout import Flaw, Source
 from sensitivity.tasks.rsvqa import match
 
@@ -36,6 +37,8 @@ def _task(source: Source, split: str, n: int, seed: int) -> tasks.Task:
     )
     rows: Iterator[tasks.Example | Flaw] = (
         tasks.Example(f"{name}/{file.name}", f"{name}/{file.name}", "scene", file, prompt, (name,))
+        if TEXT.fits(f"{name}/{file.name}")
+        else Flaw(ascii(f"{name}/{file.name}"), "a file whose name is not UTF-8")
         for name, files in classes.items()
         for file in files
     )
@@ -49,5 +52,5 @@ def _classes(source: Source) -> dict[str, list[Path]]:
     return {
         folder.name: sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
         for folder in sorted(source.folder.iterdir())
-        if folder.is_dir() and not folder.name.startswith(".")
+        if folder.is_dir() and not folder.name.startswith(".") and TEXT.fits(folder.name)
     }

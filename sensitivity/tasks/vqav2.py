@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from sensitivity import tasks
+from sensitivity.fields import ANY_TEXT, COUNT, TEXT, WHOLE, Kind, listed
 from sensitivity.tasks import vqa_accuracy
-from sensitivity.tasks.layout import Flaw, Source
+from sensitivity.tasks.layout import Flaw, Source, each
 
+QUESTION = {"question_id": WHOLE, "image_id": COUNT, "question": TEXT}
+ANSWER = Kind("an answer in text", lambda value: isinstance(value, dict) and ANY_TEXT.fits(value.get("answer")))
+ANNOTATION, MORE = {"question_id": WHOLE, "image_id": COUNT, "answers": listed(ANSWER, 0)}, {"answer_type": TEXT}
 QUESTIONS = "v2_OpenEnded_mscoco_{}_questions.json"
 ANNOTATIONS = "v2_mscoco_{}_annotations.json"
 GET = (
@@ -30,12 +34,12 @@ def vqav2(folder: Path, split: str, n: int, seed: int) -> tasks.Task:
 
 def _rows(source: Source, part: str) -> Iterator[tasks.Example | Flaw]:
     said = {
-        one["question_id"]: (one["image_id"], sys.intern(one.get("answer_type", "all")), _people(one))
-        for one in source.records(ANNOTATIONS.format(part), "annotations")
+        one["question_id"]: (one["image_id"], sys.intern(one.get("answer_type") or "all"), _people(one))
+        for one in each(source.records(ANNOTATIONS.format(part), "annotations"), "an annotation", ANNOTATION, MORE)
     }
     seen = set()
     pictures: dict[int, tuple[str, Path]] = {}  # one name and one path for all questions about an image
-    for question in source.records(QUESTIONS.format(part), "questions"):
+    for question in each(source.records(QUESTIONS.format(part), "questions"), "a question", QUESTION):
         name, image = str(question["question_id"]), question["image_id"]
         seen.add(question["question_id"])
         about, kind, right = said.get(question["question_id"], (None, "", ()))

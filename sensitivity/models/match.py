@@ -1,0 +1,88 @@
+"""Whether a checkpoint's tensors are those that its config asks for: by names, shapes and types, before any is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sensitivity.components import natural
+from sensitivity.errors import UserError
+
+Shape = tuple[int, ...]
+ROOM = 2**30  # numbers in all buffers together, which no file holds; models have thousands
+HOW = {
+    "lacks": "lacks",
+    "unknown": "has unknown",
+    "shape": "has, of another shape than its config says,",
+}
+
+
+def check_tensors(skeleton: nn.Module, stored: Mapping[str, tuple[torch.dtype, Shape]], name: str) -> None:
+    """Refuse what would fill memory with other weights than the stored ones, or take rounded weights for whole ones.
+
+    The skeleton is the model without its weights. Tensors that it has no place for are found when it is filled.
+    """
+    rename = renaming(skeleton)
+    every = dict(skeleton.named_parameters(remove_duplicate=False))  # tied ones by each of their names
+    found: set[int] = set()
+    rounded, misshapen = [], []
+    for key, (dtype, shape) in stored.items():
+        known, converted = rename(key)
+        if (parameter := every.get(known)) is None:
+            continue
+        found.add(id(parameter))
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            rounded.append((key, str(dtype).removeprefix("torch.")))
+        elif not converted and tuple(parameter.shape) != shape:
+            misshapen.append(known)
+    if rounded:
+        key, dtype_name = rounded[0]
+        raise UserError(
+            f"{name} stores {key} and {len(rounded) - 1} more weights as {dtype_name}, and its config.json has no "
+            "quantization_config that says what they mean; give the model at full precision, in 16 or 32 bits"
+        )
+    refuse(skeleton, name, "shape", misshapen)
+    spare = [re.compile(one) for one in getattr(skeleton, "_keys_to_ignore_on_load_missing", None) or ()]
+    lacking = [path for path, parameter in skeleton.named_parameters() if id(parameter) not in found]
+    refuse(skeleton, name, "lacks", [path for path in lacking if not any(one.search(path) for one in spare)])
+    if (room := sum(buffer.numel() for buffer in skeleton.buffers())) > ROOM:
+        raise UserError(
+            f"config.json of {name} asks for tables of {room:,} numbers beside the weights, and at most {ROOM:,} are "
+            "believed; mend its sizes (image_size, max_position_embeddings, rope_parameters)"
+        )
+
+
+def refuse(model: nn.Module, name: str, how: str, keys: Iterable[str]) -> None:
+    """The error for tensors that a checkpoint lacks, has beside the model's, or has in another shape; none for none."""
+    if ordered := sorted(keys, key=natural):
+        some = few(ordered)
+        raise UserError(
+            f"the checkpoint of {name} {HOW[how]} tensors for {type(model).__name__}: {some}; "
+            "fetch it again, or mend its config.json"
+        )
+
+
+def few(ordered: list[str]) -> str:
+    return ", ".join(ordered[:8]) + (f" and {len(ordered) - 8} more" if len(ordered) > 8 else "")
+
+
+def renaming(skeleton: nn.Module) -> Callable[[str], tuple[str, bool]]:
+    """Checkpoint key to parameter name, as transformers renames on loading, and whether the tensor is changed then."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping: Any = get_model_conversion_mapping(skeleton)  # type: ignore[arg-type]
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    there: dict[str, Any] = skeleton.state_dict()
+
+    def rename(key: str) -> tuple[str, bool]:
+        prefix = getattr(skeleton, "base_model_prefix", None)
+        known, converted = rename_source_key(key, renamings, converters, prefix, there)
+        return str(known), converted is not None
+
+    return rename
