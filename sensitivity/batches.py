@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sensitivity import searching
 from sensitivity.answer_tokens import plainly_greedy, target, without_image
-from sensitivity.errors import UserError
+from sensitivity.errors import UserError, reason
 from sensitivity.models import VLM
 from sensitivity.tasks import GALLERIES, SEARCHES, SHORT, Example, Task, open_image, same_image
 
@@ -81,13 +81,20 @@ def _gallery(vlm: VLM, task: Task) -> Batch:
 
 def _whole(vlm: VLM, examples: tuple[Example, ...]) -> Batch:
     vlm.processor.tokenizer.padding_side = "left"
-    inputs = vlm.processor(
-        images=[[open_image(example.image)] for example in examples],
-        text=[prompt_text(vlm, example) for example in examples],
-        padding=True,
-        return_tensors="pt",
-    )
+    images = [[open_image(example.image)] for example in examples]
+    texts = [prompt_text(vlm, example) for example in examples]
+    inputs = _processed(vlm, images, texts, padding=True, return_tensors="pt")
     return Batch(examples, _read(inputs), targets=[target(vlm, example) for example in examples])
+
+
+def _processed(vlm: VLM, images: list[list[Any]], texts: list[str], **how: Any) -> Any:
+    try:
+        return vlm.processor(images=images, text=texts, **how)
+    except Exception as error:  # each family's processor has errors of its own
+        raise UserError(
+            f"the processor of {vlm.name} cannot make the model's input from a picture and a prompt ({reason(error)}); "
+            "fetch its preprocessor_config.json and processor_config.json again"
+        ) from error
 
 
 def _read(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -124,10 +131,10 @@ class _Image:
 def _image(vlm: VLM, examples: tuple[Example, ...]) -> _Image | None:
     """None if a prompt does not go on after its image, or not all prompts begin alike."""
     picture, texts = open_image(examples[0].image), [prompt_text(vlm, example) for example in examples]
-    inputs = _read(vlm.processor(images=[[picture]], text=texts[:1], return_tensors="pt"))
+    inputs = _read(_processed(vlm, [[picture]], texts[:1], return_tensors="pt"))
     prompts = [inputs["input_ids"][0].tolist()]
     if texts[1:]:
-        prompts += map(list, vlm.processor(images=[[picture]] * len(texts[1:]), text=texts[1:])["input_ids"])
+        prompts += map(list, _processed(vlm, [[picture]] * len(texts[1:]), texts[1:])["input_ids"])
     first, image, shape = prompts[0], vlm.model.config.image_token_id, inputs["input_ids"].shape
     end = len(first) - first[::-1].index(image) if image in first else 0
     if not end or any(ids[:end] != first[:end] or not ids[end:] or image in ids[end:] for ids in prompts):
@@ -155,7 +162,13 @@ def prompt_text(vlm: VLM, example: Example) -> str:
     if getattr(vlm.processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": example.prompt}]
         chat = [{"role": "user", "content": content}]
-        return str(vlm.processor.apply_chat_template(chat, add_generation_prompt=True))
+        try:
+            return str(vlm.processor.apply_chat_template(chat, add_generation_prompt=True))
+        except Exception as error:  # of Jinja, or raised by the template itself
+            raise UserError(
+                f"the chat template of {vlm.name} cannot be filled ({reason(error)}); fetch chat_template.jinja, or "
+                "whichever of its files has the template, again"
+            ) from error
     if example.kind == "caption" and vlm.family.caption is not None:
         return vlm.family.caption
     question = example.prompt.removesuffix(SHORT) if vlm.family.brief else example.prompt

@@ -16,7 +16,7 @@ import torch
 from sensitivity.batches import Batch, batches
 from sensitivity.components import ComponentMap
 from sensitivity.contenders import Until, contenders
-from sensitivity.errors import Notice, UserError
+from sensitivity.errors import Notice, UserError, reason
 from sensitivity.evaluate import Rows, answer, rows_of
 from sensitivity.models import VLM
 from sensitivity.plan import Plan
@@ -75,6 +75,26 @@ def run(
     trial.prepare(plans)
     study.enqueue([first, *sorted(plans, key=_path)])
     return _walk(study, trial, (), until or Until())
+
+
+def check_runs(vlm: VLM, tasks: Sequence[Task]) -> None:
+    """Whether the model takes an example of each task at all, before anything of a study is written.
+
+    A processor, a template or a config can be right in each of its words and still belong to another model.
+    """
+    for task in tasks:
+        first = [example for example in task.examples if example.cluster == task.examples[0].cluster]
+        one = replace(task, examples=tuple(first if task.gallery else first[:1]), max_new_tokens=1)
+        try:
+            for batch in batches(vlm, one):
+                answer(vlm, one, batch)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # wherever in its model a shape or an index first does not fit
+            raise UserError(
+                f"{vlm.name} cannot be run on the first example of {task.name} ({reason(error)}); most often its "
+                "processor or tokenizer is another model's, or its config.json was changed: fetch them again"
+            ) from error
 
 
 def _path(plan: Plan) -> list[str]:

@@ -23,7 +23,7 @@ from sensitivity.quantize.cache import Cache, home
 from sensitivity.recommended import Proposed, proposed, recommended, remember
 from sensitivity.report import report
 from sensitivity.search import Plans, plans
-from sensitivity.sweep import MEMORY_GB, Step, identity, versions
+from sensitivity.sweep import MEMORY_GB, Step, check_runs, identity, versions
 from sensitivity.sweep import run as run_plans
 from sensitivity.tasks import Task, distinct
 from sensitivity.tasks import task as find_task
@@ -102,6 +102,7 @@ def sweeping(
     limit = Until.parse(until)
     chosen = [find_task(name, "evaluation", n, seed, whole) for name in dict.fromkeys(tasks)]
     distinct(chosen, list(dict.fromkeys(tasks)))
+    check_runs(vlm, chosen)
     facts = identity(vlm, chosen, tasks, n, seed) | ({"whole_answers": True} if whole else {})
     study = Study.create(out, parts, [task.name for task in chosen], facts, storage)
     if callable(plans):

@@ -11,15 +11,25 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.import_utils import is_torchvision_available
 
 from sensitivity.errors import UserError, reason
+from sensitivity.fields import MISSING, not_a_file
+from sensitivity.models.checkpoint import described
 
 FILES = ("processor_config.json", "preprocessor_config.json")
+LONGEST_SIDE = 8192  # pixels of a model's input: more is an error, and fills memory before a model could say so
+LARGEST_AREA = LONGEST_SIDE**2  # where sizes are numbers of pixels, as with Qwen2-VL
+MOST_TOKENS = 2**16  # for an image: as many words are written into each prompt
+SIDES = ("size", "crop_size", "max_image_size", "pad_size", "min_pixels", "max_pixels")
+TOKENS = ("image_seq_length", "image_seq_len", "num_query_tokens", "num_additional_image_tokens")
 HOW: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 
 def processor_of(folder: Path, name: str, config: Any) -> Any:
     """The processor that lies in a folder; None where there is none."""
-    if not any((folder / file).exists() for file in FILES):
+    there = [folder / file for file in FILES if not_a_file(folder / file) != MISSING]
+    if not there:
         return None
+    for file in there:
+        _check_sizes(described(file, name), file.name, name)
     found = PROCESSOR_MAPPING.get(type(config), None)
     silent = isinstance(found, type) and "video_processor" in _parts(found) and not is_torchvision_available()
     try:
@@ -31,6 +41,20 @@ def processor_of(folder: Path, name: str, config: Any) -> Any:
         raise UserError(f"the processor of {name} cannot be loaded ({reason(error)})") from error
     _check_image_token(processor, config, name)
     return processor
+
+
+def _check_sizes(settings: dict[str, Any], file: str, name: str) -> None:
+    """No size or count that fills memory when the first picture is made ready."""
+    inside = settings.get("image_processor")
+    every = {**settings, **(inside if isinstance(inside, dict) else {})}
+    limit = LARGEST_AREA if "merge_size" in every or "min_pixels" in every else LONGEST_SIDE
+    for key, most in (*((side, limit) for side in SIDES), *((count, MOST_TOKENS) for count in TOKENS)):
+        value = every.get(key)
+        for number in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(number, int | float) and not 0 <= number <= most:
+                raise UserError(
+                    f"{file} of {name} has {number} in {key}, and 0 to {most:,} is possible; fetch it again"
+                )
 
 
 def _parts(processor: Any) -> list[str]:
@@ -66,7 +90,7 @@ def _check_image_token(processor: Any, config: Any, name: str) -> None:
     said = str(getattr(token, "content", token))
     if token is not None and said not in tokenizer.get_vocab():
         why = f"does not know '{said}', which marks images in a prompt"
-    elif tokenizer.convert_ids_to_tokens(wanted) is None:
+    elif not 0 <= wanted < len(tokenizer):
         why = f"has no word number {wanted}, by which config.json marks images (image_token_id)"
     else:
         return
