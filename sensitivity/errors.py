@@ -30,4 +30,5 @@ def reason(error: BaseException) -> str:
     told = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
     if isinstance(error, LookupError) and not isinstance(error, UserError):  # else no more than a name or a number
         told = f"{type(error).__name__}: {told}"
+    told = told.encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair cannot be printed
     return told if len(told) <= LONGEST else f"{told[:LONGEST]}..."

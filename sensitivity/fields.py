@@ -107,6 +107,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
+def cut(text: str) -> str:
+    """A name as a message repeats it."""
+    return text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]}..."
+
+
 def parsed(text: str | bytes) -> Any:
     """What JSON says, with or without a byte-order mark; NaN is none, and nothing is nested beyond reason."""
     try:

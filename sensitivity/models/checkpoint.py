@@ -27,6 +27,7 @@ from sensitivity.fields import (
     Kind,
     Misfit,
     check,
+    cut,
     either,
     listed,
     not_a_file,
@@ -154,7 +155,7 @@ def shards_of(index: Path, name: str) -> list[Path]:
     except Misfit as error:
         raise UserError(f"{index.name} of {name} cannot be used: {error}; fetch it again") from error
     files = sorted({index.parent / shard for shard in found.values()})
-    if missing := [file.name for file in files if not_a_file(file) == MISSING]:
+    if missing := [cut(file.name) for file in files if not_a_file(file) == MISSING]:
         raise UserError(f"{name} lacks {', '.join(missing[:8])}, which its index names; fetch the missing files")
     return files
 

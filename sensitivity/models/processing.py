@@ -88,10 +88,12 @@ def _check_image_token(processor: Any, config: Any, name: str) -> None:
         return
     token = getattr(processor, "image_token", None)
     said = str(getattr(token, "content", token))
-    if token is not None and said not in tokenizer.get_vocab():
+    if token is not None and said not in (known := tokenizer.get_vocab()):
         why = f"does not know '{said}', which marks images in a prompt"
     elif not 0 <= wanted < len(tokenizer):
         why = f"has no word number {wanted}, by which config.json marks images (image_token_id)"
+    elif token is not None and known[said] != wanted:
+        why = f"has '{said}', which marks images in a prompt, as word {known[said]}, and config.json has {wanted}"
     else:
         return
     raise UserError(f"the tokenizer of {name} {why}; fetch the tokenizer's files again")

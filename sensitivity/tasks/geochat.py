@@ -82,7 +82,8 @@ def _described(source: Source, lines: Iterator[dict[str, Any]]) -> Iterator[task
 
 def _name(line: dict[str, Any], number: int) -> str:
     """The files' question ids, where they have any, are not unique over types; lines are."""
-    return f"{line.get('question_id', 'line')}-{number:05d}"
+    question = line.get("question_id")
+    return f"{'line' if question is None else question}-{number:05d}"
 
 
 def _image(source: Source, name: str) -> Path:

@@ -14,7 +14,7 @@ import numpy as np
 
 from sensitivity import tasks
 from sensitivity.errors import UserError
-from sensitivity.fields import Kind, Misfit, check, content, not_a_file, parsed, read, shown
+from sensitivity.fields import Kind, Misfit, check, content, cut, not_a_file, parsed, read, shown
 from sensitivity.tasks import images
 
 SHARE = 0.02  # of a data set's examples, which may be left out with a note; more is refused
@@ -185,7 +185,7 @@ def each(entries: Any, what: str, required: Mapping[str, Kind], optional: Mappin
 
 def _named(example: tasks.Example) -> str:
     """An example with its image's file, where it has one."""
-    return f"{example.id}: {example.image.name}" if isinstance(example.image, Path) else example.id
+    return f"{cut(example.id)}: {cut(example.image.name)}" if isinstance(example.image, Path) else cut(example.id)
 
 
 def _gap(text: str, at: int) -> int:
