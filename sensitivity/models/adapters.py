@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sensitivity.errors import UserError, reason
-from sensitivity.fields import FILE, FOLDER, MISSING, Misfit, check, not_a_file
+from sensitivity.fields import FILE, FOLDER, MISSING, Misfit, check, cut, not_a_file
 from sensitivity.models.checkpoint import described, find, header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -83,7 +83,7 @@ def base_of(config: dict[str, Any], folder: Path, name: str) -> str:
     try:
         find(base, config_only=True)
     except UserError as error:
-        why = f"{name} is an adapter for {base}, which cannot be had"
+        why = f"{name} is an adapter for {cut(base)}, which cannot be had"
         raise UserError(f"{why} ({error}); type {name}@FOLDER, where FOLDER holds that model") from error
     return str(base)
 

@@ -83,17 +83,17 @@ def find(name: str, config_only: bool = False) -> Path:
     if trouble == FOLDER:
         return folder
     if trouble != MISSING:
-        raise UserError(f"'{name}' is a file; give the folder it lies in")
+        raise UserError(f"'{cut(name)}' is a file; give the folder it lies in")
     instead = f"give a folder with config.json and *.safetensors, or {_embedded()}"
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise UserError(f"there is no folder '{name}'; {instead}")
+        raise UserError(f"there is no folder '{cut(name)}'; {instead}")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=CONFIGS if config_only else WANTED))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"'{name}' is neither a folder here nor a model that could be had from the hub ({reason(error)}); {instead}"
+            f"'{cut(name)}' is neither a folder here nor a model that could be had from the hub ({reason(error)}); {instead}"
         ) from error
 
 
