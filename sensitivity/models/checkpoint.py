@@ -92,9 +92,8 @@ def find(name: str, config_only: bool = False) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=CONFIGS if config_only else WANTED))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"'{cut(name)}' is neither a folder here nor a model that could be had from the hub ({reason(error)}); {instead}"
-        ) from error
+        why = f"'{cut(name)}' is neither a folder here nor a model that could be had from the hub ({reason(error)})"
+        raise UserError(f"{why}; {instead}") from error
 
 
 def _embedded() -> str:
