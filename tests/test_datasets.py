@@ -269,7 +269,7 @@ def test_lines_without_boxes_are_counted(tmp_path: Path) -> None:
     assert "2 of" in found.notes[1]
     assert "no true box with an area (0-00001, 1-00002)" in found.notes[1]
     (tmp_path / geochat.REFERRING).write_text("[1]\n")
-    with pytest.raises(UserError, match=r"referring.jsonl, line 1 is not a JSON object \(it is \[1\] instead.*\); download"):
+    with pytest.raises(UserError, match=r"line 1 is not a JSON object \(it is \[1\] instead.*\); download"):
         task(f"geochat-grounding:{tmp_path}")
 
 
