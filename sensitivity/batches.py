@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,13 @@ def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
             examples = [example for cluster in chunk for example in cluster]
             for i in range(0, len(examples), IMAGES_PER_BATCH):
                 yield _whole(vlm, tuple(examples[i : i + IMAGES_PER_BATCH]))
+
+
+def check(vlm: VLM, tasks: Sequence[Task]) -> None:
+    """Whether a model can be asked these tasks at all, found out on one example of each before a study is begun."""
+    for task in tasks:
+        for _ in batches(vlm, replace(task, examples=task.examples[:1])):
+            pass
 
 
 def _gallery(vlm: VLM, task: Task) -> Batch:

@@ -199,4 +199,3 @@ def _size(output: Any) -> int:
     if isinstance(output, tuple | list):
         return sum(_size(value) for value in output)
     return 0
-

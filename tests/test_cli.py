@@ -163,7 +163,7 @@ def test_json_is_one_object_and_nothing_else(study: Path, line: str, capsys: pyt
         (f"sweep {MODEL} --task vaq --out OUT", "unknown task 'vaq'; choose from"),
         (f"sweep {MODEL} --task gone.jsonl --out OUT", "cannot read gone.jsonl"),
         (f"sweep {MODEL} --search gird --out OUT", "unknown search 'gird'; choose from grid"),
-        (f"sweep {MODEL} --device warp --out OUT", "device 'warp' cannot be used"),
+        (f"sweep {MODEL} --device warp --out OUT", "unknown device 'warp'; choose from cpu"),
         (f"sweep {MODEL} --dtype int3 --out OUT", "unknown dtype 'int3'"),
         (f"sweep {MODEL} --by linear --out OUT", "choose coarser parts"),
         (f"sweep {MODEL} --n 0 --out OUT", "at least one example"),

@@ -13,6 +13,7 @@ import readme
 PACKAGE = readme.ROOT / "sensitivity"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 VALUES = {"errors", "schema", "planfile", "files", "components", "plan", "limits", "runtimes", "loadable", "exported"}
+VALUES |= {"standard_output"}
 TORCH = {"models", "quantize", "tasks", "evaluate", "replay", "drafts", "shards", "sweep", "export"}
 TORCH |= {"preflight", "probe", "passes", "searching", "batches", "whole_prompts", "shared_images", "answer_tokens"}
 TORCH |= {"halving"}
