@@ -210,11 +210,12 @@ def cases() -> Iterator[Case]:
             yield Case(verb, flag, "twice", (*switched, flag))
             continue
         assert flag in FITTING, f"{flag} is new: give it a fitting value"
-        words = command(verb, flag, FITTING[flag], action)
+        fitting = "b" if (verb, flag) == ("import", "--bits") else FITTING[flag]
+        words = command(verb, flag, fitting, action)
         yield Case(verb, flag, "fitting", words)
         if action.option_strings:
             yield Case(verb, flag, "without a value", command(verb, flag, None, action))
-            yield Case(verb, flag, "twice", (*words, f"{flag}={FITTING[flag]}"))
+            yield Case(verb, flag, "twice", (*words, f"{flag}={fitting}"))
         for kind, value in KINDS.items():
             yield Case(verb, flag, kind, command(verb, flag, value, action))
             if flag in PAIRS:
@@ -331,3 +332,16 @@ def test_what_people_typed_is_answered_with_what_to_type(
     words = line.replace("PACKAGE", str(Path(cli.__file__).parents[1])).split()
     words = ["" if word == "''" else word for word in words]
     assert sentence in refused(tuple(words), there, capsys)
+
+
+DRY = f"sweep {MODEL} --n 4 --bits 4 --out new --dry-run"
+
+
+@pytest.mark.parametrize(
+    "more", ["--dtype fp32", "--dtype bf16", "--dtype fp16", "--dtype float32", "--method gptq", "--method paper-awq"]
+)
+def test_a_dry_run_takes_what_the_help_spells(more: str, there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = everything(there)
+    status, _, err = run(tuple(f"{DRY} {more}".split()), capsys)
+    assert status is None, err  # the forecast would begin
+    assert everything(there) == before

@@ -23,7 +23,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--gb",
-        type=values.listed(values.gigabytes),
+        type=values.listed(values.size),
         metavar="X[,X]",
         help="budgets in GB (10^9 bytes), instead of --bpw",
     )

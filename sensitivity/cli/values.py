@@ -78,6 +78,10 @@ def gigabytes(text: str) -> float:
     return _number(text, f"an amount from 0 to {GB:,.0f} GB, such as 8 or 0.5", GB, above=False)
 
 
+def size(text: str) -> float:
+    return _number(text, f"GB above 0 and at most {GB:,.0f}, such as 2.5", GB, above=True)
+
+
 def bpw(text: str) -> float:
     return _number(text, f"bits per weight above 0 and at most {BPW:g}, such as 4", BPW, above=True)
 
