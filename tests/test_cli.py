@@ -308,10 +308,9 @@ sys.exit(cli.main(["rank", "somewhere", "--json"]))
     assert {"python", "compiled, in a buffer", "unbuffered"} <= set(done.stderr.splitlines())
 
 
-def test_the_solver_is_silent_where_a_person_reads(tmp_path: Path) -> None:
+def test_the_solver_is_silent_where_a_person_reads() -> None:
     code = """
 import ctypes
-from sensitivity import knapsack
 from sensitivity.standard_output import silenced
 print("before")
 with silenced():

@@ -42,7 +42,8 @@ FITTING = {  # a value of each flag with which nothing is wrong: what is refused
 GPTQ = ("--set", "--backend", "--calibration", "--calibration-n", "--path", "--cache-gb")
 BESIDE = {  # what a flag needs beside it, where it means nothing alone
     **{(verb, flag): "--method gptq" for verb in ("inspect", "sweep") for flag in GPTQ},
-    ("export", "--path"): "--format fake", ("export", "--model"): "--format fake", ("legalize", "--force"): "--out other",
+    ("export", "--path"): "--format fake", ("export", "--model"): "--format fake",
+    ("legalize", "--force"): "--out other",
     ("import", "--bits"): "--switch on=connector", ("import", "--switch"): "--bits b",
     ("import", "--kind"): "--switch on=connector --bits b --kinds x=ff",
     ("import", "--kinds"): "--switch on=connector --bits b --kind k",
@@ -114,7 +115,8 @@ NAMED = (  # what people typed, and what must be named in the answer
     ("sweep MODEL --out new --calibration vqa", "--calibration would do nothing with --method rtn"),
     ("sweep MODEL --out new --dry-run --calibration-n 5", "--calibration-n would do nothing with --method rtn"),
     ("sweep MODEL --out new --method gptq --task vqa,caption --calibration-n 1", "at least one each is needed"),
-    ("sweep MODEL --out new --method gptq --task vqa,caption --calibration-n 1 --dry-run", "at least one each is needed"),
+    ("sweep MODEL --out new --method gptq --task vqa,caption --calibration-n 1 --dry-run",
+     "at least one each is needed"),
     ("sweep MODEL --out new --plain --memory-gb 1", "--memory-gb would do nothing with --plain"),
     ("sweep MODEL --out new --storage sqlite:///no/such/folder.db", "no such folder"),
     ("sweep MODEL --out new --storage sqlite:///no/such/folder.db --dry-run", "no such folder"),
@@ -265,7 +267,9 @@ def there(place: Path, scenes_llava: Any, monkeypatch: pytest.MonkeyPatch) -> Pa
     monkeypatch.setattr(exporting, "load", lambda name, **how: scenes_llava if name == MODEL else load(name, **how))
     for module, name in (
         (straight, "sweeping"), (straight, "foresee"), (straight, "recommending"), (straight, "report"),
-        (estimators, "cross_validated"), (exporting, "write"), (exporting, "_on_path"), (sensitivity.export.verify, "_in_fresh_process"), (sensitivity.importing, "_map"),
+        (estimators, "cross_validated"), (exporting, "write"), (exporting, "_on_path"),
+        (sensitivity.export.verify, "_in_fresh_process"),
+        (sensitivity.importing, "_map"),
         (demo, "_typed"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, stop)
