@@ -138,7 +138,7 @@ def _checked(name: str, row: Method, setting: str, value: Setting) -> Setting:
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         what = "a whole number" if kinds == (int,) else "a number"
         raise UserError(f"{setting} of {name} is {what} from {low:g} to {high:,g}, not {value!r}")
-    return type(default)(value)  # type: ignore[call-overload,no-any-return]  # 1 and 1.0 are one setting
+    return float(value) if isinstance(default, float) else value  # 1 and 1.0 are one setting
 
 
 def solve(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Stored | None]]:
