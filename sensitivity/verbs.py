@@ -44,6 +44,8 @@ __all__ = [
     "calibrated",
     "check",
     "check_wish",
+    "device_of",
+    "dtype_of",
     "foresee",
     "grid",
     "inspect",

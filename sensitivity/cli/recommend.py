@@ -60,7 +60,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity import verbs
     from sensitivity.allocate import Wish
     from sensitivity.errors import UserError
-    from sensitivity.models import device_of, dtype_of
     from sensitivity.plan import labels
     from sensitivity.readings import of_study
     from sensitivity.runtimes import files_of
@@ -70,8 +69,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         words.without_effect(args, ["--bpw"], "beside --gb, as there is one kind of budget")
     if args.no_run:
         words.without_effect(args, ["--top", "--model", "--device", "--dtype"], "with --no-run")
-    device_of(args.device)
-    dtype_of(args.dtype)
+    verbs.device_of(args.device)
+    verbs.dtype_of(args.dtype)
     study = Study(args.study)
     if args.task and args.weight:
         raise UserError("either --task names the one task that decides, or --weight says how much each counts")
