@@ -98,22 +98,23 @@ def solve(
     knapsack = knapsack or Knapsack.of(study, list(dict.fromkeys([*wish, *(floors or {})])))
     return [
         candidate
-        for budget in budgets(study.parts, bpw, bytes)
-        for candidate in spend(knapsack, budget, wish, floors, allowed, tied, top)
+        for budget, asked in budgets(study.parts, bpw, bytes)
+        for candidate in spend(knapsack, budget, wish, floors, allowed, tied, top, asked)
     ]
 
 
 def budgets(
     parts: ComponentMap, bpw: float | Iterable[float] | None, size_in_bytes: float | Iterable[float] | None
-) -> list[int]:
-    """The limits in bits."""
+) -> list[tuple[int, float]]:
+    """The limits in bits, and in bits per weight as they were asked for."""
     if (bpw is None) == (size_in_bytes is None):
         raise UserError("a recommendation needs one budget: bits per weight (--bpw 4.0) or bytes (--gb 2.5)")
     given, unit = (bpw, parts.numel) if size_in_bytes is None else (size_in_bytes, 8)
     limits = [float(limit) for limit in (given if isinstance(given, Iterable) else [given or 0.0])]
     if bad := [limit for limit in limits if not (math.isfinite(limit) and limit > 0)]:
         raise UserError(f"a budget must be above 0, not {bad[0]:g}")
-    return [math.floor(limit * unit + 1e-6) for limit in limits]
+    bits = [math.floor(limit * unit + 1e-6) for limit in limits]
+    return list(zip(bits, limits if size_in_bytes is None else [one / parts.numel for one in bits], strict=True))
 
 
 def spend(
@@ -124,8 +125,12 @@ def spend(
     allowed: Allowed | None = None,
     tied: Sequence[Sequence[str]] = (),
     top: int = 3,
+    asked: float | None = None,
 ) -> list[Candidate]:
-    """The best few plans of at most so many bits, by the weighted mean of the tasks' shares of full precision."""
+    """The best few plans of at most so many bits, by the weighted mean of the tasks' shares of full precision.
+
+    `asked` is the budget in bits per weight as a person gave it, which is what is remembered and shown.
+    """
     program = Program(knapsack, allowed, tied)
     program.at_most(budget - knapsack.kept)
     for name, share in (floors or {}).items():
@@ -137,7 +142,7 @@ def spend(
     if not found:
         raise _infeasible(knapsack, budget, floors or {}, allowed, tied)
     plans = [knapsack.space.decode(row) for row in found]
-    limit = budget / knapsack.parts.numel
+    limit = budget / knapsack.parts.numel if asked is None else asked
     return [
         Candidate(plan, knapsack.size(plan), limit, rank, predicted)
         for rank, (plan, predicted) in enumerate(zip(plans, knapsack.predicted(plans), strict=True))

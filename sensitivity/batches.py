@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,13 @@ def _pixels(vlm: VLM, example: Example) -> int:
     """The numbers that a processor makes of an image; images of one data set are taken to be alike."""
     seen = vlm.processor(images=[[open_image(example.image)]], text=[prompt_text(vlm, example)], return_tensors="pt")
     return int(seen["pixel_values"].numel())
+
+
+def check(vlm: VLM, tasks: Sequence[Task]) -> None:
+    """Whether a model can be asked these tasks at all, found out on one example of each before a study is begun."""
+    for task in tasks:
+        for _ in batches(vlm, replace(task, examples=task.examples[:1])):
+            pass
 
 
 def _gallery(vlm: VLM, task: Task) -> Batch:

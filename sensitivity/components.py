@@ -103,6 +103,12 @@ GRANULARITIES: dict[str, Callable[[Weight], str]] = {
 }
 
 
+def granularity(by: str) -> str:
+    if by not in GRANULARITIES:
+        raise unknown("granularity", by, GRANULARITIES)
+    return by
+
+
 @dataclass(frozen=True)
 class Component:
     """The smallest thing that gets its own scheme."""
@@ -155,9 +161,7 @@ class ComponentMap:
 
     def regroup(self, by: str) -> ComponentMap:
         """The same weights at another granularity."""
-        if by not in GRANULARITIES:
-            raise unknown("granularity", by, GRANULARITIES)
-        return replace(self, by=by)
+        return replace(self, by=granularity(by))
 
     def match(self, pattern: str) -> tuple[Component, ...]:
         """Components whose name matches a pattern: exactly, by prefix of whole words, or with * and ?."""

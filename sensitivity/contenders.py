@@ -21,6 +21,7 @@ from sensitivity.trials import Study
 
 RATE = 0.05  # at most this often is a plan dropped that no smaller one truly beats
 UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+MOST = 1e6  # of any unit
 HOW = "complete, a time such as 10min (s, min, h), or error<0.5%"
 
 
@@ -38,9 +39,9 @@ class Until:
         seconds, error = math.inf, 0.0
         for word in words:
             plain = word.replace(" ", "")
-            if found := re.fullmatch(r"([\d.]+)(s|min|h)", plain):
+            if found := re.fullmatch(r"([0-9.]+)(s|min|h)", plain):
                 seconds = min(seconds, _number(found[1], word) * UNITS[found[2]])
-            elif found := re.fullmatch(r"error<([\d.]+)(%?)", plain):
+            elif found := re.fullmatch(r"error<([0-9.]+)(%?)", plain):
                 error = max(error, _number(found[1], word) / (100 if found[2] else 1))
             elif plain != "complete":
                 raise UserError(f"--until {word!r} is none of: {HOW}")
@@ -62,8 +63,8 @@ def _number(text: str, word: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if value <= 0:
-        raise UserError(f"--until {word!r} needs a number above zero")
+    if not 0 < value <= MOST:
+        raise UserError(f"--until {word!r} needs a number above zero, and at most {MOST:,.0f}")
     return value
 
 

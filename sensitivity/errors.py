@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 LONGEST = 300  # letters of another's message inside a sentence of ours
+KEPT = 300  # characters of a word in a message
+LONG = re.compile(rf"\S{{{KEPT + 1},}}")
 
 
 class UserError(Exception):
     """Something the user can mend; shown as one sentence, without a traceback."""
+
+
+class Failed(UserError):
+    """Something that was tried and did not come out, such as a check: no flag and no file is to blame."""
 
 
 class Notice(UserWarning):
@@ -24,9 +31,24 @@ def unknown(what: str, name: object, allowed: Iterable[object]) -> UserError:
     return UserError(f"unknown {what} '{name}'; choose from {', '.join(names)}{hint}")
 
 
+def plain(message: str) -> str:
+    """A message as one line that a terminal can show: no control characters, no lone surrogates, no endless words."""
+    line = " ".join(message.split())
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+    return LONG.sub(lambda word: f"{word[0][:KEPT]}…", shown)
+
+
+def said(error: OSError) -> str:
+    """An error of the operating system as a sentence, which str() begins with [Errno 28]."""
+    what = error.strerror or str(error) or type(error).__name__
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return f"{' and '.join(names)}: {what}" if names else what
+
+
 def reason(error: BaseException) -> str:
     """The first line of an exception, for use inside a sentence; with the next where it only announces that."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
+    text = said(error) if isinstance(error, OSError) else str(error)
+    lines = (text.strip() or type(error).__name__).splitlines()
     told = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
     if isinstance(error, LookupError) and not isinstance(error, UserError):  # else no more than a name or a number
         told = f"{type(error).__name__}: {told}"

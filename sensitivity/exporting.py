@@ -26,7 +26,7 @@ from sensitivity.plan import FILES, Plan, Scheme
 from sensitivity.planfile import read
 from sensitivity.quantize import method_of
 from sensitivity.quantize.methods import known
-from sensitivity.quantize.statistics import PATHS
+from sensitivity.quantize.statistics import known_path
 from sensitivity.runtimes import breaches, files_of
 from sensitivity.scores import paired, summarise
 from sensitivity.trials import Study
@@ -88,8 +88,7 @@ def export(
 
 def _on_path(study: Study, plan: Plan, path: str, model: VLM) -> tuple[Plan, dict[str, Any]]:
     """The plan with its methods calibrated on another path, and what that gains: paired, on the same fresh examples."""
-    if path not in PATHS:
-        raise unknown("calibration path", path, PATHS)
+    known_path(path)
 
     def there(scheme: Scheme | None) -> Scheme | None:
         if scheme is None or not method_of(scheme).calibrated:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sensitivity.errors import UserError
+from sensitivity.errors import Failed, UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,13 +26,13 @@ WhyForeign = Callable[[Path], str]
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def full(target: Path, error: OSError) -> UserError:
+def full(target: Path, error: OSError) -> Failed:
     """What could not be written or read, and what helps, instead of a number of the system's."""
     if error.errno in NO_SPACE:
-        return UserError(
+        return Failed(
             f"no space is left for {target}; what was finished is kept: make room, and the same command goes on"
         )
-    return UserError(f"cannot use {target}: {error.strerror or type(error).__name__}")
+    return Failed(f"cannot use {target}: {error.strerror or type(error).__name__}")
 
 
 @contextlib.contextmanager

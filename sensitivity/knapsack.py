@@ -16,6 +16,7 @@ from sensitivity.errors import UserError, unknown
 from sensitivity.limits import Allowed
 from sensitivity.plan import Plan, Size, component_bits, size
 from sensitivity.readings import of_study
+from sensitivity.standard_output import silenced
 from sensitivity.surrogate import Choice, Space, Surrogate, learn
 from sensitivity.trials import Study
 
@@ -208,13 +209,14 @@ class Program:
         objective = np.zeros(len(self.low))
         objective[list(cost)] = list(cost.values())
         scale = max(float(np.abs(objective).max()), 1e-12)
-        found = milp(
-            objective / scale,
-            constraints=limits,
-            integrality=np.array(self.whole),
-            bounds=Bounds(np.array(self.low), np.array(self.high)),
-            options={"mip_rel_gap": 0},
-        )
+        with silenced():  # HiGHS prints of a second solve of its own with a bare printf, whatever its options say
+            found = milp(
+                objective / scale,
+                constraints=limits,
+                integrality=np.array(self.whole),
+                bounds=Bounds(np.array(self.low), np.array(self.high)),
+                options={"mip_rel_gap": 0},
+            )
         if found.x is None:
             return None
         picked = [found.x[start:end] for start, end in itertools.pairwise(self.first)]

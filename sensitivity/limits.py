@@ -30,7 +30,7 @@ def tying(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[tuple[s
         if len(tied) < 2:
             raise UserError(f"'{','.join(group)}' is a single component; name those that share: vision,language")
         found.append(tied)
-    return found
+    return list(dict.fromkeys(found))
 
 
 def both(one: Allowed | None, other: Allowed | None) -> Allowed | None:

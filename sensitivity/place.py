@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sensitivity.errors import UserError
 from sensitivity.files import NO_SPACE, full, making, write_whole
-from sensitivity.storage import without_password
+from sensitivity.storage import check, without_password
 
 ADDRESS = "storage.url"
 JOURNAL = "journal.log"
@@ -45,6 +45,14 @@ def agreed(path: Path, asked: str | None) -> str | None:
             "or choose another --out"
         )
     return asked
+
+
+def usable(path: Path, asked: str | None) -> str | None:
+    """The same, if it answers; a database that served the folder before may be away for a while."""
+    chosen = agreed(path, asked)
+    if chosen is not None and chosen != address(path):
+        check(chosen)
+    return chosen
 
 
 def write(path: Path, url: str) -> None:

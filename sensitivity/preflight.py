@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from sensitivity.components import PARTS, ComponentMap
-from sensitivity.models import VLM
+from sensitivity.models import VLM, device_of, dtype_of
 from sensitivity.passes import Sample, Shapes
 from sensitivity.plan import Plan, Scheme, scheme_of
 from sensitivity.probe import Probe
@@ -81,7 +81,7 @@ def foresee(
 ) -> Forecast:
     """What running these plans, full precision among them, will take on a device; the probe takes some seconds."""
     kind = _dtype(vlm, parts, device, dtype)
-    resident, probe = _resident(), Probe(torch.device(device), kind, clock)
+    resident, probe = _resident(), Probe(_probed(device), kind, clock)
     model = Shapes(vlm, parts, probe)
     samples = [Sample.of(vlm, task, cuts(tasks), plain, clock) for task in tasks]
     schemes = list(dict.fromkeys(scheme for plan in plans for _, scheme in plan.schemes if scheme))
@@ -132,12 +132,17 @@ def foresee(
     )
 
 
+def _probed(device: str) -> torch.device:
+    """One of the devices that `auto` would spread a model over."""
+    return device_of(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _dtype(vlm: VLM, parts: ComponentMap, device: str, dtype: str | None) -> torch.dtype:
     """As load() chooses: what is named, else as stored, but embedded models on a CPU in float32."""
     if dtype is None and vlm.name.startswith("embedded:") and device == "cpu":
         return torch.float32
     stored = getattr(vlm.model.config, "dtype", None)
-    found: torch.dtype = stored if dtype is None and stored else getattr(torch, dtype or f"float{parts.native_bits}")
+    found: torch.dtype = dtype_of(dtype) or stored or getattr(torch, f"float{parts.native_bits}")
     return found
 
 

@@ -11,7 +11,7 @@ from sensitivity.allocate import Candidate, Wish, best_uniform, solve
 from sensitivity.errors import UserError
 from sensitivity.knapsack import Knapsack
 from sensitivity.legalize import candidates as legal_candidates
-from sensitivity.limits import allowing, tying
+from sensitivity.limits import Allowed, allowing, tying
 from sensitivity.plan import Plan
 from sensitivity.planfile import write_file
 from sensitivity.readings import check_task
@@ -100,13 +100,18 @@ def since(study: Study, chosen: Sequence[Recommendation]) -> list[str]:
 Proposed = list[tuple[list[Candidate], Candidate | None]]
 
 
-def proposed(study: Study, wish: Wish) -> Proposed:
-    """Per budget the best few plans by prediction, and the best uniform one that fits as well."""
-    names, runtime = study.parts.names, wish.runtime
+def check_wish(study: Study, wish: Wish) -> tuple[Allowed | None, list[tuple[str, ...]]]:
+    """What of a wish can be known to be wrong before anything is solved or loaded; what it allows, and what it ties."""
     for task in (*wish.weights, *wish.floors):
         check_task(study, task)
+    files_of(wish.runtime)
+    return allowing(study.parts.names, wish.allow), tying(study.parts.names, wish.tie)
+
+
+def proposed(study: Study, wish: Wish) -> Proposed:
+    """Per budget the best few plans by prediction, and the best uniform one that fits as well."""
+    runtime, (allow, tie) = wish.runtime, check_wish(study, wish)
     knapsack = Knapsack.of(study, list(dict.fromkeys([*wish.weights, *wish.floors])), files_of(runtime))
-    allow, tie = allowing(names, wish.allow), tying(names, wish.tie)
 
     def fits(plan: Plan) -> bool:
         return not (runtime and breaches(study.parts, plan, runtime)) and all(

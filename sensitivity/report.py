@@ -184,7 +184,7 @@ def _budgets(study: Study, task: str) -> list[Candidate]:
         return []
     for bpw in BUDGETS:
         try:
-            best = spend(knapsack, int(bpw * study.parts.numel), {task: 1.0}, top=1)[0]
+            best = spend(knapsack, int(bpw * study.parts.numel), {task: 1.0}, top=1, asked=bpw)[0]
         except UserError:
             continue
         if not found or best.plan.key != found[-1].plan.key:

@@ -111,14 +111,18 @@ def plans(
     tied: Sequence[Sequence[str]] = (),
 ) -> Plans:
     """What to try: a list where all plans are known beforehand; otherwise each is chosen when the last one is told."""
-    if how not in LISTS and how not in SAMPLERS:
-        raise unknown("search", how, [*LISTS, *SAMPLERS])
+    known(how)
     if trials is not None and trials < 1:
         raise UserError(f"a search needs at least one trial (--trials), not {trials}")
     ground = Ground.of(parts, schemes, allowed, tied)
     if how in LISTS:
         return LISTS[how](ground, trials or 100, seed)[:trials]
     return lambda study: searching(study, ground, how, trials or 100, seed)
+
+
+def known(how: str) -> None:
+    if how not in LISTS and how not in SAMPLERS:
+        raise unknown("search", how, [*LISTS, *SAMPLERS])
 
 
 def searching(study: Study, ground: Ground, search: str, trials: int, seed: int) -> Iterator[Plan]:

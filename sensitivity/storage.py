@@ -17,6 +17,7 @@ import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from sqlalchemy import create_engine, inspect, make_url
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from sensitivity.errors import Notice, UserError, reason
@@ -151,6 +152,26 @@ def _damaged(journal: Path) -> str:
             except (ValueError, KeyError, TypeError, RecursionError):
                 return str(number)
     return "unknown: each line is well formed, but they do not go together"
+
+
+def check(url: str) -> None:
+    """Whether a study can be kept in a database, before anything is made: no table there, no file here."""
+    try:
+        address = make_url(url)
+        file = Path(address.database or "") if address.get_backend_name() == "sqlite" else None
+        if file is not None and file.name in ("", ":memory:"):
+            raise ValueError("a study in memory would be lost")
+        if file is not None and not file.exists():
+            if not file.absolute().parent.is_dir():
+                raise FileNotFoundError(2, "no such folder", str(file.absolute().parent))
+            return
+        engine = create_engine(address)
+        try:
+            inspect(engine).get_table_names()
+        finally:
+            engine.dispose()
+    except Exception as error:  # whatever the driver raises, the user needs the same sentence
+        raise UserError(f"cannot open the storage {without_password(url)}: {reason(error)}") from error
 
 
 def _database(url: str, tries: int = 5) -> RDBStorage:

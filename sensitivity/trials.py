@@ -76,7 +76,7 @@ class Study:
     ) -> Study:
         """Begin a study, or open the one that is there if it is about the same thing."""
         path = Path(path)
-        storage = place.agreed(path, storage)
+        storage = place.usable(path, storage)
         with place.made(path):
             known = place.address(path) is not None
             backend = open_storage(storage or path / "journal.log", known)

@@ -9,23 +9,27 @@ from typing import Any
 
 from sensitivity import search
 from sensitivity.allocate import Wish
-from sensitivity.components import ComponentMap
+from sensitivity.batches import check as suits
+from sensitivity.components import ComponentMap, granularity
 from sensitivity.contenders import Until
 from sensitivity.errors import UserError
 from sensitivity.importance import rank
 from sensitivity.legalize import plans_for
-from sensitivity.models import VLM, inspect, load
+from sensitivity.models import VLM, device_of, dtype_of, inspect, load
 from sensitivity.models.blank import blank
+from sensitivity.place import usable
 from sensitivity.plan import Plan, Scheme
 from sensitivity.preflight import foresee
 from sensitivity.quantize import Statistics, calibrate, method_of, scheme
 from sensitivity.quantize.cache import Cache, home
-from sensitivity.recommended import Proposed, proposed, recommended, remember
+from sensitivity.quantize.statistics import known_path
+from sensitivity.recommended import Proposed, check_wish, proposed, recommended, remember
 from sensitivity.report import report
+from sensitivity.runtimes import files_of
 from sensitivity.search import Plans, plans
 from sensitivity.sweep import MEMORY_GB, Step, check_runs, identity, versions
 from sensitivity.sweep import run as run_plans
-from sensitivity.tasks import Task, distinct
+from sensitivity.tasks import Task, distinct, find
 from sensitivity.tasks import task as find_task
 from sensitivity.trials import Study
 from sensitivity.verdict import Recommendation, judge, unmeasured
@@ -38,6 +42,10 @@ __all__ = [
     "Plans",
     "blank",
     "calibrated",
+    "check",
+    "check_wish",
+    "device_of",
+    "dtype_of",
     "foresee",
     "grid",
     "inspect",
@@ -51,6 +59,7 @@ __all__ = [
     "recommended",
     "remember",
     "report",
+    "suits",
     "sweep",
     "sweeping",
 ]
@@ -68,6 +77,24 @@ def one_at_a_time(
 ) -> list[Plan]:
     """Each component alone at each width, the uniform plans, and full precision."""
     return search.one_at_a_time(parts, schemes or [scheme(method, width, **chosen) for width in bits])
+
+
+def check(
+    by: str, how: str, schemes: Sequence[Scheme], tasks: Sequence[str], device: str, dtype: str | None, path: str,
+    runtime: str | None, until: Sequence[str], out: Path, storage: str | None,
+) -> bool:  # fmt: skip
+    """What of a sweep can be known to be wrong before any weight or example is read; whether it is to be calibrated."""
+    granularity(by)
+    search.known(how)
+    device_of(device)
+    dtype_of(dtype)
+    files_of(runtime)
+    known_path(path)
+    Until.parse(until)
+    for name in tasks:
+        find(name)
+    usable(out, storage)
+    return any(method_of(one).calibrated for one in schemes)
 
 
 def sweep(vlm: VLM, parts: ComponentMap, plans: Plans, tasks: Sequence[str], out: Path | str, **how: Any) -> Study:
@@ -104,6 +131,7 @@ def sweeping(
     distinct(chosen, list(dict.fromkeys(tasks)))
     check_runs(vlm, chosen)
     facts = identity(vlm, chosen, tasks, n, seed) | ({"whole_answers": True} if whole else {})
+    suits(vlm, chosen)
     study = Study.create(out, parts, [task.name for task in chosen], facts, storage)
     if callable(plans):
         return study, run_plans(vlm, study, chosen, plans(study), plain, statistics, limit, memory_gb)

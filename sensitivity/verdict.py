@@ -47,7 +47,6 @@ class Comparison:
             "words": self.words,
         }
 
-
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Comparison:
         return cls(

@@ -315,3 +315,10 @@ def test_two_ruined_parts_never_make_a_good_model(tmp_path: Path) -> None:
         model.predict(model.space.encode([planted.plan(planted.PARTS, b)])) for b in ((2, 16, 16), (2, 16, 2))
     )
     assert both[0] <= alone[0] + 1e-9
+
+
+def test_a_budget_is_remembered_as_it_was_asked_for(two_tasks: Study) -> None:
+    """It is rarely a whole number of bits: 2.6 bits per weight came back as 2.59999986."""
+    asked = 5.20001
+    assert (asked * two_tasks.parts.numel) % 1 > 0.01
+    assert {one.budget for one in solve(two_tasks, bpw=asked)} == {asked}

@@ -136,7 +136,7 @@ def test_a_users_own_truncated_image_is_named_before_the_model_is_loaded(
     cut(tmp_path / "a.jpg")
     datasets.write(tmp_path / "q.jsonl", [{"image": "a.jpg", "prompt": "what?", "answers": ["this"]}])
     words = ["sweep", "embedded:scenes-llava", "--task", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "run")]
-    assert main(words) == 1
+    assert main(words) == 2
     assert "1 of 1 examples left out: a truncated image (line-000001: a.jpg)" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

@@ -163,11 +163,12 @@ def test_json_is_one_object_and_nothing_else(study: Path, line: str, capsys: pyt
         (f"sweep {MODEL} --task vaq --out OUT", "unknown task 'vaq'; choose from"),
         (f"sweep {MODEL} --task gone.jsonl --out OUT", "cannot read gone.jsonl"),
         (f"sweep {MODEL} --search gird --out OUT", "unknown search 'gird'; choose from grid"),
-        (f"sweep {MODEL} --device warp --out OUT", "device 'warp' cannot be used"),
+        (f"sweep {MODEL} --device warp --out OUT", "unknown device 'warp'; choose from cpu"),
         (f"sweep {MODEL} --dtype int3 --out OUT", "unknown dtype 'int3'"),
         (f"sweep {MODEL} --by linear --out OUT", "choose coarser parts"),
-        (f"sweep {MODEL} --n 0 --out OUT", "at least one example"),
+        (f"sweep {MODEL} --n 0 --out OUT", "takes a whole number from 1 to 1,000,000, not '0'"),
         ("rank OUT", "no study at"),
+        (f"sweep {MODEL} --out OUT --until soon", "is none of: complete"),
         ("recommend STUDY --bpw 1.0", "can be reached; ask for more"),
         ("recommend STUDY --task capton", "capton"),
         ("recommend STUDY --no-run --runtime comprsed", "did you mean compressed-tensors?"),
@@ -181,7 +182,7 @@ def test_a_mistake_is_one_sentence(
 ) -> None:
     words = line.replace("STUDY", str(study)).replace("OUT", str(tmp_path / "out"))
     status, out, err = run(capsys, words)
-    assert status == 1
+    assert status == 2
     assert out == ""
     lines = [text for text in err.splitlines() if text.startswith("error: ")]
     assert len(lines) == 1
@@ -189,7 +190,7 @@ def test_a_mistake_is_one_sentence(
     assert "Traceback" not in err
     assert not (tmp_path / "out" / "journal.log").exists()
     status, out, _ = run(capsys, words, "--json")
-    assert (status, sentence in one_object(out)["error"]) == (1, True)
+    assert (status, sentence in one_object(out)["error"]) == (2, True)
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
@@ -201,7 +202,7 @@ def test_a_corrupt_picture_stops_the_sweep_before_it_begins(tmp_path: Path, caps
     (tmp_path / "a.png").write_bytes(b"no picture")
     (tmp_path / "own.jsonl").write_text(json.dumps({"image": "a.png", "prompt": "what?", "answers": ["this"]}))
     status, _, err = run(capsys, f"sweep {MODEL} --task {tmp_path}/own.jsonl --bits 4", "--out", tmp_path / "out")
-    assert status == 1
+    assert status == 2
     assert "an image that cannot be read" in err
     assert "a.png" in err
 
@@ -217,7 +218,7 @@ def test_a_full_disk_is_a_sentence_and_the_sweep_goes_on_when_there_is_room(tmp_
     full = subprocess.run(command, capture_output=True, text=True, preexec_fn=small, check=False)
     assert full.returncode == 1
     assert full.stderr.splitlines()[-1].startswith("error: ")
-    assert "File too large" in full.stderr
+    assert "no space is left for" in full.stderr
     assert "Traceback" not in full.stderr
     assert not list((tmp_path / "out").rglob(".*"))
     again = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
@@ -280,8 +281,48 @@ def test_a_database_that_is_not_there_is_named_without_its_password(
 ) -> None:
     url = f"sqlite:///{tmp_path}/no/such/folder/a.db"
     status, _, err = run(capsys, SWEEP, "--out", tmp_path / "x", "--storage", url)
-    assert status == 1
+    assert status == 2
     assert "cannot open the storage sqlite" in err
+    assert not (tmp_path / "x").exists()
     from sensitivity.storage import without_password
 
     assert without_password("postgresql://me:secret@host/db") == "postgresql://me@host/db"
+
+
+def test_what_compiled_code_prints_never_stands_beside_json() -> None:
+    """The solver prints of a second solve with a bare printf; here every solve does."""
+    code = """
+import ctypes, json, os, sys
+from sensitivity import cli
+from sensitivity.cli import rank
+def run(args):
+    print("python")
+    ctypes.CDLL(None).printf(b"compiled, in a buffer\\n")
+    os.write(1, b"unbuffered\\n")
+    return {"score": float("nan")}
+rank.run = run
+sys.exit(cli.main(["rank", "somewhere", "--json"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"score": None}
+    assert {"python", "compiled, in a buffer", "unbuffered"} <= set(done.stderr.splitlines())
+
+
+def test_the_solver_is_silent_where_a_person_reads() -> None:
+    code = """
+import ctypes
+from sensitivity.standard_output import silenced
+print("before")
+with silenced():
+    ctypes.CDLL(None).printf(b"HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();\\n")
+print("after")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["before", "after"]
+
+
+def test_a_parsers_error_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, f"sweep {MODEL} --json --nonsense 1 --out runs/x")
+    assert status == 2
+    assert "unrecognized words: --nonsense 1" in one_object(out)["error"]
+    assert err.startswith("error: ")

@@ -194,7 +194,7 @@ def test_what_a_user_reads(tmp_path: Path, text: str, words: list[str], capsys: 
 def test_wishes_that_cannot_be_met(
     imported: Path, line: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(line.replace("RUN", str(imported)).split()) == 1
+    assert cli.main(line.replace("RUN", str(imported)).split()) == 2
     assert words in capsys.readouterr().err
 
 

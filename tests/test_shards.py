@@ -352,7 +352,7 @@ def test_two_tasks_of_one_name_are_refused(tmp_path: Path, capsys: pytest.Captur
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
     (tmp_path / "own.jsonl").write_text(line)
     named = f"{tmp_path}/own.jsonl,exact:{tmp_path}/own.jsonl"
-    assert main(["sweep", "embedded:scenes-blip2", "--task", named, "--out", str(tmp_path / "s")]) == 1
+    assert main(["sweep", "embedded:scenes-blip2", "--task", named, "--out", str(tmp_path / "s")]) == 2
     said = capsys.readouterr().err
     assert f"{tmp_path}/own.jsonl and exact:{tmp_path}/own.jsonl are both called own; rename one of the files" in said
 

@@ -172,7 +172,7 @@ def test_a_sweep_of_what_a_runtime_cannot_load_does_not_begin(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["sweep", "embedded:scenes-llava", "--runtime", "awq", "--bits", "3", "--out", str(tmp_path / "run")]
-    assert cli.main(args) == 1
+    assert cli.main(args) == 2
     assert "awq can load nothing of this space: rtn:3 of all parts" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

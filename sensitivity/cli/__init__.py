@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
+import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import Any, NoReturn
 
+from sensitivity import standard_output
 from sensitivity.cli import demo, export, import_, inspect, legalize, rank, recommend, report, sweep, verify
-from sensitivity.errors import Notice, UserError
+from sensitivity.errors import Failed, Notice, UserError, plain, said
 
 # A verb is a module with ABOUT, EXAMPLE, arguments(parser) and run(args) -> what --json prints. torch, pandas and the
 # like are imported inside run(): `sensitivity --help` is to answer at once.
@@ -27,39 +32,86 @@ VERBS: dict[str, ModuleType] = {
     "import": import_,
     "demo": demo,
 }
-STOPPED = 130  # by Ctrl-C
+FAILED, REFUSED, STOPPED = 1, 2, 130  # the last by Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; 0, or 1 after one clear sentence on standard error."""
+    """Run one verb; 0, or after a sentence on standard error 2 (what was asked for cannot be) or 1 (it failed)."""
     typed = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(typed, argparse.Namespace(typed=typed))  # workers start the same command again
+    asked = argparse.Namespace(typed=typed, json="--json" in typed, debug="--debug" in typed)
     try:
-        with quiet(args):
+        args = parser().parse_args(typed, asked)  # `typed` as well: workers start the same command again
+        with quiet(args), standard_output.reserved() if args.json else contextlib.nullcontext():
             facts = VERBS[args.verb].run(args)
         if args.json:
-            print(json.dumps(facts, indent=2, default=str))
+            print(json.dumps(finite(facts), indent=2, default=str))
         return 0
     except KeyboardInterrupt:
-        return fail(args, "stopped; what was finished is kept, and the same command continues", STOPPED)
+        return fail(asked, "stopped; what was finished is kept, and the same command continues", STOPPED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (UserError, OSError, MemoryError) as error:
-        if args.debug:
-            raise
-        return fail(args, str(error) or type(error).__name__, 1)
+        return FAILED
+    except UserError as error:
+        return fail(asked, str(error), FAILED if isinstance(error, Failed) else REFUSED)
+    except OSError as error:
+        return fail(asked, said(error), FAILED)
+    except MemoryError as error:
+        return fail(asked, str(error) or "out of memory", FAILED)
     except Exception as error:
-        if args.debug:
-            raise
-        return fail(args, f"unexpected {type(error).__name__}: {error} (a defect; --debug shows where)", 1)
+        return fail(asked, f"unexpected {type(error).__name__}: {error} (a defect; --debug shows where)", FAILED)
 
 
 def fail(args: argparse.Namespace, message: str, status: int) -> int:
+    if args.debug and status != STOPPED:
+        traceback.print_exc()
+    message = plain(message)
     print(message if status == STOPPED else f"error: {message}", file=sys.stderr)
     if args.json:
         print(json.dumps({"error": message}))
     return status
+
+
+def finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity: they are null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags as they are spelled, none of them given twice, and what is wrong said like everything else that is."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how, allow_abbrev=False)
+        for name in (None, "store"):
+            self.register("action", name, Once)
+
+    def error(self, message: str) -> NoReturn:
+        about = re.sub(r"^argument (\S+): ", r"\1 ", message).replace("expected one argument", "needs a value")
+        about = re.sub(r"invalid choice: (.*) \(choose from (.*)\)$", r"is one of \2, not \1", about)
+        if about != message:
+            raise UserError(about)
+        about = about.replace("the following arguments are required", "still needed").replace("arguments", "words")
+        raise UserError(f"{about}; `{self.prog} --help` shows what there is")
+
+
+class Once(argparse.Action):
+    """Keeps a value; a second one is a mistake, as it would replace the first without a word."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        known = namespace.__dict__.setdefault("given", set())
+        if option_string and self.dest in known:
+            raise argparse.ArgumentError(self, "is there twice; give it once")
+        known.add(self.dest)
+        setattr(namespace, self.dest, values)
 
 
 @contextlib.contextmanager
@@ -83,10 +135,10 @@ def quiet(args: argparse.Namespace) -> Iterator[None]:
 
 
 def parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error, and libraries' warnings")
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="sensitivity",
         description="Which parts of a vision-language model can be quantised how far, at what cost to your task?",
         epilog="example: sensitivity demo",

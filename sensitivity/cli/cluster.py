@@ -10,6 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +39,15 @@ def sweep(args: argparse.Namespace, show: Callable[[Iterator[Step], Study], None
         ray.shutdown()
 
 
+def check() -> None:
+    if find_spec("ray") is None:
+        raise UserError("--executor ray needs Ray: pip install 'sensitivity[ray]'")
+
+
 def _ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise UserError("--executor ray needs Ray: pip install 'sensitivity[ray]'") from None
+    check()
+    import ray
+
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # a cluster that is there is joined where RAY_ADDRESS names it, never one that was found by chance
     where = os.environ.get("RAY_ADDRESS", "local")

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from sensitivity.cli import words
+from sensitivity.cli import values, words
 
 ABOUT = "sweep, rank, recommend and report on the embedded model, in a few minutes"
 EXAMPLE = "sensitivity demo"
@@ -16,7 +16,9 @@ MODEL = "embedded:scenes-llava"
 
 def arguments(p: argparse.ArgumentParser) -> None:
     words.budget(p)
-    p.add_argument("--out", type=Path, default=Path("runs/demo"), help="where everything goes (default: runs/demo)")
+    p.add_argument(
+        "--out", type=values.folder, default=Path("runs/demo"), help="where everything goes (default: runs/demo)"
+    )
     words.samples(p)
 
 
@@ -28,7 +30,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"sweep {MODEL} --task vqa --bits 2,3,4,6,8 --by part --method uniform --n {args.n} --seed {args.seed}"
         f" --out {quoted}",
         f"rank {quoted}",
-        f"recommend {quoted} --bpw {args.bpw:g}",
+        f"recommend {quoted} --bpw {args.bpw!r}",
         f"report {quoted}",
     )
     return {line.split()[0]: _typed(line, args) for line in lines}

@@ -5,27 +5,36 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from sensitivity import terminal
+from sensitivity.cli import values, words
+from sensitivity.errors import unknown
 
 ABOUT = "write a plan as files that a runtime loads"
 EXAMPLE = "sensitivity export runs/first --bpw 4.0 --format compressed-tensors --out out/first"
-FORMATS = (
+KNOWN = (
     "plan, fake, compressed-tensors, gptq, awq, auto-round, llm-compressor, bnb, torchao, modelopt, llama.cpp or mlx"
 )
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("source", type=Path, metavar="STUDY|plan.json", help="a study, or a plan that was recommended")
-    p.add_argument("--bpw", type=float, metavar="X", help="the budget, where the source is a study")
-    p.add_argument("--format", default="plan", help=f"{FORMATS} (default: plan)")
-    p.add_argument("--runtime", metavar="NAME", help="what is going to load it, such as vllm (default: as the format)")
-    p.add_argument("--model", help="where the model is, if not where the sweep found it")
-    p.add_argument("--out", type=Path, required=True, help="the folder to write")
+    p.add_argument(
+        "source", type=values.path, metavar="STUDY|plan.json", help="a study, or a plan that was recommended"
+    )
+    p.add_argument("--bpw", type=values.bpw, metavar="X", help="the budget, where the source is a study")
+    p.add_argument("--format", type=values.name, default="plan", help=f"{KNOWN} (default: plan)")
+    p.add_argument(
+        "--runtime",
+        type=values.name,
+        metavar="NAME",
+        help="what is going to load it, such as vllm (default: as the format)",
+    )
+    p.add_argument("--model", type=values.place, help="where the model is, if not where the sweep found it")
+    p.add_argument("--out", type=values.out, required=True, help="the folder to write")
     p.add_argument(
         "--path",
+        type=values.name,
         metavar="exposed",
         help="calibrate again, on inputs that passed the layers quantised before, and measure what that gains",
     )
@@ -35,6 +44,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity import exporting
 
+    _check(args)
     if left := exporting.clear(args.out.parent):
         print(f"removed what exports that were killed had left: {', '.join(map(str, left))}", file=sys.stderr)
     path = exporting.export_from(
@@ -49,6 +59,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         show(facts)
     return facts
+
+
+def _check(args: argparse.Namespace) -> None:
+    from sensitivity.export import FORMATS
+    from sensitivity.quantize.statistics import known_path
+    from sensitivity.runtimes import runtime
+
+    if args.format not in FORMATS:
+        raise unknown("format", args.format, FORMATS)
+    runtime(args.runtime or args.format)
+    if args.path is not None:
+        known_path(args.path)
+    if args.source.suffix == ".json":
+        words.without_effect(args, ["--bpw"], "beside a plan.json, which is one plan")
+    if args.format == "plan" and args.path is None:
+        words.without_effect(args, ["--model"], "with --format plan, which holds no weights")
 
 
 def show(facts: dict[str, Any]) -> None:

@@ -22,14 +22,17 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity import verbs
+    from sensitivity.components import granularity
     from sensitivity.plan import uniform_sizes
 
+    asked = words.schemes(args)
+    granularity(args.by)
     vlm = verbs.load(args.model, config_only=args.config_only)
     parts = verbs.inspect(vlm, by=args.by, include=args.include)
     kept: dict[str, list[int]] = {}
     for weight in parts.kept:
         kept.setdefault(weight.reason, []).append(weight.numel)
-    sizes = uniform_sizes(parts, words.schemes(args))
+    sizes = uniform_sizes(parts, asked)
     facts: dict[str, Any] = {
         "model": vlm.name,
         "class": type(vlm.model).__name__,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from sensitivity.cli import words
+from sensitivity.cli import values, words
 from sensitivity.errors import UserError
 
 ABOUT = "find the best plan that a runtime can load, and what that costs"
@@ -14,11 +13,19 @@ EXAMPLE = "sensitivity legalize runs/first --bpw 4.0 --runtime vllm --out out/pl
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("source", type=Path, metavar="STUDY|plan.json", help="a study, or a plan that was recommended")
-    p.add_argument("--runtime", required=True, metavar="NAME", help="what is to load it: a format's name, or vllm")
-    p.add_argument("--bpw", type=float, metavar="X", help="the budget (default: the size of the plan)")
+    p.add_argument(
+        "source", type=values.path, metavar="STUDY|plan.json", help="a study, or a plan that was recommended"
+    )
+    p.add_argument(
+        "--runtime",
+        type=values.name,
+        required=True,
+        metavar="NAME",
+        help="what is to load it: a format's name, or vllm",
+    )
+    p.add_argument("--bpw", type=values.bpw, metavar="X", help="the budget (default: the size of the plan)")
     words.task(p)
-    p.add_argument("--out", type=Path, metavar="plan.json", help="where to write it (default: only said)")
+    p.add_argument("--out", type=values.file, metavar="plan.json", help="where to write it (default: only said)")
     p.add_argument("--force", action="store_true", help="replace a plan that is there")
 
 
@@ -26,6 +33,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity import exporting
     from sensitivity.runtimes import files_of
 
+    if args.out is None:
+        words.without_effect(args, ["--force"], "without --out")
     if args.out is not None:
         if args.out.suffix != ".json":
             raise UserError(f"--out takes a file, such as {args.out / 'plan.json'}")
@@ -33,9 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     study, found = exporting.legalize_from(args.source, args.runtime, args.bpw, args.task)
     facts = found.to_json()
     if args.out is not None:
-        exporting.export(
-            study, found.plan, args.out, force=args.force, facts={"legalized": facts}, keep=[args.source]
-        )
+        exporting.export(study, found.plan, args.out, force=args.force, facts={"legalized": facts}, keep=[args.source])
     if not args.json:
         for breach in found.breaches:
             print(f"not for {found.runtime}: {breach}")

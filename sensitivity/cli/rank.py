@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from sensitivity import terminal
-from sensitivity.cli import words
+from sensitivity.cli import values, words
 
 ABOUT = "say how much of the score each part decides, with intervals"
 EXAMPLE = "sensitivity rank runs/first"
@@ -15,12 +15,19 @@ EXAMPLE = "sensitivity rank runs/first"
 def arguments(p: argparse.ArgumentParser) -> None:
     words.study(p)
     words.task(p)
-    p.add_argument("--method", metavar="METHOD", help="only plans of this method, where a study holds several")
-    p.add_argument("--by", metavar="GRANULARITY", help="rank coarser parts than the study's own")
     p.add_argument(
-        "--near", type=float, metavar="SHARE", help="only trials with this share of full precision, such as 0.9"
+        "--method", type=values.name, metavar="METHOD", help="only plans of this method, where a study holds several"
     )
-    p.add_argument("--bootstraps", type=int, default=100, help="resamples behind the intervals (default: 100)")
+    p.add_argument("--by", type=values.name, metavar="GRANULARITY", help="rank coarser parts than the study's own")
+    p.add_argument(
+        "--near",
+        type=values.fraction,
+        metavar="SHARE",
+        help="only trials with this share of full precision, such as 0.9",
+    )
+    p.add_argument(
+        "--bootstraps", type=values.resamples, default=100, help="resamples behind the intervals (default: 100)"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from sensitivity import terminal
-from sensitivity.cli import words
+from sensitivity.cli import values, words
 
 ABOUT = "choose the best plan for a budget, and verify it by running it"
 EXAMPLE = "sensitivity recommend runs/first --bpw 4.0"
@@ -16,16 +16,21 @@ def arguments(p: argparse.ArgumentParser) -> None:
     words.study(p)
     p.add_argument(
         "--bpw",
-        type=words.budgets,
+        type=values.listed(values.bpw),
         default=(4.0,),
         metavar="X[,X]",
         help="budgets in bits per weight, all that is stored counted, in the files of --runtime (default: 4.0)",
     )
-    p.add_argument("--gb", type=words.budgets, metavar="X[,X]", help="budgets in GB (10^9 bytes), instead of --bpw")
+    p.add_argument(
+        "--gb",
+        type=values.listed(values.size),
+        metavar="X[,X]",
+        help="budgets in GB (10^9 bytes), instead of --bpw",
+    )
     words.task(p)
     p.add_argument(
         "--weight",
-        type=words.share,
+        type=values.of(values.importance),
         action="append",
         default=[],
         metavar="TASK=W",
@@ -33,17 +38,21 @@ def arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--floor",
-        type=words.share,
+        type=values.of(values.kept),
         action="append",
         default=[],
         metavar="TASK=SHARE",
         help="keep a task at this share of full precision, such as ground=0.95",
     )
     words.limits(p)
-    p.add_argument("--runtime", metavar="NAME", help="only plans that it can load, such as compressed-tensors")
-    p.add_argument("--top", type=int, default=3, metavar="K", help="how many plans are run per budget (default: 3)")
+    p.add_argument(
+        "--runtime", type=values.name, metavar="NAME", help="only plans that it can load, such as compressed-tensors"
+    )
+    p.add_argument(
+        "--top", type=values.top, default=3, metavar="K", help="how many plans are run per budget (default: 3)"
+    )
     p.add_argument("--no-run", action="store_true", help="predict only; the model is not loaded")
-    p.add_argument("--model", help="where the model is, if not where the sweep found it")
+    p.add_argument("--model", type=values.place, help="where the model is, if not where the sweep found it")
     words.device(p)
 
 
@@ -56,13 +65,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity.runtimes import files_of
     from sensitivity.trials import Study
 
+    if args.gb is not None:
+        words.without_effect(args, ["--bpw"], "beside --gb, as there is one kind of budget")
+    if args.no_run:
+        words.without_effect(args, ["--top", "--model", "--device", "--dtype"], "with --no-run")
+    verbs.device_of(args.device)
+    verbs.dtype_of(args.dtype)
     study = Study(args.study)
     if args.task and args.weight:
         raise UserError("either --task names the one task that decides, or --weight says how much each counts")
     beside = 8 * labels(study.parts) if files_of(args.runtime) else 0  # bits per weight count tensors, GB whole files
     bpw = args.bpw if args.gb is None else tuple(max(gb * 8e9 - beside, 1) / study.parts.numel for gb in args.gb)
-    weights = dict(args.weight) or {args.task or study.tasks[0]: 1.0}
-    wish = Wish(bpw, weights, dict(args.floor), dict(args.allow), args.tie, args.runtime, args.top)
+    weights = dict(words.distinct("--weight", args.weight)) or {args.task or study.tasks[0]: 1.0}
+    floors, allow = dict(words.distinct("--floor", args.floor)), dict(words.distinct("--allow", args.allow))
+    wish = Wish(bpw, weights, floors, allow, args.tie, args.runtime, args.top)
+    verbs.check_wish(study, wish)
+    if "fingerprint" not in study.meta:
+        words.without_effect(
+            args, ["--model", "--device", "--dtype"], "for an imported table, which has no model to run"
+        )
     model = args.model or study.meta.get("model")
     vlm = None
     if not args.no_run and "fingerprint" in study.meta:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from sensitivity.cli import words
+from sensitivity.cli import values, words
 
 ABOUT = "write a page with the frontier, the importance of each part, and what to do"
 EXAMPLE = "sensitivity report runs/first"
@@ -14,7 +13,7 @@ EXAMPLE = "sensitivity report runs/first"
 
 def arguments(p: argparse.ArgumentParser) -> None:
     words.study(p)
-    p.add_argument("--out", type=Path, help="where to write (default: STUDY/report)")
+    p.add_argument("--out", type=values.folder, help="where to write (default: STUDY/report)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sensitivity import terminal
-from sensitivity.cli import words, workers
+from sensitivity.cli import cluster, values, words, workers
 
 if TYPE_CHECKING:
     from sensitivity.components import ComponentMap
@@ -30,7 +30,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     words.model(p)
     p.add_argument(
         "--task",
-        type=words.names,
+        type=values.listed(values.place),
         default=("vqa",),
         metavar="T[,T]",
         help="vqa, caption, scene, ground, retrieval; DATASET:FOLDER such as vqav2:FOLDER; your own FILE.jsonl, or"
@@ -40,14 +40,24 @@ def arguments(p: argparse.ArgumentParser) -> None:
     words.include(p)
     words.methods(p, (2, 3, 4, 6, 8), "rtn")
     p.add_argument(
-        "--search", default="grid", help="grid, one-at-a-time, random, tpe, nsga2, gp or frontier (default: grid)"
+        "--search",
+        type=values.name,
+        default="grid",
+        help="grid, one-at-a-time, random, tpe, nsga2, gp or frontier (default: grid)",
     )
     words.limits(p)
-    p.add_argument("--runtime", metavar="NAME", help="only plans that it can load, such as vllm or gptq")
-    p.add_argument("--trials", type=int, metavar="N", help="how many plans a search other than grid may try")
+    p.add_argument(
+        "--runtime", type=values.name, metavar="NAME", help="only plans that it can load, such as vllm or gptq"
+    )
+    p.add_argument(
+        "--trials",
+        type=values.plans,
+        metavar="N",
+        help="how many plans are tried (default: all of a grid, 100 of a search)",
+    )
     p.add_argument(
         "--out",
-        type=Path,
+        type=values.folder,
         required=True,
         metavar="runs/NAME",
         help="where the study is kept; the same again continues it",
@@ -56,6 +66,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     words.calibration(p)
     p.add_argument(
         "--until",
+        type=values.name,
         action="append",
         default=[],
         metavar="WHEN",
@@ -65,15 +76,18 @@ def arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--memory-gb",
-        type=words.amount,
+        type=values.gigabytes,
         default=8.0,
         metavar="GB",
         help="for what plans share: quantised weights and hidden states (default: 8); less is slower, not different",
     )
-    p.add_argument("--workers", type=int, default=1, metavar="N", help="processes on this machine (default: 1)")
+    p.add_argument(
+        "--workers", type=values.workers, default=1, metavar="N", help="processes on this machine (default: 1)"
+    )
     p.add_argument(
         "--executor",
-        choices=("local", "ray"),
+        type=values.choice("local", "ray"),
+        metavar="local|ray",
         default="local",
         help="where the workers run: on this machine, or as Ray actors, with a GPU each where --device is cuda, on the"
         " cluster that RAY_ADDRESS names or on this machine (default: local)",
@@ -88,12 +102,16 @@ def arguments(p: argparse.ArgumentParser) -> None:
         help="write wrong answers to their end; without, they end with … where they can no longer be right",
     )
     p.add_argument(
-        "--storage", metavar="URL", help="an Optuna storage for a team, such as postgresql+psycopg://host/db"
+        "--storage",
+        type=values.address,
+        metavar="URL",
+        help="an Optuna storage for a team, such as postgresql+psycopg://host/db",
     )
     p.add_argument("--dry-run", action="store_true", help="predict time, disk and memory; no weights are loaded")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    asked = _checked(args)
     if args.executor == "ray" and not workers.is_child() and not args.dry_run:
         return _on_a_cluster(args)
     from sensitivity import verbs
@@ -113,7 +131,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for one in chosen:
         for note in one.notes:
             print(f"{one.name}: {note}", file=sys.stderr)
-    asked, allow, tie = words.schemes(args), allowing(parts.names, dict(args.allow)), tying(parts.names, args.tie)
+    allow, tie = allowing(parts.names, dict(words.distinct("--allow", args.allow))), tying(parts.names, args.tie)
     if args.runtime:
         asked, left_out = restrict(parts, asked, args.runtime, allow)
         for line in left_out:
@@ -123,10 +141,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         space = (parts, schemes, search, args.trials, args.seed, allow, tie)
         return verbs.plans_for(args.runtime, *space) if args.runtime else verbs.plans(*space)
 
-    if args.dry_run:
-        plans = plans_of(asked, args.search)
-        # plans that a search would choose are taken to be as those drawn at random
-        return _foreseen(args, vlm, parts, plans_of(asked, "random") if callable(plans) else plans, chosen)
+    verbs.suits(vlm, chosen)
     schemes, statistics = verbs.calibrated(
         vlm,
         parts,
@@ -138,10 +153,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         against=chosen,
         cache_gb=args.cache_gb,
     )
+    plans = plans_of(schemes, args.search)
+    if args.dry_run:
+        # plans that a search would choose are taken to be as those drawn at random
+        return _foreseen(args, vlm, parts, plans_of(schemes, "random") if callable(plans) else plans, chosen)
     expected = 0 if args.search in ("grid", "one-at-a-time") else args.trials or 100
     how = {"n": args.n, "seed": args.seed, "plain": args.plain, "storage": args.storage, "statistics": statistics}
     how |= {"whole": whole, "until": args.until, "memory_gb": args.memory_gb}
-    study, steps = verbs.sweeping(vlm, parts, plans_of(schemes, args.search), args.task, args.out, **how)
+    study, steps = verbs.sweeping(vlm, parts, plans, args.task, args.out, **how)
     try:
         with workers.crew(args):
             _walk(args, steps, f"sweeping {vlm.name}", study, expected)
@@ -153,6 +172,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if study.release_lost():  # of a worker that died
         _walk(args, verbs.sweeping(vlm, parts, [], args.task, args.out, **how)[1], "what a lost worker left", study)
     return _summary(args, study)
+
+
+def _checked(args: argparse.Namespace) -> list[Scheme]:
+    """The schemes, after all that can be checked before anything is loaded: with --dry-run nothing else is."""
+    from sensitivity import verbs
+
+    asked, tasks = words.schemes(args), (*args.task, *(args.calibration or ()))
+    calibrated = verbs.check(
+        args.by, args.search, asked, tasks, args.device, args.dtype, args.path, args.runtime, args.until, args.out,
+        args.storage,
+    )  # fmt: skip
+    if not calibrated:
+        idle = ("--calibration", "--calibration-n", "--path", "--cache-gb")
+        words.without_effect(args, idle, f"with --method {args.method}, which is not calibrated")
+    if args.plain:
+        words.without_effect(args, ["--memory-gb"], "with --plain, where plans share nothing")
+    if args.executor == "ray":
+        cluster.check()
+    return asked
 
 
 def _foreseen(
@@ -206,8 +244,6 @@ def _rest(counts: Mapping[str, Any], out: Path) -> str:
 
 def _on_a_cluster(args: argparse.Namespace) -> dict[str, Any]:
     """The actors do all the work, from the same command; here is but the queue to be watched."""
-    from sensitivity.cli import cluster
-
     study = cluster.sweep(args, lambda steps, study: _walk(args, steps, f"sweeping {args.model}", study))
     return _summary(args, study)
 

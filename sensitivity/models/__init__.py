@@ -35,7 +35,7 @@ from sensitivity.models.original_llava import (
 from sensitivity.models.places import Places
 from sensitivity.models.processing import processor_of
 
-__all__ = ["FAMILIES", "SEARCHERS", "VLM", "Family", "discover", "inspect", "load"]
+__all__ = ["FAMILIES", "SEARCHERS", "VLM", "Family", "device_of", "discover", "dtype_of", "inspect", "load"]
 
 DTYPES = ("float32", "float16", "bfloat16")
 SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -92,7 +92,7 @@ def load(
     The device `auto` spreads a model over what there is. An adapter is merged into its base model, which it names
     itself, or which stands behind an @ in its name.
     """
-    target, wanted = _device(device), _dtype(dtype)
+    target, wanted = device_of(device), dtype_of(dtype)
     folder, adapter = resolve(name, config_only)
     if adapter is not None:
         base = load(adapter.base, device=device, dtype=dtype, config_only=config_only)
@@ -250,23 +250,28 @@ def _config_bits(config: Any) -> int:
     return torch.finfo(dtype).bits if isinstance(dtype, torch.dtype) else 16
 
 
-def _device(device: str) -> torch.device | None:
+def device_of(device: str) -> torch.device | None:
     """None for `auto`: accelerate then places each layer."""
+    usable = "choose from cpu, cuda, cuda:1, mps, auto"
     if device == "auto":
         if not is_accelerate_available():
             raise UserError("device 'auto' spreads a model over devices with accelerate; type `pip install accelerate`")
         return None
     try:
         target = torch.device(device)
+    except RuntimeError:  # its text lists every device that was ever thought of
+        raise UserError(f"unknown device '{device}'; {usable}") from None
+    try:
         torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device '{device}' cannot be used ({reason(error)}); choose from cpu, cuda, mps, auto"
-        ) from error
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+        raise UserError(f"device '{device}' cannot be used ({reason(error)}); {usable}") from error
+    if target.type == "meta" or (target.type == "cpu" and target.index):
+        why = "it computes nothing" if target.type == "meta" else "a machine has one cpu, and it has no number"
+        raise UserError(f"device '{device}' cannot be used ({why}); {usable}")
     return target
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     dtype = SHORT.get(dtype, dtype)

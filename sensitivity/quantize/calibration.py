@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sensitivity.components import ComponentMap, Weight
-from sensitivity.errors import UserError, unknown
+from sensitivity.errors import UserError
 from sensitivity.halving import if_it_fits
 from sensitivity.models import VLM
 from sensitivity.plan import Setting
@@ -19,7 +19,7 @@ from sensitivity.quantize.cache import Cache
 from sensitivity.quantize.curvature import Curvature
 from sensitivity.quantize.fold import Absorber, absorbers
 from sensitivity.quantize.linears import reads
-from sensitivity.quantize.statistics import PATHS, Gather, Statistics
+from sensitivity.quantize.statistics import Gather, Statistics, known_path
 from sensitivity.quantize.tokens import PADDING, ROWS, Batch, batches, disjoint, run
 from sensitivity.quantize.walk import Done, Walk
 from sensitivity.tasks import Task
@@ -44,8 +44,7 @@ def calibrate(
     `against` are the tasks that will be evaluated on, which must have no example and no image in common with these.
     Matrices that do not fit into `room` bytes together are found a few blocks at a time, when they are asked for.
     """
-    if path not in PATHS:
-        raise unknown("calibration path", path, PATHS)
+    known_path(path)
     names = list(dict.fromkeys(tasks))
     if not names or n < len(names):
         raise UserError(f"{n} calibration examples do not go round {len(names)} tasks; at least one each is needed")
@@ -144,7 +143,7 @@ def unquantised(
         wanted = sorted({reads(weight) for weight in weights}, key=lambda name: at[name])
         return {name: find(at[name])[name] for name in wanted}
 
-    if len(shares) == 1:
+    if len(shares) == 1 and vlm.device.type != "meta":  # a forecast has no weights, and asks for none
         find(0)  # at once: later the model may hold other weights
     return gather
 

@@ -70,6 +70,7 @@ class Method:
     symmetric: bool = True
     calibrated: bool = False  # needs statistics of the inputs
     settings: Mapping[str, Setting] = field(default_factory=dict)  # its own few, and their defaults
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of each setting that is a number
     choices: Mapping[str, tuple[Setting, ...]] = field(default_factory=dict)  # where a setting is one of a few
     fixed: str = ""  # what cannot be chosen about its groups and grid, in words
     inputs: Callable[[Tensor, Scheme], Tensor] | None = None  # what happens to a layer's inputs when the model runs

@@ -36,6 +36,7 @@ METHODS: dict[str, Method] = {
         calibrated=True,
         # order and clipping cost no bit; on the embedded model's layers they take off 20 to 40 % of the output error
         settings={"damp": 0.01, "order": "activation", "clip": True, "backend": OWN},
+        ranges={"damp": (0, 10)},
         choices={"order": ("given", "activation"), "backend": (OWN, "gptqmodel")},
     ),
     "awq": Method(
@@ -45,6 +46,7 @@ METHODS: dict[str, Method] = {
         symmetric=False,
         calibrated=True,
         settings={"exponents": 20, "clip": True, "clip_qk": False, "scales": "stored"},
+        ranges={"exponents": (1, 1000)},
         choices={"scales": ("stored", "folded")},  # folded: only where what stands before can absorb them, for nothing
     ),
     "nf4": Method(alone(coded), range(4, 5), group=64, settings={"double": False}, fixed=BLOCKS),
@@ -53,6 +55,7 @@ METHODS: dict[str, Method] = {
         alone(int8_rows),
         range(8, 9),
         settings={"threshold": 6.0, "outliers": "token"},
+        ranges={"threshold": (0, 1e6)},
         choices={"outliers": ("token", "call")},
         fixed="per row and symmetric",
         inputs=split_inputs,
@@ -126,11 +129,16 @@ def _checked(name: str, row: Method, setting: str, value: Setting) -> Setting:
     if setting in row.choices and value not in row.choices[setting]:
         raise unknown(f"{setting} of {name}", value, row.choices[setting])
     default = row.settings[setting]
-    if isinstance(default, bool) != isinstance(value, bool) or isinstance(default, str) != isinstance(value, str):
-        raise UserError(f"{setting} of {name} is like {default!r}, not {value!r}")
-    if isinstance(value, int | float) and value < 0:
-        raise UserError(f"{setting} of {name} cannot be below 0, as {value!r} is")
-    return value
+    if isinstance(default, bool | str):
+        if type(value) is not type(default):
+            raise UserError(f"{setting} of {name} is like {default!r}, not {value!r}")
+        return value
+    low, high = row.ranges[setting]
+    kinds = (int,) if isinstance(default, int) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        what = "a whole number" if kinds == (int,) else "a number"
+        raise UserError(f"{setting} of {name} is {what} from {low:g} to {high:,g}, not {value!r}")
+    return float(value) if isinstance(default, float) else value  # 1 and 1.0 are one setting
 
 
 def solve(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Stored | None]]:

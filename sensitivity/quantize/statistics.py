@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Protocol
 
 from sensitivity.components import Weight
-from sensitivity.errors import UserError
+from sensitivity.errors import UserError, unknown
 from sensitivity.plan import Scheme, Setting
 from sensitivity.quantize.cache import Cache
 from sensitivity.quantize.curvature import Curvature
@@ -16,6 +16,11 @@ from sensitivity.quantize.fold import Absorber
 from sensitivity.quantize.walk import Done
 
 PATHS = ("float", "exposed")
+
+
+def known_path(path: str) -> None:
+    if path not in PATHS:
+        raise unknown("calibration path", path, PATHS)
 
 
 class Gather(Protocol):

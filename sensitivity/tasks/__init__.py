@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from sensitivity.fields import MISSING, Misfit, not_a_file
 from sensitivity.tasks.boxes import Regions
 
 SLIMMEST = 200  # to one: a line of pixels whose short side is enlarged to a model's fills gigabytes
-SPLITS = ("evaluation", "calibration")
+SPLITS: tuple[str, ...] = ("evaluation", "calibration")
 SHORT = "\nAnswer the question using a single word or phrase."  # after a question, as in LLaVA-1.5 and GeoChat
 
 
@@ -232,21 +232,26 @@ def distinct(found: Sequence[Task], sources: Sequence[str]) -> None:
 
 
 def _named(name: str, split: str, n: int, seed: int) -> Task:
-    tasks, sets = {**TASKS, **SEARCHES}, {**DATASETS, **GALLERIES}
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     if n < 1:
         raise UserError(f"a task needs at least one example, not {n}")
+    return find(name)(split, n, seed)
+
+
+def find(name: str) -> Callable[[str, int, int], Task]:
+    """What makes the task of a name, of which nothing is read yet."""
+    tasks, sets = {**TASKS, **SEARCHES}, {**DATASETS, **GALLERIES}
     if name in tasks:
-        return tasks[name](split, n, seed)
+        return tasks[name]
     head, colon, folder = name.partition(":")
     if head in sets:
         if not folder:
             raise UserError(f"{head} needs the folder where the data set is; type {head}:FOLDER")
-        return sets[head](Path(folder).expanduser(), split, n, seed)
+        return partial(sets[head], Path(folder).expanduser())
     if colon and head in local.SCORERS:
-        return local.own(Path(folder).expanduser(), split, n, seed, head)
+        return partial(local.own, Path(folder).expanduser(), scorer=head)
     if name.endswith(".jsonl"):
-        return local.own(Path(name).expanduser(), split, n, seed)
+        return partial(local.own, Path(name).expanduser())
     owns = (*(f"{scorer}:PATH" for scorer in local.SCORERS), "FILE.jsonl")
     raise unknown("task", name, [*tasks, *(f"{known}:FOLDER" for known in sets), *owns])
