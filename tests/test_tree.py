@@ -18,7 +18,7 @@ TORCH |= {"preflight", "probe", "passes", "searching", "batches", "whole_prompts
 TORCH |= {"halving"}
 ABOVE = {"verbs", "exporting", "cli", "terminal", "__init__", "__main__"}
 # the study: table wing, and the only thing of it that the torch wing may use
-DOOR = {"trials", "rows", "scores", "storage", "glance", "turns", "contenders"}
+DOOR = {"trials", "rows", "scores", "storage", "patience", "glance", "turns", "contenders"}
 
 
 def room(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -126,7 +127,7 @@ def test_a_journal_that_is_something_else_is_named(tmp_path: Path) -> None:
 
 
 HOLD = """
-import fcntl, sys, time
+import sys, time
 from pathlib import Path
 from sensitivity.storage import KernelLock
 lock = KernelLock(Path(sys.argv[1])); lock.acquire(); print("held", flush=True); time.sleep(60)
@@ -146,9 +147,9 @@ def test_a_lock_of_a_killed_process_is_gone_with_it(tmp_path: Path) -> None:
     assert time.monotonic() - began < 20  # Optuna's own locks would wait half a minute
 
 
-def test_where_the_file_system_has_no_locks_optunas_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_file_system_has_no_locks_files_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*_: Any) -> None:
-        raise OSError("no locks available")
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     monkeypatch.chdir(tmp_path)

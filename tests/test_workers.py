@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pwd
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +15,7 @@ from pathlib import Path
 import optuna
 import pandas as pd
 import pytest
+from small.postgres import Postgres, initdb
 
 from sensitivity.errors import UserError
 from sensitivity.storage import close, open_storage
@@ -65,44 +63,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return Study(out)
 
 
-class Postgres:
-    """A server of our own, from the system's package, that can be stopped and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-        found = shutil.which("initdb") or (str(programs[-1]) if programs else None)
-        if found is None:
-            pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
-        pytest.importorskip("psycopg", reason="psycopg is not installed (extra postgres)")
-        self.programs, self.data = Path(found).parent, folder / "data"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        if os.getuid() == 0:  # the server refuses to run as root
-            person = pwd.getpwnam("postgres")
-            os.chown(folder, person.pw_uid, person.pw_gid)
-        self._run("initdb", "-D", str(self.data), "-U", "team", "-A", "trust", "--no-sync")
-
-    def _run(self, program: str, *words: str) -> None:
-        command = [str(self.programs / program), *words]
-        if os.getuid() == 0:
-            command = ["runuser", "-u", "postgres", "--", *command]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
-
-    def start(self) -> None:
-        options = f"-p {self.port} -k {self.data} -c listen_addresses=127.0.0.1 -c fsync=off"
-        self._run("pg_ctl", "-D", str(self.data), "-o", options, "-w", "-l", str(self.data / "log"), "start")
-
-    def stop(self) -> None:
-        self._run("pg_ctl", "-D", str(self.data), "-m", "immediate", "-w", "stop")
-
-    @property
-    def url(self) -> str:
-        return f"postgresql+psycopg://team@127.0.0.1:{self.port}/postgres"
-
-
 @pytest.fixture
 def postgres() -> Iterator[Postgres]:
+    if initdb() is None:
+        pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
+    pytest.importorskip("psycopg", reason="psycopg is not installed (extra postgres)")
     with tempfile.TemporaryDirectory() as folder:  # pytest's own is closed to other users
         server = Postgres(Path(folder))
         server.start()
@@ -156,8 +121,8 @@ def test_all_that_optuna_asks_of_a_database_is_waited_for(
     postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the cache that Optuna puts before it, too, which calls what is not public."""
-    monkeypatch.setattr("sensitivity.storage.PATIENCE", 0.2)
-    monkeypatch.setattr("sensitivity.storage.AGAIN", 0.1)
+    monkeypatch.setattr("sensitivity.patience.SECONDS", 0.2)
+    monkeypatch.setattr("sensitivity.patience.AGAIN", 0.1)
     study = optuna.create_study(storage=open_storage(postgres.url))
     trial = study.ask()
     postgres.stop()
@@ -166,13 +131,13 @@ def test_all_that_optuna_asks_of_a_database_is_waited_for(
             call()
     postgres.start()
     assert [trial.number for trial in study.get_trials()] == [0]
-    close(study._storage._backend)  # type: ignore[attr-defined]
+    close(study._storage)
 
 
 def test_a_database_that_stays_away_is_one_sentence(
     postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sensitivity.storage.PATIENCE", 1.0)
+    monkeypatch.setattr("sensitivity.patience.SECONDS", 1.0)
     storage = open_storage(postgres.url)
     postgres.stop()
     with pytest.raises(UserError, match=r"the database has been away for 1 seconds .*the same command continues"):
