@@ -42,7 +42,7 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise UserError("--executor ray needs Ray: pip install 'sensitivity[ray]'") from None
+        raise UserError("--executor ray needs Ray: pip install 'vlm-sensitivity[ray]'") from None
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # a cluster that is there is joined where RAY_ADDRESS names it, never one that was found by chance
     where = os.environ.get("RAY_ADDRESS", "local")
