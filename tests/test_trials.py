@@ -120,6 +120,16 @@ def test_a_half_written_last_line_is_cut_off(tmp_path: Path) -> None:
     assert Study(tmp_path).counts()["done"] == 2
 
 
+def test_a_line_that_another_process_left_half_written_is_not_appended_to(tmp_path: Path) -> None:
+    """It was killed, or its disk was full, while this process goes on without opening the journal again."""
+    study = new(tmp_path)
+    study.enqueue([NATIVE])
+    with open(tmp_path / "journal.log", "ab") as journal:
+        journal.write(b'{"op_code": 5, "worker')
+    assert drain(study) == 1
+    assert facts(Study(tmp_path)) == facts(study)
+
+
 def test_a_journal_that_is_something_else_is_named(tmp_path: Path) -> None:
     (tmp_path / "journal.log").write_text("not json\nnor this\n")
     with pytest.raises(UserError, match=r"journal\.log is not a study's journal, or is damaged"):

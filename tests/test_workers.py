@@ -24,8 +24,8 @@ from sensitivity.trials import Study
 SWEEP = "sweep embedded:scenes-llava --bits 2,8 --method uniform --n 40 --json"
 
 
-def start(out: Path, *words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "sensitivity", *SWEEP.split(), "--out", str(out), *words]
+def start(out: Path, *words: str, sweep: str = SWEEP) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "sensitivity", *sweep.split(), "--out", str(out), *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -40,6 +40,12 @@ def eventually(happened: Callable[[], bool], seconds: float = 120) -> None:
     while not happened():
         assert time.monotonic() - began < seconds, "it never happened"
         time.sleep(0.05)
+
+
+def lives(pid: int) -> bool:
+    """Whether a process is there, and not only waiting for somebody to ask how it ended."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
 
 
 def answers(out: Path) -> int:
@@ -61,6 +67,23 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Study:
     out = tmp_path_factory.mktemp("alone") / "study"
     finished(start(out))
     return Study(out)
+
+
+@pytest.mark.slow
+def test_workers_stop_when_their_launcher_was_killed(tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    launcher = start(out, "--workers", "2", sweep=SWEEP.replace("--n 40", "--n 1000"))
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    eventually(lambda: bool(children.read_text()))
+    worker = int(children.read_text().split()[0])
+    eventually(lambda: answers(out) >= 1)
+    launcher.send_signal(signal.SIGKILL)
+    launcher.communicate()
+    eventually(lambda: not lives(worker), 60)
+    study = Study(out)
+    study.release_lost()
+    assert study.counts()["waiting"] > 0
+    assert study.counts()["running"] == 0
 
 
 @pytest.fixture
