@@ -39,7 +39,7 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sensitivity":
             module = node.module or ""
             rooms = [module] if "." in module else [f"sensitivity.{alias.name}" for alias in node.names]
-            found |= {name.split(".")[1] for name in rooms}
+            found |= {name.split(".")[1] for name in rooms if not name.endswith("__version__")}
         elif isinstance(node, ast.Import):
             found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("sensitivity.")}
     return found
