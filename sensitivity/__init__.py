@@ -7,6 +7,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
+__version__ = "0.1.0"
+
 # name -> where it lives; imported when first asked for, so that `import sensitivity` loads neither torch nor pandas
 _HOMES = {
     "load": "models",

@@ -8,14 +8,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pandas as pd
 
-from sensitivity import exported, recommended, robustness, words
+from sensitivity import __version__, exported, recommended, robustness, words
 from sensitivity.allocate import Candidate, spend
 from sensitivity.components import LABELS, ComponentMap
 from sensitivity.errors import UserError
@@ -73,7 +72,7 @@ def report(
             labels=LABELS,
             made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             generator=GENERATOR,
-            version=version("sensitivity"),
+            version=__version__,
             provenance=json.dumps(study.meta, indent=1, default=str),
         )
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sensitivity import __version__
 from sensitivity.batches import Batch, batches
 from sensitivity.components import ComponentMap
 from sensitivity.contenders import Until, contenders
@@ -247,4 +248,5 @@ def identity(vlm: VLM, tasks: Sequence[Task], sources: Sequence[str], n: int, se
 
 @cache
 def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("sensitivity", *LIBRARIES)} | {"threads": str(torch.get_num_threads())}
+    libraries = {name: version(name) for name in LIBRARIES}
+    return {"sensitivity": __version__, **libraries, "threads": str(torch.get_num_threads())}

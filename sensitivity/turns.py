@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -82,7 +83,7 @@ def dead(owner: Mapping[str, Any] | None) -> bool:
     """Whether the owner of a trial is surely gone; on another machine we cannot know and assume that it lives."""
     if owner is None:
         return True
-    if owner["host"] != socket.gethostname():
+    if owner["host"] != socket.gethostname() or sys.platform == "win32":  # where signal 0 is Ctrl-C
         return False
     try:
         os.kill(owner["pid"], 0)

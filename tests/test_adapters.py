@@ -116,7 +116,7 @@ def test_tensors_without_a_place(folder: Path, astray: str) -> None:
 def test_peft_that_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(
-        UserError, match=r"is an adapter, which PEFT merges .* type `pip install sensitivity\[adapters\]`"
+        UserError, match=r"is an adapter, which PEFT merges .* type `pip install 'vlm-sensitivity\[adapters\]'`"
     ):
         load(str(folder))
 

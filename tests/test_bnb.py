@@ -206,7 +206,7 @@ def test_without_the_extra_the_error_says_what_to_type(monkeypatch: pytest.Monke
     layer = nn.Sequential(nn.Linear(72, 40))
     parts = discover_one(layer)
     with (
-        pytest.raises(UserError, match=r"pip install 'sensitivity\[bnb\]'"),
+        pytest.raises(UserError, match=r"pip install 'vlm-sensitivity\[bnb\]'"),
         placed(layer, parts, Plan.uniform(parts, scheme("nf4", 4))),
     ):
         pass

@@ -549,7 +549,7 @@ ADDRESSES: dict[str, bytes] = {
 
 @pytest.mark.parametrize("name", ADDRESSES)
 def test_addresses(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sensitivity.storage.PATIENCE", 0.0)
+    monkeypatch.setattr("sensitivity.patience.SECONDS", 0.0)
     (tmp_path / "storage.url").write_bytes(ADDRESSES[name])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Notice)

@@ -96,7 +96,7 @@ def test_a_width_has_the_same_bits_alone_and_among_others(chosen: dict[str, obje
 
 def test_another_backend_is_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sensitivity.quantize.peers.find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"gptqmodel is not installed; type: pip install 'sensitivity\[peers\]'"):
+    with pytest.raises(UserError, match=r"gptqmodel is not installed; type: pip install 'vlm-sensitivity\[peers\]'"):
         scheme("gptq", 4, backend="gptqmodel")
     monkeypatch.setattr("sensitivity.quantize.peers.find_spec", lambda _: "here")
     assert scheme("gptq", 4, backend="gptqmodel")["clip"] is False

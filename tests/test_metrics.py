@@ -232,7 +232,7 @@ def test_without_java_or_the_library_the_gap_is_named(monkeypatch: pytest.Monkey
     monkeypatch.setattr(caption_scores.importlib.util, "find_spec", lambda name: None)
     found = caption_scores.task("x", EXAMPLES)
     assert not found.metrics
-    assert "pip install 'sensitivity[tasks]'" in found.notes[0]
+    assert "pip install 'vlm-sensitivity[tasks]'" in found.notes[0]
     assert found.score(CAPTIONS[0], EXAMPLES[0]) == pytest.approx(CIDER[0])
     with pytest.raises(UserError, match=r"rouge_score, which is not installed; type pip install"):
         caption_scores.rouge("rouge1")

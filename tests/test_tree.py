@@ -32,6 +32,7 @@ TORCH |= {"halving"}
 ABOVE = {"verbs", "exporting", "cli", "terminal", "__init__", "__main__"}
 # the study: table wing, and the only thing of it that the torch wing may use
 DOOR = {"trials", "examples", "records", "place", "rows", "scores", "storage", "glance", "turns", "contenders"}
+DOOR |= {"patience"}
 
 
 def room(path: Path) -> str:
@@ -52,7 +53,7 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sensitivity":
             module = node.module or ""
             rooms = [module] if "." in module else [f"sensitivity.{alias.name}" for alias in node.names]
-            found |= {name.split(".")[1] for name in rooms}
+            found |= {name.split(".")[1] for name in rooms if not name.endswith("__version__")}
         elif isinstance(node, ast.Import):
             found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("sensitivity.")}
     return found

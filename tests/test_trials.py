@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -119,6 +120,16 @@ def test_a_half_written_last_line_is_cut_off(tmp_path: Path) -> None:
     assert Study(tmp_path).counts()["done"] == 2
 
 
+def test_a_line_that_another_process_left_half_written_is_not_appended_to(tmp_path: Path) -> None:
+    """It was killed, or its disk was full, while this process goes on without opening the journal again."""
+    study = new(tmp_path)
+    study.enqueue([NATIVE])
+    with open(tmp_path / "journal.log", "ab") as journal:
+        journal.write(b'{"op_code": 5, "worker')
+    assert drain(study) == 1
+    assert facts(Study(tmp_path)) == facts(study)
+
+
 def test_a_journal_that_is_something_else_is_named(tmp_path: Path) -> None:
     (tmp_path / "journal.log").write_text("not json\nnor this\n")
     with pytest.raises(UserError, match=r"journal\.log is not a study's journal, or is damaged"):
@@ -126,7 +137,7 @@ def test_a_journal_that_is_something_else_is_named(tmp_path: Path) -> None:
 
 
 HOLD = """
-import fcntl, sys, time
+import sys, time
 from pathlib import Path
 from sensitivity.storage import KernelLock
 lock = KernelLock(Path(sys.argv[1])); lock.acquire(); print("held", flush=True); time.sleep(60)
@@ -146,9 +157,9 @@ def test_a_lock_of_a_killed_process_is_gone_with_it(tmp_path: Path) -> None:
     assert time.monotonic() - began < 20  # Optuna's own locks would wait half a minute
 
 
-def test_where_the_file_system_has_no_locks_optunas_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_file_system_has_no_locks_files_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*_: Any) -> None:
-        raise OSError("no locks available")
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     monkeypatch.chdir(tmp_path)

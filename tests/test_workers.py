@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pwd
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +16,7 @@ import optuna
 import pandas as pd
 import planted
 import pytest
+from small.postgres import Postgres, initdb
 
 from sensitivity.errors import UserError
 from sensitivity.storage import close, open_storage
@@ -27,8 +25,8 @@ from sensitivity.trials import Study
 SWEEP = "sweep embedded:scenes-llava --bits 2,8 --method uniform --n 40 --json"
 
 
-def start(out: Path, *words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "sensitivity", *SWEEP.split(), "--out", str(out), *words]
+def start(out: Path, *words: str, sweep: str = SWEEP) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "sensitivity", *sweep.split(), "--out", str(out), *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -43,6 +41,12 @@ def eventually(happened: Callable[[], bool], seconds: float = 120) -> None:
     while not happened():
         assert time.monotonic() - began < seconds, "it never happened"
         time.sleep(0.05)
+
+
+def lives(pid: int) -> bool:
+    """Whether a process is there, and not only waiting for somebody to ask how it ended."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
 
 
 def answers(out: Path) -> int:
@@ -66,44 +70,28 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return Study(out)
 
 
-class Postgres:
-    """A server of our own, from the system's package, that can be stopped and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-        found = shutil.which("initdb") or (str(programs[-1]) if programs else None)
-        if found is None:
-            pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
-        pytest.importorskip("psycopg", reason="psycopg is not installed (extra postgres)")
-        self.programs, self.data = Path(found).parent, folder / "data"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        if os.getuid() == 0:  # the server refuses to run as root
-            person = pwd.getpwnam("postgres")
-            os.chown(folder, person.pw_uid, person.pw_gid)
-        self._run("initdb", "-D", str(self.data), "-U", "team", "-A", "trust", "--no-sync")
-
-    def _run(self, program: str, *words: str) -> None:
-        command = [str(self.programs / program), *words]
-        if os.getuid() == 0:
-            command = ["runuser", "-u", "postgres", "--", *command]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
-
-    def start(self) -> None:
-        options = f"-p {self.port} -k {self.data} -c listen_addresses=127.0.0.1 -c fsync=off"
-        self._run("pg_ctl", "-D", str(self.data), "-o", options, "-w", "-l", str(self.data / "log"), "start")
-
-    def stop(self) -> None:
-        self._run("pg_ctl", "-D", str(self.data), "-m", "immediate", "-w", "stop")
-
-    @property
-    def url(self) -> str:
-        return f"postgresql+psycopg://team@127.0.0.1:{self.port}/postgres"
+@pytest.mark.slow
+def test_workers_stop_when_their_launcher_was_killed(tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    launcher = start(out, "--workers", "2", sweep=SWEEP.replace("--n 40", "--n 1000"))
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    eventually(lambda: bool(children.read_text()))
+    worker = int(children.read_text().split()[0])
+    eventually(lambda: answers(out) >= 1)
+    launcher.send_signal(signal.SIGKILL)
+    launcher.communicate()
+    eventually(lambda: not lives(worker), 60)
+    study = Study(out)
+    study.release_lost()
+    assert study.counts()["waiting"] > 0
+    assert study.counts()["running"] == 0
 
 
 @pytest.fixture
 def postgres() -> Iterator[Postgres]:
+    if initdb() is None:
+        pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
+    pytest.importorskip("psycopg", reason="psycopg is not installed (extra postgres)")
     with tempfile.TemporaryDirectory() as folder:  # pytest's own is closed to other users
         server = Postgres(Path(folder))
         server.start()
@@ -171,8 +159,8 @@ def test_all_that_optuna_asks_of_a_database_is_waited_for(
     postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the cache that Optuna puts before it, too, which calls what is not public."""
-    monkeypatch.setattr("sensitivity.storage.PATIENCE", 0.2)
-    monkeypatch.setattr("sensitivity.storage.AGAIN", 0.1)
+    monkeypatch.setattr("sensitivity.patience.SECONDS", 0.2)
+    monkeypatch.setattr("sensitivity.patience.AGAIN", 0.1)
     study = optuna.create_study(storage=open_storage(postgres.url))
     trial = study.ask()
     postgres.stop()
@@ -181,13 +169,13 @@ def test_all_that_optuna_asks_of_a_database_is_waited_for(
             call()
     postgres.start()
     assert [trial.number for trial in study.get_trials()] == [0]
-    close(study._storage._backend)  # type: ignore[attr-defined]
+    close(study._storage)
 
 
 def test_a_database_that_stays_away_is_one_sentence(
     postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sensitivity.storage.PATIENCE", 1.0)
+    monkeypatch.setattr("sensitivity.patience.SECONDS", 1.0)
     storage = open_storage(postgres.url)
     postgres.stop()
     with pytest.raises(UserError, match=r"the database has been away for 1 seconds .*the same command continues"):

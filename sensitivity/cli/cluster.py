@@ -41,7 +41,7 @@ def sweep(args: argparse.Namespace, show: Callable[[Iterator[Step], Study], None
 
 def check() -> None:
     if find_spec("ray") is None:
-        raise UserError("--executor ray needs Ray: pip install 'sensitivity[ray]'")
+        raise UserError("--executor ray needs Ray: pip install 'vlm-sensitivity[ray]'")
 
 
 def _ray() -> Any:

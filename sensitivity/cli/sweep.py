@@ -120,6 +120,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity.tasks import distinct, task
     from sensitivity.turns import me
 
+    workers.follow()
     workers.share_cores(args.workers)
     vlm = verbs.blank(args.model) if args.dry_run else verbs.load(args.model, device=args.device, dtype=args.dtype)
     parts = verbs.inspect(vlm, by=args.by, include=args.include)

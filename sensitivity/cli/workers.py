@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 
 from sensitivity.errors import Notice, UserError
 
 CHILD = "SENSITIVITY_WORKER"  # set for a worker, which starts none of its own
+FOLLOWS = "follows"  # its value where the worker's standard input closes when its launcher is gone
 
 
 def is_child() -> bool:
     return CHILD in os.environ
+
+
+def follow() -> None:
+    """Stop as by Ctrl-C when the launcher is gone, however it went: nobody would know of this process."""
+
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        _thread.interrupt_main()
+
+    if os.environ.get(CHILD) == FOLLOWS:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def share_cores(count: int) -> None:
@@ -36,7 +50,7 @@ def crew(args: argparse.Namespace) -> Iterator[None]:
     command = [sys.executable, "-m", "sensitivity", *args.typed, "--json"]
     processes = [
         subprocess.Popen(
-            command, env={**os.environ, CHILD: "1"}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            command, env={**os.environ, CHILD: FOLLOWS}, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         for _ in range(count)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import filelock
 
 from sensitivity.errors import UserError
 from sensitivity.export.manifest import why_foreign
@@ -76,11 +77,9 @@ def _held(folder: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        free = True
-        try:
-            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            free = False
+        free = False
+        with contextlib.suppress(OSError):
+            free = filelock.lock_descriptor(place, blocking=False)
         yield free
     finally:
         os.close(place)

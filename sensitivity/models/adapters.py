@@ -99,7 +99,8 @@ def merged(model: Any, adapter: Adapter, name: str) -> Any:
         import peft
     except ImportError:
         raise UserError(
-            f"{name} is an adapter, which PEFT merges into its base model; type `pip install sensitivity[adapters]`"
+            f"{name} is an adapter, which PEFT merges into its base model; "
+            "type `pip install 'vlm-sensitivity[adapters]'`"
         ) from None
     try:
         with warnings.catch_warnings():

@@ -42,7 +42,7 @@ def _library() -> Any:
     try:
         import bitsandbytes
     except ImportError as error:
-        raise UserError("bitsandbytes is not installed; type: pip install 'sensitivity[bnb]'") from error
+        raise UserError("bitsandbytes is not installed; type: pip install 'vlm-sensitivity[bnb]'") from error
     return bitsandbytes
 
 

@@ -22,7 +22,7 @@ def check(scheme: Scheme) -> None:
     """Whether the library is here and has what a scheme asks for; said before anything is computed."""
     if find_spec("gptqmodel") is None:
         raise UserError(
-            "gptqmodel is not installed; type: pip install 'sensitivity[peers]', or leave out --backend for our own"
+            "gptqmodel is not installed; type: pip install 'vlm-sensitivity[peers]', or leave out --backend for our own"
         )
     if scheme.bits < 2:
         raise UserError(f"gptqmodel takes 2 to 8 bits, not {scheme.bits}; leave out --backend for our own")

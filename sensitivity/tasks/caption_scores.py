@@ -16,7 +16,7 @@ from sensitivity.tasks.words import words
 ORDERS = 4  # n-grams of one to four words
 SIGMA = 6.0  # of the penalty for a caption of another length
 Gram = tuple[str, ...]
-INSTALL = "pip install 'sensitivity[tasks]'"
+INSTALL = "pip install 'vlm-sensitivity[tasks]'"
 SLOW = ("METEOR",)  # Java takes seconds to start, and 2 GB
 
 

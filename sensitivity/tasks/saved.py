@@ -59,7 +59,8 @@ def lines_of(folder: Path, split: str, boxes: bool) -> Iterator[dict[str, Any]]:
 
 def _rows(folder: Path, split: str) -> tuple[layout.Part, Any]:
     if importlib.util.find_spec("datasets") is None:
-        raise UserError(f"{folder} is a folder; to read it as a saved data set, type pip install 'sensitivity[tasks]'")
+        why = f"{folder} is a folder; to read it as a saved data set"
+        raise UserError(f"{why}, type pip install 'vlm-sensitivity[tasks]'")
     import datasets
 
     try:
