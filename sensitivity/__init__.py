@@ -7,6 +7,10 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from sensitivity.threads import sleep_while_waiting
+
+sleep_while_waiting()  # before anything imports torch
+
 # name -> where it lives; imported when first asked for, so that `import sensitivity` loads neither torch nor pandas
 _HOMES = {
     "load": "models",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from sklearn.linear_model import LinearRegression
 from sklearn.metrics import r2_score
 from sklearn.model_selection import GroupKFold
 
-from sensitivity import treeshap
+from sensitivity import threads, treeshap
 
 Floats = np.ndarray
 Given = TypeVar("Given")
@@ -234,7 +233,7 @@ def side_by_side(once: Callable[[Given], Found], given: Iterable[Given]) -> list
 
     scikit-learn resets the process's warning filters in every thread; they are put back at the end.
     """
-    with warnings.catch_warnings(record=True), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings(record=True), ThreadPoolExecutor(threads.limited() or threads.cores()) as pool:
         warnings.simplefilter("ignore")
         return list(pool.map(once, given))
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sensitivity.plan import Scheme
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
+MOST = 1024  # threads, or processes
 
 
 def model(p: argparse.ArgumentParser) -> None:
@@ -137,6 +138,16 @@ def amount(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"'{text}' is not an amount such as 8 or 0.5")
     return value
+
+
+def processes(text: str) -> int | str:
+    return text if text == "auto" else count(text)
+
+
+def count(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= MOST):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 1 to {MOST:,}")
+    return int(text)
 
 
 def group_size(text: str) -> int | str:
