@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import optuna
@@ -55,7 +55,7 @@ class Fitted:
         if len(plans) > self.explained:
             rows = np.random.default_rng(self.seed).choice(len(plans), self.explained, replace=False)
             plans, weight = plans[rows], weight[rows]
-        return np.asarray(explainer(self.forest).shap_values(plans, check_additivity=False)), weight
+        return treeshap.Leaves(self.forest, plans).values(), weight
 
     @cached_property
     def shap_pairs(self) -> tuple[Floats, Floats, Floats]:
@@ -68,15 +68,7 @@ class Fitted:
             rows = np.random.default_rng(self.seed).choice(len(plans), few, replace=False)
             plans, weight = plans[rows], weight[rows]
         small = forest_of(self.seed, 20).fit(self.x, self.y)
-        return np.asarray(explainer(small).shap_interaction_values(plans)), weight, plans
-
-
-def explainer(forest: RandomForestRegressor) -> Any:
-    """shap's own, imported here because it takes two seconds and only large grids need it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PendingDeprecationWarning)  # of its import of matplotlib
-        import shap
-    return shap.TreeExplainer(forest)
+        return treeshap.Leaves(small, plans).interactions(), weight, plans
 
 
 def fit(
