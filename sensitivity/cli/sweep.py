@@ -109,6 +109,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity.tasks import distinct, task
     from sensitivity.turns import me
 
+    if args.dtype is None:
+        args.dtype, why = verbs.dtype_for(args.model, args.device, args.out)
+        if why:
+            print(f"note: {why}", file=sys.stderr)
     vlm = verbs.blank(args.model) if args.dry_run else verbs.load(args.model, device=args.device, dtype=args.dtype)
     parts = verbs.inspect(vlm, by=args.by, include=args.include)
     if any(weight.looked_up for weight in parts.weights):

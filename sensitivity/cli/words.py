@@ -27,7 +27,8 @@ def model(p: argparse.ArgumentParser) -> None:
 
 def device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 or mps; auto spreads it (default: cpu)")
-    p.add_argument("--dtype", help="fp32, bf16 or fp16 (default: as stored; embedded models in float32)")
+    dtypes = "fp32, bf16 or fp16 (default: as the study; a new one as stored, or float32 where that is quicker)"
+    p.add_argument("--dtype", help=dtypes)
 
 
 def by(p: argparse.ArgumentParser, default: str) -> None:
