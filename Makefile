@@ -3,30 +3,37 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+TESTED = $(VENV)/.tested
 
 .PHONY: demo test lint types check install clean
 
 demo: $(READY)
 	$(BIN)/sensitivity demo
 
-test: $(READY)
+test: $(TESTED)
 	$(BIN)/python -m pytest
 
-lint: $(READY)
+lint: $(TESTED)
 	$(BIN)/ruff check .
 
-types: $(READY)
+types: $(TESTED)
 	$(BIN)/mypy
 
 check: lint types test
 
-install: $(READY)
+install: $(TESTED)
 
-# torch on its own and first: asked for by another package, pip may fetch a build with gigabytes of CUDA
+# torch on its own and first: asked for by another package, pip may fetch a build with gigabytes of CUDA. Nothing is
+# compiled beforehand: Python compiles what is imported, a sixth of it.
+PIP = $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+$(TESTED): $(READY)
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 clean:

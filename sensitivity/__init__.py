@@ -7,7 +7,10 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from sensitivity.threads import sleep_while_waiting
+
 __version__ = "0.1.0"
+sleep_while_waiting()  # before anything imports torch
 
 # name -> where it lives; imported when first asked for, so that `import sensitivity` loads neither torch nor pandas
 _HOMES = {

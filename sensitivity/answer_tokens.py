@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -62,9 +63,10 @@ def hopeless(vlm: VLM, task: Task, examples: Sequence[Example]) -> Callable[[int
     if not task.exact:
         return None
     right = [[_bare(answer) for answer in example.answers] for example in examples]
+    bare = cache(lambda tokens: _bare(_text(vlm, tokens)))  # rows say the same few things
 
     def cannot(row: int, tokens: list[int]) -> bool:
-        begun = _bare(_text(vlm, tokens))
+        begun = bare(tuple(tokens))
         # half a letter, or what may become a special token, which does not count
         open_ = begun.endswith("\N{REPLACEMENT CHARACTER}") or begun.rfind("<") > begun.rfind(">")
         return not open_ and not any(answer.startswith(begun) for answer in right[row])
@@ -85,6 +87,12 @@ def said(vlm: VLM, tokens: list[int], task: Task) -> str:
     """The answer as text; an ellipsis where it was left off because it could no longer be right."""
     text = _text(vlm, tokens)
     return text if tokens[-1] in ends(vlm) or len(tokens) >= task.max_new_tokens else text + "…"
+
+
+def said_by(vlm: VLM, rows: Sequence[Sequence[int]], task: Task) -> list[str]:
+    """Each row's answer; what several rows say is made text once."""
+    once = cache(lambda tokens: said(vlm, list(tokens), task))
+    return [once(tuple(tokens)) for tokens in rows]
 
 
 def mean_nll(logits: Tensor, targets: Tensor) -> list[float]:

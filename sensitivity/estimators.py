@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import optuna
@@ -20,7 +19,7 @@ from sklearn.linear_model import LinearRegression
 from sklearn.metrics import r2_score
 from sklearn.model_selection import GroupKFold
 
-from sensitivity import treeshap
+from sensitivity import threads, treeshap
 
 Floats = np.ndarray
 Given = TypeVar("Given")
@@ -56,7 +55,7 @@ class Fitted:
         if len(plans) > self.explained:
             rows = np.random.default_rng(self.seed).choice(len(plans), self.explained, replace=False)
             plans, weight = plans[rows], weight[rows]
-        return np.asarray(explainer(self.forest).shap_values(plans, check_additivity=False)), weight
+        return treeshap.Leaves(self.forest, plans).values(), weight
 
     @cached_property
     def shap_pairs(self) -> tuple[Floats, Floats, Floats]:
@@ -69,15 +68,7 @@ class Fitted:
             rows = np.random.default_rng(self.seed).choice(len(plans), few, replace=False)
             plans, weight = plans[rows], weight[rows]
         small = forest_of(self.seed, 20).fit(self.x, self.y)
-        return np.asarray(explainer(small).shap_interaction_values(plans)), weight, plans
-
-
-def explainer(forest: RandomForestRegressor) -> Any:
-    """shap's own, imported here because it takes two seconds and only large grids need it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PendingDeprecationWarning)  # of its import of matplotlib
-        import shap
-    return shap.TreeExplainer(forest)
+        return treeshap.Leaves(small, plans).interactions(), weight, plans
 
 
 def fit(
@@ -234,7 +225,7 @@ def side_by_side(once: Callable[[Given], Found], given: Iterable[Given]) -> list
 
     scikit-learn resets the process's warning filters in every thread; they are put back at the end.
     """
-    with warnings.catch_warnings(record=True), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings(record=True), ThreadPoolExecutor(threads.limited() or threads.cores()) as pool:
         warnings.simplefilter("ignore")
         return list(pool.map(once, given))
 

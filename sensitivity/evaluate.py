@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sensitivity import searching, shared_images, whole_prompts
-from sensitivity.answer_tokens import plainly_greedy, said
+from sensitivity.answer_tokens import plainly_greedy, said_by
 from sensitivity.batches import Batch, batches
 from sensitivity.drafts import remembered
 from sensitivity.halving import if_it_fits
@@ -98,7 +98,7 @@ def _answered(
                 return whole_prompts.generated(vlm, task, batch)
         tokens, nll = whole_prompts.guessed(vlm, task, batch, known, partial(over, name, "vision", "connector"))
         replay.answers[name] = remembered(known, tokens)
-        return [said(vlm, draft, task) for draft in tokens], nll
+        return said_by(vlm, tokens, task), nll
     with over(name, "vision", "connector", "language"):
         cache, places = shared_images.looked_at(vlm, batch)
     image = replay.caches(name, cache) if replay else [(layer.keys, layer.values) for layer in cache.layers]
@@ -106,4 +106,4 @@ def _answered(
     tokens, nll = shared_images.drafted(vlm, task, batch, image, places, known, questions)
     if replay:
         replay.answers[name] = remembered(known, tokens)
-    return [said(vlm, draft, task) for draft in tokens], nll
+    return said_by(vlm, tokens, task), nll

@@ -19,6 +19,29 @@ from sensitivity.quantize.methods import solve
 TOKENS = 1024  # at most so many go through a probed product; more are taken to cost in proportion
 SIDE = 512  # of the weight that is quantised
 ENOUGH = 0.05  # seconds for one measurement
+WIDE = torch.float32  # holds every number of a narrower type
+NOTABLY = 1.25  # times: a type that is quicker by less is not worth twice the memory
+SIZES = (128, 1024)  # tokens and width of the product by which types are compared: a tenth of a second at 1 GFLOP/s
+
+
+def slower(stored: torch.dtype, device: torch.device) -> float:
+    """How many times longer a product takes in the type of a checkpoint than in float32; the best of a few of each.
+
+    CPUs without units for it compute bfloat16 number by number, a hundred times slower.
+    """
+    tokens, width = SIZES
+    seconds: dict[torch.dtype, float] = {}
+    with torch.inference_mode():
+        for kind in (WIDE, stored):
+            x, weight = (torch.ones(rows, width, device=device, dtype=kind) for rows in (tokens, tokens))
+            turns: list[float] = []
+            began = time.perf_counter()
+            while len(turns) < 2 or (len(turns) < 20 and time.perf_counter() - began < 0.01):
+                start = time.perf_counter()
+                torch.nn.functional.linear(x, weight).sum().item()  # which waits for a device that is not the host
+                turns.append(time.perf_counter() - start)
+            seconds[kind] = min(turns)
+    return seconds[stored] / seconds[WIDE]
 
 
 @dataclass

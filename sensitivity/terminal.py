@@ -6,16 +6,15 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from sensitivity.ticker import Ticker, clock
 
 if TYPE_CHECKING:
     import pandas as pd
     from optuna.trial import FrozenTrial
-    from rich.console import Console
 
     from sensitivity.importance import Ranking
     from sensitivity.preflight import Forecast
@@ -67,7 +66,12 @@ class Pace:
 def walk(
     steps: Iterable[Step], title: str, study: Study | None = None, plans: int = 0, seconds: float = math.inf
 ) -> int:
-    """Walk along a sweep behind a bar on standard error: what is done, the time left, and the frontier so far."""
+    """Walk along a sweep behind a bar on standard error: what is done, the time left, and the frontier so far.
+
+    Where that is no terminal there is a plain line every few seconds instead.
+    """
+    if not sys.stderr.isatty():
+        return _walk_plainly(steps, title, Pace(plans, seconds))
     from rich.console import Console, Group
     from rich.live import Live
     from rich.progress import BarColumn, Progress, TaskProgressColumn
@@ -77,36 +81,40 @@ def walk(
     beside = "{task.fields[time]}", "{task.fields[last]}"
     bar = Progress("{task.description}", BarColumn(), TaskProgressColumn(), *beside)
     line = bar.add_task(title, total=None, time="", last="preparing")
-    console = Console(stderr=True)
-    with _line_ended(console), Live(bar, console=console, refresh_per_second=4) as live:
+    with Live(bar, console=Console(stderr=True), refresh_per_second=4) as live:
         shown = 0.0
         for step in steps:
             finished += 1
             images, rest = pace.after(step)
-            done, clock = step.done - pace.earlier, f"{_clock(rest)} left"
-            bar.update(line, total=done + images, completed=done, time=clock, last=_last(step))
-            if study is not None and console.is_terminal and time.monotonic() - shown > 1:
+            done, left = step.done - pace.earlier, f"{clock(rest)} left"
+            bar.update(line, total=done + images, completed=done, time=left, last=_last(step))
+            if study is not None and time.monotonic() - shown > 1:
                 live.update(Group(bar, *(Text(f"  {text}", style="dim") for text in standing(study))))
                 shown = time.monotonic()
         if not finished:
             bar.update(line, total=1, completed=1, last="nothing was left to do")
-        bar.update(line, time=f"in {_clock(time.monotonic() - began)}")
+        bar.update(line, time=f"in {clock(time.monotonic() - began)}")
         live.update(bar)
     return finished
 
 
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
+def _walk_plainly(steps: Iterable[Step], title: str, pace: Pace) -> int:
+    finished, began, told = 0, time.monotonic(), "preparing"
+    ends = math.inf  # when all will be done, as far as is known; a step may take longer than from one line to the next
 
+    def line() -> str:
+        left = f"{clock(max(ends - time.monotonic(), 0))} left" if ends < math.inf else "time left not known yet"
+        return f"{title}: {told}, {left}"
 
-@contextmanager
-def _line_ended(console: Console) -> Iterator[None]:
-    """In a file, the last state of a bar is a line, whatever ended it."""
-    try:
-        yield
-    finally:
-        if not console.is_terminal:
-            console.print()
+    with Ticker(line):
+        for step in steps:
+            finished += 1
+            images, rest = pace.after(step)
+            done, ends = step.done - pace.earlier, time.monotonic() + rest
+            told = f"{done / max(done + images, 1):.0%}, {_last(step)}"
+    end = f"100%, in {clock(time.monotonic() - began)}" if finished else "nothing was left to do"
+    print(f"{title}: {end}", file=sys.stderr, flush=True)
+    return finished
 
 
 def walk_in_json(steps: Iterable[Step], study: Study, plans: int = 0, seconds: float = math.inf) -> int:

@@ -1,4 +1,4 @@
-"""Exact TreeSHAP of a forest on a small grid of levels: the values of shap.TreeExplainer, a hundred times faster."""
+"""Exact TreeSHAP of a forest, the values of shap.TreeExplainer; on a small grid of levels from a table of its cells."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from sklearn.ensemble import RandomForestRegressor
 
-CELLS = 40_000  # grids with more cells (each feature's levels and 'unknown' multiplied) are left to shap
+CELLS = 40_000  # grids with more cells (each feature's levels and 'unknown' multiplied) have no table
+ROOM = 4_000_000  # numbers that a leaf-by-leaf computation handles at once
 
 
 def levels(x: np.ndarray) -> list[np.ndarray]:
@@ -74,6 +75,56 @@ class Games:
             out[:, g, f] = out[:, f, g]
         own = np.arange(features)
         out[:, own, own] = self.values() - out.sum(axis=2)
+        return out
+
+
+class Leaves:
+    """The same values where the grid is too large for a table: leaf by leaf.
+
+    A leaf's game is a product over features of a (1 where the row lies inside its interval, else 0) for known features
+    and b (the share of rows) for unknown ones. Weighing a set of s of n - 1 others by s! (n - 1 - s)! / n! is
+    integrating t^s (1 - t)^(n - 1 - s), so that feature f's value is (a_f - b_f) times the integral of the product over
+    the others of t a + (1 - t) b: a polynomial, which Gauss and Legendre's rule integrates exactly.
+    """
+
+    def __init__(self, forest: RandomForestRegressor, x: np.ndarray) -> None:
+        self.grid = levels(x)
+        self.index = np.column_stack([np.searchsorted(g, c) for g, c in zip(self.grid, x.T, strict=True)])
+        self.value, self.inside, self.share = _boxes(forest, self.grid)
+        longest = int(((self.share < 1).sum(axis=1)).max(initial=1))  # features that some path splits on
+        nodes, weights = np.polynomial.legendre.leggauss(longest // 2 + 1)
+        self.nodes, self.weights = (nodes + 1) / 2, weights / 2
+
+    def values(self) -> np.ndarray:
+        """Shapley values, one row per row and one column per feature."""
+        return np.concatenate([self._of(rows, pairs=False) for rows in self._portions()])
+
+    def interactions(self) -> np.ndarray:
+        """Shapley interaction values as shap defines them: halves off the diagonal, rows sum to the Shapley values."""
+        out = np.concatenate([self._of(rows, pairs=True) for rows in self._portions()])
+        own = np.arange(out.shape[1])
+        out[:, own, own] = self.values() - out.sum(axis=2)
+        return out
+
+    def _portions(self) -> list[np.ndarray]:
+        most = max(1, ROOM // max(self.share.size, 1))
+        return [self.index[i : i + most] for i in range(0, len(self.index), most)]
+
+    def _of(self, rows: np.ndarray, pairs: bool) -> np.ndarray:
+        features = rows.shape[1]
+        known = np.stack([self.inside[f][:, rows[:, f]].T for f in range(features)]).astype(float)  # feature, row, leaf
+        unknown = self.share.T[:, None, :]
+        out = np.zeros((len(rows), features, features) if pairs else (len(rows), features))
+        for t, weight in zip(self.nodes, self.weights, strict=True):
+            mixed = t * known + (1 - t) * unknown  # never 0: a share is not, and no node lies at the end
+            whole = weight * self.value * mixed.prod(axis=0)
+            gain = (known - unknown) / mixed
+            if not pairs:
+                out += (gain * whole).sum(axis=2).T
+                continue
+            for f, g in itertools.combinations(range(features), 2):
+                out[:, f, g] += (gain[f] * gain[g] * whole).sum(axis=1) / 2
+                out[:, g, f] = out[:, f, g]
         return out
 
 

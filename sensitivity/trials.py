@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pandas as pd
 from optuna.distributions import BaseDistribution, IntDistribution
@@ -189,8 +190,9 @@ class Study:
         frame = pd.DataFrame(dict(examples), columns=list(answers.COLUMNS))
         if asked.done:
             before = self._answers(asked.plan)
-            again = _which(before).isin(_which(frame))  # a process died between storing and saying so
-            frame = pd.concat([before[~again], frame], ignore_index=True)
+            new = set(zip(frame["task"], frame["example"], strict=True))  # what is not: a process died before saying so
+            again = [one in new for one in zip(before["task"], before["example"], strict=True)]
+            frame = pd.concat([before[~np.array(again, dtype=bool)], frame], ignore_index=True)
         answers.write(self._file(asked.plan.key), frame)
         scores = {str(task): told(rows) for task, rows in frame.groupby("task", sort=False)}
         weight = size(self.parts, asked.plan)
@@ -358,10 +360,6 @@ class Study:
     def native(self) -> Plan:
         """The plan that quantises nothing."""
         return Plan.uniform(self.parts, None)
-
-
-def _which(rows: pd.DataFrame) -> pd.MultiIndex:
-    return pd.MultiIndex.from_frame(rows[["task", "example"]])
 
 
 def _difference(name: str, found: Any, wanted: Any) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sensitivity import search
 from sensitivity.allocate import Wish
@@ -20,6 +23,7 @@ from sensitivity.models.blank import blank
 from sensitivity.place import usable
 from sensitivity.plan import Plan, Scheme
 from sensitivity.preflight import foresee
+from sensitivity.probe import NOTABLY, slower
 from sensitivity.quantize import Statistics, calibrate, method_of, scheme
 from sensitivity.quantize.cache import Cache, home
 from sensitivity.quantize.statistics import known_path
@@ -31,6 +35,7 @@ from sensitivity.sweep import MEMORY_GB, Step, check_runs, identity, versions
 from sensitivity.sweep import run as run_plans
 from sensitivity.tasks import Task, distinct, find
 from sensitivity.tasks import task as find_task
+from sensitivity.threads import available
 from sensitivity.trials import Study
 from sensitivity.verdict import Recommendation, judge, unmeasured
 
@@ -45,6 +50,7 @@ __all__ = [
     "check",
     "check_wish",
     "device_of",
+    "dtype_for",
     "dtype_of",
     "foresee",
     "grid",
@@ -95,6 +101,29 @@ def check(
         find(name)
     usable(out, storage)
     return any(method_of(one).calibrated for one in schemes)
+
+
+def dtype_for(name: str, device: str, out: Path | str) -> tuple[str | None, str]:
+    """The type of numbers to sweep a model in where none was asked for, and why, in words; None is as `load` does it.
+
+    A study goes on in its own. A new one takes what is stored, or float32, which holds the same numbers, where this
+    machine computes notably faster in that and has the memory.
+    """
+    with suppress(UserError, KeyError):  # none is there, or one that was imported
+        return str(Study(out).meta["dtype"]), ""
+    if device == "auto" or name.startswith("embedded:"):
+        return None, ""
+    vlm = load(name, device=device, config_only=True)
+    stored = getattr(vlm.model.config, "dtype", None)
+    if stored not in (torch.bfloat16, torch.float16):
+        return None, ""
+    called, times = str(stored).removeprefix("torch."), slower(stored, target := torch.device(device))
+    if times < NOTABLY:
+        return called, ""
+    size = 4 * sum(weight.numel() for weight in vlm.model.parameters())
+    if target.type == "cpu" and size > available():
+        return called, f"{called} is {times:.1f} times slower here than float32, for which memory has no room"
+    return "float32", f"computing in float32: {called}, as stored, is {times:.1f} times slower here (--dtype overrides)"
 
 
 def sweep(vlm: VLM, parts: ComponentMap, plans: Plans, tasks: Sequence[str], out: Path | str, **how: Any) -> Study:

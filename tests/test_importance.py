@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,10 @@ from sensitivity.errors import UserError
 from sensitivity.estimators import CONSENSUS, ESTIMATORS, shares
 from sensitivity.importance import compare, known, rank
 from sensitivity.readings import of_study, of_table
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", PendingDeprecationWarning)  # of its import of matplotlib
+    import shap
 
 FORMULAS = {"additive": planted.additive, "product": planted.product, "tied": planted.tied, "crossed": planted.crossed}
 
@@ -50,14 +55,16 @@ def test_shares_of_an_additive_truth_are_its_variances(formula: planted.Formula)
 
 
 @pytest.mark.parametrize("formula", FORMULAS.values(), ids=FORMULAS)
-def test_the_table_of_games_is_treeshap(formula: planted.Formula) -> None:
+def test_the_table_of_games_and_the_leaves_are_treeshap(formula: planted.Formula) -> None:
     readings = planted.readings(formula, noise=0.02)
     draw = np.random.default_rng(1)
     rows = draw.integers(0, len(readings), 150)  # with repeats, as in a resample
     forest = RandomForestRegressor(20, random_state=0).fit(readings.bits[rows], readings.score[rows])
-    explainer, games = estimators.explainer(forest), treeshap.Games(forest, readings.bits)
-    np.testing.assert_allclose(games.values(), explainer.shap_values(readings.bits), atol=1e-10)
-    np.testing.assert_allclose(games.interactions(), explainer.shap_interaction_values(readings.bits), atol=1e-10)
+    explainer = shap.TreeExplainer(forest)
+    values, pairs = explainer.shap_values(readings.bits), explainer.shap_interaction_values(readings.bits)
+    for ours in (treeshap.Games(forest, readings.bits), treeshap.Leaves(forest, readings.bits)):
+        np.testing.assert_allclose(ours.values(), values, atol=1e-10)
+        np.testing.assert_allclose(ours.interactions(), pairs, atol=1e-10)
 
 
 def test_permutation_is_scikit_learns() -> None:
@@ -67,7 +74,21 @@ def test_permutation_is_scikit_learns() -> None:
     np.testing.assert_allclose(estimators.permutation(fitted), theirs.importances_mean, rtol=0.1, atol=0.002)
 
 
-def test_a_large_grid_is_left_to_shap() -> None:
+@pytest.mark.parametrize("columns", [9, 17])
+def test_a_grid_too_large_for_a_table_is_treeshap_leaf_by_leaf(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(0)
+    bits = draw.choice([2, 3, 4, 6, 8], size=(200, columns)).astype(float)
+    score = np.tanh(bits @ draw.random(columns) / 20) + bits[:, 0] * bits[:, 1] / 50
+    forest = RandomForestRegressor(10, random_state=0).fit(bits, score)
+    explainer, some = shap.TreeExplainer(forest), bits[:12]
+    monkeypatch.setattr(treeshap, "ROOM", 60_000)  # in several portions
+    leaves = treeshap.Leaves(forest, some)
+    assert len(leaves._portions()) > 1
+    np.testing.assert_allclose(leaves.values(), explainer.shap_values(some), atol=1e-10)
+    np.testing.assert_allclose(leaves.interactions(), explainer.shap_interaction_values(some), atol=1e-10)
+
+
+def test_a_large_grid_ranks() -> None:
     draw = np.random.default_rng(0)
     bits = draw.choice([2, 3, 4, 6, 8], size=(60, 9)).astype(float)
     assert not treeshap.fits(bits)

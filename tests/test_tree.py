@@ -26,6 +26,7 @@ VALUES = {
     "exported",
 }
 VALUES |= {"standard_output"}
+VALUES |= {"threads", "ticker"}
 TORCH = {"models", "quantize", "tasks", "evaluate", "replay", "drafts", "shards", "sweep", "export"}
 TORCH |= {"preflight", "probe", "passes", "searching", "batches", "whole_prompts", "shared_images", "answer_tokens"}
 TORCH |= {"halving"}

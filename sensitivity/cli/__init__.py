@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import math
 import os
@@ -14,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
-from sensitivity import standard_output
-from sensitivity.cli import demo, export, import_, inspect, legalize, rank, recommend, report, sweep, verify
+from sensitivity import standard_output, threads
+from sensitivity.cli import demo, export, import_, inspect, legalize, rank, recommend, report, sweep, values, verify
 from sensitivity.errors import Failed, Notice, UserError, plain, said
+from sensitivity.ticker import working
 
 # A verb is a module with ABOUT, EXAMPLE, arguments(parser) and run(args) -> what --json prints. torch, pandas and the
 # like are imported inside run(): `sensitivity --help` is to answer at once.
@@ -41,8 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = argparse.Namespace(typed=typed, json="--json" in typed, debug="--debug" in typed)
     try:
         args = parser().parse_args(typed, asked)  # `typed` as well: workers start the same command again
+        if args.threads:
+            threads.limit(args.threads)
+        if not sys.stdout.isatty() and isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)  # whoever follows a log sees each line when it is written
         with quiet(args), standard_output.reserved() if args.json else contextlib.nullcontext():
-            facts = VERBS[args.verb].run(args)
+            facts = done(args)
         if args.json:
             print(json.dumps(finite(facts), indent=2, default=str))
         return 0
@@ -59,6 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(asked, str(error) or "out of memory", FAILED)
     except Exception as error:
         return fail(asked, f"unexpected {type(error).__name__}: {error} (a defect; --debug shows where)", FAILED)
+
+
+def done(args: argparse.Namespace) -> dict[str, Any]:
+    """What a verb finds; where no terminal shows that it is at work, a line says so every few seconds."""
+    with working(args.verb, quiet=args.json):
+        facts: dict[str, Any] = VERBS[args.verb].run(args)
+    return facts
 
 
 def fail(args: argparse.Namespace, message: str, status: int) -> int:
@@ -138,6 +151,8 @@ def parser() -> argparse.ArgumentParser:
     common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error, and libraries' warnings")
+    threaded = "threads that compute in a process (default: its share of the cores)"
+    common.add_argument("--threads", type=values.processes, metavar="N", help=threaded)
     top = Parser(
         prog="sensitivity",
         description="Which parts of a vision-language model can be quantised how far, at what cost to your task?",

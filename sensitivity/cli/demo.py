@@ -37,12 +37,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _typed(line: str, args: argparse.Namespace) -> dict[str, Any]:
-    from sensitivity.cli import VERBS, parser
+    from sensitivity.cli import done, parser
 
     if not args.json:
         print(f"\n$ sensitivity {line}")
     flags = [flag for flag, on in (("--json", args.json), ("--debug", args.debug)) if on]
-    words = [*shlex.split(line), *flags]
+    words = [*shlex.split(line), *flags, *(["--threads", str(args.threads)] if args.threads else [])]
     one = parser().parse_args(words, argparse.Namespace(typed=words))
-    facts: dict[str, Any] = VERBS[one.verb].run(one)
-    return facts
+    return done(one)

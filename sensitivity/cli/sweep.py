@@ -82,7 +82,12 @@ def arguments(p: argparse.ArgumentParser) -> None:
         help="for what plans share: quantised weights and hidden states (default: 8); less is slower, not different",
     )
     p.add_argument(
-        "--workers", type=values.workers, default=1, metavar="N", help="processes on this machine (default: 1)"
+        "--workers",
+        type=values.workers_or_auto,
+        default="auto",
+        metavar="N",
+        help="processes on this machine, which share its cores (default: auto, one a core where memory and what is left"
+        " to do allow it, one on a GPU)",
     )
     p.add_argument(
         "--executor",
@@ -121,7 +126,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity.turns import me
 
     workers.follow()
-    workers.share_cores(args.workers)
+    if args.dtype is None:
+        args.dtype, why = verbs.dtype_for(args.model, args.device, args.out)
+        if why:
+            print(f"note: {why}", file=sys.stderr)
     vlm = verbs.blank(args.model) if args.dry_run else verbs.load(args.model, device=args.device, dtype=args.dtype)
     parts = verbs.inspect(vlm, by=args.by, include=args.include)
     if any(weight.looked_up for weight in parts.weights):
@@ -143,36 +151,40 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return verbs.plans_for(args.runtime, *space) if args.runtime else verbs.plans(*space)
 
     verbs.suits(vlm, chosen)
-    schemes, statistics = verbs.calibrated(
-        vlm,
-        parts,
-        asked,
-        args.calibration or args.task,
-        n=args.calibration_n,
-        seed=args.seed,
-        path=args.path,
-        against=chosen,
-        cache_gb=args.cache_gb,
-    )
-    plans = plans_of(schemes, args.search)
-    if args.dry_run:
-        # plans that a search would choose are taken to be as those drawn at random
-        return _foreseen(args, vlm, parts, plans_of(schemes, "random") if callable(plans) else plans, chosen)
-    expected = 0 if args.search in ("grid", "one-at-a-time") else args.trials or 100
-    how = {"n": args.n, "seed": args.seed, "plain": args.plain, "storage": args.storage, "statistics": statistics}
-    how |= {"whole": whole, "until": args.until, "memory_gb": args.memory_gb}
-    study, steps = verbs.sweeping(vlm, parts, plans, args.task, args.out, **how)
-    try:
-        with workers.crew(args):
-            _walk(args, steps, f"sweeping {vlm.name}", study, expected)
-    except KeyboardInterrupt:
-        study.release_lost(me())  # a plan that was being asked for or told when it came
-        if not args.json and study.measured():
-            terminal.frontier(study)
-        raise
-    if study.release_lost():  # of a worker that died
-        _walk(args, verbs.sweeping(vlm, parts, [], args.task, args.out, **how)[1], "what a lost worker left", study)
-    return _summary(args, study)
+    searched = plans_of(asked, args.search)
+    expected = len(searched) if isinstance(searched, Sequence) else args.trials or 100
+    processes = 1 if args.dry_run else workers.count(args, parts, expected, len(asked))
+    with workers.sharing_cores(processes):  # calibration, too: all processes round alike
+        schemes, statistics = verbs.calibrated(
+            vlm,
+            parts,
+            asked,
+            args.calibration or args.task,
+            n=args.calibration_n,
+            seed=args.seed,
+            path=args.path,
+            against=chosen,
+            cache_gb=args.cache_gb,
+        )
+        plans = plans_of(schemes, args.search)
+        if args.dry_run:
+            # plans that a search would choose are taken to be as those drawn at random
+            return _foreseen(args, vlm, parts, plans_of(schemes, "random") if callable(plans) else plans, chosen)
+        how = {"n": args.n, "seed": args.seed, "plain": args.plain, "storage": args.storage, "statistics": statistics}
+        how |= {"whole": whole, "until": args.until, "memory_gb": args.memory_gb}
+        study, steps = verbs.sweeping(vlm, parts, plans, args.task, args.out, **how)
+        try:
+            with workers.crew(args, processes, steps) as shared:
+                _walk(args, shared, f"sweeping {vlm.name}", study, 0 if isinstance(searched, Sequence) else expected)
+        except KeyboardInterrupt:
+            study.release_lost(me())  # a plan that was being asked for or told when it came
+            if not args.json and study.measured():
+                terminal.frontier(study)
+            raise
+        if study.release_lost():  # of a worker that died
+            rest = verbs.sweeping(vlm, parts, [], args.task, args.out, **how)[1]
+            _walk(args, rest, "what a lost worker left", study)
+    return {} if workers.is_child() else _summary(args, study)
 
 
 def _checked(args: argparse.Namespace) -> list[Scheme]:
@@ -245,6 +257,7 @@ def _rest(counts: Mapping[str, Any], out: Path) -> str:
 
 def _on_a_cluster(args: argparse.Namespace) -> dict[str, Any]:
     """The actors do all the work, from the same command; here is but the queue to be watched."""
+    args.workers = 1 if args.workers == "auto" else args.workers
     study = cluster.sweep(args, lambda steps, study: _walk(args, steps, f"sweeping {args.model}", study))
     return _summary(args, study)
 

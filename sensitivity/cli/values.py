@@ -68,7 +68,7 @@ def _number(text: str, what: str, high: float, above: bool) -> float:
 examples = whole(1, EXAMPLES)
 seed = whole(0, SEED)
 plans = whole(1, PLANS)
-workers = whole(1, WORKERS)
+processes = whole(1, WORKERS)  # or threads
 resamples = whole(2, RESAMPLES)
 weights = whole(1, WEIGHTS)
 top = whole(1, 100)
@@ -102,6 +102,10 @@ def group(text: str) -> int | str:
     if not WHOLE.fullmatch(text) or not 1 <= int(text) <= COLUMNS:
         raise refused(f"row, tensor, or a number of columns from 1 to {COLUMNS:,}", text)
     return int(text)
+
+
+def workers_or_auto(text: str) -> int | str:
+    return text if text == "auto" else processes(text)
 
 
 # -- words

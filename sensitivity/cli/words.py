@@ -30,9 +30,8 @@ def device(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--device", type=values.name, default="cpu", help="cpu, cuda, cuda:1 or mps; auto spreads it (default: cpu)"
     )
-    p.add_argument(
-        "--dtype", type=values.name, help="fp32, bf16 or fp16 (default: as stored; embedded models in float32)"
-    )
+    dtypes = "fp32, bf16 or fp16 (default: as the study; a new one as stored, or float32 where that is quicker)"
+    p.add_argument("--dtype", type=values.name, help=dtypes)
 
 
 def by(p: argparse.ArgumentParser, default: str) -> None:
