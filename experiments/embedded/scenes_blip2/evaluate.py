@@ -1,6 +1,6 @@
 """Measures embedded:scenes-blip2 and its retrieval sibling on unseen handwriting, beside shuffled images.
 
-python experiments/evaluate_scenes_blip2.py     # 1,024 scenes; writes card.json and README.md in both folders
+python -m experiments.embedded.scenes_blip2.evaluate     # 1,024 scenes; writes card.json and README.md in both folders
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scenes_blip2 as B
-import scenes_blip2_card
 import torch
-from evaluate_scenes_llava import Reader, measure, summary
 
+from experiments.embedded.scenes_blip2 import card as model_card
+from experiments.embedded.scenes_blip2 import model as blip2
+from experiments.embedded.scenes_llava.evaluate import Reader, measure, summary
+from experiments.embedded.training import EMBEDDED
 from sensitivity.evaluate import evaluate
 from sensitivity.files import write_again
 from sensitivity.models import load
 from sensitivity.tasks import Task, retrieval
 from sensitivity.tasks import scenes as S
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "sensitivity" / "models" / "embedded"
 KINDS = (*S.VQA_KINDS, "caption", "scene")
 TARGETS: dict[str, dict[str, float]] = {"caption": {"exact": 0.80}, "VQA": {"exact": 0.90}}
 FOUND = 0.80  # of the first ranks, both ways
@@ -34,7 +34,7 @@ class Asker(Reader):
 
     def asked(self, prompt: str) -> str:
         kind = "caption" if prompt == "describe the image." else ""
-        return B.frame(S.Question(kind, prompt, "")).removeprefix("<s>")  # which the tokenizer writes itself
+        return blip2.frame(S.Question(kind, prompt, "")).removeprefix("<s>")  # which the tokenizer writes itself
 
 
 def answering(folder: Path, n: int, seed: int) -> dict[str, Any]:
@@ -108,8 +108,9 @@ def main() -> None:
         kinds = MEASURED[name](folder, args.scenes, args.seed)
         card = {"scenes": args.scenes, "split": "evaluation", "seed": args.seed, "kinds": kinds}
         weights = folder / "model.safetensors"
-        card |= {"bytes": weights.stat().st_size, "words": len(B.tokenizer(name.endswith("itm")))}
-        write_again(folder / "README.md", scenes_blip2_card.text(name, card))
+        card |= {"bytes": weights.stat().st_size, "words": len(blip2.tokenizer(name.endswith("itm")))}
+        card["training"] = json.loads((folder / "card.json").read_text())["training"]  # as `train` wrote it
+        write_again(folder / "README.md", model_card.text(name, card))
         write_again(folder / "card.json", json.dumps(card, indent=1) + "\n")
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-LOG = Path(__file__).with_name("train_scenes_llava.log")
+from experiments.embedded.card import score_rows, stage_rows, targets_met
 
 HEAD = """---
 license: apache-2.0
@@ -55,13 +53,13 @@ guess*: the most common answer of the kind, always. NLL: mean negative log-likel
 
 {verdict}
 
-Made by `python experiments/evaluate_scenes_llava.py`; the same numbers are in `card.json`.
+Made by `python -m experiments.embedded.scenes_llava.evaluate`; the same numbers are in `card.json`.
 
 ## How it was trained
 
-`python experiments/train_scenes_llava.py`, seed 0, two CPU cores (stages 3 to 5 with `--threads 1`, beside other work),
-fp32, all scenes new at each step; an hour and a quarter. Last line of each stage's log
-(`experiments/train_scenes_llava.log`), on training handwriting (in 4 and 5 bent, which makes it harder):
+`python -m experiments.embedded.scenes_llava.train`, seed 0, two CPU cores (stages 3 to 5 with `--threads 1`, beside other work),
+fp32, all scenes new at each step; an hour and a quarter. Last line of each stage's
+log, on training handwriting (in 4 and 5 with bent digits, which makes it harder); `card.json` has it as `training`:
 
 | stage | steps | what learns | at its end |
 |---|---|---|---|
@@ -105,44 +103,10 @@ STAGES = {
 }
 
 
-def rows(card: dict[str, Any]) -> str:
-    lines = []
-    for kind, measures in card["kinds"].items():
-        for name, m in measures.items():
-            interval = f"{m['low']:.3f} to {m['high']:.3f}" if "low" in m else ""
-            prior = f"{m['prior']:.3f}" if "prior" in m else ""
-            target = f"{m['target']:.2f}" if "target" in m else ""
-            cells = (kind, name, f"{m['n']:,}", f"{m['mean']:.3f}", interval, f"{m['shuffled']:.3f}", prior, target)
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def verdict(card: dict[str, Any]) -> str:
-    missed = [
-        f"{kind} ({name}): {m['mean']:.3f}, {m['target'] - m['mean']:.3f} short of {m['target']:.2f}"
-        for kind, measures in card["kinds"].items()
-        for name, m in measures.items()
-        if "target" in m and m["mean"] < m["target"]
-    ]
-    return "Every target is reached." if not missed else "Targets not reached: " + "; ".join(missed) + "."
-
-
-def stages(log: Path, learns: dict[str, str]) -> str:
-    """What a log says at the end of each stage."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    found = []
-    for stage, what in learns.items():
-        mine = [line for line in lines if line.get("stage") == stage]
-        last: dict[str, Any] = {}
-        for line in mine:
-            last |= line
-        said = ", ".join(f"{k} {v:.3f}" for k, v in last.items() if k not in ("stage", "step"))
-        found.append(f"| {stage} | {last['step']:,} | {what} | {said} |")
-    return "\n".join(found)
-
-
 def text(card: dict[str, Any]) -> str:
     """The whole card."""
     head = HEAD.format(size=card["bytes"] / 1e6, words=card["words"])
-    middle = MIDDLE.format(scenes=card["scenes"], rows=rows(card), verdict=verdict(card), stages=stages(LOG, STAGES))
+    middle = MIDDLE.format(
+        scenes=card["scenes"], rows=score_rows(card), verdict=targets_met(card), stages=stage_rows(card, STAGES)
+    )
     return head + middle + TAIL

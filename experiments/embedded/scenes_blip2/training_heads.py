@@ -2,59 +2,59 @@
 
 from __future__ import annotations
 
-import scenes_blip2 as B
-import scenes_llava as L
 import torch
-from scenes_llava_aids import SCALE
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from experiments.embedded.batches import Batch, encode
+from experiments.embedded.scenes_blip2 import model as blip2
+from experiments.embedded.scenes_llava.training_heads import SCALE
 from sensitivity.tasks import scenes as S
 
 
-def quarters(batch: L.Batch) -> Tensor:
+def quarters(batch: Batch) -> Tensor:
     """Scenes x 4 x 4: the words for digit, colour and place (two) in each quarter; all 0 where it is empty."""
-    found = torch.zeros(len(batch.scenes), B.CELLS, 4, dtype=torch.long)
+    found = torch.zeros(len(batch.scenes), blip2.CELLS, 4, dtype=torch.long)
     for row, scene in zip(found, batch.scenes, strict=True):
         for d in scene.digits:
-            row[d.cell] = torch.tensor(L.encode(f"{d.value} {d.colour} {S.CELLS[d.cell]}"))
+            row[d.cell] = torch.tensor(encode(f"{d.value} {d.colour} {S.CELLS[d.cell]}"))
     return found
 
 
-class Cells(nn.Module):
+class QuarterSymbols(nn.Module):
     """A scene as OPT would like to read it: a query is the sum of the words for what is in its quarter."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.query = nn.Embedding(B.QUERIES, B.WORDS)
+        self.query = nn.Embedding(blip2.QUERIES, blip2.WORDS)
         nn.init.normal_(self.query.weight, 0.0, 0.2)
 
-    def forward(self, batch: L.Batch, words: Tensor) -> Tensor:
+    def forward(self, batch: Batch, words: Tensor) -> Tensor:
         there = quarters(batch)
-        said = (words[there] * (there > 0)[..., None]).sum(-2).repeat(1, B.QUERIES // B.CELLS, 1)
+        said = (words[there] * (there > 0)[..., None]).sum(-2).repeat(1, blip2.QUERIES // blip2.CELLS, 1)
         return words[batch.background][:, None] + SCALE * self.query.weight + said
 
 
-class Clues(nn.Module):
+class QuarterHeads(nn.Module):
     """What each query is asked about its quarter while the Q-Former learns to look."""
 
     def __init__(self) -> None:
         super().__init__()
         most = {"digit": 11, "colour": len(S.COLOURS) + 1, "background": len(S.BACKGROUNDS)}
-        self.out = nn.ModuleDict({name: nn.Linear(B.WIDTH, n) for name, n in most.items()})
+        self.out = nn.ModuleDict({name: nn.Linear(blip2.WIDTH, n) for name, n in most.items()})
 
-    def forward(self, batch: L.Batch, found: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: Batch, found: Tensor) -> tuple[Tensor, dict[str, float]]:
         there = quarters(batch)
-        first = {"digit": L.encode("0")[0], "colour": L.encode("red")[0], "background": L.encode("paper")[0]}
+        first = {"digit": encode("0")[0], "colour": encode("red")[0], "background": encode("paper")[0]}
         filled = there[..., 0] > 0
         truths = {
             "digit": torch.where(filled, there[..., 0] - first["digit"], 10),
             "colour": torch.where(filled, there[..., 1] - first["colour"], len(S.COLOURS)),
-            "background": (batch.background - first["background"])[:, None].expand(-1, B.CELLS),
+            "background": (batch.background - first["background"])[:, None].expand(-1, blip2.CELLS),
         }
         total, right = found.new_zeros(()), {}
         for name, truth in truths.items():
-            truth = truth.repeat(1, B.QUERIES // B.CELLS)
+            truth = truth.repeat(1, blip2.QUERIES // blip2.CELLS)
             scores = self.out[name](found)
             total = total + cross_entropy(scores.flatten(0, 1), truth.flatten())
             hit = (scores.argmax(-1) == truth).float()
@@ -62,13 +62,13 @@ class Clues(nn.Module):
         return total, right
 
 
-def captions(batch: L.Batch) -> tuple[Tensor, Tensor]:
+def captions(batch: Batch) -> tuple[Tensor, Tensor]:
     """Every scene's caption as the retrieval model reads it: ids and mask."""
-    encoded = B.tokenizer(retrieval=True)([S.caption(s) for s in batch.scenes], padding=True, return_tensors="pt")
+    encoded = blip2.tokenizer(retrieval=True)([S.caption(s) for s in batch.scenes], padding=True, return_tensors="pt")
     return encoded["input_ids"], encoded["attention_mask"]
 
 
-def same(batch: L.Batch) -> Tensor:
+def same_caption(batch: Batch) -> Tensor:
     """Which scenes have one caption."""
     said = [S.caption(s) for s in batch.scenes]
     return torch.tensor([[a == b for b in said] for a in said])

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from scenes_llava_card import rows, stages, verdict
-
-LOG = Path(__file__).with_name("train_scenes_blip2.log")
+from experiments.embedded.card import score_rows, stage_rows, targets_met
 
 FRONT = """---
 license: apache-2.0
@@ -62,12 +59,12 @@ intervals of 95 % clustered by scene. *Shuffled*: the same {what} with another s
 
 {verdict}
 
-Made by `python experiments/evaluate_scenes_blip2.py`; the same numbers are in `card.json`.
+Made by `python -m experiments.embedded.scenes_blip2.evaluate`; the same numbers are in `card.json`.
 
 ## How it was trained
 
-`python experiments/train_scenes_blip2.py`, seed 0, one thread on two CPU cores that other work used too, fp32, all
-scenes new at each step. Last line of each stage's log (`experiments/train_scenes_blip2.log`), on training handwriting:
+`python -m experiments.embedded.scenes_blip2.train`, seed 0, one thread on two CPU cores that other work used too, fp32, all
+scenes new at each step. Last line of each stage's log, on training handwriting; `card.json` has it as `training`:
 
 | stage | steps | what learns | at its end |
 |---|---|---|---|
@@ -142,9 +139,9 @@ def text(name: str, card: dict[str, Any]) -> str:
     about = ASKING if name == "scenes-blip2" else SEARCHING
     measured = MEASURED.format(
         scenes=card["scenes"],
-        rows=rows(card),
-        verdict=verdict(card),
-        stages=stages(LOG, LEARNS[name]),
+        rows=score_rows(card),
+        verdict=targets_met(card),
+        stages=stage_rows(card, LEARNS[name]),
         tried=TRIED[name],
         **{key: words[key] for key in ("what", "blind", "more")},
     )

@@ -1,6 +1,6 @@
 """Measures embedded:scenes-llava on unseen handwriting, beside shuffled images and the best blind guess.
 
-python experiments/evaluate_scenes_llava.py             # 1,024 scenes; writes card.json and README.md in the folder
+python -m experiments.embedded.scenes_llava.evaluate             # 1,024 scenes; writes card.json and README.md in the folder
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-import scenes_llava_card
 import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from experiments.embedded.scenes_llava import card as model_card
+from experiments.embedded.training import EMBEDDED
 from sensitivity.files import write_again
 from sensitivity.tasks import boxes
 from sensitivity.tasks import scenes as S
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "sensitivity" / "models" / "embedded" / "scenes-llava"
 TARGETS = {kind: {"exact": 0.97} for kind in (*S.VQA_KINDS, "scene")}
 TARGETS |= {"caption": {"exact": 0.92}, "ground": {"upright IoU >= .5": 0.95, "oriented IoU >= .5": 0.85}}
 
@@ -133,7 +132,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--folder", type=Path, default=EMBEDDED / "scenes-llava", help="the model folder")
     parser.add_argument("--scenes", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -147,7 +146,8 @@ def main() -> None:
         print(kind, json.dumps(kinds[kind]), flush=True)
     card = {"scenes": len(scenes), "split": "evaluation", "seed": args.seed, "kinds": kinds}
     card |= {"bytes": (args.folder / "model.safetensors").stat().st_size, "words": len(reader.processor.tokenizer)}
-    write_again(args.folder / "README.md", scenes_llava_card.text(card))
+    card["training"] = json.loads((args.folder / "card.json").read_text())["training"]  # as `train` wrote it
+    write_again(args.folder / "README.md", model_card.text(card))
     write_again(args.folder / "card.json", json.dumps(card, indent=1) + "\n")
 
 

@@ -6,7 +6,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import scenes_llava as L
 import torch
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
@@ -20,6 +19,8 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+from experiments.embedded.batches import KINDS, PromptStyle
+from experiments.embedded.scenes_llava import model as llava
 from sensitivity.tasks import scenes as S
 
 QUERIES, CELLS = 16, 4  # queries 0, 4, 8 and 12 are about the first quarter of the scene, and so on
@@ -33,13 +34,13 @@ def frame(question: S.Question) -> str:
     return "<s>" if question.kind == "caption" else f"<s>Question: {question.prompt} Short answer:"
 
 
-STYLE = L.Style(QUERIES, L.SLOTS[:-1], frame, MORE)
+STYLE = PromptStyle(QUERIES, KINDS[:-1], frame, MORE)
 
 
 @functools.cache
 def tokenizer(retrieval: bool = False) -> PreTrainedTokenizerFast:
     """The words of scenes-llava and three more; a text begins with <s>, which stands for all of it in retrieval."""
-    words = L.tokenizer.__wrapped__(MORE)
+    words = llava.tokenizer.__wrapped__(MORE)
     ends = [(token, words.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
     text = "<s> $A </s>" if retrieval else "<s> $A"
     words.backend_tokenizer.post_processor = TemplateProcessing(single=text, special_tokens=ends)
@@ -66,7 +67,7 @@ def config(retrieval: bool = False) -> Blip2Config:
             "intermediate_size": 512,
             "num_hidden_layers": 6,
             "image_size": S.SIDE,
-            "patch_size": L.PATCH,
+            "patch_size": llava.PATCH,
             "hidden_act": "quick_gelu",  # as CLIP's, whose weights these are
             "layer_norm_eps": 1e-5,
             "initializer_range": 0.02,
@@ -131,7 +132,7 @@ def save(model: Any, folder: Path) -> None:
 # -- the eye of scenes-llava, in BLIP-2's shape
 
 
-def transplant(clip: nn.Module, blip: nn.Module, pixels: Tensor) -> None:
+def copy_vision_tower(clip: nn.Module, blip: nn.Module, pixels: Tensor) -> None:
     """CLIP's weights in BLIP-2's tower. All fits but the norm before the blocks, which BLIP-2 lacks.
 
     That norm's mean is folded exactly (the patches' weights lose their mean over the width), its spread only on

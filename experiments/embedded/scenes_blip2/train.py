@@ -1,9 +1,10 @@
-"""Trains embedded:scenes-blip2 and embedded:scenes-blip2-itm, counted in steps, from the eye of scenes-llava.
+"""Train embedded:scenes-blip2 and embedded:scenes-blip2-itm, starting from the vision tower of scenes-llava.
 
-    python experiments/train_scenes_blip2.py                # both; about 45 minutes of one core
-    python experiments/train_scenes_blip2.py --smoke        # a few steps of everything
+    python -m experiments.embedded.scenes_blip2.train            # both; about 45 minutes of one core
+    python -m experiments.embedded.scenes_blip2.train --smoke --out OUT --work WORK    # a few steps of every stage
 
-A stage that has left its checkpoint in --work is not done again; delete the file to repeat it.
+A stage whose checkpoint is in --work is not run again; delete the file to repeat it. The stages' logs are kept there,
+too; the last line of each goes into card.json beside the model, which `evaluate` turns into a model card.
 """
 
 from __future__ import annotations
@@ -14,18 +15,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import scenes_blip2 as B
-import scenes_llava as L
 import torch
-from scenes_blip2_aids import Cells, Clues, captions, same
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm, normalize
-from train_scenes_llava import NOISE, ROOT, WOBBLE, Log, Optimiser, Run, distance, read
 from transformers import LlavaForConditionalGeneration
 
-from sensitivity.files import write_again
+from experiments.embedded.batches import Batch, draw_batch
+from experiments.embedded.scenes_blip2 import card as model_card
+from experiments.embedded.scenes_blip2 import model as blip2
+from experiments.embedded.scenes_blip2.training_heads import QuarterHeads, QuarterSymbols, captions, same_caption
+from experiments.embedded.training import (
+    EMBEDDED,
+    NOISE,
+    ROOT,
+    WOBBLE,
+    Log,
+    Optimizer,
+    Run,
+    answer_loss,
+    distance,
+    start_card,
+)
 
-EMBEDDED = ROOT / "sensitivity" / "models" / "embedded"
 STEPS = {"eye": 400, "cells": 1000, "contrast": 1200, "match": 500, "symbols": 800, "bridge": 600}
 SIZES = {"eye": 48, "cells": 48, "contrast": 96, "match": 48, "symbols": 32, "bridge": 48}
 
@@ -33,7 +44,7 @@ SIZES = {"eye": 48, "cells": 48, "contrast": 96, "match": 48, "symbols": 32, "br
 # -- what the stages share
 
 
-def look(model: Any, batch: L.Batch) -> Tensor:
+def look(model: Any, batch: Batch) -> Tensor:
     """The frozen eye's patches."""
     with torch.no_grad():
         seen: Tensor = model.vision_model(batch.pixels).last_hidden_state
@@ -47,9 +58,9 @@ def query(model: Any, seen: Tensor) -> Tensor:
     return found
 
 
-def answers(model: Any, batch: L.Batch, image: Tensor) -> tuple[Tensor, dict[str, float]]:
+def answers(model: Any, batch: Batch, image: Tensor) -> tuple[Tensor, dict[str, float]]:
     words = model.get_input_embeddings().weight
-    return read(model.language_model.model.decoder, words, batch, image, B.STYLE)
+    return answer_loss(model.language_model.model.decoder, words, batch, image, blip2.STYLE)
 
 
 class Queries(nn.Module):
@@ -67,30 +78,30 @@ def eye(run: Run) -> None:
     """The eye of scenes-llava in BLIP-2's shape, repaired until it sees what the original sees."""
     folder = EMBEDDED / "scenes-llava"
     clip = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).model.vision_tower.eval()
-    model = B.build().vision_model
-    B.transplant(clip, model, L.batch(0, 64, 1).pixels)
-    optimiser = Optimiser(run.total("eye"), (3e-4, [model.embeddings, model.encoder]))
+    model = blip2.build().vision_model
+    blip2.copy_vision_tower(clip, model, draw_batch(0, 64, 1).pixels)
+    optimizer = Optimizer(run.total("eye"), (3e-4, [model.embeddings, model.encoder]))
     log = Log(run, "eye")
     for step, _, batch in run.batches("eye", wobble=WOBBLE / 2):
         with torch.no_grad():
-            target = layer_norm(clip(batch.pixels).last_hidden_state, (B.WIDTH,))
+            target = layer_norm(clip(batch.pixels).last_hidden_state, (blip2.WIDTH,))
         away = distance(model(batch.pixels).last_hidden_state[:, 1:], target[:, 1:])
-        optimiser.step(away)
+        optimizer.step(away)
         log.add(step, distance=float(away.detach()))
-    run.keep("eye", vision=model)
+    run.save("eye", vision=model)
 
 
 def cells(run: Run) -> None:
     """The Q-Former learns which query is about which quarter, and to find the digit and the colour there."""
-    model, clues = B.build(), Clues()
-    run.fetch("eye", vision=model.vision_model)
-    optimiser = Optimiser(run.total("cells"), (1.5e-3, [Queries(model), model.qformer, clues]))
+    model, clues = blip2.build(), QuarterHeads()
+    run.restore("eye", vision=model.vision_model)
+    optimizer = Optimizer(run.total("cells"), (1.5e-3, [Queries(model), model.qformer, clues]))
     log = Log(run, "cells")
     for step, _, batch in run.batches("cells"):
         loss, right = clues(batch, query(model, look(model, batch)))
-        optimiser.step(loss)
+        optimizer.step(loss)
         log.add(step, loss=float(loss.detach()), **right)
-    run.keep("cells", qformer=model.qformer, queries=Queries(model), clues=clues)
+    run.save("cells", qformer=model.qformer, queries=Queries(model), clues=clues)
 
 
 # -- retrieval
@@ -133,9 +144,9 @@ def matches(model: Any, seen: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     both = torch.cat([torch.ones(tokens.shape[:2], dtype=mask.dtype), mask], 1)
     embeds = model.embeddings(input_ids=ids, query_embeds=tokens)
     read = model.qformer(
-        query_embeds=embeds, query_length=B.QUERIES, attention_mask=both, encoder_hidden_states=seen
+        query_embeds=embeds, query_length=blip2.QUERIES, attention_mask=both, encoder_hidden_states=seen
     ).last_hidden_state
-    scores: Tensor = model.itm_head(read[:, : B.QUERIES]).mean(1)
+    scores: Tensor = model.itm_head(read[:, : blip2.QUERIES]).mean(1)
     return scores
 
 
@@ -149,39 +160,39 @@ class Warmth(nn.Module):
 
 def contrast(run: Run) -> None:
     """An image's queries and its caption come to lie together; the clues are let go on the way."""
-    model, clues, warmth = B.build(retrieval=True), Clues(), Warmth()
-    run.fetch("eye", vision=model.vision_model)
-    run.fetch("cells", qformer=Loose(model.qformer), queries=Queries(model), clues=clues)
+    model, clues, warmth = blip2.build(retrieval=True), QuarterHeads(), Warmth()
+    run.restore("eye", vision=model.vision_model)
+    run.restore("cells", qformer=Loose(model.qformer), queries=Queries(model), clues=clues)
     learning = [Queries(model), model.qformer, model.embeddings, model.vision_projection, model.text_projection]
-    optimiser = Optimiser(run.total("contrast"), (1.5e-3, [*learning, clues, warmth]))
+    optimizer = Optimizer(run.total("contrast"), (1.5e-3, [*learning, clues, warmth]))
     log = Log(run, "contrast")
     for step, done, batch in run.batches("contrast", most=lambda done: 2 if done < 0.1 else 4):
         image = query(model, look(model, batch))
         ids, mask = captions(batch)
         similar = similarity(model, image, texts(model, ids, mask))
-        loss, right = contrast_loss(similar, warmth.log, same(batch))
+        loss, right = contrast_loss(similar, warmth.log, same_caption(batch))
         told, looked = clues(batch, image)
-        optimiser.step(loss + max(0.0, 0.3 * (1 - done / 0.7)) * told)
+        optimizer.step(loss + max(0.0, 0.3 * (1 - done / 0.7)) * told)
         log.add(step, loss=float(loss.detach()), **right, **looked)
-    run.keep("contrast", model=model, warmth=warmth)
+    run.save("contrast", model=model, warmth=warmth)
 
 
 def match(run: Run) -> None:
     """The head that reads image and caption together, beside the contrast."""
-    model, warmth = B.build(retrieval=True), Warmth()
-    run.fetch("contrast", model=model, warmth=warmth)
+    model, warmth = blip2.build(retrieval=True), Warmth()
+    run.restore("contrast", model=model, warmth=warmth)
     parts = [model.embeddings, model.vision_projection, model.text_projection, model.itm_head]
-    optimiser = Optimiser(run.total("match"), (7e-4, [Queries(model), model.qformer, warmth, *parts]))
+    optimizer = Optimizer(run.total("match"), (7e-4, [Queries(model), model.qformer, warmth, *parts]))
     log = Log(run, "match")
     for step, _, batch in run.batches("match"):
         seen = look(model, batch)
         ids, mask = captions(batch)
-        similar, alike = similarity(model, query(model, seen), texts(model, ids, mask)), same(batch)
+        similar, alike = similarity(model, query(model, seen), texts(model, ids, mask)), same_caption(batch)
         loss, right = contrast_loss(similar, warmth.log, alike)
         matched, share = match_loss(model, seen, ids, mask, similar, alike)
-        optimiser.step(loss + matched)
+        optimizer.step(loss + matched)
         log.add(step, loss=float(loss.detach()), match=float(matched.detach()), matched=share, **right)
-    run.keep("match", model=model)
+    run.save("match", model=model)
 
 
 class Loose(nn.Module):
@@ -203,24 +214,24 @@ class Loose(nn.Module):
 
 def symbols(run: Run) -> None:
     """OPT learns to bind and to answer, from perfect symbols with a little noise."""
-    model, table = B.build(), Cells()
-    optimiser = Optimiser(run.total("symbols"), (2e-3, [model.language_model, table]))
+    model, table = blip2.build(), QuarterSymbols()
+    optimizer = Optimizer(run.total("symbols"), (2e-3, [model.language_model, table]))
     log = Log(run, "symbols")
     for step, _, batch in run.batches("symbols", draw=False, most=lambda done: 2 if done < 0.15 else 4):
         image = table(batch, model.get_input_embeddings().weight)
         loss, right = answers(model, batch, image + NOISE * torch.randn_like(image))
-        optimiser.step(loss)
+        optimizer.step(loss)
         log.add(step, loss=float(loss.detach()), **right)
-    run.keep("symbols", language=model.language_model, table=table)
+    run.save("symbols", language=model.language_model, table=table)
 
 
 def bridge(run: Run) -> None:
     """The Q-Former and its projection learn to say in symbols what the eye has seen."""
-    model, table = B.build(), Cells()
-    run.fetch("eye", vision=model.vision_model)
-    run.fetch("cells", qformer=model.qformer, queries=Queries(model))
-    run.fetch("symbols", language=model.language_model, table=table)
-    optimiser = Optimiser(
+    model, table = blip2.build(), QuarterSymbols()
+    run.restore("eye", vision=model.vision_model)
+    run.restore("cells", qformer=model.qformer, queries=Queries(model))
+    run.restore("symbols", language=model.language_model, table=table)
+    optimizer = Optimizer(
         run.total("bridge"), (1e-3, [Queries(model), model.qformer]), (3e-3, [model.language_projection])
     )
     log = Log(run, "bridge")
@@ -229,15 +240,14 @@ def bridge(run: Run) -> None:
             target = table(batch, model.get_input_embeddings().weight)
         image = model.language_projection(query(model, look(model, batch)))
         loss = distance(image, target)
-        optimiser.step(loss)
+        optimizer.step(loss)
         log.add(step, distance=float(loss.detach()))
         if step % log.every == 0:
             with torch.no_grad():
                 log.add(step, **answers(model, batch, image)[1])
-    run.keep("bridge", model=model)
+    run.save("bridge", model=model)
 
 
-HEAD = '{"log": "training of scenes-blip2"}\n'  # by which a later run knows the log as one of its own
 STAGES: dict[str, Callable[[Run], None]] = {
     "eye": eye,
     "cells": cells,
@@ -251,21 +261,22 @@ LAST = {"scenes-blip2-itm": "match", "scenes-blip2": "bridge"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "train-scenes-blip2", help="checkpoints")
-    parser.add_argument("--out", type=Path, default=EMBEDDED, help="where the two model folders come to lie")
-    parser.add_argument("--log", type=Path, default=Path(__file__).with_suffix(".log"))
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "train-scenes-blip2", help="checkpoints and logs")
+    parser.add_argument("--out", type=Path, default=EMBEDDED, help="the folder of both model folders")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", choices=STEPS, default=None, help="these stages, and no model folders")
+    parser.add_argument(
+        "--only", nargs="+", choices=STEPS, default=None, help="run these stages only, and write no model folders"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="a few steps of each stage; needs --out and --work")
     args = parser.parse_args()
     if args.smoke and parser.get_default("out") == args.out:
-        parser.error("--smoke would overwrite the shipped models; give it another --out, --work and --log")
+        parser.error("--smoke would overwrite the shipped models; name another --out and --work")
 
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     steps, sizes = (dict.fromkeys(STAGES, few) if args.smoke else full for few, full in ((3, STEPS), (4, SIZES)))
-    run = Run(args.work, steps, sizes, args.seed, B.STYLE)
+    run = Run(args.work, steps, sizes, args.seed, blip2.STYLE)
     for number, (stage, learn) in enumerate(STAGES.items()):
         if stage in (args.only or STAGES) and not (args.work / f"{stage}.safetensors").exists():
             torch.manual_seed(1000 * args.seed + number)
@@ -273,10 +284,10 @@ def main() -> None:
     if args.only:
         return
     for name, stage in LAST.items():
-        model = B.build(retrieval=name.endswith("itm"))
-        run.fetch(stage, model=model)
-        B.save(model, args.out / name)
-    write_again(args.log, HEAD + "".join((args.work / f"{stage}.jsonl").read_text() for stage in STAGES))
+        model = blip2.build(retrieval=name.endswith("itm"))
+        run.restore(stage, model=model)
+        blip2.save(model, args.out / name)
+        start_card(args.out / name, args.work, model_card.LEARNS[name])
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import scenes_llava as L
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from experiments.embedded.batches import Batch, encode
+from experiments.embedded.scenes_llava import model as llava
 from sensitivity.tasks import scenes as S
 
 SCALE = 0.4
@@ -19,17 +20,17 @@ class Symbols(nn.Module):
         super().__init__()
         self.corner = nn.Embedding(4 * 26, width)
         self.angle = nn.Embedding(len(S.ANGLES), width)
-        self.patch = nn.Embedding(L.PATCHES, width)
+        self.patch = nn.Embedding(llava.PATCHES, width)
         for table in (self.corner, self.angle, self.patch):
             nn.init.normal_(table.weight, 0.0, 0.2)
 
-    def forward(self, batch: L.Batch, words: Tensor) -> Tensor:
+    def forward(self, batch: Batch, words: Tensor) -> Tensor:
         corners = self.corner(batch.corners + 26 * torch.arange(4)).sum(-2)
         there = words[batch.words].sum(-2) + SCALE * (corners + self.angle(batch.angle))
         return words[batch.background][:, None] + SCALE * self.patch.weight + there * batch.filled[..., None]
 
 
-class Heads(nn.Module):
+class PatchHeads(nn.Module):
     """What the eye is asked about each patch while it learns to see."""
 
     def __init__(self, width: int = 128) -> None:
@@ -44,9 +45,9 @@ class Heads(nn.Module):
             }
         )
 
-    def forward(self, batch: L.Batch, seen: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: Batch, seen: Tensor) -> tuple[Tensor, dict[str, float]]:
         there = batch.filled
-        first = {"digit": L.encode("0")[0], "colour": L.encode("red")[0], "background": L.encode("paper")[0]}
+        first = {"digit": encode("0")[0], "colour": encode("red")[0], "background": encode("paper")[0]}
         digit = torch.where(there, batch.words[..., 0] - first["digit"], 10)
         colour = torch.where(there, batch.words[..., 1] - first["colour"], len(S.COLOURS))
         background = (batch.background - first["background"])[:, None].expand_as(there)
