@@ -1,6 +1,6 @@
 """How long the table wing takes: ranking, recommending, the report.
 
-    python experiments/benchmarks/decision.py
+    python -m experiments.benchmarks.decision
 
 Ranking 448 trials with 100 bootstraps and SHAP (aim: under 20 s on two cores), recommending over 12 components and 6
 widths (under 1 s), the report of 1,500 trials (under 15 s and 6 MB). The tables are planted: they have the shape of
@@ -99,8 +99,8 @@ def main() -> None:
     text, load = "\n".join(lines), os.getloadavg()[0]
     write_again(
         ROOT / "reports" / "decision.md",
-        f"# Speed of the table wing\n\n`python experiments/benchmarks/decision.py` on {os.cpu_count()} cores; "
-        f"load average at the end {load:.1f} (above {os.cpu_count()}: other work was running).\n\n{text}\n"
+        f"# Speed of the table wing\n\n`python -m experiments.benchmarks.decision` on {os.cpu_count()} cores; "
+        f"load average at the end {load:.1f} (above {os.cpu_count()}: other work was running).\n\n{text}\n",
     )
 
 

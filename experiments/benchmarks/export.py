@@ -1,6 +1,6 @@
 """How fast an export streams, how much memory it takes, and how fast codes are packed, against reading and writing.
 
-python experiments/benchmarks/export.py [--layers N] writes reports/export-benchmark.md
+python -m experiments.benchmarks.export [--layers N] writes reports/export-benchmark.md
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def main() -> None:
     lines = [
         "# Streaming and packing",
         "",
-        f"`python experiments/benchmarks/export.py --layers {args.layers}` on {os.cpu_count()} cores, torch "
+        f"`python -m experiments.benchmarks.export --layers {args.layers}` on {os.cpu_count()} cores, torch "
         f"{torch.__version__} with {threads} threads; load average at the end {os.getloadavg()[0]:.1f}.",
         "",
         f"A LLaVA of the 7B's width with {args.layers} language layers and random weights to compressed-tensors. "

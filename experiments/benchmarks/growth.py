@@ -1,6 +1,6 @@
 """How the cost of a sweep grows: with plans, examples, calibration examples, the model's width, and the queue.
 
-    python experiments/benchmarks/growth.py      # writes reports/growth.md and reports/growth.png
+    python -m experiments.benchmarks.growth      # writes reports/growth.md and reports/growth.png
 
 Each point is a process of its own, with one thread: CPU seconds and peak memory. The slope is that of a straight line
 through the points' logarithms: 1 is in proportion. The projection at the end is arithmetic on measured figures and on
@@ -72,9 +72,7 @@ def spent(action: Callable[[], object]) -> float:
 
 
 def wide(width: int):  # type: ignore[no-untyped-def]
-    sys.path.insert(0, str(Path(__file__).parent))
-    import sweep
-
+    from experiments.benchmarks import sweep
     from sensitivity.models import load
 
     sweep.WIDE |= {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 8}
@@ -113,7 +111,11 @@ def measured() -> pd.DataFrame:
     for kind, values in VALUES.items():
         for value in values:
             said = subprocess.run(
-                [sys.executable, __file__, kind, str(value)], check=True, capture_output=True, text=True
+                [sys.executable, "-m", "experiments.benchmarks.growth", kind, str(value)],
+                cwd=ROOT,
+                check=True,
+                capture_output=True,
+                text=True,
             )
             seconds, peak = map(float, said.stdout.split())
             found.append({"of": kind, "how many": value, "CPU s": seconds, "peak MB": peak})
@@ -187,7 +189,7 @@ def main() -> None:
         ROOT / "reports" / "growth.md",
         f"""# How the cost of a sweep grows
 
-`python experiments/benchmarks/growth.py`, one thread: CPU seconds and peak memory of whole processes. 27 plans by group
+`python -m experiments.benchmarks.growth`, one thread: CPU seconds and peak memory of whole processes. 27 plans by group
 and 200 questions where nothing else is said; calibration is GPTQ's; width is that of a random LLaVA with twelve layers
 in each tower; the queue is one step with so many plans waiting.
 
@@ -204,7 +206,7 @@ Slopes on these axes, where 1 is in proportion:
 ## Projection
 
 {projection(found)}
-"""
+""",
     )
 
 

@@ -1,7 +1,7 @@
 """Memory of a sweep over more and more images on disk, and of the texts of two hundred thousand questions.
 
-python experiments/benchmarks/memory.py            # writes reports/memory.md
-python experiments/benchmarks/memory.py --smoke    # a few images
+python -m experiments.benchmarks.memory            # writes reports/memory.md
+python -m experiments.benchmarks.memory --smoke    # a few images
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pathlib import Path
 from sensitivity.files import write_again
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
 
 SIDE = 224  # pixels of an image: 0.6 MB as numbers
 IMAGES = (200, 1280, 2560)
@@ -40,7 +39,7 @@ def main() -> None:
         return
     counts = (4, 16) if args.smoke else IMAGES
     here = {**os.environ, "OMP_NUM_THREADS": "1"}
-    lines = ["# Memory and the size of the evaluation set", "", "    python experiments/benchmarks/memory.py", ""]
+    lines = ["# Memory and the size of the evaluation set", "", "    python -m experiments.benchmarks.memory", ""]
     lines += [
         f"{platform.machine()}, one thread. Sweeps of two plans over images on disk, each in a process of its own. An",
         f"image is {4 * 3 * SIDE**2 / 1e6:.1f} MB as the numbers that a model reads; at most 512 are numbers at once.",
@@ -49,8 +48,8 @@ def main() -> None:
         "|---|---|---|",
     ]
     for count in counts:
-        command = [sys.executable, __file__, "--one", str(count)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=here)
+        command = [sys.executable, "-m", "experiments.benchmarks.memory", "--one", str(count)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=here, cwd=ROOT)
         found = json.loads(done.stdout.splitlines()[-1])
         lines.append(f"| {count:,} | {count * 4 * 3 * SIDE**2 / 1e6:.0f} | {found / 1e6:.0f} |")
         print(lines[-1], file=sys.stderr)
@@ -69,8 +68,8 @@ def main() -> None:
 def swept(images: int) -> int:
     """The most bytes that a sweep over so many images took beyond the loaded model."""
     import torch
-    from small import datasets, models
 
+    from experiments.small import datasets, models
     from sensitivity import verbs
 
     torch.set_num_threads(1)
@@ -88,8 +87,7 @@ def swept(images: int) -> int:
 
 def texts(questions: int) -> tuple[float, float]:
     """Bytes a question, with its answers, of a task and of reading it. The images are not looked at."""
-    from small import datasets
-
+    from experiments.small import datasets
     from sensitivity.tasks import layout, task
 
     draw = random.Random(0)

@@ -1,7 +1,7 @@
 """The preflight against what sweeps really take: time, disk and peak memory, on models and tasks of several sizes.
 
-python experiments/benchmarks/preflight.py            # writes reports/preflight.md
-python experiments/benchmarks/preflight.py --smoke    # one small case
+python -m experiments.benchmarks.preflight            # writes reports/preflight.md
+python -m experiments.benchmarks.preflight --smoke    # one small case
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 from sensitivity.files import write_again
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
 NEAR = 0.3
 SPREADS = [1.0 + 0.05 * i for i in range(41)]  # for COLD, what a pass takes over its pieces
 
@@ -82,9 +81,9 @@ def main() -> None:
 
 
 def in_a_process(case: Case) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--one", json.dumps(asdict(case))]
+    command = [sys.executable, "-m", "experiments.benchmarks.preflight", "--one", json.dumps(asdict(case))]
     here = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=here)
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=here, cwd=ROOT)
     return dict(json.loads(run.stdout.splitlines()[-1]))
 
 
@@ -93,7 +92,7 @@ def page(cases: Sequence[Case], found: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
         "# The preflight, and what was then measured",
         "",
-        "    python experiments/benchmarks/preflight.py",
+        "    python -m experiments.benchmarks.preflight",
         "",
         f"{platform.machine()}, one thread, CPU seconds: the machine may be shared with other work. Each sweep runs in",
         "a process of its own: all combinations of the widths over three parts, or over groups of blocks. Models that",
@@ -193,8 +192,8 @@ def measured(case: Case) -> dict[str, Any]:
     import time
 
     import torch
-    from small import datasets, models
 
+    from experiments.small import datasets, models
     from sensitivity import passes, preflight, verbs
     from sensitivity.models.blank import blank
     from sensitivity.quantize import scheme

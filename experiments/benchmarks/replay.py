@@ -1,6 +1,6 @@
 """Every search against tables of measured plans: regret of the frontier against the number of plans measured.
 
-    python experiments/benchmarks/replay.py [--seeds 20] [--searches tpe,frontier] [--only gptq,planted]
+    python -m experiments.benchmarks.replay [--seeds 20] [--searches tpe,frontier] [--only gptq,planted]
 
 A table stands in for the model: what a search asks for is answered with the table's reading. After some plans a plan
 is chosen for each budget from 3.5 to 8 bpw, in three ways (see regrets), and its true score is compared with the best
@@ -285,8 +285,8 @@ def save(found: pd.DataFrame, out: Path) -> None:
     write_again(
         out.with_suffix(".md"),
         "# Regret of the frontier, % of full precision, after measuring a share of all plans (%)\n\n"
-        "`python experiments/benchmarks/replay.py`, with --only and --searches for the tables and searches below; mean "
-        f"over the seeds named. gp stops at {GP_MOST} plans.\n\n```\n{wide.to_string()}\n```\n\n{won(marks)}\n"
+        "`python -m experiments.benchmarks.replay`, with --only and --searches for the tables and searches below; mean "
+        f"over the seeds named. gp stops at {GP_MOST} plans.\n\n```\n{wide.to_string()}\n```\n\n{won(marks)}\n",
     )
     curves = found[found["search"] != WHOLE]
     names = list(curves["table"].unique())

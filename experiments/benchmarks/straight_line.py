@@ -1,6 +1,6 @@
 """How long the straight line takes: import, --help, one configuration, the demo and the demo again; and peak memory.
 
-python experiments/benchmarks/straight_line.py    # writes reports/straight_line.md
+python -m experiments.benchmarks.straight_line    # writes reports/straight_line.md
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> None:
     lines = [
         "# The straight line, timed",
         "",
-        "    python experiments/benchmarks/straight_line.py",
+        "    python -m experiments.benchmarks.straight_line",
         "",
         f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; shared with other work, so "
         "CPU seconds stand beside wall seconds. Peak memory is that of the process.",

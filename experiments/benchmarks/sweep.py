@@ -1,7 +1,7 @@
 """What a sweep costs beside the plain path (load, calibrate, quantise, run, once per plan) and beside its bound.
 
-python experiments/benchmarks/sweep.py                 # writes reports/sweep.md
-python experiments/benchmarks/sweep.py --only blip2    # one of blip2, llava, embedded, drafts, workers
+python -m experiments.benchmarks.sweep                 # writes reports/sweep.md
+python -m experiments.benchmarks.sweep --only blip2    # one of blip2, llava, embedded, drafts, workers
 
 CPU seconds of one thread, models of random weights in the shapes at which the paper's code was measured. The plain
 path is run for a few plans and multiplied; the bound is each distinct computation once: statistics, every layer at
@@ -181,6 +181,7 @@ def timed(modules: dict[str, list[Any]], spent_in: dict[str, float]) -> Iterator
     handles, begun = [], {}
     for name, some in modules.items():
         for module in some:
+
             def before(*_: Any, name: str = name) -> None:
                 begun[name] = time.process_time()
 
@@ -355,7 +356,7 @@ def main() -> None:
             found[title] = run()
             print(found[title], flush=True)
             said = [f"## {one}\n\n{found[one].strip()}" for one, _ in SECTIONS.values() if one in found]
-            head = f"# What a sweep costs\n\n`python experiments/benchmarks/sweep.py`: {INTRODUCTION}"
+            head = f"# What a sweep costs\n\n`python -m experiments.benchmarks.sweep`: {INTRODUCTION}"
             write_again(args.out, "\n\n".join([head, *said]) + "\n")
     print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.measured import write
+from experiments.methods.measured import write
 from experiments.parity.layers import TASKS, layers
 from experiments.parity.peers import ask, cell
 from sensitivity.models import VLM, inspect, load

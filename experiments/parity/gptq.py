@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.measured import write
+from experiments.methods.measured import write
 from experiments.parity.layers import Layer, layers
 from experiments.parity.peers import ask, cell
 from sensitivity.plan import Scheme

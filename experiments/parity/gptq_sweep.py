@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from scipy.stats import spearmanr
 
-from experiments.measured import write
+from experiments.methods.measured import write
 from experiments.parity.gptq import ROOT
 from sensitivity.plan import Plan, Scheme
 from sensitivity.trials import Study

@@ -1,7 +1,7 @@
 """Exports read back by the libraries that they are for, which live in an environment of their own.
 
-python experiments/export_proofs.py make /tmp/proofs            with sensitivity installed
-OTHER/bin/python experiments/export_proofs.py read /tmp/proofs  with torch 2.13, transformers 5.23, gptqmodel 7.6.0,
+python experiments/parity/exports.py make /tmp/proofs            with sensitivity installed
+OTHER/bin/python experiments/parity/exports.py read /tmp/proofs  with torch 2.13, transformers 5.23, gptqmodel 7.6.0,
     auto-round 0.16.1, torchao 0.18.0, bitsandbytes 0.50.2, nvidia-modelopt 0.47.0; or llmcompressor 0.14
     alone; or mlx-lm 0.32 and mlx[cpu] alone
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCENES = ROOT / "sensitivity" / "models" / "embedded" / "scenes-llava"
 
 

@@ -1,6 +1,6 @@
 """What quantising costs: widths that share a study, GPTQ of a large layer, AWQ's search; each against the plain way.
 
-python -m experiments.benchmarks.quantise [--peer PYTHON-OF-A-VENV-WITH-GPTQMODEL] [--side 4096] [--threads 2]
+python -m experiments.benchmarks.quantize [--peer PYTHON-OF-A-VENV-WITH-GPTQMODEL] [--side 4096] [--threads 2]
 """
 
 from __future__ import annotations
@@ -154,14 +154,14 @@ def main() -> None:
     parser.add_argument("--model", default="embedded:scenes-llava")
     parser.add_argument("--side", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", default="reports/benchmark-quantise.md")
+    parser.add_argument("--out", default="reports/benchmark-quantize.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the peer
     lines = [
         "# What quantising costs",
         "",
-        f"`python -m experiments.benchmarks.quantise --peer PYTHON --side {args.side} --threads {args.threads}`: "
+        f"`python -m experiments.benchmarks.quantize --peer PYTHON --side {args.side} --threads {args.threads}`: "
         f"torch {torch.__version__}, {os.cpu_count()} cores.",
         f"{'Processor seconds' if args.threads == 1 else 'Seconds on the wall'}, the fastest of three where short.",
         "",

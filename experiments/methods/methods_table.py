@@ -1,6 +1,6 @@
 """Method x bits x part x task on an embedded model, with intervals: which method keeps the score at how few bits.
 
-python -m experiments.methods_table [--model embedded:scenes-llava] [--n 500]
+python -m experiments.methods.methods_table [--model embedded:scenes-llava] [--n 500]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from experiments.measured import measured, parser, write
+from experiments.methods.measured import measured, parser, write
 from sensitivity.components import ComponentMap
 from sensitivity.models import inspect, load
 from sensitivity.plan import Plan, size
@@ -66,7 +66,7 @@ def report(args: argparse.Namespace, study: Study, table: pd.DataFrame, note: st
     lines = [
         "# Method x bits x part x task",
         "",
-        f"`python -m experiments.methods_table --model {args.model} --n {args.n} --out {args.out}`",
+        f"`python -m experiments.methods.methods_table --model {args.model} --n {args.n} --out {args.out}`",
         "",
         f"{args.model}, {args.n} examples of each task; calibration: {args.examples} examples, float path. Full",
         "precision scores "

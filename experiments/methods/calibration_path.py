@@ -1,6 +1,6 @@
 """What the one-pass statistics cost against inputs that passed the quantised layers: scores, and the ranking of plans.
 
-python -m experiments.calibration_path [--model embedded:scenes-llava] [--plans 64] [--n 300]
+python -m experiments.methods.calibration_path [--model embedded:scenes-llava] [--plans 64] [--n 300]
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from scipy.stats import bootstrap, kendalltau, spearmanr
 
-from experiments.measured import measured, parser, write
+from experiments.methods.measured import measured, parser, write
 from sensitivity.components import ComponentMap
 from sensitivity.models import inspect, load
 from sensitivity.plan import Plan
@@ -70,7 +70,7 @@ def main() -> None:
     lines = [
         "# Float inputs, or inputs that passed the quantised layers",
         "",
-        f"`python -m experiments.calibration_path --model {args.model} --tasks {args.tasks} --method {args.method} "
+        f"`python -m experiments.methods.calibration_path --model {args.model} --tasks {args.tasks} --method {args.method} "
         f"--plans {args.plans} --n {args.n} --examples {args.examples}`",
         "",
         f"{args.plans} random plans over {len(parts.names)} groups of {args.model}, {args.method} at "

@@ -1,7 +1,7 @@
 """Where the embedded models break: each part alone and all together, per tensor, at 2 to 8 bits, on every task.
 
-python experiments/cliffs.py            # writes reports/cliffs.md
-python experiments/cliffs.py --smoke    # a few examples, two widths
+python -m experiments.methods.cliffs            # writes reports/cliffs.md
+python -m experiments.methods.cliffs --smoke    # a few examples, two widths
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sensitivity import inspect, load, one_at_a_time, sweep
 from sensitivity.files import write_again
 from sensitivity.trials import NATIVE, Study
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MODELS = ("embedded:scenes-llava", "embedded:scenes-llava-heavy")
 TASKS = ("vqa", "caption", "scene", "ground")
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     widths, n = ((3, 8), 10) if args.smoke else ((2, 3, 4, 5, 6, 8), args.n)
-    lines = ["# Where the embedded models break", "", "    python experiments/cliffs.py", ""]
+    lines = ["# Where the embedded models break", "", "    python -m experiments.methods.cliffs", ""]
     lines += ["Uniform min-max, per tensor; mean ± 1.96 standard errors clustered by scene; other parts native.", ""]
     for model in MODELS:
         vlm = load(model)
