@@ -1,1 +1,1 @@
-"""Studies, training scripts and benchmarks that use `sensitivity`; run each from the repository root with `python -m`."""
+"""Studies, training and benchmarks that use `sensitivity`; run each from the repository root with `python -m`."""

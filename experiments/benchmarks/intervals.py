@@ -1,8 +1,8 @@
-"""How often the 95 % intervals of an importance hold the truth, on planted tables.
+"""How often the 95 % interval of an importance contains the true value, on synthetic tables.
 
     python -m experiments.benchmarks.intervals [--tables 40] [--bootstraps 60]
 
-Truth is the consensus of the same estimators on the whole table without noise. Writes reports/intervals.md.
+The true value is the consensus of the same estimators on the whole table without noise. Writes reports/intervals.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memory of a sweep over more and more images on disk, and of the texts of two hundred thousand questions.
+"""Memory of a sweep as the number of images grows, and of the texts of 200,000 questions.
 
 python -m experiments.benchmarks.memory            # writes reports/memory.md
 python -m experiments.benchmarks.memory --smoke    # a few images
@@ -22,7 +22,7 @@ from sensitivity.files import write_again
 
 ROOT = Path(__file__).parent.parent.parent
 
-SIDE = 224  # pixels of an image: 0.6 MB as numbers
+SIDE = 224  # of an image in pixels: 0.6 MB as float32
 IMAGES = (200, 1280, 2560)
 QUESTIONS = 200_000  # VQAv2 has 214,354 in its validation part
 WORDS = ("is", "the", "a", "man", "woman", "dog", "red", "what", "color", "how", "many", "people", "are", "there", "in")
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "reports" / "memory.md")
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # so many images: measured in this process
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # number of images to measure in this process
     args = parser.parse_args()
     if args.one is not None:
         print(json.dumps(swept(args.one)))
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def swept(images: int) -> int:
-    """The most bytes that a sweep over so many images took beyond the loaded model."""
+    """Peak memory in bytes of a sweep over this many images, beyond the loaded model."""
     import torch
 
     from experiments.small import datasets, models
@@ -86,7 +86,7 @@ def swept(images: int) -> int:
 
 
 def texts(questions: int) -> tuple[float, float]:
-    """Bytes a question, with its answers, of a task and of reading it. The images are not looked at."""
+    """Bytes per question of a task, and at the peak of reading it, images left out."""
     from experiments.small import datasets
     from sensitivity.tasks import layout, task
 

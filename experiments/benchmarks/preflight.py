@@ -1,4 +1,4 @@
-"""The preflight against what sweeps really take: time, disk and peak memory, on models and tasks of several sizes.
+"""What `--dry-run` predicts against what sweeps take: time, disk and peak memory, on models of several sizes.
 
 python -m experiments.benchmarks.preflight            # writes reports/preflight.md
 python -m experiments.benchmarks.preflight --smoke    # one small case
@@ -23,7 +23,9 @@ from sensitivity.files import write_again
 
 ROOT = Path(__file__).parent.parent.parent
 NEAR = 0.3
-SPREADS = [1.0 + 0.05 * i for i in range(41)]  # for COLD, what a pass takes over its pieces
+SPREADS = [
+    1.0 + 0.05 * i for i in range(41)
+]  # candidates for COLD, the time of a forward pass divided by the sum of its timed layers
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Case:
     bits: tuple[int, ...]
     n: int
     by: str = "part"
-    fold: str = "b"  # constants from "a" are judged on "b", and the other way round
+    fold: str = "b"  # constants fitted on half "a" are judged on half "b", and the other way round
 
 
 CASES = (
@@ -129,7 +131,7 @@ def shipped(found: dict[str, Any]) -> dict[str, float]:
 
 
 def forecast(found: dict[str, Any], constants: dict[str, float]) -> dict[str, float]:
-    """What the preflight says with other constants; it is linear in each of them."""
+    """The prediction with other constants; it is linear in each of them."""
     passes, still = found["passes"], found["still"]
     stored = found["shards"] * constants["STORING"]
     return {
@@ -141,7 +143,7 @@ def forecast(found: dict[str, Any], constants: dict[str, float]) -> dict[str, fl
 
 
 def shares(title: str, cases: Sequence[Case], found: Sequence[dict[str, Any]], said: Sequence[Any]) -> list[str]:
-    """How many forecasts lie near what was measured."""
+    """How many predictions are within NEAR of the measurement."""
     count = dict.fromkeys(("time", "span", "disk", "host"), 0)
     for one, of in zip(found, said, strict=True):
         was = one["was"]
@@ -160,7 +162,7 @@ def near(said: float, was: float) -> bool:
 
 
 def held_out(cases: Sequence[Case], found: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """Each case forecast with constants from the other half."""
+    """Each case predicted with constants that were fitted on the other half."""
     of_half = {
         half: fitted([one for case, one in zip(cases, found, strict=True) if case.fold != half]) for half in ("a", "b")
     }
@@ -168,7 +170,7 @@ def held_out(cases: Sequence[Case], found: Sequence[dict[str, Any]]) -> list[dic
 
 
 def fitted(found: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The constants that are right on these cases: memory on average, time by the least factor off, within the span."""
+    """The constants that fit these cases: the mean for memory; for time the least log error outside the span."""
     if not found:
         return {"COLD": 1.0, "STORING": 0.0, "LATER": 0.0}
 
@@ -187,7 +189,7 @@ def fitted(found: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def measured(case: Case) -> dict[str, Any]:
-    """What the preflight said, taken apart by its constants, and what the sweep then took, in this process."""
+    """The prediction, split by its constants, and what the sweep then took, both in this process."""
     import resource
     import time
 

@@ -1,4 +1,4 @@
-"""What quantising costs: widths that share a study, GPTQ of a large layer, AWQ's search; each against the plain way.
+"""Time and memory of quantization: shared statistics, GPTQ of a large layer, AWQ's search; each against plain code.
 
 python -m experiments.benchmarks.quantize [--peer PYTHON-OF-A-VENV-WITH-GPTQMODEL] [--side 4096] [--threads 2]
 """
@@ -29,7 +29,7 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 
 
 def timed(run: Callable[[], object], repeat: int = 3) -> float:
-    """Seconds, the fastest of a few. Of one thread those of the processor: a busy machine does not change them much."""
+    """Seconds, the fastest of a few runs; CPU seconds with one thread, which other work hardly changes."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times = []
     for _ in range(repeat):
@@ -40,12 +40,12 @@ def timed(run: Callable[[], object], repeat: int = 3) -> float:
 
 
 def shared(model: str) -> list[str]:
-    """Statistics and every layer at one width, and at six."""
+    """Calibrate, and quantize every layer at one bit width and at six."""
     vlm = load(model)
     parts = inspect(vlm, by="part")
     lines = ["| method | statistics | and one width | and six widths | six / one |", "|---|---|---|---|---|"]
     tasks = ["vqa", "caption", "scene", "ground"]
-    calibrate(vlm, parts, tasks)  # once for nothing: libraries load
+    calibrate(vlm, parts, tasks)  # not timed: the first call loads libraries
     study = timed(lambda: calibrate(vlm, parts, tasks))
     statistics = calibrate(vlm, parts, tasks)
     prepare(vlm.model, parts, [Plan.uniform(parts, scheme("rtn", 4))], {})
@@ -74,7 +74,7 @@ def layer(side: int, tokens: int) -> tuple[Tensor, Tensor, Curvature]:
 
 
 def large(side: int, peer: str | None) -> list[str]:
-    """One large layer: column-wise error feedback four ways, factorisation included."""
+    """GPTQ on one large layer, four ways, with the factorization of its Gram matrix."""
     weight, inputs, seen = layer(side, 2 * side)
     chosen = scheme("paper-gptq", 4)
 
@@ -127,7 +127,7 @@ def search(side: int, tokens: int) -> list[str]:
 
 
 def most(run: Callable[[], object]) -> int:
-    """Bytes held at the height of it, beyond those before: Linux counts them anew when it is told to."""
+    """Peak memory of a call beyond what was in use before it; writing to clear_refs resets Linux's peak counter."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status")
@@ -137,7 +137,7 @@ def most(run: Callable[[], object]) -> int:
 
 
 def memory(side: int) -> list[str]:
-    """What quantising a layer holds beyond its weight and its Gram matrix, the results included, in layers."""
+    """Peak memory of quantizing a layer, beyond its weight and Gram matrix, in multiples of the layer."""
     weight, _, seen = layer(side, side)
     lines = []
     for method, widths in (("gptq", (4,)), ("gptq", WIDTHS), ("clip", (4,)), ("awq", (4,))):
@@ -159,7 +159,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the peer
     lines = [
-        "# What quantising costs",
+        "# What quantizing costs",
         "",
         f"`python -m experiments.benchmarks.quantize --peer PYTHON --side {args.side} --threads {args.threads}`: "
         f"torch {torch.__version__}, {os.cpu_count()} cores.",

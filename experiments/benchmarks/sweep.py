@@ -1,4 +1,4 @@
-"""What a sweep costs beside the plain path (load, calibrate, quantise, run, once per plan) and beside its bound.
+"""CPU seconds of a sweep against one process per plan (load, calibrate, quantize, run) and against a lower bound.
 
 python -m experiments.benchmarks.sweep                 # writes reports/sweep.md
 python -m experiments.benchmarks.sweep --only blip2    # one of blip2, llava, embedded, drafts, workers
@@ -48,7 +48,7 @@ from sensitivity.sweep import _Trial
 from sensitivity.tasks import Task, task
 
 ROOT = Path(__file__).parent.parent.parent
-ROWS = ROOT / "runs" / "sweep-rows.json"  # delete it to measure all anew
+ROWS = ROOT / "runs" / "sweep-rows.json"  # delete it to measure everything again
 CALIBRATION = 128
 DEEP: dict[str, Any] = {"num_hidden_layers": 12, "num_attention_heads": 8, "hidden_size": 256}
 WIDE = {**DEEP, "intermediate_size": 1024}
@@ -112,7 +112,7 @@ def spent(action: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def planned(parts: Any, method: str, bits: tuple[int, ...]) -> list[Plan]:
-    """The paper's grids: a width for each part that LLaVA's projector, two small layers, is not counted among."""
+    """The paper's grids: all combinations of bit widths over the parts, without LLaVA's small projector."""
     widths = [scheme(method, width) for width in bits]
     large = [part.name for part in parts.components if len(part.weights) > 8]
     every = itertools.product(widths, repeat=len(large))
@@ -120,7 +120,7 @@ def planned(parts: Any, method: str, bits: tuple[int, ...]) -> list[Plan]:
 
 
 def plain(folder: Path | str, plan: Plan, asked: str, examples: Task) -> None:
-    """One plan as a process of its own would do it."""
+    """One plan as a process of its own would measure it."""
     vlm = load(str(folder), dtype="float32")
     parts = verbs.inspect(vlm, by="part")
     schemes = list(dict.fromkeys(one for _, one in plan.schemes if one))
@@ -137,7 +137,7 @@ class Cost:
     weights: float
     walking: float
     wall: float  # of all three
-    first: float  # of the walking: until every plan has a score
+    first: float  # of `walking`: until every plan has a score
     per_plan: dict[Plan, float]
 
     @property
@@ -197,7 +197,7 @@ def timed(modules: dict[str, list[Any]], spent_in: dict[str, float]) -> Iterator
 
 
 def bound(vlm: VLM, plans: list[Plan], asked: str, n: int, cost: Cost) -> tuple[float, dict[str, float]]:
-    """Each distinct computation once, from the time that one run without any sharing spends in each part."""
+    """Lower bound: every distinct computation once, priced by what a run without sharing spends in each part."""
     examples = task(asked, n=n)
     unshared = Replay(vlm.model, verbs.inspect(vlm, by="part"), 0)
     unshared.stages = {}
@@ -252,7 +252,7 @@ HEADS = (
 
 
 def drafts(n: int = 200) -> str:
-    """Captions of the embedded model, scored so that every answer must be written out."""
+    """Captions of the embedded model, scored so that every answer must be generated to its end."""
     vlm = load("embedded:scenes-llava")
     parts = verbs.inspect(vlm, by="part")
     asked = dataclasses.replace(task("caption", n=n), exact=False)
@@ -295,11 +295,11 @@ def table(heads: tuple[str, ...], rows: list[list[str]]) -> str:
 
 
 INTRODUCTION = f"""CPU seconds of one thread (torch {torch.__version__}), {CALIBRATION} calibration examples, models of
-random weights in the shapes at which the paper's code was measured. Plain: load, calibrate, quantise and run for every
+random weights in the shapes at which the paper's code was measured. Plain: load, calibrate, quantize and run for every
 plan, run for one or two plans and multiplied. The bound: statistics, every layer at every width, and each part of the
 model once for every distinct setting of it and of what comes before it, from the seconds that one pass without sharing
 spends in each part; given where one pass is the whole answer. It is itself a measurement, so that a sweep may come out
-a few per cent below it. The marginal plan differs from the one before in the language model alone. First frontier: when
+a few percent below it. The marginal plan differs from the one before in the language model alone. First frontier: when
 every plan has a score and an interval, as a share of the whole. The paper's: its released code, once measured at these
 shapes without start-up and scoring ({PAPER["blip2", 27]:,.0f} CPU seconds for 27 plans of BLIP-2 by GPTQ,
 {PAPER_AWQ["blip2", 27]:,.0f} by AWQ, {PAPER["llava", 9]:,.0f} for 9 of LLaVA).
@@ -324,7 +324,7 @@ GRIDS = [  # shape, method, widths, task, examples, how many plans the plain pat
 
 
 def shapes(name: str) -> str:
-    """Rows that were measured before are read from the file of rows, if there is one."""
+    """The table of one model; rows that an earlier run measured are read from ROWS."""
     rows = json.loads(ROWS.read_text()) if ROWS.exists() else {}
     for grid in GRIDS:
         if grid[0] == name and str(grid) not in rows:

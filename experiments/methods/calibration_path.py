@@ -1,4 +1,4 @@
-"""What the one-pass statistics cost against inputs that passed the quantised layers: scores, and the ranking of plans.
+"""Calibration on the float model's inputs against inputs that passed quantized layers: do scores or ranking change?
 
 python -m experiments.methods.calibration_path [--model embedded:scenes-llava] [--plans 64] [--n 300]
 """
@@ -22,14 +22,14 @@ BITS = (2, 3, 4, 5)
 
 
 def plans(parts: ComponentMap, method: str, count: int, facts: Mapping[str, object]) -> list[Plan]:
-    """Random widths for every group, the same for both paths."""
+    """Plans with a random width for every group; the same plans for both paths."""
     rng = np.random.default_rng(0)
     of = {bits: scheme(method, bits, calibration=facts) for bits in BITS}  # type: ignore[arg-type]
     return [Plan(tuple((name, of[int(rng.choice(BITS))]) for name in parts.names)) for _ in range(count)]
 
 
 def halves(study: Study, chosen: list[Plan], name: str) -> float:
-    """Rank correlation of the scores on every other image with those on the rest."""
+    """Rank correlation between the plans' scores on one half of the images and on the other half."""
     scores: list[list[float]] = [[], []]
     for plan in chosen:
         rows = study.examples(plan)
@@ -68,17 +68,17 @@ def main() -> None:
             noise.setdefault(name, halves(study, chosen, name))
         seconds[path] = float(np.median([trial.user_attrs["seconds"] for trial in study.trials()]))
     lines = [
-        "# Float inputs, or inputs that passed the quantised layers",
+        "# Calibration on the float model's inputs, or on inputs that passed quantized layers",
         "",
-        f"`python -m experiments.methods.calibration_path --model {args.model} --tasks {args.tasks} --method {args.method} "
-        f"--plans {args.plans} --n {args.n} --examples {args.examples}`",
+        f"`python -m experiments.methods.calibration_path --model {args.model} --tasks {args.tasks} "
+        f"--method {args.method} --plans {args.plans} --n {args.n} --examples {args.examples}`",
         "",
         f"{args.plans} random plans over {len(parts.names)} groups of {args.model}, {args.method} at "
-        f"{', '.join(map(str, BITS))} bits, each quantised with",
+        f"{', '.join(map(str, BITS))} bits, each quantized with",
         f"statistics of one pass over the float model (`float`) and block by block (`exposed`), on {args.n} examples",
         "of each task. Rank correlations of the two columns of scores, with 95 % bootstrap intervals over plans; the",
-        "difference is exposed less float. For comparison, the rank correlation between the float path's scores on two",
-        "halves of the images: what noise alone leaves of a correlation of 1, with half as many examples.",
+        "difference is exposed minus float. For reference, the rank correlation between the float path's scores on two",
+        "halves of the images: noise alone lowers a correlation of 1 to this, at half as many examples.",
         "",
         "| task | native | float | Spearman | Kendall | two halves | mean difference | largest gain | largest loss |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Where the embedded models break: each part alone and all together, per tensor, at 2 to 8 bits, on every task.
+"""At which bit width the embedded models lose their score: each part alone and all together, on every task.
 
 python -m experiments.methods.cliffs            # writes reports/cliffs.md
 python -m experiments.methods.cliffs --smoke    # a few examples, two widths
@@ -36,8 +36,8 @@ def section(model: str, study: Study) -> list[str]:
     for task in study.tasks:
         chance = study.meta["chance"][task]
         n = int(full[f"{task}.n"])
-        lines += [f"### {task}: full precision {cell(full, task)}, commonest answer {chance:.3f}, n {n:,}", ""]
-        heads = ["quantised", *(f"{width} bits" for width in widths)]
+        lines += [f"### {task}: full precision {cell(full, task)}, most common answer {chance:.3f}, n {n:,}", ""]
+        heads = ["quantized", *(f"{width} bits" for width in widths)]
         lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for name in [*names, "all"]:
             row = []
@@ -58,7 +58,12 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     widths, n = ((3, 8), 10) if args.smoke else ((2, 3, 4, 5, 6, 8), args.n)
-    lines = ["# Where the embedded models break", "", "    python -m experiments.methods.cliffs", ""]
+    lines = [
+        "# At which bit width the embedded models lose their score",
+        "",
+        "    python -m experiments.methods.cliffs",
+        "",
+    ]
     lines += ["Uniform min-max, per tensor; mean ± 1.96 standard errors clustered by scene; other parts native.", ""]
     for model in MODELS:
         vlm = load(model)

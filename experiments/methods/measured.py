@@ -1,4 +1,4 @@
-"""Plans of calibrated methods measured on a model: what the experiments on methods have in common."""
+"""Command line and sweep that the comparisons of methods share."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sensitivity.trials import Study
 
 
 def parser(about: str | None, name: str, n: int) -> argparse.ArgumentParser:
-    """With what every one of them asks for; `name` is that of its report and of its study."""
+    """A parser with the options that all comparisons have; `name` is that of the report and of the study."""
     found = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--model", default="embedded:scenes-llava")
     found.add_argument("--n", type=int, default=n, help="examples of each task")
-    found.add_argument("--examples", type=int, default=128, help="to calibrate on")
+    found.add_argument("--examples", type=int, default=128, help="examples to calibrate on")
     found.add_argument("--work", default=f"runs/{name}")
     found.add_argument("--out", default=f"reports/{name}.md")
     return found
@@ -35,7 +35,10 @@ def measured(
     args: argparse.Namespace,
     path: str = "float",
 ) -> tuple[Study, list[Plan]]:
-    """The study of some plans, given what the statistics say about their data; done once, then read again."""
+    """Sweep plans and return their study; a study that exists is read, not measured again.
+
+    `plans` is a function because a plan names its calibration data, which are known only after calibration.
+    """
     evaluation = [task(name, n=args.n) for name in tasks]
     statistics = calibrate(vlm, parts, tasks, args.examples, path=path, against=evaluation)
     chosen = plans(statistics.facts)

@@ -1,4 +1,4 @@
-"""Method x bits x part x task on an embedded model, with intervals: which method keeps the score at how few bits.
+"""Every method at every bit width on every part and task of an embedded model: which keeps the score at how few bits?
 
 python -m experiments.methods.methods_table [--model embedded:scenes-llava] [--n 500]
 """
@@ -28,10 +28,10 @@ METHODS_BITS = {
     "llm-int8": (8,),
 }
 WHERE = ("vision", "connector", "language", "all")
-LOSS = 0.01  # on the scale of a score: within it, a score counts as kept
+LOSS = 0.01  # a score counts as kept if it loses no more than this
 
 
-def wishes(parts: ComponentMap, facts: Mapping[str, object]) -> list[tuple[str, int, str, Plan]]:
+def labeled_plans(parts: ComponentMap, facts: Mapping[str, object]) -> list[tuple[str, int, str, Plan]]:
     found = []
     for method, widths in METHODS_BITS.items():
         for bits in widths:
@@ -49,7 +49,7 @@ def main() -> None:
     known: list[tuple[str, int, str, Plan]] = []
 
     def plans(facts: Mapping[str, object]) -> list[Plan]:
-        known.extend(wishes(parts, facts))
+        known.extend(labeled_plans(parts, facts))
         return [plan for *_, plan in known]
 
     study, _ = measured(vlm, parts, TASKS, plans, args)
@@ -90,7 +90,7 @@ def report(args: argparse.Namespace, study: Study, table: pd.DataFrame, note: st
 
 
 def fewest(table: pd.DataFrame) -> list[str]:
-    """By part and task, and over the tasks: the fewest bits that keep the score, and so does every wider width."""
+    """For every part and task the fewest bits at which, and above which, the score is kept."""
     methods = [name for name, widths in METHODS_BITS.items() if len(widths) > 1]
     lines = [
         "",
@@ -114,11 +114,11 @@ def fewest(table: pd.DataFrame) -> list[str]:
                 cells.append("–" if best is None else f"{best['bits']} ({best['bpw']:.2f})")
             lines.append(f"| {where} | {name} | {' | '.join(cells)} |")
     needs = ", ".join(f"{method} {cell}" for method, cell in zip(methods, cells, strict=True))
-    return [*lines, "", f"Everything quantised, over the tasks: {needs}."]
+    return [*lines, "", f"All parts quantized, mean of the tasks: {needs}."]
 
 
 def beside(study: Study, table: pd.DataFrame) -> list[str]:
-    """Calibrated methods against uniform, the same bits, the same examples."""
+    """Calibrated methods against `uniform` with the same bits on the same examples."""
     lines = [
         "",
         "## Against uniform at the same bits",

@@ -1,4 +1,4 @@
-"""Exports read back by the libraries that they are for, which live in an environment of their own.
+"""Write exports and load each with the library that it is for, in an environment that has that library.
 
 python experiments/parity/exports.py make /tmp/proofs            with sensitivity installed
 OTHER/bin/python experiments/parity/exports.py read /tmp/proofs  with torch 2.13, transformers 5.23, gptqmodel 7.6.0,
@@ -25,7 +25,7 @@ SCENES = ROOT / "sensitivity" / "models" / "embedded" / "scenes-llava"
 
 
 def make(space: Path) -> None:
-    """Every format from the embedded model, and gptq from a small model of a family that GPTQModel knows."""
+    """Export the embedded model in every format, and in gptq a small model of a family that GPTQModel supports."""
     from sensitivity.export import Job, write
     from sensitivity.models import inspect
     from sensitivity.plan import Plan, Scheme
@@ -151,7 +151,7 @@ def torch_checks(space: Path) -> dict[str, Callable[[], object]]:
 
 
 def kinds(model: Any) -> dict[str, int]:
-    """How many linear layers of each part are of which kind."""
+    """How many linear layers of each class and bit width every part has."""
     count: Counter[str] = Counter()
     for path, module in model.named_modules():
         if "linear" in type(module).__name__.lower() or hasattr(module, "qweight"):
@@ -178,7 +178,7 @@ def modelopt(folder: Path) -> object:
 
 @torch.inference_mode()
 def logits(folder: Path) -> object:
-    """Layers by kind, and how far its logits are from those of the values in full precision."""
+    """Layers by class, and how far the logits are from those of the dequantized weights."""
     from transformers import AutoModelForImageTextToText
 
     draw = torch.Generator().manual_seed(0)
@@ -194,7 +194,7 @@ def logits(folder: Path) -> object:
 
 
 def gptq(folder: Path) -> object:
-    """Layers by kind, and how far their weights, unpacked by GPTQModel, are from ours."""
+    """Layers by class, and how far the weights that GPTQModel unpacks are from ours."""
     from gptqmodel import BACKEND, GPTQModel
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -220,7 +220,7 @@ def recipe(folder: Path) -> object:
 
 
 def mlx(folder: Path) -> object:
-    """Layers by kind after conversion by mlx-lm, and again as it loads them, from the entry that conversion wrote."""
+    """Layers by class after mlx-lm converts the model; our entry must equal the one that the conversion writes."""
     import mlx.core as mx
     from mlx import nn
     from mlx_lm.utils import quantize_model
@@ -245,7 +245,7 @@ def mlx(folder: Path) -> object:
 
 
 def place(module: Any, path: list[str], leaf: Any, new: Callable[[], Any]) -> None:
-    """Put a layer into a tree of modules under a path whose numbers are places in lists."""
+    """Put a layer into a tree of modules; numbers in the path are indices into lists."""
     name, rest = path[0], path[1:]
     if not rest:
         module[name] = leaf

@@ -1,4 +1,4 @@
-"""Measures embedded:scenes-blip2 and its retrieval sibling on unseen handwriting, beside shuffled images.
+"""Measure embedded:scenes-blip2 and embedded:scenes-blip2-itm on unseen handwriting, and with shuffled images.
 
 python -m experiments.embedded.scenes_blip2.evaluate     # 1,024 scenes; writes card.json and README.md in both folders
 """
@@ -26,20 +26,20 @@ from sensitivity.tasks import scenes as S
 
 KINDS = (*S.VQA_KINDS, "caption", "scene")
 TARGETS: dict[str, dict[str, float]] = {"caption": {"exact": 0.80}, "VQA": {"exact": 0.90}}
-FOUND = 0.80  # of the first ranks, both ways
+R_AT_1_TARGET = 0.80  # for texts and for images
 
 
-class Asker(Reader):
-    """BLIP-2 behind its own processor; a prompt of it has no chat template."""
+class Blip2Reader(Reader):
+    """BLIP-2 and its processor; its prompts have no chat template."""
 
     def asked(self, prompt: str) -> str:
         kind = "caption" if prompt == "describe the image." else ""
-        return blip2.frame(S.Question(kind, prompt, "")).removeprefix("<s>")  # which the tokenizer writes itself
+        return blip2.prompt(S.Question(kind, prompt, "")).removeprefix("<s>")  # the tokenizer adds <s> itself
 
 
 def answering(folder: Path, n: int, seed: int) -> dict[str, Any]:
-    """Every kind of question, and the mean of the five that are VQA."""
-    reader, scenes = Asker(folder), S.scenes("evaluation", n, seed)
+    """Scores of every kind of question, and the mean of the five that count as VQA."""
+    reader, scenes = Blip2Reader(folder), S.scenes("evaluation", n, seed)
     asked = [(i, q) for i, scene in enumerate(scenes) for q in S.questions(scene, seed)]
     kinds: dict[str, Any] = {}
     for kind in KINDS:
@@ -53,7 +53,7 @@ def answering(folder: Path, n: int, seed: int) -> dict[str, Any]:
 
 
 def searching(folder: Path, n: int, seed: int) -> dict[str, Any]:
-    """Ranks by comparison alone and after re-reading, both ways, in pools of 256; and with other scenes' images."""
+    """R@k both ways in pools of 256, by similarity alone and with the ITM head; also with shuffled images."""
     vlm, asked = load(str(folder), dtype="fp32"), retrieval.of_scenes("evaluation", n, seed)
     assert asked.gallery is not None
     found: dict[str, Any] = {}
@@ -65,7 +65,7 @@ def searching(folder: Path, n: int, seed: int) -> dict[str, Any]:
                 right, other = (hits(one, way, k) for one in (rows, wrong))
                 row = {**summary(*right), "shuffled": float(other[0].mean()), "prior": k / asked.gallery.pool}
                 if k == 1:
-                    row["target"] = FOUND
+                    row["target"] = R_AT_1_TARGET
                 row["high"] = min(1.0, row["high"])
                 found.setdefault(f"{way}, {name}", {})[f"R@{k}"] = {key: round(v, 4) for key, v in row.items()}
         print(name, json.dumps(task.measure(rows["answer"])), flush=True)
@@ -73,7 +73,7 @@ def searching(folder: Path, n: int, seed: int) -> dict[str, Any]:
 
 
 def shuffled(task: Task) -> Task:
-    """The same captions, each with the image of the next scene but one hundred of its pool."""
+    """The same captions, each with the image that lies 100 places further in its pool."""
     images = list({example.cluster: example.image for example in task.examples}.values())
     size = task.gallery.pool if task.gallery else len(images)
     places = {e.cluster: i for i, e in enumerate({e.cluster: e for e in task.examples}.values())}
@@ -96,8 +96,8 @@ MEASURED = {"scenes-blip2-itm": searching, "scenes-blip2": answering}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=EMBEDDED, help="where the two model folders lie")
-    parser.add_argument("--model", choices=MEASURED, help="this one alone")
+    parser.add_argument("--folder", type=Path, default=EMBEDDED, help="the folder of both model folders")
+    parser.add_argument("--model", choices=MEASURED, help="measure this model only")
     parser.add_argument("--scenes", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

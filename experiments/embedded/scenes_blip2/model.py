@@ -1,4 +1,4 @@
-"""What embedded:scenes-blip2 and its retrieval sibling are made of: shape, processor, and the eye of scenes-llava."""
+"""embedded:scenes-blip2 and scenes-blip2-itm before training, and the vision tower of scenes-llava in their layout."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from experiments.embedded.batches import KINDS, PromptStyle
 from experiments.embedded.scenes_llava import model as llava
 from sensitivity.tasks import scenes as S
 
-QUERIES, CELLS = 16, 4  # queries 0, 4, 8 and 12 are about the first quarter of the scene, and so on
-WIDTH, WORDS = 128, 192  # of the eye and the Q-Former; of the language model
-ITC = 64  # width of the space where images and captions are compared
+QUERIES, CELLS = 16, 4  # queries 0, 4, 8 and 12 describe the first quarter of the scene, 1, 5, 9 and 13 the second ...
+WIDTH, WORDS = 128, 192  # of vision tower and Q-Former; of the language model
+ITC = 64  # width of the embeddings of images and captions
 MORE = ("Question:", "Short", "answer:")
 
 
-def frame(question: S.Question) -> str:
-    """What the published BLIP-2 reads after the image: its first token, and a question, or nothing for a caption."""
+def prompt(question: S.Question) -> str:
+    """The prompt format of the published BLIP-2: `<s>`, then a question, or nothing for a caption."""
     return "<s>" if question.kind == "caption" else f"<s>Question: {question.prompt} Short answer:"
 
 
-STYLE = PromptStyle(QUERIES, KINDS[:-1], frame, MORE)
+STYLE = PromptStyle(QUERIES, KINDS[:-1], prompt, MORE)
 
 
 @functools.cache
 def tokenizer(retrieval: bool = False) -> PreTrainedTokenizerFast:
-    """The words of scenes-llava and three more; a text begins with <s>, which stands for all of it in retrieval."""
+    """The tokenizer of scenes-llava with three more words; in retrieval the hidden state of <s> represents the text."""
     words = llava.tokenizer.__wrapped__(MORE)
     ends = [(token, words.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
     text = "<s> $A </s>" if retrieval else "<s> $A"
@@ -50,7 +50,7 @@ def tokenizer(retrieval: bool = False) -> PreTrainedTokenizerFast:
 
 def processor(retrieval: bool = False) -> Blip2Processor:
     side = {"height": S.SIDE, "width": S.SIDE}
-    # The PIL processor, and not the one of torchvision, which the package does not need.
+    # the PIL processor: the other one needs torchvision, which this package does not require
     pictures = BlipImageProcessorPil(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return Blip2Processor(pictures, tokenizer(retrieval), num_query_tokens=QUERIES)
 
@@ -59,7 +59,12 @@ def config(retrieval: bool = False) -> Blip2Config:
     words = tokenizer(retrieval)
     ids = {"pad_token_id": words.pad_token_id, "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
     shape = {"hidden_size": WIDTH, "num_attention_heads": 4}
-    small = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 32, "num_hidden_layers": 1}  # has no use
+    small = {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 32,
+        "num_hidden_layers": 1,
+    }  # not built by the retrieval class
     large = {"hidden_size": WORDS, "word_embed_proj_dim": WORDS, "ffn_dim": 384, "num_hidden_layers": 4}
     return Blip2Config(
         vision_config={
@@ -100,11 +105,11 @@ def config(retrieval: bool = False) -> Blip2Config:
 
 
 def build(retrieval: bool = False) -> Any:
-    """The untrained model; in OPT's first two layers query and key start equal, so that a word looks for itself."""
+    """The untrained model; OPT's first two layers start as those of scenes-llava's language model do."""
     architecture = Blip2ForImageTextRetrieval if retrieval else Blip2ForConditionalGeneration
     model = architecture._from_config(config(retrieval), attn_implementation="eager")
     with torch.no_grad():
-        model.query_tokens.normal_(0.0, 0.2)  # they start at zero, all alike
+        model.query_tokens.normal_(0.0, 0.2)  # transformers starts them at zero, where all queries would stay equal
         if not retrieval:
             model.get_input_embeddings().weight.normal_(0.0, 0.2)
             for layer in model.language_model.model.decoder.layers[:2]:
@@ -113,7 +118,7 @@ def build(retrieval: bool = False) -> Any:
 
 
 def save(model: Any, folder: Path) -> None:
-    """The folder that anyone's `from_pretrained` loads: weights in fp16, greedy by default."""
+    """Write a folder that `from_pretrained` loads: weights in fp16, greedy decoding by default."""
     retrieval = isinstance(model, Blip2ForImageTextRetrieval)
     words = tokenizer(retrieval)
     half = type(model)(config(retrieval)).half()
@@ -129,14 +134,16 @@ def save(model: Any, folder: Path) -> None:
     (folder / "model.safetensors").chmod(0o644)
 
 
-# -- the eye of scenes-llava, in BLIP-2's shape
+# -- the vision tower of scenes-llava, in BLIP-2's layout
 
 
 def copy_vision_tower(clip: nn.Module, blip: nn.Module, pixels: Tensor) -> None:
-    """CLIP's weights in BLIP-2's tower. All fits but the norm before the blocks, which BLIP-2 lacks.
+    """Copy CLIP's vision weights into BLIP-2's tower.
 
-    That norm's mean is folded exactly (the patches' weights lose their mean over the width), its spread only on
-    average over some pixels: the blocks have to be repaired afterwards.
+    Everything fits except the LayerNorm before the first block, which BLIP-2 does not have. Its centering is folded
+    into the embeddings exactly (by removing the mean over the width from their weights). Its division by the standard
+    deviation depends on the input, so the average over `pixels` is folded in,
+    and stage `eye` trains the difference away.
     """
     old, new, norm = clip.embeddings, blip.embeddings, clip.pre_layrnorm
     with torch.no_grad():

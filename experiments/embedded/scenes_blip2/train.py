@@ -45,14 +45,14 @@ SIZES = {"eye": 48, "cells": 48, "contrast": 96, "match": 48, "symbols": 32, "br
 
 
 def look(model: Any, batch: Batch) -> Tensor:
-    """The frozen eye's patches."""
+    """The hidden states of the patches, from the frozen vision tower."""
     with torch.no_grad():
         seen: Tensor = model.vision_model(batch.pixels).last_hidden_state
     return seen
 
 
 def query(model: Any, seen: Tensor) -> Tensor:
-    """What the Q-Former's queries find in the patches."""
+    """The Q-Former's output for its queries."""
     tokens = model.query_tokens.expand(len(seen), -1, -1)
     found: Tensor = model.qformer(query_embeds=tokens, encoder_hidden_states=seen).last_hidden_state
     return found
@@ -64,18 +64,18 @@ def answers(model: Any, batch: Batch, image: Tensor) -> tuple[Tensor, dict[str, 
 
 
 class Queries(nn.Module):
-    """The queries as a module, so that they are kept and optimised like one."""
+    """The query tokens as a module, so that they are saved and optimized like the others."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.tokens = model.query_tokens
 
 
-# -- stages of both
+# -- stages of both models
 
 
 def eye(run: Run) -> None:
-    """The eye of scenes-llava in BLIP-2's shape, repaired until it sees what the original sees."""
+    """Train the copied vision tower until it outputs the hidden states of the original."""
     folder = EMBEDDED / "scenes-llava"
     clip = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).model.vision_tower.eval()
     model = blip2.build().vision_model
@@ -92,23 +92,23 @@ def eye(run: Run) -> None:
 
 
 def cells(run: Run) -> None:
-    """The Q-Former learns which query is about which quarter, and to find the digit and the colour there."""
-    model, clues = blip2.build(), QuarterHeads()
+    """Train the Q-Former so that each query describes the digit and its color in one quarter of the scene."""
+    model, heads = blip2.build(), QuarterHeads()
     run.restore("eye", vision=model.vision_model)
-    optimizer = Optimizer(run.total("cells"), (1.5e-3, [Queries(model), model.qformer, clues]))
+    optimizer = Optimizer(run.total("cells"), (1.5e-3, [Queries(model), model.qformer, heads]))
     log = Log(run, "cells")
     for step, _, batch in run.batches("cells"):
-        loss, right = clues(batch, query(model, look(model, batch)))
+        loss, right = heads(batch, query(model, look(model, batch)))
         optimizer.step(loss)
         log.add(step, loss=float(loss.detach()), **right)
-    run.save("cells", qformer=model.qformer, queries=Queries(model), clues=clues)
+    run.save("cells", qformer=model.qformer, queries=Queries(model), heads=heads)
 
 
 # -- retrieval
 
 
 def similarity(model: Any, image: Tensor, text: Tensor) -> Tensor:
-    """Images by texts: the cosine of the query that is most like the text, as BLIP-2 compares them."""
+    """Images x texts: the highest cosine similarity over an image's queries, as in BLIP-2."""
     images, texts = normalize(model.vision_projection(image), dim=-1), normalize(model.text_projection(text), dim=-1)
     return torch.einsum("iqd,td->iqt", images, texts).amax(1)
 
@@ -119,9 +119,9 @@ def texts(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     return read[:, 0]
 
 
-def contrast_loss(similar: Tensor, warmth: Tensor, alike: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Each image's caption among all, and the other way; two scenes of one caption are not held against each other."""
-    scores = (similar * warmth.exp()).masked_fill(alike & ~torch.eye(len(alike), dtype=torch.bool), -1e9)
+def contrast_loss(similar: Tensor, logit_scale: Tensor, alike: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Contrastive loss both ways; other scenes with the same caption are not counted as wrong."""
+    scores = (similar * logit_scale.exp()).masked_fill(alike & ~torch.eye(len(alike), dtype=torch.bool), -1e9)
     truth = torch.arange(len(scores))
     loss = (cross_entropy(scores, truth) + cross_entropy(scores.T, truth)) / 2
     found = {name: float((s.argmax(1) == truth).float().mean()) for name, s in (("text", scores), ("image", scores.T))}
@@ -129,7 +129,7 @@ def contrast_loss(similar: Tensor, warmth: Tensor, alike: Tensor) -> tuple[Tenso
 
 
 def match_loss(model: Any, seen: Tensor, ids: Tensor, mask: Tensor, similar: Tensor, alike: Tensor) -> Any:
-    """Do image and caption belong together? Asked about the right pairs and about likely wrong ones of both ways."""
+    """Loss of the ITM head on the right pairs and on wrong pairs drawn in proportion to their similarity."""
     likely = (similar.detach() * 20).masked_fill(alike, -1e9)
     wrong_text, wrong_image = (torch.multinomial(s.softmax(1), 1)[:, 0] for s in (likely, likely.T))
     own = torch.arange(len(seen))
@@ -150,8 +150,8 @@ def matches(model: Any, seen: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     return scores
 
 
-class Warmth(nn.Module):
-    """One over the temperature of the contrast, as a logarithm; needed in training alone."""
+class LogitScale(nn.Module):
+    """The factor on similarities in the contrastive loss, as a logarithm; used in training only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,44 +159,44 @@ class Warmth(nn.Module):
 
 
 def contrast(run: Run) -> None:
-    """An image's queries and its caption come to lie together; the clues are let go on the way."""
-    model, clues, warmth = blip2.build(retrieval=True), QuarterHeads(), Warmth()
+    """Train image and caption embeddings to match, while the loss of the linear heads fades out."""
+    model, heads, logit_scale = blip2.build(retrieval=True), QuarterHeads(), LogitScale()
     run.restore("eye", vision=model.vision_model)
-    run.restore("cells", qformer=Loose(model.qformer), queries=Queries(model), clues=clues)
+    run.restore("cells", qformer=WithoutText(model.qformer), queries=Queries(model), heads=heads)
     learning = [Queries(model), model.qformer, model.embeddings, model.vision_projection, model.text_projection]
-    optimizer = Optimizer(run.total("contrast"), (1.5e-3, [*learning, clues, warmth]))
+    optimizer = Optimizer(run.total("contrast"), (1.5e-3, [*learning, heads, logit_scale]))
     log = Log(run, "contrast")
     for step, done, batch in run.batches("contrast", most=lambda done: 2 if done < 0.1 else 4):
         image = query(model, look(model, batch))
         ids, mask = captions(batch)
         similar = similarity(model, image, texts(model, ids, mask))
-        loss, right = contrast_loss(similar, warmth.log, same_caption(batch))
-        told, looked = clues(batch, image)
+        loss, right = contrast_loss(similar, logit_scale.log, same_caption(batch))
+        told, looked = heads(batch, image)
         optimizer.step(loss + max(0.0, 0.3 * (1 - done / 0.7)) * told)
         log.add(step, loss=float(loss.detach()), **right, **looked)
-    run.save("contrast", model=model, warmth=warmth)
+    run.save("contrast", model=model, logit_scale=logit_scale)
 
 
 def match(run: Run) -> None:
-    """The head that reads image and caption together, beside the contrast."""
-    model, warmth = blip2.build(retrieval=True), Warmth()
-    run.restore("contrast", model=model, warmth=warmth)
+    """Train the ITM head, which reads image and caption together, along with the contrastive loss."""
+    model, logit_scale = blip2.build(retrieval=True), LogitScale()
+    run.restore("contrast", model=model, logit_scale=logit_scale)
     parts = [model.embeddings, model.vision_projection, model.text_projection, model.itm_head]
-    optimizer = Optimizer(run.total("match"), (7e-4, [Queries(model), model.qformer, warmth, *parts]))
+    optimizer = Optimizer(run.total("match"), (7e-4, [Queries(model), model.qformer, logit_scale, *parts]))
     log = Log(run, "match")
     for step, _, batch in run.batches("match"):
         seen = look(model, batch)
         ids, mask = captions(batch)
         similar, alike = similarity(model, query(model, seen), texts(model, ids, mask)), same_caption(batch)
-        loss, right = contrast_loss(similar, warmth.log, alike)
+        loss, right = contrast_loss(similar, logit_scale.log, alike)
         matched, share = match_loss(model, seen, ids, mask, similar, alike)
         optimizer.step(loss + matched)
         log.add(step, loss=float(loss.detach()), match=float(matched.detach()), matched=share, **right)
     run.save("match", model=model)
 
 
-class Loose(nn.Module):
-    """A Q-Former that is given the weights of one without text layers."""
+class WithoutText(nn.Module):
+    """Loads weights of a Q-Former without text layers into one that has them."""
 
     def __init__(self, qformer: nn.Module) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class Loose(nn.Module):
 
 
 def symbols(run: Run) -> None:
-    """OPT learns to bind and to answer, from perfect symbols with a little noise."""
+    """Train OPT to answer from symbols instead of queries; a little noise makes it tolerate imperfect queries later."""
     model, table = blip2.build(), QuarterSymbols()
     optimizer = Optimizer(run.total("symbols"), (2e-3, [model.language_model, table]))
     log = Log(run, "symbols")
@@ -226,7 +226,7 @@ def symbols(run: Run) -> None:
 
 
 def bridge(run: Run) -> None:
-    """The Q-Former and its projection learn to say in symbols what the eye has seen."""
+    """Train the Q-Former and its projection to output the symbols that describe the image."""
     model, table = blip2.build(), QuarterSymbols()
     run.restore("eye", vision=model.vision_model)
     run.restore("cells", qformer=model.qformer, queries=Queries(model))

@@ -1,4 +1,4 @@
-"""What exists only while the BLIP-2 siblings are trained: scenes in symbols, what queries are asked, captions."""
+"""Modules used only in training the BLIP-2 models: symbols that replace queries, and heads that read the queries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sensitivity.tasks import scenes as S
 
 
 def quarters(batch: Batch) -> Tensor:
-    """Scenes x 4 x 4: the words for digit, colour and place (two) in each quarter; all 0 where it is empty."""
+    """Scenes x 4 x 4: token ids of digit, color and place (two words) in each quarter; 0 where it is empty."""
     found = torch.zeros(len(batch.scenes), blip2.CELLS, 4, dtype=torch.long)
     for row, scene in zip(found, batch.scenes, strict=True):
         for d in scene.digits:
@@ -22,7 +22,7 @@ def quarters(batch: Batch) -> Tensor:
 
 
 class QuarterSymbols(nn.Module):
-    """A scene as OPT would like to read it: a query is the sum of the words for what is in its quarter."""
+    """Ideal queries: each is the sum of the embeddings of the words that describe its quarter of the scene."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class QuarterSymbols(nn.Module):
 
 
 class QuarterHeads(nn.Module):
-    """What each query is asked about its quarter while the Q-Former learns to look."""
+    """Linear heads that read from each query what its quarter shows; their loss trains the Q-Former to look there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,12 +63,12 @@ class QuarterHeads(nn.Module):
 
 
 def captions(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Every scene's caption as the retrieval model reads it: ids and mask."""
+    """Token ids and attention mask of every scene's caption, as the retrieval model reads it."""
     encoded = blip2.tokenizer(retrieval=True)([S.caption(s) for s in batch.scenes], padding=True, return_tensors="pt")
     return encoded["input_ids"], encoded["attention_mask"]
 
 
 def same_caption(batch: Batch) -> Tensor:
-    """Which scenes have one caption."""
+    """Scenes x scenes: which have the same caption, so that neither is a wrong answer for the other."""
     said = [S.caption(s) for s in batch.scenes]
     return torch.tensor([[a == b for b in said] for a in said])

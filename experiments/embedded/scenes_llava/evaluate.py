@@ -1,6 +1,6 @@
-"""Measures embedded:scenes-llava on unseen handwriting, beside shuffled images and the best blind guess.
+"""Measure embedded:scenes-llava on unseen handwriting, beside shuffled images and the best blind guess.
 
-python -m experiments.embedded.scenes_llava.evaluate             # 1,024 scenes; writes card.json and README.md in the folder
+python -m experiments.embedded.scenes_llava.evaluate    # 1,024 scenes; writes card.json and README.md
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ TARGETS |= {"caption": {"exact": 0.92}, "ground": {"upright IoU >= .5": 0.95, "o
 
 
 def score(kind: str, answer: str, truth: str) -> dict[str, float]:
-    """Every measure of one answer."""
-    measures = {"exact": float(answer == truth)}
+    """Every metric of one answer."""
+    metrics = {"exact": float(answer == truth)}
     if kind == "caption":
         said, meant = answer.split(), truth.split()
         same = sum(a == b for a, b in zip(said, meant, strict=False))
-        measures["words in place"] = same / max(len(said), len(meant))
+        metrics["words in place"] = same / max(len(said), len(meant))
     if kind == "ground":
         meant_box, said_boxes = boxes.parse(truth)[0], boxes.parse(answer)
         upright = boxes.upright_iou(said_boxes[0], meant_box) if said_boxes else 0.0
         oriented = boxes.oriented_iou(said_boxes[0], meant_box) if said_boxes else 0.0
-        measures |= {"upright IoU >= .5": float(upright >= 0.5), "oriented IoU >= .5": float(oriented >= 0.5)}
-        measures |= {"upright IoU": upright, "oriented IoU": oriented}
-        measures["angle"] = float(bool(said_boxes) and said_boxes[0][4] == meant_box[4])
-    return measures
+        metrics |= {"upright IoU >= .5": float(upright >= 0.5), "oriented IoU >= .5": float(oriented >= 0.5)}
+        metrics |= {"upright IoU": upright, "oriented IoU": oriented}
+        metrics["angle"] = float(bool(said_boxes) and said_boxes[0][4] == meant_box[4])
+    return metrics
 
 
 def summary(values: np.ndarray, cluster: np.ndarray) -> dict[str, float]:
-    """Mean with a 95 % interval; the questions to one scene are not independent, so errors add up scene by scene."""
+    """Mean with a 95 % interval, clustered by scene: questions about one scene are not independent."""
     mean, n = values.mean(), len(values)
     _, scene = np.unique(cluster, return_inverse=True)
     sums = np.bincount(scene, values - mean)
     error = float(np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / n)
-    # Without a single error the spread says nothing: rule of three on the scenes.
+    # without a single error the variance is 0 and the interval would be empty: use the rule of three, 3/n
     reach = 1.96 * error if error > 0 else 3 / len(sums)
     return {"mean": float(mean), "low": max(0.0, float(mean) - reach), "high": float(mean) + reach, "n": n}
 
 
 class Reader:
-    """The model behind its own processor, as anyone would use it."""
+    """The model and its processor, loaded and called as a user of transformers would."""
 
     def __init__(self, folder: Path) -> None:
         self.processor = AutoProcessor.from_pretrained(folder)
@@ -72,13 +72,13 @@ class Reader:
     @torch.inference_mode()
     def answers(self, prompts: list[str], images: list[np.ndarray]) -> list[str]:
         inputs = self.inputs(prompts, images)
-        # said here, since BLIP-2 does not hand the limit in its generation_config to its language model
+        # passed here because BLIP-2 does not pass the limit in its generation_config to its language model
         out = self.model.generate(**inputs, max_new_tokens=40)[:, inputs["input_ids"].shape[1] :]
         return list(self.processor.batch_decode(out, skip_special_tokens=True))
 
     @torch.inference_mode()
     def surprise(self, prompts: list[str], images: list[np.ndarray], answers: list[str]) -> list[float]:
-        """Mean negative log-likelihood per token of the true answers (with their end), in nats."""
+        """Mean negative log-likelihood per token of the right answers, end token included, in nats."""
         words = self.processor.tokenizer
         ends = [[*words.encode(a, add_special_tokens=False), words.eos_token_id] for a in answers]
         width = max(map(len, ends))
@@ -99,7 +99,7 @@ def measure(
     targets: dict[str, dict[str, float]] = TARGETS,
     surprise: bool = True,
 ) -> dict:
-    """One kind of question: the answers to the right images, to other scenes' images, and the best constant answer."""
+    """Scores of one kind of question: with the right images, with others', and of the best constant answer."""
     most_common = Counter(q.answer for _, q in asked).most_common(1)[0][0]
     found: dict[str, dict[str, list[float]]] = {w: defaultdict(list) for w in ("right", "shuffled", "prior")}
     for start in range(0, len(asked), 256):
@@ -116,7 +116,7 @@ def measure(
             for name, value in score(kind, most_common, truth).items():
                 found["prior"][name].append(value)
     cluster = np.array([i for i, _ in asked])
-    measures = {}
+    metrics = {}
     for name, values in found["right"].items():
         row = summary(np.array(values), cluster)
         if name != "NLL":
@@ -126,8 +126,8 @@ def measure(
             row["prior"] = float(np.mean(found["prior"][name]))
         if name in targets.get(kind, {}):
             row["target"] = targets[kind][name]
-        measures[name] = {k: round(v, 4) for k, v in row.items()}
-    return measures
+        metrics[name] = {k: round(v, 4) for k, v in row.items()}
+    return metrics
 
 
 def main() -> None:

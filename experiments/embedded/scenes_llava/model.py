@@ -1,4 +1,4 @@
-"""What embedded:scenes-llava is made of: its words, its processor, its shape, and scenes packed into batches."""
+"""embedded:scenes-llava before training: tokenizer, processor, configuration, initial weights; and how it is saved."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 
 
 def vocabulary() -> list[str]:
-    """Specials, numbers and marks stand alone; a word carries the space before it, written as in SentencePiece."""
+    """Special tokens, numbers and punctuation; then words, which carry the space before them, as in SentencePiece."""
     numbers = [f"<{n}>" for n in range(101)] + [f"<{a}>" for a in S.ANGLES if a < 0]
     words = [*WORDS, *S.COLOURS, *S.BACKGROUNDS, *map(str, range(10)), "{"]
     return [*SPECIALS, *numbers, "|", "}", ",", ".", "?", *("▁" + word for word in words)]
@@ -46,7 +46,7 @@ def vocabulary() -> list[str]:
 
 @functools.cache
 def tokenizer(more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """The words, and more after them, so that those keep their numbers."""
+    """A word-level tokenizer; words in `more` come last, so that all others keep their ids."""
     vocab = {token: i for i, token in enumerate((*vocabulary(), *("▁" + word for word in more)))}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     marks = pre_tokenizers.Split(Regex(r"▁?\{|<-?\d+>|[|}?.,]"), "isolated")
@@ -68,7 +68,7 @@ def tokenizer(more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
 def processor() -> LlavaProcessor:
     side = {"height": S.SIDE, "width": S.SIDE}
     return LlavaProcessor(
-        # The PIL processor, and not the one of torchvision, which the package does not need.
+        # the PIL processor: the other one needs torchvision, which this package does not require
         image_processor=CLIPImageProcessorPil(
             size={"shortest_edge": S.SIDE}, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3
         ),
@@ -107,7 +107,7 @@ def config() -> LlavaConfig:
         ),
         image_token_index=words.convert_tokens_to_ids("<image>"),
         image_seq_length=PATCHES,
-        # The default, -2, would leave the last block of the vision tower without a use.
+        # the default, -2, would never use the last block of the vision tower
         vision_feature_layer=-1,
         tie_word_embeddings=True,
         **ids,
@@ -115,7 +115,11 @@ def config() -> LlavaConfig:
 
 
 def build() -> LlavaForConditionalGeneration:
-    """The untrained model; in the first two layers query and key start equal, so that a word looks for itself."""
+    """The untrained model.
+
+    In the first two layers query and key projections start equal, so that a token attends to its own earlier
+    occurrences from the start; attention of this kind is what answering needs, and is slow to learn from scratch.
+    """
     model = LlavaForConditionalGeneration._from_config(config(), attn_implementation="eager")
     with torch.no_grad():
         model.get_input_embeddings().weight.normal_(0.0, 0.2)
@@ -125,7 +129,7 @@ def build() -> LlavaForConditionalGeneration:
 
 
 def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
-    """The folder that anyone's `from_pretrained` loads: weights in fp16, greedy by default."""
+    """Write a folder that `from_pretrained` loads: weights in fp16, greedy decoding by default."""
     words = tokenizer()
     half = LlavaForConditionalGeneration(config()).half()
     half.load_state_dict(model.state_dict())

@@ -39,7 +39,7 @@ SIZES = {"1a": 32, "1b": 48, "2": 48, "3": 32, "4": 48, "5": 32}
 
 
 def see(model: LlavaForConditionalGeneration, batch: Batch) -> Tensor:
-    """The vision tower's patches, as the projector gets them."""
+    """The hidden states of the patches, as the projector reads them."""
     return model.model.vision_tower(batch.pixels).last_hidden_state[:, 1:]
 
 
@@ -51,7 +51,7 @@ def answers(model: LlavaForConditionalGeneration, batch: Batch, image: Tensor) -
 
 
 def language_on_symbols(run: Run) -> None:
-    """1a: the language model learns to bind and to answer, from perfect symbols with a little noise."""
+    """1a: train the language model to answer from symbols; a little noise makes it tolerate imperfect ones later."""
     model, symbols = llava.build(), Symbols()
     optimizer = Optimizer(run.total("1a"), (2e-3, [model.model.language_model, symbols]))
     log = Log(run, "1a")
@@ -64,7 +64,7 @@ def language_on_symbols(run: Run) -> None:
 
 
 def eye(run: Run) -> None:
-    """1b: the vision tower alone learns what lies where, straight and centred digits first."""
+    """1b: train the vision tower with linear heads per patch, upright and centered digits first."""
     model, heads = llava.build(), PatchHeads()
     optimizer = Optimizer(run.total("1b"), (1e-3, [model.model.vision_tower, heads]))
     log = Log(run, "1b")
@@ -76,7 +76,7 @@ def eye(run: Run) -> None:
 
 
 def bridge(run: Run) -> None:
-    """2: the projector alone learns to say in symbols what the eye has seen."""
+    """2: train the projector alone to output the symbols that describe the image."""
     model, symbols = llava.build(), Symbols()
     run.restore("1a", language=model.model.language_model, symbols=symbols)
     run.restore("1b", vision=model.model.vision_tower)
@@ -96,7 +96,7 @@ def bridge(run: Run) -> None:
 
 
 def together(run: Run) -> None:
-    """3: everything at once; the crutches (symbols, heads) are let go on the way."""
+    """3: train all parts on questions, while the losses of symbols and heads fade out."""
     model, symbols, heads = llava.build(), Symbols(), PatchHeads()
     run.restore("1a", language=model.model.language_model, symbols=symbols)
     run.restore("1b", vision=model.model.vision_tower, heads=heads)
@@ -125,7 +125,7 @@ def together(run: Run) -> None:
 
 
 def eye_again(run: Run) -> None:
-    """4: the eye and the projector go on, on bent digits, towards the symbols: a fifth of what a step of all costs."""
+    """4: train vision tower and projector to output symbols for bent digits; a step costs a fifth of one of stage 3."""
     model, symbols, heads = llava.build(), Symbols(), PatchHeads()
     run.restore("1a", symbols=symbols)
     run.restore("1b", heads=heads)
@@ -145,7 +145,7 @@ def eye_again(run: Run) -> None:
 
 
 def together_again(run: Run) -> None:
-    """5: everything at once, briefly and gently."""
+    """5: train all parts again, for a few steps and with low learning rates."""
     model, heads = llava.build(), PatchHeads()
     run.restore("4", model=model, heads=heads)
     parts = model.model

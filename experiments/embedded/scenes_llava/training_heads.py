@@ -1,4 +1,4 @@
-"""Two helpers that exist only while scenes-llava is trained: images in symbols, and heads that question the eye."""
+"""Modules used only in training scenes-llava: symbols that replace image tokens, and heads that read the patches."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from experiments.embedded.batches import Batch, encode
 from experiments.embedded.scenes_llava import model as llava
 from sensitivity.tasks import scenes as S
 
-SCALE = 0.4
+SCALE = 0.4  # of position and box beside the words of a patch: smaller, so that words dominate the sum
 
 
 class Symbols(nn.Module):
-    """An image as the language would like to read it: a patch is the sum of the words for what is there."""
+    """Ideal image tokens: for each patch the sum of the embeddings of the words that describe it.
+
+    The language model learns to answer from these before any image exists, and the projector then learns to output
+    them; each is an easier task than learning both at once.
+    """
 
     def __init__(self, width: int = 192) -> None:
         super().__init__()
@@ -31,7 +35,7 @@ class Symbols(nn.Module):
 
 
 class PatchHeads(nn.Module):
-    """What the eye is asked about each patch while it learns to see."""
+    """Linear heads on the vision tower that read what each patch shows; their loss trains the tower by itself."""
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()
