@@ -210,18 +210,18 @@ def main() -> None:
         f"`python -m experiments.benchmarks.export --layers {args.layers}` on {os.cpu_count()} cores, torch "
         f"{torch.__version__} with {threads} threads; load average at the end {os.getloadavg()[0]:.1f}.",
         "",
-        f"A LLaVA of the 7B's width with {args.layers} language layers and random weights to compressed-tensors. "
-        "Rounding to nearest, hashing and putting the files on disk are part of the export; two layers are made at "
-        "once while a third is written. Memory is what was added at the peak. `busy` adds up the cores. Other work on "
-        "the machine takes cores away from the export, and hardly anything from reading and writing: see the load "
-        "average.",
+        f"A LLaVA of the 7B's width with {args.layers} language layers and random weights, exported to "
+        "compressed-tensors. An export includes rounding to nearest, hashing and fsync; two layers are "
+        "computed at a time while a third is written. `of it busy` is CPU seconds over all cores. Peak memory "
+        "is what the export added. Other work on the machine slows the export down but hardly reading and "
+        "writing: see the load average.",
         "",
         *rows(head, exports),
         "",
-        f"Were {os.cpu_count()} cores free, the busy seconds alone would take {alone(exports)}.",
+        f"On {os.cpu_count()} idle cores the CPU seconds alone would take {alone(exports)}.",
         "",
-        "What bounds it: nanoseconds of one core for each weight of a 4096 x 11008 layer, the best of five. The sum, "
-        "over the number of cores, is the least time that an export takes where the disk is not slower.",
+        "The limit: CPU nanoseconds per weight of a 4096 x 11008 layer, the best of five runs. The sum divided by the "
+        "number of cores is the shortest possible time of an export, if the disk is not slower.",
         "",
         *rows(kinds, costs),
         "",

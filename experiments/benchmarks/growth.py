@@ -164,16 +164,16 @@ step costs {1000 * queue("journal"):.0f} ms of CPU with a journal and {1000 * qu
 
 What would break first:
 
-1. The journal. One process at a time writes to it and puts it on disk, about {1000 * queue("journal", 100):.0f} ms a
-   step, {in_turn:.1f} hours for all steps one after the other. So many GPUs want a database (`--storage`).
+1. The journal. One process at a time writes to it and syncs it to disk, about {1000 * queue("journal", 100):.0f} ms a
+   step, {in_turn:.1f} hours for all steps one after the other. Use a database for so many GPUs (`--storage`).
 2. Host memory. Six widths of 7 billion weights are {host:.0f} GB of codes for each process, at {CODE} bytes a weight
    with its scales. The default `--memory-gb 8` gives half of that to codes, so that layers would be quantized again for
-   plan after plan: give `--memory-gb {10 * math.ceil(2 * host / 10)}`, or fewer widths.
+   plan after plan: set `--memory-gb {10 * math.ceil(2 * host / 10)}`, or fewer widths.
 3. Reading the queue. Each process reads all plans when it starts, and after that only as often as takes a twentieth of
    its time: with many thousands of plans it learns late what others did, and asks for plans that others have taken.
 
-Not in these hours: statistics and six widths of every layer, once for each process before its first plan, not measured
-on a GPU here (`experiments/benchmarks/seven_billion.py` measures them)."""
+Not included: statistics and six widths of every layer, once for each process before its first plan; not measured on a
+GPU here (`experiments/benchmarks/seven_billion.py` measures them)."""
 
 
 def main() -> None:

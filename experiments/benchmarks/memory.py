@@ -42,9 +42,9 @@ def main() -> None:
     lines = ["# Memory and the size of the evaluation set", "", "    python -m experiments.benchmarks.memory", ""]
     lines += [
         f"{platform.machine()}, one thread. Sweeps of two plans over images on disk, each in a process of its own. An",
-        f"image is {4 * 3 * SIDE**2 / 1e6:.1f} MB as the numbers that a model reads; at most 512 are numbers at once.",
+        f"image is {4 * 3 * SIDE**2 / 1e6:.1f} MB as float32; at most 512 are in memory at once.",
         "",
-        "| images | all of them as numbers, MB | most memory beyond the loaded model, MB |",
+        "| images | all of them as float32, MB | peak memory beyond the loaded model, MB |",
         "|---|---|---|",
     ]
     for count in counts:
@@ -58,7 +58,7 @@ def main() -> None:
     lines += [
         "",
         f"{asked:,} questions in VQAv2's layout, each with ten answers, take {kept:.0f} bytes a question while a sweep",
-        f"runs ({kept * asked / 1e6:.0f} MB together), and {most:.0f} for the moment in which the files are read.",
+        f"runs ({kept * asked / 1e6:.0f} MB together), and {most:.0f} at the peak of reading the files.",
     ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_again(args.out, "\n".join(lines) + "\n")

@@ -277,7 +277,7 @@ def records(
 
 
 def save(found: pd.DataFrame, out: Path) -> None:
-    """A table for reading and the curves."""
+    """Write the report's table and its figure."""
     marks = found[found["share"].round(2).isin(SHARES)].assign(share=lambda t: (100 * t["share"]).round())
     wide = marks.pivot_table(index=["table", "pick", "search"], columns="share", values="regret").round(2)
     seeds = found[found["search"] != WHOLE].groupby(["table", "search"])["seed"].nunique()
@@ -302,7 +302,7 @@ def save(found: pd.DataFrame, out: Path) -> None:
 
 
 def won(marks: pd.DataFrame) -> str:
-    """Where the frontier sampler has the least regret of all, if measured plans are chosen by belief; where not."""
+    """A sentence on where the frontier sampler has the least regret when measured plans are picked by `believed`."""
     rows = marks[(marks["pick"] == "believed") & (marks["search"] != WHOLE)]
     mean = rows.pivot_table(index=["table", "share"], columns="search", values="regret")
     if "frontier" not in mean or mean.shape[1] < 2:

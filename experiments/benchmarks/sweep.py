@@ -294,21 +294,24 @@ def table(heads: tuple[str, ...], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-INTRODUCTION = f"""CPU seconds of one thread (torch {torch.__version__}), {CALIBRATION} calibration examples, models of
-random weights in the shapes at which the paper's code was measured. Plain: load, calibrate, quantize and run for every
-plan, run for one or two plans and multiplied. The bound: statistics, every layer at every width, and each part of the
-model once for every distinct setting of it and of what comes before it, from the seconds that one pass without sharing
-spends in each part; given where one pass is the whole answer. It is itself a measurement, so that a sweep may come out
-a few percent below it. The marginal plan differs from the one before in the language model alone. First frontier: when
-every plan has a score and an interval, as a share of the whole. The paper's: its released code, once measured at these
-shapes without start-up and scoring ({PAPER["blip2", 27]:,.0f} CPU seconds for 27 plans of BLIP-2 by GPTQ,
-{PAPER_AWQ["blip2", 27]:,.0f} by AWQ, {PAPER["llava", 9]:,.0f} for 9 of LLaVA).
+INTRODUCTION = f"""CPU seconds of one thread (torch {torch.__version__}), {CALIBRATION} calibration examples, models
+with random weights in the shapes on which the paper's released code was timed. Columns:
 
-What bounds them: every plan wants the language model once for every example, so that no sharing makes a sweep of many
-examples cheaper than `the bound's times less`; the plain path loses most where examples are few and calibration is
-most of a plan, and nine plans share little. 64 questions lie on thirteen images, of which a first shard cannot have
-fewer than two, the fewest that have an interval; a plan is then a third of a second, of which small calls (layers put
-in, skipped blocks, two shards) are a fifth. The grids of LLaVA have two parts, since its projector is two layers."""
+* plain: every plan loads, calibrates, quantizes and runs by itself; run for one or two plans and multiplied;
+* the bound: statistics once, every layer at every width once, and each part of the model once for every distinct
+  setting of it and of the parts before it, priced by the seconds that a pass without sharing spends in each part. Given
+  only where an answer takes one forward pass. The bound is itself measured, so a sweep can be a few percent below it;
+* marginal plan: one that differs from the plan before it in the language model only;
+* first frontier: when every plan has a score with an interval, as a share of the whole sweep;
+* the paper's: its released code, timed once on these shapes without start-up and scoring
+  ({PAPER["blip2", 27]:,.0f} CPU seconds for 27 plans of BLIP-2 by GPTQ, {PAPER_AWQ["blip2", 27]:,.0f} by AWQ,
+  {PAPER["llava", 9]:,.0f} for 9 of LLaVA).
+
+What limits the ratios: every plan runs the language model once for every example, so no sharing makes a sweep of many
+examples cheaper than `the bound's times less`. Sharing gains most where examples are few, because calibration is then
+most of a plan, and least with nine plans. 64 questions are about thirteen images; a first shard needs at least two
+images to have an interval. A plan then takes a third of a second, a fifth of it in small calls (replacing layers,
+skipped blocks, two shards). The grids of LLaVA vary two parts, since its projector is only two layers."""
 
 GRIDS = [  # shape, method, widths, task, examples, how many plans the plain path is run for
     ("blip2", "paper-gptq", (2, 4, 8), "caption", 64, 2),

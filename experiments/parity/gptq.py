@@ -144,15 +144,15 @@ def table(args: argparse.Namespace, found: list[Layer], ratios: dict, seconds: d
     return [
         *lines,
         "",
-        "Grids of groups are those of the weights as they have become by the first of 128 columns, as released code",
-        "has it. `fresher grids` is the published algorithm with each grid found when its group begins: what the",
-        "weights make up for by then has widened their ranges.",
+        "A group's grid is computed from the weights as they are when its block of 128 columns begins, as in the",
+        "released code. `fresher grids` is the published algorithm with each grid computed when its group begins: by",
+        "then error feedback has changed the weights and widened their ranges.",
         "",
         "`--backend gptqmodel`, which gives the library our Gram matrices and stores its scales in 16 bits, against",
         f"the library by itself, over all widths of the settings that it has: {cell(through)}.",
         "",
         f"Processor seconds for all of it, statistics left out: {times} (ours does the four widths of a layer at once; "
-        "published without the activation order).",
+        "published without activation order).",
     ]
 
 

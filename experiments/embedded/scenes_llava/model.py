@@ -118,7 +118,7 @@ def build() -> LlavaForConditionalGeneration:
     """The untrained model.
 
     In the first two layers query and key projections start equal, so that a token attends to its own earlier
-    occurrences from the start; attention of this kind is what answering needs, and is slow to learn from scratch.
+    occurrences from the start; finding a word of the question in the image or prompt is what answering needs.
     """
     model = LlavaForConditionalGeneration._from_config(config(), attn_implementation="eager")
     with torch.no_grad():

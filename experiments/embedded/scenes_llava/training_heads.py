@@ -17,7 +17,7 @@ class Symbols(nn.Module):
     """Ideal image tokens: for each patch the sum of the embeddings of the words that describe it.
 
     The language model learns to answer from these before any image exists, and the projector then learns to output
-    them; each is an easier task than learning both at once.
+    them. Prototypes that learned both at once from questions and answers did not reach these scores.
     """
 
     def __init__(self, width: int = 192) -> None:
