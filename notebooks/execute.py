@@ -1,4 +1,4 @@
-"""Run the notebooks and store them with what they showed: python notebooks/execute.py [NAME ...]"""
+"""Run the notebooks and store them with their outputs: python notebooks/execute.py [NAME ...]"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main() -> None:
         notebook = nbformat.read(path, as_version=4)
         NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}).execute()
         for cell in notebook.cells:
-            cell.metadata.pop("execution", None)  # times of day, which would change at every run
+            cell.metadata.pop("execution", None)  # timestamps, which would change with every run
         nbformat.write(notebook, path)
         print(path.name, f"{path.stat().st_size / 1e3:.0f} kB")
 

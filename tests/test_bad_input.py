@@ -13,8 +13,8 @@ import pytest
 import saved_vlms
 import torch
 from PIL import Image
-from small import datasets, models
 
+from experiments.small import datasets, models
 from sensitivity import verbs
 from sensitivity.batches import batches
 from sensitivity.cli import main

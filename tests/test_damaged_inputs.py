@@ -22,9 +22,9 @@ import saved_vlms
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small import datasets
-from small import models as published
 
+from experiments.small import datasets
+from experiments.small import models as published
 from sensitivity import verbs
 from sensitivity.errors import UserError
 from sensitivity.models import VLM, inspect, load

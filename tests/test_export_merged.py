@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from saved_vlms import adapter, in_pickles
-from small import models
 
+from experiments.small import models
 from sensitivity import cli, exporting, verbs
 from sensitivity.errors import UserError
 from sensitivity.export.job import Job

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 SHORT = """
 import json, sys, tempfile
 from pathlib import Path
-from benchmarks import cut_off, killed
-from small.disturbed import Undisturbed
+from experiments.benchmarks import cut_off, killed
+from experiments.small.disturbed import Undisturbed
 with tempfile.TemporaryDirectory() as folder:
     plain = Undisturbed(Path(folder), {"launchers", "import", "export"})
     found = killed.signals(plain, 12, 0, {"launchers": 0.5, "import": 0.25, "export": 0.25})
@@ -28,8 +27,7 @@ print(json.dumps({name: vars(one) for name, one in found.items()}))
 
 @pytest.mark.slow
 def test_whatever_was_killed_the_answers_are_those_of_an_undisturbed_run() -> None:
-    where = {**os.environ, "PYTHONPATH": str(ROOT / "experiments")}
-    done = subprocess.run([sys.executable, "-c", SHORT], env=where, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", SHORT], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert {name: one["wrong"] for name, one in found.items()} == {name: [] for name in found}

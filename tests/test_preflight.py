@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from small import datasets, models
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.small import datasets, models
 from sensitivity import shared_images, verbs
 from sensitivity.batches import batches
 from sensitivity.cli import main

@@ -1,9 +1,8 @@
-"""The published experiments: each runs small from end to end, and its page says what was measured and published."""
+"""The published studies: each runs small from end to end, and its page says what was measured and published."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
 from pathlib import Path
@@ -12,88 +11,116 @@ from typing import Any
 import numpy as np
 import planted
 import pytest
-from beside import Reading, importance, reading, readings, verdict
-from published import Experiment, Figure, alone, mixed, to_run
 
+from experiments.published import importance_table
+from experiments.published.__main__ import main, to_run
+from experiments.published.declaration import PublishedScore, PublishedStudy, alone, mixed
+from experiments.published.page import Measured, importance, measure, readings, verdict
+from experiments.published.table import STUDIES
 from sensitivity.plan import Scheme
 from sensitivity.scores import summarise
 from sensitivity.tasks import Example, Task, mean_of
-
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-NAMES = sorted(path.stem for kind in ("blip2", "llava", "geochat") for path in EXPERIMENTS.glob(f"{kind}_*.py"))
+from sensitivity.trials import Study
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small models and data, made by the first experiment that wants them."""
+    """Small models and data, created by the first study that needs them."""
     return tmp_path_factory.mktemp("smoke")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_experiment_runs_small_from_end_to_end(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    module: Any = importlib.import_module(name)
-    module.main(module.EXPERIMENT, module.__file__, ["--smoke", str(folder)])
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_runs_small_from_end_to_end(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([name, "--smoke", str(folder)])
     text = (folder / "runs" / name / "published.md").read_text()
-    assert text == capsys.readouterr().out
-    assert text.startswith(f"# {module.EXPERIMENT.title}\n")
+    assert capsys.readouterr().out.endswith(text)
+    assert text.startswith(f"# {STUDIES[name].title}\n\n    python -m experiments.published {name} --smoke\n")
+    assert "\n## " in text
+    study = Study(folder / "runs" / name)
+    assert {trial.state.name for trial in study.trials()} == {"COMPLETE"}
+    assert 2 <= len(study.trials()) <= 4  # full precision and at most three plans
+    assert study.meta["n"] == 6
 
 
 @pytest.mark.parametrize("name", ["blip2_awq_flickr", "geochat_grounding", "llava_gptq_gqa"])
-def test_a_dry_run_foresees_an_experiment_and_writes_nothing(
+def test_a_dry_run_predicts_a_study_and_writes_nothing(
     name: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module: Any = importlib.import_module(name)
-    module.main(module.EXPERIMENT, module.__file__, ["--smoke", str(folder), "--dry-run", "--out", str(folder / "dry")])
+    main([name, "--smoke", str(folder), "--dry-run", "--out", str(folder / "dry")])
     text = capsys.readouterr().out
     assert all(word in text for word in ("GFLOP/s", "time", "at most", "disk", "host memory"))
     assert not (folder / "dry").exists()
 
 
 def test_a_dry_run_for_machines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    module: Any = importlib.import_module("blip2_uniform_coco")
-    module.main(module.EXPERIMENT, module.__file__, ["--smoke", str(folder), "--dry-run", "--json"])
+    main(["blip2_uniform_coco", "--smoke", str(folder), "--dry-run", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["plans"] == 4
     assert found["total"]["seconds"] > 0
 
 
-def test_the_data_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
-    module: Any = importlib.import_module("geochat_scenes")
-    with pytest.raises(SystemExit, match="error: type --data FOLDER, where ucmerced and aid is, or --smoke"):
-        module.main(module.EXPERIMENT, module.__file__, [])
+def test_the_command_on_the_page_names_what_was_typed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["llava_awq_gqa", "--smoke", str(folder)])
+    model, data, out = folder / "models" / "llava", folder / "data" / "gqa", folder / "typed"
+    words = ["--model", str(model), "--data", str(data), "--n", "5", "--seed", "3", "--calibration-n", "4"]
+    main(["llava_awq_gqa", *words, "--plans", "1", "--out", str(out)])
+    assert f"python -m experiments.published llava_awq_gqa {' '.join(words)} --plans 1" in capsys.readouterr().out
+    assert (out / "report").is_dir()
+    assert Study(out).meta["n"] == 5
+    assert Study(out).meta["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["geochat_scenes"], "name the folder of ucmerced and aid with --data FOLDER, or type --smoke"),
+        (["geochat_scene"], r"unknown study 'geochat_scene'; choose from .*\(did you mean geochat_scenes\?\)"),
+        ([], "name a study, such as blip2_gptq_coco; --list shows all of them"),
+        (["llava_awq_gqa", "--data", "x", "--bits=4"], "--bits=4 is decided by the study; leave it out, or use"),
+        (["llava_awq_gqa", "--data", "x", "--executor", "ray"], "--executor is decided by the study"),
+    ],
+)
+def test_what_is_wrong_with_a_command_is_said(words: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        main(words)
+
+
+def test_every_study_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(STUDIES)
+    assert len(STUDIES) == 18
 
 
 def test_the_table_of_importance_reads_what_the_others_wrote(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     planted.study(tmp_path / "blip2_awq_gqa", {"gqa": lambda bits: bits[:, 0]}, levels=(4,))
-    module: Any = importlib.import_module("importance_of_parts")
-    module.main(["--runs", str(tmp_path)])
+    importance_table.main(["--runs", str(tmp_path)])
     text = (tmp_path / "importance_of_parts.md").read_text()
     assert text in capsys.readouterr().out
-    assert set(module.NAMES) < set(NAMES)
-    assert "Not run yet: `python experiments/llava_awq_gqa.py --data FOLDER`." in text
-    assert "Not run yet: `python experiments/blip2_awq_gqa.py" not in text
+    assert "Not run yet: `python -m experiments.published llava_awq_gqa --data FOLDER`." in text
+    assert "Not run yet: `python -m experiments.published blip2_awq_gqa" not in text
     assert "Not ranked here: 1 usable trial" in text
 
 
 @pytest.mark.parametrize(
-    ("ours", "published", "half", "said"),
+    ("ours", "published", "half_width", "said"),
     [
-        (Reading(1.0, 0.9, 1.1), 1.05, None, "agrees, by our interval alone: theirs has none"),
-        (Reading(1.0, 0.9, 1.1), 1.15, None, "differs, by our interval alone: theirs has none"),
-        (Reading(1.0, 0.9, 1.1), 1.15, 0.12, "agrees"),  # hypot(.1, .12) = .156
-        (Reading(1.0, 0.9, 1.1), 1.16, 0.12, "differs"),
-        (Reading(1.0, 0.9, 1.5), 1.4, 0.1, "agrees"),  # the side that looks at the published figure counts
-        (Reading(1.0, 0.9, 1.5), 0.6, 0.1, "differs"),
-        (Reading(1.0), 1.0, 0.1, "ours has no interval"),
-        (Reading(1.0), 1.0, None, "ours has no interval, nor has theirs"),
+        (Measured(1.0, 0.9, 1.1), 1.05, None, "agrees, by our interval alone: the published score has none"),
+        (Measured(1.0, 0.9, 1.1), 1.15, None, "differs, by our interval alone: the published score has none"),
+        (Measured(1.0, 0.9, 1.1), 1.15, 0.12, "agrees"),  # hypot(.1, .12) = .156
+        (Measured(1.0, 0.9, 1.1), 1.16, 0.12, "differs"),
+        (Measured(1.0, 0.9, 1.5), 1.4, 0.1, "agrees"),  # the side that faces the published score counts
+        (Measured(1.0, 0.9, 1.5), 0.6, 0.1, "differs"),
+        (Measured(1.0), 1.0, 0.1, "ours has no interval"),
+        (Measured(1.0), 1.0, None, "ours has no interval, nor has the published score"),
     ],
 )
 def test_a_difference_is_judged_against_both_intervals(
-    ours: Reading, published: float, half: float | None, said: str
+    ours: Measured, published: float, half_width: float | None, said: str
 ) -> None:
-    assert verdict(ours, published, half) == said
+    assert verdict(ours, published, half_width) == said
 
 
 class Answers:
@@ -123,16 +150,16 @@ def test_the_interval_of_any_metric_is_that_of_a_mean_where_it_is_one() -> None:
     rows = pd.DataFrame({"task": "x", "example": [e.id for e in examples], "answer": answers}).sample(
         frac=1, random_state=0
     )
-    found = reading(Answers(rows), asked, None, "right", pd.Series())  # type: ignore[arg-type]
+    found = measure(Answers(rows), asked, None, "right", pd.Series())  # type: ignore[arg-type]
     known = summarise(means, [e.cluster for e in examples])
     assert found.value == pytest.approx(known.mean)
     assert found.high - found.low == pytest.approx(known.high - known.low, rel=0.35)
     assert found.low < np.mean(means) < found.high
     few = dataclasses.replace(asked, examples=asked.examples[:60])
-    assert math.isnan(reading(Answers(rows), few, None, "right", pd.Series()).low)  # type: ignore[arg-type]
+    assert math.isnan(measure(Answers(rows), few, None, "right", pd.Series()).low)  # type: ignore[arg-type]
 
 
-EXPERIMENT = Experiment(
+ROW = PublishedStudy(
     "title", "source", "model", "llava", ("made:{data}",), "codes", unit="score",
     shares={"": {"vision": 60.0, "connector": 1.0, "language": 39.0}},
 )  # fmt: skip
@@ -140,12 +167,12 @@ EXPERIMENT = Experiment(
 
 def test_importance_stands_beside_the_published_and_finds_what_was_planted(tmp_path: Path) -> None:
     study = planted.study(tmp_path, {"made": lambda bits: -planted.damage(bits[:, 0], 1)}, levels=(2, 4, 16))
-    text = "\n".join(importance(EXPERIMENT, study, bootstraps=2))
+    text = "\n".join(importance(ROW, study, bootstraps=2))
     vision = next(line for line in text.splitlines() if line.startswith("| vision |"))
     assert float(vision.split("|")[2].split()[0]) > 95
-    assert "differs, by our interval alone: theirs has none" in vision
+    assert "differs, by our interval alone: the published score has none" in vision
     few = planted.study(tmp_path / "few", {"made": lambda bits: bits[:, 0]}, levels=(4,))
-    assert "Not ranked here: 1 usable trial" in "\n".join(importance(EXPERIMENT, few))
+    assert "Not ranked here: 1 usable trial" in "\n".join(importance(ROW, few))
 
 
 def test_another_metric_is_ranked_by_its_own_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,16 +187,16 @@ def test_another_metric_is_ranked_by_its_own_values(tmp_path: Path, monkeypatch:
 
 def test_published_plans_come_first_where_not_all_are_run() -> None:
     parts = planted.parts()
-    figures = (Figure({}, 1.0), *alone("vision", {4: 0.5, 8: 0.9}), *mixed({(2, 8, 8): 0.1}))
-    experiment = dataclasses.replace(
-        EXPERIMENT, figures=figures, grid=dict.fromkeys(("vision", "connector", "language"), (2, 4, 8, 16))
+    scores = (PublishedScore({}, 1.0), *alone("vision", {4: 0.5, 8: 0.9}), *mixed({(2, 8, 8): 0.1}))
+    study = dataclasses.replace(
+        ROW, scores=scores, grid=dict.fromkeys(("vision", "connector", "language"), (2, 4, 8, 16))
     )
-    schemes = [Scheme("codes", width) for width in experiment.widths]
-    assert experiment.widths == [2, 4, 8]
-    every = to_run(experiment, parts, schemes, None)
+    scheme_of = {width: Scheme("codes", width) for width in study.widths}
+    assert study.widths == [2, 4, 8]
+    every = to_run(study, parts, scheme_of, None)
     assert len(every) == 4**3
     assert every[0].is_native
-    some = to_run(experiment, parts, schemes, 8)
+    some = to_run(study, parts, scheme_of, 8)
     assert some[:4] == every[:4]
     assert [plan.describe() for plan in some[1:4]] == [
         "vision 4 · connector native · language native",
@@ -177,31 +204,29 @@ def test_published_plans_come_first_where_not_all_are_run() -> None:
         "vision 2 · connector 8 · language 8",
     ]
     assert len(set(some)) == 9
-    assert to_run(experiment, parts, schemes, 2) == every[:3]
+    assert to_run(study, parts, scheme_of, 2) == every[:3]
 
 
-def test_every_published_figure_is_of_a_plan_that_is_run_and_a_metric_that_is_measured(folder: Path) -> None:
+def test_every_published_score_is_of_a_plan_that_is_run_and_a_metric_that_is_measured(folder: Path) -> None:
     """In full, without running: widths, parts and names of metrics are checked against a small model of the family."""
-    from small import datasets, models
-
+    from experiments.small import datasets, models
     from sensitivity.models import inspect
     from sensitivity.quantize import scheme
     from sensitivity.tasks import task
 
-    for name in NAMES:
-        experiment = importlib.import_module(name).EXPERIMENT
-        if not (folder / "models" / experiment.small).exists():
-            models.save(experiment.small, folder / "models" / experiment.small)
-        parts = inspect(str(folder / "models" / experiment.small), by=experiment.by)
-        schemes = [scheme(experiment.method, width) for width in experiment.widths]
-        plans = to_run(experiment, parts, schemes, None)
-        assert len(plans) >= max(2, len(experiment.figures) // 4), name
+    for name, study in STUDIES.items():
+        if not (folder / "models" / study.small).exists():
+            models.save(study.small, folder / "models" / study.small)
+        parts = inspect(str(folder / "models" / study.small), by=study.by)
+        scheme_of = {width: scheme(study.method, width) for width in study.widths}
+        plans = to_run(study, parts, scheme_of, None)
+        assert len(plans) >= max(2, len(study.scores) // 4), name
         asked = []
-        for spec in experiment.tasks:
+        for spec in study.tasks:
             about, _, where = spec.format(data=folder / "names" / name).partition(":")
             datasets.WRITE[about](Path(where))
             asked.append(task(f"{about}:{where}", n=60))
-        assert {figure.metric for figure in experiment.figures} <= {"", *asked[0].metrics}, name
-        assert {figure.of for figure in experiment.figures} <= set(range(len(asked))), name
-        assert set(experiment.shares or {}) <= {"", *asked[0].metrics}, name
-        assert all(set(shares) <= set(parts.names) for shares in (experiment.shares or {}).values()), name
+        assert {score.metric for score in study.scores} <= {"", *asked[0].metrics}, name
+        assert {score.task for score in study.scores} <= set(range(len(asked))), name
+        assert set(study.shares or {}) <= {"", *asked[0].metrics}, name
+        assert all(set(shares) <= set(parts.names) for shares in (study.shares or {}).values()), name

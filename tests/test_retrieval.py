@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import saved_vlms
 import torch
-from small.datasets import flickr
 
+from experiments.small.datasets import flickr
 from sensitivity import verbs
 from sensitivity.errors import UserError
 from sensitivity.evaluate import evaluate

@@ -16,8 +16,8 @@ import optuna
 import pandas as pd
 import planted
 import pytest
-from small.postgres import Postgres, initdb
 
+from experiments.small.postgres import Postgres, initdb
 from sensitivity.errors import UserError
 from sensitivity.storage import close, open_storage
 from sensitivity.trials import Study

@@ -13,9 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from small.disturbed import SWEEP, WHOLE, Command, Found, Undisturbed, leftovers, same_study
-from small.postgres import Postgres, initdb
-
+from experiments.small.disturbed import SWEEP, WHOLE, Command, Found, Undisturbed, leftovers, same_study
+from experiments.small.postgres import Postgres, initdb
 from sensitivity.errors import UserError
 from sensitivity.storage import KernelLock
 from sensitivity.trials import Study

@@ -1,10 +1,10 @@
-"""How long the table wing takes: ranking, recommending, the report.
+"""How long it takes to rank, to recommend and to write the report, without any model.
 
-    python experiments/benchmarks/decision.py
+    python -m experiments.benchmarks.decision
 
-Ranking 448 trials with 100 bootstraps and SHAP (aim: under 20 s on two cores), recommending over 12 components and 6
-widths (under 1 s), the report of 1,500 trials (under 15 s and 6 MB). The tables are planted: they have the shape of
-published ones and need nobody's data.
+Ranking 448 trials with 100 bootstraps and SHAP (target: under 20 s on two cores), recommending over 12 components and
+6 bit widths (under 1 s), the report of 1,500 trials (under 15 s and 6 MB). The tables are synthetic and as large as
+published ones.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def study(folder: Path, names: list[str], bits: np.ndarray) -> Study:
-    """Damages that multiply, and noise."""
+    """A study whose scores are a known function of the bits, plus noise."""
     draw = np.random.default_rng(0)
     parts = ComponentMap(
         "planted", "linear",
@@ -54,7 +54,7 @@ def study(folder: Path, names: list[str], bits: np.ndarray) -> Study:
 
 @contextmanager
 def timed(what: str, lines: list[str], aim: str = "") -> Iterator[None]:
-    """Processor time is what the work takes; the wall's time is longer where other work is running."""
+    """CPU seconds are what the work takes; wall seconds are longer on a machine that does other work, too."""
     wall, work = time.perf_counter(), time.process_time()
     yield
     lines.append(f"| {what} | {time.process_time() - work:.1f} s | {time.perf_counter() - wall:.1f} s | {aim} |")
@@ -62,7 +62,7 @@ def timed(what: str, lines: list[str], aim: str = "") -> Iterator[None]:
 
 
 def main() -> None:
-    lines = ["| what | processor | wall | aim |", "|---|---|---|---|"]
+    lines = ["| what | CPU | wall | target |", "|---|---|---|---|"]
     draw = np.random.default_rng(1)
     with tempfile.TemporaryDirectory() as folder:
         three = ["vision", "connector", "language"]
@@ -99,8 +99,9 @@ def main() -> None:
     text, load = "\n".join(lines), os.getloadavg()[0]
     write_again(
         ROOT / "reports" / "decision.md",
-        f"# Speed of the table wing\n\n`python experiments/benchmarks/decision.py` on {os.cpu_count()} cores; "
-        f"load average at the end {load:.1f} (above {os.cpu_count()}: other work was running).\n\n{text}\n"
+        "# Time to rank, recommend and report\n\n"
+        f"`python -m experiments.benchmarks.decision` on {os.cpu_count()} cores; "
+        f"load average at the end {load:.1f} (above {os.cpu_count()}: other work was running).\n\n{text}\n",
     )
 
 

@@ -1,6 +1,6 @@
-"""How fast an export streams, how much memory it takes, and how fast codes are packed, against reading and writing.
+"""Time and memory of an export, and of each of its steps, against reading and writing the same bytes.
 
-python experiments/benchmarks/export.py [--layers N] writes reports/export-benchmark.md
+python -m experiments.benchmarks.export [--layers N] writes reports/export-benchmark.md
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ class Peak:
 
 
 def forget(folder: Path) -> None:
-    """Have the kernel forget what it keeps of the model's files, so that they are read from the disk again."""
+    """Drop the model's files from the page cache, so that they are read from the disk again."""
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_and_write(folder: Path, size: int, target: Path) -> float:
-    """Seconds to read the model's files and to write as many bytes as an export, and put them on disk."""
+    """Seconds to read the model's files and to write as many bytes as an export does, with fsync."""
     block = bytearray(os.urandom(BLOCK))
     began = time.perf_counter()
     for file in folder.glob("*.safetensors"):
@@ -99,7 +99,7 @@ def read_and_write(folder: Path, size: int, target: Path) -> float:
     with target.open("wb", buffering=0) as stream:
         for start in range(0, size, BLOCK):
             stream.write(memoryview(block)[: min(BLOCK, size - start)])
-            if start // BLOCK % 4 == 3:  # as an export does: that the disk has begun makes this faster, too
+            if start // BLOCK % 4 == 3:  # as an export does: writing out early makes the fsync at the end shorter
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.fsync(stream.fileno())
     discard(target, ours=True)
@@ -126,7 +126,7 @@ def exporting(folder: Path, parts: ComponentMap, scheme: Scheme, space: Path, ca
 
 
 def busy(work: Callable[[], object], times: int = 5) -> float:
-    """Seconds of one core for a piece of work, the best of a few: what waits or runs beside it does not count."""
+    """CPU seconds of this thread, the best of a few runs; waiting and other processes do not count."""
     best = float("inf")
     for _ in range(times):
         began = time.thread_time()
@@ -136,7 +136,7 @@ def busy(work: Callable[[], object], times: int = 5) -> float:
 
 
 def stages(scheme: Scheme, folder: Path) -> list[str]:
-    """Nanoseconds of one core for each weight of a layer that is in memory."""
+    """CPU nanoseconds per weight for each step of exporting a layer that is in memory."""
     weight = torch.empty(4096, 11008, dtype=torch.float16).normal_(0, 0.02)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -207,21 +207,21 @@ def main() -> None:
     lines = [
         "# Streaming and packing",
         "",
-        f"`python experiments/benchmarks/export.py --layers {args.layers}` on {os.cpu_count()} cores, torch "
+        f"`python -m experiments.benchmarks.export --layers {args.layers}` on {os.cpu_count()} cores, torch "
         f"{torch.__version__} with {threads} threads; load average at the end {os.getloadavg()[0]:.1f}.",
         "",
-        f"A LLaVA of the 7B's width with {args.layers} language layers and random weights to compressed-tensors. "
-        "Rounding to nearest, hashing and putting the files on disk are part of the export; two layers are made at "
-        "once while a third is written. Memory is what was added at the peak. `busy` adds up the cores. Other work on "
-        "the machine takes cores away from the export, and hardly anything from reading and writing: see the load "
-        "average.",
+        f"A LLaVA of the 7B's width with {args.layers} language layers and random weights, exported to "
+        "compressed-tensors. An export includes rounding to nearest, hashing and fsync; two layers are "
+        "computed at a time while a third is written. `of it busy` is CPU seconds over all cores. Peak memory "
+        "is what the export added. Other work on the machine slows the export down but hardly reading and "
+        "writing: see the load average.",
         "",
         *rows(head, exports),
         "",
-        f"Were {os.cpu_count()} cores free, the busy seconds alone would take {alone(exports)}.",
+        f"On {os.cpu_count()} idle cores the CPU seconds alone would take {alone(exports)}.",
         "",
-        "What bounds it: nanoseconds of one core for each weight of a 4096 x 11008 layer, the best of five. The sum, "
-        "over the number of cores, is the least time that an export takes where the disk is not slower.",
+        "The limit: CPU nanoseconds per weight of a 4096 x 11008 layer, the best of five runs. The sum divided by the "
+        "number of cores is the shortest possible time of an export, if the disk is not slower.",
         "",
         *rows(kinds, costs),
         "",

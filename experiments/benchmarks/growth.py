@@ -1,6 +1,6 @@
 """How the cost of a sweep grows: with plans, examples, calibration examples, the model's width, and the queue.
 
-    python experiments/benchmarks/growth.py      # writes reports/growth.md and reports/growth.png
+    python -m experiments.benchmarks.growth      # writes reports/growth.md and reports/growth.png
 
 Each point is a process of its own, with one thread: CPU seconds and peak memory. The slope is that of a straight line
 through the points' logarithms: 1 is in proportion. The projection at the end is arithmetic on measured figures and on
@@ -37,15 +37,15 @@ VALUES = {
     "queued plans, journal": (100, 1000, 10_000),
     "queued plans, database": (100, 1000, 10_000),
 }
-STEPS = 20  # of the queue, of which one is reported
-PLANS, IMAGES, GPUS = 10_000, 1000, 64  # of the projection
+STEPS = 20  # timed together; the report divides by their number
+PLANS, IMAGES, GPUS = 10_000, 1000, 64  # assumed by the projection
 RATE, TOKENS = 400e12, 616  # assumed: floating point operations a second in bf16; tokens of an image and a question
 WEIGHTS = {"vision": 0.30e9, "language": 6.74e9}  # of LLaVA-1.5-7B
 PATCHES = 577
 
 
 def point(kind: str, value: int) -> float:
-    """CPU seconds of one point; the model is loaded before."""
+    """CPU seconds of one measurement, without loading the model."""
     from sensitivity import verbs
     from sensitivity.quantize import scheme
     from sensitivity.tasks import task
@@ -72,9 +72,7 @@ def spent(action: Callable[[], object]) -> float:
 
 
 def wide(width: int):  # type: ignore[no-untyped-def]
-    sys.path.insert(0, str(Path(__file__).parent))
-    import sweep
-
+    from experiments.benchmarks import sweep
     from sensitivity.models import load
 
     sweep.WIDE |= {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 8}
@@ -82,7 +80,7 @@ def wide(width: int):  # type: ignore[no-untyped-def]
 
 
 def step(plans: int, database: bool) -> float:
-    """CPU seconds of asking, telling and counting once, where so many plans wait."""
+    """CPU seconds to ask for a plan, tell its result and count progress once, with this many plans queued."""
     from sensitivity import verbs
     from sensitivity.quantize import scheme
     from sensitivity.trials import Study
@@ -104,7 +102,7 @@ def step(plans: int, database: bool) -> float:
                 study.tell(last, rows, {"seconds": 1.0}, done=64)
                 study.progress(1000)
 
-        study.ask()  # the first look at all plans, of which others follow when they cost a twentieth of the time
+        study.ask()  # the first call reads all plans; later ones read again only when that is a twentieth of the time
         return spent(walk) / STEPS
 
 
@@ -113,7 +111,11 @@ def measured() -> pd.DataFrame:
     for kind, values in VALUES.items():
         for value in values:
             said = subprocess.run(
-                [sys.executable, __file__, kind, str(value)], check=True, capture_output=True, text=True
+                [sys.executable, "-m", "experiments.benchmarks.growth", kind, str(value)],
+                cwd=ROOT,
+                check=True,
+                capture_output=True,
+                text=True,
             )
             seconds, peak = map(float, said.stdout.split())
             found.append({"of": kind, "how many": value, "CPU s": seconds, "peak MB": peak})
@@ -140,7 +142,7 @@ def slope(rows: pd.DataFrame) -> float:
 
 
 def projection(found: pd.DataFrame) -> str:
-    """What a large sweep would take, and what would hold it up first."""
+    """The time of a large sweep, and what would limit it first."""
     from sensitivity.quantize.memory import CODE
     from sensitivity.shards import ends_of
 
@@ -162,16 +164,16 @@ step costs {1000 * queue("journal"):.0f} ms of CPU with a journal and {1000 * qu
 
 What would break first:
 
-1. The journal. One process at a time writes to it and puts it on disk, about {1000 * queue("journal", 100):.0f} ms a
-   step, {in_turn:.1f} hours for all steps one after the other. So many GPUs want a database (`--storage`).
+1. The journal. One process at a time writes to it and syncs it to disk, about {1000 * queue("journal", 100):.0f} ms a
+   step, {in_turn:.1f} hours for all steps one after the other. Use a database for so many GPUs (`--storage`).
 2. Host memory. Six widths of 7 billion weights are {host:.0f} GB of codes for each process, at {CODE} bytes a weight
-   with its scales. The default `--memory-gb 8` gives half of that to codes, so that layers would be quantised again for
-   plan after plan: give `--memory-gb {10 * math.ceil(2 * host / 10)}`, or fewer widths.
+   with its scales. The default `--memory-gb 8` gives half of that to codes, so that layers would be quantized again for
+   plan after plan: set `--memory-gb {10 * math.ceil(2 * host / 10)}`, or fewer widths.
 3. Reading the queue. Each process reads all plans when it starts, and after that only as often as takes a twentieth of
-   its time: with many thousands of plans it learns late what others did, and asks for plans that are gone.
+   its time: with many thousands of plans it learns late what others did, and asks for plans that others have taken.
 
-Not in these hours: statistics and six widths of every layer, once for each process before its first plan, not measured
-on a GPU here (`experiments/benchmarks/seven_billion.py` measures them)."""
+Not included: statistics and six widths of every layer, once for each process before its first plan; not measured on a
+GPU here (`experiments/benchmarks/seven_billion.py` measures them)."""
 
 
 def main() -> None:
@@ -187,7 +189,7 @@ def main() -> None:
         ROOT / "reports" / "growth.md",
         f"""# How the cost of a sweep grows
 
-`python experiments/benchmarks/growth.py`, one thread: CPU seconds and peak memory of whole processes. 27 plans by group
+`python -m experiments.benchmarks.growth`, one thread: CPU seconds and peak memory of whole processes. 27 plans by group
 and 200 questions where nothing else is said; calibration is GPTQ's; width is that of a random LLaVA with twelve layers
 in each tower; the queue is one step with so many plans waiting.
 
@@ -204,7 +206,7 @@ Slopes on these axes, where 1 is in proportion:
 ## Projection
 
 {projection(found)}
-"""
+""",
     )
 
 

@@ -1,8 +1,8 @@
-"""How often the 95 % intervals of an importance hold the truth, on planted tables.
+"""How often the 95 % interval of an importance contains the true value, on synthetic tables.
 
-    python experiments/benchmarks/intervals.py [--tables 40] [--bootstraps 60]
+    python -m experiments.benchmarks.intervals [--tables 40] [--bootstraps 60]
 
-Truth is the consensus of the same estimators on the whole table without noise. Writes reports/intervals.md.
+The true value is the consensus of the same estimators on the whole table without noise. Writes reports/intervals.md.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def save(rows: pd.DataFrame, args: argparse.Namespace) -> None:
     table = rows.groupby(["truth", "trials", "noise", "part"], sort=False)[["share", "held", "width"]].mean().round(2)
     text = (
         "# Do the intervals hold the truth?\n\n"
-        f"`python experiments/benchmarks/intervals.py --tables {args.tables} --bootstraps {args.bootstraps}`: true "
+        f"`python -m experiments.benchmarks.intervals --tables {args.tables} --bootstraps {args.bootstraps}`: true "
         "share (%), how often the 95 % interval held it, and its mean width in points.\n\n"
         f"```\n{table.to_string()}\n```\n\nOverall: {rows['held'].mean():.3f}\n"
     )

@@ -1,6 +1,6 @@
 """What is left after 200 signals at random moments, a stopped database, a full disk, little memory and stale locks.
 
-PYTHONPATH=experiments python -m benchmarks.killed [--signals 200] [--seed 0] writes reports/killed.md
+python -m experiments.benchmarks.killed [--signals 200] [--seed 0] writes reports/killed.md
 
 Each command is `sensitivity.cli.main`, forked from a process that has imported the libraries already, so that the
 random moments fall into the work and not into the imports. What it leaves is compared with what the same commands
@@ -20,8 +20,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.cut_off import machine
-from small.disturbed import SIGNALS, SWEEP, WHOLE, Command, Found, Undisturbed, leftovers, same_study
+from experiments.benchmarks.cut_off import machine
+from experiments.small.disturbed import SIGNALS, SWEEP, WHOLE, Command, Found, Undisturbed, leftovers, same_study
 
 ROOT = Path(__file__).parents[2]
 SHARES = {"launchers": 0.35, "import": 0.2, "export": 0.15, "recommend": 0.1, "report": 0.1, "workers": 0.1}
@@ -119,7 +119,7 @@ def signals(plain: Undisturbed, count: int, seed: int, shares: Mapping[str, floa
 
 HEAD = """# Killed, cut off, full
 
-`PYTHONPATH=experiments python -m benchmarks.killed --signals {count} --seed {seed}`: {minutes:.0f} minutes on
+`python -m experiments.benchmarks.killed --signals {count} --seed {seed}`: {minutes:.0f} minutes on
 {cores} cores that other programs used as well. Undisturbed, the commands take {seconds} (embedded model, 9 plans, 20
 examples).
 Every comparison is with what the same commands left undisturbed: tables number by number, answers example by example,

@@ -1,7 +1,7 @@
-"""Memory of a sweep over more and more images on disk, and of the texts of two hundred thousand questions.
+"""Memory of a sweep as the number of images grows, and of the texts of 200,000 questions.
 
-python experiments/benchmarks/memory.py            # writes reports/memory.md
-python experiments/benchmarks/memory.py --smoke    # a few images
+python -m experiments.benchmarks.memory            # writes reports/memory.md
+python -m experiments.benchmarks.memory --smoke    # a few images
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from pathlib import Path
 from sensitivity.files import write_again
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
 
-SIDE = 224  # pixels of an image: 0.6 MB as numbers
+SIDE = 224  # of an image in pixels: 0.6 MB as float32
 IMAGES = (200, 1280, 2560)
 QUESTIONS = 200_000  # VQAv2 has 214,354 in its validation part
 WORDS = ("is", "the", "a", "man", "woman", "dog", "red", "what", "color", "how", "many", "people", "are", "there", "in")
@@ -33,24 +32,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "reports" / "memory.md")
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # so many images: measured in this process
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # number of images to measure in this process
     args = parser.parse_args()
     if args.one is not None:
         print(json.dumps(swept(args.one)))
         return
     counts = (4, 16) if args.smoke else IMAGES
     here = {**os.environ, "OMP_NUM_THREADS": "1"}
-    lines = ["# Memory and the size of the evaluation set", "", "    python experiments/benchmarks/memory.py", ""]
+    lines = ["# Memory and the size of the evaluation set", "", "    python -m experiments.benchmarks.memory", ""]
     lines += [
         f"{platform.machine()}, one thread. Sweeps of two plans over images on disk, each in a process of its own. An",
-        f"image is {4 * 3 * SIDE**2 / 1e6:.1f} MB as the numbers that a model reads; at most 512 are numbers at once.",
+        f"image is {4 * 3 * SIDE**2 / 1e6:.1f} MB as float32; at most 512 are in memory at once.",
         "",
-        "| images | all of them as numbers, MB | most memory beyond the loaded model, MB |",
+        "| images | all of them as float32, MB | peak memory beyond the loaded model, MB |",
         "|---|---|---|",
     ]
     for count in counts:
-        command = [sys.executable, __file__, "--one", str(count)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=here)
+        command = [sys.executable, "-m", "experiments.benchmarks.memory", "--one", str(count)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=here, cwd=ROOT)
         found = json.loads(done.stdout.splitlines()[-1])
         lines.append(f"| {count:,} | {count * 4 * 3 * SIDE**2 / 1e6:.0f} | {found / 1e6:.0f} |")
         print(lines[-1], file=sys.stderr)
@@ -59,7 +58,7 @@ def main() -> None:
     lines += [
         "",
         f"{asked:,} questions in VQAv2's layout, each with ten answers, take {kept:.0f} bytes a question while a sweep",
-        f"runs ({kept * asked / 1e6:.0f} MB together), and {most:.0f} for the moment in which the files are read.",
+        f"runs ({kept * asked / 1e6:.0f} MB together), and {most:.0f} at the peak of reading the files.",
     ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_again(args.out, "\n".join(lines) + "\n")
@@ -67,10 +66,10 @@ def main() -> None:
 
 
 def swept(images: int) -> int:
-    """The most bytes that a sweep over so many images took beyond the loaded model."""
+    """Peak memory in bytes of a sweep over this many images, beyond the loaded model."""
     import torch
-    from small import datasets, models
 
+    from experiments.small import datasets, models
     from sensitivity import verbs
 
     torch.set_num_threads(1)
@@ -87,9 +86,8 @@ def swept(images: int) -> int:
 
 
 def texts(questions: int) -> tuple[float, float]:
-    """Bytes a question, with its answers, of a task and of reading it. The images are not looked at."""
-    from small import datasets
-
+    """Bytes per question of a task, and at the peak of reading it, images left out."""
+    from experiments.small import datasets
     from sensitivity.tasks import layout, task
 
     draw = random.Random(0)

@@ -1,7 +1,7 @@
-"""The preflight against what sweeps really take: time, disk and peak memory, on models and tasks of several sizes.
+"""What `--dry-run` predicts against what sweeps take: time, disk and peak memory, on models of several sizes.
 
-python experiments/benchmarks/preflight.py            # writes reports/preflight.md
-python experiments/benchmarks/preflight.py --smoke    # one small case
+python -m experiments.benchmarks.preflight            # writes reports/preflight.md
+python -m experiments.benchmarks.preflight --smoke    # one small case
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from typing import Any
 from sensitivity.files import write_again
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
 NEAR = 0.3
-SPREADS = [1.0 + 0.05 * i for i in range(41)]  # for COLD, what a pass takes over its pieces
+SPREADS = [
+    1.0 + 0.05 * i for i in range(41)
+]  # candidates for COLD, the time of a forward pass divided by the sum of its timed layers
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Case:
     bits: tuple[int, ...]
     n: int
     by: str = "part"
-    fold: str = "b"  # constants from "a" are judged on "b", and the other way round
+    fold: str = "b"  # constants fitted on half "a" are judged on half "b", and the other way round
 
 
 CASES = (
@@ -82,23 +83,23 @@ def main() -> None:
 
 
 def in_a_process(case: Case) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--one", json.dumps(asdict(case))]
+    command = [sys.executable, "-m", "experiments.benchmarks.preflight", "--one", json.dumps(asdict(case))]
     here = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=here)
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=here, cwd=ROOT)
     return dict(json.loads(run.stdout.splitlines()[-1]))
 
 
 def page(cases: Sequence[Case], found: Sequence[dict[str, Any]]) -> list[str]:
     heads = ("model, task, method, n", "CPU seconds", "at most", "measured", "disk kB", "measured", "memory MB")
     lines = [
-        "# The preflight, and what was then measured",
+        "# What --dry-run predicts, and what was then measured",
         "",
-        "    python experiments/benchmarks/preflight.py",
+        "    python -m experiments.benchmarks.preflight",
         "",
-        f"{platform.machine()}, one thread, CPU seconds: the machine may be shared with other work. Each sweep runs in",
-        "a process of its own: all combinations of the widths over three parts, or over groups of blocks. Models that",
-        "are not embedded are random and small; their answers end anywhere, and every plan writes them anew: the",
-        "forecast for them is a span. `at most` is what writing all answers to the task's limit would take.",
+        f"{platform.machine()}, one thread, CPU seconds, since the machine may do other work. Each sweep runs in",
+        "a process of its own: all combinations of the bit widths over three parts, or over groups of blocks. Models",
+        "that are not embedded are small and random; their answers end at random, and no plan can reuse another's, so",
+        "their prediction is a range: `at most` is the time with every answer as long as the task allows.",
         "",
         f"| {' | '.join((*heads, 'measured'))} |",
         "|---" * (len(heads) + 1) + "|",
@@ -106,10 +107,10 @@ def page(cases: Sequence[Case], found: Sequence[dict[str, Any]]) -> list[str]:
         "",
         *shares("As shipped", cases, found, [shipped(one) for one in found]),
         "",
-        "Three constants were chosen by looking at sweeps like these: what a pass takes over its pieces (COLD), what",
-        "storing takes (STORING), and what libraries fill along the way (LATER). So they were chosen anew from one",
-        "half of the cases and judged on the other half alone, and the other way round. (How many pairs a search reads",
-        "again was looked up on the first retrieval case.)",
+        "Three constants were fitted to sweeps like these: the time of a pass over the sum of its layers (COLD), the",
+        "time to store a shard (STORING), and memory that libraries allocate later (LATER). Here they are fitted on",
+        "one half of the cases and judged on the other, and the other way round. (The number of pairs that retrieval",
+        "ranks again was taken from the first retrieval case.)",
         "",
         *shares("Held out", cases, found, held_out(cases, found)),
     ]
@@ -130,7 +131,7 @@ def shipped(found: dict[str, Any]) -> dict[str, float]:
 
 
 def forecast(found: dict[str, Any], constants: dict[str, float]) -> dict[str, float]:
-    """What the preflight says with other constants; it is linear in each of them."""
+    """The prediction with other constants; it is linear in each of them."""
     passes, still = found["passes"], found["still"]
     stored = found["shards"] * constants["STORING"]
     return {
@@ -142,7 +143,7 @@ def forecast(found: dict[str, Any], constants: dict[str, float]) -> dict[str, fl
 
 
 def shares(title: str, cases: Sequence[Case], found: Sequence[dict[str, Any]], said: Sequence[Any]) -> list[str]:
-    """How many forecasts lie near what was measured."""
+    """How many predictions are within NEAR of the measurement."""
     count = dict.fromkeys(("time", "span", "disk", "host"), 0)
     for one, of in zip(found, said, strict=True):
         was = one["was"]
@@ -161,7 +162,7 @@ def near(said: float, was: float) -> bool:
 
 
 def held_out(cases: Sequence[Case], found: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """Each case forecast with constants from the other half."""
+    """Each case predicted with constants that were fitted on the other half."""
     of_half = {
         half: fitted([one for case, one in zip(cases, found, strict=True) if case.fold != half]) for half in ("a", "b")
     }
@@ -169,7 +170,7 @@ def held_out(cases: Sequence[Case], found: Sequence[dict[str, Any]]) -> list[dic
 
 
 def fitted(found: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The constants that are right on these cases: memory on average, time by the least factor off, within the span."""
+    """The constants that fit these cases: the mean for memory; for time the least log error outside the span."""
     if not found:
         return {"COLD": 1.0, "STORING": 0.0, "LATER": 0.0}
 
@@ -188,13 +189,13 @@ def fitted(found: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def measured(case: Case) -> dict[str, Any]:
-    """What the preflight said, taken apart by its constants, and what the sweep then took, in this process."""
+    """The prediction, split by its constants, and what the sweep then took, both in this process."""
     import resource
     import time
 
     import torch
-    from small import datasets, models
 
+    from experiments.small import datasets, models
     from sensitivity import passes, preflight, verbs
     from sensitivity.models.blank import blank
     from sensitivity.quantize import scheme

@@ -1,8 +1,8 @@
-"""Every search against tables of measured plans: regret of the frontier against the number of plans measured.
+"""Search methods on tables of plans that were measured before: regret of the frontier against the number of plans.
 
-    python experiments/benchmarks/replay.py [--seeds 20] [--searches tpe,frontier] [--only gptq,planted]
+    python -m experiments.benchmarks.replay [--seeds 20] [--searches tpe,frontier] [--only gptq,planted]
 
-A table stands in for the model: what a search asks for is answered with the table's reading. After some plans a plan
+A table replaces the model: the score of a plan that a search asks for is read from it. After some plans a plan
 is chosen for each budget from 3.5 to 8 bpw, in three ways (see regrets), and its true score is compared with the best
 true score within the budget. Truth is known for planted tables; for a noisy published one it is the table smoothed by
 a Gaussian process, for one without noise the table itself. "The whole table" has measured everything: what remains
@@ -52,7 +52,7 @@ TOTAL = 3_744_761_856
 
 @dataclass(frozen=True)
 class Table:
-    """Distinct plans, one reading of each, their truth and sizes."""
+    """Distinct plans, one measured score of each, their true scores and sizes."""
 
     name: str
     parts: ComponentMap
@@ -114,7 +114,7 @@ def uniform() -> Table:
 
 
 def planted(name: str, cross: float, noise: float, seed: int) -> Table:
-    """Four components, five widths; damages at random, pairs that hurt each other where cross is above 0."""
+    """Synthetic: four components at five bit widths; `cross` adds damage where vision and language are both low."""
     draw = np.random.default_rng(seed)
     names = ["vision.front", "vision.end", "connector", "language"]
     bits = np.array([*itertools.product((2, 3, 4, 6, 16), repeat=4)], dtype=float)
@@ -141,10 +141,10 @@ def tables(only: str | None) -> Iterator[Table]:
 
 
 def walk(table: Table, search: str, count: int, seed: int) -> list[int]:
-    """Which plans a search asks for, in order."""
+    """The plans that a search asks for, in order, as row numbers."""
     if search in ("random", "one-at-a-time"):
         lot = np.random.default_rng(seed).permutation(len(table.plans))
-        if search == "one-at-a-time":  # full precision, the uniform plans and each part alone; then what the lot says
+        if search == "one-at-a-time":  # full precision, uniform plans and each part alone; then at random
             lot = np.array(sorted(lot, key=lambda i: not _simple(table.plans[i])))
         return [int(i) for i in lot[:count]]
     if table.factors is not None:
@@ -170,7 +170,7 @@ def _simple(plan: Plan) -> bool:
 
 
 def walk_rows(table: Table, search: str, count: int, seed: int) -> list[int]:
-    """The same where only some combinations exist: what does not is moved to the nearest plan that does."""
+    """The same for a table without all combinations: a plan that is missing is replaced by the nearest one."""
     assert table.factors is not None
     bpw, rows = table.bpw, list[int]()
     if search == "frontier":
@@ -207,10 +207,10 @@ def walk_rows(table: Table, search: str, count: int, seed: int) -> list[int]:
 
 
 def regrets(table: Table, rows: list[int]) -> dict[str, float]:
-    """Mean over budgets of what is missed, in per cent of full precision, for three ways to choose a plan.
+    """Mean over budgets of the score that is lost, in percent of full precision, for three ways to choose a plan.
 
-    reading: the measured plan with the highest reading; believed: the measured plan that the surrogate holds for the
-    best; recommended: any plan, as `sensitivity recommend` would (before running it).
+    reading: the measured plan with the highest measured score; believed: the measured plan with the best score
+    according to the surrogate; recommended: any plan, as `sensitivity recommend` would (before running it).
     """
     chosen, bpw, space = np.array(rows), table.bpw, table.space
     index = space.encode(table.plans)
@@ -277,7 +277,7 @@ def records(
 
 
 def save(found: pd.DataFrame, out: Path) -> None:
-    """A table for reading and the curves."""
+    """Write the report's table and its figure."""
     marks = found[found["share"].round(2).isin(SHARES)].assign(share=lambda t: (100 * t["share"]).round())
     wide = marks.pivot_table(index=["table", "pick", "search"], columns="share", values="regret").round(2)
     seeds = found[found["search"] != WHOLE].groupby(["table", "search"])["seed"].nunique()
@@ -285,8 +285,8 @@ def save(found: pd.DataFrame, out: Path) -> None:
     write_again(
         out.with_suffix(".md"),
         "# Regret of the frontier, % of full precision, after measuring a share of all plans (%)\n\n"
-        "`python experiments/benchmarks/replay.py`, with --only and --searches for the tables and searches below; mean "
-        f"over the seeds named. gp stops at {GP_MOST} plans.\n\n```\n{wide.to_string()}\n```\n\n{won(marks)}\n"
+        "`python -m experiments.benchmarks.replay`, with --only and --searches for the tables and searches below; mean "
+        f"over the seeds named. gp stops at {GP_MOST} plans.\n\n```\n{wide.to_string()}\n```\n\n{won(marks)}\n",
     )
     curves = found[found["search"] != WHOLE]
     names = list(curves["table"].unique())
@@ -302,7 +302,7 @@ def save(found: pd.DataFrame, out: Path) -> None:
 
 
 def won(marks: pd.DataFrame) -> str:
-    """Where the frontier sampler has the least regret of all, if measured plans are chosen by belief; where not."""
+    """A sentence on where the frontier sampler has the least regret when measured plans are picked by `believed`."""
     rows = marks[(marks["pick"] == "believed") & (marks["search"] != WHOLE)]
     mean = rows.pivot_table(index=["table", "share"], columns="search", values="regret")
     if "frontier" not in mean or mean.shape[1] < 2:

@@ -1,4 +1,4 @@
-"""A random-weight model of LLaVA-1.5-7B's true shape, calibrated and quantised at several widths: minutes, and memory.
+"""Minutes and memory to calibrate and quantize a random model of LLaVA-1.5-7B's shape at several bit widths.
 
 python -m experiments.benchmarks.seven_billion [--device cuda] [--shrink 8] [--examples 128] [--out REPORT.md]
 
@@ -29,7 +29,7 @@ ROWS, WORDS, IMAGE = 4, 24, 32000  # examples of a batch, words of each, and the
 
 
 def llava(shrink: int, device: str, dtype: torch.dtype) -> VLM:
-    """Every width and depth divided by `shrink`; patches and the length of sequences stay."""
+    """LLaVA with every width and depth divided by `shrink`; the number of tokens stays the same."""
     text = T.LlamaConfig(
         vocab_size=32064, hidden_size=4096 // shrink, intermediate_size=11008 // shrink, num_hidden_layers=32 // shrink,
         num_attention_heads=32, num_key_value_heads=32, head_dim=128 // shrink,
@@ -52,7 +52,7 @@ def llava(shrink: int, device: str, dtype: torch.dtype) -> VLM:
 
 
 def batches(vlm: VLM, examples: int, at_once: int = ROWS) -> Iterator[Batch]:
-    """Noise for images and words; it weighs and costs what real examples do."""
+    """Random images and tokens of the size of real examples."""
     for start in range(0, examples, at_once):
         rows = min(at_once, examples - start)
         g = torch.Generator().manual_seed(start)
@@ -64,7 +64,7 @@ def batches(vlm: VLM, examples: int, at_once: int = ROWS) -> Iterator[Batch]:
 
 
 def gigabytes(device: str) -> float:
-    """The most that was held so far."""
+    """Peak memory so far, in GB."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -77,8 +77,8 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=128)
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--bits", default="2,3,4,5,6,8")
-    parser.add_argument("--room", type=float, default=ROOM / 1e9, help="GB of Gram matrices at once")
-    parser.add_argument("--out", help="a report, where this machine's figures are worth one")
+    parser.add_argument("--room", type=float, default=ROOM / 1e9, help="GB of Gram matrices in memory at once")
+    parser.add_argument("--out", help="write a report to this file")
     args = parser.parse_args()
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     vlm = llava(args.shrink, args.device, dtype)
@@ -98,7 +98,7 @@ def main() -> None:
     seconds, peak = time.perf_counter() - began, gigabytes(args.device)
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} threads"
     lines = [
-        "# Calibrating and quantising LLaVA-1.5-7B's shape",
+        "# Calibrating and quantizing LLaVA-1.5-7B's shape",
         "",
         f"`python -m experiments.benchmarks.seven_billion --device {args.device} --shrink {args.shrink} "
         f"--examples {args.examples} --method {args.method} --bits {args.bits} --room {args.room:g}`",

@@ -1,6 +1,6 @@
-"""How long the straight line takes: import, --help, one configuration, the demo and the demo again; and peak memory.
+"""Time and memory of the basic commands: import, --help, one plan, the demo, and the demo again.
 
-python experiments/benchmarks/straight_line.py    # writes reports/straight_line.md
+python -m experiments.benchmarks.straight_line    # writes reports/straight_line.md
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ vlm = load("embedded:scenes-llava")
 parts = inspect(vlm, by="part")
 trial = _Trial(vlm, parts, [task("vqa", n=1000)])
 wall, cpu = [], []
-for bits in (8, 7, 6, 5, 4, 3, 2):  # every part changes every time: nothing is shared with the plan before
+for bits in (8, 7, 6, 5, 4, 3, 2):  # every part changes with every plan, so nothing is shared with the plan before
     began, spent = time.perf_counter(), time.process_time()
     trial.run(Plan.uniform(parts, scheme("uniform", bits)), 0, trial.ends[-1])
     wall.append(time.perf_counter() - began)
@@ -75,9 +75,9 @@ def main() -> None:
             wall, cpu, memory, _ = timed([*me, "-m", "sensitivity", "demo", "--out", f"{folder}/demo"])
             rows.append((name, aim, wall, cpu, memory))
     lines = [
-        "# The straight line, timed",
+        "# Time and memory of the basic commands",
         "",
-        "    python experiments/benchmarks/straight_line.py",
+        "    python -m experiments.benchmarks.straight_line",
         "",
         f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; shared with other work, so "
         "CPU seconds stand beside wall seconds. Peak memory is that of the process.",

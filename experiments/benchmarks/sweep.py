@@ -1,7 +1,7 @@
-"""What a sweep costs beside the plain path (load, calibrate, quantise, run, once per plan) and beside its bound.
+"""CPU seconds of a sweep against one process per plan (load, calibrate, quantize, run) and against a lower bound.
 
-python experiments/benchmarks/sweep.py                 # writes reports/sweep.md
-python experiments/benchmarks/sweep.py --only blip2    # one of blip2, llava, embedded, drafts, workers
+python -m experiments.benchmarks.sweep                 # writes reports/sweep.md
+python -m experiments.benchmarks.sweep --only blip2    # one of blip2, llava, embedded, drafts, workers
 
 CPU seconds of one thread, models of random weights in the shapes at which the paper's code was measured. The plain
 path is run for a few plans and multiplied; the bound is each distinct computation once: statistics, every layer at
@@ -48,7 +48,7 @@ from sensitivity.sweep import _Trial
 from sensitivity.tasks import Task, task
 
 ROOT = Path(__file__).parent.parent.parent
-ROWS = ROOT / "runs" / "sweep-rows.json"  # delete it to measure all anew
+ROWS = ROOT / "runs" / "sweep-rows.json"  # delete it to measure everything again
 CALIBRATION = 128
 DEEP: dict[str, Any] = {"num_hidden_layers": 12, "num_attention_heads": 8, "hidden_size": 256}
 WIDE = {**DEEP, "intermediate_size": 1024}
@@ -112,7 +112,7 @@ def spent(action: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def planned(parts: Any, method: str, bits: tuple[int, ...]) -> list[Plan]:
-    """The paper's grids: a width for each part that LLaVA's projector, two small layers, is not counted among."""
+    """The paper's grids: all combinations of bit widths over the parts, without LLaVA's small projector."""
     widths = [scheme(method, width) for width in bits]
     large = [part.name for part in parts.components if len(part.weights) > 8]
     every = itertools.product(widths, repeat=len(large))
@@ -120,7 +120,7 @@ def planned(parts: Any, method: str, bits: tuple[int, ...]) -> list[Plan]:
 
 
 def plain(folder: Path | str, plan: Plan, asked: str, examples: Task) -> None:
-    """One plan as a process of its own would do it."""
+    """One plan as a process of its own would measure it."""
     vlm = load(str(folder), dtype="float32")
     parts = verbs.inspect(vlm, by="part")
     schemes = list(dict.fromkeys(one for _, one in plan.schemes if one))
@@ -137,7 +137,7 @@ class Cost:
     weights: float
     walking: float
     wall: float  # of all three
-    first: float  # of the walking: until every plan has a score
+    first: float  # of `walking`: until every plan has a score
     per_plan: dict[Plan, float]
 
     @property
@@ -181,6 +181,7 @@ def timed(modules: dict[str, list[Any]], spent_in: dict[str, float]) -> Iterator
     handles, begun = [], {}
     for name, some in modules.items():
         for module in some:
+
             def before(*_: Any, name: str = name) -> None:
                 begun[name] = time.process_time()
 
@@ -196,7 +197,7 @@ def timed(modules: dict[str, list[Any]], spent_in: dict[str, float]) -> Iterator
 
 
 def bound(vlm: VLM, plans: list[Plan], asked: str, n: int, cost: Cost) -> tuple[float, dict[str, float]]:
-    """Each distinct computation once, from the time that one run without any sharing spends in each part."""
+    """Lower bound: every distinct computation once, priced by what a run without sharing spends in each part."""
     examples = task(asked, n=n)
     unshared = Replay(vlm.model, verbs.inspect(vlm, by="part"), 0)
     unshared.stages = {}
@@ -251,7 +252,7 @@ HEADS = (
 
 
 def drafts(n: int = 200) -> str:
-    """Captions of the embedded model, scored so that every answer must be written out."""
+    """Captions of the embedded model, scored so that every answer must be generated to its end."""
     vlm = load("embedded:scenes-llava")
     parts = verbs.inspect(vlm, by="part")
     asked = dataclasses.replace(task("caption", n=n), exact=False)
@@ -293,21 +294,24 @@ def table(heads: tuple[str, ...], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-INTRODUCTION = f"""CPU seconds of one thread (torch {torch.__version__}), {CALIBRATION} calibration examples, models of
-random weights in the shapes at which the paper's code was measured. Plain: load, calibrate, quantise and run for every
-plan, run for one or two plans and multiplied. The bound: statistics, every layer at every width, and each part of the
-model once for every distinct setting of it and of what comes before it, from the seconds that one pass without sharing
-spends in each part; given where one pass is the whole answer. It is itself a measurement, so that a sweep may come out
-a few per cent below it. The marginal plan differs from the one before in the language model alone. First frontier: when
-every plan has a score and an interval, as a share of the whole. The paper's: its released code, once measured at these
-shapes without start-up and scoring ({PAPER["blip2", 27]:,.0f} CPU seconds for 27 plans of BLIP-2 by GPTQ,
-{PAPER_AWQ["blip2", 27]:,.0f} by AWQ, {PAPER["llava", 9]:,.0f} for 9 of LLaVA).
+INTRODUCTION = f"""CPU seconds of one thread (torch {torch.__version__}), {CALIBRATION} calibration examples, models
+with random weights in the shapes on which the paper's released code was timed. Columns:
 
-What bounds them: every plan wants the language model once for every example, so that no sharing makes a sweep of many
-examples cheaper than `the bound's times less`; the plain path loses most where examples are few and calibration is
-most of a plan, and nine plans share little. 64 questions lie on thirteen images, of which a first shard cannot have
-fewer than two, the fewest that have an interval; a plan is then a third of a second, of which small calls (layers put
-in, skipped blocks, two shards) are a fifth. The grids of LLaVA have two parts, since its projector is two layers."""
+* plain: every plan loads, calibrates, quantizes and runs by itself; run for one or two plans and multiplied;
+* the bound: statistics once, every layer at every width once, and each part of the model once for every distinct
+  setting of it and of the parts before it, priced by the seconds that a pass without sharing spends in each part. Given
+  only where an answer takes one forward pass. The bound is itself measured, so a sweep can be a few percent below it;
+* marginal plan: one that differs from the plan before it in the language model only;
+* first frontier: when every plan has a score with an interval, as a share of the whole sweep;
+* the paper's: its released code, timed once on these shapes without start-up and scoring
+  ({PAPER["blip2", 27]:,.0f} CPU seconds for 27 plans of BLIP-2 by GPTQ, {PAPER_AWQ["blip2", 27]:,.0f} by AWQ,
+  {PAPER["llava", 9]:,.0f} for 9 of LLaVA).
+
+What limits the ratios: every plan runs the language model once for every example, so no sharing makes a sweep of many
+examples cheaper than `the bound's times less`. Sharing gains most where examples are few, because calibration is then
+most of a plan, and least with nine plans. 64 questions are about thirteen images; a first shard needs at least two
+images to have an interval. A plan then takes a third of a second, a fifth of it in small calls (replacing layers,
+skipped blocks, two shards). The grids of LLaVA vary two parts, since its projector is only two layers."""
 
 GRIDS = [  # shape, method, widths, task, examples, how many plans the plain path is run for
     ("blip2", "paper-gptq", (2, 4, 8), "caption", 64, 2),
@@ -323,7 +327,7 @@ GRIDS = [  # shape, method, widths, task, examples, how many plans the plain pat
 
 
 def shapes(name: str) -> str:
-    """Rows that were measured before are read from the file of rows, if there is one."""
+    """The table of one model; rows that an earlier run measured are read from ROWS."""
     rows = json.loads(ROWS.read_text()) if ROWS.exists() else {}
     for grid in GRIDS:
         if grid[0] == name and str(grid) not in rows:
@@ -355,7 +359,7 @@ def main() -> None:
             found[title] = run()
             print(found[title], flush=True)
             said = [f"## {one}\n\n{found[one].strip()}" for one, _ in SECTIONS.values() if one in found]
-            head = f"# What a sweep costs\n\n`python experiments/benchmarks/sweep.py`: {INTRODUCTION}"
+            head = f"# What a sweep costs\n\n`python -m experiments.benchmarks.sweep`: {INTRODUCTION}"
             write_again(args.out, "\n\n".join([head, *said]) + "\n")
     print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 

@@ -1,0 +1,1 @@
+"""Our quantization and our exports against the libraries that do the same."""

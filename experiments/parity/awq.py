@@ -1,4 +1,4 @@
-"""AWQ: ours against llm-compressor's, on the layers of a trained model that a norm feeds, with the inputs they meet.
+"""Our AWQ against llm-compressor's, on all linear layers of a trained model that follow a norm.
 
 python -m experiments.parity.awq --peer PYTHON-OF-A-VENV-WITH-LLMCOMPRESSOR
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.measured import write
+from experiments.methods.measured import write
 from experiments.parity.layers import TASKS, layers
 from experiments.parity.peers import ask, cell
 from sensitivity.models import VLM, inspect, load
@@ -31,7 +31,7 @@ GROUP, N = 64, 128
 
 
 def theirs(peer: str, folder: Path, vlm: VLM, bits: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """llm-compressor's weights, from the calibration examples as inputs of the model, one by one."""
+    """The weights that llm-compressor ends with, calibrated on the same examples, one at a time."""
     found = []
     for name in TASKS:
         data = task(name, "calibration", N // len(TASKS), 0)
@@ -95,7 +95,7 @@ def main() -> None:
         f"llm-compressor {facts['llmcompressor']} with transformers {facts['transformers']}, "
         f"{torch.get_num_threads()} threads, {os.cpu_count()} cores)",
         "",
-        f"The {len(ratios[BITS[0], 'search, alone'])} linear layers of {args.model} that a norm feeds,",
+        f"The {len(ratios[BITS[0], 'search, alone'])} linear layers of {args.model} that follow a norm,",
         f"groups of {GROUP}, asymmetric, {N} calibration examples, activations alone in the scales",
         "(`duo_scaling=False`). Ratios of relative output error, ours / theirs: below 1 ours is better. Geometric mean",
         f"and, in brackets, the worst of the {len(ratios[BITS[0], 'search'])} inputs: layers that share one share",

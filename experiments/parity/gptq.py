@@ -1,4 +1,4 @@
-"""GPTQ: ours against GPTQModel and the published algorithm, on layers of a trained model with the inputs they meet.
+"""Our GPTQ against GPTQModel and the published algorithm, on linear layers of a trained model.
 
 python -m experiments.parity.gptq --peer PYTHON-OF-A-VENV-WITH-GPTQMODEL
 """
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.measured import write
+from experiments.methods.measured import write
 from experiments.parity.layers import Layer, layers
 from experiments.parity.peers import ask, cell
 from sensitivity.plan import Scheme
 from sensitivity.quantize import Curvature, Linears, quantise, scheme, solve
 from sensitivity.quantize.grid import affine, ranges
 
-ROOT = Path(__file__).parents[2]  # where the peer finds this package
+ROOT = Path(__file__).parents[2]  # so that the other interpreter can import this package
 BITS = (2, 3, 4, 8)
 PLAIN = {"order": "given", "clip": False}
 SETTINGS = {  # label: grid, ours, GPTQModel's
@@ -37,9 +37,10 @@ SETTINGS = {  # label: grid, ours, GPTQModel's
 
 
 def published(weight: Tensor, gram: Tensor, chosen: Scheme, fresh: bool = False) -> Tensor:
-    """Frantar et al. 2023 in plain PyTorch, single precision, blocks of 128 columns, as released; groups adaptive.
+    """Frantar et al. 2023 in plain PyTorch: single precision, blocks of 128 columns, as in the released code.
 
-    Released code finds a group's grid from the weights as they were when its block began; `fresh` from those of now.
+    The released code computes a group's grid from the weights as they were when its block began; `fresh` computes it
+    from the weights as they have been updated since.
     """
     w, h = weight.clone(), gram.clone()
     h.diagonal().add_(float(chosen["damp"]) * h.diagonal().mean())  # type: ignore[arg-type]
@@ -65,7 +66,7 @@ def published(weight: Tensor, gram: Tensor, chosen: Scheme, fresh: bool = False)
 def theirs(
     peer: str, found: list[Layer], wishes: list[tuple[str, str, dict]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """GPTQModel's weights for some wishes (key, layer, settings), by itself and as `--backend gptqmodel` calls it."""
+    """GPTQModel's weights for every (key, layer, settings): called directly, and through `--backend gptqmodel`."""
     tensors = {f"{layer.name}|weight": layer.weight for layer in found}
     tensors |= {f"{layer.name}|inputs": layer.inputs for layer in found}
     return ask(peer, "with_gptqmodel.py", tensors, {"wishes": wishes}, str(ROOT))
@@ -75,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", help="the python of a virtual environment with gptqmodel==7.6.0")
     parser.add_argument("--model", default="embedded:scenes-llava")
-    parser.add_argument("--every", type=int, default=5, help="of the model's linear layers")
+    parser.add_argument("--every", type=int, default=5, help="use every N-th linear layer of the model")
     parser.add_argument("--out", default="reports/parity-gptq.md")
     args = parser.parse_args()
     found = layers(args.model, every=args.every)
@@ -143,15 +144,15 @@ def table(args: argparse.Namespace, found: list[Layer], ratios: dict, seconds: d
     return [
         *lines,
         "",
-        "Grids of groups are those of the weights as they have become by the first of 128 columns, as released code",
-        "has it. `fresher grids` is the published algorithm with each grid found when its group begins: what the",
-        "weights make up for by then has widened their ranges.",
+        "A group's grid is computed from the weights as they are when its block of 128 columns begins, as in the",
+        "released code. `fresher grids` is the published algorithm with each grid computed when its group begins: by",
+        "then error feedback has changed the weights and widened their ranges.",
         "",
         "`--backend gptqmodel`, which gives the library our Gram matrices and stores its scales in 16 bits, against",
         f"the library by itself, over all widths of the settings that it has: {cell(through)}.",
         "",
         f"Processor seconds for all of it, statistics left out: {times} (ours does the four widths of a layer at once; "
-        "published without the activation order).",
+        "published without activation order).",
     ]
 
 

@@ -1,4 +1,4 @@
-"""A whole sweep with GPTQModel's solver against the same sweep with ours: same plans, calibration and examples.
+"""A sweep with GPTQModel's solver against the same sweep with ours: same plans, calibration data and examples.
 
 python -m experiments.parity.gptq_sweep --peer PYTHON-OF-A-VENV-WITH-GPTQMODEL-AND-THIS-PACKAGE
 """
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from scipy.stats import spearmanr
 
-from experiments.measured import write
+from experiments.methods.measured import write
 from experiments.parity.gptq import ROOT
 from sensitivity.plan import Plan, Scheme
 from sensitivity.trials import Study
@@ -21,7 +21,7 @@ BACKENDS = ("", " --backend gptqmodel")
 
 
 def ours(plan: Plan) -> Plan:
-    """The same plan with our solver in the place of the library's."""
+    """The same plan with our solver instead of the library's."""
 
     def own(one: Scheme | None) -> Scheme | None:
         return one and replace(one, settings=tuple(pair for pair in one.settings if pair[0] != "backend"))

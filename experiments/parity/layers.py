@@ -1,4 +1,4 @@
-"""Layers of a trained model with the inputs they meet: of calibration, to quantise; of evaluation, to judge."""
+"""Linear layers of a trained model with their inputs: calibration data to quantize, evaluation data to judge."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ TASKS = ("vqa", "caption", "scene", "ground")
 class Layer:
     name: str
     weight: Tensor
-    inputs: Tensor  # tokens x channels, of the calibration split
-    fresh: Tensor  # of the evaluation split
+    inputs: Tensor  # tokens x channels, from the calibration split
+    fresh: Tensor  # from the evaluation split
 
     def error(self, quantised: Tensor, fresh: bool = False) -> float:
         """Mean squared error of the output, relative to its mean square."""
@@ -31,7 +31,7 @@ class Layer:
 
 
 def layers(model: str, n: int = 128, every: int = 1) -> list[Layer]:
-    """Every so manieth linear layer of a model, in the direction of data flow."""
+    """Every `every`-th linear layer of a model, in the order of the forward pass."""
     vlm = load(model)
     names = [w.name for c in inspect(vlm, by="block").components for w in c.weights][::every]
     seen, fresh = (_inputs(vlm, names, split, n) for split in ("calibration", "evaluation"))

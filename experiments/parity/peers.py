@@ -1,4 +1,4 @@
-"""What the comparisons with other libraries share: a script asked in the library's own environment, and a cell."""
+"""Run a script in the environment of another library, and format its comparison with ours."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 def ask(
     peer: str, script: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any], *more: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and facts from a script beside this file, run by the python `peer`: tensors in, tensors out."""
+    """Run a script of this folder with the interpreter `peer`; tensors are passed both ways as safetensors files."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "ours.safetensors", Path(folder) / "theirs.safetensors"
         save_file(

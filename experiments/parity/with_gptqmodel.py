@@ -1,4 +1,4 @@
-"""GPTQModel's own GPTQ on stored layers: read inputs and weights, write its weights; runs where GPTQModel lives.
+"""GPTQ by GPTQModel on stored layers; runs in an environment that has GPTQModel.
 
 python with_gptqmodel.py LAYERS.safetensors OUT.safetensors ROOT-OF-THIS-REPOSITORY
 """
@@ -46,7 +46,7 @@ def quantise(weight: torch.Tensor, inputs: torch.Tensor, how: dict) -> tuple[tor
 
 
 def through(weight: torch.Tensor, inputs: torch.Tensor, how: dict) -> torch.Tensor:
-    """The same by `--backend gptqmodel`, from a Gram matrix."""
+    """The same through `--backend gptqmodel`, which passes the library a Gram matrix instead of inputs."""
     from sensitivity.quantize import Curvature, quantise, scheme
 
     seen = Curvature(weight.shape[1])

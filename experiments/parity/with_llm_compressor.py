@@ -1,4 +1,4 @@
-"""llm-compressor's AWQ on a whole LLaVA folder: the effective weights it ends with; runs where llm-compressor lives.
+"""AWQ by llm-compressor on a LLaVA folder; runs in an environment that has llm-compressor.
 
 python with_llm_compressor.py ROWS.safetensors OUT.safetensors MODEL-FOLDER BITS GROUP
 """

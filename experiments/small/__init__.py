@@ -1,1 +1,1 @@
-"""Small random models in the real formats, and small data sets in the official layouts: for smoke runs and tests."""
+"""Small random models in real formats and small data sets in official layouts, for smoke runs and tests."""

@@ -1,4 +1,4 @@
-"""Published data sets in their official layouts, written small: COUNT plain images each, and right answers to match."""
+"""Invented data sets of COUNT plain images each, in the official layouts of the published ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from sensitivity.tasks import geochat
 
-COUNT = 120  # images in each: two may be missing, three are too many
+COUNT = 120  # images in each; above 2 % missing a data set is refused: two may be missing, three are too many
 KINDS = {".jpg": "JPEG", ".png": "PNG", ".tif": "TIFF"}
 
 

@@ -1,4 +1,4 @@
-"""Small random models of the published experiments' families, saved as real folders: weights, config, processor."""
+"""Small random models of the families of the published studies, saved as folders with weights, config and processor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def words() -> Any:
 
 
 def llava(times: int = 1, side: int = SIDE) -> tuple[Any, Any]:
-    """So many times as wide, for pictures of so many pixels."""
+    """A LLaVA `times` as wide, for square images of `side` pixels."""
     tokenizer = words()
     vision = {**VIT, "hidden_size": 16 * times, "intermediate_size": 32 * times, "image_size": side}
     text = {**TEXT, "hidden_size": 24 * times, "intermediate_size": 40 * times, "head_dim": 12 * times}
@@ -89,7 +89,7 @@ def save(name: str, folder: Path) -> Path:
 
 
 def shaken(model: Any) -> Any:
-    """All weights at random, as some families start at zero; and answers that end, where they would ramble on."""
+    """Random weights everywhere, since some families start at zero, and a likely end token, so that answers end."""
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0, 0.1)
     if (head := model.get_output_embeddings()) is not None:
@@ -97,18 +97,18 @@ def shaken(model: Any) -> Any:
     return model
 
 
-# LLaVA's own names for what transformers calls otherwise
+# transformers' names -> those of the original LLaVA repository
 OLD = {
     "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
     "model.multi_modal_projector.linear_2.": "model.mm_projector.2.",
     "model.vision_tower.": "model.vision_tower.vision_tower.vision_model.",
     "model.language_model.": "model.",
 }
-PIXELS, PATCH = 504, 84  # GeoChat's pictures, in few patches
+PIXELS, PATCH = 504, 84  # GeoChat's image size, in few patches
 
 
 def geochat(folder: Path) -> Path:
-    """As GeoChat is published: LLaVA's own layout, one flat config.json, a tokenizer that knows no images."""
+    """A folder like the published GeoChat: the original LLaVA layout, a flat config.json, no image token."""
     tokenizer = words()
     vision = T.CLIPVisionConfig(**{**VIT, "image_size": PIXELS, "patch_size": PATCH})
     text = {**TEXT, "vocab_size": len(tokenizer), "intermediate_size": 40, "num_key_value_heads": 1, "head_dim": 12}

@@ -113,6 +113,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         help="an Optuna storage for a team, such as postgresql+psycopg://host/db",
     )
     p.add_argument("--dry-run", action="store_true", help="predict time, disk and memory; no weights are loaded")
+    p.set_defaults(plans=None)  # no flag: a program may list plans of its own, given the parts and the schemes
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -147,6 +148,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             print(f"{args.runtime} restricts the space: {line}", file=sys.stderr)
 
     def plans_of(schemes: Sequence[Scheme], search: str) -> Plans:
+        if args.plans:
+            listed: Plans = args.plans(parts, schemes)
+            return listed
         space = (parts, schemes, search, args.trials, args.seed, allow, tie)
         return verbs.plans_for(args.runtime, *space) if args.runtime else verbs.plans(*space)
 

@@ -1,0 +1,1 @@
+"""embedded:scenes-llava: its architecture, its training, and its model card."""

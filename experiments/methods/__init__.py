@@ -1,0 +1,1 @@
+"""Quantization methods compared on the embedded models, which run on a laptop."""

@@ -1,0 +1,1 @@
+"""Published quantization studies of vision-language models, run again: one table of rows per paper."""
