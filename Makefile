@@ -1,11 +1,12 @@
 # make demo: sweep, rank, recommend and report on the embedded model. make test: the whole test suite.
+# make docs: the documentation, into build/site.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 TESTED = $(VENV)/.tested
 
-.PHONY: demo test lint types check install clean
+.PHONY: demo test lint types docs check install clean
 
 demo: $(READY)
 	$(BIN)/sensitivity demo
@@ -19,7 +20,10 @@ lint: $(TESTED)
 types: $(TESTED)
 	$(BIN)/mypy
 
-check: lint types test
+docs: $(VENV)/.docs
+	$(BIN)/zensical build --strict --clean
+
+check: lint types docs test
 
 install: $(TESTED)
 
@@ -34,6 +38,10 @@ $(READY): pyproject.toml constraints.txt
 
 $(TESTED): $(READY)
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 clean:
