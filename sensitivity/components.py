@@ -111,7 +111,13 @@ def granularity(by: str) -> str:
 
 @dataclass(frozen=True)
 class Component:
-    """The smallest thing that gets its own scheme."""
+    """The smallest thing that gets its own scheme.
+
+    Examples:
+        >>> connector = parts["connector"]
+        >>> connector.part, connector.numel == sum(weight.numel for weight in connector.weights)
+        ('connector', True)
+    """
 
     name: str
     weights: tuple[Weight, ...]
@@ -127,7 +133,17 @@ class Component:
 
 @dataclass(frozen=True)
 class ComponentMap:
-    """All weights of a model: those in components, and those kept."""
+    """All weights of a model: those in components, and those kept.
+
+    Examples:
+        >>> finer = inspect(vlm, by="kind")
+        >>> [component.name for component in finer.match("vision")]
+        ['vision.attn', 'vision.ff']
+        >>> finer.regroup("part").names == parts.names
+        True
+        >>> next(kept.reason for kept in parts.kept if "embed_tokens" in kept.name)
+        'embedding, tied to the output head'
+    """
 
     model: str
     by: str

@@ -12,7 +12,16 @@ LONG = re.compile(rf"\S{{{KEPT + 1},}}")
 
 
 class UserError(Exception):
-    """Something the user can mend; shown as one sentence, without a traceback."""
+    """Something the user can mend; shown as one sentence, without a traceback.
+
+    Examples:
+        >>> from sensitivity import UserError
+        >>> try:
+        ...     scheme("gtpq", 4)
+        ... except UserError as error:
+        ...     print(error)
+        unknown method 'gtpq'...did you mean gptq?)
+    """
 
 
 class Failed(UserError):

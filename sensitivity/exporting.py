@@ -53,6 +53,10 @@ def export(
 
     What is at `out` is replaced only by `force`, and only if an earlier export wrote it; never what is in `keep`.
     With `path`, its calibrated methods are calibrated again on that path, and what that gains is measured.
+
+    Examples:
+        >>> from sensitivity import export
+        >>> folder = export(study, choice.plan, "out/vqa", format="fake", model=vlm)
     """
     out, meta, name = Path(out), study.meta, runtime or format
     if format not in FORMATS:

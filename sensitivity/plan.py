@@ -21,7 +21,13 @@ PAPER_NATIVE_BITS = 16  # what the published bpw figures give every weight that 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the weights of one component are stored."""
+    """How the weights of one component are stored.
+
+    Examples:
+        >>> from sensitivity import Scheme
+        >>> str(Scheme("rtn", 4)), Scheme.from_json(Scheme("rtn", 4).to_json()) == Scheme("rtn", 4)
+        ('rtn:4', True)
+    """
 
     method: str
     bits: int
@@ -63,7 +69,16 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Plan:
-    """Component -> Scheme, or None for native precision."""
+    """Component -> Scheme, or None for native precision.
+
+    Examples:
+        >>> from sensitivity import Plan
+        >>> plan = Plan.of(parts, {"*": scheme("rtn", 4), "vision": scheme("rtn", 8), "connector": None})
+        >>> plan.describe()
+        'vision 8 · connector native · language 4'
+        >>> plan["language"].bits
+        4
+    """
 
     schemes: tuple[tuple[str, Scheme | None], ...]
 
@@ -141,7 +156,13 @@ def _few(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Size:
-    """What a plan weighs. `bpw` counts all that is stored; `bpw_codes` is the papers' convention."""
+    """What a plan weighs. `bpw` counts all that is stored; `bpw_codes` is the papers' convention.
+
+    Examples:
+        >>> weighs = size(parts, plan)
+        >>> weighs.bytes == weighs.bits / 8, weighs.bpw == weighs.bits / weighs.numel
+        (True, True)
+    """
 
     bits: int
     codes: int
@@ -283,6 +304,11 @@ def size(parts: ComponentMap, plan: Plan, format: str | None = None) -> Size:
     """What a plan weighs, everything counted: codes, scales, zero points, codebooks, kept weights.
 
     With a format of files, as that stores it: some keep zero points of symmetric grids, or the group of each column.
+
+    Examples:
+        >>> from sensitivity import size
+        >>> size(parts, plan).bpw > size(parts, Plan.uniform(parts, scheme("rtn", 4))).bpw
+        True
     """
     plan.check(parts)
     kept = sum(k.numel for k in parts.kept)

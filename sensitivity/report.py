@@ -44,6 +44,11 @@ def report(
     """Write the report of a study into a folder; return the page.
 
     Rankings that are not given are those that `rank` made before, or else made here with fewer resamples.
+
+    Examples:
+        >>> from sensitivity import report
+        >>> report(study, "runs/vqa/report", choice).name
+        'index.html'
     """
     out = Path(out)
     may_write(out, True, lambda there: _why_foreign(there, study), [study.path])

@@ -42,7 +42,16 @@ class Asked:
 
 
 class Study:
-    """Trials of one model on the same tasks, examples and seeds, in a folder (and, for a team, a database)."""
+    """Trials of one model on the same tasks, examples and seeds, in a folder (and, for a team, a database).
+
+    Examples:
+        >>> from sensitivity import Study
+        >>> study = Study("runs/vqa")
+        >>> study.counts()["done"]
+        28
+        >>> sorted(study.table()[["bpw", "vqa", "vqa.low", "vqa.high"]].columns)
+        ['bpw', 'vqa', 'vqa.high', 'vqa.low']
+    """
 
     def __init__(self, path: Path | str, storage: str | None = None) -> None:
         self.path = Path(path)

@@ -74,14 +74,27 @@ __all__ = [
 def grid(
     parts: ComponentMap, bits: Sequence[int] = BITS, method: str = "rtn", schemes: Sequence[Scheme] = (), **chosen: Any
 ) -> list[Plan]:
-    """Every combination of widths over components, and full precision."""
+    """Every combination of widths over components, and full precision.
+
+    Examples:
+        >>> from sensitivity import grid
+        >>> plans = grid(parts, bits=(2, 4, 8), method="uniform")
+        >>> len(plans)  # 3 widths of 3 parts, and full precision
+        28
+    """
     return search.grid(parts, schemes or [scheme(method, width, **chosen) for width in bits])
 
 
 def one_at_a_time(
     parts: ComponentMap, bits: Sequence[int] = BITS, method: str = "rtn", schemes: Sequence[Scheme] = (), **chosen: Any
 ) -> list[Plan]:
-    """Each component alone at each width, the uniform plans, and full precision."""
+    """Each component alone at each width, the uniform plans, and full precision.
+
+    Examples:
+        >>> from sensitivity import one_at_a_time
+        >>> len(one_at_a_time(parts, bits=(2, 4, 8)))  # 3 widths of 3 parts, 3 uniform plans, and full precision
+        13
+    """
     return search.one_at_a_time(parts, schemes or [scheme(method, width, **chosen) for width in bits])
 
 
@@ -127,7 +140,12 @@ def dtype_for(name: str, device: str, out: Path | str) -> tuple[str | None, str]
 
 
 def sweep(vlm: VLM, parts: ComponentMap, plans: Plans, tasks: Sequence[str], out: Path | str, **how: Any) -> Study:
-    """Evaluate every plan that the study at `out` does not hold yet, and return the study."""
+    """Evaluate every plan that the study at `out` does not hold yet, and return the study.
+
+    Examples:
+        >>> from sensitivity import sweep
+        >>> study = sweep(vlm, parts, plans, tasks=["vqa"], out="runs/vqa", n=20)
+    """
     study, steps = sweeping(vlm, parts, plans, tasks, out, **how)
     for _ in steps:
         pass
@@ -216,6 +234,12 @@ def recommend(
     The best few candidates run on examples that had no part in choosing them (where the task has more), beside full
     precision and the best uniform plan of at most the same size, in a study of its own under `verify`: done once.
     limits: see Wish; weights of several tasks instead of one task, allow, tie, runtime, top.
+
+    Examples:
+        >>> from sensitivity import recommend
+        >>> choice = recommend(study, bpw=5.0, run=vlm)
+        >>> choice.size.bpw <= 5.0, choice.measured.n
+        (True, 20)
     """
     weights = limits.pop("weights", None) or {task or study.tasks[0]: 1.0}
     return recommend_each(study, Wish((bpw,), weights, floors or {}, **limits), run)[0]

@@ -22,7 +22,13 @@ CLOSE = 1e-4  # of a negative log-likelihood: more than summation order explains
 
 
 def verify(folder: Path, device: str = "cpu") -> dict[str, Any]:
-    """What was found: whole or damaged, and whether it answers as measured. The outcome is stored in the export."""
+    """What was found: whole or damaged, and whether it answers as measured. The outcome is stored in the export.
+
+    Examples:
+        >>> from sensitivity import verify
+        >>> verify(folder)["verdict"]
+        'as measured'
+    """
     facts = manifest.read(folder)
     outcome: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "key": facts["key"]}
     if damage := manifest.damage(folder, facts):

@@ -44,7 +44,12 @@ STALE = re.compile(r"(position_ids|inv_freq|masked_bias)$")  # buffers that old 
 
 @dataclass
 class VLM:
-    """A loaded model and what must be known about it."""
+    """A loaded model and what must be known about it.
+
+    Examples:
+        >>> vlm.family.label, vlm.native_bits
+        ('LLaVA', 16)
+    """
 
     name: str
     model: Any  # of transformers, or any nn.Module with its getters
@@ -91,6 +96,10 @@ def load(
     `quantised` takes a checkpoint that is quantised already, as an export is; its weights are unpacked at once.
     The device `auto` spreads a model over what there is. An adapter is merged into its base model, which it names
     itself, or which stands behind an @ in its name.
+
+    Examples:
+        >>> from sensitivity import load
+        >>> vlm = load("embedded:scenes-llava")
     """
     target, wanted = device_of(device), dtype_of(dtype)
     folder, adapter = resolve(name, config_only)
@@ -149,6 +158,12 @@ def inspect(vlm: VLM | str, by: str = "group.kind", include: Collection[str] = (
     """Every weight of a model in exactly one named component, or kept with a reason; a name needs no weights.
 
     `include` may name embedding and head, which are kept otherwise.
+
+    Examples:
+        >>> from sensitivity import inspect
+        >>> parts = inspect(vlm, by="part")
+        >>> parts.names
+        ('vision', 'connector', 'language')
     """
     if isinstance(vlm, str):
         vlm = load(vlm, config_only=True)

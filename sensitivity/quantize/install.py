@@ -35,6 +35,12 @@ def quantized(
     Yields the names of the changed parameters, which are exactly those that the plan asks for, or it is an error.
     `memory` keeps the codes of quantised weights for plans to come, and makes numbers only of those that change.
     Methods that need calibration take it from `statistics`, block by block in the direction of data flow.
+
+    Examples:
+        >>> from sensitivity import quantized
+        >>> with quantized(vlm.model, parts, plan) as changed:
+        ...     len(changed) == sum(len(parts[name].weights) for name in ("vision", "language"))
+        True
     """
     parameters = dict(model.named_parameters())
     asked = targets(parts, plan)

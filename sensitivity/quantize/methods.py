@@ -73,6 +73,13 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     """A scheme of a known method or preset: its defaults, what was chosen beyond them, and the calibration data.
 
     `calibration` is what `Statistics.facts` says; only methods that use it write it down.
+
+    Examples:
+        >>> from sensitivity import scheme
+        >>> scheme("gptq", 4, group=128)["damp"]
+        0.01
+        >>> scheme("paper-awq", 3).group
+        128
     """
     preset = dict(PRESETS.get(method, {"method": method}))
     name = str(preset.pop("method"))

@@ -218,6 +218,13 @@ def task(name: str, split: str = "evaluation", n: int = 1000, seed: int = 0, who
     """A task by its name, DATASET:FOLDER, or from a user's own data, SCORER:PATH; `n` counts examples.
 
     Answers are written out `whole`, also where they can no longer be right.
+
+    Examples:
+        >>> from sensitivity import task
+        >>> questions = task("vqa", n=20)
+        >>> first = questions.examples[0]
+        >>> questions.score(first.answers[0], first)
+        1.0
     """
     found = _named(name, split, n, seed)
     return replace(found, exact=False) if whole else found
