@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 OUT = Path(__file__).parent / "report.png"
-WIDTH, HEIGHT = 1000, 1560  # of the window: the summary, the plan and the frontier
+WIDTH, HEIGHT = 1000, 1485  # of the window: the summary, the plan and the frontier
 COLORS = 128  # of the palette: flat colors and text need no more
 MOST = 300_000  # bytes
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-sync")

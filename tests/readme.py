@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import sensitivity
 from sensitivity.cli import VERBS, parser
@@ -67,10 +68,10 @@ def first_line(path: Path) -> str:
 
 def help_of(verb: str) -> str:
     """What --help prints, at a fixed width."""
-    os.environ["COLUMNS"] = WIDTH
     top = parser()
     choices = next(action.choices for action in top._actions if isinstance(action.choices, dict))
-    return fenced(top.format_help() if verb == "sensitivity" else str(choices[verb].format_help()))
+    with patch.dict(os.environ, COLUMNS=WIDTH):
+        return fenced(top.format_help() if verb == "sensitivity" else str(choices[verb].format_help()))
 
 
 def helps() -> str:
