@@ -86,7 +86,7 @@ def test_commands_are_accepted_by_the_parser(page: Path) -> None:
 
 @EACH
 def test_options_exist(page: Path) -> None:
-    others = {"--help", "--data", "--smoke"}  # --data and --smoke are those of experiments
+    others = {"--help", "--data", "--smoke", "--list"}  # all but the first are those of experiments
     for one in code(page):
         if one.startswith("--"):
             assert one.split()[0] in options() | others, one
