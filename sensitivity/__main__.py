@@ -2,6 +2,6 @@
 
 import sys
 
-from sensitivity.cli import main
+from sensitivity.cli.main import main
 
 sys.exit(main())

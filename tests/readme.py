@@ -10,7 +10,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import sensitivity
-from sensitivity.cli import VERBS, parser
+from sensitivity.cli.main import VERBS
+from sensitivity.cli.parsing import parser_of
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -68,7 +69,7 @@ def first_line(path: Path) -> str:
 
 def help_of(verb: str) -> str:
     """What --help prints, at a fixed width."""
-    top = parser()
+    top = parser_of(VERBS)
     choices = next(action.choices for action in top._actions if isinstance(action.choices, dict))
     with patch.dict(os.environ, COLUMNS=WIDTH):
         return fenced(top.format_help() if verb == "sensitivity" else str(choices[verb].format_help()))

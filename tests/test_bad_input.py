@@ -17,7 +17,7 @@ from PIL import Image
 from experiments.small import datasets, models
 from sensitivity import verbs
 from sensitivity.batches import batches
-from sensitivity.cli import main
+from sensitivity.cli.main import main
 from sensitivity.errors import Notice, UserError
 from sensitivity.evaluate import answer, evaluate
 from sensitivity.models import VLM, inspect, load

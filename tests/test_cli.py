@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sensitivity import cli
+from sensitivity.cli import main as cli
 from sensitivity.trials import Study
 
 MODEL = "embedded:scenes-llava"
@@ -54,13 +54,13 @@ def test_every_verb_explains_itself_with_an_example(verb: str, capsys: pytest.Ca
 def test_examples_can_be_parsed(verb: str) -> None:
     example = cli.VERBS[verb].EXAMPLE
     assert example.startswith("sensitivity ")
-    assert cli.parser().parse_args(example.split()[1:]).verb == verb
+    assert cli.parser_of(cli.VERBS).parse_args(example.split()[1:]).verb == verb
 
 
 def test_python_m_sensitivity_is_the_same() -> None:
     printed = [
         subprocess.run([sys.executable, *words, "--help"], capture_output=True, text=True, check=True).stdout
-        for words in (["-m", "sensitivity"], ["-c", "import sys; from sensitivity.cli import main; sys.exit(main())"])
+        for words in (["-m", "sensitivity"], ["-c", "import sys; from sensitivity.cli.main import main; sys.exit(main())"])
     ]
     assert printed[0] == printed[1]
     assert printed[0].startswith("usage: sensitivity")
@@ -293,7 +293,7 @@ def test_what_compiled_code_prints_never_stands_beside_json() -> None:
     """The solver prints of a second solve with a bare printf; here every solve does."""
     code = """
 import ctypes, json, os, sys
-from sensitivity import cli
+from sensitivity.cli import main as cli
 from sensitivity.cli import rank
 def run(args):
     print("python")

@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 import pytest
 from referencing import Registry, Resource
 
-from sensitivity import cli, examples, exported, remembered, schema
+from sensitivity import examples, exported, remembered, schema
 from sensitivity.allocate import Wish
+from sensitivity.cli import main as cli
 from sensitivity.components import ComponentMap, Kept
 from sensitivity.errors import Notice, UserError
 from sensitivity.export import manifest
@@ -991,7 +992,7 @@ LIMITED = """
 import resource, signal, sys, warnings
 sys.path.insert(0, {tests!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from sensitivity import cli
+from sensitivity.cli import main as cli
 import sensitivity.importing
 {before}
 resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))

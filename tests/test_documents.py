@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import readme
 
-from sensitivity.cli import parser
+from sensitivity.cli.main import VERBS
+from sensitivity.cli.parsing import parser_of
 
 PAGES = [readme.README, *(readme.ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md"))]
 PAGES += sorted((readme.ROOT / "docs").glob("*.md"))
@@ -41,7 +42,7 @@ def commands(page: Path) -> Iterator[str]:
 
 def options() -> set[str]:
     """Every option of every verb."""
-    choices = next(action.choices for action in parser()._actions if isinstance(action.choices, dict))
+    choices = next(action.choices for action in parser_of(VERBS)._actions if isinstance(action.choices, dict))
     return {name for verb in choices.values() for action in verb._actions for name in action.option_strings}
 
 
@@ -81,7 +82,7 @@ def defined() -> set[str]:
 @EACH
 def test_commands_are_accepted_by_the_parser(page: Path) -> None:
     for line in commands(page):
-        parser().parse_args(shlex.split(line, comments=True)[1:])  # an unknown option exits
+        parser_of(VERBS).parse_args(shlex.split(line, comments=True)[1:])  # an unknown option exits
 
 
 @EACH

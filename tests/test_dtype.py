@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sensitivity import verbs
-from sensitivity.cli import main
+from sensitivity.cli.main import main
 from sensitivity.errors import UserError
 from sensitivity.probe import slower
 from sensitivity.trials import Study

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from saved_vlms import adapter, in_pickles
 
 from experiments.small import models
-from sensitivity import cli, exporting, verbs
+from sensitivity import exporting, verbs
+from sensitivity.cli import main as cli
 from sensitivity.errors import UserError
 from sensitivity.export.job import Job
 from sensitivity.export.source import open_source

@@ -313,7 +313,7 @@ def test_a_cache_leaves_other_tensors_alone(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of a made-up table: no model is run."""
-    from sensitivity import cli
+    from sensitivity.cli import main as cli
 
     folder = tmp_path_factory.mktemp("typed")
     rows = ["vision,language,score", *(f"{a},{b},{(a + b) / 20}" for a in (3, 4, 8) for b in (3, 4, 8)), "16,16,1"]
@@ -336,7 +336,7 @@ FORCED = {
 def test_no_verb_replaces_a_foreign_folder(
     verb: str, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sensitivity import cli
+    from sensitivity.cli import main as cli
 
     for name in ("folder", "folder.json"):
         out = tmp_path / name
@@ -353,7 +353,7 @@ def test_no_verb_replaces_a_foreign_folder(
 
 @pytest.mark.parametrize("verb", FORCED)
 def test_no_verb_writes_over_its_study_or_the_working_folder(verb: str, study: Path, tmp_path: Path) -> None:
-    from sensitivity import cli
+    from sensitivity.cli import main as cli
 
     before = seen_bytes(study)
     for out in (study, study.parent, Path("."), Path.home(), Path("/")):
@@ -367,7 +367,7 @@ def seen_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_report_is_written_again_into_its_own_folder(study: Path, tmp_path: Path) -> None:
-    from sensitivity import cli
+    from sensitivity.cli import main as cli
 
     for _ in range(2):
         assert cli.main(["report", str(study), "--out", str(tmp_path / "page")]) == 0
@@ -377,7 +377,7 @@ def test_a_report_is_written_again_into_its_own_folder(study: Path, tmp_path: Pa
 
 
 def test_a_plan_replaces_a_plan_alone(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from sensitivity import cli
+    from sensitivity.cli import main as cli
 
     export = ["export", str(study), "--bpw", "5", "--out", str(tmp_path / "plan.json")]
     assert cli.main(export) == 0

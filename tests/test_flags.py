@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from sensitivity import cli
+from sensitivity.cli import main as cli
 
 MODEL = "embedded:scenes-llava"
 LINES = {  # a command of each verb with which nothing is wrong
@@ -179,7 +179,7 @@ class Case:
 
 
 def verbs() -> dict[str, argparse.ArgumentParser]:
-    (found,) = (action.choices for action in cli.parser()._actions if isinstance(action.choices, dict))
+    (found,) = (action.choices for action in cli.parser_of(cli.VERBS)._actions if isinstance(action.choices, dict))
     return dict(found)
 
 

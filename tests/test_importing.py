@@ -10,8 +10,8 @@ import pandas as pd
 import planted
 import pytest
 
-from sensitivity import cli
 from sensitivity.allocate import solve
+from sensitivity.cli import main as cli
 from sensitivity.errors import UserError
 from sensitivity.importance import rank
 from sensitivity.importing import Switches, import_table

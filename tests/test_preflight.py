@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.small import datasets, models
 from sensitivity import shared_images, verbs
 from sensitivity.batches import batches
-from sensitivity.cli import main
+from sensitivity.cli.main import main
 from sensitivity.components import PARTS
 from sensitivity.errors import UserError
 from sensitivity.models import VLM, inspect, load

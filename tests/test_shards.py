@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from PIL import Image
 
 from sensitivity import terminal, verbs
-from sensitivity.cli import main
+from sensitivity.cli.main import main
 from sensitivity.contenders import RATE, Until, _beats, contenders, frontier, uncertainty
 from sensitivity.errors import UserError
 from sensitivity.models import VLM, inspect

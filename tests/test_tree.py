@@ -96,7 +96,7 @@ HEAVY = {"torch", "transformers", "pandas", "sklearn", "optuna", "numpy", "matpl
     ("code", "absent"),
     [
         ("import sensitivity", HEAVY),
-        ("import sensitivity.cli; sensitivity.cli.parser()", HEAVY),
+        ("import sensitivity.cli.main as cli; cli.parser_of(cli.VERBS)", HEAVY),
         ("import sensitivity.plan, sensitivity.components", HEAVY),
         ("import sensitivity.importance", {"torch", "transformers"}),
         ("import sensitivity.allocate, sensitivity.search, sensitivity.report", {"torch", "transformers"}),

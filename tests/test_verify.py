@@ -15,7 +15,8 @@ import pytest
 import saved_vlms
 from PIL import Image
 
-from sensitivity import cli, exporting, verbs
+from sensitivity import exporting, verbs
+from sensitivity.cli import main as cli
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError
 from sensitivity.export import EXPECTED, manifest

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from sensitivity import verbs
-from sensitivity.cli import main
+from sensitivity.cli.main import main
 from sensitivity.components import HEAD, WORDS
 from sensitivity.errors import UserError
 from sensitivity.evaluate import evaluate

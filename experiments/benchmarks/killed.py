@@ -2,7 +2,7 @@
 
 python -m experiments.benchmarks.killed [--signals 200] [--seed 0] writes reports/killed.md
 
-Each command is `sensitivity.cli.main`, forked from a process that has imported the libraries already, so that the
+Each command is `sensitivity.cli.main.main`, forked from a process that has imported the libraries already, so that the
 random moments fall into the work and not into the imports. What it leaves is compared with what the same commands
 left undisturbed: tables number by number, answers example by example, files byte by byte.
 """

@@ -24,7 +24,8 @@ import numpy as np
 from experiments.published.declaration import PublishedStudy, plan_of
 from experiments.published.page import page
 from experiments.published.table import STUDIES
-from sensitivity import cli, verbs
+from sensitivity import verbs
+from sensitivity.cli import main as cli
 from sensitivity.components import ComponentMap
 from sensitivity.errors import UserError
 from sensitivity.files import write_again
@@ -116,7 +117,7 @@ def sweep_arguments(study: PublishedStudy, args: argparse.Namespace, more: Seque
     typed = ["sweep", args.model, "--method", study.method, "--bits", ",".join(map(str, study.widths))]
     typed += ["--by", study.by, "--n", str(study.n), "--out", str(args.out), "--workers", "1"]
     typed += ["--dtype", study.dtype] if study.dtype else []
-    found = cli.parser().parse_args([*typed, *more], argparse.Namespace(typed=[*typed, *more]))
+    found = cli.parser_of(cli.VERBS).parse_args([*typed, *more], argparse.Namespace(typed=[*typed, *more]))
     found.task = tuple(one.format(data=args.data) for one in study.tasks)  # a folder's name may hold a comma
     if args.smoke is not None:
         found.n, found.calibration_n = min(found.n, SMOKE_N), SMOKE_CALIBRATION

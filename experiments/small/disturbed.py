@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sensitivity.cli import main
+from sensitivity.cli.main import main
 from sensitivity.errors import UserError
 from sensitivity.storage import close
 from sensitivity.trials import Study

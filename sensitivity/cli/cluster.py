@@ -8,6 +8,8 @@ import io
 import json
 import logging
 import os
+import runpy
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -142,11 +144,16 @@ class Worker:
 
     def run(self, typed: list[str], folder: str) -> str | None:
         """The error that ended it, if any."""
-        from sensitivity.cli import main
-
         os.chdir(folder)
         os.environ[workers.CHILD] = "1"
-        said = io.StringIO()
+        said, typed_before = io.StringIO(), sys.argv
+        sys.argv = ["sensitivity", *typed, "--json"]
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
-            status = main([*typed, "--json"])
-        return None if status == 0 else str(json.loads(said.getvalue())["error"])
+            try:
+                runpy.run_module("sensitivity", run_name="__main__")
+                status: object = 0
+            except SystemExit as end:
+                status = end.code
+            finally:
+                sys.argv = typed_before
+        return str(json.loads(said.getvalue())["error"]) if status else None

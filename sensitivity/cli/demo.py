@@ -7,11 +7,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from sensitivity.cli import values, words
+from sensitivity.cli import inspect, rank, recommend, report, sweep, values, words
+from sensitivity.cli.parsing import parser_of, run_verb
 
 ABOUT = "sweep, rank, recommend and report on the embedded model, in a few minutes"
 EXAMPLE = "sensitivity demo"
 MODEL = "embedded:scenes-llava"
+STEPS = {"inspect": inspect, "sweep": sweep, "rank": rank, "recommend": recommend, "report": report}
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
@@ -37,11 +39,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _typed(line: str, args: argparse.Namespace) -> dict[str, Any]:
-    from sensitivity.cli import done, parser
-
     if not args.json:
         print(f"\n$ sensitivity {line}")
     flags = [flag for flag, on in (("--json", args.json), ("--debug", args.debug)) if on]
     words = [*shlex.split(line), *flags, *(["--threads", str(args.threads)] if args.threads else [])]
-    one = parser().parse_args(words, argparse.Namespace(typed=words))
-    return done(one)
+    one = parser_of(STEPS).parse_args(words, argparse.Namespace(typed=words))
+    return run_verb(STEPS[one.verb], one)

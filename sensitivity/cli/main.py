@@ -1,0 +1,105 @@
+"""The entry point: runs one verb, and turns every error into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+from sensitivity import standard_output, threads
+from sensitivity.cli import demo, export, import_, inspect, legalize, rank, recommend, report, sweep, verify
+from sensitivity.cli.parsing import parser_of, run_verb
+from sensitivity.errors import Failed, Notice, UserError, plain, said
+
+# A verb is a module with ABOUT, EXAMPLE, arguments(parser) and run(args) -> what --json prints. torch, pandas and the
+# like are imported inside run(): `sensitivity --help` is to answer at once.
+VERBS: dict[str, ModuleType] = {
+    "inspect": inspect,
+    "sweep": sweep,
+    "rank": rank,
+    "recommend": recommend,
+    "legalize": legalize,
+    "export": export,
+    "verify": verify,
+    "report": report,
+    "import": import_,
+    "demo": demo,
+}
+FAILED, REFUSED, STOPPED = 1, 2, 130  # the last by Ctrl-C
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; 0, or after a sentence on standard error 2 (what was asked for cannot be) or 1 (it failed)."""
+    typed = list(sys.argv[1:] if argv is None else argv)
+    asked = argparse.Namespace(typed=typed, json="--json" in typed, debug="--debug" in typed)
+    try:
+        args = parser_of(VERBS).parse_args(typed, asked)  # `typed` as well: workers start the same command again
+        if args.threads:
+            threads.limit(args.threads)
+        if not sys.stdout.isatty() and isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)  # whoever follows a log sees each line when it is written
+        with quiet(args), standard_output.reserved() if args.json else contextlib.nullcontext():
+            facts = run_verb(VERBS[args.verb], args)
+        if args.json:
+            print(json.dumps(finite(facts), indent=2, default=str))
+        return 0
+    except KeyboardInterrupt:
+        return fail(asked, "stopped; what was finished is kept, and the same command continues", STOPPED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except UserError as error:
+        return fail(asked, str(error), FAILED if isinstance(error, Failed) else REFUSED)
+    except OSError as error:
+        return fail(asked, said(error), FAILED)
+    except MemoryError as error:
+        return fail(asked, str(error) or "out of memory", FAILED)
+    except Exception as error:
+        return fail(asked, f"unexpected {type(error).__name__}: {error} (a defect; --debug shows where)", FAILED)
+
+
+def fail(args: argparse.Namespace, message: str, status: int) -> int:
+    if args.debug and status != STOPPED:
+        traceback.print_exc()
+    message = plain(message)
+    print(message if status == STOPPED else f"error: {message}", file=sys.stderr)
+    if args.json:
+        print(json.dumps({"error": message}))
+    return status
+
+
+def finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity: they are null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def quiet(args: argparse.Namespace) -> Iterator[None]:
+    """Keep libraries' own progress bars and warnings off the terminal, unless --debug asks for them."""
+    import warnings
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if args.debug else "error")
+    with warnings.catch_warnings():
+        if not args.debug:
+            warnings.simplefilter("ignore")
+        warnings.simplefilter("default", Notice)
+        shown = warnings.showwarning
+        warnings.showwarning = lambda message, category, *where, **how: (
+            print(f"note: {message}", file=sys.stderr)
+            if issubclass(category, Notice)
+            else shown(message, category, *where, **how)
+        )
+        yield
