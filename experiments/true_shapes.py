@@ -25,7 +25,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from sensitivity.export.shards import Piece, Spec, write
+from sensitivity.formats.writing.stream import Piece, Spec, write
 
 DTYPE = torch.bfloat16
 SHARD = 2_000_000_000  # bytes of a file

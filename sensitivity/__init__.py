@@ -3,59 +3,45 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
-from typing import Any
 
-from sensitivity.threads import sleep_while_waiting
+from sensitivity.spec.threads import sleep_while_waiting
+from sensitivity.spec.version import __version__ as __version__
 
-__version__ = "0.1.0"
-sleep_while_waiting()  # before anything imports torch
+sleep_while_waiting()  # before anything imports torch: its threads read this once
 
-# name -> where it lives; imported when first asked for, so that `import sensitivity` loads neither torch nor pandas
+# public name -> the module that defines it, imported on first use: `import sensitivity` loads neither torch nor pandas
 _HOMES = {
-    "load": "models",
-    "inspect": "models",
-    "VLM": "models",
-    "grid": "verbs",
-    "one_at_a_time": "verbs",
-    "sweep": "verbs",
-    "recommend": "verbs",
-    "verify": "exporting",
-    "export": "exporting",
-    "rank": "importance",
-    "report": "report",
-    "quantized": "quantize",
-    "scheme": "quantize",
-    "Component": "components",
-    "ComponentMap": "components",
-    "Scheme": "plan",
-    "Plan": "plan",
-    "Size": "plan",
-    "size": "plan",
-    "Study": "trials",
-    "task": "tasks",
-    "UserError": "errors",
+    "load": "models.loading",
+    "inspect": "models.discover",
+    "VLM": "models.vlm",
+    "grid": "api.sweeping",
+    "one_at_a_time": "api.sweeping",
+    "sweep": "api.sweeping",
+    "recommend": "api.recommending",
+    "verify": "formats.verification",
+    "export": "api.exporting",
+    "rank": "analysis.importance.ranking",
+    "report": "analysis.report.page",
+    "quantized": "measure.install.plan_in_model",
+    "scheme": "quantize.methods",
+    "Component": "spec.components",
+    "ComponentMap": "spec.components",
+    "Scheme": "spec.plan",
+    "Plan": "spec.plan",
+    "Size": "spec.sizes",
+    "size": "spec.sizes",
+    "Study": "study.study",
+    "task": "tasks.table",
+    "UserError": "spec.errors",
 }
 __all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'sensitivity' has no attribute '{name}'")
     globals()[name] = found = getattr(importlib.import_module(f"sensitivity.{_HOMES[name]}"), name)
     return found
-
-
-class _Package(ModuleType):
-    """Python binds a module that was imported in its package; one of a public name's name would hide it."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

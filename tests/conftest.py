@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def scenes_llava():  # type: ignore[no-untyped-def]
-    from sensitivity.models import load
+    from sensitivity.models.loading import load
 
     return load("embedded:scenes-llava")
 

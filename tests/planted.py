@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sensitivity.components import ComponentMap, Kept, Weight
-from sensitivity.plan import Plan, Scheme
-from sensitivity.readings import Readings
-from sensitivity.trials import Study
+from sensitivity.analysis.observations import Observations
+from sensitivity.spec.components import ComponentMap, Kept, Weight
+from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.study.study import Study
 
 Formula = Callable[[np.ndarray], np.ndarray]
 PARTS = ("vision", "connector", "language")
@@ -36,12 +36,12 @@ def grid(levels: Sequence[int] = LEVELS, width: int = 3) -> np.ndarray:
     return np.array(list(itertools.product(levels, repeat=width)), dtype=float)
 
 
-def readings(formula: Formula, noise: float = 0.0, seed: int = 0, levels: Sequence[int] = LEVELS) -> Readings:
+def readings(formula: Formula, noise: float = 0.0, seed: int = 0, levels: Sequence[int] = LEVELS) -> Observations:
     bits = grid(levels)
     score = formula(bits) + noise * np.random.default_rng(seed).standard_normal(len(bits))
     nothing = np.full(len(bits), np.nan)
     keys = tuple(str(row) for row in bits)
-    return Readings("planted", PARTS, bits, score, nothing, keys, nothing, ("codes",) * len(bits))
+    return Observations("planted", PARTS, bits, score, nothing, keys, nothing, ("codes",) * len(bits))
 
 
 def study(

@@ -10,8 +10,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import sensitivity
+from sensitivity.cli.arguments.parsing import parser_of
 from sensitivity.cli.main import VERBS
-from sensitivity.cli.parsing import parser_of
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -21,7 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from sensitivity.models import load
+from sensitivity.models.loading import load
 
 SIDE = 16
 SQUARE = {"height": SIDE, "width": SIDE}
@@ -194,7 +194,17 @@ def gemma3() -> Made:
 BUILDERS: dict[str, Callable[[], Made]] = {
     f.__name__: f
     for f in (
-        blip2_opt, blip2_t5, blip2_itm, llava, qwen2_vl, qwen2_5_vl, internvl, idefics3, smolvlm, paligemma, gemma3,
+        blip2_opt,
+        blip2_t5,
+        blip2_itm,
+        llava,
+        qwen2_vl,
+        qwen2_5_vl,
+        internvl,
+        idefics3,
+        smolvlm,
+        paligemma,
+        gemma3,
     )
 }
 

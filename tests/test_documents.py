@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import readme
 
+from sensitivity.cli.arguments.parsing import parser_of
 from sensitivity.cli.main import VERBS
-from sensitivity.cli.parsing import parser_of
 
 PAGES = [readme.README, *(readme.ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md"))]
 PAGES += sorted((readme.ROOT / "docs").glob("*.md"))

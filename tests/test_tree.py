@@ -1,10 +1,11 @@
-"""The shape of the code: who imports whom, what is loaded when, and that the documents say what is there."""
+"""The shape of the code: rooms and their order, no cycles, what is loaded when, and pages made from the code."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,73 +13,131 @@ import readme
 
 PACKAGE = readme.ROOT / "sensitivity"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-VALUES = {
-    "errors",
-    "fields",
-    "schema",
-    "planfile",
-    "files",
-    "components",
-    "plan",
-    "limits",
-    "runtimes",
-    "loadable",
-    "exported",
-}
-VALUES |= {"standard_output"}
-VALUES |= {"threads", "ticker"}
-TORCH = {"models", "quantize", "tasks", "evaluate", "replay", "drafts", "shards", "sweep", "export"}
-TORCH |= {"preflight", "probe", "passes", "searching", "batches", "whole_prompts", "shared_images", "answer_tokens"}
-TORCH |= {"halving"}
-ABOVE = {"verbs", "exporting", "cli", "terminal", "__init__", "__main__"}
-# the study: table wing, and the only thing of it that the torch wing may use
-DOOR = {"trials", "examples", "records", "place", "rows", "scores", "storage", "glance", "turns", "contenders"}
-DOOR |= {"patience"}
+ROOF = {"__init__.py", "__main__.py"}  # the two files that stand in no folder
+
+# Imports run along these floors, from a later one to an earlier one; folders of one floor do not know each other.
+FLOORS = (
+    ("spec",),
+    ("models", "tasks", "quantize"),
+    ("study",),
+    ("measure", "analysis"),
+    ("formats",),
+    ("api",),
+    ("cli",),
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
-def room(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def dotted(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def wing(name: str) -> str:
-    for names, answer in ((VALUES, "values"), (TORCH, "torch"), (ABOVE, "above"), (DOOR, "door")):
-        if name in names:
-            return answer
-    return "table"
+NAMES = {dotted(path): path for path in MODULES}
 
 
-def imports(path: Path) -> set[str]:
-    """The rooms of our own package that a module imports, anywhere in it."""
-    found: set[str] = set()
+def imports(path: Path) -> Iterator[str]:
+    """The modules of our own that a file imports, anywhere in it, for types alone too."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sensitivity":
-            module = node.module or ""
-            rooms = [module] if "." in module else [f"sensitivity.{alias.name}" for alias in node.names]
-            found |= {name.split(".")[1] for name in rooms if not name.endswith("__version__")}
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in NAMES else str(node.module)
         elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("sensitivity.")}
-    return found
+            yield from (alias.name for alias in node.names if alias.name in NAMES)
 
 
-ALLOWED = {
-    "values": {"values"},
-    "door": {"values", "door"},
-    "torch": {"values", "torch", "door"},
-    "table": {"values", "table", "door"},
-    "above": {"values", "torch", "table", "door", "above"},
-}
+GRAPH = {name: set(imports(path)) - {name} for name, path in NAMES.items()}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_the_wings_meet_in_trials_alone(path: Path) -> None:
-    mine = wing(room(path))
-    wrong = {name for name in imports(path) if wing(name) not in ALLOWED[mine]}
-    assert not wrong, f"{room(path)} ({mine}) imports {wrong}"
+def room(name: str) -> str:
+    return name.split(".")[1]
 
 
-def test_only_verbs_knows_both_wings() -> None:
-    both = {room(path) for path in MODULES if {"torch", "table"} <= {wing(name) for name in imports(path)}}
-    assert both <= {"verbs", "exporting", "terminal"}  # the terminal knows their types alone, to print them
+def breaks_order(name: str, other: str) -> bool:
+    """Whether an import runs against the order of the floors, or to another folder of the same one."""
+    return room(name) != room(other) and FLOOR[room(other)] >= FLOOR[room(name)]
+
+
+def cycle(graph: Mapping[str, set[str]]) -> list[str]:
+    """A walk that comes back to where it began; nothing where there is none."""
+    done: set[str] = set()
+
+    def walk(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(graph.get(name, ())):
+            if found := walk(other, [*way, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(graph) if (found := walk(name, []))), [])
+
+
+def test_every_file_stands_in_a_room() -> None:
+    for path in MODULES:
+        inside = path.relative_to(PACKAGE).parts
+        assert inside[0] in FLOOR if len(inside) > 1 else inside[0] in ROOF, path
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(FLOOR)
+
+
+def test_no_folder_is_crowded() -> None:
+    for folder in {path.parent for path in MODULES}:
+        files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(files) <= 14, f"{folder} has {len(files)} files; give it rooms"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.count(".")])
+def test_imports_run_along_the_order(name: str) -> None:
+    if name == "sensitivity.__main__":
+        return
+    wrong = [other for other in GRAPH[name] if other.count(".") == 0 or breaks_order(name, other)]
+    assert not wrong, f"{name} imports {wrong}"
+
+
+def test_the_test_above_would_notice() -> None:
+    assert breaks_order("sensitivity.analysis.a", "sensitivity.measure.b")
+    assert breaks_order("sensitivity.spec.a", "sensitivity.cli.b")
+    assert not breaks_order("sensitivity.cli.a", "sensitivity.spec.b")
+
+
+def test_no_cycles_between_files() -> None:
+    assert cycle(GRAPH) == []
+
+
+def test_no_cycles_between_folders() -> None:
+    folders: dict[str, set[str]] = {}
+    for name, others in GRAPH.items():
+        here = dotted(NAMES[name].parent / "__init__.py")
+        folders.setdefault(here, set()).update(dotted(NAMES[other].parent / "__init__.py") for other in others)
+    assert cycle({here: others - {here} for here, others in folders.items() if here != "sensitivity"}) == []
+
+
+def test_cycles_are_found() -> None:
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_public_name_is_a_module_of_its_package() -> None:
+    """`from sensitivity import sweep` must give the function, whatever was imported before."""
+    import sensitivity
+
+    modules = {name.split(".")[1] for name in NAMES if name.count(".") == 1}
+    assert not modules & set(sensitivity.__all__)
+    for name, path in NAMES.items():
+        if path.name != "__init__.py" or name == "sensitivity":
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        inside = {other.split(".")[-1] for other in NAMES if other.rpartition(".")[0] == name}
+        assert not defined & inside, name
+
+
+# -- what is loaded when ------------------------------------------------------------------------------------------
 
 
 def loaded(code: str) -> set[str]:
@@ -90,6 +149,7 @@ def loaded(code: str) -> set[str]:
 
 
 HEAVY = {"torch", "transformers", "pandas", "sklearn", "optuna", "numpy", "matplotlib", "shap"}
+ANALYSIS = [name for name in NAMES if name.startswith(("sensitivity.analysis", "sensitivity.study"))]
 
 
 @pytest.mark.parametrize(
@@ -97,32 +157,32 @@ HEAVY = {"torch", "transformers", "pandas", "sklearn", "optuna", "numpy", "matpl
     [
         ("import sensitivity", HEAVY),
         ("import sensitivity.cli.main as cli; cli.parser_of(cli.VERBS)", HEAVY),
-        ("import sensitivity.plan, sensitivity.components", HEAVY),
-        ("import sensitivity.importance", {"torch", "transformers"}),
-        ("import sensitivity.allocate, sensitivity.search, sensitivity.report", {"torch", "transformers"}),
+        ("import sensitivity.spec.plan, sensitivity.spec.components, sensitivity.spec.sizes", HEAVY),
+        (f"import {', '.join(ANALYSIS)}", {"torch", "transformers"}),
     ],
+    ids=["package", "command line", "spec", "analysis"],
 )
 def test_heavy_libraries_are_not_loaded(code: str, absent: set[str]) -> None:
     assert not loaded(code) & absent
 
 
-def test_the_test_above_would_notice() -> None:
-    assert "torch" in loaded("import sensitivity.models")
+def test_the_test_of_heavy_libraries_would_notice() -> None:
+    assert "torch" in loaded("import sensitivity.models.vlm")
 
 
 ORDERS = {
-    "a module that has a verb's name": ["sweep", "report", "export"],
-    "the verbs": ["verbs"],
-    "the table wing": ["importance", "report"],
-    "the command line": ["cli", "exporting"],
+    "the verbs": ["api.sweeping", "api.exporting", "api.recommending"],
+    "the table wing": ["analysis.importance.ranking", "analysis.report.page"],
+    "the command line": ["cli.main", "cli.verbs.sweep", "cli.verbs.report"],
+    "nothing": [],
 }
 SAME = """
-import importlib, sys, types
+import importlib, types
 import sensitivity
 for name in {modules!r}:
     importlib.import_module(f'sensitivity.{{name}}')
 found = {{name: getattr(sensitivity, name) for name in sensitivity.__all__}}
-for name in ('sweep', 'report', 'export', 'exporting', 'verbs'):
+for name in ('api.sweeping', 'api.exporting', 'cli.verbs.sweep', 'cli.verbs.report', 'formats.table'):
     importlib.import_module(f'sensitivity.{{name}}')
 from sensitivity import export, grid, inspect, load, rank, recommend, report, sweep
 for name, one in found.items():
@@ -143,20 +203,25 @@ def test_public_names_are_the_same_objects_whatever_was_imported_before(order: s
     assert done.stdout == "same\n", done.stderr
 
 
+# -- who does what --------------------------------------------------------------------------------------------------
+
+
 def test_nobody_but_cli_prints_or_reads_argv() -> None:
     for path in MODULES:
-        if room(path) not in ("cli", "terminal", "__main__"):
+        if path.relative_to(PACKAGE).parts[0] not in ("cli", "__main__.py"):
             names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
             assert not names & {"print", "argparse"}, path
 
 
+FAMILIES = ("blip", "llava", "qwen", "paligemma", "idefics", "mllama", "florence")
+
+
 def test_model_families_are_named_in_models_alone() -> None:
-    families = ("blip", "llava", "qwen", "paligemma", "idefics", "mllama", "florence")
     for path in MODULES:
-        if room(path) not in ("models", "cli"):
+        if path.relative_to(PACKAGE).parts[0] not in ("models", "formats", "cli"):
             code = ast.unparse(_without_docstrings(ast.parse(path.read_text()))).lower()
             code = code.replace("embedded:scenes-llava", "")
-            assert not [family for family in families if family in code], path
+            assert not [family for family in FAMILIES if family in code], path
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:
@@ -169,10 +234,11 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_modules_say_what_they_are_and_stay_short(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    doc = ast.get_docstring(ast.parse(text)) or ""
-    assert doc.splitlines()[0].endswith((".", "…", ":", ";", "`")) is True or len(doc.splitlines()[0]) > 20
-    assert "\n" not in doc.split("\n\n")[0], "the first line says it all"
-    assert len(text.splitlines()) <= 420
+    first = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0]
+    assert first.endswith("."), "the first line is a sentence"
+    assert 3 <= len(first.split()) <= 25, "and one that is read at once"
+    assert "\n" not in first
+    assert len(text.splitlines()) <= 400
 
 
 @pytest.mark.parametrize("page", readme.GENERATED, ids=lambda page: page.name)

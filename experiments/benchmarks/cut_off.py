@@ -15,9 +15,9 @@ from pathlib import Path
 
 from experiments.small.disturbed import SWEEP, WHOLE, Command, Found, Undisturbed, leftovers, same_study
 from experiments.small.postgres import Postgres, initdb
-from sensitivity.errors import UserError
-from sensitivity.storage import KernelLock
-from sensitivity.trials import Study
+from sensitivity.spec.errors import UserError
+from sensitivity.study.storage.opening import ProcessLock
+from sensitivity.study.study import Study
 
 
 def postgres(plain: Undisturbed, folder: Path, found: Found, draw: random.Random) -> None:
@@ -112,7 +112,7 @@ def stale_locks(plain: Undisturbed, folder: Path, found: Found, draw: random.Ran
     holder = os.fork()
     if holder == 0:
         for name in ("journal.log", "queue"):
-            KernelLock(out / name).acquire()
+            ProcessLock(out / name).acquire()
         (out / "held").touch()
         time.sleep(3600)
     while not (out / "held").exists():

@@ -19,16 +19,16 @@ from pathlib import Path
 
 import numpy as np
 
-from sensitivity import estimators
-from sensitivity.allocate import solve
-from sensitivity.components import ComponentMap, Kept, Weight
-from sensitivity.files import write_again
-from sensitivity.importance import bootstrap, rank
-from sensitivity.plan import Plan, Scheme
-from sensitivity.readings import of_study
-from sensitivity.report import report
-from sensitivity.robustness import without_levels
-from sensitivity.trials import Study
+from sensitivity.analysis.allocate.budget import solve
+from sensitivity.analysis.importance import estimators
+from sensitivity.analysis.importance.ranking import bootstrap, rank
+from sensitivity.analysis.importance.robustness import without_levels
+from sensitivity.analysis.observations import observations_of
+from sensitivity.analysis.report.page import report
+from sensitivity.spec.components import ComponentMap, Kept, Weight
+from sensitivity.spec.files import write_again
+from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.study.study import Study
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -73,7 +73,7 @@ def main() -> None:
             rank(small)
         with timed("the same again, as kept in the study's folder", lines):
             rank(small)
-        readings, groups = of_study(small), [[0], [1], [2]]
+        readings, groups = observations_of(small), [[0], [1], [2]]
         with timed("of which bootstraps", lines):
             bootstrap(readings, groups, 100, 0)
         for name in ("shap", "fanova"):

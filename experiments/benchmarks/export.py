@@ -18,15 +18,17 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from sensitivity.components import ComponentMap
-from sensitivity.export import Job, shards, write
-from sensitivity.export.job import from_weights_alone
-from sensitivity.export.packing import pack, unpack
-from sensitivity.export.shards import Piece, Spec
-from sensitivity.export.source import open_source
-from sensitivity.files import discard, write_again
-from sensitivity.models import inspect, load
-from sensitivity.plan import Plan, Scheme
+from sensitivity.formats.table import write
+from sensitivity.formats.writing import stream as shards
+from sensitivity.formats.writing.job import Job, from_weights_alone
+from sensitivity.formats.writing.packing import pack, unpack
+from sensitivity.formats.writing.source import open_source
+from sensitivity.formats.writing.stream import Piece, Spec
+from sensitivity.models.discover import inspect
+from sensitivity.models.loading import load
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.files import discard, write_again
+from sensitivity.spec.plan import Plan, Scheme
 
 ROOT = Path(__file__).parents[2]
 BLOCK = 2**24

@@ -26,7 +26,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from sensitivity.files import write_again
+from sensitivity.spec.files import write_again
 
 ROOT = Path(__file__).parent.parent.parent
 VALUES = {
@@ -46,23 +46,25 @@ PATCHES = 577
 
 def point(kind: str, value: int) -> float:
     """CPU seconds of one measurement, without loading the model."""
-    from sensitivity import verbs
-    from sensitivity.quantize import scheme
-    from sensitivity.tasks import task
+    from sensitivity.api.sweeping import calibrated, grid, sweep
+    from sensitivity.models.discover import inspect
+    from sensitivity.models.loading import load
+    from sensitivity.quantize.methods import scheme
+    from sensitivity.tasks.table import task
 
     if kind.startswith("queued"):
         return step(value, database=kind.endswith("database"))
-    vlm = verbs.load("embedded:scenes-llava") if kind != "width" else wide(value)
+    vlm = load("embedded:scenes-llava") if kind != "width" else wide(value)
     by = "group" if kind in ("plans", "examples") else "part"
-    parts = verbs.inspect(vlm, by=by)
+    parts = inspect(vlm, by=by)
     if kind == "calibration examples":
         examples = task("vqa", n=50)
         schemes = [scheme("gptq", 4)]
-        return spent(lambda: verbs.calibrated(vlm, parts, schemes, ["vqa"], value, against=[examples], cache_gb=0))
+        return spent(lambda: calibrated(vlm, parts, schemes, ["vqa"], value, against=[examples], cache_gb=0))
     given = {"plans": 27, "examples": 200} | {kind: value}
-    plans = verbs.grid(parts, schemes=[scheme("rtn", w) for w in (2, 3, 4, 6)])[: given["plans"]]
+    plans = grid(parts, schemes=[scheme("rtn", w) for w in (2, 3, 4, 6)])[: given["plans"]]
     with tempfile.TemporaryDirectory() as out:
-        return spent(lambda: verbs.sweep(vlm, parts, plans, ["vqa"], out, n=given["examples"]))
+        return spent(lambda: sweep(vlm, parts, plans, ["vqa"], out, n=given["examples"]))
 
 
 def spent(action: Callable[[], object]) -> float:
@@ -73,7 +75,7 @@ def spent(action: Callable[[], object]) -> float:
 
 def wide(width: int):  # type: ignore[no-untyped-def]
     from experiments.benchmarks import sweep
-    from sensitivity.models import load
+    from sensitivity.models.loading import load
 
     sweep.WIDE |= {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 8}
     return load(str(sweep.saved("llava", Path(tempfile.mkdtemp()))), dtype="float32")
@@ -81,12 +83,14 @@ def wide(width: int):  # type: ignore[no-untyped-def]
 
 def step(plans: int, database: bool) -> float:
     """CPU seconds to ask for a plan, tell its result and count progress once, with this many plans queued."""
-    from sensitivity import verbs
-    from sensitivity.quantize import scheme
-    from sensitivity.trials import Study
+    from sensitivity.api.sweeping import grid
+    from sensitivity.models.discover import inspect
+    from sensitivity.models.loading import load
+    from sensitivity.quantize.methods import scheme
+    from sensitivity.study.study import Study
 
-    parts = verbs.inspect(verbs.load("embedded:scenes-llava"), by="group")
-    some = verbs.grid(parts, schemes=[scheme("rtn", width) for width in (2, 3, 4, 6)])[:plans]
+    parts = inspect(load("embedded:scenes-llava"), by="group")
+    some = grid(parts, schemes=[scheme("rtn", width) for width in (2, 3, 4, 6)])[:plans]
     column = [str(i) for i in range(64)]
     rows = {"task": ["vqa"] * 64, "example": column, "cluster": column, "kind": column, "score": [1.0] * 64,
             "nll": [0.1] * 64, "answer": column}  # fmt: skip
@@ -143,8 +147,8 @@ def slope(rows: pd.DataFrame) -> float:
 
 def projection(found: pd.DataFrame) -> str:
     """The time of a large sweep, and what would limit it first."""
-    from sensitivity.quantize.memory import CODE
-    from sensitivity.shards import ends_of
+    from sensitivity.measure.memory.weight_codes import CODE
+    from sensitivity.measure.shards import ends_of
 
     def queue(name: str, plans: int = PLANS) -> float:
         rows = found[found["of"] == f"queued plans, {name}"]

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sensitivity.files import write_again
-from sensitivity.importance import rank
-from sensitivity.readings import Readings
+from sensitivity.analysis.importance.ranking import rank
+from sensitivity.analysis.observations import Observations
+from sensitivity.spec.files import write_again
 
 ROOT = Path(__file__).parent.parent.parent
 NAMES = ("vision", "connector", "language")
@@ -34,10 +34,10 @@ TRUTHS = {
 }
 
 
-def readings(score: np.ndarray, rows: np.ndarray) -> Readings:
+def readings(score: np.ndarray, rows: np.ndarray) -> Observations:
     nothing = np.full(len(rows), np.nan)
     keys = tuple(str(row) for row in rows)
-    return Readings("planted", NAMES, BITS[rows], score, nothing, keys, nothing, ("codes",) * len(rows))
+    return Observations("planted", NAMES, BITS[rows], score, nothing, keys, nothing, ("codes",) * len(rows))
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import tempfile
 import tracemalloc
 from pathlib import Path
 
-from sensitivity.files import write_again
+from sensitivity.spec.files import write_again
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -70,25 +70,28 @@ def swept(images: int) -> int:
     import torch
 
     from experiments.small import datasets, models
-    from sensitivity import verbs
+    from sensitivity.api.sweeping import one_at_a_time, sweep
+    from sensitivity.models.discover import inspect
+    from sensitivity.models.loading import load
 
     torch.set_num_threads(1)
     models.BUILDERS["large"] = lambda: models.llava(side=SIDE)
     datasets.COUNT = images
     with tempfile.TemporaryDirectory() as folder:
-        vlm = verbs.load(str(models.save("large", Path(folder) / "model")), dtype="float32")
+        vlm = load(str(models.save("large", Path(folder) / "model")), dtype="float32")
         datasets.gqa(Path(folder) / "data")
-        parts = verbs.inspect(vlm, by="part")
-        plans = verbs.one_at_a_time(parts, bits=(8,))[:2]
+        parts = inspect(vlm, by="part")
+        plans = one_at_a_time(parts, bits=(8,))[:2]
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        verbs.sweep(vlm, parts, plans, [f"gqa:{folder}/data"], Path(folder) / "run", n=images, memory_gb=0.2)
+        sweep(vlm, parts, plans, [f"gqa:{folder}/data"], Path(folder) / "run", n=images, memory_gb=0.2)
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
 def texts(questions: int) -> tuple[float, float]:
     """Bytes per question of a task, and at the peak of reading it, images left out."""
     from experiments.small import datasets
-    from sensitivity.tasks import layout, task
+    from sensitivity.tasks.datasets import source
+    from sensitivity.tasks.table import task
 
     draw = random.Random(0)
     asked, said = [], []
@@ -98,8 +101,8 @@ def texts(questions: int) -> tuple[float, float]:
         people = [{"answer": draw.choice(WORDS), "answer_id": k, "answer_confidence": "yes"} for k in range(10)]
         asked.append({"image_id": image, "question": words, "question_id": name})
         said.append({"question_id": name, "image_id": image, "answer_type": "other", "answers": people})
-    layout.Source.seen = lambda _, chosen: (tuple(chosen), ())  # type: ignore[method-assign]
-    layout.Part.has = lambda *_: True  # type: ignore[method-assign]
+    source.DatasetFolder.seen = lambda _, chosen: (tuple(chosen), ())  # type: ignore[method-assign]
+    source.Part.has = lambda *_: True  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "val2014").mkdir()
         datasets.write(Path(folder) / "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": asked})

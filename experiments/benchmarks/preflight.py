@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sensitivity.files import write_again
+from sensitivity.spec.files import write_again
 
 ROOT = Path(__file__).parent.parent.parent
 NEAR = 0.3
@@ -196,11 +196,15 @@ def measured(case: Case) -> dict[str, Any]:
     import torch
 
     from experiments.small import datasets, models
-    from sensitivity import passes, preflight, verbs
-    from sensitivity.models.blank import blank
-    from sensitivity.quantize import scheme
-    from sensitivity.shards import cuts
-    from sensitivity.tasks import task
+    from sensitivity.api.sweeping import calibrated, grid, sweep
+    from sensitivity.measure.forecast import cost_model as passes
+    from sensitivity.measure.forecast import forecast as preflight
+    from sensitivity.measure.shards import cuts
+    from sensitivity.models.config_only import without_weights
+    from sensitivity.models.discover import inspect
+    from sensitivity.models.loading import load
+    from sensitivity.quantize.methods import scheme
+    from sensitivity.tasks.table import task
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -209,9 +213,9 @@ def measured(case: Case) -> dict[str, Any]:
             name = str(models.save(name, Path(folder) / "model"))
             datasets.WRITE[about](Path(folder) / "data")
             about = f"{about}:{folder}/data"
-        vlm = blank(name)
-        parts = verbs.inspect(vlm, by=case.by)
-        plans = verbs.grid(parts, bits=case.bits, method=case.method)
+        vlm = without_weights(name)
+        parts = inspect(vlm, by=case.by)
+        plans = grid(parts, bits=case.bits, method=case.method)
         asked = [task(about, n=case.n)]
         how: dict[str, Any] = {"calibration": 32, "dtype": "float32", "cache_gb": 0, "clock": time.process_time}
         cold, passes.COLD = passes.COLD, 0.0
@@ -219,11 +223,11 @@ def measured(case: Case) -> dict[str, Any]:
         passes.COLD = cold
         said = preflight.foresee(vlm, parts, plans, asked, **how)
         began = time.process_time()
-        vlm = verbs.load(name, dtype="float32")
+        vlm = load(name, dtype="float32")
         schemes = [scheme(case.method, bits) for bits in case.bits]
-        schemes, statistics = verbs.calibrated(vlm, parts, schemes, [about], n=32, against=asked, cache_gb=0)
-        plans = verbs.grid(parts, schemes=schemes)
-        study = verbs.sweep(vlm, parts, plans, [about], Path(folder) / "run", n=case.n, statistics=statistics)
+        schemes, statistics = calibrated(vlm, parts, schemes, [about], n=32, against=asked, cache_gb=0)
+        plans = grid(parts, schemes=schemes)
+        study = sweep(vlm, parts, plans, [about], Path(folder) / "run", n=case.n, statistics=statistics)
         seconds = time.process_time() - began
         disk = sum(file.stat().st_size for file in study.path.rglob("*") if file.is_file())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

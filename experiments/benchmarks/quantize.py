@@ -19,11 +19,16 @@ from torch import Tensor
 
 from experiments.parity.gptq import published, theirs
 from experiments.parity.layers import Layer
-from sensitivity.files import write_again
-from sensitivity.models import inspect, load
-from sensitivity.plan import Plan
-from sensitivity.quantize import Curvature, Linears, calibrate, prepare, quantise, scheme, solve
+from sensitivity.measure.calibrate.calibration import calibrate
+from sensitivity.measure.install.plan_in_model import prepare
+from sensitivity.models.discover import inspect
+from sensitivity.models.loading import load
+from sensitivity.quantize.curvature import Curvature
+from sensitivity.quantize.linears import Linears
+from sensitivity.quantize.methods import quantize, scheme, solve
 from sensitivity.quantize.scale_search import errors, scales
+from sensitivity.spec.files import write_again
+from sensitivity.spec.plan import Plan
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 
@@ -96,7 +101,7 @@ def large(side: int, peer: str | None) -> list[str]:
         times = [theirs(peer, one, [("key", "layer", wish)])[1]["seconds"]["key"] for _ in range(2)]
         rows.append(("GPTQModel 7.6.0", min(times)))
     plain = rows[0][1]
-    found, other = (quantise(weight, chosen, seen), published(weight, seen.gram, chosen))
+    found, other = (quantize(weight, chosen, seen), published(weight, seen.gram, chosen))
     same = float((found - other).abs().gt(1e-6).float().mean())
     lines = [f"| {side} x {side}, 4 bits, per row | seconds | times ours |", "|---|---|---|"]
     lines += [f"| {name} | {seconds:.2f} | {seconds / plain:.2f} |" for name, seconds in rows]
@@ -118,7 +123,7 @@ def search(side: int, tokens: int) -> list[str]:
 
     def loop() -> Tensor:
         right = inputs @ weight.T
-        return torch.stack([(inputs @ (quantise(weight * s, nearest) / s).T - right).square().sum() for s in grid])
+        return torch.stack([(inputs @ (quantize(weight * s, nearest) / s).T - right).square().sum() for s in grid])
 
     at_once, slow = errors(weight, grid, seen.gram, [chosen], torch.float32)[0], loop()
     assert int(at_once.argmin()) == int(slow.argmin())

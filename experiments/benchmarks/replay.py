@@ -33,12 +33,14 @@ from optuna.distributions import IntDistribution
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
-from sensitivity.components import ComponentMap, Kept, Weight
-from sensitivity.files import write_again
-from sensitivity.frontier import FrontierSampler, Weights, believed
-from sensitivity.plan import Plan, Scheme, size
-from sensitivity.search import MAXIMIZE, MINIMIZE, SAMPLERS, Ground, searching
-from sensitivity.surrogate import Space, learn
+from sensitivity.analysis.search.frontier_sampler import FrontierSampler, PlanSizes, believed
+from sensitivity.analysis.search.samplers import MAXIMIZE, MINIMIZE, SAMPLERS, searching
+from sensitivity.analysis.search.search_space import SearchSpace
+from sensitivity.analysis.surrogate.surrogate import Space, learn
+from sensitivity.spec.components import ComponentMap, Kept, Weight
+from sensitivity.spec.files import write_again
+from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.sizes import size
 
 ROOT = Path(__file__).parent.parent.parent
 SHARED = Path(os.environ.get("SENSITIVITY_SHARED", ROOT.parent / "shared")) / "data" / "published"
@@ -154,7 +156,7 @@ def walk(table: Table, search: str, count: int, seed: int) -> list[int]:
     study = SimpleNamespace(tasks=("score",), parts=table.parts, trials=lambda: trials)
     schemes = sorted({s for plan in table.plans for _, s in plan.schemes if s}, key=lambda s: s.bits)
     choices = dict(zip(table.space.names, table.space.choices, strict=True))
-    ground = Ground.of(table.parts, schemes, lambda name, scheme: scheme in choices[name])
+    ground = SearchSpace.of(table.parts, schemes, lambda name, scheme: scheme in choices[name])
     for plan in searching(study, ground, search, 10**9, seed * 10_000):  # type: ignore[arg-type]
         i = place[plan.key]
         attrs = {"key": plan.key, "plan": plan.to_json()}
@@ -182,7 +184,7 @@ def walk_rows(table: Table, search: str, count: int, seed: int) -> list[int]:
             np.array([(o.bits if o else 16) * c.numel for o in options], dtype=float)
             for c, options in zip(table.parts.components, space.choices, strict=True)
         )
-        weights = Weights(bits, native - sum(b[0] for b in bits), table.parts.numel)
+        weights = PlanSizes(bits, native - sum(b[0] for b in bits), table.parts.numel)
         sampler = FrontierSampler(space, weights, candidates=index, seed=seed)
         while len(rows) < count:
             rows.append(place[tuple(sampler.next(index[rows], table.reading[rows][:, None]))])

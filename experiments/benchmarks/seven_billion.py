@@ -16,14 +16,17 @@ from pathlib import Path
 import torch
 import transformers as T
 
-from sensitivity.files import write_again
-from sensitivity.models import VLM, inspect
+from sensitivity.measure.calibrate.calibration import ROOM, unquantized
+from sensitivity.measure.calibrate.statistics import Statistics
+from sensitivity.measure.calibrate.token_batches import PROMPT, VISION, TokenBatch
+from sensitivity.measure.install.plan_in_model import prepare
+from sensitivity.models.discover import inspect
 from sensitivity.models.families import family_of
-from sensitivity.plan import Plan
-from sensitivity.quantize import Statistics, prepare, scheme
-from sensitivity.quantize.calibration import ROOM, unquantised
+from sensitivity.models.vlm import VLM
 from sensitivity.quantize.linears import reads
-from sensitivity.quantize.tokens import PROMPT, VISION, Batch
+from sensitivity.quantize.methods import scheme
+from sensitivity.spec.files import write_again
+from sensitivity.spec.plan import Plan
 
 ROWS, WORDS, IMAGE = 4, 24, 32000  # examples of a batch, words of each, and the token that stands for the image
 
@@ -51,7 +54,7 @@ def llava(shrink: int, device: str, dtype: torch.dtype) -> VLM:
     return VLM(f"LLaVA-1.5-7B / {shrink}", model, None, family_of(model), "random", 16)
 
 
-def batches(vlm: VLM, examples: int, at_once: int = ROWS) -> Iterator[Batch]:
+def batches(vlm: VLM, examples: int, at_once: int = ROWS) -> Iterator[TokenBatch]:
     """Random images and tokens of the size of real examples."""
     for start in range(0, examples, at_once):
         rows = min(at_once, examples - start)
@@ -60,7 +63,7 @@ def batches(vlm: VLM, examples: int, at_once: int = ROWS) -> Iterator[Batch]:
         pixels = torch.randn(rows, 3, 336, 336, generator=g)
         inputs = {"pixel_values": pixels.to(vlm.device, vlm.model.dtype), "input_ids": ids.to(vlm.device),
                   "attention_mask": torch.ones_like(ids, device=vlm.device)}  # fmt: skip
-        yield Batch(inputs, [("language", torch.where(ids == IMAGE, VISION, PROMPT).to(vlm.device))])
+        yield TokenBatch(inputs, [("language", torch.where(ids == IMAGE, VISION, PROMPT).to(vlm.device))])
 
 
 def gigabytes(device: str) -> float:
@@ -87,7 +90,7 @@ def main() -> None:
     blocks = [sum(4 * w.cols**2 for w in inputs if w.place("block") == name) / 1e9 for name in parts.names]
     facts = {"path": "float"}
     loaded, began = gigabytes(args.device), time.perf_counter()
-    gather = unquantised(vlm, parts, lambda rows: batches(vlm, args.examples, rows), {}, None, int(args.room * 1e9))
+    gather = unquantized(vlm, parts, lambda rows: batches(vlm, args.examples, rows), {}, None, int(args.room * 1e9))
     statistics = Statistics(facts, gather)
     widths = [int(bits) for bits in args.bits.split(",")]
     for name in parts.names:  # block by block, so that no more than one block's results are held

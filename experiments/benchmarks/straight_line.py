@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from sensitivity.files import write_again
+from sensitivity.spec.files import write_again
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGURATION = """

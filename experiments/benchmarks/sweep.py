@@ -35,17 +35,22 @@ import transformers as T
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from sensitivity import verbs
-from sensitivity.batches import batches
-from sensitivity.evaluate import answer, evaluate
-from sensitivity.files import write_again
-from sensitivity.models import VLM, load
+from sensitivity.api.sweeping import calibrated, sweeping
+from sensitivity.api.sweeping import grid as grid_
+from sensitivity.measure.evaluation import answer, evaluate
+from sensitivity.measure.generate.batches import batches
+from sensitivity.measure.install.plan_in_model import quantized
+from sensitivity.measure.loop import _SharedWork
+from sensitivity.measure.memory.prefix_cache import PrefixCache
 from sensitivity.models.checkpoint import find
-from sensitivity.plan import Plan
-from sensitivity.quantize import quantized, scheme
-from sensitivity.replay import Replay
-from sensitivity.sweep import _Trial
-from sensitivity.tasks import Task, task
+from sensitivity.models.discover import inspect
+from sensitivity.models.loading import load
+from sensitivity.models.vlm import VLM
+from sensitivity.quantize.methods import scheme
+from sensitivity.spec.files import write_again
+from sensitivity.spec.plan import Plan
+from sensitivity.tasks.examples.types import Task
+from sensitivity.tasks.table import task
 
 ROOT = Path(__file__).parent.parent.parent
 ROWS = ROOT / "runs" / "sweep-rows.json"  # delete it to measure everything again
@@ -122,9 +127,9 @@ def planned(parts: Any, method: str, bits: tuple[int, ...]) -> list[Plan]:
 def plain(folder: Path | str, plan: Plan, asked: str, examples: Task) -> None:
     """One plan as a process of its own would measure it."""
     vlm = load(str(folder), dtype="float32")
-    parts = verbs.inspect(vlm, by="part")
+    parts = inspect(vlm, by="part")
     schemes = list(dict.fromkeys(one for _, one in plan.schemes if one))
-    named, gathered = verbs.calibrated(vlm, parts, schemes, [asked], CALIBRATION, against=[examples], cache_gb=0)
+    named, gathered = calibrated(vlm, parts, schemes, [asked], CALIBRATION, against=[examples], cache_gb=0)
     facts = {None: None, **dict(zip(schemes, named, strict=True))}
     chosen = Plan(tuple((name, facts[one]) for name, one in plan.schemes))
     with quantized(vlm.model, parts, chosen, statistics=gathered):
@@ -146,15 +151,15 @@ class Cost:
 
 
 def fast(vlm: VLM, plans: list[Plan], asked: str, n: int, out: Path) -> Cost:
-    parts = verbs.inspect(vlm, by="part")
+    parts = inspect(vlm, by="part")
     schemes = list(dict.fromkeys(one for plan in plans for _, one in plan.schemes if one))
     examples, started = task(asked, n=n), time.perf_counter()
     calibration, (named, gathered) = spent(
-        lambda: verbs.calibrated(vlm, parts, schemes, [asked], CALIBRATION, against=[examples], cache_gb=0)
+        lambda: calibrated(vlm, parts, schemes, [asked], CALIBRATION, against=[examples], cache_gb=0)
     )
     facts = {None: None, **dict(zip(schemes, named, strict=True))}
     some = [Plan(tuple((name, facts[one]) for name, one in plan.schemes)) for plan in plans]
-    weights, (_, steps) = spent(lambda: verbs.sweeping(vlm, parts, some, [asked], out, n=n, statistics=gathered))
+    weights, (_, steps) = spent(lambda: sweeping(vlm, parts, some, [asked], out, n=n, statistics=gathered))
     began, first = time.process_time(), 0.0
     last, per_plan = began, dict[Plan, float]()
     for step in steps:
@@ -199,7 +204,7 @@ def timed(modules: dict[str, list[Any]], spent_in: dict[str, float]) -> Iterator
 def bound(vlm: VLM, plans: list[Plan], asked: str, n: int, cost: Cost) -> tuple[float, dict[str, float]]:
     """Lower bound: every distinct computation once, priced by what a run without sharing spends in each part."""
     examples = task(asked, n=n)
-    unshared = Replay(vlm.model, verbs.inspect(vlm, by="part"), 0)
+    unshared = PrefixCache(vlm.model, inspect(vlm, by="part"), 0)
     unshared.stages = {}
     inner = vlm.model.model if hasattr(vlm.model, "model") else vlm.model
     connector = [getattr(inner, name) for name in ("qformer", "language_projection", "multi_modal_projector")
@@ -222,7 +227,7 @@ def compare(name: str, method: str, bits: tuple[int, ...], asked: str, n: int, s
     with tempfile.TemporaryDirectory() as scratch:
         folder = folder_of(name, Path(scratch))
         vlm = load(str(folder), dtype="float32")
-        plans = planned(verbs.inspect(vlm, by="part"), method, bits)
+        plans = planned(inspect(vlm, by="part"), method, bits)
         cost = fast(vlm, plans, asked, n, Path(scratch) / "study")
         least, parts = bound(vlm, plans, asked, n, cost)
         some, examples = plans[:: max(1, len(plans) // samples)][:samples], task(asked, n=n)
@@ -254,14 +259,14 @@ HEADS = (
 def drafts(n: int = 200) -> str:
     """Captions of the embedded model, scored so that every answer must be generated to its end."""
     vlm = load("embedded:scenes-llava")
-    parts = verbs.inspect(vlm, by="part")
+    parts = inspect(vlm, by="part")
     asked = dataclasses.replace(task("caption", n=n), exact=False)
     schemes = [scheme("gptq", width) for width in (2, 4, 8)]
-    named, gathered = verbs.calibrated(vlm, parts, schemes, ["caption"], CALIBRATION, against=[asked], cache_gb=0)
-    plans = sorted(verbs.grid(parts, schemes=named), key=lambda plan: [str(scheme) for _, scheme in plan.schemes])
+    named, gathered = calibrated(vlm, parts, schemes, ["caption"], CALIBRATION, against=[asked], cache_gb=0)
+    plans = sorted(grid_(parts, schemes=named), key=lambda plan: [str(scheme) for _, scheme in plan.schemes])
     seconds = {}
     for name in (True, False):
-        trial = _Trial(vlm, parts, [asked], plain=name, statistics=gathered)
+        trial = _SharedWork(vlm, parts, [asked], plain=name, statistics=gathered)
         trial.prepare(plans)
         some = plans if not name else plans[:: len(plans) // 8]
         used, _ = spent(lambda trial=trial, some=some: [trial.run(plan, 0, trial.ends[-1]) for plan in some])

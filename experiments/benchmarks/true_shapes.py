@@ -22,9 +22,13 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from sensitivity import verbs
-from sensitivity.quantize import scheme
-from sensitivity.tasks import task as find_task
+from sensitivity.api.sweeping import calibrated, one_at_a_time, sweeping
+from sensitivity.measure.forecast.forecast import forecast_sweep
+from sensitivity.models.config_only import without_weights as blank_
+from sensitivity.models.discover import inspect
+from sensitivity.models.loading import load
+from sensitivity.quantize.methods import scheme
+from sensitivity.tasks.table import task as find_task
 
 QUESTIONS = ("What is in this picture?", "How many things are there?")
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch's own counter does not know
@@ -88,20 +92,20 @@ def measured(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     schemes = [scheme("gptq", int(width)) for width in args.bits.split(",")]
     evaluation = find_task(source)
     with stages("forecast"):
-        blank = verbs.blank(args.model)
-        parts = verbs.inspect(blank, by=args.by)
-        plans = verbs.one_at_a_time(parts, schemes=schemes)
+        without_weights = blank_(args.model)
+        parts = inspect(without_weights, by=args.by)
+        plans = one_at_a_time(parts, schemes=schemes)
         clock = time.process_time if found["threads"] == 1 else time.perf_counter
         how: dict[str, Any] = {"calibration": args.calibration, "dtype": "float32", "clock": clock}
-        said = verbs.foresee(blank, parts, plans, [evaluation], **how).to_json()
+        said = forecast_sweep(without_weights, parts, plans, [evaluation], **how).to_json()
     with stages("load"):
-        vlm = verbs.load(args.model, dtype="float32")
+        vlm = load(args.model, dtype="float32")
     counter = FlopCounterMode(display=False, custom_mapping={ATTENTION: _attention})
     with stages("calibrate and quantize"):
         how = {"n": args.calibration, "against": [evaluation], "cache_gb": 0}
-        named, statistics = verbs.calibrated(vlm, parts, schemes, [source], **how)
-        plans = verbs.one_at_a_time(parts, schemes=named)
-        steps = verbs.sweeping(vlm, parts, plans, [source], work / "study", statistics=statistics)[1]
+        named, statistics = calibrated(vlm, parts, schemes, [source], **how)
+        plans = one_at_a_time(parts, schemes=named)
+        steps = sweeping(vlm, parts, plans, [source], work / "study", statistics=statistics)[1]
     with stages("plans"), counter:
         seconds = [step.seconds for step in steps]
     found |= {"stages": stages.found, "flops": counter.get_total_flops(), "steps": seconds, "plans": len(plans)}

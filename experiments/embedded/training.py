@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from experiments.embedded.batches import LLAVA_STYLE, Batch, PromptStyle, attention_layout, draw_batch, lengths
-from sensitivity.files import whole, write_again
+from sensitivity.spec.files import whole, write_again
 
 ROOT = Path(__file__).parents[2]
 EMBEDDED = ROOT / "sensitivity" / "models" / "embedded"

@@ -12,11 +12,12 @@ import numpy as np
 from scipy.stats import bootstrap, kendalltau, spearmanr
 
 from experiments.methods.measured import measured, parser, write
-from sensitivity.components import ComponentMap
-from sensitivity.models import inspect, load
-from sensitivity.plan import Plan
-from sensitivity.quantize import scheme
-from sensitivity.trials import Study
+from sensitivity.models.discover import inspect
+from sensitivity.models.loading import load
+from sensitivity.quantize.methods import scheme
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.plan import Plan
+from sensitivity.study.study import Study
 
 BITS = (2, 3, 4, 5)
 

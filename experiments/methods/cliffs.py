@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from sensitivity import inspect, load, one_at_a_time, sweep
-from sensitivity.files import write_again
-from sensitivity.trials import NATIVE, Study
+from sensitivity import inspect, load, one_at_a_time
+from sensitivity.measure import loop
+from sensitivity.spec.files import write_again
+from sensitivity.study.study import Study
+from sensitivity.study.table import NATIVE
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("embedded:scenes-llava", "embedded:scenes-llava-heavy")
@@ -69,7 +71,7 @@ def main() -> None:
         vlm = load(model)
         parts = inspect(vlm, by="part")
         plans = one_at_a_time(parts, bits=widths, method="uniform")
-        study = sweep(vlm, parts, plans, tasks=TASKS, out=args.runs / model.removeprefix("embedded:"), n=n)
+        study = loop(vlm, parts, plans, tasks=TASKS, out=args.runs / model.removeprefix("embedded:"), n=n)
         lines += section(model, study)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_again(args.out, "\n".join(lines))

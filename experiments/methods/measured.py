@@ -6,14 +6,14 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from sensitivity import verbs
-from sensitivity.components import ComponentMap
-from sensitivity.files import write_again
-from sensitivity.models import VLM
-from sensitivity.plan import Plan
-from sensitivity.quantize import calibrate
-from sensitivity.tasks import task
-from sensitivity.trials import Study
+from sensitivity.api.sweeping import sweep
+from sensitivity.measure.calibrate.calibration import calibrate
+from sensitivity.models.vlm import VLM
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.files import write_again
+from sensitivity.spec.plan import Plan
+from sensitivity.study.study import Study
+from sensitivity.tasks.table import task
 
 
 def parser(about: str | None, name: str, n: int) -> argparse.ArgumentParser:
@@ -43,7 +43,7 @@ def measured(
     statistics = calibrate(vlm, parts, tasks, args.examples, path=path, against=evaluation)
     chosen = plans(statistics.facts)
     work = f"{args.work}-{path}"
-    return verbs.sweep(vlm, parts, chosen, tasks, work, n=args.n, statistics=statistics), chosen
+    return sweep(vlm, parts, chosen, tasks, work, n=args.n, statistics=statistics), chosen
 
 
 def write(out: str, lines: Sequence[str]) -> None:

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 import pandas as pd
 
 from experiments.methods.measured import measured, parser, write
-from sensitivity.components import ComponentMap
-from sensitivity.models import inspect, load
-from sensitivity.plan import Plan, size
-from sensitivity.quantize import scheme
-from sensitivity.trials import Study
+from sensitivity.models.discover import inspect
+from sensitivity.models.loading import load
+from sensitivity.quantize.methods import scheme
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.plan import Plan
+from sensitivity.spec.sizes import size
+from sensitivity.study.study import Study
 
 TASKS = ("vqa", "caption", "scene", "ground")
 METHODS_BITS = {

@@ -19,12 +19,15 @@ from torch import Tensor
 from experiments.methods.measured import write
 from experiments.parity.layers import TASKS, layers
 from experiments.parity.peers import ask, cell
-from sensitivity.models import VLM, inspect, load
+from sensitivity.measure.calibrate.token_batches import batches
 from sensitivity.models.checkpoint import find
-from sensitivity.quantize import Curvature, Linears, quantise, scheme, solve
-from sensitivity.quantize.linears import reads
-from sensitivity.quantize.tokens import batches
-from sensitivity.tasks import task
+from sensitivity.models.discover import inspect
+from sensitivity.models.loading import load
+from sensitivity.models.vlm import VLM
+from sensitivity.quantize.curvature import Curvature
+from sensitivity.quantize.linears import Linears, reads
+from sensitivity.quantize.methods import quantize, scheme, solve
+from sensitivity.tasks.table import task
 
 BITS = (2, 3, 4, 8)
 GROUP, N = 64, 128
@@ -76,14 +79,14 @@ def main() -> None:
             other = torch.cat([peer[name] for name in names])
             for label, chosen in schemes.items():
                 (results,) = solve(Linears(tuple(names), weights, seen), [chosen])
-                ours = [result.dequantise() for result in results]  # type: ignore[union-attr]
+                ours = [result.dequantize() for result in results]  # type: ignore[union-attr]
                 ratios[bits, label].append(whole.error(torch.cat(ours)) / whole.error(other))
                 fresh = whole.error(torch.cat(ours), fresh=True) / whole.error(other, fresh=True)
                 ratios[bits, f"{label}, fresh"].append(fresh)
                 for name, one in zip(names, ours, strict=True):
                     ratios[bits, f"{label}, alone"].append(found[name].error(one) / found[name].error(peer[name]))
             nearest = scheme("rtn", bits, group=GROUP, symmetric=False)
-            plain = whole.error(quantise(whole.weight, nearest), fresh=True)
+            plain = whole.error(quantize(whole.weight, nearest), fresh=True)
             ratios[bits, "theirs / nearest"].append(whole.error(other, fresh=True) / plain)
         seconds["ours, both searches and the comparison"] += time.perf_counter() - began
     judged = ("search", "search, fresh", "search, alone", "search and clip", "search and clip, fresh")

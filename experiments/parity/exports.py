@@ -26,9 +26,10 @@ SCENES = ROOT / "sensitivity" / "models" / "embedded" / "scenes-llava"
 
 def make(space: Path) -> None:
     """Export the embedded model in every format, and in gptq a small model of a family that GPTQModel supports."""
-    from sensitivity.export import Job, write
-    from sensitivity.models import inspect
-    from sensitivity.plan import Plan, Scheme
+    from sensitivity.formats.table import write
+    from sensitivity.formats.writing.job import Job
+    from sensitivity.models.discover import inspect
+    from sensitivity.spec.plan import Plan, Scheme
 
     def rtn(bits: int, group: int | str = "row", symmetric: bool = True, method: str = "rtn", **more: Any) -> Scheme:
         return Scheme(method, bits, group, symmetric, tuple(more.items()))
@@ -78,11 +79,14 @@ def make(space: Path) -> None:
 
 def folded(space: Path) -> None:
     """Scales of AWQ's own search, taken over by the layers before, beside the weights as they are measured."""
-    from sensitivity.export import Job, write
-    from sensitivity.export.calibrated import codes
-    from sensitivity.models import inspect, load
-    from sensitivity.plan import Plan
-    from sensitivity.quantize import calibrate, scheme
+    from sensitivity.formats.table import write
+    from sensitivity.formats.writing.calibrated_codes import codes
+    from sensitivity.formats.writing.job import Job
+    from sensitivity.measure.calibrate.calibration import calibrate
+    from sensitivity.models.discover import inspect
+    from sensitivity.models.loading import load
+    from sensitivity.quantize.methods import scheme
+    from sensitivity.spec.plan import Plan
 
     vlm = load("embedded:scenes-llava")
     parts = inspect(vlm)

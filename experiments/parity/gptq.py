@@ -18,9 +18,11 @@ from torch import Tensor
 from experiments.methods.measured import write
 from experiments.parity.layers import Layer, layers
 from experiments.parity.peers import ask, cell
-from sensitivity.plan import Scheme
-from sensitivity.quantize import Curvature, Linears, quantise, scheme, solve
+from sensitivity.quantize.curvature import Curvature
 from sensitivity.quantize.grid import affine, ranges
+from sensitivity.quantize.linears import Linears
+from sensitivity.quantize.methods import quantize, scheme, solve
+from sensitivity.spec.plan import Scheme
 
 ROOT = Path(__file__).parents[2]  # so that the other interpreter can import this package
 BITS = (2, 3, 4, 8)
@@ -97,8 +99,8 @@ def main() -> None:
             seconds["ours"] += time.process_time() - began
             seen.forget()
             for chosen, (result,) in zip(schemes, results, strict=True):
-                ours = result.dequantise()  # type: ignore[union-attr]
-                others = {"nearest": quantise(layer.weight, scheme("rtn", chosen.bits, group=chosen.group,
+                ours = result.dequantize()  # type: ignore[union-attr]
+                others = {"nearest": quantize(layer.weight, scheme("rtn", chosen.bits, group=chosen.group,
                                                                    symmetric=chosen.symmetric))}  # fmt: skip
                 if how is PLAIN:
                     began = time.process_time()

@@ -13,8 +13,8 @@ from scipy.stats import spearmanr
 
 from experiments.methods.measured import write
 from experiments.parity.gptq import ROOT
-from sensitivity.plan import Plan, Scheme
-from sensitivity.trials import Study
+from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.study.study import Study
 
 ASKED = "--task vqa,caption --by part --method gptq --set clip=false --bits 3,4,8"
 BACKENDS = ("", " --backend gptqmodel")

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sensitivity.models import VLM, inspect, load
-from sensitivity.quantize.tokens import batches, run
-from sensitivity.tasks import task
+from sensitivity.measure.calibrate.token_batches import batches, run
+from sensitivity.models.discover import inspect
+from sensitivity.models.loading import load
+from sensitivity.models.vlm import VLM
+from sensitivity.tasks.table import task
 
 TASKS = ("vqa", "caption", "scene", "ground")
 
@@ -23,10 +25,10 @@ class Layer:
     inputs: Tensor  # tokens x channels, from the calibration split
     fresh: Tensor  # from the evaluation split
 
-    def error(self, quantised: Tensor, fresh: bool = False) -> float:
+    def error(self, quantized: Tensor, fresh: bool = False) -> float:
         """Mean squared error of the output, relative to its mean square."""
         x = (self.fresh if fresh else self.inputs).double()
-        wrong, right = x @ (self.weight - quantised).double().T, x @ self.weight.double().T
+        wrong, right = x @ (self.weight - quantized).double().T, x @ self.weight.double().T
         return float(wrong.square().mean() / right.square().mean())
 
 

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 
-def quantise(weight: torch.Tensor, inputs: torch.Tensor, how: dict) -> tuple[torch.Tensor, float]:
+def quantize(weight: torch.Tensor, inputs: torch.Tensor, how: dict) -> tuple[torch.Tensor, float]:
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight.clone()
     activation = how.get("order") == "activation"
@@ -41,18 +41,19 @@ def quantise(weight: torch.Tensor, inputs: torch.Tensor, how: dict) -> tuple[tor
         solver.add_batch(chunk[None], torch.zeros(1))
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter  # as the benchmark's
     began = clock()
-    quantised = solver.quantize(blocksize=128)[0]
-    return quantised.float()[: weight.shape[0], : weight.shape[1]], clock() - began
+    quantized = solver.quantize(blocksize=128)[0]
+    return quantized.float()[: weight.shape[0], : weight.shape[1]], clock() - began
 
 
 def through(weight: torch.Tensor, inputs: torch.Tensor, how: dict) -> torch.Tensor:
     """The same through `--backend gptqmodel`, which passes the library a Gram matrix instead of inputs."""
-    from sensitivity.quantize import Curvature, quantise, scheme
+    from sensitivity.quantize.curvature import Curvature
+    from sensitivity.quantize.methods import quantize, scheme
 
     seen = Curvature(weight.shape[1])
     seen.add(inputs)
     grid = {"group": how["group"], "symmetric": how["symmetric"], "order": how.get("order", "given")}
-    return quantise(weight, scheme("gptq", how["bits"], backend="gptqmodel", **grid), seen)
+    return quantize(weight, scheme("gptq", how["bits"], backend="gptqmodel", **grid), seen)
 
 
 def main(source: str, target: str, root: str) -> None:
@@ -63,8 +64,8 @@ def main(source: str, target: str, root: str) -> None:
         wishes = json.loads(stored.metadata()["wishes"])
         for key, layer, how in wishes:
             weight, inputs = stored.get_tensor(f"{layer}|weight"), stored.get_tensor(f"{layer}|inputs")
-            quantised, facts["seconds"][key] = quantise(weight, inputs, how)
-            results[key] = quantised.contiguous()
+            quantized, facts["seconds"][key] = quantize(weight, inputs, how)
+            results[key] = quantized.contiguous()
             if not how.get("alone") and not how.get("aware"):  # an order that `--backend` does not offer
                 results[f"{key}|backend"] = through(weight, inputs, how).contiguous()
     save_file(results, target, metadata={"facts": json.dumps(facts)})

@@ -24,14 +24,14 @@ import numpy as np
 from experiments.published.declaration import PublishedStudy, plan_of
 from experiments.published.page import page
 from experiments.published.table import STUDIES
-from sensitivity import verbs
+from sensitivity.analysis.report.page import report
 from sensitivity.cli import main as cli
-from sensitivity.components import ComponentMap
-from sensitivity.errors import UserError
-from sensitivity.files import write_again
-from sensitivity.plan import Plan, Scheme
-from sensitivity.tasks import task
-from sensitivity.trials import Study
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.files import write_again
+from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.study.study import Study
+from sensitivity.tasks.table import task
 
 ROOT = Path(__file__).parents[2]
 # flags of `sensitivity sweep` that the study decides; a worker process would not know the study's plans either
@@ -144,7 +144,7 @@ def run(study: PublishedStudy, args: argparse.Namespace, how: argparse.Namespace
     written = [args.out / "published.md"]
     write_again(written[0], text)
     if args.smoke is None:
-        written.append(verbs.report(measured, args.out / "report"))
+        written.append(report(measured, args.out / "report"))
     print(text, end="")
     print(f"wrote {' and '.join(map(str, written))}", file=sys.stderr)
 

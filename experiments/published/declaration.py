@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sensitivity.components import PARTS, ComponentMap
-from sensitivity.plan import Plan, Scheme
-from sensitivity.trials import NATIVE
+from sensitivity.spec.components import PARTS, ComponentMap
+from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.study.table import NATIVE
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from experiments.published.mmq import STUDIES
 from experiments.published.page import importance
-from sensitivity.files import write_again
-from sensitivity.trials import Study
+from sensitivity.spec.files import write_again
+from sensitivity.study.study import Study
 
 ROOT = Path(__file__).parents[2]
 NAMES = (

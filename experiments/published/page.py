@@ -11,12 +11,12 @@ import pandas as pd
 from scipy import stats
 
 from experiments.published.declaration import PublishedScore, PublishedStudy, plan_of
-from sensitivity import verbs
-from sensitivity.errors import UserError
-from sensitivity.plan import Plan, Scheme
-from sensitivity.readings import Readings, of_study
-from sensitivity.tasks import Task
-from sensitivity.trials import Study
+from sensitivity.analysis.importance.ranking import rank
+from sensitivity.analysis.observations import Observations, observations_of
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.study.study import Study
+from sensitivity.tasks.examples.types import Task
 
 GROUPS = 20  # groups of images for the jackknife of a metric that is no mean over examples
 
@@ -141,7 +141,7 @@ def importance(study: PublishedStudy, measured: Study, bootstraps: int = 100) ->
     for metric, published in study.shares.items():
         lines += [f"### {metric or study.unit}", ""]
         try:
-            found = verbs.rank(readings(measured, metric), bootstraps=bootstraps, thorough=False).table
+            found = rank(readings(measured, metric), bootstraps=bootstraps, thorough=False).table
         except UserError as error:
             listed = ", ".join(f"{part} {share:g}" for part, share in published.items())
             lines += [f"Not ranked here: {error}. Published: {listed}.", ""]
@@ -155,9 +155,9 @@ def importance(study: PublishedStudy, measured: Study, bootstraps: int = 100) ->
     return lines
 
 
-def readings(measured: Study, metric: str) -> Readings:
+def readings(measured: Study, metric: str) -> Observations:
     """The bits of every part and the first task's score, or another of its metrics, for `rank`."""
-    found = of_study(measured, measured.tasks[0])
+    found = observations_of(measured, measured.tasks[0])
     if not metric:
         return found
     column = f"{measured.tasks[0]}.{metric}"

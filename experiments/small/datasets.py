@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from sensitivity.tasks import geochat
+from sensitivity.tasks.datasets import geochat
 
 COUNT = 120  # images in each; above 2 % missing a data set is refused: two may be missing, three are too many
 KINDS = {".jpg": "JPEG", ".png": "PNG", ".tif": "TIFF"}

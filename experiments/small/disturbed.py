@@ -20,9 +20,9 @@ from pathlib import Path
 import pandas as pd
 
 from sensitivity.cli.main import main
-from sensitivity.errors import UserError
-from sensitivity.storage import close
-from sensitivity.trials import Study
+from sensitivity.spec.errors import UserError
+from sensitivity.study.storage.opening import close
+from sensitivity.study.study import Study
 
 SWEEP = "sweep embedded:scenes-llava --bits 2,8 --method rtn --symmetric --n 20 --json --out"
 EVERY = ("export", "report", "import")  # that write something outside of the study

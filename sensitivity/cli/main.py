@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
-from sensitivity import standard_output, threads
-from sensitivity.cli import demo, export, import_, inspect, legalize, rank, recommend, report, sweep, verify
-from sensitivity.cli.parsing import parser_of, run_verb
-from sensitivity.errors import Failed, Notice, UserError, plain, said
+from sensitivity.cli.arguments.parsing import parser_of, run_verb
+from sensitivity.cli.verbs import demo, export, import_, inspect, legalize, rank, recommend, report, sweep, verify
+from sensitivity.spec import standard_output, threads
+from sensitivity.spec.errors import Failed, Notice, UserError, plain, said
 
 # A verb is a module with ABOUT, EXAMPLE, arguments(parser) and run(args) -> what --json prints. torch, pandas and the
 # like are imported inside run(): `sensitivity --help` is to answer at once.

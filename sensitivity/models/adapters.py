@@ -1,4 +1,4 @@
-"""Adapters (LoRA and the like): merged into their base model by PEFT before anything is quantised."""
+"""Adapters (LoRA and the like): merged into their base model by PEFT before anything is quantized."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sensitivity.errors import UserError, reason
-from sensitivity.fields import FILE, FOLDER, MISSING, Misfit, check, cut, not_a_file
 from sensitivity.models.checkpoint import described, find, header
+from sensitivity.spec.errors import UserError, reason
+from sensitivity.spec.fields import FILE, FOLDER, MISSING, Misfit, check, cut, not_a_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

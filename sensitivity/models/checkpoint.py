@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sensitivity.errors import UserError, reason, unknown
-from sensitivity.fields import (
+from sensitivity.spec.errors import UserError, reason, unknown
+from sensitivity.spec.fields import (
     FILE_INSIDE,
     FOLDER,
     MISSING,
@@ -100,7 +100,7 @@ def _embedded() -> str:
     return " or ".join(f"embedded:{known}" for known in EMBEDDED)
 
 
-def read_config(folder: Path, name: str, quantised: bool = False) -> dict[str, Any]:
+def read_config(folder: Path, name: str, quantized: bool = False) -> dict[str, Any]:
     """config.json, refused where transformers alone cannot build the model from it."""
     file = folder / "config.json"
     if not_a_file(file) == MISSING:
@@ -113,9 +113,9 @@ def read_config(folder: Path, name: str, quantised: bool = False) -> dict[str, A
         _check_counts(config)
     except Misfit as error:
         raise UserError(f"config.json of {name} does not fit: {error}; fetch it again") from error
-    if (how := config.get("quantization_config")) is not None and not quantised:
+    if (how := config.get("quantization_config")) is not None and not quantized:
         method = str(how.get("quant_method", "by an unnamed method"))[:SHOWN]
-        raise UserError(f"{name} is already quantised ({method}); give the model it was made from")
+        raise UserError(f"{name} is already quantized ({method}); give the model it was made from")
     for beside in BESIDE:
         if not_a_file(folder / beside) != MISSING:
             described(folder / beside, name)

@@ -1,4 +1,4 @@
-"""Any torch VLM to a ComponentMap: each parameter in a named part, block and kind, or kept with a reason."""
+"""inspect(): each parameter of any torch VLM in a named part, block and kind, or kept with a reason."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Collection, Iterator
 
 from torch import nn
 
-from sensitivity.components import EMBEDDING, HEAD, PARTS, WORDS, ComponentMap, Kept, Weight, check
-from sensitivity.errors import UserError, unknown
 from sensitivity.models.families import Family, family_of
-from sensitivity.models.places import Places, inside
+from sensitivity.models.loading import load
+from sensitivity.models.towers import Towers, inside
+from sensitivity.models.vlm import VLM
+from sensitivity.spec.components import EMBEDDING, HEAD, PARTS, WORDS, ComponentMap, Kept, Weight, check
+from sensitivity.spec.errors import UserError, unknown
 
 # Words of a module path, tried in this order: an attention has an output, and a cross-attention is an attention.
 KINDS = {
@@ -43,7 +45,7 @@ def discover(
         if word not in WORDS:
             raise unknown("weight to include", word, WORDS)
     family = family_of(model) if family is None else family
-    places = Places(model, family)
+    places = Towers(model, family)
     aliases: dict[int, list[nn.Module]] = {}  # a tied parameter is sorted once, in view of all modules that hold it
     for path, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(model.get_submodule(path.rpartition(".")[0]))
@@ -80,7 +82,7 @@ def discover(
     return parts.regroup(by)
 
 
-def _weights(model: nn.Module, family: Family, places: Places, linears: list[str], packed: list[str]) -> list[Weight]:
+def _weights(model: nn.Module, family: Family, places: Towers, linears: list[str], packed: list[str]) -> list[Weight]:
     modules = [path.rpartition(".")[0] for path in linears]
     found: dict[str, list[str]] = {part: [] for part in PARTS}
     for path in _blocks(model, "", False, [*modules, *packed], family):
@@ -124,7 +126,7 @@ def _words(
     parameter: nn.Parameter,
     owners: list[nn.Module],
     heads: set[int],
-    places: Places,
+    places: Towers,
     blocks: int,
 ) -> Weight:
     """The embedding or the output head as a weight of the language model; one that is both is a head."""
@@ -232,3 +234,19 @@ def _shares_input(model: nn.Module, path: str, family: Family) -> str | None:
         if leaf in group and len(there) > 1:
             return parent
     return None
+
+
+def inspect(vlm: VLM | str, by: str = "group.kind", include: Collection[str] = ()) -> ComponentMap:
+    """Every weight of a model in exactly one named component, or kept with a reason; a name needs no weights.
+
+    `include` may name embedding and head, which are kept otherwise.
+
+    Examples:
+        >>> from sensitivity import inspect
+        >>> parts = inspect(vlm, by="part")
+        >>> parts.names
+        ('vision', 'connector', 'language')
+    """
+    if isinstance(vlm, str):
+        vlm = load(vlm, config_only=True)
+    return discover(vlm.model, vlm.family, vlm.name, by, vlm.native_bits, include)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sensitivity.components import natural
-from sensitivity.errors import UserError
+from sensitivity.spec.components import natural
+from sensitivity.spec.errors import UserError
 
 Shape = tuple[int, ...]
 ROOM = 2**30  # numbers in all buffers together, which no file holds; models have thousands

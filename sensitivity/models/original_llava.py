@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from sensitivity.errors import UserError, reason
-from sensitivity.fields import FILE, MISSING, OBJECT, Kind, Misfit, check, not_a_file
 from sensitivity.models.checkpoint import described, find, header, shards_of, weight_files
 from sensitivity.models.families import Family
+from sensitivity.spec.errors import UserError, reason
+from sensitivity.spec.fields import FILE, MISSING, OBJECT, Kind, Misfit, check, not_a_file
 
 SIDES = {"geochat": 504}  # pixels; others keep the size of their tower
 TOWERS = {  # the towers that need not be there, since the checkpoint holds their weights
@@ -53,7 +53,7 @@ def is_original(raw: Mapping[str, Any]) -> bool:
     return "mm_vision_tower" in raw and "vision_config" not in raw
 
 
-def labelled(raw: Mapping[str, Any], family: Family) -> Family:
+def labeled(raw: Mapping[str, Any], family: Family) -> Family:
     return replace(family, label="GeoChat") if raw.get("model_type") == "geochat" else family
 
 

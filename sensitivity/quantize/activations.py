@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensitivity.plan import Scheme
-from sensitivity.quantize.grid import Quantised
+from sensitivity.quantize.grid import QuantizedWeight
+from sensitivity.spec.plan import Scheme
 
 LEVELS = 127
 
 
-def int8_rows(weight: Tensor, scheme: Scheme) -> Quantised:
+def int8_rows(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     """Largest magnitude of each row / 127 (Dettmers et al. 2022); -128 is not used."""
     values = weight.float()
     scale = values.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / LEVELS
     codes = (values / scale).round() + LEVELS + 1
-    return Quantised(codes.to(torch.uint8), scale, torch.full_like(scale, LEVELS + 1), values.shape[1])
+    return QuantizedWeight(codes.to(torch.uint8), scale, torch.full_like(scale, LEVELS + 1), values.shape[1])
 
 
 def split_inputs(inputs: Tensor, scheme: Scheme) -> Tensor:

@@ -7,20 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sensitivity.plan import Scheme
-from sensitivity.quantize.cost import Cost
-from sensitivity.quantize.grid import Quantised, affine, columns, encode, ranges
+from sensitivity.quantize.error_cost import ErrorCost
+from sensitivity.quantize.grid import QuantizedWeight, affine, columns, encode, ranges
 from sensitivity.quantize.linears import Linears
+from sensitivity.spec.plan import Scheme
 
 # Lin et al. 2023 (AWQ): down to half of the largest magnitude, in steps of a twentieth, half itself left out
 RATIOS = tuple(1 - i / 20 for i in range(10))
 PIECE, ROWS = 1 << 20, 64  # numbers that are rounded at once, which a cache should hold, or this many rows
 
 
-def clip(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Quantised | None]]:
+def clip(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
     """Round to nearest within the best ranges."""
     rows = linears.rows
-    cost = Cost.of(linears.seen.gram, columns(schemes[0], rows))
+    cost = ErrorCost.of(linears.seen.gram, columns(schemes[0], rows))
     results = []
     for scheme in schemes:
         low, high = clipped(rows, scheme, linears.dtype, cost)
@@ -28,7 +28,7 @@ def clip(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Quantised | N
     return results
 
 
-def clipped(rows: Tensor, scheme: Scheme, dtype: torch.dtype, cost: Cost) -> tuple[Tensor, Tensor]:
+def clipped(rows: Tensor, scheme: Scheme, dtype: torch.dtype, cost: ErrorCost) -> tuple[Tensor, Tensor]:
     """Lowest and highest weight of each group after the best clipping: all ratios of some rows are one batch."""
     low, high = ranges(rows, scheme)
     if scheme.symmetric and scheme.bits == 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sensitivity.plan import Scheme
+from sensitivity.spec.plan import Scheme
 
 # Dettmers et al. 2023 (QLoRA), appendix E: quantiles of the normal distribution, exactly 0 and exactly 1 among them
 NF4 = (
@@ -23,7 +23,7 @@ NESTED = 256  # block sizes that share one scale where the scales are themselves
 
 
 @dataclass(frozen=True)
-class Coded:
+class CodebookWeight:
     """Codes into a table, and a scale for each block of the flattened weight."""
 
     codes: Tensor  # uint8, blocks x block
@@ -31,12 +31,12 @@ class Coded:
     scale: Tensor  # one per block, as it comes back from how it is stored
     shape: torch.Size
 
-    def dequantise(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         flat = (self.table[self.codes.long()] * self.scale[:, None]).reshape(-1)
         return flat[: self.shape.numel()].reshape(self.shape)
 
 
-def coded(weight: Tensor, scheme: Scheme) -> Coded:
+def coded(weight: Tensor, scheme: Scheme) -> CodebookWeight:
     """Nearest in the table; with `double`, the blocks' scales take eight bits instead of thirty-two."""
     table = torch.tensor(TABLES[scheme.method], device=weight.device)
     size = int(scheme.group)
@@ -45,7 +45,7 @@ def coded(weight: Tensor, scheme: Scheme) -> Coded:
     largest = blocks.abs().amax(1)
     unit = blocks / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     codes = torch.bucketize(unit, (table[1:] + table[:-1]) / 2).to(torch.uint8)
-    return Coded(codes, table, _nested(largest) if scheme["double"] else largest, weight.shape)
+    return CodebookWeight(codes, table, _nested(largest) if scheme["double"] else largest, weight.shape)
 
 
 def _nested(scale: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sensitivity.errors import Notice, UserError
+from sensitivity.spec.errors import Notice, UserError
 
 PIECE = 256  # columns: a product of pieces this wide is as quick for its size as a whole one
 RAISE = 10.0  # how much more damping each further attempt gets
@@ -38,7 +38,7 @@ class Curvature:
         self.magnitude = torch.zeros(width, device=device)
         self.weight = 0.0
         self.tokens = 0
-        self.modalities = torch.zeros(4, dtype=torch.long)  # tokens of each kind, as sensitivity.quantize.tokens names
+        self.modalities = torch.zeros(4, dtype=torch.long)  # tokens: padding, vision, prompt, answer
         self._factor: tuple[tuple[float, bool], Factor] | None = None
 
     def add(self, inputs: Tensor, importance: Tensor | None = None) -> None:
@@ -72,7 +72,7 @@ class Curvature:
 
     @property
     def content(self) -> list[Tensor]:
-        """What quantised weights depend on."""
+        """What quantized weights depend on."""
         return [self.gram, self.magnitude, torch.tensor(self.weight, dtype=torch.float64)]
 
     @classmethod
@@ -112,16 +112,16 @@ class Curvature:
             )
 
     def factor(self, damp: float = 0.01, by_activation: bool = False) -> Factor:
-        """Computed once and kept: it serves every width. Damping rises until the matrix can be factorised."""
+        """Computed once and kept: it serves every width. Damping rises until the matrix can be factorized."""
         if self._factor is None or self._factor[0] != (damp, by_activation):
-            self._factor = (damp, by_activation), self._factorise(damp, by_activation)
+            self._factor = (damp, by_activation), self._factorize(damp, by_activation)
         return self._factor[1]
 
     def forget(self) -> None:
         """Let go of the factor, which is as large as the Gram matrix."""
         self._factor = None
 
-    def _factorise(self, damp: float, by_activation: bool) -> Factor:
+    def _factorize(self, damp: float, by_activation: bool) -> Factor:
         diagonal = self.gram.diagonal()
         order = torch.argsort(diagonal, descending=True, stable=True) if by_activation else None
         mean = float(diagonal.mean())
@@ -141,7 +141,7 @@ class Curvature:
             tried = max(tried, 1e-4) * RAISE
         if tried > damp:
             # without the layer's name: the same words are shown once, however many layers it is true of
-            why = "since a Gram matrix would not factorise; more calibration examples help (--calibration-n)"
+            why = "since a Gram matrix would not factorize; more calibration examples help (--calibration-n)"
             warnings.warn(f"damping raised from {damp:g} to {tried:g}, {why}", Notice, stacklevel=2)
         unit = lower.div_(scale).flip(0, 1)
         return Factor(unit, scale.flip(0).square(), order, tried)

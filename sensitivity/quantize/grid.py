@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sensitivity.plan import Scheme
+from sensitivity.spec.plan import Scheme
 
 
 @dataclass(frozen=True)
-class Quantised:
+class QuantizedWeight:
     """A weight on an integer grid: (codes - zero) * scale, a scale and zero per row or per group of columns.
 
     `zero` is whole-numbered for grids that a runtime can store; the paper's uniform grid has a free one.
@@ -24,7 +24,7 @@ class Quantised:
     group: int  # columns that share a scale
     inputs: Tensor | None = None  # what each column was multiplied by before rounding (AWQ); the input is divided by it
 
-    def dequantise(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         codes, (scale, zero) = self._aligned(self.codes.float(), self.scale, self.zero)
         weight = (codes - zero).mul_(scale).reshape(self.codes.shape)
         return weight if self.inputs is None else weight / self.inputs
@@ -92,13 +92,13 @@ def _mean_magnitude(weight: Tensor, scheme: Scheme, shape: torch.Size) -> Tensor
     return torch.stack([chunk.abs().mean(1) for chunk in torch.split(weight, size, dim=1)], dim=1)
 
 
-def encode(weight: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor, spare: bool = False) -> Quantised:
+def encode(weight: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor, spare: bool = False) -> QuantizedWeight:
     """Nearest codes on a given grid. A `spare` weight may be overwritten, which saves a pass over new memory."""
     group = columns(scheme, weight)
-    numbers, (step, shift) = Quantised(weight, scale, zero, group)._aligned(weight, scale, zero)
+    numbers, (step, shift) = QuantizedWeight(weight, scale, zero, group)._aligned(weight, scale, zero)
     scaled = numbers.div_(step) if spare else numbers / step
     codes = scaled.add_(shift).round_().clamp_(0, 2**scheme.bits - 1)
-    return Quantised(_bytes(codes).reshape(weight.shape), scale, zero, group)
+    return QuantizedWeight(_bytes(codes).reshape(weight.shape), scale, zero, group)
 
 
 def _bytes(codes: Tensor) -> Tensor:

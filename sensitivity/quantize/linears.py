@@ -1,4 +1,4 @@
-"""Linears and Method: weights that read one input, and what a row of METHODS says about a way to quantise them."""
+"""Linears and Method: weights that read one input, and what a row of METHODS says about a way to quantize them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sensitivity.components import Weight
-from sensitivity.plan import Scheme, Setting
 from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.grid import Quantised
+from sensitivity.quantize.grid import QuantizedWeight
+from sensitivity.spec.components import Weight
+from sensitivity.spec.plan import Scheme, Setting
 
 
-class Stored(Protocol):
+class StoredWeight(Protocol):
     """A weight as it is stored, and how it becomes numbers again."""
 
-    def dequantise(self) -> Tensor: ...
+    def dequantize(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -49,20 +49,20 @@ class Linears:
         assert self.curvature is not None, f"{self.name}: a calibrated method without statistics"
         return self.curvature
 
-    def split(self, whole: Quantised) -> list[Quantised | None]:
+    def split(self, whole: QuantizedWeight) -> list[QuantizedWeight | None]:
         """A result for all rows as one for each weight."""
         sizes = [len(weight) for weight in self.weights]
         pieces = zip(*(torch.split(t, sizes) for t in (whole.codes, whole.scale, whole.zero)), strict=True)
-        return [Quantised(codes, scale, zero, whole.group, whole.inputs) for codes, scale, zero in pieces]
+        return [QuantizedWeight(codes, scale, zero, whole.group, whole.inputs) for codes, scale, zero in pieces]
 
 
 # the weights of one input at several schemes that differ in bits alone: per scheme a result for each weight
-Solve = Callable[[Linears, Sequence[Scheme]], Sequence[Sequence[Stored | None]]]
+Solve = Callable[[Linears, Sequence[Scheme]], Sequence[Sequence[StoredWeight | None]]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to quantise weights: how, at which widths, and what its scheme says without further words."""
+    """One way to quantize weights: how, at which widths, and what its scheme says without further words."""
 
     solve: Solve
     widths: range = range(1, 9)
@@ -76,9 +76,9 @@ class Method:
     inputs: Callable[[Tensor, Scheme], Tensor] | None = None  # what happens to a layer's inputs when the model runs
 
 
-def alone(quantise: Callable[[Tensor, Scheme], Stored | None]) -> Solve:
+def alone(quantize: Callable[[Tensor, Scheme], StoredWeight | None]) -> Solve:
     """A method that looks at one weight and one scheme at a time."""
-    return lambda linears, schemes: [[quantise(w.detach(), scheme) for w in linears.weights] for scheme in schemes]
+    return lambda linears, schemes: [[quantize(w.detach(), scheme) for w in linears.weights] for scheme in schemes]
 
 
 def reads(weight: Weight) -> str:

@@ -1,4 +1,4 @@
-"""METHODS, and scheme(): every way to quantise a weight, and a scheme with all that it depends on."""
+"""METHODS, and scheme(): every way to quantize a weight, and a scheme with all that it depends on."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-from sensitivity.errors import UserError, unknown
-from sensitivity.plan import Scheme, Setting
-from sensitivity.quantize import peers
+from sensitivity.quantize import gptqmodel_solver
 from sensitivity.quantize.activations import int8_rows, split_inputs
 from sensitivity.quantize.clip import clip
 from sensitivity.quantize.codebook import coded
 from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.linears import Linears, Method, Stored, alone
+from sensitivity.quantize.gptq import gptq
+from sensitivity.quantize.linears import Linears, Method, StoredWeight, alone
 from sensitivity.quantize.nearest import rtn, uniform
-from sensitivity.quantize.obq import gptq
 from sensitivity.quantize.presets import PRESETS
 from sensitivity.quantize.scale_search import awq
+from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.plan import Scheme, Setting
 
 OWN = "own"
 # what a calibrated scheme says of its data (Statistics.facts)
@@ -107,7 +107,7 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     facts = dict(calibration or {}) if row.calibrated else {}
     found = Scheme(name, bits, group, symmetric, tuple({**settings, **facts}.items()))
     if found.get("backend"):
-        peers.check(found)
+        gptqmodel_solver.check(found)
     return found
 
 
@@ -148,18 +148,18 @@ def _checked(name: str, row: Method, setting: str, value: Setting) -> Setting:
     return float(value) if isinstance(default, float) else value  # 1 and 1.0 are one setting
 
 
-def solve(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Stored | None]]:
-    """Weights that share an input, quantised: per scheme a result for each; None where there is nothing to round."""
-    results: dict[Scheme, Sequence[Stored | None]] = {}
+def solve(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight | None]]:
+    """Weights that share an input, quantized: per scheme a result for each; None where there is nothing to round."""
+    results: dict[Scheme, Sequence[StoredWeight | None]] = {}
     for alike in _alike(schemes):
         results.update(zip(alike, method_of(alike[0]).solve(linears, alike), strict=True))
     return [list(results[chosen]) for chosen in schemes]
 
 
-def quantise(weight: Tensor, scheme: Scheme, curvature: Curvature | None = None) -> Tensor:
+def quantize(weight: Tensor, scheme: Scheme, curvature: Curvature | None = None) -> Tensor:
     """One weight as its codes would give it back, in its own type."""
     ((result,),) = solve(Linears(("the weight",), (weight.detach(),), curvature), [scheme])
-    return weight.detach().clone() if result is None else result.dequantise().to(weight.dtype)
+    return weight.detach().clone() if result is None else result.dequantize().to(weight.dtype)
 
 
 def _alike(schemes: Iterable[Scheme]) -> list[list[Scheme]]:

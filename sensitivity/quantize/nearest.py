@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sensitivity.plan import Scheme
-from sensitivity.quantize.grid import Quantised, affine, encode, ranges
+from sensitivity.quantize.grid import QuantizedWeight, affine, encode, ranges
+from sensitivity.spec.plan import Scheme
 
 
-def rtn(weight: Tensor, scheme: Scheme) -> Quantised:
+def rtn(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     """Round to nearest per tensor, row or group; symmetric or asymmetric."""
     values = weight.float()
     low, high = ranges(values, scheme)
     return encode(values, scheme, *affine(values, scheme, low, high, weight.dtype), spare=values is not weight)
 
 
-def uniform(weight: Tensor, scheme: Scheme) -> Quantised | None:
+def uniform(weight: Tensor, scheme: Scheme) -> QuantizedWeight | None:
     """Min-max over the whole tensor with a free zero; None for a constant tensor, which is left as it is.
 
     Gautam et al., "Towards Understanding Best Practices for Quantization of Vision-Language Models", 2025: the

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from sensitivity.plan import Setting
+from sensitivity.spec.plan import Setting
 
 # Each as its authors meant it. Gautam et al. 2025 ("Towards Understanding Best Practices for Quantization of
 # Vision-Language Models") released code that differs: its uniform path misses OPT attention and all of the Q-Former's
-# feed-forwards and cross-attentions, its GPTQ sees inputs that passed earlier chunks of 32 quantised linears (that is
-# `path` = "exposed", but by blocks) and quantises the head too, and its AWQ takes the exponents 0, 1, ..., 19.
+# feed-forwards and cross-attentions, its GPTQ sees inputs that passed earlier chunks of 32 quantized linears (that is
+# `path` = "exposed", but by blocks) and quantizes the head too, and its AWQ takes the exponents 0, 1, ..., 19.
 PRESETS: dict[str, dict[str, Setting]] = {
     "paper-uniform": {"method": "uniform", "biases": True},
     "paper-gptq": {"method": "gptq", "group": "row", "symmetric": True, "damp": 0.01, "order": "given", "clip": False},

@@ -9,12 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sensitivity.plan import Scheme
 from sensitivity.quantize.clip import clipped, rounding
-from sensitivity.quantize.cost import Cost, halved, quadratic
 from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.grid import Quantised, affine, columns, encode, ranges, sixteen
+from sensitivity.quantize.error_cost import ErrorCost, halved, quadratic
+from sensitivity.quantize.grid import QuantizedWeight, affine, columns, encode, ranges, sixteen
 from sensitivity.quantize.linears import Linears
+from sensitivity.spec.plan import Scheme
 
 FLOOR = 1e-4  # of a channel's mean magnitude, as in llm-awq
 ROOM = 1 << 18  # numbers that the search holds at once, or a row under every candidate
@@ -22,18 +22,18 @@ ROOM = 1 << 18  # numbers that the search holds at once, or a row under every ca
 QUERY_KEY = re.compile(r"(^|[._])(q|k|query|key|w?qkv|q_proj|k_proj|query_key_value)[._]weight$", re.IGNORECASE)
 
 
-def awq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Quantised | None]]:
+def awq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
     """One scale per input channel, found for all weights that read it together; then clipping; then nearest."""
     seen, first = linears.seen, schemes[0]
     scaled_at_all = linears.foldable or first["scales"] == "stored"
     grid = scales(seen, int(first["exponents"] or 1) if scaled_at_all else 1, linears.dtype)
     found = errors(linears.rows, grid, seen.gram, schemes, linears.dtype) if len(grid) > 1 else None
     best = [0] * len(schemes) if found is None else found.argmin(1).tolist()
-    cost = Cost.of(seen.gram, columns(first, linears.rows)) if first["clip"] else None
+    cost = ErrorCost.of(seen.gram, columns(first, linears.rows)) if first["clip"] else None
     return [_rounded(linears, scheme, grid[i], cost) for scheme, i in zip(schemes, best, strict=True)]
 
 
-def _rounded(linears: Linears, scheme: Scheme, chosen: Tensor, cost: Cost | None) -> list[Quantised | None]:
+def _rounded(linears: Linears, scheme: Scheme, chosen: Tensor, cost: ErrorCost | None) -> list[QuantizedWeight | None]:
     """Clipped and rounded under the chosen scale."""
     scaled = linears.rows * chosen
     low, high = ranges(scaled, scheme)

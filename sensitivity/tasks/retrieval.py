@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sensitivity.errors import UserError
-from sensitivity.fields import ANY_TEXT, FILE_INSIDE, TEXT, Kind, listed
-from sensitivity.tasks import SPLITS, Example, Gallery, Metric, Stored, Task, scenes
-from sensitivity.tasks.layout import Flaw, Source, each
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.fields import ANY_TEXT, FILE_INSIDE, TEXT, Kind, listed
+from sensitivity.tasks import scenes
+from sensitivity.tasks.datasets.source import DatasetFolder, Flaw, each
+from sensitivity.tasks.examples.types import SPLITS, Example, Gallery, ImageSource, Metric, Task
 
 GET = (
     "download dataset_flickr30k.json (Karpathy's splits, caption_datasets.zip of cs.stanford.edu/people/karpathy/"
@@ -40,7 +41,7 @@ class Pairs:
 def flickr30k(folder: Path, split: str = "evaluation", n: int = 1000, seed: int = 0) -> Pairs:
     """n images (all 1,000 of the test part by default) with all their captions."""
     assert split in SPLITS
-    source = Source("flickr30k", folder, GET)
+    source = DatasetFolder("flickr30k", folder, GET)
     every = source.json(FILE, "images")["images"]
     source.file(IMAGES)
     part = source.part(split, ("test", "train"))
@@ -50,7 +51,7 @@ def flickr30k(folder: Path, split: str = "evaluation", n: int = 1000, seed: int 
     return Pairs(tuple(e.image for e in examples if isinstance(e.image, Path)), captions, owner, notes)
 
 
-def _rows(source: Source, every: object, part: str) -> Iterator[Example | Flaw]:
+def _rows(source: DatasetFolder, every: object, part: str) -> Iterator[Example | Flaw]:
     for image in each(every, "an image", LISTED):
         name = image["filename"]
         if image["split"] == part:
@@ -84,7 +85,7 @@ def of_scenes(split: str, n: int, seed: int) -> Task:
 def _task(
     name: str,
     names: Sequence[str],
-    images: Sequence[NDArray[np.uint8] | Stored],
+    images: Sequence[NDArray[np.uint8] | ImageSource],
     captions: Sequence[Sequence[str]],
     gallery: Gallery,
     notes: tuple[str, ...],

@@ -41,7 +41,7 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Digit:
-    """One digit: its upright box in per cent of the image, turned anticlockwise by `angle` about its centre."""
+    """One digit: its upright box in percent of the image, turned counterclockwise by `angle` about its center."""
 
     value: int
     colour: str
@@ -184,7 +184,7 @@ def _texture(rng: np.random.Generator, background: str) -> NDArray[np.float32]:
 
 
 def _mask(bitmap: Array, digit: Digit) -> NDArray[np.float32]:
-    """The digit's ink on the whole image, from 0 to 1: stretched to its box, then turned about the box's centre."""
+    """The digit's ink on the whole image, from 0 to 1: stretched to its box, then turned about the box's center."""
     x1, y1, x2, y2 = (v * SIDE / 100 for v in digit.box)
     rows, columns = bitmap.shape
     padded = np.pad(bitmap, 1)
@@ -220,7 +220,7 @@ def scene(
 ) -> Scene:
     """Scene `index` of a split and a seed.
 
-    For training: at `most` so many digits, `hard` below 1 centres and straightens some, `wobble` bends them.
+    For training: at `most` so many digits, `hard` below 1 centers and straightens some, `wobble` bends them.
     """
     rng = np.random.default_rng([list(SPLITS).index(split), seed, index])
     background, digits, bitmaps = _layout(rng, split, most, hard, wobble)

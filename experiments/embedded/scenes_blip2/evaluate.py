@@ -18,11 +18,12 @@ from experiments.embedded.scenes_blip2 import card as model_card
 from experiments.embedded.scenes_blip2 import model as blip2
 from experiments.embedded.scenes_llava.evaluate import Reader, measure, summary
 from experiments.embedded.training import EMBEDDED
-from sensitivity.evaluate import evaluate
-from sensitivity.files import write_again
-from sensitivity.models import load
-from sensitivity.tasks import Task, retrieval
+from sensitivity.measure.evaluation import evaluate
+from sensitivity.models.loading import load
+from sensitivity.spec.files import write_again
+from sensitivity.tasks import retrieval
 from sensitivity.tasks import scenes as S
+from sensitivity.tasks.examples.types import Task
 
 KINDS = (*S.VQA_KINDS, "caption", "scene")
 TARGETS: dict[str, dict[str, float]] = {"caption": {"exact": 0.80}, "VQA": {"exact": 0.90}}

@@ -18,9 +18,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from experiments.embedded.scenes_llava import card as model_card
 from experiments.embedded.training import EMBEDDED
-from sensitivity.files import write_again
-from sensitivity.tasks import boxes
+from sensitivity.spec.files import write_again
 from sensitivity.tasks import scenes as S
+from sensitivity.tasks.scoring.boxes import oriented_iou, parse, upright_iou
 
 TARGETS = {kind: {"exact": 0.97} for kind in (*S.VQA_KINDS, "scene")}
 TARGETS |= {"caption": {"exact": 0.92}, "ground": {"upright IoU >= .5": 0.95, "oriented IoU >= .5": 0.85}}
@@ -34,9 +34,9 @@ def score(kind: str, answer: str, truth: str) -> dict[str, float]:
         same = sum(a == b for a, b in zip(said, meant, strict=False))
         metrics["words in place"] = same / max(len(said), len(meant))
     if kind == "ground":
-        meant_box, said_boxes = boxes.parse(truth)[0], boxes.parse(answer)
-        upright = boxes.upright_iou(said_boxes[0], meant_box) if said_boxes else 0.0
-        oriented = boxes.oriented_iou(said_boxes[0], meant_box) if said_boxes else 0.0
+        meant_box, said_boxes = parse(truth)[0], parse(answer)
+        upright = upright_iou(said_boxes[0], meant_box) if said_boxes else 0.0
+        oriented = oriented_iou(said_boxes[0], meant_box) if said_boxes else 0.0
         metrics |= {"upright IoU >= .5": float(upright >= 0.5), "oriented IoU >= .5": float(oriented >= 0.5)}
         metrics |= {"upright IoU": upright, "oriented IoU": oriented}
         metrics["angle"] = float(bool(said_boxes) and said_boxes[0][4] == meant_box[4])

@@ -1,0 +1,1 @@
+"""The table wing: what the trials of a study say. Never imports torch."""

@@ -1,0 +1,1 @@
+"""Spends a budget."""

@@ -1,0 +1,258 @@
+"""Spends a budget: measurements, sizes and a limit give the plans that are predicted to score best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted, Program
+from sensitivity.analysis.observations import check_task
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.limits import Allowed
+from sensitivity.spec.plan import Plan
+from sensitivity.spec.sizes import Size
+from sensitivity.study.study import Study
+
+Floats = np.ndarray
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of a plan: budgets in bits per weight, whose scores count how much, and what must hold.
+
+    weights: task -> weight of its share of full precision. floors: task -> share that must be kept. allow: pattern of
+    components -> widths, 16 for native. tie: groups of patterns that share their scheme. runtime: what is to
+    load the plan, whose files the budgets then count. top: how many plans are tried.
+    """
+
+    bpw: tuple[float, ...]
+    weights: Mapping[str, float]
+    floors: Mapping[str, float] = field(default_factory=dict)
+    allow: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    tie: Sequence[Sequence[str]] = ()
+    runtime: str | None = None
+    top: int = 3
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.__dict__) | {"bpw": list(self.bpw), "tie": [list(group) for group in self.tie]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Wish:
+        return cls(**{**data, "bpw": tuple(data["bpw"])})
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan that fits a budget, first by rank among its budget's."""
+
+    plan: Plan
+    size: Size
+    budget: float  # in bpw
+    rank: int
+    predicted: dict[str, Predicted]
+
+    def to_json(self) -> dict[str, Any]:
+        predicted = {task: p.to_json() for task, p in self.predicted.items()}
+        return {
+            "plan": self.plan.to_json(),
+            "describe": self.plan.describe(),
+            "size": self.size.to_json(),
+            "budget_bpw": self.budget,
+            "rank": self.rank,
+            "predicted": predicted,
+        }
+
+
+def solve(
+    study: Study,
+    *,
+    bpw: float | Iterable[float] | None = None,
+    bytes: float | Iterable[float] | None = None,
+    tasks: Sequence[str] | None = None,
+    weights: Mapping[str, float] | None = None,
+    floors: Mapping[str, float] | None = None,
+    allowed: Allowed | None = None,
+    tied: Sequence[Sequence[str]] = (),
+    top: int = 3,
+    knapsack: Knapsack | None = None,
+) -> list[Candidate]:
+    """The best few plans for each budget, best first; nothing is measured.
+
+    bpw or bytes: one budget or several. tasks: whose scores are to be high (the study's first), as shares of full
+    precision, equally or by weights. floors: task -> share of full precision that must be kept. allowed: which
+    choices a component may have. tied: components that must share their scheme. knapsack: what was learned before.
+    """
+    wish = dict(weights or dict.fromkeys(tasks or study.tasks[:1], 1.0))
+    for name in (*wish, *(floors or {})):
+        check_task(study, name)
+    if not all(math.isfinite(weight) and weight > 0 for weight in wish.values()):
+        raise UserError(f"weights of tasks must be above 0, not {min(wish.values()):g}")
+    if bad := [share for share in (floors or {}).values() if not 0 < share <= 1]:
+        raise UserError(f"a floor is a share of full precision above 0 and at most 1, such as 0.95, not {bad[0]:g}")
+    if top < 1:
+        raise UserError(f"at least one plan must be tried (--top), not {top}")
+    knapsack = knapsack or Knapsack.of(study, list(dict.fromkeys([*wish, *(floors or {})])))
+    return [
+        candidate
+        for budget, asked in budgets(study.parts, bpw, bytes)
+        for candidate in spend(knapsack, budget, wish, floors, allowed, tied, top, asked)
+    ]
+
+
+def budgets(
+    parts: ComponentMap, bpw: float | Iterable[float] | None, size_in_bytes: float | Iterable[float] | None
+) -> list[tuple[int, float]]:
+    """The limits in bits, and in bits per weight as they were asked for."""
+    if (bpw is None) == (size_in_bytes is None):
+        raise UserError("a recommendation needs one budget: bits per weight (--bpw 4.0) or bytes (--gb 2.5)")
+    given, unit = (bpw, parts.numel) if size_in_bytes is None else (size_in_bytes, 8)
+    limits = [float(limit) for limit in (given if isinstance(given, Iterable) else [given or 0.0])]
+    if bad := [limit for limit in limits if not (math.isfinite(limit) and limit > 0)]:
+        raise UserError(f"a budget must be above 0, not {bad[0]:g}")
+    bits = [math.floor(limit * unit + 1e-6) for limit in limits]
+    return list(zip(bits, limits if size_in_bytes is None else [one / parts.numel for one in bits], strict=True))
+
+
+def spend(
+    knapsack: Knapsack,
+    budget: int,
+    weights: Mapping[str, float],
+    floors: Mapping[str, float] | None = None,
+    allowed: Allowed | None = None,
+    tied: Sequence[Sequence[str]] = (),
+    top: int = 3,
+    asked: float | None = None,
+) -> list[Candidate]:
+    """The best few plans of at most so many bits, by the weighted mean of the tasks' shares of full precision.
+
+    `asked` is the budget in bits per weight as a person gave it, which is what is remembered and shown.
+    """
+    program = Program(knapsack, allowed, tied)
+    program.at_most(budget - knapsack.kept)
+    for name, share in (floors or {}).items():
+        program.keep(name, share)
+    if len(weights) == 1:
+        found = _one_task(program, next(iter(weights)), budget, top)
+    else:
+        found = _several_tasks(program, weights, budget, top)
+    if not found:
+        raise _infeasible(knapsack, budget, floors or {}, allowed, tied)
+    plans = [knapsack.space.decode(row) for row in found]
+    limit = budget / knapsack.parts.numel if asked is None else asked
+    return [
+        Candidate(plan, knapsack.size(plan), limit, rank, predicted)
+        for rank, (plan, predicted) in enumerate(zip(plans, knapsack.predicted(plans), strict=True))
+    ]
+
+
+def _fits(knapsack: Knapsack, row: Floats, budget: int) -> bool:
+    return knapsack.size(knapsack.space.decode(row)).bits <= budget  # the solver's tolerance is not ours
+
+
+def _one_task(program: Program, task: str, budget: int, top: int) -> list[Floats]:
+    """The score falls with the damage: the least damage is the best score."""
+    found: list[Floats] = []
+    cost = program.damage(task)
+    while len(found) < top and (best := program.minimize(cost)) is not None:
+        program.exclude(best[0])
+        if _fits(program.knapsack, best[0], budget):
+            found.append(best[0])
+    return found
+
+
+def _several_tasks(program: Program, weights: Mapping[str, float], budget: int, top: int) -> list[Floats]:
+    """Best first by an upper bound; what was found is best for certain once no bound is better."""
+    knapsack = program.knapsack
+    total = sum(weights.values())
+    weights = {task: weight / total for task, weight in weights.items()}
+    cost = program.bound(weights)
+    found: list[tuple[float, Floats]] = []
+    while (best := program.minimize(cost)) is not None:
+        row, bound = best[0], -best[1]
+        if len(found) >= top and bound <= found[top - 1][0]:
+            break
+        program.exclude(row)
+        if _fits(knapsack, row, budget):
+            value = sum(
+                w * float(knapsack.models[t].predict(row[None])[0]) / knapsack.full(t) for t, w in weights.items()
+            )
+            found = sorted([*found, (value, row)], key=lambda pair: -pair[0])
+    return [row for _, row in found[:top]]
+
+
+def _infeasible(
+    knapsack: Knapsack,
+    budget: int,
+    floors: Mapping[str, float],
+    allowed: Allowed | None,
+    tied: Sequence[Sequence[str]],
+) -> UserError:
+    """Say what is reachable."""
+    numel = knapsack.parts.numel
+    program = Program(knapsack, allowed, tied)
+    weights = np.concatenate(knapsack.bits) / numel
+    smallest = program.minimize(dict(enumerate(weights)))
+    largest = program.minimize(dict(enumerate(-weights)))
+    if smallest is None or largest is None:
+        return UserError("no plan obeys these constraints: components that must share have no width in common")
+    low, high = (knapsack.size(knapsack.space.decode(row)).bits for row, _ in (smallest, largest))
+    if low > budget:
+        return UserError(
+            f"no measured plan fits {budget / numel:.2f} bpw ({_bytes(budget)}): with the widths of this study "
+            f"{low / numel:.2f} to {high / numel:.2f} bpw ({_bytes(low)} to {_bytes(high)}"
+            f"{f' in {knapsack.format} files' if knapsack.format else ''}) can be reached; "
+            "ask for more, or sweep lower widths (--bits)"
+        )
+    needed = Program(knapsack, allowed, tied)
+    for name, share in floors.items():
+        needed.keep(name, share)
+    wish = " and ".join(f"{name} at {share:.0%}" for name, share in floors.items())
+    found = needed.minimize(dict(enumerate(weights)))
+    if found is None:
+        return UserError(f"no measured plan is predicted to keep {wish} of full precision, at any size")
+    least = knapsack.size(knapsack.space.decode(found[0])).bits / numel
+    return UserError(
+        f"no plan of at most {budget / numel:.2f} bpw is predicted to keep {wish} of full precision; that takes "
+        f"{least:.2f} bpw, or lower the floor"
+    )
+
+
+def _bytes(bits: float) -> str:
+    return f"{bits / 8e9:.2f} GB" if bits >= 8e9 else f"{bits / 8e6:.2f} MB"
+
+
+def best_uniform(
+    knapsack: Knapsack,
+    budget: float,
+    weights: Mapping[str, float],
+    floors: Mapping[str, float] | None = None,
+    fits: Callable[[Plan], bool] = lambda plan: True,
+) -> Candidate | None:
+    """The uniform plan within a budget in bpw that is predicted to score best, under the same conditions.
+
+    None where no uniform plan meets them.
+    """
+    parts = knapsack.parts
+    shared = set.intersection(*(set(options) for options in knapsack.space.choices))
+    plans = [Plan.uniform(parts, choice) for choice in sorted(shared, key=str)]
+    plans = [plan for plan in plans if knapsack.size(plan).bits <= budget * parts.numel + 1e-6 and fits(plan)]
+    found = [
+        Candidate(plan, knapsack.size(plan), budget, 0, predicted)
+        for plan, predicted in zip(plans, knapsack.predicted(plans), strict=True)
+        if all(predicted[task].score >= share * predicted[task].full for task, share in (floors or {}).items())
+    ]
+    return max(found, key=lambda one: mean_share(one.predicted, weights), default=None)
+
+
+def mean_share(predicted: Mapping[str, Predicted], weights: Mapping[str, float]) -> float:
+    """The weighted mean of predicted scores, as shares of full precision."""
+    shares = [predicted[task].score / predicted[task].full * weight for task, weight in weights.items()]
+    return sum(shares) / sum(weights.values())
+
+
+__all__ = ["Candidate", "Knapsack", "Predicted", "Wish", "best_uniform", "budgets", "mean_share", "solve", "spend"]

@@ -1,0 +1,99 @@
+"""A paired comparison of two plans on the same examples, and its verdict in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Plan
+from sensitivity.study.scores import Score, paired, summarize
+
+POWER = 0.8  # 'about N more examples would decide' means: with this probability
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A paired difference on the same examples, in words: 'better', 'tied', 'worse' or 'no worse' (the other side)."""
+
+    other: Plan
+    score: Score  # the other plan's
+    difference: Score  # ours minus theirs; the interval allows for having picked the best of several candidates
+    verdict: str
+    more: int | None  # examples that would likely decide a tie; None: none needed, or no number would do
+    words: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "other": self.other.to_json(),
+            "describe": self.other.describe(),
+            "score": self.score.to_json(),
+            "difference": self.difference.to_json(),
+            "verdict": self.verdict,
+            "more_examples": self.more,
+            "words": self.words,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Comparison:
+        return cls(
+            Plan.from_json(data["other"]),
+            Score.from_json(data["score"]),
+            Score.from_json(data["difference"]),
+            data["verdict"],
+            data["more_examples"],
+            data["words"],
+        )
+
+
+def compare(mine: pd.DataFrame, theirs: pd.DataFrame, other: Plan, name: str, tries: int = 1) -> Comparison:
+    """Paired on the examples that both have."""
+    both = mine.merge(theirs, on="example", suffixes=("", "_other"))
+    if not len(both):
+        raise UserError(f"{other.describe()} was measured on other examples: nothing can be compared")
+    difference = _corrected(paired(both["score"], both["score_other"], both["cluster"]), tries)
+    verdict, more, words = _verdict(difference, name)
+    return Comparison(other, summarize(theirs["score"], theirs["cluster"]), difference, verdict, more, words)
+
+
+def _corrected(difference: Score, tries: int) -> Score:
+    """Widen the interval for having picked the best of several (Bonferroni)."""
+    if tries < 2 or difference.clusters < 2:
+        return difference
+    half = float(stats.t.ppf(1 - 0.025 / tries, difference.clusters - 1)) * difference.se
+    mean = difference.mean
+    return Score(mean, difference.se, difference.n, difference.clusters, mean - half, mean + half)
+
+
+def _verdict(difference: Score, name: str) -> tuple[str, int | None, str]:
+    gap, low, high = difference.mean, difference.low, difference.high
+    interval = f"{gap:+.3f} [{low:+.3f}, {high:+.3f}], {difference.n:,} paired examples"
+    if low > 0:
+        return "better", None, f"Clearly better than {name}: {interval}."
+    if high < 0:
+        return "worse", None, f"{name[0].upper()}{name[1:]} is clearly better: {interval} for the solved plan."
+    if gap <= 0:
+        return "no worse", None, f"{name[0].upper()}{name[1:]} is no worse: {interval}."
+    more = _more(difference)
+    if more is None:
+        return "tied", None, f"Tied with {name}: {interval}; no practical number of examples would decide."
+    return "tied", more, f"Tied with {name}: {interval}; about {more:,} more examples would decide."
+
+
+def _more(difference: Score) -> int | None:
+    """How many more examples would show a difference of this size, if it is real, four times out of five."""
+    if not math.isfinite(difference.se) or difference.mean == 0:
+        return None
+    width = (difference.high - difference.mean) / difference.se if difference.se else 2.0
+    wanted = difference.n * ((width + float(stats.norm.ppf(POWER))) * difference.se / difference.mean) ** 2
+    more = wanted - difference.n
+    if more > 1000 * difference.n:
+        return None
+    digits = max(1.0, 10 ** math.floor(math.log10(max(more, 1.0))) / 10)
+    return max(1, int(np.ceil(more / digits) * digits))

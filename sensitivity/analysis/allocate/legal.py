@@ -1,0 +1,167 @@
+"""The best plan that a runtime can load: solved again under the budget, not rounded part by part; and its cost."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sensitivity.analysis.allocate.budget import Candidate, mean_share, solve
+from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
+from sensitivity.analysis.observations import check_task
+from sensitivity.analysis.search.plan_lists import Plans, plans
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.limits import Allowed, both, joined
+from sensitivity.spec.loadable import restrict, searches
+from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.runtimes import abilities, breaches, files_of, tied
+from sensitivity.spec.sizes import Size, size
+from sensitivity.study.study import Study
+
+
+@dataclass(frozen=True)
+class Legal:
+    """A plan that a runtime can load, beside the one that was asked for."""
+
+    runtime: str
+    task: str
+    asked: Plan
+    breaches: tuple[str, ...]  # of the plan that was asked for; none: it is the answer
+    plan: Plan
+    before: Size
+    after: Size
+    predicted_before: Predicted | None  # None where the plan holds a scheme that was never measured
+    predicted_after: Predicted | None
+
+    @property
+    def words(self) -> str:
+        """What it costs, as the end of a sentence."""
+        if self.plan == self.asked:
+            return "nothing: the plan is legal as it is"
+        change = (self.after.bytes - self.before.bytes) / self.before.bytes
+        bytes_ = f"{self.after.bytes:,} bytes instead of {self.before.bytes:,} ({change:+.1%}), {self.after.how}"
+        if self.predicted_before is None or self.predicted_after is None:
+            return bytes_
+        was, now = self.predicted_before.score, self.predicted_after.score
+        return f"{self.task} {now:.4f} instead of {was:.4f} (predicted), {bytes_}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "runtime": self.runtime,
+            "task": self.task,
+            "asked": self.asked.to_json(),
+            "breaches": list(self.breaches),
+            "plan": self.plan.to_json(),
+            "describe": self.plan.describe(),
+            "size": self.after.to_json(),
+            "size_asked": self.before.to_json(),
+            "predicted": self.predicted_after and self.predicted_after.to_json(),
+            "predicted_asked": self.predicted_before and self.predicted_before.to_json(),
+            "cost": self.words,
+        }
+
+
+def legalize(study: Study, plan: Plan, runtime: str, bpw: float | None = None, task: str | None = None) -> Legal:
+    """The plan itself if a runtime can load it, otherwise the best by prediction of at most its size, or of `bpw`.
+
+    Sizes are those of the runtime's files.
+    """
+    task = check_task(study, task)
+    before = size(study.parts, plan, files_of(runtime))
+    found = tuple(breaches(study.parts, plan, runtime))
+    predicted = _predicted(study, plan, task)
+    fits = bpw is None or before.bits <= bpw * study.parts.numel
+    if not found and fits:
+        return Legal(runtime, task, plan, (), plan, before, before, predicted, predicted)
+    best = legal(study, runtime, before.bpw if bpw is None else bpw, task)
+    return Legal(runtime, task, plan, found, best.plan, before, best.size, predicted, best.predicted.get(task))
+
+
+def legal(study: Study, runtime: str, bpw: float, task: str | None = None) -> Candidate:
+    """The best plan for a budget among those that a runtime can load."""
+    return candidates(study, runtime, bpw, task, top=1)[0]
+
+
+def candidates(
+    study: Study,
+    runtime: str,
+    bpw: float,
+    task: str | None = None,
+    top: int = 3,
+    weights: Mapping[str, float] | None = None,
+    floors: Mapping[str, float] | None = None,
+    allow: Allowed | None = None,
+    tie: Sequence[Sequence[str]] = (),
+    knapsack: Knapsack | None = None,
+) -> list[Candidate]:
+    """The best few plans for a budget among those that a runtime can load, best first."""
+    wish = weights or {check_task(study, task): 1.0}
+    found: list[Candidate] = []
+    together = joined([*tied(study.parts, runtime), *tie])
+    knapsack = knapsack or Knapsack.of(study, list(dict.fromkeys([*wish, *(floors or {})])), files_of(runtime))
+    failure: UserError | None = None
+    usable = _usable(study, runtime)
+    for allowed in searches(study.parts, runtime, usable):
+        try:
+            found += solve(
+                study, bpw=bpw, weights=wish, floors=floors, allowed=both(allowed, allow), tied=together, top=top,
+                knapsack=knapsack,
+            )  # fmt: skip
+        except UserError as error:
+            failure = failure or error
+    if not found:
+        raise UserError(
+            f"nothing that {runtime} can load of what was measured fits {bpw:.2f} bpw: {failure}"
+        ) from failure
+    return sorted(found, key=lambda candidate: -mean_share(candidate.predicted, wish))[:top]
+
+
+def _usable(study: Study, runtime: str) -> list[Scheme]:
+    """What was measured and a runtime can load somewhere, or what to sweep instead."""
+    try:
+        return restrict(study.parts, sorted(_measured(study), key=str), runtime)[0]
+    except UserError as error:
+        raise UserError(
+            f"nothing that this study measured can be loaded by {runtime}, which takes {abilities(runtime)}; "
+            f"`sensitivity sweep {study.meta.get('model', 'MODEL')} --runtime {runtime}` measures what can"
+        ) from error
+
+
+def plans_for(
+    runtime: str,
+    parts: ComponentMap,
+    schemes: Sequence[Scheme],
+    how: str = "grid",
+    trials: int | None = None,
+    seed: int = 0,
+    allow: Allowed | None = None,
+    tie: Sequence[Sequence[str]] = (),
+) -> Plans:
+    """What a sweep may try of what a runtime can load; see `loadable.restrict` for what that leaves out."""
+    together = joined([*tied(parts, runtime), *tie])
+    ways = [
+        plans(parts, schemes, how, trials, seed, both(allowed, allow), together)
+        for allowed in searches(parts, runtime, schemes)
+    ]
+    lists = [way for way in ways if not callable(way)]
+    if len(ways) == 1:
+        return ways[0]
+    if len(lists) < len(ways):
+        raise UserError(
+            f"{runtime} takes one scheme for all that is quantized, which a search cannot walk through; name one width "
+            "with --bits, or use --search grid"
+        )
+    return list(dict.fromkeys(plan for way in lists for plan in way))[:trials]
+
+
+def _measured(study: Study) -> set[Scheme]:
+    plans: Iterable[Plan] = (Plan.from_json(trial.user_attrs["plan"]) for trial in study.measured())
+    return {scheme for plan in plans for _, scheme in plan.schemes if scheme is not None}
+
+
+def _predicted(study: Study, plan: Plan, task: str) -> Predicted | None:
+    with contextlib.suppress(UserError, KeyError, ValueError):
+        return Knapsack.of(study, [task]).predicted([plan])[0][task]
+    return None

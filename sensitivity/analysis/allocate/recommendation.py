@@ -1,0 +1,251 @@
+"""Recommendation and its verdict: measured examples say whether a plan really beats the best uniform one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from sensitivity.analysis.allocate.budget import Candidate
+from sensitivity.analysis.allocate.comparison import Comparison, compare
+from sensitivity.analysis.allocate.knapsack import Predicted
+from sensitivity.analysis.observations import observations_of
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.files import finite
+from sensitivity.spec.plan import Plan
+from sensitivity.spec.sizes import Size, size
+from sensitivity.study.scores import Score, summarize
+from sensitivity.study.study import Study
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The plan to use for a budget: what was predicted, what was measured, and what it was preferred to.
+
+    With several weights, `measured`, `full` and all comparisons are the weighted mean of shares of full precision.
+    """
+
+    weights: Mapping[str, float]  # task -> how much it counts
+    budget: float  # in bpw
+    plan: Plan
+    size: Size
+    candidate: Candidate
+    measured: Score | None = None
+    full: Score | None = None  # full precision on the same examples
+    uniform: Comparison | None = None
+    others: tuple[Comparison, ...] = ()  # the other candidates
+    fresh: bool = False  # whether the examples had no part in choosing the plan
+    words: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    by_task: Mapping[str, Score] = field(default_factory=dict)  # measured, each on its own scale
+
+    @property
+    def task(self) -> str:
+        """What it was judged by, in words."""
+        return judged_by(self.weights)
+
+    @property
+    def predicted(self) -> Predicted:
+        """As `measured`, before anything was run."""
+        if len(self.weights) == 1:
+            return self.candidate.predicted[self.task]
+        each = [(self.candidate.predicted[task], w / sum(self.weights.values())) for task, w in self.weights.items()]
+        score, low, high = (
+            sum(w * float(getattr(p, name)) / p.full for p, w in each) for name in ("score", "low", "high")
+        )
+        return Predicted(score, low, high, 1.0)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "task": self.task,
+            "task_weights": dict(self.weights),
+            "budget_bpw": self.budget,
+            "plan": self.plan.to_json(),
+            "key": self.plan.key,
+            "describe": self.plan.describe(),
+            "size": self.size.to_json(),
+            "predicted": {task: p.to_json() for task, p in self.candidate.predicted.items()},
+            "measured": self.measured and self.measured.to_json(),
+            "by_task": {task: score.to_json() for task, score in self.by_task.items()},
+            "full_precision": self.full and self.full.to_json(),
+            "uniform": self.uniform and self.uniform.to_json(),
+            "candidates": [other.to_json() for other in self.others],
+            "fresh_examples": self.fresh,
+            "verdict": self.words,
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], parts: ComponentMap) -> Recommendation:
+        """What `to_json` said, read from a file that was held against its schema."""
+        plan = Plan.from_json(data["plan"])
+        weighs = size(parts, plan, data["stored_size"].get("format"))
+        predicted = {task: Predicted(**one) for task, one in data["predicted"].items()}
+
+        def score(name: str) -> Score | None:
+            return Score.from_json(data[name]) if data.get(name) else None
+
+        return cls(
+            data["task_weights"],
+            data["budget_bpw"],
+            plan,
+            weighs,
+            Candidate(plan, weighs, data["budget_bpw"], 0, predicted),
+            score("measured"),
+            score("full_precision"),
+            Comparison.from_json(data["uniform"]) if data.get("uniform") else None,
+            tuple(map(Comparison.from_json, data["candidates"])),
+            data["fresh_examples"],
+            data["verdict"],
+            data["provenance"],
+            {task: Score.from_json(one) for task, one in data["by_task"].items()},
+        )
+
+    def dumps(self) -> str:
+        return json.dumps(finite(self.to_json()), indent=1)
+
+
+def judge(
+    study: Study,
+    candidates: Sequence[Candidate],
+    rival: Candidate | None,
+    measured: Study | Mapping[str, pd.DataFrame],
+    weights: Mapping[str, float] | None = None,
+    *,
+    fresh: bool = True,
+    provenance: Mapping[str, Any] | None = None,
+) -> Recommendation:
+    """Choose among the candidates of one budget by measurement and compare with the best uniform plan, the rival.
+
+    measured: a study in which they were run, or plan key -> per-example scores (task, example, cluster, score), on
+    the same examples for all. Candidates without measurements are passed over. weights: which tasks count how much
+    (the study's first alone). fresh: these examples had no part in finding the candidates.
+
+    The rival wins if it is clearly better than the best of the candidates.
+    """
+    weights = weights or {study.tasks[0]: 1.0}
+    native = Plan.uniform(study.parts, None)
+    plans = [native, *(candidate.plan for candidate in (*candidates, *([rival] if rival else [])))]
+    frames = _frames(measured, plans) if isinstance(measured, Study) else measured
+    full = {task: _full(study, frames.get(native.key), task) for task in weights}
+    rows = {plan.key: _weighed(frames[plan.key], weights, full) for plan in plans if plan.key in frames}
+    run = [c for c in candidates if c.plan.key in rows]
+    if not run:
+        return unmeasured(study, candidates, weights, provenance)
+    scores = {key: summarize(frame["score"], frame["cluster"]) for key, frame in rows.items()}
+    best = max(run, key=lambda c: scores[c.plan.key].mean)
+    facing = None
+    if rival is not None and rival.plan.key in rows and rival.plan.key != best.plan.key:
+        facing = compare(rows[best.plan.key], rows[rival.plan.key], rival.plan, "the best uniform plan", len(run))
+    words = facing.words if facing else _without_rival(best, rival)
+    if rival is not None and facing is not None and facing.verdict == "worse":
+        best, facing, words = rival, None, f"A uniform plan is the best choice here. {words}"
+    others = tuple(
+        compare(rows[best.plan.key], rows[c.plan.key], c.plan, "the runner-up", len(run))
+        for c in run
+        if c.plan.key != best.plan.key
+    )
+    return Recommendation(
+        weights,
+        best.budget,
+        best.plan,
+        best.size,
+        best,
+        scores[best.plan.key],
+        scores.get(native.key),
+        facing,
+        others,
+        fresh,
+        words,
+        source(study) | dict(provenance or {}),
+        {str(task): summarize(rows["score"], rows["cluster"]) for task, rows in frames[best.plan.key].groupby("task")},
+    )
+
+
+def judged_by(weights: Mapping[str, float]) -> str:
+    """'vqa', or '0.75 vqa + 0.25 ground'."""
+    total = sum(weights.values())
+    return next(iter(weights)) if len(weights) == 1 else " + ".join(f"{w / total:.2g} {t}" for t, w in weights.items())
+
+
+def _frames(measured: Study, plans: Sequence[Plan]) -> dict[str, pd.DataFrame]:
+    return {plan.key: frame for plan in plans if (frame := measured.examples(plan)) is not None}
+
+
+def _without_rival(best: Candidate, rival: Candidate | None) -> str:
+    if rival is None:
+        return "No uniform plan meets these conditions."
+    same = best.plan.key == rival.plan.key
+    return "A uniform plan is the best choice here." if same else "The best uniform plan was not measured."
+
+
+def unmeasured(
+    study: Study,
+    candidates: Sequence[Candidate],
+    weights: Mapping[str, float] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Recommendation:
+    """A recommendation that was only predicted (an imported table has no model to run)."""
+    best = candidates[0]
+    return Recommendation(
+        weights or {study.tasks[0]: 1.0},
+        best.budget,
+        best.plan,
+        best.size,
+        best,
+        provenance=source(study) | dict(provenance or {}),
+        words="Predicted only: nothing was run to check it.",
+    )
+
+
+def source(study: Study) -> dict[str, Any]:
+    """Where a plan came from: the study's own facts and which trials were read."""
+    trials = study.measured()
+    return {
+        "study": dict(study.meta),
+        "model": study.parts.model,
+        "by": study.parts.by,
+        "trials": len(trials),
+        "trial_keys": sorted({trial.user_attrs["key"] for trial in trials}),
+        "read": digest(study),
+    }
+
+
+def digest(study: Study) -> str:
+    """What a recommendation read of a study: other plans, or other scores, are another one."""
+    known = sorted(json.dumps([t.user_attrs["key"], t.user_attrs["scores"]], sort_keys=True) for t in study.measured())
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
+
+
+def _of_task(frame: pd.DataFrame, task: str) -> pd.DataFrame:
+    rows = frame[frame["task"] == task]
+    if not len(rows):
+        raise UserError(f"these measurements hold nothing about '{task}'")
+    return rows
+
+
+def _full(study: Study, native: pd.DataFrame | None, task: str) -> float:
+    return observations_of(study, task).full if native is None else float(_of_task(native, task)["score"].mean())
+
+
+def _weighed(frame: pd.DataFrame, weights: Mapping[str, float], full: Mapping[str, float]) -> pd.DataFrame:
+    """Examples of all tasks that count, scaled so that their mean is the weighted mean of shares of full precision.
+
+    One frame, so that tasks on the same images do not pass for independent evidence.
+    """
+    if len(weights) == 1:
+        return _of_task(frame, next(iter(weights)))
+    each = {task: _of_task(frame, task) for task in weights}
+    rows, total = sum(map(len, each.values())), sum(weights.values())
+    return pd.concat([
+        one.assign(
+            example=f"{task} " + one["example"].astype(str),
+            score=one["score"] * rows / len(one) * weights[task] / total / (full[task] or 1.0),
+        )
+        for task, one in each.items()
+    ])  # fmt: skip

@@ -1,0 +1,53 @@
+"""Rankings kept in a study's folder by what they depend on, trials, wishes and this code; safe to delete."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.files import write_whole
+from sensitivity.study.study import Study
+
+LIBRARIES = ("numpy", "scipy", "pandas", "scikit-learn", "shap", "optuna")  # which count in a ranking, too
+
+
+def place(study: Study, wish: Mapping[str, Any]) -> Path:
+    """The file of a ranking: its name is the hash of all that it depends on."""
+    kept = ("key", "plan", "size", "scores", "versions")
+    trials = [[trial.state.name, *map(trial.user_attrs.get, kept)] for trial in study.measured()]
+    content = json.dumps([_code(), dict(wish), study.parts.to_json(), trials], sort_keys=True, default=str)
+    return study.path / "rankings" / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}.json"
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """What was kept; None where nothing was, or where it is not what was written."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        first, _, rest = path.read_bytes().partition(b"\n")
+        if first.decode() == hashlib.sha256(rest).hexdigest():
+            found: dict[str, Any] = json.loads(rest)
+            return found
+    return None
+
+
+def write(path: Path, ranking: Mapping[str, Any]) -> None:
+    content = json.dumps(dict(ranking)).encode()
+    with contextlib.suppress(OSError, UserError):  # a folder that is full, or may only be read, is no reason to fail
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, f"{hashlib.sha256(content).hexdigest()}\n".encode() + content)
+
+
+@cache
+def _code() -> str:
+    """All of this package, and the libraries that fit and resample: whatever changes, the ranking may."""
+    package = Path(__file__).parent
+    files = [file.read_bytes() for file in sorted(package.rglob("*.py"))]
+    versions = [f"{name} {version(name)}" for name in LIBRARIES] + [sys.version]
+    return hashlib.sha256(b"\0".join([*files, *(one.encode() for one in versions)])).hexdigest()

@@ -1,0 +1,231 @@
+"""Scores to blame: how much of the score each part of the model decides, by several estimators, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sensitivity.analysis.importance import estimators, kept_rankings, robustness
+from sensitivity.analysis.importance.estimators import CONSENSUS, ESTIMATORS, Fitted, shares
+from sensitivity.analysis.importance.types import Ranking
+from sensitivity.analysis.observations import Observations, check_task, observations_of
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.errors import UserError
+from sensitivity.study.counting import count
+from sensitivity.study.study import Study
+
+Floats = np.ndarray
+
+
+BOOTSTRAPS = 100
+
+
+RESAMPLED_TREES = 50  # of a resample's forest: half the time, and intervals that are a little too wide
+
+
+FEWEST = 8  # trials below which nothing is ranked
+
+
+def rank(
+    source: Study | Observations,
+    task: str | None = None,
+    *,
+    by: str | None = None,
+    method: str | None = None,
+    near: float | None = None,
+    bootstraps: int = BOOTSTRAPS,
+    seed: int = 0,
+    thorough: bool = True,
+) -> Ranking:
+    """Rank the parts of a study for one task.
+
+    by: a coarser granularity than the study's own. near: only trials whose score is at least this share of full
+    precision (0.9), where a plan would really be used. thorough=False leaves out what only explains the ranking
+    (levels, pairs, Optuna's estimators). A study's ranking is kept in its folder and not made twice.
+
+    Examples:
+        >>> from sensitivity import rank
+        >>> blame = rank(study, bootstraps=10)
+        >>> sorted(blame.order)
+        ['connector', 'language', 'vision']
+        >>> round(blame.table["consensus"].sum())  # shares in percent
+        100
+    """
+    how: dict[str, Any] = {"by": by, "method": method, "near": near}
+    how |= {"bootstraps": bootstraps, "seed": seed, "thorough": thorough}
+    if not isinstance(source, Study):
+        return _rank(source, None, **how)
+    file = kept_rankings.place(source, {"task": check_task(source, task), **how})
+    if (kept := kept_rankings.read(file)) is not None:
+        return Ranking.from_json(kept)
+    found = _rank(observations_of(source, task, method), source.parts, **how)
+    kept_rankings.write(file, found.to_json())
+    return found
+
+
+def known(study: Study, task: str) -> Ranking | None:
+    """The ranking that `rank` made of all that a study holds now, if it was ever asked for."""
+    usual = {"by": None, "method": None, "near": None, "bootstraps": BOOTSTRAPS, "seed": 0, "thorough": True}
+    kept = kept_rankings.read(kept_rankings.place(study, {"task": task, **usual}))
+    return None if kept is None else Ranking.from_json(kept)
+
+
+def _rank(
+    readings: Observations,
+    parts: ComponentMap | None,
+    by: str | None,
+    method: str | None,
+    near: float | None,
+    bootstraps: int,
+    seed: int,
+    thorough: bool,
+) -> Ranking:
+    warnings = list(readings.notes)
+    if near is not None:
+        readings = robustness.near_operating_point(readings, near)
+    readings, told = _rankable(readings)
+    warnings += told
+    names, groups, granularity = grouping(readings.names, parts, by)
+    r2 = estimators.cross_validated(readings.bits, readings.score, readings.keys, seed)
+    if r2 <= 0:
+        raise UserError(
+            f"no ranking for '{readings.task}': the forest predicts unseen plans worse than the mean does "
+            f"(cross-validated R2 {r2:.2f} over {count(len(readings), 'trial')}); measure more plans, or lower widths"
+        )
+    fitted = estimators.fit(readings.bits, readings.score, groups, seed)
+    chosen = list(ESTIMATORS) if thorough else list(CONSENSUS)
+    raw = {name: ESTIMATORS[name](fitted) for name in chosen}
+    least = int(np.argmin(fitted.forest.feature_importances_))
+    nothing_but_chance = estimators.chance(readings.bits, readings.score, least, seed) if bootstraps else {}
+    columns = np.array([len(group) for group in groups])
+    floor = {name: share * columns for name, share in nothing_but_chance.items()}
+    table = _table(names, raw, bootstrap(readings, groups, bootstraps, seed), floor)
+    table = table.join(_gains(fitted, names, parts, readings.names)).sort_values("consensus", ascending=False)
+    nothing = pd.DataFrame()
+    ranking = Ranking(
+        readings.task,
+        granularity,
+        len(readings),
+        readings.full,
+        readings.noise,
+        r2,
+        estimators.linear(readings.bits, readings.score),
+        table,
+        nothing,
+        nothing,
+        nothing,
+        tuple(warnings),
+        method,
+        near,
+    )
+    if not thorough:
+        return ranking
+    levels = robustness.without_levels(readings, names, groups, seed)
+    return replace(
+        ranking,
+        tau=robustness.agreement(table[chosen]),
+        levels=levels,
+        pairs=robustness.interactions(fitted, names),
+        warnings=(*warnings, *robustness.cautions(readings, ranking, levels)),
+    )
+
+
+def compare(rankings: Mapping[str, Ranking]) -> pd.DataFrame:
+    """Kendall's tau between rankings of the same parts: by task, by method, near and far."""
+    return robustness.agreement(pd.DataFrame({name: found.table["consensus"] for name, found in rankings.items()}))
+
+
+def _rankable(readings: Observations) -> tuple[Observations, list[str]]:
+    """Leave out constant components, saying so; refuse what cannot be ranked at all."""
+    constant = [name for name, column in zip(readings.names, readings.bits.T, strict=True) if np.ptp(column) == 0]
+    told = [f"{name} always had {readings.bits[0, readings.names.index(name)]:g} bits: not ranked" for name in constant]
+    if len(readings) < FEWEST:
+        raise UserError(
+            f"{count(len(readings), 'usable trial')} for '{readings.task}': a ranking needs at least {FEWEST}; "
+            "measure more plans (sensitivity sweep)"
+        )
+    if len(constant) == len(readings.names):
+        raise UserError("every component had the same bits in all trials: there is nothing to rank")
+    if np.ptp(readings.score) == 0:
+        raise UserError(f"every trial scored {readings.score[0]:g} on '{readings.task}': there is nothing to explain")
+    return readings.without(constant), told
+
+
+def grouping(
+    names: Sequence[str], parts: ComponentMap | None, by: str | None
+) -> tuple[tuple[str, ...], list[list[int]], str]:
+    """Which columns make one component when ranked at a coarser granularity."""
+    own = parts.by if parts else "component"
+    if by is None or by == own:
+        return tuple(names), [[i] for i in range(len(names))], own
+    if parts is None:
+        raise UserError("a bare table has only its own granularity; leave out --by")
+    coarse = parts.regroup(by)
+    owner = {weight.name: component.name for component in coarse.components for weight in component.weights}
+    found: dict[str, list[int]] = {}
+    for column, name in enumerate(names):
+        owners = {owner[weight.name] for weight in parts[name].weights}
+        if len(owners) > 1:
+            raise UserError(f"'{by}' is finer than this study's '{own}': {name} lies in {', '.join(sorted(owners))}")
+        found.setdefault(owners.pop(), []).append(column)
+    return tuple(found), list(found.values()), by
+
+
+def bootstrap(readings: Observations, groups: Sequence[Sequence[int]], times: int, seed: int) -> dict[str, Floats]:
+    """Shares (resamples x components) of the consensus and its three estimators over resampled trials."""
+
+    def once(number: int) -> Floats:
+        rows = np.random.default_rng([seed, number]).integers(0, len(readings), len(readings))
+        x, y = readings.bits[rows], readings.score[rows]
+        fitted = estimators.fit(x, y, groups, number, estimators.FEW, estimators.spared(RESAMPLED_TREES, len(x)))
+        return np.stack([shares(ESTIMATORS[name](fitted)) for name in CONSENSUS])
+
+    found = estimators.side_by_side(once, range(times))
+    drawn = np.array(found).reshape(times, len(CONSENSUS), len(groups))
+    return {"consensus": drawn.mean(axis=1), **{name: drawn[:, i] for i, name in enumerate(CONSENSUS)}}
+
+
+def _table(
+    names: Sequence[str], raw: dict[str, Floats], drawn: dict[str, Floats], chance: dict[str, Floats]
+) -> pd.DataFrame:
+    share = {name: shares(values) for name, values in raw.items()}
+    share = {"consensus": np.mean([share[name] for name in CONSENSUS], axis=0), **share}
+    columns: dict[str, Floats] = {}
+    for name, values in share.items():
+        columns[name] = np.full(len(names), np.nan) if name in raw and np.isnan(raw[name]).any() else values
+        if name in drawn and len(drawn[name]):
+            columns[f"{name}.low"], columns[f"{name}.high"] = interval(values, drawn[name], chance[name])
+    columns |= {f"{name}.raw": values for name, values in raw.items()}
+    return pd.DataFrame(columns, index=pd.Index(names, name="component"))
+
+
+def interval(point: Floats, drawn: Floats, chance: Floats) -> tuple[Floats, Floats]:
+    """The middle 95 % of the resamples, widened where needed to hold the estimate itself.
+
+    A forest explains noise too, with every component alike, and resampling cannot tell: what a shuffled column gets
+    is taken off the lower end, and the upper end is as high as if all components had been given so much of the 100 %.
+    """
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    noise = min(float(chance.sum()) / 100, 0.9)
+    return np.maximum(np.minimum(low, point) - chance, 0), np.minimum(np.maximum(high, point) / (1 - noise), 100)
+
+
+def _gains(fitted: Fitted, names: Sequence[str], parts: ComponentMap | None, columns: Sequence[str]) -> pd.DataFrame:
+    """Score gained from the lowest to the highest width of a component, others as they were; and per megabyte."""
+    rows = []
+    some = fitted.x[:: 1 + len(fitted.x) // 500]  # enough for a mean
+    for group in fitted.groups:
+        low, high = (some.copy() for _ in range(2))
+        for column in group:
+            low[:, column], high[:, column] = fitted.x[:, column].min(), fitted.x[:, column].max()
+        gain = float(np.mean(fitted.forest.predict(high) - fitted.forest.predict(low)))
+        megabytes = (
+            sum(parts[columns[c]].numel * float(np.ptp(fitted.x[:, c])) / 8e6 for c in group) if parts else math.nan
+        )
+        rows.append({"gain": gain, "gain_per_mb": gain / megabytes if megabytes else math.nan})
+    return pd.DataFrame(rows, index=pd.Index(names, name="component"))

@@ -1,0 +1,183 @@
+"""How far a ranking can be trusted: near the operating point, without single levels, pairs, agreement, suspicions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from scipy.stats import kendalltau
+from sklearn.ensemble import RandomForestRegressor
+
+from sensitivity.analysis.importance import estimators
+from sensitivity.analysis.observations import Observations
+from sensitivity.spec.errors import UserError
+from sensitivity.study.counting import count
+
+if TYPE_CHECKING:
+    from sensitivity.analysis.importance.types import Ranking
+
+Floats = np.ndarray
+MOVED = 15.0  # points of share by which one level may move a ranking before it is called fragile
+
+
+def near_operating_point(readings: Observations, share: float) -> Observations:
+    """Only trials within a share of full precision.
+
+    Chosen by the forest's out-of-bag prediction rather than by the reading itself: a cut through noisy readings
+    would keep the lucky ones, and their luck would be explained.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"near must be a share of full precision between 0 and 1, such as 0.9, not {share:g}")
+    forest = estimators.forest_of(0).set_params(oob_score=True)
+    kept = readings.where(_expected(forest, readings) >= share * readings.full)
+    if len(kept) < 8:
+        raise UserError(f"only {count(len(kept), 'trial')} within {share:.0%} of full precision: too few to rank")
+    return kept
+
+
+def _expected(forest: RandomForestRegressor, readings: Observations) -> Floats:
+    return np.asarray(forest.fit(readings.bits, readings.score).oob_prediction_)
+
+
+def by_budget(readings: Observations, budgets: Sequence[float], reach: float = 0.15) -> pd.DataFrame:
+    """Consensus shares among plans of about each size (bpw within a share of the budget); a row per budget.
+
+    Budgets with fewer than eight such plans, or whose plans all score the same, are left out.
+    """
+    rows = {}
+    for budget in budgets:
+        around = readings.where(np.abs(readings.bpw / budget - 1) <= reach)
+        if len(around) >= 8 and np.ptp(around.score) > 0:
+            share = estimators.consensus(estimators.fit(around.bits, around.score, explained=estimators.FEW, trees=50))
+            rows[budget] = dict(zip(readings.names, share, strict=True)) | {"trials": len(around)}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=[*readings.names, "trials"]).rename_axis("bpw")
+
+
+def without_levels(
+    readings: Observations, names: Sequence[str], groups: Sequence[Sequence[int]], seed: int
+) -> pd.DataFrame:
+    """Rank again without each level in turn: how far does the ranking move, and does the first place change?
+
+    By the forest alone, which is quick and agrees with the consensus on what a single level decides. Of many
+    components only the two lowest levels are left out: those are where scores collapse.
+    """
+
+    def share(rest: Observations) -> Floats:
+        trees = estimators.spared(40, len(readings))
+        return estimators.shares(estimators.forest(estimators.fit(rest.bits, rest.score, groups, seed, trees=trees)))
+
+    left_out = []
+    for name, group in zip(names, groups, strict=True):
+        for bits in np.unique(readings.bits[:, list(group)])[: 2 if len(names) > 6 else None]:
+            touched = (readings.bits[:, list(group)] == bits).any(axis=1)
+            rest = readings.where(~touched)
+            if len(rest) >= max(8, len(readings) / 2) and np.ptp(rest.score) > 0:
+                left_out.append((name, int(bits), int(touched.sum()), rest))
+    base, *found = estimators.side_by_side(share, [readings, *(rest for *_, rest in left_out)])
+    rows = []
+    for (name, bits, trials, _), shares in zip(left_out, found, strict=True):
+        most = int(np.argmax(np.abs(shares - base)))
+        rows.append({
+            "component": name, "bits": bits, "trials": trials, "shift": float((shares - base)[most]),
+            "moves": names[most], "tau": float(kendalltau(shares, base).statistic),
+            "changes_first": int(np.argmax(shares)) != int(np.argmax(base)),
+        })  # fmt: skip
+    columns = ["component", "bits", "trials", "shift", "moves", "tau", "changes_first"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def cliffs(levels: pd.DataFrame) -> list[tuple[str, int]]:
+    """Components whose share rests on their lowest width, or widths, and the highest of those."""
+    found = []
+    for name, rows in levels.groupby("component", sort=False) if len(levels) else ():
+        rows = rows.sort_values("bits")
+        deciding = ((rows["shift"] <= -MOVED) & (rows["moves"] == name)).cummin()  # from the lowest upwards
+        if deciding.any() and not deciding.all():
+            found.append((str(name), int(rows["bits"][deciding].max())))
+    return found
+
+
+def interactions(fitted: estimators.Fitted, names: Sequence[str]) -> pd.DataFrame:
+    """Pairs of components whose joint effect is not the sum of the two.
+
+    strength: mean absolute SHAP interaction (both halves). both_low: its mean over the plans in which both are in the
+    lower half of their widths: negative means that they hurt each other more than the sum says.
+    """
+    values, weight, plans = fitted.shap_pairs
+    low = plans <= np.median(plans, axis=0)
+    rows = []
+    for (i, one), (j, two) in itertools.combinations(enumerate(fitted.groups), 2):
+        joint = 2 * values[:, list(one)][:, :, list(two)].sum(axis=(1, 2))
+        both = low[:, list(one)].all(axis=1) & low[:, list(two)].all(axis=1)
+        rows.append(
+            {
+                "a": names[i],
+                "b": names[j],
+                "strength": float(np.average(np.abs(joint), weights=weight)),
+                "both_low": float(np.average(joint[both], weights=weight[both])) if both.any() else np.nan,
+            }
+        )
+    found = pd.DataFrame(rows, columns=["a", "b", "strength", "both_low"])
+    return found.sort_values("strength", ascending=False, ignore_index=True)
+
+
+def agreement(table: pd.DataFrame) -> pd.DataFrame:
+    """Kendall's tau between the columns of a table: estimators, tasks or methods."""
+    names = list(table.columns)
+    tau = pd.DataFrame(np.eye(len(names)), index=names, columns=names)
+    for a, b in itertools.combinations(names, 2):
+        both = table[[a, b]].dropna()
+        tau.loc[a, b] = tau.loc[b, a] = kendalltau(both[a], both[b]).statistic if len(both) > 1 else np.nan
+    return tau
+
+
+def cautions(readings: Observations, ranking: Ranking, levels: pd.DataFrame) -> list[str]:
+    """What a reader of the ranking must know, in words."""
+    told = []
+    if len(levels):
+        worst = levels.iloc[int(levels["shift"].abs().argmax())]
+        if abs(worst["shift"]) >= MOVED:
+            first = " and another component comes first" if worst["changes_first"] else ""
+            told.append(
+                f"this ranking rests on {worst['component']} at {worst['bits']} bits: without those "
+                f"{count(worst['trials'], 'trial')} the share of {worst['moves']} changes by {worst['shift']:+.0f} "
+                f"points{first}; see the ranking near the operating point (--near 0.9)"
+            )
+    if ranking.r2 < 0.5:
+        told.append(f"the forest explains little of unseen plans (cross-validated R2 {ranking.r2:.2f}): read with care")
+    told += untouched(readings) + inseparable(readings)
+    return told
+
+
+def untouched(readings: Observations) -> list[str]:
+    """Components that can be changed alone without the score moving in its last digit were likely never quantized."""
+    native = np.all(readings.bits == 16, axis=1)
+    if not native.any():
+        return []
+    full = readings.score[native]
+    if np.ptp(full) > 0:
+        return []  # noise: equal scores cannot be expected
+    told = []
+    changed = readings.bits != 16
+    silent = (readings.score == full[0]) & ~native
+    for i, name in enumerate(readings.names):
+        # trials that changed this component, and besides it only such as also never moved anything
+        alone = changed[:, i] & (changed.sum(axis=1) == 1)
+        if alone.sum() >= 2 and silent[alone].all() and readings.bits[alone, i].min() <= 6:
+            told.append(
+                f"{name} alone never moved the score, down to {readings.bits[alone, i].min():g} bits, not in the last "
+                "digit: was it quantized at all?"
+            )
+    return told
+
+
+def inseparable(readings: Observations) -> list[str]:
+    """Components that always had the same bits as each other cannot be told apart."""
+    told = []
+    for (i, a), (j, b) in itertools.combinations(enumerate(readings.names), 2):
+        if np.array_equal(readings.bits[:, i], readings.bits[:, j]):
+            told.append(f"{a} and {b} always had the same bits: their shares cannot be told apart")
+    return told

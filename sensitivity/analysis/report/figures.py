@@ -1,0 +1,269 @@
+"""Rows in, figure out: static figures in colors that a color-blind reader can tell apart."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d1f", "#666666")  # Okabe and Ito
+INK, FAINT, PAPER = "#1a1c20", "#c9ccd1", "#fefefe"  # a page may replace these three to suit its background
+BPW_TICKS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
+STYLE: dict[str, Any] = {
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "grid.color": FAINT,
+    "axes.facecolor": PAPER,
+    "figure.facecolor": PAPER,
+    "axes.grid": True,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "sensitivity",
+    "font.family": "sans-serif",
+    "legend.frameon": False,
+    "axes.titlesize": 11,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "text.parse_math": False,  # a name with two dollar signs is a name
+}
+
+
+@contextmanager
+def canvas(width: float = 7, height: float = 4.2) -> Iterator[tuple[Figure, Axes]]:
+    with mpl.rc_context(cast(Any, STYLE)):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots()
+
+
+def frontier(table: pd.DataFrame, task: str) -> pd.DataFrame:
+    """The rows that no smaller or equal row outscores, by rising size."""
+    known = table[table[task].notna() & table["bpw"].notna()]
+    rows = known.sort_values(["bpw", task], ascending=[True, False])
+    best = rows[task].cummax()
+    return rows[rows[task] > best.shift(fill_value=-np.inf)]
+
+
+def short(name: object, most: int = 30) -> str:
+    """A name that leaves room for the figure."""
+    text = str(name)
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 + 1 :]}"
+
+
+def colors(names: Sequence[str]) -> dict[str, str]:
+    if len(names) <= len(PALETTE):
+        return dict(zip(names, PALETTE, strict=False))
+    return dict(zip(names, sns.color_palette("husl", len(names)).as_hex(), strict=True))
+
+
+def pareto(table: pd.DataFrame, task: str, full: float | None = None, chosen: Sequence[str] = ()) -> Figure:
+    """Score against bits per weight: all plans, uniform ones, the frontier, full precision, the chosen plan."""
+    with canvas() as (figure, axes):
+        mixed = table[~table["uniform"]]
+        uniform = table[table["uniform"] & ~table["native"]]
+        axes.scatter(mixed["bpw"], mixed[task], s=14, color=PALETTE[5], alpha=0.7, linewidth=0, label="mixed plans")
+        best = frontier(table, task)
+        axes.step(best["bpw"], best[task], where="post", color=PALETTE[0], linewidth=1.6, label="frontier")
+        _whiskers(axes, pd.concat([best, uniform]), task)
+        axes.scatter(uniform["bpw"], uniform[task], s=46, marker="s", color=PALETTE[1], label="uniform plans", zorder=3)
+        if full is not None:
+            axes.axhline(full, color=INK, linestyle="--", linewidth=1, label="full precision")
+        if len(mine := table[table["key"].isin(list(chosen))]):
+            axes.scatter(mine["bpw"], mine[task], s=150, marker="*", color=PALETTE[2], label="recommended", zorder=4)
+        bpw_axis(axes, table["bpw"])
+        axes.set(xlabel="bits per weight, everything counted", ylabel=short(task))
+        axes.legend(loc="lower right")
+        return figure
+
+
+def _whiskers(axes: Axes, rows: pd.DataFrame, task: str) -> None:
+    if f"{task}.low" in rows:
+        known = rows[rows[f"{task}.low"].notna()]
+        axes.vlines(
+            known["bpw"],
+            known[f"{task}.low"].astype(float),
+            known[f"{task}.high"].astype(float),
+            color=INK,
+            linewidth=0.7,
+            alpha=0.5,
+        )
+
+
+def bpw_axis(axes: Axes, bpw: pd.Series) -> None:
+    """Logarithmic: the step from 2 to 3 bits matters as much as from 8 to 12."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(BPW_TICKS))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.set_xlim(bpw.min() * 0.94, bpw.max() * 1.06)
+
+
+def importance(ranking: pd.DataFrame, names: Sequence[str] = ("consensus", "forest", "permutation", "shap")) -> Figure:
+    """Shares of each component by several estimators, with their intervals."""
+    with canvas(7, max(2.4, 0.45 * len(ranking) + 1.3)) as (figure, axes):
+        height = 0.8 / len(names)
+        for i, name in enumerate(names):
+            place = np.arange(len(ranking)) + (i - (len(names) - 1) / 2) * height
+            share = ranking[name].to_numpy(dtype=float)
+            color = PALETTE[0] if name == "consensus" else sns.light_palette(PALETTE[i], n_colors=3).as_hex()[1]
+            error = None
+            if f"{name}.low" in ranking:
+                error = np.abs(np.stack([share - ranking[f"{name}.low"], ranking[f"{name}.high"] - share]))
+            axes.barh(
+                place,
+                share,
+                height * 0.92,
+                color=color,
+                xerr=error,
+                label=name,
+                error_kw={"ecolor": INK, "elinewidth": 0.8, "capsize": 2},
+            )
+        axes.set_yticks(np.arange(len(ranking)), [short(name) for name in ranking.index])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set(xlabel="share of the score's differences, %")
+        figure.legend(loc="outside upper center", ncols=len(names))
+        return figure
+
+
+def by_bits(table: pd.DataFrame, task: str, names: Sequence[str], alone: bool = False) -> Figure:
+    """Score against the width of each component: over all plans, or with the others at full precision."""
+    color = colors(names)
+    with canvas() as (figure, axes):
+        for i, name in enumerate(names):
+            curve = (single(table, names, name) if alone else quantized(table)).groupby(name)[task].mean()
+            if len(curve) > 1:
+                axes.plot(
+                    curve.index.to_numpy(dtype=float), curve, marker="os^Dvp*X"[i % 8], color=color[name],
+                    label=short(name), linewidth=1.4,
+                )  # fmt: skip
+        _widths(axes, np.unique(table[list(names)].to_numpy(dtype=float)))
+        axes.set(xlabel=f"bits of one part, {'others native' if alone else 'mean over the others'}", ylabel=short(task))
+        if axes.lines:
+            axes.legend(loc="lower right", ncols=1 + len(names) // 7, fontsize=8 if len(names) > 6 else 10)
+        return figure
+
+
+def quantized(table: pd.DataFrame) -> pd.DataFrame:
+    """All but full precision, which is no mean over others where it is the only plan with a native part."""
+    return table[~table["native"]]
+
+
+def single(table: pd.DataFrame, names: Sequence[str], name: str) -> pd.DataFrame:
+    """Rows in which no other component was touched."""
+    others = [other for other in names if other != name]
+    return table[(table[others] == 16).all(axis=1)]
+
+
+def _widths(axes: Axes, widths: np.ndarray) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(list(widths)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def colored(table: pd.DataFrame, task: str, name: str) -> Figure:
+    """Score against bits per weight, each plan in the color of one component's width."""
+    widths = sorted(table[name].unique())
+    shades = dict(zip(widths, sns.color_palette("viridis", len(widths) + 1).as_hex()[:-1], strict=True))
+    with canvas(5, 3.4) as (figure, axes):
+        for i, width in enumerate(widths):
+            rows = table[table[name] == width]
+            label = "native" if width == 16 else f"{width:g} bits"
+            axes.scatter(rows["bpw"], rows[task], s=16, color=shades[width], marker="os^Dvp*X"[i % 8], label=label,
+                         linewidth=0, alpha=0.8)  # fmt: skip
+        bpw_axis(axes, table["bpw"])
+        axes.set(xlabel="bits per weight", ylabel=short(task), title=short(name))
+        figure.legend(fontsize=8, loc="outside right center")
+        return figure
+
+
+def pairwise(table: pd.DataFrame, task: str, one: str, other: str) -> Figure:
+    """Mean score for every combination of the widths of two components."""
+    grid = quantized(table).pivot_table(index=one, columns=other, values=task, aggfunc="mean")
+    with canvas(5.2, 3.6) as (figure, axes):
+        heat(axes, grid, ".2f" if grid.size <= 64 else "")
+        axes.set(xlabel=f"bits of {short(other)}", ylabel=f"bits of {short(one)}", title=f"mean {short(task)}")
+        return figure
+
+
+def heat(axes: Axes, grid: pd.DataFrame, form: str, center: float | None = None) -> None:
+    axes.grid(visible=False)
+    grid = grid.rename(index=_name, columns=_name)
+    most = None if center is None else max(float(np.nanmax(np.abs(grid.to_numpy(dtype=float)))), 1e-12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PendingDeprecationWarning)  # seaborn's use of matplotlib
+        sns.heatmap(
+            grid, ax=axes, annot=bool(form), fmt=form or ".2g", cmap="viridis" if center is None else "PuOr",
+            center=center, vmin=most and -most, vmax=most, linewidths=0.5, annot_kws={"size": 8},
+            cbar_kws={"shrink": 0.8},
+        )  # fmt: skip
+    axes.tick_params(axis="y", rotation=0)
+
+
+def _name(label: object) -> object:
+    return short(label, 20) if isinstance(label, str) else label
+
+
+def interactions(pairs: pd.DataFrame, names: Sequence[str]) -> Figure:
+    """What pairs do beyond the sum of their two effects where both are low: negative is worse than the sum."""
+    grid = pd.DataFrame(np.nan, index=list(names), columns=list(names))
+    for pair in pairs.itertuples():
+        grid.loc[pair.a, pair.b] = grid.loc[pair.b, pair.a] = pair.both_low
+    size = max(3.2, 0.55 * len(names) + 1.8)
+    with canvas(size + 1.4, size) as (figure, axes):
+        heat(axes, grid, ".2g" if len(names) <= 10 else "", center=0)
+        return figure
+
+
+def calibration(predicted: pd.DataFrame, task: str) -> Figure:
+    """Scores of plans that the surrogate had not seen, against what it expected of them."""
+    with canvas(4.6, 4.2) as (figure, axes):
+        ends = [predicted[["expected", "measured"]].min().min(), predicted[["expected", "measured"]].max().max()]
+        axes.plot(ends, ends, color=INK, linewidth=1, linestyle="--")
+        seen = predicted["measured"]
+        axes.vlines(seen, predicted["low"], predicted["high"], color=PALETTE[5], linewidth=0.7, alpha=0.5)
+        axes.scatter(predicted["measured"], predicted["expected"], s=12, color=PALETTE[0], linewidth=0)
+        axes.set(xlabel=f"measured {short(task)}", ylabel=f"expected {short(task)}")
+        return figure
+
+
+def levels(moves: pd.DataFrame) -> Figure:
+    """How far the ranking moves, in points of share, when one level of one component is left out."""
+    grid = moves.pivot_table(index="component", columns="bits", values="shift", sort=False)
+    grid = grid[sorted(grid.columns)]
+    with canvas(6, max(2.2, 0.42 * len(grid) + 1.2)) as (figure, axes):
+        heat(axes, grid, ".0f" if grid.size <= 80 else "", center=0)
+        axes.set(xlabel="bits left out", ylabel="")
+        return figure
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an SVG element without prologue, for a page."""
+    with mpl.rc_context(cast(Any, STYLE)):
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        figure.set_layout_engine("none")  # everything has its place now: drawn again it need not be found again
+    whole = text.getvalue()
+    return whole[whole.index("<svg") :]
+
+
+def png(figure: Figure, dpi: int = 144) -> bytes:
+    with mpl.rc_context(cast(Any, STYLE)):
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=dpi, metadata={"Software": None})
+    return image.getvalue()

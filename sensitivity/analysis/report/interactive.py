@@ -1,0 +1,110 @@
+"""Places of everything in the report's interactive figure: plans, frontier, full precision, what was recommended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.ticker import MaxNLocator
+
+from sensitivity.analysis.allocate.recommendation import Recommendation
+from sensitivity.analysis.report import figures
+from sensitivity.study.scores import Score
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 480, 66, 16, 16, 62
+CLOUDED = 400  # points beyond which they are drawn small, and intervals only where they matter
+Scale = Callable[[float], float]
+
+
+def pareto(
+    table: pd.DataFrame, task: str, full: float | None, recommendations: Sequence[Recommendation] = ()
+) -> dict[str, Any] | None:
+    """The figure of one task; None where no size is known."""
+    rows = table[table["bpw"].notna()]
+    if not len(rows):
+        return None
+    chosen = [one for one in recommendations if task in one.candidate.predicted]
+    scores = [rows[task].min(), rows[task].max(), *([full] if full is not None else [])]
+    scores += [value for one in chosen for value in _told(one, task)[1:] if math.isfinite(value)]
+    sizes = [rows["bpw"].min(), rows["bpw"].max(), *(one.size.bpw for one in chosen)]
+    if min(scores) == max(scores):  # nothing changes anything: a tenth above and below, so that there is an axis
+        scores += [scores[0] - 0.1, scores[0] + 0.1]
+    across = _scale(math.log(min(sizes) * 0.95), math.log(max(sizes) * 1.05), LEFT, WIDTH - RIGHT)
+    pad = 0.04 * (max(scores) - min(scores))
+    up = _scale(min(scores) - pad, max(scores) + pad, HEIGHT - BOTTOM, TOP)
+    points = _points(table, rows, task, across, up)
+    ticks = [float(tick) for tick in MaxNLocator(6).tick_values(min(scores), max(scores))]
+    return {
+        "points": points,
+        "line": [(p["x"], p["y"]) for p in sorted((p for p in points if p["best"]), key=lambda p: p["x"])],
+        "stars": [_star(one, task, across, up) for one in chosen],
+        "full": None if full is None else up(full),
+        "task": task,
+        "xticks": [
+            (f"{t:g}", across(math.log(t))) for t in figures.BPW_TICKS if LEFT <= across(math.log(t)) <= WIDTH - RIGHT
+        ],
+        "yticks": [(f"{t:.4g}", up(t)) for t in ticks if TOP <= up(t) <= HEIGHT - BOTTOM],
+        "width": WIDTH,
+        "height": HEIGHT,
+        "left": LEFT,
+        "right": WIDTH - RIGHT,
+        "bottom": HEIGHT - BOTTOM,
+        "top": TOP,
+        "clouded": len(points) > CLOUDED,
+        "bars": any(point["y1"] is not None for point in points),
+    }
+
+
+def _points(table: pd.DataFrame, rows: pd.DataFrame, task: str, across: Scale, up: Scale) -> list[dict[str, Any]]:
+    nothing = pd.Series(math.nan, rows.index)
+    low, high = (rows[name].astype(float) if (name := f"{task}.{end}") in rows else nothing for end in ("low", "high"))
+    best = set(figures.frontier(rows, task).index)
+    place = {index: i for i, index in enumerate(table.index)}
+    columns = (rows.index, rows["bpw"], rows[task], rows["native"], rows["uniform"], low, high)
+    return [
+        {
+            "i": place[index],
+            "x": round(across(math.log(bpw)), 1),
+            "y": round(up(score), 1),
+            "kind": "native" if native else "uniform" if uniform else "mixed",
+            "best": index in best,
+            "bpw": round(float(bpw), 3),
+            "score": round(float(score), 4),
+            "low": _rounded(least),
+            "high": _rounded(most),
+            "y1": _placed(up, least),
+            "y2": _placed(up, most),
+        }
+        for index, bpw, score, native, uniform, least, most in zip(*columns, strict=True)
+    ]
+
+
+def _told(one: Recommendation, task: str) -> tuple[str, float, float, float]:
+    """What is known of a recommended plan on a task: whether measured, the score and its interval."""
+    known: Score | None = one.by_task.get(task)
+    if known:
+        return "measured", known.mean, known.low, known.high
+    expected = one.candidate.predicted[task]
+    return "predicted", expected.score, expected.low, expected.high
+
+
+def _star(one: Recommendation, task: str, across: Scale, up: Scale) -> dict[str, Any]:
+    how, score, low, high = _told(one, task)
+    x, y = across(math.log(one.size.bpw)), up(score)
+    label = f"{how} {score:.3f} at {one.size.bpw:.2f} bpw"
+    return {"x": x, "y": y, "y1": _placed(up, low), "y2": _placed(up, high), "label": label}
+
+
+def _placed(up: Scale, value: float) -> float | None:
+    return None if not math.isfinite(value) else round(min(max(up(value), TOP), HEIGHT - BOTTOM), 1)
+
+
+def _rounded(value: float) -> float | None:
+    return round(float(value), 4) if math.isfinite(value) else None
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Scale:
+    span = (high - low) or 1.0
+    return lambda value: start + (end - start) * (value - low) / span

@@ -1,0 +1,241 @@
+"""Study to a page that a person reads: one self-contained HTML file, and its figures as PNG, SVG and CSV beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from sensitivity.analysis.allocate import kept_recommendation
+from sensitivity.analysis.allocate.budget import Candidate, spend
+from sensitivity.analysis.allocate.knapsack import Knapsack
+from sensitivity.analysis.allocate.recommendation import Recommendation
+from sensitivity.analysis.importance import robustness
+from sensitivity.analysis.importance.ranking import known, rank
+from sensitivity.analysis.importance.types import Ranking
+from sensitivity.analysis.observations import Observations, observations_of
+from sensitivity.analysis.report import sentences
+from sensitivity.analysis.report.interactive import pareto
+from sensitivity.analysis.report.static_figures import pictures, slug
+from sensitivity.spec.components import LABELS, ComponentMap
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.files import may_write, table_of, write_whole
+from sensitivity.spec.plan import Plan
+from sensitivity.spec.sizes import size
+from sensitivity.spec.version import __version__
+from sensitivity.study import exports
+from sensitivity.study.study import Study
+
+GENERATOR = '<meta name="generator" content="sensitivity">'  # by which a report is known as ours
+MANY = 1000  # trials beyond which fewer resamples have to do
+NEAR = 0.9  # share of full precision that counts as near the operating point
+BUDGETS = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0)  # bpw; those that the study's widths can reach are shown
+
+
+def report(
+    study: Study,
+    out: Path | str,
+    recommendation: Recommendation | Sequence[Recommendation] = (),
+    rankings: Mapping[str, Ranking] | None = None,
+    bootstraps: int = 20,
+) -> Path:
+    """Write the report of a study into a folder; return the page.
+
+    Rankings that are not given are those that `rank` made before, or else made here with fewer resamples.
+
+    Examples:
+        >>> from sensitivity import report
+        >>> report(study, "runs/vqa/report", choice).name
+        'index.html'
+    """
+    out = Path(out)
+    may_write(out, True, lambda there: _why_foreign(there, study), [study.path])
+    table = study.table()
+    if not len(table):
+        raise UserError(f"no trial of {study.path} is finished yet: nothing to report")
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = [recommendation] if isinstance(recommendation, Recommendation) else list(recommendation)
+    grown = kept_recommendation.since(study, chosen)
+    tasks = [_task(study, table, task, chosen, rankings or {}, bootstraps, out) for task in study.tasks]
+    page = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            model=study.parts.model,
+            by=study.parts.by,
+            trials=len(table),
+            tasks=tasks,
+            meta=study.meta,
+            recommendations=[(one, _plan_rows(study.parts, one.plan)) for one in chosen],
+            summary=sentences.summary(study, table, chosen, [task["ranking"] for task in tasks], grown),
+            exports=exports.noted(study.path),
+            path_gain=exports.path_gain,
+            kept=_kept(study.parts),
+            plans=_plans(study),
+            labels=LABELS,
+            made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            generator=GENERATOR,
+            version=__version__,
+            provenance=json.dumps(study.meta, indent=1, default=str),
+        )
+    )
+    target = out / "index.html"
+    write_whole(target, page.encode())
+    return target
+
+
+def _why_foreign(out: Path, study: Study) -> str:
+    """Why a folder is not that of an earlier report; an empty string where it is."""
+    if not out.is_dir():
+        return "it is a file, and a folder is meant"
+    if out.resolve() == (study.path / "report").resolve():
+        return ""
+    page = out / "index.html"
+    with contextlib.suppress(OSError):
+        if page.is_file() and GENERATOR.encode() in page.read_bytes()[:4096]:
+            return ""
+    return "it holds other things than an earlier report"
+
+
+def _environment() -> jinja2.Environment:
+    found = jinja2.Environment(
+        loader=jinja2.PackageLoader("sensitivity.analysis.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= {"score": _score, "percent": lambda x: "–" if x is None or math.isnan(x) else f"{x:.1f} %"}
+    return found
+
+
+def _score(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.3f}"
+
+
+def _task(
+    study: Study,
+    table: pd.DataFrame,
+    task: str,
+    chosen: Sequence[Recommendation],
+    rankings: Mapping[str, Ranking],
+    bootstraps: int,
+    out: Path,
+) -> dict[str, Any]:
+    """Everything that the page says about one task, and its figures as files."""
+    found: dict[str, Any] = {"name": task, "slug": slug(task), "refusal": "", "ranking": None, "pareto": None}
+    found |= {"pictures": [], "budgets": [], "near": None, "methods": None, "tau": ""}
+    readings: Observations | None = None
+    try:
+        readings = observations_of(study, task)
+        few = bootstraps if len(table) <= MANY else max(1, bootstraps // 2)
+        found["ranking"] = ranking = rankings.get(task) or known(study, task) or rank(study, task, bootstraps=few)
+        found |= {
+            "near": _near(study, readings),
+            "methods": _methods(study, readings),
+            "tau": sentences.agreement(ranking),
+        }
+    except UserError as error:
+        found["refusal"] = str(error)
+    if readings is None or task not in table or not table[task].notna().any():
+        return found
+    rows = table[table[task].notna()]
+    native = rows[rows["native"]]
+    full = float(native[task].mean()) if len(native) else None
+    drawn = pictures(rows, readings, found["ranking"], full, [one.plan.key for one in chosen])
+    for picture in drawn:
+        stem = out / f"{found['slug']}-{picture.name}"
+        write_whole(stem.with_suffix(".png"), picture.png)
+        write_whole(stem.with_suffix(".svg"), picture.svg.encode())
+        write_whole(stem.with_suffix(".csv"), table_of(picture.rows))
+    return found | {
+        # on the figure all plans are counted alike, whatever files the recommended one is meant for
+        "pareto": pareto(rows, task, full, [replace(one, size=size(study.parts, one.plan)) for one in chosen]),
+        "pictures": [(picture, picture.inline(found["slug"])) for picture in drawn if picture.name != "pareto"],
+        "budgets": _budgets(study, task),
+    }
+
+
+def _near(study: Study, readings: Observations) -> pd.DataFrame | None:
+    """Consensus shares where plans are really used: close to full precision, and around single budgets."""
+    columns = {}
+    with contextlib.suppress(UserError):  # too few such plans, or nothing to explain among them: no such column
+        close = rank(study, readings.task, near=NEAR, bootstraps=0, thorough=False)
+        columns[f"within {1 - NEAR:.0%} of full precision ({close.trials} trials)"] = close.table["consensus"]
+    around = robustness.by_budget(readings, [3.0, 4.0, 6.0])
+    for budget, row in around.iterrows():
+        columns[f"around {budget:g} bpw ({row['trials']:.0f})"] = row.drop("trials")
+    return pd.DataFrame(columns).reindex(list(readings.names)) if columns else None
+
+
+def _methods(study: Study, readings: Observations) -> pd.DataFrame | None:
+    """Consensus shares method by method, where the study holds plans of several."""
+    columns = {}
+    several = sorted(set(readings.methods) - {"native"})
+    for method in several if len(several) > 1 else ():
+        with contextlib.suppress(UserError):
+            one = rank(study, readings.task, method=method, bootstraps=0, thorough=False)
+            columns[f"{method} ({one.trials} trials)"] = one.table["consensus"]
+    return pd.DataFrame(columns).reindex(list(readings.names)) if columns else None
+
+
+def _budgets(study: Study, task: str) -> list[Candidate]:
+    """The predicted best plan for each budget that can be reached."""
+    found: list[Candidate] = []
+    try:
+        knapsack = Knapsack.of(study, [task])
+    except UserError:  # full precision scored nothing: no share of it can be kept
+        return []
+    for bpw in BUDGETS:
+        try:
+            best = spend(knapsack, int(bpw * study.parts.numel), {task: 1.0}, top=1, asked=bpw)[0]
+        except UserError:
+            continue
+        if not found or best.plan.key != found[-1].plan.key:
+            found.append(best)
+    return found
+
+
+def _plan_rows(parts: ComponentMap, plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {"name": c.name, "scheme": plan[c.name], "numel": c.numel, "share": 100 * c.numel / parts.numel}
+        for c in parts.components
+    ]
+
+
+def _kept(parts: ComponentMap) -> list[dict[str, Any]]:
+    """Kept weights by reason."""
+    if not parts.kept:
+        return []
+    rows = pd.DataFrame([{"reason": k.reason, "numel": k.numel} for k in parts.kept])
+    sums = rows.groupby("reason")["numel"].agg(["sum", "count"]).sort_values("sum", ascending=False)
+    return [
+        {
+            "reason": reason,
+            "numel": int(row["sum"]),
+            "count": int(row["count"]),
+            "share": 100 * row["sum"] / parts.numel,
+        }
+        for reason, row in sums.iterrows()
+    ]
+
+
+def _plans(study: Study) -> dict[str, Any]:
+    """Every plan once, small: names, the schemes in use, and per trial which scheme each component has."""
+    schemes: dict[str, int] = {}
+    rows = []
+    for trial in study.measured():
+        plan = Plan.from_json(trial.user_attrs["plan"])
+        keys = [json.dumps(scheme and scheme.to_json()) for _, scheme in plan.schemes]
+        rows.append([schemes.setdefault(key, len(schemes)) for key in keys])
+    return {"names": list(study.parts.names), "schemes": [json.loads(key) for key in schemes], "plans": rows}

@@ -1,0 +1,191 @@
+"""The report in words: what to do, how sure that is, and what would change the answer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from sensitivity.analysis.allocate.recommendation import Recommendation
+from sensitivity.analysis.importance import robustness
+from sensitivity.analysis.importance.ranking import compare
+from sensitivity.analysis.importance.types import Ranking
+from sensitivity.study.counting import count
+from sensitivity.study.study import Study
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Sentences under three headings."""
+
+    do: tuple[str, ...]
+    sure: tuple[str, ...]
+    change: tuple[str, ...]
+
+
+def summary(
+    study: Study,
+    table: pd.DataFrame,
+    chosen: Sequence[Recommendation],
+    rankings: Sequence[Ranking | None],
+    grown: Sequence[str] = (),
+) -> Summary:
+    ranked = [ranking for ranking in rankings if ranking is not None]
+    return Summary(
+        tuple(_do(study, chosen, ranked)),
+        (*_sure(study, chosen, ranked), *grown),
+        tuple(_change(study, chosen, ranked)),
+    )
+
+
+def _do(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
+    told = [
+        f"Use the plan {one.plan.describe()}: {one.size.bpw:.2f} bits per weight"
+        f"{f' in {one.size.format} files' if one.size.format else ''} ({one.size.bytes / 1e6:,.1f} MB) "
+        f"within a budget of {one.budget:.2f}."
+        for one in chosen
+    ]
+    if not chosen:
+        told.append(
+            f"Choose a budget and ask for its plan: sensitivity recommend {study.path} --bpw 4.0. "
+            "The table of budgets below shows what each would buy."
+        )
+    return told + [_advice(ranking) for ranking in ranked]
+
+
+def _advice(ranking: Ranking) -> str:
+    """Where to spend bits; or, where single levels decide, which levels to keep away from."""
+    share = ranking.table["consensus"]
+    first, last = ranking.order[0], ranking.order[-1]
+    cliffs = dict(robustness.cliffs(ranking.levels))
+    kept = " and ".join(f"{name} above {bits} bits" for name, bits in cliffs.items())
+    ends = f"{first} {share.iloc[0]:.0f} % of the differences in score, {last} {share.iloc[-1]:.0f} %"
+    if first in cliffs:
+        return (
+            f"For {ranking.task}, keep {kept}: there the score falls, and that makes most of the ranking ({ends}). For "
+            "wider plans see the importance where plans are used."
+        )
+    return f"For {ranking.task}, {f'keep {kept}, and ' if kept else ''}spend bits on {first} first ({ends})."
+
+
+def _sure(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
+    told = []
+    if chosen and all(one.measured is None for one in chosen):
+        told.append(chosen[0].words)
+    for one in chosen if not told else ():
+        at = f"At {one.budget:g} bpw: " if len(chosen) > 1 else ""
+        if one.measured is not None:
+            kept = f", where full precision scores {one.full}" if one.full else ""
+            fresh = "fresh examples" if one.fresh else "the examples it was chosen on, which flatters it"
+            told.append(f"{at}{'it' if at else 'It'} was run on {fresh} and scored {one.measured}{kept}.")
+        told.append(f"{at}{one.words}")
+    if not chosen and not ranked:
+        told.append("Not at all yet: no part could be ranked, for the reason given below, and no plan was run.")
+    if study.meta.get("left_out"):
+        used, rows = study.meta.get("used", 0), study.meta.get("rows", 0)
+        told.append(f"{used:,} of {rows:,} rows of the imported table were used. {_sentences(study.meta['left_out'])}")
+    for ranking in ranked:
+        told.append(
+            f"The ranking for {ranking.task} rests on {count(ranking.trials, 'trial')}; the forest explains "
+            f"{max(ranking.r2, 0):.0%} of the variance of plans it has not seen, a straight line "
+            f"{max(ranking.linear_r2, 0):.0%} of those it has."
+        )
+    if len(ranked) > 1:
+        tau = compare({ranking.task: ranking for ranking in ranked}).to_numpy()
+        least = float(np.nanmin(tau))
+        alike = f"agrees with a Kendall's tau of at least {least:.2f} (1: the same)" if least < 0.999 else "is the same"
+        told.append(f"Between tasks the order of the parts {alike}.")
+    return told
+
+
+def _sentences(notes: Sequence[str]) -> str:
+    return " ".join(f"{note[:1].upper()}{note[1:]}." for note in notes)
+
+
+def _change(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
+    told = [f"{ranking.task}: {warning}." for ranking in ranked for warning in ranking.warnings]
+    told += [
+        f"About {one.uniform.more:,} more examples would show whether the lead over the uniform plan at "
+        f"{one.budget:g} bpw is real."
+        for one in chosen
+        if one.uniform and one.uniform.more
+    ]
+    counts = study.counts()
+    if counts["waiting"]:
+        told.append(f"{count(counts['waiting'], 'plan')} of this sweep are still waiting to be measured.")
+    told.append("Another model, task, method or set of widths: all figures hold for what was measured here.")
+    return told
+
+
+def agreement(ranking: Ranking) -> str:
+    """Where two estimators order the parts most differently."""
+    if not len(ranking.tau):
+        return ""
+    pairs = [
+        (float(ranking.tau.loc[a, b]), a, b) for a, b in itertools.combinations(ranking.tau.index, 2)
+        if pd.notna(ranking.tau.loc[a, b])
+    ]  # fmt: skip
+    if not pairs:
+        return ""
+    tau, a, b = min(pairs)
+    if tau > 0.999:
+        return "All estimators put the parts in the same order."
+    return f"The estimators differ most between {a} and {b}: Kendall's tau of their orders is {tau:.2f} (1: the same)."
+
+
+def importance_alt(ranking: Ranking) -> str:
+    """The importance figure for those who cannot see it."""
+    shares = ", ".join(
+        f"{name} {row['consensus']:.0f} %"
+        + (f" (between {row['consensus.low']:.0f} and {row['consensus.high']:.0f})" if "consensus.low" in row else "")
+        for name, row in ranking.table.iterrows()
+    )
+    return f"Bars of each component's share of the differences in {ranking.task}; consensus: {shares}."
+
+
+PARETO_ALT = "Scatter plot of the score of every plan against its bits per weight, with the frontier of the best."
+ALONE_ALT = "Lines of the score over the bits of one part while all others stay at native precision."
+PAIR_ALT = "Table in colors of the mean score for each combination of the widths of the two parts that interact most."
+WIDTHS_ALT = "Scatter plot of score against bits per weight; color and shape of a point say the width of this part."
+
+
+def by_bits_alt(means: pd.DataFrame, task: str) -> str:
+    """Where each part loses a tenth of what it has at its widest."""
+    told = []
+    for part, rows in means.groupby("part", sort=False):
+        curve = rows.set_index("bits")["mean"]
+        if curve.iloc[-1] > 0:
+            told.append(f"{part} keeps nine tenths down to {curve[curve >= 0.9 * curve.iloc[-1]].index.min():g} bits")
+        else:
+            told.append(f"{part} is worth nothing even at {curve.index[-1]:g} bits")
+    return f"Lines of the mean {task} over the bits of each part, averaged over the others: {'; '.join(told)}."
+
+
+def levels_alt(ranking: Ranking) -> str:
+    worst = ranking.levels.loc[ranking.levels["shift"].abs().idxmax()]
+    return (
+        "Points by which shares move when all trials with one width of one part are left out; most: "
+        f"{worst['moves']} by {worst['shift']:+.0f} without {worst['component']} at {worst['bits']} bits."
+    )
+
+
+def interactions_alt(ranking: Ranking) -> str:
+    pair = ranking.pairs.iloc[0]
+    how = "worse" if pair["both_low"] < 0 else "less bad"
+    return (
+        "What two parts do to the score beyond the sum of their effects, where both are in the lower half of their "
+        f"widths (SHAP). Strongest: {pair['a']} with {pair['b']}, together {how} than the sum by "
+        f"{abs(pair['both_low']):.2g}. Negative means that they hurt each other."
+    )
+
+
+def calibration_alt(checked: pd.DataFrame) -> str:
+    inside = ((checked["low"] <= checked["measured"]) & (checked["measured"] <= checked["high"])).mean()
+    error = (checked["measured"] - checked["expected"]).abs().median()
+    return (
+        f"Expected against measured scores of plans the surrogate had not seen (five folds): median error {error:.3f}; "
+        f"{inside:.0%} of the readings lie within their 95 % interval."
+    )

@@ -1,0 +1,128 @@
+"""The report's static figures in the order in which they are read, each with its words and its numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from sensitivity.analysis.importance.types import Ranking
+from sensitivity.analysis.observations import Observations
+from sensitivity.analysis.report import figures, sentences
+from sensitivity.analysis.surrogate.surrogate import Space, learn
+
+Drawn = tuple[str, str, str, Figure, pd.DataFrame]  # name, title, what it shows in words, figure, its numbers
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A static figure, drawn once: for the page, and as files beside it."""
+
+    name: str
+    title: str
+    alt: str
+    svg: str
+    png: bytes
+    rows: pd.DataFrame
+
+    def inline(self, prefix: str) -> Markup:
+        """The SVG for a page: ids of its own, colors that follow the page's, a text alternative."""
+        svg = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{prefix}-{self.name}-", self.svg)
+        for color, variable in ((figures.INK, "--ink"), (figures.FAINT, "--faint"), (figures.PAPER, "--paper")):
+            svg = svg.replace(color, f"var({variable})")
+        opening = Markup('<svg role="img" aria-label="{}"').format(self.alt)
+        return Markup(svg.replace("<svg", opening, 1))
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "task"
+
+
+def pictures(
+    table: pd.DataFrame,
+    readings: Observations,
+    ranking: Ranking | None,
+    full: float | None,
+    chosen: Sequence[str] = (),
+) -> list[Picture]:
+    """Every figure that the trials of one task have data for."""
+    task = readings.task
+    names = [name for name in readings.names if table[name].nunique() > 1]
+    order = [name for name in (ranking.order if ranking else names) if name in names]
+    drawn = [("pareto", "Score against size", sentences.PARETO_ALT, figures.pareto(table, task, full, chosen), table)]
+    drawn += _of_ranking(ranking) if ranking else []
+    drawn += _by_bits(table, task, names) if names else []
+    drawn += _of_pairs(table, task, names, ranking) if ranking and len(ranking.pairs) else []
+    if table["bpw"].notna().all():
+        drawn += [
+            (f"widths-{slug(name)}", f"Score against size by the width of {name}", sentences.WIDTHS_ALT,
+             figures.colored(table, task, name), table[["bpw", name, task]])
+            for name in order[:3]
+        ]  # fmt: skip
+    if (checked := unseen(readings)) is not None:
+        drawn.append(("calibration", "What was expected of unseen plans, and what they scored",
+                      sentences.calibration_alt(checked), figures.calibration(checked, task), checked))  # fmt: skip
+    return [
+        Picture(name, title, alt, figures.svg(figure), figures.png(figure), rows)
+        for name, title, alt, figure, rows in drawn
+    ]
+
+
+def _of_ranking(ranking: Ranking) -> list[Drawn]:
+    drawn = [("importance", "Importance of the parts", sentences.importance_alt(ranking),
+              figures.importance(ranking.table), ranking.table.reset_index())]  # fmt: skip
+    if len(ranking.levels):
+        drawn.append(("levels", "How far the ranking rests on single levels", sentences.levels_alt(ranking),
+                      figures.levels(ranking.levels), ranking.levels))  # fmt: skip
+    return drawn
+
+
+def _by_bits(table: pd.DataFrame, task: str, names: Sequence[str]) -> list[Drawn]:
+    means = figures.quantized(table).melt(id_vars=[task], value_vars=names, var_name="part", value_name="bits")
+    means = means.groupby(["part", "bits"], as_index=False)[task].agg(["mean", "count"])
+    drawn: list[Drawn] = []
+    if means.groupby("part").size().max() > 1:
+        drawn.append(("by-bits", "Sensitivity to the width of each part", sentences.by_bits_alt(means, task),
+                      figures.by_bits(table, task, names), means))  # fmt: skip
+    alone = pd.concat([figures.single(table, names, name).assign(part=name) for name in names])
+    if alone.groupby("part").size().max() > 2:
+        drawn.append(("alone", "One part at a time, the others native", sentences.ALONE_ALT,
+                      figures.by_bits(table, task, names, alone=True), alone))  # fmt: skip
+    return drawn
+
+
+def _of_pairs(table: pd.DataFrame, task: str, names: Sequence[str], ranking: Ranking) -> list[Drawn]:
+    drawn = [("interactions", "What pairs of parts do together", sentences.interactions_alt(ranking),
+              figures.interactions(ranking.pairs, list(ranking.order)), ranking.pairs)]  # fmt: skip
+    first, second = ranking.pairs.iloc[0][["a", "b"]]
+    if {first, second} <= set(names):
+        drawn.append(("pair", f"Widths of {first} and {second} together", sentences.PAIR_ALT,
+                      figures.pairwise(table, task, first, second), table[[first, second, task]]))  # fmt: skip
+    return drawn
+
+
+def unseen(readings: Observations, folds: int = 5) -> pd.DataFrame | None:
+    """Each plan as expected by a surrogate that learned from four fifths of the others; None where plans are few."""
+    keys = np.array(readings.keys)
+    groups = np.unique(keys)
+    if len(groups) < 4 * folds:
+        return None
+    space = Space.of(readings.plans)
+    index = space.encode(readings.plans)
+    lot = dict(zip(groups, np.random.default_rng(0).permutation(len(groups)) % folds, strict=True))
+    fold = np.array([lot[key] for key in keys])
+    found = pd.DataFrame({"key": keys, "measured": readings.score, "expected": 0.0, "low": 0.0, "high": 0.0})
+    pairs = len(space.names) <= 6  # finding them takes long where there are many
+    for out in range(folds):
+        model = learn(space, index[fold != out], readings.score[fold != out], noise=readings.noise, pairs=pairs)
+        draws = model.draws(index[fold == out])
+        noise = model.sigma * np.random.default_rng(out).standard_normal(draws.shape)
+        low, high = np.quantile(draws + noise, [0.025, 0.975], axis=0)
+        expected = model.predict(index[fold == out])
+        found.loc[fold == out, ["expected", "low", "high"]] = np.column_stack([expected, low, high])
+    return found

@@ -1,0 +1,148 @@
+"""The space of a search: one axis per component, or per group of components that share a scheme."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.samplers import NSGAIISampler
+
+from sensitivity.analysis.search.frontier_sampler import PlanSizes
+from sensitivity.analysis.surrogate.surrogate import Space
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.limits import Allowed
+from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.sizes import component_bits, size
+
+POPULATION = 20  # of NSGA-II
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Where a search may walk: one axis per component, or per group of components that must share their scheme.
+
+    Every axis begins with native, which `low` leaves out where it is not allowed (1 instead of 0).
+    """
+
+    names: tuple[str, ...]
+    axes: tuple[tuple[str, ...], ...]
+    joint: Space
+    low: tuple[int, ...]
+    weights: PlanSizes
+
+    @classmethod
+    def of(
+        cls,
+        parts: ComponentMap,
+        schemes: Sequence[Scheme],
+        allowed: Allowed | None = None,
+        tied: Sequence[Sequence[str]] = (),
+    ) -> SearchSpace:
+        if not schemes:
+            raise UserError("no widths given; name some, such as --bits 2,3,4,6,8")
+        ordered = sorted(set(schemes), key=lambda s: (s.method, str(s.group), s.symmetric, s.settings, -s.bits))
+        axes, choices, low = [], [], []
+        for group in _groups(parts.names, tied):
+            fine = [c for c in (None, *ordered) if allowed is None or all(allowed(name, c) for name in group)]
+            if not fine:
+                raise UserError(f"no scheme is allowed for {', '.join(group)}; there are native, {_listed(ordered)}")
+            axes.append(group)
+            choices.append((None, *(choice for choice in fine if choice is not None)))
+            low.append(int(fine[0] is not None))
+        bits = tuple(
+            np.array([sum(component_bits(parts, name, choice) for name in group) for choice in options], dtype=float)
+            for group, options in zip(axes, choices, strict=True)
+        )
+        kept = size(parts, Plan.uniform(parts, None)).bits - sum(b[0] for b in bits)
+        joint = Space(tuple("+".join(group) for group in axes), tuple(choices))
+        return cls(parts.names, tuple(axes), joint, tuple(low), PlanSizes(bits, float(kept), parts.numel))
+
+    @property
+    def native(self) -> Plan:
+        """Full precision, which is measured whether it is allowed or not."""
+        return Plan(tuple((name, None) for name in self.names))
+
+    def uniform(self) -> list[list[int]]:
+        """Rows of the plans that give every component the same scheme, widest first."""
+        shared = [c for c in self.joint.choices[0] if c and all(c in options for options in self.joint.choices)]
+        return [[options.index(choice) for options in self.joint.choices] for choice in shared]
+
+    def row(self, plan: Plan) -> list[int] | None:
+        """Positions of a plan; None for plans from elsewhere with schemes that are not ours."""
+        row = []
+        for names, options in zip(self.axes, self.joint.choices, strict=True):
+            used = {plan[name] for name in names}
+            if len(used) > 1 or (choice := used.pop()) not in options:
+                return None
+            row.append(options.index(choice))
+        return row
+
+    def plan(self, row: Sequence[int] | np.ndarray) -> Plan:
+        chosen = {
+            name: options[i]
+            for names, options, i in zip(self.axes, self.joint.choices, row, strict=True)
+            for name in names
+        }
+        return Plan(tuple((name, chosen[name]) for name in self.names))
+
+    def distributions(self, low: Sequence[int]) -> dict[str, BaseDistribution]:
+        sizes = [len(options) for options in self.joint.choices]
+        return {
+            name: IntDistribution(first, count - 1)
+            for name, first, count in zip(self.joint.names, low, sizes, strict=True)
+        }
+
+    def told(self, row: Sequence[int], values: Sequence[float], place: int) -> optuna.trial.FrozenTrial:
+        """A finished trial for the mirror; NSGA-II wants to know of which generation it was."""
+        return optuna.trial.create_trial(
+            params=dict(zip(self.joint.names, row, strict=True)),
+            values=list(values),
+            distributions=self.distributions([0] * len(row)),
+            system_attrs={NSGAIISampler._get_generation_key(): place // POPULATION},
+        )
+
+    def ask(self, mirror: optuna.Study, seen: set[str], seed: int) -> tuple[Plan, optuna.Trial | None]:
+        """A plan that was not measured yet; by lot where the sampler insists on what it knows."""
+        for _ in range(10):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Optuna's remarks on what is experimental are not for our users
+                trial = mirror.ask(self.distributions(self.low))
+            plan = self.plan([trial.params[name] for name in self.joint.names])
+            if plan.key not in seen:
+                return plan, trial
+            mirror.tell(trial, state=optuna.trial.TrialState.FAIL)
+        draw = np.random.default_rng(seed)
+        while True:
+            row = [int(draw.integers(a, len(o))) for a, o in zip(self.low, self.joint.choices, strict=True)]
+            if (plan := self.plan(row)).key not in seen:
+                return plan, None
+
+    def exhausted(self, seen: set[str]) -> bool:
+        counts = [len(options) - first for options, first in zip(self.joint.choices, self.low, strict=True)]
+        if math.prod(counts) > len(seen):
+            return False
+        rows = itertools.product(*(range(a, len(o)) for a, o in zip(self.low, self.joint.choices, strict=True)))
+        return all(self.plan(row).key in seen for row in rows)
+
+
+def _listed(schemes: Sequence[Scheme]) -> str:
+    return ", ".join(map(str, schemes))
+
+
+def _groups(names: Sequence[str], tied: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Components that share, each group where its first member stands."""
+    groups = [tuple(group) for group in tied]
+    for name in (name for group in groups for name in group):
+        if name not in names:
+            raise unknown("component", name, names)
+        if sum(name in group for group in groups) > 1:
+            raise UserError(f"{name} is tied twice; put all components that must share into one group")
+    owner = {name: next((group for group in groups if name in group), (name,)) for name in names}
+    return list(dict.fromkeys(owner[name] for name in names))

@@ -1,0 +1,1 @@
+"""Predicts the score of plans that were not measured."""

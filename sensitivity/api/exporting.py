@@ -1,0 +1,204 @@
+"""Exporting as functions: a plan of a study as files that a runtime loads, or the best legal plan instead of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sensitivity.analysis.allocate.budget import solve
+from sensitivity.analysis.allocate.knapsack import Knapsack
+from sensitivity.analysis.allocate.legal import Legal, legal, legalize
+from sensitivity.api.recommending import FRESH
+from sensitivity.api.sweeping import calibrated, sweep
+from sensitivity.formats.table import CHECKPOINTS, FORMATS, may_be_written, write
+from sensitivity.formats.verification import verify
+from sensitivity.formats.writing.calibrated_codes import Found
+from sensitivity.formats.writing.calibrated_codes import codes as codes_of
+from sensitivity.formats.writing.job import Codes, Job, from_weights_alone
+from sensitivity.formats.writing.unfinished import clear
+from sensitivity.measure.calibrate.statistics import known_path
+from sensitivity.models.loading import load
+from sensitivity.models.vlm import VLM
+from sensitivity.quantize.methods import known, method_of
+from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.plan_file import read
+from sensitivity.spec.runtimes import breaches, files_of
+from sensitivity.spec.sizes import FILES
+from sensitivity.study import exports
+from sensitivity.study.scores import paired, summarize
+from sensitivity.study.study import Study
+
+__all__ = ["clear", "export", "export_from", "legalize", "legalize_from", "may_be_written", "verify"]
+
+
+def export(
+    study: Study,
+    plan: Plan,
+    out: Path | str,
+    format: str = "plan",
+    force: bool = False,
+    facts: dict[str, Any] | None = None,
+    *,
+    model: VLM | str | None = None,
+    runtime: str | None = None,
+    codes: Codes | None = None,
+    path: str | None = None,
+    keep: Iterable[Path] = (),
+) -> Path:
+    """Write a plan as the files that a runtime loads; a plan that it cannot load is refused, with what would fit.
+
+    What is at `out` is replaced only by `force`, and only if an earlier export wrote it; never what is in `keep`.
+    With `path`, its calibrated methods are calibrated again on that path, and what that gains is measured.
+
+    Examples:
+        >>> from sensitivity import export
+        >>> folder = export(study, choice.plan, "out/vqa", format="fake", model=vlm)
+    """
+    out, meta, name = Path(out), study.meta, runtime or format
+    if format not in FORMATS:
+        raise unknown("format", format, FORMATS)
+    if found := breaches(study.parts, plan, name):
+        raise UserError(f"{name} cannot hold this plan: {'; '.join(found)}. {_instead(study, plan, name)}")
+    gain: dict[str, Any] = {}
+    may_be_written(out, format, force, [study.path, *keep])  # before the long part
+    if path is not None:
+        if not isinstance(model, VLM):
+            model = load(model or meta["model"], dtype=meta["dtype"])
+        plan, gain = _on_path(study, plan, path, model)
+    job = Job(
+        model=model or meta.get("model", ""),
+        parts=study.parts,
+        plan=plan,
+        facts={"study": str(study.path), **(facts or {})},
+        dtype=getattr(torch, meta.get("dtype", "float16")),
+    )
+    if format != "plan" and meta.get("fingerprint") not in (None, job.source.fingerprint):
+        raise UserError(f"{study.path} was measured on {meta['model']}, and {job.source.name} is another model")
+    trial, expected = _measured(study, plan)
+    with _codes(study, job, format) as again:
+        job = replace(job, codes=codes or again.codes, changed=again.changed)
+        done = write(job, out, format, force, {**trial, **gain}, runtime, expected, lambda: again.notes)
+    if format == "plan":
+        return out if out.suffix == ".json" else out / "plan.json"
+    weighs = done.get("written") or done["predicted_size"]
+    about = {"format": format, "plan": plan.describe(), "bytes": weighs["bytes"], "bpw": weighs["bpw"]}
+    exports.note(study.path, out, {**about, "written": "written" in done, **gain})
+    return out
+
+
+def _on_path(study: Study, plan: Plan, path: str, model: VLM) -> tuple[Plan, dict[str, Any]]:
+    """The plan with its methods calibrated on another path, and what that gains: paired, on the same fresh examples."""
+    known_path(path)
+
+    def there(scheme: Scheme | None) -> Scheme | None:
+        if scheme is None or not method_of(scheme).calibrated:
+            return scheme
+        return replace(scheme, settings=tuple({**dict(scheme.settings), "path": path}.items()))
+
+    other = Plan(tuple((name, there(scheme)) for name, scheme in plan.schemes))
+    if other == plan:
+        known = any(scheme is not None and method_of(scheme).calibrated for _, scheme in plan.schemes)
+        why = f"was measured on the {path} path already" if known else "has no method that is calibrated"
+        raise UserError(f"--path {path} changes nothing: this plan {why}; leave it away")
+    second, meta = study, study.meta
+    for one in (plan, other):
+        schemes = list(dict.fromkeys(scheme for _, scheme in one.schemes if scheme is not None))
+        _, statistics = calibrated(model, study.parts, schemes, meta["tasks"])
+        n, seed, out = meta["n"], meta["seed"] + FRESH, study.path / "verify"
+        second = sweep(model, study.parts, [one], meta["tasks"], out, n=n, seed=seed, statistics=statistics)
+    return other, {"path_gain": {"path": path, **{task: _gain(second, other, plan, task) for task in study.tasks}}}
+
+
+def _gain(study: Study, ours: Plan, theirs: Plan, task: str) -> dict[str, Any]:
+    """The paired difference in score, and in the log-likelihood of right answers, which shows smaller ones."""
+    frames = [rows[rows["task"] == task] for rows in map(study.examples, (ours, theirs)) if rows is not None]
+    both = frames[0].merge(frames[1], on="example", suffixes=("", "_base"))
+    found = paired(both["score"], both["score_base"], both["cluster"]).to_json()
+    ends = (("ours", "score"), ("theirs", "score_base"))
+    found["scores"] = {whose: summarize(both[column], both["cluster"]).to_json() for whose, column in ends}
+    known = both.dropna(subset=["nll", "nll_base"])
+    if len(known):
+        found["log_likelihood"] = paired(-known["nll"], -known["nll_base"], known["cluster"]).to_json()
+    return found
+
+
+def _codes(study: Study, job: Job, format: str) -> AbstractContextManager[Found]:
+    """How the weights of a plan are quantized: from the weights alone, or calibrated again on the data it names."""
+    schemes = list(dict.fromkeys(scheme for _, scheme in job.plan.schemes if scheme is not None))
+    if format not in CHECKPOINTS or not any(method_of(scheme).calibrated for scheme in schemes):
+        return nullcontext(Found(from_weights_alone))
+    vlm = load(job.model, dtype=study.meta["dtype"]) if isinstance(job.model, str) else job.model
+    _, statistics = calibrated(vlm, study.parts, schemes, study.meta["tasks"])
+    assert statistics is not None
+    return codes_of(vlm, study.parts, job.plan, statistics, folding=format in FILES)
+
+
+def export_from(source: Path, bpw: float | None, out: Path, format: str, force: bool, **how: Any) -> Path:
+    """Export a plan.json, or the best predicted plan of a study for a budget."""
+    may_be_written(out, format, force, [source])  # before anything is read
+    study, plan, facts = _source(source, bpw, format if format in FILES else how.get("runtime"), how.get("runtime"))
+    return export(study, plan, out, format, force, facts, keep=[source], **how)
+
+
+def legalize_from(source: Path, runtime: str, bpw: float | None, task: str | None = None) -> tuple[Study, Legal]:
+    """The best plan that a runtime can load, for a plan.json or a budget of a study."""
+    study, plan, _ = _source(source, bpw, runtime)
+    return study, legalize(study, plan, runtime, bpw, task)
+
+
+def _source(
+    source: Path, bpw: float | None, counted: str | None, legal_in: str | None = None
+) -> tuple[Study, Plan, dict[str, Any]]:
+    """Study, plan and what is known of it. A budget counts the files of the runtime `counted`."""
+    if source.suffix == ".json":
+        _, plan, facts = read(source)
+        here = (source.parent / "journal.log").exists() or (source.parent / "storage.url").exists()
+        study = Study(source.parent if here else facts.get("study", source.parent))
+        plan.check(study.parts)
+        for scheme in {scheme for _, scheme in plan.schemes if scheme is not None}:
+            known(scheme)
+        return study, plan, facts
+    if bpw is None:
+        raise UserError(f"a study holds many plans: name a budget, `{source} --bpw 4.0`, or give a plan.json")
+    study = Study(source)
+    if legal_in is not None:
+        return study, legal(study, legal_in, bpw).plan, {}
+    return study, solve(study, bpw=bpw, knapsack=Knapsack.of(study, study.tasks[:1], files_of(counted)))[0].plan, {}
+
+
+def _instead(study: Study, plan: Plan, name: str) -> str:
+    try:
+        found = legalize(study, plan, name)
+    except UserError as error:
+        return f"There is no plan to offer instead: {error}"
+    return (
+        f"The best plan of its size that fits is {found.plan.describe()}: {found.words}. "
+        f"`sensitivity legalize {study.path} --runtime {name} --bpw {math.ceil(1000 * found.before.bpw) / 1000:g} "
+        "--out plan.json` writes it"
+    )
+
+
+def _measured(study: Study, plan: Plan) -> tuple[dict[str, Any], Path | None]:
+    """The trial that measured a plan, on fresh examples where there are any, and the file of its answers."""
+    studies = [Study(study.path / "verify")] if (study.path / "verify" / "journal.log").exists() else []
+    for one in (*studies, study):
+        trials = {trial.user_attrs["key"]: trial.user_attrs for trial in one.trials()}
+        if found := trials.get(plan.key):
+            native = trials.get(study.native.key, {}).get("scores", {})
+            about = {name: found.get(name) for name in ("scores", "path", "versions")}
+            path = one.path / "examples" / f"{plan.key}.parquet"
+            whole = one.examples(plan) is not None
+            return {
+                **about,
+                "full_precision_scores": native,
+                "meta": dict(one.meta),
+                "note": one.meta.get("note"),
+            }, path if whole else None
+    return {}, None

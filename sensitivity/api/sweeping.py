@@ -1,0 +1,192 @@
+"""sweep(): plans for a model, evaluated on tasks, as a study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sensitivity.analysis.search.plan_lists import Plans
+from sensitivity.analysis.search.plan_lists import grid as grid_
+from sensitivity.analysis.search.plan_lists import known as known_
+from sensitivity.analysis.search.plan_lists import one_at_a_time as one_at_a_time_
+from sensitivity.measure.calibrate.cache import Cache, home
+from sensitivity.measure.calibrate.calibration import calibrate
+from sensitivity.measure.calibrate.statistics import Statistics, known_path
+from sensitivity.measure.forecast.hardware import NOTABLY, slower
+from sensitivity.measure.generate.batches import check as suits
+from sensitivity.measure.loop import MEMORY_GB, Step, check_runs, identity
+from sensitivity.measure.loop import run as run_plans
+from sensitivity.models.loading import device_of, dtype_of, load
+from sensitivity.models.vlm import VLM
+from sensitivity.quantize.methods import method_of, scheme
+from sensitivity.spec.components import ComponentMap, granularity
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.runtimes import files_of
+from sensitivity.spec.threads import available
+from sensitivity.study.stopping import Until
+from sensitivity.study.storage.location import usable
+from sensitivity.study.study import Study
+from sensitivity.tasks.examples.types import Task
+from sensitivity.tasks.table import distinct, find
+from sensitivity.tasks.table import task as find_task
+
+BITS = (2, 3, 4, 6, 8)
+
+
+CACHE_GB = 8.0  # of calibration statistics on disk
+
+
+def grid(
+    parts: ComponentMap, bits: Sequence[int] = BITS, method: str = "rtn", schemes: Sequence[Scheme] = (), **chosen: Any
+) -> list[Plan]:
+    """Every combination of widths over components, and full precision.
+
+    Examples:
+        >>> from sensitivity import grid
+        >>> plans = grid(parts, bits=(2, 4, 8), method="uniform")
+        >>> len(plans)  # 3 widths of 3 parts, and full precision
+        28
+    """
+    return grid_(parts, schemes or [scheme(method, width, **chosen) for width in bits])
+
+
+def one_at_a_time(
+    parts: ComponentMap, bits: Sequence[int] = BITS, method: str = "rtn", schemes: Sequence[Scheme] = (), **chosen: Any
+) -> list[Plan]:
+    """Each component alone at each width, the uniform plans, and full precision.
+
+    Examples:
+        >>> from sensitivity import one_at_a_time
+        >>> len(one_at_a_time(parts, bits=(2, 4, 8)))  # 3 widths of 3 parts, 3 uniform plans, and full precision
+        13
+    """
+    return one_at_a_time_(parts, schemes or [scheme(method, width, **chosen) for width in bits])
+
+
+def check_sweep(
+    by: str, how: str, schemes: Sequence[Scheme], tasks: Sequence[str], device: str, dtype: str | None, path: str,
+    runtime: str | None, until: Sequence[str], out: Path, storage: str | None,
+) -> bool:  # fmt: skip
+    """What of a sweep can be known to be wrong before any weight or example is read; whether it is to be calibrated."""
+    granularity(by)
+    known_(how)
+    device_of(device)
+    dtype_of(dtype)
+    files_of(runtime)
+    known_path(path)
+    Until.parse(until)
+    for name in tasks:
+        find(name)
+    usable(out, storage)
+    return any(method_of(one).calibrated for one in schemes)
+
+
+def dtype_for(name: str, device: str, out: Path | str) -> tuple[str | None, str]:
+    """The type of numbers to sweep a model in where none was asked for, and why, in words; None is as `load` does it.
+
+    A study goes on in its own. A new one takes what is stored, or float32, which holds the same numbers, where this
+    machine computes notably faster in that and has the memory.
+    """
+    with suppress(UserError, KeyError):  # none is there, or one that was imported
+        return str(Study(out).meta["dtype"]), ""
+    if device == "auto" or name.startswith("embedded:"):
+        return None, ""
+    vlm = load(name, device=device, config_only=True)
+    stored = getattr(vlm.model.config, "dtype", None)
+    if stored not in (torch.bfloat16, torch.float16):
+        return None, ""
+    called, times = str(stored).removeprefix("torch."), slower(stored, target := torch.device(device))
+    if times < NOTABLY:
+        return called, ""
+    size = 4 * sum(weight.numel() for weight in vlm.model.parameters())
+    if target.type == "cpu" and size > available():
+        return called, f"{called} is {times:.1f} times slower here than float32, for which memory has no room"
+    return "float32", f"computing in float32: {called}, as stored, is {times:.1f} times slower here (--dtype overrides)"
+
+
+def sweep(vlm: VLM, parts: ComponentMap, plans: Plans, tasks: Sequence[str], out: Path | str, **how: Any) -> Study:
+    """Evaluate every plan that the study at `out` does not hold yet, and return the study.
+
+    Examples:
+        >>> from sensitivity import sweep
+        >>> study = sweep(vlm, parts, plans, tasks=["vqa"], out="runs/vqa", n=20)
+    """
+    study, steps = sweeping(vlm, parts, plans, tasks, out, **how)
+    for _ in steps:
+        pass
+    return study
+
+
+def sweeping(
+    vlm: VLM,
+    parts: ComponentMap,
+    plans: Plans,
+    tasks: Sequence[str],
+    out: Path | str,
+    n: int = 1000,
+    seed: int = 0,
+    plain: bool = False,
+    storage: str | None = None,
+    statistics: Statistics | None = None,
+    until: Sequence[str] = (),
+    memory_gb: float = MEMORY_GB,
+    whole: bool = False,
+) -> tuple[Study, Iterator[Step]]:
+    """The study, and the sweep as something to walk along: each step is a finished trial.
+
+    Methods that need calibration take it from `statistics`; without, the calibration splits of the tasks are used.
+    `until` may end it early: "10min", "error<0.5%"; examples then go to the plans that matter. Answers that can no
+    longer be right are left off there, unless they are wanted `whole`.
+    """
+    limit = Until.parse(until)
+    chosen = [find_task(name, "evaluation", n, seed, whole) for name in dict.fromkeys(tasks)]
+    distinct(chosen, list(dict.fromkeys(tasks)))
+    check_runs(vlm, chosen)
+    facts = identity(vlm, chosen, tasks, n, seed) | ({"whole_answers": True} if whole else {})
+    suits(vlm, chosen)
+    study = Study.create(out, parts, [task.name for task in chosen], facts, storage)
+    if callable(plans):
+        return study, run_plans(vlm, study, chosen, plans(study), plain, statistics, limit, memory_gb)
+    if statistics is None and isinstance(plans, Sequence):
+        schemes = list(dict.fromkeys(one for plan in plans for _, one in plan.schemes if one))
+        named, statistics = calibrated(vlm, parts, schemes, tasks, against=chosen)
+        facts_of: dict[Scheme | None, Scheme | None] = {None: None, **dict(zip(schemes, named, strict=True))}
+        plans = [Plan(tuple((name, facts_of[one]) for name, one in plan.schemes)) for plan in plans]
+    return study, run_plans(vlm, study, chosen, plans, plain, statistics, limit, memory_gb)
+
+
+def calibrated(
+    vlm: VLM,
+    parts: ComponentMap,
+    schemes: Sequence[Scheme],
+    tasks: Sequence[str],
+    n: int = 128,
+    seed: int = 0,
+    path: str = "float",
+    against: Iterable[Task] = (),
+    cache_gb: float = CACHE_GB,
+) -> tuple[list[Scheme], Statistics | None]:
+    """The schemes with the data that they are calibrated on written into them, and the statistics if any need them.
+
+    Schemes that already name their data are calibrated on that.
+    """
+    needing = [one for one in schemes if method_of(one).calibrated]
+    if not needing:
+        return list(schemes), None
+    named = {tuple(one.get(fact) for fact in ("calibration", "examples", "seed", "path")) for one in needing}
+    if len(named) > 1:
+        raise UserError("these plans were calibrated on different data; run those of each in a sweep of its own")
+    if None not in (known := named.pop()):
+        tasks, n, seed, path = str(known[0]).split(","), int(known[1] or 0), int(known[2] or 0), str(known[3])
+    cache = Cache(home(), cache_gb) if cache_gb > 0 else None
+    statistics = calibrate(vlm, parts, tasks, n, seed, path, against, cache)
+    return [
+        replace(one, settings=tuple({**dict(one.settings), **statistics.facts}.items())) if one in needing else one
+        for one in schemes
+    ], statistics

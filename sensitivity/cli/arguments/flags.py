@@ -1,0 +1,182 @@
+"""Words of the command line that several verbs share, and how they are read."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from sensitivity.cli.arguments import values
+from sensitivity.spec.errors import UserError
+
+if TYPE_CHECKING:
+    from sensitivity.spec.plan import Scheme
+
+T = TypeVar("T")
+WIDTHS = (2, 3, 4, 5, 6, 8)
+
+
+def model(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "model",
+        type=values.place,
+        metavar="MODEL",
+        help="a folder, a hub name, or an embedded model: embedded:scenes-llava; an adapter may be"
+        " ADAPTER@BASE, where its base model is not as it says",
+    )
+
+
+def device(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--device", type=values.name, default="cpu", help="cpu, cuda, cuda:1 or mps; auto spreads it (default: cpu)"
+    )
+    dtypes = "fp32, bf16 or fp16 (default: as the study; a new one as stored, or float32 where that is quicker)"
+    p.add_argument("--dtype", type=values.name, help=dtypes)
+
+
+def by(p: argparse.ArgumentParser, default: str) -> None:
+    p.add_argument(
+        "--by",
+        type=values.name,
+        default=default,
+        metavar="GRANULARITY",
+        help=f"part, group, kind, group.kind, block or linear (default: {default})",
+    )
+
+
+def include(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--include",
+        type=values.listed(values.choice("embedding", "head")),
+        default=(),
+        metavar="W[,W]",
+        help="embedding, head or both as components of their own, which are kept otherwise; tied ones are one, a head",
+    )
+
+
+def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str) -> None:
+    p.add_argument(
+        "--bits",
+        type=values.listed(values.width),
+        default=tuple(bits),
+        metavar="B,B,...",
+        help=f"widths to try (default: {','.join(map(str, bits))})",
+    )
+    p.add_argument("--method", type=values.name, default=method, help=f"how weights are quantized (default: {method})")
+    p.add_argument(
+        "--group", type=values.group, metavar="N|row|tensor", help="weights that share a scale (default: the method's)"
+    )
+    p.add_argument(
+        "--symmetric", action=argparse.BooleanOptionalAction, help="a grid around zero (default: the method's)"
+    )
+    p.add_argument("--biases", action="store_true", default=None, help="quantize biases too, as the paper's code did")
+    p.add_argument(
+        "--set",
+        type=values.of(values.setting),
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of the method's own, such as damp=0.05 for gptq",
+    )
+    p.add_argument(
+        "--backend",
+        type=values.name,
+        metavar="gptqmodel",
+        help="GPTQModel's solver for --method gptq (default: our own)",
+    )
+
+
+def budget(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--bpw",
+        type=values.bpw,
+        default=4.0,
+        metavar="X",
+        help="budget in bits per weight, all that is stored counted (default: 4.0)",
+    )
+
+
+def study(p: argparse.ArgumentParser) -> None:
+    p.add_argument("study", type=values.path, metavar="STUDY", help="the folder of a sweep, such as runs/demo")
+
+
+def task(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--task", type=values.name, metavar="T", help="the task that decides (default: the study's first)")
+
+
+def samples(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--n", type=values.examples, default=1000, help="examples per task, drawn with the seed (default: 1000)"
+    )
+    p.add_argument("--seed", type=values.seed, default=0, help="of the examples and of any search (default: 0)")
+
+
+def calibration(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("calibration", "for methods that look at what a layer reads, such as gptq and awq")
+    g.add_argument(
+        "--calibration",
+        type=values.listed(values.place),
+        metavar="T[,T]",
+        help="whose calibration split (default: the tasks')",
+    )
+    g.add_argument(
+        "--calibration-n", type=values.examples, default=128, metavar="N", help="how many examples (default: 128)"
+    )
+    g.add_argument(
+        "--path",
+        type=values.name,
+        default="float",
+        metavar="float|exposed",
+        help="inputs of the float model, or of layers behind quantized ones (slow: anew for each plan; default: float)",
+    )
+    g.add_argument(
+        "--cache-gb",
+        type=values.gigabytes,
+        default=8.0,
+        help="of statistics kept on disk; 0 keeps none (default: 8)",
+    )
+
+
+def limits(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--allow",
+        type=values.of(values.allowed),
+        action="append",
+        default=[],
+        metavar="PART=B,B,...",
+        help="only these widths for a part, 16 for native, such as vision=4,8",
+    )
+    p.add_argument(
+        "--tie",
+        type=values.listed(values.name),
+        action="append",
+        default=[],
+        metavar="PART,PART",
+        help="parts that must have the same width",
+    )
+
+
+def schemes(args: argparse.Namespace) -> list[Scheme]:
+    from sensitivity.quantize.methods import scheme
+
+    flags = ("group", "symmetric", "biases", "backend")
+    own = dict(distinct("--set", args.set))
+    for name in ("method", "bits", *flags):
+        if name in own:
+            raise UserError(f"--set {name}={own[name]}: {name} is a flag of its own; type --{name}")
+    return [scheme(args.method, bits, **{flag: getattr(args, flag) for flag in flags}, **own) for bits in args.bits]
+
+
+def distinct(flag: str, pairs: Sequence[tuple[str, T]]) -> Sequence[tuple[str, T]]:
+    """NAME=VALUE pairs of a flag that may be repeated, but not for one name."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{flag} names '{twice[0]}' twice; give it once")
+    return pairs
+
+
+def without_effect(args: argparse.Namespace, flags: Iterable[str], where: str) -> None:
+    """Refuse flags that were given and would do nothing, rather than let somebody believe that they did."""
+    given = getattr(args, "given", set()) | {name for name, value in vars(args).items() if value is True}
+    if idle := [flag for flag in flags if flag.removeprefix("--").replace("-", "_") in given]:
+        raise UserError(f"{' and '.join(idle)} would do nothing {where}; leave it out")

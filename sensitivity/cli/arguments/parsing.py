@@ -1,0 +1,76 @@
+"""Parses the command line: each flag as it is spelled, none of them twice, and mistakes as one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, NoReturn
+
+from sensitivity.cli.arguments import values
+from sensitivity.cli.output.ticker import working
+from sensitivity.spec.errors import UserError
+
+
+def parser_of(verbs: Mapping[str, ModuleType]) -> argparse.ArgumentParser:
+    """A parser of these verbs, with the flags that all of them take."""
+    common = Parser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error, and libraries' warnings")
+    threaded = "threads that compute in a process (default: its share of the cores)"
+    common.add_argument("--threads", type=values.processes, metavar="N", help=threaded)
+    top = Parser(
+        prog="sensitivity",
+        description="Which parts of a vision-language model can be quantized how far, at what cost to your task?",
+        epilog="example: sensitivity demo",
+    )
+    choices = top.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, verb in verbs.items():
+        described = f"{verb.ABOUT[0].upper()}{verb.ABOUT[1:]}."
+        one = choices.add_parser(
+            name, parents=[common], help=verb.ABOUT, description=described, epilog=f"example: {verb.EXAMPLE}"
+        )
+        verb.arguments(one)
+    return top
+
+
+def run_verb(verb: ModuleType, args: argparse.Namespace) -> dict[str, Any]:
+    """What a verb finds; where no terminal shows that it is at work, a line says so every few seconds."""
+    with working(args.verb, quiet=args.json):
+        facts: dict[str, Any] = verb.run(args)
+    return facts
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags as they are spelled, none of them given twice, and what is wrong said like everything else that is."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how, allow_abbrev=False)
+        for name in (None, "store"):
+            self.register("action", name, Once)
+
+    def error(self, message: str) -> NoReturn:
+        about = re.sub(r"^argument (\S+): ", r"\1 ", message).replace("expected one argument", "needs a value")
+        about = re.sub(r"invalid choice: (.*) \(choose from (.*)\)$", r"is one of \2, not \1", about)
+        if about != message:
+            raise UserError(about)
+        about = about.replace("the following arguments are required", "still needed").replace("arguments", "words")
+        raise UserError(f"{about}; `{self.prog} --help` shows what there is")
+
+
+class Once(argparse.Action):
+    """Keeps a value; a second one is a mistake, as it would replace the first without a word."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        known = namespace.__dict__.setdefault("given", set())
+        if option_string and self.dest in known:
+            raise argparse.ArgumentError(self, "is there twice; give it once")
+        known.add(self.dest)
+        setattr(namespace, self.dest, values)

@@ -1,0 +1,252 @@
+"""Values of flags: one function per kind of value, each with its range, which is what a refusal says."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# the largest of each kind; beyond them nothing that this program does would ever end, or fit
+EXAMPLES = 1_000_000
+SEED = 2**31 - 1  # NumPy takes twice as much, and a sweep counts on from here
+PLANS = 20_000  # as many as a grid may have
+WEIGHTS = 10**15
+WORKERS = 1_000
+RESAMPLES = 10_000
+COLUMNS = 1_000_000  # of a weight
+WIDEST = 16
+BPW = 64.0
+GB = 1e6
+NAME, FILE_NAME, PATH = 200, 200, 3_800  # bytes; systems take 255 and 4,096, and files of a study add to both
+
+WHOLE = re.compile(r"[+-]?[0-9]{1,30}")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def refused(what: str, text: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"takes {what}, not {shown(text)}")
+
+
+def shown(text: str) -> str:
+    """What was typed, in quotation marks, short, and without what a terminal would obey."""
+    return ascii(text) if not text.isprintable() and len(text) <= 40 else f"'{text}'" if len(text) <= 40 else _cut(text)
+
+
+def _cut(text: str) -> str:
+    head = text[:24] if text.isprintable() else ascii(text[:24])[1:-1]
+    return f"'{head}…' ({len(text):,} characters)"
+
+
+# -- numbers
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    what = f"a whole number from {low:,} to {high:,}"
+
+    def read(text: str) -> int:
+        if not WHOLE.fullmatch(text) or not low <= int(text) <= high:
+            raise refused(what, text)
+        return int(text)
+
+    return read
+
+
+def _number(text: str, what: str, high: float, above: bool) -> float:
+    """Finite, from 0 (or above it) to the largest."""
+    value = float(text) if NUMBER.fullmatch(text) else math.nan
+    if not (value > 0 if above else value >= 0) or not value <= high:
+        raise refused(what, text)
+    return value
+
+
+examples = whole(1, EXAMPLES)
+seed = whole(0, SEED)
+plans = whole(1, PLANS)
+processes = whole(1, WORKERS)  # or threads
+resamples = whole(2, RESAMPLES)
+weights = whole(1, WEIGHTS)
+top = whole(1, 100)
+
+
+def gigabytes(text: str) -> float:
+    return _number(text, f"an amount from 0 to {GB:,.0f} GB, such as 8 or 0.5", GB, above=False)
+
+
+def size(text: str) -> float:
+    return _number(text, f"GB above 0 and at most {GB:,.0f}, such as 2.5", GB, above=True)
+
+
+def bpw(text: str) -> float:
+    return _number(text, f"bits per weight above 0 and at most {BPW:g}, such as 4", BPW, above=True)
+
+
+def fraction(text: str) -> float:
+    return _number(text, "a share above 0 and at most 1, such as 0.9", 1.0, above=True)
+
+
+def width(text: str) -> int:
+    if not WHOLE.fullmatch(text) or not 1 <= int(text) <= WIDEST:
+        raise refused(f"whole numbers of bits from 1 to {WIDEST}, such as 2,3,4", text)
+    return int(text)
+
+
+def group(text: str) -> int | str:
+    if text in ("row", "tensor"):
+        return text
+    if not WHOLE.fullmatch(text) or not 1 <= int(text) <= COLUMNS:
+        raise refused(f"row, tensor, or a number of columns from 1 to {COLUMNS:,}", text)
+    return int(text)
+
+
+def workers_or_auto(text: str) -> int | str:
+    return text if text == "auto" else processes(text)
+
+
+# -- words
+
+
+def choice(*allowed: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in allowed:
+            raise refused(" or ".join(allowed), text)
+        return text
+
+    return read
+
+
+def name(text: str) -> str:
+    """What is looked up in a table later; the table then says what there is."""
+    if not text.strip() or not text.isprintable() or len(text.encode()) > NAME:
+        raise refused(f"a name of 1 to {NAME} bytes that can be printed", text)
+    return text.strip()
+
+
+def place(text: str) -> str:
+    """A model or a task: a name, or where its files are."""
+    readable = text.strip() and text.isprintable() and len(text.encode()) <= PATH
+    if not readable or max(len(piece.encode()) for piece in text.split("/")) > FILE_NAME:
+        what = f"a name or a path that can be printed, at most {PATH:,} bytes, and {FILE_NAME} between slashes"
+        raise refused(what, text)
+    return text
+
+
+def listed(one: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """Values of a kind with commas between them, each once."""
+
+    def read(text: str) -> tuple[T, ...]:
+        return tuple(dict.fromkeys(one(piece.strip()) for piece in text.split(",")))
+
+    return read
+
+
+def pair(text: str) -> tuple[str, str]:
+    left, equals, right = text.partition("=")
+    if not (equals and left.strip() and right.strip() and text.isprintable() and len(text.encode()) <= 2 * NAME):
+        raise refused("NAME=VALUE", text)
+    return left.strip(), right.strip()
+
+
+def of(one: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
+    """NAME=VALUE, where the value is of a kind."""
+
+    def read(text: str) -> tuple[str, T]:
+        left, right = pair(text)
+        return left, one(right)
+
+    return read
+
+
+def importance(text: str) -> float:
+    return _number(text, "a weight above 0 and at most 1,000,000, such as vqa=2", 1e6, above=True)
+
+
+def kept(text: str) -> float:
+    """A share of full precision, also in percent."""
+    what = "a share of full precision above 0 and at most 1, such as ground=0.95 or ground=95%"
+    if text.endswith("%"):
+        return _number(text[:-1], what, 100.0, above=True) / 100
+    return _number(text, what, 1.0, above=True)
+
+
+def allowed(text: str) -> tuple[int, ...]:
+    return listed(lambda piece: WIDEST if piece == "native" else width(piece))(text)
+
+
+def count(text: str) -> int:
+    """Of weights, as tables write it: 984,023,040 or 984_023_040."""
+    return weights(text.replace("_", "").replace(",", ""))
+
+
+def setting(text: str) -> int | float | bool | str:
+    """A number, true or false, or else a word; which of them and how large, its method says."""
+    if text in ("true", "false"):
+        return text == "true"
+    if WHOLE.fullmatch(text):
+        return int(text)
+    if NUMBER.fullmatch(text) and math.isfinite(float(text)):
+        return float(text)
+    if not re.fullmatch(r"[A-Za-z][\w.-]*", text) or text.lower() in ("nan", "inf", "infinity", "null", "none"):
+        raise refused("NAME=VALUE with a finite number, true, false or a word, such as damp=0.05", text)
+    return text
+
+
+# -- paths
+
+
+def path(text: str) -> Path:
+    """Of what is to be read."""
+    return Path(os.path.expanduser(place(text)))
+
+
+def out(text: str) -> Path:
+    """Of what is to be written: a place of its own that can be made, outside this package."""
+    chosen = path(text)
+    where = chosen.resolve()
+    if where in (here := Path.cwd().resolve(), *here.parents) or where == Path.home().resolve():
+        raise argparse.ArgumentTypeError(
+            f"takes a place of its own, such as runs/first, and {shown(text)} holds others"
+        )
+    package = Path(__file__).parents[1].resolve()
+    if where == package or package in where.parents:
+        raise argparse.ArgumentTypeError(f"takes a place outside this program's own files, and {shown(text)} is inside")
+    there = next(parent for parent in where.parents if os.path.exists(parent))
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot be {shown(text)}, since {shown(str(there))} is a file and no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"cannot be {shown(text)}: nothing may be written in {shown(str(there))}")
+    return chosen
+
+
+def folder(text: str) -> Path:
+    """Of a folder to be written."""
+    chosen = out(text)
+    if chosen.exists() and not chosen.is_dir():
+        raise argparse.ArgumentTypeError(f"takes a folder, and {shown(text)} is a file")
+    return chosen
+
+
+def file(text: str) -> Path:
+    """Of a file to be written."""
+    chosen = out(text)
+    if chosen.is_dir():
+        raise argparse.ArgumentTypeError(f"takes a file, and {shown(text)} is a folder")
+    return chosen
+
+
+def address(text: str) -> str:
+    """Of a database."""
+    if not re.fullmatch(r"[a-z][\w+.-]*://\S+", text) or not text.isprintable() or len(text.encode()) > PATH:
+        raise argparse.ArgumentTypeError(
+            f"takes a URL such as postgresql+psycopg://HOST/DB, not {_without_login(text)}"
+        )
+    return text
+
+
+def _without_login(text: str) -> str:
+    return shown(re.sub(r"//.*@", "//", text))

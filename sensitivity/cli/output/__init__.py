@@ -1,0 +1,1 @@
+"""What is printed: tables, and the progress of a sweep."""

@@ -1,0 +1,161 @@
+"""Progress of a sweep: a bar with the time left, plain lines off a terminal, and lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from sensitivity.cli.output.ticker import Ticker, clock
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from sensitivity.measure.loop import Step
+    from sensitivity.study.study import Study
+
+
+class Pace:
+    """How long the rest will take, from what this run has done; what earlier runs did says nothing about it.
+
+    `plans` is how many there will be, where they are not all known beforehand; after `seconds` it ends anyway.
+    """
+
+    def __init__(self, plans: int = 0, seconds: float = math.inf) -> None:
+        self.plans, self.ends = plans, time.monotonic() + seconds
+        self.earlier, self.began = 0, 0.0
+
+    def after(self, step: Step) -> tuple[int, float]:
+        """Images and seconds that are left."""
+        now = time.monotonic()
+        if not self.began:  # the clock begins where the first step did: loading is over
+            self.earlier, self.began = step.done - step.new, now - step.seconds
+        images = max(step.left, self.plans * step.images - step.done)
+        seconds = (now - self.began) / (step.done - self.earlier) * images
+        return images, max(min(seconds, self.ends - now), 0.0)
+
+
+def walk(
+    steps: Iterable[Step], title: str, study: Study | None = None, plans: int = 0, seconds: float = math.inf
+) -> int:
+    """Walk along a sweep behind a bar on standard error: what is done, the time left, and the frontier so far.
+
+    Where that is no terminal there is a plain line every few seconds instead.
+    """
+    if not sys.stderr.isatty():
+        return _walk_plainly(steps, title, Pace(plans, seconds))
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import BarColumn, Progress, TaskProgressColumn
+    from rich.text import Text
+
+    finished, pace, began = 0, Pace(plans, seconds), time.monotonic()
+    beside = "{task.fields[time]}", "{task.fields[last]}"
+    bar = Progress("{task.description}", BarColumn(), TaskProgressColumn(), *beside)
+    line = bar.add_task(title, total=None, time="", last="preparing")
+    with Live(bar, console=Console(stderr=True), refresh_per_second=4) as live:
+        shown = 0.0
+        for step in steps:
+            finished += 1
+            images, rest = pace.after(step)
+            done, left = step.done - pace.earlier, f"{clock(rest)} left"
+            bar.update(line, total=done + images, completed=done, time=left, last=_last(step))
+            if study is not None and time.monotonic() - shown > 1:
+                live.update(Group(bar, *(Text(f"  {text}", style="dim") for text in standing(study))))
+                shown = time.monotonic()
+        if not finished:
+            bar.update(line, total=1, completed=1, last="nothing was left to do")
+        bar.update(line, time=f"in {clock(time.monotonic() - began)}")
+        live.update(bar)
+    return finished
+
+
+def _walk_plainly(steps: Iterable[Step], title: str, pace: Pace) -> int:
+    finished, began, told = 0, time.monotonic(), "preparing"
+    ends = math.inf  # when all will be done, as far as is known; a step may take longer than from one line to the next
+
+    def line() -> str:
+        left = f"{clock(max(ends - time.monotonic(), 0))} left" if ends < math.inf else "time left not known yet"
+        return f"{title}: {told}, {left}"
+
+    with Ticker(line):
+        for step in steps:
+            finished += 1
+            images, rest = pace.after(step)
+            done, ends = step.done - pace.earlier, time.monotonic() + rest
+            told = f"{done / max(done + images, 1):.0%}, {_last(step)}"
+    end = f"100%, in {clock(time.monotonic() - began)}" if finished else "nothing was left to do"
+    print(f"{title}: {end}", file=sys.stderr, flush=True)
+    return finished
+
+
+def walk_in_json(steps: Iterable[Step], study: Study, plans: int = 0, seconds: float = math.inf) -> int:
+    """The same for machines: a line of JSON on standard error, at most one a second, and the last."""
+    pace, shown, finished = Pace(plans, seconds), 0.0, 0
+    unsaid: Callable[[], None] | None = None
+    for step in steps:
+        finished += 1
+        unsaid = partial(_say, step, *pace.after(step), study)
+        if time.monotonic() - shown > 1:
+            unsaid()
+            unsaid, shown = None, time.monotonic()
+    if unsaid:
+        unsaid()
+    return finished
+
+
+def _say(step: Step, images: int, seconds: float, study: Study) -> None:
+    counts = study.counts(lately=True)
+    facts = {
+        "done": step.done,
+        "left": images,
+        "plans_done": counts["done"],
+        "plans_left": counts["waiting"] + counts["running"],
+        "seconds_left": round(seconds, 1),
+        "plan": step.plan.describe(),
+        "scores": dict(step.scores),
+        "frontier": points(study),
+    }
+    print(json.dumps(facts), file=sys.stderr, flush=True)
+
+
+def points(study: Study) -> list[dict[str, Any]]:
+    """The frontier for machines."""
+    return [_point(trial) for trial in best_so_far(study)]
+
+
+def _last(step: Step) -> str:
+    return " ".join(f"{task} {score:.3f}" for task, score in step.scores.items())
+
+
+def best_so_far(study: Study) -> list[FrozenTrial]:
+    from sensitivity.study.racing import frontier
+
+    return frontier(study.measured(), study.tasks[0])
+
+
+def standing(study: Study, most: int = 8) -> list[str]:
+    """The frontier as it stands, a line each: size, score with its interval, from how many examples."""
+    lines = []
+    for trial in best_so_far(study)[-most:]:
+        point = _point(trial)
+        score = point["scores"][study.tasks[0]]
+        span = f"[{score['low']:.3f}, {score['high']:.3f}]"
+        lines.append(f"{point['bpw']:5.2f} bpw  {score['mean']:.3f} {span} n {score['n']}  {point['plan']}")
+    return lines
+
+
+def _point(trial: FrozenTrial) -> dict[str, Any]:
+    from sensitivity.spec.plan import Plan
+
+    attrs = trial.user_attrs
+    shown = ("mean", "low", "high", "n")
+    return {
+        "bpw": round(attrs["size"]["bpw"], 4),
+        "plan": Plan.from_json(attrs["plan"]).describe(),
+        "scores": {task: {name: score[name] for name in shown} for task, score in attrs["scores"].items()},
+    }

@@ -1,0 +1,105 @@
+"""What a person sees in the terminal: tables, a bar with the time left, the summary of a recommendation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sensitivity.analysis.allocate.recommendation import Recommendation
+    from sensitivity.analysis.importance.types import Ranking
+    from sensitivity.measure.forecast.forecast import Forecast
+    from sensitivity.study.study import Study
+
+
+WIDTH = 120  # where there is no terminal to ask
+
+
+def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Columns of numbers to the right, the last column as wide as it wants."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    grid = Table(*heads, box=None, pad_edge=False)
+    for i, column in enumerate(grid.columns):
+        column.justify = "right" if rows and all(str(row[i]).lstrip("+-")[:1].isdigit() for row in rows) else "left"
+        column.overflow = "fold"
+    for row in rows:
+        grid.add_row(*(escape(str(cell)) for cell in row))
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console.print()
+    console.print(escape(title), style="bold", soft_wrap=True, highlight=False)
+    console.print(grid, highlight=False)
+
+
+def frontier(study: Study, most: int = 12) -> None:
+    """The plans that no smaller one beats on the first task."""
+    rows = study.table().sort_values(["bpw", study.tasks[0]], ascending=[True, False])
+    best = rows[rows[study.tasks[0]] > rows[study.tasks[0]].cummax().shift(fill_value=-1.0)].tail(most)
+    table(
+        f"Frontier: no smaller plan scores higher on {study.tasks[0]} (95 % intervals where they are known"
+        f"{'' if rows['complete'].all() else '; n where not all examples were seen'})",
+        ("bpw", *study.tasks, "plan"),
+        [
+            (f"{row['bpw']:.2f}", *(_interval(row, task) for task in study.tasks), row["plan"])
+            for _, row in best.iterrows()
+        ],
+    )
+
+
+def forecast(found: Forecast) -> None:
+    rate = f"{found.flops / 1e9:,.0f} GFLOP/s in products of this model's shapes"
+    count = f"{found.plans:,} plans, {found.examples:,} examples of {found.images:,} images"
+    table(f"{count}; {rate}", ("what", "how much", "of which"), found.rows())
+
+
+def ranking(found: Ranking) -> None:
+    rows = []
+    for name, row in found.table.iterrows():
+        shares = [f"{row[column]:.1f}" for column in ("forest", "permutation", "shap") if column in row]
+        span = f"{row['consensus']:.1f} [{row['consensus.low']:.1f}, {row['consensus.high']:.1f}]"
+        rows.append((name, span, *shares))
+    table(
+        f"Importance for {found.task}, in percent ({found.trials} trials; R2 of the forest {found.r2:.2f}, "
+        f"of a line {found.linear_r2:.2f})",
+        ("component", "consensus", "forest", "permutation", "SHAP"),
+        rows,
+    )
+    for warning in found.warnings:
+        print(f"  note: {warning}")
+
+
+def recommendation(found: Recommendation) -> None:
+    """The plan, what it weighs, what it scores beside full precision and the best uniform plan."""
+    print()
+    print(f"Best plan for {found.budget:.4g} bits per weight, judged by {found.task}:")
+    print(f"  {found.plan.describe()}")
+    size = found.size
+    print(f"  {size.bpw:.2f} bpw {size.how} ({size.bpw_codes:.2f} codes only), {_megabytes(size.bytes)}")
+    if found.measured is None:
+        expected = found.predicted
+        print(f"  predicted {found.task} {expected.score:.3f} [{expected.low:.3f}, {expected.high:.3f}]")
+    else:
+        where = "examples that had no part in the choice" if found.fresh else "the examples it was chosen on"
+        print(f"  {found.task} {found.measured}, measured on {where}")
+        if found.full is not None:
+            print(f"  full precision {found.full}")
+        if found.uniform is not None:
+            print(f"  best uniform plan within the budget: {found.uniform.other.describe()}, {found.uniform.score}")
+    print(f"  {found.words}")
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def _interval(row: pd.Series, task: str) -> str:
+    low, high = row.get(f"{task}.low"), row.get(f"{task}.high")
+    if low is None or low != low:  # an imported table has means alone
+        return f"{row[task]:.3f}"
+    seen = "" if row["complete"] else f" (n {row[f'{task}.n']:.0f})"
+    return f"{row[task]:.3f} [{low:.3f}, {high:.3f}]{seen}"

@@ -1,0 +1,159 @@
+"""Workers on a Ray cluster: actors that take plans from the study's queue; what a lost one ran is run elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import runpy
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sensitivity.cli.processes import workers
+from sensitivity.spec.errors import Notice, UserError
+
+if TYPE_CHECKING:
+    from sensitivity.measure.loop import Step
+    from sensitivity.study.study import Study
+
+LIVES = 3  # how many actors may be lost for each worker before it is given up
+PAUSE = 0.5  # seconds between two looks at the queue
+
+
+def sweep(args: argparse.Namespace, show: Callable[[Iterator[Step], Study], None]) -> Study:
+    """Start the actors and watch the study until its queue is empty."""
+    ray = _ray()
+    share = {"num_gpus": 1} if args.device.startswith("cuda") else {"num_cpus": max(1, _cores(ray) // args.workers)}
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # Ray writes there of workers that it lost; so do we, elsewhere
+            crew = _Crew(ray, args, share)
+            study = crew.study()
+            show(crew.watch(study), study)
+        return study
+    finally:
+        ray.shutdown()
+
+
+def check() -> None:
+    if find_spec("ray") is None:
+        raise UserError("--executor ray needs Ray: pip install 'vlm-sensitivity[ray]'")
+
+
+def _ray() -> Any:
+    check()
+    import ray
+
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # a cluster that is there is joined where RAY_ADDRESS names it, never one that was found by chance
+    where = os.environ.get("RAY_ADDRESS", "local")
+    ray.init(where, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, configure_logging=False)
+    return ray
+
+
+def _cores(ray: Any) -> int:
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
+class _Crew:
+    """The actors and what each of them promised; one that dies is replaced, after its plans were released."""
+
+    def __init__(self, ray: Any, args: argparse.Namespace, share: dict[str, int]) -> None:
+        self.ray, self.args, self.out = ray, args, Path(args.out)
+        self.worker = ray.remote(max_restarts=0, **share)(Worker)
+        self.lives = LIVES * args.workers
+        self.at_work: dict[Any, tuple[Any, Any]] = {}  # promise -> (actor, who it is)
+        self.lost: list[Any] = []
+        for _ in range(args.workers):
+            self._start()
+
+    def _start(self) -> None:
+        actor = self.worker.remote()
+        who = actor.who.remote()
+        self.at_work[actor.run.remote(list(self.args.typed), str(Path.cwd()))] = (actor, who)
+
+    def look(self, seconds: float = PAUSE) -> None:
+        """Wait a moment; replace what was lost, and pass on what went wrong."""
+        from ray.exceptions import RayActorError
+
+        ended, _ = self.ray.wait(list(self.at_work), timeout=seconds)
+        for promise in ended:
+            actor, who = self.at_work.pop(promise)
+            try:
+                if error := self.ray.get(promise):
+                    raise UserError(error)
+            except RayActorError:
+                with contextlib.suppress(RayActorError):  # it died before it could say who it is: it ran nothing
+                    self.lost.append(self.ray.get(who))
+                self.lives -= 1
+                warnings.warn("a worker was lost; what it was running is run by others", Notice, stacklevel=2)
+                if self.lives < 0:
+                    raise UserError("workers are lost again and again; their logs are where Ray keeps them") from None
+                self._start()
+            del actor
+
+    def study(self) -> Study:
+        """The study, as soon as an actor has begun it."""
+        from sensitivity.study.study import Study
+
+        while self.at_work:
+            self.look()
+            with contextlib.suppress(UserError):
+                return Study(self.out)
+        return Study(self.out)
+
+    def watch(self, study: Study) -> Iterator[Step]:
+        """Steps made of what the actors stored since the last look."""
+        from sensitivity.measure.loop import Step
+        from sensitivity.spec.plan import Plan
+
+        before = 0
+        while True:
+            for who in self.lost:
+                study.release_lost(who)
+            self.lost.clear()
+            measured = study.measured()
+            if measured:
+                latest = max(measured, key=lambda trial: str(trial.datetime_complete or trial.datetime_start))
+                attrs = latest.user_attrs
+                done, left = study.progress(attrs["images"])
+                if done != before:
+                    new, before = done - before, done
+                    scores = {task: found["mean"] for task, found in attrs["scores"].items()}
+                    plan = Plan.from_json(attrs["plan"])
+                    where = latest.state.is_finished(), done, left, attrs["images"], max(new, 1)
+                    yield Step(plan, scores, attrs["seconds"], *where)
+            if not self.at_work:
+                return
+            self.look()
+
+
+class Worker:
+    """An actor: the same command, as one of the workers."""
+
+    def who(self) -> dict[str, Any]:
+        from sensitivity.study.queue import me
+
+        return me()
+
+    def run(self, typed: list[str], folder: str) -> str | None:
+        """The error that ended it, if any."""
+        os.chdir(folder)
+        os.environ[workers.CHILD] = "1"
+        said, typed_before = io.StringIO(), sys.argv
+        sys.argv = ["sensitivity", *typed, "--json"]
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+            try:
+                runpy.run_module("sensitivity", run_name="__main__")
+                status: object = 0
+            except SystemExit as end:
+                status = end.code
+            finally:
+                sys.argv = typed_before
+        return str(json.loads(said.getvalue())["error"]) if status else None

@@ -1,0 +1,1 @@
+"""One file per verb: its flags, what it runs, and what it prints."""

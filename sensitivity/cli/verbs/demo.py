@@ -1,0 +1,49 @@
+"""sensitivity demo: the verbs one after the other on the embedded model."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+from sensitivity.cli.arguments import flags as words
+from sensitivity.cli.arguments import values
+from sensitivity.cli.arguments.parsing import parser_of, run_verb
+from sensitivity.cli.verbs import inspect, rank, recommend, report, sweep
+
+ABOUT = "sweep, rank, recommend and report on the embedded model, in a few minutes"
+EXAMPLE = "sensitivity demo"
+MODEL = "embedded:scenes-llava"
+STEPS = {"inspect": inspect, "sweep": sweep, "rank": rank, "recommend": recommend, "report": report}
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    words.budget(p)
+    p.add_argument(
+        "--out", type=values.folder, default=Path("runs/demo"), help="where everything goes (default: runs/demo)"
+    )
+    words.samples(p)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The verbs one after the other, as a person would type them."""
+    quoted = shlex.quote(str(args.out))
+    lines = (
+        f"inspect {MODEL} --by part --method uniform",
+        f"sweep {MODEL} --task vqa --bits 2,3,4,6,8 --by part --method uniform --n {args.n} --seed {args.seed}"
+        f" --out {quoted}",
+        f"rank {quoted}",
+        f"recommend {quoted} --bpw {args.bpw!r}",
+        f"report {quoted}",
+    )
+    return {line.split()[0]: _typed(line, args) for line in lines}
+
+
+def _typed(line: str, args: argparse.Namespace) -> dict[str, Any]:
+    if not args.json:
+        print(f"\n$ sensitivity {line}")
+    flags = [flag for flag, on in (("--json", args.json), ("--debug", args.debug)) if on]
+    words = [*shlex.split(line), *flags, *(["--threads", str(args.threads)] if args.threads else [])]
+    one = parser_of(STEPS).parse_args(words, argparse.Namespace(typed=words))
+    return run_verb(STEPS[one.verb], one)

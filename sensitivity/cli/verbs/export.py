@@ -1,0 +1,102 @@
+"""sensitivity export: a plan as files that a runtime loads."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.output.tables import table
+from sensitivity.spec.errors import unknown
+
+ABOUT = "write a plan as files that a runtime loads"
+EXAMPLE = "sensitivity export runs/first --bpw 4.0 --format compressed-tensors --out out/first"
+KNOWN = (
+    "plan, fake, compressed-tensors, gptq, awq, auto-round, llm-compressor, bnb, torchao, modelopt, llama.cpp or mlx"
+)
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "source", type=values.path, metavar="STUDY|plan.json", help="a study, or a plan that was recommended"
+    )
+    p.add_argument("--bpw", type=values.bpw, metavar="X", help="the budget, where the source is a study")
+    p.add_argument("--format", type=values.name, default="plan", help=f"{KNOWN} (default: plan)")
+    p.add_argument(
+        "--runtime",
+        type=values.name,
+        metavar="NAME",
+        help="what is going to load it, such as vllm (default: as the format)",
+    )
+    p.add_argument("--model", type=values.place, help="where the model is, if not where the sweep found it")
+    p.add_argument("--out", type=values.out, required=True, help="the folder to write")
+    p.add_argument(
+        "--path",
+        type=values.name,
+        metavar="exposed",
+        help="calibrate again, on inputs that passed the layers quantized before, and measure what that gains",
+    )
+    p.add_argument("--force", action="store_true", help="replace an earlier export that is there")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from sensitivity.api import exporting
+
+    _check(args)
+    if left := exporting.clear(args.out.parent):
+        print(f"removed what exports that were killed had left: {', '.join(map(str, left))}", file=sys.stderr)
+    path = exporting.export_from(
+        args.source, args.bpw, args.out, args.format, args.force,
+        model=args.model, runtime=args.runtime, path=args.path,
+    )  # fmt: skip
+    facts: dict[str, Any] = {"path": str(path), "format": args.format}
+    if (path / "sensitivity.json").exists():
+        known = json.loads((path / "sensitivity.json").read_bytes())
+        facts["path_gain"] = known["trial"].get("path_gain")
+        facts |= {name: known[name] for name in ("size", "predicted_size", "written") if name in known}
+    if not args.json:
+        show(facts)
+    return facts
+
+
+def _check(args: argparse.Namespace) -> None:
+    from sensitivity.formats.table import FORMATS
+    from sensitivity.measure.calibrate.statistics import known_path
+    from sensitivity.spec.runtimes import runtime
+
+    if args.format not in FORMATS:
+        raise unknown("format", args.format, FORMATS)
+    runtime(args.runtime or args.format)
+    if args.path is not None:
+        known_path(args.path)
+    if args.source.suffix == ".json":
+        flags.without_effect(args, ["--bpw"], "beside a plan.json, which is one plan")
+    if args.format == "plan" and args.path is None:
+        flags.without_effect(args, ["--model"], "with --format plan, which holds no weights")
+
+
+def show(facts: dict[str, Any]) -> None:
+    from sensitivity.study.exports import path_gain
+
+    print(f"wrote {facts['path']}")
+    if gain := facts.get("path_gain"):
+        print(path_gain(gain))
+    if written := facts.get("written"):
+        planned, predicted = facts["size"], facts["predicted_size"]
+        table(
+            "Size",
+            ("", "bytes of tensors", "bpw, all stored"),
+            [
+                ("the plan", f"{planned['bytes']:,}", f"{planned['bpw']:.3f}"),
+                (f"predicted for {facts['format']}", f"{predicted['bytes']:,}", f"{predicted['bpw']:.3f}"),
+                ("written", f"{written['bytes']:,}", f"{written['bpw']:.3f}"),
+            ],
+        )
+        print(f"next: sensitivity verify {facts['path']}")
+    elif predicted := facts.get("predicted_size"):
+        print(f"a configuration: the runtime's own tool makes the weights, as {facts['path']}/README.md says")
+        print(f"predicted: {predicted['bytes']:,} bytes, {predicted['bpw']:.3f} bpw, all stored")
+    else:
+        print(f"next: sensitivity export {facts['path']} --format NAME --out DIR")

@@ -1,0 +1,81 @@
+"""sensitivity import: a table of bits and scores, whoever measured it, becomes a study."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.output.tables import frontier
+
+ABOUT = "turn a CSV table of bits and scores into a study that rank, recommend and report accept"
+EXAMPLE = "sensitivity import table.csv --part vit_bits=vision --part llm_bits=language --score cider --out runs/table"
+
+
+# flag -> what NAME=VALUE is, and what it says; each may be repeated
+PAIRS = {
+    "--part": ("COLUMN=COMPONENT", "a column that holds bits"),
+    "--switch": (
+        "COLUMN=COMPONENT",
+        "a column that says whether a component was quantized; --bits says how far",
+    ),
+    "--kinds": ("VALUE=KIND[,KIND]", "with --kind: what its values mean, such as MLP=ff or BOTH=attn,ff"),
+    "--numel": ("COMPONENT=N", "how many weights a component has, so that bpw and megabytes can be told"),
+}
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "table", type=values.path, metavar="TABLE.csv", help="one row per trial; repeated plans stay repeats"
+    )
+    for flag, (metavar, about) in PAIRS.items():
+        kind = values.of(values.count) if flag == "--numel" else values.pair
+        p.add_argument(flag, type=kind, action="append", default=[], metavar=metavar, help=about)
+    p.add_argument("--bits", type=values.name, metavar="COLUMN", help="with --switch: the column of bits")
+    p.add_argument(
+        "--kind",
+        type=values.name,
+        metavar="COLUMN",
+        help="with --switch: the column that says attention, feed-forward or both",
+    )
+    p.add_argument(
+        "--score",
+        type=values.name,
+        action="append",
+        default=[],
+        metavar="COLUMN",
+        help="a column to read as a task's score",
+    )
+    p.add_argument("--total", type=values.weights, metavar="N", help="weights of the whole model, kept ones included")
+    p.add_argument("--method", type=values.name, default="codes", help="what to call the method of quantization")
+    p.add_argument("--model", type=values.name, help="what to call the model (default: the table's name)")
+    p.add_argument("--out", type=values.folder, required=True, metavar="runs/NAME", help="where the study goes")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from sensitivity.spec.errors import UserError
+    from sensitivity.study.imported_tables import Switches, import_table
+
+    switches = None
+    for flag in PAIRS:
+        flags.distinct(flag, getattr(args, flag.removeprefix("--")))
+    if not args.switch:
+        flags.without_effect(args, ["--bits", "--kind"], "without --switch")
+    if args.kinds and not args.kind:
+        raise UserError("--kinds would do nothing without --kind COLUMN, whose values it explains; leave it out")
+    if args.switch:
+        if not args.bits:
+            raise UserError("--switch needs --bits COLUMN, the column that says how far what is on was quantized")
+        kinds = {value: tuple(kind.split(",")) for value, kind in args.kinds} or None
+        switches = Switches(dict(args.switch), args.bits, args.kind, kinds)
+    found = import_table(
+        args.table, args.out, args.score, parts=dict(args.part) or None, switches=switches,
+        numel=dict(args.numel) or None, total=args.total, method=args.method, model=args.model,
+    )  # fmt: skip
+    if not args.json:
+        print(f"{found.used} of {found.rows} rows became trials in {args.out}")
+        for note in found.notes:
+            print(f"  note: {note}")
+        frontier(found.study)
+        print(f"next: sensitivity rank {args.out}")
+    return found.to_json()

@@ -1,0 +1,57 @@
+"""sensitivity legalize: the best plan that a runtime can load."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sensitivity.cli.arguments import flags, values
+from sensitivity.spec.errors import UserError
+
+ABOUT = "find the best plan that a runtime can load, and what that costs"
+EXAMPLE = "sensitivity legalize runs/first --bpw 4.0 --runtime vllm --out out/plan.json"
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "source", type=values.path, metavar="STUDY|plan.json", help="a study, or a plan that was recommended"
+    )
+    p.add_argument(
+        "--runtime",
+        type=values.name,
+        required=True,
+        metavar="NAME",
+        help="what is to load it: a format's name, or vllm",
+    )
+    p.add_argument("--bpw", type=values.bpw, metavar="X", help="the budget (default: the size of the plan)")
+    flags.task(p)
+    p.add_argument("--out", type=values.file, metavar="plan.json", help="where to write it (default: only said)")
+    p.add_argument("--force", action="store_true", help="replace a plan that is there")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from sensitivity.api import exporting
+    from sensitivity.spec.runtimes import files_of
+
+    if args.out is None:
+        flags.without_effect(args, ["--force"], "without --out")
+    if args.out is not None:
+        if args.out.suffix != ".json":
+            raise UserError(f"--out takes a file, such as {args.out / 'plan.json'}")
+        exporting.may_be_written(args.out, "plan", args.force, [args.source])  # before the search
+    study, found = exporting.legalize_from(args.source, args.runtime, args.bpw, args.task)
+    facts = found.to_json()
+    if args.out is not None:
+        exporting.export(study, found.plan, args.out, force=args.force, facts={"legalized": facts}, keep=[args.source])
+    if not args.json:
+        for breach in found.breaches:
+            print(f"not for {found.runtime}: {breach}")
+        if found.plan != found.asked and not found.breaches:
+            print(f"too large for the budget: {found.asked.describe()}, {found.before.bpw:.3f} bpw {found.before.how}")
+        print(f"{'already legal' if found.plan == found.asked else 'legal'}: {found.plan.describe()}")
+        print(f"  {found.after.bpw:.3f} bpw {found.after.how}, {found.after.bytes:,} bytes")
+        print(f"cost: {found.words}")
+        if args.out is not None:
+            format = files_of(args.runtime) or args.runtime
+            print(f"wrote {args.out}; next: sensitivity export {args.out} --format {format} --out DIR")
+    return facts

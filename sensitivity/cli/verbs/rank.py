@@ -1,0 +1,45 @@
+"""sensitivity rank: how much of the score each part decides."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.output.tables import ranking
+
+ABOUT = "say how much of the score each part decides, with intervals"
+EXAMPLE = "sensitivity rank runs/first"
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    flags.study(p)
+    flags.task(p)
+    p.add_argument(
+        "--method", type=values.name, metavar="METHOD", help="only plans of this method, where a study holds several"
+    )
+    p.add_argument("--by", type=values.name, metavar="GRANULARITY", help="rank coarser parts than the study's own")
+    p.add_argument(
+        "--near",
+        type=values.fraction,
+        metavar="SHARE",
+        help="only trials with this share of full precision, such as 0.9",
+    )
+    p.add_argument(
+        "--bootstraps", type=values.resamples, default=100, help="resamples behind the intervals (default: 100)"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from sensitivity.analysis.importance.ranking import rank
+    from sensitivity.study.study import Study
+
+    study = Study(args.study)
+    found = {
+        task: rank(study, task, by=args.by, method=args.method, near=args.near, bootstraps=args.bootstraps)
+        for task in ([args.task] if args.task else study.tasks)
+    }
+    if not args.json:
+        for one in found.values():
+            ranking(one)
+    return {task: one.to_json() for task, one in found.items()}

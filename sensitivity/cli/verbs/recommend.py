@@ -1,0 +1,107 @@
+"""sensitivity recommend: the best plan for a budget, verified."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.output.progress import walk
+from sensitivity.cli.output.tables import recommendation
+
+ABOUT = "choose the best plan for a budget, and verify it by running it"
+EXAMPLE = "sensitivity recommend runs/first --bpw 4.0"
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    flags.study(p)
+    p.add_argument(
+        "--bpw",
+        type=values.listed(values.bpw),
+        default=(4.0,),
+        metavar="X[,X]",
+        help="budgets in bits per weight, all that is stored counted, in the files of --runtime (default: 4.0)",
+    )
+    p.add_argument(
+        "--gb",
+        type=values.listed(values.size),
+        metavar="X[,X]",
+        help="budgets in GB (10^9 bytes), instead of --bpw",
+    )
+    flags.task(p)
+    p.add_argument(
+        "--weight",
+        type=values.of(values.importance),
+        action="append",
+        default=[],
+        metavar="TASK=W",
+        help="instead of --task: how much each of several tasks counts, such as vqa=2",
+    )
+    p.add_argument(
+        "--floor",
+        type=values.of(values.kept),
+        action="append",
+        default=[],
+        metavar="TASK=SHARE",
+        help="keep a task at this share of full precision, such as ground=0.95",
+    )
+    flags.limits(p)
+    p.add_argument(
+        "--runtime", type=values.name, metavar="NAME", help="only plans that it can load, such as compressed-tensors"
+    )
+    p.add_argument(
+        "--top", type=values.top, default=3, metavar="K", help="how many plans are run per budget (default: 3)"
+    )
+    p.add_argument("--no-run", action="store_true", help="predict only; the model is not loaded")
+    p.add_argument("--model", type=values.place, help="where the model is, if not where the sweep found it")
+    flags.device(p)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from sensitivity.analysis.allocate.budget import Wish
+    from sensitivity.analysis.allocate.kept_recommendation import check_wish, remember
+    from sensitivity.analysis.observations import observations_of
+    from sensitivity.api.recommending import recommending
+    from sensitivity.models.loading import device_of, dtype_of, load
+    from sensitivity.spec.errors import UserError
+    from sensitivity.spec.runtimes import files_of
+    from sensitivity.spec.sizes import labels
+    from sensitivity.study.study import Study
+
+    if args.gb is not None:
+        flags.without_effect(args, ["--bpw"], "beside --gb, as there is one kind of budget")
+    if args.no_run:
+        flags.without_effect(args, ["--top", "--model", "--device", "--dtype"], "with --no-run")
+    device_of(args.device)
+    dtype_of(args.dtype)
+    study = Study(args.study)
+    if args.task and args.weight:
+        raise UserError("either --task names the one task that decides, or --weight says how much each counts")
+    beside = 8 * labels(study.parts) if files_of(args.runtime) else 0  # bits per weight count tensors, GB whole files
+    bpw = args.bpw if args.gb is None else tuple(max(gb * 8e9 - beside, 1) / study.parts.numel for gb in args.gb)
+    weights = dict(flags.distinct("--weight", args.weight)) or {args.task or study.tasks[0]: 1.0}
+    floors, allow = dict(flags.distinct("--floor", args.floor)), dict(flags.distinct("--allow", args.allow))
+    wish = Wish(bpw, weights, floors, allow, args.tie, args.runtime, args.top)
+    check_wish(study, wish)
+    if "fingerprint" not in study.meta:
+        flags.without_effect(
+            args, ["--model", "--device", "--dtype"], "for an imported table, which has no model to run"
+        )
+    model = args.model or study.meta.get("model")
+    vlm = None
+    if not args.no_run and "fingerprint" in study.meta:
+        vlm = load(str(model), device=args.device, dtype=args.dtype or study.meta["dtype"])
+    chosen, steps = recommending(study, wish, vlm)
+    if vlm is not None:
+        walk(steps, "verifying")
+    found = chosen()
+    paths = remember(study, found)
+    notes = dict.fromkeys(note for task in weights for note in observations_of(study, task).notes)
+    if not args.json:
+        for note in notes:
+            print(f"note: {note}")
+        for one, path in zip(found, paths, strict=True):
+            recommendation(one)
+            print(f"  plan: {path}")
+    facts = [{**one.to_json(), "path": str(path)} for one, path in zip(found, paths, strict=True)]
+    return facts[0] | {"notes": list(notes)} | ({"budgets": facts} if len(facts) > 1 else {})

@@ -1,0 +1,28 @@
+"""sensitivity report: a page that a person reads."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sensitivity.cli.arguments import flags, values
+
+ABOUT = "write a page with the frontier, the importance of each part, and what to do"
+EXAMPLE = "sensitivity report runs/first"
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    flags.study(p)
+    p.add_argument("--out", type=values.folder, help="where to write (default: STUDY/report)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from sensitivity.analysis.allocate.kept_recommendation import recommended
+    from sensitivity.analysis.report.page import report
+    from sensitivity.study.study import Study
+
+    study = Study(args.study)
+    path = report(study, args.out or args.study / "report", recommended(study))
+    if not args.json:
+        print(f"report: {path}")
+    return {"report": str(path)}

@@ -1,0 +1,286 @@
+"""sensitivity sweep: evaluate plans on tasks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.output.progress import points, walk, walk_in_json
+from sensitivity.cli.output.tables import forecast, frontier
+from sensitivity.cli.processes import ray_workers, workers
+
+if TYPE_CHECKING:
+    from sensitivity.analysis.search.plan_lists import Plans
+    from sensitivity.measure.loop import Step
+    from sensitivity.models.vlm import VLM
+    from sensitivity.spec.components import ComponentMap
+    from sensitivity.spec.plan import Scheme
+    from sensitivity.study.study import Study
+    from sensitivity.tasks.examples.types import Task
+
+ABOUT = "evaluate plans on tasks; the same command continues where it was stopped"
+NEAREST = "rows of the embedding are looked up, not multiplied: methods that calibrate round them to nearest"
+EXAMPLE = "sensitivity sweep embedded:scenes-llava --task vqa --bits 2,3,4,6,8 --by part --out runs/first"
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    flags.model(p)
+    p.add_argument(
+        "--task",
+        type=values.listed(values.place),
+        default=("vqa",),
+        metavar="T[,T]",
+        help="vqa, caption, scene, ground, retrieval; DATASET:FOLDER such as vqav2:FOLDER; your own FILE.jsonl, or"
+        " SCORER:FILE.jsonl with exact, vqa, iou or caption (default: vqa)",
+    )
+    flags.by(p, "part")
+    flags.include(p)
+    flags.methods(p, (2, 3, 4, 6, 8), "rtn")
+    p.add_argument(
+        "--search",
+        type=values.name,
+        default="grid",
+        help="grid, one-at-a-time, random, tpe, nsga2, gp or frontier (default: grid)",
+    )
+    flags.limits(p)
+    p.add_argument(
+        "--runtime", type=values.name, metavar="NAME", help="only plans that it can load, such as vllm or gptq"
+    )
+    p.add_argument(
+        "--trials",
+        type=values.plans,
+        metavar="N",
+        help="how many plans are tried (default: all of a grid, 100 of a search)",
+    )
+    p.add_argument(
+        "--out",
+        type=values.folder,
+        required=True,
+        metavar="runs/NAME",
+        help="where the study is kept; the same again continues it",
+    )
+    flags.samples(p)
+    flags.calibration(p)
+    p.add_argument(
+        "--until",
+        type=values.name,
+        action="append",
+        default=[],
+        metavar="WHEN",
+        help="complete (the default), a time such as 10min, or error<0.5%%: half the 95 %% interval of each frontier"
+        " plan's difference to full precision. All plans get a first shard of examples, then those that matter get"
+        " more; the same command without it completes the sweep",
+    )
+    p.add_argument(
+        "--memory-gb",
+        type=values.gigabytes,
+        default=8.0,
+        metavar="GB",
+        help="for what plans share: quantized weights and hidden states (default: 8); less is slower, not different",
+    )
+    p.add_argument(
+        "--workers",
+        type=values.workers_or_auto,
+        default="auto",
+        metavar="N",
+        help="processes on this machine, which share its cores (default: auto, one a core where memory and what is left"
+        " to do allow it, one on a GPU)",
+    )
+    p.add_argument(
+        "--executor",
+        type=values.choice("local", "ray"),
+        metavar="local|ray",
+        default="local",
+        help="where the workers run: on this machine, or as Ray actors, with a GPU each where --device is cuda, on the"
+        " cluster that RAY_ADDRESS names or on this machine (default: local)",
+    )
+    flags.device(p)
+    p.add_argument(
+        "--plain", action="store_true", help="load, quantize, run: nothing shared between plans (slow, the reference)"
+    )
+    p.add_argument(
+        "--whole-answers",
+        action="store_true",
+        help="write wrong answers to their end; without, they end with … where they can no longer be right",
+    )
+    p.add_argument(
+        "--storage",
+        type=values.address,
+        metavar="URL",
+        help="an Optuna storage for a team, such as postgresql+psycopg://host/db",
+    )
+    p.add_argument("--dry-run", action="store_true", help="predict time, disk and memory; no weights are loaded")
+    p.set_defaults(plans=None)  # no flag: a program may list plans of its own, given the parts and the schemes
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    asked = _checked(args)
+    if args.executor == "ray" and not workers.is_child() and not args.dry_run:
+        return _on_a_cluster(args)
+    from sensitivity.analysis.allocate.legal import plans_for
+    from sensitivity.analysis.search.plan_lists import plans as plans_
+    from sensitivity.api.sweeping import calibrated as calibrated_
+    from sensitivity.api.sweeping import dtype_for, sweeping
+    from sensitivity.measure.generate.batches import check
+    from sensitivity.models.config_only import without_weights
+    from sensitivity.models.discover import inspect
+    from sensitivity.models.loading import load
+    from sensitivity.spec.limits import allowing, tying
+    from sensitivity.spec.loadable import restrict
+    from sensitivity.study.queue import me
+    from sensitivity.tasks.table import distinct, task
+
+    workers.follow()
+    if args.dtype is None:
+        args.dtype, why = dtype_for(args.model, args.device, args.out)
+        if why:
+            print(f"note: {why}", file=sys.stderr)
+    vlm = without_weights(args.model) if args.dry_run else load(args.model, device=args.device, dtype=args.dtype)
+    parts = inspect(vlm, by=args.by, include=args.include)
+    if any(weight.looked_up for weight in parts.weights):
+        print(NEAREST, file=sys.stderr)
+    whole = args.whole_answers
+    chosen = [task(name, n=args.n, seed=args.seed, whole=whole) for name in args.task]  # first: it may be misspelled
+    distinct(chosen, args.task)
+    for one in chosen:
+        for note in one.notes:
+            print(f"{one.name}: {note}", file=sys.stderr)
+    allow, tie = allowing(parts.names, dict(flags.distinct("--allow", args.allow))), tying(parts.names, args.tie)
+    if args.runtime:
+        asked, left_out = restrict(parts, asked, args.runtime, allow)
+        for line in left_out:
+            print(f"{args.runtime} restricts the space: {line}", file=sys.stderr)
+
+    def plans_of(schemes: Sequence[Scheme], search: str) -> Plans:
+        if args.plans:
+            listed: Plans = args.plans(parts, schemes)
+            return listed
+        space = (parts, schemes, search, args.trials, args.seed, allow, tie)
+        return plans_for(args.runtime, *space) if args.runtime else plans_(*space)
+
+    check(vlm, chosen)
+    searched = plans_of(asked, args.search)
+    expected = len(searched) if isinstance(searched, Sequence) else args.trials or 100
+    processes = 1 if args.dry_run else workers.count(args, parts, expected, len(asked))
+    with workers.sharing_cores(processes):  # calibration, too: all processes round alike
+        schemes, statistics = calibrated_(
+            vlm,
+            parts,
+            asked,
+            args.calibration or args.task,
+            n=args.calibration_n,
+            seed=args.seed,
+            path=args.path,
+            against=chosen,
+            cache_gb=args.cache_gb,
+        )
+        plans = plans_of(schemes, args.search)
+        if args.dry_run:
+            # plans that a search would choose are taken to be as those drawn at random
+            return _foreseen(args, vlm, parts, plans_of(schemes, "random") if callable(plans) else plans, chosen)
+        how = {"n": args.n, "seed": args.seed, "plain": args.plain, "storage": args.storage, "statistics": statistics}
+        how |= {"whole": whole, "until": args.until, "memory_gb": args.memory_gb}
+        study, steps = sweeping(vlm, parts, plans, args.task, args.out, **how)
+        try:
+            with workers.crew(args, processes, steps) as shared:
+                _walk(args, shared, f"sweeping {vlm.name}", study, 0 if isinstance(searched, Sequence) else expected)
+        except KeyboardInterrupt:
+            study.release_lost(me())  # a plan that was being asked for or told when it came
+            if not args.json and study.measured():
+                frontier(study)
+            raise
+        if study.release_lost():  # of a worker that died
+            rest = sweeping(vlm, parts, [], args.task, args.out, **how)[1]
+            _walk(args, rest, "what a lost worker left", study)
+    return {} if workers.is_child() else _summary(args, study)
+
+
+def _checked(args: argparse.Namespace) -> list[Scheme]:
+    """The schemes, after all that can be checked before anything is loaded: with --dry-run nothing else is."""
+    from sensitivity.api.sweeping import check_sweep
+
+    asked, tasks = flags.schemes(args), (*args.task, *(args.calibration or ()))
+    calibrated = check_sweep(
+        args.by, args.search, asked, tasks, args.device, args.dtype, args.path, args.runtime, args.until, args.out,
+        args.storage,
+    )  # fmt: skip
+    if not calibrated:
+        idle = ("--calibration", "--calibration-n", "--path", "--cache-gb")
+        flags.without_effect(args, idle, f"with --method {args.method}, which is not calibrated")
+    if args.plain:
+        flags.without_effect(args, ["--memory-gb"], "with --plain, where plans share nothing")
+    if args.executor == "ray":
+        ray_workers.check()
+    return asked
+
+
+def _foreseen(
+    args: argparse.Namespace,
+    vlm: VLM,
+    parts: ComponentMap,
+    plans: Plans,
+    tasks: Sequence[Task],
+) -> dict[str, Any]:
+    """What the sweep would take."""
+    from sensitivity.measure.forecast.forecast import forecast_sweep
+
+    assert not callable(plans)
+    how = {"device": args.device, "dtype": args.dtype, "plain": args.plain, "calibration": args.calibration_n}
+    how |= {"cache_gb": args.cache_gb, "memory_gb": args.memory_gb}
+    found = forecast_sweep(vlm, parts, list(plans), tasks, **how)
+    if not args.json:
+        forecast(found)
+    return found.to_json()
+
+
+def _summary(args: argparse.Namespace, study: Study) -> dict[str, Any]:
+    from sensitivity.study.racing import uncertainty
+    from sensitivity.study.stopping import Until
+
+    goal = Until.parse(args.until).error
+    trials = json.loads(study.table().to_json(orient="records"))
+    facts = {"study": str(args.out), **study.counts(), "frontier": points(study), "trials": trials}
+    if goal:
+        facts["error"] = known = uncertainty(study)
+    if not args.json:
+        frontier(study)
+        if goal:
+            missed = "; no examples are left, so that a larger --n is needed, in another --out"
+            print(
+                f"What frontier plans lose is known to {known:.4f} of a score, {goal:.4f} was wanted"
+                f"{missed if known >= goal and not facts['waiting'] else ''}"
+            )
+        legal = f" --runtime {args.runtime}" if args.runtime else ""
+        print(f"{_rest(facts, args.out)}; next: sensitivity recommend {args.out} --bpw 4{legal}")
+    return facts
+
+
+def _rest(counts: Mapping[str, Any], out: Path) -> str:
+    told = [f"{counts['done']} plans in {out} have seen all examples"]
+    if counts["waiting"]:
+        told.append(f"{counts['waiting']} more have not (the same command without --until goes on)")
+    if counts["running"]:
+        told.append(f"{counts['running']} more are running in another process")
+    return ", ".join(told)
+
+
+def _on_a_cluster(args: argparse.Namespace) -> dict[str, Any]:
+    """The actors do all the work, from the same command; here is but the queue to be watched."""
+    args.workers = 1 if args.workers == "auto" else args.workers
+    study = ray_workers.sweep(args, lambda steps, study: _walk(args, steps, f"sweeping {args.model}", study))
+    return _summary(args, study)
+
+
+def _walk(args: argparse.Namespace, steps: Iterator[Step], title: str, study: Study, plans: int = 0) -> None:
+    from sensitivity.study.stopping import Until
+
+    seconds = Until.parse(args.until).seconds
+    if args.json:
+        walk_in_json(steps, study, plans, seconds)
+    else:
+        walk(steps, title, study, plans, seconds)

@@ -1,0 +1,30 @@
+"""sensitivity verify: whether an export is whole and answers as measured."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sensitivity.cli.arguments import values
+from sensitivity.spec.errors import Failed
+
+ABOUT = "load an export in a fresh process, and compare its answers with the measured ones"
+EXAMPLE = "sensitivity verify out/first"
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("folder", type=values.path, metavar="DIR", help="a folder that `sensitivity export` wrote")
+    p.add_argument("--device", type=values.name, default="cpu", help="where to run, such as cuda (default: cpu)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from sensitivity.formats.verification import verify
+    from sensitivity.models.loading import device_of
+
+    device_of(args.device)
+    found = verify(args.folder, args.device)
+    if found["verdict"] in ("damaged", "different"):
+        raise Failed(f"{args.folder}: {found['words']}")
+    if not args.json:
+        print(f"{args.folder}: {found['words']}")
+    return found

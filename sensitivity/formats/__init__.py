@@ -1,0 +1,1 @@
+"""A plan as files that a runtime loads; one file per format."""

@@ -1,0 +1,80 @@
+"""auto-round: its checkpoint, with bits per module in `extra_config`, and the `layer_config` that its API takes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from sensitivity.formats.checkpoints.fake import LOAD
+from sensitivity.formats.checkpoints.gptq import layout
+from sensitivity.formats.writing.checkpoint import checkpoint, headers
+from sensitivity.formats.writing.job import Job, Written
+from sensitivity.spec.components import WORDS
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Scheme
+
+API = """\
+# from transformers, with auto-round installed:
+{load}
+# or to tune the rounding with AutoRound itself:
+import json
+from auto_round import AutoRound
+
+AutoRound(MODEL, layer_config=json.load(open("layer_config.json"))).quantize_and_save(OUT, format="auto_round")
+"""
+
+
+def write(job: Job, folder: Path) -> Written:
+    """The tensors are laid out as GPTQ's, which AutoRound calls auto_round:auto_gptq."""
+    weight, hashes = checkpoint(job, folder, layout("gptq"), {"quantization_config": config(job)})
+    api = json.dumps(layer_config(job), indent=1) + "\n"
+    (folder / "layer_config.json").write_text(api, encoding="utf-8")
+    notes = ["This layout also stores a zero point for every group, and four bytes per column that name its group."]
+    load = API.format(load=LOAD.format(dtype=str(job.dtype).removeprefix("torch.")).rstrip())
+    return Written(load=load, bytes=weight, hashes=hashes, headers=headers(folder, weight), notes=notes)
+
+
+def config(job: Job) -> dict[str, Any]:
+    """The commonest scheme for all; an entry for every module that differs, full precision included."""
+    count = Counter({scheme: 0 for _, scheme, _ in job.groups()})
+    for _, scheme, modules in job.groups():
+        count[scheme] += len(modules)
+    if not count:
+        raise UserError("the plan quantizes nothing; export it as --format fake")
+    common = count.most_common(1)[0][0]
+    extra = {module: {"bits": 16, "data_type": "float"} for module in job.native()}
+    for _, scheme, modules in job.groups():
+        if scheme != common:
+            extra |= {module: arguments(scheme) for module in modules}
+    return {
+        "quant_method": "auto-round",
+        "packing_format": "auto_round:auto_gptq",
+        **arguments(common),
+        "autoround_version": "0.16.1",
+        "block_name_to_quantize": ",".join(blocks(job)),
+        "extra_config": extra,
+    }
+
+
+def layer_config(job: Job) -> dict[str, Any]:
+    native: dict[str, Any] = {module: {"bits": 16, "data_type": "float"} for module in job.native()}
+    return native | {module: arguments(scheme) for _, scheme, modules in job.groups() for module in modules}
+
+
+def arguments(scheme: Scheme) -> dict[str, Any]:
+    group = -1 if scheme.group == "row" else int(scheme.group)
+    return {"bits": scheme.bits, "group_size": group, "sym": scheme.symmetric, "data_type": "int"}
+
+
+def blocks(job: Job) -> list[str]:
+    """What stands before the number of a block, or the module itself where there is none."""
+    layers = [w for w in job.parts.weights if w.kind not in WORDS]
+    found = [w.module if w.block is None else _before(w.module, w.block) for w in layers]
+    return list(dict.fromkeys(found))
+
+
+def _before(module: str, block: int) -> str:
+    words = module.split(".")
+    return ".".join(words[: words.index(str(block))]) if str(block) in words else module

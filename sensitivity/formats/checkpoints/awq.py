@@ -1,0 +1,73 @@
+"""awq: AutoAWQ's layout, four bits for all that is quantized, scales of the inputs folded into the layer before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sensitivity.formats.checkpoints.fake import LOAD
+from sensitivity.formats.writing.checkpoint import PackedLayout, checkpoint, headers
+from sensitivity.formats.writing.job import Job, Written
+from sensitivity.formats.writing.packing import pack
+from sensitivity.formats.writing.stream import Spec
+from sensitivity.quantize.grid import QuantizedWeight
+from sensitivity.spec.components import Weight
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Scheme
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of eight rows' codes within a word, as AutoAWQ's kernels read them
+
+
+def write(job: Job, folder: Path) -> Written:
+    """The `gemm` version: codes packed along the rows, a zero point for every group."""
+    weight, hashes = checkpoint(job, folder, PackedLayout(_specs, _tensors), {"quantization_config": config(job)})
+    return Written(
+        load=LOAD.format(dtype=str(job.dtype).removeprefix("torch.")) + "# needs: pip install gptqmodel\n",
+        bytes=weight,
+        hashes=hashes,
+        headers=headers(folder, weight),
+        notes=("This layout stores a zero point for every group, of a symmetric grid too.",),
+    )
+
+
+def config(job: Job) -> dict[str, Any]:
+    schemes = {scheme for _, scheme, _ in job.groups()}
+    if not schemes:
+        raise UserError("the plan quantizes nothing; export it as --format fake")
+    (scheme,) = schemes
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": 4,
+        "group_size": -1 if scheme.group == "row" else scheme.group,
+        "zero_point": True,
+        "modules_to_not_convert": job.native(),
+    }
+
+
+def _specs(key: str, weight: Weight, scheme: Scheme) -> tuple[Spec, ...]:
+    count = 1 if scheme.group == "row" else math.ceil(weight.cols / int(scheme.group))
+    return (
+        Spec(f"{key}qweight", torch.int32, (weight.cols, weight.rows // 8)),
+        Spec(f"{key}qzeros", torch.int32, (count, weight.rows // 8)),
+        Spec(f"{key}scales", torch.float16, (count, weight.rows)),
+    )
+
+
+def _tensors(found: QuantizedWeight, weight: Weight, scheme: Scheme) -> Sequence[Tensor]:
+    count = _specs("", weight, scheme)[1].shape[0]
+    zero = found.zero.to(torch.uint8).T.expand(count, weight.rows)
+    scale = found.scale.to(torch.float16)
+    if not torch.equal(scale.float(), found.scale):
+        raise UserError(f"a scale of {weight.name} does not fit float16, which is how awq stores it; use gptq")
+    return _words(found.codes.T), _words(zero), scale.T.expand(count, weight.rows).contiguous()
+
+
+def _words(codes: Tensor) -> Tensor:
+    ordered = codes.reshape(len(codes), -1, 8)[:, :, list(ORDER)]
+    return pack(ordered.reshape(len(codes), -1), 4)

@@ -1,0 +1,109 @@
+"""compressed-tensors: packed weights of 1 to 8 bits, a group of settings per component, modules to ignore."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sensitivity.formats.checkpoints.fake import LOAD
+from sensitivity.formats.writing.checkpoint import PackedLayout, checkpoint, headers
+from sensitivity.formats.writing.job import Job, Written
+from sensitivity.formats.writing.packing import pack
+from sensitivity.formats.writing.stream import Spec
+from sensitivity.quantize.grid import QuantizedWeight
+from sensitivity.spec.components import Weight
+from sensitivity.spec.plan import Scheme
+
+FORMAT = "pack-quantized"
+UNPACK = "model.hf_quantizer.compressor.decompress_model(model)\n"
+STRATEGIES = {"tensor": "tensor", "row": "channel"}
+
+
+def write(job: Job, folder: Path) -> Written:
+    """Loads through plain `from_pretrained` with compressed-tensors installed."""
+    weight, hashes = checkpoint(job, folder, layout(job.half), {"quantization_config": config(job)})
+    return Written(
+        load=LOAD.format(dtype=str(job.dtype).removeprefix("torch.")) + UNPACK,
+        bytes=weight,
+        hashes=hashes,
+        headers=headers(folder, weight),
+        notes=(
+            "Needs compressed-tensors (pip install compressed-tensors). Without the last line the weights are unpacked "
+            "by the first forward pass of the whole model, which `generate` of some families never makes. "
+            "transformers' `dequantize=True` reads only the first group of settings: not for mixed widths.",
+        ),
+        runs=all(_loads(scheme) for _, scheme, _ in job.groups()),
+    )
+
+
+def _loads(scheme: Scheme) -> bool:
+    """Whether transformers can load it: packed zero points are for other runtimes (see RUNTIMES)."""
+    return scheme.symmetric or scheme.group == "tensor"
+
+
+def config(job: Job) -> dict[str, Any]:
+    return {
+        "quant_method": "compressed-tensors",
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {
+            name: {"targets": modules, "format": FORMAT, "weights": arguments(scheme)}
+            for name, scheme, modules in job.groups()
+        },
+        "ignore": job.native(),
+        "kv_cache_scheme": None,
+    }
+
+
+def arguments(scheme: Scheme) -> dict[str, Any]:
+    """A scheme as compressed-tensors' QuantizationArgs."""
+    grouped = isinstance(scheme.group, int)
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "group" if grouped else STRATEGIES[str(scheme.group)],
+        **({"group_size": scheme.group} if grouped else {}),
+        "dynamic": False,
+    }
+
+
+def layout(half: torch.dtype) -> PackedLayout:
+    """weight_packed, weight_scale, weight_shape and, for asymmetric grids, weight_zero_point packed along the rows."""
+
+    def specs(key: str, weight: Weight, scheme: Scheme) -> tuple[Spec, ...]:
+        shape = _scales(weight, scheme)
+        found = [
+            Spec(f"{key}weight_packed", torch.int32, (weight.rows, math.ceil(weight.cols * scheme.bits / 32))),
+            Spec(f"{key}weight_scale", half, shape),
+            Spec(f"{key}weight_shape", torch.int64, (2,)),
+        ]
+        if not scheme.symmetric:
+            whole = scheme.group == "tensor"
+            packed = shape if whole else (math.ceil(weight.rows * scheme.bits / 32), shape[1])
+            found.append(Spec(f"{key}weight_zero_point", torch.int8 if whole else torch.int32, packed))
+        return tuple(found)
+
+    def tensors(found: QuantizedWeight, weight: Weight, scheme: Scheme) -> Sequence[Tensor]:
+        shape = torch.tensor([weight.rows, weight.cols])
+        made = [pack(found.codes, scheme.bits), found.scale.to(half).reshape(_scales(weight, scheme)), shape]
+        if not scheme.symmetric:
+            zero = found.zero.to(torch.int16)
+            if scheme.group == "tensor":  # stored as it is, around the middle of the signed codes
+                made.append((zero - 2 ** (scheme.bits - 1)).to(torch.int8).reshape(1))
+            else:
+                made.append(pack(zero.to(torch.uint8).T, scheme.bits).T.contiguous())
+        return made
+
+    return PackedLayout(specs, tensors)
+
+
+def _scales(weight: Weight, scheme: Scheme) -> tuple[int, ...]:
+    if scheme.group == "tensor":
+        return (1,)
+    return (weight.rows, 1 if scheme.group == "row" else math.ceil(weight.cols / int(scheme.group)))

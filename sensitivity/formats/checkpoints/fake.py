@@ -1,0 +1,28 @@
+"""fake: a full-precision checkpoint whose quantized weights hold the values that their codes stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sensitivity.formats.writing.checkpoint import checkpoint, headers
+from sensitivity.formats.writing.job import Job, Written
+
+LOAD = """\
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype="{dtype}")
+processor = AutoProcessor.from_pretrained(FOLDER)
+"""
+
+
+def write(job: Job, folder: Path) -> Written:
+    """Loads everywhere and answers as the plan does, but saves nothing: to compare, and for methods without codes."""
+    weight, hashes = checkpoint(job, folder, None, {})
+    return Written(
+        load=LOAD.format(dtype=str(job.dtype).removeprefix("torch.")),
+        bytes=weight,
+        hashes=hashes,
+        headers=headers(folder, weight),
+        notes=("The values are quantized, the files are not smaller: they hold every weight in full precision.",),
+        runs=True,
+    )

@@ -1,0 +1,132 @@
+"""gptq: GPTQModel's checkpoint, with bits per module in `dynamic`, and its quantize_config.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sensitivity.formats.writing.checkpoint import PackedLayout, checkpoint, headers
+from sensitivity.formats.writing.job import Job, Written
+from sensitivity.formats.writing.packing import pack
+from sensitivity.formats.writing.stream import Spec
+from sensitivity.quantize.grid import QuantizedWeight
+from sensitivity.spec.components import Weight
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Scheme
+
+# GPTQModel's planar layout: a code is split into pieces whose widths divide 32, so that none crosses a word's edge
+PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+LOAD = """\
+from gptqmodel import GPTQModel
+
+model = GPTQModel.load(FOLDER)  # for the model types that GPTQModel knows
+"""
+
+
+def write(job: Job, folder: Path) -> Written:
+    """Codes packed along the columns, zero points along the rows, scales in float16, and which group a column is in."""
+    kind = checkpoint_format(job)
+    settings = config(job, kind)
+    weight, hashes = checkpoint(job, folder, layout(kind), {"quantization_config": settings}, renamed=True)
+    (folder / "quantize_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    notes = [
+        "This layout also stores a zero point for every group of a symmetric grid, and four bytes per column that name "
+        "its group.",
+        "transformers' own GPTQ loader takes one width for all; mixed widths need GPTQModel, whose definitions cover "
+        "the language model of most families and leave vision and connector alone.",
+    ]
+    return Written(load=LOAD, bytes=weight, hashes=hashes, headers=headers(folder, weight), notes=notes)
+
+
+def checkpoint_format(job: Job) -> str:
+    """The oldest layout that can hold the plan: `gptq` stores zero points less one, and 0 less one overflows."""
+    schemes = {scheme for _, scheme, _ in job.groups()}
+    if any(scheme.bits in (5, 6, 7) for scheme in schemes):
+        return "gptq_p"
+    return "gptq" if all(scheme.symmetric for scheme in schemes) else "gptq_v2"
+
+
+def config(job: Job, kind: str) -> dict[str, Any]:
+    """The commonest scheme for all, exact module names for the others; what stays native is named with a minus."""
+    groups = list(job.groups())
+    count: Counter[Scheme] = Counter()
+    for _, scheme, modules in groups:
+        count[scheme] += len(modules)
+    if not count:
+        raise UserError("the plan quantizes nothing; export it as --format fake")
+    common = count.most_common(1)[0][0]
+    dynamic: dict[str, dict[str, Any]] = {f"-:^{re.escape(module)}$": {} for module in job.native()}
+    for _, scheme, modules in groups:
+        if scheme != common:
+            dynamic |= {f"+:^{re.escape(module)}$": _arguments(scheme) for module in modules}
+    return {
+        **_arguments(common),
+        "desc_act": False,
+        "lm_head": False,
+        "quant_method": "gptq",
+        "checkpoint_format": kind,
+        "pack_dtype": "int32",
+        "dynamic": dynamic,
+        "meta": {"quantizer": ["sensitivity:0.1.0"]},
+    }
+
+
+def _arguments(scheme: Scheme) -> dict[str, Any]:
+    return {"bits": scheme.bits, "group_size": _group(scheme), "sym": scheme.symmetric}
+
+
+def _group(scheme: Scheme) -> int:
+    return -1 if scheme.group == "row" else int(scheme.group)
+
+
+def layout(kind: str) -> PackedLayout:
+    def specs(key: str, weight: Weight, scheme: Scheme) -> tuple[Spec, ...]:
+        count = _count(weight, scheme)
+        return (
+            Spec(f"{key}qweight", torch.int32, (weight.cols * scheme.bits // 32, weight.rows)),
+            Spec(f"{key}qzeros", torch.int32, (count, weight.rows * scheme.bits // 32)),
+            Spec(f"{key}scales", torch.float16, (count, weight.rows)),
+            Spec(f"{key}g_idx", torch.int32, (weight.cols,)),
+        )
+
+    def tensors(found: QuantizedWeight, weight: Weight, scheme: Scheme) -> Sequence[Tensor]:
+        bits, planar = scheme.bits, kind == "gptq_p"
+        zero = found.zero.to(torch.int16).T.expand(_count(weight, scheme), weight.rows)
+        if kind == "gptq":
+            zero = zero - 1
+        scale = found.scale.to(torch.float16)
+        if not torch.equal(scale.float(), found.scale):
+            raise UserError(f"a scale of {weight.name} does not fit float16, which is how gptq stores it; use --group")
+        return (
+            pack_planes(found.codes, bits, planar).T.contiguous(),
+            pack_planes(zero.to(torch.uint8).contiguous(), bits, planar),
+            scale.T.expand(_count(weight, scheme), weight.rows).contiguous(),
+            torch.arange(weight.cols, dtype=torch.int32) // (weight.cols if _group(scheme) < 0 else _group(scheme)),
+        )
+
+    return PackedLayout(specs, tensors)
+
+
+def _count(weight: Weight, scheme: Scheme) -> int:
+    return 1 if scheme.group == "row" else math.ceil(weight.cols / int(scheme.group))
+
+
+def pack_planes(codes: Tensor, bits: int, planar: bool) -> Tensor:
+    """rows x cols to rows x (cols * bits / 32) words; planar: per 32 codes the words of the low pieces come first."""
+    if not planar or bits not in PLANES:
+        return pack(codes, bits)
+    rows = len(codes)
+    pieces, offset = [], 0
+    for width in PLANES[bits]:
+        piece = codes >> offset & (1 << width) - 1
+        pieces.append(pack(piece, width).reshape(rows, -1, width))
+        offset += width
+    return torch.cat(pieces, dim=2).reshape(rows, -1)

@@ -1,0 +1,1 @@
+"""Formats that are a configuration: the runtime's own tool makes the weights."""

@@ -1,0 +1,37 @@
+"""bnb: the settings of bitsandbytes, 4 or 8 bits for all that is quantized, with a skip list that really matches."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from sensitivity.formats.writing.checkpoint import save
+from sensitivity.formats.writing.job import REMADE, WITH, Job, Written
+from sensitivity.spec.errors import UserError
+
+
+def write(job: Job, folder: Path) -> Written:
+    """4 or 8 bits for all that is quantized. Modules to skip are named by their full paths, so that they match."""
+    schemes = {scheme for _, scheme, _ in job.groups()}
+    if not schemes:
+        raise UserError("the plan quantizes nothing, so there is nothing to configure; use --format plan")
+    (scheme,) = schemes
+    skip = job.native()
+    if lost := [module for _, _, modules in job.groups() for module in modules if _skipped(module, skip)]:
+        raise UserError(
+            f"bitsandbytes would skip {lost[0]} too, since a native module's name is part of its own; use --format fake"
+        )
+    settings: dict[str, Any] = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": skip}
+    if scheme.bits == 8:
+        settings |= {"load_in_8bit": True, "llm_int8_threshold": scheme.get("threshold", 6.0)}
+    else:
+        double = bool(scheme.get("double", False))
+        settings |= {"load_in_4bit": True, "bnb_4bit_quant_type": scheme.method, "bnb_4bit_use_double_quant": double}
+    save(folder, "quantization_config.json", settings)
+    return Written(load=WITH.format(kind="BitsAndBytesConfig"), notes=(REMADE,))
+
+
+def _skipped(module: str, skip: list[str]) -> bool:
+    """Whether transformers takes a module for one that is to be skipped: by the start or the end of its path."""
+    return any(re.match(rf"(?:{re.escape(name)})(?=\.|$)", module) or module.endswith(name) for name in skip)

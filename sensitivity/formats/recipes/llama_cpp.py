@@ -1,0 +1,93 @@
+"""llama.cpp: a type for every tensor, one --tensor-type-file for the language model and one for the vision file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sensitivity.formats.writing.job import REMADE, Job, Written
+from sensitivity.spec.components import Weight
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Scheme
+
+KQUANTS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}  # super-blocks of 256 columns
+BLOCKS = {4: "q4_0", 5: "q5_0", 8: "q8_0"}  # blocks of 32 columns, for rows that 256 does not divide
+FILES = {"language": "language.tensor-types.txt", "vision": "mmproj.tensor-types.txt"}
+LOAD = """\
+python convert_hf_to_gguf.py MODEL --outfile language.gguf
+python convert_hf_to_gguf.py MODEL --mmproj --outfile mmproj.gguf
+llama-quantize --tensor-type-file language.tensor-types.txt language.gguf language-q.gguf q8_0
+llama-quantize --tensor-type-file mmproj.tensor-types.txt mmproj.gguf mmproj-q.gguf q8_0
+"""
+
+
+def write(job: Job, folder: Path) -> Written:
+    """Connector and vision stand in one file, as in llama.cpp. Names are those of its converter (package gguf)."""
+    names = tensor_names(job)
+    lines: dict[str, list[str]] = {file: [] for file in FILES.values()}
+    for component in job.parts.components:
+        for weight in component.weights:
+            file = FILES["language" if weight.part == "language" else "vision"]
+            chosen = tensor_type(job.plan[component.name], weight)
+            lines[file].append(f"^{re.escape(names[weight.name])}\\.weight$={chosen}")
+    for file, content in lines.items():
+        (folder / file).write_text("\n".join(dict.fromkeys(content)) + "\n", encoding="utf-8")
+    notes = (REMADE, "llama.cpp's types have scales and groups of their own: only the widths are the plan's.")
+    return Written(load=LOAD, notes=notes)
+
+
+def tensor_type(scheme: Scheme | None, weight: Weight) -> str:
+    if scheme is None:
+        return "f16"
+    return KQUANTS[scheme.bits] if weight.cols % 256 == 0 else BLOCKS[scheme.bits]
+
+
+def tensor_names(job: Job) -> dict[str, str]:
+    """Parameter name to GGUF tensor name, for every weight, or an error for a model that the converter cannot name."""
+    try:
+        from gguf.constants import MODEL_ARCH
+        from gguf.tensor_mapping import get_tensor_name_map
+    except ImportError:
+        raise UserError("the format llama.cpp needs the package gguf for its names; pip install gguf") from None
+    blocks = {
+        part: max((w.blocks for w in job.parts.weights if w.part == part), default=0) for part in ("vision", "language")
+    }
+    text = job.source.config.get("text_config") or job.source.config
+    architecture = getattr(MODEL_ARCH, str(text.get("model_type", "")).upper(), MODEL_ARCH.LLAMA)
+    maps = {
+        "language": get_tensor_name_map(architecture, blocks["language"]).mapping,
+        "vision": get_tensor_name_map(MODEL_ARCH.MMPROJ, blocks["vision"]).mapping,
+    }
+    keys = {tensor.parameter: tensor.key for tensor in job.source.tensors}
+    found, unknown = {}, []
+    for weight in job.parts.weights:
+        known = maps["language" if weight.part == "language" else "vision"]
+        name = _name(weight.module, known) or _name(keys[weight.name].removesuffix(".weight"), known)
+        if name is None:
+            unknown.append(weight.module)
+        else:
+            found[weight.name] = name
+    if unknown:
+        more = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
+        raise UserError(
+            f"llama.cpp's converter has no names for {', '.join(unknown[:4])}{more}: it does not know this model; use "
+            "--format compressed-tensors"
+        )
+    return found
+
+
+def _name(module: str, known: Mapping[str, Any]) -> str | None:
+    """The name of the longest end of a module's path that stands for one tensor and no other."""
+    words = module.split(".")
+    ends = [".".join(words[start:]) for start in range(len(words))]
+    heard = {key: str(value[1]) for key, value in known.items() if not str(value[1]).startswith(("a.", "mm.a."))}
+    for whole in (True, False):
+        for end in ends:
+            names = {name for key, name in heard.items() if key == end or (not whole and key.endswith("." + end))}
+            if len(names) == 1:
+                return names.pop()
+            if names:
+                break  # a shorter end would say even less
+    return None

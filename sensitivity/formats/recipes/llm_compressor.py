@@ -1,0 +1,31 @@
+"""llm-compressor: a recipe with one modifier per method, each with the components that use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sensitivity.formats.checkpoints.compressed_tensors import arguments
+from sensitivity.formats.writing.checkpoint import save
+from sensitivity.formats.writing.job import REMADE, Job, Written
+from sensitivity.spec.errors import UserError
+
+MODIFIERS = {
+    "rtn": "QuantizationModifier",
+    "clip": "QuantizationModifier",
+    "gptq": "GPTQModifier",
+    "awq": "AWQModifier",
+}
+
+
+def write(job: Job, folder: Path) -> Written:
+    """A recipe: one modifier per method, each with the components that use it. JSON is YAML."""
+    stages: dict[str, Any] = {}
+    for name, scheme, modules in job.groups():
+        modifier = stages.setdefault(MODIFIERS[scheme.method], {"config_groups": {}, "ignore": job.native()})
+        modifier["config_groups"][name] = {"targets": modules, "weights": arguments(scheme)}
+    if not stages:
+        raise UserError("the plan quantizes nothing, so there is no recipe to write; use --format plan")
+    save(folder, "recipe.yaml", {"quant_stage": {"quant_modifiers": stages}})
+    load = 'from llmcompressor import oneshot\n\noneshot(model=MODEL, recipe="recipe.yaml", output_dir=OUT)\n'
+    return Written(load=load, notes=(REMADE,))

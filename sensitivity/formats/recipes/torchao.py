@@ -1,0 +1,49 @@
+"""torchao: settings by module name, as torchao itself writes them to JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sensitivity.formats.writing.checkpoint import save
+from sensitivity.formats.writing.job import REMADE, WITH, Job, Written
+from sensitivity.spec.plan import Scheme
+
+
+def write(job: Job, folder: Path) -> Written:
+    """FqnToConfig as torchao writes it to JSON: an entry for every weight, None for those that stay."""
+    # named by parameter: transformers would take a module's name for its bias too, which cannot be quantized
+    weights: dict[str, Any] = {
+        f"{module}.weight": _intx(scheme) for _, scheme, names in job.groups() for module in names
+    }
+    weights |= {f"{module}.weight": None for module in job.native()}
+    quant_type = {
+        "_type": "FqnToConfig",
+        "_version": 1,
+        "_data": {"fqn_to_config": weights, "module_fqn_to_config": {}},
+    }
+    settings = {
+        "quant_method": "torchao", "quant_type": {"default": quant_type}, "modules_to_not_convert": job.native(),
+    }  # fmt: skip
+    save(folder, "quantization_config.json", settings)
+    notes = (REMADE, "torchao stores codes of every width as int8: below 8 bits its files and memory do not shrink.")
+    return Written(load=WITH.format(kind="TorchAoConfig"), notes=notes)
+
+
+def _intx(scheme: Scheme) -> dict[str, Any]:
+    def record(kind: str, **data: Any) -> dict[str, Any]:
+        return {"_type": kind, "_version": 1, "_data": data}
+
+    def member(kind: str, name: str) -> dict[str, str]:
+        return {"_type": kind, "_data": name}
+
+    whole = scheme.group == "row"
+    data = {
+        "weight_dtype": member("torch.dtype", f"int{scheme.bits}"),
+        "granularity": record("PerAxis", axis=0) if whole else record("PerGroup", group_size=scheme.group),
+        "mapping_type": member("MappingType", "SYMMETRIC" if scheme.symmetric else "ASYMMETRIC"),
+        "scale_dtype": None,
+        "intx_packing_format": member("IntxPackingFormat", "UNPACKED_TO_INT8"),
+        "intx_choose_qparams_algorithm": member("IntxChooseQParamsAlgorithm", "AFFINE"),
+    }
+    return {"_type": "IntxWeightOnlyConfig", "_version": 2, "_data": data}

@@ -1,0 +1,104 @@
+"""FORMATS: every export format by its name, and how an export is written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sensitivity.formats import plan_json
+from sensitivity.formats.checkpoints import auto_round, awq, compressed_tensors, fake, gptq
+from sensitivity.formats.recipes import bnb, llama_cpp, llm_compressor, mlx, modelopt, torchao
+from sensitivity.formats.writing import manifest
+from sensitivity.formats.writing.job import Job, Written
+from sensitivity.formats.writing.model_card import card
+from sensitivity.formats.writing.unfinished import beside
+from sensitivity.measure.calibrate.cache import home
+from sensitivity.spec import plan_file
+from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.files import may_write
+from sensitivity.spec.runtimes import check
+from sensitivity.spec.sizes import size
+
+# name -> writes the plan for a model into a new folder, and says what it wrote
+FORMATS: dict[str, Callable[[Job, Path], Written]] = {
+    "plan": plan_json.write,
+    "fake": fake.write,
+    "compressed-tensors": compressed_tensors.write,
+    "gptq": gptq.write,
+    "awq": awq.write,
+    "auto-round": auto_round.write,
+    "llm-compressor": llm_compressor.write,
+    "bnb": bnb.write,
+    "torchao": torchao.write,
+    "modelopt": modelopt.write,
+    "llama.cpp": llama_cpp.write,
+    "mlx": mlx.write,
+}
+
+
+CHECKPOINTS = ("fake", "compressed-tensors", "gptq", "awq", "auto-round")  # those that hold weights
+
+
+EXPECTED = "expected.parquet"  # per-example answers of the trial, for `verify`
+
+
+def write(
+    job: Job,
+    out: Path,
+    format: str,
+    force: bool = False,
+    facts: Mapping[str, Any] | None = None,
+    runtime: str | None = None,
+    expected: Path | None = None,
+    notes: Callable[[], Sequence[str]] = tuple,
+) -> dict[str, Any]:
+    """Write a plan in a runtime's format; what is already there stays unless `force`. Returns the summary.
+
+    `facts` are about the trial (scores, data, seeds), `expected` its per-example answers; both travel along. `notes`
+    are for the card, of what is known only when all is written.
+    """
+    if format not in FORMATS:
+        raise unknown("format", format, FORMATS)
+    may_be_written(out, format, force, job.reads)
+    check(job.parts, job.plan, runtime or format)
+    if format == "plan" and out.suffix == ".json":
+        plan_file.write_file(job.parts, job.plan, job.facts, out)
+        return {"path": str(out), "format": format, "bpw": size(job.parts, job.plan).bpw}
+    with beside(out) as folder:
+        written = FORMATS[format](job, folder)
+        written = replace(written, notes=(*written.notes, *notes()))
+        (folder / "README.md").write_text(card(job, written, format, facts or {}), encoding="utf-8")
+        if expected is not None:
+            shutil.copyfile(expected, folder / EXPECTED)
+        summary = _summary(job, written, format)
+        trial = {
+            "trial": dict(facts or {}),
+            "dtype": str(job.dtype).removeprefix("torch."),
+            "runtime": runtime or format,
+        }
+        document = plan_file.document(job.parts, job.plan, job.facts)
+        manifest.write(folder, {**document, **summary, **trial, "runs": written.runs}, written.hashes)
+    return {"path": str(out), **summary}
+
+
+def may_be_written(out: Path, format: str, force: bool, keep: Iterable[Path] = ()) -> None:
+    """Refuse a target where something that is not an earlier export would be lost, or that is not `force`."""
+    if format == "plan" and out.suffix == ".json":
+        if out.is_dir():
+            raise UserError(f"{out} is a folder; name a file, such as {out / 'plan.json'}")
+        may_write(out, force, plan_json.why_foreign, keep)
+    else:
+        may_write(out, force, manifest.why_foreign, [home(), *keep])
+
+
+def _summary(job: Job, written: Written, format: str) -> dict[str, Any]:
+    predicted = size(job.parts, job.plan, job.stored_as(format))
+    facts: dict[str, Any] = {"format": format, "predicted_size": predicted.to_json()}
+    if written.bytes:
+        total = sum(written.bytes.values())
+        stored = {"bytes": total, "bpw": 8 * total / job.parts.numel, "components": dict(written.bytes)}
+        facts["written"] = {**stored, "headers": written.headers}
+    return facts

@@ -1,0 +1,127 @@
+"""verify(): an export loaded in a fresh process, whose answers are compared with the trial's, one by one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sensitivity.formats.table import EXPECTED
+from sensitivity.formats.writing import manifest
+from sensitivity.spec.errors import UserError
+from sensitivity.study import answers as examples
+
+PROGRAM = "import json, sys; from sensitivity.formats.verification import rerun; rerun(**json.load(sys.stdin))"
+CLOSE = 1e-4  # of a negative log-likelihood: more than summation order explains in float32, less than a rounding step
+
+
+def verify(folder: Path, device: str = "cpu") -> dict[str, Any]:
+    """What was found: whole or damaged, and whether it answers as measured. The outcome is stored in the export.
+
+    Examples:
+        >>> from sensitivity import verify
+        >>> verify(folder)["verdict"]
+        'as measured'
+    """
+    facts = manifest.read(folder)
+    outcome: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "key": facts["key"]}
+    if damage := manifest.damage(folder, facts):
+        outcome |= {"verdict": "damaged", "words": f"not as it was written: {'; '.join(damage)}; export again"}
+    elif not facts["runs"]:
+        outcome |= {
+            "verdict": "whole",
+            "words": f"every file is as it was written; the format {facts['format']} is loaded by its own runtime, so "
+            "its answers were not compared",
+        }
+    elif not (folder / EXPECTED).exists():
+        outcome |= {
+            "verdict": "whole",
+            "words": "every file is as it was written; the plan was never measured, so there are no answers to "
+            "compare: `sensitivity recommend` measures the plan that it chooses",
+        }
+    else:
+        expected = _expected(folder, facts)
+        outcome |= compare(expected, _in_fresh_process(folder, facts["dtype"], facts["trial"], device))
+    manifest.note(folder, outcome)
+    return outcome
+
+
+def _expected(folder: Path, facts: Mapping[str, Any]) -> pd.DataFrame:
+    """The measured answers, where the manifest says all that it takes to find them again."""
+    meta = facts["trial"].get("meta", {})
+    if lacking := [name for name in ("tasks", "n", "seed", "data") if name not in meta]:
+        raise UserError(f"{folder} does not say on which data it was measured ({lacking[0]} is missing); export again")
+    try:
+        return examples.read(folder / EXPECTED)
+    except examples.Damaged as error:
+        raise UserError(f"{folder / EXPECTED} is damaged ({error}); export again") from error
+
+
+def compare(expected: pd.DataFrame, found: pd.DataFrame) -> dict[str, Any]:
+    """Answers and scores, example by example."""
+    both = expected.merge(found, on=["task", "example"], how="outer", suffixes=("", "_found"), indicator=True)
+    missing = int((both["_merge"] != "both").sum())
+    both = both[both["_merge"] == "both"]
+    answers = int((both["answer"] != both["answer_found"]).sum())
+    scores = int((both["score"] != both["score_found"]).sum())
+    nll = float((both["nll"] - both["nll_found"]).abs().max()) if len(both) else float("nan")
+    same = not (missing or answers or scores)
+    n = len(both)
+    if same:
+        words = f"all {n} answers and scores are those that were measured"
+        words += "" if nll <= CLOSE or nll != nll else f", although log-likelihoods differ by up to {nll:.2g}"
+    else:
+        words = f"{answers} of {n} answers and {scores} scores differ from those that were measured"
+        words += f"; {missing} examples are not in both" if missing else ""
+    return {
+        "verdict": "as measured" if same else "different",
+        "words": words,
+        "examples": n,
+        "answers_that_differ": answers,
+        "scores_that_differ": scores,
+        "largest_nll_difference": nll,
+        "mean_score": {str(task): float(rows["score_found"].mean()) for task, rows in both.groupby("task", sort=False)},
+    }
+
+
+def _in_fresh_process(folder: Path, dtype: str, trial: Mapping[str, Any], device: str) -> pd.DataFrame:
+    with tempfile.TemporaryDirectory() as space:
+        target = Path(space) / "rows.parquet"
+        asked = {"folder": str(folder), "target": str(target), "dtype": dtype, "trial": dict(trial), "device": device}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", PROGRAM], input=json.dumps(asked), capture_output=True, text=True
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["it was killed"])[-1]
+            raise UserError(f"{folder} cannot be loaded and run: {last.partition('UserError: ')[2] or last}")
+        return pd.read_parquet(target)
+
+
+def rerun(folder: str, target: str, dtype: str, trial: Mapping[str, Any], device: str) -> None:
+    """In the fresh process: load the files, run the trial's tasks, write down the rows."""
+    import torch
+
+    from sensitivity.measure.evaluation import evaluate
+    from sensitivity.models.loading import load
+    from sensitivity.tasks.table import task as find_task
+
+    meta = trial["meta"]
+    torch.set_num_threads(int((trial.get("versions") or {}).get("threads", torch.get_num_threads())))
+    vlm = load(folder, device=device, dtype=dtype, quantized=True)
+    frames = []
+    for source in dict.fromkeys(meta["tasks"]):
+        task = find_task(source, "evaluation", meta["n"], meta["seed"], meta.get("whole_answers", False))
+        data = f"{len(task.examples)} examples {task.fingerprint}"
+        if meta["data"].get(task.name) != data:
+            raise UserError(
+                f"the data of {task.name} are not those of the trial: {data}, then {meta['data'][task.name]}"
+            )
+        frames.append(pd.DataFrame(evaluate(vlm, task, plain=trial.get("path") == "plain")))
+    pd.concat(frames).to_parquet(target, index=False)

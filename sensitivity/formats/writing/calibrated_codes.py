@@ -1,0 +1,152 @@
+"""Codes of calibrated methods, found again block by block in the direction of data flow, as when they were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from sensitivity.formats.writing.job import Codes, from_weights_alone
+from sensitivity.measure.calibrate.statistics import Statistics
+from sensitivity.measure.install.fold import fold
+from sensitivity.measure.install.plan_in_model import targets
+from sensitivity.models.vlm import VLM
+from sensitivity.quantize.grid import QuantizedWeight, sixteen
+from sensitivity.quantize.linears import Linears, reads
+from sensitivity.quantize.methods import method_of, solve
+from sensitivity.spec.components import ComponentMap, Weight
+from sensitivity.spec.plan import Plan, Scheme
+
+
+@dataclass
+class Found:
+    """Codes for weights that are asked for in the direction of data flow, and what had to change for them to hold."""
+
+    codes: Codes
+    changed: dict[str, Tensor] = field(default_factory=dict)  # parameters beside them that took over scales
+    folded: dict[str, str] = field(default_factory=dict)  # input -> what took over its scales
+    unscaled: dict[str, set[str]] = field(default_factory=dict)  # component -> layers behind nothing that could
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the card should know about scales that were folded."""
+        if not self.folded and not self.unscaled:
+            return []
+        words = [
+            f"The scales of {len(self.folded)} inputs are folded into the layer before: what it computes is equal, but "
+            "for being rounded to what the file stores."
+        ]
+        if self.unscaled:
+            listed = "; ".join(f"{name}: {', '.join(sorted(layers))}" for name, layers in self.unscaled.items())
+            words.append(
+                f"Layers behind nothing that can take over scales, such as a GELU, were measured and written without: "
+                f"{listed}. To scale them too, use --set scales=stored and --format fake; or gptq, which needs none."
+            )
+        return [" ".join(words)]
+
+
+@contextmanager
+def codes(vlm: VLM, parts: ComponentMap, plan: Plan, statistics: Statistics, folding: bool = False) -> Iterator[Found]:
+    """Inside the block, codes for weights that are asked for in the direction of data flow, as `checkpoint` does.
+
+    On the exposed path each block is quantized in the model before the next one is studied; afterwards the model has
+    its own weights again. No more than one block's codes are in memory. With `folding`, scales of inputs are taken
+    over by what stands before, for formats that have no place for them.
+    """
+    work = _Work(vlm, parts, plan, statistics, folding)
+    try:
+        yield work.result
+    finally:
+        for name, parameter in work.parameters.items():
+            parameter.data = work.own[name]
+
+
+class _Work:
+    def __init__(self, vlm: VLM, parts: ComponentMap, plan: Plan, statistics: Statistics, folding: bool) -> None:
+        self.model: nn.Module = vlm.model
+        self.statistics, self.folding = statistics, folding
+        self.parameters = dict(vlm.model.named_parameters())
+        self.own = {name: parameter.data for name, parameter in self.parameters.items()}
+        self.asked = targets(parts, plan)
+        chosen = ([w for w in c.weights if w.name in self.asked] for c in parts.regroup("block").components)
+        self.blocks = iter([block for block in chosen if block])
+        self.done: list[tuple[str, Scheme]] = []
+        self.inputs: dict[str, list[Weight]] = {}
+        for weight in parts.weights:
+            self.inputs.setdefault(reads(weight), []).append(weight)
+        self.homes = {weight.name: component.name for component in parts.components for weight in component.weights}
+        self.found: dict[str, Any] = {}
+        self.result = Found(self.give)
+
+    def give(self, name: str, weight: Tensor, scheme: Scheme) -> Any:
+        if name not in self.homes:
+            return from_weights_alone(name, weight, scheme)  # a bias
+        while name not in self.found:
+            self._solve(next(self.blocks))
+        return self.found.pop(name)
+
+    def _solve(self, block: Sequence[Weight]) -> None:
+        """Weights that share an input are solved together, always all of them, as when the plan was measured."""
+        shared = {reads(w): {self.asked[v.name] for v in block if reads(v) == reads(w)} for w in block}
+        studied = sorted(key for key, schemes in shared.items() if any(method_of(s).calibrated for s in schemes))
+        firsts = [self.inputs[key][0] for key in studied]
+        curvatures = self.statistics.gather(firsts, tuple(self.done)) if studied else {}
+        for key, schemes in shared.items():
+            names = tuple(weight.name for weight in self.inputs[key])
+            foldable = any(s.get("scales") == "folded" for s in schemes) and key in self.statistics.absorbers
+            linears = Linears(names, tuple(self.own[name] for name in names), curvatures.get(key), foldable)
+            ordered = sorted(schemes, key=str)
+            for scheme, results in zip(ordered, solve(linears, ordered), strict=True):
+                self.found |= {
+                    name: result for name, result in zip(names, results, strict=True) if self.asked.get(name) == scheme
+                }
+            if linears.curvature is not None:
+                linears.curvature.forget()
+        if self.statistics.exposed:
+            self._install(block)
+        self.done += [(weight.name, self.asked[weight.name]) for weight in block]
+        if self.folding:
+            self._fold({weight.name: weight for weight in block})
+
+    def _install(self, block: Sequence[Weight]) -> None:
+        for weight in block:
+            if (result := self.found[weight.name]) is not None:
+                own = self.own[weight.name]
+                self.parameters[weight.name].data = result.dequantize().to(own.dtype)
+            if weight.bias and weight.bias in self.asked:
+                bias = self.own[weight.bias]
+                result = from_weights_alone(weight.bias, bias.reshape(1, -1), self.asked[weight.bias])
+                self.parameters[weight.bias].data = result.dequantize().to(bias.dtype).reshape(bias.shape)
+
+    def _fold(self, block: Mapping[str, Weight]) -> None:
+        """What stands before takes over the scales, on paper: the model itself stays as it was measured."""
+        for name, weight in block.items():
+            if self.asked[name].get("scales") == "folded" and reads(weight) not in self.statistics.absorbers:
+                self.result.unscaled.setdefault(self.homes[name], set()).add(weight.module.rpartition(".")[2])
+        results = {name: self.found[name] for name in block if isinstance(self.found[name], QuantizedWeight)}
+        scaled = {reads(block[name]) for name, result in results.items() if result.inputs is not None}
+        if not scaled:
+            return
+        held = {name: parameter.data for name, parameter in self.parameters.items()}
+        for name, tensor in self.result.changed.items():  # a value layer's bias may already have been divided
+            self.parameters[name].data = tensor
+        try:
+            into = self.statistics.absorbers
+            folded = fold(self.model, results, {name: reads(weight) for name, weight in block.items()}, into)
+            self.result.folded |= {key: into[key].path for key in scaled}
+            for name, parameter in self.parameters.items():
+                if parameter.data is not held[name] and name not in folded:
+                    self.result.changed[name] = parameter.data
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = held[name]
+        for name, result in folded.items():  # a divided scale is rounded to 16 bits again, as it will be stored
+            if result.scale is not results[name].scale:
+                result = replace(result, scale=sixteen(result.scale, self.own[name].dtype))
+            self.found[name] = result
+
+
+__all__ = ["Found", "codes"]

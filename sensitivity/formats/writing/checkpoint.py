@@ -1,0 +1,113 @@
+"""Streams a model's tensors through a packed layout into a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sensitivity.formats.writing import stream
+from sensitivity.formats.writing.job import Job, from_weights_alone
+from sensitivity.formats.writing.source import CheckpointTensor
+from sensitivity.formats.writing.stream import Piece, Spec
+from sensitivity.quantize.grid import QuantizedWeight
+from sensitivity.spec.components import Weight
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Scheme
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """How a format stores one quantized weight: what it will write, and how that comes from codes."""
+
+    specs: Callable[[str, Weight, Scheme], tuple[Spec, ...]]  # key without its last word, weight, scheme
+    tensors: Callable[[QuantizedWeight, Weight, Scheme], Sequence[Tensor]]
+
+
+def checkpoint(
+    job: Job, folder: Path, layout: PackedLayout | None, config: Mapping[str, Any], renamed: bool = False
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Stream all tensors, quantized weights in the direction of data flow; and the files that stand beside them.
+
+    Without a layout the weights are written as numbers. `renamed` writes the names that transformers gives parameters
+    instead of those of the checkpoint, for runtimes that do not rename on loading. Returns the bytes of each
+    component, and the files' hashes.
+    """
+    tensors = [replace(t, key=t.parameter) if renamed else t for t in job.source.tensors]
+    stored = {tensor.parameter: tensor for tensor in tensors}
+    pieces: dict[str, Piece] = {}
+    for name, weight in job.weights.items():
+        pieces[name] = _values(job, stored[name]) if layout is None else _packed(job, stored[name], weight, layout)
+    for name in job.schemes:
+        if name not in pieces:
+            pieces[name] = _values(job, stored[name])  # a bias
+    for tensor in tensors:  # last: codes may have changed what stands before them
+        if tensor.parameter not in job.schemes:
+            pieces[tensor.parameter] = _copied(job, tensor)
+    home = {w.name: c.name for c in job.parts.components for w in c.weights}
+    weights = dict.fromkeys([*job.parts.names, "kept"], 0)
+    for name, piece in pieces.items():
+        weights[home.get(name, "kept")] += piece.bytes
+    # other codes than these are found in the direction of data flow, one after the other
+    hashes = stream.write(folder, pieces.values(), ahead=stream.AHEAD if job.codes is from_weights_alone else 1)
+    (folder / "config.json").write_text(json.dumps({**job.source.config, **config}, indent=2) + "\n", encoding="utf-8")
+    job.source.beside(folder)
+    return weights, hashes
+
+
+def save(folder: Path, name: str, content: Any) -> None:
+    (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def headers(folder: Path, weight: Mapping[str, int]) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) - sum(weight.values())
+
+
+def _read(job: Job, tensor: CheckpointTensor) -> Tensor:
+    """A parameter in the type in which the plan was measured."""
+    weight = tensor.read().to(job.dtype)
+    if weight.numel() and not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(weight)):
+        raise UserError(f"{tensor.parameter} holds NaN or infinite values and cannot be quantized")
+    return weight
+
+
+def _copied(job: Job, tensor: CheckpointTensor) -> Piece:
+    def make() -> Sequence[Tensor]:
+        changed = job.changed.get(tensor.parameter)
+        return (tensor.read() if changed is None else changed.to(tensor.dtype),)
+
+    return Piece((Spec(tensor.key, tensor.dtype, tensor.shape),), make)
+
+
+def _packed(job: Job, tensor: CheckpointTensor, weight: Weight, layout: PackedLayout) -> Piece:
+    scheme = job.schemes[tensor.parameter]
+
+    def make() -> Sequence[Tensor]:
+        found = job.codes(tensor.parameter, _read(job, tensor), scheme)
+        if getattr(found, "inputs", None) is not None:
+            raise UserError(
+                f"{tensor.parameter} was quantized with a factor for each input, which this layout cannot hold; sweep "
+                "with --set scales=folded, or use --format fake, or a method without scales, such as gptq"
+            )
+        if not isinstance(found, QuantizedWeight) or not bool((found.zero == found.zero.round()).all()):
+            raise UserError(f"{tensor.parameter} has no codes on an integer grid; use --method rtn, or --format fake")
+        return layout.tensors(found, weight, scheme)
+
+    return Piece(layout.specs(tensor.key.removesuffix("weight"), weight, scheme), make)
+
+
+def _values(job: Job, tensor: CheckpointTensor) -> Piece:
+    """A parameter as the numbers that its codes stand for."""
+
+    def make() -> Sequence[Tensor]:
+        own = _read(job, tensor)
+        flat = own.reshape(1, -1) if own.dim() == 1 else own
+        found = job.codes(tensor.parameter, flat, job.schemes[tensor.parameter])
+        return (own if found is None else found.dequantize().to(job.dtype).reshape(own.shape),)
+
+    return Piece((Spec(tensor.key, job.dtype, tensor.shape),), make)

@@ -1,0 +1,148 @@
+"""Job: all that a format needs to write a plan; and checkpoint(), which streams a model's tensors through a packer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sensitivity.formats.writing.packing import fresh
+from sensitivity.formats.writing.source import SourceCheckpoint, open_source
+from sensitivity.measure.install.plan_in_model import targets
+from sensitivity.models.vlm import VLM
+from sensitivity.quantize.grid import QuantizedWeight
+from sensitivity.quantize.linears import Linears
+from sensitivity.quantize.methods import solve
+from sensitivity.spec.components import ComponentMap, Weight
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Plan, Scheme
+
+# what formats that are a configuration alone have to say about it, and how transformers takes one
+REMADE = (
+    "The runtime's own tool makes the weights: widths and groups are the plan's, values can differ by a rounding step."
+)
+
+
+WITH = """\
+import json
+from transformers import AutoModelForImageTextToText, {kind}
+
+settings = {kind}.from_dict(json.load(open("quantization_config.json")))
+model = AutoModelForImageTextToText.from_pretrained(MODEL, quantization_config=settings)
+"""
+
+
+# parameter name, its tensor, its scheme -> the weight as it is stored (with dequantize()); None: nothing to round
+Codes = Callable[[str, Tensor, Scheme], Any]
+
+
+BY_ROW = ("rtn",)  # methods to which one row of a weight says nothing about another
+
+
+PIECE = 2**20  # weights at a time, so that what they become on the way stays in the cache that cores share
+
+
+def from_weights_alone(name: str, weight: Tensor, scheme: Scheme) -> Any:
+    """Codes of methods that look at nothing but the weight."""
+    from sensitivity.quantize.methods import METHODS
+
+    if scheme.method in METHODS and METHODS[scheme.method].calibrated:
+        raise UserError(
+            f"{scheme.method} needs its calibration data again to be exported; give `codes`, such as those of "
+            "sensitivity.formats.writing.calibrated_codes.codes(vlm, parts, plan, statistics)"
+        )
+    rows = max(PIECE // weight.shape[1], 1)
+    if scheme.method not in BY_ROW or scheme.group == "tensor" or len(weight) <= rows:
+        ((result,),) = solve(Linears((name,), (weight,)), [scheme])
+        return result
+    codes, found = fresh(weight.numel()).reshape(weight.shape), []
+    for into, piece in zip(torch.split(codes, rows), torch.split(weight, rows), strict=True):
+        ((result,),) = solve(Linears((name,), (piece,)), [scheme])
+        assert isinstance(result, QuantizedWeight)
+        into.copy_(result.codes)
+        found.append(replace(result, codes=into))
+    return QuantizedWeight(
+        codes, torch.cat([r.scale for r in found]), torch.cat([r.zero for r in found]), found[0].group
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan for a model, and how its weights are found."""
+
+    model: VLM | str
+    parts: ComponentMap
+    plan: Plan
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float16  # in which the plan was measured: codes and scales are found in it
+    codes: Codes = from_weights_alone
+    changed: Mapping[str, Tensor] = field(default_factory=dict)  # parameters that change as codes are found
+
+    @cached_property
+    def source(self) -> SourceCheckpoint:
+        return open_source(self.model, self.dtype)
+
+    @property
+    def reads(self) -> list[Path]:
+        """What an export reads and must not replace: the folders of the model and of the study."""
+        named = [self.model.name if isinstance(self.model, VLM) else self.model, self.facts.get("study")]
+        places = [end for one in named if one for end in str(one).split("@")]  # ADAPTER@BASE
+        return [Path(place) for place in places if Path(place).exists()]
+
+    @cached_property
+    def schemes(self) -> dict[str, Scheme]:
+        """The parameters that the plan changes."""
+        return targets(self.parts, self.plan)
+
+    @cached_property
+    def weights(self) -> dict[str, Weight]:
+        """The weights that the plan changes, by name, in the direction of data flow."""
+        flow = (weight for block in self.parts.regroup("block").components for weight in block.weights)
+        return {weight.name: weight for weight in flow if weight.name in self.schemes}
+
+    @property
+    def half(self) -> torch.dtype:
+        """The 16-bit type of scales, the one that they were rounded to."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
+
+    def stored_as(self, format: str) -> str:
+        """How a format stores weights, by the name under which `plan.size` knows it."""
+        return str(self.dtype).removeprefix("torch.") if format == "fake" else format
+
+    def modules(self, component: str) -> list[str]:
+        return [weight.module for weight in self.parts[component].weights]
+
+    def native(self) -> list[str]:
+        """Modules that stay in full precision: components that the plan leaves alone, heads and routers."""
+        left = [w.module for c in self.parts.components if self.plan[c.name] is None for w in c.weights]
+        heads = [
+            k.name.removesuffix(".weight")
+            for k in self.parts.kept
+            if k.reason in ("output head", "router") and k.name.endswith(".weight")
+        ]
+        found = list(dict.fromkeys([*left, *heads, "lm_head"]))  # a tied head has no weight of its own
+        changed = {w.reader for w in self.weights.values()}
+        return [module for module in found if module not in changed]
+
+    def groups(self) -> Iterator[tuple[str, Scheme, list[str]]]:
+        """Components that are quantized: name, scheme, modules."""
+        for component in self.parts.components:
+            if (scheme := self.plan[component.name]) is not None:
+                yield component.name, scheme, self.modules(component.name)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a format wrote, and what a reader of the model card should be told."""
+
+    load: str  # a few lines of Python or shell that load it
+    bytes: Mapping[str, int] = field(default_factory=dict)  # of tensors, by component; 'kept' for all else
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    runs: bool = False  # whether `sensitivity verify` can run it
+    headers: int = 0  # bytes of tensor names, shapes and places

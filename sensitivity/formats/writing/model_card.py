@@ -1,0 +1,126 @@
+"""The model card of an export: the plan as a table, scores with intervals, size, how to load it, license."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sensitivity.formats.writing.job import Job, Written
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.plan import Scheme
+from sensitivity.spec.sizes import component_bits, size
+from sensitivity.study.exports import path_gain
+
+PLAIN = re.compile(
+    r"[A-Za-z0-9][\w.+-]*"
+)  # what YAML takes for a text without quotes, numbers and words for nothing apart
+MARKUP = str.maketrans({letter: f"&#{ord(letter)};" for letter in "<>&|`[]*\\"})
+
+
+def inert(text: str) -> str:
+    """Somebody else's words in Markdown: no tag, link, picture, emphasis or cell begins in them."""
+    return " ".join(text.split()).translate(MARKUP)
+
+
+def _in_front(text: str) -> str:
+    """A text in the front matter, which is YAML: a text in JSON's quotes is one there too."""
+    simple = PLAIN.fullmatch(text) and not re.fullmatch(r"(?i)y|n|yes|no|on|off|true|false|null|[\d._+e-]+", text)
+    return text if simple else json.dumps(text)
+
+
+def card(job: Job, written: Written, format: str, facts: Mapping[str, Any]) -> str:
+    return "\n".join(_lines(job, written, format, facts))
+
+
+def _lines(job: Job, written: Written, format: str, facts: Mapping[str, Any]) -> Iterator[str]:
+    license = job.source.license
+    model = inert(Path(job.parts.model).name)
+    yield from (
+        "---",
+        f"license: {_in_front(license)}",
+        f"base_model: {_in_front(Path(job.parts.model).name)}",
+        "---",
+        "",
+    )
+    yield from (f"# {model}, {inert(job.plan.describe())}", "")
+    yield f"{model} under a mixed-precision plan, exported as `{format}` by sensitivity."
+    yield from ("", "## Plan", "")
+    yield "| component | method | bits | group | grid | weights | predicted bytes | written bytes |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for component in job.parts.components:
+        scheme = job.plan[component.name]
+        predicted = component_bits(job.parts, component.name, scheme, job.stored_as(format)) // 8
+        stored = f"{written.bytes[component.name]:,}" if written.bytes else "–"
+        yield f"| {inert(component.name)} | {_scheme(scheme)} | {component.numel:,} | {predicted:,} | {stored} |"
+    kept = sum(k.numel for k in job.parts.kept)
+    stored = f"{written.bytes['kept']:,}" if written.bytes else "–"
+    sizes = f"{kept:,} | {kept * job.parts.native_bits // 8:,} | {stored}"
+    yield f"| kept ({_reasons(job.parts)}) | native | | | | {sizes} |"
+    yield from ("", "## Size", "", *_size(job, written, format), "", "## Scores", "")
+    yield from _scores(facts)
+    yield from (
+        "",
+        "## How to load it",
+        "",
+        f"```{'python' if 'import' in written.load else 'text'}",
+        written.load.rstrip(),
+        "```",
+    )
+    for note in written.notes:
+        yield from ("", note)
+    yield from ("", "`sensitivity verify FOLDER` says whether the files are whole and answer as measured.", "")
+    yield from ("## License", "")
+    if license == "unknown":
+        yield "The card of the base model names no license; whatever holds for the base model holds for these weights."
+    else:
+        yield f"{inert(license)}, as the base model; any license files of the base model lie beside this card."
+    yield ""
+
+
+def _scheme(scheme: Scheme | None) -> str:
+    if scheme is None:
+        return "native | | | "
+    return f"{scheme.method} | {scheme.bits} | {scheme.group} | {'symmetric' if scheme.symmetric else 'asymmetric'}"
+
+
+def _reasons(parts: ComponentMap) -> str:
+    return inert(", ".join(dict.fromkeys(kept.reason for kept in parts.kept)))
+
+
+def _size(job: Job, written: Written, format: str) -> Iterator[str]:
+    planned, predicted = size(job.parts, job.plan), size(job.parts, job.plan, job.stored_as(format))
+    bpw = f"{planned.bpw:.3f} bits per weight (codes alone: {planned.bpw_codes:.3f})"
+    yield f"Planned: {planned.bytes:,} bytes, {bpw}."
+    if written.bytes:
+        yield f"Predicted as `{format}` stores it: {predicted.bytes:,} bytes, {predicted.bpw:.3f} bits per weight."
+        total = sum(written.bytes.values())
+        yield (
+            f"Written: {total:,} bytes of tensors, {8 * total / job.parts.numel:.3f} bits per weight, and "
+            f"{written.headers:,} bytes of names and shapes."
+        )
+    else:
+        yield "This format is a configuration: the runtime's own tool makes the weights from it."
+
+
+def _scores(facts: Mapping[str, Any]) -> Iterator[str]:
+    measured = facts.get("scores") or {}
+    if not measured:
+        yield "This plan was not measured on a task."
+        return
+    yield "| task | score | 95 % interval | n | full precision |"
+    yield "|---|---|---|---|---|"
+    for task, score in measured.items():
+        full = (facts.get("full_precision_scores") or {}).get(task, {}).get("mean")
+        interval = f"{score['low']:.4f} to {score['high']:.4f}" if score.get("low") is not None else "–"
+        native = "–" if full is None else f"{full:.4f}"
+        yield f"| {inert(task)} | {score['mean']:.4f} | {interval} | {score.get('n', '–')} | {native} |"
+    if gain := facts.get("path_gain"):
+        yield from (
+            "",
+            path_gain({inert(name): inert(found) if isinstance(found, str) else found for name, found in gain.items()}),
+        )
+    if facts.get("note"):
+        yield from ("", f"Note: {inert(str(facts['note']))}.")

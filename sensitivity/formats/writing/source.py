@@ -1,0 +1,183 @@
+"""Source: the tensors of a model, read one at a time from its checkpoint, and which parameter each of them is."""
+
+from __future__ import annotations
+
+import mmap
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sensitivity.models.adapters import resolve, whole
+from sensitivity.models.checkpoint import DTYPES, fingerprint, header, read_config, weight_files
+from sensitivity.models.conversion import as_converted, as_written
+from sensitivity.models.loading import load
+from sensitivity.models.match import renaming
+from sensitivity.models.original_llava import is_original
+from sensitivity.models.vlm import VLM
+from sensitivity.spec.errors import UserError
+
+CODES = {dtype: code for code, dtype in DTYPES.items()}  # as safetensors names them
+STALE = re.compile(r"(position_ids|inv_freq|masked_bias)$")  # buffers of old checkpoints, which nobody reads
+BESIDE = re.compile(r".*\.(json|jinja|txt|model)|(licen[cs]e|notice|use_policy).*", re.IGNORECASE)
+NOT_BESIDE = re.compile(
+    r"config\.json|(model\.safetensors|pytorch_model\.bin)\.index\.json|sensitivity\.json|verified\.json|trainer_state\.json"
+)
+
+
+@dataclass(frozen=True)
+class CheckpointTensor:
+    """A tensor of a checkpoint: what it is called there, which parameter it becomes, and how it is stored."""
+
+    key: str
+    parameter: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class SourceCheckpoint:
+    """A model before it is quantized: its tensors, its configuration, and the small files that belong to it."""
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: tuple[CheckpointTensor, ...]
+    fingerprint: str = ""
+    processor: Any = None  # of a checkpoint in another layout, whose own files are not enough
+
+    def beside(self, target: Path) -> None:
+        """Copy tokenizer, processor, generation settings, license: all but weights and what an export writes itself."""
+        for file in sorted(self.folder.iterdir()):
+            # in another layout, settings of generation were not read when the model was measured
+            unread = self.processor is not None and file.name == "generation_config.json"
+            if file.is_file() and BESIDE.fullmatch(file.name) and not NOT_BESIDE.fullmatch(file.name) and not unread:
+                shutil.copyfile(file, target / file.name)
+        if self.processor is not None:
+            self.processor.save_pretrained(target)
+
+    @property
+    def license(self) -> str:
+        """The model's license as its own card says it, or what is to be done where it does not."""
+        card = self.folder / "README.md"
+        text = card.read_text(encoding="utf-8", errors="ignore") if card.exists() else ""
+        front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+        found = re.search(r"^license:\s*(\S+)", front[1] if front else "", re.MULTILINE)
+        return found[1] if found else "unknown"
+
+
+def open_source(model: VLM | str, dtype: torch.dtype | None = None) -> SourceCheckpoint:
+    """The checkpoint of a model, streamed; a model that was changed after loading is taken from memory instead.
+
+    Such a one is changed in the type `dtype` in which it was measured, where it is not loaded yet.
+    """
+    name = model if isinstance(model, str) else model.name
+    folder, adapter = resolve(name)
+    if name == "embedded:scenes-llava-heavy" or adapter is not None:  # no file holds these weights
+        planted = adapter is None
+        if isinstance(model, str):
+            model = load(name, dtype=None if planted else dtype)
+        return _in_memory(model)
+    config = read_config(folder, name)
+    if is_original(config):
+        return _as_converted(name, folder, config)
+    files = weight_files(folder, name)
+    skeleton = load(name, config_only=True).model
+    rename = _renaming(skeleton, name)
+    parameters, buffers = dict(skeleton.named_parameters()), dict(skeleton.named_buffers())
+    tied = {path for path, _ in skeleton.named_parameters(remove_duplicate=False)} - set(parameters)
+    tensors: list[CheckpointTensor] = []
+    for file in files:
+        for key, entry in header(file).items():
+            known = rename(key)
+            if known in tied or (known not in parameters and (STALE.search(key) or known not in buffers)):
+                continue
+            read = _reader(file, entry.start, entry.bytes, entry.dtype, entry.shape)
+            tensors.append(CheckpointTensor(key, known, entry.dtype, entry.shape, read))
+    _complete(parameters, tensors, name)
+    return SourceCheckpoint(name, folder, config, tuple(tensors), fingerprint(config, files))
+
+
+def _in_memory(vlm: VLM) -> SourceCheckpoint:
+    """Weights that an adapter was merged into, or outliers planted into; the small files are the base model's."""
+    base, folder = whole(vlm.name)
+    config, processor = read_config(folder, base), None
+    if is_original(config):
+        config, processor = as_written(vlm.model.config, type(vlm.model).__name__), vlm.processor
+    return SourceCheckpoint(vlm.name, folder, config, tuple(_held(vlm.model)), vlm.fingerprint, processor)
+
+
+def _held(model: nn.Module) -> Iterator[CheckpointTensor]:
+    tied = {path for path, _ in model.named_parameters(remove_duplicate=False)} - set(dict(model.named_parameters()))
+    for name, data in model.state_dict().items():
+        if name not in tied:
+            yield CheckpointTensor(name, name, data.dtype, tuple(data.shape), lambda data=data: data)  # type: ignore[misc]
+
+
+def _as_converted(name: str, folder: Path, raw: Mapping[str, Any]) -> SourceCheckpoint:
+    """A checkpoint in another layout, each tensor converted when its turn has come."""
+    found = as_converted(folder, name, raw)
+    parameters = dict(load(name, config_only=True).model.named_parameters())
+    tensors = [
+        CheckpointTensor(key, key, dtype, tuple(parameters[key].shape), read)
+        for key, (dtype, read) in found.tensors.items()
+        if key in parameters
+    ]
+    _complete(parameters, tensors, name)
+    return SourceCheckpoint(name, folder, found.config, tuple(tensors), fingerprint(raw, found.files), found.processor)
+
+
+def _reader(file: Path, start: int, length: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+    """A map of these bytes alone, given back with the tensor: safe_open maps the whole file, which then stays in memory
+    as it is read, and a copy would be new memory, which costs more than it."""
+
+    def read() -> Tensor:
+        if length == 0:
+            return torch.empty(shape, dtype=dtype)
+        page = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        try:
+            with file.open("rb") as stream:
+                there = mmap.mmap(stream.fileno(), start - page + length, access=mmap.ACCESS_COPY, offset=page)
+        except ValueError as error:
+            raise UserError(f"{file.name} ends early; fetch it again") from error
+        if hasattr(mmap, "MADV_WILLNEED"):
+            there.madvise(mmap.MADV_WILLNEED)  # all of it will be read, so the disk may begin
+        content = torch.frombuffer(there, dtype=torch.uint8, offset=start - page)
+        if (start - page) % dtype.itemsize:  # a header of any length may stand before the tensors of old files
+            content = content.clone()
+        return content.view(dtype).reshape(shape)
+
+    return read
+
+
+def _renaming(skeleton: nn.Module, name: str) -> Callable[[str], str]:
+    """Checkpoint key to parameter name, where the tensor stays as it is."""
+    renamed = renaming(skeleton)
+
+    def rename(key: str) -> str:
+        known, changed = renamed(key)
+        if changed:
+            raise UserError(
+                f"{name} stores {key} in another shape than transformers uses it (merged or split on loading), which "
+                "cannot be exported tensor by tensor; load it and save it again with save_pretrained"
+            )
+        return known
+
+    return rename
+
+
+def _complete(parameters: Mapping[str, Any], tensors: list[CheckpointTensor], name: str) -> None:
+    found = {tensor.parameter for tensor in tensors}
+    if missing := sorted(set(parameters) - found):
+        raise UserError(f"the checkpoint of {name} lacks {', '.join(missing[:4])}; fetch it again")

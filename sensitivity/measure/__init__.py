@@ -1,0 +1,1 @@
+"""The torch wing: a plan into a model, answers and scores out."""

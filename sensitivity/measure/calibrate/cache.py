@@ -1,0 +1,115 @@
+"""A folder of tensors by what they depend on: shared by processes, bounded, and safe to delete at any time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sensitivity.spec.errors import Notice, UserError
+from sensitivity.spec.files import discard, whole
+
+CLOSED = ("Permission denied", "Read-only", "No space", "quota", "Not a directory")  # as the system says it
+VERSION = 5  # raised when the meaning of an entry changes
+
+
+def home() -> Path:
+    """SENSITIVITY_CACHE, or where this system keeps caches."""
+    if chosen := os.environ.get("SENSITIVITY_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sensitivity"
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Of types, shapes and every bit."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Entries are files named after the hash of a description; the least recently used go first."""
+
+    folder: Path
+    limit_gb: float = 8.0
+
+    def fetch(
+        self, about: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]], device: torch.device
+    ) -> dict[str, Tensor]:
+        """The tensors described, from the folder or made now."""
+        if (found := self.load(about, device)) is not None:
+            return found
+        made = {name: tensor.contiguous() for name, tensor in make().items()}
+        self.store(about, made, device)
+        return made
+
+    def load(self, about: Mapping[str, Any], device: torch.device) -> dict[str, Tensor] | None:
+        file, _ = self._entry(about, device)
+        found: dict[str, Tensor] | None = None
+        with suppress(OSError, SafetensorError, RuntimeError):  # not there, being deleted, or not whole
+            found = load_file(file)
+            os.utime(file)
+        return None if found is None else {name: tensor.to(device) for name, tensor in found.items()}
+
+    def store(self, about: Mapping[str, Any], made: Mapping[str, Tensor], device: torch.device) -> None:
+        file, text = self._entry(about, device)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in made.values())
+        if size <= self.limit_gb * 1e9:
+            apart = {name: t.contiguous().clone() for name, t in made.items()}  # results may share tensors
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._make_room(size)
+                with whole(file) as unfinished:
+                    save_file(apart, unfinished, metadata={"about": text})
+            except (OSError, SafetensorError, UserError) as error:
+                said = f"{error} {error.__cause__}"
+                if self.folder.is_file() or any(why in said for why in CLOSED):  # else it was deleted meanwhile
+                    again = "calibration is done again by the next run"
+                    warnings.warn(f"nothing can be kept in {self.folder}: {again}", Notice, stacklevel=2)
+
+    def _entry(self, about: Mapping[str, Any], device: torch.device) -> tuple[Path, str]:
+        """Another torch or another number of threads may round sums differently, so those are part of the name."""
+        here = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(device), "v": VERSION}
+        text = json.dumps({**about, **here}, sort_keys=True)
+        return self.folder / f"{_name(text)}.safetensors", text
+
+    def _make_room(self, size: int) -> None:
+        """Delete the oldest entries until the new one fits; other processes may be doing the same."""
+        entries = []
+        for file in self.folder.glob("*.safetensors"):
+            with suppress(FileNotFoundError):
+                entries.append((file.stat().st_mtime_ns, file.stat().st_size, file))
+        total = size + sum(entry[1] for entry in entries)
+        for _, bytes_, file in sorted(entries, key=lambda entry: entry[0]):
+            if total <= self.limit_gb * 1e9:
+                break
+            if discard(file, _is_entry(file)):  # the folder may be one where other tensors are kept
+                total -= bytes_
+
+
+def _is_entry(file: Path) -> bool:
+    """Whether a file is an entry of ours: named after the hash of the description that it carries."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            about = (opened.metadata() or {}).get("about", "")
+    except (OSError, SafetensorError):
+        return False
+    return file.stem == _name(about)
+
+
+def _name(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

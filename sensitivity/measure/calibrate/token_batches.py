@@ -1,0 +1,135 @@
+"""Calibration data as a model's inputs, in batches without padding, and what kind of token each position holds."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sensitivity.measure.generate import batches as evaluated
+from sensitivity.measure.generate.answer_tokens import tail
+from sensitivity.models.vlm import VLM
+from sensitivity.spec.errors import UserError
+from sensitivity.tasks.examples.images import same_image
+from sensitivity.tasks.examples.types import Task
+
+MODALITIES = ("padding", "vision", "prompt", "answer")
+PADDING, VISION, PROMPT, ANSWER = range(4)
+ROWS = 16  # at most so many examples at once: memory does not grow with their number
+
+
+@dataclass
+class TokenBatch:
+    """Inputs of a forward pass, the right answers among them, and what the positions of its sequences hold."""
+
+    inputs: dict[str, Any]
+    known: Sequence[tuple[str, Tensor]]  # part, and rows x positions of indices into MODALITIES
+    keep: int = 1  # positions, from the end, at which words are asked for: what an output head reads
+    counted: dict[Any, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+
+    def modality(self, part: str, shape: torch.Size) -> tuple[Tensor | None, Tensor]:
+        """The modality of each token of a layer's input, None where all are vision; and how many there are of each.
+
+        A layer whose input has the shape of a sequence that its part reads, sees that; any other one sees the image.
+        """
+        key = part, tuple(shape)
+        if key not in self.counted:
+            fits = (t for of, t in self.known if of == part and (t.shape == shape or (t.numel(),) == tuple(shape)))
+            flat = next((t.reshape(-1) for t in fits), None)
+            counts = torch.zeros(len(MODALITIES), dtype=torch.long)
+            if flat is None:
+                counts[VISION] = shape.numel()
+            else:
+                counts += torch.bincount(flat.cpu(), minlength=len(MODALITIES))
+            self.counted[key] = flat, counts
+        return self.counted[key]
+
+
+def batches(vlm: VLM, tasks: Sequence[Task], rows: int = ROWS) -> Iterator[TokenBatch]:
+    """Every example with its first right answer. Examples are put together only where all shapes agree."""
+    waiting: dict[Any, list[tuple[dict[str, Tensor], list[int]]]] = {}
+    for task in tasks:
+        for example in task.examples:
+            (one,) = evaluated.batches(vlm, replace(task, examples=(example,)), plain=True)
+            target = one.targets[0][:-1]  # the end is said, never read
+            shapes = tuple((name, tuple(value.shape)) for name, value in sorted(one.inputs.items()))
+            group = waiting.setdefault((shapes, len(target)), [])
+            group.append((one.inputs, target))
+            if len(group) == min(rows, evaluated.images_at_once(one.inputs["pixel_values"].numel())):
+                yield _together(vlm, waiting.pop((shapes, len(target))))
+    for group in waiting.values():
+        yield _together(vlm, group)
+
+
+def _together(vlm: VLM, group: Sequence[tuple[dict[str, Tensor], list[int]]]) -> TokenBatch:
+    inputs = {name: torch.cat([one[name] for one, _ in group]) for name in group[0][0]}
+    answers = torch.tensor([target for _, target in group], dtype=torch.long)
+    prompt = inputs["input_ids"]
+    text = torch.full_like(prompt, PROMPT)
+    text[prompt == image_token(vlm)] = VISION
+    if "attention_mask" in inputs:
+        text[inputs["attention_mask"] == 0] = PADDING
+    said = torch.full_like(answers, ANSWER)
+    asked = torch.cat([torch.full_like(prompt[:, :1], PROMPT), said], dim=1)  # from the end of the prompt on
+    inputs = {name: _placed(vlm, value) for name, value in inputs.items()}
+    answers = answers.to(vlm.device)
+    if vlm.encoder_decoder:
+        start = torch.full((len(answers), 1), vlm.model.config.get_text_config().decoder_start_token_id or 0)
+        inputs["decoder_input_ids"] = torch.cat([start.to(answers), answers], dim=1)
+        said = torch.full(inputs["decoder_input_ids"].shape, ANSWER)
+    else:
+        for name, value in list(inputs.items()):  # masks and token types grow with the text
+            if value.shape == prompt.shape:
+                more = answers if name == "input_ids" else tail(vlm, name, value, answers)
+                inputs[name] = torch.cat([value, more.to(value.dtype)], dim=1)
+            elif value.shape[:2] == prompt.shape and name.endswith("mask"):  # who sees which picture (Mllama)
+                more = value[:, -1:].expand(-1, answers.shape[1], *value.shape[2:])
+                inputs[name] = torch.cat([value, more], dim=1)
+        text = torch.cat([text, said], dim=1)
+    known = [("language", text), ("language", said), ("language", asked), *_questioned(vlm, inputs)]
+    return TokenBatch(inputs, [(part, t.to(vlm.device)) for part, t in known], keep=asked.shape[1])
+
+
+def _questioned(vlm: VLM, inputs: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """What a Q-Former that also reads the question sees (InstructBLIP): its queries and the text, or the text alone."""
+    if "qformer_input_ids" not in inputs:
+        return []
+    text = torch.full_like(inputs["qformer_input_ids"], PROMPT)
+    text[inputs["qformer_attention_mask"] == 0] = PADDING
+    queries = torch.full((len(text), vlm.model.config.num_query_tokens), VISION).to(text)
+    return [("connector", torch.cat([queries, text], dim=1)), ("connector", text)]
+
+
+def image_token(vlm: VLM) -> int:
+    """The token that stands for a piece of the image; none has the number -1."""
+    config = vlm.model.config
+    found = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
+    return next((int(token) for token in found if token is not None), -1)
+
+
+def run(vlm: VLM, batch: TokenBatch) -> None:
+    """One forward pass for what its layers see; no logits but those of the answer."""
+    known = inspect.signature(vlm.model.forward).parameters
+    savings = {"use_cache": False, "logits_to_keep": batch.keep}
+    vlm.model(**batch.inputs, **{name: value for name, value in savings.items() if name in known})
+
+
+def disjoint(calibration: Sequence[Task], evaluation: Sequence[Task]) -> None:
+    """No example and no image of the calibration data is evaluated on."""
+    used = {example.id for task in evaluation for example in task.examples}
+    images = {same_image(example.image) for task in evaluation for example in task.examples}
+    for task in calibration:
+        for example in task.examples:
+            if example.id in used or same_image(example.image) in images:
+                raise UserError(
+                    f"calibration example {example.id} of {task.name} is also evaluated on, which would flatter every "
+                    'calibrated method; give it a split of its own ("split": "calibration" in a .jsonl file)'
+                )
+
+
+def _placed(vlm: VLM, value: Tensor) -> Tensor:
+    return value.to(vlm.device, vlm.model.dtype) if value.is_floating_point() else value.to(vlm.device)

@@ -1,0 +1,213 @@
+"""Preflight: the time, disk and memory that a sweep takes, from the config, a few examples and a probe; no weights."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from sensitivity.measure.forecast.cost_model import CostModel, TaskSample
+from sensitivity.measure.forecast.hardware import Hardware
+from sensitivity.measure.loop import MEMORY_GB
+from sensitivity.measure.memory.weight_codes import CODE
+from sensitivity.measure.shards import MOST, cuts
+from sensitivity.models.loading import device_of, dtype_of
+from sensitivity.models.vlm import VLM
+from sensitivity.quantize.linears import reads
+from sensitivity.quantize.methods import method_of
+from sensitivity.spec.components import PARTS, ComponentMap
+from sensitivity.spec.plan import Plan, Scheme, scheme_of
+from sensitivity.study.study import EXAMPLE_COLUMNS
+from sensitivity.tasks.examples.types import Task
+
+LOADING = 1.0e9  # bytes of weights a second
+LATER = 50e6  # bytes of libraries that are only loaded along the way
+STORING = 0.015  # seconds for a trial's examples and scores, once per shard
+JOURNAL = (1100, 300, 700)  # bytes that Optuna writes for a trial, for each of its shards, and for a task in each
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is to be expected. `seconds` takes answers to be as the right ones or as a neighboring plan's; `slowest`
+    takes every plan to write all its answers anew, up to the task's limit."""
+
+    plans: int
+    examples: int
+    images: int
+    flops: float  # a second, in products of this model's shapes
+    seconds: Mapping[str, float]
+    slowest: float
+    disk: Mapping[str, float]
+    host: Mapping[str, float]
+    device: Mapping[str, float] = field(default_factory=dict)  # empty where it is the host
+
+    def to_json(self) -> dict[str, Any]:
+        total = {name: sum(getattr(self, name).values()) for name in ("seconds", "disk", "host", "device")}
+        return {**asdict(self), "total": total}
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """What, how much, and of what it is made up."""
+        total = _span(sum(self.seconds.values()))
+        found = [("time", f"{total} (at most {_span(self.slowest)})", _made(self.seconds, _span))]
+        for name in ("disk", "host", "device"):
+            amounts = getattr(self, name)
+            if amounts:
+                label = name if name == "disk" else f"{name} memory"
+                found.append((label, _size(sum(amounts.values())), _made(amounts, _size)))
+        return found
+
+
+def forecast_sweep(
+    vlm: VLM,
+    parts: ComponentMap,
+    plans: Sequence[Plan],
+    tasks: Sequence[Task],
+    calibration: int = 128,
+    device: str = "cpu",
+    dtype: str | None = None,
+    plain: bool = False,
+    cache_gb: float = 8.0,
+    memory_gb: float = MEMORY_GB,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Forecast:
+    """What running these plans, full precision among them, will take on a device; the probe takes some seconds."""
+    kind = _dtype(vlm, parts, device, dtype)
+    resident, probe = _resident(), Hardware(_probed(device), kind, clock)
+    model = CostModel(vlm, parts, probe)
+    samples = [TaskSample.of(vlm, task, cuts(tasks), plain, clock) for task in tasks]
+    schemes = list(dict.fromkeys(scheme for plan in plans for _, scheme in plan.schemes if scheme))
+    passes = [model.passes(sample) for sample in samples]
+    runs = {part: float(len(plans)) for part in PARTS} if plain else _runs(parts, plans)
+    anew = len(plans) * sum(model.writing(sample) for sample in samples)
+    calibrated = [scheme for scheme in schemes if method_of(scheme).calibrated]
+    inputs = {reads(weight): weight for weight in parts.weights if not weight.looked_up} if calibrated else {}
+    grams = sum(4.0 * weight.cols**2 for weight in inputs.values())
+    once = sum(first for of_parts in passes for first, _ in of_parts.values()) / sum(s.examples for s in samples)
+    tokens = max(sum(sample.sequence for sample in samples) // len(samples), 1)
+    many = sum(w.numel for w in parts.weights)
+    seconds = {
+        "loading": parts.numel * kind.itemsize / LOADING,
+        "examples": sum(sample.making * sample.images for sample in samples),
+        "calibration": calibration * (once + sum(probe.product(tokens, w.cols, w.cols) for w in inputs.values()))
+        if calibrated
+        else 0.0,
+        "quantizing": sum(_quantizing(parts, plans, scheme, probe) for scheme in schemes),
+        "running": sum(_running(*one, runs, len(plans)) for one in zip(samples, passes, strict=True)),
+        "storing": STORING * len(plans) * len(cuts(tasks)),
+    }
+    work = {
+        "weights": float(parts.numel * kind.itemsize),
+        "quantized weights": 0.0
+        if plain
+        else min(memory_gb * 1e9 / 2, len(schemes) * CODE * many)
+        + many * kind.itemsize,  # codes, and the plan that is running as numbers
+        "hidden states": 0.0 if plain else min(memory_gb * 1e9 / 2, sum(model.kept(sample) for sample in samples)),
+        "activations": max(model.activations(sample) for sample in samples),
+        "statistics": grams,
+    }
+    host = {
+        "Python": float(resident + LATER),
+        "examples": sum(sample.bytes * min(sample.images, MOST) for sample in samples),
+    }
+    cached = min(cache_gb * 1e9, grams + CODE * many * len(calibrated)) if calibrated else 0.0
+    return Forecast(
+        plans=len(plans),
+        examples=sum(sample.examples for sample in samples),
+        images=sum(sample.images for sample in samples),
+        flops=probe.flops,
+        seconds=seconds,
+        slowest=sum(seconds.values()) + anew,
+        disk={**_stored(parts, tasks, plans, len(cuts(tasks))), "statistics and weights": cached},
+        host=host | (work if probe.device.type == "cpu" else {}),
+        device={} if probe.device.type == "cpu" else work,
+    )
+
+
+def _probed(device: str) -> torch.device:
+    """One of the devices that `auto` would spread a model over."""
+    return device_of(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype(vlm: VLM, parts: ComponentMap, device: str, dtype: str | None) -> torch.dtype:
+    """As load() chooses: what is named, else as stored, but embedded models on a CPU in float32."""
+    if dtype is None and vlm.name.startswith("embedded:") and device == "cpu":
+        return torch.float32
+    stored = getattr(vlm.model.config, "dtype", None)
+    found: torch.dtype = dtype_of(dtype) or stored or getattr(torch, f"float{parts.native_bits}")
+    return found
+
+
+def _runs(parts: ComponentMap, plans: Sequence[Plan]) -> dict[str, float]:
+    """How often each part is computed, in whole passes, if what a plan shares with the one before is not."""
+    ordered = sorted(plans, key=lambda plan: [str(scheme) for _, scheme in plan.schemes])
+    found = dict.fromkeys(PARTS, 0.0)
+    whole = {part: sum(w.numel for w in parts.weights if w.part == part) for part in PARTS}
+    for place, component in enumerate(parts.components):
+        paths = [plan.schemes[: place + 1] for plan in ordered]
+        times = 1 + sum(one != other for one, other in pairwise(paths))
+        found[component.part] += times * component.numel / whole[component.part]
+    return found
+
+
+def _running(
+    sample: TaskSample, passes: Mapping[str, tuple[float, float]], runs: Mapping[str, float], plans: int
+) -> float:
+    """Seconds for all plans: what they share as often as their beginnings differ, the rest for each of them."""
+    return sum(
+        seconds * (runs[part] if sample.shares(part) else plans) + again * plans
+        for part, (seconds, again) in passes.items()
+    )
+
+
+def _quantizing(parts: ComponentMap, plans: Sequence[Plan], scheme: Scheme, probe: Hardware) -> float:
+    used = {name for plan in plans for name, chosen in plan.schemes if chosen == scheme}
+    weights = (w for c in parts.components if c.name in used for w in c.weights)
+    return sum(probe.quantizing(scheme_of(w, scheme), w) for w in weights)
+
+
+def _stored(parts: ComponentMap, tasks: Sequence[Task], plans: Sequence[Plan], shards: int) -> dict[str, float]:
+    """Of the trials' files, if all answers were right, and of the journal, which holds each plan four times."""
+    draw = torch.rand(sum(len(task.examples) for task in tasks), 2, dtype=torch.float64).tolist()
+    every = [(task, example) for task in tasks for example in task.examples]
+    rows = [
+        (task.name, e.id, e.cluster, e.kind, score, nll, e.answers[0] if e.answers else "")
+        for (task, e), (score, nll) in zip(every, draw, strict=True)
+    ]
+    stream = io.BytesIO()
+    pd.DataFrame(rows, columns=list(EXAMPLE_COLUMNS)).to_parquet(stream, index=False)
+    trial, shard, scores = JOURNAL
+    lines = sum(trial + 4 * len(plan.dumps()) + shards * (shard + scores * len(tasks)) for plan in plans)
+    return {"examples": float(stream.tell() * len(plans)), "journal": float(lines + len(json.dumps(parts.to_json())))}
+
+
+def _resident() -> int:
+    """Bytes of this process before anything is loaded."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 600 << 20
+
+
+def _made(amounts: Mapping[str, float], show: Any) -> str:
+    return ", ".join(f"{name} {show(amount)}" for name, amount in amounts.items() if amount)
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _size(amount: float) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if amount >= unit:
+            return f"{amount / unit:.{max(0, 2 - int(math.log10(amount / unit)))}f} {name}"
+    return f"{amount / 1e3:.0f} kB"

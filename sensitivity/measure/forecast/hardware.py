@@ -1,0 +1,129 @@
+"""Probe: how fast this machine is at what a model is made of, in some seconds and without a model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from sensitivity.quantize.curvature import Curvature
+from sensitivity.quantize.linears import Linears
+from sensitivity.quantize.methods import method_of, solve
+from sensitivity.spec.components import Weight
+from sensitivity.spec.plan import Scheme
+
+TOKENS = 1024  # at most so many go through a probed product; more are taken to cost in proportion
+SIDE = 512  # of the weight that is quantized
+ENOUGH = 0.05  # seconds for one measurement
+WIDE = torch.float32  # holds every number of a narrower type
+NOTABLY = 1.25  # times: a type that is quicker by less is not worth twice the memory
+SIZES = (128, 1024)  # tokens and width of the product by which types are compared: a tenth of a second at 1 GFLOP/s
+
+
+def slower(stored: torch.dtype, device: torch.device) -> float:
+    """How many times longer a product takes in the type of a checkpoint than in float32; the best of a few of each.
+
+    CPUs without units for it compute bfloat16 number by number, a hundred times slower.
+    """
+    tokens, width = SIZES
+    seconds: dict[torch.dtype, float] = {}
+    with torch.inference_mode():
+        for kind in (WIDE, stored):
+            x, weight = (torch.ones(rows, width, device=device, dtype=kind) for rows in (tokens, tokens))
+            turns: list[float] = []
+            began = time.perf_counter()
+            while len(turns) < 2 or (len(turns) < 20 and time.perf_counter() - began < 0.01):
+                start = time.perf_counter()
+                torch.nn.functional.linear(x, weight).sum().item()  # which waits for a device that is not the host
+                turns.append(time.perf_counter() - start)
+            seconds[kind] = min(turns)
+    return seconds[stored] / seconds[WIDE]
+
+
+@dataclass
+class Hardware:
+    """Each kind of work is measured once, at the shapes that are asked for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    clock: Callable[[], float] = time.perf_counter  # or of CPU seconds, where others are at work on the machine
+    known: dict[object, float] = field(default_factory=dict)
+    done: float = 0.0  # floating-point operations and
+    spent: float = 0.0  # seconds of the products that were measured
+
+    def product(self, tokens: int, rows: int, cols: int) -> float:
+        """Seconds for so many tokens through a linear layer."""
+        some = max(1, min(tokens, TOKENS))
+        if (some, rows, cols) not in self.known:
+            weight, x = self._random(rows, cols), self._random(some, cols)
+            self.known[some, rows, cols] = self._time(lambda: torch.nn.functional.linear(x, weight))
+            self.done += 2 * some * rows * cols
+            self.spent += self.known[some, rows, cols]
+        return self.known[some, rows, cols] * max(tokens, 1) / some
+
+    def attention(self, rows: int, heads: int, queries: int, keys: int, width: int) -> float:
+        some = min(rows, max(1, TOKENS // queries))
+        shape = ("attention", some, heads, queries, keys, width)
+        if shape not in self.known:
+            q, k = self._random(some, heads, queries, width), self._random(some, heads, keys, width)
+            self.known[shape] = self._time(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, k))
+        return self.known[shape] * rows / some
+
+    def sweep_over(self, numbers: int) -> float:
+        """Seconds to read, change and write so many numbers, beyond the start of an operation."""
+        some = max(1, min(numbers, TOKENS * SIDE))
+        if ("over", some) not in self.known:
+            x = self._random(some)
+            self.known["over", some] = max(self._time(lambda: torch.nn.functional.silu(x)) - self.call, 0.0)
+        return self.known["over", some] * numbers / some
+
+    @cached_property
+    def call(self) -> float:
+        """Seconds to call a module on next to nothing: what small models cost."""
+        module, x = torch.nn.Linear(1, 1, device=self.device, dtype=self.dtype), self._random(1, 1)
+        return self._time(lambda: module(x))
+
+    def quantizing(self, scheme: Scheme, weight: Weight) -> float:
+        """Seconds for one weight; calibrated methods are taken to grow with the square of its columns."""
+        method, rows, cols = method_of(scheme), min(weight.rows, SIDE), min(weight.cols, SIDE)
+        if (scheme, rows, cols) not in self.known:
+            x = torch.randn(2 * cols, cols, device=self.device)
+            values = (torch.randn(rows, cols, device=self.device).to(self.dtype),)
+
+            def once() -> None:
+                seen = Curvature(cols, self.device) if method.calibrated else None
+                if seen is not None:
+                    seen.add(x)
+                ((found,),) = solve(Linears(("a probe",), values, seen), [scheme])
+                if found is not None:
+                    found.dequantize()
+
+            self.known[scheme, rows, cols] = self._time(once)
+        larger = weight.numel / (rows * cols) * (weight.cols / cols if method.calibrated else 1)
+        return self.known[scheme, rows, cols] * larger
+
+    @property
+    def flops(self) -> float:
+        return self.done / self.spent if self.spent else 0.0
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=self.device).to(self.dtype)
+
+    def _time(self, run: Callable[[], object]) -> float:
+        """The mean of as many as there is time for, after one to warm up: whoever else is at work counts as well."""
+        with torch.inference_mode():
+            run()
+            self._wait()
+            began, turns = self.clock(), 0
+            while not turns or self.clock() - began < ENOUGH:
+                run()
+                turns += 1
+                self._wait()
+        return (self.clock() - began) / turns
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

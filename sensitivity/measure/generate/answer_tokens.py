@@ -1,0 +1,114 @@
+"""Answers as tokens: the right one, what ends one, what it says, and how likely a model held it to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sensitivity.models.vlm import VLM
+from sensitivity.spec.errors import UserError
+from sensitivity.tasks.examples.types import Example, Task
+from sensitivity.tasks.scoring.answer_text import without_special
+
+HARMLESS = {  # settings of generation that do not touch greedy logits
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "do_sample",
+    "temperature", "top_p", "top_k", "max_length", "max_new_tokens", "use_cache", "num_beams", "_from_model_config",
+    "early_stopping", "length_penalty", "output_attentions", "output_hidden_states", "return_dict_in_generate",
+}  # fmt: skip
+
+
+def target(vlm: VLM, example: Example) -> list[int]:
+    tokenizer = vlm.processor.tokenizer
+    without_image(vlm, example.answers[0], f"the first right answer of example {example.id}")
+    return [*tokenizer(example.answers[0], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def without_image(vlm: VLM, text: str, what: str) -> None:
+    """The token that stands for a piece of the image has no other meaning."""
+    token = getattr(vlm.processor, "image_token", None)
+    if isinstance(token, str) and token and token in text:
+        raise UserError(f"{what} holds {token}, by which {vlm.name} marks images; write it differently")
+
+
+def ends(vlm: VLM) -> set[int]:
+    """The tokens that end an answer, where it is generated."""
+    named = vlm.speaker.generation_config.eos_token_id
+    return {*(named if isinstance(named, list) else [named])} - {None}
+
+
+def plainly_greedy(vlm: VLM) -> bool:
+    """Whether the likeliest token is what generation takes: no penalties, no forced or forbidden tokens."""
+    config = vlm.speaker.generation_config
+    if vlm.encoder_decoder:  # right answers are read behind the start that the configuration names
+        starts = {config.decoder_start_token_id, vlm.model.config.get_text_config().decoder_start_token_id}
+        if len(starts - {None}) > 1:
+            return False
+    return set(config.to_diff_dict()) <= HARMLESS
+
+
+def tail(vlm: VLM, name: str, value: Tensor, ids: Tensor) -> Tensor:
+    """What stands beside more tokens of text in a mask or in token types, as generation itself says."""
+    if not vlm.model.can_generate():  # a model that searches reads text as it is
+        return torch.full_like(ids, int(name == "attention_mask"), dtype=value.dtype)
+    more = vlm.model._update_model_kwargs_for_generation({}, {name: value}, is_encoder_decoder=False)
+    last: Tensor = more[name][:, -1:]
+    return last.expand(ids.shape)
+
+
+def hopeless(vlm: VLM, task: Task, examples: Sequence[Example]) -> Callable[[int, list[int]], bool] | None:
+    """Whether what a row has answer_text begins like no right answer, where a task takes nothing else."""
+    if not task.exact:
+        return None
+    right = [[_bare(answer) for answer in example.answers] for example in examples]
+    bare = cache(lambda tokens: _bare(_text(vlm, tokens)))  # rows say the same few things
+
+    def cannot(row: int, tokens: list[int]) -> bool:
+        begun = bare(tuple(tokens))
+        # half a letter, or what may become a special token, which does not count
+        open_ = begun.endswith("\N{REPLACEMENT CHARACTER}") or begun.rfind("<") > begun.rfind(">")
+        return not open_ and not any(answer.startswith(begun) for answer in right[row])
+
+    return cannot
+
+
+def _bare(text: str) -> str:
+    """Without case and white space, of which a tokenizer may take some away later."""
+    return "".join(text.casefold().split())
+
+
+def _text(vlm: VLM, tokens: list[int]) -> str:
+    return without_special(str(vlm.processor.tokenizer.decode(tokens, skip_special_tokens=True)))
+
+
+def answer_text(vlm: VLM, tokens: list[int], task: Task) -> str:
+    """The answer as text; an ellipsis where it was left off because it could no longer be right."""
+    text = _text(vlm, tokens)
+    return text if tokens[-1] in ends(vlm) or len(tokens) >= task.max_new_tokens else text + "…"
+
+
+def said_by(vlm: VLM, rows: Sequence[Sequence[int]], task: Task) -> list[str]:
+    """Each row's answer; what several rows say is made text once."""
+    once = cache(lambda tokens: answer_text(vlm, list(tokens), task))
+    return [once(tuple(tokens)) for tokens in rows]
+
+
+def mean_nll(logits: Tensor, targets: Tensor) -> list[float]:
+    wide = logits[:, : targets.shape[1]].float()
+    loss = torch.nn.functional.cross_entropy(wide.transpose(1, 2), targets, ignore_index=-100, reduction="none")
+    means: list[float] = (loss.sum(1) / (targets >= 0).sum(1)).tolist()
+    return means
+
+
+def logits_from(logits: Tensor, starts: Sequence[int], count: int) -> Tensor:
+    """Row by row so many places of the logits from a start of its own; places beyond the last give the last."""
+    first = torch.tensor(starts, device=logits.device)[:, None]
+    where = (first + torch.arange(count, device=logits.device)).clamp(max=logits.shape[1] - 1)
+    return logits.gather(1, where[:, :, None].expand(-1, -1, logits.shape[-1]))
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])

@@ -1,0 +1,1 @@
+"""A plan in a model, and out of it again."""

@@ -1,0 +1,87 @@
+"""The real bitsandbytes modules (extra `bnb`) in the places of a plan, and the model's own again afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from sensitivity.measure.install.plan_in_model import targets
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Plan, Scheme
+
+
+@contextmanager
+def placed(model: nn.Module, parts: ComponentMap, plan: Plan) -> Iterator[dict[str, nn.Module]]:
+    """Inside the block the plan's linears are bitsandbytes modules, by path; each was checked by its type.
+
+    Lists of modules to skip, as loaders take them, silently match nothing where a path is spelled differently. Here
+    each module is replaced by name, and what was replaced is compared with what was asked for.
+    """
+    asked = {name.rpartition(".")[0]: chosen for name, chosen in targets(parts, plan).items()}
+    own = {path: model.get_submodule(path) for path in asked}
+    types = _types()
+    try:
+        for path, chosen in asked.items():
+            model.set_submodule(path, _made(own[path], chosen))
+        wrong = [p for p, chosen in asked.items() if type(model.get_submodule(p)) is not types[chosen.method]]
+        surplus = [p for p, m in model.named_modules() if isinstance(m, tuple(types.values())) and p not in asked]
+        if wrong or surplus:
+            raise UserError(f"coverage: not placed {wrong[:4]}, placed without being asked {surplus[:4]}")
+        yield {path: model.get_submodule(path) for path in asked}
+    finally:
+        for path, module in own.items():
+            model.set_submodule(path, module)
+
+
+def _library() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError("bitsandbytes is not installed; type: pip install 'vlm-sensitivity[bnb]'") from error
+    return bitsandbytes
+
+
+def _types() -> dict[str, type[nn.Module]]:
+    bnb = _library()
+    return {"nf4": bnb.nn.Linear4bit, "fp4": bnb.nn.Linear4bit, "llm-int8": bnb.nn.Linear8bitLt}
+
+
+def _made(linear: Any, chosen: Scheme) -> nn.Module:
+    makers: dict[str, Callable[[Any, Scheme], nn.Module]] = {"nf4": _four, "fp4": _four, "llm-int8": _eight}
+    if chosen.method not in makers:
+        raise UserError(f"bitsandbytes has no {chosen.method}; choose from {', '.join(makers)}")
+    made = makers[chosen.method](linear, chosen)
+    if linear.bias is not None:
+        made.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+    return made.to(linear.weight.device).eval()
+
+
+def _four(linear: Any, chosen: Scheme) -> nn.Module:
+    bnb, weight = _library(), linear.weight.detach()
+    how = {"compress_statistics": bool(chosen["double"]), "quant_type": chosen.method}
+    made: nn.Module = bnb.nn.Linear4bit(
+        weight.shape[1], weight.shape[0], linear.bias is not None, compute_dtype=weight.dtype, **how
+    )
+    made.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, blocksize=int(chosen.group), **how)
+    return made
+
+
+def _eight(linear: Any, chosen: Scheme) -> nn.Module:
+    bnb, weight = _library(), linear.weight.detach()
+    if chosen["outliers"] != "call":
+        raise UserError("bitsandbytes splits off outliers by call; make the scheme with outliers='call'")
+    made: nn.Module = bnb.nn.Linear8bitLt(
+        weight.shape[1],
+        weight.shape[0],
+        linear.bias is not None,
+        has_fp16_weights=False,
+        threshold=float(chosen["threshold"] or 0),
+    )
+    # bitsandbytes would first round to half precision, and in that type the codes themselves
+    made.weight = bnb.nn.Int8Params(weight.to(torch.float32).clone(), requires_grad=False, has_fp16_weights=False)
+    return made

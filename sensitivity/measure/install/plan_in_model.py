@@ -1,0 +1,220 @@
+"""quantized(): a plan put into a model and taken out again, bit for bit; prepare(): all widths of a layer at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sensitivity.measure.calibrate.absorbers import Absorber
+from sensitivity.measure.calibrate.cache import fingerprint
+from sensitivity.measure.calibrate.statistics import Statistics
+from sensitivity.measure.memory.weight_codes import Held, Key, WeightCodes, held, tensors, value_of
+from sensitivity.quantize.curvature import Curvature
+from sensitivity.quantize.linears import Linears, reads
+from sensitivity.quantize.methods import method_of, quantize, solve
+from sensitivity.spec.components import ComponentMap, Weight
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Plan, Scheme, Setting, scheme_of
+
+
+@contextmanager
+def quantized(
+    model: nn.Module,
+    parts: ComponentMap,
+    plan: Plan,
+    memory: WeightCodes | None = None,
+    statistics: Statistics | None = None,
+) -> Iterator[set[str]]:
+    """Inside the block the model has the plan's weights; after it, also after an exception, its own again.
+
+    Yields the names of the changed parameters, which are exactly those that the plan asks for, or it is an error.
+    `memory` keeps the codes of quantized weights for plans to come, and makes numbers only of those that change.
+    Methods that need calibration take it from `statistics`, block by block in the direction of data flow.
+
+    Examples:
+        >>> from sensitivity import quantized
+        >>> with quantized(vlm.model, parts, plan) as changed:
+        ...     len(changed) == sum(len(parts[name].weights) for name in ("vision", "language"))
+        True
+    """
+    parameters = dict(model.named_parameters())
+    asked = targets(parts, plan)
+    if strangers := sorted(set(asked) - set(parameters)):
+        raise UserError(f"the plan names weights that this model does not have: {', '.join(strangers[:4])}")
+    work = _Work(parameters, parts, WeightCodes() if memory is None else memory, statistics)
+    blocks, exposed = list(_blocks(parts, asked)), statistics is not None and statistics.exposed
+    if not exposed:  # statistics of the float model are asked for while it is one
+        for block in blocks:
+            work.solve(block, {weight.name: {asked[weight.name]} for weight in block})
+    with ExitStack() as installed:
+        try:
+            for block in blocks:
+                if exposed:
+                    work.solve(block, {weight.name: {asked[weight.name]} for weight in block})
+                for weight in block:
+                    chosen = asked[weight.name]
+                    parameters[weight.name].data = work.weight(weight.name, chosen)
+                    if weight.bias and weight.bias in asked:
+                        parameters[weight.bias].data = work.bias(weight.bias, chosen)
+                    if (change := method_of(chosen).inputs) and not weight.looked_up:
+                        hook = _changing(change, chosen)
+                        installed.callback(model.get_submodule(weight.reader).register_forward_pre_hook(hook).remove)
+                work.done += [(weight.name, asked[weight.name]) for weight in block]
+            changed = {name for name, p in parameters.items() if p.data_ptr() != work.own[name].data_ptr()}
+            if changed != set(asked):
+                missed, surplus = sorted(set(asked) - changed), sorted(changed - set(asked))
+                raise UserError(f"coverage: not quantized {missed[:4]}, quantized without being asked {surplus[:4]}")
+            yield changed
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = work.own[name]
+
+
+def prepare(
+    model: nn.Module,
+    parts: ComponentMap,
+    plans: Iterable[Plan],
+    memory: WeightCodes,
+    statistics: Statistics | None = None,
+) -> None:
+    """Fill the memory with every weight at every scheme that some plan asks for, each layer studied once for all.
+
+    The bits are those that `quantized` would find plan by plan. On the exposed path they depend on the plan, so
+    there is nothing to prepare.
+    """
+    if statistics is not None and statistics.exposed:
+        return
+    wanted: dict[str, set[Scheme]] = {}
+    for plan in plans:
+        for name, chosen in targets(parts, plan).items():
+            wanted.setdefault(name, set()).add(chosen)
+    work = _Work(dict(model.named_parameters()), parts, memory, statistics)
+    for block in _blocks(parts, wanted):
+        work.solve(block, wanted)
+
+
+def targets(parts: ComponentMap, plan: Plan) -> dict[str, Scheme]:
+    """The parameters that a plan changes, each with its scheme; biases only where the scheme says so."""
+    asked: dict[str, Scheme] = {}
+    for component in parts.components:
+        if (chosen := plan[component.name]) is not None:
+            for weight in component.weights:
+                asked[weight.name] = scheme_of(weight, chosen)
+                if weight.bias and chosen.get("biases"):
+                    asked[weight.bias] = chosen
+    return asked
+
+
+class _Work:
+    """Quantizing the weights of one model: what it has of its own, what is remembered, and what is done so far."""
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], parts: ComponentMap, memory: WeightCodes, statistics: Statistics | None
+    ) -> None:
+        self.own = {name: parameter.data for name, parameter in parameters.items()}
+        self.memory, self.statistics = memory, statistics
+        self.done: list[tuple[str, Scheme]] = []
+        self.inputs: dict[str, list[Weight]] = {}
+        for weight in parts.weights:
+            self.inputs.setdefault(reads(weight), []).append(weight)
+
+    def weight(self, name: str, chosen: Scheme) -> Tensor:
+        return self.memory.dense(self.key(name, chosen), self.own[name])
+
+    def key(self, name: str, chosen: Scheme) -> Key:
+        """What a quantized weight depends on; on the exposed path, all that was quantized before it too."""
+        if self.statistics is not None and self.statistics.exposed and method_of(chosen).calibrated:
+            return name, chosen, tuple(self.done)
+        return name, chosen
+
+    def solve(self, block: Iterable[Weight], wanted: Mapping[str, set[Scheme]]) -> None:
+        """Put what is missing into the memory. Weights that share an input are solved together, always all of them."""
+        missing: dict[str, set[Scheme]] = {}
+        for weight in block:
+            if lacking := {s for s in wanted[weight.name] if self.key(weight.name, s) not in self.memory}:
+                missing.setdefault(reads(weight), set()).update(lacking)
+        studied = {shared for shared, schemes in missing.items() if any(self._calibrated(s) for s in schemes)}
+        found: Mapping[str, Curvature] = {}
+        if studied:
+            assert self.statistics is not None
+            found = self.statistics.gather([self.inputs[shared][0] for shared in sorted(studied)], tuple(self.done))
+        for shared, schemes in missing.items():
+            names = tuple(weight.name for weight in self.inputs[shared])
+            for name in names:
+                _finite(name, self.own[name])
+            ordered = sorted(schemes, key=str)
+            foldable = any(s.get("scales") == "folded" for s in schemes) and shared in self._absorbers()
+            linears = Linears(names, tuple(self.own[name] for name in names), found.get(shared), foldable)
+            for chosen, values in zip(ordered, self._values(linears, ordered), strict=True):
+                for name, value in zip(names, values, strict=True):
+                    self.memory[self.key(name, chosen)] = value
+            if linears.curvature is not None:
+                linears.curvature.forget()
+
+    def _values(self, linears: Linears, schemes: Sequence[Scheme]) -> list[list[Held]]:
+        """Per scheme the weights' codes; calibrated ones through the cache on disk, by what they hang on."""
+        cache = self.statistics.cache if self.statistics is not None and linears.curvature is not None else None
+        content = None if cache is None else [linears.foldable, fingerprint([*linears.weights, *linears.seen.content])]
+        about = {s: {"scheme": replace(s, settings=_own(s)).to_json(), "content": content} for s in schemes}
+        found = {s: cache.load(about[s], linears.weights[0].device) for s in schemes} if cache is not None else {}
+        missing = [s for s in schemes if found.get(s) is None]
+        values: dict[Scheme, list[Held]] = {}
+        for chosen, results in zip(missing, solve(linears, missing), strict=True):
+            pairs = zip(linears.weights, results, strict=True)
+            values[chosen] = [w.clone() if r is None else held(r) for w, r in pairs]
+            if cache is not None:
+                every = enumerate(values[chosen])
+                stored = {f"{i}.{name}": tensor for i, value in every for name, tensor in tensors(value).items()}
+                cache.store(about[chosen], stored, linears.weights[0].device)
+        for chosen, kept in found.items():
+            if kept is not None:
+                values[chosen] = [value_of(_under(f"{i}.", kept)) for i in range(len(linears.weights))]
+        return [values[chosen] for chosen in schemes]
+
+    def _absorbers(self) -> Mapping[str, Absorber]:
+        return {} if self.statistics is None else self.statistics.absorbers
+
+    def bias(self, name: str, chosen: Scheme) -> Tensor:
+        if (name, chosen) not in self.memory:
+            _finite(name, self.own[name])
+            bias = self.own[name]
+            self.memory[name, chosen] = quantize(bias.reshape(1, -1), chosen).reshape(bias.shape)
+        return self.memory.dense((name, chosen), self.own[name])
+
+    def _calibrated(self, chosen: Scheme) -> bool:
+        if not method_of(chosen).calibrated:
+            return False
+        if self.statistics is None:
+            raise UserError(f"{chosen.method} needs calibration data: pass statistics, as calibrate() makes them")
+        self.statistics.fits(chosen)
+        return True
+
+
+def _under(prefix: str, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
+
+
+def _blocks(parts: ComponentMap, asked: Mapping[str, Any]) -> Iterator[list[Weight]]:
+    """The weights that are asked for, block by block in the direction of data flow."""
+    for block in parts.regroup("block").components:
+        if chosen := [weight for weight in block.weights if weight.name in asked]:
+            yield chosen
+
+
+def _own(chosen: Scheme) -> tuple[tuple[str, Setting], ...]:
+    """A scheme's settings without the facts of its calibration data, whose content stands for them."""
+    return tuple((name, value) for name, value in chosen.settings if name in method_of(chosen).settings)
+
+
+def _finite(name: str, weight: Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        raise UserError(f"{name} holds NaN or infinite values and cannot be quantized")
+
+
+def _changing(change: Callable[[Tensor, Scheme], Tensor], chosen: Scheme) -> Any:
+    return lambda module, args: (change(args[0], chosen), *args[1:])

@@ -1,0 +1,254 @@
+"""The loop: ask for a plan, quantize, evaluate, tell; begin again where a killed process left off."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from sensitivity.measure.calibrate.statistics import Statistics
+from sensitivity.measure.evaluation import Rows, answer, rows_of
+from sensitivity.measure.generate.batches import Batch, batches
+from sensitivity.measure.install.plan_in_model import prepare, quantized
+from sensitivity.measure.memory.prefix_cache import PrefixCache
+from sensitivity.measure.memory.weight_codes import CODE, WeightCodes
+from sensitivity.measure.shards import cuts, shard
+from sensitivity.models.vlm import VLM
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.errors import Notice, UserError, reason
+from sensitivity.spec.plan import Plan
+from sensitivity.spec.version import __version__
+from sensitivity.study.racing import still_in_race
+from sensitivity.study.records import mixed
+from sensitivity.study.stopping import Until
+from sensitivity.study.study import Asked, Study
+from sensitivity.tasks.examples.types import Task
+
+MEMORY_GB = 8.0  # half of it for quantized weights beyond those of the plan that is running, half for hidden states
+PROVEN = 2  # examples on which kept hidden states are proven: which blocks go on unseen is the model's, not the image's
+LIBRARIES = ("torch", "transformers", "optuna", "numpy")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Some examples of a trial that were just run, and how far the sweep is, in images over all plans."""
+
+    plan: Plan
+    scores: Mapping[str, float]
+    seconds: float
+    complete: bool  # whether the plan has now seen all examples
+    done: int
+    left: int
+    images: int  # for each plan
+    new: int = 1  # images that were just run
+
+
+def run(
+    vlm: VLM,
+    study: Study,
+    tasks: Sequence[Task],
+    plans: Iterable[Plan],
+    plain: bool = False,
+    statistics: Statistics | None = None,
+    until: Until | None = None,
+    memory_gb: float = MEMORY_GB,
+) -> Iterator[Step]:
+    """Run every plan that the study does not hold yet; full precision first, since all else is compared to it.
+
+    A list of plans is queued at once, before the first step is asked for, so that any number of processes can take
+    from it; all of them see a first shard of examples before any sees more. Other iterables are asked for one plan
+    at a time, after the last one was told, and each sees all examples.
+    """
+    listed = isinstance(plans, Sequence)
+    trial = _SharedWork(vlm, study.parts, tasks, plain, statistics, listed, memory_gb)
+    study.release_lost()
+    if told := mixed(study.measured(), versions()):
+        warnings.warn(told, Notice, stacklevel=2)
+    first = Plan.uniform(study.parts, None)
+    if not isinstance(plans, Sequence):
+        study.enqueue([first])
+        return _walk(study, trial, plans, until or Until())
+    trial.prepare(plans)
+    study.enqueue([first, *sorted(plans, key=_path)])
+    return _walk(study, trial, (), until or Until())
+
+
+def check_runs(vlm: VLM, tasks: Sequence[Task]) -> None:
+    """Whether the model takes an example of each task at all, before anything of a study is written.
+
+    A processor, a template or a config can be right in each of its words and still belong to another model.
+    """
+    for task in tasks:
+        first = [example for example in task.examples if example.cluster == task.examples[0].cluster]
+        one = replace(task, examples=tuple(first if task.gallery else first[:1]), max_new_tokens=1)
+        try:
+            for batch in batches(vlm, one):
+                answer(vlm, one, batch)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # wherever in its model a shape or an index first does not fit
+            raise UserError(
+                f"{vlm.name} cannot be run on the first example of {task.name} ({reason(error)}); most often its "
+                "processor or tokenizer is another model's, or its config.json was changed: fetch them again"
+            ) from error
+
+
+def _path(plan: Plan) -> list[str]:
+    """Plans that share the most stand beside each other: sorted as data flows through them."""
+    return [str(scheme) for _, scheme in plan.schemes]
+
+
+def _walk(study: Study, trial: _SharedWork, more: Iterable[Plan], until: Until) -> Iterator[Step]:
+    yield from _drain(study, trial, until)
+    for plan in more:
+        if until.reached(study):
+            return
+        study.enqueue([plan])
+        yield from _drain(study, trial, until)
+
+
+def _drain(study: Study, trial: _SharedWork, until: Until) -> Iterator[Step]:
+    last: Asked | None = None
+    wanted: set[str] | None = None
+    while not (last and until.reached(study)):
+        if (asked := study.ask(last, wanted)) is None:
+            return
+        began = time.perf_counter()
+        end = trial.end(asked.done)
+        try:
+            rows = trial.run(asked.plan, asked.done, end)
+            lost = not_finite(rows, asked.plan) + asked.trial.user_attrs.get("not_finite", 0)
+        except UserError as error:
+            study.give_up(asked, str(error))
+            raise
+        except BaseException:  # Ctrl-C, most often
+            study.put_back(asked)
+            raise
+        seconds = time.perf_counter() - began
+        total = trial.ends[-1]
+        facts: dict[str, Any] = {"seconds": seconds, "images": total, "versions": versions()}
+        facts["path"] = "plain" if trial.plain else "fast"
+        facts |= {"not_finite": lost} if lost else {}
+        complete = end == total
+        facts |= {"metrics": _metrics(study, trial, asked, rows)} if complete else {}
+        scores = study.tell(asked, rows, facts, None if complete else end)
+        if until.chooses and (last is None or asked.done != last.done):  # a round begins
+            wanted = still_in_race(study, len(trial.ends))
+        yield Step(asked.plan, scores, seconds, complete, *study.progress(total, wanted), total, end - asked.done)
+        last = asked
+
+
+def _metrics(study: Study, trial: _SharedWork, asked: Asked, rows: Rows) -> dict[str, dict[str, float]]:
+    """Each task's further metrics over all examples of a trial, those of earlier shards too."""
+    before = study.examples(asked.plan) if asked.done else None
+    every = rows if before is None else {name: [*before[name], *rows[name]] for name in rows}
+    return {task.name: found for task in trial.tasks if (found := task.quick(every))}
+
+
+def not_finite(rows: Rows, plan: Plan) -> int:
+    """How many examples NaN logits made worth nothing; at full precision that is an error."""
+    named = zip(rows["task"], rows["example"], rows["nll"], strict=True)
+    lost = [f"{task} {example}" for task, example, nll in named if nll is not None and not math.isfinite(nll)]
+    if lost and plan.is_native:
+        raise UserError(
+            f"the model's logits are not numbers at full precision, on {len(lost)} of {len(rows['nll'])} examples "
+            f"({', '.join(lost[:3])}); choose another --dtype, such as float32 or bfloat16"
+        )
+    return len(lost)
+
+
+class _SharedWork:
+    """What plans share: the tasks as tensors, quantized weights, and hidden states along the path of the last plan."""
+
+    def __init__(
+        self,
+        vlm: VLM,
+        parts: ComponentMap,
+        tasks: Sequence[Task],
+        plain: bool = False,
+        statistics: Statistics | None = None,
+        growing: bool = True,
+        memory_gb: float = MEMORY_GB,
+    ) -> None:
+        self.vlm, self.parts, self.tasks, self.plain, self.statistics = vlm, parts, tasks, plain, statistics
+        self.ends = cuts(tasks, growing)
+        self.batches: dict[str, list[Batch]] = {}
+        self.begun: int | None = None  # where the shard begins whose batches these are
+        self.half = int(memory_gb * 1e9 / 2)
+        self.weights = None if plain else WeightCodes(self.half)
+        self.replay = None if plain else self._proven()
+
+    def _proven(self) -> PrefixCache:
+        """Hidden states may be kept where doing so changes no answer and no likelihood, on a first few examples."""
+        replay = PrefixCache(self.vlm.model, self.parts, self.half)
+        replay.under(Plan.uniform(self.parts, None))
+        task = replace(self.tasks[0], examples=self.tasks[0].examples[:PROVEN])
+        few = next(batches(self.vlm, task))
+        replay.prove(lambda: answer(self.vlm, task, few, replay, "proof"))
+        return replay
+
+    def prepare(self, plans: Sequence[Plan]) -> None:
+        """Quantize every layer at all the widths it will be asked for, each layer studied once, if there is room."""
+        widths = {scheme for plan in plans for _, scheme in plan.schemes if scheme}
+        room = sum(w.numel for w in self.parts.weights) * CODE * len(widths)
+        if self.weights is not None and room <= self.half:
+            prepare(self.vlm.model, self.parts, plans, self.weights, self.statistics)
+
+    def end(self, begin: int) -> int:
+        """Where the shard ends that begins after so many images."""
+        return next(end for end in self.ends if end > begin)
+
+    def run(self, plan: Plan, begin: int, end: int) -> Rows:
+        """Per-example rows of all tasks under a plan, for the images of one shard."""
+        if begin != self.begun:
+            self._enter(begin, end)
+        rows: Rows = {}
+        if self.replay:
+            self.replay.under(plan)
+        with quantized(self.vlm.model, self.parts, plan, self.weights, self.statistics):
+            for task in self.tasks:
+                for number, batch in enumerate(self.batches[task.name]):
+                    found = rows_of(task, batch, *answer(self.vlm, task, batch, self.replay, (task.name, number)))
+                    for name, values in found.items():
+                        rows.setdefault(name, []).extend(values)
+        if self.weights is not None:
+            self.weights.trim()
+        return rows
+
+    def _enter(self, begin: int, end: int) -> None:
+        """Make a shard's examples tensors, and forget those of the last one: memory holds one shard."""
+        self.batches = {}
+        if self.replay:
+            self.replay.clear()
+        for task in self.tasks:
+            some = replace(task, examples=tuple(shard(task, begin, end, self.ends[-1])))
+            self.batches[task.name] = list(batches(self.vlm, some, self.plain)) if some.examples else []
+        self.begun = begin
+
+
+def identity(vlm: VLM, tasks: Sequence[Task], sources: Sequence[str], n: int, seed: int) -> dict[str, Any]:
+    """What must be the same for trials to be comparable: model, type of numbers, data and seed."""
+    return {
+        "model": vlm.name,
+        "fingerprint": vlm.fingerprint,
+        "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        "note": vlm.note,
+        "tasks": list(sources),
+        "n": n,
+        "seed": seed,
+        "data": {task.name: f"{len(task.examples)} examples {task.fingerprint}" for task in tasks},
+        "chance": {task.name: task.chance for task in tasks},
+    }
+
+
+@cache
+def versions() -> dict[str, str]:
+    libraries = {name: version(name) for name in LIBRARIES}
+    return {"sensitivity": __version__, **libraries, "threads": str(torch.get_num_threads())}

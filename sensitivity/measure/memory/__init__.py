@@ -1,0 +1,1 @@
+"""What plans share in memory, and what happens when memory runs out."""

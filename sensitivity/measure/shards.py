@@ -1,0 +1,51 @@
+"""Shards: a task's examples in ever larger portions, drawn without regard to their order, whole images at a time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from sensitivity.tasks.examples.types import Example, Task
+
+FIRST = 4  # images, fewer of a small task: enough for an interval, and a few percent of the sweep
+FEWEST = 2  # images: fewer have no interval
+GROWTH = 4
+MOST = 512  # images: bounds what a sweep holds in memory, however large the task is
+
+
+def cuts(tasks: Sequence[Task], growing: bool = True) -> list[int]:
+    """Where the shards end, counted in images of the task that has the most.
+
+    Growing shards give every plan a first score soon, and need few rounds; without, each is as large as memory likes.
+    """
+    total = max(len({example.cluster for example in task.examples}) for task in tasks)
+    if any(task.gallery for task in tasks):
+        return [total]  # an image is looked for among all
+    return ends_of(total, growing)
+
+
+def ends_of(total: int, growing: bool = True) -> list[int]:
+    ends: list[int] = []
+    done, size = 0, min(max(total // 20, FEWEST), FIRST) if growing else MOST
+    while done < total:
+        size = min(size, MOST)
+        left = total - done - size
+        if left <= size and size + left <= MOST:  # what is left over is no shard of its own
+            size += left
+        done = min(total, done + size)
+        ends.append(done)
+        size = done * (GROWTH - 1)
+    return ends
+
+
+def shard(task: Task, begin: int, end: int, total: int) -> list[Example]:
+    """A task's share of the images from `begin` to `end` of `total`: the same ones whoever asks, in one fixed order."""
+    clusters: dict[str, list[Example]] = {}
+    for example in task.examples:
+        clusters.setdefault(example.cluster, []).append(example)
+    names = sorted(clusters)
+    random.Random(0).shuffle(names)
+    # every task has a score after the first shard, though another one may have a hundred times its images
+    few = min(FEWEST, len(names))
+    first, last = (max(round(place * len(names) / total), few) if place else 0 for place in (begin, end))
+    return [example for name in names[first:last] for example in clusters[name]]

@@ -1,0 +1,30 @@
+"""blank(): a model without its weights but with its processor, which makes examples into tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from sensitivity.models.adapters import whole
+from sensitivity.models.checkpoint import read_config
+from sensitivity.models.loading import load
+from sensitivity.models.original_llava import is_original, processor_for
+from sensitivity.models.processors import processor_of
+from sensitivity.models.vlm import VLM
+from sensitivity.spec.errors import UserError
+
+SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]  # of a hub repository: all but the weights
+
+
+def without_weights(name: str) -> VLM:
+    vlm = load(name, config_only=True)
+    name, folder = whole(name, config_only=True)  # an adapter brings no processor
+    if not (name.startswith("embedded:") or Path(name).expanduser().is_dir()):
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(name, allow_patterns=SMALL))
+    made = processor_for if is_original(read_config(folder, name)) else processor_of
+    processor = made(folder, name, vlm.model.config)
+    if processor is None:
+        raise UserError(f"{name} has no processor or tokenizer files; they are needed to foresee what a task takes")
+    return replace(vlm, processor=processor)

@@ -1,0 +1,82 @@
+"""Where vision, connector and language live in a model: its getters, a family's words, and what stands beside."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+from sensitivity.models.families import Family
+from sensitivity.spec.components import natural
+from sensitivity.spec.errors import UserError
+
+# There is no getter for a connector: it stands beside vision and language, under one of these names.
+CONNECTOR = re.compile(
+    r"project(or|ion)|connector|merger|q_?former|resampler|perceiver|adapt[eo]r|aligner|abstractor|bridge"
+    r"|query_tokens|image_newline"
+)
+
+
+class Towers:
+    """The part that a module or parameter path belongs to; None where nobody knows."""
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        self.model = model
+        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.found: dict[str, str] = {}  # module path -> part
+        vision = self._words(family.vision) or self._got("get_encoder", modality="image")
+        language = self._words(family.language) or self._got("get_decoder")
+        for part, paths, others in (("vision", vision, language), ("language", language, vision)):
+            # a getter that hands out a module with everything in it has not found anything
+            mine = [path for path in paths if not any(inside(other, path) for other in others)]
+            if not mine:
+                raise UserError(self._no(part))
+            self.found.update(dict.fromkeys(mine, part))
+        self.found.update(dict.fromkeys(self._words(family.connector), "connector"))
+        self.heads = {*self._words(family.heads), *self._got("get_output_embeddings"), *self._words(("lm_head",))}
+
+    def part(self, path: str) -> str | None:
+        around = [known for known in self.found if inside(path, known)]
+        if around:
+            return self.found[max(around, key=len)]
+        return "connector" if CONNECTOR.search(path.lower()) else None
+
+    def refuse(self, paths: Iterable[str]) -> UserError:
+        """The error for linear layers in no part: the largest modules that hold nothing which was placed."""
+        names = sorted({self._top(path) for path in paths}, key=natural)
+        return UserError(
+            f"cannot place these modules of {type(self.model).__name__}: {', '.join(names)}; each must belong to "
+            "vision, connector or language, so name them in FAMILIES (sensitivity/models/families.py)"
+        )
+
+    def _top(self, path: str) -> str:
+        words = path.split(".")
+        tops = (".".join(words[: i + 1]) for i in range(len(words)))
+        return next(top for top in tops if not any(inside(known, top) for known in self.found))
+
+    def _got(self, getter: str, **how: str) -> list[str]:
+        """The path of what a getter returns, unless it returns nothing, or the model itself for want of better."""
+        found = getattr(self.model, getter, lambda **_: None)(**how)
+        path = self.paths.get(id(found), "")
+        return [path] if path else []
+
+    def _words(self, words: Iterable[str]) -> list[str]:
+        """The modules that a family's words mean: nearest the root, so that wrappers do not matter."""
+        result = []
+        for word in words:
+            fits = [path for path in self.paths.values() if f".{path}".endswith(f".{word}")]
+            depth = min((path.count(".") for path in fits), default=0)
+            result += [path for path in fits if path.count(".") == depth]
+        return result
+
+    def _no(self, part: str) -> str:
+        tops = [name for name, child in self.model.named_children() if any(True for _ in child.parameters())]
+        return (
+            f"found no {part} part in {type(self.model).__name__}, which holds {', '.join(tops)}; a vision-language "
+            f"model is needed: if it is one, name its {part} modules in FAMILIES (sensitivity/models/families.py)"
+        )
+
+
+def inside(path: str, around: str) -> bool:
+    return path == around or path.startswith(around + ".")

@@ -1,0 +1,55 @@
+"""VLM: a loaded model, its processor, and what the rest of the package must know about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from sensitivity.models.families import Family
+from sensitivity.models.towers import Towers
+
+
+@dataclass
+class VLM:
+    """A loaded model and what must be known about it.
+
+    Examples:
+        >>> vlm.family.label, vlm.native_bits
+        ('LLaVA', 16)
+    """
+
+    name: str
+    model: Any  # of transformers, or any nn.Module with its getters
+    processor: Any  # of transformers; None where the folder has none
+    family: Family
+    fingerprint: str
+    native_bits: int  # per weight, as stored in the checkpoint
+    transformers: str = transformers.__version__
+    note: str | None = None  # what a reader of its scores must be told
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @cached_property
+    def vision(self) -> nn.Module:
+        """The module that turns pixels into features."""
+        found = Towers(self.model, self.family).found
+        module: nn.Module = self.model.get_submodule(next(path for path, part in found.items() if part == "vision"))
+        return module
+
+    @property
+    def speaker(self) -> Any:
+        """What generates: the model, or a language model inside it that has a head of its own (BLIP-2)."""
+        inner = getattr(self.model, "language_model", None)
+        return inner if isinstance(inner, transformers.PreTrainedModel) and inner.can_generate() else self.model
+
+    @property
+    def encoder_decoder(self) -> bool:
+        return bool(self.model.config.get_text_config().is_encoder_decoder)

@@ -1,0 +1,65 @@
+"""GPTQModel's own solver in the place of ours (extra `peers`): the same layers and Gram matrices, its steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from io import StringIO
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sensitivity.quantize.grid import QuantizedWeight, columns, encode, sixteen
+from sensitivity.quantize.linears import Linears
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Scheme
+
+
+def check(scheme: Scheme) -> None:
+    """Whether the library is here and has what a scheme asks for; said before anything is computed."""
+    if find_spec("gptqmodel") is None:
+        raise UserError(
+            "gptqmodel is not installed; type: pip install 'vlm-sensitivity[peers]', or leave out --backend for our own"
+        )
+    if scheme.bits < 2:
+        raise UserError(f"gptqmodel takes 2 to 8 bits, not {scheme.bits}; leave out --backend for our own")
+    if scheme["clip"]:
+        raise UserError("gptqmodel has no clip search judged by a layer's inputs; add --set clip=false")
+
+
+def gptqmodel(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
+    """Each weight at each width on its own, as the library works. Channels that were always zero lose their weights."""
+    with redirect_stdout(StringIO()):  # it greets on standard output, where --json may stand
+        return [[_one(linears, weight.detach().float(), scheme) for weight in linears.weights] for scheme in schemes]
+
+
+def _one(linears: Linears, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it wants more than some machines have
+    from gptqmodel.looper.named_module import NamedModule
+    from gptqmodel.quantization.config import QuantizeConfig
+    from gptqmodel.quantization.gptq import GPTQ
+
+    seen, activation = linears.seen, scheme["order"] == "activation"
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
+    layer.weight.data = weight.clone()
+    config = QuantizeConfig(
+        bits=scheme.bits,
+        group_size=-1 if scheme.group == "row" else columns(scheme, weight),
+        sym=scheme.symmetric,
+        desc_act=activation,
+        static_groups=activation and scheme.group != "row",  # as ours: grids of the weights as given
+        act_group_aware=False,
+        damp_percent=float(scheme["damp"] or 0) or 1e-6,
+        offload_to_disk=False,
+    )
+    solver: Any = GPTQ(NamedModule(layer, "linear", "linear", 0), config)
+    solver.quantizer.configure(perchannel=True)
+    solver.H, solver.nsamples = seen.gram * (2 / max(seen.tokens, 1)), seen.tokens
+    with torch.inference_mode():
+        rounded, scale, zero = solver.quantize()[:3]
+    # the library keeps its scales in 32 bits and stores them in 16: what is measured here is what is stored
+    codes = encode(rounded.float(), scheme, scale.float(), zero.float())
+    return QuantizedWeight(codes.codes, sixteen(codes.scale, linears.dtype), codes.zero, codes.group)

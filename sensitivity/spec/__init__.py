@@ -1,0 +1,1 @@
+"""Values: components, schemes, plans and what they weigh; no torch, no pandas."""

@@ -1,0 +1,233 @@
+"""Component and ComponentMap: every weight in exactly one named part of the model, or kept with a reason."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from sensitivity.spec.errors import UserError, unknown
+
+PARTS = ("vision", "connector", "language")  # in data-flow order, which every listing follows
+GROUPS = ("front", "middle", "end")
+KINDS = ("attn", "cross", "ff")
+EMBEDDING, HEAD = "embedding", "head"  # kinds of what is kept unless it is asked for: words on their way in and out
+WORDS = (EMBEDDING, HEAD)
+LABELS = {"vision": "ViT", "connector": "Q-Former / projector", "language": "LLM"}  # papers' names, for figures
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One linear weight: where it lives, its shape, and its place in the model."""
+
+    name: str  # of the parameter, e.g. model.language_model.layers.3.mlp.up_proj.weight
+    rows: int
+    cols: int
+    part: str
+    block: int | None  # None: outside any block, such as a projection
+    blocks: int  # how many blocks the part has
+    kind: str | None
+    bias: str | None = None
+    shares_input: str | None = None  # linears with equal values read the same input (q, k, v; gate, up)
+    tied: str | None = None  # of an embedding that is the output head too: the module of the head
+
+    @property
+    def reader(self) -> str:
+        """The module that multiplies its input by it: of a tied weight that is the head, whatever module holds it."""
+        return self.tied or self.module
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether its rows are only looked up: no inputs are multiplied by them to calibrate on."""
+        return self.kind == EMBEDDING
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.cols
+
+    @property
+    def module(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def group(self) -> str | None:
+        """front, middle or end; outside the blocks a name of its own, or None for a part that has no blocks."""
+        if self.block is not None:
+            third = self.blocks // 3, 2 * self.blocks // 3
+            return GROUPS[(self.block >= third[0]) + (self.block >= third[1])]
+        if self.kind in WORDS:
+            return self.kind
+        if not self.blocks:
+            return None
+        return "projection" if self.part == "connector" else "other"
+
+    def place(self, by: str) -> str:
+        """The name of the component that holds this weight at a granularity."""
+        return GRANULARITIES[by](self)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A weight that stays at native precision, and why."""
+
+    name: str
+    numel: int
+    reason: str
+    part: str | None = None
+
+
+def _join(*words: str | None) -> str:
+    return ".".join(word for word in words if word)
+
+
+def _kind(w: Weight) -> str | None:
+    return w.kind if w.block is not None else None
+
+
+def _block(w: Weight) -> str:
+    if w.block is None:
+        return _join(w.part, w.group)
+    return f"{w.part}.{w.block:0{len(str(max(w.blocks - 1, 10)))}d}"
+
+
+GRANULARITIES: dict[str, Callable[[Weight], str]] = {
+    "part": lambda w: _join(w.part, w.kind if w.kind in WORDS else None),  # words are never a part's other weights
+    "group": lambda w: _join(w.part, w.group),
+    "kind": lambda w: _join(w.part, _kind(w) or w.group),
+    "group.kind": lambda w: _join(w.part, w.group, _kind(w)),
+    "block": _block,
+    "linear": lambda w: w.module,
+}
+
+
+def granularity(by: str) -> str:
+    if by not in GRANULARITIES:
+        raise unknown("granularity", by, GRANULARITIES)
+    return by
+
+
+@dataclass(frozen=True)
+class Component:
+    """The smallest thing that gets its own scheme.
+
+    Examples:
+        >>> connector = parts["connector"]
+        >>> connector.part, connector.numel == sum(weight.numel for weight in connector.weights)
+        ('connector', True)
+    """
+
+    name: str
+    weights: tuple[Weight, ...]
+
+    @property
+    def part(self) -> str:
+        return self.weights[0].part
+
+    @cached_property
+    def numel(self) -> int:
+        return sum(w.numel for w in self.weights)
+
+
+@dataclass(frozen=True)
+class ComponentMap:
+    """All weights of a model: those in components, and those kept.
+
+    Examples:
+        >>> finer = inspect(vlm, by="kind")
+        >>> [component.name for component in finer.match("vision")]
+        ['vision.attn', 'vision.ff']
+        >>> finer.regroup("part").names == parts.names
+        True
+        >>> next(kept.reason for kept in parts.kept if "embed_tokens" in kept.name)
+        'embedding, tied to the output head'
+    """
+
+    model: str
+    by: str
+    weights: tuple[Weight, ...]
+    kept: tuple[Kept, ...]
+    native_bits: int = 16  # of everything that is not quantized, as stored in the checkpoint
+
+    @cached_property
+    def components(self) -> tuple[Component, ...]:
+        members: dict[str, list[Weight]] = {}
+        for weight in sorted(self.weights, key=lambda weight: _flow(weight, self.by)):
+            members.setdefault(weight.place(self.by), []).append(weight)
+        return tuple(Component(name, tuple(weights)) for name, weights in members.items())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(component.name for component in self.components)
+
+    @cached_property
+    def numel(self) -> int:
+        return sum(w.numel for w in self.weights) + sum(k.numel for k in self.kept)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Component]:
+        return {component.name: component for component in self.components}
+
+    def __getitem__(self, name: str) -> Component:
+        if name not in self._by_name:
+            raise unknown("component", name, self.names)
+        return self._by_name[name]
+
+    def regroup(self, by: str) -> ComponentMap:
+        """The same weights at another granularity."""
+        return replace(self, by=granularity(by))
+
+    def match(self, pattern: str) -> tuple[Component, ...]:
+        """Components whose name matches a pattern: exactly, by prefix of whole words, or with * and ?."""
+        found = tuple(c for c in self.components if matches(c.name, pattern))
+        if not found:
+            raise UserError(f"no component matches '{pattern}'; there are {', '.join(self.names)}")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ComponentMap:
+        return cls(
+            model=data["model"],
+            by=data["by"],
+            weights=tuple(Weight(**w) for w in data["weights"]),
+            kept=tuple(Kept(**k) for k in data["kept"]),
+            native_bits=data["native_bits"],
+        )
+
+
+def matches(name: str, pattern: str) -> bool:
+    return name == pattern or name.startswith(pattern + ".") or fnmatch.fnmatchcase(name, pattern)
+
+
+def _flow(weight: Weight, by: str) -> tuple[int, float, int]:
+    """Data-flow order: part, block or group as the granularity knows them (outside the blocks comes last), kind."""
+    kind = KINDS.index(weight.kind) if weight.kind in KINDS else len(KINDS) + (weight.kind == HEAD)
+    if weight.looked_up:
+        return PARTS.index(weight.part), -1, kind
+    if weight.block is None:
+        return PARTS.index(weight.part), float("inf"), kind
+    depth = weight.block if by in ("block", "linear") else GROUPS.index(weight.group or "") if "group" in by else 0
+    return PARTS.index(weight.part), depth, kind
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts layers.10 after layers.9."""
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]
+
+
+def check(weights: Iterable[Weight], kept: Iterable[Kept], parameters: Mapping[str, int]) -> None:
+    """Every parameter exactly once, in a component or kept: anything else is an error, never a silence."""
+    placed = [w.name for w in weights] + [k.name for k in kept]
+    twice = sorted({name for name in placed if placed.count(name) > 1}) if len(set(placed)) < len(placed) else []
+    lost = sorted(set(parameters) - set(placed), key=natural)
+    invented = sorted(set(placed) - set(parameters), key=natural)
+    findings = {"in no component and not kept": lost, "placed twice": twice, "not in the model": invented}
+    for what, names in findings.items():
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            raise UserError(f"weights {what}: {', '.join(names[:8])}{more}")

@@ -1,0 +1,56 @@
+"""What a plan may be: the widths that parts are allowed, and parts that must share their scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from sensitivity.spec.components import matches
+from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.plan import Scheme
+
+NATIVE = 16  # the width that means native precision
+Allowed = Callable[[str, Scheme | None], bool]  # may this component have this scheme, or stay native?
+
+
+def allowing(names: Sequence[str], widths: Mapping[str, Sequence[int]] | None) -> Allowed | None:
+    """Only these widths for the components that a pattern names; the longest pattern decides, 16 is native."""
+    if not widths:
+        return None
+    fine: dict[str, Sequence[int]] = {}
+    for pattern in sorted(widths, key=len):
+        fine |= dict.fromkeys(members(names, pattern), widths[pattern])
+    return lambda name, scheme: name not in fine or (scheme.bits if scheme else NATIVE) in fine[name]
+
+
+def tying(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Groups of components that must share, from groups of patterns."""
+    found = []
+    for group in groups:
+        tied = tuple(dict.fromkeys(name for pattern in group for name in members(names, pattern)))
+        if len(tied) < 2:
+            raise UserError(f"'{','.join(group)}' is a single component; name those that share: vision,language")
+        found.append(tied)
+    return list(dict.fromkeys(found))
+
+
+def both(one: Allowed | None, other: Allowed | None) -> Allowed | None:
+    if one is None or other is None:
+        return one or other
+    return lambda name, scheme: one(name, scheme) and other(name, scheme)
+
+
+def joined(groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Groups that have a member in common become one."""
+    found: list[tuple[str, ...]] = []
+    for group in map(tuple, groups):
+        touching = [other for other in found if set(other) & set(group)]
+        found = [other for other in found if other not in touching]
+        found.append(tuple(dict.fromkeys(name for one in (*touching, group) for name in one)))
+    return found
+
+
+def members(names: Sequence[str], pattern: str) -> list[str]:
+    """The components that a pattern names, such as vision or *.attn."""
+    if not (found := [name for name in names if matches(name, pattern)]):
+        raise unknown("component", pattern, names)
+    return found

@@ -1,0 +1,63 @@
+"""What a search may try for a runtime: what it can load of a space of schemes, and what it leaves out, rule by rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Scheme
+from sensitivity.spec.runtimes import Choice, listed, refusals, runtime, tied
+
+
+def allowed(parts: ComponentMap, name: str, only: Choice = None) -> Callable[[str, Choice], bool]:
+    """Whether a component may have a scheme in a runtime; with `only`, no other scheme than that one."""
+    runtime(name)
+
+    def fine(component: str, scheme: Choice) -> bool:
+        if only is not None and scheme not in (None, only):
+            return False
+        return not any(refusals(parts[component], scheme, name))
+
+    return fine
+
+
+def searches(parts: ComponentMap, name: str, schemes: Sequence[Choice]) -> list[Callable[[str, Choice], bool]]:
+    """The `allowed` of each search that finds a best legal plan: one, or one per scheme where all must be alike."""
+    if not runtime(name).one_scheme:
+        return [allowed(parts, name)]
+    return [allowed(parts, name, only) for only in dict.fromkeys(schemes) if only is not None]
+
+
+def restrict(
+    parts: ComponentMap, schemes: Sequence[Scheme], name: str, wanted: Callable[[str, Choice], bool] | None = None
+) -> tuple[list[Scheme], list[str]]:
+    """The schemes that a runtime can load somewhere, and what it leaves out, one sentence a rule.
+
+    An error where it can load none of them, or none of those that are wanted of a component (`wanted`).
+    """
+    refused: dict[str, dict[str, list[str]]] = {}
+    legal: dict[Scheme, None] = {}
+    for component in parts.components:
+        asked = [scheme for scheme in schemes if wanted is None or wanted(component.name, scheme)]
+        why = {scheme: list(refusals(component, scheme, name)) for scheme in asked}
+        legal |= {scheme: None for scheme, rules in why.items() if not rules}
+        for scheme, rules in why.items():
+            for rule in rules:
+                refused.setdefault(rule, {}).setdefault(str(scheme), []).append(component.name)
+        if wanted is not None and not wanted(component.name, None) and asked and all(why.values()):
+            raise UserError(f"{name} can load none of what {component.name} is allowed: {why[asked[0]][0]}")
+    found = [_left_out(parts, places, rule) for rule, places in refused.items()]
+    if not legal:
+        raise UserError(f"{name} can load nothing of this space: {'; '.join(found)}")
+    found += [f"{', '.join(g)} share their scheme: {runtime(name).about} makes one layer" for g in tied(parts, name)]
+    return [scheme for scheme in schemes if scheme in legal], found
+
+
+def _left_out(parts: ComponentMap, places: Mapping[str, Sequence[str]], rule: str) -> str:
+    """'rtn:2, rtn:3 of vision: the rule'."""
+    by_place: dict[str, list[str]] = {}
+    for scheme, names in places.items():
+        where = "all parts" if len(names) == len(parts.names) else ", ".join(names)
+        by_place.setdefault(where, []).append(scheme)
+    return f"{'; '.join(f'{listed(schemes)} of {where}' for where, schemes in by_place.items())}: {rule}"

@@ -1,0 +1,165 @@
+"""Scheme and Plan, and what they weigh: the only place where bits and bytes are counted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from sensitivity.spec.components import ComponentMap, Weight, matches
+from sensitivity.spec.errors import UserError, unknown
+
+Setting = str | int | float | bool | None
+
+
+WIDEST_GROUP = 2**24  # columns that share a scale: more than any layer has
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weights of one component are stored.
+
+    Examples:
+        >>> from sensitivity import Scheme
+        >>> str(Scheme("rtn", 4)), Scheme.from_json(Scheme("rtn", 4).to_json()) == Scheme("rtn", 4)
+        ('rtn:4', True)
+    """
+
+    method: str
+    bits: int
+    group: int | str = "row"  # "tensor", "row", or that many columns share one scale
+    symmetric: bool = True
+    settings: tuple[tuple[str, Setting], ...] = ()  # the method's own few, sorted by name
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.bits, int) and not isinstance(self.bits, bool)
+        if not whole or not 1 <= self.bits <= 16:
+            raise UserError(f"bits must be a whole number from 1 to 16, not {self.bits!r}")
+        number = isinstance(self.group, int) and not isinstance(self.group, bool)
+        if self.group not in ("tensor", "row") and not (number and 1 <= int(self.group) <= WIDEST_GROUP):
+            raise UserError(
+                f"group must be 'tensor', 'row' or a number of columns from 1 to {WIDEST_GROUP:,}, not {self.group!r}"
+            )
+        object.__setattr__(self, "settings", tuple(sorted(self.settings)))
+
+    def __getitem__(self, setting: str) -> Setting:
+        return dict(self.settings)[setting]
+
+    def get(self, setting: str, default: Setting = None) -> Setting:
+        return dict(self.settings).get(setting, default)
+
+    def __str__(self) -> str:
+        return f"{self.method}:{self.bits}"
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {"method": self.method, "bits": self.bits, "group": self.group, "symmetric": self.symmetric}
+        return {**plain, **({"settings": dict(self.settings)} if self.settings else {})}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Scheme:
+        known = {"method", "bits", "group", "symmetric", "settings"}
+        if extra := sorted(set(data) - known):
+            raise unknown("scheme field", extra[0], sorted(known))
+        return cls(**{**data, "settings": tuple(data.get("settings", {}).items())})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Component -> Scheme, or None for native precision.
+
+    Examples:
+        >>> from sensitivity import Plan
+        >>> plan = Plan.of(parts, {"*": scheme("rtn", 4), "vision": scheme("rtn", 8), "connector": None})
+        >>> plan.describe()
+        'vision 8 · connector native · language 4'
+        >>> plan["language"].bits
+        4
+    """
+
+    schemes: tuple[tuple[str, Scheme | None], ...]
+
+    @classmethod
+    def of(cls, parts: ComponentMap, choice: Mapping[str, Scheme | None], default: Scheme | None = None) -> Plan:
+        """A plan from patterns over component names; the last pattern that matches wins."""
+        for pattern in choice:
+            parts.match(pattern)  # a pattern that matches nothing is a mistake, not an empty wish
+        schemes: dict[str, Scheme | None] = dict.fromkeys(parts.names, default)
+        for name in parts.names:
+            for pattern, scheme in choice.items():
+                if matches(name, pattern):
+                    schemes[name] = scheme
+        return cls(tuple(schemes.items()))
+
+    @classmethod
+    def uniform(cls, parts: ComponentMap, scheme: Scheme | None) -> Plan:
+        return cls.of(parts, {}, scheme)
+
+    def __getitem__(self, name: str) -> Scheme | None:
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Scheme | None]:
+        return dict(self.schemes)
+
+    def check(self, parts: ComponentMap) -> None:
+        """A plan says something of each component, and of nothing else."""
+        names = parts.names
+        missing = [name for name in names if name not in self._by_name]
+        extra = [name for name in self._by_name if name not in set(names)]
+        if missing or extra:
+            told = ("missing", missing), ("unknown", extra)
+            raise UserError(f"the plan is for other components: {'; '.join(f'{w} {_few(n)}' for w, n in told if n)}")
+
+    @property
+    def is_native(self) -> bool:
+        return all(scheme is None for _, scheme in self.schemes)
+
+    @property
+    def is_uniform(self) -> bool:
+        return len({scheme for _, scheme in self.schemes}) == 1
+
+    @cached_property
+    def key(self) -> str:
+        """Stable across processes and versions: the hash of the canonical JSON."""
+        return hashlib.sha256(self.dumps().encode()).hexdigest()[:16]
+
+    def bits(self, native: int = 16) -> dict[str, int]:
+        return {name: scheme.bits if scheme else native for name, scheme in self.schemes}
+
+    def describe(self) -> str:
+        """Short, for tables and figures: 'vision 4 · connector 8 · language 3'."""
+        methods = {scheme.method for _, scheme in self.schemes if scheme}
+        if self.is_uniform:
+            return f"all {self.schemes[0][1]}" if methods else "full precision"
+        return " · ".join(
+            f"{name} {'native' if s is None else s.bits if len(methods) == 1 else s}" for name, s in self.schemes
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: scheme and scheme.to_json() for name, scheme in self.schemes}
+
+    def dumps(self) -> str:
+        return json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        return cls(tuple((name, scheme and Scheme.from_json(scheme)) for name, scheme in data.items()))
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
+
+
+# methods that look at a layer's inputs: rows of an embedding are looked up and not multiplied, so it has none, and its
+# rows are rounded to nearest on the same kind of grid
+CALIBRATED = ("clip", "gptq", "awq")
+
+
+def scheme_of(weight: Weight, scheme: Scheme) -> Scheme:
+    """What a component's scheme means for one of its weights."""
+    if weight.looked_up and scheme.method in CALIBRATED:
+        return Scheme("rtn", scheme.bits, scheme.group, scheme.symmetric)
+    return scheme

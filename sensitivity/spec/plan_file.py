@@ -1,0 +1,43 @@
+"""The plan as our own canonical JSON: which weights, which scheme, what it weighs, where it comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sensitivity.spec import schema
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.files import finite, write_whole
+from sensitivity.spec.plan import Plan
+from sensitivity.spec.sizes import size
+
+VERSION = 1
+
+
+def document(parts: ComponentMap, plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
+    known = {
+        "version": VERSION,
+        "model": parts.model,
+        "by": parts.by,
+        "key": plan.key,
+        "plan": plan.to_json(),
+        "size": size(parts, plan).to_json(),
+        "weights": {component.name: [weight.name for weight in component.weights] for component in parts.components},
+    }
+    return {**known, **facts, **known}  # facts may come from another plan.json: what is known of this one stands
+
+
+def write_file(parts: ComponentMap, plan: Plan, facts: Mapping[str, Any], target: Path) -> Path:
+    """One JSON file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(finite(document(parts, plan, facts)), indent=2, default=str, allow_nan=False) + "\n"
+    write_whole(target, content.encode())
+    return target
+
+
+def read(path: Path) -> tuple[str, Plan, dict[str, Any]]:
+    """Granularity, plan and the whole document of a plan.json, which may have been written by hand."""
+    data = schema.read(path, "plan", "`sensitivity recommend` or `export` writes a plan.json")
+    return data["by"], Plan.from_json(data["plan"]), data

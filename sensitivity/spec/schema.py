@@ -1,0 +1,165 @@
+"""Our own JSON files, held against their schemas on being read: what is wrong, where, and what it should be."""
+
+from __future__ import annotations
+
+import json
+import operator
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sensitivity.spec.errors import UserError
+
+FOLDER = Path(__file__).parent / "schemas"
+LARGEST = 256 * 2**20  # bytes of a file that is read at all; ours have kilobytes
+SHOWN = 60  # letters of a value that a sentence repeats
+# JSON Schema's types as Python reads them; a bool is no number. What has limits is finite, as NaN lies within none
+TYPES: dict[str, Callable[[Any], bool]] = {
+    "object": lambda value: isinstance(value, Mapping),
+    "array": lambda value: isinstance(value, list | tuple),
+    "string": lambda value: isinstance(value, str),
+    "boolean": lambda value: isinstance(value, bool),
+    "null": lambda value: value is None,
+    "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
+}
+
+
+@cache
+def schema(name: str) -> dict[str, Any]:
+    """A schema by its name; the files use only the words of JSON Schema that `fault` knows."""
+    found: dict[str, Any] = json.loads((FOLDER / f"{name}.schema.json").read_bytes())
+    return found
+
+
+def read(path: Path, name: str, mend: str) -> dict[str, Any]:
+    """A JSON file as its schema says it is, or one sentence; `mend` is what the reader can do about it."""
+    what = f"{path} cannot be used"
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{what}: it is no file; {mend}")
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"{what}: it has {path.stat().st_size:,} bytes, and such a file has a few thousand; {mend}")
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or 'it is away'}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what}: it is not JSON, or was cut short; {mend}") from error
+    check(found, name, what, mend)
+    return dict(found)
+
+
+def check(value: object, name: str, what: str, mend: str) -> None:
+    """Raise one sentence where a value is not as its schema says."""
+    if wrong := fault(value, schema(name), name):
+        raise UserError(f"{what}: {wrong}; {mend}")
+
+
+def fault(value: Any, wanted: Mapping[str, Any] | bool, home: str, at: str = "") -> str | None:
+    """The first thing that is not as the schema says, in words; None where all is."""
+    if wanted is True:
+        return None
+    if wanted is False:
+        return f"'{at}' is not known here"
+    if ref := wanted.get("$ref"):
+        home, wanted = _there(ref, home)
+    if options := wanted.get("anyOf"):
+        found = [fault(value, option, home, at) for option in options]
+        inside = [one for one, option in zip(found, options, strict=True) if one and _kind(value, option, home)]
+        return None if None in found else (inside[0] if inside else _not(value, wanted, home, at))
+    if not _plainly(value, wanted):
+        return _not(value, wanted, home, at)
+    if isinstance(value, Mapping):
+        return _of_object(value, wanted, home, at)
+    if isinstance(value, list | tuple) and "items" in wanted:
+        return _first(fault(item, wanted["items"], home, f"{at}[{i}]") for i, item in enumerate(value))
+    return None
+
+
+def _first(faults: Any) -> str | None:
+    return next((one for one in faults if one), None)
+
+
+def _of_object(value: Mapping[str, Any], wanted: Mapping[str, Any], home: str, at: str) -> str | None:
+    for name in wanted.get("required", ()):
+        if name not in value:
+            return f"'{_below(at, name)}' is missing"
+    known, other = wanted.get("properties", {}), wanted.get("additionalProperties", True)
+    return _first(fault(item, known.get(name, other), home, _below(at, name)) for name, item in value.items())
+
+
+def _below(at: str, name: str) -> str:
+    return f"{at}.{name}" if at else str(name)
+
+
+def _plainly(value: Any, wanted: Mapping[str, Any]) -> bool:
+    """Whether a value's type, limits and letters are as wanted; what is inside it is looked at elsewhere."""
+    if (kinds := _kinds(wanted)) and not any(TYPES[kind](value) for kind in kinds):
+        return False
+    if "const" in wanted and (value != wanted["const"] or isinstance(value, bool)):
+        return False
+    if "enum" in wanted and value not in wanted["enum"]:
+        return False
+    if TYPES["number"](value):
+        return _within(value, wanted)
+    if isinstance(value, str):
+        fits = re.search(wanted.get("pattern", ""), value) is not None
+        return fits and len(value) >= int(wanted.get("minLength", 0))
+    if isinstance(value, Mapping):
+        return len(value) >= int(wanted.get("minProperties", 0))
+    return not isinstance(value, list | tuple) or len(value) >= int(wanted.get("minItems", 0))
+
+
+def _within(value: float, wanted: Mapping[str, Any]) -> bool:
+    limits = {"minimum": operator.ge, "exclusiveMinimum": operator.gt, "maximum": operator.le}
+    return all(bool(holds(value, wanted[name])) for name, holds in limits.items() if name in wanted)
+
+
+def _kinds(wanted: Mapping[str, Any]) -> list[str]:
+    kinds = wanted.get("type", [])
+    return [kinds] if isinstance(kinds, str) else list(kinds)
+
+
+def _kind(value: Any, wanted: Mapping[str, Any], home: str) -> bool:
+    """Whether a value has at least the type of one of several options, so that what is inside it is what is wrong."""
+    if ref := wanted.get("$ref"):
+        _, wanted = _there(ref, home)
+    return "object" in _kinds(wanted) and isinstance(value, Mapping)
+
+
+def _there(ref: str, home: str) -> tuple[str, Mapping[str, Any]]:
+    file, _, place = ref.partition("#/$defs/")
+    home = file.removesuffix(".schema.json") or home
+    found: Mapping[str, Any] = schema(home)["$defs"][place] if place else schema(home)
+    return home, found
+
+
+def _not(value: Any, wanted: Mapping[str, Any], home: str, at: str) -> str:
+    named = f"'{at}'" if at else "it"
+    return f"{named} is {shown(value)}, and should be {_words(wanted, home)}"
+
+
+def shown(value: object) -> str:
+    """A value as a sentence repeats it: short, on one line, without letters that a terminal would obey."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in repr(value)[: 4 * SHOWN])
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+def _words(wanted: Mapping[str, Any], home: str) -> str:
+    if ref := wanted.get("$ref"):
+        home, wanted = _there(ref, home)
+    if options := wanted.get("anyOf"):
+        return " or ".join(dict.fromkeys(_words(option, home) for option in options))
+    if "const" in wanted:
+        return json.dumps(wanted["const"])
+    if "enum" in wanted:
+        return "one of " + ", ".join(json.dumps(one) for one in wanted["enum"])
+    plain = {"object": "an object", "array": "a list", "string": "a text", "boolean": "true or false"}
+    plain |= {"null": "null", "integer": "a whole number", "number": "a number"}
+    words = " or ".join(plain[kind] for kind in _kinds(wanted)) or "something else"
+    if wanted.get("pattern") or wanted.get("minLength"):
+        words += f" {wanted.get('description', 'that is not empty')}"
+    limits = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to"}
+    return words + "".join(f" {word} {wanted[name]:,}" for name, word in limits.items() if name in wanted)

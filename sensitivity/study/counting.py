@@ -1,0 +1,26 @@
+"""Columns of numbers, and counts in words."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from sensitivity.spec.errors import UserError
+
+Floats = np.ndarray
+
+
+def numbers(table: pd.DataFrame, column: str) -> Floats:
+    """A column as numbers; text in it is an error that says where."""
+    values = pd.to_numeric(table[column], errors="coerce")
+    wrong = values.isna() & table[column].notna()
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        more = f" (and {int(wrong.sum()) - 1} more)" if wrong.sum() > 1 else ""
+        raise UserError(f"column '{column}' holds '{table[column].iloc[row]}' in row {row + 1}{more}, not a number")
+    return np.asarray(values.to_numpy(dtype=float))
+
+
+def count(number: int | np.integer, what: str) -> str:
+    """'1 trial', '3 trials'."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,110 @@
+"""Scores are measurements: a mean with n, a clustered standard error and an interval; differences are paired."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over n examples that fall into clusters (questions of one image), and its 95 % interval."""
+
+    mean: float
+    se: float
+    n: int
+    clusters: int
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Score:
+        """Null stands for what is infinite: a single cluster says nothing of the spread."""
+        ends = {"se": math.inf, "low": -math.inf, "high": math.inf}
+        known: dict[str, Any] = {name: ends.get(name) if value is None else value for name, value in data.items()}
+        return cls(**{name: known[name] for name in cls.__dataclass_fields__})
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}] (n {self.n})"
+
+
+def clustered_se(values: np.ndarray, clusters: np.ndarray) -> tuple[float, int]:
+    """Standard error of the mean when examples of one cluster may move together, and the number of clusters.
+
+    The usual sandwich: residuals are summed within clusters before they are squared, with the small-sample
+    factor G / (G - 1). One cluster tells nothing about the spread: the error is infinite.
+    """
+    _, index = np.unique(clusters, return_inverse=True)
+    count = int(index.max()) + 1
+    if count < 2:
+        return math.inf, count
+    sums = np.bincount(index, weights=values - values.mean())
+    return float(math.sqrt(count / (count - 1) * np.sum(sums**2)) / len(values)), count
+
+
+def summarize(values: ArrayLike, clusters: ArrayLike) -> Score:
+    """A score and its interval; Wilson's for scores within 0 and 1, so that 'all right' is not 'no error'."""
+    x, group = np.asarray(values, dtype=float), np.asarray(clusters)
+    if not len(x):
+        raise ValueError("a score needs at least one example")
+    mean = float(x.mean())
+    se, count = clustered_se(x, group)
+    if x.min() >= 0 and x.max() <= 1:
+        low, high = _wilson(mean, se, len(x), count)
+    else:
+        low, high = _student(mean, se, count)
+    return Score(mean, se, len(x), count, low, high)
+
+
+def paired(values: ArrayLike, base: ArrayLike, clusters: ArrayLike) -> Score:
+    """The mean difference to a baseline on the same examples."""
+    difference = np.asarray(values, dtype=float) - np.asarray(base, dtype=float)
+    mean = float(difference.mean())
+    se, count = clustered_se(difference, np.asarray(clusters))
+    return Score(mean, se, len(difference), count, *_student(mean, se, count))
+
+
+def told(rows: pd.DataFrame) -> dict[str, Any]:
+    """A task's score from its examples, as a study keeps it."""
+    known = rows["nll"].dropna()
+    return {**summarize(rows["score"], rows["cluster"]).to_json(), "nll": float(known.mean()) if len(known) else None}
+
+
+def difference(ours: pd.DataFrame | None, theirs: pd.DataFrame | None, task: str) -> Score | None:
+    """The paired difference in a task's score on the examples that both have seen."""
+    if ours is None or theirs is None:
+        return None
+    both = ours[ours["task"] == task].merge(theirs[theirs["task"] == task], on="example", suffixes=("", "_base"))
+    return paired(both["score"], both["score_base"], both["cluster"]) if len(both) else None
+
+
+def _student(mean: float, se: float, clusters: int) -> tuple[float, float]:
+    half = math.inf if clusters < 2 else float(stats.t.ppf((1 + CONFIDENCE) / 2, clusters - 1)) * se
+    return mean - half, mean + half
+
+
+def _wilson(mean: float, se: float, n: int, clusters: int) -> tuple[float, float]:
+    """Wilson's interval with the effective n that the clustered error implies.
+
+    Where the error is zero (all right, all wrong) clusters are taken as the examples: the cautious choice.
+    """
+    spread = mean * (1 - mean)
+    effective = float(clusters) if se == 0 or math.isinf(se) else min(max(spread / se**2, 1.0), float(n))
+    z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+    center = (mean + z**2 / (2 * effective)) / (1 + z**2 / effective)
+    half = z / (1 + z**2 / effective) * math.sqrt(spread / effective + z**2 / (4 * effective**2))
+    return max(0.0, center - half), min(1.0, center + half)

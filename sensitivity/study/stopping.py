@@ -1,0 +1,61 @@
+"""Until: when a sweep may stop before every plan has seen every example."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sensitivity.spec.errors import UserError
+from sensitivity.study.racing import MOST, uncertainty
+from sensitivity.study.study import Study
+
+UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+HOW = "complete, a time such as 10min (s, min, h), or error<0.5%"
+
+
+@dataclass(frozen=True)
+class Until:
+    """When a sweep may stop before every plan has seen every example, and what it has come to."""
+
+    seconds: float = math.inf
+    error: float = 0.0  # half the 95 % interval of every frontier plan's difference to full precision
+    began: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def parse(cls, words: Sequence[str]) -> Until:
+        """From `complete`, `10min` and `error<0.5%`; the first that is reached ends the sweep."""
+        seconds, error = math.inf, 0.0
+        for word in words:
+            plain = word.replace(" ", "")
+            if found := re.fullmatch(r"([0-9.]+)(s|min|h)", plain):
+                seconds = min(seconds, _number(found[1], word) * UNITS[found[2]])
+            elif found := re.fullmatch(r"error<([0-9.]+)(%?)", plain):
+                error = max(error, _number(found[1], word) / (100 if found[2] else 1))
+            elif plain != "complete":
+                raise UserError(f"--until {word!r} is none of: {HOW}")
+        return cls(seconds, error)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether examples go to the plans that matter, since not all of them may get all."""
+        return self.seconds < math.inf or self.error > 0
+
+    def reached(self, study: Study) -> bool:
+        if time.monotonic() - self.began >= self.seconds:
+            return True
+        return self.error > 0 and not study.unmeasured() and uncertainty(study) < self.error
+
+
+def _number(text: str, word: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= MOST:
+        raise UserError(f"--until {word!r} needs a number above zero, and at most {MOST:,.0f}")
+    return value

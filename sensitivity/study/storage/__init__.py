@@ -1,0 +1,1 @@
+"""Where trials are kept: a journal in the folder of the study, or a database."""

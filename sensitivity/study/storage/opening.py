@@ -1,0 +1,191 @@
+"""Opens the Optuna storage of a study: a journal file that survives being killed, or a database URL."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from sqlalchemy import create_engine, inspect, make_url
+from sqlalchemy.exc import IntegrityError, ProgrammingError
+
+from sensitivity.spec.errors import Notice, UserError, reason
+from sensitivity.spec.files import full
+from sensitivity.study.storage import waiting
+
+optuna.logging.set_verbosity(logging.WARNING)
+
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}  # what a file system that knows no locks answers
+POLL = 0.01  # seconds between two attempts to take a lock
+
+
+class ProcessLock(JournalFileOpenLock):
+    """A lock that the kernel drops when its holder dies.
+
+    Optuna's own locks are files: one left behind by a killed process blocks everybody for half a minute, and for
+    ever when the journal's path is relative (Optuna issue 5921). Where the file system knows no locks (some network
+    mounts), a file is what remains; filelock drops it when the process that it names no longer lives.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._path = path
+        self._lock: filelock.BaseFileLock = filelock.FileLock(path.with_suffix(".kernel-lock"), poll_interval=POLL)
+
+    def acquire(self) -> bool:
+        try:
+            self._lock.acquire()
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            self._lock = filelock.SoftFileLock(self._path.with_suffix(".lock"), poll_interval=POLL)
+            self._lock.acquire()
+        return True
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+@contextmanager
+def held(lock: ProcessLock) -> Iterator[None]:
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Journal(JournalFileBackend):
+    """Optuna's, of which a line stands in the file in full or not at all, after a kill and on a full disk too."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._ours = path, ProcessLock(path)
+        super().__init__(str(path), lock_obj=self._ours)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
+        with held(self._ours):
+            mend(self._path)
+            with open(self._path, "ab", buffering=0) as file:
+                end, left = file.tell(), memoryview(lines)
+                try:
+                    while left:
+                        left = left[file.write(left) :]
+                    os.fsync(file.fileno())
+                except OSError as error:
+                    file.truncate(end)  # others would append to half a line
+                    raise full(self._path, error) from error
+
+
+def mend(journal: Path) -> None:
+    """Cut off a half-written last line; another process may have left it at any time, not only before we began."""
+    with open(journal, "rb+") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        while end:
+            begin = max(0, end - 65536)
+            file.seek(begin)
+            newline = file.read(end - begin).rfind(b"\n")
+            if newline >= 0:
+                end = begin + newline + 1
+                break
+            end = begin
+        if end != size:
+            file.truncate(end)
+
+
+def open_storage(where: Path | str, known: bool = False) -> BaseStorage:
+    """A journal file for a path, Optuna's database storage for a URL; one that is `known` to be right is waited for."""
+    if isinstance(where, str) and "://" in where:
+        began, told = time.monotonic(), False
+        while True:
+            try:
+                return waiting.Patient(_database(where))  # type: ignore[abstract]
+            except Exception as error:  # whatever the driver raises, the user needs the same sentence
+                why = f"cannot open the storage {without_password(where)}: {reason(error)}"
+                if not known or not waiting.lost(error) or time.monotonic() - began > waiting.SECONDS:
+                    raise UserError(why) from error
+            if not told:
+                warnings.warn(f"{why}; waiting for it", Notice, stacklevel=2)
+                told = True
+            time.sleep(waiting.AGAIN)
+    journal = Path(where).absolute()
+    if journal.exists() and not journal.is_file():
+        raise UserError(f"{where} is not a study's journal: it is no file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return JournalStorage(Journal(journal))
+    except OSError as error:
+        raise full(Path(where), error) from error
+    except Exception as error:  # whatever Optuna stumbles over: the lines are not those that it wrote
+        raise UserError(
+            f"{where} is not a study's journal, or is damaged (line {_damaged(journal)}); a copy of the study, or a "
+            "new sweep in another --out, is what helps"
+        ) from error
+
+
+def _damaged(journal: Path) -> str:
+    """The first line that is no entry of a journal, as far as that can be told without reading its sense."""
+    with open(journal, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if not isinstance(json.loads(line)["op_code"], int):
+                    return str(number)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                return str(number)
+    return "unknown: each line is well formed, but they do not go together"
+
+
+def check(url: str) -> None:
+    """Whether a study can be kept in a database, before anything is made: no table there, no file here."""
+    try:
+        address = make_url(url)
+        file = Path(address.database or "") if address.get_backend_name() == "sqlite" else None
+        if file is not None and file.name in ("", ":memory:"):
+            raise ValueError("a study in memory would be lost")
+        if file is not None and not file.exists():
+            if not file.absolute().parent.is_dir():
+                raise FileNotFoundError(2, "no such folder", str(file.absolute().parent))
+            return
+        engine = create_engine(address)
+        try:
+            inspect(engine).get_table_names()
+        finally:
+            engine.dispose()
+    except Exception as error:  # whatever the driver raises, the user needs the same sentence
+        raise UserError(f"cannot open the storage {without_password(url)}: {reason(error)}") from error
+
+
+def _database(url: str, tries: int = 5) -> RDBStorage:
+    """Optuna's tables are made by whoever comes first; launchers that start together get in each other's way."""
+    try:
+        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    except (IntegrityError, ProgrammingError):
+        if tries == 1:
+            raise
+        time.sleep(waiting.AGAIN)
+        return _database(url, tries - 1)
+
+
+def close(storage: BaseStorage) -> None:
+    """Give back a database's connections; a journal holds none."""
+    if isinstance(storage, waiting.Patient):
+        storage.remove_session()
+        storage.database.engine.dispose()
+
+
+def without_password(url: str) -> str:
+    head, _, tail = url.partition("://")
+    login, at, host = tail.rpartition("@")
+    return f"{head}://{login.partition(':')[0]}{at}{host}"

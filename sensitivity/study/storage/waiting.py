@@ -1,0 +1,62 @@
+"""Patient: an Optuna storage behind which a database may go away for some minutes; it is waited for."""
+
+from __future__ import annotations
+
+import abc
+import time
+from functools import partialmethod
+from typing import Any
+
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, RDBStorage, get_storage
+from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlchemyError
+
+from sensitivity.spec.errors import UserError, reason
+
+SECONDS = 300.0  # that a database may be away, as a sweep may have days of work behind it
+AGAIN = 0.5  # seconds between two attempts
+
+
+def lost(error: BaseException) -> bool:
+    """Whether it is the connection that failed, in whichever state, and not what was asked for."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, SQLAlchemyError):
+            return not isinstance(cause, IntegrityError | ProgrammingError | DataError)
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def _pass_on(storage: type[Patient]) -> type[Patient]:
+    """Give a class all methods of Optuna's interface, those of later versions too."""
+    for name, value in vars(BaseStorage).items():
+        if callable(value) and not name.startswith("_"):
+            setattr(storage, name, partialmethod(storage.call, name))
+    return abc.update_abstractmethods(storage)
+
+
+@_pass_on
+class Patient(BaseStorage):
+    """Passes each call on to Optuna's storage, with its cache, again and again while only the connection fails."""
+
+    def __init__(self, database: RDBStorage) -> None:
+        self.database = database
+        self._storage = get_storage(database)
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        began = None
+        while True:
+            try:
+                return getattr(self._storage, method)(*args, **kwargs)
+            except UpdateFinishedTrialError:
+                if began is None:
+                    raise
+                return True  # an earlier attempt had been carried out before its connection was lost
+            except (StorageInternalError, SQLAlchemyError) as error:
+                if not lost(error):
+                    raise
+                began = began or time.monotonic()
+                if time.monotonic() - began > SECONDS:
+                    why = f"the database has been away for {SECONDS:g} seconds ({reason(error)})"
+                    raise UserError(f"{why}; the same command continues when it is back") from error
+                time.sleep(AGAIN)

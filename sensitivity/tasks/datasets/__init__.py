@@ -1,0 +1,1 @@
+"""Published data sets, read from local folders in their official layouts."""

@@ -1,0 +1,82 @@
+"""RSVQA, low and high resolution: is it there, is there more of it, is it rural; counts and areas are not asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sensitivity.spec.fields import ANY_TEXT, FLAG, TEXT, WHOLE, check
+from sensitivity.tasks.datasets.source import DatasetFolder, Flaw, each
+from sensitivity.tasks.examples.types import SHORT, Example, Metric, Task
+from sensitivity.tasks.scoring.answer_text import squeezed
+
+KINDS = ("presence", "comp", "rural_urban")  # as in GeoChat's tables; in the data files also count and area
+STATE = {"active": FLAG}
+ANSWER = {"question_id": WHOLE, "answer": ANY_TEXT}
+QUESTION = {"id": WHOLE, "img_id": WHOLE, "type": TEXT, "question": TEXT}
+GET_LR = "download all files of zenodo.org/records/6344334 and unpack Images_LR.zip there"
+GET_HR = "download all files of zenodo.org/records/6344367 and unpack Images.tar (a folder Data) there"
+
+
+def lrben(folder: Path, split: str, n: int, seed: int) -> Task:
+    return _task(
+        DatasetFolder("rsvqa-lrben", folder, GET_LR), "LR_split_{}", ("test", "train"), "Images_LR", split, n, seed
+    )
+
+
+def hrben(folder: Path, split: str, n: int, seed: int) -> Task:
+    """The second test set, Philadelphia, which is the one that GeoChat-Bench asks about."""
+    source = DatasetFolder("rsvqa-hrben", folder, GET_HR)
+    return _task(source, "USGS_split_{}", ("test_phili", "train"), "Data", split, n, seed)
+
+
+def _task(
+    source: DatasetFolder, prefix: str, parts: tuple[str, str], images: str, split: str, n: int, seed: int
+) -> Task:
+    part = source.part(split, parts, (f"{prefix}_questions.json", f"{prefix}_answers.json"))
+    source.file(images)
+    rows = _rows(source, prefix.format(part.name), source.folder / images)
+    examples, notes = source.drawn(rows, part, n, seed)
+    return Task(source.name, examples, match, max_new_tokens=10, metrics=by_kind(examples), notes=notes)
+
+
+def _rows(source: DatasetFolder, prefix: str, images: Path) -> Iterator[Example | Flaw]:
+    said = {}
+    for one in each(source.records(f"{prefix}_answers.json", "answers"), "an answer", {}, STATE):
+        if one.get("active"):  # what was taken back stays in the files as an id alone
+            check(one, ANSWER, {}, "an answer")
+            said[one["question_id"]] = one["answer"].strip()
+    for question in each(source.records(f"{prefix}_questions.json", "questions"), "a question", {}, STATE):
+        if not question.get("active"):
+            continue
+        if check(question, QUESTION, {}, "a question")["type"] not in KINDS:
+            continue
+        name, image = str(question["id"]), str(question["img_id"])
+        if not said.get(question["id"]):
+            yield Flaw(name, "no answer")
+        else:
+            prompt = question["question"] + SHORT
+            yield Example(name, image, question["type"], images / f"{image}.tif", prompt, (said[question["id"]],))
+
+
+def match(answer: str, example: Example) -> float:
+    """1 if the answer is a right one apart from case, spaces and full stops."""
+    return float(squeezed(answer) in {squeezed(one) for one in example.answers})
+
+
+def by_kind(examples: Sequence[Example]) -> dict[str, Metric]:
+    """The accuracy of each kind of question that was drawn, and their plain mean; the score is over all questions."""
+    kinds = sorted({example.kind for example in examples})
+
+    def of(kinds: Sequence[str]) -> Metric:
+        def metric(answers: Sequence[str], examples: Sequence[Example]) -> float:
+            pairs = list(zip(answers, examples, strict=True))
+            of_kinds = [[match(a, e) for a, e in pairs if e.kind == kind] for kind in kinds]
+            return float(np.mean([np.mean(found) for found in of_kinds])) if all(of_kinds) else math.nan
+
+        return metric
+
+    return {kind: of([kind]) for kind in kinds} | {"mean of the kinds": of(kinds)}

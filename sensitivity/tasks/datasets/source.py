@@ -1,0 +1,213 @@
+"""Published data sets as they are unpacked: which files, which split, what is drawn, and what is left out and said."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.fields import Kind, Misfit, check, content, cut, not_a_file, parsed, read, shown
+from sensitivity.tasks.examples import images
+from sensitivity.tasks.examples.types import Example, Task
+
+SHARE = 0.02  # of a data set's examples, which may be left out with a note; more is refused
+_BETWEEN = re.compile(r"[\s,]*")
+TENTH = 10  # one image in ten is kept for calibration where a data set has no split of its own for it
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """An example that cannot be used, and why."""
+
+    id: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of a data set that a split is read from: an official one, or some of its images by hash."""
+
+    name: str
+    split: str
+    hashed: bool
+
+    def has(self, image: str) -> bool:
+        return not self.hashed or held_out(image) == (self.split == "calibration")
+
+    @property
+    def note(self) -> tuple[str, ...]:
+        if not self.hashed:
+            return ()
+        words = "are" if self.split == "calibration" else "leave out"
+        return (f"no split for calibration here: {self.split} examples {words} one image in {TENTH}, chosen by hash",)
+
+
+@dataclass(frozen=True)
+class DatasetFolder:
+    """A data set in a folder, and what to download if it is not there."""
+
+    name: str
+    folder: Path
+    get: str
+
+    def file(self, name: str) -> Path:
+        path = self.folder / name
+        if not path.exists():
+            raise UserError(f"{self.name} needs {name} in {self.folder}; {self.get}")
+        return path
+
+    def json(self, name: str, *keys: str) -> Any:
+        """What a file holds; `keys` must be there."""
+        path = self.file(name)
+        try:
+            found = read(path)
+        except Misfit as error:
+            raise UserError(f"cannot read {path} as JSON ({error}); {self.get}") from error
+        if keys and not (isinstance(found, dict) and set(keys) <= set(found)):
+            raise UserError(f"{path} is not of the {self.name} layout: it has no {' or '.join(keys)}; {self.get}")
+        return found
+
+    def records(self, name: str, key: str) -> Iterator[dict[str, Any]]:
+        """The objects of the list `key` in a file, one at a time: VQAv2's annotations as a whole fill gigabytes."""
+        path = self.file(name)
+        try:
+            text = content(path).decode("utf-8-sig")
+        except (Misfit, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {path} as JSON ({error}); {self.get}") from error
+        start = re.search(rf'"{key}"\s*:\s*\[', text)
+        if start is None:
+            raise UserError(f"{path} is not of the {self.name} layout: it has no {key}; {self.get}")
+        read, at = json.JSONDecoder().raw_decode, _gap(text, start.end())
+        while text[at : at + 1] != "]":
+            try:
+                one, at = read(text, at)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"cannot read {path} as JSON ({error}); {self.get}") from error
+            yield one
+            at = _gap(text, at)
+
+    def lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """The objects of a JSON Lines file."""
+        path = self.file(name)
+        if trouble := not_a_file(path):
+            raise UserError(f"cannot read {path}: {trouble}; {self.get}")
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    try:
+                        yield check(parsed(line), {})
+                    except Misfit as error:
+                        raise UserError(f"{path}, line {number} is not a JSON object ({error}); {self.get}") from error
+
+    def part(self, split: str, names: Sequence[str] = ("",), files: Sequence[str] = ()) -> Part:
+        """Of the parts `names`, the first is evaluated on; of the others, the first whose files are here calibrates.
+
+        All its files must be here, images too: COCO's archive of annotations brings those of the training images.
+        """
+        evaluation, *others = names
+        whole = next((n for n in others if all((self.folder / file.format(n)).exists() for file in files)), None)
+        if whole is None:
+            return Part(evaluation, split, hashed=True)
+        return Part(evaluation if split == "evaluation" else whole, split, hashed=False)
+
+    def questions(
+        self,
+        rows: Callable[[DatasetFolder, str], Iterable[Example | Flaw]],
+        part: Part,
+        n: int,
+        seed: int,
+        score: Callable[[str, Example], float],
+        **more: Any,
+    ) -> Task:
+        """A task of short answers to n questions of a part."""
+        examples, notes = self.drawn(rows(self, part.name), part, n, seed)
+        return Task(self.name, examples, score, max_new_tokens=10, notes=notes, **more)
+
+    def drawn(
+        self, rows: Iterable[Example | Flaw], part: Part, n: int, seed: int
+    ) -> tuple[tuple[Example, ...], tuple[str, ...]]:
+        """n of the part's examples drawn with the seed, in the order of their ids, and notes on what is left out."""
+        flaws: list[Flaw] = []
+        good: list[Example] = []
+        try:
+            for row in rows:
+                if isinstance(row, Flaw):
+                    flaws.append(row)
+                elif part.has(row.cluster):
+                    good.append(row)
+        except Misfit as error:
+            why = f"{self.name} in {self.folder} is not of the official layout: {error}; {self.get}"
+            raise UserError(why) from error
+        notes = [*part.note, *self.tolerated(flaws, len(flaws) + len(good))]
+        good.sort(key=lambda example: example.id)  # the sample does not depend on the order of a file or a folder
+        chosen = draw(good, n, seed, f"{self.name} in {self.folder}", part.split)
+        seen, more = self.seen(chosen)
+        return seen, (*notes, *more)
+
+    def seen(self, chosen: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[str, ...]]:
+        """Those whose image is there and whole, and notes on the others."""
+        why: dict[str, str | None] = {}
+        for example in chosen:
+            if example.cluster not in why:
+                why[example.cluster] = images.unusable(example.image)
+        bad = [Flaw(_named(example), reason) for example in chosen if (reason := why[example.cluster])]
+        return tuple(e for e in chosen if not why[e.cluster]), tuple(self.tolerated(bad, len(chosen)))
+
+    def tolerated(self, flaws: Sequence[Flaw], total: int) -> list[str]:
+        """One note per kind of flaw; an error where they are too many."""
+        notes = []
+        for why in dict.fromkeys(flaw.why for flaw in flaws):
+            ids = [flaw.id for flaw in flaws if flaw.why == why]
+            few = ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
+            notes.append(f"{len(ids)} of {total} examples left out: {why} ({few})")
+        if len(flaws) > SHARE * total:
+            raise UserError(
+                f"{self.name} in {self.folder}: {'; '.join(notes)}; at most {SHARE:.0%} may be left out; {self.get}"
+            )
+        return notes
+
+
+def each(entries: Any, what: str, required: Mapping[str, Kind], optional: Mapping[str, Kind] = {}) -> Iterator[Any]:
+    """The entries of a list, objects whose fields are of these kinds: what names one of them."""
+    if isinstance(entries, list | tuple | Iterator):
+        for entry in entries:
+            yield check(entry, required, optional, what)
+    else:
+        raise Misfit(f"where {what} should stand in a list there is {shown(entries)}")
+
+
+def _named(example: Example) -> str:
+    """An example with its image's file, where it has one."""
+    return f"{cut(example.id)}: {cut(example.image.name)}" if isinstance(example.image, Path) else cut(example.id)
+
+
+def _gap(text: str, at: int) -> int:
+    """Where the next object of a list begins, or the list ends."""
+    between = _BETWEEN.match(text, at)
+    return between.end() if between else at
+
+
+def draw(examples: Iterable[Example], n: int, seed: int, where: str, split: str) -> list[Example]:
+    """n examples in the order that they come in; more of them include the fewer."""
+    known: dict[str, Example] = {}
+    for example in examples:
+        if example.id in known:
+            raise UserError(f"{where} has the id '{example.id}' twice; every example needs its own")
+        known[example.id] = example
+    if not known:
+        raise UserError(f"{where} has no {split} examples")
+    order = np.random.default_rng(seed).permutation(len(known))[:n]
+    every = list(known.values())
+    return [every[i] for i in sorted(order.tolist())]
+
+
+def held_out(image: str) -> bool:
+    """Whether an image is one of the tenth that is kept for calibration: a property of its name alone."""
+    return int(hashlib.sha256(image.encode()).hexdigest(), 16) % TENTH == 0

@@ -1,0 +1,1 @@
+"""An example, its image, and the task that it belongs to."""

@@ -1,0 +1,104 @@
+"""Whether an image file is whole: from its end where its kind marks it, otherwise by decoding all of it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from sensitivity.spec.errors import UserError, reason
+from sensitivity.spec.fields import MISSING, Misfit, not_a_file
+from sensitivity.tasks.examples.types import ImageSource
+
+ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+TAIL = 4096  # bytes at the end of a file that are searched: cameras write things of their own behind the picture
+
+
+def unusable(image: NDArray[np.uint8] | ImageSource) -> str | None:
+    """Why an image cannot be used; None where it can."""
+    if isinstance(image, np.ndarray):
+        return None
+    if isinstance(image, Path) and (trouble := not_a_file(image)):
+        return "no image file" if trouble == MISSING else f"no image file: {trouble}"
+    try:
+        return None if _whole(image) else "a truncated image"
+    except Image.DecompressionBombError:
+        return "an image of more pixels than Pillow holds to be safe"
+    except Misfit:
+        return "an image far longer than wide"
+    except FileNotFoundError:  # of a data set that keeps its images elsewhere
+        return "no image file"
+    except Exception:  # on a damaged file, each of Pillow's readers has errors of its own
+        return "an image that cannot be read"
+
+
+def _whole(image: ImageSource) -> bool:
+    with opened(image) as picture:
+        if (mark := ENDS.get(picture.format or "")) is not None and mark in _tail(image):
+            if picture.format == "PNG":
+                picture.verify()  # its checksums, without decoding; a JPEG has none
+            return True
+    with opened(image) as picture:
+        try:
+            picture.load()
+        except OSError:
+            return False
+    return True
+
+
+def _tail(image: ImageSource) -> bytes:
+    source = stream(image)
+    with source.open("rb") if isinstance(source, Path) else source as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - TAIL, 0))
+        return file.read()
+
+
+SLIMMEST = 200  # to one: a line of pixels whose short side is enlarged to a model's fills gigabytes
+
+
+def open_image(source: NDArray[np.uint8] | ImageSource) -> Image.Image:
+    """An upright RGB picture from an array or a file of any kind that Pillow reads."""
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source)
+    try:
+        with opened(source) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits a channel; convert() would clip them to white
+                return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")
+            return upright.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"no image at {source}") from None
+    except Exception as error:  # on a damaged file, each of Pillow's readers has errors of its own
+        raise UserError(f"cannot read the image {source}: {reason(error)}") from error
+
+
+@contextmanager
+def opened(source: ImageSource) -> Iterator[Image.Image]:
+    """A picture whose size is known and whose pixels are not read yet; what is no file is not waited for."""
+    if isinstance(source, Path) and (trouble := not_a_file(source)):
+        raise FileNotFoundError(source) if trouble == MISSING else Misfit(trouble)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at twice as much, Pillow refuses
+        with Image.open(stream(source)) as image:
+            if max(image.size) > SLIMMEST * min(image.size):
+                raise Misfit(f"it is {image.width} by {image.height} pixels, and {SLIMMEST} to 1 is the most")
+            yield image
+
+
+def same_image(image: Any) -> Any:
+    """Equal for equal images, and small."""
+    return image.resolve() if hasattr(image, "resolve") else (image.shape, hashlib.blake2b(image.tobytes()).digest())
+
+
+def stream(source: ImageSource) -> Path | io.BytesIO:
+    """What Pillow can open; of a file, no more is read than is needed."""
+    return source if isinstance(source, Path) else io.BytesIO(source.read_bytes())

@@ -1,0 +1,145 @@
+"""Example, Task and Gallery: what a model is asked, and how its answers are scored."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+SPLITS: tuple[str, ...] = ("evaluation", "calibration")
+
+
+SHORT = "\nAnswer the question using a single word or phrase."  # after a question, as in LLaVA-1.5 and GeoChat
+
+
+class ImageSource(Protocol):
+    """An image that is read when it is needed: a Path, or a cell of a data set."""
+
+    def read_bytes(self) -> bytes: ...
+
+    def resolve(self) -> object:
+        """Which image this is, for comparisons."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)  # there may be hundreds of thousands (reports/memory.md)
+class Example:
+    """One image, one prompt, and the answers that are right; examples of one cluster share an image.
+
+    The first answer is the one whose likelihood is measured. `regions` are the true boxes, where boxes are asked for.
+    """
+
+    id: str
+    cluster: str
+    kind: str
+    image: NDArray[np.uint8] | ImageSource
+    prompt: str
+    answers: tuple[str, ...]
+    regions: Regions | None = None
+
+
+Metric = Callable[[Sequence[str], Sequence[Example]], float]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Nothing is asked, but captions are looked for among those of so many images, and images among them.
+
+    The `top` most similar are compared once more, by a model that can read an image and a text together; 0 for none.
+    """
+
+    pool: int
+    top: int
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Examples and the rule that scores an answer.
+
+    `exact` says that an answer scores only if it is a right one, apart from case and white space. Then one that begins
+    like none of them need not be written out.
+    `metrics` are further figures of all answers together; those in `slow` (a program of its own starts) are not taken
+    of every plan. `notes` say what was left out.
+    """
+
+    name: str
+    examples: tuple[Example, ...]
+    score: Callable[[str, Example], float]
+    exact: bool = False
+    max_new_tokens: int = 32
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    gallery: Gallery | None = None
+    slow: tuple[str, ...] = ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with any id, prompt, answer, box or image."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(repr((example.id, example.kind, example.prompt, example.answers)).encode())
+            if example.regions:
+                digest.update(repr(example.regions).encode())
+            image = example.image
+            pixels = np.ascontiguousarray(image).tobytes() if isinstance(image, np.ndarray) else image.read_bytes()
+            digest.update(pixels)
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def chance(self) -> float:
+        """The score of always giving each kind's commonest right answer: what blindness gets."""
+        if self.gallery:
+            return 1 / min(self.gallery.pool, len({example.cluster for example in self.examples}))
+        commonest: dict[str, str] = {}
+        for kind in {example.kind for example in self.examples}:
+            answers = Counter(example.answers[0] for example in self.examples if example.kind == kind)
+            commonest[kind] = answers.most_common(1)[0][0]
+        return float(np.mean([self.score(commonest[example.kind], example) for example in self.examples]))
+
+    def measure(self, answers: Sequence[str]) -> dict[str, float]:
+        """The further metrics of one answer per example, in their order."""
+        if len(answers) != len(self.examples):
+            raise ValueError(f"{len(answers)} answers for {len(self.examples)} examples")
+        return {name: float(metric(answers, self.examples)) for name, metric in self.metrics.items()}
+
+    def quick(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+        """The further metrics that are not slow, of a trial's rows: in any order, and of as many examples as it has."""
+        named = zip(rows["task"], rows["example"], rows["answer"], strict=True)
+        said = {example: answer for name, example, answer in named if name == self.name}
+        asked = [example for example in self.examples if example.id in said]
+        answers = [said[example.id] for example in asked]
+        chosen = [name for name in self.metrics if asked and name not in self.slow]
+        found = {name: float(self.metrics[name](answers, asked)) for name in chosen}
+        return {name: value for name, value in found.items() if math.isfinite(value)}  # all kinds may not be there yet
+
+
+def exact(answer: str, example: Example) -> float:
+    """1 if the answer is one of the right ones, apart from case and white space."""
+    given = " ".join(answer.lower().split())
+    return float(any(given == " ".join(right.lower().split()) for right in example.answers))
+
+
+def mean_of(score: Callable[[str, Example], float]) -> Metric:
+    """A score per example as a metric of all answers."""
+    return lambda answers, examples: float(np.mean([score(a, e) for a, e in zip(answers, examples, strict=True)]))
+
+
+Box = tuple[float, float, float, float, float]
+
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The true boxes of an image as convex polygons, and the image's size, in pixels."""
+
+    width: int
+    height: int
+    polygons: tuple[tuple[Point, ...], ...]

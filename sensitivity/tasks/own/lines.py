@@ -1,0 +1,150 @@
+"""A user's own data: JSON Lines with image, prompt and answers or boxes, or a saved data set; and scorers."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.fields import ANY_TEXT, FILE, NAME, TEXT, Misfit, check, content, either, listed, one_of, parsed
+from sensitivity.tasks.datasets import source as layout
+from sensitivity.tasks.examples.types import SPLITS, Example, Regions, Task, exact
+from sensitivity.tasks.own import saved
+from sensitivity.tasks.scoring import captions, grounding, vqa_accuracy
+
+NEEDS = 'each line is like {"image": "a.jpg", "prompt": "What is this?", "answers": ["a cat"]}'
+BOXES = 'each line is like {"image": "a.jpg", "prompt": "Where is it?", "boxes": [[10, 20, 50, 60]]}, in pixels'
+SAID = either(ANY_TEXT, listed(ANY_TEXT))  # an empty answer is refused in words of its own
+ASKED = {"prompt": ANY_TEXT}
+ABOUT = {"id": NAME, "kind": TEXT, "split": one_of(*SPLITS)}
+FEWEST = 4  # answers for the accuracy of VQA: with one left out, three others must be able to agree
+
+Scorer = Callable[[str, tuple[Example, ...], tuple[str, ...]], Task]
+
+
+def _exact(name: str, examples: tuple[Example, ...], notes: tuple[str, ...]) -> Task:
+    return Task(name, examples, exact, notes=notes)
+
+
+def _vqa(name: str, examples: tuple[Example, ...], notes: tuple[str, ...]) -> Task:
+    for example in examples:
+        if len(example.answers) < FEWEST:
+            raise UserError(
+                f"example {example.id} of {name} has fewer than {FEWEST} answers, so the accuracy of VQA cannot reach "
+                "1; give every person's answer, or type exact: in front of the file instead of vqa:"
+            )
+    return Task(name, examples, vqa_accuracy.accuracy, notes=notes)
+
+
+# --task SCORER:FILE.jsonl or SCORER:FOLDER
+SCORERS: dict[str, Scorer] = {
+    "exact": _exact,
+    "vqa": _vqa,
+    "iou": grounding.task,
+    "caption": captions.task,
+}
+
+
+def own(
+    path: Path,
+    split: str,
+    n: int,
+    seed: int,
+    scorer: str = "exact",
+    score: Callable[[str, Example], float] | None = None,
+) -> Task:
+    """n examples drawn with the seed; a line may name its "split" (evaluation where it does not).
+
+    `score` is any function from an answer and its example to a number, in place of a scorer's.
+    """
+    if path.is_dir():
+        return made(path, saved.lines_of(path, split, scorer == "iou"), split, n, seed, scorer, score)
+    boxes = scorer == "iou"
+    mine = [line for line in lines_of(path, boxes) if line["split"] == split]
+    needs = BOXES if boxes else NEEDS
+    if not mine:
+        raise UserError(f'{path} has no {split} lines; {needs}, and may have "split": "{split}"')
+    return made(path, mine, split, n, seed, scorer, score)
+
+
+def made(
+    path: Path,
+    lines: Iterable[dict[str, Any]],
+    split: str,
+    n: int,
+    seed: int,
+    scorer: str,
+    score: Callable[[str, Example], float] | None = None,
+) -> Task:
+    """The task of lines that were read from `path`."""
+    source = layout.DatasetFolder(path.stem, path.parent, "mend or take out those lines")
+    chosen = layout.draw((_example(path, line, scorer == "iou") for line in lines), n, seed, str(path), split)
+    examples, notes = source.seen(chosen)
+    if scorer == "iou":
+        examples = tuple(map(grounding.sized, examples))
+        for example in examples:
+            if astray := grounding.outside(example):
+                raise UserError(
+                    f"{path}: example {example.id} has a box outside of its image, which is {astray}; {BOXES}"
+                )
+    if score is not None:
+        return Task(path.stem, examples, score, notes=notes)
+    return SCORERS[scorer](path.stem, examples, notes)
+
+
+def lines_of(path: Path, boxes: bool = False) -> Iterator[dict[str, Any]]:
+    """The lines as objects, each with its number and split."""
+    needs, right = (BOXES, "boxes") if boxes else (NEEDS, "answers")
+    try:
+        every = content(path).split(b"\n")  # and at nothing else: JSON may hold U+2028 and U+0085 as they are
+    except Misfit as error:
+        raise UserError(f"cannot read {path}: {error}; {needs}") from error
+    for number, line in enumerate(every, start=1):
+        try:
+            if not line.removeprefix(codecs.BOM_UTF8).strip():
+                continue
+            fields = parsed(line)
+        except Misfit as error:
+            raise UserError(f"{path}, line {number} is not JSON ({error}); {needs}") from error
+        given = fields if isinstance(fields, dict) else {}
+        if missing := [name for name in ("image", "prompt", right) if given.get(name) in (None, "", [])]:
+            raise UserError(f"{path}, line {number} lacks {' and '.join(missing)}; {needs}")
+        try:
+            check(given, {"image": FILE, **ASKED}, ABOUT)
+        except Misfit as error:
+            raise UserError(f"{path}, line {number}: {error}; {needs}") from error
+        yield {**given, "split": given.get("split") or "evaluation", "number": number}
+
+
+def _example(path: Path, fields: dict[str, Any], boxes: bool) -> Example:
+    line, needs = f"{path}, line {fields['number']}", BOXES if boxes else NEEDS
+    try:
+        check(
+            fields,
+            {**ASKED, **({"boxes": grounding.BOXES} if boxes else {"answers": SAID})},
+            {**ABOUT, "answers": SAID},
+        )
+    except Misfit as error:
+        raise UserError(f"{line}: {error}; {needs}") from error
+    given = fields.get("answers") or ()
+    answers = (given,) if isinstance(given, str) else tuple(given)
+    if not all(answer.strip() for answer in answers) or not (answers or boxes):
+        raise UserError(f"{line} has an empty answer; {needs}")
+    regions = None
+    if boxes:
+        whole = grounding.polygons(fields["boxes"])
+        if whole is None:
+            raise UserError(f"{line} has a box without an area; {needs}")
+        regions = Regions(0, 0, whole)
+    image, name = fields["image"], fields.get("id")
+    return Example(
+        id=f"line-{fields['number']:06d}" if name is None else str(name),
+        cluster=str(image),
+        kind=fields.get("kind") or "all",
+        image=path.parent / image if isinstance(image, str) else image,
+        prompt=fields["prompt"],
+        answers=answers,
+        regions=regions,
+    )

@@ -1,0 +1,98 @@
+"""A data set saved by Hugging Face `datasets`: rows as a user's own lines, images read when they are needed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sensitivity.spec.errors import UserError, reason
+from sensitivity.spec.fields import Misfit, content
+from sensitivity.tasks.datasets import source
+
+NEEDS = (
+    "it takes a folder that datasets' save_to_disk wrote, with the columns image, prompt (or question) and answers (or "
+    "answer; or boxes), and optionally id, image_id and kind"
+)
+PARTS = ("test", "validation", "val", "train")  # the first of these is evaluated on; train calibrates
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The image in one row of a data set that stays on disk."""
+
+    rows: Any
+    number: int
+    name: str
+
+    def read_bytes(self) -> bytes:
+        stored = self.rows[self.number]["image"]
+        if not isinstance(stored, dict):
+            raise Misfit("there is no image")
+        return bytes(stored["bytes"]) if stored["bytes"] is not None else content(Path(stored["path"]))
+
+    def resolve(self) -> str:
+        return self.name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def lines_of(folder: Path, split: str, boxes: bool) -> Iterator[dict[str, Any]]:
+    """The rows of a split in the form of a JSON Lines file's; a tenth of the images calibrates where none is for it."""
+    part, rows = _rows(folder, split)
+    prompt = _column(folder, rows, "prompt", "question")
+    right = _column(folder, rows, *(("boxes",) if boxes else ("answers", "answer")))
+    images = rows.select_columns(["image"])
+    for number, row in enumerate(rows.remove_columns(["image"])):
+        cell = Cell(images, number, f"{folder.name}/{part.name}/{row.get('image_id') or ''}")
+        if row.get("image_id") is None:
+            cell = Cell(images, number, cell.name + _mark(cell))
+        if part.has(cell.name):
+            line = {name: row[name] for name in ("id", "kind") if row.get(name) is not None}
+            asked = {"image": cell, "prompt": row[prompt], "boxes" if boxes else "answers": row[right]}
+            yield line | asked | {"number": number + 1}
+
+
+def _rows(folder: Path, split: str) -> tuple[source.Part, Any]:
+    if importlib.util.find_spec("datasets") is None:
+        why = f"{folder} is a folder; to read it as a saved data set"
+        raise UserError(f"{why}, type pip install 'vlm-sensitivity[tasks]'")
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:  # of datasets, Arrow, JSON; a folder may be damaged in many ways
+        raise UserError(f"cannot read {folder} as a saved data set ({reason(error)}); {NEEDS}") from error
+    part = source.Part("all", split, hashed=True)
+    if isinstance(found, datasets.DatasetDict):
+        known = [name for name in PARTS if name in found]
+        if not known:
+            raise UserError(f"{folder} has the splits {', '.join(found)}; one of {', '.join(PARTS)} is needed")
+        apart = known[0] != "train" and "train" in known
+        part = source.Part("train" if apart and split == "calibration" else known[0], split, hashed=not apart)
+        found = found[part.name]
+    _column(folder, found, "image")
+    try:
+        return part, found.cast_column("image", datasets.Image(decode=False))
+    except Exception as error:
+        why = f"the column image of {folder} holds no images ({reason(error)}); {NEEDS}"
+        raise UserError(why) from error
+
+
+def _mark(cell: Cell) -> str:
+    """An image's own name, by its content; one that cannot be read is left out later, and has its row's number."""
+    try:
+        return hashlib.sha256(cell.read_bytes()).hexdigest()[:16]
+    except (Misfit, TypeError, OSError):
+        return f"row-{cell.number}"
+
+
+def _column(folder: Path, rows: Any, *names: str) -> str:
+    for name in names:
+        if name in rows.column_names:
+            return name
+    raise UserError(f"{folder} has no column {' or '.join(names)}; {NEEDS}")

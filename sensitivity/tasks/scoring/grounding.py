@@ -1,0 +1,136 @@
+"""Tasks whose answers are boxes: each box that is written may stand for one true box, if the two overlap enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from sensitivity.spec.errors import UserError, reason, unknown
+from sensitivity.spec.fields import NUMBER, Kind, listed
+from sensitivity.tasks.examples.images import opened
+from sensitivity.tasks.examples.types import Example, Metric, Point, Regions, Task
+from sensitivity.tasks.scoring.boxes import DECODINGS, convex, decoded, matches, polygon_iou, written
+
+ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # of EXIF: those that stand upright only after a quarter turn
+MOST = 1000  # corners of a box
+THRESHOLDS = (0.5, 0.25)  # of the intersection over union; the score is at the first
+
+
+def _is_box(value: Any) -> bool:
+    if not isinstance(value, list) or not 3 <= len(value) <= MOST:
+        return False
+    if all(map(NUMBER.fits, value)):
+        return len(value) >= 4 and len(value) % 2 == 0
+    return all(isinstance(point, list) and len(point) == 2 and all(map(NUMBER.fits, point)) for point in value)
+
+
+BOX = Kind("boxes, each [x1, y1, x2, y2] or corners [[x, y], ...]", _is_box)
+BOXES = listed(BOX)
+
+
+def task(
+    name: str,
+    examples: tuple[Example, ...],
+    notes: tuple[str, ...] = (),
+    decoding: str = "turned",
+    most: int = 256,
+) -> Task:
+    """True boxes found one to one, over all true boxes: acc@0.5 as the score, acc@0.25 and any match beside it.
+
+    Beside them too: what other ways to read a written box would have found.
+
+    An example scores its boxes found by the mean number of boxes per example, so that the mean over examples is the
+    published figure, found of all; with more than one box to an image an example's score can therefore pass 1.
+    """
+    if decoding not in DECODINGS:
+        raise unknown("decoding of boxes", decoding, DECODINGS)
+    per_example = sum(len(_regions(e).polygons) for e in examples) / max(len(examples), 1)
+
+    def score(answer: str, example: Example) -> float:
+        return found(answer, example, THRESHOLDS[0], decoding) / per_example
+
+    further: dict[str, Metric] = {f"acc@{at}": accuracy(at, decoding) for at in THRESHOLDS}
+    further |= {f"any match@{at}": any_match(at, decoding) for at in THRESHOLDS}
+    others = [other for other in DECODINGS if other != decoding]
+    further |= {f"acc@{at}, read as {other}": accuracy(at, other) for other in others for at in THRESHOLDS}
+    return Task(name, examples, score, max_new_tokens=most, metrics=further, notes=notes)
+
+
+def found(answer: str, example: Example, threshold: float, decoding: str = "turned") -> int:
+    """How many true boxes the boxes in an answer find, one to one."""
+    right = _regions(example)
+    return matches(decoded(answer, right.width, right.height, decoding), right.polygons, threshold)
+
+
+def accuracy(threshold: float, decoding: str = "turned") -> Metric:
+    def metric(answers: Sequence[str], examples: Sequence[Example]) -> float:
+        hits = sum(found(a, e, threshold, decoding) for a, e in zip(answers, examples, strict=True))
+        return hits / sum(len(_regions(e).polygons) for e in examples)
+
+    return metric
+
+
+def any_match(threshold: float, decoding: str = "turned") -> Metric:
+    """The lenient reading of the published figures: one good box anywhere, and the whole answer counts as right."""
+
+    def hit(answer: str, example: Example) -> bool:
+        right = _regions(example)
+        given = decoded(answer, right.width, right.height, decoding)
+        return any(polygon_iou(one, other) >= threshold for one in given for other in right.polygons)
+
+    def metric(answers: Sequence[str], examples: Sequence[Example]) -> float:
+        return sum(hit(a, e) for a, e in zip(answers, examples, strict=True)) / len(examples)
+
+    return metric
+
+
+def sized(example: Example) -> Example:
+    """With the size of the upright image, read from its first bytes, and the boxes as the text that is expected."""
+    image, known = example.image, _regions(example)
+    try:
+        if isinstance(image, np.ndarray):
+            height, width = image.shape[:2]
+        else:
+            with opened(image) as picture:
+                width, height = picture.size
+                if picture.getexif().get(ORIENTATION, 1) in LYING:
+                    width, height = height, width
+    except Exception as error:  # on a damaged file, each of Pillow's readers has errors of its own
+        raise UserError(f"cannot read the image {image}: {reason(error)}") from error
+    text = "".join(written(polygon, width, height) for polygon in known.polygons)
+    return replace(example, answers=example.answers or (text,), regions=Regions(width, height, known.polygons))
+
+
+def outside(example: Example) -> str | None:
+    """The size of an image that one of its boxes does not touch at all; None where all do."""
+    known = _regions(example)
+    for polygon in known.polygons:
+        (left, right), (top, bottom) = ((min(ends), max(ends)) for ends in zip(*polygon, strict=True))
+        if right <= 0 or bottom <= 0 or left >= known.width or top >= known.height:
+            return f"{known.width} by {known.height} pixels"
+    return None
+
+
+def polygons(boxes: Sequence[Sequence[float | Sequence[float]]]) -> tuple[tuple[Point, ...], ...] | None:
+    """Boxes in pixels: [x1, y1, x2, y2], or corners [[x, y], ...] in any order; None if there is none, or no area."""
+    made = [convex(_corners(box)) for box in boxes]
+    whole = tuple(polygon for polygon in made if polygon is not None)
+    return whole if whole and len(whole) == len(made) else None
+
+
+def _corners(box: Sequence[float | Sequence[float]]) -> list[list[float]]:
+    flat = [v for v in box if isinstance(v, int | float)]
+    if len(flat) == len(box) == 4:
+        x1, y1, x2, y2 = flat
+        return [[x1, y1], [x2, y1], [x2, y2], [x1, y2]]
+    if len(flat) == len(box):  # x, y, x, y, ...
+        return [list(pair) for pair in zip(flat[::2], flat[1::2], strict=False)]
+    return [list(point) for point in box if not isinstance(point, int | float)]
+
+
+def _regions(example: Example) -> Regions:
+    assert example.regions is not None, f"{example.id} has no true boxes"
+    return example.regions

@@ -1,0 +1,92 @@
+"""TASKS and DATASETS: every task by its name, and how a name on the command line is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from sensitivity.spec.errors import UserError, unknown
+from sensitivity.tasks import retrieval, scene_tasks
+from sensitivity.tasks.datasets import coco, geochat, gqa, rsvqa, scene_folders, vqav2
+from sensitivity.tasks.examples.types import SPLITS, Task
+from sensitivity.tasks.own import lines
+
+TASKS: dict[str, Callable[[str, int, int], Task]] = {
+    "vqa": scene_tasks.vqa,
+    "caption": scene_tasks.caption,
+    "scene": scene_tasks.scene,
+    "ground": scene_tasks.ground,
+}
+
+
+# published data sets, from a folder in their official layout: --task coco-captions:FOLDER
+DATASETS: dict[str, Callable[[Path, str, int, int], Task]] = {
+    "coco-captions": coco.captions,
+    "vqav2": vqav2.vqav2,
+    "gqa": gqa.gqa,
+    "rsvqa-lrben": rsvqa.lrben,
+    "rsvqa-hrben": rsvqa.hrben,
+    "aid": scene_folders.aid,
+    "ucmerced": scene_folders.ucmerced,
+    "geochat-grounding": geochat.grounding,
+    "geochat-region-captions": geochat.region_captions,
+}
+
+
+# what is searched and not asked, for models that compare images with texts; here `n` counts images
+SEARCHES: dict[str, Callable[[str, int, int], Task]] = {"retrieval": retrieval.of_scenes}
+
+
+GALLERIES: dict[str, Callable[[Path, str, int, int], Task]] = {"flickr30k": retrieval.of_flickr30k}
+
+
+def task(name: str, split: str = "evaluation", n: int = 1000, seed: int = 0, whole: bool = False) -> Task:
+    """A task by its name, DATASET:FOLDER, or from a user's own data, SCORER:PATH; `n` counts examples.
+
+    Answers are written out `whole`, also where they can no longer be right.
+
+    Examples:
+        >>> from sensitivity import task
+        >>> questions = task("vqa", n=20)
+        >>> first = questions.examples[0]
+        >>> questions.score(first.answers[0], first)
+        1.0
+    """
+    found = _named(name, split, n, seed)
+    return replace(found, exact=False) if whole else found
+
+
+def distinct(found: Sequence[Task], sources: Sequence[str]) -> None:
+    """Scores are kept by the name of a task, so that no two may have the same."""
+    for i, (one, source) in enumerate(zip(found, sources, strict=True)):
+        for other, earlier in zip(found[:i], sources, strict=False):
+            if one.name == other.name:
+                raise UserError(f"{earlier} and {source} are both called {one.name}; rename one of the files")
+
+
+def _named(name: str, split: str, n: int, seed: int) -> Task:
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    if n < 1:
+        raise UserError(f"a task needs at least one example, not {n}")
+    return find(name)(split, n, seed)
+
+
+def find(name: str) -> Callable[[str, int, int], Task]:
+    """What makes the task of a name, of which nothing is read yet."""
+    tasks, sets = {**TASKS, **SEARCHES}, {**DATASETS, **GALLERIES}
+    if name in tasks:
+        return tasks[name]
+    head, colon, folder = name.partition(":")
+    if head in sets:
+        if not folder:
+            raise UserError(f"{head} needs the folder where the data set is; type {head}:FOLDER")
+        return partial(sets[head], Path(folder).expanduser())
+    if colon and head in lines.SCORERS:
+        return partial(lines.own, Path(folder).expanduser(), scorer=head)
+    if name.endswith(".jsonl"):
+        return partial(lines.own, Path(name).expanduser())
+    owns = (*(f"{scorer}:PATH" for scorer in lines.SCORERS), "FILE.jsonl")
+    raise unknown("task", name, [*tasks, *(f"{known}:FOLDER" for known in sets), *owns])

@@ -1,0 +1,325 @@
+"""The knapsack against brute force, floors, ties and limits; budgets; verdicts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import planted
+import pytest
+
+from sensitivity.analysis.allocate.budget import Candidate, Wish, best_uniform, solve, spend
+from sensitivity.analysis.allocate.knapsack import Knapsack
+from sensitivity.analysis.allocate.recommendation import judge, unmeasured
+from sensitivity.analysis.surrogate.surrogate import Space, learn
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.limits import allowing, joined, tying
+from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.sizes import size
+from sensitivity.study.study import Study
+
+FOUR = planted.parts(("vision.front", "vision.end", "connector", "language"), (700, 900, 100, 2500))
+
+
+def rough(seed: int) -> planted.Formula:
+    """Damages at random, and a pair that hurts each other more than the sum."""
+    draw = np.random.default_rng(seed)
+    half = draw.uniform(0, 3.5, 6)
+
+    def formula(bits: np.ndarray) -> np.ndarray:
+        each = np.column_stack([planted.damage(bits[:, i], half[i]) for i in range(bits.shape[1])])
+        return np.asarray(np.exp(-each.sum(axis=1) - 2 * each[:, 0] * each[:, -1]))
+
+    return formula
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_equal_to_brute_force(tmp_path: Path, seed: int) -> None:
+    study = planted.study(tmp_path, {"a": rough(seed)}, 0.01, levels=(2, 3, 4, 8, 16), components=FOUR)
+    knapsack = Knapsack.of(study, ["a"])
+    model = knapsack.models["a"]
+    index = np.array(list(itertools.product(*(range(len(o)) for o in knapsack.space.choices))))
+    bits = np.array([size(FOUR, knapsack.space.decode(row)).bits for row in index])
+    scores = model.predict(index)
+    for bpw in (3.4, 4.1, 6.0, 9.0):
+        budget = int(bpw * FOUR.numel)
+        found = spend(knapsack, budget, {"a": 1.0}, top=3)
+        best = np.sort(scores[bits <= budget])[::-1][:3]
+        np.testing.assert_allclose([c.predicted["a"].score for c in found], best, atol=1e-6)
+        assert all(c.size.bits <= budget for c in found)
+
+
+def test_interactions_join_where_the_data_support_them(tmp_path: Path) -> None:
+    def crossing(bits: np.ndarray) -> np.ndarray:
+        each = [planted.damage(bits[:, i], 1.5) for i in range(3)]
+        return np.asarray(np.exp(-(each[0] + each[1] + each[2]) - 6 * each[0] * each[2]))
+
+    study = planted.study(tmp_path / "one", {"a": crossing}, 0.01)
+    assert Knapsack.of(study, ["a"]).models["a"].pairs == ((0, 2),)
+    plain = planted.study(tmp_path / "two", {"a": planted.product}, 0.01)
+    assert Knapsack.of(plain, ["a"]).models["a"].pairs == ()
+
+
+def test_the_surrogate_learns_from_few_trials() -> None:
+    bits = planted.grid()
+    plans = [planted.plan(planted.PARTS, row) for row in bits]
+    space = Space.of(plans)
+    index, draw = space.encode(plans), np.random.default_rng(0)
+    truth = planted.product(bits)
+    rows = draw.choice(len(bits), 40, replace=False)
+    model = learn(space, index[rows], truth[rows] + 0.02 * draw.standard_normal(40))
+    error = model.predict(index) - truth
+    assert 1 - np.mean(error**2) / truth.var() > 0.97
+    assert model.sigma == pytest.approx(0.02, abs=0.01)
+    low, high = np.quantile(model.draws(index), [0.025, 0.975], axis=0)
+    assert np.mean((low <= truth + 1e-3) & (truth - 1e-3 <= high)) > 0.8
+
+
+def test_the_jacobian_is_the_derivative() -> None:
+    space = Space.of([planted.plan(planted.PARTS, row) for row in planted.grid()])
+    index = space.encode([planted.plan(planted.PARTS, row) for row in planted.grid()[::7]])
+    layout = learn(space, index, np.linspace(0.2, 1, len(index)), pairs=False).layout
+    layout = type(layout)(layout.sizes, layout.family_start, layout.bits, layout.above, ((0, 1), (1, 2)))
+    theta = np.random.default_rng(0).normal(0, 0.3, layout.length)
+    theta[:2] = 1.0, 0.1
+    step = 1e-6
+    columns = [
+        (layout.predict(theta + step * unit, index) - layout.predict(theta - step * unit, index)) / (2 * step)
+        for unit in np.eye(layout.length)
+    ]
+    np.testing.assert_allclose(layout.jacobian(theta, index), np.column_stack(columns), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def two_tasks(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    def grounding(bits: np.ndarray) -> np.ndarray:
+        return np.asarray(0.9 * np.exp(-planted.damage(bits[:, 0], 4.5) - planted.damage(bits[:, 2], 1)))
+
+    return planted.study(tmp_path_factory.mktemp("two"), {"vqa": planted.product, "grounding": grounding}, 0.005)
+
+
+def test_several_budgets_at_once_and_bytes(two_tasks: Study) -> None:
+    found = solve(two_tasks, bpw=[4, 6], top=2)
+    assert [(c.budget, c.rank) for c in found] == [(4, 0), (4, 1), (6, 0), (6, 1)]
+    assert found[0].predicted["vqa"].score <= found[2].predicted["vqa"].score
+    same = solve(two_tasks, bytes=4 * two_tasks.parts.numel / 8, top=1)[0]
+    assert same.plan == found[0].plan
+    p = found[0].predicted["vqa"]
+    assert p.low <= p.score <= p.high
+    json.dumps(found[0].to_json())
+
+
+@pytest.mark.parametrize("bpw", [6.2, 7.0, 9.0])
+def test_floors_are_kept_at_the_least_cost(two_tasks: Study, bpw: float) -> None:
+    bound = solve(two_tasks, bpw=bpw, tasks=["vqa"], floors={"grounding": 0.9}, top=1)[0]
+    knapsack = Knapsack.of(two_tasks, ["vqa", "grounding"])
+    index = np.array(list(itertools.product(*(range(len(o)) for o in knapsack.space.choices))))
+    bits = np.array([size(two_tasks.parts, knapsack.space.decode(row)).bits for row in index])
+    kept = knapsack.models["grounding"].predict(index) >= 0.9 * knapsack.full("grounding") - 1e-9
+    fine = kept & (bits <= int(bpw * two_tasks.parts.numel))
+    assert bound.predicted["vqa"].score == pytest.approx(knapsack.models["vqa"].predict(index)[fine].max(), abs=1e-6)
+    assert bound.predicted["grounding"].score >= 0.9 * bound.predicted["grounding"].full - 1e-6
+
+
+def test_weights_over_several_tasks_are_solved_exactly(two_tasks: Study) -> None:
+    wish = {"vqa": 1.0, "grounding": 3.0}
+    knapsack = Knapsack.of(two_tasks, list(wish))
+    index = np.array(list(itertools.product(*(range(len(o)) for o in knapsack.space.choices))))
+    bits = np.array([size(two_tasks.parts, knapsack.space.decode(row)).bits for row in index])
+    native = np.zeros((1, 3), dtype=int)
+    value = sum(
+        w / 4 * knapsack.models[t].predict(index) / knapsack.models[t].predict(native)[0] for t, w in wish.items()
+    )
+    for bpw in (3.5, 4.2, 5.0, 7.0):
+        best = solve(two_tasks, bpw=bpw, weights=wish, top=2)
+        got = [sum(w / 4 * c.predicted[t].score / c.predicted[t].full for t, w in wish.items()) for c in best]
+        fitting = np.sort(value[bits <= int(bpw * two_tasks.parts.numel)])[::-1]
+        np.testing.assert_allclose(got, fitting[:2], atol=1e-6)
+
+
+def test_limits_hold_by_construction(two_tasks: Study) -> None:
+    only = {Scheme("codes", 4), Scheme("codes", 8)}
+    for c in solve(two_tasks, bpw=7, allowed=lambda name, choice: choice in only, top=3):
+        assert set(c.plan.bits().values()) <= {4, 8}
+    for c in solve(two_tasks, bpw=6, tied=[["vision", "language"]], top=3):
+        assert c.plan["vision"] == c.plan["language"]
+
+
+def test_infeasible_wishes_say_what_is_reachable(two_tasks: Study) -> None:
+    with pytest.raises(UserError, match=r"no measured plan fits 1.00 bpw .* 3.40 to 16.00 bpw .* can be reached"):
+        solve(two_tasks, bpw=1.0)
+    with pytest.raises(
+        UserError, match=r"predicted to keep grounding at 99% of full precision; that takes \d+\.\d+ bpw"
+    ):
+        solve(two_tasks, bpw=3.6, floors={"grounding": 0.99})
+    with pytest.raises(UserError, match="unknown task 'ocr'; choose from vqa, grounding"):
+        solve(two_tasks, bpw=4, floors={"ocr": 0.9})
+    with pytest.raises(UserError, match="needs one budget"):
+        solve(two_tasks)
+    with pytest.raises(UserError, match="a budget must be above 0, not -1"):
+        solve(two_tasks, bytes=-1)
+    with pytest.raises(UserError, match="no measured width of vision is allowed"):
+        solve(two_tasks, bpw=4, allowed=lambda name, choice: name != "vision")
+    with pytest.raises(UserError, match=r"unknown component 'visoin'.*did you mean vision"):
+        solve(two_tasks, bpw=4, tied=[["visoin", "language"]])
+
+
+# -- verdicts -------------------------------------------------------------------------------------------------------
+
+
+def frame(right: float, n: int = 400, seed: int = 0, noise: float = 0.0) -> pd.DataFrame:
+    """Examples of equal difficulty for every plan: those below a plan's share are answered right."""
+    draw = np.random.default_rng(seed)
+    luck = np.arange(n) / n + noise * draw.standard_normal(n)
+    names = [f"e{i}" for i in range(n)]
+    return pd.DataFrame({"task": "vqa", "example": names, "cluster": names, "score": (luck < right).astype(float)})
+
+
+def test_verdicts(two_tasks: Study) -> None:
+    candidates = solve(two_tasks, bpw=5, top=2)
+    rival = best_uniform(Knapsack.of(two_tasks, ["vqa"]), 5, {"vqa": 1.0})
+    assert rival is not None
+    assert rival.plan.is_uniform
+    assert rival.size.bpw <= 5
+    mine, other, them = (c.plan.key for c in (*candidates, rival))
+    native = Plan.uniform(two_tasks.parts, None).key
+
+    found = judge(
+        two_tasks, candidates, rival, {mine: frame(0.9), other: frame(0.7), them: frame(0.6), native: frame(0.95)}
+    )
+    assert found.uniform is not None
+    assert (found.plan.key, found.uniform.verdict) == (mine, "better")
+    assert "Clearly better than the best uniform plan: +0.300" in found.words
+    assert found.full is not None
+    assert found.full.mean == pytest.approx(0.95)
+    assert found.others[0].verdict == "better"
+    data = json.loads(found.dumps())
+    assert data["provenance"]["trials"] == len(two_tasks.trials())
+    assert data["measured"]["mean"] == pytest.approx(0.9)
+
+    noisy = {mine: frame(0.62, noise=0.3, seed=1), them: frame(0.6, noise=0.3, seed=2)}
+    found = judge(two_tasks, candidates, rival, noisy)
+    assert found.uniform is not None
+    assert found.uniform.verdict == "tied"
+    assert found.uniform.more is not None
+    assert found.uniform.more > 100
+    assert f"about {found.uniform.more:,} more examples would decide" in found.words
+
+    close = {mine: frame(0.58, noise=0.3, seed=1), them: frame(0.62, noise=0.3, seed=2)}
+    found = judge(two_tasks, candidates, rival, close)
+    assert found.uniform is not None
+    assert found.uniform.verdict == "no worse"
+    assert "The best uniform plan is no worse" in found.words
+
+    assert "Predicted only" in judge(two_tasks, candidates, rival, {}).words
+    assert unmeasured(two_tasks, candidates).measured is None
+
+
+def test_a_uniform_plan_that_is_clearly_better_is_recommended(two_tasks: Study) -> None:
+    candidates = solve(two_tasks, bpw=5, top=2)
+    rival = best_uniform(Knapsack.of(two_tasks, ["vqa"]), 5, {"vqa": 1.0})
+    assert rival is not None
+    mine, them = candidates[0].plan.key, rival.plan.key
+    found = judge(two_tasks, candidates, rival, {mine: frame(0.5), them: frame(0.8)})
+    assert found.plan == rival.plan
+    assert found.uniform is None
+    assert found.others[0].verdict == "better"
+    assert "A uniform plan is the best choice here. The best uniform plan is clearly better: -0.300" in found.words
+
+
+def test_several_tasks_are_judged_by_their_weighted_shares(two_tasks: Study) -> None:
+    weights = {"vqa": 3.0, "grounding": 1.0}
+    candidates = solve(two_tasks, bpw=5, weights=weights, top=2)
+    native = Plan.uniform(two_tasks.parts, None).key
+
+    def both(vqa: float, grounding: float) -> pd.DataFrame:
+        return pd.concat([frame(vqa), frame(grounding, n=200).assign(task="grounding")])
+
+    one, other = (candidate.plan.key for candidate in candidates)
+    frames = {native: both(0.9, 0.5), one: both(0.45, 0.5), other: both(0.81, 0.25)}
+    found = judge(two_tasks, candidates, None, frames, weights)
+    assert found.plan.key == other  # 0.75 * 0.9 + 0.25 * 0.5 against 0.75 * 0.5 + 0.25
+    assert found.measured is not None
+    assert found.measured.mean == pytest.approx(0.8)
+    assert found.others[0].difference.mean == pytest.approx(0.8 - 0.625)
+    assert found.by_task["grounding"].mean == 0.25
+    assert found.task == "0.75 vqa + 0.25 grounding"
+    assert found.predicted.low <= found.predicted.score <= found.predicted.high
+
+
+def test_the_best_uniform_plan_meets_the_same_conditions(two_tasks: Study) -> None:
+    knapsack, wish = Knapsack.of(two_tasks, ["vqa", "grounding"]), {"vqa": 1.0}
+
+    def bits(found: Candidate | None) -> set[int]:
+        return set(found.plan.bits().values()) if found else set()
+
+    assert bits(best_uniform(knapsack, 9, wish)) == {8}
+    assert bits(best_uniform(knapsack, 9, wish, fits=lambda plan: plan.bits()["vision"] < 8)) == {6}
+    assert bits(best_uniform(knapsack, 5, wish, floors={"grounding": 0.9})) == set()
+
+
+def test_a_wish_survives_the_journey_through_json() -> None:
+    wish = Wish((3.0, 4.0), {"vqa": 1.0}, {"ground": 0.9}, {"vision": (4, 8)}, [("vision", "language")], "vllm", 2)
+    again = Wish.from_json(json.loads(json.dumps(wish.to_json())))
+    assert again.to_json() == json.loads(json.dumps(wish.to_json()))
+    assert (again.bpw, again.runtime, again.top) == (wish.bpw, wish.runtime, wish.top)
+
+
+def test_limits_are_named_by_patterns() -> None:
+    names = ("vision.front.attn", "vision.front.ff", "connector", "language.end.ff")
+    allow = allowing(names, {"vision": (4, 8), "vision.front.ff": (16,), "*.ff": (2,)})
+    assert allow is not None
+    assert allow("vision.front.attn", Scheme("codes", 4))
+    assert not allow("vision.front.attn", None)
+    assert allow("vision.front.ff", None)  # the longest pattern decides
+    assert not allow("language.end.ff", Scheme("codes", 4))
+    assert allow("connector", Scheme("codes", 3))
+    assert tying(names, [("*.ff", "connector")]) == [("vision.front.ff", "language.end.ff", "connector")]
+    assert joined([("a", "b"), ("c", "d"), ("b", "c")]) == [("a", "b", "c", "d")]
+    with pytest.raises(UserError, match=r"unknown component 'visoin'.*"):
+        allowing(names, {"visoin": (4,)})
+    with pytest.raises(UserError, match="'connector' is a single component"):
+        tying(names, [("connector",)])
+
+
+def test_the_number_of_examples_that_decide_is_about_right() -> None:
+    """With so many, four out of five repetitions find the difference."""
+    from sensitivity.analysis.allocate.comparison import _more
+    from sensitivity.study.scores import paired
+
+    draw = np.random.default_rng(0)
+    sample = draw.normal(0.05, 0.5, 200)
+    sample += 0.05 - sample.mean()
+    difference = paired(sample, np.zeros(200), np.arange(200))
+    more = _more(difference)
+    assert more is not None
+    wins = 0
+    for _ in range(300):
+        again = draw.normal(0.05, float(sample.std()), 200 + more)
+        wins += paired(again, np.zeros(len(again)), np.arange(len(again))).low > 0
+    assert 0.7 < wins / 300 < 0.9
+
+
+def test_two_ruined_parts_never_make_a_good_model(tmp_path: Path) -> None:
+    """Where damage adds up to less than its sum, no term may promise that a second ruined part heals the first."""
+
+    def worst(bits: np.ndarray) -> np.ndarray:
+        return np.asarray(np.exp(-np.maximum(planted.damage(bits[:, 0], 4), planted.damage(bits[:, 2], 4))))
+
+    study = planted.study(tmp_path, {"a": worst}, 0.01)
+    model = Knapsack.of(study, ["a"]).models["a"]
+    assert (model.gammas() >= 0).all()
+    alone, both = (
+        model.predict(model.space.encode([planted.plan(planted.PARTS, b)])) for b in ((2, 16, 16), (2, 16, 2))
+    )
+    assert both[0] <= alone[0] + 1e-9
+
+
+def test_a_budget_is_remembered_as_it_was_asked_for(two_tasks: Study) -> None:
+    """It is rarely a whole number of bits: 2.6 bits per weight came back as 2.59999986."""
+    asked = 5.20001
+    assert (asked * two_tasks.parts.numel) % 1 > 0.01
+    assert {one.budget for one in solve(two_tasks, bpw=asked)} == {asked}

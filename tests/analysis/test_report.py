@@ -1,0 +1,214 @@
+"""The page: complete, self-contained, escaped, readable without scripts, and alive in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import planted
+import pytest
+from browser import browser
+from test_allocate import frame
+
+from sensitivity.analysis.allocate.budget import solve
+from sensitivity.analysis.allocate.recommendation import Recommendation, judge, unmeasured
+from sensitivity.analysis.report.page import report
+from sensitivity.spec.components import ComponentMap, Kept, Weight
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.study.exports import note
+from sensitivity.study.study import Study
+
+HOSTILE = "</script><img src=x onerror=alert(1)>\"'`{{7*7}}"
+
+
+def recommended(study: Study) -> Recommendation:
+    candidates = solve(study, bpw=5.0)
+    native = Plan.uniform(study.parts, None)
+    shares = {candidates[0].plan.key: 0.9, native.key: 0.95}
+    frames = {key: frame(share).assign(task=study.tasks[0]) for key, share in shares.items()}
+    return judge(study, candidates, None, frames)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return planted.study(tmp_path_factory.mktemp("study"), {"vqa": planted.product}, noise=0.01)
+
+
+@pytest.fixture(scope="module")
+def page(study: Study) -> Path:
+    return report(study, study.path / "report", recommended(study), bootstraps=3)
+
+
+def test_it_says_what_to_do_how_sure_and_what_would_change_it(page: Path, study: Study) -> None:
+    text = page.read_text()
+    for heading in ("What to do", "How sure", "What would change the answer", "Kept at native precision"):
+        assert heading in text
+    assert f"Use the plan {recommended(study).plan.describe()}" in text
+    assert "It was run on fresh examples and scored 0.9" in text
+    assert "What each budget buys" in text
+
+
+def test_every_figure_comes_as_picture_drawing_and_numbers(page: Path) -> None:
+    names = {file.stem for file in page.parent.glob("*.png")}
+    assert {"vqa-pareto", "vqa-importance", "vqa-by-bits", "vqa-interactions", "vqa-calibration", "vqa-levels"} <= names
+    for name in names:
+        for ending in ("svg", "csv"):
+            assert (page.parent / f"{name}.{ending}").stat().st_size > 50
+    assert not list(page.parent.glob(".*"))  # nothing half-written
+
+
+def test_nothing_is_fetched(page: Path) -> None:
+    text = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page.read_text())
+    assert not re.findall(r'(?:src|href)="(?:https?:)?//', text)
+    assert "default-src 'none'" in text
+
+
+class Alternatives(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.named: list[bool] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        if tag == "svg" and found.get("role") == "img":
+            self.named.append(bool(found.get("aria-label")))
+        if tag in ("clipPath", "clippath") and found.get("id"):
+            self.ids.append(str(found["id"]))
+
+
+def test_figures_have_alternatives_and_ids_of_their_own(page: Path) -> None:
+    parser = Alternatives()
+    parser.feed(page.read_text())
+    assert len(parser.named) > 5
+    assert all(parser.named)
+    assert len(parser.ids) == len(set(parser.ids))
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    parts = ComponentMap(
+        HOSTILE, "linear",
+        tuple(Weight(f"{p}.{HOSTILE}.weight", 1, 100, p, None, 0, None) for p in planted.PARTS),
+        (Kept("x", 10, HOSTILE),),
+    )  # fmt: skip
+    study = Study.create(tmp_path / "run", parts, [HOSTILE], {"model": HOSTILE, "note": HOSTILE})
+    bits = planted.grid((2, 4, 8))
+    plans = [planted.plan(parts.names, row) for row in bits]
+    study.append(plans, [{HOSTILE: float(value)} for value in planted.product(bits)])
+    gained = {"mean": 0.1, "low": 0.0, "high": 0.2, "n": 9}
+    about = {"format": HOSTILE, "plan": HOSTILE, "bpw": 4.0, "bytes": 9, "written": True}
+    note(study.path, Path(HOSTILE), {**about, "path_gain": {"path": HOSTILE, HOSTILE: gained}})
+    text = report(study, tmp_path / "report", unmeasured(study, solve(study, bpw=5)), bootstraps=2).read_text()
+    assert "<h2>Exported</h2>" in text
+    assert "<img src=x" not in text
+    assert "49" not in re.sub(r"[\d.]{3,}", "", text).split("<title>")[1].split("</title>")[0]
+    data = re.search(r'<script type="application/json" id="plans">(.*?)</script>', text, re.DOTALL)
+    assert data is not None
+    assert json.loads(data[1])["names"] == list(parts.names)
+    with browser() as window:
+        window.open(tmp_path / "report" / "index.html")
+        assert window.run("return document.images.length") == 0
+        assert window.run("return document.title").startswith(HOSTILE)
+
+
+def test_several_budgets_several_methods_and_a_cliff(tmp_path: Path) -> None:
+    def cliff(bits: np.ndarray) -> np.ndarray:
+        return np.asarray(1.0 * (bits[:, 0] > 2) - 0.05 * planted.damage(bits[:, 2], 3))
+
+    levels = (2, 4, 8)
+    study = planted.study(tmp_path / "two", {"vqa": cliff}, 0.005, levels=levels)
+    bits = planted.grid(levels)
+    plans = [Plan(tuple((n, Scheme("rtn", int(b))) for n, b in zip(planted.PARTS, row, strict=True))) for row in bits]
+    study.append(plans, [{"vqa": float(value)} for value in cliff(bits)])
+    chosen = [unmeasured(study, solve(study, bpw=bpw)) for bpw in (5, 8)]
+    text = report(study, tmp_path / "out", chosen, bootstraps=1).read_text()
+    assert "The recommended plan for 5 bits per weight" in text
+    assert "The recommended plan for 8 bits per weight" in text
+    assert text.count('class="star"') == 2
+    assert "Importance by method" in text
+    assert "codes (27 trials)" in text
+    assert "For vqa, keep vision above 2 bits: there the score falls" in text
+    assert "Bars are 95 % intervals" not in text  # only means are known
+    assert text.count("Predicted only: nothing was run to check it.") == 1
+
+
+def test_few_trials_and_no_recommendation(tmp_path: Path) -> None:
+    rows = planted.grid((4, 16))[:3]
+    study = planted.study(tmp_path / "few", {"a": planted.product}, rows=rows)
+    text = report(study, tmp_path / "out").read_text()
+    assert "a ranking needs at least 8" in text
+    assert "sensitivity recommend" in text
+    empty = Study.create(tmp_path / "none", planted.parts(), ["a"], {})
+    with pytest.raises(UserError, match=r"no trial of .* is finished yet"):
+        report(empty, tmp_path / "out")
+
+
+@pytest.mark.parametrize("levels", [(3, 8), (8, 16)])
+def test_a_study_that_tells_nothing_says_so(levels: tuple[int, int], tmp_path: Path) -> None:
+    rows = None if levels == (3, 8) else np.array([[16.0] * 3, [8.0] * 3])
+    made = planted.study(tmp_path, {"vqa": lambda bits: np.zeros(len(bits))}, levels=levels, rows=rows)
+    text = report(made, tmp_path / "report", bootstraps=2).read_text()
+    assert "Not at all yet: no part could be ranked" in text
+    assert "keeps nine tenths" not in text
+    assert (tmp_path / "report" / "vqa-by-bits.png").exists() == (rows is None)  # one width is no curve
+    ticks = [float(tick) for tick in re.findall(r'text-anchor="end">([^<]+)</text>', text)]
+    assert min(ticks) < -0.01 < 0.01 < max(ticks)  # an axis, though all plans lie on one line
+
+
+def test_noise_is_reported_as_such(tmp_path: Path) -> None:
+    study = planted.study(tmp_path / "noise", {"a": lambda bits: 0 * bits[:, 0]}, noise=1.0, levels=(2, 4, 8))
+    assert "worse than the mean" in report(study, tmp_path / "out").read_text()
+
+
+def test_in_a_browser(page: Path) -> None:
+    """The hover shows the plan, a click copies it, keys walk along the frontier; light, dark, phone."""
+    where = """
+        const plot = document.querySelector('.plot'), svg = plot.querySelector('svg');
+        svg.scrollIntoView({block: 'center'});
+        const points = JSON.parse(plot.parentNode.querySelector('.points').textContent);
+        const p = points.filter(p => p.kind === 'uniform')[1], box = svg.getBoundingClientRect();
+        const scale = box.width / svg.viewBox.baseVal.width;
+        return [box.left + p.x * scale, box.top + p.y * scale, p.score];
+    """
+    tip = "const t = document.querySelector('.tip'); return [getComputedStyle(t).visibility, t.textContent]"
+    with browser() as window:
+        window.resize(1100, 900)
+        window.open(page)
+        assert window.run(tip)[0] == "hidden"
+        x, y, score = window.run(where)
+        window.point(x, y)
+        visibility, text = window.run(tip)
+        assert visibility == "visible"
+        assert f"{score}" in text
+        assert "all" in text
+        assert "bits" in text
+        window.run("window.copied = []; navigator.clipboard.writeText = async text => { window.copied.push(text); }")
+        window.point(x, y, click=True)
+        assert "plan copied" in window.run(tip)[1]
+        plan = Plan.from_json(json.loads(window.run("return window.copied[0]")))
+        assert plan.is_uniform
+        assert set(dict(plan.schemes)) == set(planted.PARTS)
+        window.point(1, 1)
+        assert window.run(tip)[0] == "hidden"
+        window.run("document.querySelector('.plot svg').focus()")
+        window.key("\ue014")  # arrow right
+        assert window.run(tip)[0] == "visible"
+        errors = [entry for entry in window.send("/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"]
+        assert not errors
+        assert window.run("return performance.getEntriesByType('resource').length") == 0
+
+        color = "return getComputedStyle(document.body).backgroundColor"
+        seen = set()
+        for scheme in ("light", "dark"):
+            feature = [{"name": "prefers-color-scheme", "value": scheme}]
+            window.devtools("Emulation.setEmulatedMedia", features=feature)
+            seen.add(window.run(color))
+        assert len(seen) == 2
+        window.devtools("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
+        wide = window.run("return [document.documentElement.scrollWidth, window.innerWidth]")
+        assert wide[0] <= wide[1]  # nothing sticks out on a phone
+        assert window.picture().startswith(b"\x89PNG")

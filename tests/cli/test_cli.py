@@ -1,0 +1,331 @@
+"""What a user types and reads: verbs, --json, one clear sentence per mistake, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sensitivity.cli import main as cli
+from sensitivity.study.study import Study
+
+MODEL = "embedded:scenes-llava"
+SWEEP = f"sweep {MODEL} --task vqa --bits 2,4,8 --by part --method uniform --n 25"
+
+
+def run(capsys: pytest.CaptureFixture[str], line: str, *more: object) -> tuple[int, str, str]:
+    status = cli.main([*line.split(), *map(str, more)])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "first"
+    assert cli.main([*SWEEP.split(), "--out", str(out)]) == 0
+    return out
+
+
+def one_object(printed: str) -> dict[str, Any]:
+    found = json.loads(printed)
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_explains_itself_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert f"example: sensitivity {verb}" in " ".join(printed.split())
+    assert "--json" in printed
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_examples_can_be_parsed(verb: str) -> None:
+    example = cli.VERBS[verb].EXAMPLE
+    assert example.startswith("sensitivity ")
+    assert cli.parser_of(cli.VERBS).parse_args(example.split()[1:]).verb == verb
+
+
+def test_python_m_sensitivity_is_the_same() -> None:
+    printed = [
+        subprocess.run([sys.executable, *words, "--help"], capture_output=True, text=True, check=True).stdout
+        for words in (
+            ["-m", "sensitivity"],
+            ["-c", "import sys; from sensitivity.cli.main import main; sys.exit(main())"],
+        )
+    ]
+    assert printed[0] == printed[1]
+    assert printed[0].startswith("usage: sensitivity")
+
+
+def test_inspect_says_what_is_where(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, f"inspect {MODEL} --by part")
+    assert status == 0
+    for words in ("vision", "connector", "language", "Kept at native precision", "patch convolution", "Uniform plans"):
+        assert words in out
+
+
+def test_inspect_needs_nothing_but_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from sensitivity.models.loading import load
+
+    load(MODEL).model.config.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    status, out, _ = run(capsys, "inspect", tmp_path, "--config-only", "--json")
+    _, whole, _ = run(capsys, f"inspect {MODEL} --json")
+    assert status == 0
+    assert one_object(out)["components"] == one_object(whole)["components"]
+
+
+def test_sweep_rank_recommend_report_export(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, SWEEP, "--out", study)
+    assert status == 0
+    assert "nothing was left to do" in err
+    assert "28 plans in" in out
+    status, out, _ = run(capsys, "rank", study)
+    assert status == 0
+    assert "Importance for vqa" in out
+    status, out, _ = run(capsys, "recommend", study, "--bpw", "5")
+    assert status == 0
+    assert "Best plan for 5 bits per weight" in out
+    assert "measured on examples that had no part in the choice" in out
+    plan = json.loads((study / "plan.json").read_text())
+    assert plan["size"]["bpw"] <= 5
+    assert plan["provenance"]["verified"]["fingerprint"] == Study(study).meta["fingerprint"]
+    status, out, _ = run(capsys, "report", study)
+    assert status == 0
+    assert (study / "report" / "index.html").stat().st_size > 10_000
+    status, _, _ = run(capsys, "export", study / "plan.json", "--out", tmp_path / "copy.json")
+    assert status == 0
+    assert json.loads((tmp_path / "copy.json").read_text())["plan"] == plan["plan"]
+
+
+def test_a_list_of_budgets_is_run_once(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "recommend STUDY --bpw 5,7 --allow vision=4,8,16 --top 1"
+    status, out, _ = run(capsys, line.replace("STUDY", str(study)))
+    assert status == 0
+    assert "Best plan for 5 bits per weight" in out
+    assert "Best plan for 7 bits per weight" in out
+    measured = len(Study(study / "verify").trials())
+    status, _, err = run(capsys, line.replace("STUDY", str(study)))
+    assert status == 0
+    assert "nothing was left to do" in err
+    assert len(Study(study / "verify").trials()) == measured
+    for name in ("plan.json", "plan-7bpw.json"):
+        found = json.loads((study / name).read_text())
+        assert found["plan"]["vision"] is None or found["plan"]["vision"]["bits"] in (4, 8)
+        assert found["measured"]["n"] == 25
+        assert found["provenance"]["asked"]["bpw"] == [5, 7]
+
+
+@pytest.mark.slow
+def test_the_demo_and_the_demo_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole line on few examples; the second time no plan is run."""
+    status, out, err = run(capsys, "demo --n 30 --bpw 5", "--out", tmp_path)
+    assert status == 0
+    assert "100%" in err
+    for words in ("Kept at native precision", "Importance for vqa", "Best plan for 5 bits per weight", "report: "):
+        assert words in out
+    assert (tmp_path / "plan.json").exists()
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "data-plan" in page or "<svg" in page
+    status, again, err = run(capsys, "demo --n 30 --bpw 5", "--out", tmp_path)
+    assert status == 0
+    assert err.count("nothing was left to do") == 2
+    assert again == out
+
+
+@pytest.mark.parametrize(
+    "line", [f"inspect {MODEL}", "rank STUDY --bootstraps 10", "recommend STUDY --bpw 5 --no-run", "report STUDY"]
+)
+def test_json_is_one_object_and_nothing_else(study: Path, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, line.replace("STUDY", str(study)), "--json")
+    assert status == 0
+    one_object(out)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("inspect nowhere/at/all", "nowhere/at/all"),
+        ("inspect embedded:scenes", "did you mean"),
+        (f"inspect {MODEL} --method gtpq", "unknown method 'gtpq'; choose from"),
+        (f"inspect {MODEL} --method uniform --bits 9", "uniform takes 1 to 8 bits, not 9"),
+        (f"inspect {MODEL} --method uniform --group 32", "uniform is always per tensor"),
+        (f"inspect {MODEL} --by parts", "did you mean part?"),
+        (f"sweep {MODEL} --task vaq --out OUT", "unknown task 'vaq'; choose from"),
+        (f"sweep {MODEL} --task gone.jsonl --out OUT", "cannot read gone.jsonl"),
+        (f"sweep {MODEL} --search gird --out OUT", "unknown search 'gird'; choose from grid"),
+        (f"sweep {MODEL} --device warp --out OUT", "unknown device 'warp'; choose from cpu"),
+        (f"sweep {MODEL} --dtype int3 --out OUT", "unknown dtype 'int3'"),
+        (f"sweep {MODEL} --by linear --out OUT", "choose coarser parts"),
+        (f"sweep {MODEL} --n 0 --out OUT", "takes a whole number from 1 to 1,000,000, not '0'"),
+        ("rank OUT", "no study at"),
+        (f"sweep {MODEL} --out OUT --until soon", "is none of: complete"),
+        ("recommend STUDY --bpw 1.0", "can be reached; ask for more"),
+        ("recommend STUDY --task capton", "capton"),
+        ("recommend STUDY --no-run --runtime comprsed", "did you mean compressed-tensors?"),
+        ("recommend STUDY --no-run --bpw 5 --runtime compressed-tensors", "loaded by compressed-tensors, which takes"),
+        ("export STUDY --out OUT", "name a budget"),
+        ("export STUDY --bpw 5 --format gguff --out OUT", "unknown format 'gguff'; choose from"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    study: Path, tmp_path: Path, line: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = line.replace("STUDY", str(study)).replace("OUT", str(tmp_path / "out"))
+    status, out, err = run(capsys, words)
+    assert status == 2
+    assert out == ""
+    lines = [text for text in err.splitlines() if text.startswith("error: ")]
+    assert len(lines) == 1
+    assert sentence in lines[0]
+    assert "Traceback" not in err
+    assert not (tmp_path / "out" / "journal.log").exists()
+    status, out, _ = run(capsys, words, "--json")
+    assert (status, sentence in one_object(out)["error"]) == (2, True)
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "sensitivity", "rank", str(tmp_path / "gone"), "--debug"]
+    assert "Traceback" in subprocess.run(words, capture_output=True, text=True, check=False).stderr
+
+
+def test_a_corrupt_picture_stops_the_sweep_before_it_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "own.jsonl").write_text(json.dumps({"image": "a.png", "prompt": "what?", "answers": ["this"]}))
+    status, _, err = run(capsys, f"sweep {MODEL} --task {tmp_path}/own.jsonl --bits 4", "--out", tmp_path / "out")
+    assert status == 2
+    assert "an image that cannot be read" in err
+    assert "a.png" in err
+
+
+def test_a_full_disk_is_a_sentence_and_the_sweep_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a disk that fills up in the middle of the journal."""
+    command = [sys.executable, "-m", "sensitivity", *SWEEP.split(), "--out", str(tmp_path / "out")]
+
+    def small() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    full = subprocess.run(command, capture_output=True, text=True, preexec_fn=small, check=False)
+    assert full.returncode == 1
+    assert full.stderr.splitlines()[-1].startswith("error: ")
+    assert "no space is left for" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert not list((tmp_path / "out").rglob(".*"))
+    again = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    assert one_object(again.stdout)["done"] == 28
+    assert Study(tmp_path / "out").counts() == {"done": 28, "waiting": 0, "running": 0}
+
+
+def test_workers_share_the_queue_and_one_that_dies_loses_nothing(study: Path, tmp_path: Path) -> None:
+    """The first process is held until the second has begun a trial, in which it is killed: one table all the same."""
+    out = tmp_path / "crew"
+    command = [sys.executable, "-m", "sensitivity", *SWEEP.split(), "--out", str(out), "--workers", "2", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        children: list[str] = []
+        while not children and process.poll() is None:
+            time.sleep(0.01)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 1
+        worker, begun = int(children[0]), False
+        deadline = time.monotonic() + 120
+        while not begun and time.monotonic() < deadline:
+            os.kill(process.pid, signal.SIGSTOP)
+            time.sleep(0.2)
+            begun = worker in {line.get("user_attr", {}).get("owner", {}).get("pid") for line in journal(out)}
+            os.kill(process.pid, signal.SIGCONT)
+            time.sleep(0.005)  # it may have been stopped with a lock in its hand
+        os.kill(worker, signal.SIGKILL)
+        printed, told = process.communicate()
+    assert begun
+    assert "note: 1 of the workers ended early (signal 9); what they were running is run again" in told
+    assert process.returncode == 0
+    assert one_object(printed)["done"] == 28
+    ours, theirs = (Study(path).table().set_index("key").sort_index() for path in (out, study))
+    assert Study(out).counts() == {"done": 28, "waiting": 0, "running": 0}
+    assert ours.index.is_unique
+    assert (ours["vqa"] == theirs["vqa"]).all()
+
+
+def journal(out: Path) -> list[dict[str, Any]]:
+    path = out / "journal.log"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+
+def test_a_database_serves_as_well_as_a_journal(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "team"
+    status, _, _ = run(capsys, SWEEP, "--out", out, "--storage", f"sqlite:///{tmp_path}/team.db", "--json")
+    assert status == 0
+    assert not (out / "journal.log").exists()
+    ours, theirs = (Study(path).table().set_index("key").sort_index() for path in (out, study))
+    assert (ours["vqa"] == theirs["vqa"]).all()
+    status, _, err = run(capsys, SWEEP, "--out", out)  # the folder remembers where its study is
+    assert status == 0
+    assert "nothing was left to do" in err
+
+
+def test_a_database_that_is_not_there_is_named_without_its_password(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"sqlite:///{tmp_path}/no/such/folder/a.db"
+    status, _, err = run(capsys, SWEEP, "--out", tmp_path / "x", "--storage", url)
+    assert status == 2
+    assert "cannot open the storage sqlite" in err
+    assert not (tmp_path / "x").exists()
+    from sensitivity.study.storage.opening import without_password
+
+    assert without_password("postgresql://me:secret@host/db") == "postgresql://me@host/db"
+
+
+def test_what_compiled_code_prints_never_stands_beside_json() -> None:
+    """The solver prints of a second solve with a bare printf; here every solve does."""
+    code = """
+import ctypes, json, os, sys
+from sensitivity.cli import main as cli
+from sensitivity.cli import rank
+def run(args):
+    print("python")
+    ctypes.CDLL(None).printf(b"compiled, in a buffer\\n")
+    os.write(1, b"unbuffered\\n")
+    return {"score": float("nan")}
+rank.run = run
+sys.exit(cli.main(["rank", "somewhere", "--json"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"score": None}
+    assert {"python", "compiled, in a buffer", "unbuffered"} <= set(done.stderr.splitlines())
+
+
+def test_the_solver_is_silent_where_a_person_reads() -> None:
+    code = """
+import ctypes
+from sensitivity.standard_output import silenced
+print("before")
+with silenced():
+    ctypes.CDLL(None).printf(b"HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();\\n")
+print("after")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["before", "after"]
+
+
+def test_a_parsers_error_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, f"sweep {MODEL} --json --nonsense 1 --out runs/x")
+    assert status == 2
+    assert "unrecognized words: --nonsense 1" in one_object(out)["error"]
+    assert err.startswith("error: ")

@@ -1,0 +1,352 @@
+"""Every flag of every verb, as the parser itself lists them, with every kind of value that means nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from sensitivity.cli import main as cli
+
+MODEL = "embedded:scenes-llava"
+LINES = {  # a command of each verb with which nothing is wrong
+    "inspect": f"{MODEL}",
+    "sweep": f"{MODEL} --n 4 --bits 2,4,8 --out new",
+    "rank": "study",
+    "recommend": "study --bpw 6",
+    "legalize": "study --runtime gptq --bpw 8",
+    "export": "study --bpw 6 --out new",
+    "verify": "export",
+    "report": "study",
+    "import": "table.csv --part a=vision --part b=language --score s --out new",
+    "demo": "--out new",
+}
+FITTING = {  # a value of each flag with which nothing is wrong: what is refused below is the value and not the flag
+    "model": MODEL, "study": "study", "source": "study", "folder": "export", "table": "table.csv",
+    "--by": "part", "--bits": "2,4", "--method": "rtn", "--group": "32", "--set": "damp=0.05", "--backend": "own",
+    "--task": "vqa", "--search": "random", "--allow": "vision=4,native", "--tie": "vision,language",
+    "--runtime": "gptq", "--trials": "20", "--out": "other", "--n": "9", "--seed": "7", "--calibration": "vqa,caption",
+    "--calibration-n": "16", "--path": "exposed", "--cache-gb": "0", "--until": "error<0.5%", "--memory-gb": "0.5",
+    "--workers": "1", "--executor": "local", "--device": "cpu", "--dtype": "fp32", "--storage": "sqlite:///team.db",
+    "--near": "0.5", "--bootstraps": "10", "--bpw": "6", "--gb": "0.5", "--weight": "vqa=2", "--floor": "vqa=95%",
+    "--top": "1", "--model": MODEL, "--format": "fake", "--part": "c=connector", "--switch": "on=connector",
+    "--kinds": "x=ff", "--numel": "vision=1_000", "--kind": "k", "--score": "s", "--total": "1000000000",
+}  # fmt: skip
+OWN = {("import", "--bits"): "b", ("legalize", "--out"): "other.json"}  # where a verb means something else by a flag
+GPTQ = ("--set", "--backend", "--calibration", "--calibration-n", "--path", "--cache-gb")
+BESIDE = {  # what a flag needs beside it, where it means nothing alone
+    **{(verb, flag): "--method gptq" for verb in ("inspect", "sweep") for flag in GPTQ},
+    ("export", "--path"): "--format fake", ("export", "--model"): "--format fake",
+    ("legalize", "--force"): "--out other.json",
+    ("import", "--bits"): "--switch on=connector", ("import", "--switch"): "--bits b",
+    ("import", "--kind"): "--switch on=connector --bits b --kinds x=ff",
+    ("import", "--kinds"): "--switch on=connector --bits b --kind k",
+}  # fmt: skip
+INSTEAD = {  # what must be left out for it
+    **{("import", flag): ("--part",) for flag in ("--bits", "--switch", "--kind", "--kinds")},
+    ("recommend", "--gb"): ("--bpw",),
+}
+KINDS = {
+    "empty": "", "blank": "  ", "comma": ",", "unknown": "nope", "negative": "-1", "zero": "0", "fraction": "2.5",
+    "huge": "9" * 30, "overflow": "1e999", "nan": "NaN", "infinite": "inf", "null": "null", "object": "{}",
+    "far too long": "a" * 5000, "odd unicode": "²\u202e\ud800\x07", "newline": "a\nb", "nul": "a\0b",
+}  # fmt: skip
+# where one of these is fine, and why: (flag, kind)
+FINE = {
+    ("--seed", "zero"): "the default",
+    ("legalize", "--bpw", "fraction"): "",  # no measured plan is so small
+    ("--cache-gb", "zero"): "keeps no statistics, as its help says",
+    ("--memory-gb", "zero"): "shares nothing in memory: slower, the same result",
+    ("--cache-gb", "fraction"): "an amount may be a fraction",
+    ("--memory-gb", "fraction"): "an amount may be a fraction",
+    ("--bpw", "fraction"): "a budget may be a fraction",
+    ("--gb", "fraction"): "a budget may be a fraction",
+    **{("--out", kind): "a file may be called that" for kind in KINDS if kind not in (
+        "empty", "blank", "far too long", "odd unicode", "newline", "nul")},
+    ("--storage", ""): "",
+}  # fmt: skip
+FINE |= {("legalize", "--out", kind): "" for kind in KINDS}  # type: ignore[misc]  # it writes a .json alone
+FREE = "others' methods and models may be called anything that can be printed"
+FREELY = ("comma", "unknown", "negative", "zero", "fraction", "huge", "overflow", "nan", "infinite", "null", "object")
+FINE |= {("import", flag, kind): FREE for flag in ("--method", "--model") for kind in FREELY}  # type: ignore[misc]
+PAIRS = {  # what stands before the = of a flag that takes pairs
+    "--set": "damp", "--allow": "vision", "--weight": "vqa", "--floor": "vqa", "--numel": "vision", "--part": "c",
+    "--switch": "on",
+}  # fmt: skip
+FINE |= {
+    ("--set damp", "zero"): "no damping",
+    ("--set damp", "fraction"): "damping may be a fraction",
+    ("--weight vqa", "fraction"): "only the ratio of weights counts",
+}
+NAMED = (  # what people typed, and what must be named in the answer
+    ("sweep MODEL --out new --dry-run --device nope", "unknown device 'nope'"),
+    ("sweep MODEL --out new --device meta", "it computes nothing"),
+    ("sweep MODEL --out new --device cpu:7", "a machine has one cpu"),
+    ("sweep MODEL --out new --dry-run --device cpu:7", "a machine has one cpu"),
+    ("sweep MODEL --out new --dry-run --dtype int3", "unknown dtype 'int3'"),
+    ("sweep MODEL --out new --set method=rtn", "type --method"),
+    ("sweep MODEL --out new --set bits=3", "type --bits"),
+    ("sweep MODEL --out new --set group=32", "type --group"),
+    ("sweep MODEL --out new --method gptq --set damp={}", "finite number"),
+    ("sweep MODEL --out new --method gptq --set damp=NaN", "finite number"),
+    ("sweep MODEL --out new --method gptq --set damp=1e999", "finite number"),
+    ("sweep MODEL --out new --method gptq --set damp=null", "finite number"),
+    ("sweep MODEL --out new --method gptq --set damp=11", "damp of gptq is a number from 0 to 10, not 11"),
+    ("sweep MODEL --out new --method gptq --set damp=true", "damp of gptq is a number from 0 to 10, not True"),
+    ("sweep MODEL --out new --method awq --set exponents=2.5", "exponents of awq is a whole number from 1 to 1,000"),
+    ("sweep MODEL --out new --method gptq --set damp=1 --set damp=2", "--set names 'damp' twice"),
+    ("sweep MODEL --out new --seed -1", "--seed takes a whole number from 0 to 2,147,483,647, not '-1'"),
+    ("sweep MODEL --out new --task ,", "--task takes a name or a path"),
+    ("sweep MODEL --out new --task vqa,", "--task takes a name or a path"),
+    ("sweep MODEL --out new --n 99999999999999999999999", "from 1 to 1,000,000"),
+    ("sweep MODEL --out new --method gptq --calibration-n 99999999999999999999999", "from 1 to 1,000,000"),
+    ("rank study --bootstraps 99999999999999999999999", "from 2 to 10,000"),
+    ("sweep MODEL --out new --group 1000000000000", "from 1 to 1,000,000"),
+    ("sweep MODEL --out new --runtime ''", "--runtime takes a name"),
+    ("sweep MODEL --out new --path nope", "unknown calibration path 'nope'"),
+    ("sweep MODEL --out new --path exposed", "--path would do nothing with --method rtn"),
+    ("sweep MODEL --out new --calibration nope", "unknown task 'nope'"),
+    ("sweep MODEL --out new --calibration vqa", "--calibration would do nothing with --method rtn"),
+    ("sweep MODEL --out new --dry-run --calibration-n 5", "--calibration-n would do nothing with --method rtn"),
+    ("sweep MODEL --out new --method gptq --task vqa,caption --calibration-n 1", "at least one each is needed"),
+    ("sweep MODEL --out new --method gptq --task vqa,caption --calibration-n 1 --dry-run",
+     "at least one each is needed"),
+    ("sweep MODEL --out new --plain --memory-gb 1", "--memory-gb would do nothing with --plain"),
+    ("sweep MODEL --out new --storage sqlite:///no/such/folder.db", "no such folder"),
+    ("sweep MODEL --out new --storage sqlite:///no/such/folder.db --dry-run", "no such folder"),
+    ("sweep MODEL --out new --storage sqlite:///:memory:", "would be lost"),
+    ("sweep MODEL --out new --storage sqlite:///table.csv", "cannot open the storage"),
+    ("sweep MODEL --out new --storage nosuchdb://me:secret@host/x --dry-run", "cannot open the storage nosuchdb://me@"),
+    ("sweep MODEL --out new --task retrieval", "cannot search"),
+    ("sweep MODEL --out new --task retrieval --dry-run", "cannot search"),
+    ("sweep MODEL --out new --until 1e999h", "is none of"),
+    ("sweep MODEL --out new --until 99999999999999h", "at most 1,000,000"),
+    ("sweep MODEL --out new --workers 0", "from 1 to 1,000"),
+    ("sweep MODEL --out ''", "--out takes a name or a path"),
+    ("sweep MODEL --out .", "--out takes a place of its own"),
+    ("sweep MODEL --out ..", "--out takes a place of its own"),
+    ("sweep MODEL --out /", "--out takes a place of its own"),
+    ("sweep MODEL --out HOME", "--out takes a place of its own"),
+    ("sweep MODEL --out PACKAGE/models/new", "--out takes a place outside this program's own files"),
+    ("report study --out PACKAGE", "--out takes a place outside this program's own files"),
+    ("sweep MODEL --out table.csv", "--out takes a folder, and 'table.csv' is a file"),
+    ("sweep MODEL --out table.csv/new", "is a file and no folder"),
+    ("legalize study --runtime gptq --bpw 8 --out study", "--out takes a file, and 'study' is a folder"),
+    ("legalize study --runtime gptq --bpw 8 --force", "--force would do nothing without --out"),
+    (f"sweep MODEL --out {'n' * 250}", "200 between slashes"),
+    ("recommend study --bpw 5 --gb 1", "--bpw would do nothing beside --gb"),
+    ("recommend study --no-run --dtype fp16", "--dtype would do nothing with --no-run"),
+    ("recommend study --bpw 4,x", "bits per weight above 0 and at most 64"),
+    ("recommend study --floor vqa=101%", "above 0 and at most 1"),
+    ("recommend study --weight vqa=1 --weight vqa=2", "--weight names 'vqa' twice"),
+    ("import table.csv --part a=vision --bits b --score s --out new", "--bits would do nothing without --switch"),
+    ("import table.csv --part a=vision --score s --kinds A=ff --out new", "--kinds would do nothing without --kind"),
+    ("import table.csv --part a=vision --score s --numel vision=0 --out new", "from 1 to 1,000,000,000,000,000"),
+    ("sweep MODEL", "still needed: --out"),
+    ("sweep MODEL --out new --calib vqa", "unrecognized words: --calib vqa"),
+    ("swep MODEL", "VERB is one of 'inspect', 'sweep'"),
+    ("", "still needed: VERB"),
+    ("rank study --json=1", "ignored explicit argument"),
+)  # fmt: skip
+
+
+class Accepted(Exception):
+    """All checks were passed: from here on the work would begin."""
+
+
+@dataclass(frozen=True)
+class Case:
+    verb: str
+    flag: str
+    kind: str
+    words: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.verb} {self.flag} {self.kind}"
+
+    @property
+    def why(self) -> str | None:
+        """Why this is fine; None where it is not."""
+        return FINE.get((self.verb, self.flag, self.kind), FINE.get((self.flag, self.kind)))  # type: ignore[call-overload,no-any-return]
+
+
+def verbs() -> dict[str, argparse.ArgumentParser]:
+    (found,) = (action.choices for action in cli.parser_of(cli.VERBS)._actions if isinstance(action.choices, dict))
+    return dict(found)
+
+
+def flags() -> Iterator[tuple[str, argparse.Action, str]]:
+    """Verb, flag and its longest spelling."""
+    for verb, parser in verbs().items():
+        for action in parser._actions:
+            if not isinstance(action, argparse._HelpAction):
+                yield verb, action, action.option_strings[-1] if action.option_strings else action.dest
+
+
+def command(verb: str, flag: str, value: str | None, action: argparse.Action) -> tuple[str, ...]:
+    """The fitting command of a verb, but with this value for one flag."""
+    words = [*LINES[verb].split(), *BESIDE.get((verb, flag), "").split()]
+    if not action.option_strings:
+        words[0] = value if value is not None else words[0]
+        return ("--", *words) if (value or "").startswith("-") else tuple(words)
+    for other in INSTEAD.get((verb, flag), ()):
+        while other in words:
+            del words[words.index(other) : words.index(other) + 2]
+    if flag in words and (not isinstance(action, argparse._AppendAction) or flag == "--score"):
+        place = words.index(flag)
+        del words[place : place + 2]
+    return (*words, flag) if value is None else (*words, f"{flag}={value}")
+
+
+def cases() -> Iterator[Case]:
+    for verb, action, flag in flags():
+        if action.nargs == 0:
+            switched = command(verb, flag, None, action)
+            yield Case(verb, flag, "a value", command(verb, flag, "yes", action))
+            yield Case(verb, flag, "twice", (*switched, flag))
+            continue
+        assert flag in FITTING, f"{flag} is new: give it a fitting value"
+        fitting = OWN.get((verb, flag), FITTING[flag])
+        words = command(verb, flag, fitting, action)
+        yield Case(verb, flag, "fitting", words)
+        if action.option_strings:
+            yield Case(verb, flag, "without a value", command(verb, flag, None, action))
+            yield Case(verb, flag, "twice", (*words, f"{flag}={fitting}"))
+        for kind, value in KINDS.items():
+            yield Case(verb, flag, kind, command(verb, flag, value, action))
+            if flag in PAIRS:
+                yield Case(verb, f"{flag} {PAIRS[flag]}", kind, command(verb, flag, f"{PAIRS[flag]}={value}", action))
+
+
+CASES = list(cases())
+
+
+def test_there_are_many_cases() -> None:
+    assert len(CASES) + len(NAMED) > 1000
+    assert len({(case.verb, case.flag) for case in CASES}) > 90
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a study, an export and a table in it."""
+    place = tmp_path_factory.mktemp("flags") / "here"
+    (place.parent / "home").mkdir()
+    place.mkdir()
+    (place / "table.csv").write_text(
+        "a,b,c,s,k,on\n" + "".join(f"{i},{j},8,0.{i}{j},x,1\n" for i in (2, 4) for j in (3, 8))
+    )
+    os.chdir(place)
+    try:
+        assert cli.main(f"sweep {MODEL} --bits 2,4,8 --n 6 --out study".split()) == 0
+        assert cli.main(["export", "study", "--bpw", "6", "--format", "fake", "--out", "export"]) == 0
+    finally:
+        os.chdir("/")
+    return place
+
+
+@pytest.fixture
+def there(place: Path, scenes_llava: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Everything is real until the work would begin; and the model is loaded already."""
+    from sensitivity.analysis.importance import estimators
+    from sensitivity.api import exporting
+    from sensitivity.api import sweeping as straight
+    from sensitivity.cli.verbs import demo
+    from sensitivity.models.loading import load as load_
+
+    def stop(*_: object, **__: object) -> NoReturn:
+        raise Accepted
+
+    load = load_
+    monkeypatch.setattr(straight, "load", lambda name, **how: scenes_llava if name == MODEL else load(name, **how))
+    monkeypatch.setattr(exporting, "load", lambda name, **how: scenes_llava if name == MODEL else load(name, **how))
+    for module, name in (
+        (straight, "sweeping"), (straight, "foresee"), (straight, "recommending"), (straight, "report"),
+        (estimators, "cross_validated"), (exporting, "write"), (exporting, "_on_path"),
+        (import_module("sensitivity.formats.verification"), "_in_fresh_process"),
+        (import_module("sensitivity.study.imported_tables"), "_map"),
+        (demo, "_typed"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, stop)
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HOME", str(place.parent / "home"))
+    monkeypatch.setenv("SENSITIVITY_CACHE", str(place.parent / "home" / "cache"))
+    return place
+
+
+def run(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> tuple[int | None, str, str]:
+    """Status, standard output and error; None where the work would have begun."""
+    capsys.readouterr()
+    status: int | None = cli.main(words)
+    out, err = capsys.readouterr()
+    if "unexpected Accepted" in err:
+        return None, out, err
+    return status, out, err
+
+
+def everything(place: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_size for path in place.parent.rglob("*")}
+
+
+def refused(words: tuple[str, ...], there: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence, after all that must hold of it."""
+    before, began = everything(there), time.process_time()
+    status, out, err = run((*words[:1], "--json", *words[1:]), capsys)
+    assert time.process_time() - began < 5
+    assert status == 2, f"{status} {err}"
+    assert "Traceback" not in err
+    assert "Errno" not in err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert err.splitlines()[-1:] == errors
+    assert len(errors[0]) < 1200
+    assert errors[0].isprintable()
+    assert json.loads(out) == {"error": errors[0].removeprefix("error: ")}
+    assert everything(there) == before
+    return errors[0]
+
+
+REPEATED = {"--tie", "--until"}  # each says one thing more
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_value_that_means_nothing_is_refused_in_a_sentence(
+    case: Case, there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (case.verb, *case.words)
+    switch = not any(word.startswith(f"{case.flag}=") for word in words)
+    fine = case.kind == "fitting" or case.why or (case.kind == "twice" and (switch or case.flag in REPEATED))
+    if not fine:
+        refused(words, there, capsys)
+        return
+    status, _, err = run(words, capsys)
+    assert status in (None, 0), err
+
+
+@pytest.mark.parametrize(("line", "sentence"), NAMED, ids=[line[:60] for line, _ in NAMED])
+def test_what_people_typed_is_answered_with_what_to_type(
+    line: str, sentence: str, there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = line.replace("MODEL", MODEL).replace("HOME", str(there.parent / "home"))
+    words = line.replace("PACKAGE", str(Path(cli.__file__).parents[1])).split()
+    words = ["" if word == "''" else word for word in words]
+    assert sentence in refused(tuple(words), there, capsys)
+
+
+DRY = f"sweep {MODEL} --n 4 --bits 4 --out new --dry-run"
+
+
+@pytest.mark.parametrize(
+    "more", ["--dtype fp32", "--dtype bf16", "--dtype fp16", "--dtype float32", "--method gptq", "--method paper-awq"]
+)
+def test_a_dry_run_takes_what_the_help_spells(more: str, there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = everything(there)
+    status, _, err = run(tuple(f"{DRY} {more}".split()), capsys)
+    assert status is None, err  # the forecast would begin
+    assert everything(there) == before

@@ -1,0 +1,189 @@
+"""The preflight: no weights are read, what it counts is what happens, and what it says is near what is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from experiments.small import datasets, models
+from sensitivity.api.sweeping import grid, one_at_a_time, sweep
+from sensitivity.cli.main import main
+from sensitivity.measure.forecast.cost_model import COLD, CostModel, TaskSample
+from sensitivity.measure.forecast.forecast import Forecast, _running, _runs, _stored, forecast_sweep
+from sensitivity.measure.forecast.hardware import Hardware
+from sensitivity.measure.generate import shared_images
+from sensitivity.measure.generate.batches import batches
+from sensitivity.measure.loop import _path, _SharedWork
+from sensitivity.measure.shards import cuts
+from sensitivity.models.config_only import without_weights
+from sensitivity.models.discover import inspect
+from sensitivity.models.loading import load
+from sensitivity.models.vlm import VLM
+from sensitivity.quantize.methods import scheme
+from sensitivity.spec.components import PARTS
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Plan
+from sensitivity.tasks.table import task
+
+
+class Counting(Hardware):
+    """Counts the floating-point operations of products, as if nothing else took any time."""
+
+    call = 0.0  # type: ignore[assignment]
+
+    def product(self, tokens: int, rows: int, cols: int) -> float:
+        return 2.0 * tokens * rows * cols
+
+    def attention(self, *_: int) -> float:
+        return 0.0
+
+    def sweep_over(self, numbers: int) -> float:
+        return 0.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("preflight")
+    for name in ("llava", "blip2", "geochat"):
+        models.save(name, made / name)
+    datasets.gqa(made / "gqa")
+    return made
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2", "geochat"])
+def test_products_are_counted_as_a_forward_pass_really_has_them(folder: Path, name: str) -> None:
+    asked = task(f"gqa:{folder / 'gqa'}", n=12)
+    vlm = load(str(folder / name), dtype="float32")
+    empty = without_weights(str(folder / name))
+    parts = inspect(empty, by="part")
+    counted = CostModel(empty, parts, Counting(torch.device("cpu"), torch.float32))
+    once = dataclasses.replace(asked, exact=True, max_new_tokens=1)  # no second reading of wrong answers
+    sample = TaskSample.of(empty, once, [12], plain=False)
+    (batch,) = batches(vlm, asked)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        if batch.prefix:
+            cache, places = shared_images.looked_at(vlm, batch)
+            assert {layer.keys.shape[0] for layer in cache.layers} == {sample.images}
+            image = [(layer.keys, layer.values) for layer in cache.layers]
+            shared_images.drafted(vlm, once, batch, image, places, None, nullcontext)
+        else:
+            longer = torch.cat([batch.inputs["input_ids"], torch.tensor(batch.targets)], 1)
+            mask = torch.ones_like(longer)
+            vlm.model(pixel_values=batch.inputs["pixel_values"], input_ids=longer, attention_mask=mask)
+    products = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    expected = sum(shared + own for shared, own in counted.passes(sample).values())
+    assert expected == pytest.approx(products * COLD, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2", "geochat"])
+def test_plans_are_counted_as_replay_really_computes_them(folder: Path, name: str) -> None:
+    """All products of a sweep whose plans share beginnings in every part; without sharing there would be far more."""
+    asked = dataclasses.replace(task(f"gqa:{folder / 'gqa'}", n=12), exact=True, max_new_tokens=1)
+    vlm = load(str(folder / name), dtype="float32")
+    parts = inspect(vlm, by="group")
+    plans = sorted(one_at_a_time(parts, bits=(8,)), key=_path)
+    trial = _SharedWork(vlm, parts, [asked], growing=False)
+    # a feature layer that is not the last spoils one boundary of the vision tower, and no other
+    assert trial.replay
+    assert trial.replay.stages["language"].boundaries == [1, 2]
+    assert trial.replay.stages["vision"].boundaries[:2] == [1, 2]
+    with FlopCounterMode(display=False) as counter:
+        for plan in plans:
+            trial.run(plan, 0, 12)
+    products = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    counted = CostModel(vlm, parts, Counting(torch.device("cpu"), torch.float32))
+    sample = TaskSample.of(vlm, asked, [12], plain=False)
+    passes = counted.passes(sample)
+    expected = _running(sample, passes, _runs(parts, plans), len(plans)) / COLD
+    alone = _running(sample, passes, dict.fromkeys(PARTS, len(plans)), len(plans)) / COLD
+    assert expected == pytest.approx(products, rel=0.06)
+    assert alone > 1.07 * products
+    assert counted.kept(sample) == pytest.approx(trial.replay._bytes, rel=0.3)
+
+
+def test_runs_are_counted_as_plans_share_their_beginnings(folder: Path) -> None:
+    parts = inspect(str(folder / "llava"), by="part")
+    plans = grid(parts, bits=(3, 8))  # full precision and 2 x 2 x 2
+    assert _runs(parts, plans) == {"vision": 3, "connector": 5, "language": 9}
+    alone = one_at_a_time(parts, bits=(3,))  # full precision, all at 3, and each part alone
+    assert _runs(parts, alone) == {"vision": 2, "connector": 4, "language": 5}
+    assert _runs(parts, [Plan.uniform(parts, None)]) == {"vision": 1, "connector": 1, "language": 1}
+
+
+def test_no_weights_are_needed(tmp_path: Path, folder: Path) -> None:
+    models.save("llava", tmp_path / "llava")
+    (tmp_path / "llava" / "model.safetensors").unlink()
+    vlm = without_weights(str(tmp_path / "llava"))
+    parts = inspect(vlm, by="part")
+    asked = task(f"gqa:{folder / 'gqa'}", n=20)
+    plans = grid(parts, bits=(4,), method="gptq")
+    found = forecast_sweep(vlm, parts, plans, [asked], calibration=8, dtype="float32")
+    assert found.plans == 2
+    assert found.examples == found.images == 20
+    assert found.host["weights"] == 4 * parts.numel
+    assert found.seconds["calibration"] > 0
+    assert found.slowest > sum(found.seconds.values())
+    assert found.disk["statistics and weights"] >= 4 * sum(
+        {w.shares_input or w.name: w.cols**2 for w in parts.weights}.values()
+    )
+    assert {row[0] for row in found.rows()} == {"time", "disk", "host memory"}
+
+
+def test_files_are_as_large_as_foreseen(scenes_llava: VLM, tmp_path: Path) -> None:
+    """Within 30 %, for one task in one shard, and two tasks in several."""
+    parts = inspect(scenes_llava, by="part")
+    plans = grid(parts, bits=(8,))
+    for names, n in ((["vqa"], 10), (["vqa", "caption"], 12)):
+        out = tmp_path / str(n)
+        sweep(scenes_llava, parts, plans, names, out, n=n)
+        tasks = [task(name, n=n) for name in names]
+        size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+        assert sum(_stored(parts, tasks, plans, len(cuts(tasks))).values()) == pytest.approx(size, rel=0.3)
+
+
+def test_a_model_that_cannot_read_examples_is_refused(tmp_path: Path) -> None:
+    models.save("llava", tmp_path / "llava")
+    for file in tmp_path.glob("llava/*process*"):
+        file.unlink()
+    with pytest.raises(UserError, match="has no processor or tokenizer files"):
+        without_weights(str(tmp_path / "llava"))
+
+
+def test_the_probe_measures_each_shape_once_and_more_work_takes_longer(scenes_llava: VLM) -> None:
+    probe = Hardware(torch.device("cpu"), torch.float32)
+    assert probe.product(64, 512, 512) < probe.product(1024, 512, 512) < probe.product(8192, 512, 512)
+    assert probe.product(8192, 512, 512) == 8 * probe.product(1024, 512, 512)
+    weight = inspect(scenes_llava, by="part").weights[0]
+    assert probe.quantizing(scheme("gptq", 4), weight) > probe.quantizing(scheme("rtn", 4), weight) > 0
+    assert probe.flops > 1e8
+
+
+def test_the_command_line_says_it_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "sweep",
+        "embedded:scenes-llava",
+        "--task",
+        "vqa",
+        "--n",
+        "20",
+        "--out",
+        str(tmp_path / "run"),
+        "--dry-run",
+    ]
+    assert main([*words, "--search", "tpe", "--trials", "6", "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert found["plans"] == 6
+    assert found["total"]["seconds"] == pytest.approx(sum(found["seconds"].values()))
+    assert set(found) > set(Forecast.__dataclass_fields__)
+    assert main([*words, "--bits", "4,8", "--allow", "vision=8", "--json", "--executor", "ray"]) == 0
+    assert json.loads(capsys.readouterr().out)["plans"] == 5  # connector and language at two widths, full precision
+    assert main([*words, "--bits", "4"]) == 0
+    assert "host memory" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,117 @@
+"""Every path that moves tensors, on a device that is not the host's: a forgotten .to(device) fails here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import saved_vlms
+import torch
+from PIL import Image
+from second_device import HERE, THERE, SecondDevice, where
+
+from sensitivity.measure.calibrate.cache import Cache
+from sensitivity.measure.calibrate.calibration import calibrate
+from sensitivity.measure.loop import _SharedWork
+from sensitivity.models.discover import inspect
+from sensitivity.models.loading import load
+from sensitivity.quantize.methods import scheme
+from sensitivity.spec.plan import Plan
+from sensitivity.tasks.table import task
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
+METHODS = (
+    ("rtn", 3, {}),
+    ("gptq", 3, {}),
+    ("awq", 4, {"group": 8}),
+    ("clip", 3, {}),
+    ("nf4", 4, {}),
+    ("llm-int8", 8, {}),
+)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two questions to each of three pictures, one of them for calibration."""
+    folder = tmp_path_factory.mktemp("asked")
+    draw, lines = np.random.default_rng(0), []
+    for number in range(3):
+        Image.fromarray(draw.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        for prompt in ("where is the 3?", "how many digits are there?"):
+            line = {"image": f"{number}.png", "prompt": prompt, "answers": ["top left"]}
+            lines.append(line | {"split": "evaluation" if number < 2 else "calibration"})
+    (folder / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return str(folder / "asked.jsonl")
+
+
+def rows(
+    folder: Path, source: str, device: str, path: str, plain: bool, methods: Sequence[Any], words: bool
+) -> list[Any]:
+    """Answers and likelihoods of one plan for each method, all on one device."""
+    with SecondDevice() if device == "cuda" else nullcontext():
+        vlm = load(str(folder), device=device, dtype="float32")
+        assert {where(p) for p in vlm.model.parameters()} == {THERE if device == "cuda" else HERE}
+        parts = inspect(vlm, "part", ("embedding", "head") if words else ())
+        examples = task(source, n=4)
+        cache = Cache(folder.parent / f"cache-{device}")  # written, then read by the next call
+        for _ in range(2):
+            statistics = calibrate(vlm, parts, [source], 2, path=path, against=[examples], cache=cache, room=2000)
+            facts = statistics.facts
+            plans = [Plan.uniform(parts, scheme(name, bits, calibration=facts, **more)) for name, bits, more in methods]
+            trial = _SharedWork(vlm, parts, [examples], plain, statistics)
+            trial.prepare(plans)
+            found = [trial.run(plan, 0, trial.ends[-1]) for plan in [Plan.uniform(parts, None), *plans]]
+    return found
+
+
+def alike(there: list[Any], here: list[Any]) -> None:
+    """Equal but for rounding: transformers masks attention in another way where there is a GPU."""
+    assert len(there) == len(here) > 1
+    for one, other in zip(there, here, strict=True):
+        assert one["example"] == other["example"]
+        np.testing.assert_allclose(np.array(one["nll"], float), np.array(other["nll"], float), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "smolvlm", "blip2_opt", "blip2_t5", "gemma3"])
+@pytest.mark.parametrize("path", ["float", "exposed"])
+def test_a_second_device_gives_the_same_answers(name: str, path: str, asked: str, tmp_path: Path) -> None:
+    folder = saved_vlms.save(name, tmp_path / "model")
+    plain = path == "exposed"
+    methods = METHODS if path == "float" else METHODS[:3]
+    there, here = (rows(folder, asked, device, path, plain, methods, words=True) for device in ("cuda", "cpu"))
+    alike(there, here)
+
+
+def test_retrieval_on_a_second_device(tmp_path: Path) -> None:
+    folder = saved_vlms.save("blip2_itm", tmp_path / "model")
+    there, here = (rows(folder, "retrieval", d, "float", False, METHODS[:2], words=False) for d in ("cuda", "cpu"))
+    alike(there, here)
+
+
+def test_what_is_mixed_is_an_error() -> None:
+    with SecondDevice():
+        here, there = torch.ones(2, 2), torch.ones(2, 2, device="cuda")
+        assert (there.device, (there @ there).device, there.cpu().device, here.to(there).device) == (
+            THERE,
+            THERE,
+            HERE,
+            THERE,
+        )
+        assert torch.equal(there + torch.tensor(1.0), there + 1)
+        for mixed in (
+            lambda: here + there,
+            lambda: torch.cat([here, there]),
+            lambda: torch.nn.functional.linear(there, here),
+        ):
+            with pytest.raises(RuntimeError, match="same device"):
+                mixed()
+        with pytest.raises(TypeError, match="numpy"):
+            there.numpy()

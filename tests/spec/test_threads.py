@@ -1,0 +1,118 @@
+"""Threads and progress: who waits sleeps, who shares takes its share, and who follows a log sees that it goes on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sensitivity.cli.arguments import flags
+from sensitivity.cli.output import ticker
+from sensitivity.cli.processes import workers
+from sensitivity.measure.loop import Step
+from sensitivity.spec import threads
+from sensitivity.spec.plan import Plan
+
+
+def test_waiting_threads_sleep_whoever_imports_it_and_what_the_user_set_stays() -> None:
+    shown = "os.environ['OMP_WAIT_POLICY'], os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules"
+    command = [sys.executable, "-c", f"import sensitivity, os, sys; print({shown})"]
+    plain = {name: value for name, value in os.environ.items() if name not in threads.ASLEEP}
+    for given, told in (({}, "PASSIVE 0 False"), ({"GOMP_SPINCOUNT": "7"}, "PASSIVE 7 False")):
+        done = subprocess.run(command, env=plain | given, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == told
+
+
+def test_a_container_has_the_cores_that_it_was_given(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    for text, count in (("200000 100000", 2), ("50000 100000", 1), ("max 100000", 16), ("9900000 100000", 16)):
+        (tmp_path / "cpu.max").write_text(text)
+        monkeypatch.setattr(threads, "QUOTA", tmp_path / "cpu.max")
+        assert threads.cores() == count
+    monkeypatch.setattr(threads, "QUOTA", tmp_path / "absent")
+    assert threads.cores() == 16
+
+
+def test_a_process_a_core_as_far_as_memory_plans_and_threads_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "cores", lambda: 8)
+    monkeypatch.setattr(threads, "available", lambda: int(20e9))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv(workers.CHILD, raising=False)
+    small, large = SimpleNamespace(numel=3_000_000), SimpleNamespace(numel=2_000_000_000)
+
+    def count(parts: Any, plans: int = 125, **given: Any) -> int:
+        asked = {"workers": "auto", "device": "cpu", "plain": False} | given
+        return workers.count(argparse.Namespace(**asked), parts, plans, 3)
+
+    assert count(small) == 8
+    assert count(small, plans=3) == 3
+    assert count(large) == 1  # two would take 50 GB
+    assert count(small, device="cuda") == count(small, plain=True) == 1
+    assert count(large, workers=5) == 5
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert count(small) == 2
+    monkeypatch.setenv(workers.CHILD, "1")
+    assert count(small) == 1
+
+
+@pytest.mark.parametrize(("left", "joins"), [(100, 1), (10, 0)])
+def test_others_join_where_what_is_left_is_worth_it(left: int, joins: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    ended = SimpleNamespace(wait=lambda: 0, poll=lambda: 0)
+    monkeypatch.setattr(workers, "_another", lambda args: started.append(args) or ended)
+    step = Step(Plan(()), {}, 1.0, False, 1, left, 10, 1)
+    args = argparse.Namespace(workers="auto")
+    with workers.crew(args, 2, iter([step, step, step])) as shared:
+        assert not started
+        assert len(list(shared)) == 3
+    assert len(started) == joins
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "two", "99999999999", "nan"])
+def test_a_number_of_processes_is_a_number(text: str) -> None:
+    assert flags.processes("auto") == "auto"
+    assert flags.processes("3") == 3
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a number from 1 to 1,024"):
+        flags.processes(text)
+
+
+def test_a_line_comes_while_a_step_lasts_and_only_the_inner_one_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+    with ticker.Ticker(lambda: "outer", every=1.02), ticker.Ticker(lambda: "inner", every=1.02):
+        time.sleep(0.2)
+    told = capsys.readouterr().err.split()
+    assert told.count("inner") >= 4
+    assert told.count("outer") <= 1  # before the inner one had begun
+
+
+def test_a_sweep_in_a_log_tells_its_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sensitivity.cli.output.progress import walk
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    monkeypatch.setattr(ticker.Ticker, "__init__", _often(ticker.Ticker.__init__))
+
+    def steps() -> Iterator[Step]:
+        for done in (1, 2):
+            time.sleep(0.1)
+            yield Step(Plan(()), {"vqa": 0.5}, 100.0, False, done, 4 - done, 4, 1)
+        time.sleep(0.1)
+
+    assert walk(steps(), "sweeping") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "sweeping: preparing, time left not known yet"
+    assert any(line.startswith("sweeping: 25%, vqa 0.500, 0:05:0") for line in lines)
+    assert lines[-1] == "sweeping: 100%, in 0:00:00"
+    assert walk(iter(()), "sweeping") == 0
+    assert capsys.readouterr().err.splitlines()[-1] == "sweeping: nothing was left to do"
+
+
+def _often(usual: Any) -> Any:
+    return lambda self, line, first=0.0, every=0.0: usual(self, line, first, 1.02)

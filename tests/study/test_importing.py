@@ -1,0 +1,247 @@
+"""Tables that become studies: both forms, replicates, sizes, and every kind of bad row or column."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import planted
+import pytest
+
+from sensitivity.analysis.allocate.budget import solve
+from sensitivity.analysis.importance.ranking import rank
+from sensitivity.cli import main as cli
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Plan
+from sensitivity.study.imported_tables import Switches, import_table
+from sensitivity.study.study import Study
+
+COLUMNS = {"v": "vision", "c": "connector", "l": "language"}
+
+
+def table() -> pd.DataFrame:
+    bits = planted.grid((2, 3, 4, 8, 16))
+    return pd.DataFrame(bits.astype(int), columns=list(COLUMNS)).assign(cider=planted.product(bits), meteor=0.3)
+
+
+def write(tmp_path: Path, frame: pd.DataFrame) -> Path:
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    return tmp_path / "table.csv"
+
+
+def test_a_table_becomes_a_study(tmp_path: Path) -> None:
+    frame = pd.concat([table(), table().head(10)])  # ten replicates
+    numel = {"vision": 1000, "connector": 100, "language": 2500}
+    found = import_table(
+        write(tmp_path, frame), tmp_path / "run", ["cider", "meteor"], parts=COLUMNS, numel=numel, total=4000
+    )
+    assert (found.rows, found.used) == (135, 135)
+    assert "10 rows repeat the bits of an earlier one: kept as replicates" in found.notes
+    study = Study(tmp_path / "run")
+    read = study.table()
+    assert len(read) == 135
+    np.testing.assert_allclose(read["cider"], frame["cider"])
+    np.testing.assert_array_equal(read[["vision", "connector", "language"]], frame[["v", "c", "l"]])
+    expected = (1000 * frame["v"] + 100 * frame["c"] + 2500 * frame["l"] + 400 * 16) / 4000
+    np.testing.assert_allclose(read["bpw"], expected)
+    assert study.parts.by == "part"
+    assert rank(study, bootstraps=2).order[-1] == "connector"
+    assert solve(study, bpw=5)[0].size.bpw <= 5
+
+
+def test_the_form_with_switches(tmp_path: Path) -> None:
+    frame = pd.DataFrame({
+        "bits": [4, 4, 8, 16], "type": ["MLP", "BOTH", "ATT", "MLP"], "first": [1, 0, 1, 1], "last": [0, 1, 1, 0],
+        "score": [0.1, 0.2, 0.3, 0.4],
+    })  # fmt: skip
+    kinds = {"MLP": ["ff"], "ATT": ["attn"], "BOTH": ["attn", "ff"]}
+    switches = Switches({"first": "vision.front", "last": "vision.end"}, "bits", "type", kinds)
+    found = import_table(write(tmp_path, frame), tmp_path / "run", ["score"], switches=switches, numel={"vision": 10})
+    read = found.study.table().set_index("score")
+    assert found.study.parts.by == "group.kind"
+    assert [c.numel for c in found.study.parts.components] == [3, 3, 2, 2]
+    columns = ["vision.front.attn", "vision.front.ff", "vision.end.attn", "vision.end.ff"]
+    assert read.loc[0.1, columns].tolist() == [16, 4, 16, 16]
+    assert read.loc[0.2, columns].tolist() == [16, 16, 4, 4]
+    assert read.loc[0.3, columns].tolist() == [8, 16, 8, 16]
+    assert read.loc[0.4, columns].tolist() == [16, 16, 16, 16]
+    with pytest.raises(UserError, match=r"'type' holds 'MLP'; say what it means \(--kind MLP=attn,ff\)"):
+        import_table(
+            tmp_path / "table.csv", tmp_path / "b", ["score"],
+            switches=Switches({"first": "vision"}, "bits", "type", {"ATT": ["attn"], "BOTH": ["attn"]}),
+        )  # fmt: skip
+    with pytest.raises(UserError, match="'bits' is to be a switch, 0 or 1, but holds 4"):
+        import_table(tmp_path / "table.csv", tmp_path / "b", ["score"], switches=Switches({"bits": "vision"}, "bits"))
+
+
+def test_rows_left_out_are_counted_with_the_reason(tmp_path: Path) -> None:
+    frame = table().astype(float)
+    frame.loc[:2, "v"] = np.nan
+    frame.loc[3:4, "cider"] = np.nan
+    frame.loc[5, "cider"] = np.inf
+    frame["meteor"] = 0.1
+    found = import_table(write(tmp_path, frame), tmp_path / "run", ["cider"], parts=COLUMNS)
+    assert found.used == 119
+    assert "3 rows left out: bits are missing" in found.notes
+    assert "3 rows left out: a score is missing or not finite" in found.notes
+    assert any("no sizes given" in note for note in found.notes)
+    assert found.study.meta["left_out"] == list(found.notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.astype({"v": object}).replace({"v": {2: "two"}}),
+            "column 'v' holds 'two' in row 1 .*not a number",
+        ),
+        (lambda t: t.assign(v=17), "vision has 17 bits in row 1; bits are whole numbers from 1 to 16"),
+        (lambda t: t.assign(v=2.5), "vision has 2.5 bits in row 1"),
+        (lambda t: t.assign(v=0), "vision has 0 bits"),
+        (lambda t: t.assign(cider=np.nan), "no row of .* has all bits and scores"),
+        (lambda t: t.head(0), "has a header but no rows"),
+        (lambda t: t.rename(columns={"l": "L"}), "unknown column 'l'"),
+        (lambda t: t.rename(columns={"meteor": "v"}), "two columns named 'v'"),
+    ],
+    ids=["text", "too wide", "half a bit", "none", "no scores", "empty", "unknown", "twice"],
+)
+def test_bad_tables(tmp_path: Path, change: object, message: str) -> None:
+    path = write(tmp_path, change(table()))  # type: ignore[operator]
+    with pytest.raises(UserError, match=message):
+        import_table(path, tmp_path / "run", ["cider"], parts=COLUMNS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_wishes(tmp_path: Path) -> None:
+    path = write(tmp_path, table())
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="unknown column 'bleu'"):
+        import_table(path, out, ["bleu"], parts=COLUMNS)
+    with pytest.raises(UserError, match="say what the columns are"):
+        import_table(path, out, ["cider"])
+    with pytest.raises(UserError, match=r"named after its part of the model, vision, connector, language .* not 'eye'"):
+        import_table(path, out, ["cider"], parts={"v": "eye"})
+    with pytest.raises(UserError, match="two columns are both said to be 'vision'"):
+        import_table(path, out, ["cider"], parts={"v": "vision", "c": "vision"})
+    with pytest.raises(UserError, match="unknown component in --numel 'visoin'"):
+        import_table(path, out, ["cider"], parts=COLUMNS, numel={"visoin": 10})
+    with pytest.raises(UserError, match="no size given for connector, language"):
+        import_table(path, out, ["cider"], parts=COLUMNS, numel={"vision": 10})
+    with pytest.raises(UserError, match="the components have 3,000,000 weights, more than the whole model's 5"):
+        import_table(path, out, ["cider"], parts=COLUMNS, total=5)
+    with pytest.raises(UserError, match=r"cannot read .*nowhere.csv: No such file"):
+        import_table(tmp_path / "nowhere.csv", out, ["cider"], parts=COLUMNS)
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(UserError, match="is not a table with commas and a header"):
+        import_table(tmp_path / "binary.csv", out, ["cider"], parts=COLUMNS)
+    import_table(path, out, ["cider"], parts=COLUMNS)
+    with pytest.raises(UserError, match="already holds a study with 125 trials"):
+        import_table(path, out, ["cider"], parts=COLUMNS)
+
+
+ROWS = "v,c,l,cider\n" + "".join(f"{v},{c},{w},{v + w}\n" for v in (2, 4, 8) for c in (4, 8) for w in (2, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (ROWS, ["18 of 18 rows became trials"]),
+        (ROWS.replace("2,4,2,", ",4,2,"), ["17 of 18 rows", "note: 1 row left out: bits are missing"]),
+        (ROWS.replace("2,4,2,4", "2,4,2,nan"), ["17 of 18", "note: 1 row left out: a score is missing or not finite"]),
+        (ROWS.replace("v,c", "v,v"), ["error: the table has two columns named 'v'; rename or delete one"]),
+        (ROWS.replace(",8,", ",4,"), ["connector has the same bits in every row", "9 rows repeat the bits"]),
+        ("v,c,l,cider\n4,4,4,1\n", ["1 of 1 rows", "vision has the same bits in every row"]),
+        (ROWS.replace("2,4,2,4", "2,4,2,high"), ["error: column 'cider' holds 'high' in row 1, not a number"]),
+        (ROWS.replace("2,4,2,4", "17,4,2,4"), ["error: vision has 17 bits in row 1; bits are whole numbers"]),
+        (ROWS.replace(",", ";"), ["error:", "separates its columns by ';'; save it with commas"]),
+        ("", ["error:", "is not a table with commas and a header"]),
+    ],
+    ids=["good", "missing", "no score", "twice", "constant", "one", "text", "too wide", "semicolons", "empty"],
+)
+def test_what_a_user_reads(tmp_path: Path, text: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "table.csv").write_text(text)
+    out, refused = tmp_path / "run", words[0].startswith("error")
+    line = ["import", tmp_path / "table.csv", "--score", "cider", "--out", out]
+    line += [word for column, part in COLUMNS.items() for word in ("--part", f"{column}={part}")]
+    assert cli.main([*map(str, line)]) == int(refused)
+    printed = capsys.readouterr()
+    for some in words:
+        assert some in (printed.err if refused else printed.out)
+    assert out.exists() != refused
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("recommend RUN --bpw 0", "a budget must be above 0, not 0"),
+        ("recommend RUN --bpw 1", "no measured plan fits 1.00 bpw"),
+        ("recommend RUN --floor cider=1.5", "a floor is a share of full precision above 0 and at most 1"),
+        ("recommend RUN --floor bleu=0.9", "unknown task 'bleu'; choose from cider"),
+        ("recommend RUN --weight cider=0", "weights of tasks must be above 0, not 0"),
+        ("recommend RUN --task cider --weight cider=1", "either --task names the one task"),
+        ("recommend RUN --allow visoin=4", "unknown component 'visoin'; choose from vision, connector, language"),
+        ("recommend RUN --allow vision=5", "no measured width of vision is allowed"),
+        ("recommend RUN --tie vision", "'vision' is a single component"),
+        ("recommend RUN --top 0", "at least one plan must be tried (--top), not 0"),
+        ("rank RUN --method gptq", "unknown method of this study 'gptq'; choose from codes"),
+        ("rank RUN --near 2", "near must be a share of full precision between 0 and 1"),
+        ("rank RUN --by thirds", "unknown granularity 'thirds'"),
+        ("rank RUN --task bleu", "unknown task 'bleu'"),
+    ],
+)
+def test_wishes_that_cannot_be_met(imported: Path, line: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(line.replace("RUN", str(imported)).split()) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_limits_from_the_command_line(imported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"recommend {imported} --bpw 4,5 --allow vision=4,8 --tie vision,language --floor cider=20% --json"
+    assert cli.main(line.split()) == 0
+    found = json.loads(capsys.readouterr().out)["budgets"]
+    assert [one["budget_bpw"] for one in found] == [4, 5]
+    for one, name in zip(found, ("plan.json", "plan-5bpw.json"), strict=True):
+        plan = Plan.from_json(json.loads((imported / name).read_text())["plan"]).bits()
+        assert plan["vision"] == plan["language"] in (4, 8)
+        assert one["path"].endswith(name)
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("imported")
+    (folder / "table.csv").write_text(ROWS)
+    import_table(folder / "table.csv", folder / "run", ["cider"], parts=COLUMNS)
+    return folder / "run"
+
+
+def test_constant_columns_and_one_row(tmp_path: Path) -> None:
+    found = import_table(write(tmp_path, table().assign(c=4)), tmp_path / "run", ["cider"], parts=COLUMNS)
+    assert "connector has the same bits in every row: nothing can be said about it" in found.notes
+    one = import_table(write(tmp_path, table().head(1)), tmp_path / "one", ["cider"], parts=COLUMNS)
+    with pytest.raises(UserError, match="1 usable trial"):
+        rank(one.study)
+
+
+def test_the_published_tables(tmp_path: Path, published: Path) -> None:
+    numel = {"vision": 984_023_040, "connector": 104_988_672, "language": 2_516_582_400}
+    parts = {"vit_bits": "vision", "qformer_bits": "connector", "llm_bits": "language"}
+    found = import_table(
+        published / "blip2_gptq_coco.csv", tmp_path / "gptq", ["cider", "meteor"], parts=parts, numel=numel,
+        total=3_744_761_856,
+    )  # fmt: skip
+    read = found.study.table()
+    assert len(read) == 448
+    four = read[(read[["vision", "connector", "language"]] == 4).all(axis=1)]
+    assert four["bpw"].item() == pytest.approx(4.446, abs=5e-4)  # as published
+    thirds = {"FIRST": "front", "MIDDLE": "middle", "LAST": "end"}
+    names = {"VIT": "vision", "QFORMER": "connector", "LLM": "language"}
+    columns = {f"{a}_{b}": f"{p}.{g}" for a, p in names.items() for b, g in thirds.items()}
+    kinds = {"MLP": ["ff"], "ATTENTION": ["attn"], "BOTH": ["attn", "ff"]}
+    switches = Switches(columns, "bit_size", "type", kinds)
+    found = import_table(
+        published / "blip2_uniform_coco.csv", tmp_path / "uniform", ["CIDEr"], switches=switches, numel=numel,
+        total=3_744_761_856,
+    )  # fmt: skip
+    assert found.used == 1500
+    assert len(found.study.parts.names) == 18

@@ -1,0 +1,66 @@
+"""Intervals cover what they claim, clusters widen them, and pairing narrows them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from sensitivity.study.scores import clustered_se, paired, summarize
+
+
+def test_without_clusters_the_error_is_the_textbook_one() -> None:
+    values = np.random.default_rng(0).normal(size=50)
+    se, count = clustered_se(values, np.arange(50))
+    assert count == 50
+    assert se == pytest.approx(values.std(ddof=1) / math.sqrt(50))
+
+
+def test_copies_of_an_example_add_no_knowledge() -> None:
+    values = np.random.default_rng(0).normal(size=40)
+    single = clustered_se(values, np.arange(40))
+    assert clustered_se(np.repeat(values, 5), np.repeat(np.arange(40), 5)) == pytest.approx(single)
+
+
+@pytest.mark.parametrize(("p", "spread"), [(0.5, 0.0), (0.9, 0.0), (0.8, 0.1), (0.98, 0.02)])
+def test_intervals_cover_the_truth_at_about_their_rate(p: float, spread: float) -> None:
+    """150 scenes of 5 questions; scenes differ in difficulty, so that questions of one scene move together."""
+    rng = np.random.default_rng(1)
+    clusters, hits, rounds = np.repeat(np.arange(150), 5), 0, 600
+    for _ in range(rounds):
+        easy = np.clip(p + rng.choice([-spread, spread], 150), 0, 1)
+        score = summarize(rng.random(750) < np.repeat(easy, 5), clusters)
+        hits += score.low <= p <= score.high
+    assert 0.92 <= hits / rounds <= 0.98
+
+
+def test_paired_intervals_cover_the_true_difference() -> None:
+    rng = np.random.default_rng(2)
+    clusters, hits, widths, rounds = np.repeat(np.arange(100), 4), 0, [], 500
+    for _ in range(rounds):
+        base = rng.random(400) < 0.8
+        ours = np.where(rng.random(400) < 0.05, ~base, base)  # 4 % of the right ones lost, 1 % of the wrong ones won
+        difference = paired(ours, base, clusters)
+        hits += difference.low <= -0.03 <= difference.high
+        widths.append(difference.high - difference.low)
+        alone = summarize(ours, clusters)
+    assert 0.92 <= hits / rounds <= 0.98
+    assert np.mean(widths) < 0.75 * (alone.high - alone.low)
+
+
+def test_all_right_is_not_without_error() -> None:
+    score = summarize(np.ones(100), np.arange(100) // 5)
+    assert score.se == 0
+    assert score.high == 1
+    assert 0.8 < score.low < 0.9  # as for 20 scenes, not for 100 questions
+
+
+def test_one_cluster_tells_nothing_about_the_spread() -> None:
+    assert clustered_se(np.array([1.0, 0.0]), np.zeros(2)) == (math.inf, 1)
+    assert summarize([5.0, 7.0], ["a", "a"]).high == math.inf
+
+
+def test_a_score_needs_examples() -> None:
+    with pytest.raises(ValueError, match="at least one example"):
+        summarize([], [])
