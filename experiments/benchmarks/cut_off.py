@@ -16,6 +16,7 @@ from pathlib import Path
 from experiments.small.disturbed import SWEEP, WHOLE, Command, Found, Undisturbed, leftovers, same_study
 from experiments.small.postgres import Postgres, initdb
 from sensitivity.spec.errors import UserError
+from sensitivity.spec.files import discard
 from sensitivity.study.storage.opening import ProcessLock
 from sensitivity.study.study import Study
 
@@ -117,7 +118,7 @@ def stale_locks(plain: Undisturbed, folder: Path, found: Found, draw: random.Ran
         time.sleep(3600)
     while not (out / "held").exists():
         time.sleep(0.01)
-    (out / "held").unlink()
+    discard(out / "held", ours=True)
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)
     for name in ("journal.log.lock", "journal.lock", "queue.lock"):

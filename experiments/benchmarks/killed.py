@@ -22,6 +22,7 @@ from pathlib import Path
 
 from experiments.benchmarks.cut_off import machine
 from experiments.small.disturbed import SIGNALS, SWEEP, WHOLE, Command, Found, Undisturbed, leftovers, same_study
+from sensitivity.spec.files import discard
 
 ROOT = Path(__file__).parents[2]
 SHARES = {"launchers": 0.35, "import": 0.2, "export": 0.15, "recommend": 0.1, "report": 0.1, "workers": 0.1}
@@ -72,7 +73,7 @@ def sweeps(plain: Undisturbed, folder: Path, found: Found, hits: Hits, count: in
         last = launch()
         found.check(last.wait() == 0, f"{out}: {last.said()}")
         same_study(found, out, plain.bare)
-        shutil.rmtree(out)
+        discard(out, ours=True)
         if not hits.left:
             return
 
@@ -95,7 +96,7 @@ def writer(name: str, plain: Undisturbed, folder: Path, found: Found, hits: Hits
         WHOLE[name](found, out, right, True)
         if name == "export":  # the next export into a folder clears what killed ones left there
             found.check(not (some := leftovers(folder)), f"{out}: {some} were left beside it")
-        shutil.rmtree(out)
+        discard(out, ours=True)
         if not hits.left:
             return
 

@@ -22,14 +22,12 @@ from sensitivity.spec.files import write_again
 ROOT = Path(__file__).parent.parent.parent
 CONFIGURATION = """
 import json, resource, statistics, sys, time
-from sensitivity.models import inspect, load
-from sensitivity.plan import Plan
-from sensitivity.quantize import scheme
-from sensitivity.sweep import _Trial
-from sensitivity.tasks import task
+from sensitivity import inspect, load, scheme, task
+from sensitivity.spec.plan import Plan
+from sensitivity.measure.loop import _SharedWork
 vlm = load("embedded:scenes-llava")
 parts = inspect(vlm, by="part")
-trial = _Trial(vlm, parts, [task("vqa", n=1000)])
+trial = _SharedWork(vlm, parts, [task("vqa", n=1000)])
 wall, cpu = [], []
 for bits in (8, 7, 6, 5, 4, 3, 2):  # every part changes with every plan, so nothing is shared with the plan before
     began, spent = time.perf_counter(), time.process_time()

@@ -297,7 +297,7 @@ def test_what_compiled_code_prints_never_stands_beside_json() -> None:
     code = """
 import ctypes, json, os, sys
 from sensitivity.cli import main as cli
-from sensitivity.cli import rank
+from sensitivity.cli.verbs import rank
 def run(args):
     print("python")
     ctypes.CDLL(None).printf(b"compiled, in a buffer\\n")
@@ -314,7 +314,7 @@ sys.exit(cli.main(["rank", "somewhere", "--json"]))
 def test_the_solver_is_silent_where_a_person_reads() -> None:
     code = """
 import ctypes
-from sensitivity.standard_output import silenced
+from sensitivity.spec.standard_output import silenced
 print("before")
 with silenced():
     ctypes.CDLL(None).printf(b"HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();\\n")

@@ -68,5 +68,5 @@ def test_a_study_goes_on_in_its_own_type(
     printed = capsys.readouterr()
     assert "computing in" not in printed.err
     assert json.loads(printed.out)["waiting"] == 0
-    assert main([*line, "--dtype", "fp16"]) == 1  # what is asked for is never replaced
+    assert main([*line, "--dtype", "fp16"]) == 2  # what is asked for is never replaced
     assert "dtype: there float32, here float16" in capsys.readouterr().err

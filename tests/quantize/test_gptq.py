@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,7 +145,11 @@ def test_it_costs_no_more_than_nearest_on_the_same_grid(group: int | str, symmet
 
 def test_endless_damping_is_nearest() -> None:
     for group in ("row", 24):
-        found = quantize(weights(), scheme("gptq", 3, group=group, damp=1e9, clip=False), curvature(inputs()))
+        chosen = scheme("gptq", 3, group=group, clip=False)  # more damping than a user may ask for
+        endless = replace(
+            chosen, settings=tuple({**dict(chosen.settings), "damp": 1e9}.items())
+        )  # more than is allowed
+        found = quantize(weights(), endless, curvature(inputs()))
         torch.testing.assert_close(found, quantize(weights(), scheme("rtn", 3, group=group)), rtol=0, atol=1e-6)
 
 

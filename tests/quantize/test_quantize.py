@@ -139,8 +139,8 @@ def test_presets_are_rows_of_settings() -> None:
         (lambda: scheme("gptq", 4, group="tensor"), "needs a scale per row or group"),
         (lambda: scheme("gptq", 4, dmap=0.1), "unknown setting of gptq 'dmap'.*did you mean damp"),
         (lambda: scheme("gptq", 4, order="best"), "unknown order of gptq 'best'; choose from given, activation"),
-        (lambda: scheme("gptq", 4, damp="much"), "damp of gptq is like 0.01, not 'much'"),
-        (lambda: scheme("gptq", 4, damp=-1.0), "damp of gptq cannot be below 0"),
+        (lambda: scheme("gptq", 4, damp="much"), "damp of gptq is a number from 0 to 10, not 'much'"),
+        (lambda: scheme("gptq", 4, damp=-1.0), "damp of gptq is a number from 0 to 10, not -1.0"),
         (lambda: quantize(weights(), Scheme("best", 4)), "unknown method 'best'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sensitivity.cli.arguments import flags
+from sensitivity.cli.arguments import values
 from sensitivity.cli.output import ticker
 from sensitivity.cli.processes import workers
 from sensitivity.measure.loop import Step
@@ -65,8 +66,8 @@ def test_a_process_a_core_as_far_as_memory_plans_and_threads_allow(monkeypatch: 
 @pytest.mark.parametrize(("left", "joins"), [(100, 1), (10, 0)])
 def test_others_join_where_what_is_left_is_worth_it(left: int, joins: int, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
-    ended = SimpleNamespace(wait=lambda: 0, poll=lambda: 0)
-    monkeypatch.setattr(workers, "_another", lambda args: started.append(args) or ended)
+    ended = SimpleNamespace(wait=lambda: 0, poll=lambda: 0, stdin=None)
+    monkeypatch.setattr(workers, "_another", lambda args: started.append(args) or workers.Worker(ended, io.BytesIO()))
     step = Step(Plan(()), {}, 1.0, False, 1, left, 10, 1)
     args = argparse.Namespace(workers="auto")
     with workers.crew(args, 2, iter([step, step, step])) as shared:
@@ -77,10 +78,10 @@ def test_others_join_where_what_is_left_is_worth_it(left: int, joins: int, monke
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "two", "99999999999", "nan"])
 def test_a_number_of_processes_is_a_number(text: str) -> None:
-    assert flags.processes("auto") == "auto"
-    assert flags.processes("3") == 3
-    with pytest.raises(argparse.ArgumentTypeError, match="is not a number from 1 to 1,024"):
-        flags.processes(text)
+    assert values.workers_or_auto("auto") == "auto"
+    assert values.workers_or_auto("3") == 3
+    with pytest.raises(argparse.ArgumentTypeError, match=r"takes a whole number from 1 to [\d,]+, not"):
+        values.workers_or_auto(text)
 
 
 def test_a_line_comes_while_a_step_lasts_and_only_the_inner_one_speaks(capsys: pytest.CaptureFixture[str]) -> None:

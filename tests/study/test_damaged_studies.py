@@ -411,7 +411,7 @@ RECOMMENDED: dict[str, tuple[Callable[[Any], Any], str]] = {
 def test_recommendations(table: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     change, words = RECOMMENDED[name]
     edit(table / "plan.json", change)
-    assert cli.main(["report", str(table), "--out", str(table.parent / "report")]) == 1
+    assert cli.main(["report", str(table), "--out", str(table.parent / "report")]) == 2
     told = capsys.readouterr().err
     assert words in told
     sentence(UserError(told.removeprefix("error: ").rstrip("\n")))
@@ -790,7 +790,7 @@ def test_manifests(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
     change, words = MANIFESTS[name]
     folder = export(tmp_path / "export")
     edit(folder / manifest.MANIFEST, change)
-    assert cli.main(["verify", str(folder)]) == 1
+    assert cli.main(["verify", str(folder)]) == 2
     told = capsys.readouterr().err
     assert words in told
     sentence(UserError(told.removeprefix("error: ").rstrip("\n")))
@@ -965,7 +965,7 @@ def test_a_task_that_is_never_answered_has_nothing_to_lose(tmp_path: Path, capsy
         "--floor silent=0.9",
         "--task silent --runtime fake",
     ):
-        assert cli.main(["recommend", str(study.path), "--bpw", "5", *words.split()]) == 1
+        assert cli.main(["recommend", str(study.path), "--bpw", "5", *words.split()]) == 2
         told = capsys.readouterr().err
         assert "full precision scored 0 on 'silent', so there is nothing to lose" in told
         assert "its prompts and answers" in told
@@ -1005,7 +1005,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))
 
 def limited(room: int, code: str, before: str = "") -> subprocess.CompletedProcess[str]:
     """Code in a process of its own, in which no file can grow beyond so many bytes."""
-    text = LIMITED.format(tests=str(Path(__file__).parent), room=room, code=code, before=before)
+    text = LIMITED.format(tests=str(Path(__file__).parents[1]), room=room, code=code, before=before)
     return subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
 
 

@@ -139,8 +139,8 @@ def test_a_journal_that_is_something_else_is_named(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from sensitivity.storage import KernelLock
-lock = KernelLock(Path(sys.argv[1])); lock.acquire(); print("held", flush=True); time.sleep(60)
+from sensitivity.study.storage.opening import ProcessLock
+lock = ProcessLock(Path(sys.argv[1])); lock.acquire(); print("held", flush=True); time.sleep(60)
 """
 
 

@@ -205,7 +205,7 @@ def test_files_that_are_something_else_are_named(tmp_path: Path, text: str) -> N
 
 @pytest.mark.parametrize("text", ["{", '{"questions": [{"image_id": 1}, {"ima', '{"questions": [', '{"questions": [}'])
 def test_long_files_are_read_one_entry_at_a_time_and_named_where_they_break(tmp_path: Path, text: str) -> None:
-    source = layout.Source("x", tmp_path, "download it")
+    source = layout.DatasetFolder("x", tmp_path, "download it")
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(UserError, match=r"(cannot read .*a.json as JSON|it has no questions).*; download it"):
         list(source.records("a.json", "questions"))

@@ -47,7 +47,7 @@ def write(path: Path, ranking: Mapping[str, Any]) -> None:
 @cache
 def _code() -> str:
     """All of this package, and the libraries that fit and resample: whatever changes, the ranking may."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[2]
     files = [file.read_bytes() for file in sorted(package.rglob("*.py"))]
     versions = [f"{name} {version(name)}" for name in LIBRARIES] + [sys.version]
     return hashlib.sha256(b"\0".join([*files, *(one.encode() for one in versions)])).hexdigest()
