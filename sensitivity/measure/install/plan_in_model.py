@@ -87,8 +87,8 @@ def prepare(
 ) -> None:
     """Fill the memory with every weight at every scheme that a plan asks for, solving each layer once for all.
 
-    The bits are those that `quantized` would compute plan by plan. On the exposed path they depend on the plan, so there
-    is nothing to prepare.
+    The bits are those that `quantized` would compute plan by plan. On the exposed path they depend on the plan, so
+    there is nothing to prepare.
     """
     if statistics is not None and statistics.exposed:
         return
