@@ -142,9 +142,8 @@ def _drain(study: Study, trial: _SharedWork, until: Until) -> Iterator[Step]:
         complete = end == total
         facts |= {"metrics": _metrics(study, trial, asked, rows)} if complete else {}
         scores = study.tell(asked, rows, facts, None if complete else end)
-        if until.chooses and (
-            last is None or asked.done != last.done
-        ):  # a new shard: plans can be compared on the same images
+        # a new shard: plans can be compared on the same images
+        if until.chooses and (last is None or asked.done != last.done):
             wanted = still_in_race(study, len(trial.ends))
         yield Step(asked.plan, scores, seconds, complete, *study.progress(total, wanted), total, end - asked.done)
         last = asked

@@ -20,9 +20,8 @@ from sensitivity.spec.components import PARTS, ComponentMap, Weight
 from sensitivity.spec.plan import Scheme
 
 Done = Sequence[tuple[str, Scheme]]  # the quantized weights in the model, in the direction of data flow
-Place = tuple[
-    int, float
-]  # index of the part, number of the block; infinity for a weight outside blocks, after all of its part
+# Of a block: index of its part, number in it. A weight outside blocks has infinity, behind all of its part.
+Place = tuple[int, float]
 
 
 class _Enough(Exception):

@@ -20,13 +20,8 @@ from torch import Tensor
 from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.files import discard, whole
 
-CLOSED = (
-    "Permission denied",
-    "Read-only",
-    "No space",
-    "quota",
-    "Not a directory",
-)  # in the system's message where a folder cannot be written
+# Parts of the system's message where a folder cannot be written.
+CLOSED = ("Permission denied", "Read-only", "No space", "quota", "Not a directory")
 VERSION = 5  # raised when the meaning of an entry changes
 
 
@@ -77,9 +72,8 @@ class Cache:
         file, text = self._entry(about, device)
         size = sum(tensor.numel() * tensor.element_size() for tensor in made.values())
         if size <= self.limit_gb * 1e9:
-            apart = {
-                name: t.contiguous().clone() for name, t in made.items()
-            }  # safetensors refuses tensors that share memory
+            # safetensors refuses tensors that share memory
+            apart = {name: t.contiguous().clone() for name, t in made.items()}
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._make_room(size)
@@ -87,9 +81,8 @@ class Cache:
                     save_file(apart, unfinished, metadata={"about": text})
             except (OSError, SafetensorError, UserError) as error:
                 said = f"{error} {error.__cause__}"
-                if self.folder.is_file() or any(
-                    why in said for why in CLOSED
-                ):  # otherwise the folder was deleted meanwhile
+                # otherwise the folder was deleted meanwhile
+                if self.folder.is_file() or any(why in said for why in CLOSED):
                     again = "calibration is done again by the next run"
                     warnings.warn(f"nothing can be kept in {self.folder}: {again}", Notice, stacklevel=2)
 

@@ -75,9 +75,8 @@ def _together(vlm: VLM, group: Sequence[tuple[dict[str, Tensor], list[int]]]) ->
     if "attention_mask" in inputs:
         text[inputs["attention_mask"] == 0] = PADDING
     said = torch.full_like(answers, ANSWER)
-    asked = torch.cat(
-        [torch.full_like(prompt[:, :1], PROMPT), said], dim=1
-    )  # positions that get logits: the last of the prompt, and the answer
+    # positions that get logits: the last of the prompt, and the answer
+    asked = torch.cat([torch.full_like(prompt[:, :1], PROMPT), said], dim=1)
     inputs = {name: _placed(vlm, value) for name, value in inputs.items()}
     answers = answers.to(vlm.device)
     if vlm.encoder_decoder:
@@ -89,9 +88,8 @@ def _together(vlm: VLM, group: Sequence[tuple[dict[str, Tensor], list[int]]]) ->
             if value.shape == prompt.shape:
                 more = answers if name == "input_ids" else tail(vlm, name, value, answers)
                 inputs[name] = torch.cat([value, more.to(value.dtype)], dim=1)
-            elif value.shape[:2] == prompt.shape and name.endswith(
-                "mask"
-            ):  # which image each token may attend to (Mllama)
+            # which image each token may attend to (Mllama)
+            elif value.shape[:2] == prompt.shape and name.endswith("mask"):
                 more = value[:, -1:].expand(-1, answers.shape[1], *value.shape[2:])
                 inputs[name] = torch.cat([value, more], dim=1)
         text = torch.cat([text, said], dim=1)

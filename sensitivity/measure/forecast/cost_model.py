@@ -16,9 +16,13 @@ from sensitivity.spec.components import PARTS, WORDS, ComponentMap, Weight
 from sensitivity.tasks.examples.types import Gallery, Task
 
 FEW = 8  # images that are made into tensors, to estimate all of them
-PASSES = 30  # over a block's hidden states, beside its matrix products: norms, rotations, residuals, reshaping
-COPIES = 6  # of keys and values, where questions share an image
-COLD = 1.4  # times the sum of its operations, each timed in a loop with a warm cache (reports/preflight.md)
+PASSES = (
+    30  # times a block's hidden states are read and written beside products: norms, rotations, residuals, reshaping
+)
+COPIES = 6  # times keys and values are read and written to copy them, where questions share an image
+COLD = (
+    1.4  # a pass costs so many times the sum of its operations, timed in loops with warm caches (reports/preflight.md)
+)
 EVERYTHING: Mapping[str | None, float] = {}  # every kind of layer reads all tokens
 CALLS = 12  # small operations per linear layer; their start-up is most of the cost of a small model
 
@@ -96,15 +100,13 @@ class CostModel:
         groups = int(getattr(text, "num_key_value_heads", None) or self.heads)
         head = vlm.model.get_output_embeddings()
         self.head = tuple(head.weight.shape) if head is not None else (0, 0)
-        layers = [
-            w for w in parts.weights if w.kind not in WORDS
-        ]  # embedding and head are counted where tokens are read and predicted
+        # embedding and head are counted where tokens are read and predicted
+        layers = [w for w in parts.weights if w.kind not in WORDS]
         self.weights = {part: [w for w in layers if w.part == part] for part in PARTS}
         self.blocks = {part: max((w.blocks for w in weights), default=0) for part, weights in self.weights.items()}
         self.width = {part: _width(weights) for part, weights in self.weights.items()}
-        self.caches = (
-            self.width["language"] * groups // self.heads
-        )  # numbers in the keys of one token: query heads may share them
+        # numbers in the keys of one token: query heads may share them
+        self.caches = self.width["language"] * groups // self.heads
 
     def through(
         self, part: str, rows: int, tokens: int, before: int = 0, seen: Mapping[str | None, float] = EVERYTHING
@@ -155,7 +157,8 @@ class CostModel:
         pool = min(gallery.pool, sample.images)
         texts = max(captions * pool / sample.images, 1.0)
         alone = min(gallery.top / texts, 1.0), min(gallery.top / pool, 1.0)
-        # images and captions choose mostly the same pairs: a quarter of the way from the same to independent ones
+        # images and captions choose mostly the same pairs: three quarters of this is as if they chose all the same, one
+        # quarter as if they chose independently
         chosen = 0.75 * max(alone) + 0.25 * (1 - (1 - alone[0]) * (1 - alone[1]))
         pairs = round(chosen * texts * sample.images)
         queries, words = sample.places, max(sample.sequence - sample.places, 1)
@@ -233,7 +236,7 @@ class CostModel:
 
 
 def _plus(one: tuple[float, float], shared: float, own: float = 0.0) -> tuple[float, float]:
-    """A part's shared and own seconds, with more of each."""
+    """A part's shared and own seconds, with these added."""
     return one[0] + shared, one[1] + own
 
 

@@ -43,9 +43,8 @@ def ends(vlm: VLM) -> set[int]:
 def plainly_greedy(vlm: VLM) -> bool:
     """Whether generation takes the most likely token: no penalties, no forced or forbidden tokens."""
     config = vlm.speaker.generation_config
-    if (
-        vlm.encoder_decoder
-    ):  # right answers are read after the start token of config.json, so generate() must begin with the same one
+    # right answers are read after the start token of config.json, so generate() must begin with the same one
+    if vlm.encoder_decoder:
         starts = {config.decoder_start_token_id, vlm.model.config.get_text_config().decoder_start_token_id}
         if len(starts - {None}) > 1:
             return False

@@ -34,9 +34,8 @@ class Batch:
     prompts: list[list[int]] = field(default_factory=list)  # each example's tokens after the prefix
     targets: list[list[int]] = field(default_factory=list)  # tokens of the first right answer, and the end token
     at_once: int = 0  # for a gallery: images or captions in one forward pass
-    halves: list[Batch] = field(
-        default_factory=list
-    )  # two smaller batches instead of this one, which ran out of memory
+    # two smaller batches instead of this one, which ran out of memory
+    halves: list[Batch] = field(default_factory=list)
 
 
 def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
@@ -103,7 +102,7 @@ def _processed(vlm: VLM, images: list[list[Any]], texts: list[str], **how: Any) 
     """The processor's output, or an error that names the files to fetch."""
     try:
         return vlm.processor(images=images, text=texts, **how)
-    except Exception as error:  # each family's processor has errors of its own
+    except Exception as error:  # each family's processor has its own types of error
         raise UserError(
             f"the processor of {vlm.name} cannot make the model's input from a picture and a prompt ({reason(error)}); "
             "fetch its preprocessor_config.json and processor_config.json again"
@@ -153,7 +152,7 @@ def _image(vlm: VLM, examples: tuple[Example, ...]) -> _Image | None:
     end = len(first) - first[::-1].index(image) if image in first else 0
     if not end or any(ids[:end] != first[:end] or not ids[end:] or image in ids[end:] for ids in prompts):
         return None
-    inputs.pop("attention_mask", None)  # nothing is padded
+    inputs.pop("attention_mask", None)  # one prompt needs no padding
     inputs = {name: value[:, :end] if value.shape == shape else value for name, value in inputs.items()}
     return _Image(examples, inputs, [ids[end:] for ids in prompts])
 
@@ -179,7 +178,7 @@ def prompt_text(vlm: VLM, example: Example) -> str:
         chat = [{"role": "user", "content": content}]
         try:
             return str(vlm.processor.apply_chat_template(chat, add_generation_prompt=True))
-        except Exception as error:  # of Jinja, or raised by the template itself
+        except Exception as error:  # from Jinja, or raised by the template itself
             raise UserError(
                 f"the chat template of {vlm.name} cannot be filled ({reason(error)}); fetch chat_template.jinja, or "
                 "whichever of its files has the template, again"

@@ -61,7 +61,7 @@ def drafted(
 
 
 class _Reading:
-    """Forward passes over questions and drafts behind their images; no accepted token is read twice."""
+    """Forward passes over questions and drafts behind their images; the cache saves reading tokens twice."""
 
     def __init__(self, vlm: VLM, batch: Batch, image: Image, places: Tensor) -> None:
         self.vlm, self.batch, self.image, self.places = vlm, batch, image, places

@@ -89,12 +89,8 @@ def _predicted(vlm: VLM, inputs: dict[str, Tensor], drafts: Sequence[Sequence[in
     words = words[:, :-1]
     longer, ids = dict(inputs), words.clamp(min=0)
     longer["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
-    for (
-        name,
-        value,
-    ) in (
-        inputs.items()
-    ):  # masks and token types grow with the text; padding of drafts is on the right, out of causal sight
+    # masks and token types grow with the text; padding of drafts is on the right, out of causal sight
+    for name, value in inputs.items():
         if name != "input_ids" and value.shape == inputs["input_ids"].shape:
             more = (words >= 0).to(value.dtype) if name == "attention_mask" else tail(vlm, name, value, ids)
             longer[name] = torch.cat([value, more], dim=1)

@@ -154,6 +154,7 @@ class _Work:
             for name in names:
                 _finite(name, self.own[name])
             ordered = sorted(schemes, key=str)
+            # tracing absorbers costs a forward pass, so it waits until a scheme folds its scales
             foldable = any(s.get("scales") == "folded" for s in schemes) and shared in self._absorbers()
             linears = Linears(names, tuple(self.own[name] for name in names), found.get(shared), foldable)
             for chosen, values in zip(ordered, self._values(linears, ordered), strict=True):

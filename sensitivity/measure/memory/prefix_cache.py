@@ -43,6 +43,7 @@ class PrefixCache:
         self._keys: dict[tuple[str, int], Hashable] = {}
         # one state per batch and boundary: a plan with another prefix overwrites it, so memory holds one plan's path
         self._states: dict[tuple[Hashable, str, int], tuple[Hashable, Any]] = {}
+        # per batch and layer: the key, then keys and values of attention after the image tokens
         self._caches: dict[Hashable, list[tuple[Hashable, Tensor, Tensor]]] = {}
         self.answers: dict[Hashable, Known] = {}  # in tokens, as drafts for later plans
         self._full: set[Hashable] = set()  # batches that exceeded the limit

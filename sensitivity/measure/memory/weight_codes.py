@@ -17,9 +17,8 @@ from sensitivity.quantize.linears import StoredWeight
 
 Key = tuple[Any, ...]  # a parameter's name, its scheme, and on the exposed path what was quantized before it
 CODE = 1.25  # bytes per cached weight, including scales of small groups
-Held = (
-    Tensor | QuantizedWeight | CodebookWeight
-)  # a plain tensor has no codes: biases, and weights that a method leaves alone
+# A plain tensor stands for what has no codes: biases, and weights that a method leaves alone.
+Held = Tensor | QuantizedWeight | CodebookWeight
 
 
 class WeightCodes(OrderedDict[Key, Held]):
