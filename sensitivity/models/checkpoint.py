@@ -42,13 +42,8 @@ EMBEDDED = {  # name -> folder
     "scenes-blip2-itm": "scenes-blip2-itm",
 }
 HERE = Path(__file__).parent / "embedded"
-WANTED = [
-    "*.json",
-    "*.safetensors",
-    "*.model",
-    "*.txt",
-    "*.jinja",
-]  # downloaded from a hub repository: no pickle, no code
+# Downloaded from a hub repository: no pickle, no code
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 CONFIGS = ["config.json", "adapter_config.json"]
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -67,8 +62,8 @@ BESIDE = (  # files that transformers reads beside the config; it ignores some o
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
-REPEATED = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?|experts?)$")  # fields that count modules
-MOST = 1000  # of these: the deepest models have some hundreds; each module takes a millisecond and memory to build
+REPEATED = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?|experts?)$")  # fields of repetitions
+MOST = 1000  # modules of a kind, at most: the deepest models have some hundreds; each takes a millisecond and memory
 WEIGHT_MAP = Kind("tensors and their files", lambda value: isinstance(value, dict) and all(map(_shard, value.values())))
 WHOLE = 100 * 2**20  # a file up to this size is hashed to the last byte
 PIECES, PIECE = 64, 2**16  # of a larger one, pieces of so many bytes are hashed beside its header

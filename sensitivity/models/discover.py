@@ -240,7 +240,7 @@ def _kind(path: str, family: Family) -> str | None:
 def _shares_input(model: nn.Module, path: str, family: Family) -> str | None:
     """The module around linears that read one input: q, k, v of self-attention; k, v of cross-attention; gate, up."""
     parent, _, leaf = path.rpartition(".")
-    # in cross-attention, q reads another sequence than k and v
+    # in cross-attention, k and v read the other sequence, and q does not
     cross = _kind(path, family) == "cross"
     for group in (KEY_VALUE if cross else QUERY | KEY_VALUE, *({gate, up} for gate, up in GATED.items())):
         there = group & {key for key, child in model.get_submodule(parent).named_children()}

@@ -50,9 +50,8 @@ FAMILIES: dict[str, Family] = {
     "siglip": Family("SigLIP", connector=("text_model.head",)),
 }
 
-SEARCHERS = (
-    "Salesforce/blip2-itm-vit-g-coco or embedded:scenes-blip2-itm"  # retrieval models, named in an error message
-)
+# Retrieval models, named in an error message
+SEARCHERS = "Salesforce/blip2-itm-vit-g-coco or embedded:scenes-blip2-itm"
 
 
 def family_of(model: nn.Module) -> Family:

@@ -13,9 +13,8 @@ from sensitivity.spec.components import natural
 from sensitivity.spec.errors import UserError
 
 Shape = tuple[int, ...]
-ROOM = (
-    2**30
-)  # numbers in all buffers, at most; no file holds those, so a wrong config alone decides; models have thousands
+# Numbers in all buffers, at most; no file holds those, so a wrong config alone decides; models have thousands
+ROOM = 2**30
 HOW = {
     "lacks": "lacks",
     "unknown": "has unknown",
@@ -76,7 +75,7 @@ def few(ordered: list[str]) -> str:
 
 
 def renaming(skeleton: nn.Module) -> Callable[[str], tuple[str, bool]]:
-    """A function from checkpoint key to parameter name, as transformers loads it, and whether it converts the tensor."""
+    """A function from checkpoint key to parameter name in transformers, and whether the tensor is converted."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
