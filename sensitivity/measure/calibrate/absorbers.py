@@ -78,7 +78,7 @@ def _norms(model: nn.Module, parts: ComponentMap, run: Callable[[], None]) -> di
     for path, consumers in watch.consumers.items():
         if len(consumers) == 1 and None not in consumers:
             feeds.setdefault(str(next(iter(consumers))), []).append(path)
-    # an input that two norms feed is read by a layer that is called twice: one scale cannot serve both
+    # one scale cannot serve two norms that feed the same input, as where a layer is called twice
     return {shared: paths[0] for shared, paths in feeds.items() if len(paths) == 1}
 
 

@@ -20,7 +20,7 @@ from sensitivity.spec.components import PARTS, ComponentMap, Weight
 from sensitivity.spec.plan import Scheme
 
 Done = Sequence[tuple[str, Scheme]]  # the quantized weights in the model, in the direction of data flow
-# Of a block: index of its part, number in it. A weight outside blocks has infinity, behind all of its part.
+# Of a block: index of its part, number in it. A weight outside blocks has infinity: after all of its part.
 Place = tuple[int, float]
 
 
@@ -136,7 +136,7 @@ class BlockwisePass:
         if not all(goals.values()):
             return  # a module that did not run in `_look` has no number of calls to stop at: run to the end
 
-        # a module may be called several times in a pass (a shared block), and its last call must be seen, too
+        # a module may be called several times in a pass (a shared block), and its last call must run, too
         def passed(module: nn.Module, *_: Any) -> None:
             goals[module] -= 1
             if not any(goals.values()):

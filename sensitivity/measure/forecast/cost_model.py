@@ -194,7 +194,7 @@ class CostModel:
         return COLD * total
 
     def _asked(self, sample: TaskSample, questions: int) -> tuple[float, float]:
-        """Seconds to read questions behind their image through the blocks; and of each plan's own logits and copies."""
+        """Seconds for the blocks to read questions after their image, and for each plan's own logits and copies."""
         words = self.probe.product(questions * sample.said + round(questions / sample.questions), *self.head)
         copied = self._copied(questions, sample.sequence)
         return self.through("language", questions, sample.tail, before=sample.sequence), words + copied
@@ -226,7 +226,7 @@ class CostModel:
     def activations(self, sample: TaskSample) -> float:
         """Bytes of the largest pass: logits in two dtypes, the activations of one block, and keys and values.
 
-        Each question has keys and values of its own where it is read behind a shared image.
+        Each question has keys and values of its own where it is read after a shared image.
         """
         images, wide = max(sample.sizes), self.probe.dtype.itemsize
         questions = max(round(images * sample.questions), 1)

@@ -16,7 +16,7 @@ from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import Scheme
 
 TOKENS = 1024  # in a measured product, at most; more are assumed to cost in proportion
-SIDE = 512  # of the weight whose quantization is measured, at most
+SIDE = 512  # rows and columns of the weight whose quantization is measured, at most
 ENOUGH = 0.05  # seconds for one measurement
 WIDE = torch.float32  # holds every number of a narrower dtype
 NOTABLY = 1.25  # times: a dtype that is faster by less is not worth twice the memory

@@ -61,7 +61,7 @@ class Drafts:
         for row, best in zip(list(self.left), logits.argmax(-1).tolist(), strict=True):
             draft, begun = self.tokens[row], self.accepted[row]
             # A draft token is accepted if it is the argmax of the model's own logits. The first that is not is replaced
-            # by the argmax, which follows accepted tokens alone; logits behind it follow a wrong token and are
+            # by the argmax, which follows accepted tokens alone; logits after it follow a wrong token and are
             # ignored. So each pass gains at least one token.
             agrees, far = True, begun
             while agrees and far < most and not (far and draft[far - 1] in ends):

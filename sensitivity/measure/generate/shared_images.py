@@ -42,7 +42,7 @@ def drafted(
     known: Known | None,
     first: Callable[[], AbstractContextManager[None]],
 ) -> tuple[list[list[int]], list[float]]:
-    """Greedy answers to the questions behind their images, from drafts.
+    """Greedy answers to the questions after their images, from drafts.
 
     The first draft is the right answer, so its likelihood comes from the same pass; where only right answers count,
     most rows are finished after it. The next drafts are what other plans answered, if that begins with the accepted
@@ -61,7 +61,7 @@ def drafted(
 
 
 class _Reading:
-    """Forward passes over questions and drafts behind their images; the cache saves reading tokens twice."""
+    """Forward passes over questions and drafts after their images; a cache saves reading tokens twice."""
 
     def __init__(self, vlm: VLM, batch: Batch, image: Image, places: Tensor) -> None:
         self.vlm, self.batch, self.image, self.places = vlm, batch, image, places
@@ -114,7 +114,7 @@ class _Reading:
         return all(layer.get_seq_length() > self.batch.prefix for layer in self.cache.layers)
 
     def _cache(self, rows: Sequence[int], begins: Sequence[int], owners: Tensor) -> DynamicCache:
-        """Keys and values of the rows' images, and of the tokens behind them that earlier passes read."""
+        """Keys and values of the rows' images, and of the tokens after them that earlier passes read."""
         cache, room = DynamicCache(), max(begins)
         picked = self._picked(rows, room) if room else None
         for number, (keys, values) in enumerate(self.image):
@@ -131,9 +131,9 @@ class _Reading:
         return cache
 
     def _picked(self, rows: Sequence[int], room: int) -> tuple[Tensor, Tensor]:
-        """Row and position in the last pass's cache of each token behind the image.
+        """Row and position in the last pass's cache of each token after the image.
 
-        First come those that were there before that pass, then, behind the gap, those that it added.
+        First come those that were there before that pass, then, after the gap, those that it added.
         """
         at = [self.rows.index(row) for row in rows]
         before = torch.tensor([self.read[place] for place in at])[:, None]

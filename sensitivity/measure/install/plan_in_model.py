@@ -166,7 +166,7 @@ class _Work:
     def _values(self, linears: Linears, schemes: Sequence[Scheme]) -> list[list[Held]]:
         """The quantized weights for each scheme; calibrated ones come from the cache on disk if it has them."""
         cache = self.statistics.cache if self.statistics is not None and linears.curvature is not None else None
-        # keyed by the bits of weights and statistics, not by names: the same content gives the same result anywhere
+        # keyed by the bits of weights and statistics, not by names: the same content gives the same result in any model
         content = None if cache is None else [linears.foldable, fingerprint([*linears.weights, *linears.seen.content])]
         about = {s: {"scheme": replace(s, settings=_own(s)).to_json(), "content": content} for s in schemes}
         found = {s: cache.load(about[s], linears.weights[0].device) for s in schemes} if cache is not None else {}

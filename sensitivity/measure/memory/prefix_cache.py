@@ -76,7 +76,7 @@ class PrefixCache:
 
     @contextmanager
     def _patched(self, batch: Hashable, part: str, stage: Stage) -> Iterator[None]:
-        """Replace the forwards of one part: replay up to the deepest valid boundary, record at those behind it."""
+        """Replace the forwards of one part: replay up to the deepest valid boundary, record at later ones."""
         usable = [depth for depth in stage.boundaries if self.only in (None, (part, depth))]
         known = [d for d in usable if self._states.get((batch, part, d), (None,))[0] == self._keys[part, d]]
         start = max(known, default=0)
@@ -181,7 +181,7 @@ class PrefixCache:
 
 def _before(weight: Weight, depth: int) -> bool:
     """Whether the hidden state after `depth` blocks of a weight's part may depend on the weight."""
-    # an untied output head stands behind all blocks; other weights outside blocks may be read anywhere in their part
+    # an untied output head is after all blocks; other weights outside blocks may be read anywhere in their part
     if weight.kind == HEAD and not weight.tied:
         return False
     return weight.block is None or weight.block < depth
