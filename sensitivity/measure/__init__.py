@@ -1,1 +1,1 @@
-"""The torch wing: a plan into a model, answers and scores out."""
+"""Measures plans with torch: puts a plan into a model, generates answers and scores them."""

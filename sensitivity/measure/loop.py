@@ -1,4 +1,4 @@
-"""The loop: ask for a plan, quantize, evaluate, tell; begin again where a killed process left off."""
+"""The sweep's loop: takes a plan from the queue, quantizes, evaluates and records it; a killed sweep resumes."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from sensitivity.study.stopping import Until
 from sensitivity.study.study import Asked, Study
 from sensitivity.tasks.examples.types import Task
 
-MEMORY_GB = 8.0  # half of it for quantized weights beyond those of the plan that is running, half for hidden states
-PROVEN = 2  # examples on which kept hidden states are proven: which blocks go on unseen is the model's, not the image's
+MEMORY_GB = 8.0  # half of it caches quantized weights (beside those of the running plan), half hidden states
+PROVEN = 2  # examples that verify the prefix cache: which blocks may be skipped depends on the model, not the image
 LIBRARIES = ("torch", "transformers", "optuna", "numpy")
 
 
 @dataclass(frozen=True)
 class Step:
-    """Some examples of a trial that were just run, and how far the sweep is, in images over all plans."""
+    """Some examples of a trial that were just run, and the sweep's progress, in images over all plans."""
 
     plan: Plan
     scores: Mapping[str, float]
@@ -46,8 +46,8 @@ class Step:
     complete: bool  # whether the plan has now seen all examples
     done: int
     left: int
-    images: int  # for each plan
-    new: int = 1  # images that were just run
+    images: int  # that each plan runs on in the end
+    new: int = 1  # images of this step
 
 
 def run(
@@ -60,11 +60,11 @@ def run(
     until: Until | None = None,
     memory_gb: float = MEMORY_GB,
 ) -> Iterator[Step]:
-    """Run every plan that the study does not hold yet; full precision first, since all else is compared to it.
+    """Run every plan that the study does not hold yet, full precision first, since all scores are compared with it.
 
-    A list of plans is queued at once, before the first step is asked for, so that any number of processes can take
-    from it; all of them see a first shard of examples before any sees more. Other iterables are asked for one plan
-    at a time, after the last one was told, and each sees all examples.
+    A list of plans is queued at once, before the first step is yielded, so that any number of processes can take
+    plans from the queue; every plan runs on a first shard of examples before any plan runs on more. From any other
+    iterable, such as a sampler, a plan is drawn only after the last one was recorded, and runs on all examples.
     """
     listed = isinstance(plans, Sequence)
     trial = _SharedWork(vlm, study.parts, tasks, plain, statistics, listed, memory_gb)
@@ -75,15 +75,16 @@ def run(
     if not isinstance(plans, Sequence):
         study.enqueue([first])
         return _walk(study, trial, plans, until or Until())
+    # `run` is no generator itself: the queue is filled now, not when the caller asks for the first step
     trial.prepare(plans)
     study.enqueue([first, *sorted(plans, key=_path)])
     return _walk(study, trial, (), until or Until())
 
 
 def check_runs(vlm: VLM, tasks: Sequence[Task]) -> None:
-    """Whether the model takes an example of each task at all, before anything of a study is written.
+    """Raise an error if the model cannot run an example of each task, before anything of a study is written.
 
-    A processor, a template or a config can be right in each of its words and still belong to another model.
+    A processor, a chat template or a config can be valid by itself and still belong to another model.
     """
     for task in tasks:
         first = [example for example in task.examples if example.cluster == task.examples[0].cluster]
@@ -93,7 +94,7 @@ def check_runs(vlm: VLM, tasks: Sequence[Task]) -> None:
                 answer(vlm, one, batch)
         except (UserError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # wherever in its model a shape or an index first does not fit
+        except Exception as error:  # a shape or index may fail anywhere in the model, with any type of error
             raise UserError(
                 f"{vlm.name} cannot be run on the first example of {task.name} ({reason(error)}); most often its "
                 "processor or tokenizer is another model's, or its config.json was changed: fetch them again"
@@ -101,11 +102,12 @@ def check_runs(vlm: VLM, tasks: Sequence[Task]) -> None:
 
 
 def _path(plan: Plan) -> list[str]:
-    """Plans that share the most stand beside each other: sorted as data flows through them."""
+    """Sort key of plans in the direction of data flow, so that neighboring plans share the longest prefixes."""
     return [str(scheme) for _, scheme in plan.schemes]
 
 
 def _walk(study: Study, trial: _SharedWork, more: Iterable[Plan], until: Until) -> Iterator[Step]:
+    """Run the plans in the queue, then those of `more`, one at a time."""
     yield from _drain(study, trial, until)
     for plan in more:
         if until.reached(study):
@@ -115,6 +117,7 @@ def _walk(study: Study, trial: _SharedWork, more: Iterable[Plan], until: Until) 
 
 
 def _drain(study: Study, trial: _SharedWork, until: Until) -> Iterator[Step]:
+    """Run plans from the queue until it is empty or `until` is reached."""
     last: Asked | None = None
     wanted: set[str] | None = None
     while not (last and until.reached(study)):
@@ -128,7 +131,7 @@ def _drain(study: Study, trial: _SharedWork, until: Until) -> Iterator[Step]:
         except UserError as error:
             study.give_up(asked, str(error))
             raise
-        except BaseException:  # Ctrl-C, most often
+        except BaseException:  # Ctrl-C, most often: the plan goes back into the queue
             study.put_back(asked)
             raise
         seconds = time.perf_counter() - began
@@ -139,21 +142,22 @@ def _drain(study: Study, trial: _SharedWork, until: Until) -> Iterator[Step]:
         complete = end == total
         facts |= {"metrics": _metrics(study, trial, asked, rows)} if complete else {}
         scores = study.tell(asked, rows, facts, None if complete else end)
-        if until.chooses and (last is None or asked.done != last.done):  # a round begins
+        # a new shard: plans can be compared on the same images
+        if until.chooses and (last is None or asked.done != last.done):
             wanted = still_in_race(study, len(trial.ends))
         yield Step(asked.plan, scores, seconds, complete, *study.progress(total, wanted), total, end - asked.done)
         last = asked
 
 
 def _metrics(study: Study, trial: _SharedWork, asked: Asked, rows: Rows) -> dict[str, dict[str, float]]:
-    """Each task's further metrics over all examples of a trial, those of earlier shards too."""
+    """Each task's further metrics over all examples of a trial, including those of earlier shards."""
     before = study.examples(asked.plan) if asked.done else None
     every = rows if before is None else {name: [*before[name], *rows[name]] for name in rows}
     return {task.name: found for task in trial.tasks if (found := task.quick(every))}
 
 
 def not_finite(rows: Rows, plan: Plan) -> int:
-    """How many examples NaN logits made worth nothing; at full precision that is an error."""
+    """How many examples had NaN or infinite logits and so score 0; at full precision that is an error."""
     named = zip(rows["task"], rows["example"], rows["nll"], strict=True)
     lost = [f"{task} {example}" for task, example, nll in named if nll is not None and not math.isfinite(nll)]
     if lost and plan.is_native:
@@ -165,7 +169,7 @@ def not_finite(rows: Rows, plan: Plan) -> int:
 
 
 class _SharedWork:
-    """What plans share: the tasks as tensors, quantized weights, and hidden states along the path of the last plan."""
+    """What plans share: the examples as tensors, quantized weights, and hidden states of the last plan."""
 
     def __init__(
         self,
@@ -180,13 +184,13 @@ class _SharedWork:
         self.vlm, self.parts, self.tasks, self.plain, self.statistics = vlm, parts, tasks, plain, statistics
         self.ends = cuts(tasks, growing)
         self.batches: dict[str, list[Batch]] = {}
-        self.begun: int | None = None  # where the shard begins whose batches these are
+        self.begun: int | None = None  # first image of the shard that `batches` holds
         self.half = int(memory_gb * 1e9 / 2)
         self.weights = None if plain else WeightCodes(self.half)
         self.replay = None if plain else self._proven()
 
     def _proven(self) -> PrefixCache:
-        """Hidden states may be kept where doing so changes no answer and no likelihood, on a first few examples."""
+        """A prefix cache with only those boundaries that change no answer and no likelihood on a few examples."""
         replay = PrefixCache(self.vlm.model, self.parts, self.half)
         replay.under(Plan.uniform(self.parts, None))
         task = replace(self.tasks[0], examples=self.tasks[0].examples[:PROVEN])
@@ -195,14 +199,15 @@ class _SharedWork:
         return replay
 
     def prepare(self, plans: Sequence[Plan]) -> None:
-        """Quantize every layer at all the widths it will be asked for, each layer studied once, if there is room."""
+        """Quantize every layer at all schemes of these plans, solving each layer once, if the results fit in memory."""
         widths = {scheme for plan in plans for _, scheme in plan.schemes if scheme}
         room = sum(w.numel for w in self.parts.weights) * CODE * len(widths)
+        # otherwise `quantized` solves a layer when a plan needs it, and the least recently used codes are dropped
         if self.weights is not None and room <= self.half:
             prepare(self.vlm.model, self.parts, plans, self.weights, self.statistics)
 
     def end(self, begin: int) -> int:
-        """Where the shard ends that begins after so many images."""
+        """The end of the shard that begins after `begin` images."""
         return next(end for end in self.ends if end > begin)
 
     def run(self, plan: Plan, begin: int, end: int) -> Rows:
@@ -219,11 +224,12 @@ class _SharedWork:
                     for name, values in found.items():
                         rows.setdefault(name, []).extend(values)
         if self.weights is not None:
+            # only between plans, since the running plan needs all of its codes
             self.weights.trim()
         return rows
 
     def _enter(self, begin: int, end: int) -> None:
-        """Make a shard's examples tensors, and forget those of the last one: memory holds one shard."""
+        """Load a shard's examples as tensors and drop those of the last shard: memory holds one shard at a time."""
         self.batches = {}
         if self.replay:
             self.replay.clear()
@@ -234,7 +240,7 @@ class _SharedWork:
 
 
 def identity(vlm: VLM, tasks: Sequence[Task], sources: Sequence[str], n: int, seed: int) -> dict[str, Any]:
-    """What must be the same for trials to be comparable: model, type of numbers, data and seed."""
+    """What must be equal for trials to be comparable: model, dtype, data and seed."""
     return {
         "model": vlm.name,
         "fingerprint": vlm.fingerprint,
@@ -250,5 +256,6 @@ def identity(vlm: VLM, tasks: Sequence[Task], sources: Sequence[str], n: int, se
 
 @cache
 def versions() -> dict[str, str]:
+    """The versions of the libraries, and the number of threads, which each trial records."""
     libraries = {name: version(name) for name in LIBRARIES}
     return {"sensitivity": __version__, **libraries, "threads": str(torch.get_num_threads())}

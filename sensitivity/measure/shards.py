@@ -1,4 +1,4 @@
-"""Shards: a task's examples in ever larger portions, drawn without regard to their order, whole images at a time."""
+"""Shards: a task's images in portions of growing size, drawn in a fixed random order."""
 
 from __future__ import annotations
 
@@ -7,30 +7,32 @@ from collections.abc import Sequence
 
 from sensitivity.tasks.examples.types import Example, Task
 
-FIRST = 4  # images, fewer of a small task: enough for an interval, and a few percent of the sweep
-FEWEST = 2  # images: fewer have no interval
-GROWTH = 4
-MOST = 512  # images: bounds what a sweep holds in memory, however large the task is
+FIRST = 4  # images of the first shard, fewer for a small task: enough for an interval, and a few percent of the sweep
+FEWEST = 2  # images: a score on fewer has no interval
+GROWTH = 4  # each shard ends at so many times the images of the one before
+MOST = 512  # images in a shard: bounds the memory of a sweep, however large the task is
 
 
 def cuts(tasks: Sequence[Task], growing: bool = True) -> list[int]:
     """Where the shards end, counted in images of the task that has the most.
 
-    Growing shards give every plan a first score soon, and need few rounds; without, each is as large as memory likes.
+    Growing shards give every plan a first score early and need few rounds; otherwise each shard is as large as memory
+    allows.
     """
     total = max(len({example.cluster for example in task.examples}) for task in tasks)
     if any(task.gallery for task in tasks):
-        return [total]  # an image is looked for among all
+        return [total]  # a rank needs all images at once
     return ends_of(total, growing)
 
 
 def ends_of(total: int, growing: bool = True) -> list[int]:
+    """Where the shards of `total` images end."""
     ends: list[int] = []
     done, size = 0, min(max(total // 20, FEWEST), FIRST) if growing else MOST
     while done < total:
         size = min(size, MOST)
         left = total - done - size
-        if left <= size and size + left <= MOST:  # what is left over is no shard of its own
+        if left <= size and size + left <= MOST:  # a small rest joins the last shard
             size += left
         done = min(total, done + size)
         ends.append(done)
@@ -39,13 +41,13 @@ def ends_of(total: int, growing: bool = True) -> list[int]:
 
 
 def shard(task: Task, begin: int, end: int, total: int) -> list[Example]:
-    """A task's share of the images from `begin` to `end` of `total`: the same ones whoever asks, in one fixed order."""
+    """A task's share of the images from `begin` to `end` of `total`, the same in every process."""
     clusters: dict[str, list[Example]] = {}
     for example in task.examples:
         clusters.setdefault(example.cluster, []).append(example)
     names = sorted(clusters)
     random.Random(0).shuffle(names)
-    # every task has a score after the first shard, though another one may have a hundred times its images
+    # every task has a score after the first shard, even beside a task with a hundred times its images
     few = min(FEWEST, len(names))
     first, last = (max(round(place * len(names) / total), few) if place else 0 for place in (begin, end))
     return [example for name in names[first:last] for example in clusters[name]]

@@ -1,1 +1,1 @@
-"""Loading a model and naming its parts: what is particular to a family is data."""
+"""Loads models and names their parts; what differs between model families is data."""

@@ -24,7 +24,7 @@ class Adapter:
 
 
 def resolve(name: str, config_only: bool = False) -> tuple[Path, Adapter | None]:
-    """The folder that a name means, and the adapter if one lies in it: ADAPTER, or ADAPTER@BASE."""
+    """The folder of a model name, and the adapter in it if there is one; NAME may be ADAPTER or ADAPTER@BASE."""
     alone, at, base = (name, "", "") if Path(name).expanduser().is_dir() else name.rpartition("@")
     alone = alone or name
     folder = find(alone, config_only)
@@ -39,13 +39,13 @@ def resolve(name: str, config_only: bool = False) -> tuple[Path, Adapter | None]
 
 
 def whole(name: str, config_only: bool = False) -> tuple[str, Path]:
-    """The whole model behind a name, and its folder: that of an adapter's base model."""
+    """The name and folder of a full model; for an adapter, those of its base model."""
     folder, adapter = resolve(name, config_only)
     return (name, folder) if adapter is None else whole(adapter.base, config_only)
 
 
 def adapter_config(folder: Path, name: str) -> dict[str, Any] | None:
-    """What a folder says about the adapter in it; None where there is a whole model, or nothing."""
+    """The configuration of the adapter in a folder; None if it holds a full model, or nothing."""
     file = folder / CONFIG
     if not_a_file(file) == MISSING or not_a_file(folder / "config.json") != MISSING:
         return None
@@ -60,7 +60,7 @@ def adapter_config(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def _check_chain(adapter: Adapter, name: str) -> None:
-    """An adapter may be made for an adapter, and so on, but never in a circle."""
+    """Raise an error if an adapter's chain of base models leads back to itself."""
     seen = [adapter.folder.resolve()]
     base = Path(adapter.base).expanduser()
     while not_a_file(base) == FOLDER:
@@ -74,7 +74,7 @@ def _check_chain(adapter: Adapter, name: str) -> None:
 
 
 def base_of(config: dict[str, Any], folder: Path, name: str) -> str:
-    """The model that an adapter was made for: as the adapter names it, or beside the adapter's folder."""
+    """The base model that an adapter names: a folder beside the adapter's, or any model's name."""
     base = config.get("base_model_name_or_path")
     if not base:
         raise UserError(f"{CONFIG} of {name} names no base model; type {name}@BASE, where BASE is its folder or name")
@@ -89,7 +89,7 @@ def base_of(config: dict[str, Any], folder: Path, name: str) -> str:
 
 
 def merged(model: Any, adapter: Adapter, name: str) -> Any:
-    """The model with the adapter in its weights, every tensor of which has found its place."""
+    """The model with the adapter merged into its weights; an error if a tensor matches no layer, or is missing."""
     folder = adapter.folder
     stored = header(folder / WEIGHTS)
     if rounded := [key for key, one in stored.items() if not one.dtype.is_floating_point or one.dtype.itemsize < 2]:
@@ -104,7 +104,7 @@ def merged(model: Any, adapter: Adapter, name: str) -> Any:
         ) from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT only warns of tensors without a place, which are named below
+            warnings.simplefilter("ignore")  # PEFT only warns of tensors that match no layer; below they are an error
             adapted = peft.PeftModel.from_pretrained(model, folder, local_files_only=True)
     except Exception as error:  # PEFT's own, torch's on shapes
         raise UserError(f"the adapter {name} does not fit its base model ({reason(error)})") from error
@@ -120,7 +120,7 @@ def merged(model: Any, adapter: Adapter, name: str) -> Any:
 
 
 def _check_rank(adapter: Adapter, largest: int, name: str) -> None:
-    """PEFT makes room for the rank that the config says, before it looks at what is stored."""
+    """Raise an error for a rank that no tensor has: PEFT allocates by the config before it reads tensors."""
     ranks = adapter.config.get("rank_pattern")
     for rank in (adapter.config.get("r"), *(ranks.values() if isinstance(ranks, dict) else ())):
         if isinstance(rank, int | float) and not 0 <= rank <= largest:

@@ -1,4 +1,4 @@
-"""A model folder before it is loaded: where it is, what it is, whether its weights are whole, its fingerprint."""
+"""Checks a model folder before it is loaded: its place, config, weight files and fingerprint."""
 
 from __future__ import annotations
 
@@ -42,34 +42,35 @@ EMBEDDED = {  # name -> folder
     "scenes-blip2-itm": "scenes-blip2-itm",
 }
 HERE = Path(__file__).parent / "embedded"
-WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a hub repository: no pickle, no code
+# Downloaded from a hub repository: no pickle, no code
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 CONFIGS = ["config.json", "adapter_config.json"]
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-DTYPES = {  # as safetensors names them; fewer bits than a byte have no type in torch
+DTYPES = {  # by safetensors' names; numbers of less than a byte have no dtype in torch
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 DTYPE = either(OBJECT, one_of("auto", *(f"{at}{one}" for at in ("", "torch.") for one in FLOATS)))
-CONFIG = {  # what is read of a configuration before transformers reads it; null is nothing
+CONFIG = {  # fields that are checked before transformers reads a config; null counts as absent
     "model_type": TEXT, "architectures": listed(TEXT, 0), "quantization_config": OBJECT, "auto_map": OBJECT,
     "dtype": DTYPE, "torch_dtype": DTYPE,
 }  # fmt: skip
-BESIDE = (  # what transformers reads beside the config, of which it ignores some where they are no JSON
+BESIDE = (  # files that transformers reads beside the config; it ignores some of them if they are not JSON
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
-REPEATED = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?|experts?)$")  # words for how often a module is built
-MOST = 1000  # of such modules: the deepest models have some hundreds; each takes a millisecond to build, and memory
+REPEATED = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?|experts?)$")  # fields of repetitions
+MOST = 1000  # modules of a kind, at most: the deepest models have some hundreds; each takes a millisecond and memory
 WEIGHT_MAP = Kind("tensors and their files", lambda value: isinstance(value, dict) and all(map(_shard, value.values())))
 WHOLE = 100 * 2**20  # a file up to this size is hashed to the last byte
-PIECES, PIECE = 64, 2**16  # of a larger one, beside its header
+PIECES, PIECE = 64, 2**16  # of a larger one, pieces of so many bytes are hashed beside its header
 
 
 def find(name: str, config_only: bool = False) -> Path:
-    """The folder of a model: embedded, local, or fetched from the hub."""
+    """The folder of a model: embedded, local, or downloaded from the hub."""
     kind, _, short = name.partition(":")
     if kind == "embedded":
         if short not in EMBEDDED:
@@ -97,11 +98,12 @@ def find(name: str, config_only: bool = False) -> Path:
 
 
 def _embedded() -> str:
+    """The names of the embedded models, for error messages."""
     return " or ".join(f"embedded:{known}" for known in EMBEDDED)
 
 
 def read_config(folder: Path, name: str, quantized: bool = False) -> dict[str, Any]:
-    """config.json, refused where transformers alone cannot build the model from it."""
+    """The contents of config.json; an error where transformers alone cannot build the model from it."""
     file = folder / "config.json"
     if not_a_file(file) == MISSING:
         raise UserError(
@@ -123,7 +125,7 @@ def read_config(folder: Path, name: str, quantized: bool = False) -> dict[str, A
 
 
 def described(file: Path, name: str) -> dict[str, Any]:
-    """A JSON object that belongs to a model."""
+    """The JSON object in one of a model's files."""
     try:
         found = read(file)
     except Misfit as error:
@@ -134,7 +136,7 @@ def described(file: Path, name: str) -> dict[str, Any]:
 
 
 def _check_counts(config: Any, path: str = "") -> None:
-    """Nothing is repeated so often that building the model, even without weights, would not end."""
+    """Raise an error for a repetition count so high that building the model, even without weights, would not end."""
     inside = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
     for key, value in inside:
         below = path if isinstance(key, int) else f"{path}.{key}" if path else str(key)
@@ -144,11 +146,12 @@ def _check_counts(config: Any, path: str = "") -> None:
 
 
 def _shard(value: Any) -> bool:
+    """Whether a value names a file in the same folder."""
     return FILE_INSIDE.fits(value) and "/" not in value
 
 
 def shards_of(index: Path, name: str) -> list[Path]:
-    """The files that an index names, each of which is there."""
+    """The weight files that an index names; a missing one is an error."""
     try:
         found = check(described(index, name), {"weight_map": WEIGHT_MAP})["weight_map"]
     except Misfit as error:
@@ -160,7 +163,7 @@ def shards_of(index: Path, name: str) -> list[Path]:
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """The safetensors files of a model, all there and none cut short; never a pickle."""
+    """A model's safetensors files, all present and none cut short; never a pickle."""
     index = folder / "model.safetensors.index.json"
     if not_a_file(index) != MISSING:
         files = shards_of(index, name)
@@ -174,6 +177,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
 
 
 def _no_weights(folder: Path, name: str) -> UserError:
+    """The error for a folder without safetensors files."""
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     if pickles:
         return UserError(
@@ -185,7 +189,7 @@ def _no_weights(folder: Path, name: str) -> UserError:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a safetensors file, and at which byte it begins."""
+    """A tensor in a safetensors file, and the byte at which it begins."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -193,13 +197,14 @@ class Entry:
 
     @property
     def bytes(self) -> int:
+        """The size of the tensor in the file."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 def header(file: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file, none of which is read: the library looks whether all of their bytes are there.
+    """The tensors of a safetensors file, none of which is read; safetensors checks that all of their bytes exist.
 
-    It does not say where a tensor begins; but they lie one after the other, which it makes sure of, too.
+    It does not report where a tensor begins, but ensures that they follow each other, so their sizes tell.
     """
     if trouble := not_a_file(file):
         raise UserError(f"{file.name} is no whole safetensors file ({trouble}); fetch it again")
@@ -220,7 +225,7 @@ def header(file: Path) -> dict[str, Entry]:
 
 
 def stored_bits(files: Sequence[Path]) -> int | None:
-    """How wide most weights are stored; None without files."""
+    """The bits per weight of most stored weights; None without files."""
     widths: Counter[int] = Counter()
     for file in files:
         for entry in header(file).values() if file.suffix == ".safetensors" else ():
@@ -230,7 +235,8 @@ def stored_bits(files: Sequence[Path]) -> int | None:
 
 
 def fingerprint(config: Mapping[str, Any], files: Sequence[Path], note: str | None = None) -> str:
-    """Who a model is, wherever it lies: its config, its weights' names, sizes and content, what was done to it."""
+    """A hash that identifies a model in any folder: its config, its weight files, and what was done to it."""
+    # two fields change with the folder or the library, though the model is the same
     lasting = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
     digest = hashlib.sha256(json.dumps(lasting, sort_keys=True).encode())
     for file in files:
@@ -240,7 +246,7 @@ def fingerprint(config: Mapping[str, Any], files: Sequence[Path], note: str | No
             if size <= WHOLE:
                 digest.update(stream.read())
                 continue
-            # the header of a safetensors file; a pickle has none, and its first bytes say nothing about its size
+            # the first 8 bytes are the header's length; of a pickle, which has no header, they may be any number
             digest.update(stream.read(8 + min(int.from_bytes(stream.read(8), "little"), WHOLE)))
             for i in range(PIECES):
                 stream.seek(i * (size - PIECE) // (PIECES - 1), os.SEEK_SET)

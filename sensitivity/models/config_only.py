@@ -1,4 +1,4 @@
-"""blank(): a model without its weights but with its processor, which makes examples into tensors."""
+"""A model without its weights but with its processor, which is enough to turn examples into tensors."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]  # of a hub repository: all bu
 
 
 def without_weights(name: str) -> VLM:
+    """Load a model's config and processor, but no weights; for an adapter, those of its base model."""
     vlm = load(name, config_only=True)
     name, folder = whole(name, config_only=True)  # an adapter brings no processor
     if not (name.startswith("embedded:") or Path(name).expanduser().is_dir()):

@@ -1,4 +1,4 @@
-"""Checkpoints in a layout that is not transformers' own, as if they were in it: each tensor when it is asked for."""
+"""Reads checkpoints in a foreign layout as if they were in transformers' own, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ __all__ = ["Converted", "as_converted", "as_written", "is_original"]
 
 @dataclass(frozen=True)
 class Converted:
-    """What such a checkpoint would be in transformers' layout."""
+    """A checkpoint as it would be in transformers' layout."""
 
     config: Mapping[str, Any]
     processor: Any
-    files: list[Path]  # that hold the tensors
-    tensors: Mapping[str, tuple[torch.dtype, Read]]  # type, and how one is read and converted
+    files: list[Path]  # the weight files
+    tensors: Mapping[str, tuple[torch.dtype, Read]]  # dtype, and a function that reads and converts the tensor
 
 
 def as_converted(folder: Path, name: str, raw: Mapping[str, Any]) -> Converted:
+    """Describe a checkpoint in transformers' layout; its tensors are read and converted when asked for."""
     config, files = converted_config(raw, name), files_of(folder, name)
     words = as_written(config, "LlavaForConditionalGeneration")
     return Converted(words, processor_for(folder, name, config), files, converted(raw, config, files, name))
 
 
 def as_written(config: Any, architecture: str) -> dict[str, Any]:
-    """A configuration as a file has it."""
+    """A configuration as config.json holds it."""
     return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [architecture]}

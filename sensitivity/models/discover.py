@@ -1,4 +1,4 @@
-"""inspect(): each parameter of any torch VLM in a named part, block and kind, or kept with a reason."""
+"""discover() and inspect() sort every parameter of a VLM into a part, block and kind, or keep it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import EMBEDDING, HEAD, PARTS, WORDS, ComponentMap, Kept, Weight, check
 from sensitivity.spec.errors import UserError, unknown
 
-# Words of a module path, tried in this order: an attention has an output, and a cross-attention is an attention.
+# Words of a module path, tried in this order: paths of cross-attention also say attention, and those of attention also
+# say output.
 KINDS = {
     "cross": re.compile(r"cross|encdec|encoder_attn|x_attn"),
     "attn": re.compile(r"attn|attention"),
@@ -23,7 +24,7 @@ KINDS = {
         r"|\b(c_)?fc|\b(up|gate|down|c)_proj|\bw[i123o]\b|\bwi_|\blinear_?\d"
     ),
 }
-# reasons to keep a weight that --include takes back, and the words that name it there
+# Reasons to keep a weight that --include overrides, and the words that do.
 ASKED = {"embedding": {EMBEDDING}, "output head": {HEAD}, "embedding, tied to the output head": {EMBEDDING, HEAD}}
 QUERY, KEY_VALUE = {"q_proj", "q", "query"}, {"k_proj", "k", "key", "v_proj", "v", "value"}
 GATED = {"gate_proj": "up_proj", "wi_0": "wi_1", "w1": "w3"}
@@ -37,7 +38,7 @@ def discover(
     native_bits: int = 16,
     include: Collection[str] = (),
 ) -> ComponentMap:
-    """Sorts every parameter of a model, on any device, the meta device included.
+    """Sort every parameter of a model, on any device including meta, into weights and kept parameters with a reason.
 
     `include` makes components of the language model's embedding and output head, which are kept otherwise.
     """
@@ -46,10 +47,11 @@ def discover(
             raise unknown("weight to include", word, WORDS)
     family = family_of(model) if family is None else family
     places = Towers(model, family)
-    aliases: dict[int, list[nn.Module]] = {}  # a tied parameter is sorted once, in view of all modules that hold it
+    aliases: dict[int, list[nn.Module]] = {}  # a tied parameter is sorted once, by all modules that hold it
     for path, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(model.get_submodule(path.rpartition(".")[0]))
     heads = {id(model.get_submodule(path)) for path in places.heads}
+    # torch's MultiheadAttention keeps q, k and v in one bare parameter, and its layers never run as linear layers
     packed = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
 
     linears: list[str] = []
@@ -83,6 +85,7 @@ def discover(
 
 
 def _weights(model: nn.Module, family: Family, places: Towers, linears: list[str], packed: list[str]) -> list[Weight]:
+    """The linear layers as weights, each with its part, block, kind and shared input."""
     modules = [path.rpartition(".")[0] for path in linears]
     found: dict[str, list[str]] = {part: [] for part in PARTS}
     for path in _blocks(model, "", False, [*modules, *packed], family):
@@ -95,6 +98,7 @@ def _weights(model: nn.Module, family: Family, places: Towers, linears: list[str
         part = places.part(module)
         assert part is not None
         assert isinstance(linear, nn.Linear)
+        # blocks of another part do not count: a connector may lie inside a tower
         block = next((b for b in _around(module) if b in home and home[b][0] == part), None)
         kind = _kind(module[len(block) + 1 :], family) if block else None
         if block and kind is None:
@@ -129,7 +133,7 @@ def _words(
     places: Towers,
     blocks: int,
 ) -> Weight:
-    """The embedding or the output head as a weight of the language model; one that is both is a head."""
+    """The embedding or the output head as a weight of the language model; tied, they count as the head."""
     module = path.rpartition(".")[0]
     reader = next((places.paths[id(owner)] for owner in owners if id(owner) in heads), None)
     return Weight(
@@ -146,14 +150,16 @@ def _words(
 
 
 def _routes(model: nn.Module, path: str) -> bool:
-    """Whether a layer chooses among the experts that stand beside it."""
+    """Whether a linear layer is the router of the experts beside it."""
     parent, _, leaf = path.rpartition(".")
     return leaf in ("gate", "router") and hasattr(model.get_submodule(parent), "experts")
 
 
 def _reason(path: str, owners: list[nn.Module], heads: set[int], packed: list[str], router: bool) -> str | None:
-    """Why a parameter is kept at native precision; None for a linear weight, which is not."""
+    """Why a parameter is kept at native precision; None for the weight of a linear layer, which is not."""
     module, _, leaf = path.rpartition(".")
+    # The order matters: a tied head is an embedding first, a norm inside a head is a norm, and a head is a linear layer
+    # that is kept all the same.
     owner, kind = owners[0], type(owners[0]).__name__
     head = any(id(o) in heads for o in owners)
     if any(isinstance(o, nn.Embedding) for o in owners):
@@ -176,7 +182,7 @@ def _reason(path: str, owners: list[nn.Module], heads: set[int], packed: list[st
 
 
 def _bare(path: str, kind: str) -> str:
-    """The reason for a parameter that stands in a module of its own making."""
+    """The reason to keep a parameter that belongs to no known kind of layer."""
     if "expert" in path:
         return "expert weights, which are not linear layers"
     if "router" in path or "router" in kind.lower():
@@ -198,7 +204,10 @@ def _around(path: str) -> Iterator[str]:
 
 
 def _blocks(module: nn.Module, path: str, listed: bool, layers: list[str], family: Family) -> list[str]:
-    """Elements of lists that hold attention; not a stage made of whole blocks, nor a layer within a block, as in T5."""
+    """The paths of transformer blocks: elements of module lists that hold attention.
+
+    Neither a stage that consists of whole blocks counts, nor a layer inside a block (T5).
+    """
     within = [layer for layer in layers if not path or inside(layer, path)]
     if not within:
         return []
@@ -209,16 +218,19 @@ def _blocks(module: nn.Module, path: str, listed: bool, layers: list[str], famil
     ]
     if not listed or _kinds(path, within, family).isdisjoint({"attn", "cross"}):
         return found
+    # Elements inside this one that have a feed-forward are whole blocks, so this one is a stage. Without one they are
+    # layers of a block (T5 lists its attention and its feed-forward), and this one is the block.
     whole = any("ff" in _kinds(block, [layer for layer in within if inside(layer, block)], family) for block in found)
     return found if whole else [path]
 
 
 def _kinds(path: str, layers: list[str], family: Family) -> set[str | None]:
+    """The kinds of all layers under a path."""
     return {_kind(layer[len(path) + 1 :], family) for layer in layers}
 
 
 def _kind(path: str, family: Family) -> str | None:
-    """The kind of a layer by the words of its path within its block."""
+    """The kind of a layer, by the words of its path inside its block."""
     for word, kind in family.kinds.items():
         if word in path:
             return kind
@@ -226,8 +238,9 @@ def _kind(path: str, family: Family) -> str | None:
 
 
 def _shares_input(model: nn.Module, path: str, family: Family) -> str | None:
-    """The module around linears that read the same: q, k, v of self-attention; k, v of cross-attention; gate, up."""
+    """The module around linears that read one input: q, k, v of self-attention; k, v of cross-attention; gate, up."""
     parent, _, leaf = path.rpartition(".")
+    # in cross-attention, k and v read the other sequence, and q does not
     cross = _kind(path, family) == "cross"
     for group in (KEY_VALUE if cross else QUERY | KEY_VALUE, *({gate, up} for gate, up in GATED.items())):
         there = group & {key for key, child in model.get_submodule(parent).named_children()}
@@ -237,7 +250,7 @@ def _shares_input(model: nn.Module, path: str, family: Family) -> str | None:
 
 
 def inspect(vlm: VLM | str, by: str = "group.kind", include: Collection[str] = ()) -> ComponentMap:
-    """Every weight of a model in exactly one named component, or kept with a reason; a name needs no weights.
+    """Every weight of a model in exactly one named component, or kept with a reason; by name, no weights are loaded.
 
     `include` may name embedding and head, which are kept otherwise.
 

@@ -1,4 +1,4 @@
-"""FAMILIES: the few words about each family of VLMs that the model itself cannot say."""
+"""FAMILIES: the few facts about each family of VLMs that the model itself does not tell."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Family:
-    """Module paths, from any depth; the longest that fits wins. What is left empty is asked of the model's getters."""
+    """Module paths and prompts of a family; what is left empty is asked of the model's getters.
+
+    A path matches at any depth of the module tree, and the longest match wins.
+    """
 
     label: str = ""  # as papers write it
     vision: tuple[str, ...] = ()
     connector: tuple[str, ...] = ()
     language: tuple[str, ...] = ()
-    heads: tuple[str, ...] = ()  # linears that are kept: they turn features into scores or logits
-    kinds: dict[str, str] = field(default_factory=dict)  # a word of a path inside a block -> attn, cross or ff
-    prompt: str = "{}"  # around a question, where the processor has no chat template
+    heads: tuple[str, ...] = ()  # linears that are kept, since they turn features into scores or logits
+    kinds: dict[str, str] = field(default_factory=dict)  # word of a module path inside a block -> attn, cross or ff
+    prompt: str = "{}"  # format of a question, where the processor has no chat template
     brief: bool = False  # the prompt asks for a short answer itself, so that a task's own request is left out
-    caption: str | None = None  # in place of the request for a caption
+    caption: str | None = None  # replaces the prompt that asks for a caption
     shares_prefix: bool = False  # the image comes first, and its keys and values serve every question about it
 
 
-# by class name where one class of a family differs, otherwise by config.model_type
+# The key is config.model_type, or a class name where that class differs from its family.
 FAMILIES: dict[str, Family] = {
     "llava": Family("LLaVA", prompt="USER: <image>\n{} ASSISTANT:", shares_prefix=True),
     "llava_next": Family("LLaVA-NeXT"),
@@ -47,10 +50,11 @@ FAMILIES: dict[str, Family] = {
     "siglip": Family("SigLIP", connector=("text_model.head",)),
 }
 
-SEARCHERS = "Salesforce/blip2-itm-vit-g-coco or embedded:scenes-blip2-itm"  # for those who ask another to search
+# Retrieval models, named in an error message
+SEARCHERS = "Salesforce/blip2-itm-vit-g-coco or embedded:scenes-blip2-itm"
 
 
 def family_of(model: nn.Module) -> Family:
-    """What is known about a model's family; empty for an unknown one, which is then discovered by getters alone."""
+    """The known facts about a model's family; empty for an unknown one, whose parts only getters can find."""
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     return FAMILIES.get(type(model).__name__) or FAMILIES.get(model_type) or Family()

@@ -38,7 +38,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-STALE = re.compile(r"(position_ids|inv_freq|masked_bias)$")  # buffers that old checkpoints hold and nobody reads
+STALE = re.compile(r"(position_ids|inv_freq|masked_bias)$")  # buffers in old checkpoints that no model reads
 
 
 def load(
@@ -49,11 +49,11 @@ def load(
     config_only: bool = False,
     quantized: bool = False,
 ) -> VLM:
-    """A model from a folder, the hub, or `embedded:...`; with config_only no weights are needed, and none are there.
+    """Load a model from a folder, the hub, or `embedded:...`; with config_only it needs no weights and has none.
 
-    `quantized` takes a checkpoint that is quantized already, as an export is; its weights are unpacked at once.
-    The device `auto` spreads a model over what there is. An adapter is merged into its base model, which it names
-    itself, or which stands behind an @ in its name.
+    `quantized` accepts a checkpoint that is already quantized, such as an export; its weights are unpacked at once.
+    The device `auto` spreads a model over all devices. An adapter is merged into its base model, which it names
+    itself, or which follows an @ in its name.
 
     Examples:
         >>> from sensitivity import load
@@ -81,10 +81,11 @@ def load(
             model = _filled(architecture, config, None, name, wanted, target, tensors)
             processor = processor_for(folder, name, config)
         else:
+            # checked on an empty model, so that a wrong checkpoint is refused before it fills memory
             if not quantized:
                 stored = {key: (one.dtype, one.shape) for file in files for key, one in header(file).items()}
                 check_tensors(_empty(architecture, config, name), stored, name)
-            # outliers are planted before rounding to a narrower type, so that the function survives it best
+            # outliers are planted in float32 and rounded afterwards, which changes the model's function least
             model = _filled(architecture, config, folder, name, torch.float32 if planted else wanted, target)
             processor = processor_of(folder, name, config)
     if quantized and not config_only:
@@ -105,6 +106,7 @@ def load(
 
 
 def _adapted(base: VLM, adapter: Adapter, name: str, config_only: bool) -> VLM:
+    """The base model with an adapter merged in, under a fingerprint of both."""
     if not config_only:
         with _quiet():
             base.model = merged(base.model, adapter, name).eval().requires_grad_(False)
@@ -113,7 +115,7 @@ def _adapted(base: VLM, adapter: Adapter, name: str, config_only: bool) -> VLM:
 
 
 def _config(folder: Path, name: str, raw: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The configuration and its class in transformers: as the architecture says, or what reads images and text."""
+    """The config, and the model class that it names in transformers; else one that reads images and text."""
     if is_original(raw):
         return converted_config(raw, name), transformers.LlavaForConditionalGeneration
     known = raw.get("model_type") in transformers.CONFIG_MAPPING
@@ -130,7 +132,7 @@ def _config(folder: Path, name: str, raw: Mapping[str, Any]) -> tuple[Any, Any]:
         )
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # each family checks its own configuration, with errors of its own
+    except Exception as error:  # each family checks its own config, with its own types of error
         why = f"config.json of {name} does not fit its model_type ({reason(error)}); fetch it again"
         raise UserError(why) from error
     named = getattr(transformers, (raw.get("architectures") or [""])[0], None)
@@ -144,6 +146,7 @@ def _config(folder: Path, name: str, raw: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _empty(architecture: Any, config: Any, name: str) -> nn.Module:
+    """The model on the meta device, which takes no memory for weights."""
     try:
         with torch.device("meta"):
             return architecture(config)  # type: ignore[no-any-return]
@@ -161,7 +164,7 @@ def _filled(
     target: torch.device | None,
     tensors: dict[str, torch.Tensor] | None = None,
 ) -> nn.Module:
-    """The model with its weights (of the folder, or the given ones), all of them and no others, each a number."""
+    """The model with the folder's weights, or the given ones: all of them, no others, and all finite."""
     spread = {"device_map": "auto"} if target is None else {}
     try:
         model, loading = architecture.from_pretrained(
@@ -187,15 +190,17 @@ def _filled(
 
 
 def _unpack(model: Any) -> None:
-    """Unpack now what compressed-tensors unpacks on the first forward pass of the whole model: some families generate
-    without one."""
+    """Unpack compressed-tensors weights now.
+
+    The library does so on the first forward pass of the whole model, and some families generate without one.
+    """
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
     if compressor is not None:
         compressor.decompress_model(model)
 
 
 def _dead_blocks(config: Any) -> str | None:
-    """LLaVA's default reads the features of the last block but one, so that the last may take any width unpunished."""
+    """A note if the last vision blocks have no effect, as in LLaVA, which by default reads features before the last."""
     layer = getattr(config, "vision_feature_layer", None)
     if not isinstance(layer, int) or layer >= -1:
         return None
@@ -203,12 +208,13 @@ def _dead_blocks(config: Any) -> str | None:
 
 
 def _config_bits(config: Any) -> int:
+    """Bits of the config's dtype, for a model without weight files."""
     dtype = getattr(config, "dtype", None)
     return torch.finfo(dtype).bits if isinstance(dtype, torch.dtype) else 16
 
 
 def device_of(device: str) -> torch.device | None:
-    """None for `auto`: accelerate then places each layer."""
+    """The torch device of a name; None for `auto`, where accelerate places each layer."""
     usable = "choose from cpu, cuda, cuda:1, mps, auto"
     if device == "auto":
         if not is_accelerate_available():
@@ -216,7 +222,7 @@ def device_of(device: str) -> torch.device | None:
         return None
     try:
         target = torch.device(device)
-    except RuntimeError:  # its text lists every device that was ever thought of
+    except RuntimeError:  # torch's message lists many devices that are not usable here
         raise UserError(f"unknown device '{device}'; {usable}") from None
     try:
         torch.empty(0, device=target)
@@ -229,6 +235,7 @@ def device_of(device: str) -> torch.device | None:
 
 
 def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The torch dtype of a name, which may be short (bf16)."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     dtype = SHORT.get(dtype, dtype)
@@ -239,7 +246,7 @@ def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No load report and no bar of transformers': what they would say is either an error here or nothing."""
+    """Silence transformers' load report and progress bar: what they report is an error here, or nothing."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

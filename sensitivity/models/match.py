@@ -1,4 +1,4 @@
-"""Whether a checkpoint's tensors are those that its config asks for: by names, shapes and types, before any is read."""
+"""Checks that a checkpoint's tensors fit its config, by name, shape and dtype, before any is read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from sensitivity.spec.components import natural
 from sensitivity.spec.errors import UserError
 
 Shape = tuple[int, ...]
-ROOM = 2**30  # numbers in all buffers together, which no file holds; models have thousands
+# Numbers in all buffers, at most; no file holds those, so a wrong config alone decides; models have thousands
+ROOM = 2**30
 HOW = {
     "lacks": "lacks",
     "unknown": "has unknown",
@@ -22,21 +23,23 @@ HOW = {
 
 
 def check_tensors(skeleton: nn.Module, stored: Mapping[str, tuple[torch.dtype, Shape]], name: str) -> None:
-    """Refuse what would fill memory with other weights than the stored ones, or take rounded weights for whole ones.
+    """Raise an error for missing, misshapen or already rounded tensors, before they fill memory.
 
-    The skeleton is the model without its weights. Tensors that it has no place for are found when it is filled.
+    `skeleton` is the model without its weights. Tensors that it has no place for are found when it is filled.
     """
     rename = renaming(skeleton)
-    every = dict(skeleton.named_parameters(remove_duplicate=False))  # tied ones by each of their names
+    every = dict(skeleton.named_parameters(remove_duplicate=False))  # a tied parameter under each of its names
     found: set[int] = set()
     rounded, misshapen = [], []
     for key, (dtype, shape) in stored.items():
         known, converted = rename(key)
         if (parameter := every.get(known)) is None:
             continue
+        # by identity: a tied parameter is found under any of its names
         found.add(id(parameter))
         if not dtype.is_floating_point or dtype.itemsize < 2:
             rounded.append((key, str(dtype).removeprefix("torch.")))
+        # a tensor that transformers converts while loading may have another shape in the file
         elif not converted and tuple(parameter.shape) != shape:
             misshapen.append(known)
     if rounded:
@@ -57,7 +60,7 @@ def check_tensors(skeleton: nn.Module, stored: Mapping[str, tuple[torch.dtype, S
 
 
 def refuse(model: nn.Module, name: str, how: str, keys: Iterable[str]) -> None:
-    """The error for tensors that a checkpoint lacks, has beside the model's, or has in another shape; none for none."""
+    """Raise an error that names the missing, unknown or misshapen tensors, if there are any."""
     if ordered := sorted(keys, key=natural):
         some = few(ordered)
         raise UserError(
@@ -67,11 +70,12 @@ def refuse(model: nn.Module, name: str, how: str, keys: Iterable[str]) -> None:
 
 
 def few(ordered: list[str]) -> str:
+    """The first eight names, and how many more there are."""
     return ", ".join(ordered[:8]) + (f" and {len(ordered) - 8} more" if len(ordered) > 8 else "")
 
 
 def renaming(skeleton: nn.Module) -> Callable[[str], tuple[str, bool]]:
-    """Checkpoint key to parameter name, as transformers renames on loading, and whether the tensor is changed then."""
+    """A function from checkpoint key to parameter name in transformers, and whether the tensor is converted."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

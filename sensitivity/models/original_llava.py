@@ -1,4 +1,4 @@
-"""Checkpoints in LLaVA's own layout, GeoChat's among them, as LlavaForConditionalGeneration: every tensor is placed."""
+"""Reads checkpoints in LLaVA's original layout (GeoChat's, too) as LlavaForConditionalGeneration."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from sensitivity.models.families import Family
 from sensitivity.spec.errors import UserError, reason
 from sensitivity.spec.fields import FILE, MISSING, OBJECT, Kind, Misfit, check, not_a_file
 
-SIDES = {"geochat": 504}  # pixels; others keep the size of their tower
-TOWERS = {  # the towers that need not be there, since the checkpoint holds their weights
+SIDES = {"geochat": 504}  # pixels of the input; other models keep the size of their tower
+TOWERS = {  # towers whose config need not be fetched; their weights may be in the checkpoint
     "openai/clip-vit-large-patch14-336": {
         "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
         "image_size": 336, "patch_size": 14, "projection_dim": 768,
     },
 }  # fmt: skip
 VOCABULARY = Kind("a number of words from 1 to 10,000,000", lambda value: type(value) is int and 1 <= value <= 10**7)
+# Keys of the original layout and their names in transformers; the first pattern that matches is applied.
 RENAMED = (
     (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
     (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
@@ -37,7 +38,7 @@ RENAMED = (
 )
 TOWER, POSITIONS = "model.vision_tower.", "model.vision_tower.embeddings.position_embedding.weight"
 WORDS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
-SYSTEM = (  # of the conversation named llava_v1, in which GeoChat is asked, too
+SYSTEM = (  # of the conversation named llava_v1, which GeoChat uses, too
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
@@ -49,16 +50,17 @@ TEMPLATE = (
 
 
 def is_original(raw: Mapping[str, Any]) -> bool:
-    """Whether config.json is one of LLaVA's own code: the language model's, with words on images among them."""
+    """Whether config.json was written by LLaVA's own code: a language model's config with fields about images."""
     return "mm_vision_tower" in raw and "vision_config" not in raw
 
 
 def labeled(raw: Mapping[str, Any], family: Family) -> Family:
+    """The family, under GeoChat's name if the checkpoint is GeoChat's."""
     return replace(family, label="GeoChat") if raw.get("model_type") == "geochat" else family
 
 
 def converted_config(raw: Mapping[str, Any], name: str) -> LlavaConfig:
-    """The configuration in transformers' words; there is one word more, for the places of an image."""
+    """The config in transformers' terms, with one more token: the placeholder for image features."""
     if raw.get("mm_projector_type") != "mlp2x_gelu":
         raise UserError(
             f"{name} has the projector {raw.get('mm_projector_type')!r} of LLaVA's own layout; only mlp2x_gelu, of "
@@ -69,16 +71,19 @@ def converted_config(raw: Mapping[str, Any], name: str) -> LlavaConfig:
         return _converted_config(raw, name)
     except UserError:
         raise
-    except Exception as error:  # transformers checks each value, with errors of its own
+    except Exception as error:  # transformers checks each value, with its own types of error
         raise UserError(
             f"config.json of {name} does not fit LLaVA's own layout ({reason(error)}); fetch it again"
         ) from error
 
 
 def _converted_config(raw: Mapping[str, Any], name: str) -> LlavaConfig:
+    """The conversion itself, whose errors `converted_config` explains."""
     known = set(LlamaConfig().to_dict()) - {"architectures", "model_type", "dtype", "transformers_version"}
+    # fields of LLaVA's own code are dropped here and read below
     words = int(raw["vocab_size"])
     text = {key: value for key, value in raw.items() if key in known and value is not None} | {"vocab_size": words + 1}
+    # transformers keeps all RoPE settings in one field, the original layout in two
     scaling = raw.get("rope_scaling") or {}
     turning = {"rope_type": scaling.get("type", "default"), "rope_theta": raw.get("rope_theta", 10000.0)}
     text["rope_parameters"] = {**turning, **{key: value for key, value in scaling.items() if key != "type"}}
@@ -98,6 +103,7 @@ def _converted_config(raw: Mapping[str, Any], name: str) -> LlavaConfig:
 
 
 def _tower(tower: str, name: str) -> Mapping[str, Any]:
+    """The config of a vision tower: a known one, or that of the tower's own folder or hub repository."""
     if tower in TOWERS:
         return TOWERS[tower]
     try:
@@ -111,7 +117,7 @@ def _tower(tower: str, name: str) -> Mapping[str, Any]:
 
 
 def files_of(folder: Path, name: str) -> list[Path]:
-    """The weights: safetensors, or the pickles as they are published, which are read without running code in them."""
+    """The weight files: safetensors, or pickles as they are published, which are read without running their code."""
     index, whole = folder / "pytorch_model.bin.index.json", folder / "pytorch_model.bin"
     if any(folder.glob("*.safetensors")):
         return weight_files(folder, name)
@@ -129,12 +135,12 @@ Read = Callable[[], Tensor]
 def converted(
     raw: Mapping[str, Any], config: LlavaConfig, files: Sequence[Path], name: str
 ) -> dict[str, tuple[torch.dtype, Read]]:
-    """All tensors by transformers' names: their type, and how each is read and made what it is there.
+    """All tensors by transformers' names: their dtype, and a function that reads and converts each.
 
-    What has no place there keeps its own name, and is then reported.
+    A tensor without a counterpart keeps its name, and loading reports it.
     """
     found = {_renamed(key): one for file in files for key, one in _stored(file, name).items()}
-    if not any(key.startswith(TOWER) for key in found):  # it was frozen, and not saved again
+    if not any(key.startswith(TOWER) for key in found):  # the tower was frozen in training, and not saved again
         tower = str(raw["mm_vision_tower"])
         for file in weight_files(find(tower), tower):
             theirs = {key: one for key, one in _stored(file, tower).items() if key.startswith("vision_model.")}
@@ -150,15 +156,17 @@ def converted(
 
 
 def _changed(change: Callable[[Tensor], Tensor], read: Read) -> Tensor:
+    """Read a tensor and convert it."""
     return change(read())
 
 
 def _with_image_word(rows: Tensor, words: int | None) -> Tensor:
-    """The image's word stands for no word: it is as unlikely to be said as the unknown one."""
+    """Add a row for the placeholder token: a copy of row 0, the unknown token, which is as unlikely to be generated."""
     return torch.cat([rows, rows[:1]]) if len(rows) == words else rows
 
 
 def _renamed(key: str) -> str:
+    """A tensor's name in transformers."""
     for pattern, new in RENAMED:
         key, changed = re.subn(pattern, new, key)
         if changed:
@@ -167,28 +175,30 @@ def _renamed(key: str) -> str:
 
 
 def _stored(file: Path, name: str) -> dict[str, tuple[torch.dtype, Read]]:
-    """The tensors in a file, none of which is read yet."""
+    """The dtype of each tensor in a file, and a function that reads it; none is read yet."""
     if file.suffix == ".safetensors":
         return {key: (entry.dtype, partial(_from, file, key)) for key, entry in header(file).items()}
     try:
         if trouble := not_a_file(file):
             raise Misfit(trouble)
+        # weights_only runs no code of the pickle; mmap reads a tensor's bytes when they are used
         tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in tensors.items()):
             raise Misfit("it holds other things than tensors")
     except Exception as error:  # torch's own, pickle's, zip's
         raise UserError(f"{file.name} of {name} cannot be read as weights alone ({reason(error)})") from error
-    return {key: (tensor.dtype, tensor.detach) for key, tensor in tensors.items()}  # in a map of the file
+    return {key: (tensor.dtype, tensor.detach) for key, tensor in tensors.items()}  # memory-mapped
 
 
 def _from(file: Path, key: str) -> Tensor:
+    """Read one tensor from a safetensors file."""
     with safe_open(file, framework="pt") as opened:
         tensor: Tensor = opened.get_tensor(key)
         return tensor
 
 
 def interpolated(positions: Tensor, side: int) -> Tensor:
-    """Positions of a grid of patches with `side` to a side: bicubic, corners on corners; the class token stays."""
+    """Position embeddings for `side` x `side` patches: bicubic, corners aligned; the class token's is kept."""
     before = round((len(positions) - 1) ** 0.5)
     if before == side:
         return positions
@@ -198,7 +208,7 @@ def interpolated(positions: Tensor, side: int) -> Tensor:
 
 
 def processor_for(folder: Path, name: str, config: LlavaConfig) -> Any:
-    """LLaVA's processor for the size of the tower, around the checkpoint's own tokenizer."""
+    """LLaVA's processor for the image size of the tower, with the checkpoint's own tokenizer."""
     if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
         return None
     try:
@@ -207,6 +217,7 @@ def processor_for(folder: Path, name: str, config: LlavaConfig) -> Any:
         )
     except Exception as error:
         raise UserError(f"the tokenizer of {name} cannot be loaded ({reason(error)})") from error
+    # the new token gets the first free id, which must be the image_token_index that the config was given
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
     if tokenizer.convert_tokens_to_ids("<image>") != config.image_token_index:
         raise UserError(

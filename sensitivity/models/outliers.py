@@ -1,4 +1,4 @@
-"""Synthetic outliers: a LLaVA-type model's weights made plant_outliers-tailed without changing what it computes."""
+"""Plants synthetic outliers in a LLaVA-type model's weights without changing what it computes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from sensitivity.spec.errors import UserError
 
 NOTE = "synthetic outliers, same function"
-SPREAD, LOUD, LOUDER = 0.4, 2, 6.0  # log-normal factors, and that many channels louder by this much
+SPREAD, LOUD, LOUDER = 0.4, 2, 6.0  # sigma of log-normal factors; LOUD channels get LOUDER times more
 
 
 @torch.no_grad()
 def plant_outliers(model: nn.Module, seed: int = 0) -> None:
-    """Rescales in place: what a channel gains in one weight it loses in its partner. The projector is left alone."""
+    """Rescale weights in place: a channel's factor in one weight is undone in its partner. The projector stays."""
     draw = torch.Generator().manual_seed(seed)
     blocks: list[Any] = [
         module for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")
@@ -30,11 +30,12 @@ def plant_outliers(model: nn.Module, seed: int = 0) -> None:
         _norm_to_columns(getattr(block, norms[1]), [mlp.gate_proj, mlp.up_proj] if gated else [mlp.fc1], draw)
         reader = attention.o_proj if gated else attention.out_proj
         _rows_to_columns(attention.v_proj, reader, draw, attention.head_dim)
-        if gated:  # up is multiplied into the gate, so it may be scaled; nothing passes quick_gelu of fc1 unchanged
+        if gated:  # up is multiplied with the gate, so scales pass on; through quick_gelu after fc1 none would
             _rows_to_columns(mlp.up_proj, mlp.down_proj, draw)
 
 
 def _norm_to_columns(norm: nn.Module, readers: list[nn.Linear], draw: torch.Generator) -> None:
+    """Divide a norm's output channels, and multiply the columns of the linear layers that read them."""
     factor = _factors(readers[0].in_features, draw)
     for parameter in norm.parameters():  # the gain, and the bias of a LayerNorm
         _scale(parameter, 1 / factor)
@@ -43,19 +44,22 @@ def _norm_to_columns(norm: nn.Module, readers: list[nn.Linear], draw: torch.Gene
 
 
 def _rows_to_columns(writer: nn.Linear, reader: nn.Linear, draw: torch.Generator, head: int = 1) -> None:
+    """Multiply the rows of one linear layer, and divide the columns of the one that reads them."""
     factor = _factors(writer.out_features, draw)
     _scale(writer.weight, factor[:, None])
     if writer.bias is not None:
         _scale(writer.bias, factor)
-    heads = factor.view(-1, head)  # a value head that several query heads share is read once by each of them
+    heads = factor.view(-1, head)  # each query head reads the value head that it shares with others
     _scale(reader.weight, 1 / heads.repeat_interleave(reader.in_features // factor.numel(), 0).flatten())
 
 
 def _scale(parameter: Tensor, factor: Tensor) -> None:
+    """Multiply in place, rounding to the parameter's dtype once."""
     parameter.copy_(parameter * factor.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32)))
 
 
 def _factors(n: int, draw: torch.Generator) -> Tensor:
+    """Log-normal factors, a few of which are much larger."""
     factor = torch.exp(SPREAD * torch.randn(n, generator=draw))
     factor[torch.randperm(n, generator=draw)[:LOUD]] *= LOUDER
     return factor

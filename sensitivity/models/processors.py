@@ -1,4 +1,4 @@
-"""The processor of a model folder: without its video part where torchvision is missing, and with an image token."""
+"""Loads and checks the processor of a model folder, without its video part if torchvision is missing."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from sensitivity.spec.errors import UserError, reason
 from sensitivity.spec.fields import MISSING, not_a_file
 
 FILES = ("processor_config.json", "preprocessor_config.json")
-LONGEST_SIDE = 8192  # pixels of a model's input: more is an error, and fills memory before a model could say so
-LARGEST_AREA = LONGEST_SIDE**2  # where sizes are numbers of pixels, as with Qwen2-VL
-MOST_TOKENS = 2**16  # for an image: as many words are written into each prompt
+LONGEST_SIDE = 8192  # pixels of a model's input: more is an error here, before it fills memory
+LARGEST_AREA = LONGEST_SIDE**2  # where a size counts pixels, as in Qwen2-VL
+MOST_TOKENS = 2**16  # per image: each prompt gets as many placeholder tokens
 SIDES = ("size", "crop_size", "max_image_size", "pad_size", "min_pixels", "max_pixels")
 TOKENS = ("image_seq_length", "image_seq_len", "num_query_tokens", "num_additional_image_tokens")
 HOW: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 
 def processor_of(folder: Path, name: str, config: Any) -> Any:
-    """The processor that lies in a folder; None where there is none."""
+    """The processor in a folder; None if there is none."""
     there = [folder / file for file in FILES if not_a_file(folder / file) != MISSING]
     if not there:
         return None
@@ -37,14 +37,14 @@ def processor_of(folder: Path, name: str, config: Any) -> Any:
             processor = _without_video(found).from_pretrained(folder, local_files_only=True)
         else:
             processor = transformers.AutoProcessor.from_pretrained(folder, **HOW)  # type: ignore[no-untyped-call]
-    except Exception as error:  # each family builds its own, with errors of its own
+    except Exception as error:  # each family builds its own processor, with its own types of error
         raise UserError(f"the processor of {name} cannot be loaded ({reason(error)})") from error
     _check_image_token(processor, config, name)
     return processor
 
 
 def _check_sizes(settings: dict[str, Any], file: str, name: str) -> None:
-    """No size or count that fills memory when the first picture is made ready."""
+    """Raise an error for a size or count that would fill memory at the first image."""
     inside = settings.get("image_processor")
     every = {**settings, **(inside if isinstance(inside, dict) else {})}
     limit = LARGEST_AREA if "merge_size" in every or "min_pixels" in every else LONGEST_SIDE
@@ -58,15 +58,16 @@ def _check_sizes(settings: dict[str, Any], file: str, name: str) -> None:
 
 
 def _parts(processor: Any) -> list[str]:
+    """The names of a processor's components."""
     return list(processor.get_attributes())
 
 
 def _without_video(processor: Any) -> Any:
-    """The same class with nothing where its video processor would be: those need torchvision, and pictures do not."""
+    """The same processor class without its video processor, which needs torchvision; images do not."""
     place = _parts(processor).index("video_processor")
 
     class Silent(processor):  # type: ignore[misc]
-        video_processor = SimpleNamespace(num_frames=0, fps=0)  # SmolVLM asks for these even without a video
+        video_processor = SimpleNamespace(num_frames=0, fps=0)  # SmolVLM reads these even without a video
 
         @classmethod
         def get_attributes(cls) -> list[str]:
@@ -75,14 +76,15 @@ def _without_video(processor: Any) -> Any:
         @classmethod
         def from_args_and_dict(cls, args: list[Any], processor_dict: dict[str, Any], **kwargs: Any) -> Any:
             known = {key: value for key, value in processor_dict.items() if key != "video_processor"}
+            # the constructor takes components by position, so the video processor's place holds None
             return super().from_args_and_dict([*args[:place], None, *args[place:]], known, **kwargs)
 
-    Silent.__name__ = Silent.__qualname__ = processor.__name__  # it is saved by its name
+    Silent.__name__ = Silent.__qualname__ = processor.__name__  # save_pretrained writes the name of the class
     return Silent
 
 
 def _check_image_token(processor: Any, config: Any, name: str) -> None:
-    """The model finds the places of an image by the number of a word, which the tokenizer must know."""
+    """Raise an error unless the tokenizer knows the placeholder token by which the model finds an image's place."""
     wanted, tokenizer = getattr(config, "image_token_id", None), getattr(processor, "tokenizer", None)
     if wanted is None or tokenizer is None:
         return

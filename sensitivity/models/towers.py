@@ -1,4 +1,4 @@
-"""Where vision, connector and language live in a model: its getters, a family's words, and what stands beside."""
+"""Finds a model's vision, connector and language modules, by its getters and its family's facts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sensitivity.models.families import Family
 from sensitivity.spec.components import natural
 from sensitivity.spec.errors import UserError
 
-# There is no getter for a connector: it stands beside vision and language, under one of these names.
+# transformers has no getter for a connector: it is beside vision and language, under one of these names.
 CONNECTOR = re.compile(
     r"project(or|ion)|connector|merger|q_?former|resampler|perceiver|adapt[eo]r|aligner|abstractor|bridge"
     r"|query_tokens|image_newline"
@@ -19,16 +19,17 @@ CONNECTOR = re.compile(
 
 
 class Towers:
-    """The part that a module or parameter path belongs to; None where nobody knows."""
+    """The modules of a model's parts, and which part a module or parameter path belongs to."""
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.model = model
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.found: dict[str, str] = {}  # module path -> part
+        # a family's facts come first: they are written down where getters are missing or wrong
         vision = self._words(family.vision) or self._got("get_encoder", modality="image")
         language = self._words(family.language) or self._got("get_decoder")
         for part, paths, others in (("vision", vision, language), ("language", language, vision)):
-            # a getter that hands out a module with everything in it has not found anything
+            # a getter that returns a module around the other part has found nothing of its own
             mine = [path for path in paths if not any(inside(other, path) for other in others)]
             if not mine:
                 raise UserError(self._no(part))
@@ -37,13 +38,14 @@ class Towers:
         self.heads = {*self._words(family.heads), *self._got("get_output_embeddings"), *self._words(("lm_head",))}
 
     def part(self, path: str) -> str | None:
+        """The part of a path: that of the longest known path around it; None if nothing tells."""
         around = [known for known in self.found if inside(path, known)]
         if around:
             return self.found[max(around, key=len)]
         return "connector" if CONNECTOR.search(path.lower()) else None
 
     def refuse(self, paths: Iterable[str]) -> UserError:
-        """The error for linear layers in no part: the largest modules that hold nothing which was placed."""
+        """The error for linear layers in no part; it names the largest modules around them that hold no known part."""
         names = sorted({self._top(path) for path in paths}, key=natural)
         return UserError(
             f"cannot place these modules of {type(self.model).__name__}: {', '.join(names)}; each must belong to "
@@ -51,18 +53,19 @@ class Towers:
         )
 
     def _top(self, path: str) -> str:
+        """The outermost module around a path that holds no module of a known part."""
         words = path.split(".")
         tops = (".".join(words[: i + 1]) for i in range(len(words)))
         return next(top for top in tops if not any(inside(known, top) for known in self.found))
 
     def _got(self, getter: str, **how: str) -> list[str]:
-        """The path of what a getter returns, unless it returns nothing, or the model itself for want of better."""
+        """The path of the module that a getter returns; none if that is nothing, or the model itself as a fallback."""
         found = getattr(self.model, getter, lambda **_: None)(**how)
         path = self.paths.get(id(found), "")
         return [path] if path else []
 
     def _words(self, words: Iterable[str]) -> list[str]:
-        """The modules that a family's words mean: nearest the root, so that wrappers do not matter."""
+        """The modules that a family's words name, nearest to the root, so that wrappers do not matter."""
         result = []
         for word in words:
             fits = [path for path in self.paths.values() if f".{path}".endswith(f".{word}")]
@@ -71,6 +74,7 @@ class Towers:
         return result
 
     def _no(self, part: str) -> str:
+        """The error text for a part that was not found."""
         tops = [name for name, child in self.model.named_children() if any(True for _ in child.parameters())]
         return (
             f"found no {part} part in {type(self.model).__name__}, which holds {', '.join(tops)}; a vision-language "
@@ -79,4 +83,5 @@ class Towers:
 
 
 def inside(path: str, around: str) -> bool:
+    """Whether a path is `around`, or below it."""
     return path == around or path.startswith(around + ".")

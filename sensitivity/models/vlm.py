@@ -1,4 +1,4 @@
-"""VLM: a loaded model, its processor, and what the rest of the package must know about it."""
+"""VLM: a loaded model with its processor, family and fingerprint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sensitivity.models.towers import Towers
 
 @dataclass
 class VLM:
-    """A loaded model and what must be known about it.
+    """A loaded model, its processor, and what the package must know about it.
 
     Examples:
         >>> vlm.family.label, vlm.native_bits
@@ -30,10 +30,11 @@ class VLM:
     fingerprint: str
     native_bits: int  # per weight, as stored in the checkpoint
     transformers: str = transformers.__version__
-    note: str | None = None  # what a reader of its scores must be told
+    note: str | None = None  # what a reader of its scores must know
 
     @property
     def device(self) -> torch.device:
+        """The device of the model's first parameter."""
         device: torch.device = next(self.model.parameters()).device
         return device
 
@@ -46,10 +47,11 @@ class VLM:
 
     @property
     def speaker(self) -> Any:
-        """What generates: the model, or a language model inside it that has a head of its own (BLIP-2)."""
+        """The module that generates text: the model, or a language model in it with its own output head (BLIP-2)."""
         inner = getattr(self.model, "language_model", None)
         return inner if isinstance(inner, transformers.PreTrainedModel) and inner.can_generate() else self.model
 
     @property
     def encoder_decoder(self) -> bool:
+        """Whether the language model is an encoder-decoder, such as T5."""
         return bool(self.model.config.get_text_config().is_encoder_decoder)

@@ -1,1 +1,1 @@
-"""Statistics of what each layer reads, from calibration data."""
+"""Calibration: collects statistics of each layer's inputs from forward passes over calibration data."""

@@ -1,4 +1,4 @@
-"""Absorbers: what can take over a scale per input channel of a layer that comes after it."""
+"""Absorbers: norms and linear layers into which the scales of a later layer's input channels can be folded."""
 
 from __future__ import annotations
 
@@ -14,36 +14,39 @@ from torch.overrides import TorchFunctionMode
 from sensitivity.quantize.linears import reads
 from sensitivity.spec.components import ComponentMap, Weight
 
+# Attention's output projection reads weighted means of value rows, which are linear in them.
 VALUE, OUTPUT = ("v_proj", "v", "value"), ("o_proj", "out_proj", "o")
 
 
-# gated feed-forwards: down reads act(gate) * up, which is linear in up. fc2 reads act(fc1), which nothing can be
-# folded into, whatever the activation.
+# Gated feed-forwards: down reads act(gate) * up, which is linear in up. In fc2(act(fc1)), no scale passes through the
+# activation, so nothing can be folded into fc1.
 UP, DOWN = ("up_proj", "wi_1", "w3"), ("down_proj", "wo", "w2")
 
 
+# The functions by which torch's linear layers multiply.
 LINEAR = (torch.nn.functional.linear, torch._C._nn.linear)
 
 
 @dataclass(frozen=True)
 class Absorber:
-    """What can divide an input's channels in advance: a norm, or the rows of a linear layer."""
+    """A module whose output channels can be divided in advance: a norm, or a linear layer by its rows."""
 
     path: str
     norm: bool
 
 
 def absorbers(model: nn.Module, parts: ComponentMap, run: Callable[[], None]) -> dict[str, Absorber]:
-    """By input: the norm whose output goes there and nowhere else; value before output; up before down.
+    """The absorber of each input: a norm that feeds it and nothing else; value for output; up for down.
 
-    `run` is one forward pass, watched: a norm whose output is also added to, viewed or returned to another layer (as
-    in a Q-Former, whose norms stand on the residual stream) does not qualify.
+    `run` is one forward pass, which is watched. A norm whose output is also added, viewed or read by another layer does
+    not qualify, since these would be divided, too (as in a Q-Former, whose norms are on the residual stream).
     """
     found = {shared: Absorber(path, True) for shared, path in _norms(model, parts, run).items()}
     by_module = {weight.module: weight for weight in parts.weights}
     for weight in parts.weights:
         before = _sibling(weight, by_module, VALUE, OUTPUT) or _sibling(weight, by_module, UP, DOWN)
-        # where a norm stands between the two (Kosmos-2), it is what is found already
+        # a norm between the two (Kosmos-2) was found above, and feeds the input instead
+        # with grouped-query attention, value has fewer rows than output has columns: several heads share one
         if before is not None and before.rows == weight.cols and reads(weight) not in found:
             found[reads(weight)] = Absorber(before.module, False)
     return found
@@ -52,7 +55,7 @@ def absorbers(model: nn.Module, parts: ComponentMap, run: Callable[[], None]) ->
 def _sibling(
     weight: Weight, by_module: Mapping[str, Weight], before: Sequence[str], after: Sequence[str]
 ) -> Weight | None:
-    """The layer named like one of `before` beside a layer named like one of `after`."""
+    """The layer named in `before` beside this one, if this one is named in `after`."""
     parent, _, leaf = weight.module.rpartition(".")
     if leaf not in after:
         return None
@@ -60,6 +63,7 @@ def _sibling(
 
 
 def _norms(model: nn.Module, parts: ComponentMap, run: Callable[[], None]) -> dict[str, str]:
+    """By input: the path of the norm whose output goes to that input and nowhere else."""
     # a tied head cannot be scaled: the embedding would be scaled with it
     names = {id(model.get_parameter(weight.name)): reads(weight) for weight in parts.weights if not weight.tied}
     watch = _Watch(names)
@@ -74,20 +78,22 @@ def _norms(model: nn.Module, parts: ComponentMap, run: Callable[[], None]) -> di
     for path, consumers in watch.consumers.items():
         if len(consumers) == 1 and None not in consumers:
             feeds.setdefault(str(next(iter(consumers))), []).append(path)
+    # one scale cannot serve two norms that feed the same input, as where a layer is called twice
     return {shared: paths[0] for shared, paths in feeds.items() if len(paths) == 1}
 
 
 def _holds_tensor(result: Any) -> bool:
+    """Whether a result is a tensor, or a list or tuple that holds one."""
     return isinstance(result, Tensor) or (isinstance(result, (list, tuple)) and any(map(_holds_tensor, result)))
 
 
 class _Watch(TorchFunctionMode):
-    """Who uses the outputs of norms: the inputs of known linears by name, None for anything else."""
+    """Records who reads the output of each norm: inputs of known linear layers by name, None for anything else."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
         self.names = names
-        self.outputs: dict[int, tuple[Tensor, str]] = {}  # held, so that no other tensor takes an id
+        self.outputs: dict[int, tuple[Tensor, str]] = {}  # kept alive, so that no new tensor gets the same id
         self.consumers: dict[str, set[str | None]] = {}
 
     def hook(self, path: str) -> Callable[..., None]:
@@ -99,9 +105,10 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if _holds_tensor(result):  # a shape or a type is not a use
+        if _holds_tensor(result):  # reading a shape or a dtype uses no values
             for value in (*args, *(kwargs or {}).values()):
                 for one in value if isinstance(value, (list, tuple)) else (value,):
+                    # an operation that returns its argument, such as .to() the same dtype, is no use yet
                     if id(one) in self.outputs and result is not one:
                         linear = func in LINEAR and one is args[0]
                         shared = self.names.get(id(args[1])) if linear else None

@@ -1,4 +1,4 @@
-"""Walk: calibration data on its way through a model, block by block; what is final is not computed a second time."""
+"""Runs calibration data through a model block by block, and replays block outputs that no longer change."""
 
 from __future__ import annotations
 
@@ -19,56 +19,62 @@ from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import PARTS, ComponentMap, Weight
 from sensitivity.spec.plan import Scheme
 
-Done = Sequence[tuple[str, Scheme]]  # the weights that the model holds quantized, in the direction of data flow
-Place = tuple[int, float]  # of a block: part, number; a weight outside of blocks stands behind all of its part
+Done = Sequence[tuple[str, Scheme]]  # the quantized weights in the model, in the direction of data flow
+# Of a block: index of its part, number in it. A weight outside blocks has infinity: after all of its part.
+Place = tuple[int, float]
 
 
 class _Enough(Exception):
-    """All that was to be seen in a forward pass has been seen."""
+    """Ends a forward pass early, once every layer that calibration watches has run."""
 
 
 @dataclass
 class _Block:
+    """A transformer block's module, and how the model uses it."""
+
     place: Place
     module: nn.Module
-    calls: int = 0  # in a forward pass
-    read_later: bool = True  # whether anything but the next block looks at what it gives back
+    calls: int = 0  # in one forward pass
+    read_later: bool = True  # whether anything except the next block reads its output
 
 
 class BlockwisePass:
-    """Batches that stand where the last forward pass left them, so that studying all blocks costs about one pass.
+    """Forward passes that go on where the last one ended, so that calibrating all blocks costs about one full pass.
 
-    A forward pass stops when its blocks have run. The blocks before them give back at once what they gave when they
-    were final: the last of each part, and those whose output something else reads too (a feature layer, a second
-    stack); for the others an empty tensor of the right shape is enough. Which is which, `_look` finds out.
+    A pass stops once the wanted blocks have run. The blocks before them are replayed: each returns at once the output
+    that it gave when its weights and inputs were final. Values are needed of the last replayed block in each part, and
+    of blocks whose output is also read elsewhere (a feature layer, a second stack). The outputs of all others become
+    husks: tensors of the right shape that take no memory. `_look` finds out which block is which.
     """
 
     def __init__(
         self, vlm: VLM, parts: ComponentMap, data: Iterable[TokenBatch], exposed: bool, look: TokenBatch | None = None
     ) -> None:
-        """`look` is a small batch to find out about the model with; without, the smallest of the data is taken."""
+        """`look` is a small batch for testing the model in `_look`; by default it is the smallest of the data."""
         self.vlm, self.exposed = vlm, exposed
         self.data = list(data)
         self.places = {weight.name: place_of(weight) for weight in parts.weights}
         self.loose = {w.reader: vlm.model.get_submodule(w.reader) for w in parts.weights if w.block is None}
-        self.calls: Counter[str] = Counter()  # of loose modules in a forward pass
+        self.calls: Counter[str] = Counter()  # of layers outside blocks, in one forward pass
         self.blocks = _blocks(vlm.model, parts.weights)
-        self.given: dict[Place, tuple[Any, list[list[Any]]]] = {}  # upstream, and per batch what each call gave back
+        self.given: dict[Place, tuple[Any, list[list[Any]]]] = {}  # see _upstream; per batch the output of each call
         self._look(look or min(self.data, key=lambda batch: sum(t.numel() for t in batch.inputs.values())))
 
     @contextmanager
     def towards(self, weights: Sequence[Weight], done: Done | None) -> Iterator[Callable[[VLM, TokenBatch], None]]:
-        """Inside the block, a forward pass that reaches some weights, with the cheapest way there.
+        """Inside the block, a function that runs one forward pass up to these weights, by the cheapest way.
 
-        `done` says which quantized weights the model holds; None, that nobody knows.
+        `done` lists the quantized weights that the model holds; None if unknown, and then recorded outputs are dropped.
         """
         if done is None:
             self.given.clear()
         done = done or ()
         asked = [place_of(weight) for weight in weights]
+        # exposed: the asked blocks are quantized next, so only blocks before them are final; float: no block changes
         final = min(asked) if self.exposed else max(asked)
         ready = [b for b in self.blocks if b.place < final or (b.place == final and not self.exposed)]
         skipped = self._skippable([b for b in ready if b.place < min(asked)], done)
+        # recorded in this pass, to be replayed in the next
         fresh = [block for block in ready if block.calls and block not in skipped]
         given = {block.place: self.given[block.place][1] for block in skipped}
         given |= {block.place: [[] for _ in self.data] for block in fresh}
@@ -84,15 +90,16 @@ class BlockwisePass:
                 self._stop_behind(weights, patches)
                 run(vlm, batch)
             for before, after in pairwise(self.blocks):
+                # `before` fed only `after`, whose output is recorded now: its values are never read again
                 if after in fresh and not before.read_later:
                     given[before.place][i] = [_husk(output) for output in given[before.place][i]]
 
         yield forward
-        for block in fresh:  # only now: a pass that failed leaves nothing behind
+        for block in fresh:  # only after all batches: a pass that failed leaves nothing recorded
             self.given[block.place] = self._upstream(block.place, done), given[block.place]
 
     def _skippable(self, wanted: list[_Block], done: Done) -> list[_Block]:
-        """In each part the blocks up to the last one whose output is at hand; what is out of date is let go."""
+        """In each part the blocks up to the last one with a valid output; outdated outputs are dropped."""
         found: list[_Block] = []
         for part in range(len(PARTS)):
             blocks = [block for block in wanted if block.place[0] == part and block.calls]
@@ -101,6 +108,7 @@ class BlockwisePass:
                 if self.given.get(block.place, (None,))[0] != self._upstream(block.place, done):
                     break
                 known += 1
+            # the next block computes from the output of the last replayed one, so that one must have its values
             while known and not self._whole(blocks[known - 1]):
                 known -= 1
             found += blocks[:known]
@@ -109,14 +117,15 @@ class BlockwisePass:
         return found
 
     def _whole(self, block: _Block) -> bool:
+        """Whether a block's recorded outputs hold their values in every batch; husks do not."""
         return not any(_is_husk(leaf) for outputs in self.given[block.place][1] for leaf in tree_leaves(outputs))
 
     def _upstream(self, place: Place, done: Done) -> tuple[tuple[str, Scheme], ...]:
-        """The quantized weights that what comes out of a block may depend on."""
+        """The quantized weights that the output of a block may depend on."""
         return tuple((name, scheme) for name, scheme in done if _before(self.places[name], place))
 
     def _stop_behind(self, weights: Sequence[Weight], patches: ExitStack) -> None:
-        """End the forward pass when all blocks, and layers outside of blocks, that hold these weights have run."""
+        """End the forward pass once every block, or layer outside blocks, that holds one of these weights has run."""
         at = {block.place: block for block in self.blocks}
         goals: dict[nn.Module, int] = {}
         for weight in weights:
@@ -125,8 +134,9 @@ class BlockwisePass:
                 block.calls if block else self.calls[weight.reader]
             )
         if not all(goals.values()):
-            return  # one that did not run when `_look` looked: to the end then
+            return  # a module that did not run in `_look` has no number of calls to stop at: run to the end
 
+        # a module may be called several times in a pass (a shared block), and its last call must run, too
         def passed(module: nn.Module, *_: Any) -> None:
             goals[module] -= 1
             if not any(goals.values()):
@@ -136,7 +146,11 @@ class BlockwisePass:
             patches.callback(module.register_forward_hook(passed).remove)
 
     def _look(self, batch: TokenBatch) -> None:
-        """Run one batch, then replay it with each block's output blanked out in turn, and see who notices."""
+        """Count each block's calls, and find out if anything except the next block reads its output.
+
+        Runs one small batch, then replays it with the output of each block blanked in turn. If any module except the
+        next block gets other inputs then, the output is read later.
+        """
         outputs: dict[Place, list[Any]] = {block.place: [] for block in self.blocks}
         with torch.inference_mode():
             with ExitStack() as patches:
@@ -150,13 +164,15 @@ class BlockwisePass:
                 block.calls = len(outputs[block.place])
             expected = self._replayed(batch, outputs)
             for block, after in pairwise(self.blocks):
+                # the last block of a part keeps read_later: the next part reads its output
                 if block.place[0] == after.place[0] and block.calls:
                     blank = {**outputs, block.place: [_husk(output) for output in outputs[block.place]]}
+                    # a replay that fails on blank values leaves read_later True, which is always safe
                     with suppress(RuntimeError, IndexError, ValueError):
                         block.read_later = not _same(self._replayed(batch, blank), expected, {after.module})
 
     def _replayed(self, batch: TokenBatch, outputs: dict[Place, list[Any]]) -> list[tuple[nn.Module, Any]]:
-        """What blocks and loose layers are called with where every block gives back what is given here."""
+        """The inputs of every block and every layer outside blocks, when the blocks return the given outputs."""
         seen: list[tuple[nn.Module, Any]] = []
         with ExitStack() as patches:
             for block in self.blocks:
@@ -172,16 +188,17 @@ class BlockwisePass:
 
 
 def place_of(weight: Weight) -> Place:
+    """The position of a weight in the direction of data flow."""
     return PARTS.index(weight.part), float("inf") if weight.block is None else weight.block
 
 
 def _before(weight: Place, block: Place) -> bool:
-    """Whether a weight may stand before the end of a block; of what is outside of blocks nobody knows."""
+    """Whether the output of a block may depend on a weight; one outside blocks may be read anywhere in its part."""
     return weight[0] < block[0] or (weight[0] == block[0] and (weight[1] == float("inf") or weight[1] <= block[1]))
 
 
 def _blocks(model: nn.Module, weights: Iterable[Weight]) -> list[_Block]:
-    """The modules around each block's weights, in the direction of data flow; none that holds another one."""
+    """The module around each block's weights, in the direction of data flow, except modules that hold another block."""
     paths: dict[Place, list[str]] = {}
     for weight in weights:
         if weight.block is not None:
@@ -196,7 +213,7 @@ def _blocks(model: nn.Module, weights: Iterable[Weight]) -> list[_Block]:
 
 
 def _called(model: nn.Module, path: str) -> str:
-    """The deepest module around a path that has a forward of its own; a list of modules has none."""
+    """The deepest module around a path that has a forward of its own; a ModuleList has none."""
     while isinstance(model.get_submodule(path.replace("/", ".")), nn.ModuleList | nn.ModuleDict):
         path = os.path.dirname(path)
     return path.replace("/", ".")
@@ -204,18 +221,20 @@ def _called(model: nn.Module, path: str) -> str:
 
 @contextmanager
 def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """It is the forward that is replaced and not the module, since transformers records hidden states by class."""
+    """Replace the forward and keep the module, since transformers records hidden states by a module's class."""
+    # accelerate sets a forward of its own on the instance; it must be back afterwards
     own = vars(module).get("forward")
     module.forward = forward
     try:
         yield
     finally:
-        del module.forward  # uncovers the method of the class
+        del module.forward  # makes the method of the class visible again
         if own is not None:
             module.forward = own
 
 
 def _recorded(module: nn.Module, outputs: list[Any]) -> Any:
+    """Inside the block, every output of the module is appended to `outputs`."""
     own = module.forward
 
     def recording(*args: Any, **kwargs: Any) -> Any:
@@ -226,21 +245,23 @@ def _recorded(module: nn.Module, outputs: list[Any]) -> Any:
 
 
 def _giving(outputs: Sequence[Any]) -> Callable[..., Any]:
+    """A forward that returns the given outputs, one per call, without computing."""
     left = iter(outputs)
     return lambda *_, **__: next(left)
 
 
 def _husk(output: Any) -> Any:
-    """The same shapes and types, and no memory."""
+    """Tensors of the same shapes and dtypes that take no memory: one zero, expanded."""
     return tree_map(lambda leaf: leaf.new_zeros(()).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf, output)
 
 
 def _is_husk(leaf: Any) -> bool:
+    """Whether a tensor is a husk: all of its strides are 0, unlike those of any computed output."""
     return isinstance(leaf, Tensor) and leaf.numel() > 1 and not any(leaf.stride())
 
 
 def _same(found: list[tuple[nn.Module, Any]], expected: list[tuple[nn.Module, Any]], but: set[nn.Module]) -> bool:
-    """Whether modules were called alike, whatever those of `but` were called with."""
+    """Whether the same modules were called with equal inputs; the inputs of those in `but` are not compared."""
     return len(found) == len(expected) and all(
         a is b and (a in but or _equal(tree_leaves(x), tree_leaves(y)))
         for (a, x), (b, y) in zip(found, expected, strict=True)
@@ -248,7 +269,7 @@ def _same(found: list[tuple[nn.Module, Any]], expected: list[tuple[nn.Module, An
 
 
 def _equal(a: list[Any], b: list[Any]) -> bool:
-    """Tensors by their numbers; other objects, such as a cache, are made anew for each pass and equal by type."""
+    """Tensors compare by value; other objects, such as a cache, are new in each pass and compare by type."""
     return len(a) == len(b) and all(
         torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else type(x) is type(y)
         for x, y in zip(a, b, strict=True)

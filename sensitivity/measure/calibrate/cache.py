@@ -1,4 +1,4 @@
-"""A folder of tensors by what they depend on: shared by processes, bounded, and safe to delete at any time."""
+"""A folder of tensors, keyed by what they depend on: shared by processes, bounded, and safe to delete."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from torch import Tensor
 from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.files import discard, whole
 
-CLOSED = ("Permission denied", "Read-only", "No space", "quota", "Not a directory")  # as the system says it
+# Parts of the system's message where a folder cannot be written.
+CLOSED = ("Permission denied", "Read-only", "No space", "quota", "Not a directory")
 VERSION = 5  # raised when the meaning of an entry changes
 
 
 def home() -> Path:
-    """SENSITIVITY_CACHE, or where this system keeps caches."""
+    """The cache folder: SENSITIVITY_CACHE, or where this system keeps caches."""
     if chosen := os.environ.get("SENSITIVITY_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sensitivity"
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """Of types, shapes and every bit."""
+    """A hash of the dtypes, shapes and every bit of some tensors."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode())
@@ -42,7 +43,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 
 @dataclass(frozen=True)
 class Cache:
-    """Entries are files named after the hash of a description; the least recently used go first."""
+    """Tensors in files named after the hash of a description; the least recently used files are deleted first."""
 
     folder: Path
     limit_gb: float = 8.0
@@ -50,7 +51,7 @@ class Cache:
     def fetch(
         self, about: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]], device: torch.device
     ) -> dict[str, Tensor]:
-        """The tensors described, from the folder or made now."""
+        """The described tensors, read from the folder or computed now and stored."""
         if (found := self.load(about, device)) is not None:
             return found
         made = {name: tensor.contiguous() for name, tensor in make().items()}
@@ -58,18 +59,21 @@ class Cache:
         return made
 
     def load(self, about: Mapping[str, Any], device: torch.device) -> dict[str, Tensor] | None:
+        """The described tensors, or None if no whole file holds them."""
         file, _ = self._entry(about, device)
         found: dict[str, Tensor] | None = None
-        with suppress(OSError, SafetensorError, RuntimeError):  # not there, being deleted, or not whole
+        with suppress(OSError, SafetensorError, RuntimeError):  # missing, deleted just now, or cut short
             found = load_file(file)
-            os.utime(file)
+            os.utime(file)  # marks the entry as recently used
         return None if found is None else {name: tensor.to(device) for name, tensor in found.items()}
 
     def store(self, about: Mapping[str, Any], made: Mapping[str, Tensor], device: torch.device) -> None:
+        """Write tensors under their description, unless they exceed the limit or the folder cannot be written."""
         file, text = self._entry(about, device)
         size = sum(tensor.numel() * tensor.element_size() for tensor in made.values())
         if size <= self.limit_gb * 1e9:
-            apart = {name: t.contiguous().clone() for name, t in made.items()}  # results may share tensors
+            # safetensors refuses tensors that share memory
+            apart = {name: t.contiguous().clone() for name, t in made.items()}
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._make_room(size)
@@ -77,18 +81,19 @@ class Cache:
                     save_file(apart, unfinished, metadata={"about": text})
             except (OSError, SafetensorError, UserError) as error:
                 said = f"{error} {error.__cause__}"
-                if self.folder.is_file() or any(why in said for why in CLOSED):  # else it was deleted meanwhile
+                # otherwise the folder was deleted meanwhile
+                if self.folder.is_file() or any(why in said for why in CLOSED):
                     again = "calibration is done again by the next run"
                     warnings.warn(f"nothing can be kept in {self.folder}: {again}", Notice, stacklevel=2)
 
     def _entry(self, about: Mapping[str, Any], device: torch.device) -> tuple[Path, str]:
-        """Another torch or another number of threads may round sums differently, so those are part of the name."""
+        """An entry's file and description, which includes torch's version and threads: they change how sums round."""
         here = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(device), "v": VERSION}
         text = json.dumps({**about, **here}, sort_keys=True)
         return self.folder / f"{_name(text)}.safetensors", text
 
     def _make_room(self, size: int) -> None:
-        """Delete the oldest entries until the new one fits; other processes may be doing the same."""
+        """Delete the least recently used entries until the new one fits; other processes may do the same."""
         entries = []
         for file in self.folder.glob("*.safetensors"):
             with suppress(FileNotFoundError):
@@ -97,12 +102,12 @@ class Cache:
         for _, bytes_, file in sorted(entries, key=lambda entry: entry[0]):
             if total <= self.limit_gb * 1e9:
                 break
-            if discard(file, _is_entry(file)):  # the folder may be one where other tensors are kept
+            if discard(file, _is_entry(file)):  # the folder may also hold foreign files, which stay
                 total -= bytes_
 
 
 def _is_entry(file: Path) -> bool:
-    """Whether a file is an entry of ours: named after the hash of the description that it carries."""
+    """Whether a file is a cache entry: named after the hash of the description in its metadata."""
     try:
         with safe_open(file, framework="pt") as opened:
             about = (opened.metadata() or {}).get("about", "")
@@ -112,4 +117,5 @@ def _is_entry(file: Path) -> bool:
 
 
 def _name(text: str) -> str:
+    """The file name of an entry with this description."""
     return hashlib.sha256(text.encode()).hexdigest()[:32]

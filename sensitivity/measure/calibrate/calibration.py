@@ -1,4 +1,4 @@
-"""calibrate(): statistics of all layers from one pass of the calibration data, or of each block as a plan goes in."""
+"""calibrate(): statistics of each layer's inputs, from one pass over the data or block by block."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sensitivity.spec.plan import Setting
 from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.table import task as find_task
 
-ROOM = 1 << 30  # bytes of Gram matrices at once; a block of a 7B model has 0.7 GB of them
+ROOM = 1 << 30  # bytes of Gram matrices in memory at once; one block of a 7B model has 0.7 GB
 
 
 def calibrate(
@@ -39,10 +39,10 @@ def calibrate(
     cache: Cache | None = None,
     room: int = ROOM,
 ) -> Statistics:
-    """What the layers of `parts` see on n examples of the tasks' calibration splits, shared out among the tasks.
+    """Statistics of the inputs of all layers in `parts`, on n calibration examples divided among the tasks.
 
-    `against` are the tasks that will be evaluated on, which must have no example and no image in common with these.
-    Matrices that do not fit into `room` bytes together are found a few blocks at a time, when they are asked for.
+    `against` lists the evaluation tasks, which must share no example and no image with the calibration data. Gram
+    matrices that exceed `room` bytes together are computed a few blocks at a time, when they are asked for.
     """
     known_path(path)
     names = list(dict.fromkeys(tasks))
@@ -70,13 +70,13 @@ def calibrate(
     return Statistics(facts, found, trace, cache)
 
 
-Data = Callable[[int], Iterable[TokenBatch]]  # the calibration data in batches of at most so many rows
+Data = Callable[[int], Iterable[TokenBatch]]  # calibration data in batches of at most so many rows
 
 
 class CalibrationBatches:
-    """Calibration data on its way through a model, in batches that fit onto the device.
+    """Runs calibration data through a model, in batches that fit on the device.
 
-    Statistics are sums over batches, so a study that ran out of memory begins anew, with smaller ones.
+    Statistics are sums over batches, so after an out-of-memory error they start from zero, with smaller batches.
     """
 
     def __init__(self, vlm: VLM, parts: ComponentMap, data: Data, exposed: bool) -> None:
@@ -85,14 +85,14 @@ class CalibrationBatches:
         self.walk: BlockwisePass | None = None
 
     def whole(self, weights: Sequence[Weight]) -> Mapping[str, Curvature]:
-        """What some weights see, by whole forward passes."""
+        """Statistics of some weights' inputs, by full forward passes."""
         return self._fitting(lambda: collect(self.vlm, weights, self.data(self.rows)))
 
     def walked(self, weights: Sequence[Weight], done: Done | None) -> Mapping[str, Curvature]:
-        """The same, from where the last study left off."""
+        """The same statistics, by passes that go on where the last ones ended (BlockwisePass)."""
 
         def study() -> Mapping[str, Curvature]:
-            # one example is enough to look at: a pass over a whole batch is a good part of all calibration
+            # one example is enough for `_look`, whose passes over a full batch would be a large part of all calibration
             self.walk = self.walk or BlockwisePass(
                 self.vlm, self.parts, self.data(self.rows), self.exposed, next(iter(self.data(1)))
             )
@@ -102,14 +102,15 @@ class CalibrationBatches:
         return self._fitting(study)
 
     def _fitting(self, study: Callable[[], Mapping[str, Curvature]]) -> Mapping[str, Curvature]:
+        """Run `study`, with half the batch size after each out-of-memory error."""
         while (found := run_or_halve(study, self.rows, "the calibration data", self.vlm.device)) is None:
             self.rows //= 2
-            self.walk = None
+            self.walk = None  # its recorded outputs belong to the larger batches
         return found
 
 
 def exposed(vlm: VLM, parts: ComponentMap, data: Data) -> Gather:
-    """Statistics of the model as it stands when they are asked for, block after block of a plan."""
+    """Statistics of the model as it is when they are asked for, block by block while a plan is put in."""
     portions = CalibrationBatches(vlm, parts, data, exposed=True)
     return lambda weights, done=None: portions.walked(weights, done)
 
@@ -122,11 +123,12 @@ def unquantized(
     cache: Cache | None,
     room: int = ROOM,
 ) -> Gather:
-    """Statistics of the float model: of all layers at once in one pass, or of a few blocks where there is less room."""
+    """Statistics of the float model: of all layers in one pass, or of a few blocks at a time if memory is short."""
     shares = _shares(parts, room)
     at = {reads(weight): i for i, share in enumerate(shares) for weight in share}
     held: dict[int, Mapping[str, Curvature]] = {}
     portions = CalibrationBatches(vlm, parts, data, exposed=False)
+    # addresses of the float weights, by which `study` notices a quantized one
     own = {name: parameter.data_ptr() for name, parameter in vlm.model.named_parameters()}
 
     def study(share: Sequence[Weight]) -> Mapping[str, Curvature]:
@@ -135,31 +137,34 @@ def unquantized(
 
     def find(i: int) -> Mapping[str, Curvature]:
         if i not in held:
-            held.clear()  # before the next ones are made
+            held.clear()  # frees these matrices before the next are computed
             held[i] = _stored(about, sorted(reads(w) for w in shares[i]), lambda: study(shares[i]), cache, vlm.device)
         return held[i]
 
     def gather(weights: Sequence[Weight], done: Done | None = None) -> Mapping[str, Curvature]:
+        # in the order of the shares, so that each share is computed once
         wanted = sorted({reads(weight) for weight in weights}, key=lambda name: at[name])
         return {name: find(at[name])[name] for name in wanted}
 
     if len(shares) == 1 and vlm.device.type != "meta":  # a forecast has no weights, and asks for none
-        find(0)  # at once: later the model may hold other weights
+        find(0)  # now, since later the model may hold quantized weights
     return gather
 
 
 def _shares(parts: ComponentMap, room: int) -> list[list[Weight]]:
-    """One weight for each input, in the direction of data flow, as many blocks together as fit; never less than one."""
+    """One weight per distinct input, in the direction of data flow, in shares of as many blocks as fit in `room`."""
     shares: list[list[Weight]] = []
     left = 0
     seen: set[str] = set()
     for block in parts.regroup("block").components:
         share = [
             weight
+            # reversed, so that the first weight that reads an input represents it
             for weight in {reads(w): w for w in reversed(block.weights) if not w.looked_up}.values()
             if reads(weight) not in seen
         ]
         seen |= {reads(weight) for weight in share}
+        # a Gram matrix is float32; a share has at least one block, even if that alone exceeds the room
         bytes_ = sum(4 * weight.cols * weight.cols for weight in share)
         if not shares or bytes_ > left:
             shares, left = [*shares, []], room
@@ -175,7 +180,7 @@ def _stored(
     cache: Cache | None,
     device: torch.device,
 ) -> Mapping[str, Curvature]:
-    """Statistics of some inputs, through the cache on disk."""
+    """Statistics of some inputs, through the cache on disk, where a tensor's name is `input|statistic`."""
 
     def make() -> dict[str, Tensor]:
         return {f"{name}|{key}": t for name, found in study().items() for key, t in found.tensors().items()}
@@ -190,15 +195,17 @@ def _stored(
 def collect(
     vlm: VLM, weights: Iterable[Weight], data: Iterable[TokenBatch], forward: Callable[[VLM, TokenBatch], None] = run
 ) -> dict[str, Curvature]:
-    """What the inputs of some weights look like on the model as it stands, batch by batch."""
+    """Statistics of the inputs of some weights on the model as it is, summed over the batches."""
     leaders = {reads(weight): weight for weight in weights}
     found = {name: Curvature(w.cols, vlm.device) for name, w in leaders.items()}
+    # the batch of the current forward pass, for the hooks
     now: list[TokenBatch] = []
 
     def watch(name: str, part: str) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
             modality, counts = now[0].modality(part, x.shape[:-1])
+            # padding tokens are left out of the sums: no answer depends on them
             flat = x.reshape(-1, x.shape[-1])
             found[name].add(flat if modality is None or not counts[PADDING] else flat[modality != PADDING])
             found[name].modalities += counts

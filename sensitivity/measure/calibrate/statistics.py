@@ -1,4 +1,4 @@
-"""Statistics: what calibration found out about each layer's inputs, or how to find it out along the way."""
+"""Statistics of each layer's inputs from calibration, collected in advance or when they are asked for."""
 
 from __future__ import annotations
 
@@ -19,37 +19,38 @@ PATHS = ("float", "exposed")
 
 
 def known_path(path: str) -> None:
+    """Raise an error for an unknown calibration path."""
     if path not in PATHS:
         raise unknown("calibration path", path, PATHS)
 
 
 class Gather(Protocol):
-    """The curvature of some weights, by `reads`; `done` are the weights that the model holds quantized by then."""
+    """Returns the curvature of some weights by input (`reads`); `done` lists the weights that are already quantized."""
 
     def __call__(self, weights: Sequence[Weight], done: Done | None = None, /) -> Mapping[str, Curvature]: ...
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """The curvature of layers by input, and on which data, how, it was found: facts that schemes write down."""
+    """The curvature of each layer's input, and the facts of its calibration, which schemes record."""
 
     facts: Mapping[str, Setting]  # calibration, examples, seed, data and path
     gather: Gather
-    trace: Callable[[], Mapping[str, Absorber]] = field(default=dict)  # what scales can be folded into, by input
+    trace: Callable[[], Mapping[str, Absorber]] = field(default=dict)  # finds what scales can be folded into, by input
     cache: Cache | None = None  # of quantized weights
 
     @cached_property
     def absorbers(self) -> Mapping[str, Absorber]:
-        """Found when first asked for, by one forward pass."""
+        """What each input's scales can be folded into, found by one forward pass when first asked for."""
         return self.trace()
 
     @property
     def exposed(self) -> bool:
-        """Whether inputs passed the layers that were quantized before: then they differ from plan to plan."""
+        """Whether inputs have passed the layers quantized before; then they differ from plan to plan."""
         return self.facts["path"] == "exposed"
 
     def fits(self, scheme: Scheme) -> None:
-        """A scheme names the data that it was calibrated on, or two trials with one key could differ."""
+        """Raise an error unless the scheme names this calibration data: two trials with one key could differ."""
         for fact, value in self.facts.items():
             if scheme.get(fact) != value:
                 raise UserError(

@@ -1,4 +1,4 @@
-"""Calibration data as a model's inputs, in batches without padding, and what kind of token each position holds."""
+"""Calibration data as model inputs, in batches of equal shapes, with the modality of every token."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from sensitivity.tasks.examples.types import Task
 
 MODALITIES = ("padding", "vision", "prompt", "answer")
 PADDING, VISION, PROMPT, ANSWER = range(4)
-ROWS = 16  # at most so many examples at once: memory does not grow with their number
+ROWS = 16  # examples in a batch, at most: memory does not grow with their number
 
 
 @dataclass
 class TokenBatch:
-    """Inputs of a forward pass, the right answers among them, and what the positions of its sequences hold."""
+    """Inputs of a forward pass, the right answers included, and the modality of each position of its sequences."""
 
     inputs: dict[str, Any]
-    known: Sequence[tuple[str, Tensor]]  # part, and rows x positions of indices into MODALITIES
-    keep: int = 1  # positions, from the end, at which words are asked for: what an output head reads
+    known: Sequence[tuple[str, Tensor]]  # part, and its tokens' modalities (rows x positions)
+    keep: int = 1  # positions from the end that get logits: the input of an output head
     counted: dict[Any, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
 
     def modality(self, part: str, shape: torch.Size) -> tuple[Tensor | None, Tensor]:
-        """The modality of each token of a layer's input, None where all are vision; and how many there are of each.
+        """The modality of each token of a layer's input (None if all are vision), and how many tokens each has.
 
-        A layer whose input has the shape of a sequence that its part reads, sees that; any other one sees the image.
+        A layer whose input has the shape of one of its part's sequences reads that sequence; any other reads the image.
         """
         key = part, tuple(shape)
         if key not in self.counted:
@@ -50,12 +50,12 @@ class TokenBatch:
 
 
 def batches(vlm: VLM, tasks: Sequence[Task], rows: int = ROWS) -> Iterator[TokenBatch]:
-    """Every example with its first right answer. Examples are put together only where all shapes agree."""
+    """Every example with its first right answer; only examples of equal shapes share a batch, so none is padded."""
     waiting: dict[Any, list[tuple[dict[str, Tensor], list[int]]]] = {}
     for task in tasks:
         for example in task.examples:
             (one,) = evaluated.batches(vlm, replace(task, examples=(example,)), plain=True)
-            target = one.targets[0][:-1]  # the end is said, never read
+            target = one.targets[0][:-1]  # the end token is predicted, never read
             shapes = tuple((name, tuple(value.shape)) for name, value in sorted(one.inputs.items()))
             group = waiting.setdefault((shapes, len(target)), [])
             group.append((one.inputs, target))
@@ -66,6 +66,7 @@ def batches(vlm: VLM, tasks: Sequence[Task], rows: int = ROWS) -> Iterator[Token
 
 
 def _together(vlm: VLM, group: Sequence[tuple[dict[str, Tensor], list[int]]]) -> TokenBatch:
+    """One batch of examples with equal shapes, with the answers appended to the prompts."""
     inputs = {name: torch.cat([one[name] for one, _ in group]) for name in group[0][0]}
     answers = torch.tensor([target for _, target in group], dtype=torch.long)
     prompt = inputs["input_ids"]
@@ -74,7 +75,8 @@ def _together(vlm: VLM, group: Sequence[tuple[dict[str, Tensor], list[int]]]) ->
     if "attention_mask" in inputs:
         text[inputs["attention_mask"] == 0] = PADDING
     said = torch.full_like(answers, ANSWER)
-    asked = torch.cat([torch.full_like(prompt[:, :1], PROMPT), said], dim=1)  # from the end of the prompt on
+    # positions that get logits: the last of the prompt, and the answer
+    asked = torch.cat([torch.full_like(prompt[:, :1], PROMPT), said], dim=1)
     inputs = {name: _placed(vlm, value) for name, value in inputs.items()}
     answers = answers.to(vlm.device)
     if vlm.encoder_decoder:
@@ -86,7 +88,8 @@ def _together(vlm: VLM, group: Sequence[tuple[dict[str, Tensor], list[int]]]) ->
             if value.shape == prompt.shape:
                 more = answers if name == "input_ids" else tail(vlm, name, value, answers)
                 inputs[name] = torch.cat([value, more.to(value.dtype)], dim=1)
-            elif value.shape[:2] == prompt.shape and name.endswith("mask"):  # who sees which picture (Mllama)
+            # which image each token may attend to (Mllama)
+            elif value.shape[:2] == prompt.shape and name.endswith("mask"):
                 more = value[:, -1:].expand(-1, answers.shape[1], *value.shape[2:])
                 inputs[name] = torch.cat([value, more], dim=1)
         text = torch.cat([text, said], dim=1)
@@ -95,7 +98,7 @@ def _together(vlm: VLM, group: Sequence[tuple[dict[str, Tensor], list[int]]]) ->
 
 
 def _questioned(vlm: VLM, inputs: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """What a Q-Former that also reads the question sees (InstructBLIP): its queries and the text, or the text alone."""
+    """Sequences of a Q-Former that also reads the question (InstructBLIP): queries with text, and text alone."""
     if "qformer_input_ids" not in inputs:
         return []
     text = torch.full_like(inputs["qformer_input_ids"], PROMPT)
@@ -105,21 +108,21 @@ def _questioned(vlm: VLM, inputs: Mapping[str, Tensor]) -> list[tuple[str, Tenso
 
 
 def image_token(vlm: VLM) -> int:
-    """The token that stands for a piece of the image; none has the number -1."""
+    """The id of the placeholder token for image features; -1 if there is none."""
     config = vlm.model.config
     found = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
     return next((int(token) for token in found if token is not None), -1)
 
 
 def run(vlm: VLM, batch: TokenBatch) -> None:
-    """One forward pass for what its layers see; no logits but those of the answer."""
+    """One forward pass for its layers' inputs: no cache, and logits of the answer only."""
     known = inspect.signature(vlm.model.forward).parameters
     savings = {"use_cache": False, "logits_to_keep": batch.keep}
     vlm.model(**batch.inputs, **{name: value for name, value in savings.items() if name in known})
 
 
 def disjoint(calibration: Sequence[Task], evaluation: Sequence[Task]) -> None:
-    """No example and no image of the calibration data is evaluated on."""
+    """Raise an error if an example or image of the calibration data is also evaluated."""
     used = {example.id for task in evaluation for example in task.examples}
     images = {same_image(example.image) for task in evaluation for example in task.examples}
     for task in calibration:
@@ -132,4 +135,5 @@ def disjoint(calibration: Sequence[Task], evaluation: Sequence[Task]) -> None:
 
 
 def _placed(vlm: VLM, value: Tensor) -> Tensor:
+    """A tensor on the model's device, and in the model's dtype if it holds floats."""
     return value.to(vlm.device, vlm.model.dtype) if value.is_floating_point() else value.to(vlm.device)

@@ -1,1 +1,1 @@
-"""What a sweep will cost, before any weight is loaded."""
+"""Predicts the time, disk and memory of a sweep before any weight is loaded."""

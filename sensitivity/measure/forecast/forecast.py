@@ -1,4 +1,4 @@
-"""Preflight: the time, disk and memory that a sweep takes, from the config, a few examples and a probe; no weights."""
+"""Forecast: the time, disk and memory of a sweep, from a config, a few examples and short measurements."""
 
 from __future__ import annotations
 
@@ -30,33 +30,37 @@ from sensitivity.spec.plan import Plan, Scheme, scheme_of
 from sensitivity.study.study import EXAMPLE_COLUMNS
 from sensitivity.tasks.examples.types import Task
 
-LOADING = 1.0e9  # bytes of weights a second
-LATER = 50e6  # bytes of libraries that are only loaded along the way
-STORING = 0.015  # seconds for a trial's examples and scores, once per shard
-JOURNAL = (1100, 300, 700)  # bytes that Optuna writes for a trial, for each of its shards, and for a task in each
+LOADING = 1.0e9  # bytes of weights per second
+LATER = 50e6  # bytes of libraries that are imported only during the sweep
+STORING = 0.015  # seconds to store a trial's examples and scores, per shard
+JOURNAL = (1100, 300, 700)  # bytes that Optuna writes per trial, per shard, and per task in a shard
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is to be expected. `seconds` takes answers to be as the right ones or as a neighboring plan's; `slowest`
-    takes every plan to write all its answers anew, up to the task's limit."""
+    """The expected cost of a sweep.
+
+    `seconds` assumes that answers equal the right ones or a neighboring plan's, so that drafts are accepted; `slowest`
+    assumes that every plan generates all of its answers token by token, up to the task's limit.
+    """
 
     plans: int
     examples: int
     images: int
-    flops: float  # a second, in products of this model's shapes
+    flops: float  # per second, in products of this model's shapes
     seconds: Mapping[str, float]
     slowest: float
     disk: Mapping[str, float]
     host: Mapping[str, float]
-    device: Mapping[str, float] = field(default_factory=dict)  # empty where it is the host
+    device: Mapping[str, float] = field(default_factory=dict)  # empty where the device is the host
 
     def to_json(self) -> dict[str, Any]:
+        """The forecast with its totals, as JSON."""
         total = {name: sum(getattr(self, name).values()) for name in ("seconds", "disk", "host", "device")}
         return {**asdict(self), "total": total}
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """What, how much, and of what it is made up."""
+        """A table's rows: what, how much, and of what that is the sum."""
         total = _span(sum(self.seconds.values()))
         found = [("time", f"{total} (at most {_span(self.slowest)})", _made(self.seconds, _span))]
         for name in ("disk", "host", "device"):
@@ -80,7 +84,7 @@ def forecast_sweep(
     memory_gb: float = MEMORY_GB,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Forecast:
-    """What running these plans, full precision among them, will take on a device; the probe takes some seconds."""
+    """The expected cost of running these plans, full precision included, on a device; measures for some seconds."""
     kind = _dtype(vlm, parts, device, dtype)
     resident, probe = _resident(), Hardware(_probed(device), kind, clock)
     model = CostModel(vlm, parts, probe)
@@ -92,6 +96,7 @@ def forecast_sweep(
     calibrated = [scheme for scheme in schemes if method_of(scheme).calibrated]
     inputs = {reads(weight): weight for weight in parts.weights if not weight.looked_up} if calibrated else {}
     grams = sum(4.0 * weight.cols**2 for weight in inputs.values())
+    # seconds of one calibration example through all parts
     once = sum(first for of_parts in passes for first, _ in of_parts.values()) / sum(s.examples for s in samples)
     tokens = max(sum(sample.sequence for sample in samples) // len(samples), 1)
     many = sum(w.numel for w in parts.weights)
@@ -110,7 +115,7 @@ def forecast_sweep(
         "quantized weights": 0.0
         if plain
         else min(memory_gb * 1e9 / 2, len(schemes) * CODE * many)
-        + many * kind.itemsize,  # codes, and the plan that is running as numbers
+        + many * kind.itemsize,  # codes, and the running plan's dequantized weights
         "hidden states": 0.0 if plain else min(memory_gb * 1e9 / 2, sum(model.kept(sample) for sample in samples)),
         "activations": max(model.activations(sample) for sample in samples),
         "statistics": grams,
@@ -134,12 +139,12 @@ def forecast_sweep(
 
 
 def _probed(device: str) -> torch.device:
-    """One of the devices that `auto` would spread a model over."""
+    """The device that is measured; for `auto` one of those that accelerate would use."""
     return device_of(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _dtype(vlm: VLM, parts: ComponentMap, device: str, dtype: str | None) -> torch.dtype:
-    """As load() chooses: what is named, else as stored, but embedded models on a CPU in float32."""
+    """The dtype that load() would choose: the given one, else as stored, but float32 for embedded models on a CPU."""
     if dtype is None and vlm.name.startswith("embedded:") and device == "cpu":
         return torch.float32
     stored = getattr(vlm.model.config, "dtype", None)
@@ -148,7 +153,8 @@ def _dtype(vlm: VLM, parts: ComponentMap, device: str, dtype: str | None) -> tor
 
 
 def _runs(parts: ComponentMap, plans: Sequence[Plan]) -> dict[str, float]:
-    """How often each part is computed, in whole passes, if what a plan shares with the one before is not."""
+    """How often each part is computed, in full passes, if neighboring plans share their common prefix."""
+    # the order in which the loop queues plans
     ordered = sorted(plans, key=lambda plan: [str(scheme) for _, scheme in plan.schemes])
     found = dict.fromkeys(PARTS, 0.0)
     whole = {part: sum(w.numel for w in parts.weights if w.part == part) for part in PARTS}
@@ -162,7 +168,7 @@ def _runs(parts: ComponentMap, plans: Sequence[Plan]) -> dict[str, float]:
 def _running(
     sample: TaskSample, passes: Mapping[str, tuple[float, float]], runs: Mapping[str, float], plans: int
 ) -> float:
-    """Seconds for all plans: what they share as often as their beginnings differ, the rest for each of them."""
+    """Seconds to run all plans: shared work once per distinct prefix, the rest once per plan."""
     return sum(
         seconds * (runs[part] if sample.shares(part) else plans) + again * plans
         for part, (seconds, again) in passes.items()
@@ -170,13 +176,15 @@ def _running(
 
 
 def _quantizing(parts: ComponentMap, plans: Sequence[Plan], scheme: Scheme, probe: Hardware) -> float:
+    """Seconds to quantize with one scheme every weight that some plan gives it to."""
     used = {name for plan in plans for name, chosen in plan.schemes if chosen == scheme}
     weights = (w for c in parts.components if c.name in used for w in c.weights)
     return sum(probe.quantizing(scheme_of(w, scheme), w) for w in weights)
 
 
 def _stored(parts: ComponentMap, tasks: Sequence[Task], plans: Sequence[Plan], shards: int) -> dict[str, float]:
-    """Of the trials' files, if all answers were right, and of the journal, which holds each plan four times."""
+    """Bytes of the trials' files, if all answers were right, and of the journal, which holds each plan four times."""
+    # random scores, since equal ones would compress to almost nothing
     draw = torch.rand(sum(len(task.examples) for task in tasks), 2, dtype=torch.float64).tolist()
     every = [(task, example) for task in tasks for example in task.examples]
     rows = [
@@ -191,22 +199,25 @@ def _stored(parts: ComponentMap, tasks: Sequence[Task], plans: Sequence[Plan], s
 
 
 def _resident() -> int:
-    """Bytes of this process before anything is loaded."""
+    """Bytes of memory that this process holds before anything is loaded."""
     status = Path("/proc/self/statm")
     return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 600 << 20
 
 
 def _made(amounts: Mapping[str, float], show: Any) -> str:
+    """The amounts that are not zero, each with its name."""
     return ", ".join(f"{name} {show(amount)}" for name, amount in amounts.items() if amount)
 
 
 def _span(seconds: float) -> str:
+    """A duration as text."""
     if seconds < 120:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _size(amount: float) -> str:
+    """A number of bytes as text."""
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
         if amount >= unit:
             return f"{amount / unit:.{max(0, 2 - int(math.log10(amount / unit)))}f} {name}"

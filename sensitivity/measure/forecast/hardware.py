@@ -1,4 +1,4 @@
-"""Probe: how fast this machine is at what a model is made of, in some seconds and without a model."""
+"""Measures how fast this machine runs the operations of a model, in seconds and without a model."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from sensitivity.quantize.methods import method_of, solve
 from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import Scheme
 
-TOKENS = 1024  # at most so many go through a probed product; more are taken to cost in proportion
-SIDE = 512  # of the weight that is quantized
+TOKENS = 1024  # in a measured product, at most; more are assumed to cost in proportion
+SIDE = 512  # rows and columns of the weight whose quantization is measured, at most
 ENOUGH = 0.05  # seconds for one measurement
-WIDE = torch.float32  # holds every number of a narrower type
-NOTABLY = 1.25  # times: a type that is quicker by less is not worth twice the memory
-SIZES = (128, 1024)  # tokens and width of the product by which types are compared: a tenth of a second at 1 GFLOP/s
+WIDE = torch.float32  # holds every number of a narrower dtype
+NOTABLY = 1.25  # times: a dtype that is faster by less is not worth twice the memory
+SIZES = (128, 1024)  # tokens and width of the product that compares dtypes: a tenth of a second at 1 GFLOP/s
 
 
 def slower(stored: torch.dtype, device: torch.device) -> float:
-    """How many times longer a product takes in the type of a checkpoint than in float32; the best of a few of each.
+    """How many times longer a product takes in a checkpoint's dtype than in float32; the fastest of a few runs each.
 
-    CPUs without units for it compute bfloat16 number by number, a hundred times slower.
+    CPUs without units for bfloat16 compute it number by number, a hundred times slower.
     """
     tokens, width = SIZES
     seconds: dict[torch.dtype, float] = {}
@@ -37,7 +37,7 @@ def slower(stored: torch.dtype, device: torch.device) -> float:
             began = time.perf_counter()
             while len(turns) < 2 or (len(turns) < 20 and time.perf_counter() - began < 0.01):
                 start = time.perf_counter()
-                torch.nn.functional.linear(x, weight).sum().item()  # which waits for a device that is not the host
+                torch.nn.functional.linear(x, weight).sum().item()  # .item() waits for a device that is not the host
                 turns.append(time.perf_counter() - start)
             seconds[kind] = min(turns)
     return seconds[stored] / seconds[WIDE]
@@ -45,14 +45,14 @@ def slower(stored: torch.dtype, device: torch.device) -> float:
 
 @dataclass
 class Hardware:
-    """Each kind of work is measured once, at the shapes that are asked for."""
+    """Times of a model's operations on a device, each measured once at the shapes that are asked for."""
 
     device: torch.device
     dtype: torch.dtype
-    clock: Callable[[], float] = time.perf_counter  # or of CPU seconds, where others are at work on the machine
-    known: dict[object, float] = field(default_factory=dict)
-    done: float = 0.0  # floating-point operations and
-    spent: float = 0.0  # seconds of the products that were measured
+    clock: Callable[[], float] = time.perf_counter  # or CPU seconds, where other processes use the machine
+    known: dict[object, float] = field(default_factory=dict)  # seconds by operation and shape
+    done: float = 0.0  # floating-point operations of the measured products
+    spent: float = 0.0  # seconds of the measured products
 
     def product(self, tokens: int, rows: int, cols: int) -> float:
         """Seconds for so many tokens through a linear layer."""
@@ -65,6 +65,7 @@ class Hardware:
         return self.known[some, rows, cols] * max(tokens, 1) / some
 
     def attention(self, rows: int, heads: int, queries: int, keys: int, width: int) -> float:
+        """Seconds for attention of `queries` over `keys` in so many sequences."""
         some = min(rows, max(1, TOKENS // queries))
         shape = ("attention", some, heads, queries, keys, width)
         if shape not in self.known:
@@ -73,7 +74,7 @@ class Hardware:
         return self.known[shape] * rows / some
 
     def sweep_over(self, numbers: int) -> float:
-        """Seconds to read, change and write so many numbers, beyond the start of an operation."""
+        """Seconds to read, change and write so many numbers, without the start-up of the operation."""
         some = max(1, min(numbers, TOKENS * SIDE))
         if ("over", some) not in self.known:
             x = self._random(some)
@@ -82,12 +83,12 @@ class Hardware:
 
     @cached_property
     def call(self) -> float:
-        """Seconds to call a module on next to nothing: what small models cost."""
+        """Seconds to call a module on almost nothing, which is most of the cost of a small model."""
         module, x = torch.nn.Linear(1, 1, device=self.device, dtype=self.dtype), self._random(1, 1)
         return self._time(lambda: module(x))
 
     def quantizing(self, scheme: Scheme, weight: Weight) -> float:
-        """Seconds for one weight; calibrated methods are taken to grow with the square of its columns."""
+        """Seconds to quantize one weight; calibrated methods are assumed to grow with the square of its columns."""
         method, rows, cols = method_of(scheme), min(weight.rows, SIDE), min(weight.cols, SIDE)
         if (scheme, rows, cols) not in self.known:
             x = torch.randn(2 * cols, cols, device=self.device)
@@ -107,13 +108,14 @@ class Hardware:
 
     @property
     def flops(self) -> float:
+        """Floating-point operations per second, over all measured products."""
         return self.done / self.spent if self.spent else 0.0
 
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self.device).to(self.dtype)
 
     def _time(self, run: Callable[[], object]) -> float:
-        """The mean of as many as there is time for, after one to warm up: whoever else is at work counts as well."""
+        """The mean of as many runs as there is time for, after one to warm up; other load on the machine counts."""
         with torch.inference_mode():
             run()
             self._wait()
@@ -125,5 +127,6 @@ class Hardware:
         return (self.clock() - began) / turns
 
     def _wait(self) -> None:
+        """Wait for the device, since calls on CUDA return before they have run."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

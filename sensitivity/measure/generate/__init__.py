@@ -1,1 +1,1 @@
-"""Examples as tensors, and greedy answers."""
+"""Turns examples into tensors, and generates greedy answers from them."""

@@ -1,4 +1,4 @@
-"""Answers as tokens: the right one, what ends one, what it says, and how likely a model held it to be."""
+"""Answers as tokens: right answers, end tokens, decoding to text, and likelihoods."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sensitivity.spec.errors import UserError
 from sensitivity.tasks.examples.types import Example, Task
 from sensitivity.tasks.scoring.answer_text import without_special
 
-HARMLESS = {  # settings of generation that do not touch greedy logits
+HARMLESS = {  # generation settings that do not change what greedy decoding takes
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "do_sample",
     "temperature", "top_p", "top_k", "max_length", "max_new_tokens", "use_cache", "num_beams", "_from_model_config",
     "early_stopping", "length_penalty", "output_attentions", "output_hidden_states", "return_dict_in_generate",
@@ -21,28 +21,30 @@ HARMLESS = {  # settings of generation that do not touch greedy logits
 
 
 def target(vlm: VLM, example: Example) -> list[int]:
+    """The tokens of an example's first right answer, with the end token."""
     tokenizer = vlm.processor.tokenizer
     without_image(vlm, example.answers[0], f"the first right answer of example {example.id}")
     return [*tokenizer(example.answers[0], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
 def without_image(vlm: VLM, text: str, what: str) -> None:
-    """The token that stands for a piece of the image has no other meaning."""
+    """Raise an error if a text holds the placeholder token of image features, which must mean nothing else."""
     token = getattr(vlm.processor, "image_token", None)
     if isinstance(token, str) and token and token in text:
         raise UserError(f"{what} holds {token}, by which {vlm.name} marks images; write it differently")
 
 
 def ends(vlm: VLM) -> set[int]:
-    """The tokens that end an answer, where it is generated."""
+    """The tokens that end a generated answer."""
     named = vlm.speaker.generation_config.eos_token_id
     return {*(named if isinstance(named, list) else [named])} - {None}
 
 
 def plainly_greedy(vlm: VLM) -> bool:
-    """Whether the likeliest token is what generation takes: no penalties, no forced or forbidden tokens."""
+    """Whether generation takes the most likely token: no penalties, no forced or forbidden tokens."""
     config = vlm.speaker.generation_config
-    if vlm.encoder_decoder:  # right answers are read behind the start that the configuration names
+    # right answers are read after the start token of config.json, so generate() must begin with the same one
+    if vlm.encoder_decoder:
         starts = {config.decoder_start_token_id, vlm.model.config.get_text_config().decoder_start_token_id}
         if len(starts - {None}) > 1:
             return False
@@ -50,8 +52,8 @@ def plainly_greedy(vlm: VLM) -> bool:
 
 
 def tail(vlm: VLM, name: str, value: Tensor, ids: Tensor) -> Tensor:
-    """What stands beside more tokens of text in a mask or in token types, as generation itself says."""
-    if not vlm.model.can_generate():  # a model that searches reads text as it is
+    """How a mask or token types continue over more text tokens, according to generate() itself."""
+    if not vlm.model.can_generate():  # a retrieval model, which reads plain text
         return torch.full_like(ids, int(name == "attention_mask"), dtype=value.dtype)
     more = vlm.model._update_model_kwargs_for_generation({}, {name: value}, is_encoder_decoder=False)
     last: Tensor = more[name][:, -1:]
@@ -59,15 +61,15 @@ def tail(vlm: VLM, name: str, value: Tensor, ids: Tensor) -> Tensor:
 
 
 def hopeless(vlm: VLM, task: Task, examples: Sequence[Example]) -> Callable[[int, list[int]], bool] | None:
-    """Whether what a row has answer_text begins like no right answer, where a task takes nothing else."""
+    """A test whether a row's tokens can no longer become a right answer; None unless only exact answers count."""
     if not task.exact:
         return None
     right = [[_bare(answer) for answer in example.answers] for example in examples]
-    bare = cache(lambda tokens: _bare(_text(vlm, tokens)))  # rows say the same few things
+    bare = cache(lambda tokens: _bare(_text(vlm, tokens)))  # rows share the same few answers
 
     def cannot(row: int, tokens: list[int]) -> bool:
         begun = bare(tuple(tokens))
-        # half a letter, or what may become a special token, which does not count
+        # the last token may be part of a character, or of a special token that is removed: then it proves nothing
         open_ = begun.endswith("\N{REPLACEMENT CHARACTER}") or begun.rfind("<") > begun.rfind(">")
         return not open_ and not any(answer.startswith(begun) for answer in right[row])
 
@@ -75,27 +77,29 @@ def hopeless(vlm: VLM, task: Task, examples: Sequence[Example]) -> Callable[[int
 
 
 def _bare(text: str) -> str:
-    """Without case and white space, of which a tokenizer may take some away later."""
+    """A text without case and white space, some of which a tokenizer may strip later."""
     return "".join(text.casefold().split())
 
 
 def _text(vlm: VLM, tokens: list[int]) -> str:
+    """Tokens as text, without special tokens."""
     return without_special(str(vlm.processor.tokenizer.decode(tokens, skip_special_tokens=True)))
 
 
 def answer_text(vlm: VLM, tokens: list[int], task: Task) -> str:
-    """The answer as text; an ellipsis where it was left off because it could no longer be right."""
+    """The answer as text, with an ellipsis where decoding stopped because it could no longer be right."""
     text = _text(vlm, tokens)
     return text if tokens[-1] in ends(vlm) or len(tokens) >= task.max_new_tokens else text + "…"
 
 
 def said_by(vlm: VLM, rows: Sequence[Sequence[int]], task: Task) -> list[str]:
-    """Each row's answer; what several rows say is made text once."""
+    """Each row's answer as text; equal rows are decoded once."""
     once = cache(lambda tokens: answer_text(vlm, list(tokens), task))
     return [once(tuple(tokens)) for tokens in rows]
 
 
 def mean_nll(logits: Tensor, targets: Tensor) -> list[float]:
+    """The mean negative log-likelihood of each row's target tokens; a target of -100 is padding."""
     wide = logits[:, : targets.shape[1]].float()
     loss = torch.nn.functional.cross_entropy(wide.transpose(1, 2), targets, ignore_index=-100, reduction="none")
     means: list[float] = (loss.sum(1) / (targets >= 0).sum(1)).tolist()
@@ -103,12 +107,13 @@ def mean_nll(logits: Tensor, targets: Tensor) -> list[float]:
 
 
 def logits_from(logits: Tensor, starts: Sequence[int], count: int) -> Tensor:
-    """Row by row so many places of the logits from a start of its own; places beyond the last give the last."""
+    """Row by row `count` positions of the logits from the row's own start; the last one repeats beyond the end."""
     first = torch.tensor(starts, device=logits.device)[:, None]
     where = (first + torch.arange(count, device=logits.device)).clamp(max=logits.shape[1] - 1)
     return logits.gather(1, where[:, :, None].expand(-1, -1, logits.shape[-1]))
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """Rows of tokens as one tensor, padded on the right."""
     longest = max(len(row) for row in rows)
     return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])

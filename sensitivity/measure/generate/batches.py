@@ -1,4 +1,4 @@
-"""Examples as tensors, in batches: whole prompts, or questions apart from their image, whose tokens they share."""
+"""Examples as tensors in batches: whole prompts, or questions apart from the image that they share."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from sensitivity.tasks.examples.types import SHORT, Example, Task
 from sensitivity.tasks.table import GALLERIES, SEARCHES
 
 IMAGES_PER_BATCH = 64
-# Numbers in a batch's pixels, at most, such as eight images of 512 x 512. More at once is no quicker, since what lies
-# between a block's products no longer stays in a cache, and memory grows with it.
+# Values in a batch's pixels, at most, such as eight images of 512 x 512. Larger batches are no faster, since what a
+# block computes no longer stays in the processor's cache, and memory grows with them.
 PIXELS = 8 * 3 * 512 * 512
 
 
 @dataclass
 class Batch:
-    """Examples as tensors. Where `prefix` is set, questions of one image share its tokens and are stored once."""
+    """Examples as tensors. Where `prefix` is set, questions of one image share its tokens, which are stored once."""
 
     examples: tuple[Example, ...]
     inputs: dict[str, Tensor]  # of the processor: for the images where there is a prefix, else for the whole prompts
-    prefix: int = 0
-    owner: list[int] = field(default_factory=list)  # which image each example is about
-    prompts: list[list[int]] = field(default_factory=list)  # tokens after the prefix
-    targets: list[list[int]] = field(default_factory=list)  # tokens of the first right answer, and the end
-    at_once: int = 0  # of a gallery: how many images, or captions, go onto the device together
-    halves: list[Batch] = field(default_factory=list)  # instead of all this, where it did not fit on the device
+    prefix: int = 0  # tokens up to the end of the image
+    owner: list[int] = field(default_factory=list)  # index of each example's image
+    prompts: list[list[int]] = field(default_factory=list)  # each example's tokens after the prefix
+    targets: list[list[int]] = field(default_factory=list)  # tokens of the first right answer, and the end token
+    at_once: int = 0  # for a gallery: images or captions in one forward pass
+    # two smaller batches instead of this one, which ran out of memory
+    halves: list[Batch] = field(default_factory=list)
 
 
 def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
-    """The task's examples as tensors, image by image; independent of any plan, so they can be kept."""
+    """The task's examples as tensors, image by image; they depend on no plan, so they can be kept."""
     if vlm.processor is None:
         raise UserError(f"{vlm.name} has no processor or tokenizer files; they are needed to run a task")
     if task.gallery:
@@ -64,31 +65,32 @@ def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
 
 
 def images_at_once(pixels: int) -> int:
-    """How many images of so many numbers make a batch."""
+    """How many images of so many pixel values make a batch."""
     return max(min(IMAGES_PER_BATCH, PIXELS // max(pixels, 1)), 1)
 
 
 def _pixels(vlm: VLM, example: Example) -> int:
-    """The numbers that a processor makes of an image; images of one data set are taken to be alike."""
+    """The pixel values that the processor makes of an image; images of one data set are assumed to be alike."""
     seen = vlm.processor(images=[[open_image(example.image)]], text=[prompt_text(vlm, example)], return_tensors="pt")
     return int(seen["pixel_values"].numel())
 
 
 def check(vlm: VLM, tasks: Sequence[Task]) -> None:
-    """Whether a model can be asked these tasks at all, found out on one example of each before a study is begun."""
+    """Raise an error if the model cannot be given these tasks, by one example of each, before a study is begun."""
     for task in tasks:
         for _ in batches(vlm, replace(task, examples=task.examples[:1])):
             pass
 
 
 def _gallery(vlm: VLM, task: Task) -> Batch:
-    """All that is looked for at once, read when it is needed; one example alone is a calibration's, as tensors."""
+    """All images and captions as one batch, read from disk when needed; a single example (calibration) as tensors."""
     retrieval.check(vlm)
     alone = retrieval.pair(vlm, task.examples[0]) if len(task.examples) == 1 else {}
     return Batch(task.examples, alone, targets=[[0]] * len(task.examples), at_once=retrieval.CHUNK)
 
 
 def _whole(vlm: VLM, examples: tuple[Example, ...]) -> Batch:
+    """A batch of whole prompts, padded on the left."""
     vlm.processor.tokenizer.padding_side = "left"
     images = [[open_image(example.image)] for example in examples]
     texts = [prompt_text(vlm, example) for example in examples]
@@ -97,9 +99,10 @@ def _whole(vlm: VLM, examples: tuple[Example, ...]) -> Batch:
 
 
 def _processed(vlm: VLM, images: list[list[Any]], texts: list[str], **how: Any) -> Any:
+    """The processor's output, or an error that names the files to fetch."""
     try:
         return vlm.processor(images=images, text=texts, **how)
-    except Exception as error:  # each family's processor has errors of its own
+    except Exception as error:  # each family's processor has its own types of error
         raise UserError(
             f"the processor of {vlm.name} cannot make the model's input from a picture and a prompt ({reason(error)}); "
             "fetch its preprocessor_config.json and processor_config.json again"
@@ -107,25 +110,25 @@ def _processed(vlm: VLM, images: list[list[Any]], texts: list[str], **how: Any) 
 
 
 def _read(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what only training reads, which some processors give."""
+    """The processor's output without the labels that some add for training."""
     return {name: value for name, value in inputs.items() if name != "labels"}
 
 
 def _with_prefix(vlm: VLM, clusters: Sequence[Sequence[Example]]) -> list[Batch]:
-    """Images with their questions, those together whose prompts begin alike; nothing where that saves nothing."""
+    """Images with their questions, in batches whose prompts begin alike; none where sharing saves nothing."""
     together: dict[Any, list[_Image]] = {}
     for cluster in clusters:
         if (image := _image(vlm, tuple(cluster))) is None:
             return []
         together.setdefault(image.kind, []).append(image)
     if len(together) > 1 and all(len(cluster) == 1 for cluster in clusters):
-        return []  # images of many sizes with a question each
+        return []  # one question per image, and images of many sizes: whole prompts make larger batches
     return [_stacked(vlm, images) for images in together.values()]
 
 
 @dataclass
 class _Image:
-    """An image's tensors, with the tokens up to its end, and what each question about it says after that."""
+    """An image's tensors, the prompt's tokens up to its end, and each question's tokens after it."""
 
     examples: tuple[Example, ...]
     inputs: dict[str, Tensor]
@@ -133,12 +136,13 @@ class _Image:
 
     @property
     def kind(self) -> Any:
+        """What images must have in common to be batched: the beginning of the prompt, and all shapes."""
         shapes = [(name, value.shape[1:]) for name, value in self.inputs.items()]
         return tuple(self.inputs["input_ids"][0].tolist()), tuple(shapes)
 
 
 def _image(vlm: VLM, examples: tuple[Example, ...]) -> _Image | None:
-    """None if a prompt does not go on after its image, or not all prompts begin alike."""
+    """One image with its questions; None if a prompt ends with its image, or the prompts begin differently."""
     picture, texts = open_image(examples[0].image), [prompt_text(vlm, example) for example in examples]
     inputs = _read(_processed(vlm, [[picture]], texts[:1], return_tensors="pt"))
     prompts = [inputs["input_ids"][0].tolist()]
@@ -148,12 +152,13 @@ def _image(vlm: VLM, examples: tuple[Example, ...]) -> _Image | None:
     end = len(first) - first[::-1].index(image) if image in first else 0
     if not end or any(ids[:end] != first[:end] or not ids[end:] or image in ids[end:] for ids in prompts):
         return None
-    inputs.pop("attention_mask", None)  # nothing is padded
+    inputs.pop("attention_mask", None)  # one prompt needs no padding
     inputs = {name: value[:, :end] if value.shape == shape else value for name, value in inputs.items()}
     return _Image(examples, inputs, [ids[end:] for ids in prompts])
 
 
 def _stacked(vlm: VLM, images: Sequence[_Image]) -> Batch:
+    """One batch of images whose prompts begin alike."""
     examples = tuple(example for image in images for example in image.examples)
     return Batch(
         examples,
@@ -166,14 +171,14 @@ def _stacked(vlm: VLM, images: Sequence[_Image]) -> Batch:
 
 
 def prompt_text(vlm: VLM, example: Example) -> str:
-    """The prompt as the model's own chat template or family wants it, with a place for one image."""
+    """The prompt in the model's chat template, or in its family's format, with a place for one image."""
     without_image(vlm, example.prompt, f"the prompt of example {example.id}")
     if getattr(vlm.processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": example.prompt}]
         chat = [{"role": "user", "content": content}]
         try:
             return str(vlm.processor.apply_chat_template(chat, add_generation_prompt=True))
-        except Exception as error:  # of Jinja, or raised by the template itself
+        except Exception as error:  # from Jinja, or raised by the template itself
             raise UserError(
                 f"the chat template of {vlm.name} cannot be filled ({reason(error)}); fetch chat_template.jinja, or "
                 "whichever of its files has the template, again"
@@ -185,5 +190,6 @@ def prompt_text(vlm: VLM, example: Example) -> str:
 
 
 def placed(vlm: VLM, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs on the model's device, floats in the model's dtype."""
     floats = vlm.model.dtype
     return {k: v.to(vlm.device, floats) if v.is_floating_point() else v.to(vlm.device) for k, v in inputs.items()}

@@ -1,4 +1,4 @@
-"""Greedy answers from drafts: a whole guess is read in one pass, and kept up to the first token that differs."""
+"""Greedy decoding from drafts: one forward pass verifies a whole draft, up to the first wrong token."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# rows, a draft for each and how much of that is accepted -> logits that predict what comes after that, and one more
+# rows, their drafts, and how many tokens of each are accepted -> logits for the tokens after those, and for one more
 Reader = Callable[[list[int], list[list[int]], list[int]], Tensor]
 
 # a row and its accepted tokens -> whether they can no longer become a right answer
 Hopeless = Callable[[int, list[int]], bool]
 
-# row by row what other plans answered, the latest first
+# row by row the answers of earlier plans, the latest first
 Known = list[list[list[int]]]
-KEPT = 8  # answers of a row: enough for one of them to go on like the next plan's, and few enough to forget
+KEPT = 8  # answers per row: enough that one of them continues like the next plan's, and few enough for memory
 
 
 def with_earlier_answers(known: Known | None, answers: Sequence[list[int]]) -> Known:
-    """With a plan's answers in front of those of the plans before it."""
+    """A plan's answers in front of those of earlier plans, row by row and without repeats."""
     before = known or [[] for _ in answers]
     return [
         [answer, *(other for other in others if other != answer)][:KEPT]
@@ -28,7 +28,7 @@ def with_earlier_answers(known: Known | None, answers: Sequence[list[int]]) -> K
 
 
 def left_off(row: int, tokens: list[int], hopeless: Hopeless | None, begun: int = 0) -> int | None:
-    """After how many tokens it became hopeless, if it did: the same, however far a pass happened to read."""
+    """After how many tokens an answer could no longer be right, if so, whatever drafts were read."""
     if hopeless is None or not hopeless(row, tokens):
         return None
     return next(place for place in range(begun + 1, len(tokens) + 1) if hopeless(row, tokens[:place]))
@@ -36,26 +36,33 @@ def left_off(row: int, tokens: list[int], hopeless: Hopeless | None, begun: int 
 
 @dataclass
 class Drafts:
-    """What greedy decoding has found so far, row by row; it is exactly what one token at a time would give."""
+    """The state of greedy decoding, row by row; the result is exactly what one token at a time would give.
 
-    tokens: list[list[int]]  # accepted ones first, then guesses
+    transformers' assisted decoding does this for one row at a time; a batch has many.
+    """
+
+    tokens: list[list[int]]  # accepted ones first, then the rest of the draft
     accepted: list[int]
     left: list[int]  # rows that are not finished
     gained: list[int]  # tokens that the last pass added to a row
 
     @classmethod
     def of(cls, guesses: Sequence[Sequence[int]]) -> Drafts:
+        """Begin with one draft for each row."""
         none = [0] * len(guesses)
         return cls([list(guess) for guess in guesses], none, list(range(len(guesses))), list(none))
 
     def advance(self, read: Reader, ends: set[int], most: int, hopeless: Hopeless | None = None) -> Tensor:
-        """Read the drafts of all unfinished rows in one pass, and put right the first token that differs in each.
+        """Verify the drafts of all unfinished rows in one forward pass, and correct the first wrong token of each.
 
-        A row is left off where it is `hopeless`: whatever comes next, it will not be right.
+        A row also ends where it becomes `hopeless`: no continuation can be right.
         """
         logits = read(self.left, [self.tokens[row] for row in self.left], [self.accepted[row] for row in self.left])
         for row, best in zip(list(self.left), logits.argmax(-1).tolist(), strict=True):
             draft, begun = self.tokens[row], self.accepted[row]
+            # A draft token is accepted if it is the argmax of the model's own logits. The first that is not is replaced
+            # by the argmax, which follows accepted tokens alone; logits after it follow a wrong token and are
+            # ignored. So each pass gains at least one token.
             agrees, far = True, begun
             while agrees and far < most and not (far and draft[far - 1] in ends):
                 token = best[far - begun]
@@ -71,9 +78,9 @@ class Drafts:
         return logits
 
     def guess(self, known: Known | None) -> bool:
-        """Take what other plans answered for drafts, where that begins as what is accepted; whether any did.
+        """Replace drafts by earlier plans' answers that begin with the accepted tokens; whether there were any.
 
-        Elsewhere the old guess goes on, twice as far as its last part was right: reading what is wrong costs, too.
+        Other rows keep their old draft, twice as far as its last part was right: reading wrong tokens costs time, too.
         """
         found = False
         for row in self.left:
@@ -87,4 +94,5 @@ class Drafts:
 
     @property
     def answers(self) -> list[list[int]]:
+        """The accepted tokens of each row."""
         return [draft[:far] for draft, far in zip(self.tokens, self.accepted, strict=True)]

@@ -1,4 +1,4 @@
-"""Model x gallery -> the rank of the right one for each image and caption: compared first, then read together."""
+"""Ranks a gallery for each image and caption: by embeddings, then by reading the best pairs together."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from sensitivity.tasks.examples.images import open_image
 from sensitivity.tasks.examples.types import Example, Task
 from sensitivity.tasks.retrieval import ranks, reranked
 
-CHUNK = 64  # images or captions at once, and four times as many pairs
-WORDS = 35  # tokens of a caption, as in the published evaluation
-WARMTH = 0.07  # what similarities are divided by for a likelihood: the temperature where BLIP-2's training begins
+CHUNK = 64  # images or captions in a forward pass, or four times as many pairs
+WORDS = 35  # tokens of a caption, at most, as in the published evaluation
+WARMTH = 0.07  # temperature of the softmax over similarities: where BLIP-2's training begins
 Over = Callable[[Hashable], AbstractContextManager[None]]
 
 
 def check(vlm: VLM) -> None:
+    """Raise an error if the model has no head that matches images with texts."""
     if not hasattr(vlm.model, "itm_head"):
         raise UserError(f"{vlm.name} cannot search, having no head that matches images with texts; take {SEARCHERS}")
 
 
 def pair(vlm: VLM, example: Example) -> dict[str, Tensor]:
-    """An image with its caption, as the model's own forward reads them: what a calibration sees."""
+    """An image with its caption, as the model's own forward reads them in calibration."""
     return dict(vlm.processor(images=[open_image(example.image)], text=[example.answers[0]], return_tensors="pt"))
 
 
@@ -40,10 +41,10 @@ def pair(vlm: VLM, example: Example) -> dict[str, Tensor]:
 def ranked(
     vlm: VLM, task: Task, examples: Sequence[Example], over: Over, at_once: int = CHUNK
 ) -> tuple[list[str], list[float]]:
-    """For each example the rank of the first right one, and how unlikely the right ones were.
+    """For each example the rank of its first right match, and the right matches' negative log-likelihood.
 
-    `over` may spare blocks of the vision tower what they did before on images of the same name; `at_once` images or
-    captions, and four times as many pairs, go onto the device together.
+    `over` lets the vision tower reuse hidden states of images under the same name; `at_once` images or captions, and
+    four times as many pairs, share a forward pass.
     """
     assert task.gallery is not None
     found: dict[str, tuple[str, float]] = {}
@@ -53,10 +54,12 @@ def ranked(
 
 
 def _named(over: Over, pool: int, chunk: Hashable) -> AbstractContextManager[None]:
+    """The prefix cache for one chunk of one pool."""
     return over((pool, chunk))
 
 
 def _pools(examples: Sequence[Example], images: int) -> Iterator[list[Example]]:
+    """The examples of so many images at a time; each pool is searched by itself."""
     clusters = list(dict.fromkeys(example.cluster for example in examples))
     for start in range(0, len(clusters), images):
         here = set(clusters[start : start + images])
@@ -64,6 +67,7 @@ def _pools(examples: Sequence[Example], images: int) -> Iterator[list[Example]]:
 
 
 def _searched(vlm: VLM, pool: Sequence[Example], top: int, over: Over, at_once: int) -> dict[str, tuple[str, float]]:
+    """Rank and negative log-likelihood of each example in one pool."""
     images = list({example.cluster: example for example in pool}.values())
     place = {example.cluster: i for i, example in enumerate(images)}
     asked = {"text": [e for e in pool if e.kind == "text"], "image": [e for e in pool if e.kind == "image"]}
@@ -84,7 +88,7 @@ def _searched(vlm: VLM, pool: Sequence[Example], top: int, over: Over, at_once: 
 
 
 def _looked(vlm: VLM, images: Sequence[Example], over: Over, at_once: int) -> tuple[list[Tensor], Tensor]:
-    """The patches of every image, and what the queries make of them, in the space where they are compared."""
+    """The patch features of every image, and its queries' embeddings in the space shared with captions."""
     seen, pictured = [], []
     for number, chunk in enumerate(_chunks(images, at_once)):
         pictures = [open_image(example.image) for example in chunk]
@@ -99,9 +103,9 @@ def _looked(vlm: VLM, images: Sequence[Example], over: Over, at_once: int) -> tu
 
 
 def _read(vlm: VLM, captions: Sequence[str], at_once: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and mask of every caption, and its first token in the space where images and captions are compared."""
+    """Token ids and mask of every caption, and its embedding in the shared space: that of its first token."""
     tokenizer = vlm.processor.tokenizer
-    tokenizer.padding_side = "right"  # the first token is the one that stands for the text
+    tokenizer.padding_side = "right"  # the first token's embedding stands for the text
     encoded = tokenizer(list(captions), padding=True, truncation=True, max_length=WORDS, return_tensors="pt")
     ids, mask = encoded["input_ids"].to(vlm.device), encoded["attention_mask"].to(vlm.device)
     meant = []
@@ -113,12 +117,13 @@ def _read(vlm: VLM, captions: Sequence[str], at_once: int) -> tuple[Tensor, Tens
 
 
 def _projected(linear: Any, features: Tensor) -> Tensor:
+    """Features projected into the shared space, at unit length."""
     placed: Tensor = normalize(linear(features.to(linear.weight.dtype)), dim=-1)
     return placed
 
 
 def _similar(pictured: Tensor, meant: Tensor) -> NDArray[np.float64]:
-    """Images by captions: the query that is most like the caption counts."""
+    """Images by captions: the similarity of the query that is closest to the caption."""
     found: NDArray[np.float64] = torch.einsum("iqd,td->iqt", pictured, meant).amax(1).double().cpu().numpy()
     return found
 
@@ -134,7 +139,7 @@ def _first(similar: NDArray[np.float64], top: int) -> NDArray[np.bool_]:
 def _together(
     vlm: VLM, seen: Sequence[Tensor], ids: Tensor, mask: Tensor, chosen: NDArray[np.bool_], at_once: int
 ) -> NDArray[np.float64]:
-    """How well image and caption match, for the chosen pairs: the mean over the queries, which see both."""
+    """Matching scores of the chosen pairs: the mean over queries that read image and caption together."""
     scores = np.zeros(chosen.shape)
     pairs = np.argwhere(chosen)
     for start in range(0, len(pairs), 4 * at_once):
@@ -155,9 +160,9 @@ def _together(
 
 
 def _surprise(scores: NDArray[np.float64], right: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Minus the logarithm of the share that the right ones have of all, similarities taken as logarithms."""
+    """The right matches' negative log-likelihood under a softmax over similarities."""
     warm = scores / WARMTH
-    with np.errstate(invalid="ignore"):  # what is not a number stays none
+    with np.errstate(invalid="ignore"):  # NaN stays NaN
         every: NDArray[np.float64] = np.logaddexp.reduce(warm, axis=1)
         mine: NDArray[np.float64] = np.logaddexp.reduce(np.where(right, warm, -np.inf), axis=1)
         surprise: NDArray[np.float64] = every - mine
@@ -165,5 +170,6 @@ def _surprise(scores: NDArray[np.float64], right: NDArray[np.bool_]) -> NDArray[
 
 
 def _chunks(examples: Sequence[Example], at_once: int) -> Iterator[Sequence[Example]]:
+    """The examples in portions of `at_once`."""
     for start in range(0, len(examples), at_once):
         yield examples[start : start + at_once]

@@ -1,1 +1,1 @@
-"""A plan in a model, and out of it again."""
+"""Installs a plan's quantized weights in a model, and restores its own weights afterwards."""

@@ -1,4 +1,4 @@
-"""The real bitsandbytes modules (extra `bnb`) in the places of a plan, and the model's own again afterwards."""
+"""Replaces a plan's linear layers by real bitsandbytes modules (extra `bnb`), and restores them afterwards."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sensitivity.spec.plan import Plan, Scheme
 
 @contextmanager
 def placed(model: nn.Module, parts: ComponentMap, plan: Plan) -> Iterator[dict[str, nn.Module]]:
-    """Inside the block the plan's linears are bitsandbytes modules, by path; each was checked by its type.
+    """Inside the block the plan's linears are bitsandbytes modules, by path; the type of each is checked.
 
-    Lists of modules to skip, as loaders take them, silently match nothing where a path is spelled differently. Here
-    each module is replaced by name, and what was replaced is compared with what was asked for.
+    The lists of modules to skip that loaders take silently match nothing where a path is spelled differently. Here each
+    module is replaced by name, and the replaced modules are compared with those that the plan asks for.
     """
     asked = {name.rpartition(".")[0]: chosen for name, chosen in targets(parts, plan).items()}
     own = {path: model.get_submodule(path) for path in asked}
@@ -39,6 +39,7 @@ def placed(model: nn.Module, parts: ComponentMap, plan: Plan) -> Iterator[dict[s
 
 
 def _library() -> Any:
+    """The bitsandbytes library, or an error that says how to install it."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -47,11 +48,13 @@ def _library() -> Any:
 
 
 def _types() -> dict[str, type[nn.Module]]:
+    """The module class of each method."""
     bnb = _library()
     return {"nf4": bnb.nn.Linear4bit, "fp4": bnb.nn.Linear4bit, "llm-int8": bnb.nn.Linear8bitLt}
 
 
 def _made(linear: Any, chosen: Scheme) -> nn.Module:
+    """The bitsandbytes module for a linear layer under a scheme."""
     makers: dict[str, Callable[[Any, Scheme], nn.Module]] = {"nf4": _four, "fp4": _four, "llm-int8": _eight}
     if chosen.method not in makers:
         raise UserError(f"bitsandbytes has no {chosen.method}; choose from {', '.join(makers)}")
@@ -62,6 +65,7 @@ def _made(linear: Any, chosen: Scheme) -> nn.Module:
 
 
 def _four(linear: Any, chosen: Scheme) -> nn.Module:
+    """A 4-bit module, which quantizes the weight when it is moved to a device."""
     bnb, weight = _library(), linear.weight.detach()
     how = {"compress_statistics": bool(chosen["double"]), "quant_type": chosen.method}
     made: nn.Module = bnb.nn.Linear4bit(
@@ -72,6 +76,7 @@ def _four(linear: Any, chosen: Scheme) -> nn.Module:
 
 
 def _eight(linear: Any, chosen: Scheme) -> nn.Module:
+    """An LLM.int8 module."""
     bnb, weight = _library(), linear.weight.detach()
     if chosen["outliers"] != "call":
         raise UserError("bitsandbytes splits off outliers by call; make the scheme with outliers='call'")
@@ -82,6 +87,6 @@ def _eight(linear: Any, chosen: Scheme) -> nn.Module:
         has_fp16_weights=False,
         threshold=float(chosen["threshold"] or 0),
     )
-    # bitsandbytes would first round to half precision, and in that type the codes themselves
+    # from another dtype, bitsandbytes would round the weight to half precision first and compute the codes in it
     made.weight = bnb.nn.Int8Params(weight.to(torch.float32).clone(), requires_grad=False, has_fp16_weights=False)
     return made

@@ -1,4 +1,4 @@
-"""quantized(): a plan put into a model and taken out again, bit for bit; prepare(): all widths of a layer at once."""
+"""quantized() puts a plan into a model and takes it out bit for bit; prepare() quantizes for many plans at once."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def quantized(
     memory: WeightCodes | None = None,
     statistics: Statistics | None = None,
 ) -> Iterator[set[str]]:
-    """Inside the block the model has the plan's weights; after it, also after an exception, its own again.
+    """Inside the block the model has the plan's weights; afterwards, also after an exception, it has its own again.
 
-    Yields the names of the changed parameters, which are exactly those that the plan asks for, or it is an error.
-    `memory` keeps the codes of quantized weights for plans to come, and makes numbers only of those that change.
+    Yields the names of the changed parameters, which are exactly those that the plan asks for; else it is an error.
+    `memory` keeps the codes of quantized weights for later plans, and dequantizes only weights that change.
     Methods that need calibration take it from `statistics`, block by block in the direction of data flow.
 
     Examples:
@@ -48,16 +48,18 @@ def quantized(
         raise UserError(f"the plan names weights that this model does not have: {', '.join(strangers[:4])}")
     work = _Work(parameters, parts, WeightCodes() if memory is None else memory, statistics)
     blocks, exposed = list(_blocks(parts, asked)), statistics is not None and statistics.exposed
-    if not exposed:  # statistics of the float model are asked for while it is one
+    if not exposed:  # float statistics are collected before the first weight is replaced
         for block in blocks:
             work.solve(block, {weight.name: {asked[weight.name]} for weight in block})
     with ExitStack() as installed:
         try:
             for block in blocks:
+                # the blocks before this one hold their quantized weights by now, and its calibration inputs pass them
                 if exposed:
                     work.solve(block, {weight.name: {asked[weight.name]} for weight in block})
                 for weight in block:
                     chosen = asked[weight.name]
+                    # the tensor is replaced and not overwritten, so that restoring it is exact and copies nothing
                     parameters[weight.name].data = work.weight(weight.name, chosen)
                     if weight.bias and weight.bias in asked:
                         parameters[weight.bias].data = work.bias(weight.bias, chosen)
@@ -65,6 +67,7 @@ def quantized(
                         hook = _changing(change, chosen)
                         installed.callback(model.get_submodule(weight.reader).register_forward_pre_hook(hook).remove)
                 work.done += [(weight.name, asked[weight.name]) for weight in block]
+            # compared by address: a weight whose values survive quantizing unchanged counts as changed, too
             changed = {name for name, p in parameters.items() if p.data_ptr() != work.own[name].data_ptr()}
             if changed != set(asked):
                 missed, surplus = sorted(set(asked) - changed), sorted(changed - set(asked))
@@ -82,9 +85,9 @@ def prepare(
     memory: WeightCodes,
     statistics: Statistics | None = None,
 ) -> None:
-    """Fill the memory with every weight at every scheme that some plan asks for, each layer studied once for all.
+    """Fill the memory with every weight at every scheme that a plan asks for, solving each layer once for all.
 
-    The bits are those that `quantized` would find plan by plan. On the exposed path they depend on the plan, so
+    The bits are those that `quantized` would compute plan by plan. On the exposed path they depend on the plan, so
     there is nothing to prepare.
     """
     if statistics is not None and statistics.exposed:
@@ -111,7 +114,7 @@ def targets(parts: ComponentMap, plan: Plan) -> dict[str, Scheme]:
 
 
 class _Work:
-    """Quantizing the weights of one model: what it has of its own, what is remembered, and what is done so far."""
+    """Quantizes the weights of one model: its own weights, the memory of quantized ones, and those installed so far."""
 
     def __init__(
         self, parameters: Mapping[str, Tensor], parts: ComponentMap, memory: WeightCodes, statistics: Statistics | None
@@ -124,20 +127,23 @@ class _Work:
             self.inputs.setdefault(reads(weight), []).append(weight)
 
     def weight(self, name: str, chosen: Scheme) -> Tensor:
+        """The dequantized weight that a scheme puts into the model."""
         return self.memory.dense(self.key(name, chosen), self.own[name])
 
     def key(self, name: str, chosen: Scheme) -> Key:
-        """What a quantized weight depends on; on the exposed path, all that was quantized before it too."""
+        """What a quantized weight depends on; on the exposed path also everything that was quantized before it."""
         if self.statistics is not None and self.statistics.exposed and method_of(chosen).calibrated:
             return name, chosen, tuple(self.done)
         return name, chosen
 
     def solve(self, block: Iterable[Weight], wanted: Mapping[str, set[Scheme]]) -> None:
-        """Put what is missing into the memory. Weights that share an input are solved together, always all of them."""
+        """Quantize what the memory lacks; weights that read one input are solved together, and always all of them."""
         missing: dict[str, set[Scheme]] = {}
         for weight in block:
             if lacking := {s for s in wanted[weight.name] if self.key(weight.name, s) not in self.memory}:
                 missing.setdefault(reads(weight), set()).update(lacking)
+        # a method may choose scales for an input that its weights share; solving all of them together keeps the bits
+        # independent of which of them a plan names
         studied = {shared for shared, schemes in missing.items() if any(self._calibrated(s) for s in schemes)}
         found: Mapping[str, Curvature] = {}
         if studied:
@@ -148,6 +154,7 @@ class _Work:
             for name in names:
                 _finite(name, self.own[name])
             ordered = sorted(schemes, key=str)
+            # tracing absorbers costs a forward pass, so it waits until a scheme folds its scales
             foldable = any(s.get("scales") == "folded" for s in schemes) and shared in self._absorbers()
             linears = Linears(names, tuple(self.own[name] for name in names), found.get(shared), foldable)
             for chosen, values in zip(ordered, self._values(linears, ordered), strict=True):
@@ -157,8 +164,9 @@ class _Work:
                 linears.curvature.forget()
 
     def _values(self, linears: Linears, schemes: Sequence[Scheme]) -> list[list[Held]]:
-        """Per scheme the weights' codes; calibrated ones through the cache on disk, by what they hang on."""
+        """The quantized weights for each scheme; calibrated ones come from the cache on disk if it has them."""
         cache = self.statistics.cache if self.statistics is not None and linears.curvature is not None else None
+        # keyed by the bits of weights and statistics, not by names: the same content gives the same result in any model
         content = None if cache is None else [linears.foldable, fingerprint([*linears.weights, *linears.seen.content])]
         about = {s: {"scheme": replace(s, settings=_own(s)).to_json(), "content": content} for s in schemes}
         found = {s: cache.load(about[s], linears.weights[0].device) for s in schemes} if cache is not None else {}
@@ -166,6 +174,7 @@ class _Work:
         values: dict[Scheme, list[Held]] = {}
         for chosen, results in zip(missing, solve(linears, missing), strict=True):
             pairs = zip(linears.weights, results, strict=True)
+            # None is a weight that the method leaves alone; its copy has an address of its own, as `quantized` expects
             values[chosen] = [w.clone() if r is None else held(r) for w, r in pairs]
             if cache is not None:
                 every = enumerate(values[chosen])
@@ -177,9 +186,11 @@ class _Work:
         return [values[chosen] for chosen in schemes]
 
     def _absorbers(self) -> Mapping[str, Absorber]:
+        """What each input's scales can be folded into; nothing without statistics."""
         return {} if self.statistics is None else self.statistics.absorbers
 
     def bias(self, name: str, chosen: Scheme) -> Tensor:
+        """The dequantized bias that a scheme puts into the model; it is quantized as a matrix of one row."""
         if (name, chosen) not in self.memory:
             _finite(name, self.own[name])
             bias = self.own[name]
@@ -187,6 +198,7 @@ class _Work:
         return self.memory.dense((name, chosen), self.own[name])
 
     def _calibrated(self, chosen: Scheme) -> bool:
+        """Whether a scheme needs statistics; an error if there are none, or they are of other data."""
         if not method_of(chosen).calibrated:
             return False
         if self.statistics is None:
@@ -196,6 +208,7 @@ class _Work:
 
 
 def _under(prefix: str, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
 
 
@@ -207,14 +220,16 @@ def _blocks(parts: ComponentMap, asked: Mapping[str, Any]) -> Iterator[list[Weig
 
 
 def _own(chosen: Scheme) -> tuple[tuple[str, Setting], ...]:
-    """A scheme's settings without the facts of its calibration data, whose content stands for them."""
+    """A scheme's own settings, without the facts of its calibration data: the hash of the content covers those."""
     return tuple((name, value) for name, value in chosen.settings if name in method_of(chosen).settings)
 
 
 def _finite(name: str, weight: Tensor) -> None:
+    """Raise an error if a weight holds NaN or infinite values."""
     if not torch.isfinite(weight).all():
         raise UserError(f"{name} holds NaN or infinite values and cannot be quantized")
 
 
 def _changing(change: Callable[[Tensor, Scheme], Tensor], chosen: Scheme) -> Any:
+    """A forward pre-hook that changes a layer's input, for methods that also quantize activations."""
     return lambda module, args: (change(args[0], chosen), *args[1:])

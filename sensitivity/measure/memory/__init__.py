@@ -1,1 +1,1 @@
-"""What plans share in memory, and what happens when memory runs out."""
+"""Caches of quantized weights and hidden states that plans share, and the handling of out-of-memory errors."""

@@ -1,4 +1,4 @@
-"""Halving: what does not fit into a device's memory is tried again with half as much at once, and that is said once."""
+"""Out of memory: a batch that does not fit on the device is run again at half its size, with a warning."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 def run_or_halve(run: Callable[[], T], at_once: int, what: str, device: torch.device) -> T | None:
-    """What `run` gives with so many examples at once; None where it runs out of memory, and half as many may do.
+    """The result of `run` on `at_once` examples; None if it ran out of memory and half as many may fit.
 
-    The caller goes on with fewer when this has returned: an error that is being handled holds on to the tensors that
-    did fit.
+    The caller retries after this function has returned, not inside it: an exception that is being handled keeps alive
+    the tensors that did fit.
     """
     try:
         return run()

@@ -1,4 +1,4 @@
-"""What neighboring plans share is computed once: hidden states are kept where a component begins."""
+"""Prefix cache: neighboring plans reuse hidden states, which are recorded where a component begins."""
 
 from __future__ import annotations
 
@@ -18,41 +18,45 @@ from sensitivity.spec.plan import Plan
 
 @dataclass
 class Stage:
-    """The blocks of one part, in order, and the depths at which hidden states are worth keeping."""
+    """The blocks of one part, in order, and the depths at which hidden states are recorded."""
 
     blocks: list[nn.Module]
-    boundaries: list[int]  # i: after the first i blocks
+    boundaries: list[int]  # depth i: after the first i blocks
 
 
 class PrefixCache:
-    """The hidden states along one path through the tree of plans; memory does not grow with the number of plans.
+    """The hidden states of the latest plan at component boundaries; memory does not grow with the number of plans.
 
     Plans that agree on everything before a boundary have the same hidden states there, so the blocks before it are
-    skipped: each gives back what the last of them gave. It is the forward that is replaced and not the module, since
-    transformers records hidden states by class. What a model does with the outputs of skipped blocks (a feature layer
+    skipped: each returns the recorded output of the last of them. Forwards are replaced and modules kept, since
+    transformers records hidden states by a module's class. What else a model reads of skipped blocks (a feature layer
     that is not the last, features from several depths) is not known here: `prove` tries every boundary once and drops
     those that change a single bit.
     """
 
     def __init__(self, model: nn.Module, parts: ComponentMap, limit: int) -> None:
-        """`limit` is in bytes; a batch whose hidden states do not fit is computed again for every plan."""
+        """`limit` is in bytes; a batch whose hidden states exceed it is computed again for every plan."""
         self.parts, self.limit = parts, limit
         self.stages = {part: stage for part in PARTS if (stage := _stage(model, parts, part)).boundaries}
-        self.only: tuple[str, int] | None = None  # while proving: the one boundary to use
+        self.only: tuple[str, int] | None = None  # in `prove`: the one boundary to use
+        # per boundary, the schemes upstream of it in the current plan; a recorded state is valid if its key is equal
         self._keys: dict[tuple[str, int], Hashable] = {}
+        # one state per batch and boundary: a plan with another prefix overwrites it, so memory holds one plan's path
         self._states: dict[tuple[Hashable, str, int], tuple[Hashable, Any]] = {}
+        # per batch and layer: the key, then keys and values of attention after the image tokens
         self._caches: dict[Hashable, list[tuple[Hashable, Tensor, Tensor]]] = {}
-        self.answers: dict[Hashable, Known] = {}  # in tokens
-        self._full: set[Hashable] = set()  # batches that did not fit
+        self.answers: dict[Hashable, Known] = {}  # in tokens, as drafts for later plans
+        self._full: set[Hashable] = set()  # batches that exceeded the limit
         self._bytes = 0
 
     def under(self, plan: Plan) -> None:
-        """From now on the model has this plan's weights."""
+        """Set the plan whose weights the model has from now on."""
+        # every depth, not only boundaries: `caches` needs a key for the keys and values of each layer
         depths = [(part, i) for part, stage in self.stages.items() for i in range(len(stage.blocks) + 1)]
         self._keys = {(part, depth): self._upstream(plan, part, depth) for part, depth in depths}
 
     def _upstream(self, plan: Plan, part: str, depth: int) -> Hashable:
-        """The schemes of all that the hidden state after so many blocks of a part may depend on."""
+        """The schemes of everything that the hidden state after `depth` blocks of a part may depend on."""
         place = PARTS.index(part)
         return tuple(
             (component.name, plan[component.name])
@@ -63,7 +67,7 @@ class PrefixCache:
 
     @contextmanager
     def over(self, batch: Hashable, *parts: str) -> Iterator[None]:
-        """Inside the block, one forward pass over a batch skips what is known and keeps what it learns."""
+        """Inside the block, one forward pass over a batch skips blocks with known outputs and records at boundaries."""
         with ExitStack() as patches:
             for part in parts:
                 if part in self.stages and batch not in self._full:
@@ -72,12 +76,14 @@ class PrefixCache:
 
     @contextmanager
     def _patched(self, batch: Hashable, part: str, stage: Stage) -> Iterator[None]:
+        """Replace the forwards of one part: replay up to the deepest valid boundary, record at later ones."""
         usable = [depth for depth in stage.boundaries if self.only in (None, (part, depth))]
         known = [d for d in usable if self._states.get((batch, part, d), (None,))[0] == self._keys[part, d]]
         start = max(known, default=0)
-        # accelerate, which spreads a model over devices, has forwards of its own there
+        # accelerate, which spreads a model over devices, sets a forward on each instance
         before = {block: {k: v for k, v in vars(block).items() if k == "forward"} for block in stage.blocks}
         if start:
+            # all skipped blocks return the same output: the next block reads only that of the last one
             given = self._states[batch, part, start][1]
             for block in stage.blocks[:start]:
                 block.forward = lambda *_, **__: given
@@ -89,10 +95,12 @@ class PrefixCache:
             yield
         finally:
             for block in stage.blocks:
-                vars(block).pop("forward", None)  # uncovers the method of the class
+                vars(block).pop("forward", None)  # makes the method of the class visible again
                 vars(block).update(before[block])
 
     def _recorded(self, forward: Callable[..., Any], slot: tuple[Hashable, str, int]) -> Callable[..., Any]:
+        """A forward that also records its output at a boundary."""
+
         def recording(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
             self._keep(slot, (self._keys[slot[1:]], output))
@@ -101,10 +109,11 @@ class PrefixCache:
         return recording
 
     def caches(self, batch: Hashable, cache: Any) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every layer after a pass over a batch's images: just computed, or from the path."""
+        """Keys and values of every layer after a pass over a batch's images, computed now or by an earlier plan."""
         before = self._caches.get(batch, [])
         found: list[tuple[Hashable, Tensor, Tensor]] = []
         for i, layer in enumerate(cache.layers):
+            # a skipped layer wrote no keys and values; those of the last plan with this prefix are the same bits
             if layer.get_seq_length():
                 found.append((self._keys.get(("language", i + 1)), layer.keys, layer.values))
             else:
@@ -117,6 +126,7 @@ class PrefixCache:
         return [(keys, values) for _, keys, values in found]
 
     def _keep(self, slot: tuple[Hashable, str, int], state: tuple[Hashable, Any]) -> None:
+        """Record a hidden state, unless its batch has exceeded the limit."""
         batch = slot[0]
         if batch not in self._full:
             self._bytes += _size(state[1]) - _size(self._states.get(slot))
@@ -124,31 +134,32 @@ class PrefixCache:
             self._check(batch)
 
     def _check(self, batch: Hashable) -> None:
+        """Give up a batch when all entries together exceed the limit."""
         if self._bytes > self.limit:
             self.leave_out(batch)
 
     def leave_out(self, batch: Hashable) -> None:
-        """A batch does not fit and is not kept; the others keep their place."""
+        """Drop the entries of a batch and record no more of it; other batches keep theirs."""
         self._full.add(batch)
         for slot in [slot for slot in self._states if slot[0] == batch]:
             self._bytes -= _size(self._states.pop(slot))
         self._bytes -= sum(_size(entry) for entry in self._caches.pop(batch, []))
 
     def clear(self) -> None:
-        """Drop everything that is kept: other examples come."""
+        """Drop everything, since other examples follow."""
         for kept in (self._states, self._caches, self._full, self.answers):
             kept.clear()
         self._bytes = 0
 
     def prove(self, run: Callable[[], Any]) -> None:
-        """Run once and keep, then once from every boundary: one that changes the outcome is not used.
+        """Run once and record, then once from every boundary; a boundary that changes the outcome is not used.
 
-        Of a few examples, whatever the limit: where nothing is kept, nothing is proved.
+        The limit is lifted for these few examples: where nothing is recorded, nothing can be verified.
         """
         limit, self.limit = self.limit, sys.maxsize
 
         def once() -> Any:
-            self.answers.clear()  # a draft may round otherwise, which an unsure model's answers show
+            self.answers.clear()  # a pass over other drafts may round differently, and change an unsure answer
             return run()
 
         expected = once()
@@ -158,18 +169,19 @@ class PrefixCache:
                 try:
                     same = bool(once() == expected)
                 except (RuntimeError, IndexError, AttributeError, TypeError, AssertionError):
-                    same = False  # a family that wants more of its blocks than one output
+                    same = False  # the model reads more of a skipped block than its output
                 if not same:
                     stage.boundaries.remove(depth)
                     self.clear()
-                    once()  # wrong states were kept along the way, and would speak against every boundary behind them
+                    once()  # later boundaries recorded wrong states on the way, and would fail because of them
         self.only, self.limit = None, limit
         self.clear()
         self.stages = {part: stage for part, stage in self.stages.items() if stage.boundaries}
 
 
 def _before(weight: Weight, depth: int) -> bool:
-    """Whether the hidden state after so many blocks of a weight's part may depend on it."""
+    """Whether the hidden state after `depth` blocks of a weight's part may depend on the weight."""
+    # an untied output head is after all blocks; other weights outside blocks may be read anywhere in their part
     if weight.kind == HEAD and not weight.tied:
         return False
     return weight.block is None or weight.block < depth
@@ -189,13 +201,14 @@ def _stage(model: nn.Module, parts: ComponentMap, part: str) -> Stage:
     blocks = [_around(model, names[i]) for i in sorted(names)]
     last = len(blocks)
     begins = {i for i in range(1, last) if owners[i] != owners[i - 1]}
-    # the whole of a part, and all but its last block, which some models leave without effect
+    # the end of a part, and before its last block, which has no effect in some models; not the end of language, since
+    # plans that agree on all language blocks differ in the output head at most
     ends = set() if part == "language" else {last, last - 1} - {0}
     return Stage(blocks, sorted(begins | ends))
 
 
 def _around(model: nn.Module, names: list[str]) -> nn.Module:
-    """The deepest module around all of them that has a forward of its own; a list of modules has none."""
+    """The deepest module around some modules that has a forward of its own; a ModuleList has none."""
     path = os.path.commonpath([name.replace(".", "/") for name in names])
     while isinstance(module := model.get_submodule(path.replace("/", ".")), nn.ModuleList | nn.ModuleDict):
         path = os.path.dirname(path)
@@ -203,7 +216,7 @@ def _around(model: nn.Module, names: list[str]) -> nn.Module:
 
 
 def _size(output: Any) -> int:
-    """Bytes of all tensors in whatever a block gives back."""
+    """The bytes of all tensors in a block's output."""
     if isinstance(output, Tensor):
         return output.numel() * output.element_size()
     if isinstance(output, dict):

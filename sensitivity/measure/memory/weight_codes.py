@@ -1,4 +1,4 @@
-"""Quantized weights in memory: as codes, as many as a budget allows, and as numbers only those last in the model."""
+"""Cache of quantized weights: codes up to a memory limit, dequantized only for the latest plan."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from sensitivity.quantize.grid import QuantizedWeight
 from sensitivity.quantize.linears import StoredWeight
 
 Key = tuple[Any, ...]  # a parameter's name, its scheme, and on the exposed path what was quantized before it
-CODE = 1.25  # bytes of a weight, scales of small groups included
-Held = (
-    Tensor | QuantizedWeight | CodebookWeight
-)  # what has no codes is a tensor: biases, weights that a method leaves alone
+CODE = 1.25  # bytes per cached weight, including scales of small groups
+# A plain tensor stands for what has no codes: biases, and weights that a method leaves alone.
+Held = Tensor | QuantizedWeight | CodebookWeight
 
 
 class WeightCodes(OrderedDict[Key, Held]):
-    """Those that were not used for longest go first, between two plans. Codes lie in the host's memory."""
+    """Quantized weights in host memory; `trim` drops the least recently used, between two plans."""
 
     def __init__(self, limit: float = math.inf) -> None:
         super().__init__()
         self.limit = limit
         self.bytes = 0
+        # per parameter, the weight that the last plan put into the model, and its key: neighboring plans share most
         self._dense: dict[str, tuple[Key, Tensor]] = {}
 
     def __getitem__(self, key: Key) -> Held:
-        self.move_to_end(key)
+        self.move_to_end(key)  # marks the entry as recently used
         return super().__getitem__(key)
 
     def __setitem__(self, key: Key, value: Held) -> None:
@@ -41,27 +41,28 @@ class WeightCodes(OrderedDict[Key, Held]):
         self.bytes += _bytes(self[key])
 
     def dense(self, key: Key, like: Tensor) -> Tensor:
-        """The weight as numbers, on the device and of the type of the model's own; the last one is kept."""
+        """The weight dequantized to the device and dtype of `like`; each parameter's latest result is kept."""
         name = key[0]
         if name not in self._dense or self._dense[name][0] != key:
-            self._dense.pop(name, None)
+            self._dense.pop(name, None)  # freed before the next one is allocated
             value = _moved(self[key], like.device)
             self._dense[name] = key, (value if isinstance(value, Tensor) else value.dequantize()).to(like.dtype)
         return self._dense[name][1]
 
     def trim(self) -> None:
+        """Drop the least recently used entries until the rest keeps the limit."""
         while self.bytes > self.limit:
             _, value = self.popitem(last=False)
             self.bytes -= _bytes(value)
 
 
 def held(value: StoredWeight) -> Held:
-    """A method's result, if it is of a kind that is known here; numbers otherwise."""
+    """A method's result as it is cached: codes of a known type, otherwise the dequantized weight."""
     return value if isinstance(value, QuantizedWeight | CodebookWeight) else value.dequantize()
 
 
 def tensors(value: Held) -> dict[str, Tensor]:
-    """What a value consists of, by name; whole numbers too, so that a file of tensors holds all of it."""
+    """A cached value as named tensors; integers become tensors, too, so that a safetensors file holds all of it."""
     if isinstance(value, Tensor):
         return {"weight": value}
     fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
@@ -69,19 +70,22 @@ def tensors(value: Held) -> dict[str, Tensor]:
 
 
 def value_of(found: Mapping[str, Tensor]) -> Held:
-    """The other way round."""
+    """The inverse of `tensors`."""
     if "weight" in found:
         return found["weight"]
+    # each type has a field that no other has
     if "table" in found:
         return CodebookWeight(found["codes"], found["table"], found["scale"], torch.Size(found["shape"].tolist()))
     return QuantizedWeight(found["codes"], found["scale"], found["zero"], int(found["group"]), found.get("inputs"))
 
 
 def _moved(value: Held, device: torch.device) -> Held:
+    """A cached value on another device."""
     if isinstance(value, Tensor):
         return value.to(device)
     return value_of({name: v.to(device) for name, v in tensors(value).items()})
 
 
 def _bytes(value: Held) -> int:
+    """The bytes of all tensors of a cached value."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors(value).values())
