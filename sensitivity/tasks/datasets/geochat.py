@@ -1,4 +1,4 @@
-"""GeoChat-Bench: boxes for what is described (referring.jsonl), and words for what is in a box (region_captioning)."""
+"""GeoChat-Bench: boxes for a description (referring.jsonl), and captions of a box (region_captioning)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REFERRING, REGIONS = "referring.jsonl", "region_captioning.jsonl"
 
 
 def grounding(folder: Path, split: str, n: int, seed: int, decoding: str = "turned") -> Task:
-    """acc@0.5; the kinds are ref (one thing, described) and grounding (all things of a kind)."""
+    """acc@0.5; the kinds of question are ref (one described object) and grounding (all objects of a class)."""
     source = DatasetFolder("geochat-grounding", folder, GET)
     lines = source.lines(REFERRING)
     source.file("images")
@@ -34,7 +34,10 @@ def grounding(folder: Path, split: str, n: int, seed: int, decoding: str = "turn
 
 
 def region_captions(folder: Path, split: str, n: int, seed: int) -> Task:
-    """ROUGE-L of rouge_score; the paper's METEOR is nltk's, ours METEOR 1.5, so those two do not compare."""
+    """ROUGE-L as rouge_score computes it.
+
+    The paper's METEOR is NLTK's and ours is METEOR 1.5, so these two figures do not compare.
+    """
     source = DatasetFolder("geochat-region-captions", folder, GET)
     lines = source.lines(REGIONS)
     source.file("images")
@@ -78,7 +81,7 @@ def _described(source: DatasetFolder, lines: Iterator[dict[str, Any]]) -> Iterat
 
 
 def _name(line: dict[str, Any], number: int) -> str:
-    """The files' question ids, where they have any, are not unique over types; lines are."""
+    """A unique name: question ids repeat across types of question, line numbers do not."""
     question = line.get("question_id")
     return f"{'line' if question is None else question}-{number:05d}"
 
