@@ -93,6 +93,7 @@ def compare(expected: pd.DataFrame, found: pd.DataFrame) -> dict[str, Any]:
 
 
 def _in_fresh_process(folder: Path, dtype: str, trial: Mapping[str, Any], device: str) -> pd.DataFrame:
+    """The answers of an export, computed by `rerun` in a process of its own."""
     with tempfile.TemporaryDirectory() as space:
         target = Path(space) / "rows.parquet"
         asked = {"folder": str(folder), "target": str(target), "dtype": dtype, "trial": dict(trial), "device": device}

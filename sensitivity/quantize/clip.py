@@ -39,8 +39,9 @@ def clipped(rows: Tensor, scheme: Scheme, dtype: torch.dtype, cost: ErrorCost) -
     # the ratio 1 comes first, and a tie goes to the first: a range is clipped only where that really costs less
     ratios = torch.tensor(RATIOS, device=rows.device)[:, None]
     for g, weights in enumerate(torch.split(rows, columns(scheme, rows), 1)):
+        # `at` rows make a block; `some`, `least` and `most` below are the weights and ranges of one block
         at = max(PIECE // (len(RATIOS) * weights.shape[1]), ROWS)
-        # one buffer for all blocks of the group: allocating it anew for every block costs more than the rounding
+        # one buffer for all blocks of the group, since the system takes time to provide new memory
         room = torch.empty(len(RATIOS) * at * weights.shape[1], device=rows.device)
         for some, least, most in zip(*(torch.split(t, at) for t in (weights, low[:, g], high[:, g])), strict=True):
             # ratios shrink the larger side first: a side that is already inside the new edge keeps its range

@@ -135,6 +135,7 @@ class Curvature:
         self._factor = None
 
     def _factorize(self, damp: float, by_activation: bool) -> Factor:
+        """Factorize H, raising the damping until Cholesky succeeds; columns by falling diagonal if asked."""
         diagonal = self.gram.diagonal()
         order = torch.argsort(diagonal, descending=True, stable=True) if by_activation else None
         mean = float(diagonal.mean())

@@ -33,8 +33,8 @@ class ErrorCost:
     def under(self, scale: Tensor) -> ErrorCost:
         """The cost for weights whose columns are multiplied by `scale` while their inputs are divided by it.
 
-        An error e of the scaled weight is an error e / scale of the original one, so H becomes H / (scale
-        scale').
+        An error e of a scaled weight is an error e / scale of the original one, so the rows and columns of H are
+        divided by it.
         """
         scales = torch.split(scale, len(self.exact[0]))
         return ErrorCost(
@@ -59,8 +59,7 @@ class ErrorCost:
         first = bound.argmin(0), torch.arange(bound.shape[1], device=bound.device)
         cost[first] = quadratic(error[first], exact)
         left = bound * (1 - SLACK) < cost[first]
-        # its exact cost is already known
-        left[first] = False
+        left[first] = False  # its exact cost is already known
         cost[left] = quadratic(error[left], exact)
         return cost.argmin(0)
 

@@ -40,6 +40,7 @@ def gptqmodel(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Quantize
 
 
 def _one(linears: Linears, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+    """One weight at one bit width, through a linear layer that GPTQModel's solver takes."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its default is more threads than some machines have cores
     from gptqmodel.looper.named_module import NamedModule
     from gptqmodel.quantization.config import QuantizeConfig

@@ -40,6 +40,7 @@ def _rounded(linears: Linears, scheme: Scheme, chosen: Tensor, cost: ErrorCost |
     low, high = ranges(scaled, scheme)
     if cost is not None:
         best = clipped(scaled, scheme, linears.dtype, cost.under(chosen))
+        # the readers of an input are one stack of rows, in which queries and keys keep their full ranges
         free = torch.cat(
             [
                 torch.full((len(weight), 1), bool(scheme["clip_qk"]) or not QUERY_KEY.search(name))
@@ -73,6 +74,7 @@ def errors(rows: Tensor, grid: Tensor, gram: Tensor, schemes: Sequence[Scheme], 
     total = torch.zeros(len(schemes), count, dtype=torch.float64, device=rows.device)
     for some in torch.split(rows, max(-(-ROOM // (count * cols)), 1)):
         scaled = grouped(some * grid[:, None], size)
+        # ranges() for all candidates at once; clipping comes later, under the best scale alone, as in llm-awq
         low, high = scaled.amin(-1).clamp_(max=0), scaled.amax(-1).clamp_(min=0)
         room = torch.empty_like(scaled)
         for i, scheme in enumerate(schemes):

@@ -61,6 +61,7 @@ class Weight:
     def group(self) -> str | None:
         """front, middle or end; outside the blocks another name, or None for a part without blocks."""
         if self.block is not None:
+            # of L blocks, block i is in the front if i < L // 3, in the middle if i < 2L // 3, otherwise at the end
             third = self.blocks // 3, 2 * self.blocks // 3
             return GROUPS[(self.block >= third[0]) + (self.block >= third[1])]
         if self.kind in WORDS:

@@ -98,6 +98,7 @@ def check(value: Any, required: Mapping[str, Kind], optional: Mapping[str, Kind]
     """
     if not isinstance(value, dict):
         raise Misfit(f"{what} is {shown(value)} instead of an object")
+    # missing fields first and all at once: they say that the file is of another layout
     if missing := [name for name in required if name not in value]:
         raise Misfit(f"{what} has no {' and no '.join(map(repr, missing))}")
     for name, kind in required.items():

@@ -156,6 +156,7 @@ def _real(path: Path) -> Path:
 
 
 def _homes() -> set[Path]:
+    """The home folders of all users, and the folders that contain them."""
     # of all users: with root's rights, the home folder of somebody else would be replaced just as well
     homes = [Path.home()]
     with contextlib.suppress(ImportError):  # Windows has no pwd

@@ -48,6 +48,7 @@ def joined(groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
     """Merge groups that have a member in common."""
     found: list[tuple[str, ...]] = []
     for group in map(tuple, groups):
+        # one group may connect several earlier ones, so all that share a member with it are merged
         touching = [other for other in found if set(other) & set(group)]
         found = [other for other in found if other not in touching]
         found.append(tuple(dict.fromkeys(name for one in (*touching, group) for name in one)))

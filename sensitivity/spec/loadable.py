@@ -48,6 +48,7 @@ def restrict(
         for scheme, rules in why.items():
             for rule in rules:
                 refused.setdefault(rule, {}).setdefault(str(scheme), []).append(component.name)
+        # a component that must be quantized, while the runtime can load none of its schemes, leaves no plan at all
         if wanted is not None and not wanted(component.name, None) and asked and all(why.values()):
             raise UserError(f"{name} can load none of what {component.name} is allowed: {why[asked[0]][0]}")
     found = [_left_out(parts, places, rule) for rule, places in refused.items()]

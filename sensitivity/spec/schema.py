@@ -90,6 +90,7 @@ def _first(faults: Any) -> str | None:
 
 
 def _of_object(value: Mapping[str, Any], wanted: Mapping[str, Any], home: str, at: str) -> str | None:
+    """The first fault of an object: a property that is missing, unknown or wrong."""
     for name in wanted.get("required", ()):
         if name not in value:
             return f"'{_below(at, name)}' is missing"
@@ -121,6 +122,7 @@ def _plainly(value: Any, wanted: Mapping[str, Any]) -> bool:
 
 
 def _within(value: float, wanted: Mapping[str, Any]) -> bool:
+    """Whether a number is within the limits of its schema."""
     limits = {"minimum": operator.ge, "exclusiveMinimum": operator.gt, "maximum": operator.le}
     return all(bool(holds(value, wanted[name])) for name, holds in limits.items() if name in wanted)
 
@@ -138,6 +140,7 @@ def _kind(value: Any, wanted: Mapping[str, Any], home: str) -> bool:
 
 
 def _there(ref: str, home: str) -> tuple[str, Mapping[str, Any]]:
+    """What a `$ref` points to, in this schema file or in another, and the name of that file."""
     file, _, place = ref.partition("#/$defs/")
     home = file.removesuffix(".schema.json") or home
     found: Mapping[str, Any] = schema(home)["$defs"][place] if place else schema(home)
@@ -156,6 +159,7 @@ def shown(value: object) -> str:
 
 
 def _words(wanted: Mapping[str, Any], home: str) -> str:
+    """What a schema asks for, in words."""
     if ref := wanted.get("$ref"):
         home, wanted = _there(ref, home)
     if options := wanted.get("anyOf"):

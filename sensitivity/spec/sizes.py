@@ -176,6 +176,7 @@ def size(parts: ComponentMap, plan: Plan, format: str | None = None) -> Size:
     kept = sum(k.numel for k in parts.kept)
     stored = kept * parts.native_bits
     stored += sum(component_bits(parts, c.name, plan[c.name], format) for c in parts.components)
+    # the papers count 16 bits for what is not quantized, whatever the checkpoint stores
     codes = sum(c.numel * (s.bits if (s := plan[c.name]) else PAPER_NATIVE_BITS) for c in parts.components)
     bpw_codes = (codes + kept * PAPER_NATIVE_BITS) / parts.numel
     return Size(stored, codes, parts.numel, bpw_codes, format if format in FILES else None)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 @contextlib.contextmanager
 def reserved() -> Iterator[None]:
     """Until the block ends, prints of this process go to standard error, including those of compiled code."""
-    with contextlib.redirect_stdout(sys.stderr), _elsewhere(2):
+    with contextlib.redirect_stdout(sys.stderr), _elsewhere(2):  # for Python's prints, and for those of C
         yield
 
 

@@ -148,6 +148,7 @@ def _place(rng: np.random.Generator, cell: int, aspect: float, hard: float) -> t
 def _layout(
     rng: np.random.Generator, split: str, most: int, hard: float, wobble: float
 ) -> tuple[str, tuple[Digit, ...], tuple[Array, ...]]:
+    """A background, and digits with different values, colors and quarters of the image, with their bitmaps."""
     count = int(rng.integers(1, most + 1))
     background = list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
     values = rng.permutation(10)[:count]

@@ -110,6 +110,7 @@ def walk_in_json(steps: Iterable[Step], study: Study, plans: int = 0, seconds: f
 
 
 def _say(step: Step, images: int, seconds: float, study: Study) -> None:
+    """Print one line of JSON."""
     counts = study.counts(lately=True)
     facts = {
         "done": step.done,
@@ -152,6 +153,7 @@ def standing(study: Study, most: int = 8) -> list[str]:
 
 
 def _point(trial: FrozenTrial) -> dict[str, Any]:
+    """A trial as JSON values: size, plan, scores with intervals."""
     from sensitivity.spec.plan import Plan
 
     attrs = trial.user_attrs

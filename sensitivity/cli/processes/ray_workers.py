@@ -48,6 +48,7 @@ def check() -> None:
 
 
 def _ray() -> Any:
+    """Ray, connected to the cluster of RAY_ADDRESS or started on this machine."""
     check()
     import ray
 

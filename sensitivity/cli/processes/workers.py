@@ -105,12 +105,14 @@ def crew(args: argparse.Namespace, processes: int, steps: Iterator[Step]) -> Ite
 
 
 def _another(args: argparse.Namespace) -> Worker:
+    """Start a worker: the same command, with this process's share of threads."""
     import torch
 
     told = tempfile.TemporaryFile()  # noqa: SIM115 - read when the worker has ended
     process = subprocess.Popen(
         [sys.executable, "-m", "sensitivity", *args.typed, "--json"],
         env={**os.environ, CHILD: FOLLOWS, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        # never written to: it closes when this process ends, which the worker waits for (see follow)
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=told,

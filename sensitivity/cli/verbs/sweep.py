@@ -242,6 +242,7 @@ def _foreseen(
 
 
 def _summary(args: argparse.Namespace, study: Study) -> dict[str, Any]:
+    """Print how the study stands, and return it."""
     from sensitivity.study.racing import uncertainty
     from sensitivity.study.stopping import Until
 
@@ -264,6 +265,7 @@ def _summary(args: argparse.Namespace, study: Study) -> dict[str, Any]:
 
 
 def _rest(counts: Mapping[str, Any], out: Path) -> str:
+    """How many plans are done, waiting and running, in words."""
     told = [f"{counts['done']} plans in {out} have seen all examples"]
     if counts["waiting"]:
         told.append(f"{counts['waiting']} more have not (the same command without --until goes on)")
@@ -280,6 +282,7 @@ def _on_a_cluster(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _walk(args: argparse.Namespace, steps: Iterator[Step], title: str, study: Study, plans: int = 0) -> None:
+    """Run the steps behind a progress bar, or as lines of JSON with --json."""
     from sensitivity.study.stopping import Until
 
     seconds = Until.parse(args.until).seconds

@@ -31,6 +31,8 @@ def write(job: Job, folder: Path) -> Written:
 
 
 def _intx(scheme: Scheme) -> dict[str, Any]:
+    """A scheme as torchao's IntxWeightOnlyConfig in JSON."""
+
     def record(kind: str, **data: Any) -> dict[str, Any]:
         return {"_type": kind, "_version": 1, "_data": data}
 

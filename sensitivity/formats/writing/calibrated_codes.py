@@ -65,6 +65,8 @@ def codes(vlm: VLM, parts: ComponentMap, plan: Plan, statistics: Statistics, fol
 
 
 class _Work:
+    """Computes codes block by block as they are requested, and tracks what the model holds meanwhile."""
+
     def __init__(self, vlm: VLM, parts: ComponentMap, plan: Plan, statistics: Statistics, folding: bool) -> None:
         self.model: nn.Module = vlm.model
         self.statistics, self.folding = statistics, folding
@@ -83,6 +85,7 @@ class _Work:
         self.result = Found(self.give)
 
     def give(self, name: str, weight: Tensor, scheme: Scheme) -> Any:
+        """The codes of one weight; blocks are solved until it is among them."""
         if name not in self.homes:
             return from_weights_alone(name, weight, scheme)  # a bias
         while name not in self.found:

@@ -79,6 +79,8 @@ def _read(job: Job, tensor: CheckpointTensor) -> Tensor:
 
 
 def _copied(job: Job, tensor: CheckpointTensor) -> Piece:
+    """A parameter that the plan leaves unquantized, in its stored type."""
+
     def make() -> Sequence[Tensor]:
         changed = job.changed.get(tensor.parameter)
         return (tensor.read() if changed is None else changed.to(tensor.dtype),)
@@ -87,6 +89,7 @@ def _copied(job: Job, tensor: CheckpointTensor) -> Piece:
 
 
 def _packed(job: Job, tensor: CheckpointTensor, weight: Weight, layout: PackedLayout) -> Piece:
+    """A quantized weight in a packed layout."""
     scheme = job.schemes[tensor.parameter]
 
     def make() -> Sequence[Tensor]:

@@ -37,6 +37,7 @@ def card(job: Job, written: Written, format: str, facts: Mapping[str, Any]) -> s
 
 
 def _lines(job: Job, written: Written, format: str, facts: Mapping[str, Any]) -> Iterator[str]:
+    """The lines of the card: front matter, plan, size, scores, loading, license."""
     license = job.source.license
     model = inert(Path(job.parts.model).name)
     yield from (
@@ -92,6 +93,7 @@ def _reasons(parts: ComponentMap) -> str:
 
 
 def _size(job: Job, written: Written, format: str) -> Iterator[str]:
+    """Planned, predicted and written size in words."""
     planned, predicted = size(job.parts, job.plan), size(job.parts, job.plan, job.stored_as(format))
     bpw = f"{planned.bpw:.3f} bits per weight (codes alone: {planned.bpw_codes:.3f})"
     yield f"Planned: {planned.bytes:,} bytes, {bpw}."
@@ -107,6 +109,7 @@ def _size(job: Job, written: Written, format: str) -> Iterator[str]:
 
 
 def _scores(facts: Mapping[str, Any]) -> Iterator[str]:
+    """The measured scores as a table, beside full precision."""
     measured = facts.get("scores") or {}
     if not measured:
         yield "This plan was not measured on a task."

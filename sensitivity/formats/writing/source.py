@@ -186,6 +186,7 @@ def _renaming(skeleton: nn.Module, name: str) -> Callable[[str], str]:
 
 
 def _complete(parameters: Mapping[str, Any], tensors: list[CheckpointTensor], name: str) -> None:
+    """Raise an error if a parameter of the model has no tensor in the checkpoint."""
     found = {tensor.parameter for tensor in tensors}
     if missing := sorted(set(parameters) - found):
         raise UserError(f"the checkpoint of {name} lacks {', '.join(missing[:4])}; fetch it again")

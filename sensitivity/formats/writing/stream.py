@@ -74,6 +74,7 @@ def write(folder: Path, pieces: Iterable[Piece], limit: int = SHARD, ahead: int 
 
 
 def _split(pieces: list[Piece], limit: int) -> list[list[Piece]]:
+    """Pieces in shards of at most `limit` bytes; a larger piece gets a shard of its own."""
     shards: list[list[Piece]] = [[]]
     room = limit
     for piece in pieces:
@@ -86,12 +87,14 @@ def _split(pieces: list[Piece], limit: int) -> list[list[Piece]]:
 
 
 def _file(target: Path, pieces: Sequence[Piece], ahead: int) -> str:
+    """Write one safetensors file; returns its SHA-256."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for spec in (spec for piece in pieces for spec in piece.specs):
         header[spec.key] = {
             "dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, offset + spec.bytes],
         }  # fmt: skip
+        # offsets follow from the specs alone, so the header is complete before any tensor is computed
         offset += spec.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # safetensors aligns its data to 8 bytes
@@ -158,6 +161,7 @@ class _Stream:
             raise self.failure
 
     def _run(self) -> None:
+        """The thread: write and hash what arrives until None does; an error is raised when the stream is closed."""
         digest = hashlib.sha256()
         try:
             with self.target.open("wb") as file:

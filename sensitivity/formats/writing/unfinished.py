@@ -90,6 +90,7 @@ def _held(folder: Path) -> Iterator[bool]:
 
 
 def _flush(folder: Path) -> None:
+    """Flush every file of a folder to the disk."""
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as stream:

@@ -30,6 +30,7 @@ def captions(folder: Path, split: str, n: int, seed: int) -> Task:
 
 
 def _rows(source: DatasetFolder, part: str) -> Iterator[Example | Flaw]:
+    """One example per image, with all its captions as right answers."""
     data = source.json(FILE.format(part), "images", "annotations")
     images = list(each(data["images"], "an image", IMAGE))
     written: dict[int, list[str]] = {image["id"]: [] for image in images}

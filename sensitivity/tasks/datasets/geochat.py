@@ -58,6 +58,7 @@ def region_captions(folder: Path, split: str, n: int, seed: int) -> Task:
 
 
 def _asked(source: DatasetFolder, lines: Iterator[dict[str, Any]]) -> Iterator[Example | Flaw]:
+    """One example per line of referring.jsonl, with polygons as true boxes."""
     for number, line in enumerate(each(lines, "a line", ASKED, {**MORE, "ground_truth": TRUE_BOXES}), start=1):
         name, image, kind = _name(line, number), line["image_id"], line.get("type") or "ref"
         right = boxes_found.polygons(line.get("ground_truth") or [])
@@ -71,6 +72,7 @@ def _asked(source: DatasetFolder, lines: Iterator[dict[str, Any]]) -> Iterator[E
 
 
 def _described(source: DatasetFolder, lines: Iterator[dict[str, Any]]) -> Iterator[Example | Flaw]:
+    """One example per line of region_captioning.jsonl, with its caption as the right answer."""
     for number, line in enumerate(each(lines, "a line", ASKED, {**MORE, "ground_truth": ANY_TEXT}), start=1):
         name, image, right = _name(line, number), line["image_id"], line.get("ground_truth") or ""
         if not right.strip():

@@ -27,6 +27,7 @@ def gqa(folder: Path, split: str, n: int, seed: int) -> Task:
 
 
 def _rows(source: DatasetFolder, part: str) -> Iterator[Example | Flaw]:
+    """One example per question."""
     every = source.json(QUESTIONS.format(part))
     if not isinstance(every, dict):
         raise Misfit(f"where the questions should stand in an object there is {shown(every)}")

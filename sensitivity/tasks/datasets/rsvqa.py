@@ -45,6 +45,7 @@ def _task(
 
 
 def _rows(source: DatasetFolder, prefix: str, images: Path) -> Iterator[Example | Flaw]:
+    """One example per active question of the scored kinds; others belong to other splits or were withdrawn."""
     said = {}
     for one in each(source.records(f"{prefix}_answers.json", "answers"), "an answer", {}, STATE):
         if one.get("active"):  # withdrawn answers stay in the files as an id alone

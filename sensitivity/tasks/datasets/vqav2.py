@@ -34,6 +34,7 @@ def vqav2(folder: Path, split: str, n: int, seed: int) -> Task:
 
 
 def _rows(source: DatasetFolder, part: str) -> Iterator[Example | Flaw]:
+    """One example per question, with all people's answers; the annotations are a file of their own."""
     said = {
         # interned: most of the millions of answers are the same few words
         one["question_id"]: (one["image_id"], sys.intern(one.get("answer_type") or "all"), _people(one))

@@ -42,6 +42,7 @@ def unusable(image: NDArray[np.uint8] | ImageSource) -> str | None:
 
 
 def _whole(image: ImageSource) -> bool:
+    """Whether an image is complete: by its end marker if its format has one, otherwise by decoding it."""
     with opened(image) as picture:
         if (mark := ENDS.get(picture.format or "")) is not None and mark in _tail(image):
             if picture.format == "PNG":

@@ -119,6 +119,7 @@ def lines_of(path: Path, boxes: bool = False) -> Iterator[dict[str, Any]]:
 
 
 def _example(path: Path, fields: dict[str, Any], boxes: bool) -> Example:
+    """The example of one line."""
     line, needs = f"{path}, line {fields['number']}", BOXES if boxes else NEEDS
     try:
         check(

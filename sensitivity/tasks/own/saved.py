@@ -64,6 +64,7 @@ def lines_of(folder: Path, split: str, boxes: bool) -> Iterator[dict[str, Any]]:
 
 
 def _rows(folder: Path, split: str) -> tuple[source.Part, Any]:
+    """The part of a saved data set for a split, and its rows, whose images stay encoded."""
     if importlib.util.find_spec("datasets") is None:
         why = f"{folder} is a folder; to read it as a saved data set"
         raise UserError(f"{why}, type pip install 'vlm-sensitivity[tasks]'")

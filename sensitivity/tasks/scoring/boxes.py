@@ -86,6 +86,7 @@ def convex(points: Sequence[Sequence[float]]) -> tuple[Point, ...] | None:
 def _diagonal(box: Box) -> list[Point]:
     """Read the corners as the ends of a diagonal: its parts along and across the angle are the sides of the box."""
     x1, y1, x2, y2, angle = box
+    # an upright box (angle 0) gets height 0: the sign that this reading is not what such a model means
     length = math.hypot(x2 - x1, y2 - y1)
     width, height = length * math.cos(math.radians(angle)), length * math.sin(math.radians(angle))
     cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
@@ -137,6 +138,7 @@ def matches(given: Sequence[Sequence[Point]], right: Sequence[Sequence[Point]], 
     near = [[polygon_iou(one, other) >= threshold for other in right] for one in given]
     taken: dict[int, int] = {}  # true box -> the given one that stands for it
 
+    # whether given box `one` can get a true box, moving earlier ones if need be; `tried` stops cycles
     def place(one: int, tried: set[int]) -> bool:
         for other, good in enumerate(near[one]):
             if good and other not in tried:
