@@ -199,7 +199,7 @@ def put_in_place(folder: Path, out: Path, why_foreign: WhyForeign) -> None:
     # a folder that is not empty cannot be replaced by one rename, so the old one is moved away first
     old = folder.with_name(folder.name + ".old")
     os.replace(out, old)
-    # checked again, as it may have changed since `may_write`; under its new name nobody else will change it
+    # checked again, as it may have changed since `may_write`; under its new name others no longer find it
     if why := why_foreign(old):
         os.replace(old, out)
         raise UserError(f"{out} is not replaced: {why}; choose another --out")

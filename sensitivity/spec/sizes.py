@@ -11,7 +11,7 @@ from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Plan, Scheme, scheme_of
 
-LABEL = 112  # at most so many bytes does a tensor's entry in a safetensors header take beside its name
+LABEL = 112  # upper bound on the bytes of a tensor's entry in a safetensors header, without its name
 
 
 PAPER_NATIVE_BITS = 16  # bits that the published bpw figures count for every weight that is not quantized
@@ -67,7 +67,7 @@ def _affine(scheme: Scheme, rows: int, cols: int) -> int:
 
 
 def _scaled(scheme: Scheme, rows: int, cols: int) -> int:
-    """The same, and a 16-bit scale per input channel unless the layer before absorbs it."""
+    """What `_affine` counts, and a 16-bit scale per input channel unless the layer before absorbs it."""
     return _affine(scheme, rows, cols) + (0 if scheme.get("scales") == "folded" else 16 * cols)
 
 
@@ -124,7 +124,7 @@ def _awq(scheme: Scheme, rows: int, cols: int) -> int:
 
 
 def _gptq(scheme: Scheme, rows: int, cols: int) -> int:
-    """The same, and for each column the 32-bit index of its group."""
+    """What `_awq` counts, and for each column the 32-bit index of its group."""
     return _awq(scheme, rows, cols) + 32 * cols
 
 
@@ -183,7 +183,7 @@ def size(parts: ComponentMap, plan: Plan, format: str | None = None) -> Size:
 
 
 def labels(parts: ComponentMap) -> int:
-    """At most so many bytes do the names, shapes and offsets of a model's tensors take in packed files.
+    """An upper bound on the bytes of a model's safetensors headers in packed files.
 
     A packed weight becomes four tensors or fewer. Each takes its name and about 90 characters more in the header.
     """

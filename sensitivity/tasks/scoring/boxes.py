@@ -86,7 +86,6 @@ def convex(points: Sequence[Sequence[float]]) -> tuple[Point, ...] | None:
 def _diagonal(box: Box) -> list[Point]:
     """Read the corners as the ends of a diagonal: its parts along and across the angle are the sides of the box."""
     x1, y1, x2, y2, angle = box
-    # an upright box (angle 0) gets height 0: the sign that this reading is not what such a model means
     length = math.hypot(x2 - x1, y2 - y1)
     width, height = length * math.cos(math.radians(angle)), length * math.sin(math.radians(angle))
     cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
@@ -117,7 +116,7 @@ def decoded(text: str, width: int, height: int, decoding: str = "turned") -> lis
 
 
 def written(polygon: Sequence[Point], width: int, height: int) -> str:
-    """A true box as a model would write it: a rectangle with the sides of its first corner, rotated back to upright."""
+    """A true box as a model would write it: the rectangle on the two edges at its first corner, rotated to upright."""
     cx, cy = (sum(point[i] for point in polygon) / len(polygon) for i in (0, 1))
     (ax, ay), (bx, by), (dx, dy) = polygon[0], polygon[1], polygon[-1]
     along, across = math.hypot(bx - ax, by - ay), math.hypot(dx - ax, dy - ay)

@@ -43,8 +43,7 @@ def task(
     Further metrics are the lenient any match, and what other ways to read a written box would have found.
 
     An example's score is its number of found boxes divided by the mean number of boxes per example. The mean over
-    examples is then the published figure (found boxes / all boxes); the score of an example with many boxes can exceed
-    1.
+    examples is then the published figure (found boxes / all boxes), and an example with many boxes can score above 1.
     """
     if decoding not in DECODINGS:
         raise unknown("decoding of boxes", decoding, DECODINGS)
