@@ -39,7 +39,7 @@ FAILED, REFUSED, STOPPED = 1, 2, 130  # exit codes; 130 is the shell's for Ctrl-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0, 1 (it failed), 2 (the request is invalid) or 130 (Ctrl-C).
 
-    Any other code than 0 comes with a sentence on standard error.
+    Every code but 0 comes with a sentence on standard error, unless the reader of our output is gone (a broken pipe).
     """
     typed = list(sys.argv[1:] if argv is None else argv)
     # looked up before parsing, so that a mistake in parsing already honors --json and --debug

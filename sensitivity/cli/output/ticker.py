@@ -35,7 +35,7 @@ class Ticker:
             if Ticker.stack[-1:] == [self]:
                 with contextlib.suppress(ValueError, OSError):  # standard error may be closed
                     print(self.line(), file=sys.stderr, flush=True)
-            pause = self.every - 1  # a busy machine wakes the thread late, and EVERY is a promise
+            pause = self.every - 1  # a second less, since a busy machine wakes the thread late
 
     def __enter__(self) -> Ticker:
         Ticker.stack.append(self)

@@ -117,7 +117,7 @@ class _Crew:
 
         before = 0
         while True:
-            # only here is the study known to exist
+            # not in look(): when the first actors are lost, the study may not exist yet
             for who in self.lost:
                 study.release_lost(who)
             self.lost.clear()

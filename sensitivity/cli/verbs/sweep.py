@@ -170,7 +170,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     searched = plans_of(asked, args.search)
     expected = len(searched) if isinstance(searched, Sequence) else args.trials or 100
     processes = 1 if args.dry_run else workers.count(args, parts, expected, len(asked))
-    with workers.sharing_cores(processes):  # calibration too: sums depend on the threads
+    with workers.sharing_cores(processes):  # calibration too: sums depend on how many threads
         schemes, statistics = calibrated_(
             vlm,
             parts,
@@ -193,7 +193,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             with workers.crew(args, processes, steps) as shared:
                 _walk(args, shared, f"sweeping {vlm.name}", study, 0 if isinstance(searched, Sequence) else expected)
         except KeyboardInterrupt:
-            study.release_lost(me())  # a plan that was being asked for or told when it came
+            study.release_lost(me())  # Ctrl-C inside ask or tell leaves its plan marked as running
             if not args.json and study.measured():
                 frontier(study)
             raise
