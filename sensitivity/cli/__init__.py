@@ -1,1 +1,1 @@
-"""The command line: one file per verb, and the only room that prints."""
+"""The command line: one file per verb; nothing else in the package prints."""

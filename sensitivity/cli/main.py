@@ -19,8 +19,8 @@ from sensitivity.cli.verbs import demo, export, import_, inspect, legalize, rank
 from sensitivity.spec import standard_output, threads
 from sensitivity.spec.errors import Failed, Notice, UserError, plain, said
 
-# A verb is a module with ABOUT, EXAMPLE, arguments(parser) and run(args) -> what --json prints. torch, pandas and the
-# like are imported inside run(): `sensitivity --help` is to answer at once.
+# A verb is a module with ABOUT, EXAMPLE, arguments(parser) and run(args), which returns what --json prints. Verbs
+# import torch, pandas and other slow libraries inside run(), so that `sensitivity --help` answers at once.
 VERBS: dict[str, ModuleType] = {
     "inspect": inspect,
     "sweep": sweep,
@@ -33,19 +33,23 @@ VERBS: dict[str, ModuleType] = {
     "import": import_,
     "demo": demo,
 }
-FAILED, REFUSED, STOPPED = 1, 2, 130  # the last by Ctrl-C
+FAILED, REFUSED, STOPPED = 1, 2, 130  # exit codes; 130 is the shell's for Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; 0, or after a sentence on standard error 2 (what was asked for cannot be) or 1 (it failed)."""
+    """Run one verb and return the exit code: 0, 1 (it failed), 2 (the request is invalid) or 130 (Ctrl-C).
+
+    Every code but 0 comes with a sentence on standard error, unless the reader of our output is gone (a broken pipe).
+    """
     typed = list(sys.argv[1:] if argv is None else argv)
+    # looked up before parsing, so that a mistake in parsing already honors --json and --debug
     asked = argparse.Namespace(typed=typed, json="--json" in typed, debug="--debug" in typed)
     try:
-        args = parser_of(VERBS).parse_args(typed, asked)  # `typed` as well: workers start the same command again
+        args = parser_of(VERBS).parse_args(typed, asked)  # keeps `typed`: workers run the same command
         if args.threads:
             threads.limit(args.threads)
         if not sys.stdout.isatty() and isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(line_buffering=True)  # whoever follows a log sees each line when it is written
+            sys.stdout.reconfigure(line_buffering=True)  # a reader of a log sees each line at once
         with quiet(args), standard_output.reserved() if args.json else contextlib.nullcontext():
             facts = run_verb(VERBS[args.verb], args)
         if args.json:
@@ -53,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return fail(asked, "stopped; what was finished is kept, and the same command continues", STOPPED)
-    except BrokenPipeError:
+    except BrokenPipeError:  # as with `| head`; Python's flush at exit must not fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except UserError as error:
@@ -67,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fail(args: argparse.Namespace, message: str, status: int) -> int:
+    """Print an error as one sentence, and with --json as an object too; returns the exit code."""
     if args.debug and status != STOPPED:
         traceback.print_exc()
     message = plain(message)
@@ -77,7 +82,7 @@ def fail(args: argparse.Namespace, message: str, status: int) -> int:
 
 
 def finite(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity: they are null."""
+    """The value with null in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -87,7 +92,7 @@ def finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def quiet(args: argparse.Namespace) -> Iterator[None]:
-    """Keep libraries' own progress bars and warnings off the terminal, unless --debug asks for them."""
+    """Hide the progress bars and warnings of libraries, unless --debug is given; our Notices are printed."""
     import warnings
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

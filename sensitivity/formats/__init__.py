@@ -1,1 +1,1 @@
-"""A plan as files that a runtime loads; one file per format."""
+"""Exports: a plan as the files that a runtime loads; one file per format."""

@@ -1,4 +1,4 @@
-"""FORMATS: every export format by its name, and how an export is written."""
+"""FORMATS: every export format by its name, and write(), which writes one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sensitivity.spec.files import may_write
 from sensitivity.spec.runtimes import check
 from sensitivity.spec.sizes import size
 
-# name -> writes the plan for a model into a new folder, and says what it wrote
+# name -> the function that writes a job's plan into a new folder and returns what it wrote
 FORMATS: dict[str, Callable[[Job, Path], Written]] = {
     "plan": plan_json.write,
     "fake": fake.write,
@@ -39,7 +39,7 @@ FORMATS: dict[str, Callable[[Job, Path], Written]] = {
 }
 
 
-CHECKPOINTS = ("fake", "compressed-tensors", "gptq", "awq", "auto-round")  # those that hold weights
+CHECKPOINTS = ("fake", "compressed-tensors", "gptq", "awq", "auto-round")  # formats that hold weights
 
 
 EXPECTED = "expected.parquet"  # per-example answers of the trial, for `verify`
@@ -55,10 +55,10 @@ def write(
     expected: Path | None = None,
     notes: Callable[[], Sequence[str]] = tuple,
 ) -> dict[str, Any]:
-    """Write a plan in a runtime's format; what is already there stays unless `force`. Returns the summary.
+    """Write a plan in a format, and return a summary; what is at `out` stays unless `force`.
 
-    `facts` are about the trial (scores, data, seeds), `expected` its per-example answers; both travel along. `notes`
-    are for the card, of what is known only when all is written.
+    `facts` (scores, data, seeds) and `expected` (per-example answers) are those of the plan's trial and are stored with
+    the export. `notes` adds to the model card what is known only after the weights are written.
     """
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
@@ -80,12 +80,13 @@ def write(
             "runtime": runtime or format,
         }
         document = plan_file.document(job.parts, job.plan, job.facts)
+        # last, since it holds the hash of every other file
         manifest.write(folder, {**document, **summary, **trial, "runs": written.runs}, written.hashes)
     return {"path": str(out), **summary}
 
 
 def may_be_written(out: Path, format: str, force: bool, keep: Iterable[Path] = ()) -> None:
-    """Refuse a target where something that is not an earlier export would be lost, or that is not `force`."""
+    """Raise an error if writing to `out` would lose something that is not an earlier export, or lacks `force`."""
     if format == "plan" and out.suffix == ".json":
         if out.is_dir():
             raise UserError(f"{out} is a folder; name a file, such as {out / 'plan.json'}")

@@ -1,4 +1,4 @@
-"""verify(): an export loaded in a fresh process, whose answers are compared with the trial's, one by one."""
+"""verify(): loads an export in a fresh process and compares each answer with the trial's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLOSE = 1e-4  # of a negative log-likelihood: more than summation order explains
 
 
 def verify(folder: Path, device: str = "cpu") -> dict[str, Any]:
-    """What was found: whole or damaged, and whether it answers as measured. The outcome is stored in the export.
+    """Check that an export is undamaged and answers as measured; the outcome is stored in the export.
 
     Examples:
         >>> from sensitivity import verify
@@ -54,7 +54,7 @@ def verify(folder: Path, device: str = "cpu") -> dict[str, Any]:
 
 
 def _expected(folder: Path, facts: Mapping[str, Any]) -> pd.DataFrame:
-    """The measured answers, where the manifest says all that it takes to find them again."""
+    """The measured answers, after a check that the manifest tells on which data they were measured."""
     meta = facts["trial"].get("meta", {})
     if lacking := [name for name in ("tasks", "n", "seed", "data") if name not in meta]:
         raise UserError(f"{folder} does not say on which data it was measured ({lacking[0]} is missing); export again")
@@ -65,13 +65,14 @@ def _expected(folder: Path, facts: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def compare(expected: pd.DataFrame, found: pd.DataFrame) -> dict[str, Any]:
-    """Answers and scores, example by example."""
+    """Compare answers and scores example by example."""
     both = expected.merge(found, on=["task", "example"], how="outer", suffixes=("", "_found"), indicator=True)
     missing = int((both["_merge"] != "both").sum())
     both = both[both["_merge"] == "both"]
     answers = int((both["answer"] != both["answer_found"]).sum())
     scores = int((both["score"] != both["score_found"]).sum())
     nll = float((both["nll"] - both["nll_found"]).abs().max()) if len(both) else float("nan")
+    # log-likelihoods do not decide: their last bits depend on the order of float sums
     same = not (missing or answers or scores)
     n = len(both)
     if same:
@@ -92,9 +93,11 @@ def compare(expected: pd.DataFrame, found: pd.DataFrame) -> dict[str, Any]:
 
 
 def _in_fresh_process(folder: Path, dtype: str, trial: Mapping[str, Any], device: str) -> pd.DataFrame:
+    """The answers of an export, computed by `rerun` in a process of its own."""
     with tempfile.TemporaryDirectory() as space:
         target = Path(space) / "rows.parquet"
         asked = {"folder": str(folder), "target": str(target), "dtype": dtype, "trial": dict(trial), "device": device}
+        # a fresh process sees only the files: nothing that this one has loaded or patched can help
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", PROGRAM], input=json.dumps(asked), capture_output=True, text=True
         )
@@ -105,7 +108,7 @@ def _in_fresh_process(folder: Path, dtype: str, trial: Mapping[str, Any], device
 
 
 def rerun(folder: str, target: str, dtype: str, trial: Mapping[str, Any], device: str) -> None:
-    """In the fresh process: load the files, run the trial's tasks, write down the rows."""
+    """Runs in the fresh process: load the export, run the trial's tasks, write the rows to `target`."""
     import torch
 
     from sensitivity.measure.evaluation import evaluate
@@ -113,6 +116,7 @@ def rerun(folder: str, target: str, dtype: str, trial: Mapping[str, Any], device
     from sensitivity.tasks.table import task as find_task
 
     meta = trial["meta"]
+    # the order of float sums depends on the number of threads
     torch.set_num_threads(int((trial.get("versions") or {}).get("threads", torch.get_num_threads())))
     vlm = load(folder, device=device, dtype=dtype, quantized=True)
     frames = []

@@ -1,1 +1,1 @@
-"""A weight, its scheme and its statistics give what is stored. Knows tensors; no models and no tasks."""
+"""Quantization of one weight: from a weight, its scheme and its statistics to what is stored."""

@@ -1,4 +1,4 @@
-"""LLM.int8: weights in eight bits per row, and inputs in eight bits per token but for the outliers among them."""
+"""LLM.int8: weights in 8 bits per row, inputs in 8 bits per token with outliers in full precision."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ LEVELS = 127
 
 
 def int8_rows(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
-    """Largest magnitude of each row / 127 (Dettmers et al. 2022); -128 is not used."""
+    """Quantize each row with scale = its largest magnitude / 127 (Dettmers et al. 2022); -128 is not used."""
     values = weight.float()
     scale = values.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / LEVELS
+    # codes are stored as uint8, so the signed range -127..127 is moved to 1..255 with a zero point of 128
     codes = (values / scale).round() + LEVELS + 1
     return QuantizedWeight(codes.to(torch.uint8), scale, torch.full_like(scale, LEVELS + 1), values.shape[1])
 
 
 def split_inputs(inputs: Tensor, scheme: Scheme) -> Tensor:
-    """Inputs as the eight-bit product sees them, those at or above the threshold as they are; at 0 there is none.
+    """Round inputs to 8 bits per token, as the int8 product does, and keep outliers in full precision.
 
-    The real thing keeps a whole column if any token of the call reaches the threshold there (`outliers` = "call").
-    Then an answer depends on what else is in its batch; "token" keeps only the token's own outliers, and it does not.
+    An input whose magnitude reaches the threshold is an outlier; a threshold of 0 means that there are no outliers.
+
+    With `outliers` = "call", as in bitsandbytes, one outlier keeps its whole column for every token of the call, so
+    that an answer depends on the rest of its batch. With "token" each token keeps only its own outliers, and
+    batching changes nothing.
     """
     values = inputs.float()
     outlier = values.abs() >= (float(scheme["threshold"] or 0) or float("inf"))

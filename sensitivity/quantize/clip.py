@@ -1,4 +1,4 @@
-"""Clip search: the range of each group of weights that costs least, judged by the inputs those weights meet."""
+"""Clip search: for each group of weights, the clipping range with the least output error."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sensitivity.quantize.grid import QuantizedWeight, affine, columns, encode, 
 from sensitivity.quantize.linears import Linears
 from sensitivity.spec.plan import Scheme
 
-# Lin et al. 2023 (AWQ): down to half of the largest magnitude, in steps of a twentieth, half itself left out
+# Lin et al. 2023 (AWQ): from 1 down to 0.55 of the largest magnitude in steps of 0.05; 0.5 itself is not tried
 RATIOS = tuple(1 - i / 20 for i in range(10))
-PIECE, ROWS = 1 << 20, 64  # numbers that are rounded at once, which a cache should hold, or this many rows
+PIECE, ROWS = 1 << 20, 64  # numbers that are rounded at once, so that they fit a CPU cache; at least this many rows
 
 
 def clip(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
-    """Round to nearest within the best ranges."""
+    """Search the best clipping range of each group, then round to nearest within it."""
     rows = linears.rows
     cost = ErrorCost.of(linears.seen.gram, columns(schemes[0], rows))
     results = []
@@ -29,26 +29,37 @@ def clip(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeig
 
 
 def clipped(rows: Tensor, scheme: Scheme, dtype: torch.dtype, cost: ErrorCost) -> tuple[Tensor, Tensor]:
-    """Lowest and highest weight of each group after the best clipping: all ratios of some rows are one batch."""
+    """The lowest and highest weight of each group after the clipping that costs least.
+
+    All ratios are tried for a block of rows at once, as one batch.
+    """
     low, high = ranges(rows, scheme)
     if scheme.symmetric and scheme.bits == 1:
         return low, high  # plus or minus the mean magnitude, whatever the range
+    # the ratio 1 comes first, and a tie goes to the first: a range is clipped only where that really costs less
     ratios = torch.tensor(RATIOS, device=rows.device)[:, None]
     for g, weights in enumerate(torch.split(rows, columns(scheme, rows), 1)):
+        # `at` rows make a block; `some`, `least` and `most` below are the weights and ranges of one block
         at = max(PIECE // (len(RATIOS) * weights.shape[1]), ROWS)
+        # one buffer for all blocks of the group, since the system takes time to provide new memory
         room = torch.empty(len(RATIOS) * at * weights.shape[1], device=rows.device)
         for some, least, most in zip(*(torch.split(t, at) for t in (weights, low[:, g], high[:, g])), strict=True):
+            # ratios shrink the larger side first: a side that is already inside the new edge keeps its range
             edge = ratios * torch.maximum(-least, most)
             lows, highs = torch.maximum(least, -edge), torch.minimum(most, edge)
             error = room[: len(RATIOS) * some.numel()].view(len(RATIOS), *some.shape)
             best = cost.cheapest(g, rounding(some, scheme, lows, highs, dtype, out=error))
+            # `least` and `most` are views of `low` and `high`, so this fills the result in place
             least.copy_(lows.gather(0, best[None])[0])
             most.copy_(highs.gather(0, best[None])[0])
     return low, high
 
 
 def rounding(weights: Tensor, scheme: Scheme, low: Tensor, high: Tensor, dtype: torch.dtype, out: Tensor) -> Tensor:
-    """What rounding to nearest within some ranges adds to weights (... x size, a range for each ...)."""
+    """The rounding error (quantized minus original) of weights (... x size) within given ranges (one per ...).
+
+    Every step is in place in `out`, since the search calls this for each candidate.
+    """
     scale, zero = (t[..., None] for t in affine(weights, scheme, low, high, dtype))
     torch.div(weights, scale, out=out).add_(zero).round_().clamp_(0, 2**scheme.bits - 1)
     return out.sub_(zero).mul_(scale).sub_(weights)

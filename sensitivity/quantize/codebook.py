@@ -1,4 +1,4 @@
-"""NF4 and FP4: the nearest of sixteen fixed numbers, times the largest magnitude of a block of the flattened weight."""
+"""NF4 and FP4: each weight becomes one of 16 fixed numbers times the absmax of its block."""
 
 from __future__ import annotations
 
@@ -9,47 +9,50 @@ from torch import Tensor
 
 from sensitivity.spec.plan import Scheme
 
-# Dettmers et al. 2023 (QLoRA), appendix E: quantiles of the normal distribution, exactly 0 and exactly 1 among them
+# Dettmers et al. 2023 (QLoRA), appendix E: quantiles of the normal distribution, with exactly -1, 0 and 1 among them
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
     *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-# bitsandbytes' four-bit float: sign, and one of 0, 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1
+# bitsandbytes' 4-bit float: a sign, and one of 0, 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1
 _HALF = (0.005208333333, 0.16666667, 0.25, 0.33333333, 0.5, 0.66666667, 1.0)
 FP4 = (*(-x for x in reversed(_HALF)), 0.0, *_HALF)
 TABLES = {"nf4": NF4, "fp4": FP4}
-NESTED = 256  # block sizes that share one scale where the scales are themselves rounded
+NESTED = 256  # block scales that share one scale of their own with double quantization
 
 
 @dataclass(frozen=True)
 class CodebookWeight:
-    """Codes into a table, and a scale for each block of the flattened weight."""
+    """A weight stored as indices into a table, and one scale per block of the flattened weight."""
 
     codes: Tensor  # uint8, blocks x block
     table: Tensor
-    scale: Tensor  # one per block, as it comes back from how it is stored
+    scale: Tensor  # one per block, dequantized where double quantization stores it in 8 bits
     shape: torch.Size
 
     def dequantize(self) -> Tensor:
+        """The weight in float32; the padding of the last block is cut off."""
         flat = (self.table[self.codes.long()] * self.scale[:, None]).reshape(-1)
         return flat[: self.shape.numel()].reshape(self.shape)
 
 
 def coded(weight: Tensor, scheme: Scheme) -> CodebookWeight:
-    """Nearest in the table; with `double`, the blocks' scales take eight bits instead of thirty-two."""
+    """Round each weight to the nearest number of the table; with `double`, block scales take 8 bits instead of 32."""
     table = torch.tensor(TABLES[scheme.method], device=weight.device)
     size = int(scheme.group)
     flat = weight.float().reshape(-1)
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % size)).reshape(-1, size)
     largest = blocks.abs().amax(1)
     unit = blocks / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    # the midpoints between neighbors of the sorted table separate them, so bucketize gives the index of the nearest one
     codes = torch.bucketize(unit, (table[1:] + table[:-1]) / 2).to(torch.uint8)
     return CodebookWeight(codes, table, _nested(largest) if scheme["double"] else largest, weight.shape)
 
 
 def _nested(scale: Tensor) -> Tensor:
-    """Scales less their mean, in blocks of 256, rounded to bitsandbytes' eight-bit dynamic table."""
+    """Double quantization: scales minus their mean, in blocks of 256, rounded to bitsandbytes' 8-bit dynamic table."""
+    # scales are all positive; without their mean they use both signs of the table
     mean = scale.mean()
     table = dynamic_table().to(scale.device)
     blocks = torch.nn.functional.pad(scale - mean, (0, -len(scale) % NESTED)).reshape(-1, NESTED)
@@ -60,7 +63,11 @@ def _nested(scale: Tensor) -> Tensor:
 
 
 def dynamic_table() -> Tensor:
-    """Signed numbers with a variable exponent (Dettmers 2015): per decade 10^-6 to 1 twice as many as in the last."""
+    """The signed 8-bit table with a variable exponent (Dettmers 2015): decades from 10^-6 to 1.
+
+    Each decade has twice as many numbers as the one below it. The numbers are the midpoints of equal steps from 0.1
+    to 1, times the decade; 0 and 1 are added.
+    """
     numbers = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1)

@@ -1,4 +1,4 @@
-"""What a layer's inputs say about its weights: the weighted Gram matrix, and the factor that every solver shares."""
+"""Statistics of a layer's inputs: the weighted Gram matrix H, and its factor that every solver shares."""
 
 from __future__ import annotations
 
@@ -11,38 +11,41 @@ from torch import Tensor
 
 from sensitivity.spec.errors import Notice, UserError
 
-PIECE = 256  # columns: a product of pieces this wide is as quick for its size as a whole one
-RAISE = 10.0  # how much more damping each further attempt gets
+PIECE = 256  # columns per product: from this width on, a smaller matrix product is as fast per FLOP as a large one
+RAISE = 10.0  # factor on the damping after each failed Cholesky factorization
 
 
 @dataclass(frozen=True)
 class Factor:
-    """H + damping = M D M' with M upper triangular and ones on its diagonal, columns in `order`.
+    """The factorization H + damping = M D M', M upper triangular with a unit diagonal, columns in `order`.
 
-    Rounding column by column from the left, the best target for column j, given the residuals E = W - Q of those
-    before it, is w_j + sum_{k<j} E_k M_kj. This is GPTQ's update (Frantar et al. 2023) without its inverse: Chee et
+    Columns are rounded from left to right. Given the residuals E = W - Q of the columns before it, the best target for
+    column j is w_j + sum_{k<j} E_k M_kj. This is GPTQ's update (Frantar et al. 2023) without the inverse of H: Chee et
     al. 2023 (QuIP), theorem 6, show that the two give the same weights.
     """
 
-    unit: Tensor
-    importance: Tensor  # the diagonal of D: what a column's rounding costs, once all later ones have made up for it
-    order: Tensor | None  # None: as they stand
+    unit: Tensor  # M
+    importance: Tensor  # the diagonal of D: what a column's error costs after all later columns have compensated for it
+    order: Tensor | None  # the order in which columns are rounded; None: as they are stored
     damp: float  # relative to the mean of H's diagonal
 
 
 class Curvature:
-    """Sums over the tokens that a layer saw: H = sum r x x', sum r |x| per channel, and how many there were."""
+    """Sums over the tokens that a layer saw: H = sum r x x', sum r |x| per channel, sum r and the token count."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.gram = torch.zeros(width, width, device=device)
         self.magnitude = torch.zeros(width, device=device)
         self.weight = 0.0
         self.tokens = 0
-        self.modalities = torch.zeros(4, dtype=torch.long)  # tokens: padding, vision, prompt, answer
+        self.modalities = torch.zeros(4, dtype=torch.long)  # how many tokens of padding, vision, prompt and answer
         self._factor: tuple[tuple[float, bool], Factor] | None = None
 
     def add(self, inputs: Tensor, importance: Tensor | None = None) -> None:
-        """Add tokens (tokens x width), each with a weight r of its own or 1; a weight of 0 does not count as seen."""
+        """Add tokens (tokens x width), each with its own weight r or 1.
+
+        A token of weight 0, such as padding, does not count as seen.
+        """
         values = inputs.float()
         scaled = values
         if importance is not None:
@@ -58,7 +61,10 @@ class Curvature:
         self._factor = None
 
     def add_outer(self, gradient: Tensor) -> None:
-        """Add G'G of one sample's weight gradient (rows x width), the curvature of the loss itself (OAC)."""
+        """Add G'G for the weight gradient G (rows x width) of one sample.
+
+        It replaces the Gram matrix of the inputs by the curvature of the loss itself (OAC).
+        """
         values = gradient.float()
         _add_symmetric(self.gram, values, values)
         self.weight += 1
@@ -66,18 +72,18 @@ class Curvature:
         self._factor = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, to be stored."""
+        """Everything that has to be stored; `of` reads it again."""
         totals = torch.tensor([self.weight, self.tokens], dtype=torch.float64)
         return {"gram": self.gram, "magnitude": self.magnitude, "totals": totals, "modalities": self.modalities}
 
     @property
     def content(self) -> list[Tensor]:
-        """What quantized weights depend on."""
+        """The tensors that quantized weights depend on, for the hash of a cached result."""
         return [self.gram, self.magnitude, torch.tensor(self.weight, dtype=torch.float64)]
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Curvature:
-        """What `tensors` gave."""
+        """The statistics from what `tensors` returned."""
         self = cls.__new__(cls)
         self.gram, self.magnitude = tensors["gram"], tensors["magnitude"]
         self.weight, self.tokens = float(tensors["totals"][0]), int(tensors["totals"][1])
@@ -86,6 +92,7 @@ class Curvature:
 
     @property
     def width(self) -> int:
+        """The number of input channels."""
         return len(self.magnitude)
 
     @property
@@ -95,11 +102,14 @@ class Curvature:
 
     @property
     def dead(self) -> Tensor:
-        """Channels that were always zero: nothing is known about their weights, which are then rounded to nearest."""
+        """Channels whose inputs were always zero.
+
+        Nothing is known about their weights, which are therefore rounded to nearest.
+        """
         return self.gram.diagonal() == 0
 
     def check(self, name: str) -> None:
-        """A layer must have seen tokens, and numbers in them."""
+        """Raise an error where the layer saw no token, or where its inputs were not finite."""
         if self.tokens == 0:
             raise UserError(
                 f"{name} saw no token of the calibration data, so nothing is known about it; calibrate on a task that "
@@ -112,35 +122,43 @@ class Curvature:
             )
 
     def factor(self, damp: float = 0.01, by_activation: bool = False) -> Factor:
-        """Computed once and kept: it serves every width. Damping rises until the matrix can be factorized."""
+        """The factor of H, computed once and kept: it serves every bit width.
+
+        Damping rises until the matrix can be factorized.
+        """
         if self._factor is None or self._factor[0] != (damp, by_activation):
             self._factor = (damp, by_activation), self._factorize(damp, by_activation)
         return self._factor[1]
 
     def forget(self) -> None:
-        """Let go of the factor, which is as large as the Gram matrix."""
+        """Free the factor, which is as large as the Gram matrix."""
         self._factor = None
 
     def _factorize(self, damp: float, by_activation: bool) -> Factor:
+        """Factorize H, raising the damping until Cholesky succeeds; columns by falling diagonal if asked."""
         diagonal = self.gram.diagonal()
         order = torch.argsort(diagonal, descending=True, stable=True) if by_activation else None
         mean = float(diagonal.mean())
-        if mean == 0:  # inputs of nothing but zeros: every rounding is as good, and nearest is the plainest
+        if mean == 0:  # all inputs were zero: H says nothing, and M = I means round to nearest
             return Factor(torch.eye(self.width, device=self.gram.device), torch.ones_like(diagonal), order, damp)
-        # Cholesky of the matrix turned by half a circle, turned back, is upper triangular: H = V V'
+        # torch gives H = L L' with L lower triangular. Reversing rows and columns before and after makes it upper
+        # triangular, H = V V', and M = V / diag(V), D = diag(V)^2.
         turn = torch.arange(self.width, device=self.gram.device).flip(0) if order is None else order.flip(0)
         tried = damp
         while True:
-            turned = self.gram[turn[:, None], turn]  # one matrix at a time: each may be as large as a small model
+            # indexing copies, so damping is never added to `gram` itself, and each attempt starts from the undamped
+            # matrix
+            turned = self.gram[turn[:, None], turn]  # deleted below: H of a wide layer is as large as a small model
             turned.diagonal().add_(tried * mean)
             lower, failed = torch.linalg.cholesky_ex(turned)
             del turned
             scale = lower.diagonal().clone()
             if not failed and bool(torch.isfinite(scale).all()):
                 break
+            # the floor lets a scheme with `damp` = 0 rise too
             tried = max(tried, 1e-4) * RAISE
         if tried > damp:
-            # without the layer's name: the same words are shown once, however many layers it is true of
+            # no layer's name in the message: warnings with equal text are shown once, however many layers are affected
             why = "since a Gram matrix would not factorize; more calibration examples help (--calibration-n)"
             warnings.warn(f"damping raised from {damp:g} to {tried:g}, {why}", Notice, stacklevel=2)
         unit = lower.div_(scale).flip(0, 1)
@@ -148,9 +166,10 @@ class Curvature:
 
 
 def _add_symmetric(gram: Tensor, values: Tensor, scaled: Tensor) -> None:
-    """Add X'RX piece by piece on and above the diagonal, and mirror it: little more than half of the products.
+    """Add X'RX block by block on and above the diagonal, and mirror it: little more than half of the products.
 
-    For the inputs of a tower's feed-forward that is half of calibration. The sum is symmetric to the last bit.
+    For the wide inputs of feed-forward layers these products are half of the calibration time. Mirroring also makes
+    the sum symmetric to the last bit.
     """
     width = len(gram)
     for a in range(0, width, PIECE):

@@ -1,4 +1,4 @@
-"""Cost of rounding errors: e H e', taken in full only of candidates that a few directions of H do not rule out."""
+"""The cost e H e' of rounding errors, with a cheap lower bound that rules most candidates out."""
 
 from __future__ import annotations
 
@@ -9,54 +9,66 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STRIP = 64  # columns of a Gram matrix in one product
-SHARE = 8  # one direction for so many columns: on a trained model's layers those hold .7 to .95 of what errors cost
-FAINT = 1e-6  # directions with less than this of the largest are noise of the Gram matrix's 32 bits
-SLACK = 1e-3  # by which a bound could be too high, for all that rounding to 32 bits does to it
+STRIP = 64  # columns of the Gram matrix per matrix product
+SHARE = 8  # columns per direction of the bound: on a trained model's layers it then holds .7 to .95 of the cost
+FAINT = 1e-6  # eigenvalues below this share of the largest are float32 noise of the Gram matrix
+SLACK = 1e-3  # relative margin for float32 rounding, which could lift the bound above the true cost
 
 
 @dataclass(frozen=True)
 class ErrorCost:
-    """What an error costs in each group of columns on its own; what groups do to each other is left out."""
+    """The cost of rounding errors within each group of columns; products across groups are left out."""
 
-    exact: Sequence[Tensor]  # of each group, H folded onto its upper half (size x size), or a weight for each column
-    few: Sequence[Tensor]  # of each group, F with F F' <= H (size x directions); empty where H is small
+    exact: Sequence[Tensor]  # per group: H folded onto its upper half (size x size), or one weight per column
+    few: Sequence[Tensor]  # per group: F with F F' <= H (size x directions); empty where H is small enough without
 
     @classmethod
     def of(cls, curvature: Tensor, size: int) -> ErrorCost:
-        """`curvature` is a Gram matrix, of which each group uses its own block, or a weight for each column."""
+        """The cost for a Gram matrix, of which each group uses its own diagonal block, or for one weight per column."""
         if curvature.dim() == 1:
             return cls(torch.split(curvature, size), ())
         blocks = [curvature[i : i + size, i : i + size] for i in range(0, len(curvature), size)]
         return cls([halved(block) for block in blocks], [directions(block) for block in blocks] if size > STRIP else ())
 
     def under(self, scale: Tensor) -> ErrorCost:
-        """The same for weights whose columns were multiplied by a scale, and whose inputs are divided by it."""
+        """The cost for weights whose columns are multiplied by `scale` while their inputs are divided by it.
+
+        An error e of a scaled weight is an error e / scale of the original one, so the rows and columns of H are
+        divided by it.
+        """
         scales = torch.split(scale, len(self.exact[0]))
         return ErrorCost(
             [half / s[:, None] / s for half, s in zip(self.exact, scales, strict=True)],
-            [few / s[:, None] for few, s in zip(self.few, scales, strict=False)],
+            [few / s[:, None] for few, s in zip(self.few, scales, strict=False)],  # `few` may be empty
         )
 
     def cheapest(self, group: int, error: Tensor) -> Tensor:
-        """The first of the cheapest candidates for each row: error is candidates x rows x size, and is used up."""
+        """The index of the cheapest candidate of each row; the first one where several tie.
+
+        `error` (candidates x rows x size) may be overwritten.
+        """
         exact = self.exact[group]
         if exact.dim() == 1:
             return error.square_().mul_(exact).sum(-1).argmin(0)
         if not self.few:
             return quadratic(error.flatten(0, 1), exact).reshape(error.shape[:2]).argmin(0)
+        # e F F' e' <= e H e' for every candidate. The exact cost of the candidate with the lowest bound is therefore
+        # enough to rule out all whose bound is higher, and the minimum is found exactly.
         bound = (error @ self.few[group]).square_().sum(-1)
         cost = torch.full_like(bound, math.inf)
         first = bound.argmin(0), torch.arange(bound.shape[1], device=bound.device)
         cost[first] = quadratic(error[first], exact)
         left = bound * (1 - SLACK) < cost[first]
-        left[first] = False
+        left[first] = False  # its exact cost is already known
         cost[left] = quadratic(error[left], exact)
         return cost.argmin(0)
 
 
 def quadratic(error: Tensor, half: Tensor) -> Tensor:
-    """e H e' of each row, from H folded onto its upper half: the lower half of the products is never taken."""
+    """e H e' of each row, from H folded onto its upper half.
+
+    Strip by strip, only the products on and above the diagonal are computed, which is half of the work.
+    """
     total = torch.zeros(len(error), device=error.device)
     for a in range(0, len(half), STRIP):
         b = min(a + STRIP, len(half))
@@ -65,20 +77,22 @@ def quadratic(error: Tensor, half: Tensor) -> Tensor:
 
 
 def halved(gram: Tensor) -> Tensor:
-    """A symmetric matrix folded onto its upper half, which gives the same e H e'."""
+    """A symmetric matrix folded onto its upper half: e H e' stays the same, with zeros below the diagonal."""
     return gram.triu(1).mul_(2) + gram.diagonal().diag_embed()
 
 
 def directions(gram: Tensor) -> Tensor:
-    """F with F F' <= H, and nearly H where it is largest: Nyström's approximation, after one step of power iteration.
+    """F with F F' <= H and close to H in its largest directions: Nyström's approximation after one power iteration.
 
-    What is left, H - F F', is positive, so e F F' e' is never more than e H e'.
+    H - F F' is positive semidefinite (a Schur complement), so e F F' e' never exceeds e H e'.
     """
     count = -(-len(gram) // SHARE)
+    # columns with the largest diagonal are a good first guess of the range of H, and need no random numbers
     basis = torch.linalg.qr(gram[:, gram.diagonal().topk(count).indices])[0]
+    # float64 from here on: F divides by the root of small eigenvalues, and the bound must not exceed the cost
     exact = torch.linalg.qr(gram @ basis)[0].double()
     image = gram.double() @ exact
     values, vectors = torch.linalg.eigh(exact.T @ image)
-    kept = values > FAINT * values[-1].clamp(min=0)  # inputs of few tokens, or of dead channels, have fewer directions
+    kept = values > FAINT * values[-1].clamp(min=0)  # few tokens or dead channels: the rank of H is lower
     few: Tensor = (image @ vectors[:, kept]) / values[kept].sqrt()
     return few.to(gram.dtype).contiguous()

@@ -1,4 +1,4 @@
-"""Column-wise error feedback (GPTQ): each column is rounded to what best makes up for the columns before it."""
+"""GPTQ: each column is rounded to the target that compensates best for the errors of earlier columns."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from sensitivity.quantize.grid import QuantizedWeight, affine, columns, ranges
 from sensitivity.quantize.linears import Linears
 from sensitivity.spec.plan import Scheme
 
-LEAF = 32  # columns that are rounded one by one before the rest hears of it, in one matrix product
-# Columns whose groups get their grids together, from the weights as they have become by the first of them. Released
-# code does so too, and it is better so: at 2 bits in groups of 64 fresher grids cost 4 % more error, since what the
-# weights make up for widens their ranges (reports/parity-gptq.md).
+LEAF = 32  # columns that are rounded one by one before one matrix product carries their errors to the rest
+# All groups within this many columns get their grids at once, from the compensated weights at the first of these
+# columns. Released code does the same, and it is more accurate: at 2 bits in groups of 64, a fresh grid for every group
+# costs 4 % more error, since compensation widens the ranges of the weights (reports/parity-gptq.md).
 SPAN = 128
 
 
 def gptq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
-    """All widths at once: they share the factor and each step over the columns."""
+    """Quantize at all bit widths at once: they share the factor and each step over the columns."""
     first = schemes[0]
     if first.get("backend") == "gptqmodel":
         return gptqmodel(linears, schemes)
@@ -36,24 +36,30 @@ def gptq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeig
 
 @dataclass
 class _Run:
-    """One width on its way: everything is transposed, so that a column is a row in memory."""
+    """The state of one bit width during the pass over the columns.
+
+    Everything is transposed (columns x rows), so that a column of the weight is contiguous in memory.
+    """
 
     scheme: Scheme
-    rest: Tensor  # columns x rows; the target of a column still to come, W - Q of one that is done
+    rest: Tensor  # columns x rows; the compensated target of a column to come, the residual W - Q of one that is done
     codes: Tensor
     scale: Tensor  # groups x rows
     zero: Tensor
     group: int
-    of_column: list[int]  # the group whose scale a column has
+    of_column: list[int]  # for each column in order of rounding: the index of its group
     dtype: torch.dtype
-    adaptive: bool  # a group's grid is found when the sweep reaches it
+    adaptive: bool  # whether a group's grid is computed when the pass reaches it, from compensated weights
 
     @classmethod
     def start(cls, linears: Linears, scheme: Scheme, factor: Factor) -> _Run:
+        """The state before the first column, with grids of the original weights."""
         rows, group = linears.rows, columns(scheme, linears.rows)
+        # groups are of columns as they are stored, so with an order each rounded column looks its group up in `where`
         ordered, where, importance = rows, torch.arange(rows.shape[1]), factor.importance
         if factor.order is not None:
             ordered, where = rows[:, factor.order], factor.order.cpu()
+            # the factor lists importance in order of rounding; grids are computed in stored order
             importance = importance[torch.argsort(factor.order)]
         scale, zero = _grid(rows, scheme, linears.dtype, importance)
         return cls(
@@ -65,22 +71,28 @@ class _Run:
             group=group,
             of_column=(where // group).tolist(),
             dtype=linears.dtype,
-            # with columns out of order a group would be met in pieces: its grid is then that of the weights as given
+            # in another order a group is not rounded in one go, so its grid stays that of the original weights
             adaptive=isinstance(scheme.group, int) and factor.order is None,
         )
 
     def regrid(self, a: int, compensated: Tensor, importance: Tensor) -> None:
-        """The grids of the groups that begin at column a, for what has become of their weights."""
+        """Recompute the grids of the groups that begin at column a, from their compensated weights."""
         scale, zero = _grid(compensated, self.scheme, self.dtype, importance)
         first, count = a // self.group, scale.shape[1]
         self.scale[first : first + count], self.zero[first : first + count] = scale.T, zero.T
 
     def result(self, factor: Factor) -> QuantizedWeight:
+        """The codes in stored order of columns, with rows first again."""
         codes = self.codes if factor.order is None else self.codes[torch.argsort(factor.order)]
         return QuantizedWeight(codes.T.contiguous(), self.scale.T.contiguous(), self.zero.T.contiguous(), self.group)
 
 
 def _grid(rows: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each group, after a clip search if the scheme asks for one.
+
+    The search weighs each column by `importance` (the diagonal of D), not by H: later columns compensate for the
+    rest.
+    """
     if scheme.get("clip"):
         low, high = clipped(rows, scheme, dtype, ErrorCost.of(importance, columns(scheme, rows)))
     else:
@@ -89,10 +101,11 @@ def _grid(rows: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Tensor) 
 
 
 class _Sweep:
-    """The pass over the columns. Halving keeps nearly all of its work in large matrix products.
+    """The pass over the columns, which recursive halving turns into mostly large matrix products.
 
-    A width gives the same bits whether it runs alone or with others: products are taken per width, always of the
-    same shapes, and what is done for all widths at once is done element by element, without fused operations.
+    The exactness rule needs a bit width to give the same codes whether it runs alone or beside others. Matrix products
+    are therefore taken per width, always of the same shapes. Only elementwise operations run on all widths at once, and
+    none of them is fused, as a fused one may round differently.
     """
 
     def __init__(self, factor: Factor, runs: list[_Run], rows: Tensor) -> None:
@@ -102,6 +115,7 @@ class _Sweep:
         self.levels = torch.cat(levels)
 
     def go(self, group: int, grouped: bool) -> None:
+        """Round all columns: in spans of whole groups where grids adapt, otherwise in leaves."""
         total = len(self.target)
         if grouped and self.runs[0].adaptive:
             _halve(0, total, max(SPAN // group, 1) * group, self._groups, self._carry)
@@ -109,10 +123,12 @@ class _Sweep:
             _halve(0, total, LEAF, self._leaf, self._carry)
 
     def _groups(self, a: int, b: int) -> None:
-        """Find the grids of some groups, then round them.
+        """Compute the grids of the groups in columns a to b, then round these columns.
 
-        `rest` holds w + c, where c has yet to hear of columns a to b; what the weights would become if they were left
-        free is w + c M^-1, with M their part of the factor.
+        `rest` holds w + c, where c is the compensation for all columns before a. If the span could stay
+        unrounded, its weights would become w + c M^-1 with the span's own block of M: inside the span each
+        column's shift is a residual that the later ones compensate for in turn. Grids are made for those
+        weights.
         """
         own = self.unit[a:b, a:b]
         for run in self.runs:
@@ -122,19 +138,25 @@ class _Sweep:
         _halve(a, b, LEAF, self._leaf, self._carry)
 
     def _leaf(self, a: int, b: int) -> None:
-        """Round columns a to b one by one, all widths together."""
+        """Round columns a to b one by one, all bit widths side by side.
+
+        Each column's residual is added to the targets of the later columns of this leaf; `_carry` tells the
+        columns after it.
+        """
         block = torch.cat([run.rest[a:b] for run in self.runs], dim=1)
         original = self.target[a:b].repeat(1, len(self.runs))
         codes = torch.empty_like(block)
         held: list[int] | None = None
         for i in range(b - a):
             groups = [run.of_column[a + i] for run in self.runs]
+            # scales are gathered only when a width enters another group: for most columns they stay the same
             if groups != held:
                 held = groups
                 scale = torch.cat([run.scale[g] for run, g in zip(self.runs, groups, strict=True)])
                 zero = torch.cat([run.zero[g] for run, g in zip(self.runs, groups, strict=True)])
             code = torch.div(block[i], scale, out=codes[i]).add_(zero).round_().clamp_(min=0)
             torch.minimum(code, self.levels, out=code)
+            # the residual is that of the original weight, not of the compensated target: see Factor
             error = original[i] - (code - zero) * scale
             block[i] = error
             if i + 1 < b - a:
@@ -147,7 +169,7 @@ class _Sweep:
             run.codes[a:b] = chosen.to(torch.uint8)
 
     def _carry(self, a: int, middle: int, b: int) -> None:
-        """Tell columns middle to b what became of columns a to middle."""
+        """Add the residuals of columns a to middle, times M, to the targets of columns middle to b."""
         for run in self.runs:
             run.rest[middle:b].addmm_(self.unit[a:middle, middle:b].T, run.rest[a:middle])
 
@@ -155,10 +177,15 @@ class _Sweep:
 def _halve(
     a: int, b: int, step: int, solve: Callable[[int, int], None], carry: Callable[[int, int, int], None]
 ) -> None:
-    """Solve a to b in pieces of at most `step`, from the left, each after all before it were carried to it."""
+    """Solve columns a to b from left to right in pieces of at most `step` columns.
+
+    Halving makes the products of `carry` as large as possible. Every piece is solved after the residuals of all
+    columns before it were carried to it.
+    """
     if b - a <= step:
         solve(a, b)
         return
+    # the middle is a multiple of `step` from a, rounded up, so that only the last piece can be shorter
     middle = a + step * -((a - b) // (2 * step))
     _halve(a, middle, step, solve, carry)
     carry(a, middle, b)

@@ -1,4 +1,4 @@
-"""GPTQModel's own solver in the place of ours (extra `peers`): the same layers and Gram matrices, its steps."""
+"""GPTQModel's solver in place of ours (extra `peers`), on the same layers and Gram matrices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sensitivity.spec.plan import Scheme
 
 
 def check(scheme: Scheme) -> None:
-    """Whether the library is here and has what a scheme asks for; said before anything is computed."""
+    """Raise an error, before anything is computed, where the library is missing or lacks what a scheme asks for."""
     if find_spec("gptqmodel") is None:
         raise UserError(
             "gptqmodel is not installed; type: pip install 'vlm-sensitivity[peers]', or leave out --backend for our own"
@@ -31,13 +31,17 @@ def check(scheme: Scheme) -> None:
 
 
 def gptqmodel(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
-    """Each weight at each width on its own, as the library works. Channels that were always zero lose their weights."""
-    with redirect_stdout(StringIO()):  # it greets on standard output, where --json may stand
+    """Quantize each weight at each bit width on its own, as the library does.
+
+    It sets the weights of channels whose inputs were always zero to zero.
+    """
+    with redirect_stdout(StringIO()):  # its banner would break the JSON of --json
         return [[_one(linears, weight.detach().float(), scheme) for weight in linears.weights] for scheme in schemes]
 
 
 def _one(linears: Linears, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it wants more than some machines have
+    """One weight at one bit width, through a linear layer that GPTQModel's solver takes."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its default is more threads than some machines have cores
     from gptqmodel.looper.named_module import NamedModule
     from gptqmodel.quantization.config import QuantizeConfig
     from gptqmodel.quantization.gptq import GPTQ
@@ -50,16 +54,18 @@ def _one(linears: Linears, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
         group_size=-1 if scheme.group == "row" else columns(scheme, weight),
         sym=scheme.symmetric,
         desc_act=activation,
-        static_groups=activation and scheme.group != "row",  # as ours: grids of the weights as given
+        static_groups=activation and scheme.group != "row",  # as in our solver: grids of the original weights
         act_group_aware=False,
         damp_percent=float(scheme["damp"] or 0) or 1e-6,
         offload_to_disk=False,
     )
+    # its calibration hooks are bypassed: the Gram matrix is set directly, times 2 / n as GPTQ's code accumulates it
     solver: Any = GPTQ(NamedModule(layer, "linear", "linear", 0), config)
     solver.quantizer.configure(perchannel=True)
     solver.H, solver.nsamples = seen.gram * (2 / max(seen.tokens, 1)), seen.tokens
     with torch.inference_mode():
         rounded, scale, zero = solver.quantize()[:3]
-    # the library keeps its scales in 32 bits and stores them in 16: what is measured here is what is stored
+    # the library rounds to scales in 32 bits, then stores them in 16: scales are rounded here so that we measure what
+    # a file would hold
     codes = encode(rounded.float(), scheme, scale.float(), zero.float())
     return QuantizedWeight(codes.codes, sixteen(codes.scale, linears.dtype), codes.zero, codes.group)

@@ -13,18 +13,19 @@ from sensitivity.spec.plan import Scheme
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight on an integer grid: (codes - zero) * scale, a scale and zero per row or per group of columns.
+    """A weight on an integer grid: (codes - zero) * scale, with one scale and zero per row or group of columns.
 
-    `zero` is whole-numbered for grids that a runtime can store; the paper's uniform grid has a free one.
+    `zero` is a whole number on the grids that runtimes can store; the paper's uniform grid has any real number.
     """
 
     codes: Tensor  # uint8, rows x cols
-    scale: Tensor  # float32 that fits 16 bits where the scheme says so; 1 x 1, rows x 1 or rows x groups
+    scale: Tensor  # float32, for most methods with a value that 16 bits hold; 1 x 1, rows x 1 or rows x groups
     zero: Tensor
     group: int  # columns that share a scale
-    inputs: Tensor | None = None  # what each column was multiplied by before rounding (AWQ); the input is divided by it
+    inputs: Tensor | None = None  # factor on each column before rounding (AWQ); the layer's input is divided by it
 
     def dequantize(self) -> Tensor:
+        """The weight in float32, with the factors of its inputs divided out."""
         codes, (scale, zero) = self._aligned(self.codes.float(), self.scale, self.zero)
         weight = (codes - zero).mul_(scale).reshape(self.codes.shape)
         return weight if self.inputs is None else weight / self.inputs
@@ -36,7 +37,7 @@ class QuantizedWeight:
         return per_group.repeat_interleave(self.group, dim=1)[:, : self.codes.shape[1]]
 
     def _aligned(self, numbers: Tensor, *per_group: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Numbers like the codes, and values per group that broadcast to them; nothing is copied for whole groups."""
+        """`numbers` and values per group in shapes that broadcast; whole groups need no copy."""
         rows, cols = numbers.shape
         if cols % self.group or all(t.shape[1] == 1 for t in per_group):
             return numbers, [self.spread(t) for t in per_group]
@@ -44,26 +45,27 @@ class QuantizedWeight:
 
 
 def columns(scheme: Scheme, weight: Tensor) -> int:
-    """How many columns share a scale."""
+    """How many columns share a scale; without groups, all of them."""
     return weight.shape[1] if isinstance(scheme.group, str) else min(scheme.group, weight.shape[1])
 
 
 def ranges(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Smallest and largest weight of each group, always with zero between them."""
+    """The smallest and largest weight of each group; every range includes zero."""
     if scheme.group == "tensor":
         grouped = weight.reshape(1, 1, -1)
     else:
         size = columns(scheme, weight)
         rows, cols = weight.shape
-        if padding := -cols % size:  # zeros widen no range that has zero in it
+        if padding := -cols % size:  # every range includes zero, so padding with zeros changes none
             weight = torch.nn.functional.pad(weight, (0, padding))
         grouped = weight.reshape(rows, -1, size)
     return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
 
 
 def sixteen(scale: Tensor, like: torch.dtype) -> Tensor:
-    """A scale as it will be stored, in 16 bits, so that what is measured is what is exported."""
+    """A scale rounded to the 16-bit type in which it will be stored, so that what is measured is what is exported."""
     half = torch.bfloat16 if like == torch.bfloat16 else torch.float16
+    # a group of zeros has a range of zero, and its scale would divide by zero
     tiny = torch.finfo(half).tiny
     return scale.clamp(min=tiny).to(half).float()
 
@@ -71,11 +73,13 @@ def sixteen(scale: Tensor, like: torch.dtype) -> Tensor:
 def affine(weight: Tensor, scheme: Scheme, low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each group for given ranges.
 
-    Symmetric grids put the largest magnitude half a step beyond the last code, 2a / (2^b - 1), as GPTQ and
-    compressed-tensors do. One symmetric bit has no zero: it stands for plus or minus the mean magnitude.
+    On symmetric grids the largest magnitude a lies half a step beyond the last code: scale = 2a / (2^b - 1), as in
+    GPTQ and compressed-tensors. A symmetric grid of one bit has no zero: its two codes are plus and minus the mean
+    magnitude.
     """
     levels = 2**scheme.bits - 1
     if scheme.symmetric and scheme.bits == 1:
+        # codes 0 and 1 with zero = 0.5 and scale = 2m give -m and m; the mean magnitude m minimizes the squared error
         scale = sixteen(2 * _mean_magnitude(weight, scheme, low.shape), dtype)
         return scale, torch.full_like(scale, 0.5)
     if scheme.symmetric:
@@ -93,7 +97,7 @@ def _mean_magnitude(weight: Tensor, scheme: Scheme, shape: torch.Size) -> Tensor
 
 
 def encode(weight: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor, spare: bool = False) -> QuantizedWeight:
-    """Nearest codes on a given grid. A `spare` weight may be overwritten, which saves a pass over new memory."""
+    """The nearest codes on a given grid; a weight that is `spare` may be overwritten, which saves an allocation."""
     group = columns(scheme, weight)
     numbers, (step, shift) = QuantizedWeight(weight, scale, zero, group)._aligned(weight, scale, zero)
     scaled = numbers.div_(step) if spare else numbers / step
@@ -102,7 +106,7 @@ def encode(weight: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor, spare: b
 
 
 def _bytes(codes: Tensor) -> Tensor:
-    """As uint8; numpy has vector instructions for it, and torch takes six times as long."""
+    """Codes as uint8, converted by NumPy on the CPU: its loop is vectorized, and torch's takes six times as long."""
     if codes.device.type != "cpu":
         return codes.to(torch.uint8)
     return torch.from_numpy(codes.detach().numpy().astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Linears and Method: weights that read one input, and what a row of METHODS says about a way to quantize them."""
+"""Linears: weights that read one input; Method: what a row of METHODS says about a quantization method."""
 
 from __future__ import annotations
 
@@ -17,70 +17,73 @@ from sensitivity.spec.plan import Scheme, Setting
 
 
 class StoredWeight(Protocol):
-    """A weight as it is stored, and how it becomes numbers again."""
+    """A weight as it is stored; `dequantize` gives its numbers."""
 
     def dequantize(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Linears:
-    """Weights of linear layers that read the same input, and what is known about it."""
+    """Weights of linear layers that read the same input, with the statistics of that input."""
 
     names: tuple[str, ...]
     weights: tuple[Tensor, ...]
     curvature: Curvature | None = None
-    foldable: bool = True  # whether something before them can take over a scale per input channel
+    foldable: bool = True  # whether the layer before them can absorb a scale per input channel
 
     @cached_property
     def rows(self) -> Tensor:
-        """All their rows, one weight after the other."""
+        """The rows of all weights, stacked: they share their input, so they are quantized as one matrix."""
         return torch.cat([weight.detach().float() for weight in self.weights])
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of the weights, which decides the 16-bit type of scales."""
         return self.weights[0].dtype
 
     @property
     def name(self) -> str:
+        """A name for messages."""
         return self.names[0] if len(self.names) == 1 else f"{self.names[0]} and {len(self.names) - 1} more"
 
     @property
     def seen(self) -> Curvature:
+        """The statistics of the input, which a calibrated method must have."""
         assert self.curvature is not None, f"{self.name}: a calibrated method without statistics"
         return self.curvature
 
     def split(self, whole: QuantizedWeight) -> list[QuantizedWeight | None]:
-        """A result for all rows as one for each weight."""
+        """The result for the stacked rows as one result per weight."""
         sizes = [len(weight) for weight in self.weights]
         pieces = zip(*(torch.split(t, sizes) for t in (whole.codes, whole.scale, whole.zero)), strict=True)
         return [QuantizedWeight(codes, scale, zero, whole.group, whole.inputs) for codes, scale, zero in pieces]
 
 
-# the weights of one input at several schemes that differ in bits alone: per scheme a result for each weight
+# quantizes the weights of one input at several schemes that differ in bits alone; per scheme, one result per weight
 Solve = Callable[[Linears, Sequence[Scheme]], Sequence[Sequence[StoredWeight | None]]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to quantize weights: how, at which widths, and what its scheme says without further words."""
+    """One quantization method: its function, its bit widths, and the defaults and limits of its settings."""
 
     solve: Solve
     widths: range = range(1, 9)
     group: int | str = "row"
     symmetric: bool = True
-    calibrated: bool = False  # needs statistics of the inputs
-    settings: Mapping[str, Setting] = field(default_factory=dict)  # its own few, and their defaults
-    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of each setting that is a number
-    choices: Mapping[str, tuple[Setting, ...]] = field(default_factory=dict)  # where a setting is one of a few
-    fixed: str = ""  # what cannot be chosen about its groups and grid, in words
-    inputs: Callable[[Tensor, Scheme], Tensor] | None = None  # what happens to a layer's inputs when the model runs
+    calibrated: bool = False  # whether it needs statistics of the inputs
+    settings: Mapping[str, Setting] = field(default_factory=dict)  # its own settings with their defaults
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # limits of numeric settings
+    choices: Mapping[str, tuple[Setting, ...]] = field(default_factory=dict)  # allowed values of the others
+    fixed: str = ""  # how messages describe a group and grid that cannot be chosen
+    inputs: Callable[[Tensor, Scheme], Tensor] | None = None  # changes a layer's inputs in each forward pass
 
 
 def alone(quantize: Callable[[Tensor, Scheme], StoredWeight | None]) -> Solve:
-    """A method that looks at one weight and one scheme at a time."""
+    """Turn a function of one weight and one scheme into the function of a Method."""
     return lambda linears, schemes: [[quantize(w.detach(), scheme) for w in linears.weights] for scheme in schemes]
 
 
 def reads(weight: Weight) -> str:
-    """The name of the input that a weight reads: equal for weights that share it."""
+    """The name of the input that a weight reads: equal for weights that share their input."""
     return weight.shares_input or weight.reader

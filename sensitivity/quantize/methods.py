@@ -1,4 +1,4 @@
-"""METHODS, and scheme(): every way to quantize a weight, and a scheme with all that it depends on."""
+"""METHODS: every way to quantize a weight; scheme() makes a scheme of one with all its settings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Scheme, Setting
 
 OWN = "own"
-# what a calibrated scheme says of its data (Statistics.facts)
+# what a calibrated scheme records about its calibration data (see Statistics.facts), and the type of each
 CALIBRATION = {"calibration": str, "examples": int, "seed": int, "data": str, "path": str}
 BLOCKS = "in blocks of 64 of the flattened weight, around zero"
 METHODS: dict[str, Method] = {
@@ -34,7 +34,7 @@ METHODS: dict[str, Method] = {
     "gptq": Method(
         gptq,
         calibrated=True,
-        # order and clipping cost no bit; on the embedded model's layers they take off 20 to 40 % of the output error
+        # neither order nor clipping costs a bit; on the embedded model's layers they cut the output error by 20 to 40 %
         settings={"damp": 0.01, "order": "activation", "clip": True, "backend": OWN},
         ranges={"damp": (0, 10)},
         choices={"order": ("given", "activation"), "backend": (OWN, "gptqmodel")},
@@ -47,7 +47,8 @@ METHODS: dict[str, Method] = {
         calibrated=True,
         settings={"exponents": 20, "clip": True, "clip_qk": False, "scales": "stored"},
         ranges={"exponents": (1, 1000)},
-        choices={"scales": ("stored", "folded")},  # folded: only where what stands before can absorb them, for nothing
+        # folded: scales only where the layer before can absorb them, so that they cost no bit
+        choices={"scales": ("stored", "folded")},
     ),
     "nf4": Method(alone(coded), range(4, 5), group=64, settings={"double": False}, fixed=BLOCKS),
     "fp4": Method(alone(coded), range(4, 5), group=64, settings={"double": False}, fixed=BLOCKS),
@@ -64,15 +65,16 @@ METHODS: dict[str, Method] = {
 
 
 def method_of(scheme: Scheme) -> Method:
+    """The row of METHODS for a scheme, or an error that names the methods."""
     if scheme.method not in METHODS:
         raise unknown("method", scheme.method, METHODS)
     return METHODS[scheme.method]
 
 
 def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None = None, **chosen: Any) -> Scheme:
-    """A scheme of a known method or preset: its defaults, what was chosen beyond them, and the calibration data.
+    """A scheme of a method or preset: the defaults, the chosen settings, and the facts about its calibration data.
 
-    `calibration` is what `Statistics.facts` says; only methods that use it write it down.
+    `calibration` is what `Statistics.facts` returns; only calibrated methods record it.
 
     Examples:
         >>> from sensitivity import scheme
@@ -93,7 +95,7 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     if "backend" in wanted and "backend" not in row.settings:
         raise UserError(f"{name} has no backend but our own; leave out --backend, or choose --method gptq")
     if wanted.get("backend", OWN) != OWN:
-        wanted.setdefault("clip", False)  # our own search, which others lack
+        wanted.setdefault("clip", False)  # the clip search is ours; other solvers lack it
     group, symmetric = wanted.pop("group", row.group), wanted.pop("symmetric", row.symmetric)
     if row.fixed and (group, symmetric) != (row.group, row.symmetric):
         raise UserError(f"{name} is always {row.fixed}; use rtn for other groups and symmetric grids")
@@ -101,7 +103,8 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
         raise UserError(f"{name} needs a scale per row or group; choose --group row or a number of columns")
     settings = {**row.settings, **{key: _checked(name, row, key, value) for key, value in wanted.items()}}
     if not settings.get("biases"):
-        settings.pop("biases", None)  # what is not done is not written down
+        settings.pop("biases", None)  # a setting that is off is not recorded
+    # likewise: our own solver is not recorded
     if settings.get("backend") == OWN:
         settings.pop("backend")
     facts = dict(calibration or {}) if row.calibrated else {}
@@ -112,8 +115,8 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
 
 
 def known(chosen: Scheme) -> None:
-    """Refuse a scheme, from a file perhaps, that no method of ours gives: its widths, settings and their kinds."""
-    if chosen.method == "codes":  # of an imported table: widths are all that is known
+    """Raise an error for a scheme that no method can have, such as one from a file: its bits, settings and types."""
+    if chosen.method == "codes":  # from an imported table, of which only bit widths are known
         if chosen.settings:
             raise unknown("setting of codes", chosen.settings[0][0], ["none"])
         return
@@ -131,6 +134,7 @@ def known(chosen: Scheme) -> None:
 
 
 def _checked(name: str, row: Method, setting: str, value: Setting) -> Setting:
+    """The value of a setting after its name, type and limits were checked; a whole number becomes a float."""
     if setting not in row.settings:
         raise unknown(f"setting of {name}", setting, row.settings or ["none"])
     if setting in row.choices and value not in row.choices[setting]:
@@ -141,6 +145,7 @@ def _checked(name: str, row: Method, setting: str, value: Setting) -> Setting:
             raise UserError(f"{setting} of {name} is like {default!r}, not {value!r}")
         return value
     low, high = row.ranges[setting]
+    # the default decides the type; bool is excluded below, since Python counts it as an int
     kinds = (int,) if isinstance(default, int) else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         what = "a whole number" if kinds == (int,) else "a number"
@@ -149,7 +154,10 @@ def _checked(name: str, row: Method, setting: str, value: Setting) -> Setting:
 
 
 def solve(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight | None]]:
-    """Weights that share an input, quantized: per scheme a result for each; None where there is nothing to round."""
+    """Quantize weights that share an input: for each scheme, one result per weight.
+
+    A result is None where there is nothing to round.
+    """
     results: dict[Scheme, Sequence[StoredWeight | None]] = {}
     for alike in _alike(schemes):
         results.update(zip(alike, method_of(alike[0]).solve(linears, alike), strict=True))
@@ -157,13 +165,13 @@ def solve(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight
 
 
 def quantize(weight: Tensor, scheme: Scheme, curvature: Curvature | None = None) -> Tensor:
-    """One weight as its codes would give it back, in its own type."""
+    """One weight, quantized and dequantized, in its own type."""
     ((result,),) = solve(Linears(("the weight",), (weight.detach(),), curvature), [scheme])
     return weight.detach().clone() if result is None else result.dequantize().to(weight.dtype)
 
 
 def _alike(schemes: Iterable[Scheme]) -> list[list[Scheme]]:
-    """Schemes that differ in bits alone, together, narrow ones first."""
+    """Schemes in lists whose members differ in bits alone, from the narrowest up."""
     found: dict[Scheme, list[Scheme]] = {}
     for chosen in sorted(set(schemes), key=lambda s: s.bits):
         found.setdefault(replace(chosen, bits=1), []).append(chosen)

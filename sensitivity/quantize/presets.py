@@ -1,13 +1,14 @@
-"""Published methods as rows of settings with a name."""
+"""PRESETS: published methods as named rows of settings."""
 
 from __future__ import annotations
 
 from sensitivity.spec.plan import Setting
 
-# Each as its authors meant it. Gautam et al. 2025 ("Towards Understanding Best Practices for Quantization of
-# Vision-Language Models") released code that differs: its uniform path misses OPT attention and all of the Q-Former's
-# feed-forwards and cross-attentions, its GPTQ sees inputs that passed earlier chunks of 32 quantized linears (that is
-# `path` = "exposed", but by blocks) and quantizes the head too, and its AWQ takes the exponents 0, 1, ..., 19.
+# Each row is the method as its authors describe it. Gautam et al. 2025 ("Towards Understanding Best Practices for
+# Quantization of Vision-Language Models") released code that differs: its uniform path misses OPT attention
+# and all of the Q-Former's feed-forwards and cross-attentions, its GPTQ sees inputs that passed earlier chunks of 32
+# quantized linears (like `path` = "exposed", which goes by blocks) and quantizes the head too, and its AWQ takes the
+# exponents 0, 1, ..., 19.
 PRESETS: dict[str, dict[str, Setting]] = {
     "paper-uniform": {"method": "uniform", "biases": True},
     "paper-gptq": {"method": "gptq", "group": "row", "symmetric": True, "damp": 0.01, "order": "given", "clip": False},

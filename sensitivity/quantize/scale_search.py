@@ -1,4 +1,4 @@
-"""Scale search (AWQ): multiply the columns that meet large inputs before rounding, and divide their inputs again."""
+"""AWQ's scale search: enlarge the columns that meet large inputs before rounding, and shrink the inputs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from sensitivity.quantize.grid import QuantizedWeight, affine, columns, encode, 
 from sensitivity.quantize.linears import Linears
 from sensitivity.spec.plan import Scheme
 
-FLOOR = 1e-4  # of a channel's mean magnitude, as in llm-awq
-ROOM = 1 << 18  # numbers that the search holds at once, or a row under every candidate
-# Lin et al. leave the ranges of queries and keys alone: their product meets a softmax, which the layer's error misses
+FLOOR = 1e-4  # least candidate scale before it is normalized, as in llm-awq
+ROOM = 1 << 18  # numbers that the search holds at once; at least one row under every candidate
+# Lin et al. do not clip queries and keys: their product enters a softmax, which the layer's output error ignores
 QUERY_KEY = re.compile(r"(^|[._])(q|k|query|key|w?qkv|q_proj|k_proj|query_key_value)[._]weight$", re.IGNORECASE)
 
 
 def awq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
-    """One scale per input channel, found for all weights that read it together; then clipping; then nearest."""
+    """Find one scale per input channel for all weights that read the input, then clip, then round to nearest."""
     seen, first = linears.seen, schemes[0]
     scaled_at_all = linears.foldable or first["scales"] == "stored"
+    # where nothing can absorb a scale, the only candidate is a = 0, which scales nothing
     grid = scales(seen, int(first["exponents"] or 1) if scaled_at_all else 1, linears.dtype)
     found = errors(linears.rows, grid, seen.gram, schemes, linears.dtype) if len(grid) > 1 else None
     best = [0] * len(schemes) if found is None else found.argmin(1).tolist()
@@ -34,11 +35,12 @@ def awq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeigh
 
 
 def _rounded(linears: Linears, scheme: Scheme, chosen: Tensor, cost: ErrorCost | None) -> list[QuantizedWeight | None]:
-    """Clipped and rounded under the chosen scale."""
+    """Clip and round the weights under the chosen scale."""
     scaled = linears.rows * chosen
     low, high = ranges(scaled, scheme)
     if cost is not None:
         best = clipped(scaled, scheme, linears.dtype, cost.under(chosen))
+        # the readers of an input are one stack of rows, in which queries and keys keep their full ranges
         free = torch.cat(
             [
                 torch.full((len(weight), 1), bool(scheme["clip_qk"]) or not QUERY_KEY.search(name))
@@ -47,26 +49,32 @@ def _rounded(linears: Linears, scheme: Scheme, chosen: Tensor, cost: ErrorCost |
         ).to(scaled.device)
         low, high = torch.where(free, best[0], low), torch.where(free, best[1], high)
     whole = encode(scaled, scheme, *affine(scaled, scheme, low, high, linears.dtype))
+    # a scale of all ones is not stored
     return linears.split(whole if bool((chosen == 1).all()) else replace(whole, inputs=chosen))
 
 
 def scales(seen: Curvature, steps: int, dtype: torch.dtype) -> Tensor:
-    """Candidates mean|x|^a for a = 0, 1/steps, ..., each divided by sqrt(max min): steps x channels. The first is 1."""
+    """Candidate scales mean|x|^a for a = 0, 1/steps, 2/steps, ... (steps x channels); the first is all ones.
+
+    Each is divided by sqrt(max * min), which centers it around 1, as in llm-awq.
+    """
     exponents = torch.arange(steps, device=seen.gram.device) / steps
     grid = seen.mean_magnitude.pow(exponents[:, None]).clamp(min=FLOOR)
     return sixteen(grid / (grid.amax(1, keepdim=True) * grid.amin(1, keepdim=True)).sqrt(), dtype)
 
 
 def errors(rows: Tensor, grid: Tensor, gram: Tensor, schemes: Sequence[Scheme], dtype: torch.dtype) -> Tensor:
-    """tr(D H D') for the rounding error D at each width under each candidate: the output error, without any output.
+    """The output error tr(E H E') of the rounding error E, for each bit width under each candidate scale.
 
-    All candidates are one batch, with ranges that all widths share; rows come in pieces.
+    The Gram matrix H replaces running the layer on its inputs. All candidates are one batch, whose ranges serve
+    every bit width; rows come in blocks.
     """
     count, cols = grid.shape
     size, half = columns(schemes[0], rows), halved(gram)
     total = torch.zeros(len(schemes), count, dtype=torch.float64, device=rows.device)
     for some in torch.split(rows, max(-(-ROOM // (count * cols)), 1)):
         scaled = grouped(some * grid[:, None], size)
+        # ranges() for all candidates at once; clipping comes later, under the best scale alone, as in llm-awq
         low, high = scaled.amin(-1).clamp_(max=0), scaled.amax(-1).clamp_(min=0)
         room = torch.empty_like(scaled)
         for i, scheme in enumerate(schemes):
@@ -76,7 +84,10 @@ def errors(rows: Tensor, grid: Tensor, gram: Tensor, schemes: Sequence[Scheme], 
 
 
 def grouped(rows: Tensor, size: int) -> Tensor:
-    """... x columns as ... x groups x size, the last group filled up with zeros, which are rounded to themselves."""
+    """Rows (... x columns) as ... x groups x size.
+
+    The last group is padded with zeros, which change neither its range nor its result.
+    """
     if padding := -rows.shape[-1] % size:
         rows = torch.nn.functional.pad(rows, (0, padding))
     return rows.reshape(*rows.shape[:-1], -1, size)

@@ -1,1 +1,1 @@
-"""Values: components, schemes, plans and what they weigh; no torch, no pandas."""
+"""Plain values: components, schemes, plans, their sizes and what runtimes can load; no torch, no pandas."""

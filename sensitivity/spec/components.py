@@ -1,4 +1,4 @@
-"""Component and ComponentMap: every weight in exactly one named part of the model, or kept with a reason."""
+"""Component and ComponentMap: every weight is in exactly one component, or kept with a reason."""
 
 from __future__ import annotations
 
@@ -14,48 +14,54 @@ from sensitivity.spec.errors import UserError, unknown
 PARTS = ("vision", "connector", "language")  # in data-flow order, which every listing follows
 GROUPS = ("front", "middle", "end")
 KINDS = ("attn", "cross", "ff")
-EMBEDDING, HEAD = "embedding", "head"  # kinds of what is kept unless it is asked for: words on their way in and out
+EMBEDDING, HEAD = "embedding", "head"  # the token embedding and the output head: kept unless --include names them
 WORDS = (EMBEDDING, HEAD)
 LABELS = {"vision": "ViT", "connector": "Q-Former / projector", "language": "LLM"}  # papers' names, for figures
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One linear weight: where it lives, its shape, and its place in the model."""
+    """One linear weight: its parameter name, its shape, and its place in the model."""
 
     name: str  # of the parameter, e.g. model.language_model.layers.3.mlp.up_proj.weight
     rows: int
     cols: int
     part: str
     block: int | None  # None: outside any block, such as a projection
-    blocks: int  # how many blocks the part has
+    blocks: int  # how many transformer blocks the part has
     kind: str | None
     bias: str | None = None
-    shares_input: str | None = None  # linears with equal values read the same input (q, k, v; gate, up)
-    tied: str | None = None  # of an embedding that is the output head too: the module of the head
+    shares_input: str | None = None  # equal for linears that read the same input (q, k, v; gate, up)
+    tied: str | None = None  # for an embedding that is the output head too: the module of the head
 
     @property
     def reader(self) -> str:
-        """The module that multiplies its input by it: of a tied weight that is the head, whatever module holds it."""
+        """The module that multiplies its input by this weight.
+
+        For a tied weight that is the output head, whichever module holds the parameter.
+        """
         return self.tied or self.module
 
     @property
     def looked_up(self) -> bool:
-        """Whether its rows are only looked up: no inputs are multiplied by them to calibrate on."""
+        """Whether this is an embedding: its rows are looked up, so it has no inputs to calibrate on."""
         return self.kind == EMBEDDING
 
     @property
     def numel(self) -> int:
+        """The number of elements."""
         return self.rows * self.cols
 
     @property
     def module(self) -> str:
+        """The path of the module that holds the parameter."""
         return self.name.rpartition(".")[0]
 
     @property
     def group(self) -> str | None:
-        """front, middle or end; outside the blocks a name of its own, or None for a part that has no blocks."""
+        """front, middle or end; outside the blocks another name, or None for a part without blocks."""
         if self.block is not None:
+            # of L blocks, block i is in the front if i < L // 3, in the middle if i < 2L // 3, otherwise at the end
             third = self.blocks // 3, 2 * self.blocks // 3
             return GROUPS[(self.block >= third[0]) + (self.block >= third[1])]
         if self.kind in WORDS:
@@ -65,13 +71,13 @@ class Weight:
         return "projection" if self.part == "connector" else "other"
 
     def place(self, by: str) -> str:
-        """The name of the component that holds this weight at a granularity."""
+        """The name of this weight's component at a granularity."""
         return GRANULARITIES[by](self)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A weight that stays at native precision, and why."""
+    """A weight that stays at native precision, and the reason."""
 
     name: str
     numel: int
@@ -90,11 +96,14 @@ def _kind(w: Weight) -> str | None:
 def _block(w: Weight) -> str:
     if w.block is None:
         return _join(w.part, w.group)
+    # zero-padded to at least two digits, so that names sort like block numbers
     return f"{w.part}.{w.block:0{len(str(max(w.blocks - 1, 10)))}d}"
 
 
+# granularity -> the name of a weight's component; weights with equal names form one component
 GRANULARITIES: dict[str, Callable[[Weight], str]] = {
-    "part": lambda w: _join(w.part, w.kind if w.kind in WORDS else None),  # words are never a part's other weights
+    # embedding and head stay components of their own
+    "part": lambda w: _join(w.part, w.kind if w.kind in WORDS else None),
     "group": lambda w: _join(w.part, w.group),
     "kind": lambda w: _join(w.part, _kind(w) or w.group),
     "group.kind": lambda w: _join(w.part, w.group, _kind(w)),
@@ -104,6 +113,7 @@ GRANULARITIES: dict[str, Callable[[Weight], str]] = {
 
 
 def granularity(by: str) -> str:
+    """The name of a granularity, or an error that lists them."""
     if by not in GRANULARITIES:
         raise unknown("granularity", by, GRANULARITIES)
     return by
@@ -111,7 +121,7 @@ def granularity(by: str) -> str:
 
 @dataclass(frozen=True)
 class Component:
-    """The smallest thing that gets its own scheme.
+    """The smallest set of weights that gets its own scheme.
 
     Examples:
         >>> connector = parts["connector"]
@@ -124,10 +134,12 @@ class Component:
 
     @property
     def part(self) -> str:
+        """The part that all its weights belong to."""
         return self.weights[0].part
 
     @cached_property
     def numel(self) -> int:
+        """The number of elements of its weights."""
         return sum(w.numel for w in self.weights)
 
 
@@ -149,10 +161,11 @@ class ComponentMap:
     by: str
     weights: tuple[Weight, ...]
     kept: tuple[Kept, ...]
-    native_bits: int = 16  # of everything that is not quantized, as stored in the checkpoint
+    native_bits: int = 16  # bits per weight of the checkpoint, for everything that is not quantized
 
     @cached_property
     def components(self) -> tuple[Component, ...]:
+        """The components in the order of data flow."""
         members: dict[str, list[Weight]] = {}
         for weight in sorted(self.weights, key=lambda weight: _flow(weight, self.by)):
             members.setdefault(weight.place(self.by), []).append(weight)
@@ -160,10 +173,12 @@ class ComponentMap:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of the components in the order of data flow."""
         return tuple(component.name for component in self.components)
 
     @cached_property
     def numel(self) -> int:
+        """The number of elements of the whole model, kept weights included."""
         return sum(w.numel for w in self.weights) + sum(k.numel for k in self.kept)
 
     @cached_property
@@ -180,17 +195,19 @@ class ComponentMap:
         return replace(self, by=granularity(by))
 
     def match(self, pattern: str) -> tuple[Component, ...]:
-        """Components whose name matches a pattern: exactly, by prefix of whole words, or with * and ?."""
+        """The components that a pattern names: by exact name, by a prefix of whole words, or with * and ?."""
         found = tuple(c for c in self.components if matches(c.name, pattern))
         if not found:
             raise UserError(f"no component matches '{pattern}'; there are {', '.join(self.names)}")
         return found
 
     def to_json(self) -> dict[str, Any]:
+        """All fields as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ComponentMap:
+        """The map from what `to_json` returned."""
         return cls(
             model=data["model"],
             by=data["by"],
@@ -201,11 +218,16 @@ class ComponentMap:
 
 
 def matches(name: str, pattern: str) -> bool:
+    """Whether a component's name matches a pattern (see `ComponentMap.match`)."""
     return name == pattern or name.startswith(pattern + ".") or fnmatch.fnmatchcase(name, pattern)
 
 
 def _flow(weight: Weight, by: str) -> tuple[int, float, int]:
-    """Data-flow order: part, block or group as the granularity knows them (outside the blocks comes last), kind."""
+    """The sort key of data flow: part, then depth, then kind.
+
+    Depth is the block or the group where the granularity tells them apart. The embedding comes first in its part, and
+    other weights outside the blocks come last.
+    """
     kind = KINDS.index(weight.kind) if weight.kind in KINDS else len(KINDS) + (weight.kind == HEAD)
     if weight.looked_up:
         return PARTS.index(weight.part), -1, kind
@@ -216,13 +238,14 @@ def _flow(weight: Weight, by: str) -> tuple[int, float, int]:
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """A sort key that puts layers.10 after layers.9."""
+    """A sort key by which layers.10 comes after layers.9."""
     return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]
 
 
 def check(weights: Iterable[Weight], kept: Iterable[Kept], parameters: Mapping[str, int]) -> None:
-    """Every parameter exactly once, in a component or kept: anything else is an error, never a silence."""
+    """Raise an error unless every parameter is exactly once in a component or among the kept weights."""
     placed = [w.name for w in weights] + [k.name for k in kept]
+    # the count per name is quadratic, so it runs only where something is placed twice
     twice = sorted({name for name in placed if placed.count(name) > 1}) if len(set(placed)) < len(placed) else []
     lost = sorted(set(parameters) - set(placed), key=natural)
     invented = sorted(set(placed) - set(parameters), key=natural)

@@ -1,4 +1,4 @@
-"""UserError, and its one habit: say what was wrong, what is allowed, what to type next."""
+"""UserError: a sentence that says what was wrong, what is allowed, and what to type next."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import difflib
 import re
 from collections.abc import Iterable
 
-LONGEST = 300  # letters of another's message inside a sentence of ours
-KEPT = 300  # characters of a word in a message
+LONGEST = 300  # characters of a library's message that a sentence of ours quotes
+KEPT = 300  # characters of one word that a message keeps; a word can be a path or a whole file
 LONG = re.compile(rf"\S{{{KEPT + 1},}}")
 
 
 class UserError(Exception):
-    """Something the user can mend; shown as one sentence, without a traceback.
+    """An error that the user can fix; shown as one sentence, without a traceback.
 
     Examples:
         >>> from sensitivity import UserError
@@ -25,15 +25,15 @@ class UserError(Exception):
 
 
 class Failed(UserError):
-    """Something that was tried and did not come out, such as a check: no flag and no file is to blame."""
+    """An operation that ran and failed, such as a verification: no flag and no file is at fault."""
 
 
 class Notice(UserWarning):
-    """Something to know though the work goes on; the command line shows it as one line, once."""
+    """A warning that the command line shows once, as one line; the work goes on."""
 
 
 def unknown(what: str, name: object, allowed: Iterable[object]) -> UserError:
-    """The error for a name that is not in a table: the choices, and the nearest one."""
+    """The error for a name that is not in a table: it lists the choices and suggests the nearest one."""
     names = [str(choice) for choice in allowed]
     near = difflib.get_close_matches(str(name), names, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
@@ -41,25 +41,28 @@ def unknown(what: str, name: object, allowed: Iterable[object]) -> UserError:
 
 
 def plain(message: str) -> str:
-    """A message as one line that a terminal can show: no control characters, no lone surrogates, no endless words."""
+    """A message as one line that is safe to print: no control characters, no lone surrogates, no endless words."""
     line = " ".join(message.split())
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
     return LONG.sub(lambda word: f"{word[0][:KEPT]}…", shown)
 
 
 def said(error: OSError) -> str:
-    """An error of the operating system as a sentence, which str() begins with [Errno 28]."""
+    """An operating system's error as a sentence: its str() would begin with [Errno 28]."""
     what = error.strerror or str(error) or type(error).__name__
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
     return f"{' and '.join(names)}: {what}" if names else what
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an exception, for use inside a sentence; with the next where it only announces that."""
+    """The first line of an exception's message, for use inside a sentence of ours.
+
+    Where that line ends with a colon, the next line is added.
+    """
     text = said(error) if isinstance(error, OSError) else str(error)
     lines = (text.strip() or type(error).__name__).splitlines()
     told = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
-    if isinstance(error, LookupError) and not isinstance(error, UserError):  # else no more than a name or a number
+    if isinstance(error, LookupError) and not isinstance(error, UserError):  # a KeyError's message is only the key
         told = f"{type(error).__name__}: {told}"
     told = told.encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair cannot be printed
     return told if len(told) <= LONGEST else f"{told[:LONGEST]}..."

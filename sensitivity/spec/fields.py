@@ -1,4 +1,4 @@
-"""What others' files must hold: JSON, and the type and limits of each of its fields, checked on reading."""
+"""Fields of JSON that others wrote: each has a type and limits, which are checked when it is read."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-LONGEST = 1_000_000  # letters of a text
-LARGEST = 2**53  # of whole numbers: beyond it, not every one is a number of its own
-FARTHEST = 1e9  # of places in an image, in pixels
+LONGEST = 1_000_000  # characters of a text
+LARGEST = 2**53  # of whole numbers: above it, a float cannot hold every one, and JSON readers may round
+FARTHEST = 1e9  # of a coordinate in an image, in pixels
 MISSING, FOLDER = "it is not there", "it is a folder"
-SHOWN = 60  # letters of a wrong value that a message repeats
+SHOWN = 60  # characters of a wrong value that a message quotes
 
 
 class Misfit(ValueError):
-    """What is wrong with something that was read, as part of a sentence."""
+    """What is wrong with a value or a file, as a part of a sentence; the caller adds the rest."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A type with its limits: how a message names it, and whether a value is of it."""
+    """A type with its limits: how a message names it, and a function that tests a value."""
 
     expected: str
     fits: Callable[[Any], bool]
@@ -34,7 +34,10 @@ def _text(value: Any) -> bool:
 
 
 def _encodes(value: str) -> bool:
-    """JSON can write half of a pair of surrogates, which is no letter: no tokenizer and no file takes it."""
+    """Whether a text can be encoded as UTF-8.
+
+    JSON can write one half of a surrogate pair (\\ud800), which is no character: tokenizers and files refuse it.
+    """
     return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
@@ -43,11 +46,11 @@ def _whole(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= FARTHEST  # so no NaN
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= FARTHEST  # not NaN
 
 
 def _file_name(value: Any) -> bool:
-    """Of a file inside its data set's folder."""
+    """Whether a value names a file inside its data set's folder: a relative path without `..`."""
     return (
         _text(value)
         and "\0" not in value
@@ -69,6 +72,8 @@ OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 
 
 def listed(kind: Kind, fewest: int = 1) -> Kind:
+    """A list of at least `fewest` values of a kind."""
+
     def fits(value: Any) -> bool:
         return isinstance(value, list) and len(value) >= fewest and all(map(kind.fits, value))
 
@@ -76,17 +81,24 @@ def listed(kind: Kind, fewest: int = 1) -> Kind:
 
 
 def either(*kinds: Kind) -> Kind:
+    """A value of any one of several kinds."""
     return Kind(" or ".join(kind.expected for kind in kinds), lambda value: any(kind.fits(value) for kind in kinds))
 
 
 def one_of(*names: str) -> Kind:
+    """One of a few names."""
     return Kind(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
 
 
 def check(value: Any, required: Mapping[str, Kind], optional: Mapping[str, Kind] = {}, what: str = "it") -> Any:
-    """The value, an object with these fields of these kinds; an optional field may be null."""
+    """Return the value if it is an object whose fields are of these kinds; raise Misfit otherwise.
+
+    An optional field may be null. Fields that are not named are allowed, since data sets have more of them than we
+    read.
+    """
     if not isinstance(value, dict):
         raise Misfit(f"{what} is {shown(value)} instead of an object")
+    # missing fields first and all at once: they say that the file is of another layout
     if missing := [name for name in required if name not in value]:
         raise Misfit(f"{what} has no {' and no '.join(map(repr, missing))}")
     for name, kind in required.items():
@@ -99,7 +111,7 @@ def check(value: Any, required: Mapping[str, Kind], optional: Mapping[str, Kind]
 
 
 def shown(value: Any) -> str:
-    """A value as JSON would write it, short, on one line and in letters that any terminal shows."""
+    """A wrong value for a message: as JSON, short, on one line, in ASCII."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):
@@ -108,12 +120,15 @@ def shown(value: Any) -> str:
 
 
 def cut(text: str) -> str:
-    """A name as a message repeats it."""
+    """A name for a message, shortened where it is long."""
     return text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]}..."
 
 
 def parsed(text: str | bytes) -> Any:
-    """What JSON says, with or without a byte-order mark; NaN is none, and nothing is nested beyond reason."""
+    """The value of a JSON text, with or without a byte-order mark.
+
+    NaN and nesting beyond Python's recursion limit raise Misfit.
+    """
     try:
         plain = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
         return json.loads(plain, parse_constant=_constant)
@@ -125,18 +140,18 @@ def parsed(text: str | bytes) -> Any:
         raise Misfit("too many brackets inside each other") from error
     except Misfit:
         raise
-    except ValueError as error:  # Python's own limit on the digits of a number
+    except ValueError as error:  # Python refuses to convert a number of more than 4,300 digits
         raise Misfit("a number of too many digits") from error
 
 
 def _constant(name: str) -> float:
     if name == "NaN":
         raise Misfit("NaN is no JSON")
-    return -math.inf if name.startswith("-") else math.inf  # configurations have them, as transformers writes them
+    return -math.inf if name.startswith("-") else math.inf  # transformers writes them into configurations
 
 
 def content(file: Path) -> bytes:
-    """All of a file; of nothing else, as a folder has no content and a pipe may never end."""
+    """The bytes of a regular file; a folder has none, and reading a pipe may never end."""
     if trouble := not_a_file(file):
         raise Misfit(trouble)
     try:
@@ -146,12 +161,12 @@ def content(file: Path) -> bytes:
 
 
 def not_a_file(file: Path) -> str | None:
-    """Why a path is no file that can be read; None where it is one."""
+    """Why a path is not a regular file; None if it is one."""
     try:
         mode = file.stat().st_mode
     except PermissionError:
         return "it may not be read"
-    except (OSError, ValueError):  # no such file, and none can have a name too long or with a zero in it
+    except (OSError, ValueError):  # also for a name that is too long or holds a zero byte, which no file can have
         return MISSING
     if stat.S_ISREG(mode):
         return None
@@ -159,5 +174,5 @@ def not_a_file(file: Path) -> str | None:
 
 
 def read(file: Path) -> Any:
-    """What a JSON file says."""
+    """The value of a JSON file."""
     return parsed(content(file))

@@ -1,4 +1,4 @@
-"""Files that are there in full or not at all; the only place that deletes or replaces, and only what we wrote."""
+"""Atomic writes, and the only code that deletes or replaces files: never one that we did not write."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MARK = "sensitivity"  # the value of "written_by" in a manifest, and the content of UNFINISHED
-UNFINISHED = ".unfinished"  # a file in each folder that is still being written
+UNFINISHED = ".unfinished"  # a marker file in each folder that is still being written
 PACKAGE = Path(__file__).resolve().parents[1]
 
-# says why a path is not one that we wrote; an empty string where it is ours
+# returns why a path is not one that we wrote, or an empty string if it is ours
 WhyForeign = Callable[[Path], str]
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def full(target: Path, error: OSError) -> Failed:
-    """What could not be written or read, and what helps, instead of a number of the system's."""
+    """The error for a file that could not be written or read, with what the user can do about a full disk."""
     if error.errno in NO_SPACE:
         return Failed(
             f"no space is left for {target}; what was finished is kept: make room, and the same command goes on"
@@ -37,7 +37,11 @@ def full(target: Path, error: OSError) -> Failed:
 
 @contextlib.contextmanager
 def whole(target: Path) -> Iterator[Path]:
-    """A temporary name beside a file, moved into place only when the block ends well."""
+    """A temporary name beside a file, which replaces the file only if the block succeeds.
+
+    The rename is atomic, so that a reader sees the old content or the new, never a part.
+    """
+    # in the same folder, since a rename is atomic only within one file system; process and time keep names apart
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
         yield unfinished
@@ -50,7 +54,8 @@ def whole(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def making(folder: Path, ours: Iterable[str] = ()) -> Iterator[None]:
-    """Make a folder; where the block fails, what was made goes again: our files in it, by name, and empty folders."""
+    """Create a folder; if the block fails, remove what was created: the named files of ours, and empty folders."""
+    # folders that do not exist yet, the innermost first: only these may be removed again
     before = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,12 +65,12 @@ def making(folder: Path, ours: Iterable[str] = ()) -> Iterator[None]:
             for name in ours if before else ():
                 (folder / name).unlink(missing_ok=True)
             for place in before:
-                place.rmdir()  # only what is empty
+                place.rmdir()  # fails unless it is empty, so nothing else is lost
         raise
 
 
 def finite(value: Any) -> Any:
-    """JSON knows no infinity and no NaN: null stands for them."""
+    """The value with null in place of infinities and NaN, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -74,7 +79,11 @@ def finite(value: Any) -> Any:
 
 
 def table_of(rows: pd.DataFrame) -> bytes:
-    """Rows as CSV, in which no text passes for a formula when a spreadsheet opens it (OWASP: CSV injection)."""
+    """Rows as CSV whose text no spreadsheet runs as a formula (OWASP: CSV injection).
+
+    Text that begins with =, +, -, @, a tab or a carriage return gets an apostrophe in front, by which spreadsheets take
+    it for text.
+    """
 
     def inert(value: Any) -> Any:
         return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
@@ -85,17 +94,19 @@ def table_of(rows: pd.DataFrame) -> bytes:
 
 
 def write_whole(target: Path, content: bytes) -> None:
+    """Replace a file atomically by one with this content."""
     with whole(target) as unfinished:
         unfinished.write_bytes(content)
 
 
 def write_again(target: Path, text: str) -> None:
-    """Write a document of ours, over an earlier one that begins with the same line; any other file stays."""
+    """Write a text file, over an earlier one only if that begins with the same first line."""
     if target.is_dir():
         raise UserError(f"{target} is a folder; name a file")
     first = text.partition("\n")[0]
     if target.exists():
         with target.open("rb") as file:
+            # two bytes more than the line, to see that it ends there, with \n or with \r\n
             found = file.read(len(first.encode()) + 2)
         if found.rstrip(b"\r\n").partition(b"\n")[0].rstrip(b"\r") != first.encode():
             raise UserError(f"{target} is another file: it does not begin with '{first}'; choose another name")
@@ -104,9 +115,9 @@ def write_again(target: Path, text: str) -> None:
 
 
 def may_write(out: Path, force: bool, why_foreign: WhyForeign, keep: Iterable[Path] = ()) -> None:
-    """Refuse a target where something would be lost: a folder or a file that is there and not ours, or not `force`.
+    """Raise an error if writing to `out` would lose something: a file or folder that is not ours, or no `force`.
 
-    Whatever is in `keep` (a study, a model, a plan, a cache) must not be the target or lie in it.
+    The target may neither be nor contain anything in `keep` (a study, a model, a plan, a cache).
     """
     if why := _why_never(out, keep):
         raise UserError(f"{out} {why}; choose another --out")
@@ -119,7 +130,7 @@ def may_write(out: Path, force: bool, why_foreign: WhyForeign, keep: Iterable[Pa
 
 
 def _why_never(out: Path, keep: Iterable[Path]) -> str:
-    """Why a target is never written to, whatever is in it; an empty string where it may be."""
+    """Why nothing is ever written to a target, whatever it holds; an empty string if it is allowed."""
     if not str(out) or out == Path():
         return "is the working folder"
     if out.is_symlink():
@@ -141,12 +152,14 @@ def _why_never(out: Path, keep: Iterable[Path]) -> str:
 
 
 def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # `resolve` raises where links go in a circle
+    return Path(os.path.realpath(path))  # `resolve` raises on a cycle of links
 
 
 def _homes() -> set[Path]:
+    """The home folders of all users, and the folders that contain them."""
+    # of all users: with root's rights, the home folder of somebody else would be replaced just as well
     homes = [Path.home()]
-    with contextlib.suppress(ImportError):  # not on Windows
+    with contextlib.suppress(ImportError):  # Windows has no pwd
         import pwd
 
         homes += [Path(user.pw_dir) for user in pwd.getpwall() if user.pw_dir]
@@ -155,13 +168,13 @@ def _homes() -> set[Path]:
 
 
 def begin_folder(folder: Path) -> None:
-    """Make a folder with the mark of what is being written."""
+    """Create a folder that carries the mark of an unfinished one."""
     folder.mkdir()
     (folder / UNFINISHED).write_text(MARK, encoding="utf-8")
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a folder is one that `begin_folder` made and nobody finished."""
+    """Whether `begin_folder` made a folder that nobody has finished."""
     try:
         return not folder.is_symlink() and (folder / UNFINISHED).read_text(encoding="utf-8") == MARK
     except (OSError, UnicodeDecodeError):
@@ -169,7 +182,10 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def put_in_place(folder: Path, out: Path, why_foreign: WhyForeign) -> None:
-    """Move a folder that is finished to its target; what it replaces stays beside it until then."""
+    """Move a finished folder to its target; what it replaces is deleted only after the move.
+
+    A kill between two renames leaves the old folder under a name from which `put_back` restores it.
+    """
     (folder / UNFINISHED).unlink(missing_ok=True)
     if not out.is_dir() or out.is_symlink():
         if out.exists() or out.is_symlink():
@@ -180,9 +196,11 @@ def put_in_place(folder: Path, out: Path, why_foreign: WhyForeign) -> None:
         out.rmdir()
         os.replace(folder, out)
         return
+    # a folder that is not empty cannot be replaced by one rename, so the old one is moved away first
     old = folder.with_name(folder.name + ".old")
     os.replace(out, old)
-    if why := why_foreign(old):  # it has changed since it was checked
+    # checked again, as it may have changed since `may_write`; under its new name others no longer find it
+    if why := why_foreign(old):
         os.replace(old, out)
         raise UserError(f"{out} is not replaced: {why}; choose another --out")
     os.replace(folder, out)
@@ -190,13 +208,13 @@ def put_in_place(folder: Path, out: Path, why_foreign: WhyForeign) -> None:
 
 
 def put_back(old: Path, out: Path) -> None:
-    """Give back its name to what was moved away, where nothing has taken it."""
+    """Move an old folder back to its name, unless something else has taken the name."""
     if not out.exists() and not out.is_symlink():
         os.replace(old, out)
 
 
 def discard(path: Path, ours: bool) -> bool:
-    """Delete a file or a folder that the caller has recognized as ours; whether it is gone."""
+    """Delete a file or folder if the caller says that it is ours; returns whether it is gone."""
     if not ours or path.is_symlink():
         return False
     if path.is_dir():

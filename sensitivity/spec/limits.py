@@ -1,4 +1,4 @@
-"""What a plan may be: the widths that parts are allowed, and parts that must share their scheme."""
+"""Limits on plans: which bit widths a component may have, and which components must share a scheme."""
 
 from __future__ import annotations
 
@@ -8,22 +8,26 @@ from sensitivity.spec.components import matches
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Scheme
 
-NATIVE = 16  # the width that means native precision
-Allowed = Callable[[str, Scheme | None], bool]  # may this component have this scheme, or stay native?
+NATIVE = 16  # the bit width that stands for native precision
+Allowed = Callable[[str, Scheme | None], bool]  # whether a component may have a scheme; None is native precision
 
 
 def allowing(names: Sequence[str], widths: Mapping[str, Sequence[int]] | None) -> Allowed | None:
-    """Only these widths for the components that a pattern names; the longest pattern decides, 16 is native."""
+    """Whether a component may have a scheme, from the bit widths that each pattern allows.
+
+    The longest matching pattern decides; 16 stands for native precision.
+    """
     if not widths:
         return None
     fine: dict[str, Sequence[int]] = {}
+    # shortest first, so that longer patterns, which say more, overwrite them
     for pattern in sorted(widths, key=len):
         fine |= dict.fromkeys(members(names, pattern), widths[pattern])
     return lambda name, scheme: name not in fine or (scheme.bits if scheme else NATIVE) in fine[name]
 
 
 def tying(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """Groups of components that must share, from groups of patterns."""
+    """Groups of components that must share a scheme, from groups of patterns."""
     found = []
     for group in groups:
         tied = tuple(dict.fromkeys(name for pattern in group for name in members(names, pattern)))
@@ -34,15 +38,17 @@ def tying(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[tuple[s
 
 
 def both(one: Allowed | None, other: Allowed | None) -> Allowed | None:
+    """What both functions allow; None allows everything."""
     if one is None or other is None:
         return one or other
     return lambda name, scheme: one(name, scheme) and other(name, scheme)
 
 
 def joined(groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """Groups that have a member in common become one."""
+    """Merge groups that have a member in common."""
     found: list[tuple[str, ...]] = []
     for group in map(tuple, groups):
+        # one group may connect several earlier ones, so all that share a member with it are merged
         touching = [other for other in found if set(other) & set(group)]
         found = [other for other in found if other not in touching]
         found.append(tuple(dict.fromkeys(name for one in (*touching, group) for name in one)))

@@ -1,4 +1,4 @@
-"""What a search may try for a runtime: what it can load of a space of schemes, and what it leaves out, rule by rule."""
+"""The search space that a runtime leaves: which schemes it can load, and which rules exclude the rest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sensitivity.spec.runtimes import Choice, listed, refusals, runtime, tied
 
 
 def allowed(parts: ComponentMap, name: str, only: Choice = None) -> Callable[[str, Choice], bool]:
-    """Whether a component may have a scheme in a runtime; with `only`, no other scheme than that one."""
+    """Whether a component may have a scheme in a runtime; with `only`, no scheme but that one and native precision."""
     runtime(name)
 
     def fine(component: str, scheme: Choice) -> bool:
@@ -23,7 +23,10 @@ def allowed(parts: ComponentMap, name: str, only: Choice = None) -> Callable[[st
 
 
 def searches(parts: ComponentMap, name: str, schemes: Sequence[Choice]) -> list[Callable[[str, Choice], bool]]:
-    """The `allowed` of each search that finds a best legal plan: one, or one per scheme where all must be alike."""
+    """One `allowed` per search that finds a best legal plan.
+
+    A runtime that takes one scheme for everything needs one search per scheme; any other needs one search.
+    """
     if not runtime(name).one_scheme:
         return [allowed(parts, name)]
     return [allowed(parts, name, only) for only in dict.fromkeys(schemes) if only is not None]
@@ -32,9 +35,9 @@ def searches(parts: ComponentMap, name: str, schemes: Sequence[Choice]) -> list[
 def restrict(
     parts: ComponentMap, schemes: Sequence[Scheme], name: str, wanted: Callable[[str, Choice], bool] | None = None
 ) -> tuple[list[Scheme], list[str]]:
-    """The schemes that a runtime can load somewhere, and what it leaves out, one sentence a rule.
+    """The schemes that a runtime can load for at least one component, and one sentence per rule that excludes some.
 
-    An error where it can load none of them, or none of those that are wanted of a component (`wanted`).
+    Raises an error if it can load none, or none of those that `wanted` allows a component.
     """
     refused: dict[str, dict[str, list[str]]] = {}
     legal: dict[Scheme, None] = {}
@@ -45,6 +48,7 @@ def restrict(
         for scheme, rules in why.items():
             for rule in rules:
                 refused.setdefault(rule, {}).setdefault(str(scheme), []).append(component.name)
+        # a component that must be quantized, while the runtime can load none of its schemes, leaves no plan at all
         if wanted is not None and not wanted(component.name, None) and asked and all(why.values()):
             raise UserError(f"{name} can load none of what {component.name} is allowed: {why[asked[0]][0]}")
     found = [_left_out(parts, places, rule) for rule, places in refused.items()]
@@ -55,7 +59,7 @@ def restrict(
 
 
 def _left_out(parts: ComponentMap, places: Mapping[str, Sequence[str]], rule: str) -> str:
-    """'rtn:2, rtn:3 of vision: the rule'."""
+    """A sentence such as 'rtn:2, rtn:3 of vision: the rule'."""
     by_place: dict[str, list[str]] = {}
     for scheme, names in places.items():
         where = "all parts" if len(names) == len(parts.names) else ", ".join(names)

@@ -1,4 +1,4 @@
-"""Scheme and Plan, and what they weigh: the only place where bits and bytes are counted."""
+"""Scheme and Plan: how the weights of one component are stored, and which component has which scheme."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Scheme:
 
     method: str
     bits: int
-    group: int | str = "row"  # "tensor", "row", or that many columns share one scale
+    group: int | str = "row"  # which weights share a scale: the "tensor", a "row", or this many columns of a row
     symmetric: bool = True
-    settings: tuple[tuple[str, Setting], ...] = ()  # the method's own few, sorted by name
+    settings: tuple[tuple[str, Setting], ...] = ()  # the method's own, sorted by name so that equal schemes are equal
 
     def __post_init__(self) -> None:
         whole = isinstance(self.bits, int) and not isinstance(self.bits, bool)
@@ -49,17 +49,20 @@ class Scheme:
         return dict(self.settings)[setting]
 
     def get(self, setting: str, default: Setting = None) -> Setting:
+        """A setting, or the default if the scheme does not have it."""
         return dict(self.settings).get(setting, default)
 
     def __str__(self) -> str:
         return f"{self.method}:{self.bits}"
 
     def to_json(self) -> dict[str, Any]:
+        """The scheme as JSON values; settings are left out where there are none."""
         plain = {"method": self.method, "bits": self.bits, "group": self.group, "symmetric": self.symmetric}
         return {**plain, **({"settings": dict(self.settings)} if self.settings else {})}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Scheme:
+        """The scheme from what `to_json` returned."""
         known = {"method", "bits", "group", "symmetric", "settings"}
         if extra := sorted(set(data) - known):
             raise unknown("scheme field", extra[0], sorted(known))
@@ -68,7 +71,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Plan:
-    """Component -> Scheme, or None for native precision.
+    """Each component's Scheme, or None for native precision.
 
     Examples:
         >>> from sensitivity import Plan
@@ -85,7 +88,7 @@ class Plan:
     def of(cls, parts: ComponentMap, choice: Mapping[str, Scheme | None], default: Scheme | None = None) -> Plan:
         """A plan from patterns over component names; the last pattern that matches wins."""
         for pattern in choice:
-            parts.match(pattern)  # a pattern that matches nothing is a mistake, not an empty wish
+            parts.match(pattern)  # raises an error if it matches nothing, as with a misspelled name
         schemes: dict[str, Scheme | None] = dict.fromkeys(parts.names, default)
         for name in parts.names:
             for pattern, scheme in choice.items():
@@ -95,6 +98,7 @@ class Plan:
 
     @classmethod
     def uniform(cls, parts: ComponentMap, scheme: Scheme | None) -> Plan:
+        """The plan with one scheme for all components."""
         return cls.of(parts, {}, scheme)
 
     def __getitem__(self, name: str) -> Scheme | None:
@@ -105,7 +109,7 @@ class Plan:
         return dict(self.schemes)
 
     def check(self, parts: ComponentMap) -> None:
-        """A plan says something of each component, and of nothing else."""
+        """Raise an error unless the plan names every component of a model, and no other."""
         names = parts.names
         missing = [name for name in names if name not in self._by_name]
         extra = [name for name in self._by_name if name not in set(names)]
@@ -115,22 +119,25 @@ class Plan:
 
     @property
     def is_native(self) -> bool:
+        """Whether nothing is quantized."""
         return all(scheme is None for _, scheme in self.schemes)
 
     @property
     def is_uniform(self) -> bool:
+        """Whether all components have the same scheme."""
         return len({scheme for _, scheme in self.schemes}) == 1
 
     @cached_property
     def key(self) -> str:
-        """Stable across processes and versions: the hash of the canonical JSON."""
+        """The hash of the canonical JSON: the same in every process and version."""
         return hashlib.sha256(self.dumps().encode()).hexdigest()[:16]
 
     def bits(self, native: int = 16) -> dict[str, int]:
+        """The bit width of each component."""
         return {name: scheme.bits if scheme else native for name, scheme in self.schemes}
 
     def describe(self) -> str:
-        """Short, for tables and figures: 'vision 4 · connector 8 · language 3'."""
+        """A short text for tables and figures, such as 'vision 4 · connector 8 · language 3'."""
         methods = {scheme.method for _, scheme in self.schemes if scheme}
         if self.is_uniform:
             return f"all {self.schemes[0][1]}" if methods else "full precision"
@@ -139,13 +146,16 @@ class Plan:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values: component to scheme, or null."""
         return {name: scheme and scheme.to_json() for name, scheme in self.schemes}
 
     def dumps(self) -> str:
+        """The canonical JSON: sorted, without spaces."""
         return json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan from what `to_json` returned."""
         return cls(tuple((name, scheme and Scheme.from_json(scheme)) for name, scheme in data.items()))
 
 
@@ -153,13 +163,13 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
 
 
-# methods that look at a layer's inputs: rows of an embedding are looked up and not multiplied, so it has none, and its
-# rows are rounded to nearest on the same kind of grid
+# Methods that calibrate on a layer's inputs. An embedding has none, since its rows are looked up and not multiplied;
+# under these methods its rows are rounded to nearest on the same kind of grid.
 CALIBRATED = ("clip", "gptq", "awq")
 
 
 def scheme_of(weight: Weight, scheme: Scheme) -> Scheme:
-    """What a component's scheme means for one of its weights."""
+    """The scheme that one weight really gets from the scheme of its component."""
     if weight.looked_up and scheme.method in CALIBRATED:
         return Scheme("rtn", scheme.bits, scheme.group, scheme.symmetric)
     return scheme

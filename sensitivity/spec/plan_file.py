@@ -1,4 +1,4 @@
-"""The plan as our own canonical JSON: which weights, which scheme, what it weighs, where it comes from."""
+"""plan.json: a plan with its weights, its size and its origin, as JSON."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ VERSION = 1
 
 
 def document(parts: ComponentMap, plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a plan.json; `facts` say where the plan comes from."""
     known = {
         "version": VERSION,
         "model": parts.model,
@@ -26,11 +27,12 @@ def document(parts: ComponentMap, plan: Plan, facts: Mapping[str, Any]) -> dict[
         "size": size(parts, plan).to_json(),
         "weights": {component.name: [weight.name for weight in component.weights] for component in parts.components},
     }
-    return {**known, **facts, **known}  # facts may come from another plan.json: what is known of this one stands
+    # first for the order of keys, last for the values: facts may come from another plan.json
+    return {**known, **facts, **known}
 
 
 def write_file(parts: ComponentMap, plan: Plan, facts: Mapping[str, Any], target: Path) -> Path:
-    """One JSON file."""
+    """Write a plan.json."""
     target.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps(finite(document(parts, plan, facts)), indent=2, default=str, allow_nan=False) + "\n"
     write_whole(target, content.encode())
@@ -38,6 +40,6 @@ def write_file(parts: ComponentMap, plan: Plan, facts: Mapping[str, Any], target
 
 
 def read(path: Path) -> tuple[str, Plan, dict[str, Any]]:
-    """Granularity, plan and the whole document of a plan.json, which may have been written by hand."""
+    """The granularity, the plan and the whole document of a plan.json, which a person may have written."""
     data = schema.read(path, "plan", "`sensitivity recommend` or `export` writes a plan.json")
     return data["by"], Plan.from_json(data["plan"]), data

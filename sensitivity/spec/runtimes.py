@@ -1,4 +1,4 @@
-"""RUNTIMES: what each runtime can load, as data: widths, groups, what must share bits; and what a plan breaks."""
+"""RUNTIMES: what each runtime can load, as data, and the rules that a plan breaks."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Plan, Scheme
 
 Choice = Scheme | None
-WHOLE_ZERO = ("rtn", "clip", "gptq", "awq")  # methods whose codes lie on an integer grid with a whole-numbered zero
+WHOLE_ZERO = ("rtn", "clip", "gptq", "awq")  # methods with integer codes and an integer zero point
 ANY = tuple(range(1, 17))
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What one runtime can load. A width that no row of data names is one that it cannot load."""
+    """What one runtime can load; a bit width that no field names is one that it cannot load."""
 
     about: str
-    symmetric: tuple[int, ...] = ()  # widths of grids around zero
-    asymmetric: tuple[int, ...] = ()  # widths of grids with a zero point
-    methods: tuple[str, ...] | None = WHOLE_ZERO  # None: any, since only values or widths are handed over
-    groups: tuple[int | str, ...] | None = None  # None: "tensor", "row" and any number of columns
+    symmetric: tuple[int, ...] = ()  # bit widths of symmetric grids
+    asymmetric: tuple[int, ...] = ()  # bit widths of grids with a zero point
+    methods: tuple[str, ...] | None = WHOLE_ZERO  # None: any, since it receives only values or bit widths
+    groups: tuple[int | str, ...] | None = None  # group sizes; None: "tensor", "row" and any number of columns
     zeros: tuple[int | str, ...] | None = None  # the groups that can have a zero point; None: all of them
-    groups_of: Mapping[int, tuple[int | str, ...]] = field(default_factory=dict)  # width -> its groups, where fewer
-    tensors: bool = True  # whether one scale for a whole tensor is possible, where any group is
-    ragged: bool = False  # whether the last group of a row may be shorter
-    rows: int = 1  # what the number of rows must divide by
-    cols: int = 1
-    cols_of: Mapping[int, int] = field(default_factory=dict)  # width -> the same, where it needs more
+    groups_of: Mapping[int, tuple[int | str, ...]] = field(default_factory=dict)  # bits -> groups, where fewer
+    tensors: bool = True  # where `groups` is None: whether one scale for a whole tensor is possible
+    ragged: bool = False  # whether the last group of a row may be shorter than the others
+    rows: int = 1  # rows must be a multiple of this
+    cols: int = 1  # columns must be a multiple of this
+    cols_of: Mapping[int, int] = field(default_factory=dict)  # bits -> the same, where it is more
     fused: bool = False  # whether q, k, v (and gate, up) become one layer, with one scheme
-    one_scheme: bool = False  # whether all that is quantized must be quantized alike
+    one_scheme: bool = False  # whether all quantized weights must have one scheme
     parts: tuple[str, ...] = PARTS  # the others stay in full precision
-    words: tuple[str, ...] = ()  # of an embedding, a head, and one that is both ("tied"), those that it can hold
+    words: tuple[str, ...] = ()  # which of "embedding", "head" and "tied" (one weight that is both) it can quantize
     biases: bool = False  # whether biases can be quantized too
-    packed: bool = False  # whether it loads our codes, and has no place for a factor per input beside them
-    instead: str = "rtn"  # the method to use in place of one that it does not know
-    files: str | None = None  # the format that it reads, where we write the weights: a budget counts what that stores
+    packed: bool = False  # whether it loads our packed codes, which leave no place for AWQ's factor per input channel
+    instead: str = "rtn"  # the method that a message suggests in place of one that it cannot load
+    files: str | None = None  # the format that it reads if we write the weights: budgets count its bits
 
 
 NAMED = Runtime("", ANY, ANY, methods=None, biases=True, ragged=True, words=(*WORDS, "tied"))
-# The widths were read in the libraries named in the comments; ../reports/export.md says which were also loaded.
+# The bit widths come from the source of the libraries in the comments; reports/export.md says which were also loaded.
 RUNTIMES: dict[str, Runtime] = {
     "plan": NAMED,
     "fake": NAMED,
-    # compressed-tensors 0.20: one symmetric bit is -1 or 0 there, not plus or minus one step. Packed zero points are
+    # compressed-tensors 0.20: one symmetric bit means -1 or 0 there, not plus or minus one step. Packed zero points are
     # written and unpacked, but transformers builds the model on the meta device, where their shape comes out unpacked,
     # and refuses the checkpoint (vllm-project/llm-compressor#1618); one zero point per tensor is not packed
     "compressed-tensors": Runtime(
@@ -98,13 +98,13 @@ RUNTIMES: dict[str, Runtime] = {
         packed=True,
         files="auto-round",
     ),
-    # compressed-tensors' pydantic scheme; grids are found again by llm-compressor, so its methods alone
+    # compressed-tensors' pydantic scheme; llm-compressor computes the grids itself, so only methods that it has
     "llm-compressor": Runtime(
         "llm-compressor",
         symmetric=tuple(range(2, 9)),
         asymmetric=tuple(range(1, 9)),
     ),
-    # bitsandbytes 0.50: blocks of the flattened weight in 4 bits, rows with outlier columns apart in 8
+    # bitsandbytes 0.50: 4 bits in blocks of the flattened weight, 8 bits per row with separate outlier columns
     "bnb": Runtime(
         "bitsandbytes",
         symmetric=(4, 8),
@@ -145,18 +145,19 @@ RUNTIMES: dict[str, Runtime] = {
 
 
 def runtime(name: str) -> Runtime:
+    """The row of RUNTIMES for a name, or an error that lists the names."""
     if name not in RUNTIMES:
         raise unknown("runtime", name, RUNTIMES)
     return RUNTIMES[name]
 
 
 def files_of(name: str | None) -> str | None:
-    """The format of files in which a budget for a runtime counts; None: as the plan itself counts."""
+    """The format whose stored bits count against a runtime's budget; None: the bits that the plan itself counts."""
     return None if name is None else runtime(name).files
 
 
 def abilities(name: str) -> str:
-    """What a runtime takes, in a few words that name what to ask a sweep for."""
+    """What a runtime can load, in the flags of a sweep."""
     able = runtime(name)
     zeros = "" if able.zeros is None else f" --group {' or '.join(map(str, able.zeros))}"
     grids = (("--symmetric", able.symmetric), (f"--no-symmetric{zeros}", able.asymmetric))
@@ -169,7 +170,8 @@ def abilities(name: str) -> str:
 
 
 def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
-    """What a runtime cannot do about one component at one scheme, each as the end of a sentence."""
+    """Why a runtime cannot load one component at one scheme: each rule that it breaks, as the end of a sentence."""
+    # no rule names the component, so that `breaches` and `restrict` can list all components under one sentence
     able = runtime(name)
     if scheme is None:
         return
@@ -214,7 +216,7 @@ def _word(weight: Weight) -> str | None:
 
 
 def _misfits(weights: Sequence[Weight], scheme: Scheme, able: Runtime) -> Iterator[str]:
-    """Rows and columns that a group, or the packing, does not divide."""
+    """Rules about rows and columns that the group size or the packing does not divide."""
     rows, cols = sorted({w.rows for w in weights}), sorted({w.cols for w in weights})
     if isinstance(scheme.group, int) and not able.ragged and (odd := [n for n in cols if n % scheme.group]):
         yield f"groups of {scheme.group} do not divide rows of {listed(odd)} weights; use --group row"
@@ -226,7 +228,7 @@ def _misfits(weights: Sequence[Weight], scheme: Scheme, able: Runtime) -> Iterat
 
 
 def breaches(parts: ComponentMap, plan: Plan, name: str) -> list[str]:
-    """Which components break which rule of a runtime, one sentence a rule; empty for a plan that it can load."""
+    """The rules that a plan breaks, one sentence per rule with its components; empty if the runtime can load it."""
     able = runtime(name)
     refused: dict[str, list[str]] = {}
     for component in parts.components:
@@ -248,7 +250,7 @@ def breaches(parts: ComponentMap, plan: Plan, name: str) -> list[str]:
 
 
 def tied(parts: ComponentMap, name: str) -> list[tuple[str, ...]]:
-    """Components that must share their scheme, since their weights become one layer of the runtime."""
+    """Components that must share their scheme, because the runtime fuses their weights into one layer."""
     if not runtime(name).fused:
         return []
     home = {weight.name: component.name for component in parts.components for weight in component.weights}
@@ -258,6 +260,7 @@ def tied(parts: ComponentMap, name: str) -> list[tuple[str, ...]]:
             sharing.setdefault(weight.shares_input, set()).add(home[weight.name])
     merged: list[set[str]] = []
     for names in sharing.values():
+        # each input ties the components of its readers; sets that overlap are merged, as ties are transitive
         near = [group for group in merged if group & names]
         merged = [group for group in merged if not group & names] + [names.union(*near)]
     order = {component: place for place, component in enumerate(parts.names)}
@@ -265,7 +268,7 @@ def tied(parts: ComponentMap, name: str) -> list[tuple[str, ...]]:
 
 
 def check(parts: ComponentMap, plan: Plan, name: str) -> None:
-    """An error that names every breach."""
+    """Raise an error that names the rules that a plan breaks."""
     if found := breaches(parts, plan, name):
         shown = "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
         raise UserError(f"{name} cannot hold this plan: {shown}. `sensitivity legalize` finds the best plan that fits")
@@ -276,4 +279,5 @@ def _scheme(scheme: Choice) -> str:
 
 
 def listed(values: Sequence[object]) -> str:
+    """Values with commas between them."""
     return ", ".join(map(str, values))

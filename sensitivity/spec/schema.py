@@ -1,4 +1,4 @@
-"""Our own JSON files, held against their schemas on being read: what is wrong, where, and what it should be."""
+"""Validates our own JSON files against their schemas, with messages that say what is wrong and where."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import Any
 from sensitivity.spec.errors import UserError
 
 FOLDER = Path(__file__).parent / "schemas"
-LARGEST = 256 * 2**20  # bytes of a file that is read at all; ours have kilobytes
-SHOWN = 60  # letters of a value that a sentence repeats
-# JSON Schema's types as Python reads them; a bool is no number. What has limits is finite, as NaN lies within none
+LARGEST = 256 * 2**20  # bytes; our files have kilobytes, so a larger one is not ours and is not read
+SHOWN = 60  # characters of a value that a message quotes
+# JSON Schema's types as Python reads them; bool is excluded from numbers, since Python counts it as an int. A number
+# with limits is finite, since NaN lies within none.
+# The validator is written by hand so that its message is one plain sentence about the first fault.
 TYPES: dict[str, Callable[[Any], bool]] = {
     "object": lambda value: isinstance(value, Mapping),
     "array": lambda value: isinstance(value, list | tuple),
@@ -29,13 +31,13 @@ TYPES: dict[str, Callable[[Any], bool]] = {
 
 @cache
 def schema(name: str) -> dict[str, Any]:
-    """A schema by its name; the files use only the words of JSON Schema that `fault` knows."""
+    """A schema by its name; the files use only the keywords of JSON Schema that `fault` knows."""
     found: dict[str, Any] = json.loads((FOLDER / f"{name}.schema.json").read_bytes())
     return found
 
 
 def read(path: Path, name: str, mend: str) -> dict[str, Any]:
-    """A JSON file as its schema says it is, or one sentence; `mend` is what the reader can do about it."""
+    """Read a JSON file and check it against its schema; `mend` ends each message with what the user can do."""
     what = f"{path} cannot be used"
     try:
         if path.exists() and not path.is_file():
@@ -52,13 +54,17 @@ def read(path: Path, name: str, mend: str) -> dict[str, Any]:
 
 
 def check(value: object, name: str, what: str, mend: str) -> None:
-    """Raise one sentence where a value is not as its schema says."""
+    """Raise an error with the first fault of a value."""
     if wrong := fault(value, schema(name), name):
         raise UserError(f"{what}: {wrong}; {mend}")
 
 
 def fault(value: Any, wanted: Mapping[str, Any] | bool, home: str, at: str = "") -> str | None:
-    """The first thing that is not as the schema says, in words; None where all is."""
+    """The first fault of a value as part of a sentence; None if the schema accepts it.
+
+    `home` is the schema whose file a `$ref` without a file name refers to; `at` is the path of the value in the
+    document.
+    """
     if wanted is True:
         return None
     if wanted is False:
@@ -67,6 +73,7 @@ def fault(value: Any, wanted: Mapping[str, Any] | bool, home: str, at: str = "")
         home, wanted = _there(ref, home)
     if options := wanted.get("anyOf"):
         found = [fault(value, option, home, at) for option in options]
+        # where an object fits an option's type, its own fault says more than 'should be one of these options'
         inside = [one for one, option in zip(found, options, strict=True) if one and _kind(value, option, home)]
         return None if None in found else (inside[0] if inside else _not(value, wanted, home, at))
     if not _plainly(value, wanted):
@@ -83,6 +90,7 @@ def _first(faults: Any) -> str | None:
 
 
 def _of_object(value: Mapping[str, Any], wanted: Mapping[str, Any], home: str, at: str) -> str | None:
+    """The first fault of an object: a property that is missing, unknown or wrong."""
     for name in wanted.get("required", ()):
         if name not in value:
             return f"'{_below(at, name)}' is missing"
@@ -95,9 +103,10 @@ def _below(at: str, name: str) -> str:
 
 
 def _plainly(value: Any, wanted: Mapping[str, Any]) -> bool:
-    """Whether a value's type, limits and letters are as wanted; what is inside it is looked at elsewhere."""
+    """Whether a value's own type, limits and characters fit; its items and properties are checked by the caller."""
     if (kinds := _kinds(wanted)) and not any(TYPES[kind](value) for kind in kinds):
         return False
+    # True == 1 in Python, but not in JSON
     if "const" in wanted and (value != wanted["const"] or isinstance(value, bool)):
         return False
     if "enum" in wanted and value not in wanted["enum"]:
@@ -113,6 +122,7 @@ def _plainly(value: Any, wanted: Mapping[str, Any]) -> bool:
 
 
 def _within(value: float, wanted: Mapping[str, Any]) -> bool:
+    """Whether a number is within the limits of its schema."""
     limits = {"minimum": operator.ge, "exclusiveMinimum": operator.gt, "maximum": operator.le}
     return all(bool(holds(value, wanted[name])) for name, holds in limits.items() if name in wanted)
 
@@ -123,13 +133,14 @@ def _kinds(wanted: Mapping[str, Any]) -> list[str]:
 
 
 def _kind(value: Any, wanted: Mapping[str, Any], home: str) -> bool:
-    """Whether a value has at least the type of one of several options, so that what is inside it is what is wrong."""
+    """Whether a value is of an option's type, object: only then is the fault inside it worth reporting."""
     if ref := wanted.get("$ref"):
         _, wanted = _there(ref, home)
     return "object" in _kinds(wanted) and isinstance(value, Mapping)
 
 
 def _there(ref: str, home: str) -> tuple[str, Mapping[str, Any]]:
+    """What a `$ref` points to, in this schema file or in another, and the name of that file."""
     file, _, place = ref.partition("#/$defs/")
     home = file.removesuffix(".schema.json") or home
     found: Mapping[str, Any] = schema(home)["$defs"][place] if place else schema(home)
@@ -142,12 +153,13 @@ def _not(value: Any, wanted: Mapping[str, Any], home: str, at: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as a sentence repeats it: short, on one line, without letters that a terminal would obey."""
+    """A value for a message: short, on one line, without control characters."""
     text = "".join(letter if letter.isprintable() else "?" for letter in repr(value)[: 4 * SHOWN])
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 def _words(wanted: Mapping[str, Any], home: str) -> str:
+    """What a schema asks for, in words."""
     if ref := wanted.get("$ref"):
         home, wanted = _there(ref, home)
     if options := wanted.get("anyOf"):

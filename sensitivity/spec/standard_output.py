@@ -1,4 +1,4 @@
-"""Standard output belongs to what a command answers: what libraries print there, in Python or in C, goes elsewhere."""
+"""Keeps standard output for a command's result: what libraries print, in Python or C, goes elsewhere."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def reserved() -> Iterator[None]:
-    """Until the block ends, prints of this process go to standard error, also those of compiled code."""
-    with contextlib.redirect_stdout(sys.stderr), _elsewhere(2):
+    """Until the block ends, prints of this process go to standard error, including those of compiled code."""
+    with contextlib.redirect_stdout(sys.stderr), _elsewhere(2):  # for Python's prints, and for those of C
         yield
 
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """Until the block ends, what compiled code prints is lost; for a library that has no flag to keep it quiet."""
+    """Until the block ends, discard what compiled code prints, for libraries without a flag to silence them."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         with _elsewhere(nowhere):
@@ -29,10 +29,13 @@ def silenced() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _elsewhere(target: int) -> Iterator[None]:
-    """File descriptor 1 leads elsewhere; C's own buffer is emptied on both sides, as it knows nothing of that."""
+    """Point file descriptor 1 at another one until the block ends.
+
+    Python's and C's buffers are flushed on both sides: what they hold would otherwise go to the wrong place.
+    """
     try:
         kept = os.dup(1)
-    except OSError:  # there is no standard output
+    except OSError:  # standard output is closed
         yield
         return
     _flush()

@@ -1,4 +1,4 @@
-"""Threads: how many of this machine's cores are ours, and that a thread which waits sleeps."""
+"""Threads, cores and memory: how many this process may use, and that waiting threads sleep."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import os
 import sys
 from pathlib import Path
 
-# A thread of OpenMP that waits for others spins, by default: beside another busy process it takes the core that the one
-# it waits for needs, and a sweep takes three times the CPU seconds. OpenMP and OpenBLAS read this once, as they are
-# loaded, so that it is said before torch and numpy are imported; what the user has set stays.
+# By default, an OpenMP thread that waits for others spins. Beside another busy process it then occupies the core that
+# the thread it waits for needs, and a sweep takes three times the CPU seconds. OpenMP and OpenBLAS read these variables
+# once, when they are loaded, so they are set before torch and numpy are imported; values that the user has set stay.
 ASLEEP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0", "OPENBLAS_THREAD_TIMEOUT": "4"}
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time, and in how many
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time per period, and the period
 
 
 def sleep_while_waiting() -> None:
+    """Make waiting threads sleep instead of spin; call it before torch and numpy are imported."""
     for name, value in ASLEEP.items():
         os.environ.setdefault(name, value)
 
 
 def cores() -> int:
-    """Cores that this process may use: fewer than the machine's in a container, or where it was pinned to some."""
+    """The cores that this process may use: fewer than the machine has in a container or under an affinity mask."""
     ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = QUOTA.read_text().split()
@@ -29,7 +30,7 @@ def cores() -> int:
 
 
 def available() -> int:
-    """Bytes of memory that nobody uses."""
+    """Bytes of memory that are free or can be freed; without /proc/meminfo, half of the memory."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
@@ -38,15 +39,15 @@ def available() -> int:
 
 
 def limit(count: int) -> None:
-    """Compute with so many threads, here and in processes that are started from here."""
+    """Use this many threads, in this process and in those that it starts."""
     os.environ["OMP_NUM_THREADS"] = str(count)
-    if "torch" in sys.modules:  # it has read the environment before
+    if "torch" in sys.modules:  # torch reads the environment only when it is loaded
         import torch
 
         torch.set_num_threads(count)
 
 
 def limited() -> int | None:
-    """How many threads the user wants, if that was said."""
+    """How many threads the user asked for with OMP_NUM_THREADS; None if it is not set."""
     said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return int(said) if said.isdigit() and int(said) else None

@@ -1,1 +1,1 @@
-"""What a model is asked, and what counts as a right answer."""
+"""Tasks: what a model is asked, and what counts as a right answer."""

@@ -1,4 +1,4 @@
-"""Retrieval: scenes, and Flickr30k in Karpathy's split, five captions to an image; recall among the most similar."""
+"""Retrieval between images and captions: scenes, and Flickr30k in Karpathy's splits; recall at 1, 5 and 10."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ GET = (
 FILE, IMAGES = "dataset_flickr30k.json", "flickr30k-images"
 SENTENCE = Kind("a sentence", lambda value: isinstance(value, dict) and ANY_TEXT.fits(value.get("raw")))
 LISTED = {"filename": FILE_INSIDE, "split": TEXT, "sentences": listed(SENTENCE, 0)}
-PARTS = {"evaluation": "test", "calibration": "train"}  # val is left for choosing settings
+PARTS = {"evaluation": "test", "calibration": "train"}  # val stays free for choosing settings
 RANKS = (1, 5, 10)
-WAYS = ("text", "image")  # what is looked for: the captions of an image, or the image of a caption
-POOL = 256  # scenes among which one is looked for
+WAYS = ("text", "image")  # what is retrieved: the captions of an image, or the image of a caption
+POOL = 256  # scenes among which one is retrieved
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Images, all captions, and whose caption each is: `owner[j]` is the index of the image of caption j."""
+    """Images and all their captions; `owner[j]` is the index of the image of caption j."""
 
     images: tuple[Path, ...]
     captions: tuple[str, ...]
@@ -39,7 +39,7 @@ class Pairs:
 
 
 def flickr30k(folder: Path, split: str = "evaluation", n: int = 1000, seed: int = 0) -> Pairs:
-    """n images (all 1,000 of the test part by default) with all their captions."""
+    """n images (by default all 1,000 of the test split) with all their captions."""
     assert split in SPLITS
     source = DatasetFolder("flickr30k", folder, GET)
     every = source.json(FILE, "images")["images"]
@@ -61,7 +61,7 @@ def _rows(source: DatasetFolder, every: object, part: str) -> Iterator[Example |
 
 
 def of_flickr30k(folder: Path, split: str, n: int, seed: int) -> Task:
-    """n images and all their captions, in one pool; the 128 most similar are read together again, as published."""
+    """n images and all their captions in one pool; the 128 most similar are re-ranked, as published."""
     pairs = flickr30k(folder, split, n, seed)
     captions: list[list[str]] = [[] for _ in pairs.images]
     for caption, whose in zip(pairs.captions, pairs.owner, strict=True):
@@ -71,7 +71,7 @@ def of_flickr30k(folder: Path, split: str, n: int, seed: int) -> Task:
 
 
 def of_scenes(split: str, n: int, seed: int) -> Task:
-    """n scenes, no two of one caption, in pools of 256."""
+    """n scenes with different captions, in pools of 256."""
     found: dict[str, scenes.Scene] = {}
     index = 0
     while len(found) < n:
@@ -90,7 +90,7 @@ def _task(
     gallery: Gallery,
     notes: tuple[str, ...],
 ) -> Task:
-    """Each image looks for its captions, each caption for its image; an answer is the rank of the first right one."""
+    """Each image retrieves its captions, each caption its image; an answer is the rank of the first right one."""
     examples = []
     for key, image, words in zip(names, images, captions, strict=True):
         examples.append(Example(key, key, "text", image, "", tuple(words)))
@@ -118,10 +118,10 @@ def _mean(metrics: Sequence[Metric]) -> Metric:
 
 
 def recalls(images_to_texts: ArrayLike, texts_to_images: ArrayLike, owner: ArrayLike) -> dict[str, float]:
-    """R@1, 5 and 10 of images (rows) among captions, and of captions (rows) among images, and their means.
+    """R@1, 5 and 10 of captions by image (rows) and of images by caption (rows), and their means.
 
-    Two matrices, since a second model that re-ranks the first few does so for each way on its own. An image is right
-    if any of its captions is among the k most similar, a caption if its own image is.
+    There are two matrices, because a model that re-ranks the most similar does so separately in each direction. An
+    image counts if any of its captions is among the k most similar, a caption if its own image is.
     """
     by_image, by_text, whose = np.asarray(images_to_texts, float), np.asarray(texts_to_images, float), np.asarray(owner)
     if by_image.shape != (len(set(whose.tolist())), len(whose)) or by_text.shape != by_image.shape[::-1]:
@@ -139,9 +139,9 @@ def recalls(images_to_texts: ArrayLike, texts_to_images: ArrayLike, owner: Array
 
 
 def ranks(similarity: NDArray[np.float64], right: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The rank (0 is first) of the best right column of each row; equals count as before it, so ties win nothing.
+    """The rank of each row's best right column, 0 being first; equal similarities rank before it, so ties gain nothing.
 
-    A similarity that is not a number ranks last.
+    A NaN similarity ranks last.
     """
     values = np.where(np.isnan(similarity), -np.inf, similarity)
     best = np.where(right, values, -np.inf).max(axis=1, keepdims=True)
@@ -149,9 +149,9 @@ def ranks(similarity: NDArray[np.float64], right: NDArray[np.bool_]) -> NDArray[
 
 
 def reranked(similarity: ArrayLike, again: ArrayLike, k: int) -> NDArray[np.float64]:
-    """The second model's scores added where the first's are among the k highest of their row; the others go last."""
+    """The sum of both models' scores for the k most similar of each row by the first model; the others rank last."""
     first, second = np.asarray(similarity, float), np.asarray(again, float)
     order = np.argsort(-first, axis=1, kind="stable")[:, :k]
-    result = np.full(first.shape, -100.0)  # what the published code writes for those that are not looked at again
+    result = np.full(first.shape, -100.0)  # the published code's score for all that are not re-ranked
     np.put_along_axis(result, order, np.take_along_axis(first + second, order, axis=1), axis=1)
     return result

@@ -1,4 +1,4 @@
-"""The tasks of the embedded models: questions, captions, backgrounds and boxes in scenes of handwritten digits."""
+"""The tasks of the embedded models: questions, captions, backgrounds and boxes in scenes of digits."""
 
 from __future__ import annotations
 
@@ -11,28 +11,31 @@ from sensitivity.tasks import scenes
 from sensitivity.tasks.examples.types import Example, Task, exact
 from sensitivity.tasks.scoring.boxes import oriented_iou, parse
 
-THRESHOLD = 0.5  # of the oriented intersection over union, above which a box counts as found
+THRESHOLD = 0.5  # a box counts as found from this oriented intersection over union on
 
 
 def vqa(split: str, n: int, seed: int) -> Task:
-    """Position, colour, digit of a colour, existence and count: one question of each kind per scene."""
+    """One question of each kind per scene: position, color, digit of a color, existence and count."""
     return Task("vqa", _examples(split, n, seed, scenes.VQA_KINDS), exact, exact=True, max_new_tokens=8)
 
 
 def caption(split: str, n: int, seed: int) -> Task:
+    """The caption of each scene, word for word."""
     return Task("caption", _examples(split, n, seed, ["caption"]), exact, exact=True, max_new_tokens=48)
 
 
 def scene(split: str, n: int, seed: int) -> Task:
+    """The background of each scene."""
     return Task("scene", _examples(split, n, seed, ["scene"]), exact, exact=True, max_new_tokens=4)
 
 
 def ground(split: str, n: int, seed: int) -> Task:
-    """Boxes: right where the oriented intersection over union with the true one is at least one half."""
+    """A box for a digit: right if its oriented intersection over union with the true box is at least 0.5."""
     return Task("ground", _examples(split, n, seed, ["ground"]), found, max_new_tokens=16)
 
 
 def found(answer: str, example: Example) -> float:
+    """1 if the answer is a single box that overlaps the true one enough."""
     given, right = parse(answer), parse(example.answers[0])
     return float(len(given) == 1 and oriented_iou(given[0], right[0]) >= THRESHOLD)
 
@@ -45,6 +48,8 @@ def _examples(split: str, n: int, seed: int, kinds: Sequence[str]) -> tuple[Exam
         asked = scenes.questions(one, seed)
         for kind in kinds:
             choice = [question for question in asked if question.kind == kind]
+            # the draw depends on the kind, not on its position: a task of one kind asks the same questions as a task of
+            # all
             drawn = choice[int(np.random.default_rng([seed, index, scenes.KINDS.index(kind)]).integers(len(choice)))]
             found.append(Example(f"{one.id}-{kind}", one.id, kind, one.image, drawn.prompt, (drawn.answer,)))
     return tuple(found[:n])

@@ -1,4 +1,4 @@
-"""Scenes of handwritten digits, and the questions about them: made from a seed, split by handwriting."""
+"""Scenes of handwritten digits and questions about them, generated from a seed; splits share no handwriting."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-SIDE = 48
-STEP = 4
-SPLITS = {"train": 1300, "calibration": 100, "evaluation": 397}
+SIDE = 48  # pixels
+STEP = 4  # of the grid for boxes, in percent of the image
+SPLITS = {"train": 1300, "calibration": 100, "evaluation": 397}  # of the 1,797 digits in scikit-learn
 COLOURS = {
     "red": (225, 25, 30),
     "green": (25, 180, 50),
@@ -41,7 +41,7 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Digit:
-    """One digit: its upright box in percent of the image, turned counterclockwise by `angle` about its center."""
+    """One digit: its upright box in percent of the image, rotated counterclockwise by `angle` about its center."""
 
     value: int
     colour: str
@@ -57,6 +57,8 @@ class Digit:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
+    """An image with what was drawn into it."""
+
     id: str
     image: Array
     background: str
@@ -65,6 +67,8 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
+    """A question about a scene, and its answer."""
+
     kind: str
     prompt: str
     answer: str
@@ -86,7 +90,7 @@ def split_indices(split: str) -> NDArray[np.int64]:
     """Which of scikit-learn's digits belong to a split: a fixed permutation, stratified by the digit's value."""
     _, target = _handwriting()
     order = np.random.default_rng(1797).permutation(len(target))
-    # A digit's rank among its own kind, as a fraction: cutting at one fraction cuts every kind alike.
+    # The rank of a digit among those of its value, as a fraction: sorted by it, every prefix holds all values alike.
     rank = np.empty(len(target))
     for value in range(10):
         mine = order[target[order] == value]
@@ -103,7 +107,7 @@ def split_indices(split: str) -> NDArray[np.int64]:
 
 @functools.cache
 def _samples(split: str) -> tuple[tuple[Array, ...], ...]:
-    """The split's bitmaps by value, each cut to its ink, so that a digit fills the box it is given."""
+    """The split's bitmaps by value, cropped to their ink, so that a digit fills the box that it is given."""
     images, target = _handwriting()
     return tuple(tuple(_cut(images[i]) for i in split_indices(split) if target[i] == value) for value in range(10))
 
@@ -115,7 +119,7 @@ def _cut(bitmap: Array) -> Array:
 
 
 def _wobble(rng: np.random.Generator, bitmap: Array, amount: float) -> Array:
-    """The same digit as another hand might slant and squeeze it: its four corners moved a little."""
+    """The same digit as if another hand had slanted and squeezed it: its four corners are moved a little."""
     large = Image.fromarray(np.pad(bitmap, 1))
     width, height = 3 * large.width, 3 * large.height
     large = large.resize((width, height), Image.Resampling.BICUBIC)
@@ -128,8 +132,8 @@ def _wobble(rng: np.random.Generator, bitmap: Array, amount: float) -> Array:
 
 
 def _place(rng: np.random.Generator, cell: int, aspect: float, hard: float) -> tuple[Box, int]:
-    """A box on the grid of `STEP` inside its quarter of the image, and the angle it is turned by."""
-    room = 44 // STEP  # a step of the 12 in a quarter stays free at the image's edge, so that turned digits are not cut
+    """A box on the grid of `STEP` inside its quarter of the image, and the angle of its rotation."""
+    room = 44 // STEP  # 11 of the 12 steps of a quarter: one stays free at the image's edge for rotated digits
     height = int(rng.integers(8, 11))
     width = int(np.clip(round(height * aspect * rng.uniform(0.85, 1.15)), 5, 9))
     moved = rng.random() < hard
@@ -144,6 +148,7 @@ def _place(rng: np.random.Generator, cell: int, aspect: float, hard: float) -> t
 def _layout(
     rng: np.random.Generator, split: str, most: int, hard: float, wobble: float
 ) -> tuple[str, tuple[Digit, ...], tuple[Array, ...]]:
+    """A background, and digits with different values, colors and quarters of the image, with their bitmaps."""
     count = int(rng.integers(1, most + 1))
     background = list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
     values = rng.permutation(10)[:count]
@@ -165,7 +170,7 @@ def _layout(
 
 
 def _texture(rng: np.random.Generator, background: str) -> NDArray[np.float32]:
-    """One of five surfaces; colour alone would do to tell them apart, the pattern makes it a little less easy."""
+    """One of five backgrounds. Their colors alone would tell them apart; the pattern makes it a little harder."""
     y, x = np.mgrid[0:SIDE, 0:SIDE] + rng.integers(0, 24, size=2)[:, None, None]
     match background:
         case "paper":
@@ -184,14 +189,14 @@ def _texture(rng: np.random.Generator, background: str) -> NDArray[np.float32]:
 
 
 def _mask(bitmap: Array, digit: Digit) -> NDArray[np.float32]:
-    """The digit's ink on the whole image, from 0 to 1: stretched to its box, then turned about the box's center."""
+    """The digit's ink on the whole image, from 0 to 1: stretched to its box, then rotated about the box's center."""
     x1, y1, x2, y2 = (v * SIDE / 100 for v in digit.box)
     rows, columns = bitmap.shape
     padded = np.pad(bitmap, 1)
     across, down = columns / (x2 - x1), rows / (y2 - y1)
     cos, sin = np.cos(np.radians(digit.angle)), np.sin(np.radians(digit.angle))
     cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
-    # The map from a pixel of the image back to the bitmap, which is what PIL wants.
+    # PIL takes the inverse map, from a pixel of the image to the bitmap; the 1 is the padding around the bitmap.
     a, b = across * cos, -across * sin
     d, e = down * sin, down * cos
     c, f = columns / 2 + 1 - a * cx - b * cy, rows / 2 + 1 - d * cx - e * cy
@@ -220,7 +225,8 @@ def scene(
 ) -> Scene:
     """Scene `index` of a split and a seed.
 
-    For training: at `most` so many digits, `hard` below 1 centers and straightens some, `wobble` bends them.
+    `most`, `hard` and `wobble` are for training: the largest number of digits, the share that is moved and rotated, and
+    how much digits are distorted.
     """
     rng = np.random.default_rng([list(SPLITS).index(split), seed, index])
     background, digits, bitmaps = _layout(rng, split, most, hard, wobble)
@@ -234,12 +240,13 @@ def scenes(split: str, n: int, seed: int = 0) -> list[Scene]:
 
 
 def caption(scene: Scene) -> str:
+    """The caption of a scene: every digit with its color and place, then the background."""
     parts = [f"{d.colour} {d.value} {CELLS[d.cell]}" for d in scene.digits]
     return ", ".join(parts) + f", on {scene.background}"
 
 
 def _exists(scene: Scene, seed: int) -> Iterator[Question]:
-    """One digit that is there and one that is not, so that neither answer is the better guess."""
+    """One question about a digit that is there and one about a digit that is not: neither answer is likelier."""
     rng = np.random.default_rng([seed, zlib.crc32(scene.id.encode())])
     present = [d.value for d in scene.digits]
     absent = [v for v in range(10) if v not in present]
@@ -248,7 +255,7 @@ def _exists(scene: Scene, seed: int) -> Iterator[Question]:
 
 
 def questions(scene: Scene, seed: int = 0) -> list[Question]:
-    """Every question about a scene, kind by kind; only the two existence questions draw on `seed`."""
+    """Every question about a scene, kind by kind; only the two existence questions depend on `seed`."""
     digits = scene.digits
     return [
         *(Question("position", f"where is the {d.value}?", CELLS[d.cell]) for d in digits),

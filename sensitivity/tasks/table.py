@@ -1,4 +1,4 @@
-"""TASKS and DATASETS: every task by its name, and how a name on the command line is read."""
+"""TASKS and DATASETS: every task by its name, and task(), which finds the one that a name means."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TASKS: dict[str, Callable[[str, int, int], Task]] = {
 }
 
 
-# published data sets, from a folder in their official layout: --task coco-captions:FOLDER
+# published data sets in a folder with their official layout: --task coco-captions:FOLDER
 DATASETS: dict[str, Callable[[Path, str, int, int], Task]] = {
     "coco-captions": coco.captions,
     "vqav2": vqav2.vqav2,
@@ -35,7 +35,7 @@ DATASETS: dict[str, Callable[[Path, str, int, int], Task]] = {
 }
 
 
-# what is searched and not asked, for models that compare images with texts; here `n` counts images
+# retrieval, for models that compare images with texts; here `n` counts images
 SEARCHES: dict[str, Callable[[str, int, int], Task]] = {"retrieval": retrieval.of_scenes}
 
 
@@ -43,9 +43,9 @@ GALLERIES: dict[str, Callable[[Path, str, int, int], Task]] = {"flickr30k": retr
 
 
 def task(name: str, split: str = "evaluation", n: int = 1000, seed: int = 0, whole: bool = False) -> Task:
-    """A task by its name, DATASET:FOLDER, or from a user's own data, SCORER:PATH; `n` counts examples.
+    """A task by its name, DATASET:FOLDER, or SCORER:PATH for a user's own data; `n` counts examples.
 
-    Answers are written out `whole`, also where they can no longer be right.
+    With `whole`, answers are generated to their end even when they can no longer be right.
 
     Examples:
         >>> from sensitivity import task
@@ -59,7 +59,7 @@ def task(name: str, split: str = "evaluation", n: int = 1000, seed: int = 0, who
 
 
 def distinct(found: Sequence[Task], sources: Sequence[str]) -> None:
-    """Scores are kept by the name of a task, so that no two may have the same."""
+    """Raise an error if two tasks have the same name, under which their scores are stored."""
     for i, (one, source) in enumerate(zip(found, sources, strict=True)):
         for other, earlier in zip(found[:i], sources, strict=False):
             if one.name == other.name:
@@ -75,7 +75,7 @@ def _named(name: str, split: str, n: int, seed: int) -> Task:
 
 
 def find(name: str) -> Callable[[str, int, int], Task]:
-    """What makes the task of a name, of which nothing is read yet."""
+    """The function that makes a task, by the task's name; it has not read anything yet."""
     tasks, sets = {**TASKS, **SEARCHES}, {**DATASETS, **GALLERIES}
     if name in tasks:
         return tasks[name]

@@ -1,1 +1,1 @@
-"""The command line as values: flags, what they take, and how they are read."""
+"""Command-line arguments: shared flags, the values that they take, and the parser."""

@@ -1,4 +1,4 @@
-"""Words of the command line that several verbs share, and how they are read."""
+"""Flags that several verbs share, and checks of flags against each other."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from sensitivity.spec.plan import Scheme
 
 T = TypeVar("T")
-WIDTHS = (2, 3, 4, 5, 6, 8)
+WIDTHS = (2, 3, 4, 5, 6, 8)  # bits whose sizes `inspect` lists by default
 
 
 def model(p: argparse.ArgumentParser) -> None:
+    """Add MODEL."""
     p.add_argument(
         "model",
         type=values.place,
@@ -27,6 +28,7 @@ def model(p: argparse.ArgumentParser) -> None:
 
 
 def device(p: argparse.ArgumentParser) -> None:
+    """Add --device and --dtype."""
     p.add_argument(
         "--device", type=values.name, default="cpu", help="cpu, cuda, cuda:1 or mps; auto spreads it (default: cpu)"
     )
@@ -35,6 +37,7 @@ def device(p: argparse.ArgumentParser) -> None:
 
 
 def by(p: argparse.ArgumentParser, default: str) -> None:
+    """Add --by, the granularity of components."""
     p.add_argument(
         "--by",
         type=values.name,
@@ -45,6 +48,7 @@ def by(p: argparse.ArgumentParser, default: str) -> None:
 
 
 def include(p: argparse.ArgumentParser) -> None:
+    """Add --include, for weights that are kept otherwise."""
     p.add_argument(
         "--include",
         type=values.listed(values.choice("embedding", "head")),
@@ -55,6 +59,7 @@ def include(p: argparse.ArgumentParser) -> None:
 
 
 def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str) -> None:
+    """Add the flags that choose schemes: --bits, --method and the settings of methods."""
     p.add_argument(
         "--bits",
         type=values.listed(values.width),
@@ -87,6 +92,7 @@ def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str) -> Non
 
 
 def budget(p: argparse.ArgumentParser) -> None:
+    """Add --bpw."""
     p.add_argument(
         "--bpw",
         type=values.bpw,
@@ -97,14 +103,17 @@ def budget(p: argparse.ArgumentParser) -> None:
 
 
 def study(p: argparse.ArgumentParser) -> None:
+    """Add STUDY."""
     p.add_argument("study", type=values.path, metavar="STUDY", help="the folder of a sweep, such as runs/demo")
 
 
 def task(p: argparse.ArgumentParser) -> None:
+    """Add --task for verbs that decide by one task."""
     p.add_argument("--task", type=values.name, metavar="T", help="the task that decides (default: the study's first)")
 
 
 def samples(p: argparse.ArgumentParser) -> None:
+    """Add --n and --seed."""
     p.add_argument(
         "--n", type=values.examples, default=1000, help="examples per task, drawn with the seed (default: 1000)"
     )
@@ -112,6 +121,7 @@ def samples(p: argparse.ArgumentParser) -> None:
 
 
 def calibration(p: argparse.ArgumentParser) -> None:
+    """Add the flags of calibration as a group of their own."""
     g = p.add_argument_group("calibration", "for methods that look at what a layer reads, such as gptq and awq")
     g.add_argument(
         "--calibration",
@@ -138,6 +148,7 @@ def calibration(p: argparse.ArgumentParser) -> None:
 
 
 def limits(p: argparse.ArgumentParser) -> None:
+    """Add --allow and --tie, which restrict plans."""
     p.add_argument(
         "--allow",
         type=values.of(values.allowed),
@@ -157,6 +168,7 @@ def limits(p: argparse.ArgumentParser) -> None:
 
 
 def schemes(args: argparse.Namespace) -> list[Scheme]:
+    """The scheme of each bit width, from the flags of `methods`."""
     from sensitivity.quantize.methods import scheme
 
     flags = ("group", "symmetric", "biases", "backend")
@@ -168,7 +180,7 @@ def schemes(args: argparse.Namespace) -> list[Scheme]:
 
 
 def distinct(flag: str, pairs: Sequence[tuple[str, T]]) -> Sequence[tuple[str, T]]:
-    """NAME=VALUE pairs of a flag that may be repeated, but not for one name."""
+    """The NAME=VALUE pairs of a flag that may be repeated, with an error if a name is repeated."""
     names = [name for name, _ in pairs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{flag} names '{twice[0]}' twice; give it once")
@@ -176,7 +188,8 @@ def distinct(flag: str, pairs: Sequence[tuple[str, T]]) -> Sequence[tuple[str, T
 
 
 def without_effect(args: argparse.Namespace, flags: Iterable[str], where: str) -> None:
-    """Refuse flags that were given and would do nothing, rather than let somebody believe that they did."""
+    """Raise an error for flags that were given and would have no effect, so that nobody relies on them."""
+    # `given` holds the flags that took a value (see Once); a switch that is on is True in the namespace
     given = getattr(args, "given", set()) | {name for name, value in vars(args).items() if value is True}
     if idle := [flag for flag in flags if flag.removeprefix("--").replace("-", "_") in given]:
         raise UserError(f"{' and '.join(idle)} would do nothing {where}; leave it out")

@@ -1,4 +1,4 @@
-"""Parses the command line: each flag as it is spelled, none of them twice, and mistakes as one sentence."""
+"""Parses the command line: no abbreviated flags, no flag twice, and each mistake as one sentence."""
 
 from __future__ import annotations
 
@@ -36,21 +36,22 @@ def parser_of(verbs: Mapping[str, ModuleType]) -> argparse.ArgumentParser:
 
 
 def run_verb(verb: ModuleType, args: argparse.Namespace) -> dict[str, Any]:
-    """What a verb finds; where no terminal shows that it is at work, a line says so every few seconds."""
+    """Run a verb and return its result; off a terminal, a line every few seconds shows that it is running."""
     with working(args.verb, quiet=args.json):
         facts: dict[str, Any] = verb.run(args)
     return facts
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags as they are spelled, none of them given twice, and what is wrong said like everything else that is."""
+    """A parser that refuses abbreviated and repeated flags, and raises UserError for every mistake."""
 
     def __init__(self, **how: Any) -> None:
         super().__init__(**how, allow_abbrev=False)
-        for name in (None, "store"):
+        for name in (None, "store"):  # the action of add_argument without `action`, and of "store"
             self.register("action", name, Once)
 
     def error(self, message: str) -> NoReturn:
+        """Raise argparse's message in our words: the flag, what it takes, what it got."""
         about = re.sub(r"^argument (\S+): ", r"\1 ", message).replace("expected one argument", "needs a value")
         about = re.sub(r"invalid choice: (.*) \(choose from (.*)\)$", r"is one of \2, not \1", about)
         if about != message:
@@ -60,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Once(argparse.Action):
-    """Keeps a value; a second one is a mistake, as it would replace the first without a word."""
+    """Stores a value; the same flag a second time is an error, since it would silently replace the first value."""
 
     def __call__(
         self,

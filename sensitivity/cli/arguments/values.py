@@ -1,4 +1,4 @@
-"""Values of flags: one function per kind of value, each with its range, which is what a refusal says."""
+"""Types of flag values: one function per type, whose error names the allowed range."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# the largest of each kind; beyond them nothing that this program does would ever end, or fit
+# upper limits: with larger values nothing that this program does would end or fit into memory
 EXAMPLES = 1_000_000
-SEED = 2**31 - 1  # NumPy takes twice as much, and a sweep counts on from here
-PLANS = 20_000  # as many as a grid may have
+SEED = 2**31 - 1  # half of what NumPy takes, since a sweep counts up from the seed
+PLANS = 20_000  # the limit of a grid too
 WEIGHTS = 10**15
 WORKERS = 1_000
 RESAMPLES = 10_000
 COLUMNS = 1_000_000  # of a weight
-WIDEST = 16
+WIDEST = 16  # bits, which means native precision
 BPW = 64.0
 GB = 1e6
-NAME, FILE_NAME, PATH = 200, 200, 3_800  # bytes; systems take 255 and 4,096, and files of a study add to both
+NAME, FILE_NAME, PATH = 200, 200, 3_800  # bytes; systems allow 255 and 4,096, and the files of a study make both longer
 
 WHOLE = re.compile(r"[+-]?[0-9]{1,30}")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def refused(what: str, text: str) -> argparse.ArgumentTypeError:
+    """The error for a value: what the flag takes, and what was typed."""
     return argparse.ArgumentTypeError(f"takes {what}, not {shown(text)}")
 
 
 def shown(text: str) -> str:
-    """What was typed, in quotation marks, short, and without what a terminal would obey."""
+    """What was typed, for a message: quoted, short, without control characters."""
     return ascii(text) if not text.isprintable() and len(text) <= 40 else f"'{text}'" if len(text) <= 40 else _cut(text)
 
 
@@ -47,6 +48,7 @@ def _cut(text: str) -> str:
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
+    """A whole number within limits."""
     what = f"a whole number from {low:,} to {high:,}"
 
     def read(text: str) -> int:
@@ -58,7 +60,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def _number(text: str, what: str, high: float, above: bool) -> float:
-    """Finite, from 0 (or above it) to the largest."""
+    """A finite number from 0, or above 0, up to a limit."""
     value = float(text) if NUMBER.fullmatch(text) else math.nan
     if not (value > 0 if above else value >= 0) or not value <= high:
         raise refused(what, text)
@@ -75,28 +77,34 @@ top = whole(1, 100)
 
 
 def gigabytes(text: str) -> float:
+    """An amount of memory or disk, which may be 0."""
     return _number(text, f"an amount from 0 to {GB:,.0f} GB, such as 8 or 0.5", GB, above=False)
 
 
 def size(text: str) -> float:
+    """A budget in GB."""
     return _number(text, f"GB above 0 and at most {GB:,.0f}, such as 2.5", GB, above=True)
 
 
 def bpw(text: str) -> float:
+    """A budget in bits per weight."""
     return _number(text, f"bits per weight above 0 and at most {BPW:g}, such as 4", BPW, above=True)
 
 
 def fraction(text: str) -> float:
+    """A share above 0 and at most 1."""
     return _number(text, "a share above 0 and at most 1, such as 0.9", 1.0, above=True)
 
 
 def width(text: str) -> int:
+    """A bit width."""
     if not WHOLE.fullmatch(text) or not 1 <= int(text) <= WIDEST:
         raise refused(f"whole numbers of bits from 1 to {WIDEST}, such as 2,3,4", text)
     return int(text)
 
 
 def group(text: str) -> int | str:
+    """A group size: row, tensor or a number of columns."""
     if text in ("row", "tensor"):
         return text
     if not WHOLE.fullmatch(text) or not 1 <= int(text) <= COLUMNS:
@@ -105,6 +113,7 @@ def group(text: str) -> int | str:
 
 
 def workers_or_auto(text: str) -> int | str:
+    """A number of processes, or auto."""
     return text if text == "auto" else processes(text)
 
 
@@ -112,6 +121,8 @@ def workers_or_auto(text: str) -> int | str:
 
 
 def choice(*allowed: str) -> Callable[[str], str]:
+    """One of a few words."""
+
     def read(text: str) -> str:
         if text not in allowed:
             raise refused(" or ".join(allowed), text)
@@ -121,14 +132,14 @@ def choice(*allowed: str) -> Callable[[str], str]:
 
 
 def name(text: str) -> str:
-    """What is looked up in a table later; the table then says what there is."""
+    """A name that is looked up in a table later; that table's error lists the choices."""
     if not text.strip() or not text.isprintable() or len(text.encode()) > NAME:
         raise refused(f"a name of 1 to {NAME} bytes that can be printed", text)
     return text.strip()
 
 
 def place(text: str) -> str:
-    """A model or a task: a name, or where its files are."""
+    """A model or a task: a name, or the path of its files."""
     readable = text.strip() and text.isprintable() and len(text.encode()) <= PATH
     if not readable or max(len(piece.encode()) for piece in text.split("/")) > FILE_NAME:
         what = f"a name or a path that can be printed, at most {PATH:,} bytes, and {FILE_NAME} between slashes"
@@ -137,7 +148,7 @@ def place(text: str) -> str:
 
 
 def listed(one: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
-    """Values of a kind with commas between them, each once."""
+    """Values of a type, separated by commas; repeated ones count once."""
 
     def read(text: str) -> tuple[T, ...]:
         return tuple(dict.fromkeys(one(piece.strip()) for piece in text.split(",")))
@@ -146,6 +157,7 @@ def listed(one: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
 
 
 def pair(text: str) -> tuple[str, str]:
+    """NAME=VALUE as two texts."""
     left, equals, right = text.partition("=")
     if not (equals and left.strip() and right.strip() and text.isprintable() and len(text.encode()) <= 2 * NAME):
         raise refused("NAME=VALUE", text)
@@ -153,7 +165,7 @@ def pair(text: str) -> tuple[str, str]:
 
 
 def of(one: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
-    """NAME=VALUE, where the value is of a kind."""
+    """NAME=VALUE with a value of a type."""
 
     def read(text: str) -> tuple[str, T]:
         left, right = pair(text)
@@ -163,11 +175,12 @@ def of(one: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
 
 
 def importance(text: str) -> float:
+    """How much a task counts beside others."""
     return _number(text, "a weight above 0 and at most 1,000,000, such as vqa=2", 1e6, above=True)
 
 
 def kept(text: str) -> float:
-    """A share of full precision, also in percent."""
+    """A share of full precision, which may be in percent."""
     what = "a share of full precision above 0 and at most 1, such as ground=0.95 or ground=95%"
     if text.endswith("%"):
         return _number(text[:-1], what, 100.0, above=True) / 100
@@ -175,16 +188,17 @@ def kept(text: str) -> float:
 
 
 def allowed(text: str) -> tuple[int, ...]:
+    """Bit widths, or native, separated by commas."""
     return listed(lambda piece: WIDEST if piece == "native" else width(piece))(text)
 
 
 def count(text: str) -> int:
-    """Of weights, as tables write it: 984,023,040 or 984_023_040."""
+    """A number of weights as tables write it: 984,023,040 or 984_023_040."""
     return weights(text.replace("_", "").replace(",", ""))
 
 
 def setting(text: str) -> int | float | bool | str:
-    """A number, true or false, or else a word; which of them and how large, its method says."""
+    """A number, true, false or a word; the method checks which of them a setting takes, and its limits."""
     if text in ("true", "false"):
         return text == "true"
     if WHOLE.fullmatch(text):
@@ -200,12 +214,12 @@ def setting(text: str) -> int | float | bool | str:
 
 
 def path(text: str) -> Path:
-    """Of what is to be read."""
+    """The path of something to be read; ~ is the home folder."""
     return Path(os.path.expanduser(place(text)))
 
 
 def out(text: str) -> Path:
-    """Of what is to be written: a place of its own that can be made, outside this package."""
+    """A path to be written, which must be outside this package and not contain the working or home folder."""
     chosen = path(text)
     where = chosen.resolve()
     if where in (here := Path.cwd().resolve(), *here.parents) or where == Path.home().resolve():
@@ -215,6 +229,7 @@ def out(text: str) -> Path:
     package = Path(__file__).parents[1].resolve()
     if where == package or package in where.parents:
         raise argparse.ArgumentTypeError(f"takes a place outside this program's own files, and {shown(text)} is inside")
+    # the nearest folder that exists: everything below it will be created
     there = next(parent for parent in where.parents if os.path.exists(parent))
     if not there.is_dir():
         raise argparse.ArgumentTypeError(f"cannot be {shown(text)}, since {shown(str(there))} is a file and no folder")
@@ -224,7 +239,7 @@ def out(text: str) -> Path:
 
 
 def folder(text: str) -> Path:
-    """Of a folder to be written."""
+    """The path of a folder to be written."""
     chosen = out(text)
     if chosen.exists() and not chosen.is_dir():
         raise argparse.ArgumentTypeError(f"takes a folder, and {shown(text)} is a file")
@@ -232,7 +247,7 @@ def folder(text: str) -> Path:
 
 
 def file(text: str) -> Path:
-    """Of a file to be written."""
+    """The path of a file to be written."""
     chosen = out(text)
     if chosen.is_dir():
         raise argparse.ArgumentTypeError(f"takes a file, and {shown(text)} is a folder")
@@ -240,7 +255,7 @@ def file(text: str) -> Path:
 
 
 def address(text: str) -> str:
-    """Of a database."""
+    """The URL of a database; its login is left out of messages."""
     if not re.fullmatch(r"[a-z][\w+.-]*://\S+", text) or not text.isprintable() or len(text.encode()) > PATH:
         raise argparse.ArgumentTypeError(
             f"takes a URL such as postgresql+psycopg://HOST/DB, not {_without_login(text)}"

@@ -1,1 +1,1 @@
-"""What is printed: tables, and the progress of a sweep."""
+"""What the command line prints: tables, and the progress of a sweep."""

@@ -1,4 +1,4 @@
-"""Progress of a sweep: a bar with the time left, plain lines off a terminal, and lines of JSON."""
+"""Progress of a sweep: a bar with the time left, plain lines off a terminal, or lines of JSON."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 class Pace:
-    """How long the rest will take, from what this run has done; what earlier runs did says nothing about it.
+    """Estimates the time left from the steps of this run; how fast earlier runs were says nothing.
 
-    `plans` is how many there will be, where they are not all known beforehand; after `seconds` it ends anyway.
+    `plans` is the number of plans where a search has not chosen all of them yet; after `seconds` the run ends anyway.
     """
 
     def __init__(self, plans: int = 0, seconds: float = math.inf) -> None:
@@ -30,9 +30,9 @@ class Pace:
         self.earlier, self.began = 0, 0.0
 
     def after(self, step: Step) -> tuple[int, float]:
-        """Images and seconds that are left."""
+        """The images and the seconds that are left after a step."""
         now = time.monotonic()
-        if not self.began:  # the clock begins where the first step did: loading is over
+        if not self.began:  # the clock starts at the beginning of the first step, to leave out loading
             self.earlier, self.began = step.done - step.new, now - step.seconds
         images = max(step.left, self.plans * step.images - step.done)
         seconds = (now - self.began) / (step.done - self.earlier) * images
@@ -42,9 +42,9 @@ class Pace:
 def walk(
     steps: Iterable[Step], title: str, study: Study | None = None, plans: int = 0, seconds: float = math.inf
 ) -> int:
-    """Walk along a sweep behind a bar on standard error: what is done, the time left, and the frontier so far.
+    """Run a sweep behind a progress bar on standard error: what is done, the time left, and the frontier so far.
 
-    Where that is no terminal there is a plain line every few seconds instead.
+    Off a terminal, print a plain line every few seconds instead. Returns the number of steps.
     """
     if not sys.stderr.isatty():
         return _walk_plainly(steps, title, Pace(plans, seconds))
@@ -75,8 +75,9 @@ def walk(
 
 
 def _walk_plainly(steps: Iterable[Step], title: str, pace: Pace) -> int:
+    """The same as `walk` with plain lines, from a thread that prints even while a long step runs."""
     finished, began, told = 0, time.monotonic(), "preparing"
-    ends = math.inf  # when all will be done, as far as is known; a step may take longer than from one line to the next
+    ends = math.inf  # the expected end of the run; a line printed during a long step counts down to it
 
     def line() -> str:
         left = f"{clock(max(ends - time.monotonic(), 0))} left" if ends < math.inf else "time left not known yet"
@@ -94,9 +95,9 @@ def _walk_plainly(steps: Iterable[Step], title: str, pace: Pace) -> int:
 
 
 def walk_in_json(steps: Iterable[Step], study: Study, plans: int = 0, seconds: float = math.inf) -> int:
-    """The same for machines: a line of JSON on standard error, at most one a second, and the last."""
+    """The same for programs: a line of JSON on standard error, at most one per second, and always the last."""
     pace, shown, finished = Pace(plans, seconds), 0.0, 0
-    unsaid: Callable[[], None] | None = None
+    unsaid: Callable[[], None] | None = None  # prints the latest step, which may be the last one
     for step in steps:
         finished += 1
         unsaid = partial(_say, step, *pace.after(step), study)
@@ -109,6 +110,7 @@ def walk_in_json(steps: Iterable[Step], study: Study, plans: int = 0, seconds: f
 
 
 def _say(step: Step, images: int, seconds: float, study: Study) -> None:
+    """Print one line of JSON."""
     counts = study.counts(lately=True)
     facts = {
         "done": step.done,
@@ -124,7 +126,7 @@ def _say(step: Step, images: int, seconds: float, study: Study) -> None:
 
 
 def points(study: Study) -> list[dict[str, Any]]:
-    """The frontier for machines."""
+    """The frontier as JSON values."""
     return [_point(trial) for trial in best_so_far(study)]
 
 
@@ -133,13 +135,14 @@ def _last(step: Step) -> str:
 
 
 def best_so_far(study: Study) -> list[FrozenTrial]:
+    """The trials on the frontier of the study's first task."""
     from sensitivity.study.racing import frontier
 
     return frontier(study.measured(), study.tasks[0])
 
 
 def standing(study: Study, most: int = 8) -> list[str]:
-    """The frontier as it stands, a line each: size, score with its interval, from how many examples."""
+    """The frontier so far, one line per plan: size, score with its interval, number of examples."""
     lines = []
     for trial in best_so_far(study)[-most:]:
         point = _point(trial)
@@ -150,6 +153,7 @@ def standing(study: Study, most: int = 8) -> list[str]:
 
 
 def _point(trial: FrozenTrial) -> dict[str, Any]:
+    """A trial as JSON values: size, plan, scores with intervals."""
     from sensitivity.spec.plan import Plan
 
     attrs = trial.user_attrs

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: tables, a bar with the time left, the summary of a recommendation."""
+"""Prints tables in the terminal: frontier, ranking, forecast and recommendation."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from sensitivity.study.study import Study
 
 
-WIDTH = 120  # where there is no terminal to ask
+WIDTH = 120  # columns where there is no terminal to ask
 
 
 def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Columns of numbers to the right, the last column as wide as it wants."""
+    """Print a table; columns of numbers are right-aligned, and long cells wrap."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -37,7 +37,7 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> No
 
 
 def frontier(study: Study, most: int = 12) -> None:
-    """The plans that no smaller one beats on the first task."""
+    """Print the plans that no smaller plan beats on the first task."""
     rows = study.table().sort_values(["bpw", study.tasks[0]], ascending=[True, False])
     best = rows[rows[study.tasks[0]] > rows[study.tasks[0]].cummax().shift(fill_value=-1.0)].tail(most)
     table(
@@ -52,12 +52,14 @@ def frontier(study: Study, most: int = 12) -> None:
 
 
 def forecast(found: Forecast) -> None:
+    """Print the predicted cost of a sweep."""
     rate = f"{found.flops / 1e9:,.0f} GFLOP/s in products of this model's shapes"
     count = f"{found.plans:,} plans, {found.examples:,} examples of {found.images:,} images"
     table(f"{count}; {rate}", ("what", "how much", "of which"), found.rows())
 
 
 def ranking(found: Ranking) -> None:
+    """Print the importance of each component, with the estimators side by side."""
     rows = []
     for name, row in found.table.iterrows():
         shares = [f"{row[column]:.1f}" for column in ("forest", "permutation", "shap") if column in row]
@@ -74,7 +76,7 @@ def ranking(found: Ranking) -> None:
 
 
 def recommendation(found: Recommendation) -> None:
-    """The plan, what it weighs, what it scores beside full precision and the best uniform plan."""
+    """Print a plan with its size, and its score beside full precision and the best uniform plan."""
     print()
     print(f"Best plan for {found.budget:.4g} bits per weight, judged by {found.task}:")
     print(f"  {found.plan.describe()}")
@@ -99,7 +101,7 @@ def _megabytes(count: int) -> str:
 
 def _interval(row: pd.Series, task: str) -> str:
     low, high = row.get(f"{task}.low"), row.get(f"{task}.high")
-    if low is None or low != low:  # an imported table has means alone
+    if low is None or low != low:  # NaN: an imported table has only means
         return f"{row[task]:.3f}"
     seen = "" if row["complete"] else f" (n {row[f'{task}.n']:.0f})"
     return f"{row[task]:.3f} [{low:.3f}, {high:.3f}]{seen}"

@@ -1,4 +1,4 @@
-"""Progress where there is no terminal: a plain line at least every ten seconds, whatever is waited for."""
+"""Progress off a terminal: a plain line at least every ten seconds, whatever the program waits for."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from datetime import timedelta
 from typing import ClassVar
 
 EVERY = 10.0  # seconds between two lines at most
-FIRST = 3.0  # seconds before the first, where most work is over sooner
+FIRST = 3.0  # seconds before the first line of `working`, so that short work prints none
 
 Line = Callable[[], str]
 
 
 class Ticker:
-    """Says what `line` gives every few seconds, from a thread of its own: no step need end for it.
+    """Prints what `line` returns every few seconds, from its own thread, so that even a long step shows progress.
 
-    Of two, one inside the other, only the inner one speaks.
+    Where tickers are nested, only the innermost one prints.
     """
 
     stack: ClassVar[list[Ticker]] = []
@@ -33,9 +33,9 @@ class Ticker:
         pause = self.first
         while not self.over.wait(pause):
             if Ticker.stack[-1:] == [self]:
-                with contextlib.suppress(ValueError, OSError):  # standard error is closed
+                with contextlib.suppress(ValueError, OSError):  # standard error may be closed
                     print(self.line(), file=sys.stderr, flush=True)
-            pause = self.every - 1  # a busy machine may wake it late
+            pause = self.every - 1  # a second less, since a busy machine wakes the thread late
 
     def __enter__(self) -> Ticker:
         Ticker.stack.append(self)
@@ -50,7 +50,7 @@ class Ticker:
 
 @contextlib.contextmanager
 def working(title: str, quiet: bool = False) -> Iterator[None]:
-    """Says that something goes on, and since when, where nobody knows how long it will take."""
+    """Off a terminal, print how long work of unknown length has been running."""
     if quiet or sys.stderr.isatty():
         yield
         return
@@ -60,4 +60,5 @@ def working(title: str, quiet: bool = False) -> Iterator[None]:
 
 
 def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
     return str(timedelta(seconds=round(seconds)))

@@ -1,4 +1,4 @@
-"""Workers on a Ray cluster: actors that take plans from the study's queue; what a lost one ran is run elsewhere."""
+"""Workers on a Ray cluster: actors that take plans from the study's queue; lost ones are replaced."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from sensitivity.measure.loop import Step
     from sensitivity.study.study import Study
 
-LIVES = 3  # how many actors may be lost for each worker before it is given up
+LIVES = 3  # how many actors per worker may be lost before the sweep fails
 PAUSE = 0.5  # seconds between two looks at the queue
 
 
 def sweep(args: argparse.Namespace, show: Callable[[Iterator[Step], Study], None]) -> Study:
-    """Start the actors and watch the study until its queue is empty."""
+    """Start the actors, and show the progress of the study until its queue is empty."""
     ray = _ray()
     share = {"num_gpus": 1} if args.device.startswith("cuda") else {"num_cpus": max(1, _cores(ray) // args.workers)}
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # Ray writes there of workers that it lost; so do we, elsewhere
+        with contextlib.redirect_stdout(io.StringIO()):  # Ray prints lost workers there; ours is a Notice
             crew = _Crew(ray, args, share)
             study = crew.study()
             show(crew.watch(study), study)
@@ -42,16 +42,18 @@ def sweep(args: argparse.Namespace, show: Callable[[Iterator[Step], Study], None
 
 
 def check() -> None:
+    """Raise an error if Ray is not installed."""
     if find_spec("ray") is None:
         raise UserError("--executor ray needs Ray: pip install 'vlm-sensitivity[ray]'")
 
 
 def _ray() -> Any:
+    """Ray, connected to the cluster of RAY_ADDRESS or started on this machine."""
     check()
     import ray
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # a cluster that is there is joined where RAY_ADDRESS names it, never one that was found by chance
+    # join a running cluster only if RAY_ADDRESS names it, never one that Ray happens to find
     where = os.environ.get("RAY_ADDRESS", "local")
     ray.init(where, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, configure_logging=False)
     return ray
@@ -62,24 +64,24 @@ def _cores(ray: Any) -> int:
 
 
 class _Crew:
-    """The actors and what each of them promised; one that dies is replaced, after its plans were released."""
+    """The actors and the result that each promised; one that dies is replaced after its plans were released."""
 
     def __init__(self, ray: Any, args: argparse.Namespace, share: dict[str, int]) -> None:
         self.ray, self.args, self.out = ray, args, Path(args.out)
         self.worker = ray.remote(max_restarts=0, **share)(Worker)
         self.lives = LIVES * args.workers
-        self.at_work: dict[Any, tuple[Any, Any]] = {}  # promise -> (actor, who it is)
+        self.at_work: dict[Any, tuple[Any, Any]] = {}  # Ray's reference to the result -> (actor, its identity)
         self.lost: list[Any] = []
         for _ in range(args.workers):
             self._start()
 
     def _start(self) -> None:
         actor = self.worker.remote()
-        who = actor.who.remote()
+        who = actor.who.remote()  # asked now, since a dead actor cannot answer, and its plans are under this identity
         self.at_work[actor.run.remote(list(self.args.typed), str(Path.cwd()))] = (actor, who)
 
     def look(self, seconds: float = PAUSE) -> None:
-        """Wait a moment; replace what was lost, and pass on what went wrong."""
+        """Wait a moment, replace lost actors, and raise the error of one that failed."""
         from ray.exceptions import RayActorError
 
         ended, _ = self.ray.wait(list(self.at_work), timeout=seconds)
@@ -89,7 +91,7 @@ class _Crew:
                 if error := self.ray.get(promise):
                     raise UserError(error)
             except RayActorError:
-                with contextlib.suppress(RayActorError):  # it died before it could say who it is: it ran nothing
+                with contextlib.suppress(RayActorError):  # it died before it could answer, so it ran nothing
                     self.lost.append(self.ray.get(who))
                 self.lives -= 1
                 warnings.warn("a worker was lost; what it was running is run by others", Notice, stacklevel=2)
@@ -99,7 +101,7 @@ class _Crew:
             del actor
 
     def study(self) -> Study:
-        """The study, as soon as an actor has begun it."""
+        """The study, as soon as an actor has created it."""
         from sensitivity.study.study import Study
 
         while self.at_work:
@@ -109,12 +111,13 @@ class _Crew:
         return Study(self.out)
 
     def watch(self, study: Study) -> Iterator[Step]:
-        """Steps made of what the actors stored since the last look."""
+        """Steps, made from what the actors stored since the last look at the study."""
         from sensitivity.measure.loop import Step
         from sensitivity.spec.plan import Plan
 
         before = 0
         while True:
+            # not in look(): when the first actors are lost, the study may not exist yet
             for who in self.lost:
                 study.release_lost(who)
             self.lost.clear()
@@ -135,21 +138,23 @@ class _Crew:
 
 
 class Worker:
-    """An actor: the same command, as one of the workers."""
+    """A Ray actor that runs the same command as a worker process does."""
 
     def who(self) -> dict[str, Any]:
+        """The identity under which the queue knows this actor's process."""
         from sensitivity.study.queue import me
 
         return me()
 
     def run(self, typed: list[str], folder: str) -> str | None:
-        """The error that ended it, if any."""
+        """Run the command; returns the error that ended it, or None."""
         os.chdir(folder)
         os.environ[workers.CHILD] = "1"
         said, typed_before = io.StringIO(), sys.argv
         sys.argv = ["sensitivity", *typed, "--json"]
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
             try:
+                # in the actor's own process, not a child's: the queue's identity and Ray's GPU are this process's
                 runpy.run_module("sensitivity", run_name="__main__")
                 status: object = 0
             except SystemExit as end:

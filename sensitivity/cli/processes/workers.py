@@ -1,4 +1,4 @@
-"""More processes on this machine: the same command, started again, takes from the same queue."""
+"""More processes on this machine: they run the same command and take plans from the same queue."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ if TYPE_CHECKING:
     from sensitivity.measure.loop import Step
     from sensitivity.spec.components import ComponentMap
 
-CHILD = "SENSITIVITY_WORKER"  # set for a worker, which starts none of its own
-FOLLOWS = "follows"  # its value where the worker's standard input closes when its launcher is gone
-WORTH = 20.0  # seconds of work that must be left for others to join: loading takes them that long on a busy machine
-APIECE = 1.5e9  # bytes that a worker holds beside its model and the codes of quantized weights
+CHILD = "SENSITIVITY_WORKER"  # environment variable of a worker, which starts no workers itself
+FOLLOWS = "follows"  # its value if the worker's standard input closes when its launcher ends
+WORTH = 20.0  # seconds of work left from which on workers join: they take about as long to load on a busy machine
+APIECE = 1.5e9  # bytes that a worker needs beside its model and quantized weights
 
 
 def is_child() -> bool:
+    """Whether this process is a worker."""
     return CHILD in os.environ
 
 
 def follow() -> None:
-    """Stop as by Ctrl-C when the launcher is gone, however it went: nobody would know of this process."""
+    """In a worker, stop as by Ctrl-C when the launcher ends, even by a kill: nobody else would stop it."""
 
     def watch() -> None:
+        # returns when the pipe closes, which the kernel does when the launcher dies
         sys.stdin.buffer.read()
         _thread.interrupt_main()
 
@@ -43,12 +45,12 @@ def follow() -> None:
 
 
 def count(args: argparse.Namespace, parts: ComponentMap, plans: int, schemes: int) -> int:
-    """How many processes are to work on this machine: as named, or one for each core that memory allows."""
+    """How many processes work on this machine: the number given, or one per core as far as memory allows."""
     if args.workers != "auto":
         return int(args.workers)
     if args.device != "cpu" or args.plain or is_child():
         return 1
-    # float32 twice: the model's own weights and those of the plan that is running
+    # 8 bytes: the model's weights and those of the running plan in float32; 1.25 bytes: the codes of each scheme
     apiece = parts.numel * (8 + 1.25 * schemes) + APIECE
     room = int(0.8 * threads.available() / apiece)
     return max(1, min(threads.cores() // (threads.limited() or 1), plans, room))
@@ -56,7 +58,7 @@ def count(args: argparse.Namespace, parts: ComponentMap, plans: int, schemes: in
 
 @contextlib.contextmanager
 def sharing_cores(processes: int) -> Iterator[None]:
-    """Each process computes with its share of the cores; more threads than cores are slower than fewer."""
+    """Divide the cores among the processes; with more threads than cores all would be slower."""
     import torch
 
     before = torch.get_num_threads()
@@ -70,9 +72,9 @@ def sharing_cores(processes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def crew(args: argparse.Namespace, processes: int, steps: Iterator[Step]) -> Iterator[Iterator[Step]]:
-    """The steps, with workers beside this process until the queue is empty; they end with it when it is stopped.
+    """The steps of this process, with workers beside it until the queue is empty; they stop when it stops.
 
-    A number that was named starts at once. Where it was not, they join when a step has shown that it is worth it.
+    With a given number, workers start at once. With `auto`, they join when a step has shown that enough work is left.
     """
     at_work: list[Worker] = []
     others = 0 if is_child() else processes - 1
@@ -87,6 +89,7 @@ def crew(args: argparse.Namespace, processes: int, steps: Iterator[Step]) -> Ite
         if args.workers != "auto":
             at_work.extend(_another(args) for _ in range(others))
         yield joined() if args.workers == "auto" else steps
+        # this process has no plan left; workers may still run their last ones
         if ended := [worker for worker in at_work if worker.process.wait()]:
             why = "; ".join(worker.why() for worker in ended)
             told = f"{len(ended)} of the workers ended early ({why}); what they were running is run again"
@@ -102,12 +105,14 @@ def crew(args: argparse.Namespace, processes: int, steps: Iterator[Step]) -> Ite
 
 
 def _another(args: argparse.Namespace) -> Worker:
+    """Start a worker: the same command, with this process's share of threads."""
     import torch
 
     told = tempfile.TemporaryFile()  # noqa: SIM115 - read when the worker has ended
     process = subprocess.Popen(
         [sys.executable, "-m", "sensitivity", *args.typed, "--json"],
         env={**os.environ, CHILD: FOLLOWS, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        # never written to: it closes when this process ends, which the worker waits for (see follow)
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=told,
@@ -116,13 +121,13 @@ def _another(args: argparse.Namespace) -> Worker:
 
 
 class Worker(NamedTuple):
-    """A process beside this one, and what it writes to standard error."""
+    """A worker process, and the file that receives its standard error."""
 
     process: subprocess.Popen[bytes]
     told: IO[bytes]
 
     def why(self) -> str:
-        """How it ended, and its last words."""
+        """How the process ended, and the error that it printed."""
         code = self.process.returncode
         self.told.seek(0)
         lines = self.told.read().decode(errors="replace").splitlines()

@@ -1,4 +1,4 @@
-"""sensitivity demo: the verbs one after the other on the embedded model."""
+"""sensitivity demo: runs the main verbs one after the other on the embedded model."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ STEPS = {"inspect": inspect, "sweep": sweep, "rank": rank, "recommend": recommen
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
     words.budget(p)
     p.add_argument(
         "--out", type=values.folder, default=Path("runs/demo"), help="where everything goes (default: runs/demo)"
@@ -27,7 +28,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The verbs one after the other, as a person would type them."""
+    """Run the verbs one after the other, as a person would type them."""
     quoted = shlex.quote(str(args.out))
     lines = (
         f"inspect {MODEL} --by part --method uniform",

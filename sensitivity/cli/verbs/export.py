@@ -1,4 +1,4 @@
-"""sensitivity export: a plan as files that a runtime loads."""
+"""sensitivity export: writes a plan as files that a runtime loads."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ KNOWN = (
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
     p.add_argument(
         "source", type=values.path, metavar="STUDY|plan.json", help="a study, or a plan that was recommended"
     )
@@ -42,6 +43,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Write the export, and return its path and sizes."""
     from sensitivity.api import exporting
 
     _check(args)
@@ -62,6 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check(args: argparse.Namespace) -> None:
+    """Check what can be checked before the model is loaded."""
     from sensitivity.formats.table import FORMATS
     from sensitivity.measure.calibrate.statistics import known_path
     from sensitivity.spec.runtimes import runtime
@@ -78,6 +81,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def show(facts: dict[str, Any]) -> None:
+    """Print where the export is, its size, and what to type next."""
     from sensitivity.study.exports import path_gain
 
     print(f"wrote {facts['path']}")

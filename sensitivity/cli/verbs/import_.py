@@ -1,4 +1,4 @@
-"""sensitivity import: a table of bits and scores, whoever measured it, becomes a study."""
+"""sensitivity import: turns a CSV table of bits and scores into a study."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ABOUT = "turn a CSV table of bits and scores into a study that rank, recommend a
 EXAMPLE = "sensitivity import table.csv --part vit_bits=vision --part llm_bits=language --score cider --out runs/table"
 
 
-# flag -> what NAME=VALUE is, and what it says; each may be repeated
+# flag -> (metavar, help); each flag may be repeated
 PAIRS = {
     "--part": ("COLUMN=COMPONENT", "a column that holds bits"),
     "--switch": (
@@ -25,6 +25,7 @@ PAIRS = {
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
     p.add_argument(
         "table", type=values.path, metavar="TABLE.csv", help="one row per trial; repeated plans stay repeats"
     )
@@ -53,6 +54,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Turn the table into a study, and print its frontier."""
     from sensitivity.spec.errors import UserError
     from sensitivity.study.imported_tables import Switches, import_table
 

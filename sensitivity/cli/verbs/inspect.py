@@ -1,4 +1,4 @@
-"""sensitivity inspect: the parts of a model, what is kept and why."""
+"""sensitivity inspect: lists the components of a model, and what is kept and why."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ EXAMPLE = "sensitivity inspect embedded:scenes-llava --by part"
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
     flags.model(p)
     flags.by(p, "group.kind")
     flags.include(p)
@@ -21,6 +22,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """List components, kept weights and the sizes of uniform plans."""
     from sensitivity.models.discover import inspect
     from sensitivity.models.loading import load
     from sensitivity.spec.components import granularity
@@ -53,6 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show_inspect(facts: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print the three tables."""
     print(f"{facts['model']}: {facts['class']}, {facts['parameters']:,} parameters")
     if facts["note"]:
         print(facts["note"])

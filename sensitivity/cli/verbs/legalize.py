@@ -1,4 +1,4 @@
-"""sensitivity legalize: the best plan that a runtime can load."""
+"""sensitivity legalize: finds the best plan that a runtime can load."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ EXAMPLE = "sensitivity legalize runs/first --bpw 4.0 --runtime vllm --out out/pl
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
     p.add_argument(
         "source", type=values.path, metavar="STUDY|plan.json", help="a study, or a plan that was recommended"
     )
@@ -30,6 +31,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Find the best legal plan, and write it if --out is given."""
     from sensitivity.api import exporting
     from sensitivity.spec.runtimes import files_of
 
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.out is not None:
         if args.out.suffix != ".json":
             raise UserError(f"--out takes a file, such as {args.out / 'plan.json'}")
-        exporting.may_be_written(args.out, "plan", args.force, [args.source])  # before the search
+        exporting.may_be_written(args.out, "plan", args.force, [args.source])  # before the slow search
     study, found = exporting.legalize_from(args.source, args.runtime, args.bpw, args.task)
     facts = found.to_json()
     if args.out is not None:

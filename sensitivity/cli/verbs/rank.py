@@ -1,4 +1,4 @@
-"""sensitivity rank: how much of the score each part decides."""
+"""sensitivity rank: computes how much of the score each component decides."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ EXAMPLE = "sensitivity rank runs/first"
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
     flags.study(p)
     flags.task(p)
     p.add_argument(
@@ -31,6 +32,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Rank the components for each task."""
     from sensitivity.analysis.importance.ranking import rank
     from sensitivity.study.study import Study
 

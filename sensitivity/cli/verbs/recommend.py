@@ -1,4 +1,4 @@
-"""sensitivity recommend: the best plan for a budget, verified."""
+"""sensitivity recommend: chooses the best plan for a budget, and verifies it by running it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ EXAMPLE = "sensitivity recommend runs/first --bpw 4.0"
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
     flags.study(p)
     p.add_argument(
         "--bpw",
@@ -58,6 +59,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Choose a plan for each budget, measure it, and store it in the study."""
     from sensitivity.analysis.allocate.budget import Wish
     from sensitivity.analysis.allocate.kept_recommendation import check_wish, remember
     from sensitivity.analysis.observations import observations_of
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     study = Study(args.study)
     if args.task and args.weight:
         raise UserError("either --task names the one task that decides, or --weight says how much each counts")
-    beside = 8 * labels(study.parts) if files_of(args.runtime) else 0  # bits per weight count tensors, GB whole files
+    beside = 8 * labels(study.parts) if files_of(args.runtime) else 0  # GB count headers of files too, bpw does not
     bpw = args.bpw if args.gb is None else tuple(max(gb * 8e9 - beside, 1) / study.parts.numel for gb in args.gb)
     weights = dict(flags.distinct("--weight", args.weight)) or {args.task or study.tasks[0]: 1.0}
     floors, allow = dict(flags.distinct("--floor", args.floor)), dict(flags.distinct("--allow", args.allow))

@@ -1,4 +1,4 @@
-"""sensitivity report: a page that a person reads."""
+"""sensitivity report: writes the report of a study as a page."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ EXAMPLE = "sensitivity report runs/first"
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
     flags.study(p)
     p.add_argument("--out", type=values.folder, help="where to write (default: STUDY/report)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Write the report."""
     from sensitivity.analysis.allocate.kept_recommendation import recommended
     from sensitivity.analysis.report.page import report
     from sensitivity.study.study import Study

@@ -1,4 +1,4 @@
-"""sensitivity sweep: evaluate plans on tasks."""
+"""sensitivity sweep: evaluates plans on tasks, and continues where it was stopped."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ EXAMPLE = "sensitivity sweep embedded:scenes-llava --task vqa --bits 2,3,4,6,8 -
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
     flags.model(p)
     p.add_argument(
         "--task",
@@ -115,10 +116,11 @@ def arguments(p: argparse.ArgumentParser) -> None:
         help="an Optuna storage for a team, such as postgresql+psycopg://host/db",
     )
     p.add_argument("--dry-run", action="store_true", help="predict time, disk and memory; no weights are loaded")
-    p.set_defaults(plans=None)  # no flag: a program may list plans of its own, given the parts and the schemes
+    p.set_defaults(plans=None)  # no flag: a program may set a function of parts and schemes
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the sweep, or forecast it with --dry-run."""
     asked = _checked(args)
     if args.executor == "ray" and not workers.is_child() and not args.dry_run:
         return _on_a_cluster(args)
@@ -145,7 +147,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if any(weight.looked_up for weight in parts.weights):
         print(NEAREST, file=sys.stderr)
     whole = args.whole_answers
-    chosen = [task(name, n=args.n, seed=args.seed, whole=whole) for name in args.task]  # first: it may be misspelled
+    chosen = [task(name, n=args.n, seed=args.seed, whole=whole) for name in args.task]  # early, for a misspelled name
     distinct(chosen, args.task)
     for one in chosen:
         for note in one.notes:
@@ -164,10 +166,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return plans_for(args.runtime, *space) if args.runtime else plans_(*space)
 
     check(vlm, chosen)
+    # built twice: here for its length, and below with calibrated schemes, for which the model must calibrate first
     searched = plans_of(asked, args.search)
     expected = len(searched) if isinstance(searched, Sequence) else args.trials or 100
     processes = 1 if args.dry_run else workers.count(args, parts, expected, len(asked))
-    with workers.sharing_cores(processes):  # calibration, too: all processes round alike
+    with workers.sharing_cores(processes):  # calibration too: sums depend on how many threads
         schemes, statistics = calibrated_(
             vlm,
             parts,
@@ -181,7 +184,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
         plans = plans_of(schemes, args.search)
         if args.dry_run:
-            # plans that a search would choose are taken to be as those drawn at random
+            # a search chooses plans only as scores arrive; for the forecast, random plans stand in for them
             return _foreseen(args, vlm, parts, plans_of(schemes, "random") if callable(plans) else plans, chosen)
         how = {"n": args.n, "seed": args.seed, "plain": args.plain, "storage": args.storage, "statistics": statistics}
         how |= {"whole": whole, "until": args.until, "memory_gb": args.memory_gb}
@@ -190,18 +193,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             with workers.crew(args, processes, steps) as shared:
                 _walk(args, shared, f"sweeping {vlm.name}", study, 0 if isinstance(searched, Sequence) else expected)
         except KeyboardInterrupt:
-            study.release_lost(me())  # a plan that was being asked for or told when it came
+            study.release_lost(me())  # Ctrl-C inside ask or tell leaves its plan marked as running
             if not args.json and study.measured():
                 frontier(study)
             raise
-        if study.release_lost():  # of a worker that died
+        if study.release_lost():  # plans of a worker that died
             rest = sweeping(vlm, parts, [], args.task, args.out, **how)[1]
             _walk(args, rest, "what a lost worker left", study)
     return {} if workers.is_child() else _summary(args, study)
 
 
 def _checked(args: argparse.Namespace) -> list[Scheme]:
-    """The schemes, after all that can be checked before anything is loaded: with --dry-run nothing else is."""
+    """The schemes, after every check that needs no model, so that a mistake is found before anything is loaded."""
     from sensitivity.api.sweeping import check_sweep
 
     asked, tasks = flags.schemes(args), (*args.task, *(args.calibration or ()))
@@ -226,7 +229,7 @@ def _foreseen(
     plans: Plans,
     tasks: Sequence[Task],
 ) -> dict[str, Any]:
-    """What the sweep would take."""
+    """The forecast of time, disk and memory."""
     from sensitivity.measure.forecast.forecast import forecast_sweep
 
     assert not callable(plans)
@@ -239,6 +242,7 @@ def _foreseen(
 
 
 def _summary(args: argparse.Namespace, study: Study) -> dict[str, Any]:
+    """Print how the study stands, and return it."""
     from sensitivity.study.racing import uncertainty
     from sensitivity.study.stopping import Until
 
@@ -261,6 +265,7 @@ def _summary(args: argparse.Namespace, study: Study) -> dict[str, Any]:
 
 
 def _rest(counts: Mapping[str, Any], out: Path) -> str:
+    """How many plans are done, waiting and running, in words."""
     told = [f"{counts['done']} plans in {out} have seen all examples"]
     if counts["waiting"]:
         told.append(f"{counts['waiting']} more have not (the same command without --until goes on)")
@@ -270,13 +275,14 @@ def _rest(counts: Mapping[str, Any], out: Path) -> str:
 
 
 def _on_a_cluster(args: argparse.Namespace) -> dict[str, Any]:
-    """The actors do all the work, from the same command; here is but the queue to be watched."""
+    """Run the sweep on Ray: the actors run the same command, and this process only watches the queue."""
     args.workers = 1 if args.workers == "auto" else args.workers
     study = ray_workers.sweep(args, lambda steps, study: _walk(args, steps, f"sweeping {args.model}", study))
     return _summary(args, study)
 
 
 def _walk(args: argparse.Namespace, steps: Iterator[Step], title: str, study: Study, plans: int = 0) -> None:
+    """Run the steps behind a progress bar, or as lines of JSON with --json."""
     from sensitivity.study.stopping import Until
 
     seconds = Until.parse(args.until).seconds

@@ -1,4 +1,4 @@
-"""sensitivity verify: whether an export is whole and answers as measured."""
+"""sensitivity verify: checks that an export is undamaged and answers as measured."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ EXAMPLE = "sensitivity verify out/first"
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
     p.add_argument("folder", type=values.path, metavar="DIR", help="a folder that `sensitivity export` wrote")
     p.add_argument("--device", type=values.name, default="cpu", help="where to run, such as cuda (default: cpu)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Verify the export; a difference raises Failed."""
     from sensitivity.formats.verification import verify
     from sensitivity.models.loading import device_of
 

@@ -1,1 +1,1 @@
-"""Formats that hold weights."""
+"""Export formats that hold weights."""

@@ -1,4 +1,4 @@
-"""auto-round: its checkpoint, with bits per module in `extra_config`, and the `layer_config` that its API takes."""
+"""auto-round: a checkpoint with bits per module in `extra_config`, and the `layer_config` of its API."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AutoRound(MODEL, layer_config=json.load(open("layer_config.json"))).quantize_and
 
 
 def write(job: Job, folder: Path) -> Written:
-    """The tensors are laid out as GPTQ's, which AutoRound calls auto_round:auto_gptq."""
+    """Write a checkpoint in GPTQ's tensor layout, which AutoRound calls auto_round:auto_gptq."""
     weight, hashes = checkpoint(job, folder, layout("gptq"), {"quantization_config": config(job)})
     api = json.dumps(layer_config(job), indent=1) + "\n"
     (folder / "layer_config.json").write_text(api, encoding="utf-8")
@@ -37,7 +37,7 @@ def write(job: Job, folder: Path) -> Written:
 
 
 def config(job: Job) -> dict[str, Any]:
-    """The commonest scheme for all; an entry for every module that differs, full precision included."""
+    """The most common scheme as the default, and an entry for every module that differs, native ones included."""
     count = Counter({scheme: 0 for _, scheme, _ in job.groups()})
     for _, scheme, modules in job.groups():
         count[scheme] += len(modules)
@@ -59,17 +59,19 @@ def config(job: Job) -> dict[str, Any]:
 
 
 def layer_config(job: Job) -> dict[str, Any]:
+    """An entry for every module, in the form that AutoRound's API takes."""
     native: dict[str, Any] = {module: {"bits": 16, "data_type": "float"} for module in job.native()}
     return native | {module: arguments(scheme) for _, scheme, modules in job.groups() for module in modules}
 
 
 def arguments(scheme: Scheme) -> dict[str, Any]:
+    """A scheme in AutoRound's words; -1 is a group of a whole row."""
     group = -1 if scheme.group == "row" else int(scheme.group)
     return {"bits": scheme.bits, "group_size": group, "sym": scheme.symmetric, "data_type": "int"}
 
 
 def blocks(job: Job) -> list[str]:
-    """What stands before the number of a block, or the module itself where there is none."""
+    """The paths of the lists of blocks (what stands before a block's number), and of modules outside any block."""
     layers = [w for w in job.parts.weights if w.kind not in WORDS]
     found = [w.module if w.block is None else _before(w.module, w.block) for w in layers]
     return list(dict.fromkeys(found))

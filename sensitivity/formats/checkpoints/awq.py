@@ -1,4 +1,4 @@
-"""awq: AutoAWQ's layout, four bits for all that is quantized, scales of the inputs folded into the layer before."""
+"""awq: AutoAWQ's layout, 4 bits, with input scales folded into the layer before."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
 
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of eight rows' codes within a word, as AutoAWQ's kernels read them
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the codes of eight rows within a 32-bit word, as AutoAWQ's kernels read them
 
 
 def write(job: Job, folder: Path) -> Written:
-    """The `gemm` version: codes packed along the rows, a zero point for every group."""
+    """Write the `gemm` version: codes packed along the rows, and a zero point for every group."""
     weight, hashes = checkpoint(job, folder, PackedLayout(_specs, _tensors), {"quantization_config": config(job)})
     return Written(
         load=LOAD.format(dtype=str(job.dtype).removeprefix("torch.")) + "# needs: pip install gptqmodel\n",
@@ -36,9 +36,11 @@ def write(job: Job, folder: Path) -> Written:
 
 
 def config(job: Job) -> dict[str, Any]:
+    """The `quantization_config` of the checkpoint."""
     schemes = {scheme for _, scheme, _ in job.groups()}
     if not schemes:
         raise UserError("the plan quantizes nothing; export it as --format fake")
+    # RUNTIMES allows this format one scheme, which was checked before
     (scheme,) = schemes
     return {
         "quant_method": "awq",
@@ -63,6 +65,7 @@ def _tensors(found: QuantizedWeight, weight: Weight, scheme: Scheme) -> Sequence
     count = _specs("", weight, scheme)[1].shape[0]
     zero = found.zero.to(torch.uint8).T.expand(count, weight.rows)
     scale = found.scale.to(torch.float16)
+    # scales found in bfloat16 may overflow or lose bits in float16; answers would differ from the measured ones
     if not torch.equal(scale.float(), found.scale):
         raise UserError(f"a scale of {weight.name} does not fit float16, which is how awq stores it; use gptq")
     return _words(found.codes.T), _words(zero), scale.T.expand(count, weight.rows).contiguous()

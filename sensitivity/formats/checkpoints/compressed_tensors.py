@@ -1,4 +1,4 @@
-"""compressed-tensors: packed weights of 1 to 8 bits, a group of settings per component, modules to ignore."""
+"""compressed-tensors: packed weights of 1 to 8 bits, one config group per component, modules to ignore."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STRATEGIES = {"tensor": "tensor", "row": "channel"}
 
 
 def write(job: Job, folder: Path) -> Written:
-    """Loads through plain `from_pretrained` with compressed-tensors installed."""
+    """Write a checkpoint that plain `from_pretrained` loads where compressed-tensors is installed."""
     weight, hashes = checkpoint(job, folder, layout(job.half), {"quantization_config": config(job)})
     return Written(
         load=LOAD.format(dtype=str(job.dtype).removeprefix("torch.")) + UNPACK,
@@ -42,11 +42,12 @@ def write(job: Job, folder: Path) -> Written:
 
 
 def _loads(scheme: Scheme) -> bool:
-    """Whether transformers can load it: packed zero points are for other runtimes (see RUNTIMES)."""
+    """Whether transformers can load a scheme; packed zero points are for other runtimes (see RUNTIMES)."""
     return scheme.symmetric or scheme.group == "tensor"
 
 
 def config(job: Job) -> dict[str, Any]:
+    """The `quantization_config` of the checkpoint."""
     return {
         "quant_method": "compressed-tensors",
         "format": FORMAT,
@@ -74,7 +75,7 @@ def arguments(scheme: Scheme) -> dict[str, Any]:
 
 
 def layout(half: torch.dtype) -> PackedLayout:
-    """weight_packed, weight_scale, weight_shape and, for asymmetric grids, weight_zero_point packed along the rows."""
+    """weight_packed, weight_scale, weight_shape and, on asymmetric grids, weight_zero_point packed along the rows."""
 
     def specs(key: str, weight: Weight, scheme: Scheme) -> tuple[Spec, ...]:
         shape = _scales(weight, scheme)
@@ -94,7 +95,7 @@ def layout(half: torch.dtype) -> PackedLayout:
         made = [pack(found.codes, scheme.bits), found.scale.to(half).reshape(_scales(weight, scheme)), shape]
         if not scheme.symmetric:
             zero = found.zero.to(torch.int16)
-            if scheme.group == "tensor":  # stored as it is, around the middle of the signed codes
+            if scheme.group == "tensor":  # not packed, and relative to the middle of the signed codes
                 made.append((zero - 2 ** (scheme.bits - 1)).to(torch.int8).reshape(1))
             else:
                 made.append(pack(zero.to(torch.uint8).T, scheme.bits).T.contiguous())

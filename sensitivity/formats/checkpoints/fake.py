@@ -1,4 +1,4 @@
-"""fake: a full-precision checkpoint whose quantized weights hold the values that their codes stand for."""
+"""fake: a full-precision checkpoint that holds the dequantized values of the quantized weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ processor = AutoProcessor.from_pretrained(FOLDER)
 
 
 def write(job: Job, folder: Path) -> Written:
-    """Loads everywhere and answers as the plan does, but saves nothing: to compare, and for methods without codes."""
+    """Write a checkpoint that loads everywhere and answers as the plan does, but is not smaller.
+
+    It is for comparisons, and for methods whose codes no format can hold.
+    """
     weight, hashes = checkpoint(job, folder, None, {})
     return Written(
         load=LOAD.format(dtype=str(job.dtype).removeprefix("torch.")),

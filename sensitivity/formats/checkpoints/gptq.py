@@ -1,4 +1,4 @@
-"""gptq: GPTQModel's checkpoint, with bits per module in `dynamic`, and its quantize_config.json."""
+"""gptq: GPTQModel's checkpoint, with bits per module in `dynamic`, and quantize_config.json."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
 
-# GPTQModel's planar layout: a code is split into pieces whose widths divide 32, so that none crosses a word's edge
+# GPTQModel's planar layout splits a code into pieces whose widths divide 32, so that no piece straddles two words.
 PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 LOAD = """\
 from gptqmodel import GPTQModel
@@ -32,7 +32,7 @@ model = GPTQModel.load(FOLDER)  # for the model types that GPTQModel knows
 
 
 def write(job: Job, folder: Path) -> Written:
-    """Codes packed along the columns, zero points along the rows, scales in float16, and which group a column is in."""
+    """Write codes packed along the columns, zero points along the rows, float16 scales, and each column's group."""
     kind = checkpoint_format(job)
     settings = config(job, kind)
     weight, hashes = checkpoint(job, folder, layout(kind), {"quantization_config": settings}, renamed=True)
@@ -47,7 +47,11 @@ def write(job: Job, folder: Path) -> Written:
 
 
 def checkpoint_format(job: Job) -> str:
-    """The oldest layout that can hold the plan: `gptq` stores zero points less one, and 0 less one overflows."""
+    """The oldest layout that can hold the plan.
+
+    `gptq` stores each zero point minus one, so that a zero point of 0, which asymmetric grids can have, would overflow;
+    `gptq_v2` stores it unchanged. `gptq_p` is planar, for 5, 6 and 7 bits.
+    """
     schemes = {scheme for _, scheme, _ in job.groups()}
     if any(scheme.bits in (5, 6, 7) for scheme in schemes):
         return "gptq_p"
@@ -55,7 +59,7 @@ def checkpoint_format(job: Job) -> str:
 
 
 def config(job: Job, kind: str) -> dict[str, Any]:
-    """The commonest scheme for all, exact module names for the others; what stays native is named with a minus."""
+    """The most common scheme as the default, and exact module names for the others; a minus marks native modules."""
     groups = list(job.groups())
     count: Counter[Scheme] = Counter()
     for _, scheme, modules in groups:
@@ -88,6 +92,8 @@ def _group(scheme: Scheme) -> int:
 
 
 def layout(kind: str) -> PackedLayout:
+    """The tensors of one packed weight in a layout: gptq, gptq_v2 or gptq_p."""
+
     def specs(key: str, weight: Weight, scheme: Scheme) -> tuple[Spec, ...]:
         count = _count(weight, scheme)
         return (
@@ -120,7 +126,10 @@ def _count(weight: Weight, scheme: Scheme) -> int:
 
 
 def pack_planes(codes: Tensor, bits: int, planar: bool) -> Tensor:
-    """rows x cols to rows x (cols * bits / 32) words; planar: per 32 codes the words of the low pieces come first."""
+    """Pack rows x cols codes into rows x (cols * bits / 32) words.
+
+    In the planar layout, the words of the low pieces of each 32 codes come first, then those of the higher pieces.
+    """
     if not planar or bits not in PLANES:
         return pack(codes, bits)
     rows = len(codes)

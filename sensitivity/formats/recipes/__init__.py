@@ -1,1 +1,1 @@
-"""Formats that are a configuration: the runtime's own tool makes the weights."""
+"""Export formats that are configurations: the runtime's own tool makes the weights."""

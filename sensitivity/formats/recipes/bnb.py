@@ -1,4 +1,4 @@
-"""bnb: the settings of bitsandbytes, 4 or 8 bits for all that is quantized, with a skip list that really matches."""
+"""bnb: the settings of bitsandbytes, with one scheme of 4 or 8 bits and a list of modules to skip."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from sensitivity.spec.errors import UserError
 
 
 def write(job: Job, folder: Path) -> Written:
-    """4 or 8 bits for all that is quantized. Modules to skip are named by their full paths, so that they match."""
+    """Write the settings of bitsandbytes; modules to skip are named by their full paths, so that all match."""
     schemes = {scheme for _, scheme, _ in job.groups()}
     if not schemes:
         raise UserError("the plan quantizes nothing, so there is nothing to configure; use --format plan")
     (scheme,) = schemes
     skip = job.native()
+    # transformers matches skipped names by prefix and suffix, which may catch a module that the plan quantizes
     if lost := [module for _, _, modules in job.groups() for module in modules if _skipped(module, skip)]:
         raise UserError(
             f"bitsandbytes would skip {lost[0]} too, since a native module's name is part of its own; use --format fake"
@@ -33,5 +34,5 @@ def write(job: Job, folder: Path) -> Written:
 
 
 def _skipped(module: str, skip: list[str]) -> bool:
-    """Whether transformers takes a module for one that is to be skipped: by the start or the end of its path."""
+    """Whether transformers would skip a module: it compares the start and the end of the path."""
     return any(re.match(rf"(?:{re.escape(name)})(?=\.|$)", module) or module.endswith(name) for name in skip)

@@ -1,4 +1,4 @@
-"""llama.cpp: a type for every tensor, one --tensor-type-file for the language model and one for the vision file."""
+"""llama.cpp: a tensor type per weight, in one file for the language model and one for vision."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
 
 KQUANTS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}  # super-blocks of 256 columns
-BLOCKS = {4: "q4_0", 5: "q5_0", 8: "q8_0"}  # blocks of 32 columns, for rows that 256 does not divide
+BLOCKS = {4: "q4_0", 5: "q5_0", 8: "q8_0"}  # types with blocks of 32 columns, for rows that 256 does not divide
 FILES = {"language": "language.tensor-types.txt", "vision": "mmproj.tensor-types.txt"}
 LOAD = """\
 python convert_hf_to_gguf.py MODEL --outfile language.gguf
@@ -24,7 +24,10 @@ llama-quantize --tensor-type-file mmproj.tensor-types.txt mmproj.gguf mmproj-q.g
 
 
 def write(job: Job, folder: Path) -> Written:
-    """Connector and vision stand in one file, as in llama.cpp. Names are those of its converter (package gguf)."""
+    """Write the files for --tensor-type-file, with tensors named as llama.cpp's converter names them (package gguf).
+
+    As in llama.cpp, the connector is in the same file as the vision tower.
+    """
     names = tensor_names(job)
     lines: dict[str, list[str]] = {file: [] for file in FILES.values()}
     for component in job.parts.components:
@@ -39,13 +42,17 @@ def write(job: Job, folder: Path) -> Written:
 
 
 def tensor_type(scheme: Scheme | None, weight: Weight) -> str:
+    """The tensor type for a scheme; k-quants need rows of a multiple of 256 columns."""
     if scheme is None:
         return "f16"
     return KQUANTS[scheme.bits] if weight.cols % 256 == 0 else BLOCKS[scheme.bits]
 
 
 def tensor_names(job: Job) -> dict[str, str]:
-    """Parameter name to GGUF tensor name, for every weight, or an error for a model that the converter cannot name."""
+    """The GGUF name of every weight by its parameter name.
+
+    Raises an error for a model that the converter does not know.
+    """
     try:
         from gguf.constants import MODEL_ARCH
         from gguf.tensor_mapping import get_tensor_name_map
@@ -54,6 +61,7 @@ def tensor_names(job: Job) -> dict[str, str]:
     blocks = {
         part: max((w.blocks for w in job.parts.weights if w.part == part), default=0) for part in ("vision", "language")
     }
+    # the map of names depends on the architecture; one that gguf does not know gets LLaMA's
     text = job.source.config.get("text_config") or job.source.config
     architecture = getattr(MODEL_ARCH, str(text.get("model_type", "")).upper(), MODEL_ARCH.LLAMA)
     maps = {
@@ -79,9 +87,14 @@ def tensor_names(job: Job) -> dict[str, str]:
 
 
 def _name(module: str, known: Mapping[str, Any]) -> str | None:
-    """The name of the longest end of a module's path that stands for one tensor and no other."""
+    """The GGUF name of a module, found by the longest end of its path that only one tensor matches.
+
+    Prefixes differ between model classes, so whole paths rarely match. Ends that equal a key of gguf's table are tried
+    first, then ends that a key ends with.
+    """
     words = module.split(".")
     ends = [".".join(words[start:]) for start in range(len(words))]
+    # not the tensors of audio towers (a., mm.a.), whose names would make others ambiguous
     heard = {key: str(value[1]) for key, value in known.items() if not str(value[1]).startswith(("a.", "mm.a."))}
     for whole in (True, False):
         for end in ends:

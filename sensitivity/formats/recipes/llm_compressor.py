@@ -1,4 +1,4 @@
-"""llm-compressor: a recipe with one modifier per method, each with the components that use it."""
+"""llm-compressor: a recipe with one modifier per method, which lists the components that use it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODIFIERS = {
 
 
 def write(job: Job, folder: Path) -> Written:
-    """A recipe: one modifier per method, each with the components that use it. JSON is YAML."""
+    """Write recipe.yaml as JSON, which is valid YAML."""
     stages: dict[str, Any] = {}
     for name, scheme, modules in job.groups():
         modifier = stages.setdefault(MODIFIERS[scheme.method], {"config_groups": {}, "ignore": job.native()})

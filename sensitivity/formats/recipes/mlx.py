@@ -12,7 +12,7 @@ from sensitivity.spec.plan import Scheme
 
 
 def write(job: Job, folder: Path) -> Written:
-    """The `quantization` of a converted model's config.json: defaults, and an entry per module; False: left alone."""
+    """Write the `quantization` entry of config.json: defaults, and an entry per module (False: not quantized)."""
     keys = {tensor.parameter: tensor.key.removesuffix(".weight") for tensor in job.source.tensors}
     modules: dict[str, Any] = {}
     for component in job.parts.components:
@@ -22,7 +22,8 @@ def write(job: Job, folder: Path) -> Written:
     schemes = [scheme for _, scheme, _ in job.groups()]
     if not schemes:
         raise UserError("the plan quantizes nothing, so there is nothing to configure; use --format plan")
-    # on conversion mlx-lm leaves alone what the group on top does not divide, whatever a module's own group is
+    # mlx-lm does not quantize a module whose columns the top-level group does not divide, whatever its own group is,
+    # so the smallest group goes to the top
     entry = {**_affine(min(schemes, key=lambda scheme: int(scheme.group))), **modules}
     save(folder, "quantization.json", {"quantization": entry, "quantization_config": entry})
     load = (

@@ -1,4 +1,4 @@
-"""modelopt: hf_quant_config.json with an algorithm for every quantized module."""
+"""modelopt: hf_quant_config.json, with an algorithm for every quantized module."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sensitivity.spec.plan import Scheme
 
 
 def write(job: Job, folder: Path) -> Written:
-    """hf_quant_config.json with an algorithm for every quantized module."""
+    """Write hf_quant_config.json."""
     layers = {module: _algorithm(scheme) for _, scheme, modules in job.groups() for module in modules}
     quantization = {
         "quant_algo": "MIXED_PRECISION",

@@ -1,4 +1,4 @@
-"""torchao: settings by module name, as torchao itself writes them to JSON."""
+"""torchao: a config per weight, by name, in the JSON that torchao itself writes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sensitivity.spec.plan import Scheme
 
 
 def write(job: Job, folder: Path) -> Written:
-    """FqnToConfig as torchao writes it to JSON: an entry for every weight, None for those that stay."""
-    # named by parameter: transformers would take a module's name for its bias too, which cannot be quantized
+    """Write FqnToConfig as torchao serializes it: an entry per weight, None for those at native precision."""
+    # by parameter name: transformers would apply a module's name to its bias too, which torchao cannot quantize
     weights: dict[str, Any] = {
         f"{module}.weight": _intx(scheme) for _, scheme, names in job.groups() for module in names
     }
@@ -31,6 +31,8 @@ def write(job: Job, folder: Path) -> Written:
 
 
 def _intx(scheme: Scheme) -> dict[str, Any]:
+    """A scheme as torchao's IntxWeightOnlyConfig in JSON."""
+
     def record(kind: str, **data: Any) -> dict[str, Any]:
         return {"_type": kind, "_version": 1, "_data": data}
 

@@ -1,1 +1,1 @@
-"""What all formats share: a job, its tensors as a stream, packing, manifest, model card."""
+"""What all formats share: the job, streamed tensors, packing, the manifest and the model card."""

@@ -1,4 +1,4 @@
-"""Codes of calibrated methods, found again block by block in the direction of data flow, as when they were measured."""
+"""Codes of calibrated methods, computed again block by block in data-flow order, as when they were measured."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from sensitivity.spec.plan import Plan, Scheme
 
 @dataclass
 class Found:
-    """Codes for weights that are asked for in the direction of data flow, and what had to change for them to hold."""
+    """Codes for weights that are requested in data-flow order, and the other parameters that folding changed."""
 
     codes: Codes
-    changed: dict[str, Tensor] = field(default_factory=dict)  # parameters beside them that took over scales
-    folded: dict[str, str] = field(default_factory=dict)  # input -> what took over its scales
-    unscaled: dict[str, set[str]] = field(default_factory=dict)  # component -> layers behind nothing that could
+    changed: dict[str, Tensor] = field(default_factory=dict)  # other parameters that absorbed scales, by name
+    folded: dict[str, str] = field(default_factory=dict)  # input -> the layer that absorbed its scales
+    unscaled: dict[str, set[str]] = field(default_factory=dict)  # component -> layers whose scales nothing can absorb
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of the card should know about scales that were folded."""
+        """What the model card should say about folded scales."""
         if not self.folded and not self.unscaled:
             return []
         words = [
@@ -50,11 +50,11 @@ class Found:
 
 @contextmanager
 def codes(vlm: VLM, parts: ComponentMap, plan: Plan, statistics: Statistics, folding: bool = False) -> Iterator[Found]:
-    """Inside the block, codes for weights that are asked for in the direction of data flow, as `checkpoint` does.
+    """Inside the block, codes for weights that are requested in data-flow order, as `checkpoint` does.
 
-    On the exposed path each block is quantized in the model before the next one is studied; afterwards the model has
-    its own weights again. No more than one block's codes are in memory. With `folding`, scales of inputs are taken
-    over by what stands before, for formats that have no place for them.
+    On the exposed path each block is quantized inside the model before the next one is calibrated; at the end the model
+    gets its own weights back. The codes of at most one block are in memory. With `folding`, the layer before absorbs
+    the scales of inputs, for formats that cannot store them.
     """
     work = _Work(vlm, parts, plan, statistics, folding)
     try:
@@ -65,12 +65,15 @@ def codes(vlm: VLM, parts: ComponentMap, plan: Plan, statistics: Statistics, fol
 
 
 class _Work:
+    """Computes codes block by block as they are requested, and tracks what the model holds meanwhile."""
+
     def __init__(self, vlm: VLM, parts: ComponentMap, plan: Plan, statistics: Statistics, folding: bool) -> None:
         self.model: nn.Module = vlm.model
         self.statistics, self.folding = statistics, folding
         self.parameters = dict(vlm.model.named_parameters())
         self.own = {name: parameter.data for name, parameter in self.parameters.items()}
         self.asked = targets(parts, plan)
+        # at most one block is solved ahead, whatever the granularity of the plan
         chosen = ([w for w in c.weights if w.name in self.asked] for c in parts.regroup("block").components)
         self.blocks = iter([block for block in chosen if block])
         self.done: list[tuple[str, Scheme]] = []
@@ -82,6 +85,7 @@ class _Work:
         self.result = Found(self.give)
 
     def give(self, name: str, weight: Tensor, scheme: Scheme) -> Any:
+        """The codes of one weight; blocks are solved until it is among them."""
         if name not in self.homes:
             return from_weights_alone(name, weight, scheme)  # a bias
         while name not in self.found:
@@ -89,7 +93,11 @@ class _Work:
         return self.found.pop(name)
 
     def _solve(self, block: Sequence[Weight]) -> None:
-        """Weights that share an input are solved together, always all of them, as when the plan was measured."""
+        """Quantize one block. Weights that share an input are solved together, as when the plan was measured.
+
+        All of them are passed, even those that the plan leaves at native precision: a scale search looks at every
+        reader.
+        """
         shared = {reads(w): {self.asked[v.name] for v in block if reads(v) == reads(w)} for w in block}
         studied = sorted(key for key, schemes in shared.items() if any(method_of(s).calibrated for s in schemes))
         firsts = [self.inputs[key][0] for key in studied]
@@ -112,6 +120,7 @@ class _Work:
             self._fold({weight.name: weight for weight in block})
 
     def _install(self, block: Sequence[Weight]) -> None:
+        """Put the quantized weights of a block into the model, so that later blocks calibrate on its real outputs."""
         for weight in block:
             if (result := self.found[weight.name]) is not None:
                 own = self.own[weight.name]
@@ -122,7 +131,10 @@ class _Work:
                 self.parameters[weight.bias].data = result.dequantize().to(bias.dtype).reshape(bias.shape)
 
     def _fold(self, block: Mapping[str, Weight]) -> None:
-        """What stands before takes over the scales, on paper: the model itself stays as it was measured."""
+        """Compute what folding the scales changes, and leave the model as it was measured.
+
+        Later blocks must see the same activations as in the sweep; folded layers compute them only up to rounding.
+        """
         for name, weight in block.items():
             if self.asked[name].get("scales") == "folded" and reads(weight) not in self.statistics.absorbers:
                 self.result.unscaled.setdefault(self.homes[name], set()).add(weight.module.rpartition(".")[2])
@@ -131,7 +143,8 @@ class _Work:
         if not scaled:
             return
         held = {name: parameter.data for name, parameter in self.parameters.items()}
-        for name, tensor in self.result.changed.items():  # a value layer's bias may already have been divided
+        # an earlier fold may have changed them, such as a value layer's bias
+        for name, tensor in self.result.changed.items():
             self.parameters[name].data = tensor
         try:
             into = self.statistics.absorbers
@@ -143,7 +156,7 @@ class _Work:
         finally:
             for name, parameter in self.parameters.items():
                 parameter.data = held[name]
-        for name, result in folded.items():  # a divided scale is rounded to 16 bits again, as it will be stored
+        for name, result in folded.items():  # folding divided this scale: round it to the 16 bits that are stored
             if result.scale is not results[name].scale:
                 result = replace(result, scale=sixteen(result.scale, self.own[name].dtype))
             self.found[name] = result

@@ -23,20 +23,20 @@ from sensitivity.spec.plan import Scheme
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """How a format stores one quantized weight: what it will write, and how that comes from codes."""
+    """How a format stores one quantized weight: which tensors it writes, and how codes become them."""
 
-    specs: Callable[[str, Weight, Scheme], tuple[Spec, ...]]  # key without its last word, weight, scheme
+    specs: Callable[[str, Weight, Scheme], tuple[Spec, ...]]  # from the key without `weight` at its end
     tensors: Callable[[QuantizedWeight, Weight, Scheme], Sequence[Tensor]]
 
 
 def checkpoint(
     job: Job, folder: Path, layout: PackedLayout | None, config: Mapping[str, Any], renamed: bool = False
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """Stream all tensors, quantized weights in the direction of data flow; and the files that stand beside them.
+    """Write all tensors as a stream, and copy the small files of the model.
 
-    Without a layout the weights are written as numbers. `renamed` writes the names that transformers gives parameters
-    instead of those of the checkpoint, for runtimes that do not rename on loading. Returns the bytes of each
-    component, and the files' hashes.
+    Without a layout, quantized weights are written as numbers. With `renamed`, tensors are named as transformers names
+    parameters instead of as in the checkpoint, for runtimes that do not rename on loading. Returns the bytes of each
+    component, and the hash of each file.
     """
     tensors = [replace(t, key=t.parameter) if renamed else t for t in job.source.tensors]
     stored = {tensor.parameter: tensor for tensor in tensors}
@@ -46,14 +46,14 @@ def checkpoint(
     for name in job.schemes:
         if name not in pieces:
             pieces[name] = _values(job, stored[name])  # a bias
-    for tensor in tensors:  # last: codes may have changed what stands before them
+    for tensor in tensors:  # last: computing codes may have changed these, by folding
         if tensor.parameter not in job.schemes:
             pieces[tensor.parameter] = _copied(job, tensor)
     home = {w.name: c.name for c in job.parts.components for w in c.weights}
     weights = dict.fromkeys([*job.parts.names, "kept"], 0)
     for name, piece in pieces.items():
         weights[home.get(name, "kept")] += piece.bytes
-    # other codes than these are found in the direction of data flow, one after the other
+    # codes of calibrated methods must be computed in data-flow order, so only weight-only methods run in parallel
     hashes = stream.write(folder, pieces.values(), ahead=stream.AHEAD if job.codes is from_weights_alone else 1)
     (folder / "config.json").write_text(json.dumps({**job.source.config, **config}, indent=2) + "\n", encoding="utf-8")
     job.source.beside(folder)
@@ -61,15 +61,17 @@ def checkpoint(
 
 
 def save(folder: Path, name: str, content: Any) -> None:
+    """Write a JSON file of an export."""
     (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def headers(folder: Path, weight: Mapping[str, int]) -> int:
+    """Bytes of the safetensors files that are not tensors."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) - sum(weight.values())
 
 
 def _read(job: Job, tensor: CheckpointTensor) -> Tensor:
-    """A parameter in the type in which the plan was measured."""
+    """A parameter in the type in which the plan was measured: in another type, rounding could give other codes."""
     weight = tensor.read().to(job.dtype)
     if weight.numel() and not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(weight)):
         raise UserError(f"{tensor.parameter} holds NaN or infinite values and cannot be quantized")
@@ -77,6 +79,8 @@ def _read(job: Job, tensor: CheckpointTensor) -> Tensor:
 
 
 def _copied(job: Job, tensor: CheckpointTensor) -> Piece:
+    """A parameter that the plan leaves unquantized, in its stored type."""
+
     def make() -> Sequence[Tensor]:
         changed = job.changed.get(tensor.parameter)
         return (tensor.read() if changed is None else changed.to(tensor.dtype),)
@@ -85,6 +89,7 @@ def _copied(job: Job, tensor: CheckpointTensor) -> Piece:
 
 
 def _packed(job: Job, tensor: CheckpointTensor, weight: Weight, layout: PackedLayout) -> Piece:
+    """A quantized weight in a packed layout."""
     scheme = job.schemes[tensor.parameter]
 
     def make() -> Sequence[Tensor]:

@@ -1,4 +1,4 @@
-"""Job: all that a format needs to write a plan; and checkpoint(), which streams a model's tensors through a packer."""
+"""Job: everything that a format needs to write a plan; Written: what the format wrote."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 
-# what formats that are a configuration alone have to say about it, and how transformers takes one
+# REMADE is the note, and WITH the loading code, of formats that are a configuration without weights.
 REMADE = (
     "The runtime's own tool makes the weights: widths and groups are the plan's, values can differ by a rounding step."
 )
@@ -37,18 +37,18 @@ model = AutoModelForImageTextToText.from_pretrained(MODEL, quantization_config=s
 """
 
 
-# parameter name, its tensor, its scheme -> the weight as it is stored (with dequantize()); None: nothing to round
+# (parameter name, its tensor, its scheme) -> a StoredWeight; None: nothing to round
 Codes = Callable[[str, Tensor, Scheme], Any]
 
 
-BY_ROW = ("rtn",)  # methods to which one row of a weight says nothing about another
+BY_ROW = ("rtn",)  # methods that quantize each row independently
 
 
-PIECE = 2**20  # weights at a time, so that what they become on the way stays in the cache that cores share
+PIECE = 2**20  # weights at a time, so that intermediate values stay in the CPU's shared cache
 
 
 def from_weights_alone(name: str, weight: Tensor, scheme: Scheme) -> Any:
-    """Codes of methods that look at nothing but the weight."""
+    """Codes of methods that need only the weight."""
     from sensitivity.quantize.methods import METHODS
 
     if scheme.method in METHODS and METHODS[scheme.method].calibrated:
@@ -60,6 +60,7 @@ def from_weights_alone(name: str, weight: Tensor, scheme: Scheme) -> Any:
     if scheme.method not in BY_ROW or scheme.group == "tensor" or len(weight) <= rows:
         ((result,),) = solve(Linears((name,), (weight,)), [scheme])
         return result
+    # a few rows at a time give the same codes, and their intermediate values fit the cache
     codes, found = fresh(weight.numel()).reshape(weight.shape), []
     for into, piece in zip(torch.split(codes, rows), torch.split(weight, rows), strict=True):
         ((result,),) = solve(Linears((name,), (piece,)), [scheme])
@@ -73,64 +74,70 @@ def from_weights_alone(name: str, weight: Tensor, scheme: Scheme) -> Any:
 
 @dataclass(frozen=True)
 class Job:
-    """A plan for a model, and how its weights are found."""
+    """A plan for a model, and how the codes of its weights are computed."""
 
     model: VLM | str
     parts: ComponentMap
     plan: Plan
     facts: Mapping[str, Any] = field(default_factory=dict)
-    dtype: torch.dtype = torch.float16  # in which the plan was measured: codes and scales are found in it
+    dtype: torch.dtype = torch.float16  # the type in which the plan was measured, and codes are computed
     codes: Codes = from_weights_alone
-    changed: Mapping[str, Tensor] = field(default_factory=dict)  # parameters that change as codes are found
+    changed: Mapping[str, Tensor] = field(default_factory=dict)  # parameters that folding changed
 
     @cached_property
     def source(self) -> SourceCheckpoint:
+        """The checkpoint of the model, opened when it is first needed."""
         return open_source(self.model, self.dtype)
 
     @property
     def reads(self) -> list[Path]:
-        """What an export reads and must not replace: the folders of the model and of the study."""
+        """The folders of the model and of the study: an export reads them, so it must not replace them."""
         named = [self.model.name if isinstance(self.model, VLM) else self.model, self.facts.get("study")]
         places = [end for one in named if one for end in str(one).split("@")]  # ADAPTER@BASE
         return [Path(place) for place in places if Path(place).exists()]
 
     @cached_property
     def schemes(self) -> dict[str, Scheme]:
-        """The parameters that the plan changes."""
+        """The scheme of each parameter that the plan quantizes, biases included."""
         return targets(self.parts, self.plan)
 
     @cached_property
     def weights(self) -> dict[str, Weight]:
-        """The weights that the plan changes, by name, in the direction of data flow."""
+        """The weights that the plan quantizes, by name, in data-flow order."""
         flow = (weight for block in self.parts.regroup("block").components for weight in block.weights)
         return {weight.name: weight for weight in flow if weight.name in self.schemes}
 
     @property
     def half(self) -> torch.dtype:
-        """The 16-bit type of scales, the one that they were rounded to."""
+        """The 16-bit type to which scales were rounded, and in which they are stored."""
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
 
     def stored_as(self, format: str) -> str:
-        """How a format stores weights, by the name under which `plan.size` knows it."""
+        """The name under which `sizes.FILES` counts a format: for `fake`, the type of its values."""
         return str(self.dtype).removeprefix("torch.") if format == "fake" else format
 
     def modules(self, component: str) -> list[str]:
+        """The modules of a component's weights."""
         return [weight.module for weight in self.parts[component].weights]
 
     def native(self) -> list[str]:
-        """Modules that stay in full precision: components that the plan leaves alone, heads and routers."""
+        """Modules that stay at native precision: components without a scheme, heads and routers.
+
+        Runtimes quantize every linear layer that they are not told to skip.
+        """
         left = [w.module for c in self.parts.components if self.plan[c.name] is None for w in c.weights]
         heads = [
             k.name.removesuffix(".weight")
             for k in self.parts.kept
             if k.reason in ("output head", "router") and k.name.endswith(".weight")
         ]
-        found = list(dict.fromkeys([*left, *heads, "lm_head"]))  # a tied head has no weight of its own
+        # lm_head: a tied head has no weight of its own, but runtimes see its module
+        found = list(dict.fromkeys([*left, *heads, "lm_head"]))
         changed = {w.reader for w in self.weights.values()}
         return [module for module in found if module not in changed]
 
     def groups(self) -> Iterator[tuple[str, Scheme, list[str]]]:
-        """Components that are quantized: name, scheme, modules."""
+        """The quantized components: name, scheme, modules."""
         for component in self.parts.components:
             if (scheme := self.plan[component.name]) is not None:
                 yield component.name, scheme, self.modules(component.name)
@@ -138,11 +145,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Written:
-    """What a format wrote, and what a reader of the model card should be told."""
+    """What a format wrote, and what the model card says about it."""
 
-    load: str  # a few lines of Python or shell that load it
-    bytes: Mapping[str, int] = field(default_factory=dict)  # of tensors, by component; 'kept' for all else
+    load: str  # a few lines of Python or shell by which it is loaded
+    bytes: Mapping[str, int] = field(default_factory=dict)  # bytes of tensors per component, and of 'kept' for the rest
     hashes: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
     runs: bool = False  # whether `sensitivity verify` can run it
-    headers: int = 0  # bytes of tensor names, shapes and places
+    headers: int = 0  # bytes of safetensors headers

@@ -1,4 +1,4 @@
-"""The manifest of an export: what was written, from which plan, each file with its hash; and whether it is whole."""
+"""The manifest of an export: its plan, and each file's hash, by which damage is found."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ __all__ = ["MANIFEST", "VERIFIED", "damage", "note", "read", "sha256", "why_fore
 
 
 def sha256(file: Path) -> str:
+    """The SHA-256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write(folder: Path, facts: Mapping[str, Any], known: Mapping[str, str]) -> None:
-    """The last file of an export; `known` are hashes that were found while writing."""
+    """Write the manifest, the last file of an export; `known` holds hashes that were computed while writing."""
     files = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": known.get(file.name) or sha256(file)}
         for file in sorted(folder.rglob("*"))
@@ -33,6 +34,7 @@ def write(folder: Path, facts: Mapping[str, Any], known: Mapping[str, str]) -> N
 
 
 def read(folder: Path) -> dict[str, Any]:
+    """The manifest of an export, or an error that says what is wrong with it."""
     if not (folder / MANIFEST).exists():
         raise UserError(f"{folder} is no export: it has no {MANIFEST}; `sensitivity export` writes one")
     found = schema.read(folder / MANIFEST, "manifest", "export again")
@@ -42,7 +44,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def why_foreign(out: Path) -> str:
-    """Why something is not an export that we wrote, and it alone; an empty string where it is."""
+    """Why a path is not an export of ours and nothing else; an empty string if it is."""
     if not out.is_dir():
         return "it is a file, and a folder is meant"
     try:
@@ -61,12 +63,13 @@ def why_foreign(out: Path) -> str:
 
 
 def damage(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """What is not as it was written: files that are missing, cut short or changed, and weights that were added."""
+    """Files that are missing, cut short or changed since they were written, and weight files that were added."""
     found = []
     for name, facts in manifest["files"].items():
         file = folder / name
         if not file.is_file():
             found.append(f"{name} is missing")
+        # the size first: it is free, and hashing reads the whole file
         elif (size := file.stat().st_size) != facts["bytes"]:
             found.append(f"{name} has {size:,} bytes instead of {facts['bytes']:,}")
         elif sha256(file) != facts["sha256"]:
@@ -76,5 +79,5 @@ def damage(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def note(folder: Path, outcome: Mapping[str, Any]) -> None:
-    """Store what a verification found, in a file of its own, which is not among the hashed ones."""
+    """Store the outcome of a verification in a file of its own, which the manifest does not hash."""
     write_whole(folder / VERIFIED, (json.dumps(finite(outcome), indent=1, default=str) + "\n").encode())

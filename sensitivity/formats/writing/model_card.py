@@ -1,4 +1,4 @@
-"""The model card of an export: the plan as a table, scores with intervals, size, how to load it, license."""
+"""The model card of an export: plan, scores with intervals, size, how to load it, license."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ from sensitivity.study.exports import path_gain
 
 PLAIN = re.compile(
     r"[A-Za-z0-9][\w.+-]*"
-)  # what YAML takes for a text without quotes, numbers and words for nothing apart
+)  # text that YAML reads as a string without quotes, except for its numbers and words such as `no`
 MARKUP = str.maketrans({letter: f"&#{ord(letter)};" for letter in "<>&|`[]*\\"})
 
 
 def inert(text: str) -> str:
-    """Somebody else's words in Markdown: no tag, link, picture, emphasis or cell begins in them."""
+    """Text from elsewhere for use in Markdown: it can start no tag, link, image, emphasis or table cell."""
     return " ".join(text.split()).translate(MARKUP)
 
 
 def _in_front(text: str) -> str:
-    """A text in the front matter, which is YAML: a text in JSON's quotes is one there too."""
+    """Text for the YAML front matter, quoted as JSON where needed: a JSON string is a YAML string."""
     simple = PLAIN.fullmatch(text) and not re.fullmatch(r"(?i)y|n|yes|no|on|off|true|false|null|[\d._+e-]+", text)
     return text if simple else json.dumps(text)
 
 
 def card(job: Job, written: Written, format: str, facts: Mapping[str, Any]) -> str:
+    """The model card as Markdown."""
     return "\n".join(_lines(job, written, format, facts))
 
 
 def _lines(job: Job, written: Written, format: str, facts: Mapping[str, Any]) -> Iterator[str]:
+    """The lines of the card: front matter, plan, size, scores, loading, license."""
     license = job.source.license
     model = inert(Path(job.parts.model).name)
     yield from (
@@ -91,6 +93,7 @@ def _reasons(parts: ComponentMap) -> str:
 
 
 def _size(job: Job, written: Written, format: str) -> Iterator[str]:
+    """Planned, predicted and written size in words."""
     planned, predicted = size(job.parts, job.plan), size(job.parts, job.plan, job.stored_as(format))
     bpw = f"{planned.bpw:.3f} bits per weight (codes alone: {planned.bpw_codes:.3f})"
     yield f"Planned: {planned.bytes:,} bytes, {bpw}."
@@ -106,6 +109,7 @@ def _size(job: Job, written: Written, format: str) -> Iterator[str]:
 
 
 def _scores(facts: Mapping[str, Any]) -> Iterator[str]:
+    """The measured scores as a table, beside full precision."""
     measured = facts.get("scores") or {}
     if not measured:
         yield "This plan was not measured on a task."

@@ -1,4 +1,4 @@
-"""Codes of 1 to 8 bits, packed without gaps into 32-bit words, row by row, and unpacked again."""
+"""Packs codes of 1 to 8 bits without gaps into 32-bit words, row by row, and unpacks them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-PIECE = 2**18  # codes at a time: intermediate values stay in a core's cache, and in memory that is used again
+PIECE = 2**18  # codes at a time: intermediate values then fit a core's cache, and their memory is reused
 Bytes = NDArray[np.uint8]
-LARGE = 2**22  # bytes
-ROOMS: list[Bytes] = []  # that nobody looks at
-KEPT = 6
-LOCK = threading.RLock()  # a tensor may be given back at any moment, by any thread
+LARGE = 2**22  # bytes from which on a buffer is worth keeping
+ROOMS: list[Bytes] = []  # buffers that no tensor uses at the moment, the latest first
+KEPT = 6  # buffers at most
+# reentrant, since garbage collection may give a buffer back at any moment, also in the thread that holds the lock
+LOCK = threading.RLock()
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """rows x cols of uint8 to rows x ceil(cols * bits / 32) of int32; the first code is in the lowest bits.
+    """Pack rows x cols codes (uint8) into rows x ceil(cols * bits / 32) words (int32), the first code lowest.
 
-    Codes of eight bits are packed as they are: then the same memory is looked at as words.
+    Codes of 8 bits are already packed: the same memory is viewed as words.
     """
     rows, cols = codes.shape
     words = math.ceil(cols * bits / 32)
-    if cols % 32:  # whole groups of 32 codes are whole words
+    if cols % 32:  # 32 codes of any width fill whole words
         codes = torch.nn.functional.pad(codes, (0, -cols % 32))
     if bits == 8:
         return codes.reshape(-1).view(torch.int32).reshape(rows, -1)[:, :words].contiguous()
@@ -39,7 +40,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     starts = range(0, len(flat), PIECE)
     if len(starts) > 1 and torch.get_num_threads() > 1:
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # numpy lets others run while it computes
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # numpy releases the GIL while it computes
             list(threads.map(piece, starts))
     else:
         for start in starts:
@@ -49,13 +50,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def fresh(count: int) -> Tensor:
-    """Bytes with any content, in memory that an earlier layer had if there is any: new memory takes longer to get.
+    """An uninitialized byte tensor, in the memory of an earlier one where there is some.
 
-    Memory comes back when the last tensor that looks at it is gone.
+    The system takes longer to provide new memory. A buffer returns when the last tensor that views it is gone.
     """
     if count < LARGE:
         return torch.empty(count, dtype=torch.uint8)
     with LOCK:
+        # at most twice as large, so that a small tensor does not occupy a large buffer
         fitting = [room for room in ROOMS if count <= len(room) <= 2 * count]
         if fitting:
             room = min(fitting, key=len)
@@ -63,6 +65,7 @@ def fresh(count: int) -> Tensor:
         else:
             room = np.empty(count, np.uint8)
     part = room[:count]
+    # torch keeps `part` alive as long as any view of the tensor, so its end is the end of the last use
     weakref.finalize(part, _back, room).atexit = False
     return torch.from_numpy(part)
 
@@ -74,9 +77,11 @@ def _back(room: Bytes) -> None:
 
 
 def _gather(codes: Bytes, bits: int, out: Bytes) -> None:
-    """Eight codes are eight bytes, one word; three times neighbors close up, and its lowest bytes are full.
+    """Pack pieces whose number of codes is a multiple of 32, without a loop over codes.
 
-    As long as two codes fit into a byte there is a shorter way: two bytes are a word, whose high one moves down.
+    Up to 4 bits, codes are merged in pairs: two bytes are one uint16, whose high code moves down beside the low one,
+    and the pair is a code of twice the width. For 5 to 7 bits, eight codes are one uint64. In three steps, neighbors of
+    1, 2 and 4 codes close up, until the lowest `bits` bytes of the word hold all eight.
     """
     while bits <= 4:
         pairs = codes.view(np.uint16)
@@ -91,6 +96,7 @@ def _gather(codes: Bytes, bits: int, out: Bytes) -> None:
     for lane in (8, 16, 32):  # each lane moves to where the one below it ends
         full = bits * lane // 8
         np.bitwise_and(word, np.uint64(_repeat((1 << full) - 1, 2 * lane) << lane), out=high)
+        # xor clears the high lanes; the first time into a new array, since `word` still views the caller's codes
         word = np.bitwise_xor(word, high, out=None if lane == 8 else word)
         high >>= np.uint64(lane - full)
         word |= high
@@ -100,11 +106,12 @@ def _gather(codes: Bytes, bits: int, out: Bytes) -> None:
 
 
 def _repeat(mask: int, every: int) -> int:
+    """A mask repeated every so many bits of a 64-bit word."""
     return sum(mask << shift for shift in range(0, 64, every))
 
 
 def unpack(words: Tensor, bits: int, cols: int) -> Tensor:
-    """The codes again, as uint8."""
+    """The codes of packed words, as uint8."""
     rows = len(words)
     padded = torch.nn.functional.pad(words, (0, -words.shape[1] % bits)).contiguous()  # 32 codes are `bits` words
     octets = padded.view(torch.uint8).reshape(-1, bits)

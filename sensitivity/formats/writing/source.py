@@ -1,4 +1,4 @@
-"""Source: the tensors of a model, read one at a time from its checkpoint, and which parameter each of them is."""
+"""SourceCheckpoint: the tensors of a model, read one at a time from its checkpoint, with their parameters."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from sensitivity.models.original_llava import is_original
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 
-CODES = {dtype: code for code, dtype in DTYPES.items()}  # as safetensors names them
-STALE = re.compile(r"(position_ids|inv_freq|masked_bias)$")  # buffers of old checkpoints, which nobody reads
+CODES = {dtype: code for code, dtype in DTYPES.items()}  # the names of types in safetensors headers
+STALE = re.compile(r"(position_ids|inv_freq|masked_bias)$")  # buffers of old checkpoints, no longer read
 BESIDE = re.compile(r".*\.(json|jinja|txt|model)|(licen[cs]e|notice|use_policy).*", re.IGNORECASE)
 NOT_BESIDE = re.compile(
     r"config\.json|(model\.safetensors|pytorch_model\.bin)\.index\.json|sensitivity\.json|verified\.json|trainer_state\.json"
@@ -33,7 +33,7 @@ NOT_BESIDE = re.compile(
 
 @dataclass(frozen=True)
 class CheckpointTensor:
-    """A tensor of a checkpoint: what it is called there, which parameter it becomes, and how it is stored."""
+    """A tensor of a checkpoint: its key there, the parameter that it becomes, and how to read it."""
 
     key: str
     parameter: str
@@ -43,24 +43,25 @@ class CheckpointTensor:
 
     @property
     def bytes(self) -> int:
+        """The bytes that it takes in the checkpoint."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class SourceCheckpoint:
-    """A model before it is quantized: its tensors, its configuration, and the small files that belong to it."""
+    """A model before quantization: its tensors, its configuration, and its small files."""
 
     name: str
     folder: Path
     config: Mapping[str, Any]
     tensors: tuple[CheckpointTensor, ...]
     fingerprint: str = ""
-    processor: Any = None  # of a checkpoint in another layout, whose own files are not enough
+    processor: Any = None  # of a checkpoint in another layout, which lacks its files
 
     def beside(self, target: Path) -> None:
-        """Copy tokenizer, processor, generation settings, license: all but weights and what an export writes itself."""
+        """Copy tokenizer, processor, generation settings and license, but not what an export writes itself."""
         for file in sorted(self.folder.iterdir()):
-            # in another layout, settings of generation were not read when the model was measured
+            # in another layout, generation settings were not read when the model was measured, so none are exported
             unread = self.processor is not None and file.name == "generation_config.json"
             if file.is_file() and BESIDE.fullmatch(file.name) and not NOT_BESIDE.fullmatch(file.name) and not unread:
                 shutil.copyfile(file, target / file.name)
@@ -69,7 +70,7 @@ class SourceCheckpoint:
 
     @property
     def license(self) -> str:
-        """The model's license as its own card says it, or what is to be done where it does not."""
+        """The license that the model's own card names, or `unknown`."""
         card = self.folder / "README.md"
         text = card.read_text(encoding="utf-8", errors="ignore") if card.exists() else ""
         front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
@@ -78,9 +79,10 @@ class SourceCheckpoint:
 
 
 def open_source(model: VLM | str, dtype: torch.dtype | None = None) -> SourceCheckpoint:
-    """The checkpoint of a model, streamed; a model that was changed after loading is taken from memory instead.
+    """The checkpoint of a model, to be read tensor by tensor.
 
-    Such a one is changed in the type `dtype` in which it was measured, where it is not loaded yet.
+    A model that differs from every file (an adapter merged in, outliers planted) is taken from memory instead. If it is
+    not loaded yet, its adapter is merged in `dtype`, the type in which it was measured.
     """
     name = model if isinstance(model, str) else model.name
     folder, adapter = resolve(name)
@@ -93,9 +95,11 @@ def open_source(model: VLM | str, dtype: torch.dtype | None = None) -> SourceChe
     if is_original(config):
         return _as_converted(name, folder, config)
     files = weight_files(folder, name)
+    # names and shapes of the parameters, without weights
     skeleton = load(name, config_only=True).model
     rename = _renaming(skeleton, name)
     parameters, buffers = dict(skeleton.named_parameters()), dict(skeleton.named_buffers())
+    # paths of a shared parameter beyond its first: a checkpoint may store it twice, and it is written once
     tied = {path for path, _ in skeleton.named_parameters(remove_duplicate=False)} - set(parameters)
     tensors: list[CheckpointTensor] = []
     for file in files:
@@ -110,7 +114,7 @@ def open_source(model: VLM | str, dtype: torch.dtype | None = None) -> SourceChe
 
 
 def _in_memory(vlm: VLM) -> SourceCheckpoint:
-    """Weights that an adapter was merged into, or outliers planted into; the small files are the base model's."""
+    """A model whose merged adapter or planted outliers are in no file; small files are those of the base model."""
     base, folder = whole(vlm.name)
     config, processor = read_config(folder, base), None
     if is_original(config):
@@ -126,7 +130,7 @@ def _held(model: nn.Module) -> Iterator[CheckpointTensor]:
 
 
 def _as_converted(name: str, folder: Path, raw: Mapping[str, Any]) -> SourceCheckpoint:
-    """A checkpoint in another layout, each tensor converted when its turn has come."""
+    """A checkpoint in another layout; each tensor is converted when it is read."""
     found = as_converted(folder, name, raw)
     parameters = dict(load(name, config_only=True).model.named_parameters())
     tensors = [
@@ -139,12 +143,16 @@ def _as_converted(name: str, folder: Path, raw: Mapping[str, Any]) -> SourceChec
 
 
 def _reader(file: Path, start: int, length: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-    """A map of these bytes alone, given back with the tensor: safe_open maps the whole file, which then stays in memory
-    as it is read, and a copy would be new memory, which costs more than it."""
+    """A function that maps the bytes of one tensor; the mapping ends with the tensor.
+
+    Mapping by hand, since safe_open maps the whole file, whose pages then stay resident as they are read. Copying the
+    bytes instead would allocate new memory, which costs more than reading them.
+    """
 
     def read() -> Tensor:
         if length == 0:
             return torch.empty(shape, dtype=dtype)
+        # a mapping must begin at a page boundary
         page = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         try:
             with file.open("rb") as stream:
@@ -152,9 +160,9 @@ def _reader(file: Path, start: int, length: int, dtype: torch.dtype, shape: tupl
         except ValueError as error:
             raise UserError(f"{file.name} ends early; fetch it again") from error
         if hasattr(mmap, "MADV_WILLNEED"):
-            there.madvise(mmap.MADV_WILLNEED)  # all of it will be read, so the disk may begin
+            there.madvise(mmap.MADV_WILLNEED)  # all of it will be read: start reading ahead
         content = torch.frombuffer(there, dtype=torch.uint8, offset=start - page)
-        if (start - page) % dtype.itemsize:  # a header of any length may stand before the tensors of old files
+        if (start - page) % dtype.itemsize:  # old files have headers that do not align the data
             content = content.clone()
         return content.view(dtype).reshape(shape)
 
@@ -162,7 +170,7 @@ def _reader(file: Path, start: int, length: int, dtype: torch.dtype, shape: tupl
 
 
 def _renaming(skeleton: nn.Module, name: str) -> Callable[[str], str]:
-    """Checkpoint key to parameter name, where the tensor stays as it is."""
+    """Checkpoint key to parameter name, with an error where transformers merges or splits tensors on loading."""
     renamed = renaming(skeleton)
 
     def rename(key: str) -> str:
@@ -178,6 +186,7 @@ def _renaming(skeleton: nn.Module, name: str) -> Callable[[str], str]:
 
 
 def _complete(parameters: Mapping[str, Any], tensors: list[CheckpointTensor], name: str) -> None:
+    """Raise an error if a parameter of the model has no tensor in the checkpoint."""
     found = {tensor.parameter for tensor in tensors}
     if missing := sorted(set(parameters) - found):
         raise UserError(f"the checkpoint of {name} lacks {', '.join(missing[:4])}; fetch it again")

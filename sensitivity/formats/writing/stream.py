@@ -1,4 +1,4 @@
-"""Safetensors written as a stream: the header is known beforehand, so that no more than one layer is in memory."""
+"""Writes safetensors as a stream: the header is known first, so one layer at a time is in memory."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from torch import Tensor
 from sensitivity.formats.writing import packing
 from sensitivity.formats.writing.source import CODES
 
-SHARD = 5_000_000_000  # bytes of tensors in a file
-AHEAD = 2  # layers that are made at once: more would only be more memory
-SOON = 64_000_000  # bytes after which what was written is on its way to the disk
+SHARD = 5_000_000_000  # bytes of tensors per file at most
+AHEAD = 2  # layers that are computed at once: more take more memory and no less time
+SOON = 64_000_000  # bytes between two requests to write back to the disk
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A tensor that is going to be written."""
+    """The key, type and shape of a tensor that will be written."""
 
     key: str
     dtype: torch.dtype
@@ -35,26 +35,28 @@ class Spec:
 
     @property
     def bytes(self) -> int:
+        """The bytes that the tensor will take."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tensors that are made together, when their turn has come, in the order of their specs."""
+    """Tensors that are computed together when they are needed, in the order of their specs."""
 
     specs: tuple[Spec, ...]
     make: Callable[[], Sequence[Tensor]]
 
     @property
     def bytes(self) -> int:
+        """The bytes of all its tensors."""
         return sum(spec.bytes for spec in self.specs)
 
 
 def write(folder: Path, pieces: Iterable[Piece], limit: int = SHARD, ahead: int = 1) -> dict[str, str]:
-    """Write all pieces, in one file or several with an index; the sha256 of each file.
+    """Write all pieces into one file, or into several with an index; returns the SHA-256 of each file.
 
-    With `ahead`, that many pieces are made at once, each by a thread of its own: for pieces that know nothing of
-    each other.
+    With `ahead` above 1, that many pieces are computed at once, each in its own thread; they must not depend on each
+    other or on their order.
     """
     shards = _split(list(pieces), limit)
     names = [
@@ -62,7 +64,7 @@ def write(folder: Path, pieces: Iterable[Piece], limit: int = SHARD, ahead: int 
         for i in range(1, len(shards) + 1)
     ]
     hashes = {name: _file(folder / name, shard, ahead) for name, shard in zip(names, shards, strict=True)}
-    packing.ROOMS.clear()
+    packing.ROOMS.clear()  # the export is over, so its buffers are of no use
     if len(shards) > 1:
         where = {spec.key: name for name, shard in zip(names, shards, strict=True) for p in shard for spec in p.specs}
         total = sum(piece.bytes for shard in shards for piece in shard)
@@ -72,6 +74,7 @@ def write(folder: Path, pieces: Iterable[Piece], limit: int = SHARD, ahead: int 
 
 
 def _split(pieces: list[Piece], limit: int) -> list[list[Piece]]:
+    """Pieces in shards of at most `limit` bytes; a larger piece gets a shard of its own."""
     shards: list[list[Piece]] = [[]]
     room = limit
     for piece in pieces:
@@ -84,19 +87,22 @@ def _split(pieces: list[Piece], limit: int) -> list[list[Piece]]:
 
 
 def _file(target: Path, pieces: Sequence[Piece], ahead: int) -> str:
+    """Write one safetensors file; returns its SHA-256."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for spec in (spec for piece in pieces for spec in piece.specs):
         header[spec.key] = {
             "dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, offset + spec.bytes],
         }  # fmt: skip
+        # offsets follow from the specs alone, so the header is complete before any tensor is computed
         offset += spec.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format wants its data aligned
+    text += b" " * (-len(text) % 8)  # safetensors aligns its data to 8 bytes
     with _Stream(target) as stream:
         stream.put(memoryview(len(text).to_bytes(8, "little") + text))
         for piece, tensors in _made(pieces, ahead):
             for spec, tensor in zip(piece.specs, tensors, strict=True):
+                # the header is already written, so a tensor that differs from its spec would corrupt the file
                 found = (tensor.dtype, tuple(tensor.shape))
                 assert found == (spec.dtype, spec.shape), f"{spec.key}: {found} instead of {spec.dtype}, {spec.shape}"
                 plain = tensor.detach().contiguous().cpu().reshape(-1)
@@ -106,7 +112,7 @@ def _file(target: Path, pieces: Sequence[Piece], ahead: int) -> str:
 
 
 def _made(pieces: Sequence[Piece], ahead: int) -> Iterator[tuple[Piece, Sequence[Tensor]]]:
-    """Pieces and their tensors in order; the threads of torch are shared out among those who make them."""
+    """Each piece with its tensors, in order; torch's threads are divided among the pieces that are computed at once."""
     own = torch.get_num_threads()
     if (makers := min(ahead, own)) < 2:
         yield from ((piece, piece.make()) for piece in pieces)
@@ -128,7 +134,10 @@ def _made(pieces: Sequence[Piece], ahead: int) -> Iterator[tuple[Piece, Sequence
 
 
 class _Stream:
-    """A file that is written and hashed by another thread, at most one tensor behind."""
+    """A file that another thread writes and hashes, at most one tensor behind.
+
+    Writing and hashing then overlap with computing the next tensor, and memory stays bounded.
+    """
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -152,6 +161,7 @@ class _Stream:
             raise self.failure
 
     def _run(self) -> None:
+        """The thread: write and hash what arrives until None does; an error is raised when the stream is closed."""
         digest = hashlib.sha256()
         try:
             with self.target.open("wb") as file:
@@ -167,12 +177,15 @@ class _Stream:
             self.sha256 = digest.hexdigest()
         except OSError as error:
             self.failure = error
-            while self.waiting.get() is not None:  # nobody may wait for a thread that has given up
+            while self.waiting.get() is not None:  # drain the queue, or `put` would block for ever
                 pass
 
 
 def _begin_to_store(file: int) -> int:
-    """Have the disk take over what was written, while the next layers are made: without that all waits for the end."""
+    """Ask the kernel to write the file to the disk now, while the next layers are computed.
+
+    Otherwise all of it would be written at the end, in the final fsync.
+    """
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)  # the kernel then writes what it must before it forgets
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)  # it must write pages back before it drops them
     return 0

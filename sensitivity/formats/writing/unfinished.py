@@ -1,4 +1,4 @@
-"""The hidden folder in which an export grows beside its target: held while its process lives, cleared when it died."""
+"""The hidden folder in which an export is written: locked while its process lives, removed if it died."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sensitivity.formats.writing.manifest import why_foreign
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import begin_folder, discard, is_unfinished, put_back, put_in_place
 
-NAME = re.compile(r"\.(.+)\.\d+\.\d+\.unfinished(\.old)?")  # of what, by which process, when; what it had replaced
+NAME = re.compile(r"\.(.+)\.\d+\.\d+\.unfinished(\.old)?")  # target, process, time; .old: the export that it replaces
 
 
 @contextlib.contextmanager
 def beside(out: Path) -> Iterator[Path]:
-    """A hidden folder beside the target, which takes its place only when all is written.
+    """A hidden folder beside the target, which is renamed to the target only if the block succeeds.
 
-    The caller has asked `may_write` before; what is there is looked at again before it is replaced.
+    The caller must have asked `may_write`; whatever is at the target is checked again before it is replaced.
     """
     made = out.with_name(f".{out.name}.{os.getpid()}.{time.monotonic_ns()}")
     unfinished = made.with_name(f"{made.name}.unfinished")
@@ -33,24 +33,28 @@ def beside(out: Path) -> Iterator[Path]:
         clear(out.parent)
         begin_folder(made)
         begun = True
-        with _held(made):  # before it has a name under which another process may clear it
+        with _held(made):  # lock it before it gets a name that another process's `clear` looks at
             made.rename(unfinished)
             yield unfinished
             _flush(unfinished)
+            # the lock stays on the old export while it is renamed, so that another process's `clear` lets it be
             with _held(out) if out.is_dir() else contextlib.nullcontext():
                 put_in_place(unfinished, out, why_foreign)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
-        for folder in (made, unfinished):  # names that no other process gives
+        for folder in (made, unfinished):  # both names hold our process id and a time, so no other process uses them
             discard(folder, ours=begun)
-        for folder in missing:  # a failed export leaves no folder behind
+        for folder in missing:  # created above for a failed export; one that holds something stays
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
 def clear(parent: Path) -> list[Path]:
-    """Remove what exports into a folder left behind when they were killed; what was there before comes back."""
+    """Remove the folders that killed exports left in a folder, and restore an export that was moved away.
+
+    Returns what was removed. A folder whose lock another process holds is being written, and stays.
+    """
     gone = []
     for folder in sorted(parent.glob(".*.unfinished*")):
         if (name := NAME.fullmatch(folder.name)) is None or not folder.is_dir():
@@ -58,7 +62,7 @@ def clear(parent: Path) -> list[Path]:
         with _held(folder) as free:
             if not free or not (is_unfinished(folder) or not why_foreign(folder)):
                 continue
-            if name[2] and not (parent / name[1]).exists():  # killed between two renamings
+            if name[2] and not (parent / name[1]).exists():  # killed between the two renames of put_in_place
                 put_back(folder, parent / name[1])
             elif discard(folder, ours=True):
                 gone.append(folder)
@@ -67,9 +71,9 @@ def clear(parent: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[bool]:
-    """Whether nobody else holds a folder, and hold it; the kernel lets go of it when the process dies.
+    """Lock a folder, and tell whether nobody else has locked it; the kernel unlocks it when the process dies.
 
-    Where the file system knows no locks on folders (some network mounts), nothing is ever free to be cleared.
+    On file systems without locks on folders (some network mounts) no folder counts as free, so nothing is removed.
     """
     try:
         place = os.open(folder, os.O_RDONLY)
@@ -86,7 +90,8 @@ def _held(folder: Path) -> Iterator[bool]:
 
 
 def _flush(folder: Path) -> None:
+    """Flush every file of a folder to the disk."""
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as stream:
-                os.fsync(stream.fileno())  # a name must not be on disk before its content is
+                os.fsync(stream.fileno())  # the rename could reach the disk before the content

@@ -1,4 +1,4 @@
-"""Captions of COCO val2017, scored against the five that people wrote."""
+"""COCO captions: images of val2017, scored against the five captions that people wrote."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ FILE = "annotations/captions_{}.json"
 
 
 def captions(folder: Path, split: str, n: int, seed: int) -> Task:
+    """The captions of COCO, scored by CIDEr."""
     source = DatasetFolder("coco-captions", folder, GET)
     part = source.part(split, ("val2017", "train2017"), (FILE, "{}"))
     source.file(part.name)
@@ -29,6 +30,7 @@ def captions(folder: Path, split: str, n: int, seed: int) -> Task:
 
 
 def _rows(source: DatasetFolder, part: str) -> Iterator[Example | Flaw]:
+    """One example per image, with all its captions as right answers."""
     data = source.json(FILE.format(part), "images", "annotations")
     images = list(each(data["images"], "an image", IMAGE))
     written: dict[int, list[str]] = {image["id"]: [] for image in images}

@@ -1,4 +1,4 @@
-"""GeoChat-Bench: boxes for what is described (referring.jsonl), and words for what is in a box (region_captioning)."""
+"""GeoChat-Bench: boxes for a description (referring.jsonl), and captions of a box (region_captioning)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REFERRING, REGIONS = "referring.jsonl", "region_captioning.jsonl"
 
 
 def grounding(folder: Path, split: str, n: int, seed: int, decoding: str = "turned") -> Task:
-    """acc@0.5; the kinds are ref (one thing, described) and grounding (all things of a kind)."""
+    """acc@0.5; the kinds of question are ref (one described object) and grounding (all objects of a class)."""
     source = DatasetFolder("geochat-grounding", folder, GET)
     lines = source.lines(REFERRING)
     source.file("images")
@@ -34,7 +34,10 @@ def grounding(folder: Path, split: str, n: int, seed: int, decoding: str = "turn
 
 
 def region_captions(folder: Path, split: str, n: int, seed: int) -> Task:
-    """ROUGE-L of rouge_score; the paper's METEOR is nltk's, ours METEOR 1.5, so those two do not compare."""
+    """ROUGE-L as rouge_score computes it.
+
+    The paper's METEOR is NLTK's and ours is METEOR 1.5, so these two figures do not compare.
+    """
     source = DatasetFolder("geochat-region-captions", folder, GET)
     lines = source.lines(REGIONS)
     source.file("images")
@@ -55,6 +58,7 @@ def region_captions(folder: Path, split: str, n: int, seed: int) -> Task:
 
 
 def _asked(source: DatasetFolder, lines: Iterator[dict[str, Any]]) -> Iterator[Example | Flaw]:
+    """One example per line of referring.jsonl, with polygons as true boxes."""
     for number, line in enumerate(each(lines, "a line", ASKED, {**MORE, "ground_truth": TRUE_BOXES}), start=1):
         name, image, kind = _name(line, number), line["image_id"], line.get("type") or "ref"
         right = boxes_found.polygons(line.get("ground_truth") or [])
@@ -68,6 +72,7 @@ def _asked(source: DatasetFolder, lines: Iterator[dict[str, Any]]) -> Iterator[E
 
 
 def _described(source: DatasetFolder, lines: Iterator[dict[str, Any]]) -> Iterator[Example | Flaw]:
+    """One example per line of region_captioning.jsonl, with its caption as the right answer."""
     for number, line in enumerate(each(lines, "a line", ASKED, {**MORE, "ground_truth": ANY_TEXT}), start=1):
         name, image, right = _name(line, number), line["image_id"], line.get("ground_truth") or ""
         if not right.strip():
@@ -78,7 +83,7 @@ def _described(source: DatasetFolder, lines: Iterator[dict[str, Any]]) -> Iterat
 
 
 def _name(line: dict[str, Any], number: int) -> str:
-    """The files' question ids, where they have any, are not unique over types; lines are."""
+    """A unique name: question ids repeat across types of question, line numbers do not."""
     question = line.get("question_id")
     return f"{'line' if question is None else question}-{number:05d}"
 

@@ -1,4 +1,4 @@
-"""GQA: the balanced questions of test-dev, one answer each."""
+"""GQA: the balanced questions of test-dev, with one answer each."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ GET = (
 
 
 def gqa(folder: Path, split: str, n: int, seed: int) -> Task:
+    """The questions of GQA, scored by exact match after VQA's normalization."""
     source = DatasetFolder("gqa", folder, GET)
     part = source.part(split, ("testdev", "val", "train"), (QUESTIONS,))
     source.file("images")
@@ -26,13 +27,14 @@ def gqa(folder: Path, split: str, n: int, seed: int) -> Task:
 
 
 def _rows(source: DatasetFolder, part: str) -> Iterator[Example | Flaw]:
+    """One example per question."""
     every = source.json(QUESTIONS.format(part))
     if not isinstance(every, dict):
         raise Misfit(f"where the questions should stand in an object there is {shown(every)}")
     for name, question in every.items():
         check(question, QUESTION, MORE, "an entry")
         image, answer = question["imageId"], (question.get("answer") or "").strip()
-        # verify, query, choose, logical, compare
+        # the structural type of the question: verify, query, choose, logical or compare
         kind = check(question.get("types") or {}, {}, {"structural": TEXT}).get("structural") or "all"
         if not answer:
             yield Flaw(name, "no answer")

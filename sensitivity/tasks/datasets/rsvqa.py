@@ -1,4 +1,4 @@
-"""RSVQA, low and high resolution: is it there, is there more of it, is it rural; counts and areas are not asked."""
+"""RSVQA in low and high resolution: questions of presence, comparison and rural or urban."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sensitivity.tasks.datasets.source import DatasetFolder, Flaw, each
 from sensitivity.tasks.examples.types import SHORT, Example, Metric, Task
 from sensitivity.tasks.scoring.answer_text import squeezed
 
-KINDS = ("presence", "comp", "rural_urban")  # as in GeoChat's tables; in the data files also count and area
+KINDS = ("presence", "comp", "rural_urban")  # as in GeoChat's tables; the files also hold questions of count and area
 STATE = {"active": FLAG}
 ANSWER = {"question_id": WHOLE, "answer": ANY_TEXT}
 QUESTION = {"id": WHOLE, "img_id": WHOLE, "type": TEXT, "question": TEXT}
@@ -22,13 +22,14 @@ GET_HR = "download all files of zenodo.org/records/6344367 and unpack Images.tar
 
 
 def lrben(folder: Path, split: str, n: int, seed: int) -> Task:
+    """RSVQA in low resolution, its test split."""
     return _task(
         DatasetFolder("rsvqa-lrben", folder, GET_LR), "LR_split_{}", ("test", "train"), "Images_LR", split, n, seed
     )
 
 
 def hrben(folder: Path, split: str, n: int, seed: int) -> Task:
-    """The second test set, Philadelphia, which is the one that GeoChat-Bench asks about."""
+    """RSVQA in high resolution, its second test split (Philadelphia), which GeoChat-Bench uses."""
     source = DatasetFolder("rsvqa-hrben", folder, GET_HR)
     return _task(source, "USGS_split_{}", ("test_phili", "train"), "Data", split, n, seed)
 
@@ -44,9 +45,10 @@ def _task(
 
 
 def _rows(source: DatasetFolder, prefix: str, images: Path) -> Iterator[Example | Flaw]:
+    """One example per active question of the scored kinds; others belong to other splits or were withdrawn."""
     said = {}
     for one in each(source.records(f"{prefix}_answers.json", "answers"), "an answer", {}, STATE):
-        if one.get("active"):  # what was taken back stays in the files as an id alone
+        if one.get("active"):  # withdrawn answers stay in the files as an id alone
             check(one, ANSWER, {}, "an answer")
             said[one["question_id"]] = one["answer"].strip()
     for question in each(source.records(f"{prefix}_questions.json", "questions"), "a question", {}, STATE):
@@ -63,12 +65,15 @@ def _rows(source: DatasetFolder, prefix: str, images: Path) -> Iterator[Example 
 
 
 def match(answer: str, example: Example) -> float:
-    """1 if the answer is a right one apart from case, spaces and full stops."""
+    """1 if the answer equals a right one apart from case, spaces and full stops."""
     return float(squeezed(answer) in {squeezed(one) for one in example.answers})
 
 
 def by_kind(examples: Sequence[Example]) -> dict[str, Metric]:
-    """The accuracy of each kind of question that was drawn, and their plain mean; the score is over all questions."""
+    """The accuracy of each kind of question that was drawn, and their unweighted mean.
+
+    The score of the task is the mean over all questions instead.
+    """
     kinds = sorted({example.kind for example in examples})
 
     def of(kinds: Sequence[str]) -> Metric:

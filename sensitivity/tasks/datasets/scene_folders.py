@@ -1,4 +1,4 @@
-"""Scene classification with no training: AID and UCMerced, a folder of images for each class."""
+"""Zero-shot scene classification: AID and UCMerced, with one folder of images per class."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 
 
 def aid(folder: Path, split: str, n: int, seed: int) -> Task:
+    """The scenes of AID."""
     return _task(DatasetFolder("aid", folder, GET_AID), split, n, seed)
 
 
 def ucmerced(folder: Path, split: str, n: int, seed: int) -> Task:
+    """The scenes of UCMerced."""
     return _task(DatasetFolder("ucmerced", folder / "Images", GET_UCMERCED), split, n, seed)
 
 
 def _task(source: DatasetFolder, split: str, n: int, seed: int) -> Task:
-    """There is no official split, so a tenth of the images is for calibration."""
+    """The task of a data set without official splits, of which a tenth of the images is for calibration."""
     classes = {name: files for name, files in _classes(source).items() if files}
     if len(classes) < 2:
         raise UserError(f"{source.name} needs a folder of images for each class in {source.folder}; {source.get}")

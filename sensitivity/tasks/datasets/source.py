@@ -1,4 +1,4 @@
-"""Published data sets as they are unpacked: which files, which split, what is drawn, and what is left out and said."""
+"""DatasetFolder: finds a published data set's files and split, draws examples, and reports flawed ones."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from sensitivity.spec.fields import Kind, Misfit, check, content, cut, not_a_fil
 from sensitivity.tasks.examples import images
 from sensitivity.tasks.examples.types import Example, Task
 
-SHARE = 0.02  # of a data set's examples, which may be left out with a note; more is refused
+SHARE = 0.02  # of the examples at most may be left out, with a note; a data set with more flaws is refused
 _BETWEEN = re.compile(r"[\s,]*")
-TENTH = 10  # one image in ten is kept for calibration where a data set has no split of its own for it
+TENTH = 10  # one image in ten is for calibration where a data set has no other split for it
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,19 @@ class Flaw:
 
 @dataclass(frozen=True)
 class Part:
-    """The part of a data set that a split is read from: an official one, or some of its images by hash."""
+    """The official part that a split is read from; `hashed` if both splits share it, divided by a hash of the image."""
 
     name: str
     split: str
     hashed: bool
 
     def has(self, image: str) -> bool:
+        """Whether an image belongs to the split."""
         return not self.hashed or held_out(image) == (self.split == "calibration")
 
     @property
     def note(self) -> tuple[str, ...]:
+        """A note for the user where the splits share one part."""
         if not self.hashed:
             return ()
         words = "are" if self.split == "calibration" else "leave out"
@@ -51,20 +53,21 @@ class Part:
 
 @dataclass(frozen=True)
 class DatasetFolder:
-    """A data set in a folder, and what to download if it is not there."""
+    """A data set in a folder; `get` says what to download if something is missing."""
 
     name: str
     folder: Path
     get: str
 
     def file(self, name: str) -> Path:
+        """The path of a file or folder, or an error that says what to download."""
         path = self.folder / name
         if not path.exists():
             raise UserError(f"{self.name} needs {name} in {self.folder}; {self.get}")
         return path
 
     def json(self, name: str, *keys: str) -> Any:
-        """What a file holds; `keys` must be there."""
+        """The content of a JSON file, which must have these keys."""
         path = self.file(name)
         try:
             found = read(path)
@@ -75,7 +78,11 @@ class DatasetFolder:
         return found
 
     def records(self, name: str, key: str) -> Iterator[dict[str, Any]]:
-        """The objects of the list `key` in a file, one at a time: VQAv2's annotations as a whole fill gigabytes."""
+        """The objects of the list `key` in a JSON file, parsed one at a time.
+
+        VQAv2's annotations as Python objects would take gigabytes at once. The standard library's decoder can start at
+        any place in a text, so no other parser is needed.
+        """
         path = self.file(name)
         try:
             text = content(path).decode("utf-8-sig")
@@ -107,9 +114,10 @@ class DatasetFolder:
                         raise UserError(f"{path}, line {number} is not a JSON object ({error}); {self.get}") from error
 
     def part(self, split: str, names: Sequence[str] = ("",), files: Sequence[str] = ()) -> Part:
-        """Of the parts `names`, the first is evaluated on; of the others, the first whose files are here calibrates.
+        """The part for a split: the first of `names` for evaluation, the next whose files all exist for calibration.
 
-        All its files must be here, images too: COCO's archive of annotations brings those of the training images.
+        Images are among `files`: COCO's archive of annotations includes those of training images, which may be missing.
+        Without a part for calibration, both splits share the first one, divided by a hash of the image.
         """
         evaluation, *others = names
         whole = next((n for n in others if all((self.folder / file.format(n)).exists() for file in files)), None)
@@ -133,7 +141,7 @@ class DatasetFolder:
     def drawn(
         self, rows: Iterable[Example | Flaw], part: Part, n: int, seed: int
     ) -> tuple[tuple[Example, ...], tuple[str, ...]]:
-        """n of the part's examples drawn with the seed, in the order of their ids, and notes on what is left out."""
+        """n of the part's examples, drawn with the seed and sorted by id, and notes on examples that were left out."""
         flaws: list[Flaw] = []
         good: list[Example] = []
         try:
@@ -146,13 +154,16 @@ class DatasetFolder:
             why = f"{self.name} in {self.folder} is not of the official layout: {error}; {self.get}"
             raise UserError(why) from error
         notes = [*part.note, *self.tolerated(flaws, len(flaws) + len(good))]
-        good.sort(key=lambda example: example.id)  # the sample does not depend on the order of a file or a folder
+        good.sort(key=lambda example: example.id)  # so that the sample does not depend on the order of a file or folder
         chosen = draw(good, n, seed, f"{self.name} in {self.folder}", part.split)
         seen, more = self.seen(chosen)
         return seen, (*notes, *more)
 
     def seen(self, chosen: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[str, ...]]:
-        """Those whose image is there and whole, and notes on the others."""
+        """The examples whose image file is complete, and notes on the others.
+
+        Checked after drawing, since opening every image of a data set would take minutes.
+        """
         why: dict[str, str | None] = {}
         for example in chosen:
             if example.cluster not in why:
@@ -161,7 +172,7 @@ class DatasetFolder:
         return tuple(e for e in chosen if not why[e.cluster]), tuple(self.tolerated(bad, len(chosen)))
 
     def tolerated(self, flaws: Sequence[Flaw], total: int) -> list[str]:
-        """One note per kind of flaw; an error where they are too many."""
+        """One note per kind of flaw, or an error if there are too many flaws."""
         notes = []
         for why in dict.fromkeys(flaw.why for flaw in flaws):
             ids = [flaw.id for flaw in flaws if flaw.why == why]
@@ -175,7 +186,7 @@ class DatasetFolder:
 
 
 def each(entries: Any, what: str, required: Mapping[str, Kind], optional: Mapping[str, Kind] = {}) -> Iterator[Any]:
-    """The entries of a list, objects whose fields are of these kinds: what names one of them."""
+    """The objects of a list, checked to have fields of these kinds; `what` names one of them in an error."""
     if isinstance(entries, list | tuple | Iterator):
         for entry in entries:
             yield check(entry, required, optional, what)
@@ -184,18 +195,21 @@ def each(entries: Any, what: str, required: Mapping[str, Kind], optional: Mappin
 
 
 def _named(example: Example) -> str:
-    """An example with its image's file, where it has one."""
+    """An example's id, with its image's file name if it has one."""
     return f"{cut(example.id)}: {cut(example.image.name)}" if isinstance(example.image, Path) else cut(example.id)
 
 
 def _gap(text: str, at: int) -> int:
-    """Where the next object of a list begins, or the list ends."""
+    """The position after white space and commas: of the next object, or of the list's end."""
     between = _BETWEEN.match(text, at)
     return between.end() if between else at
 
 
 def draw(examples: Iterable[Example], n: int, seed: int, where: str, split: str) -> list[Example]:
-    """n examples in the order that they come in; more of them include the fewer."""
+    """n examples drawn with the seed, in their given order.
+
+    A larger n with the same seed includes the smaller sample, as it is a prefix of the same permutation.
+    """
     known: dict[str, Example] = {}
     for example in examples:
         if example.id in known:
@@ -209,5 +223,8 @@ def draw(examples: Iterable[Example], n: int, seed: int, where: str, split: str)
 
 
 def held_out(image: str) -> bool:
-    """Whether an image is one of the tenth that is kept for calibration: a property of its name alone."""
+    """Whether an image is in the tenth that is kept for calibration.
+
+    It depends on the image's name alone, so that the splits stay apart for every n, seed and order.
+    """
     return int(hashlib.sha256(image.encode()).hexdigest(), 16) % TENTH == 0

@@ -1,4 +1,4 @@
-"""VQAv2: questions about COCO's val2014 images, ten people's answers each."""
+"""VQAv2: questions about COCO's val2014 images, with the answers of ten people each."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ GET = (
 
 
 def vqav2(folder: Path, split: str, n: int, seed: int) -> Task:
+    """The questions of VQAv2, scored by the official accuracy."""
     source = DatasetFolder("vqav2", folder, GET)
     part = source.part(split, ("val2014", "train2014"), (QUESTIONS, ANNOTATIONS, "{}"))
     source.file(part.name)
@@ -33,12 +34,14 @@ def vqav2(folder: Path, split: str, n: int, seed: int) -> Task:
 
 
 def _rows(source: DatasetFolder, part: str) -> Iterator[Example | Flaw]:
+    """One example per question, with all people's answers; the annotations are a file of their own."""
     said = {
+        # interned: most of the millions of answers are the same few words
         one["question_id"]: (one["image_id"], sys.intern(one.get("answer_type") or "all"), _people(one))
         for one in each(source.records(ANNOTATIONS.format(part), "annotations"), "an annotation", ANNOTATION, MORE)
     }
     seen = set()
-    pictures: dict[int, tuple[str, Path]] = {}  # one name and one path for all questions about an image
+    pictures: dict[int, tuple[str, Path]] = {}  # shared by all questions about an image, to save memory
     for question in each(source.records(QUESTIONS.format(part), "questions"), "a question", QUESTION):
         name, image = str(question["question_id"]), question["image_id"]
         seen.add(question["question_id"])
@@ -59,7 +62,7 @@ def _rows(source: DatasetFolder, part: str) -> Iterator[Example | Flaw]:
 
 
 def _people(annotation: dict[str, Any]) -> tuple[str, ...]:
-    """All answers, in an order that makes the first the one to expect; blank ones are gone."""
+    """All answers that are not blank, the most frequent ones first: the first one is measured by its likelihood."""
     given = [sys.intern(one["answer"].strip()) for one in annotation["answers"] if one["answer"].strip()]
     counts = Counter(given)
     return tuple(sorted(given, key=lambda answer: -counts[answer]))

@@ -1,1 +1,1 @@
-"""An example, its image, and the task that it belongs to."""
+"""The types of a task: an example, its image, and the task that it belongs to."""

@@ -1,4 +1,4 @@
-"""Whether an image file is whole: from its end where its kind marks it, otherwise by decoding all of it."""
+"""Opens images, and finds truncated files by the marker at their end or by decoding them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from sensitivity.spec.fields import MISSING, Misfit, not_a_file
 from sensitivity.tasks.examples.types import ImageSource
 
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
-TAIL = 4096  # bytes at the end of a file that are searched: cameras write things of their own behind the picture
+TAIL = 4096  # bytes at the end of a file in which the end marker is searched: cameras append data of their own
 
 
 def unusable(image: NDArray[np.uint8] | ImageSource) -> str | None:
-    """Why an image cannot be used; None where it can."""
+    """Why an image cannot be used; None if it can."""
     if isinstance(image, np.ndarray):
         return None
     if isinstance(image, Path) and (trouble := not_a_file(image)):
@@ -35,18 +35,20 @@ def unusable(image: NDArray[np.uint8] | ImageSource) -> str | None:
         return "an image of more pixels than Pillow holds to be safe"
     except Misfit:
         return "an image far longer than wide"
-    except FileNotFoundError:  # of a data set that keeps its images elsewhere
+    except FileNotFoundError:  # a saved data set may refer to image files elsewhere
         return "no image file"
     except Exception:  # on a damaged file, each of Pillow's readers has errors of its own
         return "an image that cannot be read"
 
 
 def _whole(image: ImageSource) -> bool:
+    """Whether an image is complete: by its end marker if its format has one, otherwise by decoding it."""
     with opened(image) as picture:
         if (mark := ENDS.get(picture.format or "")) is not None and mark in _tail(image):
             if picture.format == "PNG":
-                picture.verify()  # its checksums, without decoding; a JPEG has none
+                picture.verify()  # checks its checksums without decoding; a JPEG has none
             return True
+    # without an end marker only decoding shows whether anything is missing
     with opened(image) as picture:
         try:
             picture.load()
@@ -62,17 +64,17 @@ def _tail(image: ImageSource) -> bytes:
         return file.read()
 
 
-SLIMMEST = 200  # to one: a line of pixels whose short side is enlarged to a model's fills gigabytes
+SLIMMEST = 200  # largest aspect ratio: a thinner image, its short side enlarged to a model's, takes gigabytes
 
 
 def open_image(source: NDArray[np.uint8] | ImageSource) -> Image.Image:
-    """An upright RGB picture from an array or a file of any kind that Pillow reads."""
+    """An upright RGB image from an array or from any file that Pillow reads."""
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
     try:
         with opened(source) as image:
             upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits a channel; convert() would clip them to white
+            if upright.mode.startswith("I"):  # 16 bits per channel, which convert() would clip to white
                 return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")
             return upright.convert("RGB")
     except FileNotFoundError:
@@ -83,11 +85,14 @@ def open_image(source: NDArray[np.uint8] | ImageSource) -> Image.Image:
 
 @contextmanager
 def opened(source: ImageSource) -> Iterator[Image.Image]:
-    """A picture whose size is known and whose pixels are not read yet; what is no file is not waited for."""
+    """An image whose header is read and whose pixels are not.
+
+    Anything but a regular file is refused, since opening a pipe could wait for ever.
+    """
     if isinstance(source, Path) and (trouble := not_a_file(source)):
         raise FileNotFoundError(source) if trouble == MISSING else Misfit(trouble)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at twice as much, Pillow refuses
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow raises an error at twice that size
         with Image.open(stream(source)) as image:
             if max(image.size) > SLIMMEST * min(image.size):
                 raise Misfit(f"it is {image.width} by {image.height} pixels, and {SLIMMEST} to 1 is the most")
@@ -95,10 +100,10 @@ def opened(source: ImageSource) -> Iterator[Image.Image]:
 
 
 def same_image(image: Any) -> Any:
-    """Equal for equal images, and small."""
+    """A small key that is equal for equal images."""
     return image.resolve() if hasattr(image, "resolve") else (image.shape, hashlib.blake2b(image.tobytes()).digest())
 
 
 def stream(source: ImageSource) -> Path | io.BytesIO:
-    """What Pillow can open; of a file, no more is read than is needed."""
+    """What Pillow can open: a path, of which it reads only what it needs, or bytes."""
     return source if isinstance(source, Path) else io.BytesIO(source.read_bytes())

@@ -16,23 +16,23 @@ from numpy.typing import NDArray
 SPLITS: tuple[str, ...] = ("evaluation", "calibration")
 
 
-SHORT = "\nAnswer the question using a single word or phrase."  # after a question, as in LLaVA-1.5 and GeoChat
+SHORT = "\nAnswer the question using a single word or phrase."  # appended to a question, as in LLaVA-1.5 and GeoChat
 
 
 class ImageSource(Protocol):
-    """An image that is read when it is needed: a Path, or a cell of a data set."""
+    """An image that is read only when it is needed: a Path, or a cell of a saved data set."""
 
     def read_bytes(self) -> bytes: ...
 
     def resolve(self) -> object:
-        """Which image this is, for comparisons."""
+        """A value that is equal for equal images."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)  # there may be hundreds of thousands (reports/memory.md)
+@dataclass(frozen=True, eq=False, slots=True)  # slots: there may be hundreds of thousands (reports/memory.md)
 class Example:
-    """One image, one prompt, and the answers that are right; examples of one cluster share an image.
+    """One image, one prompt, and the right answers; examples of one cluster share an image.
 
-    The first answer is the one whose likelihood is measured. `regions` are the true boxes, where boxes are asked for.
+    The likelihood of the first answer is measured. `regions` are the true boxes if the answer should be boxes.
     """
 
     id: str
@@ -49,9 +49,9 @@ Metric = Callable[[Sequence[str], Sequence[Example]], float]
 
 @dataclass(frozen=True)
 class Gallery:
-    """Nothing is asked, but captions are looked for among those of so many images, and images among them.
+    """A retrieval task: images and captions find each other among `pool` images instead of answering a prompt.
 
-    The `top` most similar are compared once more, by a model that can read an image and a text together; 0 for none.
+    The `top` most similar pairs are compared again by a model that reads an image and a text together; 0 for none.
     """
 
     pool: int
@@ -62,10 +62,11 @@ class Gallery:
 class Task:
     """Examples and the rule that scores an answer.
 
-    `exact` says that an answer scores only if it is a right one, apart from case and white space. Then one that begins
-    like none of them need not be written out.
-    `metrics` are further figures of all answers together; those in `slow` (a program of its own starts) are not taken
-    of every plan. `notes` say what was left out.
+    `exact` says that an answer scores only if it equals a right one, apart from case and white space. Generation then
+    stops as soon as an answer begins like none of them.
+
+    `metrics` are further figures of all answers together. Those in `slow` start a program of their own and are not
+    computed for every plan. `notes` say which examples were left out.
     """
 
     name: str
@@ -80,7 +81,7 @@ class Task:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with any id, prompt, answer, box or image."""
+        """A hash that changes with any id, prompt, answer, box or image."""
         digest = hashlib.sha256()
         for example in self.examples:
             digest.update(repr((example.id, example.kind, example.prompt, example.answers)).encode())
@@ -93,7 +94,7 @@ class Task:
 
     @cached_property
     def chance(self) -> float:
-        """The score of always giving each kind's commonest right answer: what blindness gets."""
+        """The score of a model that sees nothing: it always gives the most common right answer of each kind."""
         if self.gallery:
             return 1 / min(self.gallery.pool, len({example.cluster for example in self.examples}))
         commonest: dict[str, str] = {}
@@ -103,30 +104,31 @@ class Task:
         return float(np.mean([self.score(commonest[example.kind], example) for example in self.examples]))
 
     def measure(self, answers: Sequence[str]) -> dict[str, float]:
-        """The further metrics of one answer per example, in their order."""
+        """The further metrics, from one answer per example in the order of the examples."""
         if len(answers) != len(self.examples):
             raise ValueError(f"{len(answers)} answers for {len(self.examples)} examples")
         return {name: float(metric(answers, self.examples)) for name, metric in self.metrics.items()}
 
     def quick(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, float]:
-        """The further metrics that are not slow, of a trial's rows: in any order, and of as many examples as it has."""
+        """The further metrics that are not slow, from the rows of a trial: in any order, of any number of examples."""
         named = zip(rows["task"], rows["example"], rows["answer"], strict=True)
         said = {example: answer for name, example, answer in named if name == self.name}
         asked = [example for example in self.examples if example.id in said]
         answers = [said[example.id] for example in asked]
         chosen = [name for name in self.metrics if asked and name not in self.slow]
         found = {name: float(self.metrics[name](answers, asked)) for name in chosen}
-        return {name: value for name, value in found.items() if math.isfinite(value)}  # all kinds may not be there yet
+        # a metric is NaN while a kind of question has no answer yet
+        return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def exact(answer: str, example: Example) -> float:
-    """1 if the answer is one of the right ones, apart from case and white space."""
+    """1 if the answer equals a right one, apart from case and white space."""
     given = " ".join(answer.lower().split())
     return float(any(given == " ".join(right.lower().split()) for right in example.answers))
 
 
 def mean_of(score: Callable[[str, Example], float]) -> Metric:
-    """A score per example as a metric of all answers."""
+    """The metric of all answers that is the mean of a score per example."""
     return lambda answers, examples: float(np.mean([score(a, e) for a, e in zip(answers, examples, strict=True)]))
 
 
@@ -138,7 +140,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Regions:
-    """The true boxes of an image as convex polygons, and the image's size, in pixels."""
+    """The true boxes of an image as convex polygons in pixels, and the image's size."""
 
     width: int
     height: int

@@ -1,1 +1,1 @@
-"""A user's own data."""
+"""Tasks from a user's own data."""

@@ -1,4 +1,4 @@
-"""A user's own data: JSON Lines with image, prompt and answers or boxes, or a saved data set; and scorers."""
+"""A user's own data as a task: JSON Lines or a saved data set, with one of SCORERS."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sensitivity.tasks.scoring import captions, grounding, vqa_accuracy
 
 NEEDS = 'each line is like {"image": "a.jpg", "prompt": "What is this?", "answers": ["a cat"]}'
 BOXES = 'each line is like {"image": "a.jpg", "prompt": "Where is it?", "boxes": [[10, 20, 50, 60]]}, in pixels'
-SAID = either(ANY_TEXT, listed(ANY_TEXT))  # an empty answer is refused in words of its own
+SAID = either(ANY_TEXT, listed(ANY_TEXT))  # empty answers pass here, and get a message of their own below
 ASKED = {"prompt": ANY_TEXT}
 ABOUT = {"id": NAME, "kind": TEXT, "split": one_of(*SPLITS)}
-FEWEST = 4  # answers for the accuracy of VQA: with one left out, three others must be able to agree
+FEWEST = 4  # answers for VQA's accuracy: with one person left out, three others must be able to agree
 
 Scorer = Callable[[str, tuple[Example, ...], tuple[str, ...]], Task]
 
@@ -38,7 +38,7 @@ def _vqa(name: str, examples: tuple[Example, ...], notes: tuple[str, ...]) -> Ta
     return Task(name, examples, vqa_accuracy.accuracy, notes=notes)
 
 
-# --task SCORER:FILE.jsonl or SCORER:FOLDER
+# how answers are scored: --task SCORER:FILE.jsonl or SCORER:FOLDER
 SCORERS: dict[str, Scorer] = {
     "exact": _exact,
     "vqa": _vqa,
@@ -55,9 +55,9 @@ def own(
     scorer: str = "exact",
     score: Callable[[str, Example], float] | None = None,
 ) -> Task:
-    """n examples drawn with the seed; a line may name its "split" (evaluation where it does not).
+    """n examples of a file or folder, drawn with the seed; a line without a "split" is for evaluation.
 
-    `score` is any function from an answer and its example to a number, in place of a scorer's.
+    `score` may be any function from an answer and its example to a number, and replaces the scorer's.
     """
     if path.is_dir():
         return made(path, saved.lines_of(path, split, scorer == "iou"), split, n, seed, scorer, score)
@@ -95,10 +95,10 @@ def made(
 
 
 def lines_of(path: Path, boxes: bool = False) -> Iterator[dict[str, Any]]:
-    """The lines as objects, each with its number and split."""
+    """The lines of a file as objects with their number and split."""
     needs, right = (BOXES, "boxes") if boxes else (NEEDS, "answers")
     try:
-        every = content(path).split(b"\n")  # and at nothing else: JSON may hold U+2028 and U+0085 as they are
+        every = content(path).split(b"\n")  # not splitlines(): JSON may contain U+2028 and U+0085
     except Misfit as error:
         raise UserError(f"cannot read {path}: {error}; {needs}") from error
     for number, line in enumerate(every, start=1):
@@ -119,6 +119,7 @@ def lines_of(path: Path, boxes: bool = False) -> Iterator[dict[str, Any]]:
 
 
 def _example(path: Path, fields: dict[str, Any], boxes: bool) -> Example:
+    """The example of one line."""
     line, needs = f"{path}, line {fields['number']}", BOXES if boxes else NEEDS
     try:
         check(

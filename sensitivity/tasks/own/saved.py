@@ -1,4 +1,4 @@
-"""A data set saved by Hugging Face `datasets`: rows as a user's own lines, images read when they are needed."""
+"""A data set that Hugging Face `datasets` saved, as lines whose images are read when needed."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ NEEDS = (
     "it takes a folder that datasets' save_to_disk wrote, with the columns image, prompt (or question) and answers (or "
     "answer; or boxes), and optionally id, image_id and kind"
 )
-PARTS = ("test", "validation", "val", "train")  # the first of these is evaluated on; train calibrates
+PARTS = ("test", "validation", "val", "train")  # the first that exists is for evaluation; train is for calibration
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The image in one row of a data set that stays on disk."""
+    """The image in one row of a data set on disk."""
 
     rows: Any
     number: int
     name: str
 
     def read_bytes(self) -> bytes:
+        """The bytes of the image file, stored in the row or at a path that it names."""
         stored = self.rows[self.number]["image"]
         if not isinstance(stored, dict):
             raise Misfit("there is no image")
         return bytes(stored["bytes"]) if stored["bytes"] is not None else content(Path(stored["path"]))
 
     def resolve(self) -> str:
+        """The image's name, which is equal for equal images."""
         return self.name
 
     def __str__(self) -> str:
@@ -42,11 +44,15 @@ class Cell:
 
 
 def lines_of(folder: Path, split: str, boxes: bool) -> Iterator[dict[str, Any]]:
-    """The rows of a split in the form of a JSON Lines file's; a tenth of the images calibrates where none is for it."""
+    """The rows of a split, in the form of JSON Lines.
+
+    Without a split for calibration, a tenth of the images is used for it.
+    """
     part, rows = _rows(folder, split)
     prompt = _column(folder, rows, "prompt", "question")
     right = _column(folder, rows, *(("boxes",) if boxes else ("answers", "answer")))
     images = rows.select_columns(["image"])
+    # iterating without the images, as each row would be read into memory with its image
     for number, row in enumerate(rows.remove_columns(["image"])):
         cell = Cell(images, number, f"{folder.name}/{part.name}/{row.get('image_id') or ''}")
         if row.get("image_id") is None:
@@ -58,6 +64,7 @@ def lines_of(folder: Path, split: str, boxes: bool) -> Iterator[dict[str, Any]]:
 
 
 def _rows(folder: Path, split: str) -> tuple[source.Part, Any]:
+    """The part of a saved data set for a split, and its rows, whose images stay encoded."""
     if importlib.util.find_spec("datasets") is None:
         why = f"{folder} is a folder; to read it as a saved data set"
         raise UserError(f"{why}, type pip install 'vlm-sensitivity[tasks]'")
@@ -84,7 +91,10 @@ def _rows(folder: Path, split: str) -> tuple[source.Part, Any]:
 
 
 def _mark(cell: Cell) -> str:
-    """An image's own name, by its content; one that cannot be read is left out later, and has its row's number."""
+    """A name for an image without an id: the hash of its content.
+
+    An unreadable image is left out later; until then its row number is its name.
+    """
     try:
         return hashlib.sha256(cell.read_bytes()).hexdigest()[:16]
     except (Misfit, TypeError, OSError):

@@ -1,1 +1,1 @@
-"""How an answer is scored."""
+"""Scoring: how an answer becomes a number."""

@@ -1,4 +1,4 @@
-"""Boxes written as text, {<x1><y1><x2><y2>|<angle>}: reading them, and how far two of them overlap."""
+"""Boxes written as text, {<x1><y1><x2><y2>|<angle>}: parsing, polygons and intersection over union."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _BOX = re.compile(r"\{<(\d+)><(\d+)><(\d+)><(\d+)>\|<(-?\d+)>\}")
 
 
 def parse(text: str) -> list[Box]:
-    """Every well-formed box in a text, as (x1, y1, x2, y2, angle); a box without area is not one."""
+    """Every well-formed box in a text as (x1, y1, x2, y2, angle); a box without area is skipped."""
     found = [tuple(float(v) for v in match.groups()) for match in _BOX.finditer(text)]
     return [(x1, y1, x2, y2, angle) for x1, y1, x2, y2, angle in found if x2 > x1 and y2 > y1]
 
 
 def corners(box: Box) -> list[Point]:
-    """The upright box turned about its center; a positive angle is counterclockwise as seen (y points down)."""
+    """The corners of a box rotated about its center; a positive angle is counterclockwise on screen (y points down)."""
     x1, y1, x2, y2, angle = box
     cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
@@ -27,6 +27,7 @@ def corners(box: Box) -> list[Point]:
 
 
 def _area(polygon: list[Point]) -> float:
+    """The area of a polygon by the shoelace formula, positive if its corners go clockwise on screen."""
     following = polygon[1:] + polygon[:1]
     return sum(x * v - u * y for (x, y), (u, v) in zip(polygon, following, strict=True)) / 2
 
@@ -42,6 +43,7 @@ def _clip(subject: list[Point], start: Point, end: Point) -> list[Point]:
         a, b = side(here), side(there)
         if a >= 0:
             kept.append(here)
+        # strict on both sides: a corner on the edge is already kept, and must not appear twice
         if (a > 0 > b) or (a < 0 < b):
             t = a / (a - b)
             kept.append((here[0] + t * (there[0] - here[0]), here[1] + t * (there[1] - here[1])))
@@ -49,12 +51,15 @@ def _clip(subject: list[Point], start: Point, end: Point) -> list[Point]:
 
 
 def oriented_iou(a: Box, b: Box) -> float:
-    """Intersection over union of two turned boxes."""
+    """Intersection over union of two rotated boxes."""
     return polygon_iou(corners(a), corners(b))
 
 
 def polygon_iou(a: Sequence[Point], b: Sequence[Point]) -> float:
-    """Intersection over union of two convex polygons that go the same way round, as `convex` gives them."""
+    """Intersection over union of two convex polygons of equal orientation, as `convex` returns them.
+
+    No geometry library is needed, since the polygons are convex: one is clipped by each edge of the other.
+    """
     overlap, other = list(a), list(b)
     whole = _area(overlap) + _area(other)
     for start, end in zip(other, other[1:] + other[:1], strict=True):
@@ -64,21 +69,22 @@ def polygon_iou(a: Sequence[Point], b: Sequence[Point]) -> float:
 
 
 def upright_iou(a: Box, b: Box) -> float:
-    """Intersection over union of the boxes before they are turned: the angle does not count."""
+    """Intersection over union of the boxes without their rotation."""
     return oriented_iou((*a[:4], 0.0), (*b[:4], 0.0))
 
 
 def convex(points: Sequence[Sequence[float]]) -> tuple[Point, ...] | None:
-    """The corners of a convex polygon, clockwise as seen, in whatever order they come; None if it has no area."""
+    """The corners of a convex polygon, clockwise on screen, from any order; None if it has no area."""
     if len(points) < 3 or any(len(point) != 2 for point in points):
         return None
     cx, cy = (sum(point[i] for point in points) / len(points) for i in (0, 1))
+    # a convex polygon's corners are in order when sorted by their angle around the mean point, which lies inside
     around = sorted(((float(x), float(y)) for x, y in points), key=lambda p: math.atan2(p[1] - cy, p[0] - cx))
     return tuple(around) if _area(around) > 1e-9 else None
 
 
 def _diagonal(box: Box) -> list[Point]:
-    """The two corners as the ends of a diagonal, whose parts along and across the angle are the sides."""
+    """Read the corners as the ends of a diagonal: its parts along and across the angle are the sides of the box."""
     x1, y1, x2, y2, angle = box
     length = math.hypot(x2 - x1, y2 - y1)
     width, height = length * math.cos(math.radians(angle)), length * math.sin(math.radians(angle))
@@ -86,9 +92,9 @@ def _diagonal(box: Box) -> list[Point]:
     return corners((cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2, angle))
 
 
-# How the two corners and the angle of a written box become a polygon. GeoChat's paper does not say; its demo turns the
-# box counterclockwise (cv2.getRotationMatrix2D). Other people's evaluators turn it clockwise, or read the corners as a
-# diagonal, with which most upright boxes (angle 0) have no area.
+# Ways to turn the corners and angle of a written box into a polygon. GeoChat's paper does not say which; its demo
+# rotates the box counterclockwise (cv2.getRotationMatrix2D). Other evaluators rotate it clockwise, or read the corners
+# as a diagonal, by which most upright boxes (angle 0) have no area.
 DECODINGS: dict[str, Callable[[Box], list[Point]]] = {
     "turned": corners,
     "clockwise": lambda box: corners((*box[:4], -box[4])),
@@ -99,7 +105,7 @@ DECODINGS: dict[str, Callable[[Box], list[Point]]] = {
 def decoded(text: str, width: int, height: int, decoding: str = "turned") -> list[tuple[Point, ...]]:
     """The boxes in a text as polygons in pixels; written corners are percent of the image.
 
-    White space does not count: tokenizers put some between the numbers when they turn tokens into text.
+    All white space is removed first, since some tokenizers insert it between the numbers.
     """
     found = []
     for x1, y1, x2, y2, angle in parse("".join(text.split())):
@@ -110,12 +116,12 @@ def decoded(text: str, width: int, height: int, decoding: str = "turned") -> lis
 
 
 def written(polygon: Sequence[Point], width: int, height: int) -> str:
-    """A true box as a model would write it: the sides of its first edge's rectangle, turned back about the center."""
+    """A true box as a model would write it: the rectangle on the two edges at its first corner, rotated to upright."""
     cx, cy = (sum(point[i] for point in polygon) / len(polygon) for i in (0, 1))
     (ax, ay), (bx, by), (dx, dy) = polygon[0], polygon[1], polygon[-1]
     along, across = math.hypot(bx - ax, by - ay), math.hypot(dx - ax, dy - ay)
-    angle = -round(math.degrees(math.atan2(by - ay, bx - ax)))  # counterclockwise as seen
-    if not -45 <= angle <= 45:  # the same rectangle, with its sides exchanged
+    angle = -round(math.degrees(math.atan2(by - ay, bx - ax)))  # counterclockwise on screen
+    if not -45 <= angle <= 45:  # the same rectangle, its sides swapped if need be
         angle = (angle + 45) % 90 - 45
         if abs(math.remainder(-math.degrees(math.atan2(by - ay, bx - ax)) - angle, 180)) > 45:
             along, across = across, along
@@ -124,14 +130,19 @@ def written(polygon: Sequence[Point], width: int, height: int) -> str:
 
 
 def matches(given: Sequence[Sequence[Point]], right: Sequence[Sequence[Point]], threshold: float) -> int:
-    """How many true boxes are found if each given box may stand for one of them: the largest such number."""
+    """The largest number of true boxes that given boxes can find, each standing for at most one.
+
+    This is a maximum bipartite matching by augmenting paths; a greedy assignment could miss boxes.
+    """
     near = [[polygon_iou(one, other) >= threshold for other in right] for one in given]
     taken: dict[int, int] = {}  # true box -> the given one that stands for it
 
+    # whether given box `one` can get a true box, moving earlier ones if need be; `tried` stops cycles
     def place(one: int, tried: set[int]) -> bool:
         for other, good in enumerate(near[one]):
             if good and other not in tried:
                 tried.add(other)
+                # take a free true box, or one whose present holder can move to another
                 if other not in taken or place(taken[other], tried):
                     taken[other] = one
                     return True

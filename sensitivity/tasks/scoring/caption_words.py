@@ -1,16 +1,18 @@
-"""A caption as words, as the Stanford tokenizer of the COCO evaluation splits it, without Java."""
+"""Splits a caption into words as the Stanford tokenizer of COCO's evaluation does, without Java."""
 
 from __future__ import annotations
 
 import re
 
-# Captions are scored per example, thousands of times a sweep, and must score the same with and without Java; so the
-# part of the Penn Treebank rules that captions meet is written down here. Tests compare it with the Java program.
+# Captions are scored example by example, thousands of times in a sweep, and must score the same with and without Java.
+# The Penn Treebank rules that matter for captions are therefore implemented here; tests compare them with the Java
+# program.
 
 _QUOTES = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "`": "'", "–": "-", "—": "-", "…": "."})
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _SPLIT = {word.replace(" ", ""): word for word in ("can not", "gon na", "got ta", "wan na", "lem me", "gim me")}
 
+# alternatives are tried from top to bottom, so special cases come before the general word
 _TOKEN = re.compile(
     r"""
       (?:[a-z]\.){2,}                                    # u.s.  p.m.  t.v.
@@ -33,7 +35,7 @@ _TOKEN = re.compile(
 
 
 def words(caption: str) -> list[str]:
-    """Lower case, clitics apart, punctuation gone."""
+    """The words of a caption in lower case, with clitics as words of their own and without punctuation."""
     found: list[str] = []
     for token in _TOKEN.findall(caption.lower().translate(_QUOTES)):
         found += _SPLIT.get(token, _BRACKETS.get(token, token)).split()

@@ -1,4 +1,4 @@
-"""CIDEr of one caption among the references of a whole task, and the corpus metrics of pycocoevalcap beside it."""
+"""CIDEr of each caption against the references of a whole task, and pycocoevalcap's corpus metrics."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sensitivity.tasks.examples.types import Example, Metric, Task
 from sensitivity.tasks.scoring.caption_words import words
 
 ORDERS = 4  # n-grams of one to four words
-SIGMA = 6.0  # of the penalty for a caption of another length
+SIGMA = 6.0  # width of CIDEr-D's Gaussian penalty on a difference in length
 Gram = tuple[str, ...]
 INSTALL = "pip install 'vlm-sensitivity[tasks]'"
-SLOW = ("METEOR",)  # Java takes seconds to start, and 2 GB
+SLOW = ("METEOR",)  # its Java program takes seconds to start, and 2 GB
 
 
 def task(name: str, examples: tuple[Example, ...], notes: tuple[str, ...] = (), most: int = 32) -> Task:
-    """Captions scored by CIDEr, with what else is usually reported."""
+    """Captions scored by CIDEr, with the other metrics that are usually reported."""
     further, missing = metrics()
     return Task(name, examples, cider(examples), False, most, further, (*notes, *missing), slow=SLOW)
 
@@ -29,13 +29,17 @@ def task(name: str, examples: tuple[Example, ...], notes: tuple[str, ...] = (), 
 def cider(examples: Sequence[Example]) -> Callable[[str, Example], float]:
     """The CIDEr-D of an answer, from 0 to 10, with the document frequencies of these examples' references.
 
-    Vedantam et al. 2015, section 5, with the details of pycocoevalcap: one document per image, term frequencies are
-    counts, counts are clipped to the reference's, a Gaussian penalty on the difference in bigrams. The mean over the
-    examples is pycocoevalcap's CIDEr of the corpus. It depends on which images are evaluated: figures of different
-    samples do not compare, and with one image alone every score is zero.
+    Vedantam et al. 2015, section 5, with the details of pycocoevalcap: each image is one document, term frequencies are
+    counts, an answer's counts are clipped to the reference's, and a Gaussian penalizes a difference in the number of
+    bigrams. Its mean over the examples is pycocoevalcap's corpus CIDEr.
+
+    It is computed here because a sweep scores answers a few at a time, against the references of the whole task. It
+    depends on which images are evaluated: scores of different samples do not compare, and with a single image every
+    score is 0.
     """
     found: Counter[Gram] = Counter()
     for example in examples:
+        # a set: an n-gram counts once per image, however often its references use it
         found.update({gram for right in example.answers for gram in _grams(right)})
     documents = math.log(max(len(examples), 1))
     idf = {gram: documents - math.log(count) for gram, count in found.items()}
@@ -44,6 +48,7 @@ def cider(examples: Sequence[Example]) -> Callable[[str, Example], float]:
         by_order: list[dict[Gram, float]] = [{} for _ in range(ORDERS)]
         counts = _grams(text)
         for gram, count in counts.items():
+            # an n-gram in no reference gets the idf of one that occurs once
             by_order[len(gram) - 1][gram] = count * idf.get(gram, documents)
         norms = [math.sqrt(sum(weight**2 for weight in order.values())) for order in by_order]
         return by_order, norms, sum(count for gram, count in counts.items() if len(gram) == 2)
@@ -57,6 +62,7 @@ def cider(examples: Sequence[Example]) -> Callable[[str, Example], float]:
             for n in range(ORDERS):
                 if lengths[n] and others[n]:
                     both = ((weight, reference[n].get(gram, 0.0)) for gram, weight in given[n].items())
+                    # the cosine similarity of the two vectors, with the answer's weights clipped to the reference's
                     alike += sum(min(ours, theirs) * theirs for ours, theirs in both) / (lengths[n] * others[n])
             total += alike * math.exp(-((bigrams - expected) ** 2) / (2 * SIGMA**2))
         return 10 * total / (ORDERS * len(example.answers))
@@ -70,7 +76,7 @@ def _grams(text: str) -> Counter[Gram]:
 
 
 def metrics() -> tuple[dict[str, Metric], tuple[str, ...]]:
-    """What is here of BLEU-4, ROUGE-L and METEOR, and notes on what is not."""
+    """BLEU-4, ROUGE-L and METEOR as far as they are installed, and notes on those that are not."""
     if importlib.util.find_spec("pycocoevalcap") is None:
         return {}, (f"BLEU-4, ROUGE-L and METEOR are left out: they need pycocoevalcap ({INSTALL})",)
     plain: dict[str, Metric] = {"BLEU-4": bleu4, "ROUGE-L": rouge_l}
@@ -80,29 +86,32 @@ def metrics() -> tuple[dict[str, Metric], tuple[str, ...]]:
 
 
 def bleu4(answers: Sequence[str], examples: Sequence[Example]) -> float:
+    """BLEU-4 of all answers, from pycocoevalcap."""
     from pycocoevalcap.bleu.bleu import Bleu
 
     return float(Bleu(4).compute_score(*_corpus(answers, examples), verbose=0)[0][3])
 
 
 def rouge_l(answers: Sequence[str], examples: Sequence[Example]) -> float:
+    """ROUGE-L of all answers, from pycocoevalcap."""
     from pycocoevalcap.rouge.rouge import Rouge
 
     return float(Rouge().compute_score(*_corpus(answers, examples))[0])
 
 
 def meteor(answers: Sequence[str], examples: Sequence[Example]) -> float:
-    """METEOR 1.5, a Java program that runs beside this one; its synonyms come with it."""
+    """METEOR 1.5 of all answers, from a Java program that comes with its synonyms."""
     from pycocoevalcap.meteor.meteor import Meteor
 
     right, given = _corpus(answers, examples)
     program = Meteor()
     try:
-        # a line without words would leave the program waiting for more
+        # the program would wait for more input after an empty line
         return float(program.compute_score(right, {i: [said or "."] for i, [said] in given.items()})[0])
     except (OSError, ValueError) as error:
         raise UserError(f"METEOR's Java program failed ({error}); it needs 2 GB; try java -version") from error
     finally:
+        # pycocoevalcap leaves the process running and its pipes open until garbage collection
         pipes = program.meteor_p
         pipes.kill()
         pipes.wait()
@@ -111,13 +120,13 @@ def meteor(answers: Sequence[str], examples: Sequence[Example]) -> float:
 
 
 def _corpus(answers: Sequence[str], examples: Sequence[Example]) -> tuple[dict[int, Any], dict[int, Any]]:
-    """References and answers in the form of pycocoevalcap."""
+    """References and answers as pycocoevalcap takes them."""
     right = {i: [" ".join(words(one)) for one in example.answers] for i, example in enumerate(examples)}
     return right, {i: [" ".join(words(answer))] for i, answer in enumerate(answers)}
 
 
 def rouge(kind: str) -> Callable[[str, str], float]:
-    """The F1 of rouge_score with stemming, of an answer and the right one: kind is rouge1 or rougeL."""
+    """rouge_score's F1 with stemming between an answer and a right one; kind is rouge1 or rougeL."""
     if importlib.util.find_spec("rouge_score") is None:
         raise UserError(f"captions of regions are scored by rouge_score, which is not installed; type {INSTALL}")
     from rouge_score.rouge_scorer import RougeScorer

@@ -1,4 +1,4 @@
-"""Tasks whose answers are boxes: each box that is written may stand for one true box, if the two overlap enough."""
+"""Tasks answered with boxes: each written box may match one true box if the two overlap enough."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sensitivity.tasks.examples.images import opened
 from sensitivity.tasks.examples.types import Example, Metric, Point, Regions, Task
 from sensitivity.tasks.scoring.boxes import DECODINGS, convex, decoded, matches, polygon_iou, written
 
-ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # of EXIF: those that stand upright only after a quarter turn
-MOST = 1000  # corners of a box
-THRESHOLDS = (0.5, 0.25)  # of the intersection over union; the score is at the first
+ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap width and height
+MOST = 1000  # numbers or corners of a box
+THRESHOLDS = (0.5, 0.25)  # of intersection over union; the first one decides the score
 
 
 def _is_box(value: Any) -> bool:
@@ -38,12 +38,12 @@ def task(
     decoding: str = "turned",
     most: int = 256,
 ) -> Task:
-    """True boxes found one to one, over all true boxes: acc@0.5 as the score, acc@0.25 and any match beside it.
+    """True boxes that are found one to one, as a share of all true boxes: acc@0.5, which is the score, and acc@0.25.
 
-    Beside them too: what other ways to read a written box would have found.
+    Further metrics are the lenient any match, and what other ways to read a written box would have found.
 
-    An example scores its boxes found by the mean number of boxes per example, so that the mean over examples is the
-    published figure, found of all; with more than one box to an image an example's score can therefore pass 1.
+    An example's score is its number of found boxes divided by the mean number of boxes per example. The mean over
+    examples is then the published figure (found boxes / all boxes), and an example with many boxes can score above 1.
     """
     if decoding not in DECODINGS:
         raise unknown("decoding of boxes", decoding, DECODINGS)
@@ -60,12 +60,14 @@ def task(
 
 
 def found(answer: str, example: Example, threshold: float, decoding: str = "turned") -> int:
-    """How many true boxes the boxes in an answer find, one to one."""
+    """How many true boxes the boxes in an answer match, one to one."""
     right = _regions(example)
     return matches(decoded(answer, right.width, right.height, decoding), right.polygons, threshold)
 
 
 def accuracy(threshold: float, decoding: str = "turned") -> Metric:
+    """The share of all true boxes that answers find."""
+
     def metric(answers: Sequence[str], examples: Sequence[Example]) -> float:
         hits = sum(found(a, e, threshold, decoding) for a, e in zip(answers, examples, strict=True))
         return hits / sum(len(_regions(e).polygons) for e in examples)
@@ -74,7 +76,7 @@ def accuracy(threshold: float, decoding: str = "turned") -> Metric:
 
 
 def any_match(threshold: float, decoding: str = "turned") -> Metric:
-    """The lenient reading of the published figures: one good box anywhere, and the whole answer counts as right."""
+    """The lenient reading of the published figures: one box that matches any true box makes an answer right."""
 
     def hit(answer: str, example: Example) -> bool:
         right = _regions(example)
@@ -88,7 +90,7 @@ def any_match(threshold: float, decoding: str = "turned") -> Metric:
 
 
 def sized(example: Example) -> Example:
-    """With the size of the upright image, read from its first bytes, and the boxes as the text that is expected."""
+    """The example with the size of its upright image, read from the file's header, and its true boxes as text."""
     image, known = example.image, _regions(example)
     try:
         if isinstance(image, np.ndarray):
@@ -105,7 +107,7 @@ def sized(example: Example) -> Example:
 
 
 def outside(example: Example) -> str | None:
-    """The size of an image that one of its boxes does not touch at all; None where all do."""
+    """The size of an image that one of its boxes lies outside of completely; None if there is no such box."""
     known = _regions(example)
     for polygon in known.polygons:
         (left, right), (top, bottom) = ((min(ends), max(ends)) for ends in zip(*polygon, strict=True))
@@ -115,7 +117,10 @@ def outside(example: Example) -> str | None:
 
 
 def polygons(boxes: Sequence[Sequence[float | Sequence[float]]]) -> tuple[tuple[Point, ...], ...] | None:
-    """Boxes in pixels: [x1, y1, x2, y2], or corners [[x, y], ...] in any order; None if there is none, or no area."""
+    """Boxes in pixels, [x1, y1, x2, y2] or corners [[x, y], ...] in any order, as polygons.
+
+    None if there is no box, or one without area.
+    """
     made = [convex(_corners(box)) for box in boxes]
     whole = tuple(polygon for polygon in made if polygon is not None)
     return whole if whole and len(whole) == len(made) else None

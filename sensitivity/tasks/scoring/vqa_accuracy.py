@@ -1,4 +1,4 @@
-"""The official accuracy of VQA, with its normalization; GQA's exact match after the same."""
+"""The official VQA accuracy with its normalization, and exact match after the same normalization (GQA)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from sensitivity.tasks.examples.types import Example
 
-# Everything here follows the evaluation code of visualqa.org, its slips included: a figure is comparable or it is not.
+# Everything here follows the evaluation code of visualqa.org, its bugs included, so that figures are comparable.
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _ARTICLES = ("a", "an", "the")
@@ -15,7 +15,7 @@ _NUMBERS = "zero one two three four five six seven eight nine ten"
 _DIGITS = {"none": "0"} | {word: str(i) for i, word in enumerate(_NUMBERS.split())}
 _THOUSANDS = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
-_FULL_STOPS = 32  # as many are taken out: the official call passes a flag in the place of a count
+_FULL_STOPS = 32  # at most so many are removed: the official code passes re.UNICODE (32) where sub() takes a count
 
 _CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
     he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
@@ -28,18 +28,20 @@ _CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn
 
 
 def _misspelled(word: str) -> Iterator[str]:
-    """A contraction with one apostrophe missing."""
+    """A contraction without one of its apostrophes, in each possible way."""
     return (word[:i] + word[i + 1 :] for i, letter in enumerate(word) if letter == "'")
 
 
-# the one entry that goes the other way is official too
+# the official table has one entry the other way round: it removes the apostrophe of somebody'd
 _SPELLING = {wrong: word for word in _CONTRACTIONS.split() for wrong in _misspelled(word)} | {"somebody'd": "somebodyd"}
 
 
 def normalized(text: str) -> str:
-    """Without punctuation and articles, numbers below eleven as digits, contractions with their apostrophes."""
+    """Text without punctuation and articles, with digits for numbers up to ten and apostrophes in contractions."""
     plain = text
     for mark in _PUNCTUATION:
+        # as in the official code: a mark is deleted if it stands beside a space anywhere in the text, or if a number
+        # has a thousands separator; otherwise it becomes a space
         edge = f"{mark} " in text or f" {mark}" in text or _THOUSANDS.search(text)
         plain = plain.replace(mark, "" if edge else " ")
     plain = _FULL_STOP.sub("", plain, count=_FULL_STOPS)
@@ -48,15 +50,15 @@ def normalized(text: str) -> str:
 
 
 def accuracy(answer: str, example: Example) -> float:
-    """min(1, matches among the other people's answers / 3), averaged over leaving out each person's (ten in VQAv2)."""
+    """min(1, matches among the other people's answers / 3), averaged over leaving out each person (ten in VQAv2)."""
     return _agreement(normalized(_flat(answer)), [normalized(_flat(one)) for one in example.answers])
 
 
 def verbatim(answer: str, example: Example) -> float:
-    """As the official script has it: where all people agree, nothing is normalized, and Yes is not yes.
+    """The official script's accuracy: where all people agree, nothing is normalized, so that Yes is not yes.
 
-    Answers are therefore normalized before they are sent to the evaluation server; models that write small letters
-    and no full stop score the same under both.
+    Answers are therefore normalized before they are sent to the evaluation server. Models that write lower case without
+    full stops score the same under both.
     """
     given, right = _flat(answer), [_flat(one) for one in example.answers]
     return accuracy(answer, example) if len(set(right)) > 1 else _agreement(given, right)
@@ -68,7 +70,7 @@ def _agreement(given: str, right: Sequence[str]) -> float:
 
 
 def match(answer: str, example: Example) -> float:
-    """1 if the answer is one of the right ones after normalization."""
+    """1 if the answer equals a right one after normalization."""
     return float(normalized(_flat(answer)) in {normalized(_flat(one)) for one in example.answers})
 
 
