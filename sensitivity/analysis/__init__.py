@@ -1,1 +1,1 @@
-"""The table wing: what the trials of a study say. Never imports torch."""
+"""The analyses of a study's trials: importance, surrogate, search, allocation, report; never imports torch."""

@@ -1,4 +1,4 @@
-"""What the analyses read of a study: each trial's bits per component and one score; what is left out is counted."""
+"""Observations, the input of all analyses: each trial's bits per component and one task's score."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from sensitivity.study.table import NATIVE
 
 @dataclass(frozen=True)
 class Observations:
-    """One score of every usable trial; arrays run over trials, the second axis of `bits` over components."""
+    """One task's score of every usable trial; arrays run over trials, the second axis of `bits` over components."""
 
     task: str
     names: tuple[str, ...]
     bits: Floats
     score: Floats
-    se: Floats  # NaN where a trial does not know its own error
+    se: Floats  # standard errors; NaN where unknown
     keys: tuple[str, ...]  # equal keys are replicates of one plan
     bpw: Floats  # NaN where sizes are unknown
     methods: tuple[str, ...]
     plans: tuple[Plan, ...] = ()
-    notes: tuple[str, ...] = ()  # what was left out and why, in words
+    notes: tuple[str, ...] = ()  # which trials were left out and why, as sentences
 
     def __len__(self) -> int:
         return len(self.score)
 
     def where(self, mask: Floats | Sequence[int]) -> Observations:
-        """The same readings, only those trials."""
+        """Only the trials of this mask, or of these indices."""
         rows = np.arange(len(self))[np.asarray(mask)]
         return replace(
             self,
@@ -51,13 +51,13 @@ class Observations:
         )
 
     def without(self, names: Sequence[str]) -> Observations:
-        """The same readings, some components ignored."""
+        """All trials, without the bits of these components."""
         keep = [i for i, name in enumerate(self.names) if name not in names]
         return replace(self, bits=self.bits[:, keep], names=tuple(self.names[i] for i in keep))
 
     @cached_property
     def full(self) -> float:
-        """The score at full precision: its measured mean, or else the best guess, the mean of the widest trials."""
+        """The score at full precision: its mean where measured, else the mean of the trials with the most bits."""
         native = np.all(self.bits == 16, axis=1)
         if native.any():
             return float(self.score[native].mean())
@@ -66,9 +66,9 @@ class Observations:
 
     @cached_property
     def noise(self) -> float | None:
-        """Standard deviation of one reading: from replicates, else from the trials' own errors."""
+        """Standard deviation of one score: from replicates of plans, else from the trials' standard errors."""
         groups = pd.DataFrame({"key": self.keys, "score": self.score}).groupby("key")["score"]
-        spare = len(self.score) - groups.ngroups
+        spare = len(self.score) - groups.ngroups  # degrees of freedom
         if spare >= 3:
             return float(np.sqrt(((self.score - groups.transform("mean")) ** 2).sum() / spare))
         known = self.se[np.isfinite(self.se)]
@@ -76,6 +76,7 @@ class Observations:
 
 
 def check_task(study: Study, task: str | None) -> str:
+    """The name of a task of this study; its first where none is given."""
     if task is None:
         return study.tasks[0]
     if task not in study.tasks:
@@ -84,7 +85,7 @@ def check_task(study: Study, task: str | None) -> str:
 
 
 def observations_of(study: Study, task: str | None = None, method: str | None = None) -> Observations:
-    """The readings of one task, if wanted only those of plans that use one method (full precision always counts)."""
+    """The observations of one task, on request only those of plans that use one method, and of full precision."""
     task = check_task(study, task)
     measured = study.measured()
     if not measured:
@@ -120,8 +121,11 @@ def observations_of(study: Study, task: str | None = None, method: str | None = 
 
 
 def _level(study: Study, task: str, plans: Sequence[Plan], scores: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Scores of a sweep that was stopped, on one level: what saw fewer examples than full precision counts by its
-    difference to that on those it saw, since its examples may be easier than the others."""
+    """Scores of a sweep that was stopped early, made comparable.
+
+    A trial that has seen fewer examples than full precision may have seen easier ones. So its score becomes that of
+    full precision plus the paired difference on the examples that both have seen.
+    """
     key = study.native.key
     full = next((score for plan, score in zip(plans, scores, strict=True) if plan.key == key), {})
     native, found = None, []
@@ -137,7 +141,7 @@ def _level(study: Study, task: str, plans: Sequence[Plan], scores: list[dict[str
 def observations_of_table(
     table: pd.DataFrame, components: Sequence[str], score: str, se: str | None = None, bpw: str | None = None
 ) -> Observations:
-    """Readings from any table with a column of bits per component and a column of scores."""
+    """Observations from any table with a column of bits for each component and a column of scores."""
     if not table.columns.is_unique:
         twice = sorted({str(c) for c in table.columns[table.columns.duplicated()]})
         raise UserError(f"the table has two columns named '{twice[0]}'; rename or delete one")
@@ -165,6 +169,7 @@ def observations_of_table(
 
 
 def _usable(readings: Observations) -> Observations:
+    """The observations whose score is a finite number, with a note on the others."""
     finite = np.isfinite(readings.score)
     if not finite.any():
         raise UserError(f"no trial has a score for '{readings.task}'")
@@ -175,5 +180,6 @@ def _usable(readings: Observations) -> Observations:
 
 
 def _method(plan: Plan) -> str:
+    """The methods of a plan, joined by +, or 'native'."""
     methods = {scheme.method for _, scheme in plan.schemes if scheme}
     return "native" if not methods else "+".join(sorted(methods))

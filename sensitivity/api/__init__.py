@@ -1,1 +1,1 @@
-"""The straight line as functions."""
+"""The public functions: sweep, recommend and export, which connect analyses and models."""

@@ -1,4 +1,4 @@
-"""Exporting as functions: a plan of a study as files that a runtime loads, or the best legal plan instead of it."""
+"""export(): writes a plan of a study as files that a runtime loads; also finds the best plan that it can load."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def export(
     path: str | None = None,
     keep: Iterable[Path] = (),
 ) -> Path:
-    """Write a plan as the files that a runtime loads; a plan that it cannot load is refused, with what would fit.
+    """Write a plan as files that a runtime loads; for one that it cannot load, the error names the best that it can.
 
-    What is at `out` is replaced only by `force`, and only if an earlier export wrote it; never what is in `keep`.
-    With `path`, its calibrated methods are calibrated again on that path, and what that gains is measured.
+    What is at `out` is replaced only with `force`, and only if an earlier export wrote it; what is in `keep`, never.
+    With `path` (float or exposed), calibrated methods are calibrated again on that path, and the gain is measured.
 
     Examples:
         >>> from sensitivity import export
@@ -67,7 +67,7 @@ def export(
     if found := breaches(study.parts, plan, name):
         raise UserError(f"{name} cannot hold this plan: {'; '.join(found)}. {_instead(study, plan, name)}")
     gain: dict[str, Any] = {}
-    may_be_written(out, format, force, [study.path, *keep])  # before the long part
+    may_be_written(out, format, force, [study.path, *keep])  # before anything that takes long
     if path is not None:
         if not isinstance(model, VLM):
             model = load(model or meta["model"], dtype=meta["dtype"])
@@ -94,7 +94,7 @@ def export(
 
 
 def _on_path(study: Study, plan: Plan, path: str, model: VLM) -> tuple[Plan, dict[str, Any]]:
-    """The plan with its methods calibrated on another path, and what that gains: paired, on the same fresh examples."""
+    """The plan calibrated on another path, and the paired difference between both on the same fresh examples."""
     known_path(path)
 
     def there(scheme: Scheme | None) -> Scheme | None:
@@ -107,6 +107,7 @@ def _on_path(study: Study, plan: Plan, path: str, model: VLM) -> tuple[Plan, dic
         known = any(scheme is not None and method_of(scheme).calibrated for _, scheme in plan.schemes)
         why = f"was measured on the {path} path already" if known else "has no method that is calibrated"
         raise UserError(f"--path {path} changes nothing: this plan {why}; leave it away")
+    # one sweep for each plan, as their calibration statistics differ; both on the same fresh examples, in one study
     second, meta = study, study.meta
     for one in (plan, other):
         schemes = list(dict.fromkeys(scheme for _, scheme in one.schemes if scheme is not None))
@@ -117,7 +118,7 @@ def _on_path(study: Study, plan: Plan, path: str, model: VLM) -> tuple[Plan, dic
 
 
 def _gain(study: Study, ours: Plan, theirs: Plan, task: str) -> dict[str, Any]:
-    """The paired difference in score, and in the log-likelihood of right answers, which shows smaller ones."""
+    """Paired differences in score and in the log-likelihood of right answers, which shows smaller differences."""
     frames = [rows[rows["task"] == task] for rows in map(study.examples, (ours, theirs)) if rows is not None]
     both = frames[0].merge(frames[1], on="example", suffixes=("", "_base"))
     found = paired(both["score"], both["score_base"], both["cluster"]).to_json()
@@ -130,7 +131,7 @@ def _gain(study: Study, ours: Plan, theirs: Plan, task: str) -> dict[str, Any]:
 
 
 def _codes(study: Study, job: Job, format: str) -> AbstractContextManager[Found]:
-    """How the weights of a plan are quantized: from the weights alone, or calibrated again on the data it names."""
+    """The source of quantized weights: computed from the weights alone, or calibrated on the data that schemes name."""
     schemes = list(dict.fromkeys(scheme for _, scheme in job.plan.schemes if scheme is not None))
     if format not in CHECKPOINTS or not any(method_of(scheme).calibrated for scheme in schemes):
         return nullcontext(Found(from_weights_alone))
@@ -141,14 +142,14 @@ def _codes(study: Study, job: Job, format: str) -> AbstractContextManager[Found]
 
 
 def export_from(source: Path, bpw: float | None, out: Path, format: str, force: bool, **how: Any) -> Path:
-    """Export a plan.json, or the best predicted plan of a study for a budget."""
+    """Export a plan.json, or the plan of a study that is predicted to be best for a budget."""
     may_be_written(out, format, force, [source])  # before anything is read
     study, plan, facts = _source(source, bpw, format if format in FILES else how.get("runtime"), how.get("runtime"))
     return export(study, plan, out, format, force, facts, keep=[source], **how)
 
 
 def legalize_from(source: Path, runtime: str, bpw: float | None, task: str | None = None) -> tuple[Study, Legal]:
-    """The best plan that a runtime can load, for a plan.json or a budget of a study."""
+    """The best plan that a runtime can load, given a plan.json, or a study and a budget."""
     study, plan, _ = _source(source, bpw, runtime)
     return study, legalize(study, plan, runtime, bpw, task)
 
@@ -156,7 +157,10 @@ def legalize_from(source: Path, runtime: str, bpw: float | None, task: str | Non
 def _source(
     source: Path, bpw: float | None, counted: str | None, legal_in: str | None = None
 ) -> tuple[Study, Plan, dict[str, Any]]:
-    """Study, plan and what is known of it. A budget counts the files of the runtime `counted`."""
+    """The study, the plan and the other facts of a plan.json, or of a study and a budget.
+
+    `counted`: the runtime or format whose files the budget counts. `legal_in`: the runtime that must load the plan.
+    """
     if source.suffix == ".json":
         _, plan, facts = read(source)
         here = (source.parent / "journal.log").exists() or (source.parent / "storage.url").exists()
@@ -174,6 +178,7 @@ def _source(
 
 
 def _instead(study: Study, plan: Plan, name: str) -> str:
+    """A sentence that offers the best plan that a runtime can load instead of this one."""
     try:
         found = legalize(study, plan, name)
     except UserError as error:
@@ -186,7 +191,7 @@ def _instead(study: Study, plan: Plan, name: str) -> str:
 
 
 def _measured(study: Study, plan: Plan) -> tuple[dict[str, Any], Path | None]:
-    """The trial that measured a plan, on fresh examples where there are any, and the file of its answers."""
+    """What the trial of a plan measured, on fresh examples where it was verified, and the file of its answers."""
     studies = [Study(study.path / "verify")] if (study.path / "verify" / "journal.log").exists() else []
     for one in (*studies, study):
         trials = {trial.user_attrs["key"]: trial.user_attrs for trial in one.trials()}

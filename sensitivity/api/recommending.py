@@ -1,4 +1,4 @@
-"""recommend(): the best plans for budgets, verified by running them."""
+"""recommend(): finds the best plans for budgets and verifies them by running them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 from sensitivity.study.study import Study
 
-FRESH = 1_000_003  # added to a study's seed where a choice is verified: other scenes than those it was made on
+FRESH = 1_000_003  # added to the seed for verification, so that its examples are not those of the study
 
 
 def recommend(
@@ -25,11 +25,11 @@ def recommend(
     floors: Mapping[str, float] | None = None,
     **limits: Any,
 ) -> Recommendation:
-    """The plan with the best predicted score within a budget; with `run`, verified by running it.
+    """The plan with the best predicted score within a budget; with `run`, the model, verified by running it.
 
-    The best few candidates run on examples that had no part in choosing them (where the task has more), beside full
-    precision and the best uniform plan of at most the same size, in a study of its own under `verify`: done once.
-    limits: see Wish; weights of several tasks instead of one task, allow, tie, runtime, top.
+    The best few candidates, full precision and the best uniform plan within the budget run on fresh examples, where
+    the task has more than the study used. Their trials are a study under `verify`, so that none is run twice.
+    limits: further fields of Wish: weights (of several tasks, instead of `task`), allow, tie, runtime, top.
 
     Examples:
         >>> from sensitivity import recommend
@@ -42,7 +42,7 @@ def recommend(
 
 
 def recommend_each(study: Study, wish: Wish, run: VLM | None = None) -> list[Recommendation]:
-    """A recommendation per budget; what several of them want to run is run once."""
+    """A recommendation for each budget; a plan that is a candidate for several budgets is run once."""
     chosen, steps = recommending(study, wish, run)
     for _ in steps:
         pass
@@ -52,7 +52,10 @@ def recommend_each(study: Study, wish: Wish, run: VLM | None = None) -> list[Rec
 def recommending(
     study: Study, wish: Wish, run: VLM | None = None
 ) -> tuple[Callable[[], list[Recommendation]], Iterator[Step]]:
-    """The verification as something to walk along, and what gives the recommendations once that is done."""
+    """A function that returns the recommendations, and an iterator that runs the verification step by step.
+
+    The iterator must be exhausted first: the command line shows progress between its steps.
+    """
     found = proposed(study, wish)
     if run is None:
         return lambda: _judged(study, None, found, wish), iter(())
@@ -66,9 +69,11 @@ def recommending(
 
 
 def _judged(study: Study, second: Study | None, found: Proposed, wish: Wish) -> list[Recommendation]:
+    """A recommendation per budget: by the trials of the second study, or by prediction alone without one."""
     facts: dict[str, Any] = {"asked": wish.to_json()}
     if second is None:
         return [unmeasured(study, candidates, wish.weights, facts) for candidates, _ in found]
+    # a task without enough examples gives the second study some of the first's: the verdict must say so
     known, again = study.examples(study.native), second.examples(second.native)
     fresh = known is not None and again is not None and set(known["example"]).isdisjoint(again["example"])
     facts |= {"verified": dict(second.meta), "versions": versions()}

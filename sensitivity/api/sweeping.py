@@ -1,4 +1,4 @@
-"""sweep(): plans for a model, evaluated on tasks, as a study."""
+"""sweep(): evaluates plans for a model on tasks, and stores the results as a study."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from sensitivity.tasks.table import task as find_task
 BITS = (2, 3, 4, 6, 8)
 
 
-CACHE_GB = 8.0  # of calibration statistics on disk
+CACHE_GB = 8.0  # most calibration statistics that are kept on disk
 
 
 def grid(
@@ -73,7 +73,7 @@ def check_sweep(
     by: str, how: str, schemes: Sequence[Scheme], tasks: Sequence[str], device: str, dtype: str | None, path: str,
     runtime: str | None, until: Sequence[str], out: Path, storage: str | None,
 ) -> bool:  # fmt: skip
-    """What of a sweep can be known to be wrong before any weight or example is read; whether it is to be calibrated."""
+    """Check a sweep's arguments before any weight or example is read; return whether its methods need calibration."""
     granularity(by)
     known_(how)
     device_of(device)
@@ -88,12 +88,12 @@ def check_sweep(
 
 
 def dtype_for(name: str, device: str, out: Path | str) -> tuple[str | None, str]:
-    """The type of numbers to sweep a model in where none was asked for, and why, in words; None is as `load` does it.
+    """The default dtype of a sweep, and a sentence that says why; None leaves it to `load`.
 
-    A study goes on in its own. A new one takes what is stored, or float32, which holds the same numbers, where this
-    machine computes notably faster in that and has the memory.
+    An existing study keeps its dtype. A new one takes that of the checkpoint, or float32, which represents the same
+    numbers, where this machine computes notably faster in float32 and has memory for it.
     """
-    with suppress(UserError, KeyError):  # none is there, or one that was imported
+    with suppress(UserError, KeyError):  # no study yet, or an imported one, without a dtype
         return str(Study(out).meta["dtype"]), ""
     if device == "auto" or name.startswith("embedded:"):
         return None, ""
@@ -138,11 +138,11 @@ def sweeping(
     memory_gb: float = MEMORY_GB,
     whole: bool = False,
 ) -> tuple[Study, Iterator[Step]]:
-    """The study, and the sweep as something to walk along: each step is a finished trial.
+    """The study, and an iterator that runs the sweep: each step is a finished trial.
 
-    Methods that need calibration take it from `statistics`; without, the calibration splits of the tasks are used.
-    `until` may end it early: "10min", "error<0.5%"; examples then go to the plans that matter. Answers that can no
-    longer be right are left off there, unless they are wanted `whole`.
+    Methods that need calibration take it from `statistics`, by default computed on the calibration splits of the
+    tasks. `until` may end the sweep early ("10min", "error<0.5%"); later examples then go to plans that still matter.
+    Generation stops at the token after which an answer can no longer be right, unless answers are wanted `whole`.
     """
     limit = Until.parse(until)
     chosen = [find_task(name, "evaluation", n, seed, whole) for name in dict.fromkeys(tasks)]
@@ -154,6 +154,7 @@ def sweeping(
     if callable(plans):
         return study, run_plans(vlm, study, chosen, plans(study), plain, statistics, limit, memory_gb)
     if statistics is None and isinstance(plans, Sequence):
+        # a plan's key depends on its calibration data, so the schemes must name these before plans are queued
         schemes = list(dict.fromkeys(one for plan in plans for _, one in plan.schemes if one))
         named, statistics = calibrated(vlm, parts, schemes, tasks, against=chosen)
         facts_of: dict[Scheme | None, Scheme | None] = {None: None, **dict(zip(schemes, named, strict=True))}
@@ -172,9 +173,9 @@ def calibrated(
     against: Iterable[Task] = (),
     cache_gb: float = CACHE_GB,
 ) -> tuple[list[Scheme], Statistics | None]:
-    """The schemes with the data that they are calibrated on written into them, and the statistics if any need them.
+    """The schemes, with their calibration data written into their settings, and the statistics if any need them.
 
-    Schemes that already name their data are calibrated on that.
+    Schemes whose settings already name their calibration data are calibrated on those.
     """
     needing = [one for one in schemes if method_of(one).calibrated]
     if not needing:

@@ -1,1 +1,1 @@
-"""The door between the wings: trials on disk as typed records, and the queue."""
+"""Studies on disk: trials, answers and the queue; sweeps write them, analyses read them."""

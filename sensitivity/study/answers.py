@@ -1,4 +1,4 @@
-"""The answers of one plan, example by example: a Parquet file that is checked whenever it is read."""
+"""Per-example answers and scores of one plan: a Parquet file that is checked whenever it is read."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ COLUMNS = ("task", "example", "cluster", "kind", "score", "nll", "answer")
 
 
 class Damaged(UserError):
-    """Answers that cannot be read back as they were written."""
+    """A file of answers that is missing, or does not hold what was written."""
 
 
 def write(path: Path, frame: pd.DataFrame) -> None:
-    """All of it or nothing; with checksums, so that a single wrong bit is noticed on being read."""
+    """Write the file whole or not at all, with checksums, so that reading notices a single wrong bit."""
     path.parent.mkdir(exist_ok=True)
     with whole(path) as unfinished:
         frame.to_parquet(unfinished, index=False, write_page_checksum=True)
@@ -32,7 +32,7 @@ def read(path: Path) -> pd.DataFrame:
         frame = pd.read_parquet(path, page_checksum_verification=True)
     except UserError:
         raise
-    except Exception as error:  # whatever the library raises: the bytes are not what was written
+    except Exception as error:  # pyarrow raises errors of many types on damaged bytes
         raise Damaged("it cannot be read as Parquet") from error
     if lacking := [name for name in COLUMNS if name not in frame]:
         raise Damaged(f"it has no column '{lacking[0]}'")

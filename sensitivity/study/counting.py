@@ -1,4 +1,4 @@
-"""Columns of numbers, and counts in words."""
+"""Reads table columns as numbers, and writes counts with their noun."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Floats = np.ndarray
 
 
 def numbers(table: pd.DataFrame, column: str) -> Floats:
-    """A column as numbers; text in it is an error that says where."""
+    """A column as numbers, NaN where it is empty; text in it is an error that names the row."""
     values = pd.to_numeric(table[column], errors="coerce")
     wrong = values.isna() & table[column].notna()
     if wrong.any():
@@ -22,5 +22,5 @@ def numbers(table: pd.DataFrame, column: str) -> Floats:
 
 
 def count(number: int | np.integer, what: str) -> str:
-    """'1 trial', '3 trials'."""
+    """A number with its noun, as in '1 trial' and '3 trials'."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""What was exported from a study: a note in the study's folder for each export, and what its report says of them."""
+"""Exports of a study: a note in its folder for each of them, and their state and sentences for the report."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 from sensitivity.spec import schema
 from sensitivity.spec.files import finite, write_whole
 
-NOTES = "exports"  # in a study's folder
-MANIFEST = "sensitivity.json"  # in an export: what was written
-VERIFIED = "verified.json"  # and what its verification found
+NOTES = "exports"  # folder of the notes, in a study's folder
+MANIFEST = "sensitivity.json"  # in an export: which files were written
+VERIFIED = "verified.json"  # in an export: the result of its verification
 
 
 def note(study: Path, out: Path, facts: Mapping[str, Any]) -> None:
-    """Remember an export by where it lies: a later one to the same place takes its note over."""
+    """Write a note on an export, named after its folder: a later export to the same folder replaces the note."""
     folder = str(out.resolve())
     (study / NOTES).mkdir(exist_ok=True)
     target = study / NOTES / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}.json"
@@ -27,13 +27,14 @@ def note(study: Path, out: Path, facts: Mapping[str, Any]) -> None:
 
 
 def noted(study: Path) -> list[dict[str, Any]]:
-    """The exports of a study that were noted, oldest first, each with its `state`: verified or not, or gone."""
+    """All exports of a study by their notes, oldest first, each with its `state`: verified, not verified, or gone."""
     files = sorted((study / NOTES).glob("*.json"))
     found = [schema.read(file, "export", "delete it; the export itself is not touched") for file in files]
     return [{"path_gain": None, **one, "state": _state(one)} for one in sorted(found, key=lambda one: str(one["time"]))]
 
 
 def _state(one: Mapping[str, Any]) -> str:
+    """Whether an export is still there, and the verdict of its verification."""
     folder = Path(one["folder"])
     try:
         if not (folder / MANIFEST).exists():
@@ -46,7 +47,7 @@ def _state(one: Mapping[str, Any]) -> str:
 
 
 def path_gain(gain: Mapping[str, Any]) -> str:
-    """What calibrating again on another path changed, as a sentence: a measured, paired difference."""
+    """What calibrating on another path changed in the scores, as sentences with paired differences."""
     tasks = []
     for task, found in gain.items():
         if task != "path":

@@ -1,4 +1,4 @@
-"""Any table of bits and scores becomes a study: one column per component, or switches and one column of bits."""
+"""Imports a table of bits and scores as a study: a column of bits per component, or switches and one such column."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from sensitivity.study.counting import count, numbers
 from sensitivity.study.study import Study
 from sensitivity.study.table import NATIVE
 
-# what a weight can lie in at any granularity of a study, but a layer's own name
+# names of components at every granularity but 'linear', where they are names of layers
 COMPONENT = re.compile(
     rf"({'|'.join(PARTS)})(\.({'|'.join(GROUPS)}|other|projection))?(\.({'|'.join(KINDS)}))?"
     rf"|({'|'.join(PARTS)})\.\d{{1,4}}"
 )
-UNKNOWN = 1_000_000  # weights of a component whose size nobody gave: all the same, so bpw is a plain mean
+UNKNOWN = 1_000_000  # weights of each component if no sizes are given: all equal, so that bpw is the mean width
 RESERVED = {"number", "key", "plan", "uniform", "native", "complete", "bytes", "bpw", "bpw_codes", "format", "seconds"}
 RESERVED |= {"not_finite"}
-ABOUT = ("nll", "se", "low", "high", "n", "delta", "delta.se", "delta.low", "delta.high")  # columns beside a score's
+ABOUT = ("nll", "se", "low", "high", "n", "delta", "delta.se", "delta.low", "delta.high")  # suffixes of columns
 LARGEST_SCORE = 1e9
 MOST_WEIGHTS = 10**15
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A study made from a table, and what became of its rows."""
+    """A study made from a table, with the number of rows used and notes on the others."""
 
     study: Study
     rows: int
@@ -47,14 +47,16 @@ class Imported:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """The result of the import as JSON values."""
         return {"study": str(self.study.path), "rows": self.rows, "used": self.used, "notes": list(self.notes)}
 
 
 @dataclass(frozen=True)
 class Switches:
-    """The second form: columns that switch components on, one column of bits, perhaps one that says which kind.
+    """The second form of a table: a 0/1 column per component, one column of bits, perhaps one of layer kinds.
 
-    kinds: what the kind column may say -> the kinds of layer it means, e.g. {"BOTH": ("attn", "ff")}.
+    A component has the row's bits where its switch is 1, and is native where it is 0. kinds: a value of the kind
+    column -> the kinds of layer that it means, such as {"BOTH": ("attn", "ff")}.
     """
 
     columns: Mapping[str, str]  # column -> component
@@ -75,10 +77,11 @@ def import_table(
     method: str = "codes",
     model: str | None = None,
 ) -> Imported:
-    """Make a study from a CSV file.
+    """Make a study from a CSV file of plans and their scores.
 
-    parts: column of bits -> component (vision, connector, language, or finer: vision.front.attn); 16 bits are native.
-    scores: columns to read as tasks. numel: component or part -> weights; total: weights of the whole model.
+    scores: the columns to read as tasks. parts: column of bits -> component (vision, connector, language, or finer,
+    such as vision.front.attn); 16 bits are native. numel: component or part -> its number of weights. total: number of
+    weights of the whole model. method: the quantization method that all plans are said to use.
     """
     if (parts is None) == (switches is None):
         raise UserError(
@@ -117,7 +120,7 @@ def import_table(
 
 
 def _free(out: Path) -> None:
-    """A table becomes a study in a folder of its own."""
+    """Raise an error unless the folder is empty: an imported study is never mixed with another."""
     if (out / "journal.log").exists() or (out / "storage.url").exists():
         trials = count(len(Study(out).trials()), "trial")
         raise UserError(f"{out} already holds a study with {trials}; choose another --out")
@@ -127,20 +130,20 @@ def _free(out: Path) -> None:
 
 @contextlib.contextmanager
 def _aside(out: Path) -> Iterator[Path]:
-    """A hidden folder beside the target that becomes it when all rows are there: a study of half a table never is."""
+    """A hidden folder beside the target, renamed to it at the end: a killed import leaves no study of half a table."""
     try:
         with (
             making(out.parent),
             tempfile.TemporaryDirectory(prefix=f".{out.name[:64]}.", dir=out.parent) as folder,
         ):
             yield Path(folder) / "study"
-            Path(folder, "study").rename(out)  # an empty folder at most is there
+            Path(folder, "study").rename(out)  # `_free` found no folder there, or an empty one
     except OSError as error:
         raise full(out, error) from error
 
 
 def _scores(table: pd.DataFrame, scores: Sequence[str]) -> None:
-    """Columns that can stand as tasks in the study's own table, in file names and on a page."""
+    """Check that columns can be names of tasks: in the study's own table, in file names and in the report."""
     _known(table, [*scores])
     if not scores:
         raise UserError(f"name at least one column of scores (--score); there are {', '.join(table.columns)}")
@@ -160,6 +163,7 @@ def _scores(table: pd.DataFrame, scores: Sequence[str]) -> None:
 
 
 def _check_scores(scores: pd.DataFrame) -> None:
+    """Raise an error for a score too large to be one."""
     for name, column in scores.items():
         if len(wrong := column[column.abs() > LARGEST_SCORE]):
             row = int(wrong.index[0]) + 1
@@ -167,13 +171,14 @@ def _check_scores(scores: pd.DataFrame) -> None:
 
 
 def _read(path: Path) -> pd.DataFrame:
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    """A CSV file, or an error that says what is wrong with it."""
+    if path.exists() and not path.is_file():  # reading a pipe could wait forever
         raise UserError(f"cannot read {path}: it is no file")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             header = next(csv.reader(file), [])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", pd.errors.DtypeWarning)  # what is no number is named below
+            warnings.simplefilter("ignore", pd.errors.DtypeWarning)  # `numbers` reports text with its row
             warnings.simplefilter("error", pd.errors.ParserWarning)  # a row that is longer than the header
             table = pd.read_csv(path, encoding="utf-8-sig", index_col=False)
     except OSError as error:
@@ -206,7 +211,7 @@ def _columns(table: pd.DataFrame, parts: Mapping[str, str]) -> pd.DataFrame:
 
 
 def _switched(table: pd.DataFrame, switches: Switches | None) -> pd.DataFrame:
-    """Bits per component: those of the row where its switch is on (and its kind meant), native elsewhere."""
+    """Bits per component: the row's bits where its switch is 1 and its kind is meant, native elsewhere."""
     assert switches is not None
     _known(table, [*switches.columns, switches.bits, *([switches.kind] if switches.kind else [])])
     bits = numbers(table, switches.bits)
@@ -227,11 +232,13 @@ def _switched(table: pd.DataFrame, switches: Switches | None) -> pd.DataFrame:
 
 
 def _kinds(switches: Switches) -> list[str]:
+    """The kinds of layer that some value of the kind column means."""
     meanings = switches.kinds or {}
     return [kind for kind in KINDS if any(kind in kinds for kinds in meanings.values())]
 
 
 def _meant(table: pd.DataFrame, switches: Switches, kind: str) -> np.ndarray:
+    """For each row 1 where its kind column means this kind of layer, else 0; NaN where it is empty."""
     assert switches.kind is not None
     meanings = switches.kinds or {}
     column = table[switches.kind]
@@ -241,6 +248,7 @@ def _meant(table: pd.DataFrame, switches: Switches, kind: str) -> np.ndarray:
 
 
 def _names(components: Sequence[str]) -> None:
+    """Check that names are those of components, each once, and none inside another."""
     for component in components:
         if not COMPONENT.fullmatch(component):
             raise UserError(
@@ -256,6 +264,7 @@ def _names(components: Sequence[str]) -> None:
 
 
 def _complete(bits: pd.DataFrame, scores: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
+    """Which rows have all bits and scores, and notes on those that do not."""
     lacking = bits.isna().any(axis=1).to_numpy()
     silent = ~np.isfinite(scores.to_numpy(dtype=float)).all(axis=1) & ~lacking
     notes = []
@@ -267,6 +276,7 @@ def _complete(bits: pd.DataFrame, scores: pd.DataFrame) -> tuple[np.ndarray, lis
 
 
 def _check_bits(bits: pd.DataFrame) -> None:
+    """Raise an error for bits that are no whole number from 1 to 16."""
     for name, column in bits.items():
         wrong = column[(column != column.round()) | (column < 1) | (column > NATIVE)]
         if len(wrong):
@@ -277,6 +287,7 @@ def _check_bits(bits: pd.DataFrame) -> None:
 
 
 def _remarks(bits: pd.DataFrame) -> list[str]:
+    """Notes on components that never change and on repeated plans."""
     constant = [str(name) for name, column in bits.items() if column.nunique() == 1]
     notes = [f"{name} has the same bits in every row: nothing can be said about it" for name in constant]
     repeated = int(bits.duplicated().sum())
@@ -286,6 +297,7 @@ def _remarks(bits: pd.DataFrame) -> list[str]:
 
 
 def _map(names: Sequence[str], numel: Mapping[str, int], total: int | None, model: str) -> ComponentMap:
+    """The components of the table, at the first granularity that has these names; weights beyond them are kept."""
     if wrong := [n for n in (*numel.values(), *([] if total is None else [total])) if not 0 < n <= MOST_WEIGHTS]:
         raise UserError(f"a number of weights is from 1 to {MOST_WEIGHTS:,}, not {wrong[0]:,}")
     sizes = _sizes(names, numel)
@@ -299,9 +311,10 @@ def _map(names: Sequence[str], numel: Mapping[str, int], total: int | None, mode
 
 
 def _sizes(names: Sequence[str], numel: Mapping[str, int]) -> dict[str, int]:
-    """Sizes given for a name, or for the part it lies in, which its components then share evenly."""
+    """Weights per component: as given, or an even share of what was given for the part in which it lies."""
     sizes: dict[str, int] = {}
-    for pattern, weights in sorted(numel.items(), key=lambda item: -len(item[0])):  # the finest first
+    # the finest name first: a part then divides among its other components what remains
+    for pattern, weights in sorted(numel.items(), key=lambda item: -len(item[0])):
         members = [name for name in names if matches(name, pattern)]
         if not members:
             raise unknown("component in --numel", pattern, names)
@@ -316,7 +329,7 @@ def _sizes(names: Sequence[str], numel: Mapping[str, int]) -> dict[str, int]:
 
 
 def _weight(name: str, numel: int) -> Weight:
-    """One row of weights; thirds and kinds in the name are understood, so that a coarser view is possible."""
+    """A weight that stands for a whole component; group and kind are read from its name, for coarser granularities."""
     part, *words = name.split(".")
     group = words.pop(0) if words and words[0] in GROUPS else None
     kind = words.pop(0) if words and words[0] in KINDS else None
@@ -327,5 +340,6 @@ def _weight(name: str, numel: int) -> Weight:
 
 
 def _plan(components: ComponentMap, row: pd.Series, method: str) -> Plan:
+    """The plan of one row of the table."""
     schemes = ((name, int(row[name])) for name in components.names)
     return Plan(tuple((name, None if bits == NATIVE else Scheme(method, bits)) for name, bits in schemes))

@@ -1,4 +1,4 @@
-"""Whose turn it is: which waiting plan of a study a process takes next, and which plans a dead process left behind."""
+"""The queue of a study: which waiting trial a process claims next, and how trials of dead processes are released."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-DONE = "done"  # user attribute: how far into the examples a trial has come, in clusters
+DONE = "done"  # user attribute: how many clusters (images) of the examples a trial has seen
 
 
 def choose(trials: Sequence[FrozenTrial], last: int | None, wanted: Container[str] | None = None) -> FrozenTrial | None:
-    """The waiting plan to take after trial number `last`: among those that have seen the least, the next in order.
+    """The waiting trial to claim after trial number `last`: the next in order of those that saw the fewest examples.
 
-    Plans are queued so that neighbors share the most. Where another process is at work in the same stretch, the
-    middle of the longest stretch that nobody has begun is taken instead, so that each has neighbors of its own.
+    Plans are queued so that neighbors share the most work. Where the next trial is already running in another
+    process, that process works through this stretch. Then the middle of the longest waiting stretch is chosen, so
+    that each process has neighbors of its own.
     """
     queue = [t for t in trials if t.state in (TrialState.WAITING, TrialState.RUNNING) and "key" in t.user_attrs]
     open_ = [t for t in queue if t.state == TrialState.WAITING and (wanted is None or t.user_attrs["key"] in wanted)]
@@ -42,18 +43,23 @@ def choose(trials: Sequence[FrozenTrial], last: int | None, wanted: Container[st
 
 
 def far(trial: FrozenTrial) -> int:
+    """How many clusters of the examples a trial has seen."""
     return int(trial.user_attrs.get(DONE, 0))
 
 
 def claim(storage: BaseStorage, trial: FrozenTrial) -> bool:
-    """Make a waiting trial ours, if nobody was faster; its owner is never unknown while it runs."""
-    if storage.get_trial(trial._trial_id).state != TrialState.WAITING:  # what we know of it may be old
+    """Claim a waiting trial for this process; False where another process was faster.
+
+    The owner is written before the state: a running trial without an owner would look lost and be released by others.
+    """
+    if storage.get_trial(trial._trial_id).state != TrialState.WAITING:  # `trial` may come from the cache
         return False
     try:
         storage.set_trial_user_attr(trial._trial_id, "owner", me())
+        # the change of state decides: the storage lets only one process make it
         if not storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
             return False
-        if storage.get_trial(trial._trial_id).user_attrs.get("owner") != me():  # another wanted it at the same time
+        if storage.get_trial(trial._trial_id).user_attrs.get("owner") != me():  # the loser wrote after us
             storage.set_trial_user_attr(trial._trial_id, "owner", me())
     except UpdateFinishedTrialError:
         return False
@@ -61,7 +67,7 @@ def claim(storage: BaseStorage, trial: FrozenTrial) -> bool:
 
 
 def release(storage: BaseStorage, trials: Sequence[FrozenTrial], lost: Callable[[Any], bool]) -> int:
-    """Let trials wait again whose owner is lost; what they had finished of their examples stays."""
+    """Queue running trials again whose owner is lost, and return their number; the examples they have seen stay."""
     found = [t for t in trials if t.state == TrialState.RUNNING and lost(t.user_attrs.get("owner"))]
     for trial in found:
         storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
@@ -69,26 +75,27 @@ def release(storage: BaseStorage, trials: Sequence[FrozenTrial], lost: Callable[
 
 
 def me() -> dict[str, Any]:
+    """This process as the owner of a trial."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "since": _started(os.getpid())}
 
 
 def _started(pid: int) -> str | None:
-    """When a process started, in the kernel's own count, so that a reused pid is not mistaken for the old process."""
+    """When a process started, in the kernel's clock ticks: a new process may get the pid of a dead one."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return None
 
 
 def dead(owner: Mapping[str, Any] | None) -> bool:
-    """Whether the owner of a trial is surely gone; on another machine we cannot know and assume that it lives."""
+    """Whether the owner of a trial has certainly ended; one on another machine cannot be seen and counts as alive."""
     if owner is None:
         return True
-    if owner["host"] != socket.gethostname() or sys.platform == "win32":  # where signal 0 is Ctrl-C
+    if owner["host"] != socket.gethostname() or sys.platform == "win32":  # on Windows, signal 0 is Ctrl-C
         return False
     try:
         os.kill(owner["pid"], 0)
     except ProcessLookupError:
         return True
-    except PermissionError:
+    except PermissionError:  # another user's process has this pid; its start tells whether it is the owner
         pass
     return bool(_started(owner["pid"]) != owner["since"])

@@ -1,4 +1,4 @@
-"""Which plans still matter: those on the frontier, and those that no smaller plan clearly beats; and when to stop."""
+"""Racing: which plans still get examples, as no smaller plan clearly beats them; and how uncertain the frontier is."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sensitivity.spec.errors import UserError
 from sensitivity.study import answers
 from sensitivity.study.study import Study
 
-RATE = 0.05  # at most this often is a plan dropped that no smaller one truly beats
+RATE = 0.05  # probability, over a whole sweep, that any plan is dropped which no smaller one truly beats
 
 
-MOST = 1e6  # of any unit
+MOST = 1e6  # largest number that --until takes, in any unit
 
 
 def frontier(trials: Sequence[FrozenTrial], task: str) -> list[FrozenTrial]:
-    """The plans that no smaller one outscores, from the smallest; equals at one size are one plan."""
+    """The Pareto frontier, smallest first: trials with a higher mean score than every other of at most their size."""
     best, found = -math.inf, []
     for trial in sorted(trials, key=lambda t: (_bpw(t), -_mean(t, task), t.number)):
         if _mean(trial, task) > best:
@@ -33,10 +33,10 @@ def frontier(trials: Sequence[FrozenTrial], task: str) -> list[FrozenTrial]:
 
 
 def still_in_race(study: Study, rounds: int) -> set[str]:
-    """The keys of the plans that matter: all but those that, on every task, a plan of at most their size clearly beats.
+    """The keys of the plans that stay in the race: all but those that a plan of at most their size beats on every task.
 
-    One-sided paired tests between the plans' scores image by image, corrected for every plan that is compared and
-    for every round of examples after which it is looked at, so that RATE holds for the whole sweep.
+    Each is compared by a one-sided paired test over images, at RATE divided by the number of plans and of rounds of
+    examples (Bonferroni), so that RATE holds for the whole sweep.
     """
     trials = study.measured()
     level = RATE / (rounds * max(1, len(trials)))
@@ -44,6 +44,7 @@ def still_in_race(study: Study, rounds: int) -> set[str]:
     for task in study.tasks:
         best = frontier(trials, task)
         for trial in trials:
+            # the frontier's scores rise with size, so its last plan of at most this size is the strongest rival
             rivals = [rival for rival in best if _bpw(rival) <= _bpw(trial) and rival is not trial]
             if not rivals or not _beats(_sums(study, rivals[-1], task), _sums(study, trial, task), level):
                 matter.add(trial.user_attrs["key"])
@@ -51,7 +52,7 @@ def still_in_race(study: Study, rounds: int) -> set[str]:
 
 
 def uncertainty(study: Study) -> float:
-    """The widest half interval of a frontier plan's difference to full precision; infinite without one to compare."""
+    """The largest half 95 % interval of a frontier plan's difference to full precision; infinite without that."""
     trials = study.measured()
     native = next((trial for trial in trials if trial.user_attrs["key"] == study.native.key), None)
     if native is None:
@@ -66,17 +67,17 @@ def uncertainty(study: Study) -> float:
 
 
 def _beats(rival: pd.DataFrame, plan: pd.DataFrame, level: float) -> bool:
-    """Whether the rival's score is higher beyond doubt.
+    """Whether the rival's score is significantly higher.
 
-    One image that speaks for and one that speaks against the rival are added, as large as the largest difference
-    seen: a handful of images that agree is not the absence of noise.
+    Two made-up images are added, one for and one against the rival, each as large as the largest difference seen: a
+    handful of images that happen to agree have a standard error of 0, and would prove anything.
     """
     mean, se, clusters = _difference(rival, plan, wary=True)
     return mean > 0 and clusters > 3 and mean > se * float(stats.t.isf(level, clusters - 1))
 
 
 def _difference(a: pd.DataFrame, b: pd.DataFrame, wary: bool = False) -> tuple[float, float, int]:
-    """The mean difference of two plans over the images that both have seen, its clustered error, and their number."""
+    """Mean difference of two plans over the images that both have seen, its clustered error, the number of images."""
     both = a.index.intersection(b.index)
     counts = a.loc[both, "count"].to_numpy(dtype=float)
     differences = (a.loc[both, "sum"] - b.loc[both, "sum"]).to_numpy()
@@ -86,20 +87,21 @@ def _difference(a: pd.DataFrame, b: pd.DataFrame, wary: bool = False) -> tuple[f
     images = len(counts)
     if images < 2:
         return 0.0, math.inf, images
+    # images have different numbers of examples: the mean is a ratio of sums, with the error of a ratio estimator
     mean = float(differences.sum() / counts.sum())
     spread = float(np.sum((differences - mean * counts) ** 2))
     return mean, math.sqrt(images / (images - 1) * spread) / float(counts.sum()), images
 
 
 def _sums(study: Study, trial: FrozenTrial, task: str) -> pd.DataFrame:
-    """Per image the sum of a plan's scores and their number."""
+    """A trial's scores summed per image, and the number of examples of each image."""
     attrs = trial.user_attrs
     return _read(study.path / "examples" / f"{attrs['key']}.parquet", attrs["scores"][task]["n"], task)
 
 
 @lru_cache(maxsize=4096)
 def _read(path: Path, n: int, task: str) -> pd.DataFrame:
-    """`n` is part of the key: the file grows."""
+    """The sums from a file of answers, cached; `n` is an argument because the file grows with the examples."""
     try:
         rows = answers.read(path)
     except answers.Damaged as error:

@@ -1,4 +1,4 @@
-"""What a study's storage holds, checked where it is read: what the study is about, and each of its trials."""
+"""Checks what is read from a study's storage: the study's own attributes, and each trial once per state."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 
-AGAIN = "again"  # of a study: the trials whose answers were lost, and whose plans are run again
+AGAIN = "again"  # user attribute of a study: numbers of trials whose answers were lost and whose plans are run again
 MEND = "a copy of the study, or a new sweep in another --out, is what helps"
 
 
 def identity(attrs: Mapping[str, Any], directions: Sequence[StudyDirection], path: Path) -> ComponentMap:
-    """The components of a study, when all that it says of itself has been checked."""
+    """The components of a study, after all its attributes were checked."""
     schema.check(attrs, "study", f"the study at {path} is damaged", MEND)
     if len(directions) != len(attrs["tasks"]) + 1:
         raise UserError(f"the study at {path} is damaged: it has {len(directions) - 1} scores for other tasks; {MEND}")
@@ -35,12 +35,12 @@ def identity(attrs: Mapping[str, Any], directions: Sequence[StudyDirection], pat
 
 
 def has_answers(trial: FrozenTrial, tasks: Sequence[str]) -> bool:
-    """Whether examples were run for it, rather than means imported."""
+    """Whether a trial has per-example answers; an imported one has mean scores alone."""
     return any("n" in trial.user_attrs["scores"][task] for task in tasks)
 
 
 def mixed(trials: Iterable[FrozenTrial], ours: Mapping[str, str] | None = None) -> str | None:
-    """Where trials were measured by several versions, or by others than ours: which, as a sentence."""
+    """A sentence on the software versions by which trials were measured, where they, or ours, differ; else None."""
     found: dict[str, set[str]] = {}
     known = [dict(trial.user_attrs.get("versions", {})) for trial in trials]
     for versions in [*known, *([dict(ours)] if ours and any(known) else [])]:
@@ -57,14 +57,16 @@ def mixed(trials: Iterable[FrozenTrial], ours: Mapping[str, str] | None = None) 
 
 
 class Records:
-    """Trials as they come from the storage; each is looked at once in each of its states."""
+    """Checks trials as they come from the storage, each once per state, since all are read again and again."""
 
     def __init__(self, path: Path, tasks: Sequence[str], names: Sequence[str]) -> None:
         self.path, self.tasks, self.names = path, tasks, set(names)
         self._seen: dict[int, object] = {}
 
     def checked(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """The same trials, or an error that says which of them is damaged."""
         for trial in trials:
+            # attributes are added while a trial runs, and `done` grows when it is queued for further examples
             state = trial.state, trial.user_attrs.get("done"), len(trial.user_attrs)
             if self._seen.get(trial.number) != state:
                 self._check(trial)
@@ -75,7 +77,7 @@ class Records:
         attrs, what = trial.user_attrs, f"trial {trial.number} of the study at {self.path} is damaged"
         scored = trial.state == TrialState.COMPLETE or "scores" in attrs
         if not scored and "plan" not in attrs:
-            return  # asked for by other means than ours, and not yet told: nobody reads it
+            return  # queued by Optuna's own tools and not yet finished: nobody reads it
         schema.check(attrs, "trial", what, MEND)
         plan = Plan.from_json(attrs["plan"])
         if set(attrs["plan"]) != self.names:

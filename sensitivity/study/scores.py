@@ -1,4 +1,4 @@
-"""Scores are measurements: a mean with n, a clustered standard error and an interval; differences are paired."""
+"""Scores with n, a standard error clustered by image and a confidence interval; paired differences between plans."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ class Score:
     high: float
 
     def to_json(self) -> dict[str, Any]:
+        """The score as a dictionary of its fields."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Score:
-        """Null stands for what is infinite: a single cluster says nothing of the spread."""
+        """The score that `to_json` wrote; null stands for infinity, since one cluster says nothing about the spread."""
         ends = {"se": math.inf, "low": -math.inf, "high": math.inf}
         known: dict[str, Any] = {name: ends.get(name) if value is None else value for name, value in data.items()}
         return cls(**{name: known[name] for name in cls.__dataclass_fields__})
@@ -43,10 +44,10 @@ class Score:
 
 
 def clustered_se(values: np.ndarray, clusters: np.ndarray) -> tuple[float, int]:
-    """Standard error of the mean when examples of one cluster may move together, and the number of clusters.
+    """Standard error of the mean when examples of one cluster are correlated, and the number of clusters.
 
-    The usual sandwich: residuals are summed within clusters before they are squared, with the small-sample
-    factor G / (G - 1). One cluster tells nothing about the spread: the error is infinite.
+    The usual sandwich estimator: residuals are summed within clusters before they are squared, with the small-sample
+    factor G / (G - 1) for G clusters. With one cluster the spread is unknown, and the error infinite.
     """
     _, index = np.unique(clusters, return_inverse=True)
     count = int(index.max()) + 1
@@ -57,7 +58,7 @@ def clustered_se(values: np.ndarray, clusters: np.ndarray) -> tuple[float, int]:
 
 
 def summarize(values: ArrayLike, clusters: ArrayLike) -> Score:
-    """A score and its interval; Wilson's for scores within 0 and 1, so that 'all right' is not 'no error'."""
+    """The mean score and its interval: Wilson's for scores within 0 and 1, which has a width even if all are right."""
     x, group = np.asarray(values, dtype=float), np.asarray(clusters)
     if not len(x):
         raise ValueError("a score needs at least one example")
@@ -71,7 +72,7 @@ def summarize(values: ArrayLike, clusters: ArrayLike) -> Score:
 
 
 def paired(values: ArrayLike, base: ArrayLike, clusters: ArrayLike) -> Score:
-    """The mean difference to a baseline on the same examples."""
+    """The mean difference to a baseline on the same examples, with an interval by Student's t."""
     difference = np.asarray(values, dtype=float) - np.asarray(base, dtype=float)
     mean = float(difference.mean())
     se, count = clustered_se(difference, np.asarray(clusters))
@@ -79,7 +80,7 @@ def paired(values: ArrayLike, base: ArrayLike, clusters: ArrayLike) -> Score:
 
 
 def told(rows: pd.DataFrame) -> dict[str, Any]:
-    """A task's score from its examples, as a study keeps it."""
+    """A task's score from its examples, as a trial stores it; `nll` is the mean over examples that have one."""
     known = rows["nll"].dropna()
     return {**summarize(rows["score"], rows["cluster"]).to_json(), "nll": float(known.mean()) if len(known) else None}
 
@@ -93,14 +94,15 @@ def difference(ours: pd.DataFrame | None, theirs: pd.DataFrame | None, task: str
 
 
 def _student(mean: float, se: float, clusters: int) -> tuple[float, float]:
+    """Student's t interval, with one degree of freedom less than clusters."""
     half = math.inf if clusters < 2 else float(stats.t.ppf((1 + CONFIDENCE) / 2, clusters - 1)) * se
     return mean - half, mean + half
 
 
 def _wilson(mean: float, se: float, n: int, clusters: int) -> tuple[float, float]:
-    """Wilson's interval with the effective n that the clustered error implies.
+    """Wilson's interval with the effective number of examples that the clustered standard error implies.
 
-    Where the error is zero (all right, all wrong) clusters are taken as the examples: the cautious choice.
+    Where that error is 0 (all right, all wrong), it implies none; then clusters count as examples, which is cautious.
     """
     spread = mean * (1 - mean)
     effective = float(clusters) if se == 0 or math.isinf(se) else min(max(spread / se**2, 1.0), float(n))

@@ -1,4 +1,4 @@
-"""Until: when a sweep may stop before every plan has seen every example."""
+"""Until: the conditions under which a sweep stops before every plan has seen every example."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HOW = "complete, a time such as 10min (s, min, h), or error<0.5%"
 
 @dataclass(frozen=True)
 class Until:
-    """When a sweep may stop before every plan has seen every example, and what it has come to."""
+    """When a sweep stops before every plan has seen every example: after a time, or at a small enough error."""
 
     seconds: float = math.inf
     error: float = 0.0  # half the 95 % interval of every frontier plan's difference to full precision
@@ -28,7 +28,7 @@ class Until:
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> Until:
-        """From `complete`, `10min` and `error<0.5%`; the first that is reached ends the sweep."""
+        """From words such as `complete`, `10min` and `error<0.5%`; the first condition that is met ends the sweep."""
         seconds, error = math.inf, 0.0
         for word in words:
             plain = word.replace(" ", "")
@@ -42,10 +42,11 @@ class Until:
 
     @property
     def chooses(self) -> bool:
-        """Whether examples go to the plans that matter, since not all of them may get all."""
+        """Whether the sweep may stop early, so that later examples go only to plans that still matter."""
         return self.seconds < math.inf or self.error > 0
 
     def reached(self, study: Study) -> bool:
+        """Whether a condition is met; an error counts only once every plan has a score."""
         if time.monotonic() - self.began >= self.seconds:
             return True
         return self.error > 0 and not study.unmeasured() and uncertainty(study) < self.error

@@ -1,4 +1,4 @@
-"""A study: an Optuna storage of trials plus per-example scores; the only door between the wings."""
+"""Study: trials in an Optuna storage with per-example scores in Parquet files; sweeps write it, analyses read it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EXAMPLE_COLUMNS = answers.COLUMNS
 
 @dataclass(frozen=True)
 class Asked:
-    """A trial that this process is to run, its plan, and how far into the examples it has come."""
+    """A trial that this process has claimed, its plan, and how many clusters (images) of the examples it has seen."""
 
     trial: optuna.Trial
     plan: Plan
@@ -88,7 +88,7 @@ class Study:
         meta: Mapping[str, Any],
         storage: str | None = None,
     ) -> Study:
-        """Begin a study, or open the one that is there if it is about the same thing."""
+        """Create a study, or open an existing one if its model, tasks and settings are the same."""
         path = Path(path)
         storage = location.usable(path, storage)
         with location.made(path):
@@ -103,11 +103,11 @@ class Study:
     def _begin(
         path: Path, parts: ComponentMap, tasks: Sequence[str], meta: Mapping[str, Any], backend: BaseStorage
     ) -> None:
-        """Say once what the study is about, or compare that with what was said before."""
+        """Store what the study is about, or compare it with what an earlier process stored."""
         # one maximized value per task, and bits per weight as the last, minimized one
         directions = [StudyDirection.MAXIMIZE] * len(tasks) + [StudyDirection.MINIMIZE]
         wanted = json.loads(json.dumps({"meta": dict(meta), "tasks": list(tasks), "parts": parts.to_json()}))
-        with held(ProcessLock(path / "queue")):  # launchers that start together say the same thing at once
+        with held(ProcessLock(path / "queue")):  # processes that start together all find nothing stored
             study = optuna.create_study(study_name=NAME, storage=backend, directions=directions, load_if_exists=True)
             for name, value in wanted.items():
                 found = study.user_attrs.get(name)
@@ -121,11 +121,12 @@ class Study:
 
     @property
     def optuna_study(self) -> optuna.Study:
+        """The same study as Optuna's own object, for its tools."""
         return self._optuna
 
     def enqueue(self, plans: Iterable[Plan]) -> int:
         """Queue the plans that are not yet done, queued or running; return how many were added."""
-        with held(ProcessLock(self.path / "queue")):  # processes that start together want to queue the same plans
+        with held(ProcessLock(self.path / "queue")):  # else two processes could queue the same plan
             return self._enqueue(plans)
 
     def _enqueue(self, plans: Iterable[Plan]) -> int:
@@ -142,51 +143,54 @@ class Study:
         return added
 
     def ask(self, last: Asked | None = None, wanted: Container[str] | None = None) -> Asked | None:
-        """The waiting plan that is best run after the last one, now ours; None when no wanted plan waits."""
+        """Claim the waiting plan that shares the most work with the last one; None when no wanted plan waits."""
         while (found := self._next(last, wanted)) is not None:
-            with held(ProcessLock(self.path / "queue")):  # so that nobody releases what is just being taken
+            with held(ProcessLock(self.path / "queue")):  # `release` must not see a claim half done
                 ours = turns.claim(self._storage, found)
             now = self._heard(found._trial_id)
             if not ours:
                 continue
             trial = optuna.Trial(self._optuna, found._trial_id)
             plan = Plan.from_json(found.user_attrs["plan"])
-            if self._elsewhere(found.number, plan.key):  # queued twice by two processes that started together
+            if self._elsewhere(found.number, plan.key):  # queued twice, by processes without a common lock
                 self._optuna.tell(trial, state=TrialState.PRUNED)
                 self._heard(found._trial_id)
                 continue
+            # Optuna writes the parameters that a trial was queued with only when each of them is suggested
             for name, widths in self.distributions.items():
                 trial._suggest(name, widths)
             return Asked(trial, plan, turns.far(now))
         return None
 
     def _heard(self, trial_id: int) -> FrozenTrial:
-        """A trial as it is now, after we did something with it."""
+        """A trial that we changed, as the storage has it now; updates the cache."""
         trial = self._storage.get_trial(trial_id)
         self._glance.changed(trial)
         return trial
 
     def _next(self, last: Asked | None, wanted: Container[str] | None) -> FrozenTrial | None:
+        """The trial to claim: by the cache, then by the storage, then among claims that we do not know of."""
         number = last.trial.number if last else None
         found = turns.choose(self._glance.lately(), number, wanted)
-        if found is None:  # what lately looked like the end may not be it
+        if found is None:  # the cache may lack trials that others queued or released
             found = turns.choose(self._glance.now(), number, wanted)
         if found is None and self._release(lambda owner: bool(owner == turns.me())):
-            # claimed by us without our hearing of it: the connection was lost in between
+            # a claim of ours that the database carried out while the connection was lost, so that we never heard of it
             found = turns.choose(self._glance.now(), number, wanted)
         return found
 
     def _elsewhere(self, number: int, key: str) -> bool:
-        """Whether a plan is done, or stands in the queue before this place."""
+        """Whether a plan is finished in another trial, or waits or runs in an earlier one."""
         found = [t for t in self._glance.lately() if t.user_attrs.get("key") == key and t.number != number]
         if found:
-            self._again = frozenset(self._optuna.user_attrs.get(records.AGAIN, ()))  # another may have put it aside
+            self._again = frozenset(self._optuna.user_attrs.get(records.AGAIN, ()))  # others may have added to it
             found = self._counted(found)
         over = (TrialState.FAIL, TrialState.PRUNED)
         return any(t.state == TrialState.COMPLETE or (t.number < number and t.state not in over) for t in found)
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
+        """Optuna's parameters of a trial: the bits of each component."""
         return {name: IntDistribution(1, NATIVE) for name in self.parts.names}
 
     def tell(
@@ -196,21 +200,22 @@ class Study:
         facts: Mapping[str, Any],
         done: int | None = None,
     ) -> dict[str, float]:
-        """Store what a trial found: first its examples, then its scores.
+        """Store a trial's answers and scores and finish it; with `done`, the clusters it has seen, queue it again.
 
-        It is finished, or with `done`, how far it has come, waits for its next examples.
+        The answers are written first: where a process was killed in between, no scores without answers remain.
         """
         frame = pd.DataFrame(dict(examples), columns=list(answers.COLUMNS))
         if asked.done:
             before = self._answers(asked.plan)
-            new = set(zip(frame["task"], frame["example"], strict=True))  # what is not: a process died before saying so
+            # an example is in both where a process was killed after writing its answers and before storing `done`
+            new = set(zip(frame["task"], frame["example"], strict=True))
             again = [one in new for one in zip(before["task"], before["example"], strict=True)]
             frame = pd.concat([before[~np.array(again, dtype=bool)], frame], ignore_index=True)
         answers.write(self._file(asked.plan.key), frame)
         scores = {str(task): told(rows) for task, rows in frame.groupby("task", sort=False)}
         weight = size(self.parts, asked.plan)
         facts = {**facts, "seconds": facts.get("seconds", 0.0) + asked.trial.user_attrs.get("seconds", 0.0)}
-        # the scores last: they are what says that all of it is there
+        # scores last: a trial with scores is read by others, who rely on all the rest
         for name, value in {"size": weight.to_json(), **facts, "scores": scores}.items():
             if asked.trial.user_attrs.get(name) != value:
                 asked.trial.set_user_attr(name, value)
@@ -218,13 +223,14 @@ class Study:
         if done is None:
             self._optuna.tell(asked.trial, [*means.values(), weight.bpw])
         else:
+            # before the state: once it waits, another process may claim it, and must know where to go on
             asked.trial.set_user_attr(turns.DONE, done)
             self._storage.set_trial_state_values(asked.trial._trial_id, TrialState.WAITING)
         self._heard(asked.trial._trial_id)
         return means
 
     def append(self, plans: Sequence[Plan], scores: Sequence[Mapping[str, float]]) -> None:
-        """Add trials that were finished elsewhere, of which only the scores are known; replicates stay replicates."""
+        """Add finished trials of which only mean scores are known; repeated plans stay separate trials (replicates)."""
         trials = []
         for plan, means in zip(plans, scores, strict=True):
             weight = size(self.parts, plan)
@@ -239,18 +245,18 @@ class Study:
         self._optuna.add_trials(trials)
 
     def give_up(self, asked: Asked, why: str) -> None:
-        """Mark a trial that could not be run, with the reason."""
+        """Mark a trial as failed, with the reason."""
         asked.trial.set_user_attr("failure", why)
         self._optuna.tell(asked.trial, state=TrialState.FAIL)
         self._heard(asked.trial._trial_id)
 
     def put_back(self, asked: Asked) -> None:
-        """A trial that was interrupted waits again."""
+        """Queue an interrupted trial again."""
         self._storage.set_trial_state_values(asked.trial._trial_id, TrialState.WAITING)
         self._heard(asked.trial._trial_id)
 
     def release_lost(self, owner: Mapping[str, Any] | None = None) -> int:
-        """Let the plans wait again of processes that no longer live on this machine, or of a certain one."""
+        """Queue again the trials of processes that died on this machine, or of the given process; return how many."""
         return self._release(turns.dead if owner is None else lambda other: bool(other == owner))
 
     def _release(self, lost: Callable[[Any], bool]) -> int:
@@ -264,13 +270,13 @@ class Study:
         return [trial for trial in self._counted(self._glance.now()) if trial.state == TrialState.COMPLETE]
 
     def measured(self) -> list[FrozenTrial]:
-        """Finished trials, and those that have a score from a part of their examples."""
+        """Finished trials, and those that have scores from a part of their examples."""
         over = (TrialState.FAIL, TrialState.PRUNED)
         trials = self._counted(self._glance.now())
         return [trial for trial in trials if trial.state not in over and "scores" in trial.user_attrs]
 
     def _counted(self, trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-        """All but those whose plans are run again, as their answers were lost."""
+        """All trials but those whose answers were lost, and whose plans are run again."""
         return [trial for trial in trials if trial.number not in self._again]
 
     def unmeasured(self) -> set[str]:
@@ -280,13 +286,13 @@ class Study:
         return {str(trial.user_attrs.get("key")) for trial in trials}
 
     def counts(self, lately: bool = False) -> dict[str, int]:
-        """How many plans are done, waiting and running; `lately` is cheap, and may not know yet what others did."""
+        """How many plans are done, waiting and running; `lately` reads the cache, which may lack changes by others."""
         trials = self._counted(self._glance.lately() if lately else self._glance.now())
         states = {"done": TrialState.COMPLETE, "waiting": TrialState.WAITING, "running": TrialState.RUNNING}
         return {name: sum(t.state == state for t in trials) for name, state in states.items()}
 
     def progress(self, total: int, wanted: Container[str] | None = None) -> tuple[int, int]:
-        """Images done, and left where only wanted plans go on; a finished plan has seen `total`."""
+        """Images that all trials have seen, and that wanted trials have still to see; a finished one saw `total`."""
         over = (TrialState.FAIL, TrialState.PRUNED)
         trials = [trial for trial in self._counted(self._glance.lately()) if trial.state not in over]
         seen = [total if trial.state == TrialState.COMPLETE else turns.far(trial) for trial in trials]
@@ -294,12 +300,12 @@ class Study:
         return sum(seen), sum(total - far for far, goes in zip(seen, going, strict=True) if goes)
 
     def table(self) -> pd.DataFrame:
-        """One row per measured trial: bits per component, size, and per task the score and its interval (see rows)."""
+        """One row per measured trial: bits per component, size, and per task the score and its interval (see `row`)."""
         native = self.examples(self.native)
         return pd.DataFrame([row(trial, self.tasks, partial(self.apart, native)) for trial in self.measured()])
 
     def apart(self, native: pd.DataFrame | None, plan: Plan, task: str, n: int | None) -> Score | None:
-        """The paired difference to full precision, computed once for what both have seen."""
+        """A plan's paired difference to full precision, cached until either has seen more examples."""
         if native is None or n is None:
             return None
         known = plan.key, task, n, len(native)
@@ -312,12 +318,13 @@ class Study:
         return difference(self.examples(plan), self.examples(base), task)
 
     def plan(self, number: int) -> Plan:
+        """The plan of a trial, by the trial's number."""
         return Plan.from_json(self._optuna.get_trials(deepcopy=False)[number].user_attrs["plan"])
 
     def examples(self, plan: Plan) -> pd.DataFrame | None:
         """Per-example scores of a measured plan; None where only the means are known (an imported table).
 
-        Where they are damaged, that is said once; the next sweep runs the plan again.
+        Damaged ones count as missing, with one warning; the next sweep runs the plan again.
         """
         path = self._file(plan.key)
         if not path.exists():
@@ -329,7 +336,7 @@ class Study:
             return None
 
     def _answers(self, plan: Plan) -> pd.DataFrame:
-        """The same where they must be there, as further examples are added to them."""
+        """Per-example scores that further examples are added to: missing or damaged ones are an error."""
         try:
             return answers.read(self._file(plan.key))
         except answers.Damaged as error:
@@ -342,16 +349,17 @@ class Study:
         return self.path / "examples" / f"{key}.parquet"
 
     def _lost(self, what: str) -> None:
+        """Warn that answers are lost, once for each plan."""
         if what not in self._told:
             self._told.add(what)
             end = "its mean scores still count, and the sweep's command, given again, runs that plan again"
             warnings.warn(f"{what}; {end}", Notice, stacklevel=3)
 
     def _put_aside_damaged(self) -> None:
-        """Trials whose answers are lost count no more, so that their plans are queued again; only under the lock."""
+        """Stop counting trials whose answers are lost, so that their plans are queued again; needs the queue's lock."""
         over = [t for t in self.measured() if t.state != TrialState.RUNNING and records.has_answers(t, self.tasks)]
         gone = [trial for trial in over if not self._readable(trial)]
-        for trial in gone:
+        for trial in gone:  # Optuna cannot change a finished trial: the study lists its number instead
             if trial.state != TrialState.COMPLETE:
                 self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         if gone:
@@ -360,6 +368,7 @@ class Study:
             self._glance.now()
 
     def _readable(self, trial: FrozenTrial) -> bool:
+        """Whether a trial's answers can be read; warns where they cannot."""
         path = self._file(trial.user_attrs["key"])
         try:
             return len(answers.read(path)) > 0
@@ -376,6 +385,7 @@ class Study:
 
 
 def _difference(name: str, found: Any, wanted: Any) -> str:
+    """Where two JSON values first differ, for an error message."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in [*found, *wanted]:
             if found.get(key) != wanted.get(key):

@@ -1,4 +1,4 @@
-"""One row of a study's table: what was found out about a plan."""
+"""One row of a study's table: a trial's plan, size and scores."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ NATIVE = 16  # the 'bits' of a component at native precision, as an Optuna param
 def row(
     trial: FrozenTrial, tasks: Sequence[str], delta: Callable[[Plan, str, int | None], Score | None]
 ) -> dict[str, Any]:
-    """Columns: number, key, plan (what a person calls it), uniform, native, complete (whether it has seen all the
-    examples); a column of bits for each component; bytes, bpw, bpw_codes, seconds; for each task T: T, T.se, T.low,
-    T.high, T.n, T.nll, and the paired difference to full precision as T.delta, T.delta.se, T.delta.low, T.delta.high;
-    its further metrics by their names, such as T.BLEU-4; not_finite: how many examples NaN logits made worth nothing.
+    """The row of a trial, by column.
+
+    number, key, plan (in words), uniform, native, complete (whether it has seen all examples); bits of each component;
+    bytes, bpw, bpw_codes, seconds; for each task T: T, T.se, T.low, T.high, T.n, T.nll; the paired difference to full
+    precision as T.delta, T.delta.se, T.delta.low, T.delta.high; further metrics by name, such as T.BLEU-4;
+    not_finite: how many examples scored 0 because their logits were NaN.
     """
     attrs = trial.user_attrs
     plan = Plan.from_json(attrs["plan"])

@@ -1,4 +1,4 @@
-"""All trials of a study as they were a short while ago: a database of many plans takes seconds to read."""
+"""A cache of all trials of a study, since a database with many of them takes seconds to read."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from optuna.trial import FrozenTrial
 
-PART = 20  # times as long as a reading took, it may be looked at: so reading takes at most a twentieth of the time
+PART = 20  # a reading is used for so many times the seconds it took: reading takes a twentieth of the time at most
 
 
 class TrialCache:
-    """What others did since the last reading is missing, what this process did is not.
+    """All trials as of the last reading, with the changes that this process made since, but not those of others.
 
-    Whoever acts on it must ask the storage again: a trial that waits here may have been taken by another process.
+    Before a trial is changed, the storage must be asked again: one that waits here may be claimed by another process.
     """
 
     def __init__(self, read: Callable[[], list[FrozenTrial]]) -> None:
@@ -22,6 +22,7 @@ class TrialCache:
         self._until = 0.0
 
     def now(self) -> list[FrozenTrial]:
+        """All trials, read from the storage."""
         began = time.monotonic()
         self._trials = list(self._read())
         ended = time.monotonic()
@@ -29,9 +30,10 @@ class TrialCache:
         return self._trials
 
     def lately(self) -> list[FrozenTrial]:
+        """All trials from the cache, or from the storage where the cache is too old."""
         return self._trials if time.monotonic() < self._until else self.now()
 
     def changed(self, trial: FrozenTrial) -> None:
-        """This process changed a trial, and this is what became of it."""
+        """Put a trial that this process changed into the cache."""
         if trial.number < len(self._trials):
             self._trials[trial.number] = trial

@@ -14,9 +14,10 @@ from sensitivity.api.sweeping import dtype_for
 from sensitivity.cli.main import main
 from sensitivity.measure.forecast.hardware import slower
 from sensitivity.spec.errors import UserError
+from sensitivity.spec.files import PACKAGE
 from sensitivity.study.study import Study
 
-EMBEDDED = Path(verbs.__file__).parent / "models" / "embedded" / "scenes-llava"
+EMBEDDED = PACKAGE / "models" / "embedded" / "scenes-llava"
 
 
 @pytest.fixture

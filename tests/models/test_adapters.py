@@ -154,6 +154,6 @@ def test_what_accelerate_hangs_on_blocks_outlives_a_sweep(base: Path, tmp_path: 
 
 
 def test_spreading_without_accelerate(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sensitivity.models.is_accelerate_available", lambda: False)
+    monkeypatch.setattr("sensitivity.models.loading.is_accelerate_available", lambda: False)
     with pytest.raises(UserError, match="spreads a model over devices with accelerate; type `pip install accelerate`"):
         load(str(base), device="auto")

@@ -162,7 +162,7 @@ def test_eight_bits_agree_with_bitsandbytes(bitsandbytes: Any, threshold: float)
 
 def test_a_threshold_of_0_keeps_no_outlier() -> None:
     x = inputs()
-    assert torch.equal(*(split_inputs(x, scheme("llm-int8", 8, threshold=t)) for t in (0.0, 1e9)))
+    assert torch.equal(*(split_inputs(x, scheme("llm-int8", 8, threshold=t)) for t in (0.0, 1e6)))
     assert not torch.equal(split_inputs(x, scheme("llm-int8", 8, threshold=0.0)), x)
 
 

@@ -1,4 +1,4 @@
-"""Spends a budget: measurements, sizes and a limit give the plans that are predicted to score best."""
+"""Spends a budget: finds the plans of at most a given size that are predicted to score best."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ Floats = np.ndarray
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked of a plan: budgets in bits per weight, whose scores count how much, and what must hold.
+    """What a user asks of a plan: budgets in bits per weight, the tasks that count, and constraints.
 
-    weights: task -> weight of its share of full precision. floors: task -> share that must be kept. allow: pattern of
-    components -> widths, 16 for native. tie: groups of patterns that share their scheme. runtime: what is to
-    load the plan, whose files the budgets then count. top: how many plans are tried.
+    weights: task -> how much its share of full precision counts. floors: task -> share of full precision that must be
+    kept. allow: pattern of component names -> widths, 16 for native. tie: groups of patterns whose components share
+    their scheme. runtime: what is to load the plan; budgets then count the bits in its files. top: how many
+    candidates are considered for each budget.
     """
 
     bpw: tuple[float, ...]
@@ -39,24 +40,27 @@ class Wish:
     top: int = 3
 
     def to_json(self) -> dict[str, Any]:
+        """The wish as JSON values."""
         return dict(self.__dict__) | {"bpw": list(self.bpw), "tie": [list(group) for group in self.tie]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Wish:
+        """The wish that `to_json` wrote."""
         return cls(**{**data, "bpw": tuple(data["bpw"])})
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan that fits a budget, first by rank among its budget's."""
+    """A plan that fits a budget and is predicted to score well."""
 
     plan: Plan
     size: Size
     budget: float  # in bpw
-    rank: int
+    rank: int  # among the candidates of its budget, 0 for the best
     predicted: dict[str, Predicted]
 
     def to_json(self) -> dict[str, Any]:
+        """The candidate as JSON values."""
         predicted = {task: p.to_json() for task, p in self.predicted.items()}
         return {
             "plan": self.plan.to_json(),
@@ -83,9 +87,9 @@ def solve(
 ) -> list[Candidate]:
     """The best few plans for each budget, best first; nothing is measured.
 
-    bpw or bytes: one budget or several. tasks: whose scores are to be high (the study's first), as shares of full
-    precision, equally or by weights. floors: task -> share of full precision that must be kept. allowed: which
-    choices a component may have. tied: components that must share their scheme. knapsack: what was learned before.
+    bpw or bytes: one budget or several. tasks: those whose shares of full precision count, equally or by `weights`;
+    the study's first by default. floors: task -> share of full precision that must be kept. allowed: which choices a
+    component may have. tied: components that must share their scheme. knapsack: one that was built before.
     """
     wish = dict(weights or dict.fromkeys(tasks or study.tasks[:1], 1.0))
     for name in (*wish, *(floors or {})):
@@ -107,14 +111,14 @@ def solve(
 def budgets(
     parts: ComponentMap, bpw: float | Iterable[float] | None, size_in_bytes: float | Iterable[float] | None
 ) -> list[tuple[int, float]]:
-    """The limits in bits, and in bits per weight as they were asked for."""
+    """Each limit in bits, and in bits per weight as the user gave it."""
     if (bpw is None) == (size_in_bytes is None):
         raise UserError("a recommendation needs one budget: bits per weight (--bpw 4.0) or bytes (--gb 2.5)")
     given, unit = (bpw, parts.numel) if size_in_bytes is None else (size_in_bytes, 8)
     limits = [float(limit) for limit in (given if isinstance(given, Iterable) else [given or 0.0])]
     if bad := [limit for limit in limits if not (math.isfinite(limit) and limit > 0)]:
         raise UserError(f"a budget must be above 0, not {bad[0]:g}")
-    bits = [math.floor(limit * unit + 1e-6) for limit in limits]
+    bits = [math.floor(limit * unit + 1e-6) for limit in limits]  # else 4.1 bpw may round to a bit too few
     return list(zip(bits, limits if size_in_bytes is None else [one / parts.numel for one in bits], strict=True))
 
 
@@ -130,7 +134,7 @@ def spend(
 ) -> list[Candidate]:
     """The best few plans of at most so many bits, by the weighted mean of the tasks' shares of full precision.
 
-    `asked` is the budget in bits per weight as a person gave it, which is what is remembered and shown.
+    `asked` is the budget in bits per weight as the user gave it, which candidates keep and reports show.
     """
     program = Program(knapsack, allowed, tied)
     program.at_most(budget - knapsack.kept)
@@ -151,11 +155,12 @@ def spend(
 
 
 def _fits(knapsack: Knapsack, row: Floats, budget: int) -> bool:
-    return knapsack.size(knapsack.space.decode(row)).bits <= budget  # the solver's tolerance is not ours
+    """Whether a plan fits the budget to the bit: HiGHS accepts one that exceeds it within its tolerance."""
+    return knapsack.size(knapsack.space.decode(row)).bits <= budget
 
 
 def _one_task(program: Program, task: str, budget: int, top: int) -> list[Floats]:
-    """The score falls with the damage: the least damage is the best score."""
+    """The best plans for one task: the score falls with the damage, so the least damage is the best score."""
     found: list[Floats] = []
     cost = program.damage(task)
     while len(found) < top and (best := program.minimize(cost)) is not None:
@@ -166,7 +171,11 @@ def _one_task(program: Program, task: str, budget: int, top: int) -> list[Floats
 
 
 def _several_tasks(program: Program, weights: Mapping[str, float], budget: int, top: int) -> list[Floats]:
-    """Best first by an upper bound; what was found is best for certain once no bound is better."""
+    """The best plans for several tasks: solved in the order of an upper bound, each then scored exactly.
+
+    The search ends when no remaining plan has a bound above the score of the last of the best `top`. So the result is
+    exact, although the linear program holds only a bound.
+    """
     knapsack = program.knapsack
     total = sum(weights.values())
     weights = {task: weight / total for task, weight in weights.items()}
@@ -192,10 +201,11 @@ def _infeasible(
     allowed: Allowed | None,
     tied: Sequence[Sequence[str]],
 ) -> UserError:
-    """Say what is reachable."""
+    """The error for constraints that no plan meets, which says what size or floor can be reached."""
     numel = knapsack.parts.numel
     program = Program(knapsack, allowed, tied)
     weights = np.concatenate(knapsack.bits) / numel
+    # without the budget and the floors: the smallest and the largest plan that the other constraints allow
     smallest = program.minimize(dict(enumerate(weights)))
     largest = program.minimize(dict(enumerate(-weights)))
     if smallest is None or largest is None:
@@ -208,6 +218,7 @@ def _infeasible(
             f"{f' in {knapsack.format} files' if knapsack.format else ''}) can be reached; "
             "ask for more, or sweep lower widths (--bits)"
         )
+    # a small enough plan exists, so a floor is what fails: the smallest plan that keeps it
     needed = Program(knapsack, allowed, tied)
     for name, share in floors.items():
         needed.keep(name, share)
@@ -223,6 +234,7 @@ def _infeasible(
 
 
 def _bytes(bits: float) -> str:
+    """A number of bits in MB or GB."""
     return f"{bits / 8e9:.2f} GB" if bits >= 8e9 else f"{bits / 8e6:.2f} MB"
 
 
@@ -233,10 +245,7 @@ def best_uniform(
     floors: Mapping[str, float] | None = None,
     fits: Callable[[Plan], bool] = lambda plan: True,
 ) -> Candidate | None:
-    """The uniform plan within a budget in bpw that is predicted to score best, under the same conditions.
-
-    None where no uniform plan meets them.
-    """
+    """The uniform plan that is predicted to score best within a budget in bpw, under the same conditions; else None."""
     parts = knapsack.parts
     shared = set.intersection(*(set(options) for options in knapsack.space.choices))
     plans = [Plan.uniform(parts, choice) for choice in sorted(shared, key=str)]
@@ -250,7 +259,7 @@ def best_uniform(
 
 
 def mean_share(predicted: Mapping[str, Predicted], weights: Mapping[str, float]) -> float:
-    """The weighted mean of predicted scores, as shares of full precision."""
+    """The weighted mean over tasks of the predicted score as a share of full precision's."""
     shares = [predicted[task].score / predicted[task].full * weight for task, weight in weights.items()]
     return sum(shares) / sum(weights.values())
 

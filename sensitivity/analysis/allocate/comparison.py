@@ -15,12 +15,15 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.study.scores import Score, paired, summarize
 
-POWER = 0.8  # 'about N more examples would decide' means: with this probability
+POWER = 0.8  # statistical power of 'about N more examples would decide'
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A paired difference on the same examples, in words: 'better', 'tied', 'worse' or 'no worse' (the other side)."""
+    """A paired difference of our plan to another, and its verdict.
+
+    'better', 'tied' and 'worse' are said of our plan; 'no worse' is said of the other: it scores at least as high.
+    """
 
     other: Plan
     score: Score  # the other plan's
@@ -30,6 +33,7 @@ class Comparison:
     words: str
 
     def to_json(self) -> dict[str, Any]:
+        """The comparison as JSON values."""
         return {
             "other": self.other.to_json(),
             "describe": self.other.describe(),
@@ -42,6 +46,7 @@ class Comparison:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Comparison:
+        """The comparison that `to_json` wrote."""
         return cls(
             Plan.from_json(data["other"]),
             Score.from_json(data["score"]),
@@ -53,7 +58,7 @@ class Comparison:
 
 
 def compare(mine: pd.DataFrame, theirs: pd.DataFrame, other: Plan, name: str, tries: int = 1) -> Comparison:
-    """Paired on the examples that both have."""
+    """Compare our per-example scores with another plan's on the examples that both have; tries: plans chosen among."""
     both = mine.merge(theirs, on="example", suffixes=("", "_other"))
     if not len(both):
         raise UserError(f"{other.describe()} was measured on other examples: nothing can be compared")
@@ -63,7 +68,7 @@ def compare(mine: pd.DataFrame, theirs: pd.DataFrame, other: Plan, name: str, tr
 
 
 def _corrected(difference: Score, tries: int) -> Score:
-    """Widen the interval for having picked the best of several (Bonferroni)."""
+    """Widen the interval, as our plan was picked as the best of several (Bonferroni)."""
     if tries < 2 or difference.clusters < 2:
         return difference
     half = float(stats.t.ppf(1 - 0.025 / tries, difference.clusters - 1)) * difference.se
@@ -72,6 +77,7 @@ def _corrected(difference: Score, tries: int) -> Score:
 
 
 def _verdict(difference: Score, name: str) -> tuple[str, int | None, str]:
+    """The verdict, the number of examples that would decide a tie, and a sentence."""
     gap, low, high = difference.mean, difference.low, difference.high
     interval = f"{gap:+.3f} [{low:+.3f}, {high:+.3f}], {difference.n:,} paired examples"
     if low > 0:
@@ -87,13 +93,16 @@ def _verdict(difference: Score, name: str) -> tuple[str, int | None, str]:
 
 
 def _more(difference: Score) -> int | None:
-    """How many more examples would show a difference of this size, if it is real, four times out of five."""
+    """How many more examples would show a difference of this size, if it is real, with probability POWER."""
     if not math.isfinite(difference.se) or difference.mean == 0:
         return None
+    # A difference is found with this power if it is as large as the interval's half width plus the power's normal
+    # quantile, both in standard errors. The standard error falls with the root of n: solved for n.
     width = (difference.high - difference.mean) / difference.se if difference.se else 2.0
     wanted = difference.n * ((width + float(stats.norm.ppf(POWER))) * difference.se / difference.mean) ** 2
     more = wanted - difference.n
     if more > 1000 * difference.n:
         return None
+    # rounded up to two digits: the estimate is rough
     digits = max(1.0, 10 ** math.floor(math.log10(max(more, 1.0))) / 10)
     return max(1, int(np.ceil(more / digits) * digits))

@@ -1,4 +1,4 @@
-"""What was recommended for a study, read back as it was written; and what would be recommended now."""
+"""Saved recommendations of a study: written beside it, read back, and compared with what would be recommended now."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from sensitivity.study.study import Study
 
 FIRST = "plan.json"
 MEND = "`sensitivity recommend` writes it anew; or delete it"
-# what a plan.json says that `recommend` wrote, and not `export` or a person
+# keys that `recommend` writes into a plan.json; one that `export` or a user wrote lacks them
 SAID = ("task_weights", "budget_bpw", "stored_size", "predicted", "candidates", "fresh_examples", "verdict", "by_task")
 
 
 def remember(study: Study, found: Sequence[Recommendation]) -> list[Path]:
-    """Write recommendations beside the study, with all that says where they come from: the first is plan.json."""
+    """Write recommendations with their provenance into the study's folder, the first as plan.json; return the files."""
     asked = [float(bpw) for bpw in found[0].provenance.get("asked", {}).get("bpw", ())] or [one.budget for one in found]
     return [
         write_file(study.parts, one.plan, {**one.to_json(), "stored_size": one.size.to_json()}, study.path / name)
@@ -35,11 +35,12 @@ def remember(study: Study, found: Sequence[Recommendation]) -> list[Path]:
 
 
 def _names(budgets: Sequence[float]) -> list[str]:
+    """The file of each budget's recommendation."""
     return [FIRST, *(f"plan-{bpw:g}bpw.json" for bpw in budgets[1:])]
 
 
 def recommended(study: Study) -> list[Recommendation]:
-    """What was last recommended for a study, as it was then; nothing if nothing was."""
+    """The recommendations that were last saved for a study, unchanged; an empty list without any."""
     if not (study.path / FIRST).exists():
         return []
     first = schema.read(study.path / FIRST, "plan", MEND)
@@ -49,10 +50,13 @@ def recommended(study: Study) -> list[Recommendation]:
     others = [study.path / name for name in names[1:] if (study.path / name).exists()]
     files = {study.path / FIRST: first, **{file: schema.read(file, "plan", MEND) for file in others}}
     asked = first["provenance"]["asked"]
+    # files of an earlier call for other budgets may still lie beside the last one's
     return [_read(study, file, one) for file, one in files.items() if one.get("provenance", {}).get("asked") == asked]
 
 
 def _read(study: Study, file: Path, data: dict[str, Any]) -> Recommendation:
+    """A recommendation from its file, checked against the study."""
+
     def wrong(why: str) -> UserError:
         return UserError(f"{file} cannot be used: {why}; {MEND}")
 
@@ -70,7 +74,7 @@ def _read(study: Study, file: Path, data: dict[str, Any]) -> Recommendation:
 
 
 def since(study: Study, chosen: Sequence[Recommendation]) -> list[str]:
-    """Where a study has grown since it was asked: how far, and what would be recommended now."""
+    """Sentences on how far a study has grown since these recommendations, and what would be recommended now."""
     asked = chosen[0].provenance.get("asked") if chosen else None
     if asked is None or chosen[0].provenance.get("read") in (None, digest(study)):
         return []
@@ -101,7 +105,7 @@ Proposed = list[tuple[list[Candidate], Candidate | None]]
 
 
 def check_wish(study: Study, wish: Wish) -> tuple[Allowed | None, list[tuple[str, ...]]]:
-    """What of a wish can be known to be wrong before anything is solved or loaded; what it allows, and what it ties."""
+    """Check a wish before anything is solved or loaded; return which choices it allows and which components it ties."""
     for task in (*wish.weights, *wish.floors):
         check_task(study, task)
     files_of(wish.runtime)
@@ -109,7 +113,7 @@ def check_wish(study: Study, wish: Wish) -> tuple[Allowed | None, list[tuple[str
 
 
 def proposed(study: Study, wish: Wish) -> Proposed:
-    """Per budget the best few plans by prediction, and the best uniform one that fits as well."""
+    """For each budget, the best few plans by prediction, and the best uniform plan under the same conditions."""
     runtime, (allow, tie) = wish.runtime, check_wish(study, wish)
     knapsack = Knapsack.of(study, list(dict.fromkeys([*wish.weights, *wish.floors])), files_of(runtime))
 

@@ -22,12 +22,12 @@ from sensitivity.spec.standard_output import silenced
 from sensitivity.study.study import Study
 
 Floats = np.ndarray
-SEGMENTS = 24  # of the staircase of lines that bounds a task's score from above, where several tasks are weighed
+SEGMENTS = 24  # line segments that bound a task's score from above, where several tasks are weighted
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """What the surrogate expects of a plan on one task, with a 95 % interval of the expectation."""
+    """A plan's predicted score on one task, with a 95 % interval of the expected score, not of one measurement."""
 
     score: float
     low: float
@@ -35,12 +35,13 @@ class Predicted:
     full: float  # predicted for full precision
 
     def to_json(self) -> dict[str, float]:
+        """The prediction as JSON values."""
         return dict(self.__dict__)
 
 
 @dataclass(frozen=True)
 class Knapsack:
-    """The measured choices of a study, what they weigh (in a format's files), and one surrogate per task."""
+    """What a budget can be spent on: measured choices, their bits (as a format stores them), a surrogate per task."""
 
     parts: ComponentMap
     space: Space
@@ -51,6 +52,7 @@ class Knapsack:
 
     @classmethod
     def of(cls, study: Study, tasks: Sequence[str], format: str | None = None) -> Knapsack:
+        """The knapsack of a study: every scheme that it measured, and surrogates fitted to its scores."""
         space = Space.of([Plan.from_json(trial.user_attrs["plan"]) for trial in study.measured()])
         models = {}
         for task in tasks:
@@ -64,6 +66,7 @@ class Knapsack:
     def build(
         cls, parts: ComponentMap, space: Space, models: Mapping[str, Surrogate], format: str | None = None
     ) -> Knapsack:
+        """The knapsack of a space and of surrogates that were fitted already."""
         bits = tuple(
             np.array([component_bits(parts, name, choice, format) for choice in options], dtype=float)
             for name, options in zip(space.names, space.choices, strict=True)
@@ -72,13 +75,15 @@ class Knapsack:
         return cls(parts, space, bits, dict(models), kept, format)
 
     def size(self, plan: Plan) -> Size:
+        """What a plan weighs, as the format stores it."""
         return size(self.parts, plan, self.format)
 
     def full(self, task: str) -> float:
-        """Full precision, as predicted."""
+        """Predicted score of full precision, so that a share of it compares two predictions."""
         return float(self.models[task].predict(np.zeros((1, len(self.space.names)), dtype=int))[0])
 
     def predicted(self, plans: Sequence[Plan]) -> list[dict[str, Predicted]]:
+        """For each plan, the prediction for each task."""
         if not plans:
             return []
         index = self.space.encode(plans)
@@ -86,13 +91,17 @@ class Knapsack:
         for task, model in self.models.items():
             low, high = np.quantile(model.draws(index), [0.025, 0.975], axis=0)
             full = self.full(task)
-            for i, score in enumerate(model.predict(index)):
+            for i, score in enumerate(model.predict(index)):  # an interval is widened to hold its prediction
                 found[i][task] = Predicted(float(score), float(min(low[i], score)), float(max(high[i], score)), full)
         return found
 
 
 class Program:
-    """The mixed-integer program: one binary per choice, products of choices where pairs interact."""
+    """The mixed-integer program: a binary variable per choice, and products of choices for interacting pairs.
+
+    `low`, `high` and `whole` are the bounds of each variable and whether it is an integer; `rows` are the constraints:
+    coefficients by variable, the least and the most that their sum may be.
+    """
 
     def __init__(self, knapsack: Knapsack, allowed: Allowed | None = None, tied: Sequence[Sequence[str]] = ()) -> None:
         self.knapsack = knapsack
@@ -104,13 +113,14 @@ class Program:
         self.rows: list[tuple[dict[int, float], float, float]] = []
         self.products: dict[tuple[int, int], int] = {}
         self._new(int(self.first[-1]), 0, 1, whole=True)
-        for start, n in zip(self.first, self.counts, strict=False):
+        for start, n in zip(self.first, self.counts, strict=False):  # exactly one choice per component
             self.rows.append(({start + i: 1.0 for i in range(n)}, 1, 1))
         self._allow(allowed)
         for group in tied:
             self._tie(group)
 
     def _new(self, count: int, low: float, high: float, whole: bool = False) -> int:
+        """Add variables with these bounds; return the index of the first."""
         start = len(self.low)
         self.low += [low] * count
         self.high += [high] * count
@@ -118,6 +128,7 @@ class Program:
         return start
 
     def _allow(self, allowed: Allowed | None) -> None:
+        """Fix the choices that are not allowed at 0."""
         space = self.knapsack.space
         for start, name, options in zip(self.first, space.names, space.choices, strict=False):
             fine = [allowed is None or allowed(name, option) for option in options]
@@ -126,6 +137,7 @@ class Program:
             self.high[start : start + len(options)] = map(float, fine)
 
     def _tie(self, group: Sequence[str]) -> None:
+        """Make the components of a group choose the same scheme."""
         space = self.knapsack.space
         for name in group:
             if name not in space.names:
@@ -142,23 +154,24 @@ class Program:
                 self.rows.append(({one: 1.0, other: -1.0}, 0, 0))
 
     def at_most(self, bits: float) -> None:
-        """A budget, for what can be chosen at all."""
+        """Limit the bits of all chosen schemes together; kept weights are not among them."""
         weights = np.concatenate(self.knapsack.bits)
-        unit = float(weights.max())
+        unit = float(weights.max())  # HiGHS's tolerances are absolute: coefficients are scaled to about 1
         self.rows.append(({i: w / unit for i, w in enumerate(weights)}, -np.inf, bits / unit))
 
     def keep(self, task: str, share: float) -> None:
-        """At least this share of full precision, as predicted."""
+        """Demand at least this share of full precision's score, as predicted: a limit on the total damage."""
         limit = self.knapsack.models[task].eta_at(share * self.knapsack.full(task))
         if limit < 0:
             raise UserError(f"a floor of {share:.0%} on '{task}' is more than full precision reaches")
-        if math.isfinite(limit):
-            self.rows.append((self.damage(task), -np.inf, limit + 1e-9))
+        if math.isfinite(limit):  # else even the worst plan keeps that share
+            self.rows.append((self.damage(task), -np.inf, limit + 1e-9))  # rounding must not forbid a floor of 100 %
 
     def damage(self, task: str) -> dict[int, float]:
-        """A task's damage as coefficients; products of choices get variables of their own."""
+        """Coefficients of a task's total damage, which is linear in the choices and in the products of choices."""
         model = self.knapsack.models[task]
-        worst = 16 ** (1 / model.power)  # beyond it nothing is left to lose
+        # where exp(-16) of the score is left: more damage changes nothing, but huge coefficients ruin the precision
+        worst = 16 ** (1 / model.power)
         damages = [np.minimum(d, worst) for d in model.damages()]
         out = dict(enumerate(np.concatenate(damages)))
         for gamma, (a, b) in zip(model.gammas(), model.pairs, strict=True):
@@ -167,7 +180,11 @@ class Program:
         return out
 
     def _product(self, a: int, b: int) -> int:
-        """Variables z[i, j] = x[a, i] * x[b, j], made exact by their row and column sums."""
+        """Variables z[i, j] = x[a, i] * x[b, j], made exact by their row and column sums.
+
+        Rows sum to x[a, i] and columns to x[b, j]. Since x is binary with a single 1 per component, z is 1 where both
+        choices meet and 0 elsewhere, without being integer itself.
+        """
         if (a, b) not in self.products:
             n, m = self.counts[a], self.counts[b]
             start = self.products[a, b] = self._new(n * m, 0, 1)
@@ -178,9 +195,11 @@ class Program:
         return self.products[a, b]
 
     def bound(self, weights: Mapping[str, float]) -> dict[int, float]:
-        """Minus an upper bound of the weighted mean of tasks, each as a share of full precision.
+        """The objective for several tasks: minus an upper bound of their weighted mean share of full precision.
 
-        A task's score is a curve over its damage; over each of a few stretches a line above the curve stands for it.
+        A task's score is a curve over its damage, which a linear program cannot hold. So the damage is cut into
+        segments, and in each a line above the curve stands for it: `pieces` is 1 for the segment in which the damage
+        lies, where `inside` equals the damage; both are 0 for every other segment.
         """
         cost: dict[int, float] = {}
         for task, weight in weights.items():
@@ -199,10 +218,11 @@ class Program:
         return cost
 
     def exclude(self, row: Floats) -> None:
+        """Forbid one plan, so that the next solution is the next best."""
         self.rows.append(({self.first[c] + int(i): 1.0 for c, i in enumerate(row)}, -np.inf, len(row) - 1))
 
     def minimize(self, cost: Mapping[int, float]) -> tuple[Floats, float] | None:
-        """The choice per component with the least cost, and that cost; None when nothing fits."""
+        """The choice of each component with the least cost, and that cost; None where no plan meets the constraints."""
         entries = [(r, c, v) for r, (row, _, _) in enumerate(self.rows) for c, v in row.items()]
         r, c, v = zip(*entries, strict=True)
         matrix = csr_array((v, (r, c)), shape=(len(self.rows), len(self.low)))
@@ -210,13 +230,13 @@ class Program:
         objective = np.zeros(len(self.low))
         objective[list(cost)] = list(cost.values())
         scale = max(float(np.abs(objective).max()), 1e-12)
-        with silenced():  # HiGHS prints of a second solve of its own with a bare printf, whatever its options say
+        with silenced():  # HiGHS reports a second, internal solve with a bare printf, whatever its options say
             found = milp(
                 objective / scale,
                 constraints=limits,
                 integrality=np.array(self.whole),
                 bounds=Bounds(np.array(self.low), np.array(self.high)),
-                options={"mip_rel_gap": 0},
+                options={"mip_rel_gap": 0},  # by default HiGHS stops at a plan within 1e-4 of the best
             )
         if found.x is None:
             return None
@@ -234,15 +254,17 @@ def _nothing_to_lose(task: str, full: float) -> str:
 
 
 def _above(model: Surrogate) -> tuple[Floats, Floats, Floats]:
-    """Knots, slopes and intercepts of lines that lie above the curve of score over damage."""
+    """Segments of damage, and for each the slope and intercept of a line that lies above the curve of the score."""
     worst = 16 ** (1 / model.power)
+    # knots at equal steps of the score, so that no segment's line is far above the curve
     levels = np.linspace(1, 0, SEGMENTS + 1)[1:-1]
     knots = np.concatenate([[0.0], (-np.log(levels)) ** (1 / model.power), [worst]])
     knots = np.unique(knots)
-    slopes, starts = [0.0], [float(model.at_damage(np.zeros(1))[0])]  # products may push the damage below none
+    slopes, starts = [0.0], [float(model.at_damage(np.zeros(1))[0])]  # damage below 0: the score stays
     for left, right in itertools.pairwise(knots):
         along = np.linspace(left, right, 50)
         curve = model.at_damage(along)
+        # the chord, lifted until it lies above all sampled points, and a little for what lies between them
         slope = (curve[-1] - curve[0]) / (right - left)
         slopes.append(float(slope))
         starts.append(float((curve - slope * along).max() + 1e-4 * abs(curve[0] - curve[-1])))

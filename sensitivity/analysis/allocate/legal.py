@@ -1,4 +1,4 @@
-"""The best plan that a runtime can load: solved again under the budget, not rounded part by part; and its cost."""
+"""The best plan that a runtime can load, solved for under its constraints rather than rounded; and what it costs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from sensitivity.study.study import Study
 
 @dataclass(frozen=True)
 class Legal:
-    """A plan that a runtime can load, beside the one that was asked for."""
+    """A plan that a runtime can load, and the one that was asked for."""
 
     runtime: str
     task: str
     asked: Plan
-    breaches: tuple[str, ...]  # of the plan that was asked for; none: it is the answer
+    breaches: tuple[str, ...]  # why the plan that was asked for cannot be loaded; none: it can
     plan: Plan
     before: Size
     after: Size
@@ -37,7 +37,7 @@ class Legal:
 
     @property
     def words(self) -> str:
-        """What it costs, as the end of a sentence."""
+        """What the change costs in score and bytes, as the end of a sentence."""
         if self.plan == self.asked:
             return "nothing: the plan is legal as it is"
         change = (self.after.bytes - self.before.bytes) / self.before.bytes
@@ -48,6 +48,7 @@ class Legal:
         return f"{self.task} {now:.4f} instead of {was:.4f} (predicted), {bytes_}"
 
     def to_json(self) -> dict[str, Any]:
+        """Both plans, their sizes and predictions as JSON values."""
         return {
             "runtime": self.runtime,
             "task": self.task,
@@ -64,9 +65,9 @@ class Legal:
 
 
 def legalize(study: Study, plan: Plan, runtime: str, bpw: float | None = None, task: str | None = None) -> Legal:
-    """The plan itself if a runtime can load it, otherwise the best by prediction of at most its size, or of `bpw`.
+    """The plan itself if a runtime can load it, otherwise the best predicted one of at most its size, or of `bpw`.
 
-    Sizes are those of the runtime's files.
+    Sizes are counted as in the runtime's files.
     """
     task = check_task(study, task)
     before = size(study.parts, plan, files_of(runtime))
@@ -103,6 +104,8 @@ def candidates(
     knapsack = knapsack or Knapsack.of(study, list(dict.fromkeys([*wish, *(floors or {})])), files_of(runtime))
     failure: UserError | None = None
     usable = _usable(study, runtime)
+    # A runtime may offer alternatives, such as any single scheme for the whole model. Each is solved by itself; that
+    # one of them has no solution matters only if none has.
     for allowed in searches(study.parts, runtime, usable):
         try:
             found += solve(
@@ -119,7 +122,7 @@ def candidates(
 
 
 def _usable(study: Study, runtime: str) -> list[Scheme]:
-    """What was measured and a runtime can load somewhere, or what to sweep instead."""
+    """The measured schemes that a runtime can load for some component; the error says what to sweep instead."""
     try:
         return restrict(study.parts, sorted(_measured(study), key=str), runtime)[0]
     except UserError as error:
@@ -139,12 +142,13 @@ def plans_for(
     allow: Allowed | None = None,
     tie: Sequence[Sequence[str]] = (),
 ) -> Plans:
-    """What a sweep may try of what a runtime can load; see `loadable.restrict` for what that leaves out."""
+    """The plans of a search that a runtime can load; `loadable.restrict` says what that leaves out."""
     together = joined([*tied(parts, runtime), *tie])
     ways = [
         plans(parts, schemes, how, trials, seed, both(allowed, allow), together)
         for allowed in searches(parts, runtime, schemes)
     ]
+    # one list of plans can be appended to another; a sampler has a single search space
     lists = [way for way in ways if not callable(way)]
     if len(ways) == 1:
         return ways[0]
@@ -157,11 +161,13 @@ def plans_for(
 
 
 def _measured(study: Study) -> set[Scheme]:
+    """All schemes that the study's trials use."""
     plans: Iterable[Plan] = (Plan.from_json(trial.user_attrs["plan"]) for trial in study.measured())
     return {scheme for plan in plans for _, scheme in plan.schemes if scheme is not None}
 
 
 def _predicted(study: Study, plan: Plan, task: str) -> Predicted | None:
+    """A plan's predicted score; None where it holds a scheme that was never measured."""
     with contextlib.suppress(UserError, KeyError, ValueError):
         return Knapsack.of(study, [task]).predicted([plan])[0][task]
     return None

@@ -1,4 +1,4 @@
-"""Recommendation and its verdict: measured examples say whether a plan really beats the best uniform one."""
+"""Recommendation: the plan to use, and the verdict of paired measurements on whether it beats the best uniform plan."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from sensitivity.study.study import Study
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The plan to use for a budget: what was predicted, what was measured, and what it was preferred to.
+    """The plan to use for a budget: its predicted and measured score, and the plans that it was preferred to.
 
-    With several weights, `measured`, `full` and all comparisons are the weighted mean of shares of full precision.
+    With several weighted tasks, `measured`, `full` and all comparisons are weighted means of shares of full precision.
     """
 
     weights: Mapping[str, float]  # task -> how much it counts
@@ -39,19 +39,19 @@ class Recommendation:
     full: Score | None = None  # full precision on the same examples
     uniform: Comparison | None = None
     others: tuple[Comparison, ...] = ()  # the other candidates
-    fresh: bool = False  # whether the examples had no part in choosing the plan
+    fresh: bool = False  # whether it was measured on examples that had no part in choosing the plan
     words: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     by_task: Mapping[str, Score] = field(default_factory=dict)  # measured, each on its own scale
 
     @property
     def task(self) -> str:
-        """What it was judged by, in words."""
+        """The task, or the weighted tasks, by which the plan was chosen."""
         return judged_by(self.weights)
 
     @property
     def predicted(self) -> Predicted:
-        """As `measured`, before anything was run."""
+        """The predicted score on the scale of `measured`."""
         if len(self.weights) == 1:
             return self.candidate.predicted[self.task]
         each = [(self.candidate.predicted[task], w / sum(self.weights.values())) for task, w in self.weights.items()]
@@ -61,6 +61,7 @@ class Recommendation:
         return Predicted(score, low, high, 1.0)
 
     def to_json(self) -> dict[str, Any]:
+        """The recommendation as JSON values."""
         return {
             "task": self.task,
             "task_weights": dict(self.weights),
@@ -82,7 +83,7 @@ class Recommendation:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], parts: ComponentMap) -> Recommendation:
-        """What `to_json` said, read from a file that was held against its schema."""
+        """The recommendation that `to_json` wrote, from a file that was checked against its schema."""
         plan = Plan.from_json(data["plan"])
         weighs = size(parts, plan, data["stored_size"].get("format"))
         predicted = {task: Predicted(**one) for task, one in data["predicted"].items()}
@@ -107,6 +108,7 @@ class Recommendation:
         )
 
     def dumps(self) -> str:
+        """The recommendation as JSON text, with null for what is not finite."""
         return json.dumps(finite(self.to_json()), indent=1)
 
 
@@ -120,13 +122,13 @@ def judge(
     fresh: bool = True,
     provenance: Mapping[str, Any] | None = None,
 ) -> Recommendation:
-    """Choose among the candidates of one budget by measurement and compare with the best uniform plan, the rival.
+    """Choose the candidate of one budget that scores best, and compare it with the best uniform plan, the rival.
 
     measured: a study in which they were run, or plan key -> per-example scores (task, example, cluster, score), on
-    the same examples for all. Candidates without measurements are passed over. weights: which tasks count how much
-    (the study's first alone). fresh: these examples had no part in finding the candidates.
+    the same examples for all. Candidates without measurements are left out. weights: how much each task counts; by
+    default the study's first alone. fresh: these examples had no part in finding the candidates.
 
-    The rival wins if it is clearly better than the best of the candidates.
+    The rival is recommended only if it is clearly better than the best candidate.
     """
     weights = weights or {study.tasks[0]: 1.0}
     native = Plan.uniform(study.parts, None)
@@ -139,6 +141,7 @@ def judge(
         return unmeasured(study, candidates, weights, provenance)
     scores = {key: summarize(frame["score"], frame["cluster"]) for key, frame in rows.items()}
     best = max(run, key=lambda c: scores[c.plan.key].mean)
+    # `len(run)` corrects each interval for having picked the best of that many
     facing = None
     if rival is not None and rival.plan.key in rows and rival.plan.key != best.plan.key:
         facing = compare(rows[best.plan.key], rows[rival.plan.key], rival.plan, "the best uniform plan", len(run))
@@ -168,16 +171,18 @@ def judge(
 
 
 def judged_by(weights: Mapping[str, float]) -> str:
-    """'vqa', or '0.75 vqa + 0.25 ground'."""
+    """The name of a single task, or weighted tasks as in '0.75 vqa + 0.25 ground'."""
     total = sum(weights.values())
     return next(iter(weights)) if len(weights) == 1 else " + ".join(f"{w / total:.2g} {t}" for t, w in weights.items())
 
 
 def _frames(measured: Study, plans: Sequence[Plan]) -> dict[str, pd.DataFrame]:
+    """Per-example scores of those plans that a study measured, by plan key."""
     return {plan.key: frame for plan in plans if (frame := measured.examples(plan)) is not None}
 
 
 def _without_rival(best: Candidate, rival: Candidate | None) -> str:
+    """The verdict where there is no comparison with a uniform plan."""
     if rival is None:
         return "No uniform plan meets these conditions."
     same = best.plan.key == rival.plan.key
@@ -190,7 +195,7 @@ def unmeasured(
     weights: Mapping[str, float] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Recommendation:
-    """A recommendation that was only predicted (an imported table has no model to run)."""
+    """A recommendation by prediction alone, such as from an imported table, which has no model to run."""
     best = candidates[0]
     return Recommendation(
         weights or {study.tasks[0]: 1.0},
@@ -204,7 +209,7 @@ def unmeasured(
 
 
 def source(study: Study) -> dict[str, Any]:
-    """Where a plan came from: the study's own facts and which trials were read."""
+    """Where a plan came from: the study's metadata, and the trials that were read."""
     trials = study.measured()
     return {
         "study": dict(study.meta),
@@ -217,12 +222,13 @@ def source(study: Study) -> dict[str, Any]:
 
 
 def digest(study: Study) -> str:
-    """What a recommendation read of a study: other plans, or other scores, are another one."""
+    """A hash of the plans and scores of a study, by which it is known whether it has grown since."""
     known = sorted(json.dumps([t.user_attrs["key"], t.user_attrs["scores"]], sort_keys=True) for t in study.measured())
     return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
 
 
 def _of_task(frame: pd.DataFrame, task: str) -> pd.DataFrame:
+    """The rows of one task, of which there must be some."""
     rows = frame[frame["task"] == task]
     if not len(rows):
         raise UserError(f"these measurements hold nothing about '{task}'")
@@ -230,17 +236,20 @@ def _of_task(frame: pd.DataFrame, task: str) -> pd.DataFrame:
 
 
 def _full(study: Study, native: pd.DataFrame | None, task: str) -> float:
+    """Full precision's score on these examples; where it was not run on them, on the study's own."""
     return observations_of(study, task).full if native is None else float(_of_task(native, task)["score"].mean())
 
 
 def _weighed(frame: pd.DataFrame, weights: Mapping[str, float], full: Mapping[str, float]) -> pd.DataFrame:
-    """Examples of all tasks that count, scaled so that their mean is the weighted mean of shares of full precision.
+    """Examples of all weighted tasks, scaled so that their mean is the weighted mean of shares of full precision.
 
-    One frame, so that tasks on the same images do not pass for independent evidence.
+    In one table, so that standard errors are clustered by image over all tasks: two tasks about the same images are
+    not independent evidence.
     """
     if len(weights) == 1:
         return _of_task(frame, next(iter(weights)))
     each = {task: _of_task(frame, task) for task in weights}
+    # the mean over all rows weights a task by its number of examples: that is divided out, its weight multiplied in
     rows, total = sum(map(len, each.values())), sum(weights.values())
     return pd.concat([
         one.assign(

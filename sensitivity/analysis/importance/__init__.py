@@ -1,1 +1,1 @@
-"""How much of the score each component decides."""
+"""Importance: how much of the score each component decides, with intervals and checks."""

@@ -1,4 +1,4 @@
-"""ESTIMATORS: how much of a forest's picture of the scores each component accounts for, one function per answer."""
+"""ESTIMATORS: functions that compute the importance of each component from a random forest that predicts the score."""
 
 from __future__ import annotations
 
@@ -26,30 +26,31 @@ Floats = np.ndarray
 Given = TypeVar("Given")
 Found = TypeVar("Found")
 TREES = 100
-REPEATS = 50  # of every permutation
-FEW_REPEATS = 10  # in a resample
-MANY = 1000  # trials beyond which the forests that only say how sure a ranking is have half the trees
-EXPLAINED = 60  # rows that SHAP explains where the grid is too large for the exact table
-FEW = 10  # of them in a resample
-SHUFFLED = 500  # rows that are shuffled at most in a resample
+REPEATS = 50  # shuffles of each component in permutation importance
+FEW_REPEATS = 10  # the same in a bootstrap resample
+MANY = 1000  # trials beyond which forests that serve only intervals and checks have half the trees
+EXPLAINED = 60  # plans that SHAP explains where the grid is too large for the table of all cells
+FEW = 10  # the same in a bootstrap resample
+SHUFFLED = 500  # most trials that permutation importance uses in a resample
 FANOVA_TREES = 32
 FANOVA = 400  # trials that Optuna's fANOVA is given at most: its time grows faster than their number
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A forest and the rows it learned from; `groups` says which columns make one component."""
+    """A fitted forest and its training data; `groups` says which columns of x make up each component."""
 
     forest: RandomForestRegressor
     x: Floats
     y: Floats
     groups: tuple[tuple[int, ...], ...]
     seed: int
-    explained: int = EXPLAINED
+    explained: int = EXPLAINED  # plans for SHAP; fewer than EXPLAINED marks a resample, for which all is made cheaper
 
     @cached_property
     def shap(self) -> tuple[Floats, Floats]:
-        """Shapley values, a row per explained plan and a column per feature; and how many trials each plan had."""
+        """SHAP values, explained plans x features, and the number of trials of each of those plans."""
+        # each distinct plan once: its replicates have the same values, and count by their number
         plans, weight = np.unique(self.x, axis=0, return_counts=True)
         if tree_shap.fits(plans):
             return tree_shap.ShapleyTable(self.forest, plans).values(), weight
@@ -60,11 +61,11 @@ class Fitted:
 
     @cached_property
     def shap_pairs(self) -> tuple[Floats, Floats, Floats]:
-        """Shapley interaction values, how many trials each plan had, and the plans."""
+        """SHAP interaction values, plans x features x features; the number of trials of each plan; and the plans."""
         plans, weight = np.unique(self.x, axis=0, return_counts=True)
         if tree_shap.fits(plans):
             return tree_shap.ShapleyTable(self.forest, plans).interactions(), weight, plans
-        few = min(self.explained // 4, 10_000 // plans.shape[1] ** 2)  # the cost grows with the square
+        few = min(self.explained // 4, 10_000 // plans.shape[1] ** 2)  # the cost grows with the square of features
         if len(plans) > few:
             rows = np.random.default_rng(self.seed).choice(len(plans), few, replace=False)
             plans, weight = plans[rows], weight[rows]
@@ -80,32 +81,35 @@ def fit(
     explained: int = EXPLAINED,
     trees: int = TREES,
 ) -> Fitted:
+    """Fit a forest that predicts scores y from bits x; without `groups`, each column is a component."""
     groups = tuple((i,) for i in range(x.shape[1])) if groups is None else tuple(tuple(group) for group in groups)
     return Fitted(forest_of(seed, trees).fit(x, y), x, y, groups, seed, explained)
 
 
 def spared(trees: int, trials: int) -> int:
-    """Trees of a forest that is grown many times: half where trials are many."""
+    """Number of trees of a forest that is grown many times: half as many where there are many trials."""
     return trees if trials <= MANY else trees // 2
 
 
 def forest_of(seed: int, trees: int = TREES) -> RandomForestRegressor:
+    """An unfitted forest; of one job, since `side_by_side` already grows several forests in parallel."""
     return RandomForestRegressor(trees, random_state=seed, n_jobs=1)
 
 
 def forest(fitted: Fitted) -> Floats:
-    """How much the splits on a component lower the squared error, as the forest grows."""
+    """Impurity importance: how much the splits on a component lower the squared error while the forest is grown."""
     return _together(fitted, fitted.forest.feature_importances_)
 
 
 def permutation(fitted: Fitted) -> Floats:
-    """How much R2 is lost when a component's widths are shuffled among the trials (mean of 50 shuffles)."""
+    """Permutation importance: how much R2 falls when a component's widths are shuffled among trials (50 times)."""
     draw = np.random.default_rng(fitted.seed)
     x, y = fitted.x, fitted.y
     if fitted.explained < EXPLAINED and len(x) > SHUFFLED:
         rows = draw.choice(len(x), SHUFFLED, replace=False)
         x, y = x[rows], y[rows]
     repeats = REPEATS if fitted.explained >= EXPLAINED else FEW_REPEATS
+    # the same shuffles for every component, so that components do not differ by the luck of the draw
     shuffles = np.stack([draw.permutation(len(x)) for _ in range(repeats)])
     base = r2_score(y, fitted.forest.predict(x))
     spread = np.sum((y - y.mean()) ** 2)
@@ -121,7 +125,8 @@ def permutation(fitted: Fitted) -> Floats:
 
 
 def _predict(forest: RandomForestRegressor, x: Floats) -> Floats:
-    """Predictions that ask the forest once per different row: shuffled trials repeat each other."""
+    """Predictions for rows of which each distinct one is predicted once: shuffled trials repeat each other often."""
+    # each row becomes one integer whose digits are its columns; renumbered where the next digit would overflow it
     code = np.zeros(len(x), dtype=np.int64)
     for column in x.T:
         values, place = np.unique(column, return_inverse=True)
@@ -133,8 +138,9 @@ def _predict(forest: RandomForestRegressor, x: Floats) -> Floats:
 
 
 def shap(fitted: Fitted) -> Floats:
-    """Mean absolute Shapley value of a component over the trials (TreeSHAP)."""
+    """Mean absolute SHAP value of a component over the trials (TreeSHAP)."""
     values, weight = fitted.shap
+    # a component's columns are added before the absolute value: effects that cancel are no effect
     together = np.column_stack([values[:, list(group)].sum(axis=1) for group in fitted.groups])
     return np.asarray(np.average(np.abs(together), axis=0, weights=weight))
 
@@ -148,14 +154,14 @@ def fanova(fitted: Fitted) -> Floats:
 
 
 def ped_anova(fitted: Fitted) -> Floats:
-    """Optuna's PED-ANOVA: how much the best tenth of the trials differ from the rest in a component's widths."""
+    """Optuna's PED-ANOVA: how much a component's widths in the best tenth of the trials differ from all trials'."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return _optuna(fitted, PedAnovaImportanceEvaluator())
 
 
 def _optuna(fitted: Fitted, evaluator: BaseImportanceEvaluator) -> Floats:
-    """Optuna's estimators want a study of its own; levels are numbered so that 8 -> 16 is one step like 3 -> 4."""
+    """Run an evaluator of Optuna on a study in memory; widths are numbered, so that 8 to 16 is one step like 3 to 4."""
     study = optuna.create_study(direction="maximize")
     places = [np.unique(column, return_inverse=True) for column in fitted.x.T]
     varied = {f"x{i}": place for i, (values, place) in enumerate(places) if len(values) > 1}
@@ -171,13 +177,14 @@ def _optuna(fitted: Fitted, evaluator: BaseImportanceEvaluator) -> Floats:
         ]
     )
     raw = np.full(fitted.x.shape[1], np.nan)
-    with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError):  # it cannot tell: the column stays empty
+    with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError):  # it refuses these data: NaN
         found = evaluator.evaluate(study)
         raw = np.array([found.get(f"x{i}", 0.0) for i in range(fitted.x.shape[1])])
     return _together(fitted, raw)
 
 
 def _together(fitted: Fitted, raw: Floats) -> Floats:
+    """Values of columns, summed over the columns of each component."""
     return np.array([raw[list(group)].sum() for group in fitted.groups])
 
 
@@ -188,31 +195,32 @@ ESTIMATORS: dict[str, Callable[[Fitted], Floats]] = {
     "fanova": fanova,
     "ped_anova": ped_anova,
 }
-CONSENSUS = ("forest", "permutation", "shap")  # the published consensus is the mean of these three
+CONSENSUS = ("forest", "permutation", "shap")  # the consensus of published studies is the mean of these three
 
 
 def shares(raw: Floats) -> Floats:
-    """Normalized to 100 %; what an estimator finds negative (shuffling helped, by chance) counts as nothing."""
+    """Values as percent of their sum; a negative one (shuffling happened to help) counts as 0."""
     positive = np.maximum(raw, 0)
     total = positive.sum()
     return np.asarray(100 * positive / total) if total > 0 else np.full(len(raw), 100 / len(raw))
 
 
 def consensus(fitted: Fitted) -> Floats:
+    """Mean share of each component over the estimators of CONSENSUS."""
     return np.asarray(np.mean([shares(ESTIMATORS[name](fitted)) for name in CONSENSUS], axis=0))
 
 
 def chance(x: Floats, y: Floats, least: int, seed: int = 0, probes: int = 5) -> dict[str, float]:
-    """The most that a component without any influence gets in a few resamples, by each estimator.
+    """The largest share that each estimator gives, in a few resamples, to a component that has no influence.
 
-    Found by shuffling the least important column and resampling the trials: the forest then explains noise with it, as
-    much as such a table allows.
+    Such a component is made by shuffling the least important column. Whatever share it still gets is noise that the
+    forest fits with it, as far as a table of this size allows.
     """
 
     def once(number: int) -> list[float]:
         draw = np.random.default_rng([seed, number])
         shuffled = x.copy()
-        shuffled[:, least] = draw.permutation(x[:, least])  # before resampling: drawn twice, a trial stays one trial
+        shuffled[:, least] = draw.permutation(x[:, least])  # before resampling, so that copies of a trial stay equal
         rows = draw.integers(0, len(x), len(x))
         fitted = fit(shuffled[rows], y[rows], seed=number, explained=FEW, trees=spared(50, len(x)))
         return [float(shares(ESTIMATORS[name](fitted))[least]) for name in CONSENSUS]
@@ -222,9 +230,9 @@ def chance(x: Floats, y: Floats, least: int, seed: int = 0, probes: int = 5) -> 
 
 
 def side_by_side(once: Callable[[Given], Found], given: Iterable[Given]) -> list[Found]:
-    """The same for each, in their order, on all cores: trees grow without Python's lock.
+    """Apply a function to each item on all cores, results in order; threads suffice, as trees grow without the GIL.
 
-    scikit-learn resets the process's warning filters in every thread; they are put back at the end.
+    scikit-learn resets the process's warning filters in every thread; they are restored at the end.
     """
     with warnings.catch_warnings(record=True), ThreadPoolExecutor(threads.limited() or threads.cores()) as pool:
         warnings.simplefilter("ignore")
@@ -247,5 +255,5 @@ def cross_validated(x: Floats, y: Floats, keys: Sequence[str], seed: int = 0) ->
 
 
 def linear(x: Floats, y: Floats) -> float:
-    """R2 of a straight line through the bits, the fit that published tables quote."""
+    """R2 of a linear regression on the bits, the fit that published tables quote."""
     return float(LinearRegression().fit(x, y).score(x, y))

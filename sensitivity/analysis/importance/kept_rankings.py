@@ -1,4 +1,4 @@
-"""Rankings kept in a study's folder by what they depend on, trials, wishes and this code; safe to delete."""
+"""A cache of rankings in the study's folder, keyed by trials, arguments and code; safe to delete."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.files import write_whole
+from sensitivity.spec.files import PACKAGE, write_whole
 from sensitivity.study.study import Study
 
-LIBRARIES = ("numpy", "scipy", "pandas", "scikit-learn", "shap", "optuna")  # which count in a ranking, too
+LIBRARIES = ("numpy", "scipy", "pandas", "scikit-learn", "shap", "optuna")  # whose versions are part of the key
 
 
 def place(study: Study, wish: Mapping[str, Any]) -> Path:
-    """The file of a ranking: its name is the hash of all that it depends on."""
+    """The file of a ranking, whose name is a hash of all that it depends on: trials, arguments and code."""
     kept = ("key", "plan", "size", "scores", "versions")
     trials = [[trial.state.name, *map(trial.user_attrs.get, kept)] for trial in study.measured()]
     content = json.dumps([_code(), dict(wish), study.parts.to_json(), trials], sort_keys=True, default=str)
@@ -28,7 +28,7 @@ def place(study: Study, wish: Mapping[str, Any]) -> Path:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """What was kept; None where nothing was, or where it is not what was written."""
+    """The cached ranking as JSON; None where there is none, or where its checksum does not match."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         first, _, rest = path.read_bytes().partition(b"\n")
         if first.decode() == hashlib.sha256(rest).hexdigest():
@@ -38,16 +38,16 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def write(path: Path, ranking: Mapping[str, Any]) -> None:
+    """Cache a ranking as JSON under a line with its checksum."""
     content = json.dumps(dict(ranking)).encode()
-    with contextlib.suppress(OSError, UserError):  # a folder that is full, or may only be read, is no reason to fail
+    with contextlib.suppress(OSError, UserError):  # a full disk or a read-only folder costs only the cache
         path.parent.mkdir(exist_ok=True)
         write_whole(path, f"{hashlib.sha256(content).hexdigest()}\n".encode() + content)
 
 
 @cache
 def _code() -> str:
-    """All of this package, and the libraries that fit and resample: whatever changes, the ranking may."""
-    package = Path(__file__).parents[2]
-    files = [file.read_bytes() for file in sorted(package.rglob("*.py"))]
+    """Hash all code of this package, and the versions of the libraries that fit and resample."""
+    files = [file.read_bytes() for file in sorted(PACKAGE.rglob("*.py"))]
     versions = [f"{name} {version(name)}" for name in LIBRARIES] + [sys.version]
     return hashlib.sha256(b"\0".join([*files, *(one.encode() for one in versions)])).hexdigest()

@@ -1,4 +1,4 @@
-"""Scores to blame: how much of the score each part of the model decides, by several estimators, with intervals."""
+"""Ranks the components of a study by importance: several estimators, their consensus, and bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from sensitivity.study.study import Study
 Floats = np.ndarray
 
 
-BOOTSTRAPS = 100
+BOOTSTRAPS = 100  # resamples of the trials, for the intervals
 
 
-RESAMPLED_TREES = 50  # of a resample's forest: half the time, and intervals that are a little too wide
+RESAMPLED_TREES = 50  # of a resample's forest: half the usual trees, half the time, slightly too wide intervals
 
 
 FEWEST = 8  # trials below which nothing is ranked
@@ -42,11 +42,11 @@ def rank(
     seed: int = 0,
     thorough: bool = True,
 ) -> Ranking:
-    """Rank the parts of a study for one task.
+    """Rank the components of a study by how much of a task's score each decides.
 
-    by: a coarser granularity than the study's own. near: only trials whose score is at least this share of full
-    precision (0.9), where a plan would really be used. thorough=False leaves out what only explains the ranking
-    (levels, pairs, Optuna's estimators). A study's ranking is kept in its folder and not made twice.
+    by: a coarser granularity than the study's own. near: use only trials whose score is at least this share of full
+    precision, such as 0.9, where a plan would really be used. thorough=False leaves out what only explains the
+    ranking (levels, pairs, Optuna's estimators). The ranking of a study is cached in its folder.
 
     Examples:
         >>> from sensitivity import rank
@@ -69,7 +69,7 @@ def rank(
 
 
 def known(study: Study, task: str) -> Ranking | None:
-    """The ranking that `rank` made of all that a study holds now, if it was ever asked for."""
+    """The cached ranking of a study's present trials by `rank` with its default arguments; None without one."""
     usual = {"by": None, "method": None, "near": None, "bootstraps": BOOTSTRAPS, "seed": 0, "thorough": True}
     kept = kept_rankings.read(kept_rankings.place(study, {"task": task, **usual}))
     return None if kept is None else Ranking.from_json(kept)
@@ -85,6 +85,7 @@ def _rank(
     seed: int,
     thorough: bool,
 ) -> Ranking:
+    """Rank the components of these observations: check them, fit the forest, estimate, resample, collect warnings."""
     warnings = list(readings.notes)
     if near is not None:
         readings = robustness.near_operating_point(readings, near)
@@ -102,6 +103,7 @@ def _rank(
     raw = {name: ESTIMATORS[name](fitted) for name in chosen}
     least = int(np.argmin(fitted.forest.feature_importances_))
     nothing_but_chance = estimators.chance(readings.bits, readings.score, least, seed) if bootstraps else {}
+    # chance is known for one column; a component of several columns gets as much for each
     columns = np.array([len(group) for group in groups])
     floor = {name: share * columns for name, share in nothing_but_chance.items()}
     table = _table(names, raw, bootstrap(readings, groups, bootstraps, seed), floor)
@@ -136,12 +138,12 @@ def _rank(
 
 
 def compare(rankings: Mapping[str, Ranking]) -> pd.DataFrame:
-    """Kendall's tau between rankings of the same parts: by task, by method, near and far."""
+    """Kendall's tau between rankings of the same components, such as those for different tasks or methods."""
     return robustness.agreement(pd.DataFrame({name: found.table["consensus"] for name, found in rankings.items()}))
 
 
 def _rankable(readings: Observations) -> tuple[Observations, list[str]]:
-    """Leave out constant components, saying so; refuse what cannot be ranked at all."""
+    """Drop components that never changed, with a note for each; raise where nothing can be ranked."""
     constant = [name for name, column in zip(readings.names, readings.bits.T, strict=True) if np.ptp(column) == 0]
     told = [f"{name} always had {readings.bits[0, readings.names.index(name)]:g} bits: not ranked" for name in constant]
     if len(readings) < FEWEST:
@@ -159,7 +161,7 @@ def _rankable(readings: Observations) -> tuple[Observations, list[str]]:
 def grouping(
     names: Sequence[str], parts: ComponentMap | None, by: str | None
 ) -> tuple[tuple[str, ...], list[list[int]], str]:
-    """Which columns make one component when ranked at a coarser granularity."""
+    """Names of the components at a coarser granularity, the columns that make up each, and the granularity's name."""
     own = parts.by if parts else "component"
     if by is None or by == own:
         return tuple(names), [[i] for i in range(len(names))], own
@@ -177,7 +179,7 @@ def grouping(
 
 
 def bootstrap(readings: Observations, groups: Sequence[Sequence[int]], times: int, seed: int) -> dict[str, Floats]:
-    """Shares (resamples x components) of the consensus and its three estimators over resampled trials."""
+    """Bootstrap over trials: shares, resamples x components, by the consensus and its three estimators."""
 
     def once(number: int) -> Floats:
         rows = np.random.default_rng([seed, number]).integers(0, len(readings), len(readings))
@@ -193,6 +195,7 @@ def bootstrap(readings: Observations, groups: Sequence[Sequence[int]], times: in
 def _table(
     names: Sequence[str], raw: dict[str, Floats], drawn: dict[str, Floats], chance: dict[str, Floats]
 ) -> pd.DataFrame:
+    """A row per component: shares, intervals where they were resampled, and raw values (see Ranking)."""
     share = {name: shares(values) for name, values in raw.items()}
     share = {"consensus": np.mean([share[name] for name in CONSENSUS], axis=0), **share}
     columns: dict[str, Floats] = {}
@@ -205,10 +208,11 @@ def _table(
 
 
 def interval(point: Floats, drawn: Floats, chance: Floats) -> tuple[Floats, Floats]:
-    """The middle 95 % of the resamples, widened where needed to hold the estimate itself.
+    """A 95 % interval: the middle of the resamples, widened to hold the estimate and to allow for fitted noise.
 
-    A forest explains noise too, with every component alike, and resampling cannot tell: what a shuffled column gets
-    is taken off the lower end, and the upper end is as high as if all components had been given so much of the 100 %.
+    A forest also fits noise, with every component alike, and resampling does not show it. So the share that a
+    shuffled column gets (`chance`) is taken off the lower end. The upper end is divided by what remains of the 100 %
+    without the chance shares of all components: noise took those from the components that matter.
     """
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     noise = min(float(chance.sum()) / 100, 0.9)
@@ -216,9 +220,9 @@ def interval(point: Floats, drawn: Floats, chance: Floats) -> tuple[Floats, Floa
 
 
 def _gains(fitted: Fitted, names: Sequence[str], parts: ComponentMap | None, columns: Sequence[str]) -> pd.DataFrame:
-    """Score gained from the lowest to the highest width of a component, others as they were; and per megabyte."""
+    """Predicted gain in score from a component's lowest to its highest width, others as in the trials; and per MB."""
     rows = []
-    some = fitted.x[:: 1 + len(fitted.x) // 500]  # enough for a mean
+    some = fitted.x[:: 1 + len(fitted.x) // 500]  # some hundred trials are enough for a mean
     for group in fitted.groups:
         low, high = (some.copy() for _ in range(2))
         for column in group:

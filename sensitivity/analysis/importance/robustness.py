@@ -1,4 +1,4 @@
-"""How far a ranking can be trusted: near the operating point, without single levels, pairs, agreement, suspicions."""
+"""Checks of a ranking: near full precision, without single levels, interactions, agreement of estimators, warnings."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from sensitivity.analysis.importance.types import Ranking
 
 Floats = np.ndarray
-MOVED = 15.0  # points of share by which one level may move a ranking before it is called fragile
+MOVED = 15.0  # points by which a share must change without a level for the ranking to be said to rest on it
 
 
 def near_operating_point(readings: Observations, share: float) -> Observations:
-    """Only trials within a share of full precision.
+    """Only trials that score at least this share of full precision.
 
-    Chosen by the forest's out-of-bag prediction rather than by the reading itself: a cut through noisy readings
-    would keep the lucky ones, and their luck would be explained.
+    Selected by the forest's out-of-bag prediction rather than by the measured score: a threshold on noisy scores
+    keeps the trials that were lucky, and the ranking would then explain luck.
     """
     if not 0 < share < 1:
         raise UserError(f"near must be a share of full precision between 0 and 1, such as 0.9, not {share:g}")
@@ -39,11 +39,12 @@ def near_operating_point(readings: Observations, share: float) -> Observations:
 
 
 def _expected(forest: RandomForestRegressor, readings: Observations) -> Floats:
+    """Each trial's score as predicted by the trees that were grown without it."""
     return np.asarray(forest.fit(readings.bits, readings.score).oob_prediction_)
 
 
 def by_budget(readings: Observations, budgets: Sequence[float], reach: float = 0.15) -> pd.DataFrame:
-    """Consensus shares among plans of about each size (bpw within a share of the budget); a row per budget.
+    """Consensus shares among the plans whose bpw differs from a budget by at most `reach` of it; a row per budget.
 
     Budgets with fewer than eight such plans, or whose plans all score the same, are left out.
     """
@@ -59,10 +60,10 @@ def by_budget(readings: Observations, budgets: Sequence[float], reach: float = 0
 def without_levels(
     readings: Observations, names: Sequence[str], groups: Sequence[Sequence[int]], seed: int
 ) -> pd.DataFrame:
-    """Rank again without each level in turn: how far does the ranking move, and does the first place change?
+    """Rank again without the trials of one level (a component at one width): how far shares move, and who leads.
 
-    By the forest alone, which is quick and agrees with the consensus on what a single level decides. Of many
-    components only the two lowest levels are left out: those are where scores collapse.
+    By forest importance alone, which is quick and agrees with the consensus on what a single level decides. With more
+    than six components, only the two lowest levels of each are left out: there scores collapse.
     """
 
     def share(rest: Observations) -> Floats:
@@ -74,6 +75,7 @@ def without_levels(
         for bits in np.unique(readings.bits[:, list(group)])[: 2 if len(names) > 6 else None]:
             touched = (readings.bits[:, list(group)] == bits).any(axis=1)
             rest = readings.where(~touched)
+            # half of the trials at least must remain, or the ranking moves for lack of data
             if len(rest) >= max(8, len(readings) / 2) and np.ptp(rest.score) > 0:
                 left_out.append((name, int(bits), int(touched.sum()), rest))
     base, *found = estimators.side_by_side(share, [readings, *(rest for *_, rest in left_out)])
@@ -90,18 +92,19 @@ def without_levels(
 
 
 def cliffs(levels: pd.DataFrame) -> list[tuple[str, int]]:
-    """Components whose share rests on their lowest width, or widths, and the highest of those."""
+    """Components whose share comes from their lowest width, or lowest few, and the highest width of those."""
     found = []
     for name, rows in levels.groupby("component", sort=False) if len(levels) else ():
         rows = rows.sort_values("bits")
-        deciding = ((rows["shift"] <= -MOVED) & (rows["moves"] == name)).cummin()  # from the lowest upwards
+        deciding = ((rows["shift"] <= -MOVED) & (rows["moves"] == name)).cummin()  # without a gap
+        # where every width decides, there is no edge to stay away from
         if deciding.any() and not deciding.all():
             found.append((str(name), int(rows["bits"][deciding].max())))
     return found
 
 
 def interactions(fitted: estimators.Fitted, names: Sequence[str]) -> pd.DataFrame:
-    """Pairs of components whose joint effect is not the sum of the two.
+    """How far the joint effect of each pair of components is from the sum of the two effects, strongest pair first.
 
     strength: mean absolute SHAP interaction (both halves). both_low: its mean over the plans in which both are in the
     lower half of their widths: negative means that they hurt each other more than the sum says.
@@ -110,6 +113,7 @@ def interactions(fitted: estimators.Fitted, names: Sequence[str]) -> pd.DataFram
     low = plans <= np.median(plans, axis=0)
     rows = []
     for (i, one), (j, two) in itertools.combinations(enumerate(fitted.groups), 2):
+        # shap gives half of an interaction to [i, j] and half to [j, i]
         joint = 2 * values[:, list(one)][:, :, list(two)].sum(axis=(1, 2))
         both = low[:, list(one)].all(axis=1) & low[:, list(two)].all(axis=1)
         rows.append(
@@ -135,7 +139,7 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def cautions(readings: Observations, ranking: Ranking, levels: pd.DataFrame) -> list[str]:
-    """What a reader of the ranking must know, in words."""
+    """Warnings to the reader of a ranking, as sentences."""
     told = []
     if len(levels):
         worst = levels.iloc[int(levels["shift"].abs().argmax())]
@@ -153,18 +157,18 @@ def cautions(readings: Observations, ranking: Ranking, levels: pd.DataFrame) -> 
 
 
 def untouched(readings: Observations) -> list[str]:
-    """Components that can be changed alone without the score moving in its last digit were likely never quantized."""
+    """Warn of components that, quantized alone, leave the score the same to its last digit: likely not quantized."""
     native = np.all(readings.bits == 16, axis=1)
     if not native.any():
         return []
     full = readings.score[native]
     if np.ptp(full) > 0:
-        return []  # noise: equal scores cannot be expected
+        return []  # scores are noisy: an equal one would be chance
     told = []
     changed = readings.bits != 16
     silent = (readings.score == full[0]) & ~native
     for i, name in enumerate(readings.names):
-        # trials that changed this component, and besides it only such as also never moved anything
+        # trials that quantized this component and no other; at 8 bits an equal score would not surprise
         alone = changed[:, i] & (changed.sum(axis=1) == 1)
         if alone.sum() >= 2 and silent[alone].all() and readings.bits[alone, i].min() <= 6:
             told.append(
@@ -175,7 +179,7 @@ def untouched(readings: Observations) -> list[str]:
 
 
 def inseparable(readings: Observations) -> list[str]:
-    """Components that always had the same bits as each other cannot be told apart."""
+    """Warn of components that had equal bits in every trial: no data can tell their importance apart."""
     told = []
     for (i, a), (j, b) in itertools.combinations(enumerate(readings.names), 2):
         if np.array_equal(readings.bits[:, i], readings.bits[:, j]):

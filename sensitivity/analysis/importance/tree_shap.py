@@ -1,4 +1,4 @@
-"""Exact TreeSHAP of a forest, the values of shap.TreeExplainer; on a small grid of levels from a table of its cells."""
+"""Exact TreeSHAP values of a forest, equal to shap.TreeExplainer's: from a table on small grids, else by leaf."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from typing import Any
 import numpy as np
 from sklearn.ensemble import RandomForestRegressor
 
-CELLS = 40_000  # grids with more cells (each feature's levels and 'unknown' multiplied) have no table
-ROOM = 4_000_000  # numbers that a leaf-by-leaf computation handles at once
+CELLS = 40_000  # most cells of a table: the product, over features, of the number of levels and one for 'unknown'
+ROOM = 4_000_000  # most entries of an array of rows x leaves x features
 
 
 def levels(x: np.ndarray) -> list[np.ndarray]:
+    """The distinct values of each feature."""
     return [np.unique(column) for column in x.T]
 
 
 def fits(x: np.ndarray) -> bool:
-    """Whether the grid that spans these rows is small enough for a table of all its cells."""
+    """Whether the grid of these rows' levels is small enough for a table of all its cells."""
     return x.shape[1] <= 6 and math.prod(len(values) + 1 for values in levels(x)) <= CELLS
 
 
 class ShapleyTable:
-    """For every set S of features, the forest's expectation given the features in S, over the grid of their levels.
+    """For every set S of features, the forest's expected output given the features in S, at every cell of the grid.
 
-    A leaf is a box: per feature an interval, and the share of the training rows that took this branch wherever the
-    path split on that feature. Path-dependent TreeSHAP multiplies, over features, 'is inside the interval' for known
-    features and that share for unknown ones. Both are sums of products over leaves, hence matrix products.
+    A leaf is a box: per feature, an interval, and the share of training rows that took this branch wherever the path
+    splits on that feature. Path-dependent TreeSHAP weighs a leaf by a product over features: whether the value lies
+    in the interval (1 or 0) for features in S, that share for all others. The expectation is thus a sum over leaves
+    of products over features, which matrix products compute for all cells at once.
     """
 
     def __init__(self, forest: RandomForestRegressor, x: np.ndarray) -> None:
@@ -43,18 +45,19 @@ class ShapleyTable:
         }
 
     def at(self, subset: tuple[int, ...]) -> np.ndarray:
-        """The expectation given the features of a set, for every row."""
+        """The expected output given the features of a set, for every row."""
         cells = tuple(self.index[:, f] if f in subset else 0 for f in range(self.index.shape[1]))
         found = np.broadcast_to(self.known[subset][cells], len(self.index))
         return np.asarray(found)
 
     def values(self) -> np.ndarray:
-        """Shapley values, one row per row and one column per feature."""
+        """SHAP values, rows x features."""
         features = self.index.shape[1]
         out = np.zeros(self.index.shape)
         for f in range(features):
             others = [g for g in range(features) if g != f]
             for size in range(features):
+                # Shapley's weight of a set of this size: size! (features - 1 - size)! / features!
                 weight = 1 / (features * math.comb(features - 1, size))
                 for subset in itertools.combinations(others, size):
                     joined = tuple(sorted((*subset, f)))
@@ -62,7 +65,7 @@ class ShapleyTable:
         return out
 
     def interactions(self) -> np.ndarray:
-        """Shapley interaction values as shap defines them: halves off the diagonal, rows sum to the Shapley values."""
+        """SHAP interaction values, as shap defines them: halves off the diagonal, rows sum to the SHAP values."""
         features = self.index.shape[1]
         out = np.zeros((len(self.index), features, features))
         for f, g in itertools.combinations(range(features), 2):
@@ -79,45 +82,50 @@ class ShapleyTable:
 
 
 class Leaves:
-    """The same values where the grid is too large for a table: leaf by leaf.
+    """The same values leaf by leaf, for grids that are too large for a table.
 
-    A leaf's game is a product over features of a (1 where the row lies inside its interval, else 0) for known features
-    and b (the share of rows) for unknown ones. Weighing a set of s of n - 1 others by s! (n - 1 - s)! / n! is
-    integrating t^s (1 - t)^(n - 1 - s), so that feature f's value is (a_f - b_f) times the integral of the product over
-    the others of t a + (1 - t) b: a polynomial, which Gauss and Legendre's rule integrates exactly.
+    A leaf contributes its value times a product over features: a (1 if the row lies in the leaf's interval, else 0)
+    for features in S, b (the share of training rows) for all others. Shapley's weight of a set of s among n - 1
+    others, s! (n - 1 - s)! / n!, is the integral of t^s (1 - t)^(n - 1 - s) over 0 to 1. Summed over all sets, feature
+    f's value becomes (a_f - b_f) times the integral of the product, over the other features, of t a + (1 - t) b. That
+    is a polynomial in t, and a Gauss-Legendre rule of enough nodes integrates it exactly.
     """
 
     def __init__(self, forest: RandomForestRegressor, x: np.ndarray) -> None:
         self.grid = levels(x)
         self.index = np.column_stack([np.searchsorted(g, c) for g, c in zip(self.grid, x.T, strict=True)])
         self.value, self.inside, self.share = _boxes(forest, self.grid)
-        longest = int(((self.share < 1).sum(axis=1)).max(initial=1))  # features that some path splits on
+        longest = int(((self.share < 1).sum(axis=1)).max(initial=1))  # features on one path
+        # m nodes are exact up to degree 2 m - 1, and the product over the others has degree longest - 1 at most
         nodes, weights = np.polynomial.legendre.leggauss(longest // 2 + 1)
         self.nodes, self.weights = (nodes + 1) / 2, weights / 2
 
     def values(self) -> np.ndarray:
-        """Shapley values, one row per row and one column per feature."""
+        """SHAP values, rows x features."""
         return np.concatenate([self._of(rows, pairs=False) for rows in self._portions()])
 
     def interactions(self) -> np.ndarray:
-        """Shapley interaction values as shap defines them: halves off the diagonal, rows sum to the Shapley values."""
+        """SHAP interaction values, as shap defines them: halves off the diagonal, rows sum to the SHAP values."""
         out = np.concatenate([self._of(rows, pairs=True) for rows in self._portions()])
         own = np.arange(out.shape[1])
         out[:, own, own] = self.values() - out.sum(axis=2)
         return out
 
     def _portions(self) -> list[np.ndarray]:
+        """The rows in batches that keep the arrays of `_of` within ROOM."""
         most = max(1, ROOM // max(self.share.size, 1))
         return [self.index[i : i + most] for i in range(0, len(self.index), most)]
 
     def _of(self, rows: np.ndarray, pairs: bool) -> np.ndarray:
+        """SHAP values of some rows, or their interaction values off the diagonal."""
         features = rows.shape[1]
         known = np.stack([self.inside[f][:, rows[:, f]].T for f in range(features)]).astype(float)  # feature, row, leaf
         unknown = self.share.T[:, None, :]
         out = np.zeros((len(rows), features, features) if pairs else (len(rows), features))
         for t, weight in zip(self.nodes, self.weights, strict=True):
-            mixed = t * known + (1 - t) * unknown  # never 0: a share is not, and no node lies at the end
+            mixed = t * known + (1 - t) * unknown  # above 0, as shares and 1 - t are: may be divided by
             whole = weight * self.value * mixed.prod(axis=0)
+            # times `whole`: the product over the other features, with (a - b) in this feature's place
             gain = (known - unknown) / mixed
             if not pairs:
                 out += (gain * whole).sum(axis=2).T
@@ -131,7 +139,7 @@ class Leaves:
 def _boxes(forest: RandomForestRegressor, grid: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
     """Leaf values, per feature which levels lie inside (leaves x levels), and the share of rows (leaves x features).
 
-    The trees are laid side by side and walked together, one depth at a time.
+    The nodes of all trees stand in one array and are descended together, a depth at a time: no loop over nodes.
     """
     trees = [estimator.tree_ for estimator in forest.estimators_]
     start = np.cumsum([0, *(tree.node_count for tree in trees)])
@@ -156,15 +164,18 @@ def _boxes(forest: RandomForestRegressor, grid: list[np.ndarray]) -> tuple[np.nd
                 inside[f][child[mine]] &= stays if goes_left else ~stays
         frontier = np.concatenate([left[frontier], right[frontier]])
     leaves = left < 0
+    # divided, since a forest is the mean of its trees
     return value[leaves] / len(trees), [i[leaves] for i in inside], share[leaves]
 
 
 def _zip(trees: list[Any], start: np.ndarray) -> Iterable[tuple[Any, int]]:
+    """Each tree with the position of its first node."""
     return zip(trees, start[:-1], strict=True)
 
 
 def _sum_of_products(value: np.ndarray, factors: list[np.ndarray]) -> np.ndarray:
-    """Sum over leaves of value times the outer product of one row of each factor."""
+    """Sum over leaves of value times the outer product of the leaf's row in each factor."""
+    # half of the factors on either side: the sum over leaves is then a single matrix product
     half = (len(factors) + 1) // 2
     left, right = value[:, None], np.ones((len(value), 1))
     for factor in factors[:half]:

@@ -1,4 +1,4 @@
-"""Ranking: the result of ranking the parts of a study, as tables and as JSON."""
+"""Ranking: the importance of each component, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import pandas as pd
 
 @dataclass(frozen=True)
 class Ranking:
-    """Who is to blame for lost score. `table` has a row per component, most important first.
+    """How much of the score each component decides. `table` has a row per component, most important first.
 
     Columns: consensus, forest, permutation, shap, fanova, ped_anova (shares in percent); for the first four also
-    NAME.low and NAME.high (95 % interval); NAME.raw before normalizing; gain (score from the lowest to the highest
-    width tried, others averaged) and gain_per_mb.
+    NAME.low and NAME.high (95 % interval); NAME.raw before normalizing; gain (how much the predicted score rises from
+    the component's lowest to its highest width, averaged over the other components as in the trials); gain_per_mb.
     """
 
     task: str
     by: str
     trials: int
-    full: float
-    noise: float | None
-    r2: float
-    linear_r2: float
+    full: float  # score at full precision
+    noise: float | None  # standard deviation of one score
+    r2: float  # of the forest, on plans that it has not seen
+    linear_r2: float  # of a linear regression, on the plans that it was fitted to
     table: pd.DataFrame
     tau: pd.DataFrame  # Kendall's, between estimators
     pairs: pd.DataFrame  # a, b, strength, both_low: how far a pair departs from the sum of its two effects
@@ -38,9 +38,11 @@ class Ranking:
 
     @property
     def order(self) -> tuple[str, ...]:
+        """Components, most important first."""
         return tuple(self.table.index)
 
     def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values, with null for NaN and infinity."""
         frames = ("tau", "pairs", "levels")
         plain = {k: v for k, v in self.__dict__.items() if k not in (*frames, "table", "warnings")}
         found = {
@@ -56,6 +58,8 @@ class Ranking:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Ranking:
+        """The ranking that `to_json` wrote."""
+
         def frame(by_row: Mapping[str, Any]) -> pd.DataFrame:
             return pd.DataFrame.from_dict(by_row, orient="index").astype(float)
 
@@ -67,6 +71,7 @@ class Ranking:
         return cls(**{**plain, **lists, "table": table, "tau": frame(data["tau"]), "warnings": tuple(data["warnings"])})
 
     def dumps(self) -> str:
+        """The ranking as JSON text."""
         return json.dumps(self.to_json(), indent=1)
 
 
@@ -75,6 +80,7 @@ def _clean(row: pd.Series) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
+    """A value that JSON can hold: Python's own numbers instead of NumPy's, None for NaN and infinity."""
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

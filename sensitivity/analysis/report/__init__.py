@@ -1,1 +1,1 @@
-"""The page that a person reads."""
+"""The report: an HTML page with figures, tables and sentences about a study."""

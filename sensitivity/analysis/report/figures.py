@@ -1,4 +1,4 @@
-"""Rows in, figure out: static figures in colors that a color-blind reader can tell apart."""
+"""Draws static figures from tables, in colors that color-blind readers can tell apart."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d1f", "#666666")  # Okabe and Ito
-INK, FAINT, PAPER = "#1a1c20", "#c9ccd1", "#fefefe"  # a page may replace these three to suit its background
+INK, FAINT, PAPER = "#1a1c20", "#c9ccd1", "#fefefe"  # the page replaces these three by CSS variables
 BPW_TICKS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 STYLE: dict[str, Any] = {
     "axes.edgecolor": INK,
@@ -39,19 +39,20 @@ STYLE: dict[str, Any] = {
     "axes.titlesize": 11,
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
-    "text.parse_math": False,  # a name with two dollar signs is a name
+    "text.parse_math": False,  # a name with two dollar signs is no formula
 }
 
 
 @contextmanager
 def canvas(width: float = 7, height: float = 4.2) -> Iterator[tuple[Figure, Axes]]:
+    """An empty figure with its axes, in the report's style."""
     with mpl.rc_context(cast(Any, STYLE)):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots()
 
 
 def frontier(table: pd.DataFrame, task: str) -> pd.DataFrame:
-    """The rows that no smaller or equal row outscores, by rising size."""
+    """The Pareto frontier: rows that score more than every row of at most their size, smallest first."""
     known = table[table[task].notna() & table["bpw"].notna()]
     rows = known.sort_values(["bpw", task], ascending=[True, False])
     best = rows[task].cummax()
@@ -59,12 +60,13 @@ def frontier(table: pd.DataFrame, task: str) -> pd.DataFrame:
 
 
 def short(name: object, most: int = 30) -> str:
-    """A name that leaves room for the figure."""
+    """A name, shortened in its middle where it would take the figure's room."""
     text = str(name)
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 + 1 :]}"
 
 
 def colors(names: Sequence[str]) -> dict[str, str]:
+    """A color for each name."""
     if len(names) <= len(PALETTE):
         return dict(zip(names, PALETTE, strict=False))
     return dict(zip(names, sns.color_palette("husl", len(names)).as_hex(), strict=True))
@@ -91,6 +93,7 @@ def pareto(table: pd.DataFrame, task: str, full: float | None = None, chosen: Se
 
 
 def _whiskers(axes: Axes, rows: pd.DataFrame, task: str) -> None:
+    """Confidence intervals as vertical lines."""
     if f"{task}.low" in rows:
         known = rows[rows[f"{task}.low"].notna()]
         axes.vlines(
@@ -104,7 +107,7 @@ def _whiskers(axes: Axes, rows: pd.DataFrame, task: str) -> None:
 
 
 def bpw_axis(axes: Axes, bpw: pd.Series) -> None:
-    """Logarithmic: the step from 2 to 3 bits matters as much as from 8 to 12."""
+    """A logarithmic axis of bits per weight: the step from 2 to 3 bits matters as much as that from 8 to 12."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(BPW_TICKS))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -159,17 +162,21 @@ def by_bits(table: pd.DataFrame, task: str, names: Sequence[str], alone: bool = 
 
 
 def quantized(table: pd.DataFrame) -> pd.DataFrame:
-    """All but full precision, which is no mean over others where it is the only plan with a native part."""
+    """All plans but full precision.
+
+    A figure that averages over the other components would show it alone at 16 bits, where nothing was averaged.
+    """
     return table[~table["native"]]
 
 
 def single(table: pd.DataFrame, names: Sequence[str], name: str) -> pd.DataFrame:
-    """Rows in which no other component was touched."""
+    """The plans in which no other component is quantized."""
     others = [other for other in names if other != name]
     return table[(table[others] == 16).all(axis=1)]
 
 
 def _widths(axes: Axes, widths: np.ndarray) -> None:
+    """A logarithmic axis with a tick at each width."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(list(widths)))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -202,11 +209,12 @@ def pairwise(table: pd.DataFrame, task: str, one: str, other: str) -> Figure:
 
 
 def heat(axes: Axes, grid: pd.DataFrame, form: str, center: float | None = None) -> None:
+    """A heat map; with `center`, in diverging colors that are equally strong on both sides of it."""
     axes.grid(visible=False)
     grid = grid.rename(index=_name, columns=_name)
     most = None if center is None else max(float(np.nanmax(np.abs(grid.to_numpy(dtype=float)))), 1e-12)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PendingDeprecationWarning)  # seaborn's use of matplotlib
+        warnings.simplefilter("ignore", PendingDeprecationWarning)  # seaborn calls matplotlib in an old way
         sns.heatmap(
             grid, ax=axes, annot=bool(form), fmt=form or ".2g", cmap="viridis" if center is None else "PuOr",
             center=center, vmin=most and -most, vmax=most, linewidths=0.5, annot_kws={"size": 8},
@@ -220,7 +228,7 @@ def _name(label: object) -> object:
 
 
 def interactions(pairs: pd.DataFrame, names: Sequence[str]) -> Figure:
-    """What pairs do beyond the sum of their two effects where both are low: negative is worse than the sum."""
+    """The effect of each pair beyond the sum of its two effects where both widths are low; negative is worse."""
     grid = pd.DataFrame(np.nan, index=list(names), columns=list(names))
     for pair in pairs.itertuples():
         grid.loc[pair.a, pair.b] = grid.loc[pair.b, pair.a] = pair.both_low
@@ -231,7 +239,7 @@ def interactions(pairs: pd.DataFrame, names: Sequence[str]) -> Figure:
 
 
 def calibration(predicted: pd.DataFrame, task: str) -> Figure:
-    """Scores of plans that the surrogate had not seen, against what it expected of them."""
+    """Measured scores of plans that the surrogate had not seen, against its predictions."""
     with canvas(4.6, 4.2) as (figure, axes):
         ends = [predicted[["expected", "measured"]].min().min(), predicted[["expected", "measured"]].max().max()]
         axes.plot(ends, ends, color=INK, linewidth=1, linestyle="--")
@@ -243,7 +251,7 @@ def calibration(predicted: pd.DataFrame, task: str) -> Figure:
 
 
 def levels(moves: pd.DataFrame) -> Figure:
-    """How far the ranking moves, in points of share, when one level of one component is left out."""
+    """By how many points a share changes when the trials with one width of one component are left out."""
     grid = moves.pivot_table(index="component", columns="bits", values="shift", sort=False)
     grid = grid[sorted(grid.columns)]
     with canvas(6, max(2.2, 0.42 * len(grid) + 1.2)) as (figure, axes):
@@ -253,16 +261,17 @@ def levels(moves: pd.DataFrame) -> Figure:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an SVG element without prologue, for a page."""
+    """The figure as an SVG element without XML prologue, to be placed into the page."""
     with mpl.rc_context(cast(Any, STYLE)):
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-        figure.set_layout_engine("none")  # everything has its place now: drawn again it need not be found again
+        figure.set_layout_engine("none")  # `png` reuses the layout found here
     whole = text.getvalue()
     return whole[whole.index("<svg") :]
 
 
 def png(figure: Figure, dpi: int = 144) -> bytes:
+    """The figure as PNG; without the version of matplotlib in it, so that equal figures are equal files."""
     with mpl.rc_context(cast(Any, STYLE)):
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=dpi, metadata={"Software": None})

@@ -1,4 +1,4 @@
-"""Places of everything in the report's interactive figure: plans, frontier, full precision, what was recommended."""
+"""Coordinates of the report's interactive figure: plans, frontier, full precision and recommended plans."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sensitivity.analysis.report import figures
 from sensitivity.study.scores import Score
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 480, 66, 16, 16, 62
-CLOUDED = 400  # points beyond which they are drawn small, and intervals only where they matter
+CLOUDED = 400  # points beyond which they are drawn small, with intervals only on the frontier and uniform plans
 Scale = Callable[[float], float]
 
 
 def pareto(
     table: pd.DataFrame, task: str, full: float | None, recommendations: Sequence[Recommendation] = ()
 ) -> dict[str, Any] | None:
-    """The figure of one task; None where no size is known."""
+    """What the template draws for one task, in pixels; None where no plan's size is known."""
     rows = table[table["bpw"].notna()]
     if not len(rows):
         return None
@@ -29,7 +29,7 @@ def pareto(
     scores = [rows[task].min(), rows[task].max(), *([full] if full is not None else [])]
     scores += [value for one in chosen for value in _told(one, task)[1:] if math.isfinite(value)]
     sizes = [rows["bpw"].min(), rows["bpw"].max(), *(one.size.bpw for one in chosen)]
-    if min(scores) == max(scores):  # nothing changes anything: a tenth above and below, so that there is an axis
+    if min(scores) == max(scores):  # all scores are equal: the axis needs a span
         scores += [scores[0] - 0.1, scores[0] + 0.1]
     across = _scale(math.log(min(sizes) * 0.95), math.log(max(sizes) * 1.05), LEFT, WIDTH - RIGHT)
     pad = 0.04 * (max(scores) - min(scores))
@@ -58,6 +58,7 @@ def pareto(
 
 
 def _points(table: pd.DataFrame, rows: pd.DataFrame, task: str, across: Scale, up: Scale) -> list[dict[str, Any]]:
+    """A point per plan, with its interval where one is known."""
     nothing = pd.Series(math.nan, rows.index)
     low, high = (rows[name].astype(float) if (name := f"{task}.{end}") in rows else nothing for end in ("low", "high"))
     best = set(figures.frontier(rows, task).index)
@@ -82,7 +83,7 @@ def _points(table: pd.DataFrame, rows: pd.DataFrame, task: str, across: Scale, u
 
 
 def _told(one: Recommendation, task: str) -> tuple[str, float, float, float]:
-    """What is known of a recommended plan on a task: whether measured, the score and its interval."""
+    """A recommended plan's score and interval on a task, and whether they are measured or predicted."""
     known: Score | None = one.by_task.get(task)
     if known:
         return "measured", known.mean, known.low, known.high
@@ -91,6 +92,7 @@ def _told(one: Recommendation, task: str) -> tuple[str, float, float, float]:
 
 
 def _star(one: Recommendation, task: str, across: Scale, up: Scale) -> dict[str, Any]:
+    """The mark of a recommended plan."""
     how, score, low, high = _told(one, task)
     x, y = across(math.log(one.size.bpw)), up(score)
     label = f"{how} {score:.3f} at {one.size.bpw:.2f} bpw"
@@ -98,6 +100,7 @@ def _star(one: Recommendation, task: str, across: Scale, up: Scale) -> dict[str,
 
 
 def _placed(up: Scale, value: float) -> float | None:
+    """The pixel of an interval's end, cut off at the figure's edge; None where the end is infinite or unknown."""
     return None if not math.isfinite(value) else round(min(max(up(value), TOP), HEIGHT - BOTTOM), 1)
 
 
@@ -106,5 +109,6 @@ def _rounded(value: float) -> float | None:
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Scale:
+    """A linear scale that maps low to the pixel `start` and high to `end`."""
     span = (high - low) or 1.0
     return lambda value: start + (end - start) * (value - low) / span

@@ -1,4 +1,4 @@
-"""Study to a page that a person reads: one self-contained HTML file, and its figures as PNG, SVG and CSV beside it."""
+"""Writes the report of a study: one self-contained HTML file, with its figures as PNG, SVG and CSV beside it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from sensitivity.spec.version import __version__
 from sensitivity.study import exports
 from sensitivity.study.study import Study
 
-GENERATOR = '<meta name="generator" content="sensitivity">'  # by which a report is known as ours
-MANY = 1000  # trials beyond which fewer resamples have to do
+GENERATOR = '<meta name="generator" content="sensitivity">'  # marks a page that we wrote and may replace
+MANY = 1000  # trials beyond which half the resamples are drawn
 NEAR = 0.9  # share of full precision that counts as near the operating point
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0)  # bpw; those that the study's widths can reach are shown
 
@@ -47,9 +47,9 @@ def report(
     rankings: Mapping[str, Ranking] | None = None,
     bootstraps: int = 20,
 ) -> Path:
-    """Write the report of a study into a folder; return the page.
+    """Write the report of a study into a folder; return the path of the page.
 
-    Rankings that are not given are those that `rank` made before, or else made here with fewer resamples.
+    Rankings that are not given are read from the study's cache, or else computed with fewer resamples.
 
     Examples:
         >>> from sensitivity import report
@@ -93,7 +93,7 @@ def report(
 
 
 def _why_foreign(out: Path, study: Study) -> str:
-    """Why a folder is not that of an earlier report; an empty string where it is."""
+    """Why a folder may not be replaced by a report; an empty string where it holds an earlier one."""
     if not out.is_dir():
         return "it is a file, and a folder is meant"
     if out.resolve() == (study.path / "report").resolve():
@@ -106,6 +106,7 @@ def _why_foreign(out: Path, study: Study) -> str:
 
 
 def _environment() -> jinja2.Environment:
+    """Jinja with the report's template and filters; an undefined name in the template is an error."""
     found = jinja2.Environment(
         loader=jinja2.PackageLoader("sensitivity.analysis.report"),
         autoescape=True,
@@ -118,6 +119,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _score(value: float | None) -> str:
+    """A score with three decimals, a dash where there is none."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:.3f}"
@@ -132,7 +134,7 @@ def _task(
     bootstraps: int,
     out: Path,
 ) -> dict[str, Any]:
-    """Everything that the page says about one task, and its figures as files."""
+    """What the template needs about one task; also writes the task's figures as files."""
     found: dict[str, Any] = {"name": task, "slug": slug(task), "refusal": "", "ranking": None, "pareto": None}
     found |= {"pictures": [], "budgets": [], "near": None, "methods": None, "tau": ""}
     readings: Observations | None = None
@@ -159,7 +161,7 @@ def _task(
         write_whole(stem.with_suffix(".svg"), picture.svg.encode())
         write_whole(stem.with_suffix(".csv"), table_of(picture.rows))
     return found | {
-        # on the figure all plans are counted alike, whatever files the recommended one is meant for
+        # in the figure the size of every plan is counted in the same way, whatever format the recommended one is for
         "pareto": pareto(rows, task, full, [replace(one, size=size(study.parts, one.plan)) for one in chosen]),
         "pictures": [(picture, picture.inline(found["slug"])) for picture in drawn if picture.name != "pareto"],
         "budgets": _budgets(study, task),
@@ -167,9 +169,9 @@ def _task(
 
 
 def _near(study: Study, readings: Observations) -> pd.DataFrame | None:
-    """Consensus shares where plans are really used: close to full precision, and around single budgets."""
+    """Consensus shares among plans that one would use: those near full precision, and those around a few budgets."""
     columns = {}
-    with contextlib.suppress(UserError):  # too few such plans, or nothing to explain among them: no such column
+    with contextlib.suppress(UserError):  # too few such plans, or all with one score: no column
         close = rank(study, readings.task, near=NEAR, bootstraps=0, thorough=False)
         columns[f"within {1 - NEAR:.0%} of full precision ({close.trials} trials)"] = close.table["consensus"]
     around = robustness.by_budget(readings, [3.0, 4.0, 6.0])
@@ -179,7 +181,7 @@ def _near(study: Study, readings: Observations) -> pd.DataFrame | None:
 
 
 def _methods(study: Study, readings: Observations) -> pd.DataFrame | None:
-    """Consensus shares method by method, where the study holds plans of several."""
+    """Consensus shares for each quantization method, where the study has several."""
     columns = {}
     several = sorted(set(readings.methods) - {"native"})
     for method in several if len(several) > 1 else ():
@@ -190,11 +192,11 @@ def _methods(study: Study, readings: Observations) -> pd.DataFrame | None:
 
 
 def _budgets(study: Study, task: str) -> list[Candidate]:
-    """The predicted best plan for each budget that can be reached."""
+    """The plan that is predicted to be best for each of BUDGETS that the study's widths can reach."""
     found: list[Candidate] = []
     try:
         knapsack = Knapsack.of(study, [task])
-    except UserError:  # full precision scored nothing: no share of it can be kept
+    except UserError:  # full precision scored 0 or less: there are no shares of it
         return []
     for bpw in BUDGETS:
         try:
@@ -207,6 +209,7 @@ def _budgets(study: Study, task: str) -> list[Candidate]:
 
 
 def _plan_rows(parts: ComponentMap, plan: Plan) -> list[dict[str, Any]]:
+    """A row per component of a plan: its scheme, its weights, and their share of the model."""
     return [
         {"name": c.name, "scheme": plan[c.name], "numel": c.numel, "share": 100 * c.numel / parts.numel}
         for c in parts.components
@@ -214,7 +217,7 @@ def _plan_rows(parts: ComponentMap, plan: Plan) -> list[dict[str, Any]]:
 
 
 def _kept(parts: ComponentMap) -> list[dict[str, Any]]:
-    """Kept weights by reason."""
+    """Kept weights, summed by the reason why they are kept."""
     if not parts.kept:
         return []
     rows = pd.DataFrame([{"reason": k.reason, "numel": k.numel} for k in parts.kept])
@@ -231,7 +234,7 @@ def _kept(parts: ComponentMap) -> list[dict[str, Any]]:
 
 
 def _plans(study: Study) -> dict[str, Any]:
-    """Every plan once, small: names, the schemes in use, and per trial which scheme each component has."""
+    """All measured plans for the page's script, compact: each scheme once, and per trial the schemes' numbers."""
     schemes: dict[str, int] = {}
     rows = []
     for trial in study.measured():

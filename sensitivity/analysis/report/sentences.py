@@ -1,4 +1,4 @@
-"""The report in words: what to do, how sure that is, and what would change the answer."""
+"""The sentences of the report: what to do, how sure that is, what would change it, and the figures' descriptions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sensitivity.study.study import Study
 
 @dataclass(frozen=True)
 class Summary:
-    """Sentences under three headings."""
+    """The report's summary: what to do, how sure that is, and what would change the answer."""
 
     do: tuple[str, ...]
     sure: tuple[str, ...]
@@ -33,6 +33,7 @@ def summary(
     rankings: Sequence[Ranking | None],
     grown: Sequence[str] = (),
 ) -> Summary:
+    """The report's summary of a study, its recommendations and its rankings."""
     ranked = [ranking for ranking in rankings if ranking is not None]
     return Summary(
         tuple(_do(study, chosen, ranked)),
@@ -42,6 +43,7 @@ def summary(
 
 
 def _do(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
+    """What to do: the plans to use, and where to spend bits."""
     told = [
         f"Use the plan {one.plan.describe()}: {one.size.bpw:.2f} bits per weight"
         f"{f' in {one.size.format} files' if one.size.format else ''} ({one.size.bytes / 1e6:,.1f} MB) "
@@ -57,7 +59,7 @@ def _do(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranking
 
 
 def _advice(ranking: Ranking) -> str:
-    """Where to spend bits; or, where single levels decide, which levels to keep away from."""
+    """On which component to spend bits; or, where the score collapses at single widths, above which widths to stay."""
     share = ranking.table["consensus"]
     first, last = ranking.order[0], ranking.order[-1]
     cliffs = dict(robustness.cliffs(ranking.levels))
@@ -72,6 +74,7 @@ def _advice(ranking: Ranking) -> str:
 
 
 def _sure(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
+    """How sure that is: measurements, verdicts, and how well the forest predicts."""
     told = []
     if chosen and all(one.measured is None for one in chosen):
         told.append(chosen[0].words)
@@ -106,6 +109,7 @@ def _sentences(notes: Sequence[str]) -> str:
 
 
 def _change(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
+    """What could change the answer: warnings, undecided comparisons, plans that are still queued."""
     told = [f"{ranking.task}: {warning}." for ranking in ranked for warning in ranking.warnings]
     told += [
         f"About {one.uniform.more:,} more examples would show whether the lead over the uniform plan at "
@@ -121,7 +125,7 @@ def _change(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ran
 
 
 def agreement(ranking: Ranking) -> str:
-    """Where two estimators order the parts most differently."""
+    """A sentence on the two estimators that agree least on the order of the components."""
     if not len(ranking.tau):
         return ""
     pairs = [
@@ -137,7 +141,7 @@ def agreement(ranking: Ranking) -> str:
 
 
 def importance_alt(ranking: Ranking) -> str:
-    """The importance figure for those who cannot see it."""
+    """The text alternative of the importance figure."""
     shares = ", ".join(
         f"{name} {row['consensus']:.0f} %"
         + (f" (between {row['consensus.low']:.0f} and {row['consensus.high']:.0f})" if "consensus.low" in row else "")
@@ -153,7 +157,7 @@ WIDTHS_ALT = "Scatter plot of score against bits per weight; color and shape of 
 
 
 def by_bits_alt(means: pd.DataFrame, task: str) -> str:
-    """Where each part loses a tenth of what it has at its widest."""
+    """The text alternative of the curves: down to which width each component keeps nine tenths of its best score."""
     told = []
     for part, rows in means.groupby("part", sort=False):
         curve = rows.set_index("bits")["mean"]
@@ -165,6 +169,7 @@ def by_bits_alt(means: pd.DataFrame, task: str) -> str:
 
 
 def levels_alt(ranking: Ranking) -> str:
+    """The text alternative of the figure of left-out levels."""
     worst = ranking.levels.loc[ranking.levels["shift"].abs().idxmax()]
     return (
         "Points by which shares move when all trials with one width of one part are left out; most: "
@@ -173,6 +178,7 @@ def levels_alt(ranking: Ranking) -> str:
 
 
 def interactions_alt(ranking: Ranking) -> str:
+    """The text alternative of the interactions figure."""
     pair = ranking.pairs.iloc[0]
     how = "worse" if pair["both_low"] < 0 else "less bad"
     return (
@@ -183,6 +189,7 @@ def interactions_alt(ranking: Ranking) -> str:
 
 
 def calibration_alt(checked: pd.DataFrame) -> str:
+    """The text alternative of the figure of predicted against measured scores."""
     inside = ((checked["low"] <= checked["measured"]) & (checked["measured"] <= checked["high"])).mean()
     error = (checked["measured"] - checked["expected"]).abs().median()
     return (

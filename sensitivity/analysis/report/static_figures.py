@@ -1,4 +1,4 @@
-"""The report's static figures in the order in which they are read, each with its words and its numbers."""
+"""The report's static figures in reading order, each with its title, its text alternative and its data."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sensitivity.analysis.observations import Observations
 from sensitivity.analysis.report import figures, sentences
 from sensitivity.analysis.surrogate.surrogate import Space, learn
 
-Drawn = tuple[str, str, str, Figure, pd.DataFrame]  # name, title, what it shows in words, figure, its numbers
+Drawn = tuple[str, str, str, Figure, pd.DataFrame]  # name, title, text alternative, figure, data
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A static figure, drawn once: for the page, and as files beside it."""
+    """A static figure, drawn once for both the page and the files beside it."""
 
     name: str
     title: str
@@ -31,7 +31,7 @@ class Picture:
     rows: pd.DataFrame
 
     def inline(self, prefix: str) -> Markup:
-        """The SVG for a page: ids of its own, colors that follow the page's, a text alternative."""
+        """The SVG for the page, with ids that are unique there, the page's colors, and a text alternative."""
         svg = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{prefix}-{self.name}-", self.svg)
         for color, variable in ((figures.INK, "--ink"), (figures.FAINT, "--faint"), (figures.PAPER, "--paper")):
             svg = svg.replace(color, f"var({variable})")
@@ -40,6 +40,7 @@ class Picture:
 
 
 def slug(name: str) -> str:
+    """A name as a part of a file name or an HTML id."""
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "task"
 
 
@@ -50,7 +51,7 @@ def pictures(
     full: float | None,
     chosen: Sequence[str] = (),
 ) -> list[Picture]:
-    """Every figure that the trials of one task have data for."""
+    """Every figure for which the trials of one task hold data."""
     task = readings.task
     names = [name for name in readings.names if table[name].nunique() > 1]
     order = [name for name in (ranking.order if ranking else names) if name in names]
@@ -74,6 +75,7 @@ def pictures(
 
 
 def _of_ranking(ranking: Ranking) -> list[Drawn]:
+    """Figures of the ranking: importance, and how far it rests on single levels."""
     drawn = [("importance", "Importance of the parts", sentences.importance_alt(ranking),
               figures.importance(ranking.table), ranking.table.reset_index())]  # fmt: skip
     if len(ranking.levels):
@@ -83,6 +85,7 @@ def _of_ranking(ranking: Ranking) -> list[Drawn]:
 
 
 def _by_bits(table: pd.DataFrame, task: str, names: Sequence[str]) -> list[Drawn]:
+    """Figures of the score over each component's width: as a mean over the others, and with the others native."""
     means = figures.quantized(table).melt(id_vars=[task], value_vars=names, var_name="part", value_name="bits")
     means = means.groupby(["part", "bits"], as_index=False)[task].agg(["mean", "count"])
     drawn: list[Drawn] = []
@@ -97,6 +100,7 @@ def _by_bits(table: pd.DataFrame, task: str, names: Sequence[str]) -> list[Drawn
 
 
 def _of_pairs(table: pd.DataFrame, task: str, names: Sequence[str], ranking: Ranking) -> list[Drawn]:
+    """Figures of interactions: all pairs, and the strongest pair's widths."""
     drawn = [("interactions", "What pairs of parts do together", sentences.interactions_alt(ranking),
               figures.interactions(ranking.pairs, list(ranking.order)), ranking.pairs)]  # fmt: skip
     first, second = ranking.pairs.iloc[0][["a", "b"]]
@@ -107,20 +111,22 @@ def _of_pairs(table: pd.DataFrame, task: str, names: Sequence[str], ranking: Ran
 
 
 def unseen(readings: Observations, folds: int = 5) -> pd.DataFrame | None:
-    """Each plan as expected by a surrogate that learned from four fifths of the others; None where plans are few."""
+    """Cross-validation: each plan as predicted by a surrogate fitted to the other folds; None where plans are few."""
     keys = np.array(readings.keys)
     groups = np.unique(keys)
     if len(groups) < 4 * folds:
         return None
     space = Space.of(readings.plans)
     index = space.encode(readings.plans)
+    # replicates of a plan are in the same fold, or the surrogate would have seen what it predicts
     lot = dict(zip(groups, np.random.default_rng(0).permutation(len(groups)) % folds, strict=True))
     fold = np.array([lot[key] for key in keys])
     found = pd.DataFrame({"key": keys, "measured": readings.score, "expected": 0.0, "low": 0.0, "high": 0.0})
-    pairs = len(space.names) <= 6  # finding them takes long where there are many
+    pairs = len(space.names) <= 6  # the search for pairs is slow with many components
     for out in range(folds):
         model = learn(space, index[fold != out], readings.score[fold != out], noise=readings.noise, pairs=pairs)
         draws = model.draws(index[fold == out])
+        # a measured score scatters around the expected one: the interval must hold both uncertainties
         noise = model.sigma * np.random.default_rng(out).standard_normal(draws.shape)
         low, high = np.quantile(draws + noise, [0.025, 0.975], axis=0)
         expected = model.predict(index[fold == out])

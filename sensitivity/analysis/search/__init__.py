@@ -1,1 +1,1 @@
-"""Which plans to try."""
+"""Search: which plans a sweep tries, listed beforehand or chosen one after the other."""

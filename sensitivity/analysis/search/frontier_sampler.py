@@ -1,4 +1,4 @@
-"""Our Optuna sampler: asks for the plan that is expected to raise the frontier of score against size the most."""
+"""An Optuna sampler that proposes the plan expected to raise the frontier of score against size the most."""
 
 from __future__ import annotations
 
@@ -16,31 +16,33 @@ from optuna.trial import FrozenTrial, TrialState
 from sensitivity.analysis.surrogate.surrogate import Space, Surrogate, learn
 
 Floats = np.ndarray
-ALL = 20_000  # spaces up to this size are looked at in full
-DRAWS = 48  # plausible surrogates that vote
-LITTLE = 0.001  # of the full score, over sizes e-fold apart: a gain that is not worth a measurement
+ALL = 20_000  # of a space with at most so many plans, all are compared
+DRAWS = 48  # surrogates drawn from the fit's covariance, over which a gain is averaged
+LITTLE = 0.001  # gain below which no plan is worth a trial: share of the full score, times log size
 
 
 @dataclass(frozen=True)
 class PlanSizes:
-    """Bits of each choice of each component, and of what never changes: enough to weigh any plan."""
+    """Stored bits of each choice of each component, and of everything kept: enough for the bpw of any plan."""
 
     bits: tuple[Floats, ...]
-    kept: float
-    numel: float
+    kept: float  # bits that no choice changes
+    numel: float  # weights of the model
 
     def bpw(self, index: Floats) -> Floats:
+        """Bits per weight of plans, given as rows of positions."""
         total = sum(bits[index[:, c]] for c, bits in enumerate(self.bits))
         return np.asarray((total + self.kept) / self.numel)
 
 
 class FrontierSampler(BaseSampler):
-    """Parameters are positions in a space's choices, one per component; the last objective is the size.
+    """Proposes plans: an integer parameter per component, its position among the choices; the last objective is bpw.
 
-    Noise: neither the incumbents nor the gains are read off measurements. Both are values of the surrogate, which
-    has seen all readings, so that one lucky reading moves little. A plan's gain is summed over budgets: by turns
-    as the surrogate has it, which measures what it would recommend, and averaged over plausible surrogates, which is
-    high where a plan is uncertain too.
+    Scores are noisy. So neither the frontier nor a plan's gain is read off single measurements: both are predictions
+    of the surrogate, which is fitted to all trials, and one lucky score moves little. A plan's gain is the area that
+    it adds under the frontier of score over log size. It is computed in alternation with the fitted surrogate, which
+    measures what would be recommended (exploitation), and as the mean over surrogates drawn from the fit's
+    covariance, which is high where a plan's score is uncertain, too (exploration).
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class FrontierSampler(BaseSampler):
         noise: float | None = None,
     ) -> None:
         self.space, self.weights, self.noise = space, weights, noise
-        self.low = tuple(low) if low is not None else (0,) * len(space.names)  # 1: may not stay native
+        self.low = tuple(low) if low is not None else (0,) * len(space.names)  # first position allowed
         self.draw = np.random.default_rng(seed)
         self._other = RandomSampler(seed=seed)
         self.candidates = candidates
@@ -63,7 +65,7 @@ class FrontierSampler(BaseSampler):
             self.candidates = np.stack(np.meshgrid(*ranges, indexing="ij"), -1).reshape(-1, len(sizes))
 
     def infer_relative_search_space(self, study: OptunaStudy, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """All parameters at once."""
+        """All parameters, so that `sample_relative` chooses a plan as a whole."""
         return {
             name: IntDistribution(first, len(options) - 1)
             for name, first, options in zip(self.space.names, self.low, self.space.choices, strict=True)
@@ -72,23 +74,25 @@ class FrontierSampler(BaseSampler):
     def sample_relative(
         self, study: OptunaStudy, trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]
     ) -> dict[str, Any]:
+        """The next plan, given the completed trials."""
         done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.values]
         index = np.array([[t.params[name] for name in self.space.names] for t in done], dtype=int)
-        scores = np.array([t.values[:-1] for t in done], dtype=float)
+        scores = np.array([t.values[:-1] for t in done], dtype=float)  # the last value, the size, is known of any plan
         row = self.next(index.reshape(-1, len(self.space.names)), scores.reshape(len(done), len(study.directions) - 1))
         return {name: int(i) for name, i in zip(self.space.names, row, strict=True)}
 
     def sample_independent(
         self, study: OptunaStudy, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
+        """A random value, for a parameter that is not among the components."""
         return self._other.sample_independent(study, trial, param_name, param_distribution)
 
     def next(self, index: Floats, scores: Floats) -> Floats:
-        """The plan to measure next, given plans (rows of choices) and their scores (a column per task)."""
+        """The plan to measure next, given measured plans (rows of positions) and their scores (a column per task)."""
         start = [row for row in self.opening() if not (index == row).all(axis=1).any()]
         if start:
             return start[0]
-        task = int(self.draw.integers(scores.shape[1]))  # several tasks take turns by lot
+        task = int(self.draw.integers(scores.shape[1]))  # with several tasks, each plan is chosen for one of them
         native = (index == 0).all(axis=1)
         full = float(scores[native, task].mean()) if native.any() else None
         model = learn(self.space, index, scores[:, task], full, self.noise)
@@ -96,30 +100,34 @@ class FrontierSampler(BaseSampler):
         pool = pool[~_known(pool, index)]
         if not len(pool):
             return self._random()
-        gain = self.gain(model, pool, index, model.theta[None])  # if the surrogate is right
+        gain = self.gain(model, pool, index, model.theta[None])
+        # every other time, and whenever the fitted surrogate expects no gain anywhere, uncertain plans get their chance
         if len(index) % 2 or gain.max() < LITTLE * abs(float(model.theta[0])):
             gain = self.gain(model, pool, index, model.sample(self.draw, DRAWS))
         return np.asarray(pool[int(np.argmax(gain))])
 
     def opening(self) -> list[Floats]:
-        """Full precision and the uniform plans: they tell where the cliff is."""
+        """The first plans: full precision and the uniform ones, which show at which width the score collapses."""
         rows = [] if any(self.low) else [np.zeros(len(self.space.names), dtype=int)]
         shared = set.intersection(*(set(options) for options in self.space.choices)) - {None}
         for scheme in sorted(shared, key=lambda s: -s.bits if s else 0):
             rows.append(np.array([options.index(scheme) for options in self.space.choices]))
         if self.candidates is None:
             return rows or [self._random()]
+        # where candidates were given, nothing else may be proposed
         return [row for row in rows if (self.candidates == row).all(axis=1).any()] or [self.candidates[0]]
 
     def pool(self, model: Surrogate, index: Floats) -> Floats:
-        """Plans to look at: all, or where those are too many, the best under plausible surrogates and neighbors."""
+        """Plans to choose among: all, or, where those are too many, the best under drawn surrogates and neighbors."""
         if self.candidates is not None:
             return self.candidates
         rows = [*index]
         for theta in model.sample(self.draw, DRAWS):
             damages = model.damages(theta)
+            # Lagrangian relaxation: least damage + price * bits is a separate minimum per component, so each price
+            # gives a plan on the convex hull at once. Interactions are left out here; `gain` counts them.
             unit = sum(d.max() for d in damages) / sum(bits.max() for bits in self.weights.bits)
-            for price in np.geomspace(1e-4, 10, 24) * unit:  # what a bit costs: each price gives a plan on the hull
+            for price in np.geomspace(1e-4, 10, 24) * unit:  # of a bit, in units of damage
                 rows.append(
                     np.array(
                         [
@@ -130,6 +138,7 @@ class FrontierSampler(BaseSampler):
                 )
         found = np.unique(np.array(rows), axis=0)
         sizes = np.array([len(options) for options in self.space.choices])
+        # neighbors with one component changed, for the sizes between two plans of the hull
         moved = found[self.draw.integers(len(found), size=2000)].copy()
         which = self.draw.integers(len(sizes), size=len(moved))
         moved[np.arange(len(moved)), which] = self.draw.integers(np.array(self.low)[which], sizes[which])
@@ -137,25 +146,27 @@ class FrontierSampler(BaseSampler):
         return found[(found >= np.array(self.low)).all(axis=1)]
 
     def gain(self, model: Surrogate, pool: Floats, index: Floats, thetas: Floats) -> Floats:
-        """Mean rise, over surrogates, of the frontier of measured plans if a plan joined it, integrated over log size.
+        """Area that each plan of the pool would add under the frontier of measured plans, as a mean over surrogates.
 
-        The frontier is a staircase: each of its plans holds the sizes up to the next one's.
+        The frontier is a step function of log size: each of its plans is the best one up to the size of the next.
         """
         steps = self.staircase(model, index)
         rows = np.concatenate([pool, *(row[None] for _, row in steps)])
         drawn = np.stack([model.predict(rows, theta) for theta in thetas])
         drawn, held = drawn[:, : len(pool)], drawn[:, len(pool) :]
+        # below the smallest measured plan, the score to beat is 0, or less where scores can be negative
         nothing = np.minimum(0.0, drawn.min(axis=1, keepdims=True))
         size, last = np.log(self.weights.bpw(pool)), self.largest(index)
         begin = [min(float(size.min()), last), *(at for at, _ in steps)]
         total = np.zeros(len(pool))
         for start, end, value in zip(begin, [*begin[1:], last], np.hstack([nothing, held]).T, strict=True):
+            # a plan adds, on the part of this step that is at least its size, what it scores above the step
             width = np.clip(end - np.maximum(size, start), 0, None)
             total += np.maximum(drawn - value[:, None], 0).mean(axis=0) * width
         return total
 
     def staircase(self, model: Surrogate, index: Floats) -> list[tuple[float, Floats]]:
-        """Measured plans that the surrogate holds for the best of their size, with the logarithm of that size."""
+        """The frontier of the measured plans by predicted score, smallest first, each with its log size."""
         size, mean = np.log(self.weights.bpw(index)), model.predict(index)
         steps: list[tuple[float, Floats]] = []
         best = -math.inf
@@ -166,12 +177,13 @@ class FrontierSampler(BaseSampler):
         return steps
 
     def largest(self, index: Floats) -> float:
-        """Where the frontier ends to matter: at the widest uniform plan that is not full precision."""
+        """Log size up to which the frontier counts: that of the largest uniform plan other than full precision."""
         opening = np.array([row for row in self.opening() if row.any()])
         rows = opening if len(opening) else index
-        return float(np.log(self.weights.bpw(rows)).max()) + 0.02
+        return float(np.log(self.weights.bpw(rows)).max()) + 0.02  # else a plan of that very size would gain nothing
 
     def _random(self) -> Floats:
+        """A plan whose choices are drawn evenly."""
         return np.array(
             [
                 int(self.draw.integers(first, len(options)))
@@ -181,13 +193,16 @@ class FrontierSampler(BaseSampler):
 
 
 def _known(pool: Floats, index: Floats) -> Floats:
+    """Which plans of the pool were measured already."""
     seen = {row.tobytes() for row in np.ascontiguousarray(index, dtype=np.int64)}
     return np.array([row.tobytes() in seen for row in np.ascontiguousarray(pool, dtype=np.int64)], dtype=bool)
 
 
 def believed(model: Surrogate, index: Floats, scores: Sequence[float] | Floats, noise: float | None) -> Floats:
-    """What measured plans are believed to score: the surrogate, corrected by their own reading as far as it is
-    more than noise. Where the noise is unknown all that the surrogate misses is taken for noise."""
+    """Scores of measured plans with noise removed: the prediction, plus the share of its residual that is not noise.
+
+    Where the noise is unknown, all of the residual counts as noise.
+    """
     spread = model.sigma**2
     own = 0.0 if noise is None or spread == 0 else max(0.0, 1 - noise**2 / spread)
     expected = model.predict(index)

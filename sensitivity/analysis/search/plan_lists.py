@@ -1,4 +1,4 @@
-"""Plan sources: which plans to try, all at once (grid, one-at-a-time, random) or one after the other (SAMPLERS)."""
+"""LISTS: searches that list all plans beforehand (grid, one-at-a-time, random); `plans` finds any search by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sensitivity.spec.limits import Allowed
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.study.study import Study
 
-LARGEST = 20_000  # plans in a grid; beyond it nobody waits for the end
+LARGEST = 20_000  # most plans in a grid: a larger one would hardly ever be finished
 
 
 Plans = Iterable[Plan] | Callable[[Study], Iterable[Plan]]
@@ -25,17 +25,19 @@ Plans = Iterable[Plan] | Callable[[Study], Iterable[Plan]]
 def grid(parts: ComponentMap, schemes: Sequence[Scheme]) -> list[Plan]:
     """Every combination of schemes over components, and full precision.
 
-    In data-flow order, the first component varying slowest, so that neighbors share their first stages.
+    The first component of the forward pass varies slowest, so that successive plans share the hidden states before
+    the first component in which they differ.
     """
     return LISTS["grid"](SearchSpace.of(parts, schemes), 0, 0)
 
 
 def one_at_a_time(parts: ComponentMap, schemes: Sequence[Scheme]) -> list[Plan]:
-    """Full precision; the uniform plans; and each component alone at each width, the others as wide as may be."""
+    """Full precision; the uniform plans; and each component alone at each width, the others native where allowed."""
     return LISTS["one-at-a-time"](SearchSpace.of(parts, schemes), 0, 0)
 
 
 def _grid(ground: SearchSpace, trials: int, seed: int) -> list[Plan]:
+    # from the narrowest scheme to the widest; native only on an axis that allows nothing else
     choices = [range(len(options) - 1, min(1, len(options) - 1) - 1, -1) for options in ground.joint.choices]
     if (count := math.prod(map(len, choices)) + 1) > LARGEST:
         raise UserError(_too_many(choices, count))
@@ -63,18 +65,19 @@ def _one_at_a_time(ground: SearchSpace, trials: int, seed: int) -> list[Plan]:
 
 
 def _random(ground: SearchSpace, trials: int, seed: int) -> list[Plan]:
-    """Different plans drawn evenly, native among the choices, after full precision; the same seed draws the same."""
+    """Full precision and distinct plans drawn evenly, native among the choices; the same seed gives the same plans."""
     counts = [len(options) for options in ground.joint.choices]
     possible = math.prod(n - first for n, first in zip(counts, ground.low, strict=True))
-    trials = min(trials, possible + any(ground.low))  # full precision is there whether it may be drawn or not
+    trials = min(trials, possible + any(ground.low))  # full precision is always in the list
     draw = np.random.default_rng(seed)
     plans = dict.fromkeys([ground.native])
     while len(plans) < trials:
         plans[ground.plan(draw.integers(ground.low, counts))] = None
+    # neighbors in this order agree in their first components, whose hidden states they then share
     return sorted(plans, key=lambda plan: [-b for b in plan.bits().values()])
 
 
-# name -> all its plans at once: where it may walk, how many plans, seed
+# name -> a function of search space, number of plans and seed that returns all plans
 LISTS: dict[str, Callable[[SearchSpace, int, int], list[Plan]]] = {
     "grid": _grid,
     "one-at-a-time": _one_at_a_time,
@@ -91,7 +94,7 @@ def plans(
     allowed: Allowed | None = None,
     tied: Sequence[Sequence[str]] = (),
 ) -> Plans:
-    """What to try: a list where all plans are known beforehand; otherwise each is chosen when the last one is told."""
+    """The plans of a search: a list, or a function that yields each plan after the last one was measured."""
     known(how)
     if trials is not None and trials < 1:
         raise UserError(f"a search needs at least one trial (--trials), not {trials}")
@@ -102,5 +105,6 @@ def plans(
 
 
 def known(how: str) -> None:
+    """Raise an error where no search has this name."""
     if how not in LISTS and how not in SAMPLERS:
         raise unknown("search", how, [*LISTS, *SAMPLERS])

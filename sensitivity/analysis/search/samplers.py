@@ -16,7 +16,7 @@ from sensitivity.study.study import Study
 MAXIMIZE, MINIMIZE = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
 
 
-# name -> the sampler that asks for the next plan
+# name -> a function of search space and seed that makes an Optuna sampler
 SAMPLERS: dict[str, Callable[[SearchSpace, int], BaseSampler]] = {
     "tpe": lambda ground, seed: TPESampler(seed=seed, multivariate=True),
     "nsga2": lambda ground, seed: NSGAIISampler(seed=seed, population_size=POPULATION),
@@ -26,16 +26,18 @@ SAMPLERS: dict[str, Callable[[SearchSpace, int], BaseSampler]] = {
 
 
 def searching(study: Study, ground: SearchSpace, search: str, trials: int, seed: int) -> Iterator[Plan]:
-    """Plans to measure, each chosen after the last one was told, until the study holds so many.
+    """Yield plans, each chosen after the last one was measured, until the study holds `trials` of them.
 
-    The sampler sees a mirror of the study in which parameters are positions among the allowed choices, so that what
-    it asks for is allowed, and shared where parts must share, by construction. It is seeded anew for every plan: a
-    resumed search goes on as if it had never stopped.
+    The sampler works on a mirror: an Optuna study in memory whose parameters are positions among the allowed choices,
+    one per axis, where the study itself has bits. So whatever it proposes is allowed, and tied components share their
+    scheme, by construction. The sampler is made anew for every plan, seeded by the number of measured plans: a
+    resumed search continues like one that was never stopped.
     """
     mirror = optuna.create_study(directions=[MAXIMIZE] * len(study.tasks) + [MINIMIZE])
     asked: dict[str, optuna.Trial] = {}
     seen: set[str] = set()
     while True:
+        # our own proposals are told their scores; trials of earlier runs and other processes are added as finished
         for trial in study.trials():
             key = trial.user_attrs["key"]
             if key in asked:

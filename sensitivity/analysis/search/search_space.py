@@ -21,14 +21,15 @@ from sensitivity.spec.limits import Allowed
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.sizes import component_bits, size
 
-POPULATION = 20  # of NSGA-II
+POPULATION = 20  # plans per generation of NSGA-II
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Where a search may walk: one axis per component, or per group of components that must share their scheme.
+    """The plans that a search may propose: an axis per component, or per group of components that share their scheme.
 
-    Every axis begins with native, which `low` leaves out where it is not allowed (1 instead of 0).
+    Every axis begins with native, even where it is not allowed: full precision is measured anyway, and needs a row.
+    `low` is the first position that may be proposed: 1 where native is not allowed, else 0.
     """
 
     names: tuple[str, ...]
@@ -45,6 +46,7 @@ class SearchSpace:
         allowed: Allowed | None = None,
         tied: Sequence[Sequence[str]] = (),
     ) -> SearchSpace:
+        """The space of these schemes, as far as they are allowed for all components of an axis."""
         if not schemes:
             raise UserError("no widths given; name some, such as --bits 2,3,4,6,8")
         ordered = sorted(set(schemes), key=lambda s: (s.method, str(s.group), s.symmetric, s.settings, -s.bits))
@@ -60,13 +62,14 @@ class SearchSpace:
             np.array([sum(component_bits(parts, name, choice) for name in group) for choice in options], dtype=float)
             for group, options in zip(axes, choices, strict=True)
         )
+        # what remains of the native plan's size without the components: the weights that no plan changes
         kept = size(parts, Plan.uniform(parts, None)).bits - sum(b[0] for b in bits)
         joint = Space(tuple("+".join(group) for group in axes), tuple(choices))
         return cls(parts.names, tuple(axes), joint, tuple(low), PlanSizes(bits, float(kept), parts.numel))
 
     @property
     def native(self) -> Plan:
-        """Full precision, which is measured whether it is allowed or not."""
+        """The plan that quantizes nothing, which a sweep measures even where it is not allowed as a choice."""
         return Plan(tuple((name, None) for name in self.names))
 
     def uniform(self) -> list[list[int]]:
@@ -75,7 +78,7 @@ class SearchSpace:
         return [[options.index(choice) for options in self.joint.choices] for choice in shared]
 
     def row(self, plan: Plan) -> list[int] | None:
-        """Positions of a plan; None for plans from elsewhere with schemes that are not ours."""
+        """A plan as positions on the axes; None where it lies outside this space (a study may hold other plans)."""
         row = []
         for names, options in zip(self.axes, self.joint.choices, strict=True):
             used = {plan[name] for name in names}
@@ -85,6 +88,7 @@ class SearchSpace:
         return row
 
     def plan(self, row: Sequence[int] | np.ndarray) -> Plan:
+        """The plan at these positions on the axes."""
         chosen = {
             name: options[i]
             for names, options, i in zip(self.axes, self.joint.choices, row, strict=True)
@@ -93,6 +97,7 @@ class SearchSpace:
         return Plan(tuple((name, chosen[name]) for name in self.names))
 
     def distributions(self, low: Sequence[int]) -> dict[str, BaseDistribution]:
+        """Optuna's parameters: an integer per axis, from `low` to its last choice."""
         sizes = [len(options) for options in self.joint.choices]
         return {
             name: IntDistribution(first, count - 1)
@@ -100,7 +105,10 @@ class SearchSpace:
         }
 
     def told(self, row: Sequence[int], values: Sequence[float], place: int) -> optuna.trial.FrozenTrial:
-        """A finished trial for the mirror; NSGA-II wants to know of which generation it was."""
+        """A measured plan as a finished trial of the mirror study.
+
+        NSGA-II selects parents among trials that carry a generation, which it writes only to those it proposed itself.
+        """
         return optuna.trial.create_trial(
             params=dict(zip(self.joint.names, row, strict=True)),
             values=list(values),
@@ -109,25 +117,27 @@ class SearchSpace:
         )
 
     def ask(self, mirror: optuna.Study, seen: set[str], seed: int) -> tuple[Plan, optuna.Trial | None]:
-        """A plan that was not measured yet; by lot where the sampler insists on what it knows."""
+        """A plan that was not measured yet; at random where the sampler proposes nothing but known ones ten times."""
         for _ in range(10):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Optuna's remarks on what is experimental are not for our users
+                warnings.simplefilter("ignore")  # Optuna's notes on experimental features: nothing to act on
                 trial = mirror.ask(self.distributions(self.low))
             plan = self.plan([trial.params[name] for name in self.joint.names])
             if plan.key not in seen:
                 return plan, trial
-            mirror.tell(trial, state=optuna.trial.TrialState.FAIL)
+            mirror.tell(trial, state=optuna.trial.TrialState.FAIL)  # else the mirror would hold it as running
         draw = np.random.default_rng(seed)
-        while True:
+        while True:  # ends, since `exhausted` is asked first
             row = [int(draw.integers(a, len(o))) for a, o in zip(self.low, self.joint.choices, strict=True)]
             if (plan := self.plan(row)).key not in seen:
                 return plan, None
 
     def exhausted(self, seen: set[str]) -> bool:
+        """Whether every plan of this space was measured."""
         counts = [len(options) - first for options, first in zip(self.joint.choices, self.low, strict=True)]
         if math.prod(counts) > len(seen):
             return False
+        # enough plans were measured, but some of them may lie outside this space
         rows = itertools.product(*(range(a, len(o)) for a, o in zip(self.low, self.joint.choices, strict=True)))
         return all(self.plan(row).key in seen for row in rows)
 
@@ -137,7 +147,7 @@ def _listed(schemes: Sequence[Scheme]) -> str:
 
 
 def _groups(names: Sequence[str], tied: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """Components that share, each group where its first member stands."""
+    """The axes: each tied group at the place of its first member, every other component by itself."""
     groups = [tuple(group) for group in tied]
     for name in (name for group in groups for name in group):
         if name not in names:

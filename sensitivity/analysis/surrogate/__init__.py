@@ -1,1 +1,1 @@
-"""Predicts the score of plans that were not measured."""
+"""The surrogate: a model that predicts the score of plans that were not measured."""

@@ -1,4 +1,4 @@
-"""How damage adds up over components and becomes a score: the surrogate's parameters, predictions and derivatives."""
+"""The surrogate's formula: the damage of each component, its sum, the score, and the derivatives by each parameter."""
 
 from __future__ import annotations
 
@@ -14,43 +14,59 @@ Floats = np.ndarray
 
 @dataclass(frozen=True)
 class DamageModel:
-    """Where each parameter lies in theta: top, floor, log power, level, slope, components, steps, pairs."""
+    """The formula of the surrogate, and where each of its parameters lies in the vector theta.
 
-    sizes: tuple[int, ...]
-    family_start: tuple[tuple[int, ...], ...]  # per component, per step: the index of the step it builds on, or -1
+    theta = [top, floor, log power, level, slope, one term per component, one per step, one gamma per pair].
+    A step is the damage that a component adds when it goes from one width to the next lower one of the same family:
+
+        log(step) = base + level + slope * (4 - bits) + the component's term + the step's own term
+        damage of a choice = the sum of the steps down to it
+        eta = the sum of damages over components + gamma * damage a * damage b, over pairs
+        score = floor + (top - floor) * exp(-eta ** power)
+    """
+
+    sizes: tuple[int, ...]  # per component: how many schemes it may have besides native
+    family_start: tuple[tuple[int, ...], ...]  # per component, per step: which step it adds to, or -1 for native
     bits: tuple[tuple[int, ...], ...]  # per component, per step
     above: tuple[tuple[int, ...], ...]  # the bits one step higher in the family (16 = native)
     pairs: tuple[tuple[int, int], ...]
 
     @property
     def steps(self) -> int:
+        """Number of steps of all components together."""
         return sum(self.sizes)
 
     @property
     def length(self) -> int:
+        """Number of parameters in theta."""
         return 5 + len(self.sizes) + self.steps + len(self.pairs)
 
     @cached_property
     def owner(self) -> Floats:
+        """For each step, the position of its component."""
         return np.repeat(np.arange(len(self.sizes)), self.sizes)
 
     @cached_property
     def first(self) -> Floats:
+        """For each component, the position of its first step; at the end, the number of steps."""
         return np.cumsum([0, *self.sizes])
 
     @cached_property
     def base(self) -> Floats:
-        """Logarithm of the expected steps: damage e-folds per bit and is 1 at three bits."""
+        """Expected logarithm of each step if damage is exp(3 - bits): 1 at three bits, e times as much per bit less."""
+        # a scheme no narrower than the one above it (16 bits stored as such) does next to no damage: -12
         steps = zip(itertools.chain(*self.bits), itertools.chain(*self.above), strict=True)
         return np.array([math.log(math.exp(3 - b) - math.exp(3 - a)) if a > b else -12.0 for b, a in steps])
 
     @cached_property
     def falling(self) -> Floats:
+        """What the slope multiplies: how far each step's width lies below four bits."""
         return np.array([4.0 - b for bits in self.bits for b in bits])
 
     @cached_property
     def chain(self) -> Floats:
-        """Steps x steps: which steps add up to the damage of a choice."""
+        """Steps x steps, of 0 and 1: row i marks the steps that add up to the damage of choice i."""
+        # a parent stands before its child (Space sorts by falling bits), so its row is complete when it is added
         matrix = np.eye(self.steps)
         for c, parents in enumerate(self.family_start):
             for i, parent in enumerate(parents):
@@ -59,22 +75,26 @@ class DamageModel:
         return matrix
 
     def flat(self, theta: Floats) -> tuple[Floats, Floats]:
-        """Steps, and damages of all choices but native."""
+        """The steps, and the damage of every choice but native; all components one after the other."""
         parts = len(self.sizes)
         log = self.base + theta[3] + theta[4] * self.falling + theta[5 + self.owner]
         log = log + theta[5 + parts : 5 + parts + self.steps]
+        # the optimizer tries extreme parameters on its way, for which exp would overflow
         steps = np.exp(np.clip(log, -30, 6))
         return steps, self.chain @ steps
 
     def damages(self, theta: Floats) -> list[Floats]:
+        """Per component, the damage of each of its choices; native is the first and has none."""
         _, flat = self.flat(theta)
         return [np.concatenate([[0.0], flat[a:b]]) for a, b in itertools.pairwise(self.first)]
 
     def predict(self, theta: Floats, index: Floats) -> Floats:
+        """Predicted scores of plans; a plan is a row of positions among the choices of each component."""
         damages = np.column_stack([d[index[:, c]] for c, d in enumerate(self.damages(theta))])
         return np.asarray(self.curve(theta, self.eta(theta, damages))[0])
 
     def eta(self, theta: Floats, damages: Floats) -> Floats:
+        """Total damage of each plan: summed over components, plus the products of interacting pairs."""
         gammas = theta[self.length - len(self.pairs) :]
         eta = np.asarray(damages.sum(axis=1))
         for gamma, (a, b) in zip(gammas, self.pairs, strict=True):
@@ -82,24 +102,31 @@ class DamageModel:
         return eta
 
     def power(self, theta: Floats) -> float:
+        """Exponent of the curve, limited to exp(-2) ... exp(2), which keeps eta ** power finite."""
         return math.exp(min(max(float(theta[2]), -2.0), 2.0))
 
     def curve(self, theta: Floats, eta: Floats) -> tuple[Floats, Floats, Floats, Floats]:
-        """The score; what is left of the quality; and derivatives of the score by eta and by the log of the power."""
+        """The score, the remaining fraction exp(-eta ** power), and the score's derivatives by eta and by log power."""
         top, floor, power = theta[0], theta[1], self.power(theta)
-        eta = np.maximum(eta, 1e-9)
-        bent = np.minimum(eta**power, 700.0)
+        eta = np.maximum(eta, 1e-9)  # it is divided by, and its logarithm taken
+        bent = np.minimum(eta**power, 700.0)  # exp(-700) is about the smallest double
         left = np.exp(-bent)
+        # derivative by log(eta ** power); the chain rule gives the two that are returned
         slope = -(top - floor) * left * bent
         return floor + (top - floor) * left, left, slope * power / eta, slope * power * np.log(eta)
 
     def eta_at(self, theta: Floats, score: float) -> float:
+        """The inverse of the curve: damage at this score; -1 above the top, infinite at or below the floor."""
         top, floor, power = theta[0], theta[1], self.power(theta)
         if score > top:
             return -1.0
         return math.inf if score <= floor else float((-math.log((score - floor) / (top - floor))) ** (1 / power))
 
     def jacobian(self, theta: Floats, index: Floats) -> Floats:
+        """Derivatives of each plan's score by each entry of theta, plans x entries.
+
+        In closed form: finite differences would cost a prediction per parameter in every iteration of the fit.
+        """
         steps, flat = self.flat(theta)
         parts, gammas = len(self.sizes), theta[self.length - len(self.pairs) :]
         padded = [np.concatenate([[0.0], flat[a:b]]) for a, b in itertools.pairwise(self.first)]
@@ -109,12 +136,13 @@ class DamageModel:
         out[:, 0], out[:, 1], out[:, 2] = left, 1 - left, by_power
         by_step = np.zeros((len(index), self.steps))
         for c, first in enumerate(self.first[:-1]):
+            # derivative of eta by the damage of component c: 1, plus gamma times the damage of each of its partners
             weight = np.ones(len(index))
             for gamma, (a, b) in zip(gammas, self.pairs, strict=True):
                 weight = weight + (gamma * damages[:, b] if a == c else gamma * damages[:, a] if b == c else 0.0)
-            used = index[:, c] > 0
+            used = index[:, c] > 0  # native has no steps
             by_step[used] += weight[used, None] * self.chain[first + index[used, c] - 1]
-        by_step *= by_eta[:, None] * steps
+        by_step *= by_eta[:, None] * steps  # parameters enter as the logarithm of a step, whose derivative is the step
         out[:, 3] = by_step.sum(axis=1)
         out[:, 4] = by_step @ self.falling
         out[:, 5 + parts : 5 + parts + self.steps] = by_step

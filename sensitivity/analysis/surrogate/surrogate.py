@@ -1,4 +1,4 @@
-"""Predicts the score of any plan: damage grows as bits fall, adds up over components and is read off a curve."""
+"""Fits the surrogate: scores of plans predicted from damage that grows as bits fall and adds up over components."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from sensitivity.spec.plan import Plan, Scheme
 
 Floats = np.ndarray
 Choice = Scheme | None
-DRAWS = 128
-PAIRS = 6  # interaction terms at most
-WORTH = 0.03  # by which share a term must lower the residuals to stay
+DRAWS = 128  # parameter vectors that are drawn for an interval
+PAIRS = 6  # most interaction terms
+WORTH = 0.03  # an interaction term stays if it lowers the residual error by at least this share
 
 
 @dataclass(frozen=True)
 class Space:
-    """What each component may be: native first, then schemes by falling bits, family after family."""
+    """The choices of each component: native first, then its schemes, family after family, each by falling bits."""
 
     names: tuple[str, ...]
     choices: tuple[tuple[Choice, ...], ...]
 
     @classmethod
     def of(cls, plans: Sequence[Plan]) -> Space:
-        """All schemes that these plans use, and native."""
+        """The space of all schemes that these plans use, and native."""
         if not plans:
             raise UserError("no plan to learn from")
         names = tuple(name for name, _ in plans[0].schemes)
@@ -39,17 +39,19 @@ class Space:
         return cls(names, tuple(tuple(sorted(found, key=_order)) for found in seen))
 
     def encode(self, plans: Sequence[Plan]) -> Floats:
-        """Plans as rows of positions in `choices`."""
+        """Plans as rows of positions among the choices of each component."""
         place = [{choice: i for i, choice in enumerate(options)} for options in self.choices]
         rows = [[at[plan[name]] for name, at in zip(self.names, place, strict=True)] for plan in plans]
         return np.array(rows, dtype=int).reshape(len(plans), len(self.names))
 
     def decode(self, row: Sequence[int] | Floats) -> Plan:
+        """The plan of one row of positions."""
         chosen = (options[int(i)] for options, i in zip(self.choices, row, strict=True))
         return Plan(tuple(zip(self.names, chosen, strict=True)))
 
 
 def _family(scheme: Scheme) -> str:
+    """What schemes must have in common for fewer bits to mean more damage: everything but the bits."""
     return f"{scheme.method}/{scheme.group}/{scheme.symmetric}/{scheme.settings}"
 
 
@@ -59,58 +61,65 @@ def _order(choice: Choice) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class Surrogate:
-    """score = floor + (top - floor) * exp(-eta ** power), eta = the sum of damages, plus products of pairs of them.
+    """A fitted surrogate: score = floor + (top - floor) * exp(-eta ** power), where eta is the plan's total damage.
 
-    Within a family of schemes a component's damage rises step by step as bits fall; steps are positive because their
-    logarithms are fitted. The prior says that a step doubles or trebles per bit and that components and steps differ
-    by some factors; the data soon overrule it. `theta` is the fit, `root` a square root of its covariance.
+    Within a family of schemes a component's damage rises step by step as bits fall. Steps are fitted as logarithms,
+    hence positive: fewer bits never predict a better score. A normal prior says that damage doubles or trebles with
+    each bit less, and that components and steps differ by some factors; the data soon outweigh it. `theta` holds the
+    fitted parameters, `root` a square root of their covariance.
     """
 
     space: Space
     pairs: tuple[tuple[int, int], ...]
     theta: Floats
     root: Floats
-    sigma: float  # of one reading, misfit included
+    sigma: float  # standard deviation of one measured score around its prediction: noise and misfit
     layout: DamageModel = field(repr=False)
 
     def damages(self, theta: Floats | None = None) -> list[Floats]:
-        """Per component the damage of each of its choices."""
+        """Per component, the damage of each of its choices."""
         return self.layout.damages(self.theta if theta is None else theta)
 
     def gammas(self, theta: Floats | None = None) -> Floats:
+        """Strength of each interacting pair."""
         theta = self.theta if theta is None else theta
         return np.asarray(theta[len(theta) - len(self.pairs) :])
 
     def predict(self, index: Floats, theta: Floats | None = None) -> Floats:
+        """Predicted scores of plans, given as rows of positions."""
         return self.layout.predict(self.theta if theta is None else theta, index)
 
     def sample(self, draw: np.random.Generator, times: int = DRAWS) -> Floats:
-        """Plausible parameters: draws from the fit's normal approximation."""
+        """Parameter vectors drawn from the normal distribution with the fit's mean and covariance."""
         return np.asarray(self.theta + draw.standard_normal((times, self.root.shape[1])) @ self.root.T)
 
     def draws(self, index: Floats) -> Floats:
-        """Scores of plans under each plausible parameter vector, draws x plans; the same draws at every call."""
+        """Predicted scores under each of DRAWS parameter vectors, draws x plans; the same vectors at every call."""
         return np.stack([self.predict(index, theta) for theta in self.sample(np.random.default_rng(0))])
 
     @property
     def power(self) -> float:
+        """Exponent of the curve."""
         return self.layout.power(self.theta)
 
     def at_damage(self, eta: Floats) -> Floats:
+        """Score at a total damage."""
         return self.layout.curve(self.theta, eta)[0]
 
     def eta_at(self, score: float) -> float:
-        """The damage at which the score falls to a given value; negative when it never is that high."""
+        """The total damage at which the score falls to a given value; negative where full precision scores less."""
         return self.layout.eta_at(self.theta, score)
 
 
 def _layout(space: Space, pairs: tuple[tuple[int, int], ...]) -> DamageModel:
+    """The parameters that a space of choices and interacting pairs needs."""
     parents: list[tuple[int, ...]] = []
     bits, above = [], []
     for options in space.choices:
         schemes = [option for option in options if option is not None]
         before: list[int] = []
         for i, scheme in enumerate(schemes):
+            # the first scheme of a family builds on native (-1), each other on the next wider one of its family
             before.append(i - 1 if i and _family(schemes[i - 1]) == _family(scheme) else -1)
         parents.append(tuple(before))
         bits.append(tuple(scheme.bits for scheme in schemes))
@@ -126,11 +135,11 @@ def learn(
     noise: float | None = None,
     pairs: bool = True,
 ) -> Surrogate:
-    """Fit the model to readings; interaction terms join only where the data speak for them."""
-    unit = float(np.max(np.abs(score))) or 1.0
+    """Fit the surrogate to measured scores; interaction terms are added one by one while they lower the error."""
+    unit = float(np.max(np.abs(score))) or 1.0  # the prior is made for scores of about 1: percent are scaled
     readings = score / unit
     top = (float(np.quantile(score, 0.9)) if full is None else full) / unit
-    least = max((noise or 0.0) / unit, 1e-3)
+    least = max((noise or 0.0) / unit, 1e-3)  # sigma's lower limit: few trials are fitted without any residual
     found = _fit(space, index, readings, (), top, least)
     while pairs and len(found.pairs) < PAIRS and (pair := _missing_pair(found, index, readings)):
         better = _fit(space, index, readings, (*found.pairs, pair), top, least, found)
@@ -138,7 +147,7 @@ def learn(
             break
         found = better
     theta, root = found.theta.copy(), found.root.copy()
-    theta[:2] *= unit
+    theta[:2] *= unit  # top and floor alone are in units of the score
     root[:2] *= unit
     return Surrogate(space, found.pairs, theta, root, found.sigma * unit, found.layout)
 
@@ -152,15 +161,21 @@ def _fit(
     least: float,
     before: Surrogate | None = None,
 ) -> Surrogate:
+    """Maximum a posteriori fit by Levenberg and Marquardt: data and prior are residuals of one least-squares problem.
+
+    The prior's residuals also give that algorithm what it demands: at least as many residuals as parameters.
+    """
     layout = _layout(space, pairs)
     parts = len(space.names)
+    # mean and spread of the prior, in the order of theta: top, floor, log power, level, slope; components, steps, pairs
     center = np.concatenate([[top, 0.0, 0.0, -0.5, 0.0], np.zeros(parts + layout.steps + len(pairs))])
     spread = np.concatenate(
         [[0.1, 0.3, 0.5, 2.0, 0.7], np.full(parts, 1.5), np.full(layout.steps, 1.0), np.full(len(pairs), 1.0)]
     )
+    # gammas stand last in theta: a fit with one pair less is a start for this one once a zero is appended
     theta = center if before is None else np.append(before.theta, 0.0)
     sigma = max(least, 0.05) if before is None else before.sigma
-    for _ in range(3 if before is None else 1):  # the noise and the fit depend on each other
+    for _ in range(3 if before is None else 1):  # sigma weighs the data against the prior, and the fit gives sigma
         scale = sigma
 
         def residuals(t: Floats, scale: float = scale) -> Floats:
@@ -175,21 +190,22 @@ def _fit(
         theta = found.x
         data = found.jac[: len(score)]
         inverse = np.linalg.inv(found.jac.T @ found.jac)
-        used = float(np.trace(data @ inverse @ data.T))  # how many parameters the data really determined
+        used = float(np.trace(data @ inverse @ data.T))  # effective parameters: those that data, not prior, determine
         misfit = float(np.sum((layout.predict(theta, index) - score) ** 2))
         sigma = max(least, math.sqrt(misfit / max(len(score) - used, 1.0)))
         if abs(sigma - scale) < 0.02 * scale:
             break
+    # not Cholesky's root: rounding can make a nearly singular covariance slightly indefinite
     values, vectors = np.linalg.eigh(inverse)
     root = vectors * np.sqrt(np.maximum(values, 0))
     return Surrogate(space, pairs, theta, root, sigma, layout)
 
 
 def _missing_pair(model: Surrogate, index: Floats, score: Floats) -> tuple[int, int] | None:
-    """The pair whose product of damages best explains what is left, if that is beyond chance (1 % over all pairs).
+    """The pair whose interaction best explains the residuals, where a score test at 1 % over all pairs supports it.
 
-    Only pairs that hurt each other more than the sum: a negative product would soon promise that two ruined parts
-    make a good model, and damage that adds up to less than its sum is what the power of the curve is for.
+    Only pairs that do more damage together than the sum of both: with a negative gamma, two ruined components could
+    be predicted to make a good model, and damage below the sum is already described by the power of the curve.
     """
     layout, theta = model.layout, model.theta
     damages = np.column_stack([d[index[:, c]] for c, d in enumerate(model.damages())])
@@ -197,13 +213,14 @@ def _missing_pair(model: Surrogate, index: Floats, score: Floats) -> tuple[int, 
     left = (score - layout.predict(theta, index)) / model.sigma
     jac = layout.jacobian(theta, index) / model.sigma
     candidates = [pair for pair in itertools.combinations(range(len(layout.sizes)), 2) if pair not in model.pairs]
+    # with fewer trials than half the parameters, nearly every pair explains the residuals
     if not candidates or len(score) < layout.length / 2:
         return None
     normal = model.root @ model.root.T
     best, most = None, float(norm.isf(0.01 / len(candidates)))
     for a, b in candidates:
-        column = by_eta * damages[:, a] * damages[:, b] / model.sigma
-        spare = column - jac @ (normal @ (jac.T @ column))  # what the other parameters cannot imitate
+        column = by_eta * damages[:, a] * damages[:, b] / model.sigma  # the prediction's derivative by this gamma
+        spare = column - jac @ (normal @ (jac.T @ column))  # what no change of the other parameters explains as well
         weight = float(column @ spare)
         strength = float(spare @ left) / math.sqrt(weight) if weight > 1e-6 else 0.0
         if strength > most:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from sensitivity.spec.files import PACKAGE
+
 T = TypeVar("T")
 
 # upper limits: with larger values nothing that this program does would end or fit into memory
@@ -226,7 +228,7 @@ def out(text: str) -> Path:
         raise argparse.ArgumentTypeError(
             f"takes a place of its own, such as runs/first, and {shown(text)} holds others"
         )
-    package = Path(__file__).parents[1].resolve()
+    package = PACKAGE
     if where == package or package in where.parents:
         raise argparse.ArgumentTypeError(f"takes a place outside this program's own files, and {shown(text)} is inside")
     # the nearest folder that exists: everything below it will be created

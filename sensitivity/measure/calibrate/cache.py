@@ -111,7 +111,7 @@ def _is_entry(file: Path) -> bool:
     try:
         with safe_open(file, framework="pt") as opened:
             about = (opened.metadata() or {}).get("about", "")
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, RuntimeError):  # another process may be deleting it
         return False
     return file.stem == _name(about)
 

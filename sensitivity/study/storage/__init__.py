@@ -1,1 +1,1 @@
-"""Where trials are kept: a journal in the folder of the study, or a database."""
+"""The storage of a study's trials: a journal file in the study's folder, or a database."""

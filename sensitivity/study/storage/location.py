@@ -1,4 +1,4 @@
-"""Where a study keeps its trials: in a journal in its folder, or in the database that a file there names."""
+"""Where a study's trials are stored: a journal in its folder, or the database whose URL a file there holds."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sensitivity.study.storage.opening import check, without_password
 
 ADDRESS = "storage.url"
 JOURNAL = "journal.log"
-OURS = (ADDRESS, JOURNAL, "journal.kernel-lock", "queue.kernel-lock")  # what a study that was never begun has left
+OURS = (ADDRESS, JOURNAL, "journal.kernel-lock", "queue.kernel-lock")  # all files of a study before its first trial
 
 
 def address(path: Path) -> str | None:
-    """The database that a study's folder names; None where its trials are in a journal."""
+    """The URL of the database that a study's folder names; None where its trials are in a journal."""
     file = path / ADDRESS
     if not file.exists():
         return None
@@ -30,7 +30,7 @@ def address(path: Path) -> str | None:
 
 
 def agreed(path: Path, asked: str | None) -> str | None:
-    """The database to use for a folder, if that hides no trials that are kept elsewhere."""
+    """The URL of the database to use for a folder; an error where another one would hide trials that exist."""
     if asked is not None and "://" not in asked:
         raise UserError(f"'{asked}' is no storage; it is a URL such as postgresql+psycopg://HOST/DB")
     known = address(path)
@@ -48,20 +48,21 @@ def agreed(path: Path, asked: str | None) -> str | None:
 
 
 def usable(path: Path, asked: str | None) -> str | None:
-    """The same, if it answers; a database that served the folder before may be away for a while."""
-    chosen = agreed(path, asked)
+    """The URL of the database to use, checked to be reachable where it is new to this folder."""
+    chosen = agreed(path, asked)  # a known one may be away for a while: it is waited for when it is opened
     if chosen is not None and chosen != address(path):
         check(chosen)
     return chosen
 
 
 def write(path: Path, url: str) -> None:
+    """Store the URL of the database in a study's folder."""
     write_whole(path / ADDRESS, url.encode())
 
 
 @contextlib.contextmanager
 def made(path: Path) -> Iterator[None]:
-    """The folder of a study; what this made of it goes again where the study could not be begun."""
+    """Create a study's folder; remove what was created where the study then cannot be begun."""
     try:
         with making(path, OURS):
             yield

@@ -1,4 +1,4 @@
-"""Opens the Optuna storage of a study: a journal file that survives being killed, or a database URL."""
+"""Opens the Optuna storage of a study: a journal file that survives a kill, or a database by its URL."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from sensitivity.study.storage import waiting
 
 optuna.logging.set_verbosity(logging.WARNING)
 
-NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}  # what a file system that knows no locks answers
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}  # errors of a file system without locks
 POLL = 0.01  # seconds between two attempts to take a lock
 
 
 class ProcessLock(JournalFileOpenLock):
-    """A lock that the kernel drops when its holder dies.
+    """A lock between processes that the kernel releases when its holder dies.
 
-    Optuna's own locks are files: one left behind by a killed process blocks everybody for half a minute, and for
-    ever when the journal's path is relative (Optuna issue 5921). Where the file system knows no locks (some network
-    mounts), a file is what remains; filelock drops it when the process that it names no longer lives.
+    Optuna's own locks are files: one left behind by a killed process blocks all others for half a minute, and forever
+    if the journal's path is relative (Optuna issue 5921). On a file system without locks (some network mounts) a file
+    has to do; filelock removes it when the process named in it is dead.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,6 +44,7 @@ class ProcessLock(JournalFileOpenLock):
         self._lock: filelock.BaseFileLock = filelock.FileLock(path.with_suffix(".kernel-lock"), poll_interval=POLL)
 
     def acquire(self) -> bool:
+        """Wait for the lock and take it."""
         try:
             self._lock.acquire()
         except OSError as error:
@@ -54,11 +55,13 @@ class ProcessLock(JournalFileOpenLock):
         return True
 
     def release(self) -> None:
+        """Give the lock back."""
         self._lock.release()
 
 
 @contextmanager
 def held(lock: ProcessLock) -> Iterator[None]:
+    """Hold a lock for the length of a with block."""
     lock.acquire()
     try:
         yield
@@ -67,29 +70,33 @@ def held(lock: ProcessLock) -> Iterator[None]:
 
 
 class Journal(JournalFileBackend):
-    """Optuna's, of which a line stands in the file in full or not at all, after a kill and on a full disk too."""
+    """Optuna's journal file, to which a batch of lines is added whole or not at all, even on a full disk.
+
+    A kill can still leave half a line, which the next writer cuts off.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path, self._ours = path, ProcessLock(path)
         super().__init__(str(path), lock_obj=self._ours)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Add lines under the lock; they are on disk when this returns."""
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
         with held(self._ours):
             mend(self._path)
             with open(self._path, "ab", buffering=0) as file:
                 end, left = file.tell(), memoryview(lines)
                 try:
-                    while left:
+                    while left:  # an unbuffered write may take a part only
                         left = left[file.write(left) :]
                     os.fsync(file.fileno())
                 except OSError as error:
-                    file.truncate(end)  # others would append to half a line
+                    file.truncate(end)  # the next line would be appended to half a line
                     raise full(self._path, error) from error
 
 
 def mend(journal: Path) -> None:
-    """Cut off a half-written last line; another process may have left it at any time, not only before we began."""
+    """Cut off a half-written last line; before every write, as another process may be killed at any time."""
     with open(journal, "rb+") as file:
         size = end = file.seek(0, os.SEEK_END)
         while end:
@@ -105,13 +112,13 @@ def mend(journal: Path) -> None:
 
 
 def open_storage(where: Path | str, known: bool = False) -> BaseStorage:
-    """A journal file for a path, Optuna's database storage for a URL; one that is `known` to be right is waited for."""
+    """A journal for a path, a database for a URL; one that is `known` to have worked is waited for if it is away."""
     if isinstance(where, str) and "://" in where:
         began, told = time.monotonic(), False
         while True:
             try:
                 return waiting.Patient(_database(where))  # type: ignore[abstract]
-            except Exception as error:  # whatever the driver raises, the user needs the same sentence
+            except Exception as error:  # drivers raise errors of many types
                 why = f"cannot open the storage {without_password(where)}: {reason(error)}"
                 if not known or not waiting.lost(error) or time.monotonic() - began > waiting.SECONDS:
                     raise UserError(why) from error
@@ -128,7 +135,7 @@ def open_storage(where: Path | str, known: bool = False) -> BaseStorage:
             return JournalStorage(Journal(journal))
     except OSError as error:
         raise full(Path(where), error) from error
-    except Exception as error:  # whatever Optuna stumbles over: the lines are not those that it wrote
+    except Exception as error:  # Optuna fails in many ways on lines that it did not write
         raise UserError(
             f"{where} is not a study's journal, or is damaged (line {_damaged(journal)}); a copy of the study, or a "
             "new sweep in another --out, is what helps"
@@ -136,7 +143,7 @@ def open_storage(where: Path | str, known: bool = False) -> BaseStorage:
 
 
 def _damaged(journal: Path) -> str:
-    """The first line that is no entry of a journal, as far as that can be told without reading its sense."""
+    """The number of the first line that is not shaped like a journal entry; its content is not checked."""
     with open(journal, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -148,7 +155,7 @@ def _damaged(journal: Path) -> str:
 
 
 def check(url: str) -> None:
-    """Whether a study can be kept in a database, before anything is made: no table there, no file here."""
+    """Raise an error where a study cannot be kept in this database; creates no table and no file."""
     try:
         address = make_url(url)
         file = Path(address.database or "") if address.get_backend_name() == "sqlite" else None
@@ -163,12 +170,12 @@ def check(url: str) -> None:
             inspect(engine).get_table_names()
         finally:
             engine.dispose()
-    except Exception as error:  # whatever the driver raises, the user needs the same sentence
+    except Exception as error:  # drivers raise errors of many types
         raise UserError(f"cannot open the storage {without_password(url)}: {reason(error)}") from error
 
 
 def _database(url: str, tries: int = 5) -> RDBStorage:
-    """Optuna's tables are made by whoever comes first; launchers that start together get in each other's way."""
+    """Optuna's database storage; tried again, as processes that start together all try to create its tables."""
     try:
         return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
     except (IntegrityError, ProgrammingError):
@@ -179,13 +186,14 @@ def _database(url: str, tries: int = 5) -> RDBStorage:
 
 
 def close(storage: BaseStorage) -> None:
-    """Give back a database's connections; a journal holds none."""
+    """Close a database's connections; a journal has none."""
     if isinstance(storage, waiting.Patient):
         storage.remove_session()
         storage.database.engine.dispose()
 
 
 def without_password(url: str) -> str:
+    """A URL as it may be shown in messages."""
     head, _, tail = url.partition("://")
     login, at, host = tail.rpartition("@")
     return f"{head}://{login.partition(':')[0]}{at}{host}"

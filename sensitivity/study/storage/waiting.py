@@ -1,4 +1,4 @@
-"""Patient: an Optuna storage behind which a database may go away for some minutes; it is waited for."""
+"""Patient: an Optuna storage that retries while the connection to its database is lost, for some minutes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlche
 
 from sensitivity.spec.errors import UserError, reason
 
-SECONDS = 300.0  # that a database may be away, as a sweep may have days of work behind it
+SECONDS = 300.0  # how long a database may be away: a sweep with days of work behind it should not end at once
 AGAIN = 0.5  # seconds between two attempts
 
 
 def lost(error: BaseException) -> bool:
-    """Whether it is the connection that failed, in whichever state, and not what was asked for."""
+    """Whether an error means a lost connection, which is retried, rather than a wrong request, which is not."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, SQLAlchemyError):
@@ -28,7 +28,7 @@ def lost(error: BaseException) -> bool:
 
 
 def _pass_on(storage: type[Patient]) -> type[Patient]:
-    """Give a class all methods of Optuna's interface, those of later versions too."""
+    """Give a class every method of Optuna's storage interface, so that those of later versions are retried, too."""
     for name, value in vars(BaseStorage).items():
         if callable(value) and not name.startswith("_"):
             setattr(storage, name, partialmethod(storage.call, name))
@@ -37,13 +37,14 @@ def _pass_on(storage: type[Patient]) -> type[Patient]:
 
 @_pass_on
 class Patient(BaseStorage):
-    """Passes each call on to Optuna's storage, with its cache, again and again while only the connection fails."""
+    """Passes each call on to Optuna's storage, with Optuna's cache, and retries it while the connection is lost."""
 
     def __init__(self, database: RDBStorage) -> None:
         self.database = database
         self._storage = get_storage(database)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the storage, with retries."""
         began = None
         while True:
             try:
@@ -51,7 +52,7 @@ class Patient(BaseStorage):
             except UpdateFinishedTrialError:
                 if began is None:
                     raise
-                return True  # an earlier attempt had been carried out before its connection was lost
+                return True  # the first attempt was carried out, and only its answer lost: that is success
             except (StorageInternalError, SQLAlchemyError) as error:
                 if not lost(error):
                     raise
