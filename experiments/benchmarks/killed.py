@@ -25,7 +25,7 @@ from experiments.small.disturbed import SIGNALS, SWEEP, WHOLE, Command, Found, U
 from sensitivity.spec.files import discard
 
 ROOT = Path(__file__).parents[2]
-SHARES = {"launchers": 0.35, "import": 0.2, "export": 0.15, "recommend": 0.1, "report": 0.1, "workers": 0.1}
+SHARES = {"import": 0.2, "launchers": 0.35, "export": 0.15, "workers": 0.1, "recommend": 0.1, "report": 0.1}
 
 
 class Hits:
@@ -91,6 +91,8 @@ def writer(name: str, plain: Undisturbed, folder: Path, found: Found, hits: Hits
             killed = hits.hit([command], plain.seconds[name])
             command.wait()
             WHOLE[name](found, out, right, False)
+        if name == "import" and out.exists():  # killed when all was done: whole, as was just checked
+            shutil.rmtree(out)
         command = Command(folder, *plain.words(name, out))
         found.check(command.wait() == 0, f"{out}: {command.said()}")
         WHOLE[name](found, out, right, True)
