@@ -24,6 +24,7 @@ from sensitivity.models.loading import load
 from sensitivity.quantize.methods import scheme
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
+from sensitivity.spec.plan_file import write_file
 from sensitivity.study.study import Study
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
@@ -79,11 +80,16 @@ def test_an_export_answers_as_measured(
 def test_from_the_command_line_to_a_fresh_process(
     folder: Path, studies: dict[str, Study], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [str(studies["original"].path), "--bpw", "16", "--out", str(tmp_path / "out")]
-    assert cli.main(["export", *words, "--format", "compressed-tensors"]) == 0
+    study = studies["original"]
+    words = [str(study.path), "--bpw", "16", "--out", str(tmp_path / "out"), "--format", "compressed-tensors"]
+    assert cli.main(["export", *words]) == 2  # a random model scores 0: no plan can be preferred to another
+    assert "full precision scored 0 on 'vqa', so there is nothing to lose" in capsys.readouterr().err
+    plan = write_file(study.parts, plan_of("original", folder), {"study": str(study.path)}, tmp_path / "plan.json")
+    words = [str(plan), "--out", str(tmp_path / "out"), "--format", "compressed-tensors"]
+    assert cli.main(["export", *words]) == 0
     assert cli.main(["verify", str(tmp_path / "out")]) == 0
     assert "all 4 answers and scores are those that were measured" in capsys.readouterr().out
-    assert exporting.export(studies["adapter"], plan_of("adapter", folder), tmp_path / "plan", "plan").exists()
+    assert exporting.export(studies["adapter"], plan_of("adapter", folder), tmp_path / "again", "plan").exists()
 
 
 def test_a_checkpoint_in_another_layout_is_read_tensor_by_tensor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ from sensitivity.formats.writing import manifest
 from sensitivity.spec import schema
 from sensitivity.spec.components import ComponentMap, Kept
 from sensitivity.spec.errors import Notice, UserError
-from sensitivity.spec.files import table_of
+from sensitivity.spec.files import PACKAGE, table_of
 from sensitivity.spec.plan import Plan
 from sensitivity.study import answers as examples
 from sensitivity.study import exports
@@ -721,10 +721,17 @@ def test_a_kept_ranking_that_was_changed_is_made_again(ranked: Path) -> None:
 def test_the_key_of_a_kept_ranking_covers_all_code_and_the_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     kept_rankings._code.cache_clear()
     plain = kept_rankings._code()
-    package = Path(kept_rankings.__file__).parent
-    for changed in ("scores.py", "trials.py", "surrogate.py", "estimators.py", "components.py"):
+    changes = (
+        "study/scores.py",
+        "study/study.py",
+        "analysis/surrogate/surrogate.py",
+        "analysis/importance/estimators.py",
+        "spec/components.py",
+    )
+    for changed in changes:
+        assert (PACKAGE / changed).is_file()
         read = Path.read_bytes
-        monkeypatch.setattr(Path, "read_bytes", lambda f, c=changed, r=read: r(f) + b"#" * (f == package / c))
+        monkeypatch.setattr(Path, "read_bytes", lambda f, c=changed, r=read: r(f) + b"#" * (f == PACKAGE / c))
         kept_rankings._code.cache_clear()
         assert kept_rankings._code() != plain, changed
         monkeypatch.undo()
