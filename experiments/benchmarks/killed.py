@@ -92,7 +92,7 @@ def writer(name: str, plain: Undisturbed, folder: Path, found: Found, hits: Hits
             command.wait()
             WHOLE[name](found, out, right, False)
         if name == "import" and out.exists():  # killed when all was done: whole, as was just checked
-            shutil.rmtree(out)
+            discard(out, ours=True)
         command = Command(folder, *plain.words(name, out))
         found.check(command.wait() == 0, f"{out}: {command.said()}")
         WHOLE[name](found, out, right, True)

@@ -94,7 +94,7 @@ def _check_image_token(processor: Any, config: Any, name: str) -> None:
         why = f"does not know '{said}', which marks images in a prompt"
     elif not 0 <= wanted < len(tokenizer):
         why = f"has no word number {wanted}, by which config.json marks images (image_token_id)"
-    elif token is not None and wanted not in (known[said], getattr(processor, "image_token_id", None)):
+    elif token is not None and wanted not in (known[said], getattr(tokenizer, "image_token_id", None)):
         why = f"has '{said}', which marks images in a prompt, as word {known[said]}, and config.json has {wanted}"
     else:
         return
