@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from experiments.small import datasets, models
-from sensitivity.api import sweeping as verbs
 from sensitivity.api.sweeping import grid, one_at_a_time, sweeping
 from sensitivity.api.sweeping import sweep as sweep_
 from sensitivity.cli.main import main
@@ -259,7 +258,7 @@ def test_a_sweep_goes_on_in_halves_and_says_so_once(
         Small(vlm, 4)
         return vlm
 
-    monkeypatch.setattr(verbs, "load", smaller)
+    monkeypatch.setattr("sensitivity.models.loading.load", smaller)
     assert main(["sweep", "embedded:scenes-llava", *words, "--out", str(tmp_path / "halves")]) == 0
     assert capsys.readouterr().err.count("note: out of memory on cpu: batches of vqa are halved") == 1
     whole, halves = (Study(tmp_path / name).table().set_index("key") for name in ("whole", "halves"))

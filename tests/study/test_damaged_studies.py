@@ -307,9 +307,13 @@ PLANS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an unknown setting": (put("plan/vision", {**SCHEME, "settings": {"dampp": 1}}), "unknown setting of rtn 'dampp'"),
     "settings of gptq for rtn": (put("plan/vision", {**SCHEME, "settings": {"damp": 0.1}}), "unknown setting of rtn"),
     "a setting below 0": (
-        put("plan/vision", {**SCHEME, "method": "gptq", "settings": {"damp": -1.0}}), "is a number from 0 to 10, not -1.0",
+        put("plan/vision", {**SCHEME, "method": "gptq", "settings": {"damp": -1.0}}),
+        "is a number from 0 to 10, not -1.0",
     ),
-    "a setting in words": (put("plan/vision", {**SCHEME, "method": "gptq", "settings": {"damp": "x"}}), "is a number from 0 to 10"),
+    "a setting in words": (
+        put("plan/vision", {**SCHEME, "method": "gptq", "settings": {"damp": "x"}}),
+        "is a number from 0 to 10",
+    ),
     "a setting that is a list": (put("plan/vision", {**SCHEME, "settings": {"damp": []}}), "settings.damp' is []"),
     "settings that are a list": (put("plan/vision", {**SCHEME, "settings": []}), "'plan.vision.settings' is []"),
     "settings of an imported width": (
