@@ -35,6 +35,7 @@ FITTING = {  # a value of each flag with which nothing is wrong: what is refused
     "--task": "vqa", "--search": "random", "--allow": "vision=4,native", "--tie": "vision,language",
     "--runtime": "gptq", "--trials": "20", "--out": "other", "--n": "9", "--seed": "7", "--calibration": "vqa,caption",
     "--calibration-n": "16", "--path": "exposed", "--cache-gb": "0", "--until": "error<0.5%", "--memory-gb": "0.5",
+    "--threads": "1", "--include": "head",
     "--workers": "1", "--executor": "local", "--device": "cpu", "--dtype": "fp32", "--storage": "sqlite:///team.db",
     "--near": "0.5", "--bootstraps": "10", "--bpw": "6", "--gb": "0.5", "--weight": "vqa=2", "--floor": "vqa=95%",
     "--top": "1", "--model": MODEL, "--format": "fake", "--part": "c=connector", "--switch": "on=connector",
@@ -255,26 +256,29 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def there(place: Path, scenes_llava: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Everything is real until the work would begin; and the model is loaded already."""
-    from sensitivity.analysis.importance import estimators
-    from sensitivity.api import exporting
-    from sensitivity.api import sweeping as straight
-    from sensitivity.cli.verbs import demo
-    from sensitivity.models.loading import load as load_
+    from sensitivity.models.loading import load
 
     def stop(*_: object, **__: object) -> NoReturn:
         raise Accepted
 
-    load = load_
-    monkeypatch.setattr(straight, "load", lambda name, **how: scenes_llava if name == MODEL else load(name, **how))
-    monkeypatch.setattr(exporting, "load", lambda name, **how: scenes_llava if name == MODEL else load(name, **how))
+    def loaded(name: str, **how: Any) -> Any:
+        return scenes_llava if name == MODEL else load(name, **how)
+
+    for module in ("models.loading", "api.exporting"):
+        monkeypatch.setattr(import_module(f"sensitivity.{module}"), "load", loaded)
     for module, name in (
-        (straight, "sweeping"), (straight, "foresee"), (straight, "recommending"), (straight, "report"),
-        (estimators, "cross_validated"), (exporting, "write"), (exporting, "_on_path"),
-        (import_module("sensitivity.formats.verification"), "_in_fresh_process"),
-        (import_module("sensitivity.study.imported_tables"), "_map"),
-        (demo, "_typed"),
-    ):  # fmt: skip
-        monkeypatch.setattr(module, name, stop)
+        ("api.sweeping", "sweeping"),
+        ("measure.forecast.forecast", "forecast_sweep"),
+        ("api.recommending", "recommending"),
+        ("analysis.report.page", "report"),
+        ("analysis.importance.estimators", "cross_validated"),
+        ("api.exporting", "write"),
+        ("api.exporting", "_on_path"),
+        ("formats.verification", "_in_fresh_process"),
+        ("study.imported_tables", "_map"),
+        ("cli.verbs.demo", "_typed"),
+    ):
+        monkeypatch.setattr(import_module(f"sensitivity.{module}"), name, stop)
     monkeypatch.chdir(place)
     monkeypatch.setenv("HOME", str(place.parent / "home"))
     monkeypatch.setenv("SENSITIVITY_CACHE", str(place.parent / "home" / "cache"))
