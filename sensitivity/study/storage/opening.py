@@ -165,7 +165,7 @@ def check(url: str) -> None:
             if not file.absolute().parent.is_dir():
                 raise FileNotFoundError(2, "no such folder", str(file.absolute().parent))
             return
-        engine = create_engine(address)
+        engine = create_engine(address, **_as_utf8(url))
         try:
             inspect(engine).get_table_names()
         finally:
@@ -177,7 +177,7 @@ def check(url: str) -> None:
 def _database(url: str, tries: int = 5) -> RDBStorage:
     """Optuna's database storage; tried again, as processes that start together all try to create its tables."""
     try:
-        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, **_as_utf8(url)})
     except (IntegrityError, ProgrammingError):
         if tries == 1:
             raise
@@ -197,3 +197,8 @@ def without_password(url: str) -> str:
     head, _, tail = url.partition("://")
     login, at, host = tail.rpartition("@")
     return f"{head}://{login.partition(':')[0]}{at}{host}"
+
+
+def _as_utf8(url: str) -> dict[str, dict[str, str]]:
+    """Ask PostgreSQL for UTF-8: a server that keeps texts without an encoding (SQL_ASCII) gives them back as bytes."""
+    return {"connect_args": {"client_encoding": "utf8"}} if url.startswith("postgresql") else {}
