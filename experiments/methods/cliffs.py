@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from sensitivity import inspect, load, one_at_a_time
-from sensitivity.measure import loop
+from sensitivity.api.sweeping import sweep
 from sensitivity.spec.files import write_again
 from sensitivity.study.study import Study
 from sensitivity.study.table import NATIVE
@@ -71,7 +71,7 @@ def main() -> None:
         vlm = load(model)
         parts = inspect(vlm, by="part")
         plans = one_at_a_time(parts, bits=widths, method="uniform")
-        study = loop(vlm, parts, plans, tasks=TASKS, out=args.runs / model.removeprefix("embedded:"), n=n)
+        study = sweep(vlm, parts, plans, tasks=TASKS, out=args.runs / model.removeprefix("embedded:"), n=n)
         lines += section(model, study)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_again(args.out, "\n".join(lines))
