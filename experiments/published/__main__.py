@@ -115,8 +115,11 @@ def sweep_arguments(study: PublishedStudy, args: argparse.Namespace, more: Seque
     if fixed := [word for word in more if word.partition("=")[0] in FIXED]:
         raise UserError(f"{fixed[0]} is decided by the study; leave it out, or use `sensitivity sweep` itself")
     typed = ["sweep", args.model, "--method", study.method, "--bits", ",".join(map(str, study.widths))]
-    typed += ["--by", study.by, "--n", str(study.n), "--out", str(args.out), "--workers", "1"]
-    typed += ["--dtype", study.dtype] if study.dtype else []
+    typed += ["--by", study.by, "--out", str(args.out), "--workers", "1"]
+    given = {word.partition("=")[0] for word in more}  # no option may be given twice
+    for option, value in (("--n", study.n), ("--dtype", study.dtype)):
+        if value and option not in given:
+            typed += [option, str(value)]
     found = cli.parser_of(cli.VERBS).parse_args([*typed, *more], argparse.Namespace(typed=[*typed, *more]))
     found.task = tuple(one.format(data=args.data) for one in study.tasks)  # a folder's name may hold a comma
     if args.smoke is not None:
