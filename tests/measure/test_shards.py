@@ -418,12 +418,12 @@ def test_whole_answers_are_those_of_the_plain_path_letter_for_letter(name: str, 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--memory-gb", "-1"], "argument --memory-gb: '-1' is not an amount such as 8 or 0.5"),
-        (["--memory-gb", "nan"], "argument --memory-gb: 'nan' is not an amount"),
-        (["--cache-gb", "inf"], "argument --cache-gb: 'inf' is not an amount"),
-        (["--storage", "nonsense"], "'nonsense' is no storage; it is a URL such as postgresql+psycopg://HOST/DB"),
-        (["--out", "FILE"], r"a study cannot be kept in FILE (File exists); choose another --out"),
-        (["--out", "FILE/below"], r"a study cannot be kept in FILE/below (Not a directory); choose another --out"),
+        (["--memory-gb", "-1"], "--memory-gb takes an amount from 0 to 1,000,000 GB, such as 8 or 0.5, not '-1'"),
+        (["--memory-gb", "nan"], "--memory-gb takes an amount from 0 to 1,000,000 GB, such as 8 or 0.5, not 'nan'"),
+        (["--cache-gb", "inf"], "--cache-gb takes an amount from 0 to 1,000,000 GB, such as 8 or 0.5, not 'inf'"),
+        (["--storage", "nonsense"], "--storage takes a URL such as postgresql+psycopg://HOST/DB, not 'nonsense'"),
+        (["--out", "FILE"], "--out takes a folder, and"),
+        (["--out", "FILE/below"], "is a file and no folder"),
     ],
 )
 def test_bad_words_are_refused_in_a_sentence(
@@ -434,5 +434,5 @@ def test_bad_words_are_refused_in_a_sentence(
     words = ["sweep", "embedded:scenes-blip2", "--bits", "4", "--n", "2", "--out", str(tmp_path / "s"), *more]
     with contextlib.suppress(SystemExit):
         assert main(words) != 0
-    assert message.replace("FILE", str(tmp_path / "FILE")) in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "s").exists()
