@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,6 +21,7 @@ from sensitivity.formats.verification import verify
 from sensitivity.formats.writing.calibrated_codes import Found
 from sensitivity.formats.writing.calibrated_codes import codes as codes_of
 from sensitivity.formats.writing.job import Codes, Job, from_weights_alone
+from sensitivity.formats.writing.manifest import DataFacts, TrialFacts
 from sensitivity.formats.writing.unfinished import clear
 from sensitivity.measure.calibrate.statistics import known_path
 from sensitivity.models.loading import load
@@ -66,7 +67,7 @@ def export(
         raise unknown("format", format, FORMATS)
     if found := breaches(study.parts, plan, name):
         raise UserError(f"{name} cannot hold this plan: {'; '.join(found)}. {_instead(study, plan, name)}")
-    gain: dict[str, Any] = {}
+    gain: TrialFacts = {}
     may_be_written(out, format, force, [study.path, *keep])  # before anything that takes long
     if path is not None:
         if not isinstance(model, VLM):
@@ -93,7 +94,7 @@ def export(
     return out
 
 
-def _on_path(study: Study, plan: Plan, path: str, model: VLM) -> tuple[Plan, dict[str, Any]]:
+def _on_path(study: Study, plan: Plan, path: str, model: VLM) -> tuple[Plan, TrialFacts]:
     """The plan calibrated on another path, and the paired difference between both on the same fresh examples."""
     known_path(path)
 
@@ -164,7 +165,7 @@ def _source(
     if source.suffix == ".json":
         _, plan, facts = read(source)
         here = (source.parent / "journal.log").exists() or (source.parent / "storage.url").exists()
-        study = Study(source.parent if here else facts.get("study", source.parent))
+        study = Study(source.parent if here else str(facts.get("study", source.parent)))
         plan.check(study.parts)
         for scheme in {scheme for _, scheme in plan.schemes if scheme is not None}:
             known(scheme)
@@ -190,20 +191,22 @@ def _instead(study: Study, plan: Plan, name: str) -> str:
     )
 
 
-def _measured(study: Study, plan: Plan) -> tuple[dict[str, Any], Path | None]:
+def _measured(study: Study, plan: Plan) -> tuple[TrialFacts, Path | None]:
     """What the trial of a plan measured, on fresh examples where it was verified, and the file of its answers."""
     studies = [Study(study.path / "verify")] if (study.path / "verify" / "journal.log").exists() else []
     for one in (*studies, study):
         trials = {trial.user_attrs["key"]: trial.user_attrs for trial in one.trials()}
         if found := trials.get(plan.key):
             native = trials.get(study.native.key, {}).get("scores", {})
-            about = {name: found.get(name) for name in ("scores", "path", "versions")}
             path = one.path / "examples" / f"{plan.key}.parquet"
             whole = one.examples(plan) is not None
-            return {
-                **about,
+            facts: TrialFacts = {
+                "scores": found.get("scores"),
+                "path": found.get("path"),
+                "versions": found.get("versions"),
                 "full_precision_scores": native,
-                "meta": dict(one.meta),
+                "meta": cast(DataFacts, dict(one.meta)),
                 "note": one.meta.get("note"),
-            }, path if whole else None
+            }
+            return facts, path if whole else None
     return {}, None

@@ -6,18 +6,17 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any
 
 from sensitivity.cli.arguments.parsing import parser_of, run_verb
 from sensitivity.cli.verbs import demo, export, import_, inspect, legalize, rank, recommend, report, sweep, verify
 from sensitivity.spec import standard_output, threads
 from sensitivity.spec.errors import Failed, Notice, UserError, plain, said
+from sensitivity.spec.files import finite
 
 # A verb is a module with ABOUT, EXAMPLE, arguments(parser) and run(args), which returns what --json prints. Verbs
 # import torch, pandas and other slow libraries inside run(), so that `sensitivity --help` answers at once.
@@ -79,15 +78,6 @@ def fail(args: argparse.Namespace, message: str, status: int) -> int:
     if args.json:
         print(json.dumps({"error": message}))
     return status
-
-
-def finite(value: Any) -> Any:
-    """The value with null in place of NaN and infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

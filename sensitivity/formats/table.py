@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from sensitivity.formats import plan_json
 from sensitivity.formats.checkpoints import auto_round, awq, compressed_tensors, fake, gptq
 from sensitivity.formats.recipes import bnb, llama_cpp, llm_compressor, mlx, modelopt, torchao
 from sensitivity.formats.writing import manifest
 from sensitivity.formats.writing.job import Job, Written
+from sensitivity.formats.writing.manifest import StoredJson, TrialFacts
 from sensitivity.formats.writing.model_card import card
 from sensitivity.formats.writing.unfinished import beside
 from sensitivity.measure.calibrate.cache import home
@@ -20,7 +21,7 @@ from sensitivity.spec import plan_file
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.files import may_write
 from sensitivity.spec.runtimes import check
-from sensitivity.spec.sizes import size
+from sensitivity.spec.sizes import SizeJson, size
 
 # name -> the function that writes a job's plan into a new folder and returns what it wrote
 FORMATS: dict[str, Callable[[Job, Path], Written]] = {
@@ -45,16 +46,24 @@ CHECKPOINTS = ("fake", "compressed-tensors", "gptq", "awq", "auto-round")  # for
 EXPECTED = "expected.parquet"  # per-example answers of the trial, for `verify`
 
 
+class Summary(TypedDict):
+    """What an export is, and what it weighs."""
+
+    format: str
+    predicted_size: SizeJson
+    written: NotRequired[StoredJson]  # of formats that hold weights
+
+
 def write(
     job: Job,
     out: Path,
     format: str,
     force: bool = False,
-    facts: Mapping[str, Any] | None = None,
+    facts: TrialFacts | None = None,
     runtime: str | None = None,
     expected: Path | None = None,
     notes: Callable[[], Sequence[str]] = tuple,
-) -> dict[str, Any]:
+) -> Summary:
     """Write a plan in a format, and return a summary; what is at `out` stays unless `force`.
 
     `facts` (scores, data, seeds) and `expected` (per-example answers) are those of the plan's trial and are stored with
@@ -66,7 +75,7 @@ def write(
     check(job.parts, job.plan, runtime or format)
     if format == "plan" and out.suffix == ".json":
         plan_file.write_file(job.parts, job.plan, job.facts, out)
-        return {"path": str(out), "format": format, "bpw": size(job.parts, job.plan).bpw}
+        return _summary(job, Written(load=""), format)
     with beside(out) as folder:
         written = FORMATS[format](job, folder)
         written = replace(written, notes=(*written.notes, *notes()))
@@ -82,7 +91,7 @@ def write(
         document = plan_file.document(job.parts, job.plan, job.facts)
         # last, since it holds the hash of every other file
         manifest.write(folder, {**document, **summary, **trial, "runs": written.runs}, written.hashes)
-    return {"path": str(out), **summary}
+    return summary
 
 
 def may_be_written(out: Path, format: str, force: bool, keep: Iterable[Path] = ()) -> None:
@@ -95,11 +104,15 @@ def may_be_written(out: Path, format: str, force: bool, keep: Iterable[Path] = (
         may_write(out, force, manifest.why_foreign, [home(), *keep])
 
 
-def _summary(job: Job, written: Written, format: str) -> dict[str, Any]:
+def _summary(job: Job, written: Written, format: str) -> Summary:
     predicted = size(job.parts, job.plan, job.stored_as(format))
-    facts: dict[str, Any] = {"format": format, "predicted_size": predicted.to_json()}
+    facts: Summary = {"format": format, "predicted_size": predicted.to_json()}
     if written.bytes:
         total = sum(written.bytes.values())
-        stored = {"bytes": total, "bpw": 8 * total / job.parts.numel, "components": dict(written.bytes)}
-        facts["written"] = {**stored, "headers": written.headers}
+        facts["written"] = {
+            "bytes": total,
+            "bpw": 8 * total / job.parts.numel,
+            "components": dict(written.bytes),
+            "headers": written.headers,
+        }
     return facts

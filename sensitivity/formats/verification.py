@@ -7,14 +7,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from sensitivity.formats.table import EXPECTED
 from sensitivity.formats.writing import manifest
+from sensitivity.formats.writing.manifest import Manifest, TrialFacts
 from sensitivity.spec.errors import UserError
 from sensitivity.study import answers as examples
 
@@ -22,7 +21,7 @@ PROGRAM = "import json, sys; from sensitivity.formats.verification import rerun;
 CLOSE = 1e-4  # of a negative log-likelihood: more than summation order explains in float32, less than a rounding step
 
 
-def verify(folder: Path, device: str = "cpu") -> dict[str, Any]:
+def verify(folder: Path, device: str = "cpu") -> dict[str, object]:
     """Check that an export is undamaged and answers as measured; the outcome is stored in the export.
 
     Examples:
@@ -31,7 +30,7 @@ def verify(folder: Path, device: str = "cpu") -> dict[str, Any]:
         'as measured'
     """
     facts = manifest.read(folder)
-    outcome: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "key": facts["key"]}
+    outcome: dict[str, object] = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "key": facts["key"]}
     if damage := manifest.damage(folder, facts):
         outcome |= {"verdict": "damaged", "words": f"not as it was written: {'; '.join(damage)}; export again"}
     elif not facts["runs"]:
@@ -53,7 +52,7 @@ def verify(folder: Path, device: str = "cpu") -> dict[str, Any]:
     return outcome
 
 
-def _expected(folder: Path, facts: Mapping[str, Any]) -> pd.DataFrame:
+def _expected(folder: Path, facts: Manifest) -> pd.DataFrame:
     """The measured answers, after a check that the manifest tells on which data they were measured."""
     meta = facts["trial"].get("meta", {})
     if lacking := [name for name in ("tasks", "n", "seed", "data") if name not in meta]:
@@ -64,7 +63,7 @@ def _expected(folder: Path, facts: Mapping[str, Any]) -> pd.DataFrame:
         raise UserError(f"{folder / EXPECTED} is damaged ({error}); export again") from error
 
 
-def compare(expected: pd.DataFrame, found: pd.DataFrame) -> dict[str, Any]:
+def compare(expected: pd.DataFrame, found: pd.DataFrame) -> dict[str, object]:
     """Compare answers and scores example by example."""
     both = expected.merge(found, on=["task", "example"], how="outer", suffixes=("", "_found"), indicator=True)
     missing = int((both["_merge"] != "both").sum())
@@ -92,7 +91,7 @@ def compare(expected: pd.DataFrame, found: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _in_fresh_process(folder: Path, dtype: str, trial: Mapping[str, Any], device: str) -> pd.DataFrame:
+def _in_fresh_process(folder: Path, dtype: str, trial: TrialFacts, device: str) -> pd.DataFrame:
     """The answers of an export, computed by `rerun` in a process of its own."""
     with tempfile.TemporaryDirectory() as space:
         target = Path(space) / "rows.parquet"
@@ -107,7 +106,7 @@ def _in_fresh_process(folder: Path, dtype: str, trial: Mapping[str, Any], device
         return pd.read_parquet(target)
 
 
-def rerun(folder: str, target: str, dtype: str, trial: Mapping[str, Any], device: str) -> None:
+def rerun(folder: str, target: str, dtype: str, trial: TrialFacts, device: str) -> None:
     """Runs in the fresh process: load the export, run the trial's tasks, write the rows to `target`."""
     import torch
 

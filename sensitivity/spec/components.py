@@ -201,7 +201,7 @@ class ComponentMap:
             raise UserError(f"no component matches '{pattern}'; there are {', '.join(self.names)}")
         return found
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """All fields as JSON values."""
         return asdict(self)
 

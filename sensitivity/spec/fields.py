@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 LONGEST = 1_000_000  # characters of a text
 LARGEST = 2**53  # of whole numbers: above it, a float cannot hold every one, and JSON readers may round
@@ -26,10 +26,10 @@ class Kind:
     """A type with its limits: how a message names it, and a function that tests a value."""
 
     expected: str
-    fits: Callable[[Any], bool]
+    fits: Callable[[object], bool]
 
 
-def _text(value: Any) -> bool:
+def _text(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and value.strip() != "" and len(value) <= LONGEST and _encodes(value)
 
 
@@ -41,15 +41,15 @@ def _encodes(value: str) -> bool:
     return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= FARTHEST  # not NaN
 
 
-def _file_name(value: Any) -> bool:
+def _file_name(value: object) -> bool:
     """Whether a value names a file inside its data set's folder: a relative path without `..`."""
     return (
         _text(value)
@@ -74,7 +74,7 @@ OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 def listed(kind: Kind, fewest: int = 1) -> Kind:
     """A list of at least `fewest` values of a kind."""
 
-    def fits(value: Any) -> bool:
+    def fits(value: object) -> bool:
         return isinstance(value, list) and len(value) >= fewest and all(map(kind.fits, value))
 
     return Kind(f"a list of {kind.expected}", fits)
@@ -90,7 +90,7 @@ def one_of(*names: str) -> Kind:
     return Kind(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
 
 
-def check(value: Any, required: Mapping[str, Kind], optional: Mapping[str, Kind] = {}, what: str = "it") -> Any:
+def check(value: object, required: Mapping[str, Kind], optional: Mapping[str, Kind] = {}, what: str = "it") -> Any:
     """Return the value if it is an object whose fields are of these kinds; raise Misfit otherwise.
 
     An optional field may be null. Fields that are not named are allowed, since data sets have more of them than we
@@ -110,7 +110,7 @@ def check(value: Any, required: Mapping[str, Kind], optional: Mapping[str, Kind]
     return value
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A wrong value for a message: as JSON, short, on one line, in ASCII."""
     try:
         text = json.dumps(value)
@@ -150,11 +150,13 @@ def _constant(name: str) -> float:
     return -math.inf if name.startswith("-") else math.inf  # transformers writes them into configurations
 
 
-def content(file: Path) -> bytes:
-    """The bytes of a regular file; a folder has none, and reading a pipe may never end."""
+def content(file: Path, largest: int | None = None) -> bytes:
+    """The bytes of a regular file, of at most `largest`; a folder has none, and reading a pipe may never end."""
     if trouble := not_a_file(file):
         raise Misfit(trouble)
     try:
+        if largest is not None and (size := file.stat().st_size) > largest:
+            raise Misfit(f"it has {size:,} bytes, and such a file has a few thousand")
         return file.read_bytes()
     except OSError as error:
         raise Misfit(f"it cannot be read: {(error.strerror or 'no reason is given').lower()}") from error

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sensitivity.spec.errors import Failed, UserError
 
@@ -69,7 +69,7 @@ def making(folder: Path, ours: Iterable[str] = ()) -> Iterator[None]:
         raise
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> object:
     """The value with null in place of infinities and NaN, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
@@ -85,7 +85,7 @@ def table_of(rows: pd.DataFrame) -> bytes:
     it for text.
     """
 
-    def inert(value: Any) -> Any:
+    def inert(value: object) -> object:
         return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
     plain = rows.map(inert)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from sensitivity.spec.components import ComponentMap, Weight, matches
 from sensitivity.spec.errors import UserError, unknown
@@ -16,6 +16,16 @@ Setting = str | int | float | bool | None
 
 
 WIDEST_GROUP = 2**24  # columns that share a scale: more than any layer has
+
+
+class SchemeJson(TypedDict):
+    """What a file stores of a scheme; settings are left out where there are none."""
+
+    method: str
+    bits: int
+    group: NotRequired[int | str]
+    symmetric: NotRequired[bool]
+    settings: NotRequired[dict[str, Setting]]
 
 
 @dataclass(frozen=True)
@@ -55,18 +65,21 @@ class Scheme:
     def __str__(self) -> str:
         return f"{self.method}:{self.bits}"
 
-    def to_json(self) -> dict[str, Any]:
-        """The scheme as JSON values; settings are left out where there are none."""
-        plain = {"method": self.method, "bits": self.bits, "group": self.group, "symmetric": self.symmetric}
-        return {**plain, **({"settings": dict(self.settings)} if self.settings else {})}
+    def to_json(self) -> SchemeJson:
+        """The scheme as JSON values."""
+        found: SchemeJson = {
+            "method": self.method, "bits": self.bits, "group": self.group, "symmetric": self.symmetric,
+        }  # fmt: skip
+        return {**found, "settings": dict(self.settings)} if self.settings else found
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Scheme:
+    def from_json(cls, data: SchemeJson) -> Scheme:
         """The scheme from what `to_json` returned."""
         known = {"method", "bits", "group", "symmetric", "settings"}
         if extra := sorted(set(data) - known):
             raise unknown("scheme field", extra[0], sorted(known))
-        return cls(**{**data, "settings": tuple(data.get("settings", {}).items())})
+        group, symmetric = data.get("group", cls.group), data.get("symmetric", cls.symmetric)
+        return cls(data["method"], data["bits"], group, symmetric, tuple(data.get("settings", {}).items()))
 
 
 @dataclass(frozen=True)
@@ -145,16 +158,16 @@ class Plan:
             f"{name} {'native' if s is None else s.bits if len(methods) == 1 else s}" for name, s in self.schemes
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, SchemeJson | None]:
         """The plan as JSON values: component to scheme, or null."""
-        return {name: scheme and scheme.to_json() for name, scheme in self.schemes}
+        return {name: None if scheme is None else scheme.to_json() for name, scheme in self.schemes}
 
     def dumps(self) -> str:
         """The canonical JSON: sorted, without spaces."""
         return json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+    def from_json(cls, data: Mapping[str, SchemeJson | None]) -> Plan:
         """The plan from what `to_json` returned."""
         return cls(tuple((name, scheme and Scheme.from_json(scheme)) for name, scheme in data.items()))
 

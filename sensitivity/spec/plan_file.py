@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from sensitivity.spec import schema
 from sensitivity.spec.components import ComponentMap
@@ -16,7 +15,7 @@ from sensitivity.spec.sizes import size
 VERSION = 1
 
 
-def document(parts: ComponentMap, plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
+def document(parts: ComponentMap, plan: Plan, facts: Mapping[str, object]) -> dict[str, object]:
     """The content of a plan.json; `facts` say where the plan comes from."""
     known = {
         "version": VERSION,
@@ -31,7 +30,7 @@ def document(parts: ComponentMap, plan: Plan, facts: Mapping[str, Any]) -> dict[
     return {**known, **facts, **known}
 
 
-def write_file(parts: ComponentMap, plan: Plan, facts: Mapping[str, Any], target: Path) -> Path:
+def write_file(parts: ComponentMap, plan: Plan, facts: Mapping[str, object], target: Path) -> Path:
     """Write a plan.json."""
     target.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps(finite(document(parts, plan, facts)), indent=2, default=str, allow_nan=False) + "\n"
@@ -39,7 +38,7 @@ def write_file(parts: ComponentMap, plan: Plan, facts: Mapping[str, Any], target
     return target
 
 
-def read(path: Path) -> tuple[str, Plan, dict[str, Any]]:
+def read(path: Path) -> tuple[str, Plan, dict[str, object]]:
     """The granularity, the plan and the whole document of a plan.json, which a person may have written."""
     data = schema.read(path, "plan", "`sensitivity recommend` or `export` writes a plan.json")
     return data["by"], Plan.from_json(data["plan"]), data

@@ -5,20 +5,45 @@ from __future__ import annotations
 import json
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from sensitivity.spec.errors import UserError
+from sensitivity.spec.fields import Misfit, content, parsed, shown
 
 FOLDER = Path(__file__).parent / "schemas"
 LARGEST = 256 * 2**20  # bytes; our files have kilobytes, so a larger one is not ours and is not read
-SHOWN = 60  # characters of a value that a message quotes
+# the keywords of JSON Schema that our schemas use
+Schema = TypedDict(
+    "Schema",
+    {
+        "$defs": dict[str, "Schema"],
+        "$ref": str,
+        "additionalProperties": "Schema | bool",
+        "anyOf": list["Schema"],
+        "const": object,
+        "description": str,
+        "enum": list[object],
+        "exclusiveMinimum": float,
+        "items": "Schema",
+        "maximum": float,
+        "minItems": int,
+        "minLength": int,
+        "minProperties": int,
+        "minimum": float,
+        "pattern": str,
+        "properties": dict[str, "Schema | bool"],
+        "required": list[str],
+        "type": str | list[str],
+    },
+    total=False,
+)
 # JSON Schema's types as Python reads them; bool is excluded from numbers, since Python counts it as an int. A number
 # with limits is finite, since NaN lies within none.
 # The validator is written by hand so that its message is one plain sentence about the first fault.
-TYPES: dict[str, Callable[[Any], bool]] = {
+TYPES: dict[str, Callable[[object], bool]] = {
     "object": lambda value: isinstance(value, Mapping),
     "array": lambda value: isinstance(value, list | tuple),
     "string": lambda value: isinstance(value, str),
@@ -30,27 +55,28 @@ TYPES: dict[str, Callable[[Any], bool]] = {
 
 
 @cache
-def schema(name: str) -> dict[str, Any]:
-    """A schema by its name; the files use only the keywords of JSON Schema that `fault` knows."""
-    found: dict[str, Any] = json.loads((FOLDER / f"{name}.schema.json").read_bytes())
+def schema(name: str) -> Schema:
+    """A schema by its name."""
+    found: Schema = json.loads((FOLDER / f"{name}.schema.json").read_bytes())
     return found
 
 
-def read(path: Path, name: str, mend: str) -> dict[str, Any]:
-    """Read a JSON file and check it against its schema; `mend` ends each message with what the user can do."""
+def read(path: Path, name: str, mend: str) -> Any:
+    """Read a JSON file and check it against its schema; the caller names the type, often a TypedDict.
+
+    `mend` ends each message with what the user can do.
+    """
     what = f"{path} cannot be used"
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{what}: it is no file; {mend}")
-        if path.stat().st_size > LARGEST:
-            raise UserError(f"{what}: it has {path.stat().st_size:,} bytes, and such a file has a few thousand; {mend}")
-        found = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or 'it is away'}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{what}: it is not JSON, or was cut short; {mend}") from error
+        raw = content(path, LARGEST)
+    except Misfit as error:
+        raise UserError(f"{what}: {error}; {mend}") from error
+    try:
+        found = parsed(raw)
+    except Misfit as error:
+        raise UserError(f"{what}: it is not JSON, or was cut short ({error}); {mend}") from error
     check(found, name, what, mend)
-    return dict(found)
+    return found
 
 
 def check(value: object, name: str, what: str, mend: str) -> None:
@@ -59,7 +85,7 @@ def check(value: object, name: str, what: str, mend: str) -> None:
         raise UserError(f"{what}: {wrong}; {mend}")
 
 
-def fault(value: Any, wanted: Mapping[str, Any] | bool, home: str, at: str = "") -> str | None:
+def fault(value: object, wanted: Schema | bool, home: str, at: str = "") -> str | None:
     """The first fault of a value as part of a sentence; None if the schema accepts it.
 
     `home` is the schema whose file a `$ref` without a file name refers to; `at` is the path of the value in the
@@ -85,11 +111,11 @@ def fault(value: Any, wanted: Mapping[str, Any] | bool, home: str, at: str = "")
     return None
 
 
-def _first(faults: Any) -> str | None:
+def _first(faults: Iterable[str | None]) -> str | None:
     return next((one for one in faults if one), None)
 
 
-def _of_object(value: Mapping[str, Any], wanted: Mapping[str, Any], home: str, at: str) -> str | None:
+def _of_object(value: Mapping[str, object], wanted: Schema, home: str, at: str) -> str | None:
     """The first fault of an object: a property that is missing, unknown or wrong."""
     for name in wanted.get("required", ()):
         if name not in value:
@@ -102,7 +128,7 @@ def _below(at: str, name: str) -> str:
     return f"{at}.{name}" if at else str(name)
 
 
-def _plainly(value: Any, wanted: Mapping[str, Any]) -> bool:
+def _plainly(value: object, wanted: Schema) -> bool:
     """Whether a value's own type, limits and characters fit; its items and properties are checked by the caller."""
     if (kinds := _kinds(wanted)) and not any(TYPES[kind](value) for kind in kinds):
         return False
@@ -111,54 +137,51 @@ def _plainly(value: Any, wanted: Mapping[str, Any]) -> bool:
         return False
     if "enum" in wanted and value not in wanted["enum"]:
         return False
-    if TYPES["number"](value):
-        return _within(value, wanted)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return all(within(value, limit) for _, within, limit in _limits(wanted))
     if isinstance(value, str):
         fits = re.search(wanted.get("pattern", ""), value) is not None
-        return fits and len(value) >= int(wanted.get("minLength", 0))
+        return fits and len(value) >= wanted.get("minLength", 0)
     if isinstance(value, Mapping):
-        return len(value) >= int(wanted.get("minProperties", 0))
-    return not isinstance(value, list | tuple) or len(value) >= int(wanted.get("minItems", 0))
+        return len(value) >= wanted.get("minProperties", 0)
+    return not isinstance(value, list | tuple) or len(value) >= wanted.get("minItems", 0)
 
 
-def _within(value: float, wanted: Mapping[str, Any]) -> bool:
-    """Whether a number is within the limits of its schema."""
-    limits = {"minimum": operator.ge, "exclusiveMinimum": operator.gt, "maximum": operator.le}
-    return all(bool(holds(value, wanted[name])) for name, holds in limits.items() if name in wanted)
+def _limits(wanted: Schema) -> list[tuple[str, Callable[[float, float], bool], float]]:
+    """The limits of a number: a word for the message, the comparison that a value must pass, and the limit."""
+    found = (
+        ("from", operator.ge, wanted.get("minimum")),
+        ("above", operator.gt, wanted.get("exclusiveMinimum")),
+        ("to", operator.le, wanted.get("maximum")),
+    )
+    return [(word, within, limit) for word, within, limit in found if limit is not None]
 
 
-def _kinds(wanted: Mapping[str, Any]) -> list[str]:
+def _kinds(wanted: Schema) -> list[str]:
     kinds = wanted.get("type", [])
     return [kinds] if isinstance(kinds, str) else list(kinds)
 
 
-def _kind(value: Any, wanted: Mapping[str, Any], home: str) -> bool:
+def _kind(value: object, wanted: Schema, home: str) -> bool:
     """Whether a value is of an option's type, object: only then is the fault inside it worth reporting."""
     if ref := wanted.get("$ref"):
         _, wanted = _there(ref, home)
     return "object" in _kinds(wanted) and isinstance(value, Mapping)
 
 
-def _there(ref: str, home: str) -> tuple[str, Mapping[str, Any]]:
+def _there(ref: str, home: str) -> tuple[str, Schema]:
     """What a `$ref` points to, in this schema file or in another, and the name of that file."""
     file, _, place = ref.partition("#/$defs/")
     home = file.removesuffix(".schema.json") or home
-    found: Mapping[str, Any] = schema(home)["$defs"][place] if place else schema(home)
-    return home, found
+    return home, schema(home)["$defs"][place] if place else schema(home)
 
 
-def _not(value: Any, wanted: Mapping[str, Any], home: str, at: str) -> str:
+def _not(value: object, wanted: Schema, home: str, at: str) -> str:
     named = f"'{at}'" if at else "it"
     return f"{named} is {shown(value)}, and should be {_words(wanted, home)}"
 
 
-def shown(value: object) -> str:
-    """A value for a message: short, on one line, without control characters."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in repr(value)[: 4 * SHOWN])
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
-
-
-def _words(wanted: Mapping[str, Any], home: str) -> str:
+def _words(wanted: Schema, home: str) -> str:
     """What a schema asks for, in words."""
     if ref := wanted.get("$ref"):
         home, wanted = _there(ref, home)
@@ -173,5 +196,4 @@ def _words(wanted: Mapping[str, Any], home: str) -> str:
     words = " or ".join(plain[kind] for kind in _kinds(wanted)) or "something else"
     if wanted.get("pattern") or wanted.get("minLength"):
         words += f" {wanted.get('description', 'that is not empty')}"
-    limits = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to"}
-    return words + "".join(f" {word} {wanted[name]:,}" for name, word in limits.items() if name in wanted)
+    return words + "".join(f" {word} {limit:,}" for word, _, limit in _limits(wanted))

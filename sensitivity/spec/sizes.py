@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError, unknown
@@ -15,6 +15,15 @@ LABEL = 112  # upper bound on the bytes of a tensor's entry in a safetensors hea
 
 
 PAPER_NATIVE_BITS = 16  # bits that the published bpw figures count for every weight that is not quantized
+
+
+class SizeJson(TypedDict):
+    """What a file stores of a size."""
+
+    bytes: int
+    bpw: float
+    bpw_codes: float
+    format: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -48,10 +57,18 @@ class Size:
         """What was counted, in words."""
         return "all stored" if self.format is None else f"all stored in {self.format} files"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> SizeJson:
         """Bytes and bits per weight as JSON values."""
-        found = {"bytes": self.bytes, "bpw": self.bpw, "bpw_codes": self.bpw_codes}
+        found: SizeJson = {"bytes": self.bytes, "bpw": self.bpw, "bpw_codes": self.bpw_codes}
         return found if self.format is None else {**found, "format": self.format}
+
+
+def in_words(count: float) -> str:
+    """Bytes in decimal units, as disks and hubs count them."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count / 1e3:.0f} kB"
 
 
 def groups(scheme: Scheme, rows: int, cols: int) -> int:

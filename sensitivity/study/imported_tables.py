@@ -17,9 +17,9 @@ import pandas as pd
 
 from sensitivity.spec.components import GRANULARITIES, GROUPS, KINDS, PARTS, ComponentMap, Kept, Weight, matches
 from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.fields import shown
 from sensitivity.spec.files import full, making
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.schema import shown
 from sensitivity.study.counting import count, numbers
 from sensitivity.study.study import Study
 from sensitivity.study.table import NATIVE

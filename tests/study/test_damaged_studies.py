@@ -358,7 +358,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (lambda file: file.write_text("[]"), "should be an object"),
     "a text": (lambda file: file.write_text('"plan"'), "should be an object"),
     "null": (lambda file: file.write_text("null"), "should be an object"),
-    "a folder": (lambda file: (file.unlink(), file.mkdir()), "it is no file"),
+    "a folder": (lambda file: (file.unlink(), file.mkdir()), "it is a folder"),
     "a pipe": (lambda file: (file.unlink(), os.mkfifo(file)), "it is no file"),
 }
 

@@ -35,10 +35,10 @@ def parser_of(verbs: Mapping[str, ModuleType]) -> argparse.ArgumentParser:
     return top
 
 
-def run_verb(verb: ModuleType, args: argparse.Namespace) -> dict[str, Any]:
+def run_verb(verb: ModuleType, args: argparse.Namespace) -> dict[str, object]:
     """Run a verb and return its result; off a terminal, a line every few seconds shows that it is running."""
     with working(args.verb, quiet=args.json):
-        facts: dict[str, Any] = verb.run(args)
+        facts: dict[str, object] = verb.run(args)
     return facts
 
 
@@ -67,7 +67,7 @@ class Once(argparse.Action):
         self,
         parser: argparse.ArgumentParser,
         namespace: argparse.Namespace,
-        values: Any,
+        values: object,
         option_string: str | None = None,
     ) -> None:
         known = namespace.__dict__.setdefault("given", set())

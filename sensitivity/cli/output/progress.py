@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from sensitivity.cli.output.ticker import Ticker, clock
 
@@ -125,7 +125,24 @@ def _say(step: Step, images: int, seconds: float, study: Study) -> None:
     print(json.dumps(facts), file=sys.stderr, flush=True)
 
 
-def points(study: Study) -> list[dict[str, Any]]:
+class ScorePoint(TypedDict):
+    """A mean score, its 95 % interval and the number of examples."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+class Point(TypedDict):
+    """A plan on the frontier."""
+
+    bpw: float
+    plan: str
+    scores: dict[str, ScorePoint]
+
+
+def points(study: Study) -> list[Point]:
     """The frontier as JSON values."""
     return [_point(trial) for trial in best_so_far(study)]
 
@@ -152,14 +169,13 @@ def standing(study: Study, most: int = 8) -> list[str]:
     return lines
 
 
-def _point(trial: FrozenTrial) -> dict[str, Any]:
+def _point(trial: FrozenTrial) -> Point:
     """A trial as JSON values: size, plan, scores with intervals."""
     from sensitivity.spec.plan import Plan
 
     attrs = trial.user_attrs
-    shown = ("mean", "low", "high", "n")
-    return {
-        "bpw": round(attrs["size"]["bpw"], 4),
-        "plan": Plan.from_json(attrs["plan"]).describe(),
-        "scores": {task: {name: score[name] for name in shown} for task, score in attrs["scores"].items()},
+    scores = {
+        task: ScorePoint(mean=score["mean"], low=score["low"], high=score["high"], n=score["n"])
+        for task, score in attrs["scores"].items()
     }
+    return {"bpw": round(attrs["size"]["bpw"], 4), "plan": Plan.from_json(attrs["plan"]).describe(), "scores": scores}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 WIDTH = 120  # columns where there is no terminal to ask
 
 
-def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table; columns of numbers are right-aligned, and long cells wrap."""
     from rich.console import Console
     from rich.markup import escape

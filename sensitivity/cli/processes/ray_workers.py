@@ -14,7 +14,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from sensitivity.cli.processes import workers
 from sensitivity.spec.errors import Notice, UserError
@@ -47,7 +48,7 @@ def check() -> None:
         raise UserError("--executor ray needs Ray: pip install 'vlm-sensitivity[ray]'")
 
 
-def _ray() -> Any:
+def _ray() -> ModuleType:
     """Ray, connected to the cluster of RAY_ADDRESS or started on this machine."""
     check()
     import ray
@@ -59,19 +60,19 @@ def _ray() -> Any:
     return ray
 
 
-def _cores(ray: Any) -> int:
+def _cores(ray: ModuleType) -> int:
     return int(ray.cluster_resources().get("CPU", 1))
 
 
 class _Crew:
     """The actors and the result that each promised; one that dies is replaced after its plans were released."""
 
-    def __init__(self, ray: Any, args: argparse.Namespace, share: dict[str, int]) -> None:
+    def __init__(self, ray: ModuleType, args: argparse.Namespace, share: dict[str, int]) -> None:
         self.ray, self.args, self.out = ray, args, Path(args.out)
         self.worker = ray.remote(max_restarts=0, **share)(Worker)
         self.lives = LIVES * args.workers
-        self.at_work: dict[Any, tuple[Any, Any]] = {}  # Ray's reference to the result -> (actor, its identity)
-        self.lost: list[Any] = []
+        self.at_work: dict[object, tuple[object, object]] = {}  # Ray's reference to the result -> (actor, its identity)
+        self.lost: list[dict[str, object]] = []
         for _ in range(args.workers):
             self._start()
 
@@ -140,7 +141,7 @@ class _Crew:
 class Worker:
     """A Ray actor that runs the same command as a worker process does."""
 
-    def who(self) -> dict[str, Any]:
+    def who(self) -> dict[str, object]:
         """The identity under which the queue knows this actor's process."""
         from sensitivity.study.queue import me
 

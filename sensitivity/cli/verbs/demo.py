@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
-from typing import Any
 
 from sensitivity.cli.arguments import flags as words
 from sensitivity.cli.arguments import values
@@ -27,7 +26,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     words.samples(p)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     """Run the verbs one after the other, as a person would type them."""
     quoted = shlex.quote(str(args.out))
     lines = (
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {line.split()[0]: _typed(line, args) for line in lines}
 
 
-def _typed(line: str, args: argparse.Namespace) -> dict[str, Any]:
+def _typed(line: str, args: argparse.Namespace) -> dict[str, object]:
     if not args.json:
         print(f"\n$ sensitivity {line}")
     flags = [flag for flag, on in (("--json", args.json), ("--debug", args.debug)) if on]

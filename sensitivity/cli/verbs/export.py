@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.output.tables import table
 from sensitivity.spec.errors import unknown
+
+if TYPE_CHECKING:
+    from sensitivity.formats.writing.manifest import Manifest
 
 ABOUT = "write a plan as files that a runtime loads"
 EXAMPLE = "sensitivity export runs/first --bpw 4.0 --format compressed-tensors --out out/first"
@@ -42,9 +45,10 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--force", action="store_true", help="replace an earlier export that is there")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     """Write the export, and return its path and sizes."""
     from sensitivity.api import exporting
+    from sensitivity.formats.writing import manifest
 
     _check(args)
     if left := exporting.clear(args.out.parent):
@@ -53,13 +57,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.source, args.bpw, args.out, args.format, args.force,
         model=args.model, runtime=args.runtime, path=args.path,
     )  # fmt: skip
-    facts: dict[str, Any] = {"path": str(path), "format": args.format}
-    if (path / "sensitivity.json").exists():
-        known = json.loads((path / "sensitivity.json").read_bytes())
-        facts["path_gain"] = known["trial"].get("path_gain")
-        facts |= {name: known[name] for name in ("size", "predicted_size", "written") if name in known}
+    known = manifest.read(path) if (path / manifest.MANIFEST).exists() else None
     if not args.json:
-        show(facts)
+        show(path, known)
+    facts: dict[str, object] = {"path": str(path), "format": args.format}
+    if known is not None:
+        facts |= {"path_gain": known["trial"].get("path_gain"), "size": known["size"]}
+        facts |= {name: known[name] for name in ("predicted_size", "written") if name in known}
     return facts
 
 
@@ -80,27 +84,28 @@ def _check(args: argparse.Namespace) -> None:
         flags.without_effect(args, ["--model"], "with --format plan, which holds no weights")
 
 
-def show(facts: dict[str, Any]) -> None:
-    """Print where the export is, its size, and what to type next."""
+def show(path: Path, known: Manifest | None) -> None:
+    """Print where the export is, its size, and what to type next; a plan.json has no manifest."""
     from sensitivity.study.exports import path_gain
 
-    print(f"wrote {facts['path']}")
-    if gain := facts.get("path_gain"):
+    print(f"wrote {path}")
+    if known is None:
+        print(f"next: sensitivity export {path} --format NAME --out DIR")
+        return
+    if gain := known["trial"].get("path_gain"):
         print(path_gain(gain))
-    if written := facts.get("written"):
-        planned, predicted = facts["size"], facts["predicted_size"]
+    planned, predicted = known["size"], known["predicted_size"]
+    if written := known.get("written"):
         table(
             "Size",
             ("", "bytes of tensors", "bpw, all stored"),
             [
                 ("the plan", f"{planned['bytes']:,}", f"{planned['bpw']:.3f}"),
-                (f"predicted for {facts['format']}", f"{predicted['bytes']:,}", f"{predicted['bpw']:.3f}"),
+                (f"predicted for {known['format']}", f"{predicted['bytes']:,}", f"{predicted['bpw']:.3f}"),
                 ("written", f"{written['bytes']:,}", f"{written['bpw']:.3f}"),
             ],
         )
-        print(f"next: sensitivity verify {facts['path']}")
-    elif predicted := facts.get("predicted_size"):
-        print(f"a configuration: the runtime's own tool makes the weights, as {facts['path']}/README.md says")
-        print(f"predicted: {predicted['bytes']:,} bytes, {predicted['bpw']:.3f} bpw, all stored")
+        print(f"next: sensitivity verify {path}")
     else:
-        print(f"next: sensitivity export {facts['path']} --format NAME --out DIR")
+        print(f"a configuration: the runtime's own tool makes the weights, as {path}/README.md says")
+        print(f"predicted: {predicted['bytes']:,} bytes, {predicted['bpw']:.3f} bpw, all stored")

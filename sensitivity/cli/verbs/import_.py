@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.output.tables import frontier
@@ -53,7 +52,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", type=values.folder, required=True, metavar="runs/NAME", help="where the study goes")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     """Turn the table into a study, and print its frontier."""
     from sensitivity.spec.errors import UserError
     from sensitivity.study.imported_tables import Switches, import_table

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags
 from sensitivity.cli.output.tables import table
+from sensitivity.spec.sizes import in_words
+
+if TYPE_CHECKING:
+    from sensitivity.models.vlm import VLM
+    from sensitivity.spec.components import ComponentMap
+    from sensitivity.spec.sizes import Size
 
 ABOUT = "list the parts of a model, what is kept and why, and what uniform plans weigh"
 EXAMPLE = "sensitivity inspect embedded:scenes-llava --by part"
@@ -21,7 +28,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--config-only", action="store_true", help="read config.json alone; no weights are needed")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     """List components, kept weights and the sizes of uniform plans."""
     from sensitivity.models.discover import inspect
     from sensitivity.models.loading import load
@@ -36,7 +43,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for weight in parts.kept:
         kept.setdefault(weight.reason, []).append(weight.numel)
     sizes = uniform_sizes(parts, asked)
-    facts: dict[str, Any] = {
+    if not args.json:
+        show(vlm, parts, kept, sizes, args.method)
+    return {
         "model": vlm.name,
         "class": type(vlm.model).__name__,
         "parameters": parts.numel,
@@ -49,29 +58,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "uniform": [{"bits": bits, **size.to_json()} for bits, size in sizes.items()],
         "note": vlm.note,
     }
-    if not args.json:
-        show_inspect(facts, args)
-    return facts
 
 
-def show_inspect(facts: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print the three tables."""
-    print(f"{facts['model']}: {facts['class']}, {facts['parameters']:,} parameters")
-    if facts["note"]:
-        print(facts["note"])
-    total = facts["parameters"]
+def show(
+    vlm: VLM, parts: ComponentMap, kept: Mapping[str, Sequence[int]], sizes: Mapping[int, Size], method: str
+) -> None:
+    """Print the three tables; `kept` has the numbers of elements of the weights that are kept for each reason."""
+    print(f"{vlm.name}: {type(vlm.model).__name__}, {parts.numel:,} parameters")
+    if vlm.note:
+        print(vlm.note)
     table(
         "Components",
         ("name", "modules", "parameters", "share"),
-        [(c["name"], c["modules"], f"{c['parameters']:,}", f"{c['share']:.1%}") for c in facts["components"]],
+        [(c.name, len(c.weights), f"{c.numel:,}", f"{c.numel / parts.numel:.1%}") for c in parts.components],
     )
     table(
         "Kept at native precision",
         ("why", "tensors", "parameters", "share"),
-        [(k["reason"], k["tensors"], f"{k['parameters']:,}", f"{k['parameters'] / total:.1%}") for k in facts["kept"]],
+        [(why, len(n), f"{sum(n):,}", f"{sum(n) / parts.numel:.1%}") for why, n in kept.items()],
     )
     table(
-        f"Uniform plans ({args.method})",
-        ("bits", "bpw, all stored", "bpw, codes only", "MB"),
-        [(u["bits"], f"{u['bpw']:.3f}", f"{u['bpw_codes']:.3f}", f"{u['bytes'] / 1e6:,.1f}") for u in facts["uniform"]],
+        f"Uniform plans ({method})",
+        ("bits", "bpw, all stored", "bpw, codes only", "size"),
+        [(bits, f"{one.bpw:.3f}", f"{one.bpw_codes:.3f}", in_words(one.bytes)) for bits, one in sizes.items()],
     )

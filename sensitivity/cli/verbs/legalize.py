@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from sensitivity.cli.arguments import flags, values
 from sensitivity.spec.errors import UserError
@@ -30,7 +29,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--force", action="store_true", help="replace a plan that is there")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     """Find the best legal plan, and write it if --out is given."""
     from sensitivity.api import exporting
     from sensitivity.spec.runtimes import files_of

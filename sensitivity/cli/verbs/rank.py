@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.output.tables import ranking
@@ -31,7 +30,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     """Rank the components for each task."""
     from sensitivity.analysis.importance.ranking import rank
     from sensitivity.study.study import Study

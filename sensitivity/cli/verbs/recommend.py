@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.output.progress import walk
@@ -58,7 +57,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     flags.device(p)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     """Choose a plan for each budget, measure it, and store it in the study."""
     from sensitivity.analysis.allocate.budget import Wish
     from sensitivity.analysis.allocate.kept_recommendation import check_wish, remember

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from sensitivity.cli.arguments import flags, values
 
@@ -17,7 +16,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", type=values.folder, help="where to write (default: STUDY/report)")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     """Write the report."""
     from sensitivity.analysis.allocate.kept_recommendation import recommended
     from sensitivity.analysis.report.page import report

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.output.progress import points, walk, walk_in_json
@@ -119,7 +119,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.set_defaults(plans=None)  # no flag: a program may set a function of parts and schemes
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     """Run the sweep, or forecast it with --dry-run."""
     asked = _checked(args)
     if args.executor == "ray" and not workers.is_child() and not args.dry_run:
@@ -228,7 +228,7 @@ def _foreseen(
     parts: ComponentMap,
     plans: Plans,
     tasks: Sequence[Task],
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The forecast of time, disk and memory."""
     from sensitivity.measure.forecast.forecast import forecast_sweep
 
@@ -241,7 +241,7 @@ def _foreseen(
     return found.to_json()
 
 
-def _summary(args: argparse.Namespace, study: Study) -> dict[str, Any]:
+def _summary(args: argparse.Namespace, study: Study) -> dict[str, object]:
     """Print how the study stands, and return it."""
     from sensitivity.study.racing import uncertainty
     from sensitivity.study.stopping import Until
@@ -264,7 +264,7 @@ def _summary(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     return facts
 
 
-def _rest(counts: Mapping[str, Any], out: Path) -> str:
+def _rest(counts: Mapping[str, object], out: Path) -> str:
     """How many plans are done, waiting and running, in words."""
     told = [f"{counts['done']} plans in {out} have seen all examples"]
     if counts["waiting"]:
@@ -274,7 +274,7 @@ def _rest(counts: Mapping[str, Any], out: Path) -> str:
     return ", ".join(told)
 
 
-def _on_a_cluster(args: argparse.Namespace) -> dict[str, Any]:
+def _on_a_cluster(args: argparse.Namespace) -> dict[str, object]:
     """Run the sweep on Ray: the actors run the same command, and this process only watches the queue."""
     args.workers = 1 if args.workers == "auto" else args.workers
     study = ray_workers.sweep(args, lambda steps, study: _walk(args, steps, f"sweeping {args.model}", study))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from sensitivity.cli.arguments import values
 from sensitivity.spec.errors import Failed
@@ -18,7 +17,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", type=values.name, default="cpu", help="where to run, such as cuda (default: cpu)")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     """Verify the export; a difference raises Failed."""
     from sensitivity.formats.verification import verify
     from sensitivity.models.loading import device_of

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from sensitivity.formats.checkpoints.fake import LOAD
 from sensitivity.formats.checkpoints.gptq import layout
@@ -36,7 +35,7 @@ def write(job: Job, folder: Path) -> Written:
     return Written(load=load, bytes=weight, hashes=hashes, headers=headers(folder, weight), notes=notes)
 
 
-def config(job: Job) -> dict[str, Any]:
+def config(job: Job) -> dict[str, object]:
     """The most common scheme as the default, and an entry for every module that differs, native ones included."""
     count = Counter({scheme: 0 for _, scheme, _ in job.groups()})
     for _, scheme, modules in job.groups():
@@ -58,13 +57,13 @@ def config(job: Job) -> dict[str, Any]:
     }
 
 
-def layer_config(job: Job) -> dict[str, Any]:
+def layer_config(job: Job) -> dict[str, object]:
     """An entry for every module, in the form that AutoRound's API takes."""
-    native: dict[str, Any] = {module: {"bits": 16, "data_type": "float"} for module in job.native()}
+    native: dict[str, object] = {module: {"bits": 16, "data_type": "float"} for module in job.native()}
     return native | {module: arguments(scheme) for _, scheme, modules in job.groups() for module in modules}
 
 
-def arguments(scheme: Scheme) -> dict[str, Any]:
+def arguments(scheme: Scheme) -> dict[str, object]:
     """A scheme in AutoRound's words; -1 is a group of a whole row."""
     group = -1 if scheme.group == "row" else int(scheme.group)
     return {"bits": scheme.bits, "group_size": group, "sym": scheme.symmetric, "data_type": "int"}

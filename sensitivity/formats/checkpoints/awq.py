@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ def write(job: Job, folder: Path) -> Written:
     )
 
 
-def config(job: Job) -> dict[str, Any]:
+def config(job: Job) -> dict[str, object]:
     """The `quantization_config` of the checkpoint."""
     schemes = {scheme for _, scheme, _ in job.groups()}
     if not schemes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ def _loads(scheme: Scheme) -> bool:
     return scheme.symmetric or scheme.group == "tensor"
 
 
-def config(job: Job) -> dict[str, Any]:
+def config(job: Job) -> dict[str, object]:
     """The `quantization_config` of the checkpoint."""
     return {
         "quant_method": "compressed-tensors",
@@ -61,7 +60,7 @@ def config(job: Job) -> dict[str, Any]:
     }
 
 
-def arguments(scheme: Scheme) -> dict[str, Any]:
+def arguments(scheme: Scheme) -> dict[str, object]:
     """A scheme as compressed-tensors' QuantizationArgs."""
     grouped = isinstance(scheme.group, int)
     return {

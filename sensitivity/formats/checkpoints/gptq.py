@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +57,7 @@ def checkpoint_format(job: Job) -> str:
     return "gptq" if all(scheme.symmetric for scheme in schemes) else "gptq_v2"
 
 
-def config(job: Job, kind: str) -> dict[str, Any]:
+def config(job: Job, kind: str) -> dict[str, object]:
     """The most common scheme as the default, and exact module names for the others; a minus marks native modules."""
     groups = list(job.groups())
     count: Counter[Scheme] = Counter()
@@ -67,7 +66,7 @@ def config(job: Job, kind: str) -> dict[str, Any]:
     if not count:
         raise UserError("the plan quantizes nothing; export it as --format fake")
     common = count.most_common(1)[0][0]
-    dynamic: dict[str, dict[str, Any]] = {f"-:^{re.escape(module)}$": {} for module in job.native()}
+    dynamic: dict[str, dict[str, object]] = {f"-:^{re.escape(module)}$": {} for module in job.native()}
     for _, scheme, modules in groups:
         if scheme != common:
             dynamic |= {f"+:^{re.escape(module)}$": _arguments(scheme) for module in modules}
@@ -83,7 +82,7 @@ def config(job: Job, kind: str) -> dict[str, Any]:
     }
 
 
-def _arguments(scheme: Scheme) -> dict[str, Any]:
+def _arguments(scheme: Scheme) -> dict[str, object]:
     return {"bits": scheme.bits, "group_size": _group(scheme), "sym": scheme.symmetric}
 
 

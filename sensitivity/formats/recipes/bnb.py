@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from sensitivity.formats.writing.checkpoint import save
 from sensitivity.formats.writing.job import REMADE, WITH, Job, Written
@@ -23,7 +22,7 @@ def write(job: Job, folder: Path) -> Written:
         raise UserError(
             f"bitsandbytes would skip {lost[0]} too, since a native module's name is part of its own; use --format fake"
         )
-    settings: dict[str, Any] = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": skip}
+    settings: dict[str, object] = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": skip}
     if scheme.bits == 8:
         settings |= {"load_in_8bit": True, "llm_int8_threshold": scheme.get("threshold", 6.0)}
     else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from sensitivity.formats.writing.job import REMADE, Job, Written
 from sensitivity.spec.components import Weight
@@ -62,8 +61,9 @@ def tensor_names(job: Job) -> dict[str, str]:
         part: max((w.blocks for w in job.parts.weights if w.part == part), default=0) for part in ("vision", "language")
     }
     # the map of names depends on the architecture; one that gguf does not know gets LLaMA's
-    text = job.source.config.get("text_config") or job.source.config
-    architecture = getattr(MODEL_ARCH, str(text.get("model_type", "")).upper(), MODEL_ARCH.LLAMA)
+    text = job.source.config.get("text_config")
+    model_type = (text if isinstance(text, Mapping) else job.source.config).get("model_type", "")
+    architecture = getattr(MODEL_ARCH, str(model_type).upper(), MODEL_ARCH.LLAMA)
     maps = {
         "language": get_tensor_name_map(architecture, blocks["language"]).mapping,
         "vision": get_tensor_name_map(MODEL_ARCH.MMPROJ, blocks["vision"]).mapping,
@@ -86,7 +86,7 @@ def tensor_names(job: Job) -> dict[str, str]:
     return found
 
 
-def _name(module: str, known: Mapping[str, Any]) -> str | None:
+def _name(module: str, known: Mapping[str, tuple[object, str]]) -> str | None:
     """The GGUF name of a module, found by the longest end of its path that only one tensor matches.
 
     Prefixes differ between model classes, so whole paths rarely match. Ends that equal a key of gguf's table are tried
@@ -95,7 +95,7 @@ def _name(module: str, known: Mapping[str, Any]) -> str | None:
     words = module.split(".")
     ends = [".".join(words[start:]) for start in range(len(words))]
     # not the tensors of audio towers (a., mm.a.), whose names would make others ambiguous
-    heard = {key: str(value[1]) for key, value in known.items() if not str(value[1]).startswith(("a.", "mm.a."))}
+    heard = {key: value[1] for key, value in known.items() if not value[1].startswith(("a.", "mm.a."))}
     for whole in (True, False):
         for end in ends:
             names = {name for key, name in heard.items() if key == end or (not whole and key.endswith("." + end))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from sensitivity.formats.checkpoints.compressed_tensors import arguments
 from sensitivity.formats.writing.checkpoint import save
@@ -18,9 +18,16 @@ MODIFIERS = {
 }
 
 
+class Modifier(TypedDict):
+    """One stage of a recipe: its settings by group, and the modules that it leaves alone."""
+
+    config_groups: dict[str, object]
+    ignore: list[str]
+
+
 def write(job: Job, folder: Path) -> Written:
     """Write recipe.yaml as JSON, which is valid YAML."""
-    stages: dict[str, Any] = {}
+    stages: dict[str, Modifier] = {}
     for name, scheme, modules in job.groups():
         modifier = stages.setdefault(MODIFIERS[scheme.method], {"config_groups": {}, "ignore": job.native()})
         modifier["config_groups"][name] = {"targets": modules, "weights": arguments(scheme)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from sensitivity.formats.writing.checkpoint import save
 from sensitivity.formats.writing.job import REMADE, Job, Written
@@ -14,7 +13,7 @@ from sensitivity.spec.plan import Scheme
 def write(job: Job, folder: Path) -> Written:
     """Write the `quantization` entry of config.json: defaults, and an entry per module (False: not quantized)."""
     keys = {tensor.parameter: tensor.key.removesuffix(".weight") for tensor in job.source.tensors}
-    modules: dict[str, Any] = {}
+    modules: dict[str, object] = {}
     for component in job.parts.components:
         scheme = job.plan[component.name]
         for weight in component.weights:
@@ -36,5 +35,5 @@ def write(job: Job, folder: Path) -> Written:
     return Written(load=load, notes=notes)
 
 
-def _affine(scheme: Scheme) -> dict[str, Any]:
+def _affine(scheme: Scheme) -> dict[str, object]:
     return {"group_size": scheme.group, "bits": scheme.bits, "mode": "affine"}

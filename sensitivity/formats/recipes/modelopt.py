@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from sensitivity.formats.writing.checkpoint import save
 from sensitivity.formats.writing.job import REMADE, Job, Written
@@ -32,7 +31,7 @@ def write(job: Job, folder: Path) -> Written:
     return Written(load="import json\n" + load, notes=(REMADE,))
 
 
-def _algorithm(scheme: Scheme) -> dict[str, Any]:
+def _algorithm(scheme: Scheme) -> dict[str, object]:
     if scheme.bits == 8:
         return {"quant_algo": "W8A16"}
     return {"quant_algo": "W4A16_AWQ", "group_size": scheme.group, "has_zero_point": False, "pre_quant_scale": True}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from sensitivity.formats.writing.checkpoint import save
 from sensitivity.formats.writing.job import REMADE, WITH, Job, Written
@@ -13,7 +12,7 @@ from sensitivity.spec.plan import Scheme
 def write(job: Job, folder: Path) -> Written:
     """Write FqnToConfig as torchao serializes it: an entry per weight, None for those at native precision."""
     # by parameter name: transformers would apply a module's name to its bias too, which torchao cannot quantize
-    weights: dict[str, Any] = {
+    weights: dict[str, object] = {
         f"{module}.weight": _intx(scheme) for _, scheme, names in job.groups() for module in names
     }
     weights |= {f"{module}.weight": None for module in job.native()}
@@ -30,10 +29,10 @@ def write(job: Job, folder: Path) -> Written:
     return Written(load=WITH.format(kind="TorchAoConfig"), notes=notes)
 
 
-def _intx(scheme: Scheme) -> dict[str, Any]:
+def _intx(scheme: Scheme) -> dict[str, object]:
     """A scheme as torchao's IntxWeightOnlyConfig in JSON."""
 
-    def record(kind: str, **data: Any) -> dict[str, Any]:
+    def record(kind: str, **data: object) -> dict[str, object]:
         return {"_type": kind, "_version": 1, "_data": data}
 
     def member(kind: str, name: str) -> dict[str, str]:

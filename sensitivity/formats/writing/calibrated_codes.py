@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from sensitivity.measure.install.fold import fold
 from sensitivity.measure.install.plan_in_model import targets
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.grid import QuantizedWeight, sixteen
-from sensitivity.quantize.linears import Linears, reads
+from sensitivity.quantize.linears import Linears, StoredWeight, reads
 from sensitivity.quantize.methods import method_of, solve
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.plan import Plan, Scheme
@@ -81,10 +80,10 @@ class _Work:
         for weight in parts.weights:
             self.inputs.setdefault(reads(weight), []).append(weight)
         self.homes = {weight.name: component.name for component in parts.components for weight in component.weights}
-        self.found: dict[str, Any] = {}
+        self.found: dict[str, StoredWeight | None] = {}
         self.result = Found(self.give)
 
-    def give(self, name: str, weight: Tensor, scheme: Scheme) -> Any:
+    def give(self, name: str, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
         """The codes of one weight; blocks are solved until it is among them."""
         if name not in self.homes:
             return from_weights_alone(name, weight, scheme)  # a bias
@@ -127,8 +126,9 @@ class _Work:
                 self.parameters[weight.name].data = result.dequantize().to(own.dtype)
             if weight.bias and weight.bias in self.asked:
                 bias = self.own[weight.bias]
-                result = from_weights_alone(weight.bias, bias.reshape(1, -1), self.asked[weight.bias])
-                self.parameters[weight.bias].data = result.dequantize().to(bias.dtype).reshape(bias.shape)
+                rounded = from_weights_alone(weight.bias, bias.reshape(1, -1), self.asked[weight.bias])
+                assert rounded is not None  # methods that can leave a weight alone have no biases
+                self.parameters[weight.bias].data = rounded.dequantize().to(bias.dtype).reshape(bias.shape)
 
     def _fold(self, block: Mapping[str, Weight]) -> None:
         """Compute what folding the scales changes, and leave the model as it was measured.
@@ -138,7 +138,7 @@ class _Work:
         for name, weight in block.items():
             if self.asked[name].get("scales") == "folded" and reads(weight) not in self.statistics.absorbers:
                 self.result.unscaled.setdefault(self.homes[name], set()).add(weight.module.rpartition(".")[2])
-        results = {name: self.found[name] for name in block if isinstance(self.found[name], QuantizedWeight)}
+        results = {name: found for name in block if isinstance(found := self.found[name], QuantizedWeight)}
         scaled = {reads(block[name]) for name, result in results.items() if result.inputs is not None}
         if not scaled:
             return

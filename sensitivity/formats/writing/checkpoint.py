@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ class PackedLayout:
 
 
 def checkpoint(
-    job: Job, folder: Path, layout: PackedLayout | None, config: Mapping[str, Any], renamed: bool = False
+    job: Job, folder: Path, layout: PackedLayout | None, config: Mapping[str, object], renamed: bool = False
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Write all tensors as a stream, and copy the small files of the model.
 
@@ -60,7 +59,7 @@ def checkpoint(
     return weights, hashes
 
 
-def save(folder: Path, name: str, content: Any) -> None:
+def save(folder: Path, name: str, content: object) -> None:
     """Write a JSON file of an export."""
     (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

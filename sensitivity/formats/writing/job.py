@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from sensitivity.formats.writing.source import SourceCheckpoint, open_source
 from sensitivity.measure.install.plan_in_model import targets
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.grid import QuantizedWeight
-from sensitivity.quantize.linears import Linears
+from sensitivity.quantize.linears import Linears, StoredWeight
 from sensitivity.quantize.methods import solve
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
@@ -37,8 +36,8 @@ model = AutoModelForImageTextToText.from_pretrained(MODEL, quantization_config=s
 """
 
 
-# (parameter name, its tensor, its scheme) -> a StoredWeight; None: nothing to round
-Codes = Callable[[str, Tensor, Scheme], Any]
+# (parameter name, its tensor, its scheme) -> what is stored of it; None: nothing to round
+Codes = Callable[[str, Tensor, Scheme], StoredWeight | None]
 
 
 BY_ROW = ("rtn",)  # methods that quantize each row independently
@@ -47,7 +46,7 @@ BY_ROW = ("rtn",)  # methods that quantize each row independently
 PIECE = 2**20  # weights at a time, so that intermediate values stay in the CPU's shared cache
 
 
-def from_weights_alone(name: str, weight: Tensor, scheme: Scheme) -> Any:
+def from_weights_alone(name: str, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
     """Codes of methods that need only the weight."""
     from sensitivity.quantize.methods import METHODS
 
@@ -79,7 +78,7 @@ class Job:
     model: VLM | str
     parts: ComponentMap
     plan: Plan
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, object] = field(default_factory=dict)
     dtype: torch.dtype = torch.float16  # the type in which the plan was measured, and codes are computed
     codes: Codes = from_weights_alone
     changed: Mapping[str, Tensor] = field(default_factory=dict)  # parameters that folding changed

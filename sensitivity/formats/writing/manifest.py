@@ -6,14 +6,69 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from sensitivity.spec import schema
 from sensitivity.spec.errors import UserError
+from sensitivity.spec.fields import shown
 from sensitivity.spec.files import MARK, UNFINISHED, finite, write_whole
+from sensitivity.spec.sizes import SizeJson
 from sensitivity.study.exports import MANIFEST, VERIFIED
 
 __all__ = ["MANIFEST", "VERIFIED", "damage", "note", "read", "sha256", "why_foreign", "write"]
+
+
+class FileFacts(TypedDict):
+    """Size and hash of one file."""
+
+    bytes: int
+    sha256: str
+
+
+class StoredJson(TypedDict):
+    """The tensors that an export wrote."""
+
+    bytes: int
+    bpw: float
+    components: dict[str, int]
+    headers: int
+
+
+class DataFacts(TypedDict, total=False):
+    """On which data a plan was measured."""
+
+    tasks: list[str]
+    n: int
+    seed: int
+    data: dict[str, str]
+    whole_answers: bool
+
+
+class TrialFacts(TypedDict, total=False):
+    """What an export keeps of the trial of its plan; all of it is missing for a plan that was never measured."""
+
+    scores: dict[str, dict[str, float]] | None
+    full_precision_scores: dict[str, dict[str, float]]
+    path: str | None
+    versions: dict[str, str] | None
+    meta: DataFacts
+    note: str | None
+    path_gain: dict[str, object]
+
+
+class Manifest(TypedDict):
+    """The manifest of an export; its schema has every field."""
+
+    key: str
+    format: str
+    dtype: str
+    runs: bool
+    trial: TrialFacts
+    size: SizeJson
+    predicted_size: SizeJson
+    written: NotRequired[StoredJson]
+    files: dict[str, FileFacts]
+    written_by: NotRequired[str]
 
 
 def sha256(file: Path) -> str:
@@ -22,7 +77,7 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write(folder: Path, facts: Mapping[str, Any], known: Mapping[str, str]) -> None:
+def write(folder: Path, facts: Mapping[str, object], known: Mapping[str, str]) -> None:
     """Write the manifest, the last file of an export; `known` holds hashes that were computed while writing."""
     files = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": known.get(file.name) or sha256(file)}
@@ -33,13 +88,13 @@ def write(folder: Path, facts: Mapping[str, Any], known: Mapping[str, str]) -> N
     (folder / MANIFEST).write_text(content, encoding="utf-8")
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> Manifest:
     """The manifest of an export, or an error that says what is wrong with it."""
     if not (folder / MANIFEST).exists():
         raise UserError(f"{folder} is no export: it has no {MANIFEST}; `sensitivity export` writes one")
-    found = schema.read(folder / MANIFEST, "manifest", "export again")
+    found: Manifest = schema.read(folder / MANIFEST, "manifest", "export again")
     if outside := [name for name in found["files"] if Path(name).is_absolute() or ".." in Path(name).parts]:
-        raise UserError(f"{MANIFEST} of {folder} names {schema.shown(outside[0])}, which lies elsewhere; export again")
+        raise UserError(f"{MANIFEST} of {folder} names {shown(outside[0])}, which lies elsewhere; export again")
     return found
 
 
@@ -62,7 +117,7 @@ def why_foreign(out: Path) -> str:
     return f"it also holds {', '.join(others[:3])}, which no export wrote" if others else ""
 
 
-def damage(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+def damage(folder: Path, manifest: Manifest) -> list[str]:
     """Files that are missing, cut short or changed since they were written, and weight files that were added."""
     found = []
     for name, facts in manifest["files"].items():
@@ -78,6 +133,6 @@ def damage(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     return found + [f"{name} was added" for name in sorted(added)]
 
 
-def note(folder: Path, outcome: Mapping[str, Any]) -> None:
+def note(folder: Path, outcome: Mapping[str, object]) -> None:
     """Store the outcome of a verification in a file of its own, which the manifest does not hash."""
     write_whole(folder / VERIFIED, (json.dumps(finite(outcome), indent=1, default=str) + "\n").encode())

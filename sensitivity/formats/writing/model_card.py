@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from sensitivity.formats.writing.job import Job, Written
+from sensitivity.formats.writing.manifest import TrialFacts
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import Scheme
 from sensitivity.spec.sizes import component_bits, size
@@ -31,12 +31,12 @@ def _in_front(text: str) -> str:
     return text if simple else json.dumps(text)
 
 
-def card(job: Job, written: Written, format: str, facts: Mapping[str, Any]) -> str:
+def card(job: Job, written: Written, format: str, facts: TrialFacts) -> str:
     """The model card as Markdown."""
     return "\n".join(_lines(job, written, format, facts))
 
 
-def _lines(job: Job, written: Written, format: str, facts: Mapping[str, Any]) -> Iterator[str]:
+def _lines(job: Job, written: Written, format: str, facts: TrialFacts) -> Iterator[str]:
     """The lines of the card: front matter, plan, size, scores, loading, license."""
     license = job.source.license
     model = inert(Path(job.parts.model).name)
@@ -108,7 +108,7 @@ def _size(job: Job, written: Written, format: str) -> Iterator[str]:
         yield "This format is a configuration: the runtime's own tool makes the weights from it."
 
 
-def _scores(facts: Mapping[str, Any]) -> Iterator[str]:
+def _scores(facts: TrialFacts) -> Iterator[str]:
     """The measured scores as a table, beside full precision."""
     measured = facts.get("scores") or {}
     if not measured:

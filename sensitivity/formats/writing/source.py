@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,13 @@ BESIDE = re.compile(r".*\.(json|jinja|txt|model)|(licen[cs]e|notice|use_policy).
 NOT_BESIDE = re.compile(
     r"config\.json|(model\.safetensors|pytorch_model\.bin)\.index\.json|sensitivity\.json|verified\.json|trainer_state\.json"
 )
+
+
+class Processor(Protocol):
+    """What an export does with a processor of transformers."""
+
+    def save_pretrained(self, save_directory: Path) -> object:
+        """Write its files into a folder."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,10 @@ class SourceCheckpoint:
 
     name: str
     folder: Path
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     tensors: tuple[CheckpointTensor, ...]
     fingerprint: str = ""
-    processor: Any = None  # of a checkpoint in another layout, which lacks its files
+    processor: Processor | None = None  # of a checkpoint in another layout, which lacks its files
 
     def beside(self, target: Path) -> None:
         """Copy tokenizer, processor, generation settings and license, but not what an export writes itself."""
@@ -129,7 +136,7 @@ def _held(model: nn.Module) -> Iterator[CheckpointTensor]:
             yield CheckpointTensor(name, name, data.dtype, tuple(data.shape), lambda data=data: data)  # type: ignore[misc]
 
 
-def _as_converted(name: str, folder: Path, raw: Mapping[str, Any]) -> SourceCheckpoint:
+def _as_converted(name: str, folder: Path, raw: Mapping[str, object]) -> SourceCheckpoint:
     """A checkpoint in another layout; each tensor is converted when it is read."""
     found = as_converted(folder, name, raw)
     parameters = dict(load(name, config_only=True).model.named_parameters())
@@ -185,7 +192,7 @@ def _renaming(skeleton: nn.Module, name: str) -> Callable[[str], str]:
     return rename
 
 
-def _complete(parameters: Mapping[str, Any], tensors: list[CheckpointTensor], name: str) -> None:
+def _complete(parameters: Mapping[str, object], tensors: list[CheckpointTensor], name: str) -> None:
     """Raise an error if a parameter of the model has no tensor in the checkpoint."""
     found = {tensor.parameter for tensor in tensors}
     if missing := sorted(set(parameters) - found):
