@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -211,6 +212,17 @@ def test_nobody_but_cli_prints_or_reads_argv() -> None:
         if path.relative_to(PACKAGE).parts[0] not in ("cli", "__main__.py"):
             names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
             assert not names & {"print", "argparse"}, path
+
+
+UNITS = re.compile(r"[*/] ?(8|1)e(6|9)\b")  # megabytes and gigabytes, of bytes or of bits
+
+
+def test_bytes_become_megabytes_and_gigabytes_in_one_file() -> None:
+    files = [*MODULES, *PACKAGE.rglob("*.html")]
+    found = {path.name for path in files for line in path.read_text(encoding="utf-8").splitlines()
+             if UNITS.search(line) and "flops" not in line}  # fmt: skip
+    assert UNITS.search('f"{size / 1e9:.2f} GB"')
+    assert found <= {"sizes.py"}
 
 
 FAMILIES = ("blip", "llava", "qwen", "paligemma", "idefics", "mllama", "florence")

@@ -24,6 +24,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import Notice, UserError, reason
 from sensitivity.spec.plan import Plan
+from sensitivity.spec.sizes import GB
 from sensitivity.spec.version import __version__
 from sensitivity.study.racing import still_in_race
 from sensitivity.study.records import mixed
@@ -185,7 +186,7 @@ class _SharedWork:
         self.ends = cuts(tasks, growing)
         self.batches: dict[str, list[Batch]] = {}
         self.begun: int | None = None  # first image of the shard that `batches` holds
-        self.half = int(memory_gb * 1e9 / 2)
+        self.half = int(memory_gb * GB / 2)
         self.weights = None if plain else WeightCodes(self.half)
         self.replay = None if plain else self._proven()
 

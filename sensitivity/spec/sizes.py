@@ -1,4 +1,4 @@
-"""The size of a plan: the only place where bits and bytes are counted."""
+"""Counts bits and bytes: of plans, of choices, of budgets; and writes bytes in words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Plan, Scheme, scheme_of
 
 LABEL = 112  # upper bound on the bytes of a tensor's entry in a safetensors header, without its name
-
+MB, GB = 1e6, 1e9  # bytes, as disks and hubs count them
 
 PAPER_NATIVE_BITS = 16  # bits that the published bpw figures count for every weight that is not quantized
 
@@ -64,10 +64,10 @@ class Size:
 
 
 def in_words(count: float) -> str:
-    """Bytes in decimal units, as disks and hubs count them."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+    """A number of bytes with three digits and a unit, such as 13.5 GB."""
+    for unit, name in ((GB, "GB"), (MB, "MB")):
         if count >= unit:
-            return f"{count / unit:.2f} {name}"
+            return f"{count / unit:.{max(0, 2 - int(math.log10(count / unit)))}f} {name}"
     return f"{count / 1e3:.0f} kB"
 
 
@@ -179,6 +179,44 @@ def component_bits(parts: ComponentMap, name: str, scheme: Scheme | None, format
     return sum(weight_bits(scheme, w, parts.native_bits, format) for w in parts[name].weights)
 
 
+def kept_bits(parts: ComponentMap) -> int:
+    """All bits of the weights that no plan changes."""
+    return parts.native_bits * sum(kept.numel for kept in parts.kept)
+
+
+def choice_bits(
+    parts: ComponentMap,
+    axes: Iterable[Iterable[str]],
+    choices: Iterable[Iterable[Scheme | None]],
+    format: str | None = None,
+) -> list[list[int]]:
+    """For each group of components and each of its choices: the bits of the group's components together."""
+    return [
+        [sum(component_bits(parts, name, choice, format) for name in names) for choice in options]
+        for names, options in zip(axes, choices, strict=True)
+    ]
+
+
+def budget_bits(parts: ComponentMap, bpw: float) -> int:
+    """The bits that a budget in bits per weight allows the whole model."""
+    return math.floor(bpw * parts.numel + 1e-6)  # else 4.1 bpw may round to a bit too few
+
+
+def bits_in(count: float) -> int:
+    """The whole bits in a number of bytes, which may be a fraction."""
+    return math.floor(8 * count + 1e-6)
+
+
+def bpw_in_gb(parts: ComponentMap, gb: float, headers: int = 0) -> float:
+    """The bits per weight for which so many GB are enough, beside the headers of files, which take so many bytes."""
+    return max(8 * (gb * GB - headers), 1) / parts.numel
+
+
+def codes_in_mb(parts: ComponentMap, name: str, bits: float) -> float:
+    """The megabytes of a component's codes at a bit width, or at a difference of widths."""
+    return parts[name].numel * bits / (8 * MB)
+
+
 def size(parts: ComponentMap, plan: Plan, format: str | None = None) -> Size:
     """The size of a plan with everything counted: codes, scales, zero points, codebooks, kept weights.
 
@@ -191,8 +229,7 @@ def size(parts: ComponentMap, plan: Plan, format: str | None = None) -> Size:
     """
     plan.check(parts)
     kept = sum(k.numel for k in parts.kept)
-    stored = kept * parts.native_bits
-    stored += sum(component_bits(parts, c.name, plan[c.name], format) for c in parts.components)
+    stored = kept_bits(parts) + sum(component_bits(parts, c.name, plan[c.name], format) for c in parts.components)
     # the papers count 16 bits for what is not quantized, whatever the checkpoint stores
     codes = sum(c.numel * (s.bits if (s := plan[c.name]) else PAPER_NATIVE_BITS) for c in parts.components)
     bpw_codes = (codes + kept * PAPER_NATIVE_BITS) / parts.numel

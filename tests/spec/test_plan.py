@@ -11,7 +11,18 @@ import pytest
 from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.sizes import OVERHEAD, groups, size
+from sensitivity.spec.sizes import (
+    GB,
+    OVERHEAD,
+    bits_in,
+    bpw_in_gb,
+    budget_bits,
+    choice_bits,
+    groups,
+    in_words,
+    kept_bits,
+    size,
+)
 
 
 @pytest.fixture
@@ -43,6 +54,43 @@ def test_all_that_is_stored_is_counted(parts: ComponentMap, scheme: Scheme, over
     bits = 6 * (60 * scheme.bits + overhead) + 16 * (24 + 104)
     assert size(parts, plan).bits == bits
     assert size(parts, plan).bpw_codes == (360 * scheme.bits + 16 * 128) / 488
+
+
+def test_bits_of_choices_add_up_to_the_size_of_every_plan(parts: ComponentMap) -> None:
+    options = [None, Scheme("rtn", 4, 4, False), Scheme("uniform", 2, "tensor", False)]
+    bits = choice_bits(parts, [(name,) for name in parts.names], [options] * len(parts.names))
+    together = choice_bits(parts, [parts.names], [options])[0]
+    for i, first in enumerate(options):
+        for j, second in enumerate(options):
+            plan = Plan(tuple(zip(parts.names, (first, second), strict=True)))
+            assert size(parts, plan).bits == kept_bits(parts) + bits[0][i] + bits[1][j]
+        assert together[i] == bits[0][i] + bits[1][i]
+
+
+def test_budgets_in_bits_per_weight_and_in_bytes(parts: ComponentMap) -> None:
+    assert parts.numel == 488
+    assert budget_bits(parts, 4.125) == 2013  # 4.125 * 488 is a whole number of bits
+    assert budget_bits(parts, 4.1) == 2000  # and 2000.8 is not
+    assert budget_bits(parts, size(parts, Plan.uniform(parts, None)).bpw) == 16 * 488
+    assert bits_in(12.5) == 100
+    assert bpw_in_gb(parts, 488 / GB) == pytest.approx(8)
+    assert bpw_in_gb(parts, 488 / GB, headers=244) == pytest.approx(4)
+    assert bpw_in_gb(parts, 0.0, headers=244) > 0  # a budget below the headers is a budget that nothing fits
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (0, "0 kB"),
+        (999_999, "1000 kB"),
+        (1.83e6, "1.83 MB"),
+        (18.3e6, "18.3 MB"),
+        (183e6, "183 MB"),
+        (13.5e9, "13.5 GB"),
+    ],
+)
+def test_bytes_in_words(count: float, words: str) -> None:
+    assert in_words(count) == words
 
 
 def test_quantized_biases_are_counted(parts: ComponentMap) -> None:

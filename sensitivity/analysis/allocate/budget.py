@@ -15,7 +15,7 @@ from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import Allowed
 from sensitivity.spec.plan import Plan
-from sensitivity.spec.sizes import Size
+from sensitivity.spec.sizes import Size, bits_in, budget_bits, in_words
 from sensitivity.study.study import Study
 
 Floats = np.ndarray
@@ -114,12 +114,13 @@ def budgets(
     """Each limit in bits, and in bits per weight as the user gave it."""
     if (bpw is None) == (size_in_bytes is None):
         raise UserError("a recommendation needs one budget: bits per weight (--bpw 4.0) or bytes (--gb 2.5)")
-    given, unit = (bpw, parts.numel) if size_in_bytes is None else (size_in_bytes, 8)
+    given = bpw if size_in_bytes is None else size_in_bytes
     limits = [float(limit) for limit in (given if isinstance(given, Iterable) else [given or 0.0])]
     if bad := [limit for limit in limits if not (math.isfinite(limit) and limit > 0)]:
         raise UserError(f"a budget must be above 0, not {bad[0]:g}")
-    bits = [math.floor(limit * unit + 1e-6) for limit in limits]  # else 4.1 bpw may round to a bit too few
-    return list(zip(bits, limits if size_in_bytes is None else [one / parts.numel for one in bits], strict=True))
+    if size_in_bytes is not None:
+        return [(bits, bits / parts.numel) for bits in map(bits_in, limits)]
+    return [(budget_bits(parts, limit), limit) for limit in limits]
 
 
 def spend(
@@ -213,8 +214,8 @@ def _infeasible(
     low, high = (knapsack.size(knapsack.space.decode(row)).bits for row, _ in (smallest, largest))
     if low > budget:
         return UserError(
-            f"no measured plan fits {budget / numel:.2f} bpw ({_bytes(budget)}): with the widths of this study "
-            f"{low / numel:.2f} to {high / numel:.2f} bpw ({_bytes(low)} to {_bytes(high)}"
+            f"no measured plan fits {budget / numel:.2f} bpw ({in_words(budget / 8)}): with the widths of this study "
+            f"{low / numel:.2f} to {high / numel:.2f} bpw ({in_words(low / 8)} to {in_words(high / 8)}"
             f"{f' in {knapsack.format} files' if knapsack.format else ''}) can be reached; "
             "ask for more, or sweep lower widths (--bits)"
         )
@@ -233,11 +234,6 @@ def _infeasible(
     )
 
 
-def _bytes(bits: float) -> str:
-    """A number of bits in MB or GB."""
-    return f"{bits / 8e9:.2f} GB" if bits >= 8e9 else f"{bits / 8e6:.2f} MB"
-
-
 def best_uniform(
     knapsack: Knapsack,
     budget: float,
@@ -249,7 +245,7 @@ def best_uniform(
     parts = knapsack.parts
     shared = set.intersection(*(set(options) for options in knapsack.space.choices))
     plans = [Plan.uniform(parts, choice) for choice in sorted(shared, key=str)]
-    plans = [plan for plan in plans if knapsack.size(plan).bits <= budget * parts.numel + 1e-6 and fits(plan)]
+    plans = [plan for plan in plans if knapsack.size(plan).bits <= budget_bits(parts, budget) and fits(plan)]
     found = [
         Candidate(plan, knapsack.size(plan), budget, 0, predicted)
         for plan, predicted in zip(plans, knapsack.predicted(plans), strict=True)

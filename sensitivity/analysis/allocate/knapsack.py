@@ -17,7 +17,7 @@ from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.limits import Allowed
 from sensitivity.spec.plan import Plan
-from sensitivity.spec.sizes import Size, component_bits, size
+from sensitivity.spec.sizes import Size, choice_bits, kept_bits, size
 from sensitivity.spec.standard_output import silenced
 from sensitivity.study.study import Study
 
@@ -67,12 +67,8 @@ class Knapsack:
         cls, parts: ComponentMap, space: Space, models: Mapping[str, Surrogate], format: str | None = None
     ) -> Knapsack:
         """The knapsack of a space and of surrogates that were fitted already."""
-        bits = tuple(
-            np.array([component_bits(parts, name, choice, format) for choice in options], dtype=float)
-            for name, options in zip(space.names, space.choices, strict=True)
-        )
-        kept = size(parts, Plan.uniform(parts, None)).bits - int(sum(b[0] for b in bits))
-        return cls(parts, space, bits, dict(models), kept, format)
+        bits = choice_bits(parts, [(name,) for name in space.names], space.choices, format)
+        return cls(parts, space, tuple(np.array(b, dtype=float) for b in bits), dict(models), kept_bits(parts), format)
 
     def size(self, plan: Plan) -> Size:
         """What a plan weighs, as the format stores it."""

@@ -17,7 +17,7 @@ from sensitivity.spec.limits import Allowed, both, joined
 from sensitivity.spec.loadable import restrict, searches
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes import abilities, breaches, files_of, tied
-from sensitivity.spec.sizes import Size, size
+from sensitivity.spec.sizes import Size, budget_bits, size
 from sensitivity.study.study import Study
 
 
@@ -73,7 +73,7 @@ def legalize(study: Study, plan: Plan, runtime: str, bpw: float | None = None, t
     before = size(study.parts, plan, files_of(runtime))
     found = tuple(breaches(study.parts, plan, runtime))
     predicted = _predicted(study, plan, task)
-    fits = bpw is None or before.bits <= bpw * study.parts.numel
+    fits = bpw is None or before.bits <= budget_bits(study.parts, bpw)
     if not found and fits:
         return Legal(runtime, task, plan, (), plan, before, before, predicted, predicted)
     best = legal(study, runtime, before.bpw if bpw is None else bpw, task)

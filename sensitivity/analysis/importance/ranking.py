@@ -16,6 +16,7 @@ from sensitivity.analysis.importance.types import Ranking
 from sensitivity.analysis.observations import Observations, check_task, observations_of
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
+from sensitivity.spec.sizes import codes_in_mb
 from sensitivity.study.counting import count
 from sensitivity.study.study import Study
 
@@ -228,8 +229,7 @@ def _gains(fitted: Fitted, names: Sequence[str], parts: ComponentMap | None, col
         for column in group:
             low[:, column], high[:, column] = fitted.x[:, column].min(), fitted.x[:, column].max()
         gain = float(np.mean(fitted.forest.predict(high) - fitted.forest.predict(low)))
-        megabytes = (
-            sum(parts[columns[c]].numel * float(np.ptp(fitted.x[:, c])) / 8e6 for c in group) if parts else math.nan
-        )
+        widths = {columns[c]: float(np.ptp(fitted.x[:, c])) for c in group}
+        megabytes = sum(codes_in_mb(parts, name, bits) for name, bits in widths.items()) if parts else math.nan
         rows.append({"gain": gain, "gain_per_mb": gain / megabytes if megabytes else math.nan})
     return pd.DataFrame(rows, index=pd.Index(names, name="component"))

@@ -29,7 +29,7 @@ from sensitivity.spec.components import LABELS, ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import may_write, table_of, write_whole
 from sensitivity.spec.plan import Plan
-from sensitivity.spec.sizes import size
+from sensitivity.spec.sizes import budget_bits, in_words, size
 from sensitivity.spec.version import __version__
 from sensitivity.study import exports
 from sensitivity.study.study import Study
@@ -114,7 +114,11 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"score": _score, "percent": lambda x: "–" if x is None or math.isnan(x) else f"{x:.1f} %"}
+    found.filters |= {
+        "score": _score,
+        "percent": lambda x: "–" if x is None or math.isnan(x) else f"{x:.1f} %",
+        "in_words": in_words,
+    }
     return found
 
 
@@ -200,7 +204,7 @@ def _budgets(study: Study, task: str) -> list[Candidate]:
         return []
     for bpw in BUDGETS:
         try:
-            best = spend(knapsack, int(bpw * study.parts.numel), {task: 1.0}, top=1, asked=bpw)[0]
+            best = spend(knapsack, budget_bits(study.parts, bpw), {task: 1.0}, top=1, asked=bpw)[0]
         except UserError:
             continue
         if not found or best.plan.key != found[-1].plan.key:

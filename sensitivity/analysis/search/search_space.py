@@ -19,7 +19,7 @@ from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.limits import Allowed
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.sizes import component_bits, size
+from sensitivity.spec.sizes import choice_bits, kept_bits
 
 POPULATION = 20  # plans per generation of NSGA-II
 
@@ -58,14 +58,9 @@ class SearchSpace:
             axes.append(group)
             choices.append((None, *(choice for choice in fine if choice is not None)))
             low.append(int(fine[0] is not None))
-        bits = tuple(
-            np.array([sum(component_bits(parts, name, choice) for name in group) for choice in options], dtype=float)
-            for group, options in zip(axes, choices, strict=True)
-        )
-        # what remains of the native plan's size without the components: the weights that no plan changes
-        kept = size(parts, Plan.uniform(parts, None)).bits - sum(b[0] for b in bits)
+        bits = tuple(np.array(b, dtype=float) for b in choice_bits(parts, axes, choices))
         joint = Space(tuple("+".join(group) for group in axes), tuple(choices))
-        return cls(parts.names, tuple(axes), joint, tuple(low), PlanSizes(bits, float(kept), parts.numel))
+        return cls(parts.names, tuple(axes), joint, tuple(low), PlanSizes(bits, kept_bits(parts), parts.numel))
 
     @property
     def native(self) -> Plan:

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sensitivity.spec.sizes import in_words
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -81,7 +83,7 @@ def recommendation(found: Recommendation) -> None:
     print(f"Best plan for {found.budget:.4g} bits per weight, judged by {found.task}:")
     print(f"  {found.plan.describe()}")
     size = found.size
-    print(f"  {size.bpw:.2f} bpw {size.how} ({size.bpw_codes:.2f} codes only), {_megabytes(size.bytes)}")
+    print(f"  {size.bpw:.2f} bpw {size.how} ({size.bpw_codes:.2f} codes only), {in_words(size.bytes)}")
     if found.measured is None:
         expected = found.predicted
         print(f"  predicted {found.task} {expected.score:.3f} [{expected.low:.3f}, {expected.high:.3f}]")
@@ -93,10 +95,6 @@ def recommendation(found: Recommendation) -> None:
         if found.uniform is not None:
             print(f"  best uniform plan within the budget: {found.uniform.other.describe()}, {found.uniform.score}")
     print(f"  {found.words}")
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def _interval(row: pd.Series, task: str) -> str:

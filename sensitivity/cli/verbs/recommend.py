@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.models.loading import device_of, dtype_of, load
     from sensitivity.spec.errors import UserError
     from sensitivity.spec.runtimes import files_of
-    from sensitivity.spec.sizes import labels
+    from sensitivity.spec.sizes import bpw_in_gb, labels
     from sensitivity.study.study import Study
 
     if args.gb is not None:
@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     study = Study(args.study)
     if args.task and args.weight:
         raise UserError("either --task names the one task that decides, or --weight says how much each counts")
-    beside = 8 * labels(study.parts) if files_of(args.runtime) else 0  # GB count headers of files too, bpw does not
-    bpw = args.bpw if args.gb is None else tuple(max(gb * 8e9 - beside, 1) / study.parts.numel for gb in args.gb)
+    headers = labels(study.parts) if files_of(args.runtime) else 0  # GB count headers of files too, bpw does not
+    bpw = args.bpw if args.gb is None else tuple(bpw_in_gb(study.parts, gb, headers) for gb in args.gb)
     weights = dict(flags.distinct("--weight", args.weight)) or {args.task or study.tasks[0]: 1.0}
     floors, allow = dict(flags.distinct("--floor", args.floor)), dict(flags.distinct("--allow", args.allow))
     wish = Wish(bpw, weights, floors, allow, args.tie, args.runtime, args.top)

@@ -11,7 +11,7 @@ from sensitivity.formats.writing.job import Job, Written
 from sensitivity.formats.writing.manifest import TrialFacts
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import Scheme
-from sensitivity.spec.sizes import component_bits, size
+from sensitivity.spec.sizes import component_bits, kept_bits, size
 from sensitivity.study.exports import path_gain
 
 PLAIN = re.compile(
@@ -59,7 +59,7 @@ def _lines(job: Job, written: Written, format: str, facts: TrialFacts) -> Iterat
         yield f"| {inert(component.name)} | {_scheme(scheme)} | {component.numel:,} | {predicted:,} | {stored} |"
     kept = sum(k.numel for k in job.parts.kept)
     stored = f"{written.bytes['kept']:,}" if written.bytes else "–"
-    sizes = f"{kept:,} | {kept * job.parts.native_bits // 8:,} | {stored}"
+    sizes = f"{kept:,} | {kept_bits(job.parts) // 8:,} | {stored}"
     yield f"| kept ({_reasons(job.parts)}) | native | | | | {sizes} |"
     yield from ("", "## Size", "", *_size(job, written, format), "", "## Scores", "")
     yield from _scores(facts)

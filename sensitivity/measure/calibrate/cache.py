@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.files import discard, whole
+from sensitivity.spec.sizes import GB
 
 # Parts of the system's message where a folder cannot be written.
 CLOSED = ("Permission denied", "Read-only", "No space", "quota", "Not a directory")
@@ -71,7 +72,7 @@ class Cache:
         """Write tensors under their description, unless they exceed the limit or the folder cannot be written."""
         file, text = self._entry(about, device)
         size = sum(tensor.numel() * tensor.element_size() for tensor in made.values())
-        if size <= self.limit_gb * 1e9:
+        if size <= self.limit_gb * GB:
             # safetensors refuses tensors that share memory
             apart = {name: t.contiguous().clone() for name, t in made.items()}
             try:
@@ -100,7 +101,7 @@ class Cache:
                 entries.append((file.stat().st_mtime_ns, file.stat().st_size, file))
         total = size + sum(entry[1] for entry in entries)
         for _, bytes_, file in sorted(entries, key=lambda entry: entry[0]):
-            if total <= self.limit_gb * 1e9:
+            if total <= self.limit_gb * GB:
                 break
             if discard(file, _is_entry(file)):  # the folder may also hold foreign files, which stay
                 total -= bytes_

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,7 @@ from sensitivity.quantize.linears import reads
 from sensitivity.quantize.methods import method_of
 from sensitivity.spec.components import PARTS, ComponentMap
 from sensitivity.spec.plan import Plan, Scheme, scheme_of
+from sensitivity.spec.sizes import GB, in_words
 from sensitivity.study.study import EXAMPLE_COLUMNS
 from sensitivity.tasks.examples.types import Task
 
@@ -67,7 +67,7 @@ class Forecast:
             amounts = getattr(self, name)
             if amounts:
                 label = name if name == "disk" else f"{name} memory"
-                found.append((label, _size(sum(amounts.values())), _made(amounts, _size)))
+                found.append((label, in_words(sum(amounts.values())), _made(amounts, in_words)))
         return found
 
 
@@ -114,9 +114,9 @@ def forecast_sweep(
         "weights": float(parts.numel * kind.itemsize),
         "quantized weights": 0.0
         if plain
-        else min(memory_gb * 1e9 / 2, len(schemes) * CODE * many)
+        else min(memory_gb * GB / 2, len(schemes) * CODE * many)
         + many * kind.itemsize,  # codes, and the running plan's dequantized weights
-        "hidden states": 0.0 if plain else min(memory_gb * 1e9 / 2, sum(model.kept(sample) for sample in samples)),
+        "hidden states": 0.0 if plain else min(memory_gb * GB / 2, sum(model.kept(sample) for sample in samples)),
         "activations": max(model.activations(sample) for sample in samples),
         "statistics": grams,
     }
@@ -124,7 +124,7 @@ def forecast_sweep(
         "Python": float(resident + LATER),
         "examples": sum(sample.bytes * min(sample.images, MOST) for sample in samples),
     }
-    cached = min(cache_gb * 1e9, grams + CODE * many * len(calibrated)) if calibrated else 0.0
+    cached = min(cache_gb * GB, grams + CODE * many * len(calibrated)) if calibrated else 0.0
     return Forecast(
         plans=len(plans),
         examples=sum(sample.examples for sample in samples),
@@ -214,11 +214,3 @@ def _span(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _size(amount: float) -> str:
-    """A number of bytes as text."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if amount >= unit:
-            return f"{amount / unit:.{max(0, 2 - int(math.log10(amount / unit)))}f} {name}"
-    return f"{amount / 1e3:.0f} kB"
