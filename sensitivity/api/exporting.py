@@ -107,7 +107,7 @@ def _on_path(study: Study, plan: Plan, path: str, model: VLM) -> tuple[Plan, Tri
     if other == plan:
         known = any(scheme is not None and method_of(scheme).calibrated for _, scheme in plan.schemes)
         why = f"was measured on the {path} path already" if known else "has no method that is calibrated"
-        raise UserError(f"--path {path} changes nothing: this plan {why}; leave it away")
+        raise UserError(f"--path {path} changes nothing: this plan {why}; leave it out")
     # one sweep for each plan, as their calibration statistics differ; both on the same fresh examples, in one study
     second, meta = study, study.meta
     for one in (plan, other):

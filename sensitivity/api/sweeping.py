@@ -182,7 +182,7 @@ def calibrated(
         return list(schemes), None
     named = {tuple(one.get(fact) for fact in ("calibration", "examples", "seed", "path")) for one in needing}
     if len(named) > 1:
-        raise UserError("these plans were calibrated on different data; run those of each in a sweep of its own")
+        raise UserError("these plans were calibrated on different data; sweep those of each calibration separately")
     if None not in (known := named.pop()):
         tasks, n, seed, path = str(known[0]).split(","), int(known[1] or 0), int(known[2] or 0), str(known[3])
     cache = Cache(home(), cache_gb) if cache_gb > 0 else None

@@ -22,5 +22,5 @@ def why_foreign(out: Path) -> str:
     try:
         read(out)
     except UserError:
-        return "it is no plan that `sensitivity` wrote"
+        return "it is not a plan that `sensitivity` wrote"
     return ""

@@ -31,7 +31,9 @@ def resolve(name: str, config_only: bool = False) -> tuple[Path, Adapter | None]
     config = adapter_config(folder, alone)
     if config is None:
         if at:
-            raise UserError(f"{alone} is no adapter, which alone takes a base model behind an @; type {alone}")
+            raise UserError(
+                f"{alone} is not an adapter, and only an adapter takes a base model after an @; type {alone}"
+            )
         return folder, None
     adapter = Adapter(folder, config, base or base_of(config, folder, alone))
     _check_chain(adapter, name)

@@ -207,14 +207,14 @@ def header(file: Path) -> dict[str, Entry]:
     It does not report where a tensor begins, but ensures that they follow each other, so their sizes tell.
     """
     if trouble := not_a_file(file):
-        raise UserError(f"{file.name} is no whole safetensors file ({trouble}); fetch it again")
+        raise UserError(f"{file.name} is not a complete safetensors file ({trouble}); fetch it again")
     try:
         with safe_open(file, framework="pt") as opened:
             found = [(key, opened.get_slice(key)) for key in opened.offset_keys()]
             kinds = [(key, one.get_dtype(), tuple(one.get_shape())) for key, one in found]
     except (SafetensorError, OSError) as error:
         why = reason(error).removeprefix("Error while deserializing header: ")
-        raise UserError(f"{file.name} is no whole safetensors file ({why}); fetch it again") from error
+        raise UserError(f"{file.name} is not a complete safetensors file ({why}); fetch it again") from error
     if strange := sorted({dtype for _, dtype, _ in kinds} - set(DTYPES)):
         raise UserError(f"{file.name} holds numbers of the type {strange[0]}; known are {', '.join(DTYPES)}")
     entries, start = {}, file.stat().st_size - sum(prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in kinds)

@@ -78,7 +78,7 @@ def discover(
     weights += [_words(model, path, asked[path], aliases[id(asked[path])], heads, places, blocks) for path in asked]
     found = {word for weight in weights for word in ((weight.kind, EMBEDDING) if weight.tied else (weight.kind,))}
     if lacking := [word for word in include if word not in found]:
-        raise UserError(f"{name or type(model).__name__} has no {lacking[0]} to include; leave that word away")
+        raise UserError(f"{name or type(model).__name__} has no {lacking[0]} to include; leave it out")
     check(weights, kept, {path: parameter.numel() for path, parameter in parameters.items()})
     parts = ComponentMap(name or type(model).__name__, "group.kind", tuple(weights), tuple(kept), native_bits)
     return parts.regroup(by)

@@ -112,7 +112,7 @@ class Curvature:
         """Raise an error where the layer saw no token, or where its inputs were not finite."""
         if self.tokens == 0:
             raise UserError(
-                f"{name} saw no token of the calibration data, so nothing is known about it; calibrate on a task that "
+                f"{name} received no token of the calibration data, so it has no statistics; calibrate on a task that "
                 "uses it, or leave it at native precision"
             )
         if not (torch.isfinite(self.magnitude).all() and torch.isfinite(self.gram.diagonal()).all()):

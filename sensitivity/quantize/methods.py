@@ -142,7 +142,7 @@ def _checked(name: str, row: Method, setting: str, value: Setting) -> Setting:
     default = row.settings[setting]
     if isinstance(default, bool | str):
         if type(value) is not type(default):
-            raise UserError(f"{setting} of {name} is like {default!r}, not {value!r}")
+            raise UserError(f"{setting} of {name} takes a value like {default!r}, not {value!r}")
         return value
     low, high = row.ranges[setting]
     # the default decides the type; bool is excluded below, since Python counts it as an int

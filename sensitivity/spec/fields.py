@@ -133,20 +133,20 @@ def parsed(text: str | bytes) -> Any:
         plain = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
         return json.loads(plain, parse_constant=_constant)
     except UnicodeDecodeError as error:
-        raise Misfit(f"byte {error.start:,} is no UTF-8") from error
+        raise Misfit(f"byte {error.start:,} is not UTF-8") from error
     except json.JSONDecodeError as error:
         raise Misfit(f"{error.msg} at line {error.lineno}, column {error.colno}") from error
     except RecursionError as error:
-        raise Misfit("too many brackets inside each other") from error
+        raise Misfit("it is nested too deeply") from error
     except Misfit:
         raise
     except ValueError as error:  # Python refuses to convert a number of more than 4,300 digits
-        raise Misfit("a number of too many digits") from error
+        raise Misfit("a number has too many digits") from error
 
 
 def _constant(name: str) -> float:
     if name == "NaN":
-        raise Misfit("NaN is no JSON")
+        raise Misfit("NaN is not valid JSON")
     return -math.inf if name.startswith("-") else math.inf  # transformers writes them into configurations
 
 
@@ -172,7 +172,7 @@ def not_a_file(file: Path) -> str | None:
         return MISSING
     if stat.S_ISREG(mode):
         return None
-    return FOLDER if stat.S_ISDIR(mode) else "it is no file, but a pipe or a device"
+    return FOLDER if stat.S_ISDIR(mode) else "it is a pipe or a device, not a file"
 
 
 def read(file: Path) -> Any:

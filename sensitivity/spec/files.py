@@ -30,7 +30,7 @@ def full(target: Path, error: OSError) -> Failed:
     """The error for a file that could not be written or read, with what the user can do about a full disk."""
     if error.errno in NO_SPACE:
         return Failed(
-            f"no space is left for {target}; what was finished is kept: make room, and the same command goes on"
+            f"no space is left for {target}; what was finished is kept; free some space, and the same command continues"
         )
     return Failed(f"cannot use {target}: {error.strerror or type(error).__name__}")
 

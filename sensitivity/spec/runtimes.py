@@ -204,7 +204,7 @@ def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
     elif not scheme.symmetric and able.zeros is not None and scheme.group not in able.zeros:
         yield f"{able.about} loads zero points of {listed(able.zeros)} groups, not of {scheme.group}; use --symmetric"
     if scheme.get("biases") and not able.biases:
-        yield f"{able.about} keeps biases in full precision; leave --biases away"
+        yield f"{able.about} keeps biases in full precision; leave out --biases"
     yield from _misfits(component.weights, scheme, able)
 
 

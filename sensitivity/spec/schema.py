@@ -94,7 +94,7 @@ def fault(value: object, wanted: Schema | bool, home: str, at: str = "") -> str 
     if wanted is True:
         return None
     if wanted is False:
-        return f"'{at}' is not known here"
+        return f"'{at}' is not a known field"
     if ref := wanted.get("$ref"):
         home, wanted = _there(ref, home)
     if options := wanted.get("anyOf"):

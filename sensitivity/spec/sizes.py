@@ -95,7 +95,7 @@ def _blocks(scheme: Scheme, rows: int, cols: int) -> int:
     and a table of 256 float32 numbers.
     """
     if isinstance(scheme.group, str):
-        raise UserError(f"{scheme.method} has blocks of a number of weights (its group), not '{scheme.group}'")
+        raise UserError(f"the group of {scheme.method} is a number of weights, not '{scheme.group}'")
     blocks = math.ceil(rows * cols / scheme.group)
     # the tables are counted per weight, since bitsandbytes stores them with each one
     table = 16 * 32

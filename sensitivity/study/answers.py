@@ -40,9 +40,9 @@ def read(path: Path) -> pd.DataFrame:
         raise Damaged("it has no rows")
     score = frame["score"].to_numpy() if pd.api.types.is_numeric_dtype(frame["score"]) else np.array([np.nan])
     if not np.isfinite(score.astype(float)).all():
-        raise Damaged("a score is no number")
+        raise Damaged("a score is not a number")
     if not all(isinstance(task, str) for task in frame["task"].unique()) or frame["cluster"].isna().any():
         raise Damaged("a row does not say which task or which image it is about")
     if frame.duplicated(["task", "example"]).any():
-        raise Damaged("an example stands in it twice")
+        raise Damaged("it holds an example twice")
     return frame

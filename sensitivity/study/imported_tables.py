@@ -125,7 +125,7 @@ def _free(out: Path) -> None:
         trials = count(len(Study(out).trials()), "trial")
         raise UserError(f"{out} already holds a study with {trials}; choose another --out")
     if not out.is_dir() or any(out.iterdir()):
-        raise UserError(f"{out} is already there and is no empty folder; choose another --out")
+        raise UserError(f"{out} already exists and is not an empty folder; choose another --out")
 
 
 @contextlib.contextmanager
@@ -173,7 +173,7 @@ def _check_scores(scores: pd.DataFrame) -> None:
 def _read(path: Path) -> pd.DataFrame:
     """A CSV file, or an error that says what is wrong with it."""
     if path.exists() and not path.is_file():  # reading a pipe could wait forever
-        raise UserError(f"cannot read {path}: it is no file")
+        raise UserError(f"cannot read {path}: it is not a file")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             header = next(csv.reader(file), [])
@@ -182,7 +182,7 @@ def _read(path: Path) -> pd.DataFrame:
             warnings.simplefilter("error", pd.errors.ParserWarning)  # a row that is longer than the header
             table = pd.read_csv(path, encoding="utf-8-sig", index_col=False)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or 'it is away'}") from error
+        raise UserError(f"cannot read {path}: {error.strerror or 'it is not there'}") from error
     except UnicodeError as error:
         raise UserError(f"{path} is not a table with commas and a header: it is not text in UTF-8") from error
     except (ValueError, csv.Error, pd.errors.ParserWarning) as error:
@@ -219,7 +219,7 @@ def _switched(table: pd.DataFrame, switches: Switches | None) -> pd.DataFrame:
     for column, component in switches.columns.items():
         on = numbers(table, column)
         if wrong := sorted(set(on[np.isfinite(on)]) - {0.0, 1.0}):
-            raise UserError(f"'{column}' is to be a switch, 0 or 1, but holds {wrong[0]:g}")
+            raise UserError(f"a switch is 0 or 1, and column '{column}' holds {wrong[0]:g}")
         if switches.kind is None:
             found[component] = np.where(np.isnan(on), np.nan, np.where(on == 1, bits, NATIVE))
             continue
@@ -243,7 +243,7 @@ def _meant(table: pd.DataFrame, switches: Switches, kind: str) -> np.ndarray:
     meanings = switches.kinds or {}
     column = table[switches.kind]
     if extra := sorted({str(value) for value in column.dropna()} - set(meanings)):
-        raise UserError(f"'{switches.kind}' holds '{extra[0]}'; say what it means (--kind {extra[0]}=attn,ff)")
+        raise UserError(f"'{switches.kind}' holds '{extra[0]}'; say what it means (--kinds {extra[0]}=attn,ff)")
     return np.array([np.nan if pd.isna(value) else float(kind in meanings[str(value)]) for value in column])
 
 
@@ -260,7 +260,7 @@ def _names(components: Sequence[str]) -> None:
                 f"'{component}' is a part of '{inside[0]}', which has bits of its own; name one or the other"
             )
     if twice := sorted({name for name in components if list(components).count(name) > 1}):
-        raise UserError(f"two columns are both said to be '{twice[0]}'")
+        raise UserError(f"two columns stand for '{twice[0]}'")
 
 
 def _complete(bits: pd.DataFrame, scores: pd.DataFrame) -> tuple[np.ndarray, list[str]]:

@@ -105,9 +105,7 @@ def _read(path: Path, n: int, task: str) -> pd.DataFrame:
     try:
         rows = answers.read(path)
     except answers.Damaged as error:
-        raise UserError(
-            f"{path} is damaged ({error}); the sweep's command, given again, runs that plan again"
-        ) from error
+        raise UserError(f"{path} is damaged ({error}); the same sweep command runs that plan again") from error
     return rows[rows["task"] == task].groupby("cluster")["score"].agg(["sum", "count"])
 
 

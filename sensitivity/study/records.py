@@ -15,7 +15,7 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 
 AGAIN = "again"  # user attribute of a study: numbers of trials whose answers were lost and whose plans are run again
-MEND = "a copy of the study, or a new sweep in another --out, is what helps"
+MEND = "restore a copy of the study, or sweep into another --out"
 
 
 def identity(attrs: Mapping[str, Any], directions: Sequence[StudyDirection], path: Path) -> ComponentMap:

@@ -162,7 +162,7 @@ def test_a_base_model_that_is_not_there_can_be_named_behind_an_at(
 def test_what_is_no_adapter_takes_no_base_model(folder: Path) -> None:
     name = f"{folder / 'llava'}@{folder / 'original'}"
     with pytest.raises(
-        UserError, match=r"llava is no adapter, which alone takes a base model behind an @; type .*llava$"
+        UserError, match=r"llava is not an adapter, and only an adapter takes a base model after an @; type .*llava$"
     ):
         load(name)
     with pytest.raises(UserError, match="embedded:scenes-llava is no adapter"):

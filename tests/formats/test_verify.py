@@ -337,7 +337,7 @@ def test_a_budget_for_a_format_is_one_for_its_files(
     assert cli.main([*args, "--json"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["written"]["bpw"] <= budget
-    assert f"removed what exports that were killed had left: {tmp_path}/.other.99999.1.unfinished\n" in said.err
+    assert f"removed the unfinished folders of killed exports: {tmp_path}/.other.99999.1.unfinished\n" in said.err
     assert size(planted.parts, Plan.uniform(planted.parts, rtn(8)), "gptq").bpw > budget
 
 
@@ -378,8 +378,8 @@ def test_legalize_writes_a_plan_that_export_takes(
 
 
 def test_nothing_legal_was_measured(planted: Study) -> None:
-    none = r"nothing that this study measured can be loaded by bnb, which takes --method nf4 or fp4 or llm-int8 .*"
+    none = r"bnb can load no plan that this study measured; it takes --method nf4 or fp4 or llm-int8 .*"
     with pytest.raises(UserError, match=none + r"; `sensitivity sweep embedded:scenes-llava --runtime bnb` measures"):
         exporting.legalize(planted, Plan.uniform(planted.parts, rtn(3)), "bnb", bpw=4.0)
-    with pytest.raises(UserError, match=r"nothing that awq can load of what was measured fits 2.00 bpw: no measured"):
+    with pytest.raises(UserError, match=r"no measured plan that awq can load fits 2.00 bpw: no measured"):
         exporting.legalize(planted, Plan.uniform(planted.parts, rtn(3)), "awq", bpw=2.0)

@@ -409,7 +409,7 @@ def test_facts_name_the_data(statistics: Statistics) -> None:
     ("how", "message"),
     [
         ({"path": "both"}, "unknown calibration path 'both'; choose from float, exposed"),
-        ({"n": 0}, "0 calibration examples do not go round 1 tasks"),
+        ({"n": 0}, "0 calibration examples are too few for 1 tasks"),
     ],
 )
 def test_a_wrong_wish_is_refused(scenes_llava: VLM, parts: ComponentMap, how: dict[str, Any], message: str) -> None:
@@ -420,7 +420,7 @@ def test_a_wrong_wish_is_refused(scenes_llava: VLM, parts: ComponentMap, how: di
 def test_statistics_must_be_those_of_the_scheme(scenes_llava: VLM, parts: ComponentMap, statistics: Statistics) -> None:
     other = scheme("gptq", 4, calibration={**statistics.facts, "seed": 1})
     with (
-        pytest.raises(UserError, match="was to be calibrated with seed = 1, and the statistics have 0"),
+        pytest.raises(UserError, match="asks for calibration with seed = 1, and these statistics have 0"),
         quantized(scenes_llava.model, parts, Plan.uniform(parts, other), statistics=statistics),
     ):
         pass

@@ -383,7 +383,7 @@ def test_an_error_that_was_not_reached_is_said(tmp_path: Path, capsys: pytest.Ca
     out = " ".join(capsys.readouterr().out.split())
     known = uncertainty(Study(tmp_path / "s"))
     assert known > 0.005
-    assert f"What frontier plans lose is known to {known:.4f} of a score, 0.0050 was wanted; no examples" in out
+    assert f"to full precision are known to within {known:.4f}; --until asked for 0.0050; all examples were used" in out
 
 
 def test_the_time_left_is_of_this_run_alone() -> None:
@@ -423,7 +423,7 @@ def test_whole_answers_are_those_of_the_plain_path_letter_for_letter(name: str, 
         (["--cache-gb", "inf"], "--cache-gb takes an amount from 0 to 1,000,000 GB, such as 8 or 0.5, not 'inf'"),
         (["--storage", "nonsense"], "--storage takes a URL such as postgresql+psycopg://HOST/DB, not 'nonsense'"),
         (["--out", "FILE"], "--out takes a folder, and"),
-        (["--out", "FILE/below"], "is a file and no folder"),
+        (["--out", "FILE/below"], "is a file, not a folder"),
     ],
 )
 def test_bad_words_are_refused_in_a_sentence(

@@ -74,7 +74,7 @@ def test_words_are_components_of_every_family(name: str) -> None:
 def test_what_cannot_be_included() -> None:
     with pytest.raises(UserError, match=r"unknown weight to include 'heads'.*embedding, head"):
         discover(small_vlms.on_meta("llava"), include=["heads"])
-    with pytest.raises(UserError, match="CLIPModel has no head to include; leave that word away"):
+    with pytest.raises(UserError, match="CLIPModel has no head to include; leave it out"):
         discover(small_vlms.on_meta("clip"), include=["head"])
 
 

@@ -205,7 +205,7 @@ LINES: dict[str, tuple[bytes | str, str]] = {
     "null": ("null", "line 1 lacks"),
     "nested": (DEEP, "line 1 is not JSON .too many brackets"),
     "nested in a field": (json.dumps(LINE)[:-1] + ', "more": ' + DEEP, "too many brackets"),
-    "NaN": (json.dumps(LINE)[:-1] + ', "id": NaN}', "NaN is no JSON"),
+    "NaN": (json.dumps(LINE)[:-1] + ', "id": NaN}', "NaN is not valid JSON"),
     "long number": (json.dumps(LINE)[:-1] + ', "id": ' + "9" * 5000 + "}", "too many digits"),
     "latin-1": (json.dumps({**LINE, "prompt": "café"}, ensure_ascii=False).encode("latin-1"), "no UTF-8"),
     "utf-16": (json.dumps(LINE).encode("utf-16"), "no UTF-8"),
@@ -306,8 +306,8 @@ IMAGES: dict[str, tuple[str, bytes | None, str]] = {
     "a broken BMP": ("x.png", b"BM" + b"\xff" * 60, "a"),
     "PostScript": ("x.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a"),
     "a folder": ("x.png", None, "no image file: it is a folder"),
-    "a pipe": ("x.png", None, "no image file: it is no file, but a pipe or a device"),
-    "a device": ("/dev/zero", None, "no image file: it is no file, but a pipe or a device"),
+    "a pipe": ("x.png", None, "no image file: it is a pipe or a device, not a file"),
+    "a device": ("/dev/zero", None, "no image file: it is a pipe or a device, not a file"),
     "nothing": ("gone.png", None, "no image file"),
     "a link to nothing": ("x.png", None, "no image file"),
     "a link to itself": ("x.png", None, "no image file"),
@@ -696,7 +696,7 @@ HEADERS: dict[str, bytes] = {
 def test_a_header_that_is_damaged(folder: Path, kind: str) -> None:
     (folder / "model.safetensors").write_bytes(HEADERS[kind])
     said = sentence(lambda: load(str(folder)))
-    assert "model.safetensors is no whole safetensors file (" in said or "numbers of the type F4" in said
+    assert "model.safetensors is not a complete safetensors file (" in said or "numbers of the type F4" in said
 
 
 INDEXES: dict[str, Any] = {

@@ -179,7 +179,7 @@ def quantized(folder: Path) -> None:
         (only_pickles, r"only as pickles \(pytorch_model.bin\), which can run code .* save the model as safetensors"),
         (no_weights, r"has no model.safetensors; fetch the weights, or inspect it with --config-only"),
         (missing_shard, r"lacks model-00002-of-00002.safetensors, which its index names"),
-        (cut_short, r"model.safetensors is no whole safetensors file \(.*not fully covered\); fetch it again"),
+        (cut_short, r"model.safetensors is not a complete safetensors file \(.*not fully covered\); fetch it again"),
         (nan_weight, r"has NaN or infinite weights in model.language_model.norm.weight"),
         (extra_tensor, r"has unknown tensors for LlavaForConditionalGeneration: model.stranger.weight"),
         (missing_tensor, r"lacks tensors for .*: model.multi_modal_projector.linear_2.weight"),

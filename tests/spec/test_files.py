@@ -396,7 +396,7 @@ def test_a_plan_replaces_a_plan_alone(study: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "plan.json").write_text('{"dear": "diary"}')
     capsys.readouterr()
     assert cli.main([*export, "--force"]) != 0
-    assert "plan.json is not replaced: it is no plan that `sensitivity` wrote" in capsys.readouterr().err
+    assert "plan.json is not replaced: it is not a plan that `sensitivity` wrote" in capsys.readouterr().err
     assert (tmp_path / "plan.json").read_text() == '{"dear": "diary"}'
     legalize = ["legalize", str(study), "--runtime", "vllm", "--bpw", "5", "--out", str(tmp_path / "folder")]
     assert cli.main(legalize) != 0

@@ -190,7 +190,7 @@ def test_a_search_cannot_walk_where_all_must_be_alike() -> None:
     both = [rtn(4, 64, True, "nf4"), rtn(8, "row", True, "llm-int8")]
     usable, _ = restrict(parts, both, "bnb")
     assert usable == both
-    with pytest.raises(UserError, match=r"bnb takes one scheme for all .* name one width with --bits, or use --search"):
+    with pytest.raises(UserError, match=r"bnb takes one scheme for all .* give one width with --bits, or use --search"):
         plans_for("bnb", parts, usable, "tpe")
     assert callable(plans_for("bnb", parts, usable[:1], "tpe"))
 

@@ -72,7 +72,7 @@ def test_the_form_with_switches(tmp_path: Path) -> None:
             tmp_path / "table.csv", tmp_path / "b", ["score"],
             switches=Switches({"first": "vision"}, "bits", "type", {"ATT": ["attn"], "BOTH": ["attn"]}),
         )  # fmt: skip
-    with pytest.raises(UserError, match="'bits' is to be a switch, 0 or 1, but holds 4"):
+    with pytest.raises(UserError, match="a switch is 0 or 1, and column 'bits' holds 4"):
         import_table(tmp_path / "table.csv", tmp_path / "b", ["score"], switches=Switches({"bits": "vision"}, "bits"))
 
 
@@ -123,7 +123,7 @@ def test_wrong_wishes(tmp_path: Path) -> None:
         import_table(path, out, ["cider"])
     with pytest.raises(UserError, match=r"named after its part of the model, vision, connector, language .* not 'eye'"):
         import_table(path, out, ["cider"], parts={"v": "eye"})
-    with pytest.raises(UserError, match="two columns are both said to be 'vision'"):
+    with pytest.raises(UserError, match="two columns stand for 'vision'"):
         import_table(path, out, ["cider"], parts={"v": "vision", "c": "vision"})
     with pytest.raises(UserError, match="unknown component in --numel 'visoin'"):
         import_table(path, out, ["cider"], parts=COLUMNS, numel={"visoin": 10})

@@ -207,7 +207,7 @@ def test_a_ray_cluster_that_loses_an_actor(tmp_path: Path, undisturbed: Study) -
     os.kill(owners[0], signal.SIGKILL)
     said, errors = launcher.communicate(timeout=300)
     assert json.loads(said)["done"] == 9
-    assert "note: a worker was lost; what it was running is run by others" in errors
+    assert "note: a worker was lost; the other workers run its plans" in errors
     assert study.counts() == {"done": 9, "waiting": 0, "running": 0}
     pd.testing.assert_frame_equal(table(Study(out)), table(undisturbed), check_exact=True)
 

@@ -148,7 +148,7 @@ def test_models_are_told_what_they_cannot_do(itm: VLM, scenes_llava: VLM) -> Non
         UserError, match=r"scenes-llava cannot search, having no head .*; take .* or embedded:scenes-blip2-itm"
     ):
         evaluate(scenes_llava, task("retrieval", n=4))
-    with pytest.raises(UserError, match=r"answers nothing: its tasks are retrieval and flickr30k:FOLDER"):
+    with pytest.raises(UserError, match=r"generates no text: its tasks are retrieval and flickr30k:FOLDER"):
         evaluate(itm, task("vqa", n=4))
 
 

@@ -115,9 +115,7 @@ def candidates(
         except UserError as error:
             failure = failure or error
     if not found:
-        raise UserError(
-            f"nothing that {runtime} can load of what was measured fits {bpw:.2f} bpw: {failure}"
-        ) from failure
+        raise UserError(f"no measured plan that {runtime} can load fits {bpw:.2f} bpw: {failure}") from failure
     return sorted(found, key=lambda candidate: -mean_share(candidate.predicted, wish))[:top]
 
 
@@ -127,7 +125,7 @@ def _usable(study: Study, runtime: str) -> list[Scheme]:
         return restrict(study.parts, sorted(_measured(study), key=str), runtime)[0]
     except UserError as error:
         raise UserError(
-            f"nothing that this study measured can be loaded by {runtime}, which takes {abilities(runtime)}; "
+            f"{runtime} can load no plan that this study measured; it takes {abilities(runtime)}; "
             f"`sensitivity sweep {study.meta.get('model', 'MODEL')} --runtime {runtime}` measures what can"
         ) from error
 
@@ -154,8 +152,8 @@ def plans_for(
         return ways[0]
     if len(lists) < len(ways):
         raise UserError(
-            f"{runtime} takes one scheme for all that is quantized, which a search cannot walk through; name one width "
-            "with --bits, or use --search grid"
+            f"{runtime} takes one scheme for all quantized weights, and a search mixes several; give one width with "
+            "--bits, or use --search grid"
         )
     return list(dict.fromkeys(plan for way in lists for plan in way))[:trials]
 

@@ -231,7 +231,7 @@ def _of_task(frame: pd.DataFrame, task: str) -> pd.DataFrame:
     """The rows of one task, of which there must be some."""
     rows = frame[frame["task"] == task]
     if not len(rows):
-        raise UserError(f"these measurements hold nothing about '{task}'")
+        raise UserError(f"no trial has a score for '{task}'")
     return rows
 
 

@@ -22,17 +22,20 @@ def model(p: argparse.ArgumentParser) -> None:
         "model",
         type=values.place,
         metavar="MODEL",
-        help="a folder, a hub name, or an embedded model: embedded:scenes-llava; an adapter may be"
-        " ADAPTER@BASE, where its base model is not as it says",
+        help="a folder, a hub name, or an embedded model such as embedded:scenes-llava; ADAPTER@BASE is an adapter with"
+        " another base model than its configuration names",
     )
 
 
 def device(p: argparse.ArgumentParser) -> None:
     """Add --device and --dtype."""
     p.add_argument(
-        "--device", type=values.name, default="cpu", help="cpu, cuda, cuda:1 or mps; auto spreads it (default: cpu)"
+        "--device",
+        type=values.name,
+        default="cpu",
+        help="cpu, cuda, cuda:1, mps, or auto for all devices (default: cpu)",
     )
-    dtypes = "fp32, bf16 or fp16 (default: as the study; a new one as stored, or float32 where that is quicker)"
+    dtypes = "fp32, bf16 or fp16 (default: the study's; for a new study the checkpoint's, or fp32 where that is faster)"
     p.add_argument("--dtype", type=values.name, help=dtypes)
 
 
@@ -54,7 +57,7 @@ def include(p: argparse.ArgumentParser) -> None:
         type=values.listed(values.choice("embedding", "head")),
         default=(),
         metavar="W[,W]",
-        help="embedding, head or both as components of their own, which are kept otherwise; tied ones are one, a head",
+        help="quantize the embedding or the output head too (default: both are kept); tied, they are one component",
     )
 
 
@@ -72,7 +75,7 @@ def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str) -> Non
         "--group", type=values.group, metavar="N|row|tensor", help="weights that share a scale (default: the method's)"
     )
     p.add_argument(
-        "--symmetric", action=argparse.BooleanOptionalAction, help="a grid around zero (default: the method's)"
+        "--symmetric", action=argparse.BooleanOptionalAction, help="a grid without zero points (default: the method's)"
     )
     p.add_argument("--biases", action="store_true", default=None, help="quantize biases too, as the paper's code did")
     p.add_argument(
@@ -98,7 +101,7 @@ def budget(p: argparse.ArgumentParser) -> None:
         type=values.bpw,
         default=4.0,
         metavar="X",
-        help="budget in bits per weight, all that is stored counted (default: 4.0)",
+        help="budget in bits per weight, counting all that is stored (default: 4.0)",
     )
 
 
@@ -117,33 +120,33 @@ def samples(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--n", type=values.examples, default=1000, help="examples per task, drawn with the seed (default: 1000)"
     )
-    p.add_argument("--seed", type=values.seed, default=0, help="of the examples and of any search (default: 0)")
+    p.add_argument("--seed", type=values.seed, default=0, help="seed of the examples and of the search (default: 0)")
 
 
 def calibration(p: argparse.ArgumentParser) -> None:
     """Add the flags of calibration as a group of their own."""
-    g = p.add_argument_group("calibration", "for methods that look at what a layer reads, such as gptq and awq")
+    g = p.add_argument_group("calibration", "for methods that use the inputs of a layer, such as gptq and awq")
     g.add_argument(
         "--calibration",
         type=values.listed(values.place),
         metavar="T[,T]",
-        help="whose calibration split (default: the tasks')",
+        help="tasks whose calibration split is used (default: those of --task)",
     )
     g.add_argument(
-        "--calibration-n", type=values.examples, default=128, metavar="N", help="how many examples (default: 128)"
+        "--calibration-n", type=values.examples, default=128, metavar="N", help="calibration examples (default: 128)"
     )
     g.add_argument(
         "--path",
         type=values.name,
         default="float",
         metavar="float|exposed",
-        help="inputs of the float model, or of layers behind quantized ones (slow: anew for each plan; default: float)",
+        help="inputs of the float model, or those behind quantized layers (slow: again for each plan; default: float)",
     )
     g.add_argument(
         "--cache-gb",
         type=values.gigabytes,
         default=8.0,
-        help="of statistics kept on disk; 0 keeps none (default: 8)",
+        help="calibration statistics to keep on disk; 0 keeps none (default: 8)",
     )
 
 
@@ -155,7 +158,7 @@ def limits(p: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PART=B,B,...",
-        help="only these widths for a part, 16 for native, such as vision=4,8",
+        help="bit widths that a part may have, such as vision=4,8; 16 is native precision",
     )
     p.add_argument(
         "--tie",

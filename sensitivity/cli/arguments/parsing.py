@@ -18,7 +18,7 @@ def parser_of(verbs: Mapping[str, ModuleType]) -> argparse.ArgumentParser:
     common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error, and libraries' warnings")
-    threaded = "threads that compute in a process (default: its share of the cores)"
+    threaded = "compute threads of a process (default: an equal share of the cores)"
     common.add_argument("--threads", type=values.processes, metavar="N", help=threaded)
     top = Parser(
         prog="sensitivity",

@@ -226,15 +226,15 @@ def out(text: str) -> Path:
     where = chosen.resolve()
     if where in (here := Path.cwd().resolve(), *here.parents) or where == Path.home().resolve():
         raise argparse.ArgumentTypeError(
-            f"takes a place of its own, such as runs/first, and {shown(text)} holds others"
+            f"takes a folder of its own, such as runs/first; {shown(text)} is or holds the working or home folder"
         )
     package = PACKAGE
     if where == package or package in where.parents:
-        raise argparse.ArgumentTypeError(f"takes a place outside this program's own files, and {shown(text)} is inside")
+        raise argparse.ArgumentTypeError(f"takes a folder outside this package, and {shown(text)} is inside")
     # the nearest folder that exists: everything below it will be created
     there = next(parent for parent in where.parents if os.path.exists(parent))
     if not there.is_dir():
-        raise argparse.ArgumentTypeError(f"cannot be {shown(text)}, since {shown(str(there))} is a file and no folder")
+        raise argparse.ArgumentTypeError(f"cannot be {shown(text)}, since {shown(str(there))} is a file, not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"cannot be {shown(text)}: nothing may be written in {shown(str(there))}")
     return chosen

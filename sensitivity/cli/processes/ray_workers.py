@@ -95,9 +95,9 @@ class _Crew:
                 with contextlib.suppress(RayActorError):  # it died before it could answer, so it ran nothing
                     self.lost.append(self.ray.get(who))
                 self.lives -= 1
-                warnings.warn("a worker was lost; what it was running is run by others", Notice, stacklevel=2)
+                warnings.warn("a worker was lost; the other workers run its plans", Notice, stacklevel=2)
                 if self.lives < 0:
-                    raise UserError("workers are lost again and again; their logs are where Ray keeps them") from None
+                    raise UserError("too many workers were lost; Ray's logs say why") from None
                 self._start()
             del actor
 

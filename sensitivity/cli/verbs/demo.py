@@ -21,7 +21,10 @@ def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     words.budget(p)
     p.add_argument(
-        "--out", type=values.folder, default=Path("runs/demo"), help="where everything goes (default: runs/demo)"
+        "--out",
+        type=values.folder,
+        default=Path("runs/demo"),
+        help="folder for the study, its plan and its report (default: runs/demo)",
     )
     words.samples(p)
 

@@ -32,15 +32,15 @@ def arguments(p: argparse.ArgumentParser) -> None:
         "--runtime",
         type=values.name,
         metavar="NAME",
-        help="what is going to load it, such as vllm (default: as the format)",
+        help="runtime that will load the export, such as vllm (default: that of the format)",
     )
-    p.add_argument("--model", type=values.place, help="where the model is, if not where the sweep found it")
+    p.add_argument("--model", type=values.place, help="folder of the model, if it has moved since the sweep")
     p.add_argument("--out", type=values.out, required=True, help="the folder to write")
     p.add_argument(
         "--path",
         type=values.name,
         metavar="exposed",
-        help="calibrate again, on inputs that passed the layers quantized before, and measure what that gains",
+        help="calibrate again on inputs behind quantized layers, and measure what that gains",
     )
     p.add_argument("--force", action="store_true", help="replace an earlier export that is there")
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
     _check(args)
     if left := exporting.clear(args.out.parent):
-        print(f"removed what exports that were killed had left: {', '.join(map(str, left))}", file=sys.stderr)
+        print(f"removed the unfinished folders of killed exports: {', '.join(map(str, left))}", file=sys.stderr)
     path = exporting.export_from(
         args.source, args.bpw, args.out, args.format, args.force,
         model=args.model, runtime=args.runtime, path=args.path,

@@ -16,10 +16,10 @@ PAIRS = {
     "--part": ("COLUMN=COMPONENT", "a column that holds bits"),
     "--switch": (
         "COLUMN=COMPONENT",
-        "a column that says whether a component was quantized; --bits says how far",
+        "a column that says whether a component was quantized; its bit width is in the column of --bits",
     ),
     "--kinds": ("VALUE=KIND[,KIND]", "with --kind: what its values mean, such as MLP=ff or BOTH=attn,ff"),
-    "--numel": ("COMPONENT=N", "how many weights a component has, so that bpw and megabytes can be told"),
+    "--numel": ("COMPONENT=N", "how many weights a component has, from which bpw and megabytes are computed"),
 }
 
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         raise UserError("--kinds would do nothing without --kind COLUMN, whose values it explains; leave it out")
     if args.switch:
         if not args.bits:
-            raise UserError("--switch needs --bits COLUMN, the column that says how far what is on was quantized")
+            raise UserError("--switch needs --bits COLUMN, the column with the bit width of what was quantized")
         kinds = {value: tuple(kind.split(",")) for value, kind in args.kinds} or None
         switches = Switches(dict(args.switch), args.bits, args.kind, kinds)
     found = import_table(

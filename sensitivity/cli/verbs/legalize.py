@@ -21,11 +21,13 @@ def arguments(p: argparse.ArgumentParser) -> None:
         type=values.name,
         required=True,
         metavar="NAME",
-        help="what is to load it: a format's name, or vllm",
+        help="runtime that must load the plan: the name of a format, or vllm",
     )
     p.add_argument("--bpw", type=values.bpw, metavar="X", help="the budget (default: the size of the plan)")
     flags.task(p)
-    p.add_argument("--out", type=values.file, metavar="plan.json", help="where to write it (default: only said)")
+    p.add_argument(
+        "--out", type=values.file, metavar="plan.json", help="where to write the plan (default: it is only printed)"
+    )
     p.add_argument("--force", action="store_true", help="replace a plan that is there")
 
 

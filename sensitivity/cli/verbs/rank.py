@@ -23,7 +23,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         "--near",
         type=values.fraction,
         metavar="SHARE",
-        help="only trials with this share of full precision, such as 0.9",
+        help="only trials that reach this share of full precision's score, such as 0.9",
     )
     p.add_argument(
         "--bootstraps", type=values.resamples, default=100, help="resamples behind the intervals (default: 100)"

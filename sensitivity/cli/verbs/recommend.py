@@ -20,7 +20,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         type=values.listed(values.bpw),
         default=(4.0,),
         metavar="X[,X]",
-        help="budgets in bits per weight, all that is stored counted, in the files of --runtime (default: 4.0)",
+        help="budgets in bits per weight, counting all that is stored in the files of --runtime (default: 4.0)",
     )
     p.add_argument(
         "--gb",
@@ -47,13 +47,16 @@ def arguments(p: argparse.ArgumentParser) -> None:
     )
     flags.limits(p)
     p.add_argument(
-        "--runtime", type=values.name, metavar="NAME", help="only plans that it can load, such as compressed-tensors"
+        "--runtime",
+        type=values.name,
+        metavar="NAME",
+        help="only plans that this runtime can load, such as compressed-tensors",
     )
     p.add_argument(
         "--top", type=values.top, default=3, metavar="K", help="how many plans are run per budget (default: 3)"
     )
     p.add_argument("--no-run", action="store_true", help="predict only; the model is not loaded")
-    p.add_argument("--model", type=values.place, help="where the model is, if not where the sweep found it")
+    p.add_argument("--model", type=values.place, help="folder of the model, if it has moved since the sweep")
     flags.device(p)
 
 

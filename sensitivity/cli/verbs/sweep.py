@@ -50,7 +50,10 @@ def arguments(p: argparse.ArgumentParser) -> None:
     )
     flags.limits(p)
     p.add_argument(
-        "--runtime", type=values.name, metavar="NAME", help="only plans that it can load, such as vllm or gptq"
+        "--runtime",
+        type=values.name,
+        metavar="NAME",
+        help="only plans that this runtime can load, such as vllm or gptq",
     )
     p.add_argument(
         "--trials",
@@ -63,7 +66,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         type=values.folder,
         required=True,
         metavar="runs/NAME",
-        help="where the study is kept; the same again continues it",
+        help="folder of the study; the same command again continues it",
     )
     flags.samples(p)
     flags.calibration(p)
@@ -82,15 +85,15 @@ def arguments(p: argparse.ArgumentParser) -> None:
         type=values.gigabytes,
         default=8.0,
         metavar="GB",
-        help="for what plans share: quantized weights and hidden states (default: 8); less is slower, not different",
+        help="memory for quantized weights and hidden states that plans share (default: 8); less is only slower",
     )
     p.add_argument(
         "--workers",
         type=values.workers_or_auto,
         default="auto",
         metavar="N",
-        help="processes on this machine, which share its cores (default: auto, one a core where memory and what is left"
-        " to do allow it, one on a GPU)",
+        help="processes on this machine, which share its cores (default: auto, one per core as far as memory and the"
+        " work that is left allow, one on a GPU)",
     )
     p.add_argument(
         "--executor",
@@ -102,12 +105,14 @@ def arguments(p: argparse.ArgumentParser) -> None:
     )
     flags.device(p)
     p.add_argument(
-        "--plain", action="store_true", help="load, quantize, run: nothing shared between plans (slow, the reference)"
+        "--plain",
+        action="store_true",
+        help="load, quantize and run each plan by itself, sharing nothing (slow; the reference)",
     )
     p.add_argument(
         "--whole-answers",
         action="store_true",
-        help="write wrong answers to their end; without, they end with … where they can no longer be right",
+        help="generate every answer to its end; without it, one that can no longer be right is cut off and ends with …",
     )
     p.add_argument(
         "--storage",
@@ -199,7 +204,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             raise
         if study.release_lost():  # plans of a worker that died
             rest = sweeping(vlm, parts, [], args.task, args.out, **how)[1]
-            _walk(args, rest, "what a lost worker left", study)
+            _walk(args, rest, "plans of a lost worker", study)
     return {} if workers.is_child() else _summary(args, study)
 
 
@@ -254,9 +259,10 @@ def _summary(args: argparse.Namespace, study: Study) -> dict[str, object]:
     if not args.json:
         frontier(study)
         if goal:
-            missed = "; no examples are left, so that a larger --n is needed, in another --out"
+            missed = "; all examples were used, so a smaller error needs a larger --n in another --out"
             print(
-                f"What frontier plans lose is known to {known:.4f} of a score, {goal:.4f} was wanted"
+                f"The differences of frontier plans to full precision are known to within {known:.4f}; --until asked "
+                f"for {goal:.4f}"
                 f"{missed if known >= goal and not facts['waiting'] else ''}"
             )
         legal = f" --runtime {args.runtime}" if args.runtime else ""

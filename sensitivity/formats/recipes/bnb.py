@@ -20,7 +20,7 @@ def write(job: Job, folder: Path) -> Written:
     # transformers matches skipped names by prefix and suffix, which may catch a module that the plan quantizes
     if lost := [module for _, _, modules in job.groups() for module in modules if _skipped(module, skip)]:
         raise UserError(
-            f"bitsandbytes would skip {lost[0]} too, since a native module's name is part of its own; use --format fake"
+            f"bitsandbytes skips modules by a part of their name, and would skip {lost[0]} too; use --format fake"
         )
     settings: dict[str, object] = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": skip}
     if scheme.bits == 8:

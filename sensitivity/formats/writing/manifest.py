@@ -91,7 +91,7 @@ def write(folder: Path, facts: Mapping[str, object], known: Mapping[str, str]) -
 def read(folder: Path) -> Manifest:
     """The manifest of an export, or an error that says what is wrong with it."""
     if not (folder / MANIFEST).exists():
-        raise UserError(f"{folder} is no export: it has no {MANIFEST}; `sensitivity export` writes one")
+        raise UserError(f"{folder} is not an export: it has no {MANIFEST}; `sensitivity export` writes one")
     found: Manifest = schema.read(folder / MANIFEST, "manifest", "export again")
     if outside := [name for name in found["files"] if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise UserError(f"{MANIFEST} of {folder} names {shown(outside[0])}, which lies elsewhere; export again")

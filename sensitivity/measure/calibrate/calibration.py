@@ -47,7 +47,7 @@ def calibrate(
     known_path(path)
     names = list(dict.fromkeys(tasks))
     if not names or n < len(names):
-        raise UserError(f"{n} calibration examples do not go round {len(names)} tasks; at least one each is needed")
+        raise UserError(f"{n} calibration examples are too few for {len(names)} tasks; each needs at least one")
     shares = [n // len(names) + (i < n % len(names)) for i in range(len(names))]
     data = [find_task(name, "calibration", share, seed) for name, share in zip(names, shares, strict=True)]
     disjoint(data, list(against))

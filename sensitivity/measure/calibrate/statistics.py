@@ -54,6 +54,6 @@ class Statistics:
         for fact, value in self.facts.items():
             if scheme.get(fact) != value:
                 raise UserError(
-                    f"{scheme.method} was to be calibrated with {fact} = {scheme.get(fact)!r}, and the statistics have "
-                    f"{value!r}; make schemes with calibration=statistics.facts"
+                    f"{scheme.method} asks for calibration with {fact} = {scheme.get(fact)!r}, and these statistics "
+                    f"have {value!r}; make schemes with calibration=statistics.facts"
                 )

@@ -129,8 +129,8 @@ def disjoint(calibration: Sequence[Task], evaluation: Sequence[Task]) -> None:
         for example in task.examples:
             if example.id in used or same_image(example.image) in images:
                 raise UserError(
-                    f"calibration example {example.id} of {task.name} is also evaluated on, which would flatter every "
-                    'calibrated method; give it a split of its own ("split": "calibration" in a .jsonl file)'
+                    f"calibration example {example.id} of {task.name} is also evaluated on, which favors calibrated "
+                    'methods; give it a split of its own ("split": "calibration" in a .jsonl file)'
                 )
 
 

@@ -47,7 +47,7 @@ def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
         return
     if not vlm.model.can_generate():
         searches = " and ".join([*SEARCHES, *(f"{name}:FOLDER" for name in GALLERIES)])
-        raise UserError(f"{vlm.name} answers nothing: its tasks are {searches}")
+        raise UserError(f"{vlm.name} generates no text: its tasks are {searches}")
     groups: dict[Any, list[Example]] = {}
     for example in task.examples:
         groups.setdefault((example.cluster, same_image(example.image)), []).append(example)

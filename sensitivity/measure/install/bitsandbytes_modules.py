@@ -79,7 +79,7 @@ def _eight(linear: Any, chosen: Scheme) -> nn.Module:
     """An LLM.int8 module."""
     bnb, weight = _library(), linear.weight.detach()
     if chosen["outliers"] != "call":
-        raise UserError("bitsandbytes splits off outliers by call; make the scheme with outliers='call'")
+        raise UserError("bitsandbytes finds outliers in each call; make the scheme with outliers='call'")
     made: nn.Module = bnb.nn.Linear8bitLt(
         weight.shape[1],
         weight.shape[0],

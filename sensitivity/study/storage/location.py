@@ -32,7 +32,7 @@ def address(path: Path) -> str | None:
 def agreed(path: Path, asked: str | None) -> str | None:
     """The URL of the database to use for a folder; an error where another one would hide trials that exist."""
     if asked is not None and "://" not in asked:
-        raise UserError(f"'{asked}' is no storage; it is a URL such as postgresql+psycopg://HOST/DB")
+        raise UserError(f"'{asked}' is not a storage; give a URL such as postgresql+psycopg://HOST/DB")
     known = address(path)
     if asked is None or asked == known:
         return known
@@ -41,7 +41,7 @@ def agreed(path: Path, asked: str | None) -> str | None:
         there = JOURNAL
     if there is not None:
         raise UserError(
-            f"{path} holds a study whose trials are in {there}, and --storage would hide them; leave --storage away, "
+            f"{path} holds a study whose trials are in {there}, and --storage would hide them; leave out --storage, "
             "or choose another --out"
         )
     return asked

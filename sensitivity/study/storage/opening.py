@@ -128,7 +128,7 @@ def open_storage(where: Path | str, known: bool = False) -> BaseStorage:
             time.sleep(waiting.AGAIN)
     journal = Path(where).absolute()
     if journal.exists() and not journal.is_file():
-        raise UserError(f"{where} is not a study's journal: it is no file")
+        raise UserError(f"{where} is not a study's journal: it is not a file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -137,8 +137,8 @@ def open_storage(where: Path | str, known: bool = False) -> BaseStorage:
         raise full(Path(where), error) from error
     except Exception as error:  # Optuna fails in many ways on lines that it did not write
         raise UserError(
-            f"{where} is not a study's journal, or is damaged (line {_damaged(journal)}); a copy of the study, or a "
-            "new sweep in another --out, is what helps"
+            f"{where} is not a study's journal, or is damaged (line {_damaged(journal)}); restore a "
+            "copy of the study, or sweep into another --out"
         ) from error
 
 

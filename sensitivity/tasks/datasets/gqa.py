@@ -30,7 +30,7 @@ def _rows(source: DatasetFolder, part: str) -> Iterator[Example | Flaw]:
     """One example per question."""
     every = source.json(QUESTIONS.format(part))
     if not isinstance(every, dict):
-        raise Misfit(f"where the questions should stand in an object there is {shown(every)}")
+        raise Misfit(f"the questions should be an object, not {shown(every)}")
     for name, question in every.items():
         check(question, QUESTION, MORE, "an entry")
         image, answer = question["imageId"], (question.get("answer") or "").strip()

@@ -191,7 +191,7 @@ def each(entries: Any, what: str, required: Mapping[str, Kind], optional: Mappin
         for entry in entries:
             yield check(entry, required, optional, what)
     else:
-        raise Misfit(f"where {what} should stand in a list there is {shown(entries)}")
+        raise Misfit(f"{what} should be a list, not {shown(entries)}")
 
 
 def _named(example: Example) -> str:
