@@ -93,6 +93,20 @@ def test_options_exist(page: Path) -> None:
             assert one.split()[0] in options() | others, one
 
 
+RECORDS = [*sorted((readme.ROOT / "reports").glob("*.md")), readme.ROOT / "experiments" / "LOG.md"]
+
+
+@pytest.mark.parametrize("page", RECORDS, ids=lambda page: page.name)
+def test_programs_behind_the_reports_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    files = re.findall(r"(?:experiments|sensitivity|tests)/[\w/-]+\.py\b", text)
+    for module in re.findall(r"-m (experiments(?:\.\w+)+)", text):
+        path = module.replace(".", "/")
+        files.append(f"{path}/__main__.py" if (readme.ROOT / path).is_dir() else f"{path}.py")
+    assert [file for file in files if not (readme.ROOT / file).exists()] == []
+    assert files, "a report names the program that made it"
+
+
 def test_there_is_something_to_check() -> None:
     assert sum(len(list(commands(page))) for page in PAGES) > 20
     assert sum(one.startswith("test_") for page in PAGES for one in code(page)) > 40
