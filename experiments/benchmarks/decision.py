@@ -26,7 +26,7 @@ from sensitivity.analysis.importance.robustness import without_levels
 from sensitivity.analysis.observations import observations_of
 from sensitivity.analysis.report.page import report
 from sensitivity.spec.components import ComponentMap, Kept, Weight
-from sensitivity.spec.files import write_again
+from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.study.study import Study
 
@@ -97,7 +97,7 @@ def main() -> None:
             report(large, Path(folder) / "report")
         lines.append(f"| its size | {page.stat().st_size / 1e6:.1f} MB | | 6 MB |")
     text, load = "\n".join(lines), os.getloadavg()[0]
-    write_again(
+    overwrite(
         ROOT / "reports" / "decision.md",
         "# Time to rank, recommend and report\n\n"
         f"`python -m experiments.benchmarks.decision` on {os.cpu_count()} cores; "

@@ -27,7 +27,7 @@ from sensitivity.formats.writing.stream import Piece, Spec
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.files import discard, write_again
+from sensitivity.spec.files import discard, overwrite
 from sensitivity.spec.plan import Plan, Scheme
 
 ROOT = Path(__file__).parents[2]
@@ -232,7 +232,7 @@ def main() -> None:
         *rows(["bits", "GB of codes a second"], [packing(bits) for bits in (2, 3, 4, 5, 6, 8)]),
         "",
     ]
-    write_again(args.out, "\n".join(lines))
+    overwrite(args.out, "\n".join(lines))
     print(json.dumps({"wrote": args.out.name}))
 
 

@@ -26,7 +26,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from sensitivity.spec.files import write_again
+from sensitivity.spec.files import overwrite
 
 ROOT = Path(__file__).parent.parent.parent
 VALUES = {
@@ -189,7 +189,7 @@ def main() -> None:
     texts = {"CPU s": found["CPU s"].map("{:.3g}".format), "peak MB": found["peak MB"].round().astype(int)}
     slopes = "\n".join(f"* {kind}: {slope(rows):.2f}" for kind, rows in found.groupby("of", sort=False))
     drawn(found).savefig(ROOT / "reports" / "growth.png", dpi=110)
-    write_again(
+    overwrite(
         ROOT / "reports" / "growth.md",
         f"""# How the cost of a sweep grows
 

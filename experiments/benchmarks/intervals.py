@@ -16,7 +16,7 @@ import pandas as pd
 
 from sensitivity.analysis.importance.ranking import rank
 from sensitivity.analysis.observations import Observations
-from sensitivity.spec.files import write_again
+from sensitivity.spec.files import overwrite
 
 ROOT = Path(__file__).parent.parent.parent
 NAMES = ("vision", "connector", "language")
@@ -72,7 +72,7 @@ def save(rows: pd.DataFrame, args: argparse.Namespace) -> None:
         "share (%), how often the 95 % interval held it, and its mean width in points.\n\n"
         f"```\n{table.to_string()}\n```\n\nOverall: {rows['held'].mean():.3f}\n"
     )
-    write_again(ROOT / "reports" / "intervals.md", text)
+    overwrite(ROOT / "reports" / "intervals.md", text)
     print(text, flush=True)
 
 

@@ -18,7 +18,7 @@ import tempfile
 import tracemalloc
 from pathlib import Path
 
-from sensitivity.spec.files import write_again
+from sensitivity.spec.files import overwrite
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -61,7 +61,7 @@ def main() -> None:
         f"runs ({kept * asked / 1e6:.0f} MB together), and {most:.0f} at the peak of reading the files.",
     ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_again(args.out, "\n".join(lines) + "\n")
+    overwrite(args.out, "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

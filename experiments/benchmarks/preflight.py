@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sensitivity.spec.files import write_again
+from sensitivity.spec.files import overwrite
 
 ROOT = Path(__file__).parent.parent.parent
 NEAR = 0.3
@@ -78,7 +78,7 @@ def main() -> None:
         print(row(case, found[-1]), file=sys.stderr)
     lines = page(cases, found)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_again(args.out, "\n".join(lines) + "\n")
+    overwrite(args.out, "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -27,7 +27,7 @@ from sensitivity.quantize.curvature import Curvature
 from sensitivity.quantize.linears import Linears
 from sensitivity.quantize.methods import quantize, scheme, solve
 from sensitivity.quantize.scale_search import errors, scales
-from sensitivity.spec.files import write_again
+from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -198,7 +198,7 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     lines += ["", f"Peak memory of all of it: {peak:.2f} GB."]
     Path(args.out).parent.mkdir(exist_ok=True)
-    write_again(Path(args.out), "\n".join(lines) + "\n")
+    overwrite(Path(args.out), "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

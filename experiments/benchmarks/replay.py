@@ -38,7 +38,7 @@ from sensitivity.analysis.search.samplers import MAXIMIZE, MINIMIZE, SAMPLERS, s
 from sensitivity.analysis.search.search_space import SearchSpace
 from sensitivity.analysis.surrogate.surrogate import Space, learn
 from sensitivity.spec.components import ComponentMap, Kept, Weight
-from sensitivity.spec.files import write_again
+from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.sizes import size
 
@@ -284,7 +284,7 @@ def save(found: pd.DataFrame, out: Path) -> None:
     wide = marks.pivot_table(index=["table", "pick", "search"], columns="share", values="regret").round(2)
     seeds = found[found["search"] != WHOLE].groupby(["table", "search"])["seed"].nunique()
     wide.insert(0, "seeds", [seeds.get((table, search), 1) for table, _, search in wide.index])
-    write_again(
+    overwrite(
         out.with_suffix(".md"),
         "# Regret of the frontier, % of full precision, after measuring a share of all plans (%)\n\n"
         "`python -m experiments.benchmarks.replay`, with --only and --searches for the tables and searches below; mean "

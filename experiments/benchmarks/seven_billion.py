@@ -25,7 +25,7 @@ from sensitivity.models.families import family_of
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.linears import reads
 from sensitivity.quantize.methods import scheme
-from sensitivity.spec.files import write_again
+from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan
 
 ROWS, WORDS, IMAGE = 4, 24, 32000  # examples of a batch, words of each, and the token that stands for the image
@@ -114,7 +114,7 @@ def main() -> None:
     ]
     print("\n".join(lines))
     if args.out:
-        write_again(Path(args.out), "\n".join(lines) + "\n")
+        overwrite(Path(args.out), "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from sensitivity.spec.files import write_again
+from sensitivity.spec.files import overwrite
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGURATION = """
@@ -86,7 +86,7 @@ def main() -> None:
         "",
     ]
     args.out.parent.mkdir(exist_ok=True)
-    write_again(args.out, "\n".join(lines))
+    overwrite(args.out, "\n".join(lines))
     print("\n".join(lines))
 
 

@@ -47,7 +47,7 @@ from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import scheme
-from sensitivity.spec.files import write_again
+from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan
 from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.table import task
@@ -365,7 +365,7 @@ def main() -> None:
             print(found[title], flush=True)
             said = [f"## {one}\n\n{found[one].strip()}" for one, _ in SECTIONS.values() if one in found]
             head = f"# What a sweep costs\n\n`python -m experiments.benchmarks.sweep`: {INTRODUCTION}"
-            write_again(args.out, "\n\n".join([head, *said]) + "\n")
+            overwrite(args.out, "\n\n".join([head, *said]) + "\n")
     print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from experiments.embedded.batches import LLAVA_STYLE, Batch, PromptStyle, attention_layout, draw_batch, lengths
-from sensitivity.spec.files import whole, write_again
+from sensitivity.spec.files import overwrite, replacing
 
 ROOT = Path(__file__).parents[2]
 EMBEDDED = ROOT / "sensitivity" / "models" / "embedded"
@@ -48,7 +48,7 @@ class Run:
     def save(self, stage: str, **modules: nn.Module) -> None:
         tensors = {f"{name}/{key}": value for name, m in modules.items() for key, value in m.state_dict().items()}
         tensors = {key: value.contiguous().clone() for key, value in tensors.items()}
-        with whole(self.work / f"{stage}.safetensors") as unfinished:
+        with replacing(self.work / f"{stage}.safetensors") as unfinished:
             save_file(tensors, unfinished)
 
     def restore(self, stage: str, **modules: nn.Module) -> None:
@@ -144,4 +144,4 @@ def last_lines(work: Path, stages: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def start_card(folder: Path, work: Path, stages: Iterable[str]) -> None:
     """A model folder's card.json with its training alone; `evaluate` adds the scores and writes the model card."""
-    write_again(folder / "card.json", json.dumps({"training": last_lines(work, stages)}, indent=1) + "\n")
+    overwrite(folder / "card.json", json.dumps({"training": last_lines(work, stages)}, indent=1) + "\n")

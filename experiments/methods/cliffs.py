@@ -13,7 +13,7 @@ import pandas as pd
 
 from sensitivity import inspect, load, one_at_a_time
 from sensitivity.api.sweeping import sweep
-from sensitivity.spec.files import write_again
+from sensitivity.spec.files import overwrite
 from sensitivity.study.study import Study
 from sensitivity.study.table import NATIVE
 
@@ -74,7 +74,7 @@ def main() -> None:
         study = sweep(vlm, parts, plans, tasks=TASKS, out=args.runs / model.removeprefix("embedded:"), n=n)
         lines += section(model, study)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_again(args.out, "\n".join(lines))
+    overwrite(args.out, "\n".join(lines))
     print("\n".join(lines))
 
 

@@ -10,7 +10,7 @@ from sensitivity.api.sweeping import sweep
 from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.files import write_again
+from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan
 from sensitivity.study.study import Study
 from sensitivity.tasks.table import task
@@ -48,5 +48,5 @@ def measured(
 
 def write(out: str, lines: Sequence[str]) -> None:
     Path(out).parent.mkdir(exist_ok=True)
-    write_again(Path(out), "\n".join(lines) + "\n")
+    overwrite(Path(out), "\n".join(lines) + "\n")
     print("\n".join(lines))

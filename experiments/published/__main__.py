@@ -28,7 +28,7 @@ from sensitivity.analysis.report.page import report
 from sensitivity.cli import main as cli
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.files import write_again
+from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.study.study import Study
 from sensitivity.tasks.table import task
@@ -145,7 +145,7 @@ def run(study: PublishedStudy, args: argparse.Namespace, how: argparse.Namespace
     tasks = [task(name, n=how.n, seed=how.seed, whole=how.whole_answers) for name in how.task]
     text = "\n".join(page(study, measured, tasks, scheme_of, command(study, args, how), args.smoke is not None)) + "\n"
     written = [args.out / "published.md"]
-    write_again(written[0], text)
+    overwrite(written[0], text)
     if args.smoke is None:
         written.append(report(measured, args.out / "report"))
     print(text, end="")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from experiments.published.mmq import STUDIES
 from experiments.published.page import importance
-from sensitivity.spec.files import write_again
+from sensitivity.spec.files import overwrite
 from sensitivity.study.study import Study
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             lines += importance(STUDIES[name], Study(args.runs / name))[2:]
         else:
             lines += [f"Not run yet: `python -m experiments.published {name} --data FOLDER`.", ""]
-    write_again(args.runs / "importance_of_parts.md", "\n".join(lines))
+    overwrite(args.runs / "importance_of_parts.md", "\n".join(lines))
     print("\n".join(lines))
 
 

@@ -30,7 +30,7 @@ from sensitivity.quantize.methods import known, method_of
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read
-from sensitivity.spec.runtimes import breaches, files_of
+from sensitivity.spec.runtimes import files_of, violations
 from sensitivity.spec.sizes import FILES
 from sensitivity.study import exports
 from sensitivity.study.scores import paired, summarize
@@ -65,7 +65,7 @@ def export(
     out, meta, name = Path(out), study.meta, runtime or format
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
-    if found := breaches(study.parts, plan, name):
+    if found := violations(study.parts, plan, name):
         raise UserError(f"{name} cannot hold this plan: {'; '.join(found)}. {_instead(study, plan, name)}")
     gain: TrialFacts = {}
     may_be_written(out, format, force, [study.path, *keep])  # before anything that takes long

@@ -28,7 +28,7 @@ from sensitivity.spec.components import ComponentMap, granularity
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes import files_of
-from sensitivity.spec.threads import available
+from sensitivity.spec.threads import free_memory
 from sensitivity.study.stopping import Until
 from sensitivity.study.storage.location import usable
 from sensitivity.study.study import Study
@@ -105,7 +105,7 @@ def dtype_for(name: str, device: str, out: Path | str) -> tuple[str | None, str]
     if times < NOTABLY:
         return called, ""
     size = 4 * sum(weight.numel() for weight in vlm.model.parameters())
-    if target.type == "cpu" and size > available():
+    if target.type == "cpu" and size > free_memory():
         return called, f"{called} is {times:.1f} times slower here than float32, for which memory has no room"
     return "float32", f"computing in float32: {called}, as stored, is {times:.1f} times slower here (--dtype overrides)"
 

@@ -15,7 +15,7 @@ from types import ModuleType
 from sensitivity.cli.arguments.parsing import parser_of, run_verb
 from sensitivity.cli.verbs import demo, export, import_, inspect, legalize, rank, recommend, report, sweep, verify
 from sensitivity.spec import standard_output, threads
-from sensitivity.spec.errors import Failed, Notice, UserError, plain, said
+from sensitivity.spec.errors import Failed, Notice, UserError, os_message, printable
 from sensitivity.spec.files import finite
 
 # A verb is a module with ABOUT, EXAMPLE, arguments(parser) and run(args), which returns what --json prints. Verbs
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return fail(asked, str(error), FAILED if isinstance(error, Failed) else REFUSED)
     except OSError as error:
-        return fail(asked, said(error), FAILED)
+        return fail(asked, os_message(error), FAILED)
     except MemoryError as error:
         return fail(asked, str(error) or "out of memory", FAILED)
     except Exception as error:
@@ -73,7 +73,7 @@ def fail(args: argparse.Namespace, message: str, status: int) -> int:
     """Print an error as one sentence, and with --json as an object too; returns the exit code."""
     if args.debug and status != STOPPED:
         traceback.print_exc()
-    message = plain(message)
+    message = printable(message)
     print(message if status == STOPPED else f"error: {message}", file=sys.stderr)
     if args.json:
         print(json.dumps({"error": message}))

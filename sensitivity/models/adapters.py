@@ -9,7 +9,7 @@ from typing import Any
 
 from sensitivity.models.checkpoint import described, find, header
 from sensitivity.spec.errors import UserError, reason
-from sensitivity.spec.fields import FILE, FOLDER, MISSING, Misfit, check, cut, not_a_file
+from sensitivity.spec.fields import FILE, FOLDER, MISSING, Misfit, check, not_a_file, shortened
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -85,7 +85,7 @@ def base_of(config: dict[str, Any], folder: Path, name: str) -> str:
     try:
         find(base, config_only=True)
     except UserError as error:
-        why = f"{name} is an adapter for {cut(base)}, which cannot be had"
+        why = f"{name} is an adapter for {shortened(base)}, which cannot be had"
         raise UserError(f"{why} ({error}); type {name}@FOLDER, where FOLDER holds that model") from error
     return str(base)
 

@@ -27,12 +27,12 @@ from sensitivity.spec.fields import (
     Kind,
     Misfit,
     check,
-    cut,
     either,
-    listed,
+    list_of,
     not_a_file,
     one_of,
     read,
+    shortened,
 )
 
 EMBEDDED = {  # name -> folder
@@ -55,7 +55,7 @@ DTYPES = {  # by safetensors' names; numbers of less than a byte have no dtype i
 }  # fmt: skip
 DTYPE = either(OBJECT, one_of("auto", *(f"{at}{one}" for at in ("", "torch.") for one in FLOATS)))
 CONFIG = {  # fields that are checked before transformers reads a config; null counts as absent
-    "model_type": TEXT, "architectures": listed(TEXT, 0), "quantization_config": OBJECT, "auto_map": OBJECT,
+    "model_type": TEXT, "architectures": list_of(TEXT, 0), "quantization_config": OBJECT, "auto_map": OBJECT,
     "dtype": DTYPE, "torch_dtype": DTYPE,
 }  # fmt: skip
 BESIDE = (  # files that transformers reads beside the config; it ignores some of them if they are not JSON
@@ -84,16 +84,18 @@ def find(name: str, config_only: bool = False) -> Path:
     if trouble == FOLDER:
         return folder
     if trouble != MISSING:
-        raise UserError(f"'{cut(name)}' is a file; give the folder it lies in")
+        raise UserError(f"'{shortened(name)}' is a file; give the folder it lies in")
     instead = f"give a folder with config.json and *.safetensors, or {_embedded()}"
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise UserError(f"there is no folder '{cut(name)}'; {instead}")
+        raise UserError(f"there is no folder '{shortened(name)}'; {instead}")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=CONFIGS if config_only else WANTED))
     except (OSError, ValueError) as error:
-        why = f"'{cut(name)}' is neither a folder here nor a model that could be had from the hub ({reason(error)})"
+        why = (
+            f"'{shortened(name)}' is neither a folder here nor a model that could be had from the hub ({reason(error)})"
+        )
         raise UserError(f"{why}; {instead}") from error
 
 
@@ -157,7 +159,7 @@ def shards_of(index: Path, name: str) -> list[Path]:
     except Misfit as error:
         raise UserError(f"{index.name} of {name} cannot be used: {error}; fetch it again") from error
     files = sorted({index.parent / shard for shard in found.values()})
-    if missing := [cut(file.name) for file in files if not_a_file(file) == MISSING]:
+    if missing := [shortened(file.name) for file in files if not_a_file(file) == MISSING]:
         raise UserError(f"{name} lacks {', '.join(missing[:8])}, which its index names; fetch the missing files")
     return files
 

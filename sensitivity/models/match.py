@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sensitivity.spec.components import natural
+from sensitivity.spec.components import natural_order
 from sensitivity.spec.errors import UserError
 
 Shape = tuple[int, ...]
@@ -61,7 +61,7 @@ def check_tensors(skeleton: nn.Module, stored: Mapping[str, tuple[torch.dtype, S
 
 def refuse(model: nn.Module, name: str, how: str, keys: Iterable[str]) -> None:
     """Raise an error that names the missing, unknown or misshapen tensors, if there are any."""
-    if ordered := sorted(keys, key=natural):
+    if ordered := sorted(keys, key=natural_order):
         some = few(ordered)
         raise UserError(
             f"the checkpoint of {name} {HOW[how]} tensors for {type(model).__name__}: {some}; "

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from sensitivity.models.families import Family
-from sensitivity.spec.components import natural
+from sensitivity.spec.components import natural_order
 from sensitivity.spec.errors import UserError
 
 # transformers has no getter for a connector: it is beside vision and language, under one of these names.
@@ -46,7 +46,7 @@ class Towers:
 
     def refuse(self, paths: Iterable[str]) -> UserError:
         """The error for linear layers in no part; it names the largest modules around them that hold no known part."""
-        names = sorted({self._top(path) for path in paths}, key=natural)
+        names = sorted({self._top(path) for path in paths}, key=natural_order)
         return UserError(
             f"cannot place these modules of {type(self.model).__name__}: {', '.join(names)}; each must belong to "
             "vision, connector or language, so name them in FAMILIES (sensitivity/models/families.py)"

@@ -167,7 +167,7 @@ class ComponentMap:
     def components(self) -> tuple[Component, ...]:
         """The components in the order of data flow."""
         members: dict[str, list[Weight]] = {}
-        for weight in sorted(self.weights, key=lambda weight: _flow(weight, self.by)):
+        for weight in sorted(self.weights, key=lambda weight: _flow_order(weight, self.by)):
             members.setdefault(weight.place(self.by), []).append(weight)
         return tuple(Component(name, tuple(weights)) for name, weights in members.items())
 
@@ -222,7 +222,7 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.startswith(pattern + ".") or fnmatch.fnmatchcase(name, pattern)
 
 
-def _flow(weight: Weight, by: str) -> tuple[int, float, int]:
+def _flow_order(weight: Weight, by: str) -> tuple[int, float, int]:
     """The sort key of data flow: part, then depth, then kind.
 
     Depth is the block or the group where the granularity tells them apart. The embedding comes first in its part, and
@@ -237,7 +237,7 @@ def _flow(weight: Weight, by: str) -> tuple[int, float, int]:
     return PARTS.index(weight.part), depth, kind
 
 
-def natural(name: str) -> list[tuple[int, str]]:
+def natural_order(name: str) -> list[tuple[int, str]]:
     """A sort key by which layers.10 comes after layers.9."""
     return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]
 
@@ -247,8 +247,8 @@ def check(weights: Iterable[Weight], kept: Iterable[Kept], parameters: Mapping[s
     placed = [w.name for w in weights] + [k.name for k in kept]
     # the count per name is quadratic, so it runs only where something is placed twice
     twice = sorted({name for name in placed if placed.count(name) > 1}) if len(set(placed)) < len(placed) else []
-    lost = sorted(set(parameters) - set(placed), key=natural)
-    invented = sorted(set(placed) - set(parameters), key=natural)
+    lost = sorted(set(parameters) - set(placed), key=natural_order)
+    invented = sorted(set(placed) - set(parameters), key=natural_order)
     findings = {"in no component and not kept": lost, "placed twice": twice, "not in the model": invented}
     for what, names in findings.items():
         if names:

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-LONGEST = 300  # characters of a library's message that a sentence of ours quotes
+QUOTED = 300  # characters of a library's message that a sentence of ours quotes
 KEPT = 300  # characters of one word that a message keeps; a word can be a path or a whole file
 LONG = re.compile(rf"\S{{{KEPT + 1},}}")
 
@@ -40,14 +40,14 @@ def unknown(what: str, name: object, allowed: Iterable[object]) -> UserError:
     return UserError(f"unknown {what} '{name}'; choose from {', '.join(names)}{hint}")
 
 
-def plain(message: str) -> str:
+def printable(message: str) -> str:
     """A message as one line that is safe to print: no control characters, no lone surrogates, no endless words."""
     line = " ".join(message.split())
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
     return LONG.sub(lambda word: f"{word[0][:KEPT]}…", shown)
 
 
-def said(error: OSError) -> str:
+def os_message(error: OSError) -> str:
     """An operating system's error as a sentence: its str() would begin with [Errno 28]."""
     what = error.strerror or str(error) or type(error).__name__
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
@@ -59,10 +59,10 @@ def reason(error: BaseException) -> str:
 
     Where that line ends with a colon, the next line is added.
     """
-    text = said(error) if isinstance(error, OSError) else str(error)
+    text = os_message(error) if isinstance(error, OSError) else str(error)
     lines = (text.strip() or type(error).__name__).splitlines()
     told = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
     if isinstance(error, LookupError) and not isinstance(error, UserError):  # a KeyError's message is only the key
         told = f"{type(error).__name__}: {told}"
     told = told.encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair cannot be printed
-    return told if len(told) <= LONGEST else f"{told[:LONGEST]}..."
+    return told if len(told) <= QUOTED else f"{told[:QUOTED]}..."

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 
 LONGEST = 1_000_000  # characters of a text
 LARGEST = 2**53  # of whole numbers: above it, a float cannot hold every one, and JSON readers may round
-FARTHEST = 1e9  # of a coordinate in an image, in pixels
+LARGEST_COORDINATE = 1e9  # of a coordinate in an image, in pixels
 MISSING, FOLDER = "it is not there", "it is a folder"
 SHOWN = 60  # characters of a wrong value that a message quotes
 
@@ -46,7 +46,9 @@ def _whole(value: object) -> TypeGuard[int]:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= FARTHEST  # not NaN
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_COORDINATE
+    )  # not NaN
 
 
 def _file_name(value: object) -> bool:
@@ -63,7 +65,7 @@ TEXT = Kind("text that is not empty", _text)
 ANY_TEXT = Kind("text", lambda value: value == "" or (isinstance(value, str) and not value.strip()) or _text(value))
 WHOLE = Kind("a whole number", _whole)
 COUNT = Kind("a whole number from 0", lambda value: _whole(value) and value >= 0)
-NUMBER = Kind(f"a number between -{FARTHEST:g} and {FARTHEST:g}", _number)
+NUMBER = Kind(f"a number between -{LARGEST_COORDINATE:g} and {LARGEST_COORDINATE:g}", _number)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 NAME = Kind("text or a whole number", lambda value: _text(value) or _whole(value))
 FILE = Kind("the name of a file", lambda value: _text(value) and "\0" not in value)
@@ -71,7 +73,7 @@ FILE_INSIDE = Kind("the name of a file inside the folder", _file_name)
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 
 
-def listed(kind: Kind, fewest: int = 1) -> Kind:
+def list_of(kind: Kind, fewest: int = 1) -> Kind:
     """A list of at least `fewest` values of a kind."""
 
     def fits(value: object) -> bool:
@@ -97,20 +99,20 @@ def check(value: object, required: Mapping[str, Kind], optional: Mapping[str, Ki
     read.
     """
     if not isinstance(value, dict):
-        raise Misfit(f"{what} is {shown(value)} instead of an object")
+        raise Misfit(f"{what} is {quoted(value)} instead of an object")
     # missing fields first and all at once: they say that the file is of another layout
     if missing := [name for name in required if name not in value]:
         raise Misfit(f"{what} has no {' and no '.join(map(repr, missing))}")
     for name, kind in required.items():
         if not kind.fits(value[name]):
-            raise Misfit(f"{name} is {shown(value[name])} instead of {kind.expected}")
+            raise Misfit(f"{name} is {quoted(value[name])} instead of {kind.expected}")
     for name, kind in optional.items():
         if value.get(name) is not None and not kind.fits(value[name]):
-            raise Misfit(f"{name} is {shown(value[name])} instead of {kind.expected}")
+            raise Misfit(f"{name} is {quoted(value[name])} instead of {kind.expected}")
     return value
 
 
-def shown(value: object) -> str:
+def quoted(value: object) -> str:
     """A wrong value for a message: as JSON, short, on one line, in ASCII."""
     try:
         text = json.dumps(value)
@@ -119,7 +121,7 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
-def cut(text: str) -> str:
+def shortened(text: str) -> str:
     """A name for a message, shortened where it is long."""
     return text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]}..."
 

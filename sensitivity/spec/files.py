@@ -26,7 +26,7 @@ WhyForeign = Callable[[Path], str]
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def full(target: Path, error: OSError) -> Failed:
+def disk_error(target: Path, error: OSError) -> Failed:
     """The error for a file that could not be written or read, with what the user can do about a full disk."""
     if error.errno in NO_SPACE:
         return Failed(
@@ -36,7 +36,7 @@ def full(target: Path, error: OSError) -> Failed:
 
 
 @contextlib.contextmanager
-def whole(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """A temporary name beside a file, which replaces the file only if the block succeeds.
 
     The rename is atomic, so that a reader sees the old content or the new, never a part.
@@ -47,13 +47,13 @@ def whole(target: Path) -> Iterator[Path]:
         yield unfinished
         os.replace(unfinished, target)
     except OSError as error:
-        raise full(target, error) from error
+        raise disk_error(target, error) from error
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def making(folder: Path, ours: Iterable[str] = ()) -> Iterator[None]:
+def new_folder(folder: Path, ours: Iterable[str] = ()) -> Iterator[None]:
     """Create a folder; if the block fails, remove what was created: the named files of ours, and empty folders."""
     # folders that do not exist yet, the innermost first: only these may be removed again
     before = [place for place in (folder, *folder.parents) if not place.exists()]
@@ -78,7 +78,7 @@ def finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def table_of(rows: pd.DataFrame) -> bytes:
+def csv_bytes(rows: pd.DataFrame) -> bytes:
     """Rows as CSV whose text no spreadsheet runs as a formula (OWASP: CSV injection).
 
     Text that begins with =, +, -, @, a tab or a carriage return gets an apostrophe in front, by which spreadsheets take
@@ -93,13 +93,13 @@ def table_of(rows: pd.DataFrame) -> bytes:
     return bytes(plain.to_csv(index=False).encode())
 
 
-def write_whole(target: Path, content: bytes) -> None:
+def write_atomically(target: Path, content: bytes) -> None:
     """Replace a file atomically by one with this content."""
-    with whole(target) as unfinished:
+    with replacing(target) as unfinished:
         unfinished.write_bytes(content)
 
 
-def write_again(target: Path, text: str) -> None:
+def overwrite(target: Path, text: str) -> None:
     """Write a text file, over an earlier one only if that begins with the same first line."""
     if target.is_dir():
         raise UserError(f"{target} is a folder; name a file")
@@ -111,7 +111,7 @@ def write_again(target: Path, text: str) -> None:
         if found.rstrip(b"\r\n").partition(b"\n")[0].rstrip(b"\r") != first.encode():
             raise UserError(f"{target} is another file: it does not begin with '{first}'; choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, text.encode())
+    write_atomically(target, text.encode())
 
 
 def may_write(out: Path, force: bool, why_foreign: WhyForeign, keep: Iterable[Path] = ()) -> None:
@@ -135,23 +135,23 @@ def _why_never(out: Path, keep: Iterable[Path]) -> str:
         return "is the working folder"
     if out.is_symlink():
         return "is a link"
-    place = _real(out)
+    place = _without_links(out)
     if place in (*PACKAGE.parents, PACKAGE) or PACKAGE in place.parents:
         return "holds this package or lies in it"
-    if place == _real(Path.cwd()) or place in _real(Path.cwd()).parents:
+    if place == _without_links(Path.cwd()) or place in _without_links(Path.cwd()).parents:
         return "is the working folder or holds it"
     if place in _homes():
         return "is a home folder or holds one"
     if os.path.ismount(place):
         return "is where a file system is mounted"
     for kept in keep:
-        found = _real(kept)
+        found = _without_links(kept)
         if place == found or place in found.parents:
             return f"is or holds {kept}, which is being read"
     return ""
 
 
-def _real(path: Path) -> Path:
+def _without_links(path: Path) -> Path:
     return Path(os.path.realpath(path))  # `resolve` raises on a cycle of links
 
 
@@ -163,7 +163,7 @@ def _homes() -> set[Path]:
         import pwd
 
         homes += [Path(user.pw_dir) for user in pwd.getpwall() if user.pw_dir]
-    found = {_real(home) for home in homes}
+    found = {_without_links(home) for home in homes}
     return found | {parent for home in found for parent in home.parents}
 
 
@@ -181,7 +181,7 @@ def is_unfinished(folder: Path) -> bool:
         return False
 
 
-def put_in_place(folder: Path, out: Path, why_foreign: WhyForeign) -> None:
+def move_into_place(folder: Path, out: Path, why_foreign: WhyForeign) -> None:
     """Move a finished folder to its target; what it replaces is deleted only after the move.
 
     A kill between two renames leaves the old folder under a name from which `put_back` restores it.

@@ -12,7 +12,7 @@ NATIVE = 16  # the bit width that stands for native precision
 Allowed = Callable[[str, Scheme | None], bool]  # whether a component may have a scheme; None is native precision
 
 
-def allowing(names: Sequence[str], widths: Mapping[str, Sequence[int]] | None) -> Allowed | None:
+def allowed_by(names: Sequence[str], widths: Mapping[str, Sequence[int]] | None) -> Allowed | None:
     """Whether a component may have a scheme, from the bit widths that each pattern allows.
 
     The longest matching pattern decides; 16 stands for native precision.
@@ -26,7 +26,7 @@ def allowing(names: Sequence[str], widths: Mapping[str, Sequence[int]] | None) -
     return lambda name, scheme: name not in fine or (scheme.bits if scheme else NATIVE) in fine[name]
 
 
-def tying(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+def tied_groups(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
     """Groups of components that must share a scheme, from groups of patterns."""
     found = []
     for group in groups:
@@ -37,14 +37,14 @@ def tying(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[tuple[s
     return list(dict.fromkeys(found))
 
 
-def both(one: Allowed | None, other: Allowed | None) -> Allowed | None:
+def intersection(one: Allowed | None, other: Allowed | None) -> Allowed | None:
     """What both functions allow; None allows everything."""
     if one is None or other is None:
         return one or other
     return lambda name, scheme: one(name, scheme) and other(name, scheme)
 
 
-def joined(groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+def merge_groups(groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
     """Merge groups that have a member in common."""
     found: list[tuple[str, ...]] = []
     for group in map(tuple, groups):

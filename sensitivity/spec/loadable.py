@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
-from sensitivity.spec.runtimes import Choice, listed, refusals, runtime, tied
+from sensitivity.spec.runtimes import Choice, comma_list, refusals, runtime, tied
 
 
 def allowed(parts: ComponentMap, name: str, only: Choice = None) -> Callable[[str, Choice], bool]:
@@ -64,4 +64,4 @@ def _left_out(parts: ComponentMap, places: Mapping[str, Sequence[str]], rule: st
     for scheme, names in places.items():
         where = "all parts" if len(names) == len(parts.names) else ", ".join(names)
         by_place.setdefault(where, []).append(scheme)
-    return f"{'; '.join(f'{listed(schemes)} of {where}' for where, schemes in by_place.items())}: {rule}"
+    return f"{'; '.join(f'{comma_list(schemes)} of {where}' for where, schemes in by_place.items())}: {rule}"

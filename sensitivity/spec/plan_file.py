@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sensitivity.spec import schema
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.files import finite, write_whole
+from sensitivity.spec.files import finite, write_atomically
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import size
 
@@ -34,7 +34,7 @@ def write_file(parts: ComponentMap, plan: Plan, facts: Mapping[str, object], tar
     """Write a plan.json."""
     target.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps(finite(document(parts, plan, facts)), indent=2, default=str, allow_nan=False) + "\n"
-    write_whole(target, content.encode())
+    write_atomically(target, content.encode())
     return target
 
 

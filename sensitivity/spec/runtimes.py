@@ -10,7 +10,7 @@ from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Plan, Scheme
 
 Choice = Scheme | None
-WHOLE_ZERO = ("rtn", "clip", "gptq", "awq")  # methods with integer codes and an integer zero point
+INTEGER_GRIDS = ("rtn", "clip", "gptq", "awq")  # methods with integer codes and an integer zero point
 ANY = tuple(range(1, 17))
 
 
@@ -21,7 +21,7 @@ class Runtime:
     about: str
     symmetric: tuple[int, ...] = ()  # bit widths of symmetric grids
     asymmetric: tuple[int, ...] = ()  # bit widths of grids with a zero point
-    methods: tuple[str, ...] | None = WHOLE_ZERO  # None: any, since it receives only values or bit widths
+    methods: tuple[str, ...] | None = INTEGER_GRIDS  # None: any, since it receives only values or bit widths
     groups: tuple[int | str, ...] | None = None  # group sizes; None: "tensor", "row" and any number of columns
     zeros: tuple[int | str, ...] | None = None  # the groups that can have a zero point; None: all of them
     groups_of: Mapping[int, tuple[int | str, ...]] = field(default_factory=dict)  # bits -> groups, where fewer
@@ -195,14 +195,15 @@ def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
     widths = able.symmetric if scheme.symmetric else able.asymmetric
     if scheme.bits not in widths:
         kind = "symmetric" if scheme.symmetric else "asymmetric"
-        yield f"{able.about} loads {kind} widths {listed(widths) or 'of no kind'}, not {scheme.bits}"
+        yield f"{able.about} loads {kind} widths {comma_list(widths) or 'of no kind'}, not {scheme.bits}"
     groups = able.groups_of.get(scheme.bits, able.groups)
     if groups is not None and scheme.group not in groups:
-        yield f"{able.about} takes groups of {listed(groups)} at {scheme.bits} bits, not {scheme.group}"
+        yield f"{able.about} takes groups of {comma_list(groups)} at {scheme.bits} bits, not {scheme.group}"
     elif scheme.group == "tensor" and not able.tensors:
         yield f"{able.about} takes a scale per row or group, not one per tensor; use --group row"
     elif not scheme.symmetric and able.zeros is not None and scheme.group not in able.zeros:
-        yield f"{able.about} loads zero points of {listed(able.zeros)} groups, not of {scheme.group}; use --symmetric"
+        zeros = comma_list(able.zeros)
+        yield f"{able.about} loads zero points of {zeros} groups, not of {scheme.group}; use --symmetric"
     if scheme.get("biases") and not able.biases:
         yield f"{able.about} keeps biases in full precision; leave out --biases"
     yield from _misfits(component.weights, scheme, able)
@@ -219,15 +220,15 @@ def _misfits(weights: Sequence[Weight], scheme: Scheme, able: Runtime) -> Iterat
     """Rules about rows and columns that the group size or the packing does not divide."""
     rows, cols = sorted({w.rows for w in weights}), sorted({w.cols for w in weights})
     if isinstance(scheme.group, int) and not able.ragged and (odd := [n for n in cols if n % scheme.group]):
-        yield f"groups of {scheme.group} do not divide rows of {listed(odd)} weights; use --group row"
+        yield f"groups of {scheme.group} do not divide rows of {comma_list(odd)} weights; use --group row"
     if odd := [n for n in rows if n % able.rows]:
-        yield f"{able.about} needs rows in multiples of {able.rows}, not {listed(odd)}"
+        yield f"{able.about} needs rows in multiples of {able.rows}, not {comma_list(odd)}"
     step = able.cols_of.get(scheme.bits, able.cols)
     if odd := [n for n in cols if n % step]:
-        yield f"{able.about} needs columns in multiples of {step} at {scheme.bits} bits, not {listed(odd)}"
+        yield f"{able.about} needs columns in multiples of {step} at {scheme.bits} bits, not {comma_list(odd)}"
 
 
-def breaches(parts: ComponentMap, plan: Plan, name: str) -> list[str]:
+def violations(parts: ComponentMap, plan: Plan, name: str) -> list[str]:
     """The rules that a plan breaks, one sentence per rule with its components; empty if the runtime can load it."""
     able = runtime(name)
     refused: dict[str, list[str]] = {}
@@ -269,7 +270,7 @@ def tied(parts: ComponentMap, name: str) -> list[tuple[str, ...]]:
 
 def check(parts: ComponentMap, plan: Plan, name: str) -> None:
     """Raise an error that names the rules that a plan breaks."""
-    if found := breaches(parts, plan, name):
+    if found := violations(parts, plan, name):
         shown = "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
         raise UserError(f"{name} cannot hold this plan: {shown}. `sensitivity legalize` finds the best plan that fits")
 
@@ -278,6 +279,6 @@ def _scheme(scheme: Choice) -> str:
     return "native" if scheme is None else str(scheme)
 
 
-def listed(values: Sequence[object]) -> str:
+def comma_list(values: Sequence[object]) -> str:
     """Values with commas between them."""
     return ", ".join(map(str, values))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.fields import Misfit, content, parsed, shown
+from sensitivity.spec.fields import Misfit, content, parsed, quoted
 
 FOLDER = Path(__file__).parent / "schemas"
 LARGEST = 256 * 2**20  # bytes; our files have kilobytes, so a larger one is not ours and is not read
@@ -178,7 +178,7 @@ def _there(ref: str, home: str) -> tuple[str, Schema]:
 
 def _not(value: object, wanted: Schema, home: str, at: str) -> str:
     named = f"'{at}'" if at else "it"
-    return f"{named} is {shown(value)}, and should be {_words(wanted, home)}"
+    return f"{named} is {quoted(value)}, and should be {_words(wanted, home)}"
 
 
 def _words(wanted: Schema, home: str) -> str:

@@ -11,7 +11,7 @@ from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Plan, Scheme, scheme_of
 
-LABEL = 112  # upper bound on the bytes of a tensor's entry in a safetensors header, without its name
+HEADER_ENTRY = 112  # upper bound on the bytes of a tensor's entry in a safetensors header, without its name
 MB, GB = 1e6, 1e9  # bytes, as disks and hubs count them
 
 PAPER_NATIVE_BITS = 16  # bits that the published bpw figures count for every weight that is not quantized
@@ -118,7 +118,7 @@ OVERHEAD: dict[str, Callable[[Scheme, int, int], int]] = {
 }
 
 
-def _words(bits: int) -> int:
+def _whole_words(bits: int) -> int:
     """Bits rounded up to whole 32-bit words."""
     return 32 * math.ceil(bits / 32)
 
@@ -129,10 +129,10 @@ def _compressed_tensors(scheme: Scheme, rows: int, cols: int) -> int:
     Codes fill whole words row by row; a 16-bit scale per group; two int64 for the shape; zero points are packed along
     the rows, except the int8 of a whole tensor.
     """
-    stored = rows * _words(cols * scheme.bits) + 16 * groups(scheme, rows, cols) + 2 * 64
+    stored = rows * _whole_words(cols * scheme.bits) + 16 * groups(scheme, rows, cols) + 2 * 64
     if scheme.symmetric:
         return stored
-    return stored + (8 if scheme.group == "tensor" else groups(scheme, 1, cols) * _words(rows * scheme.bits))
+    return stored + (8 if scheme.group == "tensor" else groups(scheme, 1, cols) * _whole_words(rows * scheme.bits))
 
 
 def _awq(scheme: Scheme, rows: int, cols: int) -> int:
@@ -236,13 +236,13 @@ def size(parts: ComponentMap, plan: Plan, format: str | None = None) -> Size:
     return Size(stored, codes, parts.numel, bpw_codes, format if format in FILES else None)
 
 
-def labels(parts: ComponentMap) -> int:
+def header_bytes(parts: ComponentMap) -> int:
     """An upper bound on the bytes of a model's safetensors headers in packed files.
 
     A packed weight becomes four tensors or fewer. Each takes its name and about 90 characters more in the header.
     """
-    packed = sum(4 * (len(weight.name) + LABEL) for weight in parts.weights)
-    return packed + sum(len(kept.name) + LABEL for kept in parts.kept)
+    packed = sum(4 * (len(weight.name) + HEADER_ENTRY) for weight in parts.weights)
+    return packed + sum(len(kept.name) + HEADER_ENTRY for kept in parts.kept)
 
 
 def uniform_sizes(parts: ComponentMap, schemes: Iterable[Scheme]) -> dict[int, Size]:

@@ -29,7 +29,7 @@ def cores() -> int:
         return ours
 
 
-def available() -> int:
+def free_memory() -> int:
     """Bytes of memory that are free or can be freed; without /proc/meminfo, half of the memory."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -47,7 +47,7 @@ def limit(count: int) -> None:
         torch.set_num_threads(count)
 
 
-def limited() -> int | None:
+def requested() -> int | None:
     """How many threads the user asked for with OMP_NUM_THREADS; None if it is not set."""
     said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return int(said) if said.isdigit() and int(said) else None

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.files import whole
+from sensitivity.spec.files import replacing
 
 COLUMNS = ("task", "example", "cluster", "kind", "score", "nll", "answer")
 
@@ -20,7 +20,7 @@ class Damaged(UserError):
 def write(path: Path, frame: pd.DataFrame) -> None:
     """Write the file whole or not at all, with checksums, so that reading notices a single wrong bit."""
     path.parent.mkdir(exist_ok=True)
-    with whole(path) as unfinished:
+    with replacing(path) as unfinished:
         frame.to_parquet(unfinished, index=False, write_page_checksum=True)
 
 

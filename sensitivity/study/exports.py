@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sensitivity.spec import schema
-from sensitivity.spec.files import finite, write_whole
+from sensitivity.spec.files import finite, write_atomically
 
 NOTES = "exports"  # folder of the notes, in a study's folder
 MANIFEST = "sensitivity.json"  # in an export: which files were written
@@ -23,7 +23,7 @@ def note(study: Path, out: Path, facts: Mapping[str, Any]) -> None:
     (study / NOTES).mkdir(exist_ok=True)
     target = study / NOTES / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}.json"
     content = {"folder": folder, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}
-    write_whole(target, (json.dumps(finite(content), indent=1) + "\n").encode())
+    write_atomically(target, (json.dumps(finite(content), indent=1) + "\n").encode())
 
 
 def noted(study: Path) -> list[dict[str, Any]]:

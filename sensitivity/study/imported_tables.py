@@ -17,8 +17,8 @@ import pandas as pd
 
 from sensitivity.spec.components import GRANULARITIES, GROUPS, KINDS, PARTS, ComponentMap, Kept, Weight, matches
 from sensitivity.spec.errors import UserError, unknown
-from sensitivity.spec.fields import shown
-from sensitivity.spec.files import full, making
+from sensitivity.spec.fields import quoted
+from sensitivity.spec.files import disk_error, new_folder
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.study.counting import count, numbers
 from sensitivity.study.study import Study
@@ -133,13 +133,13 @@ def _aside(out: Path) -> Iterator[Path]:
     """A hidden folder beside the target, renamed to it at the end: a killed import leaves no study of half a table."""
     try:
         with (
-            making(out.parent),
+            new_folder(out.parent),
             tempfile.TemporaryDirectory(prefix=f".{out.name[:64]}.", dir=out.parent) as folder,
         ):
             yield Path(folder) / "study"
             Path(folder, "study").rename(out)  # `_free` found no folder there, or an empty one
     except OSError as error:
-        raise full(out, error) from error
+        raise disk_error(out, error) from error
 
 
 def _scores(table: pd.DataFrame, scores: Sequence[str]) -> None:
@@ -157,7 +157,7 @@ def _scores(table: pd.DataFrame, scores: Sequence[str]) -> None:
     for name in scores:
         if not name.strip() or len(name) > 100 or not name.isprintable() or set(name) & set("<>&\"'`|\\"):
             raise UserError(
-                f"a score cannot be called {shown(name)}: a name has 1 to 100 letters, and none of "
+                f"a score cannot be called {quoted(name)}: a name has 1 to 100 letters, and none of "
                 "< > & \" ' ` | \\; rename the column"
             )
 

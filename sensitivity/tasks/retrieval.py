@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.fields import ANY_TEXT, FILE_INSIDE, TEXT, Kind, listed
+from sensitivity.spec.fields import ANY_TEXT, FILE_INSIDE, TEXT, Kind, list_of
 from sensitivity.tasks import scenes
 from sensitivity.tasks.datasets.source import DatasetFolder, Flaw, each
 from sensitivity.tasks.examples.types import SPLITS, Example, Gallery, ImageSource, Metric, Task
@@ -21,7 +21,7 @@ GET = (
 )
 FILE, IMAGES = "dataset_flickr30k.json", "flickr30k-images"
 SENTENCE = Kind("a sentence", lambda value: isinstance(value, dict) and ANY_TEXT.fits(value.get("raw")))
-LISTED = {"filename": FILE_INSIDE, "split": TEXT, "sentences": listed(SENTENCE, 0)}
+LISTED = {"filename": FILE_INSIDE, "split": TEXT, "sentences": list_of(SENTENCE, 0)}
 PARTS = {"evaluation": "test", "calibration": "train"}  # val stays free for choosing settings
 RANKS = (1, 5, 10)
 WAYS = ("text", "image")  # what is retrieved: the captions of an image, or the image of a caption

@@ -16,7 +16,7 @@ from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.recommendation import judge, unmeasured
 from sensitivity.analysis.surrogate.surrogate import Space, learn
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.limits import allowing, joined, tying
+from sensitivity.spec.limits import allowed_by, merge_groups, tied_groups
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.sizes import size
 from sensitivity.study.study import Study
@@ -270,19 +270,19 @@ def test_a_wish_survives_the_journey_through_json() -> None:
 
 def test_limits_are_named_by_patterns() -> None:
     names = ("vision.front.attn", "vision.front.ff", "connector", "language.end.ff")
-    allow = allowing(names, {"vision": (4, 8), "vision.front.ff": (16,), "*.ff": (2,)})
+    allow = allowed_by(names, {"vision": (4, 8), "vision.front.ff": (16,), "*.ff": (2,)})
     assert allow is not None
     assert allow("vision.front.attn", Scheme("codes", 4))
     assert not allow("vision.front.attn", None)
     assert allow("vision.front.ff", None)  # the longest pattern decides
     assert not allow("language.end.ff", Scheme("codes", 4))
     assert allow("connector", Scheme("codes", 3))
-    assert tying(names, [("*.ff", "connector")]) == [("vision.front.ff", "language.end.ff", "connector")]
-    assert joined([("a", "b"), ("c", "d"), ("b", "c")]) == [("a", "b", "c", "d")]
+    assert tied_groups(names, [("*.ff", "connector")]) == [("vision.front.ff", "language.end.ff", "connector")]
+    assert merge_groups([("a", "b"), ("c", "d"), ("b", "c")]) == [("a", "b", "c", "d")]
     with pytest.raises(UserError, match=r"unknown component 'visoin'.*"):
-        allowing(names, {"visoin": (4,)})
+        allowed_by(names, {"visoin": (4,)})
     with pytest.raises(UserError, match="'connector' is a single component"):
-        tying(names, [("connector",)])
+        tied_groups(names, [("connector",)])
 
 
 def test_the_number_of_examples_that_decide_is_about_right() -> None:

@@ -48,7 +48,7 @@ from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read
 from sensitivity.spec.runtimes import RUNTIMES
 from sensitivity.spec.schema import schema as schema_of
-from sensitivity.spec.sizes import component_bits, labels, size
+from sensitivity.spec.sizes import component_bits, header_bytes, size
 
 EMBEDDED = "embedded:scenes-llava"
 
@@ -291,7 +291,7 @@ def test_predicted_bytes_are_written_bytes(wide: Path, tmp_path: Path, format: s
         promised = size(parts, asked.plan, format)
         assert (found["bytes"], found["bpw"]) == (promised.bytes, pytest.approx(promised.bpw))
         assert (tmp_path / "out" / "model.safetensors").stat().st_size == found["bytes"] + found["headers"]
-        assert found["headers"] <= labels(parts)  # what a budget in GB leaves for them
+        assert found["headers"] <= header_bytes(parts)  # what a budget in GB leaves for them
 
 
 def test_numbers_weigh_what_was_promised(parts: ComponentMap, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_what_is_no_adapter_takes_no_base_model(folder: Path) -> None:
         UserError, match=r"llava is not an adapter, and only an adapter takes a base model after an @; type .*llava$"
     ):
         load(name)
-    with pytest.raises(UserError, match="embedded:scenes-llava is no adapter"):
+    with pytest.raises(UserError, match="embedded:scenes-llava is not an adapter"):
         inspect("embedded:scenes-llava@x")
 
 

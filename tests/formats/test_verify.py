@@ -33,7 +33,7 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import begin_folder
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import write_file
-from sensitivity.spec.runtimes import breaches
+from sensitivity.spec.runtimes import violations
 from sensitivity.spec.sizes import size
 from sensitivity.study.exports import noted
 from sensitivity.study.study import Study
@@ -173,7 +173,7 @@ def test_a_sweep_for_a_runtime_says_what_it_leaves_out_and_tries_the_rest(
     study = Study(out)
     plans = [Plan.from_json(trial.user_attrs["plan"]) for trial in study.trials()]
     assert len(plans) > 1
-    assert not [plan.describe() for plan in plans if breaches(study.parts, plan, "modelopt")]
+    assert not [plan.describe() for plan in plans if violations(study.parts, plan, "modelopt")]
 
 
 def test_a_sweep_of_what_a_runtime_cannot_load_does_not_begin(
@@ -275,13 +275,13 @@ def test_the_legal_plan_is_the_best_that_brute_force_finds(planted: Study, runti
     asked = Plan(tuple(zip(planted.parts.names, (rtn(3, 32, False), rtn(3), rtn(3, 32, False)), strict=True)))
     budget = 7.0
     found = exporting.legalize(planted, asked, runtime, bpw=budget)
-    assert breaches(planted.parts, found.plan, runtime) == []
+    assert violations(planted.parts, found.plan, runtime) == []
     assert found.after.bpw <= budget
     scores = {trial.user_attrs["key"]: trial.user_attrs["scores"]["vqa"]["mean"] for trial in planted.trials()}
     legal = [
         Plan.from_json(trial.user_attrs["plan"])
         for trial in planted.trials()
-        if not breaches(planted.parts, Plan.from_json(trial.user_attrs["plan"]), runtime)
+        if not violations(planted.parts, Plan.from_json(trial.user_attrs["plan"]), runtime)
     ]
     fitting = [plan for plan in legal if size(planted.parts, plan).bpw <= budget]
     best = max(scores[plan.key] for plan in fitting)
@@ -301,11 +301,11 @@ def test_a_budget_for_a_runtime_counts_what_its_files_weigh(planted: Study, runt
     assert found.after.bpw <= budget < stored.bpw
     scores = {trial.user_attrs["key"]: trial.user_attrs["scores"]["vqa"]["mean"] for trial in planted.trials()}
     plans = [Plan.from_json(trial.user_attrs["plan"]) for trial in planted.trials()]
-    fitting = [p for p in plans if not breaches(parts, p, runtime) and size(parts, p, runtime).bpw <= budget]
+    fitting = [p for p in plans if not violations(parts, p, runtime) and size(parts, p, runtime).bpw <= budget]
     assert scores[found.plan.key] == pytest.approx(max(scores[plan.key] for plan in fitting), abs=0.02)
     chosen = recommend(planted, budget, runtime=runtime)
     assert (chosen.plan, chosen.size) == (found.plan, found.after)
-    assert breaches(parts, chosen.plan, runtime) == []
+    assert violations(parts, chosen.plan, runtime) == []
     if runtime == "gptq":  # which keeps most beside the codes
         freely = recommend(planted, budget)
         assert size(parts, freely.plan, runtime).bpw > budget
@@ -343,14 +343,14 @@ def test_a_budget_for_a_format_is_one_for_its_files(
 
 def test_a_plan_that_is_too_large_is_not_called_legal_as_it_is(planted: Study) -> None:
     found = exporting.legalize(planted, Plan.uniform(planted.parts, rtn(8)), "gptq", bpw=6.0)
-    assert found.breaches == ()
+    assert found.violations == ()
     assert "all stored in gptq files" in found.words
 
 
 def test_a_legal_plan_stays_and_costs_nothing(planted: Study) -> None:
     plan = Plan.uniform(planted.parts, rtn(4))
     found = exporting.legalize(planted, plan, "compressed-tensors")
-    assert (found.plan, found.breaches) == (plan, ())
+    assert (found.plan, found.violations) == (plan, ())
     assert found.words == "nothing: the plan is legal as it is"
 
 

@@ -23,7 +23,7 @@ from sensitivity.quantize.methods import scheme
 from sensitivity.spec.components import HEAD, WORDS
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, scheme_of
-from sensitivity.spec.runtimes import breaches
+from sensitivity.spec.runtimes import violations
 from sensitivity.spec.sizes import size
 from sensitivity.tasks.table import task
 
@@ -121,13 +121,13 @@ def test_formats_that_cannot_hold_words_say_so() -> None:
     apart = discover(small_vlms.on_meta("smolvlm"), by="part", include=WORDS)
     tied = discover(small_vlms.on_meta("internvl"), by="part", include=["head"])
     only = {"language.embedding": scheme("rtn", 4), "language.head": scheme("rtn", 4)}
-    found = breaches(apart, Plan.of(apart, only), "awq")
+    found = violations(apart, Plan.of(apart, only), "awq")
     assert "keeps the embedding in full precision; sweep without --include embedding, or use --format fake" in found[0]
     assert any("keeps the output head in full precision" in one for one in found)
-    assert not [one for one in breaches(apart, Plan.of(apart, only), "compressed-tensors") if "output head" in one]
-    (one,) = breaches(tied, Plan.of(tied, {"language.head": scheme("rtn", 4)}), "compressed-tensors")
+    assert not [one for one in violations(apart, Plan.of(apart, only), "compressed-tensors") if "output head" in one]
+    (one,) = violations(tied, Plan.of(tied, {"language.head": scheme("rtn", 4)}), "compressed-tensors")
     assert "embedding that is the output head too" in one
-    assert not breaches(apart, Plan.of(apart, only), "fake")
+    assert not violations(apart, Plan.of(apart, only), "fake")
 
 
 @pytest.mark.parametrize("name", ["smolvlm", "internvl"])

@@ -203,13 +203,13 @@ LINES: dict[str, tuple[bytes | str, str]] = {
     "text": ('"a.png"', "line 1 lacks"),
     "a number": ("5", "line 1 lacks"),
     "null": ("null", "line 1 lacks"),
-    "nested": (DEEP, "line 1 is not JSON .too many brackets"),
-    "nested in a field": (json.dumps(LINE)[:-1] + ', "more": ' + DEEP, "too many brackets"),
+    "nested": (DEEP, "line 1 is not JSON .it is nested too deeply"),
+    "nested in a field": (json.dumps(LINE)[:-1] + ', "more": ' + DEEP, "it is nested too deeply"),
     "NaN": (json.dumps(LINE)[:-1] + ', "id": NaN}', "NaN is not valid JSON"),
     "long number": (json.dumps(LINE)[:-1] + ', "id": ' + "9" * 5000 + "}", "too many digits"),
-    "latin-1": (json.dumps({**LINE, "prompt": "café"}, ensure_ascii=False).encode("latin-1"), "no UTF-8"),
-    "utf-16": (json.dumps(LINE).encode("utf-16"), "no UTF-8"),
-    "a picture": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "no UTF-8"),
+    "latin-1": (json.dumps({**LINE, "prompt": "café"}, ensure_ascii=False).encode("latin-1"), "not UTF-8"),
+    "utf-16": (json.dumps(LINE).encode("utf-16"), "not UTF-8"),
+    "a picture": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not UTF-8"),
     "zeros": (bytes(100), "line 1 is not JSON"),
     "the second line": (json.dumps(LINE) + "\n{", "line 2 is not JSON"),
     "the same id twice": (json.dumps({**LINE, "id": 1}) + "\n" + json.dumps({**LINE, "id": "1"}), "the id '1' twice"),
@@ -722,7 +722,7 @@ INDEXES: dict[str, Any] = {
 def test_an_index_that_is_damaged(folder: Path, kind: str) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(INDEXES[kind]))
     said = sentence(lambda: load(str(folder)))
-    assert re.search("index|no whole safetensors file|lacks", said)
+    assert re.search("index|not a complete safetensors file|lacks", said)
 
 
 # -- processors

@@ -22,7 +22,7 @@ from sensitivity.formats.writing.unfinished import beside, clear
 from sensitivity.measure.calibrate.cache import Cache
 from sensitivity.spec import files
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.files import MARK, UNFINISHED, discard, may_write, write_again
+from sensitivity.spec.files import MARK, UNFINISHED, discard, may_write, overwrite
 
 # -- the one place that deletes ------------------------------------------------------------------------------------
 
@@ -290,18 +290,18 @@ def test_links_are_never_followed_to_what_they_name(tmp_path: Path) -> None:
 
 
 def test_a_document_replaces_an_earlier_one_alone(tmp_path: Path) -> None:
-    write_again(tmp_path / "new" / "report.md", "# What a sweep costs\n\n1 s\n")
-    write_again(tmp_path / "new" / "report.md", "# What a sweep costs\n\n2 s\n")
+    overwrite(tmp_path / "new" / "report.md", "# What a sweep costs\n\n1 s\n")
+    overwrite(tmp_path / "new" / "report.md", "# What a sweep costs\n\n2 s\n")
     assert (tmp_path / "new" / "report.md").read_text().endswith("2 s\n")
     for text in ("# Letters\n", "# What a sweep costs us\n", ""):
         (tmp_path / "letters.md").write_text(text)
         with pytest.raises(
             UserError, match=r"letters\.md is another file: it does not begin with '# What a sweep costs'"
         ):
-            write_again(tmp_path / "letters.md", "# What a sweep costs\n")
+            overwrite(tmp_path / "letters.md", "# What a sweep costs\n")
         assert (tmp_path / "letters.md").read_text() == text
     with pytest.raises(UserError, match="new is a folder; name a file"):
-        write_again(tmp_path / "new", "# What a sweep costs\n")
+        overwrite(tmp_path / "new", "# What a sweep costs\n")
 
 
 def test_a_cache_leaves_other_tensors_alone(tmp_path: Path) -> None:

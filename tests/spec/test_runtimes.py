@@ -12,7 +12,7 @@ from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.loadable import allowed, restrict, searches
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.runtimes import RUNTIMES, abilities, breaches, check, tied
+from sensitivity.spec.runtimes import RUNTIMES, abilities, check, tied, violations
 
 
 def rtn(bits: int, group: int | str = "row", symmetric: bool = True, method: str = "rtn") -> Scheme:
@@ -37,7 +37,7 @@ def model(by: str = "linear", odd: int = 64) -> ComponentMap:
 def test_every_runtime_takes_full_precision() -> None:
     parts = model()
     for name in RUNTIMES:
-        assert breaches(parts, Plan.uniform(parts, None), name) == []
+        assert violations(parts, Plan.uniform(parts, None), name) == []
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_every_runtime_takes_full_precision() -> None:
 )
 def test_a_uniform_plan_is_legal_or_told_why_not(name: str, scheme: Scheme, says: str | None) -> None:
     parts = model()
-    found = breaches(parts, Plan.uniform(parts, scheme), name)
+    found = violations(parts, Plan.uniform(parts, scheme), name)
     if says is None:
         assert found == []
     else:
@@ -83,7 +83,7 @@ def test_a_uniform_plan_is_legal_or_told_why_not(name: str, scheme: Scheme, says
 
 def test_only_the_components_that_break_a_rule_are_named() -> None:
     parts = model("group.kind", odd=40)
-    (found,) = breaches(parts, Plan.uniform(parts, rtn(4, 64)), "compressed-tensors")
+    (found,) = violations(parts, Plan.uniform(parts, rtn(4, 64)), "compressed-tensors")
     named = [component.name for component in parts.match("vision*ff")]
     assert found.startswith(", ".join(f"{name} (rtn:4)" for name in named) + ": groups of 64 do not divide rows of 40")
 
@@ -91,8 +91,8 @@ def test_only_the_components_that_break_a_rule_are_named() -> None:
 def test_biases_are_kept_by_packed_formats() -> None:
     parts = model()
     plan = Plan.uniform(parts, Scheme("rtn", 4, settings=(("biases", True),)))
-    assert "keeps biases in full precision" in breaches(parts, plan, "compressed-tensors")[0]
-    assert breaches(parts, plan, "fake") == []
+    assert "keeps biases in full precision" in violations(parts, plan, "compressed-tensors")[0]
+    assert violations(parts, plan, "fake") == []
 
 
 def test_what_becomes_one_layer_must_share_a_scheme() -> None:
@@ -102,10 +102,10 @@ def test_what_becomes_one_layer_must_share_a_scheme() -> None:
     assert len(groups) == 8
     assert not any("vision.0.mlp.down" in group for group in groups)
     plan = Plan.of(parts, {"vision.0.attn.q": rtn(8)}, rtn(4))
-    (found,) = breaches(parts, plan, "vllm")
+    (found,) = violations(parts, plan, "vllm")
     assert "vision.0.attn.q at rtn:8" in found
     assert "must have one scheme" in found
-    assert breaches(parts, plan, "compressed-tensors") == []
+    assert violations(parts, plan, "compressed-tensors") == []
 
 
 def test_coarser_components_are_tied_only_where_they_split_a_layer() -> None:
@@ -116,8 +116,8 @@ def test_coarser_components_are_tied_only_where_they_split_a_layer() -> None:
 def test_one_scheme_for_all_where_a_runtime_has_one() -> None:
     parts = model("part")
     mixed = Plan.of(parts, {"vision": rtn(4, 32)}, rtn(4, 64))
-    assert any("one for all that is quantized" in line for line in breaches(parts, mixed, "awq"))
-    assert breaches(parts, Plan.of(parts, {"vision": None}, rtn(4, 64)), "awq") == []
+    assert any("one for all that is quantized" in line for line in violations(parts, mixed, "awq"))
+    assert violations(parts, Plan.of(parts, {"vision": None}, rtn(4, 64)), "awq") == []
 
 
 @pytest.mark.parametrize("name", list(RUNTIMES))
@@ -139,7 +139,7 @@ def test_allowed_and_tied_say_the_same_as_breaches(name: str) -> None:
             and all(len({plan[member] for member in group}) == 1 for group in ties)
             for fine in looks
         )
-        assert found == (breaches(parts, plan, name) == []), (name, plan.describe())
+        assert found == (violations(parts, plan, name) == []), (name, plan.describe())
 
 
 @pytest.mark.parametrize("how", ["grid", "one-at-a-time", "random"])
@@ -154,14 +154,14 @@ def test_a_sweep_for_a_runtime_tries_legal_plans_alone(name: str, how: str) -> N
     )
     every = [rtn(3), rtn(4), rtn(4, 32, False), rtn(8, "row"), rtn(8, 64, True, "nf4"), rtn(4, 64, True, "nf4")]
     usable, left_out = restrict(parts, every, name)
-    assert [s for s in every if not breaches(parts, Plan.uniform(parts, s), name)] == usable
+    assert [s for s in every if not violations(parts, Plan.uniform(parts, s), name)] == usable
     assert len(usable) == len(every) or left_out
     found = plans_for(name, parts, usable, how, trials=None if how == "grid" else 20)
     assert isinstance(found, list)
-    assert not [plan.describe() for plan in found if breaches(parts, plan, name)]
+    assert not [plan.describe() for plan in found if violations(parts, plan, name)]
     if how == "grid":
         rows = (Plan(tuple(zip(parts.names, row, strict=True))) for row in itertools.product(every, repeat=3))
-        legal = {plan for plan in rows if not breaches(parts, plan, name)}
+        legal = {plan for plan in rows if not violations(parts, plan, name)}
         assert set(found) == legal | {Plan.uniform(parts, None)}
 
 
@@ -209,7 +209,7 @@ def test_abilities_name_what_is_legal(name: str) -> None:
                 for method in ("rtn", "nf4", "llm-int8")
             ]
             wide = name == "llama.cpp" and width in (2, 3, 6)  # needs rows of 256
-            assert wide or any(not breaches(parts, Plan.uniform(parts, one), name) for one in tried), (width, words)
+            assert wide or any(not violations(parts, Plan.uniform(parts, one), name) for one in tried), (width, words)
 
 
 def test_an_illegal_plan_is_an_error_that_names_the_way_out() -> None:

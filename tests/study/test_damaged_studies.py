@@ -36,7 +36,7 @@ from sensitivity.formats.writing import manifest
 from sensitivity.spec import schema
 from sensitivity.spec.components import ComponentMap, Kept
 from sensitivity.spec.errors import Notice, UserError
-from sensitivity.spec.files import PACKAGE, table_of
+from sensitivity.spec.files import PACKAGE, csv_bytes
 from sensitivity.spec.plan import Plan
 from sensitivity.study import answers as examples
 from sensitivity.study import exports
@@ -183,7 +183,8 @@ def test_a_pipe_or_a_folder_for_a_table_is_not_waited_for(tmp_path: Path) -> Non
     os.mkfifo(tmp_path / "pipe.csv")
     for name in ("pipe.csv", "."):
         refused(
-            lambda name=name: import_table(tmp_path / name, tmp_path / "run", ["a"], parts={"v": "vision"}), "no file"
+            lambda name=name: import_table(tmp_path / name, tmp_path / "run", ["a"], parts={"v": "vision"}),
+            "not a file",
         )
 
 
@@ -283,7 +284,7 @@ PLANS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "nothing but null": (lambda _: [None], BAD),
     "a list of a number": (lambda _: [5], BAD),
     "a scheme that is 4": (put("plan/vision", 4), "'plan.vision' is 4"),
-    "a scheme that is true": (put("plan/vision", True), "'plan.vision' is True"),
+    "a scheme that is true": (put("plan/vision", True), "'plan.vision' is true"),
     "no method": (drop("plan/vision/method"), "'plan.vision.method' is missing"),
     "a method that is 5": (put("plan/vision", {**SCHEME, "method": 5}), "'plan.vision.method' is 5"),
     "an unknown method": (put("plan/vision", {**SCHEME, "method": "gtpq"}), "did you mean gptq?"),
@@ -300,7 +301,7 @@ PLANS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a group of 0": (put("plan/vision", {**SCHEME, "group": 0}), "from 1 to 16,777,216"),
     "a group of -1": (put("plan/vision", {**SCHEME, "group": -1}), "'plan.vision.group' is -1"),
     "half a group": (put("plan/vision", {**SCHEME, "group": 0.5}), "'plan.vision.group' is 0.5"),
-    "a true group": (put("plan/vision", {**SCHEME, "group": True}), "'plan.vision.group' is True"),
+    "a true group": (put("plan/vision", {**SCHEME, "group": True}), "'plan.vision.group' is true"),
     "a group of columns": (put("plan/vision", {**SCHEME, "group": "column"}), '"tensor", "row"'),
     "a grid that is 1": (put("plan/vision", {**SCHEME, "symmetric": 1}), "true or false"),
     "an unknown field": (put("plan/vision", {**SCHEME, "bitz": 1}), "'plan.vision.bitz' is not a known field"),
@@ -323,10 +324,10 @@ PLANS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "another granularity": (put("by", "thirds"), "should be one of"),
     "no granularity": (put("by", None), "should be one of"),
     "a model that is 5": (put("model", 5), "'model' is 5"),
-    "weights that are a text": (put("weights", "all"), "'weights' is 'all'"),
+    "weights that are a text": (put("weights", "all"), "'weights' is \"all\""),
     "a component without weights": (put("weights/vision", []), "'weights.vision' is []"),
     "a size below nothing": (put("size/bpw", -1), "'size.bpw' is -1"),
-    "a size in words": (put("size/bytes", "many"), "'size.bytes' is 'many'"),
+    "a size in words": (put("size/bytes", "many"), "'size.bytes' is \"many\""),
     "a key of letters": (put("key", "z" * 16), "16 hexadecimal digits"),
 }  # fmt: skip
 
@@ -359,7 +360,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a text": (lambda file: file.write_text('"plan"'), "should be an object"),
     "null": (lambda file: file.write_text("null"), "should be an object"),
     "a folder": (lambda file: (file.unlink(), file.mkdir()), "it is a folder"),
-    "a pipe": (lambda file: (file.unlink(), os.mkfifo(file)), "it is no file"),
+    "a pipe": (lambda file: (file.unlink(), os.mkfifo(file)), "a pipe or a device, not a file"),
 }
 
 
@@ -382,25 +383,25 @@ def test_files_that_are_no_plan_no_note_and_no_manifest(table: Path, name: str) 
 RECOMMENDED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "provenance is 5": (put("provenance", 5), "'provenance' is 5"),
     "provenance is a list": (put("provenance", []), "'provenance' is []"),
-    "asked is a text": (put("provenance/asked", "4 bpw"), "'provenance.asked' is '4 bpw'"),
-    "asked is null": (put("provenance/asked", None), "'provenance.asked' is None"),
+    "asked is a text": (put("provenance/asked", "4 bpw"), "'provenance.asked' is \"4 bpw\""),
+    "asked is null": (put("provenance/asked", None), "'provenance.asked' is null"),
     "asked for nothing": (put("provenance/asked/bpw", []), "'provenance.asked.bpw' is []"),
     "asked for -4 bpw": (put("provenance/asked/bpw", [-4]), "'provenance.asked.bpw[0]' is -4"),
-    "asked in words": (put("provenance/asked/bpw", "4"), "'provenance.asked.bpw' is '4'"),
+    "asked in words": (put("provenance/asked/bpw", "4"), "'provenance.asked.bpw' is \"4\""),
     "weights are a list": (put("provenance/asked/weights", []), "'provenance.asked.weights' is []"),
-    "a weight is null": (put("provenance/asked/weights/vqa", None), "'provenance.asked.weights.vqa' is None"),
+    "a weight is null": (put("provenance/asked/weights/vqa", None), "'provenance.asked.weights.vqa' is null"),
     "an unknown wish": (put("provenance/asked/speed", 2), "'provenance.asked.speed' is not known"),
     "a wish less": (drop("provenance/asked/weights"), "'provenance.asked.weights' is missing"),
-    "trials in words": (put("provenance/trials", "many"), "'provenance.trials' is 'many'"),
+    "trials in words": (put("provenance/trials", "many"), "'provenance.trials' is \"many\""),
     "no verdict": (drop("verdict"), "'verdict' is missing"),
     "a verdict of 5": (put("verdict", 5), "'verdict' is 5"),
     "no prediction": (drop("predicted"), "'predicted' is missing"),
     "a prediction for another task": (
         put("predicted", {"x": {"score": 1, "low": 0, "high": 1, "full": 1}}), "it says nothing about 'vqa'",
     ),
-    "a prediction of null": (put("predicted/vqa/score", None), "'predicted.vqa.score' is None"),
+    "a prediction of null": (put("predicted/vqa/score", None), "'predicted.vqa.score' is null"),
     "judged by no task here": (put("task_weights", {"x": 1.0}), "'x' is no task here"),
-    "a measurement in words": (put("measured", "good"), "'measured' is 'good'"),
+    "a measurement in words": (put("measured", "good"), "'measured' is \"good\""),
     "a measurement of nothing": (put("measured", {}), "'measured.mean' is missing"),
     "candidates that are an object": (put("candidates", {}), "'candidates' is {}"),
     "a rival that is 5": (put("uniform", 5), "'uniform' is 5"),
@@ -471,32 +472,32 @@ def said(study: Path, name: str, change: Callable[[Any], Any]) -> None:
 
 STUDIES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "meta is a list": ("meta", put("meta", []), "'meta' is []"),
-    "n in words": ("meta", put("meta/n", "many"), "'meta.n' is 'many'"),
+    "n in words": ("meta", put("meta/n", "many"), "'meta.n' is \"many\""),
     "a seed of -1": ("meta", put("meta/seed", -1), "'meta.seed' is -1"),
-    "a model of null": ("meta", put("meta/model", None), "'meta.model' is None"),
-    "rows left out, as a text": ("meta", put("meta/left_out", "all"), "'meta.left_out' is 'all'"),
-    "a dtype of ours": ("meta", put("meta/dtype", "float5"), "'meta.dtype' is 'float5'"),
+    "a model of null": ("meta", put("meta/model", None), "'meta.model' is null"),
+    "rows left out, as a text": ("meta", put("meta/left_out", "all"), "'meta.left_out' is \"all\""),
+    "a dtype of ours": ("meta", put("meta/dtype", "float5"), "'meta.dtype' is \"float5\""),
     "no task": ("tasks", put("tasks", []), "'tasks' is []"),
-    "a task of null": ("tasks", put("tasks", [None]), "'tasks[0]' is None"),
-    "tasks as a text": ("tasks", put("tasks", "vqa"), "'tasks' is 'vqa'"),
+    "a task of null": ("tasks", put("tasks", [None]), "'tasks[0]' is null"),
+    "tasks as a text": ("tasks", put("tasks", "vqa"), "'tasks' is \"vqa\""),
     "two tasks of one": ("tasks", put("tasks", ["vqa", "ground"]), "scores for other tasks"),
     "no weight": ("parts", put("parts/weights", []), "'parts.weights' is []"),
     "a weight of 5": ("parts", put("parts/weights", [5]), "'parts.weights[0]' is 5"),
     "a weight without rows": ("parts", put("parts/weights/0/rows", 0), "rows' is 0"),
-    "a weight of no part": ("parts", put("parts/weights/0/part", "audio"), "'parts.weights[0].part' is 'audio'"),
+    "a weight of no part": ("parts", put("parts/weights/0/part", "audio"), "'parts.weights[0].part' is \"audio\""),
     "a weight twice": ("parts", lambda d: d["parts"]["weights"].append(d["parts"]["weights"][0]), "names of their own"),
     "native bits of 0": ("parts", put("parts/native_bits", 0), "'parts.native_bits' is 0"),
-    "no granularity": ("parts", put("parts/by", "thirds"), "'parts.by' is 'thirds'"),
-    "kept is null": ("parts", put("parts/kept", None), "'parts.kept' is None"),
-    "a trial's score in words": ("trial", put("scores/vqa/mean", "high"), "'scores.vqa.mean' is 'high'"),
+    "no granularity": ("parts", put("parts/by", "thirds"), "'parts.by' is \"thirds\""),
+    "kept is null": ("parts", put("parts/kept", None), "'parts.kept' is null"),
+    "a trial's score in words": ("trial", put("scores/vqa/mean", "high"), "'scores.vqa.mean' is \"high\""),
     "a trial's score of NaN": ("trial", put("scores/vqa/mean", math.nan), "'scores.vqa.mean' is nan"),
     "a trial's score of infinity": ("trial", put("scores/vqa/mean", math.inf), "'scores.vqa.mean' is inf"),
-    "a trial's score of null": ("trial", put("scores/vqa/mean", None), "'scores.vqa.mean' is None"),
+    "a trial's score of null": ("trial", put("scores/vqa/mean", None), "'scores.vqa.mean' is null"),
     "a trial's scores as a list": ("trial", put("scores", [1]), "'scores' is [1]"),
     "a trial without scores": ("trial", drop("scores"), "'scores' is missing"),
     "a trial of another task": ("trial", put("scores", {"x": {"mean": 1.0}}), "'scores.vqa' is missing"),
     "a trial of no example": ("trial", put("scores/vqa/n", 0), "'scores.vqa.n' is 0"),
-    "a trial's size in words": ("trial", put("size/bpw", "small"), "'size.bpw' is 'small'"),
+    "a trial's size in words": ("trial", put("size/bpw", "small"), "'size.bpw' is \"small\""),
     "a trial without size": ("trial", drop("size"), "'size' is missing"),
     "a trial of no size": ("trial", put("size/bpw", 0), "'size.bpw' is 0"),
     "a trial without a plan": ("trial", drop("plan"), "'plan' is missing"),
@@ -504,9 +505,9 @@ STUDIES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "a trial of another key": ("trial", put("key", "0" * 16), "not the one that its key names"),
     "a trial's plan less a part": ("trial", drop("plan/vision"), "for other components"),
     "a trial's plan of 99 bits": ("trial", put("plan/vision/bits", 99), "'plan.vision.bits' is 99"),
-    "a trial's versions in words": ("trial", put("versions", "new"), "'versions' is 'new'"),
+    "a trial's versions in words": ("trial", put("versions", "new"), "'versions' is \"new\""),
     "a trial of -1 seconds": ("trial", put("seconds", -1), "'seconds' is -1"),
-    "a trial's owner": ("trial", put("owner", "me"), "'owner' is 'me'"),
+    "a trial's owner": ("trial", put("owner", "me"), "'owner' is \"me\""),
 }  # fmt: skip
 
 
@@ -538,8 +539,8 @@ JOURNALS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "damaged",
     ),
     "nested deep": (lines_of(lambda lines: [*lines, b"[" * 100_000 + b"\n"]), "is damaged"),
-    "a folder": (lambda file: (file.unlink(), file.mkdir()), "it is no file"),
-    "a pipe": (lambda file: (file.unlink(), os.mkfifo(file)), "it is no file"),
+    "a folder": (lambda file: (file.unlink(), file.mkdir()), "it is not a file"),
+    "a pipe": (lambda file: (file.unlink(), os.mkfifo(file)), "it is not a file"),
 }
 
 
@@ -771,7 +772,7 @@ def export(folder: Path) -> Path:
 MANIFESTS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no files": (drop("files"), "'files' is missing"),
     "files as a list": (put("files", []), "'files' is []"),
-    "a file of null": (put("files/config.json", None), "'files.config.json' is None"),
+    "a file of null": (put("files/config.json", None), "'files.config.json' is null"),
     "a file of -1 bytes": (put("files/config.json/bytes", -1), "bytes' is -1"),
     "a hash of 5": (put("files/config.json/sha256", 5), "sha256' is 5"),
     "a short hash": (put("files/config.json/sha256", "abc"), "64 hexadecimal digits"),
@@ -783,16 +784,16 @@ MANIFESTS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "no key": (drop("key"), "'key' is missing"),
     "no trial": (drop("trial"), "'trial' is missing"),
-    "a trial in words": (put("trial", "none"), "'trial' is 'none'"),
+    "a trial in words": (put("trial", "none"), "'trial' is \"none\""),
     "meta of 5": (put("trial/meta", 5), "'trial.meta' is 5"),
-    "n in words": (put("trial/meta/n", "all"), "'trial.meta.n' is 'all'"),
-    "versions in words": (put("trial/versions", "new"), "'trial.versions' is 'new'"),
-    "a dtype of ours": (put("dtype", "float5"), "'dtype' is 'float5'"),
+    "n in words": (put("trial/meta/n", "all"), "'trial.meta.n' is \"all\""),
+    "versions in words": (put("trial/versions", "new"), "'trial.versions' is \"new\""),
+    "a dtype of ours": (put("dtype", "float5"), "'dtype' is \"float5\""),
     "runs of 1": (put("runs", 1), "'runs' is 1"),
-    "no format": (put("format", None), "'format' is None"),
+    "no format": (put("format", None), "'format' is null"),
     "a plan of 5": (put("plan", 5), "'plan' is 5"),
-    "bytes in words": (put("written/bytes", "many"), "'written.bytes' is 'many'"),
-    "a gain in words": (put("trial/path_gain", "some"), "'trial.path_gain' is 'some'"),
+    "bytes in words": (put("written/bytes", "many"), "'written.bytes' is \"many\""),
+    "a gain in words": (put("trial/path_gain", "some"), "'trial.path_gain' is \"some\""),
 }  # fmt: skip
 
 
@@ -813,14 +814,14 @@ def test_an_export_as_it_was_written_is_whole(tmp_path: Path, capsys: pytest.Cap
 
 
 NOTES: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "bpw in words": (put("bpw", "four"), "'bpw' is 'four'"),
+    "bpw in words": (put("bpw", "four"), "'bpw' is \"four\""),
     "no folder": (drop("folder"), "'folder' is missing"),
     "a folder of 5": (put("folder", 5), "'folder' is 5"),
     "bytes below none": (put("bytes", -9), "'bytes' is -9"),
     "a gain of 5": (put("path_gain", 5), "'path_gain' is 5"),
     "a gain without its path": (put("path_gain", {}), "'path_gain.path' is missing"),
-    "a task's gain in words": (put("path_gain/vqa", "much"), "'path_gain.vqa' is 'much'"),
-    "a time of null": (put("time", None), "'time' is None"),
+    "a task's gain in words": (put("path_gain/vqa", "much"), "'path_gain.vqa' is \"much\""),
+    "a time of null": (put("time", None), "'time' is null"),
 }  # fmt: skip
 
 
@@ -842,7 +843,7 @@ def test_verdicts_that_are_none(table: Path, content: str) -> None:
 
 def test_cells_are_no_formulas() -> None:
     rows = pd.DataFrame({"=a": ["=1+1", "@x", "+1", "-2", "plain", "\t=2"], "b": [-1.5, 2, 3, 4, 5, 6]})
-    text = table_of(rows).decode()
+    text = csv_bytes(rows).decode()
     assert text.splitlines()[0] == "'=a,b"
     assert "'=1+1,-1.5" in text  # numbers stay numbers
     cells = [line.split(",")[0].strip('"') for line in text.splitlines()]

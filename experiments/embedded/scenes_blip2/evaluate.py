@@ -20,7 +20,7 @@ from experiments.embedded.scenes_llava.evaluate import Reader, measure, summary
 from experiments.embedded.training import EMBEDDED
 from sensitivity.measure.evaluation import evaluate
 from sensitivity.models.loading import load
-from sensitivity.spec.files import write_again
+from sensitivity.spec.files import overwrite
 from sensitivity.tasks import retrieval
 from sensitivity.tasks import scenes as S
 from sensitivity.tasks.examples.types import Task
@@ -111,8 +111,8 @@ def main() -> None:
         weights = folder / "model.safetensors"
         card |= {"bytes": weights.stat().st_size, "words": len(blip2.tokenizer(name.endswith("itm")))}
         card["training"] = json.loads((folder / "card.json").read_text())["training"]  # as `train` wrote it
-        write_again(folder / "README.md", model_card.text(name, card))
-        write_again(folder / "card.json", json.dumps(card, indent=1) + "\n")
+        overwrite(folder / "README.md", model_card.text(name, card))
+        overwrite(folder / "card.json", json.dumps(card, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from experiments.embedded.scenes_llava import card as model_card
 from experiments.embedded.training import EMBEDDED
-from sensitivity.spec.files import write_again
+from sensitivity.spec.files import overwrite
 from sensitivity.tasks import scenes as S
 from sensitivity.tasks.scoring.boxes import oriented_iou, parse, upright_iou
 
@@ -147,8 +147,8 @@ def main() -> None:
     card = {"scenes": len(scenes), "split": "evaluation", "seed": args.seed, "kinds": kinds}
     card |= {"bytes": (args.folder / "model.safetensors").stat().st_size, "words": len(reader.processor.tokenizer)}
     card["training"] = json.loads((args.folder / "card.json").read_text())["training"]  # as `train` wrote it
-    write_again(args.folder / "README.md", model_card.text(card))
-    write_again(args.folder / "card.json", json.dumps(card, indent=1) + "\n")
+    overwrite(args.folder / "README.md", model_card.text(card))
+    overwrite(args.folder / "card.json", json.dumps(card, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from sensitivity.analysis.allocate.recommendation import Recommendation, digest
 from sensitivity.analysis.observations import check_task
 from sensitivity.spec import schema
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.limits import Allowed, allowing, tying
+from sensitivity.spec.limits import Allowed, allowed_by, tied_groups
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.plan_file import write_file
-from sensitivity.spec.runtimes import breaches, files_of
+from sensitivity.spec.runtimes import files_of, violations
 from sensitivity.study.study import Study
 
 FIRST = "plan.json"
@@ -109,7 +109,7 @@ def check_wish(study: Study, wish: Wish) -> tuple[Allowed | None, list[tuple[str
     for task in (*wish.weights, *wish.floors):
         check_task(study, task)
     files_of(wish.runtime)
-    return allowing(study.parts.names, wish.allow), tying(study.parts.names, wish.tie)
+    return allowed_by(study.parts.names, wish.allow), tied_groups(study.parts.names, wish.tie)
 
 
 def proposed(study: Study, wish: Wish) -> Proposed:
@@ -118,7 +118,7 @@ def proposed(study: Study, wish: Wish) -> Proposed:
     knapsack = Knapsack.of(study, list(dict.fromkeys([*wish.weights, *wish.floors])), files_of(runtime))
 
     def fits(plan: Plan) -> bool:
-        return not (runtime and breaches(study.parts, plan, runtime)) and all(
+        return not (runtime and violations(study.parts, plan, runtime)) and all(
             allow is None or allow(*one) for one in plan.schemes
         )
 

@@ -13,10 +13,10 @@ from sensitivity.analysis.observations import check_task
 from sensitivity.analysis.search.plan_lists import Plans, plans
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.limits import Allowed, both, joined
+from sensitivity.spec.limits import Allowed, intersection, merge_groups
 from sensitivity.spec.loadable import restrict, searches
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.runtimes import abilities, breaches, files_of, tied
+from sensitivity.spec.runtimes import abilities, files_of, tied, violations
 from sensitivity.spec.sizes import Size, budget_bits, size
 from sensitivity.study.study import Study
 
@@ -28,7 +28,7 @@ class Legal:
     runtime: str
     task: str
     asked: Plan
-    breaches: tuple[str, ...]  # why the plan that was asked for cannot be loaded; none: it can
+    violations: tuple[str, ...]  # why the plan that was asked for cannot be loaded; none: it can
     plan: Plan
     before: Size
     after: Size
@@ -53,7 +53,7 @@ class Legal:
             "runtime": self.runtime,
             "task": self.task,
             "asked": self.asked.to_json(),
-            "breaches": list(self.breaches),
+            "breaches": list(self.violations),
             "plan": self.plan.to_json(),
             "describe": self.plan.describe(),
             "size": self.after.to_json(),
@@ -71,7 +71,7 @@ def legalize(study: Study, plan: Plan, runtime: str, bpw: float | None = None, t
     """
     task = check_task(study, task)
     before = size(study.parts, plan, files_of(runtime))
-    found = tuple(breaches(study.parts, plan, runtime))
+    found = tuple(violations(study.parts, plan, runtime))
     predicted = _predicted(study, plan, task)
     fits = bpw is None or before.bits <= budget_bits(study.parts, bpw)
     if not found and fits:
@@ -100,7 +100,7 @@ def candidates(
     """The best few plans for a budget among those that a runtime can load, best first."""
     wish = weights or {check_task(study, task): 1.0}
     found: list[Candidate] = []
-    together = joined([*tied(study.parts, runtime), *tie])
+    together = merge_groups([*tied(study.parts, runtime), *tie])
     knapsack = knapsack or Knapsack.of(study, list(dict.fromkeys([*wish, *(floors or {})])), files_of(runtime))
     failure: UserError | None = None
     usable = _usable(study, runtime)
@@ -109,8 +109,8 @@ def candidates(
     for allowed in searches(study.parts, runtime, usable):
         try:
             found += solve(
-                study, bpw=bpw, weights=wish, floors=floors, allowed=both(allowed, allow), tied=together, top=top,
-                knapsack=knapsack,
+                study, bpw=bpw, weights=wish, floors=floors, allowed=intersection(allowed, allow), tied=together,
+                top=top, knapsack=knapsack,
             )  # fmt: skip
         except UserError as error:
             failure = failure or error
@@ -141,9 +141,9 @@ def plans_for(
     tie: Sequence[Sequence[str]] = (),
 ) -> Plans:
     """The plans of a search that a runtime can load; `loadable.restrict` says what that leaves out."""
-    together = joined([*tied(parts, runtime), *tie])
+    together = merge_groups([*tied(parts, runtime), *tie])
     ways = [
-        plans(parts, schemes, how, trials, seed, both(allowed, allow), together)
+        plans(parts, schemes, how, trials, seed, intersection(allowed, allow), together)
         for allowed in searches(parts, runtime, schemes)
     ]
     # one list of plans can be appended to another; a sampler has a single search space

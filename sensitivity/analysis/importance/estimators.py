@@ -234,7 +234,7 @@ def side_by_side(once: Callable[[Given], Found], given: Iterable[Given]) -> list
 
     scikit-learn resets the process's warning filters in every thread; they are restored at the end.
     """
-    with warnings.catch_warnings(record=True), ThreadPoolExecutor(threads.limited() or threads.cores()) as pool:
+    with warnings.catch_warnings(record=True), ThreadPoolExecutor(threads.requested() or threads.cores()) as pool:
         warnings.simplefilter("ignore")
         return list(pool.map(once, given))
 

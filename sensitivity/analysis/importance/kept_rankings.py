@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.files import PACKAGE, write_whole
+from sensitivity.spec.files import PACKAGE, write_atomically
 from sensitivity.study.study import Study
 
 LIBRARIES = ("numpy", "scipy", "pandas", "scikit-learn", "shap", "optuna")  # whose versions are part of the key
@@ -42,7 +42,7 @@ def write(path: Path, ranking: Mapping[str, Any]) -> None:
     content = json.dumps(dict(ranking)).encode()
     with contextlib.suppress(OSError, UserError):  # a full disk or a read-only folder costs only the cache
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, f"{hashlib.sha256(content).hexdigest()}\n".encode() + content)
+        write_atomically(path, f"{hashlib.sha256(content).hexdigest()}\n".encode() + content)
 
 
 @cache

@@ -27,7 +27,7 @@ from sensitivity.analysis.report.interactive import pareto
 from sensitivity.analysis.report.static_figures import pictures, slug
 from sensitivity.spec.components import LABELS, ComponentMap
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.files import may_write, table_of, write_whole
+from sensitivity.spec.files import csv_bytes, may_write, write_atomically
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import budget_bits, in_words, size
 from sensitivity.spec.version import __version__
@@ -88,7 +88,7 @@ def report(
         )
     )
     target = out / "index.html"
-    write_whole(target, page.encode())
+    write_atomically(target, page.encode())
     return target
 
 
@@ -161,9 +161,9 @@ def _task(
     drawn = pictures(rows, readings, found["ranking"], full, [one.plan.key for one in chosen])
     for picture in drawn:
         stem = out / f"{found['slug']}-{picture.name}"
-        write_whole(stem.with_suffix(".png"), picture.png)
-        write_whole(stem.with_suffix(".svg"), picture.svg.encode())
-        write_whole(stem.with_suffix(".csv"), table_of(picture.rows))
+        write_atomically(stem.with_suffix(".png"), picture.png)
+        write_atomically(stem.with_suffix(".svg"), picture.svg.encode())
+        write_atomically(stem.with_suffix(".csv"), csv_bytes(picture.rows))
     return found | {
         # in the figure the size of every plan is counted in the same way, whatever format the recommended one is for
         "pareto": pareto(rows, task, full, [replace(one, size=size(study.parts, one.plan)) for one in chosen]),

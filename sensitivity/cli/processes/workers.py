@@ -52,8 +52,8 @@ def count(args: argparse.Namespace, parts: ComponentMap, plans: int, schemes: in
         return 1
     # 8 bytes: the model's weights and those of the running plan in float32; 1.25 bytes: the codes of each scheme
     apiece = parts.numel * (8 + 1.25 * schemes) + APIECE
-    room = int(0.8 * threads.available() / apiece)
-    return max(1, min(threads.cores() // (threads.limited() or 1), plans, room))
+    room = int(0.8 * threads.free_memory() / apiece)
+    return max(1, min(threads.cores() // (threads.requested() or 1), plans, room))
 
 
 @contextlib.contextmanager
@@ -63,7 +63,7 @@ def sharing_cores(processes: int) -> Iterator[None]:
 
     before = torch.get_num_threads()
     if processes > 1:
-        torch.set_num_threads(threads.limited() or max(1, threads.cores() // processes))
+        torch.set_num_threads(threads.requested() or max(1, threads.cores() // processes))
     try:
         yield
     finally:

@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if args.out is not None:
         exporting.export(study, found.plan, args.out, force=args.force, facts={"legalized": facts}, keep=[args.source])
     if not args.json:
-        for breach in found.breaches:
+        for breach in found.violations:
             print(f"not for {found.runtime}: {breach}")
-        if found.plan != found.asked and not found.breaches:
+        if found.plan != found.asked and not found.violations:
             print(f"too large for the budget: {found.asked.describe()}, {found.before.bpw:.3f} bpw {found.before.how}")
         print(f"{'already legal' if found.plan == found.asked else 'legal'}: {found.plan.describe()}")
         print(f"  {found.after.bpw:.3f} bpw {found.after.how}, {found.after.bytes:,} bytes")

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.models.loading import device_of, dtype_of, load
     from sensitivity.spec.errors import UserError
     from sensitivity.spec.runtimes import files_of
-    from sensitivity.spec.sizes import bpw_in_gb, labels
+    from sensitivity.spec.sizes import bpw_in_gb, header_bytes
     from sensitivity.study.study import Study
 
     if args.gb is not None:
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     study = Study(args.study)
     if args.task and args.weight:
         raise UserError("either --task names the one task that decides, or --weight says how much each counts")
-    headers = labels(study.parts) if files_of(args.runtime) else 0  # GB count headers of files too, bpw does not
+    headers = header_bytes(study.parts) if files_of(args.runtime) else 0  # GB count headers of files too, bpw does not
     bpw = args.bpw if args.gb is None else tuple(bpw_in_gb(study.parts, gb, headers) for gb in args.gb)
     weights = dict(flags.distinct("--weight", args.weight)) or {args.task or study.tasks[0]: 1.0}
     floors, allow = dict(flags.distinct("--floor", args.floor)), dict(flags.distinct("--allow", args.allow))

@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.models.config_only import without_weights
     from sensitivity.models.discover import inspect
     from sensitivity.models.loading import load
-    from sensitivity.spec.limits import allowing, tying
+    from sensitivity.spec.limits import allowed_by, tied_groups
     from sensitivity.spec.loadable import restrict
     from sensitivity.study.queue import me
     from sensitivity.tasks.table import distinct, task
@@ -157,7 +157,10 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     for one in chosen:
         for note in one.notes:
             print(f"{one.name}: {note}", file=sys.stderr)
-    allow, tie = allowing(parts.names, dict(flags.distinct("--allow", args.allow))), tying(parts.names, args.tie)
+    allow, tie = (
+        allowed_by(parts.names, dict(flags.distinct("--allow", args.allow))),
+        tied_groups(parts.names, args.tie),
+    )
     if args.runtime:
         asked, left_out = restrict(parts, asked, args.runtime, allow)
         for line in left_out:

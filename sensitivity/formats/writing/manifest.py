@@ -10,8 +10,8 @@ from typing import NotRequired, TypedDict
 
 from sensitivity.spec import schema
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.fields import shown
-from sensitivity.spec.files import MARK, UNFINISHED, finite, write_whole
+from sensitivity.spec.fields import quoted
+from sensitivity.spec.files import MARK, UNFINISHED, finite, write_atomically
 from sensitivity.spec.sizes import SizeJson
 from sensitivity.study.exports import MANIFEST, VERIFIED
 
@@ -94,7 +94,7 @@ def read(folder: Path) -> Manifest:
         raise UserError(f"{folder} is not an export: it has no {MANIFEST}; `sensitivity export` writes one")
     found: Manifest = schema.read(folder / MANIFEST, "manifest", "export again")
     if outside := [name for name in found["files"] if Path(name).is_absolute() or ".." in Path(name).parts]:
-        raise UserError(f"{MANIFEST} of {folder} names {shown(outside[0])}, which lies elsewhere; export again")
+        raise UserError(f"{MANIFEST} of {folder} names {quoted(outside[0])}, which lies elsewhere; export again")
     return found
 
 
@@ -135,4 +135,4 @@ def damage(folder: Path, manifest: Manifest) -> list[str]:
 
 def note(folder: Path, outcome: Mapping[str, object]) -> None:
     """Store the outcome of a verification in a file of its own, which the manifest does not hash."""
-    write_whole(folder / VERIFIED, (json.dumps(finite(outcome), indent=1, default=str) + "\n").encode())
+    write_atomically(folder / VERIFIED, (json.dumps(finite(outcome), indent=1, default=str) + "\n").encode())

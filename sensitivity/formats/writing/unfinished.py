@@ -13,7 +13,7 @@ import filelock
 
 from sensitivity.formats.writing.manifest import why_foreign
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.files import begin_folder, discard, is_unfinished, put_back, put_in_place
+from sensitivity.spec.files import begin_folder, discard, is_unfinished, move_into_place, put_back
 
 NAME = re.compile(r"\.(.+)\.\d+\.\d+\.unfinished(\.old)?")  # target, process, time; .old: the export that it replaces
 
@@ -39,7 +39,7 @@ def beside(out: Path) -> Iterator[Path]:
             _flush(unfinished)
             # the lock stays on the old export while it is renamed, so that another process's `clear` lets it be
             with _held(out) if out.is_dir() else contextlib.nullcontext():
-                put_in_place(unfinished, out, why_foreign)
+                move_into_place(unfinished, out, why_foreign)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     finally:

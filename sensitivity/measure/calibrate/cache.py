@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sensitivity.spec.errors import Notice, UserError
-from sensitivity.spec.files import discard, whole
+from sensitivity.spec.files import discard, replacing
 from sensitivity.spec.sizes import GB
 
 # Parts of the system's message where a folder cannot be written.
@@ -78,7 +78,7 @@ class Cache:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._make_room(size)
-                with whole(file) as unfinished:
+                with replacing(file) as unfinished:
                     save_file(apart, unfinished, metadata={"about": text})
             except (OSError, SafetensorError, UserError) as error:
                 said = f"{error} {error.__cause__}"

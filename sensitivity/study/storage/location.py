@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.files import NO_SPACE, full, making, write_whole
+from sensitivity.spec.files import NO_SPACE, disk_error, new_folder, write_atomically
 from sensitivity.study.storage.opening import check, without_password
 
 ADDRESS = "storage.url"
@@ -57,17 +57,17 @@ def usable(path: Path, asked: str | None) -> str | None:
 
 def write(path: Path, url: str) -> None:
     """Store the URL of the database in a study's folder."""
-    write_whole(path / ADDRESS, url.encode())
+    write_atomically(path / ADDRESS, url.encode())
 
 
 @contextlib.contextmanager
 def made(path: Path) -> Iterator[None]:
     """Create a study's folder; remove what was created where the study then cannot be begun."""
     try:
-        with making(path, OURS):
+        with new_folder(path, OURS):
             yield
     except OSError as error:
         if error.errno in NO_SPACE:
-            raise full(path, error) from error
+            raise disk_error(path, error) from error
         why = error.strerror or "it cannot be written"
         raise UserError(f"a study cannot be kept in {path} ({why}); choose another --out") from error

@@ -21,7 +21,7 @@ from sqlalchemy import create_engine, inspect, make_url
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from sensitivity.spec.errors import Notice, UserError, reason
-from sensitivity.spec.files import full
+from sensitivity.spec.files import disk_error
 from sensitivity.study.storage import waiting
 
 optuna.logging.set_verbosity(logging.WARNING)
@@ -92,7 +92,7 @@ class Journal(JournalFileBackend):
                     os.fsync(file.fileno())
                 except OSError as error:
                     file.truncate(end)  # the next line would be appended to half a line
-                    raise full(self._path, error) from error
+                    raise disk_error(self._path, error) from error
 
 
 def mend(journal: Path) -> None:
@@ -134,7 +134,7 @@ def open_storage(where: Path | str, known: bool = False) -> BaseStorage:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return JournalStorage(Journal(journal))
     except OSError as error:
-        raise full(Path(where), error) from error
+        raise disk_error(Path(where), error) from error
     except Exception as error:  # Optuna fails in many ways on lines that it did not write
         raise UserError(
             f"{where} is not a study's journal, or is damaged (line {_damaged(journal)}); restore a "

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.fields import Kind, Misfit, check, content, cut, not_a_file, parsed, read, shown
+from sensitivity.spec.fields import Kind, Misfit, check, content, not_a_file, parsed, quoted, read, shortened
 from sensitivity.tasks.examples import images
 from sensitivity.tasks.examples.types import Example, Task
 
@@ -191,12 +191,16 @@ def each(entries: Any, what: str, required: Mapping[str, Kind], optional: Mappin
         for entry in entries:
             yield check(entry, required, optional, what)
     else:
-        raise Misfit(f"{what} should be a list, not {shown(entries)}")
+        raise Misfit(f"{what} should be a list, not {quoted(entries)}")
 
 
 def _named(example: Example) -> str:
     """An example's id, with its image's file name if it has one."""
-    return f"{cut(example.id)}: {cut(example.image.name)}" if isinstance(example.image, Path) else cut(example.id)
+    return (
+        f"{shortened(example.id)}: {shortened(example.image.name)}"
+        if isinstance(example.image, Path)
+        else shortened(example.id)
+    )
 
 
 def _gap(text: str, at: int) -> int:

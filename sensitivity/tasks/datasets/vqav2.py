@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sensitivity.spec.fields import ANY_TEXT, COUNT, TEXT, WHOLE, Kind, listed
+from sensitivity.spec.fields import ANY_TEXT, COUNT, TEXT, WHOLE, Kind, list_of
 from sensitivity.tasks.datasets.source import DatasetFolder, Flaw, each
 from sensitivity.tasks.examples.types import SHORT, Example, Task, mean_of
 from sensitivity.tasks.scoring import vqa_accuracy
 
 QUESTION = {"question_id": WHOLE, "image_id": COUNT, "question": TEXT}
 ANSWER = Kind("an answer in text", lambda value: isinstance(value, dict) and ANY_TEXT.fits(value.get("answer")))
-ANNOTATION, MORE = {"question_id": WHOLE, "image_id": COUNT, "answers": listed(ANSWER, 0)}, {"answer_type": TEXT}
+ANNOTATION, MORE = {"question_id": WHOLE, "image_id": COUNT, "answers": list_of(ANSWER, 0)}, {"answer_type": TEXT}
 QUESTIONS = "v2_OpenEnded_mscoco_{}_questions.json"
 ANNOTATIONS = "v2_mscoco_{}_annotations.json"
 GET = (

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.fields import ANY_TEXT, FILE, NAME, TEXT, Misfit, check, content, either, listed, one_of, parsed
+from sensitivity.spec.fields import ANY_TEXT, FILE, NAME, TEXT, Misfit, check, content, either, list_of, one_of, parsed
 from sensitivity.tasks.datasets import source as layout
 from sensitivity.tasks.examples.types import SPLITS, Example, Regions, Task, exact
 from sensitivity.tasks.own import saved
@@ -16,7 +16,7 @@ from sensitivity.tasks.scoring import captions, grounding, vqa_accuracy
 
 NEEDS = 'each line is like {"image": "a.jpg", "prompt": "What is this?", "answers": ["a cat"]}'
 BOXES = 'each line is like {"image": "a.jpg", "prompt": "Where is it?", "boxes": [[10, 20, 50, 60]]}, in pixels'
-SAID = either(ANY_TEXT, listed(ANY_TEXT))  # empty answers pass here, and get a message of their own below
+SAID = either(ANY_TEXT, list_of(ANY_TEXT))  # empty answers pass here, and get a message of their own below
 ASKED = {"prompt": ANY_TEXT}
 ABOUT = {"id": NAME, "kind": TEXT, "split": one_of(*SPLITS)}
 FEWEST = 4  # answers for VQA's accuracy: with one person left out, three others must be able to agree

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sensitivity.spec.errors import UserError, reason, unknown
-from sensitivity.spec.fields import NUMBER, Kind, listed
+from sensitivity.spec.fields import NUMBER, Kind, list_of
 from sensitivity.tasks.examples.images import opened
 from sensitivity.tasks.examples.types import Example, Metric, Point, Regions, Task
 from sensitivity.tasks.scoring.boxes import DECODINGS, convex, decoded, matches, polygon_iou, written
@@ -28,7 +28,7 @@ def _is_box(value: Any) -> bool:
 
 
 BOX = Kind("boxes, each [x1, y1, x2, y2] or corners [[x, y], ...]", _is_box)
-BOXES = listed(BOX)
+BOXES = list_of(BOX)
 
 
 def task(
