@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,17 +46,56 @@ class Run:
             seed = 1000 * self.seed + 1 + list(self.steps).index(stage)
             yield step, done, draw_batch(step * size, size, seed, style=self.style, **options)  # type: ignore[arg-type]
 
+    def checkpoint(self, stage: str) -> Path:
+        return self.work / f"{stage}.safetensors"
+
     def save(self, stage: str, **modules: nn.Module) -> None:
         tensors = {f"{name}/{key}": value for name, m in modules.items() for key, value in m.state_dict().items()}
         tensors = {key: value.contiguous().clone() for key, value in tensors.items()}
-        with replacing(self.work / f"{stage}.safetensors") as unfinished:
+        with replacing(self.checkpoint(stage)) as unfinished:
             save_file(tensors, unfinished)
 
     def restore(self, stage: str, **modules: nn.Module) -> None:
         """Load weights that an earlier stage saved; others in its checkpoint are ignored."""
-        tensors = load_file(self.work / f"{stage}.safetensors")
+        tensors = load_file(self.checkpoint(stage))
         for name, module in modules.items():
             module.load_state_dict({k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(name + "/")})
+
+
+Stages = Mapping[str, Callable[[Run], None]]
+
+
+def arguments(about: str, work: str, out: Path, stages: Stages, threads: int) -> argparse.Namespace:
+    """The command line of a training program."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / work, help="checkpoints and logs")
+    parser.add_argument("--out", type=Path, default=out, help="where the trained model is written")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=stages, help="run these stages only, and write no model")
+    parser.add_argument("--threads", type=int, default=threads)
+    parser.add_argument("--smoke", action="store_true", help="a few steps of each stage; needs --out and --work")
+    args = parser.parse_args()
+    if args.smoke and args.out == out:
+        parser.error("--smoke would overwrite a model that is shipped; name another --out and --work")
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def begin(
+    args: argparse.Namespace, steps: Mapping[str, int], sizes: Mapping[str, int], style: PromptStyle = LLAVA_STYLE
+) -> Run:
+    """The run that the command line asks for; with --smoke, each stage has three steps of four scenes."""
+    few, small = (dict.fromkeys(steps, count) for count in (3, 4))
+    return Run(args.work, few if args.smoke else dict(steps), small if args.smoke else dict(sizes), args.seed, style)
+
+
+def learn(run: Run, stages: Stages, names: Iterable[str]) -> None:
+    """Run those of the named stages whose checkpoints are missing, each with a seed of its own."""
+    for number, (name, stage) in enumerate(stages.items()):
+        if name in names and not run.checkpoint(name).exists():
+            torch.manual_seed(1000 * run.seed + number)
+            stage(run)
 
 
 class Log:
@@ -125,6 +165,22 @@ def answer_loss(
     for kind, piece in zip(style.kinds, right.split(lengths(style), 1), strict=True):
         share.setdefault(kind, []).append(float(piece.all(1).float().mean()))
     return loss, {kind: sum(values) / len(values) for kind, values in share.items()}
+
+
+def learn_from_symbols(
+    run: Run,
+    stage: str,
+    learning: list[nn.Module],
+    symbols: Callable[[Batch], Tensor],
+    answers: Callable[[Batch, Tensor], tuple[Tensor, dict[str, float]]],
+) -> None:
+    """Train a language model to answer from symbols in place of an image, with noise, as it will see imperfect ones."""
+    optimizer, log = Optimizer(run.total(stage), (2e-3, learning)), Log(run, stage)
+    for step, _, batch in run.batches(stage, draw=False, most=lambda done: 2 if done < 0.15 else 4):
+        image = symbols(batch)
+        loss, right = answers(batch, image + NOISE * torch.randn_like(image))
+        optimizer.step(loss)
+        log.add(step, loss=float(loss.detach()), **right)
 
 
 def distance(image: Tensor, target: Tensor) -> Tensor:

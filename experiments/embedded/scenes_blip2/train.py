@@ -9,10 +9,9 @@ too; the last line of each goes into card.json beside the model, which `evaluate
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,14 +25,16 @@ from experiments.embedded.scenes_blip2 import model as blip2
 from experiments.embedded.scenes_blip2.training_heads import QuarterHeads, QuarterSymbols, captions, same_caption
 from experiments.embedded.training import (
     EMBEDDED,
-    NOISE,
-    ROOT,
     WOBBLE,
     Log,
     Optimizer,
     Run,
     answer_loss,
+    arguments,
+    begin,
     distance,
+    learn,
+    learn_from_symbols,
     start_card,
 )
 
@@ -213,15 +214,10 @@ class WithoutText(nn.Module):
 
 
 def symbols(run: Run) -> None:
-    """Train OPT to answer from symbols instead of queries; a little noise makes it tolerate imperfect queries later."""
+    """Train OPT to answer from symbols instead of queries."""
     model, table = blip2.build(), QuarterSymbols()
-    optimizer = Optimizer(run.total("symbols"), (2e-3, [model.language_model, table]))
-    log = Log(run, "symbols")
-    for step, _, batch in run.batches("symbols", draw=False, most=lambda done: 2 if done < 0.15 else 4):
-        image = table(batch, model.get_input_embeddings().weight)
-        loss, right = answers(model, batch, image + NOISE * torch.randn_like(image))
-        optimizer.step(loss)
-        log.add(step, loss=float(loss.detach()), **right)
+    words, learning = model.get_input_embeddings().weight, [model.language_model, table]
+    learn_from_symbols(run, "symbols", learning, lambda batch: table(batch, words), partial(answers, model))
     run.save("symbols", language=model.language_model, table=table)
 
 
@@ -260,27 +256,9 @@ LAST = {"scenes-blip2-itm": "match", "scenes-blip2": "bridge"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "train-scenes-blip2", help="checkpoints and logs")
-    parser.add_argument("--out", type=Path, default=EMBEDDED, help="the folder of both model folders")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--only", nargs="+", choices=STEPS, default=None, help="run these stages only, and write no model folders"
-    )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--smoke", action="store_true", help="a few steps of each stage; needs --out and --work")
-    args = parser.parse_args()
-    if args.smoke and parser.get_default("out") == args.out:
-        parser.error("--smoke would overwrite the shipped models; name another --out and --work")
-
-    torch.set_num_threads(args.threads)
-    args.work.mkdir(parents=True, exist_ok=True)
-    steps, sizes = (dict.fromkeys(STAGES, few) if args.smoke else full for few, full in ((3, STEPS), (4, SIZES)))
-    run = Run(args.work, steps, sizes, args.seed, blip2.STYLE)
-    for number, (stage, learn) in enumerate(STAGES.items()):
-        if stage in (args.only or STAGES) and not (args.work / f"{stage}.safetensors").exists():
-            torch.manual_seed(1000 * args.seed + number)
-            learn(run)
+    args = arguments(__doc__, "train-scenes-blip2", EMBEDDED, STAGES, threads=1)
+    run = begin(args, STEPS, SIZES, blip2.STYLE)
+    learn(run, STAGES, args.only or STAGES)
     if args.only:
         return
     for name, stage in LAST.items():

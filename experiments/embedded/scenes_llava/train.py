@@ -9,9 +9,9 @@ too; the last line of each goes into card.json beside the model, which `evaluate
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,14 +23,17 @@ from experiments.embedded.scenes_llava import model as llava
 from experiments.embedded.scenes_llava.training_heads import PatchHeads, Symbols
 from experiments.embedded.training import (
     EMBEDDED,
-    NOISE,
     ROOT,
     WOBBLE,
     Log,
     Optimizer,
     Run,
     answer_loss,
+    arguments,
+    begin,
     distance,
+    learn,
+    learn_from_symbols,
     start_card,
 )
 
@@ -51,16 +54,11 @@ def answers(model: LlavaForConditionalGeneration, batch: Batch, image: Tensor) -
 
 
 def language_on_symbols(run: Run) -> None:
-    """1a: train the language model to answer from symbols; a little noise makes it tolerate imperfect ones later."""
+    """1a: train the language model to answer from symbols."""
     model, symbols = llava.build(), Symbols()
-    optimizer = Optimizer(run.total("1a"), (2e-3, [model.model.language_model, symbols]))
-    log = Log(run, "1a")
-    for step, _, batch in run.batches("1a", draw=False, most=lambda done: 2 if done < 0.15 else 4):
-        image = symbols(batch, model.get_input_embeddings().weight)
-        loss, right = answers(model, batch, image + NOISE * torch.randn_like(image))
-        optimizer.step(loss)
-        log.add(step, loss=float(loss.detach()), **right)
-    run.save("1a", language=model.model.language_model, symbols=symbols)
+    language, words = model.model.language_model, model.get_input_embeddings().weight
+    learn_from_symbols(run, "1a", [language, symbols], lambda batch: symbols(batch, words), partial(answers, model))
+    run.save("1a", language=language, symbols=symbols)
 
 
 def eye(run: Run) -> None:
@@ -183,36 +181,17 @@ def write(run: Run, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "train-scenes-llava", help="checkpoints and logs")
-    parser.add_argument("--out", type=Path, default=EMBEDDED / "scenes-llava", help="the model folder to write")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stage", choices=STAGES, help="run this stage only, and write no model folder")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--smoke", action="store_true", help="a few steps of each stage; needs --out and --work")
-    args = parser.parse_args()
-    if args.smoke and parser.get_default("out") == args.out:
-        parser.error("--smoke would overwrite the shipped model; name another --out and --work")
-
-    torch.set_num_threads(args.threads)
-    args.work.mkdir(parents=True, exist_ok=True)
-    steps, sizes = (dict.fromkeys(STAGES, few) if args.smoke else full for few, full in ((3, STEPS), (4, SIZES)))
-    run = Run(args.work, steps, sizes, args.seed)
-    waiting = [stage for stage in STAGES if not (args.work / f"{stage}.safetensors").exists()]
-    if args.stage:
-        torch.manual_seed(1000 * args.seed + list(STAGES).index(args.stage))
-        STAGES[args.stage](run)
+    args = arguments(__doc__, "train-scenes-llava", EMBEDDED / "scenes-llava", STAGES, threads=2)
+    run = begin(args, STEPS, SIZES)
+    if args.only:
+        learn(run, STAGES, args.only)
         return
     # 1a and 1b do not depend on each other, so they run side by side with a thread each
-    aside = [s for s in ("1a", "1b") if s in waiting]
     again = [sys.executable, "-m", "experiments.embedded.scenes_llava.train", *sys.argv[1:], "--threads", "1"]
-    children = [subprocess.Popen([*again, "--stage", s], cwd=ROOT) for s in aside]
+    children = [subprocess.Popen([*again, "--only", stage], cwd=ROOT) for stage in ("1a", "1b")]
     if sum(abs(child.wait()) for child in children):
         sys.exit("stage 1 failed")
-    for stage in ("2", "3", "4", "5"):
-        if stage in waiting:
-            torch.manual_seed(1000 * args.seed + list(STAGES).index(stage))
-            STAGES[stage](run)
+    learn(run, STAGES, STAGES)
     write(run, args.out)
 
 
