@@ -18,11 +18,11 @@ from sensitivity.api.recommending import FRESH
 from sensitivity.api.sweeping import calibrated, sweep
 from sensitivity.formats.table import CHECKPOINTS, FORMATS, may_be_written, write
 from sensitivity.formats.verification import verify
-from sensitivity.formats.writing.calibrated_codes import Found
+from sensitivity.formats.writing.calibrated_codes import CalibratedCodes
 from sensitivity.formats.writing.calibrated_codes import codes as codes_of
 from sensitivity.formats.writing.job import Codes, Job, from_weights_alone
 from sensitivity.formats.writing.manifest import DataFacts, TrialFacts
-from sensitivity.formats.writing.unfinished import clear
+from sensitivity.formats.writing.unfinished import remove_unfinished
 from sensitivity.measure.calibrate.statistics import known_path
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
@@ -36,7 +36,7 @@ from sensitivity.study import exports
 from sensitivity.study.scores import paired, summarize
 from sensitivity.study.study import Study
 
-__all__ = ["clear", "export", "export_from", "legalize", "legalize_from", "may_be_written", "verify"]
+__all__ = ["export", "export_from", "legalize", "legalize_from", "may_be_written", "remove_unfinished", "verify"]
 
 
 def export(
@@ -131,11 +131,11 @@ def _gain(study: Study, ours: Plan, theirs: Plan, task: str) -> dict[str, Any]:
     return found
 
 
-def _codes(study: Study, job: Job, format: str) -> AbstractContextManager[Found]:
+def _codes(study: Study, job: Job, format: str) -> AbstractContextManager[CalibratedCodes]:
     """The source of quantized weights: computed from the weights alone, or calibrated on the data that schemes name."""
     schemes = list(dict.fromkeys(scheme for _, scheme in job.plan.schemes if scheme is not None))
     if format not in CHECKPOINTS or not any(method_of(scheme).calibrated for scheme in schemes):
-        return nullcontext(Found(from_weights_alone))
+        return nullcontext(CalibratedCodes(from_weights_alone))
     vlm = load(job.model, dtype=study.meta["dtype"]) if isinstance(job.model, str) else job.model
     _, statistics = calibrated(vlm, study.parts, schemes, study.meta["tasks"])
     assert statistics is not None

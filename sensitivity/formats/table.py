@@ -15,7 +15,7 @@ from sensitivity.formats.writing import manifest
 from sensitivity.formats.writing.job import Job, Written
 from sensitivity.formats.writing.manifest import StoredJson, TrialFacts
 from sensitivity.formats.writing.model_card import card
-from sensitivity.formats.writing.unfinished import beside
+from sensitivity.formats.writing.unfinished import staging_folder
 from sensitivity.measure.calibrate.cache import home
 from sensitivity.spec import plan_file
 from sensitivity.spec.errors import UserError, unknown
@@ -76,7 +76,7 @@ def write(
     if format == "plan" and out.suffix == ".json":
         plan_file.write_file(job.parts, job.plan, job.facts, out)
         return _summary(job, Written(load=""), format)
-    with beside(out) as folder:
+    with staging_folder(out) as folder:
         written = FORMATS[format](job, folder)
         written = replace(written, notes=(*written.notes, *notes()))
         (folder / "README.md").write_text(card(job, written, format, facts or {}), encoding="utf-8")

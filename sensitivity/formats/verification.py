@@ -18,7 +18,9 @@ from sensitivity.spec.errors import UserError
 from sensitivity.study import answers as examples
 
 PROGRAM = "import json, sys; from sensitivity.formats.verification import rerun; rerun(**json.load(sys.stdin))"
-CLOSE = 1e-4  # of a negative log-likelihood: more than summation order explains in float32, less than a rounding step
+NLL_TOLERANCE = (
+    1e-4  # of a negative log-likelihood: more than summation order explains in float32, less than a rounding step
+)
 
 
 def verify(folder: Path, device: str = "cpu") -> dict[str, object]:
@@ -48,7 +50,7 @@ def verify(folder: Path, device: str = "cpu") -> dict[str, object]:
     else:
         expected = _expected(folder, facts)
         outcome |= compare(expected, _in_fresh_process(folder, facts["dtype"], facts["trial"], device))
-    manifest.note(folder, outcome)
+    manifest.store_verification(folder, outcome)
     return outcome
 
 
@@ -76,7 +78,7 @@ def compare(expected: pd.DataFrame, found: pd.DataFrame) -> dict[str, object]:
     n = len(both)
     if same:
         words = f"all {n} answers and scores are those that were measured"
-        words += "" if nll <= CLOSE or nll != nll else f", although log-likelihoods differ by up to {nll:.2g}"
+        words += "" if nll <= NLL_TOLERANCE or nll != nll else f", although log-likelihoods differ by up to {nll:.2g}"
     else:
         words = f"{answers} of {n} answers and {scores} scores differ from those that were measured"
         words += f"; {missing} examples are not in both" if missing else ""

@@ -32,9 +32,9 @@ from sensitivity.formats.writing import job as job_module
 from sensitivity.formats.writing import manifest, stream
 from sensitivity.formats.writing.calibrated_codes import codes as codes_of
 from sensitivity.formats.writing.job import Job, from_weights_alone
-from sensitivity.formats.writing.packing import LARGE, fresh, pack, unpack
+from sensitivity.formats.writing.packing import LARGE, buffer, pack, unpack
 from sensitivity.formats.writing.source import _reader, open_source
-from sensitivity.formats.writing.unfinished import beside, clear
+from sensitivity.formats.writing.unfinished import remove_unfinished, staging_folder
 from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.models.discover import inspect
@@ -548,14 +548,14 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(parts: ComponentMap,
 
 def test_only_what_a_dead_process_left_is_cleared(tmp_path: Path) -> None:
     (tmp_path / ".mine.1.2").mkdir()
-    with beside(tmp_path / "out") as living:
+    with staging_folder(tmp_path / "out") as living:
         (living / "file").write_text("being written")
-        assert clear(tmp_path) == []
+        assert remove_unfinished(tmp_path) == []
         dead = tmp_path / ".other.99999.1.unfinished"
         for folder in (dead, tmp_path / ".there.99999.1.unfinished.old", tmp_path / ".back.99999.1.unfinished.old"):
             begin_folder(folder)
         (tmp_path / "there").mkdir()
-        assert clear(tmp_path) == [dead, tmp_path / ".there.99999.1.unfinished.old"]
+        assert remove_unfinished(tmp_path) == [dead, tmp_path / ".there.99999.1.unfinished.old"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.1.2", "back", "out", "there"]
     assert (tmp_path / "out" / "file").exists()
 
@@ -712,15 +712,15 @@ def test_an_unknown_format_is_told_the_known_ones(parts: ComponentMap, tmp_path:
 
 
 def test_memory_is_used_again_only_when_nobody_looks_at_it() -> None:
-    first = fresh(LARGE)
+    first = buffer(LARGE)
     where, look = first.data_ptr(), first.view(torch.int32).reshape(4, -1)[1:]
     del first
-    second = fresh(LARGE)
+    second = buffer(LARGE)
     assert second.data_ptr() != where
     del look
-    third = fresh(LARGE)
+    third = buffer(LARGE)
     assert third.data_ptr() == where
-    assert len({tensor.data_ptr() for tensor in (second, third, fresh(LARGE))}) == 3
+    assert len({tensor.data_ptr() for tensor in (second, third, buffer(LARGE))}) == 3
 
 
 def test_a_tensor_is_read_wherever_it_begins_and_not_beyond_the_end(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_the_exposed_path_is_measured_against_the_other_on_fresh_examples(
     assert "<td>compressed-tensors</td>" in page
     assert '<td class="left">not verified</td>' in page
     outcome = {"verdict": "as measured", "words": "all of it", "time": "2026-11-25T00:00:00Z", "key": "0" * 16}
-    manifest.note(tmp_path / "out", outcome)
+    manifest.store_verification(tmp_path / "out", outcome)
     assert [one["state"] for one in noted(study.path)] == ["as measured"]
     shutil.rmtree(tmp_path / "out")
     assert [one["state"] for one in noted(study.path)] == ["no longer there"]

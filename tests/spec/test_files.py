@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from sensitivity.formats.writing import manifest
-from sensitivity.formats.writing.unfinished import beside, clear
+from sensitivity.formats.writing.unfinished import remove_unfinished, staging_folder
 from sensitivity.measure.calibrate.cache import Cache
 from sensitivity.spec import files
 from sensitivity.spec.errors import UserError
@@ -168,7 +168,7 @@ def test_nothing_outside_the_target_changes(
         }
         try:
             may_write(out, force, manifest.why_foreign, [root / "study"])
-            with beside(out) as folder:
+            with staging_folder(out) as folder:
                 (folder / "text").write_text("new")
                 if fails:
                     raise KeyboardInterrupt
@@ -251,7 +251,7 @@ def test_only_an_export_and_nothing_more_is_replaced(tmp_path: Path) -> None:
 
 
 def replaced_while(out: Path, name: str | None) -> None:
-    with beside(out) as folder:
+    with staging_folder(out) as folder:
         (folder / "text").write_text("new")
         if name is None:
             shutil.rmtree(out)
@@ -273,7 +273,7 @@ def test_a_folder_that_merely_looks_unfinished_stays(tmp_path: Path) -> None:
     for name in (".a.1.2.unfinished", ".b.1.2.unfinished.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "letter").write_text("dear")
-    assert clear(tmp_path) == []
+    assert remove_unfinished(tmp_path) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a.1.2.unfinished", ".b.1.2.unfinished.old"]
 
 
@@ -281,7 +281,7 @@ def test_links_are_never_followed_to_what_they_name(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / UNFINISHED).write_text(MARK)
     (tmp_path / ".out.1.2.unfinished").symlink_to(tmp_path / "mine")
-    assert clear(tmp_path) == []
+    assert remove_unfinished(tmp_path) == []
     assert not discard(tmp_path / ".out.1.2.unfinished", ours=True)
     assert (tmp_path / "mine" / UNFINISHED).exists()
 

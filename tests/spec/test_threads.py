@@ -70,7 +70,7 @@ def test_others_join_where_what_is_left_is_worth_it(left: int, joins: int, monke
     monkeypatch.setattr(workers, "_another", lambda args: started.append(args) or workers.Worker(ended, io.BytesIO()))
     step = Step(Plan(()), {}, 1.0, False, 1, left, 10, 1)
     args = argparse.Namespace(workers="auto")
-    with workers.crew(args, 2, iter([step, step, step])) as shared:
+    with workers.beside_workers(args, 2, iter([step, step, step])) as shared:
         assert not started
         assert len(list(shared)) == 3
     assert len(started) == joins
@@ -95,7 +95,7 @@ def test_a_line_comes_while_a_step_lasts_and_only_the_inner_one_speaks(capsys: p
 def test_a_sweep_in_a_log_tells_its_time_left(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sensitivity.cli.output.progress import walk
+    from sensitivity.cli.output.progress import show_progress
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     monkeypatch.setattr(ticker.Ticker, "__init__", _often(ticker.Ticker.__init__))
@@ -106,12 +106,12 @@ def test_a_sweep_in_a_log_tells_its_time_left(
             yield Step(Plan(()), {"vqa": 0.5}, 100.0, False, done, 4 - done, 4, 1)
         time.sleep(0.1)
 
-    assert walk(steps(), "sweeping") == 2
+    assert show_progress(steps(), "sweeping") == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "sweeping: preparing, time left not known yet"
     assert any(line.startswith("sweeping: 25%, vqa 0.500, 0:05:0") for line in lines)
     assert lines[-1] == "sweeping: 100%, in 0:00:00"
-    assert walk(iter(()), "sweeping") == 0
+    assert show_progress(iter(()), "sweeping") == 0
     assert capsys.readouterr().err.splitlines()[-1] == "sweeping: nothing was left to do"
 
 

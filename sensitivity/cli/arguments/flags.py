@@ -20,7 +20,7 @@ def model(p: argparse.ArgumentParser) -> None:
     """Add MODEL."""
     p.add_argument(
         "model",
-        type=values.place,
+        type=values.model_or_task,
         metavar="MODEL",
         help="a folder, a hub name, or an embedded model such as embedded:scenes-llava; ADAPTER@BASE is an adapter with"
         " another base model than its configuration names",
@@ -54,7 +54,7 @@ def include(p: argparse.ArgumentParser) -> None:
     """Add --include, for weights that are kept otherwise."""
     p.add_argument(
         "--include",
-        type=values.listed(values.choice("embedding", "head")),
+        type=values.comma_separated(values.choice("embedding", "head")),
         default=(),
         metavar="W[,W]",
         help="quantize the embedding or the output head too (default: both are kept); tied, they are one component",
@@ -65,7 +65,7 @@ def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str) -> Non
     """Add the flags that choose schemes: --bits, --method and the settings of methods."""
     p.add_argument(
         "--bits",
-        type=values.listed(values.width),
+        type=values.comma_separated(values.width),
         default=tuple(bits),
         metavar="B,B,...",
         help=f"widths to try (default: {','.join(map(str, bits))})",
@@ -80,7 +80,7 @@ def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str) -> Non
     p.add_argument("--biases", action="store_true", default=None, help="quantize biases too, as the paper's code did")
     p.add_argument(
         "--set",
-        type=values.of(values.setting),
+        type=values.pair_of(values.setting),
         action="append",
         default=[],
         metavar="NAME=VALUE",
@@ -128,7 +128,7 @@ def calibration(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("calibration", "for methods that use the inputs of a layer, such as gptq and awq")
     g.add_argument(
         "--calibration",
-        type=values.listed(values.place),
+        type=values.comma_separated(values.model_or_task),
         metavar="T[,T]",
         help="tasks whose calibration split is used (default: those of --task)",
     )
@@ -154,7 +154,7 @@ def limits(p: argparse.ArgumentParser) -> None:
     """Add --allow and --tie, which restrict plans."""
     p.add_argument(
         "--allow",
-        type=values.of(values.allowed),
+        type=values.pair_of(values.allowed),
         action="append",
         default=[],
         metavar="PART=B,B,...",
@@ -162,7 +162,7 @@ def limits(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--tie",
-        type=values.listed(values.name),
+        type=values.comma_separated(values.name),
         action="append",
         default=[],
         metavar="PART,PART",

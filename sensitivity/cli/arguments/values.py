@@ -31,7 +31,7 @@ WHOLE = re.compile(r"[+-]?[0-9]{1,30}")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
-def refused(what: str, text: str) -> argparse.ArgumentTypeError:
+def error(what: str, text: str) -> argparse.ArgumentTypeError:
     """The error for a value: what the flag takes, and what was typed."""
     return argparse.ArgumentTypeError(f"takes {what}, not {shown(text)}")
 
@@ -55,7 +55,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
     def read(text: str) -> int:
         if not WHOLE.fullmatch(text) or not low <= int(text) <= high:
-            raise refused(what, text)
+            raise error(what, text)
         return int(text)
 
     return read
@@ -65,7 +65,7 @@ def _number(text: str, what: str, high: float, above: bool) -> float:
     """A finite number from 0, or above 0, up to a limit."""
     value = float(text) if NUMBER.fullmatch(text) else math.nan
     if not (value > 0 if above else value >= 0) or not value <= high:
-        raise refused(what, text)
+        raise error(what, text)
     return value
 
 
@@ -101,7 +101,7 @@ def fraction(text: str) -> float:
 def width(text: str) -> int:
     """A bit width."""
     if not WHOLE.fullmatch(text) or not 1 <= int(text) <= WIDEST:
-        raise refused(f"whole numbers of bits from 1 to {WIDEST}, such as 2,3,4", text)
+        raise error(f"whole numbers of bits from 1 to {WIDEST}, such as 2,3,4", text)
     return int(text)
 
 
@@ -110,7 +110,7 @@ def group(text: str) -> int | str:
     if text in ("row", "tensor"):
         return text
     if not WHOLE.fullmatch(text) or not 1 <= int(text) <= COLUMNS:
-        raise refused(f"row, tensor, or a number of columns from 1 to {COLUMNS:,}", text)
+        raise error(f"row, tensor, or a number of columns from 1 to {COLUMNS:,}", text)
     return int(text)
 
 
@@ -127,7 +127,7 @@ def choice(*allowed: str) -> Callable[[str], str]:
 
     def read(text: str) -> str:
         if text not in allowed:
-            raise refused(" or ".join(allowed), text)
+            raise error(" or ".join(allowed), text)
         return text
 
     return read
@@ -136,20 +136,20 @@ def choice(*allowed: str) -> Callable[[str], str]:
 def name(text: str) -> str:
     """A name that is looked up in a table later; that table's error lists the choices."""
     if not text.strip() or not text.isprintable() or len(text.encode()) > NAME:
-        raise refused(f"a name of 1 to {NAME} bytes that can be printed", text)
+        raise error(f"a name of 1 to {NAME} bytes that can be printed", text)
     return text.strip()
 
 
-def place(text: str) -> str:
+def model_or_task(text: str) -> str:
     """A model or a task: a name, or the path of its files."""
     readable = text.strip() and text.isprintable() and len(text.encode()) <= PATH
     if not readable or max(len(piece.encode()) for piece in text.split("/")) > FILE_NAME:
         what = f"a name or a path that can be printed, at most {PATH:,} bytes, and {FILE_NAME} between slashes"
-        raise refused(what, text)
+        raise error(what, text)
     return text
 
 
-def listed(one: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+def comma_separated(one: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
     """Values of a type, separated by commas; repeated ones count once."""
 
     def read(text: str) -> tuple[T, ...]:
@@ -162,11 +162,11 @@ def pair(text: str) -> tuple[str, str]:
     """NAME=VALUE as two texts."""
     left, equals, right = text.partition("=")
     if not (equals and left.strip() and right.strip() and text.isprintable() and len(text.encode()) <= 2 * NAME):
-        raise refused("NAME=VALUE", text)
+        raise error("NAME=VALUE", text)
     return left.strip(), right.strip()
 
 
-def of(one: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
+def pair_of(one: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
     """NAME=VALUE with a value of a type."""
 
     def read(text: str) -> tuple[str, T]:
@@ -181,7 +181,7 @@ def importance(text: str) -> float:
     return _number(text, "a weight above 0 and at most 1,000,000, such as vqa=2", 1e6, above=True)
 
 
-def kept(text: str) -> float:
+def floor(text: str) -> float:
     """A share of full precision, which may be in percent."""
     what = "a share of full precision above 0 and at most 1, such as ground=0.95 or ground=95%"
     if text.endswith("%"):
@@ -191,7 +191,7 @@ def kept(text: str) -> float:
 
 def allowed(text: str) -> tuple[int, ...]:
     """Bit widths, or native, separated by commas."""
-    return listed(lambda piece: WIDEST if piece == "native" else width(piece))(text)
+    return comma_separated(lambda piece: WIDEST if piece == "native" else width(piece))(text)
 
 
 def count(text: str) -> int:
@@ -208,7 +208,7 @@ def setting(text: str) -> int | float | bool | str:
     if NUMBER.fullmatch(text) and math.isfinite(float(text)):
         return float(text)
     if not re.fullmatch(r"[A-Za-z][\w.-]*", text) or text.lower() in ("nan", "inf", "infinity", "null", "none"):
-        raise refused("NAME=VALUE with a finite number, true, false or a word, such as damp=0.05", text)
+        raise error("NAME=VALUE with a finite number, true, false or a word, such as damp=0.05", text)
     return text
 
 
@@ -217,7 +217,7 @@ def setting(text: str) -> int | float | bool | str:
 
 def path(text: str) -> Path:
     """The path of something to be read; ~ is the home folder."""
-    return Path(os.path.expanduser(place(text)))
+    return Path(os.path.expanduser(model_or_task(text)))
 
 
 def out(text: str) -> Path:

@@ -39,7 +39,7 @@ class Pace:
         return images, max(min(seconds, self.ends - now), 0.0)
 
 
-def walk(
+def show_progress(
     steps: Iterable[Step], title: str, study: Study | None = None, plans: int = 0, seconds: float = math.inf
 ) -> int:
     """Run a sweep behind a progress bar on standard error: what is done, the time left, and the frontier so far.
@@ -47,7 +47,7 @@ def walk(
     Off a terminal, print a plain line every few seconds instead. Returns the number of steps.
     """
     if not sys.stderr.isatty():
-        return _walk_plainly(steps, title, Pace(plans, seconds))
+        return _show_lines(steps, title, Pace(plans, seconds))
     from rich.console import Console, Group
     from rich.live import Live
     from rich.progress import BarColumn, Progress, TaskProgressColumn
@@ -65,7 +65,7 @@ def walk(
             done, left = step.done - pace.earlier, f"{clock(rest)} left"
             bar.update(line, total=done + images, completed=done, time=left, last=_last(step))
             if study is not None and time.monotonic() - shown > 1:
-                live.update(Group(bar, *(Text(f"  {text}", style="dim") for text in standing(study))))
+                live.update(Group(bar, *(Text(f"  {text}", style="dim") for text in frontier_lines(study))))
                 shown = time.monotonic()
         if not finished:
             bar.update(line, total=1, completed=1, last="nothing was left to do")
@@ -74,42 +74,42 @@ def walk(
     return finished
 
 
-def _walk_plainly(steps: Iterable[Step], title: str, pace: Pace) -> int:
+def _show_lines(steps: Iterable[Step], title: str, pace: Pace) -> int:
     """The same as `walk` with plain lines, from a thread that prints even while a long step runs."""
-    finished, began, told = 0, time.monotonic(), "preparing"
+    finished, began, state = 0, time.monotonic(), "preparing"
     ends = math.inf  # the expected end of the run; a line printed during a long step counts down to it
 
     def line() -> str:
         left = f"{clock(max(ends - time.monotonic(), 0))} left" if ends < math.inf else "time left not known yet"
-        return f"{title}: {told}, {left}"
+        return f"{title}: {state}, {left}"
 
     with Ticker(line):
         for step in steps:
             finished += 1
             images, rest = pace.after(step)
             done, ends = step.done - pace.earlier, time.monotonic() + rest
-            told = f"{done / max(done + images, 1):.0%}, {_last(step)}"
+            state = f"{done / max(done + images, 1):.0%}, {_last(step)}"
     end = f"100%, in {clock(time.monotonic() - began)}" if finished else "nothing was left to do"
     print(f"{title}: {end}", file=sys.stderr, flush=True)
     return finished
 
 
-def walk_in_json(steps: Iterable[Step], study: Study, plans: int = 0, seconds: float = math.inf) -> int:
+def show_progress_in_json(steps: Iterable[Step], study: Study, plans: int = 0, seconds: float = math.inf) -> int:
     """The same for programs: a line of JSON on standard error, at most one per second, and always the last."""
     pace, shown, finished = Pace(plans, seconds), 0.0, 0
-    unsaid: Callable[[], None] | None = None  # prints the latest step, which may be the last one
+    pending: Callable[[], None] | None = None  # prints the latest step, which may be the last one
     for step in steps:
         finished += 1
-        unsaid = partial(_say, step, *pace.after(step), study)
+        pending = partial(_print_json, step, *pace.after(step), study)
         if time.monotonic() - shown > 1:
-            unsaid()
-            unsaid, shown = None, time.monotonic()
-    if unsaid:
-        unsaid()
+            pending()
+            pending, shown = None, time.monotonic()
+    if pending:
+        pending()
     return finished
 
 
-def _say(step: Step, images: int, seconds: float, study: Study) -> None:
+def _print_json(step: Step, images: int, seconds: float, study: Study) -> None:
     """Print one line of JSON."""
     counts = study.counts(lately=True)
     facts = {
@@ -158,7 +158,7 @@ def best_so_far(study: Study) -> list[FrozenTrial]:
     return frontier(study.measured(), study.tasks[0])
 
 
-def standing(study: Study, most: int = 8) -> list[str]:
+def frontier_lines(study: Study, most: int = 8) -> list[str]:
     """The frontier so far, one line per plan: size, score with its interval, number of examples."""
     lines = []
     for trial in best_so_far(study)[-most:]:

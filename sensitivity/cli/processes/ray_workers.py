@@ -34,9 +34,9 @@ def sweep(args: argparse.Namespace, show: Callable[[Iterator[Step], Study], None
     share = {"num_gpus": 1} if args.device.startswith("cuda") else {"num_cpus": max(1, _cores(ray) // args.workers)}
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # Ray prints lost workers there; ours is a Notice
-            crew = _Crew(ray, args, share)
-            study = crew.study()
-            show(crew.watch(study), study)
+            actors = _Actors(ray, args, share)
+            study = actors.study()
+            show(actors.watch(study), study)
         return study
     finally:
         ray.shutdown()
@@ -64,7 +64,7 @@ def _cores(ray: ModuleType) -> int:
     return int(ray.cluster_resources().get("CPU", 1))
 
 
-class _Crew:
+class _Actors:
     """The actors and the result that each promised; one that dies is replaced after its plans were released."""
 
     def __init__(self, ray: ModuleType, args: argparse.Namespace, share: dict[str, int]) -> None:
@@ -78,22 +78,24 @@ class _Crew:
 
     def _start(self) -> None:
         actor = self.worker.remote()
-        who = actor.who.remote()  # asked now, since a dead actor cannot answer, and its plans are under this identity
-        self.at_work[actor.run.remote(list(self.args.typed), str(Path.cwd()))] = (actor, who)
+        identity = (
+            actor.identity.remote()
+        )  # asked now, since a dead actor cannot answer, and its plans are under this identity
+        self.at_work[actor.run.remote(list(self.args.typed), str(Path.cwd()))] = (actor, identity)
 
-    def look(self, seconds: float = PAUSE) -> None:
+    def replace_lost(self, seconds: float = PAUSE) -> None:
         """Wait a moment, replace lost actors, and raise the error of one that failed."""
         from ray.exceptions import RayActorError
 
         ended, _ = self.ray.wait(list(self.at_work), timeout=seconds)
         for promise in ended:
-            actor, who = self.at_work.pop(promise)
+            actor, identity = self.at_work.pop(promise)
             try:
                 if error := self.ray.get(promise):
                     raise UserError(error)
             except RayActorError:
                 with contextlib.suppress(RayActorError):  # it died before it could answer, so it ran nothing
-                    self.lost.append(self.ray.get(who))
+                    self.lost.append(self.ray.get(identity))
                 self.lives -= 1
                 warnings.warn("a worker was lost; the other workers run its plans", Notice, stacklevel=2)
                 if self.lives < 0:
@@ -106,7 +108,7 @@ class _Crew:
         from sensitivity.study.study import Study
 
         while self.at_work:
-            self.look()
+            self.replace_lost()
             with contextlib.suppress(UserError):
                 return Study(self.out)
         return Study(self.out)
@@ -119,8 +121,8 @@ class _Crew:
         before = 0
         while True:
             # not in look(): when the first actors are lost, the study may not exist yet
-            for who in self.lost:
-                study.release_lost(who)
+            for identity in self.lost:
+                study.release_lost(identity)
             self.lost.clear()
             measured = study.measured()
             if measured:
@@ -135,13 +137,13 @@ class _Crew:
                     yield Step(plan, scores, attrs["seconds"], *where)
             if not self.at_work:
                 return
-            self.look()
+            self.replace_lost()
 
 
 class Worker:
     """A Ray actor that runs the same command as a worker process does."""
 
-    def who(self) -> dict[str, object]:
+    def identity(self) -> dict[str, object]:
         """The identity under which the queue knows this actor's process."""
         from sensitivity.study.queue import me
 
@@ -151,9 +153,9 @@ class Worker:
         """Run the command; returns the error that ended it, or None."""
         os.chdir(folder)
         os.environ[workers.CHILD] = "1"
-        said, typed_before = io.StringIO(), sys.argv
+        output, typed_before = io.StringIO(), sys.argv
         sys.argv = ["sensitivity", *typed, "--json"]
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()):
             try:
                 # in the actor's own process, not a child's: the queue's identity and Ray's GPU are this process's
                 runpy.run_module("sensitivity", run_name="__main__")
@@ -162,4 +164,4 @@ class Worker:
                 status = end.code
             finally:
                 sys.argv = typed_before
-        return str(json.loads(said.getvalue())["error"]) if status else None
+        return str(json.loads(output.getvalue())["error"]) if status else None

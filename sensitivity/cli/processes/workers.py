@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from sensitivity.spec.components import ComponentMap
 
 CHILD = "SENSITIVITY_WORKER"  # environment variable of a worker, which starts no workers itself
-FOLLOWS = "follows"  # its value if the worker's standard input closes when its launcher ends
-WORTH = 20.0  # seconds of work left from which on workers join: they take about as long to load on a busy machine
-APIECE = 1.5e9  # bytes that a worker needs beside its model and quantized weights
+STOPS_WITH_LAUNCHER = "follows"  # its value if the worker's standard input closes when its launcher ends
+WORTH_A_WORKER = (
+    20.0  # seconds of work left from which on workers join: they take about as long to load on a busy machine
+)
+BYTES_PER_WORKER = 1.5e9  # bytes that a worker needs beside its model and quantized weights
 
 
 def is_child() -> bool:
@@ -32,7 +34,7 @@ def is_child() -> bool:
     return CHILD in os.environ
 
 
-def follow() -> None:
+def stop_with_launcher() -> None:
     """In a worker, stop as by Ctrl-C when the launcher ends, even by a kill: nobody else would stop it."""
 
     def watch() -> None:
@@ -40,7 +42,7 @@ def follow() -> None:
         sys.stdin.buffer.read()
         _thread.interrupt_main()
 
-    if os.environ.get(CHILD) == FOLLOWS:
+    if os.environ.get(CHILD) == STOPS_WITH_LAUNCHER:
         threading.Thread(target=watch, daemon=True).start()
 
 
@@ -51,7 +53,7 @@ def count(args: argparse.Namespace, parts: ComponentMap, plans: int, schemes: in
     if args.device != "cpu" or args.plain or is_child():
         return 1
     # 8 bytes: the model's weights and those of the running plan in float32; 1.25 bytes: the codes of each scheme
-    apiece = parts.numel * (8 + 1.25 * schemes) + APIECE
+    apiece = parts.numel * (8 + 1.25 * schemes) + BYTES_PER_WORKER
     room = int(0.8 * threads.free_memory() / apiece)
     return max(1, min(threads.cores() // (threads.requested() or 1), plans, room))
 
@@ -71,7 +73,7 @@ def sharing_cores(processes: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def crew(args: argparse.Namespace, processes: int, steps: Iterator[Step]) -> Iterator[Iterator[Step]]:
+def beside_workers(args: argparse.Namespace, processes: int, steps: Iterator[Step]) -> Iterator[Iterator[Step]]:
     """The steps of this process, with workers beside it until the queue is empty; they stop when it stops.
 
     With a given number, workers start at once. With `auto`, they join when a step has shown that enough work is left.
@@ -81,55 +83,55 @@ def crew(args: argparse.Namespace, processes: int, steps: Iterator[Step]) -> Ite
 
     def joined() -> Iterator[Step]:
         for step in steps:
-            if not at_work and step.seconds / step.new * step.left > WORTH:
-                at_work.extend(_another(args) for _ in range(others))
+            if not at_work and step.seconds / step.new * step.left > WORTH_A_WORKER:
+                at_work.extend(_start_worker(args) for _ in range(others))
             yield step
 
     try:
         if args.workers != "auto":
-            at_work.extend(_another(args) for _ in range(others))
+            at_work.extend(_start_worker(args) for _ in range(others))
         yield joined() if args.workers == "auto" else steps
         # this process has no plan left; workers may still run their last ones
         if ended := [worker for worker in at_work if worker.process.wait()]:
-            why = "; ".join(worker.why() for worker in ended)
-            told = f"{len(ended)} of the workers ended early ({why}); what they were running is run again"
-            warnings.warn(told, Notice, stacklevel=2)
+            how_it_ended = "; ".join(worker.how_it_ended() for worker in ended)
+            stderr = f"{len(ended)} of the workers ended early ({how_it_ended}); what they were running is run again"
+            warnings.warn(stderr, Notice, stacklevel=2)
     finally:
-        for process, told_by in at_work:
+        for process, stderr_file in at_work:
             if process.poll() is None:
                 process.terminate()
                 process.wait()
             if process.stdin is not None:
                 process.stdin.close()
-            told_by.close()
+            stderr_file.close()
 
 
-def _another(args: argparse.Namespace) -> Worker:
+def _start_worker(args: argparse.Namespace) -> Worker:
     """Start a worker: the same command, with this process's share of threads."""
     import torch
 
-    told = tempfile.TemporaryFile()  # noqa: SIM115 - read when the worker has ended
+    stderr = tempfile.TemporaryFile()  # noqa: SIM115 - read when the worker has ended
     process = subprocess.Popen(
         [sys.executable, "-m", "sensitivity", *args.typed, "--json"],
-        env={**os.environ, CHILD: FOLLOWS, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        env={**os.environ, CHILD: STOPS_WITH_LAUNCHER, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         # never written to: it closes when this process ends, which the worker waits for (see follow)
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        stderr=told,
+        stderr=stderr,
     )
-    return Worker(process, told)
+    return Worker(process, stderr)
 
 
 class Worker(NamedTuple):
     """A worker process, and the file that receives its standard error."""
 
     process: subprocess.Popen[bytes]
-    told: IO[bytes]
+    stderr: IO[bytes]
 
-    def why(self) -> str:
+    def how_it_ended(self) -> str:
         """How the process ended, and the error that it printed."""
         code = self.process.returncode
-        self.told.seek(0)
-        lines = self.told.read().decode(errors="replace").splitlines()
+        self.stderr.seek(0)
+        lines = self.stderr.read().decode(errors="replace").splitlines()
         last = next((line for line in reversed(lines) if line.startswith("error: ")), "").removeprefix("error: ")
         return (f"signal {-code}" if code < 0 else f"status {code}") + (f", {last}" if last else "")

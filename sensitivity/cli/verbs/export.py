@@ -34,7 +34,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="runtime that will load the export, such as vllm (default: that of the format)",
     )
-    p.add_argument("--model", type=values.place, help="folder of the model, if it has moved since the sweep")
+    p.add_argument("--model", type=values.model_or_task, help="folder of the model, if it has moved since the sweep")
     p.add_argument("--out", type=values.out, required=True, help="the folder to write")
     p.add_argument(
         "--path",
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.formats.writing import manifest
 
     _check(args)
-    if left := exporting.clear(args.out.parent):
+    if left := exporting.remove_unfinished(args.out.parent):
         print(f"removed the unfinished folders of killed exports: {', '.join(map(str, left))}", file=sys.stderr)
     path = exporting.export_from(
         args.source, args.bpw, args.out, args.format, args.force,

@@ -29,7 +29,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         "table", type=values.path, metavar="TABLE.csv", help="one row per trial; repeated plans stay repeats"
     )
     for flag, (metavar, about) in PAIRS.items():
-        kind = values.of(values.count) if flag == "--numel" else values.pair
+        kind = values.pair_of(values.count) if flag == "--numel" else values.pair
         p.add_argument(flag, type=kind, action="append", default=[], metavar=metavar, help=about)
     p.add_argument("--bits", type=values.name, metavar="COLUMN", help="with --switch: the column of bits")
     p.add_argument(

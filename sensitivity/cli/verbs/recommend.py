@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sensitivity.cli.arguments import flags, values
-from sensitivity.cli.output.progress import walk
+from sensitivity.cli.output.progress import show_progress
 from sensitivity.cli.output.tables import recommendation
 
 ABOUT = "choose the best plan for a budget, and verify it by running it"
@@ -17,21 +17,21 @@ def arguments(p: argparse.ArgumentParser) -> None:
     flags.study(p)
     p.add_argument(
         "--bpw",
-        type=values.listed(values.bpw),
+        type=values.comma_separated(values.bpw),
         default=(4.0,),
         metavar="X[,X]",
         help="budgets in bits per weight, counting all that is stored in the files of --runtime (default: 4.0)",
     )
     p.add_argument(
         "--gb",
-        type=values.listed(values.size),
+        type=values.comma_separated(values.size),
         metavar="X[,X]",
         help="budgets in GB (10^9 bytes), instead of --bpw",
     )
     flags.task(p)
     p.add_argument(
         "--weight",
-        type=values.of(values.importance),
+        type=values.pair_of(values.importance),
         action="append",
         default=[],
         metavar="TASK=W",
@@ -39,7 +39,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--floor",
-        type=values.of(values.kept),
+        type=values.pair_of(values.floor),
         action="append",
         default=[],
         metavar="TASK=SHARE",
@@ -56,7 +56,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         "--top", type=values.top, default=3, metavar="K", help="how many plans are run per budget (default: 3)"
     )
     p.add_argument("--no-run", action="store_true", help="predict only; the model is not loaded")
-    p.add_argument("--model", type=values.place, help="folder of the model, if it has moved since the sweep")
+    p.add_argument("--model", type=values.model_or_task, help="folder of the model, if it has moved since the sweep")
     flags.device(p)
 
 
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         vlm = load(str(model), device=args.device, dtype=args.dtype or study.meta["dtype"])
     chosen, steps = recommending(study, wish, vlm)
     if vlm is not None:
-        walk(steps, "verifying")
+        show_progress(steps, "verifying")
     found = chosen()
     paths = remember(study, found)
     notes = dict.fromkeys(note for task in weights for note in observations_of(study, task).notes)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
-from sensitivity.cli.output.progress import points, walk, walk_in_json
+from sensitivity.cli.output.progress import points, show_progress, show_progress_in_json
 from sensitivity.cli.output.tables import forecast, frontier
 from sensitivity.cli.processes import ray_workers, workers
 
@@ -33,7 +33,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     flags.model(p)
     p.add_argument(
         "--task",
-        type=values.listed(values.place),
+        type=values.comma_separated(values.model_or_task),
         default=("vqa",),
         metavar="T[,T]",
         help="vqa, caption, scene, ground, retrieval; DATASET:FOLDER such as vqav2:FOLDER; your own FILE.jsonl, or"
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.study.queue import me
     from sensitivity.tasks.table import distinct, task
 
-    workers.follow()
+    workers.stop_with_launcher()
     if args.dtype is None:
         args.dtype, why = dtype_for(args.model, args.device, args.out)
         if why:
@@ -193,13 +193,15 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         plans = plans_of(schemes, args.search)
         if args.dry_run:
             # a search chooses plans only as scores arrive; for the forecast, random plans stand in for them
-            return _foreseen(args, vlm, parts, plans_of(schemes, "random") if callable(plans) else plans, chosen)
+            return _forecast(args, vlm, parts, plans_of(schemes, "random") if callable(plans) else plans, chosen)
         how = {"n": args.n, "seed": args.seed, "plain": args.plain, "storage": args.storage, "statistics": statistics}
         how |= {"whole": whole, "until": args.until, "memory_gb": args.memory_gb}
         study, steps = sweeping(vlm, parts, plans, args.task, args.out, **how)
         try:
-            with workers.crew(args, processes, steps) as shared:
-                _walk(args, shared, f"sweeping {vlm.name}", study, 0 if isinstance(searched, Sequence) else expected)
+            with workers.beside_workers(args, processes, steps) as shared:
+                _show_steps(
+                    args, shared, f"sweeping {vlm.name}", study, 0 if isinstance(searched, Sequence) else expected
+                )
         except KeyboardInterrupt:
             study.release_lost(me())  # Ctrl-C inside ask or tell leaves its plan marked as running
             if not args.json and study.measured():
@@ -207,7 +209,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             raise
         if study.release_lost():  # plans of a worker that died
             rest = sweeping(vlm, parts, [], args.task, args.out, **how)[1]
-            _walk(args, rest, "plans of a lost worker", study)
+            _show_steps(args, rest, "plans of a lost worker", study)
     return {} if workers.is_child() else _summary(args, study)
 
 
@@ -230,7 +232,7 @@ def _checked(args: argparse.Namespace) -> list[Scheme]:
     return asked
 
 
-def _foreseen(
+def _forecast(
     args: argparse.Namespace,
     vlm: VLM,
     parts: ComponentMap,
@@ -269,11 +271,11 @@ def _summary(args: argparse.Namespace, study: Study) -> dict[str, object]:
                 f"{missed if known >= goal and not facts['waiting'] else ''}"
             )
         legal = f" --runtime {args.runtime}" if args.runtime else ""
-        print(f"{_rest(facts, args.out)}; next: sensitivity recommend {args.out} --bpw 4{legal}")
+        print(f"{_progress_words(facts, args.out)}; next: sensitivity recommend {args.out} --bpw 4{legal}")
     return facts
 
 
-def _rest(counts: Mapping[str, object], out: Path) -> str:
+def _progress_words(counts: Mapping[str, object], out: Path) -> str:
     """How many plans are done, waiting and running, in words."""
     told = [f"{counts['done']} plans in {out} have seen all examples"]
     if counts["waiting"]:
@@ -286,16 +288,16 @@ def _rest(counts: Mapping[str, object], out: Path) -> str:
 def _on_a_cluster(args: argparse.Namespace) -> dict[str, object]:
     """Run the sweep on Ray: the actors run the same command, and this process only watches the queue."""
     args.workers = 1 if args.workers == "auto" else args.workers
-    study = ray_workers.sweep(args, lambda steps, study: _walk(args, steps, f"sweeping {args.model}", study))
+    study = ray_workers.sweep(args, lambda steps, study: _show_steps(args, steps, f"sweeping {args.model}", study))
     return _summary(args, study)
 
 
-def _walk(args: argparse.Namespace, steps: Iterator[Step], title: str, study: Study, plans: int = 0) -> None:
+def _show_steps(args: argparse.Namespace, steps: Iterator[Step], title: str, study: Study, plans: int = 0) -> None:
     """Run the steps behind a progress bar, or as lines of JSON with --json."""
     from sensitivity.study.stopping import Until
 
     seconds = Until.parse(args.until).seconds
     if args.json:
-        walk_in_json(steps, study, plans, seconds)
+        show_progress_in_json(steps, study, plans, seconds)
     else:
-        walk(steps, title, study, plans, seconds)
+        show_progress(steps, title, study, plans, seconds)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from sensitivity.formats.writing.checkpoint import save
-from sensitivity.formats.writing.job import REMADE, WITH, Job, Written
+from sensitivity.formats.writing.job import LOAD_WITH_SETTINGS, RUNTIME_QUANTIZES, Job, Written
 from sensitivity.spec.errors import UserError
 
 
@@ -29,7 +29,7 @@ def write(job: Job, folder: Path) -> Written:
         double = bool(scheme.get("double", False))
         settings |= {"load_in_4bit": True, "bnb_4bit_quant_type": scheme.method, "bnb_4bit_use_double_quant": double}
     save(folder, "quantization_config.json", settings)
-    return Written(load=WITH.format(kind="BitsAndBytesConfig"), notes=(REMADE,))
+    return Written(load=LOAD_WITH_SETTINGS.format(kind="BitsAndBytesConfig"), notes=(RUNTIME_QUANTIZES,))
 
 
 def _skipped(module: str, skip: list[str]) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from sensitivity.formats.writing.job import REMADE, Job, Written
+from sensitivity.formats.writing.job import RUNTIME_QUANTIZES, Job, Written
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
@@ -36,7 +36,10 @@ def write(job: Job, folder: Path) -> Written:
             lines[file].append(f"^{re.escape(names[weight.name])}\\.weight$={chosen}")
     for file, content in lines.items():
         (folder / file).write_text("\n".join(dict.fromkeys(content)) + "\n", encoding="utf-8")
-    notes = (REMADE, "llama.cpp's types have scales and groups of their own: only the widths are the plan's.")
+    notes = (
+        RUNTIME_QUANTIZES,
+        "llama.cpp's types have scales and groups of their own: only the widths are the plan's.",
+    )
     return Written(load=LOAD, notes=notes)
 
 
@@ -95,10 +98,12 @@ def _name(module: str, known: Mapping[str, tuple[object, str]]) -> str | None:
     words = module.split(".")
     ends = [".".join(words[start:]) for start in range(len(words))]
     # not the tensors of audio towers (a., mm.a.), whose names would make others ambiguous
-    heard = {key: value[1] for key, value in known.items() if not value[1].startswith(("a.", "mm.a."))}
+    names_by_key = {key: value[1] for key, value in known.items() if not value[1].startswith(("a.", "mm.a."))}
     for whole in (True, False):
         for end in ends:
-            names = {name for key, name in heard.items() if key == end or (not whole and key.endswith("." + end))}
+            names = {
+                name for key, name in names_by_key.items() if key == end or (not whole and key.endswith("." + end))
+            }
             if len(names) == 1:
                 return names.pop()
             if names:

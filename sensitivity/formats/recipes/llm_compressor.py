@@ -7,7 +7,7 @@ from typing import TypedDict
 
 from sensitivity.formats.checkpoints.compressed_tensors import arguments
 from sensitivity.formats.writing.checkpoint import save
-from sensitivity.formats.writing.job import REMADE, Job, Written
+from sensitivity.formats.writing.job import RUNTIME_QUANTIZES, Job, Written
 from sensitivity.spec.errors import UserError
 
 MODIFIERS = {
@@ -35,4 +35,4 @@ def write(job: Job, folder: Path) -> Written:
         raise UserError("the plan quantizes nothing, so there is no recipe to write; use --format plan")
     save(folder, "recipe.yaml", {"quant_stage": {"quant_modifiers": stages}})
     load = 'from llmcompressor import oneshot\n\noneshot(model=MODEL, recipe="recipe.yaml", output_dir=OUT)\n'
-    return Written(load=load, notes=(REMADE,))
+    return Written(load=load, notes=(RUNTIME_QUANTIZES,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sensitivity.formats.writing.checkpoint import save
-from sensitivity.formats.writing.job import REMADE, Job, Written
+from sensitivity.formats.writing.job import RUNTIME_QUANTIZES, Job, Written
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
 
@@ -31,7 +31,10 @@ def write(job: Job, folder: Path) -> Written:
         'convert(MODEL, OUT, quantize=True, q_group_size=plan["group_size"], q_bits=plan["bits"],\n'
         "        quant_predicate=lambda path, module: plan.get(path, False))\n"
     )
-    notes = (REMADE, "Modules are named as in the base model's checkpoint; mlx-vlm renames the parts of some families.")
+    notes = (
+        RUNTIME_QUANTIZES,
+        "Modules are named as in the base model's checkpoint; mlx-vlm renames the parts of some families.",
+    )
     return Written(load=load, notes=notes)
 
 

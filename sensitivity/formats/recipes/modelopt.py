@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sensitivity.formats.writing.checkpoint import save
-from sensitivity.formats.writing.job import REMADE, Job, Written
+from sensitivity.formats.writing.job import RUNTIME_QUANTIZES, Job, Written
 from sensitivity.spec.plan import Scheme
 
 
@@ -28,7 +28,7 @@ def write(job: Job, folder: Path) -> Written:
         "# what ModelOpt and the engines that read its checkpoints make of it\n"
         'settings = convert_hf_quant_config_format(json.load(open("hf_quant_config.json")))\n'
     )
-    return Written(load="import json\n" + load, notes=(REMADE,))
+    return Written(load="import json\n" + load, notes=(RUNTIME_QUANTIZES,))
 
 
 def _algorithm(scheme: Scheme) -> dict[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sensitivity.formats.writing.checkpoint import save
-from sensitivity.formats.writing.job import REMADE, WITH, Job, Written
+from sensitivity.formats.writing.job import LOAD_WITH_SETTINGS, RUNTIME_QUANTIZES, Job, Written
 from sensitivity.spec.plan import Scheme
 
 
@@ -25,8 +25,11 @@ def write(job: Job, folder: Path) -> Written:
         "quant_method": "torchao", "quant_type": {"default": quant_type}, "modules_to_not_convert": job.native(),
     }  # fmt: skip
     save(folder, "quantization_config.json", settings)
-    notes = (REMADE, "torchao stores codes of every width as int8: below 8 bits its files and memory do not shrink.")
-    return Written(load=WITH.format(kind="TorchAoConfig"), notes=notes)
+    notes = (
+        RUNTIME_QUANTIZES,
+        "torchao stores codes of every width as int8: below 8 bits its files and memory do not shrink.",
+    )
+    return Written(load=LOAD_WITH_SETTINGS.format(kind="TorchAoConfig"), notes=notes)
 
 
 def _intx(scheme: Scheme) -> dict[str, object]:

@@ -21,7 +21,7 @@ from sensitivity.spec.plan import Plan, Scheme
 
 
 @dataclass
-class Found:
+class CalibratedCodes:
     """Codes for weights that are requested in data-flow order, and the other parameters that folding changed."""
 
     codes: Codes
@@ -48,44 +48,48 @@ class Found:
 
 
 @contextmanager
-def codes(vlm: VLM, parts: ComponentMap, plan: Plan, statistics: Statistics, folding: bool = False) -> Iterator[Found]:
+def codes(
+    vlm: VLM, parts: ComponentMap, plan: Plan, statistics: Statistics, folding: bool = False
+) -> Iterator[CalibratedCodes]:
     """Inside the block, codes for weights that are requested in data-flow order, as `checkpoint` does.
 
     On the exposed path each block is quantized inside the model before the next one is calibrated; at the end the model
     gets its own weights back. The codes of at most one block are in memory. With `folding`, the layer before absorbs
     the scales of inputs, for formats that cannot store them.
     """
-    work = _Work(vlm, parts, plan, statistics, folding)
+    work = _BlockByBlock(vlm, parts, plan, statistics, folding)
     try:
         yield work.result
     finally:
         for name, parameter in work.parameters.items():
-            parameter.data = work.own[name]
+            parameter.data = work.float_weights[name]
 
 
-class _Work:
+class _BlockByBlock:
     """Computes codes block by block as they are requested, and tracks what the model holds meanwhile."""
 
     def __init__(self, vlm: VLM, parts: ComponentMap, plan: Plan, statistics: Statistics, folding: bool) -> None:
         self.model: nn.Module = vlm.model
         self.statistics, self.folding = statistics, folding
         self.parameters = dict(vlm.model.named_parameters())
-        self.own = {name: parameter.data for name, parameter in self.parameters.items()}
-        self.asked = targets(parts, plan)
+        self.float_weights = {name: parameter.data for name, parameter in self.parameters.items()}
+        self.schemes = targets(parts, plan)
         # at most one block is solved ahead, whatever the granularity of the plan
-        chosen = ([w for w in c.weights if w.name in self.asked] for c in parts.regroup("block").components)
+        chosen = ([w for w in c.weights if w.name in self.schemes] for c in parts.regroup("block").components)
         self.blocks = iter([block for block in chosen if block])
         self.done: list[tuple[str, Scheme]] = []
         self.inputs: dict[str, list[Weight]] = {}
         for weight in parts.weights:
             self.inputs.setdefault(reads(weight), []).append(weight)
-        self.homes = {weight.name: component.name for component in parts.components for weight in component.weights}
+        self.component_of = {
+            weight.name: component.name for component in parts.components for weight in component.weights
+        }
         self.found: dict[str, StoredWeight | None] = {}
-        self.result = Found(self.give)
+        self.result = CalibratedCodes(self.codes_of)
 
-    def give(self, name: str, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
+    def codes_of(self, name: str, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
         """The codes of one weight; blocks are solved until it is among them."""
-        if name not in self.homes:
+        if name not in self.component_of:
             return from_weights_alone(name, weight, scheme)  # a bias
         while name not in self.found:
             self._solve(next(self.blocks))
@@ -97,24 +101,26 @@ class _Work:
         All of them are passed, even those that the plan leaves at native precision: a scale search looks at every
         reader.
         """
-        shared = {reads(w): {self.asked[v.name] for v in block if reads(v) == reads(w)} for w in block}
+        shared = {reads(w): {self.schemes[v.name] for v in block if reads(v) == reads(w)} for w in block}
         studied = sorted(key for key, schemes in shared.items() if any(method_of(s).calibrated for s in schemes))
         firsts = [self.inputs[key][0] for key in studied]
         curvatures = self.statistics.gather(firsts, tuple(self.done)) if studied else {}
         for key, schemes in shared.items():
             names = tuple(weight.name for weight in self.inputs[key])
             foldable = any(s.get("scales") == "folded" for s in schemes) and key in self.statistics.absorbers
-            linears = Linears(names, tuple(self.own[name] for name in names), curvatures.get(key), foldable)
+            linears = Linears(names, tuple(self.float_weights[name] for name in names), curvatures.get(key), foldable)
             ordered = sorted(schemes, key=str)
             for scheme, results in zip(ordered, solve(linears, ordered), strict=True):
                 self.found |= {
-                    name: result for name, result in zip(names, results, strict=True) if self.asked.get(name) == scheme
+                    name: result
+                    for name, result in zip(names, results, strict=True)
+                    if self.schemes.get(name) == scheme
                 }
             if linears.curvature is not None:
                 linears.curvature.forget()
         if self.statistics.exposed:
             self._install(block)
-        self.done += [(weight.name, self.asked[weight.name]) for weight in block]
+        self.done += [(weight.name, self.schemes[weight.name]) for weight in block]
         if self.folding:
             self._fold({weight.name: weight for weight in block})
 
@@ -122,11 +128,11 @@ class _Work:
         """Put the quantized weights of a block into the model, so that later blocks calibrate on its real outputs."""
         for weight in block:
             if (result := self.found[weight.name]) is not None:
-                own = self.own[weight.name]
+                own = self.float_weights[weight.name]
                 self.parameters[weight.name].data = result.dequantize().to(own.dtype)
-            if weight.bias and weight.bias in self.asked:
-                bias = self.own[weight.bias]
-                rounded = from_weights_alone(weight.bias, bias.reshape(1, -1), self.asked[weight.bias])
+            if weight.bias and weight.bias in self.schemes:
+                bias = self.float_weights[weight.bias]
+                rounded = from_weights_alone(weight.bias, bias.reshape(1, -1), self.schemes[weight.bias])
                 assert rounded is not None  # methods that can leave a weight alone have no biases
                 self.parameters[weight.bias].data = rounded.dequantize().to(bias.dtype).reshape(bias.shape)
 
@@ -136,8 +142,8 @@ class _Work:
         Later blocks must see the same activations as in the sweep; folded layers compute them only up to rounding.
         """
         for name, weight in block.items():
-            if self.asked[name].get("scales") == "folded" and reads(weight) not in self.statistics.absorbers:
-                self.result.unscaled.setdefault(self.homes[name], set()).add(weight.module.rpartition(".")[2])
+            if self.schemes[name].get("scales") == "folded" and reads(weight) not in self.statistics.absorbers:
+                self.result.unscaled.setdefault(self.component_of[name], set()).add(weight.module.rpartition(".")[2])
         results = {name: found for name in block if isinstance(found := self.found[name], QuantizedWeight)}
         scaled = {reads(block[name]) for name, result in results.items() if result.inputs is not None}
         if not scaled:
@@ -158,8 +164,8 @@ class _Work:
                 parameter.data = held[name]
         for name, result in folded.items():  # folding divided this scale: round it to the 16 bits that are stored
             if result.scale is not results[name].scale:
-                result = replace(result, scale=sixteen(result.scale, self.own[name].dtype))
+                result = replace(result, scale=sixteen(result.scale, self.float_weights[name].dtype))
             self.found[name] = result
 
 
-__all__ = ["Found", "codes"]
+__all__ = ["CalibratedCodes", "codes"]

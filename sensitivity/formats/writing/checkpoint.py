@@ -53,9 +53,9 @@ def checkpoint(
     for name, piece in pieces.items():
         weights[home.get(name, "kept")] += piece.bytes
     # codes of calibrated methods must be computed in data-flow order, so only weight-only methods run in parallel
-    hashes = stream.write(folder, pieces.values(), ahead=stream.AHEAD if job.codes is from_weights_alone else 1)
+    hashes = stream.write(folder, pieces.values(), ahead=stream.AT_ONCE if job.codes is from_weights_alone else 1)
     (folder / "config.json").write_text(json.dumps({**job.source.config, **config}, indent=2) + "\n", encoding="utf-8")
-    job.source.beside(folder)
+    job.source.copy_small_files(folder)
     return weights, hashes
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sensitivity.formats.writing.packing import fresh
+from sensitivity.formats.writing.packing import buffer
 from sensitivity.formats.writing.source import SourceCheckpoint, open_source
 from sensitivity.measure.install.plan_in_model import targets
 from sensitivity.models.vlm import VLM
@@ -22,12 +22,12 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 
 # REMADE is the note, and WITH the loading code, of formats that are a configuration without weights.
-REMADE = (
+RUNTIME_QUANTIZES = (
     "The runtime's own tool makes the weights: widths and groups are the plan's, values can differ by a rounding step."
 )
 
 
-WITH = """\
+LOAD_WITH_SETTINGS = """\
 import json
 from transformers import AutoModelForImageTextToText, {kind}
 
@@ -60,7 +60,7 @@ def from_weights_alone(name: str, weight: Tensor, scheme: Scheme) -> StoredWeigh
         ((result,),) = solve(Linears((name,), (weight,)), [scheme])
         return result
     # a few rows at a time give the same codes, and their intermediate values fit the cache
-    codes, found = fresh(weight.numel()).reshape(weight.shape), []
+    codes, found = buffer(weight.numel()).reshape(weight.shape), []
     for into, piece in zip(torch.split(codes, rows), torch.split(weight, rows), strict=True):
         ((result,),) = solve(Linears((name,), (piece,)), [scheme])
         assert isinstance(result, QuantizedWeight)

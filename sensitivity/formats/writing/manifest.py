@@ -15,7 +15,7 @@ from sensitivity.spec.files import MARK, UNFINISHED, finite, write_atomically
 from sensitivity.spec.sizes import SizeJson
 from sensitivity.study.exports import MANIFEST, VERIFIED
 
-__all__ = ["MANIFEST", "VERIFIED", "damage", "note", "read", "sha256", "why_foreign", "write"]
+__all__ = ["MANIFEST", "VERIFIED", "damage", "read", "sha256", "store_verification", "why_foreign", "write"]
 
 
 class FileFacts(TypedDict):
@@ -133,6 +133,6 @@ def damage(folder: Path, manifest: Manifest) -> list[str]:
     return found + [f"{name} was added" for name in sorted(added)]
 
 
-def note(folder: Path, outcome: Mapping[str, object]) -> None:
+def store_verification(folder: Path, outcome: Mapping[str, object]) -> None:
     """Store the outcome of a verification in a file of its own, which the manifest does not hash."""
     write_atomically(folder / VERIFIED, (json.dumps(finite(outcome), indent=1, default=str) + "\n").encode())

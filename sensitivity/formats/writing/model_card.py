@@ -14,20 +14,20 @@ from sensitivity.spec.plan import Scheme
 from sensitivity.spec.sizes import component_bits, kept_bits, size
 from sensitivity.study.exports import path_gain
 
-PLAIN = re.compile(
+PLAIN_YAML = re.compile(
     r"[A-Za-z0-9][\w.+-]*"
 )  # text that YAML reads as a string without quotes, except for its numbers and words such as `no`
 MARKUP = str.maketrans({letter: f"&#{ord(letter)};" for letter in "<>&|`[]*\\"})
 
 
-def inert(text: str) -> str:
+def escaped(text: str) -> str:
     """Text from elsewhere for use in Markdown: it can start no tag, link, image, emphasis or table cell."""
     return " ".join(text.split()).translate(MARKUP)
 
 
-def _in_front(text: str) -> str:
+def _yaml_text(text: str) -> str:
     """Text for the YAML front matter, quoted as JSON where needed: a JSON string is a YAML string."""
-    simple = PLAIN.fullmatch(text) and not re.fullmatch(r"(?i)y|n|yes|no|on|off|true|false|null|[\d._+e-]+", text)
+    simple = PLAIN_YAML.fullmatch(text) and not re.fullmatch(r"(?i)y|n|yes|no|on|off|true|false|null|[\d._+e-]+", text)
     return text if simple else json.dumps(text)
 
 
@@ -39,15 +39,15 @@ def card(job: Job, written: Written, format: str, facts: TrialFacts) -> str:
 def _lines(job: Job, written: Written, format: str, facts: TrialFacts) -> Iterator[str]:
     """The lines of the card: front matter, plan, size, scores, loading, license."""
     license = job.source.license
-    model = inert(Path(job.parts.model).name)
+    model = escaped(Path(job.parts.model).name)
     yield from (
         "---",
-        f"license: {_in_front(license)}",
-        f"base_model: {_in_front(Path(job.parts.model).name)}",
+        f"license: {_yaml_text(license)}",
+        f"base_model: {_yaml_text(Path(job.parts.model).name)}",
         "---",
         "",
     )
-    yield from (f"# {model}, {inert(job.plan.describe())}", "")
+    yield from (f"# {model}, {escaped(job.plan.describe())}", "")
     yield f"{model} under a mixed-precision plan, exported as `{format}` by sensitivity."
     yield from ("", "## Plan", "")
     yield "| component | method | bits | group | grid | weights | predicted bytes | written bytes |"
@@ -56,7 +56,7 @@ def _lines(job: Job, written: Written, format: str, facts: TrialFacts) -> Iterat
         scheme = job.plan[component.name]
         predicted = component_bits(job.parts, component.name, scheme, job.stored_as(format)) // 8
         stored = f"{written.bytes[component.name]:,}" if written.bytes else "–"
-        yield f"| {inert(component.name)} | {_scheme(scheme)} | {component.numel:,} | {predicted:,} | {stored} |"
+        yield f"| {escaped(component.name)} | {_scheme(scheme)} | {component.numel:,} | {predicted:,} | {stored} |"
     kept = sum(k.numel for k in job.parts.kept)
     stored = f"{written.bytes['kept']:,}" if written.bytes else "–"
     sizes = f"{kept:,} | {kept_bits(job.parts) // 8:,} | {stored}"
@@ -78,7 +78,7 @@ def _lines(job: Job, written: Written, format: str, facts: TrialFacts) -> Iterat
     if license == "unknown":
         yield "The card of the base model names no license; whatever holds for the base model holds for these weights."
     else:
-        yield f"{inert(license)}, as the base model; any license files of the base model lie beside this card."
+        yield f"{escaped(license)}, as the base model; any license files of the base model lie beside this card."
     yield ""
 
 
@@ -89,7 +89,7 @@ def _scheme(scheme: Scheme | None) -> str:
 
 
 def _reasons(parts: ComponentMap) -> str:
-    return inert(", ".join(dict.fromkeys(kept.reason for kept in parts.kept)))
+    return escaped(", ".join(dict.fromkeys(kept.reason for kept in parts.kept)))
 
 
 def _size(job: Job, written: Written, format: str) -> Iterator[str]:
@@ -120,11 +120,13 @@ def _scores(facts: TrialFacts) -> Iterator[str]:
         full = (facts.get("full_precision_scores") or {}).get(task, {}).get("mean")
         interval = f"{score['low']:.4f} to {score['high']:.4f}" if score.get("low") is not None else "–"
         native = "–" if full is None else f"{full:.4f}"
-        yield f"| {inert(task)} | {score['mean']:.4f} | {interval} | {score.get('n', '–')} | {native} |"
+        yield f"| {escaped(task)} | {score['mean']:.4f} | {interval} | {score.get('n', '–')} | {native} |"
     if gain := facts.get("path_gain"):
         yield from (
             "",
-            path_gain({inert(name): inert(found) if isinstance(found, str) else found for name, found in gain.items()}),
+            path_gain(
+                {escaped(name): escaped(found) if isinstance(found, str) else found for name, found in gain.items()}
+            ),
         )
     if facts.get("note"):
-        yield from ("", f"Note: {inert(str(facts['note']))}.")
+        yield from ("", f"Note: {escaped(str(facts['note']))}.")

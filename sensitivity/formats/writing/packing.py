@@ -14,9 +14,9 @@ from torch import Tensor
 
 PIECE = 2**18  # codes at a time: intermediate values then fit a core's cache, and their memory is reused
 Bytes = NDArray[np.uint8]
-LARGE = 2**22  # bytes from which on a buffer is worth keeping
-ROOMS: list[Bytes] = []  # buffers that no tensor uses at the moment, the latest first
-KEPT = 6  # buffers at most
+SMALLEST_BUFFER = 2**22  # bytes from which on a buffer is worth keeping
+FREE_BUFFERS: list[Bytes] = []  # buffers that no tensor uses at the moment, the latest first
+MOST_BUFFERS = 6  # buffers at most
 # reentrant, since garbage collection may give a buffer back at any moment, also in the thread that holds the lock
 LOCK = threading.RLock()
 
@@ -33,7 +33,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.reshape(-1).view(torch.int32).reshape(rows, -1)[:, :words].contiguous()
     flat = codes.contiguous().reshape(-1).numpy()
-    packed = fresh(len(flat) // 8 * bits).numpy()
+    packed = buffer(len(flat) // 8 * bits).numpy()
 
     def piece(start: int) -> None:
         _gather(flat[start : start + PIECE], bits, packed[start // 8 * bits : (start + PIECE) // 8 * bits])
@@ -49,31 +49,31 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return found if found.shape[1] == words else found[:, :words].contiguous()
 
 
-def fresh(count: int) -> Tensor:
+def buffer(count: int) -> Tensor:
     """An uninitialized byte tensor, in the memory of an earlier one where there is some.
 
     The system takes longer to provide new memory. A buffer returns when the last tensor that views it is gone.
     """
-    if count < LARGE:
+    if count < SMALLEST_BUFFER:
         return torch.empty(count, dtype=torch.uint8)
     with LOCK:
         # at most twice as large, so that a small tensor does not occupy a large buffer
-        fitting = [room for room in ROOMS if count <= len(room) <= 2 * count]
+        fitting = [memory for memory in FREE_BUFFERS if count <= len(memory) <= 2 * count]
         if fitting:
-            room = min(fitting, key=len)
-            ROOMS[:] = [other for other in ROOMS if other is not room]
+            memory = min(fitting, key=len)
+            FREE_BUFFERS[:] = [other for other in FREE_BUFFERS if other is not memory]
         else:
-            room = np.empty(count, np.uint8)
-    part = room[:count]
+            memory = np.empty(count, np.uint8)
+    part = memory[:count]
     # torch keeps `part` alive as long as any view of the tensor, so its end is the end of the last use
-    weakref.finalize(part, _back, room).atexit = False
+    weakref.finalize(part, _give_back, memory).atexit = False
     return torch.from_numpy(part)
 
 
-def _back(room: Bytes) -> None:
+def _give_back(memory: Bytes) -> None:
     with LOCK:
-        ROOMS.insert(0, room)
-        del ROOMS[KEPT:]
+        FREE_BUFFERS.insert(0, memory)
+        del FREE_BUFFERS[MOST_BUFFERS:]
 
 
 def _gather(codes: Bytes, bits: int, out: Bytes) -> None:

@@ -25,8 +25,8 @@ from sensitivity.spec.errors import UserError
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}  # the names of types in safetensors headers
 STALE = re.compile(r"(position_ids|inv_freq|masked_bias)$")  # buffers of old checkpoints, no longer read
-BESIDE = re.compile(r".*\.(json|jinja|txt|model)|(licen[cs]e|notice|use_policy).*", re.IGNORECASE)
-NOT_BESIDE = re.compile(
+SMALL_FILES = re.compile(r".*\.(json|jinja|txt|model)|(licen[cs]e|notice|use_policy).*", re.IGNORECASE)
+NOT_COPIED = re.compile(
     r"config\.json|(model\.safetensors|pytorch_model\.bin)\.index\.json|sensitivity\.json|verified\.json|trainer_state\.json"
 )
 
@@ -65,12 +65,17 @@ class SourceCheckpoint:
     fingerprint: str = ""
     processor: Processor | None = None  # of a checkpoint in another layout, which lacks its files
 
-    def beside(self, target: Path) -> None:
+    def copy_small_files(self, target: Path) -> None:
         """Copy tokenizer, processor, generation settings and license, but not what an export writes itself."""
         for file in sorted(self.folder.iterdir()):
             # in another layout, generation settings were not read when the model was measured, so none are exported
             unread = self.processor is not None and file.name == "generation_config.json"
-            if file.is_file() and BESIDE.fullmatch(file.name) and not NOT_BESIDE.fullmatch(file.name) and not unread:
+            if (
+                file.is_file()
+                and SMALL_FILES.fullmatch(file.name)
+                and not NOT_COPIED.fullmatch(file.name)
+                and not unread
+            ):
                 shutil.copyfile(file, target / file.name)
         if self.processor is not None:
             self.processor.save_pretrained(target)
@@ -116,7 +121,7 @@ def open_source(model: VLM | str, dtype: torch.dtype | None = None) -> SourceChe
                 continue
             read = _reader(file, entry.start, entry.bytes, entry.dtype, entry.shape)
             tensors.append(CheckpointTensor(key, known, entry.dtype, entry.shape, read))
-    _complete(parameters, tensors, name)
+    _check_complete(parameters, tensors, name)
     return SourceCheckpoint(name, folder, config, tuple(tensors), fingerprint(config, files))
 
 
@@ -126,10 +131,10 @@ def _in_memory(vlm: VLM) -> SourceCheckpoint:
     config, processor = read_config(folder, base), None
     if is_original(config):
         config, processor = as_written(vlm.model.config, type(vlm.model).__name__), vlm.processor
-    return SourceCheckpoint(vlm.name, folder, config, tuple(_held(vlm.model)), vlm.fingerprint, processor)
+    return SourceCheckpoint(vlm.name, folder, config, tuple(_tensors_in_memory(vlm.model)), vlm.fingerprint, processor)
 
 
-def _held(model: nn.Module) -> Iterator[CheckpointTensor]:
+def _tensors_in_memory(model: nn.Module) -> Iterator[CheckpointTensor]:
     tied = {path for path, _ in model.named_parameters(remove_duplicate=False)} - set(dict(model.named_parameters()))
     for name, data in model.state_dict().items():
         if name not in tied:
@@ -145,7 +150,7 @@ def _as_converted(name: str, folder: Path, raw: Mapping[str, object]) -> SourceC
         for key, (dtype, read) in found.tensors.items()
         if key in parameters
     ]
-    _complete(parameters, tensors, name)
+    _check_complete(parameters, tensors, name)
     return SourceCheckpoint(name, folder, found.config, tuple(tensors), fingerprint(raw, found.files), found.processor)
 
 
@@ -192,7 +197,7 @@ def _renaming(skeleton: nn.Module, name: str) -> Callable[[str], str]:
     return rename
 
 
-def _complete(parameters: Mapping[str, object], tensors: list[CheckpointTensor], name: str) -> None:
+def _check_complete(parameters: Mapping[str, object], tensors: list[CheckpointTensor], name: str) -> None:
     """Raise an error if a parameter of the model has no tensor in the checkpoint."""
     found = {tensor.parameter for tensor in tensors}
     if missing := sorted(set(parameters) - found):

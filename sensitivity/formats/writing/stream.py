@@ -21,8 +21,8 @@ from sensitivity.formats.writing import packing
 from sensitivity.formats.writing.source import CODES
 
 SHARD = 5_000_000_000  # bytes of tensors per file at most
-AHEAD = 2  # layers that are computed at once: more take more memory and no less time
-SOON = 64_000_000  # bytes between two requests to write back to the disk
+AT_ONCE = 2  # layers that are computed at once: more take more memory and no less time
+WRITEBACK = 64_000_000  # bytes between two requests to write back to the disk
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def write(folder: Path, pieces: Iterable[Piece], limit: int = SHARD, ahead: int 
         for i in range(1, len(shards) + 1)
     ]
     hashes = {name: _file(folder / name, shard, ahead) for name, shard in zip(names, shards, strict=True)}
-    packing.ROOMS.clear()  # the export is over, so its buffers are of no use
+    packing.FREE_BUFFERS.clear()  # the export is over, so its buffers are of no use
     if len(shards) > 1:
         where = {spec.key: name for name, shard in zip(names, shards, strict=True) for p in shard for spec in p.specs}
         total = sum(piece.bytes for shard in shards for piece in shard)
@@ -100,7 +100,7 @@ def _file(target: Path, pieces: Sequence[Piece], ahead: int) -> str:
     text += b" " * (-len(text) % 8)  # safetensors aligns its data to 8 bytes
     with _Stream(target) as stream:
         stream.put(memoryview(len(text).to_bytes(8, "little") + text))
-        for piece, tensors in _made(pieces, ahead):
+        for piece, tensors in _computed(pieces, ahead):
             for spec, tensor in zip(piece.specs, tensors, strict=True):
                 # the header is already written, so a tensor that differs from its spec would corrupt the file
                 found = (tensor.dtype, tuple(tensor.shape))
@@ -111,7 +111,7 @@ def _file(target: Path, pieces: Sequence[Piece], ahead: int) -> str:
     return stream.sha256
 
 
-def _made(pieces: Sequence[Piece], ahead: int) -> Iterator[tuple[Piece, Sequence[Tensor]]]:
+def _computed(pieces: Sequence[Piece], ahead: int) -> Iterator[tuple[Piece, Sequence[Tensor]]]:
     """Each piece with its tensors, in order; torch's threads are divided among the pieces that are computed at once."""
     own = torch.get_num_threads()
     if (makers := min(ahead, own)) < 2:
@@ -167,13 +167,13 @@ class _Stream:
             with self.target.open("wb") as file:
                 behind = 0
                 while (content := self.waiting.get()) is not None:
-                    for start in range(0, len(content), SOON):
-                        some = content[start : start + SOON]
+                    for start in range(0, len(content), WRITEBACK):
+                        some = content[start : start + WRITEBACK]
                         file.write(some)
                         digest.update(some)
                         behind += len(some)
-                        if behind >= SOON:
-                            behind = _begin_to_store(file.fileno())
+                        if behind >= WRITEBACK:
+                            behind = _start_writeback(file.fileno())
             self.sha256 = digest.hexdigest()
         except OSError as error:
             self.failure = error
@@ -181,7 +181,7 @@ class _Stream:
                 pass
 
 
-def _begin_to_store(file: int) -> int:
+def _start_writeback(file: int) -> int:
     """Ask the kernel to write the file to the disk now, while the next layers are computed.
 
     Otherwise all of it would be written at the end, in the final fsync.

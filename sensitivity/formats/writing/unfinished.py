@@ -19,7 +19,7 @@ NAME = re.compile(r"\.(.+)\.\d+\.\d+\.unfinished(\.old)?")  # target, process, t
 
 
 @contextlib.contextmanager
-def beside(out: Path) -> Iterator[Path]:
+def staging_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside the target, which is renamed to the target only if the block succeeds.
 
     The caller must have asked `may_write`; whatever is at the target is checked again before it is replaced.
@@ -30,15 +30,15 @@ def beside(out: Path) -> Iterator[Path]:
     missing = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        clear(out.parent)
+        remove_unfinished(out.parent)
         begin_folder(made)
         begun = True
-        with _held(made):  # lock it before it gets a name that another process's `clear` looks at
+        with _locked(made):  # lock it before it gets a name that another process's `clear` looks at
             made.rename(unfinished)
             yield unfinished
             _flush(unfinished)
             # the lock stays on the old export while it is renamed, so that another process's `clear` lets it be
-            with _held(out) if out.is_dir() else contextlib.nullcontext():
+            with _locked(out) if out.is_dir() else contextlib.nullcontext():
                 move_into_place(unfinished, out, why_foreign)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
@@ -50,27 +50,27 @@ def beside(out: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def clear(parent: Path) -> list[Path]:
+def remove_unfinished(parent: Path) -> list[Path]:
     """Remove the folders that killed exports left in a folder, and restore an export that was moved away.
 
     Returns what was removed. A folder whose lock another process holds is being written, and stays.
     """
-    gone = []
+    removed = []
     for folder in sorted(parent.glob(".*.unfinished*")):
         if (name := NAME.fullmatch(folder.name)) is None or not folder.is_dir():
             continue
-        with _held(folder) as free:
+        with _locked(folder) as free:
             if not free or not (is_unfinished(folder) or not why_foreign(folder)):
                 continue
             if name[2] and not (parent / name[1]).exists():  # killed between the two renames of put_in_place
                 put_back(folder, parent / name[1])
             elif discard(folder, ours=True):
-                gone.append(folder)
-    return gone
+                removed.append(folder)
+    return removed
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[bool]:
+def _locked(folder: Path) -> Iterator[bool]:
     """Lock a folder, and tell whether nobody else has locked it; the kernel unlocks it when the process dies.
 
     On file systems without locks on folders (some network mounts) no folder counts as free, so nothing is removed.
