@@ -67,7 +67,7 @@ def test_the_form_with_switches(tmp_path: Path) -> None:
     assert read.loc[0.2, columns].tolist() == [16, 16, 4, 4]
     assert read.loc[0.3, columns].tolist() == [8, 16, 8, 16]
     assert read.loc[0.4, columns].tolist() == [16, 16, 16, 16]
-    with pytest.raises(UserError, match=r"'type' holds 'MLP'; say what it means \(--kind MLP=attn,ff\)"):
+    with pytest.raises(UserError, match=r"'type' holds 'MLP'; say what it means \(--kinds MLP=attn,ff\)"):
         import_table(
             tmp_path / "table.csv", tmp_path / "b", ["score"],
             switches=Switches({"first": "vision"}, "bits", "type", {"ATT": ["attn"], "BOTH": ["attn"]}),
