@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from sensitivity.cli.arguments import values
@@ -37,6 +37,27 @@ def device(p: argparse.ArgumentParser) -> None:
     )
     dtypes = "fp32, bf16 or fp16 (default: the study's; for a new study the checkpoint's, or fp32 where that is faster)"
     p.add_argument("--dtype", type=values.name, help=dtypes)
+
+
+def source(p: argparse.ArgumentParser) -> None:
+    """Add STUDY|plan.json."""
+    about = "a study, or a plan that was recommended"
+    p.add_argument("source", type=values.path, metavar="STUDY|plan.json", help=about)
+
+
+def runtime(p: argparse.ArgumentParser, about: str, required: bool = False) -> None:
+    """Add --runtime."""
+    p.add_argument("--runtime", type=values.name, required=required, metavar="NAME", help=about)
+
+
+def moved_model(p: argparse.ArgumentParser) -> None:
+    """Add --model, for a model whose folder is another one than in the sweep."""
+    p.add_argument("--model", type=values.model_or_task, help="folder of the model, if it has moved since the sweep")
+
+
+def pairs(p: argparse.ArgumentParser, flag: str, value: Callable[[str], object], metavar: str, about: str) -> None:
+    """Add a flag that takes NAME=VALUE and may be repeated."""
+    p.add_argument(flag, type=values.pair_of(value), action="append", default=[], metavar=metavar, help=about)
 
 
 def by(p: argparse.ArgumentParser, default: str) -> None:
@@ -78,14 +99,7 @@ def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str) -> Non
         "--symmetric", action=argparse.BooleanOptionalAction, help="a grid without zero points (default: the method's)"
     )
     p.add_argument("--biases", action="store_true", default=None, help="quantize biases too, as the paper's code did")
-    p.add_argument(
-        "--set",
-        type=values.pair_of(values.setting),
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a setting of the method's own, such as damp=0.05 for gptq",
-    )
+    pairs(p, "--set", values.setting, "NAME=VALUE", "a setting of the method's own, such as damp=0.05 for gptq")
     p.add_argument(
         "--backend",
         type=values.name,
@@ -152,14 +166,8 @@ def calibration(p: argparse.ArgumentParser) -> None:
 
 def limits(p: argparse.ArgumentParser) -> None:
     """Add --allow and --tie, which restrict plans."""
-    p.add_argument(
-        "--allow",
-        type=values.pair_of(values.allowed),
-        action="append",
-        default=[],
-        metavar="PART=B,B,...",
-        help="bit widths that a part may have, such as vision=4,8; 16 is native precision",
-    )
+    widths = "bit widths that a part may have, such as vision=4,8; 16 is native precision"
+    pairs(p, "--allow", values.allowed, "PART=B,B,...", widths)
     p.add_argument(
         "--tie",
         type=values.comma_separated(values.name),

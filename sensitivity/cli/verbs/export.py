@@ -23,18 +23,11 @@ KNOWN = (
 
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    p.add_argument(
-        "source", type=values.path, metavar="STUDY|plan.json", help="a study, or a plan that was recommended"
-    )
+    flags.source(p)
     p.add_argument("--bpw", type=values.bpw, metavar="X", help="the budget, where the source is a study")
     p.add_argument("--format", type=values.name, default="plan", help=f"{KNOWN} (default: plan)")
-    p.add_argument(
-        "--runtime",
-        type=values.name,
-        metavar="NAME",
-        help="runtime that will load the export, such as vllm (default: that of the format)",
-    )
-    p.add_argument("--model", type=values.model_or_task, help="folder of the model, if it has moved since the sweep")
+    flags.runtime(p, "runtime that will load the export, such as vllm (default: that of the format)")
+    flags.moved_model(p)
     p.add_argument("--out", type=values.out, required=True, help="the folder to write")
     p.add_argument(
         "--path",

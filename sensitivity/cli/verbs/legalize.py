@@ -13,16 +13,8 @@ EXAMPLE = "sensitivity legalize runs/first --bpw 4.0 --runtime vllm --out out/pl
 
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    p.add_argument(
-        "source", type=values.path, metavar="STUDY|plan.json", help="a study, or a plan that was recommended"
-    )
-    p.add_argument(
-        "--runtime",
-        type=values.name,
-        required=True,
-        metavar="NAME",
-        help="runtime that must load the plan: the name of a format, or vllm",
-    )
+    flags.source(p)
+    flags.runtime(p, "runtime that must load the plan: the name of a format, or vllm", required=True)
     p.add_argument("--bpw", type=values.bpw, metavar="X", help="the budget (default: the size of the plan)")
     flags.task(p)
     p.add_argument(

@@ -29,34 +29,23 @@ def arguments(p: argparse.ArgumentParser) -> None:
         help="budgets in GB (10^9 bytes), instead of --bpw",
     )
     flags.task(p)
-    p.add_argument(
+    flags.pairs(
+        p,
         "--weight",
-        type=values.pair_of(values.importance),
-        action="append",
-        default=[],
-        metavar="TASK=W",
-        help="instead of --task: how much each of several tasks counts, such as vqa=2",
+        values.importance,
+        "TASK=W",
+        "instead of --task: how much each of several tasks counts, such as vqa=2",
     )
-    p.add_argument(
-        "--floor",
-        type=values.pair_of(values.floor),
-        action="append",
-        default=[],
-        metavar="TASK=SHARE",
-        help="keep a task at this share of full precision, such as ground=0.95",
+    flags.pairs(
+        p, "--floor", values.floor, "TASK=SHARE", "keep a task at this share of full precision, such as ground=0.95"
     )
     flags.limits(p)
-    p.add_argument(
-        "--runtime",
-        type=values.name,
-        metavar="NAME",
-        help="only plans that this runtime can load, such as compressed-tensors",
-    )
+    flags.runtime(p, "only plans that this runtime can load, such as compressed-tensors")
     p.add_argument(
         "--top", type=values.top, default=3, metavar="K", help="how many plans are run per budget (default: 3)"
     )
     p.add_argument("--no-run", action="store_true", help="predict only; the model is not loaded")
-    p.add_argument("--model", type=values.model_or_task, help="folder of the model, if it has moved since the sweep")
+    flags.moved_model(p)
     flags.device(p)
 
 

@@ -49,12 +49,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         help="grid, one-at-a-time, random, tpe, nsga2, gp or frontier (default: grid)",
     )
     flags.limits(p)
-    p.add_argument(
-        "--runtime",
-        type=values.name,
-        metavar="NAME",
-        help="only plans that this runtime can load, such as vllm or gptq",
-    )
+    flags.runtime(p, "only plans that this runtime can load, such as vllm or gptq")
     p.add_argument(
         "--trials",
         type=values.plans,
