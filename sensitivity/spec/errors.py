@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable
 
 QUOTED = 300  # characters of a library's message that a sentence of ours quotes
-KEPT = 300  # characters of one word that a message keeps; a word can be a path or a whole file
-LONG = re.compile(rf"\S{{{KEPT + 1},}}")
+LONGEST_WORD = 300  # characters of one word that a message keeps; a word can be a path or a whole file
+TOO_LONG = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
 
 
 class UserError(Exception):
@@ -44,7 +44,7 @@ def printable(message: str) -> str:
     """A message as one line that is safe to print: no control characters, no lone surrogates, no endless words."""
     line = " ".join(message.split())
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
-    return LONG.sub(lambda word: f"{word[0][:KEPT]}…", shown)
+    return TOO_LONG.sub(lambda word: f"{word[0][:LONGEST_WORD]}…", shown)
 
 
 def os_message(error: OSError) -> str:
@@ -61,8 +61,8 @@ def reason(error: BaseException) -> str:
     """
     text = os_message(error) if isinstance(error, OSError) else str(error)
     lines = (text.strip() or type(error).__name__).splitlines()
-    told = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    first = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
     if isinstance(error, LookupError) and not isinstance(error, UserError):  # a KeyError's message is only the key
-        told = f"{type(error).__name__}: {told}"
-    told = told.encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair cannot be printed
-    return told if len(told) <= QUOTED else f"{told[:QUOTED]}..."
+        first = f"{type(error).__name__}: {first}"
+    first = first.encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair cannot be printed
+    return first if len(first) <= QUOTED else f"{first[:QUOTED]}..."

@@ -127,8 +127,10 @@ class Plan:
         missing = [name for name in names if name not in self._by_name]
         extra = [name for name in self._by_name if name not in set(names)]
         if missing or extra:
-            told = ("missing", missing), ("unknown", extra)
-            raise UserError(f"the plan is for other components: {'; '.join(f'{w} {_few(n)}' for w, n in told if n)}")
+            problems = ("missing", missing), ("unknown", extra)
+            raise UserError(
+                f"the plan is for other components: {'; '.join(f'{w} {_few(n)}' for w, n in problems if n)}"
+            )
 
     @property
     def is_native(self) -> bool:

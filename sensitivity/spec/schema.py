@@ -43,7 +43,7 @@ Schema = TypedDict(
 # JSON Schema's types as Python reads them; bool is excluded from numbers, since Python counts it as an int. A number
 # with limits is finite, since NaN lies within none.
 # The validator is written by hand so that its message is one plain sentence about the first fault.
-TYPES: dict[str, Callable[[object], bool]] = {
+IS_TYPE: dict[str, Callable[[object], bool]] = {
     "object": lambda value: isinstance(value, Mapping),
     "array": lambda value: isinstance(value, list | tuple),
     "string": lambda value: isinstance(value, str),
@@ -61,7 +61,7 @@ def schema(name: str) -> Schema:
     return found
 
 
-def read(path: Path, name: str, mend: str) -> Any:
+def read(path: Path, name: str, remedy: str) -> Any:
     """Read a JSON file and check it against its schema; the caller names the type, often a TypedDict.
 
     `mend` ends each message with what the user can do.
@@ -70,19 +70,19 @@ def read(path: Path, name: str, mend: str) -> Any:
     try:
         raw = content(path, LARGEST)
     except Misfit as error:
-        raise UserError(f"{what}: {error}; {mend}") from error
+        raise UserError(f"{what}: {error}; {remedy}") from error
     try:
         found = parsed(raw)
     except Misfit as error:
-        raise UserError(f"{what}: it is not JSON, or was cut short ({error}); {mend}") from error
-    check(found, name, what, mend)
+        raise UserError(f"{what}: it is not JSON, or was cut short ({error}); {remedy}") from error
+    check(found, name, what, remedy)
     return found
 
 
-def check(value: object, name: str, what: str, mend: str) -> None:
+def check(value: object, name: str, what: str, remedy: str) -> None:
     """Raise an error with the first fault of a value."""
     if wrong := fault(value, schema(name), name):
-        raise UserError(f"{what}: {wrong}; {mend}")
+        raise UserError(f"{what}: {wrong}; {remedy}")
 
 
 def fault(value: object, wanted: Schema | bool, home: str, at: str = "") -> str | None:
@@ -96,14 +96,16 @@ def fault(value: object, wanted: Schema | bool, home: str, at: str = "") -> str 
     if wanted is False:
         return f"'{at}' is not a known field"
     if ref := wanted.get("$ref"):
-        home, wanted = _there(ref, home)
+        home, wanted = _resolved(ref, home)
     if options := wanted.get("anyOf"):
         found = [fault(value, option, home, at) for option in options]
         # where an object fits an option's type, its own fault says more than 'should be one of these options'
-        inside = [one for one, option in zip(found, options, strict=True) if one and _kind(value, option, home)]
-        return None if None in found else (inside[0] if inside else _not(value, wanted, home, at))
-    if not _plainly(value, wanted):
-        return _not(value, wanted, home, at)
+        inside = [
+            one for one, option in zip(found, options, strict=True) if one and _is_this_object(value, option, home)
+        ]
+        return None if None in found else (inside[0] if inside else _mismatch(value, wanted, home, at))
+    if not _fits(value, wanted):
+        return _mismatch(value, wanted, home, at)
     if isinstance(value, Mapping):
         return _of_object(value, wanted, home, at)
     if isinstance(value, list | tuple) and "items" in wanted:
@@ -119,18 +121,18 @@ def _of_object(value: Mapping[str, object], wanted: Schema, home: str, at: str) 
     """The first fault of an object: a property that is missing, unknown or wrong."""
     for name in wanted.get("required", ()):
         if name not in value:
-            return f"'{_below(at, name)}' is missing"
+            return f"'{_member(at, name)}' is missing"
     known, other = wanted.get("properties", {}), wanted.get("additionalProperties", True)
-    return _first(fault(item, known.get(name, other), home, _below(at, name)) for name, item in value.items())
+    return _first(fault(item, known.get(name, other), home, _member(at, name)) for name, item in value.items())
 
 
-def _below(at: str, name: str) -> str:
+def _member(at: str, name: str) -> str:
     return f"{at}.{name}" if at else str(name)
 
 
-def _plainly(value: object, wanted: Schema) -> bool:
+def _fits(value: object, wanted: Schema) -> bool:
     """Whether a value's own type, limits and characters fit; its items and properties are checked by the caller."""
-    if (kinds := _kinds(wanted)) and not any(TYPES[kind](value) for kind in kinds):
+    if (kinds := _types(wanted)) and not any(IS_TYPE[kind](value) for kind in kinds):
         return False
     # True == 1 in Python, but not in JSON
     if "const" in wanted and (value != wanted["const"] or isinstance(value, bool)):
@@ -157,43 +159,43 @@ def _limits(wanted: Schema) -> list[tuple[str, Callable[[float, float], bool], f
     return [(word, within, limit) for word, within, limit in found if limit is not None]
 
 
-def _kinds(wanted: Schema) -> list[str]:
+def _types(wanted: Schema) -> list[str]:
     kinds = wanted.get("type", [])
     return [kinds] if isinstance(kinds, str) else list(kinds)
 
 
-def _kind(value: object, wanted: Schema, home: str) -> bool:
+def _is_this_object(value: object, wanted: Schema, home: str) -> bool:
     """Whether a value is of an option's type, object: only then is the fault inside it worth reporting."""
     if ref := wanted.get("$ref"):
-        _, wanted = _there(ref, home)
-    return "object" in _kinds(wanted) and isinstance(value, Mapping)
+        _, wanted = _resolved(ref, home)
+    return "object" in _types(wanted) and isinstance(value, Mapping)
 
 
-def _there(ref: str, home: str) -> tuple[str, Schema]:
+def _resolved(ref: str, home: str) -> tuple[str, Schema]:
     """What a `$ref` points to, in this schema file or in another, and the name of that file."""
     file, _, place = ref.partition("#/$defs/")
     home = file.removesuffix(".schema.json") or home
     return home, schema(home)["$defs"][place] if place else schema(home)
 
 
-def _not(value: object, wanted: Schema, home: str, at: str) -> str:
+def _mismatch(value: object, wanted: Schema, home: str, at: str) -> str:
     named = f"'{at}'" if at else "it"
-    return f"{named} is {quoted(value)}, and should be {_words(wanted, home)}"
+    return f"{named} is {quoted(value)}, and should be {_expected(wanted, home)}"
 
 
-def _words(wanted: Schema, home: str) -> str:
+def _expected(wanted: Schema, home: str) -> str:
     """What a schema asks for, in words."""
     if ref := wanted.get("$ref"):
-        home, wanted = _there(ref, home)
+        home, wanted = _resolved(ref, home)
     if options := wanted.get("anyOf"):
-        return " or ".join(dict.fromkeys(_words(option, home) for option in options))
+        return " or ".join(dict.fromkeys(_expected(option, home) for option in options))
     if "const" in wanted:
         return json.dumps(wanted["const"])
     if "enum" in wanted:
         return "one of " + ", ".join(json.dumps(one) for one in wanted["enum"])
     plain = {"object": "an object", "array": "a list", "string": "a text", "boolean": "true or false"}
     plain |= {"null": "null", "integer": "a whole number", "number": "a number"}
-    words = " or ".join(plain[kind] for kind in _kinds(wanted)) or "something else"
+    words = " or ".join(plain[kind] for kind in _types(wanted)) or "something else"
     if wanted.get("pattern") or wanted.get("minLength"):
         words += f" {wanted.get('description', 'that is not empty')}"
     return words + "".join(f" {word} {limit:,}" for word, _, limit in _limits(wanted))

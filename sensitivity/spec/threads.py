@@ -49,5 +49,5 @@ def limit(count: int) -> None:
 
 def requested() -> int | None:
     """How many threads the user asked for with OMP_NUM_THREADS; None if it is not set."""
-    said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return int(said) if said.isdigit() and int(said) else None
+    value = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(value) if value.isdigit() and int(value) else None

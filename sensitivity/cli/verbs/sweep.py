@@ -121,7 +121,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Run the sweep, or forecast it with --dry-run."""
-    asked = _checked(args)
+    requested = _checked(args)
     if args.executor == "ray" and not workers.is_child() and not args.dry_run:
         return _on_a_cluster(args)
     from sensitivity.analysis.allocate.legal import plans_for
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         tied_groups(parts.names, args.tie),
     )
     if args.runtime:
-        asked, left_out = restrict(parts, asked, args.runtime, allow)
+        requested, left_out = restrict(parts, requested, args.runtime, allow)
         for line in left_out:
             print(f"{args.runtime} restricts the space: {line}", file=sys.stderr)
 
@@ -170,14 +170,14 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
     check(vlm, chosen)
     # built twice: here for its length, and below with calibrated schemes, for which the model must calibrate first
-    searched = plans_of(asked, args.search)
+    searched = plans_of(requested, args.search)
     expected = len(searched) if isinstance(searched, Sequence) else args.trials or 100
-    processes = 1 if args.dry_run else workers.count(args, parts, expected, len(asked))
+    processes = 1 if args.dry_run else workers.count(args, parts, expected, len(requested))
     with workers.sharing_cores(processes):  # calibration too: sums depend on how many threads
         schemes, statistics = calibrated_(
             vlm,
             parts,
-            asked,
+            requested,
             args.calibration or args.task,
             n=args.calibration_n,
             seed=args.seed,
@@ -189,9 +189,15 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         if args.dry_run:
             # a search chooses plans only as scores arrive; for the forecast, random plans stand in for them
             return _forecast(args, vlm, parts, plans_of(schemes, "random") if callable(plans) else plans, chosen)
-        how = {"n": args.n, "seed": args.seed, "plain": args.plain, "storage": args.storage, "statistics": statistics}
-        how |= {"whole": whole, "until": args.until, "memory_gb": args.memory_gb}
-        study, steps = sweeping(vlm, parts, plans, args.task, args.out, **how)
+        options = {
+            "n": args.n,
+            "seed": args.seed,
+            "plain": args.plain,
+            "storage": args.storage,
+            "statistics": statistics,
+        }
+        options |= {"whole": whole, "until": args.until, "memory_gb": args.memory_gb}
+        study, steps = sweeping(vlm, parts, plans, args.task, args.out, **options)
         try:
             with workers.beside_workers(args, processes, steps) as shared:
                 _show_steps(
@@ -203,7 +209,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
                 frontier(study)
             raise
         if study.release_lost():  # plans of a worker that died
-            rest = sweeping(vlm, parts, [], args.task, args.out, **how)[1]
+            rest = sweeping(vlm, parts, [], args.task, args.out, **options)[1]
             _show_steps(args, rest, "plans of a lost worker", study)
     return {} if workers.is_child() else _summary(args, study)
 
@@ -212,9 +218,9 @@ def _checked(args: argparse.Namespace) -> list[Scheme]:
     """The schemes, after every check that needs no model, so that a mistake is found before anything is loaded."""
     from sensitivity.api.sweeping import check_sweep
 
-    asked, tasks = flags.schemes(args), (*args.task, *(args.calibration or ()))
+    requested, tasks = flags.schemes(args), (*args.task, *(args.calibration or ()))
     calibrated = check_sweep(
-        args.by, args.search, asked, tasks, args.device, args.dtype, args.path, args.runtime, args.until, args.out,
+        args.by, args.search, requested, tasks, args.device, args.dtype, args.path, args.runtime, args.until, args.out,
         args.storage,
     )  # fmt: skip
     if not calibrated:
@@ -224,7 +230,7 @@ def _checked(args: argparse.Namespace) -> list[Scheme]:
         flags.without_effect(args, ["--memory-gb"], "with --plain, where plans share nothing")
     if args.executor == "ray":
         ray_workers.check()
-    return asked
+    return requested
 
 
 def _forecast(
@@ -238,9 +244,9 @@ def _forecast(
     from sensitivity.measure.forecast.forecast import forecast_sweep
 
     assert not callable(plans)
-    how = {"device": args.device, "dtype": args.dtype, "plain": args.plain, "calibration": args.calibration_n}
-    how |= {"cache_gb": args.cache_gb, "memory_gb": args.memory_gb}
-    found = forecast_sweep(vlm, parts, list(plans), tasks, **how)
+    options = {"device": args.device, "dtype": args.dtype, "plain": args.plain, "calibration": args.calibration_n}
+    options |= {"cache_gb": args.cache_gb, "memory_gb": args.memory_gb}
+    found = forecast_sweep(vlm, parts, list(plans), tasks, **options)
     if not args.json:
         forecast(found)
     return found.to_json()
@@ -272,12 +278,12 @@ def _summary(args: argparse.Namespace, study: Study) -> dict[str, object]:
 
 def _progress_words(counts: Mapping[str, object], out: Path) -> str:
     """How many plans are done, waiting and running, in words."""
-    told = [f"{counts['done']} plans in {out} have seen all examples"]
+    words = [f"{counts['done']} plans in {out} have seen all examples"]
     if counts["waiting"]:
-        told.append(f"{counts['waiting']} more have not (the same command without --until goes on)")
+        words.append(f"{counts['waiting']} more have not (the same command without --until goes on)")
     if counts["running"]:
-        told.append(f"{counts['running']} more are running in another process")
-    return ", ".join(told)
+        words.append(f"{counts['running']} more are running in another process")
+    return ", ".join(words)
 
 
 def _on_a_cluster(args: argparse.Namespace) -> dict[str, object]:
