@@ -352,7 +352,7 @@ class Study:
         """Warn that answers are lost, once for each plan."""
         if what not in self._told:
             self._told.add(what)
-            end = "its mean scores still count, and the sweep's command, given again, runs that plan again"
+            end = "its mean scores still count, and the same sweep command runs that plan again"
             warnings.warn(f"{what}; {end}", Notice, stacklevel=3)
 
     def _put_aside_damaged(self) -> None:

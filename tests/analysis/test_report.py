@@ -131,7 +131,7 @@ def test_several_budgets_several_methods_and_a_cliff(tmp_path: Path) -> None:
     assert text.count('class="star"') == 2
     assert "Importance by method" in text
     assert "codes (27 trials)" in text
-    assert "For vqa, keep vision above 2 bits: there the score falls" in text
+    assert "For vqa, keep vision above 2 bits: from there down the score collapses" in text
     assert "Bars are 95 % intervals" not in text  # only means are known
     assert text.count("Predicted only: nothing was run to check it.") == 1
 
@@ -153,7 +153,7 @@ def test_a_study_that_tells_nothing_says_so(levels: tuple[int, int], tmp_path: P
     made = planted.study(tmp_path, {"vqa": lambda bits: np.zeros(len(bits))}, levels=levels, rows=rows)
     text = report(made, tmp_path / "report", bootstraps=2).read_text()
     assert "Not at all yet: no part could be ranked" in text
-    assert "keeps nine tenths" not in text
+    assert "keeps 90 %" not in text
     assert (tmp_path / "report" / "vqa-by-bits.png").exists() == (rows is None)  # one width is no curve
     ticks = [float(tick) for tick in re.findall(r'text-anchor="end">([^<]+)</text>', text)]
     assert min(ticks) < -0.01 < 0.01 < max(ticks)  # an axis, though all plans lie on one line

@@ -68,8 +68,8 @@ def _advice(ranking: Ranking) -> str:
     ends = f"{first} {share.iloc[0]:.0f} % of the differences in score, {last} {share.iloc[-1]:.0f} %"
     if first in cliffs:
         return (
-            f"For {ranking.task}, keep {kept}: there the score falls, and that makes most of the ranking ({ends}). For "
-            "wider plans see the importance where plans are used."
+            f"For {ranking.task}, keep {kept}: from there down the score collapses, which makes most of the ranking ({ends}). "
+            "For wider plans see the importance where plans are used."
         )
     return f"For {ranking.task}, {f'keep {kept}, and ' if kept else ''}spend bits on {first} first ({ends})."
 
@@ -83,7 +83,7 @@ def _sure(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranki
         at = f"At {one.budget:g} bpw: " if len(chosen) > 1 else ""
         if one.measured is not None:
             kept = f", where full precision scores {one.full}" if one.full else ""
-            fresh = "fresh examples" if one.fresh else "the examples it was chosen on, which flatters it"
+            fresh = "fresh examples" if one.fresh else "the examples it was chosen on, so that its score is optimistic"
             told.append(f"{at}{'it' if at else 'It'} was run on {fresh} and scored {one.measured}{kept}.")
         told.append(f"{at}{one.words}")
     if not chosen and not ranked:
@@ -158,14 +158,15 @@ WIDTHS_ALT = "Scatter plot of score against bits per weight; color and shape of 
 
 
 def by_bits_alt(means: pd.DataFrame, task: str) -> str:
-    """The text alternative of the curves: down to which width each component keeps nine tenths of its best score."""
+    """The text alternative of the curves: down to which width each component keeps 90 % of its best score."""
     told = []
     for part, rows in means.groupby("part", sort=False):
         curve = rows.set_index("bits")["mean"]
         if curve.iloc[-1] > 0:
-            told.append(f"{part} keeps nine tenths down to {curve[curve >= 0.9 * curve.iloc[-1]].index.min():g} bits")
+            least = curve[curve >= 0.9 * curve.iloc[-1]].index.min()
+            told.append(f"{part} keeps 90 % of the score down to {least:g} bits")
         else:
-            told.append(f"{part} is worth nothing even at {curve.index[-1]:g} bits")
+            told.append(f"{part} leaves no score even at {curve.index[-1]:g} bits")
     return f"Lines of the mean {task} over the bits of each part, averaged over the others: {'; '.join(told)}."
 
 
@@ -173,7 +174,7 @@ def levels_alt(ranking: Ranking) -> str:
     """The text alternative of the figure of left-out levels."""
     worst = ranking.levels.loc[ranking.levels["shift"].abs().idxmax()]
     return (
-        "Points by which shares move when all trials with one width of one part are left out; most: "
+        "Change of each share, in points, when all trials with one width of one part are left out; largest: "
         f"{worst['moves']} by {worst['shift']:+.0f} without {worst['component']} at {worst['bits']} bits."
     )
 
@@ -194,6 +195,6 @@ def calibration_alt(checked: pd.DataFrame) -> str:
     inside = ((checked["low"] <= checked["measured"]) & (checked["measured"] <= checked["high"])).mean()
     error = (checked["measured"] - checked["expected"]).abs().median()
     return (
-        f"Expected against measured scores of plans the surrogate had not seen (five folds): median error {error:.3f}; "
-        f"{inside:.0%} of the readings lie within their 95 % interval."
+        f"Predicted against measured scores of plans that the surrogate had not seen (five folds): median error "
+        f"{error:.3f}; {inside:.0%} of the measured scores lie within the predicted 95 % interval."
     )

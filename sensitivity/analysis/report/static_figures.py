@@ -66,7 +66,7 @@ def pictures(
             for name in order[:3]
         ]  # fmt: skip
     if (checked := unseen(readings)) is not None:
-        drawn.append(("calibration", "What was expected of unseen plans, and what they scored",
+        drawn.append(("calibration", "Predicted and measured scores of unseen plans",
                       sentences.calibration_alt(checked), figures.calibration(checked, task), checked))  # fmt: skip
     return [
         Picture(name, title, alt, figures.svg(figure), figures.png(figure), rows)
@@ -79,7 +79,7 @@ def _of_ranking(ranking: Ranking) -> list[Drawn]:
     drawn = [("importance", "Importance of the parts", sentences.importance_alt(ranking),
               figures.importance(ranking.table), ranking.table.reset_index())]  # fmt: skip
     if len(ranking.levels):
-        drawn.append(("levels", "How far the ranking rests on single levels", sentences.levels_alt(ranking),
+        drawn.append(("levels", "How much the ranking depends on single bit widths", sentences.levels_alt(ranking),
                       figures.levels(ranking.levels), ranking.levels))  # fmt: skip
     return drawn
 
@@ -101,7 +101,7 @@ def _by_bits(table: pd.DataFrame, task: str, names: Sequence[str]) -> list[Drawn
 
 def _of_pairs(table: pd.DataFrame, task: str, names: Sequence[str], ranking: Ranking) -> list[Drawn]:
     """Figures of interactions: all pairs, and the strongest pair's widths."""
-    drawn = [("interactions", "What pairs of parts do together", sentences.interactions_alt(ranking),
+    drawn = [("interactions", "Interactions of pairs of parts", sentences.interactions_alt(ranking),
               figures.interactions(ranking.pairs, list(ranking.order)), ranking.pairs)]  # fmt: skip
     first, second = ranking.pairs.iloc[0][["a", "b"]]
     if {first, second} <= set(names):

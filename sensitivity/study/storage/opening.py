@@ -151,7 +151,7 @@ def _damaged(journal: Path) -> str:
                     return str(number)
             except (ValueError, KeyError, TypeError, RecursionError):
                 return str(number)
-    return "unknown: each line is well formed, but they do not go together"
+    return "unknown: each line is valid, but the lines contradict each other"
 
 
 def check(url: str) -> None:
