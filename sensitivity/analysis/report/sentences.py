@@ -68,8 +68,8 @@ def _advice(ranking: Ranking) -> str:
     ends = f"{first} {share.iloc[0]:.0f} % of the differences in score, {last} {share.iloc[-1]:.0f} %"
     if first in cliffs:
         return (
-            f"For {ranking.task}, keep {kept}: from there down the score collapses, which makes most of the ranking ({ends}). "
-            "For wider plans see the importance where plans are used."
+            f"For {ranking.task}, keep {kept}: from there down the score collapses, which makes most of the ranking "
+            f"({ends}). For wider plans see the importance where plans are used."
         )
     return f"For {ranking.task}, {f'keep {kept}, and ' if kept else ''}spend bits on {first} first ({ends})."
 
