@@ -43,7 +43,7 @@ def test_the_quicker_one_is_taken_where_it_fits(
     folder: Path, times: float, memory: int, chosen: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verbs, "slower", lambda *_: times)
-    monkeypatch.setattr(verbs, "available", lambda: memory)
+    monkeypatch.setattr(verbs, "free_memory", lambda: memory)
     found, why = dtype_for(str(folder), "cpu", folder.parent / "out")
     assert found == chosen
     assert why.startswith(words)

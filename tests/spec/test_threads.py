@@ -43,7 +43,7 @@ def test_a_container_has_the_cores_that_it_was_given(tmp_path: Any, monkeypatch:
 
 def test_a_process_a_core_as_far_as_memory_plans_and_threads_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "cores", lambda: 8)
-    monkeypatch.setattr(threads, "available", lambda: int(20e9))
+    monkeypatch.setattr(threads, "free_memory", lambda: int(20e9))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv(workers.CHILD, raising=False)
     small, large = SimpleNamespace(numel=3_000_000), SimpleNamespace(numel=2_000_000_000)
@@ -67,7 +67,9 @@ def test_a_process_a_core_as_far_as_memory_plans_and_threads_allow(monkeypatch: 
 def test_others_join_where_what_is_left_is_worth_it(left: int, joins: int, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     ended = SimpleNamespace(wait=lambda: 0, poll=lambda: 0, stdin=None)
-    monkeypatch.setattr(workers, "_another", lambda args: started.append(args) or workers.Worker(ended, io.BytesIO()))
+    monkeypatch.setattr(
+        workers, "_start_worker", lambda args: started.append(args) or workers.Worker(ended, io.BytesIO())
+    )
     step = Step(Plan(()), {}, 1.0, False, 1, left, 10, 1)
     args = argparse.Namespace(workers="auto")
     with workers.beside_workers(args, 2, iter([step, step, step])) as shared:
