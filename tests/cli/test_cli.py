@@ -175,7 +175,10 @@ def test_json_is_one_object_and_nothing_else(study: Path, line: str, capsys: pyt
         ("recommend STUDY --bpw 1.0", "can be reached; ask for more"),
         ("recommend STUDY --task capton", "capton"),
         ("recommend STUDY --no-run --runtime comprsed", "did you mean compressed-tensors?"),
-        ("recommend STUDY --no-run --bpw 5 --runtime compressed-tensors", "loaded by compressed-tensors, which takes"),
+        (
+            "recommend STUDY --no-run --bpw 5 --runtime compressed-tensors",
+            "compressed-tensors can load no plan that this study measured; it takes",
+        ),
         ("export STUDY --out OUT", "name a budget"),
         ("export STUDY --bpw 5 --format gguff --out OUT", "unknown format 'gguff'; choose from"),
     ],
