@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from sensitivity.analysis.observations import Observations
 from sensitivity.spec.components import ComponentMap, Kept, Weight
@@ -88,3 +89,11 @@ def tied(bits: np.ndarray) -> np.ndarray:
 def crossed(bits: np.ndarray) -> np.ndarray:
     """Nothing happens unless both vision and language are low: a pure interaction."""
     return np.asarray(1 - 0.8 * (bits[:, 0] <= 3) * (bits[:, 2] <= 3))
+
+
+def frame(right: float, n: int = 400, seed: int = 0, noise: float = 0.0) -> pd.DataFrame:
+    """Examples of equal difficulty for every plan: those below a plan's share are answered right."""
+    draw = np.random.default_rng(seed)
+    luck = np.arange(n) / n + noise * draw.standard_normal(n)
+    names = [f"e{i}" for i in range(n)]
+    return pd.DataFrame({"task": "vqa", "example": names, "cluster": names, "score": (luck < right).astype(float)})

@@ -44,6 +44,26 @@ class SecondDevice(TorchFunctionMode):
     """All tensors lie in the host's memory, some say otherwise. Inside, `cuda` can be used, and a forgotten .to() is
     the error that a GPU would make of it. What is computed is what the CPU computes, to the last bit."""
 
+    def __enter__(self) -> SecondDevice:
+        super().__enter__()
+        self._vmap = torch.vmap
+        torch.vmap = self._mapped
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        torch.vmap = self._vmap
+        super().__exit__(*raised)
+
+    def _mapped(self, func: Any, *where_dims: Any, **more: Any) -> Any:
+        """What vmap gives back lies where its arguments lie: it unwraps its results behind this mode's back."""
+        mapped = self._vmap(func, *where_dims, **more)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            return put(mapped(*args, **kwargs), self._of(tensors))
+
+        return run
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         given = dict(kwargs or {})
         if func == Tensor.device.__get__:

@@ -161,14 +161,13 @@ def possible(name: str) -> bool:
     return (initdb() is not None) if "Postgre" in name else os.getuid() == 0 if name == "full disk" else True
 
 
-def machine(plain: Undisturbed, seed: int, names: Iterable[str] = MACHINE) -> dict[str, Found]:
-    result = {}
+def machine(plain: Undisturbed, seed: int, names: Iterable[str] = MACHINE) -> Iterator[dict[str, Found]]:
     for name in filter(possible, names):
-        found = result[name] = Found()
+        found = Found()
         with tempfile.TemporaryDirectory() as folder:
             try:
                 MACHINE[name](plain, Path(folder), found, random.Random(seed))
             except Exception as error:
                 found.wrong.append(f"{type(error).__name__}: {error}")
         print(name, found, flush=True)
-    return result
+        yield {name: found}

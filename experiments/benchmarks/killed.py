@@ -17,7 +17,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from experiments.benchmarks.cut_off import machine
@@ -103,11 +103,12 @@ def writer(name: str, plain: Undisturbed, folder: Path, found: Found, hits: Hits
             return
 
 
-def signals(plain: Undisturbed, count: int, seed: int, shares: Mapping[str, float] = SHARES) -> dict[str, Found]:
-    """Every place with its share of the signals."""
-    result = {}
+def signals(
+    plain: Undisturbed, count: int, seed: int, shares: Mapping[str, float] = SHARES
+) -> Iterator[dict[str, Found]]:
+    """Every place with its share of the signals, one after the other."""
     for number, (name, share) in enumerate(shares.items()):
-        found = result[name] = Found()
+        found = Found()
         hits = Hits(found, round(count * share), seed + number)
         with tempfile.TemporaryDirectory() as folder:
             if name == "workers":
@@ -117,7 +118,7 @@ def signals(plain: Undisturbed, count: int, seed: int, shares: Mapping[str, floa
             else:
                 writer(name, plain, Path(folder), found, hits)
         print(name, found, flush=True)
-    return result
+        yield {name: found}
 
 
 HEAD = """# Killed, cut off, full
@@ -154,6 +155,9 @@ if __name__ == "__main__":
     args = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        plain = Undisturbed(Path(folder))
-        found = signals(plain, args.signals, args.seed) | machine(plain, args.seed)
-        print(write(plain, found, args.signals, args.seed, (time.monotonic() - began) / 60))
+        plain, found = Undisturbed(Path(folder)), {}
+        # written after each place: the next one may end this process too
+        for more in (*machine(plain, args.seed), *signals(plain, args.signals, args.seed)):
+            found |= more
+            report = write(plain, found, args.signals, args.seed, (time.monotonic() - began) / 60)
+        print(report)

@@ -147,11 +147,11 @@ class Curvature:
         tried = damp
         while True:
             # indexing copies, so damping is never added to `gram` itself, and each attempt starts from the undamped
-            # matrix
-            turned = self.gram[turn[:, None], turn]  # deleted below: H of a wide layer is as large as a small model
-            turned.diagonal().add_(tried * mean)
-            lower, failed = torch.linalg.cholesky_ex(turned)
-            del turned
+            # matrix; everything after it works in this one copy, since H of a wide layer is as large as a small model
+            lower = self.gram[turn[:, None], turn].mT
+            lower.diagonal().add_(tried * mean)
+            failed = torch.empty((), dtype=torch.int32, device=lower.device)
+            torch.linalg.cholesky_ex(lower, out=(lower, failed))
             scale = lower.diagonal().clone()
             if not failed and bool(torch.isfinite(scale).all()):
                 break
@@ -161,8 +161,19 @@ class Curvature:
             # no layer's name in the message: warnings with equal text are shown once, however many layers are affected
             why = "since a Gram matrix would not factorize; more calibration examples help (--calibration-n)"
             warnings.warn(f"damping raised from {damp:g} to {tried:g}, {why}", Notice, stacklevel=2)
-        unit = lower.div_(scale).flip(0, 1)
-        return Factor(unit, scale.flip(0).square(), order, tried)
+        return Factor(_turn(lower.div_(scale)), scale.flip(0).square(), order, tried)
+
+
+def _turn(lower: Tensor) -> Tensor:
+    """Reverse rows and columns of a matrix stored by columns, in place: the order of all its numbers in memory."""
+    numbers = lower.mT.view(-1)
+    half, count = len(numbers) // 2, len(numbers)
+    for a in range(0, half, PIECE**2):
+        b = min(a + PIECE**2, half)
+        front = numbers[a:b].flip(0)
+        numbers[a:b] = numbers[count - b : count - a].flip(0)
+        numbers[count - b : count - a] = front
+    return lower
 
 
 def _add_symmetric(gram: Tensor, values: Tensor, scaled: Tensor) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import planted
 import pytest
+from planted import frame
 
 from sensitivity.analysis.allocate.budget import Candidate, Wish, best_uniform, solve, spend
 from sensitivity.analysis.allocate.knapsack import Knapsack
@@ -168,14 +169,6 @@ def test_infeasible_wishes_say_what_is_reachable(two_tasks: Study) -> None:
 
 
 # -- verdicts -------------------------------------------------------------------------------------------------------
-
-
-def frame(right: float, n: int = 400, seed: int = 0, noise: float = 0.0) -> pd.DataFrame:
-    """Examples of equal difficulty for every plan: those below a plan's share are answered right."""
-    draw = np.random.default_rng(seed)
-    luck = np.arange(n) / n + noise * draw.standard_normal(n)
-    names = [f"e{i}" for i in range(n)]
-    return pd.DataFrame({"task": "vqa", "example": names, "cluster": names, "score": (luck < right).astype(float)})
 
 
 def test_verdicts(two_tasks: Study) -> None:

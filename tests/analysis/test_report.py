@@ -11,7 +11,7 @@ import numpy as np
 import planted
 import pytest
 from browser import browser
-from test_allocate import frame
+from planted import frame
 
 from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.allocate.recommendation import Recommendation, judge, unmeasured

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_calibration import FAMILIES, built, fed
+from fed_vlms import FAMILIES, built, fed
 from torch import Tensor, nn
 
 from sensitivity.measure.calibrate.absorbers import Absorber, absorbers
