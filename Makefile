@@ -1,18 +1,21 @@
-# make demo: sweep, rank, recommend and report on the embedded model. make test: the whole test suite.
-# make docs: the documentation, into build/site.
+# make demo: sweep, rank, recommend and report on the embedded model. make test: all tests but the slow ones, which
+# make slow runs: further families of what is tested on some, long runs with kills. make docs: the documentation, into build/site.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 TESTED = $(VENV)/.tested
 
-.PHONY: demo test lint types docs check install clean
+.PHONY: demo test slow lint types docs check install clean
 
 demo: $(READY)
 	$(BIN)/sensitivity demo
 
 test: $(TESTED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: $(TESTED)
+	$(BIN)/python -m pytest -m slow
 
 lint: $(TESTED)
 	$(BIN)/ruff check .

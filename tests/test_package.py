@@ -63,7 +63,6 @@ print(len(names))
 """
 
 
-@pytest.mark.slow
 def test_all_of_it_can_be_imported_where_there_are_no_posix_modules() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", ALL, *ON_POSIX_ALONE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -94,7 +93,6 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path)
     assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == wanted
 
 
-@pytest.mark.slow
 def test_the_wheel_in_a_clean_environment_runs_the_demo(wheel: Path, tmp_path: Path) -> None:
     """Its dependencies are borrowed from here, to download nothing; the package itself is the wheel's."""
     place = tmp_path / "clean"

@@ -26,7 +26,6 @@ def test_the_reference_shows_every_public_name_once() -> None:
     assert sorted(readme.PUBLIC) == sensitivity.__all__
 
 
-@pytest.mark.slow
 def test_every_example_says_what_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}

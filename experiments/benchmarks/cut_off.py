@@ -29,6 +29,8 @@ def postgres(plain: Undisturbed, folder: Path, found: Found, draw: random.Random
         try:
             words = (*SWEEP.split(), str(folder / "study"), "--storage", server.url)
             launchers = [Command(folder, *words) for _ in range(2)]
+            while not list((folder / "study" / "examples").glob("[!.]*.parquet")):  # a first start is not waited for
+                time.sleep(0.05)
             stops = 0
             while stops < 6 and not all(one.ended() for one in launchers):
                 time.sleep(draw.uniform(0, plain.seconds["sweep"] / 3))

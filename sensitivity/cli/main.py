@@ -33,6 +33,8 @@ VERBS: dict[str, ModuleType] = {
     "demo": demo,
 }
 FAILED, REFUSED, STOPPED = 1, 2, 130  # exit codes; 130 is the shell's for Ctrl-C
+# what an ImportError says where there is no memory for a shared library
+NO_ROOM = ("failed to map segment", "annot allocate memory")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         return fail(asked, str(error) or "out of memory", FAILED)
     except Exception as error:
+        if isinstance(error, ImportError) and any(sign in str(error) for sign in NO_ROOM):
+            return fail(asked, f"out of memory while a library was loaded: {error}", FAILED)
         return fail(asked, f"unexpected {type(error).__name__}: {error} (a defect; --debug shows where)", FAILED)
 
 

@@ -170,7 +170,23 @@ def _homes() -> set[Path]:
 def begin_folder(folder: Path) -> None:
     """Create a folder that carries the mark of an unfinished one."""
     folder.mkdir()
-    (folder / UNFINISHED).write_text(MARK, encoding="utf-8")
+    mark_unfinished(folder)
+
+
+def mark_unfinished(folder: Path) -> None:
+    """Mark a new folder as one that we are writing, so that what a kill or a full disk leaves is known as ours."""
+    try:
+        (folder / UNFINISHED).write_text(MARK, encoding="utf-8")
+    except OSError:
+        (folder / UNFINISHED).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if it is empty
+        raise
+
+
+def mark_finished(folder: Path) -> None:
+    """Remove the mark, if there is one."""
+    (folder / UNFINISHED).unlink(missing_ok=True)
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -186,7 +202,7 @@ def move_into_place(folder: Path, out: Path, why_foreign: WhyForeign) -> None:
 
     A kill between two renames leaves the old folder under a name from which `put_back` restores it.
     """
-    (folder / UNFINISHED).unlink(missing_ok=True)
+    mark_finished(folder)
     if not out.is_dir() or out.is_symlink():
         if out.exists() or out.is_symlink():
             raise UserError(f"{out} has appeared meanwhile; nothing was replaced")

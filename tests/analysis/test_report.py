@@ -18,6 +18,7 @@ from sensitivity.analysis.allocate.recommendation import Recommendation, judge, 
 from sensitivity.analysis.report.page import report
 from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.errors import UserError
+from sensitivity.spec.files import mark_unfinished
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.study.exports import note
 from sensitivity.study.study import Study
@@ -212,3 +213,19 @@ def test_in_a_browser(page: Path) -> None:
         wide = window.run("return [document.documentElement.scrollWidth, window.innerWidth]")
         assert wide[0] <= wide[1]  # nothing sticks out on a phone
         assert window.picture().startswith(b"\x89PNG")
+
+
+def test_a_report_that_was_cut_off_is_written_again(study: Study, tmp_path: Path) -> None:
+    """What a kill or a full disk left without its page is known by a mark; a folder without one is somebody else's."""
+    out = tmp_path / "report"
+    out.mkdir()
+    mark_unfinished(out)
+    (out / "a-pair.png").write_bytes(b"cut off")
+    assert report(study, out, bootstraps=2).is_file()
+    assert not list(out.glob(".*"))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a-pair.png").write_bytes(b"a picture of mine")
+    with pytest.raises(UserError, match="it holds other things than an earlier report"):
+        report(study, other, bootstraps=2)
+    assert [file.name for file in other.iterdir()] == ["a-pair.png"]

@@ -213,6 +213,7 @@ def test_a_corrupt_picture_stops_the_sweep_before_it_begins(tmp_path: Path, caps
     assert "a.png" in err
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_sentence_and_the_sweep_goes_on_when_there_is_room(tmp_path: Path) -> None:
     """A limit on the size of files stands for a disk that fills up in the middle of the journal."""
     command = [sys.executable, "-m", "sensitivity", *SWEEP.split(), "--out", str(tmp_path / "out")]
@@ -332,3 +333,16 @@ def test_a_parsers_error_is_json_too(capsys: pytest.CaptureFixture[str]) -> None
     assert status == 2
     assert "unrecognized words: --nonsense 1" in one_object(out)["error"]
     assert err.startswith("error: ")
+
+
+def test_no_memory_for_a_library_is_no_defect(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_room(args: object) -> None:
+        raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
+
+    monkeypatch.setattr("sensitivity.cli.verbs.rank.run", no_room)
+    assert cli.main(["rank", "somewhere"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory while a library was loaded: libtorch_cpu.so")
+    assert "defect" not in said

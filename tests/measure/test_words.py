@@ -10,6 +10,7 @@ import pytest
 import saved_vlms
 import small_vlms
 import torch
+from few import few
 from PIL import Image
 
 from sensitivity.api.sweeping import calibrated
@@ -90,7 +91,7 @@ def test_sizes_count_words() -> None:
 
 
 @pytest.mark.parametrize("name", ["smolvlm", "internvl", "blip2_t5"])  # apart; tied; tied, behind an encoder
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", few(["gptq", "awq"], ["gptq"]))
 def test_the_fast_path_is_the_plain_one(name: str, method: str, asked: str, tmp_path: Path) -> None:
     vlm = load(str(saved_vlms.save(name, tmp_path / "model")), dtype="float32")
     parts = inspect(vlm, "part", WORDS)
@@ -130,7 +131,7 @@ def test_formats_that_cannot_hold_words_say_so() -> None:
     assert not violations(apart, Plan.of(apart, only), "fake")
 
 
-@pytest.mark.parametrize("name", ["smolvlm", "internvl"])
+@pytest.mark.parametrize("name", few(["smolvlm", "internvl"], ["smolvlm"]))
 def test_from_a_sweep_to_an_export(name: str, asked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, study = str(saved_vlms.save(name, tmp_path / "model")), str(tmp_path / "study")
     asked = right(model, asked)
@@ -149,6 +150,7 @@ def test_from_a_sweep_to_an_export(name: str, asked: str, tmp_path: Path, capsys
     assert not torch.equal(own.get_output_embeddings().weight, written.get_output_embeddings().weight)
 
 
+@pytest.mark.slow
 def test_words_are_ranked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = str(tmp_path / "study")
     asking = ["--include", "embedding,head", "--bits", "2,3,8", "--search", "one-at-a-time", "--n", "60"]

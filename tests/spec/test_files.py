@@ -376,6 +376,7 @@ def seen_bytes(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_report_is_written_again_into_its_own_folder(study: Path, tmp_path: Path) -> None:
     from sensitivity.cli import main as cli
 

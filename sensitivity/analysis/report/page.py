@@ -27,7 +27,7 @@ from sensitivity.analysis.report.interactive import pareto
 from sensitivity.analysis.report.static_figures import pictures, slug
 from sensitivity.spec.components import LABELS, ComponentMap
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.files import csv_bytes, may_write, write_atomically
+from sensitivity.spec.files import csv_bytes, is_unfinished, mark_finished, mark_unfinished, may_write, write_atomically
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import budget_bits, in_words, size
 from sensitivity.spec.version import __version__
@@ -62,6 +62,8 @@ def report(
     if not len(table):
         raise UserError(f"no trial of {study.path} is finished yet: nothing to report")
     out.mkdir(parents=True, exist_ok=True)
+    if not any(out.iterdir()):
+        mark_unfinished(out)
     chosen = [recommendation] if isinstance(recommendation, Recommendation) else list(recommendation)
     grown = kept_recommendation.since(study, chosen)
     tasks = [_task(study, table, task, chosen, rankings or {}, bootstraps, out) for task in study.tasks]
@@ -89,6 +91,7 @@ def report(
     )
     target = out / "index.html"
     write_atomically(target, page.encode())
+    mark_finished(out)
     return target
 
 
@@ -96,7 +99,7 @@ def _why_foreign(out: Path, study: Study) -> str:
     """Why a folder may not be replaced by a report; an empty string where it holds an earlier one."""
     if not out.is_dir():
         return "it is a file, and a folder is meant"
-    if out.resolve() == (study.path / "report").resolve():
+    if out.resolve() == (study.path / "report").resolve() or is_unfinished(out):
         return ""
     page = out / "index.html"
     with contextlib.suppress(OSError):
