@@ -171,7 +171,7 @@ def abilities(name: str) -> str:
 
 def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
     """Why a runtime cannot load one component at one scheme: each rule that it breaks, as the end of a sentence."""
-    # no rule names the component, so that `breaches` and `restrict` can list all components under one sentence
+    # no rule names the component, so that `violations` and `restrict` can list all components under one sentence
     able = runtime(name)
     if scheme is None:
         return

@@ -75,7 +75,7 @@ def show_progress(
 
 
 def _show_lines(steps: Iterable[Step], title: str, pace: Pace) -> int:
-    """The same as `walk` with plain lines, from a thread that prints even while a long step runs."""
+    """The same as `show_progress` with plain lines, from a thread that prints even while a long step runs."""
     finished, began, state = 0, time.monotonic(), "preparing"
     ends = math.inf  # the expected end of the run; a line printed during a long step counts down to it
 

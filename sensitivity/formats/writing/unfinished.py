@@ -33,11 +33,11 @@ def staging_folder(out: Path) -> Iterator[Path]:
         remove_unfinished(out.parent)
         begin_folder(made)
         begun = True
-        with _locked(made):  # lock it before it gets a name that another process's `clear` looks at
+        with _locked(made):  # lock it before it gets a name that another process's `remove_unfinished` looks at
             made.rename(unfinished)
             yield unfinished
             _flush(unfinished)
-            # the lock stays on the old export while it is renamed, so that another process's `clear` lets it be
+            # locked while it is renamed, so that another process's `remove_unfinished` does not touch the old export
             with _locked(out) if out.is_dir() else contextlib.nullcontext():
                 move_into_place(unfinished, out, why_foreign)
     except OSError as error:
