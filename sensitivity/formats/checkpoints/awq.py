@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from sensitivity.quantize.grid import QuantizedWeight
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
+from sensitivity.spec.sizes import groups
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the codes of eight rows within a 32-bit word, as AutoAWQ's kernels read them
 
@@ -52,7 +52,7 @@ def config(job: Job) -> dict[str, object]:
 
 
 def _specs(key: str, weight: Weight, scheme: Scheme) -> tuple[Spec, ...]:
-    count = 1 if scheme.group == "row" else math.ceil(weight.cols / int(scheme.group))
+    count = groups(scheme, 1, weight.cols)
     return (
         Spec(f"{key}qweight", torch.int32, (weight.cols, weight.rows // 8)),
         Spec(f"{key}qzeros", torch.int32, (count, weight.rows // 8)),

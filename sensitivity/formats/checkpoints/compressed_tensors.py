@@ -17,6 +17,7 @@ from sensitivity.formats.writing.stream import Spec
 from sensitivity.quantize.grid import QuantizedWeight
 from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import Scheme
+from sensitivity.spec.sizes import groups
 
 FORMAT = "pack-quantized"
 UNPACK = "model.hf_quantizer.compressor.decompress_model(model)\n"
@@ -106,4 +107,4 @@ def layout(half: torch.dtype) -> PackedLayout:
 def _scales(weight: Weight, scheme: Scheme) -> tuple[int, ...]:
     if scheme.group == "tensor":
         return (1,)
-    return (weight.rows, 1 if scheme.group == "row" else math.ceil(weight.cols / int(scheme.group)))
+    return (weight.rows, groups(scheme, 1, weight.cols))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from sensitivity.quantize.grid import QuantizedWeight
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
+from sensitivity.spec.sizes import groups
 
 # GPTQModel's planar layout splits a code into pieces whose widths divide 32, so that no piece straddles two words.
 PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
@@ -59,15 +59,15 @@ def checkpoint_format(job: Job) -> str:
 
 def config(job: Job, kind: str) -> dict[str, object]:
     """The most common scheme as the default, and exact module names for the others; a minus marks native modules."""
-    groups = list(job.groups())
+    components = list(job.groups())
     count: Counter[Scheme] = Counter()
-    for _, scheme, modules in groups:
+    for _, scheme, modules in components:
         count[scheme] += len(modules)
     if not count:
         raise UserError("the plan quantizes nothing; export it as --format fake")
     common = count.most_common(1)[0][0]
     dynamic: dict[str, dict[str, object]] = {f"-:^{re.escape(module)}$": {} for module in job.native()}
-    for _, scheme, modules in groups:
+    for _, scheme, modules in components:
         if scheme != common:
             dynamic |= {f"+:^{re.escape(module)}$": _arguments(scheme) for module in modules}
     return {
@@ -94,7 +94,7 @@ def layout(kind: str) -> PackedLayout:
     """The tensors of one packed weight in a layout: gptq, gptq_v2 or gptq_p."""
 
     def specs(key: str, weight: Weight, scheme: Scheme) -> tuple[Spec, ...]:
-        count = _count(weight, scheme)
+        count = groups(scheme, 1, weight.cols)
         return (
             Spec(f"{key}qweight", torch.int32, (weight.cols * scheme.bits // 32, weight.rows)),
             Spec(f"{key}qzeros", torch.int32, (count, weight.rows * scheme.bits // 32)),
@@ -104,7 +104,7 @@ def layout(kind: str) -> PackedLayout:
 
     def tensors(found: QuantizedWeight, weight: Weight, scheme: Scheme) -> Sequence[Tensor]:
         bits, planar = scheme.bits, kind == "gptq_p"
-        zero = found.zero.to(torch.int16).T.expand(_count(weight, scheme), weight.rows)
+        zero = found.zero.to(torch.int16).T.expand(groups(scheme, 1, weight.cols), weight.rows)
         if kind == "gptq":
             zero = zero - 1
         scale = found.scale.to(torch.float16)
@@ -113,15 +113,11 @@ def layout(kind: str) -> PackedLayout:
         return (
             pack_planes(found.codes, bits, planar).T.contiguous(),
             pack_planes(zero.to(torch.uint8).contiguous(), bits, planar),
-            scale.T.expand(_count(weight, scheme), weight.rows).contiguous(),
+            scale.T.expand(groups(scheme, 1, weight.cols), weight.rows).contiguous(),
             torch.arange(weight.cols, dtype=torch.int32) // (weight.cols if _group(scheme) < 0 else _group(scheme)),
         )
 
     return PackedLayout(specs, tensors)
-
-
-def _count(weight: Weight, scheme: Scheme) -> int:
-    return 1 if scheme.group == "row" else math.ceil(weight.cols / int(scheme.group))
 
 
 def pack_planes(codes: Tensor, bits: int, planar: bool) -> Tensor:
