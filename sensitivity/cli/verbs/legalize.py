@@ -39,11 +39,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if args.out is not None:
         exporting.export(study, found.plan, args.out, force=args.force, facts={"legalized": facts}, keep=[args.source])
     if not args.json:
-        for breach in found.violations:
-            print(f"not for {found.runtime}: {breach}")
+        for violation in found.violations:
+            print(f"{found.runtime} cannot load this plan: {violation}")
         if found.plan != found.asked and not found.violations:
             print(f"too large for the budget: {found.asked.describe()}, {found.before.bpw:.3f} bpw {found.before.how}")
-        print(f"{'already legal' if found.plan == found.asked else 'legal'}: {found.plan.describe()}")
+        print(f"{'can be loaded as it is' if found.plan == found.asked else 'best plan'}: {found.plan.describe()}")
         print(f"  {found.after.bpw:.3f} bpw {found.after.how}, {found.after.bytes:,} bytes")
         print(f"cost: {found.words}")
         if args.out is not None:
