@@ -219,9 +219,9 @@ def measured(case: Case) -> dict[str, Any]:
         asked = [task(about, n=case.n)]
         how: dict[str, Any] = {"calibration": 32, "dtype": "float32", "cache_gb": 0, "clock": time.process_time}
         cold, passes.COLD = passes.COLD, 0.0
-        still = preflight.foresee(vlm, parts, plans, asked, **how)
+        still = preflight.forecast_sweep(vlm, parts, plans, asked, **how)
         passes.COLD = cold
-        said = preflight.foresee(vlm, parts, plans, asked, **how)
+        said = preflight.forecast_sweep(vlm, parts, plans, asked, **how)
         began = time.process_time()
         vlm = load(name, dtype="float32")
         schemes = [scheme(case.method, bits) for bits in case.bits]

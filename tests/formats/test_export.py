@@ -32,7 +32,7 @@ from sensitivity.formats.writing import job as job_module
 from sensitivity.formats.writing import manifest, stream
 from sensitivity.formats.writing.calibrated_codes import codes as codes_of
 from sensitivity.formats.writing.job import Job, from_weights_alone
-from sensitivity.formats.writing.packing import LARGE, buffer, pack, unpack
+from sensitivity.formats.writing.packing import SMALLEST_BUFFER, buffer, pack, unpack
 from sensitivity.formats.writing.source import _reader, open_source
 from sensitivity.formats.writing.unfinished import remove_unfinished, staging_folder
 from sensitivity.measure.calibrate.calibration import calibrate
@@ -712,15 +712,15 @@ def test_an_unknown_format_is_told_the_known_ones(parts: ComponentMap, tmp_path:
 
 
 def test_memory_is_used_again_only_when_nobody_looks_at_it() -> None:
-    first = buffer(LARGE)
+    first = buffer(SMALLEST_BUFFER)
     where, look = first.data_ptr(), first.view(torch.int32).reshape(4, -1)[1:]
     del first
-    second = buffer(LARGE)
+    second = buffer(SMALLEST_BUFFER)
     assert second.data_ptr() != where
     del look
-    third = buffer(LARGE)
+    third = buffer(SMALLEST_BUFFER)
     assert third.data_ptr() == where
-    assert len({tensor.data_ptr() for tensor in (second, third, buffer(LARGE))}) == 3
+    assert len({tensor.data_ptr() for tensor in (second, third, buffer(SMALLEST_BUFFER))}) == 3
 
 
 def test_a_tensor_is_read_wherever_it_begins_and_not_beyond_the_end(tmp_path: Path) -> None:
