@@ -139,6 +139,36 @@ def test_no_public_name_is_a_module_of_its_package() -> None:
         assert not defined & inside, name
 
 
+def defines(path: Path) -> set[str]:
+    """The names that a file defines or imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names.update(alias.asname or alias.name.split(".")[0] for alias in node.names)
+    return names
+
+
+@pytest.mark.parametrize("path", sorted((readme.ROOT / "experiments").rglob("*.py")), ids=lambda path: path.stem)
+def test_experiments_use_names_that_exist(path: Path) -> None:
+    """mypy does not read them, and most are run once a year."""
+    tree, modules = ast.parse(path.read_text(encoding="utf-8")), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sensitivity."):
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                if full in NAMES:
+                    modules[alias.asname or alias.name] = defines(NAMES[full])
+                else:
+                    assert alias.name in defines(NAMES[str(node.module)]), full
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            assert node.attr in modules[node.value.id], f"{node.value.id}.{node.attr}"
+
+
 # -- what is loaded when ------------------------------------------------------------------------------------------
 
 
