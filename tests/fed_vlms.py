@@ -6,7 +6,7 @@ import small_vlms
 import torch
 from torch import Tensor
 
-from sensitivity.measure.calibrate.token_batches import ANSWER, PROMPT, VISION, TokenBatch, _questioned
+from sensitivity.measure.calibrate.token_batches import ANSWER, PROMPT, VISION, TokenBatch, _qformer_sequences
 from sensitivity.models.families import family_of
 from sensitivity.models.vlm import VLM
 
@@ -44,7 +44,7 @@ def fed(name: str, vlm: VLM) -> TokenBatch:
         more |= {"qformer_input_ids": asked, "qformer_attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]])}
     inputs = {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
     assert next(model.parameters()).dtype == torch.float32
-    return TokenBatch(inputs, [*known, *_questioned(vlm, inputs)])
+    return TokenBatch(inputs, [*known, *_qformer_sequences(vlm, inputs)])
 
 
 def pictures(name: str, vlm: VLM, rows: int) -> tuple[Tensor, dict[str, Tensor], int | None]:

@@ -148,13 +148,13 @@ def slope(rows: pd.DataFrame) -> float:
 def projection(found: pd.DataFrame) -> str:
     """The time of a large sweep, and what would limit it first."""
     from sensitivity.measure.memory.weight_codes import CODE
-    from sensitivity.measure.shards import ends_of
+    from sensitivity.measure.shards import shard_ends_of_total
 
     def queue(name: str, plans: int = PLANS) -> float:
         rows = found[found["of"] == f"queued plans, {name}"]
         return float(rows.loc[rows["how many"] == plans, "CPU s"].iloc[0])
 
-    steps = PLANS * len(ends_of(IMAGES))
+    steps = PLANS * len(shard_ends_of_total(IMAGES))
     whole = 2 * (WEIGHTS["language"] * TOKENS + WEIGHTS["vision"] * PATCHES)
     last = 2 * WEIGHTS["language"] / 3 * TOKENS
     hours = {name: PLANS * IMAGES * work / RATE / GPUS / 3600 for name, work in (("all", whole), ("last", last))}

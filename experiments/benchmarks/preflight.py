@@ -199,7 +199,7 @@ def measured(case: Case) -> dict[str, Any]:
     from sensitivity.api.sweeping import calibrated, grid, sweep
     from sensitivity.measure.forecast import cost_model as passes
     from sensitivity.measure.forecast import forecast as preflight
-    from sensitivity.measure.shards import cuts
+    from sensitivity.measure.shards import shard_ends
     from sensitivity.models.config_only import without_weights
     from sensitivity.models.discover import inspect
     from sensitivity.models.loading import load
@@ -218,9 +218,9 @@ def measured(case: Case) -> dict[str, Any]:
         plans = grid(parts, bits=case.bits, method=case.method)
         asked = [task(about, n=case.n)]
         how: dict[str, Any] = {"calibration": 32, "dtype": "float32", "cache_gb": 0, "clock": time.process_time}
-        cold, passes.COLD = passes.COLD, 0.0
+        cold, passes.COLD_CACHE_FACTOR = passes.COLD_CACHE_FACTOR, 0.0
         still = preflight.forecast_sweep(vlm, parts, plans, asked, **how)
-        passes.COLD = cold
+        passes.COLD_CACHE_FACTOR = cold
         said = preflight.forecast_sweep(vlm, parts, plans, asked, **how)
         began = time.process_time()
         vlm = load(name, dtype="float32")
@@ -232,7 +232,7 @@ def measured(case: Case) -> dict[str, Any]:
         disk = sum(file.stat().st_size for file in study.path.rglob("*") if file.is_file())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     total, without = said.to_json()["total"], still.to_json()["total"]
-    shards = len(plans) * len(cuts(asked))
+    shards = len(plans) * len(shard_ends(asked))
     stored = preflight.STORING * shards
     ends = {"seconds": (total["seconds"], without["seconds"]), "slowest": (said.slowest, still.slowest)}
     return {

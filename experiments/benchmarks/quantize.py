@@ -84,7 +84,7 @@ def large(side: int, peer: str | None) -> list[str]:
     chosen = scheme("paper-gptq", 4)
 
     def ours(*widths: int) -> None:
-        seen.forget()
+        seen.free_factor()
         solve(Linears(("layer",), (weight,), seen), [scheme("paper-gptq", bits) for bits in widths])
 
     grouped = scheme("gptq", 4, group=128)
@@ -92,7 +92,7 @@ def large(side: int, peer: str | None) -> list[str]:
         ("ours, one width", timed(lambda: ours(4))),
         ("ours, six widths", timed(lambda: ours(*WIDTHS), 1)),
         ("ours, one width, with activation order and clip search, groups of 128",
-         timed(lambda: (seen.forget(), solve(Linears(("layer",), (weight,), seen), [grouped])), 1)),
+         timed(lambda: (seen.free_factor(), solve(Linears(("layer",), (weight,), seen), [grouped])), 1)),
         ("the published algorithm in plain PyTorch", timed(lambda: published(weight, seen.gram, chosen))),
     ]  # fmt: skip
     if peer:
@@ -147,7 +147,7 @@ def memory(side: int) -> list[str]:
     lines = []
     for method, widths in (("gptq", (4,)), ("gptq", WIDTHS), ("clip", (4,)), ("awq", (4,))):
         schemes = [scheme(method, bits) for bits in widths]
-        seen.forget()
+        seen.free_factor()
         held = most(lambda schemes=schemes: solve(Linears(("layer",), (weight,), seen), schemes))  # type: ignore[misc]
         lines.append(f"| {method}, {len(widths)} widths | {held / 1e9:.2f} GB | {held / (4 * side**2):.1f} |")
     return lines

@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 import transformers as T
 
-from sensitivity.measure.calibrate.calibration import ROOM, unquantized
+from sensitivity.measure.calibrate.calibration import GRAM_BYTES, unquantized
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.calibrate.token_batches import PROMPT, VISION, TokenBatch
 from sensitivity.measure.install.plan_in_model import prepare
 from sensitivity.models.discover import inspect
 from sensitivity.models.families import family_of
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.linears import reads
+from sensitivity.quantize.linears import input_of
 from sensitivity.quantize.methods import scheme
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan
@@ -80,13 +80,13 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=128)
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--bits", default="2,3,4,5,6,8")
-    parser.add_argument("--room", type=float, default=ROOM / 1e9, help="GB of Gram matrices in memory at once")
+    parser.add_argument("--room", type=float, default=GRAM_BYTES / 1e9, help="GB of Gram matrices in memory at once")
     parser.add_argument("--out", help="write a report to this file")
     args = parser.parse_args()
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     vlm = llava(args.shrink, args.device, dtype)
     parts = inspect(vlm, by="block")
-    inputs = {reads(weight): weight for weight in parts.weights}.values()
+    inputs = {input_of(weight): weight for weight in parts.weights}.values()
     blocks = [sum(4 * w.cols**2 for w in inputs if w.place("block") == name) / 1e9 for name in parts.names]
     facts = {"path": "float"}
     loaded, began = gigabytes(args.device), time.perf_counter()

@@ -42,7 +42,7 @@ from sensitivity.measure.generate.batches import batches
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.loop import _SharedWork
 from sensitivity.measure.memory.prefix_cache import PrefixCache
-from sensitivity.models.checkpoint import find
+from sensitivity.models.checkpoint import model_folder
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
@@ -65,7 +65,7 @@ PAPER_AWQ = {("blip2", 27): 12700.0}
 
 
 def blip2() -> tuple[Any, Any]:
-    words = T.AutoTokenizer.from_pretrained(find("embedded:scenes-llava"), local_files_only=True)
+    words = T.AutoTokenizer.from_pretrained(model_folder("embedded:scenes-llava"), local_files_only=True)
     config = T.Blip2Config(
         vision_config={**WIDE, "image_size": 64, "patch_size": 8},
         qformer_config={**WIDE, "num_hidden_layers": 6, "encoder_hidden_size": 256, "vocab_size": 256},
@@ -79,7 +79,7 @@ def blip2() -> tuple[Any, Any]:
 
 
 def llava() -> tuple[Any, Any]:
-    words = T.AutoTokenizer.from_pretrained(find("embedded:scenes-llava"), local_files_only=True)
+    words = T.AutoTokenizer.from_pretrained(model_folder("embedded:scenes-llava"), local_files_only=True)
     config = T.LlavaConfig(
         vision_config=T.CLIPVisionConfig(**WIDE, image_size=64, patch_size=8),
         text_config=T.LlamaConfig(**WIDE, **SPECIALS, vocab_size=len(words), max_position_embeddings=512),

@@ -20,12 +20,12 @@ from experiments.methods.measured import write
 from experiments.parity.layers import TASKS, layers
 from experiments.parity.peers import ask, cell
 from sensitivity.measure.calibrate.token_batches import batches
-from sensitivity.models.checkpoint import find
+from sensitivity.models.checkpoint import model_folder
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.linears import Linears, reads
+from sensitivity.quantize.linears import Linears, input_of
 from sensitivity.quantize.methods import quantize, scheme, solve
 from sensitivity.tasks.table import task
 
@@ -53,11 +53,11 @@ def main() -> None:
     parser.add_argument("--model", default="embedded:scenes-llava")
     parser.add_argument("--out", default="reports/parity-awq.md")
     args = parser.parse_args()
-    vlm, folder = load(args.model), find(args.model)
+    vlm, folder = load(args.model), model_folder(args.model)
     found = {layer.name: layer for layer in layers(args.model, N)}
     inputs: dict[str, list[str]] = defaultdict(list)
     for weight in inspect(vlm).weights:
-        inputs[reads(weight)].append(weight.name)
+        inputs[input_of(weight)].append(weight.name)
     ratios: dict[tuple[int, str], list[float]] = defaultdict(list)
     seconds: dict[str, float] = defaultdict(float)
     facts: dict = {}

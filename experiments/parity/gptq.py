@@ -19,7 +19,7 @@ from experiments.methods.measured import write
 from experiments.parity.layers import Layer, layers
 from experiments.parity.peers import ask, cell
 from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.grid import affine, ranges
+from sensitivity.quantize.grid import ranges, scale_and_zero
 from sensitivity.quantize.linears import Linears
 from sensitivity.quantize.methods import quantize, scheme, solve
 from sensitivity.spec.plan import Scheme
@@ -56,7 +56,7 @@ def published(weight: Tensor, gram: Tensor, chosen: Scheme, fresh: bool = False)
         for j in range(a, b):
             if j % width == 0:
                 chunk = torch.cat([block[:, j - a :], w[:, b:]], 1)[:, :width] if fresh else w[:, j : j + width]
-                scale, zero = (t[:, 0] for t in affine(chunk, row, *ranges(chunk, row), torch.float32))
+                scale, zero = (t[:, 0] for t in scale_and_zero(chunk, row, *ranges(chunk, row), torch.float32))
             code = torch.round(block[:, j - a] / scale + zero).clamp(0, 2**chosen.bits - 1)
             out[:, j] = (code - zero) * scale
             errors[:, j - a] = (block[:, j - a] - out[:, j]) / upper[j, j]
@@ -97,7 +97,7 @@ def main() -> None:
             schemes = [scheme("gptq", bits, **grid, **how) for bits in BITS]
             results = solve(Linears((layer.name,), (layer.weight,), seen), schemes)
             seconds["ours"] += time.process_time() - began
-            seen.forget()
+            seen.free_factor()
             for chosen, (result,) in zip(schemes, results, strict=True):
                 ours = result.dequantize()  # type: ignore[union-attr]
                 others = {"nearest": quantize(layer.weight, scheme("rtn", chosen.bits, group=chosen.group,

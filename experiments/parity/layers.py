@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sensitivity.measure.calibrate.token_batches import batches, run
+from sensitivity.measure.calibrate.token_batches import batches, calibration_pass
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
@@ -52,5 +52,5 @@ def _inputs(vlm: VLM, names: list[str], split: str, n: int) -> dict[str, Tensor]
             hooks.callback(module.register_forward_pre_hook(hook).remove)
         data = [replace(task(name, split, n // len(TASKS), 0)) for name in TASKS]
         for batch in batches(vlm, data):
-            run(vlm, batch)
+            calibration_pass(vlm, batch)
     return {name: torch.cat(chunks) for name, chunks in found.items()}

@@ -14,7 +14,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
-from sensitivity.models.checkpoint import find
+from sensitivity.models.checkpoint import model_folder
 
 SIDE, WORDS, BLOCKS = 16, 256, 3
 SQUARE = {"height": SIDE, "width": SIDE}
@@ -26,7 +26,7 @@ TEXT: dict[str, Any] = {**COMMON, **SPECIALS, "vocab_size": WORDS, "hidden_size"
 
 def words() -> Any:
     """The embedded model's tokenizer."""
-    return T.AutoTokenizer.from_pretrained(find("embedded:scenes-llava"), local_files_only=True)
+    return T.AutoTokenizer.from_pretrained(model_folder("embedded:scenes-llava"), local_files_only=True)
 
 
 def llava(times: int = 1, side: int = SIDE) -> tuple[Any, Any]:

@@ -23,10 +23,10 @@ from sensitivity.formats.writing.calibrated_codes import codes as codes_of
 from sensitivity.formats.writing.job import Codes, Job, from_weights_alone
 from sensitivity.formats.writing.manifest import DataFacts, TrialFacts
 from sensitivity.formats.writing.unfinished import remove_unfinished
-from sensitivity.measure.calibrate.statistics import known_path
+from sensitivity.measure.calibrate.statistics import check_path
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import known, method_of
+from sensitivity.quantize.methods import check_scheme, method_of
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read
@@ -96,7 +96,7 @@ def export(
 
 def _on_path(study: Study, plan: Plan, path: str, model: VLM) -> tuple[Plan, TrialFacts]:
     """The plan calibrated on another path, and the paired difference between both on the same fresh examples."""
-    known_path(path)
+    check_path(path)
 
     def there(scheme: Scheme | None) -> Scheme | None:
         if scheme is None or not method_of(scheme).calibrated:
@@ -168,7 +168,7 @@ def _source(
         study = Study(source.parent if here else str(facts.get("study", source.parent)))
         plan.check(study.parts)
         for scheme in {scheme for _, scheme in plan.schemes if scheme is not None}:
-            known(scheme)
+            check_scheme(scheme)
         return study, plan, facts
     if bpw is None:
         raise UserError(f"a study holds many plans: name a budget, `{source} --bpw 4.0`, or give a plan.json")

@@ -14,11 +14,11 @@ from sensitivity.analysis.search.plan_lists import Plans
 from sensitivity.analysis.search.plan_lists import grid as grid_
 from sensitivity.analysis.search.plan_lists import known as known_
 from sensitivity.analysis.search.plan_lists import one_at_a_time as one_at_a_time_
-from sensitivity.measure.calibrate.cache import Cache, home
+from sensitivity.measure.calibrate.cache import Cache, cache_folder
 from sensitivity.measure.calibrate.calibration import calibrate
-from sensitivity.measure.calibrate.statistics import Statistics, known_path
-from sensitivity.measure.forecast.hardware import NOTABLY, slower
-from sensitivity.measure.generate.batches import check as suits
+from sensitivity.measure.calibrate.statistics import Statistics, check_path
+from sensitivity.measure.forecast.hardware import NOTABLY, slowdown
+from sensitivity.measure.generate.batches import check_tasks_fit
 from sensitivity.measure.loop import MEMORY_GB, Step, check_runs, identity
 from sensitivity.measure.loop import run as run_plans
 from sensitivity.models.loading import device_of, dtype_of, load
@@ -79,7 +79,7 @@ def check_sweep(
     device_of(device)
     dtype_of(dtype)
     files_of(runtime)
-    known_path(path)
+    check_path(path)
     Until.parse(until)
     for name in tasks:
         find(name)
@@ -101,7 +101,7 @@ def dtype_for(name: str, device: str, out: Path | str) -> tuple[str | None, str]
     stored = getattr(vlm.model.config, "dtype", None)
     if stored not in (torch.bfloat16, torch.float16):
         return None, ""
-    called, times = str(stored).removeprefix("torch."), slower(stored, target := torch.device(device))
+    called, times = str(stored).removeprefix("torch."), slowdown(stored, target := torch.device(device))
     if times < NOTABLY:
         return called, ""
     size = 4 * sum(weight.numel() for weight in vlm.model.parameters())
@@ -149,7 +149,7 @@ def sweeping(
     distinct(chosen, list(dict.fromkeys(tasks)))
     check_runs(vlm, chosen)
     facts = identity(vlm, chosen, tasks, n, seed) | ({"whole_answers": True} if whole else {})
-    suits(vlm, chosen)
+    check_tasks_fit(vlm, chosen)
     study = Study.create(out, parts, [task.name for task in chosen], facts, storage)
     if callable(plans):
         return study, run_plans(vlm, study, chosen, plans(study), plain, statistics, limit, memory_gb)
@@ -185,7 +185,7 @@ def calibrated(
         raise UserError("these plans were calibrated on different data; sweep those of each calibration separately")
     if None not in (known := named.pop()):
         tasks, n, seed, path = str(known[0]).split(","), int(known[1] or 0), int(known[2] or 0), str(known[3])
-    cache = Cache(home(), cache_gb) if cache_gb > 0 else None
+    cache = Cache(cache_folder(), cache_gb) if cache_gb > 0 else None
     statistics = calibrate(vlm, parts, tasks, n, seed, path, against, cache)
     return [
         replace(one, settings=tuple({**dict(one.settings), **statistics.facts}.items())) if one in needing else one

@@ -16,7 +16,7 @@ from sensitivity.formats.writing.job import Job, Written
 from sensitivity.formats.writing.manifest import StoredJson, TrialFacts
 from sensitivity.formats.writing.model_card import card
 from sensitivity.formats.writing.unfinished import staging_folder
-from sensitivity.measure.calibrate.cache import home
+from sensitivity.measure.calibrate.cache import cache_folder
 from sensitivity.spec import plan_file
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.files import may_write
@@ -101,7 +101,7 @@ def may_be_written(out: Path, format: str, force: bool, keep: Iterable[Path] = (
             raise UserError(f"{out} is a folder; name a file, such as {out / 'plan.json'}")
         may_write(out, force, plan_json.why_foreign, keep)
     else:
-        may_write(out, force, manifest.why_foreign, [home(), *keep])
+        may_write(out, force, manifest.why_foreign, [cache_folder(), *keep])
 
 
 def _summary(job: Job, written: Written, format: str) -> Summary:

@@ -7,12 +7,11 @@ from collections.abc import Hashable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
 from sensitivity.measure.generate import retrieval, shared_images, whole_prompts
-from sensitivity.measure.generate.answer_tokens import plainly_greedy, said_by
+from sensitivity.measure.generate.answer_tokens import decoded_answers, greedy_takes_argmax
 from sensitivity.measure.generate.batches import Batch, batches
 from sensitivity.measure.generate.drafts import with_earlier_answers
 from sensitivity.measure.memory.out_of_memory import run_or_halve
@@ -20,19 +19,19 @@ from sensitivity.measure.memory.prefix_cache import PrefixCache
 from sensitivity.models.vlm import VLM
 from sensitivity.tasks.examples.types import Task
 
-Rows = dict[str, list[Any]]
+Rows = dict[str, list[str | float]]  # columns of the examples table, all of the same length
 
 
 def evaluate(vlm: VLM, task: Task, plain: bool = False) -> Rows:
     """One row per example: its answer, its score, and the right answer's negative log-likelihood per token."""
     rows: Rows = {}
     for batch in batches(vlm, task, plain):
-        for name, values in rows_of(task, batch, *answer(vlm, task, batch)).items():
+        for name, values in example_rows(task, batch, *answer(vlm, task, batch)).items():
             rows.setdefault(name, []).extend(values)
     return rows
 
 
-def rows_of(task: Task, batch: Batch, answers: list[str], nll: list[float]) -> Rows:
+def example_rows(task: Task, batch: Batch, answers: list[str], nll: list[float]) -> Rows:
     """The results of one batch as columns of the examples table, with every answer scored."""
     return {
         "task": [task.name] * len(answers),
@@ -40,39 +39,40 @@ def rows_of(task: Task, batch: Batch, answers: list[str], nll: list[float]) -> R
         "cluster": [example.cluster for example in batch.examples],
         "kind": [example.kind for example in batch.examples],
         "score": [
-            task.score(given, example) if math.isfinite(surprise) else 0.0  # NaN logits: the text means nothing
-            for given, example, surprise in zip(answers, batch.examples, nll, strict=True)
+            task.score(given, example) if math.isfinite(one_nll) else 0.0  # NaN logits: the text means nothing
+            for given, example, one_nll in zip(answers, batch.examples, nll, strict=True)
         ],
-        "nll": nll,
-        "answer": answers,
+        "nll": [*nll],
+        "answer": [*answers],
     }
 
 
 def answer(
-    vlm: VLM, task: Task, batch: Batch, replay: PrefixCache | None = None, name: Hashable = None
+    vlm: VLM, task: Task, batch: Batch, prefix_cache: PrefixCache | None = None, name: Hashable = None
 ) -> tuple[list[str], list[float]]:
     """Greedy answers of a batch, and the negative log-likelihood per token of each right answer.
 
-    A batch that runs out of memory is split in two, and stays split for this plan and all later ones. With `replay`,
-    forward passes reuse the hidden states that this plan shares with the last one; `name` is the batch's key there.
+    A batch that runs out of memory is split in two, and stays split for this plan and all later ones. With a prefix
+    cache, forward passes reuse the hidden states that this plan shares with the last one; `name` is the batch's key
+    there.
     """
     if not batch.halves:
-        once = partial(_answered, vlm, task, batch, replay, name)
-        found = run_or_halve(once, batch.at_once or len(batch.examples), task.name, vlm.device)
-        if found is not None:
-            return found
+        attempt = partial(_answered, vlm, task, batch, prefix_cache, name)
+        answered = run_or_halve(attempt, batch.chunk_size or len(batch.examples), task.name, vlm.device)
+        if answered is not None:
+            return answered
         # a gallery is never split, since every image is compared with every caption: only its chunks shrink
-        if batch.at_once:
-            batch.at_once //= 2
-            if replay:
-                replay.clear()  # its hidden states belong to chunks of the old size
-            return answer(vlm, task, batch, replay, name)
-        if replay:
+        if batch.chunk_size:
+            batch.chunk_size //= 2
+            if prefix_cache:
+                prefix_cache.clear()  # its hidden states belong to chunks of the old size
+            return answer(vlm, task, batch, prefix_cache, name)
+        if prefix_cache:
             # the halves have names of their own, so entries under this one would never be read again
-            replay.leave_out(name)
-            replay.leave_out((name, "questions"))
+            prefix_cache.exclude(name)
+            prefix_cache.exclude((name, "questions"))
         _halve(vlm, task, batch)
-    halves = [answer(vlm, task, half, replay, (name, i)) for i, half in enumerate(batch.halves)]
+    halves = [answer(vlm, task, half, prefix_cache, (name, i)) for i, half in enumerate(batch.halves)]
     return [one for answers, _ in halves for one in answers], [one for _, nll in halves for one in nll]
 
 
@@ -82,36 +82,44 @@ def _halve(vlm: VLM, task: Task, batch: Batch) -> None:
     first = set(clusters[: (len(clusters) + 1) // 2])
     middle = sum(example.cluster in first for example in batch.examples)
     middle = middle if len(clusters) > 1 else len(batch.examples) // 2
-    for some in (batch.examples[:middle], batch.examples[middle:]):
+    for examples in (batch.examples[:middle], batch.examples[middle:]):
         # a batch of whole prompts is halved into batches of whole prompts, so that `_answered` takes the same path
-        batch.halves += batches(vlm, replace(task, examples=some), plain=not batch.prefix)
+        batch.halves += batches(vlm, replace(task, examples=examples), plain=not batch.prefix)
     batch.inputs.clear()
 
 
 @torch.inference_mode()
 def _answered(
-    vlm: VLM, task: Task, batch: Batch, replay: PrefixCache | None, name: Hashable
+    vlm: VLM, task: Task, batch: Batch, prefix_cache: PrefixCache | None, name: Hashable
 ) -> tuple[list[str], list[float]]:
     """Answers and likelihoods of one batch, by the fastest path that the batch was built for."""
-    over = replay.over if replay else lambda *_: nullcontext()
+    reuse = prefix_cache.reuse if prefix_cache else lambda *_: nullcontext()
     if task.gallery:
-        return retrieval.ranked(vlm, task, batch.examples, lambda number: over((name, number), "vision"), batch.at_once)
-    known = replay.answers.get(name) if replay else None
+        return retrieval.rank_matches(
+            vlm, task, batch.examples, lambda number: reuse((name, number), "vision"), batch.chunk_size
+        )
+    earlier = prefix_cache.answers.get(name) if prefix_cache else None
     if not batch.prefix:
         # drafts are checked against the argmax of the logits, which generate() takes only without penalties and
         # forced tokens
-        if replay is None or not plainly_greedy(vlm):
-            with over(name, "vision"):
-                return whole_prompts.generated(vlm, task, batch)
-        tokens, nll = whole_prompts.guessed(vlm, task, batch, known, partial(over, name, "vision", "connector"))
-        replay.answers[name] = with_earlier_answers(known, tokens)
-        return said_by(vlm, tokens, task), nll
-    with over(name, "vision", "connector", "language"):
-        cache, places = shared_images.looked_at(vlm, batch)
+        if prefix_cache is None or not greedy_takes_argmax(vlm):
+            with reuse(name, "vision"):
+                return whole_prompts.generated_answers(vlm, task, batch)
+        tokens, nll = whole_prompts.drafted_answers(
+            vlm, task, batch, earlier, partial(reuse, name, "vision", "connector")
+        )
+        prefix_cache.answers[name] = with_earlier_answers(earlier, tokens)
+        return decoded_answers(vlm, tokens, task), nll
+    with reuse(name, "vision", "connector", "language"):
+        layers, positions = shared_images.prefill_images(vlm, batch)
     # layers that were skipped wrote no keys and values: the prefix cache has those of an earlier plan
-    image = replay.caches(name, cache) if replay else [(layer.keys, layer.values) for layer in cache.layers]
-    questions = partial(over, (name, "questions"), "language")
-    tokens, nll = shared_images.drafted(vlm, task, batch, image, places, known, questions)
-    if replay:
-        replay.answers[name] = with_earlier_answers(known, tokens)
-    return said_by(vlm, tokens, task), nll
+    image = (
+        prefix_cache.image_keys_and_values(name, layers)
+        if prefix_cache
+        else [layer for layer in layers if layer is not None]
+    )
+    questions = partial(reuse, (name, "questions"), "language")
+    tokens, nll = shared_images.drafted_answers(vlm, task, batch, image, positions, earlier, questions)
+    if prefix_cache:
+        prefix_cache.answers[name] = with_earlier_answers(earlier, tokens)
+    return decoded_answers(vlm, tokens, task), nll

@@ -9,17 +9,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
-from typing import Any
 
 import torch
 
+from sensitivity.measure.block_modules import is_defect
 from sensitivity.measure.calibrate.statistics import Statistics
-from sensitivity.measure.evaluation import Rows, answer, rows_of
+from sensitivity.measure.evaluation import Rows, answer, example_rows
 from sensitivity.measure.generate.batches import Batch, batches
 from sensitivity.measure.install.plan_in_model import prepare, quantized
 from sensitivity.measure.memory.prefix_cache import PrefixCache
 from sensitivity.measure.memory.weight_codes import CODE, WeightCodes
-from sensitivity.measure.shards import cuts, shard
+from sensitivity.measure.shards import shard, shard_ends
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import Notice, UserError, reason
@@ -33,7 +33,7 @@ from sensitivity.study.study import Asked, Study
 from sensitivity.tasks.examples.types import Task
 
 MEMORY_GB = 8.0  # half of it caches quantized weights (beside those of the running plan), half hidden states
-PROVEN = 2  # examples that verify the prefix cache: which blocks may be skipped depends on the model, not the image
+VERIFIED = 2  # examples that verify the prefix cache: which blocks may be skipped depends on the model, not the image
 LIBRARIES = ("torch", "transformers", "optuna", "numpy")
 
 
@@ -67,19 +67,19 @@ def run(
     plans from the queue; every plan runs on a first shard of examples before any plan runs on more. From any other
     iterable, such as a sampler, a plan is drawn only after the last one was recorded, and runs on all examples.
     """
-    listed = isinstance(plans, Sequence)
-    trial = _SharedWork(vlm, study.parts, tasks, plain, statistics, listed, memory_gb)
+    queued = isinstance(plans, Sequence)
+    shared = _SharedWork(vlm, study.parts, tasks, plain, statistics, queued, memory_gb)
     study.release_lost()
-    if told := mixed(study.measured(), versions()):
-        warnings.warn(told, Notice, stacklevel=2)
+    if warning := mixed(study.measured(), versions()):
+        warnings.warn(warning, Notice, stacklevel=2)
     first = Plan.uniform(study.parts, None)
     if not isinstance(plans, Sequence):
         study.enqueue([first])
-        return _walk(study, trial, plans, until or Until())
+        return _run_queue(study, shared, plans, until or Until())
     # `run` is no generator itself: the queue is filled now, not when the caller asks for the first step
-    trial.prepare(plans)
-    study.enqueue([first, *sorted(plans, key=_path)])
-    return _walk(study, trial, (), until or Until())
+    shared.prepare(plans)
+    study.enqueue([first, *sorted(plans, key=_data_flow_order)])
+    return _run_queue(study, shared, (), until or Until())
 
 
 def check_runs(vlm: VLM, tasks: Sequence[Task]) -> None:
@@ -96,39 +96,41 @@ def check_runs(vlm: VLM, tasks: Sequence[Task]) -> None:
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a shape or index may fail anywhere in the model, with any type of error
+            if is_defect(error):
+                raise
             raise UserError(
                 f"{vlm.name} cannot be run on the first example of {task.name} ({reason(error)}); most often its "
                 "processor or tokenizer is another model's, or its config.json was changed: fetch them again"
             ) from error
 
 
-def _path(plan: Plan) -> list[str]:
+def _data_flow_order(plan: Plan) -> list[str]:
     """Sort key of plans in the direction of data flow, so that neighboring plans share the longest prefixes."""
     return [str(scheme) for _, scheme in plan.schemes]
 
 
-def _walk(study: Study, trial: _SharedWork, more: Iterable[Plan], until: Until) -> Iterator[Step]:
+def _run_queue(study: Study, shared: _SharedWork, more: Iterable[Plan], until: Until) -> Iterator[Step]:
     """Run the plans in the queue, then those of `more`, one at a time."""
-    yield from _drain(study, trial, until)
+    yield from _run_until_empty(study, shared, until)
     for plan in more:
         if until.reached(study):
             return
         study.enqueue([plan])
-        yield from _drain(study, trial, until)
+        yield from _run_until_empty(study, shared, until)
 
 
-def _drain(study: Study, trial: _SharedWork, until: Until) -> Iterator[Step]:
+def _run_until_empty(study: Study, shared: _SharedWork, until: Until) -> Iterator[Step]:
     """Run plans from the queue until it is empty or `until` is reached."""
     last: Asked | None = None
-    wanted: set[str] | None = None
+    racing: set[str] | None = None
     while not (last and until.reached(study)):
-        if (asked := study.ask(last, wanted)) is None:
+        if (asked := study.ask(last, racing)) is None:
             return
         began = time.perf_counter()
-        end = trial.end(asked.done)
+        end = shared.end(asked.done)
         try:
-            rows = trial.run(asked.plan, asked.done, end)
-            lost = not_finite(rows, asked.plan) + asked.trial.user_attrs.get("not_finite", 0)
+            rows = shared.run(asked.plan, asked.done, end)
+            not_finite_count = not_finite(rows, asked.plan) + asked.trial.user_attrs.get("not_finite", 0)
         except UserError as error:
             study.give_up(asked, str(error))
             raise
@@ -136,37 +138,39 @@ def _drain(study: Study, trial: _SharedWork, until: Until) -> Iterator[Step]:
             study.put_back(asked)
             raise
         seconds = time.perf_counter() - began
-        total = trial.ends[-1]
-        facts: dict[str, Any] = {"seconds": seconds, "images": total, "versions": versions()}
-        facts["path"] = "plain" if trial.plain else "fast"
-        facts |= {"not_finite": lost} if lost else {}
+        total = shared.ends[-1]
+        facts: dict[str, object] = {"seconds": seconds, "images": total, "versions": versions()}
+        facts["path"] = "plain" if shared.plain else "fast"
+        facts |= {"not_finite": not_finite_count} if not_finite_count else {}
         complete = end == total
-        facts |= {"metrics": _metrics(study, trial, asked, rows)} if complete else {}
+        facts |= {"metrics": _metrics(study, shared, asked, rows)} if complete else {}
         scores = study.tell(asked, rows, facts, None if complete else end)
         # a new shard: plans can be compared on the same images
         if until.chooses and (last is None or asked.done != last.done):
-            wanted = still_in_race(study, len(trial.ends))
-        yield Step(asked.plan, scores, seconds, complete, *study.progress(total, wanted), total, end - asked.done)
+            racing = still_in_race(study, len(shared.ends))
+        yield Step(asked.plan, scores, seconds, complete, *study.progress(total, racing), total, end - asked.done)
         last = asked
 
 
-def _metrics(study: Study, trial: _SharedWork, asked: Asked, rows: Rows) -> dict[str, dict[str, float]]:
+def _metrics(study: Study, shared: _SharedWork, asked: Asked, rows: Rows) -> dict[str, dict[str, float]]:
     """Each task's further metrics over all examples of a trial, including those of earlier shards."""
     before = study.examples(asked.plan) if asked.done else None
     every = rows if before is None else {name: [*before[name], *rows[name]] for name in rows}
-    return {task.name: found for task in trial.tasks if (found := task.quick(every))}
+    return {task.name: found for task in shared.tasks if (found := task.quick(every))}
 
 
 def not_finite(rows: Rows, plan: Plan) -> int:
     """How many examples had NaN or infinite logits and so score 0; at full precision that is an error."""
     named = zip(rows["task"], rows["example"], rows["nll"], strict=True)
-    lost = [f"{task} {example}" for task, example, nll in named if nll is not None and not math.isfinite(nll)]
-    if lost and plan.is_native:
+    affected = [
+        f"{task} {example}" for task, example, nll in named if isinstance(nll, float) and not math.isfinite(nll)
+    ]
+    if affected and plan.is_native:
         raise UserError(
-            f"the model's logits are not numbers at full precision, on {len(lost)} of {len(rows['nll'])} examples "
-            f"({', '.join(lost[:3])}); choose another --dtype, such as float32 or bfloat16"
+            f"the model's logits are not numbers at full precision, on {len(affected)} of {len(rows['nll'])} examples "
+            f"({', '.join(affected[:3])}); choose another --dtype, such as float32 or bfloat16"
         )
-    return len(lost)
+    return len(affected)
 
 
 class _SharedWork:
@@ -183,28 +187,28 @@ class _SharedWork:
         memory_gb: float = MEMORY_GB,
     ) -> None:
         self.vlm, self.parts, self.tasks, self.plain, self.statistics = vlm, parts, tasks, plain, statistics
-        self.ends = cuts(tasks, growing)
+        self.ends = shard_ends(tasks, growing)
         self.batches: dict[str, list[Batch]] = {}
-        self.begun: int | None = None  # first image of the shard that `batches` holds
-        self.half = int(memory_gb * GB / 2)
-        self.weights = None if plain else WeightCodes(self.half)
-        self.replay = None if plain else self._proven()
+        self.shard_begin: int | None = None  # first image of the shard that `batches` holds
+        self.cache_bytes = int(memory_gb * GB / 2)
+        self.weights = None if plain else WeightCodes(self.cache_bytes)
+        self.prefix_cache = None if plain else self._verified_prefix_cache()
 
-    def _proven(self) -> PrefixCache:
+    def _verified_prefix_cache(self) -> PrefixCache:
         """A prefix cache with only those boundaries that change no answer and no likelihood on a few examples."""
-        replay = PrefixCache(self.vlm.model, self.parts, self.half)
-        replay.under(Plan.uniform(self.parts, None))
-        task = replace(self.tasks[0], examples=self.tasks[0].examples[:PROVEN])
+        prefix_cache = PrefixCache(self.vlm.model, self.parts, self.cache_bytes)
+        prefix_cache.set_plan(Plan.uniform(self.parts, None))
+        task = replace(self.tasks[0], examples=self.tasks[0].examples[:VERIFIED])
         few = next(batches(self.vlm, task))
-        replay.prove(lambda: answer(self.vlm, task, few, replay, "proof"))
-        return replay
+        prefix_cache.verify_boundaries(lambda: answer(self.vlm, task, few, prefix_cache, "proof"))
+        return prefix_cache
 
     def prepare(self, plans: Sequence[Plan]) -> None:
         """Quantize every layer at all schemes of these plans, solving each layer once, if the results fit in memory."""
         widths = {scheme for plan in plans for _, scheme in plan.schemes if scheme}
         room = sum(w.numel for w in self.parts.weights) * CODE * len(widths)
         # otherwise `quantized` solves a layer when a plan needs it, and the least recently used codes are dropped
-        if self.weights is not None and room <= self.half:
+        if self.weights is not None and room <= self.cache_bytes:
             prepare(self.vlm.model, self.parts, plans, self.weights, self.statistics)
 
     def end(self, begin: int) -> int:
@@ -213,15 +217,17 @@ class _SharedWork:
 
     def run(self, plan: Plan, begin: int, end: int) -> Rows:
         """Per-example rows of all tasks under a plan, for the images of one shard."""
-        if begin != self.begun:
-            self._enter(begin, end)
+        if begin != self.shard_begin:
+            self._load_shard(begin, end)
         rows: Rows = {}
-        if self.replay:
-            self.replay.under(plan)
+        if self.prefix_cache:
+            self.prefix_cache.set_plan(plan)
         with quantized(self.vlm.model, self.parts, plan, self.weights, self.statistics):
             for task in self.tasks:
                 for number, batch in enumerate(self.batches[task.name]):
-                    found = rows_of(task, batch, *answer(self.vlm, task, batch, self.replay, (task.name, number)))
+                    found = example_rows(
+                        task, batch, *answer(self.vlm, task, batch, self.prefix_cache, (task.name, number))
+                    )
                     for name, values in found.items():
                         rows.setdefault(name, []).extend(values)
         if self.weights is not None:
@@ -229,18 +235,18 @@ class _SharedWork:
             self.weights.trim()
         return rows
 
-    def _enter(self, begin: int, end: int) -> None:
+    def _load_shard(self, begin: int, end: int) -> None:
         """Load a shard's examples as tensors and drop those of the last shard: memory holds one shard at a time."""
         self.batches = {}
-        if self.replay:
-            self.replay.clear()
+        if self.prefix_cache:
+            self.prefix_cache.clear()
         for task in self.tasks:
-            some = replace(task, examples=tuple(shard(task, begin, end, self.ends[-1])))
-            self.batches[task.name] = list(batches(self.vlm, some, self.plain)) if some.examples else []
-        self.begun = begin
+            of_shard = replace(task, examples=tuple(shard(task, begin, end, self.ends[-1])))
+            self.batches[task.name] = list(batches(self.vlm, of_shard, self.plain)) if of_shard.examples else []
+        self.shard_begin = begin
 
 
-def identity(vlm: VLM, tasks: Sequence[Task], sources: Sequence[str], n: int, seed: int) -> dict[str, Any]:
+def identity(vlm: VLM, tasks: Sequence[Task], sources: Sequence[str], n: int, seed: int) -> dict[str, object]:
     """What must be equal for trials to be comparable: model, dtype, data and seed."""
     return {
         "model": vlm.name,

@@ -13,7 +13,7 @@ GROWTH = 4  # each shard ends at so many times the images of the one before
 MOST = 512  # images in a shard: bounds the memory of a sweep, however large the task is
 
 
-def cuts(tasks: Sequence[Task], growing: bool = True) -> list[int]:
+def shard_ends(tasks: Sequence[Task], growing: bool = True) -> list[int]:
     """Where the shards end, counted in images of the task that has the most.
 
     Growing shards give every plan a first score early and need few rounds; otherwise each shard is as large as memory
@@ -22,10 +22,10 @@ def cuts(tasks: Sequence[Task], growing: bool = True) -> list[int]:
     total = max(len({example.cluster for example in task.examples}) for task in tasks)
     if any(task.gallery for task in tasks):
         return [total]  # a rank needs all images at once
-    return ends_of(total, growing)
+    return shard_ends_of_total(total, growing)
 
 
-def ends_of(total: int, growing: bool = True) -> list[int]:
+def shard_ends_of_total(total: int, growing: bool = True) -> list[int]:
     """Where the shards of `total` images end."""
     ends: list[int] = []
     done, size = 0, min(max(total // 20, FEWEST), FIRST) if growing else MOST
@@ -48,6 +48,6 @@ def shard(task: Task, begin: int, end: int, total: int) -> list[Example]:
     names = sorted(clusters)
     random.Random(0).shuffle(names)
     # every task has a score after the first shard, even beside a task with a hundred times its images
-    few = min(FEWEST, len(names))
-    first, last = (max(round(place * len(names) / total), few) if place else 0 for place in (begin, end))
+    least = min(FEWEST, len(names))
+    first, last = (max(round(position * len(names) / total), least) if position else 0 for position in (begin, end))
     return [example for name in names[first:last] for example in clusters[name]]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from sensitivity.models.checkpoint import described, find, header
+from torch import nn
+from transformers import PreTrainedModel
+
+from sensitivity.models.checkpoint import header, json_object, model_folder
 from sensitivity.spec.errors import UserError, reason
 from sensitivity.spec.fields import FILE, FOLDER, MISSING, Misfit, check, not_a_file, shortened
 
@@ -19,7 +21,7 @@ class Adapter:
     """An adapter in a folder, and the model that it is merged into."""
 
     folder: Path
-    config: dict[str, Any]
+    config: dict[str, object]
     base: str
 
 
@@ -27,7 +29,7 @@ def resolve(name: str, config_only: bool = False) -> tuple[Path, Adapter | None]
     """The folder of a model name, and the adapter in it if there is one; NAME may be ADAPTER or ADAPTER@BASE."""
     alone, at, base = (name, "", "") if Path(name).expanduser().is_dir() else name.rpartition("@")
     alone = alone or name
-    folder = find(alone, config_only)
+    folder = model_folder(alone, config_only)
     config = adapter_config(folder, alone)
     if config is None:
         if at:
@@ -40,18 +42,18 @@ def resolve(name: str, config_only: bool = False) -> tuple[Path, Adapter | None]
     return folder, adapter
 
 
-def whole(name: str, config_only: bool = False) -> tuple[str, Path]:
+def full_model(name: str, config_only: bool = False) -> tuple[str, Path]:
     """The name and folder of a full model; for an adapter, those of its base model."""
     folder, adapter = resolve(name, config_only)
-    return (name, folder) if adapter is None else whole(adapter.base, config_only)
+    return (name, folder) if adapter is None else full_model(adapter.base, config_only)
 
 
-def adapter_config(folder: Path, name: str) -> dict[str, Any] | None:
+def adapter_config(folder: Path, name: str) -> dict[str, object] | None:
     """The configuration of the adapter in a folder; None if it holds a full model, or nothing."""
     file = folder / CONFIG
     if not_a_file(file) == MISSING or not_a_file(folder / "config.json") != MISSING:
         return None
-    config = described(file, name)
+    config = json_object(file, name)
     try:
         check(config, {}, {"base_model_name_or_path": FILE})
     except Misfit as error:
@@ -75,22 +77,22 @@ def _check_chain(adapter: Adapter, name: str) -> None:
         base = Path(base_of(config, base, str(base))).expanduser()
 
 
-def base_of(config: dict[str, Any], folder: Path, name: str) -> str:
+def base_of(config: dict[str, object], folder: Path, name: str) -> str:
     """The base model that an adapter names: a folder beside the adapter's, or any model's name."""
     base = config.get("base_model_name_or_path")
-    if not base:
+    if not base or not isinstance(base, str):
         raise UserError(f"{CONFIG} of {name} names no base model; type {name}@BASE, where BASE is its folder or name")
     if not_a_file(folder / base) == FOLDER:
         return str(folder / base)
     try:
-        find(base, config_only=True)
+        model_folder(base, config_only=True)
     except UserError as error:
         why = f"{name} is an adapter for {shortened(base)}, which cannot be had"
         raise UserError(f"{why} ({error}); type {name}@FOLDER, where FOLDER holds that model") from error
-    return str(base)
+    return base
 
 
-def merged(model: Any, adapter: Adapter, name: str) -> Any:
+def merge_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> nn.Module:
     """The model with the adapter merged into its weights; an error if a tensor matches no layer, or is missing."""
     folder = adapter.folder
     stored = header(folder / WEIGHTS)
@@ -110,15 +112,18 @@ def merged(model: Any, adapter: Adapter, name: str) -> Any:
             adapted = peft.PeftModel.from_pretrained(model, folder, local_files_only=True)
     except Exception as error:  # PEFT's own, torch's on shapes
         raise UserError(f"the adapter {name} does not fit its base model ({reason(error)})") from error
-    there = set(stored)
-    wanted = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    if astray := sorted(there ^ wanted):
-        how = "has tensors for no layer of" if astray[0] in there else "lacks tensors for"
-        raise UserError(f"the adapter {name} {how} its base model: {', '.join(astray[:4])}; is the base model right?")
+    stored_names = set(stored)
+    expected_names = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if mismatched := sorted(stored_names ^ expected_names):
+        how = "has tensors for no layer of" if mismatched[0] in stored_names else "lacks tensors for"
+        raise UserError(
+            f"the adapter {name} {how} its base model: {', '.join(mismatched[:4])}; is the base model right?"
+        )
     try:
-        return adapted.merge_and_unload(safe_merge=True)
+        whole_model: nn.Module = adapted.merge_and_unload(safe_merge=True)
     except Exception as error:  # NaN, most often
         raise UserError(f"the adapter {name} cannot be merged into its base model ({reason(error)})") from error
+    return whole_model
 
 
 def _check_rank(adapter: Adapter, largest: int, name: str) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,7 +42,7 @@ EMBEDDED = {  # name -> folder
 }
 HERE = Path(__file__).parent / "embedded"
 # Downloaded from a hub repository: no pickle, no code
-WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+FILES_TO_DOWNLOAD = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 CONFIGS = ["config.json", "adapter_config.json"]
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -58,18 +57,18 @@ CONFIG = {  # fields that are checked before transformers reads a config; null c
     "model_type": TEXT, "architectures": list_of(TEXT, 0), "quantization_config": OBJECT, "auto_map": OBJECT,
     "dtype": DTYPE, "torch_dtype": DTYPE,
 }  # fmt: skip
-BESIDE = (  # files that transformers reads beside the config; it ignores some of them if they are not JSON
+OTHER_JSON_FILES = (  # files that transformers reads beside the config; it ignores some of them if they are not JSON
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
-REPEATED = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?|experts?)$")  # fields of repetitions
+LAYER_COUNTS = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?|experts?)$")  # fields of repetitions
 MOST = 1000  # modules of a kind, at most: the deepest models have some hundreds; each takes a millisecond and memory
 WEIGHT_MAP = Kind("tensors and their files", lambda value: isinstance(value, dict) and all(map(_shard, value.values())))
-WHOLE = 100 * 2**20  # a file up to this size is hashed to the last byte
+HASHED_WHOLE = 100 * 2**20  # a file up to this size is hashed to the last byte
 PIECES, PIECE = 64, 2**16  # of a larger one, pieces of so many bytes are hashed beside its header
 
 
-def find(name: str, config_only: bool = False) -> Path:
+def model_folder(name: str, config_only: bool = False) -> Path:
     """The folder of a model: embedded, local, or downloaded from the hub."""
     kind, _, short = name.partition(":")
     if kind == "embedded":
@@ -91,7 +90,7 @@ def find(name: str, config_only: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=CONFIGS if config_only else WANTED))
+        return Path(snapshot_download(name, allow_patterns=CONFIGS if config_only else FILES_TO_DOWNLOAD))
     except (OSError, ValueError) as error:
         why = (
             f"'{shortened(name)}' is neither a folder here nor a model that could be had from the hub ({reason(error)})"
@@ -104,29 +103,29 @@ def _embedded() -> str:
     return " or ".join(f"embedded:{known}" for known in EMBEDDED)
 
 
-def read_config(folder: Path, name: str, quantized: bool = False) -> dict[str, Any]:
+def read_config(folder: Path, name: str, quantized: bool = False) -> dict[str, object]:
     """The contents of config.json; an error where transformers alone cannot build the model from it."""
     file = folder / "config.json"
     if not_a_file(file) == MISSING:
         raise UserError(
             f"{name} has no config.json; give a folder that has one, beside *.safetensors, or {_embedded()}"
         )
-    config = described(file, name)
+    config = json_object(file, name)
     try:
         check(config, {}, CONFIG)
         _check_counts(config)
     except Misfit as error:
         raise UserError(f"config.json of {name} does not fit: {error}; fetch it again") from error
-    if (how := config.get("quantization_config")) is not None and not quantized:
+    if isinstance(how := config.get("quantization_config"), dict) and not quantized:
         method = str(how.get("quant_method", "by an unnamed method"))[:SHOWN]
         raise UserError(f"{name} is already quantized ({method}); give the model it was made from")
-    for beside in BESIDE:
+    for beside in OTHER_JSON_FILES:
         if not_a_file(folder / beside) != MISSING:
-            described(folder / beside, name)
+            json_object(folder / beside, name)
     return config
 
 
-def described(file: Path, name: str) -> dict[str, Any]:
+def json_object(file: Path, name: str) -> dict[str, object]:
     """The JSON object in one of a model's files."""
     try:
         found = read(file)
@@ -137,25 +136,25 @@ def described(file: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _check_counts(config: Any, path: str = "") -> None:
+def _check_counts(config: object, path: str = "") -> None:
     """Raise an error for a repetition count so high that building the model, even without weights, would not end."""
     inside = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
     for key, value in inside:
         below = path if isinstance(key, int) else f"{path}.{key}" if path else str(key)
-        if isinstance(value, int) and value > MOST and REPEATED.search(below.rpartition(".")[2]):
+        if isinstance(value, int) and value > MOST and LAYER_COUNTS.search(below.rpartition(".")[2]):
             raise Misfit(f"{below} is {value}, and {MOST:,} is the most")
         _check_counts(value, below)
 
 
-def _shard(value: Any) -> bool:
+def _shard(value: object) -> bool:
     """Whether a value names a file in the same folder."""
-    return FILE_INSIDE.fits(value) and "/" not in value
+    return FILE_INSIDE.fits(value) and "/" not in str(value)
 
 
 def shards_of(index: Path, name: str) -> list[Path]:
     """The weight files that an index names; a missing one is an error."""
     try:
-        found = check(described(index, name), {"weight_map": WEIGHT_MAP})["weight_map"]
+        found = check(json_object(index, name), {"weight_map": WEIGHT_MAP})["weight_map"]
     except Misfit as error:
         raise UserError(f"{index.name} of {name} cannot be used: {error}; fetch it again") from error
     files = sorted({index.parent / shard for shard in found.values()})
@@ -236,7 +235,7 @@ def stored_bits(files: Sequence[Path]) -> int | None:
     return widths.most_common(1)[0][0] if widths else None
 
 
-def fingerprint(config: Mapping[str, Any], files: Sequence[Path], note: str | None = None) -> str:
+def fingerprint(config: Mapping[str, object], files: Sequence[Path], note: str | None = None) -> str:
     """A hash that identifies a model in any folder: its config, its weight files, and what was done to it."""
     # two fields change with the folder or the library, though the model is the same
     lasting = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
@@ -245,11 +244,11 @@ def fingerprint(config: Mapping[str, Any], files: Sequence[Path], note: str | No
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
         with file.open("rb") as stream:
-            if size <= WHOLE:
+            if size <= HASHED_WHOLE:
                 digest.update(stream.read())
                 continue
             # the first 8 bytes are the header's length; of a pickle, which has no header, they may be any number
-            digest.update(stream.read(8 + min(int.from_bytes(stream.read(8), "little"), WHOLE)))
+            digest.update(stream.read(8 + min(int.from_bytes(stream.read(8), "little"), HASHED_WHOLE)))
             for i in range(PIECES):
                 stream.seek(i * (size - PIECE) // (PIECES - 1), os.SEEK_SET)
                 digest.update(stream.read(PIECE))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from sensitivity.models.adapters import whole
+from sensitivity.models.adapters import full_model
 from sensitivity.models.checkpoint import read_config
 from sensitivity.models.loading import load
 from sensitivity.models.original_llava import is_original, processor_for
@@ -19,7 +19,7 @@ SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]  # of a hub repository: all bu
 def without_weights(name: str) -> VLM:
     """Load a model's config and processor, but no weights; for an adapter, those of its base model."""
     vlm = load(name, config_only=True)
-    name, folder = whole(name, config_only=True)  # an adapter brings no processor
+    name, folder = full_model(name, config_only=True)  # an adapter brings no processor
     if not (name.startswith("embedded:") or Path(name).expanduser().is_dir()):
         from huggingface_hub import snapshot_download
 

@@ -25,7 +25,11 @@ KINDS = {
     ),
 }
 # Reasons to keep a weight that --include overrides, and the words that do.
-ASKED = {"embedding": {EMBEDDING}, "output head": {HEAD}, "embedding, tied to the output head": {EMBEDDING, HEAD}}
+OVERRIDDEN_BY = {
+    "embedding": {EMBEDDING},
+    "output head": {HEAD},
+    "embedding, tied to the output head": {EMBEDDING, HEAD},
+}
 QUERY, KEY_VALUE = {"q_proj", "q", "query"}, {"k_proj", "k", "key", "v_proj", "v", "value"}
 GATED = {"gate_proj": "up_proj", "wi_0": "wi_1", "w1": "w3"}
 
@@ -46,96 +50,99 @@ def discover(
         if word not in WORDS:
             raise unknown("weight to include", word, WORDS)
     family = family_of(model) if family is None else family
-    places = Towers(model, family)
+    towers = Towers(model, family)
     aliases: dict[int, list[nn.Module]] = {}  # a tied parameter is sorted once, by all modules that hold it
     for path, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(model.get_submodule(path.rpartition(".")[0]))
-    heads = {id(model.get_submodule(path)) for path in places.heads}
+    heads = {id(model.get_submodule(path)) for path in towers.heads}
     # torch's MultiheadAttention keeps q, k and v in one bare parameter, and its layers never run as linear layers
     packed = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
 
     linears: list[str] = []
     kept: list[Kept] = []
-    asked: dict[str, nn.Parameter] = {}
+    included: dict[str, nn.Parameter] = {}
     parameters = dict(model.named_parameters())
     for path, parameter in parameters.items():
         owners = aliases[id(parameter)]
-        reason = _reason(path, owners, heads, packed, _routes(model, path.rpartition(".")[0]))
+        reason = _reason(path, owners, heads, packed, _is_router(model, path.rpartition(".")[0]))
         if reason is None:
             linears.append(path)
             continue
         head = any(id(owner) in heads for owner in owners)
-        within = {places.part(places.paths[id(owner)]) for owner in owners}
-        if not ASKED.get(reason, set()).isdisjoint(include) and (head or "language" in within):
-            asked[path] = parameter
+        within = {towers.part(towers.paths[id(owner)]) for owner in owners}
+        if not OVERRIDDEN_BY.get(reason, set()).isdisjoint(include) and (head or "language" in within):
+            included[path] = parameter
             continue
-        kept.append(Kept(path, parameter.numel(), reason, places.part(path) or ("language" if head else None)))
-    if lost := [path for path in linears if places.part(path) is None]:
-        raise places.refuse(path.rpartition(".")[0] for path in lost)
+        kept.append(Kept(path, parameter.numel(), reason, towers.part(path) or ("language" if head else None)))
+    if unplaced := [path for path in linears if towers.part(path) is None]:
+        raise towers.unplaced_error(path.rpartition(".")[0] for path in unplaced)
 
-    weights = _weights(model, family, places, linears, packed)
+    weights = _weights(model, family, towers, linears, packed)
     blocks = max((weight.blocks for weight in weights if weight.part == "language"), default=0)
-    weights += [_words(model, path, asked[path], aliases[id(asked[path])], heads, places, blocks) for path in asked]
+    weights += [
+        _embedding_or_head(model, path, included[path], aliases[id(included[path])], heads, towers, blocks)
+        for path in included
+    ]
     found = {word for weight in weights for word in ((weight.kind, EMBEDDING) if weight.tied else (weight.kind,))}
-    if lacking := [word for word in include if word not in found]:
-        raise UserError(f"{name or type(model).__name__} has no {lacking[0]} to include; leave it out")
+    if missing := [word for word in include if word not in found]:
+        raise UserError(f"{name or type(model).__name__} has no {missing[0]} to include; leave it out")
     check(weights, kept, {path: parameter.numel() for path, parameter in parameters.items()})
     parts = ComponentMap(name or type(model).__name__, "group.kind", tuple(weights), tuple(kept), native_bits)
     return parts.regroup(by)
 
 
-def _weights(model: nn.Module, family: Family, places: Towers, linears: list[str], packed: list[str]) -> list[Weight]:
+def _weights(model: nn.Module, family: Family, towers: Towers, linears: list[str], packed: list[str]) -> list[Weight]:
     """The linear layers as weights, each with its part, block, kind and shared input."""
     modules = [path.rpartition(".")[0] for path in linears]
     found: dict[str, list[str]] = {part: [] for part in PARTS}
     for path in _blocks(model, "", False, [*modules, *packed], family):
-        found[places.part(path) or "connector"].append(path)
-    home = {path: (part, i) for part, paths in found.items() for i, path in enumerate(paths)}
+        found[towers.part(path) or "connector"].append(path)
+    block_of = {path: (part, i) for part, paths in found.items() for i, path in enumerate(paths)}
     weights: list[Weight] = []
-    nameless: list[str] = []
+    unknown_kind: list[str] = []
     for path, module in zip(linears, modules, strict=True):
         linear = model.get_submodule(module)
-        part = places.part(module)
+        part = towers.part(module)
         assert part is not None
         assert isinstance(linear, nn.Linear)
         # blocks of another part do not count: a connector may lie inside a tower
-        block = next((b for b in _around(module) if b in home and home[b][0] == part), None)
+        block = next((b for b in _enclosing_paths(module) if b in block_of and block_of[b][0] == part), None)
         kind = _kind(module[len(block) + 1 :], family) if block else None
         if block and kind is None:
-            nameless.append(module)
+            unknown_kind.append(module)
         weights.append(
             Weight(
                 name=path,
                 rows=linear.weight.shape[0],
                 cols=linear.weight.shape[1],
                 part=part,
-                block=home[block][1] if block else None,
+                block=block_of[block][1] if block else None,
                 blocks=len(found[part]),
                 kind=kind,
                 bias=f"{module}.bias" if linear.bias is not None else None,
                 shares_input=_shares_input(model, module, family),
             )
         )
-    if nameless:
+    if unknown_kind:
         raise UserError(
-            f"cannot tell whether these layers are attention or feed-forward: {', '.join(nameless[:8])}; give a word "
-            "of their names a kind in FAMILIES (sensitivity/models/families.py)"
+            f"cannot tell whether these layers are attention or feed-forward: {', '.join(unknown_kind[:8])}; give a "
+            "word of their names a kind in FAMILIES (sensitivity/models/families.py)"
         )
     return weights
 
 
-def _words(
+def _embedding_or_head(
     model: nn.Module,
     path: str,
     parameter: nn.Parameter,
     owners: list[nn.Module],
     heads: set[int],
-    places: Towers,
+    towers: Towers,
     blocks: int,
 ) -> Weight:
     """The embedding or the output head as a weight of the language model; tied, they count as the head."""
     module = path.rpartition(".")[0]
-    reader = next((places.paths[id(owner)] for owner in owners if id(owner) in heads), None)
+    reader = next((towers.paths[id(owner)] for owner in owners if id(owner) in heads), None)
     return Weight(
         name=path,
         rows=parameter.shape[0],
@@ -149,7 +156,7 @@ def _words(
     )
 
 
-def _routes(model: nn.Module, path: str) -> bool:
+def _is_router(model: nn.Module, path: str) -> bool:
     """Whether a linear layer is the router of the experts beside it."""
     parent, _, leaf = path.rpartition(".")
     return leaf in ("gate", "router") and hasattr(model.get_submodule(parent), "experts")
@@ -196,7 +203,7 @@ def _bare(path: str, kind: str) -> str:
     return f"bare parameter of {kind}, not a linear layer"
 
 
-def _around(path: str) -> Iterator[str]:
+def _enclosing_paths(path: str) -> Iterator[str]:
     """A module path and the paths around it, innermost first."""
     while path:
         yield path

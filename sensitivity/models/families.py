@@ -51,7 +51,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 # Retrieval models, named in an error message
-SEARCHERS = "Salesforce/blip2-itm-vit-g-coco or embedded:scenes-blip2-itm"
+RETRIEVAL_MODELS = "Salesforce/blip2-itm-vit-g-coco or embedded:scenes-blip2-itm"
 
 
 def family_of(model: nn.Module) -> Family:

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 import transformers
 from torch import nn
+from transformers import LlavaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 from transformers.utils.import_utils import is_accelerate_available
 
-from sensitivity.models.adapters import WEIGHTS, Adapter, merged, resolve
+from sensitivity.models.adapters import WEIGHTS, Adapter, merge_adapter, resolve
 from sensitivity.models.checkpoint import fingerprint, header, read_config, stored_bits, weight_files
 from sensitivity.models.families import FAMILIES, family_of
-from sensitivity.models.match import check_tensors, few, refuse
+from sensitivity.models.match import check_none, check_tensors, first_names
 from sensitivity.models.original_llava import (
     converted,
     converted_config,
-    files_of,
     is_original,
-    labeled,
+    original_weight_files,
     processor_for,
+    with_geochat_label,
 )
 from sensitivity.models.outliers import NOTE, plant_outliers
 from sensitivity.models.processors import processor_of
@@ -35,10 +36,18 @@ from sensitivity.spec.errors import UserError, reason, unknown
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-STALE = re.compile(r"(position_ids|inv_freq|masked_bias)$")  # buffers in old checkpoints that no model reads
+UNUSED_BUFFERS = re.compile(r"(position_ids|inv_freq|masked_bias)$")  # buffers in old checkpoints that no model reads
+
+
+class LoadingInfo(TypedDict):
+    """What transformers reports of tensors that did not fit."""
+
+    missing_keys: set[str]
+    unexpected_keys: set[str]
+    mismatched_keys: set[tuple[str, object, object]]
 
 
 def load(
@@ -59,62 +68,66 @@ def load(
         >>> from sensitivity import load
         >>> vlm = load("embedded:scenes-llava")
     """
-    target, wanted = device_of(device), dtype_of(dtype)
+    torch_device, torch_dtype = device_of(device), dtype_of(dtype)
     folder, adapter = resolve(name, config_only)
     if adapter is not None:
         base = load(adapter.base, device=device, dtype=dtype, config_only=config_only)
-        return _adapted(base, adapter, name, config_only)
+        return _with_adapter(base, adapter, name, config_only)
     raw = read_config(folder, name, quantized)
     original = is_original(raw)
-    files = [] if config_only else files_of(folder, name) if original else weight_files(folder, name)
-    planted = name == "embedded:scenes-llava-heavy"
-    if wanted is None and name.startswith("embedded:") and device == "cpu":
-        wanted = torch.float32
+    files = [] if config_only else original_weight_files(folder, name) if original else weight_files(folder, name)
+    with_outliers = name == "embedded:scenes-llava-heavy"
+    if torch_dtype is None and name.startswith("embedded:") and device == "cpu":
+        torch_dtype = torch.float32
+    model: nn.Module
     with _quiet():
         config, architecture = _config(folder, name, raw)
         if config_only:
-            model, processor = _empty(architecture, config, name), None
+            model, processor = _meta_model(architecture, config, name), None
         elif original:
+            assert isinstance(config, LlavaConfig)
             tensors = {key: read() for key, (_, read) in converted(raw, config, files, name).items()}
             stored = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-            check_tensors(_empty(architecture, config, name), stored, name)
-            model = _filled(architecture, config, None, name, wanted, target, tensors)
+            check_tensors(_meta_model(architecture, config, name), stored, name)
+            model = _with_weights(architecture, config, None, name, torch_dtype, torch_device, tensors)
             processor = processor_for(folder, name, config)
         else:
             # checked on an empty model, so that a wrong checkpoint is refused before it fills memory
             if not quantized:
                 stored = {key: (one.dtype, one.shape) for file in files for key, one in header(file).items()}
-                check_tensors(_empty(architecture, config, name), stored, name)
+                check_tensors(_meta_model(architecture, config, name), stored, name)
             # outliers are planted in float32 and rounded afterwards, which changes the model's function least
-            model = _filled(architecture, config, folder, name, torch.float32 if planted else wanted, target)
+            model = _with_weights(
+                architecture, config, folder, name, torch.float32 if with_outliers else torch_dtype, torch_device
+            )
             processor = processor_of(folder, name, config)
     if quantized and not config_only:
         _unpack(model)
-    if planted and not config_only:
+    if with_outliers and not config_only:
         plant_outliers(model)
-        model = model.to(wanted or torch.float16)
+        model = model.to(torch_dtype or torch.float16)
     model = model.eval().requires_grad_(False)
     return VLM(
         name=name,
-        model=model if config_only or target is None else model.to(target),
+        model=model if config_only or torch_device is None else model.to(torch_device),
         processor=processor,
-        family=labeled(raw, family_of(model)) if original else family_of(model),
-        fingerprint=fingerprint(raw, files, NOTE if planted else None),
+        family=with_geochat_label(raw, family_of(model)) if original else family_of(model),
+        fingerprint=fingerprint(raw, files, NOTE if with_outliers else None),
         native_bits=stored_bits(files) or _config_bits(config),
-        note=NOTE if planted else _dead_blocks(config),
+        note=NOTE if with_outliers else _dead_blocks(config),
     )
 
 
-def _adapted(base: VLM, adapter: Adapter, name: str, config_only: bool) -> VLM:
+def _with_adapter(base: VLM, adapter: Adapter, name: str, config_only: bool) -> VLM:
     """The base model with an adapter merged in, under a fingerprint of both."""
     if not config_only:
         with _quiet():
-            base.model = merged(base.model, adapter, name).eval().requires_grad_(False)
+            base.model = merge_adapter(base.model, adapter, name).eval().requires_grad_(False)
     mark = fingerprint(adapter.config, [] if config_only else [adapter.folder / WEIGHTS], base.fingerprint)
     return replace(base, name=name, fingerprint=mark)
 
 
-def _config(folder: Path, name: str, raw: Mapping[str, Any]) -> tuple[Any, Any]:
+def _config(folder: Path, name: str, raw: Mapping[str, object]) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """The config, and the model class that it names in transformers; else one that reads images and text."""
     if is_original(raw):
         return converted_config(raw, name), transformers.LlavaForConditionalGeneration
@@ -135,39 +148,44 @@ def _config(folder: Path, name: str, raw: Mapping[str, Any]) -> tuple[Any, Any]:
     except Exception as error:  # each family checks its own config, with its own types of error
         why = f"config.json of {name} does not fit its model_type ({reason(error)}); fetch it again"
         raise UserError(why) from error
-    named = getattr(transformers, (raw.get("architectures") or [""])[0], None)
-    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+    architectures = raw.get("architectures")
+    first = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    named = getattr(transformers, first, None)
+    if isinstance(named, type) and issubclass(named, PreTrainedModel):
         return config, named
     for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING):
         if type(config) in mapping:
             found = mapping[type(config)]
-            return config, found[0] if isinstance(found, tuple | list) else found
+            if (first_class := found[0] if isinstance(found, tuple | list) else found) is not None:
+                return config, first_class
     raise UserError(f"transformers {transformers.__version__} has no model class for {raw['model_type']!r} of {name}")
 
 
-def _empty(architecture: Any, config: Any, name: str) -> nn.Module:
+def _meta_model(architecture: type[PreTrainedModel], config: PreTrainedConfig, name: str) -> PreTrainedModel:
     """The model on the meta device, which takes no memory for weights."""
     try:
         with torch.device("meta"):
-            return architecture(config)  # type: ignore[no-any-return]
+            return architecture(config)
     except Exception as error:
         why = f"{architecture.__name__} cannot be built from the config of {name} ({reason(error)})"
         raise UserError(why) from error
 
 
-def _filled(
-    architecture: Any,
-    config: Any,
+def _with_weights(
+    architecture: type[PreTrainedModel],
+    config: PreTrainedConfig,
     folder: Path | None,
     name: str,
     dtype: torch.dtype | None,
-    target: torch.device | None,
+    torch_device: torch.device | None,
     tensors: dict[str, torch.Tensor] | None = None,
 ) -> nn.Module:
     """The model with the folder's weights, or the given ones: all of them, no others, and all finite."""
-    spread = {"device_map": "auto"} if target is None else {}
+    device_map = {"device_map": "auto"} if torch_device is None else {}
+    # its type hint leaves out that `output_loading_info` adds a second result
+    build = cast(Callable[..., tuple[nn.Module, LoadingInfo]], architecture.from_pretrained)
     try:
-        model, loading = architecture.from_pretrained(
+        model, loading = build(
             folder,
             state_dict=tensors,
             config=config,
@@ -177,19 +195,19 @@ def _filled(
             local_files_only=True,
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
-            **spread,
+            **device_map,
         )
     except Exception as error:
         raise UserError(f"{name} cannot be loaded as {architecture.__name__} ({reason(error)})") from error
-    refuse(model, name, "lacks", loading["missing_keys"])
-    refuse(model, name, "unknown", [key for key in loading["unexpected_keys"] if not STALE.search(key)])
-    refuse(model, name, "shape", [key for key, *_ in loading["mismatched_keys"]])
+    check_none(model, name, "lacks", loading["missing_keys"])
+    check_none(model, name, "unknown", [key for key in loading["unexpected_keys"] if not UNUSED_BUFFERS.search(key)])
+    check_none(model, name, "shape", [key for key, *_ in loading["mismatched_keys"]])
     if wrong := [key for key, weight in model.named_parameters() if not weight.isfinite().all()]:
-        raise UserError(f"{name} has NaN or infinite weights in {few(wrong)}; fetch the checkpoint again")
-    return model  # type: ignore[no-any-return]
+        raise UserError(f"{name} has NaN or infinite weights in {first_names(wrong)}; fetch the checkpoint again")
+    return model
 
 
-def _unpack(model: Any) -> None:
+def _unpack(model: nn.Module) -> None:
     """Unpack compressed-tensors weights now.
 
     The library does so on the first forward pass of the whole model, and some families generate without one.
@@ -199,7 +217,7 @@ def _unpack(model: Any) -> None:
         compressor.decompress_model(model)
 
 
-def _dead_blocks(config: Any) -> str | None:
+def _dead_blocks(config: PreTrainedConfig) -> str | None:
     """A note if the last vision blocks have no effect, as in LLaVA, which by default reads features before the last."""
     layer = getattr(config, "vision_feature_layer", None)
     if not isinstance(layer, int) or layer >= -1:
@@ -207,7 +225,7 @@ def _dead_blocks(config: Any) -> str | None:
     return f"without effect: the last {-layer - 1} of the vision blocks, since vision_feature_layer is {layer}"
 
 
-def _config_bits(config: Any) -> int:
+def _config_bits(config: PreTrainedConfig) -> int:
     """Bits of the config's dtype, for a model without weight files."""
     dtype = getattr(config, "dtype", None)
     return torch.finfo(dtype).bits if isinstance(dtype, torch.dtype) else 16
@@ -221,26 +239,26 @@ def device_of(device: str) -> torch.device | None:
             raise UserError("device 'auto' spreads a model over devices with accelerate; type `pip install accelerate`")
         return None
     try:
-        target = torch.device(device)
+        torch_device = torch.device(device)
     except RuntimeError:  # torch's message lists many devices that are not usable here
         raise UserError(f"unknown device '{device}'; {usable}") from None
     try:
-        torch.empty(0, device=target)
+        torch.empty(0, device=torch_device)
     except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
         raise UserError(f"device '{device}' cannot be used ({reason(error)}); {usable}") from error
-    if target.type == "meta" or (target.type == "cpu" and target.index):
-        why = "it computes nothing" if target.type == "meta" else "a machine has one cpu, and it has no number"
+    if torch_device.type == "meta" or (torch_device.type == "cpu" and torch_device.index):
+        why = "it computes nothing" if torch_device.type == "meta" else "a machine has one cpu, and it has no number"
         raise UserError(f"device '{device}' cannot be used ({why}); {usable}")
-    return target
+    return torch_device
 
 
 def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """The torch dtype of a name, which may be short (bf16)."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    dtype = SHORT.get(dtype, dtype)
+    dtype = DTYPE_ALIASES.get(dtype, dtype)
     if dtype not in DTYPES:
-        raise unknown("dtype", dtype, (*DTYPES, *SHORT))
+        raise unknown("dtype", dtype, (*DTYPES, *DTYPE_ALIASES))
     return getattr(torch, dtype)  # type: ignore[no-any-return]
 
 

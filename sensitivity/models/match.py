@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sensitivity.spec.components import natural_order
 from sensitivity.spec.errors import UserError
 
 Shape = tuple[int, ...]
 # Numbers in all buffers, at most; no file holds those, so a wrong config alone decides; models have thousands
-ROOM = 2**30
-HOW = {
+BUFFER_NUMBERS = 2**30
+VERBS = {
     "lacks": "lacks",
     "unknown": "has unknown",
     "shape": "has, of another shape than its config says,",
@@ -48,28 +48,30 @@ def check_tensors(skeleton: nn.Module, stored: Mapping[str, tuple[torch.dtype, S
             f"{name} stores {key} and {len(rounded) - 1} more weights as {dtype_name}, and its config.json has no "
             "quantization_config that says what they mean; give the model at full precision, in 16 or 32 bits"
         )
-    refuse(skeleton, name, "shape", misshapen)
-    spare = [re.compile(one) for one in getattr(skeleton, "_keys_to_ignore_on_load_missing", None) or ()]
+    check_none(skeleton, name, "shape", misshapen)
+    may_be_missing = [re.compile(one) for one in getattr(skeleton, "_keys_to_ignore_on_load_missing", None) or ()]
     lacking = [path for path, parameter in skeleton.named_parameters() if id(parameter) not in found]
-    refuse(skeleton, name, "lacks", [path for path in lacking if not any(one.search(path) for one in spare)])
-    if (room := sum(buffer.numel() for buffer in skeleton.buffers())) > ROOM:
+    check_none(
+        skeleton, name, "lacks", [path for path in lacking if not any(one.search(path) for one in may_be_missing)]
+    )
+    if (room := sum(buffer.numel() for buffer in skeleton.buffers())) > BUFFER_NUMBERS:
         raise UserError(
-            f"config.json of {name} asks for tables of {room:,} numbers beside the weights, and at most {ROOM:,} are "
-            "believed; mend its sizes (image_size, max_position_embeddings, rope_parameters)"
+            f"config.json of {name} asks for tables of {room:,} numbers beside the weights, and at most "
+            f"{BUFFER_NUMBERS:,} are believed; mend its sizes (image_size, max_position_embeddings, rope_parameters)"
         )
 
 
-def refuse(model: nn.Module, name: str, how: str, keys: Iterable[str]) -> None:
+def check_none(model: nn.Module, name: str, how: str, keys: Iterable[str]) -> None:
     """Raise an error that names the missing, unknown or misshapen tensors, if there are any."""
     if ordered := sorted(keys, key=natural_order):
-        some = few(ordered)
+        some = first_names(ordered)
         raise UserError(
-            f"the checkpoint of {name} {HOW[how]} tensors for {type(model).__name__}: {some}; "
+            f"the checkpoint of {name} {VERBS[how]} tensors for {type(model).__name__}: {some}; "
             "fetch it again, or mend its config.json"
         )
 
 
-def few(ordered: list[str]) -> str:
+def first_names(ordered: list[str]) -> str:
     """The first eight names, and how many more there are."""
     return ", ".join(ordered[:8]) + (f" and {len(ordered) - 8} more" if len(ordered) > 8 else "")
 
@@ -79,10 +81,11 @@ def renaming(skeleton: nn.Module) -> Callable[[str], tuple[str, bool]]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    mapping: Any = get_model_conversion_mapping(skeleton)  # type: ignore[arg-type]
+    assert isinstance(skeleton, PreTrainedModel)
+    mapping = get_model_conversion_mapping(skeleton)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    there: dict[str, Any] = skeleton.state_dict()
+    there: dict[str, Tensor] = skeleton.state_dict()
 
     def rename(key: str) -> tuple[str, bool]:
         prefix = getattr(skeleton, "base_model_prefix", None)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import isqrt
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,21 +14,22 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor, ProcessorMixin
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from sensitivity.models.checkpoint import described, find, header, shards_of, weight_files
+from sensitivity.models.checkpoint import header, json_object, model_folder, shards_of, weight_files
 from sensitivity.models.families import Family
 from sensitivity.spec.errors import UserError, reason
 from sensitivity.spec.fields import FILE, MISSING, OBJECT, Kind, Misfit, check, not_a_file
 
-SIDES = {"geochat": 504}  # pixels of the input; other models keep the size of their tower
+IMAGE_SIZES = {"geochat": 504}  # pixels of the input; other models keep the size of their tower
 TOWERS = {  # towers whose config need not be fetched; their weights may be in the checkpoint
     "openai/clip-vit-large-patch14-336": {
         "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
         "image_size": 336, "patch_size": 14, "projection_dim": 768,
     },
 }  # fmt: skip
+Config = Mapping[str, Any]  # fields of a config.json; transformers checks the type of each
 VOCABULARY = Kind("a number of words from 1 to 10,000,000", lambda value: type(value) is int and 1 <= value <= 10**7)
 # Keys of the original layout and their names in transformers; the first pattern that matches is applied.
 RENAMED = (
@@ -37,7 +39,7 @@ RENAMED = (
     (r"^model\.(?=(embed_tokens|layers|norm)\.)", "model.language_model."),
 )
 TOWER, POSITIONS = "model.vision_tower.", "model.vision_tower.embeddings.position_embedding.weight"
-WORDS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+VOCABULARY_WEIGHTS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 SYSTEM = (  # of the conversation named llava_v1, which GeoChat uses, too
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
@@ -49,17 +51,17 @@ TEMPLATE = (
 )
 
 
-def is_original(raw: Mapping[str, Any]) -> bool:
+def is_original(raw: Config) -> bool:
     """Whether config.json was written by LLaVA's own code: a language model's config with fields about images."""
     return "mm_vision_tower" in raw and "vision_config" not in raw
 
 
-def labeled(raw: Mapping[str, Any], family: Family) -> Family:
+def with_geochat_label(raw: Config, family: Family) -> Family:
     """The family, under GeoChat's name if the checkpoint is GeoChat's."""
     return replace(family, label="GeoChat") if raw.get("model_type") == "geochat" else family
 
 
-def converted_config(raw: Mapping[str, Any], name: str) -> LlavaConfig:
+def converted_config(raw: Config, name: str) -> LlavaConfig:
     """The config in transformers' terms, with one more token: the placeholder for image features."""
     if raw.get("mm_projector_type") != "mlp2x_gelu":
         raise UserError(
@@ -77,37 +79,42 @@ def converted_config(raw: Mapping[str, Any], name: str) -> LlavaConfig:
         ) from error
 
 
-def _converted_config(raw: Mapping[str, Any], name: str) -> LlavaConfig:
+def _converted_config(raw: Config, name: str) -> LlavaConfig:
     """The conversion itself, whose errors `converted_config` explains."""
     known = set(LlamaConfig().to_dict()) - {"architectures", "model_type", "dtype", "transformers_version"}
     # fields of LLaVA's own code are dropped here and read below
-    words = int(raw["vocab_size"])
-    text = {key: value for key, value in raw.items() if key in known and value is not None} | {"vocab_size": words + 1}
+    vocabulary_size = int(raw["vocab_size"])
+    text = {key: value for key, value in raw.items() if key in known and value is not None} | {
+        "vocab_size": vocabulary_size + 1
+    }
     # transformers keeps all RoPE settings in one field, the original layout in two
     scaling = raw.get("rope_scaling") or {}
-    turning = {"rope_type": scaling.get("type", "default"), "rope_theta": raw.get("rope_theta", 10000.0)}
-    text["rope_parameters"] = {**turning, **{key: value for key, value in scaling.items() if key != "type"}}
+    rope = {"rope_type": scaling.get("type", "default"), "rope_theta": raw.get("rope_theta", 10000.0)}
+    text["rope_parameters"] = {**rope, **{key: value for key, value in scaling.items() if key != "type"}}
     tower = dict(_tower(str(raw["mm_vision_tower"]), name))
-    tower["image_size"] = SIDES.get(str(raw.get("model_type")), tower["image_size"])
-    return LlavaConfig(
+    tower["image_size"] = IMAGE_SIZES.get(str(raw.get("model_type")), tower["image_size"])
+    build: Callable[..., LlavaConfig] = LlavaConfig  # token ids are fields of every config, without a type hint
+    return build(
         vision_config=CLIPVisionConfig(**tower),
         text_config=LlamaConfig(**text),
-        image_token_index=words,
+        image_token_index=vocabulary_size,
         image_seq_length=(tower["image_size"] // tower["patch_size"]) ** 2,
         vision_feature_layer=raw.get("mm_vision_select_layer", -2),
         vision_feature_select_strategy="full" if raw.get("mm_vision_select_feature") == "cls_patch" else "default",
         tie_word_embeddings=False,
         dtype=raw.get("torch_dtype") or raw.get("dtype"),
-        **{key: cast(Any, raw.get(key)) for key in ("pad_token_id", "bos_token_id", "eos_token_id")},
+        pad_token_id=raw.get("pad_token_id"),
+        bos_token_id=raw.get("bos_token_id"),
+        eos_token_id=raw.get("eos_token_id"),
     )
 
 
-def _tower(tower: str, name: str) -> Mapping[str, Any]:
+def _tower(tower: str, name: str) -> Config:
     """The config of a vision tower: a known one, or that of the tower's own folder or hub repository."""
     if tower in TOWERS:
         return TOWERS[tower]
     try:
-        config = described(find(tower, config_only=True) / "config.json", tower)
+        config = json_object(model_folder(tower, config_only=True) / "config.json", tower)
         inside = check(config, {}, {"vision_config": OBJECT}).get("vision_config") or config
     except (UserError, Misfit) as error:
         why = f"{name} names the vision tower {tower} (mm_vision_tower), whose config.json cannot be had"
@@ -116,7 +123,7 @@ def _tower(tower: str, name: str) -> Mapping[str, Any]:
     return {key: value for key, value in inside.items() if key in known}
 
 
-def files_of(folder: Path, name: str) -> list[Path]:
+def original_weight_files(folder: Path, name: str) -> list[Path]:
     """The weight files: safetensors, or pickles as they are published, which are read without running their code."""
     index, whole = folder / "pytorch_model.bin.index.json", folder / "pytorch_model.bin"
     if any(folder.glob("*.safetensors")):
@@ -133,22 +140,23 @@ Read = Callable[[], Tensor]
 
 
 def converted(
-    raw: Mapping[str, Any], config: LlavaConfig, files: Sequence[Path], name: str
+    raw: Config, config: LlavaConfig, files: Sequence[Path], name: str
 ) -> dict[str, tuple[torch.dtype, Read]]:
     """All tensors by transformers' names: their dtype, and a function that reads and converts each.
 
     A tensor without a counterpart keeps its name, and loading reports it.
     """
-    found = {_renamed(key): one for file in files for key, one in _stored(file, name).items()}
+    found = {_renamed(key): one for file in files for key, one in _tensors_of(file, name).items()}
     if not any(key.startswith(TOWER) for key in found):  # the tower was frozen in training, and not saved again
         tower = str(raw["mm_vision_tower"])
-        for file in weight_files(find(tower), tower):
-            theirs = {key: one for key, one in _stored(file, tower).items() if key.startswith("vision_model.")}
+        for file in weight_files(model_folder(tower), tower):
+            theirs = {key: one for key, one in _tensors_of(file, tower).items() if key.startswith("vision_model.")}
             found |= {TOWER + key.removeprefix("vision_model."): one for key, one in theirs.items()}
-    vision: Any = config.vision_config
-    changed = {POSITIONS: partial(interpolated, side=vision.image_size // vision.patch_size)}
-    changed |= dict.fromkeys(WORDS, partial(_with_image_word, words=config.image_token_index))
-    for key, change in changed.items():
+    conversions = {POSITIONS: partial(interpolated, side=isqrt(config.image_seq_length))}
+    conversions |= dict.fromkeys(
+        VOCABULARY_WEIGHTS, partial(_with_image_token_row, vocabulary_size=config.image_token_index)
+    )
+    for key, change in conversions.items():
         if key in found:
             dtype, read = found[key]
             found[key] = dtype, partial(_changed, change, read)
@@ -160,24 +168,24 @@ def _changed(change: Callable[[Tensor], Tensor], read: Read) -> Tensor:
     return change(read())
 
 
-def _with_image_word(rows: Tensor, words: int | None) -> Tensor:
+def _with_image_token_row(rows: Tensor, vocabulary_size: int | None) -> Tensor:
     """Add a row for the placeholder token: a copy of row 0, the unknown token, which is as unlikely to be generated."""
-    return torch.cat([rows, rows[:1]]) if len(rows) == words else rows
+    return torch.cat([rows, rows[:1]]) if len(rows) == vocabulary_size else rows
 
 
 def _renamed(key: str) -> str:
     """A tensor's name in transformers."""
     for pattern, new in RENAMED:
-        key, changed = re.subn(pattern, new, key)
-        if changed:
+        key, conversions = re.subn(pattern, new, key)
+        if conversions:
             break
     return key
 
 
-def _stored(file: Path, name: str) -> dict[str, tuple[torch.dtype, Read]]:
+def _tensors_of(file: Path, name: str) -> dict[str, tuple[torch.dtype, Read]]:
     """The dtype of each tensor in a file, and a function that reads it; none is read yet."""
     if file.suffix == ".safetensors":
-        return {key: (entry.dtype, partial(_from, file, key)) for key, entry in header(file).items()}
+        return {key: (entry.dtype, partial(_read_tensor, file, key)) for key, entry in header(file).items()}
     try:
         if trouble := not_a_file(file):
             raise Misfit(trouble)
@@ -190,7 +198,7 @@ def _stored(file: Path, name: str) -> dict[str, tuple[torch.dtype, Read]]:
     return {key: (tensor.dtype, tensor.detach) for key, tensor in tensors.items()}  # memory-mapped
 
 
-def _from(file: Path, key: str) -> Tensor:
+def _read_tensor(file: Path, key: str) -> Tensor:
     """Read one tensor from a safetensors file."""
     with safe_open(file, framework="pt") as opened:
         tensor: Tensor = opened.get_tensor(key)
@@ -207,7 +215,7 @@ def interpolated(positions: Tensor, side: int) -> Tensor:
     return torch.cat([positions[:1], larger.flatten(2)[0].T.to(positions.dtype)])
 
 
-def processor_for(folder: Path, name: str, config: LlavaConfig) -> Any:
+def processor_for(folder: Path, name: str, config: LlavaConfig) -> ProcessorMixin | None:
     """LLaVA's processor for the image size of the tower, with the checkpoint's own tokenizer."""
     if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
         return None
@@ -224,8 +232,10 @@ def processor_for(folder: Path, name: str, config: LlavaConfig) -> Any:
             f"the tokenizer of {name} has {len(tokenizer) - 1} words and its config.json {config.image_token_index} "
             "(vocab_size); fetch both again"
         )
-    vision: Any = config.vision_config
-    side, build = vision.image_size, cast(Any, LlavaProcessor)
+    vision, build = config.vision_config, cast(Callable[..., ProcessorMixin], LlavaProcessor)
+    assert isinstance(vision, CLIPVisionConfig)
+    side = vision.image_size
+    assert isinstance(side, int)
     return build(
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
         tokenizer=tokenizer,

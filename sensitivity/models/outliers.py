@@ -10,13 +10,17 @@ from torch import Tensor, nn
 from sensitivity.spec.errors import UserError
 
 NOTE = "synthetic outliers, same function"
-SPREAD, LOUD, LOUDER = 0.4, 2, 6.0  # sigma of log-normal factors; LOUD channels get LOUDER times more
+SIGMA, OUTLIER_CHANNELS, OUTLIER_FACTOR = (
+    0.4,
+    2,
+    6.0,
+)  # sigma of log-normal factors; LOUD channels get LOUDER times more
 
 
 @torch.no_grad()
 def plant_outliers(model: nn.Module, seed: int = 0) -> None:
     """Rescale weights in place: a channel's factor in one weight is undone in its partner. The projector stays."""
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     blocks: list[Any] = [
         module for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")
     ]
@@ -26,26 +30,26 @@ def plant_outliers(model: nn.Module, seed: int = 0) -> None:
         attention, mlp = block.self_attn, block.mlp
         gated = hasattr(mlp, "up_proj")
         norms = ("input_layernorm", "post_attention_layernorm") if gated else ("layer_norm1", "layer_norm2")
-        _norm_to_columns(getattr(block, norms[0]), [attention.q_proj, attention.k_proj, attention.v_proj], draw)
-        _norm_to_columns(getattr(block, norms[1]), [mlp.gate_proj, mlp.up_proj] if gated else [mlp.fc1], draw)
+        _norm_to_columns(getattr(block, norms[0]), [attention.q_proj, attention.k_proj, attention.v_proj], generator)
+        _norm_to_columns(getattr(block, norms[1]), [mlp.gate_proj, mlp.up_proj] if gated else [mlp.fc1], generator)
         reader = attention.o_proj if gated else attention.out_proj
-        _rows_to_columns(attention.v_proj, reader, draw, attention.head_dim)
+        _rows_to_columns(attention.v_proj, reader, generator, attention.head_dim)
         if gated:  # up is multiplied with the gate, so scales pass on; through quick_gelu after fc1 none would
-            _rows_to_columns(mlp.up_proj, mlp.down_proj, draw)
+            _rows_to_columns(mlp.up_proj, mlp.down_proj, generator)
 
 
-def _norm_to_columns(norm: nn.Module, readers: list[nn.Linear], draw: torch.Generator) -> None:
+def _norm_to_columns(norm: nn.Module, readers: list[nn.Linear], generator: torch.Generator) -> None:
     """Divide a norm's output channels, and multiply the columns of the linear layers that read them."""
-    factor = _factors(readers[0].in_features, draw)
+    factor = _factors(readers[0].in_features, generator)
     for parameter in norm.parameters():  # the gain, and the bias of a LayerNorm
         _scale(parameter, 1 / factor)
     for linear in readers:
         _scale(linear.weight, factor)
 
 
-def _rows_to_columns(writer: nn.Linear, reader: nn.Linear, draw: torch.Generator, head: int = 1) -> None:
+def _rows_to_columns(writer: nn.Linear, reader: nn.Linear, generator: torch.Generator, head: int = 1) -> None:
     """Multiply the rows of one linear layer, and divide the columns of the one that reads them."""
-    factor = _factors(writer.out_features, draw)
+    factor = _factors(writer.out_features, generator)
     _scale(writer.weight, factor[:, None])
     if writer.bias is not None:
         _scale(writer.bias, factor)
@@ -58,8 +62,8 @@ def _scale(parameter: Tensor, factor: Tensor) -> None:
     parameter.copy_(parameter * factor.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32)))
 
 
-def _factors(n: int, draw: torch.Generator) -> Tensor:
+def _factors(n: int, generator: torch.Generator) -> Tensor:
     """Log-normal factors, a few of which are much larger."""
-    factor = torch.exp(SPREAD * torch.randn(n, generator=draw))
-    factor[torch.randperm(n, generator=draw)[:LOUD]] *= LOUDER
+    factor = torch.exp(SIGMA * torch.randn(n, generator=generator))
+    factor[torch.randperm(n, generator=generator)[:OUTLIER_CHANNELS]] *= OUTLIER_FACTOR
     return factor

@@ -24,64 +24,69 @@ class Towers:
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.model = model
         self.paths = {id(module): path for path, module in model.named_modules()}
-        self.found: dict[str, str] = {}  # module path -> part
+        self.part_of_module: dict[str, str] = {}  # module path -> part
         # a family's facts come first: they are written down where getters are missing or wrong
-        vision = self._words(family.vision) or self._got("get_encoder", modality="image")
-        language = self._words(family.language) or self._got("get_decoder")
+        vision = self._named_modules(family.vision) or self._from_getter("get_encoder", modality="image")
+        language = self._named_modules(family.language) or self._from_getter("get_decoder")
         for part, paths, others in (("vision", vision, language), ("language", language, vision)):
             # a getter that returns a module around the other part has found nothing of its own
             mine = [path for path in paths if not any(inside(other, path) for other in others)]
             if not mine:
-                raise UserError(self._no(part))
-            self.found.update(dict.fromkeys(mine, part))
-        self.found.update(dict.fromkeys(self._words(family.connector), "connector"))
-        self.heads = {*self._words(family.heads), *self._got("get_output_embeddings"), *self._words(("lm_head",))}
+                raise UserError(self._not_found(part))
+            self.part_of_module.update(dict.fromkeys(mine, part))
+        self.part_of_module.update(dict.fromkeys(self._named_modules(family.connector), "connector"))
+        self.heads = {
+            *self._named_modules(family.heads),
+            *self._from_getter("get_output_embeddings"),
+            *self._named_modules(("lm_head",)),
+        }
 
     def part(self, path: str) -> str | None:
         """The part of a path: that of the longest known path around it; None if nothing tells."""
-        around = [known for known in self.found if inside(path, known)]
-        if around:
-            return self.found[max(around, key=len)]
+        containing = [known for known in self.part_of_module if inside(path, known)]
+        if containing:
+            return self.part_of_module[max(containing, key=len)]
         return "connector" if CONNECTOR.search(path.lower()) else None
 
-    def refuse(self, paths: Iterable[str]) -> UserError:
+    def unplaced_error(self, paths: Iterable[str]) -> UserError:
         """The error for linear layers in no part; it names the largest modules around them that hold no known part."""
-        names = sorted({self._top(path) for path in paths}, key=natural_order)
+        names = sorted({self._outermost(path) for path in paths}, key=natural_order)
         return UserError(
             f"cannot place these modules of {type(self.model).__name__}: {', '.join(names)}; each must belong to "
             "vision, connector or language, so name them in FAMILIES (sensitivity/models/families.py)"
         )
 
-    def _top(self, path: str) -> str:
+    def _outermost(self, path: str) -> str:
         """The outermost module around a path that holds no module of a known part."""
-        words = path.split(".")
-        tops = (".".join(words[: i + 1]) for i in range(len(words)))
-        return next(top for top in tops if not any(inside(known, top) for known in self.found))
+        names = path.split(".")
+        outer_paths = (".".join(names[: i + 1]) for i in range(len(names)))
+        return next(top for top in outer_paths if not any(inside(known, top) for known in self.part_of_module))
 
-    def _got(self, getter: str, **how: str) -> list[str]:
+    def _from_getter(self, getter: str, **how: str) -> list[str]:
         """The path of the module that a getter returns; none if that is nothing, or the model itself as a fallback."""
         found = getattr(self.model, getter, lambda **_: None)(**how)
         path = self.paths.get(id(found), "")
         return [path] if path else []
 
-    def _words(self, words: Iterable[str]) -> list[str]:
+    def _named_modules(self, names: Iterable[str]) -> list[str]:
         """The modules that a family's words name, nearest to the root, so that wrappers do not matter."""
         result = []
-        for word in words:
+        for word in names:
             fits = [path for path in self.paths.values() if f".{path}".endswith(f".{word}")]
             depth = min((path.count(".") for path in fits), default=0)
             result += [path for path in fits if path.count(".") == depth]
         return result
 
-    def _no(self, part: str) -> str:
+    def _not_found(self, part: str) -> str:
         """The error text for a part that was not found."""
-        tops = [name for name, child in self.model.named_children() if any(True for _ in child.parameters())]
+        children = [name for name, child in self.model.named_children() if any(True for _ in child.parameters())]
         return (
-            f"found no {part} part in {type(self.model).__name__}, which holds {', '.join(tops)}; a vision-language "
-            f"model is needed: if it is one, name its {part} modules in FAMILIES (sensitivity/models/families.py)"
+            f"found no {part} part in {type(self.model).__name__}, which holds {', '.join(children)}; "
+            f"a vision-language model is needed: if it is one, name its {part} modules in FAMILIES "
+            "(sensitivity/models/families.py)"
         )
 
 
-def inside(path: str, around: str) -> bool:
-    """Whether a path is `around`, or below it."""
-    return path == around or path.startswith(around + ".")
+def inside(path: str, containing: str) -> bool:
+    """Whether a path is `containing`, or below it."""
+    return path == containing or path.startswith(containing + ".")

@@ -41,12 +41,12 @@ class VLM:
     @cached_property
     def vision(self) -> nn.Module:
         """The module that turns pixels into features."""
-        found = Towers(self.model, self.family).found
+        found = Towers(self.model, self.family).part_of_module
         module: nn.Module = self.model.get_submodule(next(path for path, part in found.items() if part == "vision"))
         return module
 
     @property
-    def speaker(self) -> Any:
+    def text_generator(self) -> Any:
         """The module that generates text: the model, or a language model in it with its own output head (BLIP-2)."""
         inner = getattr(self.model, "language_model", None)
         return inner if isinstance(inner, transformers.PreTrainedModel) and inner.can_generate() else self.model

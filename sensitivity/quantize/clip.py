@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sensitivity.quantize.error_cost import ErrorCost
-from sensitivity.quantize.grid import QuantizedWeight, affine, columns, encode, ranges
+from sensitivity.quantize.grid import QuantizedWeight, columns, encode, ranges, scale_and_zero
 from sensitivity.quantize.linears import Linears
 from sensitivity.spec.plan import Scheme
 
@@ -20,11 +20,11 @@ PIECE, ROWS = 1 << 20, 64  # numbers that are rounded at once, so that they fit 
 def clip(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
     """Search the best clipping range of each group, then round to nearest within it."""
     rows = linears.rows
-    cost = ErrorCost.of(linears.seen.gram, columns(schemes[0], rows))
+    cost = ErrorCost.of(linears.input_statistics.gram, columns(schemes[0], rows))
     results = []
     for scheme in schemes:
         low, high = clipped(rows, scheme, linears.dtype, cost)
-        results.append(linears.split(encode(rows, scheme, *affine(rows, scheme, low, high, linears.dtype))))
+        results.append(linears.split(encode(rows, scheme, *scale_and_zero(rows, scheme, low, high, linears.dtype))))
     return results
 
 
@@ -39,27 +39,31 @@ def clipped(rows: Tensor, scheme: Scheme, dtype: torch.dtype, cost: ErrorCost) -
     # the ratio 1 comes first, and a tie goes to the first: a range is clipped only where that really costs less
     ratios = torch.tensor(RATIOS, device=rows.device)[:, None]
     for g, weights in enumerate(torch.split(rows, columns(scheme, rows), 1)):
-        # `at` rows make a block; `some`, `least` and `most` below are the weights and ranges of one block
-        at = max(PIECE // (len(RATIOS) * weights.shape[1]), ROWS)
+        # `block`, `block_low` and `block_high` are the weights and ranges of `block_rows` rows
+        block_rows = max(PIECE // (len(RATIOS) * weights.shape[1]), ROWS)
         # one buffer for all blocks of the group, since the system takes time to provide new memory
-        room = torch.empty(len(RATIOS) * at * weights.shape[1], device=rows.device)
-        for some, least, most in zip(*(torch.split(t, at) for t in (weights, low[:, g], high[:, g])), strict=True):
+        buffer = torch.empty(len(RATIOS) * block_rows * weights.shape[1], device=rows.device)
+        for block, block_low, block_high in zip(
+            *(torch.split(t, block_rows) for t in (weights, low[:, g], high[:, g])), strict=True
+        ):
             # ratios shrink the larger side first: a side that is already inside the new edge keeps its range
-            edge = ratios * torch.maximum(-least, most)
-            lows, highs = torch.maximum(least, -edge), torch.minimum(most, edge)
-            error = room[: len(RATIOS) * some.numel()].view(len(RATIOS), *some.shape)
-            best = cost.cheapest(g, rounding(some, scheme, lows, highs, dtype, out=error))
-            # `least` and `most` are views of `low` and `high`, so this fills the result in place
-            least.copy_(lows.gather(0, best[None])[0])
-            most.copy_(highs.gather(0, best[None])[0])
+            edge = ratios * torch.maximum(-block_low, block_high)
+            lows, highs = torch.maximum(block_low, -edge), torch.minimum(block_high, edge)
+            error = buffer[: len(RATIOS) * block.numel()].view(len(RATIOS), *block.shape)
+            best = cost.cheapest(g, rounding_error(block, scheme, lows, highs, dtype, out=error))
+            # `block_low` and `block_high` are views of `low` and `high`, so this fills the result in place
+            block_low.copy_(lows.gather(0, best[None])[0])
+            block_high.copy_(highs.gather(0, best[None])[0])
     return low, high
 
 
-def rounding(weights: Tensor, scheme: Scheme, low: Tensor, high: Tensor, dtype: torch.dtype, out: Tensor) -> Tensor:
+def rounding_error(
+    weights: Tensor, scheme: Scheme, low: Tensor, high: Tensor, dtype: torch.dtype, out: Tensor
+) -> Tensor:
     """The rounding error (quantized minus original) of weights (... x size) within given ranges (one per ...).
 
     Every step is in place in `out`, since the search calls this for each candidate.
     """
-    scale, zero = (t[..., None] for t in affine(weights, scheme, low, high, dtype))
+    scale, zero = (t[..., None] for t in scale_and_zero(weights, scheme, low, high, dtype))
     torch.div(weights, scale, out=out).add_(zero).round_().clamp_(0, 2**scheme.bits - 1)
     return out.sub_(zero).mul_(scale).sub_(weights)

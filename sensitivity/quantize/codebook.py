@@ -37,7 +37,7 @@ class CodebookWeight:
         return flat[: self.shape.numel()].reshape(self.shape)
 
 
-def coded(weight: Tensor, scheme: Scheme) -> CodebookWeight:
+def to_codebook(weight: Tensor, scheme: Scheme) -> CodebookWeight:
     """Round each weight to the nearest number of the table; with `double`, block scales take 8 bits instead of 32."""
     table = torch.tensor(TABLES[scheme.method], device=weight.device)
     size = int(scheme.group)

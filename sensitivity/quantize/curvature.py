@@ -130,7 +130,7 @@ class Curvature:
             self._factor = (damp, by_activation), self._factorize(damp, by_activation)
         return self._factor[1]
 
-    def forget(self) -> None:
+    def free_factor(self) -> None:
         """Free the factor, which is as large as the Gram matrix."""
         self._factor = None
 
@@ -143,12 +143,12 @@ class Curvature:
             return Factor(torch.eye(self.width, device=self.gram.device), torch.ones_like(diagonal), order, damp)
         # torch gives H = L L' with L lower triangular. Reversing rows and columns before and after makes it upper
         # triangular, H = V V', and M = V / diag(V), D = diag(V)^2.
-        turn = torch.arange(self.width, device=self.gram.device).flip(0) if order is None else order.flip(0)
+        reversed_order = torch.arange(self.width, device=self.gram.device).flip(0) if order is None else order.flip(0)
         tried = damp
         while True:
             # indexing copies, so damping is never added to `gram` itself, and each attempt starts from the undamped
             # matrix; everything after it works in this one copy, since H of a wide layer is as large as a small model
-            lower = self.gram[turn[:, None], turn].mT
+            lower = self.gram[reversed_order[:, None], reversed_order].mT
             lower.diagonal().add_(tried * mean)
             failed = torch.empty((), dtype=torch.int32, device=lower.device)
             torch.linalg.cholesky_ex(lower, out=(lower, failed))

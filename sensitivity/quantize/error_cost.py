@@ -20,7 +20,7 @@ class ErrorCost:
     """The cost of rounding errors within each group of columns; products across groups are left out."""
 
     exact: Sequence[Tensor]  # per group: H folded onto its upper half (size x size), or one weight per column
-    few: Sequence[Tensor]  # per group: F with F F' <= H (size x directions); empty where H is small enough without
+    low_rank: Sequence[Tensor]  # per group: F with F F' <= H (size x directions); empty where H is small enough without
 
     @classmethod
     def of(cls, curvature: Tensor, size: int) -> ErrorCost:
@@ -28,7 +28,10 @@ class ErrorCost:
         if curvature.dim() == 1:
             return cls(torch.split(curvature, size), ())
         blocks = [curvature[i : i + size, i : i + size] for i in range(0, len(curvature), size)]
-        return cls([halved(block) for block in blocks], [directions(block) for block in blocks] if size > STRIP else ())
+        return cls(
+            [upper_half(block) for block in blocks],
+            [low_rank_factor(block) for block in blocks] if size > STRIP else (),
+        )
 
     def under(self, scale: Tensor) -> ErrorCost:
         """The cost for weights whose columns are multiplied by `scale` while their inputs are divided by it.
@@ -39,7 +42,9 @@ class ErrorCost:
         scales = torch.split(scale, len(self.exact[0]))
         return ErrorCost(
             [half / s[:, None] / s for half, s in zip(self.exact, scales, strict=True)],
-            [few / s[:, None] for few, s in zip(self.few, scales, strict=False)],  # `few` may be empty
+            [
+                low_rank / s[:, None] for low_rank, s in zip(self.low_rank, scales, strict=False)
+            ],  # `low_rank` may be empty
         )
 
     def cheapest(self, group: int, error: Tensor) -> Tensor:
@@ -50,11 +55,11 @@ class ErrorCost:
         exact = self.exact[group]
         if exact.dim() == 1:
             return error.square_().mul_(exact).sum(-1).argmin(0)
-        if not self.few:
+        if not self.low_rank:
             return quadratic(error.flatten(0, 1), exact).reshape(error.shape[:2]).argmin(0)
         # e F F' e' <= e H e' for every candidate. The exact cost of the candidate with the lowest bound is therefore
         # enough to rule out all whose bound is higher, and the minimum is found exactly.
-        bound = (error @ self.few[group]).square_().sum(-1)
+        bound = (error @ self.low_rank[group]).square_().sum(-1)
         cost = torch.full_like(bound, math.inf)
         first = bound.argmin(0), torch.arange(bound.shape[1], device=bound.device)
         cost[first] = quadratic(error[first], exact)
@@ -76,12 +81,12 @@ def quadratic(error: Tensor, half: Tensor) -> Tensor:
     return total
 
 
-def halved(gram: Tensor) -> Tensor:
+def upper_half(gram: Tensor) -> Tensor:
     """A symmetric matrix folded onto its upper half: e H e' stays the same, with zeros below the diagonal."""
     return gram.triu(1).mul_(2) + gram.diagonal().diag_embed()
 
 
-def directions(gram: Tensor) -> Tensor:
+def low_rank_factor(gram: Tensor) -> Tensor:
     """F with F F' <= H and close to H in its largest directions: Nyström's approximation after one power iteration.
 
     H - F F' is positive semidefinite (a Schur complement), so e F F' e' never exceeds e H e'.
@@ -94,5 +99,5 @@ def directions(gram: Tensor) -> Tensor:
     image = gram.double() @ exact
     values, vectors = torch.linalg.eigh(exact.T @ image)
     kept = values > FAINT * values[-1].clamp(min=0)  # few tokens or dead channels: the rank of H is lower
-    few: Tensor = (image @ vectors[:, kept]) / values[kept].sqrt()
-    return few.to(gram.dtype).contiguous()
+    low_rank: Tensor = (image @ vectors[:, kept]) / values[kept].sqrt()
+    return low_rank.to(gram.dtype).contiguous()

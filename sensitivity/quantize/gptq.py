@@ -12,7 +12,7 @@ from sensitivity.quantize.clip import clipped
 from sensitivity.quantize.curvature import Factor
 from sensitivity.quantize.error_cost import ErrorCost
 from sensitivity.quantize.gptqmodel_solver import gptqmodel
-from sensitivity.quantize.grid import QuantizedWeight, affine, columns, ranges
+from sensitivity.quantize.grid import QuantizedWeight, columns, ranges, scale_and_zero
 from sensitivity.quantize.linears import Linears
 from sensitivity.spec.plan import Scheme
 
@@ -28,14 +28,14 @@ def gptq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeig
     first = schemes[0]
     if first.get("backend") == "gptqmodel":
         return gptqmodel(linears, schemes)
-    factor = linears.seen.factor(float(first["damp"] or 0), first["order"] == "activation")
-    runs = [_Run.start(linears, scheme, factor) for scheme in schemes]
-    _Sweep(factor, runs, linears.rows).go(columns(first, linears.rows), isinstance(first.group, int))
+    factor = linears.input_statistics.factor(float(first["damp"] or 0), first["order"] == "activation")
+    runs = [_WidthState.start(linears, scheme, factor) for scheme in schemes]
+    _ColumnPass(factor, runs, linears.rows).round_all(columns(first, linears.rows), isinstance(first.group, int))
     return [linears.split(run.result(factor)) for run in runs]
 
 
 @dataclass
-class _Run:
+class _WidthState:
     """The state of one bit width during the pass over the columns.
 
     Everything is transposed (columns x rows), so that a column of the weight is contiguous in memory.
@@ -52,7 +52,7 @@ class _Run:
     adaptive: bool  # whether a group's grid is computed when the pass reaches it, from compensated weights
 
     @classmethod
-    def start(cls, linears: Linears, scheme: Scheme, factor: Factor) -> _Run:
+    def start(cls, linears: Linears, scheme: Scheme, factor: Factor) -> _WidthState:
         """The state before the first column, with grids of the original weights."""
         rows, group = linears.rows, columns(scheme, linears.rows)
         # groups are of columns as they are stored, so with an order each rounded column looks its group up in `where`
@@ -97,10 +97,10 @@ def _grid(rows: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Tensor) 
         low, high = clipped(rows, scheme, dtype, ErrorCost.of(importance, columns(scheme, rows)))
     else:
         low, high = ranges(rows, scheme)
-    return affine(rows, scheme, low, high, dtype)
+    return scale_and_zero(rows, scheme, low, high, dtype)
 
 
-class _Sweep:
+class _ColumnPass:
     """The pass over the columns, which recursive halving turns into mostly large matrix products.
 
     The exactness rule needs a bit width to give the same codes whether it runs alone or beside others. Matrix products
@@ -108,13 +108,13 @@ class _Sweep:
     none of them is fused, as a fused one may round differently.
     """
 
-    def __init__(self, factor: Factor, runs: list[_Run], rows: Tensor) -> None:
+    def __init__(self, factor: Factor, runs: list[_WidthState], rows: Tensor) -> None:
         self.unit, self.importance, self.runs = factor.unit, factor.importance, runs
         self.target = (rows if factor.order is None else rows[:, factor.order]).T.contiguous()
         levels = [torch.full_like(run.scale[0], 2**run.scheme.bits - 1) for run in runs]
         self.levels = torch.cat(levels)
 
-    def go(self, group: int, grouped: bool) -> None:
+    def round_all(self, group: int, grouped: bool) -> None:
         """Round all columns: in spans of whole groups where grids adapt, otherwise in leaves."""
         total = len(self.target)
         if grouped and self.runs[0].adaptive:
@@ -132,9 +132,9 @@ class _Sweep:
         """
         own = self.unit[a:b, a:b]
         for run in self.runs:
-            heard = run.rest[a:b] - self.target[a:b]
-            free = torch.linalg.solve_triangular(own.T, heard, upper=False, unitriangular=True)
-            run.regrid(a, (self.target[a:b] + free).T, self.importance[a:b])
+            compensation = run.rest[a:b] - self.target[a:b]
+            shifts = torch.linalg.solve_triangular(own.T, compensation, upper=False, unitriangular=True)
+            run.regrid(a, (self.target[a:b] + shifts).T, self.importance[a:b])
         _halve(a, b, LEAF, self._leaf, self._carry)
 
     def _leaf(self, a: int, b: int) -> None:

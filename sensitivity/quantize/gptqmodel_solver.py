@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sensitivity.quantize.grid import QuantizedWeight, columns, encode, sixteen
+from sensitivity.quantize.grid import QuantizedWeight, columns, encode, to_16_bit
 from sensitivity.quantize.linears import Linears
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
@@ -46,7 +46,7 @@ def _one(linears: Linears, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     from gptqmodel.quantization.config import QuantizeConfig
     from gptqmodel.quantization.gptq import GPTQ
 
-    seen, activation = linears.seen, scheme["order"] == "activation"
+    seen, activation = linears.input_statistics, scheme["order"] == "activation"
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
     layer.weight.data = weight.clone()
     config = QuantizeConfig(
@@ -68,4 +68,4 @@ def _one(linears: Linears, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     # the library rounds to scales in 32 bits, then stores them in 16: scales are rounded here so that we measure what
     # a file would hold
     codes = encode(rounded.float(), scheme, scale.float(), zero.float())
-    return QuantizedWeight(codes.codes, sixteen(codes.scale, linears.dtype), codes.zero, codes.group)
+    return QuantizedWeight(codes.codes, to_16_bit(codes.scale, linears.dtype), codes.zero, codes.group)

@@ -62,7 +62,7 @@ def ranges(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
 
 
-def sixteen(scale: Tensor, like: torch.dtype) -> Tensor:
+def to_16_bit(scale: Tensor, like: torch.dtype) -> Tensor:
     """A scale rounded to the 16-bit type in which it will be stored, so that what is measured is what is exported."""
     half = torch.bfloat16 if like == torch.bfloat16 else torch.float16
     # a group of zeros has a range of zero, and its scale would divide by zero
@@ -70,7 +70,9 @@ def sixteen(scale: Tensor, like: torch.dtype) -> Tensor:
     return scale.clamp(min=tiny).to(half).float()
 
 
-def affine(weight: Tensor, scheme: Scheme, low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def scale_and_zero(
+    weight: Tensor, scheme: Scheme, low: Tensor, high: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each group for given ranges.
 
     On symmetric grids the largest magnitude a lies half a step beyond the last code: scale = 2a / (2^b - 1), as in
@@ -80,12 +82,12 @@ def affine(weight: Tensor, scheme: Scheme, low: Tensor, high: Tensor, dtype: tor
     levels = 2**scheme.bits - 1
     if scheme.symmetric and scheme.bits == 1:
         # codes 0 and 1 with zero = 0.5 and scale = 2m give -m and m; the mean magnitude m minimizes the squared error
-        scale = sixteen(2 * _mean_magnitude(weight, scheme, low.shape), dtype)
+        scale = to_16_bit(2 * _mean_magnitude(weight, scheme, low.shape), dtype)
         return scale, torch.full_like(scale, 0.5)
     if scheme.symmetric:
-        scale = sixteen(2 * torch.maximum(-low, high) / levels, dtype)
+        scale = to_16_bit(2 * torch.maximum(-low, high) / levels, dtype)
         return scale, torch.full_like(scale, 2.0 ** (scheme.bits - 1))
-    scale = sixteen((high - low) / levels, dtype)
+    scale = to_16_bit((high - low) / levels, dtype)
     return scale, (-low / scale).round().clamp(0, levels)
 
 
@@ -96,11 +98,11 @@ def _mean_magnitude(weight: Tensor, scheme: Scheme, shape: torch.Size) -> Tensor
     return torch.stack([chunk.abs().mean(1) for chunk in torch.split(weight, size, dim=1)], dim=1)
 
 
-def encode(weight: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor, spare: bool = False) -> QuantizedWeight:
-    """The nearest codes on a given grid; a weight that is `spare` may be overwritten, which saves an allocation."""
+def encode(weight: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor, overwrite: bool = False) -> QuantizedWeight:
+    """The nearest codes on a given grid; a weight that is `overwrite` may be overwritten, which saves an allocation."""
     group = columns(scheme, weight)
     numbers, (step, shift) = QuantizedWeight(weight, scale, zero, group)._aligned(weight, scale, zero)
-    scaled = numbers.div_(step) if spare else numbers / step
+    scaled = numbers.div_(step) if overwrite else numbers / step
     codes = scaled.add_(shift).round_().clamp_(0, 2**scheme.bits - 1)
     return QuantizedWeight(_bytes(codes).reshape(weight.shape), scale, zero, group)
 

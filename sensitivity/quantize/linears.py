@@ -47,7 +47,7 @@ class Linears:
         return self.names[0] if len(self.names) == 1 else f"{self.names[0]} and {len(self.names) - 1} more"
 
     @property
-    def seen(self) -> Curvature:
+    def input_statistics(self) -> Curvature:
         """The statistics of the input, which a calibrated method must have."""
         assert self.curvature is not None, f"{self.name}: a calibrated method without statistics"
         return self.curvature
@@ -79,11 +79,11 @@ class Method:
     inputs: Callable[[Tensor, Scheme], Tensor] | None = None  # changes a layer's inputs in each forward pass
 
 
-def alone(quantize: Callable[[Tensor, Scheme], StoredWeight | None]) -> Solve:
+def per_weight(quantize: Callable[[Tensor, Scheme], StoredWeight | None]) -> Solve:
     """Turn a function of one weight and one scheme into the function of a Method."""
     return lambda linears, schemes: [[quantize(w.detach(), scheme) for w in linears.weights] for scheme in schemes]
 
 
-def reads(weight: Weight) -> str:
+def input_of(weight: Weight) -> str:
     """The name of the input that a weight reads: equal for weights that share their input."""
     return weight.shares_input or weight.reader

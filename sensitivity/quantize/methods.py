@@ -11,10 +11,10 @@ from torch import Tensor
 from sensitivity.quantize import gptqmodel_solver
 from sensitivity.quantize.activations import int8_rows, split_inputs
 from sensitivity.quantize.clip import clip
-from sensitivity.quantize.codebook import coded
+from sensitivity.quantize.codebook import to_codebook
 from sensitivity.quantize.curvature import Curvature
 from sensitivity.quantize.gptq import gptq
-from sensitivity.quantize.linears import Linears, Method, StoredWeight, alone
+from sensitivity.quantize.linears import Linears, Method, StoredWeight, per_weight
 from sensitivity.quantize.nearest import rtn, uniform
 from sensitivity.quantize.presets import PRESETS
 from sensitivity.quantize.scale_search import awq
@@ -27,9 +27,13 @@ CALIBRATION = {"calibration": str, "examples": int, "seed": int, "data": str, "p
 BLOCKS = "in blocks of 64 of the flattened weight, around zero"
 METHODS: dict[str, Method] = {
     "uniform": Method(
-        alone(uniform), group="tensor", symmetric=False, settings={"biases": False}, fixed="per tensor and asymmetric"
+        per_weight(uniform),
+        group="tensor",
+        symmetric=False,
+        settings={"biases": False},
+        fixed="per tensor and asymmetric",
     ),
-    "rtn": Method(alone(rtn), settings={"biases": False}),
+    "rtn": Method(per_weight(rtn), settings={"biases": False}),
     "clip": Method(clip, range(2, 9), calibrated=True),
     "gptq": Method(
         gptq,
@@ -50,10 +54,10 @@ METHODS: dict[str, Method] = {
         # folded: scales only where the layer before can absorb them, so that they cost no bit
         choices={"scales": ("stored", "folded")},
     ),
-    "nf4": Method(alone(coded), range(4, 5), group=64, settings={"double": False}, fixed=BLOCKS),
-    "fp4": Method(alone(coded), range(4, 5), group=64, settings={"double": False}, fixed=BLOCKS),
+    "nf4": Method(per_weight(to_codebook), range(4, 5), group=64, settings={"double": False}, fixed=BLOCKS),
+    "fp4": Method(per_weight(to_codebook), range(4, 5), group=64, settings={"double": False}, fixed=BLOCKS),
     "llm-int8": Method(
-        alone(int8_rows),
+        per_weight(int8_rows),
         range(8, 9),
         settings={"threshold": 6.0, "outliers": "token"},
         ranges={"threshold": (0, 1e6)},
@@ -88,20 +92,20 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     if name not in METHODS:
         raise unknown("method", method, [*METHODS, *PRESETS])
     row = METHODS[name]
-    wanted: dict[str, Any] = {**preset, **{key: value for key, value in chosen.items() if value is not None}}
+    given: dict[str, Any] = {**preset, **{key: value for key, value in chosen.items() if value is not None}}
     if bits not in row.widths:
         widths = f"{row.widths[0]} to {row.widths[-1]}" if len(row.widths) > 1 else f"only {row.widths[0]}"
         raise UserError(f"{name} takes {widths} bits, not {bits}")
-    if "backend" in wanted and "backend" not in row.settings:
+    if "backend" in given and "backend" not in row.settings:
         raise UserError(f"{name} has no backend but our own; leave out --backend, or choose --method gptq")
-    if wanted.get("backend", OWN) != OWN:
-        wanted.setdefault("clip", False)  # the clip search is ours; other solvers lack it
-    group, symmetric = wanted.pop("group", row.group), wanted.pop("symmetric", row.symmetric)
+    if given.get("backend", OWN) != OWN:
+        given.setdefault("clip", False)  # the clip search is ours; other solvers lack it
+    group, symmetric = given.pop("group", row.group), given.pop("symmetric", row.symmetric)
     if row.fixed and (group, symmetric) != (row.group, row.symmetric):
         raise UserError(f"{name} is always {row.fixed}; use rtn for other groups and symmetric grids")
     if row.calibrated and group == "tensor":
         raise UserError(f"{name} needs a scale per row or group; choose --group row or a number of columns")
-    settings = {**row.settings, **{key: _checked(name, row, key, value) for key, value in wanted.items()}}
+    settings = {**row.settings, **{key: _checked(name, row, key, value) for key, value in given.items()}}
     if not settings.get("biases"):
         settings.pop("biases", None)  # a setting that is off is not recorded
     # likewise: our own solver is not recorded
@@ -114,7 +118,7 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     return found
 
 
-def known(chosen: Scheme) -> None:
+def check_scheme(chosen: Scheme) -> None:
     """Raise an error for a scheme that no method can have, such as one from a file: its bits, settings and types."""
     if chosen.method == "codes":  # from an imported table, of which only bit widths are known
         if chosen.settings:
@@ -159,7 +163,7 @@ def solve(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight
     A result is None where there is nothing to round.
     """
     results: dict[Scheme, Sequence[StoredWeight | None]] = {}
-    for alike in _alike(schemes):
+    for alike in _by_settings(schemes):
         results.update(zip(alike, method_of(alike[0]).solve(linears, alike), strict=True))
     return [list(results[chosen]) for chosen in schemes]
 
@@ -170,7 +174,7 @@ def quantize(weight: Tensor, scheme: Scheme, curvature: Curvature | None = None)
     return weight.detach().clone() if result is None else result.dequantize().to(weight.dtype)
 
 
-def _alike(schemes: Iterable[Scheme]) -> list[list[Scheme]]:
+def _by_settings(schemes: Iterable[Scheme]) -> list[list[Scheme]]:
     """Schemes in lists whose members differ in bits alone, from the narrowest up."""
     found: dict[Scheme, list[Scheme]] = {}
     for chosen in sorted(set(schemes), key=lambda s: s.bits):

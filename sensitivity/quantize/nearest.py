@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sensitivity.quantize.grid import QuantizedWeight, affine, encode, ranges
+from sensitivity.quantize.grid import QuantizedWeight, encode, ranges, scale_and_zero
 from sensitivity.spec.plan import Scheme
 
 
@@ -12,7 +12,9 @@ def rtn(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     """Round to nearest on a symmetric or asymmetric grid per tensor, row or group."""
     values = weight.float()
     low, high = ranges(values, scheme)
-    return encode(values, scheme, *affine(values, scheme, low, high, weight.dtype), spare=values is not weight)
+    return encode(
+        values, scheme, *scale_and_zero(values, scheme, low, high, weight.dtype), overwrite=values is not weight
+    )
 
 
 def uniform(weight: Tensor, scheme: Scheme) -> QuantizedWeight | None:

@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sensitivity.quantize.clip import clipped, rounding
+from sensitivity.quantize.clip import clipped, rounding_error
 from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.error_cost import ErrorCost, halved, quadratic
-from sensitivity.quantize.grid import QuantizedWeight, affine, columns, encode, ranges, sixteen
+from sensitivity.quantize.error_cost import ErrorCost, quadratic, upper_half
+from sensitivity.quantize.grid import QuantizedWeight, columns, encode, ranges, scale_and_zero, to_16_bit
 from sensitivity.quantize.linears import Linears
 from sensitivity.spec.plan import Scheme
 
@@ -24,7 +24,7 @@ QUERY_KEY = re.compile(r"(^|[._])(q|k|query|key|w?qkv|q_proj|k_proj|query_key_va
 
 def awq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
     """Find one scale per input channel for all weights that read the input, then clip, then round to nearest."""
-    seen, first = linears.seen, schemes[0]
+    seen, first = linears.input_statistics, schemes[0]
     scaled_at_all = linears.foldable or first["scales"] == "stored"
     # where nothing can absorb a scale, the only candidate is a = 0, which scales nothing
     grid = scales(seen, int(first["exponents"] or 1) if scaled_at_all else 1, linears.dtype)
@@ -41,14 +41,14 @@ def _rounded(linears: Linears, scheme: Scheme, chosen: Tensor, cost: ErrorCost |
     if cost is not None:
         best = clipped(scaled, scheme, linears.dtype, cost.under(chosen))
         # the readers of an input are one stack of rows, in which queries and keys keep their full ranges
-        free = torch.cat(
+        clippable = torch.cat(
             [
                 torch.full((len(weight), 1), bool(scheme["clip_qk"]) or not QUERY_KEY.search(name))
                 for name, weight in zip(linears.names, linears.weights, strict=True)
             ]
         ).to(scaled.device)
-        low, high = torch.where(free, best[0], low), torch.where(free, best[1], high)
-    whole = encode(scaled, scheme, *affine(scaled, scheme, low, high, linears.dtype))
+        low, high = torch.where(clippable, best[0], low), torch.where(clippable, best[1], high)
+    whole = encode(scaled, scheme, *scale_and_zero(scaled, scheme, low, high, linears.dtype))
     # a scale of all ones is not stored
     return linears.split(whole if bool((chosen == 1).all()) else replace(whole, inputs=chosen))
 
@@ -60,7 +60,7 @@ def scales(seen: Curvature, steps: int, dtype: torch.dtype) -> Tensor:
     """
     exponents = torch.arange(steps, device=seen.gram.device) / steps
     grid = seen.mean_magnitude.pow(exponents[:, None]).clamp(min=FLOOR)
-    return sixteen(grid / (grid.amax(1, keepdim=True) * grid.amin(1, keepdim=True)).sqrt(), dtype)
+    return to_16_bit(grid / (grid.amax(1, keepdim=True) * grid.amin(1, keepdim=True)).sqrt(), dtype)
 
 
 def errors(rows: Tensor, grid: Tensor, gram: Tensor, schemes: Sequence[Scheme], dtype: torch.dtype) -> Tensor:
@@ -70,15 +70,17 @@ def errors(rows: Tensor, grid: Tensor, gram: Tensor, schemes: Sequence[Scheme], 
     every bit width; rows come in blocks.
     """
     count, cols = grid.shape
-    size, half = columns(schemes[0], rows), halved(gram)
+    size, half = columns(schemes[0], rows), upper_half(gram)
     total = torch.zeros(len(schemes), count, dtype=torch.float64, device=rows.device)
-    for some in torch.split(rows, max(-(-ROOM // (count * cols)), 1)):
-        scaled = grouped(some * grid[:, None], size)
+    for block in torch.split(rows, max(-(-ROOM // (count * cols)), 1)):
+        scaled = grouped(block * grid[:, None], size)
         # ranges() for all candidates at once; clipping comes later, under the best scale alone, as in llm-awq
         low, high = scaled.amin(-1).clamp_(max=0), scaled.amax(-1).clamp_(min=0)
-        room = torch.empty_like(scaled)
+        buffer = torch.empty_like(scaled)
         for i, scheme in enumerate(schemes):
-            error = rounding(scaled, scheme, low, high, dtype, out=room).flatten(-2)[..., :cols].div_(grid[:, None])
+            error = (
+                rounding_error(scaled, scheme, low, high, dtype, out=buffer).flatten(-2)[..., :cols].div_(grid[:, None])
+            )
             total[i] += quadratic(error.reshape(-1, cols), half).reshape(count, -1).sum(1, dtype=torch.float64)
     return total
 

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sensitivity.spec.errors import UserError
 from sensitivity.spec.fields import ANY_TEXT, FILE_INSIDE, TEXT, Kind, list_of
 from sensitivity.tasks import scenes
-from sensitivity.tasks.datasets.source import DatasetFolder, Flaw, each
+from sensitivity.tasks.datasets.source import DatasetFolder, Flaw, checked_records
 from sensitivity.tasks.examples.types import SPLITS, Example, Gallery, ImageSource, Metric, Task
 
 GET = (
@@ -24,7 +23,7 @@ SENTENCE = Kind("a sentence", lambda value: isinstance(value, dict) and ANY_TEXT
 LISTED = {"filename": FILE_INSIDE, "split": TEXT, "sentences": list_of(SENTENCE, 0)}
 PARTS = {"evaluation": "test", "calibration": "train"}  # val stays free for choosing settings
 RANKS = (1, 5, 10)
-WAYS = ("text", "image")  # what is retrieved: the captions of an image, or the image of a caption
+DIRECTIONS = ("text", "image")  # what is retrieved: the captions of an image, or the image of a caption
 POOL = 256  # scenes among which one is retrieved
 
 
@@ -45,27 +44,27 @@ def flickr30k(folder: Path, split: str = "evaluation", n: int = 1000, seed: int 
     every = source.json(FILE, "images")["images"]
     source.file(IMAGES)
     part = source.part(split, ("test", "train"))
-    examples, notes = source.drawn(_rows(source, every, PARTS[split]), part, n, seed)
+    examples, notes = source.drawn_examples(_rows(source, every, PARTS[split]), part, n, seed)
     captions = tuple(text for example in examples for text in example.answers)
     owner = tuple(index for index, example in enumerate(examples) for _ in example.answers)
     return Pairs(tuple(e.image for e in examples if isinstance(e.image, Path)), captions, owner, notes)
 
 
 def _rows(source: DatasetFolder, every: object, part: str) -> Iterator[Example | Flaw]:
-    for image in each(every, "an image", LISTED):
+    for image in checked_records(every, "an image", LISTED):
         name = image["filename"]
         if image["split"] == part:
-            words = tuple(text for one in image["sentences"] if (text := one["raw"].strip()))
+            texts = tuple(text for one in image["sentences"] if (text := one["raw"].strip()))
             file = source.folder / IMAGES / name
-            yield Example(name, name, "caption", file, "", words) if words else Flaw(name, "no caption")
+            yield Example(name, name, "caption", file, "", texts) if texts else Flaw(name, "no caption")
 
 
 def of_flickr30k(folder: Path, split: str, n: int, seed: int) -> Task:
     """n images and all their captions in one pool; the 128 most similar are re-ranked, as published."""
     pairs = flickr30k(folder, split, n, seed)
     captions: list[list[str]] = [[] for _ in pairs.images]
-    for caption, whose in zip(pairs.captions, pairs.owner, strict=True):
-        captions[whose].append(caption)
+    for caption, image_index in zip(pairs.captions, pairs.owner, strict=True):
+        captions[image_index].append(caption)
     names = [image.name for image in pairs.images]
     return _task("flickr30k", names, pairs.images, captions, Gallery(len(names), 128), pairs.notes)
 
@@ -92,13 +91,13 @@ def _task(
 ) -> Task:
     """Each image retrieves its captions, each caption its image; an answer is the rank of the first right one."""
     examples = []
-    for key, image, words in zip(names, images, captions, strict=True):
-        examples.append(Example(key, key, "text", image, "", tuple(words)))
-        examples += [Example(f"{key}-{j}", key, "image", image, one, (one,)) for j, one in enumerate(words)]
-    metrics = {f"{way} R@{k}": _recall(way, k) for way in WAYS for k in RANKS}
-    for way in WAYS:
-        metrics[f"{way} mean"] = _mean([_recall(way, k) for k in RANKS])
-    metrics["mean"] = _mean([metrics[f"{way} mean"] for way in WAYS])
+    for key, image, texts in zip(names, images, captions, strict=True):
+        examples.append(Example(key, key, "text", image, "", tuple(texts)))
+        examples += [Example(f"{key}-{j}", key, "image", image, one, (one,)) for j, one in enumerate(texts)]
+    metrics = {f"{direction} R@{k}": _recall(direction, k) for direction in DIRECTIONS for k in RANKS}
+    for direction in DIRECTIONS:
+        metrics[f"{direction} mean"] = _mean([_recall(direction, k) for k in RANKS])
+    metrics["mean"] = _mean([metrics[f"{direction} mean"] for direction in DIRECTIONS])
     return Task(name, tuple(examples), first, metrics=metrics, notes=notes, gallery=gallery)
 
 
@@ -107,35 +106,14 @@ def first(answer: str, example: Example) -> float:
     return float(answer == "1")
 
 
-def _recall(way: str, k: int) -> Metric:
+def _recall(direction: str, k: int) -> Metric:
     return lambda answers, examples: float(
-        np.mean([int(answer) <= k for answer, e in zip(answers, examples, strict=True) if e.kind == way])
+        np.mean([int(answer) <= k for answer, e in zip(answers, examples, strict=True) if e.kind == direction])
     )
 
 
 def _mean(metrics: Sequence[Metric]) -> Metric:
     return lambda answers, examples: float(np.mean([metric(answers, examples) for metric in metrics]))
-
-
-def recalls(images_to_texts: ArrayLike, texts_to_images: ArrayLike, owner: ArrayLike) -> dict[str, float]:
-    """R@1, 5 and 10 of captions by image (rows) and of images by caption (rows), and their means.
-
-    There are two matrices, because a model that re-ranks the most similar does so separately in each direction. An
-    image counts if any of its captions is among the k most similar, a caption if its own image is.
-    """
-    by_image, by_text, whose = np.asarray(images_to_texts, float), np.asarray(texts_to_images, float), np.asarray(owner)
-    if by_image.shape != (len(set(whose.tolist())), len(whose)) or by_text.shape != by_image.shape[::-1]:
-        raise UserError(
-            f"similarities of {by_image.shape} and {by_text.shape} do not fit {len(whose)} captions of "
-            f"{len(set(whose.tolist()))} images; the first is images by captions, the second captions by images"
-        )
-    text = ranks(by_image, whose[None, :] == np.arange(len(by_image))[:, None])
-    image = ranks(by_text, whose[:, None] == np.arange(len(by_image))[None, :])
-    found = {f"text R@{k}": float((text < k).mean()) for k in RANKS}
-    found |= {f"image R@{k}": float((image < k).mean()) for k in RANKS}
-    for way in ("text", "image"):
-        found[f"{way} mean"] = float(np.mean([found[f"{way} R@{k}"] for k in RANKS]))
-    return found | {"mean": (found["text mean"] + found["image mean"]) / 2}
 
 
 def ranks(similarity: NDArray[np.float64], right: NDArray[np.bool_]) -> NDArray[np.int64]:

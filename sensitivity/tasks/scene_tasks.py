@@ -45,9 +45,9 @@ def _examples(split: str, n: int, seed: int, kinds: Sequence[str]) -> tuple[Exam
     found: list[Example] = []
     for index in range(math.ceil(n / len(kinds))):
         one = scenes.scene(split, seed, index)
-        asked = scenes.questions(one, seed)
+        questions = scenes.questions(one, seed)
         for kind in kinds:
-            choice = [question for question in asked if question.kind == kind]
+            choice = [question for question in questions if question.kind == kind]
             # the draw depends on the kind, not on its position: a task of one kind asks the same questions as a task of
             # all
             drawn = choice[int(np.random.default_rng([seed, index, scenes.KINDS.index(kind)]).integers(len(choice)))]

@@ -28,7 +28,7 @@ from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import Notice, UserError
 from sensitivity.study.study import Study
-from sensitivity.tasks.examples.images import TAIL, open_image, unusable
+from sensitivity.tasks.examples.images import TAIL, open_image, why_unusable
 from sensitivity.tasks.table import task
 
 # -- pictures: what a person sees in the file is what the model gets
@@ -97,22 +97,22 @@ def test_a_file_cut_short_is_noticed_and_a_whole_one_is_not(tmp_path: Path, suff
     path = tmp_path / f"a{suffix}"
     Image.fromarray(pixels).save(path)
     whole = path.read_bytes()
-    assert unusable(path) is None
+    assert why_unusable(path) is None
     path.write_bytes(whole + b"what a camera adds" * 20)
-    assert unusable(path) is None
+    assert why_unusable(path) is None
     for share in (0.9, 0.5, 0.1):
         path.write_bytes(whole[: int(share * len(whole))])
-        assert unusable(path) in ("a truncated image", "an image that cannot be read")
+        assert why_unusable(path) in ("a truncated image", "an image that cannot be read")
     path.write_bytes(b"")
-    assert unusable(path) == "an image that cannot be read"
+    assert why_unusable(path) == "an image that cannot be read"
     path.unlink()
-    assert unusable(path) == "no image file"
+    assert why_unusable(path) == "no image file"
 
 
 def test_a_whole_jpeg_with_a_long_tail_is_decoded_and_passes(tmp_path: Path) -> None:
     path = datasets.picture(tmp_path / "a.jpg")
     path.write_bytes(path.read_bytes() + bytes(2 * TAIL))
-    assert unusable(path) is None
+    assert why_unusable(path) is None
 
 
 def cut(path: Path) -> None:

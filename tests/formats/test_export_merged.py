@@ -95,7 +95,7 @@ def test_from_the_command_line_to_a_fresh_process(
 def test_a_checkpoint_in_another_layout_is_read_tensor_by_tensor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is built from weights, and what is converted is what loading makes of it."""
     model = load(str(folder / "original")).model
-    monkeypatch.setattr("sensitivity.models.loading._filled", None)
+    monkeypatch.setattr("sensitivity.models.loading._with_weights", None)
     source = open_source(str(folder / "original"))
     assert {t.key for t in source.tensors} == set(dict(model.named_parameters()))
     for tensor in source.tensors:

@@ -30,16 +30,16 @@ from sensitivity.measure.calibrate.token_batches import (
     PADDING,
     VISION,
     TokenBatch,
-    _together,
+    _stacked,
     batches,
-    run,
+    calibration_pass,
 )
 from sensitivity.measure.install.plan_in_model import prepare, quantized
 from sensitivity.measure.memory.weight_codes import WeightCodes
 from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.linears import reads
+from sensitivity.quantize.linears import input_of
 from sensitivity.quantize.methods import METHODS, scheme
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import Notice, UserError
@@ -99,7 +99,7 @@ def test_statistics_are_what_a_plain_loop_over_examples_finds(
         handle.remove()
     found = statistics.gather(parts.weights)
     for weight in parts.weights:
-        gram = found[reads(weight)].gram
+        gram = found[input_of(weight)].gram
         scale = float(gram.diagonal().max())
         torch.testing.assert_close(gram.double() / scale, seen[weight.name] / scale, rtol=0, atol=1e-5)
 
@@ -113,20 +113,20 @@ def test_every_token_is_counted_once_by_what_it_is(
     said = [len(tokenizer(e.answers[0], add_special_tokens=False)["input_ids"]) for e in examples]
     found = statistics.gather(parts.weights)
     for weight in parts.weights:
-        counts = dict(zip(MODALITIES, found[reads(weight)].modalities.tolist(), strict=True))
+        counts = dict(zip(MODALITIES, found[input_of(weight)].modalities.tolist(), strict=True))
         if weight.part == "language":
             assert counts == {"padding": 0, "vision": 36 * N, "prompt": sum(words), "answer": sum(said)}
         else:
             patches = 37 if weight.part == "vision" else 36
             assert counts == {"padding": 0, "vision": patches * N, "prompt": 0, "answer": 0}
-        assert found[reads(weight)].tokens == sum(counts.values())
+        assert found[input_of(weight)].tokens == sum(counts.values())
 
 
 def test_padding_never_counts(scenes_llava: VLM, parts: ComponentMap) -> None:
     (batch,) = batches(scenes_llava, [task("vqa", "calibration", 1, 0)])
     language = [w for w in parts.weights if w.part == "language"]
     plain = collect(scenes_llava, language, [batch])
-    (_, text), said = batch.known[0], batch.known[1]
+    (_, text), said = batch.sequences[0], batch.sequences[1]
     more = dict(batch.inputs)
     for name, fill in (("input_ids", 0), ("attention_mask", 0)):
         value = more[name]
@@ -141,11 +141,11 @@ def test_padding_never_counts(scenes_llava: VLM, parts: ComponentMap) -> None:
 
 def test_examples_are_put_together_only_where_nothing_needs_padding(scenes_llava: VLM) -> None:
     made = list(batches(scenes_llava, [task("vqa", "calibration", 40, 0), task("caption", "calibration", 10, 0)]))
-    assert sum(len(batch.known[0][1]) for batch in made) == 50
+    assert sum(len(batch.sequences[0][1]) for batch in made) == 50
     assert len(made) < 50
     for batch in made:
         assert batch.inputs["attention_mask"].all()
-        assert batch.known[0][1].shape == batch.inputs["input_ids"].shape
+        assert batch.sequences[0][1].shape == batch.inputs["input_ids"].shape
 
 
 # -- families
@@ -156,27 +156,27 @@ def test_every_linear_of_a_family_sees_tokens_and_takes_every_method(name: str) 
     vlm = built(name)
     parts, batch = inspect(vlm, by="part"), fed(name, vlm)
     found = collect(vlm, parts.weights, [batch])
-    assert {reads(weight) for weight in parts.weights} == set(found)
+    assert {input_of(weight) for weight in parts.weights} == set(found)
     for weight in parts.weights:
-        modality = found[reads(weight)].modalities
+        modality = found[input_of(weight)].modalities
         assert modality[VISION] > 0 or weight.part != "vision"
         if weight.part == "language" and weight.kind == "ff" and vlm.encoder_decoder and "decoder" in weight.name:
             assert modality.tolist() == [0, 0, 0, 8]
     facts = {"path": "float"}
-    statistics = Statistics(facts, lambda weights, done=None: {reads(w): found[reads(w)] for w in weights})
+    statistics = Statistics(facts, lambda weights, done=None: {input_of(w): found[input_of(w)] for w in weights})
     chosen = {
         part: scheme(method, 3, calibration=facts)
         for part, method in zip(parts.names, ("gptq", "awq", "clip"), strict=False)
     }
     with quantized(vlm.model, parts, Plan.of(parts, chosen), statistics=statistics) as changed, torch.no_grad():
         assert changed == {weight.name for weight in parts.weights}
-        run(vlm, batch)
+        calibration_pass(vlm, batch)
 
 
 def test_every_mask_grows_with_the_answer() -> None:
     vlm = built("mllama")
     rows = fed("mllama", vlm).inputs
-    batch = _together(vlm, [({name: t[i : i + 1] for name, t in rows.items()}, [7, 8, 9]) for i in range(2)])
+    batch = _stacked(vlm, [({name: t[i : i + 1] for name, t in rows.items()}, [7, 8, 9]) for i in range(2)])
     assert batch.inputs["cross_attention_mask"].shape[:2] == batch.inputs["input_ids"].shape
     language = [weight for weight in inspect(vlm).weights if weight.part == "language"]
     (found,) = collect(vlm, language[:1], [batch]).values()
@@ -198,7 +198,7 @@ def test_block_by_block_is_bit_for_bit_what_whole_passes_find(name: str) -> None
     """On the float model, and on one whose blocks change on the way: feature layers, second stacks and all."""
     vlm = built(name)
     parts, batch = inspect(vlm, by="block"), fed(name, vlm)
-    few = unquantized(vlm, parts, lambda _: [batch], {}, None, room=0)
+    few = unquantized(vlm, parts, lambda _: [batch], {}, None, gram_bytes=0)
     sequential = exposed(vlm, parts, lambda _: [batch])
     found = collect(vlm, parts.weights, [batch])
     done: list[tuple[str, Scheme]] = []
@@ -265,6 +265,25 @@ def test_another_plan_starts_where_it_differs(scenes_llava: VLM, parts: Componen
         scenes_llava.model.get_parameter(name).data = own
 
 
+def test_what_a_pass_through_an_unknown_model_recorded_is_never_replayed(
+    scenes_llava: VLM, parts: ComponentMap
+) -> None:
+    """A pass that was not told what is quantized may have seen anything, so it is no pass through the float model."""
+    finer = parts.regroup("block")
+    data = [task("vqa", "calibration", 2, 0)]
+    sequential = exposed(scenes_llava, finer, lambda rows: batches(scenes_llava, data, rows))
+    first, last = finer.components[0].weights, finer.components[-1].weights
+    weight = scenes_llava.model.get_parameter(first[0].name)
+    own = weight.data
+    weight.data = own * 0.5
+    try:
+        sequential(last)
+    finally:
+        weight.data = own
+    expected = collect(scenes_llava, last, batches(scenes_llava, data))
+    assert alike(sequential(last, ()), expected)
+
+
 def test_no_more_matrices_are_held_than_there_is_room_for(
     scenes_llava: VLM, parts: ComponentMap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,9 +299,9 @@ def test_no_more_matrices_are_held_than_there_is_room_for(
 
     whole = calibrate(scenes_llava, parts, ["vqa"], n=3)
     monkeypatch.setattr(Curvature, "__init__", counting)
-    little = calibrate(scenes_llava, parts, ["vqa"], n=3, room=0)
+    little = calibrate(scenes_llava, parts, ["vqa"], n=3, gram_bytes=0)
     finer = parts.regroup("block")
-    blocks = [sum(4 * w.cols**2 for w in {reads(w): w for w in c.weights}.values()) for c in finer.components]
+    blocks = [sum(4 * w.cols**2 for w in {input_of(w): w for w in c.weights}.values()) for c in finer.components]
     plan = Plan.uniform(finer, scheme("gptq", 3, calibration=whole.facts))
     found = installed(scenes_llava, finer, plan, WeightCodes(), little)
     assert 0 < most[0] <= max(blocks) < sum(blocks) / 5
@@ -293,7 +312,7 @@ def test_a_q_former_that_reads_the_question_knows_it_from_its_queries() -> None:
     vlm = built("instructblip")
     parts = inspect(vlm)
     found = collect(vlm, parts.weights, [fed("instructblip", vlm)])
-    seen = {w.name: found[reads(w)].modalities.tolist() for w in parts.weights if w.part == "connector"}
+    seen = {w.name: found[input_of(w)].modalities.tolist() for w in parts.weights if w.part == "connector"}
     assert seen["qformer.encoder.layer.0.attention.attention.query.weight"] == [1, 64, 5, 0]
     assert seen["qformer.encoder.layer.0.intermediate.dense.weight"] == [1, 0, 5, 0]
     assert seen["qformer.encoder.layer.0.intermediate_query.dense.weight"] == [0, 64, 0, 0]
@@ -463,10 +482,10 @@ def test_statistics_from_the_cache_are_the_same_bits(
     scenes_llava: VLM, parts: ComponentMap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     cache, files = Cache(tmp_path), 1 if room else len(parts.regroup("block").names)
-    a = calibrate(scenes_llava, parts, ["vqa"], n=3, cache=cache, room=room).gather(parts.weights)
+    a = calibrate(scenes_llava, parts, ["vqa"], n=3, cache=cache, gram_bytes=room).gather(parts.weights)
     assert len(list(tmp_path.glob("*.safetensors"))) == files
     monkeypatch.setattr("sensitivity.measure.calibrate.calibration.collect", lambda *_: pytest.fail("computed again"))
-    b = calibrate(scenes_llava, parts, ["vqa"], n=3, cache=cache, room=room).gather(parts.weights)
+    b = calibrate(scenes_llava, parts, ["vqa"], n=3, cache=cache, gram_bytes=room).gather(parts.weights)
     for name in a:
         assert torch.equal(a[name].gram, b[name].gram)
         assert torch.equal(a[name].mean_magnitude, b[name].mean_magnitude)

@@ -12,7 +12,7 @@ import torch
 from sensitivity.api import sweeping as verbs
 from sensitivity.api.sweeping import dtype_for
 from sensitivity.cli.main import main
-from sensitivity.measure.forecast.hardware import slower
+from sensitivity.measure.forecast.hardware import slowdown
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import PACKAGE
 from sensitivity.study.study import Study
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_float32_is_as_quick_as_itself() -> None:
-    assert 0.2 < slower(torch.float32, torch.device("cpu")) < 5
+    assert 0.2 < slowdown(torch.float32, torch.device("cpu")) < 5
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_float32_is_as_quick_as_itself() -> None:
 def test_the_quicker_one_is_taken_where_it_fits(
     folder: Path, times: float, memory: int, chosen: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verbs, "slower", lambda *_: times)
+    monkeypatch.setattr(verbs, "slowdown", lambda *_: times)
     monkeypatch.setattr(verbs, "free_memory", lambda: memory)
     found, why = dtype_for(str(folder), "cpu", folder.parent / "out")
     assert found == chosen
@@ -60,11 +60,11 @@ def test_a_study_goes_on_in_its_own_type(
 ) -> None:
     out = folder.parent / "out"
     line = f"sweep {folder} --task vqa --bits 8 --by part --search one-at-a-time --n 8 --out {out} --json".split()
-    monkeypatch.setattr(verbs, "slower", lambda *_: 90.0)
+    monkeypatch.setattr(verbs, "slowdown", lambda *_: 90.0)
     assert main(line) == 0
     assert "note: computing in float32: float16, as stored, is 90.0 times slower here" in capsys.readouterr().err
     assert Study(out).meta["dtype"] == "float32"
-    monkeypatch.setattr(verbs, "slower", lambda *_: 0.5)  # another machine, say
+    monkeypatch.setattr(verbs, "slowdown", lambda *_: 0.5)  # another machine, say
     assert main(line) == 0
     printed = capsys.readouterr()
     assert "computing in" not in printed.err

@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sensitivity.measure import loop
 from sensitivity.measure.evaluation import evaluate
-from sensitivity.measure.generate.answer_tokens import hopeless
+from sensitivity.measure.generate.answer_tokens import cannot_be_right
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.models.discover import inspect
 from sensitivity.models.families import FAMILIES
@@ -154,6 +155,28 @@ def test_unknown_tasks_and_splits() -> None:
         task("vqa", n=0)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_users_tokenizer_keeps_its_padding_side(scenes_llava: VLM, side: str) -> None:
+    tokenizer, asked = scenes_llava.processor.tokenizer, task("vqa", n=6)
+    expected, own = evaluate(scenes_llava, asked, plain=True), tokenizer.padding_side
+    tokenizer.padding_side = side
+    try:
+        assert evaluate(scenes_llava, asked, plain=True) == expected
+        assert tokenizer.padding_side == side
+    finally:
+        tokenizer.padding_side = own
+
+
+def test_a_defect_is_not_blamed_on_the_model(scenes_llava: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in the model's code is told in a sentence; one in ours keeps its type and its traceback."""
+    for module, expected in (("sensitivity.measure.evaluation", AttributeError), ("torch.nn.modules", UserError)):
+        namespace: dict[str, Any] = {"__name__": module}
+        exec("def failing(*_): raise AttributeError('no such field')", namespace)
+        monkeypatch.setattr(loop, "answer", namespace["failing"])
+        with pytest.raises(expected, match="no such field"):
+            loop.check_runs(scenes_llava, [task("vqa", n=1)])
+
+
 def test_a_model_without_a_processor_is_refused(scenes_llava: VLM) -> None:
     with pytest.raises(UserError, match="has no processor or tokenizer files"):
         evaluate(dataclasses.replace(scenes_llava, processor=None), task("vqa", n=2))
@@ -197,7 +220,7 @@ def test_an_answer_is_left_off_only_where_it_can_no_longer_be_right(said: str, l
     vlm = VLM("x", None, Processor(), FAMILIES["llava"], "", 16)
     example = Example("1", "1", "all", np.zeros((1, 1, 3), np.uint8), "where?", ("top left", "up left", "οδοσα"))
     asked = dataclasses.replace(task("vqa", n=1), examples=(example,))
-    cannot = hopeless(vlm, asked, asked.examples)
+    cannot = cannot_be_right(vlm, asked, asked.examples)
     assert cannot is not None
     assert cannot(0, list(said)) == left_off  # type: ignore[arg-type]
-    assert hopeless(vlm, dataclasses.replace(asked, exact=False), asked.examples) is None
+    assert cannot_be_right(vlm, dataclasses.replace(asked, exact=False), asked.examples) is None

@@ -15,13 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.small import datasets, models
 from sensitivity.api.sweeping import grid, one_at_a_time, sweep
 from sensitivity.cli.main import main
-from sensitivity.measure.forecast.cost_model import COLD, CostModel, TaskSample
+from sensitivity.measure.forecast.cost_model import COLD_CACHE_FACTOR, CostModel, TaskSample
 from sensitivity.measure.forecast.forecast import Forecast, _running, _runs, _stored, forecast_sweep
 from sensitivity.measure.forecast.hardware import Hardware
 from sensitivity.measure.generate import shared_images
 from sensitivity.measure.generate.batches import batches
-from sensitivity.measure.loop import _path, _SharedWork
-from sensitivity.measure.shards import cuts
+from sensitivity.measure.loop import _data_flow_order, _SharedWork
+from sensitivity.measure.shards import shard_ends
 from sensitivity.models.config_only import without_weights
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
@@ -38,13 +38,13 @@ class Counting(Hardware):
 
     call = 0.0  # type: ignore[assignment]
 
-    def product(self, tokens: int, rows: int, cols: int) -> float:
+    def matmul(self, tokens: int, rows: int, cols: int) -> float:
         return 2.0 * tokens * rows * cols
 
     def attention(self, *_: int) -> float:
         return 0.0
 
-    def sweep_over(self, numbers: int) -> float:
+    def elementwise(self, numbers: int) -> float:
         return 0.0
 
 
@@ -70,11 +70,12 @@ def test_products_are_counted_as_a_forward_pass_really_has_them(folder: Path, na
     for number, batch in enumerate(batches(vlm, asked)):  # large images come in several
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             if batch.prefix:
-                cache, places = shared_images.looked_at(vlm, batch)
-                images |= {(number, image) for image in range(cache.layers[0].keys.shape[0])}
-                assert len({layer.keys.shape[0] for layer in cache.layers}) == 1
-                image = [(layer.keys, layer.values) for layer in cache.layers]
-                shared_images.drafted(vlm, once, batch, image, places, None, nullcontext)
+                layers, positions = shared_images.prefill_images(vlm, batch)
+                image = [layer for layer in layers if layer is not None]
+                assert len(image) == len(layers)
+                images |= {(number, index) for index in range(image[0][0].shape[0])}
+                assert len({keys.shape[0] for keys, _ in image}) == 1
+                shared_images.drafted_answers(vlm, once, batch, image, positions, None, nullcontext)
             else:
                 longer = torch.cat([batch.inputs["input_ids"], torch.tensor(batch.targets)], 1)
                 mask = torch.ones_like(longer)
@@ -82,7 +83,7 @@ def test_products_are_counted_as_a_forward_pass_really_has_them(folder: Path, na
         products += sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
     assert not images or len(images) == sample.images
     expected = sum(shared + own for shared, own in counted.passes(sample).values())
-    assert expected == pytest.approx(products * COLD, rel=0.15)
+    assert expected == pytest.approx(products * COLD_CACHE_FACTOR, rel=0.15)
 
 
 @pytest.mark.parametrize("name", ["llava", "blip2", "geochat"])
@@ -91,12 +92,12 @@ def test_plans_are_counted_as_replay_really_computes_them(folder: Path, name: st
     asked = dataclasses.replace(task(f"gqa:{folder / 'gqa'}", n=12), exact=True, max_new_tokens=1)
     vlm = load(str(folder / name), dtype="float32")
     parts = inspect(vlm, by="group")
-    plans = sorted(one_at_a_time(parts, bits=(8,)), key=_path)
+    plans = sorted(one_at_a_time(parts, bits=(8,)), key=_data_flow_order)
     trial = _SharedWork(vlm, parts, [asked], growing=False)
     # a feature layer that is not the last spoils one boundary of the vision tower, and no other
-    assert trial.replay
-    assert trial.replay.stages["language"].boundaries == [1, 2]
-    assert trial.replay.stages["vision"].boundaries[:2] == [1, 2]
+    assert trial.prefix_cache
+    assert trial.prefix_cache.stages["language"].boundaries == [1, 2]
+    assert trial.prefix_cache.stages["vision"].boundaries[:2] == [1, 2]
     with FlopCounterMode(display=False) as counter:
         for plan in plans:
             trial.run(plan, 0, 12)
@@ -104,11 +105,11 @@ def test_plans_are_counted_as_replay_really_computes_them(folder: Path, name: st
     counted = CostModel(vlm, parts, Counting(torch.device("cpu"), torch.float32))
     sample = TaskSample.of(vlm, asked, [12], plain=False)
     passes = counted.passes(sample)
-    expected = _running(sample, passes, _runs(parts, plans), len(plans)) / COLD
-    alone = _running(sample, passes, dict.fromkeys(PARTS, len(plans)), len(plans)) / COLD
+    expected = _running(sample, passes, _runs(parts, plans), len(plans)) / COLD_CACHE_FACTOR
+    alone = _running(sample, passes, dict.fromkeys(PARTS, len(plans)), len(plans)) / COLD_CACHE_FACTOR
     assert expected == pytest.approx(products, rel=0.06)
     assert alone > 1.07 * products
-    assert counted.kept(sample) == pytest.approx(trial.replay._bytes, rel=0.3)
+    assert counted.prefix_cache_bytes(sample) == pytest.approx(trial.prefix_cache._bytes, rel=0.3)
 
 
 def test_runs_are_counted_as_plans_share_their_beginnings(folder: Path) -> None:
@@ -148,7 +149,7 @@ def test_files_are_as_large_as_foreseen(scenes_llava: VLM, tmp_path: Path) -> No
         sweep(scenes_llava, parts, plans, names, out, n=n)
         tasks = [task(name, n=n) for name in names]
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-        assert sum(_stored(parts, tasks, plans, len(cuts(tasks))).values()) == pytest.approx(size, rel=0.3)
+        assert sum(_stored(parts, tasks, plans, len(shard_ends(tasks))).values()) == pytest.approx(size, rel=0.3)
 
 
 def test_a_model_that_cannot_read_examples_is_refused(tmp_path: Path) -> None:
@@ -161,8 +162,8 @@ def test_a_model_that_cannot_read_examples_is_refused(tmp_path: Path) -> None:
 
 def test_the_probe_measures_each_shape_once_and_more_work_takes_longer(scenes_llava: VLM) -> None:
     probe = Hardware(torch.device("cpu"), torch.float32)
-    assert probe.product(64, 512, 512) < probe.product(1024, 512, 512) < probe.product(8192, 512, 512)
-    assert probe.product(8192, 512, 512) == 8 * probe.product(1024, 512, 512)
+    assert probe.matmul(64, 512, 512) < probe.matmul(1024, 512, 512) < probe.matmul(8192, 512, 512)
+    assert probe.matmul(8192, 512, 512) == 8 * probe.matmul(1024, 512, 512)
     weight = inspect(scenes_llava, by="part").weights[0]
     assert probe.quantizing(scheme("gptq", 4), weight) > probe.quantizing(scheme("rtn", 4), weight) > 0
     assert probe.flops > 1e8

@@ -26,7 +26,7 @@ from sensitivity.api.sweeping import grid, sweep, sweeping
 from sensitivity.cli.main import main
 from sensitivity.cli.output.progress import Pace
 from sensitivity.measure.loop import Step, _SharedWork, run
-from sensitivity.measure.shards import FIRST, MOST, cuts, ends_of, shard
+from sensitivity.measure.shards import FIRST, MOST, shard, shard_ends, shard_ends_of_total
 from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import scheme
@@ -51,7 +51,7 @@ def asked(name: str, images: int, per_image: int) -> Task:
 @given(st.lists(st.tuples(st.integers(1, 1200), st.integers(1, 3)), min_size=1, max_size=3), st.booleans())
 def test_shards_are_all_examples_once_and_never_too_many(sizes: list[tuple[int, int]], growing: bool) -> None:
     tasks = [asked(f"t{i}", images, per_image) for i, (images, per_image) in enumerate(sizes)]
-    ends = cuts(tasks, growing)
+    ends = shard_ends(tasks, growing)
     assert ends == sorted(set(ends))
     assert max(np.diff([0, *ends])) <= MOST
     for one in tasks:
@@ -73,7 +73,7 @@ def test_shards_are_all_examples_once_and_never_too_many(sizes: list[tuple[int, 
 def test_a_first_shard_is_a_twentieth_and_what_is_left_over_is_none_of_its_own(
     images: int, expected: list[int]
 ) -> None:
-    assert ends_of(images) == expected
+    assert shard_ends_of_total(images) == expected
 
 
 def test_a_task_of_few_images_beside_one_of_many_has_a_score_at_once(scenes_llava: VLM, tmp_path: Path) -> None:
@@ -187,8 +187,8 @@ def test_a_tight_memory_budget_is_kept_and_changes_nothing(
     def watched(self: _SharedWork, *where: Any) -> Any:
         found = run_one(self, *where)
         assert self.weights is not None
-        assert self.replay is not None
-        used.append((self.weights.bytes, self.replay._bytes))
+        assert self.prefix_cache is not None
+        used.append((self.weights.bytes, self.prefix_cache._bytes))
         return found
 
     monkeypatch.setattr(_SharedWork, "run", watched)

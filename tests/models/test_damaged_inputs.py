@@ -32,7 +32,7 @@ from sensitivity.models.loading import load
 from sensitivity.models.processors import processor_of
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
-from sensitivity.tasks.examples.images import SLIMMEST, unusable
+from sensitivity.tasks.examples.images import LARGEST_ASPECT, why_unusable
 from sensitivity.tasks.table import task
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
@@ -289,7 +289,7 @@ def flipped() -> bytes:
 IMAGES: dict[str, tuple[str, bytes | None, str]] = {
     "a bomb": ("x.png", png(60_000, 60_000), "an image of more pixels than Pillow holds to be safe"),
     "a bomb as wide as can be": ("x.png", png(2**31 - 1, 2**31 - 1), "an image "),
-    "a line of pixels": ("x.png", png(SLIMMEST + 1, 1), "an image far longer than wide"),
+    "a line of pixels": ("x.png", png(LARGEST_ASPECT + 1, 1), "an image far longer than wide"),
     "a column of pixels": ("x.png", png(1, 60_000), "an image far longer than wide"),
     "no width": ("x.png", png(0, 8), "an image that cannot be read"),
     "a wrong checksum": ("x.png", flipped(), "an image that cannot be read"),
@@ -341,7 +341,7 @@ def test_one_bad_image_of_many_is_left_out_and_said(tmp_path: Path, kind: str) -
 
 def test_a_large_picture_is_none_of_those(tmp_path: Path) -> None:
     Image.new("L", (10_000, 9_500)).save(tmp_path / "a.png")  # satellites take such, and Pillow warns of them
-    assert unusable(tmp_path / "a.png") is None
+    assert why_unusable(tmp_path / "a.png") is None
 
 
 # -- published data sets in their layouts: every value of an entry, by each odd one

@@ -210,9 +210,9 @@ def test_a_proof_needs_no_room_of_the_sweep_s(tmp_path: Path) -> None:
     parts = inspect(vlm, by="part")
     for gb in (8.0, 5e-6):
         trial = _SharedWork(vlm, parts, [asked_of_many_sizes(tmp_path)], memory_gb=gb)
-        assert trial.replay
-        assert trial.replay.stages["vision"].boundaries == [4]
-        assert trial.replay._bytes == 0
+        assert trial.prefix_cache
+        assert trial.prefix_cache.stages["vision"].boundaries == [4]
+        assert trial.prefix_cache._bytes == 0
 
 
 def test_the_image_s_own_token_in_a_text_is_named(tmp_path: Path) -> None:
@@ -228,14 +228,14 @@ def test_images_may_take_fewer_places_than_tokens(tmp_path: Path, monkeypatch: p
     """The likelihoods of Qwen's answers tell: without its own places they are others."""
     vlm, asked = talkative("qwen2_5_vl", tmp_path / "qwen"), asked_of_many_sizes(tmp_path)
     theirs = by_example(evaluate(vlm, asked, plain=True), "nll")
-    looked_at = shared_images.looked_at
+    prefill_images = shared_images.prefill_images
 
     def misplaced(vlm: VLM, batch: Batch) -> Any:
-        cache, places = looked_at(vlm, batch)
-        assert (places < batch.prefix).all()
-        return cache, torch.full_like(places, batch.prefix)
+        cache, positions = prefill_images(vlm, batch)
+        assert (positions < batch.prefix).all()
+        return cache, torch.full_like(positions, batch.prefix)
 
-    monkeypatch.setattr(shared_images, "looked_at", misplaced)
+    monkeypatch.setattr(shared_images, "prefill_images", misplaced)
     ours = by_example(evaluate(vlm, asked), "nll")
     assert max(abs(ours[name] - theirs[name]) for name in theirs) > 5e-4
 
@@ -257,7 +257,7 @@ def test_what_is_accepted_is_not_read_again(name: str, tmp_path: Path, monkeypat
     vlm, asked = talkative(name, tmp_path / name), asked_of_many_sizes(tmp_path)
     batch = next(batches(vlm, asked))
     read = []
-    before = shared_images._Reading.__call__
+    before = shared_images._QuestionPasses.__call__
 
     def reading(self: Any, rows: list[int], drafts: list[list[int]], accepted: list[int]) -> Any:
         handle = self.model.get_input_embeddings().register_forward_hook(lambda *a: read.append(a[2].shape[1]))
@@ -266,7 +266,7 @@ def test_what_is_accepted_is_not_read_again(name: str, tmp_path: Path, monkeypat
         finally:
             handle.remove()
 
-    monkeypatch.setattr(shared_images._Reading, "__call__", reading)
+    monkeypatch.setattr(shared_images._QuestionPasses, "__call__", reading)
     answer(vlm, asked, batch)
     assert len(read) > 3
     assert read[0] == max(len(prompt) + len(right) for prompt, right in zip(batch.prompts, batch.targets, strict=True))

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sensitivity.quantize.clip import RATIOS, clipped
 from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.error_cost import STRIP, ErrorCost, directions, halved, quadratic
-from sensitivity.quantize.grid import QuantizedWeight, affine, encode, ranges
+from sensitivity.quantize.error_cost import STRIP, ErrorCost, low_rank_factor, quadratic, upper_half
+from sensitivity.quantize.grid import QuantizedWeight, encode, ranges, scale_and_zero
 from sensitivity.quantize.linears import Linears
 from sensitivity.quantize.methods import quantize, scheme, solve
 from sensitivity.quantize.scale_search import QUERY_KEY, errors, scales
@@ -46,8 +46,8 @@ def result(given: Linears, **chosen: object) -> QuantizedWeight:
 def test_errors_from_the_gram_matrix_are_those_of_the_outputs(bits: int, group: int | str) -> None:
     given = linears()
     chosen = scheme("awq", bits, group=group)
-    grid = scales(given.seen, 20, torch.float32)
-    (found,) = errors(given.rows, grid, given.seen.gram, [chosen], torch.float32)
+    grid = scales(given.input_statistics, 20, torch.float32)
+    (found,) = errors(given.rows, grid, given.input_statistics.gram, [chosen], torch.float32)
     for s, error in zip(grid, found.tolist(), strict=True):
         slow = 0.0
         for weight in given.weights:
@@ -58,10 +58,12 @@ def test_errors_from_the_gram_matrix_are_those_of_the_outputs(bits: int, group: 
 
 def test_the_search_in_pieces_is_the_search_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     given = linears()
-    grid = scales(given.seen, 20, torch.float32)
-    whole = errors(given.rows, grid, given.seen.gram, [scheme("awq", 3)], torch.float32)
+    grid = scales(given.input_statistics, 20, torch.float32)
+    whole = errors(given.rows, grid, given.input_statistics.gram, [scheme("awq", 3)], torch.float32)
     monkeypatch.setattr("sensitivity.quantize.scale_search.ROOM", 1)
-    torch.testing.assert_close(errors(given.rows, grid, given.seen.gram, [scheme("awq", 3)], torch.float32), whole)
+    torch.testing.assert_close(
+        errors(given.rows, grid, given.input_statistics.gram, [scheme("awq", 3)], torch.float32), whole
+    )
 
 
 @pytest.mark.parametrize("method", ["awq", "clip"])
@@ -83,11 +85,11 @@ def test_a_width_has_the_same_bits_alone_and_among_others(method: str, group: in
 def test_half_a_matrix_gives_the_whole_form(width: int) -> None:
     e = torch.randn(7, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gram = e.T @ e + torch.eye(width)
-    torch.testing.assert_close(quadratic(e, halved(gram)).double(), ((e @ gram) * e).sum(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(quadratic(e, upper_half(gram)).double(), ((e @ gram) * e).sum(1), rtol=1e-6, atol=1e-6)
 
 
 def test_exponent_0_is_nearest() -> None:
-    assert torch.equal(scales(linears().seen, 20, torch.float32)[0], torch.ones(WIDTH))
+    assert torch.equal(scales(linears().input_statistics, 20, torch.float32)[0], torch.ones(WIDTH))
     given = linears()
     found = result(given, exponents=1, clip=False)
     assert found.inputs is None
@@ -158,11 +160,11 @@ def test_queries_and_keys_are_not_clipped(name: str, skipped: bool) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_best_range_of_every_group_is_the_best_of_all_tried(group: int | str, symmetric: bool) -> None:
     given = linears(("w",))
-    w, gram = given.rows, given.seen.gram
+    w, gram = given.rows, given.input_statistics.gram
     chosen = scheme("clip", 3, group=group, symmetric=symmetric)
     width = WIDTH if group == "row" else int(group)
     low, high = clipped(w, chosen, torch.float32, ErrorCost.of(gram, width))
-    error = w - encode(w, chosen, *affine(w, chosen, low, high, torch.float32)).dequantize()
+    error = w - encode(w, chosen, *scale_and_zero(w, chosen, low, high, torch.float32)).dequantize()
     row = scheme("rtn", 3, symmetric=symmetric)
     for i in range(len(w)):
         for g, start in enumerate(range(0, WIDTH, width)):
@@ -171,7 +173,7 @@ def test_the_best_range_of_every_group_is_the_best_of_all_tried(group: int | str
             least, most = ranges(piece, row)
             for ratio in RATIOS:
                 edge = ratio * torch.maximum(-least, most)
-                near = affine(piece, row, torch.maximum(least, -edge), torch.minimum(most, edge), torch.float32)
+                near = scale_and_zero(piece, row, torch.maximum(least, -edge), torch.minimum(most, edge), torch.float32)
                 e = piece - encode(piece, row, *near).dequantize()
                 best = min(best, float((e @ block @ e.T).squeeze()))
             e = error[i, start : start + width]
@@ -190,13 +192,13 @@ def tall(width: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("width", [100, 128, 300])
 def test_a_few_directions_never_say_more_than_the_whole_matrix(width: int) -> None:
     gram = tall(width)
-    few = directions(gram).double()
+    few = low_rank_factor(gram).double()
     assert few.shape == (width, -(-width // 8))
     rest = torch.linalg.eigvalsh(gram.double() - few @ few.T)
     largest = float(torch.linalg.eigvalsh(gram.double())[-1])
     assert rest.min() > -1e-6 * largest
     assert rest.max() < 0.5 * largest
-    assert not directions(torch.zeros(width, width)).any()
+    assert not low_rank_factor(torch.zeros(width, width)).any()
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 12])
@@ -204,7 +206,7 @@ def test_inputs_of_fewer_tokens_than_directions_are_no_trouble(tokens: int) -> N
     g = torch.Generator().manual_seed(tokens)
     x, w = torch.randn(tokens, 256, generator=g), torch.randn(40, 256, generator=g)
     gram = (x.T @ x) / max(tokens, 1)
-    few = directions(gram).double()
+    few = low_rank_factor(gram).double()
     assert torch.isfinite(few).all()
     assert few.shape[1] <= tokens
     top = float(torch.linalg.eigvalsh(gram.double())[-1].clamp(min=1e-30))
@@ -226,7 +228,7 @@ def test_what_a_few_directions_rule_out_would_not_have_been_chosen(
     chosen = scheme("clip", bits, group=group)
     fast = ErrorCost.of(gram, size)
     assert size > STRIP
-    assert len(fast.few) == len(fast.exact) == -(-200 // size)
+    assert len(fast.low_rank) == len(fast.exact) == -(-200 // size)
     judged: list[int] = []
     monkeypatch.setattr(
         "sensitivity.quantize.error_cost.quadratic", lambda e, half: (judged.append(len(e)), quadratic(e, half))[1]
@@ -242,5 +244,5 @@ def test_what_a_few_directions_rule_out_would_not_have_been_chosen(
 def test_clipping_never_costs_more_than_nearest_within_a_row() -> None:
     given = linears(("w",))
     for bits in (2, 3, 4, 8):
-        clip_error = output_error(given.rows, quantize(given.rows, scheme("clip", bits), given.seen))
+        clip_error = output_error(given.rows, quantize(given.rows, scheme("clip", bits), given.input_statistics))
         assert clip_error <= output_error(given.rows, quantize(given.rows, scheme("rtn", bits)))

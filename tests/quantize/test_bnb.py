@@ -12,11 +12,11 @@ import small_vlms
 import torch
 from torch import Tensor, nn
 
-from sensitivity.measure.install.bitsandbytes_modules import placed
+from sensitivity.measure.install.bitsandbytes_modules import bitsandbytes_modules
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.models.discover import discover
 from sensitivity.quantize.activations import split_inputs
-from sensitivity.quantize.codebook import FP4, NF4, TABLES, coded
+from sensitivity.quantize.codebook import FP4, NF4, TABLES, to_codebook
 from sensitivity.quantize.methods import quantize, scheme
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
@@ -49,7 +49,7 @@ def bitsandbytes() -> Iterator[Any]:
 @pytest.mark.parametrize("chosen", FOURS, ids=str)
 def test_each_number_is_the_nearest_of_the_table(chosen: Scheme) -> None:
     w = weights()
-    result = coded(w, chosen)
+    result = to_codebook(w, chosen)
     table = torch.tensor(TABLES[chosen.method])
     flat, back = w.flatten(), result.dequantize().flatten()
     largest = torch.stack([block.abs().max() for block in torch.split(flat, 64)])
@@ -86,7 +86,7 @@ def test_four_bits_are_those_of_bitsandbytes(bitsandbytes: Any, chosen: Scheme, 
         packed, state = bitsandbytes.functional.quantize_4bit(
             w, blocksize=64, compress_statistics=chosen["double"], quant_type=chosen.method
         )
-        ours = coded(w, chosen)
+        ours = to_codebook(w, chosen)
         if chosen.method == "nf4":  # FP4's codes are in another order
             assert torch.equal(torch.stack([packed >> 4, packed & 15], 1).flatten(), ours.codes.flatten())
         if not chosen["double"]:
@@ -152,7 +152,7 @@ def test_eight_bits_agree_with_bitsandbytes(bitsandbytes: Any, threshold: float)
         own = layer(x)
         with quantized(layer, parts, plan):
             simulated = layer(x)
-        with placed(layer, parts, plan) as modules:
+        with bitsandbytes_modules(layer, parts, plan) as modules:
             assert list(modules) == ["0"]
             real = layer(x)
         assert torch.equal(layer(x), own)
@@ -176,7 +176,7 @@ def test_real_modules_are_placed_per_component_and_taken_out(bitsandbytes: Any) 
     before = {name: (id(module), type(module)) for name, module in model.named_modules()}
     eight, four = scheme("llm-int8", 8, outliers="call"), scheme("nf4", 4)
     plan = Plan.of(parts, {"vision": eight, "language": four})
-    with placed(model, parts, plan) as modules:
+    with bitsandbytes_modules(model, parts, plan) as modules:
         kinds = {path: type(module).__name__ for path, module in modules.items()}
         for weight in parts.weights:
             expected = {"vision": "Linear8bitLt", "language": "Linear4bit", "connector": None}[weight.part]
@@ -198,7 +198,7 @@ def test_what_bitsandbytes_does_not_have_is_refused(bitsandbytes: Any) -> None:
         (scheme("rtn", 4), "bitsandbytes has no rtn; choose from nf4, fp4, llm-int8"),
         (scheme("llm-int8", 8), "make the scheme with outliers='call'"),
     ):
-        with pytest.raises(UserError, match=message), placed(layer, parts, Plan.uniform(parts, chosen)):
+        with pytest.raises(UserError, match=message), bitsandbytes_modules(layer, parts, Plan.uniform(parts, chosen)):
             pass
         assert type(layer[0]) is nn.Linear
 
@@ -209,6 +209,6 @@ def test_without_the_extra_the_error_says_what_to_type(monkeypatch: pytest.Monke
     parts = discover_one(layer)
     with (
         pytest.raises(UserError, match=r"pip install 'vlm-sensitivity\[bnb\]'"),
-        placed(layer, parts, Plan.uniform(parts, scheme("nf4", 4))),
+        bitsandbytes_modules(layer, parts, Plan.uniform(parts, scheme("nf4", 4))),
     ):
         pass

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from sensitivity.measure.calibrate.absorbers import Absorber, absorbers
 from sensitivity.measure.calibrate.calibration import collect
 from sensitivity.measure.calibrate.statistics import Statistics
-from sensitivity.measure.calibrate.token_batches import TokenBatch, run
+from sensitivity.measure.calibrate.token_batches import TokenBatch, calibration_pass
 from sensitivity.measure.install.fold import fold
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.grid import QuantizedWeight
-from sensitivity.quantize.linears import Linears, reads
+from sensitivity.quantize.linears import Linears, input_of
 from sensitivity.quantize.methods import scheme, solve
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
@@ -35,7 +35,7 @@ def output(vlm: VLM, batch: TokenBatch) -> Tensor:
 
 
 def folds(vlm: VLM, parts: ComponentMap, batch: TokenBatch) -> dict[str, Absorber]:
-    return absorbers(vlm.model, parts, lambda: run(vlm, batch))
+    return absorbers(vlm.model, parts, lambda: calibration_pass(vlm, batch))
 
 
 def randomized(vlm: VLM) -> VLM:
@@ -59,10 +59,10 @@ def test_unrounded_scales_leave_the_output_unchanged(name: str) -> None:
     results: dict[str, Any] = {}
     for weight in parts.weights:  # codes that are the weights themselves: nothing is rounded
         own = vlm.model.get_parameter(weight.name).data.clone()
-        scale = scales.get(reads(weight))
+        scale = scales.get(input_of(weight))
         codes = own if scale is None else own * scale
         results[weight.name] = QuantizedWeight(codes, torch.ones(len(own), 1), torch.zeros(1, 1), own.shape[1], scale)
-    folded = fold(vlm.model, results, {w.name: reads(w) for w in parts.weights}, into)
+    folded = fold(vlm.model, results, {w.name: input_of(w) for w in parts.weights}, into)
     changed = 0
     for name_, result in folded.items():
         changed += not torch.equal(vlm.model.get_parameter(name_), result.dequantize())
@@ -72,7 +72,7 @@ def test_unrounded_scales_leave_the_output_unchanged(name: str) -> None:
 
 
 def width(parts: ComponentMap, shared: str) -> int:
-    return next(w.cols for w in parts.weights if reads(w) == shared)
+    return next(w.cols for w in parts.weights if input_of(w) == shared)
 
 
 def test_what_absorbs_what() -> None:
@@ -105,13 +105,15 @@ def test_a_folded_model_equals_the_unfolded_one(name: str) -> None:
     found = collect(vlm, parts.weights, [batch])
     facts = {"path": "float"}
     statistics = Statistics(
-        facts, lambda weights, done=None: {reads(w): found[reads(w)] for w in weights}, lambda: folds(vlm, parts, batch)
+        facts,
+        lambda weights, done=None: {input_of(w): found[input_of(w)] for w in weights},
+        lambda: folds(vlm, parts, batch),
     )
     chosen = scheme("awq", 4, group=16, calibration=facts, scales="folded")
     with quantized(vlm.model, parts, Plan.uniform(parts, chosen), statistics=statistics):
         unfolded = output(vlm, batch)
     results: dict[str, QuantizedWeight] = {}
-    inputs = {w.name: reads(w) for w in parts.weights}
+    inputs = {w.name: input_of(w) for w in parts.weights}
     for shared in dict.fromkeys(inputs.values()):
         names = tuple(n for n, of in inputs.items() if of == shared)
         weights = tuple(vlm.model.get_parameter(n) for n in names)

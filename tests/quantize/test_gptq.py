@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.grid import affine, ranges
+from sensitivity.quantize.grid import ranges, scale_and_zero
 from sensitivity.quantize.linears import Linears
 from sensitivity.quantize.methods import quantize, scheme, solve
 from sensitivity.spec.errors import Notice, UserError
@@ -58,7 +58,7 @@ def published(weight: Tensor, gram: Tensor, chosen: Scheme) -> Tensor:
             if j % (max(128 // width, 1) * width) == 0:
                 then = w.clone()
             chunk = then[:, j : j + width].float()
-        scale, zero = (t[:, 0].double() for t in affine(chunk, row, *ranges(chunk, row), torch.float32))
+        scale, zero = (t[:, 0].double() for t in scale_and_zero(chunk, row, *ranges(chunk, row), torch.float32))
         code = torch.round(w[:, j] / scale + zero).clamp(0, 2**chosen.bits - 1)
         out[:, column] = (code - zero) * scale
         w[:, j:] -= ((w[:, j] - out[:, column]) / upper[j, j])[:, None] * upper[j, j:]

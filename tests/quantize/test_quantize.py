@@ -10,7 +10,7 @@ from small_vlms import llava
 from torch import Tensor, nn
 
 from sensitivity.measure.install.plan_in_model import quantized
-from sensitivity.measure.memory.weight_codes import WeightCodes, tensors, value_of
+from sensitivity.measure.memory.weight_codes import WeightCodes, from_tensors, tensors
 from sensitivity.models.discover import discover
 from sensitivity.quantize.grid import QuantizedWeight
 from sensitivity.quantize.methods import METHODS, quantize, scheme, solve
@@ -228,7 +228,7 @@ def test_weights_are_remembered_as_codes_of_a_byte(asked: str, model: nn.Module,
         pass
     kept = WeightCodes()
     for key, value in memory.items():
-        kept[key] = value_of(tensors(value))
+        kept[key] = from_tensors(tensors(value))
         assert torch.equal(kept.dense(key, model.get_parameter(key[0])), expected[key[0]])
     assert memory.keys() == kept.keys()
     assert memory.bytes < 1.6 * sum(weight.numel() for weight in expected.values())  # small layers, many scales

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from recalls import recalls
 
 from experiments.small.datasets import COUNT, WRITE, bench, coco, flickr, gqa, picture, rsvqa, vqav2, write
 from sensitivity.measure.evaluation import evaluate
@@ -285,7 +286,7 @@ def test_flickr_gives_images_captions_and_owners(tmp_path: Path) -> None:
     assert len(found.captions) == len(found.owner) == 5 * len(found.images)
     assert all(f"of {int(found.images[i].stem)} ." in text for i, text in zip(found.owner, found.captions, strict=True))
     perfect = np.equal.outer(np.arange(len(found.images)), np.array(found.owner)).astype(float)
-    assert retrieval.recalls(perfect, perfect.T, found.owner)["mean"] == 1
+    assert recalls(perfect, perfect.T, found.owner)["mean"] == 1
     assert len(retrieval.flickr30k(tmp_path, n=10, seed=3).images) == 10
     with pytest.raises(UserError, match=r"flickr30k needs dataset_flickr30k.json in .*; download"):
         retrieval.flickr30k(tmp_path / "gone")

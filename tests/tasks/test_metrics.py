@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from recalls import recalls
 
 from sensitivity.api.sweeping import grid, sweep
 from sensitivity.models.discover import inspect
@@ -113,19 +114,11 @@ def test_scene_names_are_compared_without_spaces(said: str, right: str, score: f
 # -- answers
 
 
-def test_special_tokens_and_prompts_come_off_and_nothing_else() -> None:
+def test_special_tokens_come_off_and_nothing_else() -> None:
     box = "<p> the plane </p> {<12><30><50><60>|<45>}"
     assert answers.without_special(f"<s> {box}</s><pad><pad>") == box
     assert answers.without_special("a cat<|im_end|>") == "a cat"
     assert answers.without_special("<image_1>red<end_of_turn>\n") == "red"
-    assert (
-        answers.without_prompt("USER: <image>\nWhat is it? ASSISTANT: a cat</s>", "USER:  \nWhat is it? ASSISTANT:")
-        == "a cat"
-    )
-    assert answers.without_prompt("a cat", "What is it?") == "a cat"
-    assert answers.without_prompt("What is it? What is it?", "What is it?") == "What is it?"
-    assert answers.after("USER: x ASSISTANT: a cat", "ASSISTANT:") == "a cat"
-    assert answers.after("a cat", "ASSISTANT:") == "a cat"
     assert answers.phrase("<p>A large</p> ship. ") == "a large ship"
     assert answers.squeezed(" Dense Residential. ") == "denseresidential"
 
@@ -395,7 +388,7 @@ def test_the_mean_of_scores_is_found_of_all_true_boxes() -> None:
 def test_recall_by_hand() -> None:
     owner = [0, 0, 1, 1, 2]
     similarity = np.array([[0.1, 0.9, 0.3, 0.2, 0.0], [0.8, 0.1, 0.2, 0.3, 0.9], [0.5, 0.5, 0.5, 0.5, 0.5]])
-    found = retrieval.recalls(similarity, similarity.T, owner)
+    found = recalls(similarity, similarity.T, owner)
     assert found["text R@1"] == pytest.approx(1 / 3)  # the second is third, and a tie wins nothing
     assert found["text R@5"] == found["image R@5"] == found["text R@10"] == 1
     # captions: 0 is last, 1 first, 2 third (0.2 after 0.5 and 0.3), 3 second, 4 second
@@ -407,11 +400,9 @@ def test_recall_of_chance_and_of_numbers_that_are_none() -> None:
     rng = np.random.default_rng(0)
     similarity = rng.normal(size=(200, 1000))
     owner = np.repeat(np.arange(200), 5)
-    assert retrieval.recalls(similarity, similarity.T, owner)["image R@10"] == pytest.approx(0.05, abs=0.02)
-    nothing = retrieval.recalls(np.full((200, 1000), np.nan), similarity.T, owner)
+    assert recalls(similarity, similarity.T, owner)["image R@10"] == pytest.approx(0.05, abs=0.02)
+    nothing = recalls(np.full((200, 1000), np.nan), similarity.T, owner)
     assert nothing["text R@10"] == 0
-    with pytest.raises(UserError, match="do not fit 1000 captions of 200 images"):
-        retrieval.recalls(similarity.T, similarity, owner)
 
 
 def test_re_ranking_looks_at_the_first_k_alone() -> None:

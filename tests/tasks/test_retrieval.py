@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import saved_vlms
 import torch
+from recalls import recalls
 
 from experiments.small.datasets import flickr
 from sensitivity.api.sweeping import calibrated, one_at_a_time, sweep
@@ -22,7 +23,7 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.tasks.examples.images import open_image
 from sensitivity.tasks.examples.types import Example, Task
-from sensitivity.tasks.retrieval import ranks, recalls, reranked
+from sensitivity.tasks.retrieval import ranks, reranked
 from sensitivity.tasks.table import task
 
 

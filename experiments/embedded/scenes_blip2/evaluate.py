@@ -61,7 +61,7 @@ def searching(folder: Path, n: int, seed: int) -> dict[str, Any]:
     for name, top in (("compared", 0), ("read together", asked.gallery.top)):
         task = replace(asked, gallery=replace(asked.gallery, top=top))
         rows, wrong = evaluate(vlm, task), evaluate(vlm, shuffled(task))
-        for way in retrieval.WAYS:
+        for way in retrieval.DIRECTIONS:
             for k in retrieval.RANKS:
                 right, other = (hits(one, way, k) for one in (rows, wrong))
                 row = {**summary(*right), "shuffled": float(other[0].mean()), "prior": k / asked.gallery.pool}

@@ -63,14 +63,14 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 def _check(args: argparse.Namespace) -> None:
     """Check what can be checked before the model is loaded."""
     from sensitivity.formats.table import FORMATS
-    from sensitivity.measure.calibrate.statistics import known_path
+    from sensitivity.measure.calibrate.statistics import check_path
     from sensitivity.spec.runtimes import runtime
 
     if args.format not in FORMATS:
         raise unknown("format", args.format, FORMATS)
     runtime(args.runtime or args.format)
     if args.path is not None:
-        known_path(args.path)
+        check_path(args.path)
     if args.source.suffix == ".json":
         flags.without_effect(args, ["--bpw"], "beside a plan.json, which is one plan")
     if args.format == "plan" and args.path is None:

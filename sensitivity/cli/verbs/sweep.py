@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.analysis.search.plan_lists import plans as plans_
     from sensitivity.api.sweeping import calibrated as calibrated_
     from sensitivity.api.sweeping import dtype_for, sweeping
-    from sensitivity.measure.generate.batches import check
+    from sensitivity.measure.generate.batches import check_tasks_fit
     from sensitivity.models.config_only import without_weights
     from sensitivity.models.discover import inspect
     from sensitivity.models.loading import load
@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         space = (parts, schemes, search, args.trials, args.seed, allow, tie)
         return plans_for(args.runtime, *space) if args.runtime else plans_(*space)
 
-    check(vlm, chosen)
+    check_tasks_fit(vlm, chosen)
     # built twice: here for its length, and below with calibrated schemes, for which the model must calibrate first
     searched = plans_of(requested, args.search)
     expected = len(searched) if isinstance(searched, Sequence) else args.trials or 100

@@ -13,8 +13,8 @@ from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.install.fold import fold
 from sensitivity.measure.install.plan_in_model import targets
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.grid import QuantizedWeight, sixteen
-from sensitivity.quantize.linears import Linears, StoredWeight, reads
+from sensitivity.quantize.grid import QuantizedWeight, to_16_bit
+from sensitivity.quantize.linears import Linears, StoredWeight, input_of
 from sensitivity.quantize.methods import method_of, solve
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.plan import Plan, Scheme
@@ -80,7 +80,7 @@ class _BlockByBlock:
         self.done: list[tuple[str, Scheme]] = []
         self.inputs: dict[str, list[Weight]] = {}
         for weight in parts.weights:
-            self.inputs.setdefault(reads(weight), []).append(weight)
+            self.inputs.setdefault(input_of(weight), []).append(weight)
         self.component_of = {
             weight.name: component.name for component in parts.components for weight in component.weights
         }
@@ -101,7 +101,7 @@ class _BlockByBlock:
         All of them are passed, even those that the plan leaves at native precision: a scale search looks at every
         reader.
         """
-        shared = {reads(w): {self.schemes[v.name] for v in block if reads(v) == reads(w)} for w in block}
+        shared = {input_of(w): {self.schemes[v.name] for v in block if input_of(v) == input_of(w)} for w in block}
         studied = sorted(key for key, schemes in shared.items() if any(method_of(s).calibrated for s in schemes))
         firsts = [self.inputs[key][0] for key in studied]
         curvatures = self.statistics.gather(firsts, tuple(self.done)) if studied else {}
@@ -117,7 +117,7 @@ class _BlockByBlock:
                     if self.schemes.get(name) == scheme
                 }
             if linears.curvature is not None:
-                linears.curvature.forget()
+                linears.curvature.free_factor()
         if self.statistics.exposed:
             self._install(block)
         self.done += [(weight.name, self.schemes[weight.name]) for weight in block]
@@ -142,10 +142,10 @@ class _BlockByBlock:
         Later blocks must see the same activations as in the sweep; folded layers compute them only up to rounding.
         """
         for name, weight in block.items():
-            if self.schemes[name].get("scales") == "folded" and reads(weight) not in self.statistics.absorbers:
+            if self.schemes[name].get("scales") == "folded" and input_of(weight) not in self.statistics.absorbers:
                 self.result.unscaled.setdefault(self.component_of[name], set()).add(weight.module.rpartition(".")[2])
         results = {name: found for name in block if isinstance(found := self.found[name], QuantizedWeight)}
-        scaled = {reads(block[name]) for name, result in results.items() if result.inputs is not None}
+        scaled = {input_of(block[name]) for name, result in results.items() if result.inputs is not None}
         if not scaled:
             return
         held = {name: parameter.data for name, parameter in self.parameters.items()}
@@ -154,7 +154,7 @@ class _BlockByBlock:
             self.parameters[name].data = tensor
         try:
             into = self.statistics.absorbers
-            folded = fold(self.model, results, {name: reads(weight) for name, weight in block.items()}, into)
+            folded = fold(self.model, results, {name: input_of(weight) for name, weight in block.items()}, into)
             self.result.folded |= {key: into[key].path for key in scaled}
             for name, parameter in self.parameters.items():
                 if parameter.data is not held[name] and name not in folded:
@@ -164,7 +164,7 @@ class _BlockByBlock:
                 parameter.data = held[name]
         for name, result in folded.items():  # folding divided this scale: round it to the 16 bits that are stored
             if result.scale is not results[name].scale:
-                result = replace(result, scale=sixteen(result.scale, self.float_weights[name].dtype))
+                result = replace(result, scale=to_16_bit(result.scale, self.float_weights[name].dtype))
             self.found[name] = result
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from sensitivity.models.adapters import resolve, whole
+from sensitivity.models.adapters import full_model, resolve
 from sensitivity.models.checkpoint import DTYPES, fingerprint, header, read_config, weight_files
 from sensitivity.models.conversion import as_converted, as_written
 from sensitivity.models.loading import load
@@ -127,7 +127,7 @@ def open_source(model: VLM | str, dtype: torch.dtype | None = None) -> SourceChe
 
 def _in_memory(vlm: VLM) -> SourceCheckpoint:
     """A model whose merged adapter or planted outliers are in no file; small files are those of the base model."""
-    base, folder = whole(vlm.name)
+    base, folder = full_model(vlm.name)
     config, processor = read_config(folder, base), None
     if is_original(config):
         config, processor = as_written(vlm.model.config, type(vlm.model).__name__), vlm.processor

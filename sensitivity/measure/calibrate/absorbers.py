@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sensitivity.quantize.linears import reads
+from sensitivity.quantize.linears import input_of
 from sensitivity.spec.components import ComponentMap, Weight
 
 # Attention's output projection reads weighted means of value rows, which are linear in them.
@@ -44,50 +43,50 @@ def absorbers(model: nn.Module, parts: ComponentMap, run: Callable[[], None]) ->
     found = {shared: Absorber(path, True) for shared, path in _norms(model, parts, run).items()}
     by_module = {weight.module: weight for weight in parts.weights}
     for weight in parts.weights:
-        before = _sibling(weight, by_module, VALUE, OUTPUT) or _sibling(weight, by_module, UP, DOWN)
+        writer = _sibling(weight, by_module, VALUE, OUTPUT) or _sibling(weight, by_module, UP, DOWN)
         # a norm between the two (Kosmos-2) was found above, and feeds the input instead
         # with grouped-query attention, value has fewer rows than output has columns: several heads share one
-        if before is not None and before.rows == weight.cols and reads(weight) not in found:
-            found[reads(weight)] = Absorber(before.module, False)
+        if writer is not None and writer.rows == weight.cols and input_of(weight) not in found:
+            found[input_of(weight)] = Absorber(writer.module, False)
     return found
 
 
 def _sibling(
-    weight: Weight, by_module: Mapping[str, Weight], before: Sequence[str], after: Sequence[str]
+    weight: Weight, by_module: Mapping[str, Weight], writer: Sequence[str], after: Sequence[str]
 ) -> Weight | None:
-    """The layer named in `before` beside this one, if this one is named in `after`."""
+    """The layer named in `writer` beside this one, if this one is named in `after`."""
     parent, _, leaf = weight.module.rpartition(".")
     if leaf not in after:
         return None
-    return next((by_module[f"{parent}.{name}"] for name in before if f"{parent}.{name}" in by_module), None)
+    return next((by_module[f"{parent}.{name}"] for name in writer if f"{parent}.{name}" in by_module), None)
 
 
 def _norms(model: nn.Module, parts: ComponentMap, run: Callable[[], None]) -> dict[str, str]:
     """By input: the path of the norm whose output goes to that input and nowhere else."""
     # a tied head cannot be scaled: the embedding would be scaled with it
-    names = {id(model.get_parameter(weight.name)): reads(weight) for weight in parts.weights if not weight.tied}
-    watch = _Watch(names)
+    names = {id(model.get_parameter(weight.name)): input_of(weight) for weight in parts.weights if not weight.tied}
+    uses = _OutputUses(names)
     with ExitStack() as hooks:
         for path, module in model.named_modules():
             weight = getattr(module, "weight", None)
             if "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.dim() == 1:
-                hooks.callback(module.register_forward_hook(watch.hook(path)).remove)
-        with watch, torch.no_grad():
+                hooks.callback(module.register_forward_hook(uses.hook(path)).remove)
+        with uses, torch.no_grad():
             run()
     feeds: dict[str, list[str]] = {}
-    for path, consumers in watch.consumers.items():
+    for path, consumers in uses.consumers.items():
         if len(consumers) == 1 and None not in consumers:
             feeds.setdefault(str(next(iter(consumers))), []).append(path)
     # one scale cannot serve two norms that feed the same input, as where a layer is called twice
     return {shared: paths[0] for shared, paths in feeds.items() if len(paths) == 1}
 
 
-def _holds_tensor(result: Any) -> bool:
+def _holds_tensor(result: object) -> bool:
     """Whether a result is a tensor, or a list or tuple that holds one."""
     return isinstance(result, Tensor) or (isinstance(result, (list, tuple)) and any(map(_holds_tensor, result)))
 
 
-class _Watch(TorchFunctionMode):
+class _OutputUses(TorchFunctionMode):
     """Records who reads the output of each norm: inputs of known linear layers by name, None for anything else."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
@@ -97,13 +96,19 @@ class _Watch(TorchFunctionMode):
         self.consumers: dict[str, set[str | None]] = {}
 
     def hook(self, path: str) -> Callable[..., None]:
-        def note(module: Any, args: Any, output: Tensor) -> None:
+        def note(module: nn.Module, args: object, output: Tensor) -> None:
             self.outputs[id(output)] = output, path
             self.consumers.setdefault(path, set())
 
         return note
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         if _holds_tensor(result):  # reading a shape or a dtype uses no values
             for value in (*args, *(kwargs or {}).values()):

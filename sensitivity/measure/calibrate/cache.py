@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,11 +21,11 @@ from sensitivity.spec.files import discard, replacing
 from sensitivity.spec.sizes import GB
 
 # Parts of the system's message where a folder cannot be written.
-CLOSED = ("Permission denied", "Read-only", "No space", "quota", "Not a directory")
+NOT_WRITABLE = ("Permission denied", "Read-only", "No space", "quota", "Not a directory")
 VERSION = 5  # raised when the meaning of an entry changes
 
 
-def home() -> Path:
+def cache_folder() -> Path:
     """The cache folder: SENSITIVITY_CACHE, or where this system keeps caches."""
     if chosen := os.environ.get("SENSITIVITY_CACHE"):
         return Path(chosen)
@@ -50,47 +49,52 @@ class Cache:
     limit_gb: float = 8.0
 
     def fetch(
-        self, about: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]], device: torch.device
+        self, description: Mapping[str, object], make: Callable[[], Mapping[str, Tensor]], device: torch.device
     ) -> dict[str, Tensor]:
         """The described tensors, read from the folder or computed now and stored."""
-        if (found := self.load(about, device)) is not None:
+        if (found := self.load(description, device)) is not None:
             return found
-        made = {name: tensor.contiguous() for name, tensor in make().items()}
-        self.store(about, made, device)
-        return made
+        tensors = {name: tensor.contiguous() for name, tensor in make().items()}
+        self.store(description, tensors, device)
+        return tensors
 
-    def load(self, about: Mapping[str, Any], device: torch.device) -> dict[str, Tensor] | None:
+    def load(self, description: Mapping[str, object], device: torch.device) -> dict[str, Tensor] | None:
         """The described tensors, or None if no whole file holds them."""
-        file, _ = self._entry(about, device)
+        file, _ = self._entry(description, device)
         found: dict[str, Tensor] | None = None
         with suppress(OSError, SafetensorError, RuntimeError):  # missing, deleted just now, or cut short
             found = load_file(file)
             os.utime(file)  # marks the entry as recently used
         return None if found is None else {name: tensor.to(device) for name, tensor in found.items()}
 
-    def store(self, about: Mapping[str, Any], made: Mapping[str, Tensor], device: torch.device) -> None:
+    def store(self, description: Mapping[str, object], tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Write tensors under their description, unless they exceed the limit or the folder cannot be written."""
-        file, text = self._entry(about, device)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in made.values())
+        file, text = self._entry(description, device)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if size <= self.limit_gb * GB:
             # safetensors refuses tensors that share memory
-            apart = {name: t.contiguous().clone() for name, t in made.items()}
+            unshared = {name: t.contiguous().clone() for name, t in tensors.items()}
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._make_room(size)
                 with replacing(file) as unfinished:
-                    save_file(apart, unfinished, metadata={"about": text})
+                    save_file(unshared, unfinished, metadata={"about": text})
             except (OSError, SafetensorError, UserError) as error:
-                said = f"{error} {error.__cause__}"
+                message = f"{error} {error.__cause__}"
                 # otherwise the folder was deleted meanwhile
-                if self.folder.is_file() or any(why in said for why in CLOSED):
+                if self.folder.is_file() or any(why in message for why in NOT_WRITABLE):
                     again = "calibration is done again by the next run"
                     warnings.warn(f"nothing can be kept in {self.folder}: {again}", Notice, stacklevel=2)
 
-    def _entry(self, about: Mapping[str, Any], device: torch.device) -> tuple[Path, str]:
+    def _entry(self, description: Mapping[str, object], device: torch.device) -> tuple[Path, str]:
         """An entry's file and description, which includes torch's version and threads: they change how sums round."""
-        here = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(device), "v": VERSION}
-        text = json.dumps({**about, **here}, sort_keys=True)
+        environment = {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "device": str(device),
+            "v": VERSION,
+        }
+        text = json.dumps({**description, **environment}, sort_keys=True)
         return self.folder / f"{_name(text)}.safetensors", text
 
     def _make_room(self, size: int) -> None:
@@ -111,10 +115,10 @@ def _is_entry(file: Path) -> bool:
     """Whether a file is a cache entry: named after the hash of the description in its metadata."""
     try:
         with safe_open(file, framework="pt") as opened:
-            about = (opened.metadata() or {}).get("about", "")
+            description = (opened.metadata() or {}).get("about", "")
     except (OSError, SafetensorError, RuntimeError):  # another process may be deleting it
         return False
-    return file.stem == _name(about)
+    return file.stem == _name(description)
 
 
 def _name(text: str) -> str:

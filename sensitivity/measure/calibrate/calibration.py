@@ -5,27 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sensitivity.measure.calibrate.absorbers import Absorber, absorbers
-from sensitivity.measure.calibrate.blockwise import BlockwisePass, Done
+from sensitivity.measure.calibrate.blockwise import BlockwisePass, Installed
 from sensitivity.measure.calibrate.cache import Cache
-from sensitivity.measure.calibrate.statistics import Gather, Statistics, known_path
-from sensitivity.measure.calibrate.token_batches import PADDING, ROWS, TokenBatch, batches, disjoint, run
+from sensitivity.measure.calibrate.statistics import Gather, Statistics, check_path
+from sensitivity.measure.calibrate.token_batches import (
+    PADDING,
+    ROWS,
+    TokenBatch,
+    batches,
+    calibration_pass,
+    check_disjoint,
+)
 from sensitivity.measure.memory.out_of_memory import run_or_halve
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.linears import reads
+from sensitivity.quantize.linears import input_of
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Setting
 from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.table import task as find_task
 
-ROOM = 1 << 30  # bytes of Gram matrices in memory at once; one block of a 7B model has 0.7 GB
+GRAM_BYTES = 1 << 30  # bytes of Gram matrices in memory at once; one block of a 7B model has 0.7 GB
 
 
 def calibrate(
@@ -37,20 +43,20 @@ def calibrate(
     path: str = "float",
     against: Iterable[Task] = (),
     cache: Cache | None = None,
-    room: int = ROOM,
+    gram_bytes: int = GRAM_BYTES,
 ) -> Statistics:
     """Statistics of the inputs of all layers in `parts`, on n calibration examples divided among the tasks.
 
     `against` lists the evaluation tasks, which must share no example and no image with the calibration data. Gram
-    matrices that exceed `room` bytes together are computed a few blocks at a time, when they are asked for.
+    matrices that exceed `gram_bytes` bytes together are computed a few blocks at a time, when they are asked for.
     """
-    known_path(path)
+    check_path(path)
     names = list(dict.fromkeys(tasks))
     if not names or n < len(names):
         raise UserError(f"{n} calibration examples are too few for {len(names)} tasks; each needs at least one")
-    shares = [n // len(names) + (i < n % len(names)) for i in range(len(names))]
-    data = [find_task(name, "calibration", share, seed) for name, share in zip(names, shares, strict=True)]
-    disjoint(data, list(against))
+    counts = [n // len(names) + (i < n % len(names)) for i in range(len(names))]
+    data = [find_task(name, "calibration", count, seed) for name, count in zip(names, counts, strict=True)]
+    check_disjoint(data, list(against))
     facts: dict[str, Setting] = {
         "calibration": ",".join(names),
         "examples": sum(len(task.examples) for task in data),
@@ -61,12 +67,12 @@ def calibrate(
 
     def trace() -> Mapping[str, Absorber]:
         few = [replace(data[0], examples=data[0].examples[:1])]
-        return absorbers(vlm.model, parts, lambda: run(vlm, next(batches(vlm, few))))
+        return absorbers(vlm.model, parts, lambda: calibration_pass(vlm, next(batches(vlm, few))))
 
     if path == "exposed":
         return Statistics(facts, exposed(vlm, parts, lambda rows: batches(vlm, data, rows)), trace, cache)
-    about = {**facts, "model": vlm.fingerprint, "dtype": str(vlm.model.dtype)}
-    found = unquantized(vlm, parts, lambda rows: batches(vlm, data, rows), about, cache, room)
+    description = {**facts, "model": vlm.fingerprint, "dtype": str(vlm.model.dtype)}
+    found = unquantized(vlm, parts, lambda rows: batches(vlm, data, rows), description, cache, gram_bytes)
     return Statistics(facts, found, trace, cache)
 
 
@@ -82,110 +88,112 @@ class CalibrationBatches:
     def __init__(self, vlm: VLM, parts: ComponentMap, data: Data, exposed: bool) -> None:
         self.rows = ROWS
         self.vlm, self.parts, self.data, self.exposed = vlm, parts, data, exposed
-        self.walk: BlockwisePass | None = None
+        self.blockwise: BlockwisePass | None = None
 
-    def whole(self, weights: Sequence[Weight]) -> Mapping[str, Curvature]:
+    def by_full_passes(self, weights: Sequence[Weight]) -> Mapping[str, Curvature]:
         """Statistics of some weights' inputs, by full forward passes."""
-        return self._fitting(lambda: collect(self.vlm, weights, self.data(self.rows)))
+        return self._halving_batches(lambda: collect(self.vlm, weights, self.data(self.rows)))
 
-    def walked(self, weights: Sequence[Weight], done: Done | None) -> Mapping[str, Curvature]:
+    def by_blocks(self, weights: Sequence[Weight], installed: Installed | None) -> Mapping[str, Curvature]:
         """The same statistics, by passes that go on where the last ones ended (BlockwisePass)."""
 
-        def study() -> Mapping[str, Curvature]:
-            # one example is enough for `_look`, whose passes over a full batch would be a large part of all calibration
-            self.walk = self.walk or BlockwisePass(
+        def compute() -> Mapping[str, Curvature]:
+            # one example is enough for `_probe`; its passes over a full batch would be a large part of all calibration
+            self.blockwise = self.blockwise or BlockwisePass(
                 self.vlm, self.parts, self.data(self.rows), self.exposed, next(iter(self.data(1)))
             )
-            with self.walk.towards(weights, done) as forward:
-                return collect(self.vlm, weights, self.walk.data, forward)
+            with self.blockwise.run_up_to(weights, installed) as forward:
+                return collect(self.vlm, weights, self.blockwise.data, forward)
 
-        return self._fitting(study)
+        return self._halving_batches(compute)
 
-    def _fitting(self, study: Callable[[], Mapping[str, Curvature]]) -> Mapping[str, Curvature]:
-        """Run `study`, with half the batch size after each out-of-memory error."""
-        while (found := run_or_halve(study, self.rows, "the calibration data", self.vlm.device)) is None:
+    def _halving_batches(self, compute: Callable[[], Mapping[str, Curvature]]) -> Mapping[str, Curvature]:
+        """Run `compute`, with half the batch size after each out-of-memory error."""
+        while (found := run_or_halve(compute, self.rows, "the calibration data", self.vlm.device)) is None:
             self.rows //= 2
-            self.walk = None  # its recorded outputs belong to the larger batches
+            self.blockwise = None  # its recorded outputs belong to the larger batches
         return found
 
 
 def exposed(vlm: VLM, parts: ComponentMap, data: Data) -> Gather:
     """Statistics of the model as it is when they are asked for, block by block while a plan is put in."""
-    portions = CalibrationBatches(vlm, parts, data, exposed=True)
-    return lambda weights, done=None: portions.walked(weights, done)
+    passes = CalibrationBatches(vlm, parts, data, exposed=True)
+    return lambda weights, installed=None: passes.by_blocks(weights, installed)
 
 
 def unquantized(
     vlm: VLM,
     parts: ComponentMap,
     data: Data,
-    about: Mapping[str, Any],
+    description: Mapping[str, object],
     cache: Cache | None,
-    room: int = ROOM,
+    gram_bytes: int = GRAM_BYTES,
 ) -> Gather:
     """Statistics of the float model: of all layers in one pass, or of a few blocks at a time if memory is short."""
-    shares = _shares(parts, room)
-    at = {reads(weight): i for i, share in enumerate(shares) for weight in share}
-    held: dict[int, Mapping[str, Curvature]] = {}
-    portions = CalibrationBatches(vlm, parts, data, exposed=False)
-    # addresses of the float weights, by which `study` notices a quantized one
+    groups = _weight_groups(parts, gram_bytes)
+    at = {input_of(weight): i for i, group in enumerate(groups) for weight in group}
+    in_memory: dict[int, Mapping[str, Curvature]] = {}
+    passes = CalibrationBatches(vlm, parts, data, exposed=False)
+    # addresses of the float weights, by which `compute` notices a quantized one
     own = {name: parameter.data_ptr() for name, parameter in vlm.model.named_parameters()}
 
-    def study(share: Sequence[Weight]) -> Mapping[str, Curvature]:
+    def compute(group: Sequence[Weight]) -> Mapping[str, Curvature]:
         assert all(p.data_ptr() == own[name] for name, p in vlm.model.named_parameters()), "not the float model"
-        return portions.whole(share) if len(shares) == 1 else portions.walked(share, ())
+        return passes.by_full_passes(group) if len(groups) == 1 else passes.by_blocks(group, ())
 
-    def find(i: int) -> Mapping[str, Curvature]:
-        if i not in held:
-            held.clear()  # frees these matrices before the next are computed
-            held[i] = _stored(about, sorted(reads(w) for w in shares[i]), lambda: study(shares[i]), cache, vlm.device)
-        return held[i]
+    def statistics_of(i: int) -> Mapping[str, Curvature]:
+        if i not in in_memory:
+            in_memory.clear()  # frees these matrices before the next are computed
+            in_memory[i] = _stored(
+                description, sorted(input_of(w) for w in groups[i]), lambda: compute(groups[i]), cache, vlm.device
+            )
+        return in_memory[i]
 
-    def gather(weights: Sequence[Weight], done: Done | None = None) -> Mapping[str, Curvature]:
+    def gather(weights: Sequence[Weight], installed: Installed | None = None) -> Mapping[str, Curvature]:
         # in the order of the shares, so that each share is computed once
-        wanted = sorted({reads(weight) for weight in weights}, key=lambda name: at[name])
-        return {name: find(at[name])[name] for name in wanted}
+        inputs = sorted({input_of(weight) for weight in weights}, key=lambda name: at[name])
+        return {name: statistics_of(at[name])[name] for name in inputs}
 
-    if len(shares) == 1 and vlm.device.type != "meta":  # a forecast has no weights, and asks for none
-        find(0)  # now, since later the model may hold quantized weights
+    if len(groups) == 1 and vlm.device.type != "meta":  # a forecast has no weights, and asks for none
+        statistics_of(0)  # now, since later the model may hold quantized weights
     return gather
 
 
-def _shares(parts: ComponentMap, room: int) -> list[list[Weight]]:
-    """One weight per distinct input, in the direction of data flow, in shares of as many blocks as fit in `room`."""
-    shares: list[list[Weight]] = []
-    left = 0
+def _weight_groups(parts: ComponentMap, gram_bytes: int) -> list[list[Weight]]:
+    """One weight per distinct input, in the direction of data flow, in groups of as many blocks as fit `gram_bytes`."""
+    groups: list[list[Weight]] = []
+    bytes_left = 0
     seen: set[str] = set()
     for block in parts.regroup("block").components:
-        share = [
+        group = [
             weight
             # reversed, so that the first weight that reads an input represents it
-            for weight in {reads(w): w for w in reversed(block.weights) if not w.looked_up}.values()
-            if reads(weight) not in seen
+            for weight in {input_of(w): w for w in reversed(block.weights) if not w.looked_up}.values()
+            if input_of(weight) not in seen
         ]
-        seen |= {reads(weight) for weight in share}
+        seen |= {input_of(weight) for weight in group}
         # a Gram matrix is float32; a share has at least one block, even if that alone exceeds the room
-        bytes_ = sum(4 * weight.cols * weight.cols for weight in share)
-        if not shares or bytes_ > left:
-            shares, left = [*shares, []], room
-        shares[-1] += share
-        left -= bytes_
-    return shares
+        bytes_ = sum(4 * weight.cols * weight.cols for weight in group)
+        if not groups or bytes_ > bytes_left:
+            groups, bytes_left = [*groups, []], gram_bytes
+        groups[-1] += group
+        bytes_left -= bytes_
+    return groups
 
 
 def _stored(
-    about: Mapping[str, Any],
+    description: Mapping[str, object],
     inputs: list[str],
-    study: Callable[[], Mapping[str, Curvature]],
+    compute: Callable[[], Mapping[str, Curvature]],
     cache: Cache | None,
     device: torch.device,
 ) -> Mapping[str, Curvature]:
     """Statistics of some inputs, through the cache on disk, where a tensor's name is `input|statistic`."""
 
     def make() -> dict[str, Tensor]:
-        return {f"{name}|{key}": t for name, found in study().items() for key, t in found.tensors().items()}
+        return {f"{name}|{key}": t for name, found in compute().items() for key, t in found.tensors().items()}
 
-    tensors = make() if cache is None else cache.fetch({"statistics": {**about, "inputs": inputs}}, make, device)
+    tensors = make() if cache is None else cache.fetch({"statistics": {**description, "inputs": inputs}}, make, device)
     split: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         split.setdefault(name.rpartition("|")[0], {})[name.rpartition("|")[2]] = tensor
@@ -193,18 +201,21 @@ def _stored(
 
 
 def collect(
-    vlm: VLM, weights: Iterable[Weight], data: Iterable[TokenBatch], forward: Callable[[VLM, TokenBatch], None] = run
+    vlm: VLM,
+    weights: Iterable[Weight],
+    data: Iterable[TokenBatch],
+    forward: Callable[[VLM, TokenBatch], None] = calibration_pass,
 ) -> dict[str, Curvature]:
     """Statistics of the inputs of some weights on the model as it is, summed over the batches."""
-    leaders = {reads(weight): weight for weight in weights}
-    found = {name: Curvature(w.cols, vlm.device) for name, w in leaders.items()}
+    one_per_input = {input_of(weight): weight for weight in weights}
+    found = {name: Curvature(w.cols, vlm.device) for name, w in one_per_input.items()}
     # the batch of the current forward pass, for the hooks
-    now: list[TokenBatch] = []
+    current: list[TokenBatch] = []
 
-    def watch(name: str, part: str) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook_of(name: str, part: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             x = args[0] if args else kwargs["input"]
-            modality, counts = now[0].modality(part, x.shape[:-1])
+            modality, counts = current[0].modality(part, x.shape[:-1])
             # padding tokens are left out of the sums: no answer depends on them
             flat = x.reshape(-1, x.shape[-1])
             found[name].add(flat if modality is None or not counts[PADDING] else flat[modality != PADDING])
@@ -213,13 +224,13 @@ def collect(
         return hook
 
     with ExitStack() as hooks, torch.inference_mode():
-        for name, weight in leaders.items():
+        for name, weight in one_per_input.items():
             module = vlm.model.get_submodule(weight.reader)
-            handle = module.register_forward_pre_hook(watch(name, weight.part), with_kwargs=True)
+            handle = module.register_forward_pre_hook(hook_of(name, weight.part), with_kwargs=True)
             hooks.callback(handle.remove)
         for batch in data:
-            now[:] = [batch]
+            current[:] = [batch]
             forward(vlm, batch)
-    for name, weight in leaders.items():
+    for name, weight in one_per_input.items():
         found[name].check(weight.name)
     return found

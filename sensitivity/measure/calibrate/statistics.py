@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Protocol
 
 from sensitivity.measure.calibrate.absorbers import Absorber
-from sensitivity.measure.calibrate.blockwise import Done
+from sensitivity.measure.calibrate.blockwise import Installed
 from sensitivity.measure.calibrate.cache import Cache
 from sensitivity.quantize.curvature import Curvature
 from sensitivity.spec.components import Weight
@@ -18,16 +18,16 @@ from sensitivity.spec.plan import Scheme, Setting
 PATHS = ("float", "exposed")
 
 
-def known_path(path: str) -> None:
+def check_path(path: str) -> None:
     """Raise an error for an unknown calibration path."""
     if path not in PATHS:
         raise unknown("calibration path", path, PATHS)
 
 
 class Gather(Protocol):
-    """Returns the curvature of some weights by input (`reads`); `done` lists the weights that are already quantized."""
+    """The curvature of some weights by input (`reads`); `installed` lists the quantized weights in the model."""
 
-    def __call__(self, weights: Sequence[Weight], done: Done | None = None, /) -> Mapping[str, Curvature]: ...
+    def __call__(self, weights: Sequence[Weight], installed: Installed | None = None, /) -> Mapping[str, Curvature]: ...
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,22 @@ class Statistics:
 
     facts: Mapping[str, Setting]  # calibration, examples, seed, data and path
     gather: Gather
-    trace: Callable[[], Mapping[str, Absorber]] = field(default=dict)  # finds what scales can be folded into, by input
+    find_absorbers: Callable[[], Mapping[str, Absorber]] = field(
+        default=dict
+    )  # finds what scales can be folded into, by input
     cache: Cache | None = None  # of quantized weights
 
     @cached_property
     def absorbers(self) -> Mapping[str, Absorber]:
         """What each input's scales can be folded into, found by one forward pass when first asked for."""
-        return self.trace()
+        return self.find_absorbers()
 
     @property
     def exposed(self) -> bool:
         """Whether inputs have passed the layers quantized before; then they differ from plan to plan."""
         return self.facts["path"] == "exposed"
 
-    def fits(self, scheme: Scheme) -> None:
+    def check_scheme(self, scheme: Scheme) -> None:
         """Raise an error unless the scheme names this calibration data: two trials with one key could differ."""
         for fact, value in self.facts.items():
             if scheme.get(fact) != value:

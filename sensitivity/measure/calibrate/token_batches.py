@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sensitivity.measure.generate import batches as evaluated
-from sensitivity.measure.generate.answer_tokens import tail
+from sensitivity.measure.generate.answer_tokens import with_answers
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 from sensitivity.tasks.examples.images import same_image
@@ -26,10 +25,10 @@ ROWS = 16  # examples in a batch, at most: memory does not grow with their numbe
 class TokenBatch:
     """Inputs of a forward pass, the right answers included, and the modality of each position of its sequences."""
 
-    inputs: dict[str, Any]
-    known: Sequence[tuple[str, Tensor]]  # part, and its tokens' modalities (rows x positions)
-    keep: int = 1  # positions from the end that get logits: the input of an output head
-    counted: dict[Any, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+    inputs: dict[str, Tensor]
+    sequences: Sequence[tuple[str, Tensor]]  # part, and its tokens' modalities (rows x positions)
+    logits_to_keep: int = 1  # positions from the end that get logits: the input of an output head
+    counted: dict[tuple[str, tuple[int, ...]], tuple[Tensor | None, Tensor]] = field(default_factory=dict)
 
     def modality(self, part: str, shape: torch.Size) -> tuple[Tensor | None, Tensor]:
         """The modality of each token of a layer's input (None if all are vision), and how many tokens each has.
@@ -38,7 +37,7 @@ class TokenBatch:
         """
         key = part, tuple(shape)
         if key not in self.counted:
-            fits = (t for of, t in self.known if of == part and (t.shape == shape or (t.numel(),) == tuple(shape)))
+            fits = (t for of, t in self.sequences if of == part and (t.shape == shape or (t.numel(),) == tuple(shape)))
             flat = next((t.reshape(-1) for t in fits), None)
             counts = torch.zeros(len(MODALITIES), dtype=torch.long)
             if flat is None:
@@ -51,53 +50,53 @@ class TokenBatch:
 
 def batches(vlm: VLM, tasks: Sequence[Task], rows: int = ROWS) -> Iterator[TokenBatch]:
     """Every example with its first right answer; only examples of equal shapes share a batch, so none is padded."""
-    waiting: dict[Any, list[tuple[dict[str, Tensor], list[int]]]] = {}
+    waiting: dict[Hashable, list[tuple[dict[str, Tensor], list[int]]]] = {}
     for task in tasks:
         for example in task.examples:
             (one,) = evaluated.batches(vlm, replace(task, examples=(example,)), plain=True)
-            target = one.targets[0][:-1]  # the end token is predicted, never read
+            target_tokens = one.targets[0][:-1]  # the end token is predicted, never read
             shapes = tuple((name, tuple(value.shape)) for name, value in sorted(one.inputs.items()))
-            group = waiting.setdefault((shapes, len(target)), [])
-            group.append((one.inputs, target))
+            group = waiting.setdefault((shapes, len(target_tokens)), [])
+            group.append((one.inputs, target_tokens))
             if len(group) == min(rows, evaluated.images_at_once(one.inputs["pixel_values"].numel())):
-                yield _together(vlm, waiting.pop((shapes, len(target))))
+                yield _stacked(vlm, waiting.pop((shapes, len(target_tokens))))
     for group in waiting.values():
-        yield _together(vlm, group)
+        yield _stacked(vlm, group)
 
 
-def _together(vlm: VLM, group: Sequence[tuple[dict[str, Tensor], list[int]]]) -> TokenBatch:
+def _stacked(vlm: VLM, group: Sequence[tuple[dict[str, Tensor], list[int]]]) -> TokenBatch:
     """One batch of examples with equal shapes, with the answers appended to the prompts."""
     inputs = {name: torch.cat([one[name] for one, _ in group]) for name in group[0][0]}
-    answers = torch.tensor([target for _, target in group], dtype=torch.long)
+    answers = torch.tensor([target_tokens for _, target_tokens in group], dtype=torch.long)
     prompt = inputs["input_ids"]
     text = torch.full_like(prompt, PROMPT)
     text[prompt == image_token(vlm)] = VISION
     if "attention_mask" in inputs:
         text[inputs["attention_mask"] == 0] = PADDING
-    said = torch.full_like(answers, ANSWER)
+    answer_modalities = torch.full_like(answers, ANSWER)
     # positions that get logits: the last of the prompt, and the answer
-    asked = torch.cat([torch.full_like(prompt[:, :1], PROMPT), said], dim=1)
-    inputs = {name: _placed(vlm, value) for name, value in inputs.items()}
+    logit_modalities = torch.cat([torch.full_like(prompt[:, :1], PROMPT), answer_modalities], dim=1)
+    inputs = evaluated.on_device(vlm, inputs)
     answers = answers.to(vlm.device)
     if vlm.encoder_decoder:
         start = torch.full((len(answers), 1), vlm.model.config.get_text_config().decoder_start_token_id or 0)
         inputs["decoder_input_ids"] = torch.cat([start.to(answers), answers], dim=1)
-        said = torch.full(inputs["decoder_input_ids"].shape, ANSWER)
+        answer_modalities = torch.full(inputs["decoder_input_ids"].shape, ANSWER)
     else:
-        for name, value in list(inputs.items()):  # masks and token types grow with the text
-            if value.shape == prompt.shape:
-                more = answers if name == "input_ids" else tail(vlm, name, value, answers)
-                inputs[name] = torch.cat([value, more.to(value.dtype)], dim=1)
-            # which image each token may attend to (Mllama)
-            elif value.shape[:2] == prompt.shape and name.endswith("mask"):
-                more = value[:, -1:].expand(-1, answers.shape[1], *value.shape[2:])
-                inputs[name] = torch.cat([value, more], dim=1)
-        text = torch.cat([text, said], dim=1)
-    known = [("language", text), ("language", said), ("language", asked), *_questioned(vlm, inputs)]
-    return TokenBatch(inputs, [(part, t.to(vlm.device)) for part, t in known], keep=asked.shape[1])
+        inputs = with_answers(vlm, inputs, answers, torch.ones_like(answers))
+        text = torch.cat([text, answer_modalities], dim=1)
+    sequences = [
+        ("language", text),
+        ("language", answer_modalities),
+        ("language", logit_modalities),
+        *_qformer_sequences(vlm, inputs),
+    ]
+    return TokenBatch(
+        inputs, [(part, t.to(vlm.device)) for part, t in sequences], logits_to_keep=logit_modalities.shape[1]
+    )
 
 
-def _questioned(vlm: VLM, inputs: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+def _qformer_sequences(vlm: VLM, inputs: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
     """Sequences of a Q-Former that also reads the question (InstructBLIP): queries with text, and text alone."""
     if "qformer_input_ids" not in inputs:
         return []
@@ -114,14 +113,14 @@ def image_token(vlm: VLM) -> int:
     return next((int(token) for token in found if token is not None), -1)
 
 
-def run(vlm: VLM, batch: TokenBatch) -> None:
+def calibration_pass(vlm: VLM, batch: TokenBatch) -> None:
     """One forward pass for its layers' inputs: no cache, and logits of the answer only."""
-    known = inspect.signature(vlm.model.forward).parameters
-    savings = {"use_cache": False, "logits_to_keep": batch.keep}
-    vlm.model(**batch.inputs, **{name: value for name, value in savings.items() if name in known})
+    sequences = inspect.signature(vlm.model.forward).parameters
+    options = {"use_cache": False, "logits_to_keep": batch.logits_to_keep}
+    vlm.model(**batch.inputs, **{name: value for name, value in options.items() if name in sequences})
 
 
-def disjoint(calibration: Sequence[Task], evaluation: Sequence[Task]) -> None:
+def check_disjoint(calibration: Sequence[Task], evaluation: Sequence[Task]) -> None:
     """Raise an error if an example or image of the calibration data is also evaluated."""
     used = {example.id for task in evaluation for example in task.examples}
     images = {same_image(example.image) for task in evaluation for example in task.examples}
@@ -132,8 +131,3 @@ def disjoint(calibration: Sequence[Task], evaluation: Sequence[Task]) -> None:
                     f"calibration example {example.id} of {task.name} is also evaluated on, which favors calibrated "
                     'methods; give it a split of its own ("split": "calibration" in a .jsonl file)'
                 )
-
-
-def _placed(vlm: VLM, value: Tensor) -> Tensor:
-    """A tensor on the model's device, and in the model's dtype if it holds floats."""
-    return value.to(vlm.device, vlm.model.dtype) if value.is_floating_point() else value.to(vlm.device)

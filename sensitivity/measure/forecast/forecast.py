@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -19,10 +18,10 @@ from sensitivity.measure.forecast.cost_model import CostModel, TaskSample
 from sensitivity.measure.forecast.hardware import Hardware
 from sensitivity.measure.loop import MEMORY_GB
 from sensitivity.measure.memory.weight_codes import CODE
-from sensitivity.measure.shards import MOST, cuts
+from sensitivity.measure.shards import MOST, shard_ends
 from sensitivity.models.loading import device_of, dtype_of
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.linears import reads
+from sensitivity.quantize.linears import input_of
 from sensitivity.quantize.methods import method_of
 from sensitivity.spec.components import PARTS, ComponentMap
 from sensitivity.spec.plan import Plan, Scheme, scheme_of
@@ -54,7 +53,7 @@ class Forecast:
     host: Mapping[str, float]
     device: Mapping[str, float] = field(default_factory=dict)  # empty where the device is the host
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The forecast with its totals, as JSON."""
         total = {name: sum(getattr(self, name).values()) for name in ("seconds", "disk", "host", "device")}
         return {**asdict(self), "total": total}
@@ -62,12 +61,12 @@ class Forecast:
     def rows(self) -> list[tuple[str, str, str]]:
         """A table's rows: what, how much, and of what that is the sum."""
         total = _span(sum(self.seconds.values()))
-        found = [("time", f"{total} (at most {_span(self.slowest)})", _made(self.seconds, _span))]
+        found = [("time", f"{total} (at most {_span(self.slowest)})", _summed(self.seconds, _span))]
         for name in ("disk", "host", "device"):
             amounts = getattr(self, name)
             if amounts:
                 label = name if name == "disk" else f"{name} memory"
-                found.append((label, in_words(sum(amounts.values())), _made(amounts, in_words)))
+                found.append((label, in_words(sum(amounts.values())), _summed(amounts, in_words)))
         return found
 
 
@@ -86,59 +85,64 @@ def forecast_sweep(
 ) -> Forecast:
     """The expected cost of running these plans, full precision included, on a device; measures for some seconds."""
     kind = _dtype(vlm, parts, device, dtype)
-    resident, probe = _resident(), Hardware(_probed(device), kind, clock)
-    model = CostModel(vlm, parts, probe)
-    samples = [TaskSample.of(vlm, task, cuts(tasks), plain, clock) for task in tasks]
+    resident, hardware = _resident(), Hardware(_measured_device(device), kind, clock)
+    model = CostModel(vlm, parts, hardware)
+    samples = [TaskSample.of(vlm, task, shard_ends(tasks), plain, clock) for task in tasks]
     schemes = list(dict.fromkeys(scheme for plan in plans for _, scheme in plan.schemes if scheme))
     passes = [model.passes(sample) for sample in samples]
     runs = {part: float(len(plans)) for part in PARTS} if plain else _runs(parts, plans)
-    anew = len(plans) * sum(model.writing(sample) for sample in samples)
+    generating = len(plans) * sum(model.generation_seconds(sample) for sample in samples)
     calibrated = [scheme for scheme in schemes if method_of(scheme).calibrated]
-    inputs = {reads(weight): weight for weight in parts.weights if not weight.looked_up} if calibrated else {}
+    inputs = {input_of(weight): weight for weight in parts.weights if not weight.looked_up} if calibrated else {}
     grams = sum(4.0 * weight.cols**2 for weight in inputs.values())
     # seconds of one calibration example through all parts
-    once = sum(first for of_parts in passes for first, _ in of_parts.values()) / sum(s.examples for s in samples)
-    tokens = max(sum(sample.sequence for sample in samples) // len(samples), 1)
-    many = sum(w.numel for w in parts.weights)
+    calibration_example = sum(first for of_parts in passes for first, _ in of_parts.values()) / sum(
+        s.examples for s in samples
+    )
+    tokens = max(sum(sample.prompt_tokens for sample in samples) // len(samples), 1)
+    weight_count = sum(w.numel for w in parts.weights)
     seconds = {
         "loading": parts.numel * kind.itemsize / LOADING,
-        "examples": sum(sample.making * sample.images for sample in samples),
-        "calibration": calibration * (once + sum(probe.product(tokens, w.cols, w.cols) for w in inputs.values()))
+        "examples": sum(sample.preprocessing * sample.images for sample in samples),
+        "calibration": calibration
+        * (calibration_example + sum(hardware.matmul(tokens, w.cols, w.cols) for w in inputs.values()))
         if calibrated
         else 0.0,
-        "quantizing": sum(_quantizing(parts, plans, scheme, probe) for scheme in schemes),
+        "quantizing": sum(_quantizing(parts, plans, scheme, hardware) for scheme in schemes),
         "running": sum(_running(*one, runs, len(plans)) for one in zip(samples, passes, strict=True)),
-        "storing": STORING * len(plans) * len(cuts(tasks)),
+        "storing": STORING * len(plans) * len(shard_ends(tasks)),
     }
     work = {
         "weights": float(parts.numel * kind.itemsize),
         "quantized weights": 0.0
         if plain
-        else min(memory_gb * GB / 2, len(schemes) * CODE * many)
-        + many * kind.itemsize,  # codes, and the running plan's dequantized weights
-        "hidden states": 0.0 if plain else min(memory_gb * GB / 2, sum(model.kept(sample) for sample in samples)),
-        "activations": max(model.activations(sample) for sample in samples),
+        else min(memory_gb * GB / 2, len(schemes) * CODE * weight_count)
+        + weight_count * kind.itemsize,  # codes, and the running plan's dequantized weights
+        "hidden states": 0.0
+        if plain
+        else min(memory_gb * GB / 2, sum(model.prefix_cache_bytes(sample) for sample in samples)),
+        "activations": max(model.activation_bytes(sample) for sample in samples),
         "statistics": grams,
     }
     host = {
         "Python": float(resident + LATER),
         "examples": sum(sample.bytes * min(sample.images, MOST) for sample in samples),
     }
-    cached = min(cache_gb * GB, grams + CODE * many * len(calibrated)) if calibrated else 0.0
+    cached = min(cache_gb * GB, grams + CODE * weight_count * len(calibrated)) if calibrated else 0.0
     return Forecast(
         plans=len(plans),
         examples=sum(sample.examples for sample in samples),
         images=sum(sample.images for sample in samples),
-        flops=probe.flops,
+        flops=hardware.flops,
         seconds=seconds,
-        slowest=sum(seconds.values()) + anew,
-        disk={**_stored(parts, tasks, plans, len(cuts(tasks))), "statistics and weights": cached},
-        host=host | (work if probe.device.type == "cpu" else {}),
-        device={} if probe.device.type == "cpu" else work,
+        slowest=sum(seconds.values()) + generating,
+        disk={**_stored(parts, tasks, plans, len(shard_ends(tasks))), "statistics and weights": cached},
+        host=host | (work if hardware.device.type == "cpu" else {}),
+        device={} if hardware.device.type == "cpu" else work,
     )
 
 
-def _probed(device: str) -> torch.device:
+def _measured_device(device: str) -> torch.device:
     """The device that is measured; for `auto` one of those that accelerate would use."""
     return device_of(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -175,11 +179,11 @@ def _running(
     )
 
 
-def _quantizing(parts: ComponentMap, plans: Sequence[Plan], scheme: Scheme, probe: Hardware) -> float:
+def _quantizing(parts: ComponentMap, plans: Sequence[Plan], scheme: Scheme, hardware: Hardware) -> float:
     """Seconds to quantize with one scheme every weight that some plan gives it to."""
     used = {name for plan in plans for name, chosen in plan.schemes if chosen == scheme}
     weights = (w for c in parts.components if c.name in used for w in c.weights)
-    return sum(probe.quantizing(scheme_of(w, scheme), w) for w in weights)
+    return sum(hardware.quantizing(scheme_of(w, scheme), w) for w in weights)
 
 
 def _stored(parts: ComponentMap, tasks: Sequence[Task], plans: Sequence[Plan], shards: int) -> dict[str, float]:
@@ -204,7 +208,7 @@ def _resident() -> int:
     return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 600 << 20
 
 
-def _made(amounts: Mapping[str, float], show: Any) -> str:
+def _summed(amounts: Mapping[str, float], show: Callable[[float], str]) -> str:
     """The amounts that are not zero, each with its name."""
     return ", ".join(f"{name} {show(amount)}" for name, amount in amounts.items() if amount)
 

@@ -17,13 +17,13 @@ from sensitivity.spec.plan import Scheme
 
 TOKENS = 1024  # in a measured product, at most; more are assumed to cost in proportion
 SIDE = 512  # rows and columns of the weight whose quantization is measured, at most
-ENOUGH = 0.05  # seconds for one measurement
-WIDE = torch.float32  # holds every number of a narrower dtype
+SECONDS_PER_MEASUREMENT = 0.05  # seconds for one measurement
+FLOAT32 = torch.float32  # holds every number of a narrower dtype
 NOTABLY = 1.25  # times: a dtype that is faster by less is not worth twice the memory
 SIZES = (128, 1024)  # tokens and width of the product that compares dtypes: a tenth of a second at 1 GFLOP/s
 
 
-def slower(stored: torch.dtype, device: torch.device) -> float:
+def slowdown(stored: torch.dtype, device: torch.device) -> float:
     """How many times longer a product takes in a checkpoint's dtype than in float32; the fastest of a few runs each.
 
     CPUs without units for bfloat16 compute it number by number, a hundred times slower.
@@ -31,16 +31,16 @@ def slower(stored: torch.dtype, device: torch.device) -> float:
     tokens, width = SIZES
     seconds: dict[torch.dtype, float] = {}
     with torch.inference_mode():
-        for kind in (WIDE, stored):
+        for kind in (FLOAT32, stored):
             x, weight = (torch.ones(rows, width, device=device, dtype=kind) for rows in (tokens, tokens))
-            turns: list[float] = []
+            runs: list[float] = []
             began = time.perf_counter()
-            while len(turns) < 2 or (len(turns) < 20 and time.perf_counter() - began < 0.01):
+            while len(runs) < 2 or (len(runs) < 20 and time.perf_counter() - began < 0.01):
                 start = time.perf_counter()
                 torch.nn.functional.linear(x, weight).sum().item()  # .item() waits for a device that is not the host
-                turns.append(time.perf_counter() - start)
-            seconds[kind] = min(turns)
-    return seconds[stored] / seconds[WIDE]
+                runs.append(time.perf_counter() - start)
+            seconds[kind] = min(runs)
+    return seconds[stored] / seconds[FLOAT32]
 
 
 @dataclass
@@ -50,36 +50,36 @@ class Hardware:
     device: torch.device
     dtype: torch.dtype
     clock: Callable[[], float] = time.perf_counter  # or CPU seconds, where other processes use the machine
-    known: dict[object, float] = field(default_factory=dict)  # seconds by operation and shape
-    done: float = 0.0  # floating-point operations of the measured products
+    measured: dict[object, float] = field(default_factory=dict)  # seconds by operation and shape
+    operations: float = 0.0  # floating-point operations of the measured products
     spent: float = 0.0  # seconds of the measured products
 
-    def product(self, tokens: int, rows: int, cols: int) -> float:
+    def matmul(self, tokens: int, rows: int, cols: int) -> float:
         """Seconds for so many tokens through a linear layer."""
-        some = max(1, min(tokens, TOKENS))
-        if (some, rows, cols) not in self.known:
-            weight, x = self._random(rows, cols), self._random(some, cols)
-            self.known[some, rows, cols] = self._time(lambda: torch.nn.functional.linear(x, weight))
-            self.done += 2 * some * rows * cols
-            self.spent += self.known[some, rows, cols]
-        return self.known[some, rows, cols] * max(tokens, 1) / some
+        measured_size = max(1, min(tokens, TOKENS))
+        if (measured_size, rows, cols) not in self.measured:
+            weight, x = self._random(rows, cols), self._random(measured_size, cols)
+            self.measured[measured_size, rows, cols] = self._time(lambda: torch.nn.functional.linear(x, weight))
+            self.operations += 2 * measured_size * rows * cols
+            self.spent += self.measured[measured_size, rows, cols]
+        return self.measured[measured_size, rows, cols] * max(tokens, 1) / measured_size
 
     def attention(self, rows: int, heads: int, queries: int, keys: int, width: int) -> float:
         """Seconds for attention of `queries` over `keys` in so many sequences."""
-        some = min(rows, max(1, TOKENS // queries))
-        shape = ("attention", some, heads, queries, keys, width)
-        if shape not in self.known:
-            q, k = self._random(some, heads, queries, width), self._random(some, heads, keys, width)
-            self.known[shape] = self._time(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, k))
-        return self.known[shape] * rows / some
+        measured_size = min(rows, max(1, TOKENS // queries))
+        shape = ("attention", measured_size, heads, queries, keys, width)
+        if shape not in self.measured:
+            q, k = self._random(measured_size, heads, queries, width), self._random(measured_size, heads, keys, width)
+            self.measured[shape] = self._time(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, k))
+        return self.measured[shape] * rows / measured_size
 
-    def sweep_over(self, numbers: int) -> float:
+    def elementwise(self, numbers: int) -> float:
         """Seconds to read, change and write so many numbers, without the start-up of the operation."""
-        some = max(1, min(numbers, TOKENS * SIDE))
-        if ("over", some) not in self.known:
-            x = self._random(some)
-            self.known["over", some] = max(self._time(lambda: torch.nn.functional.silu(x)) - self.call, 0.0)
-        return self.known["over", some] * numbers / some
+        measured_size = max(1, min(numbers, TOKENS * SIDE))
+        if ("over", measured_size) not in self.measured:
+            x = self._random(measured_size)
+            self.measured["over", measured_size] = max(self._time(lambda: torch.nn.functional.silu(x)) - self.call, 0.0)
+        return self.measured["over", measured_size] * numbers / measured_size
 
     @cached_property
     def call(self) -> float:
@@ -90,7 +90,7 @@ class Hardware:
     def quantizing(self, scheme: Scheme, weight: Weight) -> float:
         """Seconds to quantize one weight; calibrated methods are assumed to grow with the square of its columns."""
         method, rows, cols = method_of(scheme), min(weight.rows, SIDE), min(weight.cols, SIDE)
-        if (scheme, rows, cols) not in self.known:
+        if (scheme, rows, cols) not in self.measured:
             x = torch.randn(2 * cols, cols, device=self.device)
             values = (torch.randn(rows, cols, device=self.device).to(self.dtype),)
 
@@ -102,14 +102,14 @@ class Hardware:
                 if found is not None:
                     found.dequantize()
 
-            self.known[scheme, rows, cols] = self._time(once)
+            self.measured[scheme, rows, cols] = self._time(once)
         larger = weight.numel / (rows * cols) * (weight.cols / cols if method.calibrated else 1)
-        return self.known[scheme, rows, cols] * larger
+        return self.measured[scheme, rows, cols] * larger
 
     @property
     def flops(self) -> float:
         """Floating-point operations per second, over all measured products."""
-        return self.done / self.spent if self.spent else 0.0
+        return self.operations / self.spent if self.spent else 0.0
 
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self.device).to(self.dtype)
@@ -119,12 +119,12 @@ class Hardware:
         with torch.inference_mode():
             run()
             self._wait()
-            began, turns = self.clock(), 0
-            while not turns or self.clock() - began < ENOUGH:
+            began, runs = self.clock(), 0
+            while not runs or self.clock() - began < SECONDS_PER_MEASUREMENT:
                 run()
-                turns += 1
+                runs += 1
                 self._wait()
-        return (self.clock() - began) / turns
+        return (self.clock() - began) / runs
 
     def _wait(self) -> None:
         """Wait for the device, since calls on CUDA return before they have run."""

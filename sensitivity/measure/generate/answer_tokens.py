@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -13,45 +13,45 @@ from sensitivity.spec.errors import UserError
 from sensitivity.tasks.examples.types import Example, Task
 from sensitivity.tasks.scoring.answer_text import without_special
 
-HARMLESS = {  # generation settings that do not change what greedy decoding takes
+WITHOUT_EFFECT = {  # generation settings that do not change what greedy decoding takes
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "do_sample",
     "temperature", "top_p", "top_k", "max_length", "max_new_tokens", "use_cache", "num_beams", "_from_model_config",
     "early_stopping", "length_penalty", "output_attentions", "output_hidden_states", "return_dict_in_generate",
 }  # fmt: skip
 
 
-def target(vlm: VLM, example: Example) -> list[int]:
+def target_tokens(vlm: VLM, example: Example) -> list[int]:
     """The tokens of an example's first right answer, with the end token."""
     tokenizer = vlm.processor.tokenizer
-    without_image(vlm, example.answers[0], f"the first right answer of example {example.id}")
+    check_no_image_token(vlm, example.answers[0], f"the first right answer of example {example.id}")
     return [*tokenizer(example.answers[0], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
-def without_image(vlm: VLM, text: str, what: str) -> None:
+def check_no_image_token(vlm: VLM, text: str, what: str) -> None:
     """Raise an error if a text holds the placeholder token of image features, which must mean nothing else."""
     token = getattr(vlm.processor, "image_token", None)
     if isinstance(token, str) and token and token in text:
         raise UserError(f"{what} holds {token}, by which {vlm.name} marks images; write it differently")
 
 
-def ends(vlm: VLM) -> set[int]:
+def end_tokens(vlm: VLM) -> set[int]:
     """The tokens that end a generated answer."""
-    named = vlm.speaker.generation_config.eos_token_id
+    named = vlm.text_generator.generation_config.eos_token_id
     return {*(named if isinstance(named, list) else [named])} - {None}
 
 
-def plainly_greedy(vlm: VLM) -> bool:
+def greedy_takes_argmax(vlm: VLM) -> bool:
     """Whether generation takes the most likely token: no penalties, no forced or forbidden tokens."""
-    config = vlm.speaker.generation_config
+    config = vlm.text_generator.generation_config
     # right answers are read after the start token of config.json, so generate() must begin with the same one
     if vlm.encoder_decoder:
         starts = {config.decoder_start_token_id, vlm.model.config.get_text_config().decoder_start_token_id}
         if len(starts - {None}) > 1:
             return False
-    return set(config.to_diff_dict()) <= HARMLESS
+    return set(config.to_diff_dict()) <= WITHOUT_EFFECT
 
 
-def tail(vlm: VLM, name: str, value: Tensor, ids: Tensor) -> Tensor:
+def continued(vlm: VLM, name: str, value: Tensor, ids: Tensor) -> Tensor:
     """How a mask or token types continue over more text tokens, according to generate() itself."""
     if not vlm.model.can_generate():  # a retrieval model, which reads plain text
         return torch.full_like(ids, int(name == "attention_mask"), dtype=value.dtype)
@@ -60,23 +60,41 @@ def tail(vlm: VLM, name: str, value: Tensor, ids: Tensor) -> Tensor:
     return last.expand(ids.shape)
 
 
-def hopeless(vlm: VLM, task: Task, examples: Sequence[Example]) -> Callable[[int, list[int]], bool] | None:
+def with_answers(vlm: VLM, inputs: Mapping[str, Tensor], answers: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """The inputs of whole prompts with answers after them; masks and token types grow with the text.
+
+    `mask` is 0 where answers are padded on the right.
+    """
+    longer, prompts = dict(inputs), inputs["input_ids"]
+    for name, value in inputs.items():
+        if value.shape == prompts.shape:
+            more = {"input_ids": answers, "attention_mask": mask}.get(name)
+            more = continued(vlm, name, value, answers) if more is None else more
+            longer[name] = torch.cat([value, more.to(value.dtype)], dim=1)
+        elif value.ndim > 2 and value.shape[:2] == prompts.shape and name.endswith("mask"):
+            # which image each token may attend to (Mllama): an answer sees what the last token of its prompt sees
+            last = value[:, -1:].expand(-1, answers.shape[1], *value.shape[2:])
+            longer[name] = torch.cat([value, last], dim=1)
+    return longer
+
+
+def cannot_be_right(vlm: VLM, task: Task, examples: Sequence[Example]) -> Callable[[int, list[int]], bool] | None:
     """A test whether a row's tokens can no longer become a right answer; None unless only exact answers count."""
     if not task.exact:
         return None
-    right = [[_bare(answer) for answer in example.answers] for example in examples]
-    bare = cache(lambda tokens: _bare(_text(vlm, tokens)))  # rows share the same few answers
+    right = [[_squeezed(answer) for answer in example.answers] for example in examples]
+    squeezed = cache(lambda tokens: _squeezed(_text(vlm, tokens)))  # rows share the same few answers
 
-    def cannot(row: int, tokens: list[int]) -> bool:
-        begun = bare(tuple(tokens))
+    def test(row: int, tokens: list[int]) -> bool:
+        text = squeezed(tuple(tokens))
         # the last token may be part of a character, or of a special token that is removed: then it proves nothing
-        open_ = begun.endswith("\N{REPLACEMENT CHARACTER}") or begun.rfind("<") > begun.rfind(">")
-        return not open_ and not any(answer.startswith(begun) for answer in right[row])
+        open_ = text.endswith("\N{REPLACEMENT CHARACTER}") or text.rfind("<") > text.rfind(">")
+        return not open_ and not any(answer.startswith(text) for answer in right[row])
 
-    return cannot
+    return test
 
 
-def _bare(text: str) -> str:
+def _squeezed(text: str) -> str:
     """A text without case and white space, some of which a tokenizer may strip later."""
     return "".join(text.casefold().split())
 
@@ -89,10 +107,10 @@ def _text(vlm: VLM, tokens: list[int]) -> str:
 def answer_text(vlm: VLM, tokens: list[int], task: Task) -> str:
     """The answer as text, with an ellipsis where decoding stopped because it could no longer be right."""
     text = _text(vlm, tokens)
-    return text if tokens[-1] in ends(vlm) or len(tokens) >= task.max_new_tokens else text + "…"
+    return text if tokens[-1] in end_tokens(vlm) or len(tokens) >= task.max_new_tokens else text + "…"
 
 
-def said_by(vlm: VLM, rows: Sequence[Sequence[int]], task: Task) -> list[str]:
+def decoded_answers(vlm: VLM, rows: Sequence[Sequence[int]], task: Task) -> list[str]:
     """Each row's answer as text; equal rows are decoded once."""
     once = cache(lambda tokens: answer_text(vlm, list(tokens), task))
     return [once(tuple(tokens)) for tokens in rows]
@@ -113,7 +131,7 @@ def logits_from(logits: Tensor, starts: Sequence[int], count: int) -> Tensor:
     return logits.gather(1, where[:, :, None].expand(-1, -1, logits.shape[-1]))
 
 
-def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+def right_padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     """Rows of tokens as one tensor, padded on the right."""
     longest = max(len(row) for row in rows)
     return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
+from transformers import BatchFeature
 
 from sensitivity.measure.generate import retrieval
-from sensitivity.measure.generate.answer_tokens import plainly_greedy, target, without_image
+from sensitivity.measure.generate.answer_tokens import check_no_image_token, greedy_takes_argmax, target_tokens
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError, reason
 from sensitivity.tasks.examples.images import open_image, same_image
@@ -20,7 +22,7 @@ from sensitivity.tasks.table import GALLERIES, SEARCHES
 IMAGES_PER_BATCH = 64
 # Values in a batch's pixels, at most, such as eight images of 512 x 512. Larger batches are no faster, since what a
 # block computes no longer stays in the processor's cache, and memory grows with them.
-PIXELS = 8 * 3 * 512 * 512
+PIXELS_PER_BATCH = 8 * 3 * 512 * 512
 
 
 @dataclass
@@ -30,10 +32,10 @@ class Batch:
     examples: tuple[Example, ...]
     inputs: dict[str, Tensor]  # of the processor: for the images where there is a prefix, else for the whole prompts
     prefix: int = 0  # tokens up to the end of the image
-    owner: list[int] = field(default_factory=list)  # index of each example's image
+    image_index: list[int] = field(default_factory=list)  # index of each example's image
     prompts: list[list[int]] = field(default_factory=list)  # each example's tokens after the prefix
     targets: list[list[int]] = field(default_factory=list)  # tokens of the first right answer, and the end token
-    at_once: int = 0  # for a gallery: images or captions in one forward pass
+    chunk_size: int = 0  # for a gallery: images or captions in one forward pass
     # two smaller batches instead of this one, which ran out of memory
     halves: list[Batch] = field(default_factory=list)
 
@@ -48,34 +50,34 @@ def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
     if not vlm.model.can_generate():
         searches = " and ".join([*SEARCHES, *(f"{name}:FOLDER" for name in GALLERIES)])
         raise UserError(f"{vlm.name} generates no text: its tasks are {searches}")
-    groups: dict[Any, list[Example]] = {}
+    groups: dict[Hashable, list[Example]] = {}
     for example in task.examples:
         groups.setdefault((example.cluster, same_image(example.image)), []).append(example)
     clusters = list(groups.values())
-    sharing = vlm.family.shares_prefix and not plain and not vlm.encoder_decoder and plainly_greedy(vlm)
-    most = images_at_once(_pixels(vlm, task.examples[0])) if len(clusters) > 1 else IMAGES_PER_BATCH
-    for start in range(0, len(clusters), most):
-        chunk = clusters[start : start + most]
-        shared = _with_prefix(vlm, chunk) if sharing else []
+    sharing = vlm.family.shares_prefix and not plain and not vlm.encoder_decoder and greedy_takes_argmax(vlm)
+    max_images = images_at_once(_pixel_values(vlm, task.examples[0])) if len(clusters) > 1 else IMAGES_PER_BATCH
+    for start in range(0, len(clusters), max_images):
+        chunk = clusters[start : start + max_images]
+        shared = _image_batches(vlm, chunk) if sharing else []
         yield from shared
         if not shared:
             examples = [example for cluster in chunk for example in cluster]
-            for i in range(0, len(examples), most):
-                yield _whole(vlm, tuple(examples[i : i + most]))
+            for i in range(0, len(examples), max_images):
+                yield _whole_prompts(vlm, tuple(examples[i : i + max_images]))
 
 
 def images_at_once(pixels: int) -> int:
     """How many images of so many pixel values make a batch."""
-    return max(min(IMAGES_PER_BATCH, PIXELS // max(pixels, 1)), 1)
+    return max(min(IMAGES_PER_BATCH, PIXELS_PER_BATCH // max(pixels, 1)), 1)
 
 
-def _pixels(vlm: VLM, example: Example) -> int:
+def _pixel_values(vlm: VLM, example: Example) -> int:
     """The pixel values that the processor makes of an image; images of one data set are assumed to be alike."""
     seen = vlm.processor(images=[[open_image(example.image)]], text=[prompt_text(vlm, example)], return_tensors="pt")
     return int(seen["pixel_values"].numel())
 
 
-def check(vlm: VLM, tasks: Sequence[Task]) -> None:
+def check_tasks_fit(vlm: VLM, tasks: Sequence[Task]) -> None:
     """Raise an error if the model cannot be given these tasks, by one example of each, before a study is begun."""
     for task in tasks:
         for _ in batches(vlm, replace(task, examples=task.examples[:1])):
@@ -84,50 +86,62 @@ def check(vlm: VLM, tasks: Sequence[Task]) -> None:
 
 def _gallery(vlm: VLM, task: Task) -> Batch:
     """All images and captions as one batch, read from disk when needed; a single example (calibration) as tensors."""
-    retrieval.check(vlm)
-    alone = retrieval.pair(vlm, task.examples[0]) if len(task.examples) == 1 else {}
-    return Batch(task.examples, alone, targets=[[0]] * len(task.examples), at_once=retrieval.CHUNK)
+    retrieval.check_retrieval_model(vlm)
+    tensors = retrieval.pair(vlm, task.examples[0]) if len(task.examples) == 1 else {}
+    return Batch(task.examples, tensors, targets=[[0]] * len(task.examples), chunk_size=retrieval.CHUNK)
 
 
-def _whole(vlm: VLM, examples: tuple[Example, ...]) -> Batch:
+def _whole_prompts(vlm: VLM, examples: tuple[Example, ...]) -> Batch:
     """A batch of whole prompts, padded on the left."""
-    vlm.processor.tokenizer.padding_side = "left"
     images = [[open_image(example.image)] for example in examples]
     texts = [prompt_text(vlm, example) for example in examples]
-    inputs = _processed(vlm, images, texts, padding=True, return_tensors="pt")
-    return Batch(examples, _read(inputs), targets=[target(vlm, example) for example in examples])
+    inputs = _processor_output(_left_padding(vlm), images, texts, padding=True, return_tensors="pt")
+    return Batch(examples, _without_labels(inputs), targets=[target_tokens(vlm, example) for example in examples])
 
 
-def _processed(vlm: VLM, images: list[list[Any]], texts: list[str], **how: Any) -> Any:
+def _left_padding(vlm: VLM) -> VLM:
+    """The model with a processor that pads on the left, so that every prompt ends where its answer begins.
+
+    It is a copy, since the tokenizer belongs to the caller. An argument of the call would not do: some processors ask
+    the tokenizer itself for its side (Kosmos-2).
+    """
+    processor = copy(vlm.processor)
+    processor.tokenizer = copy(processor.tokenizer)
+    processor.tokenizer.padding_side = "left"
+    return replace(vlm, processor=processor)
+
+
+def _processor_output(vlm: VLM, images: list[list[Image.Image]], texts: list[str], **how: bool | str) -> BatchFeature:
     """The processor's output, or an error that names the files to fetch."""
     try:
-        return vlm.processor(images=images, text=texts, **how)
+        made: BatchFeature = vlm.processor(images=images, text=texts, **how)
     except Exception as error:  # each family's processor has its own types of error
         raise UserError(
             f"the processor of {vlm.name} cannot make the model's input from a picture and a prompt ({reason(error)}); "
             "fetch its preprocessor_config.json and processor_config.json again"
         ) from error
+    return made
 
 
-def _read(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_labels(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The processor's output without the labels that some add for training."""
     return {name: value for name, value in inputs.items() if name != "labels"}
 
 
-def _with_prefix(vlm: VLM, clusters: Sequence[Sequence[Example]]) -> list[Batch]:
+def _image_batches(vlm: VLM, clusters: Sequence[Sequence[Example]]) -> list[Batch]:
     """Images with their questions, in batches whose prompts begin alike; none where sharing saves nothing."""
-    together: dict[Any, list[_Image]] = {}
+    alike: dict[Hashable, list[_ImageWithQuestions]] = {}
     for cluster in clusters:
-        if (image := _image(vlm, tuple(cluster))) is None:
+        if (image := _image_with_questions(vlm, tuple(cluster))) is None:
             return []
-        together.setdefault(image.kind, []).append(image)
-    if len(together) > 1 and all(len(cluster) == 1 for cluster in clusters):
+        alike.setdefault(image.shapes_and_prefix, []).append(image)
+    if len(alike) > 1 and all(len(cluster) == 1 for cluster in clusters):
         return []  # one question per image, and images of many sizes: whole prompts make larger batches
-    return [_stacked(vlm, images) for images in together.values()]
+    return [_concatenated(vlm, images) for images in alike.values()]
 
 
 @dataclass
-class _Image:
+class _ImageWithQuestions:
     """An image's tensors, the prompt's tokens up to its end, and each question's tokens after it."""
 
     examples: tuple[Example, ...]
@@ -135,44 +149,44 @@ class _Image:
     prompts: list[list[int]]
 
     @property
-    def kind(self) -> Any:
+    def shapes_and_prefix(self) -> Hashable:
         """What images must have in common to be batched: the beginning of the prompt, and all shapes."""
         shapes = [(name, value.shape[1:]) for name, value in self.inputs.items()]
         return tuple(self.inputs["input_ids"][0].tolist()), tuple(shapes)
 
 
-def _image(vlm: VLM, examples: tuple[Example, ...]) -> _Image | None:
+def _image_with_questions(vlm: VLM, examples: tuple[Example, ...]) -> _ImageWithQuestions | None:
     """One image with its questions; None if a prompt ends with its image, or the prompts begin differently."""
     picture, texts = open_image(examples[0].image), [prompt_text(vlm, example) for example in examples]
-    inputs = _read(_processed(vlm, [[picture]], texts[:1], return_tensors="pt"))
+    inputs = _without_labels(_processor_output(vlm, [[picture]], texts[:1], return_tensors="pt"))
     prompts = [inputs["input_ids"][0].tolist()]
     if texts[1:]:
-        prompts += map(list, _processed(vlm, [[picture]] * len(texts[1:]), texts[1:])["input_ids"])
+        prompts += map(list, _processor_output(vlm, [[picture]] * len(texts[1:]), texts[1:])["input_ids"])
     first, image, shape = prompts[0], vlm.model.config.image_token_id, inputs["input_ids"].shape
     end = len(first) - first[::-1].index(image) if image in first else 0
     if not end or any(ids[:end] != first[:end] or not ids[end:] or image in ids[end:] for ids in prompts):
         return None
     inputs.pop("attention_mask", None)  # one prompt needs no padding
     inputs = {name: value[:, :end] if value.shape == shape else value for name, value in inputs.items()}
-    return _Image(examples, inputs, [ids[end:] for ids in prompts])
+    return _ImageWithQuestions(examples, inputs, [ids[end:] for ids in prompts])
 
 
-def _stacked(vlm: VLM, images: Sequence[_Image]) -> Batch:
+def _concatenated(vlm: VLM, images: Sequence[_ImageWithQuestions]) -> Batch:
     """One batch of images whose prompts begin alike."""
     examples = tuple(example for image in images for example in image.examples)
     return Batch(
         examples,
         {name: torch.cat([image.inputs[name] for image in images]) for name in images[0].inputs},
         prefix=images[0].inputs["input_ids"].shape[1],
-        owner=[index for index, image in enumerate(images) for _ in image.examples],
+        image_index=[index for index, image in enumerate(images) for _ in image.examples],
         prompts=[prompt for image in images for prompt in image.prompts],
-        targets=[target(vlm, example) for example in examples],
+        targets=[target_tokens(vlm, example) for example in examples],
     )
 
 
 def prompt_text(vlm: VLM, example: Example) -> str:
     """The prompt in the model's chat template, or in its family's format, with a place for one image."""
-    without_image(vlm, example.prompt, f"the prompt of example {example.id}")
+    check_no_image_token(vlm, example.prompt, f"the prompt of example {example.id}")
     if getattr(vlm.processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": example.prompt}]
         chat = [{"role": "user", "content": content}]
@@ -189,7 +203,7 @@ def prompt_text(vlm: VLM, example: Example) -> str:
     return vlm.family.prompt.format(question)
 
 
-def placed(vlm: VLM, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def on_device(vlm: VLM, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Inputs on the model's device, floats in the model's dtype."""
     floats = vlm.model.dtype
     return {k: v.to(vlm.device, floats) if v.is_floating_point() else v.to(vlm.device) for k, v in inputs.items()}

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from sensitivity.models.families import SEARCHERS
+from sensitivity.models.families import RETRIEVAL_MODELS
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 from sensitivity.tasks.examples.images import open_image
@@ -21,15 +20,17 @@ from sensitivity.tasks.examples.types import Example, Task
 from sensitivity.tasks.retrieval import ranks, reranked
 
 CHUNK = 64  # images or captions in a forward pass, or four times as many pairs
-WORDS = 35  # tokens of a caption, at most, as in the published evaluation
-WARMTH = 0.07  # temperature of the softmax over similarities: where BLIP-2's training begins
-Over = Callable[[Hashable], AbstractContextManager[None]]
+CAPTION_TOKENS = 35  # tokens of a caption, at most, as in the published evaluation
+TEMPERATURE = 0.07  # temperature of the softmax over similarities: where BLIP-2's training begins
+Reuse = Callable[[Hashable], AbstractContextManager[None]]
 
 
-def check(vlm: VLM) -> None:
+def check_retrieval_model(vlm: VLM) -> None:
     """Raise an error if the model has no head that matches images with texts."""
     if not hasattr(vlm.model, "itm_head"):
-        raise UserError(f"{vlm.name} cannot search, having no head that matches images with texts; take {SEARCHERS}")
+        raise UserError(
+            f"{vlm.name} cannot search, having no head that matches images with texts; take {RETRIEVAL_MODELS}"
+        )
 
 
 def pair(vlm: VLM, example: Example) -> dict[str, Tensor]:
@@ -38,24 +39,24 @@ def pair(vlm: VLM, example: Example) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def ranked(
-    vlm: VLM, task: Task, examples: Sequence[Example], over: Over, at_once: int = CHUNK
+def rank_matches(
+    vlm: VLM, task: Task, examples: Sequence[Example], reuse: Reuse, chunk_size: int = CHUNK
 ) -> tuple[list[str], list[float]]:
     """For each example the rank of its first right match, and the right matches' negative log-likelihood.
 
-    `over` lets the vision tower reuse hidden states of images under the same name; `at_once` images or captions, and
-    four times as many pairs, share a forward pass.
+    `reuse` lets the vision tower reuse hidden states of images under the same name; `chunk_size` images or captions,
+    and four times as many pairs, share a forward pass.
     """
     assert task.gallery is not None
     found: dict[str, tuple[str, float]] = {}
     for number, pool in enumerate(_pools(examples, task.gallery.pool)):
-        found |= _searched(vlm, pool, task.gallery.top, partial(_named, over, number), at_once)
+        found |= _rank_pool(vlm, pool, task.gallery.top, partial(_reuse_in_pool, reuse, number), chunk_size)
     return [found[e.id][0] for e in examples], [found[e.id][1] for e in examples]
 
 
-def _named(over: Over, pool: int, chunk: Hashable) -> AbstractContextManager[None]:
+def _reuse_in_pool(reuse: Reuse, pool: int, chunk: Hashable) -> AbstractContextManager[None]:
     """The prefix cache for one chunk of one pool."""
-    return over((pool, chunk))
+    return reuse((pool, chunk))
 
 
 def _pools(examples: Sequence[Example], images: int) -> Iterator[list[Example]]:
@@ -66,92 +67,113 @@ def _pools(examples: Sequence[Example], images: int) -> Iterator[list[Example]]:
         yield [example for example in examples if example.cluster in here]
 
 
-def _searched(vlm: VLM, pool: Sequence[Example], top: int, over: Over, at_once: int) -> dict[str, tuple[str, float]]:
+def _rank_pool(
+    vlm: VLM, pool: Sequence[Example], top: int, reuse: Reuse, chunk_size: int
+) -> dict[str, tuple[str, float]]:
     """Rank and negative log-likelihood of each example in one pool."""
     images = list({example.cluster: example for example in pool}.values())
-    place = {example.cluster: i for i, example in enumerate(images)}
-    asked = {"text": [e for e in pool if e.kind == "text"], "image": [e for e in pool if e.kind == "image"]}
-    owner = np.array([place[example.cluster] for example in asked["image"]])
-    seen, pictured = _looked(vlm, images, over, at_once)
-    ids, mask, meant = _read(vlm, [example.prompt for example in asked["image"]], at_once)
-    similar = np.concatenate([_similar(chunk, meant) for chunk in torch.split(pictured, at_once)])
-    again = _together(vlm, seen, ids, mask, _first(similar, top), at_once)
+    image_index = {example.cluster: i for i, example in enumerate(images)}
+    examples_by_kind = {"text": [e for e in pool if e.kind == "text"], "image": [e for e in pool if e.kind == "image"]}
+    image_of_caption = np.array([image_index[example.cluster] for example in examples_by_kind["image"]])
+    patches_of, image_embeddings = _embed_images(vlm, images, reuse, chunk_size)
+    ids, mask, caption_embeddings = _embed_captions(
+        vlm, [example.prompt for example in examples_by_kind["image"]], chunk_size
+    )
+    similarity = np.concatenate(
+        [_similarity(chunk, caption_embeddings) for chunk in torch.split(image_embeddings, chunk_size)]
+    )
+    match_scores = _match_scores(vlm, patches_of, ids, mask, _pairs_to_match(similarity, top), chunk_size)
     result: dict[str, tuple[str, float]] = {}
-    for way, scores, again_scores in (("text", similar, again), ("image", similar.T, again.T)):
-        rows = np.array([place[e.cluster] for e in asked["text"]]) if way == "text" else np.arange(len(owner))
-        mine = owner[None, :] == rows[:, None] if way == "text" else owner[:, None] == np.arange(len(images))[None, :]
-        last = reranked(scores[rows], again_scores[rows], top) if top else scores[rows]
-        order = ranks(last, mine)
-        surprise = _surprise(scores[rows], mine)
-        result |= {e.id: (str(r + 1), float(s)) for e, r, s in zip(asked[way], order, surprise, strict=True)}
+    for way, scores, matched in (("text", similarity, match_scores), ("image", similarity.T, match_scores.T)):
+        rows = (
+            np.array([image_index[e.cluster] for e in examples_by_kind["text"]])
+            if way == "text"
+            else np.arange(len(image_of_caption))
+        )
+        right = (
+            image_of_caption[None, :] == rows[:, None]
+            if way == "text"
+            else image_of_caption[:, None] == np.arange(len(images))[None, :]
+        )
+        last = reranked(scores[rows], matched[rows], top) if top else scores[rows]
+        order = ranks(last, right)
+        nll = _negative_log_likelihood(scores[rows], right)
+        result |= {e.id: (str(r + 1), float(s)) for e, r, s in zip(examples_by_kind[way], order, nll, strict=True)}
     return result
 
 
-def _looked(vlm: VLM, images: Sequence[Example], over: Over, at_once: int) -> tuple[list[Tensor], Tensor]:
+def _embed_images(vlm: VLM, images: Sequence[Example], reuse: Reuse, chunk_size: int) -> tuple[list[Tensor], Tensor]:
     """The patch features of every image, and its queries' embeddings in the space shared with captions."""
-    seen, pictured = [], []
-    for number, chunk in enumerate(_chunks(images, at_once)):
+    patches_of, image_embeddings = [], []
+    for number, chunk in enumerate(_chunks(images, chunk_size)):
         pictures = [open_image(example.image) for example in chunk]
         pixels = vlm.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
-        with over(number):
+        with reuse(number):
             patches = vlm.model.vision_model(pixel_values=pixels.to(vlm.device, vlm.model.dtype)).last_hidden_state
         tokens = vlm.model.query_tokens.expand(len(chunk), -1, -1)
         queries = vlm.model.qformer(query_embeds=tokens, encoder_hidden_states=patches).last_hidden_state
-        seen.append(patches)
-        pictured.append(_projected(vlm.model.vision_projection, queries))
-    return seen, torch.cat(pictured)
+        patches_of.append(patches)
+        image_embeddings.append(_projected(vlm.model.vision_projection, queries))
+    return patches_of, torch.cat(image_embeddings)
 
 
-def _read(vlm: VLM, captions: Sequence[str], at_once: int) -> tuple[Tensor, Tensor, Tensor]:
+def _embed_captions(vlm: VLM, captions: Sequence[str], chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids and mask of every caption, and its embedding in the shared space: that of its first token."""
-    tokenizer = vlm.processor.tokenizer
-    tokenizer.padding_side = "right"  # the first token's embedding stands for the text
-    encoded = tokenizer(list(captions), padding=True, truncation=True, max_length=WORDS, return_tensors="pt")
+    encoded = vlm.processor.tokenizer(
+        list(captions),
+        padding=True,
+        padding_side="right",  # the first token's embedding stands for the text
+        truncation=True,
+        max_length=CAPTION_TOKENS,
+        return_tensors="pt",
+    )
     ids, mask = encoded["input_ids"].to(vlm.device), encoded["attention_mask"].to(vlm.device)
-    meant = []
-    for some, there in zip(torch.split(ids, at_once), torch.split(mask, at_once), strict=True):
-        words = vlm.model.embeddings(input_ids=some)
-        read = vlm.model.qformer(query_embeds=words, query_length=0, attention_mask=there).last_hidden_state
-        meant.append(_projected(vlm.model.text_projection, read[:, 0]))
-    return ids, mask, torch.cat(meant)
+    caption_embeddings = []
+    for some, token_mask in zip(torch.split(ids, chunk_size), torch.split(mask, chunk_size), strict=True):
+        embedded = vlm.model.embeddings(input_ids=some)
+        read = vlm.model.qformer(query_embeds=embedded, query_length=0, attention_mask=token_mask).last_hidden_state
+        caption_embeddings.append(_projected(vlm.model.text_projection, read[:, 0]))
+    return ids, mask, torch.cat(caption_embeddings)
 
 
-def _projected(linear: Any, features: Tensor) -> Tensor:
+def _projected(linear: nn.Linear, features: Tensor) -> Tensor:
     """Features projected into the shared space, at unit length."""
     placed: Tensor = normalize(linear(features.to(linear.weight.dtype)), dim=-1)
     return placed
 
 
-def _similar(pictured: Tensor, meant: Tensor) -> NDArray[np.float64]:
+def _similarity(image_embeddings: Tensor, caption_embeddings: Tensor) -> NDArray[np.float64]:
     """Images by captions: the similarity of the query that is closest to the caption."""
-    found: NDArray[np.float64] = torch.einsum("iqd,td->iqt", pictured, meant).amax(1).double().cpu().numpy()
+    found: NDArray[np.float64] = (
+        torch.einsum("iqd,td->iqt", image_embeddings, caption_embeddings).amax(1).double().cpu().numpy()
+    )
     return found
 
 
-def _first(similar: NDArray[np.float64], top: int) -> NDArray[np.bool_]:
+def _pairs_to_match(similarity: NDArray[np.float64], top: int) -> NDArray[np.bool_]:
     """The pairs to read together: the most similar of each image, and of each caption."""
-    chosen = np.zeros(similar.shape, bool)
-    np.put_along_axis(chosen, np.argsort(-similar, axis=1, kind="stable")[:, :top], True, axis=1)
-    np.put_along_axis(chosen, np.argsort(-similar, axis=0, kind="stable")[:top], True, axis=0)
+    chosen = np.zeros(similarity.shape, bool)
+    np.put_along_axis(chosen, np.argsort(-similarity, axis=1, kind="stable")[:, :top], True, axis=1)
+    np.put_along_axis(chosen, np.argsort(-similarity, axis=0, kind="stable")[:top], True, axis=0)
     return chosen
 
 
-def _together(
-    vlm: VLM, seen: Sequence[Tensor], ids: Tensor, mask: Tensor, chosen: NDArray[np.bool_], at_once: int
+def _match_scores(
+    vlm: VLM, patches_of: Sequence[Tensor], ids: Tensor, mask: Tensor, chosen: NDArray[np.bool_], chunk_size: int
 ) -> NDArray[np.float64]:
     """Matching scores of the chosen pairs: the mean over queries that read image and caption together."""
     scores = np.zeros(chosen.shape)
     pairs = np.argwhere(chosen)
-    for start in range(0, len(pairs), 4 * at_once):
-        rows, columns = pairs[start : start + 4 * at_once].T
-        patches = torch.stack([seen[row // at_once][row % at_once] for row in rows.tolist()])
-        words, there = ids[columns.tolist()], mask[columns.tolist()]
+    for start in range(0, len(pairs), 4 * chunk_size):
+        rows, columns = pairs[start : start + 4 * chunk_size].T
+        patches = torch.stack([patches_of[row // chunk_size][row % chunk_size] for row in rows.tolist()])
+        embedded, token_mask = ids[columns.tolist()], mask[columns.tolist()]
         tokens = vlm.model.query_tokens.expand(len(rows), -1, -1)
         queries = tokens.shape[1]
         read = vlm.model.qformer(
-            query_embeds=vlm.model.embeddings(input_ids=words, query_embeds=tokens),
+            query_embeds=vlm.model.embeddings(input_ids=embedded, query_embeds=tokens),
             query_length=queries,
-            attention_mask=torch.cat([there.new_ones(len(rows), queries), there], dim=1),
+            attention_mask=torch.cat([token_mask.new_ones(len(rows), queries), token_mask], dim=1),
             encoder_hidden_states=patches,
         ).last_hidden_state[:, :queries]
         head = vlm.model.itm_head
@@ -159,17 +181,17 @@ def _together(
     return scores
 
 
-def _surprise(scores: NDArray[np.float64], right: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _negative_log_likelihood(scores: NDArray[np.float64], right: NDArray[np.bool_]) -> NDArray[np.float64]:
     """The right matches' negative log-likelihood under a softmax over similarities."""
-    warm = scores / WARMTH
+    logits = scores / TEMPERATURE
     with np.errstate(invalid="ignore"):  # NaN stays NaN
-        every: NDArray[np.float64] = np.logaddexp.reduce(warm, axis=1)
-        mine: NDArray[np.float64] = np.logaddexp.reduce(np.where(right, warm, -np.inf), axis=1)
-        surprise: NDArray[np.float64] = every - mine
-    return surprise
+        every: NDArray[np.float64] = np.logaddexp.reduce(logits, axis=1)
+        of_right: NDArray[np.float64] = np.logaddexp.reduce(np.where(right, logits, -np.inf), axis=1)
+        nll: NDArray[np.float64] = every - of_right
+    return nll
 
 
-def _chunks(examples: Sequence[Example], at_once: int) -> Iterator[Sequence[Example]]:
-    """The examples in portions of `at_once`."""
-    for start in range(0, len(examples), at_once):
-        yield examples[start : start + at_once]
+def _chunks(examples: Sequence[Example], chunk_size: int) -> Iterator[Sequence[Example]]:
+    """The examples in portions of `chunk_size`."""
+    for start in range(0, len(examples), chunk_size):
+        yield examples[start : start + chunk_size]

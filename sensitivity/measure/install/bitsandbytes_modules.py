@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -16,35 +16,44 @@ from sensitivity.spec.plan import Plan, Scheme
 
 
 @contextmanager
-def placed(model: nn.Module, parts: ComponentMap, plan: Plan) -> Iterator[dict[str, nn.Module]]:
+def bitsandbytes_modules(model: nn.Module, parts: ComponentMap, plan: Plan) -> Iterator[dict[str, nn.Module]]:
     """Inside the block the plan's linears are bitsandbytes modules, by path; the type of each is checked.
 
     The lists of modules to skip that loaders take silently match nothing where a path is spelled differently. Here each
     module is replaced by name, and the replaced modules are compared with those that the plan asks for.
     """
-    asked = {name.rpartition(".")[0]: chosen for name, chosen in targets(parts, plan).items()}
-    own = {path: model.get_submodule(path) for path in asked}
+    schemes = {name.rpartition(".")[0]: chosen for name, chosen in targets(parts, plan).items()}
+    originals = {path: _linear(model, path) for path in schemes}
     types = _types()
     try:
-        for path, chosen in asked.items():
-            model.set_submodule(path, _made(own[path], chosen))
-        wrong = [p for p, chosen in asked.items() if type(model.get_submodule(p)) is not types[chosen.method]]
-        surplus = [p for p, m in model.named_modules() if isinstance(m, tuple(types.values())) and p not in asked]
+        for path, chosen in schemes.items():
+            model.set_submodule(path, _bitsandbytes_module(originals[path], chosen))
+        wrong = [p for p, chosen in schemes.items() if type(model.get_submodule(p)) is not types[chosen.method]]
+        surplus = [p for p, m in model.named_modules() if isinstance(m, tuple(types.values())) and p not in schemes]
         if wrong or surplus:
             raise UserError(f"coverage: not placed {wrong[:4]}, placed without being asked {surplus[:4]}")
-        yield {path: model.get_submodule(path) for path in asked}
+        yield {path: model.get_submodule(path) for path in schemes}
     finally:
-        for path, module in own.items():
+        for path, module in originals.items():
             model.set_submodule(path, module)
 
 
-def _library() -> Any:
+def _linear(model: nn.Module, path: str) -> nn.Linear:
+    """A linear layer by its path; an embedding has no module in bitsandbytes."""
+    module = model.get_submodule(path)
+    if not isinstance(module, nn.Linear):
+        raise UserError(f"bitsandbytes replaces linear layers, and {path} is none; leave it out of the plan")
+    return module
+
+
+def _library() -> ModuleType:
     """The bitsandbytes library, or an error that says how to install it."""
     try:
         import bitsandbytes
     except ImportError as error:
         raise UserError("bitsandbytes is not installed; type: pip install 'vlm-sensitivity[bnb]'") from error
-    return bitsandbytes
+    library: ModuleType = bitsandbytes
+    return library
 
 
 def _types() -> dict[str, type[nn.Module]]:
@@ -53,9 +62,13 @@ def _types() -> dict[str, type[nn.Module]]:
     return {"nf4": bnb.nn.Linear4bit, "fp4": bnb.nn.Linear4bit, "llm-int8": bnb.nn.Linear8bitLt}
 
 
-def _made(linear: Any, chosen: Scheme) -> nn.Module:
+def _bitsandbytes_module(linear: nn.Linear, chosen: Scheme) -> nn.Module:
     """The bitsandbytes module for a linear layer under a scheme."""
-    makers: dict[str, Callable[[Any, Scheme], nn.Module]] = {"nf4": _four, "fp4": _four, "llm-int8": _eight}
+    makers: dict[str, Callable[[nn.Linear, Scheme], nn.Module]] = {
+        "nf4": _linear_4bit,
+        "fp4": _linear_4bit,
+        "llm-int8": _linear_8bit,
+    }
     if chosen.method not in makers:
         raise UserError(f"bitsandbytes has no {chosen.method}; choose from {', '.join(makers)}")
     made = makers[chosen.method](linear, chosen)
@@ -64,7 +77,7 @@ def _made(linear: Any, chosen: Scheme) -> nn.Module:
     return made.to(linear.weight.device).eval()
 
 
-def _four(linear: Any, chosen: Scheme) -> nn.Module:
+def _linear_4bit(linear: nn.Linear, chosen: Scheme) -> nn.Module:
     """A 4-bit module, which quantizes the weight when it is moved to a device."""
     bnb, weight = _library(), linear.weight.detach()
     how = {"compress_statistics": bool(chosen["double"]), "quant_type": chosen.method}
@@ -75,7 +88,7 @@ def _four(linear: Any, chosen: Scheme) -> nn.Module:
     return made
 
 
-def _eight(linear: Any, chosen: Scheme) -> nn.Module:
+def _linear_8bit(linear: nn.Linear, chosen: Scheme) -> nn.Module:
     """An LLM.int8 module."""
     bnb, weight = _library(), linear.weight.detach()
     if chosen["outliers"] != "call":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,30 +32,41 @@ def fold(
             names = ", ".join(name for name, of in inputs.items() if of == shared and name in results)
             raise UserError(f"nothing before {names} can absorb its scales; make the scheme with scales='folded'")
         absorber = into[shared]
-        module: Any = model.get_submodule(absorber.path)
+        module = model.get_submodule(absorber.path)
         if absorber.norm:
             _divide_norm(module, scale)
             continue
         name = f"{absorber.path}.weight"
-        module.weight.data = (module.weight.data.float() / scale[:, None]).to(module.weight.dtype)
-        if module.bias is not None:  # the bias is part of the output that is divided
-            module.bias.data = (module.bias.data.float() / scale).to(module.bias.dtype)
+        _divide(module.get_parameter("weight"), scale[:, None])
+        if (bias := _bias(module)) is not None:  # the bias is part of the output that is divided
+            _divide(bias, scale)
         # the absorber is quantized, too: dividing a row divides its scales, and its codes stay
         if name in folded:
             folded[name] = replace(folded[name], scale=folded[name].scale / scale[:, None])
     return folded
 
 
-def _divide_norm(norm: Any, scale: Tensor) -> None:
+def _bias(module: nn.Module) -> nn.Parameter | None:
+    """A module's bias, if it has one."""
+    return dict(module.named_parameters(recurse=False)).get("bias")
+
+
+def _divide(parameter: nn.Parameter, scale: Tensor) -> None:
+    """Divide a parameter in float32, and round it to its own dtype once."""
+    parameter.data = (parameter.data.float() / scale).to(parameter.dtype)
+
+
+def _divide_norm(norm: nn.Module, scale: Tensor) -> None:
     """Divide a norm's output by a scale. Some norms multiply by 1 + weight (Gemma); a trial shows which."""
-    x = torch.randn(4, len(scale), device=norm.weight.device, dtype=norm.weight.dtype)
-    own, weight = norm(x).float(), norm.weight.data.clone()
-    bias = getattr(norm, "bias", None)
-    if bias is not None:
-        bias.data = (bias.data.float() / scale).to(bias.dtype)
-    # the right formula gives the norm's own output again once it is multiplied by the scales
+    gain = norm.get_parameter("weight")
+    x = torch.randn(4, len(scale), device=gain.device, dtype=gain.dtype)
+    own, weight = norm(x).float(), gain.data.clone()
+    if (bias := _bias(norm)) is not None:
+        _divide(bias, scale)
+    # Only the output tells which formula a norm has: the right one gives the norm's own output again once it is
+    # multiplied by the scales. The trial inputs are random, so that no channel is zero by chance.
     for offset in (0.0, 1.0):
-        norm.weight.data = ((weight.float() + offset) / scale - offset).to(weight.dtype)
+        gain.data = ((weight.float() + offset) / scale - offset).to(weight.dtype)
         # rounding of the divided output is multiplied by the scales, too, so the tolerance grows with them
         tolerance = 4 * torch.finfo(weight.dtype).eps * own.abs().max()
         if ((norm(x).float() * scale - own).abs() <= tolerance.clamp(min=1e-5) * scale.clamp(min=1)).all():

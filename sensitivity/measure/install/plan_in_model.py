@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 from sensitivity.measure.calibrate.absorbers import Absorber
 from sensitivity.measure.calibrate.cache import fingerprint
 from sensitivity.measure.calibrate.statistics import Statistics
-from sensitivity.measure.memory.weight_codes import Held, Key, WeightCodes, held, tensors, value_of
+from sensitivity.measure.memory.weight_codes import CachedWeight, Key, WeightCodes, as_cached, from_tensors, tensors
 from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.linears import Linears, reads
+from sensitivity.quantize.linears import Linears, input_of
 from sensitivity.quantize.methods import method_of, quantize, solve
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
@@ -43,39 +42,39 @@ def quantized(
         True
     """
     parameters = dict(model.named_parameters())
-    asked = targets(parts, plan)
-    if strangers := sorted(set(asked) - set(parameters)):
-        raise UserError(f"the plan names weights that this model does not have: {', '.join(strangers[:4])}")
-    work = _Work(parameters, parts, WeightCodes() if memory is None else memory, statistics)
-    blocks, exposed = list(_blocks(parts, asked)), statistics is not None and statistics.exposed
+    schemes = targets(parts, plan)
+    if unknown_names := sorted(set(schemes) - set(parameters)):
+        raise UserError(f"the plan names weights that this model does not have: {', '.join(unknown_names[:4])}")
+    quantizer = _Quantizer(parameters, parts, WeightCodes() if memory is None else memory, statistics)
+    blocks, exposed = list(_blocks(parts, schemes)), statistics is not None and statistics.exposed
     if not exposed:  # float statistics are collected before the first weight is replaced
         for block in blocks:
-            work.solve(block, {weight.name: {asked[weight.name]} for weight in block})
+            quantizer.solve(block, {weight.name: {schemes[weight.name]} for weight in block})
     with ExitStack() as installed:
         try:
             for block in blocks:
                 # the blocks before this one hold their quantized weights by now, and its calibration inputs pass them
                 if exposed:
-                    work.solve(block, {weight.name: {asked[weight.name]} for weight in block})
+                    quantizer.solve(block, {weight.name: {schemes[weight.name]} for weight in block})
                 for weight in block:
-                    chosen = asked[weight.name]
+                    chosen = schemes[weight.name]
                     # the tensor is replaced and not overwritten, so that restoring it is exact and copies nothing
-                    parameters[weight.name].data = work.weight(weight.name, chosen)
-                    if weight.bias and weight.bias in asked:
-                        parameters[weight.bias].data = work.bias(weight.bias, chosen)
+                    parameters[weight.name].data = quantizer.weight(weight.name, chosen)
+                    if weight.bias and weight.bias in schemes:
+                        parameters[weight.bias].data = quantizer.bias(weight.bias, chosen)
                     if (change := method_of(chosen).inputs) and not weight.looked_up:
-                        hook = _changing(change, chosen)
+                        hook = _input_hook(change, chosen)
                         installed.callback(model.get_submodule(weight.reader).register_forward_pre_hook(hook).remove)
-                work.done += [(weight.name, asked[weight.name]) for weight in block]
+                quantizer.installed_so_far += [(weight.name, schemes[weight.name]) for weight in block]
             # compared by address: a weight whose values survive quantizing unchanged counts as changed, too
-            changed = {name for name, p in parameters.items() if p.data_ptr() != work.own[name].data_ptr()}
-            if changed != set(asked):
-                missed, surplus = sorted(set(asked) - changed), sorted(changed - set(asked))
+            changed = {name for name, p in parameters.items() if p.data_ptr() != quantizer.own[name].data_ptr()}
+            if changed != set(schemes):
+                missed, surplus = sorted(set(schemes) - changed), sorted(changed - set(schemes))
                 raise UserError(f"coverage: not quantized {missed[:4]}, quantized without being asked {surplus[:4]}")
             yield changed
         finally:
             for name, parameter in parameters.items():
-                parameter.data = work.own[name]
+                parameter.data = quantizer.own[name]
 
 
 def prepare(
@@ -92,28 +91,28 @@ def prepare(
     """
     if statistics is not None and statistics.exposed:
         return
-    wanted: dict[str, set[Scheme]] = {}
+    schemes_of: dict[str, set[Scheme]] = {}
     for plan in plans:
         for name, chosen in targets(parts, plan).items():
-            wanted.setdefault(name, set()).add(chosen)
-    work = _Work(dict(model.named_parameters()), parts, memory, statistics)
-    for block in _blocks(parts, wanted):
-        work.solve(block, wanted)
+            schemes_of.setdefault(name, set()).add(chosen)
+    quantizer = _Quantizer(dict(model.named_parameters()), parts, memory, statistics)
+    for block in _blocks(parts, schemes_of):
+        quantizer.solve(block, schemes_of)
 
 
 def targets(parts: ComponentMap, plan: Plan) -> dict[str, Scheme]:
     """The parameters that a plan changes, each with its scheme; biases only where the scheme says so."""
-    asked: dict[str, Scheme] = {}
+    schemes: dict[str, Scheme] = {}
     for component in parts.components:
         if (chosen := plan[component.name]) is not None:
             for weight in component.weights:
-                asked[weight.name] = scheme_of(weight, chosen)
+                schemes[weight.name] = scheme_of(weight, chosen)
                 if weight.bias and chosen.get("biases"):
-                    asked[weight.bias] = chosen
-    return asked
+                    schemes[weight.bias] = chosen
+    return schemes
 
 
-class _Work:
+class _Quantizer:
     """Quantizes the weights of one model: its own weights, the memory of quantized ones, and those installed so far."""
 
     def __init__(
@@ -121,10 +120,10 @@ class _Work:
     ) -> None:
         self.own = {name: parameter.data for name, parameter in parameters.items()}
         self.memory, self.statistics = memory, statistics
-        self.done: list[tuple[str, Scheme]] = []
+        self.installed_so_far: list[tuple[str, Scheme]] = []
         self.inputs: dict[str, list[Weight]] = {}
         for weight in parts.weights:
-            self.inputs.setdefault(reads(weight), []).append(weight)
+            self.inputs.setdefault(input_of(weight), []).append(weight)
 
     def weight(self, name: str, chosen: Scheme) -> Tensor:
         """The dequantized weight that a scheme puts into the model."""
@@ -133,26 +132,28 @@ class _Work:
     def key(self, name: str, chosen: Scheme) -> Key:
         """What a quantized weight depends on; on the exposed path also everything that was quantized before it."""
         if self.statistics is not None and self.statistics.exposed and method_of(chosen).calibrated:
-            return name, chosen, tuple(self.done)
+            return name, chosen, tuple(self.installed_so_far)
         return name, chosen
 
-    def solve(self, block: Iterable[Weight], wanted: Mapping[str, set[Scheme]]) -> None:
+    def solve(self, block: Iterable[Weight], schemes_of: Mapping[str, set[Scheme]]) -> None:
         """Quantize what the memory lacks; weights that read one input are solved together, and always all of them."""
         missing: dict[str, set[Scheme]] = {}
         for weight in block:
-            if lacking := {s for s in wanted[weight.name] if self.key(weight.name, s) not in self.memory}:
-                missing.setdefault(reads(weight), set()).update(lacking)
+            if missing_schemes := {s for s in schemes_of[weight.name] if self.key(weight.name, s) not in self.memory}:
+                missing.setdefault(input_of(weight), set()).update(missing_schemes)
         # a method may choose scales for an input that its weights share; solving all of them together keeps the bits
         # independent of which of them a plan names
         studied = {shared for shared, schemes in missing.items() if any(self._calibrated(s) for s in schemes)}
         found: Mapping[str, Curvature] = {}
         if studied:
             assert self.statistics is not None
-            found = self.statistics.gather([self.inputs[shared][0] for shared in sorted(studied)], tuple(self.done))
+            found = self.statistics.gather(
+                [self.inputs[shared][0] for shared in sorted(studied)], tuple(self.installed_so_far)
+            )
         for shared, schemes in missing.items():
             names = tuple(weight.name for weight in self.inputs[shared])
             for name in names:
-                _finite(name, self.own[name])
+                _check_finite(name, self.own[name])
             ordered = sorted(schemes, key=str)
             # tracing absorbers costs a forward pass, so it waits until a scheme folds its scales
             foldable = any(s.get("scales") == "folded" for s in schemes) and shared in self._absorbers()
@@ -161,28 +162,32 @@ class _Work:
                 for name, value in zip(names, values, strict=True):
                     self.memory[self.key(name, chosen)] = value
             if linears.curvature is not None:
-                linears.curvature.forget()
+                linears.curvature.free_factor()
 
-    def _values(self, linears: Linears, schemes: Sequence[Scheme]) -> list[list[Held]]:
+    def _values(self, linears: Linears, schemes: Sequence[Scheme]) -> list[list[CachedWeight]]:
         """The quantized weights for each scheme; calibrated ones come from the cache on disk if it has them."""
         cache = self.statistics.cache if self.statistics is not None and linears.curvature is not None else None
         # keyed by the bits of weights and statistics, not by names: the same content gives the same result in any model
-        content = None if cache is None else [linears.foldable, fingerprint([*linears.weights, *linears.seen.content])]
-        about = {s: {"scheme": replace(s, settings=_own(s)).to_json(), "content": content} for s in schemes}
+        content = (
+            None
+            if cache is None
+            else [linears.foldable, fingerprint([*linears.weights, *linears.input_statistics.content])]
+        )
+        about = {s: {"scheme": replace(s, settings=_method_settings(s)).to_json(), "content": content} for s in schemes}
         found = {s: cache.load(about[s], linears.weights[0].device) for s in schemes} if cache is not None else {}
         missing = [s for s in schemes if found.get(s) is None]
-        values: dict[Scheme, list[Held]] = {}
+        values: dict[Scheme, list[CachedWeight]] = {}
         for chosen, results in zip(missing, solve(linears, missing), strict=True):
             pairs = zip(linears.weights, results, strict=True)
             # None is a weight that the method leaves alone; its copy has an address of its own, as `quantized` expects
-            values[chosen] = [w.clone() if r is None else held(r) for w, r in pairs]
+            values[chosen] = [w.clone() if r is None else as_cached(r) for w, r in pairs]
             if cache is not None:
                 every = enumerate(values[chosen])
                 stored = {f"{i}.{name}": tensor for i, value in every for name, tensor in tensors(value).items()}
                 cache.store(about[chosen], stored, linears.weights[0].device)
         for chosen, kept in found.items():
             if kept is not None:
-                values[chosen] = [value_of(_under(f"{i}.", kept)) for i in range(len(linears.weights))]
+                values[chosen] = [from_tensors(_without_prefix(f"{i}.", kept)) for i in range(len(linears.weights))]
         return [values[chosen] for chosen in schemes]
 
     def _absorbers(self) -> Mapping[str, Absorber]:
@@ -192,7 +197,7 @@ class _Work:
     def bias(self, name: str, chosen: Scheme) -> Tensor:
         """The dequantized bias that a scheme puts into the model; it is quantized as a matrix of one row."""
         if (name, chosen) not in self.memory:
-            _finite(name, self.own[name])
+            _check_finite(name, self.own[name])
             bias = self.own[name]
             self.memory[name, chosen] = quantize(bias.reshape(1, -1), chosen).reshape(bias.shape)
         return self.memory.dense((name, chosen), self.own[name])
@@ -203,33 +208,35 @@ class _Work:
             return False
         if self.statistics is None:
             raise UserError(f"{chosen.method} needs calibration data: pass statistics, as calibrate() makes them")
-        self.statistics.fits(chosen)
+        self.statistics.check_scheme(chosen)
         return True
 
 
-def _under(prefix: str, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefix(prefix: str, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
 
 
-def _blocks(parts: ComponentMap, asked: Mapping[str, Any]) -> Iterator[list[Weight]]:
+def _blocks(parts: ComponentMap, schemes: Container[str]) -> Iterator[list[Weight]]:
     """The weights that are asked for, block by block in the direction of data flow."""
     for block in parts.regroup("block").components:
-        if chosen := [weight for weight in block.weights if weight.name in asked]:
+        if chosen := [weight for weight in block.weights if weight.name in schemes]:
             yield chosen
 
 
-def _own(chosen: Scheme) -> tuple[tuple[str, Setting], ...]:
+def _method_settings(chosen: Scheme) -> tuple[tuple[str, Setting], ...]:
     """A scheme's own settings, without the facts of its calibration data: the hash of the content covers those."""
     return tuple((name, value) for name, value in chosen.settings if name in method_of(chosen).settings)
 
 
-def _finite(name: str, weight: Tensor) -> None:
+def _check_finite(name: str, weight: Tensor) -> None:
     """Raise an error if a weight holds NaN or infinite values."""
     if not torch.isfinite(weight).all():
         raise UserError(f"{name} holds NaN or infinite values and cannot be quantized")
 
 
-def _changing(change: Callable[[Tensor, Scheme], Tensor], chosen: Scheme) -> Any:
+def _input_hook(
+    change: Callable[[Tensor, Scheme], Tensor], chosen: Scheme
+) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """A forward pre-hook that changes a layer's input, for methods that also quantize activations."""
     return lambda module, args: (change(args[0], chosen), *args[1:])

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from torch import Tensor, nn
 
-from sensitivity.measure.generate.drafts import Known
+from sensitivity.measure.block_modules import block_path, is_defect, recorded_forward, replaced_forward
+from sensitivity.measure.generate.drafts import EarlierAnswers
+from sensitivity.measure.generate.shared_images import KeysAndValues
 from sensitivity.spec.components import HEAD, PARTS, ComponentMap, Weight
 from sensitivity.spec.plan import Plan
 
 
 @dataclass
-class Stage:
+class PartBlocks:
     """The blocks of one part, in order, and the depths at which hidden states are recorded."""
 
     blocks: list[nn.Module]
@@ -30,156 +31,146 @@ class PrefixCache:
     Plans that agree on everything before a boundary have the same hidden states there, so the blocks before it are
     skipped: each returns the recorded output of the last of them. Forwards are replaced and modules kept, since
     transformers records hidden states by a module's class. What else a model reads of skipped blocks (a feature layer
-    that is not the last, features from several depths) is not known here: `prove` tries every boundary once and drops
-    those that change a single bit.
+    that is not the last, features from several depths) is not known here: `verify_boundaries` tries every boundary once
+    and drops those that change a single bit.
     """
 
     def __init__(self, model: nn.Module, parts: ComponentMap, limit: int) -> None:
         """`limit` is in bytes; a batch whose hidden states exceed it is computed again for every plan."""
         self.parts, self.limit = parts, limit
-        self.stages = {part: stage for part in PARTS if (stage := _stage(model, parts, part)).boundaries}
-        self.only: tuple[str, int] | None = None  # in `prove`: the one boundary to use
+        self.stages = {part: stage for part in PARTS if (stage := _part_blocks(model, parts, part)).boundaries}
+        self.only_boundary: tuple[str, int] | None = None  # in `verify_boundaries`: the one boundary to use
         # per boundary, the schemes upstream of it in the current plan; a recorded state is valid if its key is equal
-        self._keys: dict[tuple[str, int], Hashable] = {}
+        self._current_keys: dict[tuple[str, int], Hashable] = {}
         # one state per batch and boundary: a plan with another prefix overwrites it, so memory holds one plan's path
-        self._states: dict[tuple[Hashable, str, int], tuple[Hashable, Any]] = {}
+        self._states: dict[tuple[Hashable, str, int], tuple[Hashable, object]] = {}
         # per batch and layer: the key, then keys and values of attention after the image tokens
         self._caches: dict[Hashable, list[tuple[Hashable, Tensor, Tensor]]] = {}
-        self.answers: dict[Hashable, Known] = {}  # in tokens, as drafts for later plans
-        self._full: set[Hashable] = set()  # batches that exceeded the limit
+        self.answers: dict[Hashable, EarlierAnswers] = {}  # in tokens, as drafts for later plans
+        self._excluded: set[Hashable] = set()  # batches that exceeded the limit
         self._bytes = 0
 
-    def under(self, plan: Plan) -> None:
+    def set_plan(self, plan: Plan) -> None:
         """Set the plan whose weights the model has from now on."""
-        # every depth, not only boundaries: `caches` needs a key for the keys and values of each layer
+        # every depth, not only boundaries: `image_keys_and_values` needs a key for the keys and values of each layer
         depths = [(part, i) for part, stage in self.stages.items() for i in range(len(stage.blocks) + 1)]
-        self._keys = {(part, depth): self._upstream(plan, part, depth) for part, depth in depths}
+        self._current_keys = {(part, depth): self._upstream(plan, part, depth) for part, depth in depths}
 
     def _upstream(self, plan: Plan, part: str, depth: int) -> Hashable:
         """The schemes of everything that the hidden state after `depth` blocks of a part may depend on."""
-        place = PARTS.index(part)
+        part_index = PARTS.index(part)
         return tuple(
             (component.name, plan[component.name])
             for component in self.parts.components
-            if PARTS.index(component.part) < place
-            or (component.part == part and any(_before(w, depth) for w in component.weights))
+            if PARTS.index(component.part) < part_index
+            or (component.part == part and any(_may_depend_on(w, depth) for w in component.weights))
         )
 
     @contextmanager
-    def over(self, batch: Hashable, *parts: str) -> Iterator[None]:
+    def reuse(self, batch: Hashable, *parts: str) -> Iterator[None]:
         """Inside the block, one forward pass over a batch skips blocks with known outputs and records at boundaries."""
         with ExitStack() as patches:
             for part in parts:
-                if part in self.stages and batch not in self._full:
+                if part in self.stages and batch not in self._excluded:
                     patches.enter_context(self._patched(batch, part, self.stages[part]))
             yield
 
     @contextmanager
-    def _patched(self, batch: Hashable, part: str, stage: Stage) -> Iterator[None]:
+    def _patched(self, batch: Hashable, part: str, stage: PartBlocks) -> Iterator[None]:
         """Replace the forwards of one part: replay up to the deepest valid boundary, record at later ones."""
-        usable = [depth for depth in stage.boundaries if self.only in (None, (part, depth))]
-        known = [d for d in usable if self._states.get((batch, part, d), (None,))[0] == self._keys[part, d]]
-        start = max(known, default=0)
-        # accelerate, which spreads a model over devices, sets a forward on each instance
-        before = {block: {k: v for k, v in vars(block).items() if k == "forward"} for block in stage.blocks}
-        if start:
-            # all skipped blocks return the same output: the next block reads only that of the last one
-            given = self._states[batch, part, start][1]
-            for block in stage.blocks[:start]:
-                block.forward = lambda *_, **__: given
-        for depth in stage.boundaries:
-            if depth > start:
-                block = stage.blocks[depth - 1]
-                block.forward = self._recorded(block.forward, (batch, part, depth))
-        try:
+        boundaries = [depth for depth in stage.boundaries if self.only_boundary in (None, (part, depth))]
+        valid = [d for d in boundaries if self._states.get((batch, part, d), (None,))[0] == self._current_keys[part, d]]
+        start = max(valid, default=0)
+        with ExitStack() as patches:
+            if start:
+                # all skipped blocks return the same output: the next block reads only that of the last one
+                output = self._states[batch, part, start][1]
+                for block in stage.blocks[:start]:
+                    patches.enter_context(replaced_forward(block, lambda *_, **__: output))
+            for depth in stage.boundaries:
+                if depth > start:
+                    record = partial(self._record, (batch, part, depth), self._current_keys[part, depth])
+                    patches.enter_context(recorded_forward(stage.blocks[depth - 1], record))
             yield
-        finally:
-            for block in stage.blocks:
-                vars(block).pop("forward", None)  # makes the method of the class visible again
-                vars(block).update(before[block])
 
-    def _recorded(self, forward: Callable[..., Any], slot: tuple[Hashable, str, int]) -> Callable[..., Any]:
-        """A forward that also records its output at a boundary."""
-
-        def recording(*args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
-            self._keep(slot, (self._keys[slot[1:]], output))
-            return output
-
-        return recording
-
-    def caches(self, batch: Hashable, cache: Any) -> list[tuple[Tensor, Tensor]]:
+    def image_keys_and_values(
+        self, batch: Hashable, layers: Sequence[KeysAndValues | None]
+    ) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of every layer after a pass over a batch's images, computed now or by an earlier plan."""
         before = self._caches.get(batch, [])
         found: list[tuple[Hashable, Tensor, Tensor]] = []
-        for i, layer in enumerate(cache.layers):
+        for i, layer in enumerate(layers):
             # a skipped layer wrote no keys and values; those of the last plan with this prefix are the same bits
-            if layer.get_seq_length():
-                found.append((self._keys.get(("language", i + 1)), layer.keys, layer.values))
+            if layer is not None:
+                found.append((self._current_keys.get(("language", i + 1)), *layer))
             else:
-                assert before[i][0] == self._keys["language", i + 1], "a skipped layer's cache is of another path"
+                assert before[i][0] == self._current_keys["language", i + 1], (
+                    "a skipped layer's cache is of another path"
+                )
                 found.append(before[i])
-        if "language" in self.stages and batch not in self._full:
+        if "language" in self.stages and batch not in self._excluded:
             self._bytes += sum(_size(entry) for entry in found) - sum(_size(entry) for entry in before)
             self._caches[batch] = found
-            self._check(batch)
+            self._enforce_limit(batch)
         return [(keys, values) for _, keys, values in found]
 
-    def _keep(self, slot: tuple[Hashable, str, int], state: tuple[Hashable, Any]) -> None:
+    def _record(self, slot: tuple[Hashable, str, int], key: Hashable, output: object) -> None:
         """Record a hidden state, unless its batch has exceeded the limit."""
         batch = slot[0]
-        if batch not in self._full:
-            self._bytes += _size(state[1]) - _size(self._states.get(slot))
-            self._states[slot] = state
-            self._check(batch)
+        if batch not in self._excluded:
+            self._bytes += _size(output) - _size(self._states.get(slot))
+            self._states[slot] = key, output
+            self._enforce_limit(batch)
 
-    def _check(self, batch: Hashable) -> None:
+    def _enforce_limit(self, batch: Hashable) -> None:
         """Give up a batch when all entries together exceed the limit."""
         if self._bytes > self.limit:
-            self.leave_out(batch)
+            self.exclude(batch)
 
-    def leave_out(self, batch: Hashable) -> None:
+    def exclude(self, batch: Hashable) -> None:
         """Drop the entries of a batch and record no more of it; other batches keep theirs."""
-        self._full.add(batch)
+        self._excluded.add(batch)
         for slot in [slot for slot in self._states if slot[0] == batch]:
             self._bytes -= _size(self._states.pop(slot))
         self._bytes -= sum(_size(entry) for entry in self._caches.pop(batch, []))
 
     def clear(self) -> None:
         """Drop everything, since other examples follow."""
-        for kept in (self._states, self._caches, self._full, self.answers):
+        for kept in (self._states, self._caches, self._excluded, self.answers):
             kept.clear()
         self._bytes = 0
 
-    def prove(self, run: Callable[[], Any]) -> None:
+    def verify_boundaries(self, run: Callable[[], object]) -> None:
         """Run once and record, then once from every boundary; a boundary that changes the outcome is not used.
 
         The limit is lifted for these few examples: where nothing is recorded, nothing can be verified.
         """
         limit, self.limit = self.limit, sys.maxsize
 
-        def once() -> Any:
+        def once() -> object:
             self.answers.clear()  # a pass over other drafts may round differently, and change an unsure answer
             return run()
 
         expected = once()
         for part, stage in self.stages.items():
             for depth in list(stage.boundaries):
-                self.only = (part, depth)
+                self.only_boundary = (part, depth)
                 try:
                     same = bool(once() == expected)
-                except (RuntimeError, IndexError, AttributeError, TypeError, AssertionError):
+                except (RuntimeError, IndexError, AttributeError, TypeError, AssertionError) as error:
+                    if is_defect(error):
+                        raise
                     same = False  # the model reads more of a skipped block than its output
                 if not same:
                     stage.boundaries.remove(depth)
                     self.clear()
                     once()  # later boundaries recorded wrong states on the way, and would fail because of them
-        self.only, self.limit = None, limit
+        self.only_boundary, self.limit = None, limit
         self.clear()
         self.stages = {part: stage for part, stage in self.stages.items() if stage.boundaries}
 
 
-def _before(weight: Weight, depth: int) -> bool:
+def _may_depend_on(weight: Weight, depth: int) -> bool:
     """Whether the hidden state after `depth` blocks of a weight's part may depend on the weight."""
     # an untied output head is after all blocks; other weights outside blocks may be read anywhere in their part
     if weight.kind == HEAD and not weight.tied:
@@ -187,7 +178,7 @@ def _before(weight: Weight, depth: int) -> bool:
     return weight.block is None or weight.block < depth
 
 
-def _stage(model: nn.Module, parts: ComponentMap, part: str) -> Stage:
+def _part_blocks(model: nn.Module, parts: ComponentMap, part: str) -> PartBlocks:
     """A part's blocks as modules, and the depths where a component begins or the part ends."""
     names: dict[int, list[str]] = {}
     owners: dict[int, set[str]] = {}
@@ -197,25 +188,17 @@ def _stage(model: nn.Module, parts: ComponentMap, part: str) -> Stage:
                 names.setdefault(weight.block, []).append(weight.module)
                 owners.setdefault(weight.block, set()).add(component.name)
     if not names:
-        return Stage([], [])
-    blocks = [_around(model, names[i]) for i in sorted(names)]
+        return PartBlocks([], [])
+    blocks = [model.get_submodule(block_path(model, names[i])) for i in sorted(names)]
     last = len(blocks)
     begins = {i for i in range(1, last) if owners[i] != owners[i - 1]}
     # the end of a part, and before its last block, which has no effect in some models; not the end of language, since
     # plans that agree on all language blocks differ in the output head at most
     ends = set() if part == "language" else {last, last - 1} - {0}
-    return Stage(blocks, sorted(begins | ends))
+    return PartBlocks(blocks, sorted(begins | ends))
 
 
-def _around(model: nn.Module, names: list[str]) -> nn.Module:
-    """The deepest module around some modules that has a forward of its own; a ModuleList has none."""
-    path = os.path.commonpath([name.replace(".", "/") for name in names])
-    while isinstance(module := model.get_submodule(path.replace("/", ".")), nn.ModuleList | nn.ModuleDict):
-        path = os.path.dirname(path)
-    return module
-
-
-def _size(output: Any) -> int:
+def _size(output: object) -> int:
     """The bytes of all tensors in a block's output."""
     if isinstance(output, Tensor):
         return output.numel() * output.element_size()

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +13,16 @@ from torch import Tensor
 from sensitivity.quantize.codebook import CodebookWeight
 from sensitivity.quantize.grid import QuantizedWeight
 from sensitivity.quantize.linears import StoredWeight
+from sensitivity.spec.plan import Scheme
 
-Key = tuple[Any, ...]  # a parameter's name, its scheme, and on the exposed path what was quantized before it
+# a parameter's name, its scheme, and on the exposed path what was quantized before it
+Key = tuple[str, Scheme] | tuple[str, Scheme, tuple[tuple[str, Scheme], ...]]
 CODE = 1.25  # bytes per cached weight, including scales of small groups
 # A plain tensor stands for what has no codes: biases, and weights that a method leaves alone.
-Held = Tensor | QuantizedWeight | CodebookWeight
+CachedWeight = Tensor | QuantizedWeight | CodebookWeight
 
 
-class WeightCodes(OrderedDict[Key, Held]):
+class WeightCodes(OrderedDict[Key, CachedWeight]):
     """Quantized weights in host memory; `trim` drops the least recently used, between two plans."""
 
     def __init__(self, limit: float = math.inf) -> None:
@@ -31,13 +32,13 @@ class WeightCodes(OrderedDict[Key, Held]):
         # per parameter, the weight that the last plan put into the model, and its key: neighboring plans share most
         self._dense: dict[str, tuple[Key, Tensor]] = {}
 
-    def __getitem__(self, key: Key) -> Held:
+    def __getitem__(self, key: Key) -> CachedWeight:
         self.move_to_end(key)  # marks the entry as recently used
         return super().__getitem__(key)
 
-    def __setitem__(self, key: Key, value: Held) -> None:
+    def __setitem__(self, key: Key, value: CachedWeight) -> None:
         self.bytes -= _bytes(self[key]) if key in self else 0
-        super().__setitem__(key, _moved(value, torch.device("cpu")))
+        super().__setitem__(key, _to_device(value, torch.device("cpu")))
         self.bytes += _bytes(self[key])
 
     def dense(self, key: Key, like: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ class WeightCodes(OrderedDict[Key, Held]):
         name = key[0]
         if name not in self._dense or self._dense[name][0] != key:
             self._dense.pop(name, None)  # freed before the next one is allocated
-            value = _moved(self[key], like.device)
+            value = _to_device(self[key], like.device)
             self._dense[name] = key, (value if isinstance(value, Tensor) else value.dequantize()).to(like.dtype)
         return self._dense[name][1]
 
@@ -56,12 +57,12 @@ class WeightCodes(OrderedDict[Key, Held]):
             self.bytes -= _bytes(value)
 
 
-def held(value: StoredWeight) -> Held:
+def as_cached(value: StoredWeight) -> CachedWeight:
     """A method's result as it is cached: codes of a known type, otherwise the dequantized weight."""
     return value if isinstance(value, QuantizedWeight | CodebookWeight) else value.dequantize()
 
 
-def tensors(value: Held) -> dict[str, Tensor]:
+def tensors(value: CachedWeight) -> dict[str, Tensor]:
     """A cached value as named tensors; integers become tensors, too, so that a safetensors file holds all of it."""
     if isinstance(value, Tensor):
         return {"weight": value}
@@ -69,7 +70,7 @@ def tensors(value: Held) -> dict[str, Tensor]:
     return {name: v if isinstance(v, Tensor) else torch.tensor(v) for name, v in fields if v is not None}
 
 
-def value_of(found: Mapping[str, Tensor]) -> Held:
+def from_tensors(found: Mapping[str, Tensor]) -> CachedWeight:
     """The inverse of `tensors`."""
     if "weight" in found:
         return found["weight"]
@@ -79,13 +80,13 @@ def value_of(found: Mapping[str, Tensor]) -> Held:
     return QuantizedWeight(found["codes"], found["scale"], found["zero"], int(found["group"]), found.get("inputs"))
 
 
-def _moved(value: Held, device: torch.device) -> Held:
+def _to_device(value: CachedWeight, device: torch.device) -> CachedWeight:
     """A cached value on another device."""
     if isinstance(value, Tensor):
         return value.to(device)
-    return value_of({name: v.to(device) for name, v in tensors(value).items()})
+    return from_tensors({name: v.to(device) for name, v in tensors(value).items()})
 
 
-def _bytes(value: Held) -> int:
+def _bytes(value: CachedWeight) -> int:
     """The bytes of all tensors of a cached value."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors(value).values())

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sensitivity.spec.fields import ANY_TEXT, FILE_INSIDE, WHOLE
-from sensitivity.tasks.datasets.source import DatasetFolder, Flaw, each
+from sensitivity.tasks.datasets.source import DatasetFolder, Flaw, checked_records
 from sensitivity.tasks.examples.types import Example, Task
 from sensitivity.tasks.scoring import captions as caption_scores
 
@@ -25,16 +25,16 @@ def captions(folder: Path, split: str, n: int, seed: int) -> Task:
     source = DatasetFolder("coco-captions", folder, GET)
     part = source.part(split, ("val2017", "train2017"), (FILE, "{}"))
     source.file(part.name)
-    examples, notes = source.drawn(_rows(source, part.name), part, n, seed)
+    examples, notes = source.drawn_examples(_rows(source, part.name), part, n, seed)
     return caption_scores.task(source.name, examples, notes)
 
 
 def _rows(source: DatasetFolder, part: str) -> Iterator[Example | Flaw]:
     """One example per image, with all its captions as right answers."""
     data = source.json(FILE.format(part), "images", "annotations")
-    images = list(each(data["images"], "an image", IMAGE))
+    images = list(checked_records(data["images"], "an image", IMAGE))
     written: dict[int, list[str]] = {image["id"]: [] for image in images}
-    for annotation in each(data["annotations"], "a caption", CAPTION):
+    for annotation in checked_records(data["annotations"], "a caption", CAPTION):
         if annotation["image_id"] not in written:
             yield Flaw(str(annotation["id"]), "a caption of an image that is not in the list")
         elif annotation["caption"].strip():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sensitivity.spec.fields import ANY_TEXT, FLAG, TEXT, WHOLE, check
-from sensitivity.tasks.datasets.source import DatasetFolder, Flaw, each
+from sensitivity.tasks.datasets.source import DatasetFolder, Flaw, checked_records
 from sensitivity.tasks.examples.types import SHORT, Example, Metric, Task
 from sensitivity.tasks.scoring.answer_text import squeezed
 
@@ -40,28 +40,30 @@ def _task(
     part = source.part(split, parts, (f"{prefix}_questions.json", f"{prefix}_answers.json"))
     source.file(images)
     rows = _rows(source, prefix.format(part.name), source.folder / images)
-    examples, notes = source.drawn(rows, part, n, seed)
+    examples, notes = source.drawn_examples(rows, part, n, seed)
     return Task(source.name, examples, match, max_new_tokens=10, metrics=by_kind(examples), notes=notes)
 
 
 def _rows(source: DatasetFolder, prefix: str, images: Path) -> Iterator[Example | Flaw]:
     """One example per active question of the scored kinds; others belong to other splits or were withdrawn."""
-    said = {}
-    for one in each(source.records(f"{prefix}_answers.json", "answers"), "an answer", {}, STATE):
+    answers_by_question = {}
+    for one in checked_records(source.records(f"{prefix}_answers.json", "answers"), "an answer", {}, STATE):
         if one.get("active"):  # withdrawn answers stay in the files as an id alone
             check(one, ANSWER, {}, "an answer")
-            said[one["question_id"]] = one["answer"].strip()
-    for question in each(source.records(f"{prefix}_questions.json", "questions"), "a question", {}, STATE):
+            answers_by_question[one["question_id"]] = one["answer"].strip()
+    for question in checked_records(source.records(f"{prefix}_questions.json", "questions"), "a question", {}, STATE):
         if not question.get("active"):
             continue
         if check(question, QUESTION, {}, "a question")["type"] not in KINDS:
             continue
         name, image = str(question["id"]), str(question["img_id"])
-        if not said.get(question["id"]):
+        if not answers_by_question.get(question["id"]):
             yield Flaw(name, "no answer")
         else:
             prompt = question["question"] + SHORT
-            yield Example(name, image, question["type"], images / f"{image}.tif", prompt, (said[question["id"]],))
+            yield Example(
+                name, image, question["type"], images / f"{image}.tif", prompt, (answers_by_question[question["id"]],)
+            )
 
 
 def match(answer: str, example: Example) -> float:

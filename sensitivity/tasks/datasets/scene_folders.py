@@ -44,7 +44,7 @@ def _task(source: DatasetFolder, split: str, n: int, seed: int) -> Task:
         for name, files in classes.items()
         for file in files
     )
-    examples, notes = source.drawn(rows, source.part(split), n, seed)
+    examples, notes = source.drawn_examples(rows, source.part(split), n, seed)
     return Task(source.name, examples, match, max_new_tokens=16, notes=notes)
 
 

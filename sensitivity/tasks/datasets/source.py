@@ -15,10 +15,11 @@ import numpy as np
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.fields import Kind, Misfit, check, content, not_a_file, parsed, quoted, read, shortened
 from sensitivity.tasks.examples import images
-from sensitivity.tasks.examples.types import Example, Task
+from sensitivity.tasks.examples.types import Example, Metric, Task
 
 SHARE = 0.02  # of the examples at most may be left out, with a note; a data set with more flaws is refused
 _BETWEEN = re.compile(r"[\s,]*")
+Record = dict[str, Any]  # a JSON object; `checked_records` and `check` test the fields that are read
 TENTH = 10  # one image in ten is for calibration where a data set has no other split for it
 
 
@@ -38,7 +39,7 @@ class Part:
     split: str
     hashed: bool
 
-    def has(self, image: str) -> bool:
+    def contains(self, image: str) -> bool:
         """Whether an image belongs to the split."""
         return not self.hashed or held_out(image) == (self.split == "calibration")
 
@@ -47,8 +48,8 @@ class Part:
         """A note for the user where the splits share one part."""
         if not self.hashed:
             return ()
-        words = "are" if self.split == "calibration" else "leave out"
-        return (f"no split for calibration here: {self.split} examples {words} one image in {TENTH}, chosen by hash",)
+        verb = "are" if self.split == "calibration" else "leave out"
+        return (f"no split for calibration here: {self.split} examples {verb} one image in {TENTH}, chosen by hash",)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class DatasetFolder:
             raise UserError(f"{path} is not of the {self.name} layout: it has no {' or '.join(keys)}; {self.get}")
         return found
 
-    def records(self, name: str, key: str) -> Iterator[dict[str, Any]]:
+    def records(self, name: str, key: str) -> Iterator[Record]:
         """The objects of the list `key` in a JSON file, parsed one at a time.
 
         VQAv2's annotations as Python objects would take gigabytes at once. The standard library's decoder can start at
@@ -91,16 +92,16 @@ class DatasetFolder:
         start = re.search(rf'"{key}"\s*:\s*\[', text)
         if start is None:
             raise UserError(f"{path} is not of the {self.name} layout: it has no {key}; {self.get}")
-        read, at = json.JSONDecoder().raw_decode, _gap(text, start.end())
+        read, at = json.JSONDecoder().raw_decode, _next_object(text, start.end())
         while text[at : at + 1] != "]":
             try:
                 one, at = read(text, at)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"cannot read {path} as JSON ({error}); {self.get}") from error
             yield one
-            at = _gap(text, at)
+            at = _next_object(text, at)
 
-    def lines(self, name: str) -> Iterator[dict[str, Any]]:
+    def lines(self, name: str) -> Iterator[Record]:
         """The objects of a JSON Lines file."""
         path = self.file(name)
         if trouble := not_a_file(path):
@@ -132,34 +133,36 @@ class DatasetFolder:
         n: int,
         seed: int,
         score: Callable[[str, Example], float],
-        **more: Any,
+        metrics: Mapping[str, Metric] = {},
     ) -> Task:
         """A task of short answers to n questions of a part."""
-        examples, notes = self.drawn(rows(self, part.name), part, n, seed)
-        return Task(self.name, examples, score, max_new_tokens=10, notes=notes, **more)
+        examples, notes = self.drawn_examples(rows(self, part.name), part, n, seed)
+        return Task(self.name, examples, score, max_new_tokens=10, metrics=metrics, notes=notes)
 
-    def drawn(
+    def drawn_examples(
         self, rows: Iterable[Example | Flaw], part: Part, n: int, seed: int
     ) -> tuple[tuple[Example, ...], tuple[str, ...]]:
         """n of the part's examples, drawn with the seed and sorted by id, and notes on examples that were left out."""
         flaws: list[Flaw] = []
-        good: list[Example] = []
+        usable: list[Example] = []
         try:
             for row in rows:
                 if isinstance(row, Flaw):
                     flaws.append(row)
-                elif part.has(row.cluster):
-                    good.append(row)
+                elif part.contains(row.cluster):
+                    usable.append(row)
         except Misfit as error:
             why = f"{self.name} in {self.folder} is not of the official layout: {error}; {self.get}"
             raise UserError(why) from error
-        notes = [*part.note, *self.tolerated(flaws, len(flaws) + len(good))]
-        good.sort(key=lambda example: example.id)  # so that the sample does not depend on the order of a file or folder
-        chosen = draw(good, n, seed, f"{self.name} in {self.folder}", part.split)
-        seen, more = self.seen(chosen)
+        notes = [*part.note, *self.flaw_notes(flaws, len(flaws) + len(usable))]
+        usable.sort(
+            key=lambda example: example.id
+        )  # so that the sample does not depend on the order of a file or folder
+        chosen = draw(usable, n, seed, f"{self.name} in {self.folder}", part.split)
+        seen, more = self.readable(chosen)
         return seen, (*notes, *more)
 
-    def seen(self, chosen: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[str, ...]]:
+    def readable(self, chosen: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[str, ...]]:
         """The examples whose image file is complete, and notes on the others.
 
         Checked after drawing, since opening every image of a data set would take minutes.
@@ -167,11 +170,11 @@ class DatasetFolder:
         why: dict[str, str | None] = {}
         for example in chosen:
             if example.cluster not in why:
-                why[example.cluster] = images.unusable(example.image)
-        bad = [Flaw(_named(example), reason) for example in chosen if (reason := why[example.cluster])]
-        return tuple(e for e in chosen if not why[e.cluster]), tuple(self.tolerated(bad, len(chosen)))
+                why[example.cluster] = images.why_unusable(example.image)
+        unreadable = [Flaw(_named(example), reason) for example in chosen if (reason := why[example.cluster])]
+        return tuple(e for e in chosen if not why[e.cluster]), tuple(self.flaw_notes(unreadable, len(chosen)))
 
-    def tolerated(self, flaws: Sequence[Flaw], total: int) -> list[str]:
+    def flaw_notes(self, flaws: Sequence[Flaw], total: int) -> list[str]:
         """One note per kind of flaw, or an error if there are too many flaws."""
         notes = []
         for why in dict.fromkeys(flaw.why for flaw in flaws):
@@ -185,7 +188,9 @@ class DatasetFolder:
         return notes
 
 
-def each(entries: Any, what: str, required: Mapping[str, Kind], optional: Mapping[str, Kind] = {}) -> Iterator[Any]:
+def checked_records(
+    entries: object, what: str, required: Mapping[str, Kind], optional: Mapping[str, Kind] = {}
+) -> Iterator[Record]:
     """The objects of a list, checked to have fields of these kinds; `what` names one of them in an error."""
     if isinstance(entries, list | tuple | Iterator):
         for entry in entries:
@@ -203,7 +208,7 @@ def _named(example: Example) -> str:
     )
 
 
-def _gap(text: str, at: int) -> int:
+def _next_object(text: str, at: int) -> int:
     """The position after white space and commas: of the next object, or of the list's end."""
     between = _BETWEEN.match(text, at)
     return between.end() if between else at

@@ -6,10 +6,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from sensitivity.spec.fields import ANY_TEXT, COUNT, TEXT, WHOLE, Kind, list_of
-from sensitivity.tasks.datasets.source import DatasetFolder, Flaw, each
+from sensitivity.tasks.datasets.source import DatasetFolder, Flaw, Record, checked_records
 from sensitivity.tasks.examples.types import SHORT, Example, Task, mean_of
 from sensitivity.tasks.scoring import vqa_accuracy
 
@@ -35,17 +34,19 @@ def vqav2(folder: Path, split: str, n: int, seed: int) -> Task:
 
 def _rows(source: DatasetFolder, part: str) -> Iterator[Example | Flaw]:
     """One example per question, with all people's answers; the annotations are a file of their own."""
-    said = {
+    answers_by_question = {
         # interned: most of the millions of answers are the same few words
         one["question_id"]: (one["image_id"], sys.intern(one.get("answer_type") or "all"), _people(one))
-        for one in each(source.records(ANNOTATIONS.format(part), "annotations"), "an annotation", ANNOTATION, MORE)
+        for one in checked_records(
+            source.records(ANNOTATIONS.format(part), "annotations"), "an annotation", ANNOTATION, MORE
+        )
     }
     seen = set()
     pictures: dict[int, tuple[str, Path]] = {}  # shared by all questions about an image, to save memory
-    for question in each(source.records(QUESTIONS.format(part), "questions"), "a question", QUESTION):
+    for question in checked_records(source.records(QUESTIONS.format(part), "questions"), "a question", QUESTION):
         name, image = str(question["question_id"]), question["image_id"]
         seen.add(question["question_id"])
-        about, kind, right = said.get(question["question_id"], (None, "", ()))
+        about, kind, right = answers_by_question.get(question["question_id"], (None, "", ()))
         if about is None:
             yield Flaw(name, "no annotation")
         elif about != image:
@@ -57,11 +58,11 @@ def _rows(source: DatasetFolder, part: str) -> Iterator[Example | Flaw]:
                 pictures[image] = str(image), source.folder / part / f"COCO_{part}_{image:012d}.jpg"
             cluster, file = pictures[image]
             yield Example(name, cluster, kind, file, question["question"] + SHORT, right)
-    for name in said.keys() - seen:
+    for name in answers_by_question.keys() - seen:
         yield Flaw(str(name), "an annotation of no question")
 
 
-def _people(annotation: dict[str, Any]) -> tuple[str, ...]:
+def _people(annotation: Record) -> tuple[str, ...]:
     """All answers that are not blank, the most frequent ones first: the first one is measured by its likelihood."""
     given = [sys.intern(one["answer"].strip()) for one in annotation["answers"] if one["answer"].strip()]
     counts = Counter(given)

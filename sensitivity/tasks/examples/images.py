@@ -6,10 +6,9 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,7 @@ ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 TAIL = 4096  # bytes at the end of a file in which the end marker is searched: cameras append data of their own
 
 
-def unusable(image: NDArray[np.uint8] | ImageSource) -> str | None:
+def why_unusable(image: NDArray[np.uint8] | ImageSource) -> str | None:
     """Why an image cannot be used; None if it can."""
     if isinstance(image, np.ndarray):
         return None
@@ -64,7 +63,7 @@ def _tail(image: ImageSource) -> bytes:
         return file.read()
 
 
-SLIMMEST = 200  # largest aspect ratio: a thinner image, its short side enlarged to a model's, takes gigabytes
+LARGEST_ASPECT = 200  # largest aspect ratio: a thinner image, its short side enlarged to a model's, takes gigabytes
 
 
 def open_image(source: NDArray[np.uint8] | ImageSource) -> Image.Image:
@@ -94,14 +93,16 @@ def opened(source: ImageSource) -> Iterator[Image.Image]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow raises an error at twice that size
         with Image.open(stream(source)) as image:
-            if max(image.size) > SLIMMEST * min(image.size):
-                raise Misfit(f"it is {image.width} by {image.height} pixels, and {SLIMMEST} to 1 is the most")
+            if max(image.size) > LARGEST_ASPECT * min(image.size):
+                raise Misfit(f"it is {image.width} by {image.height} pixels, and {LARGEST_ASPECT} to 1 is the most")
             yield image
 
 
-def same_image(image: Any) -> Any:
+def same_image(image: NDArray[np.uint8] | ImageSource) -> Hashable:
     """A small key that is equal for equal images."""
-    return image.resolve() if hasattr(image, "resolve") else (image.shape, hashlib.blake2b(image.tobytes()).digest())
+    if isinstance(image, np.ndarray):
+        return image.shape, hashlib.blake2b(image.tobytes()).digest()
+    return image.resolve()
 
 
 def stream(source: ImageSource) -> Path | io.BytesIO:

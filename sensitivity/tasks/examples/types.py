@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ class ImageSource(Protocol):
 
     def read_bytes(self) -> bytes: ...
 
-    def resolve(self) -> object:
+    def resolve(self) -> Hashable:
         """A value that is equal for equal images."""
 
 
@@ -109,14 +109,14 @@ class Task:
             raise ValueError(f"{len(answers)} answers for {len(self.examples)} examples")
         return {name: float(metric(answers, self.examples)) for name, metric in self.metrics.items()}
 
-    def quick(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+    def quick(self, rows: Mapping[str, Sequence[object]]) -> dict[str, float]:
         """The further metrics that are not slow, from the rows of a trial: in any order, of any number of examples."""
         named = zip(rows["task"], rows["example"], rows["answer"], strict=True)
-        said = {example: answer for name, example, answer in named if name == self.name}
-        asked = [example for example in self.examples if example.id in said]
-        answers = [said[example.id] for example in asked]
-        chosen = [name for name in self.metrics if asked and name not in self.slow]
-        found = {name: float(self.metrics[name](answers, asked)) for name in chosen}
+        answer_of = {example: str(answer) for name, example, answer in named if name == self.name}
+        examples = [example for example in self.examples if example.id in answer_of]
+        answers = [answer_of[example.id] for example in examples]
+        chosen = [name for name in self.metrics if examples and name not in self.slow]
+        found = {name: float(self.metrics[name](answers, examples)) for name in chosen}
         # a metric is NaN while a kind of question has no answer yet
         return {name: value for name, value in found.items() if math.isfinite(value)}
 

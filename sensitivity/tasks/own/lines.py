@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.fields import ANY_TEXT, FILE, NAME, TEXT, Misfit, check, content, either, list_of, one_of, parsed
@@ -16,9 +15,9 @@ from sensitivity.tasks.scoring import captions, grounding, vqa_accuracy
 
 NEEDS = 'each line is like {"image": "a.jpg", "prompt": "What is this?", "answers": ["a cat"]}'
 BOXES = 'each line is like {"image": "a.jpg", "prompt": "Where is it?", "boxes": [[10, 20, 50, 60]]}, in pixels'
-SAID = either(ANY_TEXT, list_of(ANY_TEXT))  # empty answers pass here, and get a message of their own below
-ASKED = {"prompt": ANY_TEXT}
-ABOUT = {"id": NAME, "kind": TEXT, "split": one_of(*SPLITS)}
+ANSWERS = either(ANY_TEXT, list_of(ANY_TEXT))  # empty answers pass here, and get a message of their own below
+REQUIRED = {"prompt": ANY_TEXT}
+OPTIONAL = {"id": NAME, "kind": TEXT, "split": one_of(*SPLITS)}
 FEWEST = 4  # answers for VQA's accuracy: with one person left out, three others must be able to agree
 
 Scorer = Callable[[str, tuple[Example, ...], tuple[str, ...]], Task]
@@ -60,18 +59,18 @@ def own(
     `score` may be any function from an answer and its example to a number, and replaces the scorer's.
     """
     if path.is_dir():
-        return made(path, saved.lines_of(path, split, scorer == "iou"), split, n, seed, scorer, score)
+        return task_from_lines(path, saved.lines_of(path, split, scorer == "iou"), split, n, seed, scorer, score)
     boxes = scorer == "iou"
-    mine = [line for line in lines_of(path, boxes) if line["split"] == split]
+    of_split = [line for line in lines_of(path, boxes) if line["split"] == split]
     needs = BOXES if boxes else NEEDS
-    if not mine:
+    if not of_split:
         raise UserError(f'{path} has no {split} lines; {needs}, and may have "split": "{split}"')
-    return made(path, mine, split, n, seed, scorer, score)
+    return task_from_lines(path, of_split, split, n, seed, scorer, score)
 
 
-def made(
+def task_from_lines(
     path: Path,
-    lines: Iterable[dict[str, Any]],
+    lines: Iterable[layout.Record],
     split: str,
     n: int,
     seed: int,
@@ -81,20 +80,20 @@ def made(
     """The task of lines that were read from `path`."""
     source = layout.DatasetFolder(path.stem, path.parent, "mend or take out those lines")
     chosen = layout.draw((_example(path, line, scorer == "iou") for line in lines), n, seed, str(path), split)
-    examples, notes = source.seen(chosen)
+    examples, notes = source.readable(chosen)
     if scorer == "iou":
         examples = tuple(map(grounding.sized, examples))
         for example in examples:
-            if astray := grounding.outside(example):
+            if image_size := grounding.outside(example):
                 raise UserError(
-                    f"{path}: example {example.id} has a box outside of its image, which is {astray}; {BOXES}"
+                    f"{path}: example {example.id} has a box outside of its image, which is {image_size}; {BOXES}"
                 )
     if score is not None:
         return Task(path.stem, examples, score, notes=notes)
     return SCORERS[scorer](path.stem, examples, notes)
 
 
-def lines_of(path: Path, boxes: bool = False) -> Iterator[dict[str, Any]]:
+def lines_of(path: Path, boxes: bool = False) -> Iterator[layout.Record]:
     """The lines of a file as objects with their number and split."""
     needs, right = (BOXES, "boxes") if boxes else (NEEDS, "answers")
     try:
@@ -112,20 +111,20 @@ def lines_of(path: Path, boxes: bool = False) -> Iterator[dict[str, Any]]:
         if missing := [name for name in ("image", "prompt", right) if given.get(name) in (None, "", [])]:
             raise UserError(f"{path}, line {number} lacks {' and '.join(missing)}; {needs}")
         try:
-            check(given, {"image": FILE, **ASKED}, ABOUT)
+            check(given, {"image": FILE, **REQUIRED}, OPTIONAL)
         except Misfit as error:
             raise UserError(f"{path}, line {number}: {error}; {needs}") from error
         yield {**given, "split": given.get("split") or "evaluation", "number": number}
 
 
-def _example(path: Path, fields: dict[str, Any], boxes: bool) -> Example:
+def _example(path: Path, fields: layout.Record, boxes: bool) -> Example:
     """The example of one line."""
     line, needs = f"{path}, line {fields['number']}", BOXES if boxes else NEEDS
     try:
         check(
             fields,
-            {**ASKED, **({"boxes": grounding.BOXES} if boxes else {"answers": SAID})},
-            {**ABOUT, "answers": SAID},
+            {**REQUIRED, **({"boxes": grounding.BOXES} if boxes else {"answers": ANSWERS})},
+            {**OPTIONAL, "answers": ANSWERS},
         )
     except Misfit as error:
         raise UserError(f"{line}: {error}; {needs}") from error

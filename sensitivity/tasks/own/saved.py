@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from sensitivity.spec.errors import UserError, reason
 from sensitivity.spec.fields import Misfit, content
@@ -20,18 +20,32 @@ NEEDS = (
 PARTS = ("test", "validation", "val", "train")  # the first that exists is for evaluation; train is for calibration
 
 
+class Rows(Protocol):
+    """What is used of a `datasets.Dataset`, which has no type hints."""
+
+    column_names: list[str]
+
+    def __getitem__(self, number: int, /) -> source.Record: ...
+
+    def __iter__(self) -> Iterator[source.Record]: ...
+
+    def select_columns(self, names: list[str], /) -> Rows: ...
+
+    def remove_columns(self, names: list[str], /) -> Rows: ...
+
+
 @dataclass(frozen=True)
 class Cell:
     """The image in one row of a data set on disk."""
 
-    rows: Any
+    rows: Rows
     number: int
     name: str
 
     def read_bytes(self) -> bytes:
         """The bytes of the image file, stored in the row or at a path that it names."""
         stored = self.rows[self.number]["image"]
-        if not isinstance(stored, dict):
+        if not isinstance(stored, dict) or (stored["bytes"] is None and stored["path"] is None):
             raise Misfit("there is no image")
         return bytes(stored["bytes"]) if stored["bytes"] is not None else content(Path(stored["path"]))
 
@@ -43,7 +57,7 @@ class Cell:
         return self.name
 
 
-def lines_of(folder: Path, split: str, boxes: bool) -> Iterator[dict[str, Any]]:
+def lines_of(folder: Path, split: str, boxes: bool) -> Iterator[source.Record]:
     """The rows of a split, in the form of JSON Lines.
 
     Without a split for calibration, a tenth of the images is used for it.
@@ -56,14 +70,14 @@ def lines_of(folder: Path, split: str, boxes: bool) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(rows.remove_columns(["image"])):
         cell = Cell(images, number, f"{folder.name}/{part.name}/{row.get('image_id') or ''}")
         if row.get("image_id") is None:
-            cell = Cell(images, number, cell.name + _mark(cell))
-        if part.has(cell.name):
+            cell = Cell(images, number, cell.name + _content_hash(cell))
+        if part.contains(cell.name):
             line = {name: row[name] for name in ("id", "kind") if row.get(name) is not None}
-            asked = {"image": cell, "prompt": row[prompt], "boxes" if boxes else "answers": row[right]}
-            yield line | asked | {"number": number + 1}
+            fields = {"image": cell, "prompt": row[prompt], "boxes" if boxes else "answers": row[right]}
+            yield line | fields | {"number": number + 1}
 
 
-def _rows(folder: Path, split: str) -> tuple[source.Part, Any]:
+def _rows(folder: Path, split: str) -> tuple[source.Part, Rows]:
     """The part of a saved data set for a split, and its rows, whose images stay encoded."""
     if importlib.util.find_spec("datasets") is None:
         why = f"{folder} is a folder; to read it as a saved data set"
@@ -90,18 +104,18 @@ def _rows(folder: Path, split: str) -> tuple[source.Part, Any]:
         raise UserError(why) from error
 
 
-def _mark(cell: Cell) -> str:
+def _content_hash(cell: Cell) -> str:
     """A name for an image without an id: the hash of its content.
 
     An unreadable image is left out later; until then its row number is its name.
     """
     try:
         return hashlib.sha256(cell.read_bytes()).hexdigest()[:16]
-    except (Misfit, TypeError, OSError):
+    except (Misfit, OSError):
         return f"row-{cell.number}"
 
 
-def _column(folder: Path, rows: Any, *names: str) -> str:
+def _column(folder: Path, rows: Rows, *names: str) -> str:
     for name in names:
         if name in rows.column_names:
             return name

@@ -1,4 +1,4 @@
-"""Removes prompts, special tokens and decoration from an answer before it is scored, and nothing else."""
+"""Removes special tokens and decoration from an answer before it is scored, and nothing else."""
 
 from __future__ import annotations
 
@@ -14,18 +14,6 @@ _PHRASE = re.compile(r"</?p>")
 def without_special(text: str) -> str:
     """The text without special tokens that a tokenizer has left in it."""
     return _SPECIAL.sub("", text).strip()
-
-
-def without_prompt(text: str, prompt: str) -> str:
-    """The text without a prompt that a model has echoed at its start; white space may differ."""
-    text, words = without_special(text), without_special(prompt).split()
-    echo = re.match(r"\s*".join(map(re.escape, words)), text) if words else None
-    return text[echo.end() :].strip() if echo else text
-
-
-def after(text: str, mark: str) -> str:
-    """What follows the last mark, such as ASSISTANT:, or the whole text if there is none."""
-    return text.rpartition(mark)[2].strip()
 
 
 def squeezed(text: str) -> str:

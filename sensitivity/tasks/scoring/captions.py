@@ -7,7 +7,6 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from sensitivity.spec.errors import UserError
 from sensitivity.tasks.examples.types import Example, Metric, Task
@@ -107,7 +106,7 @@ def meteor(answers: Sequence[str], examples: Sequence[Example]) -> float:
     program = Meteor()
     try:
         # the program would wait for more input after an empty line
-        return float(program.compute_score(right, {i: [said or "."] for i, [said] in given.items()})[0])
+        return float(program.compute_score(right, {i: [answer or "."] for i, [answer] in given.items()})[0])
     except (OSError, ValueError) as error:
         raise UserError(f"METEOR's Java program failed ({error}); it needs 2 GB; try java -version") from error
     finally:
@@ -119,7 +118,7 @@ def meteor(answers: Sequence[str], examples: Sequence[Example]) -> float:
             pipe.close()
 
 
-def _corpus(answers: Sequence[str], examples: Sequence[Example]) -> tuple[dict[int, Any], dict[int, Any]]:
+def _corpus(answers: Sequence[str], examples: Sequence[Example]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
     """References and answers as pycocoevalcap takes them."""
     right = {i: [" ".join(words(one)) for one in example.answers] for i, example in enumerate(examples)}
     return right, {i: [" ".join(words(answer))] for i, answer in enumerate(answers)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +18,7 @@ MOST = 1000  # numbers or corners of a box
 THRESHOLDS = (0.5, 0.25)  # of intersection over union; the first one decides the score
 
 
-def _is_box(value: Any) -> bool:
+def _is_box(value: object) -> bool:
     if not isinstance(value, list) or not 3 <= len(value) <= MOST:
         return False
     if all(map(NUMBER.fits, value)):

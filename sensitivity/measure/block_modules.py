@@ -1,0 +1,57 @@
+"""Finds the modules of transformer blocks, and replaces or records their forward for a while."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from torch import nn
+
+
+def block_path(model: nn.Module, layers: Iterable[str]) -> str:
+    """The path of the deepest module around some layers that has a forward of its own; a ModuleList has none."""
+    path = os.path.commonpath([layer.replace(".", "/") for layer in layers])
+    while isinstance(model.get_submodule(path.replace("/", ".")), nn.ModuleList | nn.ModuleDict):
+        path = os.path.dirname(path)
+    return path.replace("/", ".")
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
+    """Replace the forward and keep the module, since transformers records hidden states by a module's class."""
+    # accelerate, which spreads a model over devices, sets a forward on each instance; it must be back afterwards
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward  # makes the method of the class visible again
+        if own is not None:
+            module.forward = own
+
+
+def recorded_forward(module: nn.Module, record: Callable[[object], None]) -> AbstractContextManager[None]:
+    """Inside the block, `record` gets every output of the module."""
+    own = module.forward
+
+    def recording(*args: object, **kwargs: object) -> object:
+        output = own(*args, **kwargs)
+        record(output)
+        return output
+
+    return replaced_forward(module, recording)
+
+
+def is_defect(error: Exception) -> bool:
+    """Whether an error is a defect of this package rather than of a model or an input.
+
+    Python raises these types for wrong code. Raised in a library, they may still come from an input: a model that is
+    given a shape or a file it does not expect.
+    """
+    if not isinstance(error, AssertionError | AttributeError | NameError | TypeError):
+        return False
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).partition(".")[0] == "sensitivity"
