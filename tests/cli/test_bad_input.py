@@ -326,10 +326,10 @@ def test_calibration_begins_anew_with_fewer_rows_and_finds_the_same(mine: VLM, p
     """The memory is full in the middle of a pass, when the blocks before have counted its tokens already."""
     parts = inspect(mine, by="block")
     weights = [weight for weight in parts.weights if weight.part == "language"]
-    whole = calibrate(mine, parts, ["vqa"], n=24, path=path, room=room).gather(weights)
+    whole = calibrate(mine, parts, ["vqa"], n=24, path=path, gram_bytes=room).gather(weights)
     layer = mine.model.get_submodule("model.language_model.layers.3")
     with small(layer, 5) as sizes, pytest.warns(Notice, match="on cpu: batches of the calibration data are halved"):
-        parted = calibrate(mine, parts, ["vqa"], n=24, path=path, room=room).gather(weights)
+        parted = calibrate(mine, parts, ["vqa"], n=24, path=path, gram_bytes=room).gather(weights)
     assert max(sizes) <= 5
     for name, found in whole.items():
         assert parted[name].tokens == found.tokens

@@ -64,7 +64,7 @@ def rows(
         examples = task(source, n=4)
         cache = Cache(folder.parent / f"cache-{device}")  # written, then read by the next call
         for _ in range(2):
-            statistics = calibrate(vlm, parts, [source], 2, path=path, against=[examples], cache=cache, room=2000)
+            statistics = calibrate(vlm, parts, [source], 2, path=path, against=[examples], cache=cache, gram_bytes=2000)
             facts = statistics.facts
             plans = [Plan.uniform(parts, scheme(name, bits, calibration=facts, **more)) for name, bits, more in methods]
             trial = _SharedWork(vlm, parts, [examples], plain, statistics)
