@@ -322,7 +322,7 @@ def test_a_q_former_that_reads_the_question_knows_it_from_its_queries() -> None:
 def test_a_layer_without_tokens_is_named() -> None:
     vlm = built("blip2_retrieval")  # its text goes through the Q-Former, and here there is only an image
     weight = next(w for w in inspect(vlm).weights if "intermediate.dense" in w.name)
-    with pytest.raises(UserError, match=f"{weight.name} saw no token"):
+    with pytest.raises(UserError, match=f"{weight.name} received no token"):
         collect(vlm, [weight], [])
 
 

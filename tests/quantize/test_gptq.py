@@ -251,7 +251,7 @@ def test_a_channel_that_was_always_zero_is_rounded_to_nearest() -> None:
 
 
 def test_a_layer_that_saw_nothing_is_named() -> None:
-    with pytest.raises(UserError, match=r"model\.fc saw no token"):
+    with pytest.raises(UserError, match=r"model\.fc received no token"):
         Curvature(4).check("model.fc")
 
 
