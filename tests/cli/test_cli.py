@@ -335,6 +335,14 @@ def test_a_parsers_error_is_json_too(capsys: pytest.CaptureFixture[str]) -> None
     assert err.startswith("error: ")
 
 
+def test_workers_that_are_done_end_in_silence(tmp_path: Path) -> None:
+    """The one that started them is still there then, and nothing of theirs may break at their exit."""
+    words = f"sweep {MODEL} --task vqa --bits 2,8 --method uniform --n 12 --workers 2 --out {tmp_path / 'out'}"
+    done = subprocess.run([sys.executable, "-m", "sensitivity", *words.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ended early" not in done.stderr
+
+
 def test_no_memory_for_a_library_is_no_defect(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

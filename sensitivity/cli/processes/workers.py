@@ -38,8 +38,9 @@ def stop_with_launcher() -> None:
     """In a worker, stop as by Ctrl-C when the launcher ends, even by a kill: nobody else would stop it."""
 
     def watch() -> None:
-        # returns when the pipe closes, which the kernel does when the launcher dies
-        sys.stdin.buffer.read()
+        # returns when the pipe closes, which the kernel does when the launcher dies; not sys.stdin.read, whose lock a
+        # thread would still hold when this process ends, which aborts it
+        os.read(sys.stdin.fileno(), 1)
         _thread.interrupt_main()
 
     if os.environ.get(CHILD) == STOPS_WITH_LAUNCHER:

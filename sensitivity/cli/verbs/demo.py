@@ -34,8 +34,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     quoted = shlex.quote(str(args.out))
     lines = (
         f"inspect {MODEL} --by part --method uniform",
-        f"sweep {MODEL} --task vqa --bits 2,3,4,6,8 --by part --method uniform --n {args.n} --seed {args.seed}"
-        f" --out {quoted}",
+        f"sweep {MODEL} --task vqa --bits 2,3,4,8 --by part --method uniform --n {args.n} --seed {args.seed}"
+        # plans that cannot matter see a few of the examples
+        f" --until 'error<1%' --out {quoted}",
         f"rank {quoted}",
         f"recommend {quoted} --bpw {args.bpw!r}",
         f"report {quoted}",
