@@ -37,7 +37,7 @@ def grid(levels: Sequence[int] = LEVELS, width: int = 3) -> np.ndarray:
     return np.array(list(itertools.product(levels, repeat=width)), dtype=float)
 
 
-def readings(formula: Formula, noise: float = 0.0, seed: int = 0, levels: Sequence[int] = LEVELS) -> Observations:
+def observations(formula: Formula, noise: float = 0.0, seed: int = 0, levels: Sequence[int] = LEVELS) -> Observations:
     bits = grid(levels)
     score = formula(bits) + noise * np.random.default_rng(seed).standard_normal(len(bits))
     nothing = np.full(len(bits), np.nan)

@@ -300,3 +300,23 @@ def test_no_machine_paths() -> None:
         path = readme.ROOT / name
         if path.suffix in (".py", ".md", ".toml", ".txt", ".log", ".json", ".html", "") and path.is_file():
             assert bad not in path.read_text(encoding="utf-8", errors="ignore"), name
+
+
+def test_only_one_file_reads_what_a_trial_stores() -> None:
+    """Optuna's trials are read and written in trial.py; identity.py holds what a study as a whole stores."""
+    naming = {path.relative_to(PACKAGE).as_posix() for path in MODULES if "user_attr" in path.read_text("utf-8")}
+    assert naming == {"study/trial.py", "study/identity.py"}
+
+
+def test_only_one_file_knows_the_names_in_a_studys_folder() -> None:
+    names = ('"journal.log"', '"storage.url"', '"queue"', '"examples"', '"verify"', '"rankings"', '"exports"')
+    paths = PACKAGE / "study" / "storage" / "paths.py"
+    assert all(name in paths.read_text(encoding="utf-8") for name in names)
+    joined = ("/ " + name for name in (*names, '"report"'))
+    wrong = {
+        path.relative_to(PACKAGE).as_posix(): name
+        for name in joined
+        for path in MODULES
+        if name in path.read_text(encoding="utf-8") and path != paths
+    }
+    assert not wrong

@@ -73,14 +73,14 @@ def main() -> None:
             rank(small)
         with timed("the same again, as kept in the study's folder", lines):
             rank(small)
-        readings, groups = observations_of(small), [[0], [1], [2]]
+        observations, groups = observations_of(small), [[0], [1], [2]]
         with timed("of which bootstraps", lines):
-            bootstrap(readings, groups, 100, 0)
+            bootstrap(observations, groups, 100, 0)
         for name in ("shap", "fanova"):
             with timed(f"of which {name}, once", lines):
-                estimators.ESTIMATORS[name](estimators.fit(readings.bits, readings.score))
+                estimators.ESTIMATORS[name](estimators.fit(observations.bits, observations.score))
         with timed("of which leaving out one level after the other", lines):
-            without_levels(readings, three, groups, 0)
+            without_levels(observations, three, groups, 0)
 
         names = [f"{part}.{i:02d}" for part in ("vision", "connector", "language") for i in range(4)]
         many = study(Path(folder) / "12", names, draw.choice([2, 3, 4, 5, 6, 8], size=(300, 12)).astype(float))

@@ -34,7 +34,7 @@ TRUTHS = {
 }
 
 
-def readings(score: np.ndarray, rows: np.ndarray) -> Observations:
+def observations(score: np.ndarray, rows: np.ndarray) -> Observations:
     nothing = np.full(len(rows), np.nan)
     keys = tuple(str(row) for row in rows)
     return Observations("planted", NAMES, BITS[rows], score, nothing, keys, nothing, ("codes",) * len(rows))
@@ -47,13 +47,13 @@ def main() -> None:
     args = parser.parse_args()
     rows, everything = [], np.arange(len(BITS))
     for name, truth in TRUTHS.items():
-        right = rank(readings(truth, everything), bootstraps=0, thorough=False).table
+        right = rank(observations(truth, everything), bootstraps=0, thorough=False).table
         for trials, noise in ((216, 0.02), (100, 0.02), (216, 0.06)):
             for seed in range(args.tables):
                 draw = np.random.default_rng(seed)
                 some = draw.choice(everything, trials, replace=False)
                 noisy = truth[some] + noise * draw.standard_normal(trials)
-                found = rank(readings(noisy, some), bootstraps=args.bootstraps, seed=seed, thorough=False).table
+                found = rank(observations(noisy, some), bootstraps=args.bootstraps, seed=seed, thorough=False).table
                 for part in found.index:
                     share = right["consensus"][part]
                     low, high = found.loc[part, ["consensus.low", "consensus.high"]]

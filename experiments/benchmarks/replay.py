@@ -33,10 +33,10 @@ from optuna.distributions import IntDistribution
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
-from sensitivity.analysis.search.frontier_sampler import FrontierSampler, PlanSizes, believed
-from sensitivity.analysis.search.samplers import MAXIMIZE, MINIMIZE, SAMPLERS, searching
+from sensitivity.analysis.search.frontier_sampler import FrontierSampler, PlanSizes
+from sensitivity.analysis.search.samplers import MAXIMIZE, MINIMIZE, SAMPLERS, sampled_plans
 from sensitivity.analysis.search.search_space import SearchSpace
-from sensitivity.analysis.surrogate.surrogate import Space, learn
+from sensitivity.analysis.surrogate.surrogate import Space, Surrogate, learn
 from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan, Scheme
@@ -156,11 +156,10 @@ def walk(table: Table, search: str, count: int, seed: int) -> list[int]:
     study = SimpleNamespace(tasks=("score",), parts=table.parts, trials=lambda: trials)
     schemes = sorted({s for plan in table.plans for _, s in plan.schemes if s}, key=lambda s: s.bits)
     choices = dict(zip(table.space.names, table.space.choices, strict=True))
-    ground = SearchSpace.of(table.parts, schemes, lambda name, scheme: scheme in choices[name])
-    for plan in searching(study, ground, search, 10**9, seed * 10_000):  # type: ignore[arg-type]
+    search_space = SearchSpace.of(table.parts, schemes, lambda name, scheme: scheme in choices[name])
+    for plan in sampled_plans(study, search_space, search, 10**9, seed * 10_000):  # type: ignore[arg-type]
         i = place[plan.key]
-        attrs = {"key": plan.key, "plan": plan.to_json()}
-        trials.append(SimpleNamespace(user_attrs=attrs, values=[float(table.reading[i]), float(bpw[i])]))
+        trials.append(SimpleNamespace(key=plan.key, plan=plan, values=[float(table.reading[i]), float(bpw[i])]))
         rows.append(i)
         if len(rows) == count:
             return rows
@@ -190,8 +189,8 @@ def walk_rows(table: Table, search: str, count: int, seed: int) -> list[int]:
             rows.append(place[tuple(sampler.next(index[rows], table.reading[rows][:, None]))])
         return rows
     levels = [int(column.max()) + 1 for column in table.factors.T]
-    ground = SimpleNamespace(joint=None, weights=None, low=None)
-    study = optuna.create_study(directions=[MAXIMIZE, MINIMIZE], sampler=SAMPLERS[search](ground, seed))  # type: ignore[arg-type]
+    search_space = SimpleNamespace(joint=None, sizes=None, low=None)
+    study = optuna.create_study(directions=[MAXIMIZE, MINIMIZE], sampler=SAMPLERS[search](search_space, seed))  # type: ignore[arg-type]
     space_ = {f"f{i}": IntDistribution(0, n - 1) for i, n in enumerate(levels)}
     for _ in range(20 * count):
         trial = study.ask(dict(space_))
@@ -208,6 +207,17 @@ def walk_rows(table: Table, search: str, count: int, seed: int) -> list[int]:
     return rows
 
 
+def denoised(model: Surrogate, index: np.ndarray, scores: np.ndarray, noise: float | None) -> np.ndarray:
+    """Scores of measured plans with noise removed: the prediction, plus the share of its residual that is not noise.
+
+    Where the noise is unknown, all of the residual counts as noise.
+    """
+    spread = model.sigma**2
+    own = 0.0 if noise is None or spread == 0 else max(0.0, 1 - noise**2 / spread)
+    expected = model.predict(index)
+    return np.asarray(expected + own * (scores - expected))
+
+
 def regrets(table: Table, rows: list[int]) -> dict[str, float]:
     """Mean over budgets of the score that is lost, in percent of full precision, for three ways to choose a plan.
 
@@ -217,7 +227,7 @@ def regrets(table: Table, rows: list[int]) -> dict[str, float]:
     chosen, bpw, space = np.array(rows), table.bpw, table.space
     index = space.encode(table.plans)
     model = learn(space, index[chosen], table.reading[chosen], noise=table.noise)
-    belief = believed(model, index[chosen], table.reading[chosen], table.noise)
+    belief = denoised(model, index[chosen], table.reading[chosen], table.noise)
     ways = {
         "reading": (chosen, table.reading[chosen]),
         "believed": (chosen, belief),

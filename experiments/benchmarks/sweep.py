@@ -35,7 +35,7 @@ import transformers as T
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from sensitivity.api.sweeping import calibrated, sweeping
+from sensitivity.api.sweeping import begin_sweep, calibrated
 from sensitivity.api.sweeping import grid as grid_
 from sensitivity.measure.evaluation import answer, evaluate
 from sensitivity.measure.generate.batches import batches
@@ -159,7 +159,7 @@ def fast(vlm: VLM, plans: list[Plan], asked: str, n: int, out: Path) -> Cost:
     )
     facts = {None: None, **dict(zip(schemes, named, strict=True))}
     some = [Plan(tuple((name, facts[one]) for name, one in plan.schemes)) for plan in plans]
-    weights, (_, steps) = spent(lambda: sweeping(vlm, parts, some, [asked], out, n=n, statistics=gathered))
+    weights, (_, steps) = spent(lambda: begin_sweep(vlm, parts, some, [asked], out, n=n, statistics=gathered))
     began, first = time.process_time(), 0.0
     last, per_plan = began, dict[Plan, float]()
     for step in steps:

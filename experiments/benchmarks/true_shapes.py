@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from sensitivity.api.sweeping import calibrated, one_at_a_time, sweeping
+from sensitivity.api.sweeping import begin_sweep, calibrated, one_at_a_time
 from sensitivity.measure.forecast.forecast import forecast_sweep
 from sensitivity.models.config_only import without_weights as blank_
 from sensitivity.models.discover import inspect
@@ -105,7 +105,7 @@ def measured(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         how = {"n": args.calibration, "against": [evaluation], "cache_gb": 0}
         named, statistics = calibrated(vlm, parts, schemes, [source], **how)
         plans = one_at_a_time(parts, schemes=named)
-        steps = sweeping(vlm, parts, plans, [source], work / "study", statistics=statistics)[1]
+        steps = begin_sweep(vlm, parts, plans, [source], work / "study", statistics=statistics)[1]
     with stages("plans"), counter:
         seconds = [step.seconds for step in steps]
     found |= {"stages": stages.found, "flops": counter.get_total_flops(), "steps": seconds, "plans": len(plans)}

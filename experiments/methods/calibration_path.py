@@ -67,7 +67,7 @@ def main() -> None:
             scores[path, name] = np.array([float(table.loc[plan.key, name]) for plan in chosen])
             native[name] = float(table.loc[study.native.key, name])
             noise.setdefault(name, halves(study, chosen, name))
-        seconds[path] = float(np.median([trial.user_attrs["seconds"] for trial in study.trials()]))
+        seconds[path] = float(np.median([trial.seconds for trial in study.trials()]))
     lines = [
         "# Calibration on the float model's inputs, or on inputs that passed quantized layers",
         "",

@@ -15,7 +15,7 @@ from sensitivity import inspect, load, one_at_a_time
 from sensitivity.api.sweeping import sweep
 from sensitivity.spec.files import overwrite
 from sensitivity.study.study import Study
-from sensitivity.study.table import NATIVE
+from sensitivity.study.trial import NATIVE
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("embedded:scenes-llava", "embedded:scenes-llava-heavy")

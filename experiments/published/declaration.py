@@ -9,7 +9,7 @@ from typing import Any
 
 from sensitivity.spec.components import PARTS, ComponentMap
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.study.table import NATIVE
+from sensitivity.study.trial import NATIVE
 
 
 @dataclass(frozen=True)

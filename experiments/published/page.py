@@ -141,7 +141,7 @@ def importance(study: PublishedStudy, measured: Study, bootstraps: int = 100) ->
     for metric, published in study.shares.items():
         lines += [f"### {metric or study.unit}", ""]
         try:
-            found = rank(readings(measured, metric), bootstraps=bootstraps, thorough=False).table
+            found = rank(observations(measured, metric), bootstraps=bootstraps, thorough=False).table
         except UserError as error:
             listed = ", ".join(f"{part} {share:g}" for part, share in published.items())
             lines += [f"Not ranked here: {error}. Published: {listed}.", ""]
@@ -155,7 +155,7 @@ def importance(study: PublishedStudy, measured: Study, bootstraps: int = 100) ->
     return lines
 
 
-def readings(measured: Study, metric: str) -> Observations:
+def observations(measured: Study, metric: str) -> Observations:
     """The bits of every part and the first task's score, or another of its metrics, for `rank`."""
     found = observations_of(measured, measured.tasks[0])
     if not metric:

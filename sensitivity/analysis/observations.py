@@ -13,9 +13,9 @@ from optuna.trial import TrialState
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Plan
 from sensitivity.study.counting import Floats, count, numbers
-from sensitivity.study.records import mixed
+from sensitivity.study.scores import TaskScore
 from sensitivity.study.study import Study
-from sensitivity.study.table import NATIVE
+from sensitivity.study.trial import NATIVE, Trial, mixed_versions
 
 
 @dataclass(frozen=True)
@@ -87,55 +87,56 @@ def check_task(study: Study, task: str | None) -> str:
 def observations_of(study: Study, task: str | None = None, method: str | None = None) -> Observations:
     """The observations of one task, on request only those of plans that use one method, and of full precision."""
     task = check_task(study, task)
-    measured = study.measured()
-    if not measured:
+    trials = study.measured()
+    if not trials:
         raise UserError(f"no trial of {study.path} has a score yet; let `sensitivity sweep` run on")
-    trials = [trial.user_attrs for trial in measured]
-    plans = [Plan.from_json(trial["plan"]) for trial in trials]
-    methods = [_method(plan) for plan in plans]
-    widths = [plan.bits(NATIVE) for plan in plans]
-    scores = _level(study, task, plans, [trial["scores"].get(task) or {} for trial in trials])
-    open_ = sum(trial.state != TrialState.COMPLETE for trial in measured)
+    methods = [_method(trial.plan) for trial in trials]
+    widths = [trial.plan.bits(NATIVE) for trial in trials]
+    scores = _comparable(study, task, trials)
+    incomplete = sum(trial.state != TrialState.COMPLETE for trial in trials)
     unfinished = (
-        f"{open_:,} of {count(len(trials), 'trial')} have not seen all examples; those that saw fewer than full "
+        f"{incomplete:,} of {count(len(trials), 'trial')} have not seen all examples; those that saw fewer than full "
         "precision count by their difference to it; `sensitivity sweep` completes them"
     )
-    readings = Observations(
+    observations = Observations(
         task,
         study.parts.names,
         np.array([[bits[name] for name in study.parts.names] for bits in widths], dtype=float),
-        np.array([score.get("mean", np.nan) for score in scores], dtype=float),
-        np.array([score.get("se", np.nan) for score in scores], dtype=float),
-        tuple(trial["key"] for trial in trials),
-        np.array([trial["size"]["bpw"] for trial in trials], dtype=float),
+        np.array([np.nan if score is None else score["mean"] for score in scores], dtype=float),
+        np.array([np.nan if score is None else score.get("se", np.nan) for score in scores], dtype=float),
+        tuple(trial.key for trial in trials),
+        np.array([trial.bpw for trial in trials], dtype=float),
         tuple(methods),
-        tuple(plans),
-        tuple(note for note in (unfinished if open_ else None, mixed(measured)) if note),
+        tuple(trial.plan for trial in trials),
+        tuple(note for note in (unfinished if incomplete else None, mixed_versions(trials)) if note),
     )
     if method is not None:
-        found = sorted({m for m in methods if m != "native"})
-        if method not in found:
-            raise unknown("method of this study", method, found)
-        readings = readings.where(np.array([m in (method, "native") for m in methods]))
-    return _usable(readings)
+        present = sorted({m for m in methods if m != "native"})
+        if method not in present:
+            raise unknown("method of this study", method, present)
+        observations = observations.where(np.array([m in (method, "native") for m in methods]))
+    return _with_score(observations)
 
 
-def _level(study: Study, task: str, plans: Sequence[Plan], scores: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Scores of a sweep that was stopped early, made comparable.
+def _comparable(study: Study, task: str, trials: Sequence[Trial]) -> list[TaskScore | None]:
+    """A task's scores by trial; those of a sweep that was stopped early are made comparable.
 
     A trial that has seen fewer examples than full precision may have seen easier ones. So its score becomes that of
     full precision plus the paired difference on the examples that both have seen.
     """
     key = study.native.key
-    full = next((score for plan, score in zip(plans, scores, strict=True) if plan.key == key), {})
-    native, found = None, []
-    for plan, score in zip(plans, scores, strict=True):
-        if score.get("n", 0) < full.get("n", 0):
+    full = next((trial.scores.get(task) for trial in trials if trial.key == key), None)
+    native: pd.DataFrame | None = None
+    scores: list[TaskScore | None] = []
+    for trial in trials:
+        score = trial.scores.get(task)
+        if score is not None and full is not None and score.get("n", 0) < full.get("n", 0):
             native = study.examples(study.native) if native is None else native
-            if apart := study.apart(native, plan, task, int(score["n"])):
-                score = {**score, "mean": full["mean"] + apart.mean, "se": float(np.hypot(full["se"], apart.se))}
-        found.append(score)
-    return found
+            if difference := study.difference_to_native(native, trial.plan, task, score["n"]):
+                se = float(np.hypot(np.inf if full["se"] is None else full["se"], difference.se))
+                score = {**score, "mean": full["mean"] + difference.mean, "se": se}
+        scores.append(score)
+    return scores
 
 
 def observations_of_table(
@@ -152,7 +153,7 @@ def observations_of_table(
     whole = np.isfinite(bits).all(axis=1)
     nothing = np.full(len(table), np.nan)
     keys = tuple("/".join(f"{b:g}" for b in row) for row in bits)
-    readings = Observations(
+    observations = Observations(
         score,
         tuple(components),
         bits,
@@ -164,19 +165,19 @@ def observations_of_table(
     )
     if (~whole).any():
         note = f"{count((~whole).sum(), 'trial')} left out: no bits given for some component"
-        readings = replace(readings.where(whole), notes=(note,))
-    return _usable(readings)
+        observations = replace(observations.where(whole), notes=(note,))
+    return _with_score(observations)
 
 
-def _usable(readings: Observations) -> Observations:
+def _with_score(observations: Observations) -> Observations:
     """The observations whose score is a finite number, with a note on the others."""
-    finite = np.isfinite(readings.score)
+    finite = np.isfinite(observations.score)
     if not finite.any():
-        raise UserError(f"no trial has a score for '{readings.task}'")
+        raise UserError(f"no trial has a score for '{observations.task}'")
     if finite.all():
-        return readings
-    note = f"{count((~finite).sum(), 'trial')} left out: no number as score for '{readings.task}'"
-    return replace(readings.where(finite), notes=(*readings.notes, note))
+        return observations
+    note = f"{count((~finite).sum(), 'trial')} left out: no number as score for '{observations.task}'"
+    return replace(observations.where(finite), notes=(*observations.notes, note))
 
 
 def _method(plan: Plan) -> str:

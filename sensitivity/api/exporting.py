@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TypedDict, Unpack
 
 import torch
 
@@ -19,9 +19,9 @@ from sensitivity.api.sweeping import calibrated, sweep
 from sensitivity.formats.table import CHECKPOINTS, FORMATS, may_be_written, write
 from sensitivity.formats.verification import verify
 from sensitivity.formats.writing.calibrated_codes import CalibratedCodes
-from sensitivity.formats.writing.calibrated_codes import codes as codes_of
+from sensitivity.formats.writing.calibrated_codes import codes as calibrated_codes
 from sensitivity.formats.writing.job import Codes, Job, from_weights_alone
-from sensitivity.formats.writing.manifest import DataFacts, TrialFacts
+from sensitivity.formats.writing.manifest import TrialFacts
 from sensitivity.formats.writing.unfinished import remove_unfinished
 from sensitivity.measure.calibrate.statistics import check_path
 from sensitivity.models.loading import load
@@ -34,9 +34,19 @@ from sensitivity.spec.runtimes import files_of, violations
 from sensitivity.spec.sizes import FILES
 from sensitivity.study import exports
 from sensitivity.study.scores import paired, summarize
+from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 
 __all__ = ["export", "export_from", "legalize", "legalize_from", "may_be_written", "remove_unfinished", "verify"]
+
+
+class ExportOptions(TypedDict, total=False):
+    """Further options of `export`."""
+
+    model: VLM | str | None
+    runtime: str | None
+    codes: Codes | None
+    path: str | None
 
 
 def export(
@@ -45,7 +55,7 @@ def export(
     out: Path | str,
     format: str = "plan",
     force: bool = False,
-    facts: dict[str, Any] | None = None,
+    facts: Mapping[str, object] | None = None,
     *,
     model: VLM | str | None = None,
     runtime: str | None = None,
@@ -62,11 +72,11 @@ def export(
         >>> from sensitivity import export
         >>> folder = export(study, choice.plan, "out/vqa", format="fake", model=vlm)
     """
-    out, meta, name = Path(out), study.meta, runtime or format
+    out, meta, loader = Path(out), study.meta, runtime or format
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
-    if found := violations(study.parts, plan, name):
-        raise UserError(f"{name} cannot hold this plan: {'; '.join(found)}. {_instead(study, plan, name)}")
+    if broken := violations(study.parts, plan, loader):
+        raise UserError(f"{loader} cannot hold this plan: {'; '.join(broken)}. {_instead(study, plan, loader)}")
     gain: TrialFacts = {}
     may_be_written(out, format, force, [study.path, *keep])  # before anything that takes long
     if path is not None:
@@ -83,14 +93,14 @@ def export(
     if format != "plan" and meta.get("fingerprint") not in (None, job.source.fingerprint):
         raise UserError(f"{study.path} was measured on {meta['model']}, and {job.source.name} is another model")
     trial, expected = _measured(study, plan)
-    with _codes(study, job, format) as again:
-        job = replace(job, codes=codes or again.codes, changed=again.changed)
-        done = write(job, out, format, force, {**trial, **gain}, runtime, expected, lambda: again.notes)
+    with _codes(study, job, format) as computed:
+        job = replace(job, codes=codes or computed.codes, changed=computed.changed)
+        summary = write(job, out, format, force, {**trial, **gain}, runtime, expected, lambda: computed.notes)
     if format == "plan":
         return out if out.suffix == ".json" else out / "plan.json"
-    weighs = done.get("written") or done["predicted_size"]
+    weighs = summary.get("written") or summary["predicted_size"]
     about = {"format": format, "plan": plan.describe(), "bytes": weighs["bytes"], "bpw": weighs["bpw"]}
-    exports.note(study.path, out, {**about, "written": "written" in done, **gain})
+    exports.write_note(study.path, out, {**about, "written": "written" in summary, **gain})
     return out
 
 
@@ -98,37 +108,39 @@ def _on_path(study: Study, plan: Plan, path: str, model: VLM) -> tuple[Plan, Tri
     """The plan calibrated on another path, and the paired difference between both on the same fresh examples."""
     check_path(path)
 
-    def there(scheme: Scheme | None) -> Scheme | None:
+    def on_path(scheme: Scheme | None) -> Scheme | None:
         if scheme is None or not method_of(scheme).calibrated:
             return scheme
         return replace(scheme, settings=tuple({**dict(scheme.settings), "path": path}.items()))
 
-    other = Plan(tuple((name, there(scheme)) for name, scheme in plan.schemes))
+    other = Plan(tuple((name, on_path(scheme)) for name, scheme in plan.schemes))
     if other == plan:
-        known = any(scheme is not None and method_of(scheme).calibrated for _, scheme in plan.schemes)
-        why = f"was measured on the {path} path already" if known else "has no method that is calibrated"
+        is_calibrated = any(scheme is not None and method_of(scheme).calibrated for _, scheme in plan.schemes)
+        why = f"was measured on the {path} path already" if is_calibrated else "has no method that is calibrated"
         raise UserError(f"--path {path} changes nothing: this plan {why}; leave it out")
     # one sweep for each plan, as their calibration statistics differ; both on the same fresh examples, in one study
     second, meta = study, study.meta
     for one in (plan, other):
         schemes = list(dict.fromkeys(scheme for _, scheme in one.schemes if scheme is not None))
         _, statistics = calibrated(model, study.parts, schemes, meta["tasks"])
-        n, seed, out = meta["n"], meta["seed"] + FRESH, study.path / "verify"
+        n, seed, out = meta["n"], meta["seed"] + FRESH, paths.verification(study.path)
         second = sweep(model, study.parts, [one], meta["tasks"], out, n=n, seed=seed, statistics=statistics)
     return other, {"path_gain": {"path": path, **{task: _gain(second, other, plan, task) for task in study.tasks}}}
 
 
-def _gain(study: Study, ours: Plan, theirs: Plan, task: str) -> dict[str, Any]:
+def _gain(study: Study, ours: Plan, theirs: Plan, task: str) -> dict[str, object]:
     """Paired differences in score and in the log-likelihood of right answers, which shows smaller differences."""
     frames = [rows[rows["task"] == task] for rows in map(study.examples, (ours, theirs)) if rows is not None]
     both = frames[0].merge(frames[1], on="example", suffixes=("", "_base"))
-    found = paired(both["score"], both["score_base"], both["cluster"]).to_json()
-    ends = (("ours", "score"), ("theirs", "score_base"))
-    found["scores"] = {whose: summarize(both[column], both["cluster"]).to_json() for whose, column in ends}
-    known = both.dropna(subset=["nll", "nll_base"])
-    if len(known):
-        found["log_likelihood"] = paired(-known["nll"], -known["nll_base"], known["cluster"]).to_json()
-    return found
+    columns = (("ours", "score"), ("theirs", "score_base"))
+    gain: dict[str, object] = {
+        **paired(both["score"], both["score_base"], both["cluster"]).to_json(),
+        "scores": {name: summarize(both[column], both["cluster"]).to_json() for name, column in columns},
+    }
+    both = both.dropna(subset=["nll", "nll_base"])
+    if len(both):
+        gain["log_likelihood"] = paired(-both["nll"], -both["nll_base"], both["cluster"]).to_json()
+    return gain
 
 
 def _codes(study: Study, job: Job, format: str) -> AbstractContextManager[CalibratedCodes]:
@@ -139,14 +151,17 @@ def _codes(study: Study, job: Job, format: str) -> AbstractContextManager[Calibr
     vlm = load(job.model, dtype=study.meta["dtype"]) if isinstance(job.model, str) else job.model
     _, statistics = calibrated(vlm, study.parts, schemes, study.meta["tasks"])
     assert statistics is not None
-    return codes_of(vlm, study.parts, job.plan, statistics, folding=format in FILES)
+    return calibrated_codes(vlm, study.parts, job.plan, statistics, folding=format in FILES)
 
 
-def export_from(source: Path, bpw: float | None, out: Path, format: str, force: bool, **how: Any) -> Path:
+def export_from(
+    source: Path, bpw: float | None, out: Path, format: str, force: bool, **options: Unpack[ExportOptions]
+) -> Path:
     """Export a plan.json, or the plan of a study that is predicted to be best for a budget."""
     may_be_written(out, format, force, [source])  # before anything is read
-    study, plan, facts = _source(source, bpw, format if format in FILES else how.get("runtime"), how.get("runtime"))
-    return export(study, plan, out, format, force, facts, keep=[source], **how)
+    runtime = options.get("runtime")
+    study, plan, facts = _source(source, bpw, format if format in FILES else runtime, runtime)
+    return export(study, plan, out, format, force, facts, keep=[source], **options)
 
 
 def legalize_from(source: Path, runtime: str, bpw: float | None, task: str | None = None) -> tuple[Study, Legal]:
@@ -157,15 +172,14 @@ def legalize_from(source: Path, runtime: str, bpw: float | None, task: str | Non
 
 def _source(
     source: Path, bpw: float | None, counted: str | None, legal_in: str | None = None
-) -> tuple[Study, Plan, dict[str, Any]]:
+) -> tuple[Study, Plan, Mapping[str, object]]:
     """The study, the plan and the other facts of a plan.json, or of a study and a budget.
 
     `counted`: the runtime or format whose files the budget counts. `legal_in`: the runtime that must load the plan.
     """
     if source.suffix == ".json":
         _, plan, facts = read(source)
-        here = (source.parent / "journal.log").exists() or (source.parent / "storage.url").exists()
-        study = Study(source.parent if here else str(facts.get("study", source.parent)))
+        study = Study(source.parent if paths.is_study(source.parent) else str(facts.get("study", source.parent)))
         plan.check(study.parts)
         for scheme in {scheme for _, scheme in plan.schemes if scheme is not None}:
             check_scheme(scheme)
@@ -181,32 +195,31 @@ def _source(
 def _instead(study: Study, plan: Plan, name: str) -> str:
     """A sentence that offers the best plan that a runtime can load instead of this one."""
     try:
-        found = legalize(study, plan, name)
+        best = legalize(study, plan, name)
     except UserError as error:
         return f"There is no plan to offer instead: {error}"
     return (
-        f"The best plan of its size that fits is {found.plan.describe()}: {found.words}. "
-        f"`sensitivity legalize {study.path} --runtime {name} --bpw {math.ceil(1000 * found.before.bpw) / 1000:g} "
+        f"The best plan of its size that fits is {best.plan.describe()}: {best.words}. "
+        f"`sensitivity legalize {study.path} --runtime {name} --bpw {math.ceil(1000 * best.before.bpw) / 1000:g} "
         "--out plan.json` writes it"
     )
 
 
 def _measured(study: Study, plan: Plan) -> tuple[TrialFacts, Path | None]:
     """What the trial of a plan measured, on fresh examples where it was verified, and the file of its answers."""
-    studies = [Study(study.path / "verify")] if (study.path / "verify" / "journal.log").exists() else []
-    for one in (*studies, study):
-        trials = {trial.user_attrs["key"]: trial.user_attrs for trial in one.trials()}
-        if found := trials.get(plan.key):
-            native = trials.get(study.native.key, {}).get("scores", {})
-            path = one.path / "examples" / f"{plan.key}.parquet"
-            whole = one.examples(plan) is not None
+    verification = paths.verification(study.path)
+    verified = [Study(verification)] if (verification / paths.JOURNAL).exists() else []
+    for one in (*verified, study):
+        trials = {trial.key: trial for trial in one.trials()}
+        if trial := trials.get(plan.key):
+            native = trials.get(study.native.key)
             facts: TrialFacts = {
-                "scores": found.get("scores"),
-                "path": found.get("path"),
-                "versions": found.get("versions"),
-                "full_precision_scores": native,
-                "meta": cast(DataFacts, dict(one.meta)),
+                "scores": trial.scores,
+                "path": trial.path,
+                "versions": trial.versions or None,
+                "full_precision_scores": native.scores if native else {},
+                "meta": one.meta,
                 "note": one.meta.get("note"),
             }
-            return facts, path if whole else None
+            return facts, paths.answers(one.path, plan.key) if one.examples(plan) is not None else None
     return {}, None

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypedDict, Unpack
 
-from sensitivity.analysis.allocate.budget import Wish
 from sensitivity.analysis.allocate.kept_recommendation import Proposed, proposed
-from sensitivity.analysis.allocate.recommendation import Recommendation, judge, unmeasured
-from sensitivity.api.sweeping import sweeping
+from sensitivity.analysis.allocate.recommendation import Provenance, Recommendation, judge, unmeasured
+from sensitivity.analysis.allocate.request import PlanRequest
+from sensitivity.api.sweeping import begin_sweep
 from sensitivity.measure.loop import Step, versions
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
+from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 
 FRESH = 1_000_003  # added to the seed for verification, so that its examples are not those of the study
+
+
+class PlanLimits(TypedDict, total=False):
+    """Further fields of PlanRequest that `recommend` takes."""
+
+    allow: Mapping[str, Sequence[int]]
+    tie: Sequence[Sequence[str]]
+    runtime: str | None
+    top: int
 
 
 def recommend(
@@ -23,13 +33,15 @@ def recommend(
     run: VLM | None = None,
     task: str | None = None,
     floors: Mapping[str, float] | None = None,
-    **limits: Any,
+    weights: Mapping[str, float] | None = None,
+    **limits: Unpack[PlanLimits],
 ) -> Recommendation:
     """The plan with the best predicted score within a budget; with `run`, the model, verified by running it.
 
     The best few candidates, full precision and the best uniform plan within the budget run on fresh examples, where
     the task has more than the study used. Their trials are a study under `verify`, so that none is run twice.
-    limits: further fields of Wish: weights (of several tasks, instead of `task`), allow, tie, runtime, top.
+    weights: task -> how much it counts, instead of `task`. limits: further fields of PlanRequest: allow, tie, runtime
+    and top.
 
     Examples:
         >>> from sensitivity import recommend
@@ -37,47 +49,55 @@ def recommend(
         >>> choice.size.bpw <= 5.0, choice.measured.n
         (True, 20)
     """
-    weights = limits.pop("weights", None) or {task or study.tasks[0]: 1.0}
-    return recommend_each(study, Wish((bpw,), weights, floors or {}, **limits), run)[0]
+    request = PlanRequest((bpw,), weights or {task or study.tasks[0]: 1.0}, floors or {}, **limits)
+    return recommend_each(study, request, run)[0]
 
 
-def recommend_each(study: Study, wish: Wish, run: VLM | None = None) -> list[Recommendation]:
+def recommend_each(study: Study, request: PlanRequest, run: VLM | None = None) -> list[Recommendation]:
     """A recommendation for each budget; a plan that is a candidate for several budgets is run once."""
-    chosen, steps = recommending(study, wish, run)
+    chosen, steps = begin_recommendation(study, request, run)
     for _ in steps:
         pass
     return chosen()
 
 
-def recommending(
-    study: Study, wish: Wish, run: VLM | None = None
+def begin_recommendation(
+    study: Study, request: PlanRequest, run: VLM | None = None
 ) -> tuple[Callable[[], list[Recommendation]], Iterator[Step]]:
     """A function that returns the recommendations, and an iterator that runs the verification step by step.
 
     The iterator must be exhausted first: the command line shows progress between its steps.
     """
-    found = proposed(study, wish)
+    proposals = proposed(study, request)
     if run is None:
-        return lambda: _judged(study, None, found, wish), iter(())
+        return lambda: _judged(study, None, proposals, request), iter(())
     if study.meta.get("fingerprint") != run.fingerprint:
         raise UserError(f"{study.path} was measured on {study.meta.get('model')}, and {run.name} is another model")
-    plans = [one.plan for candidates, rival in found for one in (*candidates, *([rival] if rival else []))]
+    plans = [one.plan for candidates, rival in proposals for one in (*candidates, *([rival] if rival else []))]
     meta = study.meta
-    how = {"n": meta["n"], "seed": meta["seed"] + FRESH, "whole": meta.get("whole_answers", False)}
-    second, steps = sweeping(run, study.parts, plans, meta["tasks"], study.path / "verify", **how)
-    return lambda: _judged(study, second, found, wish), steps
+    second, steps = begin_sweep(
+        run,
+        study.parts,
+        plans,
+        meta["tasks"],
+        paths.verification(study.path),
+        n=meta["n"],
+        seed=meta["seed"] + FRESH,
+        whole=meta.get("whole_answers", False),
+    )
+    return lambda: _judged(study, second, proposals, request), steps
 
 
-def _judged(study: Study, second: Study | None, found: Proposed, wish: Wish) -> list[Recommendation]:
+def _judged(study: Study, second: Study | None, proposals: Proposed, request: PlanRequest) -> list[Recommendation]:
     """A recommendation per budget: by the trials of the second study, or by prediction alone without one."""
-    facts: dict[str, Any] = {"asked": wish.to_json()}
+    facts: Provenance = {"asked": request.to_json()}
     if second is None:
-        return [unmeasured(study, candidates, wish.weights, facts) for candidates, _ in found]
+        return [unmeasured(study, candidates, request.weights, facts) for candidates, _ in proposals]
     # a task without enough examples gives the second study some of the first's: the verdict must say so
-    known, again = study.examples(study.native), second.examples(second.native)
-    fresh = known is not None and again is not None and set(known["example"]).isdisjoint(again["example"])
-    facts |= {"verified": dict(second.meta), "versions": versions()}
+    chosen_on, run_on = study.examples(study.native), second.examples(second.native)
+    fresh = chosen_on is not None and run_on is not None and set(chosen_on["example"]).isdisjoint(run_on["example"])
+    facts |= {"verified": second.meta, "versions": versions()}
     return [
-        judge(study, candidates, rival, second, wish.weights, fresh=fresh, provenance=facts)
-        for candidates, rival in found
+        judge(study, candidates, rival, second, request.weights, fresh=fresh, provenance=facts)
+        for candidates, rival in proposals
     ]

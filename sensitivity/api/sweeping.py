@@ -6,13 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 
-from sensitivity.analysis.search.plan_lists import Plans
+from sensitivity.analysis.search.plan_lists import Plans, check_search
 from sensitivity.analysis.search.plan_lists import grid as grid_
-from sensitivity.analysis.search.plan_lists import known as known_
 from sensitivity.analysis.search.plan_lists import one_at_a_time as one_at_a_time_
 from sensitivity.measure.calibrate.cache import Cache, cache_folder
 from sensitivity.measure.calibrate.calibration import calibrate
@@ -37,13 +36,28 @@ from sensitivity.tasks.table import distinct, find
 from sensitivity.tasks.table import task as find_task
 
 BITS = (2, 3, 4, 6, 8)
-
-
 CACHE_GB = 8.0  # most calibration statistics that are kept on disk
 
 
+class SweepOptions(TypedDict, total=False):
+    """The options of `sweep`; `begin_sweep` says what they mean and has their defaults."""
+
+    n: int
+    seed: int
+    plain: bool
+    storage: str | None
+    statistics: Statistics | None
+    until: Sequence[str]
+    memory_gb: float
+    whole: bool
+
+
 def grid(
-    parts: ComponentMap, bits: Sequence[int] = BITS, method: str = "rtn", schemes: Sequence[Scheme] = (), **chosen: Any
+    parts: ComponentMap,
+    bits: Sequence[int] = BITS,
+    method: str = "rtn",
+    schemes: Sequence[Scheme] = (),
+    **settings: Any,
 ) -> list[Plan]:
     """Every combination of widths over components, and full precision.
 
@@ -53,11 +67,15 @@ def grid(
         >>> len(plans)  # 3 widths of 3 parts, and full precision
         28
     """
-    return grid_(parts, schemes or [scheme(method, width, **chosen) for width in bits])
+    return grid_(parts, schemes or [scheme(method, width, **settings) for width in bits])
 
 
 def one_at_a_time(
-    parts: ComponentMap, bits: Sequence[int] = BITS, method: str = "rtn", schemes: Sequence[Scheme] = (), **chosen: Any
+    parts: ComponentMap,
+    bits: Sequence[int] = BITS,
+    method: str = "rtn",
+    schemes: Sequence[Scheme] = (),
+    **settings: Any,
 ) -> list[Plan]:
     """Each component alone at each width, the uniform plans, and full precision.
 
@@ -66,16 +84,16 @@ def one_at_a_time(
         >>> len(one_at_a_time(parts, bits=(2, 4, 8)))  # 3 widths of 3 parts, 3 uniform plans, and full precision
         13
     """
-    return one_at_a_time_(parts, schemes or [scheme(method, width, **chosen) for width in bits])
+    return one_at_a_time_(parts, schemes or [scheme(method, width, **settings) for width in bits])
 
 
 def check_sweep(
-    by: str, how: str, schemes: Sequence[Scheme], tasks: Sequence[str], device: str, dtype: str | None, path: str,
+    by: str, search: str, schemes: Sequence[Scheme], tasks: Sequence[str], device: str, dtype: str | None, path: str,
     runtime: str | None, until: Sequence[str], out: Path, storage: str | None,
 ) -> bool:  # fmt: skip
     """Check a sweep's arguments before any weight or example is read; return whether its methods need calibration."""
     granularity(by)
-    known_(how)
+    check_search(search)
     device_of(device)
     dtype_of(dtype)
     files_of(runtime)
@@ -101,29 +119,31 @@ def dtype_for(name: str, device: str, out: Path | str) -> tuple[str | None, str]
     stored = getattr(vlm.model.config, "dtype", None)
     if stored not in (torch.bfloat16, torch.float16):
         return None, ""
-    called, times = str(stored).removeprefix("torch."), slowdown(stored, target := torch.device(device))
+    dtype, times = str(stored).removeprefix("torch."), slowdown(stored, target := torch.device(device))
     if times < NOTABLY:
-        return called, ""
+        return dtype, ""
     size = 4 * sum(weight.numel() for weight in vlm.model.parameters())
     if target.type == "cpu" and size > free_memory():
-        return called, f"{called} is {times:.1f} times slower here than float32, for which memory has no room"
-    return "float32", f"computing in float32: {called}, as stored, is {times:.1f} times slower here (--dtype overrides)"
+        return dtype, f"{dtype} is {times:.1f} times slower here than float32, for which memory has no room"
+    return "float32", f"computing in float32: {dtype}, as stored, is {times:.1f} times slower here (--dtype overrides)"
 
 
-def sweep(vlm: VLM, parts: ComponentMap, plans: Plans, tasks: Sequence[str], out: Path | str, **how: Any) -> Study:
+def sweep(
+    vlm: VLM, parts: ComponentMap, plans: Plans, tasks: Sequence[str], out: Path | str, **options: Unpack[SweepOptions]
+) -> Study:
     """Evaluate every plan that the study at `out` does not hold yet, and return the study.
 
     Examples:
         >>> from sensitivity import sweep
         >>> study = sweep(vlm, parts, plans, tasks=["vqa"], out="runs/vqa", n=20)
     """
-    study, steps = sweeping(vlm, parts, plans, tasks, out, **how)
+    study, steps = begin_sweep(vlm, parts, plans, tasks, out, **options)
     for _ in steps:
         pass
     return study
 
 
-def sweeping(
+def begin_sweep(
     vlm: VLM,
     parts: ComponentMap,
     plans: Plans,
@@ -157,8 +177,8 @@ def sweeping(
         # a plan's key depends on its calibration data, so the schemes must name these before plans are queued
         schemes = list(dict.fromkeys(one for plan in plans for _, one in plan.schemes if one))
         named, statistics = calibrated(vlm, parts, schemes, tasks, against=chosen)
-        facts_of: dict[Scheme | None, Scheme | None] = {None: None, **dict(zip(schemes, named, strict=True))}
-        plans = [Plan(tuple((name, facts_of[one]) for name, one in plan.schemes)) for plan in plans]
+        with_data: dict[Scheme | None, Scheme | None] = {None: None, **dict(zip(schemes, named, strict=True))}
+        plans = [Plan(tuple((name, with_data[one]) for name, one in plan.schemes)) for plan in plans]
     return study, run_plans(vlm, study, chosen, plans, plain, statistics, limit, memory_gb)
 
 
@@ -183,8 +203,8 @@ def calibrated(
     named = {tuple(one.get(fact) for fact in ("calibration", "examples", "seed", "path")) for one in needing}
     if len(named) > 1:
         raise UserError("these plans were calibrated on different data; sweep those of each calibration separately")
-    if None not in (known := named.pop()):
-        tasks, n, seed, path = str(known[0]).split(","), int(known[1] or 0), int(known[2] or 0), str(known[3])
+    if None not in (data := named.pop()):
+        tasks, n, seed, path = str(data[0]).split(","), int(data[1] or 0), int(data[2] or 0), str(data[3])
     cache = Cache(cache_folder(), cache_gb) if cache_gb > 0 else None
     statistics = calibrate(vlm, parts, tasks, n, seed, path, against, cache)
     return [

@@ -27,9 +27,9 @@ from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import GB
 from sensitivity.spec.version import __version__
 from sensitivity.study.racing import still_in_race
-from sensitivity.study.records import mixed
 from sensitivity.study.stopping import Until
-from sensitivity.study.study import Asked, Study
+from sensitivity.study.study import Study
+from sensitivity.study.trial import RunFacts, Trial, mixed_versions
 from sensitivity.tasks.examples.types import Task
 
 MEMORY_GB = 8.0  # half of it caches quantized weights (beside those of the running plan), half hidden states
@@ -70,8 +70,8 @@ def run(
     queued = isinstance(plans, Sequence)
     shared = _SharedWork(vlm, study.parts, tasks, plain, statistics, queued, memory_gb)
     study.release_lost()
-    if warning := mixed(study.measured(), versions()):
-        warnings.warn(warning, Notice, stacklevel=2)
+    if mixed := mixed_versions(study.measured(), versions()):
+        warnings.warn(mixed, Notice, stacklevel=2)
     first = Plan.uniform(study.parts, None)
     if not isinstance(plans, Sequence):
         study.enqueue([first])
@@ -121,7 +121,7 @@ def _run_queue(study: Study, shared: _SharedWork, more: Iterable[Plan], until: U
 
 def _run_until_empty(study: Study, shared: _SharedWork, until: Until) -> Iterator[Step]:
     """Run plans from the queue until it is empty or `until` is reached."""
-    last: Asked | None = None
+    last: Trial | None = None
     racing: set[str] | None = None
     while not (last and until.reached(study)):
         if (asked := study.ask(last, racing)) is None:
@@ -130,7 +130,7 @@ def _run_until_empty(study: Study, shared: _SharedWork, until: Until) -> Iterato
         end = shared.end(asked.done)
         try:
             rows = shared.run(asked.plan, asked.done, end)
-            not_finite_count = not_finite(rows, asked.plan) + asked.trial.user_attrs.get("not_finite", 0)
+            not_finite_count = not_finite(rows, asked.plan) + asked.not_finite
         except UserError as error:
             study.give_up(asked, str(error))
             raise
@@ -139,11 +139,16 @@ def _run_until_empty(study: Study, shared: _SharedWork, until: Until) -> Iterato
             raise
         seconds = time.perf_counter() - began
         total = shared.ends[-1]
-        facts: dict[str, object] = {"seconds": seconds, "images": total, "versions": versions()}
-        facts["path"] = "plain" if shared.plain else "fast"
-        facts |= {"not_finite": not_finite_count} if not_finite_count else {}
         complete = end == total
-        facts |= {"metrics": _metrics(study, shared, asked, rows)} if complete else {}
+        facts: RunFacts = {
+            "seconds": seconds,
+            "images": total,
+            "versions": versions(),
+            "path": "plain" if shared.plain else "fast",
+            "not_finite": not_finite_count,
+        }
+        if complete:
+            facts["metrics"] = _metrics(study, shared, asked, rows)
         scores = study.tell(asked, rows, facts, None if complete else end)
         # a new shard: plans can be compared on the same images
         if until.chooses and (last is None or asked.done != last.done):
@@ -152,7 +157,7 @@ def _run_until_empty(study: Study, shared: _SharedWork, until: Until) -> Iterato
         last = asked
 
 
-def _metrics(study: Study, shared: _SharedWork, asked: Asked, rows: Rows) -> dict[str, dict[str, float]]:
+def _metrics(study: Study, shared: _SharedWork, asked: Trial, rows: Rows) -> dict[str, dict[str, float]]:
     """Each task's further metrics over all examples of a trial, including those of earlier shards."""
     before = study.examples(asked.plan) if asked.done else None
     every = rows if before is None else {name: [*before[name], *rows[name]] for name in rows}

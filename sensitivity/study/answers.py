@@ -1,14 +1,19 @@
-"""Per-example answers and scores of one plan: a Parquet file that is checked whenever it is read."""
+"""Per-example answers and scores: a Parquet file for each plan of a study, checked whenever it is read."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.files import replacing
+from sensitivity.spec.plan import Plan
+from sensitivity.study.storage import paths
+from sensitivity.study.trial import Trial
 
 COLUMNS = ("task", "example", "cluster", "kind", "score", "nll", "answer")
 
@@ -46,3 +51,63 @@ def read(path: Path) -> pd.DataFrame:
     if frame.duplicated(["task", "example"]).any():
         raise Damaged("it holds an example twice")
     return frame
+
+
+class Answers:
+    """The answers to all plans of a study."""
+
+    def __init__(self, study: Path) -> None:
+        self._study = study
+        self._warned: set[str] = set()
+
+    def file(self, key: str) -> Path:
+        """The file of a plan's answers, by the plan's key."""
+        return paths.answers(self._study, key)
+
+    def of(self, plan: Plan) -> pd.DataFrame | None:
+        """Per-example scores of a plan; None where there are none, or, with one warning, where they are damaged."""
+        file = self.file(plan.key)
+        if not file.exists():
+            return None
+        try:
+            return read(file)
+        except Damaged as error:
+            what = f"the answers of the plan {plan.describe()} are damaged ({file}: {error})"
+        if what not in self._warned:
+            self._warned.add(what)
+            end = "its mean scores still count, and the same sweep command runs that plan again"
+            warnings.warn(f"{what}; {end}", Notice, stacklevel=3)
+        return None
+
+    def add(self, trial: Trial, examples: Mapping[str, Sequence[object]]) -> pd.DataFrame:
+        """Write a trial's answers, after those to the examples that it has seen before; return all of them."""
+        frame = pd.DataFrame(dict(examples), columns=list(COLUMNS))
+        if trial.done:
+            before = self._before(trial.plan)
+            # an example is in both where a process was killed after writing its answers and before storing `done`
+            new = set(zip(frame["task"], frame["example"], strict=True))
+            again = [one in new for one in zip(before["task"], before["example"], strict=True)]
+            frame = pd.concat([before[~np.array(again, dtype=bool)], frame], ignore_index=True)
+        write(self.file(trial.key), frame)
+        return frame
+
+    def _before(self, plan: Plan) -> pd.DataFrame:
+        """Answers that further ones are added to: missing or damaged ones are an error."""
+        file = self.file(plan.key)
+        try:
+            return read(file)
+        except Damaged as error:
+            raise UserError(
+                f"the answers of the plan {plan.describe()} are damaged ({file}: {error}); the same command runs that "
+                "plan again"
+            ) from error
+
+    def is_whole(self, trial: Trial) -> bool:
+        """Whether a trial's answers can be read; warns where they cannot."""
+        file = self.file(trial.key)
+        try:
+            return len(read(file)) > 0
+        except Damaged as error:
+            what = f"the answers of the plan {trial.plan.describe()} are damaged ({file}: {error})"
+            warnings.warn(f"{what}; that plan is run again", Notice, stacklevel=2)
+            return False

@@ -7,35 +7,35 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from sensitivity.spec import schema
 from sensitivity.spec.files import finite, write_atomically
+from sensitivity.study.storage import paths
 
-NOTES = "exports"  # folder of the notes, in a study's folder
 MANIFEST = "sensitivity.json"  # in an export: which files were written
 VERIFIED = "verified.json"  # in an export: the result of its verification
 
 
-def note(study: Path, out: Path, facts: Mapping[str, Any]) -> None:
+def write_note(study: Path, out: Path, facts: Mapping[str, object]) -> None:
     """Write a note on an export, named after its folder: a later export to the same folder replaces the note."""
     folder = str(out.resolve())
-    (study / NOTES).mkdir(exist_ok=True)
-    target = study / NOTES / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}.json"
+    notes = paths.export_notes(study)
+    notes.mkdir(exist_ok=True)
+    target = notes / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}.json"
     content = {"folder": folder, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}
     write_atomically(target, (json.dumps(finite(content), indent=1) + "\n").encode())
 
 
-def noted(study: Path) -> list[dict[str, Any]]:
+def notes_of(study: Path) -> list[dict[str, object]]:
     """All exports of a study by their notes, oldest first, each with its `state`: verified, not verified, or gone."""
-    files = sorted((study / NOTES).glob("*.json"))
-    found = [schema.read(file, "export", "delete it; the export itself is not touched") for file in files]
-    return [{"path_gain": None, **one, "state": _state(one)} for one in sorted(found, key=lambda one: str(one["time"]))]
+    files = sorted(paths.export_notes(study).glob("*.json"))
+    notes = [schema.read(file, "export", "delete it; the export itself is not touched") for file in files]
+    notes.sort(key=lambda note: str(note["time"]))
+    return [{"path_gain": None, **note, "state": _state(Path(note["folder"]))} for note in notes]
 
 
-def _state(one: Mapping[str, Any]) -> str:
+def _state(folder: Path) -> str:
     """Whether an export is still there, and the verdict of its verification."""
-    folder = Path(one["folder"])
     try:
         if not (folder / MANIFEST).exists():
             return "no longer there"
@@ -46,30 +46,26 @@ def _state(one: Mapping[str, Any]) -> str:
     return str(schema.read(folder / VERIFIED, "verified", f"`sensitivity verify {folder}` writes it anew")["verdict"])
 
 
-def path_gain(gain: Mapping[str, Any]) -> str:
+def path_gain(gain: Mapping[str, object]) -> str:
     """What calibrating on another path changed in the scores, as sentences with paired differences."""
+    differences = {task: difference for task, difference in gain.items() if isinstance(difference, dict)}
     tasks = []
-    for task, found in gain.items():
-        if task != "path":
-            tasks.append(f"{task} {_interval(found)}, n = {found['n']}")
-            if scores := found.get("scores"):
-                tasks[-1] += f", {_score(scores['ours'])} instead of {_score(scores['theirs'])}"
-            if likely := found.get("log_likelihood"):
-                tasks[-1] += f" (log-likelihood of right answers {_interval(likely)})"
+    for task, difference in differences.items():
+        tasks.append(f"{task} {_interval(difference, '+')}, n = {difference['n']}")
+        if scores := difference.get("scores"):
+            tasks[-1] += f", {_interval(scores['ours'])} instead of {_interval(scores['theirs'])}"
+        if likelihood := difference.get("log_likelihood"):
+            tasks[-1] += f" (log-likelihood of right answers {_interval(likelihood, '+')})"
     words = (
         f"Calibrated again on the {gain['path']} path. Against the path on which the plan was chosen, paired on the "
         f"same examples: {'; '.join(tasks)}."
     )
-    if all(found["mean"] <= 0 for task, found in gain.items() if task != "path"):
+    if all(difference["mean"] <= 0 for difference in differences.values()):
         words += " No score rose: without --path the plan is exported as it was chosen."
     return words
 
 
-def _interval(found: Mapping[str, Any]) -> str:
-    low, high = ("–" if found[end] is None else f"{found[end]:+.4f}" for end in ("low", "high"))
-    return f"{found['mean']:+.4f} [{low}, {high}]"
-
-
-def _score(found: Mapping[str, Any]) -> str:
-    low, high = ("–" if found[end] is None else f"{found[end]:.4f}" for end in ("low", "high"))
-    return f"{found['mean']:.4f} [{low}, {high}]"
+def _interval(score: Mapping[str, float | None], sign: str = "") -> str:
+    """A mean and its interval; a dash stands for an end that is infinite."""
+    low, high = ("–" if score[end] is None else f"{score[end]:{sign}.4f}" for end in ("low", "high"))
+    return f"{score['mean']:{sign}.4f} [{low}, {high}]"

@@ -2,36 +2,103 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import socket
-import sys
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
-DONE = "done"  # user attribute: how many clusters (images) of the examples a trial has seen
+from sensitivity.spec.plan import Plan
+from sensitivity.study.owner import Owner, this_process
+from sensitivity.study.storage import paths
+from sensitivity.study.storage.opening import ProcessLock, held
+from sensitivity.study.stored_trials import StoredTrials
+from sensitivity.study.trial import ABANDONED, Trial
 
 
-def choose(trials: Sequence[FrozenTrial], last: int | None, wanted: Container[str] | None = None) -> FrozenTrial | None:
+class Queue:
+    """Plans wait in it until a process claims them, and return to it where that process dies."""
+
+    def __init__(self, study: Path, trials: StoredTrials) -> None:
+        self._study, self._trials = study, trials
+
+    def lock(self) -> ProcessLock:
+        """The lock for changes that no two processes may make at once."""
+        return ProcessLock(self._study / paths.QUEUE_LOCK)
+
+    def add(self, plans: Iterable[Plan]) -> int:
+        """Queue the plans that are not yet done, queued or running; return how many were added; needs the lock."""
+        present = {trial.key for trial in self._trials.now() if trial.state != TrialState.FAIL}
+        added = 0
+        for plan in plans:
+            if plan.key not in present:
+                self._trials.add(Trial.of(plan))
+                present.add(plan.key)
+                added += 1
+        if added:
+            self._trials.now()
+        return added
+
+    def next(self, last: Trial | None, wanted: Container[str] | None) -> Trial | None:
+        """Claim the waiting trial that shares the most work with the last one; None when no wanted plan waits."""
+        while (waiting := self._waiting(last, wanted)) is not None:
+            with held(self.lock()):  # `release` must not see a claim half done
+                trial = claim(self._trials, waiting)
+            if trial is None:
+                self._trials.read(waiting)
+                continue
+            if self._is_elsewhere(trial):  # queued twice, by processes without a common lock
+                self._trials.end(trial, state=TrialState.PRUNED)
+                continue
+            self._trials.suggest(trial)
+            return trial
+        return None
+
+    def _waiting(self, last: Trial | None, wanted: Container[str] | None) -> Trial | None:
+        """The trial to claim: by the cache, then by the storage, then among claims that we do not know of."""
+        number = last.number if last else None
+        trial = choose(self._trials.lately(), number, wanted)
+        if trial is None:  # the cache may lack trials that others queued or released
+            trial = choose(self._trials.now(), number, wanted)
+        if trial is None and self.release(lambda owner: owner == this_process()):
+            # a claim of ours that the database carried out while the connection was lost, so that we never heard of it
+            trial = choose(self._trials.now(), number, wanted)
+        return trial
+
+    def _is_elsewhere(self, trial: Trial) -> bool:
+        """Whether a trial's plan is finished in another trial, or waits or runs in an earlier one."""
+        others = [t for t in self._trials.lately() if t.key == trial.key and t.number != trial.number]
+        if others:
+            self._trials.read_discarded()
+            others = self._trials.counted(others)
+        return any(
+            t.state == TrialState.COMPLETE or (t.number < trial.number and t.state not in ABANDONED) for t in others
+        )
+
+    def release(self, is_lost: Callable[[Owner | None], bool]) -> int:
+        """Queue running trials again whose owner is lost, and return their number; the examples they have seen stay."""
+        with held(self.lock()):
+            lost = [t for t in self._trials.now() if t.state == TrialState.RUNNING and is_lost(t.owner)]
+            for trial in lost:
+                self._trials.requeue(trial)
+            return len(lost)
+
+
+def choose(trials: Sequence[Trial], last: int | None, wanted: Container[str] | None = None) -> Trial | None:
     """The waiting trial to claim after trial number `last`: the next in order of those that saw the fewest examples.
 
     Plans are queued so that neighbors share the most work. Where the next trial is already running in another
     process, that process works through this stretch. Then the middle of the longest waiting stretch is chosen, so
     that each process has neighbors of its own.
     """
-    queue = [t for t in trials if t.state in (TrialState.WAITING, TrialState.RUNNING) and "key" in t.user_attrs]
-    open_ = [t for t in queue if t.state == TrialState.WAITING and (wanted is None or t.user_attrs["key"] in wanted)]
-    if not open_:
+    queue = [trial for trial in trials if trial.is_open]
+    waiting = [t for t in queue if t.state == TrialState.WAITING and (wanted is None or t.key in wanted)]
+    if not waiting:
         return None
-    seen = {trial.number: far(trial) for trial in open_}
-    least = min(seen.values())
-    free = {number for number, images in seen.items() if images == least}
+    least = min(trial.done for trial in waiting)
+    free = {trial.number for trial in waiting if trial.done == least}
     order = [trial for trial in queue if trial.number in free or trial.state == TrialState.RUNNING]
     following = next((trial for trial in order if last is not None and trial.number > last), None)
     if following is not None and following.number in free:
@@ -42,60 +109,22 @@ def choose(trials: Sequence[FrozenTrial], last: int | None, wanted: Container[st
     return longest[len(longest) // 2 if others else 0]
 
 
-def far(trial: FrozenTrial) -> int:
-    """How many clusters of the examples a trial has seen."""
-    return int(trial.user_attrs.get(DONE, 0))
-
-
-def claim(storage: BaseStorage, trial: FrozenTrial) -> bool:
-    """Claim a waiting trial for this process; False where another process was faster.
+def claim(trials: StoredTrials, trial: Trial) -> Trial | None:
+    """Claim a waiting trial for this process, and return it as it runs; None where another process was faster.
 
     The owner is written before the state: a running trial without an owner would look lost and be released by others.
     """
-    if storage.get_trial(trial._trial_id).state != TrialState.WAITING:  # `trial` may come from the cache
-        return False
+    waiting = trials.read(trial)  # `trial` may come from the cache
+    if waiting.state != TrialState.WAITING:
+        return None
+    ours = this_process()
     try:
-        storage.set_trial_user_attr(trial._trial_id, "owner", me())
+        trials.change(waiting, replace(waiting, owner=ours))
         # the change of state decides: the storage lets only one process make it
-        if not storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
-            return False
-        if storage.get_trial(trial._trial_id).user_attrs.get("owner") != me():  # the loser wrote after us
-            storage.set_trial_user_attr(trial._trial_id, "owner", me())
+        if not trials.start(waiting):
+            return None
+        running = trials.read(waiting)
+        trials.change(running, replace(running, owner=ours))  # where the loser wrote its own after us
     except UpdateFinishedTrialError:
-        return False
-    return True
-
-
-def release(storage: BaseStorage, trials: Sequence[FrozenTrial], lost: Callable[[Any], bool]) -> int:
-    """Queue running trials again whose owner is lost, and return their number; the examples they have seen stay."""
-    found = [t for t in trials if t.state == TrialState.RUNNING and lost(t.user_attrs.get("owner"))]
-    for trial in found:
-        storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
-    return len(found)
-
-
-def me() -> dict[str, Any]:
-    """This process as the owner of a trial."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "since": _started(os.getpid())}
-
-
-def _started(pid: int) -> str | None:
-    """When a process started, in the kernel's clock ticks: a new process may get the pid of a dead one."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    return None
-
-
-def dead(owner: Mapping[str, Any] | None) -> bool:
-    """Whether the owner of a trial has certainly ended; one on another machine cannot be seen and counts as alive."""
-    if owner is None:
-        return True
-    if owner["host"] != socket.gethostname() or sys.platform == "win32":  # on Windows, signal 0 is Ctrl-C
-        return False
-    try:
-        os.kill(owner["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # another user's process has this pid; its start tells whether it is the owner
-        pass
-    return bool(_started(owner["pid"]) != owner["since"])
+        return None
+    return replace(running, owner=ours)

@@ -9,27 +9,33 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from optuna.trial import FrozenTrial
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from sensitivity.spec.errors import UserError
 from sensitivity.study import answers
+from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
+from sensitivity.study.trial import Trial
 
 RATE = 0.05  # probability, over a whole sweep, that any plan is dropped which no smaller one truly beats
 
 
-MOST = 1e6  # largest number that --until takes, in any unit
+def frontier(size: ArrayLike, score: ArrayLike) -> list[int]:
+    """The Pareto frontier: positions of what scores more than all else of at most its size, smallest first."""
+    best, highest = -math.inf, []
+    scores = np.asarray(score, dtype=float)
+    for i in np.lexsort((-scores, np.asarray(size, dtype=float))):  # of equal ones the first
+        if scores[i] > best:
+            best = scores[i]
+            highest.append(int(i))
+    return highest
 
 
-def frontier(trials: Sequence[FrozenTrial], task: str) -> list[FrozenTrial]:
-    """The Pareto frontier, smallest first: trials with a higher mean score than every other of at most their size."""
-    best, found = -math.inf, []
-    for trial in sorted(trials, key=lambda t: (_bpw(t), -_mean(t, task), t.number)):
-        if _mean(trial, task) > best:
-            best = _mean(trial, task)
-            found.append(trial)
-    return found
+def frontier_trials(trials: Sequence[Trial], task: str) -> list[Trial]:
+    """The trials on the frontier of a task's mean score against size, smallest first."""
+    scores = [trial.scores[task]["mean"] for trial in trials]
+    return [trials[i] for i in frontier([trial.bpw for trial in trials], scores)]
 
 
 def still_in_race(study: Study, rounds: int) -> set[str]:
@@ -40,26 +46,26 @@ def still_in_race(study: Study, rounds: int) -> set[str]:
     """
     trials = study.measured()
     level = RATE / (rounds * max(1, len(trials)))
-    matter = study.unmeasured() | {study.native.key}
+    staying = study.unmeasured() | {study.native.key}
     for task in study.tasks:
-        best = frontier(trials, task)
+        best = frontier_trials(trials, task)
         for trial in trials:
             # the frontier's scores rise with size, so its last plan of at most this size is the strongest rival
-            rivals = [rival for rival in best if _bpw(rival) <= _bpw(trial) and rival is not trial]
+            rivals = [rival for rival in best if rival.bpw <= trial.bpw and rival is not trial]
             if not rivals or not _beats(_sums(study, rivals[-1], task), _sums(study, trial, task), level):
-                matter.add(trial.user_attrs["key"])
-    return matter
+                staying.add(trial.key)
+    return staying
 
 
 def uncertainty(study: Study) -> float:
     """The largest half 95 % interval of a frontier plan's difference to full precision; infinite without that."""
     trials = study.measured()
-    native = next((trial for trial in trials if trial.user_attrs["key"] == study.native.key), None)
+    native = next((trial for trial in trials if trial.key == study.native.key), None)
     if native is None:
         return math.inf
     widest = 0.0
     for task in study.tasks:
-        for trial in frontier(trials, task):
+        for trial in frontier_trials(trials, task):
             if trial is not native:
                 _, se, clusters = _difference(_sums(study, trial, task), _sums(study, native, task))
                 widest = max(widest, se * float(stats.t.ppf(0.975, max(1, clusters - 1))))
@@ -72,16 +78,16 @@ def _beats(rival: pd.DataFrame, plan: pd.DataFrame, level: float) -> bool:
     Two made-up images are added, one for and one against the rival, each as large as the largest difference seen: a
     handful of images that happen to agree have a standard error of 0, and would prove anything.
     """
-    mean, se, clusters = _difference(rival, plan, wary=True)
+    mean, se, clusters = _difference(rival, plan, made_up=True)
     return mean > 0 and clusters > 3 and mean > se * float(stats.t.isf(level, clusters - 1))
 
 
-def _difference(a: pd.DataFrame, b: pd.DataFrame, wary: bool = False) -> tuple[float, float, int]:
+def _difference(a: pd.DataFrame, b: pd.DataFrame, made_up: bool = False) -> tuple[float, float, int]:
     """Mean difference of two plans over the images that both have seen, its clustered error, the number of images."""
     both = a.index.intersection(b.index)
     counts = a.loc[both, "count"].to_numpy(dtype=float)
     differences = (a.loc[both, "sum"] - b.loc[both, "sum"]).to_numpy()
-    if wary and len(both):
+    if made_up and len(both):
         extreme = float(np.max(np.abs(differences / counts), initial=0.0)) * float(counts.mean())
         differences, counts = np.append(differences, [extreme, -extreme]), np.append(counts, [counts.mean()] * 2)
     images = len(counts)
@@ -93,10 +99,9 @@ def _difference(a: pd.DataFrame, b: pd.DataFrame, wary: bool = False) -> tuple[f
     return mean, math.sqrt(images / (images - 1) * spread) / float(counts.sum()), images
 
 
-def _sums(study: Study, trial: FrozenTrial, task: str) -> pd.DataFrame:
+def _sums(study: Study, trial: Trial, task: str) -> pd.DataFrame:
     """A trial's scores summed per image, and the number of examples of each image."""
-    attrs = trial.user_attrs
-    return _read(study.path / "examples" / f"{attrs['key']}.parquet", attrs["scores"][task]["n"], task)
+    return _read(paths.answers(study.path, trial.key), trial.scores[task]["n"], task)
 
 
 @lru_cache(maxsize=4096)
@@ -107,11 +112,3 @@ def _read(path: Path, n: int, task: str) -> pd.DataFrame:
     except answers.Damaged as error:
         raise UserError(f"{path} is damaged ({error}); the same sweep command runs that plan again") from error
     return rows[rows["task"] == task].groupby("cluster")["score"].agg(["sum", "count"])
-
-
-def _bpw(trial: FrozenTrial) -> float:
-    return float(trial.user_attrs["size"]["bpw"])
-
-
-def _mean(trial: FrozenTrial, task: str) -> float:
-    return float(trial.user_attrs["scores"][task]["mean"])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Required, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,6 +14,29 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CONFIDENCE = 0.95
+
+
+class ScoreJson(TypedDict):
+    """A score as JSON values; null stands for infinity, since one cluster says nothing about the spread."""
+
+    mean: float
+    se: float | None
+    n: int
+    clusters: int
+    low: float | None
+    high: float | None
+
+
+class TaskScore(TypedDict, total=False):
+    """A task's score as a trial stores it; an imported one has its mean alone."""
+
+    mean: Required[float]
+    se: float | None
+    n: int
+    clusters: int
+    low: float | None
+    high: float | None
+    nll: float | None  # mean over the examples that have one
 
 
 @dataclass(frozen=True)
@@ -28,16 +50,28 @@ class Score:
     low: float
     high: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> ScoreJson:
         """The score as a dictionary of its fields."""
-        return asdict(self)
+        return {
+            "mean": self.mean,
+            "se": self.se,
+            "n": self.n,
+            "clusters": self.clusters,
+            "low": self.low,
+            "high": self.high,
+        }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Score:
-        """The score that `to_json` wrote; null stands for infinity, since one cluster says nothing about the spread."""
-        ends = {"se": math.inf, "low": -math.inf, "high": math.inf}
-        known: dict[str, Any] = {name: ends.get(name) if value is None else value for name, value in data.items()}
-        return cls(**{name: known[name] for name in cls.__dataclass_fields__})
+    def from_json(cls, data: ScoreJson) -> Score:
+        """The score that `to_json` wrote."""
+        return cls(
+            data["mean"],
+            math.inf if data["se"] is None else data["se"],
+            data["n"],
+            data["clusters"],
+            -math.inf if data["low"] is None else data["low"],
+            math.inf if data["high"] is None else data["high"],
+        )
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}] (n {self.n})"
@@ -79,10 +113,10 @@ def paired(values: ArrayLike, base: ArrayLike, clusters: ArrayLike) -> Score:
     return Score(mean, se, len(difference), count, *_student(mean, se, count))
 
 
-def told(rows: pd.DataFrame) -> dict[str, Any]:
-    """A task's score from its examples, as a trial stores it; `nll` is the mean over examples that have one."""
-    known = rows["nll"].dropna()
-    return {**summarize(rows["score"], rows["cluster"]).to_json(), "nll": float(known.mean()) if len(known) else None}
+def task_score(rows: pd.DataFrame) -> TaskScore:
+    """A task's score from its examples, as a trial stores it."""
+    nll = rows["nll"].dropna()
+    return {**summarize(rows["score"], rows["cluster"]).to_json(), "nll": float(nll.mean()) if len(nll) else None}
 
 
 def difference(ours: pd.DataFrame | None, theirs: pd.DataFrame | None, task: str) -> Score | None:

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sensitivity.spec.errors import UserError
-from sensitivity.study.racing import MOST, uncertainty
+from sensitivity.study.racing import uncertainty
 from sensitivity.study.study import Study
 
 UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
-
-
+MOST = 1e6  # largest number that --until takes, in any unit
 HOW = "complete, a time such as 10min (s, min, h), or error<0.5%"
 
 
@@ -32,10 +31,10 @@ class Until:
         seconds, error = math.inf, 0.0
         for word in words:
             plain = word.replace(" ", "")
-            if found := re.fullmatch(r"([0-9.]+)(s|min|h)", plain):
-                seconds = min(seconds, _number(found[1], word) * UNITS[found[2]])
-            elif found := re.fullmatch(r"error<([0-9.]+)(%?)", plain):
-                error = max(error, _number(found[1], word) / (100 if found[2] else 1))
+            if parsed := re.fullmatch(r"([0-9.]+)(s|min|h)", plain):
+                seconds = min(seconds, _number(parsed[1], word) * UNITS[parsed[2]])
+            elif parsed := re.fullmatch(r"error<([0-9.]+)(%?)", plain):
+                error = max(error, _number(parsed[1], word) / (100 if parsed[2] else 1))
             elif plain != "complete":
                 raise UserError(f"--until {word!r} is none of: {HOW}")
         return cls(seconds, error)

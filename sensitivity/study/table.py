@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from sensitivity.spec.plan import Plan
 from sensitivity.study.scores import Score
-
-NATIVE = 16  # the 'bits' of a component at native precision, as an Optuna parameter and in tables
+from sensitivity.study.trial import NATIVE, Trial
 
 
 def row(
-    trial: FrozenTrial, tasks: Sequence[str], delta: Callable[[Plan, str, int | None], Score | None]
-) -> dict[str, Any]:
+    trial: Trial, tasks: Sequence[str], difference: Callable[[Plan, str, int | None], Score | None]
+) -> dict[str, object]:
     """The row of a trial, by column.
 
     number, key, plan (in words), uniform, native, complete (whether it has seen all examples); bits of each component;
@@ -24,28 +22,26 @@ def row(
     precision as T.delta, T.delta.se, T.delta.low, T.delta.high; further metrics by name, such as T.BLEU-4;
     not_finite: how many examples scored 0 because their logits were NaN.
     """
-    attrs = trial.user_attrs
-    plan = Plan.from_json(attrs["plan"])
-    found: dict[str, Any] = {
+    columns: dict[str, object] = {
         "number": trial.number,
-        "key": attrs["key"],
-        "plan": plan.describe(),
-        "uniform": plan.is_uniform,
-        "native": plan.is_native,
+        "key": trial.key,
+        "plan": trial.plan.describe(),
+        "uniform": trial.plan.is_uniform,
+        "native": trial.plan.is_native,
         "complete": trial.state == TrialState.COMPLETE,
-        **plan.bits(NATIVE),
-        **attrs["size"],
-        "seconds": attrs.get("seconds", np.nan),
-        **({"not_finite": lost} if (lost := attrs.get("not_finite")) else {}),
+        **trial.plan.bits(NATIVE),
+        **(trial.size or {}),
+        "seconds": np.nan if trial.seconds is None else trial.seconds,
+        **({"not_finite": trial.not_finite} if trial.not_finite else {}),
     }
     for task in tasks:
-        score = attrs["scores"].get(task)
+        score = trial.scores.get(task)
         if score is None:
             continue
-        found |= {task: score["mean"], f"{task}.nll": score.get("nll")}
-        found |= {f"{task}.{name}": score.get(name) for name in ("se", "low", "high", "n")}
-        found |= {f"{task}.{name}": value for name, value in attrs.get("metrics", {}).get(task, {}).items()}
-        if apart := delta(plan, task, score.get("n")):
-            found |= {f"{task}.delta": apart.mean, f"{task}.delta.se": apart.se}
-            found |= {f"{task}.delta.low": apart.low, f"{task}.delta.high": apart.high}
-    return found
+        columns |= {task: score["mean"], f"{task}.nll": score.get("nll")}
+        columns |= {f"{task}.{name}": score.get(name) for name in ("se", "low", "high", "n")}
+        columns |= {f"{task}.{name}": value for name, value in trial.metrics.get(task, {}).items()}
+        if delta := difference(trial.plan, task, score.get("n")):
+            columns |= {f"{task}.delta": delta.mean, f"{task}.delta.se": delta.se}
+            columns |= {f"{task}.delta.low": delta.low, f"{task}.delta.high": delta.high}
+    return columns

@@ -5,35 +5,35 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from optuna.trial import FrozenTrial
+from sensitivity.study.trial import Trial
 
-PART = 20  # a reading is used for so many times the seconds it took: reading takes a twentieth of the time at most
+PART = 20  # the cache is used for so many times the seconds that reading took: reading takes a twentieth of the time
 
 
 class TrialCache:
-    """All trials as of the last reading, with the changes that this process made since, but not those of others.
+    """All trials as they were last read, with the changes that this process made since, but not those of others.
 
     Before a trial is changed, the storage must be asked again: one that waits here may be claimed by another process.
     """
 
-    def __init__(self, read: Callable[[], list[FrozenTrial]]) -> None:
+    def __init__(self, read: Callable[[], list[Trial]]) -> None:
         self._read = read
-        self._trials: list[FrozenTrial] = []
+        self._trials: dict[int, Trial] = {}
         self._until = 0.0
 
-    def now(self) -> list[FrozenTrial]:
+    def now(self) -> list[Trial]:
         """All trials, read from the storage."""
         began = time.monotonic()
-        self._trials = list(self._read())
+        self._trials = {trial.number: trial for trial in self._read()}
         ended = time.monotonic()
         self._until = ended + PART * (ended - began)
-        return self._trials
+        return list(self._trials.values())
 
-    def lately(self) -> list[FrozenTrial]:
+    def lately(self) -> list[Trial]:
         """All trials from the cache, or from the storage where the cache is too old."""
-        return self._trials if time.monotonic() < self._until else self.now()
+        return list(self._trials.values()) if time.monotonic() < self._until else self.now()
 
-    def changed(self, trial: FrozenTrial) -> None:
+    def update(self, trial: Trial) -> None:
         """Put a trial that this process changed into the cache."""
-        if trial.number < len(self._trials):
+        if trial.number in self._trials:
             self._trials[trial.number] = trial

@@ -12,9 +12,10 @@ import planted
 import pytest
 from planted import frame
 
-from sensitivity.analysis.allocate.budget import Candidate, Wish, best_uniform, solve, spend
+from sensitivity.analysis.allocate.budget import Candidate, best_uniform, solve, spend
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.recommendation import judge, unmeasured
+from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.surrogate.surrogate import Space, learn
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import allowed_by, merge_groups, tied_groups
@@ -82,16 +83,16 @@ def test_the_surrogate_learns_from_few_trials() -> None:
 def test_the_jacobian_is_the_derivative() -> None:
     space = Space.of([planted.plan(planted.PARTS, row) for row in planted.grid()])
     index = space.encode([planted.plan(planted.PARTS, row) for row in planted.grid()[::7]])
-    layout = learn(space, index, np.linspace(0.2, 1, len(index)), pairs=False).layout
-    layout = type(layout)(layout.sizes, layout.family_start, layout.bits, layout.above, ((0, 1), (1, 2)))
-    theta = np.random.default_rng(0).normal(0, 0.3, layout.length)
+    formula = learn(space, index, np.linspace(0.2, 1, len(index)), pairs=False).formula
+    formula = type(formula)(formula.sizes, formula.family_start, formula.bits, formula.above, ((0, 1), (1, 2)))
+    theta = np.random.default_rng(0).normal(0, 0.3, formula.length)
     theta[:2] = 1.0, 0.1
     step = 1e-6
     columns = [
-        (layout.predict(theta + step * unit, index) - layout.predict(theta - step * unit, index)) / (2 * step)
-        for unit in np.eye(layout.length)
+        (formula.predict(theta + step * unit, index) - formula.predict(theta - step * unit, index)) / (2 * step)
+        for unit in np.eye(formula.length)
     ]
-    np.testing.assert_allclose(layout.jacobian(theta, index), np.column_stack(columns), atol=1e-6)
+    np.testing.assert_allclose(formula.jacobian(theta, index), np.column_stack(columns), atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -255,8 +256,10 @@ def test_the_best_uniform_plan_meets_the_same_conditions(two_tasks: Study) -> No
 
 
 def test_a_wish_survives_the_journey_through_json() -> None:
-    wish = Wish((3.0, 4.0), {"vqa": 1.0}, {"ground": 0.9}, {"vision": (4, 8)}, [("vision", "language")], "vllm", 2)
-    again = Wish.from_json(json.loads(json.dumps(wish.to_json())))
+    wish = PlanRequest(
+        (3.0, 4.0), {"vqa": 1.0}, {"ground": 0.9}, {"vision": (4, 8)}, [("vision", "language")], "vllm", 2
+    )
+    again = PlanRequest.from_json(json.loads(json.dumps(wish.to_json())))
     assert again.to_json() == json.loads(json.dumps(wish.to_json()))
     assert (again.bpw, again.runtime, again.top) == (wish.bpw, wish.runtime, wish.top)
 

@@ -27,7 +27,7 @@ def table(task: str = "vqa") -> pd.DataFrame:
 
 def test_the_frontier_holds_what_no_smaller_plan_outscores() -> None:
     frame = table()
-    best = figures.frontier(frame, "vqa")
+    best = figures.frontier_rows(frame, "vqa")
     for row in best.itertuples():
         assert not (frame[frame["bpw"] <= row.bpw]["vqa"] > row.vqa).any()
     rest = frame.drop(best.index)

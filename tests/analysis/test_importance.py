@@ -17,7 +17,7 @@ from sklearn.inspection import permutation_importance
 
 from sensitivity.analysis.importance import estimators, robustness, tree_shap
 from sensitivity.analysis.importance.estimators import CONSENSUS, ESTIMATORS, shares
-from sensitivity.analysis.importance.ranking import compare, known, rank
+from sensitivity.analysis.importance.ranking import cached, compare, rank
 from sensitivity.analysis.observations import observations_of, observations_of_table
 from sensitivity.spec.errors import UserError
 
@@ -30,25 +30,27 @@ FORMULAS = {"additive": planted.additive, "product": planted.product, "tied": pl
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_irrelevant_components_get_next_to_nothing(name: str) -> None:
-    readings = planted.readings(planted.additive, noise=0.005)
-    share = shares(ESTIMATORS[name](estimators.fit(readings.bits, readings.score)))
+    observations = planted.observations(planted.additive, noise=0.005)
+    share = shares(ESTIMATORS[name](estimators.fit(observations.bits, observations.score)))
     assert share[1] == share.min() < 5
     assert share[0] > share[2] or name == "ped_anova"  # which looks at the best tenth only
 
 
 @pytest.mark.parametrize("name", CONSENSUS)
 def test_equal_components_share_equally(name: str) -> None:
-    readings = planted.readings(planted.tied, noise=0.005)
-    share = shares(ESTIMATORS[name](estimators.fit(readings.bits, readings.score)))
+    observations = planted.observations(planted.tied, noise=0.005)
+    share = shares(ESTIMATORS[name](estimators.fit(observations.bits, observations.score)))
     assert share[0] == pytest.approx(share[2], abs=4)
 
 
 @pytest.mark.parametrize("formula", FORMULAS.values(), ids=FORMULAS)
 def test_shares_of_an_additive_truth_are_its_variances(formula: planted.Formula) -> None:
     """Without noise the impurity share of an additive score is each term's share of the variance."""
-    readings = planted.readings(formula)
-    share = shares(estimators.forest(estimators.fit(readings.bits, readings.score)))
-    means = [pd.Series(readings.score).groupby(column).transform("mean").to_numpy() for column in readings.bits.T]
+    observations = planted.observations(formula)
+    share = shares(estimators.forest(estimators.fit(observations.bits, observations.score)))
+    means = [
+        pd.Series(observations.score).groupby(column).transform("mean").to_numpy() for column in observations.bits.T
+    ]
     variance = np.array([values.var() for values in means])
     if formula in (planted.additive, planted.tied):
         np.testing.assert_allclose(share, 100 * variance / variance.sum(), atol=2)
@@ -56,20 +58,20 @@ def test_shares_of_an_additive_truth_are_its_variances(formula: planted.Formula)
 
 @pytest.mark.parametrize("formula", FORMULAS.values(), ids=FORMULAS)
 def test_the_table_of_games_and_the_leaves_are_treeshap(formula: planted.Formula) -> None:
-    readings = planted.readings(formula, noise=0.02)
+    observations = planted.observations(formula, noise=0.02)
     draw = np.random.default_rng(1)
-    rows = draw.integers(0, len(readings), 150)  # with repeats, as in a resample
-    forest = RandomForestRegressor(20, random_state=0).fit(readings.bits[rows], readings.score[rows])
+    rows = draw.integers(0, len(observations), 150)  # with repeats, as in a resample
+    forest = RandomForestRegressor(20, random_state=0).fit(observations.bits[rows], observations.score[rows])
     explainer = shap.TreeExplainer(forest)
-    values, pairs = explainer.shap_values(readings.bits), explainer.shap_interaction_values(readings.bits)
-    for ours in (tree_shap.ShapleyTable(forest, readings.bits), tree_shap.Leaves(forest, readings.bits)):
+    values, pairs = explainer.shap_values(observations.bits), explainer.shap_interaction_values(observations.bits)
+    for ours in (tree_shap.ShapleyTable(forest, observations.bits), tree_shap.Leaves(forest, observations.bits)):
         np.testing.assert_allclose(ours.values(), values, atol=1e-10)
         np.testing.assert_allclose(ours.interactions(), pairs, atol=1e-10)
 
 
 def test_permutation_is_scikit_learns() -> None:
-    readings = planted.readings(planted.product, noise=0.02)
-    fitted = estimators.fit(readings.bits, readings.score)
+    observations = planted.observations(planted.product, noise=0.02)
+    fitted = estimators.fit(observations.bits, observations.score)
     theirs = permutation_importance(fitted.forest, fitted.x, fitted.y, n_repeats=50, random_state=0)
     np.testing.assert_allclose(estimators.permutation(fitted), theirs.importances_mean, rtol=0.1, atol=0.002)
 
@@ -98,17 +100,17 @@ def test_a_large_grid_ranks() -> None:
 
 
 def test_groups_rank_as_one() -> None:
-    readings = planted.readings(planted.additive, noise=0.01)
-    alone = estimators.fit(readings.bits, readings.score)
-    joint = estimators.fit(readings.bits, readings.score, [[0, 2], [1]])
+    observations = planted.observations(planted.additive, noise=0.01)
+    alone = estimators.fit(observations.bits, observations.score)
+    joint = estimators.fit(observations.bits, observations.score, [[0, 2], [1]])
     np.testing.assert_allclose(estimators.forest(joint)[0], estimators.forest(alone)[[0, 2]].sum())
     assert shares(estimators.permutation(joint))[0] > 95
 
 
 def test_intervals_hold_the_planted_shares() -> None:
     """Of an irrelevant, an important and a middling component; the experiment on coverage has the rates."""
-    truth = rank(planted.readings(planted.additive), bootstraps=0, thorough=False).table["consensus"]
-    found = rank(planted.readings(planted.additive, noise=0.02), bootstraps=40, thorough=False).table
+    truth = rank(planted.observations(planted.additive), bootstraps=0, thorough=False).table["consensus"]
+    found = rank(planted.observations(planted.additive, noise=0.02), bootstraps=40, thorough=False).table
     for name in planted.PARTS:
         assert found["consensus.low"][name] <= truth[name] + 0.5, name
         assert found["consensus.high"][name] >= truth[name] - 0.5, name
@@ -116,8 +118,8 @@ def test_intervals_hold_the_planted_shares() -> None:
 
 
 def test_pairs_that_hurt_each_other_are_found() -> None:
-    readings = planted.readings(planted.crossed)
-    pairs = robustness.interactions(estimators.fit(readings.bits, readings.score), planted.PARTS)
+    observations = planted.observations(planted.crossed)
+    pairs = robustness.interactions(estimators.fit(observations.bits, observations.score), planted.PARTS)
     assert set(pairs.iloc[0][["a", "b"]]) == {"vision", "language"}
     assert pairs.iloc[0]["both_low"] < -0.05
     assert pairs.iloc[1]["strength"] < 0.01
@@ -127,20 +129,20 @@ def test_a_ranking_that_rests_on_one_level_says_so() -> None:
     def cliff(bits: np.ndarray) -> np.ndarray:
         return np.asarray(1.0 * (bits[:, 0] > 2) - 0.1 * planted.damage(bits[:, 2], 3))
 
-    found = rank(planted.readings(cliff, noise=0.005), bootstraps=0)
+    found = rank(planted.observations(cliff, noise=0.005), bootstraps=0)
     assert found.order[0] == "vision"
     worst = found.levels.loc[found.levels["shift"].abs().idxmax()]
     assert (worst["component"], worst["bits"], worst["changes_first"]) == ("vision", 2, True)
     assert "rests on vision at 2 bits" in " ".join(found.warnings)
     assert robustness.cliffs(found.levels) == [("vision", 2)]
-    near = rank(planted.readings(cliff, noise=0.005), bootstraps=0, near=0.7, thorough=False)
+    near = rank(planted.observations(cliff, noise=0.005), bootstraps=0, near=0.7, thorough=False)
     assert near.order[0] == "language"
     assert near.trials < found.trials
 
 
 def test_untouched_components_are_suspected() -> None:
     """As in a published table: some attention and feed-forward layers were never quantized, and nobody noticed."""
-    found = rank(planted.readings(planted.additive), bootstraps=0)
+    found = rank(planted.observations(planted.additive), bootstraps=0)
     assert "connector alone never moved the score" in " ".join(found.warnings)
     assert "vision alone" not in " ".join(found.warnings)
 
@@ -183,7 +185,7 @@ def test_importance_budget_by_budget(tmp_path: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_ranking() -> None:
-    one, two = (rank(planted.readings(planted.product, 0.02), bootstraps=2, thorough=False) for _ in range(2))
+    one, two = (rank(planted.observations(planted.product, 0.02), bootstraps=2, thorough=False) for _ in range(2))
     assert one.dumps() == two.dumps()
 
 
@@ -198,7 +200,7 @@ def test_a_ranking_is_kept_until_the_trials_change(tmp_path: Path, monkeypatch: 
         assert (again.dumps(), again.order, again.warnings) == (first.dumps(), first.order, first.warnings)
         with pytest.raises(TypeError):
             rank(study, bootstraps=2, near=0.5)
-    assert known(study, "a") is None  # that is the one with all resamples
+    assert cached(study, "a") is None  # that is the one with all resamples
     study.append([planted.plan(planted.PARTS, (2, 2, 2))], [{"a": 0.9}])
     assert rank(study, bootstraps=0, thorough=False).trials == first.trials + 1
     for file in (tmp_path / "rankings").iterdir():
@@ -208,7 +210,7 @@ def test_a_ranking_is_kept_until_the_trials_change(tmp_path: Path, monkeypatch: 
 
 def test_noise_is_not_ranked() -> None:
     with pytest.raises(UserError, match="predicts unseen plans worse than the mean does"):
-        rank(planted.readings(lambda bits: 0 * bits[:, 0], noise=1.0))
+        rank(planted.observations(lambda bits: 0 * bits[:, 0], noise=1.0))
 
 
 def test_bad_tables_are_refused_with_a_sentence() -> None:
@@ -253,8 +255,8 @@ def test_replicates_tell_the_noise(tmp_path: Path) -> None:
 
 def test_the_published_ranking_is_reproduced(published: Path) -> None:
     table = pd.read_csv(published / "blip2_gptq_coco.csv")
-    readings = observations_of_table(table, ["vit_bits", "qformer_bits", "llm_bits"], "cider")
-    found = rank(readings, bootstraps=0)
+    observations = observations_of_table(table, ["vit_bits", "qformer_bits", "llm_bits"], "cider")
+    found = rank(observations, bootstraps=0)
     consensus = found.table["consensus"]
     assert consensus["vit_bits"] == pytest.approx(50.4, abs=1)
     assert consensus["qformer_bits"] == pytest.approx(2.0, abs=1)
@@ -267,6 +269,6 @@ def test_importing_loads_no_torch() -> None:
     """And neither does a whole ranking."""
     code = (
         "import sys; import planted; from sensitivity.analysis.importance.ranking import rank;"
-        "rank(planted.readings(planted.product, 0.02), bootstraps=2); assert 'torch' not in sys.modules"
+        "rank(planted.observations(planted.product, 0.02), bootstraps=2); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

@@ -20,7 +20,7 @@ from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import mark_unfinished
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.study.exports import note
+from sensitivity.study.exports import write_note
 from sensitivity.study.study import Study
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'`{{7*7}}"
@@ -102,7 +102,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     study.append(plans, [{HOSTILE: float(value)} for value in planted.product(bits)])
     gained = {"mean": 0.1, "low": 0.0, "high": 0.2, "n": 9}
     about = {"format": HOSTILE, "plan": HOSTILE, "bpw": 4.0, "bytes": 9, "written": True}
-    note(study.path, Path(HOSTILE), {**about, "path_gain": {"path": HOSTILE, HOSTILE: gained}})
+    write_note(study.path, Path(HOSTILE), {**about, "path_gain": {"path": HOSTILE, HOSTILE: gained}})
     text = report(study, tmp_path / "report", unmeasured(study, solve(study, bpw=5)), bootstraps=2).read_text()
     assert "<h2>Exported</h2>" in text
     assert "<img src=x" not in text

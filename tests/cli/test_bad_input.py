@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from experiments.small import datasets, models
-from sensitivity.api.sweeping import grid, one_at_a_time, sweeping
+from sensitivity.api.sweeping import begin_sweep, grid, one_at_a_time
 from sensitivity.api.sweeping import sweep as sweep_
 from sensitivity.cli.main import main
 from sensitivity.measure.calibrate.calibration import calibrate
@@ -189,7 +189,7 @@ def test_nan_logits_of_a_plan_score_nothing_and_are_counted(mine: VLM, tmp_path:
     mine.model.forward = sometimes
     try:
         plans = grid(parts, bits=(8,))
-        study, steps = sweeping(mine, parts, plans, ["vqa"], tmp_path, n=10)
+        study, steps = begin_sweep(mine, parts, plans, ["vqa"], tmp_path, n=10)
         for step in steps:  # full precision first, then the plan that breaks
             broken[0] = step.plan.is_native and step.complete
     finally:

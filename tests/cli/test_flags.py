@@ -267,15 +267,15 @@ def there(place: Path, scenes_llava: Any, monkeypatch: pytest.MonkeyPatch) -> Pa
     for module in ("models.loading", "api.exporting"):
         monkeypatch.setattr(import_module(f"sensitivity.{module}"), "load", loaded)
     for module, name in (
-        ("api.sweeping", "sweeping"),
+        ("api.sweeping", "begin_sweep"),
         ("measure.forecast.forecast", "forecast_sweep"),
-        ("api.recommending", "recommending"),
+        ("api.recommending", "begin_recommendation"),
         ("analysis.report.page", "report"),
         ("analysis.importance.estimators", "cross_validated"),
         ("api.exporting", "write"),
         ("api.exporting", "_on_path"),
         ("formats.verification", "_in_fresh_process"),
-        ("study.imported_tables", "_map"),
+        ("study.importing.imported_study", "component_map"),
         ("cli.verbs.demo", "_typed"),
     ):
         monkeypatch.setattr(import_module(f"sensitivity.{module}"), name, stop)

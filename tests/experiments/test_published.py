@@ -15,7 +15,7 @@ import pytest
 from experiments.published import importance_table
 from experiments.published.__main__ import main, to_run
 from experiments.published.declaration import PublishedScore, PublishedStudy, alone, mixed
-from experiments.published.page import Measured, importance, measure, readings, verdict
+from experiments.published.page import Measured, importance, measure, observations, verdict
 from experiments.published.table import STUDIES
 from sensitivity.spec.plan import Scheme
 from sensitivity.study.scores import summarize
@@ -179,10 +179,10 @@ def test_another_metric_is_ranked_by_its_own_values(tmp_path: Path, monkeypatch:
     study = planted.study(tmp_path, {"made": lambda bits: bits[:, 0]})
     table = study.table()
     monkeypatch.setattr(study, "table", lambda: table.assign(**{"made.R@1": table["language"] * 2.0}))
-    found = readings(study, "R@1")
+    found = observations(study, "R@1")
     assert found.score.tolist() == (found.bits[:, 2] * 2).tolist()
-    assert readings(study, "").score.tolist() == found.bits[:, 0].tolist()
-    assert not len(readings(study, "METEOR"))  # which is not measured in a sweep
+    assert observations(study, "").score.tolist() == found.bits[:, 0].tolist()
+    assert not len(observations(study, "METEOR"))  # which is not measured in a sweep
 
 
 def test_published_plans_come_first_where_not_all_are_run() -> None:

@@ -35,7 +35,7 @@ from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import write_file
 from sensitivity.spec.runtimes import violations
 from sensitivity.spec.sizes import size
-from sensitivity.study.exports import noted
+from sensitivity.study.exports import notes_of
 from sensitivity.study.study import Study
 
 
@@ -171,7 +171,7 @@ def test_a_sweep_for_a_runtime_says_what_it_leaves_out_and_tries_the_rest(
     assert "rtn:8 of all parts: ModelOpt takes groups of row at 8 bits, not 32" in said.err
     assert f"recommend {out} --bpw 4 --runtime modelopt" in said.out
     study = Study(out)
-    plans = [Plan.from_json(trial.user_attrs["plan"]) for trial in study.trials()]
+    plans = [trial.plan for trial in study.trials()]
     assert len(plans) > 1
     assert not [plan.describe() for plan in plans if violations(study.parts, plan, "modelopt")]
 
@@ -233,9 +233,9 @@ def test_the_exposed_path_is_measured_against_the_other_on_fresh_examples(
     assert '<td class="left">not verified</td>' in page
     outcome = {"verdict": "as measured", "words": "all of it", "time": "2026-11-25T00:00:00Z", "key": "0" * 16}
     manifest.store_verification(tmp_path / "out", outcome)
-    assert [one["state"] for one in noted(study.path)] == ["as measured"]
+    assert [one["state"] for one in notes_of(study.path)] == ["as measured"]
     shutil.rmtree(tmp_path / "out")
-    assert [one["state"] for one in noted(study.path)] == ["no longer there"]
+    assert [one["state"] for one in notes_of(study.path)] == ["no longer there"]
 
 
 def test_a_path_that_changes_nothing_is_refused(calibrated: tuple[Study, Plan], study: Study, tmp_path: Path) -> None:
@@ -277,12 +277,8 @@ def test_the_legal_plan_is_the_best_that_brute_force_finds(planted: Study, runti
     found = exporting.legalize(planted, asked, runtime, bpw=budget)
     assert violations(planted.parts, found.plan, runtime) == []
     assert found.after.bpw <= budget
-    scores = {trial.user_attrs["key"]: trial.user_attrs["scores"]["vqa"]["mean"] for trial in planted.trials()}
-    legal = [
-        Plan.from_json(trial.user_attrs["plan"])
-        for trial in planted.trials()
-        if not violations(planted.parts, Plan.from_json(trial.user_attrs["plan"]), runtime)
-    ]
+    scores = {trial.key: trial.scores["vqa"]["mean"] for trial in planted.trials()}
+    legal = [trial.plan for trial in planted.trials() if not violations(planted.parts, trial.plan, runtime)]
     fitting = [plan for plan in legal if size(planted.parts, plan).bpw <= budget]
     best = max(scores[plan.key] for plan in fitting)
     assert scores[found.plan.key] == pytest.approx(best, abs=0.02)  # the surrogate is a model: a near tie may win
@@ -299,8 +295,8 @@ def test_a_budget_for_a_runtime_counts_what_its_files_weigh(planted: Study, runt
     found = exporting.legalize(planted, Plan.uniform(parts, None), runtime, bpw=budget)
     assert found.after == size(parts, found.plan, runtime)
     assert found.after.bpw <= budget < stored.bpw
-    scores = {trial.user_attrs["key"]: trial.user_attrs["scores"]["vqa"]["mean"] for trial in planted.trials()}
-    plans = [Plan.from_json(trial.user_attrs["plan"]) for trial in planted.trials()]
+    scores = {trial.key: trial.scores["vqa"]["mean"] for trial in planted.trials()}
+    plans = [trial.plan for trial in planted.trials()]
     fitting = [p for p in plans if not violations(parts, p, runtime) and size(parts, p, runtime).bpw <= budget]
     assert scores[found.plan.key] == pytest.approx(max(scores[plan.key] for plan in fitting), abs=0.02)
     chosen = recommend(planted, budget, runtime=runtime)

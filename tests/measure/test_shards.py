@@ -18,11 +18,11 @@ import pytest
 from few import few
 from hypothesis import given
 from hypothesis import strategies as st
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import TrialState
 from PIL import Image
 
 from sensitivity.analysis.observations import observations_of
-from sensitivity.api.sweeping import grid, sweep, sweeping
+from sensitivity.api.sweeping import begin_sweep, grid, sweep
 from sensitivity.cli.main import main
 from sensitivity.cli.output.progress import Pace
 from sensitivity.measure.loop import Step, _SharedWork, run
@@ -33,9 +33,10 @@ from sensitivity.quantize.methods import scheme
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.study.queue import choose
-from sensitivity.study.racing import RATE, _beats, frontier, still_in_race, uncertainty
+from sensitivity.study.racing import RATE, _beats, frontier_trials, still_in_race, uncertainty
 from sensitivity.study.stopping import Until
 from sensitivity.study.study import Study
+from sensitivity.study.trial import Trial
 from sensitivity.tasks.examples.types import Example, Task
 from sensitivity.tasks.table import task
 
@@ -95,14 +96,11 @@ def test_a_shard_is_no_matter_of_the_order_of_the_data() -> None:
     assert ours != sorted(e.id for e in one.examples[:20])
 
 
-def trial(number: int, state: TrialState, done: int = 0) -> FrozenTrial:
-    values = [0.0] if state == TrialState.COMPLETE else None
-    found = create_trial(state=state, values=values, user_attrs={"key": str(number), "done": done})
-    found.number = number
-    return found
+def trial(number: int, state: TrialState, done: int = 0) -> Trial:
+    return Trial(Plan(()), str(number), number, state=state, done=done)
 
 
-def walk(order: str) -> list[FrozenTrial]:
+def walk(order: str) -> list[Trial]:
     """w waiting, r running elsewhere, d done, one plan each."""
     states = {"w": TrialState.WAITING, "r": TrialState.RUNNING, "d": TrialState.COMPLETE}
     return [trial(i, states[letter]) for i, letter in enumerate(order)]
@@ -140,7 +138,7 @@ def plans_for(vlm: VLM, widths: tuple[int, ...] = (2, 4, 8)) -> tuple[Any, list[
 
 def test_after_the_first_shard_every_plan_has_a_score(scenes_llava: VLM, tmp_path: Path) -> None:
     parts, plans = plans_for(scenes_llava, (2, 8))
-    study, steps = sweeping(scenes_llava, parts, plans, ["vqa"], tmp_path / "a", n=60)
+    study, steps = begin_sweep(scenes_llava, parts, plans, ["vqa"], tmp_path / "a", n=60)
     done = []
     for step in steps:
         done.append(step.done)
@@ -170,7 +168,7 @@ def test_an_error_that_is_small_enough_ends_it_and_hopeless_plans_see_less(scene
     table = study.table().set_index("key")
     seen = table["vqa.n"]
     assert seen.min() < 100 < seen.max()
-    best = [found.user_attrs["key"] for found in frontier(study.measured(), "vqa")]
+    best = [found.key for found in frontier_trials(study.measured(), "vqa")]
     assert seen[best].min() > seen.min()
     assert uncertainty(study) < 0.05
     hopeless = table[table["language"] == 2]
@@ -313,7 +311,7 @@ def test_lines_for_machines_and_one_object_at_the_end(tmp_path: Path) -> None:
 def stopped(scenes_llava: VLM, tmp_path: Path) -> Study:
     """Every plan has seen a first shard, a few a second one, and full precision alone all examples."""
     parts, plans = plans_for(scenes_llava, (2, 8))
-    study, steps = sweeping(scenes_llava, parts, plans, ["vqa"], tmp_path / "stopped", n=300)
+    study, steps = begin_sweep(scenes_llava, parts, plans, ["vqa"], tmp_path / "stopped", n=300)
     for step in steps:
         if step.complete:
             break
@@ -339,10 +337,10 @@ def test_a_stopped_study_can_be_ranked_and_recommends_and_says_what_it_rests_on(
 
 
 def test_what_saw_few_examples_counts_by_its_difference_to_full_precision_on_those(stopped: Study) -> None:
-    readings, full = observations_of(stopped, "vqa"), stopped.examples(stopped.native)
+    observations, full = observations_of(stopped, "vqa"), stopped.examples(stopped.native)
     assert full is not None
     apart = 0
-    for key, plan, score in zip(readings.keys, readings.plans, readings.score, strict=True):
+    for key, plan, score in zip(observations.keys, observations.plans, observations.score, strict=True):
         mine = stopped.examples(plan)
         assert mine is not None
         both = mine.merge(full, on="example")

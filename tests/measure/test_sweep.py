@@ -19,7 +19,7 @@ import pytest
 import saved_vlms
 from few import few
 
-from sensitivity.api.sweeping import grid, sweep, sweeping
+from sensitivity.api.sweeping import begin_sweep, grid, sweep
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
@@ -67,7 +67,7 @@ def test_the_same_seed_gives_the_same_table_bit_for_bit(scenes_llava: VLM, tmp_p
 def test_nothing_is_run_twice(scenes_llava: VLM, tmp_path: Path) -> None:
     parts, plans = plans_for(scenes_llava)
     sweep(scenes_llava, parts, plans[:4], ["vqa"], tmp_path, n=10)
-    study, steps = sweeping(scenes_llava, parts, plans[:6], ["vqa"], tmp_path, n=10)
+    study, steps = begin_sweep(scenes_llava, parts, plans[:6], ["vqa"], tmp_path, n=10)
     assert [step.plan for step in steps] == plans[4:6]
     assert study.counts()["done"] == 6
 

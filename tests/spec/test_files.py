@@ -39,7 +39,10 @@ ALLOWED = {
     ("sensitivity/spec/files.py", "*"): "the one place",
     ("sensitivity/formats/writing/unfinished.py", "rename"): "a folder that it has just made, to its name",
     ("sensitivity/formats/writing/unfinished.py", "rmdir"): "empty folders that it has just made",
-    ("sensitivity/study/imported_tables.py", "rename"): "a study that it has just made, to a name that is free",
+    (
+        "sensitivity/study/importing/imported_study.py",
+        "rename",
+    ): "a study that it has just made, to a name that is free",
     ("sensitivity/study/storage/opening.py", "truncate"): "the torn last line of a study's own journal",
 }
 

@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 import pytest
 from referencing import Registry, Resource
 
-from sensitivity.analysis.allocate.budget import Wish
-from sensitivity.analysis.allocate.kept_recommendation import recommended, remember, since
+from sensitivity.analysis.allocate.kept_recommendation import recommended, save, since
 from sensitivity.analysis.allocate.knapsack import Knapsack
+from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.importance import kept_rankings
 from sensitivity.analysis.importance.ranking import rank
 from sensitivity.analysis.observations import observations_of
@@ -178,7 +178,7 @@ def test_tables(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_pipe_or_a_folder_for_a_table_is_not_waited_for(tmp_path: Path) -> None:
-    from sensitivity.study.imported_tables import import_table
+    from sensitivity.study.importing.imported_study import import_table
 
     os.mkfifo(tmp_path / "pipe.csv")
     for name in ("pipe.csv", "."):
@@ -223,10 +223,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     rows = np.vstack([planted.grid((2, 4, 8)), [[16.0] * 3]])
     table = planted.study(folder / "table", {"vqa": planted.product}, 0.01, rows=rows)
-    remember(table, recommend_each(table, Wish((5.0, 4.0), {"vqa": 1.0})))
+    save(table, recommend_each(table, PlanRequest((5.0, 4.0), {"vqa": 1.0})))
     gained = {"mean": 0.1, "low": 0.0, "high": 0.2, "n": 9}
     note = {"format": "gptq", "plan": "all 4", "bpw": 4.0, "bytes": 9, "written": True}
-    exports.note(table.path, folder / "gone", {**note, "path_gain": {"path": "exposed", "vqa": gained}})
+    exports.write_note(table.path, folder / "gone", {**note, "path_gain": {"path": "exposed", "vqa": gained}})
     swept(folder / "swept")
     return folder
 
@@ -372,7 +372,7 @@ def test_files_that_are_no_plan_no_note_and_no_manifest(table: Path, name: str) 
     refused(lambda: export_from(table / "plan.json", None, table.parent / "out.json", "plan", False), words)
     note = next((table / "exports").glob("*.json"))
     change(note)
-    refused(lambda: exports.noted(table), "delete it; the export itself is not touched")
+    refused(lambda: exports.notes_of(table), "delete it; the export itself is not touched")
     folder = export(table.parent / "export")
     change(folder / manifest.MANIFEST)
     refused(lambda: manifest.read(folder), "export again")
@@ -425,8 +425,8 @@ def test_recommendations(table: Path, name: str, capsys: pytest.CaptureFixture[s
 
 def test_what_was_recommended_is_read_back_as_it_was_written(table: Path) -> None:
     study = Study(table)
-    found = recommend_each(study, Wish((5.0, 4.0), {"vqa": 1.0}))
-    remember(study, found)
+    found = recommend_each(study, PlanRequest((5.0, 4.0), {"vqa": 1.0}))
+    save(study, found)
     before = [one.to_json() for one in found]
     assert [one.to_json() for one in recommended(Study(table))] == json.loads(json.dumps(before))
     assert since(study, recommended(study)) == []
@@ -441,7 +441,7 @@ def test_where_a_study_has_grown_the_old_recommendation_stays_and_the_new_one_is
     assert [one.plan for one in recommended(now)] == [one.plan for one in old]
     told = since(now, recommended(now))
     assert told[0].startswith("The study has grown from 28 to 36 plans since this was recommended")
-    best = recommend_each(now, Wish((5.0, 4.0), {"vqa": 1.0}))
+    best = recommend_each(now, PlanRequest((5.0, 4.0), {"vqa": 1.0}))
     assert [one.plan for one in best] != [one.plan for one in old], "the test is to show two different answers"
     for one, was, said in zip(best, old, told[1:], strict=True):
         assert ("the same plan" if one.plan == was.plan else one.plan.describe()) in said
@@ -630,7 +630,7 @@ def test_damaged_answers_are_one_plan_to_be_run_again_said_once(answered: Path, 
     change, words = ANSWERS[name]
     study = Study(answered)
     before = study.table().set_index("key")
-    plan = Plan.from_json(study.measured()[3].user_attrs["plan"])
+    plan = study.measured()[3].plan
     change(answered / "examples" / f"{plan.key}.parquet")
     found = Study(answered)
     with pytest.warns(Notice) as reading:
@@ -829,16 +829,16 @@ NOTES: dict[str, tuple[Callable[[Any], Any], str]] = {
 def test_notes_of_exports(table: Path, name: str) -> None:
     change, words = NOTES[name]
     edit(next((table / "exports").glob("*.json")), change)
-    refused(lambda: exports.noted(table), words)
+    refused(lambda: exports.notes_of(table), words)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"verdict": 5}', '{"verdict": "fine"}', "null"])
 def test_verdicts_that_are_none(table: Path, content: str) -> None:
     folder = export(table.parent / "export")
     note = {"format": "gptq", "plan": "all 4", "bpw": 4.0, "bytes": 9, "written": True}
-    exports.note(table, folder, note)
+    exports.write_note(table, folder, note)
     (folder / manifest.VERIFIED).write_text(content)
-    refused(lambda: exports.noted(table), "writes it anew")
+    refused(lambda: exports.notes_of(table), "writes it anew")
 
 
 def test_cells_are_no_formulas() -> None:
@@ -925,7 +925,7 @@ def documents(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "export": json.loads(next((made / "table" / "exports").glob("*.json")).read_bytes()),
         "verified": outcome,
         "study": {name: attrs[name] for name in ("meta", "tasks", "parts")},
-        "trial": study.measured()[1].user_attrs,
+        "trial": study.optuna_study.get_trials()[study.measured()[1].number].user_attrs,
     }
 
 
@@ -1008,7 +1008,7 @@ import resource, signal, sys, warnings
 sys.path.insert(0, {tests!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from sensitivity.cli import main as cli
-import sensitivity.study.imported_tables
+import sensitivity.study.importing.imported_study
 {before}
 resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))
 {code}
@@ -1059,7 +1059,7 @@ def test_a_folder_on_a_full_disk_of_its_own(tmp_path: Path) -> None:
     try:
         (tmp_path / "table.csv").write_text(GOOD * 1)
         (disk / "ballast").write_bytes(bytes(52 * 1024))
-        from sensitivity.study.imported_tables import import_table
+        from sensitivity.study.importing.imported_study import import_table
 
         columns = {"v": "vision", "c": "connector", "l": "language"}
         refused(

@@ -15,7 +15,8 @@ from sensitivity.analysis.importance.ranking import rank
 from sensitivity.cli import main as cli
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
-from sensitivity.study.imported_tables import Switches, import_table
+from sensitivity.study.importing.columns import Switches
+from sensitivity.study.importing.imported_study import import_table
 from sensitivity.study.study import Study
 
 COLUMNS = {"v": "vision", "c": "connector", "l": "language"}

@@ -223,7 +223,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path: P
 
 
 @pytest.mark.parametrize("storage", [None, "sqlite:///{}/team.db"])
-def test_an_old_glance_at_the_queue_takes_no_plan_twice_and_loses_none(
+def test_an_old_cache_of_the_queue_takes_no_plan_twice_and_loses_none(
     storage: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -247,7 +247,7 @@ def test_an_old_glance_at_the_queue_takes_no_plan_twice_and_loses_none(
     close(theirs._storage)
 
 
-def test_a_glance_reads_again_when_reading_is_cheap_beside_the_time_since(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_reads_again_when_reading_is_cheap_beside_the_time_since(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, readings = [0.0], []
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
 
@@ -256,8 +256,8 @@ def test_a_glance_reads_again_when_reading_is_cheap_beside_the_time_since(monkey
         readings.append(clock[0])
         return []
 
-    glance = TrialCache(read)
+    cache = TrialCache(read)
     for _ in range(100):
-        glance.lately()
+        cache.lately()
         clock[0] += 1
     assert readings == [2, 44, 86]  # each is good for twenty times as long as it took

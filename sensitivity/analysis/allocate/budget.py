@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,34 +21,6 @@ Floats = np.ndarray
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a user asks of a plan: budgets in bits per weight, the tasks that count, and constraints.
-
-    weights: task -> how much its share of full precision counts. floors: task -> share of full precision that must be
-    kept. allow: pattern of component names -> widths, 16 for native. tie: groups of patterns whose components share
-    their scheme. runtime: what is to load the plan; budgets then count the bits in its files. top: how many
-    candidates are considered for each budget.
-    """
-
-    bpw: tuple[float, ...]
-    weights: Mapping[str, float]
-    floors: Mapping[str, float] = field(default_factory=dict)
-    allow: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    tie: Sequence[Sequence[str]] = ()
-    runtime: str | None = None
-    top: int = 3
-
-    def to_json(self) -> dict[str, Any]:
-        """The wish as JSON values."""
-        return dict(self.__dict__) | {"bpw": list(self.bpw), "tie": [list(group) for group in self.tie]}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Wish:
-        """The wish that `to_json` wrote."""
-        return cls(**{**data, "bpw": tuple(data["bpw"])})
-
-
-@dataclass(frozen=True)
 class Candidate:
     """A plan that fits a budget and is predicted to score well."""
 
@@ -59,7 +30,7 @@ class Candidate:
     rank: int  # among the candidates of its budget, 0 for the best
     predicted: dict[str, Predicted]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The candidate as JSON values."""
         predicted = {task: p.to_json() for task, p in self.predicted.items()}
         return {
@@ -91,20 +62,20 @@ def solve(
     the study's first by default. floors: task -> share of full precision that must be kept. allowed: which choices a
     component may have. tied: components that must share their scheme. knapsack: one that was built before.
     """
-    wish = dict(weights or dict.fromkeys(tasks or study.tasks[:1], 1.0))
-    for name in (*wish, *(floors or {})):
+    weights = dict(weights or dict.fromkeys(tasks or study.tasks[:1], 1.0))
+    for name in (*weights, *(floors or {})):
         check_task(study, name)
-    if not all(math.isfinite(weight) and weight > 0 for weight in wish.values()):
-        raise UserError(f"weights of tasks must be above 0, not {min(wish.values()):g}")
+    if not all(math.isfinite(weight) and weight > 0 for weight in weights.values()):
+        raise UserError(f"weights of tasks must be above 0, not {min(weights.values()):g}")
     if bad := [share for share in (floors or {}).values() if not 0 < share <= 1]:
         raise UserError(f"a floor is a share of full precision above 0 and at most 1, such as 0.95, not {bad[0]:g}")
     if top < 1:
         raise UserError(f"at least one plan must be tried (--top), not {top}")
-    knapsack = knapsack or Knapsack.of(study, list(dict.fromkeys([*wish, *(floors or {})])))
+    knapsack = knapsack or Knapsack.of(study, list(dict.fromkeys([*weights, *(floors or {})])))
     return [
         candidate
         for budget, asked in budgets(study.parts, bpw, bytes)
-        for candidate in spend(knapsack, budget, wish, floors, allowed, tied, top, asked)
+        for candidate in spend(knapsack, budget, weights, floors, allowed, tied, top, asked)
     ]
 
 
@@ -142,12 +113,12 @@ def spend(
     for name, share in (floors or {}).items():
         program.keep(name, share)
     if len(weights) == 1:
-        found = _one_task(program, next(iter(weights)), budget, top)
+        rows = _one_task(program, next(iter(weights)), budget, top)
     else:
-        found = _several_tasks(program, weights, budget, top)
-    if not found:
+        rows = _several_tasks(program, weights, budget, top)
+    if not rows:
         raise _infeasible(knapsack, budget, floors or {}, allowed, tied)
-    plans = [knapsack.space.decode(row) for row in found]
+    plans = [knapsack.space.decode(row) for row in rows]
     limit = budget / knapsack.parts.numel if asked is None else asked
     return [
         Candidate(plan, knapsack.size(plan), limit, rank, predicted)
@@ -162,13 +133,13 @@ def _fits(knapsack: Knapsack, row: Floats, budget: int) -> bool:
 
 def _one_task(program: Program, task: str, budget: int, top: int) -> list[Floats]:
     """The best plans for one task: the score falls with the damage, so the least damage is the best score."""
-    found: list[Floats] = []
+    rows: list[Floats] = []
     cost = program.damage(task)
-    while len(found) < top and (best := program.minimize(cost)) is not None:
+    while len(rows) < top and (best := program.minimize(cost)) is not None:
         program.exclude(best[0])
         if _fits(program.knapsack, best[0], budget):
-            found.append(best[0])
-    return found
+            rows.append(best[0])
+    return rows
 
 
 def _several_tasks(program: Program, weights: Mapping[str, float], budget: int, top: int) -> list[Floats]:
@@ -181,18 +152,18 @@ def _several_tasks(program: Program, weights: Mapping[str, float], budget: int, 
     total = sum(weights.values())
     weights = {task: weight / total for task, weight in weights.items()}
     cost = program.bound(weights)
-    found: list[tuple[float, Floats]] = []
+    scored: list[tuple[float, Floats]] = []
     while (best := program.minimize(cost)) is not None:
         row, bound = best[0], -best[1]
-        if len(found) >= top and bound <= found[top - 1][0]:
+        if len(scored) >= top and bound <= scored[top - 1][0]:
             break
         program.exclude(row)
         if _fits(knapsack, row, budget):
             value = sum(
                 w * float(knapsack.models[t].predict(row[None])[0]) / knapsack.full(t) for t, w in weights.items()
             )
-            found = sorted([*found, (value, row)], key=lambda pair: -pair[0])
-    return [row for _, row in found[:top]]
+            scored = sorted([*scored, (value, row)], key=lambda pair: -pair[0])
+    return [row for _, row in scored[:top]]
 
 
 def _infeasible(
@@ -223,13 +194,13 @@ def _infeasible(
     needed = Program(knapsack, allowed, tied)
     for name, share in floors.items():
         needed.keep(name, share)
-    wish = " and ".join(f"{name} at {share:.0%}" for name, share in floors.items())
-    found = needed.minimize(dict(enumerate(weights)))
-    if found is None:
-        return UserError(f"no measured plan is predicted to keep {wish} of full precision, at any size")
-    least = knapsack.size(knapsack.space.decode(found[0])).bits / numel
+    kept = " and ".join(f"{name} at {share:.0%}" for name, share in floors.items())
+    smallest_kept = needed.minimize(dict(enumerate(weights)))
+    if smallest_kept is None:
+        return UserError(f"no measured plan is predicted to keep {kept} of full precision, at any size")
+    least = knapsack.size(knapsack.space.decode(smallest_kept[0])).bits / numel
     return UserError(
-        f"no plan of at most {budget / numel:.2f} bpw is predicted to keep {wish} of full precision; that takes "
+        f"no plan of at most {budget / numel:.2f} bpw is predicted to keep {kept} of full precision; that takes "
         f"{least:.2f} bpw, or lower the floor"
     )
 
@@ -246,12 +217,12 @@ def best_uniform(
     shared = set.intersection(*(set(options) for options in knapsack.space.choices))
     plans = [Plan.uniform(parts, choice) for choice in sorted(shared, key=str)]
     plans = [plan for plan in plans if knapsack.size(plan).bits <= budget_bits(parts, budget) and fits(plan)]
-    found = [
+    candidates = [
         Candidate(plan, knapsack.size(plan), budget, 0, predicted)
         for plan, predicted in zip(plans, knapsack.predicted(plans), strict=True)
         if all(predicted[task].score >= share * predicted[task].full for task, share in (floors or {}).items())
     ]
-    return max(found, key=lambda one: mean_share(one.predicted, weights), default=None)
+    return max(candidates, key=lambda one: mean_share(one.predicted, weights), default=None)
 
 
 def mean_share(predicted: Mapping[str, Predicted], weights: Mapping[str, float]) -> float:
@@ -260,4 +231,13 @@ def mean_share(predicted: Mapping[str, Predicted], weights: Mapping[str, float])
     return sum(shares) / sum(weights.values())
 
 
-__all__ = ["Candidate", "Knapsack", "Predicted", "Wish", "best_uniform", "budgets", "mean_share", "solve", "spend"]
+__all__ = [
+    "Candidate",
+    "Knapsack",
+    "Predicted",
+    "best_uniform",
+    "budgets",
+    "mean_share",
+    "solve",
+    "spend",
+]

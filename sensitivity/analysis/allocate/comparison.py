@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import Plan
-from sensitivity.study.scores import Score, paired, summarize
+from sensitivity.spec.plan import Plan, SchemeJson
+from sensitivity.study.scores import Score, ScoreJson, paired, summarize
 
 POWER = 0.8  # statistical power of 'about N more examples would decide'
+
+
+class ComparisonJson(TypedDict):
+    """A comparison as JSON values."""
+
+    other: dict[str, SchemeJson | None]
+    describe: str
+    score: ScoreJson
+    difference: ScoreJson
+    verdict: str
+    more_examples: int | None
+    words: str
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,7 @@ class Comparison:
     more: int | None  # examples that would likely decide a tie; None: none needed, or no number would do
     words: str
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> ComparisonJson:
         """The comparison as JSON values."""
         return {
             "other": self.other.to_json(),
@@ -45,7 +56,7 @@ class Comparison:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Comparison:
+    def from_json(cls, data: ComparisonJson) -> Comparison:
         """The comparison that `to_json` wrote."""
         return cls(
             Plan.from_json(data["other"]),

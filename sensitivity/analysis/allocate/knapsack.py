@@ -53,13 +53,15 @@ class Knapsack:
     @classmethod
     def of(cls, study: Study, tasks: Sequence[str], format: str | None = None) -> Knapsack:
         """The knapsack of a study: every scheme that it measured, and surrogates fitted to its scores."""
-        space = Space.of([Plan.from_json(trial.user_attrs["plan"]) for trial in study.measured()])
+        space = Space.of([trial.plan for trial in study.measured()])
         models = {}
         for task in tasks:
-            readings = observations_of(study, task)
-            if not readings.full > 0:
-                raise UserError(_nothing_to_lose(task, readings.full))
-            models[task] = learn(space, space.encode(readings.plans), readings.score, readings.full, readings.noise)
+            observations = observations_of(study, task)
+            if not observations.full > 0:
+                raise UserError(_nothing_to_lose(task, observations.full))
+            models[task] = learn(
+                space, space.encode(observations.plans), observations.score, observations.full, observations.noise
+            )
         return cls.build(study.parts, space, models, format)
 
     @classmethod
@@ -83,13 +85,15 @@ class Knapsack:
         if not plans:
             return []
         index = self.space.encode(plans)
-        found: list[dict[str, Predicted]] = [{} for _ in plans]
+        predictions: list[dict[str, Predicted]] = [{} for _ in plans]
         for task, model in self.models.items():
             low, high = np.quantile(model.draws(index), [0.025, 0.975], axis=0)
             full = self.full(task)
             for i, score in enumerate(model.predict(index)):  # an interval is widened to hold its prediction
-                found[i][task] = Predicted(float(score), float(min(low[i], score)), float(max(high[i], score)), full)
-        return found
+                predictions[i][task] = Predicted(
+                    float(score), float(min(low[i], score)), float(max(high[i], score)), full
+                )
+        return predictions
 
 
 class Program:
@@ -227,17 +231,17 @@ class Program:
         objective[list(cost)] = list(cost.values())
         scale = max(float(np.abs(objective).max()), 1e-12)
         with silenced():  # HiGHS reports a second, internal solve with a bare printf, whatever its options say
-            found = milp(
+            solution = milp(
                 objective / scale,
                 constraints=limits,
                 integrality=np.array(self.whole),
                 bounds=Bounds(np.array(self.low), np.array(self.high)),
                 options={"mip_rel_gap": 0},  # by default HiGHS stops at a plan within 1e-4 of the best
             )
-        if found.x is None:
+        if solution.x is None:
             return None
-        picked = [found.x[start:end] for start, end in itertools.pairwise(self.first)]
-        return np.array([int(np.argmax(p)) for p in picked]), float(found.fun) * scale
+        picked = [solution.x[start:end] for start, end in itertools.pairwise(self.first)]
+        return np.array([int(np.argmax(p)) for p in picked]), float(solution.fun) * scale
 
 
 def _nothing_to_lose(task: str, full: float) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sensitivity.analysis.allocate.budget import Candidate, mean_share, solve
 from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
@@ -47,7 +46,7 @@ class Legal:
         was, now = self.predicted_before.score, self.predicted_after.score
         return f"{self.task} {now:.4f} instead of {was:.4f} (predicted), {bytes_}"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Both plans, their sizes and predictions as JSON values."""
         return {
             "runtime": self.runtime,
@@ -71,13 +70,13 @@ def legalize(study: Study, plan: Plan, runtime: str, bpw: float | None = None, t
     """
     task = check_task(study, task)
     before = size(study.parts, plan, files_of(runtime))
-    found = tuple(violations(study.parts, plan, runtime))
+    broken = tuple(violations(study.parts, plan, runtime))
     predicted = _predicted(study, plan, task)
     fits = bpw is None or before.bits <= budget_bits(study.parts, bpw)
-    if not found and fits:
+    if not broken and fits:
         return Legal(runtime, task, plan, (), plan, before, before, predicted, predicted)
     best = legal(study, runtime, before.bpw if bpw is None else bpw, task)
-    return Legal(runtime, task, plan, found, best.plan, before, best.size, predicted, best.predicted.get(task))
+    return Legal(runtime, task, plan, broken, best.plan, before, best.size, predicted, best.predicted.get(task))
 
 
 def legal(study: Study, runtime: str, bpw: float, task: str | None = None) -> Candidate:
@@ -98,25 +97,25 @@ def candidates(
     knapsack: Knapsack | None = None,
 ) -> list[Candidate]:
     """The best few plans for a budget among those that a runtime can load, best first."""
-    wish = weights or {check_task(study, task): 1.0}
-    found: list[Candidate] = []
+    weights = weights or {check_task(study, task): 1.0}
+    solved: list[Candidate] = []
     together = merge_groups([*tied(study.parts, runtime), *tie])
-    knapsack = knapsack or Knapsack.of(study, list(dict.fromkeys([*wish, *(floors or {})])), files_of(runtime))
+    knapsack = knapsack or Knapsack.of(study, list(dict.fromkeys([*weights, *(floors or {})])), files_of(runtime))
     failure: UserError | None = None
     usable = _usable(study, runtime)
     # A runtime may offer alternatives, such as any single scheme for the whole model. Each is solved by itself; that
     # one of them has no solution matters only if none has.
     for allowed in searches(study.parts, runtime, usable):
         try:
-            found += solve(
-                study, bpw=bpw, weights=wish, floors=floors, allowed=intersection(allowed, allow), tied=together,
+            solved += solve(
+                study, bpw=bpw, weights=weights, floors=floors, allowed=intersection(allowed, allow), tied=together,
                 top=top, knapsack=knapsack,
             )  # fmt: skip
         except UserError as error:
             failure = failure or error
-    if not found:
+    if not solved:
         raise UserError(f"no measured plan that {runtime} can load fits {bpw:.2f} bpw: {failure}") from failure
-    return sorted(found, key=lambda candidate: -mean_share(candidate.predicted, wish))[:top]
+    return sorted(solved, key=lambda candidate: -mean_share(candidate.predicted, weights))[:top]
 
 
 def _usable(study: Study, runtime: str) -> list[Scheme]:
@@ -160,8 +159,7 @@ def plans_for(
 
 def _measured(study: Study) -> set[Scheme]:
     """All schemes that the study's trials use."""
-    plans: Iterable[Plan] = (Plan.from_json(trial.user_attrs["plan"]) for trial in study.measured())
-    return {scheme for plan in plans for _, scheme in plan.schemes if scheme is not None}
+    return {scheme for trial in study.measured() for _, scheme in trial.plan.schemes if scheme is not None}
 
 
 def _predicted(study: Study, plan: Plan, task: str) -> Predicted | None:

@@ -6,21 +6,59 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import pandas as pd
 
 from sensitivity.analysis.allocate.budget import Candidate
-from sensitivity.analysis.allocate.comparison import Comparison, compare
+from sensitivity.analysis.allocate.comparison import Comparison, ComparisonJson, compare
 from sensitivity.analysis.allocate.knapsack import Predicted
+from sensitivity.analysis.allocate.request import RequestJson
 from sensitivity.analysis.observations import observations_of
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import finite
-from sensitivity.spec.plan import Plan
-from sensitivity.spec.sizes import Size, size
-from sensitivity.study.scores import Score, summarize
+from sensitivity.spec.plan import Plan, SchemeJson
+from sensitivity.spec.sizes import Size, SizeJson, size
+from sensitivity.study.identity import Meta
+from sensitivity.study.scores import Score, ScoreJson, summarize
 from sensitivity.study.study import Study
+
+
+class Provenance(TypedDict, total=False):
+    """Where a recommendation came from."""
+
+    study: Meta
+    model: str
+    by: str
+    trials: int
+    trial_keys: list[str]
+    read: str  # hash of the plans and scores that were read
+    asked: RequestJson
+    verified: Meta
+    versions: dict[str, str]
+
+
+class RecommendationJson(TypedDict):
+    """A recommendation as JSON values."""
+
+    task: str
+    task_weights: dict[str, float]
+    budget_bpw: float
+    plan: dict[str, SchemeJson | None]
+    key: str
+    describe: str
+    size: SizeJson
+    stored_size: NotRequired[SizeJson]  # in a file: `size` is counted again there
+    predicted: dict[str, dict[str, float]]
+    measured: ScoreJson | None
+    by_task: dict[str, ScoreJson]
+    full_precision: ScoreJson | None
+    uniform: ComparisonJson | None
+    candidates: list[ComparisonJson]
+    fresh_examples: bool
+    verdict: str
+    provenance: Provenance
 
 
 @dataclass(frozen=True)
@@ -41,7 +79,7 @@ class Recommendation:
     others: tuple[Comparison, ...] = ()  # the other candidates
     fresh: bool = False  # whether it was measured on examples that had no part in choosing the plan
     words: str = ""
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
     by_task: Mapping[str, Score] = field(default_factory=dict)  # measured, each on its own scale
 
     @property
@@ -60,7 +98,7 @@ class Recommendation:
         )
         return Predicted(score, low, high, 1.0)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> RecommendationJson:
         """The recommendation as JSON values."""
         return {
             "task": self.task,
@@ -71,10 +109,10 @@ class Recommendation:
             "describe": self.plan.describe(),
             "size": self.size.to_json(),
             "predicted": {task: p.to_json() for task, p in self.candidate.predicted.items()},
-            "measured": self.measured and self.measured.to_json(),
+            "measured": self.measured.to_json() if self.measured else None,
             "by_task": {task: score.to_json() for task, score in self.by_task.items()},
-            "full_precision": self.full and self.full.to_json(),
-            "uniform": self.uniform and self.uniform.to_json(),
+            "full_precision": self.full.to_json() if self.full else None,
+            "uniform": self.uniform.to_json() if self.uniform else None,
             "candidates": [other.to_json() for other in self.others],
             "fresh_examples": self.fresh,
             "verdict": self.words,
@@ -82,24 +120,21 @@ class Recommendation:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], parts: ComponentMap) -> Recommendation:
+    def from_json(cls, data: RecommendationJson, parts: ComponentMap) -> Recommendation:
         """The recommendation that `to_json` wrote, from a file that was checked against its schema."""
         plan = Plan.from_json(data["plan"])
         weighs = size(parts, plan, data["stored_size"].get("format"))
         predicted = {task: Predicted(**one) for task, one in data["predicted"].items()}
-
-        def score(name: str) -> Score | None:
-            return Score.from_json(data[name]) if data.get(name) else None
-
+        measured, full, uniform = data.get("measured"), data.get("full_precision"), data.get("uniform")
         return cls(
             data["task_weights"],
             data["budget_bpw"],
             plan,
             weighs,
             Candidate(plan, weighs, data["budget_bpw"], 0, predicted),
-            score("measured"),
-            score("full_precision"),
-            Comparison.from_json(data["uniform"]) if data.get("uniform") else None,
+            Score.from_json(measured) if measured else None,
+            Score.from_json(full) if full else None,
+            Comparison.from_json(uniform) if uniform else None,
             tuple(map(Comparison.from_json, data["candidates"])),
             data["fresh_examples"],
             data["verdict"],
@@ -120,7 +155,7 @@ def judge(
     weights: Mapping[str, float] | None = None,
     *,
     fresh: bool = True,
-    provenance: Mapping[str, Any] | None = None,
+    provenance: Provenance | None = None,
 ) -> Recommendation:
     """Choose the candidate of one budget that scores best, and compare it with the best uniform plan, the rival.
 
@@ -165,7 +200,7 @@ def judge(
         others,
         fresh,
         words,
-        source(study) | dict(provenance or {}),
+        source(study) | (provenance or {}),
         {str(task): summarize(rows["score"], rows["cluster"]) for task, rows in frames[best.plan.key].groupby("task")},
     )
 
@@ -193,7 +228,7 @@ def unmeasured(
     study: Study,
     candidates: Sequence[Candidate],
     weights: Mapping[str, float] | None = None,
-    provenance: Mapping[str, Any] | None = None,
+    provenance: Provenance | None = None,
 ) -> Recommendation:
     """A recommendation by prediction alone, such as from an imported table, which has no model to run."""
     best = candidates[0]
@@ -203,28 +238,28 @@ def unmeasured(
         best.plan,
         best.size,
         best,
-        provenance=source(study) | dict(provenance or {}),
+        provenance=source(study) | (provenance or {}),
         words="Predicted only: nothing was run to check it.",
     )
 
 
-def source(study: Study) -> dict[str, Any]:
+def source(study: Study) -> Provenance:
     """Where a plan came from: the study's metadata, and the trials that were read."""
     trials = study.measured()
     return {
-        "study": dict(study.meta),
+        "study": study.meta,
         "model": study.parts.model,
         "by": study.parts.by,
         "trials": len(trials),
-        "trial_keys": sorted({trial.user_attrs["key"] for trial in trials}),
+        "trial_keys": sorted({trial.key for trial in trials}),
         "read": digest(study),
     }
 
 
 def digest(study: Study) -> str:
     """A hash of the plans and scores of a study, by which it is known whether it has grown since."""
-    known = sorted(json.dumps([t.user_attrs["key"], t.user_attrs["scores"]], sort_keys=True) for t in study.measured())
-    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
+    trials = sorted(json.dumps([trial.key, trial.scores], sort_keys=True) for trial in study.measured())
+    return hashlib.sha256("\n".join(trials).encode()).hexdigest()[:16]
 
 
 def _of_task(frame: pd.DataFrame, task: str) -> pd.DataFrame:

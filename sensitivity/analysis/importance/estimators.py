@@ -178,8 +178,8 @@ def _optuna(fitted: Fitted, evaluator: BaseImportanceEvaluator) -> Floats:
     )
     raw = np.full(fitted.x.shape[1], np.nan)
     with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError):  # it refuses these data: NaN
-        found = evaluator.evaluate(study)
-        raw = np.array([found.get(f"x{i}", 0.0) for i in range(fitted.x.shape[1])])
+        importances = evaluator.evaluate(study)
+        raw = np.array([importances.get(f"x{i}", 0.0) for i in range(fitted.x.shape[1])])
     return _together(fitted, raw)
 
 
@@ -245,8 +245,8 @@ def cross_validated(x: Floats, y: Floats, keys: Sequence[str], seed: int = 0) ->
     split = GroupKFold(folds, shuffle=True, random_state=seed)
 
     def fold(rows: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
-        known, unseen = rows
-        return unseen, forest_of(seed, spared(TREES, len(x))).fit(x[known], y[known]).predict(x[unseen])
+        seen, unseen = rows
+        return unseen, forest_of(seed, spared(TREES, len(x))).fit(x[seen], y[seen]).predict(x[unseen])
 
     predicted = np.empty(len(y))
     for unseen, values in side_by_side(fold, split.split(x, y, groups=list(keys))):

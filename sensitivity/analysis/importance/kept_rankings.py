@@ -6,40 +6,39 @@ import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+from sensitivity.analysis.importance.types import RankingJson
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import PACKAGE, write_atomically
+from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 
-LIBRARIES = ("numpy", "scipy", "pandas", "scikit-learn", "shap", "optuna")  # whose versions are part of the key
+LIBRARIES = ("numpy", "scipy", "pandas", "scikit-learn", "optuna")  # whose versions are part of the key
 
 
-def place(study: Study, wish: Mapping[str, Any]) -> Path:
+def file_of(study: Study, task: str, options: object) -> Path:
     """The file of a ranking, whose name is a hash of all that it depends on: trials, arguments and code."""
-    kept = ("key", "plan", "size", "scores", "versions")
-    trials = [[trial.state.name, *map(trial.user_attrs.get, kept)] for trial in study.measured()]
-    content = json.dumps([_code(), dict(wish), study.parts.to_json(), trials], sort_keys=True, default=str)
-    return study.path / "rankings" / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}.json"
+    trials = [[t.state.name, t.key, t.size, t.scores, t.versions] for t in study.measured()]
+    content = json.dumps([_code(), task, repr(options), study.parts.to_json(), trials], sort_keys=True, default=str)
+    return paths.ranking(study.path, hashlib.sha256(content.encode()).hexdigest()[:24])
 
 
-def read(path: Path) -> dict[str, Any] | None:
+def read(path: Path) -> RankingJson | None:
     """The cached ranking as JSON; None where there is none, or where its checksum does not match."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         first, _, rest = path.read_bytes().partition(b"\n")
         if first.decode() == hashlib.sha256(rest).hexdigest():
-            found: dict[str, Any] = json.loads(rest)
-            return found
+            ranking: RankingJson = json.loads(rest)
+            return ranking
     return None
 
 
-def write(path: Path, ranking: Mapping[str, Any]) -> None:
+def write(path: Path, ranking: RankingJson) -> None:
     """Cache a ranking as JSON under a line with its checksum."""
-    content = json.dumps(dict(ranking)).encode()
+    content = json.dumps(ranking).encode()
     with contextlib.suppress(OSError, UserError):  # a full disk or a read-only folder costs only the cache
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, f"{hashlib.sha256(content).hexdigest()}\n".encode() + content)

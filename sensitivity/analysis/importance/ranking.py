@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -24,12 +23,20 @@ Floats = np.ndarray
 
 
 BOOTSTRAPS = 100  # resamples of the trials, for the intervals
-
-
 RESAMPLED_TREES = 50  # of a resample's forest: half the usual trees, half the time, slightly too wide intervals
-
-
 FEWEST = 8  # trials below which nothing is ranked
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """How to rank, as the arguments of `rank` say: a part of a cached ranking's key."""
+
+    by: str | None = None
+    method: str | None = None
+    near: float | None = None
+    bootstraps: int = BOOTSTRAPS
+    seed: int = 0
+    thorough: bool = True
 
 
 def rank(
@@ -57,106 +64,100 @@ def rank(
         >>> round(blame.table["consensus"].sum())  # shares in percent
         100
     """
-    how: dict[str, Any] = {"by": by, "method": method, "near": near}
-    how |= {"bootstraps": bootstraps, "seed": seed, "thorough": thorough}
+    options = RankOptions(by, method, near, bootstraps, seed, thorough)
     if not isinstance(source, Study):
-        return _rank(source, None, **how)
-    file = kept_rankings.place(source, {"task": check_task(source, task), **how})
+        return _rank(source, None, options)
+    file = kept_rankings.file_of(source, check_task(source, task), options)
     if (kept := kept_rankings.read(file)) is not None:
         return Ranking.from_json(kept)
-    found = _rank(observations_of(source, task, method), source.parts, **how)
-    kept_rankings.write(file, found.to_json())
-    return found
+    ranking = _rank(observations_of(source, task, method), source.parts, options)
+    kept_rankings.write(file, ranking.to_json())
+    return ranking
 
 
-def known(study: Study, task: str) -> Ranking | None:
+def cached(study: Study, task: str) -> Ranking | None:
     """The cached ranking of a study's present trials by `rank` with its default arguments; None without one."""
-    usual = {"by": None, "method": None, "near": None, "bootstraps": BOOTSTRAPS, "seed": 0, "thorough": True}
-    kept = kept_rankings.read(kept_rankings.place(study, {"task": task, **usual}))
+    kept = kept_rankings.read(kept_rankings.file_of(study, task, RankOptions()))
     return None if kept is None else Ranking.from_json(kept)
 
 
-def _rank(
-    readings: Observations,
-    parts: ComponentMap | None,
-    by: str | None,
-    method: str | None,
-    near: float | None,
-    bootstraps: int,
-    seed: int,
-    thorough: bool,
-) -> Ranking:
+def _rank(observations: Observations, parts: ComponentMap | None, options: RankOptions) -> Ranking:
     """Rank the components of these observations: check them, fit the forest, estimate, resample, collect warnings."""
-    warnings = list(readings.notes)
-    if near is not None:
-        readings = robustness.near_operating_point(readings, near)
-    readings, told = _rankable(readings)
-    warnings += told
-    names, groups, granularity = grouping(readings.names, parts, by)
-    r2 = estimators.cross_validated(readings.bits, readings.score, readings.keys, seed)
+    warnings, seed = list(observations.notes), options.seed
+    if options.near is not None:
+        observations = robustness.near_operating_point(observations, options.near)
+    observations, dropped = _rankable(observations)
+    warnings += dropped
+    names, groups, granularity = grouping(observations.names, parts, options.by)
+    r2 = estimators.cross_validated(observations.bits, observations.score, observations.keys, seed)
     if r2 <= 0:
         raise UserError(
-            f"no ranking for '{readings.task}': the forest predicts unseen plans worse than the mean does "
-            f"(cross-validated R2 {r2:.2f} over {count(len(readings), 'trial')}); measure more plans, or lower widths"
+            f"no ranking for '{observations.task}': the forest predicts unseen plans worse than the mean does "
+            f"(cross-validated R2 {r2:.2f} over {count(len(observations), 'trial')}); measure more plans, or lower "
+            "widths"
         )
-    fitted = estimators.fit(readings.bits, readings.score, groups, seed)
-    chosen = list(ESTIMATORS) if thorough else list(CONSENSUS)
+    fitted = estimators.fit(observations.bits, observations.score, groups, seed)
+    chosen = list(ESTIMATORS) if options.thorough else list(CONSENSUS)
     raw = {name: ESTIMATORS[name](fitted) for name in chosen}
     least = int(np.argmin(fitted.forest.feature_importances_))
-    nothing_but_chance = estimators.chance(readings.bits, readings.score, least, seed) if bootstraps else {}
+    nothing_but_chance = (
+        estimators.chance(observations.bits, observations.score, least, seed) if options.bootstraps else {}
+    )
     # chance is known for one column; a component of several columns gets as much for each
     columns = np.array([len(group) for group in groups])
     floor = {name: share * columns for name, share in nothing_but_chance.items()}
-    table = _table(names, raw, bootstrap(readings, groups, bootstraps, seed), floor)
-    table = table.join(_gains(fitted, names, parts, readings.names)).sort_values("consensus", ascending=False)
+    table = _table(names, raw, bootstrap(observations, groups, options.bootstraps, seed), floor)
+    table = table.join(_gains(fitted, names, parts, observations.names)).sort_values("consensus", ascending=False)
     nothing = pd.DataFrame()
     ranking = Ranking(
-        readings.task,
+        observations.task,
         granularity,
-        len(readings),
-        readings.full,
-        readings.noise,
+        len(observations),
+        observations.full,
+        observations.noise,
         r2,
-        estimators.linear(readings.bits, readings.score),
+        estimators.linear(observations.bits, observations.score),
         table,
         nothing,
         nothing,
         nothing,
         tuple(warnings),
-        method,
-        near,
+        options.method,
+        options.near,
     )
-    if not thorough:
+    if not options.thorough:
         return ranking
-    levels = robustness.without_levels(readings, names, groups, seed)
+    levels = robustness.without_levels(observations, names, groups, seed)
     return replace(
         ranking,
         tau=robustness.agreement(table[chosen]),
         levels=levels,
         pairs=robustness.interactions(fitted, names),
-        warnings=(*warnings, *robustness.cautions(readings, ranking, levels)),
+        warnings=(*warnings, *robustness.cautions(observations, ranking, levels)),
     )
 
 
 def compare(rankings: Mapping[str, Ranking]) -> pd.DataFrame:
     """Kendall's tau between rankings of the same components, such as those for different tasks or methods."""
-    return robustness.agreement(pd.DataFrame({name: found.table["consensus"] for name, found in rankings.items()}))
+    return robustness.agreement(pd.DataFrame({name: ranking.table["consensus"] for name, ranking in rankings.items()}))
 
 
-def _rankable(readings: Observations) -> tuple[Observations, list[str]]:
+def _rankable(observations: Observations) -> tuple[Observations, list[str]]:
     """Drop components that never changed, with a note for each; raise where nothing can be ranked."""
-    constant = [name for name, column in zip(readings.names, readings.bits.T, strict=True) if np.ptp(column) == 0]
-    told = [f"{name} always had {readings.bits[0, readings.names.index(name)]:g} bits: not ranked" for name in constant]
-    if len(readings) < FEWEST:
+    constant = [i for i, column in enumerate(observations.bits.T) if np.ptp(column) == 0]
+    notes = [f"{observations.names[i]} always had {observations.bits[0, i]:g} bits: not ranked" for i in constant]
+    if len(observations) < FEWEST:
         raise UserError(
-            f"{count(len(readings), 'usable trial')} for '{readings.task}': a ranking needs at least {FEWEST}; "
+            f"{count(len(observations), 'usable trial')} for '{observations.task}': a ranking needs at least {FEWEST}; "
             "measure more plans (sensitivity sweep)"
         )
-    if len(constant) == len(readings.names):
+    if len(constant) == len(observations.names):
         raise UserError("every component had the same bits in all trials: there is nothing to rank")
-    if np.ptp(readings.score) == 0:
-        raise UserError(f"every trial scored {readings.score[0]:g} on '{readings.task}': there is nothing to explain")
-    return readings.without(constant), told
+    if np.ptp(observations.score) == 0:
+        raise UserError(
+            f"every trial scored {observations.score[0]:g} on '{observations.task}': there is nothing to explain"
+        )
+    return observations.without([observations.names[i] for i in constant]), notes
 
 
 def grouping(
@@ -170,26 +171,25 @@ def grouping(
         raise UserError("a bare table has only its own granularity; leave out --by")
     coarse = parts.regroup(by)
     owner = {weight.name: component.name for component in coarse.components for weight in component.weights}
-    found: dict[str, list[int]] = {}
+    columns: dict[str, list[int]] = {}
     for column, name in enumerate(names):
         owners = {owner[weight.name] for weight in parts[name].weights}
         if len(owners) > 1:
             raise UserError(f"'{by}' is finer than this study's '{own}': {name} lies in {', '.join(sorted(owners))}")
-        found.setdefault(owners.pop(), []).append(column)
-    return tuple(found), list(found.values()), by
+        columns.setdefault(owners.pop(), []).append(column)
+    return tuple(columns), list(columns.values()), by
 
 
-def bootstrap(readings: Observations, groups: Sequence[Sequence[int]], times: int, seed: int) -> dict[str, Floats]:
+def bootstrap(observations: Observations, groups: Sequence[Sequence[int]], times: int, seed: int) -> dict[str, Floats]:
     """Bootstrap over trials: shares, resamples x components, by the consensus and its three estimators."""
 
     def once(number: int) -> Floats:
-        rows = np.random.default_rng([seed, number]).integers(0, len(readings), len(readings))
-        x, y = readings.bits[rows], readings.score[rows]
+        rows = np.random.default_rng([seed, number]).integers(0, len(observations), len(observations))
+        x, y = observations.bits[rows], observations.score[rows]
         fitted = estimators.fit(x, y, groups, number, estimators.FEW, estimators.spared(RESAMPLED_TREES, len(x)))
         return np.stack([shares(ESTIMATORS[name](fitted)) for name in CONSENSUS])
 
-    found = estimators.side_by_side(once, range(times))
-    drawn = np.array(found).reshape(times, len(CONSENSUS), len(groups))
+    drawn = np.array(estimators.side_by_side(once, range(times))).reshape(times, len(CONSENSUS), len(groups))
     return {"consensus": drawn.mean(axis=1), **{name: drawn[:, i] for i, name in enumerate(CONSENSUS)}}
 
 

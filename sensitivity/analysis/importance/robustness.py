@@ -23,7 +23,7 @@ Floats = np.ndarray
 MOVED = 15.0  # points by which a share must change without a level for the ranking to be said to rest on it
 
 
-def near_operating_point(readings: Observations, share: float) -> Observations:
+def near_operating_point(observations: Observations, share: float) -> Observations:
     """Only trials that score at least this share of full precision.
 
     Selected by the forest's out-of-bag prediction rather than by the measured score: a threshold on noisy scores
@@ -32,33 +32,33 @@ def near_operating_point(readings: Observations, share: float) -> Observations:
     if not 0 < share < 1:
         raise UserError(f"near must be a share of full precision between 0 and 1, such as 0.9, not {share:g}")
     forest = estimators.forest_of(0).set_params(oob_score=True)
-    kept = readings.where(_expected(forest, readings) >= share * readings.full)
+    kept = observations.where(_expected(forest, observations) >= share * observations.full)
     if len(kept) < 8:
         raise UserError(f"only {count(len(kept), 'trial')} within {share:.0%} of full precision: too few to rank")
     return kept
 
 
-def _expected(forest: RandomForestRegressor, readings: Observations) -> Floats:
+def _expected(forest: RandomForestRegressor, observations: Observations) -> Floats:
     """Each trial's score as predicted by the trees that were grown without it."""
-    return np.asarray(forest.fit(readings.bits, readings.score).oob_prediction_)
+    return np.asarray(forest.fit(observations.bits, observations.score).oob_prediction_)
 
 
-def by_budget(readings: Observations, budgets: Sequence[float], reach: float = 0.15) -> pd.DataFrame:
+def by_budget(observations: Observations, budgets: Sequence[float], reach: float = 0.15) -> pd.DataFrame:
     """Consensus shares among the plans whose bpw differs from a budget by at most `reach` of it; a row per budget.
 
     Budgets with fewer than eight such plans, or whose plans all score the same, are left out.
     """
     rows = {}
     for budget in budgets:
-        around = readings.where(np.abs(readings.bpw / budget - 1) <= reach)
+        around = observations.where(np.abs(observations.bpw / budget - 1) <= reach)
         if len(around) >= 8 and np.ptp(around.score) > 0:
             share = estimators.consensus(estimators.fit(around.bits, around.score, explained=estimators.FEW, trees=50))
-            rows[budget] = dict(zip(readings.names, share, strict=True)) | {"trials": len(around)}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=[*readings.names, "trials"]).rename_axis("bpw")
+            rows[budget] = dict(zip(observations.names, share, strict=True)) | {"trials": len(around)}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=[*observations.names, "trials"]).rename_axis("bpw")
 
 
 def without_levels(
-    readings: Observations, names: Sequence[str], groups: Sequence[Sequence[int]], seed: int
+    observations: Observations, names: Sequence[str], groups: Sequence[Sequence[int]], seed: int
 ) -> pd.DataFrame:
     """Rank again without the trials of one level (a component at one width): how far shares move, and who leads.
 
@@ -67,20 +67,20 @@ def without_levels(
     """
 
     def share(rest: Observations) -> Floats:
-        trees = estimators.spared(40, len(readings))
+        trees = estimators.spared(40, len(observations))
         return estimators.shares(estimators.forest(estimators.fit(rest.bits, rest.score, groups, seed, trees=trees)))
 
     left_out = []
     for name, group in zip(names, groups, strict=True):
-        for bits in np.unique(readings.bits[:, list(group)])[: 2 if len(names) > 6 else None]:
-            touched = (readings.bits[:, list(group)] == bits).any(axis=1)
-            rest = readings.where(~touched)
+        for bits in np.unique(observations.bits[:, list(group)])[: 2 if len(names) > 6 else None]:
+            touched = (observations.bits[:, list(group)] == bits).any(axis=1)
+            rest = observations.where(~touched)
             # half of the trials at least must remain, or the ranking moves for lack of data
-            if len(rest) >= max(8, len(readings) / 2) and np.ptp(rest.score) > 0:
+            if len(rest) >= max(8, len(observations) / 2) and np.ptp(rest.score) > 0:
                 left_out.append((name, int(bits), int(touched.sum()), rest))
-    base, *found = estimators.side_by_side(share, [readings, *(rest for *_, rest in left_out)])
+    base, *remaining = estimators.side_by_side(share, [observations, *(rest for *_, rest in left_out)])
     rows = []
-    for (name, bits, trials, _), shares in zip(left_out, found, strict=True):
+    for (name, bits, trials, _), shares in zip(left_out, remaining, strict=True):
         most = int(np.argmax(np.abs(shares - base)))
         rows.append({
             "component": name, "bits": bits, "trials": trials, "shift": float((shares - base)[most]),
@@ -93,14 +93,14 @@ def without_levels(
 
 def cliffs(levels: pd.DataFrame) -> list[tuple[str, int]]:
     """Components whose share comes from their lowest width, or lowest few, and the highest width of those."""
-    found = []
+    edges = []
     for name, rows in levels.groupby("component", sort=False) if len(levels) else ():
         rows = rows.sort_values("bits")
         deciding = ((rows["shift"] <= -MOVED) & (rows["moves"] == name)).cummin()  # without a gap
         # where every width decides, there is no edge to stay away from
         if deciding.any() and not deciding.all():
-            found.append((str(name), int(rows["bits"][deciding].max())))
-    return found
+            edges.append((str(name), int(rows["bits"][deciding].max())))
+    return edges
 
 
 def interactions(fitted: estimators.Fitted, names: Sequence[str]) -> pd.DataFrame:
@@ -124,8 +124,8 @@ def interactions(fitted: estimators.Fitted, names: Sequence[str]) -> pd.DataFram
                 "both_low": float(np.average(joint[both], weights=weight[both])) if both.any() else np.nan,
             }
         )
-    found = pd.DataFrame(rows, columns=["a", "b", "strength", "both_low"])
-    return found.sort_values("strength", ascending=False, ignore_index=True)
+    pairs = pd.DataFrame(rows, columns=["a", "b", "strength", "both_low"])
+    return pairs.sort_values("strength", ascending=False, ignore_index=True)
 
 
 def agreement(table: pd.DataFrame) -> pd.DataFrame:
@@ -138,50 +138,52 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
     return tau
 
 
-def cautions(readings: Observations, ranking: Ranking, levels: pd.DataFrame) -> list[str]:
+def cautions(observations: Observations, ranking: Ranking, levels: pd.DataFrame) -> list[str]:
     """Warnings to the reader of a ranking, as sentences."""
-    told = []
+    warnings = []
     if len(levels):
         worst = levels.iloc[int(levels["shift"].abs().argmax())]
         if abs(worst["shift"]) >= MOVED:
             first = " and another component comes first" if worst["changes_first"] else ""
-            told.append(
+            warnings.append(
                 f"this ranking rests on {worst['component']} at {worst['bits']} bits: without those "
                 f"{count(worst['trials'], 'trial')} the share of {worst['moves']} changes by {worst['shift']:+.0f} "
                 f"points{first}; see the ranking near the operating point (--near 0.9)"
             )
     if ranking.r2 < 0.5:
-        told.append(f"the forest explains little of unseen plans (cross-validated R2 {ranking.r2:.2f}): read with care")
-    told += untouched(readings) + inseparable(readings)
-    return told
+        warnings.append(
+            f"the forest explains little of unseen plans (cross-validated R2 {ranking.r2:.2f}): read with care"
+        )
+    warnings += without_effect(observations) + inseparable(observations)
+    return warnings
 
 
-def untouched(readings: Observations) -> list[str]:
+def without_effect(observations: Observations) -> list[str]:
     """Warn of components that, quantized alone, leave the score the same to its last digit: likely not quantized."""
-    native = np.all(readings.bits == 16, axis=1)
+    native = np.all(observations.bits == 16, axis=1)
     if not native.any():
         return []
-    full = readings.score[native]
+    full = observations.score[native]
     if np.ptp(full) > 0:
         return []  # scores are noisy: an equal one would be chance
-    told = []
-    changed = readings.bits != 16
-    silent = (readings.score == full[0]) & ~native
-    for i, name in enumerate(readings.names):
-        # trials that quantized this component and no other; at 8 bits an equal score would not surprise
+    warnings = []
+    changed = observations.bits != 16
+    equal = (observations.score == full[0]) & ~native
+    for i, name in enumerate(observations.names):
+        # trials that quantized this component and no other: a single equal score could be chance, and at 8 bits several
         alone = changed[:, i] & (changed.sum(axis=1) == 1)
-        if alone.sum() >= 2 and silent[alone].all() and readings.bits[alone, i].min() <= 6:
-            told.append(
-                f"{name} alone never moved the score, down to {readings.bits[alone, i].min():g} bits, not in the last "
-                "digit: was it quantized at all?"
+        if alone.sum() >= 2 and equal[alone].all() and observations.bits[alone, i].min() <= 6:
+            warnings.append(
+                f"{name} alone never moved the score, down to {observations.bits[alone, i].min():g} bits, not in the "
+                "last digit: was it quantized at all?"
             )
-    return told
+    return warnings
 
 
-def inseparable(readings: Observations) -> list[str]:
+def inseparable(observations: Observations) -> list[str]:
     """Warn of components that had equal bits in every trial: no data can tell their importance apart."""
-    told = []
-    for (i, a), (j, b) in itertools.combinations(enumerate(readings.names), 2):
-        if np.array_equal(readings.bits[:, i], readings.bits[:, j]):
-            told.append(f"{a} and {b} always had the same bits: their shares cannot be told apart")
-    return told
+    warnings = []
+    for (i, a), (j, b) in itertools.combinations(enumerate(observations.names), 2):
+        if np.array_equal(observations.bits[:, i], observations.bits[:, j]):
+            warnings.append(f"{a} and {b} always had the same bits: their shares cannot be told apart")
+    return warnings

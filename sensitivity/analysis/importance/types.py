@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pandas as pd
+
+Values = dict[str, object]  # a row of a table by column, as JSON values
+
+
+class RankingJson(TypedDict):
+    """A ranking as JSON values, with null for NaN and infinity; its tables row by row."""
+
+    task: str
+    by: str
+    trials: int
+    full: float
+    noise: float | None
+    r2: float
+    linear_r2: float
+    method: str | None
+    near: float | None
+    components: dict[str, Values]
+    warnings: list[str]
+    pairs: list[Values]
+    levels: list[Values]
+    tau: dict[str, Values]
 
 
 @dataclass(frozen=True)
@@ -41,45 +61,60 @@ class Ranking:
         """Components, most important first."""
         return tuple(self.table.index)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> RankingJson:
         """Everything as JSON values, with null for NaN and infinity."""
-        frames = ("tau", "pairs", "levels")
-        plain = {k: v for k, v in self.__dict__.items() if k not in (*frames, "table", "warnings")}
-        found = {
-            **{name: _number(value) for name, value in plain.items()},
-            "components": {str(name): _clean(row) for name, row in self.table.iterrows()},
+        return {
+            "task": self.task,
+            "by": self.by,
+            "trials": self.trials,
+            "full": self.full,
+            "noise": self.noise,
+            "r2": self.r2,
+            "linear_r2": self.linear_r2,
+            "method": self.method,
+            "near": self.near,
+            "components": {str(name): _values(row) for name, row in self.table.iterrows()},
             "warnings": list(self.warnings),
+            "pairs": [_values(row) for _, row in self.pairs.iterrows()],
+            "levels": [_values(row) for _, row in self.levels.iterrows()],
+            "tau": {str(name): _values(row) for name, row in self.tau.iterrows()},
         }
-        return (
-            found
-            | {name: [_clean(row) for _, row in getattr(self, name).iterrows()] for name in frames[1:]}
-            | {"tau": {str(name): _clean(row) for name, row in self.tau.iterrows()}}
-        )
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Ranking:
+    def from_json(cls, data: RankingJson) -> Ranking:
         """The ranking that `to_json` wrote."""
-
-        def frame(by_row: Mapping[str, Any]) -> pd.DataFrame:
-            return pd.DataFrame.from_dict(by_row, orient="index").astype(float)
-
-        plain = {k: v for k, v in data.items() if k != "components"}
-        lists = {name: pd.DataFrame(data[name]) for name in ("pairs", "levels")}
-        if len(lists["pairs"]):
-            lists["pairs"] = lists["pairs"].astype({"strength": float, "both_low": float})
-        table = frame(data["components"]).rename_axis("component")
-        return cls(**{**plain, **lists, "table": table, "tau": frame(data["tau"]), "warnings": tuple(data["warnings"])})
+        pairs = pd.DataFrame(data["pairs"])
+        return cls(
+            task=data["task"],
+            by=data["by"],
+            trials=data["trials"],
+            full=data["full"],
+            noise=data["noise"],
+            r2=data["r2"],
+            linear_r2=data["linear_r2"],
+            table=_table(data["components"]).rename_axis("component"),
+            tau=_table(data["tau"]),
+            pairs=pairs.astype({"strength": float, "both_low": float}) if len(pairs) else pairs,
+            levels=pd.DataFrame(data["levels"]),
+            warnings=tuple(data["warnings"]),
+            method=data["method"],
+            near=data["near"],
+        )
 
     def dumps(self) -> str:
         """The ranking as JSON text."""
         return json.dumps(self.to_json(), indent=1)
 
 
-def _clean(row: pd.Series) -> dict[str, Any]:
+def _table(rows: dict[str, Values]) -> pd.DataFrame:
+    return pd.DataFrame.from_dict(rows, orient="index").astype(float)
+
+
+def _values(row: pd.Series) -> Values:
     return {str(name): _number(value) for name, value in row.items()}
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> object:
     """A value that JSON can hold: Python's own numbers instead of NumPy's, None for NaN and infinity."""
     if isinstance(value, np.generic):
         value = value.item()

@@ -6,7 +6,7 @@ import io
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
@@ -16,10 +16,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
+from sensitivity.study.racing import frontier
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d1f", "#666666")  # Okabe and Ito
 INK, FAINT, PAPER = "#1a1c20", "#c9ccd1", "#fefefe"  # the page replaces these three by CSS variables
 BPW_TICKS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
-STYLE: dict[str, Any] = {
+STYLE: dict[RcKeyType, object] = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "xtick.color": INK,
@@ -46,17 +51,15 @@ STYLE: dict[str, Any] = {
 @contextmanager
 def canvas(width: float = 7, height: float = 4.2) -> Iterator[tuple[Figure, Axes]]:
     """An empty figure with its axes, in the report's style."""
-    with mpl.rc_context(cast(Any, STYLE)):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots()
 
 
-def frontier(table: pd.DataFrame, task: str) -> pd.DataFrame:
-    """The Pareto frontier: rows that score more than every row of at most their size, smallest first."""
-    known = table[table[task].notna() & table["bpw"].notna()]
-    rows = known.sort_values(["bpw", task], ascending=[True, False])
-    best = rows[task].cummax()
-    return rows[rows[task] > best.shift(fill_value=-np.inf)]
+def frontier_rows(table: pd.DataFrame, task: str) -> pd.DataFrame:
+    """The rows on the frontier of a task's score against size, smallest first."""
+    rows = table[table[task].notna() & table["bpw"].notna()]
+    return rows.iloc[frontier(rows["bpw"], rows[task])]
 
 
 def short(name: object, most: int = 30) -> str:
@@ -78,7 +81,7 @@ def pareto(table: pd.DataFrame, task: str, full: float | None = None, chosen: Se
         mixed = table[~table["uniform"]]
         uniform = table[table["uniform"] & ~table["native"]]
         axes.scatter(mixed["bpw"], mixed[task], s=14, color=PALETTE[5], alpha=0.7, linewidth=0, label="mixed plans")
-        best = frontier(table, task)
+        best = frontier_rows(table, task)
         axes.step(best["bpw"], best[task], where="post", color=PALETTE[0], linewidth=1.6, label="frontier")
         _whiskers(axes, pd.concat([best, uniform]), task)
         axes.scatter(uniform["bpw"], uniform[task], s=46, marker="s", color=PALETTE[1], label="uniform plans", zorder=3)
@@ -95,11 +98,11 @@ def pareto(table: pd.DataFrame, task: str, full: float | None = None, chosen: Se
 def _whiskers(axes: Axes, rows: pd.DataFrame, task: str) -> None:
     """Confidence intervals as vertical lines."""
     if f"{task}.low" in rows:
-        known = rows[rows[f"{task}.low"].notna()]
+        rows = rows[rows[f"{task}.low"].notna()]
         axes.vlines(
-            known["bpw"],
-            known[f"{task}.low"].astype(float),
-            known[f"{task}.high"].astype(float),
+            rows["bpw"],
+            rows[f"{task}.low"].astype(float),
+            rows[f"{task}.high"].astype(float),
             color=INK,
             linewidth=0.7,
             alpha=0.5,
@@ -262,7 +265,7 @@ def levels(moves: pd.DataFrame) -> Figure:
 
 def svg(figure: Figure) -> str:
     """The figure as an SVG element without XML prologue, to be placed into the page."""
-    with mpl.rc_context(cast(Any, STYLE)):
+    with mpl.rc_context(STYLE):
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
         figure.set_layout_engine("none")  # `png` reuses the layout found here
@@ -272,7 +275,7 @@ def svg(figure: Figure) -> str:
 
 def png(figure: Figure, dpi: int = 144) -> bytes:
     """The figure as PNG; without the version of matplotlib in it, so that equal figures are equal files."""
-    with mpl.rc_context(cast(Any, STYLE)):
+    with mpl.rc_context(STYLE):
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=dpi, metadata={"Software": None})
     return image.getvalue()

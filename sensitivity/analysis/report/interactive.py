@@ -4,30 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypedDict
 
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
 from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.analysis.report import figures
-from sensitivity.study.scores import Score
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 480, 66, 16, 16, 62
 CLOUDED = 400  # points beyond which they are drawn small, with intervals only on the frontier and uniform plans
 Scale = Callable[[float], float]
 
 
+class Point(TypedDict):
+    """A plan in the figure."""
+
+    i: int  # its row in the study's table
+    x: float
+    y: float
+    kind: str  # native, uniform or mixed
+    best: bool  # whether it is on the frontier
+    bpw: float
+    score: float
+    low: float | None
+    high: float | None
+    y1: float | None  # the ends of its interval
+    y2: float | None
+
+
 def pareto(
     table: pd.DataFrame, task: str, full: float | None, recommendations: Sequence[Recommendation] = ()
-) -> dict[str, Any] | None:
+) -> dict[str, object] | None:
     """What the template draws for one task, in pixels; None where no plan's size is known."""
     rows = table[table["bpw"].notna()]
     if not len(rows):
         return None
     chosen = [one for one in recommendations if task in one.candidate.predicted]
     scores = [rows[task].min(), rows[task].max(), *([full] if full is not None else [])]
-    scores += [value for one in chosen for value in _told(one, task)[1:] if math.isfinite(value)]
+    scores += [value for one in chosen for value in _score_of(one, task)[1:] if math.isfinite(value)]
     sizes = [rows["bpw"].min(), rows["bpw"].max(), *(one.size.bpw for one in chosen)]
     if min(scores) == max(scores):  # all scores are equal: the axis needs a span
         scores += [scores[0] - 0.1, scores[0] + 0.1]
@@ -57,11 +72,11 @@ def pareto(
     }
 
 
-def _points(table: pd.DataFrame, rows: pd.DataFrame, task: str, across: Scale, up: Scale) -> list[dict[str, Any]]:
+def _points(table: pd.DataFrame, rows: pd.DataFrame, task: str, across: Scale, up: Scale) -> list[Point]:
     """A point per plan, with its interval where one is known."""
     nothing = pd.Series(math.nan, rows.index)
     low, high = (rows[name].astype(float) if (name := f"{task}.{end}") in rows else nothing for end in ("low", "high"))
-    best = set(figures.frontier(rows, task).index)
+    best = set(figures.frontier_rows(rows, task).index)
     place = {index: i for i, index in enumerate(table.index)}
     columns = (rows.index, rows["bpw"], rows[task], rows["native"], rows["uniform"], low, high)
     return [
@@ -82,18 +97,17 @@ def _points(table: pd.DataFrame, rows: pd.DataFrame, task: str, across: Scale, u
     ]
 
 
-def _told(one: Recommendation, task: str) -> tuple[str, float, float, float]:
+def _score_of(one: Recommendation, task: str) -> tuple[str, float, float, float]:
     """A recommended plan's score and interval on a task, and whether they are measured or predicted."""
-    known: Score | None = one.by_task.get(task)
-    if known:
-        return "measured", known.mean, known.low, known.high
+    if measured := one.by_task.get(task):
+        return "measured", measured.mean, measured.low, measured.high
     expected = one.candidate.predicted[task]
     return "predicted", expected.score, expected.low, expected.high
 
 
-def _star(one: Recommendation, task: str, across: Scale, up: Scale) -> dict[str, Any]:
+def _star(one: Recommendation, task: str, across: Scale, up: Scale) -> dict[str, object]:
     """The mark of a recommended plan."""
-    how, score, low, high = _told(one, task)
+    how, score, low, high = _score_of(one, task)
     x, y = across(math.log(one.size.bpw)), up(score)
     label = f"{how} {score:.3f} at {one.size.bpw:.2f} bpw"
     return {"x": x, "y": y, "y1": _placed(up, low), "y2": _placed(up, high), "label": label}

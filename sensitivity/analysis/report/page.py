@@ -6,25 +6,25 @@ import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import pandas as pd
+from markupsafe import Markup
 
 from sensitivity.analysis.allocate import kept_recommendation
 from sensitivity.analysis.allocate.budget import Candidate, spend
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.analysis.importance import robustness
-from sensitivity.analysis.importance.ranking import known, rank
+from sensitivity.analysis.importance.ranking import cached, rank
 from sensitivity.analysis.importance.types import Ranking
 from sensitivity.analysis.observations import Observations, observations_of
 from sensitivity.analysis.report import sentences
 from sensitivity.analysis.report.interactive import pareto
-from sensitivity.analysis.report.static_figures import pictures, slug
+from sensitivity.analysis.report.static_figures import Picture, pictures, slug
 from sensitivity.spec.components import LABELS, ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import csv_bytes, is_unfinished, mark_finished, mark_unfinished, may_write, write_atomically
@@ -32,6 +32,7 @@ from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import budget_bits, in_words, size
 from sensitivity.spec.version import __version__
 from sensitivity.study import exports
+from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 
 GENERATOR = '<meta name="generator" content="sensitivity">'  # marks a page that we wrote and may replace
@@ -57,7 +58,7 @@ def report(
         'index.html'
     """
     out = Path(out)
-    may_write(out, True, lambda there: _why_foreign(there, study), [study.path])
+    may_write(out, True, lambda target: _why_foreign(target, study), [study.path])
     table = study.table()
     if not len(table):
         raise UserError(f"no trial of {study.path} is finished yet: nothing to report")
@@ -66,7 +67,7 @@ def report(
         mark_unfinished(out)
     chosen = [recommendation] if isinstance(recommendation, Recommendation) else list(recommendation)
     grown = kept_recommendation.since(study, chosen)
-    tasks = [_task(study, table, task, chosen, rankings or {}, bootstraps, out) for task in study.tasks]
+    tasks = [_task_page(study, table, task, chosen, rankings or {}, bootstraps, out) for task in study.tasks]
     page = (
         _environment()
         .get_template("report.html")
@@ -77,8 +78,8 @@ def report(
             tasks=tasks,
             meta=study.meta,
             recommendations=[(one, _plan_rows(study.parts, one.plan)) for one in chosen],
-            summary=sentences.summary(study, table, chosen, [task["ranking"] for task in tasks], grown),
-            exports=exports.noted(study.path),
+            summary=sentences.summary(study, table, chosen, [task.ranking for task in tasks], grown),
+            exports=exports.notes_of(study.path),
             path_gain=exports.path_gain,
             kept=_kept(study.parts),
             plans=_plans(study),
@@ -99,7 +100,7 @@ def _why_foreign(out: Path, study: Study) -> str:
     """Why a folder may not be replaced by a report; an empty string where it holds an earlier one."""
     if not out.is_dir():
         return "it is a file, and a folder is meant"
-    if out.resolve() == (study.path / "report").resolve() or is_unfinished(out):
+    if out.resolve() == paths.report(study.path).resolve() or is_unfinished(out):
         return ""
     page = out / "index.html"
     with contextlib.suppress(OSError):
@@ -110,19 +111,19 @@ def _why_foreign(out: Path, study: Study) -> str:
 
 def _environment() -> jinja2.Environment:
     """Jinja with the report's template and filters; an undefined name in the template is an error."""
-    found = jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sensitivity.analysis.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {
+    environment.filters |= {
         "score": _score,
         "percent": lambda x: "–" if x is None or math.isnan(x) else f"{x:.1f} %",
         "in_words": in_words,
     }
-    return found
+    return environment
 
 
 def _score(value: float | None) -> str:
@@ -132,7 +133,23 @@ def _score(value: float | None) -> str:
     return f"{value:.3f}"
 
 
-def _task(
+@dataclass
+class TaskPage:
+    """What the template needs about one task."""
+
+    name: str
+    slug: str  # in names of files and ids
+    ranking: Ranking | None = None
+    refusal: str = ""  # why there is no ranking
+    tau: str = ""  # how far the estimators agree
+    near: pd.DataFrame | None = None  # shares among plans that one would use
+    methods: pd.DataFrame | None = None  # shares for each method
+    pareto: dict[str, object] | None = None  # the interactive figure
+    pictures: list[tuple[Picture, Markup]] = field(default_factory=list)  # static figures, and their SVG for the page
+    budgets: list[Candidate] = field(default_factory=list)
+
+
+def _task_page(
     study: Study,
     table: pd.DataFrame,
     task: str,
@@ -140,67 +157,62 @@ def _task(
     rankings: Mapping[str, Ranking],
     bootstraps: int,
     out: Path,
-) -> dict[str, Any]:
-    """What the template needs about one task; also writes the task's figures as files."""
-    found: dict[str, Any] = {"name": task, "slug": slug(task), "refusal": "", "ranking": None, "pareto": None}
-    found |= {"pictures": [], "budgets": [], "near": None, "methods": None, "tau": ""}
-    readings: Observations | None = None
+) -> TaskPage:
+    """One task's rankings, figures and budgets; also writes the task's figures as files."""
+    page = TaskPage(task, slug(task))
+    observations: Observations | None = None
     try:
-        readings = observations_of(study, task)
+        observations = observations_of(study, task)
         few = bootstraps if len(table) <= MANY else max(1, bootstraps // 2)
-        found["ranking"] = ranking = rankings.get(task) or known(study, task) or rank(study, task, bootstraps=few)
-        found |= {
-            "near": _near(study, readings),
-            "methods": _methods(study, readings),
-            "tau": sentences.agreement(ranking),
-        }
+        page.ranking = rankings.get(task) or cached(study, task) or rank(study, task, bootstraps=few)
+        page.near, page.methods = _near(study, observations), _methods(study, observations)
+        page.tau = sentences.agreement(page.ranking)
     except UserError as error:
-        found["refusal"] = str(error)
-    if readings is None or task not in table or not table[task].notna().any():
-        return found
+        page.refusal = str(error)
+    if observations is None or task not in table or not table[task].notna().any():
+        return page
     rows = table[table[task].notna()]
     native = rows[rows["native"]]
     full = float(native[task].mean()) if len(native) else None
-    drawn = pictures(rows, readings, found["ranking"], full, [one.plan.key for one in chosen])
+    drawn = pictures(rows, observations, page.ranking, full, [one.plan.key for one in chosen])
     for picture in drawn:
-        stem = out / f"{found['slug']}-{picture.name}"
+        stem = out / f"{page.slug}-{picture.name}"
         write_atomically(stem.with_suffix(".png"), picture.png)
         write_atomically(stem.with_suffix(".svg"), picture.svg.encode())
         write_atomically(stem.with_suffix(".csv"), csv_bytes(picture.rows))
-    return found | {
-        # in the figure the size of every plan is counted in the same way, whatever format the recommended one is for
-        "pareto": pareto(rows, task, full, [replace(one, size=size(study.parts, one.plan)) for one in chosen]),
-        "pictures": [(picture, picture.inline(found["slug"])) for picture in drawn if picture.name != "pareto"],
-        "budgets": _budgets(study, task),
-    }
+    # in the figure the size of every plan is counted in the same way, whatever format the recommended one is for
+    page.pareto = pareto(rows, task, full, [replace(one, size=size(study.parts, one.plan)) for one in chosen])
+    page.pictures = [(picture, picture.inline(page.slug)) for picture in drawn if picture.name != "pareto"]
+    page.budgets = _budgets(study, task)
+    return page
 
 
-def _near(study: Study, readings: Observations) -> pd.DataFrame | None:
+def _near(study: Study, observations: Observations) -> pd.DataFrame | None:
     """Consensus shares among plans that one would use: those near full precision, and those around a few budgets."""
     columns = {}
     with contextlib.suppress(UserError):  # too few such plans, or all with one score: no column
-        close = rank(study, readings.task, near=NEAR, bootstraps=0, thorough=False)
+        close = rank(study, observations.task, near=NEAR, bootstraps=0, thorough=False)
         columns[f"within {1 - NEAR:.0%} of full precision ({close.trials} trials)"] = close.table["consensus"]
-    around = robustness.by_budget(readings, [3.0, 4.0, 6.0])
+    around = robustness.by_budget(observations, [3.0, 4.0, 6.0])
     for budget, row in around.iterrows():
         columns[f"around {budget:g} bpw ({row['trials']:.0f})"] = row.drop("trials")
-    return pd.DataFrame(columns).reindex(list(readings.names)) if columns else None
+    return pd.DataFrame(columns).reindex(list(observations.names)) if columns else None
 
 
-def _methods(study: Study, readings: Observations) -> pd.DataFrame | None:
+def _methods(study: Study, observations: Observations) -> pd.DataFrame | None:
     """Consensus shares for each quantization method, where the study has several."""
     columns = {}
-    several = sorted(set(readings.methods) - {"native"})
+    several = sorted(set(observations.methods) - {"native"})
     for method in several if len(several) > 1 else ():
         with contextlib.suppress(UserError):
-            one = rank(study, readings.task, method=method, bootstraps=0, thorough=False)
+            one = rank(study, observations.task, method=method, bootstraps=0, thorough=False)
             columns[f"{method} ({one.trials} trials)"] = one.table["consensus"]
-    return pd.DataFrame(columns).reindex(list(readings.names)) if columns else None
+    return pd.DataFrame(columns).reindex(list(observations.names)) if columns else None
 
 
 def _budgets(study: Study, task: str) -> list[Candidate]:
     """The plan that is predicted to be best for each of BUDGETS that the study's widths can reach."""
-    found: list[Candidate] = []
+    best_plans: list[Candidate] = []
     try:
         knapsack = Knapsack.of(study, [task])
     except UserError:  # full precision scored 0 or less: there are no shares of it
@@ -210,12 +222,12 @@ def _budgets(study: Study, task: str) -> list[Candidate]:
             best = spend(knapsack, budget_bits(study.parts, bpw), {task: 1.0}, top=1, asked=bpw)[0]
         except UserError:
             continue
-        if not found or best.plan.key != found[-1].plan.key:
-            found.append(best)
-    return found
+        if not best_plans or best.plan.key != best_plans[-1].plan.key:
+            best_plans.append(best)
+    return best_plans
 
 
-def _plan_rows(parts: ComponentMap, plan: Plan) -> list[dict[str, Any]]:
+def _plan_rows(parts: ComponentMap, plan: Plan) -> list[dict[str, object]]:
     """A row per component of a plan: its scheme, its weights, and their share of the model."""
     return [
         {"name": c.name, "scheme": plan[c.name], "numel": c.numel, "share": 100 * c.numel / parts.numel}
@@ -223,7 +235,7 @@ def _plan_rows(parts: ComponentMap, plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
-def _kept(parts: ComponentMap) -> list[dict[str, Any]]:
+def _kept(parts: ComponentMap) -> list[dict[str, object]]:
     """Kept weights, summed by the reason why they are kept."""
     if not parts.kept:
         return []
@@ -240,12 +252,11 @@ def _kept(parts: ComponentMap) -> list[dict[str, Any]]:
     ]
 
 
-def _plans(study: Study) -> dict[str, Any]:
+def _plans(study: Study) -> dict[str, object]:
     """All measured plans for the page's script, compact: each scheme once, and per trial the schemes' numbers."""
     schemes: dict[str, int] = {}
     rows = []
     for trial in study.measured():
-        plan = Plan.from_json(trial.user_attrs["plan"])
-        keys = [json.dumps(scheme and scheme.to_json()) for _, scheme in plan.schemes]
+        keys = [json.dumps(scheme and scheme.to_json()) for _, scheme in trial.plan.schemes]
         rows.append([schemes.setdefault(key, len(schemes)) for key in keys])
     return {"names": list(study.parts.names), "schemes": [json.loads(key) for key in schemes], "plans": rows}

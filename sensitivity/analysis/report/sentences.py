@@ -45,18 +45,18 @@ def summary(
 
 def _do(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
     """What to do: the plans to use, and where to spend bits."""
-    told = [
+    lines = [
         f"Use the plan {one.plan.describe()}: {one.size.bpw:.2f} bits per weight"
         f"{f' in {one.size.format} files' if one.size.format else ''} ({in_words(one.size.bytes)}) "
         f"within a budget of {one.budget:.2f}."
         for one in chosen
     ]
     if not chosen:
-        told.append(
+        lines.append(
             f"Choose a budget and ask for its plan: sensitivity recommend {study.path} --bpw 4.0. "
             "The table of budgets below shows what each would buy."
         )
-    return told + [_advice(ranking) for ranking in ranked]
+    return lines + [_advice(ranking) for ranking in ranked]
 
 
 def _advice(ranking: Ranking) -> str:
@@ -76,23 +76,23 @@ def _advice(ranking: Ranking) -> str:
 
 def _sure(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
     """How sure that is: measurements, verdicts, and how well the forest predicts."""
-    told = []
+    lines = []
     if chosen and all(one.measured is None for one in chosen):
-        told.append(chosen[0].words)
-    for one in chosen if not told else ():
+        lines.append(chosen[0].words)
+    for one in chosen if not lines else ():
         at = f"At {one.budget:g} bpw: " if len(chosen) > 1 else ""
         if one.measured is not None:
             kept = f", where full precision scores {one.full}" if one.full else ""
             fresh = "fresh examples" if one.fresh else "the examples it was chosen on, so that its score is optimistic"
-            told.append(f"{at}{'it' if at else 'It'} was run on {fresh} and scored {one.measured}{kept}.")
-        told.append(f"{at}{one.words}")
+            lines.append(f"{at}{'it' if at else 'It'} was run on {fresh} and scored {one.measured}{kept}.")
+        lines.append(f"{at}{one.words}")
     if not chosen and not ranked:
-        told.append("Not at all yet: no part could be ranked, for the reason given below, and no plan was run.")
+        lines.append("Not at all yet: no part could be ranked, for the reason given below, and no plan was run.")
     if study.meta.get("left_out"):
         used, rows = study.meta.get("used", 0), study.meta.get("rows", 0)
-        told.append(f"{used:,} of {rows:,} rows of the imported table were used. {_sentences(study.meta['left_out'])}")
+        lines.append(f"{used:,} of {rows:,} rows of the imported table were used. {_sentences(study.meta['left_out'])}")
     for ranking in ranked:
-        told.append(
+        lines.append(
             f"The ranking for {ranking.task} rests on {count(ranking.trials, 'trial')}; the forest explains "
             f"{max(ranking.r2, 0):.0%} of the variance of plans it has not seen, a straight line "
             f"{max(ranking.linear_r2, 0):.0%} of those it has."
@@ -101,8 +101,8 @@ def _sure(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranki
         tau = compare({ranking.task: ranking for ranking in ranked}).to_numpy()
         least = float(np.nanmin(tau))
         alike = f"agrees with a Kendall's tau of at least {least:.2f} (1: the same)" if least < 0.999 else "is the same"
-        told.append(f"Between tasks the order of the parts {alike}.")
-    return told
+        lines.append(f"Between tasks the order of the parts {alike}.")
+    return lines
 
 
 def _sentences(notes: Sequence[str]) -> str:
@@ -111,8 +111,8 @@ def _sentences(notes: Sequence[str]) -> str:
 
 def _change(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
     """What could change the answer: warnings, undecided comparisons, plans that are still queued."""
-    told = [f"{ranking.task}: {warning}." for ranking in ranked for warning in ranking.warnings]
-    told += [
+    lines = [f"{ranking.task}: {warning}." for ranking in ranked for warning in ranking.warnings]
+    lines += [
         f"About {one.uniform.more:,} more examples would show whether the lead over the uniform plan at "
         f"{one.budget:g} bpw is real."
         for one in chosen
@@ -120,9 +120,9 @@ def _change(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ran
     ]
     counts = study.counts()
     if counts["waiting"]:
-        told.append(f"{count(counts['waiting'], 'plan')} of this sweep are still waiting to be measured.")
-    told.append("Another model, task, method or set of widths: all figures hold for what was measured here.")
-    return told
+        lines.append(f"{count(counts['waiting'], 'plan')} of this sweep are still waiting to be measured.")
+    lines.append("Another model, task, method or set of widths: all figures hold for what was measured here.")
+    return lines
 
 
 def agreement(ranking: Ranking) -> str:
@@ -159,15 +159,15 @@ WIDTHS_ALT = "Scatter plot of score against bits per weight; color and shape of 
 
 def by_bits_alt(means: pd.DataFrame, task: str) -> str:
     """The text alternative of the curves: down to which width each component keeps 90 % of its best score."""
-    told = []
+    parts = []
     for part, rows in means.groupby("part", sort=False):
         curve = rows.set_index("bits")["mean"]
         if curve.iloc[-1] > 0:
             least = curve[curve >= 0.9 * curve.iloc[-1]].index.min()
-            told.append(f"{part} keeps 90 % of the score down to {least:g} bits")
+            parts.append(f"{part} keeps 90 % of the score down to {least:g} bits")
         else:
-            told.append(f"{part} leaves no score even at {curve.index[-1]:g} bits")
-    return f"Lines of the mean {task} over the bits of each part, averaged over the others: {'; '.join(told)}."
+            parts.append(f"{part} leaves no score even at {curve.index[-1]:g} bits")
+    return f"Lines of the mean {task} over the bits of each part, averaged over the others: {'; '.join(parts)}."
 
 
 def levels_alt(ranking: Ranking) -> str:

@@ -46,14 +46,14 @@ def slug(name: str) -> str:
 
 def pictures(
     table: pd.DataFrame,
-    readings: Observations,
+    observations: Observations,
     ranking: Ranking | None,
     full: float | None,
     chosen: Sequence[str] = (),
 ) -> list[Picture]:
     """Every figure for which the trials of one task hold data."""
-    task = readings.task
-    names = [name for name in readings.names if table[name].nunique() > 1]
+    task = observations.task
+    names = [name for name in observations.names if table[name].nunique() > 1]
     order = [name for name in (ranking.order if ranking else names) if name in names]
     drawn = [("pareto", "Score against size", sentences.PARETO_ALT, figures.pareto(table, task, full, chosen), table)]
     drawn += _of_ranking(ranking) if ranking else []
@@ -65,7 +65,7 @@ def pictures(
              figures.colored(table, task, name), table[["bpw", name, task]])
             for name in order[:3]
         ]  # fmt: skip
-    if (checked := unseen(readings)) is not None:
+    if (checked := unseen(observations)) is not None:
         drawn.append(("calibration", "Predicted and measured scores of unseen plans",
                       sentences.calibration_alt(checked), figures.calibration(checked, task), checked))  # fmt: skip
     return [
@@ -110,25 +110,25 @@ def _of_pairs(table: pd.DataFrame, task: str, names: Sequence[str], ranking: Ran
     return drawn
 
 
-def unseen(readings: Observations, folds: int = 5) -> pd.DataFrame | None:
+def unseen(observations: Observations, folds: int = 5) -> pd.DataFrame | None:
     """Cross-validation: each plan as predicted by a surrogate fitted to the other folds; None where plans are few."""
-    keys = np.array(readings.keys)
+    keys = np.array(observations.keys)
     groups = np.unique(keys)
     if len(groups) < 4 * folds:
         return None
-    space = Space.of(readings.plans)
-    index = space.encode(readings.plans)
+    space = Space.of(observations.plans)
+    index = space.encode(observations.plans)
     # replicates of a plan are in the same fold, or the surrogate would have seen what it predicts
     lot = dict(zip(groups, np.random.default_rng(0).permutation(len(groups)) % folds, strict=True))
     fold = np.array([lot[key] for key in keys])
-    found = pd.DataFrame({"key": keys, "measured": readings.score, "expected": 0.0, "low": 0.0, "high": 0.0})
+    predictions = pd.DataFrame({"key": keys, "measured": observations.score, "expected": 0.0, "low": 0.0, "high": 0.0})
     pairs = len(space.names) <= 6  # the search for pairs is slow with many components
     for out in range(folds):
-        model = learn(space, index[fold != out], readings.score[fold != out], noise=readings.noise, pairs=pairs)
+        model = learn(space, index[fold != out], observations.score[fold != out], noise=observations.noise, pairs=pairs)
         draws = model.draws(index[fold == out])
         # a measured score scatters around the expected one: the interval must hold both uncertainties
         noise = model.sigma * np.random.default_rng(out).standard_normal(draws.shape)
         low, high = np.quantile(draws + noise, [0.025, 0.975], axis=0)
         expected = model.predict(index[fold == out])
-        found.loc[fold == out, ["expected", "low", "high"]] = np.column_stack([expected, low, high])
-    return found
+        predictions.loc[fold == out, ["expected", "low", "high"]] = np.column_stack([expected, low, high])
+    return predictions

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, IntDistribution
@@ -14,6 +13,7 @@ from optuna.study import Study as OptunaStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from sensitivity.analysis.surrogate.surrogate import Space, Surrogate, learn
+from sensitivity.study.racing import frontier
 
 Floats = np.ndarray
 ALL = 20_000  # of a space with at most so many plans, all are compared
@@ -48,21 +48,21 @@ class FrontierSampler(BaseSampler):
     def __init__(
         self,
         space: Space,
-        weights: PlanSizes,
+        sizes: PlanSizes,
         candidates: Floats | None = None,
         low: Sequence[int] | None = None,
         seed: int = 0,
         noise: float | None = None,
     ) -> None:
-        self.space, self.weights, self.noise = space, weights, noise
+        self.space, self.sizes, self.noise = space, sizes, noise
         self.low = tuple(low) if low is not None else (0,) * len(space.names)  # first position allowed
         self.draw = np.random.default_rng(seed)
         self._other = RandomSampler(seed=seed)
         self.candidates = candidates
-        sizes = [len(options) for options in space.choices]
-        if candidates is None and math.prod(sizes) <= ALL:
-            ranges = [np.arange(first, n) for first, n in zip(self.low, sizes, strict=True)]
-            self.candidates = np.stack(np.meshgrid(*ranges, indexing="ij"), -1).reshape(-1, len(sizes))
+        counts = [len(options) for options in space.choices]
+        if candidates is None and math.prod(counts) <= ALL:
+            ranges = [np.arange(first, n) for first, n in zip(self.low, counts, strict=True)]
+            self.candidates = np.stack(np.meshgrid(*ranges, indexing="ij"), -1).reshape(-1, len(counts))
 
     def infer_relative_search_space(self, study: OptunaStudy, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All parameters, so that `sample_relative` chooses a plan as a whole."""
@@ -73,7 +73,7 @@ class FrontierSampler(BaseSampler):
 
     def sample_relative(
         self, study: OptunaStudy, trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]
-    ) -> dict[str, Any]:
+    ) -> dict[str, int]:
         """The next plan, given the completed trials."""
         done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.values]
         index = np.array([[t.params[name] for name in self.space.names] for t in done], dtype=int)
@@ -83,7 +83,7 @@ class FrontierSampler(BaseSampler):
 
     def sample_independent(
         self, study: OptunaStudy, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
+    ) -> object:
         """A random value, for a parameter that is not among the components."""
         return self._other.sample_independent(study, trial, param_name, param_distribution)
 
@@ -97,7 +97,7 @@ class FrontierSampler(BaseSampler):
         full = float(scores[native, task].mean()) if native.any() else None
         model = learn(self.space, index, scores[:, task], full, self.noise)
         pool = self.pool(model, index)
-        pool = pool[~_known(pool, index)]
+        pool = pool[~_already_measured(pool, index)]
         if not len(pool):
             return self._random()
         gain = self.gain(model, pool, index, model.theta[None])
@@ -126,37 +126,37 @@ class FrontierSampler(BaseSampler):
             damages = model.damages(theta)
             # Lagrangian relaxation: least damage + price * bits is a separate minimum per component, so each price
             # gives a plan on the convex hull at once. Interactions are left out here; `gain` counts them.
-            unit = sum(d.max() for d in damages) / sum(bits.max() for bits in self.weights.bits)
+            unit = sum(d.max() for d in damages) / sum(bits.max() for bits in self.sizes.bits)
             for price in np.geomspace(1e-4, 10, 24) * unit:  # of a bit, in units of damage
                 rows.append(
                     np.array(
                         [
                             first + int(np.argmin((damage + price * bits)[first:]))
-                            for first, damage, bits in zip(self.low, damages, self.weights.bits, strict=True)
+                            for first, damage, bits in zip(self.low, damages, self.sizes.bits, strict=True)
                         ]
                     )
                 )
-        found = np.unique(np.array(rows), axis=0)
-        sizes = np.array([len(options) for options in self.space.choices])
+        plans = np.unique(np.array(rows), axis=0)
+        counts = np.array([len(options) for options in self.space.choices])
         # neighbors with one component changed, for the sizes between two plans of the hull
-        moved = found[self.draw.integers(len(found), size=2000)].copy()
-        which = self.draw.integers(len(sizes), size=len(moved))
-        moved[np.arange(len(moved)), which] = self.draw.integers(np.array(self.low)[which], sizes[which])
-        found = np.unique(np.concatenate([found, moved]), axis=0)
-        return found[(found >= np.array(self.low)).all(axis=1)]
+        moved = plans[self.draw.integers(len(plans), size=2000)].copy()
+        which = self.draw.integers(len(counts), size=len(moved))
+        moved[np.arange(len(moved)), which] = self.draw.integers(np.array(self.low)[which], counts[which])
+        plans = np.unique(np.concatenate([plans, moved]), axis=0)
+        return plans[(plans >= np.array(self.low)).all(axis=1)]
 
     def gain(self, model: Surrogate, pool: Floats, index: Floats, thetas: Floats) -> Floats:
         """Area that each plan of the pool would add under the frontier of measured plans, as a mean over surrogates.
 
         The frontier is a step function of log size: each of its plans is the best one up to the size of the next.
         """
-        steps = self.staircase(model, index)
+        steps = self.predicted_frontier(model, index)
         rows = np.concatenate([pool, *(row[None] for _, row in steps)])
         drawn = np.stack([model.predict(rows, theta) for theta in thetas])
         drawn, held = drawn[:, : len(pool)], drawn[:, len(pool) :]
         # below the smallest measured plan, the score to beat is 0, or less where scores can be negative
         nothing = np.minimum(0.0, drawn.min(axis=1, keepdims=True))
-        size, last = np.log(self.weights.bpw(pool)), self.largest(index)
+        size, last = np.log(self.sizes.bpw(pool)), self.largest(index)
         begin = [min(float(size.min()), last), *(at for at, _ in steps)]
         total = np.zeros(len(pool))
         for start, end, value in zip(begin, [*begin[1:], last], np.hstack([nothing, held]).T, strict=True):
@@ -165,22 +165,16 @@ class FrontierSampler(BaseSampler):
             total += np.maximum(drawn - value[:, None], 0).mean(axis=0) * width
         return total
 
-    def staircase(self, model: Surrogate, index: Floats) -> list[tuple[float, Floats]]:
+    def predicted_frontier(self, model: Surrogate, index: Floats) -> list[tuple[float, Floats]]:
         """The frontier of the measured plans by predicted score, smallest first, each with its log size."""
-        size, mean = np.log(self.weights.bpw(index)), model.predict(index)
-        steps: list[tuple[float, Floats]] = []
-        best = -math.inf
-        for i in np.lexsort((-mean, size)):
-            if mean[i] > best:
-                best = float(mean[i])
-                steps.append((float(size[i]), index[i]))
-        return steps
+        size, mean = np.log(self.sizes.bpw(index)), model.predict(index)
+        return [(float(size[i]), index[i]) for i in frontier(size, mean)]
 
     def largest(self, index: Floats) -> float:
         """Log size up to which the frontier counts: that of the largest uniform plan other than full precision."""
         opening = np.array([row for row in self.opening() if row.any()])
         rows = opening if len(opening) else index
-        return float(np.log(self.weights.bpw(rows)).max()) + 0.02  # else a plan of that very size would gain nothing
+        return float(np.log(self.sizes.bpw(rows)).max()) + 0.02  # else a plan of that very size would gain nothing
 
     def _random(self) -> Floats:
         """A plan whose choices are drawn evenly."""
@@ -192,18 +186,7 @@ class FrontierSampler(BaseSampler):
         )
 
 
-def _known(pool: Floats, index: Floats) -> Floats:
+def _already_measured(pool: Floats, index: Floats) -> Floats:
     """Which plans of the pool were measured already."""
     seen = {row.tobytes() for row in np.ascontiguousarray(index, dtype=np.int64)}
     return np.array([row.tobytes() in seen for row in np.ascontiguousarray(pool, dtype=np.int64)], dtype=bool)
-
-
-def believed(model: Surrogate, index: Floats, scores: Sequence[float] | Floats, noise: float | None) -> Floats:
-    """Scores of measured plans with noise removed: the prediction, plus the share of its residual that is not noise.
-
-    Where the noise is unknown, all of the residual counts as noise.
-    """
-    spread = model.sigma**2
-    own = 0.0 if noise is None or spread == 0 else max(0.0, 1 - noise**2 / spread)
-    expected = model.predict(index)
-    return np.asarray(expected + own * (np.asarray(scores, dtype=float) - expected))

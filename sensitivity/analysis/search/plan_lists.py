@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from sensitivity.analysis.search.samplers import SAMPLERS, searching
+from sensitivity.analysis.search.samplers import SAMPLERS, sampled_plans
 from sensitivity.analysis.search.search_space import SearchSpace
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError, unknown
@@ -36,12 +36,12 @@ def one_at_a_time(parts: ComponentMap, schemes: Sequence[Scheme]) -> list[Plan]:
     return LISTS["one-at-a-time"](SearchSpace.of(parts, schemes), 0, 0)
 
 
-def _grid(ground: SearchSpace, trials: int, seed: int) -> list[Plan]:
+def _grid(space: SearchSpace, trials: int, seed: int) -> list[Plan]:
     # from the narrowest scheme to the widest; native only on an axis that allows nothing else
-    choices = [range(len(options) - 1, min(1, len(options) - 1) - 1, -1) for options in ground.joint.choices]
+    choices = [range(len(options) - 1, min(1, len(options) - 1) - 1, -1) for options in space.joint.choices]
     if (count := math.prod(map(len, choices)) + 1) > LARGEST:
         raise UserError(_too_many(choices, count))
-    return list(dict.fromkeys([ground.native, *map(ground.plan, itertools.product(*choices))]))
+    return list(dict.fromkeys([space.native, *map(space.plan, itertools.product(*choices))]))
 
 
 def _too_many(choices: Sequence[Sequence[int]], count: int) -> str:
@@ -55,24 +55,24 @@ def _too_many(choices: Sequence[Sequence[int]], count: int) -> str:
     )
 
 
-def _one_at_a_time(ground: SearchSpace, trials: int, seed: int) -> list[Plan]:
+def _one_at_a_time(space: SearchSpace, trials: int, seed: int) -> list[Plan]:
     rows = [
-        [i if axis == chosen else first for axis, first in enumerate(ground.low)]
-        for chosen, options in enumerate(ground.joint.choices)
+        [i if axis == chosen else first for axis, first in enumerate(space.low)]
+        for chosen, options in enumerate(space.joint.choices)
         for i in range(len(options) - 1, 0, -1)
     ]
-    return list(dict.fromkeys([ground.native, *map(ground.plan, [*reversed(ground.uniform()), *rows])]))
+    return list(dict.fromkeys([space.native, *map(space.plan, [*reversed(space.uniform()), *rows])]))
 
 
-def _random(ground: SearchSpace, trials: int, seed: int) -> list[Plan]:
+def _random(space: SearchSpace, trials: int, seed: int) -> list[Plan]:
     """Full precision and distinct plans drawn evenly, native among the choices; the same seed gives the same plans."""
-    counts = [len(options) for options in ground.joint.choices]
-    possible = math.prod(n - first for n, first in zip(counts, ground.low, strict=True))
-    trials = min(trials, possible + any(ground.low))  # full precision is always in the list
+    counts = [len(options) for options in space.joint.choices]
+    possible = math.prod(n - first for n, first in zip(counts, space.low, strict=True))
+    trials = min(trials, possible + any(space.low))  # full precision is always in the list
     draw = np.random.default_rng(seed)
-    plans = dict.fromkeys([ground.native])
+    plans = dict.fromkeys([space.native])
     while len(plans) < trials:
-        plans[ground.plan(draw.integers(ground.low, counts))] = None
+        plans[space.plan(draw.integers(space.low, counts))] = None
     # neighbors in this order agree in their first components, whose hidden states they then share
     return sorted(plans, key=lambda plan: [-b for b in plan.bits().values()])
 
@@ -95,16 +95,16 @@ def plans(
     tied: Sequence[Sequence[str]] = (),
 ) -> Plans:
     """The plans of a search: a list, or a function that yields each plan after the last one was measured."""
-    known(how)
+    check_search(how)
     if trials is not None and trials < 1:
         raise UserError(f"a search needs at least one trial (--trials), not {trials}")
-    ground = SearchSpace.of(parts, schemes, allowed, tied)
+    space = SearchSpace.of(parts, schemes, allowed, tied)
     if how in LISTS:
-        return LISTS[how](ground, trials or 100, seed)[:trials]
-    return lambda study: searching(study, ground, how, trials or 100, seed)
+        return LISTS[how](space, trials or 100, seed)[:trials]
+    return lambda study: sampled_plans(study, space, how, trials or 100, seed)
 
 
-def known(how: str) -> None:
+def check_search(how: str) -> None:
     """Raise an error where no search has this name."""
     if how not in LISTS and how not in SAMPLERS:
         raise unknown("search", how, [*LISTS, *SAMPLERS])

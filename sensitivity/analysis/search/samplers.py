@@ -18,14 +18,14 @@ MAXIMIZE, MINIMIZE = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
 
 # name -> a function of search space and seed that makes an Optuna sampler
 SAMPLERS: dict[str, Callable[[SearchSpace, int], BaseSampler]] = {
-    "tpe": lambda ground, seed: TPESampler(seed=seed, multivariate=True),
-    "nsga2": lambda ground, seed: NSGAIISampler(seed=seed, population_size=POPULATION),
-    "gp": lambda ground, seed: GPSampler(seed=seed, deterministic_objective=False),
-    "frontier": lambda ground, seed: FrontierSampler(ground.joint, ground.weights, low=ground.low, seed=seed),
+    "tpe": lambda space, seed: TPESampler(seed=seed, multivariate=True),
+    "nsga2": lambda space, seed: NSGAIISampler(seed=seed, population_size=POPULATION),
+    "gp": lambda space, seed: GPSampler(seed=seed, deterministic_objective=False),
+    "frontier": lambda space, seed: FrontierSampler(space.joint, space.sizes, low=space.low, seed=seed),
 }
 
 
-def searching(study: Study, ground: SearchSpace, search: str, trials: int, seed: int) -> Iterator[Plan]:
+def sampled_plans(study: Study, space: SearchSpace, search: str, trials: int, seed: int) -> Iterator[Plan]:
     """Yield plans, each chosen after the last one was measured, until the study holds `trials` of them.
 
     The sampler works on a mirror: an Optuna study in memory whose parameters are positions among the allowed choices,
@@ -37,18 +37,17 @@ def searching(study: Study, ground: SearchSpace, search: str, trials: int, seed:
     asked: dict[str, optuna.Trial] = {}
     seen: set[str] = set()
     while True:
-        # our own proposals are told their scores; trials of earlier runs and other processes are added as finished
+        # our own proposals get their scores; trials of earlier runs and other processes are added as finished
         for trial in study.trials():
-            key = trial.user_attrs["key"]
-            if key in asked:
-                mirror.tell(asked.pop(key), trial.values)
-            elif key not in seen and (row := ground.row(Plan.from_json(trial.user_attrs["plan"]))) is not None:
-                mirror.add_trial(ground.told(row, trial.values, len(mirror.get_trials(deepcopy=False))))
-            seen.add(key)
-        if len(seen) >= trials or ground.exhausted(seen):
+            if trial.key in asked:
+                mirror.tell(asked.pop(trial.key), trial.values)
+            elif trial.key not in seen and (row := space.row(trial.plan)) is not None:
+                mirror.add_trial(space.finished_trial(row, trial.values, len(mirror.get_trials(deepcopy=False))))
+            seen.add(trial.key)
+        if len(seen) >= trials or space.exhausted(seen):
             return
-        mirror.sampler = SAMPLERS[search](ground, seed + len(seen))
-        plan, ours = ground.ask(mirror, seen, seed + len(seen))
+        mirror.sampler = SAMPLERS[search](space, seed + len(seen))
+        plan, ours = space.ask(mirror, seen, seed + len(seen))
         if ours is not None:
             asked[plan.key] = ours
         yield plan

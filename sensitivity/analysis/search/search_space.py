@@ -34,9 +34,9 @@ class SearchSpace:
 
     names: tuple[str, ...]
     axes: tuple[tuple[str, ...], ...]
-    joint: Space
+    joint: Space  # the choices of each axis, as the surrogate takes them
     low: tuple[int, ...]
-    weights: PlanSizes
+    sizes: PlanSizes
 
     @classmethod
     def of(
@@ -99,7 +99,7 @@ class SearchSpace:
             for name, first, count in zip(self.joint.names, low, sizes, strict=True)
         }
 
-    def told(self, row: Sequence[int], values: Sequence[float], place: int) -> optuna.trial.FrozenTrial:
+    def finished_trial(self, row: Sequence[int], values: Sequence[float], place: int) -> optuna.trial.FrozenTrial:
         """A measured plan as a finished trial of the mirror study.
 
         NSGA-II selects parents among trials that carry a generation, which it writes only to those it proposed itself.

@@ -36,7 +36,7 @@ class Space:
             raise UserError("no plan to learn from")
         names = tuple(name for name, _ in plans[0].schemes)
         seen: list[set[Choice]] = [{plan[name] for plan in plans} | {None} for name in names]
-        return cls(names, tuple(tuple(sorted(found, key=_order)) for found in seen))
+        return cls(names, tuple(tuple(sorted(used, key=_order)) for used in seen))
 
     def encode(self, plans: Sequence[Plan]) -> Floats:
         """Plans as rows of positions among the choices of each component."""
@@ -74,11 +74,11 @@ class Surrogate:
     theta: Floats
     root: Floats
     sigma: float  # standard deviation of one measured score around its prediction: noise and misfit
-    layout: DamageModel = field(repr=False)
+    formula: DamageModel = field(repr=False)
 
     def damages(self, theta: Floats | None = None) -> list[Floats]:
         """Per component, the damage of each of its choices."""
-        return self.layout.damages(self.theta if theta is None else theta)
+        return self.formula.damages(self.theta if theta is None else theta)
 
     def gammas(self, theta: Floats | None = None) -> Floats:
         """Strength of each interacting pair."""
@@ -87,7 +87,7 @@ class Surrogate:
 
     def predict(self, index: Floats, theta: Floats | None = None) -> Floats:
         """Predicted scores of plans, given as rows of positions."""
-        return self.layout.predict(self.theta if theta is None else theta, index)
+        return self.formula.predict(self.theta if theta is None else theta, index)
 
     def sample(self, draw: np.random.Generator, times: int = DRAWS) -> Floats:
         """Parameter vectors drawn from the normal distribution with the fit's mean and covariance."""
@@ -100,18 +100,18 @@ class Surrogate:
     @property
     def power(self) -> float:
         """Exponent of the curve."""
-        return self.layout.power(self.theta)
+        return self.formula.power(self.theta)
 
     def at_damage(self, eta: Floats) -> Floats:
         """Score at a total damage."""
-        return self.layout.curve(self.theta, eta)[0]
+        return self.formula.curve(self.theta, eta)[0]
 
     def eta_at(self, score: float) -> float:
         """The total damage at which the score falls to a given value; negative where full precision scores less."""
-        return self.layout.eta_at(self.theta, score)
+        return self.formula.eta_at(self.theta, score)
 
 
-def _layout(space: Space, pairs: tuple[tuple[int, int], ...]) -> DamageModel:
+def _formula(space: Space, pairs: tuple[tuple[int, int], ...]) -> DamageModel:
     """The parameters that a space of choices and interacting pairs needs."""
     parents: list[tuple[int, ...]] = []
     bits, above = [], []
@@ -137,19 +137,19 @@ def learn(
 ) -> Surrogate:
     """Fit the surrogate to measured scores; interaction terms are added one by one while they lower the error."""
     unit = float(np.max(np.abs(score))) or 1.0  # the prior is made for scores of about 1: percent are scaled
-    readings = score / unit
+    scaled = score / unit
     top = (float(np.quantile(score, 0.9)) if full is None else full) / unit
     least = max((noise or 0.0) / unit, 1e-3)  # sigma's lower limit: few trials are fitted without any residual
-    found = _fit(space, index, readings, (), top, least)
-    while pairs and len(found.pairs) < PAIRS and (pair := _missing_pair(found, index, readings)):
-        better = _fit(space, index, readings, (*found.pairs, pair), top, least, found)
-        if better.sigma > (1 - WORTH) * found.sigma or better.gammas().min() < 0:
+    model = _fit(space, index, scaled, (), top, least)
+    while pairs and len(model.pairs) < PAIRS and (pair := _missing_pair(model, index, scaled)):
+        better = _fit(space, index, scaled, (*model.pairs, pair), top, least, model)
+        if better.sigma > (1 - WORTH) * model.sigma or better.gammas().min() < 0:
             break
-        found = better
-    theta, root = found.theta.copy(), found.root.copy()
+        model = better
+    theta, root = model.theta.copy(), model.root.copy()
     theta[:2] *= unit  # top and floor alone are in units of the score
     root[:2] *= unit
-    return Surrogate(space, found.pairs, theta, root, found.sigma * unit, found.layout)
+    return Surrogate(space, model.pairs, theta, root, model.sigma * unit, model.formula)
 
 
 def _fit(
@@ -165,12 +165,12 @@ def _fit(
 
     The prior's residuals also give that algorithm what it demands: at least as many residuals as parameters.
     """
-    layout = _layout(space, pairs)
+    formula = _formula(space, pairs)
     parts = len(space.names)
     # mean and spread of the prior, in the order of theta: top, floor, log power, level, slope; components, steps, pairs
-    center = np.concatenate([[top, 0.0, 0.0, -0.5, 0.0], np.zeros(parts + layout.steps + len(pairs))])
+    center = np.concatenate([[top, 0.0, 0.0, -0.5, 0.0], np.zeros(parts + formula.steps + len(pairs))])
     spread = np.concatenate(
-        [[0.1, 0.3, 0.5, 2.0, 0.7], np.full(parts, 1.5), np.full(layout.steps, 1.0), np.full(len(pairs), 1.0)]
+        [[0.1, 0.3, 0.5, 2.0, 0.7], np.full(parts, 1.5), np.full(formula.steps, 1.0), np.full(len(pairs), 1.0)]
     )
     # gammas stand last in theta: a fit with one pair less is a start for this one once a zero is appended
     theta = center if before is None else np.append(before.theta, 0.0)
@@ -179,26 +179,26 @@ def _fit(
         scale = sigma
 
         def residuals(t: Floats, scale: float = scale) -> Floats:
-            return np.concatenate([(layout.predict(t, index) - score) / scale, (t - center) / spread])
+            return np.concatenate([(formula.predict(t, index) - score) / scale, (t - center) / spread])
 
         def slopes(t: Floats, scale: float = scale) -> Floats:
-            return np.concatenate([layout.jacobian(t, index) / scale, np.diag(1 / spread)])
+            return np.concatenate([formula.jacobian(t, index) / scale, np.diag(1 / spread)])
 
-        found = least_squares(
+        solution = least_squares(
             residuals, theta, jac=slopes, method="lm", max_nfev=100 if before is None else 30, xtol=1e-6, ftol=1e-6
         )
-        theta = found.x
-        data = found.jac[: len(score)]
-        inverse = np.linalg.inv(found.jac.T @ found.jac)
+        theta = solution.x
+        data = solution.jac[: len(score)]
+        inverse = np.linalg.inv(solution.jac.T @ solution.jac)
         used = float(np.trace(data @ inverse @ data.T))  # effective parameters: those that data, not prior, determine
-        misfit = float(np.sum((layout.predict(theta, index) - score) ** 2))
+        misfit = float(np.sum((formula.predict(theta, index) - score) ** 2))
         sigma = max(least, math.sqrt(misfit / max(len(score) - used, 1.0)))
         if abs(sigma - scale) < 0.02 * scale:
             break
     # not Cholesky's root: rounding can make a nearly singular covariance slightly indefinite
     values, vectors = np.linalg.eigh(inverse)
     root = vectors * np.sqrt(np.maximum(values, 0))
-    return Surrogate(space, pairs, theta, root, sigma, layout)
+    return Surrogate(space, pairs, theta, root, sigma, formula)
 
 
 def _missing_pair(model: Surrogate, index: Floats, score: Floats) -> tuple[int, int] | None:
@@ -207,14 +207,14 @@ def _missing_pair(model: Surrogate, index: Floats, score: Floats) -> tuple[int, 
     Only pairs that do more damage together than the sum of both: with a negative gamma, two ruined components could
     be predicted to make a good model, and damage below the sum is already described by the power of the curve.
     """
-    layout, theta = model.layout, model.theta
+    formula, theta = model.formula, model.theta
     damages = np.column_stack([d[index[:, c]] for c, d in enumerate(model.damages())])
-    by_eta = layout.curve(theta, layout.eta(theta, damages))[2]
-    left = (score - layout.predict(theta, index)) / model.sigma
-    jac = layout.jacobian(theta, index) / model.sigma
-    candidates = [pair for pair in itertools.combinations(range(len(layout.sizes)), 2) if pair not in model.pairs]
+    by_eta = formula.curve(theta, formula.eta(theta, damages))[2]
+    left = (score - formula.predict(theta, index)) / model.sigma
+    jac = formula.jacobian(theta, index) / model.sigma
+    candidates = [pair for pair in itertools.combinations(range(len(formula.sizes)), 2) if pair not in model.pairs]
     # with fewer trials than half the parameters, nearly every pair explains the residuals
-    if not candidates or len(score) < layout.length / 2:
+    if not candidates or len(score) < formula.length / 2:
         return None
     normal = model.root @ model.root.T
     best, most = None, float(norm.isf(0.01 / len(candidates)))

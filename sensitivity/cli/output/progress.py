@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, TypedDict
 from sensitivity.cli.output.ticker import Ticker, clock
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
     from sensitivity.measure.loop import Step
     from sensitivity.study.study import Study
+    from sensitivity.study.trial import Trial
 
 
 class Pace:
@@ -129,8 +128,8 @@ class ScorePoint(TypedDict):
     """A mean score, its 95 % interval and the number of examples."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
 
 
@@ -151,11 +150,11 @@ def _last(step: Step) -> str:
     return " ".join(f"{task} {score:.3f}" for task, score in step.scores.items())
 
 
-def best_so_far(study: Study) -> list[FrozenTrial]:
+def best_so_far(study: Study) -> list[Trial]:
     """The trials on the frontier of the study's first task."""
-    from sensitivity.study.racing import frontier
+    from sensitivity.study.racing import frontier_trials
 
-    return frontier(study.measured(), study.tasks[0])
+    return frontier_trials(study.measured(), study.tasks[0])
 
 
 def frontier_lines(study: Study, most: int = 8) -> list[str]:
@@ -169,13 +168,10 @@ def frontier_lines(study: Study, most: int = 8) -> list[str]:
     return lines
 
 
-def _point(trial: FrozenTrial) -> Point:
+def _point(trial: Trial) -> Point:
     """A trial as JSON values: size, plan, scores with intervals."""
-    from sensitivity.spec.plan import Plan
-
-    attrs = trial.user_attrs
     scores = {
         task: ScorePoint(mean=score["mean"], low=score["low"], high=score["high"], n=score["n"])
-        for task, score in attrs["scores"].items()
+        for task, score in trial.scores.items()
     }
-    return {"bpw": round(attrs["size"]["bpw"], 4), "plan": Plan.from_json(attrs["plan"]).describe(), "scores": scores}
+    return {"bpw": round(trial.bpw, 4), "plan": trial.plan.describe(), "scores": scores}

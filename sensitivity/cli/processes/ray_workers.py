@@ -22,6 +22,7 @@ from sensitivity.spec.errors import Notice, UserError
 
 if TYPE_CHECKING:
     from sensitivity.measure.loop import Step
+    from sensitivity.study.owner import Owner
     from sensitivity.study.study import Study
 
 LIVES = 3  # how many actors per worker may be lost before the sweep fails
@@ -72,7 +73,7 @@ class _Actors:
         self.worker = ray.remote(max_restarts=0, **share)(Worker)
         self.lives = LIVES * args.workers
         self.at_work: dict[object, tuple[object, object]] = {}  # Ray's reference to the result -> (actor, its identity)
-        self.lost: list[dict[str, object]] = []
+        self.lost: list[Owner] = []
         for _ in range(args.workers):
             self._start()
 
@@ -116,7 +117,6 @@ class _Actors:
     def watch(self, study: Study) -> Iterator[Step]:
         """Steps, made from what the actors stored since the last look at the study."""
         from sensitivity.measure.loop import Step
-        from sensitivity.spec.plan import Plan
 
         before = 0
         while True:
@@ -126,15 +126,14 @@ class _Actors:
             self.lost.clear()
             measured = study.measured()
             if measured:
-                latest = max(measured, key=lambda trial: str(trial.datetime_complete or trial.datetime_start))
-                attrs = latest.user_attrs
-                done, left = study.progress(attrs["images"])
+                latest = max(measured, key=lambda trial: str(trial.time))
+                images = latest.images or 0
+                done, left = study.progress(images)
                 if done != before:
                     new, before = done - before, done
-                    scores = {task: found["mean"] for task, found in attrs["scores"].items()}
-                    plan = Plan.from_json(attrs["plan"])
-                    where = latest.state.is_finished(), done, left, attrs["images"], max(new, 1)
-                    yield Step(plan, scores, attrs["seconds"], *where)
+                    scores = {task: score["mean"] for task, score in latest.scores.items()}
+                    where = latest.state.is_finished(), done, left, images, max(new, 1)
+                    yield Step(latest.plan, scores, latest.seconds or 0.0, *where)
             if not self.at_work:
                 return
             self.replace_lost()
@@ -143,11 +142,11 @@ class _Actors:
 class Worker:
     """A Ray actor that runs the same command as a worker process does."""
 
-    def identity(self) -> dict[str, object]:
+    def identity(self) -> Owner:
         """The identity under which the queue knows this actor's process."""
-        from sensitivity.study.queue import me
+        from sensitivity.study.owner import this_process
 
-        return me()
+        return this_process()
 
     def run(self, typed: list[str], folder: str) -> str | None:
         """Run the command; returns the error that ended it, or None."""

@@ -55,7 +55,8 @@ def arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Turn the table into a study, and print its frontier."""
     from sensitivity.spec.errors import UserError
-    from sensitivity.study.imported_tables import Switches, import_table
+    from sensitivity.study.importing.columns import Switches
+    from sensitivity.study.importing.imported_study import import_table
 
     switches = None
     for flag in PAIRS:

@@ -51,10 +51,10 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Choose a plan for each budget, measure it, and store it in the study."""
-    from sensitivity.analysis.allocate.budget import Wish
-    from sensitivity.analysis.allocate.kept_recommendation import check_wish, remember
+    from sensitivity.analysis.allocate.kept_recommendation import check_request, save
+    from sensitivity.analysis.allocate.request import PlanRequest
     from sensitivity.analysis.observations import observations_of
-    from sensitivity.api.recommending import recommending
+    from sensitivity.api.recommending import begin_recommendation
     from sensitivity.models.loading import device_of, dtype_of, load
     from sensitivity.spec.errors import UserError
     from sensitivity.spec.runtimes import files_of
@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     bpw = args.bpw if args.gb is None else tuple(bpw_in_gb(study.parts, gb, headers) for gb in args.gb)
     weights = dict(flags.distinct("--weight", args.weight)) or {args.task or study.tasks[0]: 1.0}
     floors, allow = dict(flags.distinct("--floor", args.floor)), dict(flags.distinct("--allow", args.allow))
-    wish = Wish(bpw, weights, floors, allow, args.tie, args.runtime, args.top)
-    check_wish(study, wish)
+    request = PlanRequest(bpw, weights, floors, allow, args.tie, args.runtime, args.top)
+    check_request(study, request)
     if "fingerprint" not in study.meta:
         flags.without_effect(
             args, ["--model", "--device", "--dtype"], "for an imported table, which has no model to run"
@@ -84,11 +84,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     vlm = None
     if not args.no_run and "fingerprint" in study.meta:
         vlm = load(str(model), device=args.device, dtype=args.dtype or study.meta["dtype"])
-    chosen, steps = recommending(study, wish, vlm)
+    chosen, steps = begin_recommendation(study, request, vlm)
     if vlm is not None:
         show_progress(steps, "verifying")
     found = chosen()
-    paths = remember(study, found)
+    paths = save(study, found)
     notes = dict.fromkeys(note for task in weights for note in observations_of(study, task).notes)
     if not args.json:
         for note in notes:

@@ -20,10 +20,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     """Write the report."""
     from sensitivity.analysis.allocate.kept_recommendation import recommended
     from sensitivity.analysis.report.page import report
+    from sensitivity.study.storage import paths
     from sensitivity.study.study import Study
 
     study = Study(args.study)
-    path = report(study, args.out or args.study / "report", recommended(study))
+    path = report(study, args.out or paths.report(args.study), recommended(study))
     if not args.json:
         print(f"report: {path}")
     return {"report": str(path)}

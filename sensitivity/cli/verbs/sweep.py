@@ -126,15 +126,15 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         return _on_a_cluster(args)
     from sensitivity.analysis.allocate.legal import plans_for
     from sensitivity.analysis.search.plan_lists import plans as plans_
+    from sensitivity.api.sweeping import begin_sweep, dtype_for
     from sensitivity.api.sweeping import calibrated as calibrated_
-    from sensitivity.api.sweeping import dtype_for, sweeping
     from sensitivity.measure.generate.batches import check_tasks_fit
     from sensitivity.models.config_only import without_weights
     from sensitivity.models.discover import inspect
     from sensitivity.models.loading import load
     from sensitivity.spec.limits import allowed_by, tied_groups
     from sensitivity.spec.loadable import restrict
-    from sensitivity.study.queue import me
+    from sensitivity.study.owner import this_process
     from sensitivity.tasks.table import distinct, task
 
     workers.stop_with_launcher()
@@ -197,19 +197,19 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             "statistics": statistics,
         }
         options |= {"whole": whole, "until": args.until, "memory_gb": args.memory_gb}
-        study, steps = sweeping(vlm, parts, plans, args.task, args.out, **options)
+        study, steps = begin_sweep(vlm, parts, plans, args.task, args.out, **options)
         try:
             with workers.beside_workers(args, processes, steps) as shared:
                 _show_steps(
                     args, shared, f"sweeping {vlm.name}", study, 0 if isinstance(searched, Sequence) else expected
                 )
         except KeyboardInterrupt:
-            study.release_lost(me())  # Ctrl-C inside ask or tell leaves its plan marked as running
+            study.release_lost(this_process())  # Ctrl-C inside ask or tell leaves its plan marked as running
             if not args.json and study.measured():
                 frontier(study)
             raise
         if study.release_lost():  # plans of a worker that died
-            rest = sweeping(vlm, parts, [], args.task, args.out, **options)[1]
+            rest = begin_sweep(vlm, parts, [], args.task, args.out, **options)[1]
             _show_steps(args, rest, "plans of a lost worker", study)
     return {} if workers.is_child() else _summary(args, study)
 

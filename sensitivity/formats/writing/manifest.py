@@ -14,6 +14,7 @@ from sensitivity.spec.fields import quoted
 from sensitivity.spec.files import MARK, UNFINISHED, finite, write_atomically
 from sensitivity.spec.sizes import SizeJson
 from sensitivity.study.exports import MANIFEST, VERIFIED
+from sensitivity.study.scores import TaskScore
 
 __all__ = ["MANIFEST", "VERIFIED", "damage", "read", "sha256", "store_verification", "why_foreign", "write"]
 
@@ -47,10 +48,10 @@ class DataFacts(TypedDict, total=False):
 class TrialFacts(TypedDict, total=False):
     """What an export keeps of the trial of its plan; all of it is missing for a plan that was never measured."""
 
-    scores: dict[str, dict[str, float]] | None
-    full_precision_scores: dict[str, dict[str, float]]
+    scores: Mapping[str, TaskScore] | None
+    full_precision_scores: Mapping[str, TaskScore]
     path: str | None
-    versions: dict[str, str] | None
+    versions: Mapping[str, str] | None
     meta: DataFacts
     note: str | None
     path_gain: dict[str, object]

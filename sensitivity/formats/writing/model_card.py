@@ -117,9 +117,9 @@ def _scores(facts: TrialFacts) -> Iterator[str]:
     yield "| task | score | 95 % interval | n | full precision |"
     yield "|---|---|---|---|---|"
     for task, score in measured.items():
-        full = (facts.get("full_precision_scores") or {}).get(task, {}).get("mean")
+        full = (facts.get("full_precision_scores") or {}).get(task)
         interval = f"{score['low']:.4f} to {score['high']:.4f}" if score.get("low") is not None else "–"
-        native = "–" if full is None else f"{full:.4f}"
+        native = "–" if full is None else f"{full['mean']:.4f}"
         yield f"| {escaped(task)} | {score['mean']:.4f} | {interval} | {score.get('n', '–')} | {native} |"
     if gain := facts.get("path_gain"):
         yield from (

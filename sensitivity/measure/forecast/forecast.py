@@ -26,7 +26,7 @@ from sensitivity.quantize.methods import method_of
 from sensitivity.spec.components import PARTS, ComponentMap
 from sensitivity.spec.plan import Plan, Scheme, scheme_of
 from sensitivity.spec.sizes import GB, in_words
-from sensitivity.study.study import EXAMPLE_COLUMNS
+from sensitivity.study.answers import COLUMNS
 from sensitivity.tasks.examples.types import Task
 
 LOADING = 1.0e9  # bytes of weights per second
@@ -196,7 +196,7 @@ def _stored(parts: ComponentMap, tasks: Sequence[Task], plans: Sequence[Plan], s
         for (task, e), (score, nll) in zip(every, draw, strict=True)
     ]
     stream = io.BytesIO()
-    pd.DataFrame(rows, columns=list(EXAMPLE_COLUMNS)).to_parquet(stream, index=False)
+    pd.DataFrame(rows, columns=list(COLUMNS)).to_parquet(stream, index=False)
     trial, shard, scores = JOURNAL
     lines = sum(trial + 4 * len(plan.dumps()) + shards * (shard + scores * len(tasks)) for plan in plans)
     return {"examples": float(stream.tell() * len(plans)), "journal": float(lines + len(json.dumps(parts.to_json())))}

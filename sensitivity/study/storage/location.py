@@ -9,10 +9,7 @@ from pathlib import Path
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import NO_SPACE, disk_error, new_folder, write_atomically
 from sensitivity.study.storage.opening import check, without_password
-
-ADDRESS = "storage.url"
-JOURNAL = "journal.log"
-OURS = (ADDRESS, JOURNAL, "journal.kernel-lock", "queue.kernel-lock")  # all files of a study before its first trial
+from sensitivity.study.storage.paths import ADDRESS, FIRST_FILES, JOURNAL
 
 
 def address(path: Path) -> str | None:
@@ -21,27 +18,27 @@ def address(path: Path) -> str | None:
     if not file.exists():
         return None
     try:
-        found = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+        url = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
     except (OSError, ValueError):
-        found = ""
-    if "://" not in found:
+        url = ""
+    if "://" not in url:
         raise UserError(f"{file} names no database; it holds one line such as postgresql+psycopg://HOST/DB")
-    return found
+    return url
 
 
 def agreed(path: Path, asked: str | None) -> str | None:
     """The URL of the database to use for a folder; an error where another one would hide trials that exist."""
     if asked is not None and "://" not in asked:
         raise UserError(f"'{asked}' is not a storage; give a URL such as postgresql+psycopg://HOST/DB")
-    known = address(path)
-    if asked is None or asked == known:
-        return known
-    there = None if known is None else without_password(known)
-    if there is None and (path / JOURNAL).exists():
-        there = JOURNAL
-    if there is not None:
+    present = address(path)
+    if asked is None or asked == present:
+        return present
+    storage = None if present is None else without_password(present)
+    if storage is None and (path / JOURNAL).exists():
+        storage = JOURNAL
+    if storage is not None:
         raise UserError(
-            f"{path} holds a study whose trials are in {there}, and --storage would hide them; leave out --storage, "
+            f"{path} holds a study whose trials are in {storage}, and --storage would hide them; leave out --storage, "
             "or choose another --out"
         )
     return asked
@@ -49,22 +46,22 @@ def agreed(path: Path, asked: str | None) -> str | None:
 
 def usable(path: Path, asked: str | None) -> str | None:
     """The URL of the database to use, checked to be reachable where it is new to this folder."""
-    chosen = agreed(path, asked)  # a known one may be away for a while: it is waited for when it is opened
+    chosen = agreed(path, asked)  # the folder's own one may be away for a while: it is waited for when it is opened
     if chosen is not None and chosen != address(path):
         check(chosen)
     return chosen
 
 
-def write(path: Path, url: str) -> None:
+def write_address(path: Path, url: str) -> None:
     """Store the URL of the database in a study's folder."""
     write_atomically(path / ADDRESS, url.encode())
 
 
 @contextlib.contextmanager
-def made(path: Path) -> Iterator[None]:
+def study_folder(path: Path) -> Iterator[None]:
     """Create a study's folder; remove what was created where the study then cannot be begun."""
     try:
-        with new_folder(path, OURS):
+        with new_folder(path, FIRST_FILES):
             yield
     except OSError as error:
         if error.errno in NO_SPACE:

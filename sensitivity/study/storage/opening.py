@@ -79,11 +79,11 @@ class Journal(JournalFileBackend):
         self._path, self._ours = path, ProcessLock(path)
         super().__init__(str(path), lock_obj=self._ours)
 
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:  # Optuna's signature
         """Add lines under the lock; they are on disk when this returns."""
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
         with held(self._ours):
-            mend(self._path)
+            cut_half_line(self._path)
             with open(self._path, "ab", buffering=0) as file:
                 end, left = file.tell(), memoryview(lines)
                 try:
@@ -95,7 +95,7 @@ class Journal(JournalFileBackend):
                     raise disk_error(self._path, error) from error
 
 
-def mend(journal: Path) -> None:
+def cut_half_line(journal: Path) -> None:
     """Cut off a half-written last line; before every write, as another process may be killed at any time."""
     with open(journal, "rb+") as file:
         size = end = file.seek(0, os.SEEK_END)
@@ -111,20 +111,20 @@ def mend(journal: Path) -> None:
             file.truncate(end)
 
 
-def open_storage(where: Path | str, known: bool = False) -> BaseStorage:
-    """A journal for a path, a database for a URL; one that is `known` to have worked is waited for if it is away."""
+def open_storage(where: Path | str, wait: bool = False) -> BaseStorage:
+    """A journal for a path, a database for a URL; with `wait`, one that is away for a while is waited for."""
     if isinstance(where, str) and "://" in where:
-        began, told = time.monotonic(), False
+        began, warned = time.monotonic(), False
         while True:
             try:
                 return waiting.Patient(_database(where))  # type: ignore[abstract]
             except Exception as error:  # drivers raise errors of many types
                 why = f"cannot open the storage {without_password(where)}: {reason(error)}"
-                if not known or not waiting.lost(error) or time.monotonic() - began > waiting.SECONDS:
+                if not wait or not waiting.lost(error) or time.monotonic() - began > waiting.SECONDS:
                     raise UserError(why) from error
-            if not told:
+            if not warned:
                 warnings.warn(f"{why}; waiting for it", Notice, stacklevel=2)
-                told = True
+                warned = True
             time.sleep(waiting.AGAIN)
     journal = Path(where).absolute()
     if journal.exists() and not journal.is_file():

@@ -1,0 +1,114 @@
+"""What a study is about: its model, data, tasks and components, stored once and compared whenever a sweep goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
+
+from sensitivity.spec import schema
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.errors import UserError
+from sensitivity.study.storage import paths
+from sensitivity.study.storage.opening import ProcessLock, held
+from sensitivity.study.trial import REPAIR
+
+NAME = "sensitivity"  # of the study in Optuna's storage
+DISCARDED = "again"  # attribute of a study: numbers of trials whose answers were lost and whose plans are run again
+
+
+class Meta(TypedDict, total=False):
+    """What all trials of a study share; the second half is said of an imported table."""
+
+    model: str
+    fingerprint: str
+    dtype: str
+    note: str | None
+    tasks: list[str]  # as typed by the user
+    n: int
+    seed: int
+    whole_answers: bool
+    data: dict[str, str]  # task -> how many examples, and their fingerprint
+    chance: dict[str, float | None]
+    imported: str
+    rows: int
+    used: int
+    left_out: list[str]
+    columns: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a study is about."""
+
+    meta: Meta
+    tasks: tuple[str, ...]
+    parts: ComponentMap
+
+
+def store_or_compare(
+    path: Path, parts: ComponentMap, tasks: Sequence[str], meta: Mapping[str, object], storage: BaseStorage
+) -> None:
+    """Store what a new study is about; for an existing one, raise an error unless it is about the same."""
+    # one maximized value per task, and bits per weight as the last, minimized one
+    directions = [StudyDirection.MAXIMIZE] * len(tasks) + [StudyDirection.MINIMIZE]
+    wanted = json.loads(json.dumps({"meta": dict(meta), "tasks": list(tasks), "parts": parts.to_json()}))
+    with held(ProcessLock(path / paths.QUEUE_LOCK)):  # processes that start together all find nothing stored
+        study = optuna.create_study(study_name=NAME, storage=storage, directions=directions, load_if_exists=True)
+        for name, value in wanted.items():
+            stored = study.user_attrs.get(name)
+            if stored is None:
+                study.set_user_attr(name, value)
+            elif stored != value:
+                why = _first_difference(name, stored, value)
+                raise UserError(f"{path} holds another study ({why}); choose another --out")
+
+
+def load(path: Path, storage: BaseStorage) -> tuple[optuna.Study, Identity]:
+    """The Optuna study in a storage, and what it is about."""
+    try:
+        study = optuna.load_study(study_name=NAME, storage=storage)
+    except KeyError:
+        raise UserError(f"{path} holds no study: it was never begun, or its first lines are lost") from None
+    attrs = study.user_attrs
+    if not {"meta", "tasks", "parts"} <= set(attrs):
+        raise UserError(f"{path} was interrupted before its first trial; delete it and start again")
+    schema.check(attrs, "study", f"the study at {path} is damaged", REPAIR)
+    if len(study.directions) != len(attrs["tasks"]) + 1:
+        count = len(study.directions) - 1
+        raise UserError(f"the study at {path} is damaged: it has {count} scores for other tasks; {REPAIR}")
+    parts = ComponentMap.from_json(attrs["parts"])
+    try:
+        nameless = [name for name in parts.names if not name]
+        repeated = len(parts.weights) - len({weight.name for weight in parts.weights})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"the study at {path} is damaged: its weights are in no component; {REPAIR}") from error
+    if nameless or repeated:
+        raise UserError(f"the study at {path} is damaged: its weights have no names of their own; {REPAIR}")
+    return study, Identity(attrs["meta"], tuple(attrs["tasks"]), parts)
+
+
+def discarded(study: optuna.Study) -> frozenset[int]:
+    """The numbers of trials whose answers were lost, and which no longer count."""
+    return frozenset(study.user_attrs.get(DISCARDED, ()))
+
+
+def discard(study: optuna.Study, numbers: Iterable[int]) -> None:
+    """Store which trials no longer count: Optuna cannot change a finished trial, so the study lists them."""
+    study.set_user_attr(DISCARDED, sorted(numbers))
+
+
+def _first_difference(name: str, stored: object, wanted: object) -> str:
+    """Where two JSON values first differ, for an error message."""
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        for key in [*stored, *wanted]:
+            if stored.get(key) != wanted.get(key):
+                return _first_difference(key, stored.get(key), wanted.get(key))
+    short = [text if len(text := str(value)) < 60 else text[:57] + "..." for value in (stored, wanted)]
+    return f"{name}: there {short[0]}, here {short[1]}"

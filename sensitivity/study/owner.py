@@ -1,0 +1,45 @@
+"""The process that runs a trial: how it is named in the queue, and whether it has died."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import TypedDict
+
+
+class Owner(TypedDict):
+    """A process, told apart from a later one with the same pid by when it started."""
+
+    host: str
+    pid: int
+    since: str | None
+
+
+def this_process() -> Owner:
+    """This process as the owner of a trial."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": _started(os.getpid())}
+
+
+def _started(pid: int) -> str | None:
+    """When a process started, in the kernel's clock ticks: a new process may get the pid of a dead one."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return None
+
+
+def is_dead(owner: Owner | None) -> bool:
+    """Whether the owner of a trial has certainly ended; one on another machine cannot be seen and counts as alive."""
+    if owner is None:
+        return True
+    if owner["host"] != socket.gethostname() or sys.platform == "win32":  # on Windows, signal 0 is Ctrl-C
+        return False
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's process has this pid; its start tells whether it is the owner
+        pass
+    return bool(_started(owner["pid"]) != owner["since"])

@@ -1,0 +1,47 @@
+"""Where a study keeps its files: the only module that knows the names in a study's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+JOURNAL = "journal.log"  # Optuna's journal: all trials, unless they are in a database
+ADDRESS = "storage.url"  # the URL of that database
+QUEUE_LOCK = "queue"  # held while the queue is changed
+# all files of a study before its first trial
+FIRST_FILES = (ADDRESS, JOURNAL, "journal.kernel-lock", "queue.kernel-lock")
+PLAN = "plan.json"  # the recommendation for the first budget that was asked for
+
+
+def is_study(folder: Path) -> bool:
+    """Whether a folder holds a study, be its trials in a journal or in a database."""
+    return (folder / JOURNAL).exists() or (folder / ADDRESS).exists()
+
+
+def answers(study: Path, key: str) -> Path:
+    """The per-example answers and scores of a plan, by the plan's key."""
+    return study / "examples" / f"{key}.parquet"
+
+
+def verification(study: Path) -> Path:
+    """The folder of a second study, in which plans run on fresh examples."""
+    return study / "verify"
+
+
+def ranking(study: Path, digest: str) -> Path:
+    """A cached ranking, by a hash of all that it depends on."""
+    return study / "rankings" / f"{digest}.json"
+
+
+def recommendation(study: Path, budget: float | None = None) -> Path:
+    """A saved recommendation: the first one, or that for a further budget in bits per weight."""
+    return study / (PLAN if budget is None else f"plan-{budget:g}bpw.json")
+
+
+def export_notes(study: Path) -> Path:
+    """The folder of notes on exports."""
+    return study / "exports"
+
+
+def report(study: Path) -> Path:
+    """The folder of the report, unless another one is named."""
+    return study / "report"
