@@ -22,7 +22,7 @@ from sensitivity.measure.loop import MEMORY_GB, Step, check_runs, identity
 from sensitivity.measure.loop import run as run_plans
 from sensitivity.models.loading import device_of, dtype_of, load
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import method_of, scheme
+from sensitivity.quantize.methods import importance, method_of, scheme
 from sensitivity.spec.components import ComponentMap, granularity
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
@@ -206,7 +206,8 @@ def calibrated(
     if None not in (data := named.pop()):
         tasks, n, seed, path = str(data[0]).split(","), int(data[1] or 0), int(data[2] or 0), str(data[3])
     cache = Cache(cache_folder(), cache_gb) if cache_gb > 0 else None
-    statistics = calibrate(vlm, parts, tasks, n, seed, path, against, cache)
+    kinds = {importance(one) for one in needing}
+    statistics = calibrate(vlm, parts, tasks, n, seed, path, against, cache, importance=kinds)
     return [
         replace(one, settings=tuple({**dict(one.settings), **statistics.facts}.items())) if one in needing else one
         for one in schemes

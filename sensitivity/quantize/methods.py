@@ -21,7 +21,8 @@ from sensitivity.quantize.scale_search import awq
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Scheme, Setting
 
-OWN = "own"
+OWN, UNIFORM = "own", "uniform"
+IMPORTANCE = (UNIFORM, "modality", "gradient", "output")  # how much each calibration token counts
 # what a calibrated scheme records about its calibration data (see Statistics.facts), and the type of each
 CALIBRATION = {"calibration": str, "examples": int, "seed": int, "data": str, "path": str}
 BLOCKS = "in blocks of 64 of the flattened weight, around zero"
@@ -34,14 +35,16 @@ METHODS: dict[str, Method] = {
         fixed="per tensor and asymmetric",
     ),
     "rtn": Method(per_weight(rtn), settings={"biases": False}),
-    "clip": Method(clip, range(2, 9), calibrated=True),
+    "clip": Method(
+        clip, range(2, 9), calibrated=True, settings={"importance": UNIFORM}, choices={"importance": IMPORTANCE}
+    ),
     "gptq": Method(
         gptq,
         calibrated=True,
         # neither order nor clipping costs a bit; on the embedded model's layers they cut the output error by 20 to 40 %
-        settings={"damp": 0.01, "order": "activation", "clip": True, "backend": OWN},
+        settings={"damp": 0.01, "order": "activation", "clip": True, "backend": OWN, "importance": UNIFORM},
         ranges={"damp": (0, 10)},
-        choices={"order": ("given", "activation"), "backend": (OWN, "gptqmodel")},
+        choices={"order": ("given", "activation"), "backend": (OWN, "gptqmodel"), "importance": IMPORTANCE},
     ),
     "awq": Method(
         awq,
@@ -49,10 +52,10 @@ METHODS: dict[str, Method] = {
         group=128,
         symmetric=False,
         calibrated=True,
-        settings={"exponents": 20, "clip": True, "clip_qk": False, "scales": "stored"},
+        settings={"exponents": 20, "clip": True, "clip_qk": False, "scales": "stored", "importance": UNIFORM},
         ranges={"exponents": (1, 1000)},
         # folded: scales only where the layer before can absorb them, so that they cost no bit
-        choices={"scales": ("stored", "folded")},
+        choices={"scales": ("stored", "folded"), "importance": IMPORTANCE},
     ),
     "nf4": Method(per_weight(to_codebook), range(4, 5), group=64, settings={"double": False}, fixed=BLOCKS),
     "fp4": Method(per_weight(to_codebook), range(4, 5), group=64, settings={"double": False}, fixed=BLOCKS),
@@ -73,6 +76,11 @@ def method_of(scheme: Scheme) -> Method:
     if scheme.method not in METHODS:
         raise unknown("method", scheme.method, METHODS)
     return METHODS[scheme.method]
+
+
+def importance(scheme: Scheme) -> str:
+    """How much each calibration token counts for a scheme: UNIFORM, or another of IMPORTANCE."""
+    return str(scheme.get("importance") or UNIFORM)
 
 
 def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None = None, **chosen: Any) -> Scheme:
@@ -106,11 +114,10 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     if row.calibrated and group == "tensor":
         raise UserError(f"{name} needs a scale per row or group; choose --group row or a number of columns")
     settings = {**row.settings, **{key: _checked(name, row, key, value) for key, value in given.items()}}
-    if not settings.get("biases"):
-        settings.pop("biases", None)  # a setting that is off is not recorded
-    # likewise: our own solver is not recorded
-    if settings.get("backend") == OWN:
-        settings.pop("backend")
+    # what adds nothing is not recorded, so that a scheme is the same as before there was such a setting
+    for setting, nothing in (("biases", False), ("backend", OWN), ("importance", UNIFORM)):
+        if settings.get(setting) == nothing:
+            settings.pop(setting)
     facts = dict(calibration or {}) if row.calibrated else {}
     found = Scheme(name, bits, group, symmetric, tuple({**settings, **facts}.items()))
     if found.get("backend"):

@@ -13,4 +13,11 @@ PRESETS: dict[str, dict[str, Setting]] = {
     "paper-uniform": {"method": "uniform", "biases": True},
     "paper-gptq": {"method": "gptq", "group": "row", "symmetric": True, "damp": 0.01, "order": "given", "clip": False},
     "paper-awq": {"method": "awq", "group": 128, "symmetric": False, "exponents": 20, "clip": True},
+    # MBQ (Li et al. 2025) as its authors publish it searches scales by the L1 error of module outputs; here the same
+    # token weights stand in the squared error of layer outputs. The other three are known from abstracts alone, and
+    # that they weigh by this gradient is inferred.
+    "mbq": {"method": "awq", "group": 128, "clip": False, "importance": "modality"},
+    "tlq": {"method": "awq", "group": 128, "importance": "gradient"},
+    "tlq-gptq": {"method": "gptq", "importance": "gradient"},
+    "oac": {"method": "gptq", "importance": "output"},
 }

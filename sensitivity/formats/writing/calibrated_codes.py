@@ -15,7 +15,7 @@ from sensitivity.measure.install.plan_in_model import targets
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.grid import QuantizedWeight, to_16_bit
 from sensitivity.quantize.linears import Linears, StoredWeight, input_of
-from sensitivity.quantize.methods import method_of, solve
+from sensitivity.quantize.methods import importance, solve
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.plan import Plan, Scheme
 
@@ -102,22 +102,21 @@ class _BlockByBlock:
         reader.
         """
         shared = {input_of(w): {self.schemes[v.name] for v in block if input_of(v) == input_of(w)} for w in block}
-        studied = sorted(key for key, schemes in shared.items() if any(method_of(s).calibrated for s in schemes))
-        firsts = [self.inputs[key][0] for key in studied]
-        curvatures = self.statistics.gather(firsts, tuple(self.done)) if studied else {}
+        curvatures = self.statistics.gather_for(shared, self.inputs, tuple(self.done))
         for key, schemes in shared.items():
             names = tuple(weight.name for weight in self.inputs[key])
+            weights = tuple(self.float_weights[name] for name in names)
             foldable = any(s.get("scales") == "folded" for s in schemes) and key in self.statistics.absorbers
-            linears = Linears(names, tuple(self.float_weights[name] for name in names), curvatures.get(key), foldable)
-            ordered = sorted(schemes, key=str)
-            for scheme, results in zip(ordered, solve(linears, ordered), strict=True):
+            for scheme in sorted(schemes, key=str):
+                linears = Linears(names, weights, curvatures.get((key, importance(scheme))), foldable)
+                (results,) = solve(linears, [scheme])
                 self.found |= {
                     name: result
                     for name, result in zip(names, results, strict=True)
                     if self.schemes.get(name) == scheme
                 }
-            if linears.curvature is not None:
-                linears.curvature.free_factor()
+            for curvature in curvatures.values():
+                curvature.free_factor()
         if self.statistics.exposed:
             self._install(block)
         self.done += [(weight.name, self.schemes[weight.name]) for weight in block]

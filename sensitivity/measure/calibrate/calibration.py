@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -21,10 +21,12 @@ from sensitivity.measure.calibrate.token_batches import (
     calibration_pass,
     check_disjoint,
 )
+from sensitivity.measure.gradients.token_importance import TokenWeights, importance_of, of_batch
 from sensitivity.measure.memory.out_of_memory import run_or_halve
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.curvature import Curvature
 from sensitivity.quantize.linears import input_of
+from sensitivity.quantize.methods import UNIFORM
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Setting
@@ -44,8 +46,12 @@ def calibrate(
     against: Iterable[Task] = (),
     cache: Cache | None = None,
     gram_bytes: int = GRAM_BYTES,
+    importance: Collection[str] = (),
 ) -> Statistics:
     """Statistics of the inputs of all layers in `parts`, on n calibration examples divided among the tasks.
+
+    Each `importance` beside "uniform" gives statistics of its own, in which every token has its own weight. The weights
+    come from the float model, on both paths.
 
     `against` lists the evaluation tasks, which must share no example and no image with the calibration data. Gram
     matrices that exceed `gram_bytes` bytes together are computed a few blocks at a time, when they are asked for.
@@ -69,14 +75,40 @@ def calibrate(
         few = [replace(data[0], examples=data[0].examples[:1])]
         return absorbers(vlm.model, parts, lambda: calibration_pass(vlm, next(batches(vlm, few))))
 
+    def of_rows(rows: int) -> Iterable[TokenBatch]:
+        return batches(vlm, data, rows)
+
+    token_weights: dict[str, TokenWeights | None] = {UNIFORM: None}
+    if others := sorted(set(importance) - {UNIFORM}):
+        token_weights |= _token_weights(vlm, parts, of_rows, others)
     if path == "exposed":
-        return Statistics(facts, exposed(vlm, parts, lambda rows: batches(vlm, data, rows)), trace, cache)
-    description = {**facts, "model": vlm.fingerprint, "dtype": str(vlm.model.dtype)}
-    found = unquantized(vlm, parts, lambda rows: batches(vlm, data, rows), description, cache, gram_bytes)
-    return Statistics(facts, found, trace, cache)
+        found = {name: exposed(vlm, parts, of_rows, weights) for name, weights in token_weights.items()}
+    else:
+        description = {**facts, "model": vlm.fingerprint, "dtype": str(vlm.model.dtype)}
+        found = {
+            name: unquantized(
+                vlm, parts, of_rows, description if weights is None else description | {"importance": name}, cache,
+                gram_bytes, weights,
+            )
+            for name, weights in token_weights.items()
+        }  # fmt: skip
+    return Statistics(facts, found.pop(UNIFORM), trace, cache, found)
 
 
 Data = Callable[[int], Iterable[TokenBatch]]  # calibration data in batches of at most so many rows
+
+
+def _token_weights(vlm: VLM, parts: ComponentMap, data: Data, names: Sequence[str]) -> dict[str, TokenWeights]:
+    """The token weights of some kinds of importance, from one backward pass over the data."""
+    layers = [weight for weight in parts.weights if not weight.looked_up]
+    rows = ROWS // 4  # a backward pass takes several times the memory of a forward pass
+
+    def compute() -> dict[str, TokenWeights]:
+        return importance_of(vlm, layers, data(rows), names)
+
+    while (found := run_or_halve(compute, rows, "the calibration data", vlm.device)) is None:
+        rows //= 2
+    return found
 
 
 class CalibrationBatches:
@@ -85,14 +117,18 @@ class CalibrationBatches:
     Statistics are sums over batches, so after an out-of-memory error they start from zero, with smaller batches.
     """
 
-    def __init__(self, vlm: VLM, parts: ComponentMap, data: Data, exposed: bool) -> None:
-        self.rows = ROWS
+    def __init__(
+        self, vlm: VLM, parts: ComponentMap, data: Data, exposed: bool, token_weights: TokenWeights | None = None
+    ) -> None:
+        self.rows, self.token_weights = ROWS, token_weights
         self.vlm, self.parts, self.data, self.exposed = vlm, parts, data, exposed
         self.blockwise: BlockwisePass | None = None
 
     def by_full_passes(self, weights: Sequence[Weight]) -> Mapping[str, Curvature]:
         """Statistics of some weights' inputs, by full forward passes."""
-        return self._halving_batches(lambda: collect(self.vlm, weights, self.data(self.rows)))
+        return self._halving_batches(
+            lambda: collect(self.vlm, weights, self.data(self.rows), token_weights=self.token_weights)
+        )
 
     def by_blocks(self, weights: Sequence[Weight], installed: Installed | None) -> Mapping[str, Curvature]:
         """The same statistics, by passes that go on where the last ones ended (BlockwisePass)."""
@@ -103,7 +139,7 @@ class CalibrationBatches:
                 self.vlm, self.parts, self.data(self.rows), self.exposed, next(iter(self.data(1)))
             )
             with self.blockwise.run_up_to(weights, installed) as forward:
-                return collect(self.vlm, weights, self.blockwise.data, forward)
+                return collect(self.vlm, weights, self.blockwise.data, forward, self.token_weights)
 
         return self._halving_batches(compute)
 
@@ -115,9 +151,9 @@ class CalibrationBatches:
         return found
 
 
-def exposed(vlm: VLM, parts: ComponentMap, data: Data) -> Gather:
+def exposed(vlm: VLM, parts: ComponentMap, data: Data, token_weights: TokenWeights | None = None) -> Gather:
     """Statistics of the model as it is when they are asked for, block by block while a plan is put in."""
-    passes = CalibrationBatches(vlm, parts, data, exposed=True)
+    passes = CalibrationBatches(vlm, parts, data, True, token_weights)
     return lambda weights, installed=None: passes.by_blocks(weights, installed)
 
 
@@ -128,12 +164,13 @@ def unquantized(
     description: Mapping[str, object],
     cache: Cache | None,
     gram_bytes: int = GRAM_BYTES,
+    token_weights: TokenWeights | None = None,
 ) -> Gather:
     """Statistics of the float model: of all layers in one pass, or of a few blocks at a time if memory is short."""
     groups = _weight_groups(parts, gram_bytes)
     at = {input_of(weight): i for i, group in enumerate(groups) for weight in group}
     in_memory: dict[int, Mapping[str, Curvature]] = {}
-    passes = CalibrationBatches(vlm, parts, data, exposed=False)
+    passes = CalibrationBatches(vlm, parts, data, False, token_weights)
     # addresses of the float weights, by which `compute` notices a quantized one
     own = {name: parameter.data_ptr() for name, parameter in vlm.model.named_parameters()}
 
@@ -204,9 +241,13 @@ def collect(
     vlm: VLM,
     weights: Iterable[Weight],
     data: Iterable[TokenBatch],
-    forward: Callable[[VLM, TokenBatch], None] = calibration_pass,
+    forward: Callable[[VLM, TokenBatch], object] = calibration_pass,
+    token_weights: TokenWeights | None = None,
 ) -> dict[str, Curvature]:
-    """Statistics of the inputs of some weights on the model as it is, summed over the batches."""
+    """Statistics of the inputs of some weights on the model as it is, summed over the batches.
+
+    Without `token_weights` every token counts 1.
+    """
     one_per_input = {input_of(weight): weight for weight in weights}
     found = {name: Curvature(w.cols, vlm.device) for name, w in one_per_input.items()}
     # the batch of the current forward pass, for the hooks
@@ -218,7 +259,11 @@ def collect(
             modality, counts = current[0].modality(part, x.shape[:-1])
             # padding tokens are left out of the sums: no answer depends on them
             flat = x.reshape(-1, x.shape[-1])
-            found[name].add(flat if modality is None or not counts[PADDING] else flat[modality != PADDING])
+            weights = None if token_weights is None else of_batch(token_weights, current[0], name)
+            if modality is not None and counts[PADDING]:
+                flat = flat[modality != PADDING]
+                weights = None if weights is None else weights[modality != PADDING]
+            found[name].add(flat, weights)
             found[name].modalities += counts
 
         return hook

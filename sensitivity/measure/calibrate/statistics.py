@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -11,6 +11,7 @@ from sensitivity.measure.calibrate.absorbers import Absorber
 from sensitivity.measure.calibrate.blockwise import Installed
 from sensitivity.measure.calibrate.cache import Cache
 from sensitivity.quantize.curvature import Curvature
+from sensitivity.quantize.methods import UNIFORM, importance, method_of
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Scheme, Setting
@@ -40,6 +41,28 @@ class Statistics:
         default=dict
     )  # finds what scales can be folded into, by input
     cache: Cache | None = None  # of quantized weights
+    weighted: Mapping[str, Gather] = field(default_factory=dict)  # by importance: the same with weights for tokens
+
+    def gather_for(
+        self, schemes_of: Mapping[str, Iterable[Scheme]], readers: Mapping[str, Sequence[Weight]], installed: Installed
+    ) -> dict[tuple[str, str], Curvature]:
+        """What the calibrated schemes of some inputs need, by input and kind of importance."""
+        found: dict[tuple[str, str], Curvature] = {}
+        kinds: dict[str, set[str]] = {}
+        for name, schemes in schemes_of.items():
+            for scheme in schemes:
+                if method_of(scheme).calibrated:
+                    kinds.setdefault(importance(scheme), set()).add(name)
+        for kind, names in sorted(kinds.items()):
+            if kind != UNIFORM and kind not in self.weighted:
+                raise UserError(
+                    f"a scheme weighs tokens by {kind}, and these statistics have no such weights; calibrate with "
+                    f"importance=({kind!r},)"
+                )
+            gather = self.gather if kind == UNIFORM else self.weighted[kind]
+            gathered = gather([readers[name][0] for name in sorted(names)], installed)
+            found |= {(name, kind): curvature for name, curvature in gathered.items()}
+        return found
 
     @cached_property
     def absorbers(self) -> Mapping[str, Absorber]:

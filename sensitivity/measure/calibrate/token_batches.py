@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ PADDING, VISION, PROMPT, ANSWER = range(4)
 ROWS = 16  # examples in a batch, at most: memory does not grow with their number
 
 
+Answered = tuple[int, dict[str, Tensor], list[int]]  # an example: its number in the data, its inputs, its right answer
+
+
 @dataclass
 class TokenBatch:
     """Inputs of a forward pass, the right answers included, and the modality of each position of its sequences."""
@@ -28,6 +32,8 @@ class TokenBatch:
     inputs: dict[str, Tensor]
     sequences: Sequence[tuple[str, Tensor]]  # part, and its tokens' modalities (rows x positions)
     logits_to_keep: int = 1  # positions from the end that get logits: the input of an output head
+    targets: Tensor | None = None  # the tokens of the right answers, end included, that the logits should predict
+    examples: tuple[int, ...] = ()  # which examples of the data these are, in their order
     counted: dict[tuple[str, tuple[int, ...]], tuple[Tensor | None, Tensor]] = field(default_factory=dict)
 
     def modality(self, part: str, shape: torch.Size) -> tuple[Tensor | None, Tensor]:
@@ -50,24 +56,27 @@ class TokenBatch:
 
 def batches(vlm: VLM, tasks: Sequence[Task], rows: int = ROWS) -> Iterator[TokenBatch]:
     """Every example with its first right answer; only examples of equal shapes share a batch, so none is padded."""
-    waiting: dict[Hashable, list[tuple[dict[str, Tensor], list[int]]]] = {}
+    waiting: dict[Hashable, list[Answered]] = {}
+    number = 0
     for task in tasks:
         for example in task.examples:
             (one,) = evaluated.batches(vlm, replace(task, examples=(example,)), plain=True)
-            target_tokens = one.targets[0][:-1]  # the end token is predicted, never read
+            target_tokens = one.targets[0]
             shapes = tuple((name, tuple(value.shape)) for name, value in sorted(one.inputs.items()))
             group = waiting.setdefault((shapes, len(target_tokens)), [])
-            group.append((one.inputs, target_tokens))
+            group.append((number, one.inputs, target_tokens))
+            number += 1
             if len(group) == min(rows, evaluated.images_at_once(one.inputs["pixel_values"].numel())):
                 yield _stacked(vlm, waiting.pop((shapes, len(target_tokens))))
     for group in waiting.values():
         yield _stacked(vlm, group)
 
 
-def _stacked(vlm: VLM, group: Sequence[tuple[dict[str, Tensor], list[int]]]) -> TokenBatch:
+def _stacked(vlm: VLM, group: Sequence[Answered]) -> TokenBatch:
     """One batch of examples with equal shapes, with the answers appended to the prompts."""
-    inputs = {name: torch.cat([one[name] for one, _ in group]) for name in group[0][0]}
-    answers = torch.tensor([target_tokens for _, target_tokens in group], dtype=torch.long)
+    inputs = {name: torch.cat([one[name] for _, one, _ in group]) for name in group[0][1]}
+    targets = torch.tensor([target_tokens for _, _, target_tokens in group], dtype=torch.long)
+    answers = targets[:, :-1]  # the end token is predicted, never read
     prompt = inputs["input_ids"]
     text = torch.full_like(prompt, PROMPT)
     text[prompt == image_token(vlm)] = VISION
@@ -91,9 +100,9 @@ def _stacked(vlm: VLM, group: Sequence[tuple[dict[str, Tensor], list[int]]]) -> 
         ("language", logit_modalities),
         *_qformer_sequences(vlm, inputs),
     ]
-    return TokenBatch(
-        inputs, [(part, t.to(vlm.device)) for part, t in sequences], logits_to_keep=logit_modalities.shape[1]
-    )
+    placed = [(part, t.to(vlm.device)) for part, t in sequences]
+    numbers = tuple(number for number, _, _ in group)
+    return TokenBatch(inputs, placed, logit_modalities.shape[1], targets.to(vlm.device), numbers)
 
 
 def _qformer_sequences(vlm: VLM, inputs: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
@@ -113,11 +122,12 @@ def image_token(vlm: VLM) -> int:
     return next((int(token) for token in found if token is not None), -1)
 
 
-def calibration_pass(vlm: VLM, batch: TokenBatch) -> None:
-    """One forward pass for its layers' inputs: no cache, and logits of the answer only."""
+def calibration_pass(vlm: VLM, batch: TokenBatch) -> Tensor:
+    """One forward pass without a cache; returns the logits, of the answer alone where the model offers that."""
     sequences = inspect.signature(vlm.model.forward).parameters
     options = {"use_cache": False, "logits_to_keep": batch.logits_to_keep}
-    vlm.model(**batch.inputs, **{name: value for name, value in options.items() if name in sequences})
+    found = vlm.model(**batch.inputs, **{name: value for name, value in options.items() if name in sequences})
+    return cast(Tensor, getattr(found, "logits", None))
 
 
 def check_disjoint(calibration: Sequence[Task], evaluation: Sequence[Task]) -> None:

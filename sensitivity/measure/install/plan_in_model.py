@@ -15,7 +15,7 @@ from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.memory.weight_codes import CachedWeight, Key, WeightCodes, as_cached, from_tensors, tensors
 from sensitivity.quantize.curvature import Curvature
 from sensitivity.quantize.linears import Linears, input_of
-from sensitivity.quantize.methods import method_of, quantize, solve
+from sensitivity.quantize.methods import importance, method_of, quantize, solve
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme, Setting, scheme_of
@@ -143,13 +143,10 @@ class _Quantizer:
                 missing.setdefault(input_of(weight), set()).update(missing_schemes)
         # a method may choose scales for an input that its weights share; solving all of them together keeps the bits
         # independent of which of them a plan names
-        studied = {shared for shared, schemes in missing.items() if any(self._calibrated(s) for s in schemes)}
-        found: Mapping[str, Curvature] = {}
-        if studied:
-            assert self.statistics is not None
-            found = self.statistics.gather(
-                [self.inputs[shared][0] for shared in sorted(studied)], tuple(self.installed_so_far)
-            )
+        found: Mapping[tuple[str, str], Curvature] = {}
+        calibrated = {s for schemes in missing.values() for s in schemes if self._calibrated(s)}
+        if calibrated and self.statistics is not None:
+            found = self.statistics.gather_for(missing, self.inputs, tuple(self.installed_so_far))
         for shared, schemes in missing.items():
             names = tuple(weight.name for weight in self.inputs[shared])
             for name in names:
@@ -157,12 +154,15 @@ class _Quantizer:
             ordered = sorted(schemes, key=str)
             # tracing absorbers costs a forward pass, so it waits until a scheme folds its scales
             foldable = any(s.get("scales") == "folded" for s in schemes) and shared in self._absorbers()
-            linears = Linears(names, tuple(self.own[name] for name in names), found.get(shared), foldable)
-            for chosen, values in zip(ordered, self._values(linears, ordered), strict=True):
-                for name, value in zip(names, values, strict=True):
-                    self.memory[self.key(name, chosen)] = value
-            if linears.curvature is not None:
-                linears.curvature.free_factor()
+            weights = tuple(self.own[name] for name in names)
+            for kind in sorted({importance(s) for s in ordered}):
+                alike = [s for s in ordered if importance(s) == kind]
+                linears = Linears(names, weights, found.get((shared, kind)), foldable)
+                for chosen, values in zip(alike, self._values(linears, alike), strict=True):
+                    for name, value in zip(names, values, strict=True):
+                        self.memory[self.key(name, chosen)] = value
+                if linears.curvature is not None:
+                    linears.curvature.free_factor()
 
     def _values(self, linears: Linears, schemes: Sequence[Scheme]) -> list[list[CachedWeight]]:
         """The quantized weights for each scheme; calibrated ones come from the cache on disk if it has them."""

@@ -1,0 +1,1 @@
+"""What needs the gradient of the loss of the right answers, on calibration data alone."""

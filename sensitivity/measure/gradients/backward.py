@@ -1,0 +1,122 @@
+"""One backward pass of the answer loss in bounded memory: each layer's inputs, with the gradient of its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
+
+from sensitivity.measure.block_modules import block_path, replaced_forward
+from sensitivity.measure.calibrate.token_batches import TokenBatch, calibration_pass
+from sensitivity.models.vlm import VLM
+from sensitivity.spec.components import Weight
+from sensitivity.spec.errors import UserError
+
+# gets a weight, what its layer reads (tokens x inputs) and the gradient of what it returns (tokens x outputs)
+Visit = Callable[[Weight, Tensor, Tensor], None]
+
+
+def answer_loss(vlm: VLM, batch: TokenBatch) -> Tensor:
+    """Cross-entropy of the right answers with teacher forcing: the mean over an answer's tokens, summed over rows.
+
+    A sum over rows, so that the gradient of an example does not depend on which examples share its batch.
+    """
+    if batch.targets is None:
+        raise UserError("this task has no answers in words, and without them there is no loss to take gradients of")
+    logits = calibration_pass(vlm, batch)[:, -batch.targets.shape[1] :]
+    # in float32 the probability of a sure answer is 1, and its gradient nothing at all
+    logits = logits.float() if logits.device.type == "mps" else logits.double()
+    each = nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+    return each.reshape(batch.targets.shape).mean(1).sum()
+
+
+def backward(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch, visit: Visit) -> float:
+    """Call `visit` for each weight's layer as the backward pass reaches it; return the loss.
+
+    Only the hidden states between blocks are kept from the forward pass: each block runs again when the backward pass
+    comes to it, so that one block's activations are in memory at a time.
+    """
+    # added to what a layer returns: gradients reach it even where nothing before it requires one
+    zero = torch.zeros((), device=vlm.device, dtype=vlm.model.dtype, requires_grad=True)
+
+    def watch(weight: Weight) -> Callable[..., Tensor | None]:
+        def hook(
+            module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+        ) -> Tensor | None:
+            if not torch.is_grad_enabled():  # the first of two runs of a block
+                return None
+            inputs = (args[0] if args else kwargs["input"]).detach()
+            output = output if output.requires_grad else output + zero
+
+            def reached(gradient: Tensor) -> None:
+                if not bool(torch.isfinite(gradient).all()):
+                    raise UserError(
+                        f"the gradient of the answer loss at {weight.name} is NaN or infinite; run the model in "
+                        "float32 (--dtype fp32)"
+                    )
+                visit(weight, inputs.flatten(0, -2), gradient.detach().flatten(0, -2))
+
+            output.register_hook(reached)
+            return output
+
+        return hook
+
+    with ExitStack() as patches, torch.enable_grad():
+        for module in _outermost_blocks(vlm.model, weights):
+            patches.enter_context(replaced_forward(module, _run_again(module.forward, zero)))
+        for weight in weights:
+            layer = vlm.model.get_submodule(weight.reader)
+            patches.callback(layer.register_forward_hook(watch(weight), with_kwargs=True).remove)
+        loss = answer_loss(vlm, batch)
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            if "derivative" not in str(error) and "does not require grad" not in str(error):
+                raise
+            raise UserError(f"this model has an operation without a gradient: {error}") from error
+    return float(loss.detach())
+
+
+def _is_cache(value: object) -> bool:
+    return isinstance(value, Cache)
+
+
+def _without_cache(value: object) -> object:
+    return None if _is_cache(value) else value
+
+
+def _run_again(forward: Callable[..., object], zero: Tensor) -> Callable[..., object]:
+    """The same forward, which keeps its inputs alone, and runs again in the backward pass."""
+
+    def run(*args: object, **kwargs: object) -> object:
+        # a cache holds the keys of the first run, which the second would attend to as well
+        args, kwargs = tree_map(_without_cache, (args, kwargs), is_leaf=_is_cache)
+        leaves, inputs = tree_flatten((args, kwargs))
+        outputs = []
+
+        def flat(_: Tensor, *values: object) -> tuple[object, ...]:
+            again_args, again_kwargs = tree_unflatten(values, inputs)
+            found, shape = tree_flatten(forward(*again_args, **again_kwargs))
+            outputs[:] = [shape]
+            return tuple(found)
+
+        found = checkpoint(flat, zero, *leaves, use_reentrant=True, preserve_rng_state=False)
+        return tree_unflatten(list(found), outputs[0])
+
+    return run
+
+
+def _outermost_blocks(model: nn.Module, weights: Iterable[Weight]) -> list[nn.Module]:
+    """The modules of the blocks that hold some weights, without those inside another."""
+    layers: dict[tuple[str, int], list[str]] = {}
+    for weight in weights:
+        if weight.block is not None:
+            layers.setdefault((weight.part, weight.block), []).append(weight.module)
+    paths = {path for found in layers.values() if (path := block_path(model, found))}
+    outermost = [path for path in sorted(paths) if not any(path.startswith(f"{other}.") for other in paths)]
+    return [model.get_submodule(path) for path in outermost]
