@@ -34,7 +34,7 @@ class Absorber:
     norm: bool
 
 
-def absorbers(model: nn.Module, parts: ComponentMap, run: Callable[[], None]) -> dict[str, Absorber]:
+def absorbers(model: nn.Module, parts: ComponentMap, run: Callable[[], object]) -> dict[str, Absorber]:
     """The absorber of each input: a norm that feeds it and nothing else; value for output; up for down.
 
     `run` is one forward pass, which is watched. A norm whose output is also added, viewed or read by another layer does
@@ -61,7 +61,7 @@ def _sibling(
     return next((by_module[f"{parent}.{name}"] for name in writer if f"{parent}.{name}" in by_module), None)
 
 
-def _norms(model: nn.Module, parts: ComponentMap, run: Callable[[], None]) -> dict[str, str]:
+def _norms(model: nn.Module, parts: ComponentMap, run: Callable[[], object]) -> dict[str, str]:
     """By input: the path of the norm whose output goes to that input and nowhere else."""
     # a tied head cannot be scaled: the embedding would be scaled with it
     names = {id(model.get_parameter(weight.name)): input_of(weight) for weight in parts.weights if not weight.tied}

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
@@ -61,7 +61,7 @@ def backward(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch, visit: Visi
                     )
                 visit(weight, inputs.flatten(0, -2), gradient.detach().flatten(0, -2))
 
-            output.register_hook(reached)
+            output.register_hook(reached)  # type: ignore[no-untyped-call]
             return output
 
         return hook
@@ -74,7 +74,7 @@ def backward(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch, visit: Visi
             patches.callback(layer.register_forward_hook(watch(weight), with_kwargs=True).remove)
         loss = answer_loss(vlm, batch)
         try:
-            loss.backward()
+            torch.autograd.backward(loss)
         except RuntimeError as error:
             if "derivative" not in str(error) and "does not require grad" not in str(error):
                 raise
@@ -97,7 +97,7 @@ def _run_again(forward: Callable[..., object], zero: Tensor) -> Callable[..., ob
         # a cache holds the keys of the first run, which the second would attend to as well
         args, kwargs = tree_map(_without_cache, (args, kwargs), is_leaf=_is_cache)
         leaves, inputs = tree_flatten((args, kwargs))
-        outputs = []
+        outputs: list[TreeSpec] = []
 
         def flat(_: Tensor, *values: object) -> tuple[object, ...]:
             again_args, again_kwargs = tree_unflatten(values, inputs)
