@@ -245,6 +245,17 @@ def test_nobody_but_cli_prints_or_reads_argv() -> None:
             assert not names & {"print", "argparse"}, path
 
 
+LIMIT = 5  # uses of `Any` per 1,000 lines; imports count
+
+
+def test_few_values_have_the_type_any() -> None:
+    """`Any` switches the type checker off: a misspelled field is then found only when the line runs."""
+    for folder in sorted({path.relative_to(PACKAGE).parts[0] for path in MODULES if path.parent != PACKAGE}):
+        text = "\n".join(path.read_text(encoding="utf-8") for path in (PACKAGE / folder).rglob("*.py"))
+        uses, lines = len(re.findall(r"\bAny\b", text)), len(text.splitlines())
+        assert uses <= LIMIT * max(lines, 1000) / 1000, f"{folder}: {uses} in {lines} lines"
+
+
 UNITS = re.compile(r"[*/] ?(8|1)e(6|9)\b")  # megabytes and gigabytes, of bytes or of bits
 
 
