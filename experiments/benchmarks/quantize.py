@@ -23,10 +23,10 @@ from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.install.plan_in_model import prepare
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
-from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.linears import Linears
+from sensitivity.quantize.layer.curvature import Curvature
+from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.methods import quantize, scheme, solve
-from sensitivity.quantize.scale_search import errors, scales
+from sensitivity.quantize.solvers.scale_search import errors, scales
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan
 

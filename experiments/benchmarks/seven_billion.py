@@ -23,7 +23,7 @@ from sensitivity.measure.install.plan_in_model import prepare
 from sensitivity.models.discover import inspect
 from sensitivity.models.families import family_of
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.linears import input_of
+from sensitivity.quantize.layer.linears import input_of
 from sensitivity.quantize.methods import scheme
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan

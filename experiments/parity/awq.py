@@ -24,8 +24,8 @@ from sensitivity.models.checkpoint import model_folder
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.linears import Linears, input_of
+from sensitivity.quantize.layer.curvature import Curvature
+from sensitivity.quantize.layer.linears import Linears, input_of
 from sensitivity.quantize.methods import quantize, scheme, solve
 from sensitivity.tasks.table import task
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from experiments.methods.measured import write
 from experiments.parity.layers import Layer, layers
 from experiments.parity.peers import ask, cell
-from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.grid import ranges, scale_and_zero
-from sensitivity.quantize.linears import Linears
+from sensitivity.quantize.layer.curvature import Curvature
+from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.methods import quantize, scheme, solve
+from sensitivity.quantize.stored.grid import ranges, scale_and_zero
 from sensitivity.spec.plan import Scheme
 
 ROOT = Path(__file__).parents[2]  # so that the other interpreter can import this package

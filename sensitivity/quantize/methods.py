@@ -8,16 +8,25 @@ from typing import Any
 
 from torch import Tensor
 
-from sensitivity.quantize import gptqmodel_solver
-from sensitivity.quantize.activations import int8_rows, split_inputs
-from sensitivity.quantize.clip import clip
-from sensitivity.quantize.codebook import to_codebook
-from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.gptq import gptq
-from sensitivity.quantize.linears import Linears, Method, StoredWeight, per_weight
-from sensitivity.quantize.nearest import rtn, uniform
+from sensitivity.quantize.grids.adpq import adpq
+from sensitivity.quantize.grids.billm import billm
+from sensitivity.quantize.grids.binary import binary
+from sensitivity.quantize.grids.bivlm import bivlm
+from sensitivity.quantize.grids.bpdq import bpdq
+from sensitivity.quantize.grids.leanquant import affine, leanquant
+from sensitivity.quantize.grids.spqr import spqr
+from sensitivity.quantize.grids.squeezellm import squeezellm
+from sensitivity.quantize.layer.curvature import Curvature
+from sensitivity.quantize.layer.linears import Linears, Method, per_weight
 from sensitivity.quantize.presets import PRESETS
-from sensitivity.quantize.scale_search import awq
+from sensitivity.quantize.solvers import gptqmodel_solver
+from sensitivity.quantize.solvers.activations import int8_rows, split_inputs
+from sensitivity.quantize.solvers.clip import clip
+from sensitivity.quantize.solvers.gptq import gptq
+from sensitivity.quantize.solvers.nearest import rtn, uniform
+from sensitivity.quantize.solvers.scale_search import awq
+from sensitivity.quantize.stored.codebook import to_codebook
+from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Scheme, Setting
 
@@ -26,6 +35,12 @@ IMPORTANCE = (UNIFORM, "modality", "gradient", "output")  # how much each calibr
 # what a calibrated scheme records about its calibration data (see Statistics.facts), and the type of each
 CALIBRATION = {"calibration": str, "examples": int, "seed": int, "data": str, "path": str}
 BLOCKS = "in blocks of 64 of the flattened weight, around zero"
+CODEBOOK, PLANES = "with one codebook per row", "of bit planes, and asymmetric"
+LEANQUANT: Any = {
+    "settings": {"damp": 0.01, "order": "activation", "exponent": 4.0},
+    "ranges": {"damp": (0, 10), "exponent": (0, 16)},
+    "choices": {"order": ("given", "activation")},
+}
 METHODS: dict[str, Method] = {
     "uniform": Method(
         per_weight(uniform),
@@ -68,6 +83,61 @@ METHODS: dict[str, Method] = {
         fixed="per row and symmetric",
         inputs=split_inputs,
     ),
+    "binary": Method(per_weight(binary), symmetric=False, fixed=PLANES, any_group=True),
+    "squeezellm": Method(
+        squeezellm,
+        symmetric=False,
+        calibrated=True,
+        settings={"outliers": 0.0045, "sensitive": 0.0005},
+        ranges={"outliers": (0, 0.5), "sensitive": (0, 0.5)},
+        fixed=CODEBOOK,
+    ),
+    "leanquant": Method(leanquant, symmetric=False, calibrated=True, fixed=CODEBOOK, **LEANQUANT),
+    "leanquant-affine": Method(affine, range(2, 9), symmetric=False, calibrated=True, **LEANQUANT),
+    "bpdq": Method(
+        bpdq,
+        range(1, 5),
+        group=128,
+        symmetric=False,
+        calibrated=True,
+        settings={"damp": 0.01, "turns": 5},
+        ranges={"damp": (0, 10), "turns": (1, 100)},
+        fixed=PLANES,
+        any_group=True,
+    ),
+    "billm": Method(
+        billm,
+        range(1, 2),
+        group=128,
+        calibrated=True,
+        settings={"damp": 0.01, "salient": 49, "split": True},
+        ranges={"damp": (0, 10), "salient": (0, 1000)},
+        fixed="of signs and magnitudes, and symmetric",
+        any_group=True,
+    ),
+    "bivlm": Method(
+        per_weight(bivlm),
+        range(1, 2),
+        group="tensor",
+        settings={"bins": 5, "salient": 0.01},
+        ranges={"bins": (1, 126), "salient": (0, 0.2)},
+        fixed="per tensor and symmetric",
+    ),
+    "spqr": Method(
+        spqr,
+        range(2, 9),
+        group=16,
+        symmetric=False,
+        calibrated=True,
+        settings={"damp": 1.0, "order": "activation", "outliers": 0.01, "scale_bits": 3},
+        ranges={"damp": (0, 10), "outliers": (0, 0.5), "scale_bits": (1, 16)},
+        choices={"order": ("given", "activation")},
+        fixed="asymmetric",
+        any_group=True,
+    ),
+    "adpq": Method(
+        per_weight(adpq), range(2, 9), group=128, settings={"outliers": 0.06}, ranges={"outliers": (0, 0.5)}
+    ),
 }
 
 
@@ -109,9 +179,9 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     if given.get("backend", OWN) != OWN:
         given.setdefault("clip", False)  # the clip search is ours; other solvers lack it
     group, symmetric = given.pop("group", row.group), given.pop("symmetric", row.symmetric)
-    if row.fixed and (group, symmetric) != (row.group, row.symmetric):
+    if not row.takes(group, symmetric):
         raise UserError(f"{name} is always {row.fixed}; use rtn for other groups and symmetric grids")
-    if row.calibrated and group == "tensor":
+    if (row.calibrated or row.any_group) and group == "tensor":
         raise UserError(f"{name} needs a scale per row or group; choose --group row or a number of columns")
     settings = {**row.settings, **{key: _checked(name, row, key, value) for key, value in given.items()}}
     # what adds nothing is not recorded, so that a scheme is the same as before there was such a setting
@@ -134,7 +204,7 @@ def check_scheme(chosen: Scheme) -> None:
     row, facts = method_of(chosen), CALIBRATION if method_of(chosen).calibrated else {}
     if chosen.bits not in row.widths:
         raise UserError(f"{chosen.method} does not take {chosen.bits} bits")
-    if row.fixed and (chosen.group, chosen.symmetric) != (row.group, row.symmetric):
+    if not row.takes(chosen.group, chosen.symmetric):
         raise UserError(f"{chosen.method} is always {row.fixed}, not {chosen.group}, symmetric: {chosen.symmetric}")
     for setting, value in chosen.settings:
         if setting in facts:

@@ -10,7 +10,8 @@ from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Plan, Scheme
 
 Choice = Scheme | None
-INTEGER_GRIDS = ("rtn", "clip", "gptq", "awq")  # methods with integer codes and an integer zero point
+# methods with integer codes and an integer zero point
+INTEGER_GRIDS = ("rtn", "clip", "gptq", "awq", "leanquant-affine")
 ANY = tuple(range(1, 17))
 
 

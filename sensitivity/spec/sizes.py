@@ -9,7 +9,7 @@ from typing import NotRequired, TypedDict
 
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError, unknown
-from sensitivity.spec.plan import Plan, Scheme, scheme_of
+from sensitivity.spec.plan import Plan, Scheme, Setting, scheme_of
 
 HEADER_ENTRY = 112  # upper bound on the bytes of a tensor's entry in a safetensors header, without its name
 MB, GB = 1e6, 1e9  # bytes, as disks and hubs count them
@@ -104,6 +104,78 @@ def _blocks(scheme: Scheme, rows: int, cols: int) -> int:
     return table + 32 * blocks
 
 
+def outliers(share: Setting, rows: int, cols: int) -> int:
+    """How many numbers of a weight are stored apart, for a share of all: a plan has a size before it is computed."""
+    kept: int = round(float(share or 0) * rows * cols)
+    return kept
+
+
+RUN = 256  # columns within which the position of an outlier takes 8 bits
+
+
+def _positions(count: int, rows: int, cols: int) -> int:
+    """Where outliers are: 8 bits for each, and a 16-bit count for every 256 columns of a row."""
+    return 8 * count + 16 * rows * math.ceil(cols / RUN) if count else 0
+
+
+def _sparse(count: int, rows: int, cols: int) -> int:
+    """Outliers with 16-bit values."""
+    return 16 * count + _positions(count, rows, cols)
+
+
+def _codebook(scheme: Scheme, rows: int, cols: int) -> int:
+    """A 16-bit codebook per row."""
+    return 16 * rows * (1 << scheme.bits)
+
+
+def _squeezellm(scheme: Scheme, rows: int, cols: int) -> int:
+    """What `_codebook` counts, and outliers."""
+    count = outliers(scheme.get("sensitive"), rows, cols) + outliers(scheme.get("outliers"), rows, cols)
+    return _codebook(scheme, rows, cols) + _sparse(count, rows, cols)
+
+
+def _planes(scheme: Scheme, rows: int, cols: int) -> int:
+    """A 16-bit coefficient per plane and an offset, for each group."""
+    return groups(scheme, rows, cols) * 16 * (scheme.bits + 1)
+
+
+def _billm(scheme: Scheme, rows: int, cols: int) -> int:
+    """BiLLM beside one bit per weight.
+
+    A second bit (the half, or the second sign of a salient column), mean and magnitude of each half, mean and two
+    magnitudes of salient columns, and a bit per column.
+    """
+    salient, split = bool(scheme.get("salient")), bool(scheme.get("split"))
+    numbers = (4 if split else 2) + (3 if salient else 0)
+    second = rows * cols if salient or split else 0
+    return second + 16 * numbers * groups(scheme, rows, cols) + (cols if salient else 0)
+
+
+def _bivlm(scheme: Scheme, rows: int, cols: int) -> int:
+    """Bi-VLM beside the sign: the index of each weight's bin, which the paper leaves out, and the levels of bins.
+
+    Salient weights are two more bins; they add a 16-bit scale per row, and a mean and a deviation per matrix.
+    """
+    bins, salient = int(scheme.get("bins") or 1), bool(scheme.get("salient"))
+    index = math.ceil(math.log2(bins + (2 if salient else 0)))
+    return index * rows * cols + 16 * bins + (16 * (rows + 2) if salient else 0)
+
+
+def _spqr(scheme: Scheme, rows: int, cols: int) -> int:
+    """Scales and zero points of 16 rows share a 16-bit scale and a 16-bit zero point each; and outliers."""
+    per_group = int(scheme.get("scale_bits") or 16)
+    shared = math.ceil(rows / 16) * groups(scheme, 1, cols)
+    # at 16 bits there is no second level, and a zero point is as wide as a code
+    grids = groups(scheme, rows, cols) * 2 * per_group + 64 * shared if per_group < 16 else _affine(scheme, rows, cols)
+    return grids + _sparse(outliers(scheme.get("outliers"), rows, cols), rows, cols)
+
+
+def _adpq(scheme: Scheme, rows: int, cols: int) -> int:
+    """Two grids per group, and where outliers are; their values are codes like all others."""
+    count = outliers(scheme.get("outliers"), rows, cols)
+    return (2 if count else 1) * _affine(scheme, rows, cols) + _positions(count, rows, cols)
+
+
 # method -> bits stored beside the codes of a weight with `rows` and `cols`
 OVERHEAD: dict[str, Callable[[Scheme, int, int], int]] = {
     "uniform": lambda scheme, rows, cols: 64 * groups(scheme, rows, cols),  # minimum and range, float32
@@ -114,6 +186,15 @@ OVERHEAD: dict[str, Callable[[Scheme, int, int], int]] = {
     "nf4": _blocks,
     "fp4": _blocks,
     "llm-int8": lambda scheme, rows, cols: 32 * rows,
+    "binary": _planes,
+    "squeezellm": _squeezellm,
+    "leanquant": _codebook,
+    "leanquant-affine": _affine,
+    "bpdq": _planes,
+    "billm": _billm,
+    "bivlm": _bivlm,
+    "spqr": _spqr,
+    "adpq": _adpq,
     "codes": lambda scheme, rows, cols: 0,  # an imported table, of which only bit widths are known
 }
 

@@ -38,8 +38,8 @@ from sensitivity.measure.install.plan_in_model import prepare, quantized
 from sensitivity.measure.memory.weight_codes import WeightCodes
 from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.linears import input_of
+from sensitivity.quantize.layer.curvature import Curvature
+from sensitivity.quantize.layer.linears import input_of
 from sensitivity.quantize.methods import METHODS, scheme
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import Notice, UserError

@@ -21,8 +21,8 @@ from sensitivity.measure.gradients.token_importance import TokenGradients, by_mo
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.linears import input_of
+from sensitivity.quantize.layer.curvature import Curvature
+from sensitivity.quantize.layer.linears import input_of
 from sensitivity.quantize.methods import scheme
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError

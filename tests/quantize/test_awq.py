@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sensitivity.quantize.clip import RATIOS, clipped
-from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.error_cost import STRIP, ErrorCost, low_rank_factor, quadratic, upper_half
-from sensitivity.quantize.grid import QuantizedWeight, encode, ranges, scale_and_zero
-from sensitivity.quantize.linears import Linears
+from sensitivity.quantize.layer.curvature import Curvature
+from sensitivity.quantize.layer.error_cost import STRIP, ErrorCost, low_rank_factor, quadratic, upper_half
+from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.methods import quantize, scheme, solve
-from sensitivity.quantize.scale_search import QUERY_KEY, errors, scales
+from sensitivity.quantize.solvers.clip import RATIOS, clipped
+from sensitivity.quantize.solvers.scale_search import QUERY_KEY, errors, scales
+from sensitivity.quantize.stored.grid import QuantizedWeight, encode, ranges, scale_and_zero
 from sensitivity.spec.sizes import OVERHEAD
 
 WIDTH, GROUP = 48, 16
@@ -60,7 +60,7 @@ def test_the_search_in_pieces_is_the_search_at_once(monkeypatch: pytest.MonkeyPa
     given = linears()
     grid = scales(given.input_statistics, 20, torch.float32)
     whole = errors(given.rows, grid, given.input_statistics.gram, [scheme("awq", 3)], torch.float32)
-    monkeypatch.setattr("sensitivity.quantize.scale_search.ROOM", 1)
+    monkeypatch.setattr("sensitivity.quantize.solvers.scale_search.ROOM", 1)
     torch.testing.assert_close(
         errors(given.rows, grid, given.input_statistics.gram, [scheme("awq", 3)], torch.float32), whole
     )
@@ -231,7 +231,8 @@ def test_what_a_few_directions_rule_out_would_not_have_been_chosen(
     assert len(fast.low_rank) == len(fast.exact) == -(-200 // size)
     judged: list[int] = []
     monkeypatch.setattr(
-        "sensitivity.quantize.error_cost.quadratic", lambda e, half: (judged.append(len(e)), quadratic(e, half))[1]
+        "sensitivity.quantize.layer.error_cost.quadratic",
+        lambda e, half: (judged.append(len(e)), quadratic(e, half))[1],
     )
     for cost in (fast, fast.under(scale)):
         found = clipped(w, chosen, torch.float32, cost)

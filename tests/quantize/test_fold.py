@@ -18,9 +18,9 @@ from sensitivity.measure.install.fold import fold
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.grid import QuantizedWeight
-from sensitivity.quantize.linears import Linears, input_of
+from sensitivity.quantize.layer.linears import Linears, input_of
 from sensitivity.quantize.methods import scheme, solve
+from sensitivity.quantize.stored.grid import QuantizedWeight
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan

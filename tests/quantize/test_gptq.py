@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.grid import ranges, scale_and_zero
-from sensitivity.quantize.linears import Linears
+from sensitivity.quantize.layer.curvature import Curvature
+from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.methods import quantize, scheme, solve
+from sensitivity.quantize.stored.grid import ranges, scale_and_zero
 from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.plan import Scheme
 
@@ -98,10 +98,10 @@ def test_a_width_has_the_same_bits_alone_and_among_others(chosen: dict[str, obje
 
 
 def test_another_backend_is_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sensitivity.quantize.gptqmodel_solver.find_spec", lambda _: None)
+    monkeypatch.setattr("sensitivity.quantize.solvers.gptqmodel_solver.find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"gptqmodel is not installed; type: pip install 'vlm-sensitivity\[peers\]'"):
         scheme("gptq", 4, backend="gptqmodel")
-    monkeypatch.setattr("sensitivity.quantize.gptqmodel_solver.find_spec", lambda _: "here")
+    monkeypatch.setattr("sensitivity.quantize.solvers.gptqmodel_solver.find_spec", lambda _: "here")
     assert scheme("gptq", 4, backend="gptqmodel")["clip"] is False
     for method, bits, chosen, message in (
         ("gptq", 4, {"backend": "gptqmodle"}, "unknown backend of gptq 'gptqmodle'; choose from own, gptqmodel"),

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.memory.weight_codes import WeightCodes, from_tensors, tensors
 from sensitivity.models.discover import discover
-from sensitivity.quantize.grid import QuantizedWeight
 from sensitivity.quantize.methods import METHODS, quantize, scheme, solve
 from sensitivity.quantize.presets import PRESETS
+from sensitivity.quantize.stored.grid import QuantizedWeight
 from sensitivity.spec.components import GRANULARITIES, ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
@@ -258,7 +258,7 @@ def test_a_calibrated_method_asks_for_statistics(model: nn.Module, parts: Compon
 
 
 def test_results_come_in_the_order_asked() -> None:
-    from sensitivity.quantize.linears import Linears
+    from sensitivity.quantize.layer.linears import Linears
 
     schemes = [scheme("rtn", 8), scheme("uniform", 2), scheme("rtn", 2)]
     linears = Linears(("a", "b"), (weights(), weights(seed=1)))

@@ -13,9 +13,10 @@ from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.install.fold import fold
 from sensitivity.measure.install.plan_in_model import targets
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.grid import QuantizedWeight, to_16_bit
-from sensitivity.quantize.linears import Linears, StoredWeight, input_of
+from sensitivity.quantize.layer.linears import Linears, input_of
 from sensitivity.quantize.methods import importance, solve
+from sensitivity.quantize.stored.grid import QuantizedWeight, to_16_bit
+from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.plan import Plan, Scheme
 

@@ -14,9 +14,10 @@ from sensitivity.formats.writing.packing import buffer
 from sensitivity.formats.writing.source import SourceCheckpoint, open_source
 from sensitivity.measure.install.plan_in_model import targets
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.grid import QuantizedWeight
-from sensitivity.quantize.linears import Linears, StoredWeight
+from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.methods import solve
+from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sensitivity.quantize.linears import input_of
+from sensitivity.quantize.layer.linears import input_of
 from sensitivity.spec.components import ComponentMap, Weight
 
 # Attention's output projection reads weighted means of value rows, which are linear in them.

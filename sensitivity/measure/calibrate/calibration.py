@@ -24,8 +24,8 @@ from sensitivity.measure.calibrate.token_batches import (
 from sensitivity.measure.gradients.token_importance import TokenWeights, importance_of, of_batch
 from sensitivity.measure.memory.out_of_memory import run_or_halve
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.linears import input_of
+from sensitivity.quantize.layer.curvature import Curvature
+from sensitivity.quantize.layer.linears import input_of
 from sensitivity.quantize.methods import UNIFORM
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError

@@ -10,7 +10,7 @@ from typing import Protocol
 from sensitivity.measure.calibrate.absorbers import Absorber
 from sensitivity.measure.calibrate.blockwise import Installed
 from sensitivity.measure.calibrate.cache import Cache
-from sensitivity.quantize.curvature import Curvature
+from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.methods import UNIFORM, importance, method_of
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError, unknown

@@ -21,7 +21,7 @@ from sensitivity.measure.memory.weight_codes import CODE
 from sensitivity.measure.shards import MOST, shard_ends
 from sensitivity.models.loading import device_of, dtype_of
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.linears import input_of
+from sensitivity.quantize.layer.linears import input_of
 from sensitivity.quantize.methods import method_of
 from sensitivity.spec.components import PARTS, ComponentMap
 from sensitivity.spec.plan import Plan, Scheme, scheme_of

@@ -9,8 +9,8 @@ from functools import cached_property
 
 import torch
 
-from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.linears import Linears
+from sensitivity.quantize.layer.curvature import Curvature
+from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.methods import method_of, solve
 from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import Scheme

@@ -12,7 +12,7 @@ from torch import Tensor
 from sensitivity.measure.calibrate.token_batches import ANSWER, VISION, TokenBatch
 from sensitivity.measure.gradients.backward import backward
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.linears import input_of
+from sensitivity.quantize.layer.linears import input_of
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 

@@ -13,8 +13,8 @@ from sensitivity.measure.calibrate.absorbers import Absorber
 from sensitivity.measure.calibrate.cache import fingerprint
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.memory.weight_codes import CachedWeight, Key, WeightCodes, as_cached, from_tensors, tensors
-from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.linears import Linears, input_of
+from sensitivity.quantize.layer.curvature import Curvature
+from sensitivity.quantize.layer.linears import Linears, input_of
 from sensitivity.quantize.methods import importance, method_of, quantize, solve
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError

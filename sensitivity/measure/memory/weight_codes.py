@@ -5,21 +5,37 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from sensitivity.quantize.codebook import CodebookWeight
-from sensitivity.quantize.grid import QuantizedWeight
-from sensitivity.quantize.linears import StoredWeight
+from sensitivity.quantize.stored.codebook import CodebookWeight
+from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.stored.levels import BinaryWeight, BinnedWeight, LevelsWeight, PlanesWeight
+from sensitivity.quantize.stored.sparse import SparseWeight, TwoScaleWeight
+from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.plan import Scheme
 
 # a parameter's name, its scheme, and on the exposed path what was quantized before it
 Key = tuple[str, Scheme] | tuple[str, Scheme, tuple[tuple[str, Scheme], ...]]
 CODE = 1.25  # bytes per cached weight, including scales of small groups
+Coded = (
+    QuantizedWeight
+    | CodebookWeight
+    | LevelsWeight
+    | PlanesWeight
+    | BinaryWeight
+    | BinnedWeight
+    | SparseWeight
+    | TwoScaleWeight
+)
+KINDS: tuple[type[Coded], ...] = get_args(Coded)
 # A plain tensor stands for what has no codes: biases, and weights that a method leaves alone.
-CachedWeight = Tensor | QuantizedWeight | CodebookWeight
+CachedWeight = Tensor | Coded
+# how fields that are no tensors are read back from one
+READ: dict[str, Callable[[Tensor], object]] = {"int": int, "torch.Size": lambda sizes: torch.Size(sizes.tolist())}
 
 
 class WeightCodes(OrderedDict[Key, CachedWeight]):
@@ -59,25 +75,45 @@ class WeightCodes(OrderedDict[Key, CachedWeight]):
 
 def as_cached(value: StoredWeight) -> CachedWeight:
     """A method's result as it is cached: codes of a known type, otherwise the dequantized weight."""
-    return value if isinstance(value, QuantizedWeight | CodebookWeight) else value.dequantize()
+    return value if isinstance(value, KINDS) else value.dequantize()
 
 
 def tensors(value: CachedWeight) -> dict[str, Tensor]:
     """A cached value as named tensors; integers become tensors, too, so that a safetensors file holds all of it."""
     if isinstance(value, Tensor):
         return {"weight": value}
-    fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-    return {name: v if isinstance(v, Tensor) else torch.tensor(v) for name, v in fields if v is not None}
+    found: dict[str, Tensor] = {}
+    for field in dataclasses.fields(value):
+        part = getattr(value, field.name)
+        if isinstance(part, KINDS):  # a stored weight inside another one, such as that beside outliers
+            found |= {f"{field.name}.{name}": tensor for name, tensor in tensors(part).items()}
+        elif part is not None:
+            found[field.name] = part if isinstance(part, Tensor) else torch.tensor(part)
+    return found
 
 
 def from_tensors(found: Mapping[str, Tensor]) -> CachedWeight:
     """The inverse of `tensors`."""
     if "weight" in found:
         return found["weight"]
-    # each type has a field that no other has
-    if "table" in found:
-        return CodebookWeight(found["codes"], found["table"], found["scale"], torch.Size(found["shape"].tolist()))
-    return QuantizedWeight(found["codes"], found["scale"], found["zero"], int(found["group"]), found.get("inputs"))
+    names = {name.partition(".")[0] for name in found}
+    # the kinds differ in their fields, of which some may be None and are then missing here
+    (kind,) = (kind for kind in KINDS if _always(kind) <= names <= {field.name for field in dataclasses.fields(kind)})
+    parts: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        inner = {k.partition(".")[2]: tensor for k, tensor in found.items() if k.startswith(f"{field.name}.")}
+        if inner:
+            parts[field.name] = from_tensors(inner)
+        elif (tensor := found.get(field.name)) is not None:
+            parts[field.name] = READ[str(field.type)](tensor) if str(field.type) in READ else tensor
+        else:
+            parts[field.name] = None
+    return kind(**parts)
+
+
+def _always(kind: type[Any]) -> set[str]:
+    """The fields of a kind that are never None."""
+    return {field.name for field in dataclasses.fields(kind) if "None" not in str(field.type)}
 
 
 def _to_device(value: CachedWeight, device: torch.device) -> CachedWeight:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sensitivity.quantize.error_cost import ErrorCost
-from sensitivity.quantize.grid import QuantizedWeight, columns, encode, ranges, scale_and_zero
-from sensitivity.quantize.linears import Linears
+from sensitivity.quantize.layer.error_cost import ErrorCost
+from sensitivity.quantize.layer.linears import Linears
+from sensitivity.quantize.stored.grid import QuantizedWeight, columns, encode, ranges, scale_and_zero
 from sensitivity.spec.plan import Scheme
 
 # Lin et al. 2023 (AWQ): from 1 down to 0.55 of the largest magnitude in steps of 0.05; 0.5 itself is not tried

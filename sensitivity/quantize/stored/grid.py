@@ -62,12 +62,16 @@ def ranges(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
 
 
+def as_16_bit(values: Tensor, like: torch.dtype) -> Tensor:
+    """Values rounded to the 16-bit type in which they will be stored."""
+    return values.to(torch.bfloat16 if like == torch.bfloat16 else torch.float16).float()
+
+
 def to_16_bit(scale: Tensor, like: torch.dtype) -> Tensor:
     """A scale rounded to the 16-bit type in which it will be stored, so that what is measured is what is exported."""
-    half = torch.bfloat16 if like == torch.bfloat16 else torch.float16
     # a group of zeros has a range of zero, and its scale would divide by zero
-    tiny = torch.finfo(half).tiny
-    return scale.clamp(min=tiny).to(half).float()
+    tiny = torch.finfo(torch.bfloat16 if like == torch.bfloat16 else torch.float16).tiny
+    return as_16_bit(scale.clamp(min=tiny), like)
 
 
 def scale_and_zero(

@@ -9,11 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sensitivity.quantize.clip import clipped, rounding_error
-from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.error_cost import ErrorCost, quadratic, upper_half
-from sensitivity.quantize.grid import QuantizedWeight, columns, encode, ranges, scale_and_zero, to_16_bit
-from sensitivity.quantize.linears import Linears
+from sensitivity.quantize.layer.curvature import Curvature
+from sensitivity.quantize.layer.error_cost import ErrorCost, quadratic, upper_half
+from sensitivity.quantize.layer.linears import Linears
+from sensitivity.quantize.solvers.clip import clipped, rounding_error
+from sensitivity.quantize.stored.grid import QuantizedWeight, columns, encode, ranges, scale_and_zero, to_16_bit
 from sensitivity.spec.plan import Scheme
 
 FLOOR = 1e-4  # least candidate scale before it is normalized, as in llm-awq

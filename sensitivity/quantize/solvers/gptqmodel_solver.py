@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sensitivity.quantize.grid import QuantizedWeight, columns, encode, to_16_bit
-from sensitivity.quantize.linears import Linears
+from sensitivity.quantize.layer.linears import Linears
+from sensitivity.quantize.stored.grid import QuantizedWeight, columns, encode, to_16_bit
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
 

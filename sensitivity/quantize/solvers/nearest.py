@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sensitivity.quantize.grid import QuantizedWeight, encode, ranges, scale_and_zero
+from sensitivity.quantize.stored.grid import QuantizedWeight, encode, ranges, scale_and_zero
 from sensitivity.spec.plan import Scheme
 
 

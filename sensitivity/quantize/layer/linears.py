@@ -5,21 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sensitivity.quantize.curvature import Curvature
-from sensitivity.quantize.grid import QuantizedWeight
+from sensitivity.quantize.layer.curvature import Curvature
+from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import Scheme, Setting
-
-
-class StoredWeight(Protocol):
-    """A weight as it is stored; `dequantize` gives its numbers."""
-
-    def dequantize(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -30,6 +24,8 @@ class Linears:
     weights: tuple[Tensor, ...]
     curvature: Curvature | None = None
     foldable: bool = True  # whether the layer before them can absorb a scale per input channel
+    # squared gradients of the loss, in the shape of each weight (a diagonal Fisher matrix); None: not collected
+    fisher: tuple[Tensor, ...] | None = None
 
     @cached_property
     def rows(self) -> Tensor:
@@ -76,7 +72,12 @@ class Method:
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # limits of numeric settings
     choices: Mapping[str, tuple[Setting, ...]] = field(default_factory=dict)  # allowed values of the others
     fixed: str = ""  # how messages describe a group and grid that cannot be chosen
+    any_group: bool = False  # whether the group can be chosen although the grid is fixed
     inputs: Callable[[Tensor, Scheme], Tensor] | None = None  # changes a layer's inputs in each forward pass
+
+    def takes(self, group: int | str, symmetric: bool) -> bool:
+        """Whether a scheme may have this group and symmetry."""
+        return not self.fixed or (symmetric == self.symmetric and (self.any_group or group == self.group))
 
 
 def per_weight(quantize: Callable[[Tensor, Scheme], StoredWeight | None]) -> Solve:

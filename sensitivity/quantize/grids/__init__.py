@@ -1,0 +1,1 @@
+"""Methods on other grids: codebooks, bit planes, binary weights, and outliers that are stored apart."""

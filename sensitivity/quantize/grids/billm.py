@@ -1,0 +1,155 @@
+"""BiLLM: one bit per weight in two halves by magnitude, two for salient columns, and error feedback between blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sensitivity.quantize.grids.binary import residual
+from sensitivity.quantize.layer.curvature import Factor
+from sensitivity.quantize.layer.linears import Linears
+from sensitivity.quantize.solvers.gptq import factor_of
+from sensitivity.quantize.solvers.sweep import sweep
+from sensitivity.quantize.stored.grid import columns
+from sensitivity.quantize.stored.levels import BinaryWeight
+from sensitivity.spec.plan import Scheme
+
+SHARES = tuple(i / 20 for i in range(2, 19))  # of a block's weights that lie below the split; the release tries 81
+SAMPLE = 2**20  # magnitudes from which the quantiles of a block are read
+
+
+def billm(linears: Linears, schemes: Sequence[Scheme]) -> list[list[BinaryWeight | None]]:
+    """Binary weights in blocks of columns (Huang et al. 2024), weight by weight.
+
+    Read in its code: salient are the columns with the largest sum of w^2/d^2, fewer than 50 of 128, as many as give the
+    least error; the other weights are halved at the best of some quantiles of their magnitude; mean and magnitude per
+    row; two signs for salient columns; a block feeds its errors forward only to later blocks. Ours: the release
+    searches its halves on w^2/d^2 too, and we on the weights; numbers of columns are tried in powers of two; what later
+    blocks hear is exact for the errors that were made.
+    """
+    factor, found = factor_of(linears, schemes[0]), []
+    for scheme in schemes:
+        results: list[BinaryWeight | None] = []
+        for weight in linears.weights:
+            grid = BlockGrid(scheme, factor, columns(scheme, weight), linears.dtype)
+            (codes,) = sweep(factor, weight.detach().float(), grid)
+            results.append(grid.result(codes))
+        found.append(results)
+    return found
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of columns: the fields of a BinaryWeight with a single group."""
+
+    codes: Tensor
+    halves: Tensor
+    salient: Tensor | None
+    columns: Tensor | None
+
+
+class BlockGrid:
+    """The solver's grid that rounds a whole block at once: targets inside the block are not asked."""
+
+    def __init__(self, scheme: Scheme, factor: Factor, span: int, dtype: torch.dtype) -> None:
+        self.span, self.importance, self.dtype = span, factor.importance, dtype
+        self.salient, self.split = int(scheme["salient"] or 0), bool(scheme["split"])
+        self.blocks: list[Block] = []
+
+    def fit(self, a: int, b: int, compensated: Sequence[Tensor]) -> None:
+        """Choose columns and halves of the block, and round it."""
+        (weights,) = compensated
+        block = binarized(weights, self.importance[a:b], self.salient, self.split, self.dtype)
+        self.blocks.append(block)
+        self.first = a
+        self.codes, self.values = block.codes.T.contiguous(), number(block).T.contiguous()
+
+    def round(self, column: int, target: Tensor, codes: Tensor) -> Tensor:
+        """What `fit` decided."""
+        codes.copy_(self.codes[column - self.first])
+        return self.values[column - self.first]
+
+    def result(self, codes: Tensor) -> BinaryWeight:
+        """All blocks as one weight."""
+        salient = [block.salient for block in self.blocks if block.salient is not None]
+        chosen = [block.columns for block in self.blocks if block.columns is not None]
+        return BinaryWeight(
+            codes=codes,
+            halves=torch.cat([block.halves for block in self.blocks], 1),
+            salient=torch.cat(salient, 1) if salient else None,
+            columns=torch.cat(chosen) if chosen else None,
+            group=self.span,
+        )
+
+
+def number(block: Block) -> Tensor:
+    """The numbers of a block."""
+    return BinaryWeight(block.codes, block.halves, block.salient, block.columns, block.codes.shape[1]).dequantize()
+
+
+def binarized(weights: Tensor, importance: Tensor, most: int, split: bool, dtype: torch.dtype) -> Block:
+    """A block (rows x columns) with at most so many salient columns, and its other weights in one or two halves."""
+    chosen = _salient_columns(weights, importance, most) if most else None
+    salient = torch.zeros(weights.shape[1], device=weights.device) if chosen is None else chosen.float()
+    there = (1 - salient)[None].expand_as(weights)
+    above = _split(weights, there) if split else torch.zeros_like(weights)
+    means, magnitudes, codes = [], [], torch.zeros_like(weights, dtype=torch.uint8)
+    for half in (1 - above, above) if split else (1 - above,):
+        mean, magnitude, sign = residual(weights, there * half, 1, dtype)
+        means.append(mean)
+        magnitudes.append(magnitude[:, 0])
+        codes = torch.where(half > 0, sign, codes)
+    codes = codes | (above.to(torch.uint8) << 1)
+    halves = torch.stack([torch.stack(means, 1), torch.stack(magnitudes, 1)], 2)[:, None]
+    if chosen is None:
+        return Block(codes, halves, None, None)
+    mean, magnitude, sign = residual(weights, salient[None].expand_as(weights), 2, dtype)
+    return Block(torch.where(chosen, sign, codes), halves, torch.cat([mean[:, None], magnitude], 1)[:, None], chosen)
+
+
+def _salient_columns(weights: Tensor, importance: Tensor, most: int) -> Tensor:
+    """Which columns get two signs: of those with the largest sum of w^2/d^2, as many as give the least error.
+
+    As in the release, the others are judged with two signs as well, so that the search finds the columns that differ
+    most from the rest; else more columns would always be better.
+    """
+    rank = (weights.square().sum(0) * importance).argsort(descending=True, stable=True)
+    best, least = torch.zeros(len(rank), dtype=torch.bool, device=weights.device), float("inf")
+    limit = min(most, len(rank) - 1)
+    for count in sorted({min(2**i, limit) for i in range(max(limit, 1).bit_length() + 1)} - {0}):
+        chosen = torch.zeros_like(best)
+        chosen[rank[:count]] = True
+        error = sum(_error(weights, part.float()[None].expand_as(weights), 2) for part in (chosen, ~chosen))
+        if error < least:
+            best, least = chosen, float(error)
+    return best
+
+
+def _split(weights: Tensor, there: Tensor) -> Tensor:
+    """1 where a weight lies in the upper half by magnitude, at the split of least error."""
+    size = weights.abs()
+    some = size[there > 0]
+    if not len(some):
+        return torch.zeros_like(weights)
+    ordered = some[:: max(len(some) // SAMPLE, 1)].sort()[0]
+    best, least = torch.zeros_like(weights), float("inf")
+    for share in SHARES:
+        above = (size > ordered[int(share * (len(ordered) - 1))]).float()
+        error = _error(weights, there * (1 - above), 1) + _error(weights, there * above, 1)
+        if error < least:
+            best, least = above, float(error)
+    return best
+
+
+def _error(x: Tensor, there: Tensor, order: int) -> float:
+    """The squared error of a residual binary approximation of the numbers that are `there`."""
+    count = there.sum(-1, keepdim=True).clamp(min=1)
+    left = x * there
+    for _ in range(order):
+        left = (left - left.sum(-1, keepdim=True) / count) * there
+        magnitude = left.abs().sum(-1, keepdim=True) / count
+        left = (left.abs() - magnitude) * left.sign() * there
+    return float(left.square().sum())

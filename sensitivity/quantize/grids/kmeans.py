@@ -1,0 +1,111 @@
+"""Weighted k-means of each row: the best levels for its numbers, found by dynamic programming and Lloyd's steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BINS = 128  # numbers of a row among which the best partition is found exactly; more are first joined to this many
+FEW = 16  # levels up to which the partition is found by dynamic programming, whose cost grows with them
+STEPS = 50  # Lloyd's iterations, at most, as in SqueezeLLM
+PIECE = 1 << 18  # numbers of a block of rows
+
+
+def kmeans(rows: Tensor, weights: Tensor, count: int) -> Tensor:
+    """Levels (rows x count, rising) with a small sum of weights x (number - nearest level)^2.
+
+    `weights` has the shape of the rows, or one row for all. Numbers on a line that share a level are neighbors, so the
+    best partition is a dynamic program (Wang and Song 2011). Up to 128 numbers and 16 levels the result is the
+    optimum. Longer rows are first cut into 128 bins, and Lloyd's steps then move the partition to a local optimum.
+    """
+    size = max(PIECE // rows.shape[1], 1)
+    weights = weights.expand_as(rows)
+    pairs = zip(torch.split(rows, size), torch.split(weights, size), strict=True)
+    return torch.cat([_levels(some.float(), heavy, count) for some, heavy in pairs])
+
+
+def nearest(rows: Tensor, levels: Tensor) -> Tensor:
+    """The place of the nearest level of each number, as bytes."""
+    middles = ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
+    return torch.searchsorted(middles, rows.contiguous()).to(torch.uint8)
+
+
+def _levels(rows: Tensor, weights: Tensor, count: int) -> Tensor:
+    """The levels of a block of rows."""
+    values, order = rows.sort(1)
+    heavy = weights.double().gather(1, order)
+    heavy = torch.where(heavy.sum(1, keepdim=True) > 0, heavy, 1.0)  # nothing matters: then everything does alike
+    # sums up to each number, from which those of any interval follow; numbers without their mean lose fewer digits
+    middle = values.double().mean(1, keepdim=True)
+    x = values.double() - middle
+    sums = torch.nn.functional.pad(torch.stack([heavy, heavy * x, heavy * x * x]).cumsum(2), (1, 0))
+    bounds = _cut(values, heavy, BINS if count <= FEW else count)
+    if count <= FEW:
+        bounds = bounds.gather(1, _partition(sums.gather(2, bounds.expand(3, -1, -1)), count))
+    found = _lloyd(x.contiguous(), sums, bounds) + middle
+    return torch.where(_distinct(values) <= count, _all(values, count), found).float()
+
+
+def _cut(values: Tensor, heavy: Tensor, bins: int) -> Tensor:
+    """Bounds (rows x bins + 1) of bins of neighbors; each number is a bin where there are no more than that.
+
+    For many levels the best density of levels is the cube root of the weighted density of numbers (Panter and Dite
+    1951). Between neighbors at distance d that density is heavy / d, so an interval has a share of (heavy d^2)^(1/3).
+    """
+    width = values.shape[1]
+    if width <= bins:
+        return torch.arange(bins + 1, device=values.device).clamp(max=width).expand(len(values), -1).contiguous()
+    gaps = values.double().diff(dim=1)
+    share = torch.nn.functional.pad(((heavy[:, 1:] + heavy[:, :-1]) / 2 * gaps * gaps).pow(1 / 3), (1, 0)).cumsum(1)
+    wanted = share[:, -1:] * torch.arange(1, bins, device=values.device) / bins
+    inner = torch.searchsorted(share, wanted)
+    return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=width)
+
+
+def _partition(sums: Tensor, count: int) -> Tensor:
+    """Which bounds (rows x count + 1) cut the bins into the intervals of least squared error.
+
+    `sums` (3 x rows x bins + 1) are those up to each bound.
+    """
+    (weight, first, second), bins = sums, sums.shape[2] - 1
+    # the squared error of bins i to j as one interval; infinite where i lies behind j
+    w, s, q = (t[:, None, :] - t[:, :, None] for t in (weight, first, second))
+    error = (q - s * s / w.clamp(min=torch.finfo(w.dtype).tiny)).clamp_(min=0).float()
+    error.masked_fill_(torch.ones(bins + 1, bins + 1, dtype=torch.bool, device=error.device).tril(-1), torch.inf)
+    total, origins = error[:, 0], []
+    for _ in range(count - 1):
+        total, origin = (total[:, :, None] + error).min(1)
+        origins.append(origin)
+    place = torch.full((len(error), 1), bins, device=error.device)
+    places = [place]
+    for origin in reversed(origins):
+        place = origin.gather(1, place)
+        places.append(place)
+    return torch.cat([torch.zeros_like(place), *reversed(places)], 1)
+
+
+def _lloyd(x: Tensor, sums: Tensor, bounds: Tensor) -> Tensor:
+    """The means of intervals, after moving each bound halfway between its means until no bound moves."""
+    means = x.gather(1, bounds[:, :-1].clamp(max=x.shape[1] - 1))
+    for _ in range(STEPS):
+        weight, first, _ = sums.gather(2, bounds.expand(3, -1, -1)).diff(dim=2)
+        # an interval without weight keeps its level
+        means = torch.where(weight > 0, first / weight.clamp(min=torch.finfo(weight.dtype).tiny), means).sort(1)[0]
+        moved = bounds.clone()
+        moved[:, 1:-1] = torch.searchsorted(x, ((means[:, 1:] + means[:, :-1]) / 2).contiguous())
+        if torch.equal(moved, bounds):
+            break
+        bounds = moved
+    return means
+
+
+def _distinct(values: Tensor) -> Tensor:
+    """How many different numbers each sorted row has."""
+    return (values.diff(dim=1) > 0).sum(1, keepdim=True) + 1
+
+
+def _all(values: Tensor, count: int) -> Tensor:
+    """The different numbers of each sorted row, the first `count` of them; the largest fills what is left."""
+    rank = torch.nn.functional.pad((values.diff(dim=1) > 0).cumsum(1), (1, 0)).clamp(max=count - 1)
+    levels = values[:, -1:].expand(-1, count).contiguous()
+    return levels.scatter(1, rank, values)

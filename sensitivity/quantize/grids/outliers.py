@@ -1,0 +1,30 @@
+"""Outliers: which numbers of a weight are stored apart, by magnitude, by sensitivity or by error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sensitivity.quantize.stored.grid import as_16_bit
+from sensitivity.quantize.stored.sparse import SparseWeight
+from sensitivity.quantize.stored.weight import StoredWeight
+
+
+def largest(score: Tensor, count: int) -> Tensor:
+    """Where the `count` highest scores are, as a mask; of equal ones those that come first in the weight."""
+    mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
+    if count:
+        flat = score.reshape(-1)
+        least = flat.kthvalue(len(flat) - count + 1).values
+        above = flat > least
+        # topk breaks ties in no fixed order, and the exactness rule needs one
+        tied = (flat == least).nonzero().flatten()[: count - int(above.sum())]
+        mask |= above
+        mask[tied] = True
+    return mask.reshape(score.shape)
+
+
+def apart(base: StoredWeight, weight: Tensor, mask: Tensor, dtype: torch.dtype) -> StoredWeight:
+    """A stored weight with the numbers under a mask kept in 16 bits; the stored weight itself if there are none."""
+    index = mask.reshape(-1).nonzero().flatten()
+    return SparseWeight(base, index, as_16_bit(weight.reshape(-1)[index], dtype)) if len(index) else base

@@ -1,0 +1,114 @@
+"""SpQR: small groups whose scales are quantized too, and outliers by error, under error feedback by columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sensitivity.quantize.grids.outliers import largest
+from sensitivity.quantize.layer.curvature import Factor
+from sensitivity.quantize.layer.linears import Linears
+from sensitivity.quantize.solvers.gptq import IntegerGrid, factor_of
+from sensitivity.quantize.solvers.sweep import sweep
+from sensitivity.quantize.stored.grid import as_16_bit, columns, encode, ranges, scale_and_zero
+from sensitivity.quantize.stored.sparse import SparseWeight
+from sensitivity.quantize.stored.weight import StoredWeight
+from sensitivity.spec.plan import Scheme
+from sensitivity.spec.sizes import outliers
+
+TOGETHER = 16  # rows whose scales, and whose zero points, share one grid
+
+
+def spqr(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight | None]]:
+    """GPTQ in groups of 16 columns with outliers in 16 bits (Dettmers et al. 2023), weight by weight.
+
+    Read in its code: groups of 16, scales and zero points in 3 bits for every 16 rows, columns in order of activation,
+    a damping of 1, ranges that leave outliers out, and outliers by the error w - q divided by d, whose own error is
+    zero. Ours: outliers are a fixed share of the weight, so that a plan has a size before it is computed, where the
+    release has a threshold (.2 of the mean variance); they are chosen once, from the original weights.
+    """
+    factor, found = factor_of(linears, schemes[0]), []
+    for scheme in schemes:
+        weights = [weight.detach().float() for weight in linears.weights]
+        found.append([_one(weight, scheme, factor, linears.dtype) for weight in weights])
+    return [list(results) for results in found]
+
+
+def _one(weight: Tensor, scheme: Scheme, factor: Factor, dtype: torch.dtype) -> StoredWeight:
+    """One weight at one bit width."""
+    importance = factor.importance if factor.order is None else factor.importance[torch.argsort(factor.order)]
+    mask = largest(gain(weight, scheme, importance, dtype), outliers(scheme["outliers"], *weight.shape))
+
+    def find(weights: Tensor, scheme: Scheme, _: Tensor, a: int) -> tuple[Tensor, Tensor]:
+        inside = weights.masked_fill(mask[:, a : a + weights.shape[1]], 0)
+        scale, zero = scale_and_zero(inside, scheme, *ranges(inside, scheme), dtype)
+        bits = int(scheme["scale_bits"] or 16)
+        return (scale, zero) if bits >= 16 else (second_level(scale, bits, dtype), second_level(zero, bits, dtype))
+
+    rounded = mask if factor.order is None else mask[:, factor.order]
+    grid = Apart(IntegerGrid(factor, weight, [scheme], find), rounded, dtype)
+    codes = sweep(factor, weight, grid)
+    (whole,) = grid.inner.results(codes)
+    if not bool(mask.any()):
+        return whole
+    # the values were kept column by column in order of rounding; row by row in stored order is how they are stored
+    rows, cols = grid.mask.T.nonzero().unbind(1)[::-1]
+    index = rows * weight.shape[1] + (cols if factor.order is None else factor.order[cols])
+    index, order = index.sort()
+    return SparseWeight(whole, index, torch.cat(grid.kept)[order])
+
+
+class Apart:
+    """The solver's grid with outliers, which take their target, rounded to 16 bits, and leave almost no error."""
+
+    def __init__(self, inner: IntegerGrid, mask: Tensor, dtype: torch.dtype) -> None:
+        self.inner, self.mask, self.dtype, self.span = inner, mask, dtype, inner.span
+        self.columns = mask.T.contiguous()
+        self.kept: list[Tensor] = []
+
+    def fit(self, a: int, b: int, compensated: Sequence[Tensor]) -> None:
+        """The grid of all others."""
+        self.inner.fit(a, b, compensated)
+
+    def round(self, column: int, target: Tensor, codes: Tensor) -> Tensor:
+        """The nearest code of each row, but the target itself where it is an outlier."""
+        values, mask = self.inner.round(column, target, codes), self.columns[column]
+        exact = as_16_bit(target, self.dtype)
+        self.kept.append(exact[mask])
+        return torch.where(mask, exact, values)
+
+
+def gain(weight: Tensor, scheme: Scheme, importance: Tensor, dtype: torch.dtype) -> Tensor:
+    """By how much the error of its group falls if a number is kept apart and the range is that of the others.
+
+    Only the smallest and the largest number of a group set its range; any other saves no more than its own error.
+    """
+    group = columns(scheme, weight)
+
+    def errors(inside: Tensor) -> Tensor:
+        grid = scale_and_zero(inside, scheme, *ranges(inside, scheme), dtype)
+        return (encode(weight, scheme, *grid).dequantize() - weight).square() * importance
+
+    def in_groups(values: Tensor) -> Tensor:
+        return torch.nn.functional.pad(values, (0, -weight.shape[1] % group)).reshape(len(weight), -1, group)
+
+    own = in_groups(errors(weight))
+    saved = own.clone()
+    for extreme in (in_groups(weight).argmax(2, keepdim=True), in_groups(weight).argmin(2, keepdim=True)):
+        inside = in_groups(weight).scatter(2, extreme, 0.0).reshape(len(weight), -1)[:, : weight.shape[1]]
+        others = in_groups(errors(inside)).scatter(2, extreme, 0.0)
+        saved.scatter_(2, extreme, own.sum(2, keepdim=True) - others.sum(2, keepdim=True))
+    return saved.reshape(len(weight), -1)[:, : weight.shape[1]]
+
+
+def second_level(values: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Scales or zero points (rows x groups) on an asymmetric grid from the smallest to the largest of every 16 rows."""
+    rows = len(values)
+    fill = values[-1:].expand(-rows % TOGETHER, -1)  # copies of the last row widen no range
+    blocks = torch.cat([values, fill]).reshape(-1, TOGETHER, values.shape[1])
+    low, high = as_16_bit(blocks.amin(1, keepdim=True), dtype), blocks.amax(1, keepdim=True)
+    step = as_16_bit((high - low) / (2**bits - 1), dtype)
+    codes = ((blocks - low) / step.clamp(min=torch.finfo(torch.float32).tiny)).round().clamp(0, 2**bits - 1)
+    return (codes * step + low).reshape(-1, values.shape[1])[:rows]

@@ -1,0 +1,1 @@
+"""What a method returns: codes and what turns them into numbers again."""
