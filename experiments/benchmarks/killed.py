@@ -157,7 +157,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         plain, found = Undisturbed(Path(folder)), {}
         # written after each place: the next one may end this process too
-        for more in (*machine(plain, args.seed), *signals(plain, args.signals, args.seed)):
+        for more in itertools.chain(machine(plain, args.seed), signals(plain, args.signals, args.seed)):
             found |= more
             report = write(plain, found, args.signals, args.seed, (time.monotonic() - began) / 60)
         print(report)
