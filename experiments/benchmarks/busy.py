@@ -1,9 +1,9 @@
 """Busy: what the demo takes on this machine when it is quiet, beside one busy process and beside two; before and after.
 
-    python experiments/benchmarks/busy.py --before COMMIT
+    python -m experiments.benchmarks.busy --before COMMIT
 
 Each line is a whole `sensitivity demo` in a process of its own, into a folder of its own, off a terminal. `--before`
-also runs that commit, from a git worktree in a temporary folder, with the same Python and packages.
+also runs that commit once, from a git worktree in a temporary folder, with the same Python and packages.
 """
 
 from __future__ import annotations
@@ -119,10 +119,10 @@ def main() -> None:
     found = {"now": [demo(ROOT, count, args.n) for count in counts]}
     if args.before:
         with checked_out(args.before) as code:
-            found["before"] = [demo(code, count, args.n) for count in counts]
+            found["before"] = [demo(code, counts[0], args.n)]  # once: beside others it takes half an hour
     if failed := [run for runs in found.values() for run in runs if run.status]:
         sys.exit(f"{len(failed)} of the demos failed")
-    words = " ".join(["python experiments/benchmarks/busy.py", *sys.argv[1:]])
+    words = " ".join(["python -m experiments.benchmarks.busy", *sys.argv[1:]])
     lines = [
         "# The demo on a busy machine",
         "",
