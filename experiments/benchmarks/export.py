@@ -22,7 +22,7 @@ from sensitivity.formats.table import write
 from sensitivity.formats.writing import stream as shards
 from sensitivity.formats.writing.job import Job, from_weights_alone
 from sensitivity.formats.writing.packing import pack, unpack
-from sensitivity.formats.writing.source import open_source
+from sensitivity.formats.writing.source import open_checkpoint
 from sensitivity.formats.writing.stream import Piece, Spec
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
@@ -145,7 +145,7 @@ def stages(scheme: Scheme, folder: Path) -> list[str]:
     codes = from_weights_alone("w", weight, scheme).codes
     words = pack(codes, scheme.bits).numpy().data
     target = folder / "plain"
-    tensors = [t for t in open_source(str(folder / "model")).tensors if t.bytes == 2 * weight.numel()]
+    tensors = [t for t in open_checkpoint(str(folder / "model")).tensors if t.bytes == 2 * weight.numel()]
 
     def read() -> None:
         torch.aminmax(tensors[0].read())

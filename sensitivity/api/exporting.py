@@ -33,7 +33,7 @@ from sensitivity.spec.plan_file import read
 from sensitivity.spec.runtimes import files_of, violations
 from sensitivity.spec.sizes import FILES
 from sensitivity.study import exports
-from sensitivity.study.scores import paired, summarize
+from sensitivity.study.scores import paired_difference, summarize
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 
@@ -134,12 +134,12 @@ def _gain(study: Study, ours: Plan, theirs: Plan, task: str) -> dict[str, object
     both = frames[0].merge(frames[1], on="example", suffixes=("", "_base"))
     columns = (("ours", "score"), ("theirs", "score_base"))
     gain: dict[str, object] = {
-        **paired(both["score"], both["score_base"], both["cluster"]).to_json(),
+        **paired_difference(both["score"], both["score_base"], both["cluster"]).to_json(),
         "scores": {name: summarize(both[column], both["cluster"]).to_json() for name, column in columns},
     }
     both = both.dropna(subset=["nll", "nll_base"])
     if len(both):
-        gain["log_likelihood"] = paired(-both["nll"], -both["nll_base"], both["cluster"]).to_json()
+        gain["log_likelihood"] = paired_difference(-both["nll"], -both["nll_base"], both["cluster"]).to_json()
     return gain
 
 

@@ -18,7 +18,7 @@ from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.calibrate.statistics import Statistics, check_path
 from sensitivity.measure.forecast.hardware import NOTABLY, slowdown
 from sensitivity.measure.generate.batches import check_tasks_fit
-from sensitivity.measure.loop import MEMORY_GB, Step, check_runs, identity
+from sensitivity.measure.loop import MEMORY_GB, Step, check_runs, comparability
 from sensitivity.measure.loop import run as run_plans
 from sensitivity.models.loading import device_of, dtype_of, load
 from sensitivity.models.vlm import VLM
@@ -168,7 +168,7 @@ def begin_sweep(
     chosen = [find_task(name, "evaluation", n, seed, whole) for name in dict.fromkeys(tasks)]
     distinct(chosen, list(dict.fromkeys(tasks)))
     check_runs(vlm, chosen)
-    facts = identity(vlm, chosen, tasks, n, seed) | ({"whole_answers": True} if whole else {})
+    facts = comparability(vlm, chosen, tasks, n, seed) | ({"whole_answers": True} if whole else {})
     check_tasks_fit(vlm, chosen)
     study = Study.create(out, parts, [task.name for task in chosen], facts, storage)
     if callable(plans):

@@ -251,7 +251,7 @@ class _SharedWork:
         self.shard_begin = begin
 
 
-def identity(vlm: VLM, tasks: Sequence[Task], sources: Sequence[str], n: int, seed: int) -> dict[str, object]:
+def comparability(vlm: VLM, tasks: Sequence[Task], sources: Sequence[str], n: int, seed: int) -> dict[str, object]:
     """What must be equal for trials to be comparable: model, dtype, data and seed."""
     return {
         "model": vlm.name,

@@ -105,7 +105,7 @@ def summarize(values: ArrayLike, clusters: ArrayLike) -> Score:
     return Score(mean, se, len(x), count, low, high)
 
 
-def paired(values: ArrayLike, base: ArrayLike, clusters: ArrayLike) -> Score:
+def paired_difference(values: ArrayLike, base: ArrayLike, clusters: ArrayLike) -> Score:
     """The mean difference to a baseline on the same examples, with an interval by Student's t."""
     difference = np.asarray(values, dtype=float) - np.asarray(base, dtype=float)
     mean = float(difference.mean())
@@ -124,7 +124,7 @@ def difference(ours: pd.DataFrame | None, theirs: pd.DataFrame | None, task: str
     if ours is None or theirs is None:
         return None
     both = ours[ours["task"] == task].merge(theirs[theirs["task"] == task], on="example", suffixes=("", "_base"))
-    return paired(both["score"], both["score_base"], both["cluster"]) if len(both) else None
+    return paired_difference(both["score"], both["score_base"], both["cluster"]) if len(both) else None
 
 
 def _student(mean: float, se: float, clusters: int) -> tuple[float, float]:

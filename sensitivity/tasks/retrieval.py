@@ -69,7 +69,7 @@ def of_flickr30k(folder: Path, split: str, n: int, seed: int) -> Task:
     return _task("flickr30k", names, pairs.images, captions, Gallery(len(names), 128), pairs.notes)
 
 
-def of_scenes(split: str, n: int, seed: int) -> Task:
+def scene_retrieval(split: str, n: int, seed: int) -> Task:
     """n scenes with different captions, in pools of 256."""
     found: dict[str, scenes.Scene] = {}
     index = 0

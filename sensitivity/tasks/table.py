@@ -36,7 +36,7 @@ DATASETS: dict[str, Callable[[Path, str, int, int], Task]] = {
 
 
 # retrieval, for models that compare images with texts; here `n` counts images
-SEARCHES: dict[str, Callable[[str, int, int], Task]] = {"retrieval": retrieval.of_scenes}
+SEARCHES: dict[str, Callable[[str, int, int], Task]] = {"retrieval": retrieval.scene_retrieval}
 
 
 GALLERIES: dict[str, Callable[[Path, str, int, int], Task]] = {"flickr30k": retrieval.of_flickr30k}

@@ -16,7 +16,7 @@ from sensitivity.analysis.allocate.budget import Candidate, best_uniform, solve,
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.recommendation import judge, unmeasured
 from sensitivity.analysis.allocate.request import PlanRequest
-from sensitivity.analysis.surrogate.surrogate import Space, learn
+from sensitivity.analysis.surrogate.surrogate import Space, fit_surrogate
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import allowed_by, merge_groups, tied_groups
 from sensitivity.spec.plan import Plan, Scheme
@@ -72,7 +72,7 @@ def test_the_surrogate_learns_from_few_trials() -> None:
     index, draw = space.encode(plans), np.random.default_rng(0)
     truth = planted.product(bits)
     rows = draw.choice(len(bits), 40, replace=False)
-    model = learn(space, index[rows], truth[rows] + 0.02 * draw.standard_normal(40))
+    model = fit_surrogate(space, index[rows], truth[rows] + 0.02 * draw.standard_normal(40))
     error = model.predict(index) - truth
     assert 1 - np.mean(error**2) / truth.var() > 0.97
     assert model.sigma == pytest.approx(0.02, abs=0.01)
@@ -83,7 +83,7 @@ def test_the_surrogate_learns_from_few_trials() -> None:
 def test_the_jacobian_is_the_derivative() -> None:
     space = Space.of([planted.plan(planted.PARTS, row) for row in planted.grid()])
     index = space.encode([planted.plan(planted.PARTS, row) for row in planted.grid()[::7]])
-    formula = learn(space, index, np.linspace(0.2, 1, len(index)), pairs=False).formula
+    formula = fit_surrogate(space, index, np.linspace(0.2, 1, len(index)), pairs=False).formula
     formula = type(formula)(formula.sizes, formula.family_start, formula.bits, formula.above, ((0, 1), (1, 2)))
     theta = np.random.default_rng(0).normal(0, 0.3, formula.length)
     theta[:2] = 1.0, 0.1
@@ -284,18 +284,18 @@ def test_limits_are_named_by_patterns() -> None:
 def test_the_number_of_examples_that_decide_is_about_right() -> None:
     """With so many, four out of five repetitions find the difference."""
     from sensitivity.analysis.allocate.comparison import _more
-    from sensitivity.study.scores import paired
+    from sensitivity.study.scores import paired_difference
 
     draw = np.random.default_rng(0)
     sample = draw.normal(0.05, 0.5, 200)
     sample += 0.05 - sample.mean()
-    difference = paired(sample, np.zeros(200), np.arange(200))
+    difference = paired_difference(sample, np.zeros(200), np.arange(200))
     more = _more(difference)
     assert more is not None
     wins = 0
     for _ in range(300):
         again = draw.normal(0.05, float(sample.std()), 200 + more)
-        wins += paired(again, np.zeros(len(again)), np.arange(len(again))).low > 0
+        wins += paired_difference(again, np.zeros(len(again)), np.arange(len(again))).low > 0
     assert 0.7 < wins / 300 < 0.9
 
 

@@ -33,7 +33,7 @@ from sensitivity.formats.writing import manifest, stream
 from sensitivity.formats.writing.calibrated_codes import codes as codes_of
 from sensitivity.formats.writing.job import Job, from_weights_alone
 from sensitivity.formats.writing.packing import SMALLEST_BUFFER, buffer, pack, unpack
-from sensitivity.formats.writing.source import _reader, open_source
+from sensitivity.formats.writing.source import _reader, open_checkpoint
 from sensitivity.formats.writing.unfinished import remove_unfinished, staging_folder
 from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.install.plan_in_model import quantized
@@ -735,7 +735,7 @@ def test_a_tensor_is_read_wherever_it_begins_and_not_beyond_the_end(tmp_path: Pa
 
 
 def test_a_source_is_the_checkpoint_under_the_names_of_parameters(shape: Path) -> None:
-    source, model = open_source(str(shape)), load(str(shape), dtype="float16").model
+    source, model = open_checkpoint(str(shape)), load(str(shape), dtype="float16").model
     parameters = dict(model.named_parameters())
     found = {tensor.parameter: tensor for tensor in source.tensors}
     assert set(found) == set(parameters)

@@ -18,7 +18,7 @@ from sensitivity.api.sweeping import sweep
 from sensitivity.cli import main as cli
 from sensitivity.formats.verification import compare, rerun
 from sensitivity.formats.writing.job import Job
-from sensitivity.formats.writing.source import open_source
+from sensitivity.formats.writing.source import open_checkpoint
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.quantize.methods import scheme
@@ -96,7 +96,7 @@ def test_a_checkpoint_in_another_layout_is_read_tensor_by_tensor(folder: Path, m
     """No model is built from weights, and what is converted is what loading makes of it."""
     model = load(str(folder / "original")).model
     monkeypatch.setattr("sensitivity.models.loading._with_weights", None)
-    source = open_source(str(folder / "original"))
+    source = open_checkpoint(str(folder / "original"))
     assert {t.key for t in source.tensors} == set(dict(model.named_parameters()))
     for tensor in source.tensors:
         assert torch.equal(tensor.read(), model.get_parameter(tensor.parameter)), tensor.key
@@ -119,7 +119,7 @@ def test_what_is_missing_or_not_placed_is_named(folder: Path, tmp_path: Path) ->
     del first[lost]
     torch.save(first, broken / "pytorch_model-00001-of-00002.bin")
     with pytest.raises(UserError, match=r"the checkpoint of .*broken lacks .*; fetch it again"):
-        open_source(str(broken))
+        open_checkpoint(str(broken))
 
 
 # -- a base model that lies elsewhere than the adapter says

@@ -55,7 +55,7 @@ def answering(folder: Path, n: int, seed: int) -> dict[str, Any]:
 
 def searching(folder: Path, n: int, seed: int) -> dict[str, Any]:
     """R@k both ways in pools of 256, by similarity alone and with the ITM head; also with shuffled images."""
-    vlm, asked = load(str(folder), dtype="fp32"), retrieval.of_scenes("evaluation", n, seed)
+    vlm, asked = load(str(folder), dtype="fp32"), retrieval.scene_retrieval("evaluation", n, seed)
     assert asked.gallery is not None
     found: dict[str, Any] = {}
     for name, top in (("compared", 0), ("read together", asked.gallery.top)):

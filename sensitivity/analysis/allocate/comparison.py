@@ -12,7 +12,7 @@ from scipy import stats
 
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, SchemeJson
-from sensitivity.study.scores import Score, ScoreJson, paired, summarize
+from sensitivity.study.scores import Score, ScoreJson, paired_difference, summarize
 
 POWER = 0.8  # statistical power of 'about N more examples would decide'
 
@@ -73,7 +73,7 @@ def compare(mine: pd.DataFrame, theirs: pd.DataFrame, other: Plan, name: str, tr
     both = mine.merge(theirs, on="example", suffixes=("", "_other"))
     if not len(both):
         raise UserError(f"{other.describe()} was measured on other examples: nothing can be compared")
-    difference = _corrected(paired(both["score"], both["score_other"], both["cluster"]), tries)
+    difference = _corrected(paired_difference(both["score"], both["score_other"], both["cluster"]), tries)
     verdict, more, words = _verdict(difference, name)
     return Comparison(other, summarize(theirs["score"], theirs["cluster"]), difference, verdict, more, words)
 

@@ -12,7 +12,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from sensitivity.analysis.observations import observations_of
-from sensitivity.analysis.surrogate.surrogate import Choice, Space, Surrogate, learn
+from sensitivity.analysis.surrogate.surrogate import Choice, Space, Surrogate, fit_surrogate
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.limits import Allowed
@@ -59,7 +59,7 @@ class Knapsack:
             observations = observations_of(study, task)
             if not observations.full > 0:
                 raise UserError(_nothing_to_lose(task, observations.full))
-            models[task] = learn(
+            models[task] = fit_surrogate(
                 space, space.encode(observations.plans), observations.score, observations.full, observations.noise
             )
         return cls.build(study.parts, space, models, format)

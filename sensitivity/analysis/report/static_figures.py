@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from sensitivity.analysis.importance.types import Ranking
 from sensitivity.analysis.observations import Observations
 from sensitivity.analysis.report import figures, sentences
-from sensitivity.analysis.surrogate.surrogate import Space, learn
+from sensitivity.analysis.surrogate.surrogate import Space, fit_surrogate
 
 Drawn = tuple[str, str, str, Figure, pd.DataFrame]  # name, title, text alternative, figure, data
 
@@ -124,7 +124,8 @@ def unseen(observations: Observations, folds: int = 5) -> pd.DataFrame | None:
     predictions = pd.DataFrame({"key": keys, "measured": observations.score, "expected": 0.0, "low": 0.0, "high": 0.0})
     pairs = len(space.names) <= 6  # the search for pairs is slow with many components
     for out in range(folds):
-        model = learn(space, index[fold != out], observations.score[fold != out], noise=observations.noise, pairs=pairs)
+        seen = fold != out
+        model = fit_surrogate(space, index[seen], observations.score[seen], noise=observations.noise, pairs=pairs)
         draws = model.draws(index[fold == out])
         # a measured score scatters around the expected one: the interval must hold both uncertainties
         noise = model.sigma * np.random.default_rng(out).standard_normal(draws.shape)

@@ -12,7 +12,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study as OptunaStudy
 from optuna.trial import FrozenTrial, TrialState
 
-from sensitivity.analysis.surrogate.surrogate import Space, Surrogate, learn
+from sensitivity.analysis.surrogate.surrogate import Space, Surrogate, fit_surrogate
 from sensitivity.study.racing import frontier
 
 Floats = np.ndarray
@@ -95,7 +95,7 @@ class FrontierSampler(BaseSampler):
         task = int(self.draw.integers(scores.shape[1]))  # with several tasks, each plan is chosen for one of them
         native = (index == 0).all(axis=1)
         full = float(scores[native, task].mean()) if native.any() else None
-        model = learn(self.space, index, scores[:, task], full, self.noise)
+        model = fit_surrogate(self.space, index, scores[:, task], full, self.noise)
         pool = self.pool(model, index)
         pool = pool[~_already_measured(pool, index)]
         if not len(pool):

@@ -127,7 +127,7 @@ def _formula(space: Space, pairs: tuple[tuple[int, int], ...]) -> DamageModel:
     return DamageModel(tuple(len(b) for b in bits), tuple(parents), tuple(bits), tuple(above), pairs)
 
 
-def learn(
+def fit_surrogate(
     space: Space,
     index: Floats,
     score: Floats,

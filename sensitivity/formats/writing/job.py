@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sensitivity.formats.writing.packing import buffer
-from sensitivity.formats.writing.source import SourceCheckpoint, open_source
+from sensitivity.formats.writing.source import SourceCheckpoint, open_checkpoint
 from sensitivity.measure.install.plan_in_model import targets
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import Linears
@@ -87,7 +87,7 @@ class Job:
     @cached_property
     def source(self) -> SourceCheckpoint:
         """The checkpoint of the model, opened when it is first needed."""
-        return open_source(self.model, self.dtype)
+        return open_checkpoint(self.model, self.dtype)
 
     @property
     def reads(self) -> list[Path]:

@@ -90,7 +90,7 @@ class SourceCheckpoint:
         return found[1] if found else "unknown"
 
 
-def open_source(model: VLM | str, dtype: torch.dtype | None = None) -> SourceCheckpoint:
+def open_checkpoint(model: VLM | str, dtype: torch.dtype | None = None) -> SourceCheckpoint:
     """The checkpoint of a model, to be read tensor by tensor.
 
     A model that differs from every file (an adapter merged in, outliers planted) is taken from memory instead. If it is

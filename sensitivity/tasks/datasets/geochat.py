@@ -29,7 +29,7 @@ def grounding(folder: Path, split: str, n: int, seed: int, decoding: str = "turn
     lines = source.lines(REFERRING)
     source.file("images")
     examples, notes = source.drawn_examples(_referring_rows(source, lines), source.part(split), n, seed)
-    return boxes_found.task(source.name, tuple(map(boxes_found.sized, examples)), notes, decoding)
+    return boxes_found.task(source.name, tuple(map(boxes_found.with_image_size, examples)), notes, decoding)
 
 
 def region_captions(folder: Path, split: str, n: int, seed: int) -> Task:

@@ -82,9 +82,9 @@ def task_from_lines(
     chosen = layout.draw((_example(path, line, scorer == "iou") for line in lines), n, seed, str(path), split)
     examples, notes = source.readable(chosen)
     if scorer == "iou":
-        examples = tuple(map(grounding.sized, examples))
+        examples = tuple(map(grounding.with_image_size, examples))
         for example in examples:
-            if image_size := grounding.outside(example):
+            if image_size := grounding.size_where_a_box_is_outside(example):
                 raise UserError(
                     f"{path}: example {example.id} has a box outside of its image, which is {image_size}; {BOXES}"
                 )

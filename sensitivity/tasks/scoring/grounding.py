@@ -88,7 +88,7 @@ def any_match(threshold: float, decoding: str = "turned") -> Metric:
     return metric
 
 
-def sized(example: Example) -> Example:
+def with_image_size(example: Example) -> Example:
     """The example with the size of its upright image, read from the file's header, and its true boxes as text."""
     image, known = example.image, _regions(example)
     try:
@@ -105,7 +105,7 @@ def sized(example: Example) -> Example:
     return replace(example, answers=example.answers or (text,), regions=Regions(width, height, known.polygons))
 
 
-def outside(example: Example) -> str | None:
+def size_where_a_box_is_outside(example: Example) -> str | None:
     """The size of an image that one of its boxes lies outside of completely; None if there is no such box."""
     known = _regions(example)
     for polygon in known.polygons:
