@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from sensitivity.study.scores import clustered_se, paired, summarize
+from sensitivity.study.scores import clustered_se, paired_difference, summarize
 
 
 def test_without_clusters_the_error_is_the_textbook_one() -> None:
@@ -41,7 +41,7 @@ def test_paired_intervals_cover_the_true_difference() -> None:
     for _ in range(rounds):
         base = rng.random(400) < 0.8
         ours = np.where(rng.random(400) < 0.05, ~base, base)  # 4 % of the right ones lost, 1 % of the wrong ones won
-        difference = paired(ours, base, clusters)
+        difference = paired_difference(ours, base, clusters)
         hits += difference.low <= -0.03 <= difference.high
         widths.append(difference.high - difference.low)
         alone = summarize(ours, clusters)
