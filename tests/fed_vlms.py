@@ -6,7 +6,7 @@ import small_vlms
 import torch
 from torch import Tensor
 
-from sensitivity.measure.calibrate.token_batches import ANSWER, PROMPT, VISION, TokenBatch, _qformer_sequences
+from sensitivity.measure.passes.token_batches import ANSWER, PROMPT, VISION, TokenBatch, _qformer_sequences
 from sensitivity.models.families import family_of
 from sensitivity.models.vlm import VLM
 

@@ -18,8 +18,8 @@ import transformers as T
 
 from sensitivity.measure.calibrate.calibration import GRAM_BYTES, unquantized
 from sensitivity.measure.calibrate.statistics import Statistics
-from sensitivity.measure.calibrate.token_batches import PROMPT, VISION, TokenBatch
 from sensitivity.measure.install.plan_in_model import prepare
+from sensitivity.measure.passes.token_batches import PROMPT, VISION, TokenBatch
 from sensitivity.models.discover import inspect
 from sensitivity.models.families import family_of
 from sensitivity.models.vlm import VLM

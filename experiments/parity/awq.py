@@ -19,7 +19,7 @@ from torch import Tensor
 from experiments.methods.measured import write
 from experiments.parity.layers import TASKS, layers
 from experiments.parity.peers import ask, cell
-from sensitivity.measure.calibrate.token_batches import batches
+from sensitivity.measure.passes.token_batches import batches
 from sensitivity.models.checkpoint import model_folder
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sensitivity.measure.calibrate.token_batches import batches, calibration_pass
+from sensitivity.measure.passes.token_batches import batches, calibration_pass
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM

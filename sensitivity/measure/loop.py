@@ -12,13 +12,13 @@ from importlib.metadata import version
 
 import torch
 
-from sensitivity.measure.block_modules import is_defect
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.evaluation import Rows, answer, example_rows
 from sensitivity.measure.generate.batches import Batch, batches
 from sensitivity.measure.install.plan_in_model import prepare, quantized
 from sensitivity.measure.memory.prefix_cache import PrefixCache
 from sensitivity.measure.memory.weight_codes import CODE, WeightCodes
+from sensitivity.measure.passes.block_modules import is_defect
 from sensitivity.measure.shards import shard, shard_ends
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap

@@ -24,7 +24,9 @@ from sensitivity.api.sweeping import calibrated as calibrated_
 from sensitivity.measure.calibrate.cache import Cache
 from sensitivity.measure.calibrate.calibration import calibrate, collect, exposed, unquantized
 from sensitivity.measure.calibrate.statistics import Statistics
-from sensitivity.measure.calibrate.token_batches import (
+from sensitivity.measure.install.plan_in_model import prepare, quantized
+from sensitivity.measure.memory.weight_codes import WeightCodes
+from sensitivity.measure.passes.token_batches import (
     ANSWER,
     MODALITIES,
     PADDING,
@@ -34,8 +36,6 @@ from sensitivity.measure.calibrate.token_batches import (
     batches,
     calibration_pass,
 )
-from sensitivity.measure.install.plan_in_model import prepare, quantized
-from sensitivity.measure.memory.weight_codes import WeightCodes
 from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.curvature import Curvature

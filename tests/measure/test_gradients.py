@@ -13,11 +13,11 @@ from few import few
 from torch import Tensor, nn
 
 from sensitivity.api.sweeping import sweep
-from sensitivity.measure.block_modules import block_path
 from sensitivity.measure.calibrate.calibration import calibrate
-from sensitivity.measure.calibrate.token_batches import ANSWER, PROMPT, VISION, TokenBatch, batches, calibration_pass
 from sensitivity.measure.gradients.backward import backward
 from sensitivity.measure.gradients.token_importance import TokenGradients, by_modality, by_output, importance_of
+from sensitivity.measure.passes.block_modules import block_path
+from sensitivity.measure.passes.token_batches import ANSWER, PROMPT, VISION, TokenBatch, batches, calibration_pass
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from sensitivity.measure.calibrate.absorbers import Absorber, absorbers
 from sensitivity.measure.calibrate.calibration import collect
 from sensitivity.measure.calibrate.statistics import Statistics
-from sensitivity.measure.calibrate.token_batches import TokenBatch, calibration_pass
 from sensitivity.measure.install.fold import fold
 from sensitivity.measure.install.plan_in_model import quantized
+from sensitivity.measure.passes.token_batches import TokenBatch, calibration_pass
 from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import Linears, input_of

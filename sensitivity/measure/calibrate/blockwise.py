@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sensitivity.measure.block_modules import block_path, recorded_forward, replaced_forward
-from sensitivity.measure.calibrate.token_batches import TokenBatch, calibration_pass
+from sensitivity.measure.passes.block_modules import block_path, recorded_forward, replaced_forward
+from sensitivity.measure.passes.token_batches import TokenBatch, calibration_pass
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import PARTS, ComponentMap, Weight
 from sensitivity.spec.plan import Scheme

@@ -13,7 +13,9 @@ from sensitivity.measure.calibrate.absorbers import Absorber, absorbers
 from sensitivity.measure.calibrate.blockwise import BlockwisePass, Installed
 from sensitivity.measure.calibrate.cache import Cache
 from sensitivity.measure.calibrate.statistics import Gather, Statistics, check_path
-from sensitivity.measure.calibrate.token_batches import (
+from sensitivity.measure.gradients.token_importance import TokenWeights, importance_of, of_batch
+from sensitivity.measure.memory.out_of_memory import run_or_halve
+from sensitivity.measure.passes.token_batches import (
     PADDING,
     ROWS,
     TokenBatch,
@@ -21,8 +23,6 @@ from sensitivity.measure.calibrate.token_batches import (
     calibration_pass,
     check_disjoint,
 )
-from sensitivity.measure.gradients.token_importance import TokenWeights, importance_of, of_batch
-from sensitivity.measure.memory.out_of_memory import run_or_halve
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import input_of

@@ -11,8 +11,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
-from sensitivity.measure.block_modules import block_path, replaced_forward
-from sensitivity.measure.calibrate.token_batches import TokenBatch, calibration_pass
+from sensitivity.measure.passes.block_modules import block_path, replaced_forward
+from sensitivity.measure.passes.token_batches import TokenBatch, calibration_pass
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError

@@ -9,8 +9,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from sensitivity.measure.calibrate.token_batches import ANSWER, VISION, TokenBatch
 from sensitivity.measure.gradients.backward import backward
+from sensitivity.measure.passes.token_batches import ANSWER, VISION, TokenBatch
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of
 from sensitivity.spec.components import Weight

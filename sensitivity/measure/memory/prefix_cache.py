@@ -10,9 +10,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from sensitivity.measure.block_modules import block_path, is_defect, recorded_forward, replaced_forward
 from sensitivity.measure.generate.drafts import EarlierAnswers
 from sensitivity.measure.generate.shared_images import KeysAndValues
+from sensitivity.measure.passes.block_modules import block_path, is_defect, recorded_forward, replaced_forward
 from sensitivity.spec.components import HEAD, PARTS, ComponentMap, Weight
 from sensitivity.spec.plan import Plan
 
