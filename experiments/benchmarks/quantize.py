@@ -1,6 +1,7 @@
 """Time and memory of quantization: shared statistics, GPTQ of a large layer, AWQ's search; each against plain code.
 
 python -m experiments.benchmarks.quantize [--peer PYTHON-OF-A-VENV-WITH-GPTQMODEL] [--side 4096] [--threads 2]
+python -m experiments.benchmarks.quantize --methods --threads 1   (every method on one layer: reports/methods-cost.md)
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import gc
 import os
 import re
 import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +27,10 @@ from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.methods import quantize, scheme, solve
+from sensitivity.quantize.methods import METHODS, quantize, scheme, solve
 from sensitivity.quantize.solvers.scale_search import errors, scales
 from sensitivity.spec.files import overwrite
-from sensitivity.spec.plan import Plan
+from sensitivity.spec.plan import Plan, Scheme
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 
@@ -153,6 +155,56 @@ def memory(side: int) -> list[str]:
     return lines
 
 
+# methods that take over ten times as long as GPTQ at 4096 x 4096, and why
+WHY = {
+    "squeezellm": "Each row has a partition of its own: a sort, and a dynamic program over 64 bins and all levels.",
+    "leanquant": "Each row has a partition of its own: a sort, and a dynamic program over 64 bins and all levels.",
+}
+
+
+def every_method(sides: tuple[int, ...], out: Path) -> None:
+    """CPU seconds and peak memory of every method at its width nearest to 4 bits, on one layer of each size."""
+    seconds: dict[tuple[str, int], float] = {}
+    held: dict[tuple[str, int], float] = {}
+    for side in sides:
+        weight, _, seen = layer(side, side)
+        for name, row in METHODS.items():
+            chosen = scheme(name, min(row.widths, key=lambda bits: abs(bits - 4)))
+            linears = Linears(("layer",), (weight,), seen if row.calibrated else None)
+            seen.free_factor()
+            times: list[float] = []
+
+            def run(linears: Linears = linears, chosen: Scheme = chosen, times: list[float] = times) -> None:
+                began = time.process_time()
+                solve(linears, [chosen])
+                times.append(time.process_time() - began)
+
+            held[name, side] = most(run) / 1e9
+            seconds[name, side] = times[0]
+            print(name, side, f"{times[0]:.2f} s", file=sys.stderr, flush=True)
+    small, large = sides
+    lines = [
+        "# What every method costs",
+        "",
+        f"`python -m experiments.benchmarks.quantize --methods --threads {torch.get_num_threads()}`: torch "
+        f"{torch.__version__}, {os.cpu_count()} cores. Processor seconds of one run, factorization included, at 4 bits "
+        "or the nearest width that a method has; peak memory beyond the layer and its Gram matrix.",
+        "",
+        f"| method | bits | {small}: seconds | GB | {large}: seconds | GB | times gptq |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in METHODS.items():
+        times = seconds[name, large] / seconds["gptq", large]
+        bits = min(row.widths, key=lambda bits: abs(bits - 4))
+        cells = (f"{seconds[name, side]:.2f} | {held[name, side]:.2f}" for side in sides)
+        lines.append(f"| {name} | {bits} | {' | '.join(cells)} | {times:.1f} |")
+        assert times <= 10 or name in WHY, f"{name} takes {times:.1f} times as long as gptq, and WHY does not say why"
+    slow = [name for name in METHODS if seconds[name, large] > 10 * seconds["gptq", large]]
+    lines += ["", *(f"{name}: {WHY[name]}" for name in slow)] if slow else ["", "None takes ten times as long as gptq."]
+    overwrite(out, "\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer")
@@ -160,8 +212,12 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", default="reports/benchmark-quantize.md")
+    parser.add_argument("--methods", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.methods:
+        every_method((1024, 4096), Path("reports/methods-cost.md"))
+        return
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the peer
     lines = [
         "# What quantizing costs",

@@ -13,7 +13,19 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from sensitivity.cli.arguments.parsing import parser_of, run_verb
-from sensitivity.cli.verbs import demo, export, import_, inspect, legalize, rank, recommend, report, sweep, verify
+from sensitivity.cli.verbs import (
+    demo,
+    export,
+    import_,
+    inspect,
+    legalize,
+    methods,
+    rank,
+    recommend,
+    report,
+    sweep,
+    verify,
+)
 from sensitivity.spec import standard_output, threads
 from sensitivity.spec.errors import Failed, Notice, UserError, os_message, printable
 from sensitivity.spec.files import finite
@@ -22,6 +34,7 @@ from sensitivity.spec.files import finite
 # import torch, pandas and other slow libraries inside run(), so that `sensitivity --help` answers at once.
 VERBS: dict[str, ModuleType] = {
     "inspect": inspect,
+    "methods": methods,
     "sweep": sweep,
     "rank": rank,
     "recommend": recommend,

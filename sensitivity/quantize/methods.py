@@ -37,9 +37,9 @@ CALIBRATION = {"calibration": str, "examples": int, "seed": int, "data": str, "p
 BLOCKS = "in blocks of 64 of the flattened weight, around zero"
 CODEBOOK, PLANES = "with one codebook per row", "of bit planes, and asymmetric"
 LEANQUANT: Any = {
-    "settings": {"damp": 0.01, "order": "activation", "exponent": 4.0},
+    "settings": {"damp": 0.01, "order": "activation", "exponent": 4.0, "importance": UNIFORM},
     "ranges": {"damp": (0, 10), "exponent": (0, 16)},
-    "choices": {"order": ("given", "activation")},
+    "choices": {"order": ("given", "activation"), "importance": IMPORTANCE},
 }
 METHODS: dict[str, Method] = {
     "uniform": Method(
@@ -88,8 +88,9 @@ METHODS: dict[str, Method] = {
         squeezellm,
         symmetric=False,
         calibrated=True,
-        settings={"outliers": 0.0045, "sensitive": 0.0005},
+        settings={"outliers": 0.0045, "sensitive": 0.0005, "importance": UNIFORM},
         ranges={"outliers": (0, 0.5), "sensitive": (0, 0.5)},
+        choices={"importance": IMPORTANCE},
         fixed=CODEBOOK,
     ),
     "leanquant": Method(leanquant, symmetric=False, calibrated=True, fixed=CODEBOOK, **LEANQUANT),
@@ -100,8 +101,9 @@ METHODS: dict[str, Method] = {
         group=128,
         symmetric=False,
         calibrated=True,
-        settings={"damp": 0.01, "turns": 5},
+        settings={"damp": 0.01, "turns": 5, "importance": UNIFORM},
         ranges={"damp": (0, 10), "turns": (1, 100)},
+        choices={"importance": IMPORTANCE},
         fixed=PLANES,
         any_group=True,
     ),
@@ -110,8 +112,9 @@ METHODS: dict[str, Method] = {
         range(1, 2),
         group=128,
         calibrated=True,
-        settings={"damp": 0.01, "salient": 49, "split": True},
+        settings={"damp": 0.01, "salient": 49, "split": True, "importance": UNIFORM},
         ranges={"damp": (0, 10), "salient": (0, 1000)},
+        choices={"importance": IMPORTANCE},
         fixed="of signs and magnitudes, and symmetric",
         any_group=True,
     ),
@@ -129,9 +132,9 @@ METHODS: dict[str, Method] = {
         group=16,
         symmetric=False,
         calibrated=True,
-        settings={"damp": 1.0, "order": "activation", "outliers": 0.01, "scale_bits": 3},
+        settings={"damp": 1.0, "order": "activation", "outliers": 0.01, "scale_bits": 3, "importance": UNIFORM},
         ranges={"damp": (0, 10), "outliers": (0, 0.5), "scale_bits": (1, 16)},
-        choices={"order": ("given", "activation")},
+        choices={"order": ("given", "activation"), "importance": IMPORTANCE},
         fixed="asymmetric",
         any_group=True,
     ),

@@ -354,3 +354,18 @@ def test_no_memory_for_a_library_is_no_defect(
     said = capsys.readouterr().err
     assert said.startswith("error: out of memory while a library was loaded: libtorch_cpu.so")
     assert "defect" not in said
+
+
+def test_methods_are_listed_with_what_they_store(capsys: pytest.CaptureFixture[str]) -> None:
+    from sensitivity.quantize.methods import METHODS
+    from sensitivity.quantize.sources import SOURCES
+
+    assert set(SOURCES) == set(METHODS)
+    found = one_object(run(capsys, "methods --json")[1])["methods"]
+    assert [method["name"] for method in found] == list(METHODS)
+    for method in found:
+        # a code of b bits takes b bits; everything else comes on top
+        assert all(stored > int(bits) for bits, stored in method["stored"].items()), method["name"]
+    printed = run(capsys, "methods")[1]
+    assert "bivlm" in printed
+    assert "text read in full" in printed

@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BINS = 128  # numbers of a row among which the best partition is found exactly; more are first joined to this many
+BINS = 64  # numbers of a row among which the best partition is found exactly; more are first joined to this many
 FEW = 16  # levels up to which the partition is found by dynamic programming, whose cost grows with them
 STEPS = 50  # Lloyd's iterations, at most, as in SqueezeLLM
-PIECE = 1 << 18  # numbers of a block of rows
+PIECE = 1 << 20  # numbers of a block of rows, or of the costs of all their intervals
 
 
 def kmeans(rows: Tensor, weights: Tensor, count: int) -> Tensor:
     """Levels (rows x count, rising) with a small sum of weights x (number - nearest level)^2.
 
     `weights` has the shape of the rows, or one row for all. Numbers on a line that share a level are neighbors, so the
-    best partition is a dynamic program (Wang and Song 2011). Up to 128 numbers and 16 levels the result is the
-    optimum. Longer rows are first cut into 128 bins, and Lloyd's steps then move the partition to a local optimum.
+    best partition is a dynamic program (Wang and Song 2011). Up to 64 numbers and 16 levels the result is the
+    optimum. Longer rows are first cut into 64 bins, and Lloyd's steps then move the partition to a local optimum.
     """
-    size = max(PIECE // rows.shape[1], 1)
+    size = max(PIECE // max(rows.shape[1], (BINS + 1) ** 2), 1)
     weights = weights.expand_as(rows)
     pairs = zip(torch.split(rows, size), torch.split(weights, size), strict=True)
     return torch.cat([_levels(some.float(), heavy, count) for some, heavy in pairs])

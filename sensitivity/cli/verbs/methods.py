@@ -1,0 +1,75 @@
+"""sensitivity methods: lists every quantization method, what it needs, what it stores and where it is from."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from sensitivity.cli.output.tables import table
+
+ABOUT = "list the quantization methods: widths, calibration, stored bits beside claimed ones, and sources"
+EXAMPLE = "sensitivity methods"
+SIDE = 4096  # rows and columns of the weight whose stored bits are shown
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    """The verb has no flags of its own."""
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """List the methods."""
+    from sensitivity.quantize.methods import METHODS, scheme
+    from sensitivity.quantize.sources import SOURCES
+    from sensitivity.spec.components import Weight
+    from sensitivity.spec.sizes import weight_bits
+
+    found = []
+    for name, row in METHODS.items():
+        source, weight = SOURCES[name], Weight("weight", SIDE, SIDE, "language", None, 0, None)
+        stored = {bits: weight_bits(scheme(name, bits), weight, 16) / weight.numel for bits in row.widths}
+        found.append(
+            {
+                "name": name,
+                "bits": list(row.widths),
+                "stored": stored,
+                "claimed": source.claimed,
+                "calibrated": row.calibrated,
+                "group": row.group,
+                "settings": dict(row.settings),
+                "source": source.where,
+                "read": source.read,
+                "ours": source.ours,
+            }
+        )
+    if not args.json:
+        show_methods(found)
+    return {"methods": found, "side": SIDE}
+
+
+def show_methods(found: list[dict[str, Any]]) -> None:
+    """Print two tables: what the methods take and store, and where they are from."""
+    table(
+        f"Methods (stored bits per weight at {SIDE} x {SIDE}, default settings)",
+        ("name", "bits", "stored", "calibration", "published bits count"),
+        [
+            (
+                m["name"],
+                _range(m["bits"]),
+                _range([f"{stored:.2f}" for stored in m["stored"].values()]),
+                "yes" if m["calibrated"] else "no",
+                m["claimed"],
+            )
+            for m in found
+        ],
+    )
+    table(
+        "Where they are from",
+        ("name", "source", "read", "ours or inferred"),
+        [(m["name"], m["source"], m["read"], m["ours"]) for m in found],
+    )
+
+
+def _range(values: Sequence[object]) -> str:
+    """The first and the last of rising values."""
+    return f"{values[0]} to {values[-1]}" if len(values) > 1 else str(values[0])

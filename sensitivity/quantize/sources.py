@@ -1,0 +1,62 @@
+"""SOURCES: where each method is from, how much of that was read, and what its authors claim to store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FULL, CODE, ABSTRACT = "text read in full", "code read, not the whole text", "known from an abstract and others' code"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What stands behind a row of METHODS."""
+
+    where: str
+    read: str  # FULL, CODE, ABSTRACT, or "" where there is nothing to read
+    ours: str = ""  # what is inferred, or done otherwise than there
+    claimed: str = "code bits alone"  # what published bits per weight count
+
+
+SOURCES: dict[str, Source] = {
+    "uniform": Source("Gautam et al. 2025", CODE),
+    "rtn": Source("common practice", ""),
+    "clip": Source("Lin et al. 2023 (AWQ), the clipping alone", CODE),
+    "gptq": Source("Frantar et al. 2023", CODE, "clip search weighed by the Cholesky factor"),
+    "awq": Source("Lin et al. 2023", CODE, "errors from the Gram matrix, not from outputs"),
+    "nf4": Source("Dettmers et al. 2023 (QLoRA), bitsandbytes", CODE),
+    "fp4": Source("bitsandbytes", CODE),
+    "llm-int8": Source("Dettmers et al. 2022", CODE),
+    "binary": Source("residual binary approximation as in BiLLM's code", CODE),
+    "squeezellm": Source(
+        "Kim et al. 2023",
+        CODE,
+        "the Gram matrix's diagonal where no gradients are given; partitions by dynamic programming; outliers are "
+        "exact shares",
+    ),
+    "leanquant": Source(
+        "Zhang and Shrivastava 2024", CODE, "partitions by dynamic programming; the default exponent was not read"
+    ),
+    "leanquant-affine": Source(
+        "Zhang and Shrivastava 2024", "that it exists was read, not its search", "ranges by clip search under d^-p"
+    ),
+    "bpdq": Source("BPDQ", CODE, "each row keeps its own best turn; columns as they are stored"),
+    "billm": Source(
+        "Huang et al. 2024",
+        CODE,
+        "numbers of salient columns in powers of two, 17 splits for 81",
+        "1.08: one bit, and the second bit of salient columns",
+    ),
+    "bivlm": Source(
+        "Bi-VLM",
+        FULL,
+        "the number of turns of the tail's scale; bin indices at a fixed width",
+        "1.01 to 1.1: without the index of each weight's bin",
+    ),
+    "spqr": Source(
+        "Dettmers et al. 2023 (SpQR)",
+        CODE,
+        "outliers are a fixed share, chosen once",
+        "all, with 32 bits per outlier",
+    ),
+    "adpq": Source("AdpQ, statistical pre-calibration", ABSTRACT, "its threshold is the largest share by magnitude"),
+}

@@ -1,0 +1,51 @@
+"""One plan of every method through a sweep of the embedded model, and what can be exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sensitivity.api.exporting import export
+from sensitivity.api.sweeping import calibrated, sweep
+from sensitivity.measure.calibrate.statistics import Statistics
+from sensitivity.models.discover import inspect
+from sensitivity.models.vlm import VLM
+from sensitivity.quantize.methods import METHODS, scheme
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Plan
+
+Prepared = tuple[VLM, ComponentMap, list[Plan], Statistics]
+
+
+@pytest.fixture(scope="module")
+def prepared(scenes_llava: VLM) -> Prepared:
+    parts = inspect(scenes_llava, by="part")
+    asked = [scheme(name, min(row.widths, key=lambda bits: abs(bits - 3))) for name, row in METHODS.items()]
+    schemes, statistics = calibrated(scenes_llava, parts, asked, ["vqa"], n=4, cache_gb=0)
+    assert statistics is not None
+    return scenes_llava, parts, [Plan.of(parts, {"connector": chosen}) for chosen in schemes], statistics
+
+
+def test_a_sweep_with_one_plan_of_each_runs(prepared: Prepared, tmp_path: Path) -> None:
+    vlm, parts, plans, statistics = prepared
+    fast = sweep(vlm, parts, plans, ["vqa"], tmp_path / "fast", n=4, statistics=statistics)
+    plain = sweep(vlm, parts, plans[-3:], ["vqa"], tmp_path / "plain", n=4, statistics=statistics, plain=True)
+    for plan in plans[-3:]:
+        first, second = (study.examples(plan) for study in (fast, plain))
+        assert first is not None
+        assert second is not None
+        assert first["answer"].tolist() == second["answer"].tolist()
+    assert all(fast.examples(plan) is not None for plan in plans)
+
+
+@pytest.mark.parametrize("name", ["bivlm", "adpq", "binary"])
+def test_what_no_runtime_holds_is_refused_with_a_way_out(name: str, prepared: Prepared, tmp_path: Path) -> None:
+    vlm, parts, plans, statistics = prepared
+    study = sweep(vlm, parts, plans[:1], ["vqa"], tmp_path / "study", n=4, statistics=statistics)
+    (chosen,) = (p for p in plans if p["connector"] is not None and p["connector"].method == name)
+    with pytest.raises(UserError, match=f"cannot hold what {name} stores; use --method .*, or --format fake"):
+        export(study, chosen, tmp_path / "out", "compressed-tensors")
+    written = export(study, chosen, tmp_path / "fake", "fake")
+    assert written is not None
