@@ -36,7 +36,8 @@ def test_a_sweep_with_one_plan_of_each_runs(prepared: Prepared, tmp_path: Path) 
         first, second = (study.examples(plan) for study in (fast, plain))
         assert first is not None
         assert second is not None
-        assert first["answer"].tolist() == second["answer"].tolist()
+        # an answer may be cut off once it can no longer match, so scores are compared
+        assert first["score"].tolist() == second["score"].tolist()
     assert all(fast.examples(plan) is not None for plan in plans)
 
 
