@@ -36,7 +36,7 @@ from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 from sensitivity.analysis.search.frontier_sampler import FrontierSampler, PlanSizes
 from sensitivity.analysis.search.samplers import MAXIMIZE, MINIMIZE, SAMPLERS, sampled_plans
 from sensitivity.analysis.search.search_space import SearchSpace
-from sensitivity.analysis.surrogate.surrogate import Space, Surrogate, learn
+from sensitivity.analysis.surrogate.surrogate import Space, Surrogate, fit_surrogate
 from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan, Scheme
@@ -226,7 +226,7 @@ def regrets(table: Table, rows: list[int]) -> dict[str, float]:
     """
     chosen, bpw, space = np.array(rows), table.bpw, table.space
     index = space.encode(table.plans)
-    model = learn(space, index[chosen], table.reading[chosen], noise=table.noise)
+    model = fit_surrogate(space, index[chosen], table.reading[chosen], noise=table.noise)
     belief = denoised(model, index[chosen], table.reading[chosen], table.noise)
     ways = {
         "reading": (chosen, table.reading[chosen]),
