@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,8 @@ from sensitivity.cli.processes import ray_workers, workers
 
 if TYPE_CHECKING:
     from sensitivity.analysis.search.plan_lists import Plans
+    from sensitivity.api.sweeping import SweepOptions
+    from sensitivity.measure.calibrate.statistics import Statistics
     from sensitivity.measure.loop import Step
     from sensitivity.models.vlm import VLM
     from sensitivity.spec.components import ComponentMap
@@ -124,51 +126,13 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     requested = _checked(args)
     if args.executor == "ray" and not workers.is_child() and not args.dry_run:
         return _on_a_cluster(args)
-    from sensitivity.analysis.allocate.legal import plans_for
-    from sensitivity.analysis.search.plan_lists import plans as plans_
-    from sensitivity.api.sweeping import begin_sweep, dtype_for
     from sensitivity.api.sweeping import calibrated as calibrated_
     from sensitivity.measure.generate.batches import check_tasks_fit
-    from sensitivity.models.config_only import without_weights
-    from sensitivity.models.discover import inspect
-    from sensitivity.models.loading import load
-    from sensitivity.spec.limits import allowed_by, tied_groups
-    from sensitivity.spec.loadable import restrict
-    from sensitivity.study.owner import this_process
-    from sensitivity.tasks.table import distinct, task
 
     workers.stop_with_launcher()
-    if args.dtype is None:
-        args.dtype, why = dtype_for(args.model, args.device, args.out)
-        if why:
-            print(f"note: {why}", file=sys.stderr)
-    vlm = without_weights(args.model) if args.dry_run else load(args.model, device=args.device, dtype=args.dtype)
-    parts = inspect(vlm, by=args.by, include=args.include)
-    if any(weight.looked_up for weight in parts.weights):
-        print(NEAREST, file=sys.stderr)
-    whole = args.whole_answers
-    chosen = [task(name, n=args.n, seed=args.seed, whole=whole) for name in args.task]  # early, for a misspelled name
-    distinct(chosen, args.task)
-    for one in chosen:
-        for note in one.notes:
-            print(f"{one.name}: {note}", file=sys.stderr)
-    allow, tie = (
-        allowed_by(parts.names, dict(flags.distinct("--allow", args.allow))),
-        tied_groups(parts.names, args.tie),
-    )
-    if args.runtime:
-        requested, left_out = restrict(parts, requested, args.runtime, allow)
-        for line in left_out:
-            print(f"{args.runtime} restricts the space: {line}", file=sys.stderr)
-
-    def plans_of(schemes: Sequence[Scheme], search: str) -> Plans:
-        if args.plans:
-            listed: Plans = args.plans(parts, schemes)
-            return listed
-        space = (parts, schemes, search, args.trials, args.seed, allow, tie)
-        return plans_for(args.runtime, *space) if args.runtime else plans_(*space)
-
-    check_tasks_fit(vlm, chosen)
+    vlm, parts, tasks = _loaded(args)
+    requested, plans_of = _search_space(args, parts, requested)
+    check_tasks_fit(vlm, tasks)
     # built twice: here for its length, and below with calibrated schemes, for which the model must calibrate first
     searched = plans_of(requested, args.search)
     expected = len(searched) if isinstance(searched, Sequence) else args.trials or 100
@@ -182,36 +146,103 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             n=args.calibration_n,
             seed=args.seed,
             path=args.path,
-            against=chosen,
+            against=tasks,
             cache_gb=args.cache_gb,
         )
-        plans = plans_of(schemes, args.search)
         if args.dry_run:
             # a search chooses plans only as scores arrive; for the forecast, random plans stand in for them
-            return _forecast(args, vlm, parts, plans_of(schemes, "random") if callable(plans) else plans, chosen)
-        options = {
-            "n": args.n,
-            "seed": args.seed,
-            "plain": args.plain,
-            "storage": args.storage,
-            "statistics": statistics,
-        }
-        options |= {"whole": whole, "until": args.until, "memory_gb": args.memory_gb}
-        study, steps = begin_sweep(vlm, parts, plans, args.task, args.out, **options)
-        try:
-            with workers.beside_workers(args, processes, steps) as shared:
-                _show_steps(
-                    args, shared, f"sweeping {vlm.name}", study, 0 if isinstance(searched, Sequence) else expected
-                )
-        except KeyboardInterrupt:
-            study.release_lost(this_process())  # Ctrl-C inside ask or tell leaves its plan marked as running
-            if not args.json and study.measured():
-                frontier(study)
-            raise
-        if study.release_lost():  # plans of a worker that died
-            rest = begin_sweep(vlm, parts, [], args.task, args.out, **options)[1]
-            _show_steps(args, rest, "plans of a lost worker", study)
+            plans = plans_of(schemes, "random" if callable(searched) else args.search)
+            return _forecast(args, vlm, parts, plans, tasks)
+        study = _run_plans(args, vlm, parts, plans_of(schemes, args.search), statistics, processes, expected)
     return {} if workers.is_child() else _summary(args, study)
+
+
+def _loaded(args: argparse.Namespace) -> tuple[VLM, ComponentMap, list[Task]]:
+    """The model, without its weights for a forecast, its components, and the tasks; what is notable is printed."""
+    from sensitivity.api.sweeping import dtype_for
+    from sensitivity.models.config_only import without_weights
+    from sensitivity.models.discover import inspect
+    from sensitivity.models.loading import load
+    from sensitivity.tasks.table import distinct, task
+
+    if args.dtype is None:
+        args.dtype, why = dtype_for(args.model, args.device, args.out)
+        if why:
+            print(f"note: {why}", file=sys.stderr)
+    vlm = without_weights(args.model) if args.dry_run else load(args.model, device=args.device, dtype=args.dtype)
+    parts = inspect(vlm, by=args.by, include=args.include)
+    if any(weight.looked_up for weight in parts.weights):
+        print(NEAREST, file=sys.stderr)
+    tasks = [task(name, n=args.n, seed=args.seed, whole=args.whole_answers) for name in args.task]
+    distinct(tasks, args.task)
+    for one in tasks:
+        for note in one.notes:
+            print(f"{one.name}: {note}", file=sys.stderr)
+    return vlm, parts, tasks
+
+
+def _search_space(
+    args: argparse.Namespace, parts: ComponentMap, requested: list[Scheme]
+) -> tuple[list[Scheme], Callable[[Sequence[Scheme], str], Plans]]:
+    """The schemes that the runtime allows, and a function that makes the plans of a search from schemes."""
+    from sensitivity.analysis.allocate.legal import plans_for
+    from sensitivity.analysis.search.plan_lists import plans as plans_
+    from sensitivity.spec.limits import allowed_by, tied_groups
+    from sensitivity.spec.loadable import restrict
+
+    allow = allowed_by(parts.names, dict(flags.distinct("--allow", args.allow)))
+    tie = tied_groups(parts.names, args.tie)
+    if args.runtime:
+        requested, left_out = restrict(parts, requested, args.runtime, allow)
+        for line in left_out:
+            print(f"{args.runtime} restricts the space: {line}", file=sys.stderr)
+
+    def plans_of(schemes: Sequence[Scheme], search: str) -> Plans:
+        if args.plans:
+            listed: Plans = args.plans(parts, schemes)
+            return listed
+        space = (parts, schemes, search, args.trials, args.seed, allow, tie)
+        return plans_for(args.runtime, *space) if args.runtime else plans_(*space)
+
+    return requested, plans_of
+
+
+def _run_plans(
+    args: argparse.Namespace,
+    vlm: VLM,
+    parts: ComponentMap,
+    plans: Plans,
+    statistics: Statistics | None,
+    processes: int,
+    expected: int,
+) -> Study:
+    """Run the plans that the study lacks, with workers beside this process; then those of a worker that died."""
+    from sensitivity.api.sweeping import begin_sweep
+    from sensitivity.study.owner import this_process
+
+    options: SweepOptions = {
+        "n": args.n,
+        "seed": args.seed,
+        "plain": args.plain,
+        "storage": args.storage,
+        "statistics": statistics,
+        "whole": args.whole_answers,
+        "until": args.until,
+        "memory_gb": args.memory_gb,
+    }
+    study, steps = begin_sweep(vlm, parts, plans, args.task, args.out, **options)
+    try:
+        with workers.beside_workers(args, processes, steps) as shared:
+            _show_steps(args, shared, f"sweeping {vlm.name}", study, 0 if isinstance(plans, Sequence) else expected)
+    except KeyboardInterrupt:
+        study.release_lost(this_process())  # Ctrl-C inside ask or tell leaves its plan marked as running
+        if not args.json and study.measured():
+            frontier(study)
+        raise
+    if study.release_lost():  # plans of a worker that died
+        rest = begin_sweep(vlm, parts, [], args.task, args.out, **options)[1]
+        _show_steps(args, rest, "plans of a lost worker", study)
+    return study
 
 
 def _checked(args: argparse.Namespace) -> list[Scheme]:
