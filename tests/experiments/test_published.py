@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import planted
 import pytest
+from few import few
 
 from experiments.published import importance_table
 from experiments.published.__main__ import main, to_run
@@ -29,7 +30,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("smoke")
 
 
-@pytest.mark.parametrize("name", STUDIES)
+# one of each model, method, task and page
+SOME = ["blip2_awq_flickr", "blip2_uniform_coco", "blip2_gptq_vqav2", "llava_gptq_gqa", "geochat_grounding"]
+
+
+@pytest.mark.parametrize("name", few(STUDIES, SOME))
 def test_a_study_runs_small_from_end_to_end(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([name, "--smoke", str(folder)])
     text = (folder / "runs" / name / "published.md").read_text()
