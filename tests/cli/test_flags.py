@@ -28,6 +28,7 @@ LINES = {  # a command of each verb with which nothing is wrong
     "report": "study",
     "import": "table.csv --part a=vision --part b=language --score s --out new",
     "demo": "--out new",
+    "methods": "",
 }
 FITTING = {  # a value of each flag with which nothing is wrong: what is refused below is the value and not the flag
     "model": MODEL, "study": "study", "source": "study", "folder": "export", "table": "table.csv",
@@ -153,7 +154,7 @@ NAMED = (  # what people typed, and what must be named in the answer
     ("import table.csv --part a=vision --score s --numel vision=0 --out new", "from 1 to 1,000,000,000,000,000"),
     ("sweep MODEL", "still needed: --out"),
     ("sweep MODEL --out new --calib vqa", "unrecognized words: --calib vqa"),
-    ("swep MODEL", "VERB is one of 'inspect', 'sweep'"),
+    ("swep MODEL", "VERB is one of 'inspect', 'methods', 'sweep'"),
     ("", "still needed: VERB"),
     ("rank study --json=1", "ignored explicit argument"),
 )  # fmt: skip

@@ -176,7 +176,7 @@ def test_every_linear_of_a_family_sees_tokens_and_takes_every_method(name: str) 
 def test_every_mask_grows_with_the_answer() -> None:
     vlm = built("mllama")
     rows = fed("mllama", vlm).inputs
-    batch = _stacked(vlm, [({name: t[i : i + 1] for name, t in rows.items()}, [7, 8, 9]) for i in range(2)])
+    batch = _stacked(vlm, [(i, {name: t[i : i + 1] for name, t in rows.items()}, [7, 8, 9, 1]) for i in range(2)])
     assert batch.inputs["cross_attention_mask"].shape[:2] == batch.inputs["input_ids"].shape
     language = [weight for weight in inspect(vlm).weights if weight.part == "language"]
     (found,) = collect(vlm, language[:1], [batch]).values()
@@ -392,7 +392,9 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 
 def calibrated(statistics: Statistics) -> list[Scheme]:
-    chosen = [("gptq", 2), ("gptq", 4), ("clip", 3), ("awq", 3)]
+    hosts = [("gptq", 2), ("gptq", 4), ("clip", 3), ("awq", 3)]
+    grids = [("squeezellm", 3), ("leanquant", 3), ("leanquant-affine", 3), ("bpdq", 2), ("billm", 1), ("spqr", 3)]
+    chosen = [*hosts, *grids]
     assert {name for name, _ in chosen} == {name for name, row in METHODS.items() if row.calibrated}
     return [scheme(name, bits, calibration=statistics.facts) for name, bits in chosen]
 
