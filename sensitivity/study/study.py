@@ -21,7 +21,7 @@ from sensitivity.study.owner import Owner, is_dead
 from sensitivity.study.queue import Queue
 from sensitivity.study.scores import Score, difference, task_score
 from sensitivity.study.storage import location, paths
-from sensitivity.study.storage.opening import held, open_storage
+from sensitivity.study.storage.opening import close, held, open_storage
 from sensitivity.study.stored_trials import StoredTrials
 from sensitivity.study.table import row
 from sensitivity.study.trial import ABANDONED, RunFacts, Trial, TrialReader
@@ -69,9 +69,12 @@ class Study:
         with location.study_folder(path):
             address = location.address(path)
             backend = open_storage(storage or path / paths.JOURNAL, wait=address is not None)
-            if storage is not None and address is None:
-                location.write_address(path, storage)
-            identity.store_or_compare(path, parts, tasks, meta, backend)
+            try:
+                if storage is not None and address is None:
+                    location.write_address(path, storage)
+                identity.store_or_compare(path, parts, tasks, meta, backend)
+            finally:
+                close(backend)  # a database's connection would stay open until it is collected as garbage
         return cls(path, storage)
 
     # -- queueing and running -------------------------------------------------------------------------------------
