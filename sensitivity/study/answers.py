@@ -34,8 +34,9 @@ def read(path: Path) -> pd.DataFrame:
     try:
         if not path.is_file():
             raise Damaged("there is no such file")
-        frame = pd.read_parquet(path, page_checksum_verification=True)
-    except UserError:
+        # without threads: a file is small, and where memory is short pyarrow waits for ever for one that never starts
+        frame = pd.read_parquet(path, page_checksum_verification=True, use_threads=False, pre_buffer=False)
+    except (UserError, MemoryError):  # too little memory is no damage
         raise
     except Exception as error:  # pyarrow raises errors of many types on damaged bytes
         raise Damaged("it cannot be read as Parquet") from error

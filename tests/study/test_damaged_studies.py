@@ -1096,3 +1096,15 @@ cli.main({line!r})
 def test_there_are_cases_enough() -> None:
     tables = (TABLES, PLANS, FILES, RECOMMENDED, STUDIES, JOURNALS, ADDRESSES, ANSWERS, KEPT, MANIFESTS, NOTES)
     assert sum(map(len, tables)) >= 140
+
+
+def test_too_little_memory_for_answers_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damaged answers are run again; those that did not fit into memory are not thrown away."""
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise MemoryError("malloc of size 64 failed")
+
+    (tmp_path / "plan.parquet").write_bytes(b"PAR1")
+    monkeypatch.setattr(pd, "read_parquet", no_memory)
+    with pytest.raises(MemoryError, match="malloc of size 64"):
+        examples.read(tmp_path / "plan.parquet")
