@@ -101,6 +101,7 @@ class Undisturbed:
         self.table.write_text("vit,llm,cider\n" + rows)
         shutil.copytree(self._run("sweep", *SWEEP.split(), str(self.study)), self.bare)
         self._run("recommend", *self.words("recommend", self.study))
+        shutil.copytree(self.study, self.reported)  # exports are noted in the study, and its report tells of them
         for name in EVERY:
             if name in names:
                 self._run(name, *self.words(name, folder / name))
@@ -110,12 +111,17 @@ class Undisturbed:
         """The study as the sweep left it, before anything was recommended."""
         return self.folder / "bare"
 
+    @property
+    def reported(self) -> Path:
+        """The study as it was recommended from, before anything was exported."""
+        return self.folder / "reported" / "study"
+
     def words(self, name: str, out: Path) -> list[str]:
         plan, importing = self.study / "plan.json", "--part vit=vision --part llm=language --score cider"
         return {
             "recommend": ["recommend", str(out), "--bpw", "5", "--json"],
             "export": ["export", str(plan), "--format", "compressed-tensors", "--force", "--out", str(out), "--json"],
-            "report": ["report", str(self.study), "--out", str(out), "--json"],
+            "report": ["report", str(self.reported), "--out", str(out), "--json"],
             "import": ["import", str(self.table), *importing.split(), "--out", str(out), "--json"],
         }[name]
 
