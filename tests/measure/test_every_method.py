@@ -8,21 +8,30 @@ import pytest
 
 from sensitivity.api.exporting import export
 from sensitivity.api.sweeping import calibrated, sweep
+from sensitivity.cli.main import main
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import METHODS, scheme
+from sensitivity.quantize.presets import PRESETS
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 
+MODEL = "embedded:scenes-llava"
 Prepared = tuple[VLM, ComponentMap, list[Plan], Statistics]
+
+
+def width_of(name: str) -> int:
+    """A width of a method, or of the method of a preset."""
+    widths = METHODS[str(PRESETS.get(name, {"method": name})["method"])].widths
+    return min(widths, key=lambda bits: abs(bits - 3))
 
 
 @pytest.fixture(scope="module")
 def prepared(scenes_llava: VLM) -> Prepared:
     parts = inspect(scenes_llava, by="part")
-    asked = [scheme(name, min(row.widths, key=lambda bits: abs(bits - 3))) for name, row in METHODS.items()]
+    asked = [scheme(name, width_of(name)) for name in METHODS]
     schemes, statistics = calibrated(scenes_llava, parts, asked, ["vqa"], n=4, cache_gb=0)
     assert statistics is not None
     return scenes_llava, parts, [Plan.of(parts, {"connector": chosen}) for chosen in schemes], statistics
@@ -50,3 +59,20 @@ def test_what_no_runtime_holds_is_refused_with_a_way_out(name: str, prepared: Pr
         export(study, chosen, tmp_path / "out", "compressed-tensors")
     written = export(study, chosen, tmp_path / "fake", "fake")
     assert written is not None
+
+
+@pytest.mark.parametrize("name", [*METHODS, *PRESETS])
+def test_each_has_a_forecast(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before any weight is loaded, so that nothing can be calibrated."""
+    words = f"sweep {MODEL} --bits {width_of(name)} --method {name} --n 8 --dry-run --out {tmp_path / 'out'}"
+    assert main(words.split()) == 0, capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_preset_with_gradients_is_exported_as_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its codes are computed again for the export: from the same token weights."""
+    study, out = tmp_path / "study", tmp_path / "out"
+    sweeping = f"sweep {MODEL} --bits 4 --method tlq-gptq --group 32 --n 8 --calibration-n 4 --out {study}"
+    assert main(sweeping.split()) == 0
+    assert main(f"export {study} --bpw 8 --format compressed-tensors --out {out}".split()) == 0
+    assert main(f"verify {out} --json".split()) == 0, capsys.readouterr().err

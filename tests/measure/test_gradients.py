@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +17,16 @@ from torch import Tensor, nn
 
 from sensitivity.api.sweeping import sweep
 from sensitivity.measure.calibrate.calibration import calibrate
+from sensitivity.measure.gradients import token_importance
 from sensitivity.measure.gradients.backward import backward
 from sensitivity.measure.gradients.token_importance import TokenGradients, by_modality, by_output, importance_of
-from sensitivity.measure.passes.block_modules import block_path
 from sensitivity.measure.passes.token_batches import ANSWER, PROMPT, VISION, TokenBatch, batches, calibration_pass
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import input_of
-from sensitivity.quantize.methods import scheme
+from sensitivity.quantize.methods import IMPORTANCE, UNIFORM, scheme
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
@@ -39,23 +42,20 @@ def loaded(name: str, folder: Path) -> VLM:
 def plain(vlm: VLM, weights: list[Weight], batch: TokenBatch) -> dict[str, Tensor]:
     """The gradients of all layers' outputs by autograd alone: everything is kept in memory."""
     outputs: dict[str, Tensor] = {}
-    handles = []
-    for weight in weights:
+    with ExitStack() as hooks, torch.enable_grad():
+        for weight in weights:
 
-        def hook(module: nn.Module, args: Any, output: Tensor, name: str = weight.name) -> Tensor:
-            outputs[name] = output = output.clone() if output.requires_grad else output.detach().requires_grad_() + 0
-            output.retain_grad()
-            return output
+            def hook(module: nn.Module, args: Any, output: Tensor, name: str = weight.name) -> Tensor:
+                output = output.clone() if output.requires_grad else output.detach().requires_grad_() + 0
+                output.retain_grad()
+                outputs[name] = output
+                return output
 
-        handles.append(vlm.model.get_submodule(weight.reader).register_forward_hook(hook))
-    with torch.enable_grad():
-        logits = calibration_pass(vlm, batch)
+            hooks.callback(vlm.model.get_submodule(weight.reader).register_forward_hook(hook).remove)
         assert batch.targets is not None
-        logits = logits[:, -batch.targets.shape[1] :].float()
+        logits = calibration_pass(vlm, batch).logits[:, -batch.targets.shape[1] :].float()
         right = logits.log_softmax(-1).gather(-1, batch.targets[..., None])[..., 0]
         (-right.mean(1).sum()).backward()
-    for handle in handles:
-        handle.remove()
     return {name: output.grad for name, output in outputs.items() if output.grad is not None}
 
 
@@ -84,23 +84,48 @@ def test_gradients_are_those_of_plain_autograd(name: str, tmp_path: Path) -> Non
     assert all(p.grad is None for p in vlm.model.parameters())
 
 
+def most_saved(run: Callable[[], object]) -> int:
+    """The most bytes that autograd keeps for backward passes at one time."""
+    bytes_now, most = 0, 0
+
+    def forget(size: int) -> None:
+        nonlocal bytes_now
+        bytes_now -= size
+
+    class Saved:
+        """A tensor that autograd keeps; it is forgotten when its graph is freed."""
+
+        def __init__(self, tensor: Tensor) -> None:
+            nonlocal bytes_now, most
+            self.tensor = tensor
+            size = tensor.numel() * tensor.element_size()
+            bytes_now += size
+            most = max(most, bytes_now)
+            weakref.finalize(self, forget, size)
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        run()
+    return most
+
+
 def test_one_block_is_in_memory_at_a_time(scenes_llava: VLM) -> None:
-    """The forward pass keeps hidden states alone: each block's layers run twice, and its second run has a gradient."""
-    parts = inspect(scenes_llava, by="block")
-    weights = [weight for weight in parts.weights if not weight.looked_up]
+    weights = [weight for weight in inspect(scenes_llava, by="block").weights if not weight.looked_up]
     batch = next(iter(batches(scenes_llava, [task("vqa", "calibration", 1, 0)])))
-    inside = [weight for weight in weights if weight.block is not None and weight.part == "language"]
-    alive: list[int] = []
-    order: list[Any] = []
+    order: list[int | None] = []
 
     def visit(weight: Weight, inputs: Tensor, gradient: Tensor) -> None:
-        order.append(weight.block)
-        alive.append(1)
+        if weight.part == "language":
+            order.append(weight.block)
 
-    backward(scenes_llava, inside, batch, visit)
+    ours = most_saved(lambda: backward(scenes_llava, weights, batch, visit))
     blocks = [block for block, _ in itertools.groupby(order)]
-    assert blocks == sorted(blocks, reverse=True)  # block after block, from the last to the first
-    assert block_path(scenes_llava.model, [inside[0].module])
+    assert blocks == sorted(blocks, key=lambda block: -1 if block is None else block, reverse=True)
+    whole = most_saved(lambda: plain(scenes_llava, weights, batch))
+    assert ours < whole / 3  # ten blocks, of which one is kept, and the hidden states between them
+
+
+def test_every_kind_of_importance_is_computed() -> None:
+    assert {UNIFORM, *token_importance.IMPORTANCE} == set(IMPORTANCE)
 
 
 def test_an_example_counts_the_same_whatever_shares_its_batch(scenes_llava: VLM) -> None:

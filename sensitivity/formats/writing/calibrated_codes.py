@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from sensitivity.formats.writing.job import Codes, from_weights_alone
-from sensitivity.measure.calibrate.statistics import Statistics
+from sensitivity.measure.calibrate.statistics import Statistics, by_importance
 from sensitivity.measure.install.fold import fold
 from sensitivity.measure.install.plan_in_model import targets
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import Linears, input_of
-from sensitivity.quantize.methods import importance, solve
+from sensitivity.quantize.methods import solve
 from sensitivity.quantize.stored.grid import QuantizedWeight, to_16_bit
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.components import ComponentMap, Weight
@@ -106,18 +106,15 @@ class _BlockByBlock:
         curvatures = self.statistics.gather_for(shared, self.inputs, tuple(self.done))
         for key, schemes in shared.items():
             names = tuple(weight.name for weight in self.inputs[key])
-            weights = tuple(self.float_weights[name] for name in names)
             foldable = any(s.get("scales") == "folded" for s in schemes) and key in self.statistics.absorbers
-            for scheme in sorted(schemes, key=str):
-                linears = Linears(names, weights, curvatures.get((key, importance(scheme))), foldable)
-                (results,) = solve(linears, [scheme])
-                self.found |= {
-                    name: result
-                    for name, result in zip(names, results, strict=True)
-                    if self.schemes.get(name) == scheme
-                }
-            for curvature in curvatures.values():
-                curvature.free_factor()
+            whole = Linears(names, tuple(self.float_weights[name] for name in names), foldable=foldable)
+            for linears, alike in by_importance(whole, schemes, curvatures[key]):
+                for scheme, results in zip(alike, solve(linears, alike), strict=True):
+                    self.found |= {
+                        name: result
+                        for name, result in zip(names, results, strict=True)
+                        if self.schemes.get(name) == scheme
+                    }
         if self.statistics.exposed:
             self._install(block)
         self.done += [(weight.name, self.schemes[weight.name]) for weight in block]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sensitivity.measure.passes.block_modules import block_path, recorded_forward, replaced_forward
+from sensitivity.measure.passes.block_modules import block_paths, recorded_forward, replaced_forward
 from sensitivity.measure.passes.token_batches import TokenBatch, calibration_pass
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import PARTS, ComponentMap, Weight
@@ -218,18 +218,9 @@ def _before(weight: BlockPosition, block: BlockPosition) -> bool:
 
 
 def _blocks(model: nn.Module, weights: Iterable[Weight]) -> list[_Block]:
-    """The module around each block's weights, in the direction of data flow, except modules that hold another block."""
-    paths: dict[BlockPosition, list[str]] = {}
-    for weight in weights:
-        if weight.block is not None:
-            paths.setdefault(position_of(weight), []).append(weight.module)
-    around = {position: block_path(model, found) for position, found in sorted(paths.items())}
-    outermost = {
-        position: path
-        for position, path in around.items()
-        if path and not any(f"{other}.".startswith(f"{path}.") for of, other in around.items() if of != position)
-    }
-    return [_Block(position, model.get_submodule(path)) for position, path in outermost.items()]
+    """The blocks of some weights, in the direction of data flow."""
+    found = {(PARTS.index(part), block): path for (part, block), path in block_paths(model, weights).items()}
+    return [_Block(position, model.get_submodule(path)) for position, path in sorted(found.items())]
 
 
 def _replaying(outputs: Sequence[object]) -> Callable[..., object]:

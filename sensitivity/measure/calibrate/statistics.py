@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from sensitivity.measure.calibrate.absorbers import Absorber
 from sensitivity.measure.calibrate.blockwise import Installed
 from sensitivity.measure.calibrate.cache import Cache
 from sensitivity.quantize.layer.curvature import Curvature
+from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.methods import UNIFORM, importance, method_of
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError, unknown
@@ -31,6 +32,23 @@ class Gather(Protocol):
     def __call__(self, weights: Sequence[Weight], installed: Installed | None = None, /) -> Mapping[str, Curvature]: ...
 
 
+def by_importance(
+    linears: Linears, schemes: Iterable[Scheme], curvatures: Mapping[str, Curvature]
+) -> Iterator[tuple[Linears, list[Scheme]]]:
+    """Some weights with the curvature that each kind of importance gives them, and the schemes that ask for it.
+
+    `curvatures` is by importance. The factor of each, as large as the Gram matrix, is freed before the next.
+    """
+    kinds: dict[str, list[Scheme]] = {}
+    for scheme in sorted(schemes, key=str):
+        kinds.setdefault(importance(scheme), []).append(scheme)
+    for kind, alike in sorted(kinds.items()):
+        curvature = curvatures.get(kind)
+        yield replace(linears, curvature=curvature), alike
+        if curvature is not None:
+            curvature.free_factor()
+
+
 @dataclass(frozen=True)
 class Statistics:
     """The curvature of each layer's input, and the facts of its calibration, which schemes record."""
@@ -45,9 +63,9 @@ class Statistics:
 
     def gather_for(
         self, schemes_of: Mapping[str, Iterable[Scheme]], readers: Mapping[str, Sequence[Weight]], installed: Installed
-    ) -> dict[tuple[str, str], Curvature]:
-        """What the calibrated schemes of some inputs need, by input and kind of importance."""
-        found: dict[tuple[str, str], Curvature] = {}
+    ) -> dict[str, dict[str, Curvature]]:
+        """What the calibrated schemes of some inputs need: by input, and by kind of importance."""
+        found: dict[str, dict[str, Curvature]] = {name: {} for name in schemes_of}
         kinds: dict[str, set[str]] = {}
         for name, schemes in schemes_of.items():
             for scheme in schemes:
@@ -61,7 +79,8 @@ class Statistics:
                 )
             gather = self.gather if kind == UNIFORM else self.weighted[kind]
             gathered = gather([readers[name][0] for name in sorted(names)], installed)
-            found |= {(name, kind): curvature for name, curvature in gathered.items()}
+            for name, curvature in gathered.items():
+                found[name][kind] = curvature
         return found
 
     @cached_property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
-from sensitivity.measure.passes.block_modules import block_path, replaced_forward
+from sensitivity.measure.passes.block_modules import block_paths, replaced_forward
 from sensitivity.measure.passes.token_batches import TokenBatch, calibration_pass
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import Weight
@@ -28,7 +28,7 @@ def answer_loss(vlm: VLM, batch: TokenBatch) -> Tensor:
     """
     if batch.targets is None:
         raise UserError("this task has no answers in words, and without them there is no loss to take gradients of")
-    logits = calibration_pass(vlm, batch)[:, -batch.targets.shape[1] :]
+    logits: Tensor = calibration_pass(vlm, batch).logits[:, -batch.targets.shape[1] :]
     # in float32 the probability of a sure answer is 1, and its gradient nothing at all
     logits = logits.float() if logits.device.type == "mps" else logits.double()
     each = nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
@@ -67,7 +67,8 @@ def backward(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch, visit: Visi
         return hook
 
     with ExitStack() as patches, torch.enable_grad():
-        for module in _outermost_blocks(vlm.model, weights):
+        for path in block_paths(vlm.model, weights).values():
+            module = vlm.model.get_submodule(path)
             patches.enter_context(replaced_forward(module, _run_again(module.forward, zero)))
         for weight in weights:
             layer = vlm.model.get_submodule(weight.reader)
@@ -109,14 +110,3 @@ def _run_again(forward: Callable[..., object], zero: Tensor) -> Callable[..., ob
         return tree_unflatten(list(found), outputs[0])
 
     return run
-
-
-def _outermost_blocks(model: nn.Module, weights: Iterable[Weight]) -> list[nn.Module]:
-    """The modules of the blocks that hold some weights, without those inside another."""
-    layers: dict[tuple[str, int], list[str]] = {}
-    for weight in weights:
-        if weight.block is not None:
-            layers.setdefault((weight.part, weight.block), []).append(weight.module)
-    paths = {path for found in layers.values() if (path := block_path(model, found))}
-    outermost = [path for path in sorted(paths) if not any(path.startswith(f"{other}.") for other in paths)]
-    return [model.get_submodule(path) for path in outermost]

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from sensitivity.measure.calibrate.absorbers import Absorber
 from sensitivity.measure.calibrate.cache import fingerprint
-from sensitivity.measure.calibrate.statistics import Statistics
+from sensitivity.measure.calibrate.statistics import Statistics, by_importance
 from sensitivity.measure.memory.weight_codes import CachedWeight, Key, WeightCodes, as_cached, from_tensors, tensors
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears, input_of
-from sensitivity.quantize.methods import importance, method_of, quantize, solve
+from sensitivity.quantize.methods import method_of, quantize, solve
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme, Setting, scheme_of
@@ -143,26 +143,22 @@ class _Quantizer:
                 missing.setdefault(input_of(weight), set()).update(missing_schemes)
         # a method may choose scales for an input that its weights share; solving all of them together keeps the bits
         # independent of which of them a plan names
-        found: Mapping[tuple[str, str], Curvature] = {}
-        calibrated = {s for schemes in missing.values() for s in schemes if self._calibrated(s)}
-        if calibrated and self.statistics is not None:
+        for scheme in {s for schemes in missing.values() for s in schemes}:
+            self._check_calibrated(scheme)
+        found: Mapping[str, Mapping[str, Curvature]] = {}
+        if self.statistics is not None:
             found = self.statistics.gather_for(missing, self.inputs, tuple(self.installed_so_far))
         for shared, schemes in missing.items():
             names = tuple(weight.name for weight in self.inputs[shared])
             for name in names:
                 _check_finite(name, self.own[name])
-            ordered = sorted(schemes, key=str)
             # tracing absorbers costs a forward pass, so it waits until a scheme folds its scales
             foldable = any(s.get("scales") == "folded" for s in schemes) and shared in self._absorbers()
-            weights = tuple(self.own[name] for name in names)
-            for kind in sorted({importance(s) for s in ordered}):
-                alike = [s for s in ordered if importance(s) == kind]
-                linears = Linears(names, weights, found.get((shared, kind)), foldable)
+            whole = Linears(names, tuple(self.own[name] for name in names), foldable=foldable)
+            for linears, alike in by_importance(whole, schemes, found.get(shared, {})):
                 for chosen, values in zip(alike, self._values(linears, alike), strict=True):
                     for name, value in zip(names, values, strict=True):
                         self.memory[self.key(name, chosen)] = value
-                if linears.curvature is not None:
-                    linears.curvature.free_factor()
 
     def _values(self, linears: Linears, schemes: Sequence[Scheme]) -> list[list[CachedWeight]]:
         """The quantized weights for each scheme; calibrated ones come from the cache on disk if it has them."""
@@ -202,14 +198,13 @@ class _Quantizer:
             self.memory[name, chosen] = quantize(bias.reshape(1, -1), chosen).reshape(bias.shape)
         return self.memory.dense((name, chosen), self.own[name])
 
-    def _calibrated(self, chosen: Scheme) -> bool:
-        """Whether a scheme needs statistics; an error if there are none, or they are of other data."""
+    def _check_calibrated(self, chosen: Scheme) -> None:
+        """Raise an error for a scheme that needs statistics if there are none, or they are of other data."""
         if not method_of(chosen).calibrated:
-            return False
+            return
         if self.statistics is None:
             raise UserError(f"{chosen.method} needs calibration data: pass statistics, as calibrate() makes them")
         self.statistics.check_scheme(chosen)
-        return True
 
 
 def _without_prefix(prefix: str, found: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
+from sensitivity.spec.components import Weight
+
 
 def block_path(model: nn.Module, layers: Iterable[str]) -> str:
     """The path of the deepest module around some layers that has a forward of its own; a ModuleList has none."""
@@ -15,6 +17,20 @@ def block_path(model: nn.Module, layers: Iterable[str]) -> str:
     while isinstance(model.get_submodule(path.replace("/", ".")), nn.ModuleList | nn.ModuleDict):
         path = os.path.dirname(path)
     return path.replace("/", ".")
+
+
+def block_paths(model: nn.Module, weights: Iterable[Weight]) -> dict[tuple[str, int], str]:
+    """By part and number, the path of the module around each block's weights, unless it holds another block too."""
+    layers: dict[tuple[str, int], list[str]] = {}
+    for weight in weights:
+        if weight.block is not None:
+            layers.setdefault((weight.part, weight.block), []).append(weight.module)
+    around = {block: block_path(model, found) for block, found in layers.items()}
+    return {
+        block: path
+        for block, path in around.items()
+        if path and not any(f"{other}.".startswith(f"{path}.") for of, other in around.items() if of != block)
+    }
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,12 +122,11 @@ def image_token(vlm: VLM) -> int:
     return next((int(token) for token in found if token is not None), -1)
 
 
-def calibration_pass(vlm: VLM, batch: TokenBatch) -> Tensor:
-    """One forward pass without a cache; returns the logits, of the answer alone where the model offers that."""
+def calibration_pass(vlm: VLM, batch: TokenBatch) -> Any:  # the class of the output differs by family
+    """One forward pass without a cache, with logits of the answer alone where the model offers that; its output."""
     sequences = inspect.signature(vlm.model.forward).parameters
     options = {"use_cache": False, "logits_to_keep": batch.logits_to_keep}
-    found = vlm.model(**batch.inputs, **{name: value for name, value in options.items() if name in sequences})
-    return cast(Tensor, getattr(found, "logits", None))
+    return vlm.model(**batch.inputs, **{name: value for name, value in options.items() if name in sequences})
 
 
 def check_disjoint(calibration: Sequence[Task], evaluation: Sequence[Task]) -> None:
