@@ -230,6 +230,9 @@ def test_what_has_no_loss_is_a_sentence(tmp_path: Path, scenes_llava: VLM) -> No
     batch.targets = None
     with pytest.raises(UserError, match="no answers in words"):
         backward(scenes_llava, list(parts.weights), batch, lambda *_: None)
+    matching = load("embedded:scenes-blip2-itm", dtype="float32")
+    with pytest.raises(UserError, match="no answers in words"):
+        calibrate(matching, inspect(matching, by="part"), ["retrieval"], 2, importance=["gradient"])
 
 
 def test_a_gradient_that_is_not_finite_is_a_sentence(scenes_llava: VLM) -> None:

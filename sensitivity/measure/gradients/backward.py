@@ -26,9 +26,13 @@ def answer_loss(vlm: VLM, batch: TokenBatch) -> Tensor:
 
     A sum over rows, so that the gradient of an example does not depend on which examples share its batch.
     """
-    if batch.targets is None:
-        raise UserError("this task has no answers in words, and without them there is no loss to take gradients of")
-    logits: Tensor = calibration_pass(vlm, batch).logits[:, -batch.targets.shape[1] :]
+    logits: Tensor | None = getattr(calibration_pass(vlm, batch), "logits", None)  # a model for retrieval has none
+    if batch.targets is None or logits is None:
+        raise UserError(
+            "this model and task have no answers in words, of which the gradient could be taken; choose a method that "
+            "needs none, such as gptq"
+        )
+    logits = logits[:, -batch.targets.shape[1] :]
     # in float32 the probability of a sure answer is 1, and its gradient nothing at all
     logits = logits.float() if logits.device.type == "mps" else logits.double()
     each = nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
