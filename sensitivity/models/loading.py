@@ -242,7 +242,7 @@ def device_of(device: str) -> torch.device | None:
         torch_device = torch.device(device)
     except RuntimeError:  # torch's message lists many devices that are not usable here
         raise UserError(f"unknown device '{device}'; {usable}") from None
-    try:
+    try:  # torch raises an AssertionError where it was built without CUDA, and others for other devices
         torch.empty(0, device=torch_device)
     except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
         raise UserError(f"device '{device}' cannot be used ({reason(error)}); {usable}") from error

@@ -9,7 +9,7 @@ FULL, CODE, ABSTRACT = "text read in full", "code read, not the whole text", "kn
 
 @dataclass(frozen=True)
 class Source:
-    """What stands behind a row of METHODS."""
+    """What stands behind a row of METHODS or PRESETS."""
 
     where: str
     read: str  # FULL, CODE, ABSTRACT, or "" where there is nothing to read
@@ -59,4 +59,11 @@ SOURCES: dict[str, Source] = {
         "all, with 32 bits per outlier",
     ),
     "adpq": Source("AdpQ, statistical pre-calibration", ABSTRACT, "its threshold is the largest share by magnitude"),
+    "paper-uniform": Source("Gautam et al. 2025", CODE),
+    "paper-gptq": Source("Gautam et al. 2025", CODE),
+    "paper-awq": Source("Gautam et al. 2025", CODE),
+    "mbq": Source("Li et al. 2025 (MBQ)", CODE, "squared error of layers, there the L1 error of modules"),
+    "tlq": Source("TLQ", ABSTRACT, "the weight of a token is the norm of its gradient"),
+    "tlq-gptq": Source("TLQ", ABSTRACT, "as tlq, with GPTQ's solver"),
+    "oac": Source("OAC", ABSTRACT, "without the terms between tokens"),
 }

@@ -358,11 +358,13 @@ def test_no_memory_for_a_library_is_no_defect(
 
 def test_methods_are_listed_with_what_they_store(capsys: pytest.CaptureFixture[str]) -> None:
     from sensitivity.quantize.methods import METHODS
+    from sensitivity.quantize.presets import PRESETS
     from sensitivity.quantize.sources import SOURCES
 
-    assert set(SOURCES) == set(METHODS)
+    assert set(SOURCES) == {*METHODS, *PRESETS}
     found = one_object(run(capsys, "methods --json")[1])["methods"]
-    assert [method["name"] for method in found] == list(METHODS)
+    assert [method["name"] for method in found] == [*METHODS, *PRESETS]
+    assert {method["name"] for method in found if method["gradients"]} == {"mbq", "tlq", "tlq-gptq", "oac"}
     for method in found:
         # a code of b bits takes b bits; everything else comes on top
         assert all(stored > int(bits) for bits, stored in method["stored"].items()), method["name"]

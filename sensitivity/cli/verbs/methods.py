@@ -19,13 +19,16 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """List the methods."""
-    from sensitivity.quantize.methods import METHODS, scheme
+    from sensitivity.quantize.methods import METHODS, UNIFORM, importance, scheme
+    from sensitivity.quantize.presets import PRESETS
     from sensitivity.quantize.sources import SOURCES
     from sensitivity.spec.components import Weight
     from sensitivity.spec.sizes import weight_bits
 
     found = []
-    for name, row in METHODS.items():
+    for name in (*METHODS, *PRESETS):
+        row = METHODS[str(PRESETS.get(name, {"method": name})["method"])]
+        one = scheme(name, row.widths[-1])
         source, weight = SOURCES[name], Weight("weight", SIDE, SIDE, "language", None, 0, None)
         stored = {bits: weight_bits(scheme(name, bits), weight, 16) / weight.numel for bits in row.widths}
         found.append(
@@ -35,8 +38,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "stored": stored,
                 "claimed": source.claimed,
                 "calibrated": row.calibrated,
-                "group": row.group,
-                "settings": dict(row.settings),
+                "gradients": importance(one) != UNIFORM,
+                "group": one.group,
+                "settings": {**row.settings, **dict(one.settings)},
                 "source": source.where,
                 "read": source.read,
                 "ours": source.ours,
@@ -57,7 +61,7 @@ def show_methods(found: list[dict[str, Any]]) -> None:
                 m["name"],
                 _range(m["bits"]),
                 _range([f"{stored:.2f}" for stored in m["stored"].values()]),
-                "yes" if m["calibrated"] else "no",
+                "with gradients" if m["gradients"] else "yes" if m["calibrated"] else "no",
                 m["claimed"],
             )
             for m in found

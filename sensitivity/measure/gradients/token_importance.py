@@ -62,21 +62,21 @@ def by_modality(seen: TokenGradients) -> TokenWeights:
     layers' where that is larger. A layer that reads the image alone counts all its tokens alike. MBQ weights the L1
     error of a module's output in a scale search; this is the same weight in the squared error of a layer's output.
     """
-    totals: dict[str, list[float]] = {}
+    image: dict[str, list[Tensor]] = {}
+    answer: dict[str, list[Tensor]] = {}
     for (example, name), norms in seen.norms.items():
         modality = seen.modalities[example, name]
-        if modality is None or not bool((modality == ANSWER).any()):
-            continue
-        sums = totals.setdefault(name, [0.0, 0.0, 0.0, 0.0])
-        for place, which in ((0, VISION), (2, ANSWER)):
-            sums[place] += float(norms[modality == which].sum())
-            sums[place + 1] += int((modality == which).sum())
-    ratios = {n: (v / max(c, 1)) / (a / d) for n, (v, c, a, d) in totals.items() if a > 0 and d > 0 and c > 0}
+        if modality is not None and bool((modality == ANSWER).any()):
+            image.setdefault(name, []).append(norms[modality == VISION])
+            answer.setdefault(name, []).append(norms[modality == ANSWER])
+    means = {name: (torch.cat(image[name]).mean(), torch.cat(answer[name]).mean()) for name in answer}
+    # a text without an image has no mean (NaN), and an answer that the model is sure of may have none above zero
+    ratios = {name: float(vision / text) for name, (vision, text) in means.items() if vision > 0 and text > 0}
     middle = median(ratios.values()) if ratios else 1.0
     found = {}
     for (example, name), norms in seen.norms.items():
         modality = seen.modalities[example, name]
-        if modality is None or name not in totals:
+        if modality is None or name not in answer:
             found[example, name] = torch.ones_like(norms)
         else:
             weight = max(ratios.get(name, middle), middle)

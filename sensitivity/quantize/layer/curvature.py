@@ -161,10 +161,10 @@ class Curvature:
             # no layer's name in the message: warnings with equal text are shown once, however many layers are affected
             why = "since a Gram matrix would not factorize; more calibration examples help (--calibration-n)"
             warnings.warn(f"damping raised from {damp:g} to {tried:g}, {why}", Notice, stacklevel=2)
-        return Factor(_turn(lower.div_(scale)), scale.flip(0).square(), order, tried)
+        return Factor(_reverse_in_place(lower.div_(scale)), scale.flip(0).square(), order, tried)
 
 
-def _turn(lower: Tensor) -> Tensor:
+def _reverse_in_place(lower: Tensor) -> Tensor:
     """Reverse rows and columns of a matrix stored by columns, in place: the order of all its numbers in memory."""
     numbers = lower.mT.view(-1)
     half, count = len(numbers) // 2, len(numbers)
