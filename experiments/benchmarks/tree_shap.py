@@ -18,7 +18,7 @@ import shap
 from sklearn.ensemble import RandomForestRegressor
 
 from sensitivity.analysis.importance import tree_shap
-from sensitivity.analysis.importance.estimators import EXPLAINED, forest_of
+from sensitivity.analysis.importance.estimators import EXPLAINED, TREES
 
 LEVELS = (2, 3, 4, 6, 8, 16)
 TRIALS = 448
@@ -57,7 +57,7 @@ def main() -> None:
         plans = np.unique(bits, axis=0)
         if not tree_shap.fits(plans):  # then a ranking explains some plans only
             plans = plans[draw.choice(len(plans), EXPLAINED, replace=False)]
-        compare(forest_of(0).fit(bits, score), plans, components)
+        compare(RandomForestRegressor(TREES, random_state=0).fit(bits, score), plans, components)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from sklearn.inspection import permutation_importance
 
 from sensitivity.analysis.importance import estimators, robustness, tree_shap
 from sensitivity.analysis.importance.estimators import CONSENSUS, ESTIMATORS, shares
+from sensitivity.analysis.importance.random_forest import RandomForest
 from sensitivity.analysis.importance.ranking import cached, compare, rank
 from sensitivity.analysis.observations import observations_of, observations_of_table
 from sensitivity.spec.errors import UserError
@@ -69,10 +70,21 @@ def test_the_table_of_games_and_the_leaves_are_treeshap(formula: planted.Formula
         np.testing.assert_allclose(ours.interactions(), pairs, atol=1e-10)
 
 
+@pytest.mark.parametrize("rows", [1, 9, 125, 600])
+def test_the_forest_is_scikit_learns(rows: int) -> None:
+    draw = np.random.default_rng(rows)
+    x = draw.choice([2, 3, 4, 6, 8], size=(rows, 4)).astype(float)
+    y = x[:, 0] * x[:, 1] + draw.normal(size=rows)
+    ours, theirs = RandomForest(30, 3).fit(x, y), RandomForestRegressor(30, random_state=3).fit(x, y)
+    np.testing.assert_allclose(ours.predict(x + 0.5), theirs.predict(x + 0.5), rtol=1e-12)
+    np.testing.assert_allclose(ours.feature_importances_, theirs.feature_importances_, rtol=1e-12)
+
+
 def test_permutation_is_scikit_learns() -> None:
     observations = planted.observations(planted.product, noise=0.02)
     fitted = estimators.fit(observations.bits, observations.score)
-    theirs = permutation_importance(fitted.forest, fitted.x, fitted.y, n_repeats=50, random_state=0)
+    forest = RandomForestRegressor(estimators.TREES, random_state=0).fit(fitted.x, fitted.y)
+    theirs = permutation_importance(forest, fitted.x, fitted.y, n_repeats=50, random_state=0)
     np.testing.assert_allclose(estimators.permutation(fitted), theirs.importances_mean, rtol=0.1, atol=0.002)
 
 

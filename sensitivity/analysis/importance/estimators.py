@@ -14,12 +14,12 @@ import numpy as np
 import optuna
 from optuna.distributions import IntDistribution
 from optuna.importance import BaseImportanceEvaluator, FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
-from sklearn.ensemble import RandomForestRegressor
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import r2_score
 from sklearn.model_selection import GroupKFold
 
 from sensitivity.analysis.importance import tree_shap
+from sensitivity.analysis.importance.random_forest import RandomForest
 from sensitivity.spec import threads
 
 Floats = np.ndarray
@@ -29,6 +29,7 @@ TREES = 100
 REPEATS = 50  # shuffles of each component in permutation importance
 FEW_REPEATS = 10  # the same in a bootstrap resample
 MANY = 1000  # trials beyond which forests that serve only intervals and checks have half the trees
+WORTH_A_THREAD = 300  # two threads took 1.6 times as long at 65 trials, as long at 250 and half as long at 1,500
 EXPLAINED = 60  # plans that SHAP explains where the grid is too large for the table of all cells
 FEW = 10  # the same in a bootstrap resample
 SHUFFLED = 500  # most trials that permutation importance uses in a resample
@@ -40,7 +41,7 @@ FANOVA = 400  # trials that Optuna's fANOVA is given at most: its time grows fas
 class Fitted:
     """A fitted forest and its training data; `groups` says which columns of x make up each component."""
 
-    forest: RandomForestRegressor
+    forest: RandomForest
     x: Floats
     y: Floats
     groups: tuple[tuple[int, ...], ...]
@@ -69,7 +70,7 @@ class Fitted:
         if len(plans) > few:
             rows = np.random.default_rng(self.seed).choice(len(plans), few, replace=False)
             plans, weight = plans[rows], weight[rows]
-        small = forest_of(self.seed, 20).fit(self.x, self.y)
+        small = RandomForest(20, self.seed).fit(self.x, self.y)
         return tree_shap.Leaves(small, plans).interactions(), weight, plans
 
 
@@ -83,17 +84,12 @@ def fit(
 ) -> Fitted:
     """Fit a forest that predicts scores y from bits x; without `groups`, each column is a component."""
     groups = tuple((i,) for i in range(x.shape[1])) if groups is None else tuple(tuple(group) for group in groups)
-    return Fitted(forest_of(seed, trees).fit(x, y), x, y, groups, seed, explained)
+    return Fitted(RandomForest(trees, seed).fit(x, y), x, y, groups, seed, explained)
 
 
 def spared(trees: int, trials: int) -> int:
     """Number of trees of a forest that is grown many times: half as many where there are many trials."""
     return trees if trials <= MANY else trees // 2
-
-
-def forest_of(seed: int, trees: int = TREES) -> RandomForestRegressor:
-    """An unfitted forest; of one job, since `side_by_side` already grows several forests in parallel."""
-    return RandomForestRegressor(trees, random_state=seed, n_jobs=1)
 
 
 def forest(fitted: Fitted) -> Floats:
@@ -124,7 +120,7 @@ def permutation(fitted: Fitted) -> Floats:
     return np.asarray(lost)
 
 
-def _predict(forest: RandomForestRegressor, x: Floats) -> Floats:
+def _predict(forest: RandomForest, x: Floats) -> Floats:
     """Predictions for rows of which each distinct one is predicted once: shuffled trials repeat each other often."""
     # each row becomes one integer whose digits are its columns; renumbered where the next digit would overflow it
     code = np.zeros(len(x), dtype=np.int64)
@@ -225,16 +221,19 @@ def chance(x: Floats, y: Floats, least: int, seed: int = 0, probes: int = 5) -> 
         fitted = fit(shuffled[rows], y[rows], seed=number, explained=FEW, trees=spared(50, len(x)))
         return [float(shares(ESTIMATORS[name](fitted))[least]) for name in CONSENSUS]
 
-    most = np.max(side_by_side(once, range(probes)), axis=0)
+    most = np.max(side_by_side(once, range(probes), len(x)), axis=0)
     return {"consensus": float(most.mean()), **dict(zip(CONSENSUS, most.tolist(), strict=True))}
 
 
-def side_by_side(once: Callable[[Given], Found], given: Iterable[Given]) -> list[Found]:
-    """Apply a function to each item on all cores, results in order; threads suffice, as trees grow without the GIL.
+def side_by_side(once: Callable[[Given], Found], given: Iterable[Given], trials: int) -> list[Found]:
+    """Apply a function to each item, results in order; on all cores where trees of so many trials gain by it.
+
+    Trees grow without Python's lock, so threads suffice; around small trees they only wait for it.
 
     scikit-learn resets the process's warning filters in every thread; they are restored at the end.
     """
-    with warnings.catch_warnings(record=True), ThreadPoolExecutor(threads.requested() or threads.cores()) as pool:
+    cores = (threads.requested() or threads.cores()) if trials >= WORTH_A_THREAD else 1
+    with warnings.catch_warnings(record=True), ThreadPoolExecutor(cores) as pool:
         warnings.simplefilter("ignore")
         return list(pool.map(once, given))
 
@@ -246,10 +245,10 @@ def cross_validated(x: Floats, y: Floats, keys: Sequence[str], seed: int = 0) ->
 
     def fold(rows: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
         seen, unseen = rows
-        return unseen, forest_of(seed, spared(TREES, len(x))).fit(x[seen], y[seen]).predict(x[unseen])
+        return unseen, RandomForest(spared(TREES, len(x)), seed).fit(x[seen], y[seen]).predict(x[unseen])
 
     predicted = np.empty(len(y))
-    for unseen, values in side_by_side(fold, split.split(x, y, groups=list(keys))):
+    for unseen, values in side_by_side(fold, split.split(x, y, groups=list(keys)), len(x)):
         predicted[unseen] = values
     return float(r2_score(y, predicted))
 

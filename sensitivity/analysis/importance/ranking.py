@@ -189,7 +189,8 @@ def bootstrap(observations: Observations, groups: Sequence[Sequence[int]], times
         fitted = estimators.fit(x, y, groups, number, estimators.FEW, estimators.spared(RESAMPLED_TREES, len(x)))
         return np.stack([shares(ESTIMATORS[name](fitted)) for name in CONSENSUS])
 
-    drawn = np.array(estimators.side_by_side(once, range(times))).reshape(times, len(CONSENSUS), len(groups))
+    drawn = np.array(estimators.side_by_side(once, range(times), len(observations)))
+    drawn = drawn.reshape(times, len(CONSENSUS), len(groups))
     return {"consensus": drawn.mean(axis=1), **{name: drawn[:, i] for i, name in enumerate(CONSENSUS)}}
 
 

@@ -31,7 +31,7 @@ def near_operating_point(observations: Observations, share: float) -> Observatio
     """
     if not 0 < share < 1:
         raise UserError(f"near must be a share of full precision between 0 and 1, such as 0.9, not {share:g}")
-    forest = estimators.forest_of(0).set_params(oob_score=True)
+    forest = RandomForestRegressor(estimators.TREES, oob_score=True, random_state=0)
     kept = observations.where(_expected(forest, observations) >= share * observations.full)
     if len(kept) < 8:
         raise UserError(f"only {count(len(kept), 'trial')} within {share:.0%} of full precision: too few to rank")
@@ -78,7 +78,8 @@ def without_levels(
             # half of the trials at least must remain, or the ranking moves for lack of data
             if len(rest) >= max(8, len(observations) / 2) and np.ptp(rest.score) > 0:
                 left_out.append((name, int(bits), int(touched.sum()), rest))
-    base, *remaining = estimators.side_by_side(share, [observations, *(rest for *_, rest in left_out)])
+    tables = [observations, *(rest for *_, rest in left_out)]
+    base, *remaining = estimators.side_by_side(share, tables, len(observations))
     rows = []
     for (name, bits, trials, _), shares in zip(left_out, remaining, strict=True):
         most = int(np.argmax(np.abs(shares - base)))

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
-from sklearn.ensemble import RandomForestRegressor
+from sklearn.tree import DecisionTreeRegressor
 
 # Written by hand for the few components of most studies, whose ranking explains a hundred forests: the table takes a
 # twelfth of the CPU seconds of shap's TreeExplainer for the values of 185 plans, and a 55th for their interactions.
@@ -24,6 +24,12 @@ class Tree(Protocol):
     node_count: int
     children_left: np.ndarray
     children_right: np.ndarray
+
+
+class Forest(Protocol):
+    """What is used of a fitted forest, ours or scikit-learn's."""
+
+    estimators_: list[DecisionTreeRegressor]
 
 
 def levels(x: np.ndarray) -> list[np.ndarray]:
@@ -45,7 +51,7 @@ class ShapleyTable:
     of products over features, which matrix products compute for all cells at once.
     """
 
-    def __init__(self, forest: RandomForestRegressor, x: np.ndarray) -> None:
+    def __init__(self, forest: Forest, x: np.ndarray) -> None:
         self.grid = levels(x)
         self.index = np.column_stack([np.searchsorted(g, c) for g, c in zip(self.grid, x.T, strict=True)])
         value, inside, share = _boxes(forest, self.grid)
@@ -102,7 +108,7 @@ class Leaves:
     is a polynomial in t, and a Gauss-Legendre rule of enough nodes integrates it exactly.
     """
 
-    def __init__(self, forest: RandomForestRegressor, x: np.ndarray) -> None:
+    def __init__(self, forest: Forest, x: np.ndarray) -> None:
         self.grid = levels(x)
         self.index = np.column_stack([np.searchsorted(g, c) for g, c in zip(self.grid, x.T, strict=True)])
         self.value, self.inside, self.share = _boxes(forest, self.grid)
@@ -148,7 +154,7 @@ class Leaves:
         return out
 
 
-def _boxes(forest: RandomForestRegressor, grid: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+def _boxes(forest: Forest, grid: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
     """Leaf values, per feature which levels lie inside (leaves x levels), and the share of rows (leaves x features).
 
     The nodes of all trees stand in one array and are descended together, a depth at a time: no loop over nodes.
