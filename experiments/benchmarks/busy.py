@@ -61,12 +61,12 @@ def busy(count: int) -> Iterator[None]:
             other.wait()
 
 
-def demo(code: Path, beside: int, n: int) -> Run:
+def demo(code: Path, beside: int, n: int | None) -> Run:
     found = Run(beside)
     with tempfile.TemporaryDirectory() as folder, busy(beside):
         before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
         process = subprocess.Popen(
-            [sys.executable, "-m", "sensitivity", "demo", "--n", str(n), "--out", f"{folder}/demo"],
+            [sys.executable, "-m", "sensitivity", "demo", *(["--n", str(n)] if n else []), "--out", f"{folder}/demo"],
             cwd=code,
             env={**os.environ, "PYTHONPATH": str(code)},
             stdout=subprocess.PIPE,
@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", metavar="COMMIT", help="the commit to compare with")
     parser.add_argument("--beside", default="0,1,2", help="busy processes beside it (default: 0,1,2)")
-    parser.add_argument("--n", type=int, default=1000, help="examples of the demo (default: 1000)")
+    parser.add_argument("--n", type=int, help="examples of the demo (default: what each commit's demo takes by itself)")
     parser.add_argument("--out", type=Path, default=ROOT / "reports" / "busy.md")
     args = parser.parse_args()
     counts = [int(count) for count in args.beside.split(",")]
@@ -127,7 +127,7 @@ def main() -> None:
         "# The demo on a busy machine",
         "",
         f"`{words}`: {os.cpu_count()} cores ({platform.machine()}), load average at the end {os.getloadavg()[0]:.1f}; "
-        f"n {args.n}. Aims: CPU seconds at most {AIM_CPU} times the least; wall at most {AIM_WALL} times the quiet one "
+        f"examples: {args.n or '500 now, 1,000 before, the defaults'}. Aims: CPU seconds at most {AIM_CPU} times the least; wall at most {AIM_WALL} times the quiet one "
         f"where half the machine is taken; a first line within {AIM_FIRST:.0f} s, then one at least every "
         f"{AIM_PAUSE:.0f} s.",
         "",

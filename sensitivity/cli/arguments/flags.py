@@ -129,11 +129,9 @@ def task(p: argparse.ArgumentParser) -> None:
     p.add_argument("--task", type=values.name, metavar="T", help="the task that decides (default: the study's first)")
 
 
-def samples(p: argparse.ArgumentParser) -> None:
+def samples(p: argparse.ArgumentParser, n: int = 1000) -> None:
     """Add --n and --seed."""
-    p.add_argument(
-        "--n", type=values.examples, default=1000, help="examples per task, drawn with the seed (default: 1000)"
-    )
+    p.add_argument("--n", type=values.examples, default=n, help=f"examples per task, drawn with the seed (default: {n})")
     p.add_argument("--seed", type=values.seed, default=0, help="seed of the examples and of the search (default: 0)")
 
 

@@ -11,7 +11,7 @@ from sensitivity.cli.arguments import values
 from sensitivity.cli.arguments.parsing import parser_of, run_verb
 from sensitivity.cli.verbs import inspect, rank, recommend, report, sweep
 
-ABOUT = "sweep, rank, recommend and report on the embedded model, in a few minutes"
+ABOUT = "sweep, rank, recommend and report on the embedded model, in about a minute"
 EXAMPLE = "sensitivity demo"
 MODEL = "embedded:scenes-llava"
 STEPS = {"inspect": inspect, "sweep": sweep, "rank": rank, "recommend": recommend, "report": report}
@@ -26,7 +26,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         default=Path("runs/demo"),
         help="folder for the study, its plan and its report (default: runs/demo)",
     )
-    words.samples(p)
+    words.samples(p, n=500)  # about a minute on two quiet cores: reports/busy.md
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
