@@ -127,9 +127,9 @@ def main() -> None:
         "# The demo on a busy machine",
         "",
         f"`{words}`: {os.cpu_count()} cores ({platform.machine()}), load average at the end {os.getloadavg()[0]:.1f}; "
-        f"examples: {args.n or '500 now, 1,000 before, the defaults'}. Aims: CPU seconds at most {AIM_CPU} times the least; wall at most {AIM_WALL} times the quiet one "
-        f"where half the machine is taken; a first line within {AIM_FIRST:.0f} s, then one at least every "
-        f"{AIM_PAUSE:.0f} s.",
+        f"{args.n or '500 now and 1,000 before, the defaults,'} examples; aims: CPU at most {AIM_CPU} times the "
+        f"least; wall at most {AIM_WALL} times the quiet one where half the machine is taken; a first line within "
+        f"{AIM_FIRST:.0f} s, then one at least every {AIM_PAUSE:.0f} s.",
         "",
         "| code | busy processes beside it | wall, s | times the quiet one | CPU, s | times the least | first line, s |"
         " longest silence, s |",

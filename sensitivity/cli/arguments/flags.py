@@ -131,7 +131,9 @@ def task(p: argparse.ArgumentParser) -> None:
 
 def samples(p: argparse.ArgumentParser, n: int = 1000) -> None:
     """Add --n and --seed."""
-    p.add_argument("--n", type=values.examples, default=n, help=f"examples per task, drawn with the seed (default: {n})")
+    p.add_argument(
+        "--n", type=values.examples, default=n, help=f"examples per task, drawn with the seed (default: {n})"
+    )
     p.add_argument("--seed", type=values.seed, default=0, help="seed of the examples and of the search (default: 0)")
 
 
