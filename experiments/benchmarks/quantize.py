@@ -27,7 +27,8 @@ from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.methods import METHODS, quantize, scheme, solve
+from sensitivity.quantize.layer.two_paths import TwoPaths
+from sensitivity.quantize.methods import METHODS, needs_fisher, quantize, scheme, solve
 from sensitivity.quantize.solvers.scale_search import errors, scales
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan, Scheme
@@ -164,10 +165,13 @@ def every_method(sides: tuple[int, ...], out: Path) -> None:
     seconds: dict[tuple[str, int], float] = {}
     held: dict[tuple[str, int], float] = {}
     for side in sides:
-        weight, _, seen = layer(side, side)
+        weight, inputs, seen = layer(side, side)
+        seen.paths = TwoPaths(side)
+        seen.paths.add(inputs, inputs, None, torch.arange(side) < side // 2)
         for name, row in METHODS.items():
             chosen = scheme(name, min(row.widths, key=lambda bits: abs(bits - 4)))
-            linears = Linears(("layer",), (weight,), seen if row.calibrated else None)
+            fisher = (weight.square(),) if needs_fisher(chosen) else None
+            linears = Linears(("layer",), (weight,), seen if row.calibrated else None, fisher=fisher)
             seen.free_factor()
             times: list[float] = []
 

@@ -66,7 +66,8 @@ def export(
     """Write a plan as files that a runtime loads; for one that it cannot load, the error names the best that it can.
 
     What is at `out` is replaced only with `force`, and only if an earlier export wrote it; what is in `keep`, never.
-    With `path` (float or exposed), calibrated methods are calibrated again on that path, and the gain is measured.
+    With another calibration `path` (float, exposed or both), calibrated methods are calibrated again on that path, and
+    the gain is measured.
 
     Examples:
         >>> from sensitivity import export

@@ -22,7 +22,7 @@ from sensitivity.measure.loop import MEMORY_GB, Step, check_runs, comparability
 from sensitivity.measure.loop import run as run_plans
 from sensitivity.models.loading import device_of, dtype_of, load
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import importance, method_of, scheme
+from sensitivity.quantize.methods import importance, method_of, needs_both_paths, scheme
 from sensitivity.spec.components import ComponentMap, granularity
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
@@ -88,8 +88,8 @@ def one_at_a_time(
 
 
 def check_sweep(
-    by: str, search: str, schemes: Sequence[Scheme], tasks: Sequence[str], device: str, dtype: str | None, path: str,
-    runtime: str | None, until: Sequence[str], out: Path, storage: str | None,
+    by: str, search: str, schemes: Sequence[Scheme], tasks: Sequence[str], device: str, dtype: str | None,
+    path: str | None, runtime: str | None, until: Sequence[str], out: Path, storage: str | None,
 ) -> bool:  # fmt: skip
     """Check a sweep's arguments before any weight or example is read; return whether its methods need calibration."""
     granularity(by)
@@ -97,12 +97,17 @@ def check_sweep(
     device_of(device)
     dtype_of(dtype)
     files_of(runtime)
-    check_path(path)
+    check_path(path_for(schemes, path), schemes)
     Until.parse(until)
     for name in tasks:
         find(name)
     usable(out, storage)
     return any(method_of(one).calibrated for one in schemes)
+
+
+def path_for(schemes: Iterable[Scheme], path: str | None) -> str:
+    """The calibration path: the one that was asked for, or what the schemes need."""
+    return path or ("both" if any(map(needs_both_paths, schemes)) else "float")
 
 
 def dtype_for(name: str, device: str, out: Path | str) -> tuple[str | None, str]:
@@ -189,13 +194,14 @@ def calibrated(
     tasks: Sequence[str],
     n: int = 128,
     seed: int = 0,
-    path: str = "float",
+    path: str | None = None,
     against: Iterable[Task] = (),
     cache_gb: float = CACHE_GB,
 ) -> tuple[list[Scheme], Statistics | None]:
     """The schemes, with their calibration data written into their settings, and the statistics if any need them.
 
-    Schemes whose settings already name their calibration data are calibrated on those.
+    Schemes whose settings already name their calibration data are calibrated on those. Without a `path` it is "float",
+    or "both" if a scheme needs it.
     """
     needing = [one for one in schemes if method_of(one).calibrated]
     if not needing:
@@ -205,6 +211,8 @@ def calibrated(
         raise UserError("these plans were calibrated on different data; sweep those of each calibration separately")
     if None not in (data := named.pop()):
         tasks, n, seed, path = str(data[0]).split(","), int(data[1] or 0), int(data[2] or 0), str(data[3])
+    path = path_for(needing, path)
+    check_path(path, needing)
     cache = Cache(cache_folder(), cache_gb) if cache_gb > 0 else None
     kinds = {importance(one) for one in needing}
     statistics = calibrate(vlm, parts, tasks, n, seed, path, against, cache, importance=kinds)

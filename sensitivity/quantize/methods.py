@@ -13,6 +13,7 @@ from sensitivity.quantize.grids.billm import billm
 from sensitivity.quantize.grids.binary import binary
 from sensitivity.quantize.grids.bivlm import bivlm
 from sensitivity.quantize.grids.bpdq import bpdq
+from sensitivity.quantize.grids.gwq import gwq
 from sensitivity.quantize.grids.leanquant import affine, leanquant
 from sensitivity.quantize.grids.spqr import spqr
 from sensitivity.quantize.grids.squeezellm import squeezellm
@@ -25,13 +26,30 @@ from sensitivity.quantize.solvers.clip import clip
 from sensitivity.quantize.solvers.gptq import gptq
 from sensitivity.quantize.solvers.nearest import rtn, uniform
 from sensitivity.quantize.solvers.scale_search import awq
+from sensitivity.quantize.solvers.vlm_ptq import vlm_ptq
 from sensitivity.quantize.stored.codebook import to_codebook
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Scheme, Setting
 
 OWN, UNIFORM = "own", "uniform"
-IMPORTANCE = (UNIFORM, "modality", "gradient", "output")  # how much each calibration token counts
+IMPORTANCE = (
+    UNIFORM,
+    "modality",
+    "gradient",
+    "output",
+    "block",
+    "attention",
+    "perturbation",
+)  # how much each calibration token counts
+GRADIENTS = ("modality", "gradient", "output", "block")  # those that take a backward pass
+# towards which output a layer is quantized, on inputs behind quantized layers: its own there, or the float model's, by
+# shifting the columns after the input that differs, or all of them
+SHIFTS = ("none", "later", "all")
+SHIFT: dict[str, Setting] = {"shift": "none", "strength": 1.0}
+TRANSFORMS = ("none", "hadamard")
+TRANSFORM: dict[str, Setting] = {"transform": "none"}
+NOTHING = {"biases": False, "backend": OWN, "importance": UNIFORM, "gradient": False, **SHIFT, **TRANSFORM}
 # what a calibrated scheme records about its calibration data (see Statistics.facts), and the type of each
 CALIBRATION = {"calibration": str, "examples": int, "seed": int, "data": str, "path": str}
 BLOCKS = "in blocks of 64 of the flattened weight, around zero"
@@ -57,9 +75,33 @@ METHODS: dict[str, Method] = {
         gptq,
         calibrated=True,
         # neither order nor clipping costs a bit; on the embedded model's layers they cut the output error by 20 to 40 %
-        settings={"damp": 0.01, "order": "activation", "clip": True, "backend": OWN, "importance": UNIFORM},
-        ranges={"damp": (0, 10)},
-        choices={"order": ("given", "activation"), "backend": (OWN, "gptqmodel"), "importance": IMPORTANCE},
+        settings={
+            "damp": 0.01,
+            "order": "activation",
+            "clip": True,
+            "backend": OWN,
+            "importance": UNIFORM,
+            **SHIFT,
+            **TRANSFORM,
+        },
+        ranges={"damp": (0, 10), "strength": (0, 1)},
+        choices={
+            "order": ("given", "activation"),
+            "backend": (OWN, "gptqmodel"),
+            "importance": IMPORTANCE,
+            "shift": SHIFTS,
+            "transform": TRANSFORMS,
+        },
+    ),
+    "vlm-ptq": Method(
+        vlm_ptq,
+        range(2, 9),
+        symmetric=False,
+        calibrated=True,
+        settings={"damp": 0.01, "order": "activation", "shift": "all", "strength": 1.0, "importance": UNIFORM},
+        ranges={"damp": (0, 10), "strength": (0, 1)},
+        choices={"order": ("given", "activation"), "importance": IMPORTANCE, "shift": SHIFTS},
+        both_paths=True,
     ),
     "awq": Method(
         awq,
@@ -88,7 +130,7 @@ METHODS: dict[str, Method] = {
         squeezellm,
         symmetric=False,
         calibrated=True,
-        settings={"outliers": 0.0045, "sensitive": 0.0005, "importance": UNIFORM},
+        settings={"outliers": 0.0045, "sensitive": 0.0005, "gradient": False, "importance": UNIFORM},
         ranges={"outliers": (0, 0.5), "sensitive": (0, 0.5)},
         choices={"importance": IMPORTANCE},
         fixed=CODEBOOK,
@@ -138,6 +180,15 @@ METHODS: dict[str, Method] = {
         fixed="asymmetric",
         any_group=True,
     ),
+    "gwq": Method(
+        gwq,
+        range(2, 9),
+        group=128,
+        symmetric=False,
+        calibrated=True,
+        settings={"outliers": 0.01},
+        ranges={"outliers": (0, 0.5)},
+    ),
     "adpq": Method(
         per_weight(adpq), range(2, 9), group=128, settings={"outliers": 0.06}, ranges={"outliers": (0, 0.5)}
     ),
@@ -154,6 +205,21 @@ def method_of(scheme: Scheme) -> Method:
 def importance(scheme: Scheme) -> str:
     """How much each calibration token counts for a scheme: UNIFORM, or another of IMPORTANCE."""
     return str(scheme.get("importance") or UNIFORM)
+
+
+def needs_both_paths(scheme: Scheme) -> bool:
+    """Whether a scheme compares a layer's inputs in the float model with those behind quantized layers."""
+    return method_of(scheme).both_paths or scheme.get("shift", "none") != "none"
+
+
+def needs_gradients(scheme: Scheme) -> bool:
+    """Whether a scheme needs a backward pass: of the answer loss, or of a block's own error."""
+    return importance(scheme) in GRADIENTS or needs_fisher(scheme)
+
+
+def needs_fisher(scheme: Scheme) -> bool:
+    """Whether a scheme weighs each number of a weight by the gradient of the answer loss."""
+    return scheme.method == "gwq" or bool(scheme.get("gradient"))
 
 
 def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None = None, **chosen: Any) -> Scheme:
@@ -188,14 +254,50 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
         raise UserError(f"{name} needs a scale per row or group; choose --group row or a number of columns")
     settings = {**row.settings, **{key: _checked(name, row, key, value) for key, value in given.items()}}
     # what adds nothing is not recorded, so that a scheme is the same as before there was such a setting
-    for setting, nothing in (("biases", False), ("backend", OWN), ("importance", UNIFORM)):
-        if settings.get(setting) == nothing:
-            settings.pop(setting)
+    settings = {key: value for key, value in settings.items() if NOTHING.get(key, settings) != value}
     facts = dict(calibration or {}) if row.calibrated else {}
     found = Scheme(name, bits, group, symmetric, tuple({**settings, **facts}.items()))
     if found.get("backend"):
+        if needs_both_paths(found) or found.get("transform"):
+            raise UserError(
+                f"{method} shifts or rotates weights, which {found['backend']} does not; leave out --backend"
+            )
         gptqmodel_solver.check(found)
     return found
+
+
+def schemes_of(methods: Sequence[str], bits: Sequence[int], **chosen: Any) -> list[Scheme]:
+    """The schemes of one method or several: of several, each at the widths and with the settings that it has.
+
+    Examples:
+        >>> from sensitivity.quantize.methods import schemes_of
+        >>> [str(one) for one in schemes_of(["gptq", "nf4"], [3, 4], damp=0.1)]
+        ['gptq:3', 'gptq:4', 'nf4:4']
+    """
+    if len(methods) == 1:
+        return [scheme(methods[0], width, **chosen) for width in bits]
+    chosen = {key: value for key, value in chosen.items() if value is not None}
+    rows = {name: method_named(name) for name in methods}
+    known = sorted({setting for row in rows.values() for setting in row.settings})
+    for setting in chosen:
+        if setting not in ("group", "symmetric", *known):
+            raise unknown(f"setting of {' and '.join(methods)}", setting, known or ["none"])
+    found = []
+    for name, row in rows.items():
+        own = {key: value for key, value in chosen.items() if key in row.settings}
+        grid = {key: chosen.get(key) for key in ("group", "symmetric") if not row.fixed}
+        found += [scheme(name, width, **own, **grid) for width in bits if width in row.widths]
+        if not any(width in row.widths for width in bits):
+            raise UserError(f"{name} takes none of the widths {', '.join(map(str, bits))}; leave it out of --method")
+    return found
+
+
+def method_named(name: str) -> Method:
+    """The row of METHODS of a method or preset."""
+    own = str(PRESETS.get(name, {"method": name})["method"])
+    if own not in METHODS:
+        raise unknown("method", name, [*METHODS, *PRESETS])
+    return METHODS[own]
 
 
 def check_scheme(chosen: Scheme) -> None:

@@ -20,4 +20,11 @@ PRESETS: dict[str, dict[str, Setting]] = {
     "tlq": {"method": "awq", "group": 128, "importance": "gradient"},
     "tlq-gptq": {"method": "gptq", "importance": "gradient"},
     "oac": {"method": "gptq", "importance": "output"},
+    # the release of GPTAQ shifts by a quarter of what the objective says
+    "gptaq": {"method": "gptq", "shift": "later", "strength": 0.25},
+    "rsq": {"method": "gptq", "order": "given", "transform": "hadamard", "importance": "attention"},
+    "squeezellm-fisher": {"method": "squeezellm", "gradient": True},
+    # QIG as its authors publish it is MBQ's scale search under the weights of its integrated gradients
+    "qig": {"method": "awq", "group": 128, "clip": False, "importance": "perturbation"},
+    "salq-vlm": {"method": "gptq", "shift": "later", "strength": 0.25, "importance": "block"},
 }

@@ -22,6 +22,11 @@ SOURCES: dict[str, Source] = {
     "rtn": Source("common practice", ""),
     "clip": Source("Lin et al. 2023 (AWQ), the clipping alone", CODE),
     "gptq": Source("Frantar et al. 2023", CODE, "clip search weighed by the Cholesky factor"),
+    "vlm-ptq": Source(
+        "VLM-PTQ (CVPR 2026)",
+        "known from reviews that print its equations",
+        "the exact shift of each row, shares of the image, and a share per weight",
+    ),
     "awq": Source("Lin et al. 2023", CODE, "errors from the Gram matrix, not from outputs"),
     "nf4": Source("Dettmers et al. 2023 (QLoRA), bitsandbytes", CODE),
     "fp4": Source("bitsandbytes", CODE),
@@ -30,8 +35,8 @@ SOURCES: dict[str, Source] = {
     "squeezellm": Source(
         "Kim et al. 2023",
         CODE,
-        "the Gram matrix's diagonal where no gradients are given; partitions by dynamic programming; outliers are "
-        "exact shares",
+        "the Gram matrix's diagonal for gradients, which squeezellm-fisher has; partitions by dynamic programming; "
+        "outliers are exact shares",
     ),
     "leanquant": Source(
         "Zhang and Shrivastava 2024", CODE, "partitions by dynamic programming; the default exponent was not read"
@@ -58,6 +63,9 @@ SOURCES: dict[str, Source] = {
         "outliers are a fixed share, chosen once",
         "all, with 32 bits per outlier",
     ),
+    "gwq": Source(
+        "GWQ", ABSTRACT, "a share of each weight; ranges without outliers; as many examples as are calibrated on"
+    ),
     "adpq": Source("AdpQ, statistical pre-calibration", ABSTRACT, "its threshold is the largest share by magnitude"),
     "paper-uniform": Source("Gautam et al. 2025", CODE),
     "paper-gptq": Source("Gautam et al. 2025", CODE),
@@ -66,4 +74,15 @@ SOURCES: dict[str, Source] = {
     "tlq": Source("TLQ", ABSTRACT, "the weight of a token is the norm of its gradient"),
     "tlq-gptq": Source("TLQ", ABSTRACT, "as tlq, with GPTQ's solver"),
     "oac": Source("OAC", ABSTRACT, "without the terms between tokens"),
+    "squeezellm-fisher": Source(
+        "Kim et al. 2023", CODE, "as squeezellm, and squared gradients from the calibration data, not from text"
+    ),
+    "rsq": Source("Sung et al. 2025 (RSQ)", CODE, "each layer's input rotated by itself, not the residual stream"),
+    "qig": Source("QIG", CODE, "attribution and error of layers, there of modules; three bits per row as the error"),
+    "salq-vlm": Source(
+        "SalQ-VLM, formerly VLMQ", ABSTRACT, "the block's error is that of rounding to nearest at 3 bits"
+    ),
+    "gptaq": Source(
+        "Li et al. 2025 (GPTAQ)", CODE, "inputs differ from the whole float model's; shifts are of the original weights"
+    ),
 }

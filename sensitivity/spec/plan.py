@@ -180,7 +180,10 @@ def _few(names: Sequence[str]) -> str:
 
 # Methods that calibrate on a layer's inputs. An embedding has none, since its rows are looked up and not multiplied;
 # under these methods its rows are rounded to nearest on the same kind of grid.
-CALIBRATED = ("clip", "gptq", "awq", "squeezellm", "leanquant", "leanquant-affine", "bpdq", "billm", "spqr")
+CALIBRATED = (
+    *("clip", "gptq", "awq", "squeezellm", "leanquant", "leanquant-affine", "bpdq", "billm", "spqr", "vlm-ptq"),
+    "gwq",
+)
 
 
 def scheme_of(weight: Weight, scheme: Scheme) -> Scheme:

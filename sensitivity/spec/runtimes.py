@@ -11,7 +11,7 @@ from sensitivity.spec.plan import Plan, Scheme
 
 Choice = Scheme | None
 # methods with integer codes and an integer zero point
-INTEGER_GRIDS = ("rtn", "clip", "gptq", "awq", "leanquant-affine")
+INTEGER_GRIDS = ("rtn", "clip", "gptq", "awq", "leanquant-affine", "vlm-ptq")
 ANY = tuple(range(1, 17))
 
 
@@ -192,6 +192,11 @@ def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
         yield (
             f"{able.about} has no place for the factor per input that awq stores; sweep with --set scales=folded, by "
             "which the layer before takes it over where that is exact (never across a GELU), or use --format fake"
+        )
+    if able.packed and scheme.get("transform"):
+        yield (
+            f"{able.about} does not rotate inputs; sweep with --set transform=none, or use --format fake, which writes "
+            "the values themselves"
         )
     widths = able.symmetric if scheme.symmetric else able.asymmetric
     if scheme.bits not in widths:

@@ -170,6 +170,11 @@ def _spqr(scheme: Scheme, rows: int, cols: int) -> int:
     return grids + _sparse(outliers(scheme.get("outliers"), rows, cols), rows, cols)
 
 
+def _kept_apart(scheme: Scheme, rows: int, cols: int) -> int:
+    """A grid per group, and outliers."""
+    return _affine(scheme, rows, cols) + _sparse(outliers(scheme.get("outliers"), rows, cols), rows, cols)
+
+
 def _adpq(scheme: Scheme, rows: int, cols: int) -> int:
     """Two grids per group, and where outliers are; their values are codes like all others."""
     count = outliers(scheme.get("outliers"), rows, cols)
@@ -182,6 +187,7 @@ OVERHEAD: dict[str, Callable[[Scheme, int, int], int]] = {
     "rtn": _affine,
     "clip": _affine,
     "gptq": _affine,
+    "vlm-ptq": _affine,
     "awq": _scaled,
     "nf4": _blocks,
     "fp4": _blocks,
@@ -194,6 +200,7 @@ OVERHEAD: dict[str, Callable[[Scheme, int, int], int]] = {
     "billm": _billm,
     "bivlm": _bivlm,
     "spqr": _spqr,
+    "gwq": _kept_apart,
     "adpq": _adpq,
     "codes": lambda scheme, rows, cols: 0,  # an imported table, of which only bit widths are known
 }

@@ -364,7 +364,10 @@ def test_methods_are_listed_with_what_they_store(capsys: pytest.CaptureFixture[s
     assert set(SOURCES) == {*METHODS, *PRESETS}
     found = one_object(run(capsys, "methods --json")[1])["methods"]
     assert [method["name"] for method in found] == [*METHODS, *PRESETS]
-    assert {method["name"] for method in found if method["gradients"]} == {"mbq", "tlq", "tlq-gptq", "oac"}
+    assert {method["name"] for method in found if method["gradients"]} == {
+        *("mbq", "tlq", "tlq-gptq", "oac", "salq-vlm", "gwq", "squeezellm-fisher"),
+    }
+    assert {method["name"] for method in found if method["both_paths"]} == {"vlm-ptq", "gptaq", "salq-vlm"}
     for method in found:
         # a code of b bits takes b bits; everything else comes on top
         assert all(stored > int(bits) for bits, stored in method["stored"].items()), method["name"]

@@ -19,7 +19,13 @@ from sensitivity.api.sweeping import sweep
 from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.gradients import token_importance
 from sensitivity.measure.gradients.backward import backward
-from sensitivity.measure.gradients.token_importance import TokenGradients, by_modality, by_output, importance_of
+from sensitivity.measure.gradients.token_importance import (
+    TokenNumbers,
+    answer_gradients,
+    by_modality,
+    by_output,
+    importance_of,
+)
 from sensitivity.measure.passes.token_batches import ANSWER, PROMPT, VISION, TokenBatch, batches, calibration_pass
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
@@ -132,7 +138,7 @@ def test_an_example_counts_the_same_whatever_shares_its_batch(scenes_llava: VLM)
     weights = [weight for weight in inspect(scenes_llava, by="part").weights if not weight.looked_up]
     data = [task("vqa", "calibration", 8, 0)]
     alone, together = (
-        importance_of(scenes_llava, weights, batches(scenes_llava, data, rows), ["gradient", "modality", "output"])
+        importance_of(scenes_llava, weights, batches(scenes_llava, data, rows), list(token_importance.IMPORTANCE))
         for rows in (1, 8)
     )
     for name, weighed in alone.items():
@@ -144,13 +150,13 @@ def test_an_example_counts_the_same_whatever_shares_its_batch(scenes_llava: VLM)
 
 def test_modality_weighs_the_image_by_its_share_of_the_gradient() -> None:
     """MBQ's rule on planted gradients: answers 1, the question 0, the image the larger of its ratio and the median."""
-    seen = TokenGradients()
+    seen = TokenNumbers()
     kinds = torch.tensor([VISION, VISION, PROMPT, ANSWER])
     for number, ratio in enumerate((0.5, 2.0, 8.0)):
         for example in (0, 1):
-            seen.norms[example, f"layer{number}"] = torch.tensor([ratio, ratio, 7.0, 1.0])
+            seen.numbers[example, f"layer{number}"] = torch.tensor([ratio, ratio, 7.0, 1.0])
             seen.modalities[example, f"layer{number}"] = kinds
-    seen.norms[0, "eye"], seen.modalities[0, "eye"] = torch.tensor([3.0, 4.0]), None
+    seen.numbers[0, "eye"], seen.modalities[0, "eye"] = torch.tensor([3.0, 4.0]), None
     found = by_modality(seen)
     assert [found[0, f"layer{number}"].tolist() for number in range(3)] == [
         [2.0, 2.0, 0.0, 1.0], [2.0, 2.0, 0.0, 1.0], [8.0, 8.0, 0.0, 1.0],
@@ -162,9 +168,9 @@ def test_with_one_token_an_example_the_curvature_of_the_loss_is_exact() -> None:
     """OAC sums G'G of weight gradients G; with one token they are its squared gradient times x x'."""
     torch.manual_seed(0)
     inputs, gradients = torch.randn(6, 5), torch.randn(6, 3)
-    seen, weighted, outer = TokenGradients(), Curvature(5), Curvature(5)
+    seen, weighted, outer = TokenNumbers(), Curvature(5), Curvature(5)
     for example in range(6):
-        seen.norms[example, "layer"] = gradients[example].norm().reshape(1)
+        seen.numbers[example, "layer"] = gradients[example].norm().reshape(1)
         outer.add_outer(gradients[example][:, None] * inputs[example][None])
     weights = by_output(seen)
     weighted.add(inputs, torch.cat([weights[example, "layer"] for example in range(6)]))
@@ -176,7 +182,7 @@ def test_equal_importance_changes_nothing(scenes_llava: VLM, path: str, monkeypa
     """Where the gradient is the same everywhere, a weighted method is its host, to the last bit."""
     monkeypatch.setattr(
         "sensitivity.measure.gradients.token_importance.IMPORTANCE",
-        {"gradient": lambda seen: {key: torch.ones_like(norms) for key, norms in seen.norms.items()}},
+        {"gradient": (answer_gradients, lambda seen: {key: torch.ones_like(x) for key, x in seen.numbers.items()})},
     )
     parts = inspect(scenes_llava, by="part")
     statistics = calibrate(scenes_llava, parts, ["vqa"], 4, path=path, importance=["gradient"])

@@ -11,7 +11,7 @@ from fed_vlms import FAMILIES, built, fed
 from torch import Tensor, nn
 
 from sensitivity.measure.calibrate.absorbers import Absorber, absorbers
-from sensitivity.measure.calibrate.calibration import collect
+from sensitivity.measure.calibrate.collecting import collect
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.install.fold import fold
 from sensitivity.measure.install.plan_in_model import quantized

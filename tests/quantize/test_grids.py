@@ -17,6 +17,7 @@ from sensitivity.quantize.grids.kmeans import kmeans, nearest
 from sensitivity.quantize.grids.outliers import largest
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
+from sensitivity.quantize.layer.two_paths import TwoPaths
 from sensitivity.quantize.methods import METHODS, quantize, scheme, solve
 from sensitivity.quantize.solvers.gptq import factor_of
 from sensitivity.quantize.stored.codebook import CodebookWeight
@@ -37,12 +38,16 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def seen(width: int = WIDTH, tokens: int = 300) -> Curvature:
     found = Curvature(width)
-    found.add(random(tokens, width, seed=1) @ random(width, width, seed=2))
+    inputs = random(tokens, width, seed=1) @ random(width, width, seed=2)
+    found.add(inputs)
+    found.paths = TwoPaths(width)  # of equal inputs, for the methods that compare them
+    found.paths.add(inputs, inputs, None, None)
     return found
 
 
 def stored(weight: Tensor, chosen: Scheme, curvature: Curvature | None = None) -> object:
-    ((result,),) = solve(Linears(("w",), (weight,), curvature or seen(weight.shape[1])), [chosen])
+    fisher = (weight.float().square(),)  # for the methods that ask for gradients
+    ((result,),) = solve(Linears(("w",), (weight,), curvature or seen(weight.shape[1]), fisher=fisher), [chosen])
     return result
 
 
@@ -139,8 +144,11 @@ def test_squeezellm_keeps_the_sensitive_and_the_large() -> None:
 def test_squeezellm_weighs_by_the_fisher_matrix_where_there_is_one() -> None:
     weight, fisher = random(ROWS, WIDTH), random(ROWS, WIDTH, seed=9).square()
     linears = Linears(("w",), (weight,), seen(), fisher=(fisher,))
-    ((result,),) = solve(linears, [scheme("squeezellm", 2, outliers=0, sensitive=0)])
+    ((result,),) = solve(linears, [scheme("squeezellm-fisher", 2, outliers=0, sensitive=0)])
     assert result is not None
+    ((other,),) = solve(linears, [asked := scheme("squeezellm", 2, outliers=0, sensitive=0)])
+    assert other is not None
+    assert torch.equal(other.dequantize(), quantize(weight, asked, seen()))  # which does not ask for gradients
 
     def error(found: Tensor) -> float:
         return float((fisher * (weight - found).square()).sum())

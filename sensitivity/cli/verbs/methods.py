@@ -19,7 +19,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """List the methods."""
-    from sensitivity.quantize.methods import METHODS, UNIFORM, importance, scheme
+    from sensitivity.quantize.methods import METHODS, needs_both_paths, needs_gradients, scheme
     from sensitivity.quantize.presets import PRESETS
     from sensitivity.quantize.sources import SOURCES
     from sensitivity.spec.components import Weight
@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "stored": stored,
                 "claimed": source.claimed,
                 "calibrated": row.calibrated,
-                "gradients": importance(one) != UNIFORM,
+                "gradients": needs_gradients(one),
+                "both_paths": needs_both_paths(one),
                 "group": one.group,
                 "settings": {**row.settings, **dict(one.settings)},
                 "source": source.where,
@@ -61,7 +62,7 @@ def show_methods(found: list[dict[str, Any]]) -> None:
                 m["name"],
                 _range(m["bits"]),
                 _range([f"{stored:.2f}" for stored in m["stored"].values()]),
-                "with gradients" if m["gradients"] else "yes" if m["calibrated"] else "no",
+                _calibration(m),
                 m["claimed"],
             )
             for m in found
@@ -72,6 +73,12 @@ def show_methods(found: list[dict[str, Any]]) -> None:
         ("name", "source", "read", "ours or inferred"),
         [(m["name"], m["source"], m["read"], m["ours"]) for m in found],
     )
+
+
+def _calibration(method: dict[str, Any]) -> str:
+    """What a method needs of calibration data."""
+    words = ["with gradients"] * method["gradients"] + ["on both paths"] * method["both_paths"]
+    return ", ".join(words) or ("yes" if method["calibrated"] else "no")
 
 
 def _range(values: Sequence[object]) -> str:

@@ -107,7 +107,8 @@ class _BlockByBlock:
         for key, schemes in shared.items():
             names = tuple(weight.name for weight in self.inputs[key])
             foldable = any(s.get("scales") == "folded" for s in schemes) and key in self.statistics.absorbers
-            whole = Linears(names, tuple(self.float_weights[name] for name in names), foldable=foldable)
+            weights = tuple(self.float_weights[name] for name in names)
+            whole = Linears(names, weights, foldable=foldable, fisher=self.statistics.fisher_of(names, schemes))
             for linears, alike in by_importance(whole, schemes, curvatures[key]):
                 for scheme, results in zip(alike, solve(linears, alike), strict=True):
                     self.found |= {

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sensitivity.measure.calibrate.absorbers import Absorber, absorbers
 from sensitivity.measure.calibrate.blockwise import BlockwisePass, Installed
+from sensitivity.measure.calibrate.both_paths import both
 from sensitivity.measure.calibrate.cache import Cache
+from sensitivity.measure.calibrate.collecting import Data, collect
 from sensitivity.measure.calibrate.statistics import Gather, Statistics, check_path
-from sensitivity.measure.gradients.token_importance import TokenWeights, importance_of, of_batch
+from sensitivity.measure.gradients.fisher import Fisher
+from sensitivity.measure.gradients.token_importance import TokenWeights, importance_of
 from sensitivity.measure.memory.out_of_memory import run_or_halve
 from sensitivity.measure.passes.token_batches import (
-    PADDING,
     ROWS,
     TokenBatch,
     batches,
@@ -83,7 +84,9 @@ def calibrate(
         # a forecast has no weights, and asks for no values
         blank = vlm.device.type == "meta"
         token_weights |= {kind: {} for kind in others} if blank else _token_weights(vlm, parts, of_rows, others)
-    if path == "exposed":
+    if path == "both":
+        found = {name: both(vlm, parts, of_rows, weights) for name, weights in token_weights.items()}
+    elif path == "exposed":
         found = {name: exposed(vlm, parts, of_rows, weights) for name, weights in token_weights.items()}
     else:
         description = {**facts, "model": vlm.fingerprint, "dtype": str(vlm.model.dtype)}
@@ -94,10 +97,8 @@ def calibrate(
             )
             for name, weights in token_weights.items()
         }  # fmt: skip
-    return Statistics(facts, found.pop(UNIFORM), trace, cache, found)
-
-
-Data = Callable[[int], Iterable[TokenBatch]]  # calibration data in batches of at most so many rows
+    layers = [weight for weight in parts.weights if not weight.looked_up]
+    return Statistics(facts, found.pop(UNIFORM), trace, cache, found, Fisher(vlm, layers, of_rows).of)
 
 
 def _token_weights(vlm: VLM, parts: ComponentMap, data: Data, names: Sequence[str]) -> dict[str, TokenWeights]:
@@ -237,47 +238,3 @@ def _stored(
     for name, tensor in tensors.items():
         split.setdefault(name.rpartition("|")[0], {})[name.rpartition("|")[2]] = tensor
     return {name: Curvature.of(of_one) for name, of_one in split.items()}
-
-
-def collect(
-    vlm: VLM,
-    weights: Iterable[Weight],
-    data: Iterable[TokenBatch],
-    forward: Callable[[VLM, TokenBatch], object] = calibration_pass,
-    token_weights: TokenWeights | None = None,
-) -> dict[str, Curvature]:
-    """Statistics of the inputs of some weights on the model as it is, summed over the batches.
-
-    Without `token_weights` every token counts 1.
-    """
-    one_per_input = {input_of(weight): weight for weight in weights}
-    found = {name: Curvature(w.cols, vlm.device) for name, w in one_per_input.items()}
-    # the batch of the current forward pass, for the hooks
-    current: list[TokenBatch] = []
-
-    def hook_of(name: str, part: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            x = args[0] if args else kwargs["input"]
-            modality, counts = current[0].modality(part, x.shape[:-1])
-            # padding tokens are left out of the sums: no answer depends on them
-            flat = x.reshape(-1, x.shape[-1])
-            weights = None if token_weights is None else of_batch(token_weights, current[0], name)
-            if modality is not None and counts[PADDING]:
-                flat = flat[modality != PADDING]
-                weights = None if weights is None else weights[modality != PADDING]
-            found[name].add(flat, weights)
-            found[name].modalities += counts
-
-        return hook
-
-    with ExitStack() as hooks, torch.inference_mode():
-        for name, weight in one_per_input.items():
-            module = vlm.model.get_submodule(weight.reader)
-            handle = module.register_forward_pre_hook(hook_of(name, weight.part), with_kwargs=True)
-            hooks.callback(handle.remove)
-        for batch in data:
-            current[:] = [batch]
-            forward(vlm, batch)
-    for name, weight in one_per_input.items():
-        found[name].check(weight.name)
-    return found

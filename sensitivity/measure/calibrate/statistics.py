@@ -7,23 +7,30 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
+from torch import Tensor
+
 from sensitivity.measure.calibrate.absorbers import Absorber
 from sensitivity.measure.calibrate.blockwise import Installed
 from sensitivity.measure.calibrate.cache import Cache
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.methods import UNIFORM, importance, method_of
+from sensitivity.quantize.methods import UNIFORM, importance, method_of, needs_both_paths, needs_fisher
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Scheme, Setting
 
-PATHS = ("float", "exposed")
+PATHS = ("float", "exposed", "both")
 
 
-def check_path(path: str) -> None:
-    """Raise an error for an unknown calibration path."""
+def check_path(path: str, schemes: Iterable[Scheme] = ()) -> None:
+    """Raise an error for an unknown calibration path, or one that is not enough for a scheme."""
     if path not in PATHS:
         raise unknown("calibration path", path, PATHS)
+    if path != "both" and (lacking := [one for one in schemes if needs_both_paths(one)]):
+        raise UserError(
+            f"{lacking[0].method} compares inputs behind quantized layers with those of the float model, and the "
+            f"calibration path is {path}; type --path both, or leave it out"
+        )
 
 
 class Gather(Protocol):
@@ -60,6 +67,13 @@ class Statistics:
     )  # finds what scales can be folded into, by input
     cache: Cache | None = None  # of quantized weights
     weighted: Mapping[str, Gather] = field(default_factory=dict)  # by importance: the same with weights for tokens
+    fisher: Callable[[str], Tensor] | None = None  # squared gradients of the loss by a weight
+
+    def fisher_of(self, names: Sequence[str], schemes: Iterable[Scheme]) -> tuple[Tensor, ...] | None:
+        """The squared gradients of some weights, if a scheme needs them."""
+        if self.fisher is None or not any(map(needs_fisher, schemes)):
+            return None
+        return tuple(self.fisher(name) for name in names)
 
     def gather_for(
         self, schemes_of: Mapping[str, Iterable[Scheme]], readers: Mapping[str, Sequence[Weight]], installed: Installed
@@ -91,10 +105,12 @@ class Statistics:
     @property
     def exposed(self) -> bool:
         """Whether inputs have passed the layers quantized before; then they differ from plan to plan."""
-        return self.facts["path"] == "exposed"
+        return self.facts["path"] != "float"
 
     def check_scheme(self, scheme: Scheme) -> None:
         """Raise an error unless the scheme names this calibration data: two trials with one key could differ."""
+        if needs_both_paths(scheme):
+            check_path(str(self.facts["path"]), [scheme])
         for fact, value in self.facts.items():
             if scheme.get(fact) != value:
                 raise UserError(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from sensitivity.measure.forecast.calibrating import calibrating
 from sensitivity.measure.forecast.cost_model import CostModel, TaskSample
 from sensitivity.measure.forecast.hardware import Hardware
 from sensitivity.measure.loop import MEMORY_GB
@@ -101,13 +102,11 @@ def forecast_sweep(
     )
     tokens = max(sum(sample.prompt_tokens for sample in samples) // len(samples), 1)
     weight_count = sum(w.numel for w in parts.weights)
+    products = sum(hardware.matmul(tokens, w.cols, w.cols) for w in inputs.values())
     seconds = {
         "loading": parts.numel * kind.itemsize / LOADING,
         "examples": sum(sample.preprocessing * sample.images for sample in samples),
-        "calibration": calibration
-        * (calibration_example + sum(hardware.matmul(tokens, w.cols, w.cols) for w in inputs.values()))
-        if calibrated
-        else 0.0,
+        **calibrating(schemes, calibration, calibration_example, products, len(plans)),
         "quantizing": sum(_quantizing(parts, plans, scheme, hardware) for scheme in schemes),
         "running": sum(_running(*one, runs, len(plans)) for one in zip(samples, passes, strict=True)),
         "storing": STORING * len(plans) * len(shard_ends(tasks)),

@@ -11,7 +11,8 @@ import torch
 
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.methods import method_of, solve
+from sensitivity.quantize.layer.two_paths import TwoPaths
+from sensitivity.quantize.methods import method_of, needs_both_paths, needs_fisher, solve
 from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import Scheme
 
@@ -98,7 +99,11 @@ class Hardware:
                 seen = Curvature(cols, self.device) if method.calibrated else None
                 if seen is not None:
                     seen.add(x)
-                ((found,),) = solve(Linears(("a probe",), values, seen), [scheme])
+                    if needs_both_paths(scheme):
+                        seen.paths = TwoPaths(cols, self.device)
+                        seen.paths.add(x, x, None, None)
+                fisher = tuple(w.float().square() for w in values) if needs_fisher(scheme) else None
+                ((found,),) = solve(Linears(("a probe",), values, seen, fisher=fisher), [scheme])
                 if found is not None:
                     found.dequantize()
 

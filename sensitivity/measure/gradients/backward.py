@@ -14,11 +14,34 @@ from transformers.cache_utils import Cache
 from sensitivity.measure.passes.block_modules import block_paths, replaced_forward
 from sensitivity.measure.passes.token_batches import TokenBatch, calibration_pass
 from sensitivity.models.vlm import VLM
+from sensitivity.quantize.layer.linears import input_of
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 
 # gets a weight, what its layer reads (tokens x inputs) and the gradient of what it returns (tokens x outputs)
 Visit = Callable[[Weight, Tensor, Tensor], None]
+
+
+class Once:
+    """Raises an error for a layer that runs twice in a pass, of which then no token could be told apart."""
+
+    def __init__(self) -> None:
+        self.reached: set[str] = set()
+
+    def check(self, weight: Weight) -> None:
+        """Count one run of a weight's layer."""
+        if weight.name in self.reached:
+            raise UserError(
+                f"{weight.reader} runs several times in a forward pass, and the importance of its tokens is not "
+                "known then; choose importance=uniform"
+            )
+        self.reached.add(weight.name)
+
+
+def add(found: dict[str, Tensor], weight: Weight, values: Tensor) -> None:
+    """Add a number for each token to those of other weights that read the same input."""
+    name = input_of(weight)
+    found[name] = found[name] + values if name in found else values
 
 
 def answer_loss(vlm: VLM, batch: TokenBatch) -> Tensor:

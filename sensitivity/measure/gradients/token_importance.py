@@ -9,53 +9,58 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from sensitivity.measure.gradients.backward import backward
+from sensitivity.measure.gradients.backward import Once, add, backward
+from sensitivity.measure.gradients.block_error import block_errors
+from sensitivity.measure.gradients.perturbation import perturbations
+from sensitivity.measure.passes.attention import attention_received
 from sensitivity.measure.passes.token_batches import ANSWER, VISION, TokenBatch
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of
 from sensitivity.spec.components import Weight
-from sensitivity.spec.errors import UserError
 
 Key = tuple[int, str]  # a calibration example, by its number, and an input
 TokenWeights = Mapping[Key, Tensor]  # the weight of each token
+TINY = torch.finfo(torch.float32).tiny
+LEAST = 0.005  # the least weight that attention gives, as in RSQ's script
+
+
+# a number for each token of a batch at each input
+Observe = Callable[[VLM, Sequence[Weight], TokenBatch], Mapping[str, Tensor]]
 
 
 @dataclass
-class TokenGradients:
-    """For each calibration example and input: the norm of the loss gradient at each token, and its modality."""
+class TokenNumbers:
+    """For each calibration example and input: what was observed at each token, and its modality."""
 
-    norms: dict[Key, Tensor] = field(default_factory=dict)
+    numbers: dict[Key, Tensor] = field(default_factory=dict)
     modalities: dict[Key, Tensor | None] = field(default_factory=dict)  # None: all are vision
 
-    def add(self, vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -> None:
-        """Add the examples of a batch: per input, the norm over the outputs of all layers that read it."""
-        squares: dict[str, Tensor] = {}
-        parts: dict[str, str] = {}
-        reached: set[str] = set()
-
-        def visit(weight: Weight, inputs: Tensor, gradient: Tensor) -> None:
-            if weight.name in reached:
-                raise UserError(
-                    f"{weight.reader} runs several times in a forward pass, and the importance of its tokens is not "
-                    "known then; choose importance=uniform"
-                )
-            reached.add(weight.name)
-            name = input_of(weight)
-            each = gradient.float().square().sum(1)
-            squares[name] = squares[name] + each if name in squares else each
-            parts[name] = weight.part
-
-        backward(vlm, weights, batch, visit)
-        for name, total in squares.items():
-            modality, _ = batch.modality(parts[name], total.shape)
-            tokens = len(total) // len(batch.examples)  # examples of a batch have equal shapes
+    def add(self, weights: Sequence[Weight], batch: TokenBatch, observed: Mapping[str, Tensor]) -> None:
+        """Add the examples of a batch, which have equal shapes."""
+        parts = {input_of(weight): weight.part for weight in weights}
+        for name, values in observed.items():
+            modality, _ = batch.modality(parts[name], values.shape)
+            tokens = len(values) // len(batch.examples)
             for row, example in enumerate(batch.examples):
                 own = slice(row * tokens, (row + 1) * tokens)
-                self.norms[example, name] = total[own].sqrt()
+                self.numbers[example, name] = values[own]
                 self.modalities[example, name] = None if modality is None else modality[own]
 
 
-def by_modality(seen: TokenGradients) -> TokenWeights:
+def answer_gradients(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -> dict[str, Tensor]:
+    """The norm of the gradient of the answer loss, over the outputs of all layers that read an input."""
+    squares: dict[str, Tensor] = {}
+    once = Once()
+
+    def visit(weight: Weight, inputs: Tensor, gradient: Tensor) -> None:
+        once.check(weight)
+        add(squares, weight, gradient.float().square().sum(1))
+
+    backward(vlm, weights, batch, visit)
+    return {name: total.sqrt() for name, total in squares.items()}
+
+
+def by_modality(seen: TokenNumbers) -> TokenWeights:
     """1 for answer tokens, lambda for vision tokens, 0 for others (MBQ, Li et al. 2025).
 
     A layer's lambda is the mean gradient of its vision tokens over that of its answer tokens, or the median of all
@@ -64,7 +69,7 @@ def by_modality(seen: TokenGradients) -> TokenWeights:
     """
     image: dict[str, list[Tensor]] = {}
     answer: dict[str, list[Tensor]] = {}
-    for (example, name), norms in seen.norms.items():
+    for (example, name), norms in seen.numbers.items():
         modality = seen.modalities[example, name]
         if modality is not None and bool((modality == ANSWER).any()):
             image.setdefault(name, []).append(norms[modality == VISION])
@@ -74,7 +79,7 @@ def by_modality(seen: TokenGradients) -> TokenWeights:
     ratios = {name: float(vision / text) for name, (vision, text) in means.items() if vision > 0 and text > 0}
     middle = median(ratios.values()) if ratios else 1.0
     found = {}
-    for (example, name), norms in seen.norms.items():
+    for (example, name), norms in seen.numbers.items():
         modality = seen.modalities[example, name]
         if modality is None or name not in answer:
             found[example, name] = torch.ones_like(norms)
@@ -84,35 +89,78 @@ def by_modality(seen: TokenGradients) -> TokenWeights:
     return found
 
 
-def by_gradient(seen: TokenGradients) -> TokenWeights:
+def by_gradient(seen: TokenNumbers) -> TokenWeights:
     """The norm of the loss gradient at the token (TLQ, known from its abstract: that it is this norm is inferred)."""
-    return {key: norms / norms.mean().clamp(min=torch.finfo(norms.dtype).tiny) for key, norms in seen.norms.items()}
+    return {key: norms / norms.mean().clamp(min=torch.finfo(norms.dtype).tiny) for key, norms in seen.numbers.items()}
 
 
-def by_output(seen: TokenGradients) -> TokenWeights:
+def by_output(seen: TokenNumbers) -> TokenWeights:
     """The squared norm of that gradient: OAC's curvature of the loss, without the terms between different tokens."""
-    return {key: norms.square() for key, norms in seen.norms.items()}
+    return {key: norms.square() for key, norms in seen.numbers.items()}
 
 
-# each gives the weight of every token of every example and input
-IMPORTANCE: Mapping[str, Callable[[TokenGradients], TokenWeights]] = {
-    "modality": by_modality, "gradient": by_gradient, "output": by_output,
-}  # fmt: skip
+def by_block(seen: TokenNumbers) -> TokenWeights:
+    """The gradient of a block's own error (SalQ-VLM, known from its abstract and reviews: that it is this is inferred).
+
+    One number for the whole data, so that examples keep their shares.
+    """
+    totals: dict[str, list[Tensor]] = {}
+    for (_, name), values in seen.numbers.items():
+        totals.setdefault(name, []).append(values)
+    means = {name: torch.cat(values).mean().clamp(min=TINY) for name, values in totals.items()}
+    return {(example, name): values / means[name] for (example, name), values in seen.numbers.items()}
+
+
+def by_attention(seen: TokenNumbers) -> TokenWeights:
+    """The attention that a token receives, mapped to [0.005, 1], then divided by its mean (RSQ, Sung et al. 2025)."""
+    found = {}
+    for key, values in seen.numbers.items():
+        low, high = values.min(), values.max()
+        ranged = (values - low) / (high - low).clamp(min=TINY) * (1 - LEAST) + LEAST
+        ranged = torch.ones_like(values) if high <= low else ranged
+        found[key] = ranged / ranged.mean()
+    return found
+
+
+def by_perturbation(seen: TokenNumbers) -> TokenWeights:
+    """A token's share of the example, clipped to 1.5 interquartile ranges around the quartiles, with mean 1 (QIG)."""
+    found = {}
+    for key, values in seen.numbers.items():
+        share = values / values.sum().clamp(min=TINY)
+        first, third = torch.quantile(share, torch.tensor([0.25, 0.75], device=share.device, dtype=share.dtype))
+        reach = 1.5 * (third - first)
+        share = share.clamp(min=(first - reach).clamp(min=0), max=third + reach)
+        found[key] = share / share.mean().clamp(min=TINY)
+    return found
+
+
+# how each kind observes the tokens of a batch, and how it makes weights of what all examples gave
+IMPORTANCE: Mapping[str, tuple[Observe, Callable[[TokenNumbers], TokenWeights]]] = {
+    "modality": (answer_gradients, by_modality),
+    "gradient": (answer_gradients, by_gradient),
+    "output": (answer_gradients, by_output),
+    "block": (block_errors, by_block),
+    "attention": (attention_received, by_attention),
+    "perturbation": (perturbations, by_perturbation),
+}
 
 
 def importance_of(
-    vlm: VLM, weights: Sequence[Weight], data: Iterable[TokenBatch], names: Iterable[str]
+    vlm: VLM, weights: Sequence[Weight], data: Iterable[TokenBatch], names: Sequence[str]
 ) -> dict[str, TokenWeights]:
-    """Every importance that is asked for, from one backward pass over the data; without inputs that have none.
+    """Every importance that is asked for, each from one pass over the data that it shares with those alike.
 
-    The loss does not reach all layers: blocks of a tower behind the one whose features are read, for example.
+    Without inputs that have none: the loss does not reach all layers, such as blocks of a tower behind the one whose
+    features are read.
     """
-    seen = TokenGradients()
+    seen = {IMPORTANCE[kind][0]: TokenNumbers() for kind in names}
     for batch in data:
-        seen.add(vlm, weights, batch)
+        for observe, numbers in seen.items():
+            numbers.add(weights, batch, observe(vlm, weights, batch))
     found: dict[str, TokenWeights] = {}
     for kind in names:
-        weighed = IMPORTANCE[kind](seen)
+        observe, weigh = IMPORTANCE[kind]
+        weighed = weigh(seen[observe])
         reached = {name for (_, name), values in weighed.items() if bool((values > 0).any())}
         found[kind] = {(example, name): values for (example, name), values in weighed.items() if name in reached}
     return found

@@ -15,7 +15,7 @@ from sensitivity.measure.calibrate.statistics import Statistics, by_importance
 from sensitivity.measure.memory.weight_codes import CachedWeight, Key, WeightCodes, as_cached, from_tensors, tensors
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears, input_of
-from sensitivity.quantize.methods import method_of, quantize, solve
+from sensitivity.quantize.methods import method_of, needs_fisher, quantize, solve
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme, Setting, scheme_of
@@ -154,7 +154,8 @@ class _Quantizer:
                 _check_finite(name, self.own[name])
             # tracing absorbers costs a forward pass, so it waits until a scheme folds its scales
             foldable = any(s.get("scales") == "folded" for s in schemes) and shared in self._absorbers()
-            whole = Linears(names, tuple(self.own[name] for name in names), foldable=foldable)
+            fisher = None if self.statistics is None else self.statistics.fisher_of(names, schemes)
+            whole = Linears(names, tuple(self.own[name] for name in names), foldable=foldable, fisher=fisher)
             for linears, alike in by_importance(whole, schemes, found.get(shared, {})):
                 for chosen, values in zip(alike, self._values(linears, alike), strict=True):
                     for name, value in zip(names, values, strict=True):
@@ -169,7 +170,12 @@ class _Quantizer:
             if cache is None
             else [linears.foldable, fingerprint([*linears.weights, *linears.input_statistics.content])]
         )
-        about = {s: {"scheme": replace(s, settings=_method_settings(s)).to_json(), "content": content} for s in schemes}
+        gradients = fingerprint(linears.fisher) if cache is not None and linears.fisher is not None else None
+        about: dict[Scheme, dict[str, object]] = {
+            s: {"scheme": replace(s, settings=_method_settings(s)).to_json(), "content": content}
+            | ({"gradients": gradients} if needs_fisher(s) else {})
+            for s in schemes
+        }
         found = {s: cache.load(about[s], linears.weights[0].device) for s in schemes} if cache is not None else {}
         missing = [s for s in schemes if found.get(s) is None]
         values: dict[Scheme, list[CachedWeight]] = {}

@@ -14,6 +14,7 @@ from torch import Tensor
 from sensitivity.quantize.stored.codebook import CodebookWeight
 from sensitivity.quantize.stored.grid import QuantizedWeight
 from sensitivity.quantize.stored.levels import BinaryWeight, BinnedWeight, LevelsWeight, PlanesWeight
+from sensitivity.quantize.stored.rotated import RotatedWeight
 from sensitivity.quantize.stored.sparse import SparseWeight, TwoScaleWeight
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.plan import Scheme
@@ -30,6 +31,7 @@ Coded = (
     | BinnedWeight
     | SparseWeight
     | TwoScaleWeight
+    | RotatedWeight
 )
 KINDS: tuple[type[Coded], ...] = get_args(Coded)
 # A plain tensor stands for what has no codes: biases, and weights that a method leaves alone.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from sensitivity.spec.components import Weight
 
@@ -57,6 +57,33 @@ def recorded_forward(module: nn.Module, record: Callable[[object], None]) -> Abs
         return output
 
     return replaced_forward(module, recording)
+
+
+@contextmanager
+def float_model(model: nn.Module, own: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the block the model has its own weights, and none of the hooks that a plan has installed in it."""
+    held = {name: parameter.data for name, parameter in model.named_parameters()}
+    every = [hooks for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+    before = [(hooks, hooks.copy()) for hooks in every if any(map(_ours, hooks.values()))]
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.data = own[name]
+        for hooks, copy in before:
+            for key, hook in copy.items():
+                if _ours(hook):
+                    del hooks[key]
+        yield
+    finally:
+        for hooks, copy in before:
+            hooks.clear()
+            hooks.update(copy)
+        for name, parameter in model.named_parameters():
+            parameter.data = held[name]
+
+
+def _ours(hook: object) -> bool:
+    """Whether this package made a hook; transformers has hooks of its own, by which it returns hidden states."""
+    return str(getattr(hook, "__module__", "")).partition(".")[0] == "sensitivity"
 
 
 def is_defect(error: Exception) -> bool:

@@ -18,9 +18,9 @@ def squeezellm(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredW
     """Round each weight to the nearest level of its row's codebook (Kim et al. 2023).
 
     Read in its code: k-means whose weights are the squared gradients of the loss; .05 % of the most sensitive numbers
-    and .45 % of the largest are kept in 16 bits and do not count in the clustering; no compensation. Where no
-    gradients are given we weigh columns by the diagonal of the Gram matrix, and a number w is sensitive where H_jj w^2
-    is large. Ours, not theirs: counts of outliers are exact shares, and the clustering starts from a dynamic program.
+    and .45 % of the largest are kept in 16 bits and do not count in the clustering; no compensation. Without `gradient`
+    columns are weighed by the diagonal of the Gram matrix, and a number w is sensitive where H_jj w^2 is large. Ours,
+    not theirs: counts of outliers are exact shares, and the clustering starts from a dynamic program.
     """
     return [[_one(linears, i, scheme) for i in range(len(linears.weights))] for scheme in schemes]
 
@@ -28,7 +28,7 @@ def squeezellm(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredW
 def _one(linears: Linears, i: int, scheme: Scheme) -> StoredWeight:
     """One weight at one bit width."""
     weight = linears.weights[i].detach().float()
-    fisher = None if linears.fisher is None else linears.fisher[i].float()
+    fisher = linears.fisher[i].float() if linears.fisher is not None and scheme.get("gradient") else None
     importance = linears.input_statistics.gram.diagonal()[None] if fisher is None else fisher
     sensitive = largest(
         importance * weight.square() if fisher is None else fisher, outliers(scheme["sensitive"], *weight.shape)

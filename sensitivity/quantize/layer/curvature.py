@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sensitivity.quantize.layer.two_paths import TwoPaths
 from sensitivity.spec.errors import Notice, UserError
 
 PIECE = 256  # columns per product: from this width on, a smaller matrix product is as fast per FLOP as a large one
@@ -39,6 +40,7 @@ class Curvature:
         self.weight = 0.0
         self.tokens = 0
         self.modalities = torch.zeros(4, dtype=torch.long)  # how many tokens of padding, vision, prompt and answer
+        self.paths: TwoPaths | None = None  # where inputs are known on both calibration paths
         self._factor: tuple[tuple[float, bool], Factor] | None = None
 
     def add(self, inputs: Tensor, importance: Tensor | None = None) -> None:
@@ -79,7 +81,8 @@ class Curvature:
     @property
     def content(self) -> list[Tensor]:
         """The tensors that quantized weights depend on, for the hash of a cached result."""
-        return [self.gram, self.magnitude, torch.tensor(self.weight, dtype=torch.float64)]
+        both = [] if self.paths is None else [self.paths.cross, self.paths.image]
+        return [self.gram, self.magnitude, torch.tensor(self.weight, dtype=torch.float64), *both]
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Curvature:
@@ -87,7 +90,7 @@ class Curvature:
         self = cls.__new__(cls)
         self.gram, self.magnitude = tensors["gram"], tensors["magnitude"]
         self.weight, self.tokens = float(tensors["totals"][0]), int(tensors["totals"][1])
-        self.modalities, self._factor = tensors["modalities"].cpu(), None
+        self.modalities, self._factor, self.paths = tensors["modalities"].cpu(), None, None
         return self
 
     @property

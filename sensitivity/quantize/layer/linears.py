@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from sensitivity.quantize.layer.curvature import Curvature
+from sensitivity.quantize.layer.two_paths import TwoPaths
 from sensitivity.quantize.stored.grid import QuantizedWeight
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.components import Weight
+from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme, Setting
 
 
@@ -26,6 +28,7 @@ class Linears:
     foldable: bool = True  # whether the layer before them can absorb a scale per input channel
     # squared gradients of the loss, in the shape of each weight (a diagonal Fisher matrix); None: not collected
     fisher: tuple[Tensor, ...] | None = None
+    half: torch.dtype | None = None  # the type of the weights before a transform, if there was one
 
     @cached_property
     def rows(self) -> Tensor:
@@ -35,7 +38,7 @@ class Linears:
     @property
     def dtype(self) -> torch.dtype:
         """The type of the weights, which decides the 16-bit type of scales."""
-        return self.weights[0].dtype
+        return self.half or self.weights[0].dtype
 
     @property
     def name(self) -> str:
@@ -47,6 +50,13 @@ class Linears:
         """The statistics of the input, which a calibrated method must have."""
         assert self.curvature is not None, f"{self.name}: a calibrated method without statistics"
         return self.curvature
+
+    @property
+    def both_paths(self) -> TwoPaths:
+        """How the input differs from the float model's, which only statistics of both paths tell."""
+        if self.input_statistics.paths is None:
+            raise UserError(f"{self.name}: a shifted target needs the inputs of both paths; calibrate on path 'both'")
+        return self.input_statistics.paths
 
     def split(self, whole: QuantizedWeight) -> list[QuantizedWeight | None]:
         """The result for the stacked rows as one result per weight."""
@@ -73,6 +83,7 @@ class Method:
     choices: Mapping[str, tuple[Setting, ...]] = field(default_factory=dict)  # allowed values of the others
     fixed: str = ""  # how messages describe a group and grid that cannot be chosen
     any_group: bool = False  # whether the group can be chosen although the grid is fixed
+    both_paths: bool = False  # whether it needs the inputs of the float model beside those behind quantized layers
     inputs: Callable[[Tensor, Scheme], Tensor] | None = None  # changes a layer's inputs in each forward pass
 
     def takes(self, group: int | str, symmetric: bool) -> bool:

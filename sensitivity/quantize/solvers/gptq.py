@@ -12,8 +12,11 @@ from sensitivity.quantize.layer.error_cost import ErrorCost
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.solvers.clip import clipped
 from sensitivity.quantize.solvers.gptqmodel_solver import gptqmodel
+from sensitivity.quantize.solvers.shifting import shifted
 from sensitivity.quantize.solvers.sweep import sweep
 from sensitivity.quantize.stored.grid import QuantizedWeight, columns, ranges, scale_and_zero
+from sensitivity.quantize.stored.weight import StoredWeight
+from sensitivity.quantize.transforms.hadamard import rotated
 from sensitivity.spec.plan import Scheme
 
 # All groups within this many columns get their grids at once, from the compensated weights at the first of these
@@ -25,16 +28,33 @@ SPAN = 128
 Find = Callable[[Tensor, Scheme, Tensor, int], tuple[Tensor, Tensor]]
 
 
-def gptq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
+def gptq(linears: Linears, schemes: Sequence[Scheme]) -> Sequence[Sequence[StoredWeight | None]]:
     """Quantize at all bit widths at once: they share the factor and each step over the columns."""
     if schemes[0].get("backend") == "gptqmodel":
         return gptqmodel(linears, schemes)
+    if schemes[0].get("transform") == "hadamard":
+        return rotated(linears, schemes, by_columns)
+    return by_columns(linears, schemes)
+
+
+def by_columns(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
+    """What `gptq` does to weights as they are."""
     factor = factor_of(linears, schemes[0])
 
     def find(weights: Tensor, scheme: Scheme, importance: Tensor, _: int) -> tuple[Tensor, Tensor]:
         return searched(weights, scheme, linears.dtype, importance if scheme.get("clip") else None)
 
-    return [linears.split(whole) for whole in on_integers(factor, linears.rows, schemes, find)]
+    rows = towards_float(linears, schemes[0], factor)
+    return [linears.split(whole) for whole in on_integers(factor, rows, schemes, find)]
+
+
+def towards_float(linears: Linears, scheme: Scheme, factor: Factor) -> Tensor:
+    """The weights, shifted so that the layer aims at the float model's output from inputs behind quantized layers."""
+    if (shift := scheme.get("shift", "none")) == "none":
+        return linears.rows
+    return shifted(
+        linears.rows, factor, linears.both_paths.cross, float(scheme.get("strength", 1.0) or 0), shift == "later"
+    )
 
 
 def factor_of(linears: Linears, scheme: Scheme) -> Factor:

@@ -1,0 +1,82 @@
+"""Statistics of both calibration paths: inputs behind quantized layers, beside those of the float model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from sensitivity.measure.calibrate.blockwise import BlockwisePass, Installed
+from sensitivity.measure.calibrate.collecting import Data, collect
+from sensitivity.measure.calibrate.statistics import Gather
+from sensitivity.measure.gradients.token_importance import TokenWeights
+from sensitivity.measure.memory.out_of_memory import run_or_halve
+from sensitivity.measure.passes.block_modules import float_model
+from sensitivity.measure.passes.token_batches import ROWS
+from sensitivity.models.vlm import VLM
+from sensitivity.quantize.layer.curvature import Curvature
+from sensitivity.quantize.layer.linears import input_of
+from sensitivity.spec.components import ComponentMap, Weight
+
+
+def both(vlm: VLM, parts: ComponentMap, data: Data, token_weights: TokenWeights | None = None) -> Gather:
+    """Statistics of the model as it is when they are asked for, each token beside the float model's."""
+    return _BothPaths(vlm, parts, data, token_weights).gather
+
+
+class _BothPaths:
+    """Two passes over the data for each block: through the float model, then through the quantized one.
+
+    Both go on where the last ones ended. The inputs of a block's layers in the float model are in memory for all
+    batches, until the second pass has used them.
+    """
+
+    def __init__(self, vlm: VLM, parts: ComponentMap, data: Data, token_weights: TokenWeights | None) -> None:
+        self.vlm, self.parts, self.data, self.token_weights, self.rows = vlm, parts, data, token_weights, ROWS
+        self.own = {name: parameter.data for name, parameter in vlm.model.named_parameters()}
+        self.passes: tuple[BlockwisePass, BlockwisePass] | None = None
+
+    def gather(self, weights: Sequence[Weight], installed: Installed | None = None) -> Mapping[str, Curvature]:
+        """The statistics, with half the batch size after each out-of-memory error."""
+
+        def compute() -> Mapping[str, Curvature]:
+            unquantized, quantized = self.passes = self.passes or self._begin()
+            with float_model(self.vlm.model, self.own), unquantized.run_up_to(weights, ()) as forward:
+                read = _inputs(self.vlm, weights, unquantized, forward)
+            with quantized.run_up_to(weights, installed) as forward:
+                return collect(self.vlm, weights, quantized.data, forward, self.token_weights, read)
+
+        while (found := run_or_halve(compute, self.rows, "the calibration data", self.vlm.device)) is None:
+            self.rows //= 2
+            self.passes = None  # their recorded outputs belong to the larger batches
+        return found
+
+    def _begin(self) -> tuple[BlockwisePass, BlockwisePass]:
+        """A pass for each path, over the same batches."""
+        data, one = list(self.data(self.rows)), next(iter(self.data(1)))
+        with float_model(self.vlm.model, self.own):  # which modules run when is the same in both
+            first, second = (BlockwisePass(self.vlm, self.parts, data, exposed, one) for exposed in (False, True))
+        return first, second
+
+
+def _inputs(
+    vlm: VLM, weights: Sequence[Weight], passes: BlockwisePass, forward: object
+) -> dict[tuple[int, str], list[Tensor]]:
+    """What layers read in each batch: by the batch's identity and the input, one tensor for each call."""
+    found: dict[tuple[int, str], list[Tensor]] = {}
+    current = 0
+    with ExitStack() as hooks, torch.inference_mode():
+        for name, weight in {input_of(weight): weight for weight in weights}.items():
+
+            def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], name: str = name) -> None:
+                found.setdefault((current, name), []).append(args[0] if args else kwargs["input"])
+
+            layer = vlm.model.get_submodule(weight.reader)
+            hooks.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        assert callable(forward)
+        for batch in passes.data:
+            current = id(batch)
+            forward(vlm, batch)
+    return found

@@ -1,0 +1,38 @@
+"""The seconds that calibration takes: forward passes for statistics, and backward passes for what needs gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sensitivity.quantize.methods import importance, method_of, needs_fisher
+from sensitivity.spec.plan import Scheme
+
+# forward passes that observing the tokens takes, a backward pass counting as two and blocks that run again as one;
+# kinds with the same name share them
+LOSS, BLOCK, ATTENTION, PERTURBATION = "loss", "block", "attention", "perturbation"
+OBSERVED = {
+    "modality": LOSS, "gradient": LOSS, "output": LOSS, "block": BLOCK, "attention": ATTENTION,
+    "perturbation": PERTURBATION,
+}  # fmt: skip
+PASSES = {LOSS: 4.0, BLOCK: 4.0, ATTENTION: 1.0, PERTURBATION: 3.0}
+FISHER = 5.0  # a backward pass, and a product for each weight's own gradient
+
+
+def calibrating(
+    schemes: Sequence[Scheme], examples: int, forward: float, products: float, plans: int
+) -> dict[str, float]:
+    """Seconds by what they are for; `forward` and `products` are those of one example, through all parts.
+
+    Each importance has statistics of its own. Where inputs pass quantized layers, every plan has, too, and comparing
+    both paths takes a pass through each.
+    """
+    calibrated = [scheme for scheme in schemes if method_of(scheme).calibrated]
+    kinds = {importance(scheme) for scheme in calibrated}
+    path = str(calibrated[0].get("path", "float")) if calibrated else "float"
+    times = len(kinds) * (1 if path == "float" else plans)
+    backward = sum(PASSES[name] for name in {OBSERVED[kind] for kind in kinds if kind in OBSERVED})
+    backward += FISHER if any(map(needs_fisher, calibrated)) else 0.0
+    return {
+        "calibration": examples * times * (forward * (2 if path == "both" else 1) + products),
+        "gradients": examples * backward * forward,
+    }

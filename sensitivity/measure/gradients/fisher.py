@@ -1,0 +1,69 @@
+"""The diagonal Fisher matrix: squared gradients of the answer loss by each weight, summed over examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sensitivity.measure.gradients.backward import backward
+from sensitivity.measure.memory.out_of_memory import run_or_halve
+from sensitivity.measure.passes.block_modules import float_model
+from sensitivity.measure.passes.token_batches import ROWS, TokenBatch
+from sensitivity.models.vlm import VLM
+from sensitivity.spec.components import Weight
+
+FISHER_BYTES = 1 << 30  # bytes of squared gradients in memory at once
+
+
+class Fisher:
+    """Squared gradients of the float model, a few blocks at a time, each from a backward pass of its own."""
+
+    def __init__(self, vlm: VLM, weights: Sequence[Weight], data: Callable[[int], Iterable[TokenBatch]]) -> None:
+        """`weights` in the order in which they will be asked for."""
+        self.vlm, self.data = vlm, data
+        self.own = {name: parameter.data for name, parameter in vlm.model.named_parameters()}
+        self.group_of: dict[str, list[Weight]] = {}
+        group: list[Weight] = []
+        room = 0
+        for weight in weights:
+            if 4 * weight.numel > room:
+                group, room = [], FISHER_BYTES
+            group.append(weight)
+            room -= 4 * weight.numel
+            self.group_of[weight.name] = group
+        self.found: Mapping[str, Tensor] = {}
+
+    def of(self, name: str) -> Tensor:
+        """The squared gradients of one weight."""
+        if name not in self.found:
+            group, rows = self.group_of[name], ROWS // 4  # a backward pass takes more memory than a forward pass
+            self.found = {}  # freed before the next are computed
+
+            def compute() -> Mapping[str, Tensor]:
+                with float_model(self.vlm.model, self.own):
+                    return squared_gradients(self.vlm, group, self.data(rows))
+
+            while (found := run_or_halve(compute, rows, "the calibration data", self.vlm.device)) is None:
+                rows //= 2
+            self.found = found
+        return self.found[name]
+
+
+def squared_gradients(vlm: VLM, weights: Sequence[Weight], data: Iterable[TokenBatch]) -> dict[str, Tensor]:
+    """For each weight the sum over examples of G^2, G = sum_t d_t x_t'; zero where the loss does not reach it."""
+    found = {weight.name: torch.zeros(weight.rows, weight.cols, device=vlm.device) for weight in weights}
+    examples = 1
+
+    def visit(weight: Weight, inputs: Tensor, gradient: Tensor) -> None:
+        # examples of a batch have equal shapes, one after the other
+        tokens = len(inputs) // examples
+        for row in range(examples):
+            own = slice(row * tokens, (row + 1) * tokens)
+            found[weight.name] += (gradient[own].float().T @ inputs[own].float()).square()
+
+    for batch in data:
+        examples = len(batch.examples)
+        backward(vlm, weights, batch, visit)
+    return found

@@ -1,0 +1,35 @@
+"""GWQ: the weights with the largest gradients are kept in 16 bits, all others are rounded in groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from sensitivity.quantize.grids.outliers import apart, largest
+from sensitivity.quantize.layer.linears import Linears
+from sensitivity.quantize.stored.grid import encode, ranges, scale_and_zero
+from sensitivity.quantize.stored.weight import StoredWeight
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Scheme
+from sensitivity.spec.sizes import outliers
+
+
+def gwq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight | None]]:
+    """Round to nearest beside 1 % of outliers by |gradient|.
+
+    Known from its abstract: one example, one backward pass, 1 % by the largest gradient, groups. Inferred: the share is
+    of each weight, ranges leave outliers out, and with more examples |gradient| is the root of the summed squares.
+    """
+    if linears.fisher is None:
+        raise UserError(f"{linears.name}: gwq needs gradients of the answer loss, which these statistics do not have")
+    pairs = list(zip(linears.weights, linears.fisher, strict=True))
+    return [[_one(weight.detach().float(), fisher, scheme, linears) for weight, fisher in pairs] for scheme in schemes]
+
+
+def _one(weight: Tensor, fisher: Tensor, scheme: Scheme, linears: Linears) -> StoredWeight:
+    """One weight at one bit width."""
+    kept = largest(fisher.float(), outliers(scheme["outliers"], *weight.shape))
+    inside = weight.masked_fill(kept, 0)
+    base = encode(inside, scheme, *scale_and_zero(inside, scheme, *ranges(inside, scheme), linears.dtype))
+    return apart(base, weight, kept, linears.dtype)

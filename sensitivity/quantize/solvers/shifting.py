@@ -1,0 +1,28 @@
+"""The shift of weights by which a solver aims at the float model's output from inputs behind quantized layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sensitivity.quantize.layer.curvature import Factor
+
+
+def shifted(rows: Tensor, factor: Factor, cross: Tensor, strength: float, later: bool) -> Tensor:
+    """Weights W + strength W S, so that a solver which minimizes the error of (W + W S) x - Q x aims at W x~.
+
+    Without `later` S = C H^-1, the least-squares solution: that of VLM-PTQ, exact for the damped H. With `later` the
+    difference of an input channel shifts only the weights of columns that are rounded after it, as in GPTAQ (Li et al.
+    2025). In both S = N M^-1 for H = M D M'; N = C M^-T D^-1 is the shift that column k causes in the target of column
+    j while all columns before j are fixed, and GPTAQ keeps of it what stands above the diagonal.
+    """
+    order = factor.order
+    ordered = cross if order is None else cross[order][:, order]
+    lower = factor.unit.T
+    shift = torch.linalg.solve_triangular(lower, ordered, upper=False, left=False, unitriangular=True)
+    shift = shift / factor.importance
+    if later:
+        shift = shift.triu(1)
+    shift = torch.linalg.solve_triangular(factor.unit, shift, upper=True, left=False, unitriangular=True)
+    moved: Tensor = rows @ shift if order is None else (rows[:, order] @ shift)[:, torch.argsort(order)]
+    return rows + strength * moved

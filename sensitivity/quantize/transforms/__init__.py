@@ -1,0 +1,1 @@
+"""Transforms: exact changes of a weight and its input, after which rounding costs less."""

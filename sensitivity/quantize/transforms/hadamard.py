@@ -1,0 +1,40 @@
+"""Randomized Hadamard rotation: spreads large weights and large inputs over many columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from sensitivity.quantize.layer.curvature import Curvature
+from sensitivity.quantize.layer.linears import Linears
+from sensitivity.quantize.layer.two_paths import TwoPaths
+from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.stored.rotated import RotatedWeight, rotate
+from sensitivity.spec.plan import Scheme
+
+Solved = Sequence[Sequence[QuantizedWeight | None]]
+
+
+def rotated(
+    linears: Linears, schemes: Sequence[Scheme], solve: Callable[[Linears, Sequence[Scheme]], Solved]
+) -> list[list[RotatedWeight | None]]:
+    """Quantize W R under R' H R, for inputs x that become R' x: the product W x stays what it is.
+
+    As in QuaRot and RSQ, R is a Hadamard matrix with random signs. They fuse R where a norm stands before the layer,
+    and rotate what layers write into the residual stream too. Here each layer's input is rotated by itself, online, so
+    that it is exact in any model. The signs follow from the width and are not stored.
+    """
+    weights = tuple(rotate(weight.detach().float()) for weight in linears.weights)
+    curvature = None if linears.curvature is None else _curvature(linears.curvature)
+    turned = replace(linears, weights=weights, curvature=curvature, half=linears.dtype)
+    return [[None if w is None else RotatedWeight(w) for w in results] for results in solve(turned, schemes)]
+
+
+def _curvature(seen: Curvature) -> Curvature:
+    """The statistics of rotated inputs: R' H R; mean magnitudes are not known of them and stay."""
+    found = Curvature.of(seen.tensors())
+    found.gram = rotate(rotate(seen.gram).T).contiguous()
+    if seen.paths is not None:
+        found.paths = TwoPaths(seen.width, seen.gram.device)
+        found.paths.cross = rotate(rotate(seen.paths.cross).T).T.contiguous()
+    return found
