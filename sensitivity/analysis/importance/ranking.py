@@ -11,6 +11,7 @@ import pandas as pd
 
 from sensitivity.analysis.importance import estimators, kept_rankings, robustness
 from sensitivity.analysis.importance.estimators import CONSENSUS, ESTIMATORS, Fitted, shares
+from sensitivity.analysis.importance.method_choice import METHOD, with_methods
 from sensitivity.analysis.importance.types import Ranking
 from sensitivity.analysis.observations import Observations, check_task, observations_of
 from sensitivity.spec.components import ComponentMap
@@ -54,7 +55,8 @@ def rank(
 
     by: a coarser granularity than the study's own. near: use only trials whose score is at least this share of full
     precision, such as 0.9, where a plan would really be used. thorough=False leaves out what only explains the
-    ranking (levels, pairs, Optuna's estimators). The ranking of a study is cached in its folder.
+    ranking (levels, pairs, Optuna's estimators). Where plans differ in their methods too, that choice has a share of
+    its own (`Ranking.choice`). The ranking of a study is cached in its folder.
 
     Examples:
         >>> from sensitivity import rank
@@ -89,34 +91,39 @@ def _rank(observations: Observations, parts: ComponentMap | None, options: RankO
     observations, dropped = _rankable(observations)
     warnings += dropped
     names, groups, granularity = grouping(observations.names, parts, options.by)
-    r2 = estimators.cross_validated(observations.bits, observations.score, observations.keys, seed)
+    widths, (observations, columns) = observations, with_methods(observations)
+    every = [*groups, columns] if columns else groups
+    x, y = observations.bits, observations.score
+    r2 = estimators.cross_validated(x, y, observations.keys, seed)
     if r2 <= 0:
         raise UserError(
             f"no ranking for '{observations.task}': the forest predicts unseen plans worse than the mean does "
             f"(cross-validated R2 {r2:.2f} over {count(len(observations), 'trial')}); measure more plans, or lower "
             "widths"
         )
-    fitted = estimators.fit(observations.bits, observations.score, groups, seed)
+    fitted = estimators.fit(x, y, every, seed)
     chosen = list(ESTIMATORS) if options.thorough else list(CONSENSUS)
     raw = {name: ESTIMATORS[name](fitted) for name in chosen}
     least = int(np.argmin(fitted.forest.feature_importances_))
-    nothing_but_chance = (
-        estimators.chance(observations.bits, observations.score, least, seed) if options.bootstraps else {}
-    )
+    nothing_but_chance = estimators.chance(x, y, least, seed) if options.bootstraps else {}
     # chance is known for one column; a component of several columns gets as much for each
-    columns = np.array([len(group) for group in groups])
-    floor = {name: share * columns for name, share in nothing_but_chance.items()}
-    table = _table(names, raw, bootstrap(observations, groups, options.bootstraps, seed), floor)
-    table = table.join(_gains(fitted, names, parts, observations.names)).sort_values("consensus", ascending=False)
+    sizes = np.array([len(group) for group in every])
+    floor = {name: share * sizes for name, share in nothing_but_chance.items()}
+    labels = (*names, METHOD) if columns else names
+    table = _table(labels, raw, bootstrap(observations, every, options.bootstraps, seed), floor)
+    choice = {str(name): float(share) for name, share in table.loc[METHOD].items()} if columns else None
+    table = table.drop(index=[METHOD] if columns else [])
+    fitted = replace(fitted, groups=tuple(map(tuple, groups)))  # what follows is about components
+    table = table.join(_gains(fitted, names, parts, widths.names)).sort_values("consensus", ascending=False)
     nothing = pd.DataFrame()
     ranking = Ranking(
-        observations.task,
+        widths.task,
         granularity,
-        len(observations),
-        observations.full,
-        observations.noise,
+        len(widths),
+        widths.full,
+        widths.noise,
         r2,
-        estimators.linear(observations.bits, observations.score),
+        estimators.linear(x, y),
         table,
         nothing,
         nothing,
@@ -124,16 +131,17 @@ def _rank(observations: Observations, parts: ComponentMap | None, options: RankO
         tuple(warnings),
         options.method,
         options.near,
+        choice,
     )
     if not options.thorough:
         return ranking
-    levels = robustness.without_levels(observations, names, groups, seed)
+    levels = robustness.without_levels(widths, names, groups, seed)
     return replace(
         ranking,
         tau=robustness.agreement(table[chosen]),
         levels=levels,
         pairs=robustness.interactions(fitted, names),
-        warnings=(*warnings, *robustness.cautions(observations, ranking, levels)),
+        warnings=(*warnings, *robustness.cautions(widths, ranking, levels)),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 import pandas as pd
@@ -30,11 +30,15 @@ class RankingJson(TypedDict):
     pairs: list[Values]
     levels: list[Values]
     tau: dict[str, Values]
+    choice: NotRequired[Values | None]
 
 
 @dataclass(frozen=True)
 class Ranking:
     """How much of the score each component decides. `table` has a row per component, most important first.
+
+    Where plans differ in their methods too, `choice` has the share of that choice, and the shares of components sum to
+    the rest of 100.
 
     Columns: consensus, forest, permutation, shap, fanova, ped_anova (shares in percent); for the first four also
     NAME.low and NAME.high (95 % interval); NAME.raw before normalizing; gain (how much the predicted score rises from
@@ -55,6 +59,7 @@ class Ranking:
     warnings: tuple[str, ...]
     method: str | None = None
     near: float | None = None  # only trials with at least this share of full precision
+    choice: dict[str, float] | None = None  # what the choice of method decides: its shares, as the columns of `table`
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -78,6 +83,7 @@ class Ranking:
             "pairs": [_values(row) for _, row in self.pairs.iterrows()],
             "levels": [_values(row) for _, row in self.levels.iterrows()],
             "tau": {str(name): _values(row) for name, row in self.tau.iterrows()},
+            "choice": {k: _number(v) for k, v in self.choice.items()} if self.choice else None,
         }
 
     @classmethod
@@ -99,11 +105,16 @@ class Ranking:
             warnings=tuple(data["warnings"]),
             method=data["method"],
             near=data["near"],
+            choice=_shares(data.get("choice")),
         )
 
     def dumps(self) -> str:
         """The ranking as JSON text."""
         return json.dumps(self.to_json(), indent=1)
+
+
+def _shares(row: Values | None) -> dict[str, float] | None:
+    return {name: math.nan if value is None else cast(float, value) for name, value in row.items()} if row else None
 
 
 def _table(rows: dict[str, Values]) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,6 +98,12 @@ def _sure(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranki
             f"{max(ranking.r2, 0):.0%} of the variance of plans it has not seen, a straight line "
             f"{max(ranking.linear_r2, 0):.0%} of those it has."
         )
+        if ranking.choice:
+            low, high = (ranking.choice.get(f"consensus.{end}", math.nan) for end in ("low", "high"))
+            lines.append(
+                f"The choice of method decides {ranking.choice['consensus']:.0f} % of the differences in "
+                f"{ranking.task} [{low:.0f}, {high:.0f}]; the shares of the parts are of their widths."
+            )
     if len(ranked) > 1:
         tau = compare({ranking.task: ranking for ranking in ranked}).to_numpy()
         least = float(np.nanmin(tau))

@@ -82,7 +82,7 @@ def include(p: argparse.ArgumentParser) -> None:
     )
 
 
-def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str) -> None:
+def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str, several: bool = False) -> None:
     """Add the flags that choose schemes: --bits, --method and the settings of methods."""
     p.add_argument(
         "--bits",
@@ -91,7 +91,18 @@ def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str) -> Non
         metavar="B,B,...",
         help=f"widths to try (default: {','.join(map(str, bits))})",
     )
-    p.add_argument("--method", type=values.name, default=method, help=f"how weights are quantized (default: {method})")
+    if several:
+        p.add_argument(
+            "--method",
+            type=values.comma_separated(values.name),
+            default=(method,),
+            metavar="M[,M]",
+            help=f"how weights are quantized; of several, the search chooses for each component (default: {method})",
+        )
+    else:
+        p.add_argument(
+            "--method", type=values.name, default=method, help=f"how weights are quantized (default: {method})"
+        )
     p.add_argument(
         "--group", type=values.group, metavar="N|row|tensor", help="weights that share a scale (default: the method's)"
     )
@@ -152,9 +163,9 @@ def calibration(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--path",
         type=values.name,
-        default="float",
-        metavar="float|exposed",
-        help="inputs of the float model, or those behind quantized layers (slow: again for each plan; default: float)",
+        metavar="float|exposed|both",
+        help="inputs of the float model, those behind quantized layers, or both side by side (the last two are slow:"
+        " again for each plan; default: float, both for methods that need it)",
     )
     g.add_argument(
         "--cache-gb",
@@ -179,15 +190,16 @@ def limits(p: argparse.ArgumentParser) -> None:
 
 
 def schemes(args: argparse.Namespace) -> list[Scheme]:
-    """The scheme of each bit width, from the flags of `methods`."""
-    from sensitivity.quantize.methods import scheme
+    """The schemes of each method, one for every bit width that it takes, from the flags of `methods`."""
+    from sensitivity.quantize.methods import schemes_of
 
     flags = ("group", "symmetric", "biases", "backend")
     own = dict(distinct("--set", args.set))
     for name in ("method", "bits", *flags):
         if name in own:
             raise UserError(f"--set {name}={own[name]}: {name} is a flag of its own; type --{name}")
-    return [scheme(args.method, bits, **{flag: getattr(args, flag) for flag in flags}, **own) for bits in args.bits]
+    names = (args.method,) if isinstance(args.method, str) else args.method
+    return schemes_of(names, args.bits, **{flag: getattr(args, flag) for flag in flags}, **own)
 
 
 def distinct(flag: str, pairs: Sequence[tuple[str, T]]) -> Sequence[tuple[str, T]]:

@@ -63,7 +63,8 @@ def forecast(found: Forecast) -> None:
 def ranking(found: Ranking) -> None:
     """Print the importance of each component, with the estimators side by side."""
     rows = []
-    for name, row in found.table.iterrows():
+    every = [*found.table.iterrows(), *([("choice of method", found.choice)] if found.choice else [])]
+    for name, row in every:
         shares = [f"{row[column]:.1f}" for column in ("forest", "permutation", "shap") if column in row]
         span = f"{row['consensus']:.1f} [{row['consensus.low']:.1f}, {row['consensus.high']:.1f}]"
         rows.append((name, span, *shares))

@@ -43,7 +43,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     )
     flags.by(p, "part")
     flags.include(p)
-    flags.methods(p, (2, 3, 4, 6, 8), "rtn")
+    flags.methods(p, (2, 3, 4, 6, 8), "rtn", several=True)
     p.add_argument(
         "--search",
         type=values.name,
@@ -256,7 +256,7 @@ def _checked(args: argparse.Namespace) -> list[Scheme]:
     )  # fmt: skip
     if not calibrated:
         idle = ("--calibration", "--calibration-n", "--path", "--cache-gb")
-        flags.without_effect(args, idle, f"with --method {args.method}, which is not calibrated")
+        flags.without_effect(args, idle, f"with --method {','.join(args.method)}, which is not calibrated")
     if args.plain:
         flags.without_effect(args, ["--memory-gb"], "with --plain, where plans share nothing")
     if args.executor == "ray":

@@ -1,0 +1,39 @@
+"""The choice of method as a feature beside widths, where the plans of a study differ in both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from sensitivity.analysis.observations import Observations
+from sensitivity.spec.plan import Scheme
+
+METHOD = "(method)"  # in parentheses, as no component can be called that
+
+
+def with_methods(observations: Observations) -> tuple[Observations, list[int]]:
+    """The observations with further columns, and which these are: 1 where a component has a method, else 0.
+
+    One method is left out, as it is what remains if all columns are 0. Methods that differ in settings are different
+    ones. Without two of them, or where plans are not known, there is no such column.
+    """
+    # components of one width throughout are not ranked, yet their method may vary
+    components = [name for name, _ in observations.plans[0].schemes] if observations.plans else []
+    kinds = sorted({_kind(one) for plan in observations.plans for _, one in plan.schemes if one is not None})
+    columns = [
+        [float(one is not None and _kind(one) == kind) for one in (plan[name] for plan in observations.plans)]
+        for kind in kinds[1:]
+        for name in components
+    ]
+    varied = [column for column in columns if len(set(column)) > 1]
+    if not varied:
+        return observations, []
+    first, names = observations.bits.shape[1], tuple(f"{METHOD} {i}" for i in range(len(varied)))
+    bits = np.column_stack([observations.bits, *varied])
+    return replace(observations, bits=bits, names=(*observations.names, *names)), list(range(first, bits.shape[1]))
+
+
+def _kind(scheme: Scheme) -> str:
+    """What makes a method: everything but the bits."""
+    return str(replace(scheme, bits=1).to_json())
