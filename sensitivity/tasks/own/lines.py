@@ -11,6 +11,8 @@ from sensitivity.spec.fields import ANY_TEXT, FILE, NAME, TEXT, Misfit, check, c
 from sensitivity.tasks.datasets import source as layout
 from sensitivity.tasks.examples.types import SPLITS, Example, Regions, Task, exact
 from sensitivity.tasks.own import saved
+from sensitivity.tasks.own.calibration_images import FEWEST as FEWEST_IMAGES
+from sensitivity.tasks.own.calibration_images import calibration_images
 from sensitivity.tasks.scoring import captions, grounding, vqa_accuracy
 
 NEEDS = 'each line is like {"image": "a.jpg", "prompt": "What is this?", "answers": ["a cat"]}'
@@ -56,16 +58,37 @@ def own(
 ) -> Task:
     """n examples of a file or folder, drawn with the seed; a line without a "split" is for evaluation.
 
+    Where no line has a split, a tenth of the images is for calibration.
+
     `score` may be any function from an answer and its example to a number, and replaces the scorer's.
     """
     if path.is_dir():
         return task_from_lines(path, saved.lines_of(path, split, scorer == "iou"), split, n, seed, scorer, score)
     boxes = scorer == "iou"
-    of_split = [line for line in lines_of(path, boxes) if line["split"] == split]
-    needs = BOXES if boxes else NEEDS
+    of_split, notes = _of_split(path, list(lines_of(path, boxes)), split, BOXES if boxes else NEEDS)
+    return task_from_lines(path, of_split, split, n, seed, scorer, score, notes)
+
+
+def _of_split(
+    path: Path, every: list[layout.Record], split: str, needs: str
+) -> tuple[list[layout.Record], tuple[str, ...]]:
+    """The lines of a split, and a note where the images for calibration had to be drawn."""
+    if every and not any(line["split"] for line in every):
+        names = {line["image"] for line in every}
+        held_out = calibration_images(path.parent, names)
+        if split == "calibration" and not held_out:
+            raise UserError(
+                f"{path} asks about fewer than {FEWEST_IMAGES} images, too few to keep one for calibration; add lines "
+                "about others, or name other data with --calibration"
+            )
+        drawn = [line for line in every if (line["image"] in held_out) == (split == "calibration")]
+        verb = "are" if split == "calibration" else "leave out"
+        which = f"{split} examples {verb} {len(held_out)} of {len(names)} images, which are kept for calibration"
+        return drawn, (f"no line has a split: {which}",) if held_out else ()
+    of_split = [line for line in every if (line["split"] or "evaluation") == split]
     if not of_split:
         raise UserError(f'{path} has no {split} lines; {needs}, and may have "split": "{split}"')
-    return task_from_lines(path, of_split, split, n, seed, scorer, score)
+    return of_split, ()
 
 
 def task_from_lines(
@@ -76,11 +99,13 @@ def task_from_lines(
     seed: int,
     scorer: str,
     score: Callable[[str, Example], float] | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Task:
     """The task of lines that were read from `path`."""
     source = layout.DatasetFolder(path.stem, path.parent, "mend or take out those lines")
     chosen = layout.draw((_example(path, line, scorer == "iou") for line in lines), n, seed, str(path), split)
-    examples, notes = source.readable(chosen)
+    examples, left_out = source.readable(chosen)
+    notes = (*notes, *left_out)
     if scorer == "iou":
         examples = tuple(map(grounding.with_image_size, examples))
         for example in examples:
@@ -94,7 +119,7 @@ def task_from_lines(
 
 
 def lines_of(path: Path, boxes: bool = False) -> Iterator[layout.Record]:
-    """The lines of a file as objects with their number and split."""
+    """The lines of a file as objects with their number and split, which is None where none is named."""
     needs, right = (BOXES, "boxes") if boxes else (NEEDS, "answers")
     try:
         every = content(path).split(b"\n")  # not splitlines(): JSON may contain U+2028 and U+0085
@@ -114,7 +139,7 @@ def lines_of(path: Path, boxes: bool = False) -> Iterator[layout.Record]:
             check(given, {"image": FILE, **REQUIRED}, OPTIONAL)
         except Misfit as error:
             raise UserError(f"{path}, line {number}: {error}; {needs}") from error
-        yield {**given, "split": given.get("split") or "evaluation", "number": number}
+        yield {**given, "split": given.get("split"), "number": number}
 
 
 def _example(path: Path, fields: layout.Record, boxes: bool) -> Example:

@@ -1,0 +1,57 @@
+"""Draws the images that calibrate from a file whose lines name no split; all copies of an image go together."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from sensitivity.tasks.datasets.source import TENTH
+
+FEWEST = 5  # images of a file of which one is kept for calibration: of fewer it would be too large a part
+
+
+def calibration_images(folder: Path, names: Collection[str]) -> frozenset[str]:
+    """The names of a tenth of the images, at least one; none where there are fewer than FEWEST.
+
+    Drawn by a hash of the names and not by the task's seed: a plan is verified on examples of another seed, which must
+    not contain an image that it was calibrated on.
+    """
+    image_of = _images(folder, sorted(set(names)))
+    images = sorted(set(image_of.values()), key=lambda name: hashlib.sha256(name.encode()).digest())
+    if len(images) < FEWEST:
+        return frozenset()
+    drawn = set(images[: max(1, round(len(images) / TENTH))])
+    return frozenset(name for name, image in image_of.items() if image in drawn)
+
+
+def _images(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Each name with the first name of the same image, be it by another path, by a link, or in a copy of the file."""
+    files = {name: os.path.realpath(folder / name) for name in names}
+    sizes = {file: _size(file) for file in files.values()}
+    of_size = Counter(sizes.values())
+    first: dict[object, str] = {}
+    found = {}
+    for name, file in files.items():
+        size = sizes[file]
+        # only files of one size can be copies, so that few are read
+        same = _content_hash(file) if size is not None and of_size[size] > 1 else file
+        found[name] = first.setdefault(same, name)
+    return found
+
+
+def _size(file: str) -> int | None:
+    try:
+        return os.stat(file).st_size if os.path.isfile(file) else None
+    except (OSError, ValueError):  # a missing image is named when it is opened
+        return None
+
+
+def _content_hash(file: str) -> str:
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError:
+        return file
