@@ -28,6 +28,7 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes import files_of
 from sensitivity.spec.threads import free_memory
+from sensitivity.study.examples import questions
 from sensitivity.study.stopping import Until
 from sensitivity.study.storage.location import usable
 from sensitivity.study.study import Study
@@ -176,6 +177,7 @@ def begin_sweep(
     facts = comparability(vlm, chosen, tasks, n, seed) | ({"whole_answers": True} if whole else {})
     check_tasks_fit(vlm, chosen)
     study = Study.create(out, parts, [task.name for task in chosen], facts, storage)
+    questions.keep(study.path, chosen)
     if callable(plans):
         return study, run_plans(vlm, study, chosen, plans(study), plain, statistics, limit, memory_gb)
     if statistics is None and isinstance(plans, Sequence):

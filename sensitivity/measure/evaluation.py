@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from sensitivity.measure.generate import retrieval, shared_images, whole_prompts
-from sensitivity.measure.generate.answer_tokens import decoded_answers, greedy_takes_argmax
+from sensitivity.measure.generate.answer_tokens import Answer, decoded_answers, greedy_takes_argmax
 from sensitivity.measure.generate.batches import Batch, batches
 from sensitivity.measure.generate.drafts import with_earlier_answers
 from sensitivity.measure.memory.out_of_memory import run_or_halve
@@ -19,7 +19,7 @@ from sensitivity.measure.memory.prefix_cache import PrefixCache
 from sensitivity.models.vlm import VLM
 from sensitivity.tasks.examples.types import Task
 
-Rows = dict[str, list[str | float]]  # columns of the examples table, all of the same length
+Rows = dict[str, list[str | float | bool]]  # columns of the examples table, all of the same length
 
 
 def evaluate(vlm: VLM, task: Task, plain: bool = False) -> Rows:
@@ -31,7 +31,7 @@ def evaluate(vlm: VLM, task: Task, plain: bool = False) -> Rows:
     return rows
 
 
-def example_rows(task: Task, batch: Batch, answers: list[str], nll: list[float]) -> Rows:
+def example_rows(task: Task, batch: Batch, answers: list[Answer], nll: list[float]) -> Rows:
     """The results of one batch as columns of the examples table, with every answer scored."""
     return {
         "task": [task.name] * len(answers),
@@ -39,17 +39,19 @@ def example_rows(task: Task, batch: Batch, answers: list[str], nll: list[float])
         "cluster": [example.cluster for example in batch.examples],
         "kind": [example.kind for example in batch.examples],
         "score": [
-            task.score(given, example) if math.isfinite(one_nll) else 0.0  # NaN logits: the text means nothing
+            task.score(given.text, example) if math.isfinite(one_nll) else 0.0  # NaN logits: the text means nothing
             for given, example, one_nll in zip(answers, batch.examples, nll, strict=True)
         ],
         "nll": [*nll],
-        "answer": [*answers],
+        "answer": [given.text for given in answers],
+        "cut": [given.cut for given in answers],
+        "malformed": [not task.readable(given.text) for given in answers],
     }
 
 
 def answer(
     vlm: VLM, task: Task, batch: Batch, prefix_cache: PrefixCache | None = None, name: Hashable = None
-) -> tuple[list[str], list[float]]:
+) -> tuple[list[Answer], list[float]]:
     """Greedy answers of a batch, and the negative log-likelihood per token of each right answer.
 
     A batch that runs out of memory is split in two, and stays split for this plan and all later ones. With a prefix
@@ -91,7 +93,7 @@ def _halve(vlm: VLM, task: Task, batch: Batch) -> None:
 @torch.inference_mode()
 def _answered(
     vlm: VLM, task: Task, batch: Batch, prefix_cache: PrefixCache | None, name: Hashable
-) -> tuple[list[str], list[float]]:
+) -> tuple[list[Answer], list[float]]:
     """Answers and likelihoods of one batch, by the fastest path that the batch was built for."""
     reuse = prefix_cache.reuse if prefix_cache else lambda *_: nullcontext()
     if task.gallery:

@@ -16,6 +16,9 @@ from sensitivity.study.storage import paths
 from sensitivity.study.trial import Trial
 
 COLUMNS = ("task", "example", "cluster", "kind", "score", "nll", "answer")
+# whether generation stopped at the largest number of tokens; whether the answer lacks what the score reads: in a study
+# of an earlier version a column of missing values
+FLAGS = ("cut", "malformed")
 
 
 class Damaged(UserError):
@@ -51,7 +54,14 @@ def read(path: Path) -> pd.DataFrame:
         raise Damaged("a row does not say which task or which image it is about")
     if frame.duplicated(["task", "example"]).any():
         raise Damaged("it holds an example twice")
-    return frame
+    if wrong := [name for name in FLAGS if name in frame and not pd.api.types.is_bool_dtype(frame[name].dropna())]:
+        raise Damaged(f"'{wrong[0]}' is not true or false")
+    return _with_flags(frame)
+
+
+def _with_flags(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows with every flag as a column that may hold missing values."""
+    return frame.assign(**{name: pd.array(frame.get(name, [None] * len(frame)), dtype="boolean") for name in FLAGS})
 
 
 class Answers:
@@ -82,7 +92,7 @@ class Answers:
 
     def add(self, trial: Trial, examples: Mapping[str, Sequence[object]]) -> pd.DataFrame:
         """Write a trial's answers, after those to the examples that it has seen before; return all of them."""
-        frame = pd.DataFrame(dict(examples), columns=list(COLUMNS))
+        frame = _with_flags(pd.DataFrame(dict(examples), columns=[*COLUMNS, *(f for f in FLAGS if f in examples)]))
         if trial.done:
             before = self._before(trial.plan)
             # an example is in both where a process was killed after writing its answers and before storing `done`

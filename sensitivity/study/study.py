@@ -17,6 +17,7 @@ from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import size
 from sensitivity.study import identity
 from sensitivity.study.answers import Answers
+from sensitivity.study.examples.answer_counts import AnswerCounts, count_answers, counts_by_kind
 from sensitivity.study.owner import Owner, is_dead
 from sensitivity.study.queue import Queue
 from sensitivity.study.scores import Score, difference, task_score
@@ -52,7 +53,7 @@ class Study:
         self._trials = StoredTrials(self._optuna, self._storage, reader)
         self._queue = Queue(self.path, self._trials)
         self._answers = Answers(self.path)
-        self._differences: dict[tuple[str, str, int, int], Score | None] = {}
+        self._compared: dict[tuple[str, str, int, int], tuple[Score | None, AnswerCounts | None]] = {}
 
     @classmethod
     def create(
@@ -183,17 +184,38 @@ class Study:
     def table(self) -> pd.DataFrame:
         """One row per measured trial: bits per component, size, and per task the score and its interval (see `row`)."""
         native = self.examples(self.native)
-        difference_to_native = partial(self.difference_to_native, native)
-        return pd.DataFrame([row(trial, self.tasks, difference_to_native) for trial in self.measured()])
+        to_native = partial(self.difference_to_native, native), partial(self.counts_against_native, native)
+        return pd.DataFrame([row(trial, self.tasks, *to_native) for trial in self.measured()])
 
     def difference_to_native(self, native: pd.DataFrame | None, plan: Plan, task: str, n: int | None) -> Score | None:
         """A plan's paired difference to full precision, cached until either has seen more examples."""
-        if native is None or n is None:
-            return None
-        cached = plan.key, task, n, len(native)
-        if cached not in self._differences:
-            self._differences[cached] = difference(self.examples(plan), native, task)
-        return self._differences[cached]
+        return None if native is None or n is None else self._against(native, plan, task, n)[0]
+
+    def counts_against_native(
+        self, native: pd.DataFrame | None, plan: Plan, task: str, n: int | None
+    ) -> AnswerCounts | None:
+        """Counts of a plan's answers to a task, cached like its difference; None without per-example scores."""
+        return None if n is None else self._against(native, plan, task, n)[1]
+
+    def _against(
+        self, native: pd.DataFrame | None, plan: Plan, task: str, n: int
+    ) -> tuple[Score | None, AnswerCounts | None]:
+        """Difference and counts together, since a file of answers takes longer to read than to compare."""
+        cached = plan.key, task, n, 0 if native is None else len(native)
+        if cached not in self._compared:
+            rows = self.examples(plan)
+            if rows is None:
+                self._compared[cached] = None, None
+            else:
+                base = None if native is None or plan.is_native else native[native["task"] == task]
+                counts = count_answers(rows[rows["task"] == task], base)
+                self._compared[cached] = difference(rows, native, task), counts
+        return self._compared[cached]
+
+    def counts_by_kind(self, plan: Plan) -> list[dict[str, object]]:
+        """A plan's scores and counts of answers for each task and each kind of its questions."""
+        rows, native = self.examples(plan), None if plan.is_native else self.examples(self.native)
+        return [] if rows is None else list(counts_by_kind(rows, native))
 
     def compare(self, plan: Plan, base: Plan, task: str) -> Score | None:
         """The paired difference in a task's score between two plans; None without per-example scores."""
@@ -205,6 +227,14 @@ class Study:
             if trial.number == number:
                 return trial.plan
         raise UserError(f"{self.path} has no trial {number}")
+
+    def plan_named(self, key: str) -> Plan:
+        """The measured plan whose key begins like this."""
+        found = {trial.key: trial.plan for trial in self.measured() if key and trial.key.startswith(key)}
+        if len(found) != 1:
+            what = f"{len(found)} plans whose keys begin with {key}" if found else f"no measured plan {key}"
+            raise UserError(f"{self.path} has {what}; `sensitivity table {self.path} --out plans.csv` lists all keys")
+        return next(iter(found.values()))
 
     def examples(self, plan: Plan) -> pd.DataFrame | None:
         """Per-example scores of a measured plan; None where only the means are known (an imported table).

@@ -8,18 +8,23 @@ import numpy as np
 from optuna.trial import TrialState
 
 from sensitivity.spec.plan import Plan
+from sensitivity.study.examples.answer_counts import AnswerCounts
 from sensitivity.study.scores import Score
 from sensitivity.study.trial import NATIVE, Trial
 
 
 def row(
-    trial: Trial, tasks: Sequence[str], difference: Callable[[Plan, str, int | None], Score | None]
+    trial: Trial,
+    tasks: Sequence[str],
+    difference: Callable[[Plan, str, int | None], Score | None],
+    counts: Callable[[Plan, str, int | None], AnswerCounts | None],
 ) -> dict[str, object]:
     """The row of a trial, by column.
 
     number, key, plan (in words), uniform, native, complete (whether it has seen all examples); bits of each component;
     bytes, bpw, bpw_codes, seconds; for each task T: T, T.se, T.low, T.high, T.n, T.nll; the paired difference to full
-    precision as T.delta, T.delta.se, T.delta.low, T.delta.high; further metrics by name, such as T.BLEU-4;
+    precision as T.delta, T.delta.se, T.delta.low, T.delta.high; counts of answers as T.to_wrong, T.to_right, T.empty,
+    T.cut, T.malformed (see AnswerCounts); further metrics by name, such as T.BLEU-4;
     not_finite: how many examples scored 0 because their logits were NaN.
     """
     columns: dict[str, object] = {
@@ -44,4 +49,7 @@ def row(
         if delta := difference(trial.plan, task, score.get("n")):
             columns |= {f"{task}.delta": delta.mean, f"{task}.delta.se": delta.se}
             columns |= {f"{task}.delta.low": delta.low, f"{task}.delta.high": delta.high}
+        if found := counts(trial.plan, task, score.get("n")):
+            known = {name: value for name, value in found.to_json().items() if value is not None}
+            columns |= {f"{task}.{name}": value for name, value in known.items()}
     return columns

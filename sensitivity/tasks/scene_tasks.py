@@ -31,7 +31,8 @@ def scene(split: str, n: int, seed: int) -> Task:
 
 def ground(split: str, n: int, seed: int) -> Task:
     """A box for a digit: right if its oriented intersection over union with the true box is at least 0.5."""
-    return Task("ground", _examples(split, n, seed, ["ground"]), found, max_new_tokens=16)
+    examples = _examples(split, n, seed, ["ground"])
+    return Task("ground", examples, found, max_new_tokens=16, readable=lambda answer: bool(parse(answer)))
 
 
 def found(answer: str, example: Example) -> float:

@@ -50,7 +50,8 @@ def test_the_fast_path_equals_the_plain_one(scenes_llava: VLM, tmp_path: Path) -
         ours, theirs = fast.examples(plan), plain.examples(plan)
         assert ours is not None
         assert theirs is not None
-        pd.testing.assert_frame_equal(ours.drop(columns=["nll", "answer"]), theirs.drop(columns=["nll", "answer"]))
+        cut_off = ["nll", "answer", "cut"]  # the plain path generates on where an answer can no longer be right
+        pd.testing.assert_frame_equal(ours.drop(columns=cut_off), theirs.drop(columns=cut_off))
         pd.testing.assert_series_equal(ours["nll"], theirs["nll"], rtol=1e-3, atol=2e-4)
 
 

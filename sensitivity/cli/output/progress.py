@@ -130,13 +130,14 @@ class ScorePoint(TypedDict):
     mean: float
     low: float | None
     high: float | None
-    n: int
+    n: int | None
 
 
 class Point(TypedDict):
     """A plan on the frontier."""
 
     bpw: float
+    key: str
     plan: str
     scores: dict[str, ScorePoint]
 
@@ -163,15 +164,16 @@ def frontier_lines(study: Study, most: int = 8) -> list[str]:
     for trial in best_so_far(study)[-most:]:
         point = _point(trial)
         score = point["scores"][study.tasks[0]]
-        span = f"[{score['low']:.3f}, {score['high']:.3f}]"
-        lines.append(f"{point['bpw']:5.2f} bpw  {score['mean']:.3f} {span} n {score['n']}  {point['plan']}")
+        ends = score["low"], score["high"], score["n"]
+        span = "" if None in ends else " [{:.3f}, {:.3f}] n {}".format(*ends)
+        lines.append(f"{point['bpw']:5.2f} bpw  {score['mean']:.3f}{span}  {point['plan']}")
     return lines
 
 
 def _point(trial: Trial) -> Point:
     """A trial as JSON values: size, plan, scores with intervals."""
     scores = {
-        task: ScorePoint(mean=score["mean"], low=score["low"], high=score["high"], n=score["n"])
+        task: ScorePoint(mean=score["mean"], low=score.get("low"), high=score.get("high"), n=score.get("n"))
         for task, score in trial.scores.items()
     }
-    return {"bpw": round(trial.bpw, 4), "plan": trial.plan.describe(), "scores": scores}
+    return {"bpw": round(trial.bpw, 4), "key": trial.key, "plan": trial.plan.describe(), "scores": scores}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sensitivity.spec.sizes import in_words
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from sensitivity.study.study import Study
 
 
+COUNTED = {
+    "to_wrong": "right → wrong",
+    "to_right": "wrong → right",
+    "empty": "empty",
+    "cut": "cut off",
+    "malformed": "malformed",
+}
+KEY = 8  # characters of a plan's key that are shown: enough to name it
 WIDTH = 120  # columns where there is no terminal to ask
 
 
@@ -51,6 +59,45 @@ def frontier(study: Study, most: int = 12) -> None:
             for _, row in best.iterrows()
         ],
     )
+    answer_counts(
+        {
+            f"{row['key'][:KEY]} {row['plan']}": [
+                {"task": task, **{name: row.get(f"{task}.{name}") for name in ("n", *COUNTED)}, "score": row[task]}
+                for task in study.tasks
+                if f"{task}.empty" in row
+            ]
+            for _, row in best.iterrows()
+        }
+    )
+
+
+def answer_counts(plans: Mapping[str, Sequence[Mapping[str, object]]]) -> None:
+    """Print what happened to the answers of some plans, for each task and kind of question."""
+    rows = [(plan, row) for plan, counts in plans.items() for row in counts]
+    known = [name for name in COUNTED if any(_number(row.get(name)) for _, row in rows)]
+    if not known:
+        return  # an imported table has no answers; a study of an earlier version did not count
+    kinds = any(row.get("kind") for _, row in rows)
+    table(
+        "What happened to the answers (changes against full precision, on the same examples)",
+        ("plan", "task", *(["kind"] if kinds else []), "n", "score", *(COUNTED[name] for name in known)),
+        [
+            (
+                plan,
+                row["task"],
+                *([row.get("kind") or "all"] if kinds else []),
+                _number(row["n"]),
+                f"{row['score']:.3f}",
+                *(_number(row.get(name)) or "–" for name in known),
+            )
+            for plan, row in rows
+        ],
+    )
+
+
+def _number(count: object) -> str:
+    """A count as text; nothing where it is not known (None, or NaN in a table)."""
+    return f"{count:.0f}" if isinstance(count, int | float) and count == count else ""
 
 
 def forecast(found: Forecast) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
-from sensitivity.cli.output.progress import points, show_progress, show_progress_in_json
+from sensitivity.cli.output.progress import best_so_far, points, show_progress, show_progress_in_json
 from sensitivity.cli.output.tables import forecast, frontier
 from sensitivity.cli.processes import ray_workers, workers
 
@@ -39,7 +39,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         default=("vqa",),
         metavar="T[,T]",
         help="vqa, caption, scene, ground, retrieval; DATASET:FOLDER such as vqav2:FOLDER; your own FILE.jsonl, or"
-        " SCORER:FILE.jsonl with exact, vqa, iou or caption (default: vqa)",
+        " SCORER:FILE.jsonl with exact, choice, number, yesno, anls, vqa, caption, iou or recall (default: vqa)",
     )
     flags.by(p, "part")
     flags.include(p)
@@ -289,8 +289,9 @@ def _summary(args: argparse.Namespace, study: Study) -> dict[str, object]:
     from sensitivity.study.stopping import Until
 
     goal = Until.parse(args.until).error
-    trials = json.loads(study.table().to_json(orient="records"))
-    facts = {"study": str(args.out), **study.counts(), "frontier": points(study), "trials": trials}
+    trials, best = json.loads(study.table().to_json(orient="records")), points(study)
+    kinds = [{"key": trial.key, **row} for trial in best_so_far(study) for row in study.counts_by_kind(trial.plan)]
+    facts = {"study": str(args.out), **study.counts(), "frontier": best, "answers": kinds, "trials": trials}
     if goal:
         facts["error"] = known = uncertainty(study)
     if not args.json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,13 @@ WITHOUT_EFFECT = {  # generation settings that do not change what greedy decodin
     "temperature", "top_p", "top_k", "max_length", "max_new_tokens", "use_cache", "num_beams", "_from_model_config",
     "early_stopping", "length_penalty", "output_attentions", "output_hidden_states", "return_dict_in_generate",
 }  # fmt: skip
+
+
+class Answer(NamedTuple):
+    """An answer as text, and whether generation stopped at the largest number of tokens instead of at its end."""
+
+    text: str
+    cut: bool = False
 
 
 def target_tokens(vlm: VLM, example: Example) -> list[int]:
@@ -104,15 +112,17 @@ def _text(vlm: VLM, tokens: list[int]) -> str:
     return without_special(str(vlm.processor.tokenizer.decode(tokens, skip_special_tokens=True)))
 
 
-def answer_text(vlm: VLM, tokens: list[int], task: Task) -> str:
-    """The answer as text, with an ellipsis where decoding stopped because it could no longer be right."""
-    text = _text(vlm, tokens)
-    return text if tokens[-1] in end_tokens(vlm) or len(tokens) >= task.max_new_tokens else text + "…"
+def answer_of(vlm: VLM, tokens: list[int], task: Task) -> Answer:
+    """The answer, with an ellipsis where decoding stopped because it could no longer be right."""
+    text, whole = _text(vlm, tokens), tokens[-1] in end_tokens(vlm)
+    if whole or len(tokens) >= task.max_new_tokens:
+        return Answer(text, cut=not whole)
+    return Answer(text + "…")
 
 
-def decoded_answers(vlm: VLM, rows: Sequence[Sequence[int]], task: Task) -> list[str]:
-    """Each row's answer as text; equal rows are decoded once."""
-    once = cache(lambda tokens: answer_text(vlm, list(tokens), task))
+def decoded_answers(vlm: VLM, rows: Sequence[Sequence[int]], task: Task) -> list[Answer]:
+    """Each row's answer; equal rows are decoded once."""
+    once = cache(lambda tokens: answer_of(vlm, list(tokens), task))
     return [once(tuple(tokens)) for tokens in rows]
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from sensitivity.measure.generate.answer_tokens import Answer
 from sensitivity.models.families import RETRIEVAL_MODELS
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
@@ -41,7 +42,7 @@ def pair(vlm: VLM, example: Example) -> dict[str, Tensor]:
 @torch.inference_mode()
 def rank_matches(
     vlm: VLM, task: Task, examples: Sequence[Example], reuse: Reuse, chunk_size: int = CHUNK
-) -> tuple[list[str], list[float]]:
+) -> tuple[list[Answer], list[float]]:
     """For each example the rank of its first right match, and the right matches' negative log-likelihood.
 
     `reuse` lets the vision tower reuse hidden states of images under the same name; `chunk_size` images or captions,
@@ -51,7 +52,7 @@ def rank_matches(
     found: dict[str, tuple[str, float]] = {}
     for number, pool in enumerate(_pools(examples, task.gallery.pool)):
         found |= _rank_pool(vlm, pool, task.gallery.top, partial(_reuse_in_pool, reuse, number), chunk_size)
-    return [found[e.id][0] for e in examples], [found[e.id][1] for e in examples]
+    return [Answer(found[e.id][0]) for e in examples], [found[e.id][1] for e in examples]
 
 
 def _reuse_in_pool(reuse: Reuse, pool: int, chunk: Hashable) -> AbstractContextManager[None]:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import Tensor
 
 from sensitivity.measure.generate.answer_tokens import (
+    Answer,
     cannot_be_right,
     end_tokens,
     logits_from,
@@ -22,13 +23,15 @@ from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.scoring.answer_text import without_special
 
 
-def generated_answers(vlm: VLM, task: Task, batch: Batch) -> tuple[list[str], list[float]]:
+def generated_answers(vlm: VLM, task: Task, batch: Batch) -> tuple[list[Answer], list[float]]:
     """Answers by transformers' own generate(), and likelihoods by one more forward pass."""
     inputs = on_device(vlm, batch.inputs)
-    answers = vlm.processor.tokenizer.batch_decode(_generate(vlm, task, inputs), skip_special_tokens=True)
+    tokens, ends = _generate(vlm, task, inputs), end_tokens(vlm)
+    texts = vlm.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    cut = [len(row) >= task.max_new_tokens and ends.isdisjoint(row) for row in tokens.tolist()]
     logits = _answer_logits(vlm, inputs, batch.targets)
     nll = mean_nll(logits, right_padded(batch.targets, fill=-100).to(vlm.device))
-    return [without_special(text) for text in answers], nll
+    return [Answer(without_special(text), short) for text, short in zip(texts, cut, strict=True)], nll
 
 
 def drafted_answers(

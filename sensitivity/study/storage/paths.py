@@ -22,6 +22,11 @@ def answers(study: Path, key: str) -> Path:
     return study / "examples" / f"{key}.parquet"
 
 
+def questions(study: Path) -> Path:
+    """What was asked in each example."""
+    return study / "questions.parquet"
+
+
 def verification(study: Path) -> Path:
     """The folder of a second study, in which plans run on fresh examples."""
     return study / "verify"

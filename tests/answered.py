@@ -1,0 +1,46 @@
+"""Studies with answers to real questions and no model: whoever calls says what each plan answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import planted
+
+from sensitivity.spec.plan import Plan
+from sensitivity.study.examples import questions
+from sensitivity.study.study import Study
+from sensitivity.tasks.examples.types import Example, Task
+
+NATIVE = Plan.uniform(planted.parts(), None)
+FOUR, TWO = (planted.plan(planted.PARTS, [bits] * 3) for bits in (4, 2))
+
+
+def study(
+    path: Path,
+    tasks: Sequence[Task],
+    answer: Callable[[Plan, Example], str],
+    sources: Sequence[str] = (),
+    n: int = 100,
+    seed: int = 0,
+    plans: Sequence[Plan] = (NATIVE, FOUR, TWO),
+) -> Study:
+    """A study as a sweep leaves it; `sources` are the names by which its tasks are found again."""
+    data = {task.name: f"{len(task.examples)} examples {task.fingerprint}" for task in tasks}
+    meta = {"model": "planted", "fingerprint": "f", "tasks": list(sources), "n": n, "seed": seed, "data": data}
+    made = Study.create(path, planted.parts(), [task.name for task in tasks], meta)
+    questions.keep(path, tasks)
+    made.enqueue(plans)
+    last = None
+    while (last := made.ask(last)) is not None:
+        rows: dict[str, list[object]] = {}
+        for task in tasks:
+            for example in task.examples:
+                text = answer(last.plan, example)
+                row = {"task": task.name, "example": example.id, "cluster": example.cluster, "kind": example.kind,
+                       "score": task.score(text, example), "nll": 0.1 if last.plan.is_native else 1.0, "answer": text,
+                       "cut": len(text) > 20, "malformed": not task.readable(text)}  # fmt: skip
+                for name, value in row.items():
+                    rows.setdefault(name, []).append(value)
+        made.tell(last, rows, {"seconds": 1.0, "path": "fast", "versions": {"sensitivity": "0"}})
+    return made
