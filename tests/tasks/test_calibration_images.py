@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from sensitivity.api.sweeping import calibrated
 from sensitivity.cli.main import main
 from sensitivity.measure.passes.token_batches import check_disjoint
+from sensitivity.models.discover import inspect
+from sensitivity.models.vlm import VLM
+from sensitivity.quantize.methods import scheme
 from sensitivity.spec.errors import UserError
-from sensitivity.study.study import Study
 from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.table import task
 
@@ -24,7 +28,7 @@ def pictures(folder: Path, names: list[str]) -> None:
         Image.fromarray(np.random.default_rng(number).integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(folder / name)
 
 
-def lines(folder: Path, images: list[str], **more: str) -> str:
+def lines(folder: Path, images: Sequence[str | list[str]], **more: str) -> str:
     asked = [{"image": name, "prompt": "where is the 3?", "answers": ["top left"], **more} for name in images]
     (folder / "q.jsonl").write_text("\n".join(map(json.dumps, asked)))
     return str(folder / "q.jsonl")
@@ -67,6 +71,20 @@ def test_an_image_of_several_names_is_in_one_split(tmp_path: Path) -> None:
     assert len(evaluation.examples) == 27 * 6
 
 
+def test_images_of_one_line_stay_together_with_all_that_share_one(tmp_path: Path) -> None:
+    names = [f"{i}.png" for i in range(60)]
+    pictures(tmp_path, names)
+    asked = [[names[i], names[i + 1]] for i in range(0, 40, 2)] + [[names[40], names[41]], [names[41], names[42]]]
+    file = lines(tmp_path, [*asked, *names])
+    calibration, evaluation = task(file, "calibration"), task(file)
+    used = [{image.name for e in found.examples for image in e.images} for found in (calibration, evaluation)]  # type: ignore[union-attr]
+    assert used[0].isdisjoint(used[1])
+    assert used[0] | used[1] == set(names)
+    assert len({names[40], names[41], names[42]} & used[0]) in (0, 3)
+    check_disjoint([calibration], [evaluation])
+    assert len(calibration.examples) + len(evaluation.examples) == len(asked) + len(names)
+
+
 def test_the_same_images_wherever_the_folder_is(tmp_path: Path) -> None:
     drawn = []
     for folder in (tmp_path / "here", tmp_path / "there"):
@@ -91,18 +109,19 @@ def test_splits_that_are_named_are_kept_and_few_images_are_not_divided(tmp_path:
         task(few, "calibration")
 
 
-def test_a_calibrated_method_sweeps_one_file_and_says_what_is_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_calibrated_method_takes_one_file_and_says_what_is_left_out(
+    scenes_llava: VLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = [f"{i}.png" for i in range(10)]
     pictures(tmp_path, names)
-    words = ["sweep", "embedded:scenes-llava", "--task", lines(tmp_path, names), "--bits", "4", "--method", "gptq"]
-    words += ["--search", "one-at-a-time", "--workers", "1", "--cache-gb", "0", "--out", str(tmp_path / "run")]
-    assert main(words) == 0
+    file = lines(tmp_path, names)
+    words = ["sweep", "embedded:scenes-llava", "--task", file, "--bits", "4", "--method", "gptq", "--dry-run"]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
     assert "q: no line has a split: evaluation examples leave out 1 of 10 images" in capsys.readouterr().err
-    study = Study(tmp_path / "run")
-    rows = study.examples(study.native)
-    assert rows is not None
-    assert len(rows) == 9
-    schemes = {scheme for trial in study.trials() for _, scheme in trial.plan.schemes if scheme}
-    assert {scheme.get("examples") for scheme in schemes} == {1}
+    parts = inspect(scenes_llava, by="part")
+    (named,), statistics = calibrated(
+        scenes_llava, parts, [scheme("gptq", 4)], [file], against=[task(file)], cache_gb=0
+    )
+    assert statistics is not None
+    assert named.get("examples") == 1
+    assert f"{named.get('data')}" == task(file, "calibration", 128).fingerprint

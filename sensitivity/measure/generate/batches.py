@@ -52,7 +52,7 @@ def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
         raise UserError(f"{vlm.name} generates no text: its tasks are {searches}")
     groups: dict[Hashable, list[Example]] = {}
     for example in task.examples:
-        groups.setdefault((example.cluster, same_image(example.image)), []).append(example)
+        groups.setdefault((example.cluster, *map(same_image, example.images)), []).append(example)
     clusters = list(groups.values())
     sharing = vlm.family.shares_prefix and not plain and not vlm.encoder_decoder and greedy_takes_argmax(vlm)
     max_images = images_at_once(_pixel_values(vlm, task.examples[0])) if len(clusters) > 1 else IMAGES_PER_BATCH
@@ -73,7 +73,8 @@ def images_at_once(pixels: int) -> int:
 
 def _pixel_values(vlm: VLM, example: Example) -> int:
     """The pixel values that the processor makes of an image; images of one data set are assumed to be alike."""
-    seen = vlm.processor(images=[[open_image(example.image)]], text=[prompt_text(vlm, example)], return_tensors="pt")
+    pictures = [list(map(open_image, example.images))]
+    seen = vlm.processor(images=pictures, text=[prompt_text(vlm, example)], return_tensors="pt")
     return int(seen["pixel_values"].numel())
 
 
@@ -93,7 +94,7 @@ def _gallery(vlm: VLM, task: Task) -> Batch:
 
 def _whole_prompts(vlm: VLM, examples: tuple[Example, ...]) -> Batch:
     """A batch of whole prompts, padded on the left."""
-    images = [[open_image(example.image)] for example in examples]
+    images = [list(map(open_image, example.images)) for example in examples]
     texts = [prompt_text(vlm, example) for example in examples]
     inputs = _processor_output(_left_padding(vlm), images, texts, padding=True, return_tensors="pt")
     return Batch(examples, _without_labels(inputs), targets=[target_tokens(vlm, example) for example in examples])
@@ -156,7 +157,12 @@ class _ImageWithQuestions:
 
 
 def _image_with_questions(vlm: VLM, examples: tuple[Example, ...]) -> _ImageWithQuestions | None:
-    """One image with its questions; None if a prompt ends with its image, or the prompts begin differently."""
+    """One image with its questions; None if a prompt ends with its image, or the prompts begin differently.
+
+    Several images are read as whole prompts: families store them in ways of their own.
+    """
+    if any(example.more for example in examples):
+        return None
     picture, texts = open_image(examples[0].image), [prompt_text(vlm, example) for example in examples]
     inputs = _without_labels(_processor_output(vlm, [[picture]], texts[:1], return_tensors="pt"))
     prompts = [inputs["input_ids"][0].tolist()]
@@ -185,22 +191,38 @@ def _concatenated(vlm: VLM, images: Sequence[_ImageWithQuestions]) -> Batch:
 
 
 def prompt_text(vlm: VLM, example: Example) -> str:
-    """The prompt in the model's chat template, or in its family's format, with a place for one image."""
-    check_no_image_token(vlm, example.prompt, f"the prompt of example {example.id}")
+    """The prompt in the model's chat template, or in its family's format, with a place for each image."""
+    for text in (example.prompt, *(text for turn in example.turns for text in turn)):
+        check_no_image_token(vlm, text, f"the prompt of example {example.id}")
     if getattr(vlm.processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": example.prompt}]
-        chat = [{"role": "user", "content": content}]
         try:
-            return str(vlm.processor.apply_chat_template(chat, add_generation_prompt=True))
+            return str(vlm.processor.apply_chat_template(_chat(example), add_generation_prompt=True))
         except Exception as error:  # from Jinja, or raised by the template itself
             raise UserError(
                 f"the chat template of {vlm.name} cannot be filled ({reason(error)}); fetch chat_template.jinja, or "
                 "whichever of its files has the template, again"
             ) from error
+    if example.more or example.turns:
+        raise UserError(
+            f"{vlm.name} has no chat template, so that it cannot be asked about several images or in several turns, as "
+            f"example {example.id} does"
+        )
     if example.kind == "caption" and vlm.family.caption is not None:
         return vlm.family.caption
     question = example.prompt.removesuffix(SHORT) if vlm.family.brief else example.prompt
     return vlm.family.prompt.format(question)
+
+
+def _chat(example: Example) -> list[dict[str, object]]:
+    """The conversation: all images before the first prompt, then the turns, and the prompt that is to be answered."""
+    prompts = [*(prompt for prompt, _ in example.turns), example.prompt]
+    chat: list[dict[str, object]] = []
+    for number, prompt in enumerate(prompts):
+        images = [] if number else [{"type": "image"}] * len(example.images)
+        chat.append({"role": "user", "content": [*images, {"type": "text", "text": prompt}]})
+        if number < len(example.turns):
+            chat.append({"role": "assistant", "content": [{"type": "text", "text": example.turns[number][1]}]})
+    return chat
 
 
 def on_device(vlm: VLM, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

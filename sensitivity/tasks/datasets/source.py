@@ -167,12 +167,20 @@ class DatasetFolder:
 
         Checked after drawing, since opening every image of a data set would take minutes.
         """
-        why: dict[str, str | None] = {}
-        for example in chosen:
-            if example.cluster not in why:
-                why[example.cluster] = images.why_unusable(example.image)
-        unreadable = [Flaw(_named(example), reason) for example in chosen if (reason := why[example.cluster])]
-        return tuple(e for e in chosen if not why[e.cluster]), tuple(self.flaw_notes(unreadable, len(chosen)))
+        known: dict[tuple[str, int], str | None] = {}
+
+        def why(example: Example) -> str | None:
+            for number, image in enumerate(example.images):
+                # further images may be others, though the first one is shared
+                key = (example.id if number else example.cluster), number
+                if key not in known:
+                    known[key] = images.why_unusable(image)
+                if known[key]:
+                    return known[key]
+            return None
+
+        unreadable = [Flaw(_named(example), reason) for example in chosen if (reason := why(example))]
+        return tuple(e for e in chosen if not why(e)), tuple(self.flaw_notes(unreadable, len(chosen)))
 
     def flaw_notes(self, flaws: Sequence[Flaw], total: int) -> list[str]:
         """One note per kind of flaw, or an error if there are too many flaws."""

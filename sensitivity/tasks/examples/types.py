@@ -32,7 +32,9 @@ class ImageSource(Protocol):
 class Example:
     """One image, one prompt, and the right answers; examples of one cluster share an image.
 
-    The likelihood of the first answer is measured. `regions` are the true boxes if the answer should be boxes.
+    The likelihood of the first answer is measured. `regions` are the true boxes if the answer should be boxes. `more`
+    are further images, which follow the first one, and `turns` are earlier prompts of a conversation, with the answers
+    that were given to them.
     """
 
     id: str
@@ -42,6 +44,13 @@ class Example:
     prompt: str
     answers: tuple[str, ...]
     regions: Regions | None = None
+    more: tuple[NDArray[np.uint8] | ImageSource, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def images(self) -> tuple[NDArray[np.uint8] | ImageSource, ...]:
+        """All images in the order in which the model sees them."""
+        return (self.image, *self.more)
 
 
 Metric = Callable[[Sequence[str], Sequence[Example]], float]
@@ -65,6 +74,8 @@ class Task:
     `exact` says that an answer scores only if it equals a right one, apart from case and white space. Generation then
     stops as soon as an answer begins like none of them.
 
+    `readable` says whether an answer holds what the score reads, such as a box; one that does not is malformed.
+
     `metrics` are further figures of all answers together. Those in `slow` start a program of their own and are not
     computed for every plan. `notes` say which examples were left out.
     """
@@ -78,6 +89,7 @@ class Task:
     notes: tuple[str, ...] = ()
     gallery: Gallery | None = None
     slow: tuple[str, ...] = ()
+    readable: Callable[[str], bool] = lambda answer: True
 
     @cached_property
     def fingerprint(self) -> str:
@@ -87,9 +99,11 @@ class Task:
             digest.update(repr((example.id, example.kind, example.prompt, example.answers)).encode())
             if example.regions:
                 digest.update(repr(example.regions).encode())
-            image = example.image
-            pixels = np.ascontiguousarray(image).tobytes() if isinstance(image, np.ndarray) else image.read_bytes()
-            digest.update(pixels)
+            if example.turns:
+                digest.update(repr(example.turns).encode())
+            for image in example.images:
+                pixels = np.ascontiguousarray(image).tobytes() if isinstance(image, np.ndarray) else image.read_bytes()
+                digest.update(pixels)
         return digest.hexdigest()[:16]
 
     @cached_property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sensitivity.tasks.datasets.source import TENTH
@@ -13,18 +13,37 @@ from sensitivity.tasks.datasets.source import TENTH
 FEWEST = 5  # images of a file of which one is kept for calibration: of fewer it would be too large a part
 
 
-def calibration_images(folder: Path, names: Collection[str]) -> frozenset[str]:
+def calibration_images(folder: Path, groups: Iterable[Sequence[str]]) -> frozenset[str]:
     """The names of a tenth of the images, at least one; none where there are fewer than FEWEST.
+
+    `groups` are the images of each line. All images of a line go together, and with them whatever shares an image.
 
     Drawn by a hash of the names and not by the task's seed: a plan is verified on examples of another seed, which must
     not contain an image that it was calibrated on.
     """
-    image_of = _images(folder, sorted(set(names)))
+    groups = list(groups)
+    image_of = _joined(_images(folder, sorted({name for group in groups for name in group})), groups)
     images = sorted(set(image_of.values()), key=lambda name: hashlib.sha256(name.encode()).digest())
     if len(images) < FEWEST:
         return frozenset()
     drawn = set(images[: max(1, round(len(images) / TENTH))])
     return frozenset(name for name, image in image_of.items() if image in drawn)
+
+
+def _joined(image_of: dict[str, str], groups: Iterable[Sequence[str]]) -> dict[str, str]:
+    """Each name with one image that stands for all that are joined to it by lines, step by step."""
+    parent = {image: image for image in image_of.values()}
+
+    def root(image: str) -> str:
+        while parent[image] != image:
+            parent[image] = image = parent[parent[image]]  # shortens the way for the next one
+        return image
+
+    for group in groups:
+        for name in group[1:]:
+            one, other = sorted((root(image_of[group[0]]), root(image_of[name])))
+            parent[other] = one
+    return {name: root(image) for name, image in image_of.items()}
 
 
 def _images(folder: Path, names: Sequence[str]) -> dict[str, str]:

@@ -7,19 +7,36 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.fields import ANY_TEXT, FILE, NAME, TEXT, Misfit, check, content, either, list_of, one_of, parsed
+from sensitivity.spec.fields import (
+    ANY_TEXT,
+    FILE,
+    NAME,
+    TEXT,
+    Kind,
+    Misfit,
+    check,
+    content,
+    either,
+    list_of,
+    one_of,
+    parsed,
+)
 from sensitivity.tasks.datasets import source as layout
 from sensitivity.tasks.examples.types import SPLITS, Example, Regions, Task, exact
 from sensitivity.tasks.own import saved
 from sensitivity.tasks.own.calibration_images import FEWEST as FEWEST_IMAGES
 from sensitivity.tasks.own.calibration_images import calibration_images
-from sensitivity.tasks.scoring import captions, grounding, vqa_accuracy
+from sensitivity.tasks.scoring import anls, captions, choices, grounding, numbers, vqa_accuracy, yes_no
 
 NEEDS = 'each line is like {"image": "a.jpg", "prompt": "What is this?", "answers": ["a cat"]}'
 BOXES = 'each line is like {"image": "a.jpg", "prompt": "Where is it?", "boxes": [[10, 20, 50, 60]]}, in pixels'
 ANSWERS = either(ANY_TEXT, list_of(ANY_TEXT))  # empty answers pass here, and get a message of their own below
 REQUIRED = {"prompt": ANY_TEXT}
-OPTIONAL = {"id": NAME, "kind": TEXT, "split": one_of(*SPLITS)}
+TURN = Kind(
+    "[prompt, answer]", lambda value: isinstance(value, list) and len(value) == 2 and all(map(TEXT.fits, value))
+)
+OPTIONAL = {"id": NAME, "kind": TEXT, "split": one_of(*SPLITS), "turns": list_of(TURN, 0)}
+IMAGES = either(FILE, list_of(FILE))
 FEWEST = 4  # answers for VQA's accuracy: with one person left out, three others must be able to agree
 
 Scorer = Callable[[str, tuple[Example, ...], tuple[str, ...]], Task]
@@ -44,8 +61,14 @@ SCORERS: dict[str, Scorer] = {
     "exact": _exact,
     "vqa": _vqa,
     "iou": grounding.task,
+    "recall": grounding.recall_task,
     "caption": captions.task,
+    "choice": choices.task,
+    "number": numbers.task,
+    "anls": anls.task,
+    "yesno": yes_no.task,
 }
+BOXED = ("iou", "recall")  # scorers of answers that are boxes
 
 
 def own(
@@ -63,8 +86,8 @@ def own(
     `score` may be any function from an answer and its example to a number, and replaces the scorer's.
     """
     if path.is_dir():
-        return task_from_lines(path, saved.lines_of(path, split, scorer == "iou"), split, n, seed, scorer, score)
-    boxes = scorer == "iou"
+        return task_from_lines(path, saved.lines_of(path, split, scorer in BOXED), split, n, seed, scorer, score)
+    boxes = scorer in BOXED
     of_split, notes = _of_split(path, list(lines_of(path, boxes)), split, BOXES if boxes else NEEDS)
     return task_from_lines(path, of_split, split, n, seed, scorer, score, notes)
 
@@ -74,14 +97,14 @@ def _of_split(
 ) -> tuple[list[layout.Record], tuple[str, ...]]:
     """The lines of a split, and a note where the images for calibration had to be drawn."""
     if every and not any(line["split"] for line in every):
-        names = {line["image"] for line in every}
-        held_out = calibration_images(path.parent, names)
+        groups = [_names(line) for line in every]
+        held_out, names = calibration_images(path.parent, groups), {name for group in groups for name in group}
         if split == "calibration" and not held_out:
             raise UserError(
                 f"{path} asks about fewer than {FEWEST_IMAGES} images, too few to keep one for calibration; add lines "
                 "about others, or name other data with --calibration"
             )
-        drawn = [line for line in every if (line["image"] in held_out) == (split == "calibration")]
+        drawn = [line for line in every if (_names(line)[0] in held_out) == (split == "calibration")]
         verb = "are" if split == "calibration" else "leave out"
         which = f"{split} examples {verb} {len(held_out)} of {len(names)} images, which are kept for calibration"
         return drawn, (f"no line has a split: {which}",) if held_out else ()
@@ -89,6 +112,12 @@ def _of_split(
     if not of_split:
         raise UserError(f'{path} has no {split} lines; {needs}, and may have "split": "{split}"')
     return of_split, ()
+
+
+def _names(line: layout.Record) -> list[str]:
+    """The image files of a line: one, or several in a list."""
+    named = line["image"]
+    return list(named) if isinstance(named, list) else [named]
 
 
 def task_from_lines(
@@ -103,10 +132,10 @@ def task_from_lines(
 ) -> Task:
     """The task of lines that were read from `path`."""
     source = layout.DatasetFolder(path.stem, path.parent, "mend or take out those lines")
-    chosen = layout.draw((_example(path, line, scorer == "iou") for line in lines), n, seed, str(path), split)
+    chosen = layout.draw((_example(path, line, scorer in BOXED) for line in lines), n, seed, str(path), split)
     examples, left_out = source.readable(chosen)
     notes = (*notes, *left_out)
-    if scorer == "iou":
+    if scorer in BOXED:
         examples = tuple(map(grounding.with_image_size, examples))
         for example in examples:
             if image_size := grounding.size_where_a_box_is_outside(example):
@@ -136,7 +165,7 @@ def lines_of(path: Path, boxes: bool = False) -> Iterator[layout.Record]:
         if missing := [name for name in ("image", "prompt", right) if given.get(name) in (None, "", [])]:
             raise UserError(f"{path}, line {number} lacks {' and '.join(missing)}; {needs}")
         try:
-            check(given, {"image": FILE, **REQUIRED}, OPTIONAL)
+            check(given, {"image": IMAGES, **REQUIRED}, OPTIONAL)
         except Misfit as error:
             raise UserError(f"{path}, line {number}: {error}; {needs}") from error
         yield {**given, "split": given.get("split"), "number": number}
@@ -163,13 +192,17 @@ def _example(path: Path, fields: layout.Record, boxes: bool) -> Example:
         if whole is None:
             raise UserError(f"{line} has a box without an area; {needs}")
         regions = Regions(0, 0, whole)
-    image, name = fields["image"], fields.get("id")
+    # a file is named, and a saved data set holds the image itself
+    first, *more = (path.parent / one if isinstance(one, str) else one for one in _names(fields))
+    name = fields.get("id")
     return Example(
         id=f"line-{fields['number']:06d}" if name is None else str(name),
-        cluster=str(image),
+        cluster=str(_names(fields)[0]),
         kind=fields.get("kind") or "all",
-        image=path.parent / image if isinstance(image, str) else image,
+        image=first,
         prompt=fields["prompt"],
         answers=answers,
         regions=regions,
+        more=tuple(more),
+        turns=tuple((prompt, answer) for prompt, answer in fields.get("turns") or ()),
     )

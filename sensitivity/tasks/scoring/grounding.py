@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -55,7 +56,35 @@ def task(
     further |= {f"any match@{at}": any_match(at, decoding) for at in THRESHOLDS}
     others = [other for other in DECODINGS if other != decoding]
     further |= {f"acc@{at}, read as {other}": accuracy(at, other) for other in others for at in THRESHOLDS}
-    return Task(name, examples, score, max_new_tokens=most, metrics=further, notes=notes)
+
+    def readable(answer: str) -> bool:
+        return bool(decoded(answer, 100, 100, decoding))
+
+    return Task(name, examples, score, max_new_tokens=most, metrics=further, notes=notes, readable=readable)
+
+
+def recall_task(name: str, examples: tuple[Example, ...], notes: tuple[str, ...] = ()) -> Task:
+    """For each example the share of its true boxes that are found: boxes beside them cost nothing.
+
+    Unlike `task`, an image with many boxes counts as much as one with a single box, so that scores lie from 0 to 1.
+    The metric precision is the share of all written boxes that are right.
+    """
+
+    def score(answer: str, example: Example) -> float:
+        return found(answer, example, THRESHOLDS[0]) / len(_regions(example).polygons)
+
+    def readable(answer: str) -> bool:
+        return bool(decoded(answer, 100, 100))
+
+    metrics: dict[str, Metric] = {"precision": precision, f"acc@{THRESHOLDS[0]}": accuracy(THRESHOLDS[0])}
+    return Task(name, examples, score, max_new_tokens=256, metrics=metrics, notes=notes, readable=readable)
+
+
+def precision(answers: Sequence[str], examples: Sequence[Example]) -> float:
+    """The share of all written boxes that find a true one; NaN while none is written."""
+    pairs = list(zip(answers, examples, strict=True))
+    given = sum(len(decoded(a, _regions(e).width, _regions(e).height)) for a, e in pairs)
+    return sum(found(a, e, THRESHOLDS[0]) for a, e in pairs) / given if given else math.nan
 
 
 def found(answer: str, example: Example, threshold: float, decoding: str = "turned") -> int:

@@ -1,0 +1,64 @@
+"""Questions answered with yes or no, as in POPE: accuracy, with precision, recall and F1 of yes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from sensitivity.spec.errors import UserError
+from sensitivity.tasks.examples.types import Example, Task
+
+_WORD = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+
+
+def task(name: str, examples: tuple[Example, ...], notes: tuple[str, ...] = ()) -> Task:
+    """1 for the right one of yes and no; the metrics are those of POPE, with yes as the positive answer."""
+    for example in examples:
+        if said(example.answers[0]) is None:
+            raise UserError(
+                f"example {example.id} of {name} is answered with {example.answers[0]!r}; in yesno: the answer is yes "
+                "or no"
+            )
+    metrics = {"F1": f1, "precision": precision, "recall": recall, "yes": share_of_yes}
+    return Task(name, examples, score, metrics=metrics, notes=notes, readable=lambda answer: said(answer) is not None)
+
+
+def score(answer: str, example: Example) -> float:
+    """1 if the first yes or no in the answer is the right one."""
+    return float(said(answer) == said(example.answers[0]))
+
+
+def said(answer: str) -> bool | None:
+    """Whether an answer says yes; None where it says neither."""
+    found = _WORD.search(answer)
+    return None if found is None else found[1].lower() == "yes"
+
+
+def _counts(answers: Sequence[str], examples: Sequence[Example]) -> tuple[int, int, int]:
+    """True yes, said yes, right yes."""
+    pairs = [(said(a) is True, said(e.answers[0]) is True) for a, e in zip(answers, examples, strict=True)]
+    return sum(a and b for a, b in pairs), sum(a for a, _ in pairs), sum(b for _, b in pairs)
+
+
+def precision(answers: Sequence[str], examples: Sequence[Example]) -> float:
+    """Of the examples that are answered yes, the share whose right answer is yes."""
+    hits, given, _ = _counts(answers, examples)
+    return hits / given if given else math.nan
+
+
+def recall(answers: Sequence[str], examples: Sequence[Example]) -> float:
+    """Of the examples whose right answer is yes, the share that is answered yes."""
+    hits, _, right = _counts(answers, examples)
+    return hits / right if right else math.nan
+
+
+def f1(answers: Sequence[str], examples: Sequence[Example]) -> float:
+    """The harmonic mean of precision and recall."""
+    hits, given, right = _counts(answers, examples)
+    return 2 * hits / (given + right) if given + right else math.nan
+
+
+def share_of_yes(answers: Sequence[str], examples: Sequence[Example]) -> float:
+    """The share of examples that are answered yes."""
+    return _counts(answers, examples)[1] / len(examples)
