@@ -219,6 +219,7 @@ def _measured(study: Study, plan: Plan) -> tuple[TrialFacts, Path | None]:
                 "path": trial.path,
                 "versions": trial.versions or None,
                 "full_precision_scores": native.scores if native else {},
+                "answers": one.counts_by_kind(plan),
                 "meta": one.meta,
                 "note": one.meta.get("note"),
             }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,14 @@ def test_the_card_tells_scores_size_and_how_to_load(export: Path, study: Study) 
     assert f"| vqa | {row['vqa']:.4f} | {row['vqa.low']:.4f} to {row['vqa.high']:.4f} | 20 |" in card
     assert "| language | rtn | 3 | row | symmetric |" in card
     assert "| connector | native |" in card
+    counts = [f"{row[f'vqa.{name}']:.0f}" for name in ("to_wrong", "to_right", "empty", "cut", "malformed")]
+    assert f" | {' | '.join(counts)} |" in card
+    assert "| right → wrong | wrong → right | empty answers | cut off | malformed |" in card
+    lost = max(study.counts_by_kind(Plan.of(study.parts, MIXED))[1:], key=lambda kind: kind["to_wrong"])  # type: ignore[arg-type,return-value]
+    assert f"{lost['kind']} {lost['to_wrong']} of {lost['n']}" in card or not lost["to_wrong"]
+    assert "* benchmark: vqa, at most 20 examples drawn with seed" in card
+    assert "* method: rtn, without calibration" in card
+    assert re.search(r"\* versions: .*torch \d", card)
     assert 'from_pretrained(FOLDER, dtype="float32")' in card
 
 

@@ -866,7 +866,11 @@ def test_the_card_of_an_export_says_names_and_means_nothing_by_them(hostile: str
     source = SimpleNamespace(license=hostile)
     job: Any = SimpleNamespace(source=source, parts=components, plan=plan, stored_as=lambda format: format)
     score = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}
-    text = card(job, Written(load="load()"), "plan", {"scores": {hostile: score}, "note": hostile})
+    counts = {"n": 9, "to_wrong": 2, "to_right": 0, "empty": 0, "cut": None, "malformed": 0}
+    answers = [{"task": hostile, "kind": kind, **counts} for kind in (None, hostile, "other")]
+    meta = {"tasks": [hostile], "n": 9, "seed": 0, "data": {hostile: hostile}}
+    facts: Any = {"scores": {hostile: score}, "note": hostile, "answers": answers, "meta": meta}
+    text = card(job, Written(load="load()"), "plan", facts | {"versions": {hostile: hostile}})
     front = yaml.safe_load(text.split("---\n")[1])
     assert front == {"license": hostile, "base_model": Path(hostile).name}
     below = text.split("---\n", 2)[2]

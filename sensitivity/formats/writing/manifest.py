@@ -50,6 +50,7 @@ class TrialFacts(TypedDict, total=False):
 
     scores: Mapping[str, TaskScore] | None
     full_precision_scores: Mapping[str, TaskScore]
+    answers: list[dict[str, object]]  # counts of what happened to them, by task and kind of question
     path: str | None
     versions: Mapping[str, str] | None
     meta: DataFacts

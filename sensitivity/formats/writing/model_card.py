@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,22 +11,15 @@ from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import Scheme
 from sensitivity.spec.sizes import component_bits, kept_bits, size
 from sensitivity.study.exports import path_gain
+from sensitivity.study.sharing.markdown import escaped, yaml_text
 
-PLAIN_YAML = re.compile(
-    r"[A-Za-z0-9][\w.+-]*"
-)  # text that YAML reads as a string without quotes, except for its numbers and words such as `no`
-MARKUP = str.maketrans({letter: f"&#{ord(letter)};" for letter in "<>&|`[]*\\"})
-
-
-def escaped(text: str) -> str:
-    """Text from elsewhere for use in Markdown: it can start no tag, link, image, emphasis or table cell."""
-    return " ".join(text.split()).translate(MARKUP)
-
-
-def _yaml_text(text: str) -> str:
-    """Text for the YAML front matter, quoted as JSON where needed: a JSON string is a YAML string."""
-    simple = PLAIN_YAML.fullmatch(text) and not re.fullmatch(r"(?i)y|n|yes|no|on|off|true|false|null|[\d._+e-]+", text)
-    return text if simple else json.dumps(text)
+COUNTED = {
+    "to_wrong": "right → wrong",
+    "to_right": "wrong → right",
+    "empty": "empty answers",
+    "cut": "cut off",
+    "malformed": "malformed",
+}
 
 
 def card(job: Job, written: Written, format: str, facts: TrialFacts) -> str:
@@ -42,8 +33,8 @@ def _lines(job: Job, written: Written, format: str, facts: TrialFacts) -> Iterat
     model = escaped(Path(job.parts.model).name)
     yield from (
         "---",
-        f"license: {_yaml_text(license)}",
-        f"base_model: {_yaml_text(Path(job.parts.model).name)}",
+        f"license: {yaml_text(license)}",
+        f"base_model: {yaml_text(Path(job.parts.model).name)}",
         "---",
         "",
     )
@@ -63,6 +54,8 @@ def _lines(job: Job, written: Written, format: str, facts: TrialFacts) -> Iterat
     yield f"| kept ({_reasons(job.parts)}) | native | | | | {sizes} |"
     yield from ("", "## Size", "", *_size(job, written, format), "", "## Scores", "")
     yield from _scores(facts)
+    if measured := list(_measured(job, facts)):
+        yield from ("", "## How it was measured", "", *measured)
     yield from (
         "",
         "## How to load it",
@@ -114,13 +107,16 @@ def _scores(facts: TrialFacts) -> Iterator[str]:
     if not measured:
         yield "This plan was not measured on a task."
         return
-    yield "| task | score | 95 % interval | n | full precision |"
-    yield "|---|---|---|---|---|"
+    yield f"| task | score | 95 % interval | n | full precision | {' | '.join(COUNTED.values())} |"
+    yield f"|---|---|---|---|---|{'---|' * len(COUNTED)}"
     for task, score in measured.items():
         full = (facts.get("full_precision_scores") or {}).get(task)
         interval = f"{score['low']:.4f} to {score['high']:.4f}" if score.get("low") is not None else "–"
         native = "–" if full is None else f"{full['mean']:.4f}"
-        yield f"| {escaped(task)} | {score['mean']:.4f} | {interval} | {score.get('n', '–')} | {native} |"
+        counted = next((row for row in facts.get("answers", ()) if row["task"] == task and row["kind"] is None), {})
+        counts = " | ".join("–" if counted.get(name) is None else str(counted[name]) for name in COUNTED)
+        yield f"| {escaped(task)} | {score['mean']:.4f} | {interval} | {score.get('n', '–')} | {native} | {counts} |"
+    yield from ("", *_changes(facts))
     if gain := facts.get("path_gain"):
         yield from (
             "",
@@ -130,3 +126,40 @@ def _scores(facts: TrialFacts) -> Iterator[str]:
         )
     if facts.get("note"):
         yield from ("", f"Note: {escaped(str(facts['note']))}.")
+
+
+def _changes(facts: TrialFacts) -> Iterator[str]:
+    """What the counts mean, and the kinds of question that lost most."""
+    yield (
+        "Changes are against full precision on the same examples; where scores are graded, to a lower and a higher one."
+    )
+    kinds = [row for row in facts.get("answers", ()) if row["kind"] is not None and row["to_wrong"]]
+    if kinds:
+        lost = sorted(kinds, key=lambda row: -int(str(row["to_wrong"])))[:5]
+        words = (f"{escaped(str(row['kind']))} {row['to_wrong']} of {row['n']}" for row in lost)
+        yield f"Right to wrong by kind of question: {', '.join(words)}."
+
+
+def _measured(job: Job, facts: TrialFacts) -> Iterator[str]:
+    """On which data, by which methods and calibration, and by which versions the plan was measured."""
+    meta = facts.get("meta") or {}
+    for source in meta.get("tasks", ()):
+        head, colon, path = source.rpartition(":")
+        named = f"{head}{colon}{Path(path).name}"  # where the data lie on this machine is nobody else's business
+        yield f"* benchmark: {escaped(named)}, at most {meta.get('n', 0):,} examples drawn with seed {meta.get('seed')}"
+    for task, data in meta.get("data", {}).items():
+        yield f"* data of {escaped(task)}: {escaped(data)} (a hash of questions, answers and images)"
+    for method, settings in sorted({(s.method, _calibration(s)) for _, s in job.plan.schemes if s}):
+        yield f"* method: {escaped(method)}{settings}"
+    if versions := facts.get("versions"):
+        yield f"* versions: {escaped(', '.join(f'{name} {version}' for name, version in sorted(versions.items())))}"
+
+
+def _calibration(scheme: Scheme) -> str:
+    """On what a scheme was calibrated; nothing for one that looks at weights alone."""
+    named = scheme.get("calibration")
+    if named is None:
+        return ", without calibration"
+    tasks = ", ".join(Path(task).name for task in str(named).split(","))
+    examples, seed, path = (scheme.get(name) for name in ("examples", "seed", "path"))
+    return f", calibrated on {examples} examples of {escaped(tasks)} (seed {seed}, {path} path)"
