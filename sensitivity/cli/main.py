@@ -26,6 +26,7 @@ from sensitivity.cli.verbs import (
     sweep,
     verify,
 )
+from sensitivity.cli.verbs.reading import compare, failures, table, watch
 from sensitivity.spec import standard_output, threads
 from sensitivity.spec.errors import Failed, Notice, UserError, os_message, printable
 from sensitivity.spec.files import finite
@@ -42,6 +43,10 @@ VERBS: dict[str, ModuleType] = {
     "export": export,
     "verify": verify,
     "report": report,
+    "failures": failures,
+    "table": table,
+    "compare": compare,
+    "watch": watch,
     "import": import_,
     "demo": demo,
 }

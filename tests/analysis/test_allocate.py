@@ -283,14 +283,14 @@ def test_limits_are_named_by_patterns() -> None:
 
 def test_the_number_of_examples_that_decide_is_about_right() -> None:
     """With so many, four out of five repetitions find the difference."""
-    from sensitivity.analysis.allocate.comparison import _more
+    from sensitivity.analysis.allocate.comparison import more_examples
     from sensitivity.study.scores import paired_difference
 
     draw = np.random.default_rng(0)
     sample = draw.normal(0.05, 0.5, 200)
     sample += 0.05 - sample.mean()
     difference = paired_difference(sample, np.zeros(200), np.arange(200))
-    more = _more(difference)
+    more = more_examples(difference)
     assert more is not None
     wins = 0
     for _ in range(300):

@@ -53,6 +53,14 @@ def test_it_says_what_to_do_how_sure_and_what_would_change_it(page: Path, study:
     assert "What each budget buys" in text
 
 
+def test_it_reads_in_order_and_has_a_list_of_contents(page: Path) -> None:
+    text = page.read_text()
+    order = ["decision", "sure", "frontier", "breaks", "parts", "budgets", "measured"]
+    assert re.findall(r'<section id="(\w+)">', text) == order
+    assert re.findall(r'<a href="#(\w+)">', text.partition("<nav")[2].partition("</nav>")[0]) == order
+    assert "What a plan breaks" in text or "The answers of these plans are not known" in text
+
+
 def test_every_figure_comes_as_picture_drawing_and_numbers(page: Path) -> None:
     names = {file.stem for file in page.parent.glob("*.png")}
     assert {"vqa-pareto", "vqa-importance", "vqa-by-bits", "vqa-interactions", "vqa-calibration", "vqa-levels"} <= names
@@ -104,7 +112,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     about = {"format": HOSTILE, "plan": HOSTILE, "bpw": 4.0, "bytes": 9, "written": True}
     write_note(study.path, Path(HOSTILE), {**about, "path_gain": {"path": HOSTILE, HOSTILE: gained}})
     text = report(study, tmp_path / "report", unmeasured(study, solve(study, bpw=5)), bootstraps=2).read_text()
-    assert "<h2>Exported</h2>" in text
+    assert "<h3>Exported</h3>" in text
     assert "<img src=x" not in text
     assert "49" not in re.sub(r"[\d.]{3,}", "", text).split("<title>")[1].split("</title>")[0]
     data = re.search(r'<script type="application/json" id="plans">(.*?)</script>', text, re.DOTALL)

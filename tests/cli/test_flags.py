@@ -29,6 +29,10 @@ LINES = {  # a command of each verb with which nothing is wrong
     "import": "table.csv --part a=vision --part b=language --score s --out new",
     "demo": "--out new",
     "methods": "",
+    "failures": "study",
+    "table": "study --out new.csv",
+    "compare": "study study",
+    "watch": "study",
 }
 FITTING = {  # a value of each flag with which nothing is wrong: what is refused below is the value and not the flag
     "model": MODEL, "study": "study", "source": "study", "folder": "export", "table": "table.csv",
@@ -39,10 +43,14 @@ FITTING = {  # a value of each flag with which nothing is wrong: what is refused
     "--threads": "1", "--include": "head",
     "--workers": "1", "--executor": "local", "--device": "cpu", "--dtype": "fp32", "--storage": "sqlite:///team.db",
     "--near": "0.5", "--bootstraps": "10", "--bpw": "6", "--gb": "0.5", "--weight": "vqa=2", "--floor": "vqa=95%",
-    "--top": "1", "--model": MODEL, "--format": "fake", "--part": "c=connector", "--switch": "on=connector",
+    "--top": "1", "a": "study", "b": "study", "--plan": "a79dde72", "--every": "1",
+    "--model": MODEL, "--format": "fake", "--part": "c=connector", "--switch": "on=connector",
     "--kinds": "x=ff", "--numel": "vision=1_000", "--kind": "k", "--score": "s", "--total": "1000000000",
 }  # fmt: skip
-OWN = {("import", "--bits"): "b", ("legalize", "--out"): "other.json"}  # where a verb means something else by a flag
+OWN = {  # where a verb means something else by a flag
+    ("import", "--bits"): "b", ("legalize", "--out"): "other.json", ("failures", "--kind"): "count",
+    ("failures", "--out"): "other.html", ("compare", "--out"): "other.html", ("table", "--out"): "other.parquet",
+}  # fmt: skip
 GPTQ = ("--set", "--backend", "--calibration", "--calibration-n", "--path", "--cache-gb")
 BESIDE = {  # what a flag needs beside it, where it means nothing alone
     **{(verb, flag): "--method gptq" for verb in ("inspect", "sweep") for flag in GPTQ},
@@ -75,7 +83,8 @@ FINE = {
         "empty", "blank", "far too long", "odd unicode", "newline", "nul")},
     ("--storage", ""): "",
 }  # fmt: skip
-FINE |= {("legalize", "--out", kind): "" for kind in KINDS}  # type: ignore[misc]  # it writes a .json alone
+ENDING = ("legalize", "failures", "compare", "table")  # they write files of a name that ends in one way
+FINE |= {(verb, "--out", kind): "" for verb in ENDING for kind in KINDS}  # type: ignore[misc]
 FREE = "others' methods and models may be called anything that can be printed"
 FREELY = ("comma", "unknown", "negative", "zero", "fraction", "huge", "overflow", "nan", "infinite", "null", "object")
 FINE |= {("import", flag, kind): FREE for flag in ("--method", "--model") for kind in FREELY}  # type: ignore[misc]

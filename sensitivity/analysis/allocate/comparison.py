@@ -97,13 +97,13 @@ def _verdict(difference: Score, name: str) -> tuple[str, int | None, str]:
         return "worse", None, f"{name[0].upper()}{name[1:]} is clearly better: {interval} for the solved plan."
     if gap <= 0:
         return "no worse", None, f"{name[0].upper()}{name[1:]} is no worse: {interval}."
-    more = _more(difference)
+    more = more_examples(difference)
     if more is None:
         return "tied", None, f"Tied with {name}: {interval}; no practical number of examples would decide."
     return "tied", more, f"Tied with {name}: {interval}; about {more:,} more examples would decide."
 
 
-def _more(difference: Score) -> int | None:
+def more_examples(difference: Score) -> int | None:
     """How many more examples would show a difference of this size, if it is real, with probability POWER."""
     if not math.isfinite(difference.se) or difference.mean == 0:
         return None

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-import jinja2
 import pandas as pd
 from markupsafe import Markup
 
@@ -23,19 +21,21 @@ from sensitivity.analysis.importance.ranking import cached, rank
 from sensitivity.analysis.importance.types import Ranking
 from sensitivity.analysis.observations import Observations, observations_of
 from sensitivity.analysis.report import sentences
+from sensitivity.analysis.report.environment import GENERATOR, environment
+from sensitivity.analysis.report.frontier_table import FrontierRow, frontier_table
 from sensitivity.analysis.report.interactive import pareto
 from sensitivity.analysis.report.static_figures import Picture, pictures, slug
+from sensitivity.analysis.report.what_breaks import failing
 from sensitivity.spec.components import LABELS, ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import csv_bytes, is_unfinished, mark_finished, mark_unfinished, may_write, write_atomically
 from sensitivity.spec.plan import Plan
-from sensitivity.spec.sizes import budget_bits, in_words, size
+from sensitivity.spec.sizes import budget_bits, size
 from sensitivity.spec.version import __version__
 from sensitivity.study import exports
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 
-GENERATOR = '<meta name="generator" content="sensitivity">'  # marks a page that we wrote and may replace
 MANY = 1000  # trials beyond which half the resamples are drawn
 NEAR = 0.9  # share of full precision that counts as near the operating point
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0)  # bpw; those that the study's widths can reach are shown
@@ -67,9 +67,10 @@ def report(
         mark_unfinished(out)
     chosen = [recommendation] if isinstance(recommendation, Recommendation) else list(recommendation)
     grown = kept_recommendation.since(study, chosen)
+    galleries, no_gallery = failing(study, chosen)
     tasks = [_task_page(study, table, task, chosen, rankings or {}, bootstraps, out) for task in study.tasks]
     page = (
-        _environment()
+        environment()
         .get_template("report.html")
         .render(
             model=study.parts.model,
@@ -79,6 +80,8 @@ def report(
             meta=study.meta,
             recommendations=[(one, _plan_rows(study.parts, one.plan)) for one in chosen],
             summary=sentences.summary(study, table, chosen, [task.ranking for task in tasks], grown),
+            galleries=galleries,
+            no_gallery=no_gallery,
             exports=exports.notes_of(study.path),
             path_gain=exports.path_gain,
             kept=_kept(study.parts),
@@ -91,7 +94,7 @@ def report(
         )
     )
     target = out / "index.html"
-    write_atomically(target, page.encode())
+    write_atomically(target, page.encode("utf-8", "replace"))  # an answer may hold half a character
     mark_finished(out)
     return target
 
@@ -109,30 +112,6 @@ def _why_foreign(out: Path, study: Study) -> str:
     return "it holds other things than an earlier report"
 
 
-def _environment() -> jinja2.Environment:
-    """Jinja with the report's template and filters; an undefined name in the template is an error."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sensitivity.analysis.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "score": _score,
-        "percent": lambda x: "–" if x is None or math.isnan(x) else f"{x:.1f} %",
-        "in_words": in_words,
-    }
-    return environment
-
-
-def _score(value: float | None) -> str:
-    """A score with three decimals, a dash where there is none."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:.3f}"
-
-
 @dataclass
 class TaskPage:
     """What the template needs about one task."""
@@ -146,7 +125,13 @@ class TaskPage:
     methods: pd.DataFrame | None = None  # shares for each method
     pareto: dict[str, object] | None = None  # the interactive figure
     pictures: list[tuple[Picture, Markup]] = field(default_factory=list)  # static figures, and their SVG for the page
+    best: list[FrontierRow] = field(default_factory=list)  # plans on the frontier
     budgets: list[Candidate] = field(default_factory=list)
+
+    @property
+    def counted(self) -> bool:
+        """Whether anything is known of the answers beside their mean score."""
+        return any(row.empty is not None for row in self.best)
 
 
 def _task_page(
@@ -183,6 +168,7 @@ def _task_page(
     # in the figure the size of every plan is counted in the same way, whatever format the recommended one is for
     page.pareto = pareto(rows, task, full, [replace(one, size=size(study.parts, one.plan)) for one in chosen])
     page.pictures = [(picture, picture.inline(page.slug)) for picture in drawn if picture.name != "pareto"]
+    page.best = frontier_table(rows, task)
     page.budgets = _budgets(study, task)
     return page
 

@@ -76,6 +76,8 @@ processes = whole(1, WORKERS)  # or threads
 resamples = whole(2, RESAMPLES)
 weights = whole(1, WEIGHTS)
 top = whole(1, 100)
+pause = whole(1, 3_600)  # seconds
+on_a_page = whole(1, 1_000)  # examples on a page: each has a picture in it
 
 
 def gigabytes(text: str) -> float:

@@ -1,0 +1,135 @@
+"""The two sides of a comparison: a study, or a plan of one; and the examples that both have seen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from scipy import stats
+
+from sensitivity.analysis.allocate.comparison import more_examples
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Plan
+from sensitivity.study.examples.questions import Question, Questions, questions
+from sensitivity.study.scores import CONFIDENCE, Score, paired_difference, summarize
+from sensitivity.study.storage import paths
+from sensitivity.study.study import Study
+
+
+@dataclass(frozen=True)
+class Side:
+    """A study, with the plan of it that is compared, if it is one plan."""
+
+    study: Study
+    plan: Plan | None = None
+
+    @property
+    def name(self) -> str:
+        """How the side is called where both are shown."""
+        return f"{self.study.path}:{self.plan.key[:8]}" if self.plan else str(self.study.path)
+
+
+def side(typed: str) -> Side:
+    """The side that STUDY, or STUDY:KEY, means."""
+    if paths.is_study(Path(typed)):
+        return Side(Study(typed))
+    folder, colon, key = typed.rpartition(":")
+    if not colon or not paths.is_study(Path(folder)):
+        raise UserError(f"{typed} is neither a study nor STUDY:KEY, a plan of one by its key")
+    study, fresh = Study(folder), paths.verification(Path(folder))
+    try:
+        return Side(study, study.plan_named(key))
+    except UserError:
+        if not paths.is_study(fresh):
+            raise
+        verified = Study(fresh)  # a recommended plan may have been run on fresh examples alone
+        return Side(verified, verified.plan_named(key))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A task's scores on both sides, and B minus A: on the examples that both have seen, or of the two means."""
+
+    task: str
+    a: Score
+    b: Score
+    difference: Score
+    shared: int  # examples that both have seen; 0: the difference is that of independent samples
+    to_wrong: int
+    to_right: int
+
+    @property
+    def words(self) -> str:
+        """The verdict as a sentence."""
+        d = self.difference
+        how = f"{d.n:,} paired examples" if self.shared else "unpaired: they have seen other examples"
+        interval = f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}], {how}"
+        if d.low > 0:
+            return f"B scores clearly higher on {self.task}: {interval}."
+        if d.high < 0:
+            return f"B scores clearly lower on {self.task}: {interval}."
+        more = more_examples(d) if self.shared else None
+        end = f"; about {more:,} more examples would decide" if more else ""
+        return f"No difference is shown on {self.task}: {interval}{end}."
+
+    def to_json(self) -> dict[str, object]:
+        """The comparison as JSON values."""
+        return {
+            "task": self.task,
+            "a": self.a.to_json(),
+            "b": self.b.to_json(),
+            "difference": self.difference.to_json(),
+            "paired_examples": self.shared,
+            "to_wrong": self.to_wrong,
+            "to_right": self.to_right,
+            "words": self.words,
+        }
+
+
+class Pairing:
+    """Which examples of two studies are the same: of one name, with the same question, answers and image."""
+
+    def __init__(self, a: Study, b: Study) -> None:
+        self.a, self.b = a, b
+        self._same = a.path.resolve() == b.path.resolve()
+        self._asked: tuple[Questions, Questions] | None = None
+
+    def paired(self, a: pd.DataFrame, b: pd.DataFrame, task: str) -> Paired:
+        """Both sides' scores on a task, and their difference."""
+        ours, theirs = a[a["task"] == task], b[b["task"] == task]
+        both = ours.merge(theirs, on="example", suffixes=("_a", ""))
+        both = both[[self.is_same(task, str(name)) for name in both["example"]]] if not self._same else both
+        means = summarize(ours["score"], ours["cluster"]), summarize(theirs["score"], theirs["cluster"])
+        if not len(both):
+            return Paired(task, *means, _independent(*means), 0, 0, 0)
+        difference = paired_difference(both["score"], both["score_a"], both["cluster"])
+        worse, better = (both["score"] < both["score_a"]).sum(), (both["score"] > both["score_a"]).sum()
+        return Paired(task, *means, difference, len(both), int(worse), int(better))
+
+    def is_same(self, task: str, example: str) -> bool:
+        """Whether an example of both studies is the same question about the same image."""
+        if self._same or self._data(self.a, task) == self._data(self.b, task) is not None:
+            return True
+        if self._asked is None:
+            self._asked = questions(self.a.path, self.a.meta), questions(self.b.path, self.b.meta)
+        ours, theirs = (asked.get((task, example)) for asked in self._asked)
+        return ours is not None and theirs is not None and _what(ours) == _what(theirs)
+
+    @staticmethod
+    def _data(study: Study, task: str) -> str | None:
+        return study.meta.get("data", {}).get(task)
+
+
+def _what(asked: Question) -> tuple[object, ...]:
+    # the name alone: the same data set may lie in another folder
+    return asked.prompt, asked.answers, tuple(file and file.name for file in asked.images)
+
+
+def _independent(a: Score, b: Score) -> Score:
+    """The difference of two means over different examples."""
+    se, clusters = math.hypot(a.se, b.se), min(a.clusters, b.clusters)
+    half = math.inf if clusters < 2 else float(stats.t.ppf((1 + CONFIDENCE) / 2, clusters - 1)) * se
+    mean = b.mean - a.mean
+    return Score(mean, se, min(a.n, b.n), clusters, mean - half, mean + half)

@@ -1,0 +1,123 @@
+"""compare(): two plans by their answers, or two studies by full precision, shared plans and what each budget buys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from sensitivity.analysis.comparing.sides import Paired, Pairing, Side
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Plan
+from sensitivity.study.racing import frontier_trials
+from sensitivity.study.study import Study
+from sensitivity.study.trial import Trial
+
+BUDGETS = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0)  # bits per weight at which frontiers are compared
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a comparison: what is compared, and both plans with their sizes."""
+
+    what: str
+    a: Plan
+    b: Plan
+    a_bpw: float
+    b_bpw: float
+    paired: Paired
+
+    def to_json(self) -> dict[str, object]:
+        """The row as JSON values."""
+        return {
+            "what": self.what,
+            "a_plan": self.a.describe(),
+            "b_plan": self.b.describe(),
+            "a_key": self.a.key,
+            "b_key": self.b.key,
+            "a_bpw": self.a_bpw,
+            "b_bpw": self.b_bpw,
+            **self.paired.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class Versus:
+    """A comparison of two sides: its rows, and notes on what could not be compared."""
+
+    a: str
+    b: str
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, object]:
+        """The comparison as JSON values."""
+        return {"a": self.a, "b": self.b, "rows": [row.to_json() for row in self.rows], "notes": list(self.notes)}
+
+
+def compare(a: Side, b: Side) -> Versus:
+    """Compare two sides, B against A; a side without a plan stands for the same plan where the other names one."""
+    tasks = [task for task in a.study.tasks if task in b.study.tasks]
+    if not tasks:
+        ours, theirs = ", ".join(a.study.tasks), ", ".join(b.study.tasks)
+        raise UserError(f"they share no task: {a.name} has {ours}, and {b.name} has {theirs}")
+    notes = list(_notes(a.study, b.study))
+    pairing = Pairing(a.study, b.study)
+    if a.plan or b.plan:
+        plan_a, plan_b = a.plan or _same(a.study, b), b.plan or _same(b.study, a)
+        rows = [row for task in tasks for row in _row(pairing, task, "the plans", plan_a, plan_b)]
+    else:
+        rows = [row for task in tasks for row in _of_studies(pairing, task)]
+    if not rows:
+        raise UserError(f"{a.name} and {b.name} hold no answers that could be compared; imported tables have none")
+    return Versus(a.name, b.name, tuple(rows), tuple(notes))
+
+
+def _notes(a: Study, b: Study) -> Iterator[str]:
+    """In what the studies differ besides their plans."""
+    for what in ("model", "dtype", "n", "seed"):
+        ours, theirs = a.meta.get(what), b.meta.get(what)
+        if ours != theirs:
+            yield f"they differ in {what}: {ours} in A, {theirs} in B"
+    if a.parts.names != b.parts.names:
+        yield f"they differ in components: by {a.parts.by} in A, by {b.parts.by} in B"
+
+
+def _same(study: Study, other: Side) -> Plan:
+    assert other.plan is not None, "one side names a plan"
+    return study.plan_named(other.plan.key)
+
+
+def _of_studies(pairing: Pairing, task: str) -> Iterator[Row]:
+    """Full precision, the best plan within each budget, and the plans that both have measured."""
+    a, b = pairing.a, pairing.b
+    yield from _row(pairing, task, "full precision", a.native, b.native)
+    ours, theirs = frontier_trials(a.measured(), task), frontier_trials(b.measured(), task)
+    before: tuple[str, str] | None = None
+    for bpw in BUDGETS:
+        best, rival = _within(ours, bpw), _within(theirs, bpw)
+        if best is None or rival is None or (best.key, rival.key) == before:
+            continue
+        before = best.key, rival.key
+        yield from _row(pairing, task, f"best within {bpw:g} bpw", best.plan, rival.plan)
+    known = {trial.key for trial in b.measured()}
+    for trial in a.measured():
+        if trial.key in known and not trial.plan.is_native:
+            yield from _row(pairing, task, "the same plan", trial.plan, trial.plan)
+
+
+def _within(best: list[Trial], bpw: float) -> Trial | None:
+    """The best frontier plan of at most this size, quantized."""
+    fitting = [trial for trial in best if trial.bpw <= bpw and not trial.plan.is_native]
+    return fitting[-1] if fitting else None
+
+
+def _row(pairing: Pairing, task: str, what: str, a: Plan, b: Plan) -> Iterator[Row]:
+    """The row of two plans; none where a side has no answers."""
+    ours, theirs = pairing.a.examples(a), pairing.b.examples(b)
+    if ours is not None and theirs is not None:
+        sizes = (_bpw(pairing.a, a), _bpw(pairing.b, b))
+        yield Row(what, a, b, *sizes, pairing.paired(ours, theirs, task))
+
+
+def _bpw(study: Study, plan: Plan) -> float:
+    return next(trial.bpw for trial in study.measured() if trial.key == plan.key)

@@ -1,0 +1,1 @@
+"""Failures: which answers of a plan changed against another, with their questions and images."""

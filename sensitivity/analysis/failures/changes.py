@@ -1,0 +1,109 @@
+"""Examples whose answers differ between two plans, ordered by what the change cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.plan import Plan
+from sensitivity.study.examples.questions import Question, Questions
+from sensitivity.study.storage import paths
+from sensitivity.study.study import Study
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Given:
+    """An answer that was given, and the probability per token of the right one."""
+
+    answer: str
+    score: float
+    sure: float | None
+
+
+@dataclass(frozen=True)
+class Change:
+    """One example that two plans answered differently."""
+
+    task: str
+    example: str
+    kind: str
+    before: Given
+    after: Given
+    question: Question | None  # None where neither the study nor its data say any more what was asked
+
+    @property
+    def cost(self) -> float:
+        """By how much the score fell; negative where it rose."""
+        return self.before.score - self.after.score
+
+    def to_json(self) -> dict[str, object]:
+        """The change as JSON values."""
+        asked = self.question
+        return {
+            "task": self.task,
+            "example": self.example,
+            "kind": self.kind,
+            "question": asked and asked.prompt,
+            "right": asked and list(asked.answers),
+            "images": asked and [None if file is None else str(file) for file in asked.images],
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "cost": self.cost,
+        }
+
+
+def changes(
+    after: pd.DataFrame, before: pd.DataFrame, asked: Questions, task: str = "", kind: str = ""
+) -> list[Change]:
+    """All examples that both plans have seen and whose answers or scores differ, those that cost most first.
+
+    Of equal ones, that whose right answer lost most of its likelihood comes first.
+    """
+    both = before.merge(after, on=["task", "example"], suffixes=("_before", ""))
+    both = _chosen(_chosen(both, "task", task), "kind", kind)
+    both = both[(both["answer_before"] != both["answer"]) | (both["score_before"] != both["score"])]
+    lost = (both["nll"] - both["nll_before"]).fillna(0.0)
+    order = both.assign(cost=both["score_before"] - both["score"], lost=lost)
+    order = order.sort_values(["cost", "lost", "task", "example"], ascending=[False, False, True, True])
+    return list(_changes(order, asked))
+
+
+def _chosen(rows: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
+    """The rows with one value of a column, which must exist; all rows without one."""
+    if value and value not in (known := sorted(rows[column].unique())):
+        raise unknown(column, value, known)
+    return rows[rows[column] == value] if value else rows
+
+
+def _changes(rows: pd.DataFrame, asked: Questions) -> Iterator[Change]:
+    for row in rows.to_dict("records"):
+        task, example = str(row["task"]), str(row["example"])
+        before, after = _given(row, "_before"), _given(row, "")
+        yield Change(task, example, str(row["kind"]), before, after, asked.get((task, example)))
+
+
+def _given(row: Mapping[Hashable, Any], end: str) -> Given:
+    """The answer in the columns of one of the two plans."""
+    return Given(str(row[f"answer{end}"]), float(row[f"score{end}"]), _sure(row[f"nll{end}"]))
+
+
+def _sure(nll: float) -> float | None:
+    return math.exp(-nll) if math.isfinite(nll) else None
+
+
+def study_of(study: Study, plan: Plan) -> Study:
+    """Where a plan's answers are: in the study of its verification on fresh examples, or else in the sweep's."""
+    verification = paths.verification(study.path)
+    for one in (*([Study(verification)] if paths.is_study(verification) else ()), study):
+        if one.examples(plan) is not None and one.examples(one.native) is not None:
+            return one
+    raise UserError(
+        f"{study.path} has no answers of the plan {plan.describe()} and of full precision, so that nothing can be "
+        "compared example by example; a table that was imported has none"
+    )

@@ -1,0 +1,47 @@
+"""The environment of the pages' templates: filters for figures and texts, and the mark by which a page is known."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import jinja2
+
+from sensitivity.analysis.failures.gallery import shortened
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.sizes import in_words
+
+GENERATOR = '<meta name="generator" content="sensitivity">'  # marks a page that we wrote and may replace
+
+
+def environment() -> jinja2.Environment:
+    """Jinja with our templates and filters; an undefined name in a template is an error."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("sensitivity.analysis.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {
+        "score": _score,
+        "percent": lambda x: "–" if x is None or math.isnan(x) else f"{x:.1f} %",
+        "in_words": in_words,
+        "shortened": shortened,
+    }
+    return made
+
+
+def _score(value: float | None) -> str:
+    """A score with three decimals, a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.3f}"
+
+
+def check(out: Path) -> None:
+    """Raise an error where a page may not be written: the name is another kind's, or the file is not ours."""
+    if out.suffix != ".html":
+        raise UserError(f"--out takes a file whose name ends with .html, not {out}")
+    if out.exists() and not (out.is_file() and GENERATOR.encode() in out.read_bytes()[:4096]):
+        raise UserError(f"{out} is not replaced: it is not a page that sensitivity wrote; choose another --out")

@@ -1,0 +1,56 @@
+"""The plans on a task's frontier as rows of a table: score, difference to full precision, counts of answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from sensitivity.analysis.report.figures import frontier_rows
+
+MOST = 12  # rows, the largest plans
+
+
+@dataclass(frozen=True)
+class FrontierRow:
+    """One plan; what is not known is None."""
+
+    key: str
+    plan: str
+    bpw: float
+    score: float
+    low: float | None
+    high: float | None
+    delta: float | None
+    delta_low: float | None
+    delta_high: float | None
+    to_wrong: int | None
+    to_right: int | None
+    empty: int | None
+    cut: int | None
+    malformed: int | None
+
+
+def frontier_table(table: pd.DataFrame, task: str) -> list[FrontierRow]:
+    """The rows of a study's table that are on the frontier of a task, smallest first."""
+    return [_row(row, task) for row in frontier_rows(table, task).tail(MOST).to_dict("records")]
+
+
+def _row(row: dict[object, object], task: str) -> FrontierRow:
+    def known(name: str) -> float | None:
+        value = row.get(f"{task}.{name}")
+        return float(value) if isinstance(value, int | float) and value == value else None
+
+    def count(name: str) -> int | None:
+        value = known(name)
+        return None if value is None else int(value)
+
+    score, bpw = row[task], row["bpw"]
+    assert isinstance(score, float)
+    assert isinstance(bpw, float)
+    # full precision's difference to itself says nothing
+    delta = (None, None, None) if row["native"] else (known("delta"), known("delta.low"), known("delta.high"))
+    return FrontierRow(
+        str(row["key"])[:8], str(row["plan"]), float(bpw), float(score), known("low"), known("high"), *delta,
+        count("to_wrong"), count("to_right"), count("empty"), count("cut"), count("malformed"),
+    )  # fmt: skip

@@ -1,0 +1,45 @@
+"""The galleries of a report: the recommended plan, its runner-up and the best uniform plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sensitivity.analysis.allocate.recommendation import Recommendation
+from sensitivity.analysis.failures.gallery import Gallery, galleries
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Plan
+from sensitivity.study.study import Study
+
+MOST = 60  # pictures on a page
+
+
+def failing(study: Study, chosen: Sequence[Recommendation]) -> tuple[list[Gallery], list[str]]:
+    """Galleries of the plans that were compared, as far as their answers are known, and sentences on the others."""
+    plans = _plans(chosen)
+    if not plans:
+        return [], [
+            f"What a plan breaks is shown for recommended plans here, and for any other by `sensitivity failures "
+            f"{study.path} --plan KEY`; the table above has the keys of the plans on the frontier."
+        ]
+    found: list[Gallery] = []
+    for title, plan in plans:
+        try:
+            found += galleries(study, [(title, plan)], MOST // len(plans))
+        except UserError:
+            continue
+    if found:
+        return found, []
+    return [], ["The answers of these plans are not known: they were predicted and not run, or imported as a table."]
+
+
+def _plans(chosen: Sequence[Recommendation]) -> list[tuple[str, Plan]]:
+    """The first budget's recommended plan, the best other candidate, and the best uniform plan, each once."""
+    if not chosen:
+        return []
+    first = chosen[0]
+    plans = [("The recommended plan", first.plan)]
+    if first.others:
+        plans.append(("The runner-up", max(first.others, key=lambda other: other.score.mean).other))
+    if first.uniform is not None:
+        plans.append(("The best uniform plan", first.uniform.other))
+    return list({plan.key: (title, plan) for title, plan in reversed(plans) if not plan.is_native}.values())[::-1]

@@ -1,0 +1,72 @@
+"""sensitivity compare: compares two studies, or two plans, on the examples that both have seen."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from sensitivity.cli.arguments import values
+from sensitivity.cli.output.tables import table
+
+if TYPE_CHECKING:
+    from sensitivity.analysis.comparing.versus import Row, Versus
+
+ABOUT = "compare two studies, or two plans by STUDY:KEY, paired where they have seen the same examples"
+EXAMPLE = "sensitivity compare runs/first runs/second"
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
+    for name in ("a", "b"):
+        p.add_argument(
+            name, type=values.model_or_task, metavar=name.upper(), help="a study, or STUDY:KEY for one plan of it"
+        )
+    p.add_argument("--out", type=values.file, metavar="page.html", help="write a page, of two plans with images")
+
+
+def run(args: argparse.Namespace) -> dict[str, object]:
+    """Compare, print the rows, and write the page with --out."""
+    from sensitivity.analysis.comparing.sides import side
+    from sensitivity.analysis.comparing.versus import compare
+    from sensitivity.analysis.report import comparison_page
+
+    if args.out is not None:
+        comparison_page.check(args.out)
+    a, b = side(args.a), side(args.b)
+    found = compare(a, b)
+    if args.out is not None:
+        comparison_page.write(args.out, a, b, found)
+    if not args.json:
+        _show(found)
+        if args.out is not None:
+            print(f"page: {args.out}")
+    return found.to_json() | {"page": None if args.out is None else str(args.out)}
+
+
+def _show(found: Versus) -> None:
+    """Print the comparison: a row for each pair of plans, and sentences for the first of each task."""
+    for note in found.notes:
+        print(f"note: {note}")
+    table(
+        f"A: {found.a}; B: {found.b} (B minus A, with 95 % intervals)",
+        ("what", "task", "A", "B", "difference", "right → wrong", "wrong → right", "A's plan", "B's plan"),
+        [_cells(row) for row in found.rows],
+    )
+    for task in dict.fromkeys(row.paired.task for row in found.rows):
+        print(next(row for row in found.rows if row.paired.task == task).paired.words)
+
+
+def _cells(row: Row) -> tuple[object, ...]:
+    one, d = row.paired, row.paired.difference
+    how = "" if one.shared else " unpaired"
+    changes = (one.to_wrong, one.to_right) if one.shared else ("–", "–")
+    return (
+        row.what,
+        one.task,
+        f"{one.a.mean:.3f} at {row.a_bpw:.2f}",
+        f"{one.b.mean:.3f} at {row.b_bpw:.2f}",
+        f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{how}",
+        *changes,
+        row.a.describe(),
+        row.b.describe() if row.b.key != row.a.key else "the same",
+    )

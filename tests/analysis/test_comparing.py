@@ -1,0 +1,126 @@
+"""Two studies or plans: paired exactly where the same question was asked about the same image."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import answered
+import numpy as np
+import planted
+import pytest
+from answered import FOUR, NATIVE, TWO
+from browser import browser
+
+from sensitivity.analysis.comparing.sides import side
+from sensitivity.analysis.comparing.versus import compare
+from sensitivity.cli.main import main
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Plan
+from sensitivity.study.study import Study
+from sensitivity.tasks.examples.types import Example, Task, exact
+from sensitivity.tasks.table import task
+
+
+def worse(share: int):  # type: ignore[no-untyped-def]
+    """Every so many-th answer of quantized plans is wrong; twice as many at two bits."""
+
+    def given(plan: Plan, example: Example) -> str:
+        number = int(example.id.split("-")[2])
+        step = share if plan.key == FOUR.key else max(share // 2, 1)
+        return "wrong" if not plan.is_native and number % step == 0 else example.answers[0]
+
+    return given
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Study]:
+    folder = tmp_path_factory.mktemp("pair")
+    first = answered.study(folder / "a", [task("vqa", n=200)], worse(4), ["vqa"], n=200)
+    return first, answered.study(folder / "b", [task("vqa", n=100)], worse(2), ["vqa"])
+
+
+def test_studies_are_paired_on_the_examples_that_both_have_seen(pair: tuple[Study, Study]) -> None:
+    found = compare(side(str(pair[0].path)), side(str(pair[1].path)))
+    assert found.notes == ("they differ in n: 200 in A, 100 in B",)
+    assert {row.what for row in found.rows} >= {"full precision", "the same plan"}
+    row = next(row for row in found.rows if row.what == "the same plan" and row.a.key == FOUR.key)
+    ours, theirs = (study.examples(FOUR).set_index("example")["score"] for study in pair)  # type: ignore[union-attr]
+    assert (len(ours), len(theirs)) == (200, 100)
+    both = ours.index.intersection(theirs.index)
+    assert row.paired.shared == len(both) == 100
+    assert row.paired.difference.mean == pytest.approx((theirs[both] - ours[both]).mean())
+    assert row.paired.to_wrong == (theirs[both] < ours[both]).sum() > 0 == row.paired.to_right
+    assert row.paired.words.startswith("B scores clearly lower on vqa")
+    assert (row.paired.a.mean, row.paired.b.mean) == pytest.approx((ours.mean(), theirs.mean()))
+    full = found.rows[0].paired
+    assert full.difference.mean == 0
+    assert full.words.startswith("No difference is shown")
+
+
+def test_budgets_compare_the_best_measured_plans_within_them(pair: tuple[Study, Study]) -> None:
+    rows = [row for row in compare(side(str(pair[0].path)), side(str(pair[1].path))).rows if "within" in row.what]
+    assert rows
+    for row in rows:
+        budget = float(row.what.split()[2])
+        for study, plan in zip(pair, (row.a, row.b), strict=True):
+            fitting = [t for t in study.measured() if t.bpw <= budget and not t.plan.is_native]
+            best = max(fitting, key=lambda t: t.scores["vqa"]["mean"])
+            assert best.scores["vqa"]["mean"] == next(t.scores["vqa"]["mean"] for t in fitting if t.key == plan.key)
+
+
+def test_other_questions_of_the_same_name_are_not_paired(tmp_path: Path) -> None:
+    """Lines of two files are numbered alike, and are about other things."""
+
+    def numbered(prompt: str) -> Task:
+        image = np.zeros((4, 4, 3), np.uint8)
+        names = [f"x-0-{i}" for i in range(30)]
+        return Task("own", tuple(Example(n, n, "all", image, f"{prompt} {n}", ("yes",)) for n in names), exact)
+
+    for name, prompt in (("a", "is it?"), ("b", "was it?"), ("c", "is it?")):
+        answered.study(tmp_path / name, [numbered(prompt)], worse(3), seed=ord(name))
+    a, b, c = (side(str(tmp_path / name)) for name in "abc")
+    first = compare(a, b).rows[1].paired
+    assert first.shared == 0
+    assert "unpaired: they have seen other examples" in first.words
+    assert first.difference.se == pytest.approx(np.hypot(first.a.se, first.b.se))
+    assert compare(a, c).rows[1].paired.shared == 30
+
+
+def test_two_plans_of_one_study(pair: tuple[Study, Study], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = f"{pair[0].path}:{FOUR.key[:8]}", f"{pair[0].path}:{TWO.key[:8]}"
+    out = tmp_path / "page.html"
+    assert main(["compare", a, b, "--out", str(out), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["a_key"], row["b_key"], row["paired_examples"]) == (FOUR.key, TWO.key, 200)
+    assert row["difference"]["mean"] < 0 < row["to_wrong"]
+    assert main(["compare", a, b]) == 0
+    assert "B scores clearly lower on vqa" in capsys.readouterr().out
+    with browser() as window:
+        window.open(out)
+        cards = window.run("return document.querySelectorAll('.change').length")
+        assert cards == min(row["to_wrong"] + row["to_right"], 60)
+        assert window.run("return document.images.length") == cards
+        assert [window.run(f"return document.querySelectorAll('.change dt')[{i}].textContent") for i in (1, 2)] == [
+            "A",
+            "B",
+        ]
+
+
+def test_two_studies_as_a_page(pair: tuple[Study, Study], tmp_path: Path) -> None:
+    assert main(["compare", str(pair[0].path), str(pair[1].path), "--out", str(tmp_path / "page.html")]) == 0
+    assert "full precision" in (tmp_path / "page.html").read_text()
+
+
+def test_what_cannot_be_compared_is_said(pair: tuple[Study, Study], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is neither a study nor STUDY:KEY"):
+        side("gone:abc")
+    with pytest.raises(UserError, match="has no measured plan abc"):
+        side(f"{pair[0].path}:abc")
+    table = planted.study(tmp_path / "table", {"vqa": planted.product}, levels=(4, 16))
+    with pytest.raises(UserError, match="hold no answers that could be compared"):
+        compare(side(str(table.path)), side(str(pair[0].path)))
+    other = planted.study(tmp_path / "other", {"cider": planted.product}, levels=(4, 16))
+    with pytest.raises(UserError, match=r"they share no task: .* has cider, and .* has vqa"):
+        compare(side(str(other.path)), side(str(pair[0].path)))
+    assert compare(side(f"{pair[0].path}:{NATIVE.key}"), side(str(pair[1].path))).rows[0].b.is_native
