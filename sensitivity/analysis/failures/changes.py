@@ -100,7 +100,8 @@ def _sure(nll: float) -> float | None:
 def study_of(study: Study, plan: Plan) -> Study:
     """Where a plan's answers are: in the study of its verification on fresh examples, or else in the sweep's."""
     verification = paths.verification(study.path)
-    for one in (*([Study(verification)] if paths.is_study(verification) else ()), study):
+    places = [Study(verification), study] if paths.is_study(verification) else [study]
+    for one in places:
         if one.examples(plan) is not None and one.examples(one.native) is not None:
             return one
     raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jinja2
@@ -23,13 +24,16 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {
-        "score": _score,
-        "percent": lambda x: "–" if x is None or math.isnan(x) else f"{x:.1f} %",
-        "in_words": in_words,
-        "shortened": shortened,
-    }
+    filters: dict[str, Callable[..., str]] = {
+        "score": _score, "percent": _percent, "in_words": in_words, "shortened": shortened,
+    }  # fmt: skip
+    made.filters |= filters
     return made
+
+
+def _percent(value: float | None) -> str:
+    """A share in percent, a dash where there is none."""
+    return "–" if value is None or math.isnan(value) else f"{value:.1f} %"
 
 
 def _score(value: float | None) -> str:

@@ -77,17 +77,12 @@ class _Asked(TypedDict):
     data: dict[str, str]
 
 
-def _row(task: Task, example: Example) -> dict[str, object]:
-    question = _question(example)
-    regions = question.regions
-    return {
-        "task": task.name,
-        "example": example.id,
-        "prompt": question.prompt,
-        "answers": json.dumps(question.answers),
-        "images": json.dumps([None if file is None else str(file) for file in question.images]),
-        "boxes": None if regions is None else json.dumps([regions.width, regions.height, regions.polygons]),
-    }
+def _row(task: Task, example: Example) -> tuple[str | None, ...]:
+    """The values of COLUMNS; lists are stored as JSON, which holds names of files that are not UTF-8, too."""
+    asked = _question(example)
+    regions, images = asked.regions, [None if file is None else str(file) for file in asked.images]
+    boxes = None if regions is None else json.dumps([regions.width, regions.height, regions.polygons])
+    return task.name, example.id, asked.prompt, json.dumps(asked.answers), json.dumps(images), boxes
 
 
 def _question(example: Example) -> Question:

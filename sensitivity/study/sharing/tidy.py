@@ -23,7 +23,7 @@ MEANINGS = {
     "key": "hash of the plan: the same plan has the same key in every study",
     "plan": "the plan in words",
     "scheme": "the plan as JSON: component to scheme, or null for native precision",
-    "methods": "the quantization methods of the plan, separated by commas",
+    "methods": "the quantization methods of the plan, separated by commas, or native",
     "uniform": "whether all components have one scheme",
     "native": "whether nothing is quantized",
     "complete": "whether the plan has seen all examples",
@@ -69,7 +69,9 @@ def trials(study: Study) -> pd.DataFrame:
         shared[name] = table[name]
     schemes = [plans[number] for number in table["number"]]
     shared.insert(4, "scheme", [plan.dumps() for plan in schemes])
-    shared.insert(5, "methods", [",".join(sorted({s.method for _, s in plan.schemes if s})) for plan in schemes])
+    shared.insert(
+        5, "methods", [",".join(sorted({s.method for _, s in plan.schemes if s})) or "native" for plan in schemes]
+    )
     for name in study.parts.names:
         shared[f"bits.{name}"] = table[name]
     for name in (*SIZES, "seconds"):

@@ -75,9 +75,9 @@ def _plan(study: Study, key: str | None) -> Plan:
     from sensitivity.study.racing import frontier_trials
 
     if key is not None:
-        for chosen in recommended(study):  # it may have been run on fresh examples alone
-            if chosen.plan.key.startswith(key):
-                return chosen.plan
+        for one in recommended(study):  # it may have been run on fresh examples alone
+            if one.plan.key.startswith(key):
+                return one.plan
         return study.plan_named(key)
     if chosen := recommended(study):
         return chosen[0].plan
