@@ -37,7 +37,7 @@ def given(plan: Plan, example: Example) -> str:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with everything in it: two tasks, counts, galleries with boxes, rankings, budgets."""
-    plans = [NATIVE, *(planted.plan(planted.PARTS, row) for row in planted.grid((2, 4, 8, 16))[:-1])]
+    plans = [NATIVE, *(planted.plan(planted.PARTS, row) for row in planted.grid((2, 8, 16))[:-1])]
     tasks = [task(name, n=40) for name in ("vqa", "ground")]
     made = answered.study(tmp_path_factory.mktemp("page") / "run", tasks, given, ["vqa", "ground"], n=40, plans=plans)
     candidates = solve(made, bpw=6.0, top=2)
@@ -104,14 +104,14 @@ def broken(window: Page) -> list[Any]:
     return [(rule["id"], [node["html"][:120] for node in rule["nodes"]][:3]) for rule in found["violations"]]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast_tap_targets_and_names_by_axe(page: Path, scheme: str) -> None:
+def test_contrast_tap_targets_and_names_by_axe(page: Path) -> None:
     source = axe()
     with browser() as window:
         window.open(page)
-        window.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         at(window, 390)
         window.run(source)
-        assert broken(window) == []
+        for scheme in ("light", "dark"):
+            window.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            assert broken(window) == []
         window.run("document.querySelector('main p').style.opacity = 0.3")
         assert [rule for rule, _ in broken(window)] == ["color-contrast"], "the tool would notice"

@@ -286,6 +286,7 @@ def there(place: Path, scenes_llava: Any, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("api.exporting", "_on_path"),
         ("formats.verification", "_in_fresh_process"),
         ("study.importing.imported_study", "component_map"),
+        ("study.sharing.table_file", "write"),
         ("cli.verbs.demo", "_typed"),
     ):
         monkeypatch.setattr(import_module(f"sensitivity.{module}"), name, stop)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.output.progress import show_progress
-from sensitivity.cli.output.tables import recommendation
+from sensitivity.cli.output.tables import answer_counts, recommendation
+
+if TYPE_CHECKING:
+    from sensitivity.analysis.allocate.recommendation import Recommendation
+    from sensitivity.study.study import Study
 
 ABOUT = "choose the best plan for a budget, and verify it by running it"
 EXAMPLE = "sensitivity recommend runs/first --bpw 4.0"
@@ -96,5 +101,20 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         for one, path in zip(found, paths, strict=True):
             recommendation(one)
             print(f"  plan: {path}")
-    facts = [{**one.to_json(), "path": str(path)} for one, path in zip(found, paths, strict=True)]
+        answer_counts({f"{one.plan.key[:8]} {one.plan.describe()}": _counts(study, one) for one in found})
+    facts = [
+        {**one.to_json(), "path": str(path), "answers": _counts(study, one)}
+        for one, path in zip(found, paths, strict=True)
+    ]
     return facts[0] | {"notes": list(notes)} | ({"budgets": facts} if len(facts) > 1 else {})
+
+
+def _counts(study: Study, one: Recommendation) -> list[dict[str, object]]:
+    """What happened to the answers of a recommended plan; nothing where it was not run."""
+    from sensitivity.analysis.failures.changes import study_of
+    from sensitivity.spec.errors import UserError
+
+    try:
+        return study_of(study, one.plan).counts_by_kind(one.plan)
+    except UserError:
+        return []
