@@ -8,7 +8,7 @@ import shutil
 import time
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,7 +40,7 @@ from sensitivity.measure.passes.token_batches import (
 from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.curvature import Curvature
-from sensitivity.quantize.layer.linears import input_of
+from sensitivity.quantize.layer.linears import Linears, input_of
 from sensitivity.quantize.methods import METHODS, scheme
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import Notice, UserError
@@ -360,7 +360,7 @@ def test_facts_name_the_data(statistics: Statistics) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"path": "both"}, "unknown calibration path 'both'; choose from float, exposed"),
+        ({"path": "all"}, "unknown calibration path 'all'; choose from float, exposed, both"),
         ({"n": 0}, "0 calibration examples are too few for 1 tasks"),
     ],
 )
@@ -510,7 +510,12 @@ def test_quantized_weights_from_the_cache_are_the_same_bits(
     cached = calibrate(scenes_llava, parts, ["vqa"], n=3, cache=Cache(tmp_path))
     assert same(installed(scenes_llava, finer, plan, WeightCodes(), cached), expected)
     solved = Plan.of(finer, {"vision.front": one})
-    monkeypatch.setattr("sensitivity.quantize.methods.method_of", lambda _: pytest.fail("computed again"))
+
+    def nothing_to_solve(linears: Linears, missing: Sequence[Scheme]) -> list[object]:
+        assert not missing, "computed again"
+        return []
+
+    monkeypatch.setattr("sensitivity.measure.install.plan_in_model.solve", nothing_to_solve)
     again = installed(scenes_llava, finer, solved, WeightCodes(), cached)
     assert same(again, {name: expected[name] for name in again})
     monkeypatch.undo()
