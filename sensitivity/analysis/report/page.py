@@ -133,6 +133,11 @@ class TaskPage:
         """Whether anything is known of the answers beside their mean score."""
         return any(row.empty is not None for row in self.best)
 
+    @property
+    def ends_known(self) -> bool:
+        """Whether it is known of some plan how its answers ended: not where a sweep cuts hopeless ones off."""
+        return any(row.cut is not None for row in self.best)
+
 
 def _task_page(
     study: Study,
