@@ -129,6 +129,6 @@ def test_a_layer_whose_inputs_did_not_change_is_that_of_gptq(
 def test_the_path_is_chosen_by_what_needs_it(scenes_llava: VLM, parts: ComponentMap) -> None:
     both, _ = calibrated(scenes_llava, parts, [scheme("gptq", 3), scheme("gptaq", 3)], ["vqa"], n=N, cache_gb=0)
     assert {one["path"] for one in both} == {"both"}
-    message = "gptq compares inputs behind quantized layers .* the calibration path is float; type --path both"
+    message = "gptq with shift=later compares inputs behind .* the calibration path is float; type --path both"
     with pytest.raises(UserError, match=message):
         calibrated(scenes_llava, parts, [scheme("gptaq", 3)], ["vqa"], n=N, path="float")

@@ -27,8 +27,11 @@ def check_path(path: str, schemes: Iterable[Scheme] = ()) -> None:
     if path not in PATHS:
         raise unknown("calibration path", path, PATHS)
     if path != "both" and (lacking := [one for one in schemes if needs_both_paths(one)]):
+        how = (
+            f" with shift={shift}" if (shift := lacking[0].get("shift")) else ""
+        )  # presets that have it go by its method
         raise UserError(
-            f"{lacking[0].method} compares inputs behind quantized layers with those of the float model, and the "
+            f"{lacking[0].method}{how} compares inputs behind quantized layers with those of the float model, and the "
             f"calibration path is {path}; type --path both, or leave it out"
         )
 
