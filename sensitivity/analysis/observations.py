@@ -11,16 +11,21 @@ import pandas as pd
 from optuna.trial import TrialState
 
 from sensitivity.spec.errors import UserError, unknown
-from sensitivity.spec.plan import Plan
+from sensitivity.spec.plan import ACTIVATIONS, CACHE, Plan
 from sensitivity.study.counting import Floats, count, numbers
 from sensitivity.study.scores import TaskScore
 from sensitivity.study.study import Study
 from sensitivity.study.trial import NATIVE, Trial, mixed_versions
 
+WORDS = (ACTIVATIONS, CACHE)  # what a component's further columns are called
+
 
 @dataclass(frozen=True)
 class Observations:
-    """One task's score of every usable trial; arrays run over trials, the second axis of `bits` over components."""
+    """One task's score of every usable trial; arrays run over trials, the second axis of `bits` over components.
+
+    Where plans round a component's activations or its cache, their bits are further columns, named after it.
+    """
 
     task: str
     names: tuple[str, ...]
@@ -91,7 +96,10 @@ def observations_of(study: Study, task: str | None = None, method: str | None = 
     if not trials:
         raise UserError(f"no trial of {study.path} has a score yet; let `sensitivity sweep` run on")
     methods = [_method(trial.plan) for trial in trials]
-    widths = [trial.plan.bits(NATIVE) for trial in trials]
+    seen = {name for trial in trials for name in trial.plan.rounded_bits()}
+    rounded = [name for part in study.parts.names for word in WORDS if (name := f"{part}.{word}") in seen]
+    names = (*study.parts.names, *rounded)
+    widths = [dict.fromkeys(rounded, NATIVE) | t.plan.bits(NATIVE) | t.plan.rounded_bits() for t in trials]
     scores = _comparable(study, task, trials)
     incomplete = sum(trial.state != TrialState.COMPLETE for trial in trials)
     unfinished = (
@@ -100,8 +108,8 @@ def observations_of(study: Study, task: str | None = None, method: str | None = 
     )
     observations = Observations(
         task,
-        study.parts.names,
-        np.array([[bits[name] for name in study.parts.names] for bits in widths], dtype=float),
+        names,
+        np.array([[bits[name] for name in names] for bits in widths], dtype=float),
         np.array([np.nan if score is None else score["mean"] for score in scores], dtype=float),
         np.array([np.nan if score is None else score.get("se", np.nan) for score in scores], dtype=float),
         tuple(trial.key for trial in trials),

@@ -26,7 +26,7 @@ from sensitivity.formats.writing.unfinished import remove_unfinished
 from sensitivity.measure.calibrate.statistics import check_path
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import check_scheme, method_of
+from sensitivity.quantize.methods import check_scheme, needs_data
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read
@@ -110,13 +110,13 @@ def _on_path(study: Study, plan: Plan, path: str, model: VLM) -> tuple[Plan, Tri
     check_path(path)
 
     def on_path(scheme: Scheme | None) -> Scheme | None:
-        if scheme is None or not method_of(scheme).calibrated:
+        if scheme is None or not needs_data(scheme):
             return scheme
         return replace(scheme, settings=tuple({**dict(scheme.settings), "path": path}.items()))
 
     other = Plan(tuple((name, on_path(scheme)) for name, scheme in plan.schemes))
     if other == plan:
-        is_calibrated = any(scheme is not None and method_of(scheme).calibrated for _, scheme in plan.schemes)
+        is_calibrated = any(scheme is not None and needs_data(scheme) for _, scheme in plan.schemes)
         why = f"was measured on the {path} path already" if is_calibrated else "has no method that is calibrated"
         raise UserError(f"--path {path} changes nothing: this plan {why}; leave it out")
     # one sweep for each plan, as their calibration statistics differ; both on the same fresh examples, in one study
@@ -147,7 +147,7 @@ def _gain(study: Study, ours: Plan, theirs: Plan, task: str) -> dict[str, object
 def _codes(study: Study, job: Job, format: str) -> AbstractContextManager[CalibratedCodes]:
     """The source of quantized weights: computed from the weights alone, or calibrated on the data that schemes name."""
     schemes = list(dict.fromkeys(scheme for _, scheme in job.plan.schemes if scheme is not None))
-    if format not in CHECKPOINTS or not any(method_of(scheme).calibrated for scheme in schemes):
+    if format not in CHECKPOINTS or not any(needs_data(scheme) for scheme in schemes):
         return nullcontext(CalibratedCodes(from_weights_alone))
     vlm = load(job.model, dtype=study.meta["dtype"]) if isinstance(job.model, str) else job.model
     _, statistics = calibrated(vlm, study.parts, schemes, study.meta["tasks"])

@@ -22,7 +22,7 @@ from sensitivity.measure.loop import MEMORY_GB, Step, check_runs, comparability
 from sensitivity.measure.loop import run as run_plans
 from sensitivity.models.loading import device_of, dtype_of, load
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import importance, method_of, needs_both_paths, scheme
+from sensitivity.quantize.methods import importance, needs_both_paths, needs_data, scheme
 from sensitivity.spec.components import ComponentMap, granularity
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
@@ -103,7 +103,7 @@ def check_sweep(
     for name in tasks:
         find(name)
     usable(out, storage)
-    return any(method_of(one).calibrated for one in schemes)
+    return any(needs_data(one) for one in schemes)
 
 
 def path_for(schemes: Iterable[Scheme], path: str | None) -> str:
@@ -205,7 +205,7 @@ def calibrated(
     Schemes whose settings already name their calibration data are calibrated on those. Without a `path` it is "float",
     or "both" if a scheme needs it.
     """
-    needing = [one for one in schemes if method_of(one).calibrated]
+    needing = [one for one in schemes if needs_data(one)]
     if not needing:
         return list(schemes), None
     named = {tuple(one.get(fact) for fact in ("calibration", "examples", "seed", "path")) for one in needing}

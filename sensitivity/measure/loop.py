@@ -21,9 +21,10 @@ from sensitivity.measure.memory.weight_codes import CODE, WeightCodes
 from sensitivity.measure.passes.block_modules import is_defect
 from sensitivity.measure.shards import shard, shard_ends
 from sensitivity.models.vlm import VLM
+from sensitivity.quantize.methods import weights_of
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import Notice, UserError, reason
-from sensitivity.spec.plan import Plan
+from sensitivity.spec.plan import KEEP, Plan
 from sensitivity.spec.sizes import GB
 from sensitivity.spec.version import __version__
 from sensitivity.study.racing import still_in_race
@@ -210,7 +211,7 @@ class _SharedWork:
 
     def prepare(self, plans: Sequence[Plan]) -> None:
         """Quantize every layer at all schemes of these plans, solving each layer once, if the results fit in memory."""
-        widths = {scheme for plan in plans for _, scheme in plan.schemes if scheme}
+        widths = {weights_of(s) for plan in plans for _, s in plan.schemes if s and s.method != KEEP}
         room = sum(w.numel for w in self.parts.weights) * CODE * len(widths)
         # otherwise `quantized` solves a layer when a plan needs it, and the least recently used codes are dropped
         if self.weights is not None and room <= self.cache_bytes:

@@ -11,7 +11,7 @@ from sensitivity.models.families import Family, family_of
 from sensitivity.models.loading import load
 from sensitivity.models.towers import Towers, inside
 from sensitivity.models.vlm import VLM
-from sensitivity.spec.components import EMBEDDING, HEAD, PARTS, WORDS, ComponentMap, Kept, Weight, check
+from sensitivity.spec.components import EMBEDDING, HEAD, KEY_VALUE, PARTS, WORDS, ComponentMap, Kept, Weight, check
 from sensitivity.spec.errors import UserError, unknown
 
 # Words of a module path, tried in this order: paths of cross-attention also say attention, and those of attention also
@@ -30,7 +30,7 @@ OVERRIDDEN_BY = {
     "output head": {HEAD},
     "embedding, tied to the output head": {EMBEDDING, HEAD},
 }
-QUERY, KEY_VALUE = {"q_proj", "q", "query"}, {"k_proj", "k", "key", "v_proj", "v", "value"}
+QUERY = {"q_proj", "q", "query"}
 GATED = {"gate_proj": "up_proj", "wi_0": "wi_1", "w1": "w3"}
 
 
@@ -249,7 +249,7 @@ def _shares_input(model: nn.Module, path: str, family: Family) -> str | None:
     parent, _, leaf = path.rpartition(".")
     # in cross-attention, k and v read the other sequence, and q does not
     cross = _kind(path, family) == "cross"
-    for group in (KEY_VALUE if cross else QUERY | KEY_VALUE, *({gate, up} for gate, up in GATED.items())):
+    for group in ({*KEY_VALUE} if cross else QUERY | {*KEY_VALUE}, *({gate, up} for gate, up in GATED.items())):
         there = group & {key for key, child in model.get_submodule(parent).named_children()}
         if leaf in group and len(there) > 1:
             return parent

@@ -20,6 +20,13 @@ from sensitivity.quantize.grids.squeezellm import squeezellm
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears, Method, per_weight
 from sensitivity.quantize.presets import PRESETS
+from sensitivity.quantize.run_time.settings import (
+    ROUNDED_BITS,
+    RUN_TIME,
+    has_fixed_range,
+    of_weights,
+    with_run_time,
+)
 from sensitivity.quantize.solvers import gptqmodel_solver
 from sensitivity.quantize.solvers.activations import int8_rows, split_inputs
 from sensitivity.quantize.solvers.clip import clip
@@ -30,7 +37,7 @@ from sensitivity.quantize.solvers.vlm_ptq import vlm_ptq
 from sensitivity.quantize.stored.codebook import to_codebook
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.errors import UserError, unknown
-from sensitivity.spec.plan import Scheme, Setting
+from sensitivity.spec.plan import KEEP, NOT_ROUNDED, Scheme, Setting
 
 OWN, UNIFORM = "own", "uniform"
 IMPORTANCE = (
@@ -193,13 +200,25 @@ METHODS: dict[str, Method] = {
         per_weight(adpq), range(2, 9), group=128, settings={"outliers": 0.06}, ranges={"outliers": (0, 0.5)}
     ),
 }
+# what a scheme may name: these, and the method that leaves weights alone for what is rounded in each forward pass
+ROWS = {**METHODS, KEEP: Method(per_weight(lambda weight, scheme: None), range(16, 17), fixed="as stored before")}
 
 
 def method_of(scheme: Scheme) -> Method:
     """The row of METHODS for a scheme, or an error that names the methods."""
-    if scheme.method not in METHODS:
-        raise unknown("method", scheme.method, METHODS)
-    return METHODS[scheme.method]
+    if scheme.method not in ROWS:
+        raise unknown("method", scheme.method, ROWS)
+    return ROWS[scheme.method]
+
+
+def needs_data(scheme: Scheme) -> bool:
+    """Whether a scheme needs calibration data: for its weights, or for one range of all activations."""
+    return method_of(scheme).calibrated or has_fixed_range(scheme)
+
+
+def weights_of(scheme: Scheme) -> Scheme:
+    """The part of a scheme that its weights depend on, without what is rounded in each forward pass."""
+    return of_weights(scheme, method_of(scheme), tuple(CALIBRATION))
 
 
 def importance(scheme: Scheme) -> str:
@@ -225,7 +244,8 @@ def needs_fisher(scheme: Scheme) -> bool:
 def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None = None, **chosen: Any) -> Scheme:
     """A scheme of a method or preset: the defaults, the chosen settings, and the facts about its calibration data.
 
-    `calibration` is what `Statistics.facts` returns; only calibrated methods record it.
+    `calibration` is what `Statistics.facts` returns; only schemes that are calibrated record it. `activations` and
+    `cache` are the bits of each layer's input, and of keys and values; 16 leaves them as they are.
 
     Examples:
         >>> from sensitivity import scheme
@@ -233,13 +253,16 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
         0.01
         >>> scheme("paper-awq", 3).group
         128
+        >>> str(scheme("rtn", 4, activations=8, cache=4, cache_group=64))
+        'rtn:4a8kv4'
     """
     preset = dict(PRESETS.get(method, {"method": method}))
     name = str(preset.pop("method"))
-    if name not in METHODS:
-        raise unknown("method", method, [*METHODS, *PRESETS])
-    row = METHODS[name]
+    if name not in ROWS:
+        raise unknown("method", method, [*ROWS, *PRESETS])
     given: dict[str, Any] = {**preset, **{key: value for key, value in chosen.items() if value is not None}}
+    activations, cache = given.pop("activations", NOT_ROUNDED), given.pop("cache", NOT_ROUNDED)
+    row = with_run_time(ROWS[name], name, activations, cache)
     if bits not in row.widths:
         widths = f"{row.widths[0]} to {row.widths[-1]}" if len(row.widths) > 1 else f"only {row.widths[0]}"
         raise UserError(f"{name} takes {widths} bits, not {bits}")
@@ -255,8 +278,13 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     settings = {**row.settings, **{key: _checked(name, row, key, value) for key, value in given.items()}}
     # what adds nothing is not recorded, so that a scheme is the same as before there was such a setting
     settings = {key: value for key, value in settings.items() if NOTHING.get(key, settings) != value}
-    facts = dict(calibration or {}) if row.calibrated else {}
-    found = Scheme(name, bits, group, symmetric, tuple({**settings, **facts}.items()))
+    if activations != NOT_ROUNDED and settings.get("transform"):
+        raise UserError(
+            f"{method} rotates inputs, and rounds them only as they are before; leave activations at 16 bits"
+        )
+    found = Scheme(name, bits, group, symmetric, tuple(settings.items()), activations, cache)
+    if calibration and needs_data(found):
+        found = replace(found, settings=tuple({**settings, **calibration}.items()))
     if found.get("backend"):
         if needs_both_paths(found) or found.get("transform"):
             raise UserError(
@@ -279,6 +307,7 @@ def schemes_of(methods: Sequence[str], bits: Sequence[int], **chosen: Any) -> li
     chosen = {key: value for key, value in chosen.items() if value is not None}
     rows = {name: method_named(name) for name in methods}
     known = sorted({setting for row in rows.values() for setting in row.settings})
+    rounded = {key: chosen.pop(key) for key in (*ROUNDED_BITS, *RUN_TIME) if key in chosen}
     for setting in chosen:
         if setting not in ("group", "symmetric", *known):
             raise unknown(f"setting of {' and '.join(methods)}", setting, known or ["none"])
@@ -286,7 +315,7 @@ def schemes_of(methods: Sequence[str], bits: Sequence[int], **chosen: Any) -> li
     for name, row in rows.items():
         own = {key: value for key, value in chosen.items() if key in row.settings}
         grid = {key: chosen.get(key) for key in ("group", "symmetric") if not row.fixed}
-        found += [scheme(name, width, **own, **grid) for width in bits if width in row.widths]
+        found += [scheme(name, width, **own, **grid, **rounded) for width in bits if width in row.widths]
         if not any(width in row.widths for width in bits):
             raise UserError(f"{name} takes none of the widths {', '.join(map(str, bits))}; leave it out of --method")
     return found
@@ -295,9 +324,9 @@ def schemes_of(methods: Sequence[str], bits: Sequence[int], **chosen: Any) -> li
 def method_named(name: str) -> Method:
     """The row of METHODS of a method or preset."""
     own = str(PRESETS.get(name, {"method": name})["method"])
-    if own not in METHODS:
-        raise unknown("method", name, [*METHODS, *PRESETS])
-    return METHODS[own]
+    if own not in ROWS:
+        raise unknown("method", name, [*ROWS, *PRESETS])
+    return ROWS[own]
 
 
 def check_scheme(chosen: Scheme) -> None:
@@ -306,7 +335,8 @@ def check_scheme(chosen: Scheme) -> None:
         if chosen.settings:
             raise unknown("setting of codes", chosen.settings[0][0], ["none"])
         return
-    row, facts = method_of(chosen), CALIBRATION if method_of(chosen).calibrated else {}
+    row = with_run_time(method_of(chosen), chosen.method, chosen.activations, chosen.cache)
+    facts = CALIBRATION if needs_data(chosen) else {}
     if chosen.bits not in row.widths:
         raise UserError(f"{chosen.method} does not take {chosen.bits} bits")
     if not row.takes(chosen.group, chosen.symmetric):

@@ -16,6 +16,7 @@ GROUPS = ("front", "middle", "end")
 KINDS = ("attn", "cross", "ff")
 EMBEDDING, HEAD = "embedding", "head"  # the token embedding and the output head: kept unless --include names them
 WORDS = (EMBEDDING, HEAD)
+KEY_VALUE = ("k_proj", "k", "key", "v_proj", "v", "value")  # layers whose outputs attention caches
 LABELS = {"vision": "ViT", "connector": "Q-Former / projector", "language": "LLM"}  # papers' names, for figures
 
 
@@ -46,6 +47,16 @@ class Weight:
     def looked_up(self) -> bool:
         """Whether this is an embedding: its rows are looked up, so it has no inputs to calibrate on."""
         return self.kind == EMBEDDING
+
+    @property
+    def cached(self) -> bool:
+        """Whether its outputs are keys or values of attention that a language model caches.
+
+        The encoder of an encoder-decoder reads its whole input at once, and caches nothing.
+        """
+        path = self.module.split(".")
+        keys_or_values = self.kind in ("attn", "cross") and path[-1] in KEY_VALUE
+        return self.part == "language" and keys_or_values and "encoder" not in path
 
     @property
     def numel(self) -> int:
@@ -141,6 +152,11 @@ class Component:
     def numel(self) -> int:
         """The number of elements of its weights."""
         return sum(w.numel for w in self.weights)
+
+    @cached_property
+    def has_cache(self) -> bool:
+        """Whether it has keys and values that a language model caches."""
+        return any(w.cached for w in self.weights)
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,27 @@
-"""Scheme and Plan: how the weights of one component are stored, and which component has which scheme."""
+"""Scheme and Plan: how the weights of one component are stored and what it rounds, and which component has which."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NotRequired, TypedDict
 
-from sensitivity.spec.components import ComponentMap, Weight, matches
+from sensitivity.spec.components import Component, ComponentMap, Weight, matches
 from sensitivity.spec.errors import UserError, unknown
 
 Setting = str | int | float | bool | None
 
 
 WIDEST_GROUP = 2**24  # columns that share a scale: more than any layer has
+NOT_ROUNDED = 16  # the width of activations, or of keys and values, that stay as the model computes them
+ROUNDED = range(2, 9)  # the widths to which they can be rounded
+ACTIVATIONS, CACHE = "activations", "cache"  # what they are called after a component's name
+ACTIVATION_SCALE = "activation_scale"  # the setting that says which activations share a scale
+CACHE_GROUP = "cache_group"  # the setting that says how many channels of a key or value share a scale
+KEEP = "keep"  # the method that leaves weights as they are, for a component whose activations or cache are rounded
 
 
 class SchemeJson(TypedDict):
@@ -26,16 +32,20 @@ class SchemeJson(TypedDict):
     group: NotRequired[int | str]
     symmetric: NotRequired[bool]
     settings: NotRequired[dict[str, Setting]]
+    activations: NotRequired[int]
+    cache: NotRequired[int]
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the weights of one component are stored.
+    """How the weights of one component are stored, and to how many bits it rounds its inputs, keys and values.
 
     Examples:
         >>> from sensitivity import Scheme
         >>> str(Scheme("rtn", 4)), Scheme.from_json(Scheme("rtn", 4).to_json()) == Scheme("rtn", 4)
         ('rtn:4', True)
+        >>> str(Scheme("rtn", 4, activations=8, cache=4))
+        'rtn:4a8kv4'
     """
 
     method: str
@@ -43,6 +53,8 @@ class Scheme:
     group: int | str = "row"  # which weights share a scale: the "tensor", a "row", or this many columns of a row
     symmetric: bool = True
     settings: tuple[tuple[str, Setting], ...] = ()  # the method's own, sorted by name so that equal schemes are equal
+    activations: int = NOT_ROUNDED  # bits of each linear layer's input
+    cache: int = NOT_ROUNDED  # bits of attention's keys and values, where a language model caches them
 
     def __post_init__(self) -> None:
         whole = isinstance(self.bits, int) and not isinstance(self.bits, bool)
@@ -53,6 +65,11 @@ class Scheme:
             raise UserError(
                 f"group must be 'tensor', 'row' or a number of columns from 1 to {WIDEST_GROUP:,}, not {self.group!r}"
             )
+        for what, width in (("activations", self.activations), ("keys and values", self.cache)):
+            if isinstance(width, bool) or width not in (*ROUNDED, NOT_ROUNDED):
+                raise UserError(
+                    f"{what} have {ROUNDED[0]} to {ROUNDED[-1]} bits, or 16 to stay as they are, not {width!r}"
+                )
         object.__setattr__(self, "settings", tuple(sorted(self.settings)))
 
     def __getitem__(self, setting: str) -> Setting:
@@ -62,24 +79,55 @@ class Scheme:
         """A setting, or the default if the scheme does not have it."""
         return dict(self.settings).get(setting, default)
 
+    @property
+    def widths(self) -> str:
+        """The bits of weights, and of activations and of keys and values where these are rounded, such as 4a8kv4."""
+        activations = "" if self.activations == NOT_ROUNDED else f"a{self.activations}"
+        return f"{self.bits}{activations}{'' if self.cache == NOT_ROUNDED else f'kv{self.cache}'}"
+
+    @property
+    def without_cache(self) -> Scheme | None:
+        """The same scheme with keys and values as they are; None, for native precision, where nothing else changes."""
+        if self.method == KEEP and self.activations == NOT_ROUNDED:
+            return None
+        settings = tuple((name, value) for name, value in self.settings if name != CACHE_GROUP)
+        return replace(self, settings=settings, cache=NOT_ROUNDED) if self.cache != NOT_ROUNDED else self
+
+    @property
+    def without_rounding(self) -> Scheme:
+        """The same scheme with activations and cache as they are: how its weights are stored, and nothing else."""
+        if self.activations == NOT_ROUNDED and self.cache == NOT_ROUNDED:
+            return self
+        settings = tuple((name, value) for name, value in self.settings if name not in (ACTIVATION_SCALE, CACHE_GROUP))
+        return replace(self, settings=settings, activations=NOT_ROUNDED, cache=NOT_ROUNDED)
+
     def __str__(self) -> str:
-        return f"{self.method}:{self.bits}"
+        return f"{self.method}:{self.widths}"
 
     def to_json(self) -> SchemeJson:
         """The scheme as JSON values."""
         found: SchemeJson = {
             "method": self.method, "bits": self.bits, "group": self.group, "symmetric": self.symmetric,
         }  # fmt: skip
-        return {**found, "settings": dict(self.settings)} if self.settings else found
+        if self.settings:
+            found["settings"] = dict(self.settings)
+        # widths that change nothing are left out, so that a scheme without them has the key that it always had
+        if self.activations != NOT_ROUNDED:
+            found["activations"] = self.activations
+        if self.cache != NOT_ROUNDED:
+            found["cache"] = self.cache
+        return found
 
     @classmethod
     def from_json(cls, data: SchemeJson) -> Scheme:
         """The scheme from what `to_json` returned."""
-        known = {"method", "bits", "group", "symmetric", "settings"}
+        known = {"method", "bits", "group", "symmetric", "settings", "activations", "cache"}
         if extra := sorted(set(data) - known):
             raise unknown("scheme field", extra[0], sorted(known))
         group, symmetric = data.get("group", cls.group), data.get("symmetric", cls.symmetric)
-        return cls(data["method"], data["bits"], group, symmetric, tuple(data.get("settings", {}).items()))
+        settings = tuple(data.get("settings", {}).items())
+        activations, cache = data.get("activations", NOT_ROUNDED), data.get("cache", NOT_ROUNDED)
+        return cls(data["method"], data["bits"], group, symmetric, settings, activations, cache)
 
 
 @dataclass(frozen=True)
@@ -99,7 +147,10 @@ class Plan:
 
     @classmethod
     def of(cls, parts: ComponentMap, choice: Mapping[str, Scheme | None], default: Scheme | None = None) -> Plan:
-        """A plan from patterns over component names; the last pattern that matches wins."""
+        """A plan from patterns over component names; the last pattern that matches wins.
+
+        Only components with keys and values that a language model caches get the cache of a scheme.
+        """
         for pattern in choice:
             parts.match(pattern)  # raises an error if it matches nothing, as with a misspelled name
         schemes: dict[str, Scheme | None] = dict.fromkeys(parts.names, default)
@@ -107,7 +158,7 @@ class Plan:
             for pattern, scheme in choice.items():
                 if matches(name, pattern):
                     schemes[name] = scheme
-        return cls(tuple(schemes.items()))
+        return cls(tuple((name, fitted(parts[name], scheme)) for name, scheme in schemes.items()))
 
     @classmethod
     def uniform(cls, parts: ComponentMap, scheme: Scheme | None) -> Plan:
@@ -142,6 +193,11 @@ class Plan:
         """Whether all components have the same scheme."""
         return len({scheme for _, scheme in self.schemes}) == 1
 
+    def is_uniform_in(self, parts: ComponentMap) -> bool:
+        """Whether all components have the same scheme, and the same cache where they have one."""
+        cached = [scheme for _, scheme in self.schemes if scheme and scheme.cache != NOT_ROUNDED]
+        return self.is_uniform or (bool(cached) and self == Plan.uniform(parts, cached[0]))
+
     @cached_property
     def key(self) -> str:
         """The hash of the canonical JSON: the same in every process and version."""
@@ -151,13 +207,20 @@ class Plan:
         """The bit width of each component."""
         return {name: scheme.bits if scheme else native for name, scheme in self.schemes}
 
+    def rounded_bits(self) -> dict[str, int]:
+        """The bits of activations, keys and values where they are rounded, by names such as vision.activations."""
+        schemes = [(name, scheme) for name, scheme in self.schemes if scheme]
+        found = {f"{name}.{ACTIVATIONS}": scheme.activations for name, scheme in schemes}
+        found |= {f"{name}.{CACHE}": scheme.cache for name, scheme in schemes}
+        return {name: width for name, width in found.items() if width != NOT_ROUNDED}
+
     def describe(self) -> str:
         """A short text for tables and figures, such as 'vision 4 · connector 8 · language 3'."""
         methods = {scheme.method for _, scheme in self.schemes if scheme}
         if self.is_uniform:
             return f"all {self.schemes[0][1]}" if methods else "full precision"
         return " · ".join(
-            f"{name} {'native' if s is None else s.bits if len(methods) == 1 else s}" for name, s in self.schemes
+            f"{name} {'native' if s is None else s.widths if len(methods) == 1 else s}" for name, s in self.schemes
         )
 
     def to_json(self) -> dict[str, SchemeJson | None]:
@@ -172,6 +235,19 @@ class Plan:
     def from_json(cls, data: Mapping[str, SchemeJson | None]) -> Plan:
         """The plan from what `to_json` returned."""
         return cls(tuple((name, scheme and Scheme.from_json(scheme)) for name, scheme in data.items()))
+
+
+def component_of(name: str) -> tuple[str, str]:
+    """The component that a column of widths is about, and what follows its name: nothing, .activations or .cache."""
+    ending = next((f".{word}" for word in (ACTIVATIONS, CACHE) if name.endswith(f".{word}")), "")
+    return name.removesuffix(ending), ending
+
+
+def fitted(component: Component, scheme: Scheme | None) -> Scheme | None:
+    """The scheme that a component gets: without a cache where it has no keys and values that are cached."""
+    if scheme is None or (component.has_cache and scheme.cache != NOT_ROUNDED):
+        return scheme
+    return scheme.without_cache
 
 
 def _few(names: Sequence[str]) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sensitivity.spec.components import PARTS, WORDS, Component, ComponentMap, Weight
 from sensitivity.spec.errors import UserError, unknown
-from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.plan import NOT_ROUNDED, ROUNDED, Plan, Scheme
 
 Choice = Scheme | None
 # methods with integer codes and an integer zero point
@@ -36,6 +36,8 @@ class Runtime:
     parts: tuple[str, ...] = PARTS  # the others stay in full precision
     words: tuple[str, ...] = ()  # which of "embedding", "head" and "tied" (one weight that is both) it can quantize
     biases: bool = False  # whether biases can be quantized too
+    activations: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # bits of weights -> of activations beside
+    cache: bool = False  # whether keys and values can be rounded
     packed: bool = False  # whether it loads our packed codes, which leave no place for AWQ's factor per input channel
     instead: str = "rtn"  # the method that a message suggests in place of one that it cannot load
     files: str | None = None  # the format that it reads if we write the weights: budgets count its bits
@@ -44,7 +46,7 @@ class Runtime:
 NAMED = Runtime("", ANY, ANY, methods=None, biases=True, ragged=True, words=(*WORDS, "tied"))
 # The bit widths come from the source of the libraries in the comments; reports/export.md says which were also loaded.
 RUNTIMES: dict[str, Runtime] = {
-    "plan": NAMED,
+    "plan": replace(NAMED, activations=dict.fromkeys(ANY, tuple(ROUNDED)), cache=True),
     "fake": NAMED,
     # compressed-tensors 0.20: one symmetric bit means -1 or 0 there, not plus or minus one step. Packed zero points are
     # written and unpacked, but transformers builds the model on the meta device, where their shape comes out unpacked,
@@ -55,6 +57,8 @@ RUNTIMES: dict[str, Runtime] = {
         asymmetric=tuple(range(1, 9)),
         zeros=("tensor",),
         packed=True,
+        # int-quantized, one scale per token; codes of 4 bits take a byte there
+        activations={4: (8,), 8: (8,)},
         words=("head",),
         files="compressed-tensors",
     ),
@@ -66,6 +70,7 @@ RUNTIMES: dict[str, Runtime] = {
         groups=("row", 32, 64, 128),
         fused=True,
         packed=True,
+        activations={8: (8,)},
         files="compressed-tensors",
     ),
     # GPTQModel 7.6: codes are packed along the columns, zeros along the rows, 32 at a time
@@ -210,9 +215,30 @@ def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
     elif not scheme.symmetric and able.zeros is not None and scheme.group not in able.zeros:
         zeros = comma_list(able.zeros)
         yield f"{able.about} loads zero points of {zeros} groups, not of {scheme.group}; use --symmetric"
+    yield from _not_rounded(scheme, able)
     if scheme.get("biases") and not able.biases:
         yield f"{able.about} keeps biases in full precision; leave out --biases"
     yield from _misfits(component.weights, scheme, able)
+
+
+def _not_rounded(scheme: Scheme, able: Runtime) -> Iterator[str]:
+    """Rules about what is rounded in each forward pass."""
+    about = able.about or "a checkpoint of plain weights"
+    if scheme.cache != NOT_ROUNDED and not able.cache:
+        yield f"{about} has no place for a rounded cache; sweep without --cache-bits, or use --format plan"
+    if scheme.activations == NOT_ROUNDED:
+        return
+    beside = able.activations.get(scheme.bits, ())
+    if not able.activations:
+        yield f"{about} cannot say that activations are rounded; sweep without --activation-bits, or use --format plan"
+    elif scheme.activations not in beside:
+        pairs = [f"{a} beside weights of {bits} bits" for bits, widths in able.activations.items() for a in widths]
+        yield f"{about} takes activations of {' or '.join(pairs)}, not of {scheme.activations} beside {scheme.bits}"
+    elif able.packed and (not scheme.symmetric or scheme.group != "row"):
+        rows = "beside symmetric weights with a scale per row; use --symmetric --group row"
+        yield f"{about} takes rounded activations {rows}"
+    elif able.packed and scheme.get("activation_scale") == "tensor":
+        yield f"{about} is written with a scale for each token; use --set activation_scale=token"
 
 
 WORD = {"embedding": "embedding", "head": "output head", "tied": "embedding that is the output head too"}

@@ -9,7 +9,7 @@ from typing import NotRequired, TypedDict
 
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError, unknown
-from sensitivity.spec.plan import Plan, Scheme, Setting, scheme_of
+from sensitivity.spec.plan import CACHE_GROUP, KEEP, NOT_ROUNDED, Plan, Scheme, Setting, scheme_of
 
 HEADER_ENTRY = 112  # upper bound on the bytes of a tensor's entry in a safetensors header, without its name
 MB, GB = 1e6, 1e9  # bytes, as disks and hubs count them
@@ -24,6 +24,7 @@ class SizeJson(TypedDict):
     bpw: float
     bpw_codes: float
     format: NotRequired[str]
+    cache_bits: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Size:
     numel: int
     bpw_codes: float
     format: str | None = None  # the format whose files are counted; None: what the methods themselves store
+    # of keys and values per token, where a plan rounds some; beside `bits`, since a cache is in no file
+    cache_bits: int | None = None
 
     @property
     def bytes(self) -> int:
@@ -60,6 +63,8 @@ class Size:
     def to_json(self) -> SizeJson:
         """Bytes and bits per weight as JSON values."""
         found: SizeJson = {"bytes": self.bytes, "bpw": self.bpw, "bpw_codes": self.bpw_codes}
+        if self.cache_bits is not None:
+            found["cache_bits"] = self.cache_bits
         return found if self.format is None else {**found, "format": self.format}
 
 
@@ -202,6 +207,7 @@ OVERHEAD: dict[str, Callable[[Scheme, int, int], int]] = {
     "spqr": _spqr,
     "gwq": _kept_apart,
     "adpq": _adpq,
+    KEEP: lambda scheme, rows, cols: 0,
     "codes": lambda scheme, rows, cols: 0,  # an imported table, of which only bit widths are known
 }
 
@@ -212,11 +218,13 @@ def _whole_words(bits: int) -> int:
 
 
 def _compressed_tensors(scheme: Scheme, rows: int, cols: int) -> int:
-    """Bits in the pack-quantized format.
+    """Bits in the pack-quantized format, or in int-quantized where activations are rounded.
 
     Codes fill whole words row by row; a 16-bit scale per group; two int64 for the shape; zero points are packed along
-    the rows, except the int8 of a whole tensor.
+    the rows, except the int8 of a whole tensor. In int-quantized each code takes a byte, whatever its width.
     """
+    if scheme.activations != NOT_ROUNDED:
+        return 8 * rows * cols + 16 * groups(scheme, rows, cols)
     stored = rows * _whole_words(cols * scheme.bits) + 16 * groups(scheme, rows, cols) + 2 * 64
     if scheme.symmetric:
         return stored
@@ -248,7 +256,7 @@ FILES: dict[str, Callable[[Scheme, int, int], int]] = {
 
 def weight_bits(scheme: Scheme | None, weight: Weight, native_bits: int, format: str | None = None) -> int:
     """All bits of one weight, as its method counts them or as a format stores them."""
-    if scheme is None:
+    if scheme is None or scheme.method == KEEP:
         return native_bits * weight.numel
     scheme = scheme_of(weight, scheme)
     if format in FILES:
@@ -321,7 +329,24 @@ def size(parts: ComponentMap, plan: Plan, format: str | None = None) -> Size:
     # the papers count 16 bits for what is not quantized, whatever the checkpoint stores
     codes = sum(c.numel * (s.bits if (s := plan[c.name]) else PAPER_NATIVE_BITS) for c in parts.components)
     bpw_codes = (codes + kept * PAPER_NATIVE_BITS) / parts.numel
-    return Size(stored, codes, parts.numel, bpw_codes, format if format in FILES else None)
+    return Size(stored, codes, parts.numel, bpw_codes, format if format in FILES else None, cache_bits(parts, plan))
+
+
+def cache_bits(parts: ComponentMap, plan: Plan) -> int | None:
+    """Bits of all keys and values of one token; None where a plan rounds none of them.
+
+    A group of channels has a scale and a smallest value in 16 bits beside its codes.
+    """
+    schemes = [(weight, plan[c.name]) for c in parts.components for weight in c.weights if weight.cached]
+    if not any(scheme and scheme.cache != NOT_ROUNDED for _, scheme in schemes):
+        return None
+    total = 0
+    for weight, scheme in schemes:
+        if scheme is None or scheme.cache == NOT_ROUNDED:
+            total += parts.native_bits * weight.rows
+        else:
+            total += scheme.cache * weight.rows + 32 * math.ceil(weight.rows / int(scheme[CACHE_GROUP] or 1))
+    return total
 
 
 def header_bytes(parts: ComponentMap) -> int:

@@ -25,7 +25,7 @@ from sensitivity.study.storage import location, paths
 from sensitivity.study.storage.opening import close, held, open_storage
 from sensitivity.study.stored_trials import StoredTrials
 from sensitivity.study.table import row
-from sensitivity.study.trial import ABANDONED, RunFacts, Trial, TrialReader
+from sensitivity.study.trial import ABANDONED, NATIVE, RunFacts, Trial, TrialReader
 
 
 class Study:
@@ -185,7 +185,11 @@ class Study:
         """One row per measured trial: bits per component, size, and per task the score and its interval (see `row`)."""
         native = self.examples(self.native)
         to_native = partial(self.difference_to_native, native), partial(self.counts_against_native, native)
-        return pd.DataFrame([row(trial, self.tasks, *to_native) for trial in self.measured()])
+        trials = self.measured()
+        found = pd.DataFrame([row(trial, self.parts, self.tasks, *to_native) for trial in trials])
+        # what some plans round, the others have at 16 bits
+        rounded = list(dict.fromkeys(name for trial in trials for name in trial.plan.rounded_bits()))
+        return found.fillna(dict.fromkeys(rounded, NATIVE))
 
     def difference_to_native(self, native: pd.DataFrame | None, plan: Plan, task: str, n: int | None) -> Score | None:
         """A plan's paired difference to full precision, cached until either has seen more examples."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from optuna.trial import TrialState
 
+from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import Plan
 from sensitivity.study.examples.answer_counts import AnswerCounts
 from sensitivity.study.scores import Score
@@ -15,6 +16,7 @@ from sensitivity.study.trial import NATIVE, Trial
 
 def row(
     trial: Trial,
+    parts: ComponentMap,
     tasks: Sequence[str],
     difference: Callable[[Plan, str, int | None], Score | None],
     counts: Callable[[Plan, str, int | None], AnswerCounts | None],
@@ -22,19 +24,21 @@ def row(
     """The row of a trial, by column.
 
     number, key, plan (in words), uniform, native, complete (whether it has seen all examples); bits of each component;
-    bytes, bpw, bpw_codes, seconds; for each task T: T, T.se, T.low, T.high, T.n, T.nll; the paired difference to full
-    precision as T.delta, T.delta.se, T.delta.low, T.delta.high; counts of answers as T.to_wrong, T.to_right, T.empty,
-    T.cut, T.malformed (see AnswerCounts); further metrics by name, such as T.BLEU-4;
-    not_finite: how many examples scored 0 because their logits were NaN.
+    COMPONENT.activations and COMPONENT.cache where they are rounded; bytes, bpw, bpw_codes, cache_bits, seconds; for
+    each task T: T, T.se, T.low, T.high, T.n, T.nll; the paired difference to full precision as T.delta, T.delta.se,
+    T.delta.low, T.delta.high; counts of answers as T.to_wrong, T.to_right, T.empty, T.cut, T.malformed (see
+    AnswerCounts); further metrics by name, such as T.BLEU-4; not_finite: how many examples scored 0 because their
+    logits were NaN.
     """
     columns: dict[str, object] = {
         "number": trial.number,
         "key": trial.key,
         "plan": trial.plan.describe(),
-        "uniform": trial.plan.is_uniform,
+        "uniform": trial.plan.is_uniform_in(parts),
         "native": trial.plan.is_native,
         "complete": trial.state == TrialState.COMPLETE,
         **trial.plan.bits(NATIVE),
+        **trial.plan.rounded_bits(),
         **(trial.size or {}),
         "seconds": np.nan if trial.seconds is None else trial.seconds,
         **({"not_finite": trial.not_finite} if trial.not_finite else {}),

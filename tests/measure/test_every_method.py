@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from sensitivity.quantize.presets import PRESETS
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
+from sensitivity.study.exports import MANIFEST
 
 MODEL = "embedded:scenes-llava"
 Prepared = tuple[VLM, ComponentMap, list[Plan], Statistics]
@@ -76,3 +78,20 @@ def test_a_preset_with_gradients_is_exported_as_measured(tmp_path: Path, capsys:
     assert main(sweeping.split()) == 0
     assert main(f"export {study} --bpw 8 --format compressed-tensors --out {out}".split()) == 0
     assert main(f"verify {out} --json".split()) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
+def test_rounded_activations_are_exported_as_measured(
+    bits: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """compressed-tensors rounds them by itself when the export is run, with a scale for each token, as we do."""
+    study, out = tmp_path / "study", tmp_path / "out"
+    sweeping = f"sweep {MODEL} --bits {bits} --activation-bits 8 --runtime compressed-tensors --n 8 --out {study}"
+    assert main(sweeping.split()) == 0
+    assert main(f"export {study} --bpw 12 --format compressed-tensors --out {out}".split()) == 0
+    capsys.readouterr()
+    assert main(f"verify {out} --json".split()) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"] == "as measured", found
+    manifest = json.loads((out / MANIFEST).read_bytes())
+    assert manifest["written"]["bytes"] == manifest["predicted_size"]["bytes"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -70,6 +71,24 @@ def test_every_runtime_takes_full_precision() -> None:
         ("mlx", rtn(4), "symmetric widths of no kind"),
         ("mlx", rtn(4, 64, False), None),
         ("fake", rtn(1, "tensor", False, "uniform"), None),
+        ("plan", replace(rtn(3), activations=4, cache=2), None),
+        ("compressed-tensors", replace(rtn(8), activations=8), None),
+        ("compressed-tensors", replace(rtn(4), activations=8), None),
+        (
+            "compressed-tensors",
+            replace(rtn(4), activations=4),
+            "8 beside weights of 4 bits or 8 beside",
+        ),
+        ("compressed-tensors", replace(rtn(4, 32), activations=8), "a scale per row; use --symmetric --group row"),
+        ("vllm", replace(rtn(8), activations=8), None),
+        ("vllm", replace(rtn(4), activations=8), "8 beside weights of 8 bits, not of 8 beside 4"),
+        ("gptq", replace(rtn(4), activations=8), "cannot say that activations are rounded; sweep without"),
+        (
+            "fake",
+            replace(rtn(4), activations=8),
+            "plain weights cannot say that activations are",
+        ),
+        ("vllm", replace(rtn(8), cache=8), "no place for a rounded cache; sweep without --cache-bits"),
     ],
 )
 def test_a_uniform_plan_is_legal_or_told_why_not(name: str, scheme: Scheme, says: str | None) -> None:

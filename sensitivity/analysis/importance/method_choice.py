@@ -35,5 +35,5 @@ def with_methods(observations: Observations) -> tuple[Observations, list[int]]:
 
 
 def _kind(scheme: Scheme) -> str:
-    """What makes a method: everything but the bits."""
-    return str(replace(scheme, bits=1).to_json())
+    """What makes a method: everything but the bits; those of activations and cache have columns of their own."""
+    return str(replace(scheme.without_rounding, bits=1).to_json())

@@ -16,6 +16,7 @@ from sensitivity.analysis.importance.types import Ranking
 from sensitivity.analysis.observations import Observations, check_task, observations_of
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import component_of
 from sensitivity.spec.sizes import codes_in_mb
 from sensitivity.study.counting import count
 from sensitivity.study.study import Study
@@ -180,11 +181,11 @@ def grouping(
     coarse = parts.regroup(by)
     owner = {weight.name: component.name for component in coarse.components for weight in component.weights}
     columns: dict[str, list[int]] = {}
-    for column, name in enumerate(names):
+    for column, (name, ending) in enumerate(map(component_of, names)):
         owners = {owner[weight.name] for weight in parts[name].weights}
         if len(owners) > 1:
             raise UserError(f"'{by}' is finer than this study's '{own}': {name} lies in {', '.join(sorted(owners))}")
-        columns.setdefault(owners.pop(), []).append(column)
+        columns.setdefault(owners.pop() + ending, []).append(column)
     return tuple(columns), list(columns.values()), by
 
 
@@ -230,7 +231,10 @@ def interval(point: Floats, drawn: Floats, chance: Floats) -> tuple[Floats, Floa
 
 
 def _gains(fitted: Fitted, names: Sequence[str], parts: ComponentMap | None, columns: Sequence[str]) -> pd.DataFrame:
-    """Predicted gain in score from a component's lowest to its highest width, others as in the trials; and per MB."""
+    """Predicted gain in score from a component's lowest to its highest width, others as in the trials; and per MB.
+
+    The widths of activations and caches store nothing, so they have no gain per MB.
+    """
     rows = []
     some = fitted.x[:: 1 + len(fitted.x) // 500]  # some hundred trials are enough for a mean
     for group in fitted.groups:
@@ -239,6 +243,7 @@ def _gains(fitted: Fitted, names: Sequence[str], parts: ComponentMap | None, col
             low[:, column], high[:, column] = fitted.x[:, column].min(), fitted.x[:, column].max()
         gain = float(np.mean(fitted.forest.predict(high) - fitted.forest.predict(low)))
         widths = {columns[c]: float(np.ptp(fitted.x[:, c])) for c in group}
-        megabytes = sum(codes_in_mb(parts, name, bits) for name, bits in widths.items()) if parts else math.nan
+        stored = {} if parts is None else {name: bits for name, bits in widths.items() if name in parts.names}
+        megabytes = sum(codes_in_mb(parts, name, bits) for name, bits in stored.items()) if parts else math.nan
         rows.append({"gain": gain, "gain_per_mb": gain / megabytes if megabytes else math.nan})
     return pd.DataFrame(rows, index=pd.Index(names, name="component"))

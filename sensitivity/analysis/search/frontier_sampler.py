@@ -109,9 +109,7 @@ class FrontierSampler(BaseSampler):
     def opening(self) -> list[Floats]:
         """The first plans: full precision and the uniform ones, which show at which width the score collapses."""
         rows = [] if any(self.low) else [np.zeros(len(self.space.names), dtype=int)]
-        shared = set.intersection(*(set(options) for options in self.space.choices)) - {None}
-        for scheme in sorted(shared, key=lambda s: -s.bits if s else 0):
-            rows.append(np.array([options.index(scheme) for options in self.space.choices]))
+        rows += [np.array(row) for row in self.space.uniform()]
         if self.candidates is None:
             return rows or [self._random()]
         # where candidates were given, nothing else may be proposed

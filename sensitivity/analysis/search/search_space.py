@@ -18,7 +18,7 @@ from sensitivity.analysis.surrogate.surrogate import Space
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.limits import Allowed
-from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.plan import NOT_ROUNDED, Plan, Scheme
 from sensitivity.spec.sizes import choice_bits, kept_bits
 
 POPULATION = 20  # plans per generation of NSGA-II
@@ -37,6 +37,7 @@ class SearchSpace:
     joint: Space  # the choices of each axis, as the surrogate takes them
     low: tuple[int, ...]
     sizes: PlanSizes
+    cached: frozenset[str] = frozenset()  # the components with keys and values that are cached
 
     @classmethod
     def of(
@@ -49,10 +50,15 @@ class SearchSpace:
         """The space of these schemes, as far as they are allowed for all components of an axis."""
         if not schemes:
             raise UserError("no widths given; name some, such as --bits 2,3,4,6,8")
-        ordered = sorted(set(schemes), key=lambda s: (s.method, str(s.group), s.symmetric, s.settings, -s.bits))
+        ordered = sorted(set(schemes), key=_scheme_order)
+        if any(scheme.cache != NOT_ROUNDED for scheme in ordered) and not any(c.has_cache for c in parts.components):
+            raise UserError(f"{parts.model} has no layers of keys and values to round; leave out --cache-bits")
         axes, choices, low = [], [], []
         for group in _groups(parts.names, tied):
-            fine = [c for c in (None, *ordered) if allowed is None or all(allowed(name, c) for name in group)]
+            # a group without a cache has the same plan at all widths of the cache
+            cached = any(parts[name].has_cache for name in group)
+            every = dict.fromkeys((None, *(scheme if cached else scheme.without_cache for scheme in ordered)))
+            fine = [c for c in every if allowed is None or all(allowed(name, c) for name in group)]
             if not fine:
                 raise UserError(f"no scheme is allowed for {', '.join(group)}; there are native, {_listed(ordered)}")
             axes.append(group)
@@ -60,7 +66,9 @@ class SearchSpace:
             low.append(int(fine[0] is not None))
         bits = tuple(np.array(b, dtype=float) for b in choice_bits(parts, axes, choices))
         joint = Space(tuple("+".join(group) for group in axes), tuple(choices))
-        return cls(parts.names, tuple(axes), joint, tuple(low), PlanSizes(bits, kept_bits(parts), parts.numel))
+        sizes = PlanSizes(bits, kept_bits(parts), parts.numel)
+        with_cache = frozenset(component.name for component in parts.components if component.has_cache)
+        return cls(parts.names, tuple(axes), joint, tuple(low), sizes, with_cache)
 
     @property
     def native(self) -> Plan:
@@ -68,24 +76,29 @@ class SearchSpace:
         return Plan(tuple((name, None) for name in self.names))
 
     def uniform(self) -> list[list[int]]:
-        """Rows of the plans that give every component the same scheme, widest first."""
-        shared = [c for c in self.joint.choices[0] if c and all(c in options for options in self.joint.choices)]
-        return [[options.index(choice) for options in self.joint.choices] for choice in shared]
+        """Rows of the plans that give every component the same scheme, as far as it has a cache; widest first."""
+        return self.joint.uniform()
 
     def row(self, plan: Plan) -> list[int] | None:
         """A plan as positions on the axes; None where it lies outside this space (a study may hold other plans)."""
         row = []
         for names, options in zip(self.axes, self.joint.choices, strict=True):
-            used = {plan[name] for name in names}
-            if len(used) > 1 or (choice := used.pop()) not in options:
+            fitting = (
+                i for i, one in enumerate(options) if all(self._fitted(name, one) == plan[name] for name in names)
+            )
+            if (place := next(fitting, None)) is None:
                 return None
-            row.append(options.index(choice))
+            row.append(place)
         return row
+
+    def _fitted(self, name: str, choice: Scheme | None) -> Scheme | None:
+        """What a component gets of a choice of its axis, which may hold components with and without a cache."""
+        return choice if choice is None or name in self.cached else choice.without_cache
 
     def plan(self, row: Sequence[int] | np.ndarray) -> Plan:
         """The plan at these positions on the axes."""
         chosen = {
-            name: options[i]
+            name: self._fitted(name, options[i])
             for names, options, i in zip(self.axes, self.joint.choices, row, strict=True)
             for name in names
         }
@@ -135,6 +148,11 @@ class SearchSpace:
         # enough plans were measured, but some of them may lie outside this space
         rows = itertools.product(*(range(a, len(o)) for a, o in zip(self.low, self.joint.choices, strict=True)))
         return all(self.plan(row).key in seen for row in rows)
+
+
+def _scheme_order(scheme: Scheme) -> tuple[object, ...]:
+    rounded = -scheme.activations, -scheme.cache
+    return scheme.method, str(scheme.group), scheme.symmetric, scheme.settings, *rounded, -scheme.bits
 
 
 def _listed(schemes: Sequence[Scheme]) -> str:

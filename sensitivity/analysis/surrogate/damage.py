@@ -27,8 +27,8 @@ class DamageModel:
 
     sizes: tuple[int, ...]  # per component: how many schemes it may have besides native
     family_start: tuple[tuple[int, ...], ...]  # per component, per step: which step it adds to, or -1 for native
-    bits: tuple[tuple[int, ...], ...]  # per component, per step
-    above: tuple[tuple[int, ...], ...]  # the bits one step higher in the family (16 = native)
+    bits: tuple[tuple[float, ...], ...]  # per component, per step
+    above: tuple[tuple[float, ...], ...]  # the bits one step higher in the family (16 = native)
     pairs: tuple[tuple[int, int], ...]
 
     @property

@@ -13,7 +13,7 @@ from scipy.stats import norm
 
 from sensitivity.analysis.surrogate.damage import DamageModel
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.plan import NOT_ROUNDED, Plan, Scheme
 
 Floats = np.ndarray
 Choice = Scheme | None
@@ -38,6 +38,12 @@ class Space:
         seen: list[set[Choice]] = [{plan[name] for plan in plans} | {None} for name in names]
         return cls(names, tuple(tuple(sorted(used, key=_order)) for used in seen))
 
+    def uniform(self) -> list[list[int]]:
+        """Rows of the plans that give every component the same scheme, as far as it has a cache; widest first."""
+        schemes = dict.fromkeys(choice for options in self.choices for choice in options if choice is not None)
+        rows = [[_place(options, scheme) for options in self.choices] for scheme in sorted(schemes, key=_narrowness)]
+        return [[place for place in row if place is not None] for row in rows if None not in row and any(row)]
+
     def encode(self, plans: Sequence[Plan]) -> Floats:
         """Plans as rows of positions among the choices of each component."""
         place = [{choice: i for i, choice in enumerate(options)} for options in self.choices]
@@ -52,11 +58,33 @@ class Space:
 
 def _family(scheme: Scheme) -> str:
     """What schemes must have in common for fewer bits to mean more damage: everything but the bits."""
-    return f"{scheme.method}/{scheme.group}/{scheme.symmetric}/{scheme.settings}"
+    rounded = "" if scheme.activations == scheme.cache == NOT_ROUNDED else f"/{scheme.activations}/{scheme.cache}"
+    return f"{scheme.method}/{scheme.group}/{scheme.symmetric}/{scheme.settings}{rounded}"
 
 
 def _order(choice: Choice) -> tuple[str, int]:
     return ("", 0) if choice is None else (_family(choice), -choice.bits)
+
+
+def _narrowness(scheme: Scheme) -> tuple[int, int, int]:
+    return -scheme.bits, -scheme.activations, -scheme.cache
+
+
+def _place(options: Sequence[Choice], scheme: Scheme) -> int | None:
+    """The place of a scheme among the choices of a component, which may have no cache; None if it is not there."""
+    fitting = (choice for choice in (scheme, scheme.without_cache) if choice in options)
+    return next((options.index(choice) for choice in fitting), None)
+
+
+def _width(scheme: Scheme) -> float:
+    """The bits of a scheme in the prior of its damage, where damage of weights, activations and cache adds up.
+
+    The prior's damage of b bits is exp(3 - b), so widths of 4 and 4 bits together do as much as 3.3 alone.
+    """
+    rounded = [width for width in (scheme.activations, scheme.cache) if width != NOT_ROUNDED]
+    if not rounded:
+        return scheme.bits
+    return -math.log(sum(math.exp(-width) for width in (scheme.bits, *rounded)))
 
 
 @dataclass(frozen=True)
@@ -122,8 +150,8 @@ def _formula(space: Space, pairs: tuple[tuple[int, int], ...]) -> DamageModel:
             # the first scheme of a family builds on native (-1), each other on the next wider one of its family
             before.append(i - 1 if i and _family(schemes[i - 1]) == _family(scheme) else -1)
         parents.append(tuple(before))
-        bits.append(tuple(scheme.bits for scheme in schemes))
-        above.append(tuple(schemes[p].bits if p >= 0 else 16 for p in before))
+        bits.append(tuple(_width(scheme) for scheme in schemes))
+        above.append(tuple(_width(schemes[p]) if p >= 0 else 16 for p in before))
     return DamageModel(tuple(len(b) for b in bits), tuple(parents), tuple(bits), tuple(above), pairs)
 
 

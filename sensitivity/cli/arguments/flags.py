@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sensitivity.cli.arguments import values
+from sensitivity.cli.arguments.values import WIDEST
 from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import KEEP
 
 if TYPE_CHECKING:
     from sensitivity.spec.plan import Scheme
@@ -119,6 +122,39 @@ def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str, severa
     )
 
 
+def run_time(p: argparse.ArgumentParser) -> None:
+    """Add the flags of what is rounded in each forward pass."""
+    g = p.add_argument_group(
+        "activations and cache", "rounded in each forward pass; they add nothing to what a plan stores"
+    )
+    g.add_argument(
+        "--activation-bits",
+        type=values.comma_separated(values.rounded_width),
+        default=(WIDEST,),
+        metavar="B,B,...",
+        help="widths of the inputs of layers to try, 2 to 8, or 16 for as they are (default: 16)",
+    )
+    g.add_argument(
+        "--activation-scale",
+        type=values.choice("token", "tensor"),
+        metavar="token|tensor",
+        help="a scale for each token, or one for all from calibration (default: token)",
+    )
+    g.add_argument(
+        "--cache-bits",
+        type=values.comma_separated(values.rounded_width),
+        default=(WIDEST,),
+        metavar="B,B,...",
+        help="widths of the language model's keys and values to try, 2 to 8, or 16 for as they are (default: 16)",
+    )
+    g.add_argument(
+        "--cache-group",
+        type=values.channels,
+        metavar="N",
+        help="channels of a key or value that share a scale (default: 32)",
+    )
+
+
 def budget(p: argparse.ArgumentParser) -> None:
     """Add --bpw."""
     p.add_argument(
@@ -190,16 +226,39 @@ def limits(p: argparse.ArgumentParser) -> None:
 
 
 def schemes(args: argparse.Namespace) -> list[Scheme]:
-    """The schemes of each method, one for every bit width that it takes, from the flags of `methods`."""
+    """The schemes of each method and combination of widths, from the flags of `methods` and `run_time`."""
     from sensitivity.quantize.methods import schemes_of
 
     flags = ("group", "symmetric", "biases", "backend")
     own = dict(distinct("--set", args.set))
-    for name in ("method", "bits", *flags):
+    for name in ("method", "bits", *flags, "activation_scale", "cache_group"):
         if name in own:
-            raise UserError(f"--set {name}={own[name]}: {name} is a flag of its own; type --{name}")
+            flag = name.replace("_", "-")
+            raise UserError(f"--set {name}={own[name]}: {name} is a flag of its own; type --{flag}")
     names = (args.method,) if isinstance(args.method, str) else args.method
-    return schemes_of(names, args.bits, **{flag: getattr(args, flag) for flag in flags}, **own)
+    given: dict[str, Any] = {**{flag: getattr(args, flag) for flag in flags}, **own}
+    found: list[Scheme] = []
+    for activations, cache in itertools.product(*_rounded_widths(args)):
+        rounded: dict[str, Any] = {}
+        if activations < WIDEST:
+            rounded |= {"activations": activations, "activation_scale": args.activation_scale}
+        if cache < WIDEST:
+            rounded |= {"cache": cache, "cache_group": args.cache_group}
+        found += schemes_of(names, args.bits, **given, **rounded)
+    # keep leaves weights as they are, so without rounding it is full precision, which every sweep measures anyway
+    if not (changing := [one for one in found if one.method != KEEP or min(one.activations, one.cache) < WIDEST]):
+        raise UserError("keep leaves weights as they are; name --activation-bits or --cache-bits below 16")
+    return changing
+
+
+def _rounded_widths(args: argparse.Namespace) -> tuple[Sequence[int], Sequence[int]]:
+    """The widths of activations and of the cache, for verbs with and without these flags."""
+    activations, cache = (getattr(args, name, (WIDEST,)) for name in ("activation_bits", "cache_bits"))
+    if min(activations) == WIDEST:
+        without_effect(args, ["--activation-scale"], "without --activation-bits below 16")
+    if min(cache) == WIDEST:
+        without_effect(args, ["--cache-group"], "without --cache-bits below 16")
+    return activations, cache
 
 
 def distinct(flag: str, pairs: Sequence[tuple[str, T]]) -> Sequence[tuple[str, T]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sensitivity.spec.files import PACKAGE
+from sensitivity.spec.plan import ROUNDED
 
 T = TypeVar("T")
 
@@ -22,6 +23,7 @@ WEIGHTS = 10**15
 WORKERS = 1_000
 RESAMPLES = 10_000
 COLUMNS = 1_000_000  # of a weight
+CHANNELS = 65_536  # of a key or value
 WIDEST = 16  # bits, which means native precision
 BPW = 64.0
 GB = 1e6
@@ -78,6 +80,7 @@ weights = whole(1, WEIGHTS)
 top = whole(1, 100)
 pause = whole(1, 3_600)  # seconds
 on_a_page = whole(1, 1_000)  # examples on a page: each has a picture in it
+channels = whole(1, CHANNELS)
 
 
 def gigabytes(text: str) -> float:
@@ -104,6 +107,13 @@ def width(text: str) -> int:
     """A bit width."""
     if not WHOLE.fullmatch(text) or not 1 <= int(text) <= WIDEST:
         raise error(f"whole numbers of bits from 1 to {WIDEST}, such as 2,3,4", text)
+    return int(text)
+
+
+def rounded_width(text: str) -> int:
+    """A bit width of activations or of the cache."""
+    if not WHOLE.fullmatch(text) or int(text) not in (*ROUNDED, WIDEST):
+        raise error(f"whole numbers of bits from {ROUNDED[0]} to {ROUNDED[-1]}, or 16, such as 4,8,16", text)
     return int(text)
 
 

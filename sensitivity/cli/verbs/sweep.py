@@ -44,6 +44,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     flags.by(p, "part")
     flags.include(p)
     flags.methods(p, (2, 3, 4, 6, 8), "rtn", several=True)
+    flags.run_time(p)
     p.add_argument(
         "--search",
         type=values.name,

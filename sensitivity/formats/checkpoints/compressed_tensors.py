@@ -16,10 +16,11 @@ from sensitivity.formats.writing.packing import pack
 from sensitivity.formats.writing.stream import Spec
 from sensitivity.quantize.stored.grid import QuantizedWeight
 from sensitivity.spec.components import Weight
-from sensitivity.spec.plan import Scheme
+from sensitivity.spec.plan import NOT_ROUNDED, Scheme
 from sensitivity.spec.sizes import groups
 
-FORMAT = "pack-quantized"
+# codes packed into words; a byte for each code, where activations are rounded; and what is said of both together
+PACKED, BYTES, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 UNPACK = "model.hf_quantizer.compressor.decompress_model(model)\n"
 STRATEGIES = {"tensor": "tensor", "row": "channel"}
 
@@ -48,17 +49,26 @@ def _loads(scheme: Scheme) -> bool:
 
 def config(job: Job) -> dict[str, object]:
     """The `quantization_config` of the checkpoint."""
+    groups = {name: _group(scheme, modules) for name, scheme, modules in job.groups()}
+    formats = {str(group["format"]) for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
-        "format": FORMAT,
+        "format": formats.pop() if len(formats) == 1 else MIXED if formats else PACKED,
         "quantization_status": "compressed",
-        "config_groups": {
-            name: {"targets": modules, "format": FORMAT, "weights": arguments(scheme)}
-            for name, scheme, modules in job.groups()
-        },
+        "config_groups": groups,
         "ignore": job.native(),
         "kv_cache_scheme": None,
     }
+
+
+def _group(scheme: Scheme, modules: list[str]) -> dict[str, object]:
+    """A component's modules with the arguments of their weights, and of their inputs where these are rounded."""
+    if scheme.activations == NOT_ROUNDED:
+        return {"targets": modules, "format": PACKED, "weights": arguments(scheme)}
+    inputs = {
+        "num_bits": scheme.activations, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True,
+    }  # fmt: skip
+    return {"targets": modules, "format": BYTES, "weights": arguments(scheme), "input_activations": inputs}
 
 
 def arguments(scheme: Scheme) -> dict[str, object]:
@@ -75,10 +85,18 @@ def arguments(scheme: Scheme) -> dict[str, object]:
 
 
 def layout(half: torch.dtype) -> PackedLayout:
-    """weight_packed, weight_scale, weight_shape and, on asymmetric grids, weight_zero_point packed along the rows."""
+    """weight_packed, weight_scale, weight_shape and, on asymmetric grids, weight_zero_point packed along the rows.
+
+    Where activations are rounded: signed bytes as weight, and weight_scale.
+    """
 
     def specs(key: str, weight: Weight, scheme: Scheme) -> tuple[Spec, ...]:
         shape = _scales(weight, scheme)
+        if scheme.activations != NOT_ROUNDED:
+            return (
+                Spec(f"{key}weight", torch.int8, (weight.rows, weight.cols)),
+                Spec(f"{key}weight_scale", half, shape),
+            )
         found = [
             Spec(f"{key}weight_packed", torch.int32, (weight.rows, math.ceil(weight.cols * scheme.bits / 32))),
             Spec(f"{key}weight_scale", half, shape),
@@ -91,6 +109,9 @@ def layout(half: torch.dtype) -> PackedLayout:
         return tuple(found)
 
     def tensors(found: QuantizedWeight, weight: Weight, scheme: Scheme) -> Sequence[Tensor]:
+        if scheme.activations != NOT_ROUNDED:
+            signed = (found.codes.to(torch.int16) - 2 ** (scheme.bits - 1)).to(torch.int8)
+            return [signed, found.scale.to(half).reshape(_scales(weight, scheme))]
         shape = torch.tensor([weight.rows, weight.cols])
         made = [pack(found.codes, scheme.bits), found.scale.to(half).reshape(_scales(weight, scheme)), shape]
         if not scheme.symmetric:

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sensitivity.formats.writing.job import Codes, from_weights_alone
 from sensitivity.measure.calibrate.statistics import Statistics, by_importance
 from sensitivity.measure.install.fold import fold
 from sensitivity.measure.install.plan_in_model import targets
+from sensitivity.measure.install.rounding import rounding_hooks
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import Linears, input_of
 from sensitivity.quantize.methods import solve
@@ -64,6 +66,8 @@ def codes(
     finally:
         for name, parameter in work.parameters.items():
             parameter.data = work.float_weights[name]
+        for hook in work.hooks:
+            hook.remove()
 
 
 class _BlockByBlock:
@@ -87,6 +91,7 @@ class _BlockByBlock:
         }
         self.found: dict[str, StoredWeight | None] = {}
         self.result = CalibratedCodes(self.codes_of)
+        self.hooks: list[RemovableHandle] = []  # of what the blocks in the model round
 
     def codes_of(self, name: str, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
         """The codes of one weight; blocks are solved until it is among them."""
@@ -125,6 +130,8 @@ class _BlockByBlock:
     def _install(self, block: Sequence[Weight]) -> None:
         """Put the quantized weights of a block into the model, so that later blocks calibrate on its real outputs."""
         for weight in block:
+            factor = getattr(self.found[weight.name], "inputs", None)
+            self.hooks += rounding_hooks(self.model, weight, self.schemes[weight.name], factor=factor)
             if (result := self.found[weight.name]) is not None:
                 own = self.float_weights[weight.name]
                 self.parameters[weight.name].data = result.dequantize().to(own.dtype)

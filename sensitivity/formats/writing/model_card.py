@@ -78,7 +78,7 @@ def _lines(job: Job, written: Written, format: str, facts: TrialFacts) -> Iterat
 def _scheme(scheme: Scheme | None) -> str:
     if scheme is None:
         return "native | | | "
-    return f"{scheme.method} | {scheme.bits} | {scheme.group} | {'symmetric' if scheme.symmetric else 'asymmetric'}"
+    return f"{scheme.method} | {scheme.widths} | {scheme.group} | {'symmetric' if scheme.symmetric else 'asymmetric'}"
 
 
 def _reasons(parts: ComponentMap) -> str:

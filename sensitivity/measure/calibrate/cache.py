@@ -22,7 +22,7 @@ from sensitivity.spec.sizes import GB
 
 # Parts of the system's message where a folder cannot be written.
 NOT_WRITABLE = ("Permission denied", "Read-only", "No space", "quota", "Not a directory")
-VERSION = 5  # raised when the meaning of an entry changes
+VERSION = 6  # raised when the meaning of an entry changes
 
 
 def cache_folder() -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sensitivity.quantize.methods import importance, method_of, needs_fisher
+from sensitivity.quantize.methods import importance, needs_data, needs_fisher
 from sensitivity.spec.plan import Scheme
 
 # forward passes that observing the tokens takes, a backward pass counting as two and blocks that run again as one;
@@ -26,7 +26,7 @@ def calibrating(
     Each importance has statistics of its own. Where inputs pass quantized layers, every plan has, too, and comparing
     both paths takes a pass through each.
     """
-    calibrated = [scheme for scheme in schemes if method_of(scheme).calibrated]
+    calibrated = [scheme for scheme in schemes if needs_data(scheme)]
     kinds = {importance(scheme) for scheme in calibrated}
     path = str(calibrated[0].get("path", "float")) if calibrated else "float"
     times = len(kinds) * (1 if path == "float" else plans)

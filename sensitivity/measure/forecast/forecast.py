@@ -23,9 +23,9 @@ from sensitivity.measure.shards import MOST, shard_ends
 from sensitivity.models.loading import device_of, dtype_of
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of
-from sensitivity.quantize.methods import method_of
+from sensitivity.quantize.methods import needs_data, weights_of
 from sensitivity.spec.components import PARTS, ComponentMap
-from sensitivity.spec.plan import Plan, Scheme, scheme_of
+from sensitivity.spec.plan import KEEP, Plan, Scheme, scheme_of
 from sensitivity.spec.sizes import GB, in_words
 from sensitivity.study.answers import COLUMNS
 from sensitivity.tasks.examples.types import Task
@@ -89,12 +89,14 @@ def forecast_sweep(
     resident, hardware = _resident(), Hardware(_measured_device(device), kind, clock)
     model = CostModel(vlm, parts, hardware)
     samples = [TaskSample.of(vlm, task, shard_ends(tasks), plain, clock) for task in tasks]
-    schemes = list(dict.fromkeys(scheme for plan in plans for _, scheme in plan.schemes if scheme))
+    used = list(dict.fromkeys(scheme for plan in plans for _, scheme in plan.schemes if scheme))
+    schemes = list(dict.fromkeys(weights_of(scheme) for scheme in used if scheme.method != KEEP))
     passes = [model.passes(sample) for sample in samples]
     runs = {part: float(len(plans)) for part in PARTS} if plain else _runs(parts, plans)
     generating = len(plans) * sum(model.generation_seconds(sample) for sample in samples)
-    calibrated = [scheme for scheme in schemes if method_of(scheme).calibrated]
-    inputs = {input_of(weight): weight for weight in parts.weights if not weight.looked_up} if calibrated else {}
+    calibrated = [scheme for scheme in schemes if needs_data(scheme)]
+    seen = [weight for weight in parts.weights if not weight.looked_up] if any(map(needs_data, used)) else []
+    inputs = {input_of(weight): weight for weight in seen}
     grams = sum(4.0 * weight.cols**2 for weight in inputs.values())
     # seconds of one calibration example through all parts
     calibration_example = sum(first for of_parts in passes for first, _ in of_parts.values()) / sum(
@@ -106,7 +108,7 @@ def forecast_sweep(
     seconds = {
         "loading": parts.numel * kind.itemsize / LOADING,
         "examples": sum(sample.preprocessing * sample.images for sample in samples),
-        **calibrating(schemes, calibration, calibration_example, products, len(plans)),
+        **calibrating(used, calibration, calibration_example, products, len(plans)),
         "quantizing": sum(_quantizing(parts, plans, scheme, hardware) for scheme in schemes),
         "running": sum(_running(*one, runs, len(plans)) for one in zip(samples, passes, strict=True)),
         "storing": STORING * len(plans) * len(shard_ends(tasks)),
@@ -127,7 +129,7 @@ def forecast_sweep(
         "Python": float(resident + LATER),
         "examples": sum(sample.bytes * min(sample.images, MOST) for sample in samples),
     }
-    cached = min(cache_gb * GB, grams + CODE * weight_count * len(calibrated)) if calibrated else 0.0
+    cached = min(cache_gb * GB, grams + CODE * weight_count * len(calibrated)) if inputs else 0.0
     return Forecast(
         plans=len(plans),
         examples=sum(sample.examples for sample in samples),
@@ -180,7 +182,7 @@ def _running(
 
 def _quantizing(parts: ComponentMap, plans: Sequence[Plan], scheme: Scheme, hardware: Hardware) -> float:
     """Seconds to quantize with one scheme every weight that some plan gives it to."""
-    used = {name for plan in plans for name, chosen in plan.schemes if chosen == scheme}
+    used = {name for plan in plans for name, chosen in plan.schemes if chosen and weights_of(chosen) == scheme}
     weights = (w for c in parts.components if c.name in used for w in c.weights)
     return sum(hardware.quantizing(scheme_of(w, scheme), w) for w in weights)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from sensitivity.measure.calibrate.absorbers import Absorber
 from sensitivity.measure.calibrate.cache import fingerprint
 from sensitivity.measure.calibrate.statistics import Statistics, by_importance
+from sensitivity.measure.install.rounding import check_cache, rounding_hooks
 from sensitivity.measure.memory.weight_codes import CachedWeight, Key, WeightCodes, as_cached, from_tensors, tensors
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears, input_of
-from sensitivity.quantize.methods import method_of, needs_fisher, quantize, solve
+from sensitivity.quantize.methods import UNIFORM, method_of, needs_data, needs_fisher, quantize, solve, weights_of
+from sensitivity.quantize.run_time.settings import has_fixed_range
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import Plan, Scheme, Setting, scheme_of
+from sensitivity.spec.plan import KEEP, NOT_ROUNDED, Plan, Scheme, Setting, scheme_of
 
 
 @contextmanager
@@ -42,30 +44,30 @@ def quantized(
         True
     """
     parameters = dict(model.named_parameters())
-    schemes = targets(parts, plan)
+    schemes, given = targets(parts, plan), _given(parts, plan)
     if unknown_names := sorted(set(schemes) - set(parameters)):
         raise UserError(f"the plan names weights that this model does not have: {', '.join(unknown_names[:4])}")
     quantizer = _Quantizer(parameters, parts, WeightCodes() if memory is None else memory, statistics)
-    blocks, exposed = list(_blocks(parts, schemes)), statistics is not None and statistics.exposed
+    blocks, exposed = list(_blocks(parts, given)), statistics is not None and statistics.exposed
     if not exposed:  # float statistics are collected before the first weight is replaced
         for block in blocks:
-            quantizer.solve(block, {weight.name: {schemes[weight.name]} for weight in block})
+            quantizer.solve(block, {weight.name: {given[weight.name]} for weight in block})
     with ExitStack() as installed:
         try:
             for block in blocks:
                 # the blocks before this one hold their quantized weights by now, and its calibration inputs pass them
                 if exposed:
-                    quantizer.solve(block, {weight.name: {schemes[weight.name]} for weight in block})
+                    quantizer.solve(block, {weight.name: {given[weight.name]} for weight in block})
                 for weight in block:
-                    chosen = schemes[weight.name]
+                    chosen = given[weight.name]
                     # the tensor is replaced and not overwritten, so that restoring it is exact and copies nothing
-                    parameters[weight.name].data = quantizer.weight(weight.name, chosen)
+                    if weight.name in schemes:
+                        parameters[weight.name].data = quantizer.weight(weight.name, chosen)
                     if weight.bias and weight.bias in schemes:
                         parameters[weight.bias].data = quantizer.bias(weight.bias, chosen)
-                    if (change := method_of(chosen).inputs) and not weight.looked_up:
-                        hook = _input_hook(change, chosen)
-                        installed.callback(model.get_submodule(weight.reader).register_forward_pre_hook(hook).remove)
-                quantizer.installed_so_far += [(weight.name, schemes[weight.name]) for weight in block]
+                    for hook in rounding_hooks(model, weight, chosen, *quantizer.input_range(weight, chosen)):
+                        installed.callback(hook.remove)
+                quantizer.installed_so_far += [(weight.name, given[weight.name]) for weight in block]
             # compared by address: a weight whose values survive quantizing unchanged counts as changed, too
             changed = {name for name, p in parameters.items() if p.data_ptr() != quantizer.own[name].data_ptr()}
             if changed != set(schemes):
@@ -93,7 +95,7 @@ def prepare(
         return
     schemes_of: dict[str, set[Scheme]] = {}
     for plan in plans:
-        for name, chosen in targets(parts, plan).items():
+        for name, chosen in _given(parts, plan).items():
             schemes_of.setdefault(name, set()).add(chosen)
     quantizer = _Quantizer(dict(model.named_parameters()), parts, memory, statistics)
     for block in _blocks(parts, schemes_of):
@@ -104,12 +106,22 @@ def targets(parts: ComponentMap, plan: Plan) -> dict[str, Scheme]:
     """The parameters that a plan changes, each with its scheme; biases only where the scheme says so."""
     schemes: dict[str, Scheme] = {}
     for component in parts.components:
-        if (chosen := plan[component.name]) is not None:
+        if (chosen := plan[component.name]) is not None and chosen.method != KEEP:
             for weight in component.weights:
                 schemes[weight.name] = scheme_of(weight, chosen)
                 if weight.bias and chosen.get("biases"):
                     schemes[weight.bias] = chosen
     return schemes
+
+
+def _given(parts: ComponentMap, plan: Plan) -> dict[str, Scheme]:
+    """The scheme of every weight that has one, also of those that stay as they are while their inputs are rounded."""
+    found: dict[str, Scheme] = {}
+    for component in parts.components:
+        if (chosen := plan[component.name]) is not None:
+            check_cache(component.name, chosen, component.weights)
+            found |= {weight.name: scheme_of(weight, chosen) for weight in component.weights}
+    return found
 
 
 class _Quantizer:
@@ -121,6 +133,9 @@ class _Quantizer:
         self.own = {name: parameter.data for name, parameter in parameters.items()}
         self.memory, self.statistics = memory, statistics
         self.installed_so_far: list[tuple[str, Scheme]] = []
+        exposed = statistics is not None and statistics.exposed
+        # largest magnitude of each channel, by input; on the exposed path it is this plan's alone
+        self.largest: dict[str, Tensor] = {} if exposed else memory.largest
         self.inputs: dict[str, list[Weight]] = {}
         for weight in parts.weights:
             self.inputs.setdefault(input_of(weight), []).append(weight)
@@ -131,6 +146,7 @@ class _Quantizer:
 
     def key(self, name: str, chosen: Scheme) -> Key:
         """What a quantized weight depends on; on the exposed path also everything that was quantized before it."""
+        chosen = weights_of(chosen)
         if self.statistics is not None and self.statistics.exposed and method_of(chosen).calibrated:
             return name, chosen, tuple(self.installed_so_far)
         return name, chosen
@@ -138,9 +154,15 @@ class _Quantizer:
     def solve(self, block: Iterable[Weight], schemes_of: Mapping[str, set[Scheme]]) -> None:
         """Quantize what the memory lacks; weights that read one input are solved together, and always all of them."""
         missing: dict[str, set[Scheme]] = {}
+        ranges: dict[str, Weight] = {}  # inputs whose range is asked for and not known
         for weight in block:
-            if missing_schemes := {s for s in schemes_of[weight.name] if self.key(weight.name, s) not in self.memory}:
+            every = {weights_of(scheme) for scheme in schemes_of[weight.name] if scheme.method != KEEP}
+            if missing_schemes := {s for s in every if self.key(weight.name, s) not in self.memory}:
                 missing.setdefault(input_of(weight), set()).update(missing_schemes)
+            if static := [s for s in schemes_of[weight.name] if has_fixed_range(s) and not weight.looked_up]:
+                self._check_calibrated(static[0])
+                if input_of(weight) not in self.largest:
+                    ranges[input_of(weight)] = weight
         # a method may choose scales for an input that its weights share; solving all of them together keeps the bits
         # independent of which of them a plan names
         for scheme in {s for schemes in missing.values() for s in schemes}:
@@ -148,6 +170,7 @@ class _Quantizer:
         found: Mapping[str, Mapping[str, Curvature]] = {}
         if self.statistics is not None:
             found = self.statistics.gather_for(missing, self.inputs, tuple(self.installed_so_far))
+            self._find_ranges(ranges, found)
         for shared, schemes in missing.items():
             names = tuple(weight.name for weight in self.inputs[shared])
             for name in names:
@@ -160,6 +183,24 @@ class _Quantizer:
                 for chosen, values in zip(alike, self._values(linears, alike), strict=True):
                     for name, value in zip(names, values, strict=True):
                         self.memory[self.key(name, chosen)] = value
+
+    def _find_ranges(self, ranges: Mapping[str, Weight], found: Mapping[str, Mapping[str, Curvature]]) -> None:
+        """The range of some inputs, from the statistics that solving needed, or from those of all tokens alike."""
+        known = {name: curvatures[UNIFORM] for name in ranges if UNIFORM in (curvatures := found.get(name, {}))}
+        if (left := [weight for name, weight in ranges.items() if name not in known]) and self.statistics is not None:
+            known |= self.statistics.gather(left, tuple(self.installed_so_far))
+        self.largest |= {name: known[name].largest.clone() for name in ranges}
+
+    def input_range(self, weight: Weight, chosen: Scheme) -> tuple[Tensor | None, Tensor | None]:
+        """The largest magnitude of a layer's inputs, if its scheme rounds them by it, and what divides them before."""
+        factor = None
+        if chosen.activations != NOT_ROUNDED and chosen.method != KEEP and not weight.looked_up:
+            factor = getattr(self.memory[self.key(weight.name, chosen)], "inputs", None)
+            factor = None if factor is None else factor.to(self.own[weight.name].device)
+        if not has_fixed_range(chosen) or weight.looked_up:
+            return None, factor
+        largest = self.largest[input_of(weight)]
+        return (largest if factor is None else largest / factor.to(largest.device)).max(), factor
 
     def _values(self, linears: Linears, schemes: Sequence[Scheme]) -> list[list[CachedWeight]]:
         """The quantized weights for each scheme; calibrated ones come from the cache on disk if it has them."""
@@ -198,6 +239,7 @@ class _Quantizer:
 
     def bias(self, name: str, chosen: Scheme) -> Tensor:
         """The dequantized bias that a scheme puts into the model; it is quantized as a matrix of one row."""
+        chosen = weights_of(chosen)
         if (name, chosen) not in self.memory:
             _check_finite(name, self.own[name])
             bias = self.own[name]
@@ -206,7 +248,7 @@ class _Quantizer:
 
     def _check_calibrated(self, chosen: Scheme) -> None:
         """Raise an error for a scheme that needs statistics if there are none, or they are of other data."""
-        if not method_of(chosen).calibrated:
+        if not needs_data(chosen):
             return
         if self.statistics is None:
             raise UserError(f"{chosen.method} needs calibration data: pass statistics, as calibrate() makes them")
@@ -234,10 +276,3 @@ def _check_finite(name: str, weight: Tensor) -> None:
     """Raise an error if a weight holds NaN or infinite values."""
     if not torch.isfinite(weight).all():
         raise UserError(f"{name} holds NaN or infinite values and cannot be quantized")
-
-
-def _input_hook(
-    change: Callable[[Tensor, Scheme], Tensor], chosen: Scheme
-) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """A forward pre-hook that changes a layer's input, for methods that also quantize activations."""
-    return lambda module, args: (change(args[0], chosen), *args[1:])

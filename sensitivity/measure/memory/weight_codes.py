@@ -47,6 +47,7 @@ class WeightCodes(OrderedDict[Key, CachedWeight]):
         super().__init__()
         self.limit = limit
         self.bytes = 0
+        self.largest: dict[str, Tensor] = {}  # largest magnitude of each channel of an input, for activations' ranges
         # per parameter, the weight that the last plan put into the model, and its key: neighboring plans share most
         self._dense: dict[str, tuple[Key, Tensor]] = {}
 

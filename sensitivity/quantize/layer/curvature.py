@@ -32,11 +32,12 @@ class Factor:
 
 
 class Curvature:
-    """Sums over the tokens that a layer saw: H = sum r x x', sum r |x| per channel, sum r and the token count."""
+    """What a layer saw: sums H = sum r x x' and sum r |x| per channel, the token count, and each channel's range."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.gram = torch.zeros(width, width, device=device)
         self.magnitude = torch.zeros(width, device=device)
+        self.low, self.high = torch.zeros(width, device=device), torch.zeros(width, device=device)
         self.weight = 0.0
         self.tokens = 0
         self.modalities = torch.zeros(4, dtype=torch.long)  # how many tokens of padding, vision, prompt and answer
@@ -58,6 +59,9 @@ class Curvature:
         else:
             self.weight += len(values)
         self.tokens += len(values)
+        if len(values):
+            low, high = torch.aminmax(values, dim=0)
+            self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         _add_symmetric(self.gram, values, scaled)
         self.magnitude += scaled.abs().sum(0)
         self._factor = None
@@ -76,7 +80,8 @@ class Curvature:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that has to be stored; `of` reads it again."""
         totals = torch.tensor([self.weight, self.tokens], dtype=torch.float64)
-        return {"gram": self.gram, "magnitude": self.magnitude, "totals": totals, "modalities": self.modalities}
+        sums = {"gram": self.gram, "magnitude": self.magnitude, "totals": totals, "modalities": self.modalities}
+        return {**sums, "low": self.low, "high": self.high}
 
     @property
     def content(self) -> list[Tensor]:
@@ -89,6 +94,7 @@ class Curvature:
         """The statistics from what `tensors` returned."""
         self = cls.__new__(cls)
         self.gram, self.magnitude = tensors["gram"], tensors["magnitude"]
+        self.low, self.high = tensors["low"], tensors["high"]
         self.weight, self.tokens = float(tensors["totals"][0]), int(tensors["totals"][1])
         self.modalities, self._factor, self.paths = tensors["modalities"].cpu(), None, None
         return self
@@ -102,6 +108,11 @@ class Curvature:
     def mean_magnitude(self) -> Tensor:
         """Mean |x| of each channel."""
         return self.magnitude / max(self.weight, torch.finfo(torch.float32).tiny)
+
+    @property
+    def largest(self) -> Tensor:
+        """The largest |x| of each channel."""
+        return torch.maximum(-self.low, self.high)
 
     @property
     def dead(self) -> Tensor:

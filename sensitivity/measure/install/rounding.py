@@ -1,0 +1,54 @@
+"""Rounds the inputs of layers, and attention's keys and values, in every forward pass, by hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sensitivity.quantize.methods import method_of
+from sensitivity.quantize.run_time.inputs import round_inputs
+from sensitivity.quantize.run_time.keys_and_values import round_cached
+from sensitivity.spec.components import Weight
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import CACHE_GROUP, NOT_ROUNDED, Scheme
+
+
+def rounding_hooks(
+    model: nn.Module, weight: Weight, chosen: Scheme, largest: Tensor | None = None, factor: Tensor | None = None
+) -> Iterator[RemovableHandle]:
+    """Register what a scheme rounds around one linear layer: its input, and its output where that is cached.
+
+    `largest` is the largest magnitude of the layer's inputs, for schemes with one scale for all tokens; `factor` is by
+    what a scale search multiplied the columns of the weight, and divided its inputs.
+    """
+    if weight.looked_up:  # rows of an embedding are looked up: there is no input to round
+        return
+    if (change := method_of(chosen).inputs) is not None:
+        yield _before(model.get_submodule(weight.reader), lambda x: change(x, chosen))
+    if chosen.activations != NOT_ROUNDED:
+        bits = chosen.activations
+        yield _before(model.get_submodule(weight.reader), lambda x: round_inputs(x, bits, largest, factor))
+    if chosen.cache != NOT_ROUNDED and weight.cached:
+        cache, group = chosen.cache, int(chosen[CACHE_GROUP] or 0)
+        layer = model.get_submodule(weight.module)
+        yield layer.register_forward_hook(lambda _, __, output: round_cached(output, cache, group))
+
+
+def check_cache(name: str, chosen: Scheme, weights: tuple[Weight, ...]) -> None:
+    """Raise an error for a plan that asks a component without keys and values to round them."""
+    if chosen.cache != NOT_ROUNDED and not any(weight.cached for weight in weights):
+        raise UserError(f"{name} has no keys and values that are cached; leave its cache at 16 bits")
+
+
+def _before(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Change a layer's input, however it is passed."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "input": change(kwargs["input"])}
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
