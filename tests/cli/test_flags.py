@@ -40,7 +40,8 @@ FITTING = {  # a value of each flag with which nothing is wrong: what is refused
     "--task": "vqa", "--search": "random", "--allow": "vision=4,native", "--tie": "vision,language",
     "--runtime": "gptq", "--trials": "20", "--out": "other", "--n": "9", "--seed": "7", "--calibration": "vqa,caption",
     "--calibration-n": "16", "--path": "exposed", "--cache-gb": "0", "--until": "error<0.5%", "--memory-gb": "0.5",
-    "--threads": "1", "--include": "head",
+    "--threads": "1", "--include": "head", "--activation-bits": "8,16", "--activation-scale": "token",
+    "--cache-bits": "4,16", "--cache-group": "16",
     "--workers": "1", "--executor": "local", "--device": "cpu", "--dtype": "fp32", "--storage": "sqlite:///team.db",
     "--near": "0.5", "--bootstraps": "10", "--bpw": "6", "--gb": "0.5", "--weight": "vqa=2", "--floor": "vqa=95%",
     "--top": "1", "a": "study", "b": "study", "--plan": "a79dde72", "--every": "1",
@@ -54,6 +55,7 @@ OWN = {  # where a verb means something else by a flag
 GPTQ = ("--set", "--backend", "--calibration", "--calibration-n", "--path", "--cache-gb")
 BESIDE = {  # what a flag needs beside it, where it means nothing alone
     **{(verb, flag): "--method gptq" for verb in ("inspect", "sweep") for flag in GPTQ},
+    ("sweep", "--activation-scale"): "--activation-bits 8", ("sweep", "--cache-group"): "--cache-bits 4",
     ("export", "--path"): "--format fake", ("export", "--model"): "--format fake",
     ("legalize", "--force"): "--out other.json",
     ("import", "--bits"): "--switch on=connector", ("import", "--switch"): "--bits b",

@@ -159,7 +159,7 @@ def test_a_scale_search_rounds_what_the_layer_before_hands_on(scenes_llava: VLM)
     assert len(memory) == len(parts["language"].weights)
 
 
-@pytest.mark.parametrize("scale", ["token", "tensor"])
+@pytest.mark.parametrize("scale", few(["token", "tensor"], ["tensor"]))
 def test_the_exposed_path_calibrates_behind_rounded_layers(scenes_llava: VLM, scale: str) -> None:
     parts = inspect(scenes_llava, by="part")
     found = {}
@@ -211,10 +211,12 @@ def test_fast_equals_plain(family: str, tmp_path: Path, monkeypatch: pytest.Monk
 def test_answers_read_from_a_rounded_cache_are_those_read_at_once(scenes_llava: VLM) -> None:
     """generate() reads one token at a time with a cache; the likelihood comes from one pass without."""
     parts, asked = inspect(scenes_llava, by="kind"), dataclasses.replace(task("caption", n=4), exact=False)
-    with quantized(scenes_llava.model, parts, Plan.uniform(parts, scheme("keep", 16, cache=2))):
+    with quantized(scenes_llava.model, parts, Plan.uniform(parts, scheme("keep", 16, cache=2, cache_group=4096))):
         shared, alone = evaluate(scenes_llava, asked), evaluate(scenes_llava, asked, plain=True)
     assert shared["answer"] == alone["answer"]
-    assert shared["answer"] != evaluate(scenes_llava, asked)["answer"]
+    likely = np.array([one["nll"] for one in (shared, alone, evaluate(scenes_llava, asked))], dtype=float)
+    assert likely[0] == pytest.approx(likely[1], rel=1e-3, abs=2e-4)
+    assert np.abs(likely[0] - likely[2]).max() > 1e-2  # although these answers survive a cache of two bits
 
 
 @pytest.mark.parametrize("family", small_vlms.BUILDERS)
@@ -266,7 +268,7 @@ def test_a_sweep_counts_and_ranks_what_it_rounds(scenes_llava: VLM, tmp_path: Pa
     some = [scheme("rtn", 8, activations=a, cache=kv) for a in (2, 16) for kv in (2, 16)]
     plans = grid(parts, schemes=some)
     assert len(plans) == 2 * 2 * 4 + 1  # vision and connector have no cache to choose
-    study = sweep(scenes_llava, parts, plans, ["vqa"], tmp_path / "study", n=24)
+    study = sweep(scenes_llava, parts, plans, ["vqa"], tmp_path / "study", n=16)
     table = study.table()
     assert set(table["vision.activations"]) == {2, 16}
     assert set(table["language.cache"]) == {2, 16}
