@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from sensitivity.api.exporting import export
 from sensitivity.api.sweeping import calibrated, sweep
 from sensitivity.cli.main import main
+from sensitivity.formats.verification import verify
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import METHODS, scheme
+from sensitivity.quantize.methods import METHODS, quantize, scheme
 from sensitivity.quantize.presets import PRESETS
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
@@ -80,18 +83,34 @@ def test_a_preset_with_gradients_is_exported_as_measured(tmp_path: Path, capsys:
     assert main(f"verify {out} --json".split()) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
-def test_rounded_activations_are_exported_as_measured(
-    bits: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """compressed-tensors rounds them by itself when the export is run, with a scale for each token, as we do."""
-    study, out = tmp_path / "study", tmp_path / "out"
-    sweeping = f"sweep {MODEL} --bits {bits} --activation-bits 8 --runtime compressed-tensors --n 8 --out {study}"
-    assert main(sweeping.split()) == 0
-    assert main(f"export {study} --bpw 12 --format compressed-tensors --out {out}".split()) == 0
-    capsys.readouterr()
-    assert main(f"verify {out} --json".split()) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["verdict"] == "as measured", found
+def export_of(plan: Plan, vlm: VLM, parts: ComponentMap, folder: Path) -> Path:
+    """A plan after a sweep of a few examples, as compressed-tensors holds it."""
+    asked = [one for _, one in plan.schemes if one]
+    schemes, statistics = calibrated(vlm, parts, asked, ["vqa"], n=4, cache_gb=0)
+    plan = Plan(tuple(zip(parts.names, schemes, strict=True)))
+    study = sweep(vlm, parts, [plan], ["vqa"], folder / "study", n=8, statistics=statistics)
+    return export(study, plan, folder / "out", "compressed-tensors")
+
+
+def test_weights_beside_rounded_activations_are_bytes(scenes_llava: VLM, tmp_path: Path) -> None:
+    parts = inspect(scenes_llava, by="part")
+    chosen = scheme("rtn", 4, activations=8)
+    out = export_of(Plan.uniform(parts, chosen), scenes_llava, parts, tmp_path)
+    config = json.loads((out / "config.json").read_bytes())["quantization_config"]
+    assert {group["input_activations"]["num_bits"] for group in config["config_groups"].values()} == {8}
+    assert config["format"] == "int-quantized"
+    held = load_file(out / "model.safetensors")
+    key = next(name for name in held if "multi_modal_projector" in name and held[name].dtype == torch.int8)
+    own = scenes_llava.model.get_parameter(next(w.name for w in parts["connector"].weights if key.endswith(w.name[6:])))
+    assert torch.equal(held[key].float() * held[f"{key}_scale"].float(), quantize(own.detach(), chosen))
     manifest = json.loads((out / MANIFEST).read_bytes())
     assert manifest["written"]["bytes"] == manifest["predicted_size"]["bytes"]
+
+
+@pytest.mark.slow  # a fresh process loads the export
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounded_activations_are_exported_as_measured(bits: int, scenes_llava: VLM, tmp_path: Path) -> None:
+    """compressed-tensors rounds them by itself when the export is run, with a scale for each token, as we do."""
+    parts = inspect(scenes_llava, by="part")
+    mixed = {"*": scheme("rtn", bits, activations=8), "language": scheme("gptq", 4, group=32)}
+    assert verify(export_of(Plan.of(parts, mixed), scenes_llava, parts, tmp_path))["verdict"] == "as measured"
