@@ -35,6 +35,7 @@ from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import size
+from sensitivity.study.sharing import tidy
 from sensitivity.tasks.table import TASKS, task
 
 
@@ -275,6 +276,7 @@ def test_a_sweep_counts_and_ranks_what_it_rounds(scenes_llava: VLM, tmp_path: Pa
     assert "vision.cache" not in table
     assert table["cache_bits"].notna().sum() == 8
     assert table["uniform"].sum() == 4 + 1
+    assert {"bits.vision.activations", "bits.language.cache", "cache_bits"} <= set(tidy.trials(study))
     found = observations_of(study)
     assert found.names == (*parts.names, *(f"{name}.activations" for name in parts.names), "language.cache")
     ranking = rank(study, bootstraps=0)

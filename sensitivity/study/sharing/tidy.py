@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import component_of
 from sensitivity.study.examples.questions import questions
 from sensitivity.study.study import Study
 
@@ -27,10 +28,11 @@ MEANINGS = {
     "uniform": "whether all components have one scheme",
     "native": "whether nothing is quantized",
     "complete": "whether the plan has seen all examples",
-    "bits.NAME": "bits of a component; 16 is native precision",
+    "bits.NAME": "bits of a component, or of its NAME.activations or NAME.cache; 16 is native precision",
     "bytes": "bytes of all that is stored",
     "bpw": "bits per weight, counting all that is stored",
     "bpw_codes": "bits per weight of codes alone, the convention of papers",
+    "cache_bits": "bits of all keys and values of one token, where the plan rounds some",
     "seconds": "how long the plan ran",
     "task": "the task",
     "score": "the score: its mean over examples, or of one example",
@@ -72,9 +74,9 @@ def trials(study: Study) -> pd.DataFrame:
     shared.insert(
         5, "methods", [",".join(sorted({s.method for _, s in plan.schemes if s})) or "native" for plan in schemes]
     )
-    for name in study.parts.names:
+    for name in (*study.parts.names, *(column for column in table if component_of(column)[1])):
         shared[f"bits.{name}"] = table[name]
-    for name in (*SIZES, "seconds"):
+    for name in (*SIZES, *(["cache_bits"] if "cache_bits" in table else []), "seconds"):
         shared[name] = table.get(name)
     frames = [_of_task(shared, table, task) for task in study.tasks if task in table]
     return pd.concat(frames, ignore_index=True).sort_values(["trial", "task"], kind="stable", ignore_index=True)
