@@ -73,7 +73,8 @@ def gallery(
     every = changes(after, before, questions(study.path, study.meta), task, kind)
     cards = [Card(one, tuple(pictures.of(one)) if pictures else ()) for one in every[:most]]
     counts = [row for row in study.counts_by_kind(plan) if (not task or row["task"] == task)]
-    counts = [row for row in counts if not kind or row["kind"] == kind]
+    # a task of one kind is counted as a whole alone
+    counts = [row for row in counts if not kind or row["kind"] == kind] or counts
     notes = tuple(notes_on(cards)) if pictures else ()
     return Gallery(title, plan, "full precision", tuple(counts), len(every), tuple(cards), notes)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from sensitivity.analysis.allocate.recommendation import Recommendation
+from sensitivity.analysis.failures.changes import study_of
 from sensitivity.analysis.failures.gallery import Gallery, galleries
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
@@ -21,15 +23,17 @@ def failing(study: Study, chosen: Sequence[Recommendation]) -> tuple[list[Galler
             f"What a plan breaks is shown for recommended plans here, and for any other by `sensitivity failures "
             f"{study.path} --plan KEY`; the table above has the keys of the plans on the frontier."
         ]
-    found: list[Gallery] = []
-    for title, plan in plans:
-        try:
-            found += galleries(study, [(title, plan)], MOST // len(plans))
-        except UserError:
-            continue
-    if found:
-        return found, []
+    measured = [(title, plan) for title, plan in plans if _has_answers(study, plan)]
+    if measured:
+        return galleries(study, measured, MOST // len(plans)), []
     return [], ["The answers of these plans are not known: they were predicted and not run, or imported as a table."]
+
+
+def _has_answers(study: Study, plan: Plan) -> bool:
+    with contextlib.suppress(UserError):
+        study_of(study, plan)
+        return True
+    return False
 
 
 def _plans(chosen: Sequence[Recommendation]) -> list[tuple[str, Plan]]:
