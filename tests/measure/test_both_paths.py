@@ -91,8 +91,8 @@ def plans(parts: ComponentMap, facts: Mapping[str, object]) -> list[Plan]:
     def one(name: str, bits: int) -> Scheme:
         return scheme(name, bits, calibration=facts)  # type: ignore[arg-type]
 
-    mixed = {"vision": one("gptaq", 3), "connector": scheme("llm-int8", 8), "language": one("vlm-ptq", 3)}
-    return [Plan.of(parts, mixed), Plan.of(parts, {**mixed, "language": one("salq-vlm", 3)})]
+    mixed = {"vision": one("salq-vlm", 3), "connector": scheme("llm-int8", 8), "language": one("vlm-ptq", 3)}
+    return [Plan.of(parts, mixed)]
 
 
 def test_the_fast_path_answers_as_the_plain_one(
