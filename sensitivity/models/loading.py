@@ -80,8 +80,10 @@ def load(
     if torch_dtype is None and name.startswith("embedded:") and device == "cpu":
         torch_dtype = torch.float32
     model: nn.Module
-    with _quiet():
+    with quiet():
         config, architecture = _config(folder, name, raw)
+        # an export may ask transformers to unpack its weights, in 16 bits; `_unpack` does so in the dtype that is asked
+        getattr(config, "quantization_config", {}).pop("dequantize", None)
         if config_only:
             model, processor = _meta_model(architecture, config, name), None
         elif original:
@@ -121,7 +123,7 @@ def load(
 def _with_adapter(base: VLM, adapter: Adapter, name: str, config_only: bool) -> VLM:
     """The base model with an adapter merged in, under a fingerprint of both."""
     if not config_only:
-        with _quiet():
+        with quiet():
             base.model = merge_adapter(base.model, adapter, name).eval().requires_grad_(False)
     mark = fingerprint(adapter.config, [] if config_only else [adapter.folder / WEIGHTS], base.fingerprint)
     return replace(base, name=name, fingerprint=mark)
@@ -263,7 +265,7 @@ def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' load report and progress bar: what they report is an error here, or nothing."""
     from transformers.utils import logging
 

@@ -22,24 +22,39 @@ from sensitivity.spec.sizes import groups
 # codes packed into words; a byte for each code, where activations are rounded; and what is said of both together
 PACKED, BYTES, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 UNPACK = "model.hf_quantizer.compressor.decompress_model(model)\n"
+LAST_LINE = (
+    "Without the last line the weights are unpacked by the first forward pass of the whole model, and `generate` reads "
+    "images before it; transformers itself unpacks on loading only where all weights have the same width and group. "
+    "Where sensitivity is installed, one line does it all: `from sensitivity import load; vlm = load(FOLDER, "
+    "quantized=True)`."
+)
+ROUNDED = (
+    "transformers unpacks the weights on loading, in 16 bits: a model in float32 differs from the measured one by the "
+    "last of them. `from sensitivity import load; vlm = load(FOLDER, quantized=True)` unpacks them as measured."
+)
 STRATEGIES = {"tensor": "tensor", "row": "channel"}
 
 
 def write(job: Job, folder: Path) -> Written:
     """Write a checkpoint that plain `from_pretrained` loads where compressed-tensors is installed."""
     weight, hashes = checkpoint(job, folder, layout(job.half), {"quantization_config": config(job)})
+    load = LOAD.format(dtype=str(job.dtype).removeprefix("torch."))
     return Written(
-        load=LOAD.format(dtype=str(job.dtype).removeprefix("torch.")) + UNPACK,
+        load=load if alike(job) else load + UNPACK,
         bytes=weight,
         hashes=hashes,
         headers=headers(folder, weight),
         notes=(
-            "Needs compressed-tensors (pip install compressed-tensors). Without the last line the weights are unpacked "
-            "by the first forward pass of the whole model, which `generate` of some families never makes. "
-            "transformers' `dequantize=True` reads only the first group of settings: not for mixed widths.",
+            "Needs compressed-tensors (pip install compressed-tensors).",
+            ROUNDED if alike(job) else LAST_LINE,
         ),
         runs=all(_loads(scheme) for _, scheme, _ in job.groups()),
     )
+
+
+def alike(job: Job) -> bool:
+    """Whether one group of settings describes every quantized weight: transformers can then unpack them on loading."""
+    return len({(scheme.bits, scheme.group, scheme.symmetric) for _, scheme, _ in job.groups()}) == 1
 
 
 def _loads(scheme: Scheme) -> bool:
@@ -57,6 +72,8 @@ def config(job: Job) -> dict[str, object]:
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": job.native(),
+        # transformers 5.23 reads the first group of settings for all of them, so mixed widths cannot be unpacked so
+        **({"dequantize": True} if alike(job) else {}),
         "kv_cache_scheme": None,
     }
 
