@@ -14,11 +14,10 @@ from sensitivity.spec.plan import Scheme
 KQUANTS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}  # super-blocks of 256 columns
 BLOCKS = {4: "q4_0", 5: "q5_0", 8: "q8_0"}  # types with blocks of 32 columns, for rows that 256 does not divide
 FILES = {"language": "language.tensor-types.txt", "vision": "mmproj.tensor-types.txt"}
+# not commands: they could not be run in a test, and the converter refuses some towers (see the notes)
 LOAD = """\
-python convert_hf_to_gguf.py MODEL --outfile language.gguf
-python convert_hf_to_gguf.py MODEL --mmproj --outfile mmproj.gguf
-llama-quantize --tensor-type-file language.tensor-types.txt language.gguf language-q.gguf q8_0
-llama-quantize --tensor-type-file mmproj.tensor-types.txt mmproj.gguf mmproj-q.gguf q8_0
+language.tensor-types.txt   for llama-quantize --tensor-type-file, with the GGUF file of the language model
+mmproj.tensor-types.txt     the same, with the GGUF file of the vision tower and the projector
 """
 
 
@@ -39,6 +38,8 @@ def write(job: Job, folder: Path) -> Written:
     notes = (
         RUNTIME_QUANTIZES,
         "llama.cpp's types have scales and groups of their own: only the widths are the plan's.",
+        "Both GGUF files are made of the base model by llama.cpp's converter, which does not know the CLIP towers of "
+        "models that transformers 5 saved (`Unsupported model type: clip_vision_model`).",
     )
     return Written(load=LOAD, notes=notes)
 
