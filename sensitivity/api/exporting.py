@@ -16,7 +16,7 @@ from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.legal import Legal, legal, legalize
 from sensitivity.api.recommending import FRESH
 from sensitivity.api.sweeping import calibrated, sweep
-from sensitivity.formats.table import CHECKPOINTS, FORMATS, may_be_written, write
+from sensitivity.formats.table import CHECKPOINTS, CHECKS, FORMATS, may_be_written, write
 from sensitivity.formats.verification import verify
 from sensitivity.formats.writing.calibrated_codes import CalibratedCodes
 from sensitivity.formats.writing.calibrated_codes import codes as calibrated_codes
@@ -80,6 +80,8 @@ def export(
         raise UserError(f"{loader} cannot hold this plan: {'; '.join(broken)}. {_instead(study, plan, loader)}")
     gain: TrialFacts = {}
     may_be_written(out, format, force, [study.path, *keep])  # before anything that takes long
+    if format in CHECKS:
+        CHECKS[format](model or meta.get("model", ""))
     if path is not None:
         if not isinstance(model, VLM):
             model = load(model or meta["model"], dtype=meta["dtype"])

@@ -10,18 +10,20 @@ from typing import NotRequired, TypedDict
 
 from sensitivity.formats import plan_json
 from sensitivity.formats.checkpoints import auto_round, awq, compressed_tensors, fake, gptq
+from sensitivity.formats.openvino import export as openvino
 from sensitivity.formats.recipes import bnb, llama_cpp, llm_compressor, mlx, modelopt, torchao
 from sensitivity.formats.writing import manifest
-from sensitivity.formats.writing.job import Job, Written
+from sensitivity.formats.writing.job import Job, Written, predicted_size
 from sensitivity.formats.writing.manifest import StoredJson, TrialFacts
 from sensitivity.formats.writing.model_card import card
 from sensitivity.formats.writing.unfinished import staging_folder
 from sensitivity.measure.calibrate.cache import cache_folder
+from sensitivity.models.vlm import VLM
 from sensitivity.spec import plan_file
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.files import may_write
 from sensitivity.spec.runtimes import check
-from sensitivity.spec.sizes import SizeJson, size
+from sensitivity.spec.sizes import SizeJson
 
 # name -> the function that writes a job's plan into a new folder and returns what it wrote
 FORMATS: dict[str, Callable[[Job, Path], Written]] = {
@@ -31,6 +33,7 @@ FORMATS: dict[str, Callable[[Job, Path], Written]] = {
     "gptq": gptq.write,
     "awq": awq.write,
     "auto-round": auto_round.write,
+    "openvino": openvino.write,
     "llm-compressor": llm_compressor.write,
     "bnb": bnb.write,
     "torchao": torchao.write,
@@ -40,7 +43,10 @@ FORMATS: dict[str, Callable[[Job, Path], Written]] = {
 }
 
 
-CHECKPOINTS = ("fake", "compressed-tensors", "gptq", "awq", "auto-round")  # formats that hold weights
+CHECKPOINTS = ("fake", "compressed-tensors", "gptq", "awq", "auto-round", "openvino")  # formats that hold weights
+
+# runtimes that we run ourselves -> a check that they are here and can run a model, before anything that takes long
+CHECKS: dict[str, Callable[[VLM | str], None]] = {"openvino": openvino.check}
 
 
 EXPECTED = "expected.parquet"  # per-example answers of the trial, for `verify`
@@ -105,7 +111,7 @@ def may_be_written(out: Path, format: str, force: bool, keep: Iterable[Path] = (
 
 
 def _summary(job: Job, written: Written, format: str) -> Summary:
-    predicted = size(job.parts, job.plan, job.stored_as(format))
+    predicted = predicted_size(job, written, format)
     facts: Summary = {"format": format, "predicted_size": predicted.to_json()}
     if written.bytes:
         total = sum(written.bytes.values())

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -16,6 +18,10 @@ from sensitivity.formats.writing import manifest
 from sensitivity.formats.writing.manifest import Manifest, TrialFacts
 from sensitivity.spec.errors import UserError
 from sensitivity.study import answers as examples
+
+if TYPE_CHECKING:
+    from sensitivity.measure.evaluation import Rows
+    from sensitivity.tasks.examples.types import Task
 
 PROGRAM = "import json, sys; from sensitivity.formats.verification import rerun; rerun(**json.load(sys.stdin))"
 NLL_TOLERANCE = (
@@ -112,14 +118,12 @@ def rerun(folder: str, target: str, dtype: str, trial: TrialFacts, device: str) 
     """Runs in the fresh process: load the export, run the trial's tasks, write the rows to `target`."""
     import torch
 
-    from sensitivity.measure.evaluation import evaluate
-    from sensitivity.models.loading import load
     from sensitivity.tasks.table import task as find_task
 
     meta = trial["meta"]
     # the order of float sums depends on the number of threads
     torch.set_num_threads(int((trial.get("versions") or {}).get("threads", torch.get_num_threads())))
-    vlm = load(folder, device=device, dtype=dtype, quantized=True)
+    answers = _answers(Path(folder), dtype, device, trial.get("path") == "plain")
     frames = []
     for source in dict.fromkeys(meta["tasks"]):
         task = find_task(source, "evaluation", meta["n"], meta["seed"], meta.get("whole_answers", False))
@@ -128,5 +132,20 @@ def rerun(folder: str, target: str, dtype: str, trial: TrialFacts, device: str) 
             raise UserError(
                 f"the data of {task.name} are not those of the trial: {data}, then {meta['data'][task.name]}"
             )
-        frames.append(pd.DataFrame(evaluate(vlm, task, plain=trial.get("path") == "plain")))
+        frames.append(pd.DataFrame(answers(task)))
     pd.concat(frames).to_parquet(target, index=False)
+
+
+def _answers(folder: Path, dtype: str, device: str, plain: bool) -> Callable[[Task], Rows]:
+    """A function that runs an export on a task, in the runtime that its format is for."""
+    if manifest.read(folder)["format"] == "openvino":
+        from sensitivity.formats.openvino.run import Running
+
+        if device != "cpu":
+            raise UserError(f"an export for openvino is verified on the cpu, not on {device}; leave out --device")
+        return Running(folder).evaluate
+    from sensitivity.measure.evaluation import evaluate
+    from sensitivity.models.loading import load
+
+    vlm = load(str(folder), device=device, dtype=dtype, quantized=True)
+    return lambda task: evaluate(vlm, task, plain)

@@ -104,6 +104,15 @@ RUNTIMES: dict[str, Runtime] = {
         packed=True,
         files="auto-round",
     ),
+    # OpenVINO 2026.4 keeps u2, u4, i4, u8 and i8 packed while it runs, and expands u3 and u6 to floats: codes of 3 bits
+    # are stored in 4, and those of 5 to 7 in 8
+    "openvino": Runtime(
+        "OpenVINO",
+        symmetric=tuple(range(2, 9)),
+        asymmetric=tuple(range(2, 9)),
+        packed=True,
+        files="openvino",
+    ),
     # compressed-tensors' pydantic scheme; llm-compressor computes the grids itself, so only methods that it has
     "llm-compressor": Runtime(
         "llm-compressor",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
@@ -241,6 +241,26 @@ def _gptq(scheme: Scheme, rows: int, cols: int) -> int:
     return _awq(scheme, rows, cols) + 32 * cols
 
 
+def openvino_width(bits: int) -> int:
+    """The width in which OpenVINO stores codes: its graphs know 2, 4 and 8 bits, and expand others to floats."""
+    return next(width for width in (2, 4, 8) if bits <= width)
+
+
+def _whole_bytes(bits: int) -> int:
+    """Bits rounded up to whole bytes."""
+    return 8 * math.ceil(bits / 8)
+
+
+def _openvino(scheme: Scheme, rows: int, cols: int) -> int:
+    """Codes in 2, 4 or 8 bits, a 16-bit scale per group, and zero points as wide as codes.
+
+    Symmetric codes of 4 and 8 bits are signed and have no zero point; those of 2 bits share one, in a byte.
+    """
+    width, count = openvino_width(scheme.bits), groups(scheme, rows, cols)
+    zeros = (8 if width == 2 else 0) if scheme.symmetric else _whole_bytes(width * count)
+    return _whole_bytes(width * rows * cols) + 16 * count + zeros
+
+
 # format -> all bits that its files hold for one weight; formats that are missing here are configurations, from which
 # the runtime's own tool makes the weights
 FILES: dict[str, Callable[[Scheme, int, int], int]] = {
@@ -248,6 +268,7 @@ FILES: dict[str, Callable[[Scheme, int, int], int]] = {
     "gptq": _gptq,
     "auto-round": _gptq,
     "awq": _awq,
+    "openvino": _openvino,
     "float32": lambda scheme, rows, cols: 32 * rows * cols,  # the values themselves
     "float16": lambda scheme, rows, cols: 16 * rows * cols,
     "bfloat16": lambda scheme, rows, cols: 16 * rows * cols,
@@ -273,6 +294,13 @@ def weight_bits(scheme: Scheme | None, weight: Weight, native_bits: int, format:
 def component_bits(parts: ComponentMap, name: str, scheme: Scheme | None, format: str | None = None) -> int:
     """All bits of one component."""
     return sum(weight_bits(scheme, w, parts.native_bits, format) for w in parts[name].weights)
+
+
+def bits_of(parts: ComponentMap, plan: Plan, names: Collection[str], format: str | None = None) -> int:
+    """All bits of some weights and kept parameters, by their names."""
+    kept = parts.native_bits * sum(k.numel for k in parts.kept if k.name in names)
+    weights = ((plan[c.name], w) for c in parts.components for w in c.weights if w.name in names)
+    return kept + sum(weight_bits(scheme, w, parts.native_bits, format) for scheme, w in weights)
 
 
 def kept_bits(parts: ComponentMap) -> int:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 ABOUT = "write a plan as files that a runtime loads"
 EXAMPLE = "sensitivity export runs/first --bpw 4.0 --format compressed-tensors --out out/first"
 KNOWN = (
-    "plan, fake, compressed-tensors, gptq, awq, auto-round, llm-compressor, bnb, torchao, modelopt, llama.cpp or mlx"
+    "plan, fake, compressed-tensors, gptq, awq, auto-round, openvino, llm-compressor, bnb, torchao, modelopt, "
+    "llama.cpp or mlx"
 )
 
 
@@ -99,6 +100,8 @@ def show(path: Path, known: Manifest | None) -> None:
             ],
         )
         print(f"next: sensitivity verify {path}")
+        if known["format"] == "compressed-tensors":
+            print(f'load it: from sensitivity import load; vlm = load("{path}", quantized=True)')
     else:
         print(f"a configuration: the runtime's own tool makes the weights, as {path}/README.md says")
         print(f"predicted: {predicted['bytes']:,} bytes, {predicted['bpw']:.3f} bpw, all stored")

@@ -128,10 +128,13 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if args.executor == "ray" and not workers.is_child() and not args.dry_run:
         return _on_a_cluster(args)
     from sensitivity.api.sweeping import calibrated as calibrated_
+    from sensitivity.formats.table import CHECKS
     from sensitivity.measure.generate.batches import check_tasks_fit
 
     workers.stop_with_launcher()
     vlm, parts, tasks = _loaded(args)
+    if args.runtime in CHECKS:
+        CHECKS[args.runtime](vlm)
     requested, plans_of = _search_space(args, parts, requested)
     check_tasks_fit(vlm, tasks)
     # built twice: here for its length, and below with calibrated schemes, for which the model must calibrate first

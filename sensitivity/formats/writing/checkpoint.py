@@ -77,14 +77,28 @@ def _read(job: Job, tensor: CheckpointTensor) -> Tensor:
     return weight
 
 
+def unquantized(job: Job, tensor: CheckpointTensor) -> Tensor:
+    """A parameter that the plan leaves unquantized, in its stored type, with what folding changed."""
+    changed = job.changed.get(tensor.parameter)
+    return tensor.read() if changed is None else changed.to(tensor.dtype)
+
+
+def on_integer_grid(job: Job, tensor: CheckpointTensor, scheme: Scheme) -> QuantizedWeight:
+    """The codes of a weight, or an error where a packed layout cannot hold what its method stores."""
+    found = job.codes(tensor.parameter, _read(job, tensor), scheme)
+    if getattr(found, "inputs", None) is not None:
+        raise UserError(
+            f"{tensor.parameter} was quantized with a factor for each input, which this layout cannot hold; sweep "
+            "with --set scales=folded, or use --format fake, or a method without scales, such as gptq"
+        )
+    if not isinstance(found, QuantizedWeight) or not bool((found.zero == found.zero.round()).all()):
+        raise UserError(f"{tensor.parameter} has no codes on an integer grid; use --method rtn, or --format fake")
+    return found
+
+
 def _copied(job: Job, tensor: CheckpointTensor) -> Piece:
-    """A parameter that the plan leaves unquantized, in its stored type."""
-
-    def make() -> Sequence[Tensor]:
-        changed = job.changed.get(tensor.parameter)
-        return (tensor.read() if changed is None else changed.to(tensor.dtype),)
-
-    return Piece((Spec(tensor.key, tensor.dtype, tensor.shape),), make)
+    """A parameter that the plan leaves unquantized."""
+    return Piece((Spec(tensor.key, tensor.dtype, tensor.shape),), lambda: (unquantized(job, tensor),))
 
 
 def _packed(job: Job, tensor: CheckpointTensor, weight: Weight, layout: PackedLayout) -> Piece:
@@ -92,15 +106,7 @@ def _packed(job: Job, tensor: CheckpointTensor, weight: Weight, layout: PackedLa
     scheme = job.schemes[tensor.parameter]
 
     def make() -> Sequence[Tensor]:
-        found = job.codes(tensor.parameter, _read(job, tensor), scheme)
-        if getattr(found, "inputs", None) is not None:
-            raise UserError(
-                f"{tensor.parameter} was quantized with a factor for each input, which this layout cannot hold; sweep "
-                "with --set scales=folded, or use --format fake, or a method without scales, such as gptq"
-            )
-        if not isinstance(found, QuantizedWeight) or not bool((found.zero == found.zero.round()).all()):
-            raise UserError(f"{tensor.parameter} has no codes on an integer grid; use --method rtn, or --format fake")
-        return layout.tensors(found, weight, scheme)
+        return layout.tensors(on_integer_grid(job, tensor, scheme), weight, scheme)
 
     return Piece(layout.specs(tensor.key.removesuffix("weight"), weight, scheme), make)
 

@@ -21,6 +21,7 @@ from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.sizes import Size, bits_of, size
 
 # REMADE is the note, and WITH the loading code, of formats that are a configuration without weights.
 RUNTIME_QUANTIZES = (
@@ -152,4 +153,12 @@ class Written:
     hashes: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
     runs: bool = False  # whether `sensitivity verify` can run it
-    headers: int = 0  # bytes of safetensors headers
+    headers: int = 0  # bytes of the files that are not tensors
+    unread: Sequence[str] = ()  # parameters that were left out, since the model never reads them
+
+
+def predicted_size(job: Job, written: Written, format: str) -> Size:
+    """What the files of a format weigh, without the parameters that the model never reads if they are left out."""
+    stored_as = job.stored_as(format)
+    found = size(job.parts, job.plan, stored_as)
+    return replace(found, bits=found.bits - bits_of(job.parts, job.plan, written.unread, stored_as))

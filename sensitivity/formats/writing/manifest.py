@@ -131,7 +131,8 @@ def damage(folder: Path, manifest: Manifest) -> list[str]:
             found.append(f"{name} has {size:,} bytes instead of {facts['bytes']:,}")
         elif sha256(file) != facts["sha256"]:
             found.append(f"{name} was changed")
-    added = {file.name for file in folder.glob("*.safetensors")} - set(manifest["files"])
+    weights = (file.name for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind))
+    added = set(weights) - set(manifest["files"])
     return found + [f"{name} was added" for name in sorted(added)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from sensitivity.formats.writing.job import Job, Written
+from sensitivity.formats.writing.job import Job, Written, predicted_size
 from sensitivity.formats.writing.manifest import TrialFacts
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import Scheme
@@ -87,7 +87,7 @@ def _reasons(parts: ComponentMap) -> str:
 
 def _size(job: Job, written: Written, format: str) -> Iterator[str]:
     """Planned, predicted and written size in words."""
-    planned, predicted = size(job.parts, job.plan), size(job.parts, job.plan, job.stored_as(format))
+    planned, predicted = size(job.parts, job.plan), predicted_size(job, written, format)
     bpw = f"{planned.bpw:.3f} bits per weight (codes alone: {planned.bpw_codes:.3f})"
     yield f"Planned: {planned.bytes:,} bytes, {bpw}."
     if written.bytes:

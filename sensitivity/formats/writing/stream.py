@@ -8,7 +8,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -73,6 +73,29 @@ def write(folder: Path, pieces: Iterable[Piece], limit: int = SHARD, ahead: int 
     return hashes
 
 
+def write_at(
+    target: Path, begin: bytes, pieces: Sequence[Piece], offsets: Mapping[str, int], ahead: int = 1
+) -> tuple[str, dict[str, str]]:
+    """Write tensors at given places, in the order of the places, behind what the file begins with.
+
+    Returns the SHA-256 of the file, and of each tensor's bytes.
+    """
+    hashes: dict[str, str] = {}
+    with _Stream(target) as stream:
+        stream.put(memoryview(begin))
+        place = len(begin)
+        for piece, tensors in _computed(pieces, ahead):
+            for spec, tensor in zip(piece.specs, tensors, strict=True):
+                content = _content(spec, tensor)
+                assert place <= offsets[spec.key], f"{spec.key} is asked for at {offsets[spec.key]}, before {place}"
+                stream.put(memoryview(bytes(offsets[spec.key] - place)))
+                stream.put(content)
+                hashes[spec.key] = hashlib.sha256(content).hexdigest()
+                place = offsets[spec.key] + spec.bytes
+    packing.FREE_BUFFERS.clear()
+    return stream.sha256, hashes
+
+
 def _split(pieces: list[Piece], limit: int) -> list[list[Piece]]:
     """Pieces in shards of at most `limit` bytes; a larger piece gets a shard of its own."""
     shards: list[list[Piece]] = [[]]
@@ -102,13 +125,16 @@ def _file(target: Path, pieces: Sequence[Piece], ahead: int) -> str:
         stream.put(memoryview(len(text).to_bytes(8, "little") + text))
         for piece, tensors in _computed(pieces, ahead):
             for spec, tensor in zip(piece.specs, tensors, strict=True):
-                # the header is already written, so a tensor that differs from its spec would corrupt the file
-                found = (tensor.dtype, tuple(tensor.shape))
-                assert found == (spec.dtype, spec.shape), f"{spec.key}: {found} instead of {spec.dtype}, {spec.shape}"
-                plain = tensor.detach().contiguous().cpu().reshape(-1)
                 if spec.bytes:
-                    stream.put(plain.view(torch.uint8).numpy().data)
+                    stream.put(_content(spec, tensor))
     return stream.sha256
+
+
+def _content(spec: Spec, tensor: Tensor) -> memoryview:
+    """The bytes of a tensor; places are fixed beforehand, so one that differs from its spec would corrupt the file."""
+    found = (tensor.dtype, tuple(tensor.shape))
+    assert found == (spec.dtype, spec.shape), f"{spec.key}: {found} instead of {spec.dtype}, {spec.shape}"
+    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _computed(pieces: Sequence[Piece], ahead: int) -> Iterator[tuple[Piece, Sequence[Tensor]]]:

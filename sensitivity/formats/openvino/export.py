@@ -1,0 +1,116 @@
+"""openvino: the image half and the language half as OpenVINO graphs that hold our codes, written as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sensitivity.formats.halves import LANGUAGE, VISION, check_halves
+from sensitivity.formats.openvino import graph, layout, trace
+from sensitivity.formats.openvino.layout import Constant
+from sensitivity.formats.writing import stream
+from sensitivity.formats.writing.checkpoint import on_integer_grid, save, unquantized
+from sensitivity.formats.writing.job import Job, Written, from_weights_alone
+from sensitivity.formats.writing.source import CheckpointTensor
+from sensitivity.formats.writing.stream import Piece, Spec
+from sensitivity.models.vlm import VLM
+from sensitivity.spec.errors import UserError
+
+FILES = {VISION: "openvino_vision.xml", LANGUAGE: "openvino_language.xml"}
+STORED = "openvino_weights.json"  # graph -> constant -> the SHA-256 of its bytes
+LOAD = """\
+from transformers import AutoProcessor
+from sensitivity.formats.openvino.run import OpenVINOModel
+
+model, processor = OpenVINOModel(FOLDER), AutoProcessor.from_pretrained(FOLDER)
+inputs = processor(images=[image], text=[prompt], return_tensors="pt")
+features = model.image_features(inputs["pixel_values"])
+ends = {processor.tokenizer.eos_token_id}
+tokens = model.generate(inputs["input_ids"][0].tolist(), features, ends, max_new_tokens=20)
+"""
+
+
+def check(model: VLM | str) -> None:
+    """Raise an error if OpenVINO is not installed, or cannot hold the model: before anything that takes long."""
+    try:
+        import openvino  # noqa: F401
+        import transformers.exporters  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"openvino needs OpenVINO, and transformers 5.23 or newer ({error}); type "
+            "`pip install 'vlm-sensitivity[openvino]'`"
+        ) from error
+    check_halves(trace.skeleton(model))
+
+
+def write(job: Job, folder: Path) -> Written:
+    """Write both graphs; of the weights, one layer at a time is in memory."""
+    check(job.model)
+    tensors = {tensor.parameter: tensor for tensor in job.source.tensors}
+    names = [*job.weights, *(name for name in tensors if name not in job.weights)]  # codes in data-flow order
+    home = {w.name: c.name for c in job.parts.components for w in c.weights}
+    weight, headers = dict.fromkeys([*job.parts.names, "kept"], 0), 0
+    hashes: dict[str, str] = {}
+    stored: dict[str, dict[str, str]] = {}
+    unread = dict.fromkeys(names)
+    for half, file in FILES.items():
+        program = trace.traced(trace.skeleton(job.model), half)
+        constants = {name: _constants(job, tensors[name]) for name in graph.weights_of(program, names)}
+        graph.put_constants(program, constants)
+        binary = folder / file.replace(".xml", ".bin")
+        hashes[binary.name], stored[file] = _write_half(job, tensors, constants, program, folder / file)
+        for name, parts in constants.items():
+            weight[home.get(name, "kept")] += sum(constant.bytes for constant in parts)
+            del unread[name]
+        headers += (folder / file).stat().st_size + binary.stat().st_size
+    save(folder, STORED, stored)
+    save(folder, "config.json", dict(job.source.config))
+    job.source.copy_small_files(folder)
+    return Written(LOAD, weight, hashes, _notes(unread), True, headers - sum(weight.values()), unread=tuple(unread))
+
+
+def _constants(job: Job, tensor: CheckpointTensor) -> tuple[Constant, ...]:
+    """What a parameter becomes in a graph."""
+    name = tensor.parameter
+    if name in job.weights:
+        return layout.constants(job.weights[name], job.schemes[name], job.half)
+    return (layout.kept(name, tensor.dtype, tensor.shape),)
+
+
+def _write_half(
+    job: Job,
+    tensors: Mapping[str, CheckpointTensor],
+    constants: Mapping[str, Sequence[Constant]],
+    program: Any,
+    xml: Path,
+) -> tuple[str, dict[str, str]]:
+    """Write one graph and its binary file; returns the hash of the latter and those of its constants."""
+    begin, offsets = graph.write_xml(program, [one for parts in constants.values() for one in parts], xml)
+    pieces = [_piece(job, tensors[name], parts) for name, parts in constants.items()]
+    ahead = stream.AT_ONCE if job.codes is from_weights_alone else 1
+    return stream.write_at(xml.with_suffix(".bin"), begin, pieces, offsets, ahead)
+
+
+def _piece(job: Job, tensor: CheckpointTensor, constants: Sequence[Constant]) -> Piece:
+    """The bytes of a parameter's constants, computed when they are written."""
+    name = tensor.parameter
+
+    def make() -> Sequence[Tensor]:
+        if name not in job.weights:
+            return (unquantized(job, tensor).contiguous().reshape(-1).view(torch.uint8),)
+        scheme = job.schemes[name]
+        return layout.contents(on_integer_grid(job, tensor, scheme), job.weights[name], scheme, job.half)
+
+    return Piece(tuple(Spec(one.name, torch.uint8, (one.bytes,)) for one in constants), make)
+
+
+def _notes(unread: Mapping[str, None]) -> Sequence[str]:
+    """What the model card says of parameters that were left out."""
+    notes = ["Run it with one image per prompt. Sums are in float32, so that its answers are those that were measured."]
+    if unread:
+        notes.append(f"Left out, since the model never reads them: {', '.join(unread)}.")
+    return notes

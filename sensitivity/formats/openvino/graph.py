@@ -1,0 +1,99 @@
+"""Puts constants in place of a graph's weight inputs, and writes its XML with where each will be in the binary file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from sensitivity.formats.openvino.layout import CODES, ZERO, Constant
+from sensitivity.formats.openvino.trace import WEIGHTS, parameter_input
+
+ALIGNMENT = 64  # bytes, as OpenVINO aligns the constants that it writes
+# Compile options that a reader of the graph takes over: sums in float32 give the answers that torch measured, and
+# activations stay as they are (by default some processors round them to 8 bits).
+OPTIONS = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "KV_CACHE_PRECISION": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+}
+
+
+def weights_of(graph: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The inputs of a graph that stand for parameters which it reads, by the names of the parameters."""
+    inputs = {name: port.get_node() for port in graph.inputs for name in port.get_names()}
+    found = {name: inputs[parameter_input(name)] for name in names if parameter_input(name) in inputs}
+    return {name: node for name, node in found.items() if node.output(0).get_target_inputs()}
+
+
+def put_constants(graph: Any, parameters: Mapping[str, Sequence[Constant]]) -> None:
+    """Replace each weight input by what is stored of it: an input for each constant, and what makes numbers of them.
+
+    They are inputs until `write_xml` declares them constants: as constants of OpenVINO's own they would take memory.
+    """
+    from openvino import PartialShape, Type, op
+
+    nodes = weights_of(graph, list(parameters))
+    for name, stored in parameters.items():
+        old, made = nodes[name], []
+        for constant in stored:
+            node = op.Parameter(getattr(Type, constant.type), PartialShape(list(constant.shape)))
+            node.set_friendly_name(constant.name)
+            made.append(node)
+        value = numbers(stored, made)
+        for reader in old.output(0).get_target_inputs():
+            reader.replace_source_output(value.output(0))
+        graph.add_parameters(made)
+    for port in list(graph.inputs):
+        if weight := [name for name in port.get_names() if name.startswith(f"{WEIGHTS}.")]:
+            # replaced, or of the other half
+            assert not port.get_node().output(0).get_target_inputs(), f"{weight[0]} is read, but not stored"
+            graph.remove_parameter(port.get_node())
+    for option, value in OPTIONS.items():
+        graph.set_rt_info(value, ["runtime_options", option])
+    graph.validate_nodes_and_infer_types()
+
+
+def numbers(stored: Sequence[Constant], made: Sequence[Any]) -> Any:
+    """The numbers that the constants of one weight stand for, in the form that OpenVINO keeps packed in memory."""
+    from openvino import opset14 as ops
+
+    node = made[0]
+    if not stored[0].name.endswith(CODES):
+        return node if stored[0].type == "f32" else ops.convert(node, "f32")
+    node = ops.convert(node, "f16")
+    if stored[-1].name.endswith(ZERO):
+        node = ops.subtract(node, ops.convert(made[-1], "f16"))
+    node = ops.multiply(node, made[1])
+    if len(stored[0].shape) > 2:
+        rows, groups, columns = stored[0].shape
+        node = ops.reshape(node, ops.constant(np.array([rows, groups * columns], np.int64)), special_zero=False)
+    return ops.convert(node, "f32")
+
+
+def write_xml(graph: Any, constants: Sequence[Constant], xml: Path) -> tuple[bytes, dict[str, int]]:
+    """Write a graph's XML; returns the bytes that its binary file begins with, and where each constant belongs."""
+    from openvino import serialize
+
+    binary = xml.with_suffix(".bin")
+    serialize(graph, str(xml), str(binary))
+    begin = binary.read_bytes()  # OpenVINO's own constants, such as shapes
+    offsets, end = {}, len(begin)
+    for constant in constants:
+        end += -end % ALIGNMENT
+        offsets[constant.name] = end
+        end += constant.bytes
+    tree, found = ElementTree.parse(xml), {constant.name: constant for constant in constants}
+    for layer in tree.iterfind("./layers/layer"):
+        if layer.get("type") == "Parameter" and (constant := found.pop(str(layer.get("name")), None)):  # type: ignore[arg-type]
+            layer.set("type", "Const")
+            data = layer.find("data")
+            assert data is not None
+            data.set("offset", str(offsets[constant.name]))
+            data.set("size", str(constant.bytes))
+    assert not found, f"{xml.name} has no {', '.join(found)}"
+    tree.write(xml, encoding="utf-8", xml_declaration=True)
+    return begin, offsets

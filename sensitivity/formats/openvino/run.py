@@ -1,0 +1,147 @@
+"""Runs an export in OpenVINO: greedy answers, and the likelihood of right ones, from the packed codes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from sensitivity.formats.halves import LANGUAGE, VISION, Array
+from sensitivity.formats.openvino.export import FILES, STORED, check
+from sensitivity.measure.evaluation import Rows, example_rows
+from sensitivity.measure.generate.answer_tokens import (
+    Answer,
+    answer_of,
+    cannot_be_right,
+    end_tokens,
+    greedy_takes_argmax,
+    mean_nll,
+)
+from sensitivity.measure.generate.batches import Batch, batches
+from sensitivity.models.config_only import without_weights
+from sensitivity.spec.errors import UserError
+from sensitivity.tasks.examples.types import Task
+
+
+class OpenVINOModel:
+    """Both graphs of an export, compiled; one prompt with its image at a time."""
+
+    def __init__(self, folder: Path | str, threads: int = 0) -> None:
+        """With `threads`, OpenVINO computes with so many of them."""
+        import openvino
+
+        self.folder = Path(folder)
+        core = openvino.Core()
+        how = {"PERFORMANCE_HINT": "LATENCY", **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
+        graphs = {half: core.read_model(self.folder / file) for half, file in FILES.items()}
+        self.vision = core.compile_model(graphs[VISION], "CPU", how).create_infer_request()
+        self.language = core.compile_model(graphs[LANGUAGE], "CPU", how).create_infer_request()
+        self.read = 0  # tokens in the cache
+
+    def image_features(self, pixel_values: Tensor) -> Array:
+        """What the language model reads in place of an image's tokens."""
+        each = (self.vision.infer({"pixel_values": one[None].float().numpy()}) for one in pixel_values)
+        return np.concatenate([np.array(found["image_features"]) for found in each])
+
+    def logits(self, ids: Sequence[int], keep: int, features: Array | None = None) -> Array:
+        """Logits at the last `keep` of these tokens, which follow those that were read since `forget`."""
+        width = self.language.get_compiled_model().input("image_features").get_partial_shape()[1].get_length()
+        seen = self.read + len(ids)
+        found = self.language.infer(
+            {
+                "input_ids": np.array([ids], np.int64),
+                "image_features": np.zeros((1, width), np.float32) if features is None else features,
+                "attention_mask": np.ones((1, seen), np.int64),
+                "logits_to_keep": np.arange(len(ids) - keep, len(ids), dtype=np.int64),
+                "beam_idx": np.zeros(1, np.int32),
+            }
+        )
+        self.read = seen
+        return np.array(found["logits"][0])
+
+    def forget(self) -> None:
+        """Begin a new prompt."""
+        self.language.reset_state()
+        self.read = 0
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        features: Array,
+        ends: set[int],
+        max_new_tokens: int,
+        stop: Callable[[list[int]], bool] | None = None,
+    ) -> list[int]:
+        """The most likely tokens one by one, up to an end token, or until `stop` says that they decide enough."""
+        self.forget()
+        logits = self.logits(ids, 1, features)
+        tokens = [int(logits[-1].argmax())]
+        while len(tokens) < max_new_tokens and tokens[-1] not in ends and not (stop and stop(tokens)):
+            logits = self.logits(tokens[-1:], 1)
+            tokens.append(int(logits[-1].argmax()))
+        return tokens
+
+
+class Running:
+    """An export in OpenVINO with its processor, to be asked the examples of tasks."""
+
+    def __init__(self, folder: Path) -> None:
+        check(str(folder))
+        check_arrived(folder)
+        self.vlm = without_weights(str(folder))
+        if (folder / "generation_config.json").exists():
+            self.vlm.model.generation_config = GenerationConfig.from_pretrained(folder)
+        if not greedy_takes_argmax(self.vlm):
+            raise UserError(
+                f"generation_config.json of {folder} asks for more than the most likely token, which only "
+                "transformers applies"
+            )
+        self.model = OpenVINOModel(folder, torch.get_num_threads())
+
+    def evaluate(self, task: Task) -> Rows:
+        """What `measure.evaluation.evaluate` gives, one example at a time."""
+        if task.gallery:
+            raise UserError(f"openvino generates text, and {task.name} ranks captions")
+        rows: Rows = {}
+        for example in task.examples:
+            (batch,) = batches(self.vlm, replace(task, examples=(example,)), plain=True)
+            for name, values in example_rows(task, batch, *self._answer(task, batch)).items():
+                rows.setdefault(name, []).extend(values)
+        return rows
+
+    def _answer(self, task: Task, batch: Batch) -> tuple[list[Answer], list[float]]:
+        """The answer to one example, and the negative log-likelihood per token of the right one."""
+        ids, targets = batch.inputs["input_ids"][0].tolist(), batch.targets[0]
+        features = self.model.image_features(batch.inputs["pixel_values"])
+        never = cannot_be_right(self.vlm, task, batch.examples)
+        stop = partial(never, 0) if never else None
+        tokens = self.model.generate(ids, features, end_tokens(self.vlm), task.max_new_tokens, stop)
+        self.model.forget()
+        logits = torch.from_numpy(self.model.logits([*ids, *targets[:-1]], len(targets), features))
+        return [answer_of(self.vlm, tokens, task)], mean_nll(logits[None], torch.tensor([targets]))
+
+
+def check_arrived(folder: Path) -> None:
+    """Raise an error unless OpenVINO reads every weight, under its own name, with the bytes that were written."""
+    import openvino
+
+    stored: Mapping[str, Mapping[str, str]] = json.loads((folder / STORED).read_bytes())
+    for file, expected in stored.items():
+        graph = openvino.Core().read_model(folder / file)
+        found = {op.get_friendly_name(): op for op in graph.get_ops() if op.get_type_name() == "Constant"}
+        wrong = [
+            name
+            for name, digest in expected.items()
+            if name not in found or hashlib.sha256(found[name].data.tobytes()).hexdigest() != digest
+        ]
+        if wrong:
+            named = ", ".join(wrong[:4])
+            raise UserError(f"OpenVINO does not read {named} of {folder / file} as written; export again")

@@ -1,0 +1,117 @@
+"""Traces the two halves of a model into OpenVINO graphs whose weights are inputs, so that none is read or copied."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sensitivity.formats.halves import HALVES, VISION
+from sensitivity.models.loading import load, quiet
+from sensitivity.models.vlm import VLM
+from sensitivity.spec.errors import UserError, reason
+
+WEIGHTS = "weights"  # the argument of a traced half that holds its parameters
+# Sizes of what is traced. Torch takes equal sizes for one and the same, so that each is a prime that no model has.
+PROMPTS, CACHED, TOKENS, FEATURES, KEPT = 17, 19, 23, 29, 13
+
+
+class _WithWeights(nn.Module):
+    """A half as a function of its weights; it holds none itself, so that tracing does not find any."""
+
+    def __init__(self, half: nn.Module) -> None:
+        super().__init__()
+        self.inner = (half,)  # in a tuple, where torch does not look for modules
+
+    def forward(self, weights: Mapping[str, Tensor], **inputs: Any) -> Any:
+        return torch.func.functional_call(self.inner[0], dict(weights), kwargs=inputs, tie_weights=True)
+
+
+def traced(vlm: VLM, half: str) -> Any:
+    """One half of a model as an openvino.Model; the input of parameter P is named `parameter_input(P)`."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers.exporters.configs import OpenVINOConfig
+    from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes, register_cache_pytrees_for_model
+    from transformers.exporters.exporter_openvino import OpenVINOExporter
+
+    empty = replace(vlm, model=_without_values(vlm.model))
+    module: Any = _WithWeights(HALVES[half](empty))
+    register_cache_pytrees_for_model(module)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # tensors with types and shapes alone
+        weights = {f"model.{name}": torch.empty(p.shape) for name, p in empty.model.named_parameters()}
+        inputs = _inputs(empty, half)
+    shapes = {name: None if half == VISION else get_auto_dynamic_shapes(value) for name, value in inputs.items()}
+    config = OpenVINOConfig(dynamic_shapes={**shapes, WEIGHTS: dict.fromkeys(weights)})
+    try:
+        with quiet(), warnings.catch_warnings():  # versions and deprecations are of no use to a user
+            warnings.simplefilter("ignore")
+            # weights last: the exporter reads the batch size from the first input
+            program, _ = OpenVINOExporter().export_program(  # type: ignore[no-untyped-call]
+                module, {**inputs, WEIGHTS: weights}, config
+            )
+    except Exception as error:
+        raise UserError(f"the {half} half of {vlm.name} cannot be traced for openvino ({reason(error)})") from error
+    return program
+
+
+def parameter_input(name: str) -> str:
+    """The name of the graph's input that stands for a parameter."""
+    return f"{WEIGHTS}.model.{name}"
+
+
+def skeleton(model: VLM | str) -> VLM:
+    """The model without its weights, if it is not loaded."""
+    return load(model, config_only=True) if isinstance(model, str) else model
+
+
+def _inputs(vlm: VLM, half: str) -> dict[str, Any]:
+    """Examples of a half's inputs, of which only the shapes count."""
+    from transformers import DynamicCache
+
+    if half == VISION:
+        vision = vlm.model.config.vision_config
+        side = vision.image_size
+        # one image: some families make a list of them, which fixes their number
+        return {"pixel_values": torch.empty(1, getattr(vision, "num_channels", 3), side, side)}
+    text = vlm.model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cache = DynamicCache()
+    for layer in range(text.num_hidden_layers):
+        keys, values = (torch.empty(PROMPTS, heads, CACHED, width) for _ in range(2))
+        cache.update(keys, values, layer)
+    return {
+        "input_ids": torch.empty(PROMPTS, TOKENS, dtype=torch.int64),
+        "image_features": torch.empty(FEATURES, text.hidden_size),
+        "attention_mask": torch.empty(PROMPTS, CACHED + TOKENS, dtype=torch.int64),
+        "past_key_values": cache,
+        "logits_to_keep": torch.empty(KEPT, dtype=torch.int64),
+    }
+
+
+def _without_values(model: nn.Module) -> Any:
+    """The same model whose parameters are on the meta device and whose buffers, such as frequencies, are real."""
+    with _parameters_on_meta():
+        return type(model)(model.config).eval().requires_grad_(False)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules that are built inside keep their parameters on the meta device; as accelerate's init_empty_weights."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # a tied one, which is there already, must stay the same
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

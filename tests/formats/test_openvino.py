@@ -1,0 +1,226 @@
+"""OpenVINO runs the packed codes: the same numbers, the same tokens as torch, the bytes that were predicted."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import saved_vlms
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sensitivity.api import exporting
+from sensitivity.api.sweeping import sweep
+from sensitivity.cli import main as cli
+from sensitivity.formats.openvino import export, layout
+from sensitivity.formats.table import write
+from sensitivity.formats.verification import verify
+from sensitivity.formats.writing.job import Job, from_weights_alone
+from sensitivity.measure.generate.batches import prompt_text
+from sensitivity.models.discover import inspect
+from sensitivity.models.loading import load
+from sensitivity.models.vlm import VLM
+from sensitivity.spec.components import Weight
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.sizes import FILES, size
+from sensitivity.study.study import Study
+from sensitivity.tasks.examples.images import open_image
+from sensitivity.tasks.table import task
+
+
+def rtn(bits: int, group: int | str = "row", symmetric: bool = True) -> Scheme:
+    return Scheme("rtn", bits, group, symmetric)
+
+
+@pytest.fixture(scope="module")
+def openvino() -> Any:
+    return pytest.importorskip("openvino", reason="needs the extra `openvino` (60 MB), which CI does not install")
+
+
+SCHEMES = [rtn(2), rtn(2, 32), rtn(3, 32), rtn(4), rtn(6, 32), rtn(8), rtn(4, "tensor"), rtn(2, 32, False)]
+SCHEMES += [rtn(3, "row", False), rtn(4, 32, False), rtn(5, 32, False), rtn(8, "tensor", False)]
+
+
+# -- what is stored
+
+
+def unpacked(content: torch.Tensor, constant: layout.Constant) -> torch.Tensor:
+    """The slow, plain version: each code from its own bits, as a number."""
+    if constant.type.startswith(("f", "b")):
+        return content.view(torch.float16).float().reshape(constant.shape)
+    width, bits = layout.BITS[constant.type], int.from_bytes(content.numpy().tobytes(), "little")
+    codes = [(bits >> width * i) & (2**width - 1) for i in range(math.prod(constant.shape))]
+    if constant.type.startswith("i"):
+        codes = [code - 2**width if code >= 2 ** (width - 1) else code for code in codes]
+    return torch.tensor(codes).float().reshape(constant.shape)
+
+
+@given(st.sampled_from(SCHEMES), st.integers(1, 5), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_constants_hold_the_weight_in_the_bytes_that_are_counted(scheme: Scheme, rows: int, seed: int) -> None:
+    cols = 96 if isinstance(scheme.group, int) else 37
+    weight = Weight("a.weight", rows, cols, "language", 0, 1, "ff")
+    values = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+    found = from_weights_alone("a.weight", values, scheme)
+    constants = layout.constants(weight, scheme, torch.float16)
+    contents = layout.contents(found, weight, scheme, torch.float16)  # type: ignore[arg-type]
+    assert [len(content) for content in contents] == [constant.bytes for constant in constants]
+    assert 8 * sum(constant.bytes for constant in constants) == FILES["openvino"](scheme, rows, cols)
+    codes, scale, *zero = (unpacked(*pair) for pair in zip(contents, constants, strict=True))
+    number = ((codes - zero[0] if zero else codes) * scale).reshape(rows, cols)
+    assert found is not None
+    assert torch.equal(number, found.dequantize())
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("qwen2_5_vl", "llava and blip-2 can be run half by half, and .* is of type qwen2_5_vl"),
+        ("blip2_t5", "a language model that only decodes"),
+    ],
+)
+def test_a_model_that_it_cannot_hold_is_refused_before_the_sweep(
+    openvino: Any, name: str, says: str, tmp_path: Path
+) -> None:
+    folder = saved_vlms.save(name, tmp_path / name)
+    with pytest.raises(UserError, match=says):
+        export.check(str(folder))
+    typed = ["sweep", str(folder), "--task", "vqa", "--runtime", "openvino", "--bits", "4", "--method", "rtn"]
+    assert cli.main([*typed, "--out", str(tmp_path / "r")]) == 2
+    assert not (tmp_path / "r").exists()
+
+
+def test_without_openvino_a_sentence_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    typed = ["sweep", "embedded:scenes-llava", "--task", "vqa", "--runtime", "openvino", "--bits", "4"]
+    assert cli.main([*typed, "--method", "rtn", "--out", str(tmp_path / "r")]) == 2
+    assert "pip install 'vlm-sensitivity[openvino]'" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+# -- what it computes
+
+
+CHANGES = {"vision": rtn(2), "connector": rtn(5), "language": rtn(2, 32)}  # such a plan changes answers
+
+
+@pytest.fixture(scope="module")
+def study(openvino: Any, scenes_llava: VLM, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    parts = inspect(scenes_llava, by="part")
+    plans = [Plan.of(parts, CHANGES), Plan.uniform(parts, rtn(4, 32, False))]
+    return sweep(scenes_llava, parts, plans, ["vqa"], tmp_path_factory.mktemp("runs") / "one", n=40)
+
+
+@pytest.fixture(scope="module")
+def folder(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    plan = Plan.of(study.parts, CHANGES)
+    return exporting.export(study, plan, tmp_path_factory.mktemp("out") / "ov", "openvino")
+
+
+def test_the_packed_codes_answer_as_torch_does(study: Study, folder: Path) -> None:
+    found = verify(folder)
+    assert (found["verdict"], found["examples"]) == ("as measured", 40)
+    assert found["largest_nll_difference"] < 1e-4  # type: ignore[operator]
+    mine, native = (study.examples(plan) for plan in (Plan.of(study.parts, CHANGES), study.native))
+    assert mine is not None
+    assert native is not None
+    assert (mine["answer"] != native["answer"]).sum() >= 4  # a plan that changes nothing proves nothing
+
+
+def test_the_lines_of_the_card_answer(study: Study, folder: Path, scenes_llava: VLM) -> None:
+    lines = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    example = task("vqa", n=40, seed=0).examples[0]
+    space = {"FOLDER": str(folder), "image": open_image(example.image), "prompt": prompt_text(scenes_llava, example)}
+    assert lines is not None
+    exec(lines[1], space)
+    given = space["processor"].decode(space["tokens"], skip_special_tokens=True)
+    measured = study.examples(Plan.of(study.parts, CHANGES))
+    assert measured is not None
+    expected = measured.set_index("example").loc[example.id, "answer"]
+    assert given.strip().startswith(expected.rstrip("…").strip())  # an answer that cannot be right was cut off
+
+
+def test_predicted_bytes_are_written_bytes(study: Study, folder: Path) -> None:
+    facts = json.loads((folder / "sensitivity.json").read_bytes())
+    assert facts["written"]["bytes"] == facts["predicted_size"]["bytes"]
+    norm = 2 * 2 * 128  # the norm behind the last vision block, which this model never reads
+    assert facts["written"]["bytes"] == size(study.parts, Plan.of(study.parts, CHANGES), "openvino").bytes - norm
+    files = [folder / name for xml in export.FILES.values() for name in (xml, xml.replace(".xml", ".bin"))]
+    assert sum(file.stat().st_size for file in files) == facts["written"]["bytes"] + facts["written"]["headers"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_graph_computes_with_the_numbers_of_the_codes(openvino: Any, scheme: Scheme) -> None:
+    """The decompression of one weight, as OpenVINO itself evaluates it."""
+    from openvino import Type, op, opset14
+
+    from sensitivity.formats.openvino.graph import numbers
+
+    rows, cols = 8, 96
+    weight = Weight("a.weight", rows, cols, "language", 0, 1, "ff")
+    values = torch.randn(rows, cols, generator=torch.Generator().manual_seed(0))
+    found = from_weights_alone("a.weight", values, scheme)
+    assert found is not None
+    stored = layout.constants(weight, scheme, torch.float16)
+    made = []
+    contents = layout.contents(found, weight, scheme, torch.float16)  # type: ignore[arg-type]  # OpenVINO owns no copy
+    for constant, content in zip(stored, contents, strict=True):
+        tensor = openvino.Tensor(content.numpy(), list(constant.shape), getattr(Type, constant.type))
+        made.append(op.Constant(tensor))
+    x = op.Parameter(Type.f32, openvino.PartialShape([-1, cols]))
+    product = opset14.matmul(x, numbers(stored, made), False, True)
+    model = openvino.Model([opset14.result(product)], [x], "one")
+    run = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    inputs = torch.randn(5, cols, generator=torch.Generator().manual_seed(1))
+    expected = inputs.double() @ found.dequantize().double().T
+    np.testing.assert_allclose(run(inputs.numpy())[0], expected.numpy(), rtol=0, atol=3e-5)
+
+
+def test_a_weight_that_did_not_arrive_is_told(openvino: Any, folder: Path, tmp_path: Path) -> None:
+    from sensitivity.formats.openvino.run import check_arrived
+
+    check_arrived(folder)
+    for file in folder.glob("openvino_*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    xml = tmp_path / export.FILES["language"]
+    text, names = xml.read_text(), [f"layers.{i}.mlp.up_proj.weight:codes" for i in (0, 1)]
+    swapped = text.replace(names[0], "@").replace(names[1], names[0]).replace("@", names[1])
+    xml.write_text(swapped)
+    with pytest.raises(UserError, match=r"does not read .*up_proj\.weight:codes"):
+        check_arrived(tmp_path)
+
+
+def test_another_shape_with_a_head_of_its_own(openvino: Any, tmp_path: Path) -> None:
+    """Embedding and head as components, OPT's positions, a Q-Former: the embedded BLIP-2 on a few examples."""
+    vlm = load("embedded:scenes-blip2")
+    parts = inspect(vlm, by="part", include=("embedding",) if "embedding" in _kept(vlm) else ())
+    plan = Plan.uniform(parts, rtn(2, 32))
+    study = sweep(vlm, parts, [plan], ["vqa"], tmp_path / "run", n=20)
+    out = exporting.export(study, plan, tmp_path / "out", "openvino", model=vlm)
+    assert verify(out)["verdict"] == "as measured"
+
+
+def _kept(vlm: VLM) -> set[str]:
+    return {kept.reason for kept in inspect(vlm).kept}
+
+
+def test_an_export_without_weights_read_by_name(openvino: Any, tmp_path: Path) -> None:
+    """A folder of a family, by its name alone: the weights are streamed from the file and never loaded."""
+    folder = saved_vlms.save("llava", tmp_path / "llava")
+    parts = inspect(str(folder), by="part")
+    job = Job(str(folder), parts, Plan.uniform(parts, rtn(4)), dtype=torch.float32)
+    found = write(job, tmp_path / "out", "openvino")
+    assert found["written"]["bytes"] == found["predicted_size"]["bytes"]
