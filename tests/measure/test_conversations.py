@@ -120,5 +120,4 @@ def test_cut_and_malformed_answers_are_the_same_on_both_paths(scenes_llava: VLM,
     study = sweep(scenes_llava, inspect(scenes_llava, by="part"), [], ["ground"], tmp_path / "run", n=6)
     fast = study.examples(study.native)
     assert fast is not None
-    assert not fast["cut"].any()
-    assert not fast["malformed"].any()
+    assert fast["cut"].tolist() == fast["malformed"].tolist() == [False] * 6  # any() would pass over missing values
