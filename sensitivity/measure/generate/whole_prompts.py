@@ -29,7 +29,7 @@ def generated_answers(vlm: VLM, task: Task, batch: Batch) -> tuple[list[Answer],
     tokens, ends = _generate(vlm, task, inputs), end_tokens(vlm)
     texts = vlm.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     cut = [len(row) >= task.max_new_tokens and ends.isdisjoint(row) for row in tokens.tolist()]
-    logits = _answer_logits(vlm, inputs, batch.targets)
+    logits = answer_logits(vlm, inputs, batch.targets)
     nll = mean_nll(logits, right_padded(batch.targets, fill=-100).to(vlm.device))
     return [Answer(without_special(text), short) for text, short in zip(texts, cut, strict=True)], nll
 
@@ -54,7 +54,7 @@ def drafted_answers(
             drafts_of_batch[row] = draft
         # only in the first pass do all plans read the same tokens, so only its language states can be shared
         with reuse(*([] if any(accepted) else ["language"])):
-            logits = _answer_logits(vlm, inputs, drafts_of_batch)[rows]
+            logits = answer_logits(vlm, inputs, drafts_of_batch)[rows]
         return logits_from(logits, accepted, logits.shape[1] - min(accepted)) if any(accepted) else logits
 
     found, rules = (
@@ -92,7 +92,7 @@ def _generate(vlm: VLM, task: Task, inputs: dict[str, Tensor]) -> Tensor:
     return output[:, 1:] if vlm.encoder_decoder else output[:, inputs["input_ids"].shape[1] :]
 
 
-def _answer_logits(vlm: VLM, inputs: dict[str, Tensor], drafts: Sequence[Sequence[int]]) -> Tensor:
+def answer_logits(vlm: VLM, inputs: dict[str, Tensor], drafts: Sequence[Sequence[int]]) -> Tensor:
     """Logits for each token of the drafts and the one after, by one forward pass over the whole prompts."""
     end = vlm.processor.tokenizer.eos_token_id
     labels = right_padded([[*draft, end] for draft in drafts], fill=-100).to(vlm.device)
