@@ -135,7 +135,7 @@ class TaskPage:
 
     @property
     def ends_known(self) -> bool:
-        """Whether it is known of some plan how its answers ended: not where a sweep cuts hopeless ones off."""
+        """Whether it is known of some plan how its answers ended; earlier versions did not record it."""
         return any(row.cut is not None for row in self.best)
 
 
