@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from sensitivity.spec.components import PARTS
+
 
 @dataclass(frozen=True)
 class Family:
@@ -24,24 +26,29 @@ class Family:
     brief: bool = False  # the prompt asks for a short answer itself, so that a task's own request is left out
     caption: str | None = None  # replaces the prompt that asks for a caption
     shares_prefix: bool = False  # the image comes first, and its keys and values serve every question about it
+    patches: tuple[str, ...] = ()  # parts whose image tokens are the patches of one square image, row by row
 
 
 # The key is config.model_type, or a class name where that class differs from its family.
 FAMILIES: dict[str, Family] = {
-    "llava": Family("LLaVA", prompt="USER: <image>\n{} ASSISTANT:", shares_prefix=True),
+    "llava": Family("LLaVA", prompt="USER: <image>\n{} ASSISTANT:", shares_prefix=True, patches=PARTS),
     "llava_next": Family("LLaVA-NeXT"),
     "llava_onevision": Family("LLaVA-OneVision"),
-    "blip-2": Family("BLIP-2", prompt="Question: {} Short answer:", brief=True, caption="", shares_prefix=True),
+    "blip-2": Family(
+        "BLIP-2", prompt="Question: {} Short answer:", brief=True, caption="", shares_prefix=True, patches=("vision",)
+    ),
     "Blip2ForImageTextRetrieval": Family("BLIP-2 retrieval", language=("embeddings",), heads=("itm_head",)),
-    "instructblip": Family("InstructBLIP"),
+    "instructblip": Family("InstructBLIP", patches=("vision",)),
     "qwen2_vl": Family("Qwen2-VL", connector=("visual.merger",), shares_prefix=True),
     "qwen2_5_vl": Family("Qwen2.5-VL", connector=("visual.merger",), shares_prefix=True),
     "qwen3_vl": Family("Qwen3-VL", connector=("visual.merger", "visual.deepstack_merger_list")),
     "internvl": Family("InternVL", shares_prefix=True),
     "idefics3": Family("Idefics3", shares_prefix=True),
     "smolvlm": Family("SmolVLM", shares_prefix=True),
-    "paligemma": Family("PaliGemma", prompt="<image>answer en {}", brief=True, caption="<image>caption en"),
-    "gemma3": Family("Gemma 3", shares_prefix=True),
+    "paligemma": Family(
+        "PaliGemma", prompt="<image>answer en {}", brief=True, caption="<image>caption en", patches=PARTS
+    ),
+    "gemma3": Family("Gemma 3", shares_prefix=True, patches=PARTS),
     "mllama": Family("Llama 3.2 Vision"),
     "kosmos-2": Family("Kosmos-2"),
     "florence2": Family("Florence-2"),

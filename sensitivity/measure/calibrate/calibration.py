@@ -58,14 +58,10 @@ def calibrate(
     matrices that exceed `gram_bytes` bytes together are computed a few blocks at a time, when they are asked for.
     """
     check_path(path)
-    names = list(dict.fromkeys(tasks))
-    if not names or n < len(names):
-        raise UserError(f"{n} calibration examples are too few for {len(names)} tasks; each needs at least one")
-    counts = [n // len(names) + (i < n % len(names)) for i in range(len(names))]
-    data = [find_task(name, "calibration", count, seed) for name, count in zip(names, counts, strict=True)]
+    data = calibration_examples(tasks, n, seed)
     check_disjoint(data, list(against))
     facts: dict[str, Setting] = {
-        "calibration": ",".join(names),
+        "calibration": ",".join(dict.fromkeys(tasks)),
         "examples": sum(len(task.examples) for task in data),
         "seed": seed,
         "data": ".".join(task.fingerprint for task in data),
@@ -99,6 +95,15 @@ def calibrate(
         }  # fmt: skip
     layers = [weight for weight in parts.weights if not weight.looked_up]
     return Statistics(facts, found.pop(UNIFORM), trace, cache, found, Fisher(vlm, layers, of_rows).of)
+
+
+def calibration_examples(tasks: Sequence[str], n: int, seed: int) -> list[Task]:
+    """So many calibration examples, divided among the tasks."""
+    names = list(dict.fromkeys(tasks))
+    if not names or n < len(names):
+        raise UserError(f"{n} calibration examples are too few for {len(names)} tasks; each needs at least one")
+    counts = [n // len(names) + (i < n % len(names)) for i in range(len(names))]
+    return [find_task(name, "calibration", count, seed) for name, count in zip(names, counts, strict=True)]
 
 
 def _token_weights(vlm: VLM, parts: ComponentMap, data: Data, names: Sequence[str]) -> dict[str, TokenWeights]:

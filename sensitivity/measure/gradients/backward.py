@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +13,15 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
+from sensitivity.measure.memory.out_of_memory import run_or_halve
 from sensitivity.measure.passes.block_modules import block_paths, replaced_forward
-from sensitivity.measure.passes.token_batches import TokenBatch, calibration_pass
+from sensitivity.measure.passes.token_batches import ROWS, TokenBatch, calibration_pass
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 
+T = TypeVar("T")
 # gets a weight, what its layer reads (tokens x inputs) and the gradient of what it returns (tokens x outputs)
 Visit = Callable[[Weight, Tensor, Tensor], None]
 
@@ -108,6 +112,21 @@ def backward(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch, visit: Visi
                 raise
             raise UserError(f"this model has an operation without a gradient: {error}") from error
     return float(loss.detach())
+
+
+def in_rows_that_fit(
+    vlm: VLM, data: Callable[[int], Iterable[TokenBatch]], run: Callable[[Callable[[], Iterable[TokenBatch]]], T]
+) -> T:
+    """The result of a function that takes gradients of data, in batches whose rows are halved until memory suffices.
+
+    `data` makes batches of at most so many rows; `run` gets a function that makes those of one pass.
+    """
+    rows = ROWS // 4  # a backward pass takes several times the memory of a forward pass
+    while True:
+        again = partial(run, partial(data, rows))
+        if (found := run_or_halve(again, rows, "the calibration data", vlm.device)) is not None:
+            return found
+        rows //= 2
 
 
 def _is_cache(value: object) -> bool:

@@ -1,0 +1,1 @@
+"""Attribution: what quantizing each component costs, from calibration data alone, before any plan is run."""

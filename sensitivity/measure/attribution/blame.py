@@ -1,0 +1,64 @@
+"""Blame: a plan's damage by component, by modality (vision, prompt, answer) and by region of each image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from sensitivity.measure.gradients.path_integral import PathIntegral
+from sensitivity.measure.passes.token_batches import MODALITIES, VISION
+from sensitivity.models.families import Family
+from sensitivity.spec.components import ComponentMap
+
+
+@dataclass(frozen=True)
+class Blame:
+    """How much of the change of the loss comes from where; each table sums to the whole but that of regions.
+
+    A token's modality is that of the sequence position at which a layer's output has changed; all tokens of a vision
+    tower are vision. Regions leave out tokens that are no patch: class tokens, queries and text.
+    """
+
+    components: Mapping[str, float]
+    modalities: Mapping[str, float]
+    regions: Mapping[int, Tensor]  # example, by its number -> rows x columns of patches; empty where none are known
+
+
+def blame(parts: ComponentMap, family: Family, integral: PathIntegral) -> Blame:
+    """Sum the terms of a path integral."""
+    components = dict.fromkeys(parts.names, 0.0)
+    modalities = dict.fromkeys(MODALITIES[VISION:], 0.0)
+    grids: dict[int, list[Tensor]] = {}
+    for (example, name, length), values in integral.terms.items():
+        components[name] += float(values.sum())
+        kinds = integral.modalities[example, name, length]
+        kinds = torch.full((length,), VISION) if kinds is None else kinds
+        for number, kind in enumerate(MODALITIES):
+            if number >= VISION:
+                modalities[kind] += float(values[kinds == number].sum())
+        if parts[name].part in family.patches and (grid := square(values[kinds == VISION])) is not None:
+            grids.setdefault(example, []).append(grid)
+    return Blame(components, modalities, {example: together(found) for example, found in sorted(grids.items())})
+
+
+def square(values: Tensor) -> Tensor | None:
+    """The values of patches as rows and columns, without a class token; None where their number is no square."""
+    for patches in (values, values[1:]):
+        if len(patches) and isqrt(len(patches)) ** 2 == len(patches):
+            return patches.reshape(isqrt(len(patches)), -1)
+    return None
+
+
+def together(grids: Sequence[Tensor]) -> Tensor:
+    """The sum of grids, at the size of the finest; a coarser one's values are spread evenly, if it fits."""
+    finest = max(len(grid) for grid in grids)
+    total = torch.zeros(finest, finest, dtype=grids[0].dtype)
+    for grid in grids:
+        times, rest = divmod(finest, len(grid))
+        if not rest:
+            total += torch.kron(grid, torch.full((times, times), 1 / times**2, dtype=grid.dtype))
+    return total

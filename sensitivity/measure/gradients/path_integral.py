@@ -1,0 +1,166 @@
+"""Path integral: divides the change of the answer loss, from float weights to a plan, among components and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sensitivity.measure.gradients.backward import answer_loss, backward
+from sensitivity.measure.passes.token_batches import TokenBatch
+from sensitivity.models.vlm import VLM
+from sensitivity.spec.components import ComponentMap, Weight
+
+TOLERANCE = 0.01  # of the whole change of the loss: how far the terms may be from summing to it
+LEAST = 1e-6  # of the loss itself: differences below are rounding of float32
+MOST = 128  # backward passes over the data, after which what is missing is only said
+NODES = ((0.5 - 0.5 / 3**0.5, 0.5), (0.5 + 0.5 / 3**0.5, 0.5))  # Gauss and Legendre's rule of two points on [0, 1]
+
+Data = Callable[[], Iterable[TokenBatch]]  # called once for every pass
+Place = tuple[int, str, int]  # an example, by its number; a component; and how many of its tokens a layer reads
+Terms = dict[Place, Tensor]  # what each of these tokens adds to the loss
+
+
+@dataclass(eq=False)
+class _Piece:
+    """A stretch of the path, with its terms and what they miss of the change of the loss on it."""
+
+    begin: float
+    end: float
+    terms: Terms
+    missing: float
+
+
+@dataclass
+class PathIntegral:
+    """The terms of a plan's damage, and how far they are from its whole: loss after minus loss before."""
+
+    before: float
+    after: float
+    terms: Terms
+    passes: int  # backward passes over the data
+    modalities: dict[Place, Tensor | None] = field(default_factory=dict)  # None: all tokens are of the image
+
+    @property
+    def change(self) -> float:
+        """The whole change of the loss."""
+        return self.after - self.before
+
+    @property
+    def total(self) -> float:
+        """The sum of all terms."""
+        return sum(float(values.sum()) for values in self.terms.values())
+
+    @property
+    def missing(self) -> float:
+        """How much of the change the terms do not account for, as a share of it."""
+        return abs(self.total - self.change) / max(abs(self.change), LEAST * abs(self.before), 1e-300)
+
+
+def path_integral(
+    vlm: VLM,
+    parts: ComponentMap,
+    changes: Mapping[str, Tensor],
+    data: Data,
+    tolerance: float = TOLERANCE,
+    most: int = MOST,
+) -> PathIntegral:
+    """The integral of the loss gradient times the change of each layer's output, from float weights to quantized ones.
+
+    All weights move together on straight lines: W + t * change, t from 0 to 1 (Aumann and Shapley's value of sharing a
+    cost). Since the loss is known at every t, so is the error of every piece of the path: the worst piece is halved
+    until what all pieces miss is at most `tolerance` of the whole change. `changes` is by parameter.
+    """
+    run = _Path(vlm, parts, changes, data)
+    before, after = run.loss(0.0), run.loss(1.0)
+    pieces = [run.piece(0.0, 1.0)]
+    while run.passes < most:
+        missing = sum(abs(piece.missing) for piece in pieces)
+        if missing <= max(tolerance * abs(after - before), LEAST * abs(before)):
+            break
+        worst = max(pieces, key=lambda piece: abs(piece.missing))
+        middle = (worst.begin + worst.end) / 2
+        pieces.remove(worst)
+        pieces += [run.piece(worst.begin, middle), run.piece(middle, worst.end)]
+    terms: Terms = {}
+    for piece in sorted(pieces, key=lambda piece: piece.begin):
+        _add(terms, piece.terms, 1.0)
+    return PathIntegral(before, after, terms, run.passes, run.modalities)
+
+
+class _Path:
+    """The model at points between its own weights and the quantized ones, and the losses that were computed there."""
+
+    def __init__(self, vlm: VLM, parts: ComponentMap, changes: Mapping[str, Tensor], data: Data) -> None:
+        self.vlm, self.changes, self.data = vlm, changes, data
+        # all of them, as blocks whose weights stay run again in the backward pass, too, instead of being kept
+        self.weights = [weight for weight in parts.weights if not weight.looked_up]
+        self.component = {weight.name: c.name for c in parts.components for weight in c.weights}
+        self.passes = 0
+        self.losses: dict[float, float] = {}
+        self.modalities: dict[Place, Tensor | None] = {}
+
+    def loss(self, t: float) -> float:
+        """The answer loss over all data at a point of the path."""
+        if t not in self.losses:
+            with _moved(self.vlm.model, self.changes, t), torch.inference_mode():
+                self.losses[t] = sum(float(answer_loss(self.vlm, batch)) for batch in self.data())
+        return self.losses[t]
+
+    def piece(self, begin: float, end: float) -> _Piece:
+        """The terms of one piece of the path."""
+        terms: Terms = {}
+        for at, share in NODES:
+            _add(terms, self.gradients(begin + at * (end - begin)), share * (end - begin))
+        total = sum(float(values.sum()) for values in terms.values())
+        return _Piece(begin, end, terms, self.loss(end) - self.loss(begin) - total)
+
+    def gradients(self, t: float) -> Terms:
+        """By how much each token of each component moves the loss as t grows."""
+        terms: Terms = {}
+        self.passes += 1
+        with _moved(self.vlm.model, self.changes, t):
+            for batch in self.data():
+                self._add_batch(terms, batch)
+        return terms
+
+    def _add_batch(self, terms: Terms, batch: TokenBatch) -> None:
+        count = len(batch.examples)
+
+        def visit(weight: Weight, inputs: Tensor, gradient: Tensor) -> None:
+            if weight.name not in self.changes:
+                return
+            moved = inputs @ self.changes[weight.name].to(inputs.dtype).T
+            if weight.bias in self.changes:
+                moved = moved + self.changes[str(weight.bias)].to(moved.dtype)
+            values = (moved * gradient).sum(1).cpu().double().reshape(count, -1)
+            modality, _ = batch.modality(weight.part, torch.Size((values.numel(),)))
+            for row, example in enumerate(batch.examples):
+                place = example, self.component[weight.name], values.shape[1]
+                _add(terms, {place: values[row]}, 1.0)
+                if place not in self.modalities:
+                    self.modalities[place] = None if modality is None else modality.reshape(count, -1)[row].cpu()
+
+        backward(self.vlm, self.weights, batch, visit)
+
+
+@contextmanager
+def _moved(model: nn.Module, changes: Mapping[str, Tensor], t: float) -> Iterator[None]:
+    """Inside the block, the changed parameters stand at W + t * change; afterwards they are the model's own again."""
+    parameters = {name: model.get_parameter(name) for name in changes}
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, change in changes.items():
+            parameters[name].data = own[name] + t * change.to(own[name])
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
+
+
+def _add(terms: Terms, more: Mapping[Place, Tensor], times: float) -> None:
+    for place, values in more.items():
+        terms[place] = terms[place] + times * values if place in terms else times * values
