@@ -117,7 +117,7 @@ def spend(
     else:
         rows = _several_tasks(program, weights, budget, top)
     if not rows:
-        raise _infeasible(knapsack, budget, floors or {}, allowed, tied)
+        raise infeasible(knapsack, budget, floors or {}, allowed, tied)
     plans = [knapsack.space.decode(row) for row in rows]
     limit = budget / knapsack.parts.numel if asked is None else asked
     return [
@@ -126,7 +126,7 @@ def spend(
     ]
 
 
-def _fits(knapsack: Knapsack, row: Floats, budget: int) -> bool:
+def fits(knapsack: Knapsack, row: Floats, budget: int) -> bool:
     """Whether a plan fits the budget to the bit: HiGHS accepts one that exceeds it within its tolerance."""
     return knapsack.size(knapsack.space.decode(row)).bits <= budget
 
@@ -137,7 +137,7 @@ def _one_task(program: Program, task: str, budget: int, top: int) -> list[Floats
     cost = program.damage(task)
     while len(rows) < top and (best := program.minimize(cost)) is not None:
         program.exclude(best[0])
-        if _fits(program.knapsack, best[0], budget):
+        if fits(program.knapsack, best[0], budget):
             rows.append(best[0])
     return rows
 
@@ -158,7 +158,7 @@ def _several_tasks(program: Program, weights: Mapping[str, float], budget: int, 
         if len(scored) >= top and bound <= scored[top - 1][0]:
             break
         program.exclude(row)
-        if _fits(knapsack, row, budget):
+        if fits(knapsack, row, budget):
             value = sum(
                 w * float(knapsack.models[t].predict(row[None])[0]) / knapsack.full(t) for t, w in weights.items()
             )
@@ -166,12 +166,13 @@ def _several_tasks(program: Program, weights: Mapping[str, float], budget: int, 
     return [row for _, row in scored[:top]]
 
 
-def _infeasible(
+def infeasible(
     knapsack: Knapsack,
     budget: int,
     floors: Mapping[str, float],
     allowed: Allowed | None,
     tied: Sequence[Sequence[str]],
+    nothing: str = "no measured plan",
 ) -> UserError:
     """The error for constraints that no plan meets, which says what size or floor can be reached."""
     numel = knapsack.parts.numel
@@ -185,7 +186,7 @@ def _infeasible(
     low, high = (knapsack.size(knapsack.space.decode(row)).bits for row, _ in (smallest, largest))
     if low > budget:
         return UserError(
-            f"no measured plan fits {budget / numel:.2f} bpw ({in_words(budget / 8)}): with the widths of this study "
+            f"{nothing} fits {budget / numel:.2f} bpw ({in_words(budget / 8)}): with the widths of this study "
             f"{low / numel:.2f} to {high / numel:.2f} bpw ({in_words(low / 8)} to {in_words(high / 8)}"
             f"{f' in {knapsack.format} files' if knapsack.format else ''}) can be reached; "
             "ask for more, or sweep lower widths (--bits)"

@@ -19,6 +19,7 @@ from sensitivity.spec.limits import Allowed
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import Size, choice_bits, kept_bits, size
 from sensitivity.spec.standard_output import silenced
+from sensitivity.study.storage.expected import read as read_expected
 from sensitivity.study.study import Study
 
 Floats = np.ndarray
@@ -52,15 +53,21 @@ class Knapsack:
 
     @classmethod
     def of(cls, study: Study, tasks: Sequence[str], format: str | None = None) -> Knapsack:
-        """The knapsack of a study: every scheme that it measured, and surrogates fitted to its scores."""
-        space = Space.of([trial.plan for trial in study.measured()])
+        """The knapsack of a study: every scheme that it measured or has an expectation of, and fitted surrogates."""
+        expected = read_expected(study.path)
+        space = Space.of([trial.plan for trial in study.measured()], expected)
         models = {}
         for task in tasks:
             observations = observations_of(study, task)
             if not observations.full > 0:
                 raise UserError(_nothing_to_lose(task, observations.full))
             models[task] = fit_surrogate(
-                space, space.encode(observations.plans), observations.score, observations.full, observations.noise
+                space,
+                space.encode(observations.plans),
+                observations.score,
+                observations.full,
+                observations.noise,
+                expected=expected,
             )
         return cls.build(study.parts, space, models, format)
 

@@ -102,7 +102,7 @@ def candidates(
     together = merge_groups([*tied(study.parts, runtime), *tie])
     knapsack = knapsack or Knapsack.of(study, list(dict.fromkeys([*weights, *(floors or {})])), files_of(runtime))
     failure: UserError | None = None
-    usable = _usable(study, runtime)
+    usable = _usable(study, runtime, knapsack)
     # A runtime may offer alternatives, such as any single scheme for the whole model. Each is solved by itself; that
     # one of them has no solution matters only if none has.
     for allowed in searches(study.parts, runtime, usable):
@@ -118,10 +118,11 @@ def candidates(
     return sorted(solved, key=lambda candidate: -mean_share(candidate.predicted, weights))[:top]
 
 
-def _usable(study: Study, runtime: str) -> list[Scheme]:
-    """The measured schemes that a runtime can load for some component; the error says what to sweep instead."""
+def _usable(study: Study, runtime: str, knapsack: Knapsack) -> list[Scheme]:
+    """The schemes that a runtime can load for some component; the error says what to sweep instead."""
+    known = {choice for options in knapsack.space.choices for choice in options if choice is not None}
     try:
-        return restrict(study.parts, sorted(_measured(study), key=str), runtime)[0]
+        return restrict(study.parts, sorted(known, key=str), runtime)[0]
     except UserError as error:
         raise UserError(
             f"{runtime} can load no plan that this study measured; it takes {abilities(runtime)}; "
@@ -155,11 +156,6 @@ def plans_for(
             "--bits, or use --search grid"
         )
     return list(dict.fromkeys(plan for way in lists for plan in way))[:trials]
-
-
-def _measured(study: Study) -> set[Scheme]:
-    """All schemes that the study's trials use."""
-    return {scheme for trial in study.measured() for _, scheme in trial.plan.schemes if scheme is not None}
 
 
 def _predicted(study: Study, plan: Plan, task: str) -> Predicted | None:

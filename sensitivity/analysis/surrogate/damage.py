@@ -30,6 +30,7 @@ class DamageModel:
     bits: tuple[tuple[float, ...], ...]  # per component, per step
     above: tuple[tuple[float, ...], ...]  # the bits one step higher in the family (16 = native)
     pairs: tuple[tuple[int, int], ...]
+    expected: tuple[float, ...] | None = None  # per step of all components: the logarithm of its expected damage
 
     @property
     def steps(self) -> int:
@@ -53,7 +54,9 @@ class DamageModel:
 
     @cached_property
     def base(self) -> Floats:
-        """Expected logarithm of each step if damage is exp(3 - bits): 1 at three bits, e times as much per bit less."""
+        """Expected logarithm of each step: as it was given, else as if damage is exp(3 - bits), 1 at three bits."""
+        if self.expected is not None:
+            return np.array(self.expected)
         # a scheme no narrower than the one above it (16 bits stored as such) does next to no damage: -12
         steps = zip(itertools.chain(*self.bits), itertools.chain(*self.above), strict=True)
         return np.array([math.log(math.exp(3 - b) - math.exp(3 - a)) if a > b else -12.0 for b, a in steps])

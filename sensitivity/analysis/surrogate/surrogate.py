@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -17,8 +17,13 @@ from sensitivity.spec.plan import NOT_ROUNDED, Plan, Scheme
 
 Floats = np.ndarray
 Choice = Scheme | None
+Expected = Mapping[str, Mapping[Scheme, float]]  # component -> scheme -> damage, of which only ratios count
 DRAWS = 128  # parameter vectors that are drawn for an interval
 PAIRS = 6  # most interaction terms
+LITTLE = 1e-5  # least expected step, as a share of the largest
+PRIOR = (1.5, 1.0)  # spread of the logarithms of components and of steps around the formula's expectation
+TRUST = 0.8  # expectations are dropped if the error without them is below this share of that with them
+TOLD = (0.8, 0.5)  # the same around damages that were expected of this model
 WORTH = 0.03  # an interaction term stays if it lowers the residual error by at least this share
 
 
@@ -30,12 +35,14 @@ class Space:
     choices: tuple[tuple[Choice, ...], ...]
 
     @classmethod
-    def of(cls, plans: Sequence[Plan]) -> Space:
-        """The space of all schemes that these plans use, and native."""
+    def of(cls, plans: Sequence[Plan], expected: Expected | None = None) -> Space:
+        """The space of all schemes that these plans use or of which something is expected, and native."""
         if not plans:
             raise UserError("no plan to learn from")
         names = tuple(name for name, _ in plans[0].schemes)
-        seen: list[set[Choice]] = [{plan[name] for plan in plans} | {None} for name in names]
+        seen: list[set[Choice]] = [
+            {plan[name] for plan in plans} | set((expected or {}).get(name, ())) | {None} for name in names
+        ]
         return cls(names, tuple(tuple(sorted(used, key=_order)) for used in seen))
 
     def uniform(self) -> list[list[int]]:
@@ -139,7 +146,7 @@ class Surrogate:
         return self.formula.eta_at(self.theta, score)
 
 
-def _formula(space: Space, pairs: tuple[tuple[int, int], ...]) -> DamageModel:
+def _formula(space: Space, pairs: tuple[tuple[int, int], ...], expected: Expected | None = None) -> DamageModel:
     """The parameters that a space of choices and interacting pairs needs."""
     parents: list[tuple[int, ...]] = []
     bits, above = [], []
@@ -152,7 +159,26 @@ def _formula(space: Space, pairs: tuple[tuple[int, int], ...]) -> DamageModel:
         parents.append(tuple(before))
         bits.append(tuple(_width(scheme) for scheme in schemes))
         above.append(tuple(_width(schemes[p]) if p >= 0 else 16 for p in before))
-    return DamageModel(tuple(len(b) for b in bits), tuple(parents), tuple(bits), tuple(above), pairs)
+    plain = DamageModel(tuple(len(b) for b in bits), tuple(parents), tuple(bits), tuple(above), pairs)
+    return plain if expected is None else replace(plain, expected=_expected_steps(space, plain, expected))
+
+
+def _expected_steps(space: Space, plain: DamageModel, expected: Expected) -> tuple[float, ...]:
+    """The logarithm of each step's expected damage, at the mean level of the formula's own; that where none is given.
+
+    A narrower scheme that is expected to do no more damage than the next wider one gets a small step all the same.
+    """
+    steps = np.full(plain.steps, np.nan)
+    for c, (name, options) in enumerate(zip(space.names, space.choices, strict=True)):
+        damages = [expected.get(name, {}).get(option, np.nan) if option else 0.0 for option in options]
+        for i, parent in enumerate(plain.family_start[c]):
+            steps[plain.first[c] + i] = damages[i + 1] - (damages[parent + 1] if parent >= 0 else 0.0)
+    if not (steps > 0).any():
+        return tuple(plain.base)
+    known = np.isfinite(steps)
+    logs = np.log(np.maximum(steps, LITTLE * np.nanmax(steps)), where=known, out=np.zeros_like(steps))
+    logs[known] += plain.base[known].mean() - logs[known].mean()
+    return tuple(np.where(known, logs, plain.base))
 
 
 def fit_surrogate(
@@ -162,15 +188,36 @@ def fit_surrogate(
     full: float | None = None,
     noise: float | None = None,
     pairs: bool = True,
+    expected: Expected | None = None,
 ) -> Surrogate:
-    """Fit the surrogate to measured scores; interaction terms are added one by one while they lower the error."""
+    """Fit the surrogate to measured scores; interaction terms are added one by one while they lower the error.
+
+    `expected`: damages that are known before any score, up to a factor. Scores correct them, and where a fit without
+    them is clearly closer to the scores, they are wrong and not used.
+    """
+    if expected is not None:
+        told, plain = (_fitted(space, index, score, full, noise, pairs, prior) for prior in (expected, None))
+        return plain if plain.sigma < TRUST * told.sigma else told
+    return _fitted(space, index, score, full, noise, pairs, None)
+
+
+def _fitted(
+    space: Space,
+    index: Floats,
+    score: Floats,
+    full: float | None,
+    noise: float | None,
+    pairs: bool,
+    expected: Expected | None,
+) -> Surrogate:
+    """The surrogate with given expectations, with as many interaction terms as are worth it."""
     unit = float(np.max(np.abs(score))) or 1.0  # the prior is made for scores of about 1: percent are scaled
     scaled = score / unit
     top = (float(np.quantile(score, 0.9)) if full is None else full) / unit
     least = max((noise or 0.0) / unit, 1e-3)  # sigma's lower limit: few trials are fitted without any residual
-    model = _fit(space, index, scaled, (), top, least)
+    model = _fit(space, index, scaled, (), top, least, None, expected)
     while pairs and len(model.pairs) < PAIRS and (pair := _missing_pair(model, index, scaled)):
-        better = _fit(space, index, scaled, (*model.pairs, pair), top, least, model)
+        better = _fit(space, index, scaled, (*model.pairs, pair), top, least, model, expected)
         if better.sigma > (1 - WORTH) * model.sigma or better.gammas().min() < 0:
             break
         model = better
@@ -188,17 +235,18 @@ def _fit(
     top: float,
     least: float,
     before: Surrogate | None = None,
+    expected: Expected | None = None,
 ) -> Surrogate:
     """Maximum a posteriori fit by Levenberg and Marquardt: data and prior are residuals of one least-squares problem.
 
     The prior's residuals also give that algorithm what it demands: at least as many residuals as parameters.
     """
-    formula = _formula(space, pairs)
-    parts = len(space.names)
+    formula = _formula(space, pairs, expected)
+    parts, (of_component, of_step) = len(space.names), PRIOR if expected is None else TOLD
     # mean and spread of the prior, in the order of theta: top, floor, log power, level, slope; components, steps, pairs
     center = np.concatenate([[top, 0.0, 0.0, -0.5, 0.0], np.zeros(parts + formula.steps + len(pairs))])
     spread = np.concatenate(
-        [[0.1, 0.3, 0.5, 2.0, 0.7], np.full(parts, 1.5), np.full(formula.steps, 1.0), np.full(len(pairs), 1.0)]
+        [[0.1, 0.3, 0.5, 2.0, 0.7], np.full(parts, of_component), np.full(formula.steps, of_step), np.ones(len(pairs))]
     )
     # gammas stand last in theta: a fit with one pair less is a start for this one once a zero is appended
     theta = center if before is None else np.append(before.theta, 0.0)

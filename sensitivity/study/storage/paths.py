@@ -37,6 +37,21 @@ def ranking(study: Path, digest: str) -> Path:
     return study / "rankings" / f"{digest}.json"
 
 
+def expected(study: Path) -> Path:
+    """What each component's schemes were expected to cost before any plan was measured."""
+    return study / "expected.json"
+
+
+def attributions(folder: Path) -> Path:
+    """A table of attributions, in a study's folder or in one of its own."""
+    return folder / "attributions.json"
+
+
+def explanation(folder: Path, key: str) -> Path:
+    """The blame for the damage of a plan, by the plan's key."""
+    return folder / "explained" / f"{key}.json"
+
+
 def recommendation(study: Path, budget: float | None = None) -> Path:
     """A saved recommendation: the first one, or that for a further budget in bits per weight."""
     return study / (PLAN if budget is None else f"plan-{budget:g}bpw.json")

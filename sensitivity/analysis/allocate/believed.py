@@ -1,0 +1,34 @@
+"""Believed scores: the reading of each measured plan, drawn towards the surrogate by as much as it is noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from sensitivity.analysis.allocate.knapsack import Knapsack
+from sensitivity.analysis.observations import observations_of
+from sensitivity.study.study import Study
+
+
+def believed(study: Study, knapsack: Knapsack, weights: Mapping[str, float]) -> dict[str, float]:
+    """For each measured plan, by key, its weighted mean share of full precision.
+
+    The best of several noisy readings is too high (the winner's curse). A plan's reading is its prediction, plus what
+    the surrogate misses, plus noise. The share of what is missed in the sum of both variances is how much of the
+    reading's distance to the prediction is kept.
+    """
+    found: dict[str, float] = {}
+    total = sum(weights.values())
+    for task, weight in weights.items():
+        observations, model = observations_of(study, task), knapsack.models[task]
+        predicted = model.predict(knapsack.space.encode(observations.plans))
+        noise = (observations.noise or 0.0) ** 2
+        missed = max(model.sigma**2 - noise, 0.0)
+        for key, rows in pd.DataFrame({"key": observations.keys}).groupby("key").groups.items():
+            reading, expected, own = observations.score[rows].mean(), predicted[rows].mean(), noise / len(rows)
+            kept = missed / (missed + own) if missed + own > 0 else 1.0
+            score = (expected + kept * (reading - expected)) / (knapsack.full(task) or 1.0)
+            found[str(key)] = found.get(str(key), 0.0) + weight / total * float(score)
+    return {key: score for key, score in found.items() if np.isfinite(score)}

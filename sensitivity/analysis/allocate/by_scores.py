@@ -1,0 +1,89 @@
+"""The best plan within a budget by additive scores alone, such as those of a calibration, before any plan has run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from sensitivity.analysis.allocate.budget import fits, infeasible
+from sensitivity.analysis.allocate.knapsack import Knapsack, Program
+from sensitivity.analysis.surrogate.surrogate import Space
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.limits import Allowed, intersection, merge_groups
+from sensitivity.spec.loadable import searches
+from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.runtimes import files_of, tied
+from sensitivity.spec.sizes import budget_bits
+
+Scores = Mapping[str, Mapping[Scheme, float]]  # component -> scheme -> damage
+
+
+def optimum(
+    parts: ComponentMap,
+    scores: Scores,
+    bpw: float,
+    runtime: str | None = None,
+    allow: Allowed | None = None,
+    tie: Sequence[Sequence[str]] = (),
+) -> Plan:
+    """The plan of at most so many bits per weight with the least sum of scores; with `runtime`, one that it can load.
+
+    A narrower scheme of a family never counts for less damage than a wider one: what a score says otherwise is noise.
+    """
+    schemes = list(dict.fromkeys(scheme for one in scores.values() for scheme in one))
+    knapsack = Knapsack.build(parts, Space.of([Plan.uniform(parts, None)], scores), {}, files_of(runtime))
+    damages = rising(knapsack.space, scores)
+    ways = searches(parts, runtime, schemes) if runtime else [None]
+    together = merge_groups([*tied(parts, runtime), *tie]) if runtime else tie
+    found, failure = [], None
+    for way in ways:
+        try:
+            found.append(_solved(knapsack, damages, budget_bits(parts, bpw), intersection(way, allow), together))
+        except UserError as error:
+            failure = failure or error
+    if not found:
+        assert failure is not None
+        raise failure
+    return knapsack.space.decode(min(found, key=lambda one: one[1])[0])
+
+
+def _solved(
+    knapsack: Knapsack, damages: Sequence[np.ndarray], budget: int, allow: Allowed | None, tie: Sequence[Sequence[str]]
+) -> tuple[np.ndarray, float]:
+    """The best row of choices within a budget in bits, and its damage."""
+    program = Program(knapsack, allow, tie)
+    program.at_most(budget - knapsack.kept)
+    cost = dict(enumerate(np.concatenate(damages)))
+    while (best := program.minimize(cost)) is not None:
+        if fits(knapsack, best[0], budget):
+            return best
+        program.exclude(best[0])
+    raise infeasible(knapsack, budget, {}, allow, tie, "no plan")
+
+
+def rising(space: Space, scores: Scores) -> list[np.ndarray]:
+    """Per component, the damage of each choice, native first: within a family it never falls with the bits."""
+    found = []
+    for name, options in zip(space.names, space.choices, strict=True):
+        damages, before = [0.0], None
+        for option in options[1:]:
+            assert option is not None
+            narrower = before is not None and (before.method, before.group) == (option.method, option.group)
+            damages.append(max(scores[name].get(option, np.inf), damages[-1] if narrower else 0.0))
+            before = option
+        found.append(np.array(damages))
+    return found
+
+
+def combined(scores: Sequence[Scores]) -> dict[str, dict[Scheme, float]]:
+    """The geometric mean of several scores, each scaled to its mean logarithm, where all of them are above zero."""
+    found: dict[str, dict[Scheme, float]] = {}
+    levels = [np.mean([np.log(v) for row in one.values() for v in row.values() if v > 0] or [0.0]) for one in scores]
+    for name, row in scores[0].items():
+        for scheme in row:
+            values = [one[name][scheme] for one in scores]
+            logs = [np.log(v) - level for v, level in zip(values, levels, strict=True) if v > 0]
+            found.setdefault(name, {})[scheme] = float(np.exp(np.mean(logs))) if len(logs) == len(scores) else 0.0
+    return found

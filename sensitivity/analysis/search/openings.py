@@ -1,0 +1,25 @@
+"""Plans one after the other: some that are given, then what a function proposes from all that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from sensitivity.spec.plan import Plan
+from sensitivity.study.study import Study
+
+
+def opened(
+    study: Study, openings: Sequence[Plan], propose: Callable[[Study], Iterable[Plan]], trials: int
+) -> Iterator[Plan]:
+    """Yield plans that were not measured, until the study holds `trials` or nothing new is proposed."""
+    for plan in openings:
+        keys = {trial.key for trial in study.trials()}
+        if len(keys) >= trials:
+            return
+        if plan.key not in keys:
+            yield plan
+    while len(keys := {trial.key for trial in study.trials()}) < trials:
+        new = next((plan for plan in propose(study) if plan.key not in keys), None)
+        if new is None:
+            return
+        yield new

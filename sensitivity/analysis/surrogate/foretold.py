@@ -1,0 +1,52 @@
+"""Foretold: how well additive scores of components predict the plans that a study has measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import spearmanr
+from sklearn.isotonic import IsotonicRegression
+
+from sensitivity.analysis.observations import observations_of
+from sensitivity.analysis.surrogate.surrogate import Expected
+from sensitivity.study.study import Study
+
+LEAST = 4  # plans below which nothing is said
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """The agreement of scores with measurements, over all quantized plans whose components have a score."""
+
+    plans: int
+    rank_correlation: float  # of the sum of scores with the loss of task score; 1 if the order of plans is the same
+    error: float  # root mean square of a plan's task score, foretold from the other plans by a falling curve
+
+    def to_json(self) -> dict[str, float]:
+        """The agreement as JSON values."""
+        return {"plans": self.plans, "rank_correlation": self.rank_correlation, "error": self.error}
+
+
+def foretold(study: Study, scores: Expected, task: str | None = None) -> Foretold | None:
+    """How well the sums of scores order and predict the measured plans; None where too few plans can be compared."""
+    observations = observations_of(study, task)
+    known = [
+        all(choice is None or choice in scores.get(name, {}) for name, choice in plan.schemes) and not plan.is_native
+        for plan in observations.plans
+    ]
+    observations = observations.where(np.array(known, dtype=bool))
+    sums = np.array([
+        sum(scores[name][choice] for name, choice in plan.schemes if choice is not None) for plan in observations.plans
+    ])  # fmt: skip
+    if len(sums) < LEAST or len(set(sums)) < 2 or len(set(observations.score)) < 2:
+        return None
+    missed = [
+        IsotonicRegression(increasing=False, out_of_bounds="clip")
+        .fit(np.delete(sums, i), np.delete(observations.score, i))
+        .predict(sums[i : i + 1])[0]
+        - observations.score[i]
+        for i in range(len(sums))
+    ]
+    agreement = float(spearmanr(sums, -observations.score).statistic)
+    return Foretold(len(sums), agreement, float(np.sqrt(np.mean(np.square(missed)))))

@@ -1,0 +1,38 @@
+"""Expected damages: how much each scheme was thought to cost each component before a study measured any plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from sensitivity.spec import schema
+from sensitivity.spec.files import write_atomically
+from sensitivity.spec.plan import Scheme
+from sensitivity.study.storage import paths
+
+REPAIR = "delete it, and plans are predicted from what was measured alone"
+Expected = Mapping[str, Mapping[Scheme, float]]  # component -> scheme -> damage; only ratios count
+
+
+def save(study: Path, expected: Expected, source: str) -> Path:
+    """Write what is expected beside a study's trials."""
+    damages = [
+        {"component": name, "scheme": one.to_json(), "damage": damage}
+        for name, schemes in expected.items()
+        for one, damage in schemes.items()
+    ]
+    file = paths.expected(study)
+    write_atomically(file, json.dumps({"version": 1, "from": source, "damages": damages}, indent=1).encode())
+    return file
+
+
+def read(study: Path) -> Expected | None:
+    """What a study expected; None where nothing was."""
+    file = paths.expected(study)
+    if not file.exists():
+        return None
+    found: dict[str, dict[Scheme, float]] = {}
+    for row in schema.read(file, "expected", REPAIR)["damages"]:
+        found.setdefault(row["component"], {})[Scheme.from_json(row["scheme"])] = float(row["damage"])
+    return found

@@ -1,0 +1,185 @@
+"""Plans by scores alone: equal to brute force; scores as expectations of the surrogate; and what is believed."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from sensitivity.analysis.allocate.believed import believed
+from sensitivity.analysis.allocate.budget import solve
+from sensitivity.analysis.allocate.by_scores import combined, optimum
+from sensitivity.analysis.allocate.knapsack import Knapsack
+from sensitivity.analysis.search.openings import opened
+from sensitivity.analysis.surrogate.foretold import foretold
+from sensitivity.analysis.surrogate.surrogate import Space, fit_surrogate
+from sensitivity.spec.components import ComponentMap, Kept, Weight
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.limits import allowed_by
+from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.sizes import size
+from sensitivity.study.storage import expected
+from sensitivity.study.study import Study
+
+NAMES = ("vision", "connector", "language")
+SCHEMES = [Scheme("codes", bits) for bits in (2, 3, 4, 8)]
+PARTS = ComponentMap(
+    "planted",
+    "linear",
+    tuple(Weight(f"{n}.w", 1, s, n, None, 0, None) for n, s in zip(NAMES, (300, 60, 2500), strict=True)),
+    (Kept("rest", 100, "rest"),),
+)
+
+
+def harms(seed: int) -> dict[str, dict[Scheme, float]]:
+    draw = np.random.default_rng(seed)
+    level = {name: float(np.exp(draw.normal(0, 2))) for name in NAMES}
+    return {name: {s: level[name] * float(np.exp(-s.bits + draw.normal(0, 0.2))) for s in SCHEMES} for name in NAMES}
+
+
+def every_plan() -> list[Plan]:
+    return [Plan(tuple(zip(NAMES, row, strict=True))) for row in itertools.product([None, *SCHEMES], repeat=3)]
+
+
+def harm(plan: Plan, scores: dict[str, dict[Scheme, float]]) -> float:
+    return sum(scores[name][choice] for name, choice in plan.schemes if choice)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_optimum_is_that_of_brute_force(seed: int) -> None:
+    scores = harms(seed)
+    for bpw in (3.0, 4.0, 9.0):
+        fits = [plan for plan in every_plan() if size(PARTS, plan).bpw <= bpw]
+        best = min(harm(plan, scores) for plan in fits)
+        ours = optimum(PARTS, scores, bpw)
+        assert size(PARTS, ours).bpw <= bpw
+        assert harm(ours, scores) == pytest.approx(best)
+
+
+def test_limits_hold_and_an_impossible_budget_is_a_sentence() -> None:
+    scores = harms(0)
+    kept = optimum(PARTS, scores, 5.0, allow=allowed_by(NAMES, {"vision": (8,)}), tie=[("connector", "language")])
+    assert kept.bits()["vision"] == 8
+    assert kept["connector"] == kept["language"]
+    with pytest.raises(UserError, match=r"no plan fits 1.00 bpw .* can be reached; ask for more"):
+        optimum(PARTS, scores, 1.0)
+
+
+def test_a_narrower_width_never_counts_for_less_damage() -> None:
+    scores = harms(1)
+    scores["language"][SCHEMES[0]] = 0.0  # noise: two bits said to do no damage
+    plan = optimum(PARTS, scores, 9.0)
+    assert plan.bits()["language"] > 2
+
+
+def test_scores_are_combined_whatever_their_units() -> None:
+    one, other = harms(0), harms(1)
+    loud = {name: {scheme: 1e6 * v for scheme, v in row.items()} for name, row in other.items()}
+    both, again = combined([one, other]), combined([one, loud])
+    assert both.keys() == one.keys()
+    for name in NAMES:
+        for scheme in SCHEMES:
+            assert both[name][scheme] == pytest.approx(again[name][scheme])
+            ratio = both[name][scheme] / both["vision"][SCHEMES[0]]
+            each = [s[name][scheme] / s["vision"][SCHEMES[0]] for s in (one, other)]
+            assert ratio == pytest.approx(np.sqrt(each[0] * each[1]))
+    one["vision"][SCHEMES[0]] = 0.0
+    assert combined([one, other])["vision"][SCHEMES[0]] == 0.0
+
+
+def test_expectations_help_while_little_is_measured_and_yield_to_data() -> None:
+    """From four readings of 125: right expectations order plans better than none; wrong ones are overcome by data."""
+    space = Space.of(every_plan())
+    index = space.encode(every_plan())
+    gained, overcome = [], []
+    for seed in range(4):
+        truth = harms(seed)
+        score = np.array([np.exp(-5 * harm(plan, truth)) for plan in every_plan()])
+        some = np.random.default_rng(seed).choice(len(score), 4, replace=False)
+        few = {"space": space, "index": index[some], "score": score[some], "full": 1.0}
+        told, plain = (fit_surrogate(**few, expected=e).predict(index) for e in (truth, None))  # type: ignore[arg-type]
+        gained.append(spearmanr(told, score).statistic - spearmanr(plain, score).statistic)
+        wrong = {name: truth[other] for name, other in zip(NAMES, reversed(NAMES), strict=True)}
+        believing = fit_surrogate(space, index, score, 1.0, expected=wrong).predict(index)
+        overcome.append(float(np.sqrt(np.mean((believing - score) ** 2))))
+    assert np.mean(gained) > 0.02
+    assert max(overcome) < 0.03
+
+
+def study(
+    tmp_path: Path, noise: float, count: int, seed: int = 0, times: int = 1
+) -> tuple[Study, dict[str, dict[Scheme, float]]]:
+    """A study of the first plans of a shuffled list, full precision among them."""
+    truth, draw = harms(seed), np.random.default_rng(seed)
+    order = draw.permutation(len(every_plan()) - 1)[: count - 1] + 1
+    plans = times * [every_plan()[i] for i in (0, *order)]
+    made = Study.create(tmp_path, PARTS, ["score"], {"model": "planted"})
+    scores = [{"score": float(np.exp(-5 * harm(plan, truth)) + noise * draw.standard_normal())} for plan in plans]
+    made.append(plans, scores)
+    return made, truth
+
+
+def test_a_study_predicts_from_what_it_expected(tmp_path: Path) -> None:
+    made, truth = study(tmp_path / "s", 0.0, 4)
+    before = Knapsack.of(made, ["score"])
+    expected.save(made.path, truth, "planted")
+    after = Knapsack.of(made, ["score"])
+    assert sum(map(len, before.space.choices)) < sum(map(len, after.space.choices))  # unmeasured schemes are offered
+    (best,) = solve(made, bpw=4.0, top=1)
+    fits = [plan for plan in every_plan() if size(PARTS, plan).bpw <= 4.0]
+    assert harm(best.plan, truth) == pytest.approx(min(harm(plan, truth) for plan in fits))
+    (tmp_path / "s" / "expected.json").write_text("{}")
+    with pytest.raises(UserError, match=r"expected.json cannot be used: .*; delete it"):
+        Knapsack.of(made, ["score"])
+
+
+def test_the_best_reading_is_drawn_towards_the_surrogate(tmp_path: Path) -> None:
+    """The winner's curse: over noisy studies, the best reading lies above the truth, what is believed of it less so."""
+    cursed, cured = [], []
+    for seed in range(6):
+        made, truth = study(tmp_path / str(seed), 0.07, 40, seed, times=2)
+        knapsack = Knapsack.of(made, ["score"])
+        scores = believed(made, knapsack, {"score": 1.0})
+        readings: dict[str, list[float]] = {}
+        for trial in made.measured():
+            readings.setdefault(trial.key, []).append(trial.scores["score"]["mean"])
+        assert scores.keys() == readings.keys()
+        best = max((t for t in made.measured() if not t.plan.is_native), key=lambda t: np.mean(readings[t.key]))
+        real = float(np.exp(-5 * harm(best.plan, truth)))
+        cursed.append(float(np.mean(readings[best.key])) - real)
+        cured.append(scores[best.key] * knapsack.full("score") - real)
+    assert np.mean(cursed) > 0.03
+    assert abs(np.mean(cured)) < np.mean(cursed) / 2
+
+
+def test_scores_that_are_the_truth_foretell_every_plan(tmp_path: Path) -> None:
+    made, truth = study(tmp_path / "s", 0.0, 40)
+    found = foretold(made, truth)
+    assert found is not None
+    assert found.rank_correlation == pytest.approx(1.0)
+    assert found.plans == 39
+    wrong = foretold(made, {name: {s: -v for s, v in row.items()} for name, row in truth.items()})
+    assert wrong is not None
+    assert wrong.rank_correlation == pytest.approx(-1.0)
+    assert wrong.error > 5 * found.error
+    assert foretold(study(tmp_path / "few", 0.0, 3)[0], truth) is None
+
+
+def test_plans_are_proposed_until_there_are_enough_or_none_is_new(tmp_path: Path) -> None:
+    made, _ = study(tmp_path / "s", 0.0, 3)
+    known = [trial.plan for trial in made.trials()]
+    new = [plan for plan in every_plan() if plan not in known]
+
+    def run(trials: int, proposals: list[Plan]) -> list[Plan]:
+        asked = []
+        for plan in opened(made, [known[0], new[0], new[1]], lambda now: proposals, trials):
+            asked.append(plan)
+            made.append([plan], [{"score": 0.5}])
+        return asked
+
+    assert run(4, new) == [new[0]]  # an opening plan that was measured is not asked for again
+    assert run(6, [*known, new[2]]) == [new[1], new[2]]
+    assert run(9, new[:3]) == []
