@@ -42,6 +42,7 @@ TABLES = {
     "RUNTIMES": "what a runtime can load, as data",
     "FILES": "the bits that a format of packed weights stores of one weight",
     "ESTIMATORS": "an estimator of importance",
+    "SCORES": "a score of components that needs calibration data alone",
     "SAMPLERS": "a search that chooses plans one after the other",
 }
 

@@ -62,13 +62,14 @@ def recommend_each(study: Study, request: PlanRequest, run: VLM | None = None) -
 
 
 def begin_recommendation(
-    study: Study, request: PlanRequest, run: VLM | None = None
+    study: Study, request: PlanRequest, run: VLM | None = None, proposals: Proposed | None = None
 ) -> tuple[Callable[[], list[Recommendation]], Iterator[Step]]:
     """A function that returns the recommendations, and an iterator that runs the verification step by step.
 
-    The iterator must be exhausted first: the command line shows progress between its steps.
+    The iterator must be exhausted first: the command line shows progress between its steps. `proposals`: for each
+    budget the candidates to run and their rival; by default the best that the study's surrogate predicts.
     """
-    proposals = proposed(study, request)
+    proposals = proposals or proposed(study, request)
     if run is None:
         return lambda: _judged(study, None, proposals, request), iter(())
     if study.meta.get("fingerprint") != run.fingerprint:

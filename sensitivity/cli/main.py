@@ -15,11 +15,13 @@ from types import ModuleType
 from sensitivity.cli.arguments.parsing import parser_of, run_verb
 from sensitivity.cli.verbs import (
     demo,
+    explain,
     export,
     import_,
     inspect,
     legalize,
     methods,
+    plan,
     rank,
     recommend,
     report,
@@ -36,7 +38,9 @@ from sensitivity.spec.files import finite
 VERBS: dict[str, ModuleType] = {
     "inspect": inspect,
     "methods": methods,
+    "plan": plan,
     "sweep": sweep,
+    "explain": explain,
     "rank": rank,
     "recommend": recommend,
     "legalize": legalize,

@@ -20,6 +20,8 @@ MODEL = "embedded:scenes-llava"
 LINES = {  # a command of each verb with which nothing is wrong
     "inspect": f"{MODEL}",
     "sweep": f"{MODEL} --n 4 --bits 2,4,8 --out new",
+    "plan": f"{MODEL} --n 4 --bits 2,4,8 --bpw 14 --out new",
+    "explain": f"{MODEL} --bits 2,4,8 --out new",
     "rank": "study",
     "recommend": "study --bpw 6",
     "legalize": "study --runtime gptq --bpw 8",
@@ -45,17 +47,21 @@ FITTING = {  # a value of each flag with which nothing is wrong: what is refused
     "--workers": "1", "--executor": "local", "--device": "cpu", "--dtype": "fp32", "--storage": "sqlite:///team.db",
     "--near": "0.5", "--bootstraps": "10", "--bpw": "6", "--gb": "0.5", "--weight": "vqa=2", "--floor": "vqa=95%",
     "--top": "1", "a": "study", "b": "study", "--plan": "a79dde72", "--every": "1",
+    "--minutes": "5", "--scores": "gram,fisher",
     "--model": MODEL, "--format": "fake", "--part": "c=connector", "--switch": "on=connector",
     "--kinds": "x=ff", "--numel": "vision=1_000", "--kind": "k", "--score": "s", "--total": "1000000000",
 }  # fmt: skip
 OWN = {  # where a verb means something else by a flag
     ("import", "--bits"): "b", ("legalize", "--out"): "other.json", ("failures", "--kind"): "count",
     ("failures", "--out"): "other.html", ("compare", "--out"): "other.html", ("table", "--out"): "other.parquet",
+    ("explain", "source"): MODEL, ("explain", "--path"): "float", ("explain", "--plan"): "1",
+    ("plan", "--path"): "float",
 }  # fmt: skip
 GPTQ = ("--set", "--backend", "--calibration", "--calibration-n", "--path", "--cache-gb")
 BESIDE = {  # what a flag needs beside it, where it means nothing alone
     **{(verb, flag): "--method gptq" for verb in ("inspect", "sweep") for flag in GPTQ},
     ("sweep", "--activation-scale"): "--activation-bits 8", ("sweep", "--cache-group"): "--cache-bits 4",
+    **{(verb, "--biases"): "--method rtn" for verb in ("plan", "explain")},
     ("export", "--path"): "--format fake", ("export", "--model"): "--format fake",
     ("legalize", "--force"): "--out other.json",
     ("import", "--bits"): "--switch on=connector", ("import", "--switch"): "--bits b",
@@ -65,7 +71,9 @@ BESIDE = {  # what a flag needs beside it, where it means nothing alone
 INSTEAD = {  # what must be left out for it
     **{("import", flag): ("--part",) for flag in ("--bits", "--switch", "--kind", "--kinds")},
     ("recommend", "--gb"): ("--bpw",),
+    ("explain", "--plan"): ("--bits", "--out"),
 }
+OF_STUDY = {("explain", "--plan")}  # a flag that is for a study, where the line of the verb has a model
 KINDS = {
     "empty": "", "blank": "  ", "comma": ",", "unknown": "nope", "negative": "-1", "zero": "0", "fraction": "2.5",
     "huge": "9" * 30, "overflow": "1e999", "nan": "NaN", "infinite": "inf", "null": "null", "object": "{}",
@@ -79,6 +87,8 @@ FINE = {
     ("--memory-gb", "zero"): "shares nothing in memory: slower, the same result",
     ("--cache-gb", "fraction"): "an amount may be a fraction",
     ("--memory-gb", "fraction"): "an amount may be a fraction",
+    ("--minutes", "fraction"): "minutes may be a fraction",
+    ("plan", "--bpw", "fraction"): "",  # less than two bits and all that is kept
     ("--bpw", "fraction"): "a budget may be a fraction",
     ("--gb", "fraction"): "a budget may be a fraction",
     **{("--out", kind): "a file may be called that" for kind in KINDS if kind not in (
@@ -174,6 +184,19 @@ NAMED = (  # what people typed, and what must be named in the answer
     ("sweep MODEL --out new --calib vqa", "unrecognized words: --calib vqa"),
     ("swep MODEL", "VERB is one of 'inspect', 'methods', 'sweep'"),
     ("", "still needed: VERB"),
+    ("plan MODEL --out new --bpw 1", "no plan fits 1.00 bpw"),
+    ("plan MODEL --out new --bpw 6 --gb 1", "--bpw would do nothing beside --gb"),
+    ("plan MODEL --out new --path exposed", "scores of single components need the float path"),
+    ("plan MODEL --out new --minutes 0", "--minutes takes minutes above 0"),
+    ("plan MODEL --out new --trials 1", "from 2 to 100"),
+    ("plan MODEL --out new --task retrieval", "cannot search"),
+    ("explain MODEL --bits 4", "still needed: --out"),
+    ("explain MODEL --out new --plan 1", "--plan would do nothing with a model"),
+    ("explain MODEL --out new --scores grams", "unknown score 'grams'"),
+    ("explain MODEL --out new --scores gram,fisher --task retrieval", "no answers in words to take a loss of"),
+    ("explain study", "still needed: --plan"),
+    ("explain study --plan 999", "no plan of this study has the number or key '999'"),
+    ("explain study --plan 1 --bits 4", "--bits would do nothing with a study"),
     ("rank study --json=1", "ignored explicit argument"),
 )  # fmt: skip
 
@@ -217,6 +240,8 @@ def command(verb: str, flag: str, value: str | None, action: argparse.Action) ->
     if not action.option_strings:
         words[0] = value if value is not None else words[0]
         return ("--", *words) if (value or "").startswith("-") else tuple(words)
+    if (verb, flag) in OF_STUDY:
+        words[0] = "study"
     for other in INSTEAD.get((verb, flag), ()):
         while other in words:
             del words[words.index(other) : words.index(other) + 2]
@@ -289,6 +314,8 @@ def there(place: Path, scenes_llava: Any, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("api.sweeping", "begin_sweep"),
         ("measure.forecast.forecast", "forecast_sweep"),
         ("api.recommending", "begin_recommendation"),
+        ("api.planning", "scored"),
+        ("api.explaining", "explain_plan"),
         ("analysis.report.page", "report"),
         ("analysis.importance.estimators", "cross_validated"),
         ("api.exporting", "write"),

@@ -171,6 +171,46 @@ def study(p: argparse.ArgumentParser) -> None:
     p.add_argument("study", type=values.path, metavar="STUDY", help="the folder of a sweep, such as runs/demo")
 
 
+def tasks(p: argparse.ArgumentParser) -> None:
+    """Add --task for verbs that run tasks."""
+    p.add_argument(
+        "--task",
+        type=values.comma_separated(values.model_or_task),
+        default=("vqa",),
+        metavar="T[,T]",
+        help="vqa, caption, scene, ground, retrieval; DATASET:FOLDER such as vqav2:FOLDER; your own FILE.jsonl, or"
+        " SCORER:FILE.jsonl with exact, choice, number, yesno, anls, vqa, caption, iou or recall (default: vqa)",
+    )
+
+
+def budgets(p: argparse.ArgumentParser) -> None:
+    """Add --bpw and --gb, each a list."""
+    p.add_argument(
+        "--bpw",
+        type=values.comma_separated(values.bpw),
+        default=(4.0,),
+        metavar="X[,X]",
+        help="budgets in bits per weight, counting all that is stored in the files of --runtime (default: 4.0)",
+    )
+    p.add_argument(
+        "--gb",
+        type=values.comma_separated(values.size),
+        metavar="X[,X]",
+        help="budgets in GB (10^9 bytes), instead of --bpw",
+    )
+
+
+def study_folder(p: argparse.ArgumentParser) -> None:
+    """Add --out, the folder of a study."""
+    p.add_argument(
+        "--out",
+        type=values.folder,
+        required=True,
+        metavar="runs/NAME",
+        help="folder of the study; the same command again continues it",
+    )
+
+
 def task(p: argparse.ArgumentParser) -> None:
     """Add --task for verbs that decide by one task."""
     p.add_argument("--task", type=values.name, metavar="T", help="the task that decides (default: the study's first)")

@@ -27,6 +27,7 @@ CHANNELS = 65_536  # of a key or value
 WIDEST = 16  # bits, which means native precision
 BPW = 64.0
 GB = 1e6
+MINUTES = 1e6
 NAME, FILE_NAME, PATH = 200, 200, 3_800  # bytes; systems allow 255 and 4,096, and the files of a study make both longer
 
 WHOLE = re.compile(r"[+-]?[0-9]{1,30}")
@@ -81,6 +82,7 @@ top = whole(1, 100)
 pause = whole(1, 3_600)  # seconds
 on_a_page = whole(1, 1_000)  # examples on a page: each has a picture in it
 channels = whole(1, CHANNELS)
+few_plans = whole(2, 100)  # full precision and another one
 
 
 def gigabytes(text: str) -> float:
@@ -91,6 +93,11 @@ def gigabytes(text: str) -> float:
 def size(text: str) -> float:
     """A budget in GB."""
     return _number(text, f"GB above 0 and at most {GB:,.0f}, such as 2.5", GB, above=True)
+
+
+def minutes(text: str) -> float:
+    """A time in minutes."""
+    return _number(text, f"minutes above 0 and at most {MINUTES:,.0f}, such as 5", MINUTES, above=True)
 
 
 def bpw(text: str) -> float:

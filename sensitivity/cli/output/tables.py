@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from sensitivity.analysis.allocate.recommendation import Recommendation
     from sensitivity.analysis.importance.types import Ranking
+    from sensitivity.analysis.surrogate.foretold import Foretold
+    from sensitivity.api.explaining import Explanation
+    from sensitivity.measure.attribution.scores import Attribution
     from sensitivity.measure.forecast.forecast import Forecast
     from sensitivity.study.study import Study
 
@@ -123,6 +126,58 @@ def ranking(found: Ranking) -> None:
     )
     for warning in found.warnings:
         print(f"  note: {warning}")
+
+
+def attributions(found: Sequence[Attribution], checks: Mapping[str, Foretold | None]) -> None:
+    """Print the scores of all components, each scaled so that the largest is 100, with their costs below."""
+    largest = [max((v for row in one.scores.values() for v in row.values()), default=0.0) for one in found]
+    rows = [
+        (
+            name,
+            str(scheme),
+            *(f"{100 * one.scores[name][scheme] / (top or 1):.3g}" for one, top in zip(found, largest, strict=True)),
+        )
+        for name, row in found[0].scores.items()
+        for scheme in row
+    ]
+    table(
+        "Scores on calibration data: 100 is the most damage",
+        ("component", "scheme", *(one.name for one in found)),
+        rows,
+    )
+    score_costs(found)
+    for name, check in checks.items():
+        if check is not None:
+            print(
+                f"  {name}: rank correlation {check.rank_correlation:.2f} with {check.plans} measured plans; foretells "
+                f"their score to within {check.error:.4f}"
+            )
+
+
+def explanation(found: Explanation) -> None:
+    """Print where the damage of a plan comes from, in percent of the change of the loss."""
+    facts, change = found.integral, found.integral.change
+    count = len(found.examples)
+    print(f"\n{found.plan.describe()}")
+    print(
+        f"  the loss of right answers rises from {facts.before / count:.4f} to {facts.after / count:.4f} on {count} "
+        f"calibration examples ({facts.passes} backward passes; the terms miss {facts.missing:.1%} of that)"
+    )
+    for title, shares in (("component", found.blame.components), ("modality", found.blame.modalities)):
+        rows = [(name, f"{100 * value / change if change else 0:.1f}") for name, value in shares.items()]
+        table(f"Share of the damage by {title}, in percent", (title, "share"), rows)
+    if found.blame.regions:
+        grids = list(found.blame.regions.values())
+        mean = sum(grids[1:], start=grids[0]) if len({grid.shape for grid in grids}) == 1 else None
+        if mean is not None:
+            places = [[f"{100 * float(value) / change if change else 0:.1f}" for value in row] for row in mean]
+            table("Share by place in the image, in percent", [""] * len(mean), places)
+
+
+def score_costs(found: Sequence[Attribution]) -> None:
+    """Print what each score of the components cost."""
+    costs = ", ".join(f"{one.name} {one.seconds:.1f} s" for one in found)
+    print(f"\nScored on calibration data, in seconds of processor: {costs}")
 
 
 def recommendation(found: Recommendation) -> None:

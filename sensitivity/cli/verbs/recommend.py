@@ -20,19 +20,7 @@ EXAMPLE = "sensitivity recommend runs/first --bpw 4.0"
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     flags.study(p)
-    p.add_argument(
-        "--bpw",
-        type=values.comma_separated(values.bpw),
-        default=(4.0,),
-        metavar="X[,X]",
-        help="budgets in bits per weight, counting all that is stored in the files of --runtime (default: 4.0)",
-    )
-    p.add_argument(
-        "--gb",
-        type=values.comma_separated(values.size),
-        metavar="X[,X]",
-        help="budgets in GB (10^9 bytes), instead of --bpw",
-    )
+    flags.budgets(p)
     flags.task(p)
     flags.pairs(
         p,

@@ -33,14 +33,7 @@ EXAMPLE = "sensitivity sweep embedded:scenes-llava --task vqa --bits 2,3,4,6,8 -
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     flags.model(p)
-    p.add_argument(
-        "--task",
-        type=values.comma_separated(values.model_or_task),
-        default=("vqa",),
-        metavar="T[,T]",
-        help="vqa, caption, scene, ground, retrieval; DATASET:FOLDER such as vqav2:FOLDER; your own FILE.jsonl, or"
-        " SCORER:FILE.jsonl with exact, choice, number, yesno, anls, vqa, caption, iou or recall (default: vqa)",
-    )
+    flags.tasks(p)
     flags.by(p, "part")
     flags.include(p)
     flags.methods(p, (2, 3, 4, 6, 8), "rtn", several=True)
@@ -59,13 +52,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how many plans are tried (default: all of a grid, 100 of a search)",
     )
-    p.add_argument(
-        "--out",
-        type=values.folder,
-        required=True,
-        metavar="runs/NAME",
-        help="folder of the study; the same command again continues it",
-    )
+    flags.study_folder(p)
     flags.samples(p)
     flags.calibration(p)
     p.add_argument(
@@ -132,7 +119,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.measure.generate.batches import check_tasks_fit
 
     workers.stop_with_launcher()
-    vlm, parts, tasks = _loaded(args)
+    vlm, parts, tasks = loaded(args)
     if args.runtime in CHECKS:
         CHECKS[args.runtime](vlm)
     requested, plans_of = _search_space(args, parts, requested)
@@ -161,7 +148,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     return {} if workers.is_child() else _summary(args, study)
 
 
-def _loaded(args: argparse.Namespace) -> tuple[VLM, ComponentMap, list[Task]]:
+def loaded(args: argparse.Namespace) -> tuple[VLM, ComponentMap, list[Task]]:
     """The model, without its weights for a forecast, its components, and the tasks; what is notable is printed."""
     from sensitivity.api.sweeping import dtype_for
     from sensitivity.models.config_only import without_weights

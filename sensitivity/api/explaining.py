@@ -1,0 +1,176 @@
+"""Explains damage: the blame of a plan's components, modalities and image regions, and files of attributions."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sensitivity.analysis.surrogate.foretold import Foretold, foretold
+from sensitivity.api.sweeping import CACHE_GB, calibrated
+from sensitivity.measure.attribution.blame import Blame, blame
+from sensitivity.measure.attribution.scores import SCORES, WITH_GRADIENTS, Attribution
+from sensitivity.measure.attribution.weight_errors import plan_changes
+from sensitivity.measure.calibrate.calibration import calibration_examples
+from sensitivity.measure.gradients.backward import in_rows_that_fit
+from sensitivity.measure.gradients.path_integral import TOLERANCE, PathIntegral, path_integral
+from sensitivity.measure.passes.token_batches import batches
+from sensitivity.models.vlm import VLM
+from sensitivity.spec.errors import Notice, UserError, unknown
+from sensitivity.spec.files import finite, write_atomically
+from sensitivity.spec.plan import Plan
+from sensitivity.study.storage import paths
+from sensitivity.study.study import Study
+from sensitivity.study.trial import Trial
+from sensitivity.tasks.examples.types import Task
+from sensitivity.tasks.table import task as find_task
+
+VERSION = 1
+TITLE = "attributions"  # by which a file is known to be ours
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Where a plan's damage comes from: the change of the loss on calibration examples, divided among its causes."""
+
+    plan: Plan
+    integral: PathIntegral
+    blame: Blame
+    examples: tuple[str, ...]  # ids of the calibration examples, in the order of their numbers
+
+    def to_json(self) -> dict[str, object]:
+        """The explanation as JSON values; regions are rows of patches, for each example."""
+        mean = 1 / len(self.examples)
+        return {
+            "plan": self.plan.to_json(),
+            "key": self.plan.key,
+            "describe": self.plan.describe(),
+            "examples": len(self.examples),
+            "loss": {"before": self.integral.before * mean, "after": self.integral.after * mean},
+            "change": self.integral.change * mean,
+            "missing": self.integral.missing,
+            "backward_passes": self.integral.passes,
+            "components": {name: value * mean for name, value in self.blame.components.items()},
+            "modalities": {name: value * mean for name, value in self.blame.modalities.items()},
+            "regions": {self.examples[i]: grid.tolist() for i, grid in self.blame.regions.items()},
+        }
+
+
+def check_explains(tasks: Sequence[Task], names: Sequence[str] = WITH_GRADIENTS) -> None:
+    """Raise an error where a score needs the loss of right answers, and a task has none."""
+    for name in names:
+        if name not in SCORES:
+            raise unknown("score", name, SCORES)
+    searched = [task.name for task in tasks if task.gallery]
+    if searched and (needing := [name for name in names if name in WITH_GRADIENTS]):
+        raise UserError(
+            f"{searched[0]} has no answers in words to take a loss of, and {', '.join(needing)} need its gradient; "
+            "choose a task with answers, or --scores weight,gram"
+        )
+
+
+def trial_of(study: Study, wanted: str) -> Trial:
+    """The measured trial that a number, a key or the beginning of a key names."""
+    trials = study.measured()
+    found = [one for one in trials if one.key.startswith(wanted)] if len(wanted) >= 4 else []
+    found = found or [one for one in trials if str(one.number) == wanted]
+    if len({one.key for one in found}) != 1:
+        names = ", ".join(f"{one.number} ({one.plan.describe()})" for one in trials[:4])
+        why = "several plans have keys that begin with" if found else "no plan of this study has the number or key"
+        raise UserError(f"{why} '{wanted}'; there are {len(trials)}, such as {names}")
+    return found[0]
+
+
+def explain_plan(
+    vlm: VLM, study: Study, plan: Plan, n: int, tasks: Sequence[str] = (), cache_gb: float = CACHE_GB
+) -> Explanation:
+    """Divide what a plan does to the loss on n calibration examples among components, modalities and regions."""
+    if study.meta.get("fingerprint") != vlm.fingerprint:
+        raise UserError(f"{study.path} was measured on {study.meta.get('model')}, and {vlm.name} is another model")
+    if plan.is_native:
+        raise UserError("full precision has no damage to explain; choose a plan that quantizes something")
+    names = list(tasks) or list(study.meta["tasks"])
+    check_explains([find_task(name, n=1) for name in names])
+    schemes = list(dict.fromkeys(scheme for _, scheme in plan.schemes if scheme is not None))
+    _, statistics = calibrated(vlm, study.parts, schemes, study.meta["tasks"], cache_gb=cache_gb)
+    changes = plan_changes(vlm.model, study.parts, plan, statistics)
+    data = calibration_examples(names, n, study.meta["seed"])
+    integral = in_rows_that_fit(
+        vlm, lambda rows: batches(vlm, data, rows), lambda again: path_integral(vlm, study.parts, changes, again)
+    )
+    if not math.isfinite(integral.change):
+        raise UserError("the loss of this plan is NaN or infinite; run the model in float32 (--dtype fp32)")
+    if integral.missing > TOLERANCE:
+        warnings.warn(
+            f"after {integral.passes} backward passes the terms miss {integral.missing:.1%} of the change of the loss"
+            f"{'' if vlm.model.dtype == torch.float32 else '; --dtype fp32 is more precise'}",
+            Notice,
+            stacklevel=2,
+        )
+    ids = tuple(example.id for task in data for example in task.examples)
+    return Explanation(plan, integral, blame(study.parts, vlm.family, integral), ids)
+
+
+def save_explanation(study: Study, found: Explanation) -> Path:
+    """Write an explanation into the study's folder."""
+    file = paths.explanation(study.path, found.plan.key)
+    file.parent.mkdir(exist_ok=True)
+    write_atomically(file, json.dumps(finite(found.to_json()), indent=1).encode())
+    return file
+
+
+def compared(out: Path, scores: Sequence[Attribution], names: Sequence[str]) -> dict[str, Foretold | None]:
+    """How well each score foretells the plans that were measured in a folder; empty where it holds no study."""
+    if not paths.is_study(out):
+        return {}
+    study = Study(out)
+    if study.parts.names != tuple(names):
+        raise UserError(f"the study in {out} has other components than --by gives; choose another --out")
+    return {one.name: foretold(study, one.scores) for one in scores}
+
+
+def check_writable(out: Path) -> None:
+    """Raise an error where a file of another program stands where the attributions go."""
+    file = paths.attributions(out)
+    try:
+        ours = not file.exists() or json.loads(file.read_text(encoding="utf-8"))["title"] == TITLE
+    except (OSError, ValueError, LookupError, TypeError):
+        ours = False
+    if not ours:
+        raise UserError(f"{file} was not written by `sensitivity explain`, and is not replaced; choose another --out")
+
+
+def attributions_json(
+    model: str, scores: Sequence[Attribution], checks: Mapping[str, Foretold | None]
+) -> dict[str, object]:
+    """Attributions as JSON values: per score its cost, its agreement with measured plans, and a row per choice."""
+    return {
+        "title": TITLE,
+        "version": VERSION,
+        "model": model,
+        "scores": {
+            one.name: {
+                "cpu_seconds": one.seconds,
+                "measured": check.to_json() if (check := checks.get(one.name)) else None,
+                "values": [
+                    {"component": name, "scheme": scheme.to_json(), "score": value}
+                    for name, row in one.scores.items()
+                    for scheme, value in row.items()
+                ],
+            }
+            for one in scores
+        },
+    }
+
+
+def save_attributions(out: Path, content: Mapping[str, object]) -> Path:
+    """Write attributions into a folder, which is made if it is missing."""
+    check_writable(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(paths.attributions(out), json.dumps(finite(dict(content)), indent=1).encode())
+    return paths.attributions(out)

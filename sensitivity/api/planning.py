@@ -1,0 +1,219 @@
+"""A plan in minutes: the scores of one calibration give opening plans, and few evaluations decide between them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Unpack
+
+from sensitivity.analysis.allocate.believed import believed
+from sensitivity.analysis.allocate.budget import Candidate, mean_share
+from sensitivity.analysis.allocate.by_scores import combined, optimum
+from sensitivity.analysis.allocate.kept_recommendation import Proposed, proposed
+from sensitivity.analysis.allocate.knapsack import Knapsack
+from sensitivity.analysis.allocate.request import PlanRequest
+from sensitivity.analysis.search.openings import opened
+from sensitivity.api.sweeping import CACHE_GB, SweepOptions, begin_sweep, calibrated
+from sensitivity.measure.attribution.scores import Attribution, Calibrated, attribute
+from sensitivity.measure.calibrate.cache import Cache, cache_folder
+from sensitivity.measure.calibrate.calibration import calibrate, calibration_examples
+from sensitivity.measure.loop import Step
+from sensitivity.measure.passes.token_batches import batches
+from sensitivity.models.vlm import VLM
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.errors import Notice, UserError
+from sensitivity.spec.limits import Allowed, allowed_by, tied_groups
+from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.runtimes import files_of, violations
+from sensitivity.spec.sizes import budget_bits, size
+from sensitivity.study.storage import expected
+from sensitivity.study.study import Study
+from sensitivity.tasks.examples.types import Task
+
+MOST = 10  # real evaluations, full precision included
+OPENING = ("gram", "fisher")  # the scores whose best plans are measured first
+FAR = 0.3  # a calibration loss below this share of the evaluation's is said
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Cheap scores of every component at every scheme, and what they were computed from."""
+
+    schemes: list[Scheme]  # with their calibration data in their settings
+    given: Calibrated
+    scores: list[Attribution]
+
+
+def scored(
+    vlm: VLM,
+    parts: ComponentMap,
+    schemes: Sequence[Scheme],
+    tasks: Sequence[str],
+    names: Sequence[str],
+    n: int = 128,
+    seed: int = 0,
+    against: Iterable[Task] = (),
+    cache_gb: float = CACHE_GB,
+) -> Scored:
+    """Calibrate on n examples of the tasks' calibration splits, and compute some of SCORES."""
+    against = list(against)
+    named, statistics = calibrated(vlm, parts, schemes, tasks, n, seed, "float", against, cache_gb)
+    if statistics is None:  # the methods need none, the scores do
+        cache = Cache(cache_folder(), cache_gb) if cache_gb > 0 else None
+        statistics = calibrate(vlm, parts, tasks, n, seed, "float", against, cache)
+    data = calibration_examples(tasks, n, seed)
+    given = Calibrated(vlm, parts, named, statistics, lambda rows: batches(vlm, data, rows))
+    return Scored(named, given, attribute(given, names))
+
+
+def openings_by(tasks: Sequence[Task]) -> tuple[str, ...]:
+    """The scores that a plan opens with; without answers in words there is no loss, and no gradient of it."""
+    return OPENING[:1] if any(task.gallery for task in tasks) else OPENING
+
+
+@dataclass(frozen=True)
+class Planning:
+    """A plan search under way: the study, its steps, and what they search for."""
+
+    study: Study
+    steps: Iterator[Step]
+    request: PlanRequest
+    openings: tuple[Plan, ...]
+
+    def proposals(self) -> Proposed:
+        """For each budget, the plans to verify and the best uniform plan, once all steps have run."""
+        return candidates(self.study, self.request, self.openings)
+
+
+def begin_plan(
+    vlm: VLM,
+    parts: ComponentMap,
+    schemes: Sequence[Scheme],
+    tasks: Sequence[str],
+    out: Path | str,
+    request: PlanRequest,
+    scores: Sequence[Attribution],
+    trials: int = MOST,
+    **options: Unpack[SweepOptions],
+) -> Planning:
+    """Begin to measure at most so many plans, each where it decides most.
+
+    The best plan of each score and the widest uniform plan open each budget. Then the surrogate, which starts from the
+    scores and learns from what was measured, proposes its best plan of the budget at which it gains most.
+    """
+    openings = opening_plans(parts, schemes, request, scores)
+
+    def plans(study: Study) -> Iterable[Plan]:
+        expected.save(study.path, combined([one.scores for one in scores]), ", ".join(one.name for one in scores))
+        return opened(study, openings, lambda now: proposal(now, replace(request, weights=weights_of(now))), trials)
+
+    study, steps = begin_sweep(vlm, parts, plans, tasks, out, **options)
+    return Planning(study, steps, replace(request, weights=weights_of(study)), openings)
+
+
+def weights_of(study: Study) -> dict[str, float]:
+    """All tasks of a study, counting alike."""
+    return dict.fromkeys(study.tasks, 1.0)
+
+
+def opening_plans(
+    parts: ComponentMap, schemes: Sequence[Scheme], request: PlanRequest, scores: Sequence[Attribution]
+) -> tuple[Plan, ...]:
+    """The best plans of each score for all budgets, then the widest uniform plan of each budget."""
+    allow, tie = limits(parts, request)
+    best = [optimum(parts, one.scores, bpw, request.runtime, allow, tie) for one in scores for bpw in request.bpw]
+    uniform = []
+    for bpw in request.bpw:
+        fine = [
+            plan for plan in (Plan.uniform(parts, scheme) for scheme in schemes) if _fits(parts, plan, bpw, request)
+        ]
+        uniform += sorted(fine, key=lambda plan: size(parts, plan, files_of(request.runtime)).bits)[-1:]
+    return tuple(dict.fromkeys([*best, *uniform]))
+
+
+def proposal(study: Study, request: PlanRequest) -> list[Plan]:
+    """The surrogate's best plans, first that of the budget at which it is predicted to gain most on a measured one."""
+    knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
+    scores = believed(study, knapsack, request.weights)
+    gains: list[tuple[float, Plan]] = []
+    for bpw, (found, _) in zip(request.bpw, proposed(study, replace(request, top=1)), strict=True):
+        best = found[0]
+        known = [
+            scores[t.key] for t in study.measured() if t.key in scores and _fits(study.parts, t.plan, bpw, request)
+        ]
+        gains.append((mean_share(best.predicted, request.weights) - max(known, default=-1.0), best.plan))
+    return [plan for gain, plan in sorted(gains, key=lambda one: -one[0]) if gain > 0]
+
+
+def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> Proposed:
+    """For each budget, the few plans that are believed to be best, and the best uniform plan.
+
+    Measured plans compete by their believed score, and what the surrogate predicts to be best beside them. An opening
+    plan stands in where too few plans were measured.
+    """
+    knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
+    scores = believed(study, knapsack, request.weights)
+    chosen: Proposed = []
+    for bpw, (found, rival) in zip(request.bpw, proposed(study, request), strict=True):
+        plans = [trial.plan for trial in study.measured() if trial.key in scores and not trial.plan.is_native]
+        plans = list(dict.fromkeys([*plans, *openings, found[0].plan]))
+        fine = [plan for plan in plans if _fits(study.parts, plan, bpw, request)]
+        known = [
+            Candidate(plan, knapsack.size(plan), found[0].budget, 0, predicted)
+            for plan, predicted in zip(fine, knapsack.predicted(fine), strict=True)
+        ]
+        # what was measured is believed, what was not is predicted
+        known.sort(key=lambda one: -scores.get(one.plan.key, mean_share(one.predicted, request.weights)))
+        chosen.append(([replace(one, rank=rank) for rank, one in enumerate(known[: request.top])], rival))
+    return chosen
+
+
+def say_if_calibration_is_easier(given: Calibrated, study: Study) -> None:
+    """Warn where the loss on calibration data is far below that on evaluation data: scores then say little."""
+    if "first_order" not in given.__dict__ or not given.first_order.examples:
+        return
+    ours = given.first_order.loss / given.first_order.examples
+    native = study.examples(study.native)
+    theirs = float("nan") if native is None else float(native["nll"].mean())
+    if ours < FAR * theirs:
+        warnings.warn(
+            f"the loss on calibration data is {ours:.4f}, and {theirs:.4f} on evaluation data: the model may have been "
+            "trained on it, and gradients there say little; calibrate on other data (--calibration)",
+            Notice,
+            stacklevel=2,
+        )
+
+
+def check_budgets(parts: ComponentMap, schemes: Sequence[Scheme], request: PlanRequest) -> None:
+    """Raise an error for a budget that no plan meets, before anything is calibrated."""
+    allow, tie = limits(parts, request)
+    nothing = {name: dict.fromkeys(schemes, 0.0) for name in parts.names}
+    for bpw in request.bpw:
+        optimum(parts, nothing, bpw, request.runtime, allow, tie)
+
+
+def check_scores(path: str) -> None:
+    """Raise an error for a calibration path on which single components have no score."""
+    if path != "float":
+        raise UserError(
+            f"scores of single components need the float path, and behind quantized layers (--path {path}) they "
+            "differ from plan to plan; leave out --path"
+        )
+
+
+def limits(parts: ComponentMap, request: PlanRequest) -> tuple[Allowed | None, list[tuple[str, ...]]]:
+    """Which choices a request allows, and which components it ties."""
+    return allowed_by(parts.names, request.allow), tied_groups(parts.names, request.tie)
+
+
+def _fits(parts: ComponentMap, plan: Plan, bpw: float, request: PlanRequest) -> bool:
+    """Whether a plan meets a budget and all limits of a request."""
+    allow, tie = limits(parts, request)
+    return (
+        size(parts, plan, files_of(request.runtime)).bits <= budget_bits(parts, bpw)
+        and (allow is None or all(allow(*one) for one in plan.schemes))
+        and all(len({plan[name] for name in group}) == 1 for group in tie)
+        and not (request.runtime and violations(parts, plan, request.runtime))
+    )

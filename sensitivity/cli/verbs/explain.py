@@ -1,0 +1,117 @@
+"""sensitivity explain: what quantizing each component costs, and where the damage of a plan comes from."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.output.tables import attributions, explanation
+from sensitivity.cli.verbs.sweep import loaded
+from sensitivity.spec.errors import UserError
+
+ABOUT = "score every component from a few backward passes; or say where the damage of a measured plan comes from"
+EXAMPLE = "sensitivity explain embedded:scenes-llava --task vqa --bits 2,3,4 --out runs/why"
+OF_MODEL = ("--bits", "--method", "--group", "--symmetric", "--biases", "--set", "--backend", "--by", "--scores",
+            "--out", "--path", "--calibration")  # fmt: skip
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
+    p.add_argument(
+        "source",
+        type=values.model_or_task,
+        metavar="MODEL|STUDY",
+        help="a model, whose components are scored; or a study, of which --plan is explained",
+    )
+    flags.tasks(p)
+    flags.by(p, "group.kind")
+    flags.methods(p, (2, 3, 4, 6, 8), "gptq")
+    p.add_argument(
+        "--scores",
+        type=values.comma_separated(values.name),
+        default=("weight", "gram", "fisher", "change"),
+        metavar="S[,S]",
+        help="weight and gram (relative errors of weights and of outputs), fisher and change (first-order), path"
+        " (integrated: slow) (default: all but path)",
+    )
+    p.add_argument(
+        "--out", type=values.folder, metavar="runs/NAME", help="folder for attributions.json, such as that of a study"
+    )
+    p.add_argument(
+        "--plan",
+        type=values.name,
+        metavar="KEY",
+        help="a measured plan of the study: its number, or how its key begins",
+    )
+    flags.calibration(p)
+    flags.device(p)
+    p.set_defaults(include=(), whole_answers=False, n=1, seed=0, dry_run=False)
+
+
+def run(args: argparse.Namespace) -> dict[str, object]:
+    """Score the components of a model, or explain a plan of a study."""
+    from sensitivity.study.storage.paths import is_study
+
+    return _plan(args) if is_study(Path(args.source).expanduser()) else _components(args)
+
+
+def _components(args: argparse.Namespace) -> dict[str, object]:
+    """Score every component at every width."""
+    from sensitivity.api.explaining import (
+        attributions_json,
+        check_explains,
+        check_writable,
+        compared,
+        save_attributions,
+    )
+    from sensitivity.api.planning import check_scores, scored
+    from sensitivity.api.sweeping import check_sweep
+    from sensitivity.measure.generate.batches import check_tasks_fit
+
+    flags.without_effect(args, ["--plan"], "with a model: it names a plan of a study")
+    if args.out is None:
+        raise UserError("still needed: --out, the folder for the scores (or, for a study, --plan)")
+    requested, names = flags.schemes(args), (*args.task, *(args.calibration or ()))
+    check_sweep(args.by, "grid", requested, names, args.device, args.dtype, args.path, None, (), args.out, None)
+    check_scores(args.path)
+    check_writable(args.out)
+    args.model = args.source
+    check_explains((), args.scores)
+    vlm, parts, tasks = loaded(args)
+    check_explains(tasks, args.scores)
+    check_tasks_fit(vlm, tasks)
+    data = args.calibration or args.task
+    found = scored(vlm, parts, requested, data, args.scores, args.calibration_n, 0, (), args.cache_gb)
+    checks = compared(args.out, found.scores, parts.names)
+    content = attributions_json(vlm.name, found.scores, checks)
+    file = save_attributions(args.out, content)
+    if not args.json:
+        attributions(found.scores, checks)
+        print(f"  all of it: {file}")
+    return content | {"path": str(file)}
+
+
+def _plan(args: argparse.Namespace) -> dict[str, object]:
+    """Explain a measured plan."""
+    from sensitivity.api.explaining import explain_plan, save_explanation, trial_of
+    from sensitivity.models.loading import device_of, dtype_of, load
+    from sensitivity.study.study import Study
+
+    if args.plan is None:
+        raise UserError("still needed: --plan, the number or key of a plan; `sensitivity sweep --json` lists them")
+    flags.without_effect(args, OF_MODEL, "with a study, whose plans name all of it")
+    device_of(args.device)
+    dtype_of(args.dtype)
+    study = Study(Path(args.source).expanduser())
+    trial = trial_of(study, args.plan)
+    if "fingerprint" not in study.meta:
+        raise UserError(f"{args.source} was imported from a table, and there is no model to explain its plans by")
+    tasks = args.task if "task" in getattr(args, "given", ()) else ()
+    vlm = load(str(study.meta["model"]), device=args.device, dtype=args.dtype or study.meta["dtype"])
+    found = explain_plan(vlm, study, trial.plan, args.calibration_n, tasks, args.cache_gb)
+    file = save_explanation(study, found)
+    if not args.json:
+        explanation(found)
+        print(f"  all of it: {file}")
+    return found.to_json() | {"path": str(file)}

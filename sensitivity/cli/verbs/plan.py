@@ -1,0 +1,167 @@
+"""sensitivity plan: a plan for a budget within minutes, from one calibration and few evaluations, verified."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.output.progress import show_progress, show_progress_in_json
+from sensitivity.cli.output.tables import forecast, recommendation, score_costs
+from sensitivity.cli.verbs.sweep import loaded
+
+if TYPE_CHECKING:
+    from sensitivity.analysis.allocate.kept_recommendation import Proposed
+    from sensitivity.analysis.allocate.request import PlanRequest
+    from sensitivity.api.planning import Scored
+    from sensitivity.models.vlm import VLM
+    from sensitivity.spec.components import ComponentMap
+    from sensitivity.spec.plan import Scheme
+    from sensitivity.study.study import Study
+    from sensitivity.tasks.examples.types import Task
+
+ABOUT = "find a plan for a budget in minutes: scored on calibration data, decided by few evaluations, verified"
+EXAMPLE = "sensitivity plan embedded:scenes-llava --task vqa --bpw 3 --out runs/quick"
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
+    flags.model(p)
+    flags.tasks(p)
+    flags.budgets(p)
+    flags.by(p, "group.kind")
+    flags.methods(p, (2, 3, 4, 6, 8), "gptq")
+    flags.limits(p)
+    flags.runtime(p, "only plans that this runtime can load, such as vllm or gptq")
+    p.add_argument(
+        "--trials",
+        type=values.few_plans,
+        default=10,
+        metavar="N",
+        help="how many plans are run at most before the verification, full precision included (default: 10)",
+    )
+    p.add_argument(
+        "--minutes",
+        type=values.minutes,
+        metavar="M",
+        help="no further plan is begun after so many minutes; the verification comes on top (default: no limit)",
+    )
+    p.add_argument(
+        "--top", type=values.top, default=2, metavar="K", help="how many plans are verified per budget (default: 2)"
+    )
+    flags.study_folder(p)
+    flags.samples(p)
+    flags.calibration(p)
+    flags.device(p)
+    p.add_argument("--dry-run", action="store_true", help="predict time, disk and memory; no weights are loaded")
+    p.set_defaults(include=(), whole_answers=False)
+
+
+def run(args: argparse.Namespace) -> dict[str, object]:
+    """Score, measure, verify and store a plan for each budget; or forecast that with --dry-run."""
+    began = time.monotonic()
+    requested = _checked(args)
+    from sensitivity.api.planning import begin_plan, check_budgets, openings_by, say_if_calibration_is_easier, scored
+    from sensitivity.measure.generate.batches import check_tasks_fit
+
+    vlm, parts, tasks = loaded(args)
+    requested, request = _request(args, parts, requested)
+    check_budgets(parts, requested, request)
+    check_tasks_fit(vlm, tasks)
+    if args.dry_run:
+        return _forecast(args, vlm, parts, requested, tasks)
+    found = scored(
+        vlm, parts, requested, args.calibration or args.task, openings_by(tasks), args.calibration_n, args.seed, tasks,
+        args.cache_gb,
+    )  # fmt: skip
+    left = math.inf if args.minutes is None else max(60 * args.minutes - (time.monotonic() - began), 0.001)
+    planning = begin_plan(
+        vlm, parts, found.schemes, args.task, args.out, request, found.scores, args.trials, n=args.n, seed=args.seed,
+        statistics=found.given.statistics, until=() if args.minutes is None else (f"{left:.3f}s",),
+    )  # fmt: skip
+    if args.json:
+        show_progress_in_json(planning.steps, planning.study, args.trials, left)
+    else:
+        show_progress(planning.steps, "measuring", planning.study, args.trials, left)
+    say_if_calibration_is_easier(found.given, planning.study)
+    return _verified(args, vlm, found, planning.study, planning.request, planning.proposals())
+
+
+def _checked(args: argparse.Namespace) -> list[Scheme]:
+    """The schemes, after every check that needs no model."""
+    from sensitivity.api.planning import check_scores
+    from sensitivity.api.sweeping import check_sweep
+
+    if args.gb is not None:
+        flags.without_effect(args, ["--bpw"], "beside --gb, as there is one kind of budget")
+    requested, tasks = flags.schemes(args), (*args.task, *(args.calibration or ()))
+    check_sweep(
+        args.by, "random", requested, tasks, args.device, args.dtype, args.path, args.runtime, (), args.out, None
+    )
+    check_scores(args.path)
+    return requested
+
+
+def _request(
+    args: argparse.Namespace, parts: ComponentMap, requested: list[Scheme]
+) -> tuple[list[Scheme], PlanRequest]:
+    """The schemes that the runtime can load, and what is asked of a plan; tasks are named once the study exists."""
+    from sensitivity.analysis.allocate.request import PlanRequest
+    from sensitivity.api.planning import limits
+    from sensitivity.spec.loadable import restrict
+    from sensitivity.spec.runtimes import files_of
+    from sensitivity.spec.sizes import bpw_in_gb, header_bytes
+
+    headers = header_bytes(parts) if files_of(args.runtime) else 0  # GB count headers of files too, bpw does not
+    bpw = args.bpw if args.gb is None else tuple(bpw_in_gb(parts, gb, headers) for gb in args.gb)
+    allow = dict(flags.distinct("--allow", args.allow))
+    request = PlanRequest(bpw, dict.fromkeys(args.task, 1.0), {}, allow, args.tie, args.runtime, args.top)
+    allowed, _ = limits(parts, request)
+    if args.runtime:
+        requested, left_out = restrict(parts, requested, args.runtime, allowed)
+        for line in left_out:
+            print(f"{args.runtime} restricts the space: {line}", file=sys.stderr)
+    return requested, request
+
+
+def _verified(
+    args: argparse.Namespace, vlm: VLM, found: Scored, study: Study, request: PlanRequest, proposals: Proposed
+) -> dict[str, object]:
+    """Run the best plans of each budget on fresh examples; store, print and return what is recommended."""
+    from sensitivity.analysis.allocate.kept_recommendation import save
+    from sensitivity.api.recommending import begin_recommendation
+
+    chosen, steps = begin_recommendation(study, request, vlm, proposals)
+    show_progress(steps, "verifying")
+    best = chosen()
+    files = save(study, best)
+    measured = len(study.trials())
+    if not args.json:
+        score_costs(found.scores)
+        print(f"{measured} plans were measured in {args.out}")
+        for one, file in zip(best, files, strict=True):
+            recommendation(one)
+            print(f"  plan: {file}")
+    facts = [{**one.to_json(), "path": str(file)} for one, file in zip(best, files, strict=True)]
+    costs = {one.name: {"cpu_seconds": one.seconds} for one in found.scores}
+    return facts[0] | {"study": str(args.out), "plans_measured": measured, "scores": costs, "budgets": facts}
+
+
+def _forecast(
+    args: argparse.Namespace, vlm: VLM, parts: ComponentMap, requested: list[Scheme], tasks: list[Task]
+) -> dict[str, object]:
+    """The forecast of all plans that may be run, the verification included; random plans stand in for them."""
+    from sensitivity.analysis.search.plan_lists import plans
+    from sensitivity.measure.forecast.forecast import forecast_sweep
+
+    verified = 1 + (args.top + 1) * len(args.gb or args.bpw)
+    listed = plans(parts, requested, "random", args.trials + verified, args.seed)
+    assert isinstance(listed, list)
+    options = {"device": args.device, "dtype": args.dtype, "calibration": args.calibration_n, "cache_gb": args.cache_gb}
+    found = forecast_sweep(vlm, parts, listed, tasks, **options)
+    if not args.json:
+        forecast(found)
+    return found.to_json()

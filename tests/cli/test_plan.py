@@ -1,0 +1,104 @@
+"""sensitivity plan and sensitivity explain, from the command to what they store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sensitivity.analysis.allocate.kept_recommendation import recommended
+from sensitivity.cli import main as cli
+from sensitivity.study.study import Study
+
+MODEL = "embedded:scenes-llava"
+PLAN = f"plan {MODEL} --bpw 4,3 --by part --method rtn --bits 2,3,4,8 --n 12 --calibration-n 4 --trials 6 --json"
+
+
+def run(capsys: pytest.CaptureFixture[str], line: str) -> tuple[dict[str, Any], str]:
+    capsys.readouterr()
+    assert cli.main(line.split()) == 0, capsys.readouterr().err
+    out, err = capsys.readouterr()
+    return json.loads(out), err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        place = tmp_path_factory.mktemp("plan")
+        patch.setenv("SENSITIVITY_CACHE", str(place / "cache"))
+        yield place
+
+
+def test_a_plan_in_minutes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Few evaluations, each budget kept, verified on fresh examples, and a study like that of any sweep."""
+    found, err = run(capsys, f"{PLAN} --out {folder / 'study'}")
+    assert [one["budget_bpw"] for one in found["budgets"]] == [4.0, 3.0]
+    for one in found["budgets"]:
+        assert one["size"]["bpw"] <= one["budget_bpw"]
+        assert one["fresh_examples"]
+        assert one["measured"]["n"] == 12
+    assert 3 <= found["plans_measured"] <= 6
+    assert set(found["scores"]) == {"gram", "fisher"}
+    assert "the loss on calibration data is" in err  # the embedded model was trained on it
+    study = Study(folder / "study")
+    assert study.counts()["done"] == found["plans_measured"]
+    assert any(trial.plan.is_native for trial in study.trials())
+    assert len(recommended(study)) == 2
+    again, _ = run(capsys, f"{PLAN} --out {folder / 'study'}")
+    assert again["plans_measured"] == found["plans_measured"]
+    assert [one["key"] for one in again["budgets"]] == [one["key"] for one in found["budgets"]]
+    for verb in ("recommend", "export"):
+        more = f" --format plan --out {folder / 'plan.json'}" if verb == "export" else " --no-run"
+        run(capsys, f"{verb} {folder / 'study'} --bpw 4 --json{more}")
+
+
+def test_time_is_limited_and_there_is_a_plan_all_the_same(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, _ = run(capsys, f"{PLAN} --out {folder / 'short'} --minutes 0.001")
+    assert found["plans_measured"] == 1  # full precision alone
+    assert found["measured"]["n"] == 12
+    assert found["fresh_examples"]
+
+
+def test_a_plan_without_words_opens_with_what_needs_no_gradient(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "plan embedded:scenes-blip2-itm --task retrieval --bpw 6 --by part --method rtn --bits 4,8 --n 8 --json"
+    found, _ = run(capsys, f"{line} --calibration-n 4 --trials 3 --top 1 --out {folder / 'search'}")
+    assert set(found["scores"]) == {"gram"}
+    assert found["size"]["bpw"] <= 6
+
+
+def test_scores_of_components_and_how_well_they_foretell(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"explain {MODEL} --by part --method rtn --bits 2,3,4,8 --calibration-n 4 --out {folder / 'study'}"
+    found, _ = run(capsys, f"{line} --json")
+    assert set(found["scores"]) == {"weight", "gram", "fisher", "change"}
+    for one in found["scores"].values():
+        assert len(one["values"]) == 3 * 4
+        assert one["cpu_seconds"] > 0
+    assert json.loads((folder / "study" / "attributions.json").read_text())["title"] == "attributions"
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "attributions.json").write_text("mine")
+    assert cli.main([*line.split()[:-1], str(folder / "foreign")]) == 2
+    assert "was not written by `sensitivity explain`" in capsys.readouterr().err
+    assert (folder / "foreign" / "attributions.json").read_text() == "mine"
+
+
+def test_where_the_damage_of_a_plan_comes_from(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = Study(folder / "study")
+    trial = next(trial for trial in study.trials() if not trial.plan.is_native)
+    found, _ = run(capsys, f"explain {folder / 'study'} --plan {trial.key[:8]} --calibration-n 4 --json")
+    assert found["key"] == trial.key
+    for table in ("components", "modalities"):
+        assert sum(found[table].values()) == pytest.approx(found["change"], rel=0.011)
+    assert found["missing"] <= 0.0101
+    assert len(found["regions"]) == found["examples"] == 4
+    stored = json.loads(Path(found["path"]).read_text())
+    assert stored["components"] == found["components"]
+    assert cli.main(f"explain {folder / 'study'} --plan {trial.number} --calibration-n 2".split()) == 0
+    assert "Share of the damage by modality" in capsys.readouterr().out
+    native = next(trial for trial in study.trials() if trial.plan.is_native)
+    assert cli.main(f"explain {folder / 'study'} --plan {native.key}".split()) == 2
+    assert "full precision has no damage to explain" in capsys.readouterr().err
