@@ -15,7 +15,7 @@ from sensitivity.analysis.allocate.kept_recommendation import Proposed, proposed
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.search.openings import opened
-from sensitivity.api.sweeping import CACHE_GB, SweepOptions, begin_sweep, calibrated
+from sensitivity.api.sweeping import CACHE_GB, SweepOptions, begin_sweep, calibrated, path_for
 from sensitivity.measure.attribution.scores import Attribution, Calibrated, attribute
 from sensitivity.measure.calibrate.cache import Cache, cache_folder
 from sensitivity.measure.calibrate.calibration import calibrate, calibration_examples
@@ -194,12 +194,12 @@ def check_budgets(parts: ComponentMap, schemes: Sequence[Scheme], request: PlanR
         optimum(parts, nothing, bpw, request.runtime, allow, tie)
 
 
-def check_scores(path: str) -> None:
+def check_scores(schemes: Sequence[Scheme], path: str | None) -> None:
     """Raise an error for a calibration path on which single components have no score."""
-    if path != "float":
+    if (chosen := path_for(schemes, path)) != "float":
         raise UserError(
-            f"scores of single components need the float path, and behind quantized layers (--path {path}) they "
-            "differ from plan to plan; leave out --path"
+            f"scores of single components need the float path, and behind quantized layers (the path {chosen}) they "
+            "differ from plan to plan; leave out --path, or choose a --method that does without"
         )
 
 

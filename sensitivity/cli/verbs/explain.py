@@ -74,7 +74,7 @@ def _components(args: argparse.Namespace) -> dict[str, object]:
         raise UserError("still needed: --out, the folder for the scores (or, for a study, --plan)")
     requested, names = flags.schemes(args), (*args.task, *(args.calibration or ()))
     check_sweep(args.by, "grid", requested, names, args.device, args.dtype, args.path, None, (), args.out, None)
-    check_scores(args.path)
+    check_scores(requested, args.path)
     check_writable(args.out)
     args.model = args.source
     check_explains((), args.scores)

@@ -101,7 +101,7 @@ def _checked(args: argparse.Namespace) -> list[Scheme]:
     check_sweep(
         args.by, "random", requested, tasks, args.device, args.dtype, args.path, args.runtime, (), args.out, None
     )
-    check_scores(args.path)
+    check_scores(requested, args.path)
     return requested
 
 
