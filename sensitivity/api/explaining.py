@@ -83,6 +83,8 @@ def trial_of(study: Study, wanted: str) -> Trial:
         names = ", ".join(f"{one.number} ({one.plan.describe()})" for one in trials[:4])
         why = "several plans have keys that begin with" if found else "no plan of this study has the number or key"
         raise UserError(f"{why} '{wanted}'; there are {len(trials)}, such as {names}")
+    if found[0].plan.is_native:
+        raise UserError("full precision has no damage to explain; choose a plan that quantizes something")
     return found[0]
 
 
@@ -92,8 +94,6 @@ def explain_plan(
     """Divide what a plan does to the loss on n calibration examples among components, modalities and regions."""
     if study.meta.get("fingerprint") != vlm.fingerprint:
         raise UserError(f"{study.path} was measured on {study.meta.get('model')}, and {vlm.name} is another model")
-    if plan.is_native:
-        raise UserError("full precision has no damage to explain; choose a plan that quantizes something")
     names = list(tasks) or list(study.meta["tasks"])
     check_explains([find_task(name, n=1) for name in names])
     schemes = list(dict.fromkeys(scheme for _, scheme in plan.schemes if scheme is not None))

@@ -70,7 +70,7 @@ BESIDE = {  # what a flag needs beside it, where it means nothing alone
 }  # fmt: skip
 INSTEAD = {  # what must be left out for it
     **{("import", flag): ("--part",) for flag in ("--bits", "--switch", "--kind", "--kinds")},
-    ("recommend", "--gb"): ("--bpw",),
+    **{(verb, "--gb"): ("--bpw",) for verb in ("recommend", "plan")},
     ("explain", "--plan"): ("--bits", "--out"),
 }
 OF_STUDY = {("explain", "--plan")}  # a flag that is for a study, where the line of the verb has a model
@@ -88,7 +88,6 @@ FINE = {
     ("--cache-gb", "fraction"): "an amount may be a fraction",
     ("--memory-gb", "fraction"): "an amount may be a fraction",
     ("--minutes", "fraction"): "minutes may be a fraction",
-    ("plan", "--bpw", "fraction"): "",  # less than two bits and all that is kept
     ("--bpw", "fraction"): "a budget may be a fraction",
     ("--gb", "fraction"): "a budget may be a fraction",
     **{("--out", kind): "a file may be called that" for kind in KINDS if kind not in (
