@@ -12,7 +12,7 @@ from sensitivity.measure.memory.weight_codes import WeightCodes
 from sensitivity.quantize.methods import method_of
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.plan import NOT_ROUNDED, Plan, Scheme
 
 
 class WeightErrors:
@@ -42,7 +42,7 @@ def plan_changes(
 ) -> dict[str, Tensor]:
     """By how much a plan changes each parameter."""
     schemes = targets(parts, plan)
-    if any(method_of(scheme).inputs for scheme in schemes.values()):
+    if any(method_of(one).inputs or min(one.activations, one.cache) < NOT_ROUNDED for one in schemes.values()):
         raise UserError("this plan also changes what layers read, and is not explained by changes of weights alone")
     if any((weight.looked_up or weight.tied) and weight.name in schemes for weight in parts.weights):
         raise UserError("this plan quantizes the embedding, whose rows are looked up; explain one that keeps it")
