@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sensitivity.formats.halves import LANGUAGE, VISION, check_halves
 from sensitivity.formats.openvino import graph, layout, trace
+from sensitivity.formats.openvino.halves import LANGUAGE, VISION, check_halves
 from sensitivity.formats.openvino.layout import Constant
 from sensitivity.formats.writing import stream
 from sensitivity.formats.writing.checkpoint import on_integer_grid, save, unquantized
@@ -19,6 +19,9 @@ from sensitivity.formats.writing.source import CheckpointTensor
 from sensitivity.formats.writing.stream import Piece, Spec
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
+
+if TYPE_CHECKING:
+    from openvino import Model
 
 FILES = {VISION: "openvino_vision.xml", LANGUAGE: "openvino_language.xml"}
 STORED = "openvino_weights.json"  # graph -> constant -> the SHA-256 of its bytes
@@ -85,7 +88,7 @@ def _write_half(
     job: Job,
     tensors: Mapping[str, CheckpointTensor],
     constants: Mapping[str, Sequence[Constant]],
-    program: Any,
+    program: Model,
     xml: Path,
 ) -> tuple[str, dict[str, str]]:
     """Write one graph and its binary file; returns the hash of the latter and those of its constants."""

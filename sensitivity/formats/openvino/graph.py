@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import numpy as np
 
 from sensitivity.formats.openvino.layout import CODES, ZERO, Constant
 from sensitivity.formats.openvino.trace import WEIGHTS, parameter_input
+
+if TYPE_CHECKING:
+    from openvino import Model, Node
 
 ALIGNMENT = 64  # bytes, as OpenVINO aligns the constants that it writes
 # Compile options that a reader of the graph takes over: sums in float32 give the answers that torch measured, and
@@ -22,14 +25,14 @@ OPTIONS = {
 }
 
 
-def weights_of(graph: Any, names: Sequence[str]) -> dict[str, Any]:
+def weights_of(graph: Model, names: Sequence[str]) -> dict[str, Node]:
     """The inputs of a graph that stand for parameters which it reads, by the names of the parameters."""
     inputs = {name: port.get_node() for port in graph.inputs for name in port.get_names()}
     found = {name: inputs[parameter_input(name)] for name in names if parameter_input(name) in inputs}
     return {name: node for name, node in found.items() if node.output(0).get_target_inputs()}
 
 
-def put_constants(graph: Any, parameters: Mapping[str, Sequence[Constant]]) -> None:
+def put_constants(graph: Model, parameters: Mapping[str, Sequence[Constant]]) -> None:
     """Replace each weight input by what is stored of it: an input for each constant, and what makes numbers of them.
 
     They are inputs until `write_xml` declares them constants: as constants of OpenVINO's own they would take memory.
@@ -57,7 +60,7 @@ def put_constants(graph: Any, parameters: Mapping[str, Sequence[Constant]]) -> N
     graph.validate_nodes_and_infer_types()
 
 
-def numbers(stored: Sequence[Constant], made: Sequence[Any]) -> Any:
+def numbers(stored: Sequence[Constant], made: Sequence[Node]) -> Node:
     """The numbers that the constants of one weight stand for, in the form that OpenVINO keeps packed in memory."""
     from openvino import opset14 as ops
 
@@ -74,7 +77,7 @@ def numbers(stored: Sequence[Constant], made: Sequence[Any]) -> Any:
     return ops.convert(node, "f32")
 
 
-def write_xml(graph: Any, constants: Sequence[Constant], xml: Path) -> tuple[bytes, dict[str, int]]:
+def write_xml(graph: Model, constants: Sequence[Constant], xml: Path) -> tuple[bytes, dict[str, int]]:
     """Write a graph's XML; returns the bytes that its binary file begins with, and where each constant belongs."""
     from openvino import serialize
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from sensitivity.formats.halves import LANGUAGE, VISION, Array
 from sensitivity.formats.openvino.export import FILES, STORED, check
+from sensitivity.formats.openvino.halves import LANGUAGE, VISION, Array
 from sensitivity.measure.evaluation import Rows, example_rows
 from sensitivity.measure.generate.answer_tokens import (
     Answer,

@@ -6,15 +6,18 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from sensitivity.formats.halves import HALVES, VISION
+from sensitivity.formats.openvino.halves import HALVES, VISION
 from sensitivity.models.loading import load, quiet
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError, reason
+
+if TYPE_CHECKING:
+    from openvino import Model
 
 WEIGHTS = "weights"  # the argument of a traced half that holds its parameters
 # Sizes of what is traced. Torch takes equal sizes for one and the same, so that each is a prime that no model has.
@@ -32,7 +35,7 @@ class _WithWeights(nn.Module):
         return torch.func.functional_call(self.inner[0], dict(weights), kwargs=inputs, tie_weights=True)
 
 
-def traced(vlm: VLM, half: str) -> Any:
+def traced(vlm: VLM, half: str) -> Model:
     """One half of a model as an openvino.Model; the input of parameter P is named `parameter_input(P)`."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers.exporters.configs import OpenVINOConfig
