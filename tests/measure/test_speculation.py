@@ -10,8 +10,8 @@ import saved_vlms
 from few import few
 
 from sensitivity.measure.evaluation import evaluate
-from sensitivity.measure.generate.speculation import GAMMA, speculate
 from sensitivity.measure.install.plan_in_model import quantized
+from sensitivity.measure.speculation import GAMMA, speculate
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
