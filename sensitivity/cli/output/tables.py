@@ -81,12 +81,20 @@ def answer_counts(plans: Mapping[str, Sequence[Mapping[str, object]]]) -> None:
     if not known:
         return  # an imported table has no answers; a study of an earlier version did not count
     kinds = any(row.get("kind") for _, row in rows)
+    of = f" of {next(iter(plans))}" if len(plans) == 1 else ""  # then its name, which may be long, stands once
     table(
-        "What happened to the answers (changes against full precision, on the same examples)",
-        ("plan", "task", *(["kind"] if kinds else []), "n", "score", *(COUNTED[name] for name in known)),
+        f"What happened to the answers{of} (changes against full precision, on the same examples)",
+        (
+            *([] if of else ["plan"]),
+            "task",
+            *(["kind"] if kinds else []),
+            "n",
+            "score",
+            *(COUNTED[name] for name in known),
+        ),
         [
             (
-                plan,
+                *([] if of else [plan]),
                 row["task"],
                 *([row.get("kind") or "all"] if kinds else []),
                 _number(row["n"]),
