@@ -271,6 +271,18 @@ def cases() -> Iterator[Case]:
 
 
 CASES = list(cases())
+SAME = {(verb, flag): (flag, action.help) for verb, action, flag in flags()}  # what says that two flags are one
+
+
+def first_of_each() -> Iterator[Any]:
+    """All cases; a value that means nothing is slow where an earlier verb has the same flag with the same help."""
+    seen = set()
+    for case in CASES:
+        key = (SAME[case.verb, case.flag.split()[0]], case.flag, case.kind)
+        again = case.kind in KINDS and key in seen
+        seen.add(key)
+        yield pytest.param(case, marks=pytest.mark.slow) if again else case
+
 
 
 def test_there_are_many_cases() -> None:
@@ -365,7 +377,7 @@ def refused(words: tuple[str, ...], there: Path, capsys: pytest.CaptureFixture[s
 REPEATED = {"--tie", "--until"}  # each says one thing more
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", list(first_of_each()), ids=str)
 def test_a_value_that_means_nothing_is_refused_in_a_sentence(
     case: Case, there: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
