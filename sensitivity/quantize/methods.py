@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -201,7 +202,10 @@ METHODS: dict[str, Method] = {
     ),
 }
 # what a scheme may name: these, and the method that leaves weights alone for what is rounded in each forward pass
-ROWS = {**METHODS, KEEP: Method(per_weight(lambda weight, scheme: None), range(16, 17), fixed="as stored before")}
+# a view, so that a method which is added later is seen
+ROWS = ChainMap(
+    {KEEP: Method(per_weight(lambda weight, scheme: None), range(16, 17), fixed="as stored before")}, METHODS
+)
 
 
 def method_of(scheme: Scheme) -> Method:

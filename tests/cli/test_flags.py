@@ -181,7 +181,7 @@ NAMED = (  # what people typed, and what must be named in the answer
     ("import table.csv --part a=vision --score s --numel vision=0 --out new", "from 1 to 1,000,000,000,000,000"),
     ("sweep MODEL", "still needed: --out"),
     ("sweep MODEL --out new --calib vqa", "unrecognized words: --calib vqa"),
-    ("swep MODEL", "VERB is one of 'inspect', 'methods', 'sweep'"),
+    ("swep MODEL", "VERB is one of 'inspect', 'methods', 'plan', 'sweep'"),
     ("", "still needed: VERB"),
     ("plan MODEL --out new --bpw 1", "no plan fits 1.00 bpw"),
     ("plan MODEL --out new --bpw 6 --gb 1", "--bpw would do nothing beside --gb"),

@@ -52,7 +52,7 @@ def test_one_row_per_plan_and_task_says_what_the_studys_table_says(study: Study,
     pd.testing.assert_frame_equal(same, found, check_dtype=False)
     card = (tmp_path / "t.parquet.md").read_text()
     assert all(f"| {name} | " in card for name in found)
-    assert "| bits.vision | bits of a component; 16 is native precision |" in card
+    assert "| bits.vision | bits of a component, or of its NAME.activations or " in card
     assert "10 examples " in card
 
 
