@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pkgutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+import sensitivity
 from sensitivity.cli import main as cli
 
 MODEL = "embedded:scenes-llava"
@@ -311,6 +313,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def there(place: Path, scenes_llava: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Everything is real until the work would begin; and the model is loaded already."""
+    # a module that is first imported while others are replaced would keep what it took from them
+    for found in pkgutil.walk_packages(sensitivity.__path__, "sensitivity."):
+        if not found.name.endswith("__main__"):
+            import_module(found.name)
     from sensitivity.models.loading import load
 
     def stop(*_: object, **__: object) -> NoReturn:
