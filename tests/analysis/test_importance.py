@@ -277,6 +277,7 @@ def test_the_published_ranking_is_reproduced(published: Path) -> None:
     assert "rests on vit_bits at 2 bits" in " ".join(found.warnings)
 
 
+@pytest.mark.slow
 def test_importing_loads_no_torch() -> None:
     """And neither does a whole ranking."""
     code = (

@@ -335,6 +335,7 @@ def test_a_parsers_error_is_json_too(capsys: pytest.CaptureFixture[str]) -> None
     assert err.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_workers_that_are_done_end_in_silence(tmp_path: Path) -> None:
     """The one that started them is still there then, and nothing of theirs may break at their exit."""
     words = f"sweep {MODEL} --task vqa --bits 2,8 --method uniform --n 12 --workers 2 --out {tmp_path / 'out'}"

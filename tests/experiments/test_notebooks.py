@@ -44,6 +44,7 @@ def test_it_is_stored_with_its_figures_and_ends_in_a_decision(path: Path) -> Non
     assert "**What you can decide now.**" in notebook.cells[-1].source
 
 
+@pytest.mark.slow
 def test_without_the_table_it_says_what_it_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
     monkeypatch.setenv("SENSITIVITY_SHARED", str(tmp_path))
