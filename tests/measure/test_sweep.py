@@ -138,7 +138,8 @@ def test_a_folder_of_another_family(family: str, tmp_path: Path) -> None:
     plain = sweep(vlm, parts, plans, ["vqa"], tmp_path / "plain", n=6, plain=True)
     ours, theirs = table(study), table(plain)
     likely = [name for name in ours if name.startswith("vqa.nll")]  # sums over other shapes of the same numbers
-    pd.testing.assert_frame_equal(ours.drop(columns=likely), theirs.drop(columns=likely), check_exact=True)
+    others = [*likely, "vqa.cut"]  # the plain path generates on where an answer can no longer be right
+    pd.testing.assert_frame_equal(ours.drop(columns=others), theirs.drop(columns=others), check_exact=True)
     pd.testing.assert_frame_equal(ours[likely], theirs[likely], rtol=0 if family == "blip2_t5" else 1e-6, atol=0)
     assert len(study.table()) == 2 ** len(parts.names) + 1
     assert study.table()["vqa.nll"].notna().all()
