@@ -363,7 +363,10 @@ def test_two_tasks_of_one_name_are_refused(tmp_path: Path, capsys: pytest.Captur
 def test_ctrl_c_leaves_the_frontier_on_the_screen(tmp_path: Path) -> None:
     words = ["embedded:scenes-blip2", "--bits", "2,4,8", "--n", "2000", "--out", str(tmp_path / "s")]
     command = [sys.executable, "-m", "sensitivity", "sweep", *words]
+    # what a shell runs in the background ignores it, and a process passes that on
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        signal.signal(signal.SIGINT, before)
         while len(list(tmp_path.glob("s/examples/[!.]*.parquet"))) < 3:
             assert process.poll() is None
             time.sleep(0.05)
