@@ -127,7 +127,7 @@ def main() -> None:
         "# The demo on a busy machine",
         "",
         f"`{words}`: {os.cpu_count()} cores ({platform.machine()}), load average at the end {os.getloadavg()[0]:.1f}; "
-        f"{args.n or '500 now and 1,000 before, the defaults,'} examples; aims: CPU at most {AIM_CPU} times the "
+        f"{args.n or 'the default number of'} examples; aims: CPU at most {AIM_CPU} times the "
         f"least; wall at most {AIM_WALL} times the quiet one where half the machine is taken; a first line within "
         f"{AIM_FIRST:.0f} s, then one at least every {AIM_PAUSE:.0f} s.",
         "",
