@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 
 from sensitivity.analysis.comparing.sides import Pairing, Side
@@ -10,9 +9,8 @@ from sensitivity.analysis.comparing.versus import Row, Versus
 from sensitivity.analysis.failures.changes import changes
 from sensitivity.analysis.failures.gallery import Card, Gallery, notes_on
 from sensitivity.analysis.failures.pictures import Pictures
-from sensitivity.analysis.report.environment import GENERATOR, check, environment
+from sensitivity.analysis.report.environment import check, rendered
 from sensitivity.spec.files import write_atomically
-from sensitivity.spec.version import __version__
 from sensitivity.study.examples.answer_counts import counts_by_kind
 from sensitivity.study.examples.questions import questions
 
@@ -25,19 +23,13 @@ def write(out: Path, a: Side, b: Side, found: Versus) -> None:
     """Write the page, over an earlier one of ours only."""
     check(out)
     single = found.rows[0] if a.plan or b.plan else None
-    page = (
-        environment()
-        .get_template("comparison.html")
-        .render(
-            versus=found,
-            galleries=[_gallery(a, b, single)] if single else [],
-            made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            generator=GENERATOR,
-            version=__version__,
-        )
+    page = rendered(
+        "comparison.html",
+        versus=found,
+        galleries=[_gallery(a, b, single)] if single else [],
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, page.encode("utf-8", "replace"))
+    write_atomically(out, page)
 
 
 def _gallery(a: Side, b: Side, row: Row) -> Gallery:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import jinja2
@@ -11,12 +12,13 @@ import jinja2
 from sensitivity.analysis.failures.gallery import shortened
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.sizes import in_words
+from sensitivity.spec.version import __version__
 
 GENERATOR = '<meta name="generator" content="sensitivity">'  # marks a page that we wrote and may replace
 
 
 def environment() -> jinja2.Environment:
-    """Jinja with our templates and filters; an undefined name in a template is an error."""
+    """Jinja with our templates and filters, and what the frame of a page says; an undefined name is an error."""
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("sensitivity.analysis.report"),
         autoescape=True,
@@ -28,7 +30,14 @@ def environment() -> jinja2.Environment:
         "score": _score, "percent": _percent, "in_words": in_words, "shortened": shortened,
     }  # fmt: skip
     made.filters |= filters
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    made.globals |= {"made": now, "version": __version__, "generator": GENERATOR}  # for the frame of every page
     return made
+
+
+def rendered(template: str, **values: object) -> bytes:
+    """A page made from a template; half a character, which an answer may hold, becomes a question mark."""
+    return environment().get_template(template).render(**values).encode("utf-8", "replace")
 
 
 def _percent(value: float | None) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +20,7 @@ from sensitivity.analysis.importance.ranking import cached, rank
 from sensitivity.analysis.importance.types import Ranking
 from sensitivity.analysis.observations import Observations, observations_of
 from sensitivity.analysis.report import sentences
-from sensitivity.analysis.report.environment import GENERATOR, environment
+from sensitivity.analysis.report.environment import GENERATOR, rendered
 from sensitivity.analysis.report.frontier_table import FrontierRow, frontier_table
 from sensitivity.analysis.report.interactive import pareto
 from sensitivity.analysis.report.static_figures import Picture, pictures, slug
@@ -31,7 +30,6 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import csv_bytes, is_unfinished, mark_finished, mark_unfinished, may_write, write_atomically
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import budget_bits, size
-from sensitivity.spec.version import __version__
 from sensitivity.study import exports
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
@@ -69,32 +67,26 @@ def report(
     grown = kept_recommendation.since(study, chosen)
     galleries, no_gallery = failing(study, chosen)
     tasks = [_task_page(study, table, task, chosen, rankings or {}, bootstraps, out) for task in study.tasks]
-    page = (
-        environment()
-        .get_template("report.html")
-        .render(
-            model=study.parts.model,
-            by=study.parts.by,
-            trials=len(table),
-            tasks=tasks,
-            meta=study.meta,
-            recommendations=[(one, _plan_rows(study.parts, one.plan)) for one in chosen],
-            summary=sentences.summary(study, table, chosen, [task.ranking for task in tasks], grown),
-            galleries=galleries,
-            no_gallery=no_gallery,
-            exports=exports.notes_of(study.path),
-            path_gain=exports.path_gain,
-            kept=_kept(study.parts),
-            plans=_plans(study),
-            labels=LABELS,
-            made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            generator=GENERATOR,
-            version=__version__,
-            provenance=json.dumps(study.meta, indent=1, default=str),
-        )
+    page = rendered(
+        "report.html",
+        model=study.parts.model,
+        by=study.parts.by,
+        trials=len(table),
+        tasks=tasks,
+        meta=study.meta,
+        recommendations=[(one, _plan_rows(study.parts, one.plan)) for one in chosen],
+        summary=sentences.summary(study, table, chosen, [task.ranking for task in tasks], grown),
+        galleries=galleries,
+        no_gallery=no_gallery,
+        exports=exports.notes_of(study.path),
+        path_gain=exports.path_gain,
+        kept=_kept(study.parts),
+        plans=_plans(study),
+        labels=LABELS,
+        provenance=json.dumps(study.meta, indent=1, default=str),
     )
     target = out / "index.html"
-    write_atomically(target, page.encode("utf-8", "replace"))  # an answer may hold half a character
+    write_atomically(target, page)
     mark_finished(out)
     return target
 
