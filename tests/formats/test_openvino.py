@@ -101,11 +101,12 @@ def test_a_model_that_it_cannot_hold_is_refused_before_the_sweep(
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize("verb", ["sweep", "plan"])
 def test_without_openvino_a_sentence_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    verb: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    typed = ["sweep", "embedded:scenes-llava", "--task", "vqa", "--runtime", "openvino", "--bits", "4"]
+    typed = [verb, "embedded:scenes-llava", "--task", "vqa", "--runtime", "openvino", "--bits", "4"]
     assert cli.main([*typed, "--method", "rtn", "--out", str(tmp_path / "r")]) == 2
     assert "pip install 'vlm-sensitivity[openvino]'" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()

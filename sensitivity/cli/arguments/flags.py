@@ -267,7 +267,7 @@ def limits(p: argparse.ArgumentParser) -> None:
 
 def schemes(args: argparse.Namespace) -> list[Scheme]:
     """The schemes of each method and combination of widths, from the flags of `methods` and `run_time`."""
-    from sensitivity.quantize.methods import schemes_of
+    from sensitivity.quantize.scheme_settings import schemes_of
 
     flags = ("group", "symmetric", "biases", "backend")
     own = dict(distinct("--set", args.set))

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.arguments.model_and_tasks import loaded
 from sensitivity.cli.output.tables import attributions, explanation
-from sensitivity.cli.verbs.sweep import loaded
 from sensitivity.spec.errors import UserError
 
 ABOUT = "score every component from a few backward passes; or say where the damage of a measured plan comes from"
@@ -46,7 +46,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     )
     flags.calibration(p)
     flags.device(p)
-    p.set_defaults(include=(), whole_answers=False, n=1, seed=0, dry_run=False)
+    p.set_defaults(include=(), whole_answers=False, n=1, seed=0, dry_run=False, runtime=None)
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:

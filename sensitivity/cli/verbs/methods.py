@@ -19,8 +19,9 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """List the methods."""
-    from sensitivity.quantize.methods import METHODS, needs_both_paths, needs_gradients, scheme
+    from sensitivity.quantize.methods import METHODS, needs_both_paths, needs_gradients
     from sensitivity.quantize.presets import PRESETS
+    from sensitivity.quantize.scheme_settings import scheme
     from sensitivity.quantize.sources import SOURCES
     from sensitivity.spec.components import Weight
     from sensitivity.spec.sizes import weight_bits

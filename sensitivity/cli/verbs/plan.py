@@ -9,9 +9,9 @@ import time
 from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.arguments.model_and_tasks import loaded
 from sensitivity.cli.output.progress import show_progress, show_progress_in_json
 from sensitivity.cli.output.tables import forecast, recommendation, score_costs
-from sensitivity.cli.verbs.sweep import loaded
 
 if TYPE_CHECKING:
     from sensitivity.analysis.allocate.kept_recommendation import Proposed

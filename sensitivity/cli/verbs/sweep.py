@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.arguments.model_and_tasks import loaded
 from sensitivity.cli.output.progress import best_so_far, points, show_progress, show_progress_in_json
 from sensitivity.cli.output.tables import forecast, frontier
 from sensitivity.cli.processes import ray_workers, workers
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from sensitivity.tasks.examples.types import Task
 
 ABOUT = "evaluate plans on tasks; the same command continues where it was stopped"
-NEAREST = "rows of the embedding are looked up, not multiplied: methods that calibrate round them to nearest"
 EXAMPLE = "sensitivity sweep embedded:scenes-llava --task vqa --bits 2,3,4,6,8 --by part --out runs/first"
 
 
@@ -115,13 +115,10 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if args.executor == "ray" and not workers.is_child() and not args.dry_run:
         return _on_a_cluster(args)
     from sensitivity.api.sweeping import calibrated as calibrated_
-    from sensitivity.formats.table import CHECKS
     from sensitivity.measure.generate.batches import check_tasks_fit
 
     workers.stop_with_launcher()
     vlm, parts, tasks = loaded(args)
-    if args.runtime in CHECKS:
-        CHECKS[args.runtime](vlm)
     requested, plans_of = _search_space(args, parts, requested)
     check_tasks_fit(vlm, tasks)
     # built twice: here for its length, and below with calibrated schemes, for which the model must calibrate first
@@ -146,30 +143,6 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             return _forecast(args, vlm, parts, plans, tasks)
         study = _run_plans(args, vlm, parts, plans_of(schemes, args.search), statistics, processes, expected)
     return {} if workers.is_child() else _summary(args, study)
-
-
-def loaded(args: argparse.Namespace) -> tuple[VLM, ComponentMap, list[Task]]:
-    """The model, without its weights for a forecast, its components, and the tasks; what is notable is printed."""
-    from sensitivity.api.sweeping import dtype_for
-    from sensitivity.models.config_only import without_weights
-    from sensitivity.models.discover import inspect
-    from sensitivity.models.loading import load
-    from sensitivity.tasks.table import distinct, task
-
-    if args.dtype is None:
-        args.dtype, why = dtype_for(args.model, args.device, args.out)
-        if why:
-            print(f"note: {why}", file=sys.stderr)
-    vlm = without_weights(args.model) if args.dry_run else load(args.model, device=args.device, dtype=args.dtype)
-    parts = inspect(vlm, by=args.by, include=args.include)
-    if any(weight.looked_up for weight in parts.weights):
-        print(NEAREST, file=sys.stderr)
-    tasks = [task(name, n=args.n, seed=args.seed, whole=args.whole_answers) for name in args.task]
-    distinct(tasks, args.task)
-    for one in tasks:
-        for note in one.notes:
-            print(f"{one.name}: {note}", file=sys.stderr)
-    return vlm, parts, tasks
 
 
 def _search_space(

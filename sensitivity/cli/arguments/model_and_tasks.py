@@ -1,0 +1,41 @@
+"""Loads what the flags name: the model, its components and the tasks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sensitivity.models.vlm import VLM
+    from sensitivity.spec.components import ComponentMap
+    from sensitivity.tasks.examples.types import Task
+
+NEAREST = "rows of the embedding are looked up, not multiplied: methods that calibrate round them to nearest"
+
+
+def loaded(args: argparse.Namespace) -> tuple[VLM, ComponentMap, list[Task]]:
+    """The model, without its weights for a forecast, its components, and the tasks; what is notable is printed."""
+    from sensitivity.api.sweeping import dtype_for
+    from sensitivity.formats.table import CHECKS
+    from sensitivity.models.config_only import without_weights
+    from sensitivity.models.discover import inspect
+    from sensitivity.models.loading import load
+    from sensitivity.tasks.table import distinct, task
+
+    if args.dtype is None:
+        args.dtype, why = dtype_for(args.model, args.device, args.out)
+        if why:
+            print(f"note: {why}", file=sys.stderr)
+    vlm = without_weights(args.model) if args.dry_run else load(args.model, device=args.device, dtype=args.dtype)
+    if args.runtime in CHECKS:  # what a runtime cannot run is said before anything long begins
+        CHECKS[args.runtime](vlm)
+    parts = inspect(vlm, by=args.by, include=args.include)
+    if any(weight.looked_up for weight in parts.weights):
+        print(NEAREST, file=sys.stderr)
+    tasks = [task(name, n=args.n, seed=args.seed, whole=args.whole_answers) for name in args.task]
+    distinct(tasks, args.task)
+    for one in tasks:
+        for note in one.notes:
+            print(f"{one.name}: {note}", file=sys.stderr)
+    return vlm, parts, tasks
