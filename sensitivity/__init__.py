@@ -23,7 +23,7 @@ _HOMES = {
     "rank": "analysis.importance.ranking",
     "report": "analysis.report.page",
     "quantized": "measure.install.plan_in_model",
-    "scheme": "quantize.methods",
+    "scheme": "quantize.scheme_settings",
     "Component": "spec.components",
     "ComponentMap": "spec.components",
     "Scheme": "spec.plan",

@@ -49,7 +49,7 @@ def point(kind: str, value: int) -> float:
     from sensitivity.api.sweeping import calibrated, grid, sweep
     from sensitivity.models.discover import inspect
     from sensitivity.models.loading import load
-    from sensitivity.quantize.methods import scheme
+    from sensitivity.quantize.scheme_settings import scheme
     from sensitivity.tasks.table import task
 
     if kind.startswith("queued"):
@@ -86,7 +86,7 @@ def step(plans: int, database: bool) -> float:
     from sensitivity.api.sweeping import grid
     from sensitivity.models.discover import inspect
     from sensitivity.models.loading import load
-    from sensitivity.quantize.methods import scheme
+    from sensitivity.quantize.scheme_settings import scheme
     from sensitivity.study.study import Study
 
     parts = inspect(load("embedded:scenes-llava"), by="group")

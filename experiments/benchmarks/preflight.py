@@ -203,7 +203,7 @@ def measured(case: Case) -> dict[str, Any]:
     from sensitivity.models.config_only import without_weights
     from sensitivity.models.discover import inspect
     from sensitivity.models.loading import load
-    from sensitivity.quantize.methods import scheme
+    from sensitivity.quantize.scheme_settings import scheme
     from sensitivity.tasks.table import task
 
     torch.set_num_threads(1)

@@ -28,7 +28,8 @@ from sensitivity.models.loading import load
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.layer.two_paths import TwoPaths
-from sensitivity.quantize.methods import METHODS, needs_fisher, quantize, scheme, solve
+from sensitivity.quantize.methods import METHODS, needs_fisher, quantize, solve
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.solvers.scale_search import errors, scales
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan, Scheme

@@ -24,7 +24,7 @@ from sensitivity.models.discover import inspect
 from sensitivity.models.families import family_of
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of
-from sensitivity.quantize.methods import scheme
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan
 

@@ -46,7 +46,7 @@ from sensitivity.models.checkpoint import model_folder
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import scheme
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan
 from sensitivity.tasks.examples.types import Task

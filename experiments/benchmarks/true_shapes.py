@@ -27,7 +27,7 @@ from sensitivity.measure.forecast.forecast import forecast_sweep
 from sensitivity.models.config_only import without_weights as blank_
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
-from sensitivity.quantize.methods import scheme
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.tasks.table import task as find_task
 
 QUESTIONS = ("What is in this picture?", "How many things are there?")

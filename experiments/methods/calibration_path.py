@@ -14,7 +14,7 @@ from scipy.stats import bootstrap, kendalltau, spearmanr
 from experiments.methods.measured import measured, parser, write
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
-from sensitivity.quantize.methods import scheme
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import Plan
 from sensitivity.study.study import Study

@@ -16,8 +16,9 @@ from experiments.methods.measured import parser, write
 from sensitivity.api.sweeping import calibrated, sweep
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
-from sensitivity.quantize.methods import METHODS, needs_both_paths, scheme
+from sensitivity.quantize.methods import METHODS, needs_both_paths
 from sensitivity.quantize.presets import PRESETS
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.sizes import component_bits

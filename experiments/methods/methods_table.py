@@ -13,7 +13,7 @@ import pandas as pd
 from experiments.methods.measured import measured, parser, write
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
-from sensitivity.quantize.methods import scheme
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import size

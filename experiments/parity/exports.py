@@ -85,7 +85,7 @@ def folded(space: Path) -> None:
     from sensitivity.measure.calibrate.calibration import calibrate
     from sensitivity.models.discover import inspect
     from sensitivity.models.loading import load
-    from sensitivity.quantize.methods import scheme
+    from sensitivity.quantize.scheme_settings import scheme
     from sensitivity.spec.plan import Plan
 
     vlm = load("embedded:scenes-llava")

@@ -26,7 +26,8 @@ from sensitivity.formats.writing.unfinished import remove_unfinished
 from sensitivity.measure.calibrate.statistics import check_path
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import check_scheme, needs_data
+from sensitivity.quantize.methods import needs_data
+from sensitivity.quantize.scheme_settings import check_scheme
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read

@@ -22,7 +22,8 @@ from sensitivity.measure.loop import MEMORY_GB, Step, check_runs, comparability
 from sensitivity.measure.loop import run as run_plans
 from sensitivity.models.loading import device_of, dtype_of, load
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import importance, needs_both_paths, needs_data, scheme
+from sensitivity.quantize.methods import importance, needs_both_paths, needs_data
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import ComponentMap, granularity
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme

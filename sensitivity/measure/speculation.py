@@ -17,7 +17,7 @@ from sensitivity.measure.generate.whole_prompts import answer_logits
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.install.rounding import rounding_hooks
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import scheme
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import KEEP, NOT_ROUNDED, Plan

@@ -1,9 +1,9 @@
-"""METHODS: every way to quantize a weight; scheme() makes a scheme of one with all its settings."""
+"""METHODS: every way to quantize a weight, what each needs, and solve(), which quantizes by them."""
 
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,15 +20,10 @@ from sensitivity.quantize.grids.spqr import spqr
 from sensitivity.quantize.grids.squeezellm import squeezellm
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears, Method, per_weight
-from sensitivity.quantize.presets import PRESETS
 from sensitivity.quantize.run_time.settings import (
-    ROUNDED_BITS,
-    RUN_TIME,
     has_fixed_range,
     of_weights,
-    with_run_time,
 )
-from sensitivity.quantize.solvers import gptqmodel_solver
 from sensitivity.quantize.solvers.activations import int8_rows, split_inputs
 from sensitivity.quantize.solvers.clip import clip
 from sensitivity.quantize.solvers.gptq import gptq
@@ -37,8 +32,8 @@ from sensitivity.quantize.solvers.scale_search import awq
 from sensitivity.quantize.solvers.vlm_ptq import vlm_ptq
 from sensitivity.quantize.stored.codebook import to_codebook
 from sensitivity.quantize.stored.weight import StoredWeight
-from sensitivity.spec.errors import UserError, unknown
-from sensitivity.spec.plan import KEEP, NOT_ROUNDED, Scheme, Setting
+from sensitivity.spec.errors import unknown
+from sensitivity.spec.plan import KEEP, Scheme, Setting
 
 OWN, UNIFORM = "own", "uniform"
 IMPORTANCE = (
@@ -194,6 +189,7 @@ METHODS: dict[str, Method] = {
         group=128,
         symmetric=False,
         calibrated=True,
+        fisher=True,
         settings={"outliers": 0.01},
         ranges={"outliers": (0, 0.5)},
     ),
@@ -201,8 +197,8 @@ METHODS: dict[str, Method] = {
         per_weight(adpq), range(2, 9), group=128, settings={"outliers": 0.06}, ranges={"outliers": (0, 0.5)}
     ),
 }
-# what a scheme may name: these, and the method that leaves weights alone for what is rounded in each forward pass
-# a view, so that a method which is added later is seen
+# What a scheme may name: these, and the method that leaves weights alone, for what is rounded in each forward pass.
+# A view of METHODS, so that a method that is added later is seen.
 ROWS = ChainMap(
     {KEEP: Method(per_weight(lambda weight, scheme: None), range(16, 17), fixed="as stored before")}, METHODS
 )
@@ -242,135 +238,7 @@ def needs_gradients(scheme: Scheme) -> bool:
 
 def needs_fisher(scheme: Scheme) -> bool:
     """Whether a scheme weighs each number of a weight by the gradient of the answer loss."""
-    return scheme.method == "gwq" or bool(scheme.get("gradient"))
-
-
-def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None = None, **chosen: Any) -> Scheme:
-    """A scheme of a method or preset: the defaults, the chosen settings, and the facts about its calibration data.
-
-    `calibration` is what `Statistics.facts` returns; only schemes that are calibrated record it. `activations` and
-    `cache` are the bits of each layer's input, and of keys and values; 16 leaves them as they are.
-
-    Examples:
-        >>> from sensitivity import scheme
-        >>> scheme("gptq", 4, group=128)["damp"]
-        0.01
-        >>> scheme("paper-awq", 3).group
-        128
-        >>> str(scheme("rtn", 4, activations=8, cache=4, cache_group=64))
-        'rtn:4a8kv4'
-    """
-    preset = dict(PRESETS.get(method, {"method": method}))
-    name = str(preset.pop("method"))
-    if name not in ROWS:
-        raise unknown("method", method, [*ROWS, *PRESETS])
-    given: dict[str, Any] = {**preset, **{key: value for key, value in chosen.items() if value is not None}}
-    activations, cache = given.pop("activations", NOT_ROUNDED), given.pop("cache", NOT_ROUNDED)
-    row = with_run_time(ROWS[name], name, activations, cache)
-    if bits not in row.widths:
-        widths = f"{row.widths[0]} to {row.widths[-1]}" if len(row.widths) > 1 else f"only {row.widths[0]}"
-        raise UserError(f"{name} takes {widths} bits, not {bits}")
-    if "backend" in given and "backend" not in row.settings:
-        raise UserError(f"{name} has no backend but our own; leave out --backend, or choose --method gptq")
-    if given.get("backend", OWN) != OWN:
-        given.setdefault("clip", False)  # the clip search is ours; other solvers lack it
-    group, symmetric = given.pop("group", row.group), given.pop("symmetric", row.symmetric)
-    if not row.takes(group, symmetric):
-        raise UserError(f"{name} is always {row.fixed}; use rtn for other groups and symmetric grids")
-    if (row.calibrated or row.any_group) and group == "tensor":
-        raise UserError(f"{name} needs a scale per row or group; choose --group row or a number of columns")
-    settings = {**row.settings, **{key: _checked(name, row, key, value) for key, value in given.items()}}
-    # what adds nothing is not recorded, so that a scheme is the same as before there was such a setting
-    settings = {key: value for key, value in settings.items() if NOTHING.get(key, settings) != value}
-    if activations != NOT_ROUNDED and settings.get("transform"):
-        raise UserError(
-            f"{method} rotates inputs, and rounds them only as they are before; leave activations at 16 bits"
-        )
-    found = Scheme(name, bits, group, symmetric, tuple(settings.items()), activations, cache)
-    if calibration and needs_data(found):
-        found = replace(found, settings=tuple({**settings, **calibration}.items()))
-    if found.get("backend"):
-        if needs_both_paths(found) or found.get("transform"):
-            raise UserError(
-                f"{method} shifts or rotates weights, which {found['backend']} does not; leave out --backend"
-            )
-        gptqmodel_solver.check(found)
-    return found
-
-
-def schemes_of(methods: Sequence[str], bits: Sequence[int], **chosen: Any) -> list[Scheme]:
-    """The schemes of one method or several: of several, each at the widths and with the settings that it has.
-
-    Examples:
-        >>> from sensitivity.quantize.methods import schemes_of
-        >>> [str(one) for one in schemes_of(["gptq", "nf4"], [3, 4], damp=0.1)]
-        ['gptq:3', 'gptq:4', 'nf4:4']
-    """
-    if len(methods) == 1:
-        return [scheme(methods[0], width, **chosen) for width in bits]
-    chosen = {key: value for key, value in chosen.items() if value is not None}
-    rows = {name: method_named(name) for name in methods}
-    known = sorted({setting for row in rows.values() for setting in row.settings})
-    rounded = {key: chosen.pop(key) for key in (*ROUNDED_BITS, *RUN_TIME) if key in chosen}
-    for setting in chosen:
-        if setting not in ("group", "symmetric", *known):
-            raise unknown(f"setting of {' and '.join(methods)}", setting, known or ["none"])
-    found = []
-    for name, row in rows.items():
-        own = {key: value for key, value in chosen.items() if key in row.settings}
-        grid = {key: chosen.get(key) for key in ("group", "symmetric") if not row.fixed}
-        found += [scheme(name, width, **own, **grid, **rounded) for width in bits if width in row.widths]
-        if not any(width in row.widths for width in bits):
-            raise UserError(f"{name} takes none of the widths {', '.join(map(str, bits))}; leave it out of --method")
-    return found
-
-
-def method_named(name: str) -> Method:
-    """The row of METHODS of a method or preset."""
-    own = str(PRESETS.get(name, {"method": name})["method"])
-    if own not in ROWS:
-        raise unknown("method", name, [*ROWS, *PRESETS])
-    return ROWS[own]
-
-
-def check_scheme(chosen: Scheme) -> None:
-    """Raise an error for a scheme that no method can have, such as one from a file: its bits, settings and types."""
-    if chosen.method == "codes":  # from an imported table, of which only bit widths are known
-        if chosen.settings:
-            raise unknown("setting of codes", chosen.settings[0][0], ["none"])
-        return
-    row = with_run_time(method_of(chosen), chosen.method, chosen.activations, chosen.cache)
-    facts = CALIBRATION if needs_data(chosen) else {}
-    if chosen.bits not in row.widths:
-        raise UserError(f"{chosen.method} does not take {chosen.bits} bits")
-    if not row.takes(chosen.group, chosen.symmetric):
-        raise UserError(f"{chosen.method} is always {row.fixed}, not {chosen.group}, symmetric: {chosen.symmetric}")
-    for setting, value in chosen.settings:
-        if setting in facts:
-            if isinstance(value, bool) or not isinstance(value, facts[setting]):
-                raise UserError(f"{setting} of {chosen.method} cannot be {value!r}")
-        else:
-            _checked(chosen.method, row, setting, value)
-
-
-def _checked(name: str, row: Method, setting: str, value: Setting) -> Setting:
-    """The value of a setting after its name, type and limits were checked; a whole number becomes a float."""
-    if setting not in row.settings:
-        raise unknown(f"setting of {name}", setting, row.settings or ["none"])
-    if setting in row.choices and value not in row.choices[setting]:
-        raise unknown(f"{setting} of {name}", value, row.choices[setting])
-    default = row.settings[setting]
-    if isinstance(default, bool | str):
-        if type(value) is not type(default):
-            raise UserError(f"{setting} of {name} takes a value like {default!r}, not {value!r}")
-        return value
-    low, high = row.ranges[setting]
-    # the default decides the type; bool is excluded below, since Python counts it as an int
-    kinds = (int,) if isinstance(default, int) else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        what = "a whole number" if kinds == (int,) else "a number"
-        raise UserError(f"{setting} of {name} is {what} from {low:g} to {high:,g}, not {value!r}")
-    return float(value) if isinstance(default, float) else value  # 1 and 1.0 are one setting
+    return method_of(scheme).fisher or bool(scheme.get("gradient"))
 
 
 def solve(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight | None]]:

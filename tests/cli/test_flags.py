@@ -286,7 +286,6 @@ def first_of_each() -> Iterator[Any]:
         yield pytest.param(case, marks=pytest.mark.slow) if again else case
 
 
-
 def test_there_are_many_cases() -> None:
     assert len(CASES) + len(NAMED) > 1000
     assert len({(case.verb, case.flag) for case in CASES}) > 90

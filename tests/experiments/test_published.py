@@ -216,7 +216,7 @@ def test_every_published_score_is_of_a_plan_that_is_run_and_a_metric_that_is_mea
     """In full, without running: widths, parts and names of metrics are checked against a small model of the family."""
     from experiments.small import datasets, models
     from sensitivity.models.discover import inspect
-    from sensitivity.quantize.methods import scheme
+    from sensitivity.quantize.scheme_settings import scheme
     from sensitivity.tasks.table import task
 
     for name, study in STUDIES.items():

@@ -40,7 +40,7 @@ from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
-from sensitivity.quantize.methods import scheme
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.solvers.nearest import rtn as rtn_of
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError

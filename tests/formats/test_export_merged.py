@@ -21,7 +21,7 @@ from sensitivity.formats.writing.job import Job
 from sensitivity.formats.writing.source import open_checkpoint
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
-from sensitivity.quantize.methods import scheme
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.plan_file import write_file

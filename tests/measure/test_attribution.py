@@ -23,7 +23,7 @@ from sensitivity.measure.passes.token_batches import VISION, TokenBatch, batches
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import scheme
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan

@@ -18,7 +18,7 @@ from sensitivity.measure.passes.token_batches import VISION, batches, calibratio
 from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of
-from sensitivity.quantize.methods import scheme
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sensitivity.measure.forecast.calibrating import FISHER, OBSERVED, PASSES, calibrating
-from sensitivity.quantize.methods import IMPORTANCE, UNIFORM, scheme
+from sensitivity.quantize.methods import IMPORTANCE, UNIFORM
+from sensitivity.quantize.scheme_settings import scheme
 
 FORWARD, PRODUCTS, N = 2.0, 0.5, 10
 

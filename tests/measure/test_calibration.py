@@ -41,7 +41,8 @@ from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears, input_of
-from sensitivity.quantize.methods import METHODS, scheme
+from sensitivity.quantize.methods import METHODS
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.plan import Plan, Scheme

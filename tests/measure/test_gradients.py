@@ -32,7 +32,8 @@ from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import input_of
-from sensitivity.quantize.methods import IMPORTANCE, UNIFORM, scheme
+from sensitivity.quantize.methods import IMPORTANCE, UNIFORM
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan

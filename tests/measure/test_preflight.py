@@ -26,7 +26,7 @@ from sensitivity.models.config_only import without_weights
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import scheme
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import PARTS
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan

@@ -18,7 +18,7 @@ from sensitivity.measure.memory.prefix_cache import PrefixCache
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import scheme
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.plan import Plan
 from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.table import task

@@ -21,7 +21,7 @@ from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.loop import _SharedWork
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
-from sensitivity.quantize.methods import scheme
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.plan import Plan
 from sensitivity.tasks.table import task
 

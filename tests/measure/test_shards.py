@@ -29,7 +29,7 @@ from sensitivity.measure.loop import Step, _SharedWork, run
 from sensitivity.measure.shards import FIRST, MOST, shard, shard_ends, shard_ends_of_total
 from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import scheme
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.study.queue import choose

@@ -20,7 +20,7 @@ from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.loop import _SharedWork
 from sensitivity.models.discover import discover, inspect
 from sensitivity.models.loading import load
-from sensitivity.quantize.methods import scheme
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import HEAD, WORDS
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, scheme_of

@@ -19,7 +19,7 @@ from sensitivity.measure.evaluation import evaluate
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import scheme
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.tasks.table import task

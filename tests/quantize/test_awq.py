@@ -9,7 +9,8 @@ from torch import Tensor
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.error_cost import STRIP, ErrorCost, low_rank_factor, quadratic, upper_half
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.methods import quantize, scheme, solve
+from sensitivity.quantize.methods import quantize, solve
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.solvers.clip import RATIOS, clipped
 from sensitivity.quantize.solvers.scale_search import QUERY_KEY, errors, scales
 from sensitivity.quantize.stored.grid import QuantizedWeight, encode, ranges, scale_and_zero

@@ -10,7 +10,7 @@ import pytest
 from sensitivity.analysis.search.plan_lists import plans
 from sensitivity.analysis.search.search_space import SearchSpace
 from sensitivity.cli.main import main
-from sensitivity.quantize.methods import schemes_of
+from sensitivity.quantize.scheme_settings import schemes_of
 from sensitivity.spec.errors import UserError
 from sensitivity.study.study import Study
 

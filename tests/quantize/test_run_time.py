@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sensitivity.quantize.methods import check_scheme, scheme, weights_of
+from sensitivity.quantize.methods import weights_of
 from sensitivity.quantize.run_time.inputs import round_inputs
 from sensitivity.quantize.run_time.keys_and_values import round_cached
+from sensitivity.quantize.scheme_settings import check_scheme, scheme
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
 

@@ -16,7 +16,7 @@ from sensitivity.cli.main import main
 from sensitivity.measure.passes.token_batches import check_disjoint
 from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import scheme
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.errors import UserError
 from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.table import task

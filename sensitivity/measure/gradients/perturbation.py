@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from sensitivity.measure.gradients.backward import Once, add
 from sensitivity.measure.passes.token_batches import TokenBatch, calibration_pass
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import quantize, scheme
+from sensitivity.quantize.methods import quantize
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import Weight
 
 PROBE = scheme("rtn", 3)  # by which weights are rounded where importance needs an error before there is a method's

@@ -84,6 +84,7 @@ class Method:
     fixed: str = ""  # how messages describe a group and grid that cannot be chosen
     any_group: bool = False  # whether the group can be chosen although the grid is fixed
     both_paths: bool = False  # whether it needs the inputs of the float model beside those behind quantized layers
+    fisher: bool = False  # whether it weighs each number of a weight by the gradient of the answer loss
     inputs: Callable[[Tensor, Scheme], Tensor] | None = None  # changes a layer's inputs in each forward pass
 
     def takes(self, group: int | str, symmetric: bool) -> bool:
