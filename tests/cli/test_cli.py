@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from sensitivity.cli import main as cli
+from sensitivity.cli.processes import workers
 from sensitivity.study.study import Study
 
 MODEL = "embedded:scenes-llava"
@@ -333,6 +334,22 @@ def test_a_parsers_error_is_json_too(capsys: pytest.CaptureFixture[str]) -> None
     assert status == 2
     assert "unrecognized words: --nonsense 1" in one_object(out)["error"]
     assert err.startswith("error: ")
+
+
+def test_a_worker_that_swallows_the_interrupt_ends_with_its_launcher() -> None:
+    """As where the launcher is killed while a worker imports a library that catches everything."""
+    swallows = (
+        "import time; from sensitivity.cli.processes import workers; workers.SECONDS_TO_STOP = 0.5\n"
+        "workers.stop_with_launcher(); print('up', flush=True)\n"
+        "while True:\n    try: time.sleep(0.05)\n    except: print('swallowed', flush=True)"
+    )
+    env = {**os.environ, workers.CHILD: workers.STOPS_WITH_LAUNCHER}
+    pipe: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", swallows], env=env, text=True, **pipe) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "up\n"
+        told, _ = worker.communicate(timeout=60)  # closes its standard input, as the kernel does for a killed launcher
+    assert (told, worker.returncode) == ("swallowed\n", 130)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, NamedTuple
@@ -26,6 +27,7 @@ STOPS_WITH_LAUNCHER = "follows"  # its value if the worker's standard input clos
 WORTH_A_WORKER = (
     20.0  # seconds of work left from which on workers join: they take about as long to load on a busy machine
 )
+SECONDS_TO_STOP = 5.0  # that a worker whose launcher is gone has to end in order; a kill costs no more than its plan
 BYTES_PER_WORKER = 1.5e9  # bytes that a worker needs beside its model and quantized weights
 
 
@@ -42,6 +44,9 @@ def stop_with_launcher() -> None:
         # thread would still hold when this process ends, which aborts it
         os.read(sys.stdin.fileno(), 1)
         _thread.interrupt_main()
+        time.sleep(SECONDS_TO_STOP)
+        # still here: the interrupt came where libraries swallow it (a bare `except` at import, a finalizer)
+        os._exit(130)
 
     if os.environ.get(CHILD) == STOPS_WITH_LAUNCHER:
         threading.Thread(target=watch, daemon=True).start()
