@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from sensitivity.cli.arguments import values
-from sensitivity.cli.output import ticker
+from sensitivity.cli.output import progress, ticker
 from sensitivity.cli.processes import workers
 from sensitivity.measure.loop import Step
-from sensitivity.spec import threads
+from sensitivity.spec import stage, threads
 from sensitivity.spec.plan import Plan
 
 
@@ -119,3 +119,25 @@ def test_a_sweep_in_a_log_tells_its_time_left(
 
 def _often(usual: Any) -> Any:
     return lambda self, line, first=0.0, every=0.0: usual(self, line, first, 1.02)
+
+
+def test_a_terminal_shows_what_runs_while_a_model_is_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with progress.show_stages():
+        for _ in stage.each([1, 2], "calibrating", "examples", 2):
+            time.sleep(0.5)  # the line is drawn four times a second
+    assert "calibrating: 1 of 2 examples, 0:00:0" in terminal.getvalue()
+
+
+def test_lines_off_a_terminal_say_what_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ticker, "FIRST", 0.05)
+    with ticker.working("sweep"):
+        for _ in stage.each([1], "quantizing", "blocks", 9):
+            time.sleep(0.3)
+    assert capsys.readouterr().err == "sweep: quantizing: 0 of 9 blocks; 0:00:00 so far\n"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, TypedDict
 
 from sensitivity.cli.output.ticker import Ticker, clock
+from sensitivity.spec import stage
 
 if TYPE_CHECKING:
     from sensitivity.measure.loop import Step
@@ -49,13 +51,18 @@ def show_progress(
         return _show_lines(steps, title, Pace(plans, seconds))
     from rich.console import Console, Group
     from rich.live import Live
-    from rich.progress import BarColumn, Progress, TaskProgressColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn
     from rich.text import Text
 
+    class Doing(ProgressColumn):
+        """The last scores; before the first, what runs now."""
+
+        def render(self, task: Task) -> Text:
+            return Text(task.fields["last"] or stage.now() or "preparing")
+
     finished, pace, began = 0, Pace(plans, seconds), time.monotonic()
-    beside = "{task.fields[time]}", "{task.fields[last]}"
-    bar = Progress("{task.description}", BarColumn(), TaskProgressColumn(), *beside)
-    line = bar.add_task(title, total=None, time="", last="preparing")
+    bar = Progress("{task.description}", BarColumn(), TaskProgressColumn(), "{task.fields[time]}", Doing())
+    line = bar.add_task(title, total=None, time="", last="")
     with Live(bar, console=Console(stderr=True), refresh_per_second=4) as live:
         shown = 0.0
         for step in steps:
@@ -73,14 +80,29 @@ def show_progress(
     return finished
 
 
+@contextlib.contextmanager
+def show_stages(quiet: bool = False) -> Iterator[None]:
+    """On a terminal, a line that tells what runs now; off a terminal `working` prints it."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    # transient: what is printed next takes its place
+    with Live(console=Console(stderr=True), get_renderable=lambda: Text(stage.now(), style="dim"), transient=True):
+        yield
+
+
 def _show_lines(steps: Iterable[Step], title: str, pace: Pace) -> int:
     """The same as `show_progress` with plain lines, from a thread that prints even while a long step runs."""
-    finished, began, state = 0, time.monotonic(), "preparing"
+    finished, began, state = 0, time.monotonic(), ""
     ends = math.inf  # the expected end of the run; a line printed during a long step counts down to it
 
     def line() -> str:
         left = f"{clock(max(ends - time.monotonic(), 0))} left" if ends < math.inf else "time left not known yet"
-        return f"{title}: {state}, {left}"
+        return f"{title}: {state or stage.now() or 'preparing'}, {left}"
 
     with Ticker(line):
         for step in steps:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import ClassVar
 
+from sensitivity.spec import stage
+
 EVERY = 10.0  # seconds between two lines at most
 FIRST = 3.0  # seconds before the first line of `working`, so that short work prints none
 
@@ -50,12 +52,17 @@ class Ticker:
 
 @contextlib.contextmanager
 def working(title: str, quiet: bool = False) -> Iterator[None]:
-    """Off a terminal, print how long work of unknown length has been running."""
+    """Off a terminal, print what runs now and for how long it has been running."""
     if quiet or sys.stderr.isatty():
         yield
         return
     began = time.monotonic()
-    with Ticker(lambda: f"{title}: {clock(time.monotonic() - began)} so far", FIRST):
+
+    def line() -> str:
+        doing = stage.now()
+        return f"{title}: {doing}{'; ' * bool(doing)}{clock(time.monotonic() - began)} so far"
+
+    with Ticker(line, FIRST):
         yield
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.arguments.model_and_tasks import loaded
-from sensitivity.cli.output.progress import best_so_far, points, show_progress, show_progress_in_json
+from sensitivity.cli.output.progress import best_so_far, points, show_progress, show_progress_in_json, show_stages
 from sensitivity.cli.output.tables import forecast, frontier
 from sensitivity.cli.processes import ray_workers, workers
 
@@ -126,17 +126,18 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     expected = len(searched) if isinstance(searched, Sequence) else args.trials or 100
     processes = 1 if args.dry_run else workers.count(args, parts, expected, len(requested))
     with workers.sharing_cores(processes):  # calibration too: sums depend on how many threads
-        schemes, statistics = calibrated_(
-            vlm,
-            parts,
-            requested,
-            args.calibration or args.task,
-            n=args.calibration_n,
-            seed=args.seed,
-            path=args.path,
-            against=tasks,
-            cache_gb=args.cache_gb,
-        )
+        with show_stages(args.json):
+            schemes, statistics = calibrated_(
+                vlm,
+                parts,
+                requested,
+                args.calibration or args.task,
+                n=args.calibration_n,
+                seed=args.seed,
+                path=args.path,
+                against=tasks,
+                cache_gb=args.cache_gb,
+            )
         if args.dry_run:
             # a search chooses plans only as scores arrive; for the forecast, random plans stand in for them
             plans = plans_of(schemes, "random" if callable(searched) else args.search)

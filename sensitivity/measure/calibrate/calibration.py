@@ -31,6 +31,7 @@ from sensitivity.quantize.methods import UNIFORM
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Setting
+from sensitivity.spec.stage import each
 from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.table import task as find_task
 
@@ -60,9 +61,10 @@ def calibrate(
     check_path(path)
     data = calibration_examples(tasks, n, seed)
     check_disjoint(data, list(against))
+    examples = sum(len(task.examples) for task in data)
     facts: dict[str, Setting] = {
         "calibration": ",".join(dict.fromkeys(tasks)),
-        "examples": sum(len(task.examples) for task in data),
+        "examples": examples,
         "seed": seed,
         "data": ".".join(task.fingerprint for task in data),
         "path": path,
@@ -73,7 +75,7 @@ def calibrate(
         return absorbers(vlm.model, parts, lambda: calibration_pass(vlm, next(batches(vlm, few))))
 
     def of_rows(rows: int) -> Iterable[TokenBatch]:
-        return batches(vlm, data, rows)
+        return each(batches(vlm, data, rows), "calibrating", "examples", examples, lambda batch: len(batch.examples))
 
     token_weights: dict[str, TokenWeights | None] = {UNIFORM: None}
     if others := sorted(set(importance) - {UNIFORM}):
@@ -147,7 +149,9 @@ class CalibrationBatches:
                 self.vlm, self.parts, self.data(self.rows), self.exposed, next(iter(self.data(1)))
             )
             with self.blockwise.run_up_to(weights, installed) as forward:
-                return collect(self.vlm, weights, self.blockwise.data, forward, self.token_weights)
+                data = self.blockwise.data
+                counted = each(data, "calibrating", "batches", len(data))
+                return collect(self.vlm, weights, counted, forward, self.token_weights)
 
         return self._halving_batches(compute)
 

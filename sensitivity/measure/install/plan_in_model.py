@@ -21,6 +21,9 @@ from sensitivity.quantize.run_time.settings import has_fixed_range
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import KEEP, NOT_ROUNDED, Plan, Scheme, Setting, scheme_of
+from sensitivity.spec.stage import each
+
+QUANTIZING = "quantizing", "blocks"  # as lines of progress call it
 
 
 @contextmanager
@@ -50,11 +53,11 @@ def quantized(
     quantizer = _Quantizer(parameters, parts, WeightCodes() if memory is None else memory, statistics)
     blocks, exposed = list(_blocks(parts, given)), statistics is not None and statistics.exposed
     if not exposed:  # float statistics are collected before the first weight is replaced
-        for block in blocks:
+        for block in each(blocks, *QUANTIZING, len(blocks)):
             quantizer.solve(block, {weight.name: {given[weight.name]} for weight in block})
     with ExitStack() as installed:
         try:
-            for block in blocks:
+            for block in each(blocks, *QUANTIZING, len(blocks)):
                 # the blocks before this one hold their quantized weights by now, and its calibration inputs pass them
                 if exposed:
                     quantizer.solve(block, {weight.name: {given[weight.name]} for weight in block})
@@ -98,7 +101,8 @@ def prepare(
         for name, chosen in _given(parts, plan).items():
             schemes_of.setdefault(name, set()).add(chosen)
     quantizer = _Quantizer(dict(model.named_parameters()), parts, memory, statistics)
-    for block in _blocks(parts, schemes_of):
+    blocks = list(_blocks(parts, schemes_of))
+    for block in each(blocks, *QUANTIZING, len(blocks)):
         quantizer.solve(block, schemes_of)
 
 
