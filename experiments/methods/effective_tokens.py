@@ -26,7 +26,7 @@ def main() -> None:
     p.add_argument("--examples", type=int, default=32)
     args = p.parse_args()
     vlm = load(args.model)
-    weights = [weight for weight in inspect(vlm, by="part").weights if not weight.looked_up]
+    weights = [weight for weight in inspect(vlm, by="part").weights if not weight.is_embedding]
     language = {input_of(weight) for weight in weights if weight.part == "language"}
     data = list(batches(vlm, [task(args.task, "calibration", args.examples, 0)], 4))
     print("| importance | tokens of a language layer | effective, median layer | least | largest example's share |")

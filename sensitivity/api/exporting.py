@@ -31,7 +31,8 @@ from sensitivity.quantize.scheme_settings import check_scheme
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read
-from sensitivity.spec.runtimes import files_of, violations
+from sensitivity.spec.runtimes.rules import violations
+from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.sizes import FILES
 from sensitivity.study import exports
 from sensitivity.study.scores import paired_difference, summarize

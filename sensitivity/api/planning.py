@@ -26,7 +26,8 @@ from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.limits import Allowed, allowed_by, tied_groups
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.runtimes import files_of, violations
+from sensitivity.spec.runtimes.rules import violations
+from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.sizes import budget_bits, size
 from sensitivity.study.storage import expected
 from sensitivity.study.study import Study

@@ -27,7 +27,7 @@ from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import ComponentMap, granularity
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.runtimes import files_of
+from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.threads import free_memory
 from sensitivity.study.examples import questions
 from sensitivity.study.stopping import Until

@@ -11,7 +11,7 @@ from sensitivity.models.families import Family, family_of
 from sensitivity.models.loading import load
 from sensitivity.models.towers import Towers, inside
 from sensitivity.models.vlm import VLM
-from sensitivity.spec.components import EMBEDDING, HEAD, KEY_VALUE, PARTS, WORDS, ComponentMap, Kept, Weight, check
+from sensitivity.spec.components import EMBEDDING, HEAD, KEY_VALUE, PARTS, VOCABULARY, ComponentMap, Kept, Weight, check
 from sensitivity.spec.errors import UserError, unknown
 
 # Words of a module path, tried in this order: paths of cross-attention also say attention, and those of attention also
@@ -47,8 +47,8 @@ def discover(
     `include` makes components of the language model's embedding and output head, which are kept otherwise.
     """
     for word in include:
-        if word not in WORDS:
-            raise unknown("weight to include", word, WORDS)
+        if word not in VOCABULARY:
+            raise unknown("weight to include", word, VOCABULARY)
     family = family_of(model) if family is None else family
     towers = Towers(model, family)
     aliases: dict[int, list[nn.Module]] = {}  # a tied parameter is sorted once, by all modules that hold it

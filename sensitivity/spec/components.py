@@ -15,7 +15,7 @@ PARTS = ("vision", "connector", "language")  # in data-flow order, which every l
 GROUPS = ("front", "middle", "end")
 KINDS = ("attn", "cross", "ff")
 EMBEDDING, HEAD = "embedding", "head"  # the token embedding and the output head: kept unless --include names them
-WORDS = (EMBEDDING, HEAD)
+VOCABULARY = (EMBEDDING, HEAD)  # the weights with a row per token of the vocabulary
 KEY_VALUE = ("k_proj", "k", "key", "v_proj", "v", "value")  # layers whose outputs attention caches
 LABELS = {"vision": "ViT", "connector": "Q-Former / projector", "language": "LLM"}  # papers' names, for figures
 
@@ -44,8 +44,8 @@ class Weight:
         return self.tied or self.module
 
     @property
-    def looked_up(self) -> bool:
-        """Whether this is an embedding: its rows are looked up, so it has no inputs to calibrate on."""
+    def is_embedding(self) -> bool:
+        """Whether this is the token embedding, whose rows are looked up: it has no inputs to calibrate on."""
         return self.kind == EMBEDDING
 
     @property
@@ -75,7 +75,7 @@ class Weight:
             # of L blocks, block i is in the front if i < L // 3, in the middle if i < 2L // 3, otherwise at the end
             third = self.blocks // 3, 2 * self.blocks // 3
             return GROUPS[(self.block >= third[0]) + (self.block >= third[1])]
-        if self.kind in WORDS:
+        if self.kind in VOCABULARY:
             return self.kind
         if not self.blocks:
             return None
@@ -114,7 +114,7 @@ def _block(w: Weight) -> str:
 # granularity -> the name of a weight's component; weights with equal names form one component
 GRANULARITIES: dict[str, Callable[[Weight], str]] = {
     # embedding and head stay components of their own
-    "part": lambda w: _join(w.part, w.kind if w.kind in WORDS else None),
+    "part": lambda w: _join(w.part, w.kind if w.kind in VOCABULARY else None),
     "group": lambda w: _join(w.part, w.group),
     "kind": lambda w: _join(w.part, _kind(w) or w.group),
     "group.kind": lambda w: _join(w.part, w.group, _kind(w)),
@@ -245,7 +245,7 @@ def _flow_order(weight: Weight, by: str) -> tuple[int, float, int]:
     other weights outside the blocks come last.
     """
     kind = KINDS.index(weight.kind) if weight.kind in KINDS else len(KINDS) + (weight.kind == HEAD)
-    if weight.looked_up:
+    if weight.is_embedding:
         return PARTS.index(weight.part), -1, kind
     if weight.block is None:
         return PARTS.index(weight.part), float("inf"), kind

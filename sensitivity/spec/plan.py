@@ -264,6 +264,6 @@ CALIBRATED = (
 
 def scheme_of(weight: Weight, scheme: Scheme) -> Scheme:
     """The scheme that one weight really gets from the scheme of its component."""
-    if weight.looked_up and scheme.method in CALIBRATED:
+    if weight.is_embedding and scheme.method in CALIBRATED:
         return Scheme("rtn", scheme.bits, scheme.group, scheme.symmetric)
     return scheme

@@ -56,7 +56,7 @@ class Size:
         return self.bits / self.numel
 
     @property
-    def how(self) -> str:
+    def counted(self) -> str:
         """What was counted, in words."""
         return "all stored" if self.format is None else f"all stored in {self.format} files"
 

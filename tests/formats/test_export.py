@@ -47,7 +47,7 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import begin_folder
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read
-from sensitivity.spec.runtimes import RUNTIMES
+from sensitivity.spec.runtimes.table import RUNTIMES
 from sensitivity.spec.schema import schema as schema_of
 from sensitivity.spec.sizes import component_bits, header_bytes, size
 

@@ -34,7 +34,7 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import begin_folder
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import write_file
-from sensitivity.spec.runtimes import violations
+from sensitivity.spec.runtimes.rules import violations
 from sensitivity.spec.sizes import size
 from sensitivity.study.exports import notes_of
 from sensitivity.study.study import Study

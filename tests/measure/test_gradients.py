@@ -70,7 +70,7 @@ def plain(vlm: VLM, weights: list[Weight], batch: TokenBatch) -> dict[str, Tenso
 @pytest.mark.parametrize("name", few(FAMILIES, ["llava", "blip2_opt", "blip2_t5", "qwen2_vl", "smolvlm"]))
 def test_gradients_are_those_of_plain_autograd(name: str, tmp_path: Path) -> None:
     vlm = loaded(name, tmp_path)
-    weights = [weight for weight in inspect(vlm, by="part").weights if not weight.looked_up]
+    weights = [weight for weight in inspect(vlm, by="part").weights if not weight.is_embedding]
     batch = next(iter(batches(vlm, [task("vqa", "calibration", 2, 0)])))
     found: dict[str, Tensor] = {}
     read: dict[str, Tensor] = {}
@@ -116,7 +116,7 @@ def most_saved(run: Callable[[], object]) -> int:
 
 
 def test_one_block_is_in_memory_at_a_time(scenes_llava: VLM) -> None:
-    weights = [weight for weight in inspect(scenes_llava, by="block").weights if not weight.looked_up]
+    weights = [weight for weight in inspect(scenes_llava, by="block").weights if not weight.is_embedding]
     batch = next(iter(batches(scenes_llava, [task("vqa", "calibration", 1, 0)])))
     order: list[int | None] = []
 
@@ -136,7 +136,7 @@ def test_every_kind_of_importance_is_computed() -> None:
 
 
 def test_an_example_counts_the_same_whatever_shares_its_batch(scenes_llava: VLM) -> None:
-    weights = [weight for weight in inspect(scenes_llava, by="part").weights if not weight.looked_up]
+    weights = [weight for weight in inspect(scenes_llava, by="part").weights if not weight.is_embedding]
     data = [task("vqa", "calibration", 8, 0)]
     alone, together = (
         importance_of(scenes_llava, weights, batches(scenes_llava, data, rows), list(token_importance.IMPORTANCE))

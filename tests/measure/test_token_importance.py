@@ -42,7 +42,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def layers(vlm: VLM) -> list[Weight]:
-    return [weight for weight in inspect(vlm, by="part").weights if not weight.looked_up]
+    return [weight for weight in inspect(vlm, by="part").weights if not weight.is_embedding]
 
 
 def batch_of(vlm: VLM, n: int = 2) -> TokenBatch:

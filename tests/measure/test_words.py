@@ -21,10 +21,10 @@ from sensitivity.measure.loop import _SharedWork
 from sensitivity.models.discover import discover, inspect
 from sensitivity.models.loading import load
 from sensitivity.quantize.scheme_settings import scheme
-from sensitivity.spec.components import HEAD, WORDS
+from sensitivity.spec.components import HEAD, VOCABULARY
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, scheme_of
-from sensitivity.spec.runtimes import violations
+from sensitivity.spec.runtimes.rules import violations
 from sensitivity.spec.sizes import size
 from sensitivity.tasks.table import task
 
@@ -58,9 +58,9 @@ def right(model: str, asked: str) -> str:
 @pytest.mark.parametrize("name", small_vlms.BUILDERS)
 def test_words_are_components_of_every_family(name: str) -> None:
     model = small_vlms.on_meta(name)
-    include = WORDS[:1] if name in SILENT else WORDS
+    include = VOCABULARY[:1] if name in SILENT else VOCABULARY
     without, parts = discover(model, by="part"), discover(model, by="part", include=include)
-    words = [weight for weight in parts.weights if weight.kind in WORDS]
+    words = [weight for weight in parts.weights if weight.kind in VOCABULARY]
     assert parts.numel == without.numel
     assert {w.name for w in words}.isdisjoint(k.name for k in parts.kept)
     assert set(parts.names) - set(without.names) == {f"language.{weight.kind}" for weight in words}
@@ -80,7 +80,7 @@ def test_what_cannot_be_included() -> None:
 
 
 def test_sizes_count_words() -> None:
-    parts = discover(small_vlms.on_meta("smolvlm"), by="part", include=WORDS)
+    parts = discover(small_vlms.on_meta("smolvlm"), by="part", include=VOCABULARY)
     four, eight = scheme("rtn", 4), scheme("rtn", 8)
     whole = size(parts, Plan.uniform(parts, eight))
     less = size(parts, Plan.of(parts, {"language.head": four}, eight))
@@ -94,11 +94,11 @@ def test_sizes_count_words() -> None:
 @pytest.mark.parametrize("method", few(["gptq", "awq"], ["gptq"]))
 def test_the_fast_path_is_the_plain_one(name: str, method: str, asked: str, tmp_path: Path) -> None:
     vlm = load(str(saved_vlms.save(name, tmp_path / "model")), dtype="float32")
-    parts = inspect(vlm, "part", WORDS)
+    parts = inspect(vlm, "part", VOCABULARY)
     widths = [scheme(method, bits, group=8) for bits in (3, 8)]
     examples = task(asked, n=4)
     (low, high), statistics = calibrated(vlm, parts, widths, [asked], n=2, against=[examples], cache_gb=0)
-    words = [one for one in parts.names if one.rpartition(".")[2] in WORDS]
+    words = [one for one in parts.names if one.rpartition(".")[2] in VOCABULARY]
     plans = [
         Plan.uniform(parts, high),
         *(Plan.of(parts, {one: low}, high) for one in words),
@@ -119,7 +119,7 @@ def test_the_fast_path_is_the_plain_one(name: str, method: str, asked: str, tmp_
 
 
 def test_formats_that_cannot_hold_words_say_so() -> None:
-    apart = discover(small_vlms.on_meta("smolvlm"), by="part", include=WORDS)
+    apart = discover(small_vlms.on_meta("smolvlm"), by="part", include=VOCABULARY)
     tied = discover(small_vlms.on_meta("internvl"), by="part", include=["head"])
     only = {"language.embedding": scheme("rtn", 4), "language.head": scheme("rtn", 4)}
     found = violations(apart, Plan.of(apart, only), "awq")

@@ -18,7 +18,7 @@ from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.stored.rotated import RotatedWeight, rotate, rotate_back
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
-from sensitivity.spec.runtimes import refusals
+from sensitivity.spec.runtimes.rules import refusals
 from sensitivity.spec.sizes import size
 from sensitivity.tasks.table import task
 
@@ -71,7 +71,7 @@ def test_few_large_weights_cost_less_behind_it() -> None:
 
 
 def test_every_transform_at_full_width_leaves_the_logits(scenes_llava: VLM) -> None:
-    weights = [w for w in inspect(scenes_llava, by="part").weights if not w.looked_up]
+    weights = [w for w in inspect(scenes_llava, by="part").weights if not w.is_embedding]
     batch = next(iter(batches(scenes_llava, [task("vqa", "calibration", 1, 0)])))
     parameters = dict(scenes_llava.model.named_parameters())
     held = {w.name: parameters[w.name].data for w in weights}

@@ -11,9 +11,10 @@ import pytest
 from sensitivity.analysis.allocate.legal import plans_for
 from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.loadable import allowed, restrict, searches
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.runtimes import RUNTIMES, abilities, check, tied, violations
+from sensitivity.spec.runtimes.loadable import allowed, restrict, searches
+from sensitivity.spec.runtimes.rules import check, tied, violations
+from sensitivity.spec.runtimes.table import RUNTIMES, abilities
 
 
 def rtn(bits: int, group: int | str = "row", symmetric: bool = True, method: str = "rtn") -> Scheme:

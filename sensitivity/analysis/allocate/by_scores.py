@@ -12,9 +12,10 @@ from sensitivity.analysis.surrogate.surrogate import Space
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import Allowed, intersection, merge_groups
-from sensitivity.spec.loadable import searches
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.runtimes import files_of, tied
+from sensitivity.spec.runtimes.loadable import searches
+from sensitivity.spec.runtimes.rules import tied
+from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.sizes import budget_bits
 
 Scores = Mapping[str, Mapping[Scheme, float]]  # component -> scheme -> damage

@@ -17,7 +17,8 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import Allowed, allowed_by, tied_groups
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.plan_file import write_file
-from sensitivity.spec.runtimes import files_of, violations
+from sensitivity.spec.runtimes.rules import violations
+from sensitivity.spec.runtimes.table import files_of
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 

@@ -13,9 +13,10 @@ from sensitivity.analysis.search.plan_lists import Plans, plans
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import Allowed, intersection, merge_groups
-from sensitivity.spec.loadable import restrict, searches
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.runtimes import abilities, files_of, tied, violations
+from sensitivity.spec.runtimes.loadable import restrict, searches
+from sensitivity.spec.runtimes.rules import tied, violations
+from sensitivity.spec.runtimes.table import abilities, files_of
 from sensitivity.spec.sizes import Size, budget_bits, size
 from sensitivity.study.study import Study
 
@@ -40,7 +41,7 @@ class Legal:
         if self.plan == self.asked:
             return "nothing: the plan is legal as it is"
         change = (self.after.bytes - self.before.bytes) / self.before.bytes
-        bytes_ = f"{self.after.bytes:,} bytes instead of {self.before.bytes:,} ({change:+.1%}), {self.after.how}"
+        bytes_ = f"{self.after.bytes:,} bytes instead of {self.before.bytes:,} ({change:+.1%}), {self.after.counted}"
         if self.predicted_before is None or self.predicted_after is None:
             return bytes_
         was, now = self.predicted_before.score, self.predicted_after.score

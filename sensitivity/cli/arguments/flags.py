@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from sensitivity.cli.arguments import values
 from sensitivity.cli.arguments.values import WIDEST
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import KEEP
 
 if TYPE_CHECKING:
-    from sensitivity.spec.plan import Scheme
+    pass
 
 T = TypeVar("T")
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bits whose sizes `inspect` lists by default
@@ -263,42 +261,6 @@ def limits(p: argparse.ArgumentParser) -> None:
         metavar="PART,PART",
         help="parts that must have the same width",
     )
-
-
-def schemes(args: argparse.Namespace) -> list[Scheme]:
-    """The schemes of each method and combination of widths, from the flags of `methods` and `run_time`."""
-    from sensitivity.quantize.scheme_settings import schemes_of
-
-    flags = ("group", "symmetric", "biases", "backend")
-    own = dict(distinct("--set", args.set))
-    for name in ("method", "bits", *flags, "activation_scale", "cache_group"):
-        if name in own:
-            flag = name.replace("_", "-")
-            raise UserError(f"--set {name}={own[name]}: {name} is a flag of its own; type --{flag}")
-    names = (args.method,) if isinstance(args.method, str) else args.method
-    given: dict[str, Any] = {**{flag: getattr(args, flag) for flag in flags}, **own}
-    found: list[Scheme] = []
-    for activations, cache in itertools.product(*_rounded_widths(args)):
-        rounded: dict[str, Any] = {}
-        if activations < WIDEST:
-            rounded |= {"activations": activations, "activation_scale": args.activation_scale}
-        if cache < WIDEST:
-            rounded |= {"cache": cache, "cache_group": args.cache_group}
-        found += schemes_of(names, args.bits, **given, **rounded)
-    # keep leaves weights as they are, so without rounding it is full precision, which every sweep measures anyway
-    if not (changing := [one for one in found if one.method != KEEP or min(one.activations, one.cache) < WIDEST]):
-        raise UserError("keep leaves weights as they are; name --activation-bits or --cache-bits below 16")
-    return changing
-
-
-def _rounded_widths(args: argparse.Namespace) -> tuple[Sequence[int], Sequence[int]]:
-    """The widths of activations and of the cache, for verbs with and without these flags."""
-    activations, cache = (getattr(args, name, (WIDEST,)) for name in ("activation_bits", "cache_bits"))
-    if min(activations) == WIDEST:
-        without_effect(args, ["--activation-scale"], "without --activation-bits below 16")
-    if min(cache) == WIDEST:
-        without_effect(args, ["--cache-group"], "without --cache-bits below 16")
-    return activations, cache
 
 
 def distinct(flag: str, pairs: Sequence[tuple[str, T]]) -> Sequence[tuple[str, T]]:

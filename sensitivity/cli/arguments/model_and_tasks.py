@@ -31,7 +31,7 @@ def loaded(args: argparse.Namespace) -> tuple[VLM, ComponentMap, list[Task]]:
     if args.runtime in CHECKS:  # what a runtime cannot run is said before anything long begins
         CHECKS[args.runtime](vlm)
     parts = inspect(vlm, by=args.by, include=args.include)
-    if any(weight.looked_up for weight in parts.weights):
+    if any(weight.is_embedding for weight in parts.weights):
         print(NEAREST, file=sys.stderr)
     tasks = [task(name, n=args.n, seed=args.seed, whole=args.whole_answers) for name in args.task]
     distinct(tasks, args.task)

@@ -194,7 +194,7 @@ def recommendation(found: Recommendation) -> None:
     print(f"Best plan for {found.budget:.4g} bits per weight, judged by {found.task}:")
     print(f"  {found.plan.describe()}")
     size = found.size
-    print(f"  {size.bpw:.2f} bpw {size.how} ({size.bpw_codes:.2f} codes only), {in_words(size.bytes)}")
+    print(f"  {size.bpw:.2f} bpw {size.counted} ({size.bpw_codes:.2f} codes only), {in_words(size.bytes)}")
     if found.measured is None:
         expected = found.predicted
         print(f"  predicted {found.task} {expected.score:.3f} [{expected.low:.3f}, {expected.high:.3f}]")

@@ -65,7 +65,7 @@ def _check(args: argparse.Namespace) -> None:
     """Check what can be checked before the model is loaded."""
     from sensitivity.formats.table import FORMATS
     from sensitivity.measure.calibrate.statistics import check_path
-    from sensitivity.spec.runtimes import runtime
+    from sensitivity.spec.runtimes.table import runtime
 
     if args.format not in FORMATS:
         raise unknown("format", args.format, FORMATS)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags
+from sensitivity.cli.arguments.scheme_flags import schemes
 from sensitivity.cli.output.tables import table
 from sensitivity.spec.sizes import in_words
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.spec.components import granularity
     from sensitivity.spec.sizes import uniform_sizes
 
-    asked = flags.schemes(args)
+    asked = schemes(args)
     granularity(args.by)
     vlm = load(args.model, config_only=args.config_only)
     parts = inspect(vlm, by=args.by, include=args.include)

@@ -26,7 +26,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Find the best legal plan, and write it if --out is given."""
     from sensitivity.api import exporting
-    from sensitivity.spec.runtimes import files_of
+    from sensitivity.spec.runtimes.table import files_of
 
     if args.out is None:
         flags.without_effect(args, ["--force"], "without --out")
@@ -41,10 +41,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if not args.json:
         for violation in found.violations:
             print(f"{found.runtime} cannot load this plan: {violation}")
+        before, after = (f"{size.bpw:.3f} bpw {size.counted}" for size in (found.before, found.after))
         if found.plan != found.asked and not found.violations:
-            print(f"too large for the budget: {found.asked.describe()}, {found.before.bpw:.3f} bpw {found.before.how}")
+            print(f"too large for the budget: {found.asked.describe()}, {before}")
         print(f"{'can be loaded as it is' if found.plan == found.asked else 'best plan'}: {found.plan.describe()}")
-        print(f"  {found.after.bpw:.3f} bpw {found.after.how}, {found.after.bytes:,} bytes")
+        print(f"  {after}, {found.after.bytes:,} bytes")
         print(f"cost: {found.words}")
         if args.out is not None:
             format = files_of(args.runtime) or args.runtime

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.arguments.model_and_tasks import loaded
+from sensitivity.cli.arguments.scheme_flags import schemes
 from sensitivity.cli.output.progress import show_progress, show_progress_in_json
 from sensitivity.cli.output.tables import forecast, recommendation, score_costs
 
@@ -97,7 +98,7 @@ def _checked(args: argparse.Namespace) -> list[Scheme]:
 
     if args.gb is not None:
         flags.without_effect(args, ["--bpw"], "beside --gb, as there is one kind of budget")
-    requested, tasks = flags.schemes(args), (*args.task, *(args.calibration or ()))
+    requested, tasks = schemes(args), (*args.task, *(args.calibration or ()))
     check_sweep(
         args.by, "random", requested, tasks, args.device, args.dtype, args.path, args.runtime, (), args.out, None
     )
@@ -111,8 +112,8 @@ def _request(
     """The schemes that the runtime can load, and what is asked of a plan; tasks are named once the study exists."""
     from sensitivity.analysis.allocate.request import PlanRequest
     from sensitivity.api.planning import limits
-    from sensitivity.spec.loadable import restrict
-    from sensitivity.spec.runtimes import files_of
+    from sensitivity.spec.runtimes.loadable import restrict
+    from sensitivity.spec.runtimes.table import files_of
     from sensitivity.spec.sizes import bpw_in_gb, header_bytes
 
     headers = header_bytes(parts) if files_of(args.runtime) else 0  # GB count headers of files too, bpw does not

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.api.recommending import begin_recommendation
     from sensitivity.models.loading import device_of, dtype_of, load
     from sensitivity.spec.errors import UserError
-    from sensitivity.spec.runtimes import files_of
+    from sensitivity.spec.runtimes.table import files_of
     from sensitivity.spec.sizes import bpw_in_gb, header_bytes
     from sensitivity.study.study import Study
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.arguments.model_and_tasks import loaded
+from sensitivity.cli.arguments.scheme_flags import schemes
 from sensitivity.cli.output.progress import best_so_far, points, show_progress, show_progress_in_json, show_stages
 from sensitivity.cli.output.tables import forecast, frontier
 from sensitivity.cli.processes import ray_workers, workers
@@ -153,7 +154,7 @@ def _search_space(
     from sensitivity.analysis.allocate.legal import plans_for
     from sensitivity.analysis.search.plan_lists import plans as plans_
     from sensitivity.spec.limits import allowed_by, tied_groups
-    from sensitivity.spec.loadable import restrict
+    from sensitivity.spec.runtimes.loadable import restrict
 
     allow = allowed_by(parts.names, dict(flags.distinct("--allow", args.allow)))
     tie = tied_groups(parts.names, args.tie)
@@ -214,7 +215,7 @@ def _checked(args: argparse.Namespace) -> list[Scheme]:
     """The schemes, after every check that needs no model, so that a mistake is found before anything is loaded."""
     from sensitivity.api.sweeping import check_sweep
 
-    requested, tasks = flags.schemes(args), (*args.task, *(args.calibration or ()))
+    requested, tasks = schemes(args), (*args.task, *(args.calibration or ()))
     calibrated = check_sweep(
         args.by, args.search, requested, tasks, args.device, args.dtype, args.path, args.runtime, args.until, args.out,
         args.storage,

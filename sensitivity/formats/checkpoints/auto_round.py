@@ -10,7 +10,7 @@ from sensitivity.formats.checkpoints.fake import LOAD
 from sensitivity.formats.checkpoints.gptq import layout
 from sensitivity.formats.writing.checkpoint import checkpoint, headers
 from sensitivity.formats.writing.job import Job, Written
-from sensitivity.spec.components import WORDS
+from sensitivity.spec.components import VOCABULARY
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
 
@@ -71,7 +71,7 @@ def arguments(scheme: Scheme) -> dict[str, object]:
 
 def blocks(job: Job) -> list[str]:
     """The paths of the lists of blocks (what stands before a block's number), and of modules outside any block."""
-    layers = [w for w in job.parts.weights if w.kind not in WORDS]
+    layers = [w for w in job.parts.weights if w.kind not in VOCABULARY]
     found = [w.module if w.block is None else _before(w.module, w.block) for w in layers]
     return list(dict.fromkeys(found))
 

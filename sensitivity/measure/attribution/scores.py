@@ -43,7 +43,7 @@ class Calibrated:
     @cached_property
     def weights(self) -> list[Weight]:
         """The weights of layers that multiply an input."""
-        return [weight for weight in self.parts.weights if not weight.looked_up]
+        return [weight for weight in self.parts.weights if not weight.is_embedding]
 
     @cached_property
     def first_order(self) -> FirstOrder:
@@ -57,7 +57,7 @@ class Calibrated:
         found: Scores = {name: dict.fromkeys(self.schemes, 0.0) for name in self.parts.names}
         # block by block, since statistics of a large model are in memory for a few blocks at a time
         for weight in (weight for block in self.parts.regroup("block").components for weight in block.weights):
-            if not weight.looked_up:
+            if not weight.is_embedding:
                 sums = found[weight.place(self.parts.by)]
                 for scheme, value in zip(self.schemes, of_weight(weight), strict=True):
                     sums[scheme] += float(value)

@@ -44,7 +44,7 @@ def plan_changes(
     schemes = targets(parts, plan)
     if any(method_of(one).inputs or min(one.activations, one.cache) < NOT_ROUNDED for one in schemes.values()):
         raise UserError("this plan also changes what layers read, and is not explained by changes of weights alone")
-    if any((weight.looked_up or weight.tied) and weight.name in schemes for weight in parts.weights):
+    if any((weight.is_embedding or weight.tied) and weight.name in schemes for weight in parts.weights):
         raise UserError("this plan quantizes the embedding, whose rows are looked up; explain one that keeps it")
     own = {name: model.get_parameter(name).data for name in schemes}
     with quantized(model, parts, plan, None, statistics):

@@ -95,7 +95,7 @@ def calibrate(
             )
             for name, weights in token_weights.items()
         }  # fmt: skip
-    layers = [weight for weight in parts.weights if not weight.looked_up]
+    layers = [weight for weight in parts.weights if not weight.is_embedding]
     return Statistics(facts, found.pop(UNIFORM), trace, cache, found, Fisher(vlm, layers, of_rows).of)
 
 
@@ -110,7 +110,7 @@ def calibration_examples(tasks: Sequence[str], n: int, seed: int) -> list[Task]:
 
 def _token_weights(vlm: VLM, parts: ComponentMap, data: Data, names: Sequence[str]) -> dict[str, TokenWeights]:
     """The token weights of some kinds of importance, from one backward pass over the data."""
-    layers = [weight for weight in parts.weights if not weight.looked_up]
+    layers = [weight for weight in parts.weights if not weight.is_embedding]
     rows = ROWS // 4  # a backward pass takes several times the memory of a forward pass
 
     def compute() -> dict[str, TokenWeights]:
@@ -217,7 +217,7 @@ def _weight_groups(parts: ComponentMap, gram_bytes: int) -> list[list[Weight]]:
         group = [
             weight
             # reversed, so that the first weight that reads an input represents it
-            for weight in {input_of(w): w for w in reversed(block.weights) if not w.looked_up}.values()
+            for weight in {input_of(w): w for w in reversed(block.weights) if not w.is_embedding}.values()
             if input_of(weight) not in seen
         ]
         seen |= {input_of(weight) for weight in group}

@@ -12,7 +12,7 @@ from sensitivity.measure.generate.batches import Batch, batches, images_at_once
 from sensitivity.measure.generate.retrieval import CHUNK
 from sensitivity.measure.shards import MOST
 from sensitivity.models.vlm import VLM
-from sensitivity.spec.components import PARTS, WORDS, ComponentMap, Weight
+from sensitivity.spec.components import PARTS, VOCABULARY, ComponentMap, Weight
 from sensitivity.tasks.examples.types import Gallery, Task
 
 SAMPLE_IMAGES = 8  # images that are made into tensors, to estimate all of them
@@ -102,7 +102,7 @@ class CostModel:
         head = vlm.model.get_output_embeddings()
         self.head = tuple(head.weight.shape) if head is not None else (0, 0)
         # embedding and head are counted where tokens are read and predicted
-        layers = [w for w in parts.weights if w.kind not in WORDS]
+        layers = [w for w in parts.weights if w.kind not in VOCABULARY]
         self.weights = {part: [w for w in layers if w.part == part] for part in PARTS}
         self.blocks = {part: max((w.blocks for w in weights), default=0) for part, weights in self.weights.items()}
         self.width = {part: _width(weights) for part, weights in self.weights.items()}

@@ -95,7 +95,7 @@ def forecast_sweep(
     runs = {part: float(len(plans)) for part in PARTS} if plain else _runs(parts, plans)
     generating = len(plans) * sum(model.generation_seconds(sample) for sample in samples)
     calibrated = [scheme for scheme in schemes if needs_data(scheme)]
-    seen = [weight for weight in parts.weights if not weight.looked_up] if any(map(needs_data, used)) else []
+    seen = [weight for weight in parts.weights if not weight.is_embedding] if any(map(needs_data, used)) else []
     inputs = {input_of(weight): weight for weight in seen}
     grams = sum(4.0 * weight.cols**2 for weight in inputs.values())
     # seconds of one calibration example through all parts

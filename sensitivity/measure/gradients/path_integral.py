@@ -97,7 +97,7 @@ class _Path:
     def __init__(self, vlm: VLM, parts: ComponentMap, changes: Mapping[str, Tensor], data: Data) -> None:
         self.vlm, self.changes, self.data = vlm, changes, data
         # all of them, as blocks whose weights stay run again in the backward pass, too, instead of being kept
-        self.weights = [weight for weight in parts.weights if not weight.looked_up]
+        self.weights = [weight for weight in parts.weights if not weight.is_embedding]
         self.component = {weight.name: c.name for c in parts.components for weight in c.weights}
         self.passes = 0
         self.losses: dict[float, float] = {}

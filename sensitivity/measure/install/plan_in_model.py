@@ -163,7 +163,7 @@ class _Quantizer:
             every = {weights_of(scheme) for scheme in schemes_of[weight.name] if scheme.method != KEEP}
             if missing_schemes := {s for s in every if self.key(weight.name, s) not in self.memory}:
                 missing.setdefault(input_of(weight), set()).update(missing_schemes)
-            if static := [s for s in schemes_of[weight.name] if has_fixed_range(s) and not weight.looked_up]:
+            if static := [s for s in schemes_of[weight.name] if has_fixed_range(s) and not weight.is_embedding]:
                 self._check_calibrated(static[0])
                 if input_of(weight) not in self.largest:
                     ranges[input_of(weight)] = weight
@@ -198,10 +198,10 @@ class _Quantizer:
     def input_range(self, weight: Weight, chosen: Scheme) -> tuple[Tensor | None, Tensor | None]:
         """The largest magnitude of a layer's inputs, if its scheme rounds them by it, and what divides them before."""
         factor = None
-        if chosen.activations != NOT_ROUNDED and chosen.method != KEEP and not weight.looked_up:
+        if chosen.activations != NOT_ROUNDED and chosen.method != KEEP and not weight.is_embedding:
             factor = getattr(self.memory[self.key(weight.name, chosen)], "inputs", None)
             factor = None if factor is None else factor.to(self.own[weight.name].device)
-        if not has_fixed_range(chosen) or weight.looked_up:
+        if not has_fixed_range(chosen) or weight.is_embedding:
             return None, factor
         largest = self.largest[input_of(weight)]
         return (largest if factor is None else largest / factor.to(largest.device)).max(), factor

@@ -24,7 +24,7 @@ def rounding_hooks(
     `largest` is the largest magnitude of the layer's inputs, for schemes with one scale for all tokens; `factor` is by
     what a scale search multiplied the columns of the weight, and divided its inputs.
     """
-    if weight.looked_up:  # rows of an embedding are looked up: there is no input to round
+    if weight.is_embedding:  # rows of an embedding are looked up: there is no input to round
         return
     if (change := method_of(chosen).inputs) is not None:
         yield _before(model.get_submodule(weight.reader), lambda x: change(x, chosen))

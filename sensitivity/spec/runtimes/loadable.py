@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
-from sensitivity.spec.runtimes import Choice, comma_list, refusals, runtime, tied
+from sensitivity.spec.runtimes.rules import comma_list, refusals, tied
+from sensitivity.spec.runtimes.table import Choice, runtime
 
 
 def allowed(parts: ComponentMap, name: str, only: Choice = None) -> Callable[[str, Choice], bool]:
@@ -54,7 +55,7 @@ def restrict(
     found = [_left_out(parts, places, rule) for rule, places in refused.items()]
     if not legal:
         raise UserError(f"{name} can load nothing of this space: {'; '.join(found)}")
-    found += [f"{', '.join(g)} share their scheme: {runtime(name).about} makes one layer" for g in tied(parts, name)]
+    found += [f"{', '.join(g)} share their scheme: {runtime(name).title} makes one layer" for g in tied(parts, name)]
     return [scheme for scheme in schemes if scheme in legal], found
 
 

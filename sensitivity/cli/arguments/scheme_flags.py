@@ -1,0 +1,49 @@
+"""The schemes that the flags of methods and of rounding ask for together."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from sensitivity.cli.arguments import flags
+from sensitivity.cli.arguments.values import WIDEST
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import KEEP, Scheme
+
+
+def schemes(args: argparse.Namespace) -> list[Scheme]:
+    """The schemes of each method and combination of widths, from the flags of `methods` and `run_time`."""
+    from sensitivity.quantize.scheme_settings import schemes_of
+
+    plain = ("group", "symmetric", "biases", "backend")
+    settings = dict(flags.distinct("--set", args.set))
+    for name in ("method", "bits", *plain, "activation_scale", "cache_group"):
+        if name in settings:
+            flag = name.replace("_", "-")
+            raise UserError(f"--set {name}={settings[name]}: {name} is a flag of its own; type --{flag}")
+    names = (args.method,) if isinstance(args.method, str) else args.method
+    given: dict[str, Any] = {**{flag: getattr(args, flag) for flag in plain}, **settings}
+    requested: list[Scheme] = []
+    for activations, cache in itertools.product(*_rounded_widths(args)):
+        rounded: dict[str, Any] = {}
+        if activations < WIDEST:
+            rounded |= {"activations": activations, "activation_scale": args.activation_scale}
+        if cache < WIDEST:
+            rounded |= {"cache": cache, "cache_group": args.cache_group}
+        requested += schemes_of(names, args.bits, **given, **rounded)
+    # keep leaves weights as they are, so without rounding it is full precision, which every sweep measures anyway
+    if not (changing := [one for one in requested if one.method != KEEP or min(one.activations, one.cache) < WIDEST]):
+        raise UserError("keep leaves weights as they are; name --activation-bits or --cache-bits below 16")
+    return changing
+
+
+def _rounded_widths(args: argparse.Namespace) -> tuple[Sequence[int], Sequence[int]]:
+    """The widths of activations and of the cache, for verbs with and without these flags."""
+    activations, cache = (getattr(args, name, (WIDEST,)) for name in ("activation_bits", "cache_bits"))
+    if min(activations) == WIDEST:
+        flags.without_effect(args, ["--activation-scale"], "without --activation-bits below 16")
+    if min(cache) == WIDEST:
+        flags.without_effect(args, ["--cache-group"], "without --cache-bits below 16")
+    return activations, cache

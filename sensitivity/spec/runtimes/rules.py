@@ -1,0 +1,151 @@
+"""The rules of a runtime that a plan breaks, each as a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from sensitivity.spec.components import VOCABULARY, Component, ComponentMap, Weight
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import NOT_ROUNDED, Plan, Scheme
+from sensitivity.spec.runtimes.table import Choice, Runtime, runtime
+
+
+def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
+    """Why a runtime cannot load one component at one scheme: each rule that it breaks, as the end of a sentence."""
+    # no rule names the component, so that `violations` and `restrict` can list all components under one sentence
+    able = runtime(name)
+    if scheme is None:
+        return
+    if component.part not in able.parts:
+        yield f"{able.title} keeps {component.part} in full precision"
+    if lost := [word for word in map(_vocabulary_weight, component.weights) if word and word not in able.vocabulary]:
+        yield (
+            f"{able.title} keeps the {VOCABULARY_NAMES[lost[0]]} in full precision; sweep without --include "
+            f"{'embedding,head' if lost[0] == 'tied' else lost[0]}, or use --format fake"
+        )
+    if able.methods is not None and scheme.method not in able.methods:
+        yield (
+            f"{able.title} cannot hold what {scheme.method} stores; use --method {able.instead}, or --format fake, "
+            "which writes the values themselves"
+        )
+    if able.packed and scheme.method == "awq" and scheme.get("scales") != "folded":
+        yield (
+            f"{able.title} has no place for the factor per input that awq stores; sweep with --set scales=folded, by "
+            "which the layer before takes it over where that is exact (never across a GELU), or use --format fake"
+        )
+    if able.packed and scheme.get("transform"):
+        yield (
+            f"{able.title} does not rotate inputs; sweep with --set transform=none, or use --format fake, which writes "
+            "the values themselves"
+        )
+    widths = able.symmetric if scheme.symmetric else able.asymmetric
+    if scheme.bits not in widths:
+        kind = "symmetric" if scheme.symmetric else "asymmetric"
+        yield f"{able.title} loads {kind} widths {comma_list(widths) or 'of no kind'}, not {scheme.bits}"
+    groups = able.groups_of.get(scheme.bits, able.groups)
+    if groups is not None and scheme.group not in groups:
+        yield f"{able.title} takes groups of {comma_list(groups)} at {scheme.bits} bits, not {scheme.group}"
+    elif scheme.group == "tensor" and not able.tensors:
+        yield f"{able.title} takes a scale per row or group, not one per tensor; use --group row"
+    elif not scheme.symmetric and able.zeros is not None and scheme.group not in able.zeros:
+        zeros = comma_list(able.zeros)
+        yield f"{able.title} loads zero points of {zeros} groups, not of {scheme.group}; use --symmetric"
+    yield from _not_rounded(scheme, able)
+    if scheme.get("biases") and not able.biases:
+        yield f"{able.title} keeps biases in full precision; leave out --biases"
+    yield from _misfits(component.weights, scheme, able)
+
+
+def _not_rounded(scheme: Scheme, able: Runtime) -> Iterator[str]:
+    """Rules about what is rounded in each forward pass."""
+    title = able.title or "a checkpoint of plain weights"
+    if scheme.cache != NOT_ROUNDED and not able.cache:
+        yield f"{title} has no place for a rounded cache; sweep without --cache-bits, or use --format plan"
+    if scheme.activations == NOT_ROUNDED:
+        return
+    beside = able.activations.get(scheme.bits, ())
+    if not able.activations:
+        yield f"{title} cannot say that activations are rounded; sweep without --activation-bits, or use --format plan"
+    elif scheme.activations not in beside:
+        pairs = [f"{a} beside weights of {bits} bits" for bits, widths in able.activations.items() for a in widths]
+        yield f"{title} takes activations of {' or '.join(pairs)}, not of {scheme.activations} beside {scheme.bits}"
+    elif able.packed and (not scheme.symmetric or scheme.group != "row"):
+        rows = "beside symmetric weights with a scale per row; use --symmetric --group row"
+        yield f"{title} takes rounded activations {rows}"
+    elif able.packed and scheme.get("activation_scale") == "tensor":
+        yield f"{title} is written with a scale for each token; use --set activation_scale=token"
+
+
+VOCABULARY_NAMES = {"embedding": "embedding", "head": "output head", "tied": "embedding that is the output head too"}
+
+
+def _vocabulary_weight(weight: Weight) -> str | None:
+    return "tied" if weight.tied else weight.kind if weight.kind in VOCABULARY else None
+
+
+def _misfits(weights: Sequence[Weight], scheme: Scheme, able: Runtime) -> Iterator[str]:
+    """Rules about rows and columns that the group size or the packing does not divide."""
+    rows, cols = sorted({w.rows for w in weights}), sorted({w.cols for w in weights})
+    if isinstance(scheme.group, int) and not able.ragged and (odd := [n for n in cols if n % scheme.group]):
+        yield f"groups of {scheme.group} do not divide rows of {comma_list(odd)} weights; use --group row"
+    if odd := [n for n in rows if n % able.rows]:
+        yield f"{able.title} needs rows in multiples of {able.rows}, not {comma_list(odd)}"
+    step = able.cols_of.get(scheme.bits, able.cols)
+    if odd := [n for n in cols if n % step]:
+        yield f"{able.title} needs columns in multiples of {step} at {scheme.bits} bits, not {comma_list(odd)}"
+
+
+def violations(parts: ComponentMap, plan: Plan, name: str) -> list[str]:
+    """The rules that a plan breaks, one sentence per rule with its components; empty if the runtime can load it."""
+    able = runtime(name)
+    refused: dict[str, list[str]] = {}
+    for component in parts.components:
+        for refusal in refusals(component, plan[component.name], name):
+            refused.setdefault(refusal, []).append(f"{component.name} ({_scheme(plan[component.name])})")
+    found = [f"{', '.join(components)}: {refusal}" for refusal, components in refused.items()]
+    for group in tied(parts, name):
+        schemes = {plan[member] for member in group}
+        if len(schemes) > 1:
+            widths = ", ".join(f"{member} at {_scheme(plan[member])}" for member in group)
+            found.append(f"{widths}: {able.title} makes one layer of them, so they must have one scheme")
+    used = {scheme for _, scheme in plan.schemes if scheme is not None}
+    if able.one_scheme and len(used) > 1:
+        found.append(
+            f"the plan has {len(used)} schemes ({', '.join(sorted(map(_scheme, used)))}), and {able.title} takes one "
+            "for all that is quantized"
+        )
+    return found
+
+
+def tied(parts: ComponentMap, name: str) -> list[tuple[str, ...]]:
+    """Components that must share their scheme, because the runtime fuses their weights into one layer."""
+    if not runtime(name).fused:
+        return []
+    home = {weight.name: component.name for component in parts.components for weight in component.weights}
+    sharing: dict[str, set[str]] = {}
+    for weight in parts.weights:
+        if weight.shares_input is not None:
+            sharing.setdefault(weight.shares_input, set()).add(home[weight.name])
+    merged: list[set[str]] = []
+    for names in sharing.values():
+        # each input ties the components of its readers; sets that overlap are merged, as ties are transitive
+        near = [group for group in merged if group & names]
+        merged = [group for group in merged if not group & names] + [names.union(*near)]
+    order = {component: place for place, component in enumerate(parts.names)}
+    return sorted(tuple(sorted(group, key=order.__getitem__)) for group in merged if len(group) > 1)
+
+
+def check(parts: ComponentMap, plan: Plan, name: str) -> None:
+    """Raise an error that names the rules that a plan breaks."""
+    if found := violations(parts, plan, name):
+        shown = "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
+        raise UserError(f"{name} cannot hold this plan: {shown}. `sensitivity legalize` finds the best plan that fits")
+
+
+def _scheme(scheme: Choice) -> str:
+    return "native" if scheme is None else str(scheme)
+
+
+def comma_list(values: Sequence[object]) -> str:
+    """Values with commas between them."""
+    return ", ".join(map(str, values))
