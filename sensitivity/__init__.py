@@ -40,8 +40,8 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'sensitivity' has no attribute '{name}'")
-    globals()[name] = found = getattr(importlib.import_module(f"sensitivity.{_HOMES[name]}"), name)
-    return found
+    globals()[name] = public = getattr(importlib.import_module(f"sensitivity.{_HOMES[name]}"), name)
+    return public
 
 
 def __dir__() -> list[str]:

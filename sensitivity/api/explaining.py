@@ -77,15 +77,15 @@ def check_explains(tasks: Sequence[Task], names: Sequence[str] = WITH_GRADIENTS)
 def trial_of(study: Study, wanted: str) -> Trial:
     """The measured trial that a number, a key or the beginning of a key names."""
     trials = study.measured()
-    found = [one for one in trials if one.key.startswith(wanted)] if len(wanted) >= 4 else []
-    found = found or [one for one in trials if str(one.number) == wanted]
-    if len({one.key for one in found}) != 1:
+    matching = [one for one in trials if one.key.startswith(wanted)] if len(wanted) >= 4 else []
+    matching = matching or [one for one in trials if str(one.number) == wanted]
+    if len({one.key for one in matching}) != 1:
         names = ", ".join(f"{one.number} ({one.plan.describe()})" for one in trials[:4])
-        why = "several plans have keys that begin with" if found else "no plan of this study has the number or key"
+        why = "several plans have keys that begin with" if matching else "no plan of this study has the number or key"
         raise UserError(f"{why} '{wanted}'; there are {len(trials)}, such as {names}")
-    if found[0].plan.is_native:
+    if matching[0].plan.is_native:
         raise UserError("full precision has no damage to explain; choose a plan that quantizes something")
-    return found[0]
+    return matching[0]
 
 
 def explain_plan(
@@ -116,11 +116,11 @@ def explain_plan(
     return Explanation(plan, integral, blame(study.parts, vlm.family, integral), ids)
 
 
-def save_explanation(study: Study, found: Explanation) -> Path:
+def save_explanation(study: Study, explanation: Explanation) -> Path:
     """Write an explanation into the study's folder."""
-    file = paths.explanation(study.path, found.plan.key)
+    file = paths.explanation(study.path, explanation.plan.key)
     file.parent.mkdir(exist_ok=True)
-    write_atomically(file, json.dumps(finite(found.to_json()), indent=1).encode())
+    write_atomically(file, json.dumps(finite(explanation.to_json()), indent=1).encode())
     return file
 
 

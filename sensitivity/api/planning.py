@@ -139,8 +139,8 @@ def proposal(study: Study, request: PlanRequest) -> list[Plan]:
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
     scores = believed(study, knapsack, request.weights)
     gains: list[tuple[float, Plan]] = []
-    for bpw, (found, _) in zip(request.bpw, proposed(study, replace(request, top=1)), strict=True):
-        best = found[0]
+    for bpw, (ranked, _) in zip(request.bpw, proposed(study, replace(request, top=1)), strict=True):
+        best = ranked[0]
         known = [
             scores[t.key] for t in study.measured() if t.key in scores and _fits(study.parts, t.plan, bpw, request)
         ]
@@ -156,19 +156,19 @@ def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> 
     """
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
     scores = believed(study, knapsack, request.weights)
-    chosen: Proposed = []
-    for bpw, (found, rival) in zip(request.bpw, proposed(study, request), strict=True):
+    per_budget: Proposed = []
+    for bpw, (ranked, rival) in zip(request.bpw, proposed(study, request), strict=True):
         plans = [trial.plan for trial in study.measured() if trial.key in scores and not trial.plan.is_native]
-        plans = list(dict.fromkeys([*plans, *openings, found[0].plan]))
+        plans = list(dict.fromkeys([*plans, *openings, ranked[0].plan]))
         fine = [plan for plan in plans if _fits(study.parts, plan, bpw, request)]
         known = [
-            Candidate(plan, knapsack.size(plan), found[0].budget, 0, predicted)
+            Candidate(plan, knapsack.size(plan), ranked[0].budget, 0, predicted)
             for plan, predicted in zip(fine, knapsack.predicted(fine), strict=True)
         ]
         # what was measured is believed, what was not is predicted
         known.sort(key=lambda one: -scores.get(one.plan.key, mean_share(one.predicted, request.weights)))
-        chosen.append(([replace(one, rank=rank) for rank, one in enumerate(known[: request.top])], rival))
-    return chosen
+        per_budget.append(([replace(one, rank=rank) for rank, one in enumerate(known[: request.top])], rival))
+    return per_budget
 
 
 def say_if_calibration_is_easier(given: Calibrated, study: Study) -> None:
@@ -197,9 +197,9 @@ def check_budgets(parts: ComponentMap, schemes: Sequence[Scheme], request: PlanR
 
 def check_scores(schemes: Sequence[Scheme], path: str | None) -> None:
     """Raise an error for a calibration path on which single components have no score."""
-    if (chosen := path_for(schemes, path)) != "float":
+    if (used := path_for(schemes, path)) != "float":
         raise UserError(
-            f"scores of single components need the float path, and behind quantized layers (the path {chosen}) they "
+            f"scores of single components need the float path, and behind quantized layers (the path {used}) they "
             "differ from plan to plan; leave out --path, or choose a --method that does without"
         )
 

@@ -55,10 +55,10 @@ def recommend(
 
 def recommend_each(study: Study, request: PlanRequest, run: VLM | None = None) -> list[Recommendation]:
     """A recommendation for each budget; a plan that is a candidate for several budgets is run once."""
-    chosen, steps = begin_recommendation(study, request, run)
+    recommendations, steps = begin_recommendation(study, request, run)
     for _ in steps:
         pass
-    return chosen()
+    return recommendations()
 
 
 def begin_recommendation(

@@ -172,22 +172,22 @@ def begin_sweep(
     Generation stops at the token after which an answer can no longer be right, unless answers are wanted `whole`.
     """
     limit = Until.parse(until)
-    chosen = [find_task(name, "evaluation", n, seed, whole) for name in dict.fromkeys(tasks)]
-    distinct(chosen, list(dict.fromkeys(tasks)))
-    check_runs(vlm, chosen)
-    facts = comparability(vlm, chosen, tasks, n, seed) | ({"whole_answers": True} if whole else {})
-    check_tasks_fit(vlm, chosen)
-    study = Study.create(out, parts, [task.name for task in chosen], facts, storage)
-    questions.keep(study.path, chosen)
+    evaluated = [find_task(name, "evaluation", n, seed, whole) for name in dict.fromkeys(tasks)]
+    distinct(evaluated, list(dict.fromkeys(tasks)))
+    check_runs(vlm, evaluated)
+    facts = comparability(vlm, evaluated, tasks, n, seed) | ({"whole_answers": True} if whole else {})
+    check_tasks_fit(vlm, evaluated)
+    study = Study.create(out, parts, [task.name for task in evaluated], facts, storage)
+    questions.keep(study.path, evaluated)
     if callable(plans):
-        return study, run_plans(vlm, study, chosen, plans(study), plain, statistics, limit, memory_gb)
+        return study, run_plans(vlm, study, evaluated, plans(study), plain, statistics, limit, memory_gb)
     if statistics is None and isinstance(plans, Sequence):
         # a plan's key depends on its calibration data, so the schemes must name these before plans are queued
         schemes = list(dict.fromkeys(one for plan in plans for _, one in plan.schemes if one))
-        named, statistics = calibrated(vlm, parts, schemes, tasks, against=chosen)
+        named, statistics = calibrated(vlm, parts, schemes, tasks, against=evaluated)
         with_data: dict[Scheme | None, Scheme | None] = {None: None, **dict(zip(schemes, named, strict=True))}
         plans = [Plan(tuple((name, with_data[one]) for name, one in plan.schemes)) for plan in plans]
-    return study, run_plans(vlm, study, chosen, plans, plain, statistics, limit, memory_gb)
+    return study, run_plans(vlm, study, evaluated, plans, plain, statistics, limit, memory_gb)
 
 
 def calibrated(

@@ -115,9 +115,9 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> nn.Mod
     stored_names = set(stored)
     expected_names = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if mismatched := sorted(stored_names ^ expected_names):
-        how = "has tensors for no layer of" if mismatched[0] in stored_names else "lacks tensors for"
+        problem = "has tensors for no layer of" if mismatched[0] in stored_names else "lacks tensors for"
         raise UserError(
-            f"the adapter {name} {how} its base model: {', '.join(mismatched[:4])}; is the base model right?"
+            f"the adapter {name} {problem} its base model: {', '.join(mismatched[:4])}; is the base model right?"
         )
     try:
         whole_model: nn.Module = adapted.merge_and_unload(safe_merge=True)

@@ -116,8 +116,8 @@ def read_config(folder: Path, name: str, quantized: bool = False) -> dict[str, o
         _check_counts(config)
     except Misfit as error:
         raise UserError(f"config.json of {name} does not fit: {error}; fetch it again") from error
-    if isinstance(how := config.get("quantization_config"), dict) and not quantized:
-        method = str(how.get("quant_method", "by an unnamed method"))[:SHOWN]
+    if isinstance(quantization := config.get("quantization_config"), dict) and not quantized:
+        method = str(quantization.get("quant_method", "by an unnamed method"))[:SHOWN]
         raise UserError(f"{name} is already quantized ({method}); give the model it was made from")
     for beside in OTHER_JSON_FILES:
         if not_a_file(folder / beside) != MISSING:
@@ -128,12 +128,12 @@ def read_config(folder: Path, name: str, quantized: bool = False) -> dict[str, o
 def json_object(file: Path, name: str) -> dict[str, object]:
     """The JSON object in one of a model's files."""
     try:
-        found = read(file)
+        content = read(file)
     except Misfit as error:
         raise UserError(f"{file.name} of {name} is not JSON ({error}); fetch it again") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{file.name} of {name} is not a JSON object; fetch it again")
-    return found
+    return content
 
 
 def _check_counts(config: object, path: str = "") -> None:
@@ -154,10 +154,10 @@ def _shard(value: object) -> bool:
 def shards_of(index: Path, name: str) -> list[Path]:
     """The weight files that an index names; a missing one is an error."""
     try:
-        found = check(json_object(index, name), {"weight_map": WEIGHT_MAP})["weight_map"]
+        shard_of = check(json_object(index, name), {"weight_map": WEIGHT_MAP})["weight_map"]
     except Misfit as error:
         raise UserError(f"{index.name} of {name} cannot be used: {error}; fetch it again") from error
-    files = sorted({index.parent / shard for shard in found.values()})
+    files = sorted({index.parent / shard for shard in shard_of.values()})
     if missing := [shortened(file.name) for file in files if not_a_file(file) == MISSING]:
         raise UserError(f"{name} lacks {', '.join(missing[:8])}, which its index names; fetch the missing files")
     return files
@@ -211,8 +211,8 @@ def header(file: Path) -> dict[str, Entry]:
         raise UserError(f"{file.name} is not a complete safetensors file ({trouble}); fetch it again")
     try:
         with safe_open(file, framework="pt") as opened:
-            found = [(key, opened.get_slice(key)) for key in opened.offset_keys()]
-            kinds = [(key, one.get_dtype(), tuple(one.get_shape())) for key, one in found]
+            slices = [(key, opened.get_slice(key)) for key in opened.offset_keys()]
+            kinds = [(key, one.get_dtype(), tuple(one.get_shape())) for key, one in slices]
     except (SafetensorError, OSError) as error:
         why = reason(error).removeprefix("Error while deserializing header: ")
         raise UserError(f"{file.name} is not a complete safetensors file ({why}); fetch it again") from error

@@ -83,8 +83,8 @@ def discover(
         _embedding_or_head(model, path, included[path], aliases[id(included[path])], heads, towers, blocks)
         for path in included
     ]
-    found = {word for weight in weights for word in ((weight.kind, EMBEDDING) if weight.tied else (weight.kind,))}
-    if missing := [word for word in include if word not in found]:
+    includable = {word for weight in weights for word in ((weight.kind, EMBEDDING) if weight.tied else (weight.kind,))}
+    if missing := [word for word in include if word not in includable]:
         raise UserError(f"{name or type(model).__name__} has no {missing[0]} to include; leave it out")
     check(weights, kept, {path: parameter.numel() for path, parameter in parameters.items()})
     parts = ComponentMap(name or type(model).__name__, "group.kind", tuple(weights), tuple(kept), native_bits)
@@ -94,10 +94,10 @@ def discover(
 def _weights(model: nn.Module, family: Family, towers: Towers, linears: list[str], packed: list[str]) -> list[Weight]:
     """The linear layers as weights, each with its part, block, kind and shared input."""
     modules = [path.rpartition(".")[0] for path in linears]
-    found: dict[str, list[str]] = {part: [] for part in PARTS}
+    paths_of: dict[str, list[str]] = {part: [] for part in PARTS}
     for path in _blocks(model, "", False, [*modules, *packed], family):
-        found[towers.part(path) or "connector"].append(path)
-    block_of = {path: (part, i) for part, paths in found.items() for i, path in enumerate(paths)}
+        paths_of[towers.part(path) or "connector"].append(path)
+    block_of = {path: (part, i) for part, paths in paths_of.items() for i, path in enumerate(paths)}
     weights: list[Weight] = []
     unknown_kind: list[str] = []
     for path, module in zip(linears, modules, strict=True):
@@ -117,7 +117,7 @@ def _weights(model: nn.Module, family: Family, towers: Towers, linears: list[str
                 cols=linear.weight.shape[1],
                 part=part,
                 block=block_of[block][1] if block else None,
-                blocks=len(found[part]),
+                blocks=len(paths_of[part]),
                 kind=kind,
                 bias=f"{module}.bias" if linear.bias is not None else None,
                 shares_input=_shares_input(model, module, family),
@@ -218,17 +218,17 @@ def _blocks(module: nn.Module, path: str, listed: bool, layers: list[str], famil
     within = [layer for layer in layers if not path or inside(layer, path)]
     if not within:
         return []
-    found = [
+    blocks = [
         block
         for key, child in module.named_children()
         for block in _blocks(child, f"{path}.{key}" if path else key, isinstance(module, nn.ModuleList), within, family)
     ]
     if not listed or _kinds(path, within, family).isdisjoint({"attn", "cross"}):
-        return found
+        return blocks
     # Elements inside this one that have a feed-forward are whole blocks, so this one is a stage. Without one they are
     # layers of a block (T5 lists its attention and its feed-forward), and this one is the block.
-    whole = any("ff" in _kinds(block, [layer for layer in within if inside(layer, block)], family) for block in found)
-    return found if whole else [path]
+    whole = any("ff" in _kinds(block, [layer for layer in within if inside(layer, block)], family) for block in blocks)
+    return blocks if whole else [path]
 
 
 def _kinds(path: str, layers: list[str], family: Family) -> set[str | None]:

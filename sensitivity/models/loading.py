@@ -157,8 +157,8 @@ def _config(folder: Path, name: str, raw: Mapping[str, object]) -> tuple[PreTrai
         return config, named
     for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING):
         if type(config) in mapping:
-            found = mapping[type(config)]
-            if (first_class := found[0] if isinstance(found, tuple | list) else found) is not None:
+            classes = mapping[type(config)]
+            if (first_class := classes[0] if isinstance(classes, tuple | list) else classes) is not None:
                 return config, first_class
     raise UserError(f"transformers {transformers.__version__} has no model class for {raw['model_type']!r} of {name}")
 

@@ -29,14 +29,14 @@ def check_tensors(skeleton: nn.Module, stored: Mapping[str, tuple[torch.dtype, S
     """
     rename = renaming(skeleton)
     every = dict(skeleton.named_parameters(remove_duplicate=False))  # a tied parameter under each of its names
-    found: set[int] = set()
+    stored_ids: set[int] = set()
     rounded, misshapen = [], []
     for key, (dtype, shape) in stored.items():
         known, converted = rename(key)
         if (parameter := every.get(known)) is None:
             continue
         # by identity: a tied parameter is found under any of its names
-        found.add(id(parameter))
+        stored_ids.add(id(parameter))
         if not dtype.is_floating_point or dtype.itemsize < 2:
             rounded.append((key, str(dtype).removeprefix("torch.")))
         # a tensor that transformers converts while loading may have another shape in the file
@@ -50,7 +50,7 @@ def check_tensors(skeleton: nn.Module, stored: Mapping[str, tuple[torch.dtype, S
         )
     check_none(skeleton, name, "shape", misshapen)
     may_be_missing = [re.compile(one) for one in getattr(skeleton, "_keys_to_ignore_on_load_missing", None) or ()]
-    lacking = [path for path, parameter in skeleton.named_parameters() if id(parameter) not in found]
+    lacking = [path for path, parameter in skeleton.named_parameters() if id(parameter) not in stored_ids]
     check_none(
         skeleton, name, "lacks", [path for path in lacking if not any(one.search(path) for one in may_be_missing)]
     )
@@ -61,12 +61,12 @@ def check_tensors(skeleton: nn.Module, stored: Mapping[str, tuple[torch.dtype, S
         )
 
 
-def check_none(model: nn.Module, name: str, how: str, keys: Iterable[str]) -> None:
+def check_none(model: nn.Module, name: str, problem: str, keys: Iterable[str]) -> None:
     """Raise an error that names the missing, unknown or misshapen tensors, if there are any."""
     if ordered := sorted(keys, key=natural_order):
         some = first_names(ordered)
         raise UserError(
-            f"the checkpoint of {name} {VERBS[how]} tensors for {type(model).__name__}: {some}; "
+            f"the checkpoint of {name} {VERBS[problem]} tensors for {type(model).__name__}: {some}; "
             "fetch it again, or mend its config.json"
         )
 

@@ -146,21 +146,21 @@ def converted(
 
     A tensor without a counterpart keeps its name, and loading reports it.
     """
-    found = {_renamed(key): one for file in files for key, one in _tensors_of(file, name).items()}
-    if not any(key.startswith(TOWER) for key in found):  # the tower was frozen in training, and not saved again
+    tensors = {_renamed(key): one for file in files for key, one in _tensors_of(file, name).items()}
+    if not any(key.startswith(TOWER) for key in tensors):  # the tower was frozen in training, and not saved again
         tower = str(raw["mm_vision_tower"])
         for file in weight_files(model_folder(tower), tower):
             theirs = {key: one for key, one in _tensors_of(file, tower).items() if key.startswith("vision_model.")}
-            found |= {TOWER + key.removeprefix("vision_model."): one for key, one in theirs.items()}
+            tensors |= {TOWER + key.removeprefix("vision_model."): one for key, one in theirs.items()}
     conversions = {POSITIONS: partial(interpolated, side=isqrt(config.image_seq_length))}
     conversions |= dict.fromkeys(
         VOCABULARY_WEIGHTS, partial(_with_image_token_row, vocabulary_size=config.image_token_index)
     )
     for key, change in conversions.items():
-        if key in found:
-            dtype, read = found[key]
-            found[key] = dtype, partial(_changed, change, read)
-    return found
+        if key in tensors:
+            dtype, read = tensors[key]
+            tensors[key] = dtype, partial(_changed, change, read)
+    return tensors
 
 
 def _changed(change: Callable[[Tensor], Tensor], read: Read) -> Tensor:

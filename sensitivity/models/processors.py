@@ -31,11 +31,11 @@ def processor_of(folder: Path, name: str, config: PreTrainedConfig) -> Processor
         return None
     for file in there:
         _check_sizes(json_object(file, name), file.name, name)
-    found = PROCESSOR_MAPPING.get(type(config), None)
+    listed = PROCESSOR_MAPPING.get(type(config), None)
     processor: ProcessorMixin
     try:
-        if isinstance(found, type) and "video_processor" in _parts(found) and not is_torchvision_available():
-            processor = _without_video(found).from_pretrained(folder, local_files_only=True)
+        if isinstance(listed, type) and "video_processor" in _parts(listed) and not is_torchvision_available():
+            processor = _without_video(listed).from_pretrained(folder, local_files_only=True)
         else:
             processor = transformers.AutoProcessor.from_pretrained(folder, **OPTIONS)  # type: ignore[no-untyped-call]
     except Exception as error:  # each family builds its own processor, with its own types of error

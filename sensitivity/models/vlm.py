@@ -41,8 +41,8 @@ class VLM:
     @cached_property
     def vision(self) -> nn.Module:
         """The module that turns pixels into features."""
-        found = Towers(self.model, self.family).part_of_module
-        module: nn.Module = self.model.get_submodule(next(path for path, part in found.items() if part == "vision"))
+        part_of = Towers(self.model, self.family).part_of_module
+        module: nn.Module = self.model.get_submodule(next(path for path, part in part_of.items() if part == "vision"))
         return module
 
     @property

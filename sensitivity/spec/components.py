@@ -212,10 +212,10 @@ class ComponentMap:
 
     def match(self, pattern: str) -> tuple[Component, ...]:
         """The components that a pattern names: by exact name, by a prefix of whole words, or with * and ?."""
-        found = tuple(c for c in self.components if matches(c.name, pattern))
-        if not found:
+        matching = tuple(c for c in self.components if matches(c.name, pattern))
+        if not matching:
             raise UserError(f"no component matches '{pattern}'; there are {', '.join(self.names)}")
-        return found
+        return matching
 
     def to_json(self) -> dict[str, object]:
         """All fields as JSON values."""

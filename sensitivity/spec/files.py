@@ -107,8 +107,8 @@ def overwrite(target: Path, text: str) -> None:
     if target.exists():
         with target.open("rb") as file:
             # two bytes more than the line, to see that it ends there, with \n or with \r\n
-            found = file.read(len(first.encode()) + 2)
-        if found.rstrip(b"\r\n").partition(b"\n")[0].rstrip(b"\r") != first.encode():
+            begins = file.read(len(first.encode()) + 2)
+        if begins.rstrip(b"\r\n").partition(b"\n")[0].rstrip(b"\r") != first.encode():
             raise UserError(f"{target} is another file: it does not begin with '{first}'; choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, text.encode())
@@ -145,8 +145,8 @@ def _why_never(out: Path, keep: Iterable[Path]) -> str:
     if os.path.ismount(place):
         return "is where a file system is mounted"
     for kept in keep:
-        found = _without_links(kept)
-        if place == found or place in found.parents:
+        real = _without_links(kept)
+        if place == real or place in real.parents:
             return f"is or holds {kept}, which is being read"
     return ""
 
@@ -163,8 +163,8 @@ def _homes() -> set[Path]:
         import pwd
 
         homes += [Path(user.pw_dir) for user in pwd.getpwall() if user.pw_dir]
-    found = {_without_links(home) for home in homes}
-    return found | {parent for home in found for parent in home.parents}
+    folders = {_without_links(home) for home in homes}
+    return folders | {parent for home in folders for parent in home.parents}
 
 
 def begin_folder(folder: Path) -> None:

@@ -28,13 +28,13 @@ def allowed_by(names: Sequence[str], widths: Mapping[str, Sequence[int]] | None)
 
 def tied_groups(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
     """Groups of components that must share a scheme, from groups of patterns."""
-    found = []
+    tied_sets = []
     for group in groups:
         tied = tuple(dict.fromkeys(name for pattern in group for name in members(names, pattern)))
         if len(tied) < 2:
             raise UserError(f"'{','.join(group)}' is a single component; name those that share: vision,language")
-        found.append(tied)
-    return list(dict.fromkeys(found))
+        tied_sets.append(tied)
+    return list(dict.fromkeys(tied_sets))
 
 
 def intersection(one: Allowed | None, other: Allowed | None) -> Allowed | None:
@@ -46,17 +46,17 @@ def intersection(one: Allowed | None, other: Allowed | None) -> Allowed | None:
 
 def merge_groups(groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
     """Merge groups that have a member in common."""
-    found: list[tuple[str, ...]] = []
+    merged: list[tuple[str, ...]] = []
     for group in map(tuple, groups):
         # one group may connect several earlier ones, so all that share a member with it are merged
-        touching = [other for other in found if set(other) & set(group)]
-        found = [other for other in found if other not in touching]
-        found.append(tuple(dict.fromkeys(name for one in (*touching, group) for name in one)))
-    return found
+        touching = [other for other in merged if set(other) & set(group)]
+        merged = [other for other in merged if other not in touching]
+        merged.append(tuple(dict.fromkeys(name for one in (*touching, group) for name in one)))
+    return merged
 
 
 def members(names: Sequence[str], pattern: str) -> list[str]:
     """The components that a pattern names, such as vision or *.attn."""
-    if not (found := [name for name in names if matches(name, pattern)]):
+    if not (matching := [name for name in names if matches(name, pattern)]):
         raise unknown("component", pattern, names)
-    return found
+    return matching

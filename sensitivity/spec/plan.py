@@ -106,17 +106,17 @@ class Scheme:
 
     def to_json(self) -> SchemeJson:
         """The scheme as JSON values."""
-        found: SchemeJson = {
+        content: SchemeJson = {
             "method": self.method, "bits": self.bits, "group": self.group, "symmetric": self.symmetric,
         }  # fmt: skip
         if self.settings:
-            found["settings"] = dict(self.settings)
+            content["settings"] = dict(self.settings)
         # widths that change nothing are left out, so that a scheme without them has the key that it always had
         if self.activations != NOT_ROUNDED:
-            found["activations"] = self.activations
+            content["activations"] = self.activations
         if self.cache != NOT_ROUNDED:
-            found["cache"] = self.cache
-        return found
+            content["cache"] = self.cache
+        return content
 
     @classmethod
     def from_json(cls, data: SchemeJson) -> Scheme:
@@ -210,9 +210,9 @@ class Plan:
     def rounded_bits(self) -> dict[str, int]:
         """The bits of activations, keys and values where they are rounded, by names such as vision.activations."""
         schemes = [(name, scheme) for name, scheme in self.schemes if scheme]
-        found = {f"{name}.{ACTIVATIONS}": scheme.activations for name, scheme in schemes}
-        found |= {f"{name}.{CACHE}": scheme.cache for name, scheme in schemes}
-        return {name: width for name, width in found.items() if width != NOT_ROUNDED}
+        widths = {f"{name}.{ACTIVATIONS}": scheme.activations for name, scheme in schemes}
+        widths |= {f"{name}.{CACHE}": scheme.cache for name, scheme in schemes}
+        return {name: width for name, width in widths.items() if width != NOT_ROUNDED}
 
     def describe(self) -> str:
         """A short text for tables and figures, such as 'vision 4 · connector 8 · language 3'."""

@@ -57,8 +57,8 @@ IS_TYPE: dict[str, Callable[[object], bool]] = {
 @cache
 def schema(name: str) -> Schema:
     """A schema by its name."""
-    found: Schema = json.loads((FOLDER / f"{name}.schema.json").read_bytes())
-    return found
+    content: Schema = json.loads((FOLDER / f"{name}.schema.json").read_bytes())
+    return content
 
 
 def read(path: Path, name: str, remedy: str) -> Any:
@@ -72,11 +72,11 @@ def read(path: Path, name: str, remedy: str) -> Any:
     except Misfit as error:
         raise UserError(f"{what}: {error}; {remedy}") from error
     try:
-        found = parsed(raw)
+        value = parsed(raw)
     except Misfit as error:
         raise UserError(f"{what}: it is not JSON, or was cut short ({error}); {remedy}") from error
-    check(found, name, what, remedy)
-    return found
+    check(value, name, what, remedy)
+    return value
 
 
 def check(value: object, name: str, what: str, remedy: str) -> None:
@@ -98,12 +98,12 @@ def fault(value: object, wanted: Schema | bool, home: str, at: str = "") -> str 
     if ref := wanted.get("$ref"):
         home, wanted = _resolved(ref, home)
     if options := wanted.get("anyOf"):
-        found = [fault(value, option, home, at) for option in options]
+        faults = [fault(value, option, home, at) for option in options]
         # where an object fits an option's type, its own fault says more than 'should be one of these options'
         inside = [
-            one for one, option in zip(found, options, strict=True) if one and _is_this_object(value, option, home)
+            one for one, option in zip(faults, options, strict=True) if one and _is_this_object(value, option, home)
         ]
-        return None if None in found else (inside[0] if inside else _mismatch(value, wanted, home, at))
+        return None if None in faults else (inside[0] if inside else _mismatch(value, wanted, home, at))
     if not _fits(value, wanted):
         return _mismatch(value, wanted, home, at)
     if isinstance(value, Mapping):
@@ -151,12 +151,12 @@ def _fits(value: object, wanted: Schema) -> bool:
 
 def _limits(wanted: Schema) -> list[tuple[str, Callable[[float, float], bool], float]]:
     """The limits of a number: a word for the message, the comparison that a value must pass, and the limit."""
-    found = (
+    limits = (
         ("from", operator.ge, wanted.get("minimum")),
         ("above", operator.gt, wanted.get("exclusiveMinimum")),
         ("to", operator.le, wanted.get("maximum")),
     )
-    return [(word, within, limit) for word, within, limit in found if limit is not None]
+    return [(word, within, limit) for word, within, limit in limits if limit is not None]
 
 
 def _types(wanted: Schema) -> list[str]:

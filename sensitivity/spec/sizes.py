@@ -62,10 +62,10 @@ class Size:
 
     def to_json(self) -> SizeJson:
         """Bytes and bits per weight as JSON values."""
-        found: SizeJson = {"bytes": self.bytes, "bpw": self.bpw, "bpw_codes": self.bpw_codes}
+        content: SizeJson = {"bytes": self.bytes, "bpw": self.bpw, "bpw_codes": self.bpw_codes}
         if self.cache_bits is not None:
-            found["cache_bits"] = self.cache_bits
-        return found if self.format is None else {**found, "format": self.format}
+            content["cache_bits"] = self.cache_bits
+        return content if self.format is None else {**content, "format": self.format}
 
 
 def in_words(count: float) -> str:

@@ -186,10 +186,10 @@ class Study:
         native = self.examples(self.native)
         to_native = partial(self.difference_to_native, native), partial(self.counts_against_native, native)
         trials = self.measured()
-        found = pd.DataFrame([row(trial, self.parts, self.tasks, *to_native) for trial in trials])
+        rows = pd.DataFrame([row(trial, self.parts, self.tasks, *to_native) for trial in trials])
         # what some plans round, the others have at 16 bits
         rounded = list(dict.fromkeys(name for trial in trials for name in trial.plan.rounded_bits()))
-        return found.fillna(dict.fromkeys(rounded, NATIVE))
+        return rows.fillna(dict.fromkeys(rounded, NATIVE))
 
     def difference_to_native(self, native: pd.DataFrame | None, plan: Plan, task: str, n: int | None) -> Score | None:
         """A plan's paired difference to full precision, cached until either has seen more examples."""
@@ -234,11 +234,11 @@ class Study:
 
     def plan_named(self, key: str) -> Plan:
         """The measured plan whose key begins like this."""
-        found = {trial.key: trial.plan for trial in self.measured() if key and trial.key.startswith(key)}
-        if len(found) != 1:
-            what = f"{len(found)} plans whose keys begin with {key}" if found else f"no measured plan {key}"
+        matching = {trial.key: trial.plan for trial in self.measured() if key and trial.key.startswith(key)}
+        if len(matching) != 1:
+            what = f"{len(matching)} plans whose keys begin with {key}" if matching else f"no measured plan {key}"
             raise UserError(f"{self.path} has {what}; `sensitivity table {self.path} --out plans.csv` lists all keys")
-        return next(iter(found.values()))
+        return next(iter(matching.values()))
 
     def examples(self, plan: Plan) -> pd.DataFrame | None:
         """Per-example scores of a measured plan; None where only the means are known (an imported table).

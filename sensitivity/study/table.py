@@ -53,7 +53,7 @@ def row(
         if delta := difference(trial.plan, task, score.get("n")):
             columns |= {f"{task}.delta": delta.mean, f"{task}.delta.se": delta.se}
             columns |= {f"{task}.delta.low": delta.low, f"{task}.delta.high": delta.high}
-        if found := counts(trial.plan, task, score.get("n")):
-            known = {name: value for name, value in found.to_json().items() if value is not None}
+        if counted := counts(trial.plan, task, score.get("n")):
+            known = {name: value for name, value in counted.to_json().items() if value is not None}
             columns |= {f"{task}.{name}": value for name, value in known.items()}
     return columns

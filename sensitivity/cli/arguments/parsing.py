@@ -45,8 +45,8 @@ def run_verb(verb: ModuleType, args: argparse.Namespace) -> dict[str, object]:
 class Parser(argparse.ArgumentParser):
     """A parser that refuses abbreviated and repeated flags, and raises UserError for every mistake."""
 
-    def __init__(self, **how: Any) -> None:
-        super().__init__(**how, allow_abbrev=False)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
         for name in (None, "store"):  # the action of add_argument without `action`, and of "store"
             self.register("action", name, Once)
 

@@ -241,8 +241,8 @@ def path(text: str) -> Path:
 
 def out(text: str) -> Path:
     """A path to be written, which must be outside this package and not contain the working or home folder."""
-    chosen = path(text)
-    where = chosen.resolve()
+    target = path(text)
+    where = target.resolve()
     if where in (here := Path.cwd().resolve(), *here.parents) or where == Path.home().resolve():
         raise argparse.ArgumentTypeError(
             f"takes a folder of its own, such as runs/first; {shown(text)} is or holds the working or home folder"
@@ -256,23 +256,23 @@ def out(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"cannot be {shown(text)}, since {shown(str(there))} is a file, not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"cannot be {shown(text)}: nothing may be written in {shown(str(there))}")
-    return chosen
+    return target
 
 
 def folder(text: str) -> Path:
     """The path of a folder to be written."""
-    chosen = out(text)
-    if chosen.exists() and not chosen.is_dir():
+    target = out(text)
+    if target.exists() and not target.is_dir():
         raise argparse.ArgumentTypeError(f"takes a folder, and {shown(text)} is a file")
-    return chosen
+    return target
 
 
 def file(text: str) -> Path:
     """The path of a file to be written."""
-    chosen = out(text)
-    if chosen.is_dir():
+    target = out(text)
+    if target.is_dir():
         raise argparse.ArgumentTypeError(f"takes a file, and {shown(text)} is a folder")
-    return chosen
+    return target
 
 
 def address(text: str) -> str:

@@ -111,49 +111,49 @@ def _number(count: object) -> str:
     return f"{count:.0f}" if isinstance(count, int | float) and count == count else ""
 
 
-def forecast(found: Forecast) -> None:
+def forecast(predicted: Forecast) -> None:
     """Print the predicted cost of a sweep."""
-    rate = f"{found.flops / 1e9:,.0f} GFLOP/s in products of this model's shapes"
-    count = f"{found.plans:,} plans, {found.examples:,} examples of {found.images:,} images"
-    table(f"{count}; {rate}", ("what", "how much", "of which"), found.rows())
+    rate = f"{predicted.flops / 1e9:,.0f} GFLOP/s in products of this model's shapes"
+    count = f"{predicted.plans:,} plans, {predicted.examples:,} examples of {predicted.images:,} images"
+    table(f"{count}; {rate}", ("what", "how much", "of which"), predicted.rows())
 
 
-def ranking(found: Ranking) -> None:
+def ranking(ranked: Ranking) -> None:
     """Print the importance of each component, with the estimators side by side."""
     rows = []
-    every = [*found.table.iterrows(), *([("choice of method", found.choice)] if found.choice else [])]
+    every = [*ranked.table.iterrows(), *([("choice of method", ranked.choice)] if ranked.choice else [])]
     for name, row in every:
         shares = [f"{row[column]:.1f}" for column in ("forest", "permutation", "shap") if column in row]
         span = f"{row['consensus']:.1f} [{row['consensus.low']:.1f}, {row['consensus.high']:.1f}]"
         rows.append((name, span, *shares))
     table(
-        f"Importance for {found.task}, in percent ({found.trials} trials; R2 of the forest {found.r2:.2f}, "
-        f"of a line {found.linear_r2:.2f})",
+        f"Importance for {ranked.task}, in percent ({ranked.trials} trials; R2 of the forest {ranked.r2:.2f}, "
+        f"of a line {ranked.linear_r2:.2f})",
         ("component", "consensus", "forest", "permutation", "SHAP"),
         rows,
     )
-    for warning in found.warnings:
+    for warning in ranked.warnings:
         print(f"  note: {warning}")
 
 
-def attributions(found: Sequence[Attribution], checks: Mapping[str, Foretold | None]) -> None:
+def attributions(scored: Sequence[Attribution], checks: Mapping[str, Foretold | None]) -> None:
     """Print the scores of all components, each scaled so that the largest is 100, with their costs below."""
-    largest = [max((v for row in one.scores.values() for v in row.values()), default=0.0) for one in found]
+    largest = [max((v for row in one.scores.values() for v in row.values()), default=0.0) for one in scored]
     rows = [
         (
             name,
             str(scheme),
-            *(f"{100 * one.scores[name][scheme] / (top or 1):.3g}" for one, top in zip(found, largest, strict=True)),
+            *(f"{100 * one.scores[name][scheme] / (top or 1):.3g}" for one, top in zip(scored, largest, strict=True)),
         )
-        for name, row in found[0].scores.items()
+        for name, row in scored[0].scores.items()
         for scheme in row
     ]
     table(
         "Scores on calibration data: 100 is the most damage",
-        ("component", "scheme", *(one.name for one in found)),
+        ("component", "scheme", *(one.name for one in scored)),
         rows,
     )
-    score_costs(found)
+    score_costs(scored)
     for name, check in checks.items():
         if check is not None:
             print(
@@ -162,50 +162,50 @@ def attributions(found: Sequence[Attribution], checks: Mapping[str, Foretold | N
             )
 
 
-def explanation(found: Explanation) -> None:
+def explanation(explained: Explanation) -> None:
     """Print where the damage of a plan comes from, in percent of the change of the loss."""
-    facts, change = found.integral, found.integral.change
-    count = len(found.examples)
-    print(f"\n{found.plan.describe()}")
+    facts, change = explained.integral, explained.integral.change
+    count = len(explained.examples)
+    print(f"\n{explained.plan.describe()}")
     print(
         f"  the loss of right answers rises from {facts.before / count:.4f} to {facts.after / count:.4f} on {count} "
         f"calibration examples ({facts.passes} backward passes; the terms miss {facts.missing:.1%} of that)"
     )
-    for title, shares in (("component", found.blame.components), ("modality", found.blame.modalities)):
+    for title, shares in (("component", explained.blame.components), ("modality", explained.blame.modalities)):
         rows = [(name, f"{100 * value / change if change else 0:.1f}") for name, value in shares.items()]
         table(f"Share of the damage by {title}, in percent", (title, "share"), rows)
-    if found.blame.regions:
-        grids = list(found.blame.regions.values())
+    if explained.blame.regions:
+        grids = list(explained.blame.regions.values())
         mean = sum(grids[1:], start=grids[0]) if len({grid.shape for grid in grids}) == 1 else None
         if mean is not None:
             places = [[f"{100 * float(value) / change if change else 0:.1f}" for value in row] for row in mean]
             table("Share by place in the image, in percent", [""] * len(mean), places)
 
 
-def score_costs(found: Sequence[Attribution]) -> None:
+def score_costs(scored: Sequence[Attribution]) -> None:
     """Print what each score of the components cost."""
-    costs = ", ".join(f"{one.name} {one.seconds:.1f} s" for one in found)
+    costs = ", ".join(f"{one.name} {one.seconds:.1f} s" for one in scored)
     print(f"\nScored on calibration data, in seconds of processor: {costs}")
 
 
-def recommendation(found: Recommendation) -> None:
+def recommendation(best: Recommendation) -> None:
     """Print a plan with its size, and its score beside full precision and the best uniform plan."""
     print()
-    print(f"Best plan for {found.budget:.4g} bits per weight, judged by {found.task}:")
-    print(f"  {found.plan.describe()}")
-    size = found.size
+    print(f"Best plan for {best.budget:.4g} bits per weight, judged by {best.task}:")
+    print(f"  {best.plan.describe()}")
+    size = best.size
     print(f"  {size.bpw:.2f} bpw {size.counted} ({size.bpw_codes:.2f} codes only), {in_words(size.bytes)}")
-    if found.measured is None:
-        expected = found.predicted
-        print(f"  predicted {found.task} {expected.score:.3f} [{expected.low:.3f}, {expected.high:.3f}]")
+    if best.measured is None:
+        expected = best.predicted
+        print(f"  predicted {best.task} {expected.score:.3f} [{expected.low:.3f}, {expected.high:.3f}]")
     else:
-        where = "examples that had no part in the choice" if found.fresh else "the examples it was chosen on"
-        print(f"  {found.task} {found.measured}, measured on {where}")
-        if found.full is not None:
-            print(f"  full precision {found.full}")
-        if found.uniform is not None:
-            print(f"  best uniform plan within the budget: {found.uniform.other.describe()}, {found.uniform.score}")
-    print(f"  {found.words}")
+        where = "examples that had no part in the choice" if best.fresh else "the examples it was chosen on"
+        print(f"  {best.task} {best.measured}, measured on {where}")
+        if best.full is not None:
+            print(f"  full precision {best.full}")
+        if best.uniform is not None:
+            print(f"  best uniform plan within the budget: {best.uniform.other.describe()}, {best.uniform.score}")
+    print(f"  {best.words}")
 
 
 def _interval(row: pd.Series, task: str) -> str:

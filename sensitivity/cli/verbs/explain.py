@@ -83,12 +83,12 @@ def _components(args: argparse.Namespace) -> dict[str, object]:
     check_explains(tasks, args.scores)
     check_tasks_fit(vlm, tasks)
     data = args.calibration or args.task
-    found = scored(vlm, parts, requested, data, args.scores, args.calibration_n, 0, (), args.cache_gb)
-    checks = compared(args.out, found.scores, parts.names)
-    content = attributions_json(vlm.name, found.scores, checks)
+    scoring = scored(vlm, parts, requested, data, args.scores, args.calibration_n, 0, (), args.cache_gb)
+    checks = compared(args.out, scoring.scores, parts.names)
+    content = attributions_json(vlm.name, scoring.scores, checks)
     file = save_attributions(args.out, content)
     if not args.json:
-        attributions(found.scores, checks)
+        attributions(scoring.scores, checks)
         print(f"  all of it: {file}")
     return content | {"path": str(file)}
 
@@ -110,9 +110,9 @@ def _plan(args: argparse.Namespace) -> dict[str, object]:
         raise UserError(f"{args.source} was imported from a table, and there is no model to explain its plans by")
     tasks = args.task if "task" in getattr(args, "given", ()) else ()
     vlm = load(str(study.meta["model"]), device=args.device, dtype=args.dtype or study.meta["dtype"])
-    found = explain_plan(vlm, study, trial.plan, args.calibration_n, tasks, args.cache_gb)
-    file = save_explanation(study, found)
+    explained = explain_plan(vlm, study, trial.plan, args.calibration_n, tasks, args.cache_gb)
+    file = save_explanation(study, explained)
     if not args.json:
-        explanation(found)
+        explanation(explained)
         print(f"  all of it: {file}")
-    return found.to_json() | {"path": str(file)}
+    return explained.to_json() | {"path": str(file)}

@@ -70,14 +70,14 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             raise UserError("--switch needs --bits COLUMN, the column with the bit width of what was quantized")
         kinds = {value: tuple(kind.split(",")) for value, kind in args.kinds} or None
         switches = Switches(dict(args.switch), args.bits, args.kind, kinds)
-    found = import_table(
+    imported = import_table(
         args.table, args.out, args.score, parts=dict(args.part) or None, switches=switches,
         numel=dict(args.numel) or None, total=args.total, method=args.method, model=args.model,
     )  # fmt: skip
     if not args.json:
-        print(f"{found.used} of {found.rows} rows became trials in {args.out}")
-        for note in found.notes:
+        print(f"{imported.used} of {imported.rows} rows became trials in {args.out}")
+        for note in imported.notes:
             print(f"  note: {note}")
-        frontier(found.study)
+        frontier(imported.study)
         print(f"next: sensitivity rank {args.out}")
-    return found.to_json()
+    return imported.to_json()

@@ -34,19 +34,19 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         if args.out.suffix != ".json":
             raise UserError(f"--out takes a file, such as {args.out / 'plan.json'}")
         exporting.may_be_written(args.out, "plan", args.force, [args.source])  # before the slow search
-    study, found = exporting.legalize_from(args.source, args.runtime, args.bpw, args.task)
-    facts = found.to_json()
+    study, legal = exporting.legalize_from(args.source, args.runtime, args.bpw, args.task)
+    facts = legal.to_json()
     if args.out is not None:
-        exporting.export(study, found.plan, args.out, force=args.force, facts={"legalized": facts}, keep=[args.source])
+        exporting.export(study, legal.plan, args.out, force=args.force, facts={"legalized": facts}, keep=[args.source])
     if not args.json:
-        for violation in found.violations:
-            print(f"{found.runtime} cannot load this plan: {violation}")
-        before, after = (f"{size.bpw:.3f} bpw {size.counted}" for size in (found.before, found.after))
-        if found.plan != found.asked and not found.violations:
-            print(f"too large for the budget: {found.asked.describe()}, {before}")
-        print(f"{'can be loaded as it is' if found.plan == found.asked else 'best plan'}: {found.plan.describe()}")
-        print(f"  {after}, {found.after.bytes:,} bytes")
-        print(f"cost: {found.words}")
+        for violation in legal.violations:
+            print(f"{legal.runtime} cannot load this plan: {violation}")
+        before, after = (f"{size.bpw:.3f} bpw {size.counted}" for size in (legal.before, legal.after))
+        if legal.plan != legal.asked and not legal.violations:
+            print(f"too large for the budget: {legal.asked.describe()}, {before}")
+        print(f"{'can be loaded as it is' if legal.plan == legal.asked else 'best plan'}: {legal.plan.describe()}")
+        print(f"  {after}, {legal.after.bytes:,} bytes")
+        print(f"cost: {legal.words}")
         if args.out is not None:
             format = files_of(args.runtime) or args.runtime
             print(f"wrote {args.out}; next: sensitivity export {args.out} --format {format} --out DIR")

@@ -26,13 +26,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity.spec.components import Weight
     from sensitivity.spec.sizes import weight_bits
 
-    found = []
+    listed = []
     for name in (*METHODS, *PRESETS):
         row = METHODS[str(PRESETS.get(name, {"method": name})["method"])]
         one = scheme(name, row.widths[-1])
         source, weight = SOURCES[name], Weight("weight", SIDE, SIDE, "language", None, 0, None)
         stored = {bits: weight_bits(scheme(name, bits), weight, 16) / weight.numel for bits in row.widths}
-        found.append(
+        listed.append(
             {
                 "name": name,
                 "bits": list(row.widths),
@@ -49,11 +49,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             }
         )
     if not args.json:
-        show_methods(found)
-    return {"methods": found, "side": SIDE}
+        show_methods(listed)
+    return {"methods": listed, "side": SIDE}
 
 
-def show_methods(found: list[dict[str, Any]]) -> None:
+def show_methods(listed: list[dict[str, Any]]) -> None:
     """Print two tables: what the methods take and store, and where they are from."""
     table(
         f"Methods (stored bits per weight at {SIDE} x {SIDE}, default settings)",
@@ -66,13 +66,13 @@ def show_methods(found: list[dict[str, Any]]) -> None:
                 _calibration(m),
                 m["claimed"],
             )
-            for m in found
+            for m in listed
         ],
     )
     table(
         "Where they are from",
         ("name", "source", "read", "ours or inferred"),
-        [(m["name"], m["source"], m["read"], m["ours"]) for m in found],
+        [(m["name"], m["source"], m["read"], m["ours"]) for m in listed],
     )
 
 

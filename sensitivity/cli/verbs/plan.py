@@ -74,21 +74,22 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     check_tasks_fit(vlm, tasks)
     if args.dry_run:
         return _forecast(args, vlm, parts, requested, tasks)
-    found = scored(
+    scoring = scored(
         vlm, parts, requested, args.calibration or args.task, openings_by(tasks), args.calibration_n, args.seed, tasks,
         args.cache_gb,
     )  # fmt: skip
     left = math.inf if args.minutes is None else max(60 * args.minutes - (time.monotonic() - began), 0.001)
     planning = begin_plan(
-        vlm, parts, found.schemes, args.task, args.out, request, found.scores, args.trials, n=args.n, seed=args.seed,
-        statistics=found.given.statistics, until=() if args.minutes is None else (f"{left:.3f}s",),
+        vlm, parts, scoring.schemes, args.task, args.out, request, scoring.scores, args.trials,
+        n=args.n, seed=args.seed, statistics=scoring.given.statistics,
+        until=() if args.minutes is None else (f"{left:.3f}s",),
     )  # fmt: skip
     if args.json:
         show_progress_in_json(planning.steps, planning.study, args.trials, left)
     else:
         show_progress(planning.steps, "measuring", planning.study, args.trials, left)
-    say_if_calibration_is_easier(found.given, planning.study)
-    return _verified(args, vlm, found, planning.study, planning.request, planning.proposals())
+    say_if_calibration_is_easier(scoring.given, planning.study)
+    return _verified(args, vlm, scoring, planning.study, planning.request, planning.proposals())
 
 
 def _checked(args: argparse.Namespace) -> list[Scheme]:
@@ -129,25 +130,25 @@ def _request(
 
 
 def _verified(
-    args: argparse.Namespace, vlm: VLM, found: Scored, study: Study, request: PlanRequest, proposals: Proposed
+    args: argparse.Namespace, vlm: VLM, scoring: Scored, study: Study, request: PlanRequest, proposals: Proposed
 ) -> dict[str, object]:
     """Run the best plans of each budget on fresh examples; store, print and return what is recommended."""
     from sensitivity.analysis.allocate.kept_recommendation import save
     from sensitivity.api.recommending import begin_recommendation
 
-    chosen, steps = begin_recommendation(study, request, vlm, proposals)
+    recommendations, steps = begin_recommendation(study, request, vlm, proposals)
     show_progress(steps, "verifying")
-    best = chosen()
+    best = recommendations()
     files = save(study, best)
     measured = len(study.trials())
     if not args.json:
-        score_costs(found.scores)
+        score_costs(scoring.scores)
         print(f"{measured} plans were measured in {args.out}")
         for one, file in zip(best, files, strict=True):
             recommendation(one)
             print(f"  plan: {file}")
     facts = [{**one.to_json(), "path": str(file)} for one, file in zip(best, files, strict=True)]
-    costs = {one.name: {"cpu_seconds": one.seconds} for one in found.scores}
+    costs = {one.name: {"cpu_seconds": one.seconds} for one in scoring.scores}
     return facts[0] | {"study": str(args.out), "plans_measured": measured, "scores": costs, "budgets": facts}
 
 
@@ -162,7 +163,7 @@ def _forecast(
     listed = plans(parts, requested, "random", args.trials + verified, args.seed)
     assert isinstance(listed, list)
     options = {"device": args.device, "dtype": args.dtype, "calibration": args.calibration_n, "cache_gb": args.cache_gb}
-    found = forecast_sweep(vlm, parts, listed, tasks, **options)
+    predicted = forecast_sweep(vlm, parts, listed, tasks, **options)
     if not args.json:
-        forecast(found)
-    return found.to_json()
+        forecast(predicted)
+    return predicted.to_json()

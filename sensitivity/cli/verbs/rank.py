@@ -36,11 +36,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.study.study import Study
 
     study = Study(args.study)
-    found = {
+    rankings = {
         task: rank(study, task, by=args.by, method=args.method, near=args.near, bootstraps=args.bootstraps)
         for task in ([args.task] if args.task else study.tasks)
     }
     if not args.json:
-        for one in found.values():
+        for one in rankings.values():
             ranking(one)
-    return {task: one.to_json() for task, one in found.items()}
+    return {task: one.to_json() for task, one in rankings.items()}

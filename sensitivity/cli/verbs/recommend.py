@@ -77,22 +77,22 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     vlm = None
     if not args.no_run and "fingerprint" in study.meta:
         vlm = load(str(model), device=args.device, dtype=args.dtype or study.meta["dtype"])
-    chosen, steps = begin_recommendation(study, request, vlm)
+    recommendations, steps = begin_recommendation(study, request, vlm)
     if vlm is not None:
         show_progress(steps, "verifying")
-    found = chosen()
-    paths = save(study, found)
+    best = recommendations()
+    paths = save(study, best)
     notes = dict.fromkeys(note for task in weights for note in observations_of(study, task).notes)
     if not args.json:
         for note in notes:
             print(f"note: {note}")
-        for one, path in zip(found, paths, strict=True):
+        for one, path in zip(best, paths, strict=True):
             recommendation(one)
             print(f"  plan: {path}")
-        answer_counts({f"{one.plan.key[:8]} {one.plan.describe()}": _counts(study, one) for one in found})
+        answer_counts({f"{one.plan.key[:8]} {one.plan.describe()}": _counts(study, one) for one in best})
     facts = [
         {**one.to_json(), "path": str(path), "answers": _counts(study, one)}
-        for one, path in zip(found, paths, strict=True)
+        for one, path in zip(best, paths, strict=True)
     ]
     return facts[0] | {"notes": list(notes)} | ({"budgets": facts} if len(facts) > 1 else {})
 

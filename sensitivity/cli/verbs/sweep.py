@@ -243,10 +243,10 @@ def _forecast(
     assert not callable(plans)
     options = {"device": args.device, "dtype": args.dtype, "plain": args.plain, "calibration": args.calibration_n}
     options |= {"cache_gb": args.cache_gb, "memory_gb": args.memory_gb}
-    found = forecast_sweep(vlm, parts, list(plans), tasks, **options)
+    predicted = forecast_sweep(vlm, parts, list(plans), tasks, **options)
     if not args.json:
-        forecast(found)
-    return found.to_json()
+        forecast(predicted)
+    return predicted.to_json()
 
 
 def _summary(args: argparse.Namespace, study: Study) -> dict[str, object]:

@@ -23,9 +23,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.models.loading import device_of
 
     device_of(args.device)
-    found = verify(args.folder, args.device)
-    if found["verdict"] in ("damaged", "different"):
-        raise Failed(f"{args.folder}: {found['words']}")
+    outcome = verify(args.folder, args.device)
+    if outcome["verdict"] in ("damaged", "different"):
+        raise Failed(f"{args.folder}: {outcome['words']}")
     if not args.json:
-        print(f"{args.folder}: {found['words']}")
-    return found
+        print(f"{args.folder}: {outcome['words']}")
+    return outcome

@@ -52,11 +52,11 @@ def restrict(
         # a component that must be quantized, while the runtime can load none of its schemes, leaves no plan at all
         if wanted is not None and not wanted(component.name, None) and asked and all(why.values()):
             raise UserError(f"{name} can load none of what {component.name} is allowed: {why[asked[0]][0]}")
-    found = [_left_out(parts, places, rule) for rule, places in refused.items()]
+    notes = [_left_out(parts, places, rule) for rule, places in refused.items()]
     if not legal:
-        raise UserError(f"{name} can load nothing of this space: {'; '.join(found)}")
-    found += [f"{', '.join(g)} share their scheme: {runtime(name).title} makes one layer" for g in tied(parts, name)]
-    return [scheme for scheme in schemes if scheme in legal], found
+        raise UserError(f"{name} can load nothing of this space: {'; '.join(notes)}")
+    notes += [f"{', '.join(g)} share their scheme: {runtime(name).title} makes one layer" for g in tied(parts, name)]
+    return [scheme for scheme in schemes if scheme in legal], notes
 
 
 def _left_out(parts: ComponentMap, places: Mapping[str, Sequence[str]], rule: str) -> str:

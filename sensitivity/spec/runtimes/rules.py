@@ -102,19 +102,19 @@ def violations(parts: ComponentMap, plan: Plan, name: str) -> list[str]:
     for component in parts.components:
         for refusal in refusals(component, plan[component.name], name):
             refused.setdefault(refusal, []).append(f"{component.name} ({_scheme(plan[component.name])})")
-    found = [f"{', '.join(components)}: {refusal}" for refusal, components in refused.items()]
+    broken = [f"{', '.join(components)}: {refusal}" for refusal, components in refused.items()]
     for group in tied(parts, name):
         schemes = {plan[member] for member in group}
         if len(schemes) > 1:
             widths = ", ".join(f"{member} at {_scheme(plan[member])}" for member in group)
-            found.append(f"{widths}: {able.title} makes one layer of them, so they must have one scheme")
+            broken.append(f"{widths}: {able.title} makes one layer of them, so they must have one scheme")
     used = {scheme for _, scheme in plan.schemes if scheme is not None}
     if able.one_scheme and len(used) > 1:
-        found.append(
+        broken.append(
             f"the plan has {len(used)} schemes ({', '.join(sorted(map(_scheme, used)))}), and {able.title} takes one "
             "for all that is quantized"
         )
-    return found
+    return broken
 
 
 def tied(parts: ComponentMap, name: str) -> list[tuple[str, ...]]:
@@ -137,8 +137,8 @@ def tied(parts: ComponentMap, name: str) -> list[tuple[str, ...]]:
 
 def check(parts: ComponentMap, plan: Plan, name: str) -> None:
     """Raise an error that names the rules that a plan breaks."""
-    if found := violations(parts, plan, name):
-        shown = "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
+    if broken := violations(parts, plan, name):
+        shown = "; ".join(broken[:4]) + (f"; and {len(broken) - 4} more" if len(broken) > 4 else "")
         raise UserError(f"{name} cannot hold this plan: {shown}. `sensitivity legalize` finds the best plan that fits")
 
 

@@ -176,9 +176,9 @@ def abilities(name: str) -> str:
     able = runtime(name)
     zeros = "" if able.zeros is None else f" --group {' or '.join(map(str, able.zeros))}"
     grids = (("--symmetric", able.symmetric), (f"--no-symmetric{zeros}", able.asymmetric))
-    words = [f"{flag} --bits {','.join(map(str, widths))}" for flag, widths in grids if widths]
-    found = " or ".join(words)
+    grid_flags = [f"{flag} --bits {','.join(map(str, widths))}" for flag, widths in grids if widths]
+    flags = " or ".join(grid_flags)
     groups = able.groups_of or ({} if able.groups is None else {0: able.groups})
     for bits, sizes in groups.items():
-        found += f", --group {' or '.join(map(str, sizes))}" + (f" at {bits} bits" if bits else "")
-    return found if able.methods is None else f"--method {' or '.join(able.methods)} {found}"
+        flags += f", --group {' or '.join(map(str, sizes))}" + (f" at {bits} bits" if bits else "")
+    return flags if able.methods is None else f"--method {' or '.join(able.methods)} {flags}"

@@ -57,15 +57,15 @@ def questions(study: Path, meta: Mapping[str, object]) -> Questions:
 def tasks_of(meta: Mapping[str, object]) -> list[Task]:
     """The tasks that a study's metadata name, as far as their data are still those that were measured."""
     asked = cast(_Asked, meta)
-    found: list[Task] = []
+    unchanged: list[Task] = []
     for name in asked["tasks"] if _Asked.__required_keys__ <= set(meta) else ():
         try:
             task = find_task(name, "evaluation", asked["n"], asked["seed"])
             if asked["data"].get(task.name) == f"{len(task.examples)} examples {task.fingerprint}":
-                found.append(task)
+                unchanged.append(task)
         except (UserError, OSError):  # the data were moved or changed: whoever shows examples says so
             continue
-    return found
+    return unchanged
 
 
 class _Asked(TypedDict):

@@ -84,14 +84,14 @@ def trials(study: Study) -> pd.DataFrame:
 
 def _of_task(shared: pd.DataFrame, table: pd.DataFrame, task: str) -> pd.DataFrame:
     """The rows of one task, without its name in the columns."""
-    own = {name: table[f"{task}.{name}"] for name in SCORES if f"{task}.{name}" in table}
+    scores = {name: table[f"{task}.{name}"] for name in SCORES if f"{task}.{name}" in table}
     metrics = {
         f"metric.{column.removeprefix(f'{task}.')}": table[column]
         for column in table
         if column.startswith(f"{task}.") and column.removeprefix(f"{task}.") not in SCORES
     }
-    found = shared.assign(task=task, score=table[task]).assign(**own, **metrics)
-    return found[found["score"].notna()]
+    rows = shared.assign(task=task, score=table[task]).assign(**scores, **metrics)
+    return rows[rows["score"].notna()]
 
 
 def examples(study: Study) -> Iterator[pd.DataFrame]:

@@ -32,7 +32,7 @@ def read(study: Path) -> Expected | None:
     file = paths.expected(study)
     if not file.exists():
         return None
-    found: dict[str, dict[Scheme, float]] = {}
+    damages: dict[str, dict[Scheme, float]] = {}
     for row in schema.read(file, "expected", REPAIR)["damages"]:
-        found.setdefault(row["component"], {})[Scheme.from_json(row["scheme"])] = float(row["damage"])
-    return found
+        damages.setdefault(row["component"], {})[Scheme.from_json(row["scheme"])] = float(row["damage"])
+    return damages

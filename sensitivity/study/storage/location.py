@@ -46,10 +46,10 @@ def agreed(path: Path, asked: str | None) -> str | None:
 
 def usable(path: Path, asked: str | None) -> str | None:
     """The URL of the database to use, checked to be reachable where it is new to this folder."""
-    chosen = agreed(path, asked)  # the folder's own one may be away for a while: it is waited for when it is opened
-    if chosen is not None and chosen != address(path):
-        check(chosen)
-    return chosen
+    url = agreed(path, asked)  # the folder's own one may be away for a while: it is waited for when it is opened
+    if url is not None and url != address(path):
+        check(url)
+    return url
 
 
 def write_address(path: Path, url: str) -> None:

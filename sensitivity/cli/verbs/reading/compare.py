@@ -33,39 +33,39 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if args.out is not None:
         comparison_page.check(args.out)
     a, b = side(args.a), side(args.b)
-    found = compare(a, b)
+    comparison = compare(a, b)
     if args.out is not None:
-        comparison_page.write(args.out, a, b, found)
+        comparison_page.write(args.out, a, b, comparison)
     if not args.json:
-        _show(found)
+        _show(comparison)
         if args.out is not None:
             print(f"page: {args.out}")
-    return found.to_json() | {"page": None if args.out is None else str(args.out)}
+    return comparison.to_json() | {"page": None if args.out is None else str(args.out)}
 
 
-def _show(found: Versus) -> None:
+def _show(comparison: Versus) -> None:
     """Print the comparison: a row for each pair of plans, and sentences for the first of each task."""
-    for note in found.notes:
+    for note in comparison.notes:
         print(f"note: {note}")
     table(
-        f"A: {found.a}; B: {found.b} (B minus A, with 95 % intervals)",
+        f"A: {comparison.a}; B: {comparison.b} (B minus A, with 95 % intervals)",
         ("what", "task", "A", "B", "difference", "right → wrong", "wrong → right", "A's plan", "B's plan"),
-        [_cells(row) for row in found.rows],
+        [_cells(row) for row in comparison.rows],
     )
-    for task in dict.fromkeys(row.paired.task for row in found.rows):
-        print(next(row for row in found.rows if row.paired.task == task).paired.words)
+    for task in dict.fromkeys(row.paired.task for row in comparison.rows):
+        print(next(row for row in comparison.rows if row.paired.task == task).paired.words)
 
 
 def _cells(row: Row) -> tuple[object, ...]:
     one, d = row.paired, row.paired.difference
-    how = "" if one.shared else " unpaired"
+    unpaired = "" if one.shared else " unpaired"
     changes = (one.to_wrong, one.to_right) if one.shared else ("–", "–")
     return (
         row.what,
         one.task,
         f"{one.a.mean:.3f} at {row.a_bpw:.2f}",
         f"{one.b.mean:.3f} at {row.b_bpw:.2f}",
-        f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{how}",
+        f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{unpaired}",
         *changes,
         row.a.describe(),
         row.b.describe() if row.b.key != row.a.key else "the same",

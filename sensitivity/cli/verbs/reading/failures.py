@@ -48,23 +48,23 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     plan = _plan(study, args.plan)
     where = study_of(study, plan)
     pictures = None if args.out is None else Pictures(where.meta)
-    found = gallery("What breaks first", where, plan, pictures, args.n, args.task or "", args.kind or "")
+    failures = gallery("What breaks first", where, plan, pictures, args.n, args.task or "", args.kind or "")
     if args.out is not None:
-        failures_page.write(args.out, study.parts.model, [found])
+        failures_page.write(args.out, study.parts.model, [failures])
     if not args.json:
-        answer_counts({f"{plan.key[:8]} {plan.describe()}": found.counts})
-        _show([card.change for card in found.cards], found.changed)
+        answer_counts({f"{plan.key[:8]} {plan.describe()}": failures.counts})
+        _show([card.change for card in failures.cards], failures.changed)
         if args.out is not None:
             print(f"page: {args.out}")
     return {
         "study": str(where.path),
         "key": plan.key,
         "plan": plan.describe(),
-        "base": found.base,
-        "answers": list(found.counts),
-        "changed": found.changed,
-        "examples": [card.change.to_json() for card in found.cards],
-        "notes": list(found.notes),
+        "base": failures.base,
+        "answers": list(failures.counts),
+        "changed": failures.changed,
+        "examples": [card.change.to_json() for card in failures.cards],
+        "notes": list(failures.notes),
         "page": None if args.out is None else str(args.out),
     }
 
@@ -79,8 +79,8 @@ def _plan(study: Study, key: str | None) -> Plan:
             if one.plan.key.startswith(key):
                 return one.plan
         return study.plan_named(key)
-    if chosen := recommended(study):
-        return chosen[0].plan
+    if recommendations := recommended(study):
+        return recommendations[0].plan
     best = [trial.plan for trial in frontier_trials(study.measured(), study.tasks[0]) if not trial.plan.is_native]
     if not best:
         raise UserError(f"{study.path} has no quantized plan on its frontier; name one by its key: --plan KEY")
