@@ -71,9 +71,9 @@ def _expected(folder: Path, facts: Manifest) -> pd.DataFrame:
         raise UserError(f"{folder / EXPECTED} is damaged ({error}); export again") from error
 
 
-def compare(expected: pd.DataFrame, found: pd.DataFrame) -> dict[str, object]:
+def compare(expected: pd.DataFrame, answered: pd.DataFrame) -> dict[str, object]:
     """Compare answers and scores example by example."""
-    both = expected.merge(found, on=["task", "example"], how="outer", suffixes=("", "_found"), indicator=True)
+    both = expected.merge(answered, on=["task", "example"], how="outer", suffixes=("", "_found"), indicator=True)
     missing = int((both["_merge"] != "both").sum())
     both = both[both["_merge"] == "both"]
     answers = int((both["answer"] != both["answer_found"]).sum())

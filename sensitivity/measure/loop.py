@@ -162,7 +162,7 @@ def _metrics(study: Study, shared: _SharedWork, asked: Trial, rows: Rows) -> dic
     """Each task's further metrics over all examples of a trial, including those of earlier shards."""
     before = study.examples(asked.plan) if asked.done else None
     every = rows if before is None else {name: [*before[name], *rows[name]] for name in rows}
-    return {task.name: found for task in shared.tasks if (found := task.quick(every))}
+    return {task.name: metrics for task in shared.tasks if (metrics := task.quick(every))}
 
 
 def not_finite(rows: Rows, plan: Plan) -> int:
@@ -231,10 +231,10 @@ class _SharedWork:
         with quantized(self.vlm.model, self.parts, plan, self.weights, self.statistics):
             for task in self.tasks:
                 for number, batch in enumerate(self.batches[task.name]):
-                    found = example_rows(
+                    columns = example_rows(
                         task, batch, *answer(self.vlm, task, batch, self.prefix_cache, (task.name, number))
                     )
-                    for name, values in found.items():
+                    for name, values in columns.items():
                         rows.setdefault(name, []).extend(values)
         if self.weights is not None:
             # only between plans, since the running plan needs all of its codes

@@ -57,20 +57,20 @@ def speculate(
     components are to the bits of activations, and needs no right answers (QSpec, code read: drafts with 4 bits in the
     whole model; rates by component are ours).
     """
-    if any(chosen and chosen.activations != NOT_ROUNDED for _, chosen in plan.schemes):
+    if any(scheme and scheme.activations != NOT_ROUNDED for _, scheme in plan.schemes):
         raise UserError("the plan that verifies leaves activations at 16 bits; its drafts round them")
     if not greedy_takes_argmax(vlm):
         raise UserError(f"{vlm.name} does not generate the most likely token, so drafts cannot be verified")
-    found: list[str] = []
+    answers: list[str] = []
     drafted = accepted = 0
     with quantized(vlm.model, parts, plan, statistics=statistics), torch.inference_mode():
         for batch in batches(vlm, task, plain=True):
             drafts = _Speculating(vlm, parts, batch, components, activations)
             while drafts.state.unfinished:
                 drafts.one_round(gamma, task.max_new_tokens)
-            found += [answer.text for answer in decoded_answers(vlm, drafts.state.answers, task)]
+            answers += [answer.text for answer in decoded_answers(vlm, drafts.state.answers, task)]
             drafted, accepted = drafted + drafts.drafted, accepted + drafts.accepted
-    return Speculation(found, drafted, accepted)
+    return Speculation(answers, drafted, accepted)
 
 
 class _Speculating:

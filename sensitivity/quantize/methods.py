@@ -249,7 +249,7 @@ def solve(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight
     results: dict[Scheme, Sequence[StoredWeight | None]] = {}
     for alike in _by_settings(schemes):
         results.update(zip(alike, method_of(alike[0]).solve(linears, alike), strict=True))
-    return [list(results[chosen]) for chosen in schemes]
+    return [list(results[scheme]) for scheme in schemes]
 
 
 def quantize(weight: Tensor, scheme: Scheme, curvature: Curvature | None = None) -> Tensor:
@@ -260,7 +260,7 @@ def quantize(weight: Tensor, scheme: Scheme, curvature: Curvature | None = None)
 
 def _by_settings(schemes: Iterable[Scheme]) -> list[list[Scheme]]:
     """Schemes in lists whose members differ in bits alone, from the narrowest up."""
-    found: dict[Scheme, list[Scheme]] = {}
-    for chosen in sorted(set(schemes), key=lambda s: s.bits):
-        found.setdefault(replace(chosen, bits=1), []).append(chosen)
-    return list(found.values())
+    by_settings: dict[Scheme, list[Scheme]] = {}
+    for scheme in sorted(set(schemes), key=lambda s: s.bits):
+        by_settings.setdefault(replace(scheme, bits=1), []).append(scheme)
+    return list(by_settings.values())

@@ -56,16 +56,16 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
         raise UserError(
             f"{method} rotates inputs, and rounds them only as they are before; leave activations at 16 bits"
         )
-    found = Scheme(name, bits, group, symmetric, tuple(settings.items()), activations, cache)
-    if calibration and needs_data(found):
-        found = replace(found, settings=tuple({**settings, **calibration}.items()))
-    if found.get("backend"):
-        if needs_both_paths(found) or found.get("transform"):
+    made = Scheme(name, bits, group, symmetric, tuple(settings.items()), activations, cache)
+    if calibration and needs_data(made):
+        made = replace(made, settings=tuple({**settings, **calibration}.items()))
+    if made.get("backend"):
+        if needs_both_paths(made) or made.get("transform"):
             raise UserError(
-                f"{method} shifts or rotates weights, which {found['backend']} does not; leave out --backend"
+                f"{method} shifts or rotates weights, which {made['backend']} does not; leave out --backend"
             )
-        gptqmodel_solver.check(found)
-    return found
+        gptqmodel_solver.check(made)
+    return made
 
 
 def schemes_of(methods: Sequence[str], bits: Sequence[int], **chosen: Any) -> list[Scheme]:
@@ -85,22 +85,22 @@ def schemes_of(methods: Sequence[str], bits: Sequence[int], **chosen: Any) -> li
     for setting in chosen:
         if setting not in ("group", "symmetric", *known):
             raise unknown(f"setting of {' and '.join(methods)}", setting, known or ["none"])
-    found = []
+    schemes = []
     for name, row in rows.items():
-        own = {key: value for key, value in chosen.items() if key in row.settings}
+        settings = {key: value for key, value in chosen.items() if key in row.settings}
         grid = {key: chosen.get(key) for key in ("group", "symmetric") if not row.fixed}
-        found += [scheme(name, width, **own, **grid, **rounded) for width in bits if width in row.widths]
+        schemes += [scheme(name, width, **settings, **grid, **rounded) for width in bits if width in row.widths]
         if not any(width in row.widths for width in bits):
             raise UserError(f"{name} takes none of the widths {', '.join(map(str, bits))}; leave it out of --method")
-    return found
+    return schemes
 
 
 def method_named(name: str) -> Method:
     """The row of METHODS of a method or preset."""
-    own = str(PRESETS.get(name, {"method": name})["method"])
-    if own not in ROWS:
+    method = str(PRESETS.get(name, {"method": name})["method"])
+    if method not in ROWS:
         raise unknown("method", name, [*ROWS, *PRESETS])
-    return ROWS[own]
+    return ROWS[method]
 
 
 def check_scheme(chosen: Scheme) -> None:

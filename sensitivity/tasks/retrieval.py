@@ -71,14 +71,14 @@ def of_flickr30k(folder: Path, split: str, n: int, seed: int) -> Task:
 
 def scene_retrieval(split: str, n: int, seed: int) -> Task:
     """n scenes with different captions, in pools of 256."""
-    found: dict[str, scenes.Scene] = {}
+    scene_of: dict[str, scenes.Scene] = {}
     index = 0
-    while len(found) < n:
+    while len(scene_of) < n:
         one = scenes.scene(split, seed, index)
-        found.setdefault(scenes.caption(one), one)
+        scene_of.setdefault(scenes.caption(one), one)
         index += 1
-    names, images = [one.id for one in found.values()], [one.image for one in found.values()]
-    return _task("retrieval", names, images, [[caption] for caption in found], Gallery(POOL, 16), ())
+    names, images = [one.id for one in scene_of.values()], [one.image for one in scene_of.values()]
+    return _task("retrieval", names, images, [[caption] for caption in scene_of], Gallery(POOL, 16), ())
 
 
 def _task(

@@ -43,7 +43,7 @@ def found(answer: str, example: Example) -> float:
 
 def _examples(split: str, n: int, seed: int, kinds: Sequence[str]) -> tuple[Example, ...]:
     """One question of each kind per scene, drawn with the seed, until there are n."""
-    found: list[Example] = []
+    examples: list[Example] = []
     for index in range(math.ceil(n / len(kinds))):
         one = scenes.scene(split, seed, index)
         questions = scenes.questions(one, seed)
@@ -52,5 +52,5 @@ def _examples(split: str, n: int, seed: int, kinds: Sequence[str]) -> tuple[Exam
             # the draw depends on the kind, not on its position: a task of one kind asks the same questions as a task of
             # all
             drawn = choice[int(np.random.default_rng([seed, index, scenes.KINDS.index(kind)]).integers(len(choice)))]
-            found.append(Example(f"{one.id}-{kind}", one.id, kind, one.image, drawn.prompt, (drawn.answer,)))
-    return tuple(found[:n])
+            examples.append(Example(f"{one.id}-{kind}", one.id, kind, one.image, drawn.prompt, (drawn.answer,)))
+    return tuple(examples[:n])

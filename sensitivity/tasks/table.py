@@ -54,14 +54,14 @@ def task(name: str, split: str = "evaluation", n: int = 1000, seed: int = 0, who
         >>> questions.score(first.answers[0], first)
         1.0
     """
-    found = _named(name, split, n, seed)
-    return replace(found, exact=False) if whole else found
+    named = _named(name, split, n, seed)
+    return replace(named, exact=False) if whole else named
 
 
-def distinct(found: Sequence[Task], sources: Sequence[str]) -> None:
+def distinct(tasks: Sequence[Task], sources: Sequence[str]) -> None:
     """Raise an error if two tasks have the same name, under which their scores are stored."""
-    for i, (one, source) in enumerate(zip(found, sources, strict=True)):
-        for other, earlier in zip(found[:i], sources, strict=False):
+    for i, (one, source) in enumerate(zip(tasks, sources, strict=True)):
+        for other, earlier in zip(tasks[:i], sources, strict=False):
             if one.name == other.name:
                 raise UserError(f"{earlier} and {source} are both called {one.name}; rename one of the files")
 

@@ -19,7 +19,7 @@ def believed(study: Study, knapsack: Knapsack, weights: Mapping[str, float]) -> 
     the surrogate misses, plus noise. The share of what is missed in the sum of both variances is how much of the
     reading's distance to the prediction is kept.
     """
-    found: dict[str, float] = {}
+    shares: dict[str, float] = {}
     total = sum(weights.values())
     for task, weight in weights.items():
         observations, model = observations_of(study, task), knapsack.models[task]
@@ -27,8 +27,8 @@ def believed(study: Study, knapsack: Knapsack, weights: Mapping[str, float]) -> 
         noise = (observations.noise or 0.0) ** 2
         missed = max(model.sigma**2 - noise, 0.0)
         for key, rows in pd.DataFrame({"key": observations.keys}).groupby("key").groups.items():
-            reading, expected, own = observations.score[rows].mean(), predicted[rows].mean(), noise / len(rows)
-            kept = missed / (missed + own) if missed + own > 0 else 1.0
+            reading, expected, variance = observations.score[rows].mean(), predicted[rows].mean(), noise / len(rows)
+            kept = missed / (missed + variance) if missed + variance > 0 else 1.0
             score = (expected + kept * (reading - expected)) / (knapsack.full(task) or 1.0)
-            found[str(key)] = found.get(str(key), 0.0) + weight / total * float(score)
-    return {key: score for key, score in found.items() if np.isfinite(score)}
+            shares[str(key)] = shares.get(str(key), 0.0) + weight / total * float(score)
+    return {key: score for key, score in shares.items() if np.isfinite(score)}

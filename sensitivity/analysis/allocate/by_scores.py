@@ -38,16 +38,16 @@ def optimum(
     damages = rising(knapsack.space, scores)
     ways = searches(parts, runtime, schemes) if runtime else [None]
     together = merge_groups([*tied(parts, runtime), *tie]) if runtime else tie
-    found, failure = [], None
+    solutions, failure = [], None
     for way in ways:
         try:
-            found.append(_solved(knapsack, damages, budget_bits(parts, bpw), intersection(way, allow), together))
+            solutions.append(_solved(knapsack, damages, budget_bits(parts, bpw), intersection(way, allow), together))
         except UserError as error:
             failure = failure or error
-    if not found:
+    if not solutions:
         assert failure is not None
         raise failure
-    return knapsack.space.decode(min(found, key=lambda one: one[1])[0])
+    return knapsack.space.decode(min(solutions, key=lambda one: one[1])[0])
 
 
 def _solved(
@@ -66,7 +66,7 @@ def _solved(
 
 def rising(space: Space, scores: Scores) -> list[np.ndarray]:
     """Per component, the damage of each choice, native first: within a family it never falls with the bits."""
-    found = []
+    per_component = []
     for name, options in zip(space.names, space.choices, strict=True):
         damages, before = [0.0], None
         for option in options[1:]:
@@ -74,17 +74,17 @@ def rising(space: Space, scores: Scores) -> list[np.ndarray]:
             narrower = before is not None and (before.method, before.group) == (option.method, option.group)
             damages.append(max(scores[name].get(option, np.inf), damages[-1] if narrower else 0.0))
             before = option
-        found.append(np.array(damages))
-    return found
+        per_component.append(np.array(damages))
+    return per_component
 
 
 def combined(scores: Sequence[Scores]) -> dict[str, dict[Scheme, float]]:
     """The geometric mean of several scores, each scaled to its mean logarithm, where all of them are above zero."""
-    found: dict[str, dict[Scheme, float]] = {}
+    means: dict[str, dict[Scheme, float]] = {}
     levels = [np.mean([np.log(v) for row in one.values() for v in row.values() if v > 0] or [0.0]) for one in scores]
     for name, row in scores[0].items():
         for scheme in row:
             values = [one[name][scheme] for one in scores]
             logs = [np.log(v) - level for v, level in zip(values, levels, strict=True) if v > 0]
-            found.setdefault(name, {})[scheme] = float(np.exp(np.mean(logs))) if len(logs) == len(scores) else 0.0
-    return found
+            means.setdefault(name, {})[scheme] = float(np.exp(np.mean(logs))) if len(logs) == len(scores) else 0.0
+    return means

@@ -82,12 +82,12 @@ def _read(study: Study, file: Path, data: RecommendationJson) -> Recommendation:
         raise wrong(str(error)) from error
 
 
-def since(study: Study, chosen: Sequence[Recommendation]) -> list[str]:
+def since(study: Study, recommendations: Sequence[Recommendation]) -> list[str]:
     """Sentences on how far a study has grown since these recommendations, and what would be recommended now."""
-    asked = chosen[0].provenance.get("asked") if chosen else None
-    if asked is None or chosen[0].provenance.get("read") in (None, digest(study)):
+    asked = recommendations[0].provenance.get("asked") if recommendations else None
+    if asked is None or recommendations[0].provenance.get("read") in (None, digest(study)):
         return []
-    before, now = chosen[0].provenance.get("trials", 0), len(study.measured())
+    before, now = recommendations[0].provenance.get("trials", 0), len(study.measured())
     how = f"from {before:,} to {now:,} plans" if before != now else f"by further examples of its {now:,} plans"
     sentences = [
         f"The study has grown {how} since this was recommended; what is said of it here is what was found then."
@@ -97,7 +97,7 @@ def since(study: Study, chosen: Sequence[Recommendation]) -> list[str]:
         fresh = proposed(study, request)
     except UserError as error:
         return [*sentences, f"Nothing could be recommended now: {error}."]
-    ours = {f"{one.budget:.4g}": one.plan for one in chosen}
+    ours = {f"{one.budget:.4g}": one.plan for one in recommendations}
     for bpw, (candidates, _) in zip(request.bpw, fresh, strict=True):
         best = candidates[0]
         old = ours.get(f"{best.budget:.4g}")

@@ -135,7 +135,7 @@ def plans_for(
     runtime: str,
     parts: ComponentMap,
     schemes: Sequence[Scheme],
-    how: str = "grid",
+    search: str = "grid",
     trials: int | None = None,
     seed: int = 0,
     allow: Allowed | None = None,
@@ -144,7 +144,7 @@ def plans_for(
     """The plans of a search that a runtime can load; `loadable.restrict` says what that leaves out."""
     together = merge_groups([*tied(parts, runtime), *tie])
     ways = [
-        plans(parts, schemes, how, trials, seed, intersection(allowed, allow), together)
+        plans(parts, schemes, search, trials, seed, intersection(allowed, allow), together)
         for allowed in searches(parts, runtime, schemes)
     ]
     # one list of plans can be appended to another; a sampler has a single search space

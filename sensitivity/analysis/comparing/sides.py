@@ -64,8 +64,8 @@ class Paired:
     def words(self) -> str:
         """The verdict as a sentence."""
         d = self.difference
-        how = f"{d.n:,} paired examples" if self.shared else "unpaired: they have seen other examples"
-        interval = f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}], {how}"
+        paired = f"{d.n:,} paired examples" if self.shared else "unpaired: they have seen other examples"
+        interval = f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}], {paired}"
         if d.low > 0:
             return f"B scores clearly higher on {self.task}: {interval}."
         if d.high < 0:

@@ -55,12 +55,12 @@ def galleries(
     The answers are those of the verification on fresh examples where a plan was verified.
     """
     known: dict[str, Pictures] = {}
-    found = []
+    made = []
     for title, plan in plans:
         where = study_of(study, plan)
         pictures = known.setdefault(str(where.path), Pictures(where.meta))
-        found.append(gallery(title, where, plan, pictures, most, task, kind))
-    return found
+        made.append(gallery(title, where, plan, pictures, most, task, kind))
+    return made
 
 
 def gallery(

@@ -52,10 +52,10 @@ class Pictures:
         """The pictures of an example, its boxes over the first one; fewer where images are not found."""
         files: tuple[Path | None, ...] = change.question.images if change.question else (None,)
         made = [self._picture(change, number, file) for number, file in enumerate(files)]
-        found = [one for one in made if one is not None]
+        pictures = [one for one in made if one is not None]
         if made and made[0] is not None:
-            found[0] = _with_boxes(made[0], change)
-        return found
+            pictures[0] = _with_boxes(made[0], change)
+        return pictures
 
     def _picture(self, change: Change, number: int, file: Path | None) -> Picture | None:
         name: Hashable = file or (change.task, change.example, number)
@@ -115,7 +115,7 @@ def _with_boxes(one: Picture, change: Change) -> Picture:
     drawn = {"right": right, "before": _boxes((change.before.answer,), one)}
     drawn["after"] = _boxes((change.after.answer,), one)
     return Picture(
-        one.uri, one.width, one.height, tuple((whose, _corners(box)) for whose, found in drawn.items() for box in found)
+        one.uri, one.width, one.height, tuple((whose, _corners(box)) for whose, boxes in drawn.items() for box in boxes)
     )
 
 

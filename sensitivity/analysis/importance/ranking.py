@@ -103,8 +103,8 @@ def _rank(observations: Observations, parts: ComponentMap | None, options: RankO
             "widths"
         )
     fitted = estimators.fit(x, y, every, seed)
-    chosen = list(ESTIMATORS) if options.thorough else list(CONSENSUS)
-    raw = {name: ESTIMATORS[name](fitted) for name in chosen}
+    estimated = list(ESTIMATORS) if options.thorough else list(CONSENSUS)
+    raw = {name: ESTIMATORS[name](fitted) for name in estimated}
     least = int(np.argmin(fitted.forest.feature_importances_))
     nothing_but_chance = estimators.chance(x, y, least, seed) if options.bootstraps else {}
     # chance is known for one column; a component of several columns gets as much for each
@@ -139,7 +139,7 @@ def _rank(observations: Observations, parts: ComponentMap | None, options: RankO
     levels = robustness.without_levels(widths, names, groups, seed)
     return replace(
         ranking,
-        tau=robustness.agreement(table[chosen]),
+        tau=robustness.agreement(table[estimated]),
         levels=levels,
         pairs=robustness.interactions(fitted, names),
         warnings=(*warnings, *robustness.cautions(widths, ranking, levels)),
@@ -173,9 +173,9 @@ def grouping(
     names: Sequence[str], parts: ComponentMap | None, by: str | None
 ) -> tuple[tuple[str, ...], list[list[int]], str]:
     """Names of the components at a coarser granularity, the columns that make up each, and the granularity's name."""
-    own = parts.by if parts else "component"
-    if by is None or by == own:
-        return tuple(names), [[i] for i in range(len(names))], own
+    native = parts.by if parts else "component"
+    if by is None or by == native:
+        return tuple(names), [[i] for i in range(len(names))], native
     if parts is None:
         raise UserError("a bare table has only its own granularity; leave out --by")
     coarse = parts.regroup(by)
@@ -184,7 +184,7 @@ def grouping(
     for column, (name, ending) in enumerate(map(component_of, names)):
         owners = {owner[weight.name] for weight in parts[name].weights}
         if len(owners) > 1:
-            raise UserError(f"'{by}' is finer than this study's '{own}': {name} lies in {', '.join(sorted(owners))}")
+            raise UserError(f"'{by}' is finer than this study's '{native}': {name} lies in {', '.join(sorted(owners))}")
         columns.setdefault(owners.pop() + ending, []).append(column)
     return tuple(columns), list(columns.values()), by
 

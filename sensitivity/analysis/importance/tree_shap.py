@@ -93,8 +93,8 @@ class ShapleyTable:
                     both, one, two = (tuple(sorted((*subset, *extra))) for extra in ((f, g), (f,), (g,)))
                     out[:, f, g] += weight * (self.at(both) - self.at(one) - self.at(two) + self.at(subset))
             out[:, g, f] = out[:, f, g]
-        own = np.arange(features)
-        out[:, own, own] = self.values() - out.sum(axis=2)
+        diagonal = np.arange(features)
+        out[:, diagonal, diagonal] = self.values() - out.sum(axis=2)
         return out
 
 
@@ -124,8 +124,8 @@ class Leaves:
     def interactions(self) -> np.ndarray:
         """SHAP interaction values, as shap defines them: halves off the diagonal, rows sum to the SHAP values."""
         out = np.concatenate([self._of(rows, pairs=True) for rows in self._portions()])
-        own = np.arange(out.shape[1])
-        out[:, own, own] = self.values() - out.sum(axis=2)
+        diagonal = np.arange(out.shape[1])
+        out[:, diagonal, diagonal] = self.values() - out.sum(axis=2)
         return out
 
     def _portions(self) -> list[np.ndarray]:

@@ -19,13 +19,13 @@ __all__ = ["check", "write"]
 MOST = 60  # examples that are shown
 
 
-def write(out: Path, a: Side, b: Side, found: Versus) -> None:
+def write(out: Path, a: Side, b: Side, comparison: Versus) -> None:
     """Write the page, over an earlier one of ours only."""
     check(out)
-    single = found.rows[0] if a.plan or b.plan else None
+    single = comparison.rows[0] if a.plan or b.plan else None
     page = rendered(
         "comparison.html",
-        versus=found,
+        versus=comparison,
         galleries=[_gallery(a, b, single)] if single else [],
     )
     out.parent.mkdir(parents=True, exist_ok=True)

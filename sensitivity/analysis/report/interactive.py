@@ -40,10 +40,10 @@ def pareto(
     rows = table[table["bpw"].notna()]
     if not len(rows):
         return None
-    chosen = [one for one in recommendations if task in one.candidate.predicted]
+    shown = [one for one in recommendations if task in one.candidate.predicted]
     scores = [rows[task].min(), rows[task].max(), *([full] if full is not None else [])]
-    scores += [value for one in chosen for value in _score_of(one, task)[1:] if math.isfinite(value)]
-    sizes = [rows["bpw"].min(), rows["bpw"].max(), *(one.size.bpw for one in chosen)]
+    scores += [value for one in shown for value in _score_of(one, task)[1:] if math.isfinite(value)]
+    sizes = [rows["bpw"].min(), rows["bpw"].max(), *(one.size.bpw for one in shown)]
     if min(scores) == max(scores):  # all scores are equal: the axis needs a span
         scores += [scores[0] - 0.1, scores[0] + 0.1]
     across = _scale(math.log(min(sizes) * 0.95), math.log(max(sizes) * 1.05), LEFT, WIDTH - RIGHT)
@@ -54,7 +54,7 @@ def pareto(
     return {
         "points": points,
         "line": [(p["x"], p["y"]) for p in sorted((p for p in points if p["best"]), key=lambda p: p["x"])],
-        "stars": [_star(one, task, across, up) for one in chosen],
+        "stars": [_star(one, task, across, up) for one in shown],
         "full": None if full is None else up(full),
         "task": task,
         "xticks": [
@@ -107,9 +107,9 @@ def _score_of(one: Recommendation, task: str) -> tuple[str, float, float, float]
 
 def _star(one: Recommendation, task: str, across: Scale, up: Scale) -> dict[str, object]:
     """The mark of a recommended plan."""
-    how, score, low, high = _score_of(one, task)
+    kind, score, low, high = _score_of(one, task)
     x, y = across(math.log(one.size.bpw)), up(score)
-    label = f"{how} {score:.3f} at {one.size.bpw:.2f} bpw"
+    label = f"{kind} {score:.3f} at {one.size.bpw:.2f} bpw"
     return {"x": x, "y": y, "y1": _placed(up, low), "y2": _placed(up, high), "label": label}
 
 

@@ -63,10 +63,10 @@ def report(
     out.mkdir(parents=True, exist_ok=True)
     if not any(out.iterdir()):
         mark_unfinished(out)
-    chosen = [recommendation] if isinstance(recommendation, Recommendation) else list(recommendation)
-    grown = kept_recommendation.since(study, chosen)
-    galleries, no_gallery = failing(study, chosen)
-    tasks = [_task_page(study, table, task, chosen, rankings or {}, bootstraps, out) for task in study.tasks]
+    recommendations = [recommendation] if isinstance(recommendation, Recommendation) else list(recommendation)
+    grown = kept_recommendation.since(study, recommendations)
+    galleries, no_gallery = failing(study, recommendations)
+    tasks = [_task_page(study, table, task, recommendations, rankings or {}, bootstraps, out) for task in study.tasks]
     page = rendered(
         "report.html",
         model=study.parts.model,
@@ -74,8 +74,8 @@ def report(
         trials=len(table),
         tasks=tasks,
         meta=study.meta,
-        recommendations=[(one, _plan_rows(study.parts, one.plan)) for one in chosen],
-        summary=sentences.summary(study, table, chosen, [task.ranking for task in tasks], grown),
+        recommendations=[(one, _plan_rows(study.parts, one.plan)) for one in recommendations],
+        summary=sentences.summary(study, table, recommendations, [task.ranking for task in tasks], grown),
         galleries=galleries,
         no_gallery=no_gallery,
         exports=exports.notes_of(study.path),
@@ -135,7 +135,7 @@ def _task_page(
     study: Study,
     table: pd.DataFrame,
     task: str,
-    chosen: Sequence[Recommendation],
+    recommendations: Sequence[Recommendation],
     rankings: Mapping[str, Ranking],
     bootstraps: int,
     out: Path,
@@ -156,14 +156,14 @@ def _task_page(
     rows = table[table[task].notna()]
     native = rows[rows["native"]]
     full = float(native[task].mean()) if len(native) else None
-    drawn = pictures(rows, observations, page.ranking, full, [one.plan.key for one in chosen])
+    drawn = pictures(rows, observations, page.ranking, full, [one.plan.key for one in recommendations])
     for picture in drawn:
         stem = out / f"{page.slug}-{picture.name}"
         write_atomically(stem.with_suffix(".png"), picture.png)
         write_atomically(stem.with_suffix(".svg"), picture.svg.encode())
         write_atomically(stem.with_suffix(".csv"), csv_bytes(picture.rows))
     # in the figure the size of every plan is counted in the same way, whatever format the recommended one is for
-    page.pareto = pareto(rows, task, full, [replace(one, size=size(study.parts, one.plan)) for one in chosen])
+    page.pareto = pareto(rows, task, full, [replace(one, size=size(study.parts, one.plan)) for one in recommendations])
     page.pictures = [(picture, picture.inline(page.slug)) for picture in drawn if picture.name != "pareto"]
     page.best = frontier_table(rows, task)
     page.budgets = _budgets(study, task)

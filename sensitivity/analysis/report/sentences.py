@@ -31,28 +31,28 @@ class Summary:
 def summary(
     study: Study,
     table: pd.DataFrame,
-    chosen: Sequence[Recommendation],
+    recommendations: Sequence[Recommendation],
     rankings: Sequence[Ranking | None],
     grown: Sequence[str] = (),
 ) -> Summary:
     """The report's summary of a study, its recommendations and its rankings."""
     ranked = [ranking for ranking in rankings if ranking is not None]
     return Summary(
-        tuple(_do(study, chosen, ranked)),
-        (*_sure(study, chosen, ranked), *grown),
-        tuple(_change(study, chosen, ranked)),
+        tuple(_do(study, recommendations, ranked)),
+        (*_sure(study, recommendations, ranked), *grown),
+        tuple(_change(study, recommendations, ranked)),
     )
 
 
-def _do(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
+def _do(study: Study, recommendations: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
     """What to do: the plans to use, and where to spend bits."""
     lines = [
         f"Use the plan {one.plan.describe()}: {one.size.bpw:.2f} bits per weight"
         f"{f' in {one.size.format} files' if one.size.format else ''} ({in_words(one.size.bytes)}) "
         f"within a budget of {one.budget:.2f}."
-        for one in chosen
+        for one in recommendations
     ]
-    if not chosen:
+    if not recommendations:
         lines.append(
             f"Choose a budget and ask for its plan: sensitivity recommend {study.path} --bpw 4.0. "
             "The table of budgets below shows what each would buy."
@@ -75,19 +75,19 @@ def _advice(ranking: Ranking) -> str:
     return f"For {ranking.task}, {f'keep {kept}, and ' if kept else ''}spend bits on {first} first ({ends})."
 
 
-def _sure(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
+def _sure(study: Study, recommendations: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
     """How sure that is: measurements, verdicts, and how well the forest predicts."""
     lines = []
-    if chosen and all(one.measured is None for one in chosen):
-        lines.append(chosen[0].words)
-    for one in chosen if not lines else ():
-        at = f"At {one.budget:g} bpw: " if len(chosen) > 1 else ""
+    if recommendations and all(one.measured is None for one in recommendations):
+        lines.append(recommendations[0].words)
+    for one in recommendations if not lines else ():
+        at = f"At {one.budget:g} bpw: " if len(recommendations) > 1 else ""
         if one.measured is not None:
             kept = f", where full precision scores {one.full}" if one.full else ""
             fresh = "fresh examples" if one.fresh else "the examples it was chosen on, so that its score is optimistic"
             lines.append(f"{at}{'it' if at else 'It'} was run on {fresh} and scored {one.measured}{kept}.")
         lines.append(f"{at}{one.words}")
-    if not chosen and not ranked:
+    if not recommendations and not ranked:
         lines.append("Not at all yet: no part could be ranked, for the reason given below, and no plan was run.")
     if study.meta.get("left_out"):
         used, rows = study.meta.get("used", 0), study.meta.get("rows", 0)
@@ -116,13 +116,13 @@ def _sentences(notes: Sequence[str]) -> str:
     return " ".join(f"{note[:1].upper()}{note[1:]}." for note in notes)
 
 
-def _change(study: Study, chosen: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
+def _change(study: Study, recommendations: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
     """What could change the answer: warnings, undecided comparisons, plans that are still queued."""
     lines = [f"{ranking.task}: {warning}." for ranking in ranked for warning in ranking.warnings]
     lines += [
         f"About {one.uniform.more:,} more examples would show whether the lead over the uniform plan at "
         f"{one.budget:g} bpw is real."
-        for one in chosen
+        for one in recommendations
         if one.uniform and one.uniform.more
     ]
     counts = study.counts()

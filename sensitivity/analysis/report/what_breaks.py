@@ -15,9 +15,9 @@ from sensitivity.study.study import Study
 MOST = 60  # pictures on a page
 
 
-def failing(study: Study, chosen: Sequence[Recommendation]) -> tuple[list[Gallery], list[str]]:
+def failing(study: Study, recommendations: Sequence[Recommendation]) -> tuple[list[Gallery], list[str]]:
     """Galleries of the plans that were compared, as far as their answers are known, and sentences on the others."""
-    plans = _plans(chosen)
+    plans = _plans(recommendations)
     if not plans:
         return [], [
             f"What a plan breaks is shown for recommended plans here, and for any other by `sensitivity failures "
@@ -36,11 +36,11 @@ def _has_answers(study: Study, plan: Plan) -> bool:
     return False
 
 
-def _plans(chosen: Sequence[Recommendation]) -> list[tuple[str, Plan]]:
+def _plans(recommendations: Sequence[Recommendation]) -> list[tuple[str, Plan]]:
     """The first budget's recommended plan, the best other candidate, and the best uniform plan, each once."""
-    if not chosen:
+    if not recommendations:
         return []
-    first = chosen[0]
+    first = recommendations[0]
     plans = [("The recommended plan", first.plan)]
     if first.others:
         plans.append(("The runner-up", max(first.others, key=lambda other: other.score.mean).other))

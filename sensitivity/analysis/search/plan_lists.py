@@ -57,8 +57,8 @@ def _too_many(choices: Sequence[Sequence[int]], count: int) -> str:
 
 def _one_at_a_time(space: SearchSpace, trials: int, seed: int) -> list[Plan]:
     rows = [
-        [i if axis == chosen else first for axis, first in enumerate(space.low)]
-        for chosen, options in enumerate(space.joint.choices)
+        [i if axis == varied else first for axis, first in enumerate(space.low)]
+        for varied, options in enumerate(space.joint.choices)
         for i in range(len(options) - 1, 0, -1)
     ]
     return list(dict.fromkeys([space.native, *map(space.plan, [*reversed(space.uniform()), *rows])]))
@@ -88,23 +88,23 @@ LISTS: dict[str, Callable[[SearchSpace, int, int], list[Plan]]] = {
 def plans(
     parts: ComponentMap,
     schemes: Sequence[Scheme],
-    how: str = "grid",
+    search: str = "grid",
     trials: int | None = None,
     seed: int = 0,
     allowed: Allowed | None = None,
     tied: Sequence[Sequence[str]] = (),
 ) -> Plans:
     """The plans of a search: a list, or a function that yields each plan after the last one was measured."""
-    check_search(how)
+    check_search(search)
     if trials is not None and trials < 1:
         raise UserError(f"a search needs at least one trial (--trials), not {trials}")
     space = SearchSpace.of(parts, schemes, allowed, tied)
-    if how in LISTS:
-        return LISTS[how](space, trials or 100, seed)[:trials]
-    return lambda study: sampled_plans(study, space, how, trials or 100, seed)
+    if search in LISTS:
+        return LISTS[search](space, trials or 100, seed)[:trials]
+    return lambda study: sampled_plans(study, space, search, trials or 100, seed)
 
 
-def check_search(how: str) -> None:
+def check_search(search: str) -> None:
     """Raise an error where no search has this name."""
-    if how not in LISTS and how not in SAMPLERS:
-        raise unknown("search", how, [*LISTS, *SAMPLERS])
+    if search not in LISTS and search not in SAMPLERS:
+        raise unknown("search", search, [*LISTS, *SAMPLERS])

@@ -59,8 +59,8 @@ class Space:
 
     def decode(self, row: Sequence[int] | Floats) -> Plan:
         """The plan of one row of positions."""
-        chosen = (options[int(i)] for options, i in zip(self.choices, row, strict=True))
-        return Plan(tuple(zip(self.names, chosen, strict=True)))
+        schemes = (options[int(i)] for options, i in zip(self.choices, row, strict=True))
+        return Plan(tuple(zip(self.names, schemes, strict=True)))
 
 
 def _family(scheme: Scheme) -> str:

@@ -72,8 +72,8 @@ def arguments(scheme: Scheme) -> dict[str, object]:
 def blocks(job: Job) -> list[str]:
     """The paths of the lists of blocks (what stands before a block's number), and of modules outside any block."""
     layers = [w for w in job.parts.weights if w.kind not in VOCABULARY]
-    found = [w.module if w.block is None else _before(w.module, w.block) for w in layers]
-    return list(dict.fromkeys(found))
+    paths = [w.module if w.block is None else _before(w.module, w.block) for w in layers]
+    return list(dict.fromkeys(paths))
 
 
 def _before(module: str, block: int) -> str:

@@ -60,14 +60,14 @@ def _specs(key: str, weight: Weight, scheme: Scheme) -> tuple[Spec, ...]:
     )
 
 
-def _tensors(found: QuantizedWeight, weight: Weight, scheme: Scheme) -> Sequence[Tensor]:
+def _tensors(stored: QuantizedWeight, weight: Weight, scheme: Scheme) -> Sequence[Tensor]:
     count = _specs("", weight, scheme)[1].shape[0]
-    zero = found.zero.to(torch.uint8).T.expand(count, weight.rows)
-    scale = found.scale.to(torch.float16)
+    zero = stored.zero.to(torch.uint8).T.expand(count, weight.rows)
+    scale = stored.scale.to(torch.float16)
     # scales found in bfloat16 may overflow or lose bits in float16; answers would differ from the measured ones
-    if not torch.equal(scale.float(), found.scale):
+    if not torch.equal(scale.float(), stored.scale):
         raise UserError(f"a scale of {weight.name} does not fit float16, which is how awq stores it; use gptq")
-    return _words(found.codes.T), _words(zero), scale.T.expand(count, weight.rows).contiguous()
+    return _words(stored.codes.T), _words(zero), scale.T.expand(count, weight.rows).contiguous()
 
 
 def _words(codes: Tensor) -> Tensor:

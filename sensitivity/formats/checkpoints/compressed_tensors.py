@@ -114,7 +114,7 @@ def layout(half: torch.dtype) -> PackedLayout:
                 Spec(f"{key}weight", torch.int8, (weight.rows, weight.cols)),
                 Spec(f"{key}weight_scale", half, shape),
             )
-        found = [
+        placed = [
             Spec(f"{key}weight_packed", torch.int32, (weight.rows, math.ceil(weight.cols * scheme.bits / 32))),
             Spec(f"{key}weight_scale", half, shape),
             Spec(f"{key}weight_shape", torch.int64, (2,)),
@@ -122,17 +122,17 @@ def layout(half: torch.dtype) -> PackedLayout:
         if not scheme.symmetric:
             whole = scheme.group == "tensor"
             packed = shape if whole else (math.ceil(weight.rows * scheme.bits / 32), shape[1])
-            found.append(Spec(f"{key}weight_zero_point", torch.int8 if whole else torch.int32, packed))
-        return tuple(found)
+            placed.append(Spec(f"{key}weight_zero_point", torch.int8 if whole else torch.int32, packed))
+        return tuple(placed)
 
-    def tensors(found: QuantizedWeight, weight: Weight, scheme: Scheme) -> Sequence[Tensor]:
+    def tensors(stored: QuantizedWeight, weight: Weight, scheme: Scheme) -> Sequence[Tensor]:
         if scheme.activations != NOT_ROUNDED:
-            signed = (found.codes.to(torch.int16) - 2 ** (scheme.bits - 1)).to(torch.int8)
-            return [signed, found.scale.to(half).reshape(_scales(weight, scheme))]
+            signed = (stored.codes.to(torch.int16) - 2 ** (scheme.bits - 1)).to(torch.int8)
+            return [signed, stored.scale.to(half).reshape(_scales(weight, scheme))]
         shape = torch.tensor([weight.rows, weight.cols])
-        made = [pack(found.codes, scheme.bits), found.scale.to(half).reshape(_scales(weight, scheme)), shape]
+        made = [pack(stored.codes, scheme.bits), stored.scale.to(half).reshape(_scales(weight, scheme)), shape]
         if not scheme.symmetric:
-            zero = found.zero.to(torch.int16)
+            zero = stored.zero.to(torch.int16)
             if scheme.group == "tensor":  # not packed, and relative to the middle of the signed codes
                 made.append((zero - 2 ** (scheme.bits - 1)).to(torch.int8).reshape(1))
             else:

@@ -102,16 +102,16 @@ def layout(kind: str) -> PackedLayout:
             Spec(f"{key}g_idx", torch.int32, (weight.cols,)),
         )
 
-    def tensors(found: QuantizedWeight, weight: Weight, scheme: Scheme) -> Sequence[Tensor]:
+    def tensors(stored: QuantizedWeight, weight: Weight, scheme: Scheme) -> Sequence[Tensor]:
         bits, planar = scheme.bits, kind == "gptq_p"
-        zero = found.zero.to(torch.int16).T.expand(groups(scheme, 1, weight.cols), weight.rows)
+        zero = stored.zero.to(torch.int16).T.expand(groups(scheme, 1, weight.cols), weight.rows)
         if kind == "gptq":
             zero = zero - 1
-        scale = found.scale.to(torch.float16)
-        if not torch.equal(scale.float(), found.scale):
+        scale = stored.scale.to(torch.float16)
+        if not torch.equal(scale.float(), stored.scale):
             raise UserError(f"a scale of {weight.name} does not fit float16, which is how gptq stores it; use --group")
         return (
-            pack_planes(found.codes, bits, planar).T.contiguous(),
+            pack_planes(stored.codes, bits, planar).T.contiguous(),
             pack_planes(zero.to(torch.uint8).contiguous(), bits, planar),
             scale.T.expand(groups(scheme, 1, weight.cols), weight.rows).contiguous(),
             torch.arange(weight.cols, dtype=torch.int32) // (weight.cols if _group(scheme) < 0 else _group(scheme)),

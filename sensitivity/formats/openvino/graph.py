@@ -28,8 +28,8 @@ OPTIONS = {
 def weights_of(graph: Model, names: Sequence[str]) -> dict[str, Node]:
     """The inputs of a graph that stand for parameters which it reads, by the names of the parameters."""
     inputs = {name: port.get_node() for port in graph.inputs for name in port.get_names()}
-    found = {name: inputs[parameter_input(name)] for name in names if parameter_input(name) in inputs}
-    return {name: node for name, node in found.items() if node.output(0).get_target_inputs()}
+    node_of = {name: inputs[parameter_input(name)] for name in names if parameter_input(name) in inputs}
+    return {name: node for name, node in node_of.items() if node.output(0).get_target_inputs()}
 
 
 def put_constants(graph: Model, parameters: Mapping[str, Sequence[Constant]]) -> None:
@@ -89,14 +89,14 @@ def write_xml(graph: Model, constants: Sequence[Constant], xml: Path) -> tuple[b
         end += -end % ALIGNMENT
         offsets[constant.name] = end
         end += constant.bytes
-    tree, found = ElementTree.parse(xml), {constant.name: constant for constant in constants}
+    tree, left = ElementTree.parse(xml), {constant.name: constant for constant in constants}
     for layer in tree.iterfind("./layers/layer"):
-        if layer.get("type") == "Parameter" and (constant := found.pop(str(layer.get("name")), None)):  # type: ignore[arg-type]
+        if layer.get("type") == "Parameter" and (constant := left.pop(str(layer.get("name")), None)):  # type: ignore[arg-type]
             layer.set("type", "Const")
             data = layer.find("data")
             assert data is not None
             data.set("offset", str(offsets[constant.name]))
             data.set("size", str(constant.bytes))
-    assert not found, f"{xml.name} has no {', '.join(found)}"
+    assert not left, f"{xml.name} has no {', '.join(left)}"
     tree.write(xml, encoding="utf-8", xml_declaration=True)
     return begin, offsets

@@ -35,8 +35,8 @@ class Vision(nn.Module):
         self.model = vlm.model
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        found = self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
-        features = found if isinstance(found, Tensor) else torch.cat(list(found))
+        output = self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
+        features = output if isinstance(output, Tensor) else torch.cat(list(output))
         return {"image_features": features.reshape(-1, features.shape[-1])}
 
 
@@ -65,14 +65,14 @@ class Language(nn.Module):
         rows = torch.cat([torch.zeros(1, width, dtype=embedded.dtype), image_features])
         picked = nn.functional.embedding(number, rows)
         merged = torch.where(is_image[:, None], picked, embedded.reshape(-1, width)).reshape(embedded.shape)
-        found = self.text[0](
+        output = self.text[0](
             inputs_embeds=merged,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             use_cache=True,
             logits_to_keep=logits_to_keep,
         )
-        return {"logits": found.logits, "past_key_values": found.past_key_values}
+        return {"logits": output.logits, "past_key_values": output.past_key_values}
 
 
 HALVES: dict[str, type[nn.Module]] = {VISION: Vision, LANGUAGE: Language}

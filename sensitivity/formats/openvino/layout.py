@@ -47,26 +47,26 @@ def constants(weight: Weight, scheme: Scheme, half: torch.dtype) -> tuple[Consta
     width = openvino_width(scheme.bits)
     signed = scheme.symmetric and width > 2  # there are no signed codes of two bits
     whole, per_group = _shapes(weight, scheme)
-    found = [
+    placed = [
         Constant(f"{weight.name}{CODES}", f"{'i' if signed else 'u'}{width}", whole),
         Constant(f"{weight.name}{SCALE}", FLOATS[half], per_group),
     ]
     if not signed:
         one = tuple(1 for _ in per_group)
-        found.append(Constant(f"{weight.name}{ZERO}", f"u{width}", one if scheme.symmetric else per_group))
-    return tuple(found)
+        placed.append(Constant(f"{weight.name}{ZERO}", f"u{width}", one if scheme.symmetric else per_group))
+    return tuple(placed)
 
 
-def contents(found: QuantizedWeight, weight: Weight, scheme: Scheme, half: torch.dtype) -> list[Tensor]:
+def contents(stored: QuantizedWeight, weight: Weight, scheme: Scheme, half: torch.dtype) -> list[Tensor]:
     """The bytes of each of `constants`."""
     width, middle = openvino_width(scheme.bits), 2 ** (scheme.bits - 1)
-    codes, zero = found.codes, found.zero.to(torch.uint8)
+    codes, zero = stored.codes, stored.zero.to(torch.uint8)
     if scheme.symmetric:
-        assert bool((found.zero == middle).all()), f"{weight.name} has codes that are not symmetric"
+        assert bool((stored.zero == middle).all()), f"{weight.name} has codes that are not symmetric"
         zero = torch.full((1, 1), middle, dtype=torch.uint8)
         if width > 2:  # two's complement in `width` bits; unsigned bytes wrap around
             codes = (codes - middle) & (2**width - 1)
-    made = [_packed(codes, width), found.scale.to(half).contiguous().view(torch.uint8).reshape(-1)]
+    made = [_packed(codes, width), stored.scale.to(half).contiguous().view(torch.uint8).reshape(-1)]
     return [*made, _packed(zero, width)] if not scheme.symmetric or width == 2 else made
 
 

@@ -40,22 +40,22 @@ class OpenVINOModel:
 
         self.folder = Path(folder)
         core = openvino.Core()
-        how = {"PERFORMANCE_HINT": "LATENCY", **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
+        options = {"PERFORMANCE_HINT": "LATENCY", **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
         graphs = {half: core.read_model(self.folder / file) for half, file in FILES.items()}
-        self.vision = core.compile_model(graphs[VISION], "CPU", how).create_infer_request()
-        self.language = core.compile_model(graphs[LANGUAGE], "CPU", how).create_infer_request()
+        self.vision = core.compile_model(graphs[VISION], "CPU", options).create_infer_request()
+        self.language = core.compile_model(graphs[LANGUAGE], "CPU", options).create_infer_request()
         self.read = 0  # tokens in the cache
 
     def image_features(self, pixel_values: Tensor) -> Array:
         """What the language model reads in place of an image's tokens."""
         each = (self.vision.infer({"pixel_values": one[None].float().numpy()}) for one in pixel_values)
-        return np.concatenate([np.array(found["image_features"]) for found in each])
+        return np.concatenate([np.array(output["image_features"]) for output in each])
 
     def logits(self, ids: Sequence[int], keep: int, features: Array | None = None) -> Array:
         """Logits at the last `keep` of these tokens, which follow those that were read since `forget`."""
         width = self.language.get_compiled_model().input("image_features").get_partial_shape()[1].get_length()
         seen = self.read + len(ids)
-        found = self.language.infer(
+        output = self.language.infer(
             {
                 "input_ids": np.array([ids], np.int64),
                 "image_features": np.zeros((1, width), np.float32) if features is None else features,
@@ -65,7 +65,7 @@ class OpenVINOModel:
             }
         )
         self.read = seen
-        return np.array(found["logits"][0])
+        return np.array(output["logits"][0])
 
     def forget(self) -> None:
         """Begin a new prompt."""
@@ -136,11 +136,11 @@ def check_arrived(folder: Path) -> None:
     stored: Mapping[str, Mapping[str, str]] = json.loads((folder / STORED).read_bytes())
     for file, expected in stored.items():
         graph = openvino.Core().read_model(folder / file)
-        found = {op.get_friendly_name(): op for op in graph.get_ops() if op.get_type_name() == "Constant"}
+        constants = {op.get_friendly_name(): op for op in graph.get_ops() if op.get_type_name() == "Constant"}
         wrong = [
             name
             for name, digest in expected.items()
-            if name not in found or hashlib.sha256(found[name].data.tobytes()).hexdigest() != digest
+            if name not in constants or hashlib.sha256(constants[name].data.tobytes()).hexdigest() != digest
         ]
         if wrong:
             named = ", ".join(wrong[:4])

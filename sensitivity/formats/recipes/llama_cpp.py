@@ -31,8 +31,8 @@ def write(job: Job, folder: Path) -> Written:
     for component in job.parts.components:
         for weight in component.weights:
             file = FILES["language" if weight.part == "language" else "vision"]
-            chosen = tensor_type(job.plan[component.name], weight)
-            lines[file].append(f"^{re.escape(names[weight.name])}\\.weight$={chosen}")
+            gguf_type = tensor_type(job.plan[component.name], weight)
+            lines[file].append(f"^{re.escape(names[weight.name])}\\.weight$={gguf_type}")
     for file, content in lines.items():
         (folder / file).write_text("\n".join(dict.fromkeys(content)) + "\n", encoding="utf-8")
     notes = (
@@ -73,21 +73,21 @@ def tensor_names(job: Job) -> dict[str, str]:
         "vision": get_tensor_name_map(MODEL_ARCH.MMPROJ, blocks["vision"]).mapping,
     }
     keys = {tensor.parameter: tensor.key for tensor in job.source.tensors}
-    found, unknown = {}, []
+    gguf_names, unknown = {}, []
     for weight in job.parts.weights:
         known = maps["language" if weight.part == "language" else "vision"]
         name = _name(weight.module, known) or _name(keys[weight.name].removesuffix(".weight"), known)
         if name is None:
             unknown.append(weight.module)
         else:
-            found[weight.name] = name
+            gguf_names[weight.name] = name
     if unknown:
         more = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
         raise UserError(
             f"llama.cpp's converter has no names for {', '.join(unknown[:4])}{more}: it does not know this model; use "
             "--format compressed-tensors"
         )
-    return found
+    return gguf_names
 
 
 def _name(module: str, known: Mapping[str, tuple[object, str]]) -> str | None:

@@ -80,8 +80,8 @@ class _BlockByBlock:
         self.float_weights = {name: parameter.data for name, parameter in self.parameters.items()}
         self.schemes = targets(parts, plan)
         # at most one block is solved ahead, whatever the granularity of the plan
-        chosen = ([w for w in c.weights if w.name in self.schemes] for c in parts.regroup("block").components)
-        self.blocks = iter([block for block in chosen if block])
+        changed = ([w for w in c.weights if w.name in self.schemes] for c in parts.regroup("block").components)
+        self.blocks = iter([block for block in changed if block])
         self.done: list[tuple[str, Scheme]] = []
         self.inputs: dict[str, list[Weight]] = {}
         for weight in parts.weights:
@@ -133,8 +133,8 @@ class _BlockByBlock:
             factor = getattr(self.found[weight.name], "inputs", None)
             self.hooks += rounding_hooks(self.model, weight, self.schemes[weight.name], factor=factor)
             if (result := self.found[weight.name]) is not None:
-                own = self.float_weights[weight.name]
-                self.parameters[weight.name].data = result.dequantize().to(own.dtype)
+                float_weight = self.float_weights[weight.name]
+                self.parameters[weight.name].data = result.dequantize().to(float_weight.dtype)
             if weight.bias and weight.bias in self.schemes:
                 bias = self.float_weights[weight.bias]
                 rounded = from_weights_alone(weight.bias, bias.reshape(1, -1), self.schemes[weight.bias])
@@ -149,7 +149,7 @@ class _BlockByBlock:
         for name, weight in block.items():
             if self.schemes[name].get("scales") == "folded" and input_of(weight) not in self.statistics.absorbers:
                 self.result.unscaled.setdefault(self.component_of[name], set()).add(weight.module.rpartition(".")[2])
-        results = {name: found for name in block if isinstance(found := self.found[name], QuantizedWeight)}
+        results = {name: stored for name in block if isinstance(stored := self.found[name], QuantizedWeight)}
         scaled = {input_of(block[name]) for name, result in results.items() if result.inputs is not None}
         if not scaled:
             return

@@ -85,15 +85,15 @@ def unquantized(job: Job, tensor: CheckpointTensor) -> Tensor:
 
 def on_integer_grid(job: Job, tensor: CheckpointTensor, scheme: Scheme) -> QuantizedWeight:
     """The codes of a weight, or an error where a packed layout cannot hold what its method stores."""
-    found = job.codes(tensor.parameter, _read(job, tensor), scheme)
-    if getattr(found, "inputs", None) is not None:
+    stored = job.codes(tensor.parameter, _read(job, tensor), scheme)
+    if getattr(stored, "inputs", None) is not None:
         raise UserError(
             f"{tensor.parameter} was quantized with a factor for each input, which this layout cannot hold; sweep "
             "with --set scales=folded, or use --format fake, or a method without scales, such as gptq"
         )
-    if not isinstance(found, QuantizedWeight) or not bool((found.zero == found.zero.round()).all()):
+    if not isinstance(stored, QuantizedWeight) or not bool((stored.zero == stored.zero.round()).all()):
         raise UserError(f"{tensor.parameter} has no codes on an integer grid; use --method rtn, or --format fake")
-    return found
+    return stored
 
 
 def _copied(job: Job, tensor: CheckpointTensor) -> Piece:
@@ -115,9 +115,9 @@ def _values(job: Job, tensor: CheckpointTensor) -> Piece:
     """A parameter as the numbers that its codes stand for."""
 
     def make() -> Sequence[Tensor]:
-        own = _read(job, tensor)
-        flat = own.reshape(1, -1) if own.dim() == 1 else own
-        found = job.codes(tensor.parameter, flat, job.schemes[tensor.parameter])
-        return (own if found is None else found.dequantize().to(job.dtype).reshape(own.shape),)
+        weight = _read(job, tensor)
+        flat = weight.reshape(1, -1) if weight.dim() == 1 else weight
+        stored = job.codes(tensor.parameter, flat, job.schemes[tensor.parameter])
+        return (weight if stored is None else stored.dequantize().to(job.dtype).reshape(weight.shape),)
 
     return Piece((Spec(tensor.key, job.dtype, tensor.shape),), make)

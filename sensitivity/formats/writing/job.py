@@ -62,14 +62,14 @@ def from_weights_alone(name: str, weight: Tensor, scheme: Scheme) -> StoredWeigh
         ((result,),) = solve(Linears((name,), (weight,)), [scheme])
         return result
     # a few rows at a time give the same codes, and their intermediate values fit the cache
-    codes, found = buffer(weight.numel()).reshape(weight.shape), []
+    codes, pieces = buffer(weight.numel()).reshape(weight.shape), []
     for into, piece in zip(torch.split(codes, rows), torch.split(weight, rows), strict=True):
         ((result,),) = solve(Linears((name,), (piece,)), [scheme])
         assert isinstance(result, QuantizedWeight)
         into.copy_(result.codes)
-        found.append(replace(result, codes=into))
+        pieces.append(replace(result, codes=into))
     return QuantizedWeight(
-        codes, torch.cat([r.scale for r in found]), torch.cat([r.zero for r in found]), found[0].group
+        codes, torch.cat([r.scale for r in pieces]), torch.cat([r.zero for r in pieces]), pieces[0].group
     )
 
 
@@ -133,9 +133,9 @@ class Job:
             if k.reason in ("output head", "router") and k.name.endswith(".weight")
         ]
         # lm_head: a tied head has no weight of its own, but runtimes see its module
-        found = list(dict.fromkeys([*left, *heads, "lm_head"]))
+        modules = list(dict.fromkeys([*left, *heads, "lm_head"]))
         changed = {w.reader for w in self.weights.values()}
-        return [module for module in found if module not in changed]
+        return [module for module in modules if module not in changed]
 
     def groups(self) -> Iterator[tuple[str, Scheme, list[str]]]:
         """The quantized components: name, scheme, modules."""
@@ -160,5 +160,5 @@ class Written:
 def predicted_size(job: Job, written: Written, format: str) -> Size:
     """What the files of a format weigh, without the parameters that the model never reads if they are left out."""
     stored_as = job.stored_as(format)
-    found = size(job.parts, job.plan, stored_as)
-    return replace(found, bits=found.bits - bits_of(job.parts, job.plan, written.unread, stored_as))
+    whole = size(job.parts, job.plan, stored_as)
+    return replace(whole, bits=whole.bits - bits_of(job.parts, job.plan, written.unread, stored_as))

@@ -94,10 +94,10 @@ def read(folder: Path) -> Manifest:
     """The manifest of an export, or an error that says what is wrong with it."""
     if not (folder / MANIFEST).exists():
         raise UserError(f"{folder} is not an export: it has no {MANIFEST}; `sensitivity export` writes one")
-    found: Manifest = schema.read(folder / MANIFEST, "manifest", "export again")
-    if outside := [name for name in found["files"] if Path(name).is_absolute() or ".." in Path(name).parts]:
+    manifest: Manifest = schema.read(folder / MANIFEST, "manifest", "export again")
+    if outside := [name for name in manifest["files"] if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise UserError(f"{MANIFEST} of {folder} names {quoted(outside[0])}, which lies elsewhere; export again")
-    return found
+    return manifest
 
 
 def why_foreign(out: Path) -> str:
@@ -105,12 +105,12 @@ def why_foreign(out: Path) -> str:
     if not out.is_dir():
         return "it is a file, and a folder is meant"
     try:
-        found = read(out)
+        manifest = read(out)
     except UserError:
         return f"it holds other things than an export (no {MANIFEST} of ours)"
-    if found.get("written_by") != MARK:
+    if manifest.get("written_by") != MARK:
         return f"its {MANIFEST} has no mark that an export left"
-    ours = {MANIFEST, VERIFIED, UNFINISHED, *found["files"]}
+    ours = {MANIFEST, VERIFIED, UNFINISHED, *manifest["files"]}
     others = sorted(
         str(file.relative_to(out))
         for file in out.rglob("*")
@@ -121,19 +121,19 @@ def why_foreign(out: Path) -> str:
 
 def damage(folder: Path, manifest: Manifest) -> list[str]:
     """Files that are missing, cut short or changed since they were written, and weight files that were added."""
-    found = []
+    faults = []
     for name, facts in manifest["files"].items():
         file = folder / name
         if not file.is_file():
-            found.append(f"{name} is missing")
+            faults.append(f"{name} is missing")
         # the size first: it is free, and hashing reads the whole file
         elif (size := file.stat().st_size) != facts["bytes"]:
-            found.append(f"{name} has {size:,} bytes instead of {facts['bytes']:,}")
+            faults.append(f"{name} has {size:,} bytes instead of {facts['bytes']:,}")
         elif sha256(file) != facts["sha256"]:
-            found.append(f"{name} was changed")
+            faults.append(f"{name} was changed")
     weights = (file.name for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind))
     added = set(weights) - set(manifest["files"])
-    return found + [f"{name} was added" for name in sorted(added)]
+    return faults + [f"{name} was added" for name in sorted(added)]
 
 
 def store_verification(folder: Path, outcome: Mapping[str, object]) -> None:

@@ -121,7 +121,7 @@ def _scores(facts: TrialFacts) -> Iterator[str]:
         yield from (
             "",
             path_gain(
-                {escaped(name): escaped(found) if isinstance(found, str) else found for name, found in gain.items()}
+                {escaped(name): escaped(value) if isinstance(value, str) else value for name, value in gain.items()}
             ),
         )
     if facts.get("note"):

@@ -45,8 +45,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     else:
         for start in starts:
             piece(start)
-    found = torch.from_numpy(packed).reshape(rows, -1).view(torch.int32)
-    return found if found.shape[1] == words else found[:, :words].contiguous()
+    packed_words = torch.from_numpy(packed).reshape(rows, -1).view(torch.int32)
+    return packed_words if packed_words.shape[1] == words else packed_words[:, :words].contiguous()
 
 
 def buffer(count: int) -> Tensor:

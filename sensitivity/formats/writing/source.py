@@ -86,8 +86,8 @@ class SourceCheckpoint:
         card = self.folder / "README.md"
         text = card.read_text(encoding="utf-8", errors="ignore") if card.exists() else ""
         front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-        found = re.search(r"^license:\s*(\S+)", front[1] if front else "", re.MULTILINE)
-        return found[1] if found else "unknown"
+        line = re.search(r"^license:\s*(\S+)", front[1] if front else "", re.MULTILINE)
+        return line[1] if line else "unknown"
 
 
 def open_checkpoint(model: VLM | str, dtype: torch.dtype | None = None) -> SourceCheckpoint:
@@ -143,15 +143,17 @@ def _tensors_in_memory(model: nn.Module) -> Iterator[CheckpointTensor]:
 
 def _as_converted(name: str, folder: Path, raw: Mapping[str, object]) -> SourceCheckpoint:
     """A checkpoint in another layout; each tensor is converted when it is read."""
-    found = as_converted(folder, name, raw)
+    converted = as_converted(folder, name, raw)
     parameters = dict(load(name, config_only=True).model.named_parameters())
     tensors = [
         CheckpointTensor(key, key, dtype, tuple(parameters[key].shape), read)
-        for key, (dtype, read) in found.tensors.items()
+        for key, (dtype, read) in converted.tensors.items()
         if key in parameters
     ]
     _check_complete(parameters, tensors, name)
-    return SourceCheckpoint(name, folder, found.config, tuple(tensors), fingerprint(raw, found.files), found.processor)
+    return SourceCheckpoint(
+        name, folder, converted.config, tuple(tensors), fingerprint(raw, converted.files), converted.processor
+    )
 
 
 def _reader(file: Path, start: int, length: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[], Tensor]:
@@ -199,6 +201,6 @@ def _renaming(skeleton: nn.Module, name: str) -> Callable[[str], str]:
 
 def _check_complete(parameters: Mapping[str, object], tensors: list[CheckpointTensor], name: str) -> None:
     """Raise an error if a parameter of the model has no tensor in the checkpoint."""
-    found = {tensor.parameter for tensor in tensors}
-    if missing := sorted(set(parameters) - found):
+    stored = {tensor.parameter for tensor in tensors}
+    if missing := sorted(set(parameters) - stored):
         raise UserError(f"the checkpoint of {name} lacks {', '.join(missing[:4])}; fetch it again")

@@ -132,18 +132,18 @@ def _file(target: Path, pieces: Sequence[Piece], ahead: int) -> str:
 
 def _content(spec: Spec, tensor: Tensor) -> memoryview:
     """The bytes of a tensor; places are fixed beforehand, so one that differs from its spec would corrupt the file."""
-    found = (tensor.dtype, tuple(tensor.shape))
-    assert found == (spec.dtype, spec.shape), f"{spec.key}: {found} instead of {spec.dtype}, {spec.shape}"
+    made = (tensor.dtype, tuple(tensor.shape))
+    assert made == (spec.dtype, spec.shape), f"{spec.key}: {made} instead of {spec.dtype}, {spec.shape}"
     return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _computed(pieces: Sequence[Piece], ahead: int) -> Iterator[tuple[Piece, Sequence[Tensor]]]:
     """Each piece with its tensors, in order; torch's threads are divided among the pieces that are computed at once."""
-    own = torch.get_num_threads()
-    if (makers := min(ahead, own)) < 2:
+    available = torch.get_num_threads()
+    if (makers := min(ahead, available)) < 2:
         yield from ((piece, piece.make()) for piece in pieces)
         return
-    torch.set_num_threads(own // makers)
+    torch.set_num_threads(available // makers)
     made: deque[tuple[Piece, Future[Sequence[Tensor]]]] = deque()
     try:
         with ThreadPoolExecutor(makers) as threads:
@@ -156,7 +156,7 @@ def _computed(pieces: Sequence[Piece], ahead: int) -> Iterator[tuple[Piece, Sequ
                 first, tensors = made.popleft()
                 yield first, tensors.result()
     finally:
-        torch.set_num_threads(own)
+        torch.set_num_threads(available)
 
 
 class _Stream:

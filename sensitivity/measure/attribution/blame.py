@@ -42,7 +42,7 @@ def blame(parts: ComponentMap, family: Family, integral: PathIntegral) -> Blame:
                 modalities[kind] += float(values[kinds == number].sum())
         if parts[name].part in family.patches and (grid := square(values[kinds == VISION])) is not None:
             grids.setdefault(example, []).append(grid)
-    return Blame(components, modalities, {example: together(found) for example, found in sorted(grids.items())})
+    return Blame(components, modalities, {example: together(grid_list) for example, grid_list in sorted(grids.items())})
 
 
 def square(values: Tensor) -> Tensor | None:

@@ -54,14 +54,14 @@ class Calibrated:
 
     def by_component(self, of_weight: Callable[[Weight], Iterable[float]]) -> Scores:
         """Sum the scores of weights, one for each scheme, over each component."""
-        found: Scores = {name: dict.fromkeys(self.schemes, 0.0) for name in self.parts.names}
+        sums_of: Scores = {name: dict.fromkeys(self.schemes, 0.0) for name in self.parts.names}
         # block by block, since statistics of a large model are in memory for a few blocks at a time
         for weight in (weight for block in self.parts.regroup("block").components for weight in block.weights):
             if not weight.is_embedding:
-                sums = found[weight.place(self.parts.by)]
+                sums = sums_of[weight.place(self.parts.by)]
                 for scheme, value in zip(self.schemes, of_weight(weight), strict=True):
                     sums[scheme] += float(value)
-        return found
+        return sums_of
 
 
 def relative_weight_error(given: Calibrated) -> Scores:
@@ -97,14 +97,14 @@ def gradient_times_change(given: Calibrated) -> Scores:
 
 def path(given: Calibrated) -> Scores:
     """The share of a component in the damage of the uniform plan, integrated along the way from the float model."""
-    found: Scores = {name: dict.fromkeys(given.schemes, 0.0) for name in given.parts.names}
+    shares: Scores = {name: dict.fromkeys(given.schemes, 0.0) for name in given.parts.names}
     for scheme in given.schemes:
         plan = Plan.uniform(given.parts, scheme)
         changes = plan_changes(given.vlm.model, given.parts, plan, given.statistics)
         integral = in_rows_that_fit(given.vlm, given.data, partial(path_integral, given.vlm, given.parts, changes))
         for (_, name, _), values in integral.terms.items():
-            found[name][scheme] += float(values.sum())
-    return found
+            shares[name][scheme] += float(values.sum())
+    return shares
 
 
 # name -> a function of what calibration found that scores every component at every scheme
@@ -137,24 +137,26 @@ def attribute(given: Calibrated, names: Sequence[str]) -> list[Attribution]:
             raise unknown("score", name, SCORES)
     errors = _seconds(lambda: given.errors)
     backward = _seconds(lambda: given.first_order) if {"fisher", "change"} & set(names) else 0.0
-    found = []
+    attributions = []
     for name in names:
         began = time.process_time()
         scores = SCORES[name](given)
-        own = time.process_time() - began
-        found.append(Attribution(name, scores, errors + own + (backward if name in ("fisher", "change") else 0.0)))
-    for one in found:
+        seconds = time.process_time() - began
+        attributions.append(
+            Attribution(name, scores, errors + seconds + (backward if name in ("fisher", "change") else 0.0))
+        )
+    for one in attributions:
         _check_finite(one)
-    return found
+    return attributions
 
 
-def _check_finite(found: Attribution) -> None:
+def _check_finite(scored: Attribution) -> None:
     """Raise an error where a score is no number: a plan that is chosen by it would be arbitrary."""
-    for component, scores in found.scores.items():
+    for component, scores in scored.scores.items():
         for scheme, value in scores.items():
             if not torch.isfinite(torch.tensor(value)):
                 raise UserError(
-                    f"the {found.name} score of {component} at {scheme} is NaN or infinite; run the model in float32 "
+                    f"the {scored.name} score of {component} at {scheme} is NaN or infinite; run the model in float32 "
                     "(--dtype fp32)"
                 )
 

@@ -33,8 +33,8 @@ class WeightErrors:
 
     def of(self, weight: Weight) -> list[Tensor]:
         """The errors of a weight, one for each scheme."""
-        own = self.own[weight.name]
-        return [self.codes.dense((weight.name, scheme), own) - own for scheme in self.schemes]
+        float_weight = self.own[weight.name]
+        return [self.codes.dense((weight.name, scheme), float_weight) - float_weight for scheme in self.schemes]
 
 
 def plan_changes(
@@ -46,6 +46,6 @@ def plan_changes(
         raise UserError("this plan also changes what layers read, and is not explained by changes of weights alone")
     if any((weight.is_embedding or weight.tied) and weight.name in schemes for weight in parts.weights):
         raise UserError("this plan quantizes the embedding, whose rows are looked up; explain one that keeps it")
-    own = {name: model.get_parameter(name).data for name in schemes}
+    before = {name: model.get_parameter(name).data for name in schemes}
     with quantized(model, parts, plan, None, statistics):
-        return {name: model.get_parameter(name).data - own[name] for name in schemes}
+        return {name: model.get_parameter(name).data - before[name] for name in schemes}

@@ -40,15 +40,15 @@ def absorbers(model: nn.Module, parts: ComponentMap, run: Callable[[], object]) 
     `run` is one forward pass, which is watched. A norm whose output is also added, viewed or read by another layer does
     not qualify, since these would be divided, too (as in a Q-Former, whose norms are on the residual stream).
     """
-    found = {shared: Absorber(path, True) for shared, path in _norms(model, parts, run).items()}
+    absorber_of = {shared: Absorber(path, True) for shared, path in _norms(model, parts, run).items()}
     by_module = {weight.module: weight for weight in parts.weights}
     for weight in parts.weights:
         writer = _sibling(weight, by_module, VALUE, OUTPUT) or _sibling(weight, by_module, UP, DOWN)
         # a norm between the two (Kosmos-2) was found above, and feeds the input instead
         # with grouped-query attention, value has fewer rows than output has columns: several heads share one
-        if writer is not None and writer.rows == weight.cols and input_of(weight) not in found:
-            found[input_of(weight)] = Absorber(writer.module, False)
-    return found
+        if writer is not None and writer.rows == weight.cols and input_of(weight) not in absorber_of:
+            absorber_of[input_of(weight)] = Absorber(writer.module, False)
+    return absorber_of
 
 
 def _sibling(

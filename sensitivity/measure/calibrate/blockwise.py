@@ -115,7 +115,7 @@ class BlockwisePass:
 
     def _skippable(self, candidates: list[_Block], installed: Installed) -> list[_Block]:
         """In each part the blocks up to the last one with a valid output; outdated outputs are dropped."""
-        found: list[_Block] = []
+        skippable: list[_Block] = []
         for part in range(len(PARTS)):
             blocks = [block for block in candidates if block.position[0] == part and block.calls]
             valid = 0
@@ -126,10 +126,10 @@ class BlockwisePass:
             # the next block computes from the output of the last replayed one, so that one must have its values
             while valid and not self._has_values(blocks[valid - 1]):
                 valid -= 1
-            found += blocks[:valid]
+            skippable += blocks[:valid]
             for block in blocks[valid:]:
                 self.recorded.pop(block.position, None)
-        return found
+        return skippable
 
     def _has_values(self, block: _Block) -> bool:
         """Whether a block's recorded outputs hold their values in every batch; husks do not."""
@@ -219,8 +219,8 @@ def _before(weight: BlockPosition, block: BlockPosition) -> bool:
 
 def _blocks(model: nn.Module, weights: Iterable[Weight]) -> list[_Block]:
     """The blocks of some weights, in the direction of data flow."""
-    found = {(PARTS.index(part), block): path for (part, block), path in block_paths(model, weights).items()}
-    return [_Block(position, model.get_submodule(path)) for position, path in sorted(found.items())]
+    paths = {(PARTS.index(part), block): path for (part, block), path in block_paths(model, weights).items()}
+    return [_Block(position, model.get_submodule(path)) for position, path in sorted(paths.items())]
 
 
 def _replaying(outputs: Sequence[object]) -> Callable[..., object]:
@@ -239,11 +239,11 @@ def _lacks_values(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.numel() > 1 and not any(leaf.stride())
 
 
-def _same(found: list[tuple[nn.Module, object]], expected: list[tuple[nn.Module, object]], but: set[nn.Module]) -> bool:
+def _same(calls: list[tuple[nn.Module, object]], expected: list[tuple[nn.Module, object]], but: set[nn.Module]) -> bool:
     """Whether the same modules were called with equal inputs; the inputs of those in `but` are not compared."""
-    return len(found) == len(expected) and all(
+    return len(calls) == len(expected) and all(
         a is b and (a in but or _equal(tree_leaves(x), tree_leaves(y)))
-        for (a, x), (b, y) in zip(found, expected, strict=True)
+        for (a, x), (b, y) in zip(calls, expected, strict=True)
     )
 
 

@@ -48,10 +48,10 @@ class _BothPaths:
             with quantized.run_up_to(weights, installed) as forward:
                 return collect(self.vlm, weights, quantized.data, forward, self.token_weights, read)
 
-        while (found := run_or_halve(compute, self.rows, "the calibration data", self.vlm.device)) is None:
+        while (statistics := run_or_halve(compute, self.rows, "the calibration data", self.vlm.device)) is None:
             self.rows //= 2
             self.passes = None  # their recorded outputs belong to the larger batches
-        return found
+        return statistics
 
     def _begin(self) -> tuple[BlockwisePass, BlockwisePass]:
         """A pass for each path, over the same batches."""
@@ -65,13 +65,13 @@ def _inputs(
     vlm: VLM, weights: Sequence[Weight], passes: BlockwisePass, forward: object
 ) -> dict[tuple[int, str], list[Tensor]]:
     """What layers read in each batch: by the batch's identity and the input, one tensor for each call."""
-    found: dict[tuple[int, str], list[Tensor]] = {}
+    inputs: dict[tuple[int, str], list[Tensor]] = {}
     current = 0
     with ExitStack() as hooks, torch.inference_mode():
         for name, weight in {input_of(weight): weight for weight in weights}.items():
 
             def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], name: str = name) -> None:
-                found.setdefault((current, name), []).append(args[0] if args else kwargs["input"])
+                inputs.setdefault((current, name), []).append(args[0] if args else kwargs["input"])
 
             layer = vlm.model.get_submodule(weight.reader)
             hooks.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -79,4 +79,4 @@ def _inputs(
         for batch in passes.data:
             current = id(batch)
             forward(vlm, batch)
-    return found
+    return inputs

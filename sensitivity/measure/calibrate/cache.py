@@ -27,8 +27,8 @@ VERSION = 6  # raised when the meaning of an entry changes
 
 def cache_folder() -> Path:
     """The cache folder: SENSITIVITY_CACHE, or where this system keeps caches."""
-    if chosen := os.environ.get("SENSITIVITY_CACHE"):
-        return Path(chosen)
+    if folder := os.environ.get("SENSITIVITY_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sensitivity"
 
 
@@ -52,8 +52,8 @@ class Cache:
         self, description: Mapping[str, object], make: Callable[[], Mapping[str, Tensor]], device: torch.device
     ) -> dict[str, Tensor]:
         """The described tensors, read from the folder or computed now and stored."""
-        if (found := self.load(description, device)) is not None:
-            return found
+        if (cached := self.load(description, device)) is not None:
+            return cached
         tensors = {name: tensor.contiguous() for name, tensor in make().items()}
         self.store(description, tensors, device)
         return tensors
@@ -61,11 +61,11 @@ class Cache:
     def load(self, description: Mapping[str, object], device: torch.device) -> dict[str, Tensor] | None:
         """The described tensors, or None if no whole file holds them."""
         file, _ = self._entry(description, device)
-        found: dict[str, Tensor] | None = None
+        tensors: dict[str, Tensor] | None = None
         with suppress(OSError, SafetensorError, RuntimeError):  # missing, deleted just now, or cut short
-            found = load_file(file)
+            tensors = load_file(file)
             os.utime(file)  # marks the entry as recently used
-        return None if found is None else {name: tensor.to(device) for name, tensor in found.items()}
+        return None if tensors is None else {name: tensor.to(device) for name, tensor in tensors.items()}
 
     def store(self, description: Mapping[str, object], tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Write tensors under their description, unless they exceed the limit or the folder cannot be written."""

@@ -83,12 +83,12 @@ def calibrate(
         blank = vlm.device.type == "meta"
         token_weights |= {kind: {} for kind in others} if blank else _token_weights(vlm, parts, of_rows, others)
     if path == "both":
-        found = {name: both(vlm, parts, of_rows, weights) for name, weights in token_weights.items()}
+        statistics = {name: both(vlm, parts, of_rows, weights) for name, weights in token_weights.items()}
     elif path == "exposed":
-        found = {name: exposed(vlm, parts, of_rows, weights) for name, weights in token_weights.items()}
+        statistics = {name: exposed(vlm, parts, of_rows, weights) for name, weights in token_weights.items()}
     else:
         description = {**facts, "model": vlm.fingerprint, "dtype": str(vlm.model.dtype)}
-        found = {
+        statistics = {
             name: unquantized(
                 vlm, parts, of_rows, description if weights is None else description | {"importance": name}, cache,
                 gram_bytes, weights,
@@ -96,7 +96,7 @@ def calibrate(
             for name, weights in token_weights.items()
         }  # fmt: skip
     layers = [weight for weight in parts.weights if not weight.is_embedding]
-    return Statistics(facts, found.pop(UNIFORM), trace, cache, found, Fisher(vlm, layers, of_rows).of)
+    return Statistics(facts, statistics.pop(UNIFORM), trace, cache, statistics, Fisher(vlm, layers, of_rows).of)
 
 
 def calibration_examples(tasks: Sequence[str], n: int, seed: int) -> list[Task]:
@@ -116,9 +116,9 @@ def _token_weights(vlm: VLM, parts: ComponentMap, data: Data, names: Sequence[st
     def compute() -> dict[str, TokenWeights]:
         return importance_of(vlm, layers, data(rows), names)
 
-    while (found := run_or_halve(compute, rows, "the calibration data", vlm.device)) is None:
+    while (token_weights := run_or_halve(compute, rows, "the calibration data", vlm.device)) is None:
         rows //= 2
-    return found
+    return token_weights
 
 
 class CalibrationBatches:
@@ -157,10 +157,10 @@ class CalibrationBatches:
 
     def _halving_batches(self, compute: Callable[[], Mapping[str, Curvature]]) -> Mapping[str, Curvature]:
         """Run `compute`, with half the batch size after each out-of-memory error."""
-        while (found := run_or_halve(compute, self.rows, "the calibration data", self.vlm.device)) is None:
+        while (statistics := run_or_halve(compute, self.rows, "the calibration data", self.vlm.device)) is None:
             self.rows //= 2
             self.blockwise = None  # its recorded outputs belong to the larger batches
-        return found
+        return statistics
 
 
 def exposed(vlm: VLM, parts: ComponentMap, data: Data, token_weights: TokenWeights | None = None) -> Gather:
@@ -184,10 +184,10 @@ def unquantized(
     in_memory: dict[int, Mapping[str, Curvature]] = {}
     passes = CalibrationBatches(vlm, parts, data, False, token_weights)
     # addresses of the float weights, by which `compute` notices a quantized one
-    own = {name: parameter.data_ptr() for name, parameter in vlm.model.named_parameters()}
+    addresses = {name: parameter.data_ptr() for name, parameter in vlm.model.named_parameters()}
 
     def compute(group: Sequence[Weight]) -> Mapping[str, Curvature]:
-        assert all(p.data_ptr() == own[name] for name, p in vlm.model.named_parameters()), "not the float model"
+        assert all(p.data_ptr() == addresses[name] for name, p in vlm.model.named_parameters()), "not the float model"
         return passes.by_full_passes(group) if len(groups) == 1 else passes.by_blocks(group, ())
 
     def statistics_of(i: int) -> Mapping[str, Curvature]:
@@ -240,7 +240,7 @@ def _stored(
     """Statistics of some inputs, through the cache on disk, where a tensor's name is `input|statistic`."""
 
     def make() -> dict[str, Tensor]:
-        return {f"{name}|{key}": t for name, found in compute().items() for key, t in found.tensors().items()}
+        return {f"{name}|{key}": t for name, curvature in compute().items() for key, t in curvature.tensors().items()}
 
     tensors = make() if cache is None else cache.fetch({"statistics": {**description, "inputs": inputs}}, make, device)
     split: dict[str, dict[str, Tensor]] = {}

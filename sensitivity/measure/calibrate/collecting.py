@@ -33,9 +33,9 @@ def collect(
     batch's identity and the input.
     """
     one_per_input = {input_of(weight): weight for weight in weights}
-    found = {name: Curvature(w.cols, vlm.device) for name, w in one_per_input.items()}
+    curvatures = {name: Curvature(w.cols, vlm.device) for name, w in one_per_input.items()}
     if unquantized is not None:
-        for curvature in found.values():
+        for curvature in curvatures.values():
             curvature.paths = TwoPaths(curvature.width, vlm.device)
     # the batch of the current forward pass, for the hooks
     current: list[TokenBatch] = []
@@ -49,11 +49,11 @@ def collect(
             weights = None if token_weights is None else of_batch(token_weights, current[0], name)
             kept = modality != PADDING if modality is not None and counts[PADDING] else slice(None)
             weights = None if weights is None else weights[kept]
-            found[name].add(flat[kept], weights)
-            if unquantized is not None and (paths := found[name].paths) is not None:
+            curvatures[name].add(flat[kept], weights)
+            if unquantized is not None and (paths := curvatures[name].paths) is not None:
                 other = unquantized[id(current[0]), name].pop(0).reshape(flat.shape)
                 paths.add(flat[kept], other[kept], weights, None if modality is None else (modality == VISION)[kept])
-            found[name].modalities += counts
+            curvatures[name].modalities += counts
 
         return hook
 
@@ -66,5 +66,5 @@ def collect(
             current[:] = [batch]
             forward(vlm, batch)
     for name, weight in one_per_input.items():
-        found[name].check(weight.name)
-    return found
+        curvatures[name].check(weight.name)
+    return curvatures

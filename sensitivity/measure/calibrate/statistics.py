@@ -27,11 +27,11 @@ def check_path(path: str, schemes: Iterable[Scheme] = ()) -> None:
     if path not in PATHS:
         raise unknown("calibration path", path, PATHS)
     if path != "both" and (lacking := [one for one in schemes if needs_both_paths(one)]):
-        how = (
+        by = (
             f" with shift={shift}" if (shift := lacking[0].get("shift")) else ""
         )  # presets that have it go by its method
         raise UserError(
-            f"{lacking[0].method}{how} compares inputs behind quantized layers with those of the float model, and the "
+            f"{lacking[0].method}{by} compares inputs behind quantized layers with those of the float model, and the "
             f"calibration path is {path}; type --path both, or leave it out"
         )
 
@@ -82,7 +82,7 @@ class Statistics:
         self, schemes_of: Mapping[str, Iterable[Scheme]], readers: Mapping[str, Sequence[Weight]], installed: Installed
     ) -> dict[str, dict[str, Curvature]]:
         """What the calibrated schemes of some inputs need: by input, and by kind of importance."""
-        found: dict[str, dict[str, Curvature]] = {name: {} for name in schemes_of}
+        curvatures: dict[str, dict[str, Curvature]] = {name: {} for name in schemes_of}
         kinds: dict[str, set[str]] = {}
         for name, schemes in schemes_of.items():
             for scheme in schemes:
@@ -97,8 +97,8 @@ class Statistics:
             gather = self.gather if kind == UNIFORM else self.weighted[kind]
             gathered = gather([readers[name][0] for name in sorted(names)], installed)
             for name, curvature in gathered.items():
-                found[name][kind] = curvature
-        return found
+                curvatures[name][kind] = curvature
+        return curvatures
 
     @cached_property
     def absorbers(self) -> Mapping[str, Absorber]:

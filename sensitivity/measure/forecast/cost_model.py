@@ -130,13 +130,13 @@ class CostModel:
         """Per part, over all images: seconds of what plans can share, and of what each plan computes for itself."""
         if sample.task.gallery:
             return self._retrieval_passes(sample, sample.task.gallery)
-        found = dict.fromkeys(PARTS, (0.0, 0.0))
+        seconds = dict.fromkeys(PARTS, (0.0, 0.0))
         for images, times in sample.sizes.items():
             questions = max(round(images * sample.questions), 1)
             rows = images if sample.shared_image else questions
-            found["vision"] = _added(found["vision"], times * self.part_seconds("vision", rows, sample.patches))
-            found["connector"] = _added(
-                found["connector"], times * self.part_seconds("connector", rows, sample.image_tokens)
+            seconds["vision"] = _added(seconds["vision"], times * self.part_seconds("vision", rows, sample.patches))
+            seconds["connector"] = _added(
+                seconds["connector"], times * self.part_seconds("connector", rows, sample.image_tokens)
             )
             whole = self.part_seconds("language", rows, sample.prompt_tokens)
             # each plan computes its own logits, then reads a neighbor's answers as drafts; where only exact answers
@@ -144,12 +144,16 @@ class CostModel:
             if sample.shared_image:
                 question_seconds, logit_seconds = self._question_seconds(sample, questions)
                 own_seconds = logit_seconds + (0.0 if sample.task.exact else question_seconds + logit_seconds)
-                found["language"] = _added(found["language"], times * (whole + question_seconds), times * own_seconds)
+                seconds["language"] = _added(
+                    seconds["language"], times * (whole + question_seconds), times * own_seconds
+                )
             else:
                 logit_seconds = self.hardware.matmul(rows * sample.logit_tokens, *self.head)
                 own_seconds = logit_seconds + (0.0 if sample.task.exact else whole + logit_seconds)
-                found["language"] = _added(found["language"], times * whole, times * own_seconds)
-        return {part: (COLD_CACHE_FACTOR * shared, COLD_CACHE_FACTOR * own) for part, (shared, own) in found.items()}
+                seconds["language"] = _added(seconds["language"], times * whole, times * own_seconds)
+        return {
+            part: (COLD_CACHE_FACTOR * shared, COLD_CACHE_FACTOR * alone) for part, (shared, alone) in seconds.items()
+        }
 
     def _retrieval_passes(self, sample: TaskSample, gallery: Gallery) -> dict[str, tuple[float, float]]:
         """Images and captions by themselves, then together those pairs that either of the two ranks among its `top`.
@@ -162,8 +166,8 @@ class CostModel:
         alone = min(gallery.top / texts, 1.0), min(gallery.top / pool, 1.0)
         # images and captions choose mostly the same pairs: three quarters of this is as if they chose all the same, one
         # quarter as if they chose independently
-        chosen = 0.75 * max(alone) + 0.25 * (1 - (1 - alone[0]) * (1 - alone[1]))
-        pairs = round(chosen * texts * sample.images)
+        share = 0.75 * max(alone) + 0.25 * (1 - (1 - alone[0]) * (1 - alone[1]))
+        pairs = round(share * texts * sample.images)
         queries, logit_seconds = sample.image_tokens, max(sample.prompt_tokens - sample.image_tokens, 1)
 
         def portions(part: str, rows: int, size: int, tokens: int, looking: float = 1.0) -> float:
@@ -246,7 +250,7 @@ class CostModel:
         images, wide = max(sample.sizes), self.hardware.dtype.itemsize
         questions = max(round(images * sample.questions), 1)
         logits = questions * sample.logit_tokens * self.head[0] * (wide + 8)
-        own = (
+        per_question = (
             2
             * self.blocks["language"]
             * questions
@@ -254,12 +258,12 @@ class CostModel:
             * self.caches
             * sample.shared_image
         )
-        return float(logits + wide * (own + 8 * images * sample.prompt_tokens * self.width["language"]))
+        return float(logits + wide * (per_question + 8 * images * sample.prompt_tokens * self.width["language"]))
 
 
-def _added(one: tuple[float, float], shared: float, own: float = 0.0) -> tuple[float, float]:
+def _added(one: tuple[float, float], shared: float, alone: float = 0.0) -> tuple[float, float]:
     """A part's shared and own seconds, with these added."""
-    return one[0] + shared, one[1] + own
+    return one[0] + shared, one[1] + alone
 
 
 def _width(weights: Sequence[Weight]) -> int:

@@ -62,13 +62,13 @@ class Forecast:
     def rows(self) -> list[tuple[str, str, str]]:
         """A table's rows: what, how much, and of what that is the sum."""
         total = _span(sum(self.seconds.values()))
-        found = [("time", f"{total} (at most {_span(self.slowest)})", _summed(self.seconds, _span))]
+        lines = [("time", f"{total} (at most {_span(self.slowest)})", _summed(self.seconds, _span))]
         for name in ("disk", "host", "device"):
             amounts = getattr(self, name)
             if amounts:
                 label = name if name == "disk" else f"{name} memory"
-                found.append((label, in_words(sum(amounts.values())), _summed(amounts, in_words)))
-        return found
+                lines.append((label, in_words(sum(amounts.values())), _summed(amounts, in_words)))
+        return lines
 
 
 def forecast_sweep(
@@ -153,21 +153,21 @@ def _dtype(vlm: VLM, parts: ComponentMap, device: str, dtype: str | None) -> tor
     if dtype is None and vlm.name.startswith("embedded:") and device == "cpu":
         return torch.float32
     stored = getattr(vlm.model.config, "dtype", None)
-    found: torch.dtype = dtype_of(dtype) or stored or getattr(torch, f"float{parts.native_bits}")
-    return found
+    loaded: torch.dtype = dtype_of(dtype) or stored or getattr(torch, f"float{parts.native_bits}")
+    return loaded
 
 
 def _runs(parts: ComponentMap, plans: Sequence[Plan]) -> dict[str, float]:
     """How often each part is computed, in full passes, if neighboring plans share their common prefix."""
     # the order in which the loop queues plans
     ordered = sorted(plans, key=lambda plan: [str(scheme) for _, scheme in plan.schemes])
-    found = dict.fromkeys(PARTS, 0.0)
+    runs = dict.fromkeys(PARTS, 0.0)
     whole = {part: sum(w.numel for w in parts.weights if w.part == part) for part in PARTS}
     for place, component in enumerate(parts.components):
         paths = [plan.schemes[: place + 1] for plan in ordered]
         times = 1 + sum(one != other for one, other in pairwise(paths))
-        found[component.part] += times * component.numel / whole[component.part]
-    return found
+        runs[component.part] += times * component.numel / whole[component.part]
+    return runs
 
 
 def _running(
@@ -182,7 +182,7 @@ def _running(
 
 def _quantizing(parts: ComponentMap, plans: Sequence[Plan], scheme: Scheme, hardware: Hardware) -> float:
     """Seconds to quantize with one scheme every weight that some plan gives it to."""
-    used = {name for plan in plans for name, chosen in plan.schemes if chosen and weights_of(chosen) == scheme}
+    used = {name for plan in plans for name, given in plan.schemes if given and weights_of(given) == scheme}
     weights = (w for c in parts.components if c.name in used for w in c.weights)
     return sum(hardware.quantizing(scheme_of(w, scheme), w) for w in weights)
 

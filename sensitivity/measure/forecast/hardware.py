@@ -103,9 +103,9 @@ class Hardware:
                         seen.paths = TwoPaths(cols, self.device)
                         seen.paths.add(x, x, None, None)
                 fisher = tuple(w.float().square() for w in values) if needs_fisher(scheme) else None
-                ((found,),) = solve(Linears(("a probe",), values, seen, fisher=fisher), [scheme])
-                if found is not None:
-                    found.dequantize()
+                ((stored,),) = solve(Linears(("a probe",), values, seen, fisher=fisher), [scheme])
+                if stored is not None:
+                    stored.dequantize()
 
             self.measured[scheme, rows, cols] = self._time(once)
         larger = weight.numel / (rows * cols) * (weight.cols / cols if method.calibrated else 1)

@@ -112,10 +112,12 @@ def _left_padding(vlm: VLM) -> VLM:
     return replace(vlm, processor=processor)
 
 
-def _processor_output(vlm: VLM, images: list[list[Image.Image]], texts: list[str], **how: bool | str) -> BatchFeature:
+def _processor_output(
+    vlm: VLM, images: list[list[Image.Image]], texts: list[str], **options: bool | str
+) -> BatchFeature:
     """The processor's output, or an error that names the files to fetch."""
     try:
-        made: BatchFeature = vlm.processor(images=images, text=texts, **how)
+        made: BatchFeature = vlm.processor(images=images, text=texts, **options)
     except Exception as error:  # each family's processor has its own types of error
         raise UserError(
             f"the processor of {vlm.name} cannot make the model's input from a picture and a prompt ({reason(error)}); "

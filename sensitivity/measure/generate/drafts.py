@@ -88,7 +88,7 @@ class Drafts:
 
         Other rows keep their old draft, twice as far as its last part was right: reading wrong tokens costs time, too.
         """
-        found = False
+        replaced = False
         for row in self.unfinished:
             length = self.accepted[row]
             start = self.tokens[row][:length]
@@ -97,8 +97,8 @@ class Drafts:
                 (answer for answer in others if len(answer) > length and answer[:length] == start), None
             )
             self.tokens[row] = list(continuation or self.tokens[row][: length + 2 * self.newly_accepted[row]])
-            found = found or continuation is not None
-        return found
+            replaced = replaced or continuation is not None
+        return replaced
 
     @property
     def answers(self) -> list[list[int]]:

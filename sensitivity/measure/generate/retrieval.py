@@ -49,10 +49,10 @@ def rank_matches(
     and four times as many pairs, share a forward pass.
     """
     assert task.gallery is not None
-    found: dict[str, tuple[str, float]] = {}
+    best: dict[str, tuple[str, float]] = {}
     for number, pool in enumerate(_pools(examples, task.gallery.pool)):
-        found |= _rank_pool(vlm, pool, task.gallery.top, partial(_reuse_in_pool, reuse, number), chunk_size)
-    return [Answer(found[e.id][0]) for e in examples], [found[e.id][1] for e in examples]
+        best |= _rank_pool(vlm, pool, task.gallery.top, partial(_reuse_in_pool, reuse, number), chunk_size)
+    return [Answer(best[e.id][0]) for e in examples], [best[e.id][1] for e in examples]
 
 
 def _reuse_in_pool(reuse: Reuse, pool: int, chunk: Hashable) -> AbstractContextManager[None]:
@@ -145,26 +145,26 @@ def _projected(linear: nn.Linear, features: Tensor) -> Tensor:
 
 def _similarity(image_embeddings: Tensor, caption_embeddings: Tensor) -> NDArray[np.float64]:
     """Images by captions: the similarity of the query that is closest to the caption."""
-    found: NDArray[np.float64] = (
+    similarity: NDArray[np.float64] = (
         torch.einsum("iqd,td->iqt", image_embeddings, caption_embeddings).amax(1).double().cpu().numpy()
     )
-    return found
+    return similarity
 
 
 def _pairs_to_match(similarity: NDArray[np.float64], top: int) -> NDArray[np.bool_]:
     """The pairs to read together: the most similar of each image, and of each caption."""
-    chosen = np.zeros(similarity.shape, bool)
-    np.put_along_axis(chosen, np.argsort(-similarity, axis=1, kind="stable")[:, :top], True, axis=1)
-    np.put_along_axis(chosen, np.argsort(-similarity, axis=0, kind="stable")[:top], True, axis=0)
-    return chosen
+    to_match = np.zeros(similarity.shape, bool)
+    np.put_along_axis(to_match, np.argsort(-similarity, axis=1, kind="stable")[:, :top], True, axis=1)
+    np.put_along_axis(to_match, np.argsort(-similarity, axis=0, kind="stable")[:top], True, axis=0)
+    return to_match
 
 
 def _match_scores(
-    vlm: VLM, patches_of: Sequence[Tensor], ids: Tensor, mask: Tensor, chosen: NDArray[np.bool_], chunk_size: int
+    vlm: VLM, patches_of: Sequence[Tensor], ids: Tensor, mask: Tensor, to_match: NDArray[np.bool_], chunk_size: int
 ) -> NDArray[np.float64]:
     """Matching scores of the chosen pairs: the mean over queries that read image and caption together."""
-    scores = np.zeros(chosen.shape)
-    pairs = np.argwhere(chosen)
+    scores = np.zeros(to_match.shape)
+    pairs = np.argwhere(to_match)
     for start in range(0, len(pairs), 4 * chunk_size):
         rows, columns = pairs[start : start + 4 * chunk_size].T
         patches = torch.stack([patches_of[row // chunk_size][row % chunk_size] for row in rows.tolist()])

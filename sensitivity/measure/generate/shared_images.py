@@ -25,21 +25,21 @@ def prefill_images(vlm: VLM, batch: Batch) -> tuple[list[KeysAndValues | None], 
     Where an image takes fewer positions than it has tokens, the model leaves the difference in `rope_deltas`.
     """
     kept = DynamicCache()  # keeps all tokens, also in layers with a sliding window
-    found = vlm.model(**on_device(vlm, batch.inputs), past_key_values=kept, use_cache=True, logits_to_keep=1)
+    output = vlm.model(**on_device(vlm, batch.inputs), past_key_values=kept, use_cache=True, logits_to_keep=1)
     positions = torch.full((len(batch.inputs["input_ids"]), 1), batch.prefix, device=vlm.device)
     offset = getattr(getattr(vlm.model, "model", None), "rope_deltas", None)
-    cache = found.get("language_model_outputs", found).past_key_values
+    cache = output.get("language_model_outputs", output).past_key_values
     return keys_and_values(cache), positions if offset is None else positions + offset.to(positions.device)
 
 
 def keys_and_values(cache: Cache) -> list[KeysAndValues | None]:
     """Each layer's keys and values; None for a layer that wrote none, since the prefix cache skipped its block."""
-    found: list[KeysAndValues | None] = []
+    per_layer: list[KeysAndValues | None] = []
     for layer in cache.layers:
         assert isinstance(layer, DynamicLayer), f"{type(layer).__name__} is no layer of plain attention"
         keys, values = layer.keys, layer.values
-        found.append(None if keys is None or values is None or not keys.numel() else (keys, values))
-    return found
+        per_layer.append(None if keys is None or values is None or not keys.numel() else (keys, values))
+    return per_layer
 
 
 def drafted_answers(
@@ -57,16 +57,16 @@ def drafted_answers(
     most rows are finished after it. The next drafts are what other plans answered, if that begins with the accepted
     tokens; each pass continues from the token that differed.
     """
-    found, forward = Drafts.of(batch.targets), _QuestionPasses(vlm, batch, image, positions)
+    drafts, forward = Drafts.of(batch.targets), _QuestionPasses(vlm, batch, image, positions)
     rules = end_tokens(vlm), task.max_new_tokens, cannot_be_right(vlm, task, batch.examples)
     with first():  # later drafts depend on this plan's answers, so their hidden states are shared with no other plan
-        logits = found.verify(forward, *rules)
+        logits = drafts.verify(forward, *rules)
     nll = mean_nll(logits, right_padded(batch.targets, fill=-100).to(vlm.device))
     del logits
-    while found.unfinished:
-        found.take_earlier_answers(earlier)
-        found.verify(forward, *rules)
-    return found.answers, nll
+    while drafts.unfinished:
+        drafts.take_earlier_answers(earlier)
+        drafts.verify(forward, *rules)
+    return drafts.answers, nll
 
 
 class _QuestionPasses:
@@ -93,11 +93,11 @@ class _QuestionPasses:
         images = torch.tensor([self.batch.image_index[row] for row in rows], device=device)
         cache, gap_end = self._cache(rows, starts, images), max(starts)
         start = torch.tensor(starts, device=device)[:, None]
-        how: dict[str, Tensor] = {}
+        masked: dict[str, Tensor] = {}
         if gap_end:  # the mask hides gaps; padding on the right needs none, since causal attention never looks there
             seen = torch.ones(len(rows), prefix + gap_end + ids.shape[1], dtype=torch.long, device=device)
             seen[:, prefix : prefix + gap_end] = torch.arange(gap_end, device=device) < start
-            how["attention_mask"] = seen
+            masked["attention_mask"] = seen
         # logits begin where the first row needs them; `logits_from` gives every row those from its own start
         logit_starts = [first - begin for first, begin in zip(unread, starts, strict=True)]
         logits: Tensor = self.model(
@@ -107,7 +107,7 @@ class _QuestionPasses:
             position_ids=self.positions[images] + start + torch.arange(ids.shape[1], device=device),
             use_cache=True,
             logits_to_keep=ids.shape[1] - min(logit_starts),
-            **how,
+            **masked,
         ).logits
         self.rows, self.tokens_read, self.gap_end, self.layers = list(rows), starts, gap_end, keys_and_values(cache)
         longest = max(len(draft) - count for draft, count in zip(drafts, accepted, strict=True)) + 1

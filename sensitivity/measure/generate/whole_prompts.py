@@ -57,26 +57,26 @@ def drafted_answers(
             logits = answer_logits(vlm, inputs, drafts_of_batch)[rows]
         return logits_from(logits, accepted, logits.shape[1] - min(accepted)) if any(accepted) else logits
 
-    found, rules = (
+    state, rules = (
         Drafts.of(batch.targets),
         (stop_tokens, task.max_new_tokens, cannot_be_right(vlm, task, batch.examples)),
     )
-    logits = found.verify(forward, *rules)
+    logits = state.verify(forward, *rules)
     nll = mean_nll(logits, right_padded(batch.targets, fill=-100).to(vlm.device))
-    if found.take_earlier_answers(earlier):
+    if state.take_earlier_answers(earlier):
         # a draft with the image's placeholder token would make the model look for the features of another image
         image = getattr(vlm.model.config, "image_token_id", None)
-        with_image_token = [row for row in found.unfinished if image in found.tokens[row]]
-        found.unfinished = [row for row in found.unfinished if row not in with_image_token]
-        if found.unfinished:
-            found.verify(forward, *rules)
-        found.unfinished = sorted([*found.unfinished, *with_image_token])
-    answers = found.answers
-    if found.unfinished:
+        with_image_token = [row for row in state.unfinished if image in state.tokens[row]]
+        state.unfinished = [row for row in state.unfinished if row not in with_image_token]
+        if state.unfinished:
+            state.verify(forward, *rules)
+        state.unfinished = sorted([*state.unfinished, *with_image_token])
+    answers = state.answers
+    if state.unfinished:
         inputs_left, rows = inputs, list(range(len(answers)))
         # only inputs with one row per example can be cut to the unfinished rows: some families stack all patches
         if all(len(value) == len(answers) for value in inputs.values()):
-            rows, inputs_left = found.unfinished, {name: value[found.unfinished] for name, value in inputs.items()}
+            rows, inputs_left = state.unfinished, {name: value[state.unfinished] for name, value in inputs.items()}
         # cached image features are those of the whole batch
         with reuse() if inputs_left is inputs else nullcontext():
             written = _generate(vlm, task, inputs_left).tolist()

@@ -42,10 +42,10 @@ class Once:
         self.reached.add(weight.name)
 
 
-def add(found: dict[str, Tensor], weight: Weight, values: Tensor) -> None:
+def add(sums: dict[str, Tensor], weight: Weight, values: Tensor) -> None:
     """Add a number for each token to those of other weights that read the same input."""
     name = input_of(weight)
-    found[name] = found[name] + values if name in found else values
+    sums[name] = sums[name] + values if name in sums else values
 
 
 def answer_loss(vlm: VLM, batch: TokenBatch) -> Tensor:
@@ -124,8 +124,8 @@ def in_rows_that_fit(
     rows = ROWS // 4  # a backward pass takes several times the memory of a forward pass
     while True:
         again = partial(run, partial(data, rows))
-        if (found := run_or_halve(again, rows, "the calibration data", vlm.device)) is not None:
-            return found
+        if (result := run_or_halve(again, rows, "the calibration data", vlm.device)) is not None:
+            return result
         rows //= 2
 
 

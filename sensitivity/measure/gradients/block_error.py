@@ -25,19 +25,19 @@ def block_errors(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -> dict
     its own block, and its gradient is 2 E x for a rounding error E. At its own weights a block has no error, therefore
     no gradient: the fixed rounding stands in for that of the method.
     """
-    found: dict[str, Tensor] = {}
+    errors: dict[str, Tensor] = {}
     once = Once()
     paths = block_paths(vlm.model, weights)
     inside = {path: [w for w in weights if (w.part, w.block) == block] for block, path in paths.items()}
 
     def gradient_at(weight: Weight, gradient: Tensor) -> None:
         once.check(weight)
-        add(found, weight, gradient.float().flatten(0, -2).abs().mean(1))
+        add(errors, weight, gradient.float().flatten(0, -2).abs().mean(1))
 
     with ExitStack() as patches, torch.no_grad():
-        for path, own in inside.items():
+        for path, inner in inside.items():
             module = vlm.model.get_submodule(path)
-            patches.enter_context(replaced_forward(module, _beside(vlm, module.forward, own, gradient_at)))
+            patches.enter_context(replaced_forward(module, _beside(vlm, module.forward, inner, gradient_at)))
         for weight in (w for w in weights if w.block is None):
 
             def hook(
@@ -50,7 +50,7 @@ def block_errors(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -> dict
             layer = vlm.model.get_submodule(weight.reader)
             patches.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         calibration_pass(vlm, batch)
-    return found
+    return errors
 
 
 def _beside(
@@ -95,8 +95,8 @@ def _rounded(vlm: VLM, weights: Sequence[Weight]) -> Iterator[None]:
             parameter.data = (parameter.data.float() + rounding(parameter.data)).to(parameter.dtype)
         yield
     finally:
-        for parameter, own in zip(parameters, held, strict=True):
-            parameter.data = own
+        for parameter, float_weight in zip(parameters, held, strict=True):
+            parameter.data = float_weight
 
 
 def _first(output: object) -> Tensor:

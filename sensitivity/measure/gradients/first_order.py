@@ -51,10 +51,10 @@ class FirstOrder:
 
 def first_order(vlm: VLM, weights: Sequence[Weight], errors_of: ErrorsOf, data: Iterable[TokenBatch]) -> FirstOrder:
     """First-order scores over all batches; weights that the loss does not reach are left out."""
-    found = FirstOrder()
+    scores = FirstOrder()
     for batch in data:
-        found.add(vlm, weights, batch, errors_of)
-    return found
+        scores.add(vlm, weights, batch, errors_of)
+    return scores
 
 
 def _add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:

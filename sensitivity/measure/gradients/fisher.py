@@ -45,25 +45,25 @@ class Fisher:
                 with float_model(self.vlm.model, self.own):
                     return squared_gradients(self.vlm, group, self.data(rows))
 
-            while (found := run_or_halve(compute, rows, "the calibration data", self.vlm.device)) is None:
+            while (squares := run_or_halve(compute, rows, "the calibration data", self.vlm.device)) is None:
                 rows //= 2
-            self.found = found
+            self.found = squares
         return self.found[name]
 
 
 def squared_gradients(vlm: VLM, weights: Sequence[Weight], data: Iterable[TokenBatch]) -> dict[str, Tensor]:
     """For each weight the sum over examples of G^2, G = sum_t d_t x_t'; zero where the loss does not reach it."""
-    found = {weight.name: torch.zeros(weight.rows, weight.cols, device=vlm.device) for weight in weights}
+    squares = {weight.name: torch.zeros(weight.rows, weight.cols, device=vlm.device) for weight in weights}
     examples = 1
 
     def visit(weight: Weight, inputs: Tensor, gradient: Tensor) -> None:
         # examples of a batch have equal shapes, one after the other
         tokens = len(inputs) // examples
         for row in range(examples):
-            own = slice(row * tokens, (row + 1) * tokens)
-            found[weight.name] += (gradient[own].float().T @ inputs[own].float()).square()
+            of_row = slice(row * tokens, (row + 1) * tokens)
+            squares[weight.name] += (gradient[of_row].float().T @ inputs[of_row].float()).square()
 
     for batch in data:
         examples = len(batch.examples)
         backward(vlm, weights, batch, visit)
-    return found
+    return squares

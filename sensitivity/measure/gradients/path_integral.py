@@ -151,14 +151,14 @@ class _Path:
 def _moved(model: nn.Module, changes: Mapping[str, Tensor], t: float) -> Iterator[None]:
     """Inside the block, the changed parameters stand at W + t * change; afterwards they are the model's own again."""
     parameters = {name: model.get_parameter(name) for name in changes}
-    own = {name: parameter.data for name, parameter in parameters.items()}
+    float_weights = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, change in changes.items():
-            parameters[name].data = own[name] + t * change.to(own[name])
+            parameters[name].data = float_weights[name] + t * change.to(float_weights[name])
         yield
     finally:
         for name, parameter in parameters.items():
-            parameter.data = own[name]
+            parameter.data = float_weights[name]
 
 
 def _add(terms: Terms, more: Mapping[Place, Tensor], times: float) -> None:

@@ -37,14 +37,14 @@ def perturbations(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -> dic
 
     QIG (code read) takes the error of a module, whose integral needs 32 steps. Here it is that of each layer.
     """
-    found: dict[str, Tensor] = {}
+    attributions: dict[str, Tensor] = {}
     once = Once()
 
     def hook_of(weight: Weight) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             once.check(weight)
             inputs = (args[0] if args else kwargs["input"]).flatten(0, -2).float()
-            add(found, weight, attribution(inputs, rounding(vlm.model.get_parameter(weight.name).detach())))
+            add(attributions, weight, attribution(inputs, rounding(vlm.model.get_parameter(weight.name).detach())))
 
         return hook
 
@@ -53,4 +53,4 @@ def perturbations(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -> dic
             layer = vlm.model.get_submodule(weight.reader)
             hooks.callback(layer.register_forward_pre_hook(hook_of(weight), with_kwargs=True).remove)
         calibration_pass(vlm, batch)
-    return found
+    return attributions

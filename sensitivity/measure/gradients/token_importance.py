@@ -42,9 +42,9 @@ class TokenNumbers:
             modality, _ = batch.modality(parts[name], values.shape)
             tokens = len(values) // len(batch.examples)
             for row, example in enumerate(batch.examples):
-                own = slice(row * tokens, (row + 1) * tokens)
-                self.numbers[example, name] = values[own]
-                self.modalities[example, name] = None if modality is None else modality[own]
+                of_row = slice(row * tokens, (row + 1) * tokens)
+                self.numbers[example, name] = values[of_row]
+                self.modalities[example, name] = None if modality is None else modality[of_row]
 
 
 def answer_gradients(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -> dict[str, Tensor]:
@@ -78,15 +78,15 @@ def by_modality(seen: TokenNumbers) -> TokenWeights:
     # a text without an image has no mean (NaN), and an answer that the model is sure of may have none above zero
     ratios = {name: float(vision / text) for name, (vision, text) in means.items() if vision > 0 and text > 0}
     middle = median(ratios.values()) if ratios else 1.0
-    found = {}
+    token_weights = {}
     for (example, name), norms in seen.numbers.items():
         modality = seen.modalities[example, name]
         if modality is None or name not in answer:
-            found[example, name] = torch.ones_like(norms)
+            token_weights[example, name] = torch.ones_like(norms)
         else:
             weight = max(ratios.get(name, middle), middle)
-            found[example, name] = (modality == ANSWER).to(norms) + weight * (modality == VISION).to(norms)
-    return found
+            token_weights[example, name] = (modality == ANSWER).to(norms) + weight * (modality == VISION).to(norms)
+    return token_weights
 
 
 def by_gradient(seen: TokenNumbers) -> TokenWeights:
@@ -113,25 +113,25 @@ def by_block(seen: TokenNumbers) -> TokenWeights:
 
 def by_attention(seen: TokenNumbers) -> TokenWeights:
     """The attention that a token receives, mapped to [0.005, 1], then divided by its mean (RSQ, Sung et al. 2025)."""
-    found = {}
+    token_weights = {}
     for key, values in seen.numbers.items():
         low, high = values.min(), values.max()
         ranged = (values - low) / (high - low).clamp(min=TINY) * (1 - LEAST) + LEAST
         ranged = torch.ones_like(values) if high <= low else ranged
-        found[key] = ranged / ranged.mean()
-    return found
+        token_weights[key] = ranged / ranged.mean()
+    return token_weights
 
 
 def by_perturbation(seen: TokenNumbers) -> TokenWeights:
     """A token's share of the example, clipped to 1.5 interquartile ranges around the quartiles, with mean 1 (QIG)."""
-    found = {}
+    token_weights = {}
     for key, values in seen.numbers.items():
         share = values / values.sum().clamp(min=TINY)
         first, third = torch.quantile(share, torch.tensor([0.25, 0.75], device=share.device, dtype=share.dtype))
         reach = 1.5 * (third - first)
         share = share.clamp(min=(first - reach).clamp(min=0), max=third + reach)
-        found[key] = share / share.mean().clamp(min=TINY)
-    return found
+        token_weights[key] = share / share.mean().clamp(min=TINY)
+    return token_weights
 
 
 # how each kind observes the tokens of a batch, and how it makes weights of what all examples gave
@@ -157,20 +157,20 @@ def importance_of(
     for batch in data:
         for observe, numbers in seen.items():
             numbers.add(weights, batch, observe(vlm, weights, batch))
-    found: dict[str, TokenWeights] = {}
+    by_kind: dict[str, TokenWeights] = {}
     for kind in names:
         observe, weigh = IMPORTANCE[kind]
         weighed = weigh(seen[observe])
         reached = {name for (_, name), values in weighed.items() if bool((values > 0).any())}
-        found[kind] = {(example, name): values for (example, name), values in weighed.items() if name in reached}
-    return found
+        by_kind[kind] = {(example, name): values for (example, name), values in weighed.items() if name in reached}
+    return by_kind
 
 
-def of_batch(found: TokenWeights, batch: TokenBatch, name: str) -> Tensor | None:
+def of_batch(token_weights: TokenWeights, batch: TokenBatch, name: str) -> Tensor | None:
     """The weights of the tokens that a batch has at one input, in the order in which its layer reads them.
 
     None where the loss does not reach the input: then all its tokens count alike.
     """
-    if any((example, name) not in found for example in batch.examples):
+    if any((example, name) not in token_weights for example in batch.examples):
         return None
-    return torch.cat([found[example, name] for example in batch.examples])
+    return torch.cat([token_weights[example, name] for example in batch.examples])

@@ -22,13 +22,13 @@ def bitsandbytes_modules(model: nn.Module, parts: ComponentMap, plan: Plan) -> I
     The lists of modules to skip that loaders take silently match nothing where a path is spelled differently. Here each
     module is replaced by name, and the replaced modules are compared with those that the plan asks for.
     """
-    schemes = {name.rpartition(".")[0]: chosen for name, chosen in targets(parts, plan).items()}
+    schemes = {name.rpartition(".")[0]: scheme for name, scheme in targets(parts, plan).items()}
     originals = {path: _linear(model, path) for path in schemes}
     types = _types()
     try:
-        for path, chosen in schemes.items():
-            model.set_submodule(path, _bitsandbytes_module(originals[path], chosen))
-        wrong = [p for p, chosen in schemes.items() if type(model.get_submodule(p)) is not types[chosen.method]]
+        for path, scheme in schemes.items():
+            model.set_submodule(path, _bitsandbytes_module(originals[path], scheme))
+        wrong = [p for p, scheme in schemes.items() if type(model.get_submodule(p)) is not types[scheme.method]]
         surplus = [p for p, m in model.named_modules() if isinstance(m, tuple(types.values())) and p not in schemes]
         if wrong or surplus:
             raise UserError(f"coverage: not placed {wrong[:4]}, placed without being asked {surplus[:4]}")
@@ -62,43 +62,43 @@ def _types() -> dict[str, type[nn.Module]]:
     return {"nf4": bnb.nn.Linear4bit, "fp4": bnb.nn.Linear4bit, "llm-int8": bnb.nn.Linear8bitLt}
 
 
-def _bitsandbytes_module(linear: nn.Linear, chosen: Scheme) -> nn.Module:
+def _bitsandbytes_module(linear: nn.Linear, scheme: Scheme) -> nn.Module:
     """The bitsandbytes module for a linear layer under a scheme."""
     makers: dict[str, Callable[[nn.Linear, Scheme], nn.Module]] = {
         "nf4": _linear_4bit,
         "fp4": _linear_4bit,
         "llm-int8": _linear_8bit,
     }
-    if chosen.method not in makers:
-        raise UserError(f"bitsandbytes has no {chosen.method}; choose from {', '.join(makers)}")
-    made = makers[chosen.method](linear, chosen)
+    if scheme.method not in makers:
+        raise UserError(f"bitsandbytes has no {scheme.method}; choose from {', '.join(makers)}")
+    made = makers[scheme.method](linear, scheme)
     if linear.bias is not None:
         made.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
     return made.to(linear.weight.device).eval()
 
 
-def _linear_4bit(linear: nn.Linear, chosen: Scheme) -> nn.Module:
+def _linear_4bit(linear: nn.Linear, scheme: Scheme) -> nn.Module:
     """A 4-bit module, which quantizes the weight when it is moved to a device."""
     bnb, weight = _library(), linear.weight.detach()
-    how = {"compress_statistics": bool(chosen["double"]), "quant_type": chosen.method}
+    options = {"compress_statistics": bool(scheme["double"]), "quant_type": scheme.method}
     made: nn.Module = bnb.nn.Linear4bit(
-        weight.shape[1], weight.shape[0], linear.bias is not None, compute_dtype=weight.dtype, **how
+        weight.shape[1], weight.shape[0], linear.bias is not None, compute_dtype=weight.dtype, **options
     )
-    made.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, blocksize=int(chosen.group), **how)
+    made.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, blocksize=int(scheme.group), **options)
     return made
 
 
-def _linear_8bit(linear: nn.Linear, chosen: Scheme) -> nn.Module:
+def _linear_8bit(linear: nn.Linear, scheme: Scheme) -> nn.Module:
     """An LLM.int8 module."""
     bnb, weight = _library(), linear.weight.detach()
-    if chosen["outliers"] != "call":
+    if scheme["outliers"] != "call":
         raise UserError("bitsandbytes finds outliers in each call; make the scheme with outliers='call'")
     made: nn.Module = bnb.nn.Linear8bitLt(
         weight.shape[1],
         weight.shape[0],
         linear.bias is not None,
         has_fp16_weights=False,
-        threshold=float(chosen["threshold"] or 0),
+        threshold=float(scheme["threshold"] or 0),
     )
     # from another dtype, bitsandbytes would round the weight to half precision first and compute the codes in it
     made.weight = bnb.nn.Int8Params(weight.to(torch.float32).clone(), requires_grad=False, has_fp16_weights=False)

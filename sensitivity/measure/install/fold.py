@@ -60,7 +60,7 @@ def _divide_norm(norm: nn.Module, scale: Tensor) -> None:
     """Divide a norm's output by a scale. Some norms multiply by 1 + weight (Gemma); a trial shows which."""
     gain = norm.get_parameter("weight")
     x = torch.randn(4, len(scale), device=gain.device, dtype=gain.dtype)
-    own, weight = norm(x).float(), gain.data.clone()
+    expected, weight = norm(x).float(), gain.data.clone()
     if (bias := _bias(norm)) is not None:
         _divide(bias, scale)
     # Only the output tells which formula a norm has: the right one gives the norm's own output again once it is
@@ -68,7 +68,7 @@ def _divide_norm(norm: nn.Module, scale: Tensor) -> None:
     for offset in (0.0, 1.0):
         gain.data = ((weight.float() + offset) / scale - offset).to(weight.dtype)
         # rounding of the divided output is multiplied by the scales, too, so the tolerance grows with them
-        tolerance = 4 * torch.finfo(weight.dtype).eps * own.abs().max()
-        if ((norm(x).float() * scale - own).abs() <= tolerance.clamp(min=1e-5) * scale.clamp(min=1)).all():
+        tolerance = 4 * torch.finfo(weight.dtype).eps * expected.abs().max()
+        if ((norm(x).float() * scale - expected).abs() <= tolerance.clamp(min=1e-5) * scale.clamp(min=1)).all():
             return
     raise UserError(f"{type(norm).__name__} is not proportional to its weight, so no scale can be folded into it")

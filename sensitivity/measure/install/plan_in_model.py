@@ -62,13 +62,13 @@ def quantized(
                 if exposed:
                     quantizer.solve(block, {weight.name: {given[weight.name]} for weight in block})
                 for weight in block:
-                    chosen = given[weight.name]
+                    scheme = given[weight.name]
                     # the tensor is replaced and not overwritten, so that restoring it is exact and copies nothing
                     if weight.name in schemes:
-                        parameters[weight.name].data = quantizer.weight(weight.name, chosen)
+                        parameters[weight.name].data = quantizer.weight(weight.name, scheme)
                     if weight.bias and weight.bias in schemes:
-                        parameters[weight.bias].data = quantizer.bias(weight.bias, chosen)
-                    for hook in rounding_hooks(model, weight, chosen, *quantizer.input_range(weight, chosen)):
+                        parameters[weight.bias].data = quantizer.bias(weight.bias, scheme)
+                    for hook in rounding_hooks(model, weight, scheme, *quantizer.input_range(weight, scheme)):
                         installed.callback(hook.remove)
                 quantizer.installed_so_far += [(weight.name, given[weight.name]) for weight in block]
             # compared by address: a weight whose values survive quantizing unchanged counts as changed, too
@@ -98,8 +98,8 @@ def prepare(
         return
     schemes_of: dict[str, set[Scheme]] = {}
     for plan in plans:
-        for name, chosen in _given(parts, plan).items():
-            schemes_of.setdefault(name, set()).add(chosen)
+        for name, scheme in _given(parts, plan).items():
+            schemes_of.setdefault(name, set()).add(scheme)
     quantizer = _Quantizer(dict(model.named_parameters()), parts, memory, statistics)
     blocks = list(_blocks(parts, schemes_of))
     for block in each(blocks, *QUANTIZING, len(blocks)):
@@ -110,22 +110,22 @@ def targets(parts: ComponentMap, plan: Plan) -> dict[str, Scheme]:
     """The parameters that a plan changes, each with its scheme; biases only where the scheme says so."""
     schemes: dict[str, Scheme] = {}
     for component in parts.components:
-        if (chosen := plan[component.name]) is not None and chosen.method != KEEP:
+        if (scheme := plan[component.name]) is not None and scheme.method != KEEP:
             for weight in component.weights:
-                schemes[weight.name] = scheme_of(weight, chosen)
-                if weight.bias and chosen.get("biases"):
-                    schemes[weight.bias] = chosen
+                schemes[weight.name] = scheme_of(weight, scheme)
+                if weight.bias and scheme.get("biases"):
+                    schemes[weight.bias] = scheme
     return schemes
 
 
 def _given(parts: ComponentMap, plan: Plan) -> dict[str, Scheme]:
     """The scheme of every weight that has one, also of those that stay as they are while their inputs are rounded."""
-    found: dict[str, Scheme] = {}
+    scheme_by_weight: dict[str, Scheme] = {}
     for component in parts.components:
-        if (chosen := plan[component.name]) is not None:
-            check_cache(component.name, chosen, component.weights)
-            found |= {weight.name: scheme_of(weight, chosen) for weight in component.weights}
-    return found
+        if (scheme := plan[component.name]) is not None:
+            check_cache(component.name, scheme, component.weights)
+            scheme_by_weight |= {weight.name: scheme_of(weight, scheme) for weight in component.weights}
+    return scheme_by_weight
 
 
 class _Quantizer:
@@ -144,16 +144,16 @@ class _Quantizer:
         for weight in parts.weights:
             self.inputs.setdefault(input_of(weight), []).append(weight)
 
-    def weight(self, name: str, chosen: Scheme) -> Tensor:
+    def weight(self, name: str, scheme: Scheme) -> Tensor:
         """The dequantized weight that a scheme puts into the model."""
-        return self.memory.dense(self.key(name, chosen), self.own[name])
+        return self.memory.dense(self.key(name, scheme), self.own[name])
 
-    def key(self, name: str, chosen: Scheme) -> Key:
+    def key(self, name: str, scheme: Scheme) -> Key:
         """What a quantized weight depends on; on the exposed path also everything that was quantized before it."""
-        chosen = weights_of(chosen)
-        if self.statistics is not None and self.statistics.exposed and method_of(chosen).calibrated:
-            return name, chosen, tuple(self.installed_so_far)
-        return name, chosen
+        scheme = weights_of(scheme)
+        if self.statistics is not None and self.statistics.exposed and method_of(scheme).calibrated:
+            return name, scheme, tuple(self.installed_so_far)
+        return name, scheme
 
     def solve(self, block: Iterable[Weight], schemes_of: Mapping[str, set[Scheme]]) -> None:
         """Quantize what the memory lacks; weights that read one input are solved together, and always all of them."""
@@ -171,10 +171,10 @@ class _Quantizer:
         # independent of which of them a plan names
         for scheme in {s for schemes in missing.values() for s in schemes}:
             self._check_calibrated(scheme)
-        found: Mapping[str, Mapping[str, Curvature]] = {}
+        curvatures: Mapping[str, Mapping[str, Curvature]] = {}
         if self.statistics is not None:
-            found = self.statistics.gather_for(missing, self.inputs, tuple(self.installed_so_far))
-            self._find_ranges(ranges, found)
+            curvatures = self.statistics.gather_for(missing, self.inputs, tuple(self.installed_so_far))
+            self._find_ranges(ranges, curvatures)
         for shared, schemes in missing.items():
             names = tuple(weight.name for weight in self.inputs[shared])
             for name in names:
@@ -183,25 +183,25 @@ class _Quantizer:
             foldable = any(s.get("scales") == "folded" for s in schemes) and shared in self._absorbers()
             fisher = None if self.statistics is None else self.statistics.fisher_of(names, schemes)
             whole = Linears(names, tuple(self.own[name] for name in names), foldable=foldable, fisher=fisher)
-            for linears, alike in by_importance(whole, schemes, found.get(shared, {})):
+            for linears, alike in by_importance(whole, schemes, curvatures.get(shared, {})):
                 for chosen, values in zip(alike, self._values(linears, alike), strict=True):
                     for name, value in zip(names, values, strict=True):
                         self.memory[self.key(name, chosen)] = value
 
-    def _find_ranges(self, ranges: Mapping[str, Weight], found: Mapping[str, Mapping[str, Curvature]]) -> None:
+    def _find_ranges(self, ranges: Mapping[str, Weight], curvatures_of: Mapping[str, Mapping[str, Curvature]]) -> None:
         """The range of some inputs, from the statistics that solving needed, or from those of all tokens alike."""
-        known = {name: curvatures[UNIFORM] for name in ranges if UNIFORM in (curvatures := found.get(name, {}))}
+        known = {name: curvatures[UNIFORM] for name in ranges if UNIFORM in (curvatures := curvatures_of.get(name, {}))}
         if (left := [weight for name, weight in ranges.items() if name not in known]) and self.statistics is not None:
             known |= self.statistics.gather(left, tuple(self.installed_so_far))
         self.largest |= {name: known[name].largest.clone() for name in ranges}
 
-    def input_range(self, weight: Weight, chosen: Scheme) -> tuple[Tensor | None, Tensor | None]:
+    def input_range(self, weight: Weight, scheme: Scheme) -> tuple[Tensor | None, Tensor | None]:
         """The largest magnitude of a layer's inputs, if its scheme rounds them by it, and what divides them before."""
         factor = None
-        if chosen.activations != NOT_ROUNDED and chosen.method != KEEP and not weight.is_embedding:
-            factor = getattr(self.memory[self.key(weight.name, chosen)], "inputs", None)
+        if scheme.activations != NOT_ROUNDED and scheme.method != KEEP and not weight.is_embedding:
+            factor = getattr(self.memory[self.key(weight.name, scheme)], "inputs", None)
             factor = None if factor is None else factor.to(self.own[weight.name].device)
-        if not has_fixed_range(chosen) or weight.is_embedding:
+        if not has_fixed_range(scheme) or weight.is_embedding:
             return None, factor
         largest = self.largest[input_of(weight)]
         return (largest if factor is None else largest / factor.to(largest.device)).max(), factor
@@ -221,59 +221,59 @@ class _Quantizer:
             | ({"gradients": gradients} if needs_fisher(s) else {})
             for s in schemes
         }
-        found = {s: cache.load(about[s], linears.weights[0].device) for s in schemes} if cache is not None else {}
-        missing = [s for s in schemes if found.get(s) is None]
+        cached = {s: cache.load(about[s], linears.weights[0].device) for s in schemes} if cache is not None else {}
+        missing = [s for s in schemes if cached.get(s) is None]
         values: dict[Scheme, list[CachedWeight]] = {}
-        for chosen, results in zip(missing, solve(linears, missing), strict=True):
+        for scheme, results in zip(missing, solve(linears, missing), strict=True):
             pairs = zip(linears.weights, results, strict=True)
             # None is a weight that the method leaves alone; its copy has an address of its own, as `quantized` expects
-            values[chosen] = [w.clone() if r is None else as_cached(r) for w, r in pairs]
+            values[scheme] = [w.clone() if r is None else as_cached(r) for w, r in pairs]
             if cache is not None:
-                every = enumerate(values[chosen])
+                every = enumerate(values[scheme])
                 stored = {f"{i}.{name}": tensor for i, value in every for name, tensor in tensors(value).items()}
-                cache.store(about[chosen], stored, linears.weights[0].device)
-        for chosen, kept in found.items():
+                cache.store(about[scheme], stored, linears.weights[0].device)
+        for scheme, kept in cached.items():
             if kept is not None:
-                values[chosen] = [from_tensors(_without_prefix(f"{i}.", kept)) for i in range(len(linears.weights))]
-        return [values[chosen] for chosen in schemes]
+                values[scheme] = [from_tensors(_without_prefix(f"{i}.", kept)) for i in range(len(linears.weights))]
+        return [values[scheme] for scheme in schemes]
 
     def _absorbers(self) -> Mapping[str, Absorber]:
         """What each input's scales can be folded into; nothing without statistics."""
         return {} if self.statistics is None else self.statistics.absorbers
 
-    def bias(self, name: str, chosen: Scheme) -> Tensor:
+    def bias(self, name: str, scheme: Scheme) -> Tensor:
         """The dequantized bias that a scheme puts into the model; it is quantized as a matrix of one row."""
-        chosen = weights_of(chosen)
-        if (name, chosen) not in self.memory:
+        scheme = weights_of(scheme)
+        if (name, scheme) not in self.memory:
             _check_finite(name, self.own[name])
             bias = self.own[name]
-            self.memory[name, chosen] = quantize(bias.reshape(1, -1), chosen).reshape(bias.shape)
-        return self.memory.dense((name, chosen), self.own[name])
+            self.memory[name, scheme] = quantize(bias.reshape(1, -1), scheme).reshape(bias.shape)
+        return self.memory.dense((name, scheme), self.own[name])
 
-    def _check_calibrated(self, chosen: Scheme) -> None:
+    def _check_calibrated(self, scheme: Scheme) -> None:
         """Raise an error for a scheme that needs statistics if there are none, or they are of other data."""
-        if not needs_data(chosen):
+        if not needs_data(scheme):
             return
         if self.statistics is None:
-            raise UserError(f"{chosen.method} needs calibration data: pass statistics, as calibrate() makes them")
-        self.statistics.check_scheme(chosen)
+            raise UserError(f"{scheme.method} needs calibration data: pass statistics, as calibrate() makes them")
+        self.statistics.check_scheme(scheme)
 
 
-def _without_prefix(prefix: str, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefix(prefix: str, cached: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin with a prefix, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor for name, tensor in cached.items() if name.startswith(prefix)}
 
 
 def _blocks(parts: ComponentMap, schemes: Container[str]) -> Iterator[list[Weight]]:
     """The weights that are asked for, block by block in the direction of data flow."""
     for block in parts.regroup("block").components:
-        if chosen := [weight for weight in block.weights if weight.name in schemes]:
-            yield chosen
+        if quantized_weights := [weight for weight in block.weights if weight.name in schemes]:
+            yield quantized_weights
 
 
-def _method_settings(chosen: Scheme) -> tuple[tuple[str, Setting], ...]:
+def _method_settings(scheme: Scheme) -> tuple[tuple[str, Setting], ...]:
     """A scheme's own settings, without the facts of its calibration data: the hash of the content covers those."""
-    return tuple((name, value) for name, value in chosen.settings if name in method_of(chosen).settings)
+    return tuple((name, value) for name, value in scheme.settings if name in method_of(scheme).settings)
 
 
 def _check_finite(name: str, weight: Tensor) -> None:

@@ -17,7 +17,7 @@ from sensitivity.spec.plan import CACHE_GROUP, NOT_ROUNDED, Scheme
 
 
 def rounding_hooks(
-    model: nn.Module, weight: Weight, chosen: Scheme, largest: Tensor | None = None, factor: Tensor | None = None
+    model: nn.Module, weight: Weight, scheme: Scheme, largest: Tensor | None = None, factor: Tensor | None = None
 ) -> Iterator[RemovableHandle]:
     """Register what a scheme rounds around one linear layer: its input, and its output where that is cached.
 
@@ -26,20 +26,20 @@ def rounding_hooks(
     """
     if weight.is_embedding:  # rows of an embedding are looked up: there is no input to round
         return
-    if (change := method_of(chosen).inputs) is not None:
-        yield _before(model.get_submodule(weight.reader), lambda x: change(x, chosen))
-    if chosen.activations != NOT_ROUNDED:
-        bits = chosen.activations
+    if (change := method_of(scheme).inputs) is not None:
+        yield _before(model.get_submodule(weight.reader), lambda x: change(x, scheme))
+    if scheme.activations != NOT_ROUNDED:
+        bits = scheme.activations
         yield _before(model.get_submodule(weight.reader), lambda x: round_inputs(x, bits, largest, factor))
-    if chosen.cache != NOT_ROUNDED and weight.cached:
-        cache, group = chosen.cache, int(chosen[CACHE_GROUP] or 0)
+    if scheme.cache != NOT_ROUNDED and weight.cached:
+        cache, group = scheme.cache, int(scheme[CACHE_GROUP] or 0)
         layer = model.get_submodule(weight.module)
         yield layer.register_forward_hook(lambda _, __, output: round_cached(output, cache, group))
 
 
-def check_cache(name: str, chosen: Scheme, weights: tuple[Weight, ...]) -> None:
+def check_cache(name: str, scheme: Scheme, weights: tuple[Weight, ...]) -> None:
     """Raise an error for a plan that asks a component without keys and values to round them."""
-    if chosen.cache != NOT_ROUNDED and not any(weight.cached for weight in weights):
+    if scheme.cache != NOT_ROUNDED and not any(weight.cached for weight in weights):
         raise UserError(f"{name} has no keys and values that are cached; leave its cache at 16 bits")
 
 

@@ -98,21 +98,21 @@ class PrefixCache:
     ) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of every layer after a pass over a batch's images, computed now or by an earlier plan."""
         before = self._caches.get(batch, [])
-        found: list[tuple[Hashable, Tensor, Tensor]] = []
+        entries: list[tuple[Hashable, Tensor, Tensor]] = []
         for i, layer in enumerate(layers):
             # a skipped layer wrote no keys and values; those of the last plan with this prefix are the same bits
             if layer is not None:
-                found.append((self._current_keys.get(("language", i + 1)), *layer))
+                entries.append((self._current_keys.get(("language", i + 1)), *layer))
             else:
                 assert before[i][0] == self._current_keys["language", i + 1], (
                     "a skipped layer's cache is of another path"
                 )
-                found.append(before[i])
+                entries.append(before[i])
         if "language" in self.stages and batch not in self._excluded:
-            self._bytes += sum(_size(entry) for entry in found) - sum(_size(entry) for entry in before)
-            self._caches[batch] = found
+            self._bytes += sum(_size(entry) for entry in entries) - sum(_size(entry) for entry in before)
+            self._caches[batch] = entries
             self._enforce_limit(batch)
-        return [(keys, values) for _, keys, values in found]
+        return [(keys, values) for _, keys, values in entries]
 
     def _record(self, slot: tuple[Hashable, str, int], key: Hashable, output: object) -> None:
         """Record a hidden state, unless its batch has exceeded the limit."""

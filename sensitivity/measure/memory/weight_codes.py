@@ -85,29 +85,29 @@ def tensors(value: CachedWeight) -> dict[str, Tensor]:
     """A cached value as named tensors; integers become tensors, too, so that a safetensors file holds all of it."""
     if isinstance(value, Tensor):
         return {"weight": value}
-    found: dict[str, Tensor] = {}
+    named: dict[str, Tensor] = {}
     for field in dataclasses.fields(value):
         part = getattr(value, field.name)
         if isinstance(part, KINDS):  # a stored weight inside another one, such as that beside outliers
-            found |= {f"{field.name}.{name}": tensor for name, tensor in tensors(part).items()}
+            named |= {f"{field.name}.{name}": tensor for name, tensor in tensors(part).items()}
         elif part is not None:
-            found[field.name] = part if isinstance(part, Tensor) else torch.tensor(part)
-    return found
+            named[field.name] = part if isinstance(part, Tensor) else torch.tensor(part)
+    return named
 
 
-def from_tensors(found: Mapping[str, Tensor]) -> CachedWeight:
+def from_tensors(named: Mapping[str, Tensor]) -> CachedWeight:
     """The inverse of `tensors`."""
-    if "weight" in found:
-        return found["weight"]
-    names = {name.partition(".")[0] for name in found}
+    if "weight" in named:
+        return named["weight"]
+    names = {name.partition(".")[0] for name in named}
     # the kinds differ in their fields, of which some may be None and are then missing here
     (kind,) = (kind for kind in KINDS if _always(kind) <= names <= {field.name for field in dataclasses.fields(kind)})
     parts: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
-        inner = {k.partition(".")[2]: tensor for k, tensor in found.items() if k.startswith(f"{field.name}.")}
+        inner = {k.partition(".")[2]: tensor for k, tensor in named.items() if k.startswith(f"{field.name}.")}
         if inner:
             parts[field.name] = from_tensors(inner)
-        elif (tensor := found.get(field.name)) is not None:
+        elif (tensor := named.get(field.name)) is not None:
             parts[field.name] = READ[str(field.type)](tensor) if str(field.type) in READ else tensor
         else:
             parts[field.name] = None

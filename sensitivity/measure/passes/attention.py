@@ -52,12 +52,12 @@ def attention_received(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -
             hooks.callback(layer.register_forward_pre_hook(count, with_kwargs=True).remove)
         hooks.enter_context(_Probabilities(lambda seen: received.setdefault(current[-1], []).append(seen), current))
         calibration_pass(vlm, batch)
-    found = {}
+    of_input = {}
     for weight, count_ in tokens.items():
-        own = received.get((weight.part, weight.block), []) if weight.block is not None else []
-        if (values := _of_tokens(own, count_)) is not None:
-            found[input_of(weight)] = values
-    return found
+        per_head = received.get((weight.part, weight.block), []) if weight.block is not None else []
+        if (values := _of_tokens(per_head, count_)) is not None:
+            of_input[input_of(weight)] = values
+    return of_input
 
 
 def _of_tokens(received: Sequence[Tensor], count: int) -> Tensor | None:

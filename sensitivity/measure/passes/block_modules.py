@@ -25,7 +25,7 @@ def block_paths(model: nn.Module, weights: Iterable[Weight]) -> dict[tuple[str, 
     for weight in weights:
         if weight.block is not None:
             layers.setdefault((weight.part, weight.block), []).append(weight.module)
-    around = {block: block_path(model, found) for block, found in layers.items()}
+    around = {block: block_path(model, modules) for block, modules in layers.items()}
     return {
         block: path
         for block, path in around.items()
@@ -37,22 +37,22 @@ def block_paths(model: nn.Module, weights: Iterable[Weight]) -> dict[tuple[str, 
 def replaced_forward(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     """Replace the forward and keep the module, since transformers records hidden states by a module's class."""
     # accelerate, which spreads a model over devices, sets a forward on each instance; it must be back afterwards
-    own = vars(module).get("forward")
+    instance_forward = vars(module).get("forward")
     module.forward = forward
     try:
         yield
     finally:
         del module.forward  # makes the method of the class visible again
-        if own is not None:
-            module.forward = own
+        if instance_forward is not None:
+            module.forward = instance_forward
 
 
 def recorded_forward(module: nn.Module, record: Callable[[object], None]) -> AbstractContextManager[None]:
     """Inside the block, `record` gets every output of the module."""
-    own = module.forward
+    original = module.forward
 
     def recording(*args: object, **kwargs: object) -> object:
-        output = own(*args, **kwargs)
+        output = original(*args, **kwargs)
         record(output)
         return output
 

@@ -118,8 +118,8 @@ def _qformer_sequences(vlm: VLM, inputs: Mapping[str, Tensor]) -> list[tuple[str
 def image_token(vlm: VLM) -> int:
     """The id of the placeholder token for image features; -1 if there is none."""
     config = vlm.model.config
-    found = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
-    return next((int(token) for token in found if token is not None), -1)
+    ids = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
+    return next((int(token) for token in ids if token is not None), -1)
 
 
 def calibration_pass(vlm: VLM, batch: TokenBatch) -> Any:  # the class of the output differs by family

@@ -30,15 +30,15 @@ def billm(linears: Linears, schemes: Sequence[Scheme]) -> list[list[BinaryWeight
     searches its halves on w^2/d^2 too, and we on the weights; numbers of columns are tried in powers of two; what later
     blocks hear is exact for the errors that were made.
     """
-    factor, found = factor_of(linears, schemes[0]), []
+    factor, by_scheme = factor_of(linears, schemes[0]), []
     for scheme in schemes:
         results: list[BinaryWeight | None] = []
         for weight in linears.weights:
             grid = BlockGrid(scheme, factor, columns(scheme, weight), linears.dtype)
             (codes,) = sweep(factor, weight.detach().float(), grid)
             results.append(grid.result(codes))
-        found.append(results)
-    return found
+        by_scheme.append(results)
+    return by_scheme
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,12 @@ class BlockGrid:
     def result(self, codes: Tensor) -> BinaryWeight:
         """All blocks as one weight."""
         salient = [block.salient for block in self.blocks if block.salient is not None]
-        chosen = [block.columns for block in self.blocks if block.columns is not None]
+        columns = [block.columns for block in self.blocks if block.columns is not None]
         return BinaryWeight(
             codes=codes,
             halves=torch.cat([block.halves for block in self.blocks], 1),
             salient=torch.cat(salient, 1) if salient else None,
-            columns=torch.cat(chosen) if chosen else None,
+            columns=torch.cat(columns) if columns else None,
             group=self.span,
         )
 
@@ -92,8 +92,8 @@ def number(block: Block) -> Tensor:
 
 def binarized(weights: Tensor, importance: Tensor, most: int, split: bool, dtype: torch.dtype) -> Block:
     """A block (rows x columns) with at most so many salient columns, and its other weights in one or two halves."""
-    chosen = _salient_columns(weights, importance, most) if most else None
-    salient = torch.zeros(weights.shape[1], device=weights.device) if chosen is None else chosen.float()
+    two_signs = _salient_columns(weights, importance, most) if most else None
+    salient = torch.zeros(weights.shape[1], device=weights.device) if two_signs is None else two_signs.float()
     there = (1 - salient)[None].expand_as(weights)
     above = _split(weights, there) if split else torch.zeros_like(weights)
     means, magnitudes, codes = [], [], torch.zeros_like(weights, dtype=torch.uint8)
@@ -104,10 +104,12 @@ def binarized(weights: Tensor, importance: Tensor, most: int, split: bool, dtype
         codes = torch.where(half > 0, sign, codes)
     codes = codes | (above.to(torch.uint8) << 1)
     halves = torch.stack([torch.stack(means, 1), torch.stack(magnitudes, 1)], 2)[:, None]
-    if chosen is None:
+    if two_signs is None:
         return Block(codes, halves, None, None)
     mean, magnitude, sign = residual(weights, salient[None].expand_as(weights), 2, dtype)
-    return Block(torch.where(chosen, sign, codes), halves, torch.cat([mean[:, None], magnitude], 1)[:, None], chosen)
+    return Block(
+        torch.where(two_signs, sign, codes), halves, torch.cat([mean[:, None], magnitude], 1)[:, None], two_signs
+    )
 
 
 def _salient_columns(weights: Tensor, importance: Tensor, most: int) -> Tensor:
@@ -120,11 +122,11 @@ def _salient_columns(weights: Tensor, importance: Tensor, most: int) -> Tensor:
     best, least = torch.zeros(len(rank), dtype=torch.bool, device=weights.device), float("inf")
     limit = min(most, len(rank) - 1)
     for count in sorted({min(2**i, limit) for i in range(max(limit, 1).bit_length() + 1)} - {0}):
-        chosen = torch.zeros_like(best)
-        chosen[rank[:count]] = True
-        error = sum(_error(weights, part.float()[None].expand_as(weights), 2) for part in (chosen, ~chosen))
+        tried = torch.zeros_like(best)
+        tried[rank[:count]] = True
+        error = sum(_error(weights, part.float()[None].expand_as(weights), 2) for part in (tried, ~tried))
         if error < least:
-            best, least = chosen, float(error)
+            best, least = tried, float(error)
     return best
 
 

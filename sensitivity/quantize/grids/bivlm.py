@@ -44,8 +44,8 @@ def bivlm(weight: Tensor, scheme: Scheme) -> BinnedWeight:
     if not most:
         return BinnedWeight(codes.to(torch.uint8), magnitudes, None, None)
     tail = place == bins if share > LEAST else torch.zeros_like(place, dtype=torch.bool)
-    scale, center, chosen = salient(values[tail], tail.nonzero()[:, 0], len(values), weight.dtype)
-    codes[tail] = 2 * bins + chosen
+    scale, center, tail_codes = salient(values[tail], tail.nonzero()[:, 0], len(values), weight.dtype)
+    codes[tail] = 2 * bins + tail_codes
     return BinnedWeight(codes.to(torch.uint8), magnitudes, center, scale)
 
 
@@ -94,13 +94,13 @@ class Magnitudes:
         bounds = self.bounds(share, bins)
         places = self._places(bounds)
         inside = self.second[places].diff() - self.first[places].diff().square() / places.diff().clamp(min=1)
-        found = float(inside.sum())
+        total = float(inside.sum())
         if share <= LEAST:
-            return found
+            return total
         tail = self.weight.abs() > bounds[-1]
         rows, values = tail.nonzero()[:, 0], self.weight[tail]
-        scale, center, chosen = salient(values, rows, len(self.weight), dtype)
-        return found + float((values - salient_levels(center)[chosen] * scale[rows]).square().sum())
+        scale, center, tail_codes = salient(values, rows, len(self.weight), dtype)
+        return total + float((values - salient_levels(center)[tail_codes] * scale[rows]).square().sum())
 
 
 def salient(values: Tensor, rows: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

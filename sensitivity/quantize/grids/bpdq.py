@@ -28,14 +28,14 @@ def bpdq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[PlanesWeight 
     a few turns is kept, and its error goes to the columns that follow. Ours: a turn is judged by what its coefficients
     give after rounding, for each row alone.
     """
-    factor, found = factor_of(linears, schemes[0]), []
+    factor, by_scheme = factor_of(linears, schemes[0]), []
     for scheme in schemes:
         grid = PlaneGrid(linears, scheme, factor)
         (codes,) = sweep(factor, linears.rows, grid)
         sizes = [len(weight) for weight in linears.weights]
         pieces = zip(torch.split(codes, sizes), torch.split(torch.stack(grid.found, 1), sizes), strict=True)
-        found.append([PlanesWeight(bits, coefficients, grid.span) for bits, coefficients in pieces])
-    return [list(results) for results in found]
+        by_scheme.append([PlanesWeight(bits, coefficients, grid.span) for bits, coefficients in pieces])
+    return [list(results) for results in by_scheme]
 
 
 class PlaneGrid:
@@ -50,15 +50,15 @@ class PlaneGrid:
     def fit(self, a: int, b: int, compensated: Sequence[Tensor]) -> None:
         """Fit the coefficients of one group in turn with its bits, and keep each row's best."""
         (weights,) = compensated
-        own = Factor(self.factor.unit[a:b, a:b], self.factor.importance[a:b], None, self.factor.damp)
-        tried = refit(weights, first_codes(weights, self.planes), self.planes, own, self.dtype)
+        factor = Factor(self.factor.unit[a:b, a:b], self.factor.importance[a:b], None, self.factor.damp)
+        tried = refit(weights, first_codes(weights, self.planes), self.planes, factor, self.dtype)
         best, least = tried, torch.full((len(weights),), torch.inf, device=weights.device)
         for _ in range(self.turns):
-            (codes,) = sweep(own, weights, LevelGrid(levels_of(tried)))
-            error = cost(weights - levels_of(tried).gather(1, codes.long()), own)
+            (codes,) = sweep(factor, weights, LevelGrid(levels_of(tried)))
+            error = cost(weights - levels_of(tried).gather(1, codes.long()), factor)
             best = torch.where((error < least)[:, None], tried, best)
             least = torch.minimum(error, least)
-            tried = refit(weights, codes, self.planes, own, self.dtype)
+            tried = refit(weights, codes, self.planes, factor, self.dtype)
         self.found.append(best)
         self.levels = LevelGrid(levels_of(best))
 
@@ -80,21 +80,21 @@ def levels_of(coefficients: Tensor) -> Tensor:
     planes = coefficients.shape[1] - 1
     patterns = torch.arange(2**planes, device=coefficients.device)
     ones = torch.stack([torch.ones(2**planes, device=coefficients.device), *(bit(patterns, k) for k in range(planes))])
-    found: Tensor = coefficients @ ones
-    return found
+    levels: Tensor = coefficients @ ones
+    return levels
 
 
-def refit(weights: Tensor, codes: Tensor, planes: int, own: Factor, dtype: torch.dtype) -> Tensor:
+def refit(weights: Tensor, codes: Tensor, planes: int, factor: Factor, dtype: torch.dtype) -> Tensor:
     """The coefficients (rows x planes + 1) of least error for given bits, in the metric M D M' of a group."""
-    root = own.importance.sqrt()
+    root = factor.importance.sqrt()
     features = torch.stack([torch.ones_like(weights), *(bit(codes, k) for k in range(planes))], 1)
-    features, target = (features @ own.unit) * root, (weights @ own.unit) * root
+    features, target = (features @ factor.unit) * root, (weights @ factor.unit) * root
     normal = features @ features.transpose(1, 2)
     ridge = RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
     normal.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     return as_16_bit(torch.linalg.solve(normal, features @ target[:, :, None])[:, :, 0], dtype)
 
 
-def cost(error: Tensor, own: Factor) -> Tensor:
+def cost(error: Tensor, factor: Factor) -> Tensor:
     """The cost of each row's errors once all later columns have compensated for them."""
-    return ((error @ own.unit).square() * own.importance).sum(1)
+    return ((error @ factor.unit).square() * factor.importance).sum(1)

@@ -42,8 +42,8 @@ def _levels(rows: Tensor, weights: Tensor, count: int) -> Tensor:
     bounds = _cut(values, heavy, BINS if count <= FEW else count)
     if count <= FEW:
         bounds = bounds.gather(1, _partition(sums.gather(2, bounds.expand(3, -1, -1)), count))
-    found = _lloyd(x.contiguous(), sums, bounds) + middle
-    return torch.where(_distinct(values) <= count, _all(values, count), found).float()
+    levels = _lloyd(x.contiguous(), sums, bounds) + middle
+    return torch.where(_distinct(values) <= count, _all(values, count), levels).float()
 
 
 def _cut(values: Tensor, heavy: Tensor, bins: int) -> Tensor:

@@ -26,14 +26,14 @@ def leanquant(linears: Linears, schemes: Sequence[Scheme]) -> list[list[LevelsWe
     """
     factor = factor_of(linears, schemes[0])
     stored = factor.importance if factor.order is None else factor.importance[torch.argsort(factor.order)]
-    weights, found = _weights(stored, schemes[0])[None], []
+    weights, by_scheme = _weights(stored, schemes[0])[None], []
     for scheme in schemes:
         levels = as_16_bit(kmeans(linears.rows, weights, 2**scheme.bits), linears.dtype)
         (codes,) = sweep(factor, linears.rows, LevelGrid(levels))
         sizes = [len(weight) for weight in linears.weights]
         pieces = zip(torch.split(codes, sizes), torch.split(levels, sizes), strict=True)
-        found.append([LevelsWeight(*piece) for piece in pieces])
-    return [list(results) for results in found]
+        by_scheme.append([LevelsWeight(*piece) for piece in pieces])
+    return [list(results) for results in by_scheme]
 
 
 def affine(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:

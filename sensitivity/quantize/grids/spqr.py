@@ -29,11 +29,11 @@ def spqr(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight 
     zero. Ours: outliers are a fixed share of the weight, so that a plan has a size before it is computed, where the
     release has a threshold (.2 of the mean variance); they are chosen once, from the original weights.
     """
-    factor, found = factor_of(linears, schemes[0]), []
+    factor, by_scheme = factor_of(linears, schemes[0]), []
     for scheme in schemes:
         weights = [weight.detach().float() for weight in linears.weights]
-        found.append([_one(weight, scheme, factor, linears.dtype) for weight in weights])
-    return [list(results) for results in found]
+        by_scheme.append([_one(weight, scheme, factor, linears.dtype) for weight in weights])
+    return [list(results) for results in by_scheme]
 
 
 def _one(weight: Tensor, scheme: Scheme, factor: Factor, dtype: torch.dtype) -> StoredWeight:
@@ -94,12 +94,12 @@ def gain(weight: Tensor, scheme: Scheme, importance: Tensor, dtype: torch.dtype)
     def in_groups(values: Tensor) -> Tensor:
         return torch.nn.functional.pad(values, (0, -weight.shape[1] % group)).reshape(len(weight), -1, group)
 
-    own = in_groups(errors(weight))
-    saved = own.clone()
+    in_range = in_groups(errors(weight))
+    saved = in_range.clone()
     for extreme in (in_groups(weight).argmax(2, keepdim=True), in_groups(weight).argmin(2, keepdim=True)):
         inside = in_groups(weight).scatter(2, extreme, 0.0).reshape(len(weight), -1)[:, : weight.shape[1]]
         others = in_groups(errors(inside)).scatter(2, extreme, 0.0)
-        saved.scatter_(2, extreme, own.sum(2, keepdim=True) - others.sum(2, keepdim=True))
+        saved.scatter_(2, extreme, in_range.sum(2, keepdim=True) - others.sum(2, keepdim=True))
     return saved.reshape(len(weight), -1)[:, : weight.shape[1]]
 
 

@@ -41,7 +41,7 @@ def of_weights(scheme: Scheme, row: Method, facts: tuple[str, ...]) -> Scheme:
     `facts` are the names under which a scheme records its calibration data; an uncalibrated method has them only
     because of the range of its activations.
     """
-    found = scheme.without_rounding
-    if row.calibrated or found is scheme:
-        return found
-    return replace(found, settings=tuple((name, value) for name, value in found.settings if name not in facts))
+    unrounded = scheme.without_rounding
+    if row.calibrated or unrounded is scheme:
+        return unrounded
+    return replace(unrounded, settings=tuple((name, value) for name, value in unrounded.settings if name not in facts))

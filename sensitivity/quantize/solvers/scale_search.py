@@ -28,18 +28,18 @@ def awq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeigh
     scaled_at_all = linears.foldable or first["scales"] == "stored"
     # where nothing can absorb a scale, the only candidate is a = 0, which scales nothing
     grid = scales(seen, int(first["exponents"] or 1) if scaled_at_all else 1, linears.dtype)
-    found = errors(linears.rows, grid, seen.gram, schemes, linears.dtype) if len(grid) > 1 else None
-    best = [0] * len(schemes) if found is None else found.argmin(1).tolist()
+    costs = errors(linears.rows, grid, seen.gram, schemes, linears.dtype) if len(grid) > 1 else None
+    best = [0] * len(schemes) if costs is None else costs.argmin(1).tolist()
     cost = ErrorCost.of(seen.gram, columns(first, linears.rows)) if first["clip"] else None
     return [_rounded(linears, scheme, grid[i], cost) for scheme, i in zip(schemes, best, strict=True)]
 
 
-def _rounded(linears: Linears, scheme: Scheme, chosen: Tensor, cost: ErrorCost | None) -> list[QuantizedWeight | None]:
+def _rounded(linears: Linears, scheme: Scheme, factor: Tensor, cost: ErrorCost | None) -> list[QuantizedWeight | None]:
     """Clip and round the weights under the chosen scale."""
-    scaled = linears.rows * chosen
+    scaled = linears.rows * factor
     low, high = ranges(scaled, scheme)
     if cost is not None:
-        best = clipped(scaled, scheme, linears.dtype, cost.under(chosen))
+        best = clipped(scaled, scheme, linears.dtype, cost.under(factor))
         # the readers of an input are one stack of rows, in which queries and keys keep their full ranges
         clippable = torch.cat(
             [
@@ -50,7 +50,7 @@ def _rounded(linears: Linears, scheme: Scheme, chosen: Tensor, cost: ErrorCost |
         low, high = torch.where(clippable, best[0], low), torch.where(clippable, best[1], high)
     whole = encode(scaled, scheme, *scale_and_zero(scaled, scheme, low, high, linears.dtype))
     # a scale of all ones is not stored
-    return linears.split(whole if bool((chosen == 1).all()) else replace(whole, inputs=chosen))
+    return linears.split(whole if bool((factor == 1).all()) else replace(whole, inputs=factor))
 
 
 def scales(seen: Curvature, steps: int, dtype: torch.dtype) -> Tensor:

@@ -63,10 +63,10 @@ class _Sweep:
         column's shift is a residual that the later ones compensate for in turn. Grids are made for those
         weights.
         """
-        own, compensated = self.unit[a:b, a:b], []
+        unit, compensated = self.unit[a:b, a:b], []
         for rest in self.rest:
             heard = rest[a:b] - self.target[a:b]
-            free = torch.linalg.solve_triangular(own.T, heard, upper=False, unitriangular=True)
+            free = torch.linalg.solve_triangular(unit.T, heard, upper=False, unitriangular=True)
             compensated.append((self.target[a:b] + free).T)
         self.grid.fit(a, b, compensated)
         _halve(a, b, LEAF, self.leaf, self.carry)
@@ -87,11 +87,11 @@ class _Sweep:
             if i + 1 < b - a:
                 block[i + 1 :] += self.unit[a + i, a + i + 1 : b, None] * error
         width = self.target.shape[1]
-        for rest, into, done, chosen in zip(
+        for rest, into, done, rounded in zip(
             self.rest, self.codes, torch.split(block, width, 1), torch.split(codes, width, 1), strict=True
         ):
             rest[a:b] = done
-            into[a:b] = chosen.to(torch.uint8)
+            into[a:b] = rounded.to(torch.uint8)
 
     def carry(self, a: int, middle: int, b: int) -> None:
         """Add the residuals of columns a to middle, times M, to the targets of columns middle to b."""

@@ -38,8 +38,8 @@ def vlm_ptq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedW
 
         for s, whole in enumerate(on_integers(factor, rows, schemes, find)):
             error = quadratic(whole.dequantize() - rows, half)
-            for w, (piece, own) in enumerate(zip(linears.split(whole), torch.split(error, sizes), strict=True)):
-                if (total := float(own.sum())) < least[s, w]:
+            for w, (piece, errors) in enumerate(zip(linears.split(whole), torch.split(error, sizes), strict=True)):
+                if (total := float(errors.sum())) < least[s, w]:
                     best[s][w], least[s, w] = piece, total
     return best
 

@@ -44,9 +44,9 @@ def _hadamard(rows: Tensor) -> Tensor:
     """The fast transform: in each step, pairs at a distance become their sum and their difference."""
     width = rows.shape[-1]
     block = width & -width
-    found, step = rows, 1
+    sums, step = rows, 1
     while step < block:
-        pairs = found.reshape(*rows.shape[:-1], width // (2 * step), 2, step)
+        pairs = sums.reshape(*rows.shape[:-1], width // (2 * step), 2, step)
         first, second = pairs.unbind(-2)
-        found, step = torch.stack([first + second, first - second], -2).reshape(rows.shape), 2 * step
-    return found * (1 / math.sqrt(block))
+        sums, step = torch.stack([first + second, first - second], -2).reshape(rows.shape), 2 * step
+    return sums * (1 / math.sqrt(block))

@@ -32,9 +32,9 @@ def rotated(
 
 def _curvature(seen: Curvature) -> Curvature:
     """The statistics of rotated inputs: R' H R; mean magnitudes are not known of them and stay."""
-    found = Curvature.of(seen.tensors())
-    found.gram = rotate(rotate(seen.gram).T).contiguous()
+    rotated = Curvature.of(seen.tensors())
+    rotated.gram = rotate(rotate(seen.gram).T).contiguous()
     if seen.paths is not None:
-        found.paths = TwoPaths(seen.width, seen.gram.device)
-        found.paths.cross = rotate(rotate(seen.paths.cross).T).T.contiguous()
-    return found
+        rotated.paths = TwoPaths(seen.width, seen.gram.device)
+        rotated.paths.cross = rotate(rotate(seen.paths.cross).T).T.contiguous()
+    return rotated

@@ -82,7 +82,7 @@ def by_kind(examples: Sequence[Example]) -> dict[str, Metric]:
         def metric(answers: Sequence[str], examples: Sequence[Example]) -> float:
             pairs = list(zip(answers, examples, strict=True))
             of_kinds = [[match(a, e) for a, e in pairs if e.kind == kind] for kind in kinds]
-            return float(np.mean([np.mean(found) for found in of_kinds])) if all(of_kinds) else math.nan
+            return float(np.mean([np.mean(matches) for matches in of_kinds])) if all(of_kinds) else math.nan
 
         return metric
 

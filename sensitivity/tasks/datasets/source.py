@@ -71,12 +71,12 @@ class DatasetFolder:
         """The content of a JSON file, which must have these keys."""
         path = self.file(name)
         try:
-            found = read(path)
+            content = read(path)
         except Misfit as error:
             raise UserError(f"cannot read {path} as JSON ({error}); {self.get}") from error
-        if keys and not (isinstance(found, dict) and set(keys) <= set(found)):
+        if keys and not (isinstance(content, dict) and set(keys) <= set(content)):
             raise UserError(f"{path} is not of the {self.name} layout: it has no {' or '.join(keys)}; {self.get}")
-        return found
+        return content
 
     def records(self, name: str, key: str) -> Iterator[Record]:
         """The objects of the list `key` in a JSON file, parsed one at a time.
@@ -158,11 +158,11 @@ class DatasetFolder:
         usable.sort(
             key=lambda example: example.id
         )  # so that the sample does not depend on the order of a file or folder
-        chosen = draw(usable, n, seed, f"{self.name} in {self.folder}", part.split)
-        seen, more = self.readable(chosen)
+        drawn = draw(usable, n, seed, f"{self.name} in {self.folder}", part.split)
+        seen, more = self.readable(drawn)
         return seen, (*notes, *more)
 
-    def readable(self, chosen: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[str, ...]]:
+    def readable(self, drawn: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[str, ...]]:
         """The examples whose image file is complete, and notes on the others.
 
         Checked after drawing, since opening every image of a data set would take minutes.
@@ -179,8 +179,8 @@ class DatasetFolder:
                     return known[key]
             return None
 
-        unreadable = [Flaw(_named(example), reason) for example in chosen if (reason := why(example))]
-        return tuple(e for e in chosen if not why(e)), tuple(self.flaw_notes(unreadable, len(chosen)))
+        unreadable = [Flaw(_named(example), reason) for example in drawn if (reason := why(example))]
+        return tuple(e for e in drawn if not why(e)), tuple(self.flaw_notes(unreadable, len(drawn)))
 
     def flaw_notes(self, flaws: Sequence[Flaw], total: int) -> list[str]:
         """One note per kind of flaw, or an error if there are too many flaws."""

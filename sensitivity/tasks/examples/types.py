@@ -129,10 +129,10 @@ class Task:
         answer_of = {example: str(answer) for name, example, answer in named if name == self.name}
         examples = [example for example in self.examples if example.id in answer_of]
         answers = [answer_of[example.id] for example in examples]
-        chosen = [name for name in self.metrics if examples and name not in self.slow]
-        found = {name: float(self.metrics[name](answers, examples)) for name in chosen}
+        names = [name for name in self.metrics if examples and name not in self.slow]
+        values = {name: float(self.metrics[name](answers, examples)) for name in names}
         # a metric is NaN while a kind of question has no answer yet
-        return {name: value for name, value in found.items() if math.isfinite(value)}
+        return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def exact(answer: str, example: Example) -> float:

@@ -52,13 +52,13 @@ def _images(folder: Path, names: Sequence[str]) -> dict[str, str]:
     sizes = {file: _size(file) for file in files.values()}
     of_size = Counter(sizes.values())
     first: dict[object, str] = {}
-    found = {}
+    first_name = {}
     for name, file in files.items():
         size = sizes[file]
         # only files of one size can be copies, so that few are read
         same = _content_hash(file) if size is not None and of_size[size] > 1 else file
-        found[name] = first.setdefault(same, name)
-    return found
+        first_name[name] = first.setdefault(same, name)
+    return first_name
 
 
 def _size(file: str) -> int | None:

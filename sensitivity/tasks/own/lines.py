@@ -132,8 +132,8 @@ def task_from_lines(
 ) -> Task:
     """The task of lines that were read from `path`."""
     source = layout.DatasetFolder(path.stem, path.parent, "mend or take out those lines")
-    chosen = layout.draw((_example(path, line, scorer in BOXED) for line in lines), n, seed, str(path), split)
-    examples, left_out = source.readable(chosen)
+    drawn = layout.draw((_example(path, line, scorer in BOXED) for line in lines), n, seed, str(path), split)
+    examples, left_out = source.readable(drawn)
     notes = (*notes, *left_out)
     if scorer in BOXED:
         examples = tuple(map(grounding.with_image_size, examples))

@@ -85,20 +85,20 @@ def _rows(folder: Path, split: str) -> tuple[source.Part, Rows]:
     import datasets
 
     try:
-        found = datasets.load_from_disk(str(folder))
+        saved = datasets.load_from_disk(str(folder))
     except Exception as error:  # of datasets, Arrow, JSON; a folder may be damaged in many ways
         raise UserError(f"cannot read {folder} as a saved data set ({reason(error)}); {NEEDS}") from error
     part = source.Part("all", split, hashed=True)
-    if isinstance(found, datasets.DatasetDict):
-        known = [name for name in PARTS if name in found]
+    if isinstance(saved, datasets.DatasetDict):
+        known = [name for name in PARTS if name in saved]
         if not known:
-            raise UserError(f"{folder} has the splits {', '.join(found)}; one of {', '.join(PARTS)} is needed")
+            raise UserError(f"{folder} has the splits {', '.join(saved)}; one of {', '.join(PARTS)} is needed")
         apart = known[0] != "train" and "train" in known
         part = source.Part("train" if apart and split == "calibration" else known[0], split, hashed=not apart)
-        found = found[part.name]
-    _column(folder, found, "image")
+        saved = saved[part.name]
+    _column(folder, saved, "image")
     try:
-        return part, found.cast_column("image", datasets.Image(decode=False))
+        return part, saved.cast_column("image", datasets.Image(decode=False))
     except Exception as error:
         why = f"the column image of {folder} holds no images ({reason(error)}); {NEEDS}"
         raise UserError(why) from error

@@ -13,8 +13,8 @@ _BOX = re.compile(r"\{<(\d+)><(\d+)><(\d+)><(\d+)>\|<(-?\d+)>\}")
 
 def parse(text: str) -> list[Box]:
     """Every well-formed box in a text as (x1, y1, x2, y2, angle); a box without area is skipped."""
-    found = [tuple(float(v) for v in match.groups()) for match in _BOX.finditer(text)]
-    return [(x1, y1, x2, y2, angle) for x1, y1, x2, y2, angle in found if x2 > x1 and y2 > y1]
+    corners = [tuple(float(v) for v in match.groups()) for match in _BOX.finditer(text)]
+    return [(x1, y1, x2, y2, angle) for x1, y1, x2, y2, angle in corners if x2 > x1 and y2 > y1]
 
 
 def corners(box: Box) -> list[Point]:
@@ -107,12 +107,12 @@ def decoded(text: str, width: int, height: int, decoding: str = "turned") -> lis
 
     All white space is removed first, since some tokenizers insert it between the numbers.
     """
-    found = []
+    polygons = []
     for x1, y1, x2, y2, angle in parse("".join(text.split())):
         box = (x1 * width / 100, y1 * height / 100, x2 * width / 100, y2 * height / 100, angle)
         if (polygon := convex(DECODINGS[decoding](box))) is not None:
-            found.append(polygon)
-    return found
+            polygons.append(polygon)
+    return polygons
 
 
 def written(polygon: Sequence[Point], width: int, height: int) -> str:

@@ -36,7 +36,7 @@ _TOKEN = re.compile(
 
 def words(caption: str) -> list[str]:
     """The words of a caption in lower case, with clitics as words of their own and without punctuation."""
-    found: list[str] = []
+    split: list[str] = []
     for token in _TOKEN.findall(caption.lower().translate(_QUOTES)):
-        found += _SPLIT.get(token, _BRACKETS.get(token, token)).split()
-    return found
+        split += _SPLIT.get(token, _BRACKETS.get(token, token)).split()
+    return split

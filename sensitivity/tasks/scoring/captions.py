@@ -36,12 +36,12 @@ def cider(examples: Sequence[Example]) -> Callable[[str, Example], float]:
     depends on which images are evaluated: scores of different samples do not compare, and with a single image every
     score is 0.
     """
-    found: Counter[Gram] = Counter()
+    images_with: Counter[Gram] = Counter()
     for example in examples:
         # a set: an n-gram counts once per image, however often its references use it
-        found.update({gram for right in example.answers for gram in _grams(right)})
+        images_with.update({gram for right in example.answers for gram in _grams(right)})
     documents = math.log(max(len(examples), 1))
-    idf = {gram: documents - math.log(count) for gram, count in found.items()}
+    idf = {gram: documents - math.log(count) for gram, count in images_with.items()}
 
     def vector(text: str) -> tuple[list[dict[Gram, float]], list[float], int]:
         by_order: list[dict[Gram, float]] = [{} for _ in range(ORDERS)]

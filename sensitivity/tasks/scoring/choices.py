@@ -39,10 +39,10 @@ def letter(answer: str) -> str | None:
     the answer, option or choice is one.
     """
     text = answer.strip()
-    if found := _ALONE.fullmatch(text):
-        return found[1].upper()
-    if found := _FIRST.match(text):
-        return (found[1] or found[2]).upper()
+    if match := _ALONE.fullmatch(text):
+        return match[1].upper()
+    if match := _FIRST.match(text):
+        return (match[1] or match[2]).upper()
     said = _SAID.findall(text)
     return said[-1].upper() if said else None
 

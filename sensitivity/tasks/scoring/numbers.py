@@ -34,8 +34,8 @@ def score(answer: str, example: Example) -> float:
 
 def number(text: str) -> float | None:
     """The last number in a text, with thousands separators; a percent sign changes nothing, and no number is None."""
-    found = _NUMBER.findall(text)
+    numbers = _NUMBER.findall(text)
     try:
-        return float(found[-1].replace(",", "").replace("−", "-")) if found else None
+        return float(numbers[-1].replace(",", "").replace("−", "-")) if numbers else None
     except (ValueError, OverflowError):
         return None

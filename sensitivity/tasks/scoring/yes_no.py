@@ -31,8 +31,8 @@ def score(answer: str, example: Example) -> float:
 
 def said(answer: str) -> bool | None:
     """Whether an answer says yes; None where it says neither."""
-    found = _WORD.search(answer)
-    return None if found is None else found[1].lower() == "yes"
+    match = _WORD.search(answer)
+    return None if match is None else match[1].lower() == "yes"
 
 
 def _counts(answers: Sequence[str], examples: Sequence[Example]) -> tuple[int, int, int]:
