@@ -20,7 +20,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from sensitivity.formats.table import write
 from sensitivity.formats.writing import stream as shards
-from sensitivity.formats.writing.job import Job, from_weights_alone
+from sensitivity.formats.writing.job import Job, codes_from_weights
 from sensitivity.formats.writing.packing import pack, unpack
 from sensitivity.formats.writing.source import open_checkpoint
 from sensitivity.formats.writing.stream import Piece, Spec
@@ -142,7 +142,7 @@ def stages(scheme: Scheme, folder: Path) -> list[str]:
     weight = torch.empty(4096, 11008, dtype=torch.float16).normal_(0, 0.02)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    codes = from_weights_alone("w", weight, scheme).codes
+    codes = codes_from_weights("w", weight, scheme).codes
     words = pack(codes, scheme.bits).numpy().data
     target = folder / "plain"
     tensors = [t for t in open_checkpoint(str(folder / "model")).tensors if t.bytes == 2 * weight.numel()]
@@ -156,7 +156,7 @@ def stages(scheme: Scheme, folder: Path) -> list[str]:
 
     found = [
         busy(read),
-        busy(lambda: from_weights_alone("w", weight, scheme)),
+        busy(lambda: codes_from_weights("w", weight, scheme)),
         busy(lambda: pack(codes, scheme.bits)),
         busy(lambda: hashlib.sha256(words).digest()),
         busy(store),

@@ -20,7 +20,7 @@ from sensitivity.formats.table import CHECKPOINTS, CHECKS, FORMATS, may_be_writt
 from sensitivity.formats.verification import verify
 from sensitivity.formats.writing.calibrated_codes import CalibratedCodes
 from sensitivity.formats.writing.calibrated_codes import codes as calibrated_codes
-from sensitivity.formats.writing.job import Codes, Job, from_weights_alone
+from sensitivity.formats.writing.job import Codes, Job, codes_from_weights
 from sensitivity.formats.writing.manifest import TrialFacts
 from sensitivity.formats.writing.unfinished import remove_unfinished
 from sensitivity.measure.calibrate.statistics import check_path
@@ -152,7 +152,7 @@ def _codes(study: Study, job: Job, format: str) -> AbstractContextManager[Calibr
     """The source of quantized weights: computed from the weights alone, or calibrated on the data that schemes name."""
     schemes = list(dict.fromkeys(scheme for _, scheme in job.plan.schemes if scheme is not None))
     if format not in CHECKPOINTS or not any(needs_data(scheme) for scheme in schemes):
-        return nullcontext(CalibratedCodes(from_weights_alone))
+        return nullcontext(CalibratedCodes(codes_from_weights))
     vlm = load(job.model, dtype=study.meta["dtype"]) if isinstance(job.model, str) else job.model
     _, statistics = calibrated(vlm, study.parts, schemes, study.meta["tasks"])
     assert statistics is not None

@@ -51,8 +51,8 @@ def _number(value: object) -> bool:
     )  # not NaN
 
 
-def _file_name(value: object) -> bool:
-    """Whether a value names a file inside its data set's folder: a relative path without `..`."""
+def _is_file_inside(value: object) -> bool:
+    """Whether a field of JSON names a file inside its data set's folder: a relative path without `..`."""
     return (
         _text(value)
         and "\0" not in value
@@ -69,7 +69,7 @@ NUMBER = Kind(f"a number between -{LARGEST_COORDINATE:g} and {LARGEST_COORDINATE
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 NAME = Kind("text or a whole number", lambda value: _text(value) or _whole(value))
 FILE = Kind("the name of a file", lambda value: _text(value) and "\0" not in value)
-FILE_INSIDE = Kind("the name of a file inside the folder", _file_name)
+FILE_INSIDE = Kind("the name of a file inside the folder", _is_file_inside)
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 
 

@@ -32,8 +32,8 @@ from sensitivity.formats.table import FORMATS, write
 from sensitivity.formats.writing import job as job_module
 from sensitivity.formats.writing import manifest, stream
 from sensitivity.formats.writing.calibrated_codes import codes as codes_of
-from sensitivity.formats.writing.job import Job, from_weights_alone
-from sensitivity.formats.writing.packing import SMALLEST_BUFFER, buffer, pack, unpack
+from sensitivity.formats.writing.job import Job, codes_from_weights
+from sensitivity.formats.writing.packing import SMALLEST_BUFFER, pack, reused_buffer, unpack
 from sensitivity.formats.writing.source import _reader, open_checkpoint
 from sensitivity.formats.writing.unfinished import remove_unfinished, staging_folder
 from sensitivity.measure.calibrate.calibration import calibrate
@@ -134,7 +134,7 @@ def test_awq_words_hold_eight_rows_in_the_order_of_its_kernels() -> None:
 def test_gptq_tensors_give_the_values_back(kind: str, bits: int) -> None:
     values, weight = torch.randn(64, 96), Weight("a.weight", 64, 96, "language", 0, 1, "ff")
     scheme = rtn(bits, 32, kind == "gptq")
-    codes = from_weights_alone("a.weight", values, scheme)
+    codes = codes_from_weights("a.weight", values, scheme)
     tensors = layout(kind).tensors(codes, weight, scheme)
     for spec, tensor in zip(layout(kind).specs("a.", weight, scheme), tensors, strict=True):
         assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), spec.key
@@ -201,9 +201,9 @@ def test_fake_loads_as_measured_with_any_method(shape: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("group", ["row", 32])
 def test_pieces_of_a_weight_are_quantized_as_the_whole(monkeypatch: pytest.MonkeyPatch, group: int | str) -> None:
     weight = torch.randn(50, 96)
-    whole = from_weights_alone("a", weight, rtn(3, group, False))
+    whole = codes_from_weights("a", weight, rtn(3, group, False))
     monkeypatch.setattr(job_module, "PIECE", 7 * 96)
-    pieces = from_weights_alone("a", weight, rtn(3, group, False))
+    pieces = codes_from_weights("a", weight, rtn(3, group, False))
     for part in ("codes", "scale", "zero", "group"):
         assert torch.equal(torch.as_tensor(getattr(whole, part)), torch.as_tensor(getattr(pieces, part))), part
 
@@ -512,7 +512,7 @@ def test_an_interruption_leaves_nothing_that_looks_finished(parts: ComponentMap,
         calls.append(name)
         if len(calls) > 3:
             raise KeyboardInterrupt
-        return from_weights_alone(name, weight, scheme)
+        return codes_from_weights(name, weight, scheme)
 
     with pytest.raises(KeyboardInterrupt):
         write(job(parts, {}, rtn(4), codes=stops), tmp_path / "out", "compressed-tensors")
@@ -533,7 +533,7 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(parts: ComponentMap,
         calls.append(name)
         if len(calls) > 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        return from_weights_alone(name, weight, scheme)
+        return codes_from_weights(name, weight, scheme)
 
     asked = job(parts, {}, rtn(4), codes=dies)
     write(job(parts, {}, rtn(3)), tmp_path / "old", "compressed-tensors")
@@ -612,7 +612,7 @@ def test_calibrated_methods_ask_for_their_codes(parts: ComponentMap, tmp_path: P
 
     def codes(name: str, weight: torch.Tensor, scheme: Scheme) -> Any:
         calls.append(name)
-        return from_weights_alone(name, weight, rtn(4))
+        return codes_from_weights(name, weight, rtn(4))
 
     write(job(parts, {}, rtn(4, method="gptq"), codes=codes), tmp_path / "out", "compressed-tensors")
     assert set(calls) == {weight.name for weight in parts.weights}
@@ -717,15 +717,15 @@ def test_an_unknown_format_is_told_the_known_ones(parts: ComponentMap, tmp_path:
 
 
 def test_memory_is_used_again_only_when_nobody_looks_at_it() -> None:
-    first = buffer(SMALLEST_BUFFER)
+    first = reused_buffer(SMALLEST_BUFFER)
     where, look = first.data_ptr(), first.view(torch.int32).reshape(4, -1)[1:]
     del first
-    second = buffer(SMALLEST_BUFFER)
+    second = reused_buffer(SMALLEST_BUFFER)
     assert second.data_ptr() != where
     del look
-    third = buffer(SMALLEST_BUFFER)
+    third = reused_buffer(SMALLEST_BUFFER)
     assert third.data_ptr() == where
-    assert len({tensor.data_ptr() for tensor in (second, third, buffer(SMALLEST_BUFFER))}) == 3
+    assert len({tensor.data_ptr() for tensor in (second, third, reused_buffer(SMALLEST_BUFFER))}) == 3
 
 
 def test_a_tensor_is_read_wherever_it_begins_and_not_beyond_the_end(tmp_path: Path) -> None:

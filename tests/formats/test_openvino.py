@@ -22,7 +22,7 @@ from sensitivity.cli import main as cli
 from sensitivity.formats.openvino import export, layout
 from sensitivity.formats.table import write
 from sensitivity.formats.verification import verify
-from sensitivity.formats.writing.job import Job, from_weights_alone
+from sensitivity.formats.writing.job import Job, codes_from_weights
 from sensitivity.measure.generate.batches import prompt_text
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
@@ -69,7 +69,7 @@ def test_constants_hold_the_weight_in_the_bytes_that_are_counted(scheme: Scheme,
     cols = 96 if isinstance(scheme.group, int) else 37
     weight = Weight("a.weight", rows, cols, "language", 0, 1, "ff")
     values = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
-    found = from_weights_alone("a.weight", values, scheme)
+    found = codes_from_weights("a.weight", values, scheme)
     constants = layout.constants(weight, scheme, torch.float16)
     contents = layout.contents(found, weight, scheme, torch.float16)  # type: ignore[arg-type]
     assert [len(content) for content in contents] == [constant.bytes for constant in constants]
@@ -173,7 +173,7 @@ def test_a_graph_computes_with_the_numbers_of_the_codes(openvino: Any, scheme: S
     rows, cols = 8, 96
     weight = Weight("a.weight", rows, cols, "language", 0, 1, "ff")
     values = torch.randn(rows, cols, generator=torch.Generator().manual_seed(0))
-    found = from_weights_alone("a.weight", values, scheme)
+    found = codes_from_weights("a.weight", values, scheme)
     assert found is not None
     stored = layout.constants(weight, scheme, torch.float16)
     made = []

@@ -14,7 +14,7 @@ from sensitivity.formats.openvino.halves import LANGUAGE, VISION, check_halves
 from sensitivity.formats.openvino.layout import Constant
 from sensitivity.formats.writing import stream
 from sensitivity.formats.writing.checkpoint import on_integer_grid, save, unquantized
-from sensitivity.formats.writing.job import Job, Written, from_weights_alone
+from sensitivity.formats.writing.job import Job, Written, codes_from_weights
 from sensitivity.formats.writing.source import CheckpointTensor
 from sensitivity.formats.writing.stream import Piece, Spec
 from sensitivity.models.vlm import VLM
@@ -94,7 +94,7 @@ def _write_half(
     """Write one graph and its binary file; returns the hash of the latter and those of its constants."""
     begin, offsets = graph.write_xml(program, [one for parts in constants.values() for one in parts], xml)
     pieces = [_piece(job, tensors[name], parts) for name, parts in constants.items()]
-    ahead = stream.AT_ONCE if job.codes is from_weights_alone else 1
+    ahead = stream.AT_ONCE if job.codes is codes_from_weights else 1
     return stream.write_at(xml.with_suffix(".bin"), begin, pieces, offsets, ahead)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sensitivity.formats.writing.job import Codes, from_weights_alone
+from sensitivity.formats.writing.job import Codes, codes_from_weights
 from sensitivity.measure.calibrate.statistics import Statistics, by_importance
 from sensitivity.measure.install.fold import fold
 from sensitivity.measure.install.plan_in_model import targets
@@ -96,7 +96,7 @@ class _BlockByBlock:
     def codes_of(self, name: str, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
         """The codes of one weight; blocks are solved until it is among them."""
         if name not in self.component_of:
-            return from_weights_alone(name, weight, scheme)  # a bias
+            return codes_from_weights(name, weight, scheme)  # a bias
         while name not in self.found:
             self._solve(next(self.blocks))
         return self.found.pop(name)
@@ -137,7 +137,7 @@ class _BlockByBlock:
                 self.parameters[weight.name].data = result.dequantize().to(float_weight.dtype)
             if weight.bias and weight.bias in self.schemes:
                 bias = self.float_weights[weight.bias]
-                rounded = from_weights_alone(weight.bias, bias.reshape(1, -1), self.schemes[weight.bias])
+                rounded = codes_from_weights(weight.bias, bias.reshape(1, -1), self.schemes[weight.bias])
                 assert rounded is not None  # methods that can leave a weight alone have no biases
                 self.parameters[weight.bias].data = rounded.dequantize().to(bias.dtype).reshape(bias.shape)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sensitivity.formats.writing import stream
-from sensitivity.formats.writing.job import Job, from_weights_alone
+from sensitivity.formats.writing.job import Job, codes_from_weights
 from sensitivity.formats.writing.source import CheckpointTensor
 from sensitivity.formats.writing.stream import Piece, Spec
 from sensitivity.quantize.stored.grid import QuantizedWeight
@@ -53,7 +53,7 @@ def checkpoint(
     for name, piece in pieces.items():
         weights[home.get(name, "kept")] += piece.bytes
     # codes of calibrated methods must be computed in data-flow order, so only weight-only methods run in parallel
-    hashes = stream.write(folder, pieces.values(), ahead=stream.AT_ONCE if job.codes is from_weights_alone else 1)
+    hashes = stream.write(folder, pieces.values(), ahead=stream.AT_ONCE if job.codes is codes_from_weights else 1)
     (folder / "config.json").write_text(json.dumps({**job.source.config, **config}, indent=2) + "\n", encoding="utf-8")
     job.source.copy_small_files(folder)
     return weights, hashes

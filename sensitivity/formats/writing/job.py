@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sensitivity.formats.writing.packing import buffer
+from sensitivity.formats.writing.packing import reused_buffer
 from sensitivity.formats.writing.source import SourceCheckpoint, open_checkpoint
 from sensitivity.measure.install.plan_in_model import targets
 from sensitivity.models.vlm import VLM
@@ -48,8 +48,8 @@ BY_ROW = ("rtn",)  # methods that quantize each row independently
 PIECE = 2**20  # weights at a time, so that intermediate values stay in the CPU's shared cache
 
 
-def from_weights_alone(name: str, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
-    """Codes of methods that need only the weight."""
+def codes_from_weights(name: str, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
+    """The codes that an export writes of a weight, by a method that needs nothing but the weight."""
     from sensitivity.quantize.methods import METHODS
 
     if scheme.method in METHODS and METHODS[scheme.method].calibrated:
@@ -62,7 +62,7 @@ def from_weights_alone(name: str, weight: Tensor, scheme: Scheme) -> StoredWeigh
         ((result,),) = solve(Linears((name,), (weight,)), [scheme])
         return result
     # a few rows at a time give the same codes, and their intermediate values fit the cache
-    codes, pieces = buffer(weight.numel()).reshape(weight.shape), []
+    codes, pieces = reused_buffer(weight.numel()).reshape(weight.shape), []
     for into, piece in zip(torch.split(codes, rows), torch.split(weight, rows), strict=True):
         ((result,),) = solve(Linears((name,), (piece,)), [scheme])
         assert isinstance(result, QuantizedWeight)
@@ -82,7 +82,7 @@ class Job:
     plan: Plan
     facts: Mapping[str, object] = field(default_factory=dict)
     dtype: torch.dtype = torch.float16  # the type in which the plan was measured, and codes are computed
-    codes: Codes = from_weights_alone
+    codes: Codes = codes_from_weights
     changed: Mapping[str, Tensor] = field(default_factory=dict)  # parameters that folding changed
 
     @cached_property

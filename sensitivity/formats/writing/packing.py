@@ -33,7 +33,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.reshape(-1).view(torch.int32).reshape(rows, -1)[:, :words].contiguous()
     flat = codes.contiguous().reshape(-1).numpy()
-    packed = buffer(len(flat) // 8 * bits).numpy()
+    packed = reused_buffer(len(flat) // 8 * bits).numpy()
 
     def piece(start: int) -> None:
         _gather(flat[start : start + PIECE], bits, packed[start // 8 * bits : (start + PIECE) // 8 * bits])
@@ -49,8 +49,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return packed_words if packed_words.shape[1] == words else packed_words[:, :words].contiguous()
 
 
-def buffer(count: int) -> Tensor:
-    """An uninitialized byte tensor, in the memory of an earlier one where there is some.
+def reused_buffer(count: int) -> Tensor:
+    """An uninitialized byte tensor to pack codes into, in the memory of an earlier one where there is some.
 
     The system takes longer to provide new memory. A buffer returns when the last tensor that views it is gone.
     """

@@ -151,7 +151,7 @@ def attribute(given: Calibrated, names: Sequence[str]) -> list[Attribution]:
 
 
 def _check_finite(scored: Attribution) -> None:
-    """Raise an error where a score is no number: a plan that is chosen by it would be arbitrary."""
+    """Raise an error where a score of SCORES is NaN or infinite: a plan that is chosen by it would be arbitrary."""
     for component, scores in scored.scores.items():
         for scheme, value in scores.items():
             if not torch.isfinite(torch.tensor(value)):
