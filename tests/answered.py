@@ -29,7 +29,7 @@ def study(
     data = {task.name: f"{len(task.examples)} examples {task.fingerprint}" for task in tasks}
     meta = {"model": "planted", "fingerprint": "f", "tasks": list(sources), "n": n, "seed": seed, "data": data}
     made = Study.create(path, planted.parts(), [task.name for task in tasks], meta)
-    questions.keep(path, tasks)
+    questions.store(path, tasks)
     made.enqueue(plans)
     last = None
     while (last := made.ask(last)) is not None:

@@ -35,7 +35,7 @@ from sensitivity.tasks.examples.types import Task
 
 MOST = 10  # real evaluations, full precision included
 OPENING = ("gram", "fisher")  # the scores whose best plans are measured first
-FAR = 0.3  # a calibration loss below this share of the evaluation's is said
+FAR = 0.3  # a warning is given where the calibration loss is below this share of the evaluation loss
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,11 @@ def begin_plan(
     trials: int = MOST,
     **options: Unpack[SweepOptions],
 ) -> Planning:
-    """Begin to measure at most so many plans, each where it decides most.
+    """Begin a search that measures at most `trials` plans.
 
-    The best plan of each score and the widest uniform plan open each budget. Then the surrogate, which starts from the
-    scores and learns from what was measured, proposes its best plan of the budget at which it gains most.
+    For each budget it first measures the best plan by each score, and the widest uniform plan. Then the surrogate,
+    which starts from the scores and learns from what was measured, proposes plans: at each step the one with the
+    largest predicted gain over the measured plans of its budget.
     """
     openings = opening_plans(parts, schemes, request, scores)
 
@@ -115,7 +116,7 @@ def begin_plan(
 
 
 def weights_of(study: Study) -> dict[str, float]:
-    """All tasks of a study, counting alike."""
+    """The same weight for each task of a study."""
     return dict.fromkeys(study.tasks, 1.0)
 
 
@@ -135,7 +136,7 @@ def opening_plans(
 
 
 def proposal(study: Study, request: PlanRequest) -> list[Plan]:
-    """The surrogate's best plans, first that of the budget at which it is predicted to gain most on a measured one."""
+    """The surrogate's best plan of each budget, that with the largest predicted gain over measured plans first."""
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
     scores = believed(study, knapsack, request.weights)
     gains: list[tuple[float, Plan]] = []
@@ -151,8 +152,8 @@ def proposal(study: Study, request: PlanRequest) -> list[Plan]:
 def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> Proposed:
     """For each budget, the few plans that are believed to be best, and the best uniform plan.
 
-    Measured plans compete by their believed score, and what the surrogate predicts to be best beside them. An opening
-    plan stands in where too few plans were measured.
+    Measured plans are ranked by their believed score; opening plans that were not measured, and the surrogate's best,
+    by what is predicted of them.
     """
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
     scores = believed(study, knapsack, request.weights)
@@ -165,7 +166,7 @@ def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> 
             Candidate(plan, knapsack.size(plan), ranked[0].budget, 0, predicted)
             for plan, predicted in zip(fine, knapsack.predicted(fine), strict=True)
         ]
-        # what was measured is believed, what was not is predicted
+        # by the believed score of what was measured, by the predicted one of what was not
         known.sort(key=lambda one: -scores.get(one.plan.key, mean_share(one.predicted, request.weights)))
         per_budget.append(([replace(one, rank=rank) for rank, one in enumerate(known[: request.top])], rival))
     return per_budget

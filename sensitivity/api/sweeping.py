@@ -178,7 +178,7 @@ def begin_sweep(
     facts = comparability(vlm, evaluated, tasks, n, seed) | ({"whole_answers": True} if whole else {})
     check_tasks_fit(vlm, evaluated)
     study = Study.create(out, parts, [task.name for task in evaluated], facts, storage)
-    questions.keep(study.path, evaluated)
+    questions.store(study.path, evaluated)
     if callable(plans):
         return study, run_plans(vlm, study, evaluated, plans(study), plain, statistics, limit, memory_gb)
     if statistics is None and isinstance(plans, Sequence):

@@ -64,7 +64,7 @@ def schema(name: str) -> Schema:
 def read(path: Path, name: str, remedy: str) -> Any:
     """Read a JSON file and check it against its schema; the caller names the type, often a TypedDict.
 
-    `mend` ends each message with what the user can do.
+    `remedy` ends each message: what the user can do.
     """
     what = f"{path} cannot be used"
     try:

@@ -167,7 +167,10 @@ def _bivlm(scheme: Scheme, rows: int, cols: int) -> int:
 
 
 def _spqr(scheme: Scheme, rows: int, cols: int) -> int:
-    """Scales and zero points of 16 rows share a 16-bit scale and a 16-bit zero point each; and outliers."""
+    """Outliers, and grids in two levels.
+
+    The scales of 16 rows share a scale and a zero point, in 16 bits each; so do their zero points.
+    """
     per_group = int(scheme.get("scale_bits") or 16)
     shared = math.ceil(rows / 16) * groups(scheme, 1, cols)
     # at 16 bits there is no second level, and a zero point is as wide as a code
@@ -332,7 +335,7 @@ def bits_in(count: float) -> int:
 
 
 def bpw_in_gb(parts: ComponentMap, gb: float, headers: int = 0) -> float:
-    """The bits per weight for which so many GB are enough, beside the headers of files, which take so many bytes."""
+    """The bits per weight that fit in so many GB of files, whose headers take so many bytes."""
     return max(8 * (gb * GB - headers), 1) / parts.numel
 
 

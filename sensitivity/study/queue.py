@@ -57,7 +57,7 @@ class Queue:
         return None
 
     def _waiting(self, last: Trial | None, wanted: Container[str] | None) -> Trial | None:
-        """The trial to claim: by the cache, then by the storage, then among claims that we do not know of."""
+        """The trial to claim: one in the cache, else one in the storage, else an earlier claim that got lost."""
         number = last.number if last else None
         trial = choose(self._trials.lately(), number, wanted)
         if trial is None:  # the cache may lack trials that others queued or released

@@ -24,7 +24,7 @@ def allowed(parts: ComponentMap, name: str, only: Choice = None) -> Callable[[st
 
 
 def searches(parts: ComponentMap, name: str, schemes: Sequence[Choice]) -> list[Callable[[str, Choice], bool]]:
-    """One `allowed` per search that finds a best legal plan.
+    """The `allowed` of each search that is needed to find the best legal plan.
 
     A runtime that takes one scheme for everything needs one search per scheme; any other needs one search.
     """

@@ -25,18 +25,18 @@ class Runtime:
     methods: tuple[str, ...] | None = INTEGER_GRIDS  # None: any, since it receives only values or bit widths
     groups: tuple[int | str, ...] | None = None  # group sizes; None: "tensor", "row" and any number of columns
     zeros: tuple[int | str, ...] | None = None  # the groups that can have a zero point; None: all of them
-    groups_of: Mapping[int, tuple[int | str, ...]] = field(default_factory=dict)  # bits -> groups, where fewer
+    groups_of: Mapping[int, tuple[int | str, ...]] = field(default_factory=dict)  # bits -> fewer group sizes
     tensors: bool = True  # where `groups` is None: whether one scale for a whole tensor is possible
     ragged: bool = False  # whether the last group of a row may be shorter than the others
     rows: int = 1  # rows must be a multiple of this
     cols: int = 1  # columns must be a multiple of this
-    cols_of: Mapping[int, int] = field(default_factory=dict)  # bits -> the same, where it is more
+    cols_of: Mapping[int, int] = field(default_factory=dict)  # bits -> a larger multiple of columns
     fused: bool = False  # whether q, k, v (and gate, up) become one layer, with one scheme
     one_scheme: bool = False  # whether all quantized weights must have one scheme
     parts: tuple[str, ...] = PARTS  # the others stay in full precision
     vocabulary: tuple[str, ...] = ()  # what it can quantize of "embedding", "head" and "tied" (one weight for both)
     biases: bool = False  # whether biases can be quantized too
-    activations: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # bits of weights -> of activations beside
+    activations: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # bits of weights -> bits of activations
     cache: bool = False  # whether keys and values can be rounded
     packed: bool = False  # whether it loads our packed codes, which leave no place for AWQ's factor per input channel
     instead: str = "rtn"  # the method that a message suggests in place of one that it cannot load

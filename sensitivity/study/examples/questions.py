@@ -34,7 +34,7 @@ class Question:
 Questions = dict[tuple[str, str], Question]  # by task and example
 
 
-def keep(study: Path, tasks: Iterable[Task]) -> None:
+def store(study: Path, tasks: Iterable[Task]) -> None:
     """Write the questions of a study's tasks, unless they are there: they must outlive the data that they are from."""
     file = paths.questions(study)
     if not file.exists():

@@ -15,21 +15,23 @@ _WORD = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 def task(name: str, examples: tuple[Example, ...], notes: tuple[str, ...] = ()) -> Task:
     """1 for the right one of yes and no; the metrics are those of POPE, with yes as the positive answer."""
     for example in examples:
-        if said(example.answers[0]) is None:
+        if says_yes(example.answers[0]) is None:
             raise UserError(
                 f"example {example.id} of {name} is answered with {example.answers[0]!r}; in yesno: the answer is yes "
                 "or no"
             )
     metrics = {"F1": f1, "precision": precision, "recall": recall, "yes": share_of_yes}
-    return Task(name, examples, score, metrics=metrics, notes=notes, readable=lambda answer: said(answer) is not None)
+    return Task(
+        name, examples, score, metrics=metrics, notes=notes, readable=lambda answer: says_yes(answer) is not None
+    )
 
 
 def score(answer: str, example: Example) -> float:
     """1 if the first yes or no in the answer is the right one."""
-    return float(said(answer) == said(example.answers[0]))
+    return float(says_yes(answer) == says_yes(example.answers[0]))
 
 
-def said(answer: str) -> bool | None:
+def says_yes(answer: str) -> bool | None:
     """Whether an answer says yes; None where it says neither."""
     match = _WORD.search(answer)
     return None if match is None else match[1].lower() == "yes"
@@ -37,7 +39,7 @@ def said(answer: str) -> bool | None:
 
 def _counts(answers: Sequence[str], examples: Sequence[Example]) -> tuple[int, int, int]:
     """True yes, said yes, right yes."""
-    pairs = [(said(a) is True, said(e.answers[0]) is True) for a, e in zip(answers, examples, strict=True)]
+    pairs = [(says_yes(a) is True, says_yes(e.answers[0]) is True) for a, e in zip(answers, examples, strict=True)]
     return sum(a and b for a, b in pairs), sum(a for a, _ in pairs), sum(b for _, b in pairs)
 
 
