@@ -17,7 +17,7 @@ from sensitivity.study.scores import TaskScore
 from sensitivity.study.study import Study
 from sensitivity.study.trial import NATIVE, Trial, mixed_versions
 
-WORDS = (ACTIVATIONS, CACHE)  # what a component's further columns are called
+ROUNDED_COLUMNS = (ACTIVATIONS, CACHE)  # what a component's further columns are called
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def observations_of(study: Study, task: str | None = None, method: str | None = 
         raise UserError(f"no trial of {study.path} has a score yet; let `sensitivity sweep` run on")
     methods = [_method(trial.plan) for trial in trials]
     seen = {name for trial in trials for name in trial.plan.rounded_bits()}
-    rounded = [name for part in study.parts.names for word in WORDS if (name := f"{part}.{word}") in seen]
+    rounded = [name for part in study.parts.names for kind in ROUNDED_COLUMNS if (name := f"{part}.{kind}") in seen]
     names = (*study.parts.names, *rounded)
     widths = [dict.fromkeys(rounded, NATIVE) | t.plan.bits(NATIVE) | t.plan.rounded_bits() for t in trials]
     scores = _comparable(study, task, trials)

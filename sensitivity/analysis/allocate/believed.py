@@ -16,8 +16,8 @@ def believed(study: Study, knapsack: Knapsack, weights: Mapping[str, float]) -> 
     """For each measured plan, by key, its weighted mean share of full precision.
 
     The best of several noisy readings is too high (the winner's curse). A plan's reading is its prediction, plus what
-    the surrogate misses, plus noise. The share of what is missed in the sum of both variances is how much of the
-    reading's distance to the prediction is kept.
+    the surrogate misses, plus noise. With variances m of what is missed and n of the noise, a plan is believed to score
+    its prediction plus m / (m + n) of the distance from there to its reading.
     """
     shares: dict[str, float] = {}
     total = sum(weights.values())

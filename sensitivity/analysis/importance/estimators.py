@@ -87,7 +87,7 @@ def fit(
     return Fitted(RandomForest(trees, seed).fit(x, y), x, y, groups, seed, explained)
 
 
-def spared(trees: int, trials: int) -> int:
+def tree_count(trees: int, trials: int) -> int:
     """Number of trees of a forest that is grown many times: half as many where there are many trials."""
     return trees if trials <= MANY else trees // 2
 
@@ -218,7 +218,7 @@ def chance(x: Floats, y: Floats, least: int, seed: int = 0, probes: int = 5) -> 
         shuffled = x.copy()
         shuffled[:, least] = draw.permutation(x[:, least])  # before resampling, so that copies of a trial stay equal
         rows = draw.integers(0, len(x), len(x))
-        fitted = fit(shuffled[rows], y[rows], seed=number, explained=FEW, trees=spared(50, len(x)))
+        fitted = fit(shuffled[rows], y[rows], seed=number, explained=FEW, trees=tree_count(50, len(x)))
         return [float(shares(ESTIMATORS[name](fitted))[least]) for name in CONSENSUS]
 
     most = np.max(side_by_side(once, range(probes), len(x)), axis=0)
@@ -245,7 +245,7 @@ def cross_validated(x: Floats, y: Floats, keys: Sequence[str], seed: int = 0) ->
 
     def fold(rows: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
         seen, unseen = rows
-        return unseen, RandomForest(spared(TREES, len(x)), seed).fit(x[seen], y[seen]).predict(x[unseen])
+        return unseen, RandomForest(tree_count(TREES, len(x)), seed).fit(x[seen], y[seen]).predict(x[unseen])
 
     predicted = np.empty(len(y))
     for unseen, values in side_by_side(fold, split.split(x, y, groups=list(keys)), len(x)):

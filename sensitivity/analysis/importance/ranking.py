@@ -195,7 +195,7 @@ def bootstrap(observations: Observations, groups: Sequence[Sequence[int]], times
     def once(number: int) -> Floats:
         rows = np.random.default_rng([seed, number]).integers(0, len(observations), len(observations))
         x, y = observations.bits[rows], observations.score[rows]
-        fitted = estimators.fit(x, y, groups, number, estimators.FEW, estimators.spared(RESAMPLED_TREES, len(x)))
+        fitted = estimators.fit(x, y, groups, number, estimators.FEW, estimators.tree_count(RESAMPLED_TREES, len(x)))
         return np.stack([shares(ESTIMATORS[name](fitted)) for name in CONSENSUS])
 
     drawn = np.array(estimators.side_by_side(once, range(times), len(observations)))

@@ -67,7 +67,7 @@ def without_levels(
     """
 
     def share(rest: Observations) -> Floats:
-        trees = estimators.spared(40, len(observations))
+        trees = estimators.tree_count(40, len(observations))
         return estimators.shares(estimators.forest(estimators.fit(rest.bits, rest.score, groups, seed, trees=trees)))
 
     left_out = []

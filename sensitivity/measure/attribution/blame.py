@@ -17,10 +17,11 @@ from sensitivity.spec.components import ComponentMap
 
 @dataclass(frozen=True)
 class Blame:
-    """How much of the change of the loss comes from where; each table sums to the whole but that of regions.
+    """How much of the change of the loss comes from each component, modality and region of an image.
 
     A token's modality is that of the sequence position at which a layer's output has changed; all tokens of a vision
-    tower are vision. Regions leave out tokens that are no patch: class tokens, queries and text.
+    tower are vision. Components, and modalities, sum to the whole change. Regions leave out tokens that are no
+    patch: class tokens, queries and text.
     """
 
     components: Mapping[str, float]

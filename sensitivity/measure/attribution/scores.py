@@ -115,7 +115,7 @@ SCORES: dict[str, Callable[[Calibrated], Scores]] = {
     "change": gradient_times_change,
     "path": path,
 }
-WITH_GRADIENTS = ("fisher", "change", "path")  # those that need answers to take a loss of
+WITH_GRADIENTS = ("fisher", "change", "path")  # those that need right answers, whose loss they differentiate
 
 
 @dataclass(frozen=True)

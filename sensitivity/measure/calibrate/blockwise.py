@@ -44,7 +44,7 @@ class BlockwisePass:
     A pass stops once the wanted blocks have run. The blocks before them are replayed: each returns at once the output
     that it gave when its weights and inputs were final. Values are needed of the last replayed block in each part, and
     of blocks whose output is also read elsewhere (a feature layer, a second stack). The outputs of all others become
-    husks: tensors of the right shape that take no memory. `_probe` finds out which block is which.
+    placeholders: tensors of the right shape that take no memory. `_probe` finds out which block is which.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class BlockwisePass:
         return skippable
 
     def _has_values(self, block: _Block) -> bool:
-        """Whether a block's recorded outputs hold their values in every batch; husks do not."""
+        """Whether a block's recorded outputs hold their values in every batch; placeholders do not."""
         return not any(
             _lacks_values(leaf) for outputs in self.recorded[block.position][1] for leaf in tree_leaves(outputs)
         )
@@ -235,7 +235,7 @@ def _without_values(output: object) -> object:
 
 
 def _lacks_values(leaf: object) -> bool:
-    """Whether a tensor is a husk: all of its strides are 0, unlike those of any computed output."""
+    """Whether a tensor is a placeholder: all of its strides are 0, unlike those of any computed output."""
     return isinstance(leaf, Tensor) and leaf.numel() > 1 and not any(leaf.stride())
 
 

@@ -27,9 +27,8 @@ def check_path(path: str, schemes: Iterable[Scheme] = ()) -> None:
     if path not in PATHS:
         raise unknown("calibration path", path, PATHS)
     if path != "both" and (lacking := [one for one in schemes if needs_both_paths(one)]):
-        by = (
-            f" with shift={shift}" if (shift := lacking[0].get("shift")) else ""
-        )  # presets that have it go by its method
+        # a scheme made from a preset has the name of its method: the setting tells what it is
+        by = f" with shift={shift}" if (shift := lacking[0].get("shift")) else ""
         raise UserError(
             f"{lacking[0].method}{by} compares inputs behind quantized layers with those of the float model, and the "
             f"calibration path is {path}; type --path both, or leave it out"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from sensitivity.quantize.methods import importance, needs_data, needs_fisher
 from sensitivity.spec.plan import Scheme
 
-# forward passes that observing the tokens takes, a backward pass counting as two and blocks that run again as one;
-# kinds with the same name share them
+# What each kind of importance observes; kinds that observe the same share its passes. A backward pass counts as two
+# forward passes, and running the blocks again for it as one.
 LOSS, BLOCK, ATTENTION, PERTURBATION = "loss", "block", "attention", "perturbation"
 OBSERVED = {
     "modality": LOSS, "gradient": LOSS, "output": LOSS, "block": BLOCK, "attention": ATTENTION,
@@ -21,10 +21,10 @@ FISHER = 5.0  # a backward pass, and a product for each weight's own gradient
 def calibrating(
     schemes: Sequence[Scheme], examples: int, forward: float, products: float, plans: int
 ) -> dict[str, float]:
-    """Seconds by what they are for; `forward` and `products` are those of one example, through all parts.
+    """Seconds of calibration, and of gradients; `forward` and `products` are those of one example, through all parts.
 
-    Each importance has statistics of its own. Where inputs pass quantized layers, every plan has, too, and comparing
-    both paths takes a pass through each.
+    Each importance has statistics of its own; on the exposed path each plan has, too. Comparing both paths takes two
+    passes.
     """
     calibrated = [scheme for scheme in schemes if needs_data(scheme)]
     kinds = {importance(scheme) for scheme in calibrated}

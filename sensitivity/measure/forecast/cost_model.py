@@ -164,8 +164,8 @@ class CostModel:
         pool = min(gallery.pool, sample.images)
         texts = max(captions * pool / sample.images, 1.0)
         alone = min(gallery.top / texts, 1.0), min(gallery.top / pool, 1.0)
-        # images and captions choose mostly the same pairs: three quarters of this is as if they chose all the same, one
-        # quarter as if they chose independently
+        # images and captions choose mostly the same pairs: a weighted mean of the share if both choose the same pairs,
+        # and of the share if they choose independently
         share = 0.75 * max(alone) + 0.25 * (1 - (1 - alone[0]) * (1 - alone[1]))
         pairs = round(share * texts * sample.images)
         queries, logit_seconds = sample.image_tokens, max(sample.prompt_tokens - sample.image_tokens, 1)

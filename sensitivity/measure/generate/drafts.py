@@ -28,7 +28,7 @@ def with_earlier_answers(earlier: EarlierAnswers | None, answers: Sequence[list[
 
 
 def decided_length(row: int, tokens: list[int], cannot_be_right: CannotBeRight | None, start: int = 0) -> int | None:
-    """After how many tokens an answer could no longer be right, if so, whatever drafts were read."""
+    """After how many tokens an answer could no longer be right, or None; it does not depend on the drafts."""
     if cannot_be_right is None or not cannot_be_right(row, tokens):
         return None
     return next(place for place in range(start + 1, len(tokens) + 1) if cannot_be_right(row, tokens[:place]))
@@ -86,7 +86,7 @@ class Drafts:
     def take_earlier_answers(self, earlier: EarlierAnswers | None) -> bool:
         """Replace drafts by earlier plans' answers that begin with the accepted tokens; whether there were any.
 
-        Other rows keep their old draft, twice as far as its last part was right: reading wrong tokens costs time, too.
+        Other rows keep twice as much of their draft as the last pass accepted: reading wrong tokens costs time, too.
         """
         replaced = False
         for row in self.unfinished:

@@ -60,7 +60,7 @@ def answer_loss(vlm: VLM, batch: TokenBatch) -> Tensor:
             "needs none, such as gptq"
         )
     logits = logits[:, -batch.targets.shape[1] :]
-    # in float32 the probability of a sure answer is 1, and its gradient nothing at all
+    # in float32 the probability of a sure answer rounds to 1, and its gradient to 0
     logits = logits.float() if logits.device.type == "mps" else logits.double()
     each = nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
     return each.reshape(batch.targets.shape).mean(1).sum()

@@ -16,7 +16,7 @@ from sensitivity.spec.components import ComponentMap, Weight
 
 TOLERANCE = 0.01  # of the whole change of the loss: how far the terms may be from summing to it
 LEAST = 1e-6  # of the loss itself: differences below are rounding of float32
-MOST = 128  # backward passes over the data, after which what is missing is only said
+MOST = 128  # backward passes over the data; after these, what the terms miss is reported as it is
 NODES = ((0.5 - 0.5 / 3**0.5, 0.5), (0.5 + 0.5 / 3**0.5, 0.5))  # Gauss and Legendre's rule of two points on [0, 1]
 
 Data = Callable[[], Iterable[TokenBatch]]  # called once for every pass

@@ -90,7 +90,7 @@ def by_modality(seen: TokenNumbers) -> TokenWeights:
 
 
 def by_gradient(seen: TokenNumbers) -> TokenWeights:
-    """The norm of the loss gradient at the token (TLQ, known from its abstract: that it is this norm is inferred)."""
+    """The norm of the loss gradient at the token: TLQ, as inferred from its abstract."""
     return {key: norms / norms.mean().clamp(min=torch.finfo(norms.dtype).tiny) for key, norms in seen.numbers.items()}
 
 
@@ -100,7 +100,7 @@ def by_output(seen: TokenNumbers) -> TokenWeights:
 
 
 def by_block(seen: TokenNumbers) -> TokenWeights:
-    """The gradient of a block's own error (SalQ-VLM, known from its abstract and reviews: that it is this is inferred).
+    """The gradient of a block's own error: SalQ-VLM, as inferred from its abstract and reviews.
 
     One number for the whole data, so that examples keep their shares.
     """
@@ -148,10 +148,10 @@ IMPORTANCE: Mapping[str, tuple[Observe, Callable[[TokenNumbers], TokenWeights]]]
 def importance_of(
     vlm: VLM, weights: Sequence[Weight], data: Iterable[TokenBatch], names: Sequence[str]
 ) -> dict[str, TokenWeights]:
-    """Every importance that is asked for, each from one pass over the data that it shares with those alike.
+    """The token weights of each kind of importance; kinds that observe the same share one pass over the data.
 
-    Without inputs that have none: the loss does not reach all layers, such as blocks of a tower behind the one whose
-    features are read.
+    Inputs that the loss does not reach are left out, such as those of a tower's blocks behind the one whose features
+    are read.
     """
     seen = {IMPORTANCE[kind][0]: TokenNumbers() for kind in names}
     for batch in data:

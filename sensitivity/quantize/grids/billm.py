@@ -27,8 +27,8 @@ def billm(linears: Linears, schemes: Sequence[Scheme]) -> list[list[BinaryWeight
     Read in its code: salient are the columns with the largest sum of w^2/d^2, fewer than 50 of 128, as many as give the
     least error; the other weights are halved at the best of some quantiles of their magnitude; mean and magnitude per
     row; two signs for salient columns; a block feeds its errors forward only to later blocks. Ours: the release
-    searches its halves on w^2/d^2 too, and we on the weights; numbers of columns are tried in powers of two; what later
-    blocks hear is exact for the errors that were made.
+    searches its halves on w^2/d^2 too, and we on the weights; numbers of columns are tried in powers of two; the
+    compensation in later blocks is exact for the errors that were made.
     """
     factor, by_scheme = factor_of(linears, schemes[0]), []
     for scheme in schemes:

@@ -65,8 +65,8 @@ class _Sweep:
         """
         unit, compensated = self.unit[a:b, a:b], []
         for rest in self.rest:
-            heard = rest[a:b] - self.target[a:b]
-            free = torch.linalg.solve_triangular(unit.T, heard, upper=False, unitriangular=True)
+            compensation = rest[a:b] - self.target[a:b]
+            free = torch.linalg.solve_triangular(unit.T, compensation, upper=False, unitriangular=True)
             compensated.append((self.target[a:b] + free).T)
         self.grid.fit(a, b, compensated)
         _halve(a, b, LEAF, self.leaf, self.carry)
@@ -74,8 +74,8 @@ class _Sweep:
     def leaf(self, a: int, b: int) -> None:
         """Round columns a to b one by one, all problems side by side.
 
-        Each column's residual is added to the targets of the later columns of this leaf; `carry` tells the
-        columns after it.
+        Each column's residual is added to the targets of the later columns of this leaf; `carry` adds it
+        to the columns after the leaf.
         """
         block = torch.cat([rest[a:b] for rest in self.rest], dim=1)
         original = self.target[a:b].repeat(1, len(self.rest))
