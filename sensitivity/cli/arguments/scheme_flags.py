@@ -1,4 +1,4 @@
-"""The schemes that the flags of methods and of rounding ask for together."""
+"""The schemes that flags ask for, and every check of a sweep's flags that needs no model."""
 
 from __future__ import annotations
 
@@ -37,6 +37,19 @@ def schemes(args: argparse.Namespace) -> list[Scheme]:
     if not (changing := [one for one in requested if one.method != KEEP or min(one.activations, one.cache) < WIDEST]):
         raise UserError("keep leaves weights as they are; name --activation-bits or --cache-bits below 16")
     return changing
+
+
+def checked(
+    args: argparse.Namespace, search: str, until: Sequence[str] = (), storage: str | None = None
+) -> tuple[list[Scheme], bool]:
+    """The schemes, and whether they need calibration, after checks that take no model: a mistake shows at once."""
+    from sensitivity.api.sweeping import check_sweep
+
+    requested, tasks = schemes(args), (*args.task, *(args.calibration or ()))
+    calibrated = check_sweep(
+        args.by, search, requested, tasks, args.device, args.dtype, args.path, args.runtime, until, args.out, storage
+    )
+    return requested, calibrated
 
 
 def _rounded_widths(args: argparse.Namespace) -> tuple[Sequence[int], Sequence[int]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.arguments.model_and_tasks import loaded
-from sensitivity.cli.arguments.scheme_flags import schemes
+from sensitivity.cli.arguments.scheme_flags import checked
 from sensitivity.cli.output.tables import attributions, explanation
 from sensitivity.spec.errors import UserError
 
@@ -67,14 +67,12 @@ def _components(args: argparse.Namespace) -> dict[str, object]:
         save_attributions,
     )
     from sensitivity.api.planning import check_scores, scored
-    from sensitivity.api.sweeping import check_sweep
     from sensitivity.measure.generate.batches import check_tasks_fit
 
     flags.without_effect(args, ["--plan"], "with a model: it names a plan of a study")
     if args.out is None:
         raise UserError("still needed: --out, the folder for the scores (or, for a study, --plan)")
-    requested, names = schemes(args), (*args.task, *(args.calibration or ()))
-    check_sweep(args.by, "grid", requested, names, args.device, args.dtype, args.path, None, (), args.out, None)
+    requested, _ = checked(args, "grid")
     check_scores(requested, args.path)
     check_writable(args.out)
     args.model = args.source

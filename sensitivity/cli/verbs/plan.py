@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.arguments.model_and_tasks import loaded
-from sensitivity.cli.arguments.scheme_flags import schemes
+from sensitivity.cli.arguments.scheme_flags import checked
 from sensitivity.cli.output.progress import show_progress, show_progress_in_json
 from sensitivity.cli.output.tables import forecast, recommendation, score_costs
 
@@ -95,14 +95,10 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 def _checked(args: argparse.Namespace) -> list[Scheme]:
     """The schemes, after every check that needs no model."""
     from sensitivity.api.planning import check_scores
-    from sensitivity.api.sweeping import check_sweep
 
     if args.gb is not None:
         flags.without_effect(args, ["--bpw"], "beside --gb, as there is one kind of budget")
-    requested, tasks = schemes(args), (*args.task, *(args.calibration or ()))
-    check_sweep(
-        args.by, "random", requested, tasks, args.device, args.dtype, args.path, args.runtime, (), args.out, None
-    )
+    requested, _ = checked(args, "random")
     check_scores(requested, args.path)
     return requested
 

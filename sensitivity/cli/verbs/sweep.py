@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.arguments.model_and_tasks import loaded
-from sensitivity.cli.arguments.scheme_flags import schemes
+from sensitivity.cli.arguments.scheme_flags import checked
 from sensitivity.cli.output.progress import best_so_far, points, show_progress, show_progress_in_json, show_stages
 from sensitivity.cli.output.tables import forecast, frontier
 from sensitivity.cli.processes import ray_workers, workers
@@ -213,13 +213,7 @@ def _run_plans(
 
 def _checked(args: argparse.Namespace) -> list[Scheme]:
     """The schemes, after every check that needs no model, so that a mistake is found before anything is loaded."""
-    from sensitivity.api.sweeping import check_sweep
-
-    requested, tasks = schemes(args), (*args.task, *(args.calibration or ()))
-    calibrated = check_sweep(
-        args.by, args.search, requested, tasks, args.device, args.dtype, args.path, args.runtime, args.until, args.out,
-        args.storage,
-    )  # fmt: skip
+    requested, calibrated = checked(args, args.search, args.until, args.storage)
     if not calibrated:
         idle = ("--calibration", "--calibration-n", "--path", "--cache-gb")
         flags.without_effect(args, idle, f"with --method {','.join(args.method)}, which is not calibrated")
