@@ -56,6 +56,12 @@ def arguments(p: argparse.ArgumentParser) -> None:
     flags.study_folder(p)
     flags.samples(p)
     flags.calibration(p)
+    _running(p)
+    p.set_defaults(plans=None)  # no flag: a program may set a function of parts and schemes
+
+
+def _running(p: argparse.ArgumentParser) -> None:
+    """Add the flags that say where, with how much memory and for how long plans are run."""
     p.add_argument(
         "--until",
         type=values.name,
@@ -107,7 +113,6 @@ def arguments(p: argparse.ArgumentParser) -> None:
         help="an Optuna storage for a team, such as postgresql+psycopg://host/db",
     )
     p.add_argument("--dry-run", action="store_true", help="predict time, disk and memory; no weights are loaded")
-    p.set_defaults(plans=None)  # no flag: a program may set a function of parts and schemes
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:

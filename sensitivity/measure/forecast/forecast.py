@@ -113,18 +113,7 @@ def forecast_sweep(
         "running": sum(_running(*one, runs, len(plans)) for one in zip(samples, passes, strict=True)),
         "storing": STORING * len(plans) * len(shard_ends(tasks)),
     }
-    work = {
-        "weights": float(parts.numel * kind.itemsize),
-        "quantized weights": 0.0
-        if plain
-        else min(memory_gb * GB / 2, len(schemes) * CODE * weight_count)
-        + weight_count * kind.itemsize,  # codes, and the running plan's dequantized weights
-        "hidden states": 0.0
-        if plain
-        else min(memory_gb * GB / 2, sum(model.prefix_cache_bytes(sample) for sample in samples)),
-        "activations": max(model.activation_bytes(sample) for sample in samples),
-        "statistics": grams,
-    }
+    work = _work(parts, model, samples, None if plain else memory_gb * GB, len(schemes)) | {"statistics": grams}
     host = {
         "Python": float(resident + LATER),
         "examples": sum(sample.bytes * min(sample.images, MOST) for sample in samples),
@@ -141,6 +130,24 @@ def forecast_sweep(
         host=host | (work if hardware.device.type == "cpu" else {}),
         device={} if hardware.device.type == "cpu" else work,
     )
+
+
+def _work(
+    parts: ComponentMap, model: CostModel, samples: Sequence[TaskSample], shared_bytes: float | None, schemes: int
+) -> dict[str, float]:
+    """Bytes on the device that runs the model; plans share up to `shared_bytes`, or nothing (None)."""
+    weights, itemsize = sum(w.numel for w in parts.weights), model.hardware.dtype.itemsize
+    quantized = states = 0.0
+    if shared_bytes is not None:
+        # codes, and the running plan's dequantized weights
+        quantized = min(shared_bytes / 2, schemes * CODE * weights) + weights * itemsize
+        states = min(shared_bytes / 2, sum(model.prefix_cache_bytes(sample) for sample in samples))
+    return {
+        "weights": float(parts.numel * itemsize),
+        "quantized weights": quantized,
+        "hidden states": states,
+        "activations": max(model.activation_bytes(sample) for sample in samples),
+    }
 
 
 def _measured_device(device: str) -> torch.device:
