@@ -1,17 +1,13 @@
 """Time and memory of quantization: shared statistics, GPTQ of a large layer, AWQ's search; each against plain code.
 
 python -m experiments.benchmarks.quantize [--peer PYTHON-OF-A-VENV-WITH-GPTQMODEL] [--side 4096] [--threads 2]
-python -m experiments.benchmarks.quantize --methods --threads 1   (every method on one layer: reports/methods-cost.md)
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import os
-import re
 import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,20 +15,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from experiments.benchmarks.methods_cost import layer, most
 from experiments.parity.gptq import published, theirs
 from experiments.parity.layers import Layer
 from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.install.plan_in_model import prepare
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
-from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.layer.two_paths import TwoPaths
-from sensitivity.quantize.methods import METHODS, needs_fisher, quantize, solve
+from sensitivity.quantize.methods import quantize, solve
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.solvers.scale_search import errors, scales
 from sensitivity.spec.files import overwrite
-from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.plan import Plan
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 
@@ -70,16 +65,6 @@ def shared(model: str) -> list[str]:
             f"{(study + six) / (study + one):.2f} |"
         )
     return lines
-
-
-def layer(side: int, tokens: int) -> tuple[Tensor, Tensor, Curvature]:
-    g = torch.Generator().manual_seed(0)
-    mix = torch.randn(side, side, generator=g) / side**0.5
-    inputs = torch.randn(tokens, side, generator=g) @ mix * torch.logspace(-1, 1, side)
-    weight = torch.randn(side, side, generator=g) / side**0.5
-    seen = Curvature(side)
-    seen.add(inputs)
-    return weight, inputs, seen
 
 
 def large(side: int, peer: str | None) -> list[str]:
@@ -135,16 +120,6 @@ def search(side: int, tokens: int) -> list[str]:
     return [f"| {side} x {side}, {tokens} tokens | {batched:.2f} s | {looped:.2f} s | {looped / batched:.1f} |"]
 
 
-def most(run: Callable[[], object]) -> int:
-    """Peak memory of a call beyond what was in use before it; writing to clear_refs resets Linux's peak counter."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    status = Path("/proc/self/status")
-    before = int(re.findall(r"VmRSS:\s+(\d+)", status.read_text())[0])
-    run()
-    return 1024 * (int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) - before)
-
-
 def memory(side: int) -> list[str]:
     """Peak memory of quantizing a layer, beyond its weight and Gram matrix, in multiples of the layer."""
     weight, _, seen = layer(side, side)
@@ -157,56 +132,6 @@ def memory(side: int) -> list[str]:
     return lines
 
 
-# methods that take over ten times as long as GPTQ at 4096 x 4096, and why
-WHY = {"awq": "It searches 20 scales for each input, and each takes the error of the whole layer."}
-
-
-def every_method(sides: tuple[int, ...], out: Path) -> None:
-    """CPU seconds and peak memory of every method at its width nearest to 4 bits, on one layer of each size."""
-    seconds: dict[tuple[str, int], float] = {}
-    held: dict[tuple[str, int], float] = {}
-    for side in sides:
-        weight, inputs, seen = layer(side, side)
-        seen.paths = TwoPaths(side)
-        seen.paths.add(inputs, inputs, None, torch.arange(side) < side // 2)
-        for name, row in METHODS.items():
-            chosen = scheme(name, min(row.widths, key=lambda bits: abs(bits - 4)))
-            fisher = (weight.square(),) if needs_fisher(chosen) else None
-            linears = Linears(("layer",), (weight,), seen if row.calibrated else None, fisher=fisher)
-            seen.free_factor()
-            times: list[float] = []
-
-            def run(linears: Linears = linears, chosen: Scheme = chosen, times: list[float] = times) -> None:
-                began = time.process_time()
-                solve(linears, [chosen])
-                times.append(time.process_time() - began)
-
-            held[name, side] = most(run) / 1e9
-            seconds[name, side] = times[0]
-            print(name, side, f"{times[0]:.2f} s", file=sys.stderr, flush=True)
-    small, large = sides
-    lines = [
-        "# What every method costs",
-        "",
-        f"`python -m experiments.benchmarks.quantize --methods --threads {torch.get_num_threads()}`: torch "
-        f"{torch.__version__}, {os.cpu_count()} cores. Processor seconds of one run, factorization included, at 4 bits "
-        "or the nearest width that a method has; peak memory beyond the layer and its Gram matrix.",
-        "",
-        f"| method | bits | {small}: seconds | GB | {large}: seconds | GB | times gptq |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, row in METHODS.items():
-        times = seconds[name, large] / seconds["gptq", large]
-        bits = min(row.widths, key=lambda bits: abs(bits - 4))
-        cells = (f"{seconds[name, side]:.2f} | {held[name, side]:.2f}" for side in sides)
-        lines.append(f"| {name} | {bits} | {' | '.join(cells)} | {times:.1f} |")
-        assert times <= 10 or name in WHY, f"{name} takes {times:.1f} times as long as gptq, and WHY does not say why"
-    slow = [name for name in METHODS if seconds[name, large] > 10 * seconds["gptq", large]]
-    lines += ["", *(f"{name}: {WHY[name]}" for name in slow)] if slow else ["", "None takes ten times as long as gptq."]
-    overwrite(out, "\n".join(lines) + "\n")
-    print("\n".join(lines))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer")
@@ -214,12 +139,8 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", default="reports/benchmark-quantize.md")
-    parser.add_argument("--methods", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.methods:
-        every_method((1024, 4096), Path("reports/methods-cost.md"))
-        return
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the peer
     lines = [
         "# What quantizing costs",

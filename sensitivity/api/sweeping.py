@@ -91,7 +91,7 @@ def one_at_a_time(
 
 def check_sweep(
     by: str, search: str, schemes: Sequence[Scheme], tasks: Sequence[str], device: str, dtype: str | None,
-    path: str | None, runtime: str | None, until: Sequence[str], out: Path, storage: str | None,
+    path: str | None, runtime: str | None, until: Sequence[str], out: Path | None, storage: str | None,
 ) -> bool:  # fmt: skip
     """Check a sweep's arguments before any weight or example is read; return whether its methods need calibration."""
     granularity(by)
@@ -103,7 +103,8 @@ def check_sweep(
     Until.parse(until)
     for name in tasks:
         find(name)
-    usable(out, storage)
+    if out is not None:
+        usable(out, storage)
     return any(needs_data(one) for one in schemes)
 
 
@@ -112,14 +113,15 @@ def path_for(schemes: Iterable[Scheme], path: str | None) -> str:
     return path or ("both" if any(map(needs_both_paths, schemes)) else "float")
 
 
-def dtype_for(name: str, device: str, out: Path | str) -> tuple[str | None, str]:
+def dtype_for(name: str, device: str, out: Path | str | None) -> tuple[str | None, str]:
     """The default dtype of a sweep, and a sentence that says why; None leaves it to `load`.
 
     An existing study keeps its dtype. A new one takes that of the checkpoint, or float32, which represents the same
     numbers, where this machine computes notably faster in float32 and has memory for it.
     """
     with suppress(UserError, KeyError):  # no study yet, or an imported one, without a dtype
-        return str(Study(out).meta["dtype"]), ""
+        if out is not None:
+            return str(Study(out).meta["dtype"]), ""
     if device == "auto" or name.startswith("embedded:"):
         return None, ""
     vlm = load(name, device=device, config_only=True)

@@ -25,6 +25,7 @@ from sensitivity.cli.verbs import (
     rank,
     recommend,
     report,
+    speculate,
     sweep,
     verify,
 )
@@ -41,6 +42,7 @@ VERBS: dict[str, ModuleType] = {
     "plan": plan,
     "sweep": sweep,
     "explain": explain,
+    "speculate": speculate,
     "rank": rank,
     "recommend": recommend,
     "legalize": legalize,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import KEEP, NOT_ROUNDED, Plan
+from sensitivity.study.scores import clustered_se
 from sensitivity.tasks.examples.types import Task
 
 GAMMA = 3  # tokens of a draft, as in QSpec's demonstration
@@ -28,16 +30,33 @@ GAMMA = 3  # tokens of a draft, as in QSpec's demonstration
 
 @dataclass(frozen=True)
 class Speculation:
-    """The answers of the verifying model, and how many tokens were drafted and accepted."""
+    """The answers of the verifying model, and how many tokens of each answer were drafted and accepted."""
 
     answers: list[str]
-    drafted: int
-    accepted: int
+    counts: list[tuple[int, int]]  # drafted and accepted, answer by answer
+    clusters: list[str]  # answers to questions about one image belong together
+
+    @property
+    def drafted(self) -> int:
+        """All drafted tokens."""
+        return sum(drafted for drafted, _ in self.counts)
+
+    @property
+    def accepted(self) -> int:
+        """The drafted tokens that the verifying model would have chosen itself."""
+        return sum(accepted for _, accepted in self.counts)
 
     @property
     def rate(self) -> float:
-        """The share of drafted tokens that the verifying model would have chosen itself."""
+        """The share of drafted tokens that are accepted."""
         return self.accepted / self.drafted if self.drafted else 1.0
+
+    @property
+    def error(self) -> float:
+        """The standard error of the rate, a ratio of two sums over images; infinite for one image."""
+        counts = np.array(self.counts, dtype=float)
+        drafted, accepted = counts[:, 0], counts[:, 1]
+        return clustered_se((accepted - self.rate * drafted) / max(drafted.mean(), 1e-9), np.array(self.clusters))[0]
 
 
 def speculate(
@@ -57,20 +76,51 @@ def speculate(
     components are to the bits of activations, and needs no right answers (QSpec, code read: drafts with 4 bits in the
     whole model; rates by component are ours).
     """
+    ((_, _, found),) = acceptance(vlm, parts, plan, task, (activations,), (components,), gamma, statistics)
+    return found
+
+
+def acceptance(
+    vlm: VLM,
+    parts: ComponentMap,
+    plan: Plan,
+    task: Task,
+    widths: Sequence[int],
+    components: Sequence[str],
+    gamma: int = GAMMA,
+    statistics: Statistics | None = None,
+) -> Iterator[tuple[str, int, Speculation]]:
+    """What `speculate` gives for each pattern of components at each width, while the plan is in the model once."""
     if any(scheme and scheme.activations != NOT_ROUNDED for _, scheme in plan.schemes):
         raise UserError("the plan that verifies leaves activations at 16 bits; its drafts round them")
+    check_drafts(vlm, task)
+    for pattern in components:
+        parts.match(pattern)  # raises an error if it matches nothing
+    with quantized(vlm.model, parts, plan, statistics=statistics), torch.inference_mode():
+        for pattern in components:
+            for bits in widths:
+                yield pattern, bits, _drafted(vlm, parts, task, pattern, bits, gamma)
+
+
+def check_drafts(vlm: VLM, task: Task) -> None:
+    """Raise an error where answers cannot be drafted and verified."""
+    if task.gallery:
+        raise UserError(f"{task.name} has no answers to draft; choose a task that a model answers in words")
     if not greedy_takes_argmax(vlm):
         raise UserError(f"{vlm.name} does not generate the most likely token, so drafts cannot be verified")
-    answers: list[str] = []
-    drafted = accepted = 0
-    with quantized(vlm.model, parts, plan, statistics=statistics), torch.inference_mode():
-        for batch in batches(vlm, task, plain=True):
-            drafts = _Speculating(vlm, parts, batch, components, activations)
-            while drafts.state.unfinished:
-                drafts.one_round(gamma, task.max_new_tokens)
-            answers += [answer.text for answer in decoded_answers(vlm, drafts.state.answers, task)]
-            drafted, accepted = drafted + drafts.drafted, accepted + drafts.accepted
-    return Speculation(answers, drafted, accepted)
+
+
+def _drafted(vlm: VLM, parts: ComponentMap, task: Task, components: str, bits: int, gamma: int) -> Speculation:
+    """All answers of the model as it is, drafted with rounded activations."""
+    found = Speculation([], [], [])
+    for batch in batches(vlm, task, plain=True):
+        drafts = _Speculating(vlm, parts, batch, components, bits)
+        while drafts.state.unfinished:
+            drafts.one_round(gamma, task.max_new_tokens)
+        found.answers.extend(answer.text for answer in decoded_answers(vlm, drafts.state.answers, task))
+        found.counts.extend(zip(drafts.drafted, drafts.accepted, strict=True))
+        found.clusters.extend(example.cluster for example in batch.examples)
+    return found
 
 
 class _Speculating:
@@ -82,7 +132,7 @@ class _Speculating:
         self.rounding = scheme(KEEP, 16, activations=activations)
         self.components = components
         self.state = Drafts.of([[] for _ in batch.examples])
-        self.drafted = self.accepted = 0
+        self.drafted, self.accepted = ([0] * len(batch.examples) for _ in range(2))
 
     def one_round(self, gamma: int, most: int) -> None:
         """Draft up to `gamma` tokens for every row that is not finished, and verify them."""
@@ -105,8 +155,8 @@ class _Speculating:
         for row, draft in drafted.items():
             kept = state.tokens[row][before[row] : state.accepted[row]]
             same = [ours == theirs for ours, theirs in zip(draft, kept, strict=False)]
-            self.drafted += len(draft)
-            self.accepted += same.index(False) if False in same else len(same)
+            self.drafted[row] += len(draft)
+            self.accepted[row] += same.index(False) if False in same else len(same)
 
     def _ended(self, row: int) -> bool:
         tokens = self.state.tokens[row]

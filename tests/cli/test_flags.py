@@ -24,6 +24,7 @@ LINES = {  # a command of each verb with which nothing is wrong
     "sweep": f"{MODEL} --n 4 --bits 2,4,8 --out new",
     "plan": f"{MODEL} --n 4 --bits 2,4,8 --bpw 14 --out new",
     "explain": f"{MODEL} --bits 2,4,8 --out new",
+    "speculate": f"{MODEL} --n 4 --activation-bits 4,8",
     "rank": "study",
     "recommend": "study --bpw 6",
     "legalize": "study --runtime gptq --bpw 8",
@@ -49,7 +50,7 @@ FITTING = {  # a value of each flag with which nothing is wrong: what is refused
     "--workers": "1", "--executor": "local", "--device": "cpu", "--dtype": "fp32", "--storage": "sqlite:///team.db",
     "--near": "0.5", "--bootstraps": "10", "--bpw": "6", "--gb": "0.5", "--weight": "vqa=2", "--floor": "vqa=95%",
     "--top": "1", "a": "study", "b": "study", "--plan": "a79dde72", "--every": "1",
-    "--minutes": "5", "--scores": "gram,fisher",
+    "--minutes": "5", "--scores": "gram,fisher", "--draft": "5",
     "--model": MODEL, "--format": "fake", "--part": "c=connector", "--switch": "on=connector",
     "--kinds": "x=ff", "--numel": "vision=1_000", "--kind": "k", "--score": "s", "--total": "1000000000",
 }  # fmt: skip
@@ -57,11 +58,11 @@ OWN = {  # where a verb means something else by a flag
     ("import", "--bits"): "b", ("legalize", "--out"): "other.json", ("failures", "--kind"): "count",
     ("failures", "--out"): "other.html", ("compare", "--out"): "other.html", ("table", "--out"): "other.parquet",
     ("explain", "source"): MODEL, ("explain", "--path"): "float", ("explain", "--plan"): "1",
-    ("plan", "--path"): "float",
+    ("plan", "--path"): "float", ("speculate", "--activation-bits"): "2,8",
 }  # fmt: skip
 GPTQ = ("--set", "--backend", "--calibration", "--calibration-n", "--path", "--cache-gb")
 BESIDE = {  # what a flag needs beside it, where it means nothing alone
-    **{(verb, flag): "--method gptq" for verb in ("inspect", "sweep") for flag in GPTQ},
+    **{(verb, flag): "--method gptq" for verb in ("inspect", "sweep", "speculate") for flag in GPTQ},
     ("sweep", "--activation-scale"): "--activation-bits 8", ("sweep", "--cache-group"): "--cache-bits 4",
     **{(verb, "--biases"): "--method rtn" for verb in ("plan", "explain")},
     ("export", "--path"): "--format fake", ("export", "--model"): "--format fake",
@@ -198,6 +199,11 @@ NAMED = (  # what people typed, and what must be named in the answer
     ("explain study", "still needed: --plan"),
     ("explain study --plan 999", "no plan of this study has the number or key '999'"),
     ("explain study --plan 1 --bits 4", "--bits would do nothing with a study"),
+    ("speculate MODEL --activation-bits 16", "--activation-bits takes a whole number from 2 to 8, not '16'"),
+    ("speculate MODEL --draft 0", "--draft takes a whole number from 1 to 64, not '0'"),
+    ("speculate MODEL --task retrieval", "retrieval has no answers to draft"),
+    ("speculate MODEL --method llm-int8 --bits 8", "llm-int8 rounds activations by itself"),
+    ("speculate MODEL --calibration vqa", "--calibration would do nothing with --method rtn"),
     ("rank study --json=1", "ignored explicit argument"),
 )  # fmt: skip
 
@@ -332,6 +338,7 @@ def there(place: Path, scenes_llava: Any, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("api.recommending", "begin_recommendation"),
         ("api.planning", "scored"),
         ("api.explaining", "explain_plan"),
+        ("measure.speculation", "acceptance"),
         ("analysis.report.page", "report"),
         ("analysis.importance.estimators", "cross_validated"),
         ("api.exporting", "write"),

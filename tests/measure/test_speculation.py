@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from pathlib import Path
 
 import pytest
 import saved_vlms
 from few import few
 
+from sensitivity.cli.main import main
+from sensitivity.cli.verbs.speculate import show
 from sensitivity.measure.evaluation import evaluate
 from sensitivity.measure.install.plan_in_model import quantized
-from sensitivity.measure.speculation import GAMMA, speculate
+from sensitivity.measure.speculation import GAMMA, Speculation, speculate
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
@@ -66,3 +70,32 @@ def test_a_plan_that_rounds_cannot_verify(scenes_llava: VLM) -> None:
         speculate(scenes_llava, parts, plan, captions(1))
     with pytest.raises(UserError, match="no component matches 'visoin'"):
         speculate(scenes_llava, parts, Plan.uniform(parts, None), captions(1), components="visoin")
+
+
+def test_the_error_of_a_rate_is_that_of_a_ratio_over_images() -> None:
+    """Against the jackknife over images, which leaves out one image after the other."""
+    counts, clusters = [(6, 5), (4, 4), (9, 3), (5, 5), (7, 6)], ["a", "a", "b", "c", "d"]
+    found = Speculation([""] * 5, counts, clusters)
+    left = []
+    for image in "abcd":
+        kept = [one for one, of in zip(counts, clusters, strict=True) if of != image]
+        left.append(sum(a for _, a in kept) / sum(d for d, _ in kept))
+    jackknife = math.sqrt(3 / 4 * sum((rate - sum(left) / 4) ** 2 for rate in left))
+    assert found.rate == 23 / 31
+    assert found.error == pytest.approx(jackknife, rel=0.35)
+    assert Speculation(["", ""], [(6, 5), (3, 1)], ["a", "a"]).error == math.inf
+
+
+def test_the_verb_says_what_the_function_says(scenes_llava: VLM, capsys: pytest.CaptureFixture[str]) -> None:
+    parts, asked = inspect(scenes_llava, by="part"), task("vqa", n=2)
+    plan = Plan.uniform(parts, scheme("rtn", 2, group=32))
+    expected = {name: speculate(scenes_llava, parts, plan, asked, 2, name, 2) for name in ("vision", "*")}
+    line = "speculate embedded:scenes-llava --task vqa --n 2 --bits 2 --group 32 --activation-bits 2 --draft 2 --json"
+    assert main(line.split()) == 0
+    found = json.loads(capsys.readouterr().out)["rates"]
+    rows = {row["component"]: row for row in found}
+    assert set(rows) == {*parts.names, "*"}
+    for name, one in expected.items():
+        assert (rows[name]["drafted"], rows[name]["accepted"]) == (one.drafted, one.accepted)
+    show(found, 2)
+    assert f"{expected['*'].rate:.3f}" in capsys.readouterr().out

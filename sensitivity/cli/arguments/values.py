@@ -82,6 +82,7 @@ top = whole(1, 100)
 pause = whole(1, 3_600)  # seconds
 on_a_page = whole(1, 1_000)  # examples on a page: each has a picture in it
 channels = whole(1, CHANNELS)
+draft = whole(1, 64)  # tokens
 few_plans = whole(2, 100)  # full precision and another one
 
 

@@ -1,0 +1,107 @@
+"""sensitivity speculate: how many drafted tokens hold when activations are rounded, part by part (QSpec)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.arguments.model_and_tasks import loaded
+from sensitivity.cli.output.tables import table
+
+ABOUT = (
+    "say how sensitive each part is to the bits of its activations, by the drafts that hold; no right answers needed"
+)
+EXAMPLE = "sensitivity speculate embedded:scenes-llava --task caption --activation-bits 3,4 --n 20"
+EVERY = "*"  # the pattern of all components
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
+    flags.model(p)
+    flags.tasks(p)
+    flags.by(p, "part")
+    flags.methods(p, (4,), "rtn")
+    p.add_argument(
+        "--activation-bits",
+        type=values.comma_separated(values.whole(2, 8)),
+        default=(4,),
+        metavar="B,B,...",
+        help="widths to which drafts round the inputs of layers, 2 to 8 (default: 4)",
+    )
+    p.add_argument(
+        "--draft",
+        type=values.draft,
+        default=3,
+        metavar="N",
+        help="tokens that are drafted before a pass verifies them (default: 3)",
+    )
+    flags.samples(p, 100)
+    flags.calibration(p)
+    flags.device(p)
+    p.set_defaults(include=(), whole_answers=False, dry_run=False, runtime=None, out=None, activation_scale=None)
+
+
+def run(args: argparse.Namespace) -> dict[str, object]:
+    """Draft and verify answers with each component rounded, and with all of them."""
+    from sensitivity.api.sweeping import calibrated, check_sweep
+    from sensitivity.measure.generate.batches import check_tasks_fit
+    from sensitivity.measure.speculation import acceptance, check_drafts
+    from sensitivity.spec.plan import Plan
+
+    asked = list(dict.fromkeys(one.without_rounding for one in flags.schemes(args)))
+    names = (*args.task, *(args.calibration or ()))
+    if not check_sweep(args.by, "grid", asked, names, args.device, args.dtype, args.path, None, (), None, None):
+        idle = ("--calibration", "--calibration-n", "--path", "--cache-gb")
+        flags.without_effect(args, idle, f"with --method {args.method}, which is not calibrated")
+    vlm, parts, tasks = loaded(args)
+    for one in tasks:
+        check_drafts(vlm, one)
+    check_tasks_fit(vlm, tasks)
+    data = args.calibration or args.task
+    schemes, statistics = calibrated(
+        vlm, parts, asked, data, args.calibration_n, args.seed, args.path, tasks, args.cache_gb
+    )
+    rows: list[dict[str, Any]] = []
+    for chosen in schemes:
+        plan = Plan.uniform(parts, chosen)
+        for one in tasks:
+            patterns = [*parts.names, EVERY]
+            for pattern, bits, found in acceptance(
+                vlm, parts, plan, one, args.activation_bits, patterns, args.draft, statistics
+            ):
+                rows.append(
+                    {"weights": str(chosen), "task": one.name, "component": pattern, "activations": bits,
+                     "drafted": found.drafted, "accepted": found.accepted, "rate": found.rate, "error": found.error}
+                )  # fmt: skip
+                if not args.json:
+                    print(f"{chosen} {one.name} {pattern}: {bits} bits, {found.rate:.3f}", file=sys.stderr)
+    if not args.json:
+        show(rows, args.draft)
+    return {"model": vlm.name, "draft": args.draft, "rates": rows}
+
+
+def show(rows: list[dict[str, Any]], draft: int) -> None:
+    """Print a row for each component, and a column for each width."""
+    widths = list(dict.fromkeys(row["activations"] for row in rows))
+    found = {(row["weights"], row["task"], row["component"], row["activations"]): row for row in rows}
+    kinds = list(dict.fromkeys(key[:3] for key in found))
+    table(
+        f"Drafted tokens that hold, of {draft} at a time, plus or minus a standard error",
+        ("weights", "task", "rounded", *(f"{bits} bits" for bits in widths)),
+        [
+            (
+                weights,
+                name,
+                "all" if component == EVERY else component,
+                *(_rate(found[weights, name, component, bits]) for bits in widths),
+            )
+            for weights, name, component in kinds
+        ],
+    )
+
+
+def _rate(row: dict[str, Any]) -> str:
+    """A rate with its error, which one image does not tell."""
+    return f"{row['rate']:.3f}" + (f" ± {row['error']:.3f}" if row["error"] < 1 else "")
