@@ -16,6 +16,7 @@ from sensitivity.quantize.grids.bivlm import bivlm
 from sensitivity.quantize.grids.bpdq import bpdq
 from sensitivity.quantize.grids.gwq import gwq
 from sensitivity.quantize.grids.leanquant import affine, leanquant
+from sensitivity.quantize.grids.qvla import qvla
 from sensitivity.quantize.grids.spqr import spqr
 from sensitivity.quantize.grids.squeezellm import squeezellm
 from sensitivity.quantize.layer.curvature import Curvature
@@ -195,6 +196,14 @@ METHODS: dict[str, Method] = {
     ),
     "adpq": Method(
         per_weight(adpq), range(2, 9), group=128, settings={"outliers": 0.06}, ranges={"outliers": (0, 0.5)}
+    ),
+    "qvla": Method(
+        qvla,
+        calibrated=True,
+        settings={"damp": 0.01, "importance": UNIFORM},
+        ranges={"damp": (0, 10)},
+        choices={"importance": IMPORTANCE},
+        fixed="per row and symmetric",
     ),
 }
 # What a scheme may name: these, and the method that leaves weights alone, for what is rounded in each forward pass.

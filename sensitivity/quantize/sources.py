@@ -67,6 +67,12 @@ SOURCES: dict[str, Source] = {
         "GWQ", ABSTRACT, "a share of each weight; ranges without outliers; as many examples as are calibrated on"
     ),
     "adpq": Source("AdpQ, statistical pre-calibration", ABSTRACT, "its threshold is the largest share by magnitude"),
+    "qvla": Source(
+        "QVLA",
+        "released proxy read, not the text",
+        "channels compete within each weight, for stored bits, by added cost per saved bit",
+        "code bits, averaged over channels and not over weights",
+    ),
     "paper-uniform": Source("Gautam et al. 2025", CODE),
     "paper-gptq": Source("Gautam et al. 2025", CODE),
     "paper-awq": Source("Gautam et al. 2025", CODE),

@@ -258,7 +258,7 @@ def _few(names: Sequence[str]) -> str:
 # under these methods its rows are rounded to nearest on the same kind of grid.
 CALIBRATED = (
     *("clip", "gptq", "awq", "squeezellm", "leanquant", "leanquant-affine", "bpdq", "billm", "spqr", "vlm-ptq"),
-    "gwq",
+    *("gwq", "qvla"),
 )
 
 

@@ -189,6 +189,19 @@ def _adpq(scheme: Scheme, rows: int, cols: int) -> int:
     return (2 if count else 1) * _affine(scheme, rows, cols) + _positions(count, rows, cols)
 
 
+CHANNEL_WIDTHS = (0, 2, 4, 8, 16)  # bits that QVLA may give an output channel
+
+
+def channel_budget(scheme: Scheme, rows: int, cols: int) -> int:
+    """The bits that rows of different widths may store: numbers, and their 16-bit scales."""
+    return scheme.bits * rows * cols + 16 * rows
+
+
+def _channels(scheme: Scheme, rows: int, cols: int) -> int:
+    """A scale for each row, and which of the widths it has, in 3 bits; what is chosen never exceeds it."""
+    return 16 * rows + 3 * rows
+
+
 # method -> bits stored beside the codes of a weight with `rows` and `cols`
 OVERHEAD: dict[str, Callable[[Scheme, int, int], int]] = {
     "uniform": lambda scheme, rows, cols: 64 * groups(scheme, rows, cols),  # minimum and range, float32
@@ -210,6 +223,7 @@ OVERHEAD: dict[str, Callable[[Scheme, int, int], int]] = {
     "spqr": _spqr,
     "gwq": _kept_apart,
     "adpq": _adpq,
+    "qvla": _channels,
     KEEP: lambda scheme, rows, cols: 0,
     "codes": lambda scheme, rows, cols: 0,  # an imported table, of which only bit widths are known
 }

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from sensitivity.quantize.stored.channels import ChannelWidthsWeight
 from sensitivity.quantize.stored.codebook import CodebookWeight
 from sensitivity.quantize.stored.grid import QuantizedWeight
 from sensitivity.quantize.stored.levels import BinaryWeight, BinnedWeight, LevelsWeight, PlanesWeight
@@ -32,6 +33,7 @@ Coded = (
     | SparseWeight
     | TwoScaleWeight
     | RotatedWeight
+    | ChannelWidthsWeight
 )
 KINDS: tuple[type[Coded], ...] = get_args(Coded)
 # A plain tensor stands for what has no codes: biases, and weights that a method leaves alone.
