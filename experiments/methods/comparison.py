@@ -2,11 +2,14 @@
 
 python -m experiments.methods.comparison            # writes reports/methods-comparison.md
 python -m experiments.methods.comparison --rows gptq,awq --models embedded:scenes-llava --tasks vqa --n 40
+python -m experiments.methods.comparison --minutes 40     # reports what is measured by then; again, and it goes on
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -93,13 +96,16 @@ def stored_bits(parts: ComponentMap, where: str, one: Scheme) -> float:
     return sum(component_bits(parts, n, one) for n in names) / sum(parts[n].numel for n in names)
 
 
-def measure(model: str, args: argparse.Namespace) -> tuple[pd.DataFrame, list[Row]]:
-    """Full precision and every row on every part; methods that need both calibration paths in a study of their own."""
+def measure(model: str, args: argparse.Namespace, ends: float) -> tuple[pd.DataFrame, list[Row], list[str]]:
+    """Full precision, every row on every part, and what was not measured before the time was over.
+
+    Methods that need both calibration paths are in a study of their own.
+    """
     vlm, tasks = load(model), args.tasks.split(",")
     parts = inspect(vlm, by="part")
     every = asked(args.rows.split(","), [int(b) for b in args.widths.split(",")])
     limits = {w: {key: stored_bits(parts, w, one) for key, one in every.items()} for w in args.where.split(",")}
-    native, rows = pd.DataFrame(), []
+    native, rows, missing = pd.DataFrame(), [], []
     for both in (False, True):
         chosen = {key: one for key, one in every.items() if (needs_both_paths(one) or EXPOSED in key[0]) == both}
         if not chosen:
@@ -117,15 +123,19 @@ def measure(model: str, args: argparse.Namespace) -> tuple[pd.DataFrame, list[Ro
             if stored[key] <= BUDGETS[-1]
         }
         out = f"{args.work}/{model.removeprefix('embedded:')}-{'both' if both else 'float'}"
-        study = sweep(vlm, parts, list(plans.values()), tasks, out, n=args.n, statistics=statistics)
+        left = (f"{max(ends - time.monotonic(), 1):.0f}s",) if ends < float("inf") else ()
+        study = sweep(vlm, parts, list(plans.values()), tasks, out, n=args.n, statistics=statistics, until=left)
         full = study.examples(study.native)
         assert full is not None
         native = full
         for ((name, bits), where), plan in plans.items():
             frame = study.examples(plan)
-            assert frame is not None
-            rows.append(Row(name, bits, where, limits[where][name, bits], frame))
-    return native, rows
+            if frame is None or len(frame) < len(full):  # only whole measurements are compared
+                missing.append(f"{name} {bits} on {where}")
+            else:
+                rows.append(Row(name, bits, where, limits[where][name, bits], frame))
+        print(f"{model}: {len(rows)} rows, {len(missing)} left", file=sys.stderr, flush=True)
+    return native, rows, missing
 
 
 def shown(score: Score) -> str:
@@ -200,6 +210,14 @@ def table(rows: Sequence[Row], native: Row, tasks: Sequence[str]) -> list[str]:
     return lines
 
 
+def not_measured(missing: Sequence[str], measured: int) -> list[str]:
+    """Says what the time was not enough for."""
+    if not missing:
+        return []
+    some = f"{', '.join(missing[:12])}{f' and {len(missing) - 12} more' if len(missing) > 12 else ''}"
+    return ["", f"{measured} rows are measured; there was no time for {len(missing)} others: {some}."]
+
+
 def main() -> None:
     p = parser(__doc__, "methods-comparison", 500)
     p.add_argument("--models", default=",".join(MODELS))
@@ -207,6 +225,7 @@ def main() -> None:
     p.add_argument("--rows", default=",".join(ROWS))
     p.add_argument("--widths", default=",".join(map(str, WIDTHS)))
     p.add_argument("--where", default=",".join(WHERE))
+    p.add_argument("--minutes", type=float, default=float("inf"), help="no further plan is begun afterwards")
     args = p.parse_args()
     tasks, known = args.tasks.split(","), args.rows.split(",")
     options = [
@@ -228,11 +247,13 @@ def main() -> None:
         "points, codebooks, outliers and bin indices, per weight of the quantized part; the other parts are native.",
         "The best of many rows is picked on the same examples on which it is shown, so its lead is flattered.",
     ]
+    ends = time.monotonic() + 60 * args.minutes
     for model in args.models.split(","):
-        frame, rows = measure(model, args)
+        frame, rows, missing = measure(model, args, ends)
         native = Row("native", 16, "all", 16.0, frame)
         full = ", ".join(f"{name} {frame[frame['task'] == name]['score'].mean():.3f}" for name in tasks)
-        lines += ["", f"## {model}", "", f"Full precision: {full}.", "", "### The best row within a budget", ""]
+        lines += ["", f"## {model}", "", f"Full precision: {full}.", *not_measured(missing, len(rows))]
+        lines += ["", "### The best row within a budget", ""]
         lines += winners(rows, native, tasks, known)
         lines += ["", "### What each idea adds to its host", "", *against_hosts(rows, tasks)]
         lines += ["", "### Every row, minus full precision", "", *table(rows, native, tasks)]
