@@ -36,6 +36,8 @@ class Case:
     bits: tuple[int, ...]
     n: int
     by: str = "part"
+    activations: int = 16
+    cache: int = 16
     fold: str = "b"  # constants fitted on half "a" are judged on half "b", and the other way round
 
 
@@ -56,6 +58,8 @@ CASES = (
     Case("blip2", "coco-captions", "gptq", (3, 8), 24, fold="a"),
     Case("blip2", "vqav2", "awq", (4, 8), 48),
     Case("blip2-retrieval", "flickr30k", "rtn", (4, 8), 20),
+    Case("embedded:scenes-llava", "vqa", "rtn", (3, 8), 400, activations=8),
+    Case("embedded:scenes-llava", "caption", "rtn", (4, 8), 60, cache=4, fold="a"),
 )
 
 
@@ -120,6 +124,7 @@ def page(cases: Sequence[Case], found: Sequence[dict[str, Any]]) -> list[str]:
 def row(case: Case, found: dict[str, Any]) -> str:
     said, was = shipped(found), found["was"]
     by = "" if case.by == "part" else f" by {case.by}"
+    by += "".join(f" {name}{bits}" for name, bits in (("a", case.activations), ("kv", case.cache)) if bits < 16)
     cells = [f"{case.model}, {case.task}, {case.method}{by}, {case.n}", f"{said['seconds']:.1f}"]
     cells += [f"{said['slowest']:.1f}", f"{was['seconds']:.1f}", f"{said['disk'] / 1e3:.0f}"]
     cells += [f"{was['disk'] / 1e3:.0f}", f"{said['host'] / 1e6:.0f}", f"{was['host'] / 1e6:.0f}"]
@@ -215,7 +220,9 @@ def measured(case: Case) -> dict[str, Any]:
             about = f"{about}:{folder}/data"
         vlm = without_weights(name)
         parts = inspect(vlm, by=case.by)
-        plans = grid(parts, bits=case.bits, method=case.method)
+        rounded = {"activations": case.activations, "cache": case.cache}
+        schemes = [scheme(case.method, bits, **rounded) for bits in case.bits]
+        plans = grid(parts, schemes=schemes)
         asked = [task(about, n=case.n)]
         how: dict[str, Any] = {"calibration": 32, "dtype": "float32", "cache_gb": 0, "clock": time.process_time}
         cold, passes.COLD_CACHE_FACTOR = passes.COLD_CACHE_FACTOR, 0.0
@@ -224,7 +231,6 @@ def measured(case: Case) -> dict[str, Any]:
         said = preflight.forecast_sweep(vlm, parts, plans, asked, **how)
         began = time.process_time()
         vlm = load(name, dtype="float32")
-        schemes = [scheme(case.method, bits) for bits in case.bits]
         schemes, statistics = calibrated(vlm, parts, schemes, [about], n=32, against=asked, cache_gb=0)
         plans = grid(parts, schemes=schemes)
         study = sweep(vlm, parts, plans, [about], Path(folder) / "run", n=case.n, statistics=statistics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from sensitivity.cli.main import main
 from sensitivity.measure.forecast.cost_model import COLD_CACHE_FACTOR, CostModel, TaskSample
 from sensitivity.measure.forecast.forecast import Forecast, _running, _runs, _stored, forecast_sweep
 from sensitivity.measure.forecast.hardware import Hardware
+from sensitivity.measure.forecast.rounding import rounding_seconds
 from sensitivity.measure.generate import shared_images
 from sensitivity.measure.generate.batches import batches
+from sensitivity.measure.install import rounding
 from sensitivity.measure.loop import _data_flow_order, _SharedWork
 from sensitivity.measure.shards import shard_ends
 from sensitivity.models.config_only import without_weights
@@ -191,3 +194,39 @@ def test_the_command_line_says_it_and_writes_nothing(tmp_path: Path, capsys: pyt
     assert main([*words, "--bits", "4"]) == 0
     assert "host memory" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+class CountingRounded(Counting):
+    """Counts the numbers of one kind that are rounded, as if nothing else took any time."""
+
+    def __init__(self, cached: bool) -> None:
+        super().__init__(torch.device("cpu"), torch.float32)
+        self.cached = cached
+
+    def rounding(self, tokens: int, width: int, cached: bool = False) -> float:
+        return 1.0 * tokens * width * (cached == self.cached)
+
+
+def test_the_numbers_that_are_rounded_are_those_that_a_sweep_rounds(
+    scenes_llava: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, asked = inspect(scenes_llava, by="part"), task("vqa", n=12)
+    rounded = scheme("keep", 16, activations=8, cache=4)
+    plans = [Plan.of(parts, {name: rounded}) for name in parts.names] + [Plan.uniform(parts, rounded)]
+    counted = {"round_inputs": 0, "round_cached": 0}
+
+    def counting(name: str, own: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def count(x: torch.Tensor, *more: Any) -> torch.Tensor:
+            counted[name] += x.numel()
+            return own(x, *more)
+
+        return count
+
+    for name in counted:
+        monkeypatch.setattr(rounding, name, counting(name, getattr(rounding, name)))
+    sweep(scenes_llava, parts, plans, ["vqa"], tmp_path / "study", n=12)
+    sample = TaskSample.of(scenes_llava, asked, shard_ends([asked]), plain=False)
+    for name, cached in (("round_inputs", False), ("round_cached", True)):
+        hardware = CountingRounded(cached)
+        assert rounding_seconds(parts, plans, [sample], hardware, plain=False) == pytest.approx(counted[name], rel=0.15)
+        assert rounding_seconds(parts, [Plan.uniform(parts, None)], [sample], hardware, plain=False) == 0

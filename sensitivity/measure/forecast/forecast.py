@@ -17,6 +17,7 @@ import torch
 from sensitivity.measure.forecast.calibrating import calibrating
 from sensitivity.measure.forecast.cost_model import CostModel, TaskSample
 from sensitivity.measure.forecast.hardware import Hardware
+from sensitivity.measure.forecast.rounding import in_queue_order, rounding_seconds
 from sensitivity.measure.loop import MEMORY_GB
 from sensitivity.measure.memory.weight_codes import CODE
 from sensitivity.measure.shards import MOST, shard_ends
@@ -111,6 +112,7 @@ def forecast_sweep(
         **calibrating(used, calibration, calibration_example, products, len(plans)),
         "quantizing": sum(_quantizing(parts, plans, scheme, hardware) for scheme in schemes),
         "running": sum(_running(*one, runs, len(plans)) for one in zip(samples, passes, strict=True)),
+        "rounding": rounding_seconds(parts, plans, samples, hardware, plain),
         "storing": STORING * len(plans) * len(shard_ends(tasks)),
     }
     work = _work(parts, model, samples, None if plain else memory_gb * GB, len(schemes)) | {"statistics": grams}
@@ -166,8 +168,7 @@ def _dtype(vlm: VLM, parts: ComponentMap, device: str, dtype: str | None) -> tor
 
 def _runs(parts: ComponentMap, plans: Sequence[Plan]) -> dict[str, float]:
     """How often each part is computed, in full passes, if neighboring plans share their common prefix."""
-    # the order in which the loop queues plans
-    ordered = sorted(plans, key=lambda plan: [str(scheme) for _, scheme in plan.schemes])
+    ordered = in_queue_order(plans)
     runs = dict.fromkeys(PARTS, 0.0)
     whole = {part: sum(w.numel for w in parts.weights if w.part == part) for part in PARTS}
     for place, component in enumerate(parts.components):

@@ -13,6 +13,9 @@ from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.layer.two_paths import TwoPaths
 from sensitivity.quantize.methods import method_of, needs_both_paths, needs_fisher, solve
+from sensitivity.quantize.run_time.inputs import round_inputs
+from sensitivity.quantize.run_time.keys_and_values import round_cached
+from sensitivity.quantize.run_time.settings import CHANNELS
 from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import Scheme
 
@@ -81,6 +84,15 @@ class Hardware:
             x = self._random(measured_size)
             self.measured["over", measured_size] = max(self._time(lambda: torch.nn.functional.silu(x)) - self.call, 0.0)
         return self.measured["over", measured_size] * numbers / measured_size
+
+    def rounding(self, tokens: int, width: int, cached: bool = False) -> float:
+        """Seconds to round the inputs of a layer for so many tokens, or keys or values; the bits make no difference."""
+        measured_size = max(1, min(tokens, TOKENS))
+        if ("rounding", measured_size, width, cached) not in self.measured:
+            x = self._random(measured_size, width)
+            once = (lambda: round_cached(x, 4, CHANNELS)) if cached else (lambda: round_inputs(x, 8))
+            self.measured["rounding", measured_size, width, cached] = self._time(once)
+        return self.measured["rounding", measured_size, width, cached] * max(tokens, 1) / measured_size
 
     @cached_property
     def call(self) -> float:
