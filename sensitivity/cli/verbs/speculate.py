@@ -8,6 +8,7 @@ from typing import Any
 
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.arguments.model_and_tasks import loaded
+from sensitivity.cli.arguments.scheme_flags import checked
 from sensitivity.cli.output.tables import table
 
 ABOUT = (
@@ -45,38 +46,38 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Draft and verify answers with each component rounded, and with all of them."""
-    from sensitivity.api.sweeping import calibrated, check_sweep
+    from sensitivity.api.sweeping import calibrated
     from sensitivity.measure.generate.batches import check_tasks_fit
     from sensitivity.measure.speculation import acceptance, check_drafts
     from sensitivity.spec.plan import Plan
 
-    asked = list(dict.fromkeys(one.without_rounding for one in flags.schemes(args)))
-    names = (*args.task, *(args.calibration or ()))
-    if not check_sweep(args.by, "grid", asked, names, args.device, args.dtype, args.path, None, (), None, None):
+    requested, needs_calibration = checked(args, "grid")
+    if not needs_calibration:
         idle = ("--calibration", "--calibration-n", "--path", "--cache-gb")
         flags.without_effect(args, idle, f"with --method {args.method}, which is not calibrated")
+    weights = list(dict.fromkeys(one.without_rounding for one in requested))
     vlm, parts, tasks = loaded(args)
     for one in tasks:
         check_drafts(vlm, one)
     check_tasks_fit(vlm, tasks)
     data = args.calibration or args.task
     schemes, statistics = calibrated(
-        vlm, parts, asked, data, args.calibration_n, args.seed, args.path, tasks, args.cache_gb
+        vlm, parts, weights, data, args.calibration_n, args.seed, args.path, tasks, args.cache_gb
     )
     rows: list[dict[str, Any]] = []
-    for chosen in schemes:
-        plan = Plan.uniform(parts, chosen)
+    for scheme in schemes:
+        plan = Plan.uniform(parts, scheme)
         for one in tasks:
             patterns = [*parts.names, EVERY]
             for pattern, bits, found in acceptance(
                 vlm, parts, plan, one, args.activation_bits, patterns, args.draft, statistics
             ):
                 rows.append(
-                    {"weights": str(chosen), "task": one.name, "component": pattern, "activations": bits,
+                    {"weights": str(scheme), "task": one.name, "component": pattern, "activations": bits,
                      "drafted": found.drafted, "accepted": found.accepted, "rate": found.rate, "error": found.error}
                 )  # fmt: skip
                 if not args.json:
-                    print(f"{chosen} {one.name} {pattern}: {bits} bits, {found.rate:.3f}", file=sys.stderr)
+                    print(f"{scheme} {one.name} {pattern}: {bits} bits, {found.rate:.3f}", file=sys.stderr)
     if not args.json:
         show(rows, args.draft)
     return {"model": vlm.name, "draft": args.draft, "rates": rows}
