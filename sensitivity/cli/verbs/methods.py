@@ -19,6 +19,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """List the methods."""
+    from sensitivity.quantize.costs import MEASURED_BY, cost
     from sensitivity.quantize.methods import METHODS, needs_both_paths, needs_gradients
     from sensitivity.quantize.presets import PRESETS
     from sensitivity.quantize.scheme_settings import scheme
@@ -41,6 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "calibrated": row.calibrated,
                 "gradients": needs_gradients(one),
                 "both_paths": needs_both_paths(one),
+                "seconds": cost(name),
                 "group": one.group,
                 "settings": {**row.settings, **dict(one.settings)},
                 "source": source.where,
@@ -50,19 +52,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     if not args.json:
         show_methods(listed)
-    return {"methods": listed, "side": SIDE}
+        print(f"seconds: one thread, without what calibration takes ({MEASURED_BY})")
+    return {"methods": listed, "side": SIDE, "seconds_by": MEASURED_BY}
 
 
 def show_methods(listed: list[dict[str, Any]]) -> None:
     """Print two tables: what the methods take and store, and where they are from."""
     table(
-        f"Methods (stored bits per weight at {SIDE} x {SIDE}, default settings)",
-        ("name", "bits", "stored", "calibration", "published bits count"),
+        f"Methods (stored bits per weight and CPU seconds at {SIDE} x {SIDE}, default settings)",
+        ("name", "bits", "stored", "seconds", "calibration", "published bits count"),
         [
             (
                 m["name"],
                 _range(m["bits"]),
                 _range([f"{stored:.2f}" for stored in m["stored"].values()]),
+                "–" if m["seconds"] is None else f"{m['seconds']:.1f}",
                 _calibration(m),
                 m["claimed"],
             )

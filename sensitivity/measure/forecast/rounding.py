@@ -41,7 +41,7 @@ def _one_pass(component: Component, scheme: Scheme | None, tokens: int, hardware
     """Seconds to round what so many tokens are in one component."""
     if scheme is None or not tokens:
         return 0.0
-    weights, found = [weight for weight in component.weights if not weight.looked_up], 0.0
+    weights, found = [weight for weight in component.weights if not weight.is_embedding], 0.0
     if scheme.activations != NOT_ROUNDED:
         found += sum(hardware.rounding(tokens, weight.cols) for weight in weights)
     if scheme.cache != NOT_ROUNDED:

@@ -1,0 +1,42 @@
+"""SECONDS: what quantizing one large layer takes by each method, as measured once, so that slow ones are known."""
+
+from __future__ import annotations
+
+from sensitivity.quantize.presets import PRESETS
+
+MEASURED_BY = "python -m experiments.benchmarks.methods_cost"
+# CPU seconds of one thread for 4096 x 4096 numbers at 4 bits or the nearest width, factorization included
+# (reports/methods-cost.md); --dry-run measures on the machine where a sweep will run
+SECONDS: dict[str, float] = {
+    "uniform": 0.12,
+    "rtn": 0.11,
+    "clip": 12.39,
+    "gptq": 2.84,
+    "vlm-ptq": 25.26,
+    "awq": 39.18,
+    "nf4": 0.81,
+    "fp4": 0.68,
+    "llm-int8": 0.27,
+    "binary": 1.96,
+    "squeezellm": 6.43,
+    "leanquant": 7.41,
+    "leanquant-affine": 2.80,
+    "bpdq": 19.00,
+    "billm": 10.81,
+    "bivlm": 6.62,
+    "spqr": 6.58,
+    "gwq": 0.66,
+    "adpq": 0.99,
+    "qvla": 2.47,
+    "gptaq": 8.20,
+    "rsq": 11.77,
+    "salq-vlm": 8.08,
+}
+
+
+def cost(name: str) -> float | None:
+    """The seconds of a method or preset; a preset that only weighs tokens otherwise takes as long as its method.
+
+    None for a method that is not of this package.
+    """
+    return SECONDS.get(name, SECONDS.get(str(PRESETS.get(name, {"method": ""})["method"])))

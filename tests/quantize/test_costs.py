@@ -1,0 +1,40 @@
+"""What `sensitivity methods` says a method costs is what the committed benchmark measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from experiments.benchmarks.methods_cost import BESIDE, SIDES, WHY, cost, layer, near_4_bits
+from sensitivity.quantize.costs import MEASURED_BY, SECONDS
+from sensitivity.quantize.costs import cost as known
+from sensitivity.quantize.layer.two_paths import TwoPaths
+from sensitivity.quantize.presets import PRESETS
+
+REPORT = Path(__file__).parents[2] / "reports" / "methods-cost.md"
+
+
+def test_the_table_is_that_of_the_report() -> None:
+    text = REPORT.read_text()
+    assert f"    {MEASURED_BY}\n" in text
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert f"{SIDES[1]}: seconds" in rows[0]
+    reported = {row[0]: float(row[4]) for row in rows[1:]}
+    assert reported == SECONDS
+    slow = [name for name, seconds in SECONDS.items() if seconds > BESIDE * SECONDS["gptq"]]
+    assert slow
+    assert all(f"* `{name}`: {WHY[name]}" in text for name in slow)
+
+
+def test_a_preset_costs_what_its_method_does_unless_its_solver_is_another() -> None:
+    assert known("mbq") == SECONDS[str(PRESETS["mbq"]["method"])]
+    assert known("rsq") != SECONDS["gptq"]
+    assert known("a method of somebody else") is None
+
+
+def test_the_benchmark_counts_seconds_and_memory() -> None:
+    weight, inputs, seen = layer(256, 256)
+    seen.paths = TwoPaths(256)
+    seen.paths.add(inputs, inputs, None, None)
+    cheap, dear = (cost(near_4_bits(name), weight, seen) for name in ("rtn", "bpdq"))
+    assert 0 <= cheap["seconds"] < dear["seconds"]
+    assert near_4_bits("llm-int8").bits == 8
