@@ -4,10 +4,8 @@
 
 A table replaces the model: the score of a plan that a search asks for is read from it. After some plans a plan
 is chosen for each budget from 3.5 to 8 bpw, in three ways (see regrets), and its true score is compared with the best
-true score within the budget. Truth is known for planted tables; for a noisy published one it is the table smoothed by
-a Gaussian process, for one without noise the table itself. "The whole table" has measured everything: what remains
-there is the table's own noise. The published tables are read from SENSITIVITY_SHARED or ../shared and left out where
-they are not.
+true score within the budget (see score_tables.py). "The whole table" has measured everything: what remains there is
+the table's own noise.
 
 What reports/replay.csv already holds is not run again: more seeds only add to it, and a change of the code asks for a
 new file. The time of GP grows with the cube of the evaluations: it stops at 64.
@@ -17,10 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,116 +25,21 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from optuna.distributions import IntDistribution
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
+from experiments.benchmarks.score_tables import Table, tables
 from sensitivity.analysis.search.frontier_sampler import FrontierSampler, PlanSizes
 from sensitivity.analysis.search.samplers import MAXIMIZE, MINIMIZE, SAMPLERS, sampled_plans
 from sensitivity.analysis.search.search_space import SearchSpace
-from sensitivity.analysis.surrogate.surrogate import Space, Surrogate, fit_surrogate
-from sensitivity.spec.components import ComponentMap, Kept, Weight
+from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 from sensitivity.spec.files import overwrite
-from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import size
 
 ROOT = Path(__file__).parent.parent.parent
-SHARED = Path(os.environ.get("SENSITIVITY_SHARED", ROOT.parent / "shared")) / "data" / "published"
 BUDGETS = np.arange(3.5, 8.01, 0.25)
 SHARES = (0.05, 0.1, 0.2)
 GP_MOST = 64  # evaluations of the GP sampler
 WHOLE = "the whole table"
-SIZES = {"vision": 984_023_040, "connector": 104_988_672, "language": 2_516_582_400}
-TOTAL = 3_744_761_856
-
-
-@dataclass(frozen=True)
-class Table:
-    """Distinct plans, one measured score of each, their true scores and sizes."""
-
-    name: str
-    parts: ComponentMap
-    plans: list[Plan]
-    reading: np.ndarray
-    truth: np.ndarray
-    noise: float | None
-    factors: np.ndarray | None = None  # where not every combination exists: the table's own columns, as levels
-
-    @property
-    def space(self) -> Space:
-        return Space.of(self.plans)
-
-    @property
-    def bpw(self) -> np.ndarray:
-        return np.array([size(self.parts, plan).bpw for plan in self.plans])
-
-
-def part_map(sizes: dict[str, int], total: int) -> ComponentMap:
-    weights = tuple(Weight(f"{n}.weight", 1, s, n.split(".")[0], None, 0, None) for n, s in sizes.items())
-    return ComponentMap("table", "linear", weights, (Kept("rest", total - sum(sizes.values()), "rest"),))
-
-
-def plan_of(names: list[str], bits: np.ndarray) -> Plan:
-    schemes = (None if b == 16 else Scheme("codes", int(b)) for b in bits)
-    return Plan(tuple(zip(names, schemes, strict=True)))
-
-
-def gptq(score: str) -> Table:
-    table = pd.read_csv(SHARED / "blip2_gptq_coco.csv")
-    bits = table[["vit_bits", "qformer_bits", "llm_bits"]].to_numpy(dtype=float)
-    kernel = ConstantKernel(1) * RBF([1, 1, 1], (0.3, 20)) + WhiteKernel(0.01)
-    reading = table[score].to_numpy(dtype=float)
-    process = GaussianProcessRegressor(kernel, normalize_y=True, n_restarts_optimizer=2, random_state=0)
-    truth = process.fit(np.log2(bits), reading).predict(np.log2(bits))
-    parts = part_map(SIZES, TOTAL)
-    return Table(f"GPTQ {score}", parts, [plan_of(list(SIZES), row) for row in bits], reading, truth, None)
-
-
-def uniform() -> Table:
-    table = pd.read_csv(SHARED / "blip2_uniform_coco.csv")
-    parts = {"VIT": "vision", "QFORMER": "connector", "LLM": "language"}
-    thirds = ("FIRST", "MIDDLE", "LAST")
-    on = {f"{p}.{t}.{k}": table[f"{c}_{t}"].to_numpy() * np.isin(table["type"], [w, "BOTH"])
-          for c, p in parts.items() for t in thirds for k, w in (("attn", "ATTENTION"), ("ff", "MLP"))}  # fmt: skip
-    bits = np.column_stack([np.where(column == 1, table["bit_size"], 16) for column in on.values()])
-    switches = table[[f"{c}_{t}" for c in parts for t in thirds]].to_numpy()
-    patterns = switches.reshape(-1, 3, 3) @ [4, 2, 1]
-    kind = table["type"].map({"MLP": 0, "ATTENTION": 1, "BOTH": 2}).to_numpy()
-    width = np.searchsorted([3, 4, 5, 6, 8, 16], table["bit_size"])
-    _, first = np.unique(bits, axis=0, return_index=True)  # plans that change the same weights are one plan
-    names = list(on)
-    components = part_map({n: SIZES[n.split(".")[0]] // 6 for n in names}, TOTAL)
-    score = table["CIDEr"].to_numpy(dtype=float)[first]
-    plans = [plan_of(names, row) for row in bits[first]]
-    return Table(
-        "uniform CIDEr", components, plans, score, score, None, np.column_stack([width, kind, patterns])[first]
-    )
-
-
-def planted(name: str, cross: float, noise: float, seed: int) -> Table:
-    """Synthetic: four components at five bit widths; `cross` adds damage where vision and language are both low."""
-    draw = np.random.default_rng(seed)
-    names = ["vision.front", "vision.end", "connector", "language"]
-    bits = np.array([*itertools.product((2, 3, 4, 6, 16), repeat=4)], dtype=float)
-    harm = np.exp(-(bits - draw.uniform(0, 3, 4)))
-    harm[bits == 16] = 0
-    truth = np.exp(-harm.sum(axis=1) - cross * harm[:, 0] * harm[:, 3])
-    parts = part_map(dict(zip(names, (300, 320, 60, 2500), strict=True)), 3300)
-    reading = truth + noise * draw.standard_normal(len(truth))
-    return Table(name, parts, [plan_of(names, row) for row in bits], reading, truth, noise)
-
-
-def tables(only: str | None) -> Iterator[Table]:
-    made: dict[str, Callable[[], Table]] = {}
-    if SHARED.exists():
-        made |= {"gptq": lambda: gptq("cider"), "meteor": lambda: gptq("meteor"), "uniform": uniform}
-    made |= {
-        "planted": lambda: planted("planted", 0.0, 0.03, 0),
-        "planted-pairs": lambda: planted("planted, pairs", 4.0, 0.03, 1),
-        "planted-quiet": lambda: planted("planted, quiet", 0.0, 0.002, 2),
-    }
-    for name, make in made.items():
-        if only is None or name in only.split(","):
-            yield make()
 
 
 def walk(table: Table, search: str, count: int, seed: int) -> list[int]:
@@ -156,7 +56,9 @@ def walk(table: Table, search: str, count: int, seed: int) -> list[int]:
     study = SimpleNamespace(tasks=("score",), parts=table.parts, trials=lambda: trials)
     schemes = sorted({s for plan in table.plans for _, s in plan.schemes if s}, key=lambda s: s.bits)
     choices = dict(zip(table.space.names, table.space.choices, strict=True))
-    search_space = SearchSpace.of(table.parts, schemes, lambda name, scheme: scheme in choices[name])
+    search_space = SearchSpace.of(
+        table.parts, schemes, lambda name, scheme: scheme in choices[name] and (table.native or scheme is not None)
+    )
     for plan in sampled_plans(study, search_space, search, 10**9, seed * 10_000):  # type: ignore[arg-type]
         i = place[plan.key]
         trials.append(SimpleNamespace(key=plan.key, plan=plan, values=[float(table.reading[i]), float(bpw[i])]))
@@ -207,17 +109,6 @@ def walk_rows(table: Table, search: str, count: int, seed: int) -> list[int]:
     return rows
 
 
-def denoised(model: Surrogate, index: np.ndarray, scores: np.ndarray, noise: float | None) -> np.ndarray:
-    """Scores of measured plans with noise removed: the prediction, plus the share of its residual that is not noise.
-
-    Where the noise is unknown, all of the residual counts as noise.
-    """
-    spread = model.sigma**2
-    own = 0.0 if noise is None or spread == 0 else max(0.0, 1 - noise**2 / spread)
-    expected = model.predict(index)
-    return np.asarray(expected + own * (scores - expected))
-
-
 def regrets(table: Table, rows: list[int]) -> dict[str, float]:
     """Mean over budgets of the score that is lost, in percent of full precision, for three ways to choose a plan.
 
@@ -226,11 +117,11 @@ def regrets(table: Table, rows: list[int]) -> dict[str, float]:
     """
     chosen, bpw, space = np.array(rows), table.bpw, table.space
     index = space.encode(table.plans)
-    model = fit_surrogate(space, index[chosen], table.reading[chosen], noise=table.noise)
-    belief = denoised(model, index[chosen], table.reading[chosen], table.noise)
+    noise = table.noise if table.noises is None else table.noises[chosen]
+    model = fit_surrogate(space, index[chosen], table.reading[chosen], noise=noise)
     ways = {
         "reading": (chosen, table.reading[chosen]),
-        "believed": (chosen, belief),
+        "believed": (chosen, model.predict(index[chosen])),
         "recommended": (np.arange(len(bpw)), model.predict(index)),
     }
     full = table.truth[np.argmax(bpw)]
