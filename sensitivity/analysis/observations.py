@@ -17,6 +17,8 @@ from sensitivity.study.scores import TaskScore
 from sensitivity.study.study import Study
 from sensitivity.study.trial import NATIVE, Trial, mixed_versions
 
+REPLICATES = 3  # repeated readings from which noise is estimated
+LEAST = 0.25  # least noise of one score, as a share of that of all scores together
 ROUNDED_COLUMNS = (ACTIVATIONS, CACHE)  # what a component's further columns are called
 
 
@@ -74,10 +76,20 @@ class Observations:
         """Standard deviation of one score: from replicates of plans, else from the trials' standard errors."""
         groups = pd.DataFrame({"key": self.keys, "score": self.score}).groupby("key")["score"]
         spare = len(self.score) - groups.ngroups  # degrees of freedom
-        if spare >= 3:
+        if spare >= REPLICATES:
             return float(np.sqrt(((self.score - groups.transform("mean")) ** 2).sum() / spare))
         known = self.se[np.isfinite(self.se)]
         return float(np.sqrt(np.mean(known**2))) if len(known) else None
+
+    @cached_property
+    def noises(self) -> Floats | None:
+        """Standard deviation of each score, from replicates or its own standard error; None where neither is known."""
+        if self.noise is None:
+            return None
+        if len(self.score) - len(set(self.keys)) >= REPLICATES:
+            return np.full(len(self), self.noise)
+        # all answers right or all wrong have a standard error of 0, which is not to say that there is no noise
+        return np.maximum(np.where(np.isfinite(self.se), self.se, self.noise), LEAST * self.noise)
 
 
 def check_task(study: Study, task: str | None) -> str:

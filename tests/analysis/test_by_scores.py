@@ -15,7 +15,8 @@ from sensitivity.analysis.allocate.by_scores import combined, optimum
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.search.openings import opened
 from sensitivity.analysis.surrogate.foretold import foretold
-from sensitivity.analysis.surrogate.surrogate import Space, fit_surrogate
+from sensitivity.analysis.surrogate.space import Space
+from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import allowed_by

@@ -11,11 +11,11 @@ import optuna
 import planted
 import pytest
 
-from experiments.benchmarks.replay import denoised
 from sensitivity.analysis.search.frontier_sampler import FrontierSampler, PlanSizes
 from sensitivity.analysis.search.plan_lists import grid, one_at_a_time
 from sensitivity.analysis.search.plan_lists import plans as plans_
-from sensitivity.analysis.surrogate.surrogate import Space, fit_surrogate
+from sensitivity.analysis.surrogate.space import Space
+from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.sizes import size
@@ -153,7 +153,7 @@ def regret(rows: list[int], seed: int = 0, noise: float = 0.03) -> float:
     """How far the plans that would be chosen after measuring these fall short, on average over budgets."""
     space, weights, index, truth, reading = table(noise)
     model = fit_surrogate(space, index[rows], reading[rows])
-    belief, bpw = denoised(model, index[rows], reading[rows], None), weights.bpw(index)
+    belief, bpw = model.predict(index[rows]), weights.bpw(index)
     short = []
     for budget in np.arange(3.5, 8.1, 0.5):
         fits = bpw[rows] <= budget
@@ -182,7 +182,7 @@ def test_lucky_readings_are_not_chased() -> None:
         draw = np.random.default_rng(seed)
         rows = draw.choice(len(index), 80, replace=False)
         reading = truth[rows] + 0.05 * draw.standard_normal(80)
-        belief = denoised(fit_surrogate(space, index[rows], reading, noise=0.05), index[rows], reading, 0.05)
+        belief = fit_surrogate(space, index[rows], reading, noise=0.05).predict(index[rows])
         by_belief.append(truth[rows].max() - truth[rows][np.argmax(belief)])
         by_reading.append(truth[rows].max() - truth[rows][np.argmax(reading)])
     assert np.mean(by_belief) < np.mean(by_reading) / 2

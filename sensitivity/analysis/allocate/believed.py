@@ -1,34 +1,59 @@
-"""Believed scores: the reading of each measured plan, drawn towards the surrogate by as much as it is noise."""
+"""Believed scores: what the surrogate says of each measured plan, whose reading it follows as far as it is no noise."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.stats import chi2
 
-from sensitivity.analysis.allocate.knapsack import Knapsack
+from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
 from sensitivity.analysis.observations import observations_of
+from sensitivity.study.scores import paired_difference
 from sensitivity.study.study import Study
+
+FOUND_OUT = 0.99  # chance below which plans that miss their predictions by so much disprove them
+Z95 = 1.96  # half a 95 % interval, in standard deviations
 
 
 def believed(study: Study, knapsack: Knapsack, weights: Mapping[str, float]) -> dict[str, float]:
     """For each measured plan, by key, its weighted mean share of full precision.
 
-    The best of several noisy readings is too high (the winner's curse). A plan's reading is its prediction, plus what
-    the surrogate misses, plus noise. With variances m of what is missed and n of the noise, a plan is believed to score
-    its prediction plus m / (m + n) of the distance from there to its reading.
+    The best of several noisy readings is too high (the winner's curse). The surrogate runs through readings without
+    noise, and between noisy ones.
     """
-    shares: dict[str, float] = {}
+    found: dict[str, float] = {}
     total = sum(weights.values())
     for task, weight in weights.items():
         observations, model = observations_of(study, task), knapsack.models[task]
-        predicted = model.predict(knapsack.space.encode(observations.plans))
-        noise = (observations.noise or 0.0) ** 2
-        missed = max(model.sigma**2 - noise, 0.0)
-        for key, rows in pd.DataFrame({"key": observations.keys}).groupby("key").groups.items():
-            reading, expected, variance = observations.score[rows].mean(), predicted[rows].mean(), noise / len(rows)
-            kept = missed / (missed + variance) if missed + variance > 0 else 1.0
-            score = (expected + kept * (reading - expected)) / (knapsack.full(task) or 1.0)
-            shares[str(key)] = shares.get(str(key), 0.0) + weight / total * float(score)
-    return {key: score for key, score in shares.items() if np.isfinite(score)}
+        predicted = model.predict(knapsack.space.encode(observations.plans)) / (knapsack.full(task) or 1.0)
+        for key, share in dict(zip(observations.keys, predicted, strict=True)).items():
+            found[key] = found.get(key, 0.0) + weight / total * float(share)
+    return {key: score for key, score in found.items() if np.isfinite(score)}
+
+
+def drawn_together(predicted: Sequence[Predicted], rows: Sequence[pd.DataFrame]) -> list[float]:
+    """The scores of plans that were run on the same examples, each drawn towards its prediction.
+
+    The highest of several readings is too high: part of it is luck. What the plans miss of their predictions together,
+    the examples cause, and it decides nothing. What one misses beyond that is partly true, as far as predictions are
+    uncertain or disagree with the readings, and partly noise, as far as paired differences between plans are uncertain.
+    """
+    expected = np.array([one.score for one in predicted])
+    missed = np.array([float(frame["score"].mean()) for frame in rows]) - expected
+    middle = float(missed.mean())
+    scores = pd.concat([frame.set_index("example")["score"] for frame in rows], axis=1).dropna()
+    clusters = rows[0].set_index("example")["cluster"].reindex(scores.index)
+    noise = np.array([
+        paired_difference(scores.iloc[:, i], scores.mean(axis=1), clusters).se ** 2 for i in range(len(rows))
+    ])  # fmt: skip
+    noise = np.where(np.isfinite(noise), noise, 0.0)
+    uncertain = float(np.mean([((one.high - one.low) / (2 * Z95)) ** 2 for one in predicted]))
+    if len(rows) > 1:
+        # readings find out predictions that are too sure of themselves, but seldom by the chance of a few plans
+        spread, most = float(np.var(missed, ddof=1)), chi2.ppf(FOUND_OUT, len(rows) - 1) / (len(rows) - 1)
+        if spread > most * (uncertain + float(noise.mean())):
+            uncertain = spread
+    held = uncertain / np.maximum(uncertain + noise, 1e-18)
+    return list(expected + middle + held * (missed - middle))

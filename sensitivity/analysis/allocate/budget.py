@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted, Program
+from sensitivity.analysis.allocate.one_by_one import one_by_one
 from sensitivity.analysis.observations import check_task
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
@@ -110,12 +111,15 @@ def spend(
     """
     program = Program(knapsack, allowed, tied)
     program.at_most(budget - knapsack.kept)
-    for name, share in (floors or {}).items():
-        program.keep(name, share)
-    if len(weights) == 1:
-        rows = _one_task(program, next(iter(weights)), budget, top)
+    if not all(knapsack.models[task].is_formula for task in {*weights, *(floors or {})}):
+        rows = one_by_one(program, weights, floors or {}, budget, top)
     else:
-        rows = _several_tasks(program, weights, budget, top)
+        for name, share in (floors or {}).items():
+            program.keep(name, share)
+        if len(weights) == 1:
+            rows = _one_task(program, next(iter(weights)), budget, top)
+        else:
+            rows = _several_tasks(program, weights, budget, top)
     if not rows:
         raise infeasible(knapsack, budget, floors or {}, allowed, tied)
     plans = [knapsack.space.decode(row) for row in rows]
@@ -232,10 +236,20 @@ def mean_share(predicted: Mapping[str, Predicted], weights: Mapping[str, float])
     return sum(shares) / sum(weights.values())
 
 
+def as_measured(predicted: Mapping[str, Predicted], weights: Mapping[str, float]) -> Predicted:
+    """The prediction on the scale of what is measured: one task's score, or the weighted mean of several's shares."""
+    if len(weights) == 1:
+        return predicted[next(iter(weights))]
+    each = [(predicted[task], weight / sum(weights.values())) for task, weight in weights.items()]
+    score, low, high = (sum(w * float(getattr(p, name)) / p.full for p, w in each) for name in ("score", "low", "high"))
+    return Predicted(score, low, high, 1.0)
+
+
 __all__ = [
     "Candidate",
     "Knapsack",
     "Predicted",
+    "as_measured",
     "best_uniform",
     "budgets",
     "mean_share",

@@ -8,7 +8,7 @@ import numpy as np
 
 from sensitivity.analysis.allocate.budget import fits, infeasible
 from sensitivity.analysis.allocate.knapsack import Knapsack, Program
-from sensitivity.analysis.surrogate.surrogate import Space
+from sensitivity.analysis.surrogate.space import Space
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import Allowed, intersection, merge_groups

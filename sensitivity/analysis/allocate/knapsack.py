@@ -12,7 +12,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from sensitivity.analysis.observations import observations_of
-from sensitivity.analysis.surrogate.surrogate import Choice, Space, Surrogate, fit_surrogate
+from sensitivity.analysis.surrogate.space import Choice, Space
+from sensitivity.analysis.surrogate.surrogate import Surrogate, fit_surrogate
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.limits import Allowed
@@ -66,7 +67,7 @@ class Knapsack:
                 space.encode(observations.plans),
                 observations.score,
                 observations.full,
-                observations.noise,
+                observations.noises,
                 expected=expected,
             )
         return cls.build(study.parts, space, models, format)
@@ -223,6 +224,18 @@ class Program:
             cost |= {inside + k: -weight / full * slope for k, slope in enumerate(slopes)}
             cost |= {pieces + k: -weight / full * start for k, start in enumerate(starts)}
         return cost
+
+    def allows(self, rows: Floats) -> Floats:
+        """Which plans meet the limits on single components and all constraints that speak of choices alone."""
+        chosen = self.first[:-1] + rows
+        fine = np.all(np.array(self.high)[chosen] > 0, axis=1)
+        for coefficients, low, high in self.rows:
+            if max(coefficients) < self.first[-1]:
+                weights = np.zeros(int(self.first[-1]))
+                weights[list(coefficients)] = list(coefficients.values())
+                total = weights[chosen].sum(axis=1)
+                fine &= (low - 1e-9 <= total) & (total <= high + 1e-9)  # whether a budget is kept is counted in bits
+        return np.asarray(fine)
 
     def exclude(self, row: Floats) -> None:
         """Forbid one plan, so that the next solution is the next best."""

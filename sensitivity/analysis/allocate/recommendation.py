@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NotRequired, TypedDict
 
+import numpy as np
 import pandas as pd
 
-from sensitivity.analysis.allocate.budget import Candidate
+from sensitivity.analysis.allocate.believed import drawn_together
+from sensitivity.analysis.allocate.budget import Candidate, as_measured
 from sensitivity.analysis.allocate.comparison import Comparison, ComparisonJson, compare
 from sensitivity.analysis.allocate.knapsack import Predicted
 from sensitivity.analysis.allocate.request import RequestJson
@@ -90,13 +92,7 @@ class Recommendation:
     @property
     def predicted(self) -> Predicted:
         """The predicted score on the scale of `measured`."""
-        if len(self.weights) == 1:
-            return self.candidate.predicted[self.task]
-        each = [(self.candidate.predicted[task], w / sum(self.weights.values())) for task, w in self.weights.items()]
-        score, low, high = (
-            sum(w * float(getattr(p, name)) / p.full for p, w in each) for name in ("score", "low", "high")
-        )
-        return Predicted(score, low, high, 1.0)
+        return as_measured(self.candidate.predicted, self.weights)
 
     def to_json(self) -> RecommendationJson:
         """The recommendation as JSON values."""
@@ -157,11 +153,13 @@ def judge(
     fresh: bool = True,
     provenance: Provenance | None = None,
 ) -> Recommendation:
-    """Choose the candidate of one budget that scores best, and compare it with the best uniform plan, the rival.
+    """Choose the candidate of one budget that is likely best, and compare it with the best uniform plan, the rival.
 
     measured: a study in which they were run, or plan key -> per-example scores (task, example, cluster, score), on
     the same examples for all. Candidates without measurements are left out. weights: how much each task counts; by
     default the study's first alone. fresh: these examples had no part in finding the candidates.
+
+    Readings are drawn towards predictions, as the highest of several noisy ones was partly lucky.
 
     The rival is recommended only if it is clearly better than the best candidate.
     """
@@ -175,7 +173,8 @@ def judge(
     if not run:
         return unmeasured(study, candidates, weights, provenance)
     scores = {key: summarize(frame["score"], frame["cluster"]) for key, frame in rows.items()}
-    best = max(run, key=lambda c: scores[c.plan.key].mean)
+    likely = drawn_together([as_measured(c.predicted, weights) for c in run], [rows[c.plan.key] for c in run])
+    best = run[int(np.argmax(likely))]
     # `len(run)` corrects each interval for having picked the best of that many
     facing = None
     if rival is not None and rival.plan.key in rows and rival.plan.key != best.plan.key:

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from sensitivity.analysis.importance.types import Ranking
 from sensitivity.analysis.observations import Observations
 from sensitivity.analysis.report import figures, sentences
-from sensitivity.analysis.surrogate.surrogate import Space, fit_surrogate
+from sensitivity.analysis.surrogate.space import Space
+from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 
 Drawn = tuple[str, str, str, Figure, pd.DataFrame]  # name, title, text alternative, figure, data
 
@@ -125,11 +126,12 @@ def unseen(observations: Observations, folds: int = 5) -> pd.DataFrame | None:
     pairs = len(space.names) <= 6  # the search for pairs is slow with many components
     for out in range(folds):
         seen = fold != out
-        model = fit_surrogate(space, index[seen], observations.score[seen], noise=observations.noise, pairs=pairs)
+        noise = observations.where(seen).noises
+        model = fit_surrogate(space, index[seen], observations.score[seen], noise=noise, pairs=pairs)
         draws = model.draws(index[fold == out])
         # a measured score scatters around the expected one: the interval must hold both uncertainties
-        noise = model.sigma * np.random.default_rng(out).standard_normal(draws.shape)
-        low, high = np.quantile(draws + noise, [0.025, 0.975], axis=0)
+        scatter = model.sigma * np.random.default_rng(out).standard_normal(draws.shape)
+        low, high = np.quantile(draws + scatter, [0.025, 0.975], axis=0)
         expected = model.predict(index[fold == out])
         predictions.loc[fold == out, ["expected", "low", "high"]] = np.column_stack([expected, low, high])
     return predictions

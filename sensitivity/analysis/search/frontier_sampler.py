@@ -12,12 +12,13 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study as OptunaStudy
 from optuna.trial import FrozenTrial, TrialState
 
-from sensitivity.analysis.surrogate.surrogate import Space, Surrogate, fit_surrogate
+from sensitivity.analysis.surrogate.space import Space
+from sensitivity.analysis.surrogate.surrogate import Surrogate, fit_surrogate
 from sensitivity.study.racing import frontier
 
 Floats = np.ndarray
 ALL = 20_000  # of a space with at most so many plans, all are compared
-DRAWS = 48  # surrogates drawn from the fit's covariance, over which a gain is averaged
+DRAWS = 48  # draws from the surrogate, over which a gain is averaged
 LITTLE = 0.001  # gain below which no plan is worth a trial: share of the full score, times log size
 
 
@@ -41,8 +42,8 @@ class FrontierSampler(BaseSampler):
     Scores are noisy. So neither the frontier nor a plan's gain is read off single measurements: both are predictions
     of the surrogate, which is fitted to all trials, and one lucky score moves little. A plan's gain is the area that
     it adds under the frontier of score over log size. It is computed in alternation with the fitted surrogate, which
-    measures what would be recommended (exploitation), and as the mean over surrogates drawn from the fit's
-    covariance, which is high where a plan's score is uncertain, too (exploration).
+    measures what would be recommended (exploitation), and as the mean over scores drawn from its uncertainty, which is
+    high where a plan's score is uncertain, too (exploration).
     """
 
     def __init__(
@@ -100,10 +101,10 @@ class FrontierSampler(BaseSampler):
         pool = pool[~_already_measured(pool, index)]
         if not len(pool):
             return self._random()
-        gain = self.gain(model, pool, index, model.theta[None])
+        gain = self.gain(model, pool, index)
         # every other time, and whenever the fitted surrogate expects no gain anywhere, uncertain plans get their chance
         if len(index) % 2 or gain.max() < LITTLE * abs(float(model.theta[0])):
-            gain = self.gain(model, pool, index, model.sample(self.draw, DRAWS))
+            gain = self.gain(model, pool, index, DRAWS)
         return np.asarray(pool[int(np.argmax(gain))])
 
     def opening(self) -> list[Floats]:
@@ -143,14 +144,14 @@ class FrontierSampler(BaseSampler):
         plans = np.unique(np.concatenate([plans, moved]), axis=0)
         return plans[(plans >= np.array(self.low)).all(axis=1)]
 
-    def gain(self, model: Surrogate, pool: Floats, index: Floats, thetas: Floats) -> Floats:
-        """Area that each plan of the pool would add under the frontier of measured plans, as a mean over surrogates.
+    def gain(self, model: Surrogate, pool: Floats, index: Floats, draws: int = 0) -> Floats:
+        """Area that each plan of the pool would add under the frontier of measured plans: as predicted, or over draws.
 
         The frontier is a step function of log size: each of its plans is the best one up to the size of the next.
         """
         steps = self.predicted_frontier(model, index)
         rows = np.concatenate([pool, *(row[None] for _, row in steps)])
-        drawn = np.stack([model.predict(rows, theta) for theta in thetas])
+        drawn = model.draws(rows, self.draw, draws) if draws else model.predict(rows)[None]
         drawn, held = drawn[:, : len(pool)], drawn[:, len(pool) :]
         # below the smallest measured plan, the score to beat is 0, or less where scores can be negative
         nothing = np.minimum(0.0, drawn.min(axis=1, keepdims=True))

@@ -14,7 +14,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import NSGAIISampler
 
 from sensitivity.analysis.search.frontier_sampler import PlanSizes
-from sensitivity.analysis.surrogate.surrogate import Space
+from sensitivity.analysis.surrogate.space import Space
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.limits import Allowed

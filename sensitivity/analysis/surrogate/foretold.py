@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from sklearn.isotonic import IsotonicRegression
 
 from sensitivity.analysis.observations import observations_of
-from sensitivity.analysis.surrogate.surrogate import Expected
+from sensitivity.analysis.surrogate.space import Expected
 from sensitivity.study.study import Study
 
 LEAST = 4  # plans below which nothing is said

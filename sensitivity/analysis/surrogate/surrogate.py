@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,12 +11,10 @@ from scipy.optimize import least_squares
 from scipy.stats import norm
 
 from sensitivity.analysis.surrogate.damage import DamageModel
-from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import NOT_ROUNDED, Plan, Scheme
+from sensitivity.analysis.surrogate.misfit import Misfit, fit_misfit
+from sensitivity.analysis.surrogate.space import Expected, Space, family, width
 
 Floats = np.ndarray
-Choice = Scheme | None
-Expected = Mapping[str, Mapping[Scheme, float]]  # component -> scheme -> damage, of which only ratios count
 DRAWS = 128  # parameter vectors that are drawn for an interval
 PAIRS = 6  # most interaction terms
 LITTLE = 1e-5  # least expected step, as a share of the largest
@@ -28,88 +25,22 @@ WORTH = 0.03  # an interaction term stays if it lowers the residual error by at 
 
 
 @dataclass(frozen=True)
-class Space:
-    """The choices of each component: native first, then its schemes, family after family, each by falling bits."""
-
-    names: tuple[str, ...]
-    choices: tuple[tuple[Choice, ...], ...]
-
-    @classmethod
-    def of(cls, plans: Sequence[Plan], expected: Expected | None = None) -> Space:
-        """The space of all schemes that these plans use or of which something is expected, and native."""
-        if not plans:
-            raise UserError("no plan to learn from")
-        names = tuple(name for name, _ in plans[0].schemes)
-        seen: list[set[Choice]] = [
-            {plan[name] for plan in plans} | set((expected or {}).get(name, ())) | {None} for name in names
-        ]
-        return cls(names, tuple(tuple(sorted(used, key=_order)) for used in seen))
-
-    def uniform(self) -> list[list[int]]:
-        """Rows of the plans that give every component the same scheme, as far as it has a cache; widest first."""
-        schemes = dict.fromkeys(choice for options in self.choices for choice in options if choice is not None)
-        rows = [[_place(options, scheme) for options in self.choices] for scheme in sorted(schemes, key=_narrowness)]
-        return [[place for place in row if place is not None] for row in rows if None not in row and any(row)]
-
-    def encode(self, plans: Sequence[Plan]) -> Floats:
-        """Plans as rows of positions among the choices of each component."""
-        place = [{choice: i for i, choice in enumerate(options)} for options in self.choices]
-        rows = [[at[plan[name]] for name, at in zip(self.names, place, strict=True)] for plan in plans]
-        return np.array(rows, dtype=int).reshape(len(plans), len(self.names))
-
-    def decode(self, row: Sequence[int] | Floats) -> Plan:
-        """The plan of one row of positions."""
-        schemes = (options[int(i)] for options, i in zip(self.choices, row, strict=True))
-        return Plan(tuple(zip(self.names, schemes, strict=True)))
-
-
-def _family(scheme: Scheme) -> str:
-    """What schemes must have in common for fewer bits to mean more damage: everything but the bits."""
-    rounded = "" if scheme.activations == scheme.cache == NOT_ROUNDED else f"/{scheme.activations}/{scheme.cache}"
-    return f"{scheme.method}/{scheme.group}/{scheme.symmetric}/{scheme.settings}{rounded}"
-
-
-def _order(choice: Choice) -> tuple[str, int]:
-    return ("", 0) if choice is None else (_family(choice), -choice.bits)
-
-
-def _narrowness(scheme: Scheme) -> tuple[int, int, int]:
-    return -scheme.bits, -scheme.activations, -scheme.cache
-
-
-def _place(options: Sequence[Choice], scheme: Scheme) -> int | None:
-    """The place of a scheme among the choices of a component, which may have no cache; None if it is not there."""
-    fitting = (choice for choice in (scheme, scheme.without_cache) if choice in options)
-    return next((options.index(choice) for choice in fitting), None)
-
-
-def _width(scheme: Scheme) -> float:
-    """The bits of a scheme in the prior of its damage, where damage of weights, activations and cache adds up.
-
-    The prior's damage of b bits is exp(3 - b), so widths of 4 and 4 bits together do as much as 3.3 alone.
-    """
-    rounded = [width for width in (scheme.activations, scheme.cache) if width != NOT_ROUNDED]
-    if not rounded:
-        return scheme.bits
-    return -math.log(sum(math.exp(-width) for width in (scheme.bits, *rounded)))
-
-
-@dataclass(frozen=True)
 class Surrogate:
     """A fitted surrogate: score = floor + (top - floor) * exp(-eta ** power), where eta is the plan's total damage.
 
     Within a family of schemes a component's damage rises step by step as bits fall. Steps are fitted as logarithms,
     hence positive: fewer bits never predict a better score. A normal prior says that damage doubles or trebles with
     each bit less, and that components and steps differ by some factors; the data soon outweigh it. `theta` holds the
-    fitted parameters, `root` a square root of their covariance.
+    fitted parameters, `root` a square root of their covariance. What this formula misses is a Gaussian process.
     """
 
     space: Space
     pairs: tuple[tuple[int, int], ...]
     theta: Floats
     root: Floats
-    sigma: float  # standard deviation of one measured score around its prediction: noise and misfit
+    sigma: float  # standard deviation of one measured score around what is predicted of its plan
     formula: DamageModel = field(repr=False)
+    misfit: Misfit | None = field(default=None, repr=False)
 
     def damages(self, theta: Floats | None = None) -> list[Floats]:
         """Per component, the damage of each of its choices."""
@@ -120,17 +51,35 @@ class Surrogate:
         theta = self.theta if theta is None else theta
         return np.asarray(theta[len(theta) - len(self.pairs) :])
 
-    def predict(self, index: Floats, theta: Floats | None = None) -> Floats:
+    def predict(self, index: Floats) -> Floats:
         """Predicted scores of plans, given as rows of positions."""
-        return self.formula.predict(self.theta if theta is None else theta, index)
+        expected = self.formula.predict(self.theta, index)
+        return expected if self.misfit is None else expected + self.misfit.corrected(self.theta, index)
+
+    @property
+    def is_formula(self) -> bool:
+        """Whether predictions are those of the formula alone, in which the least damage is the best score."""
+        return self.misfit is None or not self.misfit.counts
 
     def sample(self, draw: np.random.Generator, times: int = DRAWS) -> Floats:
         """Parameter vectors drawn from the normal distribution with the fit's mean and covariance."""
         return np.asarray(self.theta + draw.standard_normal((times, self.root.shape[1])) @ self.root.T)
 
-    def draws(self, index: Floats) -> Floats:
-        """Predicted scores under each of DRAWS parameter vectors, draws x plans; the same vectors at every call."""
-        return np.stack([self.predict(index, theta) for theta in self.sample(np.random.default_rng(0))])
+    def draws(self, index: Floats, draw: np.random.Generator | None = None, times: int = DRAWS) -> Floats:
+        """Scores of plans as they may be, draws x plans; without a generator, the same at every call.
+
+        What the formula misses is drawn for each plan by itself: draws are right plan by plan, not for differences.
+        """
+        draw = draw or np.random.default_rng(0)
+        thetas = self.sample(draw, times)
+        scores = np.stack([self.formula.predict(theta, index) for theta in thetas])
+        if self.misfit is None:
+            return scores
+        covariance = self.misfit.covariance(index)
+        scores += np.stack([self.misfit.corrected(theta, index, covariance) for theta in thetas])
+        missed = self.misfit.spread(index, covariance) * draw.standard_normal(scores.shape)
+        middle = self.predict(index)
+        return np.asarray(middle + self.misfit.stretch * (scores + missed - middle))
 
     @property
     def power(self) -> float:
@@ -155,10 +104,10 @@ def _formula(space: Space, pairs: tuple[tuple[int, int], ...], expected: Expecte
         before: list[int] = []
         for i, scheme in enumerate(schemes):
             # the first scheme of a family builds on native (-1), each other on the next wider one of its family
-            before.append(i - 1 if i and _family(schemes[i - 1]) == _family(scheme) else -1)
+            before.append(i - 1 if i and family(schemes[i - 1]) == family(scheme) else -1)
         parents.append(tuple(before))
-        bits.append(tuple(_width(scheme) for scheme in schemes))
-        above.append(tuple(_width(schemes[p]) if p >= 0 else 16 for p in before))
+        bits.append(tuple(width(scheme) for scheme in schemes))
+        above.append(tuple(width(schemes[p]) if p >= 0 else 16 for p in before))
     plain = DamageModel(tuple(len(b) for b in bits), tuple(parents), tuple(bits), tuple(above), pairs)
     return plain if expected is None else replace(plain, expected=_expected_steps(space, plain, expected))
 
@@ -186,45 +135,86 @@ def fit_surrogate(
     index: Floats,
     score: Floats,
     full: float | None = None,
-    noise: float | None = None,
+    noise: float | Floats | None = None,
     pairs: bool = True,
     expected: Expected | None = None,
+    corrected: bool = True,
 ) -> Surrogate:
     """Fit the surrogate to measured scores; interaction terms are added one by one while they lower the error.
 
+    `noise`: standard deviation of a reading, or of each one; it is estimated where it is not known. `corrected`: with
+    a process for what the formula misses, which makes intervals hold.
     `expected`: damages that are known before any score, up to a factor. Scores correct them, and where a fit without
     them is clearly closer to the scores, they are wrong and not used.
     """
+    unit = float(np.max(np.abs(score))) or 1.0  # the prior is made for scores of about 1: percent are scaled
+    top = (float(np.quantile(score, 0.9)) if full is None else full) / unit
+    known = None if noise is None else np.broadcast_to(np.asarray(noise, dtype=float), score.shape) / unit
+    found = _fitted(space, index, score / unit, top, known, pairs, expected)
     if expected is not None:
-        told, plain = (_fitted(space, index, score, full, noise, pairs, prior) for prior in (expected, None))
-        return plain if plain.sigma < TRUST * told.sigma else told
-    return _fitted(space, index, score, full, noise, pairs, None)
+        plain = _fitted(space, index, score / unit, top, known, pairs, None)
+        if plain.sigma < TRUST * found.sigma:
+            found, expected = plain, None
+    if not corrected:
+        return _in_units(found, unit)
+    return _corrected(found, index, score, top * unit, None if known is None else known * unit, unit, expected)
+
+
+def _in_units(model: Surrogate, unit: float) -> Surrogate:
+    """The formula in units of the score, of which top and floor alone know."""
+    scale = np.array([unit if i < 2 else 1.0 for i in range(len(model.theta))])
+    return replace(model, theta=model.theta * scale, root=model.root * scale[:, None], sigma=model.sigma * unit)
+
+
+def _corrected(
+    model: Surrogate,
+    index: Floats,
+    score: Floats,
+    top: float,
+    noise: Floats | None,
+    unit: float,
+    expected: Expected | None,
+) -> Surrogate:
+    """The surrogate in units of the score, with a process for what its formula misses."""
+    plain = _in_units(model, unit)
+    center, spread = _prior(model.formula, top / unit, expected is not None)
+    center[:2] *= unit
+    spread[:2] *= unit
+    misfit = fit_misfit(
+        model.formula, plain.theta, (center, spread), model.space.apart(), index, score, noise, plain.sigma
+    )
+    return replace(plain, root=misfit.root, sigma=misfit.noise, misfit=misfit)
 
 
 def _fitted(
     space: Space,
     index: Floats,
-    score: Floats,
-    full: float | None,
-    noise: float | None,
+    scaled: Floats,
+    top: float,
+    noise: Floats | None,
     pairs: bool,
     expected: Expected | None,
 ) -> Surrogate:
-    """The surrogate with given expectations, with as many interaction terms as are worth it."""
-    unit = float(np.max(np.abs(score))) or 1.0  # the prior is made for scores of about 1: percent are scaled
-    scaled = score / unit
-    top = (float(np.quantile(score, 0.9)) if full is None else full) / unit
-    least = max((noise or 0.0) / unit, 1e-3)  # sigma's lower limit: few trials are fitted without any residual
+    """The formula with given expectations, with as many interaction terms as are worth it."""
+    # sigma's lower limit: few trials are fitted without any residual
+    least = max(0.0 if noise is None else float(np.sqrt(np.mean(noise**2))), 1e-3)
     model = _fit(space, index, scaled, (), top, least, None, expected)
     while pairs and len(model.pairs) < PAIRS and (pair := _missing_pair(model, index, scaled)):
         better = _fit(space, index, scaled, (*model.pairs, pair), top, least, model, expected)
         if better.sigma > (1 - WORTH) * model.sigma or better.gammas().min() < 0:
             break
         model = better
-    theta, root = model.theta.copy(), model.root.copy()
-    theta[:2] *= unit  # top and floor alone are in units of the score
-    root[:2] *= unit
-    return Surrogate(space, model.pairs, theta, root, model.sigma * unit, model.formula)
+    return model
+
+
+def _prior(formula: DamageModel, top: float, told: bool) -> tuple[Floats, Floats]:
+    """Mean and spread of theta before any score, in its order: top, floor, log power, level, slope; components, ..."""
+    parts, (of_component, of_step) = len(formula.sizes), TOLD if told else PRIOR
+    pairs = len(formula.pairs)
+    center = np.concatenate([[top, 0.0, 0.0, -0.5, 0.0], np.zeros(parts + formula.steps + pairs)])
+    own = np.array([0.1, 0.3, 0.5, 2.0, 0.7])
+    spread = [own, np.full(parts, of_component), np.full(formula.steps, of_step), np.ones(pairs)]
+    return center, np.concatenate(spread)
 
 
 def _fit(
@@ -242,12 +232,7 @@ def _fit(
     The prior's residuals also give that algorithm what it demands: at least as many residuals as parameters.
     """
     formula = _formula(space, pairs, expected)
-    parts, (of_component, of_step) = len(space.names), PRIOR if expected is None else TOLD
-    # mean and spread of the prior, in the order of theta: top, floor, log power, level, slope; components, steps, pairs
-    center = np.concatenate([[top, 0.0, 0.0, -0.5, 0.0], np.zeros(parts + formula.steps + len(pairs))])
-    spread = np.concatenate(
-        [[0.1, 0.3, 0.5, 2.0, 0.7], np.full(parts, of_component), np.full(formula.steps, of_step), np.ones(len(pairs))]
-    )
+    center, spread = _prior(formula, top, expected is not None)
     # gammas stand last in theta: a fit with one pair less is a start for this one once a zero is appended
     theta = center if before is None else np.append(before.theta, 0.0)
     sigma = max(least, 0.05) if before is None else before.sigma

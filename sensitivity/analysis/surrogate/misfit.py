@@ -1,0 +1,247 @@
+"""Misfit: what the surrogate's formula misses, as a Gaussian process over the bits of all components (kriging)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve, solve_triangular
+from scipy.optimize import minimize
+
+from sensitivity.analysis.surrogate.damage import DamageModel
+
+Floats = np.ndarray
+MOST = 400  # plans from which the settings of the process are learned; all plans then correct the prediction
+# prior of the settings, as mean and spread of their logarithms: the distance at which two plans are alike, in octaves
+# of bits summed over components; the misfit everywhere, in shares of sigma, and where the score falls; the noise
+# likewise, everywhere and where the score falls
+DISTANCE, EVERYWHERE, FALLING, NUGGET, UNSTEADY = (0.9, 0.7), (-0.7, 1.5), (-2.3, 1.0), (-0.7, 1.5), (-3.5, 1.0)
+KNOWN = (0.0, 0.5)  # of the noise where it is known: examples that plans share make their difference less noisy
+BOUNDS = ((0.8, 4.0), (-12.0, 2.0), (-9.0, 2.0), (-9.0, 2.0), (-9.0, 2.0))
+NEVER = -40.0  # the logarithm of nothing
+ODDS = math.log(20)  # by which readings must be likelier with the process than without, for predictions to use it
+NARROWEST = 1e-4  # least noise, as a share of the largest score: the matrix is to be invertible
+WIDEST = 1.5  # intervals are widened by at most this factor
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How far the process reaches, how large it is, and how much of a reading is noise; in the order of the fit."""
+
+    distance: float
+    everywhere: float  # standard deviation that plans have wherever the score is
+    falling: float  # that of the logarithm of total damage, which shows where the score falls
+    noise: float  # factor of the noise that was given
+    unsteady: float  # standard deviation of the logarithm of total damage between readings of one plan
+
+    @classmethod
+    def of(cls, logs: Floats) -> Setting:
+        """The setting with these logarithms."""
+        return cls(*(math.exp(value) for value in logs))
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """A Gaussian process on the differences of readings to the formula.
+
+    Two plans miss alike as far as their widths are alike: the covariance falls exponentially with the sum of their
+    distances in octaves of bits. It is larger where the score falls steeply, since a damage that is misjudged shows
+    there. Readings are believed as far as they are not noise: without noise the process runs through them.
+    """
+
+    formula: DamageModel
+    theta: Floats  # of the fit
+    apart: tuple[Floats, ...]  # per component, the distance between any two of its choices
+    index: Floats  # the plans that were measured, each once
+    score: Floats  # the mean of their readings
+    setting: Setting
+    counts: bool  # whether predictions are corrected; else the data do not show that the formula misses anything
+    noise: float  # standard deviation of one reading around the truth
+    stretch: float  # by which intervals must be wider, so that each reading lies in that of all others
+    root: Floats  # a square root of theta's covariance
+    _factor: Floats = field(repr=False)  # Cholesky's factor of the covariance of readings
+
+    def corrected(self, theta: Floats, index: Floats, covariance: Floats | None = None) -> Floats:
+        """What the process adds to the predictions of plans, if theta is right."""
+        if not self.counts:
+            return np.zeros(len(index))
+        between = self.covariance(index) if covariance is None else covariance
+        missed = self.score - self.formula.predict(theta, self.index)
+        return np.asarray(between @ cho_solve((self._factor, True), missed))
+
+    def covariance(self, index: Floats) -> Floats:
+        """The covariance of plans with the measured ones, plans x measured."""
+        alike = _alike(_apart(self.apart, index, self.index), self.setting.distance)
+        return np.asarray(alike * _size(self.setting, self._steep(index), self._steep(self.index)))
+
+    def spread(self, index: Floats, covariance: Floats) -> Floats:
+        """Standard deviation of the process at plans, given all readings."""
+        own = self.setting.everywhere**2 + (self.setting.falling * self._steep(index)) ** 2
+        known = solve_triangular(self._factor, covariance.T, lower=True)
+        missed = cho_solve((self._factor, True), self.score - self.formula.predict(self.theta, self.index))
+        left_out = np.zeros(len(index)) if self.counts else (covariance @ missed) ** 2  # a correction that is not made
+        return np.asarray(np.sqrt(np.maximum(own - (known**2).sum(axis=0), 0.0) + left_out))
+
+    def _steep(self, index: Floats) -> Floats:
+        return steepness(self.formula, self.theta, index)
+
+
+def fit_misfit(
+    formula: DamageModel,
+    theta: Floats,
+    prior: tuple[Floats, Floats],
+    apart: tuple[Floats, ...],
+    index: Floats,
+    score: Floats,
+    noise: Floats | None,
+    sigma: float,
+) -> Misfit:
+    """The process that best explains what the formula with its fitted theta misses.
+
+    prior: center and spread of theta. noise: standard deviation of each reading, where it is known. sigma: that of
+    readings around the formula.
+    """
+    unit = float(np.abs(score).max()) or 1.0
+    shape = np.full(len(score), max(sigma, NARROWEST * unit)) if noise is None else np.maximum(noise, NARROWEST * unit)
+    index, score, shape = merged(index, score, shape)
+    jac = formula.jacobian(theta, index)
+    steep = steepness(formula, theta, index)
+    # theta itself is uncertain: to first order that is one more Gaussian process, with the covariance of its prior
+    loose = (jac * prior[1]) @ (jac * prior[1]).T
+    missed = score - formula.predict(theta, index)
+    some = np.random.default_rng(0).permutation(len(score))[:MOST]
+    evidence = Evidence(
+        _apart(apart, index[some], index[some]),
+        steep[some],
+        loose[np.ix_(some, some)],
+        (missed + jac @ (theta - prior[0]))[some],
+        shape[some],
+        _prior(max(sigma, NARROWEST * unit), noise is not None),
+        noise is not None,
+    )
+    plain, cost_plain = evidence.best(process=False)
+    full, cost = evidence.best(process=True)
+    counts = cost_plain - cost > ODDS
+    between = _alike(_apart(apart, index, index), full.distance) * _size(full, steep, steep)
+    held = between + np.diag(_noise(full, shape, steep))
+    factor = np.asarray(cho_factor(held, lower=True)[0])
+    inverse = np.linalg.inv(jac.T @ cho_solve((factor, True), jac) + np.diag(prior[1] ** -2.0))
+    values, vectors = np.linalg.eigh(inverse)
+    root = vectors * np.sqrt(np.maximum(values, 0.0))
+    typical = float(np.sqrt(np.mean(_noise(full if counts else plain, shape, steep))))
+    return Misfit(
+        formula, theta, apart, index, score, full, counts, typical, evidence.stretch(full if counts else plain), root,
+        factor,
+    )  # fmt: skip
+
+
+def merged(index: Floats, score: Floats, noise: Floats) -> tuple[Floats, Floats, Floats]:
+    """Each plan once, with the mean of its readings and the noise of that mean."""
+    rows, place, count = np.unique(index, axis=0, return_inverse=True, return_counts=True)
+    place = place.ravel()
+    mean = np.bincount(place, score) / count
+    return rows, mean, np.sqrt(np.bincount(place, noise**2)) / count
+
+
+def _prior(sigma: float, known: bool) -> tuple[Floats, Floats]:
+    """Center and spread of the logarithms of a setting."""
+    misfit = DISTANCE, (EVERYWHERE[0] + math.log(sigma), EVERYWHERE[1]), FALLING
+    pairs = (*misfit, KNOWN, (NEVER, 1.0)) if known else (*misfit, NUGGET, UNSTEADY)
+    return np.array([mean for mean, _ in pairs]), np.array([spread for _, spread in pairs])
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How likely readings are under a setting, over all theta of the prior."""
+
+    apart: Floats
+    steep: Floats
+    loose: Floats
+    missed: Floats  # difference of readings to the prediction of the prior's center, to first order
+    noise: Floats
+    prior: tuple[Floats, Floats]
+    known: bool  # whether the noise is known up to a factor
+
+    def best(self, process: bool) -> tuple[Setting, float]:
+        """The most likely setting, and its cost; without the process, only the noise is fitted."""
+        free = [*([0, 1, 2] if process else []), 3, *([] if self.known else [4])]
+        start = self.prior[0].copy()
+
+        def cost(some: Floats) -> tuple[float, Floats]:
+            logs = start.copy()
+            logs[free] = some
+            value, slope = self.cost(logs, process)
+            return value, slope[free]
+
+        found = minimize(
+            cost, start[free], jac=True, method="L-BFGS-B", bounds=[BOUNDS[i] for i in free], options={"maxiter": 25}
+        )
+        logs = start.copy()
+        logs[free] = found.x
+        return Setting.of(logs), float(found.fun)
+
+    def cost(self, logs: Floats, process: bool) -> tuple[float, Floats]:
+        """Minus the logarithm of the posterior density of a setting, and its derivatives."""
+        setting = Setting.of(logs)
+        held, parts = self._covariance(setting, process)
+        factor = np.linalg.cholesky(held)
+        inverse = cho_solve((factor, True), np.eye(len(held)))
+        solved = inverse @ self.missed
+        wide = (logs - self.prior[0]) / self.prior[1]
+        wide[:3] *= process
+        value = 0.5 * self.missed @ solved + np.log(np.diag(factor)).sum() + 0.5 * wide @ wide
+        by_covariance = inverse - np.outer(solved, solved)
+        slope = np.array([0.5 * float((by_covariance * part).sum()) for part in parts]) + wide / self.prior[1]
+        return float(value), slope
+
+    def _covariance(self, setting: Setting, process: bool) -> tuple[Floats, list[Floats]]:
+        """The covariance of readings, and its derivatives by the logarithms of the setting."""
+        steady = np.diag((setting.noise * self.noise) ** 2)
+        unsteady = np.diag((setting.unsteady * self.steep) ** 2)
+        if not process:
+            nothing = np.zeros_like(steady)
+            return self.loose + steady + unsteady, [nothing, nothing, nothing, 2 * steady, 2 * unsteady]
+        alike = _alike(self.apart, setting.distance)
+        everywhere = setting.everywhere**2 * alike
+        falling = setting.falling**2 * alike * np.outer(self.steep, self.steep)
+        both = everywhere + falling
+        parts = [both * self.apart / setting.distance, 2 * everywhere, 2 * falling, 2 * steady, 2 * unsteady]
+        return self.loose + both + steady + unsteady, parts
+
+    def stretch(self, setting: Setting, process: bool = True) -> float:
+        """By how much 95 % intervals must be wider to hold that share of readings, each foretold by the others."""
+        held, _ = self._covariance(setting, process)
+        inverse = cho_solve(cho_factor(held, lower=True), np.eye(len(held)))
+        away = np.abs(inverse @ self.missed) / np.sqrt(np.diag(inverse))
+        return float(np.clip(np.quantile(away, 0.95) / 1.96, 1.0, WIDEST))
+
+
+def _noise(setting: Setting, shape: Floats, steep: Floats) -> Floats:
+    """The variances of readings around the truth."""
+    return np.asarray((setting.noise * shape) ** 2 + (setting.unsteady * steep) ** 2)
+
+
+def steepness(formula: DamageModel, theta: Floats, index: Floats) -> Floats:
+    """By how much the score falls when the logarithm of total damage rises, at each plan."""
+    damages = np.column_stack([each[index[:, c]] for c, each in enumerate(formula.damages(theta))])
+    eta = formula.eta(theta, damages)
+    return np.asarray(np.abs(formula.curve(theta, eta)[2]) * np.maximum(eta, 0.0))
+
+
+def _apart(apart: tuple[Floats, ...], some: Floats, others: Floats) -> Floats:
+    """The distances of plans to others: sums over components."""
+    total = np.zeros((len(some), len(others)))
+    for c, between in enumerate(apart):
+        total += between[some[:, c][:, None], others[:, c][None]]
+    return total
+
+
+def _alike(apart: Floats, distance: float) -> Floats:
+    """How much two plans miss alike, from 0 to 1."""
+    return np.asarray(np.exp(-apart / distance))
+
+
+def _size(setting: Setting, steep: Floats, others: Floats) -> Floats:
+    """The product of the standard deviations of plans and others."""
+    return np.asarray(setting.everywhere**2 + setting.falling**2 * np.outer(steep, others))
