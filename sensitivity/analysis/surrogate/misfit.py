@@ -12,7 +12,7 @@ from scipy.optimize import minimize
 from sensitivity.analysis.surrogate.damage import DamageModel
 
 Floats = np.ndarray
-MOST = 400  # plans from which the settings of the process are learned; all plans then correct the prediction
+MOST = 256  # plans from which the settings of the process are learned; all plans then correct the prediction
 # prior of the settings, as mean and spread of their logarithms: the distance at which two plans are alike, in octaves
 # of bits summed over components; the misfit everywhere, in shares of sigma, and where the score falls; the noise
 # likewise, everywhere and where the score falls
