@@ -14,6 +14,7 @@ from types import ModuleType
 
 from sensitivity.cli.arguments.parsing import parser_of, run_verb
 from sensitivity.cli.verbs import (
+    bench,
     demo,
     explain,
     export,
@@ -48,6 +49,7 @@ VERBS: dict[str, ModuleType] = {
     "legalize": legalize,
     "export": export,
     "verify": verify,
+    "bench": bench,
     "report": report,
     "failures": failures,
     "table": table,

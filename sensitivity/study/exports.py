@@ -14,6 +14,7 @@ from sensitivity.study.storage import paths
 
 MANIFEST = "sensitivity.json"  # in an export: which files were written
 VERIFIED = "verified.json"  # in an export: the result of its verification
+BENCH = "bench.json"  # in an export: its times and memory, and those of full precision
 
 
 def write_note(study: Path, out: Path, facts: Mapping[str, object]) -> None:

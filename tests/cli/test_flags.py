@@ -30,6 +30,7 @@ LINES = {  # a command of each verb with which nothing is wrong
     "legalize": "study --runtime gptq --bpw 8",
     "export": "study --bpw 6 --out new",
     "verify": "export",
+    "bench": "export --task vqa",
     "report": "study",
     "import": "table.csv --part a=vision --part b=language --score s --out new",
     "demo": "--out new",
@@ -57,6 +58,7 @@ FITTING = {  # a value of each flag with which nothing is wrong: what is refused
 OWN = {  # where a verb means something else by a flag
     ("import", "--bits"): "b", ("legalize", "--out"): "other.json", ("failures", "--kind"): "count",
     ("failures", "--out"): "other.html", ("compare", "--out"): "other.html", ("table", "--out"): "other.parquet",
+    ("bench", "--runtime"): "transformers",
     ("explain", "source"): MODEL, ("explain", "--path"): "float", ("explain", "--plan"): "1",
     ("plan", "--path"): "float", ("speculate", "--activation-bits"): "2,8",
 }  # fmt: skip
@@ -204,6 +206,10 @@ NAMED = (  # what people typed, and what must be named in the answer
     ("speculate MODEL --task retrieval", "retrieval has no answers to draft"),
     ("speculate MODEL --method llm-int8 --bits 8", "llm-int8 rounds activations by itself"),
     ("speculate MODEL --calibration vqa", "--calibration would do nothing with --method rtn"),
+    ("bench export", "was never measured; name the task whose prompts are timed"),
+    ("bench export --n 5", "--n takes a whole number from 6 to 10,000"),
+    ("bench export --task vqa --runtime gptq", "unknown runtime 'gptq'; choose from openvino, transformers"),
+    ("bench study --task vqa", "study is not an export: it has no sensitivity.json"),
     ("rank study --json=1", "ignored explicit argument"),
 )  # fmt: skip
 
@@ -344,6 +350,7 @@ def there(place: Path, scenes_llava: Any, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("api.exporting", "write"),
         ("api.exporting", "_on_path"),
         ("formats.verification", "_in_fresh_process"),
+        ("formats.timing.side_by_side", "in_turn"),
         ("study.importing.imported_study", "component_map"),
         ("study.sharing.table_file", "write"),
         ("cli.verbs.demo", "_typed"),

@@ -21,6 +21,7 @@ from sensitivity.api.sweeping import sweep
 from sensitivity.cli import main as cli
 from sensitivity.formats.openvino import export, layout
 from sensitivity.formats.table import write
+from sensitivity.formats.timing.side_by_side import bench
 from sensitivity.formats.verification import verify
 from sensitivity.formats.writing.job import Job, codes_from_weights
 from sensitivity.measure.generate.batches import prompt_text
@@ -225,3 +226,13 @@ def test_an_export_without_weights_read_by_name(openvino: Any, tmp_path: Path) -
     job = Job(str(folder), parts, Plan.uniform(parts, rtn(4)), dtype=torch.float32)
     found = write(job, tmp_path / "out", "openvino")
     assert found["written"]["bytes"] == found["predicted_size"]["bytes"]
+
+
+def test_bench_finds_packed_codes_in_memory(folder: Path) -> None:
+    """Twelve times fewer bytes of language weights than in float32 cannot be resident by chance."""
+    found = bench(folder, n=6, threads=1)
+    ours, full = found["export"], found["full_precision"]
+    assert ours["memory"]
+    assert full["memory"]
+    assert found["versions"]["openvino"]
+    assert full["memory"]["anonymous"] - ours["memory"]["anonymous"] > 1_000_000

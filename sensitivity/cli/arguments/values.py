@@ -83,6 +83,7 @@ pause = whole(1, 3_600)  # seconds
 on_a_page = whole(1, 1_000)  # examples on a page: each has a picture in it
 channels = whole(1, CHANNELS)
 draft = whole(1, 64)  # tokens
+rounds = whole(6, 10_000)  # of timing: fewer give no 95 % interval of a median
 few_plans = whole(2, 100)  # full precision and another one
 
 

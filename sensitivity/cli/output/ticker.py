@@ -66,6 +66,33 @@ def working(title: str, quiet: bool = False) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def counted(title: str, total: int, what: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Show how much of a known amount of work is done: a bar on a terminal, elsewhere a line every few seconds.
+
+    Gives the function that is told so, with what is done and the total.
+    """
+    done = 0
+
+    def told(count: int, of: int) -> None:
+        nonlocal done
+        done = count
+
+    if quiet:
+        yield told
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), what, TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            line = bar.add_task(title, total=total)
+            yield lambda count, of: bar.update(line, completed=count, total=of)
+    else:
+        with Ticker(lambda: f"{title}: {done} of {total} {what}", FIRST):
+            yield told
+
+
 def clock(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     return str(timedelta(seconds=round(seconds)))

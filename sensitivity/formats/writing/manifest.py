@@ -13,7 +13,7 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.fields import quoted
 from sensitivity.spec.files import MARK, UNFINISHED, finite, write_atomically
 from sensitivity.spec.sizes import SizeJson
-from sensitivity.study.exports import MANIFEST, VERIFIED
+from sensitivity.study.exports import BENCH, MANIFEST, VERIFIED
 from sensitivity.study.scores import TaskScore
 
 __all__ = ["MANIFEST", "VERIFIED", "damage", "read", "sha256", "store_verification", "why_foreign", "write"]
@@ -62,6 +62,7 @@ class Manifest(TypedDict):
     """The manifest of an export; its schema has every field."""
 
     key: str
+    model: str
     format: str
     dtype: str
     runs: bool
@@ -110,7 +111,7 @@ def why_foreign(out: Path) -> str:
         return f"it holds other things than an export (no {MANIFEST} of ours)"
     if manifest.get("written_by") != MARK:
         return f"its {MANIFEST} has no mark that an export left"
-    ours = {MANIFEST, VERIFIED, UNFINISHED, *manifest["files"]}
+    ours = {MANIFEST, VERIFIED, BENCH, UNFINISHED, *manifest["files"]}
     others = sorted(
         str(file.relative_to(out))
         for file in out.rglob("*")

@@ -1,0 +1,73 @@
+"""sensitivity bench: times an export in its runtime beside full precision, and measures the memory of both."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.output.tables import table
+from sensitivity.cli.output.ticker import counted
+from sensitivity.spec.sizes import in_words
+
+if TYPE_CHECKING:
+    from sensitivity.formats.timing.intervals import Interval
+    from sensitivity.formats.timing.side_by_side import Bench
+
+ABOUT = "time an export in its runtime beside full precision, round by round, and measure the memory of both"
+EXAMPLE = "sensitivity bench out/first --n 20"
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
+    p.add_argument("folder", type=values.path, metavar="DIR", help="a folder that `sensitivity export` wrote")
+    flags.runtime(p, "what runs it, openvino or transformers (default: what its format is for)")
+    p.add_argument(
+        "--n", type=values.rounds, default=20, metavar="N", help="rounds, each the answer to an example (default: 20)"
+    )
+    p.add_argument(
+        "--task", type=values.model_or_task, metavar="T", help="whose prompts are timed (default: what was measured)"
+    )
+    flags.moved_model(p)
+
+
+def run(args: argparse.Namespace) -> dict[str, object]:
+    """Time the export, print a table, and return all of it."""
+    from sensitivity.formats.timing.side_by_side import bench
+
+    with counted("bench", args.n, "rounds", args.json) as progress:
+        found = bench(
+            args.folder, args.runtime, args.n, task=args.task, model=args.model, threads=args.threads or 0,
+            progress=progress,
+        )  # fmt: skip
+    if not args.json:
+        show(found)
+    return dict(found)
+
+
+def show(found: Bench) -> None:
+    """Print the times and the memory of both, and how many times faster the export is."""
+    ours, full, tokens = found["export"], found["full_precision"], found["tokens"]
+    rows: list[tuple[str, ...]] = [("on disk", _size(ours["bytes"]), _size(full["bytes"]), "")]
+    if ours["memory"] and full["memory"]:
+        for kind, held in ours["memory"].items():
+            rows.append((f"memory, {kind}", _size(held), _size(dict(full["memory"])[kind]), ""))
+    for name, interval in ours["times"].items():
+        ratio = found["times_faster"].get(name)
+        rows.append((name, _words(interval), _words(full["times"][name]), _words(ratio) if ratio else ""))
+    table(
+        f"{found['runtime']}, {found['threads']} threads, {found['n']} rounds in turn: {tokens['per_image']} tokens per"
+        f" image, {tokens['prompt']} per prompt, {tokens['new']} new ones",
+        ("", "export", "full precision", "times faster"),
+        rows,
+    )
+    machine = found["machine"]
+    print(f"medians with 95 % intervals; {machine['processor']} ({' '.join(machine['instructions'])})")
+
+
+def _size(count: object) -> str:
+    return in_words(count) if isinstance(count, int) else "–"
+
+
+def _words(of: Interval) -> str:
+    return f"{of['median']:.3g} ({of['low']:.3g} to {of['high']:.3g})"

@@ -1,0 +1,69 @@
+"""Medians of times with intervals, and the stages of an answer that have one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypedDict
+
+import numpy as np
+from scipy import stats
+
+from sensitivity.formats.timing.timed_process import Round, Stage
+from sensitivity.study.scores import CONFIDENCE
+
+FEWEST = 6  # values between whose least and largest the median lies with 95 % confidence
+
+
+class Interval(TypedDict):
+    """A median over n rounds, with an interval that makes no assumption about their distribution."""
+
+    median: float
+    least: float
+    low: float
+    high: float
+    n: int
+
+
+# what is timed -> its stage of one answer
+STAGES: dict[str, Callable[[Round], Stage]] = {
+    "image": lambda one: one.image,
+    "prompt token": lambda one: one.prompt,
+    "new token": lambda one: one.new,
+}
+# on what clock -> milliseconds of a stage, for one image or token
+CLOCKS: dict[str, Callable[[Stage], float]] = {
+    "ms": lambda stage: 1e3 * stage.wall / stage.count,
+    "CPU ms": lambda stage: 1e3 * stage.cpu / stage.count,
+}
+
+
+def times(rounds: Sequence[Round]) -> dict[str, Interval]:
+    """Milliseconds per image and token over all rounds, by the clock and in CPU time, and tokens per second."""
+    found = {
+        f"{clock} per {name}": interval([ms(stage(one)) for one in rounds])
+        for clock, ms in CLOCKS.items()
+        for name, stage in STAGES.items()
+    }
+    return {**found, "tokens per second": interval([one.new.count / one.new.wall for one in rounds])}
+
+
+def times_faster(ours: Sequence[Round], full: Sequence[Round]) -> dict[str, Interval]:
+    """How many times less the export takes than full precision, each round compared with itself."""
+    return {
+        f"{clock} per {name}": interval(
+            [ms(stage(two)) / ms(stage(one)) for one, two in zip(ours, full, strict=True) if ms(stage(one)) > 0]
+        )
+        for clock, ms in CLOCKS.items()
+        for name, stage in STAGES.items()
+    }
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The median, and the order statistics between which it lies with at least 95 % confidence (binomial)."""
+    n, ordered = len(values), sorted(values)
+    if not n:  # a clock that is too coarse for what it measured
+        nan = float("nan")
+        return {"median": nan, "least": nan, "low": nan, "high": nan, "n": 0}
+    below = max(int(stats.binom.ppf((1 - CONFIDENCE) / 2, n, 0.5)) - 1, 0)
+    median = float(np.median(ordered))
+    return {"median": median, "least": ordered[0], "low": ordered[below], "high": ordered[n - 1 - below], "n": n}

@@ -1,0 +1,51 @@
+"""What this process holds in memory, by the counts of Linux: at most, anonymous, and mapped from files of weights."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+from typing import TypedDict
+
+PROCESS = Path("/proc/self")
+LINE = re.compile(r"^(\w+):\s+(\d+) kB$", re.MULTILINE)
+MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \d+ +(/.*)$")
+
+
+class Memory(TypedDict):
+    """Bytes in memory."""
+
+    peak: int  # at most since `begin_peak`
+    anonymous: int
+    mapped: int  # of files other than programs and libraries; the system may drop these pages and read them again
+
+
+def memory() -> Memory | None:
+    """The memory of this process now; None where there is no Linux to ask."""
+    if not (PROCESS / "smaps").exists():
+        return None
+    status = {name: 1024 * int(size) for name, size in LINE.findall((PROCESS / "status").read_text())}
+    mapped = 0
+    counted = False
+    for line in (PROCESS / "smaps").read_text().splitlines():
+        if found := MAPPING.match(line):
+            counted = ".so" not in found[1] and "/bin/" not in found[1] and not found[1].startswith("/dev/")
+        elif "-" in line.partition(" ")[0]:
+            counted = False
+        elif counted and line.startswith("Rss:"):
+            mapped += 1024 * int(line.split()[1])
+    return {"peak": status["VmHWM"], "anonymous": status["RssAnon"], "mapped": mapped}
+
+
+def begin_peak() -> None:
+    """Count the peak from now on, where the system lets a process say so."""
+    with contextlib.suppress(OSError):
+        (PROCESS / "clear_refs").write_text("5")
+
+
+def resident() -> int:
+    """All bytes of this process that are in memory now, libraries included; 0 where there is no Linux to ask."""
+    with contextlib.suppress(OSError):
+        found = dict(LINE.findall((PROCESS / "status").read_text()))
+        return 1024 * int(found["VmRSS"])
+    return 0

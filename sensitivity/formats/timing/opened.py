@@ -1,0 +1,100 @@
+"""A model opened in a runtime, image half and language half, ready to be timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from sensitivity.formats.openvino.export import check as check_openvino
+from sensitivity.formats.openvino.halves import Array, Language, Vision, check_halves
+from sensitivity.models.loading import load
+from sensitivity.models.vlm import VLM
+
+
+class HalvedModel(Protocol):
+    """A model in a runtime, one prompt with its image at a time."""
+
+    def image_features(self, pixel_values: Tensor) -> Array:
+        """What the language model reads in place of an image's tokens."""
+
+    def logits(self, ids: Sequence[int], keep: int, features: Array | None = None) -> Array:
+        """Logits at the last `keep` of these tokens, which follow those that were read since `forget`."""
+
+    def forget(self) -> None:
+        """Begin a new prompt."""
+
+
+class TorchHalves:
+    """The halves as torch computes them."""
+
+    def __init__(self, vlm: VLM) -> None:
+        self.vision, self.language = Vision(vlm), Language(vlm)
+        self.dtype = vlm.model.dtype
+        self.nothing = torch.empty(0, vlm.model.config.get_text_config().hidden_size, dtype=self.dtype)
+        self.forget()
+
+    @torch.inference_mode()
+    def image_features(self, pixel_values: Tensor) -> Array:
+        """What the language model reads in place of an image's tokens."""
+        found: Tensor = self.vision(pixel_values.to(self.dtype))["image_features"]
+        return found.float().numpy()
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int], keep: int, features: Array | None = None) -> Array:
+        """Logits at the last `keep` of these tokens, which follow those that were read since `forget`."""
+        self.read += len(ids)
+        found = self.language(
+            input_ids=torch.tensor([ids]),
+            image_features=self.nothing if features is None else torch.from_numpy(features).to(self.dtype),
+            attention_mask=torch.ones(1, self.read, dtype=torch.int64),
+            past_key_values=self.cache,
+            logits_to_keep=torch.arange(len(ids) - keep, len(ids)),
+        )
+        logits: Tensor = found["logits"]
+        return logits[0].float().numpy()
+
+    def forget(self) -> None:
+        """Begin a new prompt."""
+        self.cache, self.read = DynamicCache(), 0
+
+
+def _in_torch(model: str, dtype: str, threads: int) -> HalvedModel:
+    return TorchHalves(load(model, dtype=dtype, quantized=True))
+
+
+def _in_openvino(model: str, dtype: str, threads: int) -> HalvedModel:
+    from sensitivity.formats.openvino.run import OpenVINOModel
+
+    return OpenVINOModel(model, threads)
+
+
+def check_in_torch(model: str) -> None:
+    """Raise an error for a model that cannot be timed half by half."""
+    check_halves(load(model, config_only=True))
+
+
+# runtimes that are timed -> what opens a model there, and what raises an error if it cannot
+OPEN: dict[str, Callable[[str, str, int], HalvedModel]] = {"openvino": _in_openvino, "transformers": _in_torch}
+CHECK: dict[str, Callable[[str], None]] = {"openvino": check_openvino, "transformers": check_in_torch}
+
+
+def opened(model: str, runtime: str, dtype: str, threads: int) -> HalvedModel:
+    """A model in a runtime."""
+    return OPEN[runtime](model, dtype, threads)
+
+
+def warm_up(runtime: str) -> None:
+    """Load the runtime's libraries, so that their memory is not taken for the model's."""
+    if runtime != "openvino":
+        torch.ones(8, 8) @ torch.ones(8, 8)
+        return
+    import openvino
+    from openvino import Type, op, opset14
+
+    x = op.Parameter(Type.f32, openvino.PartialShape([-1, 8]))
+    graph = openvino.Model([opset14.result(opset14.matmul(x, torch.ones(8, 8).numpy(), False, True))], [x], "one")
+    openvino.Core().compile_model(graph, "CPU")(torch.ones(2, 8).numpy())

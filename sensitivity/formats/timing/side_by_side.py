@@ -1,0 +1,174 @@
+"""bench(): an export and full precision in their runtime, timed in turn, with the memory that each takes."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+
+from sensitivity.formats.table import write
+from sensitivity.formats.timing.intervals import FEWEST, Interval, times, times_faster
+from sensitivity.formats.timing.machine import Machine, machine, versions_of
+from sensitivity.formats.timing.memory import Memory
+from sensitivity.formats.timing.opened import CHECK
+from sensitivity.formats.timing.timed_process import Asked, Round, TimedModel, timed_process
+from sensitivity.formats.writing import manifest
+from sensitivity.formats.writing.job import Job
+from sensitivity.formats.writing.manifest import Manifest
+from sensitivity.models.discover import inspect
+from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.files import finite, write_atomically
+from sensitivity.spec.plan import Plan
+from sensitivity.study.exports import BENCH
+from sensitivity.tasks.table import task as find_task
+
+ROUNDS = 20
+Progress = Callable[[int, int], None]
+
+
+class Measured(TypedDict):
+    """One model in its runtime."""
+
+    bytes: int | None  # on disk; None for a model that is not a folder of this machine
+    memory: Memory | None
+    times: dict[str, Interval]
+
+
+class Tokens(TypedDict):
+    """For how many tokens the times are."""
+
+    per_image: int
+    prompt: int
+    new: int
+
+
+class Bench(TypedDict):
+    """An export and full precision, timed in one run."""
+
+    runtime: str
+    task: str
+    n: int
+    threads: int
+    machine: Machine
+    versions: dict[str, str]
+    tokens: Tokens
+    export: Measured
+    full_precision: Measured
+    times_faster: dict[str, Interval]
+
+
+def bench(
+    folder: Path | str,
+    runtime: str | None = None,
+    n: int = ROUNDS,
+    *,
+    task: str | None = None,
+    model: str | None = None,
+    threads: int = 0,
+    progress: Progress = lambda done, of: None,
+) -> Bench:
+    """Time an export and full precision round by round in one run; the outcome is stored in the export.
+
+    Each round is the answer to one example of a task: its image, its prompt, and a fixed number of new tokens. `model`
+    is the model's folder, if it is another one than the export names.
+    """
+    folder = Path(folder)
+    facts = manifest.read(folder)
+    runtime, base, source = _checked(folder, facts, runtime, n, task, model)
+    threads = threads or torch.get_num_threads()
+    with full_precision(base, runtime, facts["dtype"]) as full:
+        asked = {
+            name: Asked(path, base, runtime, facts["dtype"], threads, source, n, 0)
+            for name, path in (("export", str(folder)), ("full", full))
+        }
+        rounds, memory = in_turn(asked, n, progress)
+        sizes = {name: _bytes(Path(one.model)) for name, one in asked.items()}
+    ours, theirs = rounds["export"], rounds["full"]
+    found: Bench = {
+        "runtime": runtime,
+        "task": source,
+        "n": n,
+        "threads": threads,
+        "machine": machine(),
+        "versions": {**versions_of(runtime), "threads": str(threads)},
+        "tokens": tokens_of(theirs),
+        "export": {"bytes": sizes["export"], "memory": memory["export"], "times": times(ours)},
+        "full_precision": {"bytes": sizes["full"], "memory": memory["full"], "times": times(theirs)},
+        "times_faster": times_faster(ours, theirs),
+    }
+    write_atomically(folder / BENCH, (json.dumps(finite(found), indent=1) + "\n").encode())
+    return found
+
+
+def _checked(
+    folder: Path, facts: Manifest, runtime: str | None, n: int, task: str | None, model: str | None
+) -> tuple[str, str, str]:
+    """The runtime, the model and the task, or an error: before anything that takes long."""
+    format = facts["format"]
+    own = format if format in CHECK else "transformers"
+    if not facts["runs"]:
+        timed = " and ".join(CHECK)
+        raise UserError(f"{folder} is of the format {format}, which its own runtime loads; only {timed} are timed here")
+    if runtime is not None and runtime not in CHECK:
+        raise unknown("runtime", runtime, CHECK)
+    if runtime not in (None, own):
+        raise UserError(f"{folder} is of the format {format}, which {own} runs and not {runtime}; leave out --runtime")
+    if n < FEWEST:
+        raise UserError(f"an interval of a median takes at least {FEWEST} rounds, not {n}")
+    if damage := manifest.damage(folder, facts):
+        raise UserError(f"{folder} is not as it was written: {'; '.join(damage)}; export again")
+    source = task or next(iter(facts["trial"].get("meta", {}).get("tasks", [])), None)
+    if source is None:
+        raise UserError(
+            f"the plan of {folder} was never measured; name the task whose prompts are timed, as --task vqa"
+        )
+    base = model or facts["model"]
+    if find_task(source, "evaluation", 1).gallery:
+        raise UserError(f"the task {source} ranks captions; name one with answers to generate, as --task vqa")
+    CHECK[own](base)
+    return own, base, source
+
+
+@contextmanager
+def full_precision(base: str, runtime: str, dtype: str) -> Iterator[str]:
+    """The model of which nothing is quantized, as the runtime reads it: the model itself, or an export of it."""
+    if runtime == "transformers":
+        yield base
+        return
+    with tempfile.TemporaryDirectory() as space:
+        parts = inspect(base, by="part")
+        out = Path(space) / "native"
+        write(Job(base, parts, Plan.uniform(parts, None), dtype=getattr(torch, dtype)), out, runtime)
+        yield str(out)
+
+
+def in_turn(
+    asked: Mapping[str, Asked], n: int, progress: Progress
+) -> tuple[dict[str, list[Round]], dict[str, Memory | None]]:
+    """Rounds in turn, so that what else the machine does meets all alike; who begins alternates. And their memory."""
+    with ExitStack() as stack:
+        running: dict[str, TimedModel] = {name: stack.enter_context(timed_process(one)) for name, one in asked.items()}
+        for one in running.values():
+            one.round(0)  # the first is slower, and not counted
+        rounds: dict[str, list[Round]] = {name: [] for name in running}
+        for number in range(n):
+            for name in list(running)[:: 1 if number % 2 else -1]:
+                rounds[name].append(running[name].round(number))
+            progress(number + 1, n)
+        return rounds, {name: one.memory() for name, one in running.items()}
+
+
+def tokens_of(rounds: list[Round]) -> Tokens:
+    """Tokens of an image, of a prompt (the median) and of what was generated."""
+    prompts = sorted(one.prompt.count for one in rounds)
+    return {"per_image": rounds[0].image_tokens, "prompt": prompts[len(prompts) // 2], "new": rounds[0].new.count}
+
+
+def _bytes(path: Path) -> int | None:
+    """What a folder takes on disk."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else None

@@ -1,0 +1,189 @@
+"""A process that holds one model in its runtime, and times one answer whenever it is asked to."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import TypedDict, cast
+
+from sensitivity.formats.timing.memory import Memory, begin_peak, memory, resident
+from sensitivity.spec import standard_output
+from sensitivity.spec.errors import UserError
+
+PROGRAM = "from sensitivity.formats.timing.timed_process import serve; serve()"
+NEW_TOKENS = 16  # of each answer, whatever they are: answers that end early would be too few to time
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a process is to hold, and which prompts it is timed with."""
+
+    model: str  # a folder, or the name of a model
+    processor: str  # a model whose processor makes tensors of prompts
+    runtime: str
+    dtype: str
+    threads: int
+    task: str
+    n: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of an answer: so many seconds on the clock and of computing, for so many images or tokens."""
+
+    wall: float
+    cpu: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Round:
+    """One answer: its images, then its prompt, then tokens one by one."""
+
+    image: Stage
+    prompt: Stage
+    new: Stage
+    image_tokens: int  # of one image
+
+
+class _Reply(TypedDict, total=False):
+    memory: Memory | None
+    round: dict[str, dict[str, float] | int]
+    error: str
+
+
+class TimedModel:
+    """A model that is timed in a process of its own, so that its memory is its own too."""
+
+    def __init__(self, running: subprocess.Popen[str], name: str) -> None:
+        self.running, self.name = running, name
+        self._reply()
+
+    def round(self, number: int) -> Round:
+        """Time one answer; its prompt is the example of that number."""
+        found = self._ask(number)["round"]
+        image, prompt, new = (Stage(**cast(dict[str, int], found[name])) for name in ("image", "prompt", "new"))
+        return Round(image, prompt, new, cast(int, found["image_tokens"]))
+
+    def memory(self) -> Memory | None:
+        """What the process holds beyond what it held before it opened the model."""
+        return self._ask(None)["memory"]
+
+    def _ask(self, number: int | None) -> _Reply:
+        assert self.running.stdin is not None
+        try:
+            self.running.stdin.write(json.dumps(number) + "\n")
+            self.running.stdin.flush()
+        except BrokenPipeError:
+            pass  # it ended, which reading tells
+        return self._reply()
+
+    def _reply(self) -> _Reply:
+        assert self.running.stdout is not None
+        line = self.running.stdout.readline()
+        found: _Reply = json.loads(line) if line else {"error": "its process ended (was it killed, or out of memory?)"}
+        if "error" in found:
+            raise UserError(f"{self.name} cannot be timed: {found['error']}")
+        return found
+
+
+@contextmanager
+def timed_process(asked: Asked) -> Iterator[TimedModel]:
+    """Start a process for a model, and end it with the block."""
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(asked.threads)},
+    ) as running:  # fmt: skip
+        try:
+            assert running.stdin is not None
+            running.stdin.write(json.dumps(asdict(asked)) + "\n")
+            running.stdin.flush()
+            yield TimedModel(running, asked.model)
+        finally:
+            running.kill()
+
+
+def serve() -> None:
+    """Runs in the process: open the model, then time one answer for each number that arrives."""
+    answers = os.fdopen(os.dup(1), "w")  # what libraries print goes elsewhere
+
+    def reply(**content: object) -> None:
+        print(json.dumps(content), file=answers, flush=True)
+
+    with standard_output.reserved():
+        try:
+            timed = _Timed(Asked(**json.loads(sys.stdin.readline())))
+            reply()
+            for line in sys.stdin:
+                number = json.loads(line)
+                if number is None:
+                    reply(memory=timed.memory())
+                else:
+                    reply(round=asdict(timed.round(number)))
+        except Exception as error:
+            reply(error=str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+
+
+class _Timed:
+    """A model in its runtime, with the examples of a task as tensors."""
+
+    def __init__(self, asked: Asked) -> None:
+        import torch
+
+        from sensitivity.formats.timing.opened import opened, warm_up
+        from sensitivity.measure.generate.batches import batches
+        from sensitivity.models.config_only import without_weights
+        from sensitivity.tasks.table import task as find_task
+
+        torch.set_num_threads(asked.threads)
+        vlm = without_weights(asked.processor)
+        task = find_task(asked.task, "evaluation", asked.n, asked.seed)
+        alone = (replace(task, examples=(example,)) for example in task.examples)
+        self.inputs = [batch.inputs for one in alone for batch in batches(vlm, one, plain=True)]
+        warm_up(asked.runtime)
+        begin_peak()
+        self.before, self.held = memory(), resident()
+        self.model = opened(asked.model, asked.runtime, asked.dtype, asked.threads)
+
+    def round(self, number: int) -> Round:
+        """The stages of one answer, each after the other."""
+        inputs = self.inputs[number % len(self.inputs)]
+        ids = inputs["input_ids"][0].tolist()
+        times = [_now()]
+        features = self.model.image_features(inputs["pixel_values"])
+        times.append(_now())
+        self.model.forget()
+        logits = self.model.logits(ids, 1, features)
+        times.append(_now())
+        for _ in range(NEW_TOKENS):
+            logits = self.model.logits([int(logits[-1].argmax())], 1)
+        times.append(_now())
+        images = len(inputs["pixel_values"])
+        spent = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(times)]
+        counts = (images, len(ids), NEW_TOKENS)
+        image, prompt, new = (Stage(*took, count) for took, count in zip(spent, counts, strict=True))
+        return Round(image, prompt, new, len(features) // images)
+
+    def memory(self) -> Memory | None:
+        """What opening and running the model has added."""
+        now = memory()
+        if now is None or self.before is None:
+            return None
+        return {
+            "peak": now["peak"] - self.held,
+            "anonymous": now["anonymous"] - self.before["anonymous"],
+            "mapped": now["mapped"] - self.before["mapped"],
+        }
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
