@@ -4,7 +4,8 @@ python -m experiments.true_shapes smolvlm-256m FOLDER [--depth 1.0]
 
 Weights are written one tensor at a time in bfloat16, as the published checkpoints are, so that 7 billion of them need
 no more memory than the largest of them. Shapes are those of the models' own config.json on the hub:
-HuggingFaceTB/SmolVLM-256M-Instruct and -500M-Instruct, Qwen/Qwen2-VL-2B-Instruct, llava-hf/llava-1.5-7b-hf.
+HuggingFaceTB/SmolVLM-256M-Instruct and -500M-Instruct, Qwen/Qwen2-VL-2B-Instruct, llava-hf/llava-1.5-7b-hf. The small
+LLaVA is of towers with the shapes of openai/clip-vit-base-patch16 and HuggingFaceTB/SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -133,30 +134,36 @@ def qwen2_vl() -> Made:
     )
 
 
-def llava() -> Made:
-    """LLaVA-1.5-7B: CLIP ViT-L/14 at 336 pixels, Vicuna-7B."""
+LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+         "image_size": 336, "patch_size": 14}  # fmt: skip
+VICUNA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+          "num_key_value_heads": 32}  # fmt: skip
+BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "image_size": 224, "patch_size": 16}  # fmt: skip
+SMOLLM = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+          "num_key_value_heads": 3}  # fmt: skip
+
+
+def llava(vision: dict[str, int], language: dict[str, int]) -> Made:
+    """LLaVA: a CLIP tower, a projector of two layers, and a language model of the Llama type."""
     special = ["<s>", "</s>", "<unk>", "<pad>", "<image>"]
     tokenizer = fast(
         words(32064, special), bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
         image_token="<image>",
     )  # fmt: skip
     text = {
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+        **language, "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id, "tie_word_embeddings": False,
     }  # fmt: skip
-    vision = {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-        "image_size": 336, "patch_size": 14, "projection_dim": 768,
-    }  # fmt: skip
+    side, patch = vision["image_size"], vision["patch_size"]
     config = T.LlavaConfig(
-        vision_config=T.CLIPVisionConfig(**vision), text_config=T.LlamaConfig(**text), tie_word_embeddings=False,
-        image_token_index=tokenizer.image_token_id,
+        vision_config=T.CLIPVisionConfig(**vision, projection_dim=768), text_config=T.LlamaConfig(**text),
+        tie_word_embeddings=False, image_token_index=tokenizer.image_token_id,
     )  # fmt: skip
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     how = {
-        "processor_class": "LlavaProcessor", "patch_size": 14, "vision_feature_select_strategy": "default",
+        "processor_class": "LlavaProcessor", "patch_size": patch, "vision_feature_select_strategy": "default",
         "num_additional_image_tokens": 1,
     }  # fmt: skip
     chat = CHAT.replace("BEGIN", "USER: ").replace("IMAGE", "<image>\n").replace("END", " ")
@@ -167,7 +174,8 @@ SHAPES: dict[str, Callable[[], Made]] = {
     "smolvlm-256m": partial(smolvlm, 576, 1536, 30, 9, 3),
     "smolvlm-500m": partial(smolvlm, 960, 2560, 32, 15, 5),
     "qwen2-vl-2b": qwen2_vl,
-    "llava-1.5-7b": llava,
+    "llava-1.5-7b": partial(llava, LARGE, VICUNA),
+    "llava-vit-b-smollm2-135m": partial(llava, BASE, SMOLLM),
 }
 
 

@@ -22,7 +22,7 @@ from sensitivity.formats.table import write
 from sensitivity.formats.timing.intervals import FEWEST, interval, times, times_faster
 from sensitivity.formats.timing.memory import memory
 from sensitivity.formats.timing.side_by_side import bench
-from sensitivity.formats.timing.timed_process import NEW_TOKENS, Round, Stage, TimedModel, _Timed
+from sensitivity.formats.timing.timed_process import NEW_TOKENS, Round, Stage, TimedModel, answered
 from sensitivity.formats.writing.job import Job
 from sensitivity.formats.writing.manifest import why_foreign
 from sensitivity.models.discover import inspect
@@ -83,10 +83,7 @@ class Sleeping:
 
 
 def test_the_stages_of_an_answer_are_told_apart() -> None:
-    timed = object.__new__(_Timed)
-    inputs = {"input_ids": torch.arange(20)[None], "pixel_values": torch.zeros(2, 3, 4, 4)}
-    timed.model, timed.inputs = Sleeping(), [inputs]  # type: ignore[assignment]
-    found = timed.round(3)
+    found = answered(Sleeping(), {"input_ids": torch.arange(20)[None], "pixel_values": torch.zeros(2, 3, 4, 4)})
     counts = [one.count for one in (found.image, found.prompt, found.new)]
     assert (counts, found.image_tokens) == ([2, 20, NEW_TOKENS], 16)
     for stage, least in ((found.image, 0.05), (found.prompt, 0.1), (found.new, 0.02 * NEW_TOKENS)):

@@ -83,8 +83,8 @@ def include(p: argparse.ArgumentParser) -> None:
     )
 
 
-def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str, several: bool = False) -> None:
-    """Add the flags that choose schemes: --bits, --method and the settings of methods."""
+def widths(p: argparse.ArgumentParser, bits: Sequence[int]) -> None:
+    """Add --bits."""
     p.add_argument(
         "--bits",
         type=values.comma_separated(values.width),
@@ -92,6 +92,21 @@ def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str, severa
         metavar="B,B,...",
         help=f"widths to try (default: {','.join(map(str, bits))})",
     )
+
+
+def grid(p: argparse.ArgumentParser) -> None:
+    """Add --group and --symmetric."""
+    p.add_argument(
+        "--group", type=values.group, metavar="N|row|tensor", help="weights that share a scale (default: the method's)"
+    )
+    p.add_argument(
+        "--symmetric", action=argparse.BooleanOptionalAction, help="a grid without zero points (default: the method's)"
+    )
+
+
+def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str, several: bool = False) -> None:
+    """Add the flags that choose schemes: --bits, --method and the settings of methods."""
+    widths(p, bits)
     if several:
         p.add_argument(
             "--method",
@@ -104,12 +119,7 @@ def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str, severa
         p.add_argument(
             "--method", type=values.name, default=method, help=f"how weights are quantized (default: {method})"
         )
-    p.add_argument(
-        "--group", type=values.group, metavar="N|row|tensor", help="weights that share a scale (default: the method's)"
-    )
-    p.add_argument(
-        "--symmetric", action=argparse.BooleanOptionalAction, help="a grid without zero points (default: the method's)"
-    )
+    grid(p)
     p.add_argument("--biases", action="store_true", default=None, help="quantize biases too, as the paper's code did")
     pairs(p, "--set", values.setting, "NAME=VALUE", "a setting of the method's own, such as damp=0.05 for gptq")
     p.add_argument(

@@ -42,11 +42,11 @@ def traced(vlm: VLM, half: str) -> Model:
     from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes, register_cache_pytrees_for_model
     from transformers.exporters.exporter_openvino import OpenVINOExporter
 
-    empty = replace(vlm, model=_without_values(vlm.model))
+    empty = replace(vlm, model=without_values(vlm.model))
     module: Any = _WithWeights(HALVES[half](empty))
     register_cache_pytrees_for_model(module)
     with FakeTensorMode(allow_non_fake_inputs=True):  # tensors with types and shapes alone
-        weights = {f"model.{name}": torch.empty(p.shape) for name, p in empty.model.named_parameters()}
+        weights = shapes_of_weights(empty)
         inputs = _inputs(empty, half)
     shapes = {name: None if half == VISION else get_auto_dynamic_shapes(value) for name, value in inputs.items()}
     config = OpenVINOConfig(dynamic_shapes={**shapes, WEIGHTS: dict.fromkeys(weights)})
@@ -67,6 +67,11 @@ def parameter_input(name: str) -> str:
     return f"{WEIGHTS}.model.{name}"
 
 
+def shapes_of_weights(vlm: VLM) -> dict[str, Tensor]:
+    """A tensor in the place of each parameter of a half; inside FakeTensorMode it takes no memory."""
+    return {f"model.{name}": torch.empty(p.shape) for name, p in vlm.model.named_parameters()}
+
+
 def skeleton(model: VLM | str) -> VLM:
     """The model without its weights, if it is not loaded."""
     return load(model, config_only=True) if isinstance(model, str) else model
@@ -77,10 +82,7 @@ def _inputs(vlm: VLM, half: str) -> dict[str, Any]:
     from transformers import DynamicCache
 
     if half == VISION:
-        vision = vlm.model.config.vision_config
-        side = vision.image_size
-        # one image: some families make a list of them, which fixes their number
-        return {"pixel_values": torch.empty(1, getattr(vision, "num_channels", 3), side, side)}
+        return {"pixel_values": image_input(vlm)}
     text = vlm.model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -97,7 +99,13 @@ def _inputs(vlm: VLM, half: str) -> dict[str, Any]:
     }
 
 
-def _without_values(model: nn.Module) -> Any:
+def image_input(vlm: VLM) -> Tensor:
+    """One image, of which only the shape counts: some families make a list of images, which fixes their number."""
+    vision = vlm.model.config.vision_config
+    return torch.empty(1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
+
+
+def without_values(model: nn.Module) -> Any:
     """The same model whose parameters are on the meta device and whose buffers, such as frequencies, are real."""
     with _parameters_on_meta():
         return type(model)(model.config).eval().requires_grad_(False)

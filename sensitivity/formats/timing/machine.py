@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import re
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypedDict
 
@@ -34,8 +36,6 @@ def machine() -> Machine:
 
 def versions_of(runtime: str) -> dict[str, str]:
     """Versions of the libraries that decide a time in a runtime."""
-    if runtime != "openvino":
-        return versions()
-    import openvino
-
-    return {**versions(), "openvino": str(openvino.__version__)}
+    with suppress(PackageNotFoundError):  # one that is a library we need anyway is among them already
+        return {runtime: version(runtime), **versions()}
+    return versions()

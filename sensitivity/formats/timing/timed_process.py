@@ -8,14 +8,19 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TypedDict, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from sensitivity.formats.timing.memory import Memory, begin_peak, memory, resident
 from sensitivity.spec import standard_output
 from sensitivity.spec.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sensitivity.formats.timing.opened import HalvedModel
 
 PROGRAM = "from sensitivity.formats.timing.timed_process import serve; serve()"
 NEW_TOKENS = 16  # of each answer, whatever they are: answers that end early would be too few to time
@@ -155,23 +160,8 @@ class _Timed:
         self.model = opened(asked.model, asked.runtime, asked.dtype, asked.threads)
 
     def round(self, number: int) -> Round:
-        """The stages of one answer, each after the other."""
-        inputs = self.inputs[number % len(self.inputs)]
-        ids = inputs["input_ids"][0].tolist()
-        times = [_now()]
-        features = self.model.image_features(inputs["pixel_values"])
-        times.append(_now())
-        self.model.forget()
-        logits = self.model.logits(ids, 1, features)
-        times.append(_now())
-        for _ in range(NEW_TOKENS):
-            logits = self.model.logits([int(logits[-1].argmax())], 1)
-        times.append(_now())
-        images = len(inputs["pixel_values"])
-        spent = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(times)]
-        counts = (images, len(ids), NEW_TOKENS)
-        image, prompt, new = (Stage(*took, count) for took, count in zip(spent, counts, strict=True))
-        return Round(image, prompt, new, len(features) // images)
+        """Time the answer to one example."""
+        return answered(self.model, self.inputs[number % len(self.inputs)])
 
     def memory(self) -> Memory | None:
         """What opening and running the model has added."""
@@ -183,6 +173,25 @@ class _Timed:
             "anonymous": now["anonymous"] - self.before["anonymous"],
             "mapped": now["mapped"] - self.before["mapped"],
         }
+
+
+def answered(model: HalvedModel, inputs: Mapping[str, Tensor]) -> Round:
+    """The stages of one answer, each after the other."""
+    ids = inputs["input_ids"][0].tolist()
+    times = [_now()]
+    features = model.image_features(inputs["pixel_values"])
+    times.append(_now())
+    model.forget()
+    logits = model.logits(ids, 1, features)
+    times.append(_now())
+    for _ in range(NEW_TOKENS):
+        logits = model.logits([int(logits[-1].argmax())], 1)
+    times.append(_now())
+    images = len(inputs["pixel_values"])
+    spent = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(times)]
+    counts = (images, len(ids), NEW_TOKENS)
+    image, prompt, new = (Stage(*took, count) for took, count in zip(spent, counts, strict=True))
+    return Round(image, prompt, new, len(features) // images)
 
 
 def _now() -> tuple[float, float]:

@@ -1,0 +1,97 @@
+"""sensitivity profile: times the layers of a model in a runtime, from which the time of every plan is predicted."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.output.tables import table
+from sensitivity.cli.output.ticker import counted
+
+if TYPE_CHECKING:
+    from sensitivity.spec.components import ComponentMap
+    from sensitivity.spec.layer_times import LayerTimes
+    from sensitivity.spec.plan import Scheme
+
+ABOUT = "time the layers of a model in a runtime, at each width, so that `recommend` can keep to milliseconds"
+FULL = "full precision"
+EXAMPLE = "sensitivity profile embedded:scenes-llava --runtime openvino --bits 2,4,8"
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
+    flags.model(p)
+    flags.runtime(p, "what is to run the plans, such as openvino", required=True)
+    flags.widths(p, (2, 4, 8))
+    flags.grid(p)
+    p.add_argument("--n", type=values.rounds, default=12, metavar="N", help="how often each is timed (default: 12)")
+    p.add_argument(
+        "--task",
+        type=values.model_or_task,
+        default="vqa",
+        metavar="T",
+        help="whose images, prompts and answers say for how many tokens (default: vqa)",
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, object]:
+    """Time the layers, print the times of uniform plans and of layers, and return the table."""
+    from sensitivity.formats.timing.profile import checked, profile
+    from sensitivity.quantize.scheme_settings import schemes_of
+
+    schemes = schemes_of(("rtn",), args.bits, group=args.group, symmetric=args.symmetric)
+    with counted("profile", args.n, "rounds", args.json) as progress:
+        times = profile(
+            args.model, schemes, args.runtime, args.task, args.n, threads=args.threads or 0, progress=progress
+        )
+    parts, _ = checked(args.model, schemes, args.runtime, args.task)
+    plans = uniform(parts, schemes, times)
+    if not args.json:
+        show(times, plans)
+    return {**times.to_json(), "uniform": plans}
+
+
+def uniform(parts: ComponentMap, schemes: Sequence[Scheme], times: LayerTimes) -> dict[str, dict[str, float]]:
+    """What the uniform plan of each scheme takes, where the runtime can run it."""
+    from sensitivity.spec.layer_times import COSTS
+    from sensitivity.spec.plan import Plan
+    from sensitivity.spec.runtimes import violations
+
+    found = {}
+    for option in (None, *schemes):
+        plan = Plan.uniform(parts, option)
+        if not violations(parts, plan, times.runtime):
+            found[str(option or FULL)] = {cost: times.plan_cost(parts, plan, cost) for cost in COSTS}
+    return found
+
+
+def show(times: LayerTimes, plans: Mapping[str, Mapping[str, float]]) -> None:
+    """Print the times of uniform plans, of layers, and at which widths no time is gained."""
+    tokens, full = times.tokens, plans[FULL]
+    heads = {"ms_per_image": "ms, image", "ms_per_prompt": "prompt", "ms_per_token": "new token"}
+    heads |= {"ms_per_answer": "answer", "gb_resident": "GB resident"}
+    table(
+        f"{times.runtime}, {times.threads} threads: uniform plans, predicted, with {tokens['image']} tokens an image, "
+        f"{tokens['prompt']} a prompt and {tokens['answer']} an answer ({times.task})",
+        ("plan", *heads.values()),
+        [(name, *(f"{of[cost]:.3g} (÷ {full[cost] / of[cost]:.2f})" for cost in heads)) for name, of in plans.items()],
+    )
+    layouts = list(dict.fromkeys(layout for _, _, layout, _ in times.layers))
+    shapes = list(dict.fromkeys((rows, cols, count) for rows, cols, _, count in times.layers))
+    table(
+        "milliseconds of one layer",
+        ("rows", "columns", "tokens at once", *layouts),
+        [
+            (rows, cols, count, *(_ms(times.layers.get((rows, cols, layout, count))) for layout in layouts))
+            for rows, cols, count in shapes
+        ],
+    )
+    for cost, what in (("ms_per_image", "an image"), ("ms_per_prompt", "a prompt"), ("ms_per_token", "a new token")):
+        if slower := [name for name, of in plans.items() if name != FULL and of[cost] >= full[cost]]:
+            print(f"{what}: {', '.join(slower)} gain no time over full precision on this machine")
+
+
+def _ms(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"

@@ -1,0 +1,65 @@
+"""Copies of one layer as an OpenVINO graph with random codes, to be timed apart from any model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from sensitivity.formats.openvino.graph import OPTIONS, numbers
+from sensitivity.formats.openvino.layout import FLOATS, Constant, constants
+from sensitivity.spec.components import Weight
+from sensitivity.spec.plan import Scheme
+
+MOST = 128 * 2**20  # bytes of float32 weights in one graph: more than any cache of a processor holds
+
+
+class LayerGraph:
+    """As many copies of a layer as a model has, which read the same tokens, so that each is fetched from memory."""
+
+    def __init__(self, weight: Weight, scheme: Scheme | None, copies: int, threads: int) -> None:
+        import openvino
+        from openvino import Type, op, opset14
+
+        self.copies = max(min(copies, MOST // (4 * weight.numel)), 1)
+        draw = np.random.default_rng(0)
+        kept: list[openvino.Tensor] = []  # OpenVINO does not own the bytes of its constants
+
+        def filled(constant: Constant) -> op.Constant:
+            if constant.type in FLOATS.values():
+                array = draw.random(constant.shape, np.float32) * 1e-3
+                content = torch.from_numpy(array).to({v: k for k, v in FLOATS.items()}[constant.type])
+                raw = content.view(torch.uint8).numpy().reshape(-1)
+            else:
+                raw = draw.integers(0, 256, constant.bytes, np.uint8)
+            kept.append(openvino.Tensor(raw, list(constant.shape), getattr(Type, constant.type)))
+            return op.Constant(kept[-1])
+
+        x = op.Parameter(Type.f32, openvino.PartialShape([-1, weight.cols]))
+        results = []
+        for _ in range(self.copies):
+            stored = _stored(weight, scheme)
+            value = numbers(stored, [filled(one) for one in stored])
+            results.append(opset14.result(opset14.matmul(x, value, False, True)))
+        model = openvino.Model(results, [x], "layer")
+        how = {**OPTIONS, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+        self.request = openvino.Core().compile_model(model, "CPU", how).create_infer_request()
+        self.cols = weight.cols
+
+    def seconds(self, tokens: int) -> tuple[float, float]:
+        """Seconds of one copy with so many tokens at once, on the clock and of computing."""
+        inputs = np.ones((tokens, self.cols), np.float32)
+        began = time.perf_counter(), time.process_time()
+        self.request.infer([inputs], share_inputs=True, share_outputs=True)
+        ended = time.perf_counter(), time.process_time()
+        wall, cpu = ((b - a) / self.copies for a, b in zip(began, ended, strict=True))
+        return wall, cpu
+
+
+def _stored(weight: Weight, scheme: Scheme | None) -> Sequence[Constant]:
+    """What the graph holds of the layer: its codes, or float32."""
+    if scheme is None:
+        return (Constant(weight.name, "f32", (weight.rows, weight.cols)),)
+    return constants(weight, scheme, torch.float16)

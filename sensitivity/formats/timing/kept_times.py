@@ -1,0 +1,54 @@
+"""Times of layers that were measured on this machine: kept by shapes, runtime, processor, threads and version."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sensitivity.formats.timing.machine import machine, versions_of
+from sensitivity.measure.calibrate.cache import cache_folder
+from sensitivity.spec import schema
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.files import write_atomically
+from sensitivity.spec.layer_times import LAYOUTS, LayerTimes
+
+
+def keep(parts: ComponentMap, times: LayerTimes) -> None:
+    """Keep the times of a model's layers on this machine, beside those of other layouts that are kept already."""
+    file = _file(parts, times.runtime, times.threads)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(UserError):  # none are kept, or they cannot be read
+        before = _read(file, "")
+        if (before.at_once, before.tokens) == (times.at_once, times.tokens):
+            times = replace(times, layers={**before.layers, **times.layers})
+    write_atomically(file, (json.dumps(times.to_json(), indent=1) + "\n").encode())
+
+
+def kept_times(parts: ComponentMap, runtime: str | None, threads: int = 0) -> LayerTimes:
+    """What `profile` measured of a model of these shapes on this machine, or an error that says what to type."""
+    if runtime not in LAYOUTS:
+        raise UserError(f"no times are measured in {runtime}; a limit in milliseconds takes --runtime openvino")
+    threads = threads or torch.get_num_threads()
+    file = _file(parts, runtime, threads)
+    again = f"`sensitivity profile {parts.model} --runtime {runtime} --threads {threads}` measures them"
+    if not file.exists():
+        raise UserError(f"the layers of {parts.model} were not timed on this machine with {threads} threads; {again}")
+    return _read(file, again)
+
+
+def _read(file: Path, remedy: str) -> LayerTimes:
+    return LayerTimes.from_json(schema.read(file, "layer_times", remedy))
+
+
+def _file(parts: ComponentMap, runtime: str, threads: int) -> Path:
+    """Where the times of a model are kept."""
+    shapes = sorted([weight.name, weight.rows, weight.cols] for weight in parts.weights)
+    facts = [shapes, runtime, versions_of(runtime).get(runtime), dict(machine()), threads]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / "layer-times" / f"{digest[:24]}.json"

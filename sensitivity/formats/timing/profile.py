@@ -1,0 +1,160 @@
+"""profile(): times every layer of a model at every layout in a runtime, beside the whole model, and keeps the table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from sensitivity.formats.openvino.layer_graph import LayerGraph
+from sensitivity.formats.timing.intervals import STAGES as STAGES_OF_A_ROUND
+from sensitivity.formats.timing.kept_times import keep
+from sensitivity.formats.timing.machine import machine, versions_of
+from sensitivity.formats.timing.opened import CHECK
+from sensitivity.formats.timing.rows_at_once import rows_at_once
+from sensitivity.formats.timing.side_by_side import Progress, full_precision
+from sensitivity.formats.timing.timed_process import Asked, Round, timed_process
+from sensitivity.measure.generate.batches import batches
+from sensitivity.models.config_only import without_weights
+from sensitivity.models.discover import inspect
+from sensitivity.models.loading import load
+from sensitivity.spec.components import ComponentMap, Weight
+from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.layer_times import LAYOUTS, NATIVE, RESIDENT, STAGES, LayerTimes, layout_of, tokens_at_once
+from sensitivity.spec.loadable import restrict
+from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.sizes import GB
+from sensitivity.tasks.table import task as find_task
+
+ROUNDS = 12
+PROMPTS = 32  # examples whose prompts and answers say how long they are
+
+
+@dataclass
+class _Layers:
+    """The layers of one shape at one layout: a graph that is timed at each number of tokens that the model needs."""
+
+    graph: LayerGraph
+    key: tuple[int, int, str]
+    at_once: list[int]
+
+
+def profile(
+    model: str,
+    schemes: Sequence[Scheme],
+    runtime: str = "openvino",
+    task: str = "vqa",
+    n: int = ROUNDS,
+    *,
+    threads: int = 0,
+    progress: Progress = lambda done, of: None,
+) -> LayerTimes:
+    """Time the layers of a model, each at the layouts of some schemes, in turn with the model in full precision.
+
+    Layers are timed as many copies as the model has of them, so that their weights come from memory and not from a
+    cache. What the model takes beside its layers is what it takes as a whole, less its layers. The table is kept on
+    this machine, where `recommend` finds it.
+    """
+    parts, tokens = checked(model, schemes, runtime, task)
+    threads = threads or torch.get_num_threads()
+    at_once = rows_at_once(load(model, config_only=True), parts)
+    with full_precision(model, runtime, "float32") as full:
+        asked = Asked(full, model, runtime, "float32", threads, task, 1, 0)
+        with timed_process(asked) as whole:
+            first = whole.round(0)
+            tokens |= {"image": first.image_tokens, "prompt": first.prompt.count}
+            layers = _layers(parts, schemes, runtime, at_once, tokens, threads)
+            rounds, times = [], dict[tuple[int, int, str, int], list[float]]()
+            for number in range(n):
+                rounds.append(whole.round(0))
+                for one in layers:
+                    for count in one.at_once:
+                        times.setdefault((*one.key, count), []).append(_ms(*one.graph.seconds(count), threads))
+                progress(number + 1, n)
+            memory = whole.memory()
+    medians = {key: float(np.median(values)) for key, values in times.items()}
+    nothing = dict.fromkeys(STAGES, 0.0)
+    found = LayerTimes(
+        runtime, dict(machine()), threads, versions_of(runtime), task, at_once, tokens, nothing, 0.0, medians
+    )
+    native = Plan.uniform(parts, None)
+    of_layers = {stage: found.plan_cost(parts, native, f"ms_per_{stage}") for stage in STAGES}
+    rest = {stage: _whole(rounds, stage, threads) - of_layers[stage] for stage in STAGES}
+    held = memory["anonymous"] + memory["mapped"] if memory else 0
+    resident = held - GB * found.plan_cost(parts, native, RESIDENT)
+    found = replace(found, rest=rest, resident=resident)
+    keep(parts, found)
+    return found
+
+
+def checked(model: str, schemes: Sequence[Scheme], runtime: str, task: str) -> tuple[ComponentMap, dict[str, int]]:
+    """The model's parts and the tokens of an answer, after every check: before anything that takes long."""
+    if runtime not in LAYOUTS:
+        raise unknown("runtime", runtime, LAYOUTS)
+    examples = find_task(task, "evaluation", PROMPTS)
+    if examples.gallery:
+        raise UserError(f"the task {task} ranks captions; name one with answers to generate, as --task vqa")
+    parts = inspect(model, by="part")
+    restrict(parts, schemes, runtime)
+    check_runs_here(model, runtime)
+    vlm = without_weights(model)
+    lengths = [len(target) for batch in batches(vlm, examples, plain=True) for target in batch.targets]
+    return parts, {"answer": int(np.median(lengths))}
+
+
+def check_runs_here(model: str, runtime: str) -> None:
+    """Raise an error if the runtime is not installed, or cannot run the model."""
+    CHECK[runtime](model)
+
+
+def _layers(
+    parts: ComponentMap,
+    schemes: Sequence[Scheme],
+    runtime: str,
+    at_once: dict[str, int],
+    tokens: dict[str, int],
+    threads: int,
+) -> list[_Layers]:
+    """A warm graph for each shape and layout, with the numbers of tokens at which the model runs it."""
+    needed: dict[tuple[int, int], set[int]] = {}
+    copies: Counter[tuple[int, int]] = Counter()
+    example: dict[tuple[int, int], Weight] = {}
+    for weight in parts.weights:
+        shape = weight.rows, weight.cols
+        example.setdefault(shape, weight)
+        copies[shape] += 1
+        counts = {tokens_at_once(weight, stage, at_once, tokens) for stage in STAGES} - {0}
+        needed.setdefault(shape, set()).update(counts)
+    found = []
+    for shape, weight in example.items():
+        options: dict[str, Scheme | None] = {NATIVE: None}
+        for scheme in restrict(parts, schemes, runtime)[0]:
+            options.setdefault(layout_of(weight, scheme, runtime), scheme)
+        for layout, option in options.items():
+            if needed[shape] and _divides(weight, option):
+                graph = LayerGraph(weight, option, copies[shape], threads)
+                found.append(_Layers(graph, (*shape, layout), sorted(needed[shape])))
+    for one in found:
+        for count in one.at_once:
+            one.graph.seconds(count)  # the first is slower, and not counted
+    return found
+
+
+def _divides(weight: Weight, scheme: Scheme | None) -> bool:
+    """Whether the groups of a scheme divide the rows of a weight."""
+    return scheme is None or isinstance(scheme.group, str) or weight.cols % scheme.group == 0
+
+
+def _ms(wall: float, cpu: float, threads: int) -> float:
+    """Milliseconds; with one thread CPU time, which is what the clock would show on an idle machine."""
+    return 1e3 * (cpu if threads == 1 else wall)
+
+
+def _whole(rounds: Sequence[Round], stage: str, threads: int) -> float:
+    """The median milliseconds of a stage of the whole model: of one image, the whole prompt, one new token."""
+    of = dict(zip(STAGES, STAGES_OF_A_ROUND.values(), strict=True))[stage]
+    each = [_ms(of(one).wall, of(one).cpu, threads) / (1 if stage == "prompt" else of(one).count) for one in rounds]
+    return float(np.median(each))

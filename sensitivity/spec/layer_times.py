@@ -1,0 +1,182 @@
+"""LayerTimes: what a model's layers take in a runtime on one machine, and the time and memory of a plan by them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypedDict
+
+from sensitivity.spec.components import WORDS, ComponentMap, Weight
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import KEEP, Plan, Scheme, scheme_of
+from sensitivity.spec.resident import resident_bytes
+from sensitivity.spec.sizes import GB, openvino_width
+
+NATIVE = "native"  # the layout of a weight that is not quantized
+STAGES = ("image", "prompt", "token")  # one image; the whole prompt; one new token
+ANSWER, RESIDENT = "ms_per_answer", "gb_resident"
+# what a plan costs beside its bits -> the stage that it is the time of; an answer has them all
+COSTS = {"ms_per_image": "image", "ms_per_prompt": "prompt", "ms_per_token": "token", ANSWER: "", RESIDENT: ""}
+LIMITED = ("ms_per_token", ANSWER, RESIDENT)  # costs that a request can limit
+# runtime -> how it stores the codes of a scheme, which is all of a scheme that its times depend on
+LAYOUTS = {
+    "openvino": lambda scheme: (
+        f"{'symmetric' if scheme.symmetric else 'asymmetric'} {openvino_width(scheme.bits)} {scheme.group}"
+    )
+}
+
+
+class EntryJson(TypedDict):
+    """The time of one layer as JSON values."""
+
+    rows: int
+    cols: int
+    layout: str
+    at_once: int
+    ms: float
+
+
+class TimesJson(TypedDict):
+    """The times of a model's layers as JSON values."""
+
+    runtime: str
+    machine: dict[str, object]
+    threads: int
+    versions: dict[str, str]
+    task: str
+    at_once: dict[str, int]
+    tokens: dict[str, int]
+    rest: dict[str, float]
+    resident: float
+    layers: list[EntryJson]
+
+
+Key = tuple[int, int, str, int]  # rows, columns, layout, tokens at once
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """What each layer takes, at each layout and number of tokens, and what a model takes beside its layers.
+
+    at_once: the tokens that each weight of the vision tower and the connector reads for one image. tokens: those of an
+    image, of the prompt and of an answer. rest: milliseconds of each stage that are not in any layer. resident: bytes
+    in memory that are not of any layer.
+    """
+
+    runtime: str
+    machine: Mapping[str, object]
+    threads: int
+    versions: Mapping[str, str]
+    task: str
+    at_once: Mapping[str, int]
+    tokens: Mapping[str, int]
+    rest: Mapping[str, float]
+    resident: float
+    layers: Mapping[Key, float]
+
+    def component_cost(self, parts: ComponentMap, name: str, scheme: Scheme | None, cost: str) -> float:
+        """What one component takes at one scheme, in the unit of the cost."""
+        weights = parts[name].weights
+        if cost == RESIDENT:
+            return sum(resident_bytes(self.runtime, scheme, weight, parts.native_bits) for weight in weights) / GB
+        return sum(times * self._weight_ms(w, scheme, stage) for stage, times in self._stages(cost) for w in weights)
+
+    def fixed_cost(self, cost: str) -> float:
+        """What a model takes whatever its plan."""
+        if cost == RESIDENT:
+            return self.resident / GB
+        return sum(times * self.rest[stage] for stage, times in self._stages(cost))
+
+    def plan_cost(self, parts: ComponentMap, plan: Plan, cost: str) -> float:
+        """What a plan takes, predicted."""
+        return self.fixed_cost(cost) + sum(
+            self.component_cost(parts, c.name, plan[c.name], cost) for c in parts.components
+        )
+
+    def knows(self, parts: ComponentMap, plan: Plan) -> bool:
+        """Whether all layers of a plan were timed."""
+        try:
+            self.plan_cost(parts, plan, ANSWER)
+        except UserError:
+            return False
+        return True
+
+    def answer_by_part(self, parts: ComponentMap, plan: Plan) -> dict[str, float]:
+        """Where the milliseconds of an answer go: each stage with what is not in any layer, the connector apart."""
+        connector = sum(
+            self.component_cost(parts, c.name, plan[c.name], "ms_per_image")
+            for c in parts.components
+            if c.part == "connector"
+        )
+        took = {stage: self.plan_cost(parts, plan, f"ms_per_{stage}") for stage in STAGES}
+        tokens = (self.tokens["answer"] - 1) * took["token"]
+        return {
+            "vision": took["image"] - connector, "connector": connector, "prompt": took["prompt"], "new tokens": tokens,
+        }  # fmt: skip
+
+    def _stages(self, cost: str) -> list[tuple[str, float]]:
+        """The stages that a cost in milliseconds counts, and how often."""
+        if cost != ANSWER:
+            return [(COSTS[cost], 1.0)]
+        return [("image", 1.0), ("prompt", 1.0), ("token", self.tokens["answer"] - 1.0)]
+
+    def _weight_ms(self, weight: Weight, scheme: Scheme | None, stage: str) -> float:
+        at_once = tokens_at_once(weight, stage, self.at_once, self.tokens)
+        if not at_once:
+            return 0.0
+        layout = layout_of(weight, scheme, self.runtime)
+        key = (weight.rows, weight.cols, layout, at_once)
+        if key not in self.layers:
+            known = sorted({one for rows, cols, one, _ in self.layers if (rows, cols) == (weight.rows, weight.cols)})
+            raise UserError(
+                f"no time is known of {weight.name} at {scheme}, which {self.runtime} stores as '{layout}'; known are "
+                f"{', '.join(known) or 'none of this shape'}; `sensitivity profile MODEL --runtime "
+                f"{self.runtime}` measures those of its --bits, --group and --symmetric"
+            )
+        return self.layers[key]
+
+    def to_json(self) -> TimesJson:
+        """The times as JSON values."""
+        layers: list[EntryJson] = [
+            {"rows": rows, "cols": cols, "layout": layout, "at_once": at_once, "ms": ms}
+            for (rows, cols, layout, at_once), ms in self.layers.items()
+        ]
+        return {
+            "runtime": self.runtime,
+            "machine": dict(self.machine),
+            "threads": self.threads,
+            "versions": dict(self.versions),
+            "task": self.task,
+            "at_once": dict(self.at_once),
+            "tokens": dict(self.tokens),
+            "rest": dict(self.rest),
+            "resident": self.resident,
+            "layers": layers,
+        }
+
+    @classmethod
+    def from_json(cls, data: TimesJson) -> LayerTimes:
+        """The times that `to_json` wrote."""
+        layers = {(one["rows"], one["cols"], one["layout"], one["at_once"]): one["ms"] for one in data["layers"]}
+        return cls(
+            data["runtime"], data["machine"], data["threads"], data["versions"], data["task"], data["at_once"],
+            data["tokens"], data["rest"], data["resident"], layers,
+        )  # fmt: skip
+
+
+def layout_of(weight: Weight, scheme: Scheme | None, runtime: str) -> str:
+    """How a runtime stores the codes of a weight, in words that two schemes share if it stores both alike."""
+    if scheme is None or scheme.method == KEEP:
+        return NATIVE
+    return LAYOUTS[runtime](scheme_of(weight, scheme))
+
+
+def tokens_at_once(weight: Weight, stage: str, at_once: Mapping[str, int], tokens: Mapping[str, int]) -> int:
+    """How many tokens a weight reads at once in a stage; 0 where it reads none, or is looked up."""
+    if weight.looked_up and weight.tied is None:
+        return 0
+    if weight.part != "language":
+        return at_once[weight.name] if stage == "image" else 0
+    if weight.kind in WORDS:
+        return 0 if stage == "image" else 1  # logits are computed for the last token alone
+    return {"image": 0, "prompt": tokens["prompt"], "token": 1}[stage]

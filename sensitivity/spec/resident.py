@@ -1,0 +1,29 @@
+"""What a weight holds in memory while a runtime runs it: packed codes, and pages of the file that it is mapped from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sensitivity.spec.components import Weight
+from sensitivity.spec.plan import KEEP, Scheme, scheme_of
+from sensitivity.spec.sizes import groups, openvino_width, weight_bits
+
+FLOAT = 32  # bits of what is computed with
+
+
+def _openvino(scheme: Scheme | None, weight: Weight) -> int:
+    """Bits of OpenVINO's own copy: codes stay packed; scales, zero points and what is kept become floats."""
+    if scheme is None or scheme.method == KEEP:
+        return FLOAT * weight.numel
+    scheme = scheme_of(weight, scheme)
+    per_group = FLOAT * (1 if scheme.symmetric else 2)
+    return openvino_width(scheme.bits) * weight.numel + per_group * groups(scheme, weight.rows, weight.cols)
+
+
+# runtime -> bits of the copy that it makes of a weight; the file that it maps is counted beside it
+COPIES: dict[str, Callable[[Scheme | None, Weight], int]] = {"openvino": _openvino}
+
+
+def resident_bytes(runtime: str, scheme: Scheme | None, weight: Weight, native_bits: int) -> float:
+    """Bytes of a weight in memory, anonymous and mapped."""
+    return (COPIES[runtime](scheme, weight) + weight_bits(scheme, weight, native_bits, runtime)) / 8

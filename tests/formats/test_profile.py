@@ -1,0 +1,68 @@
+"""Times of layers: which layers are timed at how many tokens, the whole way in OpenVINO, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sensitivity.cli import main as cli
+from sensitivity.formats.timing.kept_times import kept_times
+from sensitivity.formats.timing.profile import checked
+from sensitivity.formats.timing.rows_at_once import rows_at_once
+from sensitivity.models.discover import inspect
+from sensitivity.models.loading import load
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Plan, Scheme
+
+MODEL = "embedded:scenes-llava"
+
+
+def test_tokens_are_counted_without_weights() -> None:
+    """One row per patch and one for the class token in the tower; only the patches reach the projector."""
+    vlm = load(MODEL, config_only=True)
+    parts, vision = inspect(vlm, by="part"), vlm.model.config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    found = rows_at_once(vlm, parts)
+    assert set(found) == {weight.name for weight in parts.weights if weight.part != "language"}
+    assert {found[w.name] for w in parts["connector"].weights} == {patches}
+    used = {found[w.name] for w in parts["vision"].weights}
+    assert used <= {0, patches + 1}  # a layer behind the one that is used reads nothing
+    assert patches + 1 in used
+
+
+def test_a_query_transformer_reads_its_queries_and_the_patches() -> None:
+    vlm = load("embedded:scenes-blip2", config_only=True)
+    parts, config = inspect(vlm, by="kind"), vlm.model.config
+    found = rows_at_once(vlm, parts)
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
+    seen = {found[weight.name] for weight in parts.weights if weight.part == "connector"}
+    assert seen == {config.num_query_tokens, patches}  # keys and values of cross attention come from the patches
+
+
+def test_what_cannot_be_timed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["profile", MODEL, "--runtime", "gptq"]) == 2
+    assert "unknown runtime 'gptq'; choose from openvino" in capsys.readouterr().err
+    with pytest.raises(UserError, match="ranks captions"):
+        checked(MODEL, [Scheme("rtn", 4)], "openvino", "retrieval")
+    with pytest.raises(UserError, match="openvino can load nothing of this space"):
+        checked(MODEL, [Scheme("rtn", 4, 7)], "openvino", "vqa")
+
+
+def test_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openvino", reason="needs the extra `openvino` (60 MB), which CI does not install")
+    monkeypatch.setenv("SENSITIVITY_CACHE", str(tmp_path))
+    words = ["profile", MODEL, "--runtime", "openvino", "--bits", "2,3,4", "--n", "6", "--threads", "1", "--json"]
+    assert cli.main(words) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    parts = inspect(MODEL, by="part")
+    times = kept_times(parts, "openvino", 1)
+    assert found["layers"] == times.to_json()["layers"]
+    assert all(ms > 0 for ms in times.layers.values())
+    native = Plan.uniform(parts, None)
+    for cost, value in found["uniform"]["full precision"].items():
+        assert value == times.plan_cost(parts, native, cost)
+        assert value > 0  # what was measured of the whole model
+    assert found["uniform"]["rtn:3"]["ms_per_token"] == found["uniform"]["rtn:4"]["ms_per_token"]  # stored alike
