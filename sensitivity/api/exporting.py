@@ -64,12 +64,13 @@ def export(
     codes: Codes | None = None,
     path: str | None = None,
     keep: Iterable[Path] = (),
+    note: bool = True,
 ) -> Path:
     """Write a plan as files that a runtime loads; for one that it cannot load, the error names the best that it can.
 
     What is at `out` is replaced only with `force`, and only if an earlier export wrote it; what is in `keep`, never.
     With another calibration `path` (float, exposed or both), calibrated methods are calibrated again on that path, and
-    the gain is measured.
+    the gain is measured. Without `note` the study does not list the export.
 
     Examples:
         >>> from sensitivity import export
@@ -103,6 +104,8 @@ def export(
         summary = write(job, out, format, force, {**trial, **gain}, runtime, expected, lambda: computed.notes)
     if format == "plan":
         return out if out.suffix == ".json" else out / "plan.json"
+    if not note:
+        return out
     weighs = summary.get("written") or summary["predicted_size"]
     about = {"format": format, "plan": plan.describe(), "bytes": weighs["bytes"], "bpw": weighs["bpw"]}
     exports.write_note(study.path, out, {**about, "written": "written" in summary, **gain})

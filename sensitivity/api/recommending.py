@@ -12,6 +12,7 @@ from sensitivity.api.sweeping import begin_sweep
 from sensitivity.measure.loop import Step, versions
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
+from sensitivity.spec.layer_times import LayerTimes
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 
@@ -62,14 +63,19 @@ def recommend_each(study: Study, request: PlanRequest, run: VLM | None = None) -
 
 
 def begin_recommendation(
-    study: Study, request: PlanRequest, run: VLM | None = None, proposals: Proposed | None = None
+    study: Study,
+    request: PlanRequest,
+    run: VLM | None = None,
+    proposals: Proposed | None = None,
+    times: LayerTimes | None = None,
 ) -> tuple[Callable[[], list[Recommendation]], Iterator[Step]]:
     """A function that returns the recommendations, and an iterator that runs the verification step by step.
 
     The iterator must be exhausted first: the command line shows progress between its steps. `proposals`: for each
-    budget the candidates to run and their rival; by default the best that the study's surrogate predicts.
+    budget the candidates to run and their rival; by default the best that the study's surrogate predicts. `times`: what
+    layers take in the runtime, for a request with limits.
     """
-    proposals = proposals or proposed(study, request)
+    proposals = proposals or proposed(study, request, times)
     if run is None:
         return lambda: _judged(study, None, proposals, request), iter(())
     if study.meta.get("fingerprint") != run.fingerprint:

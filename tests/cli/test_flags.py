@@ -25,6 +25,7 @@ LINES = {  # a command of each verb with which nothing is wrong
     "plan": f"{MODEL} --n 4 --bits 2,4,8 --bpw 14 --out new",
     "explain": f"{MODEL} --bits 2,4,8 --out new",
     "speculate": f"{MODEL} --n 4 --activation-bits 4,8",
+    "profile": f"{MODEL} --runtime openvino",
     "rank": "study",
     "recommend": "study --bpw 6",
     "legalize": "study --runtime gptq --bpw 8",
@@ -52,19 +53,24 @@ FITTING = {  # a value of each flag with which nothing is wrong: what is refused
     "--near": "0.5", "--bootstraps": "10", "--bpw": "6", "--gb": "0.5", "--weight": "vqa=2", "--floor": "vqa=95%",
     "--top": "1", "a": "study", "b": "study", "--plan": "a79dde72", "--every": "1",
     "--minutes": "5", "--scores": "gram,fisher", "--draft": "5",
+    "--ms-per-token": "1e6", "--ms-per-answer": "1e6", "--gb-resident": "1",
+    "--minutes": "5", "--scores": "gram,fisher",
     "--model": MODEL, "--format": "fake", "--part": "c=connector", "--switch": "on=connector",
     "--kinds": "x=ff", "--numel": "vision=1_000", "--kind": "k", "--score": "s", "--total": "1000000000",
 }  # fmt: skip
 OWN = {  # where a verb means something else by a flag
     ("import", "--bits"): "b", ("legalize", "--out"): "other.json", ("failures", "--kind"): "count",
     ("failures", "--out"): "other.html", ("compare", "--out"): "other.html", ("table", "--out"): "other.parquet",
-    ("bench", "--runtime"): "transformers",
+    ("bench", "--runtime"): "transformers", ("profile", "--runtime"): "openvino",
+    ("demo", "--runtime"): "openvino",
     ("explain", "source"): MODEL, ("explain", "--path"): "float", ("explain", "--plan"): "1",
     ("plan", "--path"): "float", ("speculate", "--activation-bits"): "2,8",
 }  # fmt: skip
 GPTQ = ("--set", "--backend", "--calibration", "--calibration-n", "--path", "--cache-gb")
 BESIDE = {  # what a flag needs beside it, where it means nothing alone
     **{(verb, flag): "--method gptq" for verb in ("inspect", "sweep", "speculate") for flag in GPTQ},
+    **{(verb, flag): "--method gptq" for verb in ("inspect", "sweep") for flag in GPTQ},
+    **{("recommend", f"--{name}"): "--runtime openvino" for name in ("ms-per-token", "ms-per-answer", "gb-resident")},
     ("sweep", "--activation-scale"): "--activation-bits 8", ("sweep", "--cache-group"): "--cache-bits 4",
     **{(verb, "--biases"): "--method rtn" for verb in ("plan", "explain")},
     ("export", "--path"): "--format fake", ("export", "--model"): "--format fake",
@@ -93,6 +99,9 @@ FINE = {
     ("--cache-gb", "fraction"): "an amount may be a fraction",
     ("--memory-gb", "fraction"): "an amount may be a fraction",
     ("--minutes", "fraction"): "minutes may be a fraction",
+    ("--ms-per-token", "fraction"): "milliseconds may be a fraction",
+    ("--ms-per-answer", "fraction"): "milliseconds may be a fraction",
+    ("--gb-resident", "fraction"): "an amount may be a fraction",
     ("--bpw", "fraction"): "a budget may be a fraction",
     ("--gb", "fraction"): "a budget may be a fraction",
     **{("--out", kind): "a file may be called that" for kind in KINDS if kind not in (
@@ -210,6 +219,9 @@ NAMED = (  # what people typed, and what must be named in the answer
     ("bench export --n 5", "--n takes a whole number from 6 to 10,000"),
     ("bench export --task vqa --runtime gptq", "unknown runtime 'gptq'; choose from openvino, transformers"),
     ("bench study --task vqa", "study is not an export: it has no sensitivity.json"),
+    ("profile MODEL", "still needed: --runtime"),
+    ("recommend study --ms-per-token 5", "--ms-per-token is about a runtime on this machine; name it too"),
+    ("recommend study --ms-per-token 0 --runtime openvino", "--ms-per-token takes milliseconds above 0"),
     ("rank study --json=1", "ignored explicit argument"),
 )  # fmt: skip
 
@@ -351,6 +363,8 @@ def there(place: Path, scenes_llava: Any, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("api.exporting", "_on_path"),
         ("formats.verification", "_in_fresh_process"),
         ("formats.timing.side_by_side", "in_turn"),
+        ("formats.timing.profile", "check_runs_here"),
+        ("formats.timing.kept_times", "kept_times"),
         ("study.importing.imported_study", "component_map"),
         ("study.sharing.table_file", "write"),
         ("cli.verbs.demo", "_typed"),

@@ -10,6 +10,8 @@ import numpy as np
 
 from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted, Program
 from sensitivity.analysis.allocate.one_by_one import one_by_one
+from sensitivity.analysis.allocate.run_time import RunTimeLimits
+from sensitivity.analysis.allocate.run_time import in_words as in_words_of
 from sensitivity.analysis.observations import check_task
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
@@ -111,6 +113,7 @@ def spend(
     """
     program = Program(knapsack, allowed, tied)
     program.at_most(budget - knapsack.kept)
+    program.run_time()
     if not all(knapsack.models[task].is_formula for task in {*weights, *(floors or {})}):
         rows = one_by_one(program, weights, floors or {}, budget, top)
     else:
@@ -131,8 +134,10 @@ def spend(
 
 
 def fits(knapsack: Knapsack, row: Floats, budget: int) -> bool:
-    """Whether a plan fits the budget to the bit: HiGHS accepts one that exceeds it within its tolerance."""
-    return knapsack.size(knapsack.space.decode(row)).bits <= budget
+    """Whether a plan fits the budget to the bit, and every limit: HiGHS accepts what exceeds them by its tolerance."""
+    plan = knapsack.space.decode(row)
+    limits = knapsack.limits
+    return knapsack.size(plan).bits <= budget and (limits is None or limits.hold(knapsack.parts, plan))
 
 
 def _one_task(program: Program, task: str, budget: int, top: int) -> list[Floats]:
@@ -195,6 +200,8 @@ def infeasible(
             f"{f' in {knapsack.format} files' if knapsack.format else ''}) can be reached; "
             "ask for more, or sweep lower widths (--bits)"
         )
+    if knapsack.limits is not None:
+        return UserError(_too_slow(knapsack, knapsack.limits, allowed, tied, f"{budget / numel:.2f} bpw"))
     # a small enough plan exists, so a floor is what fails: the smallest plan that keeps it
     needed = Program(knapsack, allowed, tied)
     for name, share in floors.items():
@@ -210,6 +217,25 @@ def infeasible(
     )
 
 
+def _too_slow(
+    knapsack: Knapsack, limits: RunTimeLimits, allowed: Allowed | None, tied: Sequence[Sequence[str]], budget: str
+) -> str:
+    """Which limit no plan meets, and what can be reached; or that they cannot be met together."""
+    for cost, (costs, _) in limits.rows(knapsack.parts, knapsack.space).items():
+        program = Program(knapsack, allowed, tied)
+        program.limit(costs, np.inf)  # forbids what was never timed
+        least = program.minimize(dict(enumerate(np.nan_to_num(costs))))
+        assert least is not None  # full precision is always timed
+        reached = limits.times.fixed_cost(cost) + least[1]
+        if reached > limits.most[cost]:
+            return (
+                f"no measured plan takes at most {in_words_of(cost, limits.most[cost])} in {limits.times.runtime} on "
+                f"this machine: {in_words_of(cost, reached)} can be reached; ask for more"
+            )
+    asked = " and ".join(in_words_of(cost, most) for cost, most in limits.most.items())
+    return f"no measured plan meets {budget}, {asked} and every floor at once; ask for more of one of them"
+
+
 def best_uniform(
     knapsack: Knapsack,
     budget: float,
@@ -222,6 +248,8 @@ def best_uniform(
     shared = set.intersection(*(set(options) for options in knapsack.space.choices))
     plans = [Plan.uniform(parts, choice) for choice in sorted(shared, key=str)]
     plans = [plan for plan in plans if knapsack.size(plan).bits <= budget_bits(parts, budget) and fits(plan)]
+    if knapsack.limits is not None:
+        plans = [plan for plan in plans if knapsack.limits.hold(parts, plan)]
     candidates = [
         Candidate(plan, knapsack.size(plan), budget, 0, predicted)
         for plan, predicted in zip(plans, knapsack.predicted(plans), strict=True)

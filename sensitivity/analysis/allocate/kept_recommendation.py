@@ -11,15 +11,17 @@ from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.legal import candidates as legal_candidates
 from sensitivity.analysis.allocate.recommendation import Recommendation, RecommendationJson, digest
 from sensitivity.analysis.allocate.request import PlanRequest
+from sensitivity.analysis.allocate.run_time import RunTimeLimits, check_limits
 from sensitivity.analysis.observations import check_task
 from sensitivity.spec import schema
 from sensitivity.spec.errors import UserError
+from sensitivity.spec.layer_times import LayerTimes
 from sensitivity.spec.limits import Allowed, allowed_by, tied_groups
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.plan_file import write_file
 from sensitivity.spec.runtimes.rules import violations
 from sensitivity.spec.runtimes.table import files_of
-from sensitivity.study.storage import paths
+from sensitivity.study.storage import layer_times, paths
 from sensitivity.study.study import Study
 
 REPAIR = "`sensitivity recommend` writes it anew; or delete it"
@@ -94,7 +96,7 @@ def since(study: Study, recommendations: Sequence[Recommendation]) -> list[str]:
     ]
     request = PlanRequest.from_json(asked)
     try:
-        fresh = proposed(study, request)
+        fresh = proposed(study, request, layer_times.read(study.path))
     except UserError as error:
         return [*sentences, f"Nothing could be recommended now: {error}."]
     ours = {f"{one.budget:.4g}": one.plan for one in recommendations}
@@ -120,13 +122,21 @@ def check_request(study: Study, request: PlanRequest) -> tuple[Allowed | None, l
     for task in (*request.weights, *request.floors):
         check_task(study, task)
     files_of(request.runtime)
+    check_limits(request.limits, request.runtime)
     return allowed_by(study.parts.names, request.allow), tied_groups(study.parts.names, request.tie)
 
 
-def proposed(study: Study, request: PlanRequest) -> Proposed:
-    """For each budget, the best few plans by prediction, and the best uniform plan under the same conditions."""
+def proposed(study: Study, request: PlanRequest, times: LayerTimes | None = None) -> Proposed:
+    """For each budget, the best few plans by prediction, and the best uniform plan under the same conditions.
+
+    times: what layers take in the runtime, which a request with limits needs.
+    """
     runtime, (allow, tie) = request.runtime, check_request(study, request)
-    knapsack = Knapsack.of(study, list(dict.fromkeys([*request.weights, *request.floors])), files_of(runtime))
+    if request.limits and times is None:
+        raise UserError(f"limits on time or memory need the times of layers: `sensitivity profile {study.parts.model}`")
+    limits = RunTimeLimits(times, request.limits) if times is not None and request.limits else None
+    tasks = list(dict.fromkeys([*request.weights, *request.floors]))
+    knapsack = Knapsack.of(study, tasks, files_of(runtime), limits)
 
     def fits(plan: Plan) -> bool:
         return not (runtime and violations(study.parts, plan, runtime)) and all(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
+from sensitivity.analysis.allocate.run_time import RunTimeLimits
 from sensitivity.analysis.observations import observations_of
 from sensitivity.analysis.surrogate.space import Choice, Space
 from sensitivity.analysis.surrogate.surrogate import Surrogate, fit_surrogate
@@ -51,9 +52,12 @@ class Knapsack:
     models: dict[str, Surrogate]
     kept: int  # bits that no choice changes
     format: str | None = None
+    limits: RunTimeLimits | None = None  # what a plan may take while it runs
 
     @classmethod
-    def of(cls, study: Study, tasks: Sequence[str], format: str | None = None) -> Knapsack:
+    def of(
+        cls, study: Study, tasks: Sequence[str], format: str | None = None, limits: RunTimeLimits | None = None
+    ) -> Knapsack:
         """The knapsack of a study: every scheme that it measured or has an expectation of, and fitted surrogates."""
         expected = read_expected(study.path)
         space = Space.of([trial.plan for trial in study.measured()], expected)
@@ -70,7 +74,7 @@ class Knapsack:
                 observations.noises,
                 expected=expected,
             )
-        return cls.build(study.parts, space, models, format)
+        return replace(cls.build(study.parts, space, models, format), limits=limits)
 
     @classmethod
     def build(
@@ -166,6 +170,19 @@ class Program:
         weights = np.concatenate(self.knapsack.bits)
         unit = float(weights.max())  # HiGHS's tolerances are absolute: coefficients are scaled to about 1
         self.rows.append(({i: w / unit for i, w in enumerate(weights)}, -np.inf, bits / unit))
+
+    def limit(self, costs: Floats, most: float) -> None:
+        """Limit the sum of what all chosen schemes cost: milliseconds, or memory; NaN forbids a choice."""
+        for i in np.flatnonzero(np.isnan(costs)):
+            self.high[i] = 0
+        unit = max(float(np.nanmax(np.abs(costs))), 1e-300)
+        self.rows.append(({i: c / unit for i, c in enumerate(np.nan_to_num(costs))}, -np.inf, most / unit))
+
+    def run_time(self) -> None:
+        """Demand all limits of the knapsack on what a plan takes while it runs."""
+        if self.knapsack.limits is not None:
+            for costs, most in self.knapsack.limits.rows(self.knapsack.parts, self.knapsack.space).values():
+                self.limit(costs, most)
 
     def keep(self, task: str, share: float) -> None:
         """Demand at least this share of full precision's score, as predicted: a limit on the total damage."""

@@ -19,6 +19,7 @@ class RequestJson(TypedDict, total=False):
     tie: list[list[str]]
     runtime: str | None
     top: int
+    limits: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class PlanRequest:
     weights: task -> how much its share of full precision counts. floors: task -> share of full precision that must be
     kept. allow: pattern of component names -> widths, 16 for native. tie: groups of patterns whose components share
     their scheme. runtime: what is to load the plan; budgets then count the bits in its files. top: how many
-    candidates are considered for each budget.
+    candidates are considered for each budget. limits: what a plan may take there at most: ms_per_token, ms_per_answer,
+    gb_resident.
     """
 
     bpw: tuple[float, ...]
@@ -38,10 +40,11 @@ class PlanRequest:
     tie: Sequence[Sequence[str]] = ()
     runtime: str | None = None
     top: int = TOP
+    limits: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> RequestJson:
         """The request as JSON values."""
-        return {
+        found: RequestJson = {
             "bpw": list(self.bpw),
             "weights": dict(self.weights),
             "floors": dict(self.floors),
@@ -50,6 +53,7 @@ class PlanRequest:
             "runtime": self.runtime,
             "top": self.top,
         }
+        return {**found, "limits": dict(self.limits)} if self.limits else found
 
     @classmethod
     def from_json(cls, data: RequestJson) -> PlanRequest:
@@ -62,4 +66,5 @@ class PlanRequest:
             data.get("tie", ()),
             data.get("runtime"),
             data.get("top", TOP),
+            data.get("limits", {}),
         )

@@ -28,6 +28,7 @@ WIDEST = 16  # bits, which means native precision
 BPW = 64.0
 GB = 1e6
 MINUTES = 1e6
+MS = 1e9
 NAME, FILE_NAME, PATH = 200, 200, 3_800  # bytes; systems allow 255 and 4,096, and the files of a study make both longer
 
 WHOLE = re.compile(r"[+-]?[0-9]{1,30}")
@@ -100,6 +101,11 @@ def size(text: str) -> float:
 def minutes(text: str) -> float:
     """A time in minutes."""
     return _number(text, f"minutes above 0 and at most {MINUTES:,.0f}, such as 5", MINUTES, above=True)
+
+
+def milliseconds(text: str) -> float:
+    """A limit in milliseconds."""
+    return _number(text, f"milliseconds above 0 and at most {MS:,.0f}, such as 12.5", MS, above=True)
 
 
 def bpw(text: str) -> float:

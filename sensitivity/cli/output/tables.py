@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from sensitivity.api.explaining import Explanation
     from sensitivity.measure.attribution.scores import Attribution
     from sensitivity.measure.forecast.forecast import Forecast
+    from sensitivity.spec.components import ComponentMap
+    from sensitivity.spec.layer_times import LayerTimes
+    from sensitivity.spec.plan import Plan
     from sensitivity.study.study import Study
 
 
@@ -206,6 +209,23 @@ def recommendation(best: Recommendation) -> None:
         if best.uniform is not None:
             print(f"  best uniform plan within the budget: {best.uniform.other.describe()}, {best.uniform.score}")
     print(f"  {best.words}")
+
+
+def run_time(plan: Plan, parts: ComponentMap, times: LayerTimes, limits: Mapping[str, float]) -> None:
+    """Print what a plan is predicted to take in its runtime, and where the time of an answer goes."""
+    from sensitivity.analysis.allocate.run_time import in_words as cost_in_words
+    from sensitivity.spec.layer_times import COSTS, LIMITED
+
+    took = {cost: times.plan_cost(parts, plan, cost) for cost in COSTS}
+    each = [
+        cost_in_words(cost, took[cost]) + (f" of at most {limits[cost]:g}" if cost in limits else "")
+        for cost in LIMITED
+    ]
+    print(f"  predicted in {times.runtime}, {times.threads} threads: {', '.join(each)}")
+    tokens = (times.tokens["answer"] - 1) * took["ms_per_token"]
+    stages = {"image": took["ms_per_image"], "prompt": took["ms_per_prompt"], "tokens after the first": tokens}
+    shares = [f"{name} {ms / sum(stages.values()):.0%}" for name, ms in stages.items()]
+    print(f"  of an answer: {', '.join(shares)}")
 
 
 def _interval(row: pd.Series, task: str) -> str:

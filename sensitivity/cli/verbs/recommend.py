@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.output.progress import show_progress
-from sensitivity.cli.output.tables import answer_counts, recommendation
+from sensitivity.cli.output.tables import answer_counts, recommendation, run_time
+from sensitivity.cli.output.ticker import counted
 
 if TYPE_CHECKING:
     from sensitivity.analysis.allocate.recommendation import Recommendation
+    from sensitivity.analysis.allocate.request import PlanRequest
+    from sensitivity.api.in_runtime import InRuntime
+    from sensitivity.models.vlm import VLM
+    from sensitivity.spec.layer_times import LayerTimes
     from sensitivity.study.study import Study
 
 ABOUT = "choose the best plan for a budget, and verify it by running it"
@@ -34,6 +39,12 @@ def arguments(p: argparse.ArgumentParser) -> None:
     )
     flags.limits(p)
     flags.runtime(p, "only plans that this runtime can load, such as compressed-tensors")
+    g = p.add_argument_group("in the runtime", "limits, alone or beside --bpw or --gb, by what `profile` measured here")
+    g.add_argument("--ms-per-token", type=values.milliseconds, metavar="X", help="for one new token, at most")
+    g.add_argument(
+        "--ms-per-answer", type=values.milliseconds, metavar="X", help="for image, prompt and answer, at most"
+    )
+    g.add_argument("--gb-resident", type=values.size, metavar="X", help="in memory, in GB (10^9 bytes), at most")
     p.add_argument(
         "--top", type=values.top, default=3, metavar="K", help="how many plans are run per budget (default: 3)"
     )
@@ -45,30 +56,21 @@ def arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Choose a plan for each budget, measure it, and store it in the study."""
     from sensitivity.analysis.allocate.kept_recommendation import check_request, save
-    from sensitivity.analysis.allocate.request import PlanRequest
     from sensitivity.analysis.observations import observations_of
     from sensitivity.api.recommending import begin_recommendation
+    from sensitivity.formats.timing.kept_times import kept_times
     from sensitivity.models.loading import device_of, dtype_of, load
-    from sensitivity.spec.errors import UserError
-    from sensitivity.spec.runtimes.table import files_of
-    from sensitivity.spec.sizes import bpw_in_gb, header_bytes
+    from sensitivity.study.storage import layer_times
     from sensitivity.study.study import Study
 
-    if args.gb is not None:
-        flags.without_effect(args, ["--bpw"], "beside --gb, as there is one kind of budget")
     if args.no_run:
         flags.without_effect(args, ["--top", "--model", "--device", "--dtype"], "with --no-run")
     device_of(args.device)
     dtype_of(args.dtype)
     study = Study(args.study)
-    if args.task and args.weight:
-        raise UserError("either --task names the one task that decides, or --weight says how much each counts")
-    headers = header_bytes(study.parts) if files_of(args.runtime) else 0  # GB count headers of files too, bpw does not
-    bpw = args.bpw if args.gb is None else tuple(bpw_in_gb(study.parts, gb, headers) for gb in args.gb)
-    weights = dict(flags.distinct("--weight", args.weight)) or {args.task or study.tasks[0]: 1.0}
-    floors, allow = dict(flags.distinct("--floor", args.floor)), dict(flags.distinct("--allow", args.allow))
-    request = PlanRequest(bpw, weights, floors, allow, args.tie, args.runtime, args.top)
+    request = _request(args, study)
     check_request(study, request)
+    times = kept_times(study.parts, args.runtime, args.threads or 0) if request.limits else None
     if "fingerprint" not in study.meta:
         flags.without_effect(
             args, ["--model", "--device", "--dtype"], "for an imported table, which has no model to run"
@@ -77,24 +79,75 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     vlm = None
     if not args.no_run and "fingerprint" in study.meta:
         vlm = load(str(model), device=args.device, dtype=args.dtype or study.meta["dtype"])
-    recommendations, steps = begin_recommendation(study, request, vlm)
+    recommendations, steps = begin_recommendation(study, request, vlm, times=times)
     if vlm is not None:
         show_progress(steps, "verifying")
     best = recommendations()
+    if times is not None:
+        layer_times.save(study.path, times)
     paths = save(study, best)
-    notes = dict.fromkeys(note for task in weights for note in observations_of(study, task).notes)
+    ran = [None if times is None or vlm is None else _in_runtime(args, study, one, vlm, times) for one in best]
+    notes = dict.fromkeys(note for task in request.weights for note in observations_of(study, task).notes)
     if not args.json:
         for note in notes:
             print(f"note: {note}")
-        for one, path in zip(best, paths, strict=True):
+        for one, path, outcome in zip(best, paths, ran, strict=True):
             recommendation(one)
+            if times is not None:
+                run_time(one.plan, study.parts, times, request.limits)
+            if outcome is not None:
+                print(f"  {outcome.words}")
             print(f"  plan: {path}")
         answer_counts({f"{one.plan.key[:8]} {one.plan.describe()}": _counts(study, one) for one in best})
     facts = [
-        {**one.to_json(), "path": str(path), "answers": _counts(study, one)}
-        for one, path in zip(best, paths, strict=True)
+        {**one.to_json(), "path": str(path), "answers": _counts(study, one), **_run_time(study, one, times, outcome)}
+        for one, path, outcome in zip(best, paths, ran, strict=True)
     ]
     return facts[0] | {"notes": list(notes)} | ({"budgets": facts} if len(facts) > 1 else {})
+
+
+def _request(args: argparse.Namespace, study: Study) -> PlanRequest:
+    """What is asked of a plan, by the flags."""
+    from sensitivity.analysis.allocate.request import PlanRequest
+    from sensitivity.spec.errors import UserError
+    from sensitivity.spec.layer_times import LIMITED
+    from sensitivity.spec.plan import Plan
+    from sensitivity.spec.runtimes.table import files_of
+    from sensitivity.spec.sizes import bpw_in_gb, header_bytes, size
+
+    if args.gb is not None:
+        flags.without_effect(args, ["--bpw"], "beside --gb, as there is one kind of budget")
+    if args.task and args.weight:
+        raise UserError("either --task names the one task that decides, or --weight says how much each counts")
+    headers = header_bytes(study.parts, files_of(args.runtime))  # GB count headers of files too, bpw does not
+    bpw = args.bpw if args.gb is None else tuple(bpw_in_gb(study.parts, gb, headers) for gb in args.gb)
+    limits = {cost: getattr(args, cost) for cost in LIMITED if getattr(args, cost) is not None}
+    if limits and args.gb is None and "bpw" not in getattr(args, "given", ()):  # no other budget was asked for
+        bpw = (size(study.parts, Plan.uniform(study.parts, None)).bpw,)
+    weights = dict(flags.distinct("--weight", args.weight)) or {args.task or study.tasks[0]: 1.0}
+    floors, allow = dict(flags.distinct("--floor", args.floor)), dict(flags.distinct("--allow", args.allow))
+    return PlanRequest(bpw, weights, floors, allow, args.tie, args.runtime, args.top, limits)
+
+
+def _in_runtime(args: argparse.Namespace, study: Study, one: Recommendation, vlm: VLM, times: LayerTimes) -> InRuntime:
+    """Run a recommended plan in its runtime, with its progress."""
+    from sensitivity.api.in_runtime import ROUNDS, run_in_runtime
+
+    asked = one.provenance.get("asked")
+    with counted(times.runtime, ROUNDS, "rounds", args.json) as progress:
+        return run_in_runtime(study, one.plan, vlm, times, asked["limits"] if asked else {}, progress)
+
+
+def _run_time(
+    study: Study, one: Recommendation, times: LayerTimes | None, outcome: InRuntime | None
+) -> dict[str, object]:
+    """What a plan is predicted to take in its runtime, and took; nothing where no limit was asked for."""
+    from sensitivity.spec.layer_times import COSTS
+
+    if times is None:
+        return {}
+    predicted = {cost: times.plan_cost(study.parts, one.plan, cost) for cost in COSTS}
+    return {"run_time": predicted, "in_runtime": outcome and outcome.to_json()}
 
 
 def _counts(study: Study, one: Recommendation) -> list[dict[str, object]]:

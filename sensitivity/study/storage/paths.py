@@ -42,6 +42,11 @@ def expected(study: Path) -> Path:
     return study / "expected.json"
 
 
+def layer_times(study: Path) -> Path:
+    """What the model's layers take in a runtime, as it was known when a plan was last chosen by it."""
+    return study / "layer-times.json"
+
+
 def attributions(folder: Path) -> Path:
     """A table of attributions, in a study's folder or in one of its own."""
     return folder / "attributions.json"

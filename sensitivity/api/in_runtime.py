@@ -1,0 +1,93 @@
+"""Runs a recommended plan in its runtime, from its packed codes: the same answers, the time and the memory it takes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sensitivity.analysis.allocate.run_time import in_words
+from sensitivity.api.exporting import export
+from sensitivity.formats.timing.side_by_side import Bench, Progress, bench
+from sensitivity.formats.verification import verify
+from sensitivity.models.vlm import VLM
+from sensitivity.spec.layer_times import LIMITED, LayerTimes
+from sensitivity.spec.plan import Plan
+from sensitivity.spec.runtimes import files_of
+from sensitivity.spec.sizes import GB
+from sensitivity.study.study import Study
+
+ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class InRuntime:
+    """What a plan took in its runtime, as a median with its interval, beside the limits that were asked for."""
+
+    runtime: str
+    answers: str  # in words, whether they are those that were measured
+    same: bool
+    costs: Mapping[str, tuple[float, float, float]]
+    most: Mapping[str, float]
+
+    @property
+    def words(self) -> str:
+        """The verdict on answers, time and memory, as one sentence."""
+        took = [self._verdict(cost, *self.costs[cost]) for cost in LIMITED if cost in self.costs]
+        return f"Run in {self.runtime}: {self.answers}; {'; '.join(took)}."
+
+    def _verdict(self, cost: str, median: float, low: float, high: float) -> str:
+        found = in_words(cost, median) + (f" [{low:.4g}, {high:.4g}]" if low < high else "")
+        if cost not in self.most:
+            return found
+        most = self.most[cost]
+        if high <= most:
+            return f"{found}, within {most:g}"
+        return f"{found}, more than {most:g}" if low > most else f"{found}, about the {most:g} that were asked for"
+
+    def to_json(self) -> dict[str, object]:
+        """The verdict as JSON values."""
+        costs = {cost: dict(zip(("median", "low", "high"), span, strict=True)) for cost, span in self.costs.items()}
+        return {
+            "runtime": self.runtime, "same_answers": self.same, "costs": costs, "limits": dict(self.most),
+            "words": self.words,
+        }  # fmt: skip
+
+
+def run_in_runtime(
+    study: Study,
+    plan: Plan,
+    vlm: VLM,
+    times: LayerTimes,
+    most: Mapping[str, float],
+    progress: Progress = lambda done, of: None,
+) -> InRuntime:
+    """Export a plan to a folder that is gone afterwards, compare its answers with torch's, and time it there."""
+    format = files_of(times.runtime)
+    assert format is not None  # what is timed has files
+    with tempfile.TemporaryDirectory() as space:
+        folder = export(study, plan, Path(space) / "plan", format, model=vlm, note=False)
+        outcome = verify(folder)
+        timed = bench(
+            folder, times.runtime, ROUNDS, task=times.task, model=vlm.name, threads=times.threads, progress=progress
+        )
+    same = outcome["verdict"] in ("as measured", "whole")
+    return InRuntime(times.runtime, str(outcome["words"]), same, costs_of(timed, times), dict(most))
+
+
+def costs_of(timed: Bench, times: LayerTimes) -> dict[str, tuple[float, float, float]]:
+    """The limited costs of what was timed: median, low and high, for the tokens of the profile's task."""
+    found = timed["export"]["times"]
+    clock = "CPU ms" if times.threads == 1 else "ms"  # as the profile counts
+    image, prompt, token = (found[f"{clock} per {stage}"] for stage in ("image", "prompt token", "new token"))
+    costs = {"ms_per_token": (token["median"], token["low"], token["high"])}
+    ends = [
+        one[0] + times.tokens["prompt"] * one[1] + (times.tokens["answer"] - 1) * one[2]
+        for one in zip(*((span["median"], span["low"], span["high"]) for span in (image, prompt, token)), strict=True)
+    ]
+    costs["ms_per_answer"] = (ends[0], ends[1], ends[2])
+    if memory := timed["export"]["memory"]:
+        held = (memory["anonymous"] + memory["mapped"]) / GB
+        costs["gb_resident"] = (held, held, held)
+    return costs

@@ -1,0 +1,26 @@
+"""What layers take in a runtime, kept with a study whose plans were chosen by it: for its report, on any machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sensitivity.spec import schema
+from sensitivity.spec.files import write_atomically
+from sensitivity.spec.layer_times import LayerTimes
+from sensitivity.study.storage import paths
+
+REPAIR = "delete it, and the report says nothing of time and memory"
+
+
+def save(study: Path, times: LayerTimes) -> Path:
+    """Write the times beside a study's trials."""
+    file = paths.layer_times(study)
+    write_atomically(file, (json.dumps(times.to_json(), indent=1) + "\n").encode())
+    return file
+
+
+def read(study: Path) -> LayerTimes | None:
+    """The times of a study; None where no plan was chosen by them."""
+    file = paths.layer_times(study)
+    return LayerTimes.from_json(schema.read(file, "layer_times", REPAIR)) if file.exists() else None
