@@ -56,10 +56,10 @@ def canvas(width: float = 7, height: float = 4.2) -> Iterator[tuple[Figure, Axes
         yield figure, figure.subplots()
 
 
-def frontier_rows(table: pd.DataFrame, task: str) -> pd.DataFrame:
-    """The rows on the frontier of a task's score against size, smallest first."""
-    rows = table[table[task].notna() & table["bpw"].notna()]
-    return rows.iloc[frontier(rows["bpw"], rows[task])]
+def frontier_rows(table: pd.DataFrame, task: str, column: str = "bpw") -> pd.DataFrame:
+    """The rows on the frontier of a task's score against size, or another cost, smallest first."""
+    rows = table[table[task].notna() & table[column].notna()]
+    return rows.iloc[frontier(rows[column], rows[task])]
 
 
 def short(name: object, most: int = 30) -> str:
@@ -78,29 +78,46 @@ def colors(names: Sequence[str]) -> dict[str, str]:
 def pareto(table: pd.DataFrame, task: str, full: float | None = None, chosen: Sequence[str] = ()) -> Figure:
     """Score against bits per weight: all plans, uniform ones, the frontier, full precision, the chosen plan."""
     with canvas() as (figure, axes):
-        mixed = table[~table["uniform"]]
-        uniform = table[table["uniform"] & ~table["native"]]
-        axes.scatter(mixed["bpw"], mixed[task], s=14, color=PALETTE[5], alpha=0.7, linewidth=0, label="mixed plans")
-        best = frontier_rows(table, task)
-        axes.step(best["bpw"], best[task], where="post", color=PALETTE[0], linewidth=1.6, label="frontier")
-        _whiskers(axes, pd.concat([best, uniform]), task)
-        axes.scatter(uniform["bpw"], uniform[task], s=46, marker="s", color=PALETTE[1], label="uniform plans", zorder=3)
-        if full is not None:
-            axes.axhline(full, color=INK, linestyle="--", linewidth=1, label="full precision")
-        if len(mine := table[table["key"].isin(list(chosen))]):
-            axes.scatter(mine["bpw"], mine[task], s=150, marker="*", color=PALETTE[2], label="recommended", zorder=4)
+        _score_against(axes, table, task, "bpw", full, chosen)
         bpw_axis(axes, table["bpw"])
         axes.set(xlabel="bits per weight, everything counted", ylabel=short(task))
-        axes.legend(loc="lower right")
         return figure
 
 
-def _whiskers(axes: Axes, rows: pd.DataFrame, task: str) -> None:
+def against_cost(
+    table: pd.DataFrame, task: str, cost: str, label: str, full: float | None = None, chosen: Sequence[str] = ()
+) -> Figure:
+    """The same against what a plan takes while it runs, predicted."""
+    with canvas() as (figure, axes):
+        _score_against(axes, table, task, cost, full, chosen)
+        axes.set(xlabel=label, ylabel=short(task))
+        return figure
+
+
+def _score_against(
+    axes: Axes, table: pd.DataFrame, task: str, column: str, full: float | None, chosen: Sequence[str]
+) -> None:
+    """All plans, uniform ones, the frontier, full precision, the chosen plan."""
+    mixed = table[~table["uniform"]]
+    uniform = table[table["uniform"] & ~table["native"]]
+    axes.scatter(mixed[column], mixed[task], s=14, color=PALETTE[5], alpha=0.7, linewidth=0, label="mixed plans")
+    best = frontier_rows(table, task, column)
+    axes.step(best[column], best[task], where="post", color=PALETTE[0], linewidth=1.6, label="frontier")
+    _whiskers(axes, pd.concat([best, uniform]), task, column)
+    axes.scatter(uniform[column], uniform[task], s=46, marker="s", color=PALETTE[1], label="uniform plans", zorder=3)
+    if full is not None:
+        axes.axhline(full, color=INK, linestyle="--", linewidth=1, label="full precision")
+    if len(mine := table[table["key"].isin(list(chosen))]):
+        axes.scatter(mine[column], mine[task], s=150, marker="*", color=PALETTE[2], label="recommended", zorder=4)
+    axes.legend(loc="lower right")
+
+
+def _whiskers(axes: Axes, rows: pd.DataFrame, task: str, column: str) -> None:
     """Confidence intervals as vertical lines."""
     if f"{task}.low" in rows:
         rows = rows[rows[f"{task}.low"].notna()]
         axes.vlines(
-            rows["bpw"],
+            rows[column],
             rows[f"{task}.low"].astype(float),
             rows[f"{task}.high"].astype(float),
             color=INK,

@@ -24,6 +24,7 @@ from sensitivity.analysis.report.environment import GENERATOR, rendered
 from sensitivity.analysis.report.frontier_table import FrontierRow, frontier_table
 from sensitivity.analysis.report.interactive import pareto
 from sensitivity.analysis.report.static_figures import Picture, pictures, slug
+from sensitivity.analysis.report.time_and_memory import TimeAndMemory, time_and_memory
 from sensitivity.analysis.report.what_breaks import failing
 from sensitivity.spec.components import LABELS, ComponentMap
 from sensitivity.spec.errors import UserError
@@ -31,7 +32,7 @@ from sensitivity.spec.files import csv_bytes, is_unfinished, mark_finished, mark
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import budget_bits, size
 from sensitivity.study import exports
-from sensitivity.study.storage import paths
+from sensitivity.study.storage import layer_times, paths
 from sensitivity.study.study import Study
 
 MANY = 1000  # trials beyond which half the resamples are drawn
@@ -83,12 +84,35 @@ def report(
         kept=_kept(study.parts),
         plans=_plans(study),
         labels=LABELS,
+        time_and_memory=_time_and_memory(study, table, chosen, out),
         provenance=json.dumps(study.meta, indent=1, default=str),
     )
     target = out / "index.html"
     write_atomically(target, page)
     mark_finished(out)
     return target
+
+
+def _time_and_memory(
+    study: Study, table: pd.DataFrame, chosen: Sequence[Recommendation], out: Path
+) -> TimeAndMemory | None:
+    """What plans take in a runtime, if one was asked about; also writes its figures as files."""
+    times = layer_times.read(study.path)
+    if times is None:
+        return None
+    measured = [(trial.key, trial.plan) for trial in study.measured()]
+    keys = [one.plan.key for one in chosen]
+    found = time_and_memory(study.parts, times, table, measured, study.tasks[0], keys)
+    for picture in found.pictures if found else ():
+        _write_picture(picture, out / picture.name)
+    return found
+
+
+def _write_picture(picture: Picture, stem: Path) -> None:
+    """Write a figure as PNG, SVG and CSV."""
+    write_atomically(stem.with_suffix(".png"), picture.png)
+    write_atomically(stem.with_suffix(".svg"), picture.svg.encode())
+    write_atomically(stem.with_suffix(".csv"), csv_bytes(picture.rows))
 
 
 def _why_foreign(out: Path, study: Study) -> str:
@@ -158,10 +182,7 @@ def _task_page(
     full = float(native[task].mean()) if len(native) else None
     drawn = pictures(rows, observations, page.ranking, full, [one.plan.key for one in recommendations])
     for picture in drawn:
-        stem = out / f"{page.slug}-{picture.name}"
-        write_atomically(stem.with_suffix(".png"), picture.png)
-        write_atomically(stem.with_suffix(".svg"), picture.svg.encode())
-        write_atomically(stem.with_suffix(".csv"), csv_bytes(picture.rows))
+        _write_picture(picture, out / f"{page.slug}-{picture.name}")
     # in the figure the size of every plan is counted in the same way, whatever format the recommended one is for
     page.pareto = pareto(rows, task, full, [replace(one, size=size(study.parts, one.plan)) for one in recommendations])
     page.pictures = [(picture, picture.inline(page.slug)) for picture in drawn if picture.name != "pareto"]
