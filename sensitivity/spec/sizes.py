@@ -11,6 +11,7 @@ from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import CACHE_GROUP, KEEP, NOT_ROUNDED, Plan, Scheme, Setting, scheme_of
 
+GRAPH_ENTRY = 16_000  # the same of a weight and the operations around it in an OpenVINO graph, which has about 9,000
 HEADER_ENTRY = 112  # upper bound on the bytes of a tensor's entry in a safetensors header, without its name
 MB, GB = 1e6, 1e9  # bytes, as disks and hubs count them
 
@@ -394,11 +395,16 @@ def cache_bits(parts: ComponentMap, plan: Plan) -> int | None:
     return total
 
 
-def header_bytes(parts: ComponentMap) -> int:
-    """An upper bound on the bytes of a model's safetensors headers in packed files.
+def header_bytes(parts: ComponentMap, format: str | None) -> int:
+    """An upper bound on the bytes of files beside the tensors: safetensors headers, or OpenVINO's graphs.
 
-    A packed weight becomes four tensors or fewer. Each takes its name and about 90 characters more in the header.
+    A packed weight becomes four tensors or fewer. Each takes its name and about 90 characters more in the header. A
+    format that holds no weights has none.
     """
+    if format is None:
+        return 0
+    if format == "openvino":
+        return GRAPH_ENTRY * len(parts.weights)
     packed = sum(4 * (len(weight.name) + HEADER_ENTRY) for weight in parts.weights)
     return packed + sum(len(kept.name) + HEADER_ENTRY for kept in parts.kept)
 

@@ -31,7 +31,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.sizes import FILES, size
+from sensitivity.spec.sizes import FILES, header_bytes, size
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.images import open_image
 from sensitivity.tasks.table import task
@@ -158,6 +158,8 @@ def test_the_lines_of_the_card_answer(study: Study, folder: Path, scenes_llava: 
 def test_predicted_bytes_are_written_bytes(study: Study, folder: Path) -> None:
     facts = json.loads((folder / "sensitivity.json").read_bytes())
     assert facts["written"]["bytes"] == facts["predicted_size"]["bytes"]
+    assert 0.4 * header_bytes(study.parts, "openvino") < facts["written"]["headers"]
+    assert facts["written"]["headers"] <= header_bytes(study.parts, "openvino")  # what --gb leaves for them
     norm = 2 * 2 * 128  # the norm behind the last vision block, which this model never reads
     assert facts["written"]["bytes"] == size(study.parts, Plan.of(study.parts, CHANGES), "openvino").bytes - norm
     files = [folder / name for xml in export.FILES.values() for name in (xml, xml.replace(".xml", ".bin"))]
@@ -213,6 +215,8 @@ def test_another_shape_with_a_head_of_its_own(openvino: Any, tmp_path: Path) -> 
     study = sweep(vlm, parts, [plan], ["vqa"], tmp_path / "run", n=20)
     out = exporting.export(study, plan, tmp_path / "out", "openvino", model=vlm)
     assert verify(out)["verdict"] == "as measured"
+    headers = json.loads((out / "sensitivity.json").read_bytes())["written"]["headers"]
+    assert headers <= header_bytes(parts, "openvino")
 
 
 def _kept(vlm: VLM) -> set[str]:
@@ -236,3 +240,25 @@ def test_bench_finds_packed_codes_in_memory(folder: Path) -> None:
     assert full["memory"]
     assert found["versions"]["openvino"]
     assert full["memory"]["anonymous"] - ours["memory"]["anonymous"] > 1_000_000
+
+
+@pytest.mark.slow
+def test_a_recommended_plan_is_run_before_it_is_recommended(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SENSITIVITY_CACHE", str(tmp_path))
+    asked = ["--bits", "2,4,5", "--n", "6", "--threads", "1", "--json"]
+    for more in (["--symmetric", "--group", "row"], ["--symmetric", "--group", "32"], ["--group", "32"]):
+        assert cli.main(["profile", study.parts.model, "--runtime", "openvino", *asked, *more]) == 0
+    capsys.readouterr()
+    words = ["recommend", str(study.path), "--runtime", "openvino", "--top", "1", "--threads", "1", "--json"]
+    assert cli.main([*words, "--ms-per-answer", "100000", "--gb-resident", "5"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    ran = found["in_runtime"]
+    assert ran["same_answers"]
+    assert "answers and scores are those that were measured" in ran["words"]
+    assert "within 100000" in ran["words"]
+    assert 0 < ran["costs"]["ms_per_token"]["low"] <= found["run_time"]["ms_per_token"] * 10
+    assert found["provenance"]["asked"]["limits"] == {"ms_per_answer": 100000.0, "gb_resident": 5.0}
+    assert cli.main(["report", str(study.path)]) == 0
+    assert 'id="run-time"' in (study.path / "report" / "index.html").read_text(encoding="utf-8")

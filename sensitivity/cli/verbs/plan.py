@@ -113,7 +113,7 @@ def _request(
     from sensitivity.spec.runtimes.table import files_of
     from sensitivity.spec.sizes import bpw_in_gb, header_bytes
 
-    headers = header_bytes(parts) if files_of(args.runtime) else 0  # GB count headers of files too, bpw does not
+    headers = header_bytes(parts, files_of(args.runtime))  # GB count headers of files too, bpw does not
     bpw = args.bpw if args.gb is None else tuple(bpw_in_gb(parts, gb, headers) for gb in args.gb)
     allow = dict(flags.distinct("--allow", args.allow))
     request = PlanRequest(bpw, dict.fromkeys(args.task, 1.0), {}, allow, args.tie, args.runtime, args.top)
