@@ -9,12 +9,17 @@ from pathlib import Path
 from sensitivity.cli.arguments import flags as words
 from sensitivity.cli.arguments import values
 from sensitivity.cli.arguments.parsing import parser_of, run_verb
-from sensitivity.cli.verbs import inspect, rank, recommend, report, sweep
+from sensitivity.cli.verbs import bench, export, inspect, profile, rank, recommend, report, sweep, verify
+from sensitivity.spec.errors import unknown
+from sensitivity.spec.layer_times import LAYOUTS
 
 ABOUT = "sweep, rank, recommend and report on the embedded model, in about a minute"
 EXAMPLE = "sensitivity demo"
 MODEL = "embedded:scenes-llava"
-STEPS = {"inspect": inspect, "sweep": sweep, "rank": rank, "recommend": recommend, "report": report}
+STEPS = {
+    "inspect": inspect, "profile": profile, "sweep": sweep, "rank": rank, "recommend": recommend, "export": export,
+    "verify": verify, "bench": bench, "report": report,
+}  # fmt: skip
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
@@ -26,22 +31,50 @@ def arguments(p: argparse.ArgumentParser) -> None:
         default=Path("runs/demo"),
         help="folder for the study, its plan and its report (default: runs/demo)",
     )
+    words.runtime(p, "go on in this runtime, openvino: export the plan, execute it, compare its answers, and time it")
     words.samples(p, n=500)  # about a minute on two quiet cores: reports/busy.md
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Run the verbs one after the other, as a person would type them."""
-    quoted = shlex.quote(str(args.out))
-    lines = (
+    lines = _in(args.runtime, args) if args.runtime else _alone(args)
+    return {line.split()[0]: _typed(line, args) for line in lines}
+
+
+def _alone(args: argparse.Namespace) -> list[str]:
+    """The verbs that need no runtime."""
+    out = shlex.quote(str(args.out))
+    return [
         f"inspect {MODEL} --by part --method uniform",
         f"sweep {MODEL} --task vqa --bits 2,3,4,8 --by part --method uniform --n {args.n} --seed {args.seed}"
         # plans that cannot matter see a few of the examples
-        f" --until 'error<1%' --out {quoted}",
-        f"rank {quoted}",
-        f"recommend {quoted} --bpw {args.bpw!r}",
-        f"report {quoted}",
-    )
-    return {line.split()[0]: _typed(line, args) for line in lines}
+        f" --until 'error<1%' --out {out}",
+        f"rank {out}",
+        f"recommend {out} --bpw {args.bpw!r}",
+        f"report {out}",
+    ]
+
+
+def _in(runtime: str, args: argparse.Namespace) -> list[str]:
+    """The same with plans that a runtime executes, which then does."""
+    if runtime not in LAYOUTS:
+        raise unknown("runtime", runtime, LAYOUTS)
+    from sensitivity.formats.timing.profile import check_runs_here
+
+    check_runs_here(MODEL, runtime)
+    out, exported = shlex.quote(str(args.out)), shlex.quote(f"{args.out}-{runtime}")
+    inspected, swept, ranked, recommended, reported = _alone(args)
+    return [
+        inspected.replace("uniform", "rtn"),
+        f"profile {MODEL} --runtime {runtime} --bits 2,3,4,8",
+        swept.replace("--method uniform", f"--method rtn --runtime {runtime}"),
+        ranked,
+        f"{recommended} --runtime {runtime}",
+        f"export {out}/plan.json --format {runtime} --out {exported} --force",
+        f"verify {exported}",
+        f"bench {exported}",
+        reported,
+    ]
 
 
 def _typed(line: str, args: argparse.Namespace) -> dict[str, object]:
