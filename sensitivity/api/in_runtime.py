@@ -12,9 +12,9 @@ from sensitivity.api.exporting import export
 from sensitivity.formats.timing.side_by_side import Bench, Progress, bench
 from sensitivity.formats.verification import verify
 from sensitivity.models.vlm import VLM
-from sensitivity.spec.layer_times import LIMITED, LayerTimes
 from sensitivity.spec.plan import Plan
-from sensitivity.spec.runtimes import files_of
+from sensitivity.spec.runtimes.layer_times import LIMITED, LayerTimes
+from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.sizes import GB
 from sensitivity.study.study import Study
 

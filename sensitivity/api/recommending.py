@@ -12,7 +12,7 @@ from sensitivity.api.sweeping import begin_sweep
 from sensitivity.measure.loop import Step, versions
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.layer_times import LayerTimes
+from sensitivity.spec.runtimes.layer_times import LayerTimes
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 

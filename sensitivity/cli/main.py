@@ -14,7 +14,6 @@ from types import ModuleType
 
 from sensitivity.cli.arguments.parsing import parser_of, run_verb
 from sensitivity.cli.verbs import (
-    bench,
     demo,
     explain,
     export,
@@ -23,7 +22,6 @@ from sensitivity.cli.verbs import (
     legalize,
     methods,
     plan,
-    profile,
     rank,
     recommend,
     report,
@@ -32,6 +30,7 @@ from sensitivity.cli.verbs import (
     verify,
 )
 from sensitivity.cli.verbs.reading import compare, failures, table, watch
+from sensitivity.cli.verbs.timing import bench, profile
 from sensitivity.spec import standard_output, threads
 from sensitivity.spec.errors import Failed, Notice, UserError, os_message, printable
 from sensitivity.spec.files import finite

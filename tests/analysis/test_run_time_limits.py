@@ -24,8 +24,8 @@ from sensitivity.api.in_runtime import InRuntime
 from sensitivity.formats.timing.kept_times import keep, kept_times
 from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.layer_times import LayerTimes, layout_of
 from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.runtimes.layer_times import LayerTimes, layout_of
 from sensitivity.study.storage import layer_times
 from sensitivity.study.study import Study
 

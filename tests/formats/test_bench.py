@@ -188,7 +188,7 @@ def test_a_damaged_export_is_not_timed(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_result_is_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
-    from sensitivity.cli.verbs import bench as verb
+    from sensitivity.cli.verbs.timing import bench as verb
 
     rounds = [planted(1, 2, 3)] * 6
     one = {"bytes": 5_000_000, "memory": {"peak": 9, "anonymous": 8_000_000, "mapped": 0}, "times": times(rounds)}

@@ -15,10 +15,10 @@ from sensitivity.analysis.allocate.run_time import RunTimeLimits, check_limits
 from sensitivity.analysis.observations import check_task
 from sensitivity.spec import schema
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.layer_times import LayerTimes
 from sensitivity.spec.limits import Allowed, allowed_by, tied_groups
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.plan_file import write_file
+from sensitivity.spec.runtimes.layer_times import LayerTimes
 from sensitivity.spec.runtimes.rules import violations
 from sensitivity.spec.runtimes.table import files_of
 from sensitivity.study.storage import layer_times, paths

@@ -10,8 +10,8 @@ import numpy as np
 
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.layer_times import LIMITED, LayerTimes
 from sensitivity.spec.plan import Plan
+from sensitivity.spec.runtimes.layer_times import LIMITED, LayerTimes
 
 if TYPE_CHECKING:
     from sensitivity.analysis.surrogate.surrogate import Choice, Space

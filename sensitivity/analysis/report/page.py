@@ -84,7 +84,7 @@ def report(
         kept=_kept(study.parts),
         plans=_plans(study),
         labels=LABELS,
-        time_and_memory=_time_and_memory(study, table, chosen, out),
+        time_and_memory=_time_and_memory(study, table, recommendations, out),
         provenance=json.dumps(study.meta, indent=1, default=str),
     )
     target = out / "index.html"

@@ -10,9 +10,9 @@ import pandas as pd
 from sensitivity.analysis.report import figures
 from sensitivity.analysis.report.static_figures import Picture
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.layer_times import ANSWER, RESIDENT, LayerTimes
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.runtimes import violations
+from sensitivity.spec.runtimes.layer_times import ANSWER, RESIDENT, LayerTimes
+from sensitivity.spec.runtimes.rules import violations
 from sensitivity.spec.sizes import GB
 
 WORTH = 0.02  # a share of full precision's time or memory below which a part's bits buy nothing to speak of

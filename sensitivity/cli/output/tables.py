@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from sensitivity.measure.attribution.scores import Attribution
     from sensitivity.measure.forecast.forecast import Forecast
     from sensitivity.spec.components import ComponentMap
-    from sensitivity.spec.layer_times import LayerTimes
     from sensitivity.spec.plan import Plan
+    from sensitivity.spec.runtimes.layer_times import LayerTimes
     from sensitivity.study.study import Study
 
 
@@ -214,7 +214,7 @@ def recommendation(best: Recommendation) -> None:
 def run_time(plan: Plan, parts: ComponentMap, times: LayerTimes, limits: Mapping[str, float]) -> None:
     """Print what a plan is predicted to take in its runtime, and where the time of an answer goes."""
     from sensitivity.analysis.allocate.run_time import in_words as cost_in_words
-    from sensitivity.spec.layer_times import COSTS, LIMITED
+    from sensitivity.spec.runtimes.layer_times import COSTS, LIMITED
 
     took = {cost: times.plan_cost(parts, plan, cost) for cost in COSTS}
     each = [

@@ -9,9 +9,10 @@ from pathlib import Path
 from sensitivity.cli.arguments import flags as words
 from sensitivity.cli.arguments import values
 from sensitivity.cli.arguments.parsing import parser_of, run_verb
-from sensitivity.cli.verbs import bench, export, inspect, profile, rank, recommend, report, sweep, verify
+from sensitivity.cli.verbs import export, inspect, rank, recommend, report, sweep, verify
+from sensitivity.cli.verbs.timing import bench, profile
 from sensitivity.spec.errors import unknown
-from sensitivity.spec.layer_times import LAYOUTS
+from sensitivity.spec.runtimes.layer_times import LAYOUTS
 
 ABOUT = "sweep, rank, recommend and report on the embedded model, in about a minute"
 EXAMPLE = "sensitivity demo"

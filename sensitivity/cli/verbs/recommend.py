@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sensitivity.analysis.allocate.request import PlanRequest
     from sensitivity.api.in_runtime import InRuntime
     from sensitivity.models.vlm import VLM
-    from sensitivity.spec.layer_times import LayerTimes
+    from sensitivity.spec.runtimes.layer_times import LayerTimes
     from sensitivity.study.study import Study
 
 ABOUT = "choose the best plan for a budget, and verify it by running it"
@@ -110,8 +110,8 @@ def _request(args: argparse.Namespace, study: Study) -> PlanRequest:
     """What is asked of a plan, by the flags."""
     from sensitivity.analysis.allocate.request import PlanRequest
     from sensitivity.spec.errors import UserError
-    from sensitivity.spec.layer_times import LIMITED
     from sensitivity.spec.plan import Plan
+    from sensitivity.spec.runtimes.layer_times import LIMITED
     from sensitivity.spec.runtimes.table import files_of
     from sensitivity.spec.sizes import bpw_in_gb, header_bytes, size
 
@@ -142,7 +142,7 @@ def _run_time(
     study: Study, one: Recommendation, times: LayerTimes | None, outcome: InRuntime | None
 ) -> dict[str, object]:
     """What a plan is predicted to take in its runtime, and took; nothing where no limit was asked for."""
-    from sensitivity.spec.layer_times import COSTS
+    from sensitivity.spec.runtimes.layer_times import COSTS
 
     if times is None:
         return {}

@@ -16,7 +16,7 @@ from sensitivity.spec import schema
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import write_atomically
-from sensitivity.spec.layer_times import LAYOUTS, LayerTimes
+from sensitivity.spec.runtimes.layer_times import LAYOUTS, LayerTimes
 
 
 def keep(parts: ComponentMap, times: LayerTimes) -> None:

@@ -23,9 +23,17 @@ from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError, unknown
-from sensitivity.spec.layer_times import LAYOUTS, NATIVE, RESIDENT, STAGES, LayerTimes, layout_of, tokens_at_once
-from sensitivity.spec.loadable import restrict
 from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.runtimes.layer_times import (
+    LAYOUTS,
+    NATIVE,
+    RESIDENT,
+    STAGES,
+    LayerTimes,
+    layout_of,
+    tokens_at_once,
+)
+from sensitivity.spec.runtimes.loadable import restrict
 from sensitivity.spec.sizes import GB
 from sensitivity.tasks.table import task as find_task
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, TypedDict, cast
 
@@ -87,8 +87,9 @@ class TimedModel:
         try:
             self.running.stdin.write(json.dumps(number) + "\n")
             self.running.stdin.flush()
-        except BrokenPipeError:
-            pass  # it ended, which reading tells
+        except BrokenPipeError:  # it ended, which reading tells; what was not written would be tried again on closing
+            with suppress(OSError):
+                self.running.stdin.close()
         return self._reply()
 
     def _reply(self) -> _Reply:
@@ -122,7 +123,8 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")  # what libraries print goes elsewhere
 
     def reply(**content: object) -> None:
-        print(json.dumps(content), file=answers, flush=True)
+        answers.write(json.dumps(content) + "\n")
+        answers.flush()
 
     with standard_output.reserved():
         try:

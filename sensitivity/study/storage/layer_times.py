@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sensitivity.spec import schema
 from sensitivity.spec.files import write_atomically
-from sensitivity.spec.layer_times import LayerTimes
+from sensitivity.spec.runtimes.layer_times import LayerTimes
 from sensitivity.study.storage import paths
 
 REPAIR = "delete it, and the report says nothing of time and memory"

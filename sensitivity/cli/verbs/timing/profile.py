@@ -12,8 +12,8 @@ from sensitivity.cli.output.ticker import counted
 
 if TYPE_CHECKING:
     from sensitivity.spec.components import ComponentMap
-    from sensitivity.spec.layer_times import LayerTimes
     from sensitivity.spec.plan import Scheme
+    from sensitivity.spec.runtimes.layer_times import LayerTimes
 
 ABOUT = "time the layers of a model in a runtime, at each width, so that `recommend` can keep to milliseconds"
 FULL = "full precision"
@@ -55,9 +55,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 def uniform(parts: ComponentMap, schemes: Sequence[Scheme], times: LayerTimes) -> dict[str, dict[str, float]]:
     """What the uniform plan of each scheme takes, where the runtime can run it."""
-    from sensitivity.spec.layer_times import COSTS
     from sensitivity.spec.plan import Plan
-    from sensitivity.spec.runtimes import violations
+    from sensitivity.spec.runtimes.layer_times import COSTS
+    from sensitivity.spec.runtimes.rules import violations
 
     found = {}
     for option in (None, *schemes):

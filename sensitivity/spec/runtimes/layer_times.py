@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
-from sensitivity.spec.components import WORDS, ComponentMap, Weight
+from sensitivity.spec.components import VOCABULARY, ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import KEEP, Plan, Scheme, scheme_of
-from sensitivity.spec.resident import resident_bytes
+from sensitivity.spec.runtimes.resident import resident_bytes
 from sensitivity.spec.sizes import GB, openvino_width
 
 NATIVE = "native"  # the layout of a weight that is not quantized
@@ -173,10 +173,10 @@ def layout_of(weight: Weight, scheme: Scheme | None, runtime: str) -> str:
 
 def tokens_at_once(weight: Weight, stage: str, at_once: Mapping[str, int], tokens: Mapping[str, int]) -> int:
     """How many tokens a weight reads at once in a stage; 0 where it reads none, or is looked up."""
-    if weight.looked_up and weight.tied is None:
+    if weight.is_embedding and weight.tied is None:
         return 0
     if weight.part != "language":
         return at_once[weight.name] if stage == "image" else 0
-    if weight.kind in WORDS:
+    if weight.kind in VOCABULARY:
         return 0 if stage == "image" else 1  # logits are computed for the last token alone
     return {"image": 0, "prompt": tokens["prompt"], "token": 1}[stage]
