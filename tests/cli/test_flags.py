@@ -54,7 +54,6 @@ FITTING = {  # a value of each flag with which nothing is wrong: what is refused
     "--top": "1", "a": "study", "b": "study", "--plan": "a79dde72", "--every": "1",
     "--minutes": "5", "--scores": "gram,fisher", "--draft": "5",
     "--ms-per-token": "1e6", "--ms-per-answer": "1e6", "--gb-resident": "1",
-    "--minutes": "5", "--scores": "gram,fisher",
     "--model": MODEL, "--format": "fake", "--part": "c=connector", "--switch": "on=connector",
     "--kinds": "x=ff", "--numel": "vision=1_000", "--kind": "k", "--score": "s", "--total": "1000000000",
 }  # fmt: skip
