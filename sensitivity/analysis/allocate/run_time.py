@@ -14,7 +14,7 @@ from sensitivity.spec.plan import Plan
 from sensitivity.spec.runtimes.layer_times import LIMITED, LayerTimes
 
 if TYPE_CHECKING:
-    from sensitivity.analysis.surrogate.surrogate import Choice, Space
+    from sensitivity.analysis.surrogate.space import Choice, Space
 
 UNITS = {"ms_per_token": "ms per token", "ms_per_answer": "ms per answer", "gb_resident": "GB resident"}
 
