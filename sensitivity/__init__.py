@@ -28,7 +28,7 @@ _HOMES = {
     "ComponentMap": "spec.components",
     "Scheme": "spec.plan",
     "Plan": "spec.plan",
-    "Size": "spec.sizes",
+    "Size": "spec.plan_size",
     "size": "spec.sizes",
     "Study": "study.study",
     "task": "tasks.table",

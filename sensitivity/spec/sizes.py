@@ -4,69 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
-from typing import NotRequired, TypedDict
 
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import CACHE_GROUP, KEEP, NOT_ROUNDED, Plan, Scheme, Setting, scheme_of
+from sensitivity.spec.plan_size import Size
 
 GRAPH_ENTRY = 16_000  # the same of a weight and the operations around it in an OpenVINO graph, which has about 9,000
 HEADER_ENTRY = 112  # upper bound on the bytes of a tensor's entry in a safetensors header, without its name
 MB, GB = 1e6, 1e9  # bytes, as disks and hubs count them
 
 PAPER_NATIVE_BITS = 16  # bits that the published bpw figures count for every weight that is not quantized
-
-
-class SizeJson(TypedDict):
-    """What a file stores of a size."""
-
-    bytes: int
-    bpw: float
-    bpw_codes: float
-    format: NotRequired[str]
-    cache_bits: NotRequired[int]
-
-
-@dataclass(frozen=True)
-class Size:
-    """The size of a plan: `bpw` counts everything that is stored, `bpw_codes` only codes, as papers do.
-
-    Examples:
-        >>> weighs = size(parts, plan)
-        >>> weighs.bytes == weighs.bits / 8, weighs.bpw == weighs.bits / weighs.numel
-        (True, True)
-    """
-
-    bits: int
-    codes: int
-    numel: int
-    bpw_codes: float
-    format: str | None = None  # the format whose files are counted; None: what the methods themselves store
-    # of keys and values per token, where a plan rounds some; beside `bits`, since a cache is in no file
-    cache_bits: int | None = None
-
-    @property
-    def bytes(self) -> int:
-        """The size in whole bytes."""
-        return math.ceil(self.bits / 8)
-
-    @property
-    def bpw(self) -> float:
-        """Bits per weight of the whole model."""
-        return self.bits / self.numel
-
-    @property
-    def counted(self) -> str:
-        """What was counted, in words."""
-        return "all stored" if self.format is None else f"all stored in {self.format} files"
-
-    def to_json(self) -> SizeJson:
-        """Bytes and bits per weight as JSON values."""
-        content: SizeJson = {"bytes": self.bytes, "bpw": self.bpw, "bpw_codes": self.bpw_codes}
-        if self.cache_bits is not None:
-            content["cache_bits"] = self.cache_bits
-        return content if self.format is None else {**content, "format": self.format}
 
 
 def in_words(count: float) -> str:

@@ -19,7 +19,8 @@ from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.limits import Allowed
 from sensitivity.spec.plan import Plan
-from sensitivity.spec.sizes import Size, choice_bits, kept_bits, size
+from sensitivity.spec.plan_size import Size
+from sensitivity.spec.sizes import choice_bits, kept_bits, size
 from sensitivity.spec.standard_output import silenced
 from sensitivity.study.storage.expected import read as read_expected
 from sensitivity.study.study import Study

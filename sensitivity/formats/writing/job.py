@@ -21,7 +21,8 @@ from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.sizes import Size, bits_of, size
+from sensitivity.spec.plan_size import Size
+from sensitivity.spec.sizes import bits_of, size
 
 # REMADE is the note, and WITH the loading code, of formats that are a configuration without weights.
 RUNTIME_QUANTIZES = (
