@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted, Program
+from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
 from sensitivity.analysis.allocate.one_by_one import one_by_one
+from sensitivity.analysis.allocate.program import Program
 from sensitivity.analysis.allocate.run_time import RunTimeLimits
 from sensitivity.analysis.allocate.run_time import in_words as in_words_of
 from sensitivity.analysis.observations import check_task

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from sensitivity.analysis.allocate.budget import fits, infeasible
-from sensitivity.analysis.allocate.knapsack import Knapsack, Program
+from sensitivity.analysis.allocate.knapsack import Knapsack
+from sensitivity.analysis.allocate.program import Program
 from sensitivity.analysis.surrogate.space import Space
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from sensitivity.analysis.allocate.knapsack import Knapsack, Program
+from sensitivity.analysis.allocate.knapsack import Knapsack
+from sensitivity.analysis.allocate.program import Program
 
 Floats = np.ndarray
 ALL = 50_000  # of a space with at most so many plans, all are compared
