@@ -126,6 +126,16 @@ def worst(name: str, noise: float, seed: int) -> Table:
     return read_with(like, np.exp(-harm.max(axis=1) - 0.2 * harm.sum(axis=1)), noise, draw)
 
 
+def uneven(name: str, noise: float, seed: int) -> Table:
+    """Damages that neighboring plans misjudge alike, and scores that lie a little above and below any curve."""
+    draw, like = np.random.default_rng(seed), planted(name, 0.0, 0.0, seed)
+    harm = damages(like, draw)
+    octaves = np.log2([[one.bits if one else 16 for _, one in plan.schemes] for plan in like.plans])
+    alike = np.exp(-0.5 * ((octaves[:, None] - octaves[None]) ** 2).sum(axis=-1))
+    field = np.linalg.cholesky(alike + 1e-8 * np.eye(len(alike))) @ draw.standard_normal(len(alike))
+    return read_with(like, np.exp(-harm.sum(axis=1) * np.exp(0.5 * field)) + 0.004 * field, noise, draw)
+
+
 def damages(table: Table, draw: np.random.Generator) -> np.ndarray:
     bits = np.array([[one.bits if one else 16 for _, one in plan.schemes] for plan in table.plans], dtype=float)
     return np.where(bits == 16, 0.0, np.exp(-(bits - draw.uniform(0, 3, bits.shape[1]))))
@@ -150,6 +160,8 @@ def tables(only: str | None) -> Iterator[Table]:
         "planted-quiet": lambda: planted("planted, quiet", 0.0, 0.002, 2),
         "bent": lambda: bent("bent", 0.0, 3),
         "bent-noisy": lambda: bent("bent, noisy", 0.02, 4),
+        "uneven": lambda: uneven("uneven", 0.0, 3),
+        "uneven-noisy": lambda: uneven("uneven, noisy", 0.02, 3),
         "worst": lambda: worst("worst part", 0.0, 5),
     }
     made |= {grid.name: partial(of_grid, grid) for grid in grids(GRIDS)}

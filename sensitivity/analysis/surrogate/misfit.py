@@ -60,6 +60,8 @@ class Misfit:
     noise: float  # standard deviation of one reading around the truth
     stretch: float  # by which intervals must be wider, so that each reading lies in that of all others
     root: Floats  # a square root of theta's covariance
+    shift: Floats  # what theta must change, to first order, now that not all that is missed counts as noise
+    shared: Floats  # per measured plan, standard deviation of the noise that all plans share and no reading shows
     _factor: Floats = field(repr=False)  # Cholesky's factor of the covariance of readings
 
     def corrected(self, theta: Floats, index: Floats, covariance: Floats | None = None) -> Floats:
@@ -67,8 +69,12 @@ class Misfit:
         if not self.counts:
             return np.zeros(len(index))
         between = self.covariance(index) if covariance is None else covariance
-        missed = self.score - self.formula.predict(theta, self.index)
-        return np.asarray(between @ cho_solve((self._factor, True), missed))
+        missed = self.score - self.formula.predict(theta, self.index) - self._shifted(self.index)
+        return np.asarray(self._shifted(index) + between @ cho_solve((self._factor, True), missed))
+
+    def _shifted(self, index: Floats) -> Floats:
+        """By how much the shift of theta changes predictions."""
+        return np.asarray(self.formula.jacobian(self.theta, index) @ self.shift)
 
     def covariance(self, index: Floats) -> Floats:
         """The covariance of plans with the measured ones, plans x measured."""
@@ -81,7 +87,9 @@ class Misfit:
         known = solve_triangular(self._factor, covariance.T, lower=True)
         missed = cho_solve((self._factor, True), self.score - self.formula.predict(self.theta, self.index))
         left_out = np.zeros(len(index)) if self.counts else (covariance @ missed) ** 2  # a correction that is not made
-        return np.asarray(np.sqrt(np.maximum(own - (known**2).sum(axis=0), 0.0) + left_out))
+        order = np.argsort(self.score)
+        shared = np.interp(self.formula.predict(self.theta, index), self.score[order], self.shared[order])
+        return np.asarray(np.sqrt(np.maximum(own - (known**2).sum(axis=0), 0.0) + left_out + shared**2))
 
     def _steep(self, index: Floats) -> Floats:
         return steepness(self.formula, self.theta, index)
@@ -127,12 +135,15 @@ def fit_misfit(
     held = between + np.diag(_noise(full, shape, steep))
     factor = np.asarray(cho_factor(held, lower=True)[0])
     inverse = np.linalg.inv(jac.T @ cho_solve((factor, True), jac) + np.diag(prior[1] ** -2.0))
+    pulled = jac.T @ cho_solve((factor, True), missed) + (prior[0] - theta) / prior[1] ** 2
     values, vectors = np.linalg.eigh(inverse)
     root = vectors * np.sqrt(np.maximum(values, 0.0))
     typical = float(np.sqrt(np.mean(_noise(full if counts else plain, shape, steep))))
+    # readings of the same examples are lucky together: what their noise is less than that of each plan, plans share
+    shared = shape * math.sqrt(max(1 - (full if counts else plain).noise ** 2, 0.0)) * (noise is not None)
     return Misfit(
-        formula, theta, apart, index, score, full, counts, typical, evidence.stretch(full if counts else plain), root,
-        factor,
+        formula, theta, apart, index, score, full, counts, typical, evidence.stretch(full if counts else plain, counts),
+        root, inverse @ pulled, shared, factor,
     )  # fmt: skip
 
 
@@ -209,7 +220,7 @@ class Evidence:
         parts = [both * self.apart / setting.distance, 2 * everywhere, 2 * falling, 2 * steady, 2 * unsteady]
         return self.loose + both + steady + unsteady, parts
 
-    def stretch(self, setting: Setting, process: bool = True) -> float:
+    def stretch(self, setting: Setting, process: bool) -> float:
         """By how much 95 % intervals must be wider to hold that share of readings, each foretold by the others."""
         held, _ = self._covariance(setting, process)
         inverse = cho_solve(cho_factor(held, lower=True), np.eye(len(held)))

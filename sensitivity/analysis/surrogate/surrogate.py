@@ -76,7 +76,7 @@ class Surrogate:
         if self.misfit is None:
             return scores
         covariance = self.misfit.covariance(index)
-        scores += np.stack([self.misfit.corrected(theta, index, covariance) for theta in thetas])
+        scores = scores + np.stack([self.misfit.corrected(theta, index, covariance) for theta in thetas])
         missed = self.misfit.spread(index, covariance) * draw.standard_normal(scores.shape)
         middle = self.predict(index)
         return np.asarray(middle + self.misfit.stretch * (scores + missed - middle))
