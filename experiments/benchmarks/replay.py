@@ -53,7 +53,7 @@ def walk(table: Table, search: str, count: int, seed: int) -> list[int]:
         return walk_rows(table, search, count, seed)
     place = {plan.key: i for i, plan in enumerate(table.plans)}
     bpw, rows, trials = table.bpw, list[int](), list[SimpleNamespace]()
-    study = SimpleNamespace(tasks=("score",), parts=table.parts, trials=lambda: trials)
+    study = SimpleNamespace(tasks=("score",), parts=table.parts, trials=lambda: trials, path=Path("nowhere"))
     schemes = sorted({s for plan in table.plans for _, s in plan.schemes if s}, key=lambda s: s.bits)
     choices = dict(zip(table.space.names, table.space.choices, strict=True))
     search_space = SearchSpace.of(

@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--only")
     parser.add_argument("--out", type=Path, default=ROOT / "reports" / "surrogate.md")
     args = parser.parse_args()
+    only = f" --only {args.only}" if args.only else ""
     found, parts, choices = {}, [], []
     for table in tables(args.only):
         found[table.name] = whole(table)
@@ -155,7 +156,7 @@ def main() -> None:
     overwrite(
         args.out,
         "# What the surrogate says, and what is chosen by it\n\n"
-        f"`python -m experiments.benchmarks.surrogate --seeds {args.seeds}`; the tables are those of "
+        f"`python -m experiments.benchmarks.surrogate --seeds {args.seeds}{only}`; the tables are those of "
         "`experiments/benchmarks/score_tables.py`.\n\n"
         "## Everything measured: score that is lost, % of full precision, mean over budgets\n\n"
         "`reading` trusts the table, `before` the formula and the known noise, a number the surrogate where readings "

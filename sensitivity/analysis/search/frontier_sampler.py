@@ -12,7 +12,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study as OptunaStudy
 from optuna.trial import FrozenTrial, TrialState
 
-from sensitivity.analysis.surrogate.space import Space
+from sensitivity.analysis.surrogate.space import Expected, Space
 from sensitivity.analysis.surrogate.surrogate import Surrogate, fit_surrogate
 from sensitivity.study.racing import frontier
 
@@ -54,8 +54,9 @@ class FrontierSampler(BaseSampler):
         low: Sequence[int] | None = None,
         seed: int = 0,
         noise: float | None = None,
+        expected: Expected | None = None,
     ) -> None:
-        self.space, self.sizes, self.noise = space, sizes, noise
+        self.space, self.sizes, self.noise, self.expected = space, sizes, noise, expected
         self.low = tuple(low) if low is not None else (0,) * len(space.names)  # first position allowed
         self.draw = np.random.default_rng(seed)
         self._other = RandomSampler(seed=seed)
@@ -96,7 +97,7 @@ class FrontierSampler(BaseSampler):
         task = int(self.draw.integers(scores.shape[1]))  # with several tasks, each plan is chosen for one of them
         native = (index == 0).all(axis=1)
         full = float(scores[native, task].mean()) if native.any() else None
-        model = fit_surrogate(self.space, index, scores[:, task], full, self.noise)
+        model = fit_surrogate(self.space, index, scores[:, task], full, self.noise, expected=self.expected)
         pool = self.pool(model, index)
         pool = pool[~_already_measured(pool, index)]
         if not len(pool):
@@ -108,13 +109,18 @@ class FrontierSampler(BaseSampler):
         return np.asarray(pool[int(np.argmax(gain))])
 
     def opening(self) -> list[Floats]:
-        """The first plans: full precision and the uniform ones, which show at which width the score collapses."""
+        """The first plans: full precision and the uniform ones, which show at which width the score collapses.
+
+        Where damages are expected, every other narrow one is enough, which shows how large they are.
+        """
         rows = [] if any(self.low) else [np.zeros(len(self.space.names), dtype=int)]
-        rows += [np.array(row) for row in self.space.uniform()]
-        if self.candidates is None:
-            return rows or [self._random()]
-        # where candidates were given, nothing else may be proposed
-        return [row for row in rows if (self.candidates == row).all(axis=1).any()] or [self.candidates[0]]
+        uniform = [np.array(row) for row in self.space.uniform()]
+        rows += uniform if self.expected is None else uniform[len(uniform) // 2 :: 2]
+        return self._proposable(rows) or [self._random() if self.candidates is None else self.candidates[0]]
+
+    def _proposable(self, rows: list[Floats]) -> list[Floats]:
+        """The rows that may be proposed: where candidates were given, nothing else."""
+        return [row for row in rows if self.candidates is None or (self.candidates == row).all(axis=1).any()]
 
     def pool(self, model: Surrogate, index: Floats) -> Floats:
         """Plans to choose among: all, or, where those are too many, the best under drawn surrogates and neighbors."""
@@ -171,7 +177,7 @@ class FrontierSampler(BaseSampler):
 
     def largest(self, index: Floats) -> float:
         """Log size up to which the frontier counts: that of the largest uniform plan other than full precision."""
-        opening = np.array([row for row in self.opening() if row.any()])
+        opening = np.array(self._proposable([np.array(row) for row in self.space.uniform()]))
         rows = opening if len(opening) else index
         return float(np.log(self.sizes.bpw(rows)).max()) + 0.02  # else a plan of that very size would gain nothing
 

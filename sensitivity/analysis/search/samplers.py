@@ -11,6 +11,7 @@ from optuna.study import StudyDirection
 from sensitivity.analysis.search.frontier_sampler import FrontierSampler
 from sensitivity.analysis.search.search_space import POPULATION, SearchSpace
 from sensitivity.spec.plan import Plan
+from sensitivity.study.storage.expected import read as read_expected
 from sensitivity.study.study import Study
 
 MAXIMIZE, MINIMIZE = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
@@ -21,7 +22,9 @@ SAMPLERS: dict[str, Callable[[SearchSpace, int], BaseSampler]] = {
     "tpe": lambda space, seed: TPESampler(seed=seed, multivariate=True),
     "nsga2": lambda space, seed: NSGAIISampler(seed=seed, population_size=POPULATION),
     "gp": lambda space, seed: GPSampler(seed=seed, deterministic_objective=False),
-    "frontier": lambda space, seed: FrontierSampler(space.joint, space.sizes, low=space.low, seed=seed),
+    "frontier": lambda space, seed: FrontierSampler(
+        space.joint, space.sizes, low=space.low, seed=seed, expected=space.expected
+    ),
 }
 
 
@@ -33,6 +36,7 @@ def sampled_plans(study: Study, space: SearchSpace, search: str, trials: int, se
     scheme, by construction. The sampler is made anew for every plan, seeded by the number of measured plans: a
     resumed search continues like one that was never stopped.
     """
+    space = space.expecting(read_expected(study.path))
     mirror = optuna.create_study(directions=[MAXIMIZE] * len(study.tasks) + [MINIMIZE])
     asked: dict[str, optuna.Trial] = {}
     seen: set[str] = set()

@@ -6,7 +6,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import optuna
@@ -14,7 +14,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import NSGAIISampler
 
 from sensitivity.analysis.search.frontier_sampler import PlanSizes
-from sensitivity.analysis.surrogate.space import Space
+from sensitivity.analysis.surrogate.space import Expected, Space, together
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.limits import Allowed
@@ -38,6 +38,7 @@ class SearchSpace:
     low: tuple[int, ...]
     sizes: PlanSizes
     cached: frozenset[str] = frozenset()  # the components with keys and values that are cached
+    expected: Expected | None = None  # damages of each axis that are known before any score
 
     @classmethod
     def of(
@@ -69,6 +70,10 @@ class SearchSpace:
         sizes = PlanSizes(bits, kept_bits(parts), parts.numel)
         with_cache = frozenset(component.name for component in parts.components if component.has_cache)
         return cls(parts.names, tuple(axes), joint, tuple(low), sizes, with_cache)
+
+    def expecting(self, damages: Expected | None) -> SearchSpace:
+        """This space, with what is expected of the components of each axis."""
+        return self if damages is None else replace(self, expected=together(damages, self.axes, self.joint.names))
 
     @property
     def native(self) -> Plan:

@@ -59,6 +59,15 @@ class Space:
         )
 
 
+def together(expected: Expected, axes: Sequence[Sequence[str]], names: Sequence[str]) -> Expected:
+    """Expectations of axes whose components share their scheme: sums over components, where all of them have one."""
+    found = {}
+    for name, group in zip(names, axes, strict=True):
+        shared = set.intersection(*(set(expected.get(component, {})) for component in group))
+        found[name] = {scheme: sum(expected[component][scheme] for component in group) for scheme in shared}
+    return found
+
+
 def family(scheme: Scheme) -> str:
     """What schemes must have in common for fewer bits to mean more damage: everything but the bits."""
     rounded = "" if scheme.activations == scheme.cache == NOT_ROUNDED else f"/{scheme.activations}/{scheme.cache}"

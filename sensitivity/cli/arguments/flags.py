@@ -259,6 +259,18 @@ def calibration(p: argparse.ArgumentParser) -> None:
     )
 
 
+def prior(p: argparse.ArgumentParser) -> None:
+    """Add --prior."""
+    p.add_argument(
+        "--prior",
+        type=values.comma_separated(values.path),
+        default=(),
+        metavar="STUDY[,STUDY]",
+        help="studies of another method, task, size or model, from whose damages the surrogate starts; it drops them"
+        " where scores disagree",
+    )
+
+
 def limits(p: argparse.ArgumentParser) -> None:
     """Add --allow and --tie, which restrict plans."""
     widths = "bit widths that a part may have, such as vision=4,8; 16 is native precision"

@@ -37,6 +37,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     flags.pairs(
         p, "--floor", values.floor, "TASK=SHARE", "keep a task at this share of full precision, such as ground=0.95"
     )
+    flags.prior(p)
     flags.limits(p)
     flags.runtime(p, "only plans that this runtime can load, such as compressed-tensors")
     g = p.add_argument_group("in the runtime", "limits, alone or beside --bpw or --gb, by what `profile` measured here")
@@ -56,6 +57,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Choose a plan for each budget, measure it, and store it in the study."""
     from sensitivity.analysis.allocate.kept_recommendation import check_request, save
+    from sensitivity.analysis.allocate.priors import check_priors, expect_from, schemes_of
     from sensitivity.analysis.observations import observations_of
     from sensitivity.api.recommending import begin_recommendation
     from sensitivity.formats.timing.kept_times import kept_times
@@ -71,6 +73,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     request = _request(args, study)
     check_request(study, request)
     times = kept_times(study.parts, args.runtime, args.threads or 0) if request.limits else None
+    if args.prior:
+        check_priors(args.prior)
+        expect_from(study, args.prior, schemes_of(study))
     if "fingerprint" not in study.meta:
         flags.without_effect(
             args, ["--model", "--device", "--dtype"], "for an imported table, which has no model to run"

@@ -45,6 +45,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         default="grid",
         help="grid, one-at-a-time, random, tpe, nsga2, gp or frontier (default: grid)",
     )
+    flags.prior(p)
     flags.limits(p)
     flags.runtime(p, "only plans that this runtime can load, such as vllm or gptq")
     p.add_argument(
@@ -148,7 +149,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             # a search chooses plans only as scores arrive; for the forecast, random plans stand in for them
             plans = plans_of(schemes, "random" if callable(searched) else args.search)
             return _forecast(args, vlm, parts, plans, tasks)
-        study = _run_plans(args, vlm, parts, plans_of(schemes, args.search), statistics, processes, expected)
+        study = _run_plans(args, vlm, parts, plans_of(schemes, args.search), schemes, statistics, processes, expected)
     return {} if workers.is_child() else _summary(args, study)
 
 
@@ -183,11 +184,13 @@ def _run_plans(
     vlm: VLM,
     parts: ComponentMap,
     plans: Plans,
+    schemes: Sequence[Scheme],
     statistics: Statistics | None,
     processes: int,
     expected: int,
 ) -> Study:
     """Run the plans that the study lacks, with workers beside this process; then those of a worker that died."""
+    from sensitivity.analysis.allocate.priors import expect_from
     from sensitivity.api.sweeping import begin_sweep
     from sensitivity.study.owner import this_process
 
@@ -202,6 +205,8 @@ def _run_plans(
         "memory_gb": args.memory_gb,
     }
     study, steps = begin_sweep(vlm, parts, plans, args.task, args.out, **options)
+    if args.prior:
+        expect_from(study, args.prior, schemes)
     try:
         with workers.beside_workers(args, processes, steps) as shared:
             _show_steps(args, shared, f"sweeping {vlm.name}", study, 0 if isinstance(plans, Sequence) else expected)
@@ -219,6 +224,12 @@ def _run_plans(
 def _checked(args: argparse.Namespace) -> list[Scheme]:
     """The schemes, after every check that needs no model, so that a mistake is found before anything is loaded."""
     requested, calibrated = checked(args, args.search, args.until, args.storage)
+    if args.prior:
+        from sensitivity.analysis.allocate.priors import check_priors
+
+        if args.search != "frontier":
+            flags.without_effect(args, ["--prior"], f"with --search {args.search}; only frontier starts from one")
+        check_priors(args.prior)
     if not calibrated:
         idle = ("--calibration", "--calibration-n", "--path", "--cache-gb")
         flags.without_effect(args, idle, f"with --method {','.join(args.method)}, which is not calibrated")
