@@ -104,7 +104,7 @@ def _answered(
     if not batch.prefix:
         # drafts are checked against the argmax of the logits, which generate() takes only without penalties and
         # forced tokens
-        if prefix_cache is None or not greedy_takes_argmax(vlm):
+        if prefix_cache is None or task.search or not greedy_takes_argmax(vlm):
             with reuse(name, "vision"):
                 return whole_prompts.generated_answers(vlm, task, batch)
         tokens, nll = whole_prompts.drafted_answers(

@@ -54,7 +54,8 @@ def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
     for example in task.examples:
         groups.setdefault((example.cluster, *map(same_image, example.images)), []).append(example)
     clusters = list(groups.values())
-    sharing = vlm.family.shares_prefix and not plain and not vlm.encoder_decoder and greedy_takes_argmax(vlm)
+    sharing = vlm.family.shares_prefix and not (plain or task.search or vlm.encoder_decoder)
+    sharing = sharing and greedy_takes_argmax(vlm)
     max_images = images_at_once(_pixel_values(vlm, task.examples[0])) if len(clusters) > 1 else IMAGES_PER_BATCH
     for start in range(0, len(clusters), max_images):
         chunk = clusters[start : start + max_images]
@@ -216,7 +217,13 @@ def prompt_text(vlm: VLM, example: Example) -> str:
 
 
 def _chat(example: Example) -> list[dict[str, object]]:
-    """The conversation: all images before the first prompt, then the turns, and the prompt that is to be answered."""
+    """The conversation: the turns, and the prompt that is to be answered.
+
+    All images stand before the first prompt, or among the pieces of the only one.
+    """
+    if example.pieces:
+        pieces = [{"type": "image"} if text is None else {"type": "text", "text": text} for text in example.pieces]
+        return [{"role": "user", "content": pieces}]
     prompts = [*(prompt for prompt, _ in example.turns), example.prompt]
     chat: list[dict[str, object]] = []
     for number, prompt in enumerate(prompts):

@@ -87,8 +87,9 @@ def drafted_answers(
 
 
 def _generate(vlm: VLM, task: Task, inputs: dict[str, Tensor]) -> Tensor:
-    """The tokens that transformers' own greedy search generates after the prompts."""
-    output: Tensor = vlm.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=task.max_new_tokens)
+    """The tokens that transformers' own search generates after the prompts: greedy, unless the task asks for more."""
+    how = {"do_sample": False, "num_beams": 1, **task.search}
+    output: Tensor = vlm.model.generate(**inputs, max_new_tokens=task.max_new_tokens, **how)
     return output[:, 1:] if vlm.encoder_decoder else output[:, inputs["input_ids"].shape[1] :]
 
 

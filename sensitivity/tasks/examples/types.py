@@ -34,7 +34,8 @@ class Example:
 
     The likelihood of the first answer is measured. `regions` are the true boxes if the answer should be boxes. `more`
     are further images, which follow the first one, and `turns` are earlier prompts of a conversation, with the answers
-    that were given to them.
+    that were given to them. Where images stand among the texts of the prompt, `pieces` are its texts in order, with
+    None for each image.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Example:
     regions: Regions | None = None
     more: tuple[NDArray[np.uint8] | ImageSource, ...] = ()
     turns: tuple[tuple[str, str], ...] = ()
+    pieces: tuple[str | None, ...] = ()
 
     @property
     def images(self) -> tuple[NDArray[np.uint8] | ImageSource, ...]:
@@ -74,6 +76,8 @@ class Task:
     `exact` says that an answer scores only if it equals a right one, apart from case and white space. Generation then
     stops as soon as an answer begins like none of them.
 
+    `search` are settings of generate() beside greedy search, such as a number of beams; no shortcut is taken then.
+
     `readable` says whether an answer holds what the score reads, such as a box; one that does not is malformed.
 
     `metrics` are further figures of all answers together. Those in `slow` start a program of their own and are not
@@ -90,6 +94,7 @@ class Task:
     gallery: Gallery | None = None
     slow: tuple[str, ...] = ()
     readable: Callable[[str], bool] = lambda answer: True
+    search: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -101,6 +106,8 @@ class Task:
                 digest.update(repr(example.regions).encode())
             if example.turns:
                 digest.update(repr(example.turns).encode())
+            if example.pieces:
+                digest.update(repr(example.pieces).encode())
             for image in example.images:
                 pixels = np.ascontiguousarray(image).tobytes() if isinstance(image, np.ndarray) else image.read_bytes()
                 digest.update(pixels)
