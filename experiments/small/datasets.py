@@ -113,6 +113,39 @@ def bench(folder: Path, file: str) -> None:
     write(folder / file, lines)
 
 
+def pairs(folder: Path, part: str = "test", first: int = 0) -> None:
+    for i in range(first, first + COUNT):
+        for when in "AB":
+            picture(folder / part / when / f"{part}_{i}.png")
+        mask = Image.new("L", (8, 6))
+        mask.putpixel((3, 3), 255 * (i % 2))
+        (folder / part / "label").mkdir(parents=True, exist_ok=True)
+        mask.save(folder / part / "label" / f"{part}_{i}.png")
+
+
+def described_pairs(folder: Path) -> None:
+    listed = []
+    for i in range(COUNT):
+        name = f"test_{i:06d}.png"
+        for when in "AB":
+            picture(folder / "images" / "test" / when / name)
+        said = [{"raw": f" a house number {i} has been built , view {j} .", "tokens": []} for j in range(5)]
+        listed.append({"filepath": "test", "filename": name, "split": "test", "imgid": i, "changeflag": i % 2,
+                       "sentences": said})  # fmt: skip
+    write(folder / "LevirCCcaptions.json", {"images": listed, "dataset": "LEVIR-CC"})
+
+
+def disasters(folder: Path, part: str = "test", first: int = 0) -> None:
+    subtypes = ("no-damage", "minor-damage", "major-damage", "destroyed", "un-classified")
+    for i in range(first, first + COUNT):
+        name = f"socal-fire_{i:08d}"
+        for when in ("pre", "post"):
+            picture(folder / part / "images" / f"{name}_{when}_disaster.png")
+        hit = [{"properties": {"feature_type": "building", "subtype": one}, "wkt": ""} for one in subtypes[: i % 4 + 1]]
+        about = {"features": {"lng_lat": [], "xy": hit}, "metadata": {"disaster": "socal-fire"}}
+        write(folder / part / "labels" / f"{name}_post_disaster.json", about)
+
+
 WRITE: dict[str, Callable[[Path], None]] = {
     "coco-captions": coco,
     "vqav2": vqav2,
@@ -123,5 +156,8 @@ WRITE: dict[str, Callable[[Path], None]] = {
     "ucmerced": lambda folder: scenes(folder / "Images", ".tif"),
     "geochat-grounding": lambda folder: bench(folder, geochat.REFERRING),
     "geochat-region-captions": lambda folder: bench(folder, geochat.REGIONS),
+    "levir-cd": pairs,
+    "levir-cc": described_pairs,
+    "xbd": disasters,
     "flickr30k": flickr,
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.tasks import retrieval, scene_tasks
-from sensitivity.tasks.datasets import coco, geochat, gqa, rsvqa, scene_folders, vqav2
+from sensitivity.tasks.datasets import coco, geochat, gqa, image_pairs, rsvqa, scene_folders, vqav2
 from sensitivity.tasks.examples.types import SPLITS, Task
 from sensitivity.tasks.own import lines
 
@@ -32,6 +32,9 @@ DATASETS: dict[str, Callable[[Path, str, int, int], Task]] = {
     "ucmerced": scene_folders.ucmerced,
     "geochat-grounding": geochat.grounding,
     "geochat-region-captions": geochat.region_captions,
+    "levir-cd": image_pairs.levir_change,
+    "levir-cc": image_pairs.levir_captions,
+    "xbd": image_pairs.building_damage,
 }
 
 

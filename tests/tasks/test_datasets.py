@@ -115,6 +115,8 @@ def test_few_missing_images_are_counted_and_many_refused(tmp_path: Path, name: s
 
 def stem(name: str, path: Path) -> str:
     """The image's id in the data set's own files."""
+    if name == "xbd":
+        return path.stem.removesuffix("_pre_disaster").removesuffix("_post_disaster")
     return str(int(path.stem.rpartition("_")[2])) if name in ("coco-captions", "vqav2") else path.stem
 
 
@@ -393,3 +395,29 @@ def test_a_data_set_saved_by_datasets(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"cannot read .*empty as a saved data set"):
         task(f"exact:{tmp_path / 'empty'}")
+
+
+def test_pairs_of_images_and_what_is_asked_about_them(whole: dict[str, Path]) -> None:
+    for example in task(f"levir-cd:{whole['levir-cd']}").examples:
+        assert example.answers == (("no", "yes")[int(example.id.removeprefix("test_")) % 2],)
+        assert [path.parent.name for path in example.images] == ["A", "B"]  # type: ignore[union-attr]
+    for example in task(f"levir-cc:{whole['levir-cc']}").examples:
+        assert example.kind == ("unchanged", "changed")[int(example.id.removeprefix("test_")) % 2]
+        assert len(example.answers) == 5
+    damages = ("no damage", "minor damage", "major damage", "destroyed")
+    found = task(f"xbd:{whole['xbd']}")
+    for example in found.examples:
+        worst = int(example.cluster.rpartition("_")[2]) % 4
+        assert example.answers[0] == (damages[worst] if example.kind == "worst" else ("no", "yes")[worst > 0])
+        before, after = example.images
+        assert str(before).endswith("_pre_disaster.png")
+        assert str(after).endswith("_post_disaster.png")
+    assert {example.kind for example in found.examples} == {"any", "worst"} <= set(found.metrics)
+
+
+def test_damage_that_is_none_of_the_data_sets_is_named(tmp_path: Path) -> None:
+    WRITE["xbd"](tmp_path)
+    file = tmp_path / "test" / "labels" / "socal-fire_00000003_post_disaster.json"
+    file.write_text(file.read_text().replace("destroyed", "flooded"))
+    with pytest.raises(UserError, match=r"not of the official layout: socal-fire_00000003 has the damage flooded"):
+        task(f"xbd:{tmp_path}")
