@@ -11,6 +11,7 @@ from sensitivity.spec.errors import UserError, unknown
 from sensitivity.tasks import retrieval, scene_tasks
 from sensitivity.tasks.datasets import coco, geochat, gqa, image_pairs, rsvqa, scene_folders, vqav2
 from sensitivity.tasks.examples.types import SPLITS, Task
+from sensitivity.tasks.harness import lmms, task_files
 from sensitivity.tasks.own import lines
 
 TASKS: dict[str, Callable[[str, int, int], Task]] = {
@@ -43,6 +44,10 @@ SEARCHES: dict[str, Callable[[str, int, int], Task]] = {"retrieval": retrieval.s
 
 
 GALLERIES: dict[str, Callable[[Path, str, int, int], Task]] = {"flickr30k": retrieval.of_flickr30k}
+
+
+# tasks of an evaluation library, by its name: --task lmms-eval:TASK, or lmms-eval:TASK:FOLDER
+LIBRARIES = ("lmms-eval",)
 
 
 def task(name: str, split: str = "evaluation", n: int = 1000, seed: int = 0, whole: bool = False) -> Task:
@@ -83,6 +88,8 @@ def find(name: str) -> Callable[[str, int, int], Task]:
     if name in tasks:
         return tasks[name]
     head, colon, folder = name.partition(":")
+    if head in LIBRARIES and colon:
+        return _of_library(folder)
     if head in sets:
         if not folder:
             raise UserError(f"{head} needs the folder where the data set is; type {head}:FOLDER")
@@ -92,4 +99,14 @@ def find(name: str) -> Callable[[str, int, int], Task]:
     if name.endswith(".jsonl"):
         return partial(lines.own, Path(name).expanduser())
     owns = (*(f"{scorer}:PATH" for scorer in lines.SCORERS), "FILE.jsonl")
-    raise unknown("task", name, [*tasks, *(f"{known}:FOLDER" for known in sets), *owns])
+    libraries = (f"{library}:TASK" for library in LIBRARIES)
+    raise unknown("task", name, [*tasks, *(f"{known}:FOLDER" for known in sets), *owns, *libraries])
+
+
+def _of_library(named: str) -> Callable[[str, int, int], Task]:
+    """A task of lmms-eval, with the folder of its data if one is named."""
+    name, _, folder = named.partition(":")
+    if not name:
+        raise UserError("lmms-eval needs the name of a task; type lmms-eval:TASK, such as lmms-eval:chartqa")
+    task_files.file_of(name)
+    return partial(lmms.lmms_eval, name, str(Path(folder).expanduser()) if folder else None)

@@ -183,11 +183,12 @@ def tasks(p: argparse.ArgumentParser) -> None:
     """Add --task for verbs that run tasks."""
     p.add_argument(
         "--task",
-        type=values.comma_separated(values.model_or_task),
+        type=values.tasks,
         default=("vqa",),
         metavar="T[,T]",
         help="vqa, caption, scene, ground, retrieval; DATASET:FOLDER such as vqav2:FOLDER; your own FILE.jsonl, or"
-        " SCORER:FILE.jsonl with exact, choice, number, yesno, anls, vqa, caption, iou or recall (default: vqa)",
+        " SCORER:FILE.jsonl with exact, choice, number, yesno, anls, vqa, caption, iou or recall; lmms-eval:TASK[,TASK]"
+        " or lmms-eval:TASK:FOLDER (default: vqa)",
     )
 
 
@@ -237,7 +238,7 @@ def calibration(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("calibration", "for methods that use the inputs of a layer, such as gptq and awq")
     g.add_argument(
         "--calibration",
-        type=values.comma_separated(values.model_or_task),
+        type=values.tasks,
         metavar="T[,T]",
         help="tasks whose calibration split is used (default: those of --task)",
     )

@@ -185,6 +185,21 @@ def comma_separated(one: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
     return read
 
 
+LIBRARIES = ("lmms-eval:",)  # prefixes that also hold for the names after them
+
+
+def tasks(text: str) -> tuple[str, ...]:
+    """Tasks, separated by commas; the name of an evaluation library holds for the tasks after it, too."""
+    names, library = [], ""
+    for name in comma_separated(model_or_task)(text):
+        if ":" in name or name.endswith(".jsonl"):
+            library = next((one for one in LIBRARIES if name.startswith(one)), "")
+            names.append(name)
+        else:
+            names.append(library + name)
+    return tuple(dict.fromkeys(names))
+
+
 def pair(text: str) -> tuple[str, str]:
     """NAME=VALUE as two texts."""
     left, equals, right = text.partition("=")

@@ -1,0 +1,1 @@
+"""Tasks of lmms-eval, with its prompts, answer rules and metrics."""

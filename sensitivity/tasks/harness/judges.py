@@ -1,0 +1,46 @@
+"""Finds out whether a metric of lmms-eval asks a judge: another model, over the network."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+
+JUDGES = ("lmms_eval.llm_judge", "lmms_eval.verifiers", "openai", "anthropic", "requests", "httpx", "google.genai")
+
+
+def judge_of(function: object) -> str | None:
+    """The module through which a function would ask a judge, itself or in what it calls; None if it asks none."""
+    seen: set[int] = set()
+    waiting = [function]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        module = one.__name__ if isinstance(one, types.ModuleType) else str(getattr(one, "__module__", ""))
+        if any(module == judge or module.startswith(f"{judge}.") for judge in JUDGES):
+            return module
+        waiting += _used_by(one)
+    return None
+
+
+def _used_by(one: object) -> Iterator[object]:
+    """What a function, or the class of an object, refers to by a global name, if it belongs to a task."""
+    one = getattr(one, "__wrapped__", one)
+    if isinstance(one, types.FunctionType):
+        if "lmms_eval" in str(one.__globals__.get("__file__", "")):
+            for name in _names(one.__code__):
+                if name in one.__globals__:
+                    yield one.__globals__[name]
+    elif isinstance(one, type):
+        yield from (value for value in vars(one).values() if isinstance(value, types.FunctionType))
+    elif not isinstance(one, types.ModuleType | types.BuiltinFunctionType):
+        yield type(one)
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """The global names that a function reads, with those of the functions inside of it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
