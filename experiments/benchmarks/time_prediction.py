@@ -1,0 +1,132 @@
+"""Whether the time and memory of a plan are predicted by those of its layers: random plans, predicted and then timed.
+
+python -m experiments.benchmarks.time_prediction [--plans 20] [--rounds 5] [--depth 0.1] [--out FILE.csv]
+
+The model is wired as LLaVA, with the shapes of CLIP's ViT-B/16 and SmolLM2-135M and random weights: the embedded models
+are all overhead. One thread, CPU time: what the clock would show on an idle machine. Plans are timed in turn with full
+precision. A plan's measured time is its share of full precision's in the same rounds, times full precision's in the
+profile, so that a slow minute changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from experiments.true_shapes import save
+from sensitivity.formats.table import write
+from sensitivity.formats.timing.intervals import STAGES, interval
+from sensitivity.formats.timing.memory import memory
+from sensitivity.formats.timing.opened import HalvedModel, opened, warm_up
+from sensitivity.formats.timing.profile import profile
+from sensitivity.formats.timing.timed_process import answered
+from sensitivity.formats.writing.job import Job
+from sensitivity.measure.generate.batches import batches
+from sensitivity.models.config_only import without_weights
+from sensitivity.models.discover import inspect
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.runtimes.layer_times import LayerTimes
+from sensitivity.tasks.table import task
+
+SHAPE, RUNTIME = "llava-vit-b-smollm2-135m", "openvino"
+AT_ONCE = 4  # plans in memory beside full precision
+SCHEMES = [Scheme("rtn", bits, 32, bits > 2) for bits in (2, 4, 8)]
+COLUMNS = dict(zip(("image", "prompt", "token"), STAGES.values(), strict=True))
+
+
+def run(model: str, parts: ComponentMap, plans: Sequence[Plan], rounds: int, space: Path) -> pd.DataFrame:
+    """A row per plan: each stage's share of full precision's time, and the memory that the model took."""
+    examples = task("vqa", n=1)
+    (batch,) = batches(without_weights(model), replace(examples, examples=examples.examples[:1]), plain=True)
+    warm_up(RUNTIME)
+    native, _ = begun(model, parts, Plan.uniform(parts, None), space / "native", batch.inputs)
+    rows: list[dict[str, object]] = []
+    for start in range(0, len(plans), AT_ONCE):
+        some = plans[start : start + AT_ONCE]
+        running = [begun(model, parts, plan, space / plan.key, batch.inputs) for plan in some]
+        times = [[answered(one, batch.inputs) for one in (native, *(one for one, _ in running))] for _ in range(rounds)]
+        for number, (plan, (_, (anonymous, mapped))) in enumerate(zip(some, running, strict=True), 1):
+            row: dict[str, object] = {"plan": plan.describe(), "anonymous": anonymous / 1e9, "mapped": mapped / 1e9}
+            row["resident"] = (anonymous + mapped) / 1e9
+            for name, stage in COLUMNS.items():
+                row[name] = interval([stage(one[number]).cpu / stage(one[0]).cpu for one in times])["median"]
+            rows.append(row)
+            print(row, flush=True)
+        running.clear()
+        gc.collect()
+    return pd.DataFrame(rows)
+
+
+def begun(
+    model: str, parts: ComponentMap, plan: Plan, out: Path, inputs: Mapping[str, Tensor]
+) -> tuple[HalvedModel, tuple[int, int]]:
+    """A plan in the runtime after its first answer, and the bytes that it added to this process."""
+    write(Job(model, parts, plan, {"model": model}, dtype=torch.float32), out, RUNTIME)
+    before = memory()
+    found = opened(str(out), RUNTIME, "float32", 1)
+    answered(found, inputs)
+    after = memory()
+    assert before is not None
+    assert after is not None
+    return found, (after["anonymous"] - before["anonymous"], after["mapped"] - before["mapped"])
+
+
+def compared(table: pd.DataFrame, parts: ComponentMap, plans: Sequence[Plan], times: LayerTimes) -> pd.DataFrame:
+    """The table with milliseconds in place of shares, and what was predicted beside them."""
+    native = Plan.uniform(parts, None)
+    for name in COLUMNS:
+        table[name] *= times.plan_cost(parts, native, f"ms_per_{name}")
+        table[f"predicted {name}"] = [times.plan_cost(parts, plan, f"ms_per_{name}") for plan in plans]
+    table["predicted resident"] = [times.plan_cost(parts, plan, "gb_resident") for plan in plans]
+    return table
+
+
+def summary(table: pd.DataFrame) -> Mapping[str, str]:
+    """For each quantity the error of its prediction, and the rank correlation."""
+    found = {}
+    for name in (*COLUMNS, "resident"):
+        error = table[f"predicted {name}"] / table[name] - 1
+        rank = spearmanr(table[f"predicted {name}"], table[name]).statistic
+        found[name] = (
+            f"{table[name].min():.3g} to {table[name].max():.3g}, error median {error.median():+.1%}, largest "
+            f"{error.abs().max():.1%}, within 10 %: {(error.abs() <= 0.1).mean():.0%}, rank correlation {rank:.3f}"
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plans", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--depth", type=float, default=0.1, help="the share of the model's blocks")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    draw = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as space:
+        model = str(save(SHAPE, Path(space) / "model", args.depth))
+        parts = inspect(model, by="group.kind")
+        times = profile(model, SCHEMES, RUNTIME, "vqa", args.rounds, threads=1)
+        print({name: round(value, 3) for name, value in times.rest.items()}, times.tokens, times.resident, flush=True)
+        plans = [Plan.of(parts, {c: draw.choice([None, *SCHEMES]) for c in parts.names}) for _ in range(args.plans)]
+        table = compared(run(model, parts, plans, args.rounds, Path(space)), parts, plans, times)
+    if args.out:
+        table.to_csv(args.out, index=False, float_format="%.4g")
+    for name, words in summary(table).items():
+        print(f"{name}: {words}, n = {len(table)}")
+
+
+if __name__ == "__main__":
+    main()
