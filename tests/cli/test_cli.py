@@ -273,13 +273,14 @@ def journal(out: Path) -> list[dict[str, Any]]:
 def test_a_database_serves_as_well_as_a_journal(
     study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "team"
-    status, _, _ = run(capsys, SWEEP, "--out", out, "--storage", f"sqlite:///{tmp_path}/team.db", "--json")
+    out, some = tmp_path / "team", SWEEP.replace("2,4,8", "2,8")  # 9 of the 28 plans
+    status, _, _ = run(capsys, some, "--out", out, "--storage", f"sqlite:///{tmp_path}/team.db", "--json")
     assert status == 0
     assert not (out / "journal.log").exists()
     ours, theirs = (Study(path).table().set_index("key").sort_index() for path in (out, study))
-    assert (ours["vqa"] == theirs["vqa"]).all()
-    status, _, err = run(capsys, SWEEP, "--out", out)  # the folder remembers where its study is
+    assert len(ours) == 9
+    assert (ours["vqa"] == theirs.loc[ours.index, "vqa"]).all()
+    status, _, err = run(capsys, some, "--out", out)  # the folder remembers where its study is
     assert status == 0
     assert "nothing was left to do" in err
 
