@@ -21,15 +21,13 @@ from sensitivity.quantize.grids.spqr import spqr
 from sensitivity.quantize.grids.squeezellm import squeezellm
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears, Method, per_weight
-from sensitivity.quantize.run_time.settings import (
-    has_fixed_range,
-    of_weights,
-)
+from sensitivity.quantize.run_time.settings import NOTHING_ROUNDED, needs_run_time_data, of_weights
 from sensitivity.quantize.solvers.activations import int8_rows, split_inputs
 from sensitivity.quantize.solvers.clip import clip
 from sensitivity.quantize.solvers.gptq import gptq
 from sensitivity.quantize.solvers.nearest import rtn, uniform
 from sensitivity.quantize.solvers.scale_search import awq
+from sensitivity.quantize.solvers.smooth import smooth
 from sensitivity.quantize.solvers.vlm_ptq import vlm_ptq
 from sensitivity.quantize.stored.codebook import to_codebook
 from sensitivity.quantize.stored.weight import StoredWeight
@@ -45,6 +43,7 @@ IMPORTANCE = (
     "block",
     "attention",
     "perturbation",
+    "filtered",
 )  # how much each calibration token counts
 GRADIENTS = ("modality", "gradient", "output", "block")  # those that take a backward pass
 # towards which output a layer is quantized, on inputs behind quantized layers: its own there, or the float model's, by
@@ -53,7 +52,9 @@ SHIFTS = ("none", "later", "all")
 SHIFT: dict[str, Setting] = {"shift": "none", "strength": 1.0}
 TRANSFORMS = ("none", "hadamard")
 TRANSFORM: dict[str, Setting] = {"transform": "none"}
-NOTHING = {"biases": False, "backend": OWN, "importance": UNIFORM, "gradient": False, **SHIFT, **TRANSFORM}
+SMOOTHING: dict[str, Setting] = {"spread": "largest", "scales": "stored", "learned": 0, **TRANSFORM}
+NOTHING: dict[str, Setting] = {"biases": False, "backend": OWN, "importance": UNIFORM, "gradient": False, "learned": 0}
+NOTHING |= {**SHIFT, **TRANSFORM, **NOTHING_ROUNDED}
 # what a calibrated scheme records about its calibration data (see Statistics.facts), and the type of each
 CALIBRATION = {"calibration": str, "examples": int, "seed": int, "data": str, "path": str}
 BLOCKS = "in blocks of 64 of the flattened weight, around zero"
@@ -117,6 +118,19 @@ METHODS: dict[str, Method] = {
         ranges={"exponents": (1, 1000)},
         # folded: scales only where the layer before can absorb them, so that they cost no bit
         choices={"scales": ("stored", "folded"), "importance": IMPORTANCE},
+    ),
+    "smooth": Method(
+        smooth,
+        range(2, 9),
+        calibrated=True,
+        settings={"exponent": 0.5, **SMOOTHING, "importance": UNIFORM},
+        ranges={"exponent": (0, 1), "learned": (0, 1000)},
+        choices={
+            "spread": ("largest", "range"),
+            "scales": ("stored", "folded", "norms"),
+            "transform": (*TRANSFORMS, "blocks"),
+            "importance": IMPORTANCE,
+        },
     ),
     "nf4": Method(per_weight(to_codebook), range(4, 5), group=64, settings={"double": False}, fixed=BLOCKS),
     "fp4": Method(per_weight(to_codebook), range(4, 5), group=64, settings={"double": False}, fixed=BLOCKS),
@@ -221,8 +235,8 @@ def method_of(scheme: Scheme) -> Method:
 
 
 def needs_data(scheme: Scheme) -> bool:
-    """Whether a scheme needs calibration data: for its weights, or for one range of all activations."""
-    return method_of(scheme).calibrated or has_fixed_range(scheme)
+    """Whether a scheme needs calibration data: for its weights, or for what it rounds in each forward pass."""
+    return method_of(scheme).calibrated or needs_run_time_data(scheme)
 
 
 def weights_of(scheme: Scheme) -> Scheme:

@@ -27,4 +27,19 @@ PRESETS: dict[str, dict[str, Setting]] = {
     # QIG as its authors publish it is MBQ's scale search under the weights of its integrated gradients
     "qig": {"method": "awq", "group": 128, "clip": False, "importance": "perturbation"},
     "salq-vlm": {"method": "gptq", "shift": "later", "strength": 0.25, "importance": "block"},
+    # weights and activations; what each takes from its source, and what not, is said in SOURCES
+    "repq-vit": {
+        **{"method": "smooth", "symmetric": False, "exponent": 1.0, "spread": "range", "scales": "norms"},
+        **{"activations": 4, "activation_scale": "norm", "attention": "tensor", "softmax": "log-sqrt2"},
+    },
+    "ptq4sam": {
+        **{"method": "gptq", "symmetric": False, "activations": 4, "activation_scale": "tensor"},
+        **{"attention": "folded", "softmax": "adaptive"},
+    },
+    "quantvggt": {
+        **{"method": "smooth", "transform": "hadamard", "learned": 15, "importance": "filtered", "activations": 4},
+    },
+    "quantvla": {"method": "smooth", "transform": "blocks", "exponent": 0.15, "activations": 8, "match": True},
+    "qvlm": {"method": "nf4", "activations": 4, "activation_scale": "blocks"},
+    "qvlm-released": {"method": "nf4", "double": True, "activations": 4, "activation_scale": "released"},
 }

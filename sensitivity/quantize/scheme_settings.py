@@ -9,10 +9,11 @@ from typing import Any
 from sensitivity.quantize.layer.linears import Method
 from sensitivity.quantize.methods import CALIBRATION, NOTHING, OWN, ROWS, method_of, needs_both_paths, needs_data
 from sensitivity.quantize.presets import PRESETS
+from sensitivity.quantize.run_time.inputs import TOKEN
 from sensitivity.quantize.run_time.settings import ROUNDED_BITS, RUN_TIME, with_run_time
 from sensitivity.quantize.solvers import gptqmodel_solver
 from sensitivity.spec.errors import UserError, unknown
-from sensitivity.spec.plan import NOT_ROUNDED, Scheme, Setting
+from sensitivity.spec.plan import ACTIVATION_SCALE, NOT_ROUNDED, Scheme, Setting
 
 
 def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None = None, **chosen: Any) -> Scheme:
@@ -34,7 +35,10 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     name = str(preset.pop("method"))
     if name not in ROWS:
         raise unknown("method", method, [*ROWS, *PRESETS])
-    given: dict[str, Any] = {**preset, **{key: value for key, value in chosen.items() if value is not None}}
+    chosen = {key: value for key, value in chosen.items() if value is not None}
+    if chosen.get("activations") == NOT_ROUNDED:  # a preset's weights alone
+        preset = {key: value for key, value in preset.items() if key not in RUN_TIME}
+    given: dict[str, Any] = {**preset, **chosen}
     activations, cache = given.pop("activations", NOT_ROUNDED), given.pop("cache", NOT_ROUNDED)
     row = with_run_time(ROWS[name], name, activations, cache)
     if bits not in row.widths:
@@ -52,10 +56,10 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     settings = {**row.settings, **{key: _checked(name, row, key, value) for key, value in given.items()}}
     # what adds nothing is not recorded, so that a scheme is the same as before there was such a setting
     settings = {key: value for key, value in settings.items() if NOTHING.get(key, settings) != value}
-    if activations != NOT_ROUNDED and settings.get("transform"):
-        raise UserError(
-            f"{method} rotates inputs, and rounds them only as they are before; leave activations at 16 bits"
-        )
+    if settings.get("transform") and settings.get(ACTIVATION_SCALE, TOKEN) != TOKEN:
+        raise UserError(f"{method} rotates inputs, whose ranges are then not known; leave activation_scale at {TOKEN}")
+    if settings.get("transform") == "blocks" and settings.get("learned"):
+        raise UserError(f"{method} learns factors behind a rotation of all channels or none; set transform=hadamard")
     made = Scheme(name, bits, group, symmetric, tuple(settings.items()), activations, cache)
     if calibration and needs_data(made):
         made = replace(made, settings=tuple({**settings, **calibration}.items()))

@@ -91,4 +91,44 @@ SOURCES: dict[str, Source] = {
     "gptaq": Source(
         "Li et al. 2025 (GPTAQ)", CODE, "inputs differ from the whole float model's; shifts are of the original weights"
     ),
+    "smooth": Source(
+        "Xiao et al. 2023 (SmoothQuant)", "known from code that follows it", "factors with a mean of 1; weights per row"
+    ),
+    "repq-vit": Source(
+        "Li et al. 2023 (RepQ-ViT)",
+        CODE,
+        "ranges are minimum and maximum, there the best of three percentiles, and include zero; the last code of a "
+        "softmax is zero, there zero stands beside all codes",
+    ),
+    "ptq4sam": Source(
+        "PTQ4SAM",
+        CODE,
+        "GPTQ for AdaRound and QDrop; signs of keys around their rounding, before rotary positions, which is what "
+        "folding them into weights comes to; keys alone; steps of the largest probability",
+    ),
+    "quantvggt": Source(
+        "QuantVGGT",
+        CODE,
+        "training per layer on normal tokens with its Gram matrix; ranges of weights alone; smoothing by root mean "
+        "squares of rotated inputs and by rotated weights (its code: not rotated); each block leaves out its own "
+        "outlying examples, and none are chosen by clusters",
+    ),
+    "quantvla": Source(
+        "QuantVLA, after DuQuant",
+        CODE,
+        "all layers of a component, there MLPs alone in the action head; a scale for each token, there the 99.9th "
+        "percentile; statistics of logits and outputs from the calibration data",
+    ),
+    "qvlm": Source(
+        "Q-VLM (NeurIPS 2024)",
+        FULL,
+        "layers are transformer blocks; the threshold of dependency is its mean; levels are not assigned softly; a "
+        "block ends with its component; its training of the vision encoder is left out",
+    ),
+    "qvlm-released": Source(
+        "Q-VLM, its released code",
+        CODE,
+        "inputs of output and down projections, and of the tower, have a range for each token: there one of the whole "
+        "prompt, which would depend on how prompts are batched, and a table by position for one image size",
+    ),
 }

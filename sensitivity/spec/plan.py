@@ -20,7 +20,12 @@ NOT_ROUNDED = 16  # the width of activations, or of keys and values, that stay a
 ROUNDED = range(2, 9)  # the widths to which they can be rounded
 ACTIVATIONS, CACHE = "activations", "cache"  # what they are called after a component's name
 ACTIVATION_SCALE = "activation_scale"  # the setting that says which activations share a scale
+SOFTMAX = "softmax"  # the setting that says to which grid attention's probabilities are rounded, with as many bits
 CACHE_GROUP = "cache_group"  # the setting that says how many channels of a key or value share a scale
+ATTENTION = "attention"  # the setting that says how queries, keys and values are rounded, with as many bits
+MATCH = "match"  # the setting that says whether attention is scaled to the float model's
+# the settings that say nothing about how weights are stored
+OF_ROUNDING = (ACTIVATION_SCALE, SOFTMAX, ATTENTION, MATCH, CACHE_GROUP)
 KEEP = "keep"  # the method that leaves weights as they are, for a component whose activations or cache are rounded
 
 
@@ -98,7 +103,7 @@ class Scheme:
         """The same scheme with activations and cache as they are: how its weights are stored, and nothing else."""
         if self.activations == NOT_ROUNDED and self.cache == NOT_ROUNDED:
             return self
-        settings = tuple((name, value) for name, value in self.settings if name not in (ACTIVATION_SCALE, CACHE_GROUP))
+        settings = tuple((name, value) for name, value in self.settings if name not in OF_ROUNDING)
         return replace(self, settings=settings, activations=NOT_ROUNDED, cache=NOT_ROUNDED)
 
     def __str__(self) -> str:
@@ -258,7 +263,7 @@ def _few(names: Sequence[str]) -> str:
 # under these methods its rows are rounded to nearest on the same kind of grid.
 CALIBRATED = (
     *("clip", "gptq", "awq", "squeezellm", "leanquant", "leanquant-affine", "bpdq", "billm", "spqr", "vlm-ptq"),
-    *("gwq", "qvla"),
+    *("gwq", "qvla", "smooth"),
 )
 
 

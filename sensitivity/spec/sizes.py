@@ -39,7 +39,7 @@ def _affine(scheme: Scheme, rows: int, cols: int) -> int:
 
 def _scaled(scheme: Scheme, rows: int, cols: int) -> int:
     """What `_affine` counts, and a 16-bit scale per input channel unless the layer before absorbs it."""
-    return _affine(scheme, rows, cols) + (0 if scheme.get("scales") == "folded" else 16 * cols)
+    return _affine(scheme, rows, cols) + (0 if scheme.get("scales") in ("folded", "norms") else 16 * cols)
 
 
 def _blocks(scheme: Scheme, rows: int, cols: int) -> int:
@@ -159,6 +159,7 @@ OVERHEAD: dict[str, Callable[[Scheme, int, int], int]] = {
     "gptq": _affine,
     "vlm-ptq": _affine,
     "awq": _scaled,
+    "smooth": _scaled,
     "nf4": _blocks,
     "fp4": _blocks,
     "llm-int8": lambda scheme, rows, cols: 32 * rows,

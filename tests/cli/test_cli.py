@@ -387,6 +387,10 @@ def test_methods_are_listed_with_what_they_store(capsys: pytest.CaptureFixture[s
         *("mbq", "tlq", "tlq-gptq", "oac", "salq-vlm", "gwq", "squeezellm-fisher"),
     }
     assert {method["name"] for method in found if method["both_paths"]} == {"vlm-ptq", "gptaq", "salq-vlm"}
+    assert {method["name"]: method["activations"] for method in found if method["activations"] < 16} == {
+        **dict.fromkeys(("repq-vit", "ptq4sam", "quantvggt", "qvlm", "qvlm-released"), 4), "quantvla": 8,
+    }  # fmt: skip
+    assert all(method["calibrated"] for method in found if method["activations"] < 16)
     for method in found:
         # a code of b bits takes b bits; everything else comes on top
         assert all(stored > int(bits) for bits, stored in method["stored"].items()), method["name"]

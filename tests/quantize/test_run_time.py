@@ -13,6 +13,7 @@ from sensitivity.quantize.methods import weights_of
 from sensitivity.quantize.run_time.inputs import round_inputs
 from sensitivity.quantize.run_time.keys_and_values import round_cached
 from sensitivity.quantize.scheme_settings import check_scheme, scheme
+from sensitivity.quantize.stored.rotated import InputTransform
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
 
@@ -54,7 +55,8 @@ def test_a_fixed_range_clips_what_exceeds_it() -> None:
 
 def test_a_factor_is_what_the_layer_before_divides_by() -> None:
     x, factor = tokens(4, 6), torch.rand(6) + 0.5
-    assert torch.equal(round_inputs(x, 4, factor=factor), round_inputs(x / factor, 4) * factor)
+    transform = InputTransform(factor)
+    assert torch.equal(transform.back(round_inputs(transform.forward(x), 4)), round_inputs(x / factor, 4) * factor)
 
 
 @pytest.mark.parametrize("group", [1, 4, 32, 100])

@@ -144,9 +144,10 @@ def run_time(p: argparse.ArgumentParser) -> None:
     )
     g.add_argument(
         "--activation-scale",
-        type=values.choice("token", "tensor"),
-        metavar="token|tensor",
-        help="a scale for each token, or one for all from calibration (default: token)",
+        type=values.choice("token", "tensor", "norm", "blocks", "released"),
+        metavar="SCALE",
+        help="what shares a scale: token, tensor, norm (as RepQ-ViT), blocks or released (both as Q-VLM); all but token"
+        " from calibration (default: the method's, most often token)",
     )
     g.add_argument(
         "--cache-bits",

@@ -10,7 +10,7 @@ from typing import Any
 from sensitivity.cli.arguments import flags
 from sensitivity.cli.arguments.values import WIDEST
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import KEEP, Scheme
+from sensitivity.spec.plan import ATTENTION, KEEP, MATCH, SOFTMAX, Scheme
 
 
 def schemes(args: argparse.Namespace) -> list[Scheme]:
@@ -24,12 +24,17 @@ def schemes(args: argparse.Namespace) -> list[Scheme]:
             flag = name.replace("_", "-")
             raise UserError(f"--set {name}={settings[name]}: {name} is a flag of its own; type --{flag}")
     names = (args.method,) if isinstance(args.method, str) else args.method
+    of_rounding = {name: settings.pop(name) for name in (SOFTMAX, ATTENTION, MATCH) if name in settings}
     given: dict[str, Any] = {**{flag: getattr(args, flag) for flag in plain}, **settings}
     requested: list[Scheme] = []
     for activations, cache in itertools.product(*_rounded_widths(args)):
         rounded: dict[str, Any] = {}
         if activations < WIDEST:
-            rounded |= {"activations": activations, "activation_scale": args.activation_scale}
+            rounded |= {"activations": activations, "activation_scale": args.activation_scale, **of_rounding}
+        elif len(getattr(args, "activation_bits", ())) > 1:  # 16 beside other widths, whatever a preset has
+            rounded |= {"activations": activations}
+        else:
+            rounded |= of_rounding
         if cache < WIDEST:
             rounded |= {"cache": cache, "cache_group": args.cache_group}
         requested += schemes_of(names, args.bits, **given, **rounded)

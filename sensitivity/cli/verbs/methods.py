@@ -10,6 +10,7 @@ from sensitivity.cli.output.tables import table
 
 ABOUT = "list the quantization methods: widths, calibration, stored bits beside claimed ones, and sources"
 EXAMPLE = "sensitivity methods"
+NATIVE = 16  # bits of activations that stay as they are
 SIDE = 4096  # rows and columns of the weight whose stored bits are shown
 
 
@@ -20,7 +21,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """List the methods."""
     from sensitivity.quantize.costs import MEASURED_BY, cost
-    from sensitivity.quantize.methods import METHODS, needs_both_paths, needs_gradients
+    from sensitivity.quantize.methods import METHODS, needs_both_paths, needs_data, needs_gradients
     from sensitivity.quantize.presets import PRESETS
     from sensitivity.quantize.scheme_settings import scheme
     from sensitivity.quantize.sources import SOURCES
@@ -39,7 +40,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "bits": list(row.widths),
                 "stored": stored,
                 "claimed": source.claimed,
-                "calibrated": row.calibrated,
+                "activations": one.activations,
+                "calibrated": needs_data(one),
                 "gradients": needs_gradients(one),
                 "both_paths": needs_both_paths(one),
                 "seconds": cost(name),
@@ -73,6 +75,8 @@ def show_methods(listed: list[dict[str, Any]]) -> None:
             for m in listed
         ],
     )
+    rounding = [f"{m['name']} to {m['activations']} bits" for m in listed if m["activations"] < NATIVE]
+    print(f"Inputs of layers are rounded, too, by {', '.join(rounding)}.\n")
     table(
         "Where they are from",
         ("name", "source", "read", "ours or inferred"),

@@ -18,6 +18,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import Linears, input_of
 from sensitivity.quantize.methods import solve
 from sensitivity.quantize.stored.grid import QuantizedWeight, to_16_bit
+from sensitivity.quantize.stored.rotated import InputTransform
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.plan import Plan, Scheme
@@ -113,7 +114,8 @@ class _BlockByBlock:
             names = tuple(weight.name for weight in self.inputs[key])
             foldable = any(s.get("scales") == "folded" for s in schemes) and key in self.statistics.absorbers
             weights = tuple(self.float_weights[name] for name in names)
-            whole = Linears(names, weights, foldable=foldable, fisher=self.statistics.fisher_of(names, schemes))
+            normed, fisher = self.statistics.behind_norm_for(key, schemes), self.statistics.fisher_of(names, schemes)
+            whole = Linears(names, weights, foldable=foldable, behind_norm=normed, fisher=fisher)
             for linears, alike in by_importance(whole, schemes, curvatures[key]):
                 for scheme, results in zip(alike, solve(linears, alike), strict=True):
                     self.found |= {
@@ -130,11 +132,11 @@ class _BlockByBlock:
     def _install(self, block: Sequence[Weight]) -> None:
         """Put the quantized weights of a block into the model, so that later blocks calibrate on its real outputs."""
         for weight in block:
-            factor = getattr(self.found[weight.name], "inputs", None)
-            self.hooks += rounding_hooks(self.model, weight, self.schemes[weight.name], factor=factor)
+            own = self.float_weights[weight.name]
+            transform = InputTransform.of(self.found[weight.name], own.device)
+            self.hooks += rounding_hooks(self.model, weight, self.schemes[weight.name], transform)
             if (result := self.found[weight.name]) is not None:
-                float_weight = self.float_weights[weight.name]
-                self.parameters[weight.name].data = result.dequantize().to(float_weight.dtype)
+                self.parameters[weight.name].data = result.dequantize().to(own.dtype)
             if weight.bias and weight.bias in self.schemes:
                 bias = self.float_weights[weight.bias]
                 rounded = codes_from_weights(weight.bias, bias.reshape(1, -1), self.schemes[weight.bias])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -77,6 +77,12 @@ def calibrate(
     def of_rows(rows: int) -> Iterable[TokenBatch]:
         return each(batches(vlm, data, rows), "calibrating", "examples", examples, lambda batch: len(batch.examples))
 
+    def passes() -> Iterator[TokenBatch]:
+        for batch in batches(vlm, data, ROWS // 4):  # what watches attention holds the probabilities of all heads
+            with torch.inference_mode():
+                calibration_pass(vlm, batch)
+            yield batch
+
     token_weights: dict[str, TokenWeights | None] = {UNIFORM: None}
     if others := sorted(set(importance) - {UNIFORM}):
         # a forecast has no weights, and asks for no values
@@ -96,7 +102,8 @@ def calibrate(
             for name, weights in token_weights.items()
         }  # fmt: skip
     layers = [weight for weight in parts.weights if not weight.is_embedding]
-    return Statistics(facts, statistics.pop(UNIFORM), trace, cache, statistics, Fisher(vlm, layers, of_rows).of)
+    fisher = Fisher(vlm, layers, of_rows).of
+    return Statistics(facts, statistics.pop(UNIFORM), trace, cache, statistics, fisher, passes)
 
 
 def calibration_examples(tasks: Sequence[str], n: int, seed: int) -> list[Task]:

@@ -70,6 +70,8 @@ class Statistics:
     cache: Cache | None = None  # of quantized weights
     weighted: Mapping[str, Gather] = field(default_factory=dict)  # by importance: the same with weights for tokens
     fisher: Callable[[str], Tensor] | None = None  # squared gradients of the loss by a weight
+    # forward passes over the calibration data through the model as it is, one by one
+    passes: Callable[[], Iterator[object]] = field(default=lambda: iter(()))
 
     def fisher_of(self, names: Sequence[str], schemes: Iterable[Scheme]) -> tuple[Tensor, ...] | None:
         """The squared gradients of some weights, if a scheme needs them."""
@@ -103,6 +105,14 @@ class Statistics:
     def absorbers(self) -> Mapping[str, Absorber]:
         """What each input's scales can be folded into, found by one forward pass when first asked for."""
         return self.find_absorbers()
+
+    def behind_norm(self, name: str) -> bool:
+        """Whether a norm stands before an input, and nothing else reads the norm's output."""
+        return name in self.absorbers and self.absorbers[name].norm
+
+    def behind_norm_for(self, name: str, schemes: Iterable[Scheme]) -> bool:
+        """The same, where a scheme asks for it; finding it out takes a forward pass."""
+        return any(scheme.get("scales") == "norms" for scheme in schemes) and self.behind_norm(name)
 
     @property
     def exposed(self) -> bool:

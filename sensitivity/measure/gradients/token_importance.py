@@ -13,6 +13,7 @@ from sensitivity.measure.gradients.backward import Once, add, backward
 from sensitivity.measure.gradients.block_error import block_errors
 from sensitivity.measure.gradients.perturbation import perturbations
 from sensitivity.measure.passes.attention import attention_received
+from sensitivity.measure.passes.block_inputs import block_input_sizes
 from sensitivity.measure.passes.token_batches import ANSWER, VISION, TokenBatch
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of
@@ -134,6 +135,27 @@ def by_perturbation(seen: TokenNumbers) -> TokenWeights:
     return token_weights
 
 
+def by_filter(seen: TokenNumbers) -> TokenWeights:
+    """1 for tokens of examples within 1.5 interquartile ranges of the quartiles, 0 for the others (QuantVGGT).
+
+    Fewer than four examples have no quartiles to speak of, and all count.
+    """
+    means: dict[str, list[Tensor]] = {}
+    for (_, name), values in seen.numbers.items():
+        means.setdefault(name, []).append(values.mean())
+    fences = {}
+    for name, of_examples in means.items():
+        first, third = torch.quantile(torch.stack(of_examples).double(), torch.tensor([0.25, 0.75]).double())
+        reach = 1.5 * (third - first)
+        fences[name] = (first - reach, third + reach) if len(of_examples) >= 4 else None
+    found = {}
+    for (example, name), values in seen.numbers.items():
+        fence = fences[name]
+        inside = fence is None or bool(fence[0] <= values.mean().double() <= fence[1])
+        found[example, name] = torch.full_like(values, float(inside))
+    return found
+
+
 # how each kind observes the tokens of a batch, and how it makes weights of what all examples gave
 IMPORTANCE: Mapping[str, tuple[Observe, Callable[[TokenNumbers], TokenWeights]]] = {
     "modality": (answer_gradients, by_modality),
@@ -142,6 +164,7 @@ IMPORTANCE: Mapping[str, tuple[Observe, Callable[[TokenNumbers], TokenWeights]]]
     "block": (block_errors, by_block),
     "attention": (attention_received, by_attention),
     "perturbation": (perturbations, by_perturbation),
+    "filtered": (block_input_sizes, by_filter),
 }
 
 

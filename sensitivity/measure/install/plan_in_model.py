@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from sensitivity.measure.calibrate.absorbers import Absorber
 from sensitivity.measure.calibrate.cache import fingerprint
 from sensitivity.measure.calibrate.statistics import Statistics, by_importance
-from sensitivity.measure.install.rounding import check_cache, rounding_hooks
+from sensitivity.measure.install.rounding import check_cache
+from sensitivity.measure.install.run_time import RunTime
 from sensitivity.measure.memory.weight_codes import CachedWeight, Key, WeightCodes, as_cached, from_tensors, tensors
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears, input_of
 from sensitivity.quantize.methods import UNIFORM, method_of, needs_data, needs_fisher, quantize, solve, weights_of
-from sensitivity.quantize.run_time.settings import has_fixed_range
+from sensitivity.quantize.run_time.settings import needs_run_time_data
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import KEEP, NOT_ROUNDED, Plan, Scheme, Setting, scheme_of
@@ -50,17 +51,20 @@ def quantized(
     schemes, given = targets(parts, plan), _given(parts, plan)
     if unknown_names := sorted(set(schemes) - set(parameters)):
         raise UserError(f"the plan names weights that this model does not have: {', '.join(unknown_names[:4])}")
-    quantizer = _Quantizer(parameters, parts, WeightCodes() if memory is None else memory, statistics)
+    quantizer = _Quantizer(model, parts, WeightCodes() if memory is None else memory, statistics)
     blocks, exposed = list(_blocks(parts, given)), statistics is not None and statistics.exposed
     if not exposed:  # float statistics are collected before the first weight is replaced
         for block in each(blocks, *QUANTIZING, len(blocks)):
             quantizer.solve(block, {weight.name: {given[weight.name]} for weight in block})
     with ExitStack() as installed:
         try:
+            if not exposed:
+                quantizer.search(given)
             for block in each(blocks, *QUANTIZING, len(blocks)):
                 # the blocks before this one hold their quantized weights by now, and its calibration inputs pass them
                 if exposed:
                     quantizer.solve(block, {weight.name: {given[weight.name]} for weight in block})
+                    quantizer.search({weight.name: given[weight.name] for weight in block})
                 for weight in block:
                     scheme = given[weight.name]
                     # the tensor is replaced and not overwritten, so that restoring it is exact and copies nothing
@@ -68,9 +72,11 @@ def quantized(
                         parameters[weight.name].data = quantizer.weight(weight.name, scheme)
                     if weight.bias and weight.bias in schemes:
                         parameters[weight.bias].data = quantizer.bias(weight.bias, scheme)
-                    for hook in rounding_hooks(model, weight, scheme, *quantizer.input_range(weight, scheme)):
+                    for hook in quantizer.run_time.hooks(weight, scheme, quantizer.stored(weight, scheme)):
                         installed.callback(hook.remove)
                 quantizer.installed_so_far += [(weight.name, given[weight.name]) for weight in block]
+            for hook in quantizer.run_time.match(given):
+                installed.callback(hook.remove)
             # compared by address: a weight whose values survive quantizing unchanged counts as changed, too
             changed = {name for name, p in parameters.items() if p.data_ptr() != quantizer.own[name].data_ptr()}
             if changed != set(schemes):
@@ -100,7 +106,7 @@ def prepare(
     for plan in plans:
         for name, scheme in _given(parts, plan).items():
             schemes_of.setdefault(name, set()).add(scheme)
-    quantizer = _Quantizer(dict(model.named_parameters()), parts, memory, statistics)
+    quantizer = _Quantizer(model, parts, memory, statistics)
     blocks = list(_blocks(parts, schemes_of))
     for block in each(blocks, *QUANTIZING, len(blocks)):
         quantizer.solve(block, schemes_of)
@@ -132,15 +138,16 @@ class _Quantizer:
     """Quantizes the weights of one model: its own weights, the memory of quantized ones, and those installed so far."""
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], parts: ComponentMap, memory: WeightCodes, statistics: Statistics | None
+        self, model: nn.Module, parts: ComponentMap, memory: WeightCodes, statistics: Statistics | None
     ) -> None:
-        self.own = {name: parameter.data for name, parameter in parameters.items()}
+        self.own = {name: parameter.data for name, parameter in model.named_parameters()}
         self.memory, self.statistics = memory, statistics
         self.installed_so_far: list[tuple[str, Scheme]] = []
         exposed = statistics is not None and statistics.exposed
-        # largest magnitude of each channel, by input; on the exposed path it is this plan's alone
-        self.largest: dict[str, Tensor] = {} if exposed else memory.largest
+        # what calibration gives for run time; on the exposed path it is this plan's alone
+        self.run_time = RunTime(model, parts, statistics, {} if exposed else memory.run_time)
         self.inputs: dict[str, list[Weight]] = {}
+        self.weights = {weight.name: weight for weight in parts.weights}
         for weight in parts.weights:
             self.inputs.setdefault(input_of(weight), []).append(weight)
 
@@ -158,15 +165,14 @@ class _Quantizer:
     def solve(self, block: Iterable[Weight], schemes_of: Mapping[str, set[Scheme]]) -> None:
         """Quantize what the memory lacks; weights that read one input are solved together, and always all of them."""
         missing: dict[str, set[Scheme]] = {}
-        ranges: dict[str, Weight] = {}  # inputs whose range is asked for and not known
+        block = list(block)
+        ranges = self.run_time.ranges_to_find(block, schemes_of)
         for weight in block:
             every = {weights_of(scheme) for scheme in schemes_of[weight.name] if scheme.method != KEEP}
             if missing_schemes := {s for s in every if self.key(weight.name, s) not in self.memory}:
                 missing.setdefault(input_of(weight), set()).update(missing_schemes)
-            if static := [s for s in schemes_of[weight.name] if has_fixed_range(s) and not weight.is_embedding]:
-                self._check_calibrated(static[0])
-                if input_of(weight) not in self.largest:
-                    ranges[input_of(weight)] = weight
+            for scheme in filter(needs_run_time_data, schemes_of[weight.name]):
+                self._check_calibrated(scheme)
         # a method may choose scales for an input that its weights share; solving all of them together keeps the bits
         # independent of which of them a plan names
         for scheme in {s for schemes in missing.values() for s in schemes}:
@@ -182,7 +188,9 @@ class _Quantizer:
             # tracing absorbers costs a forward pass, so it waits until a scheme folds its scales
             foldable = any(s.get("scales") == "folded" for s in schemes) and shared in self._absorbers()
             fisher = None if self.statistics is None else self.statistics.fisher_of(names, schemes)
-            whole = Linears(names, tuple(self.own[name] for name in names), foldable=foldable, fisher=fisher)
+            normed = self.statistics is not None and self.statistics.behind_norm_for(shared, schemes)
+            weights = tuple(self.own[name] for name in names)
+            whole = Linears(names, weights, foldable=foldable, behind_norm=normed, fisher=fisher)
             for linears, alike in by_importance(whole, schemes, curvatures.get(shared, {})):
                 for chosen, values in zip(alike, self._values(linears, alike), strict=True):
                     for name, value in zip(names, values, strict=True):
@@ -193,18 +201,18 @@ class _Quantizer:
         known = {name: curvatures[UNIFORM] for name in ranges if UNIFORM in (curvatures := curvatures_of.get(name, {}))}
         if (left := [weight for name, weight in ranges.items() if name not in known]) and self.statistics is not None:
             known |= self.statistics.gather(left, tuple(self.installed_so_far))
-        self.largest |= {name: known[name].largest.clone() for name in ranges}
+        self.run_time.add_ranges({name: known[name] for name in ranges})
 
-    def input_range(self, weight: Weight, scheme: Scheme) -> tuple[Tensor | None, Tensor | None]:
-        """The largest magnitude of a layer's inputs, if its scheme rounds them by it, and what divides them before."""
-        factor = None
-        if scheme.activations != NOT_ROUNDED and scheme.method != KEEP and not weight.is_embedding:
-            factor = getattr(self.memory[self.key(weight.name, scheme)], "inputs", None)
-            factor = None if factor is None else factor.to(self.own[weight.name].device)
-        if not has_fixed_range(scheme) or weight.is_embedding:
-            return None, factor
-        largest = self.largest[input_of(weight)]
-        return (largest if factor is None else largest / factor.to(largest.device)).max(), factor
+    def search(self, given: Mapping[str, Scheme]) -> None:
+        """Find how some weights' schemes round in each forward pass, on the model as it is."""
+        weights = [self.weights[name] for name in given]
+        self.run_time.search(weights, given, self.own, lambda name: self.weight(name, given[name]))
+
+    def stored(self, weight: Weight, scheme: Scheme) -> CachedWeight | None:
+        """What is stored of a weight, where what it does to its inputs matters at run time."""
+        if scheme.activations == NOT_ROUNDED or scheme.method == KEEP:
+            return None
+        return self.memory[self.key(weight.name, scheme)]
 
     def _values(self, linears: Linears, schemes: Sequence[Scheme]) -> list[list[CachedWeight]]:
         """The quantized weights for each scheme; calibrated ones come from the cache on disk if it has them."""
@@ -213,7 +221,11 @@ class _Quantizer:
         content = (
             None
             if cache is None
-            else [linears.foldable, fingerprint([*linears.weights, *linears.input_statistics.content])]
+            else [
+                linears.foldable,
+                linears.behind_norm,
+                fingerprint([*linears.weights, *linears.input_statistics.content]),
+            ]
         )
         gradients = fingerprint(linears.fisher) if cache is not None and linears.fisher is not None else None
         about: dict[Scheme, dict[str, object]] = {

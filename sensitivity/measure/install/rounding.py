@@ -11,18 +11,25 @@ from torch.utils.hooks import RemovableHandle
 from sensitivity.quantize.methods import method_of
 from sensitivity.quantize.run_time.inputs import round_inputs
 from sensitivity.quantize.run_time.keys_and_values import round_cached
+from sensitivity.quantize.stored.rotated import InputTransform
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import CACHE_GROUP, NOT_ROUNDED, Scheme
 
+Change = Callable[[Tensor], Tensor]
+
 
 def rounding_hooks(
-    model: nn.Module, weight: Weight, scheme: Scheme, largest: Tensor | None = None, factor: Tensor | None = None
+    model: nn.Module,
+    weight: Weight,
+    scheme: Scheme,
+    transform: InputTransform | None = None,
+    rounded: Change | None = None,
 ) -> Iterator[RemovableHandle]:
     """Register what a scheme rounds around one linear layer: its input, and its output where that is cached.
 
-    `largest` is the largest magnitude of the layer's inputs, for schemes with one scale for all tokens; `factor` is by
-    what a scale search multiplied the columns of the weight, and divided its inputs.
+    `transform` is what inputs become before they are rounded; `rounded` rounds them otherwise than with a scale for
+    each token.
     """
     if weight.is_embedding:  # rows of an embedding are looked up: there is no input to round
         return
@@ -30,7 +37,8 @@ def rounding_hooks(
         yield _before(model.get_submodule(weight.reader), lambda x: change(x, scheme))
     if scheme.activations != NOT_ROUNDED:
         bits = scheme.activations
-        yield _before(model.get_submodule(weight.reader), lambda x: round_inputs(x, bits, largest, factor))
+        how = rounded or (lambda x: round_inputs(x, bits))
+        yield _before(model.get_submodule(weight.reader), how if transform is None else _behind(transform, how))
     if scheme.cache != NOT_ROUNDED and weight.cached:
         cache, group = scheme.cache, int(scheme[CACHE_GROUP] or 0)
         layer = model.get_submodule(weight.module)
@@ -43,7 +51,12 @@ def check_cache(name: str, scheme: Scheme, weights: tuple[Weight, ...]) -> None:
         raise UserError(f"{name} has no keys and values that are cached; leave its cache at 16 bits")
 
 
-def _before(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+def _behind(transform: InputTransform, change: Change) -> Change:
+    """A change of inputs as the stored weight reads them."""
+    return lambda x: transform.back(change(transform.forward(x))).to(x.dtype)
+
+
+def _before(module: nn.Module, change: Change) -> RemovableHandle:
     """Change a layer's input, however it is passed."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, get_args
 
 import torch
@@ -39,7 +39,11 @@ KINDS: tuple[type[Coded], ...] = get_args(Coded)
 # A plain tensor stands for what has no codes: biases, and weights that a method leaves alone.
 CachedWeight = Tensor | Coded
 # how fields that are no tensors are read back from one
-READ: dict[str, Callable[[Tensor], object]] = {"int": int, "torch.Size": lambda sizes: torch.Size(sizes.tolist())}
+READ: dict[str, Callable[[Tensor], object]] = {
+    "int": int,
+    "int | None": int,
+    "torch.Size": lambda sizes: torch.Size(sizes.tolist()),
+}
 
 
 class WeightCodes(OrderedDict[Key, CachedWeight]):
@@ -49,7 +53,7 @@ class WeightCodes(OrderedDict[Key, CachedWeight]):
         super().__init__()
         self.limit = limit
         self.bytes = 0
-        self.largest: dict[str, Tensor] = {}  # largest magnitude of each channel of an input, for activations' ranges
+        self.run_time: dict[Hashable, object] = {}  # what rounds activations by calibration data (see RunTime)
         # per parameter, the weight that the last plan put into the model, and its key: neighboring plans share most
         self._dense: dict[str, tuple[Key, Tensor]] = {}
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from sensitivity.measure.passes.attention_functions import AttentionFunctions, probabilities_of
 from sensitivity.measure.passes.block_modules import block_paths
 from sensitivity.measure.passes.token_batches import TokenBatch, calibration_pass
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of
 from sensitivity.spec.components import Weight
-
-FUSED = torch.nn.functional.scaled_dot_product_attention
-SOFTMAX = (torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax)
 
 
 def attention_received(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -> dict[str, Tensor]:
@@ -50,7 +45,12 @@ def attention_received(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -
 
             layer = vlm.model.get_submodule(weight.reader)
             hooks.callback(layer.register_forward_pre_hook(count, with_kwargs=True).remove)
-        hooks.enter_context(_Probabilities(lambda seen: received.setdefault(current[-1], []).append(seen), current))
+
+        def note(logits: Tensor, value: Tensor | None) -> None:
+            if current:
+                received.setdefault(current[-1], []).append(_received(probabilities_of(logits)))
+
+        hooks.enter_context(AttentionFunctions(note))
         calibration_pass(vlm, batch)
     of_input = {}
     for weight, count_ in tokens.items():
@@ -68,49 +68,6 @@ def _of_tokens(received: Sequence[Tensor], count: int) -> Tensor | None:
     return torch.cat(list(received)) if received and sum(map(len, received)) == count else None
 
 
-class _Probabilities(TorchFunctionMode):
-    """Watches attention, fused or as a softmax over four dimensions, and notes what each key receives."""
-
-    def __init__(self, note: Callable[[Tensor], None], inside: Sequence[object]) -> None:
-        super().__init__()
-        self.note, self.inside = note, inside
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if self.inside and func is FUSED:
-            self.note(_received(_probabilities(*args, **(kwargs or {}))))
-        elif self.inside and func in SOFTMAX and result.dim() == 4:
-            self.note(_received(result))
-        return result
-
-
 def _received(probabilities: Tensor) -> Tensor:
     """Sums over heads and queries, example after example."""
     return probabilities.float().sum((1, 2)).flatten()
-
-
-def _probabilities(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """The probabilities behind fused attention, whose arguments these are."""
-    if key.shape[1] != query.shape[1]:
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    logits = query.float() @ key.float().mT * (scale or 1 / math.sqrt(query.shape[-1]))
-    if is_causal:
-        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
-    if attn_mask is not None:
-        logits = logits.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
-    return logits.softmax(-1).nan_to_num()

@@ -26,6 +26,7 @@ class Linears:
     weights: tuple[Tensor, ...]
     curvature: Curvature | None = None
     foldable: bool = True  # whether the layer before them can absorb a scale per input channel
+    behind_norm: bool = False  # whether that layer is a norm
     # squared gradients of the loss, in the shape of each weight (a diagonal Fisher matrix); None: not collected
     fisher: tuple[Tensor, ...] | None = None
     half: torch.dtype | None = None  # the type of the weights before a transform, if there was one

@@ -1,28 +1,56 @@
-"""Rounds a layer's inputs: symmetric, with a scale for each token, or one for all from calibration."""
+"""Rounds a layer's inputs: with a scale for each token, or with ranges from calibration."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-TOKEN, TENSOR = "token", "tensor"  # what shares a scale
-SCALES = (TOKEN, TENSOR)
+# what shares a scale: one token's inputs; all; or those of a channel where a norm stands before the layer, else all
+TOKEN, TENSOR, NORM = "token", "tensor", "norm"
+# Q-VLM: one of each channel, of each token in a vision tower, clipped for blocks of layers together; or as released
+BLOCKS, RELEASED = "blocks", "released"
+SCALES = (TOKEN, TENSOR, NORM, BLOCKS, RELEASED)
 
 
-def round_inputs(inputs: Tensor, bits: int, largest: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+def round_inputs(inputs: Tensor, bits: int, largest: Tensor | None = None) -> Tensor:
     """Inputs rounded to `bits`, in their own type.
 
     The largest magnitude a lies half a step beyond the last code: scale = 2a / (2^b - 1), as of symmetric weights and
     in compressed-tensors. By default a is that of each token, so that a token's values depend on no other token.
     `largest` is one magnitude for all, from calibration; what exceeds it is clipped.
-
-    `factor` is what the layer before takes over of a scale search: inputs arrive divided by it, and are rounded so.
     """
-    values = inputs.float() if factor is None else inputs.float() / factor
+    values = inputs.float()
     reach = values.abs().amax(-1, keepdim=True) if largest is None else largest.to(values)
     scale = 2 * reach / (2**bits - 1)
     # all inputs of a token may be zero, and then any scale keeps them
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     half = 2 ** (bits - 1)
-    rounded = (values / scale).round_().clamp_(-half, half - 1) * scale
-    return (rounded if factor is None else rounded * factor).to(inputs.dtype)
+    return ((values / scale).round_().clamp_(-half, half - 1) * scale).to(inputs.dtype)
+
+
+def round_between(inputs: Tensor, bits: int, low: Tensor, high: Tensor) -> Tensor:
+    """Inputs rounded to 2^b levels from `low` to `high`, which include zero, in their own type.
+
+    Each is one number, one of each channel, or one of each token. Zero is a level.
+    """
+    values, codes = inputs.float(), 2**bits - 1
+    low, high = low.to(values), high.to(values)
+    scale = (high - low) / codes
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero = (-low / scale).round()
+    return (((values / scale).round_() + zero).clamp(min=0, max=codes).sub_(zero) * scale).to(inputs.dtype)
+
+
+def percentiles(values: Tensor, share: float, dim: int) -> tuple[Tensor, Tensor]:
+    """The numbers below and above which a share of 1 - `share` lies at either side, and zero between them."""
+    count = values.shape[dim]
+    ordered = values.float().sort(dim).values
+    index = round((1 - share) * (count - 1))
+    low, high = ordered.narrow(dim, index, 1), ordered.narrow(dim, count - 1 - index, 1)
+    return low.clamp(max=0), high.clamp(min=0)
+
+
+def round_each_token(inputs: Tensor, bits: int, share: float = 1.0, shrink: float = 1.0) -> Tensor:
+    """Inputs rounded between percentiles of their own token, times a factor."""
+    low, high = percentiles(inputs, share, -1)
+    return round_between(inputs, bits, low * shrink, high * shrink)

@@ -5,11 +5,30 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sensitivity.quantize.layer.linears import Method
-from sensitivity.quantize.run_time.inputs import SCALES, TENSOR, TOKEN
+from sensitivity.quantize.run_time.inputs import NORM, SCALES, TENSOR, TOKEN
+from sensitivity.quantize.run_time.probabilities import ADAPTIVE, GRIDS, NONE
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import ACTIVATION_SCALE, ACTIVATIONS, CACHE, CACHE_GROUP, NOT_ROUNDED, Scheme
+from sensitivity.spec.plan import (
+    ACTIVATION_SCALE,
+    ACTIVATIONS,
+    ATTENTION,
+    CACHE,
+    CACHE_GROUP,
+    MATCH,
+    NOT_ROUNDED,
+    OF_ROUNDING,
+    SOFTMAX,
+    Scheme,
+    Setting,
+)
 
-ROUNDED_BITS, RUN_TIME = (ACTIVATIONS, CACHE), (ACTIVATION_SCALE, CACHE_GROUP)  # of any scheme: its bits, its settings
+ROUNDED_BITS, RUN_TIME = (ACTIVATIONS, CACHE), OF_ROUNDING  # of any scheme: its bits, its settings
+# what rounding activations adds to the settings of any method, with the defaults; those that do nothing
+NOTHING_ROUNDED: dict[str, Setting] = {SOFTMAX: NONE, ATTENTION: NONE, MATCH: False}
+OF_ACTIVATIONS: dict[str, Setting] = {ACTIVATION_SCALE: TOKEN, **NOTHING_ROUNDED}
+# queries, keys and values: not rounded, each with one range, or that of keys after two peaks are folded into one
+OPERANDS = (NONE, OPERANDS_TENSOR := "tensor", FOLDED := "folded")
+CHOICES: dict[str, tuple[Setting, ...]] = {ACTIVATION_SCALE: SCALES, SOFTMAX: GRIDS, ATTENTION: OPERANDS}
 CHANNELS = 32  # of a key or value that share a scale, as in KIVI (Liu et al. 2024)
 
 
@@ -20,8 +39,8 @@ def with_run_time(row: Method, name: str, activations: int, cache: int) -> Metho
             raise UserError(f"{name} rounds activations by itself; leave out --activation-bits, or use another method")
         row = replace(
             row,
-            settings={**row.settings, ACTIVATION_SCALE: TOKEN},
-            choices={**row.choices, ACTIVATION_SCALE: SCALES},
+            settings={**row.settings, **OF_ACTIVATIONS},
+            choices={**row.choices, **CHOICES},
         )
     if cache != NOT_ROUNDED:
         row = replace(
@@ -31,8 +50,31 @@ def with_run_time(row: Method, name: str, activations: int, cache: int) -> Metho
 
 
 def has_fixed_range(scheme: Scheme) -> bool:
-    """Whether a scheme rounds activations with one scale for all tokens, which calibration gives."""
-    return scheme.get(ACTIVATION_SCALE) == TENSOR
+    """Whether a scheme rounds activations between the least and the largest input of the calibration data."""
+    return scheme.get(ACTIVATION_SCALE) in (TENSOR, NORM)
+
+
+def softmax_grid(scheme: Scheme) -> str | None:
+    """The grid to which a scheme rounds attention's probabilities, if it does."""
+    grid = str(scheme.get(SOFTMAX, NONE))
+    return None if grid == NONE else grid
+
+
+def operand_mode(scheme: Scheme) -> str | None:
+    """How a scheme rounds queries, keys and values, if it does."""
+    mode = str(scheme.get(ATTENTION, NONE))
+    return None if mode == NONE else mode
+
+
+def matches_attention(scheme: Scheme) -> bool:
+    """Whether a scheme scales logits and outputs of attention to those of the float model."""
+    return bool(scheme.get(MATCH))
+
+
+def needs_run_time_data(scheme: Scheme) -> bool:
+    """Whether what a scheme rounds in each forward pass is found from calibration data."""
+    searched = scheme.get(ACTIVATION_SCALE, TOKEN) != TOKEN or scheme.get(SOFTMAX) == ADAPTIVE
+    return searched or operand_mode(scheme) is not None or matches_attention(scheme)
 
 
 def of_weights(scheme: Scheme, row: Method, facts: tuple[str, ...]) -> Scheme:

@@ -15,23 +15,63 @@ SEED = 0
 
 @dataclass(frozen=True)
 class RotatedWeight:
-    """A weight that is stored for rotated inputs."""
+    """A weight that is stored for rotated inputs: x is divided by `inputs`, rotated, and divided by `turned.inputs`."""
 
     turned: QuantizedWeight
+    inputs: Tensor | None = None
+    block: int | None = None  # channels that are rotated together; None: as many as there can be
 
     def dequantize(self) -> Tensor:
         """The weight in float32, for the inputs as they are."""
-        return rotate_back(self.turned.dequantize())
+        weight = rotate_back(self.turned.dequantize(), self.block)
+        return weight if self.inputs is None else weight / self.inputs
 
 
-def rotate(rows: Tensor) -> Tensor:
-    """Rows times R: random signs, then a Hadamard matrix over blocks of the largest power of two in the width."""
-    return _hadamard(rows * _signs(rows))
+@dataclass(frozen=True)
+class InputTransform:
+    """What a stored weight's inputs become before they are rounded, and the way back."""
+
+    before: Tensor | None = None
+    rotates: bool = False
+    block: int | None = None
+    after: Tensor | None = None
+
+    @classmethod
+    def of(cls, stored: object, device: torch.device) -> InputTransform | None:
+        """That of a stored weight; None where inputs stay as they are."""
+        if isinstance(stored, RotatedWeight):
+            return cls(_on(stored.inputs, device), True, stored.block, _on(stored.turned.inputs, device))
+        factor = _on(getattr(stored, "inputs", None), device)
+        return None if factor is None else cls(factor)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Inputs as the stored weight reads them, in float32."""
+        values = inputs.float() if self.before is None else inputs.float() / self.before
+        values = rotate(values, self.block) if self.rotates else values
+        return values if self.after is None else values / self.after
+
+    def back(self, values: Tensor) -> Tensor:
+        """The inverse."""
+        values = values if self.after is None else values * self.after
+        values = rotate_back(values, self.block) if self.rotates else values
+        return values if self.before is None else values * self.before
 
 
-def rotate_back(rows: Tensor) -> Tensor:
+def _on(factor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if factor is None else factor.to(device)
+
+
+def rotate(rows: Tensor, block: int | None = None) -> Tensor:
+    """Rows times R: random signs, then a Hadamard matrix over blocks of the largest power of two in the width.
+
+    `block` is a smaller power of two, if blocks should be smaller.
+    """
+    return _hadamard(rows * _signs(rows), block)
+
+
+def rotate_back(rows: Tensor, block: int | None = None) -> Tensor:
     """Rows times R': a Hadamard matrix over the root of its width is its own inverse."""
-    return _hadamard(rows) * _signs(rows)
+    return _hadamard(rows, block) * _signs(rows)
 
 
 def _signs(rows: Tensor) -> Tensor:
@@ -40,10 +80,10 @@ def _signs(rows: Tensor) -> Tensor:
     return (2.0 * bits - 1).to(rows)
 
 
-def _hadamard(rows: Tensor) -> Tensor:
+def _hadamard(rows: Tensor, most: int | None) -> Tensor:
     """The fast transform: in each step, pairs at a distance become their sum and their difference."""
     width = rows.shape[-1]
-    block = width & -width
+    block = min(width & -width, most or width)
     sums, step = rows, 1
     while step < block:
         pairs = sums.reshape(*rows.shape[:-1], width // (2 * step), 2, step)

@@ -1,0 +1,76 @@
+"""Watches and replaces attention's probabilities, whether attention is fused or a softmax over four dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+FUSED = torch.nn.functional.scaled_dot_product_attention
+SOFTMAX = (torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax)
+# gets masked logits (examples x heads x queries x keys) and the values, unless attention is not fused; returns the
+# probabilities to use, or None for the model's own
+Attend = Callable[[Tensor, Tensor | None], Tensor | None]
+
+
+class AttentionFunctions(TorchFunctionMode):
+    """While it is active, `attend` is called in each attention."""
+
+    def __init__(self, attend: Attend) -> None:
+        super().__init__()
+        self.attend, self.calls = attend, 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is FUSED:
+            self.calls += 1
+            logits, value = _logits_and_value(*args, **kwargs)
+            chosen = self.attend(logits, value)
+            return func(*args, **kwargs) if chosen is None else chosen.to(value.dtype) @ value
+        result = func(*args, **kwargs)
+        if func in SOFTMAX and result.dim() == 4:
+            self.calls += 1
+            chosen = self.attend(args[0] if args else kwargs["input"], None)
+            result = result if chosen is None else chosen.to(result.dtype)
+        return result
+
+
+def probabilities_of(logits: Tensor) -> Tensor:
+    """The softmax in at least float32; a token that may attend to nothing has zeros."""
+    return at_least_float32(logits).softmax(-1).nan_to_num()
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half types in float32, float64 as it is."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _logits_and_value(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What fused attention, whose arguments these are, takes the softmax of, and the values of all heads."""
+    if (times := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    logits = at_least_float32(query) @ at_least_float32(key).mT * (scale or 1 / math.sqrt(query.shape[-1]))
+    if is_causal:
+        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    if attn_mask is not None:
+        logits = logits.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
+    return logits, value

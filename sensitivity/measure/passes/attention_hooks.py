@@ -1,0 +1,84 @@
+"""Rounds and scales the probabilities of attention modules in every forward pass, by hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sensitivity.measure.passes.attention_functions import Attend, AttentionFunctions, probabilities_of
+from sensitivity.measure.passes.block_modules import block_path
+from sensitivity.spec.components import Weight
+from sensitivity.spec.errors import UserError
+
+
+@dataclass(frozen=True)
+class AttentionModule:
+    """An attention of a block: its module, its first layer, whose scheme decides about probabilities, and its last."""
+
+    path: str
+    first: Weight
+    last: Weight
+
+
+def attention_modules(model: nn.Module, weights: Iterable[Weight]) -> list[AttentionModule]:
+    """Every attention that is inside a block, in the direction of data flow."""
+    groups: dict[tuple[object, ...], list[Weight]] = {}
+    for weight in weights:
+        if weight.kind in ("attn", "cross") and weight.block is not None:
+            groups.setdefault((weight.part, weight.block, weight.kind), []).append(weight)
+    found = []
+    for group in groups.values():
+        modules = list(dict.fromkeys(weight.module for weight in group))
+        path = block_path(model, modules) if len(modules) > 1 else modules[0].rpartition(".")[0]
+        found.append(AttentionModule(path, group[0], group[-1]))
+    return found
+
+
+def probability_hooks(
+    model: nn.Module, path: str, change: Callable[[Tensor], Tensor], factor: Callable[[], Tensor | None]
+) -> Iterator[RemovableHandle]:
+    """Change the probabilities of one attention; `factor` gives what each head's logits are multiplied by before."""
+
+    def attend(logits: Tensor, value: Tensor | None) -> Tensor:
+        # where queries share keys, transformers puts the heads of a single query into rows of one head (pack_gqa)
+        if (by := factor()) is not None and len(by) % logits.shape[1] == 0:
+            logits = logits * by.to(logits).reshape(logits.shape[1], -1, 1)
+        return change(probabilities_of(logits))
+
+    yield from attending_hooks(model.get_submodule(path), attend, lambda calls: _check_seen(path, calls))
+
+
+def attending_hooks(
+    module: nn.Module, attend: Attend, check: Callable[[int], None] = lambda calls: None
+) -> Iterator[RemovableHandle]:
+    """Call `attend` in each attention of a module; `check` gets the number of calls after each forward pass.
+
+    Hooks and not a new forward, since the float model is had again by taking out hooks.
+    """
+    active: list[AttentionFunctions] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        active.append(AttentionFunctions(attend))
+        active[-1].__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        if active:  # not entered where a hook before this one raised an error
+            mode = active.pop()
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            if output is not None:  # None after an error in the module, which must be seen and not another
+                check(mode.calls)
+
+    yield module.register_forward_pre_hook(enter, with_kwargs=True)
+    yield module.register_forward_hook(leave, always_call=True)
+
+
+def _check_seen(path: str, calls: int) -> None:
+    if not calls:
+        raise UserError(
+            f"{path} shows no attention probabilities that could be changed, since it computes them inside one kernel; "
+            "load the model with attn_implementation sdpa or eager, or choose a method and --set that leave them alone"
+        )

@@ -1,0 +1,49 @@
+"""How large the hidden states are that enter each block, example by example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from sensitivity.measure.passes.block_modules import block_paths
+from sensitivity.measure.passes.token_batches import TokenBatch, calibration_pass
+from sensitivity.models.vlm import VLM
+from sensitivity.quantize.layer.linears import input_of
+from sensitivity.spec.components import Weight
+
+
+def block_input_sizes(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -> dict[str, Tensor]:
+    """For each token of each layer's input: the root mean square of what its example brings into the block.
+
+    It is what the block's first norm reads, and holds the mean and the deviation that QuantVGGT looks at. A layer
+    outside blocks has that of its own input.
+    """
+    sizes: dict[str, Tensor] = {}  # by path of a block or layer, one for each example
+    tokens: dict[str, int] = {}
+    examples = len(batch.examples)
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            # a tower that reads all images as one sequence has an equal share of each, since their shapes are equal
+            sizes[path] = first.float().reshape(examples, -1).square().mean(1).sqrt()
+            tokens[path] = first.shape[:-1].numel()
+
+        return hook
+
+    paths = block_paths(vlm.model, weights)
+    around = {w: paths.get((w.part, w.block), w.reader) if w.block is not None else w.reader for w in weights}
+    with ExitStack() as hooks, torch.inference_mode():
+        for path in {*around.values(), *(weight.reader for weight in weights)}:
+            handle = vlm.model.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True)
+            hooks.callback(handle.remove)
+        calibration_pass(vlm, batch)
+    found = {}
+    for weight, path in around.items():
+        if path in sizes and weight.reader in tokens and tokens[weight.reader] % examples == 0:
+            found[input_of(weight)] = sizes[path].repeat_interleave(tokens[weight.reader] // examples)
+    return found

@@ -1,0 +1,59 @@
+"""How much rounding one layer's inputs says about the next, and the blocks of layers that follow from it (Q-VLM)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DEPTH = 3  # layers of a block, at most, as in the paper
+
+
+def codes_of(values: Tensor, bits: int) -> Tensor:
+    """Every number's code on one grid from the smallest to the largest."""
+    low, high = values.min(), values.max()
+    step = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+    found: Tensor = ((values - low) / step).round().long()
+    return found
+
+
+def dependency(before: Tensor, after: Tensor, bits: int) -> float:
+    """D = -sum p(x, y) log p(y | x) over the codes of one layer's inputs and those of the next, number by number.
+
+    It is 0 where the first code decides the second. The paper assigns numbers to levels softly, so that it has a
+    gradient; here, where nothing is trained by it, each has its own level.
+    """
+    first, second = codes_of(before.float(), bits).flatten(), codes_of(after.float(), bits).flatten()
+    levels = 2**bits
+    joint = torch.bincount(first * levels + second, minlength=levels * levels).double().reshape(levels, levels)
+    joint /= joint.sum()
+    given = joint / joint.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return max(0.0, -float((joint * given.clamp(min=torch.finfo(torch.float64).tiny).log()).sum()))
+
+
+def spread(codes: Tensor) -> float:
+    """The entropy of |q(x)| (tokens x channels), each channel divided by its norm over tokens, as released."""
+    sizes = codes.double().abs()
+    shares = sizes / sizes.norm(dim=0, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return float(-(shares * shares.clamp(min=torch.finfo(torch.float64).tiny).log()).sum(0).mean())
+
+
+def blocks_of(dependencies: Sequence[float], cuts: Sequence[bool] = (), depth: int = DEPTH) -> list[list[int]]:
+    """Layers 0 to n in blocks: one is joined while the mean dependency inside is above the mean of all.
+
+    `dependencies` are those of each layer and the next; `cuts` says where a block must end whatever they are. The
+    paper's threshold is not given; the mean of what was recorded is its released code's.
+    """
+    threshold = sum(dependencies) / max(len(dependencies), 1)
+    found, inside = [[0]], 0.0
+    for layer, value in enumerate(dependencies, start=1):
+        start = found[-1][0]
+        joined = (inside + value) / (layer - start) > threshold
+        if joined and len(found[-1]) < depth and not (cuts and cuts[layer - 1]):
+            found[-1].append(layer)
+            inside += value
+        else:
+            found.append([layer])
+            inside = 0.0
+    return found

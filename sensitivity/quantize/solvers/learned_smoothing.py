@@ -1,0 +1,81 @@
+"""Learns smoothing factors and weights' ranges by gradient descent on a layer's output error (QuantVGGT)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sensitivity.spec.plan import Scheme
+
+TOKENS, BATCH = 512, 64
+RATE, RATE_OF_RANGES = 1e-3, 1e-2  # of AdamW, as released
+OPEN = 4.0  # where the sigmoid that is a range's share of the largest weight begins, as released: .982
+
+
+def learned(rows: Tensor, gram: Tensor, factor: Tensor, scheme: Scheme, epochs: int) -> tuple[Tensor, Tensor | None]:
+    """The factor of each channel and the share of each row's range with the least error |W x - Q x_q|^2 in training.
+
+    The released training has tokens, and the output of a whole block; here tokens are normal with the layer's Gram
+    matrix, which is all that calibration keeps, and inputs are rounded to as many bits as weights. The start is among
+    what is compared, so that the result is never worse on these tokens.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        # copies, since a tensor from inference mode has no gradients
+        return _trained(rows.clone(), gram.clone(), factor.clone(), scheme, epochs)
+
+
+def _trained(rows: Tensor, gram: Tensor, factor: Tensor, scheme: Scheme, epochs: int) -> tuple[Tensor, Tensor | None]:
+    tokens = _tokens(gram)
+    target = tokens @ rows.T
+    start = float(_error(tokens, target, rows, factor, None, scheme))
+    log = factor.log().requires_grad_()
+    gate = torch.full((len(rows), 1), OPEN, device=rows.device).requires_grad_()
+    steps = epochs * math.ceil(len(tokens) / BATCH)
+    optimizer = torch.optim.AdamW([{"params": [log], "lr": RATE}, {"params": [gate], "lr": RATE_OF_RANGES}])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        batch = slice(step * BATCH % len(tokens), step * BATCH % len(tokens) + BATCH)
+        optimizer.zero_grad()
+        loss = _error(tokens[batch], target[batch], rows, log.exp(), gate.sigmoid(), scheme)
+        torch.autograd.backward(loss)
+        optimizer.step()
+        schedule.step()
+    after, share = log.detach().exp(), gate.detach().sigmoid()
+    better = float(_error(tokens, target, rows, after, share, scheme)) < start
+    return (after, share) if better else (factor, None)
+
+
+def _tokens(gram: Tensor) -> Tensor:
+    """Tokens whose Gram matrix is that of the calibration data, up to its size and to chance."""
+    damp = 1e-6 * gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    values, vectors = torch.linalg.eigh((gram + damp * torch.eye(len(gram), device=gram.device)).double())
+    normal = torch.randn(TOKENS, len(gram), generator=torch.Generator().manual_seed(len(gram)), dtype=torch.float64)
+    found: Tensor = normal.to(values) * values.clamp(min=0).sqrt() @ vectors.T
+    return (found / found.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)).float()
+
+
+def _error(
+    tokens: Tensor, target: Tensor, rows: Tensor, factor: Tensor, share: Tensor | None, scheme: Scheme
+) -> Tensor:
+    """The mean squared error of outputs when weights and inputs are rounded, with gradients through the rounding."""
+    weight = _rounded(rows * factor, scheme.bits, scheme.symmetric, share)
+    return (_rounded(tokens / factor, scheme.bits, True, None) @ weight.T - target).square().mean()
+
+
+def _rounded(values: Tensor, bits: int, symmetric: bool, share: Tensor | None) -> Tensor:
+    """Each row on its own grid; rounding counts as the identity in the backward pass."""
+    low, high = values.amin(1, keepdim=True).clamp(max=0), values.amax(1, keepdim=True).clamp(min=0)
+    low, high = (low, high) if share is None else (low * share, high * share)
+    if symmetric:
+        scale = (2 * torch.maximum(-low, high) / (2**bits - 1)).clamp(min=1e-12)
+        least, most = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
+    else:
+        scale = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
+        zero = (-low / scale).round().detach()
+        least, most = -zero, 2.0**bits - 1 - zero
+    codes = values / scale
+    codes = codes + (codes.round() - codes).detach()
+    rounded: Tensor = torch.minimum(torch.maximum(codes, torch.as_tensor(least)), torch.as_tensor(most)) * scale
+    return rounded

@@ -1,0 +1,73 @@
+"""Smoothing: moves what is large in inputs into weights, or rotates it away, then rounds to nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sensitivity.quantize.layer.linears import Linears
+from sensitivity.quantize.solvers.learned_smoothing import learned
+from sensitivity.quantize.stored.grid import QuantizedWeight, encode, ranges, scale_and_zero, to_16_bit
+from sensitivity.quantize.stored.rotated import RotatedWeight, rotate
+from sensitivity.spec.plan import Scheme
+
+Smoothed = QuantizedWeight | RotatedWeight | None
+BLOCK = 64  # channels that DuQuant's release rotates together
+LEAST = 1e-3  # factor, which a narrow float still holds
+
+
+def smooth(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Smoothed]]:
+    """Divide inputs by c = spread(x)^a / spread(W)^(1 - a) of each channel, multiply weights by it, round to nearest.
+
+    SmoothQuant (Xiao et al. 2023) has a = .5 and the largest magnitude as spread. With transform = hadamard c is found
+    behind the rotation (QuantVGGT), with blocks before it (DuQuant). `scales` = norms leaves inputs alone unless a norm
+    stands before the layer, and then a = 1 with the range as spread is RepQ-ViT's reparameterization.
+    """
+    return [_smoothed(linears, scheme) for scheme in schemes]
+
+
+def _smoothed(linears: Linears, scheme: Scheme) -> list[Smoothed]:
+    seen, transform = linears.input_statistics, scheme.get("transform", "none")
+    rows, gram, spread = linears.rows, seen.gram, seen.largest
+    if transform == "hadamard":
+        rows, gram = rotate(rows), rotate(rotate(gram).T).contiguous()
+        # the largest input behind a rotation is not known; there channels are nearly normal, and their root mean
+        # square is proportional to it
+        spread = gram.diagonal().clamp(min=0).sqrt()
+    elif scheme["spread"] == "range":
+        spread = seen.high - seen.low
+    factor, gain = torch.ones_like(spread), None
+    if {"folded": linears.foldable, "norms": linears.behind_norm}.get(str(scheme["scales"]), True):
+        factor = to_16_bit(_factor(rows, spread, float(scheme["exponent"] or 0)), linears.dtype)
+        if epochs := int(scheme.get("learned") or 0):
+            found, gain = learned(rows, gram, factor, scheme, epochs)
+            factor = to_16_bit(found, linears.dtype)
+    inputs = None if bool((factor == 1).all()) else factor
+    rows = rows * factor
+    if transform != "blocks":
+        pieces = linears.split(replace(_rounded(rows, scheme, linears.dtype, gain), inputs=inputs))
+        return [RotatedWeight(one) if one and transform == "hadamard" else one for one in pieces]
+    pieces = linears.split(_rounded(rotate(rows, BLOCK), scheme, linears.dtype, gain))
+    return [None if one is None else RotatedWeight(one, inputs, BLOCK) for one in pieces]
+
+
+def _factor(rows: Tensor, spread: Tensor, exponent: float) -> Tensor:
+    """The factor of each channel, with a mean of 1: one factor on all channels changes nothing."""
+    of_weights = rows.abs().amax(0)
+    found = spread.pow(exponent) / of_weights.clamp(min=torch.finfo(torch.float32).tiny).pow(1 - exponent)
+    found = torch.where((spread > 0) & (of_weights > 0), found, torch.zeros_like(found))
+    if not bool((found > 0).any()):
+        return torch.ones_like(found)
+    alive = found[found > 0]
+    found = torch.where(found > 0, found, alive.mean()) / alive.mean()
+    return found.clamp(min=LEAST)
+
+
+def _rounded(rows: Tensor, scheme: Scheme, dtype: torch.dtype, gain: Tensor | None) -> QuantizedWeight:
+    """Round to nearest, in ranges that are `gain` times as large."""
+    low, high = ranges(rows, scheme)
+    low, high = (low, high) if gain is None else (low * gain, high * gain)
+    return encode(rows, scheme, *scale_and_zero(rows, scheme, low, high, dtype))
