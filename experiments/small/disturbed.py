@@ -100,11 +100,12 @@ class Undisturbed:
         )
         self.table.write_text("vit,llm,cider\n" + rows)
         shutil.copytree(self._run("sweep", *SWEEP.split(), str(self.study)), self.bare)
-        self._run("recommend", *self.words("recommend", self.study))
-        shutil.copytree(self.study, self.reported)  # exports are noted in the study, and its report tells of them
-        for name in EVERY:
-            if name in names:
-                self._run(name, *self.words(name, folder / name))
+        written = [name for name in EVERY if name in names]
+        if written:
+            self._run("recommend", *self.words("recommend", self.study))
+            shutil.copytree(self.study, self.reported)  # exports are noted in the study, and its report tells of them
+        for name in written:
+            self._run(name, *self.words(name, folder / name))
 
     @property
     def bare(self) -> Path:
