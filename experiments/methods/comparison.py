@@ -193,7 +193,8 @@ def against_hosts(rows: Sequence[Row], tasks: Sequence[str]) -> list[str]:
             told["better" if score.low > 0 else "worse" if score.high < 0 else "noise"] += 1
             cells.append(f"**{shown(score)}**" if score.low > 0 or score.high < 0 else shown(score))
         lines.append(f"| {name} | {host[0]} | {where} | {bits} | {' | '.join(cells)} |")
-    total = max(sum(told.values()), 1)
+    if not (total := sum(told.values())):
+        return ["No row here adds an idea to another one."]
     summary = (
         f"Of {total} differences, {told['better']} are above zero, {told['worse']} below, and {told['noise']} are "
         f"noise at 95 %; chance alone would call {0.05 * total:.0f} of them something else."

@@ -85,10 +85,11 @@ def main(typed: Sequence[str] | None = None) -> None:
     p = parser(__doc__, "drafts", 40)
     p.add_argument("--models", default=",".join(MODELS))
     args = p.parse_args(typed)
+    which = "" if args.models == ",".join(MODELS) else f" --models {args.models}"
     lines = [
         "# Drafts with rounded activations that hold",
         "",
-        f"    python -m experiments.methods.drafts --n {args.n}",
+        f"    python -m experiments.methods.drafts --n {args.n}{which}",
         "",
         f"{args.n} captions, weights as they are. Three tokens at a time are drafted with the inputs of one part",
         "rounded, and verified by one pass without (QSpec; `sensitivity speculate`). Beside the share that holds, plus",
