@@ -1,17 +1,20 @@
 """`sensitivity plan` beside a sweep of 60 plans and `recommend`: the plans that each chooses, and what that costs.
 
-    python -m experiments.benchmarks.quick_plans [--models scenes-llava-heavy] [--seeds 0,1] [--n 500] [--test 2000]
+    python -m experiments.benchmarks.quick_plans [--models scenes-llava-heavy] [--seeds 0,1] [--n 500] [--again]
 
-Both choose plans for the same budgets, on n examples of the chooser's seed, with a calibration of its own each. What
-they choose then runs on examples that no chooser saw, and the scores are compared example by example. Seconds are of
-the processor, calibration and verification included. Rows of reports/quick-plans.csv are not run again.
+Both choose plans for the same budgets, on n examples of the chooser's seed, each with a calibration and a cache of its
+own. What they choose then runs on examples that no chooser saw, and the scores are compared example by example. Seconds
+are of the processor, calibration and verification included. Rows of reports/quick-plans.csv are not run again; with
+--again only the sweeps are not, and `plan` is.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +24,13 @@ from sensitivity import inspect, load, scheme
 from sensitivity.analysis.allocate.by_scores import optimum
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.search.plan_lists import plans as plans_of
-from sensitivity.api.planning import OPENING, begin_plan, scored
+from sensitivity.api.planning import OPENING, begin_plan, deciding, scored
 from sensitivity.api.recommending import begin_recommendation, recommend_each
 from sensitivity.api.sweeping import begin_sweep, calibrated, sweep
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.files import overwrite
-from sensitivity.spec.plan import Plan
+from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.sizes import size
 from sensitivity.study.scores import paired_difference
 
@@ -44,9 +47,10 @@ def budgets(parts: ComponentMap) -> tuple[float, ...]:
 
 
 def by_sweep(vlm: VLM, parts: ComponentMap, task: str, n: int, seed: int, folder: Path) -> tuple[list[Plan], float]:
+    os.environ["SENSITIVITY_CACHE"] = f"{folder}-cache"  # an empty one
     began = time.process_time()
     asked = [scheme("gptq", bits) for bits in BITS]
-    schemes, statistics = calibrated(vlm, parts, asked, [task], cache_gb=0)
+    schemes, statistics = calibrated(vlm, parts, asked, [task])
     listed = plans_of(parts, schemes, "frontier", TRIALS, seed)
     study, steps = begin_sweep(vlm, parts, listed, [task], folder, n=n, seed=seed, statistics=statistics)
     for _ in steps:
@@ -56,21 +60,23 @@ def by_sweep(vlm: VLM, parts: ComponentMap, task: str, n: int, seed: int, folder
 
 
 def by_plan(
-    vlm: VLM, parts: ComponentMap, task: str, n: int, seed: int, folder: Path
+    vlm: VLM, parts: ComponentMap, task: str, n: int, seed: int, folder: Path, calibration: str = ""
 ) -> tuple[dict[str, list[Plan]], dict[str, float], int]:
     """What `sensitivity plan` chooses; the optima of its scores alone; seconds of each; and how many plans it ran."""
+    os.environ["SENSITIVITY_CACHE"] = f"{folder}-cache"  # an empty one
     began = time.process_time()
     asked = [scheme("gptq", bits) for bits in BITS]
-    found = scored(vlm, parts, asked, [task], OPENING, cache_gb=0)
+    found = scored(vlm, parts, asked, [calibration or task], OPENING)
     request = PlanRequest(budgets(parts), {task: 1.0}, top=2)
     scoring = time.process_time() - began
     statistics = found.given.statistics
-    planning = begin_plan(
-        vlm, parts, found.schemes, [task], folder, request, found.scores, n=n, seed=seed, statistics=statistics
-    )
+    few = deciding(n, [])
+    planning = begin_plan(vlm, parts, [task], folder, request, found.scores, n=few, seed=seed, statistics=statistics)
     for _ in planning.steps:
         pass
-    chosen, steps = begin_recommendation(planning.study, planning.request, vlm, planning.proposals())
+    chosen, steps = begin_recommendation(
+        planning.study, planning.request, vlm, planning.proposals(), n=n, statistics=statistics
+    )
     for _ in steps:
         pass
     plans = {"plan": [one.plan for one in chosen()]}
@@ -81,12 +87,25 @@ def by_plan(
     return plans, seconds, len(planning.study.trials())
 
 
-def compared(name: str, task: str, seed: int, n: int, test: int) -> list[dict[str, object]]:
+def kept(rows: pd.DataFrame, schemes: Sequence[Scheme]) -> tuple[list[Plan], float]:
+    """The plans that a sweep chose before, read from their descriptions, and its seconds."""
+    widths = {str(scheme.bits): scheme for scheme in schemes} | {"native": None}
+    own = rows[rows["chooser"] == "sweep"].sort_values("bpw")
+    choices = [dict(choice.rsplit(" ", 1) for choice in text.split(" · ")) for text in own["plan"]]
+    plans = [Plan(tuple((name, widths[bits]) for name, bits in choice.items())) for choice in choices]
+    return plans, float(own["cpu_s"].iloc[0])
+
+
+def compared(name: str, task: str, seed: int, n: int, test: int, before: pd.DataFrame) -> list[dict[str, object]]:
     """One row for each budget and chooser: its plan's score on fresh examples, beside that of the sweep's."""
     vlm = load(f"embedded:{name}")
     parts = inspect(vlm, by="group.kind")
     with tempfile.TemporaryDirectory() as place:
-        swept, seconds = by_sweep(vlm, parts, task, n, seed, Path(place) / "sweep")
+        if len(before):
+            schemes, _ = calibrated(vlm, parts, [scheme("gptq", bits) for bits in BITS], [task])
+            swept, seconds = kept(before, schemes)
+        else:
+            swept, seconds = by_sweep(vlm, parts, task, n, seed, Path(place) / "sweep")
         plans, costs, ran = by_plan(vlm, parts, task, n, seed, Path(place) / "plan")
         plans, costs = {"sweep": swept, **plans}, {"sweep": seconds, **costs}
         every = list(dict.fromkeys(plan for chosen in plans.values() for plan in chosen))
@@ -133,16 +152,17 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--test", type=int, default=2000)
+    parser.add_argument("--again", action="store_true")
     args = parser.parse_args()
     table = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame()
     for name in args.models.split(","):
         for seed in map(int, args.seeds.split(",")):
-            done = (
-                len(table) and ((table["model"] == name) & (table["task"] == args.task) & (table["seed"] == seed)).any()
-            )
-            if not done:
-                more = compared(name, args.task, seed, args.n, args.test)
-                table = pd.concat([table, pd.DataFrame(more)], ignore_index=True)
+            same = np.zeros(len(table), dtype=bool)
+            if len(table):
+                same = (table[["model", "task", "seed"]] == [name, args.task, seed]).all(axis=1).to_numpy()
+            if args.again or not same.any():
+                more = compared(name, args.task, seed, args.n, args.test, table[same])
+                table = pd.concat([table[~same], pd.DataFrame(more)], ignore_index=True)
                 overwrite(TABLE, table.to_csv(index=False))
                 print(pd.DataFrame(more).drop(columns="plan").to_string(), flush=True)
     overwrite(

@@ -6,7 +6,8 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,10 +15,12 @@ import torch
 from sensitivity.analysis.surrogate.foretold import Foretold, foretold
 from sensitivity.api.sweeping import CACHE_GB, calibrated
 from sensitivity.measure.attribution.blame import Blame, blame
-from sensitivity.measure.attribution.scores import SCORES, WITH_GRADIENTS, Attribution
+from sensitivity.measure.attribution.boxes import NUMBERS, moved, tokens_of, writes_boxes
+from sensitivity.measure.attribution.checks import Checks
+from sensitivity.measure.attribution.scores import SCORES, WITH_ANSWERS, Attribution
 from sensitivity.measure.attribution.weight_errors import plan_changes
 from sensitivity.measure.calibrate.calibration import calibration_examples
-from sensitivity.measure.gradients.backward import in_rows_that_fit
+from sensitivity.measure.gradients.backward import Counted, in_rows_that_fit
 from sensitivity.measure.gradients.path_integral import TOLERANCE, PathIntegral, path_integral
 from sensitivity.measure.passes.token_batches import batches
 from sensitivity.models.vlm import VLM
@@ -35,6 +38,15 @@ TITLE = "attributions"  # by which a file is known to be ours
 
 
 @dataclass(frozen=True)
+class MovedNumber:
+    """What a plan does to one number of the boxes of a task: how far it moves, and who makes it unsure."""
+
+    moved: float  # mean distance from full precision's, over the study's examples; NaN where no answer is a box
+    integral: PathIntegral  # of the loss of the tokens that write this number
+    blame: Blame
+
+
+@dataclass(frozen=True)
 class Explanation:
     """Where a plan's damage comes from: the change of the loss on calibration examples, divided among its causes."""
 
@@ -42,6 +54,7 @@ class Explanation:
     integral: PathIntegral
     blame: Blame
     examples: tuple[str, ...]  # ids of the calibration examples, in the order of their numbers
+    boxes: Mapping[str, MovedNumber] = field(default_factory=dict)  # by number of a box, where answers are boxes
 
     def to_json(self) -> dict[str, object]:
         """The explanation as JSON values; regions are rows of patches, for each example."""
@@ -57,19 +70,28 @@ class Explanation:
             "backward_passes": self.integral.passes,
             "components": {name: value * mean for name, value in self.blame.components.items()},
             "modalities": {name: value * mean for name, value in self.blame.modalities.items()},
+            "boxes": {
+                name: {
+                    "moved": one.moved,
+                    "change": one.integral.change * mean,
+                    "components": {part: value * mean for part, value in one.blame.components.items()},
+                    "modalities": {part: value * mean for part, value in one.blame.modalities.items()},
+                }
+                for name, one in self.boxes.items()
+            },
             "regions": {self.examples[i]: grid.tolist() for i, grid in self.blame.regions.items()},
         }
 
 
-def check_explains(tasks: Sequence[Task], names: Sequence[str] = WITH_GRADIENTS) -> None:
+def check_explains(tasks: Sequence[Task], names: Sequence[str] = WITH_ANSWERS) -> None:
     """Raise an error where a score needs the loss of right answers, and a task has none."""
     for name in names:
         if name not in SCORES:
             raise unknown("score", name, SCORES)
     searched = [task.name for task in tasks if task.gallery]
-    if searched and (needing := [name for name in names if name in WITH_GRADIENTS]):
+    if searched and (needing := [name for name in names if name in WITH_ANSWERS]):
         raise UserError(
-            f"{searched[0]} has no answers in words to take a loss of, and {', '.join(needing)} need its gradient; "
+            f"{searched[0]} has no answers in words to take a loss of, which {', '.join(needing)} would need; "
             "choose a task with answers, or --scores weight,gram"
         )
 
@@ -100,9 +122,15 @@ def explain_plan(
     _, statistics = calibrated(vlm, study.parts, schemes, study.meta["tasks"], cache_gb=cache_gb)
     changes = plan_changes(vlm.model, study.parts, plan, statistics)
     data = calibration_examples(names, n, study.meta["seed"])
-    integral = in_rows_that_fit(
-        vlm, lambda rows: batches(vlm, data, rows), lambda again: path_integral(vlm, study.parts, changes, again)
-    )
+
+    def integrated(counted: Counted | None = None) -> PathIntegral:
+        return in_rows_that_fit(
+            vlm,
+            lambda rows: batches(vlm, data, rows),
+            lambda again: path_integral(vlm, study.parts, changes, again, counted=counted),
+        )
+
+    integral = integrated()
     if not math.isfinite(integral.change):
         raise UserError("the loss of this plan is NaN or infinite; run the model in float32 (--dtype fp32)")
     if integral.missing > TOLERANCE:
@@ -113,7 +141,25 @@ def explain_plan(
             stacklevel=2,
         )
     ids = tuple(example.id for task in data for example in task.examples)
-    return Explanation(plan, integral, blame(study.parts, vlm.family, integral), ids)
+    boxes: dict[str, MovedNumber] = {}
+    if writes_boxes(data):
+        distances = distances_in(study, plan, names)
+        for number, name in enumerate(NUMBERS):
+            one = integrated(partial(tokens_of, vlm, number))
+            boxes[name] = MovedNumber(distances.get(name, math.nan), one, blame(study.parts, vlm.family, one))
+    return Explanation(plan, integral, blame(study.parts, vlm.family, integral), ids, boxes)
+
+
+def distances_in(study: Study, plan: Plan, tasks: Sequence[str]) -> dict[str, float]:
+    """By how much a plan moves each number of the boxes that the study's examples were answered with."""
+    before, after = (study.examples(one) for one in (study.native, plan))
+    if before is None or after is None:
+        return {}
+    answers = []
+    for frame in (before, after):
+        rows = frame[frame["task"].isin(tasks)]
+        answers.append(dict(zip(rows["example"], rows["answer"], strict=True)))
+    return moved(*answers)
 
 
 def save_explanation(study: Study, explanation: Explanation) -> Path:
@@ -146,9 +192,9 @@ def check_writable(out: Path) -> None:
 
 
 def attributions_json(
-    model: str, scores: Sequence[Attribution], checks: Mapping[str, Foretold | None]
+    model: str, scores: Sequence[Attribution], measured: Mapping[str, Foretold | None], checks: Checks | None = None
 ) -> dict[str, object]:
-    """Attributions as JSON values: per score its cost, its agreement with measured plans, and a row per choice."""
+    """Attributions as JSON values: per score its cost, its agreement with plans that were run, and a row per choice."""
     return {
         "title": TITLE,
         "version": VERSION,
@@ -156,7 +202,9 @@ def attributions_json(
         "scores": {
             one.name: {
                 "cpu_seconds": one.seconds,
-                "measured": check.to_json() if (check := checks.get(one.name)) else None,
+                "passes": one.seconds / checks.pass_seconds if checks else None,
+                "check": checks.by_score[one.name].to_json() if checks and checks.by_score else None,
+                "measured": found.to_json() if (found := measured.get(one.name)) else None,
                 "values": [
                     {"component": name, "scheme": scheme.to_json(), "score": value}
                     for name, row in one.scores.items()

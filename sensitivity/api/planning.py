@@ -14,12 +14,14 @@ from sensitivity.analysis.allocate.by_scores import combined, optimum
 from sensitivity.analysis.allocate.kept_recommendation import Proposed, proposed
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.request import PlanRequest
+from sensitivity.analysis.observations import observations_of
 from sensitivity.analysis.search.openings import opened
 from sensitivity.api.sweeping import CACHE_GB, SweepOptions, begin_sweep, calibrated, path_for
-from sensitivity.measure.attribution.scores import Attribution, Calibrated, attribute
+from sensitivity.measure.attribution.calibrated import Calibrated
+from sensitivity.measure.attribution.scores import Attribution, attribute
 from sensitivity.measure.calibrate.cache import Cache, cache_folder
 from sensitivity.measure.calibrate.calibration import calibrate, calibration_examples
-from sensitivity.measure.loop import Step
+from sensitivity.measure.loop import Step, data_flow_order
 from sensitivity.measure.passes.token_batches import batches
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap
@@ -34,7 +36,9 @@ from sensitivity.study.study import Study
 from sensitivity.tasks.examples.types import Task
 
 MOST = 10  # real evaluations, full precision included
-OPENING = ("gram", "fisher")  # the scores whose best plans are measured first
+OPENING = ("gram", "kfac")  # the scores whose best plans are measured first
+DECIDING = 4  # plans among which is decided see so many times fewer examples than those that are verified
+FEWEST = 100  # examples below which that saves nothing worth having
 FAR = 0.3  # a warning is given where the calibration loss is below this share of the evaluation loss
 
 
@@ -74,6 +78,11 @@ def openings_by(tasks: Sequence[Task]) -> tuple[str, ...]:
     return OPENING[:1] if any(task.gallery for task in tasks) else OPENING
 
 
+def deciding(n: int, tasks: Sequence[Task]) -> int:
+    """On how many examples plans run among which is decided; a gallery of fewer images would be another task."""
+    return n if any(task.gallery for task in tasks) else min(n, max(n // DECIDING, FEWEST))
+
+
 @dataclass(frozen=True)
 class Planning:
     """A plan search under way: the study, its steps, and what they search for."""
@@ -91,7 +100,6 @@ class Planning:
 def begin_plan(
     vlm: VLM,
     parts: ComponentMap,
-    schemes: Sequence[Scheme],
     tasks: Sequence[str],
     out: Path | str,
     request: PlanRequest,
@@ -101,15 +109,16 @@ def begin_plan(
 ) -> Planning:
     """Begin a search that measures at most `trials` plans.
 
-    For each budget it first measures the best plan by each score, and the widest uniform plan. Then the surrogate,
-    which starts from the scores and learns from what was measured, proposes plans: at each step the one with the
-    largest predicted gain over the measured plans of its budget.
+    The best plans of each score for all budgets come first. Then the surrogate, which starts from the scores and learns
+    from what was measured, proposes its best plan of the budget at which it gains most, while a reading could show it.
     """
-    openings = opening_plans(parts, schemes, request, scores)
+    openings = opening_plans(parts, request, scores)
 
     def plans(study: Study) -> Iterable[Plan]:
         expected.save(study.path, combined([one.scores for one in scores]), ", ".join(one.name for one in scores))
-        return opened(study, openings, lambda now: proposal(now, replace(request, weights=weights_of(now))), trials)
+        # in this order neighboring plans share most of their passes
+        first = sorted(openings[: trials - 1], key=data_flow_order)
+        return opened(study, first, lambda now: proposal(now, replace(request, weights=weights_of(now))), trials)
 
     study, steps = begin_sweep(vlm, parts, plans, tasks, out, **options)
     return Planning(study, steps, replace(request, weights=weights_of(study)), openings)
@@ -120,25 +129,25 @@ def weights_of(study: Study) -> dict[str, float]:
     return dict.fromkeys(study.tasks, 1.0)
 
 
-def opening_plans(
-    parts: ComponentMap, schemes: Sequence[Scheme], request: PlanRequest, scores: Sequence[Attribution]
-) -> tuple[Plan, ...]:
-    """The best plans of each score for all budgets, then the widest uniform plan of each budget."""
+def opening_plans(parts: ComponentMap, request: PlanRequest, scores: Sequence[Attribution]) -> tuple[Plan, ...]:
+    """The best plans of the first score for all budgets, then those of the next."""
     allow, tie = limits(parts, request)
     best = [optimum(parts, one.scores, bpw, request.runtime, allow, tie) for one in scores for bpw in request.bpw]
-    uniform = []
-    for bpw in request.bpw:
-        fine = [
-            plan for plan in (Plan.uniform(parts, scheme) for scheme in schemes) if _fits(parts, plan, bpw, request)
-        ]
-        uniform += sorted(fine, key=lambda plan: size(parts, plan, files_of(request.runtime)).bits)[-1:]
-    return tuple(dict.fromkeys([*best, *uniform]))
+    return tuple(plan for plan in dict.fromkeys(best) if not plan.is_native)
 
 
 def proposal(study: Study, request: PlanRequest) -> list[Plan]:
-    """The surrogate's best plan of each budget, that with the largest predicted gain over measured plans first."""
+    """The surrogate's best plans, first that of the budget at which it is predicted to gain most on a measured one.
+
+    A gain below the standard error of a reading is left to the verification, which reads more examples.
+    """
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
     scores = believed(study, knapsack, request.weights)
+    total = sum(request.weights.values())
+    least = sum(
+        weight / total * (observations_of(study, task).noise or 0.0) / (knapsack.full(task) or 1.0)
+        for task, weight in request.weights.items()
+    )
     gains: list[tuple[float, Plan]] = []
     for bpw, (ranked, _) in zip(request.bpw, proposed(study, replace(request, top=1)), strict=True):
         best = ranked[0]
@@ -146,7 +155,7 @@ def proposal(study: Study, request: PlanRequest) -> list[Plan]:
             scores[t.key] for t in study.measured() if t.key in scores and _fits(study.parts, t.plan, bpw, request)
         ]
         gains.append((mean_share(best.predicted, request.weights) - max(known, default=-1.0), best.plan))
-    return [plan for gain, plan in sorted(gains, key=lambda one: -one[0]) if gain > 0]
+    return [plan for gain, plan in sorted(gains, key=lambda one: -one[0]) if gain > least]
 
 
 def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> Proposed:
@@ -174,15 +183,16 @@ def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> 
 
 def say_if_calibration_is_easier(given: Calibrated, study: Study) -> None:
     """Warn where the loss on calibration data is far below that on evaluation data: scores then say little."""
-    if "first_order" not in given.__dict__ or not given.first_order.examples:
+    if "output_gradients" not in given.__dict__ or not given.output_gradients.examples:
         return
-    ours = given.first_order.loss / given.first_order.examples
+    ours = given.output_gradients.loss / given.output_gradients.examples
     native = study.examples(study.native)
     theirs = float("nan") if native is None else float(native["nll"].mean())
     if ours < FAR * theirs:
         warnings.warn(
-            f"the loss on calibration data is {ours:.4f}, and {theirs:.4f} on evaluation data: the model may have been "
-            "trained on it, and gradients there say little; calibrate on other data (--calibration)",
+            f"the loss on calibration data is {ours:.4f}, and {theirs:.4f} on evaluation data: either the model was "
+            "trained on the former, or they hold few of the examples that it gets wrong; gradients there say little; "
+            "calibrate on more (--calibration-n) or on other data (--calibration)",
             Notice,
             stacklevel=2,
         )

@@ -9,6 +9,7 @@ from sensitivity.analysis.allocate.kept_recommendation import Proposed, proposed
 from sensitivity.analysis.allocate.recommendation import Provenance, Recommendation, judge, unmeasured
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.api.sweeping import begin_sweep
+from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.loop import Step, versions
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
@@ -68,12 +69,16 @@ def begin_recommendation(
     run: VLM | None = None,
     proposals: Proposed | None = None,
     times: LayerTimes | None = None,
+    *,
+    n: int | None = None,
+    statistics: Statistics | None = None,
 ) -> tuple[Callable[[], list[Recommendation]], Iterator[Step]]:
     """A function that returns the recommendations, and an iterator that runs the verification step by step.
 
     The iterator must be exhausted first: the command line shows progress between its steps. `proposals`: for each
     budget the candidates to run and their rival; by default the best that the study's surrogate predicts. `times`: what
-    layers take in the runtime, for a request with limits.
+    layers take in the runtime, for a request with limits. `n`: on how many examples they run, by default as many as the
+    study's. `statistics`: those that calibrated methods need.
     """
     proposals = proposals or proposed(study, request, times)
     if run is None:
@@ -88,8 +93,9 @@ def begin_recommendation(
         plans,
         meta["tasks"],
         paths.verification(study.path),
-        n=meta["n"],
+        n=n or meta["n"],
         seed=meta["seed"] + FRESH,
+        statistics=statistics,
         whole=meta.get("whole_answers", False),
     )
     return lambda: _judged(study, second, proposals, request), steps

@@ -79,7 +79,7 @@ def run(
         return _run_queue(study, shared, plans, until or Until())
     # `run` is no generator itself: the queue is filled now, not when the caller asks for the first step
     shared.prepare(plans)
-    study.enqueue([first, *sorted(plans, key=_data_flow_order)])
+    study.enqueue([first, *sorted(plans, key=data_flow_order)])
     return _run_queue(study, shared, (), until or Until())
 
 
@@ -105,7 +105,7 @@ def check_runs(vlm: VLM, tasks: Sequence[Task]) -> None:
             ) from error
 
 
-def _data_flow_order(plan: Plan) -> list[str]:
+def data_flow_order(plan: Plan) -> list[str]:
     """Sort key of plans in the direction of data flow, so that neighboring plans share the longest prefixes."""
     return [str(scheme) for _, scheme in plan.schemes]
 

@@ -52,8 +52,8 @@ FITTING = {  # a value of each flag with which nothing is wrong: what is refused
     "--workers": "1", "--executor": "local", "--device": "cpu", "--dtype": "fp32", "--storage": "sqlite:///team.db",
     "--near": "0.5", "--bootstraps": "10", "--bpw": "6", "--gb": "0.5", "--weight": "vqa=2", "--floor": "vqa=95%",
     "--top": "1", "a": "study", "b": "study", "--plan": "a79dde72", "--every": "1",
-    "--minutes": "5", "--prior": "study", "--scores": "gram,fisher", "--draft": "5",
     "--ms-per-token": "1e6", "--ms-per-answer": "1e6", "--gb-resident": "1",
+    "--minutes": "5", "--prior": "study", "--scores": "gram,fisher", "--check": "4", "--draft": "5",
     "--model": MODEL, "--format": "fake", "--part": "c=connector", "--switch": "on=connector",
     "--kinds": "x=ff", "--numel": "vision=1_000", "--kind": "k", "--score": "s", "--total": "1000000000",
 }  # fmt: skip
@@ -102,6 +102,7 @@ FINE = {
     ("--ms-per-token", "fraction"): "milliseconds may be a fraction",
     ("--ms-per-answer", "fraction"): "milliseconds may be a fraction",
     ("--gb-resident", "fraction"): "an amount may be a fraction",
+    ("--check", "zero"): "checks nothing",
     ("--bpw", "fraction"): "a budget may be a fraction",
     ("--gb", "fraction"): "a budget may be a fraction",
     **{("--out", kind): "a file may be called that" for kind in KINDS if kind not in (

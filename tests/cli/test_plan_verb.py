@@ -41,7 +41,7 @@ def test_a_plan_in_minutes(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert one["fresh_examples"]
         assert one["measured"]["n"] == 12
     assert 3 <= found["plans_measured"] <= 6
-    assert set(found["scores"]) == {"gram", "fisher"}
+    assert set(found["scores"]) == {"gram", "kfac"}
     assert "the loss on calibration data is" in err  # the embedded model was trained on it
     study = Study(folder / "study")
     assert study.counts()["done"] == found["plans_measured"]
@@ -74,10 +74,12 @@ def test_a_plan_without_words_opens_with_what_needs_no_gradient(
 def test_scores_of_components_and_how_well_they_foretell(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"explain {MODEL} --by part --method rtn --bits 2,3,4,8 --calibration-n 4 --out {folder / 'study'}"
     found, _ = run(capsys, f"{line} --json")
-    assert set(found["scores"]) == {"weight", "gram", "fisher", "change"}
+    assert set(found["scores"]) == {"weight", "gram", "kfac", "fisher", "change"}
     for one in found["scores"].values():
         assert len(one["values"]) == 3 * 4
         assert one["cpu_seconds"] > 0
+        assert one["passes"] > 0
+        assert one["check"]["plans"] == 8
     assert json.loads((folder / "study" / "attributions.json").read_text())["title"] == "attributions"
     (folder / "foreign").mkdir()
     (folder / "foreign" / "attributions.json").write_text("mine")
@@ -102,3 +104,26 @@ def test_where_the_damage_of_a_plan_comes_from(folder: Path, capsys: pytest.Capt
     native = next(trial for trial in study.trials() if trial.plan.is_native)
     assert cli.main(f"explain {folder / 'study'} --plan {native.key}".split()) == 2
     assert "full precision has no damage to explain" in capsys.readouterr().err
+
+
+def test_what_moved_each_number_of_a_box(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"sweep {MODEL} --task ground --by part --method rtn --bits 3 --search one-at-a-time --n 8"
+    run(capsys, f"{line} --out {folder / 'boxes'} --json")
+    uniform = next(trial for trial in Study(folder / "boxes").trials() if trial.plan.bits(16)["language"] == 3)
+    found, _ = run(capsys, f"explain {folder / 'boxes'} --plan {uniform.key} --calibration-n 2 --json")
+    assert list(found["boxes"]) == ["left", "top", "right", "bottom", "angle"]
+    for one in found["boxes"].values():
+        assert one["moved"] >= 0
+        assert sum(one["components"].values()) == pytest.approx(one["change"], rel=0.02, abs=1e-6)
+    # what stands between the numbers is sure
+    assert sum(one["change"] for one in found["boxes"].values()) == pytest.approx(found["change"], rel=0.2)
+
+
+def test_a_forecast_counts_scores_and_both_kinds_of_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, _ = run(capsys, f"{PLAN} --out {folder / 'forecast'} --dry-run")
+    assert found["seconds"]["gradients"] > 0
+    assert found["seconds"]["calibration"] > 0  # although rounding to nearest needs none
+    assert found["host"]["statistics"] > 0
+    assert not (folder / "forecast").exists()
+    many, _ = run(capsys, f"{PLAN} --out {folder / 'forecast'} --dry-run --n 1000".replace("--n 12 ", ""))
+    assert many["plans"] < found["plans"]  # plans that decide see a quarter of the examples then

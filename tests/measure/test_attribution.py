@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import saved_vlms
 import torch
@@ -14,11 +15,16 @@ from torch import Tensor
 
 from sensitivity.measure.attribution import scores as scoring
 from sensitivity.measure.attribution.blame import Blame, blame, square, together
-from sensitivity.measure.attribution.scores import SCORES, Calibrated, attribute
-from sensitivity.measure.attribution.weight_errors import plan_changes
+from sensitivity.measure.attribution.boxes import NUMBERS, moved, tokens_of, writes_boxes
+from sensitivity.measure.attribution.calibrated import Calibrated
+from sensitivity.measure.attribution.checks import checked
+from sensitivity.measure.attribution.coverage import inverted
+from sensitivity.measure.attribution.scores import SCORES, attribute
+from sensitivity.measure.attribution.weight_errors import WeightErrors, plan_changes
 from sensitivity.measure.calibrate.calibration import calibrate, calibration_examples
-from sensitivity.measure.gradients.backward import backward
+from sensitivity.measure.gradients.backward import answer_loss, backward
 from sensitivity.measure.gradients.path_integral import PathIntegral, path_integral
+from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.passes.token_batches import VISION, TokenBatch, batches
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
@@ -27,6 +33,7 @@ from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
+from sensitivity.tasks.scoring.boxes import parse
 
 FAMILIES = [name for name in saved_vlms.BUILDERS if name != "blip2_itm"]
 BITS = (2, 4)
@@ -58,19 +65,22 @@ def layers(given: Calibrated) -> dict[str, list[tuple[Tensor, Tensor, TokenBatch
 
 def test_scores_are_their_formulas(given: Calibrated) -> None:
     """Each layer by itself, from its inputs and gradients; the sums over a component are the scores."""
-    found = {one.name: one for one in attribute(given, ["weight", "gram", "fisher", "change"])}
+    found = {one.name: one for one in attribute(given, ["weight", "gram", "kfac", "fisher", "change"])}
     seen = layers(given)
     expected = {name: {part: [0.0] * len(BITS) for part in given.parts.names} for name in found}
+    plans = [Plan.uniform(given.parts, chosen) for chosen in given.schemes]
+    changes = [plan_changes(given.vlm.model, given.parts, plan) for plan in plans]
     for weight in given.weights:
         own = given.vlm.model.get_parameter(weight.name).detach().float()
-        for i, chosen in enumerate(given.schemes):
-            with_plan = plan_changes(given.vlm.model, given.parts, Plan.uniform(given.parts, chosen))
-            error = with_plan[weight.name].float()
+        for i in range(len(given.schemes)):
+            error = changes[i][weight.name].float()
             expected["weight"][weight.part][i] += float(error.norm() ** 2 / own.norm() ** 2)
             if weight.name not in seen:
                 continue
             inputs = torch.cat([read for read, _, _ in seen[weight.name]]).float()
             expected["gram"][weight.part][i] += float((inputs @ error.T).norm() ** 2 / (inputs @ own.T).norm() ** 2)
+            squares = torch.cat([gradient for _, gradient, _ in seen[weight.name]]).float().square().mean(0)
+            expected["kfac"][weight.part][i] += float(((inputs @ error.T).square() * squares).sum())
             for read, gradient, _ in seen[weight.name]:  # one example in each batch
                 products = (read.float() @ error.T) * gradient
                 expected["fisher"][weight.part][i] += float(products.square().sum())
@@ -179,3 +189,75 @@ def test_what_cannot_be_scored_is_a_sentence(given: Calibrated, monkeypatch: pyt
     monkeypatch.setitem(scoring.SCORES, "gram", lambda given: worthless)
     with pytest.raises(UserError, match="the gram score of vision at rtn:2 is NaN or infinite"):
         attribute(given, ["gram"])
+
+
+def test_a_block_at_a_time_gives_the_same_scores(given: Calibrated) -> None:
+    """Codes of a large model do not fit into memory at all widths: few are held, and nothing differs."""
+    few_codes = replace(given)
+    few_codes.__dict__["errors"] = WeightErrors(given.vlm.model, given.parts, given.schemes, given.statistics, limit=0)
+    names = ["weight", "gram", "kfac", "fisher"]
+    for whole, one in zip(attribute(given, names), attribute(few_codes, names), strict=True):
+        for part, row in whole.scores.items():
+            assert list(one.scores[part].values()) == pytest.approx(list(row.values()), rel=1e-5), (one.name, part)
+    assert len(few_codes.errors.groups) == len(given.parts.regroup("block").names)
+    assert len(given.errors.groups) == 1
+    held = few_codes.errors.held
+    assert held is not None
+    assert {key[0] for key in held[1]} == {weight.name for weight in few_codes.errors.by_group()[held[0]]}
+
+
+def test_one_component_at_a_time_is_really_run(given: Calibrated) -> None:
+    found = {one.name: one.scores for one in attribute(given, ["kl", "loss", "higgs", "weight"])}
+    chosen, batches_ = given.schemes[0], list(given.data(4))
+    before = sum(float(answer_loss(given.vlm, batch)) for batch in batches_)
+    with quantized(given.vlm.model, given.parts, Plan.of(given.parts, {"vision": chosen})):
+        after = sum(float(answer_loss(given.vlm, batch)) for batch in batches_)
+    assert found["loss"]["vision"][chosen] == pytest.approx(after - before, rel=1e-4)
+    assert all(value > 0 for row in found["kl"].values() for value in row.values())
+    for part in given.parts.names:  # the same divergence per noise, at whatever error the scheme has
+        damages, errors = found["higgs"][part], found["weight"][part]
+        ratios = [damages[one] / errors[one] for one in given.schemes]
+        assert ratios[0] == pytest.approx(ratios[1], rel=1e-6)
+        assert ratios[0] > 0
+
+
+def test_what_components_cover_is_found_again() -> None:
+    """Shares of a damage that is 1 - prod (1 - a), by a fine sum along the way, give the a that they came from."""
+    truth = np.array([0.7, 0.02, 0.4, 0.0])
+    t = (np.arange(200_000) + 0.5) / 200_000
+    left = 1 - t[:, None] * truth
+    shares = (truth * left.prod(1, keepdims=True) / left).mean(0)
+    assert inverted(list(shares)) == pytest.approx(truth, abs=1e-6)
+    assert sum(shares) == pytest.approx(1 - np.prod(1 - truth), abs=1e-9)
+    assert max(inverted([5.0, 0.1])) < 1  # more than can be lost
+
+
+def test_a_score_is_checked_by_plans_that_are_run(given: Calibrated) -> None:
+    scores = attribute(given, ["weight", "kl"])
+    found = checked(given, scores, 6)
+    assert found.pass_seconds > 0
+    assert found.by_score["weight"].error is None  # it foretells an order, and no number
+    assert found.by_score["kl"].plans == 6
+    assert 0 < (found.by_score["kl"].error or 0) < 1
+    assert (found.by_score["kl"].rank_correlation or 0) > 0
+    assert checked(given, scores, 0).by_score == {}
+
+
+def test_tokens_of_a_box_are_those_of_its_numbers(scenes_llava: VLM) -> None:
+    """The losses of all numbers and of what stands between them are the whole loss; each number is its own token."""
+    (task,) = calibration_examples(["ground"], 3, 0)
+    assert writes_boxes([task])
+    assert not writes_boxes(calibration_examples(["vqa"], 3, 0))
+    tokenizer = scenes_llava.processor.tokenizer
+    for batch in batches(scenes_llava, [task], 1):
+        assert batch.targets is not None
+        masks = [tokens_of(scenes_llava, number, batch.targets) for number in range(len(NUMBERS))]
+        right = [f"<{value:.0f}>" for value in parse(task.examples[batch.examples[0]].answers[0])[0]]
+        assert [tokenizer.decode(batch.targets[mask == 1]).strip() for mask in masks] == right
+        rest = 1 - torch.stack(masks).sum(0)
+        each = [float(answer_loss(scenes_llava, batch, lambda _, one=one: one)) for one in (*masks, rest)]
+        assert sum(each) == pytest.approx(float(answer_loss(scenes_llava, batch)), rel=1e-9)
+    before, after = "{<0><0><8><8>|<0>}", "{<4><0><8><20>|<15>}"
+    distances = moved({"a": before, "b": "none", "c": before}, {"a": after, "b": before, "c": "{<0>"})
+    assert distances == dict(zip(NUMBERS, (4, 0, 0, 12, 15), strict=True))
+    assert moved({}, {}) == {}

@@ -23,7 +23,7 @@ from sensitivity.measure.forecast.rounding import rounding_seconds
 from sensitivity.measure.generate import shared_images
 from sensitivity.measure.generate.batches import batches
 from sensitivity.measure.install import rounding
-from sensitivity.measure.loop import _data_flow_order, _SharedWork
+from sensitivity.measure.loop import _SharedWork, data_flow_order
 from sensitivity.measure.shards import shard_ends
 from sensitivity.models.config_only import without_weights
 from sensitivity.models.discover import inspect
@@ -95,7 +95,7 @@ def test_plans_are_counted_as_replay_really_computes_them(folder: Path, name: st
     asked = dataclasses.replace(task(f"gqa:{folder / 'gqa'}", n=12), exact=True, max_new_tokens=1)
     vlm = load(str(folder / name), dtype="float32")
     parts = inspect(vlm, by="group")
-    plans = sorted(one_at_a_time(parts, bits=(8,)), key=_data_flow_order)
+    plans = sorted(one_at_a_time(parts, bits=(8,)), key=data_flow_order)
     trial = _SharedWork(vlm, parts, [asked], growing=False)
     # a feature layer that is not the last spoils one boundary of the vision tower, and no other
     assert trial.prefix_cache

@@ -86,6 +86,7 @@ channels = whole(1, CHANNELS)
 draft = whole(1, 64)  # tokens
 rounds = whole(6, 10_000)  # of timing: fewer give no 95 % interval of a median
 few_plans = whole(2, 100)  # full precision and another one
+checks = whole(0, 1_000)  # plans
 
 
 def gigabytes(text: str) -> float:

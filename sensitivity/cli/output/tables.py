@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sensitivity.analysis.importance.types import Ranking
     from sensitivity.analysis.surrogate.foretold import Foretold
     from sensitivity.api.explaining import Explanation
+    from sensitivity.measure.attribution.checks import Checks
     from sensitivity.measure.attribution.scores import Attribution
     from sensitivity.measure.forecast.forecast import Forecast
     from sensitivity.spec.components import ComponentMap
@@ -139,8 +140,10 @@ def ranking(ranked: Ranking) -> None:
         print(f"  note: {warning}")
 
 
-def attributions(scored: Sequence[Attribution], checks: Mapping[str, Foretold | None]) -> None:
-    """Print the scores of all components, each scaled so that the largest is 100, with their costs below."""
+def attributions(
+    scored: Sequence[Attribution], measured: Mapping[str, Foretold | None], checks: Checks | None = None
+) -> None:
+    """Print the scores of all components, each scaled so that the largest is 100, with their costs and errors below."""
     largest = [max((v for row in one.scores.values() for v in row.values()), default=0.0) for one in scored]
     rows = [
         (
@@ -156,13 +159,34 @@ def attributions(scored: Sequence[Attribution], checks: Mapping[str, Foretold | 
         ("component", "scheme", *(one.name for one in scored)),
         rows,
     )
-    score_costs(scored)
-    for name, check in checks.items():
-        if check is not None:
-            print(
-                f"  {name}: rank correlation {check.rank_correlation:.2f} with {check.plans} measured plans; foretells "
-                f"their score to within {check.error:.4f}"
-            )
+    _score_checks(scored, measured, checks)
+
+
+def _score_checks(
+    scored: Sequence[Attribution], measured: Mapping[str, Foretold | None], checks: Checks | None
+) -> None:
+    """Print what each score cost, and how well it foretells plans that were run."""
+    if checks is None:
+        score_costs(scored)
+        return
+    rows = []
+    for one in scored:
+        check, study = checks.by_score.get(one.name), measured.get(one.name)
+        rows.append((
+            one.name,
+            f"{one.seconds:.1f}",
+            f"{one.seconds / checks.pass_seconds:.1f}",
+            f"{check.rank_correlation:.2f}" if check and check.rank_correlation is not None else "–",
+            "–" if check is None or check.error is None else f"{check.error:.0%}",
+            f"{study.rank_correlation:.2f}" if study else "–",
+            f"{study.error:.4f}" if study else "–",
+        ))  # fmt: skip
+    plans = next((check.plans for check in checks.by_score.values()), 0)
+    table(
+        f"Cost of each score, and how it foretells {plans} random plans on calibration data and those of the study",
+        ("score", "CPU s", "passes", "order", "error", "order in the study", "error of task score"),
+        rows,
+    )
 
 
 def explanation(explained: Explanation) -> None:
@@ -177,12 +201,34 @@ def explanation(explained: Explanation) -> None:
     for title, shares in (("component", explained.blame.components), ("modality", explained.blame.modalities)):
         rows = [(name, f"{100 * value / change if change else 0:.1f}") for name, value in shares.items()]
         table(f"Share of the damage by {title}, in percent", (title, "share"), rows)
+    if explained.boxes:
+        _boxes(explained)
     if explained.blame.regions:
         grids = list(explained.blame.regions.values())
         mean = sum(grids[1:], start=grids[0]) if len({grid.shape for grid in grids}) == 1 else None
         if mean is not None:
             places = [[f"{100 * float(value) / change if change else 0:.1f}" for value in row] for row in mean]
             table("Share by place in the image, in percent", [""] * len(mean), places)
+
+
+def _boxes(explained: Explanation) -> None:
+    """Print how far each number of a box moves, and each component's share in making it unsure."""
+    names = list(explained.blame.components)
+    rows = [
+        (
+            name,
+            f"{one.moved:.2f}",
+            f"{one.integral.change / len(explained.examples):.4f}",
+            *(f"{100 * one.blame.components[part] / (one.integral.change or 1):.1f}" for part in names),
+        )
+        for name, one in explained.boxes.items()
+    ]
+    table(
+        "Boxes: how far each number moves from full precision's, how much the loss of its tokens rises, and each "
+        "component's share in that, in percent",
+        ("number", "moved", "loss", *names),
+        rows,
+    )
 
 
 def score_costs(scored: Sequence[Attribution]) -> None:

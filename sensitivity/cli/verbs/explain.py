@@ -14,7 +14,7 @@ from sensitivity.spec.errors import UserError
 ABOUT = "score every component from a few backward passes; or say where the damage of a measured plan comes from"
 EXAMPLE = "sensitivity explain embedded:scenes-llava --task vqa --bits 2,3,4 --out runs/why"
 OF_MODEL = ("--bits", "--method", "--group", "--symmetric", "--biases", "--set", "--backend", "--by", "--scores",
-            "--out", "--path", "--calibration")  # fmt: skip
+            "--check", "--out", "--path", "--calibration")  # fmt: skip
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
@@ -31,10 +31,18 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--scores",
         type=values.comma_separated(values.name),
-        default=("weight", "gram", "fisher", "change"),
+        default=("weight", "gram", "kfac", "fisher", "change"),
         metavar="S[,S]",
-        help="weight and gram (relative errors of weights and of outputs), fisher and change (first-order), path"
-        " (integrated: slow) (default: all but path)",
+        help="weight and gram (relative errors of weights and of outputs), kfac, fisher and change (from gradients);"
+        " slower: kl, loss and higgs (a component at a time), path and coverage (integrated)"
+        " (default: weight,gram,kfac,fisher,change)",
+    )
+    p.add_argument(
+        "--check",
+        type=values.checks,
+        default=8,
+        metavar="N",
+        help="random plans that are run on the calibration data to check each score; 0 for none (default: 8)",
     )
     p.add_argument(
         "--out", type=values.folder, metavar="runs/NAME", help="folder for attributions.json, such as that of a study"
@@ -67,6 +75,7 @@ def _components(args: argparse.Namespace) -> dict[str, object]:
         save_attributions,
     )
     from sensitivity.api.planning import check_scores, scored
+    from sensitivity.measure.attribution import checks as score_checks
     from sensitivity.measure.generate.batches import check_tasks_fit
 
     flags.without_effect(args, ["--plan"], "with a model: it names a plan of a study")
@@ -82,11 +91,13 @@ def _components(args: argparse.Namespace) -> dict[str, object]:
     check_tasks_fit(vlm, tasks)
     data = args.calibration or args.task
     scoring = scored(vlm, parts, requested, data, args.scores, args.calibration_n, 0, (), args.cache_gb)
-    checks = compared(args.out, scoring.scores, parts.names)
-    content = attributions_json(vlm.name, scoring.scores, checks)
+    measured = compared(args.out, scoring.scores, parts.names)
+    in_words = not any(task.gallery for task in tasks)
+    checks = score_checks.checked(scoring.given, scoring.scores, args.check) if in_words else None
+    content = attributions_json(vlm.name, scoring.scores, measured, checks)
     file = save_attributions(args.out, content)
     if not args.json:
-        attributions(scoring.scores, checks)
+        attributions(scoring.scores, measured, checks)
         print(f"  all of it: {file}")
     return content | {"path": str(file)}
 

@@ -65,7 +65,14 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     """Score, measure, verify and store a plan for each budget; or forecast that with --dry-run."""
     began = time.monotonic()
     requested = _checked(args)
-    from sensitivity.api.planning import begin_plan, check_budgets, openings_by, say_if_calibration_is_easier, scored
+    from sensitivity.api.planning import (
+        begin_plan,
+        check_budgets,
+        deciding,
+        openings_by,
+        say_if_calibration_is_easier,
+        scored,
+    )
     from sensitivity.measure.generate.batches import check_tasks_fit
 
     vlm, parts, tasks = loaded(args)
@@ -80,8 +87,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     )  # fmt: skip
     left = math.inf if args.minutes is None else max(60 * args.minutes - (time.monotonic() - began), 0.001)
     planning = begin_plan(
-        vlm, parts, scoring.schemes, args.task, args.out, request, scoring.scores, args.trials,
-        n=args.n, seed=args.seed, statistics=scoring.given.statistics,
+        vlm, parts, args.task, args.out, request, scoring.scores, args.trials,
+        n=deciding(args.n, tasks), seed=args.seed, statistics=scoring.given.statistics,
         until=() if args.minutes is None else (f"{left:.3f}s",),
     )  # fmt: skip
     if args.json:
@@ -132,7 +139,9 @@ def _verified(
     from sensitivity.analysis.allocate.kept_recommendation import save
     from sensitivity.api.recommending import begin_recommendation
 
-    recommendations, steps = begin_recommendation(study, request, vlm, proposals)
+    recommendations, steps = begin_recommendation(
+        study, request, vlm, proposals, n=args.n, statistics=scoring.given.statistics
+    )
     show_progress(steps, "verifying")
     best = recommendations()
     files = save(study, best)
@@ -151,15 +160,18 @@ def _verified(
 def _forecast(
     args: argparse.Namespace, vlm: VLM, parts: ComponentMap, requested: list[Scheme], tasks: list[Task]
 ) -> dict[str, object]:
-    """The forecast of all plans that may be run, the verification included; random plans stand in for them."""
+    """The forecast of all scores, and plans that may be run, the verification included; random plans stand in."""
     from sensitivity.analysis.search.plan_lists import plans
+    from sensitivity.api.planning import deciding
     from sensitivity.measure.forecast.forecast import forecast_sweep
 
     verified = 1 + (args.top + 1) * len(args.gb or args.bpw)
-    listed = plans(parts, requested, "random", args.trials + verified, args.seed)
+    # plans that decide see fewer examples than those that are verified
+    decide = -(-args.trials * deciding(args.n, tasks) // args.n)
+    listed = plans(parts, requested, "random", decide + verified, args.seed)
     assert isinstance(listed, list)
     options = {"device": args.device, "dtype": args.dtype, "calibration": args.calibration_n, "cache_gb": args.cache_gb}
-    predicted = forecast_sweep(vlm, parts, listed, tasks, **options)
+    predicted = forecast_sweep(vlm, parts, listed, tasks, **options, scoring=True)
     if not args.json:
         forecast(predicted)
     return predicted.to_json()

@@ -8,33 +8,65 @@ from torch import Tensor, nn
 
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.install.plan_in_model import prepare, quantized, targets
-from sensitivity.measure.memory.weight_codes import WeightCodes
-from sensitivity.quantize.methods import method_of
+from sensitivity.measure.memory.weight_codes import CODE, WeightCodes
+from sensitivity.quantize.methods import method_of, weights_of
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import NOT_ROUNDED, Plan, Scheme
 
+CODES = 1 << 30  # bytes of codes in memory at once; one block of a 7B model has 1.2 GB at five widths
+
 
 class WeightErrors:
-    """Quantized minus own, for every weight under each scheme; codes are kept, errors are computed when asked for."""
+    """Quantized minus own, for every weight under each scheme, with the codes of a few blocks in memory at a time."""
 
     def __init__(
-        self, model: nn.Module, parts: ComponentMap, schemes: Sequence[Scheme], statistics: Statistics | None
+        self,
+        model: nn.Module,
+        parts: ComponentMap,
+        schemes: Sequence[Scheme],
+        statistics: Statistics | None,
+        limit: float = CODES,
     ) -> None:
         if statistics is not None and statistics.exposed:
             raise UserError(
                 "scores of single components need float inputs, and behind quantized layers they differ from plan to "
                 "plan; leave out --path"
             )
-        self.schemes = schemes
+        self.model, self.schemes, self.statistics = model, schemes, statistics
+        self.blocks = parts.regroup("block")
         self.own = {weight.name: model.get_parameter(weight.name).data for weight in parts.weights}
-        self.codes = WeightCodes()
-        prepare(model, parts, [Plan.uniform(parts, scheme) for scheme in schemes], self.codes, statistics)
+        self.groups: list[list[str]] = []  # neighboring blocks whose codes fit into the limit together, or one block
+        room = 0.0
+        for block in self.blocks.components:
+            bytes_ = CODE * block.numel * len(schemes)
+            if not self.groups or bytes_ > room:
+                self.groups, room = [*self.groups, []], limit
+            self.groups[-1].append(block.name)
+            room -= bytes_
+        self.place = {weight.name: i for i, group in enumerate(self.by_group()) for weight in group}
+        self.held: tuple[int, WeightCodes] | None = None
 
     def of(self, weight: Weight) -> list[Tensor]:
-        """The errors of a weight, one for each scheme."""
-        float_weight = self.own[weight.name]
-        return [self.codes.dense((weight.name, scheme), float_weight) - float_weight for scheme in self.schemes]
+        """The errors of a weight, one for each scheme; its group is quantized unless it is the one in memory."""
+        codes, own = self._codes(self.place[weight.name]), self.own[weight.name]
+        return [codes.dense((weight.name, weights_of(scheme)), own) - own for scheme in self.schemes]
+
+    def by_group(self) -> list[list[Weight]]:
+        """All weights; in this order each is quantized once."""
+        return [[weight for name in group for weight in self.blocks[name].weights] for group in self.groups]
+
+    def _codes(self, group: int) -> WeightCodes:
+        if self.held is None or self.held[0] != group:
+            self.held = None  # freed before the next ones are computed
+            codes, asked = WeightCodes(), set(self.groups[group])
+            plans = [
+                Plan(tuple((name, scheme if name in asked else None) for name in self.blocks.names))
+                for scheme in map(weights_of, self.schemes)
+            ]
+            prepare(self.model, self.blocks, plans, codes, self.statistics)
+            self.held = group, codes
+        return self.held[1]
 
 
 def plan_changes(

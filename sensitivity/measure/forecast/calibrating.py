@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sensitivity.quantize.methods import importance, needs_data, needs_fisher
+from sensitivity.quantize.methods import UNIFORM, importance, needs_data, needs_fisher
 from sensitivity.spec.plan import Scheme
 
 # What each kind of importance observes; kinds that observe the same share its passes. A backward pass counts as two
@@ -19,18 +19,20 @@ FISHER = 5.0  # a backward pass, and a product for each weight's own gradient
 
 
 def calibrating(
-    schemes: Sequence[Scheme], examples: int, forward: float, products: float, plans: int
+    schemes: Sequence[Scheme], examples: int, forward: float, products: float, plans: int, scoring: bool = False
 ) -> dict[str, float]:
     """Seconds of calibration, and of gradients; `forward` and `products` are those of one example, through all parts.
 
     Each importance has statistics of its own; on the exposed path each plan has, too. Comparing both paths takes two
-    passes.
+    passes. `scoring`: scores of components are computed, too, from statistics of all tokens alike and from the gradient
+    of the loss.
     """
     calibrated = [scheme for scheme in schemes if needs_data(scheme)]
     kinds = {importance(scheme) for scheme in calibrated}
     path = str(calibrated[0].get("path", "float")) if calibrated else "float"
-    times = len(kinds) * (1 if path == "float" else plans)
+    times = len(kinds | ({UNIFORM} if scoring else set())) * (1 if path == "float" else plans)
     backward = sum(PASSES[name] for name in {OBSERVED[kind] for kind in kinds if kind in OBSERVED})
+    backward += PASSES[LOSS] if scoring else 0.0
     backward += FISHER if any(map(needs_fisher, calibrated)) else 0.0
     return {
         "calibration": examples * times * (forward * (2 if path == "both" else 1) + products),

@@ -83,9 +83,13 @@ def forecast_sweep(
     plain: bool = False,
     cache_gb: float = 8.0,
     memory_gb: float = MEMORY_GB,
+    scoring: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Forecast:
-    """The expected cost of running these plans, full precision included, on a device; measures for some seconds."""
+    """The expected cost of running these plans, full precision included, on a device; measures for some seconds.
+
+    scoring: components are scored before, as `plan` does.
+    """
     kind = _dtype(vlm, parts, device, dtype)
     resident, hardware = _resident(), Hardware(_measured_device(device), kind, clock)
     model = CostModel(vlm, parts, hardware)
@@ -96,7 +100,8 @@ def forecast_sweep(
     runs = {part: float(len(plans)) for part in PARTS} if plain else _runs(parts, plans)
     generating = len(plans) * sum(model.generation_seconds(sample) for sample in samples)
     calibrated = [scheme for scheme in schemes if needs_data(scheme)]
-    seen = [weight for weight in parts.weights if not weight.is_embedding] if any(map(needs_data, used)) else []
+    looking = scoring or any(map(needs_data, used))
+    seen = [weight for weight in parts.weights if not weight.is_embedding] if looking else []
     inputs = {input_of(weight): weight for weight in seen}
     grams = sum(4.0 * weight.cols**2 for weight in inputs.values())
     # seconds of one calibration example through all parts
@@ -109,7 +114,7 @@ def forecast_sweep(
     seconds = {
         "loading": parts.numel * kind.itemsize / LOADING,
         "examples": sum(sample.preprocessing * sample.images for sample in samples),
-        **calibrating(used, calibration, calibration_example, products, len(plans)),
+        **calibrating(used, calibration, calibration_example, products, len(plans), scoring),
         "quantizing": sum(_quantizing(parts, plans, scheme, hardware) for scheme in schemes),
         "running": sum(_running(*one, runs, len(plans)) for one in zip(samples, passes, strict=True)),
         "rounding": rounding_seconds(parts, plans, samples, hardware, plain),

@@ -24,6 +24,8 @@ from sensitivity.spec.errors import UserError
 T = TypeVar("T")
 # gets a weight, what its layer reads (tokens x inputs) and the gradient of what it returns (tokens x outputs)
 Visit = Callable[[Weight, Tensor, Tensor], None]
+# gets the tokens of right answers (rows x positions), and returns 1 for those whose loss counts, 0 for the others
+Counted = Callable[[Tensor], Tensor]
 
 
 class Once:
@@ -48,11 +50,8 @@ def add(sums: dict[str, Tensor], weight: Weight, values: Tensor) -> None:
     sums[name] = sums[name] + values if name in sums else values
 
 
-def answer_loss(vlm: VLM, batch: TokenBatch) -> Tensor:
-    """Cross-entropy of the right answers with teacher forcing: the mean over an answer's tokens, summed over rows.
-
-    A sum over rows, so that the gradient of an example does not depend on which examples share its batch.
-    """
+def answer_logits(vlm: VLM, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """The logits of the right answers with teacher forcing (rows x positions x words), and the right tokens."""
     logits: Tensor | None = getattr(calibration_pass(vlm, batch), "logits", None)  # a model for retrieval has none
     if batch.targets is None or logits is None:
         raise UserError(
@@ -60,13 +59,24 @@ def answer_loss(vlm: VLM, batch: TokenBatch) -> Tensor:
             "needs none, such as gptq"
         )
     logits = logits[:, -batch.targets.shape[1] :]
-    # in float32 the probability of a sure answer rounds to 1, and its gradient to 0
-    logits = logits.float() if logits.device.type == "mps" else logits.double()
-    each = nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
-    return each.reshape(batch.targets.shape).mean(1).sum()
+    # in float32 the probability of a sure answer is 1, and its gradient nothing at all
+    return logits.float() if logits.device.type == "mps" else logits.double(), batch.targets
 
 
-def backward(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch, visit: Visit) -> float:
+def answer_loss(vlm: VLM, batch: TokenBatch, counted: Counted | None = None) -> Tensor:
+    """Cross-entropy of the right answers with teacher forcing: the mean over an answer's tokens, summed over rows.
+
+    A sum over rows, so that the gradient of an example does not depend on which examples share its batch. With
+    `counted`, only the tokens that it returns 1 for are summed; the mean is still over all.
+    """
+    logits, targets = answer_logits(vlm, batch)
+    each = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").reshape(targets.shape)
+    return (each if counted is None else each * counted(targets).to(each)).mean(1).sum()
+
+
+def backward(
+    vlm: VLM, weights: Sequence[Weight], batch: TokenBatch, visit: Visit, counted: Counted | None = None
+) -> float:
     """Call `visit` for each weight's layer as the backward pass reaches it; return the loss.
 
     Only the hidden states between blocks are kept from the forward pass: each block runs again when the backward pass
@@ -104,7 +114,7 @@ def backward(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch, visit: Visi
         for weight in weights:
             layer = vlm.model.get_submodule(weight.reader)
             patches.callback(layer.register_forward_hook(watch(weight), with_kwargs=True).remove)
-        loss = answer_loss(vlm, batch)
+        loss = answer_loss(vlm, batch, counted)
         try:
             torch.autograd.backward(loss)
         except RuntimeError as error:
@@ -115,13 +125,16 @@ def backward(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch, visit: Visi
 
 
 def in_rows_that_fit(
-    vlm: VLM, data: Callable[[int], Iterable[TokenBatch]], run: Callable[[Callable[[], Iterable[TokenBatch]]], T]
+    vlm: VLM,
+    data: Callable[[int], Iterable[TokenBatch]],
+    run: Callable[[Callable[[], Iterable[TokenBatch]]], T],
+    rows: int = ROWS // 4,
 ) -> T:
-    """The result of a function that takes gradients of data, in batches whose rows are halved until memory suffices.
+    """The result of a function of data, in batches whose rows are halved until memory suffices.
 
-    `data` makes batches of at most so many rows; `run` gets a function that makes those of one pass.
+    `data` makes batches of at most so many rows; `run` gets a function that makes those of one pass. A backward pass
+    takes several times the memory of a forward pass, so that it begins with fewer rows.
     """
-    rows = ROWS // 4  # a backward pass takes several times the memory of a forward pass
     while True:
         again = partial(run, partial(data, rows))
         if (result := run_or_halve(again, rows, "the calibration data", vlm.device)) is not None:

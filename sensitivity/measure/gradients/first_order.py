@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,14 +26,16 @@ class FirstOrder:
 
     fisher: dict[str, Tensor] = field(default_factory=dict)
     change: dict[str, Tensor] = field(default_factory=dict)
-    loss: float = 0.0  # of the model as it is, summed over examples
-    examples: int = 0
 
-    def add(self, vlm: VLM, weights: Sequence[Weight], batch: TokenBatch, errors_of: ErrorsOf) -> None:
+    def add(
+        self, vlm: VLM, weights: Sequence[Weight], batch: TokenBatch, errors_of: ErrorsOf, scored: Collection[str]
+    ) -> None:
         """Add the examples of a batch."""
         moved_loss: dict[str, Tensor] = {}  # per weight: schemes x examples
 
         def visit(weight: Weight, inputs: Tensor, gradient: Tensor) -> None:
+            if weight.name not in scored:
+                return
             fisher, moved = [], []
             for error in errors_of(weight):
                 products = (inputs.float() @ error.float().T).mul_(gradient)
@@ -43,18 +45,19 @@ class FirstOrder:
             _add(self.fisher, weight.name, torch.stack(fisher).cpu().double())
             _add(moved_loss, weight.name, torch.stack(moved).cpu().double())  # a layer may run several times in a pass
 
-        self.loss += backward(vlm, weights, batch, visit)
-        self.examples += len(batch.examples)
+        backward(vlm, weights, batch, visit)
         for name, moved in moved_loss.items():
             _add(self.change, name, moved.abs().sum(1))
 
 
-def first_order(vlm: VLM, weights: Sequence[Weight], errors_of: ErrorsOf, data: Iterable[TokenBatch]) -> FirstOrder:
-    """First-order scores over all batches; weights that the loss does not reach are left out."""
-    scores = FirstOrder()
+def first_order(
+    vlm: VLM, weights: Sequence[Weight], errors_of: ErrorsOf, data: Iterable[TokenBatch], scored: Collection[str]
+) -> FirstOrder:
+    """First-order scores of those weights whose names are `scored`; what the loss does not reach is left out."""
+    found = FirstOrder()
     for batch in data:
-        scores.add(vlm, weights, batch, errors_of)
-    return scores
+        found.add(vlm, weights, batch, errors_of, scored)
+    return found
 
 
 def _add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sensitivity.measure.gradients.backward import answer_loss, backward
+from sensitivity.measure.gradients.backward import Counted, answer_loss, backward
 from sensitivity.measure.passes.token_batches import TokenBatch
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap, Weight
@@ -67,14 +67,16 @@ def path_integral(
     data: Data,
     tolerance: float = TOLERANCE,
     most: int = MOST,
+    counted: Counted | None = None,
 ) -> PathIntegral:
     """The integral of the loss gradient times the change of each layer's output, from float weights to quantized ones.
 
     All weights move together on straight lines: W + t * change, t from 0 to 1 (Aumann and Shapley's value of sharing a
     cost). Since the loss is known at every t, so is the error of every piece of the path: the worst piece is halved
-    until what all pieces miss is at most `tolerance` of the whole change. `changes` is by parameter.
+    until what all pieces miss is at most `tolerance` of the whole change. `changes` is by parameter; `counted` chooses
+    the tokens of answers whose loss counts.
     """
-    run = _Path(vlm, parts, changes, data)
+    run = _Path(vlm, parts, changes, data, counted)
     before, after = run.loss(0.0), run.loss(1.0)
     pieces = [run.piece(0.0, 1.0)]
     while run.passes < most:
@@ -94,8 +96,10 @@ def path_integral(
 class _Path:
     """The model at points between its own weights and the quantized ones, and the losses that were computed there."""
 
-    def __init__(self, vlm: VLM, parts: ComponentMap, changes: Mapping[str, Tensor], data: Data) -> None:
-        self.vlm, self.changes, self.data = vlm, changes, data
+    def __init__(
+        self, vlm: VLM, parts: ComponentMap, changes: Mapping[str, Tensor], data: Data, counted: Counted | None
+    ) -> None:
+        self.vlm, self.changes, self.data, self.counted = vlm, changes, data, counted
         # all of them, as blocks whose weights stay run again in the backward pass, too, instead of being kept
         self.weights = [weight for weight in parts.weights if not weight.is_embedding]
         self.component = {weight.name: c.name for c in parts.components for weight in c.weights}
@@ -107,7 +111,7 @@ class _Path:
         """The answer loss over all data at a point of the path."""
         if t not in self.losses:
             with _moved(self.vlm.model, self.changes, t), torch.inference_mode():
-                self.losses[t] = sum(float(answer_loss(self.vlm, batch)) for batch in self.data())
+                self.losses[t] = sum(float(answer_loss(self.vlm, batch, self.counted)) for batch in self.data())
         return self.losses[t]
 
     def piece(self, begin: float, end: float) -> _Piece:
@@ -144,7 +148,7 @@ class _Path:
                 if place not in self.modalities:
                     self.modalities[place] = None if modality is None else modality.reshape(count, -1)[row].cpu()
 
-        backward(self.vlm, self.weights, batch, visit)
+        backward(self.vlm, self.weights, batch, visit, self.counted)
 
 
 @contextmanager

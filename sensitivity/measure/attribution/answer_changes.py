@@ -1,0 +1,57 @@
+"""How a changed model answers calibration data: its loss and its divergence, beside those of the float model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sensitivity.measure.gradients.backward import answer_logits
+from sensitivity.measure.passes.token_batches import TokenBatch
+from sensitivity.models.vlm import VLM
+
+
+@dataclass(frozen=True)
+class Change:
+    """What differs from the float model: means over the tokens of a right answer, summed over examples."""
+
+    divergence: float  # Kullback and Leibler's, of the changed model's next token from the float model's
+    loss: float  # by how much the cross-entropy of the right token rises
+
+
+class AnswerChanges:
+    """The float model's predictions of the right answers, and how those of the model as it is now differ."""
+
+    def __init__(self, vlm: VLM, data: Callable[[], Iterable[TokenBatch]]) -> None:
+        self.vlm, self.data = vlm, data
+        self.own: list[Tensor] = []  # for each batch the log-probabilities of all next tokens: rows x positions x words
+        self.loss = 0.0  # of the float model, summed over examples
+        for predicted, targets in self._predictions():
+            self.own.append(predicted.float().cpu())
+            self.loss -= float(predicted.gather(-1, targets[..., None]).mean(1).sum())
+
+    def now(self) -> Change:
+        """What the model, changed in place, does to the answers, from one forward pass over the data."""
+        divergence = loss = 0.0
+        for own, (predicted, targets) in zip(self.own, self._predictions(), strict=True):
+            before = own.to(predicted)
+            # words that a model rules out have a logarithm of minus infinity both times, and add nothing
+            each = torch.where(before.isfinite(), before.exp() * (before - predicted), 0.0).sum(-1)
+            divergence += float(each.mean(1).sum())
+            loss += float((before - predicted).gather(-1, targets[..., None]).mean(1).sum())
+        return Change(divergence, loss)
+
+    def under(self, changed: AbstractContextManager[object]) -> Change:
+        """What a change that holds inside a context does to the answers."""
+        with changed:
+            return self.now()
+
+    def _predictions(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """For each batch the log-probabilities of all next tokens, and the right ones."""
+        with torch.inference_mode():
+            for batch in self.data():
+                logits, targets = answer_logits(self.vlm, batch)
+                yield logits.log_softmax(-1), targets

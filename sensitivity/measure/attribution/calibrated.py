@@ -1,0 +1,144 @@
+"""Calibrated: what scores of components are computed from, each piece once, when it is first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from sensitivity.measure.attribution.answer_changes import AnswerChanges, Change
+from sensitivity.measure.attribution.weight_errors import WeightErrors, plan_changes
+from sensitivity.measure.calibrate.statistics import Statistics
+from sensitivity.measure.gradients.backward import in_rows_that_fit
+from sensitivity.measure.gradients.first_order import FirstOrder, first_order
+from sensitivity.measure.gradients.output_gradients import OutputGradients, output_gradients
+from sensitivity.measure.gradients.path_integral import path_integral
+from sensitivity.measure.install.plan_in_model import prepare, quantized
+from sensitivity.measure.memory.weight_codes import WeightCodes
+from sensitivity.measure.passes.token_batches import ROWS, TokenBatch
+from sensitivity.models.vlm import VLM
+from sensitivity.quantize.layer.linears import input_of
+from sensitivity.spec.components import ComponentMap, Weight
+from sensitivity.spec.plan import Plan, Scheme, fitted
+
+Scores = dict[str, dict[Scheme, float]]  # component -> scheme -> damage, in units of the score's own
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What quantizing changes in one layer, for each scheme, and what it is compared with."""
+
+    weight: float  # squared norm of the weight
+    output: float  # tr(W H W'), with H the Gram matrix of the inputs
+    weight_errors: list[float]  # squared norm of each error
+    output_errors: Tensor  # schemes x rows: E H E' of each row of each error
+
+
+@dataclass
+class Calibrated:
+    """What scores are computed from: a model, schemes, the statistics of calibration data, and the data itself."""
+
+    vlm: VLM
+    parts: ComponentMap
+    schemes: Sequence[Scheme]
+    statistics: Statistics
+    data: Callable[[int], Iterable[TokenBatch]]  # in batches of at most so many rows
+
+    @cached_property
+    def errors(self) -> WeightErrors:
+        """The errors of quantized weights."""
+        return WeightErrors(self.vlm.model, self.parts, self.schemes, self.statistics)
+
+    @cached_property
+    def weights(self) -> list[Weight]:
+        """The weights of layers that multiply an input."""
+        return [weight for weight in self.parts.weights if not weight.is_embedding]
+
+    @cached_property
+    def layers(self) -> dict[str, Layer]:
+        """What quantizing changes in each layer, by weight: block by block, so that few codes are in memory."""
+        found = {}
+        for weight in (weight for group in self.errors.by_group() for weight in group if not weight.is_embedding):
+            own, gram = self.errors.own[weight.name].float(), self.statistics.gather([weight])[input_of(weight)].gram
+            errors = [error.float() for error in self.errors.of(weight)]
+            found[weight.name] = Layer(
+                float(own.square().sum()),
+                float(_quadratic(own, gram).sum()),
+                [float(error.square().sum()) for error in errors],
+                torch.stack([_quadratic(error, gram) for error in errors]).cpu(),
+            )
+        return found
+
+    @cached_property
+    def output_gradients(self) -> OutputGradients:
+        """Squared gradients by what layers return, from one backward pass over the data."""
+        return in_rows_that_fit(self.vlm, self.data, lambda data: output_gradients(self.vlm, self.weights, data()))
+
+    @cached_property
+    def first_order(self) -> FirstOrder:
+        """The first-order scores of all weights, from a backward pass over the data for each group of blocks."""
+        found = FirstOrder()
+        for group in self.errors.by_group():
+            one = self._first_order_of({weight.name for weight in group})
+            found.fisher |= one.fisher
+            found.change |= one.change
+        return found
+
+    def _first_order_of(self, names: Collection[str]) -> FirstOrder:
+        return in_rows_that_fit(
+            self.vlm, self.data, lambda data: first_order(self.vlm, self.weights, self.errors.of, data(), names)
+        )
+
+    @cached_property
+    def answers(self) -> AnswerChanges:
+        """The float model's predictions of the right answers."""
+        return in_rows_that_fit(self.vlm, self.data, partial(AnswerChanges, self.vlm), ROWS)
+
+    @cached_property
+    def one_at_a_time(self) -> dict[str, dict[Scheme, Change]]:
+        """What each component at each scheme does to the answers by itself: a forward pass for each."""
+        self.answers  # noqa: B018 - of the float model, so before any component is quantized
+        found: dict[str, dict[Scheme, Change]] = {}
+        for name in self.parts.names:
+            memory, plans = WeightCodes(), [self.alone(name, scheme) for scheme in self.schemes]
+            prepare(self.vlm.model, self.parts, plans, memory, self.statistics)  # all widths of a layer at once
+            found[name] = {
+                scheme: self.answers.under(quantized(self.vlm.model, self.parts, plan, memory, self.statistics))
+                for scheme, plan in zip(self.schemes, plans, strict=True)
+            }
+        return found
+
+    def alone(self, name: str, scheme: Scheme) -> Plan:
+        """The plan that quantizes one component."""
+        choice = {one.name: fitted(one, scheme) if one.name == name else None for one in self.parts.components}
+        return Plan(tuple(choice.items()))
+
+    @cached_property
+    def paths(self) -> dict[Scheme, dict[str, float]]:
+        """The share of each component in what each uniform plan does to the loss, by integrals along the way to it."""
+        found: dict[Scheme, dict[str, float]] = {}
+        for scheme in self.schemes:
+            plan = Plan.uniform(self.parts, scheme)
+            changes = plan_changes(self.vlm.model, self.parts, plan, self.statistics)
+            integral = in_rows_that_fit(self.vlm, self.data, partial(path_integral, self.vlm, self.parts, changes))
+            found[scheme] = dict.fromkeys(self.parts.names, 0.0)
+            for (_, name, _), values in integral.terms.items():
+                found[scheme][name] += float(values.sum())
+        return found
+
+    def by_component(self, of_weight: Callable[[Weight], Iterable[float]]) -> Scores:
+        """Sum the scores of weights, one for each scheme, over each component."""
+        found: Scores = {name: dict.fromkeys(self.schemes, 0.0) for name in self.parts.names}
+        for weight in self.weights:
+            sums = found[weight.place(self.parts.by)]
+            for scheme, value in zip(self.schemes, of_weight(weight), strict=True):
+                sums[scheme] += float(value)
+        return found
+
+
+def _quadratic(error: Tensor, gram: Tensor) -> Tensor:
+    """e H e' of each row."""
+    return (error @ gram).mul_(error).sum(1)

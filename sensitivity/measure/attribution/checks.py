@@ -1,0 +1,79 @@
+"""Checks of scores: how well their sums foretell what random plans really do to the answers of calibration data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from sensitivity.measure.attribution.answer_changes import Change
+from sensitivity.measure.attribution.calibrated import Calibrated
+from sensitivity.measure.attribution.scores import FORETOLD, Attribution
+from sensitivity.measure.install.plan_in_model import quantized
+from sensitivity.spec.plan import Plan, Scheme, fitted
+
+LEAST = 4  # plans that differ, below which nothing is said of their order
+TRIES = 20  # times a random plan is drawn for each that is wanted: few components have few plans
+
+
+@dataclass(frozen=True)
+class Check:
+    """How a score compares with what plans really do to the calibration data."""
+
+    plans: int
+    rank_correlation: float | None  # of the sums of scores with the divergence of the answers
+    error: float | None  # root mean square of what the score itself foretells, as a share of that of the truth
+
+    def to_json(self) -> dict[str, float | None]:
+        """The check as JSON values."""
+        return {"plans": self.plans, "rank_correlation": self.rank_correlation, "error": self.error}
+
+
+@dataclass(frozen=True)
+class Checks:
+    """The check of each score, and the seconds of processor that a forward pass over the data takes."""
+
+    by_score: dict[str, Check]  # empty where no plan was run
+    pass_seconds: float
+
+
+def checked(given: Calibrated, scores: Sequence[Attribution], count: int, seed: int = 0) -> Checks:
+    """Run some random plans on the calibration data, each from another level of bits, and compare."""
+    own = given.answers
+    truth: list[tuple[Plan, Change]] = []
+    began = time.process_time()
+    own.now()
+    seconds = time.process_time() - began
+    for plan in random_plans(given, count, seed):
+        truth.append((plan, own.under(quantized(given.vlm.model, given.parts, plan, None, given.statistics))))
+    return Checks({one.name: _compared(given, one, truth) for one in scores} if truth else {}, seconds)
+
+
+def random_plans(given: Calibrated, count: int, seed: int) -> list[Plan]:
+    """Plans whose components have schemes at random: of two neighboring widths, so that plans differ in size, too."""
+    draw, schemes = np.random.default_rng(seed), sorted(given.schemes, key=lambda scheme: scheme.bits)
+    plans: dict[Plan, None] = {}
+    for i in range(TRIES * count):
+        first = i % max(len(schemes) - 1, 1)
+        two: list[Scheme] = list(schemes[first : first + 2])
+        which = draw.integers(len(two), size=len(given.parts.names))
+        chosen = zip(given.parts.components, which, strict=True)
+        plans.setdefault(Plan(tuple((one.name, fitted(one, two[int(w)])) for one, w in chosen)))
+        if len(plans) == count:
+            break
+    return list(plans)
+
+
+def _compared(given: Calibrated, score: Attribution, truth: Sequence[tuple[Plan, Change]]) -> Check:
+    sums = [sum(score.scores[name][scheme] for name, scheme in plan.schemes if scheme is not None) for plan, _ in truth]
+    real = [change.divergence for _, change in truth]
+    agreement = float(spearmanr(sums, real).statistic) if len(set(sums)) >= LEAST and len(set(real)) >= LEAST else None
+    if score.name not in FORETOLD:
+        return Check(len(truth), agreement, None)
+    unit, foretell = FORETOLD[score.name]
+    wanted = np.array([getattr(change, unit) for _, change in truth])
+    missed = np.array([foretell(given, total) for total in sums]) - wanted
+    return Check(len(truth), agreement, float(np.sqrt(np.mean(missed**2) / max(np.mean(wanted**2), 1e-300))))

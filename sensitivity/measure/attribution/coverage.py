@@ -1,0 +1,63 @@
+"""Scores from the way between the float model and a uniform plan: shares of its damage, and how damages overlap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from sensitivity.measure.attribution.calibrated import Calibrated, Scores
+
+NEARLY_ALL = 0.99  # of all that can be lost: what any plan loses at most, so that logarithms stay finite
+ROUNDS = 200  # of the fixed point, which ends long before
+
+
+def path(given: Calibrated) -> Scores:
+    """The share of a component in the damage of the uniform plan, integrated along the way from the float model."""
+    return {name: {scheme: given.paths[scheme][name] for scheme in given.schemes} for name in given.parts.names}
+
+
+def coverage(given: Calibrated) -> Scores:
+    """-log(1 - a) of each component, where a plan covers 1 - prod (1 - a) of all that can be lost (arXiv 2607.12266).
+
+    Its integrals are of the loss instead of the divergence, and what can be lost is the loss of a uniform guess. What
+    components lose together is then not counted twice.
+    """
+    limit = saturation(given)
+    found: Scores = {name: {} for name in given.parts.names}
+    for scheme in given.schemes:
+        covered = inverted([max(given.paths[scheme][name], 0.0) / limit for name in given.parts.names])
+        for name, share in zip(given.parts.names, covered, strict=True):
+            found[name][scheme] = -math.log1p(-share)
+    return found
+
+
+def saturation(given: Calibrated) -> float:
+    """All that can be lost: by how much a uniform guess raises the loss, or the worst uniform plan if that is more."""
+    guess = sum(math.log(own.shape[-1]) * len(own) for own in given.answers.own)
+    worst = max(sum(shares.values()) for shares in given.paths.values())
+    return max(guess - given.answers.loss, worst / NEARLY_ALL)
+
+
+def inverted(shares: Sequence[float]) -> list[float]:
+    """The a of f(t) = 1 - prod (1 - t a_i) whose integrals of a_i prod (1 - t a_j), j other than i, are the shares."""
+    nodes, weights = np.polynomial.legendre.leggauss(16)
+    t, weights = (nodes + 1) / 2, weights / 2
+    wanted = np.array(shares)
+    if (total := wanted.sum()) > NEARLY_ALL:
+        wanted = wanted * (NEARLY_ALL / total)
+    found = wanted.copy()
+    for _ in range(ROUNDS):
+        left = np.log1p(-t[:, None] * found)  # nodes x components
+        others = np.exp(left.sum(1, keepdims=True) - left)
+        new = np.minimum(wanted / np.maximum(weights @ others, 1e-12), NEARLY_ALL)
+        if np.allclose(new, found, rtol=1e-10, atol=0):
+            break
+        found = (new + found) / 2
+    return [float(value) for value in new]
+
+
+def predicted(covered: float, limit: float) -> float:
+    """The damage of a plan whose components' scores sum to this."""
+    return limit * -math.expm1(-covered)

@@ -1,0 +1,66 @@
+"""Scores from forward passes: what each component by itself does to the answers when it is quantized, or disturbed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from sensitivity.measure.attribution.calibrated import Calibrated, Scores
+from sensitivity.spec.components import Weight
+
+NOISE = 0.01  # squared norm of the noise, of that of the weight: about the error of 4 bits
+DRAWS = 2  # of noise for each component
+
+
+def divergence(given: Calibrated) -> Scores:
+    """The divergence of the answers from the float model's with one component quantized: ModelOpt's KL."""
+    return {
+        name: {scheme: change.divergence for scheme, change in row.items()} for name, row in given.one_at_a_time.items()
+    }
+
+
+def loss(given: Calibrated) -> Scores:
+    """By how much the loss of right answers rises with one component quantized; where it falls, less than nothing."""
+    return {name: {scheme: change.loss for scheme, change in row.items()} for name, row in given.one_at_a_time.items()}
+
+
+def linear_theorem(given: Calibrated) -> Scores:
+    """HIGGS: relative squared error of the weights, times the divergence that noise in the component causes, per noise.
+
+    For a small error the damage is linear in its square, and the same as that of noise of its size. HIGGS takes
+    layers where this takes components, so that the number of passes does not grow with the depth of the model.
+    """
+    found: Scores = {}
+    for component in given.parts.components:
+        weights = [weight for weight in component.weights if not weight.is_embedding]
+        slope = 0.0
+        for draw in range(DRAWS):
+            with disturbed(given.vlm.model, weights, draw):
+                slope += given.answers.now().divergence / NOISE / DRAWS
+        layers = [given.layers[weight.name] for weight in weights]
+        found[component.name] = {
+            scheme: slope * sum(one.weight_errors[i] / (one.weight or math.inf) for one in layers) / max(len(layers), 1)
+            for i, scheme in enumerate(given.schemes)
+        }
+    return found
+
+
+@contextmanager
+def disturbed(model: nn.Module, weights: Sequence[Weight], seed: int) -> Iterator[None]:
+    """Inside the block the weights carry noise, of NOISE times their squared norm; afterwards they are as before."""
+    draw = torch.Generator().manual_seed(seed)
+    parameters = [model.get_parameter(weight.name) for weight in weights]
+    own = [parameter.data for parameter in parameters]
+    try:
+        for parameter in parameters:
+            noise = torch.randn(parameter.shape, generator=draw).to(parameter.device)
+            scale = math.sqrt(NOISE) * parameter.data.float().norm() / noise.norm()
+            parameter.data = (parameter.data.float() + scale * noise).to(parameter.dtype)
+        yield
+    finally:
+        for parameter, weight in zip(parameters, own, strict=True):
+            parameter.data = weight
