@@ -77,8 +77,8 @@ def begin_recommendation(
 
     The iterator must be exhausted first: the command line shows progress between its steps. `proposals`: for each
     budget the candidates to run and their rival; by default the best that the study's surrogate predicts. `times`: what
-    layers take in the runtime, for a request with limits. `n`: on how many examples they run, by default as many as the
-    study's. `statistics`: those that calibrated methods need.
+    layers take in the runtime, for a request with limits. `n`: on how many examples they run, by default as many as an
+    earlier verification, or as the study's. `statistics`: those that calibrated methods need.
     """
     proposals = proposals or proposed(study, request, times)
     if run is None:
@@ -93,12 +93,21 @@ def begin_recommendation(
         plans,
         meta["tasks"],
         paths.verification(study.path),
-        n=n or meta["n"],
+        n=n or verified_on(study),
         seed=meta["seed"] + FRESH,
         statistics=statistics,
         whole=meta.get("whole_answers", False),
     )
     return lambda: _judged(study, second, proposals, request), steps
+
+
+def verified_on(study: Study) -> int:
+    """On how many examples plans are verified: as many as before, so that none runs twice, or as many as in the study.
+
+    `plan` verifies on more examples than the plans saw among which it decided.
+    """
+    folder = paths.verification(study.path)
+    return int((Study(folder) if paths.is_study(folder) else study).meta["n"])
 
 
 def _judged(study: Study, second: Study | None, proposals: Proposed, request: PlanRequest) -> list[Recommendation]:

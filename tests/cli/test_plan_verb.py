@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sensitivity.analysis.allocate.kept_recommendation import recommended
+from sensitivity.api import planning
 from sensitivity.cli import main as cli
 from sensitivity.study.study import Study
 
@@ -53,6 +54,20 @@ def test_a_plan_in_minutes(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     for verb in ("recommend", "export"):
         more = f" --format plan --out {folder / 'plan.json'}" if verb == "export" else " --no-run"
         run(capsys, f"{verb} {folder / 'study'} --bpw 4 --json{more}")
+
+
+def test_fewer_examples_decide_than_verify(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is recommended later from the study is verified on as many examples as before."""
+    monkeypatch.setattr(planning, "FEWEST", 3)
+    line = PLAN.replace("--bpw 4,3", "--bpw 4").replace("--trials 6", "--trials 2 --top 1")
+    found, _ = run(capsys, f"{line} --out {folder / 'few'}")
+    assert Study(folder / "few").meta["n"] == 3
+    assert found["measured"]["n"] == 12
+    assert found["fresh_examples"]
+    again, _ = run(capsys, f"recommend {folder / 'few'} --bpw 4 --top 1 --json")
+    assert again["measured"]["n"] == 12
 
 
 def test_time_is_limited_and_there_is_a_plan_all_the_same(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
