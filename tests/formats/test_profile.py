@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from sensitivity.cli import main as cli
+from sensitivity.formats.openvino.export import STORED
 from sensitivity.formats.timing.kept_times import kept_times
-from sensitivity.formats.timing.profile import checked
+from sensitivity.formats.timing.profile import _as_in_graphs, checked
 from sensitivity.formats.timing.rows_at_once import rows_at_once
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
@@ -40,6 +41,15 @@ def test_a_query_transformer_reads_its_queries_and_the_patches() -> None:
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
     seen = {found[weight.name] for weight in parts.weights if weight.part == "connector"}
     assert seen == {config.num_query_tokens, patches}  # keys and values of cross attention come from the patches
+
+
+def test_a_layer_that_no_graph_reads_takes_no_time(tmp_path: Path) -> None:
+    (tmp_path / STORED).write_text(json.dumps({"vision.xml": {"a.weight:codes": "", "a.weight:scale": "", "b": ""}}))
+    assert _as_in_graphs({"a.weight": 37, "b": 36, "c.weight": 37}, tmp_path) == {
+        "a.weight": 37,
+        "b": 36,
+        "c.weight": 0,
+    }
 
 
 def test_what_cannot_be_timed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from sensitivity.formats.openvino.export import STORED
 from sensitivity.formats.openvino.layer_graph import LayerGraph
 from sensitivity.formats.timing.intervals import STAGES as STAGES_OF_A_ROUND
 from sensitivity.formats.timing.kept_times import keep
@@ -70,6 +73,7 @@ def profile(
     threads = threads or torch.get_num_threads()
     at_once = rows_at_once(load(model, config_only=True), parts)
     with full_precision(model, runtime, "float32") as full:
+        at_once = _as_in_graphs(at_once, Path(full))
         asked = Asked(full, model, runtime, "float32", threads, task, 1, 0)
         with timed_process(asked) as whole:
             first = whole.round(0)
@@ -116,6 +120,13 @@ def checked(model: str, schemes: Sequence[Scheme], runtime: str, task: str) -> t
 def check_runs_here(model: str, runtime: str) -> None:
     """Raise an error if the runtime is not installed, or cannot run the model."""
     CHECK[runtime](model)
+
+
+def _as_in_graphs(at_once: dict[str, int], folder: Path) -> dict[str, int]:
+    """The same without weights that no graph reads, such as a vision layer behind the one whose outputs are used."""
+    graphs: dict[str, dict[str, str]] = json.loads((folder / STORED).read_bytes())
+    kept = {constant.partition(":")[0] for constants in graphs.values() for constant in constants}
+    return {name: count if name in kept else 0 for name, count in at_once.items()}
 
 
 def _layers(
