@@ -13,7 +13,7 @@ from answered import FOUR, NATIVE, TWO
 from browser import browser
 
 from sensitivity.analysis.comparing.sides import side
-from sensitivity.analysis.comparing.versus import compare
+from sensitivity.analysis.comparing.versus import MOST, SAME, compare
 from sensitivity.cli.main import main
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
@@ -108,8 +108,45 @@ def test_two_plans_of_one_study(pair: tuple[Study, Study], tmp_path: Path, capsy
 
 
 def test_two_studies_as_a_page(pair: tuple[Study, Study], tmp_path: Path) -> None:
-    assert main(["compare", str(pair[0].path), str(pair[1].path), "--out", str(tmp_path / "page.html")]) == 0
-    assert "full precision" in (tmp_path / "page.html").read_text()
+    page = tmp_path / "page.html"
+    assert main(["compare", str(pair[0].path), str(pair[1].path), "--out", str(page)]) == 0
+    with browser() as window:
+        window.open(page)
+        figure = window.run("return document.querySelector('figure svg').getAttribute('aria-label')")
+        assert figure.startswith("Lines of the best vqa that each size reaches; within ")
+        texts = window.run("return [...document.querySelectorAll('figure svg text')].map(t => t.textContent)")
+        assert {"A", "B"} <= set(texts)
+        window.devtools("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True)
+        assert window.run("return document.documentElement.scrollWidth") <= 390
+
+
+def test_of_many_plans_that_both_measured_those_are_shown_that_differ_most(tmp_path: Path) -> None:
+    plans = [NATIVE, *(planted.plan(planted.PARTS, row) for row in planted.grid((2, 3, 4))[:12])]
+
+    def by_bits(flip: int):  # type: ignore[no-untyped-def]
+        def given(plan: Plan, example: Example) -> str:
+            worse = flip * sum(plan.bits().values()) if not plan.is_native else 0
+            return "wrong" if int(example.id.split("-")[2]) % 50 < worse else example.answers[0]
+
+        return given
+
+    for name, flip in (("a", 1), ("b", 3)):
+        answered.study(tmp_path / name, [task("vqa", n=60)], by_bits(flip), ["vqa"], n=60, plans=plans)
+    found = compare(*(side(str(tmp_path / name)) for name in "ab"))
+    every = [row for row in found.rows if row.what == SAME]
+    shown = [row for row in found.shown if row.what == SAME]
+    assert (len(every), len(shown)) == (12, MOST)
+    least = min(abs(row.paired.difference.mean) for row in shown)
+    assert all(abs(row.paired.difference.mean) <= least for row in every if row not in shown)
+    clear = sum(row.paired.difference.high < 0 for row in every)
+    assert clear > 0
+    assert (
+        f"12 plans measured by both, of which the 5 that differ most are shown; B scores clearly lower with {clear} of"
+        in found.words[1]
+    )
+    assert len(found.to_json()["rows"]) == len(found.rows)  # type: ignore[arg-type]
+    same = compare(side(str(tmp_path / "a")), side(str(tmp_path / "a")))
+    assert [row for row in same.shown if row.what == SAME] == [], "equal scores need no row"
 
 
 def test_what_cannot_be_compared_is_said(pair: tuple[Study, Study], tmp_path: Path) -> None:

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from sensitivity.analysis.comparing.sides import Paired, Pairing, Side
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
+from sensitivity.study.counting import count
 from sensitivity.study.racing import frontier_trials
 from sensitivity.study.study import Study
 from sensitivity.study.trial import Trial
 
+SAME = "the same plan"
+MOST = 5  # rows of plans that both have measured: those that differ most
 BUDGETS = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0)  # bits per weight at which frontiers are compared
 
 
@@ -49,9 +52,43 @@ class Versus:
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = field(default=())
 
+    @property
+    def shown(self) -> list[Row]:
+        """The rows for a reader: of plans that both have measured only those whose scores differ most."""
+        rows = [row for row in self.rows if row.what != SAME]
+        for task in self.tasks:
+            apart = [row for row in self._same(task) if row.paired.difference.mean != 0]
+            rows += sorted(apart, key=lambda row: -abs(row.paired.difference.mean))[:MOST]
+        return rows
+
+    @property
+    def words(self) -> list[str]:
+        """What to conclude for each task: of full precision or the two plans, and of all plans that both measured."""
+        lines = []
+        for task in self.tasks:
+            first = next(row for row in self.rows if row.paired.task == task)
+            lines.append(f"{first.what[:1].upper()}{first.what[1:]}: {first.paired.words}")
+            if same := [row.paired.difference for row in self._same(task)]:
+                lower, higher = sum(one.high < 0 for one in same), sum(one.low > 0 for one in same)
+                which = f", of which the {MOST} that differ most are shown" if len(same) > MOST else ""
+                lines.append(
+                    f"{task}: {count(len(same), 'plan')} measured by both{which}; B scores clearly lower with {lower} "
+                    f"of them and clearly higher with {higher} (by chance alone one in 20 would seem clear)."
+                )
+        return lines
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that are compared."""
+        return list(dict.fromkeys(row.paired.task for row in self.rows))
+
+    def _same(self, task: str) -> list[Row]:
+        return [row for row in self.rows if row.what == SAME and row.paired.task == task]
+
     def to_json(self) -> dict[str, object]:
-        """The comparison as JSON values."""
-        return {"a": self.a, "b": self.b, "rows": [row.to_json() for row in self.rows], "notes": list(self.notes)}
+        """The comparison as JSON values, with all rows."""
+        rows = [row.to_json() for row in self.rows]
+        return {"a": self.a, "b": self.b, "rows": rows, "words": self.words, "notes": list(self.notes)}
 
 
 def compare(a: Side, b: Side) -> Versus:
@@ -102,7 +139,7 @@ def _of_studies(pairing: Pairing, task: str) -> Iterator[Row]:
     known = {trial.key for trial in b.measured()}
     for trial in a.measured():
         if trial.key in known and not trial.plan.is_native:
-            yield from _row(pairing, task, "the same plan", trial.plan, trial.plan)
+            yield from _row(pairing, task, SAME, trial.plan, trial.plan)
 
 
 def _within(best: list[Trial], bpw: float) -> Trial | None:

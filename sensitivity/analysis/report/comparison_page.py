@@ -1,15 +1,20 @@
-"""Writes a comparison of two plans or two studies as a page: the rows, and for two plans the answers that differ."""
+"""Writes a comparison as a page: its rows, the frontiers of two studies, the answers of two plans that differ."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import pandas as pd
+from markupsafe import Markup
 
 from sensitivity.analysis.comparing.sides import Pairing, Side
 from sensitivity.analysis.comparing.versus import Row, Versus
 from sensitivity.analysis.failures.changes import changes
 from sensitivity.analysis.failures.gallery import Card, Gallery, notes_on
 from sensitivity.analysis.failures.pictures import Pictures
+from sensitivity.analysis.report import figures
 from sensitivity.analysis.report.environment import check, rendered
+from sensitivity.analysis.report.static_figures import Picture, slug
 from sensitivity.spec.files import write_atomically
 from sensitivity.study.examples.answer_counts import counts_by_kind
 from sensitivity.study.examples.questions import questions
@@ -26,10 +31,30 @@ def write(out: Path, a: Side, b: Side, comparison: Versus) -> None:
     page = rendered(
         "comparison.html",
         versus=comparison,
+        pictures=[] if single else [_frontiers(a, b, comparison, task) for task in comparison.tasks],
         galleries=[_gallery(a, b, single)] if single else [],
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page)
+
+
+def _frontiers(a: Side, b: Side, comparison: Versus, task: str) -> tuple[str, Markup]:
+    """Both frontiers of a task in one figure, with its title."""
+    rows = {name: figures.frontier_rows(side.study.table(), task) for name, side in (("A", a), ("B", b))}
+    picture = Picture(
+        f"frontiers-{slug(task)}", f"{task}: the frontiers of A and B", _frontiers_alt(comparison, task),
+        figures.svg(figures.frontiers(rows, task)), b"", pd.concat(rows),
+    )  # fmt: skip
+    return picture.title, picture.inline("compared")
+
+
+def _frontiers_alt(comparison: Versus, task: str) -> str:
+    """The text alternative: what both reach within each budget."""
+    best = [row for row in comparison.rows if row.what.startswith("best") and row.paired.task == task]
+    reached = (
+        f"{row.what.removeprefix('best ')} A {row.paired.a.mean:.3f} and B {row.paired.b.mean:.3f}" for row in best
+    )
+    return "; ".join([f"Lines of the best {task} that each size reaches", *reached]) + "."
 
 
 def _gallery(a: Side, b: Side, row: Row) -> Gallery:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -81,6 +81,19 @@ def pareto(table: pd.DataFrame, task: str, full: float | None = None, chosen: Se
         _score_against(axes, table, task, "bpw", full, chosen)
         bpw_axis(axes, table["bpw"])
         axes.set(xlabel="bits per weight, everything counted", ylabel=short(task))
+        return figure
+
+
+def frontiers(best: Mapping[str, pd.DataFrame], task: str) -> Figure:
+    """The frontiers of several studies, each with its own color, line and mark, and its intervals."""
+    with canvas() as (figure, axes):
+        for i, (name, rows) in enumerate(best.items()):
+            axes.step(rows["bpw"], rows[task], where="post", color=PALETTE[i], linestyle=("-", "--", "-.", ":")[i % 4],
+                      marker="os^D"[i % 4], markersize=5, linewidth=1.6, label=name)  # fmt: skip
+            _whiskers(axes, rows, task, "bpw")
+        bpw_axis(axes, pd.concat([rows["bpw"] for rows in best.values()]))
+        axes.set(xlabel="bits per weight, everything counted", ylabel=short(task))
+        axes.legend(loc="lower right")
         return figure
 
 

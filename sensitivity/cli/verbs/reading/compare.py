@@ -21,7 +21,12 @@ def arguments(p: argparse.ArgumentParser) -> None:
         p.add_argument(
             name, type=values.model_or_task, metavar=name.upper(), help="a study, or STUDY:KEY for one plan of it"
         )
-    p.add_argument("--out", type=values.file, metavar="page.html", help="write a page, of two plans with images")
+    p.add_argument(
+        "--out",
+        type=values.file,
+        metavar="page.html",
+        help="write a page: of two plans with images, of two studies with their frontiers",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
@@ -44,16 +49,16 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _show(comparison: Versus) -> None:
-    """Print the comparison: a row for each pair of plans, and sentences for the first of each task."""
+    """Print the comparison: a row for each pair of plans, and what to conclude for each task."""
     for note in comparison.notes:
         print(f"note: {note}")
     table(
         f"A: {comparison.a}; B: {comparison.b} (B minus A, with 95 % intervals)",
         ("what", "task", "A", "B", "difference", "right → wrong", "wrong → right", "A's plan", "B's plan"),
-        [_cells(row) for row in comparison.rows],
+        [_cells(row) for row in comparison.shown],
     )
-    for task in dict.fromkeys(row.paired.task for row in comparison.rows):
-        print(next(row for row in comparison.rows if row.paired.task == task).paired.words)
+    for line in comparison.words:
+        print(line)
 
 
 def _cells(row: Row) -> tuple[object, ...]:
