@@ -94,6 +94,30 @@ def load(path: Path, storage: BaseStorage) -> tuple[optuna.Study, Identity]:
     return study, Identity(attrs["meta"], tuple(attrs["tasks"]), parts)
 
 
+def copy(study: optuna.Study, storage: BaseStorage) -> None:
+    """Copy all trials, and what a study is about as others may see it: by names, not by folders of this machine."""
+    made = optuna.create_study(study_name=NAME, storage=storage, directions=study.directions)
+    for name, value in study.user_attrs.items():
+        made.set_user_attr(name, _as_shown(value) if name in ("meta", "parts") else value)
+    made.add_trials(study.get_trials(deepcopy=False))
+
+
+def _as_shown(about: Mapping[str, object]) -> dict[str, object]:
+    """Models and tasks without the folders where they lie."""
+    found, tasks = dict(about), about.get("tasks")
+    if "model" in about:
+        found["model"] = without_folder(str(about["model"]))
+    if isinstance(tasks, list):
+        found["tasks"] = [without_folder(str(task)) for task in tasks]
+    return found
+
+
+def without_folder(source: str) -> str:
+    """A model or a task without the folder where it lies; a hub name or an embedded model is left as it is."""
+    head, colon, path = source.rpartition(":")
+    return f"{head}{colon}{Path(path).name}" if Path(path).is_absolute() else source
+
+
 def discarded(study: optuna.Study) -> frozenset[int]:
     """The numbers of trials whose answers were lost, and which no longer count."""
     return frozenset(study.user_attrs.get(DISCARDED, ()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +14,14 @@ from sensitivity.study.sharing.markdown import escaped, yaml_text
 from sensitivity.study.study import Study
 
 SUFFIXES = (".parquet", ".csv")
+# after the card of a folder that holds the study itself
+PLANS = (
+    "## How to choose a plan for a budget of your own", "",
+    "`journal.log` holds the trials of the study. With the package `vlm-sensitivity`, and this data set in the folder",
+    "`theirs` (`hf download OWNER/NAME --repo-type dataset --local-dir theirs`), no GPU is needed:", "", "```sh",
+    "sensitivity recommend theirs --bpw 4.0 --no-run", "sensitivity rank theirs", "sensitivity report theirs",
+    "```", "",
+)  # fmt: skip
 MARK = "# by `sensitivity table`"  # in the front matter of a card: by it, a card and its table are known as ours
 
 
@@ -27,7 +35,7 @@ def check(out: Path, force: bool) -> None:
     if out.suffix not in SUFFIXES:
         raise UserError(f"--out takes a file such as trials{SUFFIXES[0]} or trials{SUFFIXES[1]}, not {out}")
     card = card_of(out)
-    ours = card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace")[:200]
+    ours = is_ours(card)
     there = [str(file) for file in (out, card) if file.exists()]
     if there and not force:
         raise UserError(f"{there[0]} is already there; choose another --out or add --force")
@@ -35,8 +43,27 @@ def check(out: Path, force: bool) -> None:
         raise UserError(f"{there[0]} is not replaced: no table of ours with its card is there; choose another --out")
 
 
+def is_ours(card: Path) -> bool:
+    """Whether a file is a card that was written here."""
+    return card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace")[:200]
+
+
 def write(study: Study, out: Path, each_example: bool) -> int:
     """Write the table and its card; return the number of rows."""
+    columns, rows = write_rows(study, out, each_example)
+    card = "\n".join(_card(study, columns, rows, each_example, {"default": out.name}))
+    write_atomically(card_of(out), card.encode("utf-8", "replace"))
+    return rows
+
+
+def folder_card(study: Study, out: Path, rows: int, files: Mapping[str, str]) -> str:
+    """The card of a folder with the study itself, its table of trials, and maybe one of answers."""
+    columns = list(tidy.trials(study).columns)
+    return "\n".join([*_card(study, columns, rows, False, files), *PLANS])
+
+
+def write_rows(study: Study, out: Path, each_example: bool) -> tuple[list[str], int]:
+    """Write the table alone; return its columns and the number of rows."""
     out.parent.mkdir(parents=True, exist_ok=True)
     frames = tidy.examples(study) if each_example else iter([tidy.trials(study)])
     first = next(frames)  # raises an error where there is nothing to write
@@ -48,8 +75,7 @@ def write(study: Study, out: Path, each_example: bool) -> int:
 
     with replacing(out) as unfinished:
         rows = (_write_csv if out.suffix == ".csv" else _write_parquet)(unfinished, every())
-    write_atomically(card_of(out), "\n".join(_card(study, out, columns, rows, each_example)).encode("utf-8", "replace"))
-    return rows
+    return columns, rows
 
 
 def _write_csv(out: Path, frames: Iterable[pd.DataFrame]) -> int:
@@ -81,13 +107,16 @@ def _write_parquet(out: Path, frames: Iterable[pd.DataFrame]) -> int:
     return rows
 
 
-def _card(study: Study, out: Path, columns: list[str], rows: int, each_example: bool) -> Iterator[str]:
-    """The card: what the table is, what it was measured on, and what each column means."""
-    meta, kind = study.meta, out.suffix.removeprefix(".")
+def _card(study: Study, columns: list[str], rows: int, each_example: bool, files: Mapping[str, str]) -> Iterator[str]:
+    """The card: what the table is, what it was measured on, and what each column means; files are by configuration."""
+    meta, first = study.meta, next(iter(files.values()))
+    kind = first.rpartition(".")[2]
     model = escaped(Path(study.parts.model).name)
     yield from ("---", MARK, f"pretty_name: {yaml_text(f'sensitivity of {Path(study.parts.model).name}')}")
-    yield from ("tags:", "- quantization", "- vision-language models", "configs:", "- config_name: default")
-    yield from (f"  data_files: {yaml_text(out.name)}", "---", "")
+    yield from ("tags:", "- quantization", "- vision-language models", "configs:")
+    for name, file in files.items():
+        yield from (f"- config_name: {name}", f"  data_files: {yaml_text(file)}")
+    yield from ("---", "")
     yield f"# How far the parts of {model} can be quantized"
     what = "one row per plan and example" if each_example else "one row per plan and task"
     yield from ("", f"{rows:,} rows, {what}, written by `sensitivity table`. Components: by {escaped(study.parts.by)}.")
@@ -110,7 +139,7 @@ def _card(study: Study, out: Path, columns: list[str], rows: int, each_example: 
         meaning = tidy.MEANINGS.get(name) or tidy.MEANINGS.get(f"{head}.NAME", "")
         yield f"| {escaped(name)} | {meaning} |"
     yield from ("", "## How to load it", "", "```python", "import datasets", "")
-    yield from (f'datasets.load_dataset("{kind}", data_files={out.name!r})', "```", "")
+    yield from (f'datasets.load_dataset("{kind}", data_files={first!r})', "```", "")
     if kind == "csv":
         yield from (
             "Text that begins with =, +, - or @ has an apostrophe in front, so that no spreadsheet runs it.",

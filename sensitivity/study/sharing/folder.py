@@ -1,0 +1,52 @@
+"""Writes a study as a folder for a hub: tables, a card, and its trials, from which others choose plans of their own."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.files import write_atomically
+from sensitivity.study import identity
+from sensitivity.study.sharing import table_file
+from sensitivity.study.storage import paths
+from sensitivity.study.storage.opening import open_storage
+from sensitivity.study.study import Study
+
+CARD = "README.md"  # which a hub shows as the page of the data set
+TRIALS, ANSWERS = "trials.parquet", "answers.parquet"
+OURS = {CARD, TRIALS, ANSWERS, paths.JOURNAL, f"{Path(paths.JOURNAL).stem}.kernel-lock", "queue.kernel-lock"}
+
+
+def check(out: Path, force: bool) -> None:
+    """Raise an error where the folder may not be written: it holds other things, or is to stay."""
+    if out.is_dir() and (there := sorted(one.name for one in out.iterdir())):
+        if not force:
+            raise UserError(f"{out} is already there; choose another --share or add --force")
+        if foreign := [name for name in there if name not in OURS]:
+            raise UserError(f"{out} is not replaced: {foreign[0]} is no file of a shared study; choose another --share")
+        if not table_file.is_ours(out / CARD):
+            raise UserError(f"{out} is not replaced: its {CARD} was not written here; choose another --share")
+
+
+def write(study: Study, out: Path, answers: bool) -> int:
+    """Write the folder; return the number of rows of the table of trials. Answers only where they are asked for."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = table_file.write_rows(study, out / TRIALS, False)[1]
+    files = {"trials": TRIALS}
+    if answers:
+        files["answers"] = ANSWERS
+        table_file.write_rows(study, out / ANSWERS, True)
+    else:
+        (out / ANSWERS).unlink(missing_ok=True)  # of an earlier folder: it was asked not to be shared
+    write_atomically(out / paths.JOURNAL, _journal(study))
+    write_atomically(out / CARD, table_file.folder_card(study, out / TRIALS, rows, files).encode("utf-8", "replace"))
+    return rows
+
+
+def _journal(study: Study) -> bytes:
+    """A journal with all trials of a study, wherever they are stored."""
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / paths.JOURNAL
+        identity.copy(study.optuna_study, open_storage(file))
+        return file.read_bytes()
