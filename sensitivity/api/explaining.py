@@ -1,17 +1,20 @@
-"""Explains damage: the blame of a plan's components, modalities and image regions, and files of attributions."""
+"""Explains damage: the blame of components, modalities, places in images and tokens; and files of attributions."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
+from sensitivity.analysis.failures.gallery import changed
 from sensitivity.analysis.surrogate.foretold import Foretold, foretold
 from sensitivity.api.sweeping import CACHE_GB, calibrated
 from sensitivity.measure.attribution.blame import Blame, blame
@@ -23,10 +26,12 @@ from sensitivity.measure.calibrate.calibration import calibration_examples
 from sensitivity.measure.gradients.backward import Counted, in_rows_that_fit
 from sensitivity.measure.gradients.path_integral import TOLERANCE, PathIntegral, path_integral
 from sensitivity.measure.passes.token_batches import batches
+from sensitivity.models.processors import square_seen
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import Notice, UserError, unknown
 from sensitivity.spec.files import finite, write_atomically
 from sensitivity.spec.plan import Plan
+from sensitivity.study.examples.questions import tasks_of
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 from sensitivity.study.trial import Trial
@@ -35,6 +40,15 @@ from sensitivity.tasks.table import task as find_task
 
 VERSION = 1
 TITLE = "attributions"  # by which a file is known to be ours
+
+
+class Source(TypedDict):
+    """From where a task's examples were drawn, by which they are found again."""
+
+    task: str
+    split: str
+    n: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -48,13 +62,21 @@ class MovedNumber:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Where a plan's damage comes from: the change of the loss on calibration examples, divided among its causes."""
+    """Where a plan's damage comes from: the change of the loss on some examples, divided among its causes."""
 
     plan: Plan
     integral: PathIntegral
     blame: Blame
-    examples: tuple[str, ...]  # ids of the calibration examples, in the order of their numbers
+    data: tuple[Source, ...]
+    examples: tuple[str, ...]  # ids of the examples, in the order of their numbers
+    questions: Mapping[str, tuple[str, ...]]  # the pieces of each example's question, token by token
+    square_seen: tuple[str, float] | None  # of each image, as `models.processors.square_seen` says
     boxes: Mapping[str, MovedNumber] = field(default_factory=dict)  # by number of a box, where answers are boxes
+
+    @property
+    def of_failures(self) -> bool:
+        """Whether the examples are those that the plan answered worse, and no calibration data."""
+        return any(source["split"] == "evaluation" for source in self.data)
 
     def to_json(self) -> dict[str, object]:
         """The explanation as JSON values; regions are rows of patches, for each example."""
@@ -80,6 +102,14 @@ class Explanation:
                 for name, one in self.boxes.items()
             },
             "regions": {self.examples[i]: grid.tolist() for i, grid in self.blame.regions.items()},
+            "questions": {
+                self.examples[i]: [
+                    [*pair] for pair in zip(self.questions[self.examples[i]], values.tolist(), strict=True)
+                ]
+                for i, values in self.blame.prompts.items()
+            },
+            "square_seen": self.square_seen,
+            "data": list(self.data),
         }
 
 
@@ -97,10 +127,12 @@ def check_explains(tasks: Sequence[Task], names: Sequence[str] = WITH_ANSWERS) -
 
 
 def trial_of(study: Study, wanted: str) -> Trial:
-    """The measured trial that a number, a key or the beginning of a key names."""
+    """The measured trial that a number, a key or the beginning of a key names; it may be of the verification."""
     trials = study.measured()
     matching = [one for one in trials if one.key.startswith(wanted)] if len(wanted) >= 4 else []
     matching = matching or [one for one in trials if str(one.number) == wanted]
+    if not matching and len(wanted) >= 4 and paths.is_study(fresh := paths.verification(study.path)):
+        matching = [one for one in Study(fresh).measured() if one.key.startswith(wanted)]
     if len({one.key for one in matching}) != 1:
         names = ", ".join(f"{one.number} ({one.plan.describe()})" for one in trials[:4])
         why = "several plans have keys that begin with" if matching else "no plan of this study has the number or key"
@@ -111,9 +143,19 @@ def trial_of(study: Study, wanted: str) -> Trial:
 
 
 def explain_plan(
-    vlm: VLM, study: Study, plan: Plan, n: int, tasks: Sequence[str] = (), cache_gb: float = CACHE_GB
+    vlm: VLM,
+    study: Study,
+    plan: Plan,
+    n: int,
+    tasks: Sequence[str] = (),
+    cache_gb: float = CACHE_GB,
+    failures: bool = False,
 ) -> Explanation:
-    """Divide what a plan does to the loss on n calibration examples among components, modalities and regions."""
+    """Divide what a plan does to the loss among components, modalities, regions of images and tokens of questions.
+
+    The loss is that of the right answers to n calibration examples, or, with `failures`, to the n evaluated examples
+    that the plan made worst.
+    """
     if study.meta.get("fingerprint") != vlm.fingerprint:
         raise UserError(f"{study.path} was measured on {study.meta.get('model')}, and {vlm.name} is another model")
     names = list(tasks) or list(study.meta["tasks"])
@@ -121,7 +163,7 @@ def explain_plan(
     schemes = list(dict.fromkeys(scheme for _, scheme in plan.schemes if scheme is not None))
     _, statistics = calibrated(vlm, study.parts, schemes, study.meta["tasks"], cache_gb=cache_gb)
     changes = plan_changes(vlm.model, study.parts, plan, statistics)
-    data = calibration_examples(names, n, study.meta["seed"])
+    data = _failed(study, plan, names, n) if failures else calibration_examples(names, n, study.meta["seed"])
 
     def integrated(counted: Counted | None = None) -> PathIntegral:
         return in_rows_that_fit(
@@ -147,7 +189,41 @@ def explain_plan(
         for number, name in enumerate(NUMBERS):
             one = integrated(partial(tokens_of, vlm, number))
             boxes[name] = MovedNumber(distances.get(name, math.nan), one, blame(study.parts, vlm.family, one))
-    return Explanation(plan, integral, blame(study.parts, vlm.family, integral), ids, boxes)
+    split, seed = "evaluation" if failures else "calibration", study.meta["seed"]
+    counts = [study.meta["n"] if failures else len(task.examples) for task in data]
+    sources = tuple(
+        Source(task=source, split=split, n=count, seed=seed)
+        for source, count in zip(_sources(data, names), counts, strict=True)
+    )
+    questions = {ids[number]: _pieces(vlm, tokens) for number, tokens in integral.prompts.items()}
+    divided = blame(study.parts, vlm.family, integral)
+    return Explanation(plan, integral, divided, sources, ids, questions, square_seen(vlm.processor), boxes)
+
+
+def _failed(study: Study, plan: Plan, names: Sequence[str], n: int) -> list[Task]:
+    """The tasks with the n examples alone that a plan made worst."""
+    worse = [one for one in changed(study, plan) if one.cost > 0]
+    if not worse:
+        raise UserError(f"no answer of the plan {plan.describe()} is worse than full precision's: nothing failed")
+    chosen = {(one.task, one.example) for one in worse[:n]}
+    failing = []
+    for task in tasks_of(study.meta):
+        if examples := tuple(example for example in task.examples if (task.name, example.id) in chosen):
+            failing.append(replace(task, examples=examples))
+    if not failing:
+        raise UserError(f"the data of {', '.join(names)} are not where they were, or were changed: nothing can be run")
+    return failing
+
+
+def _sources(data: Sequence[Task], names: Sequence[str]) -> list[str]:
+    """By what name each task was asked for."""
+    return [next(name for name in names if find_task(name, n=1).name == task.name) for task in data]
+
+
+def _pieces(vlm: VLM, tokens: Sequence[int]) -> tuple[str, ...]:
+    """The text that each token adds to those before it."""
+    so_far = [vlm.processor.tokenizer.decode(tokens[:end]) for end in range(len(tokens) + 1)]
+    return tuple(after[len(before) :] for before, after in itertools.pairwise(so_far))
 
 
 def distances_in(study: Study, plan: Plan, tasks: Sequence[str]) -> dict[str, float]:
@@ -164,7 +240,7 @@ def distances_in(study: Study, plan: Plan, tasks: Sequence[str]) -> dict[str, fl
 
 def save_explanation(study: Study, explanation: Explanation) -> Path:
     """Write an explanation into the study's folder."""
-    file = paths.explanation(study.path, explanation.plan.key)
+    file = paths.explanation(study.path, explanation.plan.key, explanation.of_failures)
     file.parent.mkdir(exist_ok=True)
     write_atomically(file, json.dumps(finite(explanation.to_json()), indent=1).encode())
     return file

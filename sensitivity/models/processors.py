@@ -44,6 +44,21 @@ def processor_of(folder: Path, name: str, config: PreTrainedConfig) -> Processor
     return processor
 
 
+def square_seen(processor: object) -> tuple[str, float] | None:
+    """Which centered square of an image a model sees: a share of its short side, or its long side with padding.
+
+    None: the whole image, stretched where it is no square.
+    """
+    images = getattr(processor, "image_processor", processor)
+    if getattr(images, "do_pad", None):
+        return "long", 1.0
+    sizes = (getattr(images, "size", None), "shortest_edge"), (getattr(images, "crop_size", None), "height")
+    short, cropped = (getattr(size, side, None) or (dict(size or {}).get(side)) for size, side in sizes)
+    if getattr(images, "do_center_crop", None) and short and cropped:
+        return "short", min(1.0, cropped / short)
+    return None
+
+
 def _check_sizes(settings: Mapping[str, object], file: str, name: str) -> None:
     """Raise an error for a size or count that would fill memory at the first image."""
     inside = settings.get("image_processor")

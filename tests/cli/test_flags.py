@@ -52,6 +52,7 @@ FITTING = {  # a value of each flag with which nothing is wrong: what is refused
     "--workers": "1", "--executor": "local", "--device": "cpu", "--dtype": "fp32", "--storage": "sqlite:///team.db",
     "--near": "0.5", "--bootstraps": "10", "--bpw": "6", "--gb": "0.5", "--weight": "vqa=2", "--floor": "vqa=95%",
     "--top": "1", "a": "study", "b": "study", "--plan": "a79dde72", "--every": "1",
+    "--share": "shared", "--failures": "3",
     "--ms-per-token": "1e6", "--ms-per-answer": "1e6", "--gb-resident": "1",
     "--minutes": "5", "--prior": "study", "--scores": "gram,fisher", "--check": "4", "--draft": "5",
     "--model": MODEL, "--format": "fake", "--part": "c=connector", "--switch": "on=connector",
@@ -59,7 +60,8 @@ FITTING = {  # a value of each flag with which nothing is wrong: what is refused
 }  # fmt: skip
 OWN = {  # where a verb means something else by a flag
     ("import", "--bits"): "b", ("legalize", "--out"): "other.json", ("failures", "--kind"): "count",
-    ("failures", "--out"): "other.html", ("compare", "--out"): "other.html", ("table", "--out"): "other.parquet",
+    ("failures", "--out"): "other.html", ("failures", "--part"): "vision",
+    ("compare", "--out"): "other.html", ("table", "--out"): "other.parquet",
     ("bench", "--runtime"): "transformers", ("profile", "--runtime"): "openvino",
     ("demo", "--runtime"): "openvino",
     ("explain", "source"): MODEL, ("explain", "--path"): "float", ("explain", "--plan"): "1",
@@ -75,6 +77,8 @@ BESIDE = {  # what a flag needs beside it, where it means nothing alone
     **{(verb, "--biases"): "--method rtn" for verb in ("plan", "explain")},
     ("export", "--path"): "--format fake", ("export", "--model"): "--format fake",
     ("legalize", "--force"): "--out other.json",
+    ("explain", "--failures"): "--plan 1",
+    **{("failures", flag): "--causes" for flag in ("--model", "--device", "--dtype")},
     ("import", "--bits"): "--switch on=connector", ("import", "--switch"): "--bits b",
     ("import", "--kind"): "--switch on=connector --bits b --kinds x=ff",
     ("import", "--kinds"): "--switch on=connector --bits b --kind k",
@@ -82,9 +86,13 @@ BESIDE = {  # what a flag needs beside it, where it means nothing alone
 INSTEAD = {  # what must be left out for it
     **{("import", flag): ("--part",) for flag in ("--bits", "--switch", "--kind", "--kinds")},
     **{(verb, "--gb"): ("--bpw",) for verb in ("recommend", "plan")},
-    ("explain", "--plan"): ("--bits", "--out"),
+    **{("explain", flag): ("--bits", "--out") for flag in ("--plan", "--failures")},
+    ("table", "--share"): ("--out",),
 }
-OF_STUDY = {("explain", "--plan")}  # a flag that is for a study, where the line of the verb has a model
+OF_STUDY = {
+    ("explain", "--plan"),
+    ("explain", "--failures"),
+}  # a flag that is for a study, where the line of the verb has a model
 KINDS = {
     "empty": "", "blank": "  ", "comma": ",", "unknown": "nope", "negative": "-1", "zero": "0", "fraction": "2.5",
     "huge": "9" * 30, "overflow": "1e999", "nan": "NaN", "infinite": "inf", "null": "null", "object": "{}",
@@ -105,6 +113,8 @@ FINE = {
     ("--check", "zero"): "checks nothing",
     ("--bpw", "fraction"): "a budget may be a fraction",
     ("--gb", "fraction"): "a budget may be a fraction",
+    **{("--share", kind): "a folder may be called that" for kind in KINDS if kind not in (
+        "empty", "blank", "far too long", "odd unicode", "newline", "nul")},
     **{("--out", kind): "a file may be called that" for kind in KINDS if kind not in (
         "empty", "blank", "far too long", "odd unicode", "newline", "nul")},
     ("--storage", ""): "",
@@ -224,6 +234,14 @@ NAMED = (  # what people typed, and what must be named in the answer
     ("profile MODEL", "still needed: --runtime"),
     ("recommend study --ms-per-token 5", "--ms-per-token is about a runtime on this machine; name it too"),
     ("recommend study --ms-per-token 0 --runtime openvino", "--ms-per-token takes milliseconds above 0"),
+    ("explain study --plan 1 --failures 3 --calibration-n 5", "--calibration-n would do nothing with --failures"),
+    ("explain MODEL --out new --failures 3", "--failures would do nothing with a model"),
+    ("failures study --device cpu", "--device would do nothing without --causes"),
+    ("failures study --part visoin", "unknown part 'visoin'"),
+    ("table study", "still needed: either --out, for a table, or --share"),
+    ("table study --out new.csv --share new", "still needed: either --out, for a table, or --share"),
+    ("table study --share export", "is already there; choose another --share"),
+    ("table study --share export --force", "is no file of a shared study"),
     ("rank study --json=1", "ignored explicit argument"),
 )  # fmt: skip
 
@@ -359,6 +377,7 @@ def there(place: Path, scenes_llava: Any, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("api.planning", "scored"),
         ("api.explaining", "explain_plan"),
         ("measure.speculation", "acceptance"),
+        ("api.finding_causes", "begin_causes"),
         ("analysis.report.page", "report"),
         ("analysis.importance.estimators", "cross_validated"),
         ("api.exporting", "write"),
@@ -369,6 +388,7 @@ def there(place: Path, scenes_llava: Any, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("formats.timing.kept_times", "kept_times"),
         ("study.importing.imported_study", "component_map"),
         ("study.sharing.table_file", "write"),
+        ("study.sharing.folder", "write"),
         ("cli.verbs.demo", "_typed"),
     ):
         monkeypatch.setattr(import_module(f"sensitivity.{module}"), name, stop)

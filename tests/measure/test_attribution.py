@@ -122,6 +122,9 @@ def test_the_terms_sum_to_the_whole_change(given: Calibrated, bits: int) -> None
     for table in (told.components, told.modalities):
         assert sum(table.values()) == pytest.approx(found.total)
     assert set(told.modalities) == {"vision", "prompt", "answer"}
+    by_token = sum(float(values.sum()) for values in told.prompts.values())
+    assert by_token == pytest.approx(told.modalities["prompt"])
+    assert {len(values) for values in told.prompts.values()} == {len(ids) for ids in found.prompts.values()}
 
 
 def test_too_few_steps_are_not_enough_at_two_bits(given: Calibrated) -> None:

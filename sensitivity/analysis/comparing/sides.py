@@ -38,14 +38,19 @@ def side(typed: str) -> Side:
     folder, colon, key = typed.rpartition(":")
     if not colon or not paths.is_study(Path(folder)):
         raise UserError(f"{typed} is neither a study nor STUDY:KEY, a plan of one by its key")
-    study, fresh = Study(folder), paths.verification(Path(folder))
+    return Side(*plan_of(Study(folder), key))
+
+
+def plan_of(study: Study, key: str) -> tuple[Study, Plan]:
+    """The measured plan whose key begins like this, and its study: a plan may have been verified on fresh examples."""
+    fresh = paths.verification(study.path)
     try:
-        return Side(study, study.plan_named(key))
+        return study, study.plan_named(key)
     except UserError:
         if not paths.is_study(fresh):
             raise
-        verified = Study(fresh)  # a recommended plan may have been run on fresh examples alone
-        return Side(verified, verified.plan_named(key))
+    verified = Study(fresh)
+    return verified, verified.plan_named(key)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from sensitivity.analysis.failures.causes import NO_PART, Cause, cause, put_back, tally
 from sensitivity.analysis.failures.changes import Change, changes, study_of
-from sensitivity.analysis.failures.pictures import Picture, Pictures
+from sensitivity.analysis.failures.entering import Entering, Explained, examples_of, explained
+from sensitivity.analysis.failures.pictures import Picture, Pictures, picture
+from sensitivity.spec.errors import unknown
 from sensitivity.spec.plan import Plan
 from sensitivity.study.counting import count
 from sensitivity.study.examples.questions import questions
 from sensitivity.study.study import Study
+from sensitivity.tasks.examples.types import Example
 
+MOST_EXPLAINED = 6  # calibration examples that are shown
 LONGEST = 400  # characters of a question or an answer on a card
 
 
@@ -21,11 +27,22 @@ class Card:
 
     change: Change
     pictures: tuple[Picture, ...]
+    cause: Cause | None = None  # None: no score fell, or it was not measured
+    entering: Entering | None = None  # where the damage enters, if `explain` has looked at this example
 
     @property
     def boxed(self) -> bool:
         """Whether boxes are drawn."""
         return any(picture.boxes for picture in self.pictures)
+
+
+@dataclass(frozen=True)
+class ExplainedCard:
+    """A calibration example that was explained, with its picture."""
+
+    example: Example
+    picture: Picture
+    entering: Entering
 
 
 @dataclass(frozen=True)
@@ -40,11 +57,20 @@ class Gallery:
     cards: tuple[Card, ...]
     notes: tuple[str, ...]
     other: str = "this plan"
+    causes: tuple[tuple[str, int], ...] = ()  # how many answers each part mends, over all examples
+    unexplained: int = 0  # how many answers got worse for which that is not measured
+    ask: str = ""  # the command that measures it
+    part: str = ""  # only answers that this part mends are shown
+    explained: tuple[Explained, ...] = ()
+    calibration: tuple[ExplainedCard, ...] = ()
 
     @property
-    def kinds(self) -> list[str]:
-        """The kinds of question among the cards."""
-        return sorted({card.change.kind for card in self.cards})
+    def filters(self) -> list[tuple[str, str, list[str]]]:
+        """What the cards can be filtered by: a title, the name of their data attribute, and its values."""
+        kinds = sorted({card.change.kind for card in self.cards})
+        parts = sorted({card.cause.name for card in self.cards if card.cause})
+        every = [("Kind of question", "kind", kinds), ("Mended by", "part", parts)]
+        return [one for one in every if len(one[2]) > 1]
 
 
 def galleries(
@@ -59,24 +85,68 @@ def galleries(
     for title, plan in plans:
         where = study_of(study, plan)
         pictures = known.setdefault(str(where.path), Pictures(where.meta))
-        made.append(gallery(title, where, plan, pictures, most, task, kind))
+        ask = f"sensitivity failures {study.path} --plan {plan.key[:8]} --causes"
+        made.append(gallery(title, where, plan, pictures, most, task, kind, ask=ask, home=study.path))
     return made
 
 
 def gallery(
-    title: str, study: Study, plan: Plan, pictures: Pictures | None, most: int, task: str = "", kind: str = ""
+    title: str,
+    study: Study,
+    plan: Plan,
+    pictures: Pictures | None,
+    most: int,
+    task: str = "",
+    kind: str = "",
+    part: str = "",
+    ask: str = "",
+    home: Path | None = None,
 ) -> Gallery:
-    """The gallery of a plan of the study that has its answers; without pictures where none are wanted."""
-    after, before = study.examples(plan), study.examples(study.native)
-    assert after is not None, "study_of has found it"
-    assert before is not None, "and full precision"
-    every = changes(after, before, questions(study.path, study.meta), task, kind)
-    cards = [Card(one, tuple(pictures.of(one)) if pictures else ()) for one in every[:most]]
+    """The gallery of a plan of the study that has its answers; without pictures where none are wanted.
+
+    `home` is the folder of the study that was swept, if the answers are those of its verification. With `part`, only
+    answers that this part mends are shown. `ask` is the command that measures what mends the others.
+    """
+    if part and part not in (*study.parts.names, NO_PART):
+        raise unknown("part", part, (*study.parts.names, NO_PART))
+    every, parts = changed(study, plan, task, kind), put_back(study, plan)
+    causes = [cause(one, parts) for one in every]
+    shown = [pair for pair in zip(every, causes, strict=True) if not part or (pair[1] and pair[1].name == part)]
+    known = explained(home or study.path, plan) if pictures else []
+    entering = next((one.examples for one in known if one.of_failures), {})
+    cards = tuple(
+        Card(one, tuple(pictures.of(one)) if pictures else (), why, entering.get(one.example))
+        for one, why in shown[:most]
+    )
     counts = [row for row in study.counts_by_kind(plan) if (not task or row["task"] == task)]
     # a task of one kind is counted as a whole alone
     counts = [row for row in counts if not kind or row["kind"] == kind] or counts
     notes = tuple(notes_on(cards)) if pictures else ()
-    return Gallery(title, plan, "full precision", tuple(counts), len(every), tuple(cards), notes)
+    unexplained = sum(one.cost > 0 and why is None for one, why in zip(every, causes, strict=True))
+    return Gallery(
+        title, plan, "full precision", tuple(counts), len(shown), cards, notes, causes=tuple(tally(causes)),
+        unexplained=unexplained, ask=ask, part=part,
+        explained=tuple(known), calibration=tuple(_calibration_cards(known)),
+    )  # fmt: skip
+
+
+def _calibration_cards(known: Sequence[Explained]) -> Iterator[ExplainedCard]:
+    """The calibration examples that a plan damages most, if they were explained and their images are found."""
+    for one in known:
+        if not one.of_failures:
+            worst = sorted(one.examples, key=lambda name: -one.examples[name].damage)[:MOST_EXPLAINED]
+            found = {example.id: example for example in examples_of(one)}
+            for name in worst:
+                if name in found and (shown := picture(found[name].image)) is not None:
+                    yield ExplainedCard(found[name], shown, one.examples[name])
+
+
+def changed(study: Study, plan: Plan, task: str = "", kind: str = "") -> list[Change]:
+    """The examples that a plan answers differently from full precision, in the study that has its answers."""
+    after, before = study.examples(plan), study.examples(study.native)
+    assert after is not None, "study_of has found it"
+    assert before is not None, "and full precision"
+    return changes(after, before, questions(study.path, study.meta), task, kind)
 
 
 def notes_on(cards: Sequence[Card]) -> list[str]:

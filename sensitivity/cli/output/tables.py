@@ -191,12 +191,17 @@ def _score_checks(
 
 def explanation(explained: Explanation) -> None:
     """Print where the damage of a plan comes from, in percent of the change of the loss."""
+    from sensitivity.study.counting import count as counted
+
     facts, change = explained.integral, explained.integral.change
     count = len(explained.examples)
     print(f"\n{explained.plan.describe()}")
+    which = (
+        f"{counted(count, 'answer')} that got worse" if explained.of_failures else counted(count, "calibration example")
+    )
     print(
-        f"  the loss of right answers rises from {facts.before / count:.4f} to {facts.after / count:.4f} on {count} "
-        f"calibration examples ({facts.passes} backward passes; the terms miss {facts.missing:.1%} of that)"
+        f"  the loss of right answers rises from {facts.before / count:.4f} to {facts.after / count:.4f} on "
+        f"{which} ({facts.passes} backward passes; the terms miss {facts.missing:.1%} of that)"
     )
     for title, shares in (("component", explained.blame.components), ("modality", explained.blame.modalities)):
         rows = [(name, f"{100 * value / change if change else 0:.1f}") for name, value in shares.items()]

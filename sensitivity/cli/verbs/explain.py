@@ -53,6 +53,13 @@ def arguments(p: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="a measured plan of the study: its number, or how its key begins",
     )
+    p.add_argument(
+        "--failures",
+        type=values.examples,
+        metavar="N",
+        help="explain the plan on the N evaluated answers that it made worst, instead of on calibration examples;"
+        " `sensitivity failures` and the report then show where the damage enters their images and questions",
+    )
     flags.calibration(p)
     flags.device(p)
     p.set_defaults(include=(), whole_answers=False, n=1, seed=0, dry_run=False, runtime=None)
@@ -78,7 +85,7 @@ def _components(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.measure.attribution import checks as score_checks
     from sensitivity.measure.generate.batches import check_tasks_fit
 
-    flags.without_effect(args, ["--plan"], "with a model: it names a plan of a study")
+    flags.without_effect(args, ["--plan", "--failures"], "with a model: it is about a plan of a study")
     if args.out is None:
         raise UserError("still needed: --out, the folder for the scores (or, for a study, --plan)")
     requested, _ = checked(args, "grid")
@@ -104,6 +111,7 @@ def _components(args: argparse.Namespace) -> dict[str, object]:
 
 def _plan(args: argparse.Namespace) -> dict[str, object]:
     """Explain a measured plan."""
+    from sensitivity.analysis.failures.changes import study_of
     from sensitivity.api.explaining import explain_plan, save_explanation, trial_of
     from sensitivity.models.loading import device_of, dtype_of, load
     from sensitivity.study.study import Study
@@ -111,6 +119,8 @@ def _plan(args: argparse.Namespace) -> dict[str, object]:
     if args.plan is None:
         raise UserError("still needed: --plan, the number or key of a plan; `sensitivity sweep --json` lists them")
     flags.without_effect(args, OF_MODEL, "with a study, whose plans name all of it")
+    if args.failures is not None:
+        flags.without_effect(args, ["--calibration-n", "--task"], "with --failures, which no calibration data is for")
     device_of(args.device)
     dtype_of(args.dtype)
     study = Study(Path(args.source).expanduser())
@@ -119,7 +129,9 @@ def _plan(args: argparse.Namespace) -> dict[str, object]:
         raise UserError(f"{args.source} was imported from a table, and there is no model to explain its plans by")
     tasks = args.task if "task" in getattr(args, "given", ()) else ()
     vlm = load(str(study.meta["model"]), device=args.device, dtype=args.dtype or study.meta["dtype"])
-    explained = explain_plan(vlm, study, trial.plan, args.calibration_n, tasks, args.cache_gb)
+    n, failures = args.failures or args.calibration_n, args.failures is not None
+    where = study_of(study, trial.plan) if failures else study
+    explained = explain_plan(vlm, where, trial.plan, n, tasks, args.cache_gb, failures)
     file = save_explanation(study, explained)
     if not args.json:
         explanation(explained)

@@ -1,4 +1,4 @@
-"""Blame: a plan's damage by component, by modality (vision, prompt, answer) and by region of each image."""
+"""Blame: a plan's damage by component, by modality, by region of each image and by token of each question."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sensitivity.measure.gradients.path_integral import PathIntegral
-from sensitivity.measure.passes.token_batches import MODALITIES, VISION
+from sensitivity.measure.passes.token_batches import MODALITIES, PROMPT, VISION
 from sensitivity.models.families import Family
 from sensitivity.spec.components import ComponentMap
 
@@ -27,6 +27,7 @@ class Blame:
     components: Mapping[str, float]
     modalities: Mapping[str, float]
     regions: Mapping[int, Tensor]  # example, by its number -> rows x columns of patches; empty where none are known
+    prompts: Mapping[int, Tensor]  # example -> its question's tokens, as the language model reads them
 
 
 def blame(parts: ComponentMap, family: Family, integral: PathIntegral) -> Blame:
@@ -34,6 +35,7 @@ def blame(parts: ComponentMap, family: Family, integral: PathIntegral) -> Blame:
     components = dict.fromkeys(parts.names, 0.0)
     modalities = dict.fromkeys(MODALITIES[VISION:], 0.0)
     grids: dict[int, list[Tensor]] = {}
+    prompts = {example: torch.zeros(len(ids), dtype=torch.double) for example, ids in integral.prompts.items()}
     for (example, name, length), values in integral.terms.items():
         components[name] += float(values.sum())
         kinds = integral.modalities[example, name, length]
@@ -41,9 +43,13 @@ def blame(parts: ComponentMap, family: Family, integral: PathIntegral) -> Blame:
         for number, kind in enumerate(MODALITIES):
             if number >= VISION:
                 modalities[kind] += float(values[kinds == number].sum())
+        if parts[name].part == "language" and (read := int((kinds == PROMPT).sum())):
+            # an output head reads the last token alone
+            prompts[example][-read:] += values[kinds == PROMPT]
         if parts[name].part in family.patches and (grid := square(values[kinds == VISION])) is not None:
             grids.setdefault(example, []).append(grid)
-    return Blame(components, modalities, {example: together(grid_list) for example, grid_list in sorted(grids.items())})
+    regions = {example: together(grid_list) for example, grid_list in sorted(grids.items())}
+    return Blame(components, modalities, regions, prompts)
 
 
 def square(values: Tensor) -> Tensor | None:

@@ -43,6 +43,7 @@ class PathIntegral:
     terms: Terms
     passes: int  # backward passes over the data
     modalities: dict[Place, Tensor | None] = field(default_factory=dict)  # None: all tokens are of the image
+    prompts: dict[int, list[int]] = field(default_factory=dict)  # the tokens of each example's question
 
     @property
     def change(self) -> float:
@@ -90,7 +91,7 @@ def path_integral(
     terms: Terms = {}
     for piece in sorted(pieces, key=lambda piece: piece.begin):
         _add(terms, piece.terms, 1.0)
-    return PathIntegral(before, after, terms, run.passes, run.modalities)
+    return PathIntegral(before, after, terms, run.passes, run.modalities, run.prompts)
 
 
 class _Path:
@@ -106,6 +107,7 @@ class _Path:
         self.passes = 0
         self.losses: dict[float, float] = {}
         self.modalities: dict[Place, Tensor | None] = {}
+        self.prompts: dict[int, list[int]] = {}
 
     def loss(self, t: float) -> float:
         """The answer loss over all data at a point of the path."""
@@ -133,6 +135,7 @@ class _Path:
 
     def _add_batch(self, terms: Terms, batch: TokenBatch) -> None:
         count = len(batch.examples)
+        self.prompts |= dict(zip(batch.examples, batch.prompts, strict=True))
 
         def visit(weight: Weight, inputs: Tensor, gradient: Tensor) -> None:
             if weight.name not in self.changes:

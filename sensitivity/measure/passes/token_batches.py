@@ -36,6 +36,13 @@ class TokenBatch:
     examples: tuple[int, ...] = ()  # which examples of the data these are, in their order
     counted: dict[tuple[str, tuple[int, ...]], tuple[Tensor | None, Tensor]] = field(default_factory=dict)
 
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The tokens of each row's question, without the placeholders of the image."""
+        _, kinds = self.sequences[0]
+        rows = zip(self.inputs["input_ids"], kinds, strict=True)
+        return [ids[kind == PROMPT].tolist() for ids, kind in rows]
+
     def modality(self, part: str, shape: torch.Size) -> tuple[Tensor | None, Tensor]:
         """The modality of each token of a layer's input (None if all are vision), and how many tokens each has.
 

@@ -52,9 +52,14 @@ def attributions(folder: Path) -> Path:
     return folder / "attributions.json"
 
 
-def explanation(folder: Path, key: str) -> Path:
-    """The blame for the damage of a plan, by the plan's key."""
-    return folder / "explained" / f"{key}.json"
+def explanation(folder: Path, key: str, failures: bool = False) -> Path:
+    """The blame for the damage of a plan, by the plan's key: on calibration examples, or on answers that got worse."""
+    return folder / "explained" / f"{key}{'-failures' if failures else ''}.json"
+
+
+def put_back(study: Path, key: str) -> Path:
+    """Answers of a plan with one part put back to full precision, to examples that it answered worse before."""
+    return study / "put_back" / f"{key}.parquet"
 
 
 def recommendation(study: Path, budget: float | None = None) -> Path:

@@ -6,11 +6,13 @@ import argparse
 from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.output.progress import show_progress
 from sensitivity.cli.output.tables import answer_counts, table
 from sensitivity.spec.errors import UserError
 
 if TYPE_CHECKING:
-    from sensitivity.analysis.failures.changes import Change, Given
+    from sensitivity.analysis.failures.changes import Given
+    from sensitivity.analysis.failures.gallery import Gallery
     from sensitivity.spec.plan import Plan
     from sensitivity.study.study import Study
 
@@ -30,8 +32,23 @@ def arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--task", type=values.name, metavar="T", help="only examples of this task")
     p.add_argument("--kind", type=values.name, metavar="K", help="only questions of this kind")
+    p.add_argument(
+        "--part",
+        type=values.name,
+        metavar="NAME",
+        help="only answers that this part mends: the cheapest one that is enough, put back to full precision alone;"
+        " or 'no single part'",
+    )
     p.add_argument("--n", type=values.on_a_page, default=20, help="examples to show (default: 20)")
     p.add_argument("--out", type=values.file, metavar="failures.html", help="write a page with the images, too")
+    p.add_argument(
+        "--causes",
+        action="store_true",
+        help="run the model on the first --n answers that got worse, with one part after the other put back to full"
+        " precision, to measure which one mends each; what was measured is kept",
+    )
+    flags.moved_model(p)
+    flags.device(p)
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
@@ -42,18 +59,23 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.analysis.report import failures_page
     from sensitivity.study.study import Study
 
+    if not args.causes:
+        flags.without_effect(args, ["--model", "--device", "--dtype"], "without --causes, which runs the model")
     if args.out is not None:
         failures_page.check(args.out)
     study = Study(args.study)
     plan = _plan(study, args.plan)
-    where = study_of(study, plan)
+    where, task, kind = study_of(study, plan), args.task or "", args.kind or ""
+    if args.causes:
+        _measure_causes(args, where, plan)
     pictures = None if args.out is None else Pictures(where.meta)
-    failures = gallery("What breaks first", where, plan, pictures, args.n, args.task or "", args.kind or "")
+    ask = "" if args.causes else f"sensitivity failures {study.path} --plan {plan.key[:8]} --causes"
+    failures = gallery("What breaks first", where, plan, pictures, args.n, task, kind, args.part or "", ask, study.path)
     if args.out is not None:
         failures_page.write(args.out, study.parts.model, [failures])
     if not args.json:
         answer_counts({f"{plan.key[:8]} {plan.describe()}": failures.counts})
-        _show([card.change for card in failures.cards], failures.changed)
+        _show(failures)
         if args.out is not None:
             print(f"page: {args.out}")
     return {
@@ -63,22 +85,38 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         "base": failures.base,
         "answers": list(failures.counts),
         "changed": failures.changed,
-        "examples": [card.change.to_json() for card in failures.cards],
+        "mended_by": dict(failures.causes),
+        "not_measured": failures.unexplained,
+        "examples": [card.change.to_json() | {"cause": card.cause and card.cause.to_json()} for card in failures.cards],
         "notes": list(failures.notes),
         "page": None if args.out is None else str(args.out),
     }
 
 
+def _measure_causes(args: argparse.Namespace, study: Study, plan: Plan) -> None:
+    """Run the model on the examples that got worse, as far as it is not known what mends them."""
+    from sensitivity.analysis.failures.gallery import changed
+    from sensitivity.api.finding_causes import begin_causes
+    from sensitivity.models.loading import device_of, dtype_of, load
+
+    device_of(args.device)
+    dtype_of(args.dtype)
+    if "fingerprint" not in study.meta:
+        raise UserError(f"{study.path} was imported from a table, and there is no model to run")
+    failed = [one for one in changed(study, plan, args.task or "", args.kind or "") if one.cost > 0][: args.n]
+    model = args.model or str(study.meta["model"])
+    vlm = load(model, device=args.device, dtype=args.dtype or study.meta["dtype"])
+    show_progress(begin_causes(vlm, study, plan, failed), "putting parts back")
+
+
 def _plan(study: Study, key: str | None) -> Plan:
     """The plan of a key, or the recommended one, or the smallest on the frontier: what breaks at its low end."""
     from sensitivity.analysis.allocate.kept_recommendation import recommended
+    from sensitivity.analysis.comparing.sides import plan_of
     from sensitivity.study.racing import frontier_trials
 
     if key is not None:
-        for one in recommended(study):  # it may have been run on fresh examples alone
-            if one.plan.key.startswith(key):
-                return one.plan
-        return study.plan_named(key)
+        return plan_of(study, key)[1]
     if recommendations := recommended(study):
         return recommendations[0].plan
     best = [trial.plan for trial in frontier_trials(study.measured(), study.tasks[0]) if not trial.plan.is_native]
@@ -87,14 +125,29 @@ def _plan(study: Study, key: str | None) -> Plan:
     return best[0]
 
 
-def _show(changes: list[Change], changed: int) -> None:
+def _show(failures: Gallery) -> None:
+    """Print a row for each change, and how many answers each part mends."""
+    from sensitivity.study.counting import count
+
+    if not failures.cards:
+        print("\nNo answer changed." if not failures.part else f"\nNo answer is known to be mended by {failures.part}.")
+    else:
+        _changes(failures)
+    if failures.causes:
+        counted = ", ".join(f"{part} {number}" for part, number in failures.causes)
+        print(f"\nMended by the cheapest part that is enough, put back to full precision alone: {counted}.")
+    if failures.unexplained:
+        how = f": {failures.ask} measures it" if failures.ask else " (--n sets for how many it is)"
+        print(f"Which part mends {count(failures.unexplained, 'answer')} that got worse is not measured{how}.")
+
+
+def _changes(failures: Gallery) -> None:
     """Print a row for each change."""
-    if not changes:
-        print("\nNo answer changed.")
-        return
+    mended = [card.cause.words if card.cause else "" for card in failures.cards]
+    any_ = any(mended)
     table(
-        f"Changed answers: {len(changes)} of {changed}, those that cost most first",
-        ("cost", "task", "kind", "question", "right", "full precision", "this plan"),
+        f"Changed answers: {len(failures.cards)} of {failures.changed}, those that cost most first",
+        ("cost", "task", "kind", "question", "right", "full precision", "this plan", *(["mended by"] if any_ else [])),
         [
             (
                 f"{one.cost:.3g}",
@@ -104,8 +157,9 @@ def _show(changes: list[Change], changed: int) -> None:
                 _cell(" | ".join(one.question.answers[:2]) if one.question else "?"),
                 _given(one.before),
                 _given(one.after),
+                *([why] if any_ else []),
             )
-            for one in changes
+            for one, why in ((card.change, why) for card, why in zip(failures.cards, mended, strict=True))
         ],
     )
 

@@ -1,0 +1,136 @@
+"""Causes: the cheapest part of a plan that, with its bits put back, mends an answer; as measured, never guessed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from sensitivity.analysis.failures.changes import Change
+from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.sizes import size
+from sensitivity.study import answers
+from sensitivity.study.storage import paths
+from sensitivity.study.study import Study
+
+NO_PART = "no single part"
+
+
+@dataclass(frozen=True)
+class Cause:
+    """What mends an answer: one part with more bits, or nothing less than several parts."""
+
+    part: str | None  # None: every part was put back alone, and none of them is enough
+    scheme: Scheme | None = None  # what the part was raised to; None: full precision
+    bits: int = 0  # that more are stored with the part at full precision
+
+    @property
+    def name(self) -> str:
+        """The part, or that there is none."""
+        return self.part or NO_PART
+
+    @property
+    def bytes(self) -> float:
+        """The bytes that the part takes more at full precision."""
+        return self.bits / 8
+
+    @property
+    def words(self) -> str:
+        """The cause in words."""
+        return self.name if self.scheme is None else f"{self.name} at {self.scheme.bits} bits"
+
+    def to_json(self) -> dict[str, object]:
+        """The cause as JSON values."""
+        return {"part": self.part, "scheme": self.scheme and self.scheme.to_json(), "more_bytes": self.bytes}
+
+
+@dataclass(frozen=True)
+class PutBack:
+    """A part of a plan with more bits while all others stay: at full precision, or as wide as the study has it."""
+
+    part: str
+    bits: int  # that more are stored with the part at full precision
+    plan: Plan  # the part at full precision
+    scores: tuple[tuple[Plan, Mapping[tuple[str, str], float]], ...]  # by task and example; the widest plan first
+
+    def score(self, change: Change) -> tuple[Plan, float] | None:
+        """The score of an example under the widest plan that has seen it; None where none has."""
+        name = change.task, change.example
+        return next(((plan, scores[name]) for plan, scores in self.scores if name in scores), None)
+
+    def is_final(self, change: Change) -> bool:
+        """Whether full precision of the part is known to mend an example or not, or fewer bits are known to do."""
+        known = self.score(change)
+        return known is not None and (known[0].key == self.plan.key or known[1] >= change.before.score)
+
+
+def put_back(study: Study, plan: Plan) -> list[PutBack]:
+    """Every quantized part of a plan with its bits put back, the part that is cheapest to store first."""
+    now, found = size(study.parts, plan).bits, []
+    measured = [(_differing(plan, trial.plan), trial.plan) for trial in study.measured()]
+    for part, scheme in plan.schemes:
+        if scheme is not None:
+            native = Plan(tuple((name, None if name == part else one) for name, one in plan.schemes))
+            others = [(one[part], one) for parts, one in measured if parts == [part]]
+            wider = [(other.bits, one) for other, one in others if other is not None and other.bits > scheme.bits]
+            plans = [native, *(one for _, one in sorted(wider, key=lambda pair: -pair[0]))]
+            scores = tuple((one, known) for one in plans if (known := _scores(study, one)))
+            found.append(PutBack(part, size(study.parts, native).bits - now, native, scores))
+    return sorted(found, key=lambda one: one.bits)
+
+
+def cause(change: Change, parts: Sequence[PutBack]) -> Cause | None:
+    """The cheapest part that mends an answer; None while that is not measured, or where no score fell.
+
+    Parts are tried in their order, so an answer is blamed on a part only if every cheaper one is known to mend nothing.
+    """
+    if change.cost <= 0:
+        return None
+    for one in parts:
+        known = one.score(change)
+        if known is None:
+            return None
+        by, score = known
+        if score >= change.before.score:
+            return Cause(one.part, by[one.part], one.bits)
+    return Cause(None)
+
+
+def next_part(change: Change, parts: Sequence[PutBack]) -> PutBack | None:
+    """The part to put back next to find the cause of a change; None where its cause is known for certain."""
+    for one in parts if change.cost > 0 else ():
+        if not one.is_final(change):
+            return one
+        if cause(change, [one]) != Cause(None):
+            return None
+    return None
+
+
+def tally(causes: Sequence[Cause | None]) -> list[tuple[str, int]]:
+    """How many answers each part mends, the most first; those that no single part mends come last."""
+    parts = [one.name for one in causes if one is not None]
+    return sorted(((part, parts.count(part)) for part in set(parts)), key=lambda row: (row[0] == NO_PART, -row[1], row))
+
+
+def measured_answers(study: Study, plan: Plan) -> pd.DataFrame | None:
+    """Answers of a plan that was run on examples that had failed; None where it was not, or the file is damaged."""
+    with contextlib.suppress(answers.Damaged):  # running them again replaces it
+        return answers.read(paths.put_back(study.path, plan.key))
+    return None
+
+
+def _scores(study: Study, plan: Plan) -> dict[tuple[str, str], float]:
+    """The scores of a plan by task and example, from the study and from what was run to find causes."""
+    frames = [frame for frame in (measured_answers(study, plan), study.examples(plan)) if frame is not None]
+    return {(str(task), str(example)): float(score) for frame in frames for task, example, score in _rows(frame)}
+
+
+def _rows(frame: pd.DataFrame) -> Iterator[tuple[object, object, float]]:
+    return zip(frame["task"], frame["example"], frame["score"], strict=True)
+
+
+def _differing(plan: Plan, other: Plan) -> list[str]:
+    """The parts whose schemes differ between two plans."""
+    return [name for name, scheme in plan.schemes if other[name] != scheme]

@@ -1,0 +1,77 @@
+"""Finds causes of failures: runs a plan with one part after the other put back, on the examples that failed alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pandas as pd
+
+from sensitivity.analysis.failures.causes import measured_answers, next_part, put_back
+from sensitivity.analysis.failures.changes import Change
+from sensitivity.api.sweeping import calibrated
+from sensitivity.measure.evaluation import evaluate
+from sensitivity.measure.install.plan_in_model import quantized
+from sensitivity.measure.loop import MEMORY_GB, Step
+from sensitivity.measure.memory.weight_codes import WeightCodes
+from sensitivity.models.vlm import VLM
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Plan
+from sensitivity.spec.sizes import GB
+from sensitivity.study import answers
+from sensitivity.study.examples.questions import tasks_of
+from sensitivity.study.storage import paths
+from sensitivity.study.study import Study
+from sensitivity.tasks.examples.types import Task
+
+
+def begin_causes(vlm: VLM, study: Study, plan: Plan, failed: Sequence[Change]) -> Iterator[Step]:
+    """An iterator that measures which part mends each of these examples: each step is a part that was put back.
+
+    The cheapest part runs on all of them, each further one on those that are not mended yet. What was measured is
+    kept in the study, and never run twice; `causes.cause` reads it.
+    """
+    if study.meta.get("fingerprint") != vlm.fingerprint:
+        raise UserError(f"{study.path} was measured on {study.meta.get('model')}, and {vlm.name} is another model")
+    tasks = _tasks(study, failed)
+    schemes = list(dict.fromkeys(scheme for _, scheme in plan.schemes if scheme is not None))
+    _, statistics = calibrated(vlm, study.parts, schemes, study.meta["tasks"])
+    codes = WeightCodes(int(MEMORY_GB * GB / 2))  # a weight is quantized once, for all parts that are put back
+    done, number_of_parts = 0, len(put_back(study, plan))
+    for number in range(number_of_parts):
+        parts = put_back(study, plan)  # anew, since it reads what the last step measured
+        chosen = {(one.task, one.example) for one in failed if next_part(one, parts) is parts[number]}
+        if chosen:
+            began = time.perf_counter()
+            with quantized(vlm.model, study.parts, parts[number].plan, codes, statistics):
+                frames = [pd.DataFrame(evaluate(vlm, some)) for some in _some(tasks, chosen)]
+            _keep(study, parts[number].plan, frames)
+            done, left = done + len(chosen), len(chosen) * (number_of_parts - number - 1)
+            seconds = time.perf_counter() - began
+            yield Step(parts[number].plan, {}, seconds, True, done, left, len(failed), len(chosen))
+
+
+def _tasks(study: Study, failed: Sequence[Change]) -> list[Task]:
+    """The tasks whose examples failed, if their data are still those that were measured."""
+    known = {task.name: task for task in tasks_of(study.meta)}
+    for name in dict.fromkeys(change.task for change in failed):
+        if name not in known:
+            raise UserError(f"the data of {name} are not where they were, or were changed: nothing can be run on them")
+        if known[name].gallery:
+            raise UserError(f"{name} ranks each image among all others: single ones cannot be run; choose --task")
+    return list(known.values())
+
+
+def _some(tasks: Sequence[Task], chosen: set[tuple[str, str]]) -> Iterator[Task]:
+    """The tasks with the chosen examples alone."""
+    for task in tasks:
+        if examples := tuple(example for example in task.examples if (task.name, example.id) in chosen):
+            yield replace(task, examples=examples)
+
+
+def _keep(study: Study, plan: Plan, frames: Sequence[pd.DataFrame]) -> None:
+    """Store the answers, with those to other examples that were stored before."""
+    before = measured_answers(study, plan)
+    every = pd.concat([*([] if before is None else [before]), *frames], ignore_index=True)
+    answers.write(paths.put_back(study.path, plan.key), every.drop_duplicates(["task", "example"], keep="last"))

@@ -1,0 +1,141 @@
+"""Where damage enters: what `explain` stored is drawn over the right part of the right image, and read out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import answered
+import pytest
+from answered import TWO
+from browser import browser
+
+from sensitivity.analysis.failures.changes import study_of
+from sensitivity.analysis.failures.entering import Entering, explained
+from sensitivity.analysis.failures.gallery import MOST_EXPLAINED, changed, galleries
+from sensitivity.analysis.report.failures_page import write
+from sensitivity.cli.main import main
+from sensitivity.models.processors import square_seen
+from sensitivity.spec.plan import Plan
+from sensitivity.study.storage import paths
+from sensitivity.study.study import Study
+from sensitivity.tasks.examples.types import Example
+from sensitivity.tasks.table import task
+
+HOSTILE = "</p><img src=x onerror=alert(1)>"
+
+
+def given(plan: Plan, example: Example) -> str:
+    return example.answers[0] if plan.key != TWO.key else "wrong"
+
+
+def stored(study: Study, failures: bool, examples: list[str]) -> dict[str, Any]:
+    """An explanation as `explain` writes it."""
+    split = "evaluation" if failures else "calibration"
+    data = {
+        "components": {"vision": 0.3, "connector": 0.0, "language": 0.1},
+        "modalities": {"vision": 0.3, "prompt": 0.1, "answer": 0.0},
+        "change": 0.4, "examples": len(examples), "square_seen": None,
+        "regions": {name: [[0.0, 2.0], [-1.0, 1.0]] for name in examples},
+        "questions": {name: [["what", 0.5], [HOSTILE, 1.0], [" is", -1.0]] for name in examples},
+        "data": [{"task": "vqa", "split": split, "n": len(examples), "seed": 0}],
+    }  # fmt: skip
+    file = paths.explanation(study.path, TWO.key, failures)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(data))
+    return data
+
+
+def test_a_place_is_red_by_its_share_of_the_worst_and_what_helps_is_not(tmp_path: Path) -> None:
+    study = answered.study(tmp_path / "run", [task("vqa", n=30)], given, ["vqa"], n=30)
+    name = changed(study, TWO)[0].example
+    stored(study, True, [name])
+    (found,) = explained(study.path, TWO)
+    one = found.examples[name]
+    assert one.places == ((0.0, 1.0), (0.0, 0.5))
+    assert one.question == (("what", 0.5), (HOSTILE, 1.0), (" is", 0.0))
+    assert one.words.startswith("Where the damage enters: of 2 x 2 patches most at row 1, column 2; row 2, column 2")
+    assert found.words == (
+        "Of the damage on 1 answer that got worse, by part: vision 75 %, language 25 %. It enters at tokens of: "
+        "vision 75 %, prompt 25 %."
+    )
+
+
+def test_the_places_are_of_what_the_model_sees() -> None:
+    processors = {
+        None: {"do_center_crop": False, "size": {"height": 8, "width": 8}},
+        ("short", 0.5): {"do_center_crop": True, "size": {"shortest_edge": 8}, "crop_size": {"height": 4, "width": 4}},
+        ("long", 1.0): {"do_pad": True, "size": {"shortest_edge": 8}},
+    }
+    for expected, settings in processors.items():
+        assert square_seen(SimpleNamespace(image_processor=SimpleNamespace(**settings))) == expected
+    frames = [Entering((), (), 0.0, square).frame(200, 100) for square in processors]
+    assert frames == [(0, 0, 200, 100), (75, 25, 50, 50), (0, -50, 200, 200)]
+
+
+def test_the_page_shows_red_places_and_tokens_beside_the_image(tmp_path: Path) -> None:
+    study = answered.study(tmp_path / "run", [task("vqa", n=30)], given, ["vqa"], n=30)
+    failed = [one.example for one in changed(study, TWO)[:3]]
+    stored(study, True, failed)
+    stored(study, False, [one.id for one in task("vqa", "calibration", n=9).examples])
+    (shown,) = galleries(study, [("x", TWO)], 5)
+    assert [card.entering is not None for card in shown.cards] == [
+        card.change.example in failed for card in shown.cards
+    ]
+    assert len(shown.calibration) == MOST_EXPLAINED
+    write(tmp_path / "page.html", "m", [shown])
+    with browser() as window:
+        window.open(tmp_path / "page.html")
+        assert window.run("return document.querySelectorAll('.heat').length") == 3 + MOST_EXPLAINED
+        assert window.run("return document.images.length") == 5 + 3 + 2 * MOST_EXPLAINED
+        assert window.run("return document.querySelector('.heat').querySelectorAll('rect').length") == 2
+        image, red = window.run(
+            "const heat = document.querySelector('.heat');"
+            "return ['img', 'rect'].map(name => heat.querySelector(name).getBoundingClientRect().toJSON())"
+        )
+        assert red["left"] == pytest.approx(image["left"] + image["width"] / 2, abs=1)
+        assert red["top"] == pytest.approx(image["top"], abs=1)
+        assert HOSTILE in window.run("return document.querySelector('.tokens').textContent")
+
+
+def test_what_an_earlier_version_stored_is_left_out(tmp_path: Path) -> None:
+    study = answered.study(tmp_path / "run", [task("vqa", n=30)], given, ["vqa"], n=30)
+    data = stored(study, True, ["a"])
+    file = paths.explanation(study.path, TWO.key, True)
+    for broken in (
+        {**data, "questions": None},
+        {name: data[name] for name in data if name != "data"},
+        [],
+        {**data, "change": None},
+    ):
+        file.write_text(json.dumps(broken))
+        assert explained(study.path, TWO) == []
+    file.write_bytes(b"\xff")
+    assert explained(study.path, TWO) == []
+
+
+def test_answers_that_got_worse_are_explained_on_their_own_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["sweep", "embedded:scenes-llava", "--n", "6", "--bits", "2", "--search", "one-at-a-time", "--by", "part"]
+    assert main([*line, "--out", str(tmp_path / "run")]) == 0
+    study = Study(tmp_path / "run")
+    plan = next(trial.plan for trial in study.trials() if trial.plan.is_uniform and not trial.plan.is_native)
+    capsys.readouterr()
+    assert main(["explain", str(study.path), "--plan", plan.key, "--failures", "1"]) == 0
+    assert "on 1 answer that got worse" in capsys.readouterr().out
+    worst = {one.example for one in changed(study_of(study, plan), plan)[:1]}
+    (found,) = explained(study.path, plan)
+    assert set(found.examples) == worst
+    asked = {one.id: one.prompt for one in task("vqa", n=6).examples}
+    for name, one in found.examples.items():
+        assert asked[name] in "".join(piece for piece, _ in one.question)
+        assert {len(row) for row in one.places} == {len(one.places)}
+        assert max(value for row in one.places for value in row) == 1
+    (shown,) = galleries(study, [("x", plan)], 5)
+    assert {card.change.example for card in shown.cards if card.entering} == worst
+    native = study.native.key
+    assert main(["explain", str(study.path), "--plan", native, "--failures", "2"]) == 2
+    assert "full precision has no damage to explain" in capsys.readouterr().err
