@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.legal import Legal, legal, legalize
+from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.api.recommending import FRESH
 from sensitivity.api.sweeping import calibrated, sweep
 from sensitivity.formats.table import CHECKPOINTS, CHECKS, FORMATS, may_be_written, write
@@ -22,6 +23,7 @@ from sensitivity.formats.writing.calibrated_codes import CalibratedCodes
 from sensitivity.formats.writing.calibrated_codes import codes as calibrated_codes
 from sensitivity.formats.writing.job import Codes, Job, codes_from_weights
 from sensitivity.formats.writing.manifest import TrialFacts
+from sensitivity.formats.writing.model_card import plan_card
 from sensitivity.formats.writing.unfinished import remove_unfinished
 from sensitivity.measure.calibrate.statistics import check_path
 from sensitivity.models.loading import load
@@ -29,6 +31,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import needs_data
 from sensitivity.quantize.scheme_settings import check_scheme
 from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.files import write_atomically
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read
 from sensitivity.spec.runtimes.rules import violations
@@ -198,6 +201,14 @@ def _source(
     if legal_in is not None:
         return study, legal(study, legal_in, bpw).plan, {}
     return study, solve(study, bpw=bpw, knapsack=Knapsack.of(study, study.tasks[:1], files_of(counted)))[0].plan, {}
+
+
+def write_cards(study: Study, recommendations: Sequence[Recommendation], files: Sequence[Path]) -> None:
+    """Write a card beside the file of each recommended plan: what it is, how it scores, and how that was measured."""
+    for one, file in zip(recommendations, files, strict=True):
+        facts, _ = _measured(study, one.plan)
+        content = plan_card(study.parts, one.plan, facts, one.words)
+        write_atomically(paths.card(file), content.encode("utf-8", "replace"))
 
 
 def _instead(study: Study, plan: Plan, name: str) -> str:

@@ -103,6 +103,16 @@ def test_sweep_rank_recommend_report_export(study: Path, tmp_path: Path, capsys:
     plan = json.loads((study / "plan.json").read_text())
     assert plan["size"]["bpw"] <= 5
     assert plan["provenance"]["verified"]["fingerprint"] == Study(study).meta["fingerprint"]
+    card = (study / "plan.md").read_text()
+    measured = ("| vqa | ", "right → wrong", "* benchmark: vqa, at most 25 examples drawn with seed", "* versions: ")
+    for said in (
+        "| vision | ",
+        "* method: uniform, without calibration",
+        f"{plan['size']['bytes']:,} bytes",
+        *measured,
+    ):
+        assert said in card, said
+    assert str(study) not in card
     status, out, _ = run(capsys, "report", study)
     assert status == 0
     assert (study / "report" / "index.html").stat().st_size > 10_000

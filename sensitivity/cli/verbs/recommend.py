@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.analysis.allocate.kept_recommendation import check_request, save
     from sensitivity.analysis.allocate.priors import check_priors, expect_from, schemes_of
     from sensitivity.analysis.observations import observations_of
+    from sensitivity.api.exporting import write_cards
     from sensitivity.api.recommending import begin_recommendation
     from sensitivity.formats.timing.kept_times import kept_times
     from sensitivity.models.loading import device_of, dtype_of, load
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if times is not None:
         layer_times.save(study.path, times)
     paths = save(study, best)
+    write_cards(study, best, paths)
     ran = [None if times is None or vlm is None else _in_runtime(args, study, one, vlm, times) for one in best]
     notes = dict.fromkeys(note for task in request.weights for note in observations_of(study, task).notes)
     if not args.json:
@@ -102,7 +104,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
                 run_time(one.plan, study.parts, times, request.limits)
             if outcome is not None:
                 print(f"  {outcome.words}")
-            print(f"  plan: {path}")
+            print(f"  plan: {path}; its model card: {path.with_suffix('.md')}")
         answer_counts({f"{one.plan.key[:8]} {one.plan.describe()}": _counts(study, one) for one in best})
     facts = [
         {**one.to_json(), "path": str(path), "answers": _counts(study, one), **_run_time(study, one, times, outcome)}

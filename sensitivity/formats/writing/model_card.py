@@ -1,4 +1,4 @@
-"""The model card of an export: plan, scores with intervals, size, how to load it, license."""
+"""Model cards, of exports and of recommended plans: plan, scores with intervals, size, how to go on, license."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from sensitivity.formats.writing.job import Job, Written, predicted_size
 from sensitivity.formats.writing.manifest import TrialFacts
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.plan import Scheme
+from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.sizes import component_bits, kept_bits, size
 from sensitivity.study.exports import path_gain
 from sensitivity.study.sharing.markdown import escaped, yaml_text
@@ -54,7 +54,7 @@ def _lines(job: Job, written: Written, format: str, facts: TrialFacts) -> Iterat
     yield f"| kept ({_reasons(job.parts)}) | native | | | | {sizes} |"
     yield from ("", "## Size", "", *_size(job, written, format), "", "## Scores", "")
     yield from _scores(facts)
-    if measured := list(_measured(job, facts)):
+    if measured := list(_measured(job.plan, facts)):
         yield from ("", "## How it was measured", "", *measured)
     yield from (
         "",
@@ -73,6 +73,30 @@ def _lines(job: Job, written: Written, format: str, facts: TrialFacts) -> Iterat
     else:
         yield f"{escaped(license)}, as the base model; any license files of the base model lie beside this card."
     yield ""
+
+
+def plan_card(parts: ComponentMap, plan: Plan, facts: TrialFacts, verdict: str) -> str:
+    """The card of a recommended plan that is not exported yet."""
+    return "\n".join(_plan_lines(parts, plan, facts, verdict))
+
+
+def _plan_lines(parts: ComponentMap, plan: Plan, facts: TrialFacts, verdict: str) -> Iterator[str]:
+    """The lines of the card: plan, size, verdict, scores, and how it was measured."""
+    model, weighs = escaped(Path(parts.model).name), size(parts, plan)
+    yield from (f"# {model}, {escaped(plan.describe())}", "")
+    yield f"{model} under a mixed-precision plan, recommended by sensitivity: {escaped(verdict)}"
+    yield from ("", "## Plan", "", "| component | method | bits | group | grid | weights | bytes |")
+    yield "|---|---|---|---|---|---|---|"
+    for component in parts.components:
+        stored = component_bits(parts, component.name, plan[component.name]) // 8
+        yield f"| {escaped(component.name)} | {_scheme(plan[component.name])} | {component.numel:,} | {stored:,} |"
+    kept = sum(one.numel for one in parts.kept)
+    yield f"| kept ({_reasons(parts)}) | native | | | | {kept:,} | {kept_bits(parts) // 8:,} |"
+    yield from ("", f"{weighs.bytes:,} bytes, {weighs.bpw:.3f} bits per weight (codes alone: {weighs.bpw_codes:.3f}).")
+    yield from ("", "## Scores", "", *_scores(facts))
+    if measured := list(_measured(plan, facts)):
+        yield from ("", "## How it was measured", "", *measured)
+    yield from ("", "`sensitivity export` writes the plan for a runtime, with a card that says how to load it.", "")
 
 
 def _scheme(scheme: Scheme | None) -> str:
@@ -140,7 +164,7 @@ def _changes(facts: TrialFacts) -> Iterator[str]:
         yield f"Right to wrong by kind of question: {', '.join(words)}."
 
 
-def _measured(job: Job, facts: TrialFacts) -> Iterator[str]:
+def _measured(plan: Plan, facts: TrialFacts) -> Iterator[str]:
     """On which data, by which methods and calibration, and by which versions the plan was measured."""
     meta = facts.get("meta") or {}
     for source in meta.get("tasks", ()):
@@ -149,7 +173,7 @@ def _measured(job: Job, facts: TrialFacts) -> Iterator[str]:
         yield f"* benchmark: {escaped(named)}, at most {meta.get('n', 0):,} examples drawn with seed {meta.get('seed')}"
     for task, data in meta.get("data", {}).items():
         yield f"* data of {escaped(task)}: {escaped(data)} (a hash of questions, answers and images)"
-    for method, settings in sorted({(s.method, _calibration(s)) for _, s in job.plan.schemes if s}):
+    for method, settings in sorted({(s.method, _calibration(s)) for _, s in plan.schemes if s}):
         yield f"* method: {escaped(method)}{settings}"
     if versions := facts.get("versions"):
         yield f"* versions: {escaped(', '.join(f'{name} {version}' for name, version in sorted(versions.items())))}"

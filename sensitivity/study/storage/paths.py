@@ -67,6 +67,11 @@ def recommendation(study: Path, budget: float | None = None) -> Path:
     return study / (PLAN if budget is None else f"plan-{budget:g}bpw.json")
 
 
+def card(recommendation: Path) -> Path:
+    """The model card of a recommended plan, beside the plan's file."""
+    return recommendation.with_suffix(".md")
+
+
 def export_notes(study: Path) -> Path:
     """The folder of notes on exports."""
     return study / "exports"
