@@ -68,17 +68,17 @@ class PutBack:
 
 def put_back(study: Study, plan: Plan) -> list[PutBack]:
     """Every quantized part of a plan with its bits put back, the part that is cheapest to store first."""
-    now, found = size(study.parts, plan).bits, []
+    now, restored = size(study.parts, plan).bits, []
     measured = [(_differing(plan, trial.plan), trial.plan) for trial in study.measured()]
     for part, scheme in plan.schemes:
         if scheme is not None:
             native = Plan(tuple((name, None if name == part else one) for name, one in plan.schemes))
-            others = [(one[part], one) for parts, one in measured if parts == [part]]
+            others = [(one[part], one) for differing, one in measured if differing == [part]]
             wider = [(other.bits, one) for other, one in others if other is not None and other.bits > scheme.bits]
             plans = [native, *(one for _, one in sorted(wider, key=lambda pair: -pair[0]))]
             scores = tuple((one, known) for one in plans if (known := _scores(study, one)))
-            found.append(PutBack(part, size(study.parts, native).bits - now, native, scores))
-    return sorted(found, key=lambda one: one.bits)
+            restored.append(PutBack(part, size(study.parts, native).bits - now, native, scores))
+    return sorted(restored, key=lambda one: one.bits)
 
 
 def cause(change: Change, parts: Sequence[PutBack]) -> Cause | None:

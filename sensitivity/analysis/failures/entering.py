@@ -77,13 +77,13 @@ class Explained:
 
 def explained(study: Path, plan: Plan) -> list[Explained]:
     """What was found of a plan: on answers that got worse, and on calibration examples, each where it was explained."""
-    found = []
+    explanations = []
     for failures in (True, False):
         # one of an earlier version lacks what is drawn; `explain` writes it anew
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             file = paths.explanation(study, plan.key, failures)
-            found.append(_read(json.loads(file.read_text(encoding="utf-8")), failures))
-    return found
+            explanations.append(_read(json.loads(file.read_text(encoding="utf-8")), failures))
+    return explanations
 
 
 def examples_of(found: Explained) -> Iterator[Example]:

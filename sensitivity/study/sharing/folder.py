@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.files import write_atomically
+from sensitivity.spec.files import discard, write_atomically
 from sensitivity.study import identity
 from sensitivity.study.sharing import table_file
 from sensitivity.study.storage import paths
@@ -38,7 +38,8 @@ def write(study: Study, out: Path, answers: bool) -> int:
         files["answers"] = ANSWERS
         table_file.write_rows(study, out / ANSWERS, True)
     else:
-        (out / ANSWERS).unlink(missing_ok=True)  # of an earlier folder: it was asked not to be shared
+        # answers of an earlier folder: this time they are not to be shared
+        discard(out / ANSWERS, ours=table_file.is_ours(out / CARD))
     write_atomically(out / paths.JOURNAL, _journal(study))
     write_atomically(out / CARD, table_file.folder_card(study, out / TRIALS, rows, files).encode("utf-8", "replace"))
     return rows
