@@ -93,7 +93,7 @@ def test_nothing_is_guessed_where_a_cheaper_part_was_not_measured(tmp_path: Path
     assert shown.unexplained == shown.changed > 40
     assert f"sensitivity failures {made.path} --plan {LOW.key[:8]} --causes" in shown.ask
     write(tmp_path / "page.html", "m", [shown])
-    assert f"For {shown.changed} answers that got worse that is not measured" in (tmp_path / "page.html").read_text()
+    assert f"is not measured for {shown.changed} answers that got worse" in (tmp_path / "page.html").read_text()
 
 
 def test_an_answer_that_did_not_get_worse_has_no_cause(tmp_path: Path) -> None:

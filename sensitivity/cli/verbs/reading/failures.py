@@ -138,7 +138,9 @@ def _show(failures: Gallery) -> None:
         print(f"\nMended by the cheapest part that is enough, put back to full precision alone: {counted}.")
     if failures.unexplained:
         how = f": {failures.ask} measures it" if failures.ask else " (--n sets for how many it is)"
-        print(f"Which part mends {count(failures.unexplained, 'answer')} that got worse is not measured{how}.")
+        print(
+            f"Which part's bits did it is not measured for {count(failures.unexplained, 'answer')} that got worse{how}."
+        )
 
 
 def _changes(failures: Gallery) -> None:
