@@ -23,8 +23,8 @@ from sensitivity.tasks.table import task
 
 
 def given(plan: Plan, example: Example) -> str:
-    bits = sum(plan.bits().values())
-    return example.answers[0] if int(example.id.split("-")[2]) % 48 < bits else "wrong"
+    bits = sum(plan.bits().values())  # of full precision: 48
+    return example.answers[0] if 8 * (int(example.id.split("-")[2]) % 6) < bits else "wrong"
 
 
 @pytest.fixture
@@ -47,8 +47,7 @@ def test_others_choose_the_same_plans_without_the_model(
     assert [one.plan.key for one in solve(Study(theirs), bpw=[4.0, 6.0], top=1)] == expected
     assert main(["recommend", str(theirs), "--bpw", "6", "--no-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["key"] == expected[1]
-    for verb in ("rank", "report"):
-        assert main([verb, str(theirs), "--json"]) == 0, verb
+    assert main(["report", str(theirs), "--json"]) == 0
 
 
 def test_the_card_is_one_that_a_hub_reads(study: Study, tmp_path: Path) -> None:
