@@ -21,7 +21,7 @@ from sensitivity.quantize.grids.spqr import spqr
 from sensitivity.quantize.grids.squeezellm import squeezellm
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears, Method, per_weight
-from sensitivity.quantize.run_time.settings import NOTHING_ROUNDED, needs_run_time_data, of_weights
+from sensitivity.quantize.run_time.settings import AS_STORED, NOTHING_ROUNDED, needs_run_time_data, of_weights
 from sensitivity.quantize.solvers.activations import int8_rows, split_inputs
 from sensitivity.quantize.solvers.clip import clip
 from sensitivity.quantize.solvers.gptq import gptq
@@ -54,7 +54,7 @@ TRANSFORMS = ("none", "hadamard")
 TRANSFORM: dict[str, Setting] = {"transform": "none"}
 SMOOTHING: dict[str, Setting] = {"spread": "largest", "scales": "stored", "learned": 0, **TRANSFORM}
 NOTHING: dict[str, Setting] = {"biases": False, "backend": OWN, "importance": UNIFORM, "gradient": False, "learned": 0}
-NOTHING |= {**SHIFT, **TRANSFORM, **NOTHING_ROUNDED}
+NOTHING |= {**SHIFT, **TRANSFORM, **NOTHING_ROUNDED, **AS_STORED}
 # what a calibrated scheme records about its calibration data (see Statistics.facts), and the type of each
 CALIBRATION = {"calibration": str, "examples": int, "seed": int, "data": str, "path": str}
 BLOCKS = "in blocks of 64 of the flattened weight, around zero"

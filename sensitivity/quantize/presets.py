@@ -26,6 +26,11 @@ PRESETS: dict[str, dict[str, Setting]] = {
     "squeezellm-fisher": {"method": "squeezellm", "gradient": True},
     # QIG as its authors publish it is MBQ's scale search under the weights of its integrated gradients
     "qig": {"method": "awq", "group": 128, "clip": False, "importance": "perturbation"},
+    # WKVQuant learns clips of weights and sizes of channels block by block; here both are found from ranges
+    "wkv": {
+        **{"method": "clip", "group": 128, "symmetric": False},
+        **{"cache": 4, "cache_group": 128, "cache_past": True, "cache_smooth": True},
+    },
     "salq-vlm": {"method": "gptq", "shift": "later", "strength": 0.25, "importance": "block"},
     # weights and activations; what each takes from its source, and what not, is said in SOURCES
     "repq-vit": {

@@ -13,7 +13,7 @@ from sensitivity.quantize.run_time.inputs import TOKEN
 from sensitivity.quantize.run_time.settings import ROUNDED_BITS, RUN_TIME, with_run_time
 from sensitivity.quantize.solvers import gptqmodel_solver
 from sensitivity.spec.errors import UserError, unknown
-from sensitivity.spec.plan import ACTIVATION_SCALE, NOT_ROUNDED, Scheme, Setting
+from sensitivity.spec.plan import ACTIVATION_SCALE, CACHE_PAST, CACHE_SMOOTH, NOT_ROUNDED, Scheme, Setting
 
 
 def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None = None, **chosen: Any) -> Scheme:
@@ -58,6 +58,8 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     settings = {key: value for key, value in settings.items() if NOTHING.get(key, settings) != value}
     if settings.get("transform") and settings.get(ACTIVATION_SCALE, TOKEN) != TOKEN:
         raise UserError(f"{method} rotates inputs, whose ranges are then not known; leave activation_scale at {TOKEN}")
+    if settings.get(CACHE_SMOOTH) and not settings.get(CACHE_PAST):
+        raise UserError(f"{method} divides the channels that attention reads; set cache_past=true beside cache_smooth")
     if settings.get("transform") == "blocks" and settings.get("learned"):
         raise UserError(f"{method} learns factors behind a rotation of all channels or none; set transform=hadamard")
     made = Scheme(name, bits, group, symmetric, tuple(settings.items()), activations, cache)

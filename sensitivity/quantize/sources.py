@@ -67,6 +67,13 @@ SOURCES: dict[str, Source] = {
         "GWQ", ABSTRACT, "a share of each weight; ranges without outliers; as many examples as are calibrated on"
     ),
     "adpq": Source("AdpQ, statistical pre-calibration", ABSTRACT, "its threshold is the largest share by magnitude"),
+    "wkv": Source(
+        "WKVQuant",
+        ABSTRACT,
+        "a token alone reads its own key and value as they are, also in a prompt; channels are divided by their "
+        "largest value, where published factors are learned",
+        "code bits, of weights and cache",
+    ),
     "qvla": Source(
         "QVLA",
         "released proxy read, not the text",

@@ -24,8 +24,11 @@ SOFTMAX = "softmax"  # the setting that says to which grid attention's probabili
 CACHE_GROUP = "cache_group"  # the setting that says how many channels of a key or value share a scale
 ATTENTION = "attention"  # the setting that says how queries, keys and values are rounded, with as many bits
 MATCH = "match"  # the setting that says whether attention is scaled to the float model's
+CACHE_PAST = "cache_past"  # the setting that says whether a token reads its own key and value as they are
+CACHE_SMOOTH = "cache_smooth"  # the setting that says whether channels are divided by their size before rounding
+OF_CACHE = (CACHE_GROUP, CACHE_PAST, CACHE_SMOOTH)
 # the settings that say nothing about how weights are stored
-OF_ROUNDING = (ACTIVATION_SCALE, SOFTMAX, ATTENTION, MATCH, CACHE_GROUP)
+OF_ROUNDING = (ACTIVATION_SCALE, SOFTMAX, ATTENTION, MATCH, *OF_CACHE)
 KEEP = "keep"  # the method that leaves weights as they are, for a component whose activations or cache are rounded
 
 
@@ -95,7 +98,7 @@ class Scheme:
         """The same scheme with keys and values as they are; None, for native precision, where nothing else changes."""
         if self.method == KEEP and self.activations == NOT_ROUNDED:
             return None
-        settings = tuple((name, value) for name, value in self.settings if name != CACHE_GROUP)
+        settings = tuple((name, value) for name, value in self.settings if name not in OF_CACHE)
         return replace(self, settings=settings, cache=NOT_ROUNDED) if self.cache != NOT_ROUNDED else self
 
     @property

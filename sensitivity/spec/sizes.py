@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError, unknown
-from sensitivity.spec.plan import CACHE_GROUP, KEEP, NOT_ROUNDED, Plan, Scheme, Setting, scheme_of
+from sensitivity.spec.plan import CACHE_GROUP, CACHE_SMOOTH, KEEP, NOT_ROUNDED, Plan, Scheme, Setting, scheme_of
 from sensitivity.spec.plan_size import Size
 
 GRAPH_ENTRY = 16_000  # the same of a weight and the operations around it in an OpenVINO graph, which has about 9,000
@@ -260,7 +260,10 @@ def weight_bits(scheme: Scheme | None, weight: Weight, native_bits: int, format:
 
 def component_bits(parts: ComponentMap, name: str, scheme: Scheme | None, format: str | None = None) -> int:
     """All bits of one component."""
-    return sum(weight_bits(scheme, w, parts.native_bits, format) for w in parts[name].weights)
+    stored = sum(weight_bits(scheme, w, parts.native_bits, format) for w in parts[name].weights)
+    # the sizes of channels by which keys and values are divided
+    smoothed = scheme is not None and scheme.get(CACHE_SMOOTH)
+    return stored + (16 * sum(w.rows for w in parts[name].weights if w.cached) if smoothed else 0)
 
 
 def bits_of(parts: ComponentMap, plan: Plan, names: Collection[str], format: str | None = None) -> int:

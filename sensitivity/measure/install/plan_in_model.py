@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from sensitivity.measure.calibrate.absorbers import Absorber
 from sensitivity.measure.calibrate.cache import fingerprint
 from sensitivity.measure.calibrate.statistics import Statistics, by_importance
+from sensitivity.measure.install.past_cache import Sizes, cache_sizes, past_cache_hooks
 from sensitivity.measure.install.rounding import check_cache
 from sensitivity.measure.install.run_time import RunTime
 from sensitivity.measure.memory.weight_codes import CachedWeight, Key, WeightCodes, as_cached, from_tensors, tensors
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears, input_of
 from sensitivity.quantize.methods import UNIFORM, method_of, needs_data, needs_fisher, quantize, solve, weights_of
-from sensitivity.quantize.run_time.settings import needs_run_time_data
+from sensitivity.quantize.run_time.settings import needs_run_time_data, smooths_cache
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import KEEP, NOT_ROUNDED, Plan, Scheme, Setting, scheme_of
@@ -56,6 +57,7 @@ def quantized(
     if not exposed:  # float statistics are collected before the first weight is replaced
         for block in each(blocks, *QUANTIZING, len(blocks)):
             quantizer.solve(block, {weight.name: {given[weight.name]} for weight in block})
+    sizes = quantizer.cache_sizes(model, given)  # of the float model, too
     with ExitStack() as installed:
         try:
             if not exposed:
@@ -75,6 +77,8 @@ def quantized(
                     for hook in quantizer.run_time.hooks(weight, scheme, quantizer.stored(weight, scheme)):
                         installed.callback(hook.remove)
                 quantizer.installed_so_far += [(weight.name, given[weight.name]) for weight in block]
+            for hook in past_cache_hooks(model, parts.weights, given, sizes):
+                installed.callback(hook.remove)
             for hook in quantizer.run_time.match(given):
                 installed.callback(hook.remove)
             # compared by address: a weight whose values survive quantizing unchanged counts as changed, too
@@ -213,6 +217,14 @@ class _Quantizer:
         if scheme.activations == NOT_ROUNDED or scheme.method == KEEP:
             return None
         return self.memory[self.key(weight.name, scheme)]
+
+    def cache_sizes(self, model: nn.Module, given: Mapping[str, Scheme]) -> Sizes:
+        """The sizes of the channels of keys and values, where a scheme divides by them; `model` has its own weights."""
+        if smoothing := [scheme for scheme in given.values() if smooths_cache(scheme)]:
+            self._check_calibrated(smoothing[0])
+            if not self.memory.cache_sizes and self.statistics is not None:
+                self.memory.cache_sizes = dict(cache_sizes(model, self.weights.values(), self.statistics.passes))
+        return self.memory.cache_sizes
 
     def _values(self, linears: Linears, schemes: Sequence[Scheme]) -> list[list[CachedWeight]]:
         """The quantized weights for each scheme; calibrated ones come from the cache on disk if it has them."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sensitivity.measure.install.past_cache import keeps_own
 from sensitivity.quantize.methods import method_of
 from sensitivity.quantize.run_time.inputs import round_inputs
 from sensitivity.quantize.run_time.keys_and_values import round_cached
@@ -39,7 +40,7 @@ def rounding_hooks(
         bits = scheme.activations
         how = rounded or (lambda x: round_inputs(x, bits))
         yield _before(model.get_submodule(weight.reader), how if transform is None else _behind(transform, how))
-    if scheme.cache != NOT_ROUNDED and weight.cached:
+    if scheme.cache != NOT_ROUNDED and weight.cached and not keeps_own(scheme, weight):
         cache, group = scheme.cache, int(scheme[CACHE_GROUP] or 0)
         layer = model.get_submodule(weight.module)
         yield layer.register_forward_hook(lambda _, __, output: round_cached(output, cache, group))

@@ -14,6 +14,8 @@ from sensitivity.spec.plan import (
     ATTENTION,
     CACHE,
     CACHE_GROUP,
+    CACHE_PAST,
+    CACHE_SMOOTH,
     MATCH,
     NOT_ROUNDED,
     OF_ROUNDING,
@@ -28,6 +30,7 @@ NOTHING_ROUNDED: dict[str, Setting] = {SOFTMAX: NONE, ATTENTION: NONE, MATCH: Fa
 OF_ACTIVATIONS: dict[str, Setting] = {ACTIVATION_SCALE: TOKEN, **NOTHING_ROUNDED}
 # queries, keys and values: not rounded, each with one range, or that of keys after two peaks are folded into one
 OPERANDS = (NONE, OPERANDS_TENSOR := "tensor", FOLDED := "folded")
+AS_STORED: dict[str, Setting] = {CACHE_PAST: False, CACHE_SMOOTH: False}  # all tokens alike, channels as they are
 CHOICES: dict[str, tuple[Setting, ...]] = {ACTIVATION_SCALE: SCALES, SOFTMAX: GRIDS, ATTENTION: OPERANDS}
 CHANNELS = 32  # of a key or value that share a scale, as in KIVI (Liu et al. 2024)
 
@@ -44,7 +47,9 @@ def with_run_time(row: Method, name: str, activations: int, cache: int) -> Metho
         )
     if cache != NOT_ROUNDED:
         row = replace(
-            row, settings={**row.settings, CACHE_GROUP: CHANNELS}, ranges={**row.ranges, CACHE_GROUP: (1, 65_536)}
+            row,
+            settings={**row.settings, CACHE_GROUP: CHANNELS, **AS_STORED},
+            ranges={**row.ranges, CACHE_GROUP: (1, 65_536)},
         )
     return row
 
@@ -74,7 +79,12 @@ def matches_attention(scheme: Scheme) -> bool:
 def needs_run_time_data(scheme: Scheme) -> bool:
     """Whether what a scheme rounds in each forward pass is found from calibration data."""
     searched = scheme.get(ACTIVATION_SCALE, TOKEN) != TOKEN or scheme.get(SOFTMAX) == ADAPTIVE
-    return searched or operand_mode(scheme) is not None or matches_attention(scheme)
+    return searched or operand_mode(scheme) is not None or matches_attention(scheme) or smooths_cache(scheme)
+
+
+def smooths_cache(scheme: Scheme) -> bool:
+    """Whether a scheme divides keys and values by the size of their channels, which calibration gives."""
+    return bool(scheme.get(CACHE_SMOOTH))
 
 
 def of_weights(scheme: Scheme, row: Method, facts: tuple[str, ...]) -> Scheme:
