@@ -8,6 +8,7 @@ from pathlib import Path
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.arguments.model_and_tasks import loaded
 from sensitivity.cli.arguments.scheme_flags import checked
+from sensitivity.cli.output.progress import show_stages
 from sensitivity.cli.output.tables import attributions, explanation
 from sensitivity.spec.errors import UserError
 
@@ -97,7 +98,8 @@ def _components(args: argparse.Namespace) -> dict[str, object]:
     check_explains(tasks, args.scores)
     check_tasks_fit(vlm, tasks)
     data = args.calibration or args.task
-    scoring = scored(vlm, parts, requested, data, args.scores, args.calibration_n, 0, (), args.cache_gb)
+    with show_stages(args.json):
+        scoring = scored(vlm, parts, requested, data, args.scores, args.calibration_n, 0, (), args.cache_gb)
     measured = compared(args.out, scoring.scores, parts.names)
     in_words = not any(task.gallery for task in tasks)
     checks = score_checks.checked(scoring.given, scoring.scores, args.check) if in_words else None

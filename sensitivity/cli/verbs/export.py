@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.output.progress import show_stages
 from sensitivity.cli.output.tables import table
 from sensitivity.spec.errors import unknown
 
@@ -47,10 +48,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     _check(args)
     if left := exporting.remove_unfinished(args.out.parent):
         print(f"removed the unfinished folders of killed exports: {', '.join(map(str, left))}", file=sys.stderr)
-    path = exporting.export_from(
-        args.source, args.bpw, args.out, args.format, args.force,
-        model=args.model, runtime=args.runtime, path=args.path,
-    )  # fmt: skip
+    with show_stages(args.json):
+        path = exporting.export_from(
+            args.source, args.bpw, args.out, args.format, args.force,
+            model=args.model, runtime=args.runtime, path=args.path,
+        )  # fmt: skip
     known = manifest.read(path) if (path / manifest.MANIFEST).exists() else None
     if not args.json:
         show(path, known)

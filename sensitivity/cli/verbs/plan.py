@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.arguments.model_and_tasks import loaded
 from sensitivity.cli.arguments.scheme_flags import checked
-from sensitivity.cli.output.progress import show_progress, show_progress_in_json
+from sensitivity.cli.output.progress import show_progress, show_progress_in_json, show_stages
 from sensitivity.cli.output.tables import forecast, recommendation, score_costs
 
 if TYPE_CHECKING:
@@ -81,10 +81,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     check_tasks_fit(vlm, tasks)
     if args.dry_run:
         return _forecast(args, vlm, parts, requested, tasks)
-    scoring = scored(
-        vlm, parts, requested, args.calibration or args.task, openings_by(tasks), args.calibration_n, args.seed, tasks,
-        args.cache_gb,
-    )  # fmt: skip
+    data = args.calibration or args.task
+    with show_stages(args.json):
+        scoring = scored(
+            vlm, parts, requested, data, openings_by(tasks), args.calibration_n, args.seed, tasks, args.cache_gb
+        )
     left = math.inf if args.minutes is None else max(60 * args.minutes - (time.monotonic() - began), 0.001)
     planning = begin_plan(
         vlm, parts, args.task, args.out, request, scoring.scores, args.trials,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from typing import Any
 
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.arguments.model_and_tasks import loaded
 from sensitivity.cli.arguments.scheme_flags import checked
+from sensitivity.cli.output.progress import show_stages
 from sensitivity.cli.output.tables import table
 
 ABOUT = (
@@ -61,9 +63,10 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         check_drafts(vlm, one)
     check_tasks_fit(vlm, tasks)
     data = args.calibration or args.task
-    schemes, statistics = calibrated(
-        vlm, parts, weights, data, args.calibration_n, args.seed, args.path, tasks, args.cache_gb
-    )
+    with show_stages(args.json):
+        schemes, statistics = calibrated(
+            vlm, parts, weights, data, args.calibration_n, args.seed, args.path, tasks, args.cache_gb
+        )
     rows: list[dict[str, Any]] = []
     for scheme in schemes:
         plan = Plan.uniform(parts, scheme)
@@ -72,9 +75,10 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             for pattern, bits, found in acceptance(
                 vlm, parts, plan, one, args.activation_bits, patterns, args.draft, statistics
             ):
+                error = found.error if math.isfinite(found.error) else None
                 rows.append(
                     {"weights": str(scheme), "task": one.name, "component": pattern, "activations": bits,
-                     "drafted": found.drafted, "accepted": found.accepted, "rate": found.rate, "error": found.error}
+                     "drafted": found.drafted, "accepted": found.accepted, "rate": found.rate, "error": error}
                 )  # fmt: skip
                 if not args.json:
                     print(f"{scheme} {one.name} {pattern}: {bits} bits, {found.rate:.3f}", file=sys.stderr)
@@ -105,4 +109,4 @@ def show(rows: list[dict[str, Any]], draft: int) -> None:
 
 def _rate(row: dict[str, Any]) -> str:
     """A rate with its error, which one image does not tell."""
-    return f"{row['rate']:.3f}" + (f" ± {row['error']:.3f}" if row["error"] < 1 else "")
+    return f"{row['rate']:.3f}" + (f" ± {row['error']:.3f}" if row["error"] is not None else "")
