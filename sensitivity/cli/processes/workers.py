@@ -6,6 +6,7 @@ import _thread
 import argparse
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,8 @@ def stop_with_launcher() -> None:
         os._exit(130)
 
     if os.environ.get(CHILD) == STOPS_WITH_LAUNCHER:
+        # a shell starts its background jobs with SIGINT ignored, and then an interrupt would do nothing
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Thread(target=watch, daemon=True).start()
 
 
