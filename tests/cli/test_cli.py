@@ -350,9 +350,10 @@ def test_a_parsers_error_is_json_too(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_worker_that_swallows_the_interrupt_ends_with_its_launcher() -> None:
     """As where the launcher is killed while a worker imports a library that catches everything."""
     swallows = (
-        "import time; from sensitivity.cli.processes import workers; workers.SECONDS_TO_STOP = 0.5\n"
-        "workers.stop_with_launcher(); print('up', flush=True)\n"
-        "while True:\n    try: time.sleep(0.05)\n    except: print('swallowed', flush=True)"
+        "import time; from sensitivity.cli.processes import workers; workers.SECONDS_TO_STOP = 0.5; word = 'up'\n"
+        "workers.stop_with_launcher()\n"
+        "while True:\n    try:\n        print(word, flush=True)\n        while True: time.sleep(0.05)\n"
+        "    except: word = 'swallowed'"
     )
     env = {**os.environ, workers.CHILD: workers.STOPS_WITH_LAUNCHER}
     pipe: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

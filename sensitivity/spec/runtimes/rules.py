@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from sensitivity.spec.components import VOCABULARY, Component, ComponentMap, Weight
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import ATTENTION, MATCH, NOT_ROUNDED, SOFTMAX, Plan, Scheme
+from sensitivity.spec.plan import ACTIVATION_SCALE, ATTENTION, MATCH, NOT_ROUNDED, SOFTMAX, Plan, Scheme
 from sensitivity.spec.runtimes.table import Choice, Runtime, runtime
 
 
@@ -74,7 +74,7 @@ def _not_rounded(scheme: Scheme, able: Runtime) -> Iterator[str]:
         yield f"{title} takes rounded activations {rows}"
     elif able.packed and (more := [name for name in (SOFTMAX, ATTENTION, MATCH) if scheme.get(name)]):
         yield f"{title} does not round or scale attention; leave out {' and '.join(more)}, or use --format plan"
-    elif able.packed and scheme.get("activation_scale") != "token":
+    elif able.packed and scheme.get(ACTIVATION_SCALE, "token") != "token":
         yield f"{title} is written with a scale for each token; use --set activation_scale=token"
 
 
