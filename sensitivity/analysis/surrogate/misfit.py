@@ -22,6 +22,7 @@ BOUNDS = ((0.8, 4.0), (-12.0, 2.0), (-9.0, 2.0), (-9.0, 2.0), (-9.0, 2.0))
 NEVER = -40.0  # the logarithm of nothing
 ODDS = math.log(20)  # by which readings must be likelier with the process than without, for predictions to use it
 NARROWEST = 1e-4  # least noise, as a share of the largest score: the matrix is to be invertible
+LEAST = 1e-12  # of the largest variance: without noise, eigenvalues fall below the rounding errors of the others
 WIDEST = 1.5  # intervals are widened by at most this factor
 
 
@@ -132,7 +133,7 @@ def fit_misfit(
     full, cost = evidence.best(process=True)
     counts = cost_plain - cost > ODDS
     between = _alike(_apart(apart, index, index), full.distance) * _size(full, steep, steep)
-    held = between + np.diag(_noise(full, shape, steep))
+    held = _definite(between + np.diag(_noise(full, shape, steep)))
     factor = np.asarray(cho_factor(held, lower=True)[0])
     inverse = np.linalg.inv(jac.T @ cho_solve((factor, True), jac) + np.diag(prior[1] ** -2.0))
     pulled = jac.T @ cho_solve((factor, True), missed) + (prior[0] - theta) / prior[1] ** 2
@@ -196,7 +197,7 @@ class Evidence:
         """Minus the logarithm of the posterior density of a setting, and its derivatives."""
         setting = Setting.of(logs)
         held, parts = self._covariance(setting, process)
-        factor = np.linalg.cholesky(held)
+        factor = np.linalg.cholesky(_definite(held))
         inverse = cho_solve((factor, True), np.eye(len(held)))
         solved = inverse @ self.missed
         wide = (logs - self.prior[0]) / self.prior[1]
@@ -223,9 +224,14 @@ class Evidence:
     def stretch(self, setting: Setting, process: bool) -> float:
         """By how much 95 % intervals must be wider to hold that share of readings, each foretold by the others."""
         held, _ = self._covariance(setting, process)
-        inverse = cho_solve(cho_factor(held, lower=True), np.eye(len(held)))
+        inverse = cho_solve(cho_factor(_definite(held), lower=True), np.eye(len(held)))
         away = np.abs(inverse @ self.missed) / np.sqrt(np.diag(inverse))
         return float(np.clip(np.quantile(away, 0.95) / 1.96, 1.0, WIDEST))
+
+
+def _definite(covariance: Floats) -> Floats:
+    """A covariance with as much more on its diagonal as rounding errors may take from its smallest eigenvalue."""
+    return covariance + LEAST * np.diag(covariance).max() * np.eye(len(covariance))
 
 
 def _noise(setting: Setting, shape: Floats, steep: Floats) -> Floats:
