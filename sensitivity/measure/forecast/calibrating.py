@@ -8,13 +8,13 @@ from sensitivity.quantize.methods import UNIFORM, importance, needs_data, needs_
 from sensitivity.spec.plan import Scheme
 
 # What each kind of importance observes; kinds that observe the same share its passes. A backward pass counts as two
-# forward passes, and running the blocks again for it as one.
-LOSS, BLOCK, ATTENTION, PERTURBATION = "loss", "block", "attention", "perturbation"
+# forward passes, and running the blocks again for it as one. The sizes of blocks' inputs take a forward pass.
+LOSS, BLOCK, ATTENTION, PERTURBATION, SIZES = "loss", "block", "attention", "perturbation", "sizes"
 OBSERVED = {
     "modality": LOSS, "gradient": LOSS, "output": LOSS, "block": BLOCK, "attention": ATTENTION,
-    "perturbation": PERTURBATION,
+    "perturbation": PERTURBATION, "filtered": SIZES,
 }  # fmt: skip
-PASSES = {LOSS: 4.0, BLOCK: 4.0, ATTENTION: 1.0, PERTURBATION: 3.0}
+PASSES = {LOSS: 4.0, BLOCK: 4.0, ATTENTION: 1.0, PERTURBATION: 3.0, SIZES: 1.0}
 FISHER = 5.0  # a backward pass, and a product for each weight's own gradient
 
 
