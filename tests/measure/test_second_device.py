@@ -85,7 +85,7 @@ FAMILIES = ("llava", "qwen2_vl", "smolvlm", "blip2_opt", "blip2_t5", "gemma3")
 CASES = [f"{name} {path}" for name in FAMILIES for path in ("float", "exposed")]
 
 
-@pytest.mark.parametrize("case", few(CASES, ["llava float", "llava exposed", "blip2_t5 exposed", "gemma3 exposed"]))
+@pytest.mark.parametrize("case", few(CASES, ["llava float", "blip2_t5 exposed"]))
 def test_a_second_device_gives_the_same_answers(case: str, asked: str, tmp_path: Path) -> None:
     name, path = case.split()
     folder = saved_vlms.save(name, tmp_path / "model")
