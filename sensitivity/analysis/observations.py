@@ -17,9 +17,9 @@ from sensitivity.study.scores import TaskScore
 from sensitivity.study.study import Study
 from sensitivity.study.trial import NATIVE, Trial, mixed_versions
 
-REPLICATES = 3  # repeated readings from which noise is estimated
+REPLICATES = 3  # least number of repeated readings from which noise is estimated
 LEAST = 0.25  # least noise of one score, as a share of that of all scores together
-ROUNDED_COLUMNS = (ACTIVATIONS, CACHE)  # what a component's further columns are called
+ROUNDED_COLUMNS = (ACTIVATIONS, CACHE)  # endings of the names of a component's further columns
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Observations:
             return None
         if len(self.score) - len(set(self.keys)) >= REPLICATES:
             return np.full(len(self), self.noise)
-        # all answers right or all wrong have a standard error of 0, which is not to say that there is no noise
+        # the standard error is 0 if all answers are right or all are wrong, yet such a score is noisy, too
         return np.maximum(np.where(np.isfinite(self.se), self.se, self.noise), LEAST * self.noise)
 
 
@@ -102,7 +102,7 @@ def check_task(study: Study, task: str | None) -> str:
 
 
 def observations_of(study: Study, task: str | None = None, method: str | None = None) -> Observations:
-    """The observations of one task, on request only those of plans that use one method, and of full precision."""
+    """The observations of one task; with `method`, only those of plans that use it alone, and of full precision."""
     task = check_task(study, task)
     trials = study.measured()
     if not trials:

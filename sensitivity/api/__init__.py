@@ -1,1 +1,1 @@
-"""The public functions: sweep, recommend and export, which connect analyses and models."""
+"""The public functions that connect analyses and models, such as sweep, recommend and export."""

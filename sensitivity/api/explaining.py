@@ -1,4 +1,4 @@
-"""Explains damage: the blame of components, modalities, places in images and tokens; and files of attributions."""
+"""Explains damage: how much comes from each component, modality, image region and token; writes attribution files."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.table import task as find_task
 
 VERSION = 1
-TITLE = "attributions"  # by which a file is known to be ours
+TITLE = "attributions"  # the title by which a file is known to be ours
 
 
 class Source(TypedDict):
-    """From where a task's examples were drawn, by which they are found again."""
+    """Where a task's examples were drawn from, so that they can be drawn again."""
 
     task: str
     split: str
@@ -53,9 +53,9 @@ class Source(TypedDict):
 
 @dataclass(frozen=True)
 class MovedNumber:
-    """What a plan does to one number of the boxes of a task: how far it moves, and who makes it unsure."""
+    """What a plan does to one number of a task's boxes: how far it moves, and what makes it uncertain."""
 
-    moved: float  # mean distance from full precision's, over the study's examples; NaN where no answer is a box
+    moved: float  # mean distance from full precision's number over the study's examples; NaN where no answer is a box
     integral: PathIntegral  # of the loss of the tokens that write this number
     blame: Blame
 
@@ -68,14 +68,14 @@ class Explanation:
     integral: PathIntegral
     blame: Blame
     data: tuple[Source, ...]
-    examples: tuple[str, ...]  # ids of the examples, in the order of their numbers
-    questions: Mapping[str, tuple[str, ...]]  # the pieces of each example's question, token by token
+    examples: tuple[str, ...]  # the id of each example, by its number in `blame`
+    questions: Mapping[str, tuple[str, ...]]  # id -> the text of each token of the question
     square_seen: tuple[str, float] | None  # of each image, as `models.processors.square_seen` says
     boxes: Mapping[str, MovedNumber] = field(default_factory=dict)  # by number of a box, where answers are boxes
 
     @property
     def of_failures(self) -> bool:
-        """Whether the examples are those that the plan answered worse, and no calibration data."""
+        """Whether the examples are those that the plan answered worse, instead of calibration data."""
         return any(source["split"] == "evaluation" for source in self.data)
 
     def to_json(self) -> dict[str, object]:
@@ -127,7 +127,7 @@ def check_explains(tasks: Sequence[Task], names: Sequence[str] = WITH_ANSWERS) -
 
 
 def trial_of(study: Study, wanted: str) -> Trial:
-    """The measured trial that a number, a key or the beginning of a key names; it may be of the verification."""
+    """The measured trial that a number, a key or the beginning of a key names; it may be one of the verification."""
     trials = study.measured()
     matching = [one for one in trials if one.key.startswith(wanted)] if len(wanted) >= 4 else []
     matching = matching or [one for one in trials if str(one.number) == wanted]
@@ -153,8 +153,8 @@ def explain_plan(
 ) -> Explanation:
     """Divide what a plan does to the loss among components, modalities, regions of images and tokens of questions.
 
-    The loss is that of the right answers to n calibration examples, or, with `failures`, to the n evaluated examples
-    that the plan made worst.
+    The loss is that of the right answers to n calibration examples or, with `failures`, to the n evaluation examples
+    whose scores the plan lowers most.
     """
     if study.meta.get("fingerprint") != vlm.fingerprint:
         raise UserError(f"{study.path} was measured on {study.meta.get('model')}, and {vlm.name} is another model")
@@ -201,7 +201,7 @@ def explain_plan(
 
 
 def _failed(study: Study, plan: Plan, names: Sequence[str], n: int) -> list[Task]:
-    """The tasks with the n examples alone that a plan made worst."""
+    """The tasks, with only the n examples whose scores a plan lowers most."""
     worse = [one for one in changed(study, plan) if one.cost > 0]
     if not worse:
         raise UserError(f"no answer of the plan {plan.describe()} is worse than full precision's: nothing failed")
@@ -216,7 +216,7 @@ def _failed(study: Study, plan: Plan, names: Sequence[str], n: int) -> list[Task
 
 
 def _sources(data: Sequence[Task], names: Sequence[str]) -> list[str]:
-    """By what name each task was asked for."""
+    """The name by which each task was requested."""
     return [next(name for name in names if find_task(name, n=1).name == task.name) for task in data]
 
 
@@ -227,7 +227,7 @@ def _pieces(vlm: VLM, tokens: Sequence[int]) -> tuple[str, ...]:
 
 
 def distances_in(study: Study, plan: Plan, tasks: Sequence[str]) -> dict[str, float]:
-    """By how much a plan moves each number of the boxes that the study's examples were answered with."""
+    """How far a plan moves each number of the boxes in the answers to the study's examples."""
     before, after = (study.examples(one) for one in (study.native, plan))
     if before is None or after is None:
         return {}
@@ -247,7 +247,7 @@ def save_explanation(study: Study, explanation: Explanation) -> Path:
 
 
 def compared(out: Path, scores: Sequence[Attribution], names: Sequence[str]) -> dict[str, Foretold | None]:
-    """How well each score foretells the plans that were measured in a folder; empty where it holds no study."""
+    """How well each score predicts the measured plans of the study in a folder; empty if it holds no study."""
     if not paths.is_study(out):
         return {}
     study = Study(out)
@@ -257,7 +257,7 @@ def compared(out: Path, scores: Sequence[Attribution], names: Sequence[str]) -> 
 
 
 def check_writable(out: Path) -> None:
-    """Raise an error where a file of another program stands where the attributions go."""
+    """Raise an error if the attributions would replace a file that we did not write."""
     file = paths.attributions(out)
     try:
         ours = not file.exists() or json.loads(file.read_text(encoding="utf-8"))["title"] == TITLE
@@ -270,7 +270,7 @@ def check_writable(out: Path) -> None:
 def attributions_json(
     model: str, scores: Sequence[Attribution], measured: Mapping[str, Foretold | None], checks: Checks | None = None
 ) -> dict[str, object]:
-    """Attributions as JSON values: per score its cost, its agreement with plans that were run, and a row per choice."""
+    """Attributions as JSON values: for each score its cost, its agreement with measured plans, and its values."""
     return {
         "title": TITLE,
         "version": VERSION,

@@ -69,7 +69,7 @@ def export(
     keep: Iterable[Path] = (),
     note: bool = True,
 ) -> Path:
-    """Write a plan as files that a runtime loads; for one that it cannot load, the error names the best that it can.
+    """Write a plan as files that a runtime loads; if it cannot load the plan, the error names the best that it can.
 
     What is at `out` is replaced only with `force`, and only if an earlier export wrote it; what is in `keep`, never.
     With another calibration `path` (float, exposed or both), calibrated methods are calibrated again on that path, and

@@ -1,4 +1,4 @@
-"""Finds causes of failures: runs a plan with one part after the other put back, on the examples that failed alone."""
+"""Finds causes of failures: runs a plan with one part at a time put back to more bits, on the failed examples only."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sensitivity.tasks.examples.types import Task
 def begin_causes(vlm: VLM, study: Study, plan: Plan, failed: Sequence[Change]) -> Iterator[Step]:
     """An iterator that measures which part mends each of these examples: each step is a part that was put back.
 
-    The cheapest part runs on all of them, each further one on those that are not mended yet. What was measured is
+    The cheapest part runs on all of them, each further part on those that are not mended yet. What was measured is
     kept in the study, and never run twice; `causes.cause` reads it.
     """
     if study.meta.get("fingerprint") != vlm.fingerprint:
@@ -40,7 +40,7 @@ def begin_causes(vlm: VLM, study: Study, plan: Plan, failed: Sequence[Change]) -
     codes = WeightCodes(int(MEMORY_GB * GB / 2))  # a weight is quantized once, for all parts that are put back
     done, number_of_parts = 0, len(put_back(study, plan))
     for number in range(number_of_parts):
-        parts = put_back(study, plan)  # anew, since it reads what the last step measured
+        parts = put_back(study, plan)  # again, since it reads what the last step measured
         chosen = {(one.task, one.example) for one in failed if next_part(one, parts) is parts[number]}
         if chosen:
             began = time.perf_counter()
@@ -64,14 +64,14 @@ def _tasks(study: Study, failed: Sequence[Change]) -> list[Task]:
 
 
 def _some(tasks: Sequence[Task], chosen: set[tuple[str, str]]) -> Iterator[Task]:
-    """The tasks with the chosen examples alone."""
+    """The tasks, with only the chosen examples."""
     for task in tasks:
         if examples := tuple(example for example in task.examples if (task.name, example.id) in chosen):
             yield replace(task, examples=examples)
 
 
 def _keep(study: Study, plan: Plan, frames: Sequence[pd.DataFrame]) -> None:
-    """Store the answers, with those to other examples that were stored before."""
+    """Store the answers, together with stored answers to other examples."""
     before = measured_answers(study, plan)
     every = pd.concat([*([] if before is None else [before]), *frames], ignore_index=True)
     answers.write(paths.put_back(study.path, plan.key), every.drop_duplicates(["task", "example"], keep="last"))

@@ -1,4 +1,4 @@
-"""Runs a recommended plan in its runtime, from its packed codes: the same answers, the time and the memory it takes."""
+"""Runs a recommended plan in its runtime, from packed codes: whether answers are the same, and its time and memory."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class InRuntime:
     """What a plan took in its runtime, as a median with its interval, beside the limits that were asked for."""
 
     runtime: str
-    answers: str  # in words, whether they are those that were measured
+    answers: str  # whether they are the measured ones, in words
     same: bool
-    costs: Mapping[str, tuple[float, float, float]]
-    most: Mapping[str, float]
+    costs: Mapping[str, tuple[float, float, float]]  # cost -> median, low, high
+    most: Mapping[str, float]  # cost -> its requested limit
 
     @property
     def words(self) -> str:
@@ -63,9 +63,9 @@ def run_in_runtime(
     most: Mapping[str, float],
     progress: Progress = lambda done, of: None,
 ) -> InRuntime:
-    """Export a plan to a folder that is gone afterwards, compare its answers with torch's, and time it there."""
+    """Export a plan to a temporary folder, compare its answers with torch's, and time it."""
     format = files_of(times.runtime)
-    assert format is not None  # what is timed has files
+    assert format is not None  # a runtime with times reads files that we write
     with tempfile.TemporaryDirectory() as space:
         folder = export(study, plan, Path(space) / "plan", format, model=vlm, note=False)
         outcome = verify(folder)
@@ -77,7 +77,7 @@ def run_in_runtime(
 
 
 def costs_of(timed: Bench, times: LayerTimes) -> dict[str, tuple[float, float, float]]:
-    """The limited costs of what was timed: median, low and high, for the tokens of the profile's task."""
+    """The costs that a request can limit: median, low and high, for the tokens of the profile's task."""
     found = timed["export"]["times"]
     clock = "CPU ms" if times.threads == 1 else "ms"  # as the profile counts
     image, prompt, token = (found[f"{clock} per {stage}"] for stage in ("image", "prompt token", "new token"))

@@ -1,4 +1,4 @@
-"""A plan in minutes: the scores of one calibration give opening plans, and few evaluations decide between them."""
+"""A plan in minutes: scores from one calibration give opening plans, and few evaluations decide between them."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from sensitivity.tasks.examples.types import Task
 
 MOST = 10  # real evaluations, full precision included
 OPENING = ("gram", "kfac")  # the scores whose best plans are measured first
-DECIDING = 4  # plans among which is decided see so many times fewer examples than those that are verified
-FEWEST = 100  # examples below which that saves nothing worth having
+DECIDING = 4  # the search runs plans on so many times fewer examples than the verification
+FEWEST = 100  # examples that the search runs plans on at least: fewer would save little time
 FAR = 0.3  # a warning is given where the calibration loss is below this share of the evaluation loss
 
 
@@ -74,12 +74,12 @@ def scored(
 
 
 def openings_by(tasks: Sequence[Task]) -> tuple[str, ...]:
-    """The scores that a plan opens with; without answers in words there is no loss, and no gradient of it."""
+    """The scores that give opening plans; without answers in words there is no loss, and no gradient of it."""
     return OPENING[:1] if any(task.gallery for task in tasks) else OPENING
 
 
 def deciding(n: int, tasks: Sequence[Task]) -> int:
-    """On how many examples plans run among which is decided; a gallery of fewer images would be another task."""
+    """How many examples the search runs plans on; a gallery of fewer images would be another task."""
     return n if any(task.gallery for task in tasks) else min(n, max(n // DECIDING, FEWEST))
 
 
@@ -93,7 +93,7 @@ class Planning:
     openings: tuple[Plan, ...]
 
     def proposals(self) -> Proposed:
-        """For each budget, the plans to verify and the best uniform plan, once all steps have run."""
+        """For each budget, the plans to verify and the best uniform plan; call it after all steps have run."""
         return candidates(self.study, self.request, self.openings)
 
 
@@ -110,13 +110,14 @@ def begin_plan(
     """Begin a search that measures at most `trials` plans.
 
     The best plans of each score for all budgets come first. Then the surrogate, which starts from the scores and learns
-    from what was measured, proposes its best plan of the budget at which it gains most, while a reading could show it.
+    from measurements, proposes its best plan for the budget with the largest predicted gain, while that gain is above
+    the noise of a reading.
     """
     openings = opening_plans(parts, request, scores)
 
     def plans(study: Study) -> Iterable[Plan]:
         expected.save(study.path, combined([one.scores for one in scores]), ", ".join(one.name for one in scores))
-        # in this order neighboring plans share most of their passes
+        # in this order neighboring plans share most of their forward passes
         first = sorted(openings[: trials - 1], key=data_flow_order)
         return opened(study, first, lambda now: proposal(now, replace(request, weights=weights_of(now))), trials)
 
@@ -137,9 +138,9 @@ def opening_plans(parts: ComponentMap, request: PlanRequest, scores: Sequence[At
 
 
 def proposal(study: Study, request: PlanRequest) -> list[Plan]:
-    """The surrogate's best plans, first that of the budget at which it is predicted to gain most on a measured one.
+    """The surrogate's best plan for each budget, ordered by its predicted gain over the best measured plan.
 
-    A gain below the standard error of a reading is left to the verification, which reads more examples.
+    A gain below the standard error of a reading is left to the verification, which runs more examples.
     """
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
     scores = believed(study, knapsack, request.weights)
@@ -161,8 +162,8 @@ def proposal(study: Study, request: PlanRequest) -> list[Plan]:
 def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> Proposed:
     """For each budget, the few plans that are believed to be best, and the best uniform plan.
 
-    Measured plans are ranked by their believed score; opening plans that were not measured, and the surrogate's best,
-    by what is predicted of them.
+    Measured plans are ranked by their believed score. The surrogate's best, and opening plans that were not measured,
+    are ranked by their predicted score.
     """
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
     scores = believed(study, knapsack, request.weights)
@@ -182,7 +183,7 @@ def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> 
 
 
 def say_if_calibration_is_easier(given: Calibrated, study: Study) -> None:
-    """Warn where the loss on calibration data is far below that on evaluation data: scores then say little."""
+    """Warn if the loss on calibration data is far below the loss on evaluation data: scores then say little."""
     if "output_gradients" not in given.__dict__ or not given.output_gradients.examples:
         return
     ours = given.output_gradients.loss / given.output_gradients.examples

@@ -76,9 +76,9 @@ def begin_recommendation(
     """A function that returns the recommendations, and an iterator that runs the verification step by step.
 
     The iterator must be exhausted first: the command line shows progress between its steps. `proposals`: for each
-    budget the candidates to run and their rival; by default the best that the study's surrogate predicts. `times`: what
-    layers take in the runtime, for a request with limits. `n`: on how many examples they run, by default as many as an
-    earlier verification, or as the study's. `statistics`: those that calibrated methods need.
+    budget the candidates to run and their rival, the best uniform plan; by default the best that the study's surrogate
+    predicts. `times`: the times of layers in the runtime, for a request with limits. `n`: how many examples they run
+    on, by default as many as in an earlier verification, or in the study. `statistics`: what calibrated methods need.
     """
     proposals = proposals or proposed(study, request, times)
     if run is None:
@@ -102,9 +102,9 @@ def begin_recommendation(
 
 
 def verified_on(study: Study) -> int:
-    """On how many examples plans are verified: as many as before, so that none runs twice, or as many as in the study.
+    """How many examples plans are verified on: as many as before, so that none runs twice, or as many as in the study.
 
-    `plan` verifies on more examples than the plans saw among which it decided.
+    `sensitivity plan` verifies on more examples than its search used, so an earlier verification counts first.
     """
     folder = paths.verification(study.path)
     return int((Study(folder) if paths.is_study(folder) else study).meta["n"])
@@ -115,7 +115,7 @@ def _judged(study: Study, second: Study | None, proposals: Proposed, request: Pl
     facts: Provenance = {"asked": request.to_json()}
     if second is None:
         return [unmeasured(study, candidates, request.weights, facts) for candidates, _ in proposals]
-    # a task without enough examples gives the second study some of the first's: the verdict must say so
+    # if a task has too few examples, both studies share some, and the verdict must say so
     chosen_on, run_on = study.examples(study.native), second.examples(second.native)
     fresh = chosen_on is not None and run_on is not None and set(chosen_on["example"]).isdisjoint(run_on["example"])
     facts |= {"verified": second.meta, "versions": versions()}

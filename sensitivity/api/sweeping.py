@@ -38,7 +38,7 @@ from sensitivity.tasks.table import distinct, find
 from sensitivity.tasks.table import task as find_task
 
 BITS = (2, 3, 4, 6, 8)
-CACHE_GB = 8.0  # most calibration statistics that are kept on disk
+CACHE_GB = 8.0  # of calibration statistics on disk, at most
 
 
 class SweepOptions(TypedDict, total=False):
@@ -184,7 +184,7 @@ def begin_sweep(
     if callable(plans):
         return study, run_plans(vlm, study, evaluated, plans(study), plain, statistics, limit, memory_gb)
     if statistics is None and isinstance(plans, Sequence):
-        # a plan's key depends on its calibration data, so the schemes must name these before plans are queued
+        # a plan's key depends on its calibration data, so schemes must name the data before plans are queued
         schemes = list(dict.fromkeys(one for plan in plans for _, one in plan.schemes if one))
         named, statistics = calibrated(vlm, parts, schemes, tasks, against=evaluated)
         with_data: dict[Scheme | None, Scheme | None] = {None: None, **dict(zip(schemes, named, strict=True))}

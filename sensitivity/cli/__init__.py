@@ -1,1 +1,1 @@
-"""The command line: one file per verb; nothing else in the package prints."""
+"""The command line, with one file per verb; the rest of the package prints nothing."""

@@ -60,7 +60,7 @@ VERBS: dict[str, ModuleType] = {
     "demo": demo,
 }
 FAILED, REFUSED, STOPPED = 1, 2, 130  # exit codes; 130 is the shell's for Ctrl-C
-# what an ImportError says where there is no memory for a shared library
+# parts of an ImportError's message when there is no memory for a shared library
 NO_ROOM = ("failed to map segment", "annot allocate memory")
 
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Every code but 0 comes with a sentence on standard error, unless the reader of our output is gone (a broken pipe).
     """
     typed = list(sys.argv[1:] if argv is None else argv)
-    # looked up before parsing, so that a mistake in parsing already honors --json and --debug
+    # looked up before parsing, so that errors of parsing honor --json and --debug too
     asked = argparse.Namespace(typed=typed, json="--json" in typed, debug="--debug" in typed)
     try:
         args = parser_of(VERBS).parse_args(typed, asked)  # keeps `typed`: workers run the same command

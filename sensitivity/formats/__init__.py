@@ -1,1 +1,1 @@
-"""Exports: a plan as the files that a runtime loads; one file per format."""
+"""Export formats, one module each: they write a plan as files that a runtime loads."""

@@ -45,7 +45,7 @@ FORMATS: dict[str, Callable[[Job, Path], Written]] = {
 
 CHECKPOINTS = ("fake", "compressed-tensors", "gptq", "awq", "auto-round", "openvino")  # formats that hold weights
 
-# runtimes that we run ourselves -> a check that they are here and can run a model, before anything that takes long
+# runtimes that we run ourselves -> a check, before any slow work, that the runtime is installed and can run a model
 CHECKS: dict[str, Callable[[VLM | str], None]] = {"openvino": openvino.check}
 
 
@@ -53,11 +53,11 @@ EXPECTED = "expected.parquet"  # per-example answers of the trial, for `verify`
 
 
 class Summary(TypedDict):
-    """What an export is, and what it weighs."""
+    """The format and the sizes of an export."""
 
     format: str
     predicted_size: SizeJson
-    written: NotRequired[StoredJson]  # of formats that hold weights
+    written: NotRequired[StoredJson]  # only for formats that hold weights
 
 
 def write(
@@ -70,7 +70,7 @@ def write(
     expected: Path | None = None,
     notes: Callable[[], Sequence[str]] = tuple,
 ) -> Summary:
-    """Write a plan in a format, and return a summary; what is at `out` stays unless `force`.
+    """Write a plan in a format, and return a summary; an earlier export at `out` is replaced only with `force`.
 
     `facts` (scores, data, seeds) and `expected` (per-example answers) are those of the plan's trial and are stored with
     the export. `notes` adds to the model card what is known only after the weights are written.
@@ -101,7 +101,7 @@ def write(
 
 
 def may_be_written(out: Path, format: str, force: bool, keep: Iterable[Path] = ()) -> None:
-    """Raise an error if writing to `out` would lose something that is not an earlier export, or lacks `force`."""
+    """Raise an error if writing to `out` would replace anything but an earlier export, or one without `force`."""
     if format == "plan" and out.suffix == ".json":
         if out.is_dir():
             raise UserError(f"{out} is a folder; name a file, such as {out / 'plan.json'}")

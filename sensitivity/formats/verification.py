@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "import json, sys; from sensitivity.formats.verification import rerun; rerun(**json.load(sys.stdin))"
 NLL_TOLERANCE = (
-    1e-4  # of a negative log-likelihood: more than summation order explains in float32, less than a rounding step
+    1e-4  # tolerated NLL difference: above what summation order causes in float32, below what a rounding step causes
 )
 
 
@@ -61,7 +61,7 @@ def verify(folder: Path, device: str = "cpu") -> dict[str, object]:
 
 
 def _expected(folder: Path, facts: Manifest) -> pd.DataFrame:
-    """The measured answers, after a check that the manifest tells on which data they were measured."""
+    """Read the measured answers; an error if the manifest does not say on which data they were measured."""
     meta = facts["trial"].get("meta", {})
     if lacking := [name for name in ("tasks", "n", "seed", "data") if name not in meta]:
         raise UserError(f"{folder} does not say on which data it was measured ({lacking[0]} is missing); export again")

@@ -55,8 +55,8 @@ def answer(
     """Greedy answers of a batch, and the negative log-likelihood per token of each right answer.
 
     A batch that runs out of memory is split in two, and stays split for this plan and all later ones. With a prefix
-    cache, forward passes reuse the hidden states that this plan shares with the last one; `name` is the batch's key
-    there.
+    cache, forward passes reuse the hidden states that this plan shares with the previous one; `name` is the batch's
+    key in that cache.
     """
     if not batch.halves:
         attempt = partial(_answered, vlm, task, batch, prefix_cache, name)
@@ -102,8 +102,8 @@ def _answered(
         )
     earlier = prefix_cache.answers.get(name) if prefix_cache else None
     if not batch.prefix:
-        # drafts are checked against the argmax of the logits, which generate() takes only without penalties and
-        # forced tokens
+        # drafts are verified against the argmax of the logits, and generate() takes the argmax only if it has no
+        # penalties and no forced tokens
         if prefix_cache is None or task.search or not greedy_takes_argmax(vlm):
             with reuse(name, "vision"):
                 return whole_prompts.generated_answers(vlm, task, batch)

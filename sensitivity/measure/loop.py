@@ -33,7 +33,7 @@ from sensitivity.study.study import Study
 from sensitivity.study.trial import RunFacts, Trial, mixed_versions
 from sensitivity.tasks.examples.types import Task
 
-MEMORY_GB = 8.0  # half of it caches quantized weights (beside those of the running plan), half hidden states
+MEMORY_GB = 8.0  # half for codes of quantized weights (the running plan's weights come on top), half for hidden states
 VERIFIED = 2  # examples that verify the prefix cache: which blocks may be skipped depends on the model, not the image
 LIBRARIES = ("torch", "transformers", "optuna", "numpy")
 
@@ -48,7 +48,7 @@ class Step:
     complete: bool  # whether the plan has now seen all examples
     done: int
     left: int
-    images: int  # that each plan runs on in the end
+    images: int  # on which each plan runs until it is complete
     new: int = 1  # images of this step
 
 
@@ -66,7 +66,7 @@ def run(
 
     A list of plans is queued at once, before the first step is yielded, so that any number of processes can take
     plans from the queue; every plan runs on a first shard of examples before any plan runs on more. From any other
-    iterable, such as a sampler, a plan is drawn only after the last one was recorded, and runs on all examples.
+    iterable, such as a sampler, a plan is drawn only after the previous one was recorded, and runs on all examples.
     """
     queued = isinstance(plans, Sequence)
     shared = _SharedWork(vlm, study.parts, tasks, plain, statistics, queued, memory_gb)
@@ -180,7 +180,7 @@ def not_finite(rows: Rows, plan: Plan) -> int:
 
 
 class _SharedWork:
-    """What plans share: the examples as tensors, quantized weights, and hidden states of the last plan."""
+    """What plans share: the examples as tensors, quantized weights, and hidden states of the previous plan."""
 
     def __init__(
         self,
@@ -242,7 +242,7 @@ class _SharedWork:
         return rows
 
     def _load_shard(self, begin: int, end: int) -> None:
-        """Load a shard's examples as tensors and drop those of the last shard: memory holds one shard at a time."""
+        """Load a shard's examples as tensors and drop the previous shard's: memory holds one shard at a time."""
         self.batches = {}
         if self.prefix_cache:
             self.prefix_cache.clear()

@@ -1,4 +1,4 @@
-"""QSpec: answers drafted with rounded activations, and verified by the same weights without: how many drafts hold."""
+"""QSpec: drafts answers with rounded activations, verifies them without rounding, and counts the accepted tokens."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def speculate(
 
     Drafts round the inputs of the components that a pattern names. One forward pass without rounding then verifies up
     to `gamma` tokens, and each pass gains at least one. The rate at which tokens are accepted says how sensitive these
-    components are to the bits of activations, and needs no right answers (QSpec, code read: drafts with 4 bits in the
-    whole model; rates by component are ours).
+    components are to the bits of activations, and needs no right answers. QSpec's code drafts with 4 bits in the whole
+    model; a rate for each component is our addition.
     """
     ((_, _, found),) = acceptance(vlm, parts, plan, task, (activations,), (components,), gamma, statistics)
     return found
@@ -139,7 +139,7 @@ class _Speculating:
         state = self.state
         rows = list(state.unfinished)
         before = {row: state.accepted[row] for row in rows}
-        for row in rows:  # what follows a wrong token of the last draft
+        for row in rows:  # drop what follows the first wrong token of the last draft
             del state.tokens[row][before[row] :]
         with self._rounded(self.vlm.model):
             for _ in range(gamma):
@@ -163,7 +163,7 @@ class _Speculating:
         return bool(tokens) and tokens[-1] in self.ends
 
     def _forward(self, rows: list[int], drafts: list[list[int]], accepted: list[int]) -> Tensor:
-        """Logits for the tokens of drafts from the accepted ones on, and for one more (see Drafts)."""
+        """Logits for the tokens of drafts from the accepted ones on, and for one more (ForwardPass in drafts.py)."""
         image = getattr(self.vlm.model.config, "image_token_id", None)
         every: list[list[int]] = [[] for _ in self.batch.examples]
         for row, draft in zip(rows, drafts, strict=True):

@@ -26,7 +26,7 @@ class Adapter:
 
 
 def resolve(name: str, config_only: bool = False) -> tuple[Path, Adapter | None]:
-    """The folder of a model name, and the adapter in it if there is one; NAME may be ADAPTER or ADAPTER@BASE."""
+    """The folder of a model name, and the adapter in it if there is one; `name` is a model, ADAPTER or ADAPTER@BASE."""
     alone, at, base = (name, "", "") if Path(name).expanduser().is_dir() else name.rpartition("@")
     alone = alone or name
     folder = model_folder(alone, config_only)
@@ -127,7 +127,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> nn.Mod
 
 
 def _check_rank(adapter: Adapter, largest: int, name: str) -> None:
-    """Raise an error for a rank that no tensor has: PEFT allocates by the config before it reads tensors."""
+    """Raise an error for a rank larger than every tensor: PEFT allocates by the config before it reads tensors."""
     ranks = adapter.config.get("rank_pattern")
     for rank in (adapter.config.get("r"), *(ranks.values() if isinstance(ranks, dict) else ())):
         if isinstance(rank, int | float) and not 0 <= rank <= largest:

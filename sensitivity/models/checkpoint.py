@@ -61,11 +61,11 @@ OTHER_JSON_FILES = (  # files that transformers reads beside the config; it igno
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
-LAYER_COUNTS = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?|experts?)$")  # fields of repetitions
-MOST = 1000  # modules of a kind, at most: the deepest models have some hundreds; each takes a millisecond and memory
+LAYER_COUNTS = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?|experts?)$")  # counts of repeated modules
+MOST = 1000  # the largest such count: the deepest models have some hundreds; each module takes a millisecond and memory
 WEIGHT_MAP = Kind("tensors and their files", lambda value: isinstance(value, dict) and all(map(_shard, value.values())))
 HASHED_WHOLE = 100 * 2**20  # a file up to this size is hashed to the last byte
-PIECES, PIECE = 64, 2**16  # of a larger one, pieces of so many bytes are hashed beside its header
+PIECES, PIECE = 64, 2**16  # of a larger file, so many pieces of so many bytes are hashed beside its header
 
 
 def model_folder(name: str, config_only: bool = False) -> Path:
@@ -137,7 +137,7 @@ def json_object(file: Path, name: str) -> dict[str, object]:
 
 
 def _check_counts(config: object, path: str = "") -> None:
-    """Raise an error for a repetition count so high that building the model, even without weights, would not end."""
+    """Raise an error for a repetition count so high that building the model, even without weights, takes too long."""
     inside = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
     for key, value in inside:
         below = path if isinstance(key, int) else f"{path}.{key}" if path else str(key)
@@ -147,7 +147,7 @@ def _check_counts(config: object, path: str = "") -> None:
 
 
 def _shard(value: object) -> bool:
-    """Whether a value names a file in the same folder."""
+    """Whether a value of an index is the name of a file in the same folder."""
     return FILE_INSIDE.fits(value) and "/" not in str(value)
 
 
@@ -205,7 +205,7 @@ class Entry:
 def header(file: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file, none of which is read; safetensors checks that all of their bytes exist.
 
-    It does not report where a tensor begins, but ensures that they follow each other, so their sizes tell.
+    safetensors does not report where a tensor begins. Since tensors follow each other without gaps, their sizes tell.
     """
     if trouble := not_a_file(file):
         raise UserError(f"{file.name} is not a complete safetensors file ({trouble}); fetch it again")

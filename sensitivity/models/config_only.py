@@ -19,7 +19,7 @@ SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]  # of a hub repository: all bu
 def without_weights(name: str) -> VLM:
     """Load a model's config and processor, but no weights; for an adapter, those of its base model."""
     vlm = load(name, config_only=True)
-    name, folder = full_model(name, config_only=True)  # an adapter brings no processor
+    name, folder = full_model(name, config_only=True)  # an adapter has no processor of its own
     if not (name.startswith("embedded:") or Path(name).expanduser().is_dir()):
         from huggingface_hub import snapshot_download
 

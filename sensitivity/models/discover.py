@@ -14,8 +14,8 @@ from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import EMBEDDING, HEAD, KEY_VALUE, PARTS, VOCABULARY, ComponentMap, Kept, Weight, check
 from sensitivity.spec.errors import UserError, unknown
 
-# Words of a module path, tried in this order: paths of cross-attention also say attention, and those of attention also
-# say output.
+# Patterns of module paths, tried in this order: paths of cross-attention also contain attention, and those of attention
+# also contain output.
 KINDS = {
     "cross": re.compile(r"cross|encdec|encoder_attn|x_attn"),
     "attn": re.compile(r"attn|attention"),
@@ -24,7 +24,7 @@ KINDS = {
         r"|\b(c_)?fc|\b(up|gate|down|c)_proj|\bw[i123o]\b|\bwi_|\blinear_?\d"
     ),
 }
-# Reasons to keep a weight that --include overrides, and the words that do.
+# Reasons to keep a weight -> the words of --include that override them.
 OVERRIDDEN_BY = {
     "embedding": {EMBEDDING},
     "output head": {HEAD},
@@ -44,7 +44,7 @@ def discover(
 ) -> ComponentMap:
     """Sort every parameter of a model, on any device including meta, into weights and kept parameters with a reason.
 
-    `include` makes components of the language model's embedding and output head, which are kept otherwise.
+    `include` names the language model's embedding or output head, which become components instead of being kept.
     """
     for word in include:
         if word not in VOCABULARY:
@@ -140,7 +140,7 @@ def _embedding_or_head(
     towers: Towers,
     blocks: int,
 ) -> Weight:
-    """The embedding or the output head as a weight of the language model; tied, they count as the head."""
+    """The embedding or the output head as a weight of the language model; a weight that both share is the head."""
     module = path.rpartition(".")[0]
     reader = next((towers.paths[id(owner)] for owner in owners if id(owner) in heads), None)
     return Weight(
@@ -163,7 +163,7 @@ def _is_router(model: nn.Module, path: str) -> bool:
 
 
 def _reason(path: str, owners: list[nn.Module], heads: set[int], packed: list[str], router: bool) -> str | None:
-    """Why a parameter is kept at native precision; None for the weight of a linear layer, which is not."""
+    """Why a parameter is kept at native precision; None for the weight of a linear layer, which is quantized."""
     module, _, leaf = path.rpartition(".")
     # The order matters: a tied head is an embedding first, a norm inside a head is a norm, and a head is a linear layer
     # that is kept all the same.
@@ -213,7 +213,8 @@ def _enclosing_paths(path: str) -> Iterator[str]:
 def _blocks(module: nn.Module, path: str, listed: bool, layers: list[str], family: Family) -> list[str]:
     """The paths of transformer blocks: elements of module lists that hold attention.
 
-    Neither a stage that consists of whole blocks counts, nor a layer inside a block (T5).
+    A stage that consists of whole blocks is not a block, and neither is a layer inside a block (T5). `listed` says
+    whether the module is an element of a module list.
     """
     within = [layer for layer in layers if not path or inside(layer, path)]
     if not within:
@@ -257,9 +258,9 @@ def _shares_input(model: nn.Module, path: str, family: Family) -> str | None:
 
 
 def inspect(vlm: VLM | str, by: str = "group.kind", include: Collection[str] = ()) -> ComponentMap:
-    """Every weight of a model in exactly one named component, or kept with a reason; by name, no weights are loaded.
+    """Every weight of a model in exactly one named component, or kept with a reason.
 
-    `include` may name embedding and head, which are kept otherwise.
+    For the name of a model, no weights are loaded. `include` may name embedding and head, which are kept otherwise.
 
     Examples:
         >>> from sensitivity import inspect

@@ -11,7 +11,7 @@ from sensitivity.spec.components import PARTS
 
 @dataclass(frozen=True)
 class Family:
-    """Module paths and prompts of a family; what is left empty is asked of the model's getters.
+    """Module paths and prompts of a family; where a path is empty, the model's getters are asked.
 
     A path matches at any depth of the module tree, and the longest match wins.
     """
@@ -23,7 +23,7 @@ class Family:
     heads: tuple[str, ...] = ()  # linears that are kept, since they turn features into scores or logits
     kinds: dict[str, str] = field(default_factory=dict)  # word of a module path inside a block -> attn, cross or ff
     prompt: str = "{}"  # format of a question, where the processor has no chat template
-    brief: bool = False  # the prompt asks for a short answer itself, so that a task's own request is left out
+    brief: bool = False  # whether the prompt asks for a short answer; then the task's request for one is left out
     caption: str | None = None  # replaces the prompt that asks for a caption
     shares_prefix: bool = False  # the image comes first, and its keys and values serve every question about it
     patches: tuple[str, ...] = ()  # parts whose image tokens are the patches of one square image, row by row

@@ -58,7 +58,7 @@ def load(
     config_only: bool = False,
     quantized: bool = False,
 ) -> VLM:
-    """Load a model from a folder, the hub, or `embedded:...`; with config_only it needs no weights and has none.
+    """Load a model from a folder, the hub, or `embedded:...`; with config_only, weights are neither needed nor loaded.
 
     `quantized` accepts a checkpoint that is already quantized, such as an export; its weights are unpacked at once.
     The device `auto` spreads a model over all devices. An adapter is merged into its base model, which it names
@@ -82,8 +82,8 @@ def load(
     model: nn.Module
     with quiet():
         config, architecture = _config(folder, name, raw)
-        # an export may ask transformers to unpack its weights, in 16 bits; `_unpack` does so in the dtype that is asked
-        getattr(config, "quantization_config", {}).pop("dequantize", None)
+        # an export may ask transformers to unpack its weights in 16 bits; `_unpack` does so in the requested dtype
+        (getattr(config, "quantization_config", None) or {}).pop("dequantize", None)
         if config_only:
             model, processor = _meta_model(architecture, config, name), None
         elif original:
@@ -130,7 +130,7 @@ def _with_adapter(base: VLM, adapter: Adapter, name: str, config_only: bool) -> 
 
 
 def _config(folder: Path, name: str, raw: Mapping[str, object]) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
-    """The config, and the model class that it names in transformers; else one that reads images and text."""
+    """The config, and the model class that it names in transformers, or else the class for images and text."""
     if is_original(raw):
         return converted_config(raw, name), transformers.LlavaForConditionalGeneration
     known = raw.get("model_type") in transformers.CONFIG_MAPPING
@@ -184,7 +184,7 @@ def _with_weights(
 ) -> nn.Module:
     """The model with the folder's weights, or the given ones: all of them, no others, and all finite."""
     device_map = {"device_map": "auto"} if torch_device is None else {}
-    # its type hint leaves out that `output_loading_info` adds a second result
+    # the type hint of from_pretrained leaves out that `output_loading_info` adds a second result
     build = cast(Callable[..., tuple[nn.Module, LoadingInfo]], architecture.from_pretrained)
     try:
         model, loading = build(
@@ -220,7 +220,7 @@ def _unpack(model: nn.Module) -> None:
 
 
 def _dead_blocks(config: PreTrainedConfig) -> str | None:
-    """A note if the last vision blocks have no effect, as in LLaVA, which by default reads features before the last."""
+    """A note if the last vision blocks have no effect, as in LLaVA, which reads an earlier block's output."""
     layer = getattr(config, "vision_feature_layer", None)
     if not isinstance(layer, int) or layer >= -1:
         return None

@@ -13,7 +13,7 @@ from sensitivity.spec.components import natural_order
 from sensitivity.spec.errors import UserError
 
 Shape = tuple[int, ...]
-# Numbers in all buffers, at most; no file holds those, so a wrong config alone decides; models have thousands
+# The most numbers in all buffers. No file holds them, so a wrong config can make them huge; real models have thousands
 BUFFER_NUMBERS = 2**30
 VERBS = {
     "lacks": "lacks",
@@ -25,7 +25,7 @@ VERBS = {
 def check_tensors(skeleton: nn.Module, stored: Mapping[str, tuple[torch.dtype, Shape]], name: str) -> None:
     """Raise an error for missing, misshapen or already rounded tensors, before they fill memory.
 
-    `skeleton` is the model without its weights. Tensors that it has no place for are found when it is filled.
+    `skeleton` is the model without its weights. Tensors that it does not have are found when the weights are loaded.
     """
     rename = renaming(skeleton)
     every = dict(skeleton.named_parameters(remove_duplicate=False))  # a tied parameter under each of its names

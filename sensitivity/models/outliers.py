@@ -14,12 +14,12 @@ SIGMA, OUTLIER_CHANNELS, OUTLIER_FACTOR = (
     0.4,
     2,
     6.0,
-)  # sigma of log-normal factors; LOUD channels get LOUDER times more
+)  # sigma of the log-normal factors; how many channels are outliers; how many times larger their factors are
 
 
 @torch.no_grad()
 def plant_outliers(model: nn.Module, seed: int = 0) -> None:
-    """Rescale weights in place: a channel's factor in one weight is undone in its partner. The projector stays."""
+    """Rescale channels in place: a factor in one weight is undone in the next. The connector does not change."""
     generator = torch.Generator().manual_seed(seed)
     blocks: list[Any] = [
         module for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")
@@ -34,7 +34,7 @@ def plant_outliers(model: nn.Module, seed: int = 0) -> None:
         _norm_to_columns(getattr(block, norms[1]), [mlp.gate_proj, mlp.up_proj] if gated else [mlp.fc1], generator)
         reader = attention.o_proj if gated else attention.out_proj
         _rows_to_columns(attention.v_proj, reader, generator, attention.head_dim)
-        if gated:  # up is multiplied with the gate, so scales pass on; through quick_gelu after fc1 none would
+        if gated:  # up is multiplied by the gate, so a factor passes through; quick_gelu after fc1 is not linear
             _rows_to_columns(mlp.up_proj, mlp.down_proj, generator)
 
 

@@ -47,7 +47,7 @@ def processor_of(folder: Path, name: str, config: PreTrainedConfig) -> Processor
 def square_seen(processor: object) -> tuple[str, float] | None:
     """Which centered square of an image a model sees: a share of its short side, or its long side with padding.
 
-    None: the whole image, stretched where it is no square.
+    None: the whole image, stretched if it is not square.
     """
     images = getattr(processor, "image_processor", processor)
     if getattr(images, "do_pad", None):
@@ -109,7 +109,7 @@ def _without_video(processor: type[ProcessorMixin]) -> type[ProcessorMixin]:
 
 
 def _check_image_token(processor: ProcessorMixin, config: PreTrainedConfig, name: str) -> None:
-    """Raise an error unless the tokenizer knows the placeholder token by which the model finds an image's place."""
+    """Raise an error unless the tokenizer knows the placeholder token that marks an image in a prompt."""
     image_token_id, tokenizer = getattr(config, "image_token_id", None), getattr(processor, "tokenizer", None)
     if image_token_id is None or tokenizer is None:
         return

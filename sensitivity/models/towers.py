@@ -19,7 +19,7 @@ CONNECTOR = re.compile(
 
 
 class Towers:
-    """The modules of a model's parts, and which part a module or parameter path belongs to."""
+    """The modules of each part (vision, connector, language), and the part that a path belongs to."""
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.model = model
@@ -42,7 +42,7 @@ class Towers:
         }
 
     def part(self, path: str) -> str | None:
-        """The part of a path: that of the longest known path around it; None if nothing tells."""
+        """The part of a path: that of the longest known path around it; None if it is unknown."""
         containing = [known for known in self.part_of_module if inside(path, known)]
         if containing:
             return self.part_of_module[max(containing, key=len)]
@@ -63,13 +63,13 @@ class Towers:
         return next(top for top in outer_paths if not any(inside(known, top) for known in self.part_of_module))
 
     def _from_getter(self, getter: str, **how: str) -> list[str]:
-        """The path of the module that a getter returns; none if that is nothing, or the model itself as a fallback."""
+        """The path of the module that a getter returns; empty if it returns nothing, or falls back to the model."""
         found = getattr(self.model, getter, lambda **_: None)(**how)
         path = self.paths.get(id(found), "")
         return [path] if path else []
 
     def _named_modules(self, names: Iterable[str]) -> list[str]:
-        """The modules that a family's words name, nearest to the root, so that wrappers do not matter."""
+        """The modules whose paths end with a name; the nearest to the root, so that wrappers do not matter."""
         result = []
         for word in names:
             fits = [path for path in self.paths.values() if f".{path}".endswith(f".{word}")]

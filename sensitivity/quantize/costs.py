@@ -1,12 +1,12 @@
-"""SECONDS: what quantizing one large layer takes by each method, as measured once, so that slow ones are known."""
+"""SECONDS: how long each method took to quantize one large layer, so that slow methods are known beforehand."""
 
 from __future__ import annotations
 
 from sensitivity.quantize.presets import PRESETS
 
 MEASURED_BY = "python -m experiments.benchmarks.methods_cost"
-# CPU seconds of one thread for 4096 x 4096 numbers at 4 bits or the nearest width, factorization included
-# (reports/methods-cost.md); --dry-run measures on the machine where a sweep will run
+# CPU seconds of one thread for a weight of 4096 x 4096 at 4 bits, or the nearest width that the method takes, with the
+# factorization (reports/methods-cost.md); --dry-run measures on the machine where a sweep will run
 SECONDS: dict[str, float] = {
     "uniform": 0.12,
     "rtn": 0.11,
@@ -35,8 +35,8 @@ SECONDS: dict[str, float] = {
 
 
 def cost(name: str) -> float | None:
-    """The seconds of a method or preset; a preset that only weighs tokens otherwise takes as long as its method.
+    """The seconds of a method or preset; a preset without an entry of its own takes as long as its method.
 
-    None for a method that is not of this package.
+    None for a method that was not measured.
     """
     return SECONDS.get(name, SECONDS.get(str(PRESETS.get(name, {"method": ""})["method"])))

@@ -1,4 +1,4 @@
-"""METHODS: every way to quantize a weight, what each needs, and solve(), which quantizes by them."""
+"""METHODS: every quantization method and what it needs; solve() quantizes weights with them."""
 
 from __future__ import annotations
 
@@ -45,14 +45,16 @@ IMPORTANCE = (
     "perturbation",
     "filtered",
 )  # how much each calibration token counts
-GRADIENTS = ("modality", "gradient", "output", "block")  # those that take a backward pass
-# towards which output a layer is quantized, on inputs behind quantized layers: its own there, or the float model's, by
-# shifting the columns after the input that differs, or all of them
+GRADIENTS = ("modality", "gradient", "output", "block")  # those that need a backward pass
+# The output that a layer aims at where its inputs come from quantized layers. none: its own output for these inputs.
+# all: the float model's output, by shifting the weights of all columns. later: the same, but the difference of an input
+# channel shifts only the columns after it.
 SHIFTS = ("none", "later", "all")
 SHIFT: dict[str, Setting] = {"shift": "none", "strength": 1.0}
 TRANSFORMS = ("none", "hadamard")
 TRANSFORM: dict[str, Setting] = {"transform": "none"}
 SMOOTHING: dict[str, Setting] = {"spread": "largest", "scales": "stored", "learned": 0, **TRANSFORM}
+# the values with which a setting changes nothing; a scheme does not record these
 NOTHING: dict[str, Setting] = {"biases": False, "backend": OWN, "importance": UNIFORM, "gradient": False, "learned": 0}
 NOTHING |= {**SHIFT, **TRANSFORM, **NOTHING_ROUNDED, **AS_STORED}
 # what a calibrated scheme records about its calibration data (see Statistics.facts), and the type of each
@@ -79,7 +81,8 @@ METHODS: dict[str, Method] = {
     "gptq": Method(
         gptq,
         calibrated=True,
-        # neither order nor clipping costs a bit; on the embedded model's layers they cut the output error by 20 to 40 %
+        # neither order nor clipping adds stored bits; on the embedded model's layers they cut the output error by 20 to
+        # 40 %
         settings={
             "damp": 0.01,
             "order": "activation",
@@ -116,7 +119,7 @@ METHODS: dict[str, Method] = {
         calibrated=True,
         settings={"exponents": 20, "clip": True, "clip_qk": False, "scales": "stored", "importance": UNIFORM},
         ranges={"exponents": (1, 1000)},
-        # folded: scales only where the layer before can absorb them, so that they cost no bit
+        # folded: scales only where the layer before can absorb them, so that they add no stored bits
         choices={"scales": ("stored", "folded"), "importance": IMPORTANCE},
     ),
     "smooth": Method(
@@ -220,8 +223,8 @@ METHODS: dict[str, Method] = {
         fixed="per row and symmetric",
     ),
 }
-# What a scheme may name: these, and the method that leaves weights alone, for what is rounded in each forward pass.
-# A view of METHODS, so that a method that is added later is seen.
+# The methods that a scheme may name: METHODS, and KEEP, which leaves the weight unchanged in a scheme that only rounds
+# activations or the cache. A view of METHODS, so that a method that is added later is found.
 ROWS = ChainMap(
     {KEEP: Method(per_weight(lambda weight, scheme: None), range(16, 17), fixed="as stored before")}, METHODS
 )

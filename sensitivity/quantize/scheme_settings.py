@@ -13,7 +13,7 @@ from sensitivity.quantize.run_time.inputs import TOKEN
 from sensitivity.quantize.run_time.settings import ROUNDED_BITS, RUN_TIME, with_run_time
 from sensitivity.quantize.solvers import gptqmodel_solver
 from sensitivity.spec.errors import UserError, unknown
-from sensitivity.spec.plan import ACTIVATION_SCALE, CACHE_PAST, CACHE_SMOOTH, NOT_ROUNDED, Scheme, Setting
+from sensitivity.spec.plan import ACTIVATION_SCALE, CACHE_PAST, CACHE_SMOOTH, NOT_ROUNDED, OF_CACHE, Scheme, Setting
 
 
 def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None = None, **chosen: Any) -> Scheme:
@@ -36,8 +36,10 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     if name not in ROWS:
         raise unknown("method", method, [*ROWS, *PRESETS])
     chosen = {key: value for key, value in chosen.items() if value is not None}
-    if chosen.get("activations") == NOT_ROUNDED:  # a preset's weights alone
-        preset = {key: value for key, value in preset.items() if key not in RUN_TIME}
+    # what is not rounded takes the preset's settings of that rounding with it
+    for bits_of, of_rounding in (("activations", set(RUN_TIME) - set(OF_CACHE)), ("cache", set(OF_CACHE))):
+        if chosen.get(bits_of) == NOT_ROUNDED:
+            preset = {key: value for key, value in preset.items() if key not in of_rounding}
     given: dict[str, Any] = {**preset, **chosen}
     activations, cache = given.pop("activations", NOT_ROUNDED), given.pop("cache", NOT_ROUNDED)
     row = with_run_time(ROWS[name], name, activations, cache)
@@ -54,7 +56,7 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     if (row.calibrated or row.any_group) and group == "tensor":
         raise UserError(f"{name} needs a scale per row or group; choose --group row or a number of columns")
     settings = {**row.settings, **{key: _checked(name, row, key, value) for key, value in given.items()}}
-    # what adds nothing is not recorded, so that a scheme is the same as before there was such a setting
+    # a setting that changes nothing is not recorded, so that schemes from before it existed stay equal to new ones
     settings = {key: value for key, value in settings.items() if NOTHING.get(key, settings) != value}
     if settings.get("transform") and settings.get(ACTIVATION_SCALE, TOKEN) != TOKEN:
         raise UserError(f"{method} rotates inputs, whose ranges are then not known; leave activation_scale at {TOKEN}")
@@ -75,7 +77,7 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
 
 
 def schemes_of(methods: Sequence[str], bits: Sequence[int], **chosen: Any) -> list[Scheme]:
-    """The schemes of one method or several: of several, each at the widths and with the settings that it has.
+    """The schemes of one or several methods; of several, each gets only the widths and settings that it takes.
 
     Examples:
         >>> from sensitivity.quantize.scheme_settings import schemes_of
@@ -111,7 +113,7 @@ def method_named(name: str) -> Method:
 
 def check_scheme(chosen: Scheme) -> None:
     """Raise an error for a scheme that no method can have, such as one from a file: its bits, settings and types."""
-    if chosen.method == "codes":  # from an imported table, of which only bit widths are known
+    if chosen.method == "codes":  # from an imported table, which tells only bit widths
         if chosen.settings:
             raise unknown("setting of codes", chosen.settings[0][0], ["none"])
         return
@@ -130,7 +132,7 @@ def check_scheme(chosen: Scheme) -> None:
 
 
 def _checked(name: str, row: Method, setting: str, value: Setting) -> Setting:
-    """The value of a setting after its name, type and limits were checked; a whole number becomes a float."""
+    """Check a setting's name, type and limits and return its value, as a float where the default is a float."""
     if setting not in row.settings:
         raise unknown(f"setting of {name}", setting, row.settings or ["none"])
     if setting in row.choices and value not in row.choices[setting]:

@@ -1,4 +1,4 @@
-"""SOURCES: where each method is from, how much of that was read, and what its authors claim to store."""
+"""SOURCES: where each method comes from, how much of that was read, and what its published bits count."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ FULL, CODE, ABSTRACT = "text read in full", "code read, not the whole text", "kn
 
 @dataclass(frozen=True)
 class Source:
-    """What stands behind a row of METHODS or PRESETS."""
+    """The source of one row of METHODS or PRESETS."""
 
     where: str
     read: str  # FULL, CODE, ABSTRACT, or "" where there is nothing to read
-    ours: str = ""  # what is inferred, or done otherwise than there
-    claimed: str = "code bits alone"  # what published bits per weight count
+    ours: str = ""  # what is inferred, or differs from the source
+    claimed: str = "code bits alone"  # what the published bits per weight include
 
 
 SOURCES: dict[str, Source] = {

@@ -33,13 +33,13 @@ class Weight:
     kind: str | None
     bias: str | None = None
     shares_input: str | None = None  # equal for linears that read the same input (q, k, v; gate, up)
-    tied: str | None = None  # for an embedding that is the output head too: the module of the head
+    tied: str | None = None  # the path of the output head, for an embedding whose weight the head shares
 
     @property
     def reader(self) -> str:
         """The module that multiplies its input by this weight.
 
-        For a tied weight that is the output head, whichever module holds the parameter.
+        For a tied weight this is the output head, whichever module holds the parameter.
         """
         return self.tied or self.module
 
@@ -70,7 +70,10 @@ class Weight:
 
     @property
     def group(self) -> str | None:
-        """front, middle or end; outside the blocks another name, or None for a part without blocks."""
+        """front, middle or end for a weight in a block.
+
+        Outside the blocks: embedding, head, projection or other; None in a part without blocks.
+        """
         if self.block is not None:
             # of L blocks, block i is in the front if i < L // 3, in the middle if i < 2L // 3, otherwise at the end
             third = self.blocks // 3, 2 * self.blocks // 3
@@ -261,7 +264,7 @@ def natural_order(name: str) -> list[tuple[int, str]]:
 def check(weights: Iterable[Weight], kept: Iterable[Kept], parameters: Mapping[str, int]) -> None:
     """Raise an error unless every parameter is exactly once in a component or among the kept weights."""
     placed = [w.name for w in weights] + [k.name for k in kept]
-    # the count per name is quadratic, so it runs only where something is placed twice
+    # counting per name takes quadratic time, so it runs only if something is placed twice
     twice = sorted({name for name in placed if placed.count(name) > 1}) if len(set(placed)) < len(placed) else []
     lost = sorted(set(parameters) - set(placed), key=natural_order)
     invented = sorted(set(placed) - set(parameters), key=natural_order)

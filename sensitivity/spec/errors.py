@@ -41,7 +41,7 @@ def unknown(what: str, name: object, allowed: Iterable[object]) -> UserError:
 
 
 def printable(message: str) -> str:
-    """A message as one line that is safe to print: no control characters, no lone surrogates, no endless words."""
+    """A message as one line that is safe to print: no control characters, no lone surrogates, no overlong words."""
     line = " ".join(message.split())
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
     return TOO_LONG.sub(lambda word: f"{word[0][:LONGEST_WORD]}…", shown)

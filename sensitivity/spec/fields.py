@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
 LONGEST = 1_000_000  # characters of a text
-LARGEST = 2**53  # of whole numbers: above it, a float cannot hold every one, and JSON readers may round
-LARGEST_COORDINATE = 1e9  # of a coordinate in an image, in pixels
+LARGEST = 2**53  # the largest whole number: a float cannot hold every larger one, and JSON readers may round
+LARGEST_COORDINATE = 1e9  # pixels
 MISSING, FOLDER = "it is not there", "it is a folder"
 SHOWN = 60  # characters of a wrong value that a message quotes
 
@@ -100,7 +100,7 @@ def check(value: object, required: Mapping[str, Kind], optional: Mapping[str, Ki
     """
     if not isinstance(value, dict):
         raise Misfit(f"{what} is {quoted(value)} instead of an object")
-    # missing fields first and all at once: they say that the file is of another layout
+    # missing fields are reported first, all at once: they show that the file has another layout
     if missing := [name for name in required if name not in value]:
         raise Misfit(f"{what} has no {' and no '.join(map(repr, missing))}")
     for name, kind in required.items():
@@ -149,11 +149,14 @@ def parsed(text: str | bytes) -> Any:
 def _constant(name: str) -> float:
     if name == "NaN":
         raise Misfit("NaN is not valid JSON")
-    return -math.inf if name.startswith("-") else math.inf  # transformers writes them into configurations
+    return -math.inf if name.startswith("-") else math.inf  # transformers writes infinities into config files
 
 
 def content(file: Path, largest: int | None = None) -> bytes:
-    """The bytes of a regular file, of at most `largest`; a folder has none, and reading a pipe may never end."""
+    """The bytes of a regular file; Misfit if it has more than `largest`.
+
+    A folder or a pipe is refused, too: reading a pipe may never end.
+    """
     if trouble := not_a_file(file):
         raise Misfit(trouble)
     try:

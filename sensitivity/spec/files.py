@@ -21,7 +21,7 @@ MARK = "sensitivity"  # the value of "written_by" in a manifest, and the content
 UNFINISHED = ".unfinished"  # a marker file in each folder that is still being written
 PACKAGE = Path(__file__).resolve().parents[1]
 
-# returns why a path is not one that we wrote, or an empty string if it is ours
+# a function that returns why a path is not one that we wrote, or an empty string if we wrote it
 WhyForeign = Callable[[Path], str]
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -54,7 +54,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(folder: Path, ours: Iterable[str] = ()) -> Iterator[None]:
-    """Create a folder; if the block fails, remove what was created: the named files of ours, and empty folders."""
+    """Create a folder; if the block fails, remove what was created: the files named in `ours`, and empty folders."""
     # folders that do not exist yet, the innermost first: only these may be removed again
     before = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
@@ -100,7 +100,7 @@ def write_atomically(target: Path, content: bytes) -> None:
 
 
 def overwrite(target: Path, text: str) -> None:
-    """Write a text file, over an earlier one only if that begins with the same first line."""
+    """Write a text file; an existing file is replaced only if its first line is the same."""
     if target.is_dir():
         raise UserError(f"{target} is a folder; name a file")
     first = text.partition("\n")[0]
@@ -115,9 +115,9 @@ def overwrite(target: Path, text: str) -> None:
 
 
 def may_write(out: Path, force: bool, why_foreign: WhyForeign, keep: Iterable[Path] = ()) -> None:
-    """Raise an error if writing to `out` would lose something: a file or folder that is not ours, or no `force`.
+    """Raise an error unless `out` may be written: it is free, or we wrote it and `force` is given.
 
-    The target may neither be nor contain anything in `keep` (a study, a model, a plan, a cache).
+    It may neither be nor contain anything in `keep` (a study, a model, a plan, a cache).
     """
     if why := _why_never(out, keep):
         raise UserError(f"{out} {why}; choose another --out")
@@ -157,7 +157,7 @@ def _without_links(path: Path) -> Path:
 
 def _homes() -> set[Path]:
     """The home folders of all users, and the folders that contain them."""
-    # of all users: with root's rights, the home folder of somebody else would be replaced just as well
+    # of all users, since root could replace another user's home folder
     homes = [Path.home()]
     with contextlib.suppress(ImportError):  # Windows has no pwd
         import pwd
@@ -174,7 +174,7 @@ def begin_folder(folder: Path) -> None:
 
 
 def mark_unfinished(folder: Path) -> None:
-    """Mark a new folder as one that we are writing, so that what a kill or a full disk leaves is known as ours."""
+    """Mark a new folder as one that we are writing, so that leftovers of a kill or a full disk are known as ours."""
     try:
         (folder / UNFINISHED).write_text(MARK, encoding="utf-8")
     except OSError:
@@ -190,7 +190,7 @@ def mark_finished(folder: Path) -> None:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether `begin_folder` made a folder that nobody has finished."""
+    """Whether a folder is marked as one that we began and did not finish."""
     try:
         return not folder.is_symlink() and (folder / UNFINISHED).read_text(encoding="utf-8") == MARK
     except (OSError, UnicodeDecodeError):
@@ -215,7 +215,7 @@ def move_into_place(folder: Path, out: Path, why_foreign: WhyForeign) -> None:
     # a folder that is not empty cannot be replaced by one rename, so the old one is moved away first
     old = folder.with_name(folder.name + ".old")
     os.replace(out, old)
-    # checked again, as it may have changed since `may_write`; under its new name others no longer find it
+    # checked again, as it may have changed since `may_write`; under the new name no other program writes to it
     if why := why_foreign(old):
         os.replace(old, out)
         raise UserError(f"{out} is not replaced: {why}; choose another --out")
@@ -224,7 +224,7 @@ def move_into_place(folder: Path, out: Path, why_foreign: WhyForeign) -> None:
 
 
 def put_back(old: Path, out: Path) -> None:
-    """Move an old folder back to its name, unless something else has taken the name."""
+    """Rename an old folder back to `out`, unless something else is there now."""
     if not out.exists() and not out.is_symlink():
         os.replace(old, out)
 

@@ -13,14 +13,14 @@ Allowed = Callable[[str, Scheme | None], bool]  # whether a component may have a
 
 
 def allowed_by(names: Sequence[str], widths: Mapping[str, Sequence[int]] | None) -> Allowed | None:
-    """Whether a component may have a scheme, from the bit widths that each pattern allows.
+    """A function that says whether a component may have a scheme, from the bit widths that each pattern allows.
 
-    The longest matching pattern decides; 16 stands for native precision.
+    The longest matching pattern decides; 16 stands for native precision. Without patterns it is None, which allows all.
     """
     if not widths:
         return None
     fine: dict[str, Sequence[int]] = {}
-    # shortest first, so that longer patterns, which say more, overwrite them
+    # shortest first, so that longer patterns, which are more specific, overwrite them
     for pattern in sorted(widths, key=len):
         fine |= dict.fromkeys(members(names, pattern), widths[pattern])
     return lambda name, scheme: name not in fine or (scheme.bits if scheme else NATIVE) in fine[name]
@@ -38,7 +38,7 @@ def tied_groups(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[t
 
 
 def intersection(one: Allowed | None, other: Allowed | None) -> Allowed | None:
-    """What both functions allow; None allows everything."""
+    """A function that allows what both functions allow; None allows everything."""
     if one is None or other is None:
         return one or other
     return lambda name, scheme: one(name, scheme) and other(name, scheme)

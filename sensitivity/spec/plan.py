@@ -1,4 +1,4 @@
-"""Scheme and Plan: how the weights of one component are stored and what it rounds, and which component has which."""
+"""Scheme: how one component is quantized (weights, activations, cache). Plan: the scheme of each component."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ Setting = str | int | float | bool | None
 WIDEST_GROUP = 2**24  # columns that share a scale: more than any layer has
 NOT_ROUNDED = 16  # the width of activations, or of keys and values, that stay as the model computes them
 ROUNDED = range(2, 9)  # the widths to which they can be rounded
-ACTIVATIONS, CACHE = "activations", "cache"  # what they are called after a component's name
+ACTIVATIONS, CACHE = "activations", "cache"  # endings of names such as vision.activations
 ACTIVATION_SCALE = "activation_scale"  # the setting that says which activations share a scale
-SOFTMAX = "softmax"  # the setting that says to which grid attention's probabilities are rounded, with as many bits
+# the setting that says to which grid attention's probabilities are rounded, to the bits of activations
+SOFTMAX = "softmax"
 CACHE_GROUP = "cache_group"  # the setting that says how many channels of a key or value share a scale
-ATTENTION = "attention"  # the setting that says how queries, keys and values are rounded, with as many bits
-MATCH = "match"  # the setting that says whether attention is scaled to the float model's
-CACHE_PAST = "cache_past"  # the setting that says whether a token reads its own key and value as they are
+ATTENTION = "attention"  # the setting that says how queries, keys and values are rounded, to the bits of activations
+MATCH = "match"  # the setting that says whether attention's logits and outputs are scaled to the float model's
+CACHE_PAST = "cache_past"  # the setting that says whether a token reads its own key and value unrounded
 CACHE_SMOOTH = "cache_smooth"  # the setting that says whether channels are divided by their size before rounding
 OF_CACHE = (CACHE_GROUP, CACHE_PAST, CACHE_SMOOTH)
 # the settings that say nothing about how weights are stored
@@ -95,7 +96,7 @@ class Scheme:
 
     @property
     def without_cache(self) -> Scheme | None:
-        """The same scheme with keys and values as they are; None, for native precision, where nothing else changes."""
+        """The same scheme without rounding of keys and values; None (native precision) if nothing else is quantized."""
         if self.method == KEEP and self.activations == NOT_ROUNDED:
             return None
         settings = tuple((name, value) for name, value in self.settings if name not in OF_CACHE)
@@ -103,7 +104,7 @@ class Scheme:
 
     @property
     def without_rounding(self) -> Scheme:
-        """The same scheme with activations and cache as they are: how its weights are stored, and nothing else."""
+        """The same scheme without rounding of activations and cache: only how its weights are stored."""
         if self.activations == NOT_ROUNDED and self.cache == NOT_ROUNDED:
             return self
         settings = tuple((name, value) for name, value in self.settings if name not in OF_ROUNDING)
@@ -119,7 +120,7 @@ class Scheme:
         }  # fmt: skip
         if self.settings:
             content["settings"] = dict(self.settings)
-        # widths that change nothing are left out, so that a scheme without them has the key that it always had
+        # left out where nothing is rounded, so that plans from before these fields existed keep their keys
         if self.activations != NOT_ROUNDED:
             content["activations"] = self.activations
         if self.cache != NOT_ROUNDED:
@@ -202,7 +203,7 @@ class Plan:
         return len({scheme for _, scheme in self.schemes}) == 1
 
     def is_uniform_in(self, parts: ComponentMap) -> bool:
-        """Whether all components have the same scheme, and the same cache where they have one."""
+        """Whether all components have the same scheme, apart from the cache bits of components without a cache."""
         cached = [scheme for _, scheme in self.schemes if scheme and scheme.cache != NOT_ROUNDED]
         return self.is_uniform or (bool(cached) and self == Plan.uniform(parts, cached[0]))
 
@@ -246,13 +247,13 @@ class Plan:
 
 
 def component_of(name: str) -> tuple[str, str]:
-    """The component that a column of widths is about, and what follows its name: nothing, .activations or .cache."""
+    """The component in the name of a column of bits, and the ending after it: nothing, .activations or .cache."""
     ending = next((f".{word}" for word in (ACTIVATIONS, CACHE) if name.endswith(f".{word}")), "")
     return name.removesuffix(ending), ending
 
 
 def fitted(component: Component, scheme: Scheme | None) -> Scheme | None:
-    """The scheme that a component gets: without a cache where it has no keys and values that are cached."""
+    """The scheme that a component gets: without cache bits if none of its outputs are cached."""
     if scheme is None or (component.has_cache and scheme.cache != NOT_ROUNDED):
         return scheme
     return scheme.without_cache

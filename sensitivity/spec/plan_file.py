@@ -26,7 +26,7 @@ def document(parts: ComponentMap, plan: Plan, facts: Mapping[str, object]) -> di
         "size": size(parts, plan).to_json(),
         "weights": {component.name: [weight.name for weight in component.weights] for component in parts.components},
     }
-    # first for the order of keys, last for the values: facts may come from another plan.json
+    # `known` stands first to order the keys, and last so that its values win: facts may come from another plan.json
     return {**known, **facts, **known}
 
 

@@ -1,4 +1,4 @@
-"""Size: what a plan was counted to weigh, as a value."""
+"""Size: the counted bits of a plan, as a value."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Size:
     """
 
     bits: int
-    codes: int
+    codes: int  # bits of the components' codes alone
     numel: int
     bpw_codes: float
     format: str | None = None  # the format whose files are counted; None: what the methods themselves store
-    # of keys and values per token, where a plan rounds some; beside `bits`, since a cache is in no file
+    # of keys and values per token, where a plan rounds some; not part of `bits`, since no file holds a cache
     cache_bits: int | None = None
 
     @property

@@ -41,7 +41,7 @@ Schema = TypedDict(
     total=False,
 )
 # JSON Schema's types as Python reads them; bool is excluded from numbers, since Python counts it as an int. A number
-# with limits is finite, since NaN lies within none.
+# with limits is finite, since NaN is within no limit.
 # The validator is written by hand so that its message is one plain sentence about the first fault.
 IS_TYPE: dict[str, Callable[[object], bool]] = {
     "object": lambda value: isinstance(value, Mapping),
@@ -62,9 +62,9 @@ def schema(name: str) -> Schema:
 
 
 def read(path: Path, name: str, remedy: str) -> Any:
-    """Read a JSON file and check it against its schema; the caller names the type, often a TypedDict.
+    """Read a JSON file and check it against its schema; the caller annotates the type, often as a TypedDict.
 
-    `remedy` ends each message: what the user can do.
+    `remedy` says what the user can do, and ends each message.
     """
     what = f"{path} cannot be used"
     try:
@@ -99,7 +99,7 @@ def fault(value: object, wanted: Schema | bool, home: str, at: str = "") -> str 
         home, wanted = _resolved(ref, home)
     if options := wanted.get("anyOf"):
         faults = [fault(value, option, home, at) for option in options]
-        # where an object fits an option's type, its own fault says more than 'should be one of these options'
+        # if the value and an option are both objects, the fault inside says more than a list of the options
         inside = [
             one for one, option in zip(faults, options, strict=True) if one and _is_this_object(value, option, home)
         ]
@@ -131,7 +131,7 @@ def _member(at: str, name: str) -> str:
 
 
 def _fits(value: object, wanted: Schema) -> bool:
-    """Whether a value's own type, limits and characters fit; its items and properties are checked by the caller."""
+    """Whether a value's type, limits, length and pattern fit; the caller checks its items and properties."""
     if (kinds := _types(wanted)) and not any(IS_TYPE[kind](value) for kind in kinds):
         return False
     # True == 1 in Python, but not in JSON
@@ -165,7 +165,7 @@ def _types(wanted: Schema) -> list[str]:
 
 
 def _is_this_object(value: object, wanted: Schema, home: str) -> bool:
-    """Whether a value is of an option's type, object: only then is the fault inside it worth reporting."""
+    """Whether a value and an option are both objects: only then is the fault inside the value worth reporting."""
     if ref := wanted.get("$ref"):
         _, wanted = _resolved(ref, home)
     return "object" in _types(wanted) and isinstance(value, Mapping)

@@ -10,7 +10,7 @@ from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import CACHE_GROUP, CACHE_SMOOTH, KEEP, NOT_ROUNDED, Plan, Scheme, Setting, scheme_of
 from sensitivity.spec.plan_size import Size
 
-GRAPH_ENTRY = 16_000  # the same of a weight and the operations around it in an OpenVINO graph, which has about 9,000
+GRAPH_ENTRY = 16_000  # upper bound on the bytes of a weight and its operations in an OpenVINO graph: usually 9,000
 HEADER_ENTRY = 112  # upper bound on the bytes of a tensor's entry in a safetensors header, without its name
 MB, GB = 1e6, 1e9  # bytes, as disks and hubs count them
 
@@ -59,7 +59,7 @@ def _blocks(scheme: Scheme, rows: int, cols: int) -> int:
 
 
 def outliers(share: Setting, rows: int, cols: int) -> int:
-    """How many numbers of a weight are stored apart, for a share of all: a plan has a size before it is computed."""
+    """The number of outliers of a weight, from their share alone: a plan's size is needed before it is quantized."""
     kept: int = round(float(share or 0) * rows * cols)
     return kept
 
@@ -68,7 +68,7 @@ RUN = 256  # columns within which the position of an outlier takes 8 bits
 
 
 def _positions(count: int, rows: int, cols: int) -> int:
-    """Where outliers are: 8 bits for each, and a 16-bit count for every 256 columns of a row."""
+    """The positions of outliers: 8 bits for each, and a 16-bit count for every 256 columns of a row."""
     return 8 * count + 16 * rows * math.ceil(cols / RUN) if count else 0
 
 
@@ -89,12 +89,12 @@ def _squeezellm(scheme: Scheme, rows: int, cols: int) -> int:
 
 
 def _planes(scheme: Scheme, rows: int, cols: int) -> int:
-    """A 16-bit coefficient per plane and an offset, for each group."""
+    """For each group, a 16-bit coefficient per bit plane and a 16-bit offset."""
     return groups(scheme, rows, cols) * 16 * (scheme.bits + 1)
 
 
 def _billm(scheme: Scheme, rows: int, cols: int) -> int:
-    """BiLLM beside one bit per weight.
+    """What BiLLM stores beside one bit per weight.
 
     A second bit (the half, or the second sign of a salient column), mean and magnitude of each half, mean and two
     magnitudes of salient columns, and a bit per column.
@@ -106,7 +106,7 @@ def _billm(scheme: Scheme, rows: int, cols: int) -> int:
 
 
 def _bivlm(scheme: Scheme, rows: int, cols: int) -> int:
-    """Bi-VLM beside the sign: the index of each weight's bin, which the paper leaves out, and the levels of bins.
+    """What Bi-VLM stores beside signs: the index of each weight's bin, which the paper leaves out, and bin levels.
 
     Salient weights are two more bins; they add a 16-bit scale per row, and a mean and a deviation per matrix.
     """
@@ -118,7 +118,7 @@ def _bivlm(scheme: Scheme, rows: int, cols: int) -> int:
 def _spqr(scheme: Scheme, rows: int, cols: int) -> int:
     """Outliers, and grids in two levels.
 
-    The scales of 16 rows share a scale and a zero point, in 16 bits each; so do their zero points.
+    The scales of 16 rows are quantized themselves, with one 16-bit scale and zero point; so are their zero points.
     """
     per_group = int(scheme.get("scale_bits") or 16)
     shared = math.ceil(rows / 16) * groups(scheme, 1, cols)
@@ -133,7 +133,7 @@ def _kept_apart(scheme: Scheme, rows: int, cols: int) -> int:
 
 
 def _adpq(scheme: Scheme, rows: int, cols: int) -> int:
-    """Two grids per group, and where outliers are; their values are codes like all others."""
+    """Two grids per group, and the positions of outliers, whose values are codes like all others."""
     count = outliers(scheme.get("outliers"), rows, cols)
     return (2 if count else 1) * _affine(scheme, rows, cols) + _positions(count, rows, cols)
 
@@ -142,12 +142,15 @@ CHANNEL_WIDTHS = (0, 2, 4, 8, 16)  # bits that QVLA may give an output channel
 
 
 def channel_budget(scheme: Scheme, rows: int, cols: int) -> int:
-    """The bits that rows of different widths may store: numbers, and their 16-bit scales."""
+    """The bits that a weight whose rows have different widths may take: codes, and a 16-bit scale per row."""
     return scheme.bits * rows * cols + 16 * rows
 
 
 def _channels(scheme: Scheme, rows: int, cols: int) -> int:
-    """A scale for each row, and which of the widths it has, in 3 bits; what is chosen never exceeds it."""
+    """A 16-bit scale for each row, and 3 bits that say which width it has.
+
+    The codes of the chosen widths never exceed `channel_budget`, so that the size is an upper bound.
+    """
     return 16 * rows + 3 * rows
 
 
@@ -253,7 +256,7 @@ def weight_bits(scheme: Scheme | None, weight: Weight, native_bits: int, format:
         raise unknown("method", scheme.method, OVERHEAD)
     overhead = OVERHEAD[scheme.method]
     stored = scheme.bits * weight.numel + overhead(scheme, weight.rows, weight.cols)
-    if weight.bias and scheme.get("biases"):  # the bias counts as kept: add the change
+    if weight.bias and scheme.get("biases"):  # the bias is counted as a kept weight: add the difference
         stored += (scheme.bits - native_bits) * weight.rows + overhead(scheme, 1, weight.rows)
     return stored
 
@@ -261,7 +264,7 @@ def weight_bits(scheme: Scheme | None, weight: Weight, native_bits: int, format:
 def component_bits(parts: ComponentMap, name: str, scheme: Scheme | None, format: str | None = None) -> int:
     """All bits of one component."""
     stored = sum(weight_bits(scheme, w, parts.native_bits, format) for w in parts[name].weights)
-    # the sizes of channels by which keys and values are divided
+    # a 16-bit divisor for each channel of keys and values
     smoothed = scheme is not None and scheme.get(CACHE_SMOOTH)
     return stored + (16 * sum(w.rows for w in parts[name].weights if w.cached) if smoothed else 0)
 
@@ -293,7 +296,7 @@ def choice_bits(
 
 def budget_bits(parts: ComponentMap, bpw: float) -> int:
     """The bits that a budget in bits per weight allows the whole model."""
-    return math.floor(bpw * parts.numel + 1e-6)  # else 4.1 bpw may round to a bit too few
+    return math.floor(bpw * parts.numel + 1e-6)  # without 1e-6, 4.1 bpw may round to a bit too few
 
 
 def bits_in(count: float) -> int:

@@ -16,8 +16,8 @@ from sensitivity.study.storage import paths
 from sensitivity.study.trial import Trial
 
 COLUMNS = ("task", "example", "cluster", "kind", "score", "nll", "answer")
-# whether generation stopped at the largest number of tokens; whether the answer lacks what the score reads: in a study
-# of an earlier version a column of missing values
+# cut: generation stopped at the token limit; malformed: the answer lacks what the score reads. Both are missing values
+# in a study of an earlier version
 FLAGS = ("cut", "malformed")
 
 
@@ -37,7 +37,7 @@ def read(path: Path) -> pd.DataFrame:
     try:
         if not path.is_file():
             raise Damaged("there is no such file")
-        # without threads: a file is small, and where memory is short pyarrow waits for ever for one that never starts
+        # no threads: the file is small, and if memory is short, pyarrow waits forever for a thread that cannot start
         frame = pd.read_parquet(path, page_checksum_verification=True, use_threads=False, pre_buffer=False)
     except (UserError, MemoryError):  # too little memory is no damage
         raise
@@ -60,7 +60,7 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def _with_flags(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows with every flag as a column that may hold missing values."""
+    """The rows, with each flag as a Boolean column that may hold missing values."""
     return frame.assign(**{name: pd.array(frame.get(name, [None] * len(frame)), dtype="boolean") for name in FLAGS})
 
 
@@ -91,11 +91,11 @@ class Answers:
         return None
 
     def add(self, trial: Trial, examples: Mapping[str, Sequence[object]]) -> pd.DataFrame:
-        """Write a trial's answers, after those to the examples that it has seen before; return all of them."""
+        """Add new answers to those that a trial already has, write all of them, and return them."""
         frame = _with_flags(pd.DataFrame(dict(examples), columns=[*COLUMNS, *(f for f in FLAGS if f in examples)]))
         if trial.done:
             before = self._before(trial.plan)
-            # an example is in both where a process was killed after writing its answers and before storing `done`
+            # an example is in both if a process was killed after it wrote the answers and before it stored `done`
             new = set(zip(frame["task"], frame["example"], strict=True))
             again = [one in new for one in zip(before["task"], before["example"], strict=True)]
             frame = pd.concat([before[~np.array(again, dtype=bool)], frame], ignore_index=True)
@@ -103,7 +103,7 @@ class Answers:
         return frame
 
     def _before(self, plan: Plan) -> pd.DataFrame:
-        """Answers that further ones are added to: missing or damaged ones are an error."""
+        """The answers that a plan already has; an error if they are missing or damaged."""
         file = self.file(plan.key)
         try:
             return read(file)

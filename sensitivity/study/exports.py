@@ -1,4 +1,4 @@
-"""Exports of a study: a note in its folder for each of them, and their state and sentences for the report."""
+"""Exports of a study: writes a note on each into the study's folder, and reads the notes for the report."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def _state(folder: Path) -> str:
             return "no longer there"
         if not (folder / VERIFIED).exists():
             return "not verified"
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # the note's folder has a name that this system does not allow
         return "no longer there"
     return str(schema.read(folder / VERIFIED, "verified", f"`sensitivity verify {folder}` writes it anew")["verdict"])
 
 
 def path_gain(gain: Mapping[str, object]) -> str:
-    """What calibrating on another path changed in the scores, as sentences with paired differences."""
+    """Sentences on how calibrating on another path changed the scores, with paired differences."""
     differences = {task: difference for task, difference in gain.items() if isinstance(difference, dict)}
     tasks = []
     for task, difference in differences.items():

@@ -1,4 +1,4 @@
-"""What a study is about: its model, data, tasks and components, stored once and compared whenever a sweep goes on."""
+"""What a study is about: its model, data, tasks and components, stored once and compared whenever a sweep continues."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DISCARDED = "again"  # attribute of a study: numbers of trials whose answers wer
 
 
 class Meta(TypedDict, total=False):
-    """What all trials of a study share; the second half is said of an imported table."""
+    """What all trials of a study share; the fields from `imported` on are those of an imported table."""
 
     model: str
     fingerprint: str
@@ -59,7 +59,8 @@ def store_or_compare(
     # one maximized value per task, and bits per weight as the last, minimized one
     directions = [StudyDirection.MAXIMIZE] * len(tasks) + [StudyDirection.MINIMIZE]
     wanted = json.loads(json.dumps({"meta": dict(meta), "tasks": list(tasks), "parts": parts.to_json()}))
-    with held(ProcessLock(path / paths.QUEUE_LOCK)):  # processes that start together all find nothing stored
+    # under a lock: else processes that start together all find nothing stored, and each stores its own
+    with held(ProcessLock(path / paths.QUEUE_LOCK)):
         study = optuna.create_study(study_name=NAME, storage=storage, directions=directions, load_if_exists=True)
         for name, value in wanted.items():
             stored = study.user_attrs.get(name)
@@ -95,7 +96,7 @@ def load(path: Path, storage: BaseStorage) -> tuple[optuna.Study, Identity]:
 
 
 def copy(study: optuna.Study, storage: BaseStorage) -> None:
-    """Copy all trials, and what a study is about as others may see it: by names, not by folders of this machine."""
+    """Copy all trials and what the study is about, without the folders of this machine, so that it can be shared."""
     made = optuna.create_study(study_name=NAME, storage=storage, directions=study.directions)
     for name, value in study.user_attrs.items():
         made.set_user_attr(name, _as_shown(value) if name in ("meta", "parts") else value)
@@ -103,7 +104,7 @@ def copy(study: optuna.Study, storage: BaseStorage) -> None:
 
 
 def _as_shown(about: Mapping[str, object]) -> dict[str, object]:
-    """Models and tasks without the folders where they lie."""
+    """The model and the tasks without the folders of this machine."""
     found, tasks = dict(about), about.get("tasks")
     if "model" in about:
         found["model"] = without_folder(str(about["model"]))
@@ -113,7 +114,7 @@ def _as_shown(about: Mapping[str, object]) -> dict[str, object]:
 
 
 def without_folder(source: str) -> str:
-    """A model or a task without the folder where it lies; a hub name or an embedded model is left as it is."""
+    """A model or a task without its folder; a hub name or an embedded model stays as it is."""
     head, colon, path = source.rpartition(":")
     return f"{head}{colon}{Path(path).name}" if Path(path).is_absolute() else source
 

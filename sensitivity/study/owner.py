@@ -11,7 +11,7 @@ from typing import TypedDict
 
 
 class Owner(TypedDict):
-    """A process, told apart from a later one with the same pid by when it started."""
+    """A process; the time of its start (`since`) tells it from a later process with the same pid."""
 
     host: str
     pid: int
@@ -31,10 +31,10 @@ def _started(pid: int) -> str | None:
 
 
 def is_dead(owner: Owner | None) -> bool:
-    """Whether the owner of a trial has certainly ended; one on another machine cannot be seen and counts as alive."""
+    """Whether the owner of a trial is known to have ended; a process on another machine counts as alive."""
     if owner is None:
         return True
-    if owner["host"] != socket.gethostname() or sys.platform == "win32":  # on Windows, signal 0 is Ctrl-C
+    if owner["host"] != socket.gethostname() or sys.platform == "win32":  # on Windows, signal 0 sends Ctrl-C
         return False
     try:
         os.kill(owner["pid"], 0)

@@ -19,7 +19,7 @@ from sensitivity.study.trial import ABANDONED, Trial
 
 
 class Queue:
-    """Plans wait in it until a process claims them, and return to it where that process dies."""
+    """Plans wait in it until a process claims them, and are queued again if that process dies."""
 
     def __init__(self, study: Path, trials: StoredTrials) -> None:
         self._study, self._trials = study, trials
@@ -44,7 +44,7 @@ class Queue:
     def next(self, last: Trial | None, wanted: Container[str] | None) -> Trial | None:
         """Claim the waiting trial that shares the most work with the last one; None when no wanted plan waits."""
         while (waiting := self._waiting(last, wanted)) is not None:
-            with held(self.lock()):  # `release` must not see a claim half done
+            with held(self.lock()):  # else `release` could see a claim half done
                 trial = claim(self._trials, waiting)
             if trial is None:
                 self._trials.read(waiting)
@@ -57,13 +57,13 @@ class Queue:
         return None
 
     def _waiting(self, last: Trial | None, wanted: Container[str] | None) -> Trial | None:
-        """The trial to claim: one in the cache, else one in the storage, else an earlier claim that got lost."""
+        """The trial to claim: from the cache, else from the storage, else one whose earlier claim was lost."""
         number = last.number if last else None
         trial = choose(self._trials.lately(), number, wanted)
         if trial is None:  # the cache may lack trials that others queued or released
             trial = choose(self._trials.now(), number, wanted)
         if trial is None and self.release(lambda owner: owner == this_process()):
-            # a claim of ours that the database carried out while the connection was lost, so that we never heard of it
+            # the database carried out an earlier claim of ours, but its reply was lost with the connection
             trial = choose(self._trials.now(), number, wanted)
         return trial
 
@@ -78,7 +78,7 @@ class Queue:
         )
 
     def release(self, is_lost: Callable[[Owner | None], bool]) -> int:
-        """Queue running trials again whose owner is lost, and return their number; the examples they have seen stay."""
+        """Queue the running trials again whose owner is lost, and return how many; their answers so far are kept."""
         with held(self.lock()):
             lost = [t for t in self._trials.now() if t.state == TrialState.RUNNING and is_lost(t.owner)]
             for trial in lost:
@@ -89,9 +89,9 @@ class Queue:
 def choose(trials: Sequence[Trial], last: int | None, wanted: Container[str] | None = None) -> Trial | None:
     """The waiting trial to claim after trial number `last`: the next in order of those that saw the fewest examples.
 
-    Plans are queued so that neighbors share the most work. Where the next trial is already running in another
-    process, that process works through this stretch. Then the middle of the longest waiting stretch is chosen, so
-    that each process has neighbors of its own.
+    Plans are queued so that neighbors share the most work. If another process already runs the next trial, that
+    process works through this stretch of the queue. Then the middle of the longest stretch of waiting trials is
+    chosen, so that each process has neighbors of its own.
     """
     queue = [trial for trial in trials if trial.is_open]
     waiting = [t for t in queue if t.state == TrialState.WAITING and (wanted is None or t.key in wanted)]
@@ -124,7 +124,7 @@ def claim(trials: StoredTrials, trial: Trial) -> Trial | None:
         if not trials.start(waiting):
             return None
         running = trials.read(waiting)
-        trials.change(running, replace(running, owner=ours))  # where the loser wrote its own after us
+        trials.change(running, replace(running, owner=ours))  # a slower process may have replaced it
     except UpdateFinishedTrialError:
         return None
     return replace(running, owner=ours)

@@ -1,4 +1,4 @@
-"""Racing: which plans still get examples, as no smaller plan clearly beats them; and how uncertain the frontier is."""
+"""Racing: which plans still get examples, as no smaller one clearly beats them; and how uncertain the frontier is."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 from sensitivity.study.trial import Trial
 
-RATE = 0.05  # probability, over a whole sweep, that any plan is dropped which no smaller one truly beats
+RATE = 0.05  # largest probability, over a whole sweep, that any plan is dropped although no smaller one beats it
 
 
 def frontier(size: ArrayLike, score: ArrayLike) -> list[int]:
-    """The Pareto frontier: positions of what scores more than all else of at most its size, smallest first."""
+    """The Pareto frontier as positions, smallest first: each scores higher than everything of at most its size."""
     best, highest = -math.inf, []
     scores = np.asarray(score, dtype=float)
-    for i in np.lexsort((-scores, np.asarray(size, dtype=float))):  # of equal ones the first
+    for i in np.lexsort((-scores, np.asarray(size, dtype=float))):  # of equal sizes and scores the first
         if scores[i] > best:
             best = scores[i]
             highest.append(int(i))
@@ -58,7 +58,7 @@ def still_in_race(study: Study, rounds: int) -> set[str]:
 
 
 def uncertainty(study: Study) -> float:
-    """The largest half 95 % interval of a frontier plan's difference to full precision; infinite without that."""
+    """Half the widest 95 % interval of a frontier plan's difference to full precision; infinite if that did not run."""
     trials = study.measured()
     native = next((trial for trial in trials if trial.key == study.native.key), None)
     if native is None:
@@ -75,15 +75,15 @@ def uncertainty(study: Study) -> float:
 def _beats(rival: pd.DataFrame, plan: pd.DataFrame, level: float) -> bool:
     """Whether the rival's score is significantly higher.
 
-    Two made-up images are added, one for and one against the rival, each as large as the largest difference seen: a
-    handful of images that happen to agree have a standard error of 0, and would prove anything.
+    Two made-up images are added, one for and one against the rival, each with the largest difference seen. Without
+    them, a handful of images that happen to agree would have a standard error of 0, and would prove anything.
     """
     mean, se, clusters = _difference(rival, plan, made_up=True)
     return mean > 0 and clusters > 3 and mean > se * float(stats.t.isf(level, clusters - 1))
 
 
 def _difference(a: pd.DataFrame, b: pd.DataFrame, made_up: bool = False) -> tuple[float, float, int]:
-    """Mean difference of two plans over the images that both have seen, its clustered error, the number of images."""
+    """Mean difference of two plans over the images both have seen, its clustered standard error, number of images."""
     both = a.index.intersection(b.index)
     counts = a.loc[both, "count"].to_numpy(dtype=float)
     differences = (a.loc[both, "sum"] - b.loc[both, "sum"]).to_numpy()

@@ -28,7 +28,7 @@ class ScoreJson(TypedDict):
 
 
 class TaskScore(TypedDict, total=False):
-    """A task's score as a trial stores it; an imported one has its mean alone."""
+    """A task's score as a trial stores it; an imported one has only its mean."""
 
     mean: Required[float]
     se: float | None
@@ -92,7 +92,7 @@ def clustered_se(values: np.ndarray, clusters: np.ndarray) -> tuple[float, int]:
 
 
 def summarize(values: ArrayLike, clusters: ArrayLike) -> Score:
-    """The mean score and its interval: Wilson's for scores within 0 and 1, which has a width even if all are right."""
+    """The mean score and its interval: Wilson's for scores from 0 to 1, which has a width even if all are right."""
     x, group = np.asarray(values, dtype=float), np.asarray(clusters)
     if not len(x):
         raise ValueError("a score needs at least one example")
@@ -128,7 +128,7 @@ def difference(ours: pd.DataFrame | None, theirs: pd.DataFrame | None, task: str
 
 
 def _student(mean: float, se: float, clusters: int) -> tuple[float, float]:
-    """Student's t interval, with one degree of freedom less than clusters."""
+    """Student's t interval, with one degree of freedom fewer than there are clusters."""
     half = math.inf if clusters < 2 else float(stats.t.ppf((1 + CONFIDENCE) / 2, clusters - 1)) * se
     return mean - half, mean + half
 
@@ -136,7 +136,7 @@ def _student(mean: float, se: float, clusters: int) -> tuple[float, float]:
 def _wilson(mean: float, se: float, n: int, clusters: int) -> tuple[float, float]:
     """Wilson's interval with the effective number of examples that the clustered standard error implies.
 
-    Where that error is 0 (all right, all wrong), it implies none; then clusters count as examples, which is cautious.
+    An error of 0 (all right or all wrong) implies no number. Then the number of clusters is used, which is cautious.
     """
     spread = mean * (1 - mean)
     effective = float(clusters) if se == 0 or math.isinf(se) else min(max(spread / se**2, 1.0), float(n))

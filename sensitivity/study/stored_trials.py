@@ -1,4 +1,4 @@
-"""The trials of a study as records: read through a cache, and changed in the storage and the cache alike."""
+"""The trials of a study as records: read through a cache, and changed in both the storage and the cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sensitivity.study.trial_cache import TrialCache
 
 
 class StoredTrials:
-    """All trials of a study but those whose answers were lost, and whose plans are run again."""
+    """All trials of a study, without those whose answers were lost and whose plans are run again."""
 
     def __init__(self, study: optuna.Study, storage: BaseStorage, reader: TrialReader) -> None:
         self._study, self._storage, self._reader = study, storage, reader

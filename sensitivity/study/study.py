@@ -75,7 +75,7 @@ class Study:
                     location.write_address(path, storage)
                 identity.store_or_compare(path, parts, tasks, meta, backend)
             finally:
-                close(backend)  # a database's connection would stay open until it is collected as garbage
+                close(backend)  # else a database's connection stays open until it is garbage-collected
         return cls(path, storage)
 
     # -- queueing and running -------------------------------------------------------------------------------------
@@ -98,9 +98,9 @@ class Study:
     def tell(
         self, trial: Trial, examples: Mapping[str, Sequence[object]], facts: RunFacts, done: int | None = None
     ) -> dict[str, float]:
-        """Store a trial's answers and scores and finish it; with `done`, the clusters it has seen, queue it again.
+        """Store a trial's answers and scores and end it; with `done` (clusters seen so far), queue it again instead.
 
-        The answers are written first: where a process was killed in between, no scores without answers remain.
+        The answers are written first: if the process is killed in between, no scores without answers remain.
         """
         frame = self._answers.add(trial, examples)
         weighs = size(self.parts, trial.plan)
@@ -116,7 +116,7 @@ class Study:
         if done is None:
             self._trials.end(trial, [*means.values(), weighs.bpw])
         else:
-            # after `done`: once it waits, another process may claim it, and must know where to go on
+            # after `done` is stored: once the trial waits, another process may claim it and must know where to continue
             self._trials.requeue(trial)
         return means
 
@@ -175,7 +175,7 @@ class Study:
         return {name: sum(trial.state == state for trial in trials) for name, state in states.items()}
 
     def progress(self, total: int, wanted: Container[str] | None = None) -> tuple[int, int]:
-        """Images that all trials have seen, and that wanted trials have still to see; a finished one saw `total`."""
+        """How many images all trials have seen, and how many wanted ones have yet to see; finished ones saw `total`."""
         trials = [trial for trial in self._trials.lately() if trial.state not in ABANDONED]
         seen = [total if trial.state == TrialState.COMPLETE else trial.done for trial in trials]
         going_on = [wanted is None or trial.key in wanted for trial in trials]
@@ -187,7 +187,7 @@ class Study:
         to_native = partial(self.difference_to_native, native), partial(self.counts_against_native, native)
         trials = self.measured()
         rows = pd.DataFrame([row(trial, self.parts, self.tasks, *to_native) for trial in trials])
-        # what some plans round, the others have at 16 bits
+        # a plan that does not round what others round has 16 bits there
         rounded = list(dict.fromkeys(name for trial in trials for name in trial.plan.rounded_bits()))
         return rows.fillna(dict.fromkeys(rounded, NATIVE))
 
@@ -233,7 +233,7 @@ class Study:
         raise UserError(f"{self.path} has no trial {number}")
 
     def plan_named(self, key: str) -> Plan:
-        """The measured plan whose key begins like this."""
+        """The one measured plan whose key begins with this text."""
         matching = {trial.key: trial.plan for trial in self.measured() if key and trial.key.startswith(key)}
         if len(matching) != 1:
             what = f"{len(matching)} plans whose keys begin with {key}" if matching else f"no measured plan {key}"

@@ -41,8 +41,8 @@ class Trial:
     """One plan, its tasks' scores with intervals, its size, timings, versions and state.
 
     What all trials of a study share (model, data, seed) is in `Study.meta`. The fields from `owner` on are stored as
-    user attributes of Optuna's trial under the same names, in this order. `scores` come near the end: others read a
-    trial as soon as it has scores, and rely on all the rest.
+    user attributes of Optuna's trial under the same names, in this order. `scores` come near the end: other processes
+    read a trial as soon as it has scores, and rely on all that was written before.
     """
 
     plan: Plan
@@ -55,7 +55,7 @@ class Trial:
     owner: Owner | None = None  # the process that runs it, or ran it last
     size: SizeJson | None = None
     seconds: float | None = None
-    images: int | None = None  # that the trial has seen once it is complete
+    images: int | None = None  # how many the trial has seen, stored when it is complete
     path: str | None = None  # "fast", or "plain": without sharing work between plans
     versions: Mapping[str, str] = field(default_factory=dict)
     not_finite: int = 0  # examples that scored 0 because their logits were NaN or infinite
@@ -148,8 +148,8 @@ class TrialReader:
     def read(self, frozen: FrozenTrial) -> Trial | None:
         """One trial; None where Optuna's own tools queued it: it has no plan, and is never run."""
         attrs = frozen.user_attrs
-        # attributes are added while a trial runs; `done` and `seconds` grow when it is queued for further examples, and
-        # a trial that a process lost may run in another one by the time that it is read again
+        # attributes are added while a trial runs; `done` and `seconds` grow when it is queued for further examples; and
+        # the owner changes when the trial's process died and another one has claimed it since
         state = frozen.state, attrs.get("owner"), attrs.get("done"), attrs.get("seconds"), len(attrs)
         if frozen.number not in self._read or self._read[frozen.number][0] != state:
             self._read[frozen.number] = state, self._checked(frozen)
@@ -176,7 +176,7 @@ class TrialReader:
 
 
 def mixed_versions(trials: Iterable[Trial], ours: Mapping[str, str] | None = None) -> str | None:
-    """A sentence on the software versions by which trials were measured, where they, or ours, differ; else None."""
+    """A sentence on the software versions that measured trials, if they differ from each other or from ours."""
     by_library: dict[str, set[str]] = {}
     recorded = [trial.versions for trial in trials]
     for versions in [*recorded, *([ours] if ours and any(recorded) else [])]:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from sensitivity.study.trial import Trial
 
-PART = 20  # the cache is used for so many times the seconds that reading took: reading takes a twentieth of the time
+PART = 20  # the cache is used for this many times the seconds that reading took: reads take about 5 % of the time
 
 
 class TrialCache:
     """All trials as they were last read, with the changes that this process made since, but not those of others.
 
-    Before a trial is changed, the storage must be asked again: one that waits here may be claimed by another process.
+    Before a trial is changed, it must be read from the storage: one that waits here may be claimed by another process.
     """
 
     def __init__(self, read: Callable[[], list[Trial]]) -> None:

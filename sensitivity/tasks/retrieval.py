@@ -102,7 +102,7 @@ def _task(
 
 
 def first(answer: str, example: Example) -> float:
-    """1 if a right one ranks first."""
+    """1 if a right image or caption ranks first."""
     return float(answer == "1")
 
 

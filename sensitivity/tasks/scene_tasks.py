@@ -11,7 +11,7 @@ from sensitivity.tasks import scenes
 from sensitivity.tasks.examples.types import Example, Task, exact
 from sensitivity.tasks.scoring.boxes import oriented_iou, parse
 
-THRESHOLD = 0.5  # a box counts as found from this oriented intersection over union on
+THRESHOLD = 0.5  # the smallest oriented intersection over union at which a box counts as found
 
 
 def vqa(split: str, n: int, seed: int) -> Task:

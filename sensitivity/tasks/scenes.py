@@ -90,7 +90,7 @@ def split_indices(split: str) -> NDArray[np.int64]:
     """Which of scikit-learn's digits belong to a split: a fixed permutation, stratified by the digit's value."""
     _, target = _handwriting()
     order = np.random.default_rng(1797).permutation(len(target))
-    # The rank of a digit among those of its value, as a fraction: sorted by it, every prefix holds all values alike.
+    # The rank of a digit among those of its value, as a fraction: sorted by it, every prefix is balanced by value.
     rank = np.empty(len(target))
     for value in range(10):
         mine = order[target[order] == value]
@@ -119,7 +119,7 @@ def _cut(bitmap: Array) -> Array:
 
 
 def _wobble(rng: np.random.Generator, bitmap: Array, amount: float) -> Array:
-    """The same digit as if another hand had slanted and squeezed it: its four corners are moved a little."""
+    """The digit, slanted and squeezed like another handwriting: its four corners are moved at random."""
     large = Image.fromarray(np.pad(bitmap, 1))
     width, height = 3 * large.width, 3 * large.height
     large = large.resize((width, height), Image.Resampling.BICUBIC)
@@ -225,8 +225,8 @@ def scene(
 ) -> Scene:
     """Scene `index` of a split and a seed.
 
-    `most`, `hard` and `wobble` are for training: the largest number of digits, the share that is moved and rotated, and
-    how much digits are distorted.
+    `most`, `hard` and `wobble` are for training: the largest number of digits, the share of digits that is moved and
+    rotated, and how much digits are distorted.
     """
     rng = np.random.default_rng([list(SPLITS).index(split), seed, index])
     background, digits, bitmaps = _layout(rng, split, most, hard, wobble)

@@ -43,6 +43,7 @@ DATASETS: dict[str, Callable[[Path, str, int, int], Task]] = {
 SEARCHES: dict[str, Callable[[str, int, int], Task]] = {"retrieval": retrieval.scene_retrieval}
 
 
+# published data sets for retrieval: --task flickr30k:FOLDER
 GALLERIES: dict[str, Callable[[Path, str, int, int], Task]] = {"flickr30k": retrieval.of_flickr30k}
 
 
@@ -83,7 +84,7 @@ def _named(name: str, split: str, n: int, seed: int) -> Task:
 
 
 def find(name: str) -> Callable[[str, int, int], Task]:
-    """The function that makes a task, by the task's name; it has not read anything yet."""
+    """A function that makes the task of a name; no data are read before it is called."""
     tasks, sets = {**TASKS, **SEARCHES}, {**DATASETS, **GALLERIES}
     if name in tasks:
         return tasks[name]

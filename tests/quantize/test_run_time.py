@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from sensitivity.quantize.methods import weights_of
+from sensitivity.quantize.presets import PRESETS
 from sensitivity.quantize.run_time.inputs import round_inputs
 from sensitivity.quantize.run_time.keys_and_values import round_cached
-from sensitivity.quantize.scheme_settings import check_scheme, scheme
+from sensitivity.quantize.scheme_settings import check_scheme, method_named, scheme
 from sensitivity.quantize.stored.rotated import InputTransform
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import Scheme
+from sensitivity.spec.plan import OF_CACHE, Scheme
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:
@@ -144,3 +145,14 @@ def test_the_step_of_a_symmetric_grid_is_that_of_compressed_tensors() -> None:
         theirs = fake_quantize(x=x, scale=scale, zero_point=zero, args=how)
         assert torch.allclose(round_inputs(x, bits), theirs, atol=1e-6)
     assert math.isclose(float(round_inputs(torch.tensor([[1.0, 0.3]]), 2)[0, 0]), 2 / 3, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_is_not_rounded_takes_its_own_settings_out_of_a_preset(name: str) -> None:
+    width = min(method_named(name).widths, key=lambda bits: abs(bits - 4))
+    whole = scheme(name, width)
+    without_activations, without_cache = scheme(name, width, activations=16), scheme(name, width, cache=16)
+    assert without_activations.cache == whole.cache
+    assert {key for key in OF_CACHE if whole.get(key)} == {key for key in OF_CACHE if without_activations.get(key)}
+    assert without_cache.activations == whole.activations
+    assert not any(without_cache.get(key) for key in OF_CACHE)

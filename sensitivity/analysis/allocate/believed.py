@@ -1,4 +1,4 @@
-"""Believed scores: what the surrogate says of each measured plan, whose reading it follows as far as it is no noise."""
+"""Believed scores: the surrogate's prediction for each measured plan; the noisier its reading, the less that counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sensitivity.analysis.observations import observations_of
 from sensitivity.study.scores import paired_difference
 from sensitivity.study.study import Study
 
-FOUND_OUT = 0.99  # chance below which plans that miss their predictions by so much disprove them
+FOUND_OUT = 0.99  # quantile of chi-squared: readings that scatter more disprove the uncertainty of predictions
 Z95 = 1.96  # half a 95 % interval, in standard deviations
 
 
@@ -34,11 +34,12 @@ def believed(study: Study, knapsack: Knapsack, weights: Mapping[str, float]) -> 
 
 
 def drawn_together(predicted: Sequence[Predicted], rows: Sequence[pd.DataFrame]) -> list[float]:
-    """The scores of plans that were run on the same examples, each drawn towards its prediction.
+    """The scores of plans that were run on the same examples, each shrunk towards its prediction.
 
-    The highest of several readings is too high: part of it is luck. What the plans miss of their predictions together,
-    the examples cause, and it decides nothing. What one misses beyond that is partly true, as far as predictions are
-    uncertain or disagree with the readings, and partly noise, as far as paired differences between plans are uncertain.
+    The highest of several readings is too high: part of it is luck. The mean difference between readings and
+    predictions is due to the examples, and decides nothing. What remains of a plan's difference is partly true, as far
+    as predictions are uncertain or disagree with readings, and partly noise, as far as paired differences between plans
+    are uncertain.
     """
     expected = np.array([one.score for one in predicted])
     missed = np.array([float(frame["score"].mean()) for frame in rows]) - expected
@@ -51,7 +52,7 @@ def drawn_together(predicted: Sequence[Predicted], rows: Sequence[pd.DataFrame])
     noise = np.where(np.isfinite(noise), noise, 0.0)
     uncertain = float(np.mean([((one.high - one.low) / (2 * Z95)) ** 2 for one in predicted]))
     if len(rows) > 1:
-        # readings find out predictions that are too sure of themselves, but seldom by the chance of a few plans
+        # a scatter beyond the quantile shows that predictions are too certain: it is rare by chance, even of few plans
         spread, most = float(np.var(missed, ddof=1)), chi2.ppf(FOUND_OUT, len(rows) - 1) / (len(rows) - 1)
         if spread > most * (uncertain + float(noise.mean())):
             uncertain = spread

@@ -136,7 +136,7 @@ def spend(
 
 
 def fits(knapsack: Knapsack, row: Floats, budget: int) -> bool:
-    """Whether a plan fits the budget to the bit, and every limit: HiGHS accepts what exceeds them by its tolerance."""
+    """Whether a plan keeps to the budget, counted in bits, and to all limits: HiGHS tolerates a small excess."""
     plan = knapsack.space.decode(row)
     limits = knapsack.limits
     return knapsack.size(plan).bits <= budget and (limits is None or limits.hold(knapsack.parts, plan))
@@ -156,8 +156,8 @@ def _one_task(program: Program, task: str, budget: int, top: int) -> list[Floats
 def _several_tasks(program: Program, weights: Mapping[str, float], budget: int, top: int) -> list[Floats]:
     """The best plans for several tasks: solved in the order of an upper bound, each then scored exactly.
 
-    The search ends when no remaining plan has a bound above the score of the last of the best `top`. So the result is
-    exact, although the linear program holds only a bound.
+    The search ends when no remaining plan has a bound above the score of plan number `top`. So the result is exact,
+    although the linear program holds only a bound.
     """
     knapsack = program.knapsack
     total = sum(weights.values())
@@ -204,7 +204,7 @@ def infeasible(
         )
     if knapsack.limits is not None:
         return UserError(_too_slow(knapsack, knapsack.limits, allowed, tied, f"{budget / numel:.2f} bpw"))
-    # a small enough plan exists, so a floor is what fails: the smallest plan that keeps it
+    # a small enough plan exists, so a floor fails: find the smallest plan that keeps all floors
     needed = Program(knapsack, allowed, tied)
     for name, share in floors.items():
         needed.keep(name, share)
@@ -245,7 +245,7 @@ def best_uniform(
     floors: Mapping[str, float] | None = None,
     fits: Callable[[Plan], bool] = lambda plan: True,
 ) -> Candidate | None:
-    """The uniform plan that is predicted to score best within a budget in bpw, under the same conditions; else None."""
+    """The uniform plan that is predicted to score best within a budget in bpw, under the same conditions, if any."""
     parts = knapsack.parts
     shared = set.intersection(*(set(options) for options in knapsack.space.choices))
     plans = [Plan.uniform(parts, choice) for choice in sorted(shared, key=str)]

@@ -32,7 +32,7 @@ def optimum(
 ) -> Plan:
     """The plan of at most so many bits per weight with the least sum of scores; with `runtime`, one that it can load.
 
-    A narrower scheme of a family never counts for less damage than a wider one: what a score says otherwise is noise.
+    A narrower scheme of a family never counts for less damage than a wider one: a score that says otherwise is noise.
     """
     schemes = list(dict.fromkeys(scheme for one in scores.values() for scheme in one))
     knapsack = Knapsack.build(parts, Space.of([Plan.uniform(parts, None)], scores), {}, files_of(runtime))
@@ -66,7 +66,7 @@ def _solved(
 
 
 def rising(space: Space, scores: Scores) -> list[np.ndarray]:
-    """Per component, the damage of each choice, native first: within a family it never falls with the bits."""
+    """Per component, the damage of each choice, native first; within a family, fewer bits never do less damage."""
     per_component = []
     for name, options in zip(space.names, space.choices, strict=True):
         damages, before = [0.0], None
@@ -80,7 +80,7 @@ def rising(space: Space, scores: Scores) -> list[np.ndarray]:
 
 
 def combined(scores: Sequence[Scores]) -> dict[str, dict[Scheme, float]]:
-    """The geometric mean of several scores, each scaled to its mean logarithm, where all of them are above zero."""
+    """The geometric mean of several scores, each scaled to a mean logarithm of 0; 0 unless all of them are above 0."""
     means: dict[str, dict[Scheme, float]] = {}
     levels = [np.mean([np.log(v) for row in one.values() for v in row.values() if v > 0] or [0.0]) for one in scores]
     for name, row in scores[0].items():

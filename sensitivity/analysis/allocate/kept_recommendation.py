@@ -55,7 +55,7 @@ def recommended(study: Study) -> list[Recommendation]:
     first_file, *others = _files(study, asked["bpw"])
     saved = {first_file: first, **{file: schema.read(file, "plan", REPAIR) for file in others if file.exists()}}
     return [
-        _read(study, file, cast(RecommendationJson, plan))  # as the schema says
+        _read(study, file, cast(RecommendationJson, plan))  # checked by the schema
         for file, plan in saved.items()
         # files of an earlier call for other budgets may still lie beside the last one's
         if plan.get("provenance", {}).get("asked") == asked
@@ -129,7 +129,7 @@ def check_request(study: Study, request: PlanRequest) -> tuple[Allowed | None, l
 def proposed(study: Study, request: PlanRequest, times: LayerTimes | None = None) -> Proposed:
     """For each budget, the best few plans by prediction, and the best uniform plan under the same conditions.
 
-    times: what layers take in the runtime, which a request with limits needs.
+    times: the times of layers in the runtime, which a request with limits needs.
     """
     runtime, (allow, tie) = request.runtime, check_request(study, request)
     if request.limits and times is None:

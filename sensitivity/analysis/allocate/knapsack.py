@@ -79,7 +79,7 @@ class Knapsack:
         return cls(parts, space, tuple(np.array(b, dtype=float) for b in bits), dict(models), kept_bits(parts), format)
 
     def size(self, plan: Plan) -> Size:
-        """What a plan weighs, as the format stores it."""
+        """The size of a plan, as the format stores it."""
         return size(self.parts, plan, self.format)
 
     def full(self, task: str) -> float:

@@ -29,7 +29,7 @@ class Legal:
     runtime: str
     task: str
     asked: Plan
-    violations: tuple[str, ...]  # why the plan that was asked for cannot be loaded; none: it can
+    violations: tuple[str, ...]  # why the plan that was asked for cannot be loaded; empty if it can
     plan: Plan
     before: Size
     after: Size

@@ -65,7 +65,7 @@ def _least_damage(program: Program, task: str) -> list[Floats]:
             break
         program.exclude(best[0])
         found.append(best[0])
-    del program.rows[constraints:]  # they were excluded only for the sake of the next ones
+    del program.rows[constraints:]  # plans were excluded only to find the next ones
     return found
 
 

@@ -1,4 +1,4 @@
-"""Other studies as a prior: what they measured is what a study expects of its components before its own scores."""
+"""Priors from other studies: what those measured is what a study expects of its components before it has scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_priors(priors: Sequence[Path]) -> None:
 
 
 def expect_from(study: Study, priors: Sequence[Path], schemes: Sequence[Scheme]) -> Path:
-    """Write into a study what others let expect of its components; several are averaged."""
+    """Write into a study the damages that other studies predict for its components; several are averaged."""
     found = [transferred(Study(path), study.parts, schemes) for path in priors]
     return expected.save(study.path, combined(found), ", ".join(map(str, priors)))
 

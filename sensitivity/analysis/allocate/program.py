@@ -108,7 +108,7 @@ class Program:
     def damage(self, task: str) -> dict[int, float]:
         """Coefficients of a task's total damage, which is linear in the choices and in the products of choices."""
         model = self.knapsack.models[task]
-        # where exp(-16) of the score is left: more damage changes nothing, but huge coefficients ruin the precision
+        # damage that leaves exp(-16) of the score: more changes nothing, and huge coefficients ruin the precision
         worst = 16 ** (1 / model.power)
         damages = [np.minimum(d, worst) for d in model.damages()]
         out = dict(enumerate(np.concatenate(damages)))
@@ -156,7 +156,7 @@ class Program:
         return cost
 
     def allows(self, rows: Floats) -> Floats:
-        """Which plans meet the limits on single components and all constraints that speak of choices alone."""
+        """Which plans meet the limits on single components and all constraints on choices alone, without products."""
         chosen = self.first[:-1] + rows
         fine = np.all(np.array(self.high)[chosen] > 0, axis=1)
         for coefficients, low, high in self.rows:
@@ -164,7 +164,7 @@ class Program:
                 weights = np.zeros(int(self.first[-1]))
                 weights[list(coefficients)] = list(coefficients.values())
                 total = weights[chosen].sum(axis=1)
-                fine &= (low - 1e-9 <= total) & (total <= high + 1e-9)  # whether a budget is kept is counted in bits
+                fine &= (low - 1e-9 <= total) & (total <= high + 1e-9)  # rounding; the caller counts the budget in bits
         return np.asarray(fine)
 
     def exclude(self, row: Floats) -> None:

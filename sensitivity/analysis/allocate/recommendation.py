@@ -52,7 +52,7 @@ class RecommendationJson(TypedDict):
     key: str
     describe: str
     size: SizeJson
-    stored_size: NotRequired[SizeJson]  # in a file: `size` is counted again there
+    stored_size: NotRequired[SizeJson]  # only in a file, where `size` is counted without a format
     predicted: dict[str, dict[str, float]]
     measured: ScoreJson | None
     by_task: dict[str, ScoreJson]
@@ -160,7 +160,7 @@ def judge(
     the same examples for all. Candidates without measurements are left out. weights: how much each task counts; by
     default the study's first alone. fresh: these examples had no part in finding the candidates.
 
-    Readings are drawn towards predictions, as the highest of several noisy ones was partly lucky.
+    Readings are shrunk towards predictions, since the highest of several noisy ones was partly lucky.
 
     The rival is recommended only if it is clearly better than the best candidate.
     """
@@ -257,7 +257,7 @@ def source(study: Study) -> Provenance:
 
 
 def digest(study: Study) -> str:
-    """A hash of the plans and scores of a study, by which it is known whether it has grown since."""
+    """A hash of the plans and scores of a study, which changes when the study grows."""
     trials = sorted(json.dumps([trial.key, trial.scores], sort_keys=True) for trial in study.measured())
     return hashlib.sha256("\n".join(trials).encode()).hexdigest()[:16]
 

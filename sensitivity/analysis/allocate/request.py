@@ -29,7 +29,7 @@ class PlanRequest:
     weights: task -> how much its share of full precision counts. floors: task -> share of full precision that must be
     kept. allow: pattern of component names -> widths, 16 for native. tie: groups of patterns whose components share
     their scheme. runtime: what is to load the plan; budgets then count the bits in its files. top: how many
-    candidates are considered for each budget. limits: what a plan may take there at most: ms_per_token, ms_per_answer,
+    candidates are considered for each budget. limits: the most that a plan may take there: ms_per_token, ms_per_answer,
     gb_resident.
     """
 

@@ -34,15 +34,15 @@ class RunTimeLimits:
         return {cost: self.times.plan_cost(parts, plan, cost) for cost in self.most}
 
     def hold(self, parts: ComponentMap, plan: Plan) -> bool:
-        """Whether a plan is predicted to keep to all limits; not one with a layer that was never timed."""
+        """Whether a plan is predicted to keep to all limits; False if one of its layers was never timed."""
         return self.times.knows(parts, plan) and all(
             value <= self.most[cost] for cost, value in self.predicted(parts, plan).items()
         )
 
     def rows(self, parts: ComponentMap, space: Space) -> dict[str, tuple[np.ndarray, float]]:
-        """For each cost what every choice of every component adds to it, and what is left for them of the limit.
+        """For each cost, what every choice of every component adds to it, and how much of the limit is left for them.
 
-        NaN stands for a choice that was never timed. An error if no quantized choice of a component was.
+        NaN stands for a choice that was never timed. If no quantized choice of a component was, an error is raised.
         """
         found = {}
         for cost, most in self.most.items():
@@ -71,7 +71,7 @@ def in_words(cost: str, value: float) -> str:
 
 
 def check_limits(most: Mapping[str, float], runtime: str | None) -> None:
-    """Raise an error for limits that no runtime is named for, or that mean nothing."""
+    """Raise an error for limits without a runtime, or that are not positive numbers."""
     if most and runtime is None:
         flag = f"--{next(iter(most)).replace('_', '-')}"
         raise UserError(f"{flag} is about a runtime on this machine; name it too, as --runtime openvino")

@@ -20,14 +20,14 @@ from sensitivity.study.study import Study
 
 @dataclass(frozen=True)
 class Side:
-    """A study, with the plan of it that is compared, if it is one plan."""
+    """One side of a comparison: a study, or one plan of it."""
 
     study: Study
     plan: Plan | None = None
 
     @property
     def name(self) -> str:
-        """How the side is called where both are shown."""
+        """The name of the side where both are shown."""
         return f"{self.study.path}:{self.plan.key[:8]}" if self.plan else str(self.study.path)
 
 
@@ -42,7 +42,7 @@ def side(typed: str) -> Side:
 
 
 def plan_of(study: Study, key: str) -> tuple[Study, Plan]:
-    """The measured plan whose key begins like this, and its study: a plan may have been verified on fresh examples."""
+    """The plan whose key begins with `key`, and the study that measured it: this one, or that of its verification."""
     fresh = paths.verification(study.path)
     try:
         return study, study.plan_named(key)
@@ -94,7 +94,7 @@ class Paired:
 
 
 class Pairing:
-    """Which examples of two studies are the same: of one name, with the same question, answers and image."""
+    """Which examples of two studies are the same: those with the same id, question, answers and image."""
 
     def __init__(self, a: Study, b: Study) -> None:
         self.a, self.b = a, b

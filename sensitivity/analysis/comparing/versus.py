@@ -63,7 +63,7 @@ class Versus:
 
     @property
     def words(self) -> list[str]:
-        """What to conclude for each task: of full precision or the two plans, and of all plans that both measured."""
+        """The conclusion for each task: on full precision or the two plans, and on all plans that both measured."""
         lines = []
         for task in self.tasks:
             first = next(row for row in self.rows if row.paired.task == task)
@@ -92,7 +92,7 @@ class Versus:
 
 
 def compare(a: Side, b: Side) -> Versus:
-    """Compare two sides, B against A; a side without a plan stands for the same plan where the other names one."""
+    """Compare two sides, B against A; if only one names a plan, the other side is the same plan of its study."""
     tasks = [task for task in a.study.tasks if task in b.study.tasks]
     if not tasks:
         ours, theirs = ", ".join(a.study.tasks), ", ".join(b.study.tasks)
@@ -110,7 +110,7 @@ def compare(a: Side, b: Side) -> Versus:
 
 
 def _notes(a: Study, b: Study) -> Iterator[str]:
-    """In what the studies differ besides their plans."""
+    """Sentences on what differs between the studies besides their plans."""
     for what in ("model", "dtype", "n", "seed"):
         ours, theirs = a.meta.get(what), b.meta.get(what)
         if ours != theirs:
@@ -143,7 +143,7 @@ def _of_studies(pairing: Pairing, task: str) -> Iterator[Row]:
 
 
 def _within(best: list[Trial], bpw: float) -> Trial | None:
-    """The best frontier plan of at most this size, quantized."""
+    """The best quantized frontier plan of at most this size."""
     fitting = [trial for trial in best if trial.bpw <= bpw and not trial.plan.is_native]
     return fitting[-1] if fitting else None
 

@@ -24,7 +24,7 @@ class Cause:
 
     part: str | None  # None: every part was put back alone, and none of them is enough
     scheme: Scheme | None = None  # what the part was raised to; None: full precision
-    bits: int = 0  # that more are stored with the part at full precision
+    bits: int = 0  # how many more are stored with the part at full precision
 
     @property
     def name(self) -> str:
@@ -33,7 +33,7 @@ class Cause:
 
     @property
     def bytes(self) -> float:
-        """The bytes that the part takes more at full precision."""
+        """How many more bytes the part takes at full precision."""
         return self.bits / 8
 
     @property
@@ -48,10 +48,10 @@ class Cause:
 
 @dataclass(frozen=True)
 class PutBack:
-    """A part of a plan with more bits while all others stay: at full precision, or as wide as the study has it."""
+    """A part of a plan with more bits, the others unchanged: at full precision, or at wider widths of the study."""
 
     part: str
-    bits: int  # that more are stored with the part at full precision
+    bits: int  # how many more are stored with the part at full precision
     plan: Plan  # the part at full precision
     scores: tuple[tuple[Plan, Mapping[tuple[str, str], float]], ...]  # by task and example; the widest plan first
 
@@ -61,7 +61,7 @@ class PutBack:
         return next(((plan, scores[name]) for plan, scores in self.scores if name in scores), None)
 
     def is_final(self, change: Change) -> bool:
-        """Whether full precision of the part is known to mend an example or not, or fewer bits are known to do."""
+        """Whether it is settled if the part mends an example: full precision was measured, or fewer bits mend it."""
         known = self.score(change)
         return known is not None and (known[0].key == self.plan.key or known[1] >= change.before.score)
 

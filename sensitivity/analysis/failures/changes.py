@@ -35,7 +35,7 @@ class Change:
     kind: str
     before: Given
     after: Given
-    question: Question | None  # None where neither the study nor its data say any more what was asked
+    question: Question | None  # None if neither the study nor its data still hold it
 
     @property
     def cost(self) -> float:
@@ -63,7 +63,7 @@ def changes(
 ) -> list[Change]:
     """All examples that both plans have seen and whose answers or scores differ, those that cost most first.
 
-    Of equal ones, that whose right answer lost most of its likelihood comes first.
+    Among equal costs, the example whose right answer lost the most likelihood comes first.
     """
     both = before.merge(after, on=["task", "example"], suffixes=("_before", ""))
     both = _chosen(_chosen(both, "task", task), "kind", kind)
@@ -75,7 +75,7 @@ def changes(
 
 
 def _chosen(rows: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
-    """The rows with one value of a column, which must exist; all rows without one."""
+    """The rows with this value in a column, where it must occur; all rows if the value is empty."""
     if value and value not in (known := sorted(rows[column].unique())):
         raise unknown(column, value, known)
     return rows[rows[column] == value] if value else rows
@@ -98,7 +98,7 @@ def _sure(nll: float) -> float | None:
 
 
 def study_of(study: Study, plan: Plan) -> Study:
-    """Where a plan's answers are: in the study of its verification on fresh examples, or else in the sweep's."""
+    """Where a plan's answers are: in the study of its verification on fresh examples, else in the study itself."""
     verification = paths.verification(study.path)
     places = [Study(verification), study] if paths.is_study(verification) else [study]
     for one in places:

@@ -19,12 +19,12 @@ from sensitivity.tasks.table import task as find_task
 
 @dataclass(frozen=True)
 class Entering:
-    """Where the damage enters one example: what makes its right answer less likely, as a share of the worst."""
+    """Where the damage enters one example: what makes its right answer less likely, as a share of the largest."""
 
     places: tuple[tuple[float, ...], ...]  # rows of an image's patches, 0 to 1; empty where they are not known
     question: tuple[tuple[str, float], ...]  # pieces of the question, with a share from 0 to 1
-    damage: float  # that all places and pieces do together
-    square: tuple[str, float] | None  # which square of the image the places are of (models.processors.square_seen)
+    damage: float  # the sum over all places and pieces
+    square: tuple[str, float] | None  # the square of the image that the places cover (models.processors.square_seen)
 
     def frame(self, width: int, height: int) -> tuple[float, float, float, float]:
         """Left, top, width and height of what the model sees of an image, in the image's pixels."""
@@ -76,10 +76,10 @@ class Explained:
 
 
 def explained(study: Path, plan: Plan) -> list[Explained]:
-    """What was found of a plan: on answers that got worse, and on calibration examples, each where it was explained."""
+    """What `explain` found of a plan: on answers that got worse, and on calibration examples, as far as it was run."""
     explanations = []
     for failures in (True, False):
-        # one of an earlier version lacks what is drawn; `explain` writes it anew
+        # a file of an earlier version lacks what is drawn; `explain` writes it anew
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             file = paths.explanation(study, plan.key, failures)
             explanations.append(_read(json.loads(file.read_text(encoding="utf-8")), failures))
@@ -101,7 +101,7 @@ def _read(data: Mapping[str, Any], failures: bool) -> Explained:
         places, question = regions.get(name, []), questions.get(name, [])
         patches = [float(value) for row in places for value in row]
         tokens = [float(value) for _, value in question]
-        # one image has hundreds of places and a question few tokens: in one scale, the image would seem untouched
+        # an image has hundreds of places and a question few tokens: on a common scale, the image would seem undamaged
         examples[name] = Entering(
             tuple(tuple(_share(value, patches) for value in row) for row in places),
             tuple((str(piece), _share(value, tokens)) for piece, value in question),
@@ -113,5 +113,5 @@ def _read(data: Mapping[str, Any], failures: bool) -> Explained:
 
 
 def _share(value: float, every: Sequence[float]) -> float:
-    """A share of the worst of all; what makes the right answer likelier counts as none."""
+    """A value as a share of the largest; one that makes the right answer likelier counts as 0."""
     return max(float(value), 0.0) / max([*every, 1e-300])

@@ -27,8 +27,8 @@ class Card:
 
     change: Change
     pictures: tuple[Picture, ...]
-    cause: Cause | None = None  # None: no score fell, or it was not measured
-    entering: Entering | None = None  # where the damage enters, if `explain` has looked at this example
+    cause: Cause | None = None  # None: its score did not fall, or no cause was measured
+    entering: Entering | None = None  # where the damage enters, if `explain` was run on this example
 
     @property
     def boxed(self) -> bool:
@@ -58,7 +58,7 @@ class Gallery:
     notes: tuple[str, ...]
     other: str = "this plan"
     causes: tuple[tuple[str, int], ...] = ()  # how many answers each part mends, over all examples
-    unexplained: int = 0  # how many answers got worse for which that is not measured
+    unexplained: int = 0  # how many answers got worse without a measured cause
     ask: str = ""  # the command that measures it
     part: str = ""  # only answers that this part mends are shown
     explained: tuple[Explained, ...] = ()
@@ -119,7 +119,7 @@ def gallery(
         for one, why in shown[:most]
     )
     counts = [row for row in study.counts_by_kind(plan) if (not task or row["task"] == task)]
-    # a task of one kind is counted as a whole alone
+    # a task with one kind of question has no row for the kind
     counts = [row for row in counts if not kind or row["kind"] == kind] or counts
     notes = tuple(notes_on(cards)) if pictures else ()
     unexplained = sum(one.cost > 0 and why is None for one, why in zip(every, causes, strict=True))

@@ -27,7 +27,7 @@ TINY = 128  # pixels: pictures up to this side are stored without loss, and enla
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture in the form of a data URI, the size of the image that it is of, and boxes in that image's pixels."""
+    """A picture as a data URI, the size of the original image, and boxes in pixels of the original."""
 
     uri: str
     width: int
@@ -65,7 +65,7 @@ class Pictures:
         return self._made[name]
 
     def _from_data(self, change: Change, number: int) -> NDArray[np.uint8] | ImageSource | None:
-        """An image that is no file: it was generated from a seed, or is a cell of a saved data set."""
+        """An image that is not a file: it was generated from a seed, or is a cell of a saved data set."""
         if self._examples is None:
             self._examples = {(task.name, one.id): one for task in tasks_of(self._meta) for one in task.examples}
         example = self._examples.get((change.task, change.example))
@@ -90,7 +90,7 @@ def picture(source: NDArray[np.uint8] | ImageSource) -> Picture | None:
 
 
 def _opened(source: NDArray[np.uint8] | ImageSource) -> tuple[tuple[int, int], Image.Image]:
-    """The size of the upright image, and the image, of a large JPEG only as many pixels as are needed."""
+    """The size of the upright image, and the image; a large JPEG is decoded at a reduced size."""
     if isinstance(source, Path):
         with opened(source) as image:
             if image.format == "JPEG":

@@ -29,7 +29,8 @@ TREES = 100
 REPEATS = 50  # shuffles of each component in permutation importance
 FEW_REPEATS = 10  # the same in a bootstrap resample
 MANY = 1000  # trials beyond which forests that serve only intervals and checks have half the trees
-WORTH_A_THREAD = 300  # two threads took 1.6 times as long at 65 trials, as long at 250 and half as long at 1,500
+# trials from which threads pay off: two took 1.6 times as long as one at 65 trials, as long at 250, half at 1,500
+WORTH_A_THREAD = 300
 EXPLAINED = 60  # plans that SHAP explains where the grid is too large for the table of all cells
 FEW = 10  # the same in a bootstrap resample
 SHUFFLED = 500  # most trials that permutation importance uses in a resample
@@ -173,7 +174,7 @@ def _optuna(fitted: Fitted, evaluator: BaseImportanceEvaluator) -> Floats:
         ]
     )
     raw = np.full(fitted.x.shape[1], np.nan)
-    with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError):  # it refuses these data: NaN
+    with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError):  # the evaluator rejects these data: NaN
         importances = evaluator.evaluate(study)
         raw = np.array([importances.get(f"x{i}", 0.0) for i in range(fitted.x.shape[1])])
     return _together(fitted, raw)
@@ -209,8 +210,8 @@ def consensus(fitted: Fitted) -> Floats:
 def chance(x: Floats, y: Floats, least: int, seed: int = 0, probes: int = 5) -> dict[str, float]:
     """The largest share that each estimator gives, in a few resamples, to a component that has no influence.
 
-    Such a component is made by shuffling the least important column. Whatever share it still gets is noise that the
-    forest fits with it, as far as a table of this size allows.
+    Such a component is made by shuffling the least important column. Whatever share it still gets is due to noise
+    that the forest fits with it, as much as a table of this size allows.
     """
 
     def once(number: int) -> list[float]:
@@ -226,9 +227,9 @@ def chance(x: Floats, y: Floats, least: int, seed: int = 0, probes: int = 5) -> 
 
 
 def side_by_side(once: Callable[[Given], Found], given: Iterable[Given], trials: int) -> list[Found]:
-    """Apply a function to each item, results in order; on all cores where trees of so many trials gain by it.
+    """Apply a function to each item, results in order; on all cores if there are enough trials for threads to pay off.
 
-    Trees grow without Python's lock, so threads suffice; around small trees they only wait for it.
+    Trees grow without Python's lock, so threads suffice; with small trees, they mostly wait for the lock.
 
     scikit-learn resets the process's warning filters in every thread; they are restored at the end.
     """

@@ -13,9 +13,9 @@ METHOD = "(method)"  # in parentheses, as no component can be called that
 
 
 def with_methods(observations: Observations) -> tuple[Observations, list[int]]:
-    """The observations with further columns, and which these are: 1 where a component has a method, else 0.
+    """The observations with further columns (1 where a component has a method, else 0), and the positions of these.
 
-    One method is left out, as it is what remains if all columns are 0. Methods that differ in settings are different
+    One method has no column, since zeros in all others imply it. Methods that differ in settings are different
     ones. Without two of them, or where plans are not known, there is no such column.
     """
     # components of one width throughout are not ranked, yet their method may vary

@@ -1,4 +1,4 @@
-"""A random forest that is scikit-learn's number for number, without what its own spends around each small tree."""
+"""A random forest with exactly the numbers of scikit-learn's, without its overhead around each small tree."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 from sklearn import config_context
 from sklearn.tree import DecisionTreeRegressor
 
-# RandomForestRegressor clones an estimator, checks its parameters and opens a joblib task for every tree: for the some
-# hundred trials of a study that takes most of the time, with Python's lock held, and a ranking grows six thousand
+# RandomForestRegressor clones an estimator, checks its parameters and opens a joblib task for every tree. With the
+# few hundred trials of a study, that takes most of the time, with Python's lock held, and a ranking grows six thousand
 # trees. A test compares the two.
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sensitivity.analysis.importance.types import Ranking
 
 Floats = np.ndarray
-MOVED = 15.0  # points by which a share must change without a level for the ranking to be said to rest on it
+MOVED = 15.0  # percentage points: the ranking rests on a level if a share changes by so much without it
 
 
 def near_operating_point(observations: Observations, share: float) -> Observations:
@@ -93,7 +93,7 @@ def without_levels(
 
 
 def cliffs(levels: pd.DataFrame) -> list[tuple[str, int]]:
-    """Components whose share comes from their lowest width, or lowest few, and the highest width of those."""
+    """Components whose share comes from their lowest widths alone, each with the highest of these widths."""
     edges = []
     for name, rows in levels.groupby("component", sort=False) if len(levels) else ():
         rows = rows.sort_values("bits")
@@ -171,7 +171,7 @@ def without_effect(observations: Observations) -> list[str]:
     changed = observations.bits != 16
     equal = (observations.score == full[0]) & ~native
     for i, name in enumerate(observations.names):
-        # trials that quantized this component and no other: a single equal score could be chance, and at 8 bits several
+        # trials that quantized this component and no other: one equal score could be chance; at 8 bits, several could
         alone = changed[:, i] & (changed.sum(axis=1) == 1)
         if alone.sum() >= 2 and equal[alone].all() and observations.bits[alone, i].min() <= 6:
             warnings.append(

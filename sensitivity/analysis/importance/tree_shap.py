@@ -13,7 +13,7 @@ from sklearn.tree import DecisionTreeRegressor
 # Written by hand for the few components of most studies, whose ranking explains a hundred forests: the table takes a
 # twelfth of the CPU seconds of shap's TreeExplainer for the values of 185 plans, and a 55th for their interactions.
 # Leaf by leaf, interactions of 60 plans of 12 components take a third, but their values twice as long (1.5 against
-# 0.7 s): python -m experiments.benchmarks.tree_shap. So shap, with its compiler, need not be installed.
+# 0.7 s): python -m experiments.benchmarks.tree_shap. So shap need not be installed, nor the compiler it needs.
 CELLS = 40_000  # most cells of a table: the product, over features, of the number of levels and one for 'unknown'
 ROOM = 4_000_000  # most entries of an array of rows x leaves x features
 
@@ -141,7 +141,7 @@ class Leaves:
         share = self.share.T[:, None, :]
         out = np.zeros((len(rows), features, features) if pairs else (len(rows), features))
         for t, weight in zip(self.nodes, self.weights, strict=True):
-            mixed = t * inside + (1 - t) * share  # above 0, as shares and 1 - t are: may be divided by
+            mixed = t * inside + (1 - t) * share  # above 0, as shares and 1 - t are: it is divided by
             whole = weight * self.value * mixed.prod(axis=0)
             # times `whole`: the product over the other features, with (a - b) in this feature's place
             gain = (inside - share) / mixed

@@ -1,4 +1,4 @@
-"""Writes a comparison as a page: its rows, the frontiers of two studies, the answers of two plans that differ."""
+"""Writes a comparison as a page: its rows, and the frontiers of two studies or the differing answers of two plans."""
 
 from __future__ import annotations
 

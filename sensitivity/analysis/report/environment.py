@@ -36,7 +36,7 @@ def environment() -> jinja2.Environment:
 
 
 def rendered(template: str, **values: object) -> bytes:
-    """A page made from a template; half a character, which an answer may hold, becomes a question mark."""
+    """A page made from a template; a lone surrogate code point, which an answer may hold, becomes a question mark."""
     return environment().get_template(template).render(**values).encode("utf-8", "replace")
 
 
@@ -53,7 +53,7 @@ def _score(value: float | None) -> str:
 
 
 def check(out: Path) -> None:
-    """Raise an error where a page may not be written: the name is another kind's, or the file is not ours."""
+    """Raise an error where a page may not be written: its name does not end with .html, or the file is not ours."""
     if out.suffix != ".html":
         raise UserError(f"--out takes a file whose name ends with .html, not {out}")
     if out.exists() and not (out.is_file() and GENERATOR.encode() in out.read_bytes()[:4096]):

@@ -100,7 +100,7 @@ def frontiers(best: Mapping[str, pd.DataFrame], task: str) -> Figure:
 def against_cost(
     table: pd.DataFrame, task: str, cost: str, label: str, full: float | None = None, chosen: Sequence[str] = ()
 ) -> Figure:
-    """The same against what a plan takes while it runs, predicted."""
+    """Score against a predicted cost of running a plan, such as milliseconds per answer."""
     with canvas() as (figure, axes):
         _score_against(axes, table, task, cost, full, chosen)
         axes.set(xlabel=label, ylabel=short(task))
@@ -247,7 +247,7 @@ def heat(axes: Axes, grid: pd.DataFrame, form: str, center: float | None = None)
     grid = grid.rename(index=_name, columns=_name)
     most = None if center is None else max(float(np.nanmax(np.abs(grid.to_numpy(dtype=float)))), 1e-12)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PendingDeprecationWarning)  # seaborn calls matplotlib in an old way
+        warnings.simplefilter("ignore", PendingDeprecationWarning)  # seaborn uses an old interface of matplotlib
         sns.heatmap(
             grid, ax=axes, annot=bool(form), fmt=form or ".2g", cmap="viridis" if center is None else "PuOr",
             center=center, vmin=most and -most, vmax=most, linewidths=0.5, annot_kws={"size": 8},

@@ -13,7 +13,7 @@ from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.analysis.report import figures
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 480, 66, 16, 16, 62
-CLOUDED = 400  # points beyond which they are drawn small, with intervals only on the frontier and uniform plans
+CLOUDED = 400  # above so many points, they are small, and only the frontier and uniform plans have intervals
 Scale = Callable[[float], float]
 
 

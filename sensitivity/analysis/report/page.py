@@ -151,7 +151,7 @@ class TaskPage:
 
     @property
     def ends_known(self) -> bool:
-        """Whether it is known of some plan how its answers ended; earlier versions did not record it."""
+        """Whether it is known of any plan how many answers were cut; earlier versions did not record it."""
         return any(row.cut is not None for row in self.best)
 
 
@@ -183,7 +183,7 @@ def _task_page(
     drawn = pictures(rows, observations, page.ranking, full, [one.plan.key for one in recommendations])
     for picture in drawn:
         _write_picture(picture, out / f"{page.slug}-{picture.name}")
-    # in the figure the size of every plan is counted in the same way, whatever format the recommended one is for
+    # the figure counts the size of every plan in the same way, whatever format a recommendation is for
     page.pareto = pareto(rows, task, full, [replace(one, size=size(study.parts, one.plan)) for one in recommendations])
     page.pictures = [(picture, picture.inline(page.slug)) for picture in drawn if picture.name != "pareto"]
     page.best = frontier_table(rows, task)

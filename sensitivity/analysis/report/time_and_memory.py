@@ -34,7 +34,7 @@ class PlanCost:
 
 @dataclass(frozen=True)
 class Bought:
-    """What the narrowest width of a part buys, the others in full precision."""
+    """What the narrowest width of a part saves, with all others at full precision."""
 
     name: str
     scheme: Scheme
@@ -45,7 +45,7 @@ class Bought:
 
 @dataclass(frozen=True)
 class TimeAndMemory:
-    """The section."""
+    """The contents of the section."""
 
     runtime: str
     machine: str
@@ -58,7 +58,7 @@ class TimeAndMemory:
 def time_and_memory(
     parts: ComponentMap, times: LayerTimes, table: pd.DataFrame, measured: Measured, task: str, chosen: Sequence[str]
 ) -> TimeAndMemory | None:
-    """What the plans of a study take that the runtime can run; None if it can run none, or not all were timed."""
+    """What the plans take that the runtime can run and whose layers were timed; None with fewer than two of them."""
     runs = {key: plan for key, plan in measured if _known(parts, times, plan)}
     rows = table[table["key"].isin(list(runs)) & table[task].notna()].copy()
     if len(rows) < 2:
@@ -100,7 +100,7 @@ def _plan_cost(parts: ComponentMap, times: LayerTimes, plan: Plan, row: pd.Serie
 
 
 def _bought(parts: ComponentMap, times: LayerTimes, plans: Sequence[Plan]) -> list[Bought]:
-    """For each part, what its narrowest width that was measured saves of full precision's time and memory."""
+    """For each part, what its narrowest measured width saves of full precision's time and memory."""
     native, found = Plan.uniform(parts, None), []
     full = {cost: times.plan_cost(parts, native, cost) for cost in (ANSWER, RESIDENT)}
     for name in parts.names:

@@ -16,7 +16,7 @@ MOST = 60  # pictures on a page
 
 
 def failing(study: Study, recommendations: Sequence[Recommendation]) -> tuple[list[Gallery], list[str]]:
-    """Galleries of the plans that were compared, as far as their answers are known, and sentences on the others."""
+    """Galleries of the compared plans whose answers are known; without any, a sentence that says why."""
     plans = _plans(recommendations)
     if not plans:
         return [], [

@@ -40,10 +40,10 @@ class FrontierSampler(BaseSampler):
     """Proposes plans: an integer parameter per component, its position among the choices; the last objective is bpw.
 
     Scores are noisy. So neither the frontier nor a plan's gain is read off single measurements: both are predictions
-    of the surrogate, which is fitted to all trials, and one lucky score moves little. A plan's gain is the area that
-    it adds under the frontier of score over log size. It is computed in alternation with the fitted surrogate, which
-    measures what would be recommended (exploitation), and as the mean over scores drawn from its uncertainty, which is
-    high where a plan's score is uncertain, too (exploration).
+    of the surrogate, which is fitted to all trials, so that one lucky score changes little. A plan's gain is the area
+    that it adds under the frontier of score over log size. It is computed by turns from predicted scores, which favors
+    what would be recommended (exploitation), and as the mean over scores drawn from the surrogate's uncertainty, which
+    also favors plans whose score is uncertain (exploration).
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class FrontierSampler(BaseSampler):
         if not len(pool):
             return self._random()
         gain = self.gain(model, pool, index)
-        # every other time, and whenever the fitted surrogate expects no gain anywhere, uncertain plans get their chance
+        # every other time, and when no plan is predicted to gain, gains are averaged over drawn scores (exploration)
         if len(index) % 2 or gain.max() < LITTLE * abs(float(model.theta[0])):
             gain = self.gain(model, pool, index, DRAWS)
         return np.asarray(pool[int(np.argmax(gain))])
@@ -111,7 +111,7 @@ class FrontierSampler(BaseSampler):
     def opening(self) -> list[Floats]:
         """The first plans: full precision and the uniform ones, which show at which width the score collapses.
 
-        Where damages are expected, every other narrow one is enough, which shows how large they are.
+        With expected damages, every other one of the narrower half is enough to show how large the damages are.
         """
         rows = [] if any(self.low) else [np.zeros(len(self.space.names), dtype=int)]
         uniform = [np.array(row) for row in self.space.uniform()]

@@ -1,4 +1,4 @@
-"""Plans one after the other: some that are given, then what a function proposes from all that was measured."""
+"""Yields plans one by one: first those that are given, then those that a function proposes from all measurements."""
 
 from __future__ import annotations
 

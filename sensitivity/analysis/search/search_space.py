@@ -37,7 +37,7 @@ class SearchSpace:
     joint: Space  # the choices of each axis, as the surrogate takes them
     low: tuple[int, ...]
     sizes: PlanSizes
-    cached: frozenset[str] = frozenset()  # the components with keys and values that are cached
+    cached: frozenset[str] = frozenset()  # the components that have a key-value cache
     expected: Expected | None = None  # damages of each axis that are known before any score
 
     @classmethod
@@ -48,7 +48,7 @@ class SearchSpace:
         allowed: Allowed | None = None,
         tied: Sequence[Sequence[str]] = (),
     ) -> SearchSpace:
-        """The space of these schemes, as far as they are allowed for all components of an axis."""
+        """The space of these schemes; an axis has those that are allowed for all of its components."""
         if not schemes:
             raise UserError("no widths given; name some, such as --bits 2,3,4,6,8")
         ordered = sorted(set(schemes), key=_scheme_order)
@@ -81,7 +81,7 @@ class SearchSpace:
         return Plan(tuple((name, None) for name in self.names))
 
     def uniform(self) -> list[list[int]]:
-        """Rows of the plans that give every component the same scheme, as far as it has a cache; widest first."""
+        """Rows of the uniform plans, widest first; components without a cache have the scheme without cache bits."""
         return self.joint.uniform()
 
     def row(self, plan: Plan) -> list[int] | None:
@@ -97,7 +97,7 @@ class SearchSpace:
         return row
 
     def _fitted(self, name: str, choice: Scheme | None) -> Scheme | None:
-        """What a component gets of a choice of its axis, which may hold components with and without a cache."""
+        """A component's scheme for a choice of its axis: without cache rounding if the component has no cache."""
         return choice if choice is None or name in self.cached else choice.without_cache
 
     def plan(self, row: Sequence[int] | np.ndarray) -> Plan:
@@ -130,7 +130,7 @@ class SearchSpace:
         )
 
     def ask(self, mirror: optuna.Study, seen: set[str], seed: int) -> tuple[Plan, optuna.Trial | None]:
-        """A plan that was not measured yet; at random where the sampler proposes nothing but known ones ten times."""
+        """A plan that was not measured yet; a random one if the sampler proposes measured plans ten times in a row."""
         for _ in range(10):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Optuna's notes on experimental features: nothing to act on
@@ -140,7 +140,7 @@ class SearchSpace:
                 return plan, trial
             mirror.tell(trial, state=optuna.trial.TrialState.FAIL)  # else the mirror would hold it as running
         draw = np.random.default_rng(seed)
-        while True:  # ends, since `exhausted` is asked first
+        while True:  # ends, since the caller checks `exhausted` first
             row = [int(draw.integers(a, len(o))) for a, o in zip(self.low, self.joint.choices, strict=True)]
             if (plan := self.plan(row)).key not in seen:
                 return plan, None

@@ -54,7 +54,7 @@ class DamageModel:
 
     @cached_property
     def base(self) -> Floats:
-        """Expected logarithm of each step: as it was given, else as if damage is exp(3 - bits), 1 at three bits."""
+        """Expected logarithm of each step: as given, else from a damage of exp(3 - bits), which is 1 at three bits."""
         if self.expected is not None:
             return np.array(self.expected)
         # a scheme no narrower than the one above it (16 bits stored as such) does next to no damage: -12
@@ -111,7 +111,7 @@ class DamageModel:
     def curve(self, theta: Floats, eta: Floats) -> tuple[Floats, Floats, Floats, Floats]:
         """The score, the remaining fraction exp(-eta ** power), and the score's derivatives by eta and by log power."""
         top, floor, power = theta[0], theta[1], self.power(theta)
-        eta = np.maximum(eta, 1e-9)  # it is divided by, and its logarithm taken
+        eta = np.maximum(eta, 1e-9)  # the derivatives divide by eta and take its logarithm
         bent = np.minimum(eta**power, 700.0)  # exp(-700) is about the smallest double
         left = np.exp(-bent)
         # derivative by log(eta ** power); the chain rule gives the two that are returned

@@ -20,8 +20,8 @@ class Foretold:
     """The agreement of scores with measurements, over all quantized plans whose components have a score."""
 
     plans: int
-    rank_correlation: float  # of the sum of scores with the loss of task score; 1 if the order of plans is the same
-    error: float  # root mean square of a plan's task score, foretold from the other plans by a falling curve
+    rank_correlation: float  # between the sum of scores and the loss of task score; 1 if the order of plans is the same
+    error: float  # root mean square; a plan's task score is predicted by a falling curve through the other plans
 
     def to_json(self) -> dict[str, float]:
         """The agreement as JSON values."""

@@ -12,17 +12,17 @@ from scipy.optimize import minimize
 from sensitivity.analysis.surrogate.damage import DamageModel
 
 Floats = np.ndarray
-MOST = 256  # plans from which the settings of the process are learned; all plans then correct the prediction
-# prior of the settings, as mean and spread of their logarithms: the distance at which two plans are alike, in octaves
-# of bits summed over components; the misfit everywhere, in shares of sigma, and where the score falls; the noise
-# likewise, everywhere and where the score falls
+MOST = 256  # most plans from which the settings of the process are learned; all plans then correct the prediction
+# prior of the settings, as mean and spread of their logarithms. DISTANCE: over which two plans are alike, in octaves of
+# bits summed over components. EVERYWHERE: size of the misfit at any score, as a share of sigma. FALLING: its size where
+# the score falls. NUGGET and UNSTEADY: the same two for the noise
 DISTANCE, EVERYWHERE, FALLING, NUGGET, UNSTEADY = (0.9, 0.7), (-0.7, 1.5), (-2.3, 1.0), (-0.7, 1.5), (-3.5, 1.0)
-KNOWN = (0.0, 0.5)  # of the noise where it is known: examples that plans share make their difference less noisy
+KNOWN = (0.0, 0.5)  # instead of NUGGET if noise is known: plans share examples, so differences are less noisy
 BOUNDS = ((0.8, 4.0), (-12.0, 2.0), (-9.0, 2.0), (-9.0, 2.0), (-9.0, 2.0))
 NEVER = -40.0  # the logarithm of nothing
-ODDS = math.log(20)  # by which readings must be likelier with the process than without, for predictions to use it
-NARROWEST = 1e-4  # least noise, as a share of the largest score: the matrix is to be invertible
-LEAST = 1e-12  # of the largest variance: without noise, eigenvalues fall below the rounding errors of the others
+ODDS = math.log(20)  # predictions use the process if it makes readings likelier by this factor (as a logarithm)
+NARROWEST = 1e-4  # least noise, as a share of the largest score: else the matrix may be singular
+LEAST = 1e-12  # added to the diagonal, as a share of its largest entry: rounding could make eigenvalues negative
 WIDEST = 1.5  # intervals are widened by at most this factor
 
 
@@ -31,8 +31,8 @@ class Setting:
     """How far the process reaches, how large it is, and how much of a reading is noise; in the order of the fit."""
 
     distance: float
-    everywhere: float  # standard deviation that plans have wherever the score is
-    falling: float  # that of the logarithm of total damage, which shows where the score falls
+    everywhere: float  # standard deviation of the misfit at any score
+    falling: float  # standard deviation of the logarithm of total damage, which matters where the score falls
     noise: float  # factor of the noise that was given
     unsteady: float  # standard deviation of the logarithm of total damage between readings of one plan
 
@@ -46,9 +46,9 @@ class Setting:
 class Misfit:
     """A Gaussian process on the differences of readings to the formula.
 
-    Two plans miss alike as far as their widths are alike: the covariance falls exponentially with the sum of their
-    distances in octaves of bits. It is larger where the score falls steeply, since a damage that is misjudged shows
-    there. Readings are believed as far as they are not noise: without noise the process runs through them.
+    The more alike the widths of two plans, the more alike the formula misses their scores: the covariance falls
+    exponentially with the sum of their distances in octaves of bits. It is larger where the score falls steeply, since
+    an error in the damage shows there. Without noise in the readings, the process runs through them.
     """
 
     formula: DamageModel
@@ -59,10 +59,10 @@ class Misfit:
     setting: Setting
     counts: bool  # whether predictions are corrected; else the data do not show that the formula misses anything
     noise: float  # standard deviation of one reading around the truth
-    stretch: float  # by which intervals must be wider, so that each reading lies in that of all others
+    stretch: float  # factor that widens intervals, so that they hold readings that are predicted from all others
     root: Floats  # a square root of theta's covariance
-    shift: Floats  # what theta must change, to first order, now that not all that is missed counts as noise
-    shared: Floats  # per measured plan, standard deviation of the noise that all plans share and no reading shows
+    shift: Floats  # the change of theta, to first order, once the process explains a part of what was noise
+    shared: Floats  # per measured plan, standard deviation of the noise that all plans have in common
     _factor: Floats = field(repr=False)  # Cholesky's factor of the covariance of readings
 
     def corrected(self, theta: Floats, index: Floats, covariance: Floats | None = None) -> Floats:
@@ -140,7 +140,7 @@ def fit_misfit(
     values, vectors = np.linalg.eigh(inverse)
     root = vectors * np.sqrt(np.maximum(values, 0.0))
     typical = float(np.sqrt(np.mean(_noise(full if counts else plain, shape, steep))))
-    # readings of the same examples are lucky together: what their noise is less than that of each plan, plans share
+    # plans run on the same examples, so a part of their noise is common: the given noise less the fitted one
     shared = shape * math.sqrt(max(1 - (full if counts else plain).noise ** 2, 0.0)) * (noise is not None)
     return Misfit(
         formula, theta, apart, index, score, full, counts, typical, evidence.stretch(full if counts else plain, counts),
@@ -165,7 +165,7 @@ def _prior(sigma: float, known: bool) -> tuple[Floats, Floats]:
 
 @dataclass(frozen=True)
 class Evidence:
-    """How likely readings are under a setting, over all theta of the prior."""
+    """The likelihood of readings under a setting, integrated over the prior of theta."""
 
     apart: Floats
     steep: Floats
@@ -222,7 +222,7 @@ class Evidence:
         return self.loose + both + steady + unsteady, parts
 
     def stretch(self, setting: Setting, process: bool) -> float:
-        """By how much 95 % intervals must be wider to hold that share of readings, each foretold by the others."""
+        """The factor by which 95 % intervals are widened to hold 95 % of readings, each predicted from the others."""
         held, _ = self._covariance(setting, process)
         inverse = cho_solve(cho_factor(_definite(held), lower=True), np.eye(len(held)))
         away = np.abs(inverse @ self.missed) / np.sqrt(np.diag(inverse))
@@ -230,8 +230,8 @@ class Evidence:
 
 
 def _definite(covariance: Floats) -> Floats:
-    """A covariance with as much more on its diagonal as rounding errors may take from its smallest eigenvalue."""
-    return covariance + LEAST * np.diag(covariance).max() * np.eye(len(covariance))
+    """A covariance with a little added to its diagonal, so that rounding errors leave it positive definite."""
+    return np.asarray(covariance + LEAST * np.diag(covariance).max() * np.eye(len(covariance)))
 
 
 def _noise(setting: Setting, shape: Floats, steep: Floats) -> Floats:
@@ -255,10 +255,10 @@ def _apart(apart: tuple[Floats, ...], some: Floats, others: Floats) -> Floats:
 
 
 def _alike(apart: Floats, distance: float) -> Floats:
-    """How much two plans miss alike, from 0 to 1."""
+    """The correlation of what the formula misses of two plans, from 0 to 1."""
     return np.asarray(np.exp(-apart / distance))
 
 
 def _size(setting: Setting, steep: Floats, others: Floats) -> Floats:
-    """The product of the standard deviations of plans and others."""
+    """The covariance of plans with others if they had the same widths; `_alike` scales it."""
     return np.asarray(setting.everywhere**2 + setting.falling**2 * np.outer(steep, others))

@@ -14,7 +14,7 @@ from sensitivity.spec.plan import NOT_ROUNDED, Plan, Scheme
 Floats = np.ndarray
 Choice = Scheme | None
 Expected = Mapping[str, Mapping[Scheme, float]]  # component -> scheme -> damage, of which only ratios count
-ELSEWHERE = 0.5  # octaves that lie between a family of schemes and full precision, besides those of bits
+ELSEWHERE = 0.5  # octaves between a family of schemes and full precision, added to those of bits
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Space:
 
     @classmethod
     def of(cls, plans: Sequence[Plan], expected: Expected | None = None) -> Space:
-        """The space of all schemes that these plans use or of which something is expected, and native."""
+        """The space of native and of all schemes that these plans use or that have an expected damage."""
         if not plans:
             raise UserError("no plan to learn from")
         names = tuple(name for name, _ in plans[0].schemes)
@@ -36,7 +36,7 @@ class Space:
         return cls(names, tuple(tuple(sorted(used, key=_order)) for used in seen))
 
     def uniform(self) -> list[list[int]]:
-        """Rows of the plans that give every component the same scheme, as far as it has a cache; widest first."""
+        """Rows of the uniform plans, widest first; components without a cache have the scheme without cache bits."""
         schemes = dict.fromkeys(choice for options in self.choices for choice in options if choice is not None)
         rows = [[_place(options, scheme) for options in self.choices] for scheme in sorted(schemes, key=_narrowness)]
         return [[place for place in row if place is not None] for row in rows if None not in row and any(row)]
@@ -60,7 +60,7 @@ class Space:
 
 
 def together(expected: Expected, axes: Sequence[Sequence[str]], names: Sequence[str]) -> Expected:
-    """Expectations of axes whose components share their scheme: sums over components, where all of them have one."""
+    """The expected damage of each axis: the sum over its components, for each scheme that all of them have."""
     found = {}
     for name, group in zip(names, axes, strict=True):
         shared = set.intersection(*(set(expected.get(component, {})) for component in group))
@@ -83,13 +83,13 @@ def _narrowness(scheme: Scheme) -> tuple[int, int, int]:
 
 
 def _place(options: Sequence[Choice], scheme: Scheme) -> int | None:
-    """The place of a scheme among the choices of a component, which may have no cache; None if it is not there."""
+    """The position of a scheme among choices, or of the scheme without cache rounding; None if neither is there."""
     fitting = (choice for choice in (scheme, scheme.without_cache) if choice in options)
     return next((options.index(choice) for choice in fitting), None)
 
 
 def width(scheme: Scheme) -> float:
-    """The bits of a scheme in the prior of its damage, where damage of weights, activations and cache adds up.
+    """The bits of weights alone that, by the prior, do as much damage as a scheme's weights, activations and cache.
 
     The prior's damage of b bits is exp(3 - b), so widths of 4 and 4 bits together do as much as 3.3 alone.
     """
@@ -105,6 +105,6 @@ def _apart(one: Choice, other: Choice) -> float:
         [math.log2(max(width(choice), 0.5)) if choice else 4.0 for choice in (one, other)],
         [family(choice) if choice else None for choice in (one, other)],
     )
-    # each family is a branch of its own, and full precision the trunk
+    # ELSEWHERE counts once per family: two families differ by way of full precision
     aside = 0 if labels[0] == labels[1] else sum(label is not None for label in labels)
     return abs(octaves[0] - octaves[1]) + ELSEWHERE * aside

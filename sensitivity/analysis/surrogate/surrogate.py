@@ -19,8 +19,8 @@ DRAWS = 128  # parameter vectors that are drawn for an interval
 PAIRS = 6  # most interaction terms
 LITTLE = 1e-5  # least expected step, as a share of the largest
 PRIOR = (1.5, 1.0)  # spread of the logarithms of components and of steps around the formula's expectation
-TRUST = 0.8  # expectations are dropped if the error without them is below this share of that with them
-TOLD = (0.8, 0.5)  # the same around damages that were expected of this model
+TRUST = 0.8  # expected damages are dropped if the error without them is below this share of that with them
+TOLD = (0.8, 0.5)  # the same as PRIOR, around damages that were expected of this model
 WORTH = 0.03  # an interaction term stays if it lowers the residual error by at least this share
 
 
@@ -66,9 +66,9 @@ class Surrogate:
         return np.asarray(self.theta + draw.standard_normal((times, self.root.shape[1])) @ self.root.T)
 
     def draws(self, index: Floats, draw: np.random.Generator | None = None, times: int = DRAWS) -> Floats:
-        """Scores of plans as they may be, draws x plans; without a generator, the same at every call.
+        """Scores of plans drawn from their uncertainty, draws x plans; without a generator, the same at every call.
 
-        What the formula misses is drawn for each plan by itself: draws are right plan by plan, not for differences.
+        What the formula misses is drawn independently for each plan, so draws are right for plans, not for differences.
         """
         draw = draw or np.random.default_rng(0)
         thetas = self.sample(draw, times)
@@ -96,7 +96,7 @@ class Surrogate:
 
 
 def _formula(space: Space, pairs: tuple[tuple[int, int], ...], expected: Expected | None = None) -> DamageModel:
-    """The parameters that a space of choices and interacting pairs needs."""
+    """The formula for a space of choices and its interacting pairs."""
     parents: list[tuple[int, ...]] = []
     bits, above = [], []
     for options in space.choices:
@@ -113,7 +113,7 @@ def _formula(space: Space, pairs: tuple[tuple[int, int], ...], expected: Expecte
 
 
 def _expected_steps(space: Space, plain: DamageModel, expected: Expected) -> tuple[float, ...]:
-    """The logarithm of each step's expected damage, at the mean level of the formula's own; that where none is given.
+    """The logarithm of each step's expected damage, shifted to the mean of `base`; `base` itself where none is given.
 
     A narrower scheme that is expected to do no more damage than the next wider one gets a small step all the same.
     """
@@ -145,9 +145,9 @@ def fit_surrogate(
     `noise`: standard deviation of a reading, or of each one; it is estimated where it is not known. `corrected`: with
     a process for what the formula misses, which makes intervals hold.
     `expected`: damages that are known before any score, up to a factor. Scores correct them, and where a fit without
-    them is clearly closer to the scores, they are wrong and not used.
+    them is clearly closer to the scores, they are not used.
     """
-    unit = float(np.max(np.abs(score))) or 1.0  # the prior is made for scores of about 1: percent are scaled
+    unit = float(np.max(np.abs(score))) or 1.0  # the prior is for scores of about 1: others (percent) are scaled
     top = (float(np.quantile(score, 0.9)) if full is None else full) / unit
     known = None if noise is None else np.broadcast_to(np.asarray(noise, dtype=float), score.shape) / unit
     found = _fitted(space, index, score / unit, top, known, pairs, expected)
@@ -161,7 +161,7 @@ def fit_surrogate(
 
 
 def _in_units(model: Surrogate, unit: float) -> Surrogate:
-    """The formula in units of the score, of which top and floor alone know."""
+    """The surrogate in units of the score, which matter to top, floor and sigma alone."""
     scale = np.array([unit if i < 2 else 1.0 for i in range(len(model.theta))])
     return replace(model, theta=model.theta * scale, root=model.root * scale[:, None], sigma=model.sigma * unit)
 
@@ -227,7 +227,7 @@ def _fit(
     before: Surrogate | None = None,
     expected: Expected | None = None,
 ) -> Surrogate:
-    """Maximum a posteriori fit by Levenberg and Marquardt: data and prior are residuals of one least-squares problem.
+    """Maximum a posteriori fit by Levenberg-Marquardt: data and prior are residuals of one least-squares problem.
 
     The prior's residuals also give that algorithm what it demands: at least as many residuals as parameters.
     """

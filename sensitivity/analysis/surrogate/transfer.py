@@ -18,13 +18,13 @@ from sensitivity.study.study import Study
 Curve = tuple[tuple[float, ...], tuple[float, ...]]  # bits, rising, and the logarithm of the damage at each
 FEWEST = 5  # plans from which damages are learned
 FALL = 1.0  # how much the logarithm of a damage falls with a bit, where only one width was measured
-LEAST = 1e-8  # of the largest damage, what a smaller one counts as
+LEAST = 1e-8  # least damage: a smaller one counts as this, since its logarithm is taken
 
 
 def transferred(
     study: Study, parts: ComponentMap, schemes: Sequence[Scheme], task: str | None = None
 ) -> dict[str, dict[Scheme, float]]:
-    """What each scheme costs each component of other parts, as far as a study can tell; only ratios mean anything.
+    """The damage of each scheme to each component of `parts`, as a study predicts it; only ratios mean anything.
 
     Components are those of the same name, else those that they contain or are part of, else those of the same part of
     the model. Schemes are those of the same method, else all, at the same width; between widths, the logarithm of the
@@ -75,7 +75,7 @@ def _curve(points: Mapping[float, float]) -> Curve:
 
 
 def _related(name: str, sources: Sequence[str]) -> list[str]:
-    """The components of another study that a component is, contains, belongs to, or shares the part with."""
+    """The other study's components of this name; else those inside it, else those around it, else those of its part."""
     words, others = name.split("."), {source: source.split(".") for source in sources}
     same = [source for source, other in others.items() if other == words]
     inside = [source for source, other in others.items() if other[: len(words)] == words]
@@ -91,7 +91,7 @@ def _at(curves: Mapping[str, Curve], scheme: Scheme) -> float:
 
 
 def _interpolated(curve: Curve, bits: float) -> float:
-    """The logarithm of the damage at a width; beyond the measured ones, it goes on as it falls between them."""
+    """The logarithm of the damage at a width; beyond the measured widths, extrapolated with their mean slope."""
     known, logs = curve
     if known[0] <= bits <= known[-1]:
         return float(np.interp(bits, known, logs))

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from sensitivity.cli.arguments import values
 from sensitivity.cli.arguments.values import WIDEST
 from sensitivity.spec.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bits whose sizes `inspect` lists by default
@@ -52,7 +49,7 @@ def runtime(p: argparse.ArgumentParser, about: str, required: bool = False) -> N
 
 
 def moved_model(p: argparse.ArgumentParser) -> None:
-    """Add --model, for a model whose folder is another one than in the sweep."""
+    """Add --model, for a model whose folder has moved since the sweep."""
     p.add_argument("--model", type=values.model_or_task, help="folder of the model, if it has moved since the sweep")
 
 
@@ -73,7 +70,7 @@ def by(p: argparse.ArgumentParser, default: str) -> None:
 
 
 def include(p: argparse.ArgumentParser) -> None:
-    """Add --include, for weights that are kept otherwise."""
+    """Add --include, for weights that otherwise stay at native precision."""
     p.add_argument(
         "--include",
         type=values.comma_separated(values.choice("embedding", "head")),
@@ -131,7 +128,7 @@ def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str, severa
 
 
 def run_time(p: argparse.ArgumentParser) -> None:
-    """Add the flags of what is rounded in each forward pass."""
+    """Add the flags of activations and of the cache, which are rounded in each forward pass."""
     g = p.add_argument_group(
         "activations and cache", "rounded in each forward pass; they add nothing to what a plan stores"
     )

@@ -15,7 +15,7 @@ NEAREST = "rows of the embedding are looked up, not multiplied: methods that cal
 
 
 def loaded(args: argparse.Namespace) -> tuple[VLM, ComponentMap, list[Task]]:
-    """The model, without its weights for a forecast, its components, and the tasks; what is notable is printed."""
+    """Load the model (for a forecast, without weights), its components and the tasks, and print notes on them."""
     from sensitivity.api.sweeping import dtype_for
     from sensitivity.formats.table import CHECKS
     from sensitivity.models.config_only import without_weights
@@ -28,7 +28,7 @@ def loaded(args: argparse.Namespace) -> tuple[VLM, ComponentMap, list[Task]]:
         if why:
             print(f"note: {why}", file=sys.stderr)
     vlm = without_weights(args.model) if args.dry_run else load(args.model, device=args.device, dtype=args.dtype)
-    if args.runtime in CHECKS:  # what a runtime cannot run is said before anything long begins
+    if args.runtime in CHECKS:  # raises an error before any slow work
         CHECKS[args.runtime](vlm)
     parts = inspect(vlm, by=args.by, include=args.include)
     if any(weight.is_embedding for weight in parts.weights):

@@ -36,7 +36,7 @@ def parser_of(verbs: Mapping[str, ModuleType]) -> argparse.ArgumentParser:
 
 
 def run_verb(verb: ModuleType, args: argparse.Namespace) -> dict[str, object]:
-    """Run a verb and return its result; off a terminal, a line every few seconds shows that it is running."""
+    """Run a verb and return its result; without a terminal, a line every few seconds shows that it is running."""
     with working(args.verb, quiet=args.json):
         facts: dict[str, object] = verb.run(args)
     return facts

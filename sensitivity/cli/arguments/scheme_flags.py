@@ -31,14 +31,14 @@ def schemes(args: argparse.Namespace) -> list[Scheme]:
         rounded: dict[str, Any] = {}
         if activations < WIDEST:
             rounded |= {"activations": activations, "activation_scale": args.activation_scale, **of_rounding}
-        elif len(getattr(args, "activation_bits", ())) > 1:  # 16 beside other widths, whatever a preset has
+        elif len(getattr(args, "activation_bits", ())) > 1:  # 16 is listed: not rounded, even if a preset rounds
             rounded |= {"activations": activations}
         else:
             rounded |= of_rounding
         if cache < WIDEST:
             rounded |= {"cache": cache, "cache_group": args.cache_group}
         requested += schemes_of(names, args.bits, **given, **rounded)
-    # keep leaves weights as they are, so without rounding it is full precision, which every sweep measures anyway
+    # the method `keep` changes no weights, so without other rounding it is full precision, which every sweep measures
     if not (changing := [one for one in requested if one.method != KEEP or min(one.activations, one.cache) < WIDEST]):
         raise UserError("keep leaves weights as they are; name --activation-bits or --cache-bits below 16")
     return changing
@@ -47,7 +47,7 @@ def schemes(args: argparse.Namespace) -> list[Scheme]:
 def checked(
     args: argparse.Namespace, search: str, until: Sequence[str] = (), storage: str | None = None
 ) -> tuple[list[Scheme], bool]:
-    """The schemes, and whether they need calibration, after checks that take no model: a mistake shows at once."""
+    """Make all checks that need no model; returns the schemes, and whether any of them needs calibration."""
     from sensitivity.api.sweeping import check_sweep
 
     requested, tasks = schemes(args), (*args.task, *(args.calibration or ()))

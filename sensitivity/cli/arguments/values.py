@@ -15,7 +15,7 @@ from sensitivity.spec.plan import ROUNDED
 
 T = TypeVar("T")
 
-# upper limits: with larger values nothing that this program does would end or fit into memory
+# upper limits: with larger values, no run would end or fit into memory
 EXAMPLES = 1_000_000
 SEED = 2**31 - 1  # half of what NumPy takes, since a sweep counts up from the seed
 PLANS = 20_000  # the limit of a grid too
@@ -81,11 +81,11 @@ resamples = whole(2, RESAMPLES)
 weights = whole(1, WEIGHTS)
 top = whole(1, 100)
 pause = whole(1, 3_600)  # seconds
-on_a_page = whole(1, 1_000)  # examples on a page: each has a picture in it
+on_a_page = whole(1, 1_000)  # examples on a page: each has an image
 channels = whole(1, CHANNELS)
 draft = whole(1, 64)  # tokens
 rounds = whole(6, 10_000)  # of timing: fewer give no 95 % interval of a median
-few_plans = whole(2, 100)  # full precision and another one
+few_plans = whole(2, 100)  # at least full precision and one other
 checks = whole(0, 1_000)  # plans
 
 
@@ -186,11 +186,11 @@ def comma_separated(one: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
     return read
 
 
-LIBRARIES = ("lmms-eval:",)  # prefixes that also hold for the names after them
+LIBRARIES = ("lmms-eval:",)  # prefixes that also apply to the names after them
 
 
 def tasks(text: str) -> tuple[str, ...]:
-    """Tasks, separated by commas; the name of an evaluation library holds for the tasks after it, too."""
+    """Tasks, separated by commas; the prefix of an evaluation library applies to the tasks after it, too."""
     names, library = [], ""
     for name in comma_separated(model_or_task)(text):
         if ":" in name or name.endswith(".jsonl"):
@@ -202,7 +202,7 @@ def tasks(text: str) -> tuple[str, ...]:
 
 
 def pair(text: str) -> tuple[str, str]:
-    """NAME=VALUE as two texts."""
+    """NAME=VALUE as two strings."""
     left, equals, right = text.partition("=")
     if not (equals and left.strip() and right.strip() and text.isprintable() and len(text.encode()) <= 2 * NAME):
         raise error("NAME=VALUE", text)

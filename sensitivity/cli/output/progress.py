@@ -1,4 +1,4 @@
-"""Progress of a sweep: a bar with the time left, plain lines off a terminal, or lines of JSON."""
+"""Progress of a sweep: a bar with the time left, plain lines without a terminal, or lines of JSON."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 
 class Pace:
-    """Estimates the time left from the steps of this run; how fast earlier runs were says nothing.
+    """Estimates the time left from the steps of this run; the speed of earlier runs is ignored.
 
-    `plans` is the number of plans where a search has not chosen all of them yet; after `seconds` the run ends anyway.
+    `plans` is the expected number of plans, for a search that has not chosen all of them yet; after `seconds` the run
+    ends anyway.
     """
 
     def __init__(self, plans: int = 0, seconds: float = math.inf) -> None:
@@ -45,7 +46,7 @@ def show_progress(
 ) -> int:
     """Run a sweep behind a progress bar on standard error: what is done, the time left, and the frontier so far.
 
-    Off a terminal, print a plain line every few seconds instead. Returns the number of steps.
+    Without a terminal, print a plain line every few seconds instead. Returns the number of steps.
     """
     if not sys.stderr.isatty():
         return _show_lines(steps, title, Pace(plans, seconds))
@@ -82,7 +83,7 @@ def show_progress(
 
 @contextlib.contextmanager
 def show_stages(quiet: bool = False) -> Iterator[None]:
-    """On a terminal, a line that tells what runs now; off a terminal `working` prints it."""
+    """On a terminal, show a line that says what runs now; without a terminal, `working` prints it."""
     if quiet or not sys.stderr.isatty():
         yield
         return

@@ -85,7 +85,7 @@ def answer_counts(plans: Mapping[str, Sequence[Mapping[str, object]]]) -> None:
     if not known:
         return  # an imported table has no answers; a study of an earlier version did not count
     kinds = any(row.get("kind") for _, row in rows)
-    of = f" of {next(iter(plans))}" if len(plans) == 1 else ""  # then its name, which may be long, stands once
+    of = f" of {next(iter(plans))}" if len(plans) == 1 else ""  # a single plan is named only here
     table(
         f"What happened to the answers{of} (changes against full precision, on the same examples)",
         (
@@ -165,7 +165,7 @@ def attributions(
 def _score_checks(
     scored: Sequence[Attribution], measured: Mapping[str, Foretold | None], checks: Checks | None
 ) -> None:
-    """Print what each score cost, and how well it foretells plans that were run."""
+    """Print what each score cost, and how well it predicts the damage of plans that were run."""
     if checks is None:
         score_costs(scored)
         return
@@ -217,7 +217,7 @@ def explanation(explained: Explanation) -> None:
 
 
 def _boxes(explained: Explanation) -> None:
-    """Print how far each number of a box moves, and each component's share in making it unsure."""
+    """Print how far each number of a box moves, and each component's share of the rise of its loss."""
     names = list(explained.blame.components)
     rows = [
         (
@@ -263,7 +263,7 @@ def recommendation(best: Recommendation) -> None:
 
 
 def run_time(plan: Plan, parts: ComponentMap, times: LayerTimes, limits: Mapping[str, float]) -> None:
-    """Print what a plan is predicted to take in its runtime, and where the time of an answer goes."""
+    """Print a plan's predicted costs in its runtime, and each stage's share of the time of an answer."""
     from sensitivity.analysis.allocate.run_time import in_words as cost_in_words
     from sensitivity.spec.runtimes.layer_times import COSTS, LIMITED
 

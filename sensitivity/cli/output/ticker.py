@@ -1,4 +1,4 @@
-"""Progress off a terminal: a plain line at least every ten seconds, whatever the program waits for."""
+"""Progress without a terminal: a plain line at least every ten seconds, whatever the program waits for."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Ticker:
 
 @contextlib.contextmanager
 def working(title: str, quiet: bool = False) -> Iterator[None]:
-    """Off a terminal, print what runs now and for how long it has been running."""
+    """Without a terminal, print what runs now and for how long the verb has been running."""
     if quiet or sys.stderr.isatty():
         yield
         return
@@ -70,7 +70,7 @@ def working(title: str, quiet: bool = False) -> Iterator[None]:
 def counted(title: str, total: int, what: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
     """Show how much of a known amount of work is done: a bar on a terminal, elsewhere a line every few seconds.
 
-    Gives the function that is told so, with what is done and the total.
+    Yields a function, to be called with the amount that is done and the total.
     """
     done = 0
 

@@ -1,1 +1,1 @@
-"""More processes for one sweep, on this machine or on a Ray cluster."""
+"""Additional processes for one sweep, on this machine or on a Ray cluster."""

@@ -34,7 +34,7 @@ def sweep(args: argparse.Namespace, show: Callable[[Iterator[Step], Study], None
     ray = _ray()
     share = {"num_gpus": 1} if args.device.startswith("cuda") else {"num_cpus": max(1, _cores(ray) // args.workers)}
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # Ray prints lost workers there; ours is a Notice
+        with contextlib.redirect_stdout(io.StringIO()):  # Ray prints lost workers there; a Notice reports them
             actors = _Actors(ray, args, share)
             study = actors.study()
             show(actors.watch(study), study)
@@ -66,7 +66,7 @@ def _cores(ray: ModuleType) -> int:
 
 
 class _Actors:
-    """The actors and the result that each promised; one that dies is replaced after its plans were released."""
+    """The actors and their pending results; an actor that dies is replaced, and its plans are released."""
 
     def __init__(self, ray: ModuleType, args: argparse.Namespace, share: dict[str, int]) -> None:
         self.ray, self.args, self.out = ray, args, Path(args.out)
@@ -81,7 +81,7 @@ class _Actors:
         actor = self.worker.remote()
         identity = (
             actor.identity.remote()
-        )  # asked now, since a dead actor cannot answer, and its plans are under this identity
+        )  # ask now: a dead actor cannot answer, and the queue has its plans under this identity
         self.at_work[actor.run.remote(list(self.args.typed), str(Path.cwd()))] = (actor, identity)
 
     def replace_lost(self, seconds: float = PAUSE) -> None:
@@ -120,7 +120,7 @@ class _Actors:
 
         before = 0
         while True:
-            # not in look(): when the first actors are lost, the study may not exist yet
+            # not in replace_lost(): when the first actors are lost, the study may not exist yet
             for identity in self.lost:
                 study.release_lost(identity)
             self.lost.clear()

@@ -1,4 +1,4 @@
-"""More processes on this machine: they run the same command and take plans from the same queue."""
+"""Additional processes on this machine: they run the same command and take plans from the same queue."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 CHILD = "SENSITIVITY_WORKER"  # environment variable of a worker, which starts no workers itself
 STOPS_WITH_LAUNCHER = "follows"  # its value if the worker's standard input closes when its launcher ends
 WORTH_A_WORKER = (
-    20.0  # seconds of work left from which on workers join: they take about as long to load on a busy machine
+    20.0  # workers join if more seconds of work than this are left: on a busy machine they take about as long to load
 )
-SECONDS_TO_STOP = 5.0  # that a worker whose launcher is gone has to end in order; a kill costs no more than its plan
+SECONDS_TO_STOP = 5.0  # for a worker to end cleanly after its launcher is gone; a kill loses only its plan
 BYTES_PER_WORKER = 1.5e9  # bytes that a worker needs beside its model and quantized weights
 
 
@@ -61,7 +61,7 @@ def count(args: argparse.Namespace, parts: ComponentMap, plans: int, schemes: in
         return int(args.workers)
     if args.device != "cpu" or args.plain or is_child():
         return 1
-    # 8 bytes: the model's weights and those of the running plan in float32; 1.25 bytes: the codes of each scheme
+    # per weight: 8 bytes for the model and the running plan in float32, and 1.25 bytes for the codes of each scheme
     apiece = parts.numel * (8 + 1.25 * schemes) + BYTES_PER_WORKER
     room = int(0.8 * threads.free_memory() / apiece)
     return max(1, min(threads.cores() // (threads.requested() or 1), plans, room))
@@ -123,7 +123,7 @@ def _start_worker(args: argparse.Namespace) -> Worker:
     process = subprocess.Popen(
         [sys.executable, "-m", "sensitivity", *args.typed, "--json"],
         env={**os.environ, CHILD: STOPS_WITH_LAUNCHER, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        # never written to: it closes when this process ends, which the worker waits for (see follow)
+        # never written to: it closes when this process ends, which the worker waits for (see stop_with_launcher)
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=stderr,

@@ -48,7 +48,7 @@ def _alone(args: argparse.Namespace) -> list[str]:
     return [
         f"inspect {MODEL} --by part --method uniform",
         f"sweep {MODEL} --task vqa --bits 2,3,4,8 --by part --method uniform --n {args.n} --seed {args.seed}"
-        # plans that cannot matter see a few of the examples
+        # plans that cannot reach the frontier see only some of the examples
         f" --until 'error<1%' --out {out}",
         f"rank {out}",
         f"recommend {out} --bpw {args.bpw!r}",
@@ -57,7 +57,7 @@ def _alone(args: argparse.Namespace) -> list[str]:
 
 
 def _in(runtime: str, args: argparse.Namespace) -> list[str]:
-    """The same with plans that a runtime executes, which then does."""
+    """The same for plans that a runtime can load, with the verbs that profile, export, verify and time them there."""
     if runtime not in LAYOUTS:
         raise unknown("runtime", runtime, LAYOUTS)
     from sensitivity.formats.timing.profile import check_runs_here

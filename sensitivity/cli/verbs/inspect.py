@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 def show(
     vlm: VLM, parts: ComponentMap, kept: Mapping[str, Sequence[int]], sizes: Mapping[int, Size], method: str
 ) -> None:
-    """Print the three tables; `kept` has the numbers of elements of the weights that are kept for each reason."""
+    """Print the three tables; `kept` has, for each reason, the number of elements of each weight kept for it."""
     print(f"{vlm.name}: {type(vlm.model).__name__}, {parts.numel:,} parameters")
     if vlm.note:
         print(vlm.note)

@@ -10,7 +10,7 @@ from sensitivity.cli.output.tables import table
 
 ABOUT = "list the quantization methods: widths, calibration, stored bits beside claimed ones, and sources"
 EXAMPLE = "sensitivity methods"
-NATIVE = 16  # bits of activations that stay as they are
+NATIVE = 16  # bits of activations that are not rounded
 SIDE = 4096  # rows and columns of the weight whose stored bits are shown
 
 
@@ -91,5 +91,5 @@ def _calibration(method: dict[str, Any]) -> str:
 
 
 def _range(values: Sequence[object]) -> str:
-    """The first and the last of rising values."""
+    """The first and the last of ascending values."""
     return f"{values[0]} to {values[-1]}" if len(values) > 1 else str(values[0])

@@ -114,14 +114,14 @@ def _checked(args: argparse.Namespace) -> list[Scheme]:
 def _request(
     args: argparse.Namespace, parts: ComponentMap, requested: list[Scheme]
 ) -> tuple[list[Scheme], PlanRequest]:
-    """The schemes that the runtime can load, and what is asked of a plan; tasks are named once the study exists."""
+    """The schemes that the runtime can load, and the request; its tasks get their names when the study exists."""
     from sensitivity.analysis.allocate.request import PlanRequest
     from sensitivity.api.planning import limits
     from sensitivity.spec.runtimes.loadable import restrict
     from sensitivity.spec.runtimes.table import files_of
     from sensitivity.spec.sizes import bpw_in_gb, header_bytes
 
-    headers = header_bytes(parts, files_of(args.runtime))  # GB count headers of files too, bpw does not
+    headers = header_bytes(parts, files_of(args.runtime))  # counted in a budget in GB, but not in bpw
     bpw = args.bpw if args.gb is None else tuple(bpw_in_gb(parts, gb, headers) for gb in args.gb)
     allow = dict(flags.distinct("--allow", args.allow))
     request = PlanRequest(bpw, dict.fromkeys(args.task, 1.0), {}, allow, args.tie, args.runtime, args.top)
@@ -161,13 +161,13 @@ def _verified(
 def _forecast(
     args: argparse.Namespace, vlm: VLM, parts: ComponentMap, requested: list[Scheme], tasks: list[Task]
 ) -> dict[str, object]:
-    """The forecast of all scores, and plans that may be run, the verification included; random plans stand in."""
+    """Forecast the scores, and all plans that may be run, verified ones included; random plans stand in for them."""
     from sensitivity.analysis.search.plan_lists import plans
     from sensitivity.api.planning import deciding
     from sensitivity.measure.forecast.forecast import forecast_sweep
 
     verified = 1 + (args.top + 1) * len(args.gb or args.bpw)
-    # plans that decide see fewer examples than those that are verified
+    # plans run before the verification see fewer examples: count them as fewer plans with all examples
     decide = -(-args.trials * deciding(args.n, tasks) // args.n)
     listed = plans(parts, requested, "random", decide + verified, args.seed)
     assert isinstance(listed, list)

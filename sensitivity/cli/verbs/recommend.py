@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _request(args: argparse.Namespace, study: Study) -> PlanRequest:
-    """What is asked of a plan, by the flags."""
+    """The request that the flags make: budgets, tasks, floors and limits."""
     from sensitivity.analysis.allocate.request import PlanRequest
     from sensitivity.spec.errors import UserError
     from sensitivity.spec.plan import Plan
@@ -126,7 +126,7 @@ def _request(args: argparse.Namespace, study: Study) -> PlanRequest:
         flags.without_effect(args, ["--bpw"], "beside --gb, as there is one kind of budget")
     if args.task and args.weight:
         raise UserError("either --task names the one task that decides, or --weight says how much each counts")
-    headers = header_bytes(study.parts, files_of(args.runtime))  # GB count headers of files too, bpw does not
+    headers = header_bytes(study.parts, files_of(args.runtime))  # counted in a budget in GB, but not in bpw
     bpw = args.bpw if args.gb is None else tuple(bpw_in_gb(study.parts, gb, headers) for gb in args.gb)
     limits = {cost: getattr(args, cost) for cost in LIMITED if getattr(args, cost) is not None}
     if limits and args.gb is None and "bpw" not in getattr(args, "given", ()):  # no other budget was asked for
@@ -148,7 +148,7 @@ def _in_runtime(args: argparse.Namespace, study: Study, one: Recommendation, vlm
 def _run_time(
     study: Study, one: Recommendation, times: LayerTimes | None, outcome: InRuntime | None
 ) -> dict[str, object]:
-    """What a plan is predicted to take in its runtime, and took; nothing where no limit was asked for."""
+    """The predicted and the measured costs of a plan in its runtime; empty if no limit was asked for."""
     from sensitivity.spec.runtimes.layer_times import COSTS
 
     if times is None:
@@ -158,7 +158,7 @@ def _run_time(
 
 
 def _counts(study: Study, one: Recommendation) -> list[dict[str, object]]:
-    """What happened to the answers of a recommended plan; nothing where it was not run."""
+    """How many answers a recommended plan changed, left empty or cut off; empty if it was not run."""
     from sensitivity.analysis.failures.changes import study_of
     from sensitivity.spec.errors import UserError
 

@@ -1,4 +1,4 @@
-"""sensitivity speculate: how many drafted tokens hold when activations are rounded, part by part (QSpec)."""
+"""sensitivity speculate: how many drafted tokens are accepted when activations are rounded, part by part (QSpec)."""
 
 from __future__ import annotations
 
@@ -108,5 +108,5 @@ def show(rows: list[dict[str, Any]], draft: int) -> None:
 
 
 def _rate(row: dict[str, Any]) -> str:
-    """A rate with its error, which one image does not tell."""
+    """An acceptance rate with its standard error, which is unknown for a single image."""
     return f"{row['rate']:.3f}" + (f" ± {row['error']:.3f}" if row["error"] is not None else "")

@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     searched = plans_of(requested, args.search)
     expected = len(searched) if isinstance(searched, Sequence) else args.trials or 100
     processes = 1 if args.dry_run else workers.count(args, parts, expected, len(requested))
-    with workers.sharing_cores(processes):  # calibration too: sums depend on how many threads
+    with workers.sharing_cores(processes):  # for calibration too: float sums depend on the number of threads
         with show_stages(args.json):
             schemes, statistics = calibrated_(
                 vlm,
@@ -260,7 +260,7 @@ def _forecast(
 
 
 def _summary(args: argparse.Namespace, study: Study) -> dict[str, object]:
-    """Print how the study stands, and return it."""
+    """Print the state of the study, and return it."""
     from sensitivity.study.racing import uncertainty
     from sensitivity.study.stopping import Until
 

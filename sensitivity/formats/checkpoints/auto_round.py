@@ -64,13 +64,13 @@ def layer_config(job: Job) -> dict[str, object]:
 
 
 def arguments(scheme: Scheme) -> dict[str, object]:
-    """A scheme in AutoRound's words; -1 is a group of a whole row."""
+    """A scheme as AutoRound's settings; a group size of -1 means the whole row."""
     group = -1 if scheme.group == "row" else int(scheme.group)
     return {"bits": scheme.bits, "group_size": group, "sym": scheme.symmetric, "data_type": "int"}
 
 
 def blocks(job: Job) -> list[str]:
-    """The paths of the lists of blocks (what stands before a block's number), and of modules outside any block."""
+    """The path of each list of blocks (without a block's number), and of each module outside any block."""
     layers = [w for w in job.parts.weights if w.kind not in VOCABULARY]
     paths = [w.module if w.block is None else _before(w.module, w.block) for w in layers]
     return list(dict.fromkeys(paths))

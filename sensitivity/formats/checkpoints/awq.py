@@ -19,7 +19,7 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
 from sensitivity.spec.sizes import groups
 
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the codes of eight rows within a 32-bit word, as AutoAWQ's kernels read them
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # order of eight rows' codes within a 32-bit word, as AutoAWQ's kernels read them
 
 
 def write(job: Job, folder: Path) -> Written:
@@ -39,7 +39,7 @@ def config(job: Job) -> dict[str, object]:
     schemes = {scheme for _, scheme, _ in job.groups()}
     if not schemes:
         raise UserError("the plan quantizes nothing; export it as --format fake")
-    # RUNTIMES allows this format one scheme, which was checked before
+    # exactly one: RUNTIMES allows this format a single scheme, and that was checked before
     (scheme,) = schemes
     return {
         "quant_method": "awq",

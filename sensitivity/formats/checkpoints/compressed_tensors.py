@@ -19,7 +19,7 @@ from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import NOT_ROUNDED, Scheme
 from sensitivity.spec.sizes import groups
 
-# codes packed into words; a byte for each code, where activations are rounded; and what is said of both together
+# names of the formats: codes packed into words; one byte per code, if activations are rounded; and a mix of both
 PACKED, BYTES, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 UNPACK = "model.hf_quantizer.compressor.decompress_model(model)\n"
 LAST_LINE = (
@@ -72,14 +72,14 @@ def config(job: Job) -> dict[str, object]:
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": job.native(),
-        # transformers 5.23 reads the first group of settings for all of them, so mixed widths cannot be unpacked so
+        # transformers 5.23 applies the first config group to all modules, so it cannot unpack mixed widths on loading
         **({"dequantize": True} if alike(job) else {}),
         "kv_cache_scheme": None,
     }
 
 
 def _group(scheme: Scheme, modules: list[str]) -> dict[str, object]:
-    """A component's modules with the arguments of their weights, and of their inputs where these are rounded."""
+    """A component's config group: its modules, and the arguments of their weights and of rounded inputs."""
     if scheme.activations == NOT_ROUNDED:
         return {"targets": modules, "format": PACKED, "weights": arguments(scheme)}
     inputs = {
@@ -102,9 +102,10 @@ def arguments(scheme: Scheme) -> dict[str, object]:
 
 
 def layout(half: torch.dtype) -> PackedLayout:
-    """weight_packed, weight_scale, weight_shape and, on asymmetric grids, weight_zero_point packed along the rows.
+    """The layout of one weight: weight_packed, weight_scale, weight_shape, and weight_zero_point on asymmetric grids.
 
-    Where activations are rounded: signed bytes as weight, and weight_scale.
+    Zero points are packed along the rows. If activations are rounded, the tensors are weight (signed bytes) and
+    weight_scale.
     """
 
     def specs(key: str, weight: Weight, scheme: Scheme) -> tuple[Spec, ...]:

@@ -48,7 +48,7 @@ def write(job: Job, folder: Path) -> Written:
 def checkpoint_format(job: Job) -> str:
     """The oldest layout that can hold the plan.
 
-    `gptq` stores each zero point minus one, so that a zero point of 0, which asymmetric grids can have, would overflow;
+    `gptq` stores each zero point minus one, so a zero point of 0, which asymmetric grids can have, would overflow;
     `gptq_v2` stores it unchanged. `gptq_p` is planar, for 5, 6 and 7 bits.
     """
     schemes = {scheme for _, scheme, _ in job.groups()}
@@ -58,7 +58,7 @@ def checkpoint_format(job: Job) -> str:
 
 
 def config(job: Job, kind: str) -> dict[str, object]:
-    """The most common scheme as the default, and exact module names for the others; a minus marks native modules."""
+    """The most common scheme as the default, and an entry for each other module; `-:` marks native modules."""
     components = list(job.groups())
     count: Counter[Scheme] = Counter()
     for _, scheme, modules in components:
@@ -123,7 +123,7 @@ def layout(kind: str) -> PackedLayout:
 def pack_planes(codes: Tensor, bits: int, planar: bool) -> Tensor:
     """Pack rows x cols codes into rows x (cols * bits / 32) words.
 
-    In the planar layout, the words of the low pieces of each 32 codes come first, then those of the higher pieces.
+    In the planar layout, each 32 codes become the words of their low pieces, then the words of their higher pieces.
     """
     if not planar or bits not in PLANES:
         return pack(codes, bits)

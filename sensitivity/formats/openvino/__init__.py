@@ -1,1 +1,1 @@
-"""OpenVINO: the two halves of a model as graphs that hold our own codes, and running them."""
+"""OpenVINO: writes the two halves of a model as graphs that hold our own codes, and runs them."""

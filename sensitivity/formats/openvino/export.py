@@ -38,7 +38,7 @@ tokens = model.generate(inputs["input_ids"][0].tolist(), features, ends, max_new
 
 
 def check(model: VLM | str) -> None:
-    """Raise an error if OpenVINO is not installed, or cannot hold the model: before anything that takes long."""
+    """Raise an error if OpenVINO is not installed or the model cannot be split; called before any slow work."""
     try:
         import openvino  # noqa: F401
         import transformers.exporters  # noqa: F401
@@ -51,7 +51,7 @@ def check(model: VLM | str) -> None:
 
 
 def write(job: Job, folder: Path) -> Written:
-    """Write both graphs; of the weights, one layer at a time is in memory."""
+    """Write both graphs layer by layer, so that memory never holds all weights."""
     check(job.model)
     tensors = {tensor.parameter: tensor for tensor in job.source.tensors}
     names = [*job.weights, *(name for name in tensors if name not in job.weights)]  # codes in data-flow order
@@ -77,7 +77,7 @@ def write(job: Job, folder: Path) -> Written:
 
 
 def _constants(job: Job, tensor: CheckpointTensor) -> tuple[Constant, ...]:
-    """What a parameter becomes in a graph."""
+    """The constants that a parameter becomes in a graph."""
     name = tensor.parameter
     if name in job.weights:
         return layout.constants(job.weights[name], job.schemes[name], job.half)
@@ -91,7 +91,7 @@ def _write_half(
     program: Model,
     xml: Path,
 ) -> tuple[str, dict[str, str]]:
-    """Write one graph and its binary file; returns the hash of the latter and those of its constants."""
+    """Write one graph and its binary file; returns the hash of the binary file and of each constant."""
     begin, offsets = graph.write_xml(program, [one for parts in constants.values() for one in parts], xml)
     pieces = [_piece(job, tensors[name], parts) for name, parts in constants.items()]
     ahead = stream.AT_ONCE if job.codes is codes_from_weights else 1
@@ -112,7 +112,7 @@ def _piece(job: Job, tensor: CheckpointTensor, constants: Sequence[Constant]) ->
 
 
 def _notes(unread: Mapping[str, None]) -> Sequence[str]:
-    """What the model card says of parameters that were left out."""
+    """Notes for the model card, among them which parameters were left out."""
     notes = ["Run it with one image per prompt. Sums are in float32, so that its answers are those that were measured."]
     if unread:
         notes.append(f"Left out, since the model never reads them: {', '.join(unread)}.")

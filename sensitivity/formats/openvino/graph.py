@@ -1,4 +1,4 @@
-"""Puts constants in place of a graph's weight inputs, and writes its XML with where each will be in the binary file."""
+"""Replaces a graph's weight inputs by constants, and writes its XML with the offset of each in the binary file."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from openvino import Model, Node
 
 ALIGNMENT = 64  # bytes, as OpenVINO aligns the constants that it writes
-# Compile options that a reader of the graph takes over: sums in float32 give the answers that torch measured, and
-# activations stay as they are (by default some processors round them to 8 bits).
+# Compile options that are stored in the graph, so that OpenVINO applies them when it loads the graph: sums in float32
+# give the answers that torch measured, and activations are not rounded (by default, some processors use 8 bits).
 OPTIONS = {
     "INFERENCE_PRECISION_HINT": "f32",
     "KV_CACHE_PRECISION": "f32",
@@ -26,16 +26,16 @@ OPTIONS = {
 
 
 def weights_of(graph: Model, names: Sequence[str]) -> dict[str, Node]:
-    """The inputs of a graph that stand for parameters which it reads, by the names of the parameters."""
+    """Parameter name -> the graph input that stands for it, for the parameters that the graph reads."""
     inputs = {name: port.get_node() for port in graph.inputs for name in port.get_names()}
     node_of = {name: inputs[parameter_input(name)] for name in names if parameter_input(name) in inputs}
     return {name: node for name, node in node_of.items() if node.output(0).get_target_inputs()}
 
 
 def put_constants(graph: Model, parameters: Mapping[str, Sequence[Constant]]) -> None:
-    """Replace each weight input by what is stored of it: an input for each constant, and what makes numbers of them.
+    """Replace each weight input by an input for each of its constants, and the operations that dequantize them.
 
-    They are inputs until `write_xml` declares them constants: as constants of OpenVINO's own they would take memory.
+    They stay inputs until `write_xml` declares them constants, since OpenVINO's own constants would take memory.
     """
     from openvino import PartialShape, Type, op
 
@@ -52,7 +52,7 @@ def put_constants(graph: Model, parameters: Mapping[str, Sequence[Constant]]) ->
         graph.add_parameters(made)
     for port in list(graph.inputs):
         if weight := [name for name in port.get_names() if name.startswith(f"{WEIGHTS}.")]:
-            # replaced, or of the other half
+            # it was replaced, or belongs to the other half
             assert not port.get_node().output(0).get_target_inputs(), f"{weight[0]} is read, but not stored"
             graph.remove_parameter(port.get_node())
     for option, value in OPTIONS.items():
@@ -61,7 +61,7 @@ def put_constants(graph: Model, parameters: Mapping[str, Sequence[Constant]]) ->
 
 
 def numbers(stored: Sequence[Constant], made: Sequence[Node]) -> Node:
-    """The numbers that the constants of one weight stand for, in the form that OpenVINO keeps packed in memory."""
+    """The operations that dequantize one weight, in the form for which OpenVINO keeps the codes packed in memory."""
     from openvino import opset14 as ops
 
     node = made[0]
@@ -78,7 +78,7 @@ def numbers(stored: Sequence[Constant], made: Sequence[Node]) -> Node:
 
 
 def write_xml(graph: Model, constants: Sequence[Constant], xml: Path) -> tuple[bytes, dict[str, int]]:
-    """Write a graph's XML; returns the bytes that its binary file begins with, and where each constant belongs."""
+    """Write a graph's XML; returns the first bytes of its binary file, and the offset of each constant there."""
     from openvino import serialize
 
     binary = xml.with_suffix(".bin")

@@ -13,12 +13,12 @@ from sensitivity.spec.errors import UserError
 
 VISION, LANGUAGE = "vision", "language"
 Array = np.ndarray[Any, Any]
-# config.model_type of models whose halves are compared with the whole in the tests
+# values of config.model_type for which tests compare the halves with the whole model
 HALVED = ("llava", "blip-2")
 
 
 def check_halves(vlm: VLM) -> None:
-    """Raise an error for a model that cannot be cut into an image half and a language half."""
+    """Raise an error for a model that cannot be split into an image half and a language half."""
     kind = vlm.model.config.model_type
     if kind not in HALVED or not hasattr(vlm.model, "get_image_features"):
         known = " and ".join(HALVED)
@@ -28,7 +28,7 @@ def check_halves(vlm: VLM) -> None:
 
 
 class Vision(nn.Module):
-    """Pixels to image features, through the projector: rows that replace the placeholder tokens."""
+    """Pixels to image features, projector included: the rows that replace the placeholder tokens."""
 
     def __init__(self, vlm: VLM) -> None:
         super().__init__()
@@ -41,12 +41,12 @@ class Vision(nn.Module):
 
 
 class Language(nn.Module):
-    """Tokens, image features and the cache to logits and the cache; embedding and output head are in it once."""
+    """Tokens, image features and the cache to logits and the new cache; holds the embedding and the output head."""
 
     def __init__(self, vlm: VLM) -> None:
         super().__init__()
         self.model = vlm.model
-        self.text = (vlm.text_generator,)  # it lies inside the model, which is registered already
+        self.text = (vlm.text_generator,)  # in a tuple, so that torch does not register it twice
         self.image_token = int(vlm.model.config.image_token_id)
 
     def forward(
@@ -60,7 +60,7 @@ class Language(nn.Module):
         embedded = self.model.get_input_embeddings()(input_ids)
         width = embedded.shape[-1]
         is_image = (input_ids == self.image_token).reshape(-1)
-        # the n-th placeholder takes the n-th row; row 0 is for all other tokens, which do not use it
+        # the n-th placeholder takes the n-th row; row 0 is a dummy for all other tokens
         number = torch.cumsum(is_image.to(torch.int64), 0) * is_image.to(torch.int64)
         rows = torch.cat([torch.zeros(1, width, dtype=embedded.dtype), image_features])
         picked = nn.functional.embedding(number, rows)

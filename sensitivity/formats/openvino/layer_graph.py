@@ -1,4 +1,4 @@
-"""Copies of one layer as an OpenVINO graph with random codes, to be timed apart from any model."""
+"""Copies of one layer as an OpenVINO graph with random codes, to time the layer without its model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sensitivity.formats.openvino.layout import FLOATS, Constant, constants
 from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import Scheme
 
-MOST = 128 * 2**20  # bytes of float32 weights in one graph: more than any cache of a processor holds
+MOST = 128 * 2**20  # bytes of float32 weights in one graph at most: more than a processor's cache holds
 
 
 class LayerGraph:
-    """As many copies of a layer as a model has, which read the same tokens, so that each is fetched from memory."""
+    """As many copies of a layer as the model has, all with the same input, so that weights come from memory."""
 
     def __init__(self, weight: Weight, scheme: Scheme | None, copies: int, threads: int) -> None:
         import openvino
@@ -49,7 +49,7 @@ class LayerGraph:
         self.cols = weight.cols
 
     def seconds(self, tokens: int) -> tuple[float, float]:
-        """Seconds of one copy with so many tokens at once, on the clock and of computing."""
+        """Wall-clock and CPU seconds that one copy takes for this many tokens at once."""
         inputs = np.ones((tokens, self.cols), np.float32)
         began = time.perf_counter(), time.process_time()
         self.request.infer([inputs], share_inputs=True, share_outputs=True)
@@ -59,7 +59,7 @@ class LayerGraph:
 
 
 def _stored(weight: Weight, scheme: Scheme | None) -> Sequence[Constant]:
-    """What the graph holds of the layer: its codes, or float32."""
+    """The constants of the layer: codes and scales, or float32 values without a scheme."""
     if scheme is None:
         return (Constant(weight.name, "f32", (weight.rows, weight.cols)),)
     return constants(weight, scheme, torch.float16)

@@ -18,7 +18,7 @@ from sensitivity.spec.sizes import openvino_width
 
 BITS = {"u2": 2, "u4": 4, "i4": 4, "u8": 8, "i8": 8, "f16": 16, "bf16": 16, "f32": 32}
 FLOATS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
-CODES, SCALE, ZERO = ":codes", ":scale", ":zero"  # ends of the names of what a quantized weight becomes
+CODES, SCALE, ZERO = ":codes", ":scale", ":zero"  # name suffixes of the constants of a quantized weight
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Constant:
 
 
 def kept(name: str, dtype: torch.dtype, shape: Sequence[int]) -> Constant:
-    """A parameter in the type in which its checkpoint stores it."""
+    """The constant of an unquantized parameter, in the type in which its checkpoint stores it."""
     if dtype not in FLOATS:
         raise UserError(f"{name} is stored as {dtype}, which the openvino format does not hold; use --format fake")
     return Constant(name, FLOATS[dtype], tuple(shape))
 
 
 def constants(weight: Weight, scheme: Scheme, half: torch.dtype) -> tuple[Constant, ...]:
-    """What one quantized weight becomes; symmetric codes of 4 and 8 bits are signed and need no zero point."""
+    """The constants of one quantized weight; symmetric codes of 4 and 8 bits are signed and need no zero point."""
     width = openvino_width(scheme.bits)
     signed = scheme.symmetric and width > 2  # there are no signed codes of two bits
     whole, per_group = _shapes(weight, scheme)
@@ -58,7 +58,7 @@ def constants(weight: Weight, scheme: Scheme, half: torch.dtype) -> tuple[Consta
 
 
 def contents(stored: QuantizedWeight, weight: Weight, scheme: Scheme, half: torch.dtype) -> list[Tensor]:
-    """The bytes of each of `constants`."""
+    """The bytes of each constant that `constants` returns, in the same order."""
     width, middle = openvino_width(scheme.bits), 2 ** (scheme.bits - 1)
     codes, zero = stored.codes, stored.zero.to(torch.uint8)
     if scheme.symmetric:
@@ -71,7 +71,7 @@ def contents(stored: QuantizedWeight, weight: Weight, scheme: Scheme, half: torc
 
 
 def _shapes(weight: Weight, scheme: Scheme) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of the codes and of what there is once per group."""
+    """The shape of the codes, and the shape of the scales (one per group)."""
     if isinstance(scheme.group, str):
         return (weight.rows, weight.cols), (1 if scheme.group == "tensor" else weight.rows, 1)
     group = min(scheme.group, weight.cols)

@@ -1,4 +1,4 @@
-"""Runs an export in OpenVINO: greedy answers, and the likelihood of right ones, from the packed codes."""
+"""Runs an export in OpenVINO on its packed codes: greedy answers, and the likelihood of the right answers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class OpenVINOModel:
     """Both graphs of an export, compiled; one prompt with its image at a time."""
 
     def __init__(self, folder: Path | str, threads: int = 0) -> None:
-        """With `threads`, OpenVINO computes with so many of them."""
+        """Compile both graphs; `threads` is how many threads OpenVINO uses, and 0 leaves that to OpenVINO."""
         import openvino
 
         self.folder = Path(folder)
@@ -47,12 +47,12 @@ class OpenVINOModel:
         self.read = 0  # tokens in the cache
 
     def image_features(self, pixel_values: Tensor) -> Array:
-        """What the language model reads in place of an image's tokens."""
+        """The rows that the language model reads in place of an image's placeholder tokens."""
         each = (self.vision.infer({"pixel_values": one[None].float().numpy()}) for one in pixel_values)
         return np.concatenate([np.array(output["image_features"]) for output in each])
 
     def logits(self, ids: Sequence[int], keep: int, features: Array | None = None) -> Array:
-        """Logits at the last `keep` of these tokens, which follow those that were read since `forget`."""
+        """Read the next tokens of the prompt that `forget` began; returns logits at the last `keep` of them."""
         width = self.language.get_compiled_model().input("image_features").get_partial_shape()[1].get_length()
         seen = self.read + len(ids)
         output = self.language.infer(
@@ -80,7 +80,7 @@ class OpenVINOModel:
         max_new_tokens: int,
         stop: Callable[[list[int]], bool] | None = None,
     ) -> list[int]:
-        """The most likely tokens one by one, up to an end token, or until `stop` says that they decide enough."""
+        """Greedy decoding, up to an end token, or until `stop` is true for the tokens so far."""
         self.forget()
         logits = self.logits(ids, 1, features)
         tokens = [int(logits[-1].argmax())]
@@ -91,7 +91,7 @@ class OpenVINOModel:
 
 
 class Running:
-    """An export in OpenVINO with its processor, to be asked the examples of tasks."""
+    """An export in OpenVINO with its processor, which evaluates tasks."""
 
     def __init__(self, folder: Path) -> None:
         check(str(folder))
@@ -107,7 +107,7 @@ class Running:
         self.model = OpenVINOModel(folder, torch.get_num_threads())
 
     def evaluate(self, task: Task) -> Rows:
-        """What `measure.evaluation.evaluate` gives, one example at a time."""
+        """The same rows as `measure.evaluation.evaluate`, computed one example at a time."""
         if task.gallery:
             raise UserError(f"openvino generates text, and {task.name} ranks captions")
         rows: Rows = {}
@@ -118,7 +118,7 @@ class Running:
         return rows
 
     def _answer(self, task: Task, batch: Batch) -> tuple[list[Answer], list[float]]:
-        """The answer to one example, and the negative log-likelihood per token of the right one."""
+        """The answer to one example, and the negative log-likelihood per token of the right answer."""
         ids, targets = batch.inputs["input_ids"][0].tolist(), batch.targets[0]
         features = self.model.image_features(batch.inputs["pixel_values"])
         never = cannot_be_right(self.vlm, task, batch.examples)

@@ -1,4 +1,4 @@
-"""Traces the two halves of a model into OpenVINO graphs whose weights are inputs, so that none is read or copied."""
+"""Traces the two halves of a model into OpenVINO graphs. Weights are inputs there, so that none is read or copied."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from openvino import Model
 
 WEIGHTS = "weights"  # the argument of a traced half that holds its parameters
-# Sizes of what is traced. Torch takes equal sizes for one and the same, so that each is a prime that no model has.
+# Sizes of the traced inputs. Torch treats equal sizes as the same dimension, so each is a prime that no model uses.
 PROMPTS, CACHED, TOKENS, FEATURES, KEPT = 17, 19, 23, 29, 13
 
 
 class _WithWeights(nn.Module):
-    """A half as a function of its weights; it holds none itself, so that tracing does not find any."""
+    """A half as a function of its weights; it has no parameters of its own, which tracing would find."""
 
     def __init__(self, half: nn.Module) -> None:
         super().__init__()
@@ -45,13 +45,13 @@ def traced(vlm: VLM, half: str) -> Model:
     empty = replace(vlm, model=without_values(vlm.model))
     module: Any = _WithWeights(HALVES[half](empty))
     register_cache_pytrees_for_model(module)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # tensors with types and shapes alone
+    with FakeTensorMode(allow_non_fake_inputs=True):  # tensors with a type and a shape, but no values
         weights = shapes_of_weights(empty)
         inputs = _inputs(empty, half)
     shapes = {name: None if half == VISION else get_auto_dynamic_shapes(value) for name, value in inputs.items()}
     config = OpenVINOConfig(dynamic_shapes={**shapes, WEIGHTS: dict.fromkeys(weights)})
     try:
-        with quiet(), warnings.catch_warnings():  # versions and deprecations are of no use to a user
+        with quiet(), warnings.catch_warnings():  # warnings about versions and deprecations do not help a user
             warnings.simplefilter("ignore")
             # weights last: the exporter reads the batch size from the first input
             program, _ = OpenVINOExporter().export_program(  # type: ignore[no-untyped-call]
@@ -68,17 +68,17 @@ def parameter_input(name: str) -> str:
 
 
 def shapes_of_weights(vlm: VLM) -> dict[str, Tensor]:
-    """A tensor in the place of each parameter of a half; inside FakeTensorMode it takes no memory."""
+    """A tensor with the shape of each parameter; inside FakeTensorMode it takes no memory."""
     return {f"model.{name}": torch.empty(p.shape) for name, p in vlm.model.named_parameters()}
 
 
 def skeleton(model: VLM | str) -> VLM:
-    """The model without its weights, if it is not loaded."""
+    """A loaded model as it is; one that is given by name, without its weights."""
     return load(model, config_only=True) if isinstance(model, str) else model
 
 
 def _inputs(vlm: VLM, half: str) -> dict[str, Any]:
-    """Examples of a half's inputs, of which only the shapes count."""
+    """Example inputs of a half; only their shapes matter."""
     from transformers import DynamicCache
 
     if half == VISION:
@@ -100,24 +100,24 @@ def _inputs(vlm: VLM, half: str) -> dict[str, Any]:
 
 
 def image_input(vlm: VLM) -> Tensor:
-    """One image, of which only the shape counts: some families make a list of images, which fixes their number."""
+    """One image; only its shape matters. Some families make a list of images, whose length tracing fixes."""
     vision = vlm.model.config.vision_config
     return torch.empty(1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
 
 
 def without_values(model: nn.Module) -> Any:
-    """The same model whose parameters are on the meta device and whose buffers, such as frequencies, are real."""
+    """A copy of the model with its parameters on the meta device and real buffers, such as rotary frequencies."""
     with _parameters_on_meta():
         return type(model)(model.config).eval().requires_grad_(False)
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules that are built inside keep their parameters on the meta device; as accelerate's init_empty_weights."""
+    """Inside the block, new modules put their parameters on the meta device, as in accelerate's init_empty_weights."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # a tied one, which is there already, must stay the same
+        if parameter is not None and not parameter.is_meta:  # a tied one is on meta already: keep the same object
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 

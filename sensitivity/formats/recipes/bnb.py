@@ -11,7 +11,7 @@ from sensitivity.spec.errors import UserError
 
 
 def write(job: Job, folder: Path) -> Written:
-    """Write the settings of bitsandbytes; modules to skip are named by their full paths, so that all match."""
+    """Write the settings of bitsandbytes; modules to skip are listed by full path, so that each of them matches."""
     schemes = {scheme for _, scheme, _ in job.groups()}
     if not schemes:
         raise UserError("the plan quantizes nothing, so there is nothing to configure; use --format plan")

@@ -91,14 +91,14 @@ def tensor_names(job: Job) -> dict[str, str]:
 
 
 def _name(module: str, known: Mapping[str, tuple[object, str]]) -> str | None:
-    """The GGUF name of a module, found by the longest end of its path that only one tensor matches.
+    """The GGUF name of a module, found by the longest suffix of its path that matches only one tensor.
 
-    Prefixes differ between model classes, so whole paths rarely match. Ends that equal a key of gguf's table are tried
-    first, then ends that a key ends with.
+    Prefixes differ between model classes, so whole paths rarely match. Suffixes that equal a key of gguf's table are
+    tried first, then suffixes with which a key ends.
     """
     words = module.split(".")
     ends = [".".join(words[start:]) for start in range(len(words))]
-    # not the tensors of audio towers (a., mm.a.), whose names would make others ambiguous
+    # leave out the tensors of audio towers (a., mm.a.): with them, other names would be ambiguous
     names_by_key = {key: value[1] for key, value in known.items() if not value[1].startswith(("a.", "mm.a."))}
     for whole in (True, False):
         for end in ends:
@@ -108,5 +108,5 @@ def _name(module: str, known: Mapping[str, tuple[object, str]]) -> str | None:
             if len(names) == 1:
                 return names.pop()
             if names:
-                break  # a shorter end would say even less
+                break  # a shorter suffix would match even more names
     return None

@@ -19,7 +19,7 @@ MODIFIERS = {
 
 
 class Modifier(TypedDict):
-    """One stage of a recipe: its settings by group, and the modules that it leaves alone."""
+    """One modifier of a recipe: the settings of each group of modules, and the modules that it does not quantize."""
 
     config_groups: dict[str, object]
     ignore: list[str]

@@ -21,8 +21,8 @@ def write(job: Job, folder: Path) -> Written:
     schemes = [scheme for _, scheme, _ in job.groups()]
     if not schemes:
         raise UserError("the plan quantizes nothing, so there is nothing to configure; use --format plan")
-    # mlx-lm does not quantize a module whose columns the top-level group does not divide, whatever its own group is,
-    # so the smallest group goes to the top
+    # mlx-lm skips a module if the top-level group size does not divide its columns, whatever the module's own group
+    # size is; so the smallest group size goes to the top level
     entry = {**_affine(min(schemes, key=lambda scheme: int(scheme.group))), **modules}
     save(folder, "quantization.json", {"quantization": entry, "quantization_config": entry})
     load = (

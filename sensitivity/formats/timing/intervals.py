@@ -1,4 +1,4 @@
-"""Medians of times with intervals, and the stages of an answer that have one."""
+"""Medians of times with intervals, for each stage of an answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy import stats
 from sensitivity.formats.timing.timed_process import Round, Stage
 from sensitivity.study.scores import CONFIDENCE
 
-FEWEST = 6  # values between whose least and largest the median lies with 95 % confidence
+FEWEST = 6  # the fewest values whose range contains the true median with 95 % confidence
 
 
 class Interval(TypedDict):
@@ -24,13 +24,13 @@ class Interval(TypedDict):
     n: int
 
 
-# what is timed -> its stage of one answer
+# name of a stage -> that stage of a round
 STAGES: dict[str, Callable[[Round], Stage]] = {
     "image": lambda one: one.image,
     "prompt token": lambda one: one.prompt,
     "new token": lambda one: one.new,
 }
-# on what clock -> milliseconds of a stage, for one image or token
+# name of a clock -> milliseconds of a stage, per image or per token
 CLOCKS: dict[str, Callable[[Stage], float]] = {
     "ms": lambda stage: 1e3 * stage.wall / stage.count,
     "CPU ms": lambda stage: 1e3 * stage.cpu / stage.count,
@@ -38,7 +38,7 @@ CLOCKS: dict[str, Callable[[Stage], float]] = {
 
 
 def times(rounds: Sequence[Round]) -> dict[str, Interval]:
-    """Milliseconds per image and token over all rounds, by the clock and in CPU time, and tokens per second."""
+    """Wall-clock and CPU milliseconds per image and per token over all rounds, and tokens per second."""
     found = {
         f"{clock} per {name}": interval([ms(stage(one)) for one in rounds])
         for clock, ms in CLOCKS.items()
@@ -48,7 +48,7 @@ def times(rounds: Sequence[Round]) -> dict[str, Interval]:
 
 
 def times_faster(ours: Sequence[Round], full: Sequence[Round]) -> dict[str, Interval]:
-    """How many times less the export takes than full precision, each round compared with itself."""
+    """How many times faster the export is than full precision, paired by round."""
     return {
         f"{clock} per {name}": interval(
             [ms(stage(two)) / ms(stage(one)) for one, two in zip(ours, full, strict=True) if ms(stage(one)) > 0]
@@ -61,7 +61,7 @@ def times_faster(ours: Sequence[Round], full: Sequence[Round]) -> dict[str, Inte
 def interval(values: Sequence[float]) -> Interval:
     """The median, and the order statistics between which it lies with at least 95 % confidence (binomial)."""
     n, ordered = len(values), sorted(values)
-    if not n:  # a clock that is too coarse for what it measured
+    if not n:  # the clock was too coarse: it showed 0 for every round
         nan = float("nan")
         return {"median": nan, "least": nan, "low": nan, "high": nan, "n": 0}
     below = max(int(stats.binom.ppf((1 - CONFIDENCE) / 2, n, 0.5)) - 1, 0)

@@ -1,4 +1,4 @@
-"""Times of layers that were measured on this machine: kept by shapes, runtime, processor, threads and version."""
+"""Stores the times of layers measured on this machine, by shapes, runtime, processor, threads and versions."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from sensitivity.spec.runtimes.layer_times import LAYOUTS, LayerTimes
 
 
 def keep(parts: ComponentMap, times: LayerTimes) -> None:
-    """Keep the times of a model's layers on this machine, beside those of other layouts that are kept already."""
+    """Store the times of a model's layers on this machine, merged with stored times of other layouts."""
     file = _file(parts, times.runtime, times.threads)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(UserError):  # none are kept, or they cannot be read
+    with suppress(UserError):  # none are stored yet, or they cannot be read
         before = _read(file, "")
         if (before.at_once, before.tokens) == (times.at_once, times.tokens):
             times = replace(times, layers={**before.layers, **times.layers})
@@ -31,7 +31,7 @@ def keep(parts: ComponentMap, times: LayerTimes) -> None:
 
 
 def kept_times(parts: ComponentMap, runtime: str | None, threads: int = 0) -> LayerTimes:
-    """What `profile` measured of a model of these shapes on this machine, or an error that says what to type."""
+    """The times that `profile` measured here for a model of these shapes, or an error that says what to type."""
     if runtime not in LAYOUTS:
         raise UserError(f"no times are measured in {runtime}; a limit in milliseconds takes --runtime openvino")
     threads = threads or torch.get_num_threads()
@@ -47,7 +47,7 @@ def _read(file: Path, remedy: str) -> LayerTimes:
 
 
 def _file(parts: ComponentMap, runtime: str, threads: int) -> Path:
-    """Where the times of a model are kept."""
+    """The file that stores the times of a model."""
     shapes = sorted([weight.name, weight.rows, weight.cols] for weight in parts.weights)
     facts = [shapes, runtime, versions_of(runtime).get(runtime), dict(machine()), threads]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a time depends on beside the model: the processor, its vector instructions, and versions."""
+"""What a time depends on besides the model: the processor, its vector instructions, and versions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def machine() -> Machine:
 
 
 def versions_of(runtime: str) -> dict[str, str]:
-    """Versions of the libraries that decide a time in a runtime."""
-    with suppress(PackageNotFoundError):  # one that is a library we need anyway is among them already
+    """Versions of the libraries on which times in a runtime depend."""
+    with suppress(PackageNotFoundError):  # a runtime that has no package of its own name
         return {runtime: version(runtime), **versions()}
     return versions()

@@ -1,4 +1,4 @@
-"""What this process holds in memory, by the counts of Linux: at most, anonymous, and mapped from files of weights."""
+"""Memory of this process, as Linux counts it: the peak, anonymous memory, and pages mapped from weight files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \d+ +(/.*)$")
 class Memory(TypedDict):
     """Bytes in memory."""
 
-    peak: int  # at most since `begin_peak`
+    peak: int  # the most since `begin_peak`
     anonymous: int
     mapped: int  # of files other than programs and libraries; the system may drop these pages and read them again
 
 
 def memory() -> Memory | None:
-    """The memory of this process now; None where there is no Linux to ask."""
+    """The memory of this process now; None if this is not Linux."""
     if not (PROCESS / "smaps").exists():
         return None
     status = {name: 1024 * int(size) for name, size in LINE.findall((PROCESS / "status").read_text())}
@@ -38,13 +38,13 @@ def memory() -> Memory | None:
 
 
 def begin_peak() -> None:
-    """Count the peak from now on, where the system lets a process say so."""
+    """Restart the count of the peak, if the system lets a process do so."""
     with contextlib.suppress(OSError):
         (PROCESS / "clear_refs").write_text("5")
 
 
 def resident() -> int:
-    """All bytes of this process that are in memory now, libraries included; 0 where there is no Linux to ask."""
+    """All bytes of this process that are in memory now, libraries included; 0 if this is not Linux."""
     with contextlib.suppress(OSError):
         found = dict(LINE.findall((PROCESS / "status").read_text()))
         return 1024 * int(found["VmRSS"])

@@ -19,10 +19,10 @@ class HalvedModel(Protocol):
     """A model in a runtime, one prompt with its image at a time."""
 
     def image_features(self, pixel_values: Tensor) -> Array:
-        """What the language model reads in place of an image's tokens."""
+        """The rows that the language model reads in place of an image's placeholder tokens."""
 
     def logits(self, ids: Sequence[int], keep: int, features: Array | None = None) -> Array:
-        """Logits at the last `keep` of these tokens, which follow those that were read since `forget`."""
+        """Read the next tokens of the prompt that `forget` began; returns logits at the last `keep` of them."""
 
     def forget(self) -> None:
         """Begin a new prompt."""
@@ -39,13 +39,13 @@ class TorchHalves:
 
     @torch.inference_mode()
     def image_features(self, pixel_values: Tensor) -> Array:
-        """What the language model reads in place of an image's tokens."""
+        """The rows that the language model reads in place of an image's placeholder tokens."""
         found: Tensor = self.vision(pixel_values.to(self.dtype))["image_features"]
         return found.float().numpy()
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], keep: int, features: Array | None = None) -> Array:
-        """Logits at the last `keep` of these tokens, which follow those that were read since `forget`."""
+        """Read the next tokens of the prompt that `forget` began; returns logits at the last `keep` of them."""
         self.read += len(ids)
         found = self.language(
             input_ids=torch.tensor([ids]),
@@ -77,13 +77,13 @@ def check_in_torch(model: str) -> None:
     check_halves(load(model, config_only=True))
 
 
-# runtimes that are timed -> what opens a model there, and what raises an error if it cannot
+# runtimes that are timed -> the function that opens a model there, and the one that raises an error if it cannot
 OPEN: dict[str, Callable[[str, str, int], HalvedModel]] = {"openvino": _in_openvino, "transformers": _in_torch}
 CHECK: dict[str, Callable[[str], None]] = {"openvino": check_openvino, "transformers": check_in_torch}
 
 
 def opened(model: str, runtime: str, dtype: str, threads: int) -> HalvedModel:
-    """A model in a runtime."""
+    """Open a model in a runtime."""
     return OPEN[runtime](model, dtype, threads)
 
 

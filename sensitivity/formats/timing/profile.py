@@ -1,4 +1,4 @@
-"""profile(): times every layer of a model at every layout in a runtime, beside the whole model, and keeps the table."""
+"""profile(): times each layer of a model in each layout of a runtime, and the whole model, and stores the times."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from sensitivity.spec.sizes import GB
 from sensitivity.tasks.table import task as find_task
 
 ROUNDS = 12
-PROMPTS = 32  # examples whose prompts and answers say how long they are
+PROMPTS = 32  # examples from whose answers the usual length of an answer is taken
 
 
 @dataclass
 class _Layers:
-    """The layers of one shape at one layout: a graph that is timed at each number of tokens that the model needs."""
+    """The layers of one shape in one layout: their graph, and the numbers of tokens at which it is timed."""
 
     graph: LayerGraph
     key: tuple[int, int, str]
@@ -63,11 +63,11 @@ def profile(
     threads: int = 0,
     progress: Progress = lambda done, of: None,
 ) -> LayerTimes:
-    """Time the layers of a model, each at the layouts of some schemes, in turn with the model in full precision.
+    """Time the layers of a model in the layouts of some schemes, in turn with the whole model in full precision.
 
-    Layers are timed as many copies as the model has of them, so that their weights come from memory and not from a
-    cache. What the model takes beside its layers is what it takes as a whole, less its layers. The table is kept on
-    this machine, where `recommend` finds it.
+    A layer is timed in as many copies as the model has of it, so that weights come from memory and not from the
+    processor's cache. The time outside of layers is the time of the whole model minus that of its layers. The times
+    are stored on this machine, where `recommend` finds them.
     """
     parts, tokens = checked(model, schemes, runtime, task)
     threads = threads or torch.get_num_threads()
@@ -103,7 +103,7 @@ def profile(
 
 
 def checked(model: str, schemes: Sequence[Scheme], runtime: str, task: str) -> tuple[ComponentMap, dict[str, int]]:
-    """The model's parts and the tokens of an answer, after every check: before anything that takes long."""
+    """Make every check before any slow work; returns the model's parts and the number of tokens of an answer."""
     if runtime not in LAYOUTS:
         raise unknown("runtime", runtime, LAYOUTS)
     examples = find_task(task, "evaluation", PROMPTS)
@@ -123,7 +123,7 @@ def check_runs_here(model: str, runtime: str) -> None:
 
 
 def _as_in_graphs(at_once: dict[str, int], folder: Path) -> dict[str, int]:
-    """The same without weights that no graph reads, such as a vision layer behind the one whose outputs are used."""
+    """The counts, with 0 for weights that no graph reads, as in vision layers behind the one whose output is used."""
     graphs: dict[str, dict[str, str]] = json.loads((folder / STORED).read_bytes())
     kept = {constant.partition(":")[0] for constants in graphs.values() for constant in constants}
     return {name: count if name in kept else 0 for name, count in at_once.items()}
@@ -137,7 +137,7 @@ def _layers(
     tokens: dict[str, int],
     threads: int,
 ) -> list[_Layers]:
-    """A warm graph for each shape and layout, with the numbers of tokens at which the model runs it."""
+    """A warmed-up graph for each shape and layout, with the numbers of tokens at which the model runs it."""
     needed: dict[tuple[int, int], set[int]] = {}
     copies: Counter[tuple[int, int]] = Counter()
     example: dict[tuple[int, int], Weight] = {}
@@ -158,22 +158,22 @@ def _layers(
                 found.append(_Layers(graph, (*shape, layout), sorted(needed[shape])))
     for one in found:
         for count in one.at_once:
-            one.graph.seconds(count)  # the first is slower, and not counted
+            one.graph.seconds(count)  # the first run is slower, and is not counted
     return found
 
 
 def _divides(weight: Weight, scheme: Scheme | None) -> bool:
-    """Whether the groups of a scheme divide the rows of a weight."""
+    """Whether the group size of a scheme divides the number of columns of a weight."""
     return scheme is None or isinstance(scheme.group, str) or weight.cols % scheme.group == 0
 
 
 def _ms(wall: float, cpu: float, threads: int) -> float:
-    """Milliseconds; with one thread CPU time, which is what the clock would show on an idle machine."""
+    """Wall-clock milliseconds; with one thread, CPU time, which is the wall-clock time of an idle machine."""
     return 1e3 * (cpu if threads == 1 else wall)
 
 
 def _whole(rounds: Sequence[Round], stage: str, threads: int) -> float:
-    """The median milliseconds of a stage of the whole model: of one image, the whole prompt, one new token."""
+    """The median milliseconds of a stage of the whole model: for one image, the whole prompt, or one new token."""
     of = dict(zip(STAGES, STAGES_OF_A_ROUND.values(), strict=True))[stage]
     each = [_ms(of(one).wall, of(one).cpu, threads) / (1 if stage == "prompt" else of(one).count) for one in rounds]
     return float(np.median(each))

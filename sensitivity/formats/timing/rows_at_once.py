@@ -1,4 +1,4 @@
-"""How many tokens each layer of the vision tower and the connector reads for one image, by a pass without weights."""
+"""Counts the tokens that each vision or connector layer reads for one image, in a forward pass without weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sensitivity.spec.errors import UserError, reason
 
 
 def rows_at_once(vlm: VLM, parts: ComponentMap) -> dict[str, int]:
-    """Weight -> rows of its input for one image; the weights of `vlm` are not looked at."""
+    """Weight -> rows of its layer's input for one image; the values of the weights are not read."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     empty = replace(vlm, model=without_values(vlm.model))
@@ -32,7 +32,7 @@ def rows_at_once(vlm: VLM, parts: ComponentMap) -> dict[str, int]:
         if weight.name in found:
             count(weight)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # tensors with types and shapes alone
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # tensors that have no values
             inputs = {"pixel_values": image_input(vlm)}
             torch.func.functional_call(Vision(empty), shapes_of_weights(empty), kwargs=inputs, tie_weights=True)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""bench(): an export and full precision in their runtime, timed in turn, with the memory that each takes."""
+"""bench(): times an export and full precision in turn in one runtime, and measures the memory of each."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ Progress = Callable[[int, int], None]
 
 
 class Measured(TypedDict):
-    """One model in its runtime."""
+    """What was measured of one model in its runtime."""
 
-    bytes: int | None  # on disk; None for a model that is not a folder of this machine
+    bytes: int | None  # on disk; None if the model is not a local folder
     memory: Memory | None
     times: dict[str, Interval]
 
 
 class Tokens(TypedDict):
-    """For how many tokens the times are."""
+    """How many tokens were timed."""
 
     per_image: int
     prompt: int
@@ -75,7 +75,7 @@ def bench(
     """Time an export and full precision round by round in one run; the outcome is stored in the export.
 
     Each round is the answer to one example of a task: its image, its prompt, and a fixed number of new tokens. `model`
-    is the model's folder, if it is another one than the export names.
+    is the folder of the base model, if it is not the one that the export names.
     """
     folder = Path(folder)
     facts = manifest.read(folder)
@@ -108,7 +108,7 @@ def bench(
 def _checked(
     folder: Path, facts: Manifest, runtime: str | None, n: int, task: str | None, model: str | None
 ) -> tuple[str, str, str]:
-    """The runtime, the model and the task, or an error: before anything that takes long."""
+    """Make every check before any slow work; returns the runtime, the base model and the task."""
     format = facts["format"]
     own = format if format in CHECK else "transformers"
     if not facts["runs"]:
@@ -136,7 +136,7 @@ def _checked(
 
 @contextmanager
 def full_precision(base: str, runtime: str, dtype: str) -> Iterator[str]:
-    """The model of which nothing is quantized, as the runtime reads it: the model itself, or an export of it."""
+    """The unquantized model, as the runtime reads it: the model itself, or a temporary export of it."""
     if runtime == "transformers":
         yield base
         return
@@ -150,14 +150,14 @@ def full_precision(base: str, runtime: str, dtype: str) -> Iterator[str]:
 def in_turn(
     asked: Mapping[str, Asked], n: int, progress: Progress
 ) -> tuple[dict[str, list[Round]], dict[str, Memory | None]]:
-    """Rounds in turn, so that what else the machine does meets all alike; who begins alternates. And their memory."""
+    """Time the models in turn, so that other load on the machine affects all alike; returns rounds and memory."""
     with ExitStack() as stack:
         running: dict[str, TimedModel] = {name: stack.enter_context(timed_process(one)) for name, one in asked.items()}
         for one in running.values():
             one.round(0)  # the first is slower, and not counted
         rounds: dict[str, list[Round]] = {name: [] for name in running}
         for number in range(n):
-            for name in list(running)[:: 1 if number % 2 else -1]:
+            for name in list(running)[:: 1 if number % 2 else -1]:  # in alternating order
                 rounds[name].append(running[name].round(number))
             progress(number + 1, n)
         return rounds, {name: one.memory() for name, one in running.items()}
@@ -170,5 +170,5 @@ def tokens_of(rounds: list[Round]) -> Tokens:
 
 
 def _bytes(path: Path) -> int | None:
-    """What a folder takes on disk."""
+    """The bytes of a folder on disk; None if the path is not a folder."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else None

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from sensitivity.formats.timing.opened import HalvedModel
 
 PROGRAM = "from sensitivity.formats.timing.timed_process import serve; serve()"
-NEW_TOKENS = 16  # of each answer, whatever they are: answers that end early would be too few to time
+NEW_TOKENS = 16  # of each answer, past any end token: real answers can be too short to time
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a process is to hold, and which prompts it is timed with."""
+    """The model that a process opens, and the prompts with which it is timed."""
 
     model: str  # a folder, or the name of a model
-    processor: str  # a model whose processor makes tensors of prompts
+    processor: str  # the model whose processor turns prompts into tensors
     runtime: str
     dtype: str
     threads: int
@@ -42,7 +42,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of an answer: so many seconds on the clock and of computing, for so many images or tokens."""
+    """One stage of an answer: its wall-clock and CPU seconds, and its number of images or tokens."""
 
     wall: float
     cpu: float
@@ -56,7 +56,7 @@ class Round:
     image: Stage
     prompt: Stage
     new: Stage
-    image_tokens: int  # of one image
+    image_tokens: int  # per image
 
 
 class _Reply(TypedDict, total=False):
@@ -87,7 +87,7 @@ class TimedModel:
         try:
             self.running.stdin.write(json.dumps(number) + "\n")
             self.running.stdin.flush()
-        except BrokenPipeError:  # it ended, which reading tells; what was not written would be tried again on closing
+        except BrokenPipeError:  # the process ended, as `_reply` will say; closing later would try to write again
             with suppress(OSError):
                 self.running.stdin.close()
         return self._reply()
@@ -120,7 +120,7 @@ def timed_process(asked: Asked) -> Iterator[TimedModel]:
 
 def serve() -> None:
     """Runs in the process: open the model, then time one answer for each number that arrives."""
-    answers = os.fdopen(os.dup(1), "w")  # what libraries print goes elsewhere
+    answers = os.fdopen(os.dup(1), "w")  # for replies alone: what libraries print goes elsewhere
 
     def reply(**content: object) -> None:
         answers.write(json.dumps(content) + "\n")
@@ -178,7 +178,7 @@ class _Timed:
 
 
 def answered(model: HalvedModel, inputs: Mapping[str, Tensor]) -> Round:
-    """The stages of one answer, each after the other."""
+    """Compute one answer, and time its stages."""
     ids = inputs["input_ids"][0].tolist()
     times = [_now()]
     features = model.image_features(inputs["pixel_values"])

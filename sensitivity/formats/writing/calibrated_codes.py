@@ -26,7 +26,7 @@ from sensitivity.spec.plan import Plan, Scheme
 
 @dataclass
 class CalibratedCodes:
-    """Codes for weights that are requested in data-flow order, and the other parameters that folding changed."""
+    """A function that computes the codes of weights in data-flow order, and what folding changed on the way."""
 
     codes: Codes
     changed: dict[str, Tensor] = field(default_factory=dict)  # other parameters that absorbed scales, by name
@@ -55,11 +55,11 @@ class CalibratedCodes:
 def codes(
     vlm: VLM, parts: ComponentMap, plan: Plan, statistics: Statistics, folding: bool = False
 ) -> Iterator[CalibratedCodes]:
-    """Inside the block, codes for weights that are requested in data-flow order, as `checkpoint` does.
+    """Inside the `with` block, compute codes for weights that are requested in data-flow order, as by `checkpoint`.
 
-    On the exposed path each block is quantized inside the model before the next one is calibrated; at the end the model
-    gets its own weights back. The codes of at most one block are in memory. With `folding`, the layer before absorbs
-    the scales of inputs, for formats that cannot store them.
+    On the exposed path, each block of layers is quantized inside the model before the next one is calibrated; at the
+    end the model gets its own weights back. The codes of at most one block of layers are in memory. With `folding`, the
+    layer before absorbs the scales of inputs, for formats that cannot store them.
     """
     work = _BlockByBlock(vlm, parts, plan, statistics, folding)
     try:
@@ -92,10 +92,10 @@ class _BlockByBlock:
         }
         self.found: dict[str, StoredWeight | None] = {}
         self.result = CalibratedCodes(self.codes_of)
-        self.hooks: list[RemovableHandle] = []  # of what the blocks in the model round
+        self.hooks: list[RemovableHandle] = []  # they round activations of the blocks in the model
 
     def codes_of(self, name: str, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
-        """The codes of one weight; blocks are solved until it is among them."""
+        """The codes of one weight; blocks are solved up to the one that holds it."""
         if name not in self.component_of:
             return codes_from_weights(name, weight, scheme)  # a bias
         while name not in self.found:
@@ -105,8 +105,8 @@ class _BlockByBlock:
     def _solve(self, block: Sequence[Weight]) -> None:
         """Quantize one block. Weights that share an input are solved together, as when the plan was measured.
 
-        All of them are passed, even those that the plan leaves at native precision: a scale search looks at every
-        reader.
+        The solver gets every weight that reads the input, even those that the plan leaves at native precision, since a
+        scale search minimizes the error of all of them.
         """
         shared = {input_of(w): {self.schemes[v.name] for v in block if input_of(v) == input_of(w)} for w in block}
         curvatures = self.statistics.gather_for(shared, self.inputs, tuple(self.done))
@@ -140,11 +140,11 @@ class _BlockByBlock:
             if weight.bias and weight.bias in self.schemes:
                 bias = self.float_weights[weight.bias]
                 rounded = codes_from_weights(weight.bias, bias.reshape(1, -1), self.schemes[weight.bias])
-                assert rounded is not None  # methods that can leave a weight alone have no biases
+                assert rounded is not None  # methods that can return None never round biases
                 self.parameters[weight.bias].data = rounded.dequantize().to(bias.dtype).reshape(bias.shape)
 
     def _fold(self, block: Mapping[str, Weight]) -> None:
-        """Compute what folding the scales changes, and leave the model as it was measured.
+        """Fold the scales of a block, store what that changes, and restore the model.
 
         Later blocks must see the same activations as in the sweep; folded layers compute them only up to rounding.
         """
@@ -156,7 +156,7 @@ class _BlockByBlock:
         if not scaled:
             return
         held = {name: parameter.data for name, parameter in self.parameters.items()}
-        # an earlier fold may have changed them, such as a value layer's bias
+        # begin with what earlier folds have changed, such as a value layer's bias
         for name, tensor in self.result.changed.items():
             self.parameters[name].data = tensor
         try:

@@ -24,7 +24,7 @@ from sensitivity.spec.plan import Scheme
 class PackedLayout:
     """How a format stores one quantized weight: which tensors it writes, and how codes become them."""
 
-    specs: Callable[[str, Weight, Scheme], tuple[Spec, ...]]  # from the key without `weight` at its end
+    specs: Callable[[str, Weight, Scheme], tuple[Spec, ...]]  # takes the key without its final `weight`
     tensors: Callable[[QuantizedWeight, Weight, Scheme], Sequence[Tensor]]
 
 
@@ -33,9 +33,9 @@ def checkpoint(
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Write all tensors as a stream, and copy the small files of the model.
 
-    Without a layout, quantized weights are written as numbers. With `renamed`, tensors are named as transformers names
-    parameters instead of as in the checkpoint, for runtimes that do not rename on loading. Returns the bytes of each
-    component, and the hash of each file.
+    Without a layout, quantized weights are written as dequantized values. With `renamed`, tensors get transformers'
+    parameter names instead of the checkpoint's keys, for runtimes that do not rename on loading. Returns the bytes of
+    each component, and the hash of each file.
     """
     tensors = [replace(t, key=t.parameter) if renamed else t for t in job.source.tensors]
     stored = {tensor.parameter: tensor for tensor in tensors}
@@ -52,7 +52,7 @@ def checkpoint(
     weights = dict.fromkeys([*job.parts.names, "kept"], 0)
     for name, piece in pieces.items():
         weights[home.get(name, "kept")] += piece.bytes
-    # codes of calibrated methods must be computed in data-flow order, so only weight-only methods run in parallel
+    # codes of calibrated methods must be computed in data-flow order, so only other methods run in parallel
     hashes = stream.write(folder, pieces.values(), ahead=stream.AT_ONCE if job.codes is codes_from_weights else 1)
     (folder / "config.json").write_text(json.dumps({**job.source.config, **config}, indent=2) + "\n", encoding="utf-8")
     job.source.copy_small_files(folder)
@@ -78,13 +78,13 @@ def _read(job: Job, tensor: CheckpointTensor) -> Tensor:
 
 
 def unquantized(job: Job, tensor: CheckpointTensor) -> Tensor:
-    """A parameter that the plan leaves unquantized, in its stored type, with what folding changed."""
+    """A parameter that the plan leaves unquantized, after folding, in its stored type."""
     changed = job.changed.get(tensor.parameter)
     return tensor.read() if changed is None else changed.to(tensor.dtype)
 
 
 def on_integer_grid(job: Job, tensor: CheckpointTensor, scheme: Scheme) -> QuantizedWeight:
-    """The codes of a weight, or an error where a packed layout cannot hold what its method stores."""
+    """The codes of a weight, or an error if a packed layout cannot hold what its method stores."""
     stored = job.codes(tensor.parameter, _read(job, tensor), scheme)
     if getattr(stored, "inputs", None) is not None:
         raise UserError(
@@ -112,7 +112,7 @@ def _packed(job: Job, tensor: CheckpointTensor, weight: Weight, layout: PackedLa
 
 
 def _values(job: Job, tensor: CheckpointTensor) -> Piece:
-    """A parameter as the numbers that its codes stand for."""
+    """A parameter as dequantized values."""
 
     def make() -> Sequence[Tensor]:
         weight = _read(job, tensor)

@@ -24,7 +24,7 @@ from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_size import Size
 from sensitivity.spec.sizes import bits_of, size
 
-# REMADE is the note, and WITH the loading code, of formats that are a configuration without weights.
+# for formats that are a configuration without weights: RUNTIME_QUANTIZES is their note, LOAD_WITH_SETTINGS their code
 RUNTIME_QUANTIZES = (
     "The runtime's own tool makes the weights: widths and groups are the plan's, values can differ by a rounding step."
 )
@@ -39,7 +39,7 @@ model = AutoModelForImageTextToText.from_pretrained(MODEL, quantization_config=s
 """
 
 
-# (parameter name, its tensor, its scheme) -> what is stored of it; None: nothing to round
+# (parameter name, its tensor, its scheme) -> what is stored of it, or None if its method rounds nothing
 Codes = Callable[[str, Tensor, Scheme], StoredWeight | None]
 
 
@@ -50,7 +50,7 @@ PIECE = 2**20  # weights at a time, so that intermediate values stay in the CPU'
 
 
 def codes_from_weights(name: str, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
-    """The codes that an export writes of a weight, by a method that needs nothing but the weight."""
+    """The codes of a weight, by a method that needs nothing but the weight; an error for calibrated methods."""
     from sensitivity.quantize.methods import METHODS
 
     if scheme.method in METHODS and METHODS[scheme.method].calibrated:
@@ -149,7 +149,7 @@ class Job:
 class Written:
     """What a format wrote, and what the model card says about it."""
 
-    load: str  # a few lines of Python or shell by which it is loaded
+    load: str  # a few lines of Python or shell that load it
     bytes: Mapping[str, int] = field(default_factory=dict)  # bytes of tensors per component, and of 'kept' for the rest
     hashes: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
@@ -159,7 +159,7 @@ class Written:
 
 
 def predicted_size(job: Job, written: Written, format: str) -> Size:
-    """What the files of a format weigh, without the parameters that the model never reads if they are left out."""
+    """The predicted size of a format's files, without the parameters that the format left out."""
     stored_as = job.stored_as(format)
     whole = size(job.parts, job.plan, stored_as)
     return replace(whole, bits=whole.bits - bits_of(job.parts, job.plan, written.unread, stored_as))

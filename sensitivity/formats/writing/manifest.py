@@ -1,4 +1,4 @@
-"""The manifest of an export: its plan, and each file's hash, by which damage is found."""
+"""The manifest of an export: its plan, and each file's hash, from which damaged files are found."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class DataFacts(TypedDict, total=False):
 
 
 class TrialFacts(TypedDict, total=False):
-    """What an export keeps of the trial of its plan; all of it is missing for a plan that was never measured."""
+    """What an export stores from the trial of its plan; empty for a plan that was never measured."""
 
     scores: Mapping[str, TaskScore] | None
     full_precision_scores: Mapping[str, TaskScore]
-    answers: list[dict[str, object]]  # counts of what happened to them, by task and kind of question
+    answers: list[dict[str, object]]  # how many changed, were empty or were cut off, by task and kind of question
     path: str | None
     versions: Mapping[str, str] | None
     meta: DataFacts
@@ -59,7 +59,7 @@ class TrialFacts(TypedDict, total=False):
 
 
 class Manifest(TypedDict):
-    """The manifest of an export; its schema has every field."""
+    """The fields of a manifest that are read here; its JSON schema lists every field."""
 
     key: str
     model: str
@@ -102,7 +102,7 @@ def read(folder: Path) -> Manifest:
 
 
 def why_foreign(out: Path) -> str:
-    """Why a path is not an export of ours and nothing else; an empty string if it is."""
+    """Why a path is not an export of ours, or what else it holds; an empty string for an export and nothing else."""
     if not out.is_dir():
         return "it is a file, and a folder is meant"
     try:

@@ -1,4 +1,4 @@
-"""Model cards, of exports and of recommended plans: plan, scores with intervals, size, how to go on, license."""
+"""Model cards of exports and of recommended plans: plan, scores with intervals, size, how to load it, license."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def _measured(plan: Plan, facts: TrialFacts) -> Iterator[str]:
     meta = facts.get("meta") or {}
     for source in meta.get("tasks", ()):
         head, colon, path = source.rpartition(":")
-        named = f"{head}{colon}{Path(path).name}"  # where the data lie on this machine is nobody else's business
+        named = f"{head}{colon}{Path(path).name}"  # without folders of this machine, which are private
         yield f"* benchmark: {escaped(named)}, at most {meta.get('n', 0):,} examples drawn with seed {meta.get('seed')}"
     for task, data in meta.get("data", {}).items():
         yield f"* data of {escaped(task)}: {escaped(data)} (a hash of questions, answers and images)"
@@ -180,7 +180,7 @@ def _measured(plan: Plan, facts: TrialFacts) -> Iterator[str]:
 
 
 def _calibration(scheme: Scheme) -> str:
-    """On what a scheme was calibrated; nothing for one that looks at weights alone."""
+    """The end of a method's line: on which data the scheme was calibrated, or that it was not."""
     named = scheme.get("calibration")
     if named is None:
         return ", without calibration"

@@ -14,17 +14,17 @@ from torch import Tensor
 
 PIECE = 2**18  # codes at a time: intermediate values then fit a core's cache, and their memory is reused
 Bytes = NDArray[np.uint8]
-SMALLEST_BUFFER = 2**22  # bytes from which on a buffer is worth keeping
+SMALLEST_BUFFER = 2**22  # bytes; a smaller buffer is not worth keeping
 FREE_BUFFERS: list[Bytes] = []  # buffers that no tensor uses at the moment, the latest first
-MOST_BUFFERS = 6  # buffers at most
+MOST_BUFFERS = 6  # free buffers that are kept at most
 # reentrant, since garbage collection may give a buffer back at any moment, also in the thread that holds the lock
 LOCK = threading.RLock()
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack rows x cols codes (uint8) into rows x ceil(cols * bits / 32) words (int32), the first code lowest.
+    """Pack rows x cols codes (uint8) into rows x ceil(cols * bits / 32) words (int32).
 
-    Codes of 8 bits are already packed: the same memory is viewed as words.
+    The first code is in the lowest bits. Codes of 8 bits are already packed: the same memory is viewed as words.
     """
     rows, cols = codes.shape
     words = math.ceil(cols * bits / 32)
@@ -50,9 +50,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def reused_buffer(count: int) -> Tensor:
-    """An uninitialized byte tensor to pack codes into, in the memory of an earlier one where there is some.
+    """An uninitialized byte tensor to pack codes into; it reuses the memory of an earlier one if possible.
 
-    The system takes longer to provide new memory. A buffer returns when the last tensor that views it is gone.
+    New memory from the operating system takes longer. A buffer is free again when the last tensor that views it is
+    gone.
     """
     if count < SMALLEST_BUFFER:
         return torch.empty(count, dtype=torch.uint8)
@@ -65,7 +66,7 @@ def reused_buffer(count: int) -> Tensor:
         else:
             memory = np.empty(count, np.uint8)
     part = memory[:count]
-    # torch keeps `part` alive as long as any view of the tensor, so its end is the end of the last use
+    # torch keeps `part` alive until the last view of the tensor is gone, so `part` is freed after the last use
     weakref.finalize(part, _give_back, memory).atexit = False
     return torch.from_numpy(part)
 
@@ -80,8 +81,8 @@ def _gather(codes: Bytes, bits: int, out: Bytes) -> None:
     """Pack pieces whose number of codes is a multiple of 32, without a loop over codes.
 
     Up to 4 bits, codes are merged in pairs: two bytes are one uint16, whose high code moves down beside the low one,
-    and the pair is a code of twice the width. For 5 to 7 bits, eight codes are one uint64. In three steps, neighbors of
-    1, 2 and 4 codes close up, until the lowest `bits` bytes of the word hold all eight.
+    and the pair is a code of twice the width. For 5 to 7 bits, eight codes are one uint64. In three steps, groups of 1,
+    2 and 4 codes move down beside the group below, until the lowest `bits` bytes of the word hold all eight codes.
     """
     while bits <= 4:
         pairs = codes.view(np.uint16)
@@ -106,7 +107,7 @@ def _gather(codes: Bytes, bits: int, out: Bytes) -> None:
 
 
 def _repeat(mask: int, every: int) -> int:
-    """A mask repeated every so many bits of a 64-bit word."""
+    """A mask repeated through a 64-bit word, once every `every` bits."""
     return sum(mask << shift for shift in range(0, 64, every))
 
 

@@ -1,4 +1,4 @@
-"""SourceCheckpoint: the tensors of a model, read one at a time from its checkpoint, with their parameters."""
+"""SourceCheckpoint: the tensors of a model, read one at a time from its checkpoint, each with its parameter's name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NOT_COPIED = re.compile(
 
 
 class Processor(Protocol):
-    """What an export does with a processor of transformers."""
+    """The one method of a transformers processor that an export calls."""
 
     def save_pretrained(self, save_directory: Path) -> object:
         """Write its files into a folder."""
@@ -63,7 +63,7 @@ class SourceCheckpoint:
     config: Mapping[str, object]
     tensors: tuple[CheckpointTensor, ...]
     fingerprint: str = ""
-    processor: Processor | None = None  # of a checkpoint in another layout, which lacks its files
+    processor: Processor | None = None  # only for a checkpoint in another layout, which lacks the processor's files
 
     def copy_small_files(self, target: Path) -> None:
         """Copy tokenizer, processor, generation settings and license, but not what an export writes itself."""
@@ -93,8 +93,8 @@ class SourceCheckpoint:
 def open_checkpoint(model: VLM | str, dtype: torch.dtype | None = None) -> SourceCheckpoint:
     """The checkpoint of a model, to be read tensor by tensor.
 
-    A model that differs from every file (an adapter merged in, outliers planted) is taken from memory instead. If it is
-    not loaded yet, its adapter is merged in `dtype`, the type in which it was measured.
+    A model whose weights are in no file (an adapter merged in, outliers planted) is read from memory instead. If it is
+    not loaded yet, it is loaded here, and its adapter is merged in `dtype`, the type in which it was measured.
     """
     name = model if isinstance(model, str) else model.name
     folder, adapter = resolve(name)
@@ -111,7 +111,7 @@ def open_checkpoint(model: VLM | str, dtype: torch.dtype | None = None) -> Sourc
     skeleton = load(name, config_only=True).model
     rename = _renaming(skeleton, name)
     parameters, buffers = dict(skeleton.named_parameters()), dict(skeleton.named_buffers())
-    # paths of a shared parameter beyond its first: a checkpoint may store it twice, and it is written once
+    # further names of shared parameters: a checkpoint may store these twice, but an export writes them once
     tied = {path for path, _ in skeleton.named_parameters(remove_duplicate=False)} - set(parameters)
     tensors: list[CheckpointTensor] = []
     for file in files:
@@ -157,10 +157,10 @@ def _as_converted(name: str, folder: Path, raw: Mapping[str, object]) -> SourceC
 
 
 def _reader(file: Path, start: int, length: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-    """A function that maps the bytes of one tensor; the mapping ends with the tensor.
+    """A function that maps the bytes of one tensor into memory; the mapping is closed when the tensor is freed.
 
-    Mapping by hand, since safe_open maps the whole file, whose pages then stay resident as they are read. Copying the
-    bytes instead would allocate new memory, which costs more than reading them.
+    It does not use safe_open, which maps the whole file, so that all pages that were read stay resident. Copying the
+    bytes instead would allocate new memory, which takes longer than reading them.
     """
 
     def read() -> Tensor:

@@ -1,4 +1,4 @@
-"""Writes safetensors as a stream: the header is known first, so one layer at a time is in memory."""
+"""Writes safetensors as a stream: the header needs only shapes, so memory never holds all tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sensitivity.formats.writing import packing
 from sensitivity.formats.writing.source import CODES
 
 SHARD = 5_000_000_000  # bytes of tensors per file at most
-AT_ONCE = 2  # layers that are computed at once: more take more memory and no less time
+AT_ONCE = 2  # layers that are computed at once: more would cost memory and save no time
 WRITEBACK = 64_000_000  # bytes between two requests to write back to the disk
 
 
@@ -76,7 +76,7 @@ def write(folder: Path, pieces: Iterable[Piece], limit: int = SHARD, ahead: int 
 def write_at(
     target: Path, begin: bytes, pieces: Sequence[Piece], offsets: Mapping[str, int], ahead: int = 1
 ) -> tuple[str, dict[str, str]]:
-    """Write tensors at given places, in the order of the places, behind what the file begins with.
+    """Write the first bytes of a file, and then each tensor at its offset; offsets must rise.
 
     Returns the SHA-256 of the file, and of each tensor's bytes.
     """
@@ -131,7 +131,7 @@ def _file(target: Path, pieces: Sequence[Piece], ahead: int) -> str:
 
 
 def _content(spec: Spec, tensor: Tensor) -> memoryview:
-    """The bytes of a tensor; places are fixed beforehand, so one that differs from its spec would corrupt the file."""
+    """The bytes of a tensor; offsets are fixed before, so a tensor unlike its spec would corrupt the file."""
     made = (tensor.dtype, tuple(tensor.shape))
     assert made == (spec.dtype, spec.shape), f"{spec.key}: {made} instead of {spec.dtype}, {spec.shape}"
     return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
@@ -203,15 +203,15 @@ class _Stream:
             self.sha256 = digest.hexdigest()
         except OSError as error:
             self.failure = error
-            while self.waiting.get() is not None:  # drain the queue, or `put` would block for ever
+            while self.waiting.get() is not None:  # drain the queue, or `put` would block forever
                 pass
 
 
 def _start_writeback(file: int) -> int:
     """Ask the kernel to write the file to the disk now, while the next layers are computed.
 
-    Otherwise all of it would be written at the end, in the final fsync.
+    Otherwise it would all be written at the end, in the final fsync. Returns 0, the new count of bytes to write back.
     """
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)  # it must write pages back before it drops them
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)  # the kernel must write pages back before it drops them
     return 0

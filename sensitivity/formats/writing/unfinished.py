@@ -1,4 +1,4 @@
-"""The hidden folder in which an export is written: locked while its process lives, removed if it died."""
+"""The hidden folder in which an export is written: locked while its process runs, removed later if it was killed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAME = re.compile(r"\.(.+)\.\d+\.\d+\.unfinished(\.old)?")  # target, process, t
 def staging_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside the target, which is renamed to the target only if the block succeeds.
 
-    The caller must have asked `may_write`; whatever is at the target is checked again before it is replaced.
+    The caller must have called `may_write`; what is at the target is checked again before it is replaced.
     """
     made = out.with_name(f".{out.name}.{os.getpid()}.{time.monotonic_ns()}")
     unfinished = made.with_name(f"{made.name}.unfinished")
@@ -43,7 +43,7 @@ def staging_folder(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
-        for folder in (made, unfinished):  # both names hold our process id and a time, so no other process uses them
+        for folder in (made, unfinished):  # both names contain our process id and a time, so no other process uses them
             discard(folder, ours=begun)
         for folder in missing:  # created above for a failed export; one that holds something stays
             with contextlib.suppress(OSError):
@@ -62,7 +62,7 @@ def remove_unfinished(parent: Path) -> list[Path]:
         with _locked(folder) as free:
             if not free or not (is_unfinished(folder) or not why_foreign(folder)):
                 continue
-            if name[2] and not (parent / name[1]).exists():  # killed between the two renames of put_in_place
+            if name[2] and not (parent / name[1]).exists():  # killed between the two renames of move_into_place
                 put_back(folder, parent / name[1])
             elif discard(folder, ours=True):
                 removed.append(folder)
@@ -71,9 +71,9 @@ def remove_unfinished(parent: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Lock a folder, and tell whether nobody else has locked it; the kernel unlocks it when the process dies.
+    """Try to lock a folder; yields whether it is locked now. The kernel unlocks it when the process ends.
 
-    On file systems without locks on folders (some network mounts) no folder counts as free, so nothing is removed.
+    On file systems without locks on folders (some network mounts) this always fails, so nothing is removed.
     """
     try:
         place = os.open(folder, os.O_RDONLY)
@@ -94,4 +94,4 @@ def _flush(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as stream:
-                os.fsync(stream.fileno())  # the rename could reach the disk before the content
+                os.fsync(stream.fileno())  # else the rename could reach the disk before the content

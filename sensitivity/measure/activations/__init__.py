@@ -1,1 +1,1 @@
-"""Finds from calibration data how inputs, attention and its probabilities are rounded in each forward pass."""
+"""Finds, from calibration data, how layers' inputs and attention are rounded in each forward pass."""

@@ -1,4 +1,4 @@
-"""Searches the grid of attention probabilities that changes an attention's output least (PTQ4SAM)."""
+"""Finds the grid for attention probabilities that changes the attention's output least (PTQ4SAM)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sensitivity.measure.passes.attention_hooks import attending_hooks
 from sensitivity.quantize.run_time.probabilities import round_probabilities
 
 HALVINGS = (1, 2, 4)  # levels for each halving of a probability, as in PTQ4SAM
-REACHES = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the largest probability; that the published search has these steps is inferred
+REACHES = (1.0, 0.9, 0.8, 0.7, 0.6)  # shares of the largest probability; we infer that PTQ4SAM takes these steps
 Grid = tuple[int, float]  # levels for each halving, and the largest level
 
 
@@ -52,5 +52,6 @@ def adaptive_grids(
                     hooks.callback(hook.remove)
             for _ in passes():
                 pass
-    # an attention that no pass reaches, or that shows nothing, has the grid of log2; its hook says so when it is called
+    # an attention that no pass reaches, or that shows no probabilities, gets the log2 grid; in the latter case its hook
+    # raises an error when it is called
     return {key: min(seen, key=lambda grid: seen[grid]) if seen else (1, 1.0) for key, seen in errors.items()}

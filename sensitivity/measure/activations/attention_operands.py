@@ -17,15 +17,16 @@ from sensitivity.spec.components import KEY_VALUE, Weight
 from sensitivity.spec.errors import UserError
 
 QUERIES, KEYS, ALL = ("q_proj", "q", "query"), ("k_proj", "k", "key"), "qkv"
-POINTS, APART, HEIGHT = 128, 32, 0.01  # of the density, between its peaks, of its sum; as in PTQ4SAM's code
-SAMPLE = 4096  # numbers of the first batch whose density is estimated
+# as in PTQ4SAM's code: points of the density, least distance of its peaks, and their least height as a share of its sum
+POINTS, APART, HEIGHT = 128, 32, 0.01
+SAMPLE = 4096  # values of the first batch from which the density is estimated
 
 
 @dataclass(frozen=True)
 class OperandGrid:
     """How a layer's outputs are rounded: the signs that they are multiplied by before, and the range of each channel.
 
-    Channels of one operand share a range, so that it is a scale for the whole tensor.
+    All channels of an operand (queries, keys or values) have the same range, so that it has one scale.
     """
 
     signs: Tensor
@@ -74,7 +75,7 @@ def two_peaks(sample: Tensor) -> bool:
 
 
 class _Outputs:
-    """The range and the mean of each channel of a layer's outputs, and a sample of the numbers of each operand."""
+    """The range and the mean of each channel of a layer's outputs, and all outputs of the first batch."""
 
     def __init__(self) -> None:
         self.low = self.high = self.sum = torch.zeros(())

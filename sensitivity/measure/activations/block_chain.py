@@ -29,7 +29,7 @@ class BlockCalls:
 def recorded_calls(
     model: nn.Module, paths: Sequence[str], passes: Callable[[], Iterable[object]], most: int
 ) -> list[BlockCalls]:
-    """The calls of some blocks in the first `most` passes, without a cache, which a second run would fill again."""
+    """The calls of some blocks in the first `most` passes, without the cache: a second run would append to it."""
     found = [BlockCalls(model.get_submodule(path)) for path in paths]
     with ExitStack() as hooks:
         for block in found:
@@ -48,7 +48,7 @@ def recorded_calls(
 
 @torch.inference_mode()
 def outputs(chain: Sequence[BlockCalls]) -> list[Tensor]:
-    """What the last block puts out in each call, when the first gets what it got and each next one what came before."""
+    """The last block's output in each call, when the first one gets its recorded input and the others follow."""
     found = []
     for number in range(len(chain[0].calls)):
         states = chain[0].inputs(number)

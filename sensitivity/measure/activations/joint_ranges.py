@@ -1,4 +1,4 @@
-"""Searches how far the inputs of consecutive blocks are clipped, for all of them together (Q-VLM)."""
+"""Searches for the clipping ranges of the inputs of consecutive blocks, jointly (Q-VLM)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sensitivity.quantize.run_time.inputs import percentiles, round_between, rou
 from sensitivity.spec.components import Weight
 
 SHARES = (1.0, 0.995, 0.99, 0.985, 0.98)  # percentiles that are tried, as in the paper
-PASSES = 4  # over which errors are compared: all combinations of a block run on them
+PASSES = 4  # on which errors are compared: every combination of percentiles runs on them
 Passes = Callable[[], Iterable[object]]
 Change = Callable[[Tensor], Tensor]
-# inside it, some weights are quantized, and their layers' inputs change by what is given for each
+# a context in which some weights are quantized, and each one's input is changed by the given function
 Install = Callable[[Sequence[Weight], Mapping[str, Change]], AbstractContextManager[None]]
 
 
@@ -47,10 +47,10 @@ Layer = tuple[str, Sequence[Weight]]  # a transformer block's path, and weights 
 def blocks_to_search(
     model: nn.Module, layers: Sequence[Layer], component_of: Mapping[str, str], bits: int, passes: Passes
 ) -> list[list[Layer]]:
-    """One part's transformer blocks, which we take for the paper's layers, in blocks of dependent ones.
+    """One part's transformer blocks (the paper's layers), grouped into runs of dependent ones (the paper's blocks).
 
-    All of the part is looked at, whatever a plan rounds, and no block goes over an edge of components: so what is
-    searched for a component depends on its own schemes alone, and plans can share it.
+    All of the part is looked at, whatever a plan rounds, and no group crosses from one component to another: so the
+    ranges of a component depend on its own schemes alone, and plans can share them.
     """
     calls = recorded_calls(model, [path for path, _ in layers], passes, PASSES)
     if not layers or not all(block.calls for block in calls):
@@ -74,7 +74,7 @@ def joint_ranges(
         chain = [(next(calls), weights) for _, weights in block]
         if all(one.calls for one, _ in chain):
             found |= best_ranges(model, chain, bits, install)[0]
-        else:  # no pass reaches it, such as a tower's blocks behind the one whose features are read
+        else:  # no pass reaches it, such as a tower's blocks after the one whose features are read
             found |= {weight.name: InputRange() for _, weights in chain for weight in weights}
     return found
 
@@ -115,7 +115,7 @@ def squared_error(found: Sequence[Tensor], target: Sequence[Tensor]) -> float:
 def _tables(
     model: nn.Module, chain: Sequence[BlockCalls], weights: Sequence[Weight]
 ) -> dict[str, dict[float, InputRange]]:
-    """By input: the range at each percentile. In a vision tower it is that of each token, found when it is rounded."""
+    """By input: the range at each percentile. In a vision tower, each token's range is found when it is rounded."""
     seen: dict[str, list[Tensor]] = {}
     with ExitStack() as hooks:
         for name, weight in {input_of(w): w for w in weights if w.part != "vision"}.items():

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from sensitivity.measure.passes.attention_hooks import attending_hooks
 
-# limits of the released code: factors within these are applied, and factors so close to 1 are not
+# limits of the released code: factors are clamped to LEAST and MOST, and those within NEAR of 1 are not applied
 LEAST_LOGIT, MOST_LOGIT, NEAR_LOGIT = 0.7, 1.4, 0.02
-MOST_OUTPUT, NEAR_OUTPUT = 0.30, 0.03  # of the logarithm
+MOST_OUTPUT, NEAR_OUTPUT = 0.30, 0.03  # of the logarithm of the factor
 MASKED = -1e4  # logits below this are masked
 
 
 @dataclass(frozen=True)
 class AttentionScale:
-    """How large attention's numbers are: the spread of each head's logits, and the root mean square of the output."""
+    """The standard deviation of each head's logits in an attention, and the root mean square of its output."""
 
     logits: Tensor | None
     output: float
@@ -29,7 +29,7 @@ class AttentionScale:
 def attention_scales(
     model: nn.Module, outputs: Mapping[str, str], passes: Callable[[], Iterable[object]]
 ) -> dict[str, AttentionScale]:
-    """By path of an attention, over all passes; `outputs` names the layer that each one ends with."""
+    """The scale of each attention over all passes, by path; `outputs` maps each path to the attention's last layer."""
     logits: dict[str, _Moments] = {path: _Moments() for path in outputs}
     squares: dict[str, list[float]] = {path: [0.0, 0.0] for path in outputs}
 
@@ -69,7 +69,7 @@ def factors(float_: AttentionScale, quantized: AttentionScale) -> tuple[Tensor |
 
 
 class _Moments:
-    """Sums over the logits of each head that are not masked."""
+    """Sums over each head's logits, without masked ones."""
 
     def __init__(self) -> None:
         self.sums: Tensor | None = None  # number, sum and sum of squares by head
@@ -79,12 +79,12 @@ class _Moments:
         seen = values > MASKED
         values = values.where(seen, values.new_zeros(()))
         sums = torch.stack([one.sum((0, 2, 3)) for one in (seen.to(values), values, values.square())])
-        # a single query may come with its heads packed otherwise; such a pass is left out
+        # for a single query, heads may be packed into another shape; such a pass is left out
         self.sums = sums if self.sums is None else self.sums + sums if sums.shape == self.sums.shape else self.sums
 
     @property
     def spread(self) -> Tensor | None:
-        """The standard deviation of each head; None where no logits were seen."""
+        """The standard deviation of each head's logits; None where no logits were seen."""
         if self.sums is None:
             return None
         number, total, squares = self.sums

@@ -1,4 +1,4 @@
-"""Ranges of layers' inputs as Q-VLM's released code finds them, layer by layer and from its own input alone."""
+"""Ranges of layers' inputs as Q-VLM's released code finds them, layer by layer, each from its own input alone."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from sensitivity.spec.components import Weight
 
 SAMPLES, SEARCHED = 8, 2  # passes whose ranges are collected, and those that shrink factors are compared on
 SHRINK, SHRINK_VISION = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4), (1.0, 0.999, 0.998)
-POWER = 0.5  # of the error that is averaged
-EVERY, AT = 3, 1  # of three blocks, the one that takes every range
-NEW_EACH_TIME = ("o_proj", "out_proj", "down_proj", "fc2")  # ranges from the current prompt; here from each token
+POWER = 0.5  # to which absolute errors are raised before they are averaged
+EVERY, AT = 3, 1  # in blocks whose number modulo 3 is 1, every pass widens the ranges
+# layers whose range the released code finds anew for each prompt; here each token has its own
+NEW_EACH_TIME = ("o_proj", "out_proj", "down_proj", "fc2")
 
 
 @dataclass
@@ -32,7 +33,7 @@ class _Layer:
 
     @property
     def static(self) -> bool:
-        """Whether its range is that of each channel, from calibration."""
+        """Whether calibration gives it a range for each channel."""
         return self.weight.part != "vision" and self.weight.module.rpartition(".")[2] not in NEW_EACH_TIME
 
     def widen(self, values: Tensor) -> None:
@@ -47,9 +48,9 @@ def released_ranges(
 ) -> dict[str, InputRange]:
     """By weight: the range of its input.
 
-    A layer takes over the range of a pass only if the layer before it was as uncertain as the mean of what was recorded
-    so far, or stands in every third block, or in the first pass. Then a factor on the range is chosen by the mean
-    square root of the error of the input itself.
+    A pass widens a layer's range if it is the first pass, if the layer is in every third block, or if the entropy or
+    dependency of the layer before is at least the mean of those recorded so far. Then the range is multiplied by the
+    factor with the least mean square root of the input's absolute error.
     """
     layers = [_Layer(weight) for weight in {input_of(w): w for w in reversed(weights)}.values()][::-1]
     recorded: list[float] = []
@@ -74,7 +75,7 @@ def released_ranges(
 
 
 def _measure(before: Tensor | None, values: Tensor, layer: _Layer, bits: int) -> float:
-    """The dependency on the layer before; the entropy of a block's first layer and of one of another width."""
+    """The dependency on the layer before; for a block's first layer, or if the widths differ, the input's entropy."""
     leaf = layer.weight.module.rpartition(".")[2]
     if before is None or before.shape != values.shape or leaf in ("q_proj", "down_proj", "fc2"):
         return spread(codes_of(values.flatten(0, -2), bits))

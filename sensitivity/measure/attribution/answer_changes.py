@@ -18,7 +18,7 @@ from sensitivity.models.vlm import VLM
 class Change:
     """What differs from the float model: means over the tokens of a right answer, summed over examples."""
 
-    divergence: float  # Kullback and Leibler's, of the changed model's next token from the float model's
+    divergence: float  # Kullback-Leibler, of the changed model's next-token probabilities from the float model's
     loss: float  # by how much the cross-entropy of the right token rises
 
 
@@ -27,25 +27,25 @@ class AnswerChanges:
 
     def __init__(self, vlm: VLM, data: Callable[[], Iterable[TokenBatch]]) -> None:
         self.vlm, self.data = vlm, data
-        self.own: list[Tensor] = []  # for each batch the log-probabilities of all next tokens: rows x positions x words
+        self.own: list[Tensor] = []  # log-probabilities of all next tokens, by batch: rows x positions x vocabulary
         self.loss = 0.0  # of the float model, summed over examples
         for predicted, targets in self._predictions():
             self.own.append(predicted.float().cpu())
             self.loss -= float(predicted.gather(-1, targets[..., None]).mean(1).sum())
 
     def now(self) -> Change:
-        """What the model, changed in place, does to the answers, from one forward pass over the data."""
+        """How the answers of the model as it is now differ, from one forward pass over the data."""
         divergence = loss = 0.0
         for own, (predicted, targets) in zip(self.own, self._predictions(), strict=True):
             before = own.to(predicted)
-            # words that a model rules out have a logarithm of minus infinity both times, and add nothing
+            # a token that the float model rules out has a log-probability of minus infinity, and adds nothing
             each = torch.where(before.isfinite(), before.exp() * (before - predicted), 0.0).sum(-1)
             divergence += float(each.mean(1).sum())
             loss += float((before - predicted).gather(-1, targets[..., None]).mean(1).sum())
         return Change(divergence, loss)
 
     def under(self, changed: AbstractContextManager[object]) -> Change:
-        """What a change that holds inside a context does to the answers."""
+        """How the answers differ while a context manager changes the model."""
         with changed:
             return self.now()
 

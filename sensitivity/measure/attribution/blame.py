@@ -20,8 +20,8 @@ class Blame:
     """How much of the change of the loss comes from each component, modality and region of an image.
 
     A token's modality is that of the sequence position at which a layer's output has changed; all tokens of a vision
-    tower are vision. Components, and modalities, sum to the whole change. Regions leave out tokens that are no
-    patch: class tokens, queries and text.
+    tower are vision. Components, and modalities, sum to the whole change. Regions leave out tokens that are not
+    patches: class tokens, queries and text.
     """
 
     components: Mapping[str, float]
@@ -44,7 +44,7 @@ def blame(parts: ComponentMap, family: Family, integral: PathIntegral) -> Blame:
             if number >= VISION:
                 modalities[kind] += float(values[kinds == number].sum())
         if parts[name].part == "language" and (read := int((kinds == PROMPT).sum())):
-            # an output head reads the last token alone
+            # an output head reads only the last token, so its terms belong to the end of the prompt
             prompts[example][-read:] += values[kinds == PROMPT]
         if parts[name].part in family.patches and (grid := square(values[kinds == VISION])) is not None:
             grids.setdefault(example, []).append(grid)
@@ -53,7 +53,7 @@ def blame(parts: ComponentMap, family: Family, integral: PathIntegral) -> Blame:
 
 
 def square(values: Tensor) -> Tensor | None:
-    """The values of patches as rows and columns, without a class token; None where their number is no square."""
+    """The values of patches as rows and columns, without a class token; None if their number is not a square."""
     for patches in (values, values[1:]):
         if len(patches) and isqrt(len(patches)) ** 2 == len(patches):
             return patches.reshape(isqrt(len(patches)), -1)
@@ -61,7 +61,10 @@ def square(values: Tensor) -> Tensor | None:
 
 
 def together(grids: Sequence[Tensor]) -> Tensor:
-    """The sum of grids, at the size of the finest; a coarser one's values are spread evenly, if it fits."""
+    """The sum of grids, at the size of the finest.
+
+    The values of a coarser grid are spread evenly; it is left out if its side does not divide the finest one's.
+    """
     finest = max(len(grid) for grid in grids)
     total = torch.zeros(finest, finest, dtype=grids[0].dtype)
     for grid in grids:

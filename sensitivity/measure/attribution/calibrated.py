@@ -1,4 +1,4 @@
-"""Calibrated: what scores of components are computed from, each piece once, when it is first asked for."""
+"""Calibrated: what component scores are computed from; each piece is computed once, when first asked for."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from sensitivity.quantize.layer.linears import input_of
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.plan import Plan, Scheme, fitted
 
-Scores = dict[str, dict[Scheme, float]]  # component -> scheme -> damage, in units of the score's own
+Scores = dict[str, dict[Scheme, float]]  # component -> scheme -> damage, in the score's own unit
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What quantizing changes in one layer, for each scheme, and what it is compared with."""
+    """The errors of one layer's weight and output under each scheme, and the norms that they are compared with."""
 
     weight: float  # squared norm of the weight
     output: float  # tr(W H W'), with H the Gram matrix of the inputs
@@ -45,7 +45,7 @@ class Calibrated:
     parts: ComponentMap
     schemes: Sequence[Scheme]
     statistics: Statistics
-    data: Callable[[int], Iterable[TokenBatch]]  # in batches of at most so many rows
+    data: Callable[[int], Iterable[TokenBatch]]  # takes the most rows that a batch may have
 
     @cached_property
     def errors(self) -> WeightErrors:
@@ -59,7 +59,7 @@ class Calibrated:
 
     @cached_property
     def layers(self) -> dict[str, Layer]:
-        """What quantizing changes in each layer, by weight: block by block, so that few codes are in memory."""
+        """The errors of each layer, by weight name; computed block by block, so that few codes are in memory."""
         found = {}
         for weight in (weight for group in self.errors.by_group() for weight in group if not weight.is_embedding):
             own, gram = self.errors.own[weight.name].float(), self.statistics.gather([weight])[input_of(weight)].gram
@@ -74,7 +74,7 @@ class Calibrated:
 
     @cached_property
     def output_gradients(self) -> OutputGradients:
-        """Squared gradients by what layers return, from one backward pass over the data."""
+        """Squared gradients of the loss with respect to layers' outputs, from one backward pass over the data."""
         return in_rows_that_fit(self.vlm, self.data, lambda data: output_gradients(self.vlm, self.weights, data()))
 
     @cached_property
@@ -100,7 +100,7 @@ class Calibrated:
     @cached_property
     def one_at_a_time(self) -> dict[str, dict[Scheme, Change]]:
         """What each component at each scheme does to the answers by itself: a forward pass for each."""
-        self.answers  # noqa: B018 - of the float model, so before any component is quantized
+        self.answers  # noqa: B018 - computed on the float model, before any component is quantized
         found: dict[str, dict[Scheme, Change]] = {}
         for name in self.parts.names:
             memory, plans = WeightCodes(), [self.alone(name, scheme) for scheme in self.schemes]
@@ -118,7 +118,7 @@ class Calibrated:
 
     @cached_property
     def paths(self) -> dict[Scheme, dict[str, float]]:
-        """The share of each component in what each uniform plan does to the loss, by integrals along the way to it."""
+        """For each uniform plan, each component's share of the change of the loss, from a path integral."""
         found: dict[Scheme, dict[str, float]] = {}
         for scheme in self.schemes:
             plan = Plan.uniform(self.parts, scheme)

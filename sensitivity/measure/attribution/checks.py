@@ -1,4 +1,4 @@
-"""Checks of scores: how well their sums foretell what random plans really do to the answers of calibration data."""
+"""Checks of scores: how well their sums predict what random plans really do to the answers of calibration data."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sensitivity.measure.attribution.scores import FORETOLD, Attribution
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.spec.plan import Plan, Scheme, fitted
 
-LEAST = 4  # plans that differ, below which nothing is said of their order
-TRIES = 20  # times a random plan is drawn for each that is wanted: few components have few plans
+LEAST = 4  # distinct values; with fewer, no rank correlation is computed
+TRIES = 20  # draws per wanted plan: with few components, many draws repeat a plan
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Check:
 
     plans: int
     rank_correlation: float | None  # of the sums of scores with the divergence of the answers
-    error: float | None  # root mean square of what the score itself foretells, as a share of that of the truth
+    error: float | None  # RMS error of the damage that the score predicts, as a share of the RMS of the true damage
 
     def to_json(self) -> dict[str, float | None]:
         """The check as JSON values."""
@@ -34,14 +34,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Checks:
-    """The check of each score, and the seconds of processor that a forward pass over the data takes."""
+    """The check of each score, and the CPU seconds of one forward pass over the data."""
 
     by_score: dict[str, Check]  # empty where no plan was run
     pass_seconds: float
 
 
 def checked(given: Calibrated, scores: Sequence[Attribution], count: int, seed: int = 0) -> Checks:
-    """Run some random plans on the calibration data, each from another level of bits, and compare."""
+    """Run random plans of various widths on the calibration data, and compare them with the sums of scores."""
     own = given.answers
     truth: list[tuple[Plan, Change]] = []
     began = time.process_time()
@@ -53,7 +53,7 @@ def checked(given: Calibrated, scores: Sequence[Attribution], count: int, seed: 
 
 
 def random_plans(given: Calibrated, count: int, seed: int) -> list[Plan]:
-    """Plans whose components have schemes at random: of two neighboring widths, so that plans differ in size, too."""
+    """Random plans; each draws its schemes from two neighboring widths, so that plans also differ in size."""
     draw, schemes = np.random.default_rng(seed), sorted(given.schemes, key=lambda scheme: scheme.bits)
     plans: dict[Plan, None] = {}
     for i in range(TRIES * count):

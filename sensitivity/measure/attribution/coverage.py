@@ -1,4 +1,4 @@
-"""Scores from the way between the float model and a uniform plan: shares of its damage, and how damages overlap."""
+"""Scores from the path between the float model and a uniform plan: shares of its damage, and how damages overlap."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import numpy as np
 
 from sensitivity.measure.attribution.calibrated import Calibrated, Scores
 
-NEARLY_ALL = 0.99  # of all that can be lost: what any plan loses at most, so that logarithms stay finite
-ROUNDS = 200  # of the fixed point, which ends long before
+NEARLY_ALL = 0.99  # largest share of all that can be lost that a plan may lose, so that logarithms stay finite
+ROUNDS = 200  # of the fixed-point iteration, at most; it converges long before
 
 
 def path(given: Calibrated) -> Scores:
-    """The share of a component in the damage of the uniform plan, integrated along the way from the float model."""
+    """The share of a component in the damage of the uniform plan, integrated along the path from the float model."""
     return {name: {scheme: given.paths[scheme][name] for scheme in given.schemes} for name in given.parts.names}
 
 
 def coverage(given: Calibrated) -> Scores:
     """-log(1 - a) of each component, where a plan covers 1 - prod (1 - a) of all that can be lost (arXiv 2607.12266).
 
-    Its integrals are of the loss instead of the divergence, and what can be lost is the loss of a uniform guess. What
-    components lose together is then not counted twice.
+    The integrals here are of the loss, not of the divergence, and `saturation` is all that can be lost. Damage that
+    components share is not counted twice.
     """
     limit = saturation(given)
     found: Scores = {name: {} for name in given.parts.names}
@@ -41,7 +41,10 @@ def saturation(given: Calibrated) -> float:
 
 
 def inverted(shares: Sequence[float]) -> list[float]:
-    """The a of f(t) = 1 - prod (1 - t a_i) whose integrals of a_i prod (1 - t a_j), j other than i, are the shares."""
+    """Solve for a: the integral of a_i prod (1 - t a_j), j other than i, over t from 0 to 1 is share i.
+
+    These integrals are the terms of the path integral of f(t) = 1 - prod (1 - t a_i).
+    """
     nodes, weights = np.polynomial.legendre.leggauss(16)
     t, weights = (nodes + 1) / 2, weights / 2
     wanted = np.array(shares)

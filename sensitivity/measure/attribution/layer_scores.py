@@ -33,7 +33,7 @@ def relative_gram_error(given: Calibrated) -> Scores:
 def kfac(given: Calibrated) -> Scores:
     """Fisher with inputs and gradients taken as independent, as K-FAC does: sum of g^2 E H E' over a layer's rows.
 
-    Neither weights nor their errors take part in the backward pass, so that none has to be kept for it.
+    The backward pass does not use the errors of weights, so they need not be in memory during it.
     """
     squares = given.output_gradients.squares
     sums = {name: given.layers[name].output_errors.double() @ square for name, square in squares.items()}
@@ -46,7 +46,7 @@ def fisher(given: Calibrated) -> Scores:
 
 
 def gradient_times_change(given: Calibrated) -> Scores:
-    """|gradient x change| of each example: the first-order change of its loss (DeltaLoss, known from descriptions)."""
+    """|gradient x change| of each example: the first-order change of its loss (DeltaLoss, as it is described)."""
     return _first_order(given, given.first_order.change)
 
 
@@ -57,5 +57,5 @@ def _first_order(given: Calibrated, sums: Mapping[str, Tensor]) -> Scores:
 
 
 def _ratio(part: float, whole: float) -> float:
-    """A share of the whole; nothing where there is no whole, as for a layer whose inputs are all zero."""
+    """A share of the whole; 0 where the whole is 0, as for a layer whose inputs are all zero."""
     return part / whole if whole > 0 else 0.0

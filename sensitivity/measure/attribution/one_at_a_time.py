@@ -1,4 +1,4 @@
-"""Scores from forward passes: what each component by itself does to the answers when it is quantized, or disturbed."""
+"""Scores from forward passes: how quantizing each component alone, or adding noise to it, changes the answers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 from sensitivity.measure.attribution.calibrated import Calibrated, Scores
 from sensitivity.spec.components import Weight
 
-NOISE = 0.01  # squared norm of the noise, of that of the weight: about the error of 4 bits
-DRAWS = 2  # of noise for each component
+NOISE = 0.01  # squared norm of the noise, as a share of the weight's: about the error of 4 bits
+DRAWS = 2  # draws of noise for each component
 
 
 def divergence(given: Calibrated) -> Scores:
@@ -24,15 +24,15 @@ def divergence(given: Calibrated) -> Scores:
 
 
 def loss(given: Calibrated) -> Scores:
-    """By how much the loss of right answers rises with one component quantized; where it falls, less than nothing."""
+    """By how much the loss of right answers rises with one component quantized; negative where it falls."""
     return {name: {scheme: change.loss for scheme, change in row.items()} for name, row in given.one_at_a_time.items()}
 
 
 def linear_theorem(given: Calibrated) -> Scores:
-    """HIGGS: relative squared error of the weights, times the divergence that noise in the component causes, per noise.
+    """HIGGS: relative squared error of the weights, times the divergence that noise causes, per its squared norm.
 
-    For a small error the damage is linear in its square, and the same as that of noise of its size. HIGGS takes
-    layers where this takes components, so that the number of passes does not grow with the depth of the model.
+    For a small error the damage is linear in its squared norm, and equals that of noise with the same norm. HIGGS adds
+    noise to each layer; here it is each component, so that the number of passes does not grow with the model's depth.
     """
     found: Scores = {}
     for component in given.parts.components:
@@ -51,7 +51,7 @@ def linear_theorem(given: Calibrated) -> Scores:
 
 @contextmanager
 def disturbed(model: nn.Module, weights: Sequence[Weight], seed: int) -> Iterator[None]:
-    """Inside the block the weights carry noise, of NOISE times their squared norm; afterwards they are as before."""
+    """Inside the block, each weight has noise of NOISE times its squared norm; afterwards all are as before."""
     draw = torch.Generator().manual_seed(seed)
     parameters = [model.get_parameter(weight.name) for weight in weights]
     own = [parameter.data for parameter in parameters]

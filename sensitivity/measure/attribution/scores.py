@@ -24,7 +24,7 @@ SCORES: dict[str, Callable[[Calibrated], Scores]] = {
     "loss": one_at_a_time.loss,
     "higgs": one_at_a_time.linear_theorem,
 }
-# what of Calibrated each needs, and shares with others
+# the properties of Calibrated that each score needs; scores that need the same one share it
 NEEDS = {
     "weight": ("layers",),
     "gram": ("layers",),
@@ -38,10 +38,10 @@ NEEDS = {
     "higgs": ("layers", "answers"),
 }
 WITH_ANSWERS = tuple(name for name in SCORES if name not in ("weight", "gram"))  # they need a loss of right answers
-# what a plan does to the answers by the sum of its components' scores, of those scores that are damage in such units:
-# the name of the field of Change, and the function of the sum
+# scores whose sum over a plan's components predicts a change of the answers: the field of Change that is predicted,
+# and the function that predicts it from the sum
 FORETOLD: dict[str, tuple[str, Callable[[Calibrated, float], float]]] = {
-    # near the float model the divergence is half of what the Fisher matrix makes of a change
+    # near the float model the divergence is half the quadratic form of the Fisher matrix
     "kfac": ("divergence", lambda given, total: total / 2),
     "fisher": ("divergence", lambda given, total: total / 2),
     "change": ("loss", lambda given, total: total),
@@ -55,7 +55,7 @@ FORETOLD: dict[str, tuple[str, Callable[[Calibrated, float], float]]] = {
 
 @dataclass(frozen=True)
 class Attribution:
-    """One row of SCORES, computed: the score of each component at each scheme, and its cost in seconds of processor.
+    """One row of SCORES, computed: the score of each component at each scheme, and its cost in CPU seconds.
 
     The cost of what several scores share (errors of weights, a backward pass) is counted in full for each of them.
     """

@@ -18,7 +18,7 @@ CODES = 1 << 30  # bytes of codes in memory at once; one block of a 7B model has
 
 
 class WeightErrors:
-    """Quantized minus own, for every weight under each scheme, with the codes of a few blocks in memory at a time."""
+    """Quantized minus float, for every weight under each scheme, with the codes of a few blocks in memory at a time."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class WeightErrors:
         return [codes.dense((weight.name, weights_of(scheme)), own) - own for scheme in self.schemes]
 
     def by_group(self) -> list[list[Weight]]:
-        """All weights; in this order each is quantized once."""
+        """All weights in groups; if they are asked for in this order, each is quantized once."""
         return [[weight for name in group for weight in self.blocks[name].weights] for group in self.groups]
 
     def _codes(self, group: int) -> WeightCodes:

@@ -113,7 +113,7 @@ class _OutputUses(TorchFunctionMode):
         if _holds_tensor(result):  # reading a shape or a dtype uses no values
             for value in (*args, *(kwargs or {}).values()):
                 for one in value if isinstance(value, (list, tuple)) else (value,):
-                    # an operation that returns its argument, such as .to() the same dtype, is no use yet
+                    # an operation that returns its argument, such as .to() the same dtype, does not count as a use
                     if id(one) in self.outputs and result is not one:
                         linear = func in LINEAR and one is args[0]
                         shared = self.names.get(id(args[1])) if linear else None

@@ -39,7 +39,7 @@ class _Block:
 
 
 class BlockwisePass:
-    """Forward passes that go on where the last one ended, so that calibrating all blocks costs about one full pass.
+    """Forward passes that continue where the previous one ended: calibrating all blocks costs about one full pass.
 
     A pass stops once the wanted blocks have run. The blocks before them are replayed: each returns at once the output
     that it gave when its weights and inputs were final. Values are needed of the last replayed block in each part, and

@@ -22,14 +22,14 @@ from sensitivity.spec.components import ComponentMap, Weight
 
 
 def both(vlm: VLM, parts: ComponentMap, data: Data, token_weights: TokenWeights | None = None) -> Gather:
-    """Statistics of the model as it is when they are asked for, each token beside the float model's."""
+    """Statistics of the model as it is when they are asked for, each token's input beside the float model's."""
     return _BothPaths(vlm, parts, data, token_weights).gather
 
 
 class _BothPaths:
     """Two passes over the data for each block: through the float model, then through the quantized one.
 
-    Both go on where the last ones ended. The inputs of a block's layers in the float model are in memory for all
+    Both continue where the previous ones ended. The inputs of a block's layers in the float model are in memory for all
     batches, until the second pass has used them.
     """
 
@@ -64,7 +64,7 @@ class _BothPaths:
 def _inputs(
     vlm: VLM, weights: Sequence[Weight], passes: BlockwisePass, forward: object
 ) -> dict[tuple[int, str], list[Tensor]]:
-    """What layers read in each batch: by the batch's identity and the input, one tensor for each call."""
+    """What layers read in each batch: by id(batch) and the input, one tensor for each call."""
     inputs: dict[tuple[int, str], list[Tensor]] = {}
     current = 0
     with ExitStack() as hooks, torch.inference_mode():

@@ -78,7 +78,7 @@ def calibrate(
         return each(batches(vlm, data, rows), "calibrating", "examples", examples, lambda batch: len(batch.examples))
 
     def passes() -> Iterator[TokenBatch]:
-        for batch in batches(vlm, data, ROWS // 4):  # what watches attention holds the probabilities of all heads
+        for batch in batches(vlm, data, ROWS // 4):  # hooks on attention hold the probabilities of all heads
             with torch.inference_mode():
                 calibration_pass(vlm, batch)
             yield batch
@@ -107,7 +107,7 @@ def calibrate(
 
 
 def calibration_examples(tasks: Sequence[str], n: int, seed: int) -> list[Task]:
-    """So many calibration examples, divided among the tasks."""
+    """n calibration examples, divided among the tasks."""
     names = list(dict.fromkeys(tasks))
     if not names or n < len(names):
         raise UserError(f"{n} calibration examples are too few for {len(names)} tasks; each needs at least one")
@@ -148,7 +148,7 @@ class CalibrationBatches:
         )
 
     def by_blocks(self, weights: Sequence[Weight], installed: Installed | None) -> Mapping[str, Curvature]:
-        """The same statistics, by passes that go on where the last ones ended (BlockwisePass)."""
+        """The same statistics, by passes that continue where the previous ones ended (BlockwisePass)."""
 
         def compute() -> Mapping[str, Curvature]:
             # one example is enough for `_probe`; its passes over a full batch would be a large part of all calibration
@@ -171,7 +171,7 @@ class CalibrationBatches:
 
 
 def exposed(vlm: VLM, parts: ComponentMap, data: Data, token_weights: TokenWeights | None = None) -> Gather:
-    """Statistics of the model as it is when they are asked for, block by block while a plan is put in."""
+    """Statistics of the model as it is when they are asked for, block by block while a plan is installed."""
     passes = CalibrationBatches(vlm, parts, data, True, token_weights)
     return lambda weights, installed=None: passes.by_blocks(weights, installed)
 
@@ -206,7 +206,7 @@ def unquantized(
         return in_memory[i]
 
     def gather(weights: Sequence[Weight], installed: Installed | None = None) -> Mapping[str, Curvature]:
-        # in the order of the shares, so that each share is computed once
+        # in the order of the groups, so that each group is computed once
         inputs = sorted({input_of(weight) for weight in weights}, key=lambda name: at[name])
         return {name: statistics_of(at[name])[name] for name in inputs}
 
@@ -228,7 +228,7 @@ def _weight_groups(parts: ComponentMap, gram_bytes: int) -> list[list[Weight]]:
             if input_of(weight) not in seen
         ]
         seen |= {input_of(weight) for weight in group}
-        # a Gram matrix is float32; a share has at least one block, even if that alone exceeds the room
+        # a Gram matrix is float32; a group has at least one block, even if that alone exceeds `gram_bytes`
         bytes_ = sum(4 * weight.cols * weight.cols for weight in group)
         if not groups or bytes_ > bytes_left:
             groups, bytes_left = [*groups, []], gram_bytes

@@ -29,8 +29,8 @@ def collect(
 ) -> dict[str, Curvature]:
     """Statistics of the inputs of some weights on the model as it is, summed over the batches.
 
-    Without `token_weights` every token counts 1. `unquantized` has what the same layers read in the float model, by the
-    batch's identity and the input.
+    Without `token_weights` every token counts 1. `unquantized` has what the same layers read in the float model, by
+    id(batch) and the input.
     """
     one_per_input = {input_of(weight): weight for weight in weights}
     curvatures = {name: Curvature(w.cols, vlm.device) for name, w in one_per_input.items()}

@@ -27,7 +27,7 @@ def check_path(path: str, schemes: Iterable[Scheme] = ()) -> None:
     if path not in PATHS:
         raise unknown("calibration path", path, PATHS)
     if path != "both" and (lacking := [one for one in schemes if needs_both_paths(one)]):
-        # a scheme made from a preset has the name of its method: the setting tells what it is
+        # a scheme made from a preset has only the name of its method, so the message gives the setting, too
         by = f" with shift={shift}" if (shift := lacking[0].get("shift")) else ""
         raise UserError(
             f"{lacking[0].method}{by} compares inputs behind quantized layers with those of the float model, and the "
@@ -36,7 +36,7 @@ def check_path(path: str, schemes: Iterable[Scheme] = ()) -> None:
 
 
 class Gather(Protocol):
-    """The curvature of some weights by input (`reads`); `installed` lists the quantized weights in the model."""
+    """The curvature of the inputs of some weights, by input; `installed` lists the quantized weights in the model."""
 
     def __call__(self, weights: Sequence[Weight], installed: Installed | None = None, /) -> Mapping[str, Curvature]: ...
 
@@ -68,8 +68,8 @@ class Statistics:
         default=dict
     )  # finds what scales can be folded into, by input
     cache: Cache | None = None  # of quantized weights
-    weighted: Mapping[str, Gather] = field(default_factory=dict)  # by importance: the same with weights for tokens
-    fisher: Callable[[str], Tensor] | None = None  # squared gradients of the loss by a weight
+    weighted: Mapping[str, Gather] = field(default_factory=dict)  # by importance: `gather` with token weights
+    fisher: Callable[[str], Tensor] | None = None  # by weight name: squared gradients of the loss
     # forward passes over the calibration data through the model as it is, one by one
     passes: Callable[[], Iterator[object]] = field(default=lambda: iter(()))
 
@@ -82,7 +82,7 @@ class Statistics:
     def gather_for(
         self, schemes_of: Mapping[str, Iterable[Scheme]], readers: Mapping[str, Sequence[Weight]], installed: Installed
     ) -> dict[str, dict[str, Curvature]]:
-        """What the calibrated schemes of some inputs need: by input, and by kind of importance."""
+        """The curvature that the calibrated schemes of some inputs need: by input, and by kind of importance."""
         curvatures: dict[str, dict[str, Curvature]] = {name: {} for name in schemes_of}
         kinds: dict[str, set[str]] = {}
         for name, schemes in schemes_of.items():
@@ -116,11 +116,11 @@ class Statistics:
 
     @property
     def exposed(self) -> bool:
-        """Whether inputs have passed the layers quantized before; then they differ from plan to plan."""
+        """Whether inputs come through quantized layers; then they differ from plan to plan."""
         return self.facts["path"] != "float"
 
     def check_scheme(self, scheme: Scheme) -> None:
-        """Raise an error unless the scheme names this calibration data: two trials with one key could differ."""
+        """Raise an error unless the scheme names this calibration data; else two trials with one key could differ."""
         if needs_both_paths(scheme):
             check_path(str(self.facts["path"]), [scheme])
         for fact, value in self.facts.items():

@@ -23,9 +23,9 @@ def calibrating(
 ) -> dict[str, float]:
     """Seconds of calibration, and of gradients; `forward` and `products` are those of one example, through all parts.
 
-    Each importance has statistics of its own; on the exposed path each plan has, too. Comparing both paths takes two
-    passes. `scoring`: scores of components are computed, too, from statistics of all tokens alike and from the gradient
-    of the loss.
+    Each kind of importance has statistics of its own; on the exposed path, so does each plan. Comparing both paths
+    takes two passes. With `scoring`, components are scored, too: from statistics in which all tokens count alike, and
+    from the gradient of the loss.
     """
     calibrated = [scheme for scheme in schemes if needs_data(scheme)]
     kinds = {importance(scheme) for scheme in calibrated}

@@ -22,7 +22,7 @@ COPIES = 6  # times keys and values are read and written to copy them, where que
 # a pass costs so many times the sum of its operations, which are timed in loops with warm caches (reports/preflight.md)
 COLD_CACHE_FACTOR = 1.4
 EVERYTHING: Mapping[str | None, float] = {}  # every kind of layer reads all tokens
-CALLS = 12  # small operations per linear layer; their start-up is most of the cost of a small model
+CALLS = 12  # small operations per linear layer; calling them is most of the cost of a small model
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ class CostModel:
                 seconds["connector"], times * self.part_seconds("connector", rows, sample.image_tokens)
             )
             whole = self.part_seconds("language", rows, sample.prompt_tokens)
-            # each plan computes its own logits, then reads a neighbor's answers as drafts; where only exact answers
-            # count, the pass over the right ones decides
+            # each plan computes its own logits, then reads a neighboring plan's answers as drafts; where only exact
+            # answers count, the pass over the right answers is enough
             if sample.shared_image:
                 question_seconds, logit_seconds = self._question_seconds(sample, questions)
                 own_seconds = logit_seconds + (0.0 if sample.task.exact else question_seconds + logit_seconds)
@@ -156,7 +156,7 @@ class CostModel:
         }
 
     def _retrieval_passes(self, sample: TaskSample, gallery: Gallery) -> dict[str, tuple[float, float]]:
-        """Images and captions by themselves, then together those pairs that either of the two ranks among its `top`.
+        """Passes over images and captions, then over the pairs that the image or the caption ranks among its `top`.
 
         Queries and text have feed-forwards of their own, and only queries attend to the image.
         """

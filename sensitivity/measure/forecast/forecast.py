@@ -61,7 +61,7 @@ class Forecast:
         return {**asdict(self), "total": total}
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """A table's rows: what, how much, and of what that is the sum."""
+        """A table's rows: the resource, its amount, and what this is the sum of."""
         total = _span(sum(self.seconds.values()))
         lines = [("time", f"{total} (at most {_span(self.slowest)})", _summed(self.seconds, _span))]
         for name in ("disk", "host", "device"):
@@ -88,7 +88,7 @@ def forecast_sweep(
 ) -> Forecast:
     """The expected cost of running these plans, full precision included, on a device; measures for some seconds.
 
-    scoring: components are scored before, as `plan` does.
+    With `scoring`, components are scored before, as the command `plan` does.
     """
     kind = _dtype(vlm, parts, device, dtype)
     resident, hardware = _resident(), Hardware(_measured_device(device), kind, clock)

@@ -78,7 +78,7 @@ class Hardware:
         return self.measured[shape] * rows / measured_size
 
     def elementwise(self, numbers: int) -> float:
-        """Seconds to read, change and write so many numbers, without the start-up of the operation."""
+        """Seconds to read, change and write so many numbers, without the overhead of calling the operation."""
         measured_size = max(1, min(numbers, TOKENS * SIDE))
         if ("over", measured_size) not in self.measured:
             x = self._random(measured_size)

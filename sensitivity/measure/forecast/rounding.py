@@ -38,7 +38,7 @@ def rounding_seconds(
 
 
 def _one_pass(component: Component, scheme: Scheme | None, tokens: int, hardware: Hardware) -> float:
-    """Seconds to round what so many tokens are in one component."""
+    """Seconds to round the inputs, keys and values of so many tokens in one component."""
     if scheme is None or not tokens:
         return 0.0
     weights, found = [weight for weight in component.weights if not weight.is_embedding], 0.0
@@ -50,7 +50,7 @@ def _one_pass(component: Component, scheme: Scheme | None, tokens: int, hardware
 
 
 def _tokens(sample: TaskSample, part: str) -> tuple[int, int]:
-    """How many tokens a part reads for a whole task, and how many each plan reads again, where answers are written."""
+    """How many tokens a part reads for a whole task, and how many each plan reads again to check earlier answers."""
     rows = sample.images if sample.shared_image else sample.examples
     if part == "vision":
         return rows * sample.patches, 0

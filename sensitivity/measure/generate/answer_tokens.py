@@ -14,7 +14,7 @@ from sensitivity.spec.errors import UserError
 from sensitivity.tasks.examples.types import Example, Task
 from sensitivity.tasks.scoring.answer_text import without_special
 
-WITHOUT_EFFECT = {  # generation settings that do not change what greedy decoding takes
+WITHOUT_EFFECT = {  # generation settings that do not change which token greedy decoding takes
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "do_sample",
     "temperature", "top_p", "top_k", "max_length", "max_new_tokens", "use_cache", "num_beams", "_from_model_config",
     "early_stopping", "length_penalty", "output_attentions", "output_hidden_states", "return_dict_in_generate",
@@ -22,7 +22,7 @@ WITHOUT_EFFECT = {  # generation settings that do not change what greedy decodin
 
 
 class Answer(NamedTuple):
-    """An answer as text, and whether generation stopped at the largest number of tokens instead of at its end."""
+    """An answer as text, and whether generation stopped at the limit of tokens instead of at an end token."""
 
     text: str
     cut: bool = False
@@ -135,7 +135,7 @@ def mean_nll(logits: Tensor, targets: Tensor) -> list[float]:
 
 
 def logits_from(logits: Tensor, starts: Sequence[int], count: int) -> Tensor:
-    """Row by row `count` positions of the logits from the row's own start; the last one repeats beyond the end."""
+    """`count` positions of each row's logits, from the row's own start; the last one repeats beyond the end."""
     first = torch.tensor(starts, device=logits.device)[:, None]
     where = (first + torch.arange(count, device=logits.device)).clamp(max=logits.shape[1] - 1)
     return logits.gather(1, where[:, :, None].expand(-1, -1, logits.shape[-1]))

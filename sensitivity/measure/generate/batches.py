@@ -30,7 +30,7 @@ class Batch:
     """Examples as tensors. Where `prefix` is set, questions of one image share its tokens, which are stored once."""
 
     examples: tuple[Example, ...]
-    inputs: dict[str, Tensor]  # of the processor: for the images where there is a prefix, else for the whole prompts
+    inputs: dict[str, Tensor]  # the processor's output: for images if there is a prefix, else for whole prompts
     prefix: int = 0  # tokens up to the end of the image
     image_index: list[int] = field(default_factory=list)  # index of each example's image
     prompts: list[list[int]] = field(default_factory=list)  # each example's tokens after the prefix
@@ -80,7 +80,7 @@ def _pixel_values(vlm: VLM, example: Example) -> int:
 
 
 def check_tasks_fit(vlm: VLM, tasks: Sequence[Task]) -> None:
-    """Raise an error if the model cannot be given these tasks, by one example of each, before a study is begun."""
+    """Raise an error if one example of each task cannot be made into tensors, before a study begins."""
     for task in tasks:
         for _ in batches(vlm, replace(task, examples=task.examples[:1])):
             pass
@@ -146,7 +146,7 @@ def _image_batches(vlm: VLM, clusters: Sequence[Sequence[Example]]) -> list[Batc
 
 @dataclass
 class _ImageWithQuestions:
-    """An image's tensors, the prompt's tokens up to its end, and each question's tokens after it."""
+    """An image's tensors, the prompt's tokens up to the end of the image, and each question's tokens after it."""
 
     examples: tuple[Example, ...]
     inputs: dict[str, Tensor]

@@ -84,7 +84,7 @@ class Drafts:
         return logits
 
     def take_earlier_answers(self, earlier: EarlierAnswers | None) -> bool:
-        """Replace drafts by earlier plans' answers that begin with the accepted tokens; whether there were any.
+        """Replace drafts by earlier plans' answers that begin with the accepted tokens; true if there were any.
 
         Other rows keep twice as much of their draft as the last pass accepted: reading wrong tokens costs time, too.
         """

@@ -22,7 +22,7 @@ from sensitivity.tasks.retrieval import ranks, reranked
 
 CHUNK = 64  # images or captions in a forward pass, or four times as many pairs
 CAPTION_TOKENS = 35  # tokens of a caption, at most, as in the published evaluation
-TEMPERATURE = 0.07  # temperature of the softmax over similarities: where BLIP-2's training begins
+TEMPERATURE = 0.07  # of the softmax over similarities: the value that BLIP-2's training starts with
 Reuse = Callable[[Hashable], AbstractContextManager[None]]
 
 

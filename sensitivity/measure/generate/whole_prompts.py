@@ -41,7 +41,7 @@ def drafted_answers(
     earlier: EarlierAnswers | None,
     reuse: Callable[..., AbstractContextManager[None]],
 ) -> tuple[list[list[int]], list[float]]:
-    """Greedy answers from drafts: the right answers, then a neighboring plan's; only the other rows are generated.
+    """Greedy answers from drafts: the right answers, then a neighboring plan's; only unfinished rows are generated.
 
     All plans read the right answers, so the prefix cache serves the language model in that pass, too.
     """
@@ -87,7 +87,7 @@ def drafted_answers(
 
 
 def _generate(vlm: VLM, task: Task, inputs: dict[str, Tensor]) -> Tensor:
-    """The tokens that transformers' own search generates after the prompts: greedy, unless the task asks for more."""
+    """The tokens that transformers' own search generates after the prompts: greedy, unless the task sets a search."""
     how = {"do_sample": False, "num_beams": 1, **task.search}
     output: Tensor = vlm.model.generate(**inputs, max_new_tokens=task.max_new_tokens, **how)
     return output[:, 1:] if vlm.encoder_decoder else output[:, inputs["input_ids"].shape[1] :]
@@ -101,7 +101,7 @@ def answer_logits(vlm: VLM, inputs: dict[str, Tensor], drafts: Sequence[Sequence
         logits: Tensor = vlm.model(**inputs, labels=labels, use_cache=False).logits
         return logits
     labels = labels[:, :-1]
-    # padding of drafts is on the right, out of causal sight
+    # drafts are padded on the right, where causal attention never looks
     longer = with_answers(vlm, inputs, labels.clamp(min=0), labels >= 0)
     logits = vlm.model(**longer, use_cache=False).logits[:, -labels.shape[1] - 1 :]
     return logits

@@ -1,1 +1,1 @@
-"""What needs the gradient of the loss of the right answers, on calibration data alone."""
+"""Computes gradients on calibration data: of the answer loss, and of errors of blocks and layers."""

@@ -29,7 +29,7 @@ Counted = Callable[[Tensor], Tensor]
 
 
 class Once:
-    """Raises an error for a layer that runs twice in a pass, of which then no token could be told apart."""
+    """Raises an error for a layer that runs twice in a pass, since its tokens could then not be told apart."""
 
     def __init__(self) -> None:
         self.reached: set[str] = set()
@@ -51,7 +51,7 @@ def add(sums: dict[str, Tensor], weight: Weight, values: Tensor) -> None:
 
 
 def answer_logits(vlm: VLM, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """The logits of the right answers with teacher forcing (rows x positions x words), and the right tokens."""
+    """The logits of the right answers with teacher forcing (rows x positions x vocabulary), and the right tokens."""
     logits: Tensor | None = getattr(calibration_pass(vlm, batch), "logits", None)  # a model for retrieval has none
     if batch.targets is None or logits is None:
         raise UserError(
@@ -59,7 +59,7 @@ def answer_logits(vlm: VLM, batch: TokenBatch) -> tuple[Tensor, Tensor]:
             "needs none, such as gptq"
         )
     logits = logits[:, -batch.targets.shape[1] :]
-    # in float32 the probability of a sure answer is 1, and its gradient nothing at all
+    # in float32 the probability of a sure answer rounds to 1, and its gradient is 0
     return logits.float() if logits.device.type == "mps" else logits.double(), batch.targets
 
 
@@ -82,7 +82,7 @@ def backward(
     Only the hidden states between blocks are kept from the forward pass: each block runs again when the backward pass
     comes to it, so that one block's activations are in memory at a time.
     """
-    # added to what a layer returns: gradients reach it even where nothing before it requires one
+    # added to what a layer returns, so that gradients reach it even where nothing before it requires one
     zero = torch.zeros((), device=vlm.device, dtype=vlm.model.dtype, requires_grad=True)
 
     def watch(weight: Weight) -> Callable[..., Tensor | None]:
@@ -133,7 +133,7 @@ def in_rows_that_fit(
     """The result of a function of data, in batches whose rows are halved until memory suffices.
 
     `data` makes batches of at most so many rows; `run` gets a function that makes those of one pass. A backward pass
-    takes several times the memory of a forward pass, so that it begins with fewer rows.
+    takes several times the memory of a forward pass, so `rows` begins lower than for forward passes.
     """
     while True:
         again = partial(run, partial(data, rows))
@@ -151,7 +151,7 @@ def _without_cache(value: object) -> object:
 
 
 def _run_again(forward: Callable[..., object], zero: Tensor) -> Callable[..., object]:
-    """The same forward, which keeps its inputs alone, and runs again in the backward pass."""
+    """The same forward, which keeps only its inputs, and runs again in the backward pass."""
 
     def run(*args: object, **kwargs: object) -> object:
         # a cache holds the keys of the first run, which the second would attend to as well

@@ -23,7 +23,7 @@ def block_errors(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -> dict
     Each block runs twice on its float inputs, with its own weights and with rounded ones, as the forward pass comes to
     it; only the second run is differentiated, so that one block's activations are in memory. A layer outside blocks is
     its own block, and its gradient is 2 E x for a rounding error E. At its own weights a block has no error, therefore
-    no gradient: the fixed rounding stands in for that of the method.
+    no gradient: rounding by PROBE stands in for the method's.
     """
     errors: dict[str, Tensor] = {}
     once = Once()
@@ -87,7 +87,7 @@ def _beside(
 
 @contextmanager
 def _rounded(vlm: VLM, weights: Sequence[Weight]) -> Iterator[None]:
-    """Inside the block, these weights are rounded by the probe."""
+    """Inside the `with` block, these weights are rounded by PROBE."""
     parameters = [vlm.model.get_parameter(weight.name) for weight in weights]
     held = [parameter.data for parameter in parameters]
     try:

@@ -20,7 +20,8 @@ ErrorsOf = Callable[[Weight], Sequence[Tensor]]  # the error of a weight (rows x
 class FirstOrder:
     """For each weight, by name, a sum over examples for each scheme.
 
-    With g the gradient of the loss by a layer's output and d the change of that output when the weight is quantized:
+    With g the gradient of the loss with respect to a layer's output, and d the change of that output when the weight is
+    quantized:
     `fisher` sums (g d)^2 over tokens and outputs, `change` sums |sum of g d| over examples.
     """
 

@@ -1,4 +1,4 @@
-"""The diagonal Fisher matrix: squared gradients of the answer loss by each weight, summed over examples."""
+"""The diagonal Fisher matrix: squared gradients of the answer loss for each weight, summed over examples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FISHER_BYTES = 1 << 30  # bytes of squared gradients in memory at once
 
 
 class Fisher:
-    """Squared gradients of the float model, a few blocks at a time, each from a backward pass of its own."""
+    """Squared gradients of the float model, a few blocks at a time, with a backward pass for each group of blocks."""
 
     def __init__(self, vlm: VLM, weights: Sequence[Weight], data: Callable[[int], Iterable[TokenBatch]]) -> None:
         """`weights` in the order in which they will be asked for."""
@@ -52,7 +52,10 @@ class Fisher:
 
 
 def squared_gradients(vlm: VLM, weights: Sequence[Weight], data: Iterable[TokenBatch]) -> dict[str, Tensor]:
-    """For each weight the sum over examples of G^2, G = sum_t d_t x_t'; zero where the loss does not reach it."""
+    """For each weight the sum over examples of G^2; zero where the loss does not reach it.
+
+    G = sum_t d_t x_t' is an example's gradient, from the output gradient d_t and the input x_t of each token.
+    """
     squares = {weight.name: torch.zeros(weight.rows, weight.cols, device=vlm.device) for weight in weights}
     examples = 1
 

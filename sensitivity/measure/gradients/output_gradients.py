@@ -1,4 +1,4 @@
-"""Squared gradients of the answer loss by what each layer returns: one number for each row of its weight."""
+"""Squared gradients of the answer loss with respect to layers' outputs: one number for each row of a weight."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ from sensitivity.measure.passes.token_batches import TokenBatch
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap, Weight
 
-TOLERANCE = 0.01  # of the whole change of the loss: how far the terms may be from summing to it
-LEAST = 1e-6  # of the loss itself: differences below are rounding of float32
+TOLERANCE = 0.01  # most that the sum of the terms may miss, as a share of the whole change of the loss
+LEAST = 1e-6  # share of the loss itself, below which a difference is float32 rounding
 MOST = 128  # backward passes over the data; after these, what the terms miss is reported as it is
-NODES = ((0.5 - 0.5 / 3**0.5, 0.5), (0.5 + 0.5 / 3**0.5, 0.5))  # Gauss and Legendre's rule of two points on [0, 1]
+NODES = ((0.5 - 0.5 / 3**0.5, 0.5), (0.5 + 0.5 / 3**0.5, 0.5))  # two-point Gauss-Legendre rule on [0, 1]
 
 Data = Callable[[], Iterable[TokenBatch]]  # called once for every pass
 Place = tuple[int, str, int]  # an example, by its number; a component; and how many of its tokens a layer reads
@@ -26,7 +26,7 @@ Terms = dict[Place, Tensor]  # what each of these tokens adds to the loss
 
 @dataclass(eq=False)
 class _Piece:
-    """A stretch of the path, with its terms and what they miss of the change of the loss on it."""
+    """A segment of the path, with its terms and what they miss of the change of the loss on it."""
 
     begin: float
     end: float
@@ -42,7 +42,7 @@ class PathIntegral:
     after: float
     terms: Terms
     passes: int  # backward passes over the data
-    modalities: dict[Place, Tensor | None] = field(default_factory=dict)  # None: all tokens are of the image
+    modalities: dict[Place, Tensor | None] = field(default_factory=dict)  # None: all are vision
     prompts: dict[int, list[int]] = field(default_factory=dict)  # the tokens of each example's question
 
     @property
@@ -72,10 +72,10 @@ def path_integral(
 ) -> PathIntegral:
     """The integral of the loss gradient times the change of each layer's output, from float weights to quantized ones.
 
-    All weights move together on straight lines: W + t * change, t from 0 to 1 (Aumann and Shapley's value of sharing a
-    cost). Since the loss is known at every t, so is the error of every piece of the path: the worst piece is halved
-    until what all pieces miss is at most `tolerance` of the whole change. `changes` is by parameter; `counted` chooses
-    the tokens of answers whose loss counts.
+    All weights move together on straight lines: W + t * change, t from 0 to 1 (the Aumann-Shapley value). Since the
+    loss is known at every t, so is the error of every piece of the path: the worst piece is halved until what all
+    pieces miss is at most `tolerance` of the whole change. `changes` is by parameter; `counted` chooses the tokens of
+    answers whose loss counts.
     """
     run = _Path(vlm, parts, changes, data, counted)
     before, after = run.loss(0.0), run.loss(1.0)
@@ -101,7 +101,7 @@ class _Path:
         self, vlm: VLM, parts: ComponentMap, changes: Mapping[str, Tensor], data: Data, counted: Counted | None
     ) -> None:
         self.vlm, self.changes, self.data, self.counted = vlm, changes, data, counted
-        # all of them, as blocks whose weights stay run again in the backward pass, too, instead of being kept
+        # unchanged ones, too: so every block runs again in the backward pass, and no activations are kept
         self.weights = [weight for weight in parts.weights if not weight.is_embedding]
         self.component = {weight.name: c.name for c in parts.components for weight in c.weights}
         self.passes = 0

@@ -15,18 +15,18 @@ from sensitivity.quantize.methods import quantize
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import Weight
 
-PROBE = scheme("rtn", 3)  # by which weights are rounded where importance needs an error before there is a method's
+PROBE = scheme("rtn", 3)  # rounds weights where importance needs an error before a method has made one
 
 
 def rounding(weight: Tensor) -> Tensor:
-    """The error of a weight that is rounded by the probe, in float32."""
+    """The error of a weight that is rounded by PROBE, in float32."""
     return quantize(weight, PROBE).float() - weight.float()
 
 
 def attribution(inputs: Tensor, error: Tensor) -> Tensor:
     """Integrated gradients of mean |E x| from a zero input to each token's x, as the mean |share| of its channels.
 
-    On the way a x, 0 < a < 1, the signs of E x do not change, so neither does the gradient: the integral is exact.
+    On the path a x, 0 < a < 1, the signs of E x do not change, so neither does the gradient: the integral is exact.
     """
     sign = (inputs @ error.T).sign()
     return (inputs * (sign @ error)).abs().mean(1) / len(error)
@@ -35,7 +35,7 @@ def attribution(inputs: Tensor, error: Tensor) -> Tensor:
 def perturbations(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -> dict[str, Tensor]:
     """The attribution of each token, summed over the layers that read it, from one forward pass.
 
-    QIG (code read) takes the error of a module, whose integral needs 32 steps. Here it is that of each layer.
+    QIG's code takes the error of a whole module, whose integral needs 32 steps. Here it is the error of each layer.
     """
     attributions: dict[str, Tensor] = {}
     once = Once()

@@ -1,4 +1,4 @@
-"""Token importance: how much each token that a layer reads counts in its calibration statistics, beside 1 for all."""
+"""Token importance: how much each token that a layer reads counts in its calibration statistics, instead of 1."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def by_modality(seen: TokenNumbers) -> TokenWeights:
 
 
 def by_gradient(seen: TokenNumbers) -> TokenWeights:
-    """The norm of the loss gradient at the token: TLQ, as inferred from its abstract."""
+    """The norm of the loss gradient at the token, over its mean: TLQ, as inferred from its abstract."""
     return {key: norms / norms.mean().clamp(min=torch.finfo(norms.dtype).tiny) for key, norms in seen.numbers.items()}
 
 
@@ -103,7 +103,7 @@ def by_output(seen: TokenNumbers) -> TokenWeights:
 def by_block(seen: TokenNumbers) -> TokenWeights:
     """The gradient of a block's own error: SalQ-VLM, as inferred from its abstract and reviews.
 
-    One number for the whole data, so that examples keep their shares.
+    It is divided by one mean over all data, so that examples keep their shares.
     """
     totals: dict[str, list[Tensor]] = {}
     for (_, name), values in seen.numbers.items():
@@ -138,7 +138,7 @@ def by_perturbation(seen: TokenNumbers) -> TokenWeights:
 def by_filter(seen: TokenNumbers) -> TokenWeights:
     """1 for tokens of examples within 1.5 interquartile ranges of the quartiles, 0 for the others (QuantVGGT).
 
-    Fewer than four examples have no quartiles to speak of, and all count.
+    Quartiles of fewer than four examples say little, so then all count.
     """
     means: dict[str, list[Tensor]] = {}
     for (_, name), values in seen.numbers.items():
@@ -173,7 +173,7 @@ def importance_of(
 ) -> dict[str, TokenWeights]:
     """The token weights of each kind of importance; kinds that observe the same share one pass over the data.
 
-    Inputs that the loss does not reach are left out, such as those of a tower's blocks behind the one whose features
+    Inputs that the loss does not reach are left out, such as those of a tower's blocks after the one whose features
     are read.
     """
     seen = {IMPORTANCE[kind][0]: TokenNumbers() for kind in names}

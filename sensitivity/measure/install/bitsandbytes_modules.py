@@ -19,8 +19,8 @@ from sensitivity.spec.plan import Plan, Scheme
 def bitsandbytes_modules(model: nn.Module, parts: ComponentMap, plan: Plan) -> Iterator[dict[str, nn.Module]]:
     """Inside the block the plan's linears are bitsandbytes modules, by path; the type of each is checked.
 
-    The lists of modules to skip that loaders take silently match nothing where a path is spelled differently. Here each
-    module is replaced by name, and the replaced modules are compared with those that the plan asks for.
+    Loaders take lists of modules to skip, in which a path that is spelled differently silently matches nothing. Here
+    each module is replaced by name, and the replaced modules are compared with those that the plan asks for.
     """
     schemes = {name.rpartition(".")[0]: scheme for name, scheme in targets(parts, plan).items()}
     originals = {path: _linear(model, path) for path in schemes}

@@ -1,4 +1,4 @@
-"""ClippedRanges: the ranges of inputs that Q-VLM searches, as its paper says or as its code does."""
+"""ClippedRanges: searches the ranges of layers' inputs, as Q-VLM's paper or as its released code does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Quantized = Callable[[str], Tensor]  # a plan's weight, by name
 
 
 class ClippedRanges:
-    """Searches them on one model; `found` keeps them for later plans."""
+    """Searches the ranges on one model; `found` keeps them for later plans."""
 
     def __init__(self, model: nn.Module, parts: ComponentMap, passes: Passes, found: dict[Hashable, object]) -> None:
         self.model, self.parts, self.passes, self.found = model, parts, passes, found
@@ -36,7 +36,7 @@ class ClippedRanges:
     def find(
         self, weights: Sequence[Weight], given: Mapping[str, Scheme], quantized: Quantized
     ) -> dict[str, InputRange]:
-        """By weight, for those whose scheme asks for a search; all round to the same bits."""
+        """The range of each weight whose scheme asks for a search; all schemes round to the same bits."""
         result: dict[str, InputRange] = {}
         for part in PARTS:
             for scale in (BLOCKS, RELEASED):
@@ -48,7 +48,7 @@ class ClippedRanges:
         return result
 
     def _released(self, part: str, weights: Sequence[Weight], bits: int) -> dict[str, InputRange]:
-        """From all layers of the part, so that what one layer gets does not depend on the plan."""
+        """Searched over all layers of the part, so that the range of one layer does not depend on the plan."""
         key = RELEASED, part, bits
         if key not in self.found:
             every = [weight for weight in self.parts.weights if weight.part == part and not weight.is_embedding]
@@ -69,7 +69,7 @@ class ClippedRanges:
                 (path, inside) for path, own in block if (inside := [w for w in own if w.name in asked])
             ]
             if rounded:
-                # all that is quantized in these blocks, since it decides what is best
+                # with all that is quantized in these blocks, since the best ranges depend on it
                 key: Hashable = (BLOCKS, tuple((w.name, given[w.name]) for _, own in rounded for w in own))
                 keys.append(key)
                 if key not in self.found:
@@ -106,7 +106,7 @@ class ClippedRanges:
         weights: Sequence[Weight],
         changes: Mapping[str, Change],
     ) -> Iterator[None]:
-        """Inside it, some weights are those of the plan, and the inputs of their layers change."""
+        """Inside the `with` block, some weights are those of the plan, and the inputs of their layers change."""
         parameters = {w.name: self.model.get_parameter(w.name) for w in weights if given[w.name].method != KEEP}
         held = {name: parameter.data for name, parameter in parameters.items()}
         with ExitStack() as hooks:

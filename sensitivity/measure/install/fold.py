@@ -57,14 +57,14 @@ def _divide(parameter: nn.Parameter, scale: Tensor) -> None:
 
 
 def _divide_norm(norm: nn.Module, scale: Tensor) -> None:
-    """Divide a norm's output by a scale. Some norms multiply by 1 + weight (Gemma); a trial shows which."""
+    """Divide a norm's output by a scale. Some norms multiply by 1 + weight (Gemma); a test shows which."""
     gain = norm.get_parameter("weight")
     x = torch.randn(4, len(scale), device=gain.device, dtype=gain.dtype)
     expected, weight = norm(x).float(), gain.data.clone()
     if (bias := _bias(norm)) is not None:
         _divide(bias, scale)
     # Only the output tells which formula a norm has: the right one gives the norm's own output again once it is
-    # multiplied by the scales. The trial inputs are random, so that no channel is zero by chance.
+    # multiplied by the scales. The test inputs are random, so that no channel is zero by chance.
     for offset in (0.0, 1.0):
         gain.data = ((weight.float() + offset) / scale - offset).to(weight.dtype)
         # rounding of the divided output is multiplied by the scales, too, so the tolerance grows with them

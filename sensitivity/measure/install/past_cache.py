@@ -1,4 +1,4 @@
-"""Keys and values that only later tokens read rounded, each channel divided by its size before (WKVQuant)."""
+"""Rounds keys and values only for later tokens, each channel divided by its largest magnitude (WKVQuant)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def keeps_own(scheme: Scheme, weight: Weight) -> bool:
 def past_cache_hooks(
     model: nn.Module, weights: Iterable[Weight], given: Mapping[str, Scheme], sizes: Sizes
 ) -> Iterator[RemovableHandle]:
-    """Register what the schemes of a plan round in the cache of each attention, for the tokens that follow."""
+    """Register hooks that round the cache of each attention as a plan's schemes say, for the tokens that follow."""
     for path, made in cached_attentions(weights).items():
         keeping = {n: w for n, w in made.items() if w.name in given and keeps_own(given[w.name], w)}
         if not keeping:
@@ -70,7 +70,7 @@ def cache_sizes(model: nn.Module, weights: Iterable[Weight], passes: Callable[[]
 
 
 def _behind(size: Tensor, rounded: Change) -> Change:
-    """Rounding of channels that are divided by their size; those that were always zero stay as they are."""
+    """Rounds channels divided by their size, then multiplies back; a channel that was always zero is not divided."""
 
     def change(vectors: Tensor) -> Tensor:
         by = torch.where(size > 0, size, torch.ones_like(size)).half().to(vectors)  # stored in 16 bits

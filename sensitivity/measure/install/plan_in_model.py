@@ -25,7 +25,7 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import KEEP, NOT_ROUNDED, Plan, Scheme, Setting, scheme_of
 from sensitivity.spec.stage import each
 
-QUANTIZING = "quantizing", "blocks"  # as lines of progress call it
+QUANTIZING = "quantizing", "blocks"  # what progress lines call the work and its unit
 
 
 @contextmanager
@@ -63,7 +63,8 @@ def quantized(
             if not exposed:
                 quantizer.search(given)
             for block in each(blocks, *QUANTIZING, len(blocks)):
-                # the blocks before this one hold their quantized weights by now, and its calibration inputs pass them
+                # the blocks before this one hold their quantized weights by now, and its calibration inputs pass
+                # through them
                 if exposed:
                     quantizer.solve(block, {weight.name: {given[weight.name]} for weight in block})
                     quantizer.search({weight.name: given[weight.name] for weight in block})
@@ -201,7 +202,7 @@ class _Quantizer:
                         self.memory[self.key(name, chosen)] = value
 
     def _find_ranges(self, ranges: Mapping[str, Weight], curvatures_of: Mapping[str, Mapping[str, Curvature]]) -> None:
-        """The range of some inputs, from the statistics that solving needed, or from those of all tokens alike."""
+        """Add the range of some inputs, from statistics in which all tokens count alike, gathered now if missing."""
         known = {name: curvatures[UNIFORM] for name in ranges if UNIFORM in (curvatures := curvatures_of.get(name, {}))}
         if (left := [weight for name, weight in ranges.items() if name not in known]) and self.statistics is not None:
             known |= self.statistics.gather(left, tuple(self.installed_so_far))
@@ -213,7 +214,7 @@ class _Quantizer:
         self.run_time.search(weights, given, self.own, lambda name: self.weight(name, given[name]))
 
     def stored(self, weight: Weight, scheme: Scheme) -> CachedWeight | None:
-        """What is stored of a weight, where what it does to its inputs matters at run time."""
+        """The stored weight if the scheme rounds its inputs, which it may transform first; else None."""
         if scheme.activations == NOT_ROUNDED or scheme.method == KEEP:
             return None
         return self.memory[self.key(weight.name, scheme)]

@@ -29,8 +29,8 @@ def rounding_hooks(
 ) -> Iterator[RemovableHandle]:
     """Register what a scheme rounds around one linear layer: its input, and its output where that is cached.
 
-    `transform` is what inputs become before they are rounded; `rounded` rounds them otherwise than with a scale for
-    each token.
+    `transform` is applied to inputs before they are rounded, and undone afterwards; `rounded` replaces the default
+    rounding, which has a scale for each token.
     """
     if weight.is_embedding:  # rows of an embedding are looked up: there is no input to round
         return
@@ -53,7 +53,7 @@ def check_cache(name: str, scheme: Scheme, weights: tuple[Weight, ...]) -> None:
 
 
 def _behind(transform: InputTransform, change: Change) -> Change:
-    """A change of inputs as the stored weight reads them."""
+    """A change of transformed inputs, as the stored weight reads them."""
     return lambda x: transform.back(change(transform.forward(x))).to(x.dtype)
 
 

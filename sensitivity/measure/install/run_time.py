@@ -38,7 +38,7 @@ Given = Mapping[str, Scheme]  # the scheme of each weight of a plan
 
 
 class RunTime:
-    """For one plan in one model. `found` keeps what was found on calibration data for later plans."""
+    """What one plan rounds in one model. `found` keeps what was found on calibration data for later plans."""
 
     def __init__(
         self, model: nn.Module, parts: ComponentMap, statistics: Statistics | None, found: dict[Hashable, object]
@@ -75,7 +75,7 @@ class RunTime:
             of_bits = [w for w in weights if given[w.name].activations == bits and not w.is_embedding]
             self.searched |= self.clips.find(of_bits, given, quantized)
         for weight in weights:
-            # now, since a norm whose output is rounded is read by what rounds it
+            # now, since hooks that round a norm's output will read it, too, and the norm would not qualify
             if given[weight.name].get(ACTIVATION_SCALE) == NORM:
                 self.found.setdefault(("norm", input_of(weight)), self.statistics.behind_norm(input_of(weight)))
         here = [(self.attentions[w], given[w.name]) for w in weights if w in self.attentions]
@@ -100,7 +100,7 @@ class RunTime:
     def hooks(self, weight: Weight, chosen: Scheme, stored: object) -> Iterator[RemovableHandle]:
         """Register everything that a scheme rounds at one layer, and at the attention that begins or ends there."""
         device = self.model.get_parameter(weight.name).device
-        # ranges that were searched are those of inputs as they are
+        # searched ranges are those of inputs without a transform
         as_they_are = stored is None or weight.is_embedding or weight.name in self.searched
         transform = None if as_they_are else InputTransform.of(stored, device)
         yield from rounding_hooks(self.model, weight, chosen, transform, self._rounded(weight, chosen, transform))
@@ -111,7 +111,7 @@ class RunTime:
             yield from probability_hooks(self.model, attention.path, change, partial(self._factor, attention.path))
 
     def match(self, given: Given) -> Iterator[RemovableHandle]:
-        """Once all of a plan is in the model: scale each attention whose scheme asks for it to the float model's."""
+        """Once all of a plan is in the model: scale attention to the float model's, where a scheme asks for it."""
         every = [one for one in self.attentions.values() if one.first.name in given]
         outputs = {one.path: one.last.module for one in every if matches_attention(given[one.first.name])}
         if not outputs or self.statistics is None:
@@ -156,7 +156,7 @@ class RunTime:
         return self.model.get_submodule(weight.module).register_forward_hook(hook)
 
     def _probabilities(self, attention: AttentionModule, chosen: Scheme) -> Callable[[Tensor], Tensor]:
-        """How the probabilities of an attention change."""
+        """The function that changes the probabilities of an attention."""
         grid, bits = softmax_grid(chosen), chosen.activations
         if grid is None:
             return lambda probabilities: probabilities

@@ -44,7 +44,7 @@ class PrefixCache:
         self._current_keys: dict[tuple[str, int], Hashable] = {}
         # one state per batch and boundary: a plan with another prefix overwrites it, so memory holds one plan's path
         self._states: dict[tuple[Hashable, str, int], tuple[Hashable, object]] = {}
-        # per batch and layer: the key, then keys and values of attention after the image tokens
+        # per batch and layer: the upstream schemes, then attention's keys and values after the image tokens
         self._caches: dict[Hashable, list[tuple[Hashable, Tensor, Tensor]]] = {}
         self.answers: dict[Hashable, EarlierAnswers] = {}  # in tokens, as drafts for later plans
         self._excluded: set[Hashable] = set()  # batches that exceeded the limit
@@ -135,7 +135,7 @@ class PrefixCache:
         self._bytes -= sum(_size(entry) for entry in self._caches.pop(batch, []))
 
     def clear(self) -> None:
-        """Drop everything, since other examples follow."""
+        """Drop everything, before other examples are run."""
         for kept in (self._states, self._caches, self._excluded, self.answers):
             kept.clear()
         self._bytes = 0

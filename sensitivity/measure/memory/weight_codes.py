@@ -38,7 +38,7 @@ Coded = (
 KINDS: tuple[type[Coded], ...] = get_args(Coded)
 # A plain tensor stands for what has no codes: biases, and weights that a method leaves alone.
 CachedWeight = Tensor | Coded
-# how fields that are no tensors are read back from one
+# by type of a field that is not a tensor: how it is read back from the tensor that stores it
 READ: dict[str, Callable[[Tensor], object]] = {
     "int": int,
     "int | None": int,
@@ -77,7 +77,7 @@ class WeightCodes(OrderedDict[Key, CachedWeight]):
         return self._dense[name][1]
 
     def trim(self) -> None:
-        """Drop the least recently used entries until the rest keeps the limit."""
+        """Drop the least recently used entries until the rest is within the limit."""
         while self.bytes > self.limit:
             _, value = self.popitem(last=False)
             self.bytes -= _bytes(value)

@@ -19,7 +19,7 @@ from sensitivity.spec.components import Weight
 def attention_received(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -> dict[str, Tensor]:
     """Per token, the sum of its attention probabilities over heads and queries of its block.
 
-    An input that no attention of its block reads token for token has none, such as layers outside blocks.
+    An input is left out if no attention of its block has the same tokens, or if its layer is outside blocks.
     """
     received: dict[tuple[str, int], list[Tensor]] = {}
     current: list[tuple[str, int]] = []
@@ -61,7 +61,7 @@ def attention_received(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -
 
 
 def _of_tokens(received: Sequence[Tensor], count: int) -> Tensor | None:
-    """What so many tokens received: the sum of the attentions over all of them, or the parts of one in turn."""
+    """What so many tokens received: the sum over attentions to all of them, or attentions to parts of them, joined."""
     if whole := [values for values in received if len(values) == count]:
         return torch.stack(whole).sum(0)
     # a tower may attend to one image after the other

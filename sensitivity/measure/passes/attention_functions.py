@@ -1,4 +1,4 @@
-"""Watches and replaces attention's probabilities, whether attention is fused or a softmax over four dimensions."""
+"""Watches and replaces attention's probabilities, whether attention is fused or a softmax of a 4-D tensor."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _logits_and_value(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """What fused attention, whose arguments these are, takes the softmax of, and the values of all heads."""
+    """The logits and the values, by query head, of fused attention, whose arguments these are."""
     if (times := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
     logits = at_least_float32(query) @ at_least_float32(key).mT * (scale or 1 / math.sqrt(query.shape[-1]))

@@ -57,7 +57,7 @@ def attending_hooks(
 ) -> Iterator[RemovableHandle]:
     """Call `attend` in each attention of a module; `check` gets the number of calls after each forward pass.
 
-    Hooks and not a new forward, since the float model is had again by taking out hooks.
+    These are hooks, not a replaced forward, since `float_model` restores the float model by removing hooks.
     """
     active: list[AttentionFunctions] = []
 
@@ -69,7 +69,7 @@ def attending_hooks(
         if active:  # not entered where a hook before this one raised an error
             mode = active.pop()
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            if output is not None:  # None after an error in the module, which must be seen and not another
+            if output is not None:  # None after an error in the module, which no error of `check` may hide
                 check(mode.calls)
 
     yield module.register_forward_pre_hook(enter, with_kwargs=True)

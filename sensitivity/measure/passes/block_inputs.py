@@ -1,4 +1,4 @@
-"""How large the hidden states are that enter each block, example by example."""
+"""The root mean square of the hidden states that enter each block, example by example."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sensitivity.spec.components import Weight
 def block_input_sizes(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -> dict[str, Tensor]:
     """For each token of each layer's input: the root mean square of what its example brings into the block.
 
-    It is what the block's first norm reads, and holds the mean and the deviation that QuantVGGT looks at. A layer
-    outside blocks has that of its own input.
+    The block's first norm reads these hidden states. Their root mean square covers both the mean and the deviation that
+    QuantVGGT looks at. For a layer outside blocks it is that of its own input.
     """
     sizes: dict[str, Tensor] = {}  # by path of a block or layer, one for each example
     tokens: dict[str, int] = {}
@@ -29,7 +29,7 @@ def block_input_sizes(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) ->
     def note(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-            # a tower that reads all images as one sequence has an equal share of each, since their shapes are equal
+            # a tower may read all images as one sequence; their shapes are equal, so each has an equal share of it
             sizes[path] = first.float().reshape(examples, -1).square().mean(1).sqrt()
             tokens[path] = first.shape[:-1].numel()
 

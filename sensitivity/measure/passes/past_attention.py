@@ -1,4 +1,4 @@
-"""Attention that reads earlier tokens from a rounded cache, and each token itself as it is (WKVQuant)."""
+"""Attention in which a token reads other tokens from a rounded cache, and itself unrounded (WKVQuant)."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from sensitivity.spec.errors import UserError
 
 QUERY, KEY, VALUE = "query", "key", "value"
 Change = Callable[[Tensor], Tensor]  # of keys or values, the channels of all heads in the last dimension
-NEAR = 0.02  # of the largest product of a query and a key: two ways to compute it agree within it in 16 bits, too
+NEAR = 0.02  # of the largest value that is compared: two ways to compute it differ by less, also in 16 bits
 
 
 @dataclass
 class Made:
-    """What the layers of one attention made in this forward pass, before attention rotates it."""
+    """What the layers of one attention made in this forward pass, before rotary embedding."""
 
     path: str
     outputs: dict[str, Tensor] = field(default_factory=dict)  # keys and values as they are stored
-    lost: dict[str, Tensor] = field(default_factory=dict)  # what rounding took from them
+    lost: dict[str, Tensor] = field(default_factory=dict)  # their values before rounding, minus the stored ones
 
 
 class PastAttention(TorchFunctionMode):
@@ -49,7 +49,10 @@ class PastAttention(TorchFunctionMode):
         return self._unfolded(*args, **(kwargs or {}))
 
     def _unfolded(self, query: Tensor, key: Tensor, value: Tensor, *more: Any, **how: Any) -> Tensor:
-        """One token at a time, transformers puts the query heads that share a key into the place of tokens."""
+        """Attention with each query head by itself.
+
+        For a single token, transformers packs the query heads that share a key into the dimension of tokens.
+        """
         shape, tokens = query.shape, next(iter(self.made.outputs.values())).shape[-2]
         if tokens != 1 or shape[2] == 1:
             return self._attend(query, key, value, *more, **how)
@@ -70,7 +73,7 @@ class PastAttention(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Fused attention, whose arguments these are; the last tokens are those that read."""
+        """Fused attention, whose arguments these are; queries belong to the last of the tokens that have keys."""
         wide = torch.promote_types(query.dtype, torch.float32)
         q, k, v = (_for_heads(one, query.shape[1]).to(wide) for one in (query, key, value))
         queries, start = q.shape[2], k.shape[2] - q.shape[2]
@@ -94,7 +97,7 @@ class PastAttention(TorchFunctionMode):
     def _own_logits(self, query: Tensor, key: Tensor) -> Tensor | float:
         """What rounding takes from the product of each token's own query and key.
 
-        A rotation by the position turns both alike, so the product is that of what the layers made, but for a factor.
+        Rotary embedding rotates both alike, so the product is that of what the layers made, times a constant factor.
         """
         if KEY not in self.made.lost:
             return 0.0
@@ -126,7 +129,7 @@ class PastAttention(TorchFunctionMode):
 def past_hooks(
     model: nn.Module, path: str, layers: Mapping[str, str], changes: Mapping[str, Change]
 ) -> Iterator[RemovableHandle]:
-    """Change what one attention stores of keys and values, and what a token reads of others alone.
+    """Change the keys and values that one attention stores; each token still reads its own unchanged.
 
     `layers` has the paths of the layers that make queries, keys and values.
     """

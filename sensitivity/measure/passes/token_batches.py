@@ -19,7 +19,7 @@ from sensitivity.tasks.examples.types import Task
 
 MODALITIES = ("padding", "vision", "prompt", "answer")
 PADDING, VISION, PROMPT, ANSWER = range(4)
-ROWS = 16  # examples in a batch, at most: memory does not grow with their number
+ROWS = 16  # examples in a batch, at most, so that memory does not grow with the data
 
 
 Answered = tuple[int, dict[str, Tensor], list[int]]  # an example: its number in the data, its inputs, its right answer

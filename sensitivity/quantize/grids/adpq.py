@@ -15,9 +15,10 @@ from sensitivity.spec.sizes import outliers
 def adpq(weight: Tensor, scheme: Scheme) -> TwoScaleWeight | QuantizedWeight:
     """Two grids per group, for outliers and for all others, both of the same few bits; no data is needed.
 
-    Known from the abstract and two third-party codes: the adaptive LASSO keeps |w| - lambda / |w| > 0, with lambda such
-    that 6 % are outliers. That is the largest 6 % by magnitude (inferred, and checked). Another code has a threshold
-    per group from the median deviation, and outliers in full precision; that reading is not implemented.
+    Known from the abstract and two third-party implementations: the adaptive LASSO keeps |w| - lambda / |w| > 0, with
+    lambda such that 6 % are outliers. These are the largest 6 % by magnitude (inferred, and checked). Another
+    implementation, which is not followed, takes a threshold per group from the median deviation and keeps outliers in
+    full precision.
     """
     values = weight.float()
     mask = largest(values.abs(), outliers(scheme["outliers"], *weight.shape))
@@ -25,7 +26,7 @@ def adpq(weight: Tensor, scheme: Scheme) -> TwoScaleWeight | QuantizedWeight:
     def on_grid(some: Tensor) -> QuantizedWeight:
         return encode(values, scheme, *scale_and_zero(some, scheme, *ranges(some, scheme), weight.dtype))
 
-    # every range includes zero, so zeros in place of the numbers of the other grid widen none
+    # every range includes zero, so zeros in place of the other grid's numbers do not widen it
     inliers = on_grid(values.masked_fill(mask, 0))
     if not bool(mask.any()):
         return inliers

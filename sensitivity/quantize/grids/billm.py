@@ -1,4 +1,4 @@
-"""BiLLM: one bit per weight in two halves by magnitude, two for salient columns, and error feedback between blocks."""
+"""BiLLM: one bit per weight, in two halves by magnitude; two bits in salient columns; error feedback between blocks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from sensitivity.quantize.stored.levels import BinaryWeight
 from sensitivity.spec.plan import Scheme
 
 SHARES = tuple(i / 20 for i in range(2, 19))  # of a block's weights that lie below the split; the release tries 81
-SAMPLE = 2**20  # magnitudes from which the quantiles of a block are read
+SAMPLE = 2**20  # about how many magnitudes of a block its quantiles are taken from
 
 
 def billm(linears: Linears, schemes: Sequence[Scheme]) -> list[list[BinaryWeight | None]]:
     """Binary weights in blocks of columns (Huang et al. 2024), weight by weight.
 
-    Read in its code: salient are the columns with the largest sum of w^2/d^2, fewer than 50 of 128, as many as give the
-    least error; the other weights are halved at the best of some quantiles of their magnitude; mean and magnitude per
-    row; two signs for salient columns; a block feeds its errors forward only to later blocks. Ours: the release
-    searches its halves on w^2/d^2 too, and we on the weights; numbers of columns are tried in powers of two; the
+    Read in its code: the salient columns are those with the largest sum of w^2/d^2, as many (fewer than 50 of 128) as
+    give the least error, and have two signs. The other weights are split into two halves at the best of some quantiles
+    of their magnitude. Mean and magnitude are per row. Only later blocks compensate for the errors of a block. Ours:
+    the split is searched on the weights, in the release on w^2/d^2; numbers of columns are tried in powers of two; the
     compensation in later blocks is exact for the errors that were made.
     """
     factor, by_scheme = factor_of(linears, schemes[0]), []
@@ -52,7 +52,7 @@ class Block:
 
 
 class BlockGrid:
-    """The solver's grid that rounds a whole block at once: targets inside the block are not asked."""
+    """A grid for the solver that rounds a whole block at once, without error feedback inside the block."""
 
     def __init__(self, scheme: Scheme, factor: Factor, span: int, dtype: torch.dtype) -> None:
         self.span, self.importance, self.dtype = span, factor.importance, dtype
@@ -86,12 +86,12 @@ class BlockGrid:
 
 
 def number(block: Block) -> Tensor:
-    """The numbers of a block."""
+    """A block, dequantized."""
     return BinaryWeight(block.codes, block.halves, block.salient, block.columns, block.codes.shape[1]).dequantize()
 
 
 def binarized(weights: Tensor, importance: Tensor, most: int, split: bool, dtype: torch.dtype) -> Block:
-    """A block (rows x columns) with at most so many salient columns, and its other weights in one or two halves."""
+    """Round a block (rows x columns): at most `most` salient columns, and its other weights in one or two halves."""
     two_signs = _salient_columns(weights, importance, most) if most else None
     salient = torch.zeros(weights.shape[1], device=weights.device) if two_signs is None else two_signs.float()
     there = (1 - salient)[None].expand_as(weights)

@@ -13,13 +13,13 @@ from sensitivity.spec.plan import Scheme
 def binary(weight: Tensor, scheme: Scheme) -> PlanesWeight:
     """Each bit is one more binary approximation of the residual, mean + magnitude x sign, per row and group.
 
-    The residual approximation of Li et al. 2021 as BiLLM's code has it, which was read: a mean in every order.
+    This is the residual approximation of Li et al. 2021 as in BiLLM's code, which was read: every order has a mean.
     """
     values, group = weight.float(), columns(scheme, weight)
     padded = torch.nn.functional.pad(values, (0, -values.shape[1] % group)).reshape(len(values), -1, group)
     there = torch.nn.functional.pad(torch.ones_like(values[:1]), (0, -values.shape[1] % group)).reshape(1, -1, group)
     mean, magnitudes, codes = residual(padded, there, scheme.bits, weight.dtype)
-    # mean + a s with s = -1 or 1 is (mean - a) + 2a b with b = 0 or 1; all are sums of 16-bit numbers
+    # mean + a s with s = -1 or 1 is (mean - a) + 2a b with b = 0 or 1: a sum of 16-bit numbers
     slopes = as_16_bit(2 * magnitudes, weight.dtype)
     offset = as_16_bit(mean - slopes.sum(2) / 2, weight.dtype)
     bits = codes.reshape(len(values), -1)[:, : values.shape[1]].contiguous()
@@ -29,7 +29,7 @@ def binary(weight: Tensor, scheme: Scheme) -> PlanesWeight:
 def residual(x: Tensor, there: Tensor, order: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (...), magnitudes (... x order) and codes of the numbers of the last dimension that are `there` (1 or 0).
 
-    Bit k of a code is the sign of what the orders before it leave.
+    Bit k of a code is the sign of the residual that the orders before k leave.
     """
     count = there.sum(-1).clamp(min=1)
     codes, left, total = torch.zeros_like(x, dtype=torch.uint8), x * there, torch.zeros_like(x[..., 0])

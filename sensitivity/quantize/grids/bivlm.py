@@ -1,4 +1,4 @@
-"""Bi-VLM: a sign and a bin of magnitudes by Gaussian quantiles per matrix; the tail gets a scale per row."""
+"""Bi-VLM: a sign and a magnitude bin per weight, bins by Gaussian quantiles per matrix; a row scale for the tail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sensitivity.quantize.stored.grid import as_16_bit
 from sensitivity.quantize.stored.levels import BinnedWeight, salient_levels
 from sensitivity.spec.plan import Scheme
 
-TURNS = 10  # of the salient row scale and its clipped weights in turn; the paper gives no number
+TURNS = 10  # alternating updates of the salient row scale and the clipped weights; the paper gives no number
 LEAST = 1e-6  # share of salient weights below which there are none
 
 
@@ -106,7 +106,7 @@ class Magnitudes:
 def salient(values: Tensor, rows: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """A scale per row, mean and deviation of the scaled weights, and the nearest of the four levels of each.
 
-    In turn a_i = sum w b / sum b^2 and b = clip(w / a, -1, 1), from b = sign(w).
+    From b = sign(w), a_i = sum w b / sum b^2 and b = clip(w / a, -1, 1) are computed in turn.
     """
     b, scale = values.sign(), torch.ones(count, device=values.device)
     for _ in range(TURNS):

@@ -16,8 +16,8 @@ from sensitivity.quantize.stored.grid import as_16_bit, columns
 from sensitivity.quantize.stored.levels import PlanesWeight, bit
 from sensitivity.spec.plan import Scheme
 
-RIDGE = 1e-4  # of the mean diagonal of a row's normal equations
-START = 8  # bits of the integer codes whose highest planes are the first ones
+RIDGE = 1e-4  # share of the mean diagonal of a row's normal equations
+START = 8  # bits of the integer codes whose highest planes are the first bits
 
 
 def bpdq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[PlanesWeight | None]]:
@@ -68,7 +68,7 @@ class PlaneGrid:
 
 
 def first_codes(weights: Tensor, planes: int) -> Tensor:
-    """The highest planes of asymmetric 8-bit codes; the highest of all is the last plane."""
+    """The highest bits of asymmetric 8-bit codes; the highest of all is the last plane."""
     low, high = weights.amin(1, keepdim=True), weights.amax(1, keepdim=True)
     steps = (1 << START) - 1
     codes = ((weights - low) * (steps / (high - low).clamp(min=torch.finfo(torch.float32).tiny))).round()

@@ -16,7 +16,7 @@ from sensitivity.spec.sizes import outliers
 
 
 def gwq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight | None]]:
-    """Round to nearest beside 1 % of outliers by |gradient|.
+    """Keep the numbers with the largest |gradient| as outliers, and round the others to nearest.
 
     Known from its abstract: one example, one backward pass, 1 % by the largest gradient, groups. Inferred: the share is
     of each weight, ranges leave outliers out, and with more examples |gradient| is the root of the summed squares.

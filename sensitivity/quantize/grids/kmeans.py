@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BINS = 64  # numbers of a row among which the best partition is found exactly; more are first joined to this many
+BINS = 64  # up to this many numbers of a row are partitioned exactly; more are first joined into this many bins
 FEW = 16  # levels up to which the partition is found by dynamic programming, whose cost grows with them
 STEPS = 50  # Lloyd's iterations, at most, as in SqueezeLLM
-PIECE = 1 << 20  # numbers of a block of rows, or of the costs of all their intervals
+PIECE = 1 << 20  # numbers held at once: those of a block of rows, or the costs of all their intervals
 
 
 def kmeans(rows: Tensor, weights: Tensor, count: int) -> Tensor:
@@ -25,7 +25,7 @@ def kmeans(rows: Tensor, weights: Tensor, count: int) -> Tensor:
 
 
 def nearest(rows: Tensor, levels: Tensor) -> Tensor:
-    """The place of the nearest level of each number, as bytes."""
+    """The index of the nearest level of each number, as uint8."""
     middles = ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
     return torch.searchsorted(middles, rows.contiguous()).to(torch.uint8)
 
@@ -34,8 +34,8 @@ def _levels(rows: Tensor, weights: Tensor, count: int) -> Tensor:
     """The levels of a block of rows."""
     values, order = rows.sort(1)
     heavy = weights.double().gather(1, order)
-    heavy = torch.where(heavy.sum(1, keepdim=True) > 0, heavy, 1.0)  # nothing matters: then everything does alike
-    # sums up to each number, from which those of any interval follow; numbers without their mean lose fewer digits
+    heavy = torch.where(heavy.sum(1, keepdim=True) > 0, heavy, 1.0)  # a row without weight: all numbers count alike
+    # sums up to each number, from which those of any interval follow; subtracting the mean first loses fewer digits
     middle = values.double().mean(1, keepdim=True)
     x = values.double() - middle
     sums = torch.nn.functional.pad(torch.stack([heavy, heavy * x, heavy * x * x]).cumsum(2), (1, 0))
@@ -47,7 +47,7 @@ def _levels(rows: Tensor, weights: Tensor, count: int) -> Tensor:
 
 
 def _cut(values: Tensor, heavy: Tensor, bins: int) -> Tensor:
-    """Bounds (rows x bins + 1) of bins of neighbors; each number is a bin where there are no more than that.
+    """Bounds (rows x bins + 1) of bins of neighbors; a row of at most `bins` numbers has a bin for each.
 
     For many levels the best density of levels is the cube root of the weighted density of numbers (Panter and Dite
     1951). Between neighbors at distance d that density is heavy / d, so an interval has a share of (heavy d^2)^(1/3).
@@ -68,7 +68,7 @@ def _partition(sums: Tensor, count: int) -> Tensor:
     `sums` (3 x rows x bins + 1) are those up to each bound.
     """
     (weight, first, second), bins = sums, sums.shape[2] - 1
-    # the squared error of bins i to j as one interval; infinite where i lies behind j
+    # the squared error of bins i to j as one interval; infinite where i > j
     w, s, q = (t[:, None, :] - t[:, :, None] for t in (weight, first, second))
     error = (q - s * s / w.clamp(min=torch.finfo(w.dtype).tiny)).clamp_(min=0).float()
     error.masked_fill_(torch.ones(bins + 1, bins + 1, dtype=torch.bool, device=error.device).tril(-1), torch.inf)

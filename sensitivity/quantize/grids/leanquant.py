@@ -37,7 +37,7 @@ def leanquant(linears: Linears, schemes: Sequence[Scheme]) -> list[list[LevelsWe
 
 
 def affine(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
-    """The version whose grids are integers: ranges are searched under the weights d^-p, then GPTQ rounds on them.
+    """The version on integer grids: ranges are searched under the weights d^-p, then GPTQ rounds on them.
 
     That there is such a version was read; how it searches was not. We use the clip search of `gptq`, whose weights are
     the case p = 2.

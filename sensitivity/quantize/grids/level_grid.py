@@ -1,4 +1,4 @@
-"""LevelGrid: the column-wise solver's grid of any levels per row."""
+"""LevelGrid: a grid for the column-wise solver, with arbitrary levels for each row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class LevelGrid:
-    """Levels (rows x count) in any order, the same for all columns; the code of a level is its place."""
+    """Levels (rows x count) in any order, the same for all columns; the code of a level is its index."""
 
     span = 0
 
@@ -18,7 +18,7 @@ class LevelGrid:
         self.middles = ((self.levels[:, 1:] + self.levels[:, :-1]) / 2).contiguous()
 
     def fit(self, a: int, b: int, compensated: Sequence[Tensor]) -> None:
-        """Nothing: all levels are known beforehand."""
+        """Do nothing: all levels are known beforehand."""
 
     def round(self, column: int, target: Tensor, codes: Tensor) -> Tensor:
         """The nearest level of each row."""

@@ -20,10 +20,10 @@ def qvla(linears: Linears, schemes: Sequence[Scheme]) -> list[list[ChannelWidths
     """Round each row to nearest at its own width, so that the weight stores no more than its scheme says.
 
     As in the released code, a row's cost at b bits is sum_j (w_j - q_j)^2 D_j, where D_j is what an error of column j
-    costs after the later columns have made up for it, and widths are 0, 2, 4, 8 and 16 bits. There channels of the
-    whole model compete for an average that leaves out scales, and the next step down is that with the smallest cost at
-    its end; ours compete within one weight for what is stored (so that a plan has a size before it is computed), and
-    the next step is that which adds the least cost for each bit.
+    costs after the later columns have compensated for it, and widths are 0, 2, 4, 8 and 16 bits. In the release, the
+    channels of the whole model share a budget that does not count scales, and the next step down is the one that ends
+    at the smallest cost. Here the channels of one weight share a budget of stored bits (so that a plan has a size
+    before it is computed), and the next step is the one that adds the least cost for each bit that it saves.
     """
     importance = linears.input_statistics.factor(float(schemes[0]["damp"] or 0)).importance
     weights = [weight.detach().float() for weight in linears.weights]
@@ -56,7 +56,7 @@ def allocated(costs: Sequence[Sequence[float]], cols: int, budget: int) -> list[
     """A width for each row: from 16 bits down, always the step that adds the least cost for each bit that it saves.
 
     `costs` has a row's cost at each of CHANNEL_WIDTHS. A step may skip widths, so that rows stay on the lower hull of
-    their costs; then no other choice within the bits that are reached costs less.
+    their costs; then no other choice of widths with as few bits in total costs less.
     """
     bits = [_bits(width, cols) for width in CHANNEL_WIDTHS]
     places = [len(CHANNEL_WIDTHS) - 1] * len(costs)
@@ -80,5 +80,5 @@ def allocated(costs: Sequence[Sequence[float]], cols: int, budget: int) -> list[
 
 
 def _bits(width: int, cols: int) -> int:
-    """What a row stores: its numbers, and a 16-bit scale unless it has none or its numbers are in 16 bits."""
+    """The stored bits of a row: its numbers, and a 16-bit scale unless its width is 0 or 16."""
     return width * cols + (16 if 0 < width < 16 else 0)

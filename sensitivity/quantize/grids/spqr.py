@@ -25,9 +25,9 @@ def spqr(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight 
     """GPTQ in groups of 16 columns with outliers in 16 bits (Dettmers et al. 2023), weight by weight.
 
     Read in its code: groups of 16, scales and zero points in 3 bits for every 16 rows, columns in order of activation,
-    a damping of 1, ranges that leave outliers out, and outliers by the error w - q divided by d, whose own error is
-    zero. Ours: outliers are a fixed share of the weight, so that a plan has a size before it is computed, where the
-    release has a threshold (.2 of the mean variance); they are chosen once, from the original weights.
+    a damping of 1, ranges without outliers, and outliers chosen by the error w - q divided by d and kept without error.
+    Ours: outliers are a fixed share of the weight, so that a plan has a size before it is computed, where the release
+    has a threshold (.2 of the mean variance); they are chosen once, from the original weights.
     """
     factor, by_scheme = factor_of(linears, schemes[0]), []
     for scheme in schemes:
@@ -53,7 +53,7 @@ def _one(weight: Tensor, scheme: Scheme, factor: Factor, dtype: torch.dtype) -> 
     (whole,) = grid.inner.results(codes)
     if not bool(mask.any()):
         return whole
-    # the values were kept column by column in order of rounding; row by row in stored order is how they are stored
+    # the values were collected column by column in order of rounding; they are stored row by row in stored order
     rows, cols = grid.mask.T.nonzero().unbind(1)[::-1]
     index = rows * weight.shape[1] + (cols if factor.order is None else factor.order[cols])
     index, order = index.sort()
@@ -61,7 +61,7 @@ def _one(weight: Tensor, scheme: Scheme, factor: Factor, dtype: torch.dtype) -> 
 
 
 class Apart:
-    """The solver's grid with outliers, which take their target, rounded to 16 bits, and leave almost no error."""
+    """A grid for the solver with outliers: an outlier becomes its target in 16 bits, which leaves almost no error."""
 
     def __init__(self, inner: IntegerGrid, mask: Tensor, dtype: torch.dtype) -> None:
         self.inner, self.mask, self.dtype, self.span = inner, mask, dtype, inner.span
@@ -69,7 +69,7 @@ class Apart:
         self.kept: list[Tensor] = []
 
     def fit(self, a: int, b: int, compensated: Sequence[Tensor]) -> None:
-        """The grid of all others."""
+        """Fit the grid of all other numbers."""
         self.inner.fit(a, b, compensated)
 
     def round(self, column: int, target: Tensor, codes: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class Apart:
 
 
 def gain(weight: Tensor, scheme: Scheme, importance: Tensor, dtype: torch.dtype) -> Tensor:
-    """By how much the error of its group falls if a number is kept apart and the range is that of the others.
+    """By how much the error of a group falls if a number is kept as an outlier, and the range is that of the others.
 
     Only the smallest and the largest number of a group set its range; any other saves no more than its own error.
     """

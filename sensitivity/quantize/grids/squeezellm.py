@@ -19,8 +19,8 @@ def squeezellm(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredW
 
     Read in its code: k-means whose weights are the squared gradients of the loss; .05 % of the most sensitive numbers
     and .45 % of the largest are kept in 16 bits and do not count in the clustering; no compensation. Without `gradient`
-    columns are weighed by the diagonal of the Gram matrix, and a number w is sensitive where H_jj w^2 is large. Ours,
-    not theirs: counts of outliers are exact shares, and the clustering starts from a dynamic program.
+    columns are weighed by the diagonal of the Gram matrix, and a number w is sensitive where H_jj w^2 is large. Ours:
+    counts of outliers are exact shares, and the clustering starts from a dynamic program.
     """
     return [[_one(linears, i, scheme) for i in range(len(linears.weights))] for scheme in schemes]
 

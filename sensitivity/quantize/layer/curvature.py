@@ -12,7 +12,7 @@ from torch import Tensor
 from sensitivity.quantize.layer.two_paths import TwoPaths
 from sensitivity.spec.errors import Notice, UserError
 
-PIECE = 256  # columns per product: from this width on, a smaller matrix product is as fast per FLOP as a large one
+PIECE = 256  # columns per matrix product: from this width on, products are as fast per FLOP as larger ones
 RAISE = 10.0  # factor on the damping after each failed Cholesky factorization
 
 
@@ -32,7 +32,7 @@ class Factor:
 
 
 class Curvature:
-    """What a layer saw: sums H = sum r x x' and sum r |x| per channel, the token count, and each channel's range."""
+    """Statistics of a layer's inputs: H = sum r x x', the token count, and each channel's sum r |x| and range."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.gram = torch.zeros(width, width, device=device)
@@ -47,7 +47,7 @@ class Curvature:
     def add(self, inputs: Tensor, importance: Tensor | None = None) -> None:
         """Add tokens (tokens x width), each with its own weight r or 1.
 
-        A token of weight 0, such as padding, does not count as seen.
+        A token of weight 0, such as padding, is not counted.
         """
         values = inputs.float()
         scaled = values
@@ -69,7 +69,7 @@ class Curvature:
     def add_outer(self, gradient: Tensor) -> None:
         """Add G'G for the weight gradient G (rows x width) of one sample.
 
-        It replaces the Gram matrix of the inputs by the curvature of the loss itself (OAC).
+        With these sums H is the curvature of the loss itself (OAC), not the Gram matrix of the inputs.
         """
         values = gradient.float()
         _add_symmetric(self.gram, values, values)
@@ -169,7 +169,7 @@ class Curvature:
             scale = lower.diagonal().clone()
             if not failed and bool(torch.isfinite(scale).all()):
                 break
-            # the floor lets a scheme with `damp` = 0 rise too
+            # with the floor, a damping of 0 rises too
             tried = max(tried, 1e-4) * RAISE
         if tried > damp:
             # no layer's name in the message: warnings with equal text are shown once, however many layers are affected
@@ -179,7 +179,7 @@ class Curvature:
 
 
 def _reverse_in_place(lower: Tensor) -> Tensor:
-    """Reverse rows and columns of a matrix stored by columns, in place: the order of all its numbers in memory."""
+    """Reverse rows and columns of a column-major matrix in place, by reversing all its numbers in memory."""
     numbers = lower.mT.view(-1)
     half, count = len(numbers) // 2, len(numbers)
     for a in range(0, half, PIECE**2):
@@ -191,7 +191,7 @@ def _reverse_in_place(lower: Tensor) -> Tensor:
 
 
 def _add_symmetric(gram: Tensor, values: Tensor, scaled: Tensor) -> None:
-    """Add X'RX block by block on and above the diagonal, and mirror it: little more than half of the products.
+    """Add X'RX by blocks on and above the diagonal, then mirror it, which takes little more than half of the products.
 
     For the wide inputs of feed-forward layers these products are half of the calibration time. Mirroring also makes
     the sum symmetric to the last bit.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 STRIP = 64  # columns of the Gram matrix per matrix product
-SHARE = 8  # columns per direction of the bound: on a trained model's layers it then holds .7 to .95 of the cost
+SHARE = 8  # columns per direction of the bound, which on a trained model's layers is then .7 to .95 of the cost
 FAINT = 1e-6  # eigenvalues below this share of the largest are float32 noise of the Gram matrix
 SLACK = 1e-3  # relative margin for float32 rounding, which could lift the bound above the true cost
 
@@ -20,7 +20,7 @@ class ErrorCost:
     """The cost of rounding errors within each group of columns; products across groups are left out."""
 
     exact: Sequence[Tensor]  # per group: H folded onto its upper half (size x size), or one weight per column
-    low_rank: Sequence[Tensor]  # per group: F with F F' <= H (size x directions); empty where H is small enough without
+    low_rank: Sequence[Tensor]  # per group: F with F F' <= H (size x directions); empty where H is too small to need it
 
     @classmethod
     def of(cls, curvature: Tensor, size: int) -> ErrorCost:
@@ -98,6 +98,6 @@ def low_rank_factor(gram: Tensor) -> Tensor:
     exact = torch.linalg.qr(gram @ basis)[0].double()
     image = gram.double() @ exact
     values, vectors = torch.linalg.eigh(exact.T @ image)
-    kept = values > FAINT * values[-1].clamp(min=0)  # few tokens or dead channels: the rank of H is lower
+    kept = values > FAINT * values[-1].clamp(min=0)  # with few tokens or dead channels the rank of H is lower
     low_rank: Tensor = (image @ vectors[:, kept]) / values[kept].sqrt()
     return low_rank.to(gram.dtype).contiguous()

@@ -54,7 +54,7 @@ class Linears:
 
     @property
     def both_paths(self) -> TwoPaths:
-        """How the input differs from the float model's, which only statistics of both paths tell."""
+        """How the input differs from the float model's; known only where calibration ran on both paths."""
         if self.input_statistics.paths is None:
             raise UserError(f"{self.name}: a shifted target needs the inputs of both paths; calibrate on path 'both'")
         return self.input_statistics.paths

@@ -9,8 +9,8 @@ from torch import Tensor
 class TwoPaths:
     """Sums over tokens whose input is x behind quantized layers and x~ in the float model, each with its weight r.
 
-    The output that a layer should have is W x~, and it reads x. So the error to minimize is that of W x~ - Q x, which
-    these sums tell up to a constant.
+    The layer reads x, and its output should be W x~. So the error to minimize is that of W x~ - Q x, which follows from
+    `cross` and the Gram matrix up to a constant.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
@@ -18,7 +18,7 @@ class TwoPaths:
         self.image = torch.zeros(width, device=device)  # sum r x^2 over the tokens of the image
 
     def add(self, inputs: Tensor, unquantized: Tensor, importance: Tensor | None, image: Tensor | None) -> None:
-        """Add tokens (tokens x width) of both paths; `image` says which are of the image, None that all are."""
+        """Add tokens (tokens x width) of both paths; `image` is a mask of the image's tokens, None if all are."""
         values = inputs.float()
         scaled = values if importance is None else values * importance.to(values)[:, None]
         self.cross += (unquantized.float() - values).T @ scaled

@@ -1,1 +1,1 @@
-"""What is rounded anew in each forward pass: the inputs of layers, and attention's keys and values."""
+"""What is rounded in each forward pass: the inputs of layers, attention's probabilities, and cached keys and values."""

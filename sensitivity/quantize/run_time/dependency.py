@@ -1,4 +1,4 @@
-"""How much rounding one layer's inputs says about the next, and the blocks of layers that follow from it (Q-VLM)."""
+"""How much the rounded inputs of one layer tell about those of the next, and the blocks that follow (Q-VLM)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DEPTH = 3  # layers of a block, at most, as in the paper
+DEPTH = 3  # the most layers of a block, as in the paper
 
 
 def codes_of(values: Tensor, bits: int) -> Tensor:
@@ -21,8 +21,8 @@ def codes_of(values: Tensor, bits: int) -> Tensor:
 def dependency(before: Tensor, after: Tensor, bits: int) -> float:
     """D = -sum p(x, y) log p(y | x) over the codes of one layer's inputs and those of the next, number by number.
 
-    It is 0 where the first code decides the second. The paper assigns numbers to levels softly, so that it has a
-    gradient; here, where nothing is trained by it, each has its own level.
+    It is 0 where the first code decides the second. The paper assigns each number to levels softly, so that D has a
+    gradient; here nothing is trained with D, and each number has one code.
     """
     first, second = codes_of(before.float(), bits).flatten(), codes_of(after.float(), bits).flatten()
     levels = 2**bits
@@ -33,17 +33,20 @@ def dependency(before: Tensor, after: Tensor, bits: int) -> float:
 
 
 def spread(codes: Tensor) -> float:
-    """The entropy of |q(x)| (tokens x channels), each channel divided by its norm over tokens, as released."""
+    """The entropy of |q(x)| (tokens x channels), each channel divided by its norm over tokens.
+
+    As in the released code.
+    """
     sizes = codes.double().abs()
     shares = sizes / sizes.norm(dim=0, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     return float(-(shares * shares.clamp(min=torch.finfo(torch.float64).tiny).log()).sum(0).mean())
 
 
 def blocks_of(dependencies: Sequence[float], cuts: Sequence[bool] = (), depth: int = DEPTH) -> list[list[int]]:
-    """Layers 0 to n in blocks: one is joined while the mean dependency inside is above the mean of all.
+    """Layers 0 to n in blocks: a layer joins the last block if the mean dependency in it is then above the mean of all.
 
-    `dependencies` are those of each layer and the next; `cuts` says where a block must end whatever they are. The
-    paper's threshold is not given; the mean of what was recorded is its released code's.
+    `dependencies` are those of each layer and the next; `cuts` says where a block must end, whatever the dependency.
+    The paper gives no threshold; the released code takes the mean.
     """
     threshold = sum(dependencies) / max(len(dependencies), 1)
     found, inside = [[0]], 0.0

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# what shares a scale: one token's inputs; all; or those of a channel where a norm stands before the layer, else all
+# which inputs share a scale: a token's; all; or a channel's where a norm stands before the layer, else all
 TOKEN, TENSOR, NORM = "token", "tensor", "norm"
-# Q-VLM: one of each channel, of each token in a vision tower, clipped for blocks of layers together; or as released
+# Q-VLM: a scale per channel (per token in a vision tower), clipped for blocks of layers together; or as in its code
 BLOCKS, RELEASED = "blocks", "released"
 SCALES = (TOKEN, TENSOR, NORM, BLOCKS, RELEASED)
 
@@ -15,9 +15,9 @@ SCALES = (TOKEN, TENSOR, NORM, BLOCKS, RELEASED)
 def round_inputs(inputs: Tensor, bits: int, largest: Tensor | None = None) -> Tensor:
     """Inputs rounded to `bits`, in their own type.
 
-    The largest magnitude a lies half a step beyond the last code: scale = 2a / (2^b - 1), as of symmetric weights and
-    in compressed-tensors. By default a is that of each token, so that a token's values depend on no other token.
-    `largest` is one magnitude for all, from calibration; what exceeds it is clipped.
+    The largest magnitude a lies half a step beyond the last code: scale = 2a / (2^b - 1), as for symmetric weights
+    and in compressed-tensors. By default each token has its own a, so that its values depend on no other token.
+    `largest` is one a for all tokens, from calibration; what exceeds it is clipped.
     """
     values = inputs.float()
     reach = values.abs().amax(-1, keepdim=True) if largest is None else largest.to(values)
@@ -31,7 +31,7 @@ def round_inputs(inputs: Tensor, bits: int, largest: Tensor | None = None) -> Te
 def round_between(inputs: Tensor, bits: int, low: Tensor, high: Tensor) -> Tensor:
     """Inputs rounded to 2^b levels from `low` to `high`, which include zero, in their own type.
 
-    Each is one number, one of each channel, or one of each token. Zero is a level.
+    `low` and `high` are one number, one per channel, or one per token. Zero is a level.
     """
     values, codes = inputs.float(), 2**bits - 1
     low, high = low.to(values), high.to(values)
@@ -42,7 +42,7 @@ def round_between(inputs: Tensor, bits: int, low: Tensor, high: Tensor) -> Tenso
 
 
 def percentiles(values: Tensor, share: float, dim: int) -> tuple[Tensor, Tensor]:
-    """The numbers below and above which a share of 1 - `share` lies at either side, and zero between them."""
+    """The percentiles 1 - `share` and `share` along a dimension, clamped so that their range includes zero."""
     count = values.shape[dim]
     ordered = values.float().sort(dim).values
     index = round((1 - share) * (count - 1))
@@ -51,6 +51,6 @@ def percentiles(values: Tensor, share: float, dim: int) -> tuple[Tensor, Tensor]
 
 
 def round_each_token(inputs: Tensor, bits: int, share: float = 1.0, shrink: float = 1.0) -> Tensor:
-    """Inputs rounded between percentiles of their own token, times a factor."""
+    """Inputs rounded between percentiles of their own token; `shrink` is a factor on both."""
     low, high = percentiles(inputs, share, -1)
     return round_between(inputs, bits, low * shrink, high * shrink)

@@ -11,9 +11,9 @@ from sensitivity.quantize.stored.grid import as_16_bit, to_16_bit
 def round_cached(vectors: Tensor, bits: int, group: int) -> Tensor:
     """Keys or values (their last dimension) rounded to `bits`, in their own type.
 
-    Each group of channels of one token has a scale and a smallest value in 16 bits, as the values of KIVI (Liu et al.
-    2024) have. No token depends on another: whether tokens were read together, one by one, or from a cache, they have
-    the same bits.
+    Each group of channels of one token has a scale and a smallest value in 16 bits, as KIVI (Liu et al. 2024) does for
+    values. No token depends on another: the result is the same, bit for bit, whether tokens were read together, one by
+    one, or from a cache.
     """
     width = vectors.shape[-1]
     # a short last group repeats its last channel, which widens no range

@@ -1,4 +1,4 @@
-"""Rounds attention's probabilities to an even grid or to powers, each by itself."""
+"""Rounds each of attention's probabilities to even steps or to powers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 NONE, EVEN, ADAPTIVE = "none", "uniform", "adaptive"
-# grids of powers, by how many levels halve a probability: log2 as in FQ-ViT (Lin et al. 2022), log-sqrt2 as in RepQ-ViT
-# (Li et al. 2023, code read), which keeps apart the large ones that decide an output
+# grids of powers, and how many steps halve a probability: log2 as in FQ-ViT (Lin et al. 2022), log-sqrt2 as in RepQ-ViT
+# (Li et al. 2023, code read), whose smaller steps keep large probabilities distinct, which decide an output
 HALVINGS = {"log2": 1, "log-sqrt2": 2}
 GRIDS = (NONE, EVEN, *HALVINGS, ADAPTIVE)
 
@@ -15,8 +15,8 @@ GRIDS = (NONE, EVEN, *HALVINGS, ADAPTIVE)
 def round_probabilities(probabilities: Tensor, bits: int, halving: int, largest: float = 1.0) -> Tensor:
     """Probabilities rounded to `bits`, in their own type: to even steps where `halving` is 0, else to powers.
 
-    The levels are largest * 2^(-k / halving), nearest in the logarithm. The last code is zero, so that what is masked
-    stays so; RepQ-ViT's code has zero beside its 2^b levels. Rows are not made to sum to 1 again, as there.
+    The powers are largest * 2^(-k / halving); the nearest in the logarithm is taken. The last code is zero, so that
+    masked positions stay zero; RepQ-ViT's code has zero beside its 2^b levels. As there, rows are not normalized again.
     """
     values, codes = probabilities.float() / largest, 2**bits - 1
     rounded: Tensor

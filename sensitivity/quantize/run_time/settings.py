@@ -24,15 +24,15 @@ from sensitivity.spec.plan import (
     Setting,
 )
 
-ROUNDED_BITS, RUN_TIME = (ACTIVATIONS, CACHE), OF_ROUNDING  # of any scheme: its bits, its settings
-# what rounding activations adds to the settings of any method, with the defaults; those that do nothing
+ROUNDED_BITS, RUN_TIME = (ACTIVATIONS, CACHE), OF_ROUNDING  # of any scheme: the names of its bit widths and settings
+# settings that rounding activations adds to any method, with their defaults; first those whose default rounds nothing
 NOTHING_ROUNDED: dict[str, Setting] = {SOFTMAX: NONE, ATTENTION: NONE, MATCH: False}
 OF_ACTIVATIONS: dict[str, Setting] = {ACTIVATION_SCALE: TOKEN, **NOTHING_ROUNDED}
-# queries, keys and values: not rounded, each with one range, or that of keys after two peaks are folded into one
+# queries, keys and values: not rounded; each with one range; or also with the two peaks of keys folded into one
 OPERANDS = (NONE, OPERANDS_TENSOR := "tensor", FOLDED := "folded")
-AS_STORED: dict[str, Setting] = {CACHE_PAST: False, CACHE_SMOOTH: False}  # all tokens alike, channels as they are
+AS_STORED: dict[str, Setting] = {CACHE_PAST: False, CACHE_SMOOTH: False}  # all tokens are rounded, channels not divided
 CHOICES: dict[str, tuple[Setting, ...]] = {ACTIVATION_SCALE: SCALES, SOFTMAX: GRIDS, ATTENTION: OPERANDS}
-CHANNELS = 32  # of a key or value that share a scale, as in KIVI (Liu et al. 2024)
+CHANNELS = 32  # channels of a key or value that share a scale, as in KIVI (Liu et al. 2024)
 
 
 def with_run_time(row: Method, name: str, activations: int, cache: int) -> Method:

@@ -60,7 +60,7 @@ def clipped(rows: Tensor, scheme: Scheme, dtype: torch.dtype, cost: ErrorCost) -
 def rounding_error(
     weights: Tensor, scheme: Scheme, low: Tensor, high: Tensor, dtype: torch.dtype, out: Tensor
 ) -> Tensor:
-    """The rounding error (quantized minus original) of weights (... x size) within given ranges (one per ...).
+    """The rounding error (quantized minus original) of weights (... x size) within given ranges (shape ...).
 
     Every step is in place in `out`, since the search calls this for each candidate.
     """

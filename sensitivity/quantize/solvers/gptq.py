@@ -20,11 +20,11 @@ from sensitivity.quantize.transforms.hadamard import rotated
 from sensitivity.spec.plan import Scheme
 
 # All groups within this many columns get their grids at once, from the compensated weights at the first of these
-# columns. Released code does the same, and it is more accurate: at 2 bits in groups of 64, a fresh grid for every group
-# costs 4 % more error, since compensation widens the ranges of the weights (reports/parity-gptq.md).
+# columns. Released code does the same, and it is more accurate: at 2 bits in groups of 64, a grid fitted anew for each
+# group costs 4 % more error, since compensation widens the ranges of the weights (reports/parity-gptq.md).
 SPAN = 128
-# Scale and zero point of each group of some columns, from: their weights, the scheme, their importance (the diagonal of
-# D), and which is the first of them
+# Finds scale and zero point of each group in a span of columns, from the weights of these columns, the scheme, their
+# importance (the diagonal of D), and the first column
 Find = Callable[[Tensor, Scheme, Tensor, int], tuple[Tensor, Tensor]]
 
 

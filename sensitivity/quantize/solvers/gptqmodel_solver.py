@@ -33,7 +33,7 @@ def check(scheme: Scheme) -> None:
 def gptqmodel(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
     """Quantize each weight at each bit width on its own, as the library does.
 
-    It sets the weights of channels whose inputs were always zero to zero.
+    It sets to zero the weights of channels whose inputs were always zero.
     """
     with redirect_stdout(StringIO()):  # its banner would break the JSON of --json
         return [[_one(linears, weight.detach().float(), scheme) for weight in linears.weights] for scheme in schemes]

@@ -11,15 +11,15 @@ from sensitivity.spec.plan import Scheme
 
 TOKENS, BATCH = 512, 64
 RATE, RATE_OF_RANGES = 1e-3, 1e-2  # of AdamW, as released
-OPEN = 4.0  # where the sigmoid that is a range's share of the largest weight begins, as released: .982
+OPEN = 4.0  # where the gate starts, as released; its sigmoid, at first .982, is the share of a row's range that is used
 
 
 def learned(rows: Tensor, gram: Tensor, factor: Tensor, scheme: Scheme, epochs: int) -> tuple[Tensor, Tensor | None]:
     """The factor of each channel and the share of each row's range with the least error |W x - Q x_q|^2 in training.
 
-    The released training has tokens, and the output of a whole block; here tokens are normal with the layer's Gram
-    matrix, which is all that calibration keeps, and inputs are rounded to as many bits as weights. The start is among
-    what is compared, so that the result is never worse on these tokens.
+    The released code trains on calibration tokens and on the output of a whole block. Here tokens are drawn from a
+    normal distribution with the layer's Gram matrix, since calibration keeps no tokens, and inputs are rounded to as
+    many bits as weights. If training does not lower the error on these tokens, the start is returned.
     """
     with torch.inference_mode(False), torch.enable_grad():
         # copies, since a tensor from inference mode has no gradients
@@ -48,7 +48,7 @@ def _trained(rows: Tensor, gram: Tensor, factor: Tensor, scheme: Scheme, epochs:
 
 
 def _tokens(gram: Tensor) -> Tensor:
-    """Tokens whose Gram matrix is that of the calibration data, up to its size and to chance."""
+    """Random tokens whose expected Gram matrix is that of the calibration data, up to a factor."""
     damp = 1e-6 * gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     values, vectors = torch.linalg.eigh((gram + damp * torch.eye(len(gram), device=gram.device)).double())
     normal = torch.randn(TOKENS, len(gram), generator=torch.Generator().manual_seed(len(gram)), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""AWQ's scale search: enlarge the columns that meet large inputs before rounding, and shrink the inputs."""
+"""AWQ's scale search: enlarge the columns that read large inputs before rounding, and shrink these inputs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _rounded(linears: Linears, scheme: Scheme, factor: Tensor, cost: ErrorCost |
     low, high = ranges(scaled, scheme)
     if cost is not None:
         best = clipped(scaled, scheme, linears.dtype, cost.under(factor))
-        # the readers of an input are one stack of rows, in which queries and keys keep their full ranges
+        # all weights that read the input are stacked as rows; queries and keys among them keep their full ranges
         clippable = torch.cat(
             [
                 torch.full((len(weight), 1), bool(scheme["clip_qk"]) or not QUERY_KEY.search(name))

@@ -13,8 +13,8 @@ def shifted(rows: Tensor, factor: Factor, cross: Tensor, strength: float, later:
 
     Without `later` S = C H^-1, the least-squares solution: that of VLM-PTQ, exact for the damped H. With `later` the
     difference of an input channel shifts only the weights of columns that are rounded after it, as in GPTAQ (Li et al.
-    2025). In both S = N M^-1 for H = M D M'; N = C M^-T D^-1 is the shift that column k causes in the target of column
-    j while all columns before j are fixed, and GPTAQ keeps of it what stands above the diagonal.
+    2025). In both S = N M^-1 for H = M D M' and N = C M^-T D^-1. N_kj is the shift that the difference of channel k
+    causes in the target of column j while all columns before j are fixed; GPTAQ keeps only what is above the diagonal.
     """
     order = factor.order
     ordered = cross if order is None else cross[order][:, order]

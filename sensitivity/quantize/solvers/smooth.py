@@ -1,4 +1,4 @@
-"""Smoothing: moves what is large in inputs into weights, or rotates it away, then rounds to nearest."""
+"""Smoothing: moves the scale of large input channels into the weights, or rotates inputs, then rounds to nearest."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from sensitivity.spec.plan import Scheme
 
 Smoothed = QuantizedWeight | RotatedWeight | None
 BLOCK = 64  # channels that DuQuant's release rotates together
-LEAST = 1e-3  # factor, which a narrow float still holds
+LEAST = 1e-3  # smallest factor, which 16-bit floats still hold
 
 
 def smooth(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Smoothed]]:
     """Divide inputs by c = spread(x)^a / spread(W)^(1 - a) of each channel, multiply weights by it, round to nearest.
 
-    SmoothQuant (Xiao et al. 2023) has a = .5 and the largest magnitude as spread. With transform = hadamard c is found
-    behind the rotation (QuantVGGT), with blocks before it (DuQuant). `scales` = norms leaves inputs alone unless a norm
-    stands before the layer, and then a = 1 with the range as spread is RepQ-ViT's reparameterization.
+    SmoothQuant (Xiao et al. 2023) has a = .5 and the largest magnitude as spread. With transform = hadamard, c is
+    found after the rotation (QuantVGGT); with blocks, before it (DuQuant). With `scales` = norms, inputs are divided
+    only where a norm stands before the layer; with a = 1 and the range as spread this is RepQ-ViT's reparameterization.
     """
     return [_smoothed(linears, scheme) for scheme in schemes]
 
@@ -34,8 +34,8 @@ def _smoothed(linears: Linears, scheme: Scheme) -> list[Smoothed]:
     rows, gram, spread = linears.rows, seen.gram, seen.largest
     if transform == "hadamard":
         rows, gram = rotate(rows), rotate(rotate(gram).T).contiguous()
-        # the largest input behind a rotation is not known; there channels are nearly normal, and their root mean
-        # square is proportional to it
+        # the largest input after a rotation is not known; rotated channels are nearly normal, so it is about
+        # proportional to their root mean square
         spread = gram.diagonal().clamp(min=0).sqrt()
     elif scheme["spread"] == "range":
         spread = seen.high - seen.low
@@ -55,7 +55,7 @@ def _smoothed(linears: Linears, scheme: Scheme) -> list[Smoothed]:
 
 
 def _factor(rows: Tensor, spread: Tensor, exponent: float) -> Tensor:
-    """The factor of each channel, with a mean of 1: one factor on all channels changes nothing."""
+    """The factor of each channel, with a mean of 1, since one factor on all channels changes nothing."""
     of_weights = rows.abs().amax(0)
     found = spread.pow(exponent) / of_weights.clamp(min=torch.finfo(torch.float32).tiny).pow(1 - exponent)
     found = torch.where((spread > 0) & (of_weights > 0), found, torch.zeros_like(found))

@@ -1,4 +1,4 @@
-"""The pass over columns with error feedback: each column is rounded on a grid, which is an argument."""
+"""The pass over columns with error feedback: each column is rounded on a grid that the caller passes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Grid(Protocol):
         """Find the levels of columns a to b for their compensated weights (rows x columns, for each problem)."""
 
     def round(self, column: int, target: Tensor, codes: Tensor) -> Tensor:
-        """Fill `codes` with those of one column, and return its values; all problems stand one after the other."""
+        """Fill `codes` with the codes of one column, and return its values; all problems are concatenated."""
 
 
 def sweep(factor: Factor, rows: Tensor, grid: Grid, count: int = 1) -> list[Tensor]:
@@ -60,7 +60,7 @@ class _Sweep:
 
         `rest` holds w + c, where c is the compensation for all columns before a. If the span could stay
         unrounded, its weights would become w + c M^-1 with the span's own block of M: inside the span each
-        column's shift is a residual that the later ones compensate for in turn. Grids are made for those
+        column's shift is a residual that the later ones compensate for in turn. Grids are fitted to those
         weights.
         """
         unit, compensated = self.unit[a:b, a:b], []

@@ -1,4 +1,4 @@
-"""VLM-PTQ: a target from both calibration paths, and ranges that weigh image and text as suits the layer."""
+"""VLM-PTQ: GPTQ towards the float model's output, with ranges searched under the best weights of image and text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sensitivity.quantize.solvers.gptq import factor_of, on_integers, searched, 
 from sensitivity.quantize.stored.grid import QuantizedWeight
 from sensitivity.spec.plan import Scheme
 
-# shares of the image; .5, which does not tell image from text, comes first and wins ties
+# shares of the image; .5, which weighs image and text alike, comes first and wins ties
 SHARES = (0.5, 0.0, 0.25, 0.75, 1.0)
 
 
@@ -45,9 +45,9 @@ def vlm_ptq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedW
 
 
 def costs(seen: Curvature, paths: TwoPaths) -> list[Tensor]:
-    """The cost of each column's error under each share; one where a layer reads only image or only text."""
+    """The cost of each column's error under each share; a layer that reads only image or only text has one."""
     image = paths.image
     text = (seen.gram.diagonal() - image).clamp(min=0)
-    # sums in another order differ in their last bits, and a layer of the image alone should have no text
+    # `image` and the diagonal are summed in different orders, so without text their difference is not exactly zero
     one = bool((text <= 1e-5 * seen.gram.diagonal()).all()) or not bool(image.any())
     return [seen.gram.diagonal() / 2] if one else [mu * image + (1 - mu) * text for mu in SHARES]

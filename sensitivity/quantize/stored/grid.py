@@ -103,7 +103,7 @@ def _mean_magnitude(weight: Tensor, scheme: Scheme, shape: torch.Size) -> Tensor
 
 
 def encode(weight: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor, overwrite: bool = False) -> QuantizedWeight:
-    """The nearest codes on a given grid; a weight that is `overwrite` may be overwritten, which saves an allocation."""
+    """The nearest codes on a given grid; with `overwrite` the weight may be overwritten, which saves memory."""
     group = columns(scheme, weight)
     numbers, (step, shift) = QuantizedWeight(weight, scale, zero, group)._aligned(weight, scale, zero)
     scaled = numbers.div_(step) if overwrite else numbers / step

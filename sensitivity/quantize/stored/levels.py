@@ -1,4 +1,4 @@
-"""Weights whose levels are no integer grid: codebooks, bit planes, binary weights and bins of magnitudes."""
+"""Weights whose levels are not an integer grid: codebooks, bit planes, binary weights and bins of magnitudes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LevelsWeight:
-    """A weight whose codes are places in the codebook of their row."""
+    """A weight whose codes are indices into the codebook of their row."""
 
     codes: Tensor  # uint8, rows x columns
     levels: Tensor  # rows x 2^bits, rising, with values that 16 bits hold
@@ -84,12 +84,12 @@ class BinnedWeight:
         return torch.where(self.codes >= len(table), weight * self.scale[:, None], weight)
 
 
-# Bi-VLM: levels at d in {-1, -.5, 0, .5, 1} are mu + sigma sign(d) (1.4 e^|d| - 1); centers lie between neighbors
+# Bi-VLM: levels are the midpoints of neighboring bounds mu + sigma sign(d) (1.4 e^|d| - 1), d in {-1, -.5, 0, .5, 1}
 NEAR, FAR = 0.654, 2.057
 
 
 def salient_levels(center: Tensor) -> Tensor:
-    """The four levels of salient weights, in order of their codes: each bin below and above the mean."""
+    """The four levels of salient weights in order of their codes: below and above the mean, first near, then far."""
     mean, deviation = center
     return torch.stack(
         [mean - NEAR * deviation, mean + NEAR * deviation, mean - FAR * deviation, mean + FAR * deviation]

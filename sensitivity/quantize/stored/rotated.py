@@ -22,14 +22,14 @@ class RotatedWeight:
     block: int | None = None  # channels that are rotated together; None: as many as there can be
 
     def dequantize(self) -> Tensor:
-        """The weight in float32, for the inputs as they are."""
+        """The weight in float32, for inputs that are neither divided nor rotated."""
         weight = rotate_back(self.turned.dequantize(), self.block)
         return weight if self.inputs is None else weight / self.inputs
 
 
 @dataclass(frozen=True)
 class InputTransform:
-    """What a stored weight's inputs become before they are rounded, and the way back."""
+    """The transform of a stored weight's inputs before they are rounded, and its inverse."""
 
     before: Tensor | None = None
     rotates: bool = False
@@ -38,7 +38,7 @@ class InputTransform:
 
     @classmethod
     def of(cls, stored: object, device: torch.device) -> InputTransform | None:
-        """That of a stored weight; None where inputs stay as they are."""
+        """The transform of a stored weight's inputs; None where they stay as they are."""
         if isinstance(stored, RotatedWeight):
             return cls(_on(stored.inputs, device), True, stored.block, _on(stored.turned.inputs, device))
         factor = _on(getattr(stored, "inputs", None), device)
@@ -51,7 +51,7 @@ class InputTransform:
         return values if self.after is None else values / self.after
 
     def back(self, values: Tensor) -> Tensor:
-        """The inverse."""
+        """The inverse of `forward`."""
         values = values if self.after is None else values * self.after
         values = rotate_back(values, self.block) if self.rotates else values
         return values if self.before is None else values * self.before
@@ -62,15 +62,15 @@ def _on(factor: Tensor | None, device: torch.device) -> Tensor | None:
 
 
 def rotate(rows: Tensor, block: int | None = None) -> Tensor:
-    """Rows times R: random signs, then a Hadamard matrix over blocks of the largest power of two in the width.
+    """Rows times R: random signs, then a Hadamard matrix over blocks of columns.
 
-    `block` is a smaller power of two, if blocks should be smaller.
+    The size of a block is the largest power of two that divides the width, or `block` if that is smaller.
     """
     return _hadamard(rows * _signs(rows), block)
 
 
 def rotate_back(rows: Tensor, block: int | None = None) -> Tensor:
-    """Rows times R': a Hadamard matrix over the root of its width is its own inverse."""
+    """Rows times R': a Hadamard matrix divided by the root of its width is its own inverse."""
     return _hadamard(rows, block) * _signs(rows)
 
 
@@ -81,7 +81,7 @@ def _signs(rows: Tensor) -> Tensor:
 
 
 def _hadamard(rows: Tensor, most: int | None) -> Tensor:
-    """The fast transform: in each step, pairs at a distance become their sum and their difference."""
+    """The fast Hadamard transform: each step replaces pairs at a distance by their sum and their difference."""
     width = rows.shape[-1]
     block = min(width & -width, most or width)
     sums, step = rows, 1

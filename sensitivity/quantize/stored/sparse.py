@@ -29,7 +29,7 @@ class SparseWeight:
 class TwoScaleWeight:
     """A weight on two integer grids per group: one for most weights, a coarser one for outliers."""
 
-    base: QuantizedWeight  # the codes of all weights, and the grid of those that are no outliers
+    base: QuantizedWeight  # the codes of all weights, and the grid of those that are not outliers
     scale: Tensor  # of outliers, in the shape of the other scales
     zero: Tensor
     index: Tensor  # int64 positions of outliers in the flattened weight, rising

@@ -31,7 +31,7 @@ def rotated(
 
 
 def _curvature(seen: Curvature) -> Curvature:
-    """The statistics of rotated inputs: R' H R; mean magnitudes are not known of them and stay."""
+    """The statistics of rotated inputs: R' H R. Their magnitudes and ranges are not known, so the old ones stay."""
     rotated = Curvature.of(seen.tensors())
     rotated.gram = rotate(rotate(seen.gram).T).contiguous()
     if seen.paths is not None:

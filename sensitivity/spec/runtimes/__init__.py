@@ -1,1 +1,1 @@
-"""What each runtime can load, as data, and the rules that plans break."""
+"""What each runtime can load, the rules that a plan breaks, and the time and memory that a plan takes."""

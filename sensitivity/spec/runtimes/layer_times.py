@@ -1,4 +1,4 @@
-"""LayerTimes: what a model's layers take in a runtime on one machine, and the time and memory of a plan by them."""
+"""LayerTimes: measured times of a model's layers in a runtime on one machine; they predict a plan's time and memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sensitivity.spec.sizes import GB, openvino_width
 NATIVE = "native"  # the layout of a weight that is not quantized
 STAGES = ("image", "prompt", "token")  # one image; the whole prompt; one new token
 ANSWER, RESIDENT = "ms_per_answer", "gb_resident"
-# what a plan costs beside its bits -> the stage that it is the time of; an answer has them all
+# cost of a plan -> the stage whose time it is; an answer has all stages, memory none
 COSTS = {"ms_per_image": "image", "ms_per_prompt": "prompt", "ms_per_token": "token", ANSWER: "", RESIDENT: ""}
 LIMITED = ("ms_per_token", ANSWER, RESIDENT)  # costs that a request can limit
-# runtime -> how it stores the codes of a scheme, which is all of a scheme that its times depend on
+# runtime -> a function from a scheme to the layout of its codes; times depend on nothing else of a scheme
 LAYOUTS = {
     "openvino": lambda scheme: (
         f"{'symmetric' if scheme.symmetric else 'asymmetric'} {openvino_width(scheme.bits)} {scheme.group}"
@@ -56,11 +56,11 @@ Key = tuple[int, int, str, int]  # rows, columns, layout, tokens at once
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """What each layer takes, at each layout and number of tokens, and what a model takes beside its layers.
+    """The time of each layer at each layout and number of tokens, and the time and memory beside the layers.
 
-    at_once: the tokens that each weight of the vision tower and the connector reads for one image. tokens: those of an
-    image, of the prompt and of an answer. rest: milliseconds of each stage that are not in any layer. resident: bytes
-    in memory that are not of any layer.
+    at_once: the tokens that each weight of the vision tower and the connector reads for one image. tokens: how many
+    an image, the prompt and an answer have. rest: milliseconds of each stage that belong to no layer. resident: bytes
+    in memory that belong to no layer.
     """
 
     runtime: str
@@ -75,20 +75,20 @@ class LayerTimes:
     layers: Mapping[Key, float]
 
     def component_cost(self, parts: ComponentMap, name: str, scheme: Scheme | None, cost: str) -> float:
-        """What one component takes at one scheme, in the unit of the cost."""
+        """The cost of one component at one scheme: milliseconds, or GB for memory."""
         weights = parts[name].weights
         if cost == RESIDENT:
             return sum(resident_bytes(self.runtime, scheme, weight, parts.native_bits) for weight in weights) / GB
         return sum(times * self._weight_ms(w, scheme, stage) for stage, times in self._stages(cost) for w in weights)
 
     def fixed_cost(self, cost: str) -> float:
-        """What a model takes whatever its plan."""
+        """The cost beside the layers, which is the same for every plan."""
         if cost == RESIDENT:
             return self.resident / GB
         return sum(times * self.rest[stage] for stage, times in self._stages(cost))
 
     def plan_cost(self, parts: ComponentMap, plan: Plan, cost: str) -> float:
-        """What a plan takes, predicted."""
+        """The predicted cost of a plan."""
         return self.fixed_cost(cost) + sum(
             self.component_cost(parts, c.name, plan[c.name], cost) for c in parts.components
         )
@@ -102,7 +102,10 @@ class LayerTimes:
         return True
 
     def answer_by_part(self, parts: ComponentMap, plan: Plan) -> dict[str, float]:
-        """Where the milliseconds of an answer go: each stage with what is not in any layer, the connector apart."""
+        """The milliseconds of an answer, by stage; those of an image are split into vision and connector.
+
+        Each stage includes the time that belongs to no layer.
+        """
         connector = sum(
             self.component_cost(parts, c.name, plan[c.name], "ms_per_image")
             for c in parts.components
@@ -165,7 +168,7 @@ class LayerTimes:
 
 
 def layout_of(weight: Weight, scheme: Scheme | None, runtime: str) -> str:
-    """How a runtime stores the codes of a weight, in words that two schemes share if it stores both alike."""
+    """How a runtime stores the codes of a weight, as a text that is equal for schemes that it stores alike."""
     if scheme is None or scheme.method == KEEP:
         return NATIVE
     return LAYOUTS[runtime](scheme_of(weight, scheme))

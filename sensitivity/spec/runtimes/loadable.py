@@ -1,4 +1,4 @@
-"""The search space that a runtime leaves: which schemes it can load, and which rules exclude the rest."""
+"""The search space for a runtime: which schemes it can load, and which rules exclude the rest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from sensitivity.spec.runtimes.table import Choice, runtime
 
 
 def allowed(parts: ComponentMap, name: str, only: Choice = None) -> Callable[[str, Choice], bool]:
-    """Whether a component may have a scheme in a runtime; with `only`, no scheme but that one and native precision."""
+    """A function that says whether a component may have a scheme in a runtime.
+
+    With `only`, no scheme but that one and native precision.
+    """
     runtime(name)
 
     def fine(component: str, scheme: Choice) -> bool:
@@ -24,7 +27,7 @@ def allowed(parts: ComponentMap, name: str, only: Choice = None) -> Callable[[st
 
 
 def searches(parts: ComponentMap, name: str, schemes: Sequence[Choice]) -> list[Callable[[str, Choice], bool]]:
-    """The `allowed` of each search that is needed to find the best legal plan.
+    """An `allowed` function for each search that is needed to find the best legal plan.
 
     A runtime that takes one scheme for everything needs one search per scheme; any other needs one search.
     """

@@ -1,4 +1,4 @@
-"""What a weight holds in memory while a runtime runs it: packed codes, and pages of the file that it is mapped from."""
+"""The memory of a weight while a runtime runs it: the runtime's own copy, and the pages of the mapped file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import KEEP, Scheme, scheme_of
 from sensitivity.spec.sizes import groups, openvino_width, weight_bits
 
-FLOAT = 32  # bits of what is computed with
+FLOAT = 32  # bits of the numbers that it computes with
 
 
 def _openvino(scheme: Scheme | None, weight: Weight) -> int:
@@ -20,10 +20,10 @@ def _openvino(scheme: Scheme | None, weight: Weight) -> int:
     return openvino_width(scheme.bits) * weight.numel + per_group * groups(scheme, weight.rows, weight.cols)
 
 
-# runtime -> bits of the copy that it makes of a weight; the file that it maps is counted beside it
+# runtime -> bits of the copy that it makes of a weight; the mapped file is added to them
 COPIES: dict[str, Callable[[Scheme | None, Weight], int]] = {"openvino": _openvino}
 
 
 def resident_bytes(runtime: str, scheme: Scheme | None, weight: Weight, native_bits: int) -> float:
-    """Bytes of a weight in memory, anonymous and mapped."""
+    """Bytes of a weight in memory: the copy (anonymous pages) and the file (mapped pages)."""
     return (COPIES[runtime](scheme, weight) + weight_bits(scheme, weight, native_bits, runtime)) / 8

@@ -57,7 +57,7 @@ def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
 
 
 def _not_rounded(scheme: Scheme, able: Runtime) -> Iterator[str]:
-    """Rules about what is rounded in each forward pass."""
+    """Rules about activations and keys and values that are rounded in each forward pass."""
     title = able.title or "a checkpoint of plain weights"
     if scheme.cache != NOT_ROUNDED and not able.cache:
         yield f"{title} has no place for a rounded cache; sweep without --cache-bits, or use --format plan"

@@ -43,6 +43,7 @@ class Runtime:
     files: str | None = None  # the format that it reads if we write the weights: budgets count its bits
 
 
+# a checkpoint of plain values: any width and method, but no rounded activations and no rounded cache
 NAMED = Runtime("", ANY, ANY, methods=None, biases=True, ragged=True, vocabulary=(*VOCABULARY, "tied"))
 # The bit widths come from the source of the libraries in the comments; reports/export.md says which were also loaded.
 RUNTIMES: dict[str, Runtime] = {

@@ -1,4 +1,4 @@
-"""Counts of what happened to answers, which cancel or hide in a mean: changes, empty, cut and malformed ones."""
+"""Counts of answers that a mean score hides: changed, empty, cut and malformed ones."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ COLUMNS = ("task", "example", "prompt", "answers", "images", "boxes")
 
 @dataclass(frozen=True)
 class Question:
-    """What was asked in one example; an image is None where it is no file of its own."""
+    """What was asked in one example; an image that is not a file of its own is None."""
 
     prompt: str
     answers: tuple[str, ...]
@@ -35,7 +35,7 @@ Questions = dict[tuple[str, str], Question]  # by task and example
 
 
 def store(study: Path, tasks: Iterable[Task]) -> None:
-    """Write the questions of a study's tasks, unless they are there: they must outlive the data that they are from."""
+    """Write the questions of a study's tasks, unless that was done: their data may be moved or changed later."""
     file = paths.questions(study)
     if not file.exists():
         frame = pd.DataFrame([_row(task, one) for task in tasks for one in task.examples], columns=list(COLUMNS))
@@ -44,7 +44,7 @@ def store(study: Path, tasks: Iterable[Task]) -> None:
 
 
 def questions(study: Path, meta: Mapping[str, object]) -> Questions:
-    """The questions of a study; of one that an earlier version swept, from its data; empty where they are gone."""
+    """The questions of a study: from their file, else (earlier versions) from its data; empty if those are gone."""
     file = paths.questions(study)
     if file.exists():
         try:
@@ -55,7 +55,7 @@ def questions(study: Path, meta: Mapping[str, object]) -> Questions:
 
 
 def tasks_of(meta: Mapping[str, object]) -> list[Task]:
-    """The tasks that a study's metadata name, as far as their data are still those that were measured."""
+    """The tasks that a study's metadata name, without those whose data are gone or were changed."""
     asked = cast(_Asked, meta)
     unchanged: list[Task] = []
     for name in asked["tasks"] if _Asked.__required_keys__ <= set(meta) else ():
@@ -63,7 +63,7 @@ def tasks_of(meta: Mapping[str, object]) -> list[Task]:
             task = find_task(name, "evaluation", asked["n"], asked["seed"])
             if asked["data"].get(task.name) == f"{len(task.examples)} examples {task.fingerprint}":
                 unchanged.append(task)
-        except (UserError, OSError):  # the data were moved or changed: whoever shows examples says so
+        except (UserError, OSError):  # the data were moved or changed, which the caller reports
             continue
     return unchanged
 
@@ -78,7 +78,7 @@ class _Asked(TypedDict):
 
 
 def _row(task: Task, example: Example) -> tuple[str | None, ...]:
-    """The values of COLUMNS; lists are stored as JSON, which holds names of files that are not UTF-8, too."""
+    """The values of COLUMNS; lists are stored as JSON, which also holds file names that are not UTF-8."""
     asked = _question(example)
     regions, images = asked.regions, [None if file is None else str(file) for file in asked.images]
     boxes = None if regions is None else json.dumps([regions.width, regions.height, regions.polygons])

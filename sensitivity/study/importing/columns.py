@@ -160,7 +160,7 @@ def complete(bits: pd.DataFrame, scores: pd.DataFrame) -> tuple[np.ndarray, list
 
 
 def check_bits(bits: pd.DataFrame) -> None:
-    """Raise an error for bits that are no whole number from 1 to 16."""
+    """Raise an error for bits that are not whole numbers from 1 to 16."""
     for name, column in bits.items():
         wrong = column[(column != column.round()) | (column < 1) | (column > NATIVE)]
         if len(wrong):

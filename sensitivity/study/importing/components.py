@@ -34,7 +34,7 @@ def check_names(components: Sequence[str]) -> None:
 
 
 def component_map(names: Sequence[str], numel: Mapping[str, int], total: int | None, model: str) -> ComponentMap:
-    """The components of the table, at the first granularity that has these names; weights beyond them are kept."""
+    """The components of the table, at the first granularity that has these names; all other weights count as kept."""
     if wrong := [n for n in (*numel.values(), *([] if total is None else [total])) if not 0 < n <= MOST_WEIGHTS]:
         raise UserError(f"a number of weights is from 1 to {MOST_WEIGHTS:,}, not {wrong[0]:,}")
     sizes = _sizes(names, numel)

@@ -1,4 +1,4 @@
-"""Writes a study as a folder for a hub: tables, a card, and its trials, from which others choose plans of their own."""
+"""Writes a study as a folder for a hub: tables, a card, and its trials, from which others can choose plans."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OURS = {CARD, TRIALS, ANSWERS, paths.JOURNAL, f"{Path(paths.JOURNAL).stem}.kerne
 
 
 def check(out: Path, force: bool) -> None:
-    """Raise an error where the folder may not be written: it holds other things, or is to stay."""
+    """Raise an error if the folder may not be written: it holds other things, or an earlier study without `force`."""
     if out.is_dir() and (there := sorted(one.name for one in out.iterdir())):
         if not force:
             raise UserError(f"{out} is already there; choose another --share or add --force")
@@ -30,7 +30,7 @@ def check(out: Path, force: bool) -> None:
 
 
 def write(study: Study, out: Path, answers: bool) -> int:
-    """Write the folder; return the number of rows of the table of trials. Answers only where they are asked for."""
+    """Write the folder, with answers only on request; return the number of rows of the table of trials."""
     out.mkdir(parents=True, exist_ok=True)
     rows = table_file.write_rows(study, out / TRIALS, False)[1]
     files = {"trials": TRIALS}
@@ -38,7 +38,7 @@ def write(study: Study, out: Path, answers: bool) -> int:
         files["answers"] = ANSWERS
         table_file.write_rows(study, out / ANSWERS, True)
     else:
-        # answers of an earlier folder: this time they are not to be shared
+        # answers that an earlier call wrote: this time they are not to be shared
         discard(out / ANSWERS, ours=table_file.is_ours(out / CARD))
     write_atomically(out / paths.JOURNAL, _journal(study))
     write_atomically(out / CARD, table_file.folder_card(study, out / TRIALS, rows, files).encode("utf-8", "replace"))

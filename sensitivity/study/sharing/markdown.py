@@ -1,4 +1,4 @@
-"""Texts from elsewhere in Markdown and in the YAML before it."""
+"""Escapes text from elsewhere for Markdown and for its YAML front matter."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ PLANS = (
     "sensitivity recommend theirs --bpw 4.0 --no-run", "sensitivity rank theirs", "sensitivity report theirs",
     "```", "",
 )  # fmt: skip
-MARK = "# by `sensitivity table`"  # in the front matter of a card: by it, a card and its table are known as ours
+MARK = "# by `sensitivity table`"  # in the front matter of a card: marks the card and its table as ours
 
 
 def card_of(out: Path) -> Path:
@@ -95,7 +95,7 @@ def _write_parquet(out: Path, frames: Iterable[pd.DataFrame]) -> int:
     rows, writer = 0, None
     try:
         for frame in frames:
-            # of a column without a value in the first frame, Arrow would not know the type
+            # Arrow could not infer the type of a column that has no value in the first frame
             texts = {name: frame[name].astype("string") for name in ("question", "right", "answer") if name in frame}
             table = pa.Table.from_pandas(frame.assign(**texts), preserve_index=False)
             writer = writer or parquet.ParquetWriter(out, table.schema)
@@ -108,7 +108,7 @@ def _write_parquet(out: Path, frames: Iterable[pd.DataFrame]) -> int:
 
 
 def _card(study: Study, columns: list[str], rows: int, each_example: bool, files: Mapping[str, str]) -> Iterator[str]:
-    """The card: what the table is, what it was measured on, and what each column means; files are by configuration."""
+    """The card: what the table is, what it was measured on, what each column means. files: configuration -> file."""
     meta, first = study.meta, next(iter(files.values()))
     kind = first.rpartition(".")[2]
     model = escaped(Path(study.parts.model).name)

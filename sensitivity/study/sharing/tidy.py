@@ -11,7 +11,7 @@ from sensitivity.spec.plan import component_of
 from sensitivity.study.examples.questions import questions
 from sensitivity.study.study import Study
 
-# the columns of a task in a study's table, after `T.`
+# the columns of a task T in a study's table, without their prefix `T.`
 SCORES = (
     "se", "low", "high", "n", "nll", "delta", "delta.se", "delta.low", "delta.high",
     "to_wrong", "to_right", "empty", "cut", "malformed",

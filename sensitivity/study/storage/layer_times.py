@@ -1,4 +1,4 @@
-"""What layers take in a runtime, kept with a study whose plans were chosen by it: for its report, on any machine."""
+"""Times of layers in a runtime, by which plans were chosen: stored with the study for its report, on any machine."""
 
 from __future__ import annotations
 

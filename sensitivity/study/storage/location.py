@@ -45,8 +45,8 @@ def agreed(path: Path, asked: str | None) -> str | None:
 
 
 def usable(path: Path, asked: str | None) -> str | None:
-    """The URL of the database to use, checked to be reachable where it is new to this folder."""
-    url = agreed(path, asked)  # the folder's own one may be away for a while: it is waited for when it is opened
+    """The URL of the database to use; one that is new to this folder is checked to be reachable."""
+    url = agreed(path, asked)  # the folder's own database may be down for a while: opening it waits
     if url is not None and url != address(path):
         check(url)
     return url
@@ -59,7 +59,7 @@ def write_address(path: Path, url: str) -> None:
 
 @contextlib.contextmanager
 def study_folder(path: Path) -> Iterator[None]:
-    """Create a study's folder; remove what was created where the study then cannot be begun."""
+    """Create a study's folder; remove it again if the study cannot be created in it."""
     try:
         with new_folder(path, FIRST_FILES):
             yield

@@ -34,8 +34,8 @@ class ProcessLock(JournalFileOpenLock):
     """A lock between processes that the kernel releases when its holder dies.
 
     Optuna's own locks are files: one left behind by a killed process blocks all others for half a minute, and forever
-    if the journal's path is relative (Optuna issue 5921). On a file system without locks (some network mounts) a file
-    has to do; filelock removes it when the process named in it is dead.
+    if the journal's path is relative (Optuna issue 5921). On a file system without locks (some network mounts) a lock
+    file is used instead; filelock removes it when the process named in it is dead.
     """
 
     def __init__(self, path: Path) -> None:
@@ -87,16 +87,16 @@ class Journal(JournalFileBackend):
             with open(self._path, "ab", buffering=0) as file:
                 end, left = file.tell(), memoryview(lines)
                 try:
-                    while left:  # an unbuffered write may take a part only
+                    while left:  # an unbuffered write may write only a part
                         left = left[file.write(left) :]
                     os.fsync(file.fileno())
                 except OSError as error:
-                    file.truncate(end)  # the next line would be appended to half a line
+                    file.truncate(end)  # else the next line is appended to half a line
                     raise disk_error(self._path, error) from error
 
 
 def cut_half_line(journal: Path) -> None:
-    """Cut off a half-written last line; before every write, as another process may be killed at any time."""
+    """Cut off a half-written last line, which a killed process may have left; called before every write."""
     with open(journal, "rb+") as file:
         size = end = file.seek(0, os.SEEK_END)
         while end:
@@ -112,7 +112,7 @@ def cut_half_line(journal: Path) -> None:
 
 
 def open_storage(where: Path | str, wait: bool = False) -> BaseStorage:
-    """A journal for a path, a database for a URL; with `wait`, one that is away for a while is waited for."""
+    """The journal at a path or the database at a URL; with `wait`, wait for a database that is down for a while."""
     if isinstance(where, str) and "://" in where:
         began, warned = time.monotonic(), False
         while True:

@@ -43,7 +43,7 @@ def expected(study: Path) -> Path:
 
 
 def layer_times(study: Path) -> Path:
-    """What the model's layers take in a runtime, as it was known when a plan was last chosen by it."""
+    """The times of the model's layers in a runtime, as they were when a plan was last chosen by them."""
     return study / "layer-times.json"
 
 
@@ -53,12 +53,12 @@ def attributions(folder: Path) -> Path:
 
 
 def explanation(folder: Path, key: str, failures: bool = False) -> Path:
-    """The blame for the damage of a plan, by the plan's key: on calibration examples, or on answers that got worse."""
+    """Where a plan's damage comes from, by the plan's key: on calibration examples, or on answers that got worse."""
     return folder / "explained" / f"{key}{'-failures' if failures else ''}.json"
 
 
 def put_back(study: Path, key: str) -> Path:
-    """Answers of a plan with one part put back to full precision, to examples that it answered worse before."""
+    """Answers of a plan with one part put back to full precision, to examples whose answers had got worse."""
     return study / "put_back" / f"{key}.parquet"
 
 

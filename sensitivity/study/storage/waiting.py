@@ -13,7 +13,7 @@ from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlche
 
 from sensitivity.spec.errors import UserError, reason
 
-SECONDS = 300.0  # how long a database may be away: a sweep with days of work behind it should not end at once
+SECONDS = 300.0  # how long a database may be down: a sweep with days of work behind it should not end at once
 AGAIN = 0.5  # seconds between two attempts
 
 
@@ -52,7 +52,7 @@ class Patient(BaseStorage):
             except UpdateFinishedTrialError:
                 if began is None:
                     raise
-                return True  # the first attempt was carried out, and only its answer lost: that is success
+                return True  # the first attempt was carried out, and only its reply was lost: success
             except (StorageInternalError, SQLAlchemyError) as error:
                 if not lost(error):
                     raise

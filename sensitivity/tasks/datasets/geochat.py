@@ -35,7 +35,7 @@ def grounding(folder: Path, split: str, n: int, seed: int, decoding: str = "turn
 def region_captions(folder: Path, split: str, n: int, seed: int) -> Task:
     """ROUGE-L as rouge_score computes it.
 
-    The paper's METEOR is NLTK's and ours is METEOR 1.5, so these two figures do not compare.
+    The paper's METEOR is NLTK's and ours is METEOR 1.5, so these two figures are not comparable.
     """
     source = DatasetFolder("geochat-region-captions", folder, GET)
     lines = source.lines(REGIONS)

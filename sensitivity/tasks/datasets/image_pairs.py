@@ -31,7 +31,7 @@ PARTS = ("test", "train")
 CHANGED = "The two images show the same place, the first one earlier. Has a building appeared or disappeared?"
 DESCRIBE = "The two images show the same place, the first one earlier. Describe in one sentence what has changed."
 AFTER = "The two images show the same place before and after a disaster."
-DAMAGE = {  # from the least to the worst, as xBD's labels have them and as an answer has them
+DAMAGE = {  # from the least to the worst: the name in xBD's labels -> the words of an answer
     "no-damage": "no damage",
     "minor-damage": "minor damage",
     "major-damage": "major damage",
@@ -43,7 +43,7 @@ WRITTEN = {"filename": FILE_INSIDE, "split": TEXT, "sentences": list_of(OBJECT, 
 
 
 def levir_change(folder: Path, split: str, n: int, seed: int) -> Task:
-    """LEVIR-CD: whether buildings changed, which its masks say; yes or no, with F1."""
+    """LEVIR-CD: whether buildings changed, yes or no, as its masks say; with F1."""
     source = DatasetFolder("levir-cd", folder, GET_CD)
     part = source.part(split, PARTS, ("{}/A", "{}/B", "{}/label"))
     for name in ("A", "B", "label"):
@@ -53,7 +53,7 @@ def levir_change(folder: Path, split: str, n: int, seed: int) -> Task:
 
 
 def levir_captions(folder: Path, split: str, n: int, seed: int) -> Task:
-    """LEVIR-CC: sentences that say what changed, scored by CIDEr; its kinds are pairs with and without a change."""
+    """LEVIR-CC: sentences that say what changed, scored by CIDEr; the kinds are changed and unchanged pairs."""
     source = DatasetFolder("levir-cc", folder, GET_CC)
     part = source.part(split, PARTS, ("images/{}/A", "images/{}/B"))
     listed = source.json("LevirCCcaptions.json", "images")["images"]

@@ -1,4 +1,4 @@
-"""RSVQA in low and high resolution: questions of presence, comparison and rural or urban."""
+"""RSVQA in low and high resolution: questions about presence, comparison, and rural or urban areas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sensitivity.tasks.datasets.source import DatasetFolder, Flaw, checked_recor
 from sensitivity.tasks.examples.types import SHORT, Example, Metric, Task
 from sensitivity.tasks.scoring.answer_text import squeezed
 
-KINDS = ("presence", "comp", "rural_urban")  # as in GeoChat's tables; the files also hold questions of count and area
+KINDS = ("presence", "comp", "rural_urban")  # as in GeoChat's tables; the files also ask about count and area
 STATE = {"active": FLAG}
 ANSWER = {"question_id": WHOLE, "answer": ANY_TEXT}
 QUESTION = {"id": WHOLE, "img_id": WHOLE, "type": TEXT, "question": TEXT}
@@ -74,7 +74,7 @@ def match(answer: str, example: Example) -> float:
 def by_kind(examples: Sequence[Example]) -> dict[str, Metric]:
     """The accuracy of each kind of question that was drawn, and their unweighted mean.
 
-    The score of the task is the mean over all questions instead.
+    The score of the task, in contrast, is the mean over all questions.
     """
     kinds = sorted({example.kind for example in examples})
 

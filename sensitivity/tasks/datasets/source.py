@@ -17,7 +17,7 @@ from sensitivity.spec.fields import Kind, Misfit, check, content, not_a_file, pa
 from sensitivity.tasks.examples import images
 from sensitivity.tasks.examples.types import Example, Metric, Task
 
-SHARE = 0.02  # of the examples at most may be left out, with a note; a data set with more flaws is refused
+SHARE = 0.02  # the largest share of examples that may be left out, with a note; with more flaws it is an error
 _BETWEEN = re.compile(r"[\s,]*")
 Record = dict[str, Any]  # a JSON object; `checked_records` and `check` test the fields that are read
 TENTH = 10  # one image in ten is for calibration where a data set has no other split for it
@@ -33,7 +33,10 @@ class Flaw:
 
 @dataclass(frozen=True)
 class Part:
-    """The official part that a split is read from; `hashed` if both splits share it, divided by a hash of the image."""
+    """The official part that a split is read from.
+
+    `hashed` says that both splits share the part, and that a hash of each image decides between them.
+    """
 
     name: str
     split: str
@@ -81,7 +84,7 @@ class DatasetFolder:
     def records(self, name: str, key: str) -> Iterator[Record]:
         """The objects of the list `key` in a JSON file, parsed one at a time.
 
-        VQAv2's annotations as Python objects would take gigabytes at once. The standard library's decoder can start at
+        All of VQAv2's annotations as Python objects would take gigabytes. The standard library's decoder can start at
         any place in a text, so no other parser is needed.
         """
         path = self.file(name)
@@ -171,7 +174,7 @@ class DatasetFolder:
 
         def why(example: Example) -> str | None:
             for number, image in enumerate(example.images):
-                # further images may be others, though the first one is shared
+                # examples of one cluster share the first image, but may have different further ones
                 key = (example.id if number else example.cluster), number
                 if key not in known:
                     known[key] = images.why_unusable(image)

@@ -63,7 +63,7 @@ def _rows(source: DatasetFolder, part: str) -> Iterator[Example | Flaw]:
 
 
 def _people(annotation: Record) -> tuple[str, ...]:
-    """All answers that are not blank, the most frequent ones first: the first one is measured by its likelihood."""
+    """All answers that are not blank, the most frequent first, since the likelihood of the first is measured."""
     given = [sys.intern(one["answer"].strip()) for one in annotation["answers"] if one["answer"].strip()]
     counts = Counter(given)
     return tuple(sorted(given, key=lambda answer: -counts[answer]))

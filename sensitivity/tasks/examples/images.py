@@ -19,7 +19,7 @@ from sensitivity.spec.fields import MISSING, Misfit, not_a_file
 from sensitivity.tasks.examples.types import ImageSource
 
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
-TAIL = 4096  # bytes at the end of a file in which the end marker is searched: cameras append data of their own
+TAIL = 4096  # bytes at the end of a file that are searched for the end marker: cameras append their own data after it
 
 
 def why_unusable(image: NDArray[np.uint8] | ImageSource) -> str | None:
@@ -86,7 +86,7 @@ def open_image(source: NDArray[np.uint8] | ImageSource) -> Image.Image:
 def opened(source: ImageSource) -> Iterator[Image.Image]:
     """An image whose header is read and whose pixels are not.
 
-    Anything but a regular file is refused, since opening a pipe could wait for ever.
+    Anything but a regular file is refused, since opening a pipe could wait forever.
     """
     if isinstance(source, Path) and (trouble := not_a_file(source)):
         raise FileNotFoundError(source) if trouble == MISSING else Misfit(trouble)

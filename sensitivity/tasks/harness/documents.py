@@ -50,7 +50,7 @@ class Documents:
         return self.recent[number]
 
     def keep(self, number: int, images: tuple[Image.Image, ...]) -> None:
-        """Keep decoded images for a while, since they are asked for one after the other."""
+        """Keep a document's decoded images, since they are read one after the other; drop those of older documents."""
         self.recent[number] = images
         while len(self.recent) > RECENT:
             self.recent.popitem(last=False)
@@ -80,7 +80,7 @@ class DocumentImage:
 
 
 class _Unsupported(UserError):
-    """A document that is no question about images."""
+    """A document that is not a question about images."""
 
 
 def drawn(

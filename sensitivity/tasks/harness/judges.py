@@ -9,7 +9,7 @@ JUDGES = ("lmms_eval.llm_judge", "lmms_eval.verifiers", "openai", "anthropic", "
 
 
 def judge_of(function: object) -> str | None:
-    """The module through which a function would ask a judge, itself or in what it calls; None if it asks none."""
+    """The module by which a function, or what it calls, would ask a judge; None if it asks none."""
     seen: set[int] = set()
     waiting = [function]
     while waiting:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from sensitivity.spec.errors import UserError
 from sensitivity.tasks.datasets.source import DatasetFolder, Part
 from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.harness.documents import Documents, drawn
@@ -12,14 +13,17 @@ from sensitivity.tasks.harness.loading import Docs, LibraryTask, library_task
 from sensitivity.tasks.harness.metrics import Scorer
 
 UNNAMED_LIMIT = 128  # tokens where a task names no limit; lmms-eval's models then have limits of their own
-SEARCH = ("num_beams", "repetition_penalty", "length_penalty", "no_repeat_ngram_size")  # how answers are searched
+# settings of generate() that change how an answer is searched
+SEARCH = ("num_beams", "repetition_penalty", "length_penalty", "no_repeat_ngram_size")
 TRAIN = "train"
 
 
 def lmms_eval(name: str, folder: str | None, split: str, n: int, seed: int) -> Task:
     """n examples of a task, from the hub's cache or from a folder that save_to_disk wrote."""
     task = library_task(name, folder)
-    evaluated = str(task.config.test_split or task.config.validation_split)
+    evaluated = task.config.test_split or task.config.validation_split
+    if not evaluated:
+        raise UserError(f"lmms-eval:{name} names no split to evaluate on; choose another task")
     part, docs, without_images = _part(task, evaluated, split)
     source = DatasetFolder(f"lmms-eval:{name}", Path(folder or "the hub's cache"), "fetch the data again")
     examples, left_out = drawn(source, Documents(task, part.name, docs), part, n, seed)
@@ -37,14 +41,14 @@ def lmms_eval(name: str, folder: str | None, split: str, n: int, seed: int) -> T
 
 
 def _part(task: LibraryTask, evaluated: str, split: str) -> tuple[Part, Docs, Docs]:
-    """The part of a split, its documents, and these without images.
+    """The part of a split, its documents, and the same documents without images.
 
-    Training examples calibrate where the data set has some of the same columns; otherwise one image in ten.
+    Calibration uses training examples if they have the same columns, otherwise one image in ten.
     """
     docs, training = task.dataset[evaluated], task.dataset.get(TRAIN)
     apart = training is not None and evaluated != TRAIN and training.column_names == docs.column_names
     if task.config.process_docs is not None and task.config.training_split != TRAIN:
-        apart = False  # only the splits that a task names are prepared by it
+        apart = False  # process_docs prepares only the splits that the task names
     if apart and training is not None and split == "calibration":
         without_images = training.select_columns(task.dataset_no_image[evaluated].column_names)
         return Part(TRAIN, split, hashed=False), training, without_images

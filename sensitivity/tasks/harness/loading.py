@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 GENERATES = "generate_until"
 LOGGING = ("lmms_eval", "utils")  # tasks are modules without a package, most of them named utils
+# arguments of load_dataset about downloads, which are left out
 NETWORK = ("token", "max_retries", "num_proc", "revision", "force_download", "local_files_only")
 
 
@@ -106,7 +107,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _from_this_machine() -> Iterator[None]:
-    """Until the block ends, `datasets` asks no hub, writes no cache beside the user's data and shows no bars."""
+    """Until the block ends, `datasets` asks no hub, writes no cache beside the user's data and shows no progress."""
     import datasets
     import huggingface_hub.constants
 
@@ -151,7 +152,7 @@ def library_task(name: str, folder: str | None) -> LibraryTask:
         config["dataset_kwargs"] = {key: value for key, value in kept if key not in NETWORK} or None
     try:
         with _needed_packages(name), quiet(), _from_this_machine():
-            ImageFile.LOAD_TRUNCATED_IMAGES = True  # the library tries one document, whatever its image
+            ImageFile.LOAD_TRUNCATED_IMAGES = True  # the library tries one document, which may have such an image
             return _local_class()(config=config)
     except UserError:
         raise

@@ -18,7 +18,7 @@ from sensitivity.tasks.datasets.source import Record
 from sensitivity.tasks.examples.types import Example, Metric
 from sensitivity.tasks.harness.loading import Docs, LibraryTask, quiet
 
-PROBED = 32  # examples by which a metric shows that it is a mean of values per example
+PROBED = 32  # examples on which a metric is checked to be the mean of a value per example
 CLOSE = 1e-4  # some aggregates are rounded to four or five digits
 RESULTS = 16_384  # answers whose results are kept: neighboring plans give many of the same
 
@@ -55,14 +55,14 @@ class Scorer:
             return _number(self.aggregates[metric](values))
 
     def _single(self, metric: str, value: object) -> float:
-        """One example's share of a metric: its number, or the aggregate over this example alone."""
+        """One example's value of a metric: its number, or the aggregate over this example alone."""
         if isinstance(value, Real | np.bool_):
             return float(value)
         with quiet():
             return _number(self.aggregates[metric]([value]))
 
     def _results_of(self, answer: str, example_id: str) -> Mapping[str, object]:
-        """What the task makes of one answer: a value for each metric."""
+        """The task's results for one answer: a value for each metric."""
         split, _, number = example_id.rpartition("-")
         with quiet(), _same_guess(example_id):
             doc = self.docs[split][int(number)]  # read anew: some tasks change their document
@@ -91,7 +91,7 @@ class Scorer:
             singles = [self._single(metric, value) for value in values]
             with quiet():
                 whole = _number(self.aggregates[metric](list(values)))
-        except Exception:  # an aggregate that makes nothing of one example has errors of its own
+        except Exception:  # an aggregate that cannot take a single example has errors of its own
             return False
         return math.isclose(sum(singles) / len(singles), whole, rel_tol=CLOSE, abs_tol=CLOSE)
 
@@ -111,11 +111,11 @@ def _same_guess(example_id: str) -> Iterator[None]:
 
 
 def _process(task: LibraryTask, doc: Record, answer: str) -> Mapping[str, object]:
-    """The library's own way from an answer to its metrics: the task's first filter, then its rule."""
+    """The metrics of one answer as the library computes them: by the task's first filter, then its rule."""
     request = SimpleNamespace(resps=[answer], filtered_resps={})
     task._filters[0].apply([request], [doc])
     filtered = list(request.filtered_resps.values())
-    # the rule itself: what the library wraps around it tries five times, seconds apart
+    # the rule without the library's wrapper, which on an error tries five times, seconds apart
     rule = getattr(type(task).process_results, "__wrapped__", type(task).process_results)
     results: Mapping[str, object] = rule(task, doc, filtered)
     return results
@@ -127,7 +127,7 @@ def _number(value: object) -> float:
 
 
 def _aggregates(task: LibraryTask) -> dict[str, Aggregate]:
-    """The task's metrics of which more is better."""
+    """The task's metrics for which higher is better."""
     better = task.higher_is_better()
     return {
         metric: aggregate
@@ -137,6 +137,6 @@ def _aggregates(task: LibraryTask) -> dict[str, Aggregate]:
 
 
 def _takes_values_alone(aggregate: Aggregate) -> bool:
-    """Whether an aggregate needs nothing else; one that takes arguments of the command line writes files."""
+    """Whether an aggregate needs only the values; one that takes arguments of the command line writes files."""
     needed = [one for one in signature(aggregate).parameters.values() if one.default is Parameter.empty]
     return len([one for one in needed if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]) == 1

@@ -1,4 +1,4 @@
-"""Draws the images that calibrate from a file whose lines name no split; all copies of an image go together."""
+"""Draws calibration images from a file whose lines name no split; all copies of an image stay together."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 from sensitivity.tasks.datasets.source import TENTH
 
-FEWEST = 5  # images of a file of which one is kept for calibration: of fewer it would be too large a part
+FEWEST = 5  # images that a file needs before one is kept for calibration: of fewer, one is too large a share
 
 
 def calibration_images(folder: Path, groups: Iterable[Sequence[str]]) -> frozenset[str]:
     """The names of a tenth of the images, at least one; none where there are fewer than FEWEST.
 
-    `groups` are the images of each line. All images of a line go together, and with them whatever shares an image.
+    `groups` are the images of each line. All images of a line stay together, as do lines that share an image.
 
     Drawn by a hash of the names and not by the task's seed: a plan is verified on examples of another seed, which must
     not contain an image that it was calibrated on.
@@ -31,12 +31,12 @@ def calibration_images(folder: Path, groups: Iterable[Sequence[str]]) -> frozens
 
 
 def _joined(image_of: dict[str, str], groups: Iterable[Sequence[str]]) -> dict[str, str]:
-    """Each name with one image that stands for all that are joined to it by lines, step by step."""
+    """Each name with one image that stands for all images that lines connect with it, directly or through others."""
     parent = {image: image for image in image_of.values()}
 
     def root(image: str) -> str:
         while parent[image] != image:
-            parent[image] = image = parent[parent[image]]  # shortens the way for the next one
+            parent[image] = image = parent[parent[image]]  # path halving
         return image
 
     for group in groups:

@@ -36,7 +36,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Cell:
-    """The image in one row of a data set on disk."""
+    """The image in one row of a data set on disk; it is read when it is needed."""
 
     rows: Rows
     number: int

@@ -84,7 +84,7 @@ def convex(points: Sequence[Sequence[float]]) -> tuple[Point, ...] | None:
 
 
 def _diagonal(box: Box) -> list[Point]:
-    """Read the corners as the ends of a diagonal: its parts along and across the angle are the sides of the box."""
+    """Read the corners as the ends of a diagonal; its projections along and across the angle are the sides."""
     x1, y1, x2, y2, angle = box
     length = math.hypot(x2 - x1, y2 - y1)
     width, height = length * math.cos(math.radians(angle)), length * math.sin(math.radians(angle))
@@ -116,7 +116,10 @@ def decoded(text: str, width: int, height: int, decoding: str = "turned") -> lis
 
 
 def written(polygon: Sequence[Point], width: int, height: int) -> str:
-    """A true box as a model would write it: the rectangle on the two edges at its first corner, rotated to upright."""
+    """A true box as a model would write it: an upright box and the angle by which it is rotated.
+
+    The two edges at the polygon's first corner give its sides.
+    """
     cx, cy = (sum(point[i] for point in polygon) / len(polygon) for i in (0, 1))
     (ax, ay), (bx, by), (dx, dy) = polygon[0], polygon[1], polygon[-1]
     along, across = math.hypot(bx - ax, by - ay), math.hypot(dx - ax, dy - ay)
@@ -130,14 +133,14 @@ def written(polygon: Sequence[Point], width: int, height: int) -> str:
 
 
 def matches(given: Sequence[Sequence[Point]], right: Sequence[Sequence[Point]], threshold: float) -> int:
-    """The largest number of true boxes that given boxes can find, each standing for at most one.
+    """The largest number of true boxes that given boxes can match, one to one.
 
     This is a maximum bipartite matching by augmenting paths; a greedy assignment could miss boxes.
     """
     near = [[polygon_iou(one, other) >= threshold for other in right] for one in given]
-    taken: dict[int, int] = {}  # true box -> the given one that stands for it
+    taken: dict[int, int] = {}  # true box -> the given box that is matched with it
 
-    # whether given box `one` can get a true box, moving earlier ones if need be; `tried` stops cycles
+    # whether given box `one` can get a true box, if need be by moving earlier ones; `tried` stops cycles
     def place(one: int, tried: set[int]) -> bool:
         for other, good in enumerate(near[one]):
             if good and other not in tried:

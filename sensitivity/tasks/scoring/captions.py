@@ -33,7 +33,7 @@ def cider(examples: Sequence[Example]) -> Callable[[str, Example], float]:
     bigrams. Its mean over the examples is pycocoevalcap's corpus CIDEr.
 
     It is computed here because a sweep scores answers a few at a time, against the references of the whole task. It
-    depends on which images are evaluated: scores of different samples do not compare, and with a single image every
+    depends on which images are evaluated: scores of different samples are not comparable, and with a single image every
     score is 0.
     """
     images_with: Counter[Gram] = Counter()

@@ -26,7 +26,7 @@ def task(name: str, examples: tuple[Example, ...], notes: tuple[str, ...] = ()) 
 
 
 def score(answer: str, example: Example) -> float:
-    """1 for the right letter; without any letter, for the text of the right option."""
+    """1 for the right letter or, if the answer names no letter, for the text of the right option."""
     if (given := letter(answer)) is not None:
         return float(given == example.answers[0].upper())
     return float(_plain(answer) in {_plain(one) for one in example.answers[1:]})

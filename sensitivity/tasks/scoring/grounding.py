@@ -38,9 +38,9 @@ def task(
     decoding: str = "turned",
     most: int = 256,
 ) -> Task:
-    """True boxes that are found one to one, as a share of all true boxes: acc@0.5, which is the score, and acc@0.25.
+    """The share of all true boxes that written boxes match one to one: acc@0.5, which is the score, and acc@0.25.
 
-    Further metrics are the lenient any match, and what other ways to read a written box would have found.
+    Further metrics are the lenient any match, and the accuracy with each other way to read a written box.
 
     An example's score is its number of found boxes divided by the mean number of boxes per example. The mean over
     examples is then the published figure (found boxes / all boxes), and an example with many boxes can score above 1.
@@ -64,9 +64,9 @@ def task(
 
 
 def recall_task(name: str, examples: tuple[Example, ...], notes: tuple[str, ...] = ()) -> Task:
-    """For each example the share of its true boxes that are found: boxes beside them cost nothing.
+    """For each example the share of its true boxes that are found; further written boxes cost nothing.
 
-    Unlike `task`, an image with many boxes counts as much as one with a single box, so that scores lie from 0 to 1.
+    Unlike in `task`, an image with many boxes counts as much as one with a single box, and scores lie from 0 to 1.
     The metric precision is the share of all written boxes that are right.
     """
 
@@ -135,7 +135,7 @@ def with_image_size(example: Example) -> Example:
 
 
 def size_where_a_box_is_outside(example: Example) -> str | None:
-    """The size of an image that one of its boxes lies outside of completely; None if there is no such box."""
+    """The size of the image, if one of its true boxes lies completely outside; None if there is no such box."""
     known = _regions(example)
     for polygon in known.polygons:
         (left, right), (top, bottom) = ((min(ends), max(ends)) for ends in zip(*polygon, strict=True))

@@ -33,7 +33,7 @@ def score(answer: str, example: Example) -> float:
 
 
 def number(text: str) -> float | None:
-    """The last number in a text, with thousands separators; a percent sign changes nothing, and no number is None."""
+    """The last number in a text, or None if there is none; thousands separators and a percent sign are allowed."""
     numbers = _NUMBER.findall(text)
     try:
         return float(numbers[-1].replace(",", "").replace("−", "-")) if numbers else None

@@ -38,7 +38,7 @@ def says_yes(answer: str) -> bool | None:
 
 
 def _counts(answers: Sequence[str], examples: Sequence[Example]) -> tuple[int, int, int]:
-    """True yes, said yes, right yes."""
+    """How many examples are answered yes rightly, are answered yes, and have yes as the right answer."""
     pairs = [(says_yes(a) is True, says_yes(e.answers[0]) is True) for a, e in zip(answers, examples, strict=True)]
     return sum(a and b for a, b in pairs), sum(a for a, _ in pairs), sum(b for _, b in pairs)
 

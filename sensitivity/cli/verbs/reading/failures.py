@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _measure_causes(args: argparse.Namespace, study: Study, plan: Plan) -> None:
-    """Run the model on the examples that got worse, as far as it is not known what mends them."""
+    """Run the model on the examples that got worse, unless it is known already which part mends them."""
     from sensitivity.analysis.failures.gallery import changed
     from sensitivity.api.finding_causes import begin_causes
     from sensitivity.models.loading import device_of, dtype_of, load
@@ -110,7 +110,7 @@ def _measure_causes(args: argparse.Namespace, study: Study, plan: Plan) -> None:
 
 
 def _plan(study: Study, key: str | None) -> Plan:
-    """The plan of a key, or the recommended one, or the smallest on the frontier: what breaks at its low end."""
+    """The plan with this key; without one, the recommended plan, or else the smallest quantized one on the frontier."""
     from sensitivity.analysis.allocate.kept_recommendation import recommended
     from sensitivity.analysis.comparing.sides import plan_of
     from sensitivity.study.racing import frontier_trials

@@ -1,4 +1,4 @@
-"""sensitivity watch: shows how a sweep in other processes stands, until it is over."""
+"""sensitivity watch: shows the state of a sweep that runs in other processes, until it is over."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _follow(study: Study, every: int) -> None:
-    """Show the counts and the frontier in place; off a terminal, a line whenever the counts have changed."""
+    """Show the counts and the frontier in place; without a terminal, print a line when the counts have changed."""
     if not sys.stderr.isatty():
         last: dict[str, int] = {}
         while _is_open(counts := study.counts()):

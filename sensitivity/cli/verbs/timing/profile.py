@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 
 def uniform(parts: ComponentMap, schemes: Sequence[Scheme], times: LayerTimes) -> dict[str, dict[str, float]]:
-    """What the uniform plan of each scheme takes, where the runtime can run it."""
+    """The predicted costs of the uniform plan of each scheme, if the runtime can run it."""
     from sensitivity.spec.plan import Plan
     from sensitivity.spec.runtimes.layer_times import COSTS
     from sensitivity.spec.runtimes.rules import violations
