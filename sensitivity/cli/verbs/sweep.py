@@ -118,13 +118,13 @@ def _running(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Run the sweep, or forecast it with --dry-run."""
+    workers.stop_with_launcher()  # before the imports, which take longer than a launcher may live
     requested = _checked(args)
     if args.executor == "ray" and not workers.is_child() and not args.dry_run:
         return _on_a_cluster(args)
     from sensitivity.api.sweeping import calibrated as calibrated_
     from sensitivity.measure.generate.batches import check_tasks_fit
 
-    workers.stop_with_launcher()
     vlm, parts, tasks = loaded(args)
     requested, plans_of = _search_space(args, parts, requested)
     check_tasks_fit(vlm, tasks)
