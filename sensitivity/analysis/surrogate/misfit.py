@@ -230,8 +230,12 @@ class Evidence:
 
 
 def _definite(covariance: Floats) -> Floats:
-    """A covariance with a little added to its diagonal, so that rounding errors leave it positive definite."""
-    return np.asarray(covariance + LEAST * np.diag(covariance).max() * np.eye(len(covariance)))
+    """The covariance; with more on its diagonal where rounding errors made an eigenvalue negative."""
+    try:
+        np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:
+        return np.asarray(covariance + LEAST * np.diag(covariance).max() * np.eye(len(covariance)))
+    return covariance
 
 
 def _noise(setting: Setting, shape: Floats, steep: Floats) -> Floats:
