@@ -55,6 +55,15 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def masked(logits: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Logits with the mask of fused attention: minus infinity where a query does not see a key, or what is added."""
+    if is_causal:
+        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    if attn_mask is None:
+        return logits
+    return logits.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
+
+
 def _logits_and_value(
     query: Tensor,
     key: Tensor,
@@ -69,8 +78,4 @@ def _logits_and_value(
     if (times := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
     logits = at_least_float32(query) @ at_least_float32(key).mT * (scale or 1 / math.sqrt(query.shape[-1]))
-    if is_causal:
-        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
-    if attn_mask is not None:
-        logits = logits.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
-    return logits, value
+    return masked(logits, attn_mask, is_causal), value

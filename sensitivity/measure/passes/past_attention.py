@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from sensitivity.measure.passes.attention_functions import FUSED
+from sensitivity.measure.passes.attention_functions import FUSED, masked
 from sensitivity.spec.errors import UserError
 
 QUERY, KEY, VALUE = "query", "key", "value"
@@ -80,12 +80,7 @@ class PastAttention(TorchFunctionMode):
         times = scale or 1 / math.sqrt(q.shape[-1])
         logits = q @ k.mT * times
         logits.diagonal(start, -2, -1).add_(self._own_logits(q, k[:, :, start:]) * times)
-        if is_causal:
-            attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
-        if attn_mask is not None:
-            masked = attn_mask.dtype == torch.bool
-            logits = logits.masked_fill(~attn_mask, -math.inf) if masked else logits + attn_mask
-        shares = logits.softmax(-1).nan_to_num()
+        shares = masked(logits, attn_mask, is_causal).softmax(-1).nan_to_num()
         found = shares @ v
         if VALUE in self.made.lost:
             stored, lost = (self._heads(of, q.shape[-2], v.shape[-1]) for of in (self.made.outputs, self.made.lost))
