@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sensitivity.analysis.allocate.run_time import in_words
 from sensitivity.api.exporting import export
-from sensitivity.formats.timing.side_by_side import Bench, Progress, bench
+from sensitivity.formats.timing.side_by_side import Bench, bench
 from sensitivity.formats.verification import verify
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.plan import Plan
@@ -61,7 +61,6 @@ def run_in_runtime(
     vlm: VLM,
     times: LayerTimes,
     most: Mapping[str, float],
-    progress: Progress = lambda done, of: None,
 ) -> InRuntime:
     """Export a plan to a temporary folder, compare its answers with torch's, and time it."""
     format = files_of(times.runtime)
@@ -69,9 +68,7 @@ def run_in_runtime(
     with tempfile.TemporaryDirectory() as space:
         folder = export(study, plan, Path(space) / "plan", format, model=vlm, note=False)
         outcome = verify(folder)
-        timed = bench(
-            folder, times.runtime, ROUNDS, task=times.task, model=vlm.name, threads=times.threads, progress=progress
-        )
+        timed = bench(folder, times.runtime, ROUNDS, task=times.task, model=vlm.name, threads=times.threads)
     same = outcome["verdict"] in ("as measured", "whole")
     return InRuntime(times.runtime, str(outcome["words"]), same, costs_of(timed, times), dict(most))
 

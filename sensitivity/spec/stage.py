@@ -27,7 +27,7 @@ class Stage:
         if not self.done:
             return line
         seconds = (time.monotonic() - self.began) / self.done * (self.total - self.done)
-        return f"{line}, {timedelta(seconds=round(seconds))} left"
+        return f"{line}, {clock(seconds)} left"
 
 
 # stages that run now; one that was begun inside another comes after it
@@ -49,3 +49,8 @@ def each(items: Iterable[T], name: str, kind: str, total: int, size: Callable[[T
 def now() -> str:
     """What runs now, from the outer stage to the inner one; nothing where no stage is known."""
     return ", ".join(stage.line() for stage in tuple(_running))
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))

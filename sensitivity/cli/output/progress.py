@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, TypedDict
 
-from sensitivity.cli.output.ticker import Ticker, clock
+from sensitivity.cli.output.ticker import Ticker
 from sensitivity.spec import stage
+from sensitivity.spec.stage import clock
 
 if TYPE_CHECKING:
     from sensitivity.measure.loop import Step

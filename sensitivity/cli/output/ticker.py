@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import ClassVar
 
 from sensitivity.spec import stage
@@ -60,39 +59,7 @@ def working(title: str, quiet: bool = False) -> Iterator[None]:
 
     def line() -> str:
         doing = stage.now()
-        return f"{title}: {doing}{'; ' * bool(doing)}{clock(time.monotonic() - began)} so far"
+        return f"{title}: {doing}{'; ' * bool(doing)}{stage.clock(time.monotonic() - began)} so far"
 
     with Ticker(line, FIRST):
         yield
-
-
-@contextlib.contextmanager
-def counted(title: str, total: int, what: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Show how much of a known amount of work is done: a bar on a terminal, elsewhere a line every few seconds.
-
-    Yields a function, to be called with the amount that is done and the total.
-    """
-    done = 0
-
-    def told(count: int, of: int) -> None:
-        nonlocal done
-        done = count
-
-    if quiet:
-        yield told
-    elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), what, TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            line = bar.add_task(title, total=total)
-            yield lambda count, of: bar.update(line, completed=count, total=of)
-    else:
-        with Ticker(lambda: f"{title}: {done} of {total} {what}", FIRST):
-            yield told
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    return str(timedelta(seconds=round(seconds)))

@@ -6,9 +6,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
-from sensitivity.cli.output.progress import show_progress
+from sensitivity.cli.output.progress import show_progress, show_stages
 from sensitivity.cli.output.tables import answer_counts, recommendation, run_time
-from sensitivity.cli.output.ticker import counted
 
 if TYPE_CHECKING:
     from sensitivity.analysis.allocate.recommendation import Recommendation
@@ -138,11 +137,11 @@ def _request(args: argparse.Namespace, study: Study) -> PlanRequest:
 
 def _in_runtime(args: argparse.Namespace, study: Study, one: Recommendation, vlm: VLM, times: LayerTimes) -> InRuntime:
     """Run a recommended plan in its runtime, with its progress."""
-    from sensitivity.api.in_runtime import ROUNDS, run_in_runtime
+    from sensitivity.api.in_runtime import run_in_runtime
 
     asked = one.provenance.get("asked")
-    with counted(times.runtime, ROUNDS, "rounds", args.json) as progress:
-        return run_in_runtime(study, one.plan, vlm, times, asked["limits"] if asked else {}, progress)
+    with show_stages(args.json):
+        return run_in_runtime(study, one.plan, vlm, times, asked["limits"] if asked else {})
 
 
 def _run_time(

@@ -18,7 +18,7 @@ from sensitivity.formats.timing.kept_times import keep
 from sensitivity.formats.timing.machine import machine, versions_of
 from sensitivity.formats.timing.opened import CHECK
 from sensitivity.formats.timing.rows_at_once import rows_at_once
-from sensitivity.formats.timing.side_by_side import Progress, full_precision
+from sensitivity.formats.timing.side_by_side import full_precision
 from sensitivity.formats.timing.timed_process import Asked, Round, timed_process
 from sensitivity.measure.generate.batches import batches
 from sensitivity.models.config_only import without_weights
@@ -38,6 +38,7 @@ from sensitivity.spec.runtimes.layer_times import (
 )
 from sensitivity.spec.runtimes.loadable import restrict
 from sensitivity.spec.sizes import GB
+from sensitivity.spec.stage import each
 from sensitivity.tasks.table import task as find_task
 
 ROUNDS = 12
@@ -61,7 +62,6 @@ def profile(
     n: int = ROUNDS,
     *,
     threads: int = 0,
-    progress: Progress = lambda done, of: None,
 ) -> LayerTimes:
     """Time the layers of a model in the layouts of some schemes, in turn with the whole model in full precision.
 
@@ -80,12 +80,11 @@ def profile(
             tokens |= {"image": first.image_tokens, "prompt": first.prompt.count}
             layers = _layers(parts, schemes, runtime, at_once, tokens, threads)
             rounds, times = [], dict[tuple[int, int, str, int], list[float]]()
-            for number in range(n):
+            for _ in each(range(n), "timing", "rounds", n):
                 rounds.append(whole.round(0))
                 for one in layers:
                     for count in one.at_once:
                         times.setdefault((*one.key, count), []).append(_ms(*one.graph.seconds(count), threads))
-                progress(number + 1, n)
             memory = whole.memory()
     medians = {key: float(np.median(values)) for key, values in times.items()}
     nothing = dict.fromkeys(STAGES, 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypedDict
@@ -24,11 +24,11 @@ from sensitivity.models.discover import inspect
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.files import finite, write_atomically
 from sensitivity.spec.plan import Plan
+from sensitivity.spec.stage import each
 from sensitivity.study.exports import BENCH
 from sensitivity.tasks.table import task as find_task
 
 ROUNDS = 20
-Progress = Callable[[int, int], None]
 
 
 class Measured(TypedDict):
@@ -70,7 +70,6 @@ def bench(
     task: str | None = None,
     model: str | None = None,
     threads: int = 0,
-    progress: Progress = lambda done, of: None,
 ) -> Bench:
     """Time an export and full precision round by round in one run; the outcome is stored in the export.
 
@@ -86,7 +85,7 @@ def bench(
             name: Asked(path, base, runtime, facts["dtype"], threads, source, n, 0)
             for name, path in (("export", str(folder)), ("full", full))
         }
-        rounds, memory = in_turn(asked, n, progress)
+        rounds, memory = in_turn(asked, n)
         sizes = {name: _bytes(Path(one.model)) for name, one in asked.items()}
     ours, theirs = rounds["export"], rounds["full"]
     found: Bench = {
@@ -147,19 +146,16 @@ def full_precision(base: str, runtime: str, dtype: str) -> Iterator[str]:
         yield str(out)
 
 
-def in_turn(
-    asked: Mapping[str, Asked], n: int, progress: Progress
-) -> tuple[dict[str, list[Round]], dict[str, Memory | None]]:
+def in_turn(asked: Mapping[str, Asked], n: int) -> tuple[dict[str, list[Round]], dict[str, Memory | None]]:
     """Time the models in turn, so that other load on the machine affects all alike; returns rounds and memory."""
     with ExitStack() as stack:
         running: dict[str, TimedModel] = {name: stack.enter_context(timed_process(one)) for name, one in asked.items()}
         for one in running.values():
             one.round(0)  # the first is slower, and not counted
         rounds: dict[str, list[Round]] = {name: [] for name in running}
-        for number in range(n):
+        for number in each(range(n), "timing", "rounds", n):
             for name in list(running)[:: 1 if number % 2 else -1]:  # in alternating order
                 rounds[name].append(running[name].round(number))
-            progress(number + 1, n)
         return rounds, {name: one.memory() for name, one in running.items()}
 
 

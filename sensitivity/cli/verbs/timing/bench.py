@@ -6,8 +6,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.output.progress import show_stages
 from sensitivity.cli.output.tables import table
-from sensitivity.cli.output.ticker import counted
 from sensitivity.spec.sizes import in_words
 
 if TYPE_CHECKING:
@@ -35,11 +35,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     """Time the export, print a table, and return all of it."""
     from sensitivity.formats.timing.side_by_side import bench
 
-    with counted("bench", args.n, "rounds", args.json) as progress:
-        found = bench(
-            args.folder, args.runtime, args.n, task=args.task, model=args.model, threads=args.threads or 0,
-            progress=progress,
-        )  # fmt: skip
+    with show_stages(args.json):
+        found = bench(args.folder, args.runtime, args.n, task=args.task, model=args.model, threads=args.threads or 0)
     if not args.json:
         show(found)
     return dict(found)

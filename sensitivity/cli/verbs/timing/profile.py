@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.output.progress import show_stages
 from sensitivity.cli.output.tables import table
-from sensitivity.cli.output.ticker import counted
 
 if TYPE_CHECKING:
     from sensitivity.spec.components import ComponentMap
@@ -42,10 +42,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.quantize.scheme_settings import schemes_of
 
     schemes = schemes_of(("rtn",), args.bits, group=args.group, symmetric=args.symmetric)
-    with counted("profile", args.n, "rounds", args.json) as progress:
-        times = profile(
-            args.model, schemes, args.runtime, args.task, args.n, threads=args.threads or 0, progress=progress
-        )
+    with show_stages(args.json):
+        times = profile(args.model, schemes, args.runtime, args.task, args.n, threads=args.threads or 0)
     parts, _ = checked(args.model, schemes, args.runtime, args.task)
     plans = uniform(parts, schemes, times)
     if not args.json:
