@@ -61,7 +61,7 @@ def path_gain(gain: Mapping[str, object]) -> str:
         f"Calibrated again on the {gain['path']} path. Against the path on which the plan was chosen, paired on the "
         f"same examples: {'; '.join(tasks)}."
     )
-    if all(difference["mean"] <= 0 for difference in differences.values()):
+    if differences and all(difference["mean"] <= 0 for difference in differences.values()):
         words += " No score rose: without --path the plan is exported as it was chosen."
     return words
 

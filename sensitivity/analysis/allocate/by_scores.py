@@ -9,7 +9,7 @@ import numpy as np
 from sensitivity.analysis.allocate.budget import fits, infeasible
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.program import Program
-from sensitivity.analysis.surrogate.space import Space
+from sensitivity.analysis.surrogate.space import Space, family
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import Allowed, intersection, merge_groups
@@ -72,7 +72,7 @@ def rising(space: Space, scores: Scores) -> list[np.ndarray]:
         damages, before = [0.0], None
         for option in options[1:]:
             assert option is not None
-            narrower = before is not None and (before.method, before.group) == (option.method, option.group)
+            narrower = before is not None and family(before) == family(option)
             damages.append(max(scores[name].get(option, np.inf), damages[-1] if narrower else 0.0))
             before = option
         per_component.append(np.array(damages))

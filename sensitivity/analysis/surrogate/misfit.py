@@ -22,7 +22,7 @@ BOUNDS = ((0.8, 4.0), (-12.0, 2.0), (-9.0, 2.0), (-9.0, 2.0), (-9.0, 2.0))
 NEVER = -40.0  # the logarithm of nothing
 ODDS = math.log(20)  # predictions use the process if it makes readings likelier by this factor (as a logarithm)
 NARROWEST = 1e-4  # least noise, as a share of the largest score: else the matrix may be singular
-LEAST = 1e-12  # added to the diagonal, as a share of its largest entry: rounding could make eigenvalues negative
+LEAST = 1e-12  # added to the diagonal of an indefinite covariance, as a share of its largest entry
 WIDEST = 1.5  # intervals are widened by at most this factor
 
 

@@ -66,7 +66,7 @@ def _tensors(stored: QuantizedWeight, weight: Weight, scheme: Scheme) -> Sequenc
     scale = stored.scale.to(torch.float16)
     # scales found in bfloat16 may overflow or lose bits in float16; answers would differ from the measured ones
     if not torch.equal(scale.float(), stored.scale):
-        raise UserError(f"a scale of {weight.name} does not fit float16, which is how awq stores it; use gptq")
+        raise UserError(f"a scale of {weight.name} does not fit float16, as awq stores it; use --format fake")
     return _words(stored.codes.T), _words(zero), scale.T.expand(count, weight.rows).contiguous()
 
 

@@ -109,7 +109,7 @@ def layout(kind: str) -> PackedLayout:
             zero = zero - 1
         scale = stored.scale.to(torch.float16)
         if not torch.equal(scale.float(), stored.scale):
-            raise UserError(f"a scale of {weight.name} does not fit float16, which is how gptq stores it; use --group")
+            raise UserError(f"a scale of {weight.name} does not fit float16, as gptq stores it; use --format fake")
         return (
             pack_planes(stored.codes, bits, planar).T.contiguous(),
             pack_planes(zero.to(torch.uint8).contiguous(), bits, planar),

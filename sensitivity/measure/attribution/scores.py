@@ -33,8 +33,8 @@ NEEDS = {
     "change": ("first_order",),
     "path": ("paths",),
     "coverage": ("paths", "answers"),
-    "kl": ("one_at_a_time",),
-    "loss": ("one_at_a_time",),
+    "kl": ("answers", "one_at_a_time"),
+    "loss": ("answers", "one_at_a_time"),
     "higgs": ("layers", "answers"),
 }
 WITH_ANSWERS = tuple(name for name in SCORES if name not in ("weight", "gram"))  # they need a loss of right answers
