@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # looked up before parsing, so that errors of parsing honor --json and --debug too
     asked = argparse.Namespace(typed=typed, json="--json" in typed, debug="--debug" in typed)
     try:
-        args = parser_of(VERBS).parse_args(typed, asked)  # keeps `typed`: workers run the same command
+        args = parser_of(VERBS, typed).parse_args(typed, asked)  # keeps `typed`: workers run the same command
         if args.threads:
             threads.limit(args.threads)
         if not sys.stdout.isatty() and isinstance(sys.stdout, io.TextIOWrapper):

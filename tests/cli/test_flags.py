@@ -9,6 +9,7 @@ import pkgutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -352,13 +353,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture
-def there(place: Path, scenes_llava: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Everything is real until the work would begin; and the model is loaded already."""
-    # a module that is first imported while others are replaced would keep what it took from them
+@cache
+def import_all() -> None:
+    """Import every module: one that is first imported while others are replaced would keep what it took from them."""
     for found in pkgutil.walk_packages(sensitivity.__path__, "sensitivity."):
         if not found.name.endswith("__main__"):
             import_module(found.name)
+
+
+@pytest.fixture
+def there(place: Path, scenes_llava: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Everything is real until the work would begin; and the model is loaded already."""
+    import_all()
     from sensitivity.models.loading import load
 
     def stop(*_: object, **__: object) -> NoReturn:

@@ -8,11 +8,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import small_vlms
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import experiments
 import sensitivity
+from experiments.benchmarks.true_shapes import counted
 
 FOLDER = Path(experiments.__file__).parent
 ROOT = FOLDER.parent
@@ -64,3 +69,20 @@ def test_cliffs(tmp_path: Path) -> None:
     assert "## embedded:scenes-llava-heavy" in text
     assert "synthetic outliers, same function" in text
     assert text.count("| all |") == 8
+
+
+def test_operations_are_counted_as_torch_counts_them() -> None:
+    """Those of linear layers, attention and the cutting into patches, which is all that a tower multiplies."""
+    operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch's own counter does not know
+    model = small_vlms.llava().model.vision_tower.eval()
+    pixels = torch.rand(2, 3, *[model.config.image_size] * 2)
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **more: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    with torch.inference_mode():
+        with FlopCounterMode(display=False, custom_mapping={operation: attention}) as theirs:
+            model(pixels)
+        with counted() as found:
+            model(pixels)
+    assert sum(found) == theirs.get_total_flops() > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -13,8 +13,11 @@ from sensitivity.cli.output.ticker import working
 from sensitivity.spec.errors import UserError
 
 
-def parser_of(verbs: Mapping[str, ModuleType]) -> argparse.ArgumentParser:
-    """A parser of these verbs, with the flags that all of them take."""
+def parser_of(verbs: Mapping[str, ModuleType], typed: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """A parser of these verbs, with the flags that all of them take.
+
+    With what was typed, only the verb that it names gets flags of its own: those of all verbs take a while to list.
+    """
     common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error, and libraries' warnings")
@@ -31,7 +34,8 @@ def parser_of(verbs: Mapping[str, ModuleType]) -> argparse.ArgumentParser:
         one = choices.add_parser(
             name, parents=[common], help=verb.ABOUT, description=described, epilog=f"example: {verb.EXAMPLE}"
         )
-        verb.arguments(one)
+        if typed is None or name in typed[:1]:
+            verb.arguments(one)
     return top
 
 

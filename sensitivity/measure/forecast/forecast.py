@@ -146,8 +146,11 @@ def _work(
     weights, itemsize = sum(w.numel for w in parts.weights), model.hardware.dtype.itemsize
     quantized = states = 0.0
     if shared_bytes is not None:
-        # codes, and the running plan's dequantized weights
-        quantized = min(shared_bytes / 2, schemes * CODE * weights) + weights * itemsize
+        # codes, and dequantized weights: the running plan's, beside 16 bits of the model's own where those hold all of
+        # it, and between two plans as many as plans may share
+        dense = weights * itemsize
+        saved = weights * (itemsize - 2) if parts.native_bits == 16 else 0
+        quantized = min(shared_bytes / 2, schemes * CODE * weights) + max(dense - saved, min(dense, shared_bytes / 2))
         states = min(shared_bytes / 2, sum(model.prefix_cache_bytes(sample) for sample in samples))
     return {
         "weights": float(parts.numel * itemsize),

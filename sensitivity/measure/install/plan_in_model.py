@@ -15,6 +15,7 @@ from sensitivity.measure.calibrate.statistics import Statistics, by_importance
 from sensitivity.measure.install.past_cache import Sizes, cache_sizes, past_cache_hooks
 from sensitivity.measure.install.rounding import check_cache
 from sensitivity.measure.install.run_time import RunTime
+from sensitivity.measure.memory.own_weights import OwnWeights
 from sensitivity.measure.memory.weight_codes import CachedWeight, Key, WeightCodes, as_cached, from_tensors, tensors
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears, input_of
@@ -49,10 +50,11 @@ def quantized(
         True
     """
     parameters = dict(model.named_parameters())
+    addresses = {name: parameter.data_ptr() for name, parameter in parameters.items()}
     schemes, given = targets(parts, plan), _given(parts, plan)
     if unknown_names := sorted(set(schemes) - set(parameters)):
         raise UserError(f"the plan names weights that this model does not have: {', '.join(unknown_names[:4])}")
-    quantizer = _Quantizer(model, parts, WeightCodes() if memory is None else memory, statistics)
+    quantizer = _Quantizer(model, parts, WeightCodes(0) if memory is None else memory, statistics)
     blocks, exposed = list(_blocks(parts, given)), statistics is not None and statistics.exposed
     if not exposed:  # float statistics are collected before the first weight is replaced
         for block in each(blocks, *QUANTIZING, len(blocks)):
@@ -73,6 +75,7 @@ def quantized(
                     # the tensor is replaced and not overwritten, so that restoring it is exact and copies nothing
                     if weight.name in schemes:
                         parameters[weight.name].data = quantizer.weight(weight.name, scheme)
+                        quantizer.own.narrow(weight.name)
                     if weight.bias and weight.bias in schemes:
                         parameters[weight.bias].data = quantizer.bias(weight.bias, scheme)
                     for hook in quantizer.run_time.hooks(weight, scheme, quantizer.stored(weight, scheme)):
@@ -83,12 +86,14 @@ def quantized(
             for hook in quantizer.run_time.match(given):
                 installed.callback(hook.remove)
             # compared by address: a weight whose values survive quantizing unchanged counts as changed, too
-            changed = {name for name, p in parameters.items() if p.data_ptr() != quantizer.own[name].data_ptr()}
+            changed = {name for name, p in parameters.items() if p.data_ptr() != addresses[name]}
             if changed != set(schemes):
                 missed, surplus = sorted(set(schemes) - changed), sorted(changed - set(schemes))
                 raise UserError(f"coverage: not quantized {missed[:4]}, quantized without being asked {surplus[:4]}")
             yield changed
         finally:
+            # before the model's own weights come back, so that memory never holds both whole
+            quantizer.memory.trim_dense()
             for name, parameter in parameters.items():
                 parameter.data = quantizer.own[name]
 
@@ -145,7 +150,7 @@ class _Quantizer:
     def __init__(
         self, model: nn.Module, parts: ComponentMap, memory: WeightCodes, statistics: Statistics | None
     ) -> None:
-        self.own = {name: parameter.data for name, parameter in model.named_parameters()}
+        self.own = OwnWeights(model)
         self.memory, self.statistics = memory, statistics
         self.installed_so_far: list[tuple[str, Scheme]] = []
         exposed = statistics is not None and statistics.exposed

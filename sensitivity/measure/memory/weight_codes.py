@@ -76,6 +76,14 @@ class WeightCodes(OrderedDict[Key, CachedWeight]):
             self._dense[name] = key, (value if isinstance(value, Tensor) else value.dequantize()).to(like.dtype)
         return self._dense[name][1]
 
+    def trim_dense(self) -> None:
+        """Keep dense weights up to the limit, those that have stayed longest: the next plan most likely shares them."""
+        held = 0
+        for name, (_, tensor) in list(self._dense.items()):
+            held += tensor.numel() * tensor.element_size()
+            if held > self.limit:
+                del self._dense[name]
+
     def trim(self) -> None:
         """Drop the least recently used entries until the rest is within the limit."""
         while self.bytes > self.limit:

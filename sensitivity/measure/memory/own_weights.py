@@ -1,0 +1,45 @@
+"""OwnWeights: a model's own parameters while a plan's stand in their place, in 16 bits where that loses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+LARGE = 2**20  # numbers of a parameter that is worth the conversion
+PIECES = 16
+NARROW = (torch.bfloat16, torch.float16)  # what checkpoints are stored in
+
+
+class OwnWeights(Mapping[str, Tensor]):
+    """The parameters of a model by name, as they were when this was made.
+
+    A checkpoint of 16 bits is often run in float32, on most CPUs for speed. A plan adds float32 weights of its own, so
+    the model would be in memory twice.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept = {name: parameter.data for name, parameter in model.named_parameters()}
+        self._dtypes = {name: tensor.dtype for name, tensor in self._kept.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._kept[name].to(self._dtypes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def narrow(self, name: str) -> None:
+        """Keep a float32 parameter in 16 bits if all of its bits come back; the model must not use it meanwhile."""
+        own = self._kept[name]
+        if own.dtype != torch.float32 or own.numel() < LARGE:
+            return
+        for dtype in NARROW:
+            narrow = own.to(dtype)
+            # in pieces, so that the comparison needs no third copy
+            if all(torch.equal(a.float(), b) for a, b in zip(narrow.chunk(PIECES), own.chunk(PIECES), strict=True)):
+                self._kept[name] = narrow
+                return
