@@ -173,8 +173,8 @@ def test_experiments_use_names_that_exist(path: Path) -> None:
 
 
 def loaded(code: str) -> set[str]:
-    """The top-level modules that are in memory after some code has run in a fresh process."""
-    script = f"{code}\nimport sys; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    """The modules that are in memory after some code has run in a fresh process."""
+    script = f"{code}\nimport sys; print(*sys.modules)"
     return set(
         subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     )
@@ -191,8 +191,9 @@ ANALYSIS = [name for name in NAMES if name.startswith(("sensitivity.analysis", "
         ("import sensitivity.cli.main as cli; cli.parser_of(cli.VERBS)", HEAVY),
         ("import sensitivity.spec.plan, sensitivity.spec.components, sensitivity.spec.sizes", HEAVY),
         (f"import {', '.join(ANALYSIS)}", {"torch", "transformers"}),
+        ("import sensitivity.api.sweeping, sensitivity.models.loading", {"scipy.stats", "scipy.signal", "sklearn"}),
     ],
-    ids=["package", "command line", "spec", "analysis"],
+    ids=["package", "command line", "spec", "analysis", "sweep"],
 )
 def test_heavy_libraries_are_not_loaded(code: str, absent: set[str]) -> None:
     assert not loaded(code) & absent

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy.special import stdtrit
 
 from sensitivity.spec.errors import UserError
 from sensitivity.study import answers
@@ -68,7 +68,7 @@ def uncertainty(study: Study) -> float:
         for trial in frontier_trials(trials, task):
             if trial is not native:
                 _, se, clusters = _difference(_sums(study, trial, task), _sums(study, native, task))
-                widest = max(widest, se * float(stats.t.ppf(0.975, max(1, clusters - 1))))
+                widest = max(widest, se * float(stdtrit(max(1, clusters - 1), 0.975)))
     return widest
 
 
@@ -79,7 +79,7 @@ def _beats(rival: pd.DataFrame, plan: pd.DataFrame, level: float) -> bool:
     them, a handful of images that happen to agree would have a standard error of 0, and would prove anything.
     """
     mean, se, clusters = _difference(rival, plan, made_up=True)
-    return mean > 0 and clusters > 3 and mean > se * float(stats.t.isf(level, clusters - 1))
+    return mean > 0 and clusters > 3 and mean > -se * float(stdtrit(clusters - 1, level))
 
 
 def _difference(a: pd.DataFrame, b: pd.DataFrame, made_up: bool = False) -> tuple[float, float, int]:

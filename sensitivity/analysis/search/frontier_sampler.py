@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from optuna.distributions import BaseDistribution, IntDistribution
@@ -13,8 +14,10 @@ from optuna.study import Study as OptunaStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from sensitivity.analysis.surrogate.space import Expected, Space
-from sensitivity.analysis.surrogate.surrogate import Surrogate, fit_surrogate
 from sensitivity.study.racing import frontier
+
+if TYPE_CHECKING:
+    from sensitivity.analysis.surrogate.surrogate import Surrogate
 
 Floats = np.ndarray
 ALL = 20_000  # of a space with at most so many plans, all are compared
@@ -91,6 +94,10 @@ class FrontierSampler(BaseSampler):
 
     def next(self, index: Floats, scores: Floats) -> Floats:
         """The plan to measure next, given measured plans (rows of positions) and their scores (a column per task)."""
+        from sensitivity.analysis.surrogate.surrogate import (
+            fit_surrogate,  # imports scipy's solvers, which takes a second
+        )
+
         start = [row for row in self.opening() if not (index == row).all(axis=1).any()]
         if start:
             return start[0]

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.signal import find_peaks
-from scipy.stats import gaussian_kde
 from torch import Tensor, nn
 
 from sensitivity.quantize.run_time.settings import FOLDED
@@ -66,6 +64,9 @@ def signs_of(mean: Tensor, sample: Tensor) -> Tensor:
 
 def two_peaks(sample: Tensor) -> bool:
     """Whether the density of some numbers has two peaks that are far apart and high enough."""
+    from scipy.signal import find_peaks  # the two take a second, which every sweep would wait for
+    from scipy.stats import gaussian_kde
+
     values = sample.double().cpu().numpy()
     if np.ptp(values) == 0:
         return False

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import minimize_scalar
 from scipy.special import ndtri
 from torch import Tensor
 
@@ -26,6 +25,8 @@ def bivlm(weight: Tensor, scheme: Scheme) -> BinnedWeight:
     The paper claims 1 to 1.1 bits and leaves out the index of the bin; we count it, at a fixed width. How many bins its
     tables use is not stated; 5 and 6 are mentioned.
     """
+    from scipy.optimize import minimize_scalar  # takes half a second, which every method would wait for
+
     values = weight.float()
     matrix = Magnitudes.of(values)
     bins, most = int(scheme["bins"] or 1), float(scheme["salient"] or 0)
