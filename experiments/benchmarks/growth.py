@@ -147,7 +147,7 @@ def slope(rows: pd.DataFrame) -> float:
 
 def projection(found: pd.DataFrame) -> str:
     """The time of a large sweep, and what would limit it first."""
-    from sensitivity.measure.memory.weight_codes import CODE
+    from sensitivity.measure.memory.weight_codes import BYTES_PER_CODE
     from sensitivity.measure.shards import shard_ends_of_total
 
     def queue(name: str, plans: int = PLANS) -> float:
@@ -159,7 +159,7 @@ def projection(found: pd.DataFrame) -> str:
     last = 2 * WEIGHTS["language"] / 3 * TOKENS
     hours = {name: PLANS * IMAGES * work / RATE / GPUS / 3600 for name, work in (("all", whole), ("last", last))}
     each, in_turn = steps // GPUS, queue("journal", 100) * steps / 3600
-    host = WEIGHTS["language"] * 6 * CODE / 1e9
+    host = WEIGHTS["language"] * 6 * BYTES_PER_CODE / 1e9
     return f"""{PLANS:,} plans of {IMAGES:,} images with one question each, LLaVA-1.5-7B, {GPUS} GPUs at an assumed
 {RATE / 1e12:.0f} TFLOP/s: {hours["all"]:.1f} hours where every plan is a whole forward pass, {hours["last"]:.1f} where
 it is the last third of the language model. That is {steps:,} steps, {each:,} for each GPU. With so many plans queued a
@@ -170,9 +170,9 @@ What would break first:
 
 1. The journal. One process at a time writes to it and syncs it to disk, about {1000 * queue("journal", 100):.0f} ms a
    step, {in_turn:.1f} hours for all steps one after the other. Use a database for so many GPUs (`--storage`).
-2. Host memory. Six widths of 7 billion weights are {host:.0f} GB of codes for each process, at {CODE} bytes a weight
-   with its scales. The default `--memory-gb 8` gives half of that to codes, so that layers would be quantized again for
-   plan after plan: set `--memory-gb {10 * math.ceil(2 * host / 10)}`, or fewer widths.
+2. Host memory. Six widths of 7 billion weights are {host:.0f} GB of codes for each process, at {BYTES_PER_CODE} bytes
+   a weight with its scales. The default `--memory-gb 8` gives half of that to codes, so that layers would be
+   quantized again for plan after plan: set `--memory-gb {10 * math.ceil(2 * host / 10)}`, or fewer widths.
 3. Reading the queue. Each process reads all plans when it starts, and after that only as often as takes a twentieth of
    its time: with many thousands of plans it learns late what others did, and asks for plans that others have taken.
 

@@ -18,7 +18,7 @@ from sensitivity.study.study import Study
 from sensitivity.study.trial import NATIVE, Trial, mixed_versions
 
 REPLICATES = 3  # least number of repeated readings from which noise is estimated
-LEAST = 0.25  # least noise of one score, as a share of that of all scores together
+MIN_NOISE_SHARE = 0.25  # least noise of one score, as a share of that of all scores together
 ROUNDED_COLUMNS = (ACTIVATIONS, CACHE)  # endings of the names of a component's further columns
 
 
@@ -89,7 +89,7 @@ class Observations:
         if len(self.score) - len(set(self.keys)) >= REPLICATES:
             return np.full(len(self), self.noise)
         # the standard error is 0 if all answers are right or all are wrong, yet such a score is noisy, too
-        return np.maximum(np.where(np.isfinite(self.se), self.se, self.noise), LEAST * self.noise)
+        return np.maximum(np.where(np.isfinite(self.se), self.se, self.noise), MIN_NOISE_SHARE * self.noise)
 
 
 def check_task(study: Study, task: str | None) -> str:

@@ -15,7 +15,7 @@ from typing import TypedDict
 import torch
 
 from sensitivity.analysis.failures.gallery import changed
-from sensitivity.analysis.surrogate.foretold import Foretold, foretold
+from sensitivity.analysis.surrogate.score_agreement import ScoreAgreement, score_agreement
 from sensitivity.api.sweeping import CACHE_GB, calibrated
 from sensitivity.measure.attribution.blame import Blame, blame
 from sensitivity.measure.attribution.boxes import NUMBERS, moved, tokens_of, writes_boxes
@@ -246,14 +246,14 @@ def save_explanation(study: Study, explanation: Explanation) -> Path:
     return file
 
 
-def compared(out: Path, scores: Sequence[Attribution], names: Sequence[str]) -> dict[str, Foretold | None]:
+def compared(out: Path, scores: Sequence[Attribution], names: Sequence[str]) -> dict[str, ScoreAgreement | None]:
     """How well each score predicts the measured plans of the study in a folder; empty if it holds no study."""
     if not paths.is_study(out):
         return {}
     study = Study(out)
     if study.parts.names != tuple(names):
         raise UserError(f"the study in {out} has other components than --by gives; choose another --out")
-    return {one.name: foretold(study, one.scores) for one in scores}
+    return {one.name: score_agreement(study, one.scores) for one in scores}
 
 
 def check_writable(out: Path) -> None:
@@ -268,7 +268,10 @@ def check_writable(out: Path) -> None:
 
 
 def attributions_json(
-    model: str, scores: Sequence[Attribution], measured: Mapping[str, Foretold | None], checks: Checks | None = None
+    model: str,
+    scores: Sequence[Attribution],
+    measured: Mapping[str, ScoreAgreement | None],
+    checks: Checks | None = None,
 ) -> dict[str, object]:
     """Attributions as JSON values: for each score its cost, its agreement with measured plans, and its values."""
     return {

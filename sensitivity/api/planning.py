@@ -35,10 +35,10 @@ from sensitivity.study.storage import expected
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.types import Task
 
-MOST = 10  # real evaluations, full precision included
+MAX_EVALUATIONS = 10  # real evaluations, full precision included
 OPENING = ("gram", "kfac")  # the scores whose best plans are measured first
 DECIDING = 4  # the search runs plans on so many times fewer examples than the verification
-FEWEST = 100  # examples that the search runs plans on at least: fewer would save little time
+MIN_EXAMPLES = 100  # examples that the search runs plans on at least: fewer would save little time
 FAR = 0.3  # a warning is given where the calibration loss is below this share of the evaluation loss
 
 
@@ -80,7 +80,7 @@ def openings_by(tasks: Sequence[Task]) -> tuple[str, ...]:
 
 def deciding(n: int, tasks: Sequence[Task]) -> int:
     """How many examples the search runs plans on; a gallery of fewer images would be another task."""
-    return n if any(task.gallery for task in tasks) else min(n, max(n // DECIDING, FEWEST))
+    return n if any(task.gallery for task in tasks) else min(n, max(n // DECIDING, MIN_EXAMPLES))
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def begin_plan(
     out: Path | str,
     request: PlanRequest,
     scores: Sequence[Attribution],
-    trials: int = MOST,
+    trials: int = MAX_EVALUATIONS,
     **options: Unpack[SweepOptions],
 ) -> Planning:
     """Begin a search that measures at most `trials` plans.

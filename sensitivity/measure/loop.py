@@ -17,7 +17,7 @@ from sensitivity.measure.evaluation import Rows, answer, example_rows
 from sensitivity.measure.generate.batches import Batch, batches
 from sensitivity.measure.install.plan_in_model import prepare, quantized
 from sensitivity.measure.memory.prefix_cache import PrefixCache
-from sensitivity.measure.memory.weight_codes import CODE, WeightCodes
+from sensitivity.measure.memory.weight_codes import BYTES_PER_CODE, WeightCodes
 from sensitivity.measure.passes.block_modules import is_defect
 from sensitivity.measure.shards import shard, shard_ends
 from sensitivity.models.vlm import VLM
@@ -212,7 +212,7 @@ class _SharedWork:
     def prepare(self, plans: Sequence[Plan]) -> None:
         """Quantize every layer at all schemes of these plans, solving each layer once, if the results fit in memory."""
         widths = {weights_of(s) for plan in plans for _, s in plan.schemes if s and s.method != KEEP}
-        room = sum(w.numel for w in self.parts.weights) * CODE * len(widths)
+        room = sum(w.numel for w in self.parts.weights) * BYTES_PER_CODE * len(widths)
         # otherwise `quantized` solves a layer when a plan needs it, and the least recently used codes are dropped
         if self.weights is not None and room <= self.cache_bytes:
             prepare(self.vlm.model, self.parts, plans, self.weights, self.statistics)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from sensitivity.tasks.examples.types import Example, Task
 
 FIRST = 4  # images of the first shard, fewer for a small task: enough for an interval, and a few percent of the sweep
-FEWEST = 2  # images: a score on fewer has no interval
+MIN_IMAGES = 2  # images: a score on fewer has no interval
 GROWTH = 4  # each shard ends at so many times the images of the one before
-MOST = 512  # images in a shard: bounds the memory of a sweep, however large the task is
+MAX_IMAGES = 512  # images in a shard: bounds the memory of a sweep, however large the task is
 
 
 def shard_ends(tasks: Sequence[Task], growing: bool = True) -> list[int]:
@@ -28,11 +28,11 @@ def shard_ends(tasks: Sequence[Task], growing: bool = True) -> list[int]:
 def shard_ends_of_total(total: int, growing: bool = True) -> list[int]:
     """Where the shards of `total` images end."""
     ends: list[int] = []
-    done, size = 0, min(max(total // 20, FEWEST), FIRST) if growing else MOST
+    done, size = 0, min(max(total // 20, MIN_IMAGES), FIRST) if growing else MAX_IMAGES
     while done < total:
-        size = min(size, MOST)
+        size = min(size, MAX_IMAGES)
         left = total - done - size
-        if left <= size and size + left <= MOST:  # a small rest joins the last shard
+        if left <= size and size + left <= MAX_IMAGES:  # a small rest joins the last shard
             size += left
         done = min(total, done + size)
         ends.append(done)
@@ -48,6 +48,6 @@ def shard(task: Task, begin: int, end: int, total: int) -> list[Example]:
     names = sorted(clusters)
     random.Random(0).shuffle(names)
     # every task has a score after the first shard, even beside a task with a hundred times its images
-    least = min(FEWEST, len(names))
+    least = min(MIN_IMAGES, len(names))
     first, last = (max(round(position * len(names) / total), least) if position else 0 for position in (begin, end))
     return [example for name in names[first:last] for example in clusters[name]]

@@ -62,7 +62,7 @@ OTHER_JSON_FILES = (  # files that transformers reads beside the config; it igno
     "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 LAYER_COUNTS = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?|experts?)$")  # counts of repeated modules
-MOST = 1000  # the largest such count: the deepest models have some hundreds; each module takes a millisecond and memory
+MAX_COUNT = 1000  # the deepest models have some hundreds of layers; each module takes a millisecond and memory
 WEIGHT_MAP = Kind("tensors and their files", lambda value: isinstance(value, dict) and all(map(_shard, value.values())))
 HASHED_WHOLE = 100 * 2**20  # a file up to this size is hashed to the last byte
 PIECES, PIECE = 64, 2**16  # of a larger file, so many pieces of so many bytes are hashed beside its header
@@ -141,8 +141,8 @@ def _check_counts(config: object, path: str = "") -> None:
     inside = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
     for key, value in inside:
         below = path if isinstance(key, int) else f"{path}.{key}" if path else str(key)
-        if isinstance(value, int) and value > MOST and LAYER_COUNTS.search(below.rpartition(".")[2]):
-            raise Misfit(f"{below} is {value}, and {MOST:,} is the most")
+        if isinstance(value, int) and value > MAX_COUNT and LAYER_COUNTS.search(below.rpartition(".")[2]):
+            raise Misfit(f"{below} is {value}, and {MAX_COUNT:,} is the most")
         _check_counts(value, below)
 
 

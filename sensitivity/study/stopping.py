@@ -13,7 +13,7 @@ from sensitivity.study.racing import uncertainty
 from sensitivity.study.study import Study
 
 UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
-MOST = 1e6  # largest number that --until takes, in any unit
+MAX_NUMBER = 1e6  # largest number that --until takes, in any unit
 HOW = "complete, a time such as 10min (s, min, h), or error<0.5%"
 
 
@@ -56,6 +56,6 @@ def _number(text: str, word: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value <= MOST:
-        raise UserError(f"--until {word!r} needs a number above zero, and at most {MOST:,.0f}")
+    if not 0 < value <= MAX_NUMBER:
+        raise UserError(f"--until {word!r} needs a number above zero, and at most {MAX_NUMBER:,.0f}")
     return value

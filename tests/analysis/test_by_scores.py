@@ -14,7 +14,7 @@ from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.allocate.by_scores import combined, optimum
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.search.openings import opened
-from sensitivity.analysis.surrogate.foretold import foretold
+from sensitivity.analysis.surrogate.score_agreement import score_agreement
 from sensitivity.analysis.surrogate.space import Space
 from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 from sensitivity.spec.components import ComponentMap, Kept, Weight
@@ -158,15 +158,15 @@ def test_the_best_reading_is_drawn_towards_the_surrogate(tmp_path: Path) -> None
 
 def test_scores_that_are_the_truth_foretell_every_plan(tmp_path: Path) -> None:
     made, truth = study(tmp_path / "s", 0.0, 40)
-    found = foretold(made, truth)
+    found = score_agreement(made, truth)
     assert found is not None
     assert found.rank_correlation == pytest.approx(1.0)
     assert found.plans == 39
-    wrong = foretold(made, {name: {s: -v for s, v in row.items()} for name, row in truth.items()})
+    wrong = score_agreement(made, {name: {s: -v for s, v in row.items()} for name, row in truth.items()})
     assert wrong is not None
     assert wrong.rank_correlation == pytest.approx(-1.0)
     assert wrong.error > 5 * found.error
-    assert foretold(study(tmp_path / "few", 0.0, 3)[0], truth) is None
+    assert score_agreement(study(tmp_path / "few", 0.0, 3)[0], truth) is None
 
 
 def test_plans_are_proposed_until_there_are_enough_or_none_is_new(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from answered import FOUR, NATIVE, TWO
 from browser import browser
 
 from sensitivity.analysis.comparing.sides import side
-from sensitivity.analysis.comparing.versus import MOST, SAME, compare
+from sensitivity.analysis.comparing.versus import MAX_ROWS, SAME, compare
 from sensitivity.cli.main import main
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
@@ -135,7 +135,7 @@ def test_of_many_plans_that_both_measured_those_are_shown_that_differ_most(tmp_p
     found = compare(*(side(str(tmp_path / name)) for name in "ab"))
     every = [row for row in found.rows if row.what == SAME]
     shown = [row for row in found.shown if row.what == SAME]
-    assert (len(every), len(shown)) == (12, MOST)
+    assert (len(every), len(shown)) == (12, MAX_ROWS)
     least = min(abs(row.paired.difference.mean) for row in shown)
     assert all(abs(row.paired.difference.mean) <= least for row in every if row not in shown)
     clear = sum(row.paired.difference.high < 0 for row in every)

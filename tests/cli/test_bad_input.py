@@ -374,7 +374,7 @@ def most_memory(run: Callable[[], object]) -> int:
 
 def memory_of_few_and_many(folder: Path) -> tuple[int, int]:
     """What a sweep over 16 images takes at most, and one over 56."""
-    shards.MOST = 8
+    shards.MAX_IMAGES = 8
     vlm = load(str(models.save("geochat", folder / "model")), dtype="float32")
     parts = inspect(vlm, by="part")
 

@@ -12,7 +12,7 @@ from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.program import Program
 
 Floats = np.ndarray
-ALL = 50_000  # of a space with at most so many plans, all are compared
+MAX_COMPARED = 50_000  # of a space with at most so many plans, all are compared
 STARTS = 12  # plans of least damage from which further plans of a larger space are reached
 
 
@@ -25,7 +25,9 @@ def one_by_one(
     and all plans that differ from these in one component.
     """
     knapsack = program.knapsack
-    rows = _every_plan(program) if math.prod(program.counts) <= ALL else _near_the_best(program, weights, budget)
+    rows = (
+        _every_plan(program) if math.prod(program.counts) <= MAX_COMPARED else _near_the_best(program, weights, budget)
+    )
     rows = rows[program.allows(rows)]
     bits = sum(sizes[rows[:, c]] for c, sizes in enumerate(knapsack.bits)) + knapsack.kept
     rows = rows[bits <= budget]

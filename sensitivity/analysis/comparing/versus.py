@@ -14,7 +14,7 @@ from sensitivity.study.study import Study
 from sensitivity.study.trial import Trial
 
 SAME = "the same plan"
-MOST = 5  # rows of plans that both have measured: those that differ most
+MAX_ROWS = 5  # rows of plans that both have measured: those that differ most
 BUDGETS = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0)  # bits per weight at which frontiers are compared
 
 
@@ -58,7 +58,7 @@ class Versus:
         rows = [row for row in self.rows if row.what != SAME]
         for task in self.tasks:
             apart = [row for row in self._same(task) if row.paired.difference.mean != 0]
-            rows += sorted(apart, key=lambda row: -abs(row.paired.difference.mean))[:MOST]
+            rows += sorted(apart, key=lambda row: -abs(row.paired.difference.mean))[:MAX_ROWS]
         return rows
 
     @property
@@ -70,7 +70,7 @@ class Versus:
             lines.append(f"{first.what[:1].upper()}{first.what[1:]}: {first.paired.words}")
             if same := [row.paired.difference for row in self._same(task)]:
                 lower, higher = sum(one.high < 0 for one in same), sum(one.low > 0 for one in same)
-                which = f", of which the {MOST} that differ most are shown" if len(same) > MOST else ""
+                which = f", of which the {MAX_ROWS} that differ most are shown" if len(same) > MAX_ROWS else ""
                 lines.append(
                     f"{task}: {count(len(same), 'plan')} measured by both{which}; B scores clearly lower with {lower} "
                     f"of them and clearly higher with {higher} (by chance alone one in 20 would seem clear)."

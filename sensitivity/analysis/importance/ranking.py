@@ -26,7 +26,7 @@ Floats = np.ndarray
 
 BOOTSTRAPS = 100  # resamples of the trials, for the intervals
 RESAMPLED_TREES = 50  # of a resample's forest: half the usual trees, half the time, slightly too wide intervals
-FEWEST = 8  # trials below which nothing is ranked
+MIN_TRIALS = 8  # trials below which nothing is ranked
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,10 @@ def _rankable(observations: Observations) -> tuple[Observations, list[str]]:
     """Drop components that never changed, with a note for each; raise where nothing can be ranked."""
     constant = [i for i, column in enumerate(observations.bits.T) if np.ptp(column) == 0]
     notes = [f"{observations.names[i]} always had {observations.bits[0, i]:g} bits: not ranked" for i in constant]
-    if len(observations) < FEWEST:
+    if len(observations) < MIN_TRIALS:
         raise UserError(
-            f"{count(len(observations), 'usable trial')} for '{observations.task}': a ranking needs at least {FEWEST}; "
-            "measure more plans (sensitivity sweep)"
+            f"{count(len(observations), 'usable trial')} for '{observations.task}': a ranking needs at least "
+            f"{MIN_TRIALS}; measure more plans (sensitivity sweep)"
         )
     if len(constant) == len(observations.names):
         raise UserError("every component had the same bits in all trials: there is nothing to rank")

@@ -8,7 +8,7 @@ import pandas as pd
 
 from sensitivity.analysis.report.figures import frontier_rows
 
-MOST = 12  # rows, the largest plans
+MAX_ROWS = 12  # rows, the largest plans
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class FrontierRow:
 
 def frontier_table(table: pd.DataFrame, task: str) -> list[FrontierRow]:
     """The rows of a study's table that are on the frontier of a task, smallest first."""
-    return [_row(row, task) for row in frontier_rows(table, task).tail(MOST).to_dict("records")]
+    return [_row(row, task) for row in frontier_rows(table, task).tail(MAX_ROWS).to_dict("records")]
 
 
 def _row(row: dict[object, object], task: str) -> FrontierRow:

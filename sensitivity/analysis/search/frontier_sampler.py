@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from sensitivity.analysis.surrogate.surrogate import Surrogate
 
 Floats = np.ndarray
-ALL = 20_000  # of a space with at most so many plans, all are compared
+MAX_COMPARED = 20_000  # of a space with at most so many plans, all are compared
 DRAWS = 48  # draws from the surrogate, over which a gain is averaged
-LITTLE = 0.001  # gain below which no plan is worth a trial: share of the full score, times log size
+MIN_GAIN = 0.001  # gain below which no plan is worth a trial: share of the full score, times log size
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class FrontierSampler(BaseSampler):
         self._other = RandomSampler(seed=seed)
         self.candidates = candidates
         counts = [len(options) for options in space.choices]
-        if candidates is None and math.prod(counts) <= ALL:
+        if candidates is None and math.prod(counts) <= MAX_COMPARED:
             ranges = [np.arange(first, n) for first, n in zip(self.low, counts, strict=True)]
             self.candidates = np.stack(np.meshgrid(*ranges, indexing="ij"), -1).reshape(-1, len(counts))
 
@@ -111,7 +111,7 @@ class FrontierSampler(BaseSampler):
             return self._random()
         gain = self.gain(model, pool, index)
         # every other time, and when no plan is predicted to gain, gains are averaged over drawn scores (exploration)
-        if len(index) % 2 or gain.max() < LITTLE * abs(float(model.theta[0])):
+        if len(index) % 2 or gain.max() < MIN_GAIN * abs(float(model.theta[0])):
             gain = self.gain(model, pool, index, DRAWS)
         return np.asarray(pool[int(np.argmax(gain))])
 

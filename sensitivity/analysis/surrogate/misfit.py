@@ -12,7 +12,7 @@ from scipy.optimize import minimize
 from sensitivity.analysis.surrogate.damage import DamageModel
 
 Floats = np.ndarray
-MOST = 256  # most plans from which the settings of the process are learned; all plans then correct the prediction
+MAX_PLANS = 256  # most plans from which the settings of the process are learned; all plans then correct the prediction
 # prior of the settings, as mean and spread of their logarithms. DISTANCE: over which two plans are alike, in octaves of
 # bits summed over components. EVERYWHERE: size of the misfit at any score, as a share of sigma. FALLING: its size where
 # the score falls. NUGGET and UNSTEADY: the same two for the noise
@@ -22,7 +22,7 @@ BOUNDS = ((0.8, 4.0), (-12.0, 2.0), (-9.0, 2.0), (-9.0, 2.0), (-9.0, 2.0))
 NEVER = -40.0  # the logarithm of nothing
 ODDS = math.log(20)  # predictions use the process if it makes readings likelier by this factor (as a logarithm)
 NARROWEST = 1e-4  # least noise, as a share of the largest score: else the matrix may be singular
-LEAST = 1e-12  # added to the diagonal of an indefinite covariance, as a share of its largest entry
+JITTER = 1e-12  # added to the diagonal of an indefinite covariance, as a share of its largest entry
 WIDEST = 1.5  # intervals are widened by at most this factor
 
 
@@ -119,7 +119,7 @@ def fit_misfit(
     # theta itself is uncertain: to first order that is one more Gaussian process, with the covariance of its prior
     loose = (jac * prior[1]) @ (jac * prior[1]).T
     missed = score - formula.predict(theta, index)
-    some = np.random.default_rng(0).permutation(len(score))[:MOST]
+    some = np.random.default_rng(0).permutation(len(score))[:MAX_PLANS]
     evidence = Evidence(
         _apart(apart, index[some], index[some]),
         steep[some],
@@ -234,7 +234,7 @@ def _definite(covariance: Floats) -> Floats:
     try:
         np.linalg.cholesky(covariance)
     except np.linalg.LinAlgError:
-        return np.asarray(covariance + LEAST * np.diag(covariance).max() * np.eye(len(covariance)))
+        return np.asarray(covariance + JITTER * np.diag(covariance).max() * np.eye(len(covariance)))
     return covariance
 
 

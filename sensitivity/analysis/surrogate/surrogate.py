@@ -17,7 +17,7 @@ from sensitivity.analysis.surrogate.space import Expected, Space, family, width
 Floats = np.ndarray
 DRAWS = 128  # parameter vectors that are drawn for an interval
 PAIRS = 6  # most interaction terms
-LITTLE = 1e-5  # least expected step, as a share of the largest
+MIN_STEP = 1e-5  # least expected step, as a share of the largest
 PRIOR = (1.5, 1.0)  # spread of the logarithms of components and of steps around the formula's expectation
 TRUST = 0.8  # expected damages are dropped if the error without them is below this share of that with them
 TOLD = (0.8, 0.5)  # the same as PRIOR, around damages that were expected of this model
@@ -125,7 +125,7 @@ def _expected_steps(space: Space, plain: DamageModel, expected: Expected) -> tup
     if not (steps > 0).any():
         return tuple(plain.base)
     known = np.isfinite(steps)
-    logs = np.log(np.maximum(steps, LITTLE * np.nanmax(steps)), where=known, out=np.zeros_like(steps))
+    logs = np.log(np.maximum(steps, MIN_STEP * np.nanmax(steps)), where=known, out=np.zeros_like(steps))
     logs[known] += plain.base[known].mean() - logs[known].mean()
     return tuple(np.where(known, logs, plain.base))
 

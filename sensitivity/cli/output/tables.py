@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from sensitivity.analysis.allocate.recommendation import Recommendation
     from sensitivity.analysis.importance.types import Ranking
-    from sensitivity.analysis.surrogate.foretold import Foretold
+    from sensitivity.analysis.surrogate.score_agreement import ScoreAgreement
     from sensitivity.api.explaining import Explanation
     from sensitivity.measure.attribution.checks import Checks
     from sensitivity.measure.attribution.scores import Attribution
@@ -141,7 +141,7 @@ def ranking(ranked: Ranking) -> None:
 
 
 def attributions(
-    scored: Sequence[Attribution], measured: Mapping[str, Foretold | None], checks: Checks | None = None
+    scored: Sequence[Attribution], measured: Mapping[str, ScoreAgreement | None], checks: Checks | None = None
 ) -> None:
     """Print the scores of all components, each scaled so that the largest is 100, with their costs and errors below."""
     largest = [max((v for row in one.scores.values() for v in row.values()), default=0.0) for one in scored]
@@ -163,7 +163,7 @@ def attributions(
 
 
 def _score_checks(
-    scored: Sequence[Attribution], measured: Mapping[str, Foretold | None], checks: Checks | None
+    scored: Sequence[Attribution], measured: Mapping[str, ScoreAgreement | None], checks: Checks | None
 ) -> None:
     """Print what each score cost, and how well it predicts the damage of plans that were run."""
     if checks is None:

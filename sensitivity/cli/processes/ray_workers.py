@@ -70,7 +70,7 @@ class _Actors:
 
     def __init__(self, ray: ModuleType, args: argparse.Namespace, share: dict[str, int]) -> None:
         self.ray, self.args, self.out = ray, args, Path(args.out)
-        self.worker = ray.remote(max_restarts=0, **share)(Worker)
+        self.worker = ray.remote(max_restarts=0, **share)(RayWorker)
         self.lives = LIVES * args.workers
         self.at_work: dict[object, tuple[object, object]] = {}  # Ray's reference to the result -> (actor, its identity)
         self.lost: list[Owner] = []
@@ -139,7 +139,7 @@ class _Actors:
             self.replace_lost()
 
 
-class Worker:
+class RayWorker:
     """A Ray actor that runs the same command as a worker process does."""
 
     def identity(self) -> Owner:

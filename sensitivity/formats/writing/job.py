@@ -46,7 +46,7 @@ Codes = Callable[[str, Tensor, Scheme], StoredWeight | None]
 BY_ROW = ("rtn",)  # methods that quantize each row independently
 
 
-PIECE = 2**20  # weights at a time, so that intermediate values stay in the CPU's shared cache
+WEIGHTS_AT_ONCE = 2**20  # weights at a time, so that intermediate values stay in the CPU's shared cache
 
 
 def codes_from_weights(name: str, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
@@ -58,7 +58,7 @@ def codes_from_weights(name: str, weight: Tensor, scheme: Scheme) -> StoredWeigh
             f"{scheme.method} needs its calibration data again to be exported; give `codes`, such as those of "
             "sensitivity.formats.writing.calibrated_codes.codes(vlm, parts, plan, statistics)"
         )
-    rows = max(PIECE // weight.shape[1], 1)
+    rows = max(WEIGHTS_AT_ONCE // weight.shape[1], 1)
     if scheme.method not in BY_ROW or scheme.group == "tensor" or len(weight) <= rows:
         ((result,),) = solve(Linears((name,), (weight,)), [scheme])
         return result

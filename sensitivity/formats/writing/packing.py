@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-PIECE = 2**18  # codes at a time: intermediate values then fit a core's cache, and their memory is reused
+CODES_AT_ONCE = 2**18  # codes at a time: intermediate values then fit a core's cache, and their memory is reused
 Bytes = NDArray[np.uint8]
 SMALLEST_BUFFER = 2**22  # bytes; a smaller buffer is not worth keeping
 FREE_BUFFERS: list[Bytes] = []  # buffers that no tensor uses at the moment, the latest first
@@ -36,9 +36,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     packed = reused_buffer(len(flat) // 8 * bits).numpy()
 
     def piece(start: int) -> None:
-        _gather(flat[start : start + PIECE], bits, packed[start // 8 * bits : (start + PIECE) // 8 * bits])
+        _gather(
+            flat[start : start + CODES_AT_ONCE], bits, packed[start // 8 * bits : (start + CODES_AT_ONCE) // 8 * bits]
+        )
 
-    starts = range(0, len(flat), PIECE)
+    starts = range(0, len(flat), CODES_AT_ONCE)
     if len(starts) > 1 and torch.get_num_threads() > 1:
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # numpy releases the GIL while it computes
             list(threads.map(piece, starts))

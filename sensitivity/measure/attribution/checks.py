@@ -15,7 +15,7 @@ from sensitivity.measure.attribution.scores import FORETOLD, Attribution
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.spec.plan import Plan, Scheme, fitted
 
-LEAST = 4  # distinct values; with fewer, no rank correlation is computed
+MIN_VALUES = 4  # distinct values; with fewer, no rank correlation is computed
 TRIES = 20  # draws per wanted plan: with few components, many draws repeat a plan
 
 
@@ -70,7 +70,8 @@ def random_plans(given: Calibrated, count: int, seed: int) -> list[Plan]:
 def _compared(given: Calibrated, score: Attribution, truth: Sequence[tuple[Plan, Change]]) -> Check:
     sums = [sum(score.scores[name][scheme] for name, scheme in plan.schemes if scheme is not None) for plan, _ in truth]
     real = [change.divergence for _, change in truth]
-    agreement = float(spearmanr(sums, real).statistic) if len(set(sums)) >= LEAST and len(set(real)) >= LEAST else None
+    enough = min(len(set(sums)), len(set(real))) >= MIN_VALUES
+    agreement = float(spearmanr(sums, real).statistic) if enough else None
     if score.name not in FORETOLD:
         return Check(len(truth), agreement, None)
     unit, foretell = FORETOLD[score.name]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.install.plan_in_model import prepare, quantized, targets
-from sensitivity.measure.memory.weight_codes import CODE, WeightCodes
+from sensitivity.measure.memory.weight_codes import BYTES_PER_CODE, WeightCodes
 from sensitivity.quantize.methods import method_of, weights_of
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
@@ -39,7 +39,7 @@ class WeightErrors:
         self.groups: list[list[str]] = []  # neighboring blocks whose codes fit into the limit together, or one block
         room = 0.0
         for block in self.blocks.components:
-            bytes_ = CODE * block.numel * len(schemes)
+            bytes_ = BYTES_PER_CODE * block.numel * len(schemes)
             if not self.groups or bytes_ > room:
                 self.groups, room = [*self.groups, []], limit
             self.groups[-1].append(block.name)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from sensitivity.measure.forecast.hardware import Hardware
 from sensitivity.measure.generate.batches import Batch, batches, images_at_once
 from sensitivity.measure.generate.retrieval import CHUNK
-from sensitivity.measure.shards import MOST
+from sensitivity.measure.shards import MAX_IMAGES
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import PARTS, VOCABULARY, ComponentMap, Weight
 from sensitivity.tasks.examples.types import Gallery, Task
@@ -235,7 +235,7 @@ class CostModel:
             states = {"vision": states["vision"]}
         tokens = {"vision": sample.patches, "connector": sample.image_tokens, "language": sample.prompt_tokens}
         numbers = sum(count * tokens[part] * self.width[part] for part, count in states.items())
-        images = min(sample.images, MOST)
+        images = min(sample.images, MAX_IMAGES)
         rows = images if sample.shared_image or sample.task.gallery else images * sample.questions
         if sample.shared_image:
             numbers += 2 * self.blocks["language"] * sample.prompt_tokens * self.caches

@@ -19,8 +19,8 @@ from sensitivity.measure.forecast.cost_model import CostModel, TaskSample
 from sensitivity.measure.forecast.hardware import Hardware
 from sensitivity.measure.forecast.rounding import in_queue_order, rounding_seconds
 from sensitivity.measure.loop import MEMORY_GB
-from sensitivity.measure.memory.weight_codes import CODE
-from sensitivity.measure.shards import MOST, shard_ends
+from sensitivity.measure.memory.weight_codes import BYTES_PER_CODE
+from sensitivity.measure.shards import MAX_IMAGES, shard_ends
 from sensitivity.models.loading import device_of, dtype_of
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of
@@ -123,9 +123,9 @@ def forecast_sweep(
     work = _work(parts, model, samples, None if plain else memory_gb * GB, len(schemes)) | {"statistics": grams}
     host = {
         "Python": float(resident + LATER),
-        "examples": sum(sample.bytes * min(sample.images, MOST) for sample in samples),
+        "examples": sum(sample.bytes * min(sample.images, MAX_IMAGES) for sample in samples),
     }
-    cached = min(cache_gb * GB, grams + CODE * weight_count * len(calibrated)) if inputs else 0.0
+    cached = min(cache_gb * GB, grams + BYTES_PER_CODE * weight_count * len(calibrated)) if inputs else 0.0
     return Forecast(
         plans=len(plans),
         examples=sum(sample.examples for sample in samples),
@@ -150,7 +150,9 @@ def _work(
         # it, and between two plans as many as plans may share
         dense = weights * itemsize
         saved = weights * (itemsize - 2) if parts.native_bits == 16 else 0
-        quantized = min(shared_bytes / 2, schemes * CODE * weights) + max(dense - saved, min(dense, shared_bytes / 2))
+        quantized = min(shared_bytes / 2, schemes * BYTES_PER_CODE * weights) + max(
+            dense - saved, min(dense, shared_bytes / 2)
+        )
         states = min(shared_bytes / 2, sum(model.prefix_cache_bytes(sample) for sample in samples))
     return {
         "weights": float(parts.numel * itemsize),

@@ -15,8 +15,8 @@ from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap, Weight
 
 TOLERANCE = 0.01  # most that the sum of the terms may miss, as a share of the whole change of the loss
-LEAST = 1e-6  # share of the loss itself, below which a difference is float32 rounding
-MOST = 128  # backward passes over the data; after these, what the terms miss is reported as it is
+MIN_SHARE = 1e-6  # share of the loss itself, below which a difference is float32 rounding
+MAX_PASSES = 128  # backward passes over the data; after these, what the terms miss is reported as it is
 NODES = ((0.5 - 0.5 / 3**0.5, 0.5), (0.5 + 0.5 / 3**0.5, 0.5))  # two-point Gauss-Legendre rule on [0, 1]
 
 Data = Callable[[], Iterable[TokenBatch]]  # called once for every pass
@@ -58,7 +58,7 @@ class PathIntegral:
     @property
     def missing(self) -> float:
         """How much of the change the terms do not account for, as a share of it."""
-        return abs(self.total - self.change) / max(abs(self.change), LEAST * abs(self.before), 1e-300)
+        return abs(self.total - self.change) / max(abs(self.change), MIN_SHARE * abs(self.before), 1e-300)
 
 
 def path_integral(
@@ -67,7 +67,7 @@ def path_integral(
     changes: Mapping[str, Tensor],
     data: Data,
     tolerance: float = TOLERANCE,
-    most: int = MOST,
+    most: int = MAX_PASSES,
     counted: Counted | None = None,
 ) -> PathIntegral:
     """The integral of the loss gradient times the change of each layer's output, from float weights to quantized ones.
@@ -82,7 +82,7 @@ def path_integral(
     pieces = [run.piece(0.0, 1.0)]
     while run.passes < most:
         missing = sum(abs(piece.missing) for piece in pieces)
-        if missing <= max(tolerance * abs(after - before), LEAST * abs(before)):
+        if missing <= max(tolerance * abs(after - before), MIN_SHARE * abs(before)):
             break
         worst = max(pieces, key=lambda piece: abs(piece.missing))
         middle = (worst.begin + worst.end) / 2

@@ -22,7 +22,7 @@ from sensitivity.spec.components import Weight
 Key = tuple[int, str]  # a calibration example, by its number, and an input
 TokenWeights = Mapping[Key, Tensor]  # the weight of each token
 TINY = torch.finfo(torch.float32).tiny
-LEAST = 0.005  # the least weight that attention gives, as in RSQ's script
+MIN_WEIGHT = 0.005  # the least weight that attention gives, as in RSQ's script
 
 
 # a number for each token of a batch at each input
@@ -117,7 +117,7 @@ def by_attention(seen: TokenNumbers) -> TokenWeights:
     token_weights = {}
     for key, values in seen.numbers.items():
         low, high = values.min(), values.max()
-        ranged = (values - low) / (high - low).clamp(min=TINY) * (1 - LEAST) + LEAST
+        ranged = (values - low) / (high - low).clamp(min=TINY) * (1 - MIN_WEIGHT) + MIN_WEIGHT
         ranged = torch.ones_like(values) if high <= low else ranged
         token_weights[key] = ranged / ranged.mean()
     return token_weights

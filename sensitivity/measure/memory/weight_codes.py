@@ -22,7 +22,7 @@ from sensitivity.spec.plan import Scheme
 
 # a parameter's name, its scheme, and on the exposed path what was quantized before it
 Key = tuple[str, Scheme] | tuple[str, Scheme, tuple[tuple[str, Scheme], ...]]
-CODE = 1.25  # bytes per cached weight, including scales of small groups
+BYTES_PER_CODE = 1.25  # bytes per cached weight, including scales of small groups
 Coded = (
     QuantizedWeight
     | CodebookWeight

@@ -13,7 +13,7 @@ from sensitivity.quantize.stored.levels import BinnedWeight, salient_levels
 from sensitivity.spec.plan import Scheme
 
 TURNS = 10  # alternating updates of the salient row scale and the clipped weights; the paper gives no number
-LEAST = 1e-6  # share of salient weights below which there are none
+MIN_SHARE = 1e-6  # share of salient weights below which there are none
 
 
 def bivlm(weight: Tensor, scheme: Scheme) -> BinnedWeight:
@@ -44,7 +44,7 @@ def bivlm(weight: Tensor, scheme: Scheme) -> BinnedWeight:
     codes = 2 * place.clamp(max=bins - 1) + (values >= 0)
     if not most:
         return BinnedWeight(codes.to(torch.uint8), magnitudes, None, None)
-    tail = place == bins if share > LEAST else torch.zeros_like(place, dtype=torch.bool)
+    tail = place == bins if share > MIN_SHARE else torch.zeros_like(place, dtype=torch.bool)
     scale, center, tail_codes = salient(values[tail], tail.nonzero()[:, 0], len(values), weight.dtype)
     codes[tail] = 2 * bins + tail_codes
     return BinnedWeight(codes.to(torch.uint8), magnitudes, center, scale)
@@ -74,7 +74,7 @@ class Magnitudes:
 
         Without a tail the last one is infinite.
         """
-        tail = share if share > LEAST else 0.0
+        tail = share if share > MIN_SHARE else 0.0
         z = torch.from_numpy(ndtri([(1 + (k + 1) * (1 - tail) / bins) / 2 for k in range(bins)]))
         bounds = (self.mean + self.deviation * z).float()
         if not tail:
@@ -96,7 +96,7 @@ class Magnitudes:
         places = self._places(bounds)
         inside = self.second[places].diff() - self.first[places].diff().square() / places.diff().clamp(min=1)
         total = float(inside.sum())
-        if share <= LEAST:
+        if share <= MIN_SHARE:
             return total
         tail = self.weight.abs() > bounds[-1]
         rows, values = tail.nonzero()[:, 0], self.weight[tail]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from sensitivity.quantize.grids.outliers import apart, largest
+from sensitivity.quantize.grids.outliers import beside_outliers, largest
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.stored.grid import encode, ranges, scale_and_zero
 from sensitivity.quantize.stored.weight import StoredWeight
@@ -32,4 +32,4 @@ def _one(weight: Tensor, fisher: Tensor, scheme: Scheme, linears: Linears) -> St
     kept = largest(fisher.float(), outliers(scheme["outliers"], *weight.shape))
     inside = weight.masked_fill(kept, 0)
     base = encode(inside, scheme, *scale_and_zero(inside, scheme, *ranges(inside, scheme), linears.dtype))
-    return apart(base, weight, kept, linears.dtype)
+    return beside_outliers(base, weight, kept, linears.dtype)

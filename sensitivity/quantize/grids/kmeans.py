@@ -8,7 +8,7 @@ from torch import Tensor
 BINS = 64  # up to this many numbers of a row are partitioned exactly; more are first joined into this many bins
 FEW = 16  # levels up to which the partition is found by dynamic programming, whose cost grows with them
 STEPS = 50  # Lloyd's iterations, at most, as in SqueezeLLM
-PIECE = 1 << 20  # numbers held at once: those of a block of rows, or the costs of all their intervals
+NUMBERS_AT_ONCE = 1 << 20  # numbers held at once: those of a block of rows, or the costs of all their intervals
 
 
 def kmeans(rows: Tensor, weights: Tensor, count: int) -> Tensor:
@@ -18,7 +18,7 @@ def kmeans(rows: Tensor, weights: Tensor, count: int) -> Tensor:
     best partition is a dynamic program (Wang and Song 2011). Up to 64 numbers and 16 levels the result is the
     optimum. Longer rows are first cut into 64 bins, and Lloyd's steps then move the partition to a local optimum.
     """
-    size = max(PIECE // max(rows.shape[1], (BINS + 1) ** 2), 1)
+    size = max(NUMBERS_AT_ONCE // max(rows.shape[1], (BINS + 1) ** 2), 1)
     weights = weights.expand_as(rows)
     pairs = zip(torch.split(rows, size), torch.split(weights, size), strict=True)
     return torch.cat([_levels(some.float(), heavy, count) for some, heavy in pairs])

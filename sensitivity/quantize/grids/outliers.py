@@ -24,7 +24,7 @@ def largest(score: Tensor, count: int) -> Tensor:
     return mask.reshape(score.shape)
 
 
-def apart(base: StoredWeight, weight: Tensor, mask: Tensor, dtype: torch.dtype) -> StoredWeight:
+def beside_outliers(base: StoredWeight, weight: Tensor, mask: Tensor, dtype: torch.dtype) -> StoredWeight:
     """A stored weight with the numbers under a mask kept in 16 bits; the stored weight itself if there are none."""
     index = mask.reshape(-1).nonzero().flatten()
     return SparseWeight(base, index, as_16_bit(weight.reshape(-1)[index], dtype)) if len(index) else base

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sensitivity.quantize.grids.kmeans import kmeans, nearest
-from sensitivity.quantize.grids.outliers import apart, largest
+from sensitivity.quantize.grids.outliers import beside_outliers, largest
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.stored.grid import as_16_bit
 from sensitivity.quantize.stored.levels import LevelsWeight
@@ -36,4 +36,4 @@ def _one(linears: Linears, i: int, scheme: Scheme) -> StoredWeight:
     size = weight.abs().masked_fill(sensitive, -1)  # those that are kept already are not counted twice
     kept = sensitive | largest(size, outliers(scheme["outliers"], *weight.shape))
     levels = as_16_bit(kmeans(weight, importance.expand_as(weight).masked_fill(kept, 0), 2**scheme.bits), linears.dtype)
-    return apart(LevelsWeight(nearest(weight, levels), levels), weight, kept, linears.dtype)
+    return beside_outliers(LevelsWeight(nearest(weight, levels), levels), weight, kept, linears.dtype)

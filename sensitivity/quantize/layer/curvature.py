@@ -12,8 +12,9 @@ from torch import Tensor
 from sensitivity.quantize.layer.two_paths import TwoPaths
 from sensitivity.spec.errors import Notice, UserError
 
-PIECE = 256  # columns per matrix product: from this width on, products are as fast per FLOP as larger ones
-RAISE = 10.0  # factor on the damping after each failed Cholesky factorization
+COLUMNS_PER_PRODUCT = 256  # from this width on, products are as fast per FLOP as larger ones
+NUMBERS_AT_ONCE = 2**16  # that are reversed
+DAMPING_GROWTH = 10.0  # factor on the damping after each failed Cholesky factorization
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Curvature:
             if not failed and bool(torch.isfinite(scale).all()):
                 break
             # with the floor, a damping of 0 rises too
-            tried = max(tried, 1e-4) * RAISE
+            tried = max(tried, 1e-4) * DAMPING_GROWTH
         if tried > damp:
             # no layer's name in the message: warnings with equal text are shown once, however many layers are affected
             why = "since a Gram matrix would not factorize; more calibration examples help (--calibration-n)"
@@ -182,8 +183,8 @@ def _reverse_in_place(lower: Tensor) -> Tensor:
     """Reverse rows and columns of a column-major matrix in place, by reversing all its numbers in memory."""
     numbers = lower.mT.view(-1)
     half, count = len(numbers) // 2, len(numbers)
-    for a in range(0, half, PIECE**2):
-        b = min(a + PIECE**2, half)
+    for a in range(0, half, NUMBERS_AT_ONCE):
+        b = min(a + NUMBERS_AT_ONCE, half)
         front = numbers[a:b].flip(0)
         numbers[a:b] = numbers[count - b : count - a].flip(0)
         numbers[count - b : count - a] = front
@@ -197,8 +198,8 @@ def _add_symmetric(gram: Tensor, values: Tensor, scaled: Tensor) -> None:
     the sum symmetric to the last bit.
     """
     width = len(gram)
-    for a in range(0, width, PIECE):
-        b = min(a + PIECE, width)
+    for a in range(0, width, COLUMNS_PER_PRODUCT):
+        b = min(a + COLUMNS_PER_PRODUCT, width)
         gram[a:b, a:].addmm_(values[:, a:b].T, scaled[:, a:])
         if b < width:
             gram[b:, a:b] = gram[a:b, b:].T

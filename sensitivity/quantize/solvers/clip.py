@@ -14,7 +14,8 @@ from sensitivity.spec.plan import Scheme
 
 # Lin et al. 2023 (AWQ): from 1 down to 0.55 of the largest magnitude in steps of 0.05; 0.5 itself is not tried
 RATIOS = tuple(1 - i / 20 for i in range(10))
-PIECE, ROWS = 1 << 20, 64  # numbers that are rounded at once, so that they fit a CPU cache; at least this many rows
+NUMBERS_AT_ONCE = 1 << 20  # that are rounded, so that they fit a CPU cache
+MIN_ROWS = 64  # that are rounded at once
 
 
 def clip(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
@@ -40,7 +41,7 @@ def clipped(rows: Tensor, scheme: Scheme, dtype: torch.dtype, cost: ErrorCost) -
     ratios = torch.tensor(RATIOS, device=rows.device)[:, None]
     for g, weights in enumerate(torch.split(rows, columns(scheme, rows), 1)):
         # `block`, `block_low` and `block_high` are the weights and ranges of `block_rows` rows
-        block_rows = max(PIECE // (len(RATIOS) * weights.shape[1]), ROWS)
+        block_rows = max(NUMBERS_AT_ONCE // (len(RATIOS) * weights.shape[1]), MIN_ROWS)
         # one buffer for all blocks of the group, since the system takes time to provide new memory
         buffer = torch.empty(len(RATIOS) * block_rows * weights.shape[1], device=rows.device)
         for block, block_low, block_high in zip(

@@ -16,7 +16,7 @@ from sensitivity.spec.plan import Scheme
 
 Smoothed = QuantizedWeight | RotatedWeight | None
 BLOCK = 64  # channels that DuQuant's release rotates together
-LEAST = 1e-3  # smallest factor, which 16-bit floats still hold
+MIN_FACTOR = 1e-3  # smallest factor, which 16-bit floats still hold
 
 
 def smooth(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Smoothed]]:
@@ -63,7 +63,7 @@ def _factor(rows: Tensor, spread: Tensor, exponent: float) -> Tensor:
         return torch.ones_like(found)
     alive = found[found > 0]
     found = torch.where(found > 0, found, alive.mean()) / alive.mean()
-    return found.clamp(min=LEAST)
+    return found.clamp(min=MIN_FACTOR)
 
 
 def _rounded(rows: Tensor, scheme: Scheme, dtype: torch.dtype, gain: Tensor | None) -> QuantizedWeight:

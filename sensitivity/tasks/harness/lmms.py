@@ -46,13 +46,13 @@ def _part(task: LibraryTask, evaluated: str, split: str) -> tuple[Part, Docs, Do
     Calibration uses training examples if they have the same columns, otherwise one image in ten.
     """
     docs, training = task.dataset[evaluated], task.dataset.get(TRAIN)
-    apart = training is not None and evaluated != TRAIN and training.column_names == docs.column_names
+    separate = training is not None and evaluated != TRAIN and training.column_names == docs.column_names
     if task.config.process_docs is not None and task.config.training_split != TRAIN:
-        apart = False  # process_docs prepares only the splits that the task names
-    if apart and training is not None and split == "calibration":
+        separate = False  # process_docs prepares only the splits that the task names
+    if separate and training is not None and split == "calibration":
         without_images = training.select_columns(task.dataset_no_image[evaluated].column_names)
         return Part(TRAIN, split, hashed=False), training, without_images
-    return Part(evaluated, split, hashed=not apart), docs, task.dataset_no_image[evaluated]
+    return Part(evaluated, split, hashed=not separate), docs, task.dataset_no_image[evaluated]
 
 
 def _generation(task: LibraryTask) -> tuple[int, Mapping[str, float], tuple[str, ...]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sensitivity.tasks.datasets.source import TENTH
 
-FEWEST = 5  # images that a file needs before one is kept for calibration: of fewer, one is too large a share
+MIN_IMAGES = 5  # images that a file needs before one is kept for calibration: of fewer, one is too large a share
 
 
 def calibration_images(folder: Path, groups: Iterable[Sequence[str]]) -> frozenset[str]:
@@ -24,7 +24,7 @@ def calibration_images(folder: Path, groups: Iterable[Sequence[str]]) -> frozens
     groups = list(groups)
     image_of = _joined(_images(folder, sorted({name for group in groups for name in group})), groups)
     images = sorted(set(image_of.values()), key=lambda name: hashlib.sha256(name.encode()).digest())
-    if len(images) < FEWEST:
+    if len(images) < MIN_IMAGES:
         return frozenset()
     drawn = set(images[: max(1, round(len(images) / TENTH))])
     return frozenset(name for name, image in image_of.items() if image in drawn)

@@ -24,8 +24,7 @@ from sensitivity.spec.fields import (
 from sensitivity.tasks.datasets import source as layout
 from sensitivity.tasks.examples.types import SPLITS, Example, Regions, Task, exact
 from sensitivity.tasks.own import saved
-from sensitivity.tasks.own.calibration_images import FEWEST as FEWEST_IMAGES
-from sensitivity.tasks.own.calibration_images import calibration_images
+from sensitivity.tasks.own.calibration_images import MIN_IMAGES, calibration_images
 from sensitivity.tasks.scoring import anls, captions, choices, grounding, numbers, vqa_accuracy, yes_no
 
 NEEDS = 'each line is like {"image": "a.jpg", "prompt": "What is this?", "answers": ["a cat"]}'
@@ -37,7 +36,7 @@ TURN = Kind(
 )
 OPTIONAL = {"id": NAME, "kind": TEXT, "split": one_of(*SPLITS), "turns": list_of(TURN, 0)}
 IMAGES = either(FILE, list_of(FILE))
-FEWEST = 4  # answers for VQA's accuracy: with one person left out, three others must be able to agree
+MIN_ANSWERS = 4  # answers for VQA's accuracy: with one person left out, three others must be able to agree
 
 Scorer = Callable[[str, tuple[Example, ...], tuple[str, ...]], Task]
 
@@ -48,10 +47,10 @@ def _exact(name: str, examples: tuple[Example, ...], notes: tuple[str, ...]) -> 
 
 def _vqa(name: str, examples: tuple[Example, ...], notes: tuple[str, ...]) -> Task:
     for example in examples:
-        if len(example.answers) < FEWEST:
+        if len(example.answers) < MIN_ANSWERS:
             raise UserError(
-                f"example {example.id} of {name} has fewer than {FEWEST} answers, so the accuracy of VQA cannot reach "
-                "1; give every person's answer, or type exact: in front of the file instead of vqa:"
+                f"example {example.id} of {name} has fewer than {MIN_ANSWERS} answers, so the accuracy of VQA cannot "
+                "reach 1; give every person's answer, or type exact: in front of the file instead of vqa:"
             )
     return Task(name, examples, vqa_accuracy.accuracy, notes=notes)
 
@@ -101,7 +100,7 @@ def _of_split(
         held_out, names = calibration_images(path.parent, groups), {name for group in groups for name in group}
         if split == "calibration" and not held_out:
             raise UserError(
-                f"{path} asks about fewer than {FEWEST_IMAGES} images, too few to keep one for calibration; add lines "
+                f"{path} asks about fewer than {MIN_IMAGES} images, too few to keep one for calibration; add lines "
                 "about others, or name other data with --calibration"
             )
         drawn = [line for line in every if (_names(line)[0] in held_out) == (split == "calibration")]

@@ -93,8 +93,8 @@ def _rows(folder: Path, split: str) -> tuple[source.Part, Rows]:
         known = [name for name in PARTS if name in saved]
         if not known:
             raise UserError(f"{folder} has the splits {', '.join(saved)}; one of {', '.join(PARTS)} is needed")
-        apart = known[0] != "train" and "train" in known
-        part = source.Part("train" if apart and split == "calibration" else known[0], split, hashed=not apart)
+        separate = known[0] != "train" and "train" in known
+        part = source.Part("train" if separate and split == "calibration" else known[0], split, hashed=not separate)
         saved = saved[part.name]
     _column(folder, saved, "image")
     try:

@@ -15,12 +15,12 @@ from sensitivity.tasks.examples.types import Example, Metric, Point, Regions, Ta
 from sensitivity.tasks.scoring.boxes import DECODINGS, convex, decoded, matches, polygon_iou, written
 
 ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap width and height
-MOST = 1000  # numbers or corners of a box
+MAX_NUMBERS = 1000  # numbers or corners of a box
 THRESHOLDS = (0.5, 0.25)  # of intersection over union; the first one decides the score
 
 
 def _is_box(value: object) -> bool:
-    if not isinstance(value, list) or not 3 <= len(value) <= MOST:
+    if not isinstance(value, list) or not 3 <= len(value) <= MAX_NUMBERS:
         return False
     if all(map(NUMBER.fits, value)):
         return len(value) >= 4 and len(value) % 2 == 0

@@ -1,4 +1,4 @@
-"""Foretold: how well additive scores of components predict the plans that a study has measured."""
+"""ScoreAgreement: how well additive scores of components predict the plans that a study has measured."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sensitivity.analysis.observations import observations_of
 from sensitivity.analysis.surrogate.space import Expected
 from sensitivity.study.study import Study
 
-LEAST = 4  # plans below which nothing is said
+MIN_PLANS = 4  # plans below which nothing is said
 
 
 @dataclass(frozen=True)
-class Foretold:
+class ScoreAgreement:
     """The agreement of scores with measurements, over all quantized plans whose components have a score."""
 
     plans: int
@@ -28,7 +28,7 @@ class Foretold:
         return {"plans": self.plans, "rank_correlation": self.rank_correlation, "error": self.error}
 
 
-def foretold(study: Study, scores: Expected, task: str | None = None) -> Foretold | None:
+def score_agreement(study: Study, scores: Expected, task: str | None = None) -> ScoreAgreement | None:
     """How well the sums of scores order and predict the measured plans; None where too few plans can be compared."""
     observations = observations_of(study, task)
     known = [
@@ -39,7 +39,7 @@ def foretold(study: Study, scores: Expected, task: str | None = None) -> Foretol
     sums = np.array([
         sum(scores[name][choice] for name, choice in plan.schemes if choice is not None) for plan in observations.plans
     ])  # fmt: skip
-    if len(sums) < LEAST or len(set(sums)) < 2 or len(set(observations.score)) < 2:
+    if len(sums) < MIN_PLANS or len(set(sums)) < 2 or len(set(observations.score)) < 2:
         return None
     missed = [
         IsotonicRegression(increasing=False, out_of_bounds="clip")
@@ -49,4 +49,4 @@ def foretold(study: Study, scores: Expected, task: str | None = None) -> Foretol
         for i in range(len(sums))
     ]
     agreement = float(spearmanr(sums, -observations.score).statistic)
-    return Foretold(len(sums), agreement, float(np.sqrt(np.mean(np.square(missed)))))
+    return ScoreAgreement(len(sums), agreement, float(np.sqrt(np.mean(np.square(missed)))))
