@@ -22,6 +22,8 @@ _HOMES = {
     "export": "api.exporting",
     "rank": "analysis.importance.ranking",
     "report": "analysis.report.page",
+    "add_to_atlas": "analysis.atlas.atlas_file",
+    "predict_frontier": "analysis.atlas.predicted_frontier",
     "quantized": "measure.install.plan_in_model",
     "scheme": "quantize.scheme_settings",
     "Component": "spec.components",

@@ -24,7 +24,8 @@ WIDTH = "110"  # of help texts
 # the public names in the order of the straight line; the examples in their docstrings run in this order
 PUBLIC = (
     "load", "VLM", "inspect", "ComponentMap", "Component", "scheme", "Scheme", "Plan", "size", "Size", "quantized",
-    "task", "grid", "one_at_a_time", "sweep", "Study", "rank", "recommend", "export", "verify", "report", "UserError",
+    "task", "grid", "one_at_a_time", "sweep", "Study", "rank", "recommend", "export", "verify", "report",
+    "add_to_atlas", "predict_frontier", "UserError",
 )  # fmt: skip
 
 # the tables that a plug-in is added to, and what one of their rows is

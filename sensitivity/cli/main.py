@@ -29,7 +29,7 @@ from sensitivity.cli.verbs import (
     sweep,
     verify,
 )
-from sensitivity.cli.verbs.reading import compare, failures, table, watch
+from sensitivity.cli.verbs.reading import atlas, compare, failures, table, watch
 from sensitivity.cli.verbs.timing import bench, profile
 from sensitivity.spec import standard_output, threads
 from sensitivity.spec.errors import Failed, Notice, UserError, os_message, printable
@@ -55,6 +55,7 @@ VERBS: dict[str, ModuleType] = {
     "failures": failures,
     "table": table,
     "compare": compare,
+    "atlas": atlas,
     "watch": watch,
     "import": import_,
     "demo": demo,

@@ -8,7 +8,7 @@ import numpy as np
 import planted
 import pytest
 
-from sensitivity.analysis.allocate.priors import check_priors, expect_from, schemes_of
+from sensitivity.analysis.atlas.priors import check_priors, expect_from, schemes_of
 from sensitivity.analysis.search.frontier_sampler import FrontierSampler, PlanSizes
 from sensitivity.analysis.surrogate.space import Expected, Space
 from sensitivity.analysis.surrogate.surrogate import fit_surrogate
@@ -74,7 +74,7 @@ def test_another_method_takes_the_curve_of_the_only_one(tmp_path: Path) -> None:
 def test_what_cannot_be_a_prior_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no study at .*nowhere"):
         check_priors([tmp_path / "nowhere"])
-    with pytest.raises(UserError, match=r"has measured 3 plans, too few for a prior; at least 5 are needed"):
+    with pytest.raises(UserError, match=r"has measured 3 plans, too few to learn damages from; at least 5 are needed"):
         measured_damages(study(tmp_path / "few", 3))
     two = planted.parts(("vision", "language"), (1000, 2500))
     rows = planted.grid((2, 4, 16), 2)

@@ -18,6 +18,8 @@ import pytest
 
 import sensitivity
 from sensitivity.cli import main as cli
+from sensitivity.spec.components import PARTS
+from sensitivity.spec.plan import Scheme
 
 MODEL = "embedded:scenes-llava"
 LINES = {  # a command of each verb with which nothing is wrong
@@ -41,6 +43,7 @@ LINES = {  # a command of each verb with which nothing is wrong
     "table": "study --out new.csv",
     "compare": "study study",
     "watch": "study",
+    "atlas": "add study --atlas atlas.parquet",
 }
 FITTING = {  # a value of each flag with which nothing is wrong: what is refused below is the value and not the flag
     "model": MODEL, "study": "study", "source": "study", "folder": "export", "table": "table.csv",
@@ -53,7 +56,7 @@ FITTING = {  # a value of each flag with which nothing is wrong: what is refused
     "--workers": "1", "--executor": "local", "--device": "cpu", "--dtype": "fp32", "--storage": "sqlite:///team.db",
     "--near": "0.5", "--bootstraps": "10", "--bpw": "6", "--gb": "0.5", "--weight": "vqa=2", "--floor": "vqa=95%",
     "--top": "1", "a": "study", "b": "study", "--plan": "a79dde72", "--every": "1",
-    "--share": "shared", "--failures": "3",
+    "--share": "shared", "--failures": "3", "action": "add", "--atlas": "atlas.parquet", "--attributions": "why",
     "--ms-per-token": "1e6", "--ms-per-answer": "1e6", "--gb-resident": "1",
     "--minutes": "5", "--prior": "study", "--scores": "gram,fisher", "--check": "4", "--draft": "5",
     "--model": MODEL, "--format": "fake", "--part": "c=connector", "--switch": "on=connector",
@@ -75,7 +78,7 @@ BESIDE = {  # what a flag needs beside it, where it means nothing alone
     **{("recommend", f"--{name}"): "--runtime openvino" for name in ("ms-per-token", "ms-per-answer", "gb-resident")},
     ("sweep", "--prior"): "--search frontier",
     ("sweep", "--activation-scale"): "--activation-bits 8", ("sweep", "--cache-group"): "--cache-bits 4",
-    **{(verb, "--biases"): "--method rtn" for verb in ("plan", "explain")},
+    **{(verb, "--biases"): "--method rtn" for verb in ("plan", "explain", "atlas")},
     ("export", "--path"): "--format fake", ("export", "--model"): "--format fake",
     ("legalize", "--force"): "--out other.json",
     ("explain", "--failures"): "--plan 1",
@@ -87,13 +90,15 @@ BESIDE = {  # what a flag needs beside it, where it means nothing alone
 INSTEAD = {  # what must be left out for it
     **{("import", flag): ("--part",) for flag in ("--bits", "--switch", "--kind", "--kinds")},
     **{(verb, "--gb"): ("--bpw",) for verb in ("recommend", "plan")},
-    **{("explain", flag): ("--bits", "--out") for flag in ("--plan", "--failures")},
     ("table", "--share"): ("--out",),
 }
-OF_STUDY = {
-    ("explain", "--plan"),
-    ("explain", "--failures"),
-}  # a flag that is for a study, where the line of the verb has a model
+PREDICT = ("--bpw", "--attributions", "--task", "--by", "--bits", "--method", "--group", "--symmetric", "--biases",
+           "--set", "--backend")  # fmt: skip
+OTHER = {  # the line for a flag that is for a study, where that of the verb has a model; or for another action
+    ("explain", "--plan"): "study",
+    ("explain", "--failures"): "study",
+    **{("atlas", flag): f"predict {MODEL} --bits 2,4,8 --atlas atlas.parquet" for flag in PREDICT},
+}
 KINDS = {
     "empty": "", "blank": "  ", "comma": ",", "unknown": "nope", "negative": "-1", "zero": "0", "fraction": "2.5",
     "huge": "9" * 30, "overflow": "1e999", "nan": "NaN", "infinite": "inf", "null": "null", "object": "{}",
@@ -242,6 +247,15 @@ NAMED = (  # what people typed, and what must be named in the answer
     ("table study --out new.csv --share new", "still needed: either --out, for a table, or --share"),
     ("table study --share export", "is already there; choose another --share"),
     ("table study --share export --force", "is no file of a shared study"),
+    ("atlas remove study", "takes add or predict, not 'remove'"),
+    ("atlas add study --bpw 4", "--bpw would do nothing with add: it is about predictions"),
+    ("atlas add study --to table.csv", "an atlas is a file such as runs/atlas.parquet, not table.csv"),
+    ("atlas predict MODEL --atlas table.csv", "table.csv is no atlas, or was cut short"),
+    ("atlas add nowhere", "no study at nowhere"),
+    ("atlas predict MODEL", "no atlas at runs/atlas.parquet; `sensitivity atlas add STUDY --to runs/atlas.parquet`"),
+    ("atlas predict MODEL --atlas atlas.parquet --task caption", "unknown task of atlas.parquet 'caption'"),
+    ("atlas predict MODEL --atlas atlas.parquet --bpw 1", "no plan fits 1.00 bpw"),
+    ("atlas predict MODEL --atlas atlas.parquet --attributions export", "has no score called gram"),
     ("rank study --json=1", "ignored explicit argument"),
 )  # fmt: skip
 
@@ -266,6 +280,7 @@ class Case:
         return FINE.get((self.verb, self.flag, self.kind), FINE.get((self.flag, self.kind)))  # type: ignore[call-overload,no-any-return]
 
 
+@cache
 def verbs() -> dict[str, argparse.ArgumentParser]:
     (found,) = (action.choices for action in cli.parser_of(cli.VERBS)._actions if isinstance(action.choices, dict))
     return dict(found)
@@ -281,12 +296,11 @@ def flags() -> Iterator[tuple[str, argparse.Action, str]]:
 
 def command(verb: str, flag: str, value: str | None, action: argparse.Action) -> tuple[str, ...]:
     """The fitting command of a verb, but with this value for one flag."""
-    words = [*LINES[verb].split(), *BESIDE.get((verb, flag), "").split()]
+    words = [*OTHER.get((verb, flag), LINES[verb]).split(), *BESIDE.get((verb, flag), "").split()]
     if not action.option_strings:
-        words[0] = value if value is not None else words[0]
+        place = [one.dest for one in verbs()[verb]._actions if not one.option_strings].index(action.dest)
+        words[place] = value if value is not None else words[place]
         return ("--", *words) if (value or "").startswith("-") else tuple(words)
-    if (verb, flag) in OF_STUDY:
-        words[0] = "study"
     for other in INSTEAD.get((verb, flag), ()):
         while other in words:
             del words[words.index(other) : words.index(other) + 2]
@@ -344,10 +358,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "table.csv").write_text(
         "a,b,c,s,k,on\n" + "".join(f"{i},{j},8,0.{i}{j},x,1\n" for i in (2, 4) for j in (3, 8))
     )
+    (place / "why").mkdir()
+    scores = [{"component": name, "scheme": Scheme("rtn", 4).to_json(), "score": 0.1} for name in PARTS]
+    content = {"title": "attributions", "version": 1, "scores": {"gram": {"values": scores}}}
+    (place / "why" / "attributions.json").write_text(json.dumps(content))
     os.chdir(place)
     try:
         assert cli.main(f"sweep {MODEL} --bits 2,4,8 --n 6 --out study".split()) == 0
         assert cli.main(["export", "study", "--bpw", "6", "--format", "fake", "--out", "export"]) == 0
+        assert cli.main(["atlas", "add", "study", "--to", "atlas.parquet"]) == 0
     finally:
         os.chdir("/")
     return place

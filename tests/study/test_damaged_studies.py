@@ -26,6 +26,8 @@ from referencing import Registry, Resource
 from sensitivity.analysis.allocate.kept_recommendation import recommended, save, since
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.request import PlanRequest
+from sensitivity.analysis.atlas import atlas_file
+from sensitivity.analysis.atlas.atlas_file import add_to_atlas
 from sensitivity.analysis.importance import kept_rankings
 from sensitivity.analysis.importance.ranking import rank
 from sensitivity.analysis.observations import observations_of
@@ -924,7 +926,13 @@ def documents(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     attrs = study.optuna_study.user_attrs
     folder = export(tmp_path_factory.mktemp("export") / "export")
     outcome = {"time": "now", "key": "0" * 16, "verdict": "whole", "words": "fine"}
+    add_to_atlas(study, folder.parent / "atlas.parquet")
+    table = pq.read_table(folder.parent / "atlas.parquet")
+    scheme = {"method": "rtn", "bits": 4, "group": "row", "symmetric": True}
+    values = [{"component": "vision", "scheme": scheme, "score": 0.5}]
     return {
+        "atlas": atlas_file._checked(table.schema.metadata[atlas_file.KEY], table.to_pylist(), "it"),
+        "attributions": {"title": "attributions", "version": 1, "scores": {"gram": {"values": values}}},
         "plan": json.loads((made / "table" / "plan.json").read_bytes()),
         "manifest": json.loads((folder / manifest.MANIFEST).read_bytes()),
         "export": json.loads(next((made / "table" / "exports").glob("*.json")).read_bytes()),
@@ -934,7 +942,7 @@ def documents(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     }
 
 
-@pytest.mark.parametrize("name", ["plan", "manifest", "export", "verified", "study", "trial"])
+@pytest.mark.parametrize("name", ["plan", "manifest", "export", "verified", "study", "trial", "atlas", "attributions"])
 def test_the_reader_agrees_with_a_full_reader_of_schemas(documents: dict[str, Any], name: str) -> None:
     """Our few lines know a part of JSON Schema; the library knows all of it."""
     files = [(file.name, Resource.from_contents(json.loads(file.read_bytes()))) for file in schema.FOLDER.iterdir()]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from sensitivity.analysis.observations import observations_of
-from sensitivity.analysis.surrogate.space import Space, family, width
-from sensitivity.analysis.surrogate.surrogate import fit_surrogate
+from sensitivity.analysis.surrogate.space import Expected, Space, family, width
+from sensitivity.analysis.surrogate.surrogate import Surrogate, fit_surrogate
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
@@ -24,54 +25,73 @@ LEAST = 1e-8  # least damage: a smaller one counts as this, since its logarithm 
 def transferred(
     study: Study, parts: ComponentMap, schemes: Sequence[Scheme], task: str | None = None
 ) -> dict[str, dict[Scheme, float]]:
-    """The damage of each scheme to each component of `parts`, as a study predicts it; only ratios mean anything.
+    """The damage of each scheme to each component of `parts`, as a study predicts it; only ratios mean anything."""
+    return moved(measured_damages(study, task), parts, schemes, study.path)
+
+
+def moved(
+    damages: Expected, parts: ComponentMap, schemes: Sequence[Scheme], source: Path | str
+) -> dict[str, dict[Scheme, float]]:
+    """Damages of one model's components, as damages of the components of another.
 
     Components are those of the same name, else those that they contain or are part of, else those of the same part of
     the model. Schemes are those of the same method, else all, at the same width; between widths, the logarithm of the
-    damage is linear.
+    damage is linear. `source` is named where a component of `parts` has no counterpart.
     """
-    curves = measured_damages(study, task)
+    if missing := unknown_to(damages, parts):
+        raise UserError(
+            f"{source} says nothing about {missing[0]}: it has {', '.join(damages)}; choose a prior with the same parts"
+        )
+    curves = {name: _curves(row) for name, row in damages.items()}
     owners = {name: _related(name, list(curves)) for name in parts.names}
-    for name, found in owners.items():
-        if not found:
-            raise UserError(
-                f"{study.path} says nothing about {name}: it has {', '.join(curves)}; "
-                "choose a prior with the same parts"
-            )
     # a component that several of ours belong to shares its damage among them
     shares = {source: sum(source in found for found in owners.values()) for source in curves}
     return {
-        name: {
-            scheme: sum(_at(curves[source], scheme) / shares[source] for source in found) for scheme in schemes
-        }
+        name: {scheme: sum(_at(curves[source], scheme) / shares[source] for source in found) for scheme in schemes}
         for name, found in owners.items()
-    }  # fmt: skip
+    }
 
 
-def measured_damages(study: Study, task: str | None = None) -> dict[str, dict[str, Curve]]:
-    """Per component and family of schemes, the damage at each width that a study measured, by its surrogate."""
+def unknown_to(damages: Expected, parts: ComponentMap) -> list[str]:
+    """The components of `parts` that have no counterpart among those with damages."""
+    return [name for name in parts.names if not _related(name, list(damages))]
+
+
+def measured_damages(study: Study, task: str | None = None) -> dict[str, dict[Scheme, float]]:
+    """Per component, the damage of each scheme that a study measured, by its surrogate."""
+    return damages_of(additive_surrogate(study, task))
+
+
+def additive_surrogate(study: Study, task: str | None = None) -> Surrogate:
+    """The surrogate's formula without interactions, fitted to a study: damages that are moved are only added up."""
     observations = observations_of(study, task)
     if len(set(observations.keys)) < FEWEST:
         raise UserError(
-            f"{study.path} has measured {len(set(observations.keys))} plans, too few for a prior; "
+            f"{study.path} has measured {len(set(observations.keys))} plans, too few to learn damages from; "
             f"at least {FEWEST} are needed"
         )
     space = Space.of(observations.plans)
     index = space.encode(observations.plans)
-    model = fit_surrogate(space, index, observations.score, observations.full, observations.noises, corrected=False)
-    found: dict[str, dict[str, Curve]] = {}
-    for name, options, damages in zip(space.names, space.choices, model.damages(), strict=True):
-        curves: dict[str, dict[float, float]] = {}
-        for option, damage in zip(options[1:], damages[1:], strict=True):
-            assert option is not None
-            curves.setdefault(family(option), {})[width(option)] = math.log(max(float(damage), LEAST))
-        found[name] = {key: _curve(points) for key, points in curves.items()}
-    return {name: curves for name, curves in found.items() if curves}
+    return fit_surrogate(
+        space, index, observations.score, observations.full, observations.noises, pairs=False, corrected=False
+    )
 
 
-def _curve(points: Mapping[float, float]) -> Curve:
-    bits = tuple(sorted(points))
-    return bits, tuple(points[bit] for bit in bits)
+def damages_of(model: Surrogate) -> dict[str, dict[Scheme, float]]:
+    """Per component, the damage of each of its schemes; components that were never quantized are left out."""
+    return {
+        name: {option: float(damage) for option, damage in zip(options, damages, strict=True) if option is not None}
+        for name, options, damages in zip(model.space.names, model.space.choices, model.damages(), strict=True)
+        if len(options) > 1
+    }
+
+
+def _curves(damages: Mapping[Scheme, float]) -> dict[str, Curve]:
+    """For each family of schemes, the logarithm of the damage at each width."""
+    points: dict[str, dict[float, float]] = {}
+    for scheme, damage in damages.items():
+        points.setdefault(family(scheme), {})[width(scheme)] = math.log(max(damage, LEAST))
+    return {key: (tuple(sorted(one)), tuple(one[bits] for bits in sorted(one))) for key, one in points.items()}
 
 
 def _related(name: str, sources: Sequence[str]) -> list[str]:

@@ -265,8 +265,8 @@ def prior(p: argparse.ArgumentParser) -> None:
         type=values.comma_separated(values.path),
         default=(),
         metavar="STUDY[,STUDY]",
-        help="studies of another method, task, size or model, from whose damages the surrogate starts; it drops them"
-        " where scores disagree",
+        help="studies of another method, task, size or model, or atlases of such studies, from whose damages the"
+        " surrogate starts; it drops them where scores disagree",
     )
 
 

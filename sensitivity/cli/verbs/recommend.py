@@ -56,7 +56,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Choose a plan for each budget, measure it, and store it in the study."""
     from sensitivity.analysis.allocate.kept_recommendation import check_request, save
-    from sensitivity.analysis.allocate.priors import check_priors, expect_from, schemes_of
+    from sensitivity.analysis.atlas.priors import check_priors, expect_from, schemes_of
     from sensitivity.analysis.observations import observations_of
     from sensitivity.api.exporting import write_cards
     from sensitivity.api.recommending import begin_recommendation

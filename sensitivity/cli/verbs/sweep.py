@@ -190,7 +190,7 @@ def _run_plans(
     expected: int,
 ) -> Study:
     """Run the plans that the study lacks, with workers beside this process; then those of a worker that died."""
-    from sensitivity.analysis.allocate.priors import expect_from
+    from sensitivity.analysis.atlas.priors import expect_from
     from sensitivity.api.sweeping import begin_sweep
     from sensitivity.study.owner import this_process
 
@@ -225,7 +225,7 @@ def _checked(args: argparse.Namespace) -> list[Scheme]:
     """The schemes, after every check that needs no model, so that a mistake is found before anything is loaded."""
     requested, calibrated = checked(args, args.search, args.until, args.storage)
     if args.prior:
-        from sensitivity.analysis.allocate.priors import check_priors
+        from sensitivity.analysis.atlas.priors import check_priors
 
         if args.search != "frontier":
             flags.without_effect(args, ["--prior"], f"with --search {args.search}; only frontier starts from one")

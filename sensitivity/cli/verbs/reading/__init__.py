@@ -1,1 +1,1 @@
-"""Verbs that only read a study: failures, table, compare, watch."""
+"""Verbs that only read a study: failures, table, compare, atlas, watch."""

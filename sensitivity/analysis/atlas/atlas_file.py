@@ -1,0 +1,121 @@
+"""The atlas as a file: a Parquet table of damages, with what each study is about as JSON in its metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sensitivity.analysis.atlas.entry import Entry, entries_of
+from sensitivity.spec import schema
+from sensitivity.spec.errors import UserError, reason
+from sensitivity.spec.files import disk_error, new_folder, replacing
+from sensitivity.spec.plan import Scheme
+from sensitivity.study.storage.opening import ProcessLock, held
+from sensitivity.study.study import Study
+
+KEY = b"sensitivity-atlas"  # of the metadata: marks a file as ours
+COLUMNS = ("study", "component", "numel", "scheme", "damage", "error")
+OWN = ("about", "parameters", "plans", "full", "floor", "power", "noise")  # what the JSON has of each study
+DEFAULT = Path("runs/atlas.parquet")
+REMEDY = "restore a copy, or name another file"
+
+
+def add_to_atlas(study: Study, to: Path | str = DEFAULT) -> list[Entry]:
+    """Add what a study measured to an atlas, and return all entries; a study about the same is replaced.
+
+    The file holds no weights, images, questions or paths, and the order in which studies are added does not matter.
+
+    Examples:
+        >>> from sensitivity import add_to_atlas
+        >>> [entry.about["task"] for entry in add_to_atlas(Study("runs/vqa"), "runs/atlas.parquet")]
+        ['vqa']
+    """
+    file = Path(to)
+    if file.suffix != DEFAULT.suffix:
+        raise UserError(f"an atlas is a file such as {DEFAULT}, not {file}")
+    fresh = entries_of(study)
+    lock = file.with_suffix(".kernel-lock").name
+    with new_folder(file.parent, [lock]), held(ProcessLock(file)):  # else one of two processes would lose its study
+        others = read(file) if file.exists() else []
+        known = [_about(entry) for entry in fresh]
+        entries = sorted([*(one for one in others if _about(one) not in known), *fresh], key=_about)
+        _write(file, entries)
+    return entries
+
+
+def read(file: Path) -> list[Entry]:
+    """The entries of an atlas."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    if not file.exists():
+        raise UserError(f"no atlas at {file}; `sensitivity atlas add STUDY --to {file}` makes one")
+    if file.is_dir():
+        raise UserError(f"{file} is no atlas, but a folder; name a file such as {DEFAULT}")
+    what = f"{file} cannot be used"
+    try:
+        found = parquet.read_table(file)
+    except (pa.ArrowException, ValueError) as error:
+        raise UserError(f"{file} is no atlas, or was cut short ({reason(error)}); {REMEDY}") from error
+    except OSError as error:
+        raise disk_error(file, error) from error
+    about = (found.schema.metadata or {}).get(KEY)
+    if about is None or tuple(found.column_names) != COLUMNS:
+        raise UserError(f"{file} is no atlas, but another table; {REMEDY}")
+    return [_entry(one) for one in _checked(about, found.to_pylist(), what)["studies"]]
+
+
+def _checked(about: bytes, table: Sequence[Mapping[str, Any]], what: str) -> Any:
+    """The JSON of a file with each row of the table where it belongs, checked against the schema of an atlas."""
+    try:
+        content = json.loads(about)
+        rows = [{**row, "scheme": json.loads(row["scheme"])} for row in table]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{what}: its JSON is damaged ({reason(error)}); {REMEDY}") from error
+    studies = content.get("studies") if isinstance(content, dict) else None
+    if isinstance(studies, list):  # else the schema says what is wrong
+        for number, one in enumerate(studies):
+            if isinstance(one, dict):
+                one["damages"] = [row for row in rows if row["study"] == number]
+    schema.check(content, "atlas", what, REMEDY)
+    return content
+
+
+def _entry(one: Mapping[str, Any]) -> Entry:
+    """An entry from its JSON and its rows."""
+    sizes: dict[str, int] = {}
+    damages: dict[str, dict[Scheme, float]] = {}
+    errors: dict[str, dict[Scheme, float]] = {}
+    for row in one["damages"]:
+        name, scheme = row["component"], Scheme.from_json(row["scheme"])
+        sizes[name] = row["numel"]
+        damages.setdefault(name, {})[scheme] = row["damage"]
+        if row["error"] is not None:
+            errors.setdefault(name, {})[scheme] = row["error"]
+    return Entry(**{name: one[name] for name in OWN}, sizes=sizes, damages=damages, errors=errors)
+
+
+def _write(file: Path, entries: Sequence[Entry]) -> None:
+    """Replace an atlas by one with these entries."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = [
+        (number, name, entry.sizes[name], json.dumps(scheme.to_json()), damage, entry.errors.get(name, {}).get(scheme))
+        for number, entry in enumerate(entries)
+        for name, row in entry.damages.items()
+        for scheme, damage in row.items()
+    ]
+    kinds = (pa.int32(), pa.string(), pa.int64(), pa.string(), pa.float64(), pa.float64())
+    columns = [pa.array(values, kind) for values, kind in zip(zip(*rows, strict=True), kinds, strict=True)]
+    content = {"version": 1, "studies": [{name: getattr(entry, name) for name in OWN} for entry in entries]}
+    table = pa.table(dict(zip(COLUMNS, columns, strict=True))).replace_schema_metadata({KEY: json.dumps(content)})
+    with replacing(file) as unfinished:
+        parquet.write_table(table, unfinished)
+
+
+def _about(entry: Entry) -> str:
+    """What an entry is about, to compare and to sort by."""
+    return json.dumps(entry.about, sort_keys=True)

@@ -1,0 +1,110 @@
+"""Entry: what an atlas has of one study, the damage of each component and the score at each total damage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from sensitivity.analysis.observations import check_task, observations_of
+from sensitivity.analysis.surrogate.space import Expected
+from sensitivity.analysis.surrogate.transfer import additive_surrogate, damages_of
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Scheme
+from sensitivity.study.storage import attributions
+from sensitivity.study.study import Study
+
+ERROR = "gram"  # the score that is kept: a relative error, so that those of two models can be compared
+LEAST_LEFT = 1e-3  # least and largest share of full precision whose loss is taken: its logarithm stays finite
+MOST_LEFT = 1 - 1e-5
+
+
+class About(TypedDict):
+    """What was measured on what; a study that is added again replaces the one about the same."""
+
+    model: str
+    weights: str | None  # the model's fingerprint
+    task: str
+    by: str
+    methods: list[str]
+    n: int | None
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One task of one study. Scores are shares of full precision's."""
+
+    about: About
+    parameters: int
+    plans: int
+    full: float
+    floor: float  # the score of a ruined model
+    power: float
+    noise: float | None  # standard deviation of one score
+    sizes: Mapping[str, int]  # component -> elements
+    damages: Expected
+    errors: Expected  # relative errors of the outputs of each component's layers; may be empty
+
+    @property
+    def model(self) -> str:
+        """What tells its model from others."""
+        return self.about["weights"] or self.about["model"]
+
+    def loss(self, damage: float) -> float:
+        """The loss at a total damage, as `loss_of` counts it."""
+        return loss_of(self.floor + (1 - self.floor) * math.exp(-min(damage**self.power, 700.0)))
+
+
+def loss_of(share: float) -> float:
+    """The loss of a share of full precision, as log(-log(share)): on this scale models differ by about a constant."""
+    return math.log(-math.log(min(max(share, LEAST_LEFT), MOST_LEFT)))
+
+
+def share_of(loss: float) -> float:
+    """The inverse of `loss_of`."""
+    return math.exp(-math.exp(min(loss, 700.0)))
+
+
+def entries_of(study: Study) -> list[Entry]:
+    """An entry for each task of a study."""
+    return [_entry(study, task) for task in study.tasks]
+
+
+def _entry(study: Study, task: str) -> Entry:
+    observations = observations_of(study, check_task(study, task))
+    model = additive_surrogate(study, task)
+    full, floor = float(model.theta[0]), float(model.theta[1])
+    if not full > 0:
+        raise UserError(f"full precision scored {full:g} on '{task}', so no share of it can be kept in an atlas")
+    damages = damages_of(model)
+    schemes = {name: set(row) for name, row in damages.items()}
+    errors = attributions.read(study.path, ERROR)
+    about = About(
+        model=Path(study.parts.model).name,  # not the whole path, since an atlas is for others, too
+        weights=study.meta.get("fingerprint"),
+        task=task,
+        by=study.parts.by,
+        methods=sorted({scheme.method for row in damages.values() for scheme in row}),
+        n=study.meta.get("n"),
+        seed=study.meta.get("seed"),
+    )
+    return Entry(
+        about,
+        study.parts.numel,
+        len(set(observations.keys)),
+        full,
+        min(floor / full, 0.99),
+        model.power,
+        None if observations.noise is None else observations.noise / full,
+        {name: study.parts[name].numel for name in damages},
+        damages,
+        {name: own for name, row in errors.items() if (own := _measured(row, schemes.get(name, set())))},
+    )
+
+
+def _measured(scores: Mapping[Scheme, float], schemes: set[Scheme]) -> dict[Scheme, float]:
+    """The scores of the schemes that a study measured."""
+    return {scheme: score for scheme, score in scores.items() if scheme in schemes}

@@ -1,0 +1,125 @@
+"""sensitivity atlas: collects what studies measured, and predicts the frontier of a model that was never measured."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.arguments.scheme_flags import schemes
+from sensitivity.cli.output.tables import table
+from sensitivity.spec.sizes import in_words
+
+if TYPE_CHECKING:
+    from sensitivity.analysis.atlas.predicted_frontier import PredictedFrontier
+
+ABOUT = "collect studies in a file (add), and predict the frontier of a model that was never measured (predict)"
+EXAMPLE = "sensitivity atlas predict embedded:scenes-llava --bpw 5,6 --atlas runs/atlas.parquet"
+OF_MODEL = ("--bpw", "--task", "--attributions", "--by", "--bits", "--method", "--group", "--symmetric", "--biases",
+            "--set", "--backend")  # fmt: skip
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
+    p.add_argument("action", type=values.choice("add", "predict"), metavar="add|predict", help="what to do")
+    p.add_argument(
+        "source", type=values.model_or_task, metavar="STUDY|MODEL", help="the study to add, or the model to predict"
+    )
+    p.add_argument(
+        "--to",
+        "--atlas",
+        dest="atlas",
+        type=values.file,
+        default=Path("runs/atlas.parquet"),
+        metavar="FILE",
+        help="the atlas: a Parquet file without weights, images or questions (default: runs/atlas.parquet)",
+    )
+    p.add_argument(
+        "--bpw",
+        type=values.comma_separated(values.bpw),
+        metavar="X[,X]",
+        help="budgets in bits per weight, counting all that is stored (default: six, from the smallest to the largest"
+        " uniform plan)",
+    )
+    p.add_argument(
+        "--task", type=values.name, metavar="T", help="learn from studies of this task alone (default: of all tasks)"
+    )
+    p.add_argument(
+        "--attributions",
+        type=values.folder,
+        metavar="FOLDER",
+        help="where `sensitivity explain MODEL --scores gram --out FOLDER` wrote relative errors of the new model; they"
+        " count as far as they would have helped to predict the atlas's own models",
+    )
+    flags.by(p, "group.kind")
+    flags.methods(p, (2, 3, 4, 6, 8), "gptq")
+
+
+def run(args: argparse.Namespace) -> dict[str, object]:
+    """Add a study to an atlas, or predict a model's frontier from one."""
+    return _add(args) if args.action == "add" else _predict(args)
+
+
+def _add(args: argparse.Namespace) -> dict[str, object]:
+    from sensitivity.analysis.atlas.atlas_file import add_to_atlas
+    from sensitivity.study.study import Study
+
+    flags.without_effect(args, OF_MODEL, "with add: it is about predictions")
+    entries = add_to_atlas(Study(Path(args.source).expanduser()), args.atlas)
+    models = sorted({entry.about["model"] for entry in entries})
+    if not args.json:
+        table(
+            f"{args.atlas}: what it has",
+            ("model", "task", "by", "methods", "plans", "full precision"),
+            [
+                (one.about["model"], one.about["task"], one.about["by"], ", ".join(one.about["methods"]), one.plans,
+                 f"{one.full:.3f}")
+                for one in entries
+            ],
+        )  # fmt: skip
+        if len({entry.model for entry in entries}) < 2:
+            print("an interval needs studies of at least two models: this says how far models differ")
+    return {"atlas": str(args.atlas), "entries": len(entries), "models": models}
+
+
+def _predict(args: argparse.Namespace) -> dict[str, object]:
+    from sensitivity.analysis.atlas.predicted_frontier import predict_frontier
+    from sensitivity.models.discover import inspect
+    from sensitivity.models.loading import load
+    from sensitivity.spec.components import granularity
+
+    asked = schemes(args)
+    granularity(args.by)
+    vlm = load(args.source, config_only=True)
+    parts = inspect(vlm, by=args.by)
+    found = predict_frontier(parts, asked, args.atlas, args.bpw, args.task, args.attributions)
+    if not args.json:
+        _show(args, found)
+    return {"model": vlm.name, "atlas": str(args.atlas), **found.to_json()}
+
+
+def _show(args: argparse.Namespace, found: PredictedFrontier) -> None:
+    """Print the frontier, and what would make it surer."""
+    one = len(found.models) == 1
+    table(
+        f"{args.source}, predicted from {'one model' if one else f'{len(found.models)} models'} "
+        f"({', '.join(found.models)}; {', '.join(found.tasks)}); nothing of it was measured",
+        ("budget", "bpw", "size", "share of full precision", "95 % interval", "plan"),
+        [
+            (f"{p.bpw:.2f}", f"{p.size.bpw:.2f}", in_words(p.size.bytes), f"{p.share:.3f}",
+             f"{p.low:.3f} to {p.high:.3f}", p.plan.describe())
+            for p in found.points
+        ],
+    )  # fmt: skip
+    if args.attributions is not None:
+        counted = f"count to the power of {found.trust:g}" if found.trust else "do not count"
+        print(f"relative errors {counted}: so the atlas's own models are missed least when each is left out")
+    if one:
+        print("one model says nothing about how far models differ: add studies of others")
+    elif found.halved_by is not None:
+        on = f" on {found.examples:,} examples each" if found.examples else ""
+        plans = "plan" if found.halved_by == 1 else "plans"
+        again = f"sensitivity sweep {shlex.quote(args.source)} --search frontier --prior {shlex.quote(str(args.atlas))}"
+        print(f"measuring {found.halved_by} {plans}{on} would halve these intervals: {again}")

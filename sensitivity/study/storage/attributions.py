@@ -1,0 +1,23 @@
+"""Reads the scores of components that `sensitivity explain` stored in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sensitivity.spec import schema
+from sensitivity.spec.plan import Scheme
+from sensitivity.study.storage import paths
+
+REPAIR = "compute it again with `sensitivity explain`"
+
+
+def read(folder: Path, score: str) -> dict[str, dict[Scheme, float]]:
+    """A score of each component at each scheme; empty where the folder has none of this name."""
+    file = paths.attributions(folder)
+    if not file.exists():
+        return {}
+    found: dict[str, dict[Scheme, float]] = {}
+    for row in schema.read(file, "attributions", REPAIR)["scores"].get(score, {"values": ()})["values"]:
+        if row["score"] is not None:  # null: not finite
+            found.setdefault(row["component"], {})[Scheme.from_json(row["scheme"])] = float(row["score"])
+    return found
