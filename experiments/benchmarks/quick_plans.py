@@ -130,15 +130,15 @@ def compared(name: str, task: str, seed: int, n: int, test: int, before: pd.Data
 
 
 def summary(table: pd.DataFrame) -> str:
-    lines = ["| model | task | chooser | mean difference to the sweep's | worst budget | of sweep's CPU seconds |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
-    for (model, task), rows in table.groupby(["model", "task"]):
+    lines = ["| model | task | examples | chooser | mean difference to the sweep's | worst budget | "
+             "of sweep's CPU seconds |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for (model, task, n), rows in table.groupby(["model", "task", "n"]):
         whole = rows[rows["chooser"] == "sweep"]["cpu_s"].mean()
         for chooser, own in rows.groupby("chooser", sort=False):
             worst = own.loc[own["to_sweep"].idxmin()]
             spread = np.sqrt((own["se"] ** 2).sum()) / len(own)
             lines.append(
-                f"| {model} | {task} | {chooser} | {own['to_sweep'].mean():+.4f} ± {spread:.4f} | "
+                f"| {model} | {task} | {n} | {chooser} | {own['to_sweep'].mean():+.4f} ± {spread:.4f} | "
                 f"{worst['to_sweep']:+.4f} ± {worst['se']:.4f} ({worst['bpw']:g} bpw, seed {worst['seed']}) | "
                 f"{own['cpu_s'].mean() / whole:.0%} of {whole:.0f} |"
             )
