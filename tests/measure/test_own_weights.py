@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sensitivity.api.sweeping import calibrated
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.memory import own_weights
 from sensitivity.measure.memory.own_weights import OwnWeights
@@ -93,3 +97,16 @@ def test_dense_weights_are_kept_up_to_the_limit(model: nn.Module, parts: Compone
         with quantized(model, parts, plan, memory) as changed:
             assert len(memory._dense) == len(changed)
         assert len(memory._dense) == count
+
+
+def test_calibration_does_not_keep_the_weights_that_a_plan_replaces() -> None:
+    """Whatever else held them, such as statistics for gradients, they would be in memory in both widths."""
+    vlm = load("embedded:scenes-llava")
+    parts = inspect(vlm, by="part")
+    (chosen,), statistics = calibrated(vlm, parts, [scheme("gptq", 4)], ["vqa"], n=4, cache_gb=0)
+    name = next(weight.name for weight in parts.components[-1].weights)
+    was = weakref.ref(vlm.model.get_parameter(name).data.untyped_storage())
+    assert was() is not None  # the storage, and not only its wrapper, is what is watched
+    with quantized(vlm.model, parts, Plan.uniform(parts, chosen), WeightCodes(0), statistics):
+        gc.collect()
+        assert was() is None

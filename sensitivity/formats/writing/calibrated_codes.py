@@ -114,7 +114,8 @@ class _BlockByBlock:
             names = tuple(weight.name for weight in self.inputs[key])
             foldable = any(s.get("scales") == "folded" for s in schemes) and key in self.statistics.absorbers
             weights = tuple(self.float_weights[name] for name in names)
-            normed, fisher = self.statistics.behind_norm_for(key, schemes), self.statistics.fisher_of(names, schemes)
+            normed = self.statistics.behind_norm_for(key, schemes)
+            fisher = self.statistics.fisher_of(names, schemes, self.float_weights)
             whole = Linears(names, weights, foldable=foldable, behind_norm=normed, fisher=fisher)
             for linears, alike in by_importance(whole, schemes, curvatures[key]):
                 for scheme, results in zip(alike, solve(linears, alike), strict=True):

@@ -69,15 +69,18 @@ class Statistics:
     )  # finds what scales can be folded into, by input
     cache: Cache | None = None  # of quantized weights
     weighted: Mapping[str, Gather] = field(default_factory=dict)  # by importance: `gather` with token weights
-    fisher: Callable[[str], Tensor] | None = None  # by weight name: squared gradients of the loss
+    # squared gradients of the loss, by weight name and the model's own weights, which are not kept here: see OwnWeights
+    fisher: Callable[[str, Mapping[str, Tensor]], Tensor] | None = None
     # forward passes over the calibration data through the model as it is, one by one
     passes: Callable[[], Iterator[object]] = field(default=lambda: iter(()))
 
-    def fisher_of(self, names: Sequence[str], schemes: Iterable[Scheme]) -> tuple[Tensor, ...] | None:
+    def fisher_of(
+        self, names: Sequence[str], schemes: Iterable[Scheme], own: Mapping[str, Tensor]
+    ) -> tuple[Tensor, ...] | None:
         """The squared gradients of some weights, if a scheme needs them."""
         if self.fisher is None or not any(map(needs_fisher, schemes)):
             return None
-        return tuple(self.fisher(name) for name in names)
+        return tuple(self.fisher(name, own) for name in names)
 
     def gather_for(
         self, schemes_of: Mapping[str, Iterable[Scheme]], readers: Mapping[str, Sequence[Weight]], installed: Installed

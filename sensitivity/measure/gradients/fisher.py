@@ -23,7 +23,6 @@ class Fisher:
     def __init__(self, vlm: VLM, weights: Sequence[Weight], data: Callable[[int], Iterable[TokenBatch]]) -> None:
         """`weights` in the order in which they will be asked for."""
         self.vlm, self.data = vlm, data
-        self.own = {name: parameter.data for name, parameter in vlm.model.named_parameters()}
         self.group_of: dict[str, list[Weight]] = {}
         group: list[Weight] = []
         room = 0
@@ -35,14 +34,14 @@ class Fisher:
             self.group_of[weight.name] = group
         self.found: Mapping[str, Tensor] = {}
 
-    def of(self, name: str) -> Tensor:
-        """The squared gradients of one weight."""
+    def of(self, name: str, own: Mapping[str, Tensor]) -> Tensor:
+        """The squared gradients of one weight, in the model with its own weights, whatever a plan has put there."""
         if name not in self.found:
             group, rows = self.group_of[name], ROWS // 4  # a backward pass takes more memory than a forward pass
             self.found = {}  # freed before the next are computed
 
             def compute() -> Mapping[str, Tensor]:
-                with float_model(self.vlm.model, self.own):
+                with float_model(self.vlm.model, own):
                     return squared_gradients(self.vlm, group, self.data(rows))
 
             while (squares := run_or_halve(compute, rows, "the calibration data", self.vlm.device)) is None:

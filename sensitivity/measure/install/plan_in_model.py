@@ -197,7 +197,7 @@ class _Quantizer:
                 _check_finite(name, self.own[name])
             # tracing absorbers costs a forward pass, so it waits until a scheme folds its scales
             foldable = any(s.get("scales") == "folded" for s in schemes) and shared in self._absorbers()
-            fisher = None if self.statistics is None else self.statistics.fisher_of(names, schemes)
+            fisher = None if self.statistics is None else self.statistics.fisher_of(names, schemes, self.own)
             normed = self.statistics is not None and self.statistics.behind_norm_for(shared, schemes)
             weights = tuple(self.own[name] for name in names)
             whole = Linears(names, weights, foldable=foldable, behind_norm=normed, fisher=fisher)
