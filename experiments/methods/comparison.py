@@ -40,7 +40,7 @@ WIDTHS = (1, 2, 3, 4)
 WHERE = ("vision", "connector", "language", "all")
 ROWS = [*METHODS, *PRESETS]
 # of these a published method is made by adding to a host: the host with the same grid, group and order
-ADDED = ("importance", "shift", "strength", "transform", "gradient")
+ADDED = ("importance", "shift", "strength", "transform", "gradient", "tweak")
 EXPOSED = "exposed"  # in the name of a host that is calibrated behind quantized layers, as the row that it is host of
 
 

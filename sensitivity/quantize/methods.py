@@ -21,7 +21,13 @@ from sensitivity.quantize.grids.spqr import spqr
 from sensitivity.quantize.grids.squeezellm import squeezellm
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears, Method, per_weight
-from sensitivity.quantize.run_time.settings import AS_STORED, NOTHING_ROUNDED, needs_run_time_data, of_weights
+from sensitivity.quantize.run_time.settings import (
+    AS_STORED,
+    NOTHING_ROUNDED,
+    UNTOUCHED,
+    needs_run_time_data,
+    of_weights,
+)
 from sensitivity.quantize.solvers.activations import int8_rows, split_inputs
 from sensitivity.quantize.solvers.clip import clip
 from sensitivity.quantize.solvers.gptq import gptq
@@ -56,7 +62,7 @@ TRANSFORM: dict[str, Setting] = {"transform": "none"}
 SMOOTHING: dict[str, Setting] = {"spread": "largest", "scales": "stored", "learned": 0, **TRANSFORM}
 # the values with which a setting changes nothing; a scheme does not record these
 NOTHING: dict[str, Setting] = {"biases": False, "backend": OWN, "importance": UNIFORM, "gradient": False, "learned": 0}
-NOTHING |= {**SHIFT, **TRANSFORM, **NOTHING_ROUNDED, **AS_STORED}
+NOTHING |= {**SHIFT, **TRANSFORM, **NOTHING_ROUNDED, **AS_STORED, **UNTOUCHED}
 # what a calibrated scheme records about its calibration data (see Statistics.facts), and the type of each
 CALIBRATION = {"calibration": str, "examples": int, "seed": int, "data": str, "path": str}
 BLOCKS = "in blocks of 64 of the flattened weight, around zero"
@@ -243,7 +249,7 @@ def needs_data(scheme: Scheme) -> bool:
 
 
 def weights_of(scheme: Scheme) -> Scheme:
-    """The part of a scheme that its weights depend on, without what is rounded in each forward pass."""
+    """The part of a scheme that its weights depend on, without what is rounded in each forward pass, and norms."""
     return of_weights(scheme, method_of(scheme), tuple(CALIBRATION))
 
 

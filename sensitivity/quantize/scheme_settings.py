@@ -10,10 +10,21 @@ from sensitivity.quantize.layer.linears import Method
 from sensitivity.quantize.methods import CALIBRATION, NOTHING, OWN, ROWS, method_of, needs_both_paths, needs_data
 from sensitivity.quantize.presets import PRESETS
 from sensitivity.quantize.run_time.inputs import TOKEN
-from sensitivity.quantize.run_time.settings import ROUNDED_BITS, RUN_TIME, with_run_time
+from sensitivity.quantize.run_time.settings import ROUNDED_BITS, RUN_TIME, with_common, with_run_time
 from sensitivity.quantize.solvers import gptqmodel_solver
 from sensitivity.spec.errors import UserError, unknown
-from sensitivity.spec.plan import ACTIVATION_SCALE, CACHE_PAST, CACHE_SMOOTH, NOT_ROUNDED, OF_CACHE, Scheme, Setting
+from sensitivity.spec.plan import (
+    ACTIVATION_SCALE,
+    BESIDE_WEIGHTS,
+    CACHE_PAST,
+    CACHE_SMOOTH,
+    NOT_ROUNDED,
+    OF_CACHE,
+    PRUNE,
+    PRUNE_AFTER,
+    Scheme,
+    Setting,
+)
 
 
 def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None = None, **chosen: Any) -> Scheme:
@@ -42,7 +53,7 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
             preset = {key: value for key, value in preset.items() if key not in of_rounding}
     given: dict[str, Any] = {**preset, **chosen}
     activations, cache = given.pop("activations", NOT_ROUNDED), given.pop("cache", NOT_ROUNDED)
-    row = with_run_time(ROWS[name], name, activations, cache)
+    row = with_common(with_run_time(ROWS[name], name, activations, cache))
     if bits not in row.widths:
         widths = f"{row.widths[0]} to {row.widths[-1]}" if len(row.widths) > 1 else f"only {row.widths[0]}"
         raise UserError(f"{name} takes {widths} bits, not {bits}")
@@ -62,6 +73,10 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
         raise UserError(f"{method} rotates inputs, whose ranges are then not known; leave activation_scale at {TOKEN}")
     if settings.get(CACHE_SMOOTH) and not settings.get(CACHE_PAST):
         raise UserError(f"{method} divides the channels that attention reads; set cache_past=true beside cache_smooth")
+    if not settings.get(PRUNE):
+        if PRUNE_AFTER in given:
+            raise UserError(f"{PRUNE_AFTER} says after which block image tokens are pruned; set {PRUNE} beside it")
+        settings.pop(PRUNE_AFTER)
     if settings.get("transform") == "blocks" and settings.get("learned"):
         raise UserError(f"{method} learns factors behind a rotation of all channels or none; set transform=hadamard")
     made = Scheme(name, bits, group, symmetric, tuple(settings.items()), activations, cache)
@@ -89,7 +104,7 @@ def schemes_of(methods: Sequence[str], bits: Sequence[int], **chosen: Any) -> li
     chosen = {key: value for key, value in chosen.items() if value is not None}
     rows = {name: method_named(name) for name in methods}
     known = sorted({setting for row in rows.values() for setting in row.settings})
-    rounded = {key: chosen.pop(key) for key in (*ROUNDED_BITS, *RUN_TIME) if key in chosen}
+    rounded = {key: chosen.pop(key) for key in (*ROUNDED_BITS, *RUN_TIME, *BESIDE_WEIGHTS) if key in chosen}
     for setting in chosen:
         if setting not in ("group", "symmetric", *known):
             raise unknown(f"setting of {' and '.join(methods)}", setting, known or ["none"])
@@ -117,7 +132,7 @@ def check_scheme(chosen: Scheme) -> None:
         if chosen.settings:
             raise unknown("setting of codes", chosen.settings[0][0], ["none"])
         return
-    row = with_run_time(method_of(chosen), chosen.method, chosen.activations, chosen.cache)
+    row = with_common(with_run_time(method_of(chosen), chosen.method, chosen.activations, chosen.cache))
     facts = CALIBRATION if needs_data(chosen) else {}
     if chosen.bits not in row.widths:
         raise UserError(f"{chosen.method} does not take {chosen.bits} bits")

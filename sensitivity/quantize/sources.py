@@ -91,6 +91,12 @@ SOURCES: dict[str, Source] = {
         "Kim et al. 2023", CODE, "as squeezellm, and squared gradients from the calibration data, not from text"
     ),
     "rsq": Source("Sung et al. 2025 (RSQ)", CODE, "each layer's input rotated by itself, not the residual stream"),
+    "norm-tweak": Source(
+        "Li et al. 2023 (Norm Tweaking)",
+        "known from an unofficial implementation",
+        "the step with the least output error is kept; images and questions, there text that the model generated; a "
+        "larger rate",
+    ),
     "qig": Source("QIG", CODE, "attribution and error of layers, there of modules; three bits per row as the error"),
     "salq-vlm": Source(
         "SalQ-VLM, formerly VLMQ", ABSTRACT, "the block's error is that of rounding to nearest at 3 bits"

@@ -27,6 +27,11 @@ ATTENTION = "attention"  # the setting that says how queries, keys and values ar
 MATCH = "match"  # the setting that says whether attention's logits and outputs are scaled to the float model's
 CACHE_PAST = "cache_past"  # the setting that says whether a token reads its own key and value unrounded
 CACHE_SMOOTH = "cache_smooth"  # the setting that says whether channels are divided by their size before rounding
+TWEAK = "tweak"  # the setting that says how many gradient steps the norms of a quantized block take
+# the settings that say which share of an image's tokens is pruned, and after which block of the language model
+PRUNE, PRUNE_AFTER = "prune", "prune_after"
+# the settings, of any scheme, that leave stored weights and what rounds them alone
+BESIDE_WEIGHTS = (TWEAK, PRUNE, PRUNE_AFTER)
 OF_CACHE = (CACHE_GROUP, CACHE_PAST, CACHE_SMOOTH)
 # the settings that say nothing about how weights are stored
 OF_ROUNDING = (ACTIVATION_SCALE, SOFTMAX, ATTENTION, MATCH, *OF_CACHE)
@@ -97,7 +102,7 @@ class Scheme:
     @property
     def without_cache(self) -> Scheme | None:
         """The same scheme without rounding of keys and values; None (native precision) if nothing else is quantized."""
-        if self.method == KEEP and self.activations == NOT_ROUNDED:
+        if self.method == KEEP and self.activations == NOT_ROUNDED and not self.get(PRUNE):
             return None
         settings = tuple((name, value) for name, value in self.settings if name not in OF_CACHE)
         return replace(self, settings=settings, cache=NOT_ROUNDED) if self.cache != NOT_ROUNDED else self
@@ -201,6 +206,11 @@ class Plan:
     def is_uniform(self) -> bool:
         """Whether all components have the same scheme."""
         return len({scheme for _, scheme in self.schemes}) == 1
+
+    @property
+    def prunes(self) -> bool:
+        """Whether image tokens are pruned: then a prompt is read whole, and questions cannot share their image."""
+        return any(scheme is not None and bool(scheme.get(PRUNE)) for _, scheme in self.schemes)
 
     def is_uniform_in(self, parts: ComponentMap) -> bool:
         """Whether all components have the same scheme, apart from the cache bits of components without a cache."""

@@ -14,9 +14,11 @@ from sensitivity.measure.calibrate.statistics import Statistics, by_importance
 from sensitivity.measure.install.fold import fold
 from sensitivity.measure.install.plan_in_model import targets
 from sensitivity.measure.install.rounding import rounding_hooks
+from sensitivity.measure.install.tweaked_norms import TweakedNorms
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import Linears, input_of
 from sensitivity.quantize.methods import solve
+from sensitivity.quantize.run_time.settings import tweaks_norms
 from sensitivity.quantize.stored.grid import QuantizedWeight, to_16_bit
 from sensitivity.quantize.stored.rotated import InputTransform
 from sensitivity.quantize.stored.weight import StoredWeight
@@ -26,10 +28,10 @@ from sensitivity.spec.plan import Plan, Scheme
 
 @dataclass
 class CalibratedCodes:
-    """A function that computes the codes of weights in data-flow order, and what folding changed on the way."""
+    """A function that computes the codes of weights in data-flow order, and what else changed on the way."""
 
     codes: Codes
-    changed: dict[str, Tensor] = field(default_factory=dict)  # other parameters that absorbed scales, by name
+    changed: dict[str, Tensor] = field(default_factory=dict)  # norms that were tweaked, parameters that absorbed scales
     folded: dict[str, str] = field(default_factory=dict)  # input -> the layer that absorbed its scales
     unscaled: dict[str, set[str]] = field(default_factory=dict)  # component -> layers whose scales nothing can absorb
 
@@ -65,10 +67,7 @@ def codes(
     try:
         yield work.result
     finally:
-        for name, parameter in work.parameters.items():
-            parameter.data = work.float_weights[name]
-        for hook in work.hooks:
-            hook.remove()
+        work.restore()
 
 
 class _BlockByBlock:
@@ -93,6 +92,7 @@ class _BlockByBlock:
         self.found: dict[str, StoredWeight | None] = {}
         self.result = CalibratedCodes(self.codes_of)
         self.hooks: list[RemovableHandle] = []  # they round activations of the blocks in the model
+        self.norms = TweakedNorms(self.model, parts, statistics.passes, statistics.exposed, {})
 
     def codes_of(self, name: str, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
         """The codes of one weight; blocks are solved up to the one that holds it."""
@@ -124,8 +124,11 @@ class _BlockByBlock:
                         for name, result in zip(names, results, strict=True)
                         if self.schemes.get(name) == scheme
                     }
-        if self.statistics.exposed:
+        tweaking = any(tweaks_norms(self.schemes[weight.name]) for weight in block)
+        if self.statistics.exposed or tweaking:
             self._install(block)
+        if tweaking:
+            self._tweak(block)
         self.done += [(weight.name, self.schemes[weight.name]) for weight in block]
         if self.folding:
             self._fold({weight.name: weight for weight in block})
@@ -143,6 +146,23 @@ class _BlockByBlock:
                 rounded = codes_from_weights(weight.bias, bias.reshape(1, -1), self.schemes[weight.bias])
                 assert rounded is not None  # methods that can return None never round biases
                 self.parameters[weight.bias].data = rounded.dequantize().to(bias.dtype).reshape(bias.shape)
+
+    def _tweak(self, block: Sequence[Weight]) -> None:
+        """Tweak the norms of a block that is in the model, which it leaves again on the float path."""
+        norms = self.norms.of_block(block, self.schemes, self.float_weights)
+        self.result.changed |= norms
+        for name, tensor in norms.items():
+            self.parameters[name].data = tensor
+        if not self.statistics.exposed:
+            self.restore()
+
+    def restore(self) -> None:
+        """Give the model its own weights back."""
+        for name, parameter in self.parameters.items():
+            parameter.data = self.float_weights[name]
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
 
     def _fold(self, block: Mapping[str, Weight]) -> None:
         """Fold the scales of a block, store what that changes, and restore the model.

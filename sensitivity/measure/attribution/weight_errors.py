@@ -10,6 +10,7 @@ from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.install.plan_in_model import prepare, quantized, targets
 from sensitivity.measure.memory.weight_codes import BYTES_PER_CODE, WeightCodes
 from sensitivity.quantize.methods import method_of, weights_of
+from sensitivity.quantize.run_time.settings import tweaks_norms
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import NOT_ROUNDED, Plan, Scheme
@@ -74,7 +75,10 @@ def plan_changes(
 ) -> dict[str, Tensor]:
     """By how much a plan changes each parameter."""
     schemes = targets(parts, plan)
-    if any(method_of(one).inputs or min(one.activations, one.cache) < NOT_ROUNDED for one in schemes.values()):
+    if any(map(tweaks_norms, schemes.values())):
+        raise UserError("this plan also changes norms, and is not explained by changes of weights alone")
+    rounding = any(method_of(one).inputs or min(one.activations, one.cache) < NOT_ROUNDED for one in schemes.values())
+    if rounding or plan.prunes:
         raise UserError("this plan also changes what layers read, and is not explained by changes of weights alone")
     if any((weight.is_embedding or weight.tied) and weight.name in schemes for weight in parts.weights):
         raise UserError("this plan quantizes the embedding, whose rows are looked up; explain one that keeps it")

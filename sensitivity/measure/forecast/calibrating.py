@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sensitivity.measure.install.tweaked_norms import PASSES as TWEAKED_ON
+from sensitivity.measure.passes.token_batches import ROWS
 from sensitivity.quantize.methods import UNIFORM, importance, needs_data, needs_fisher
-from sensitivity.spec.plan import Scheme
+from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.plan import TWEAK, Plan, Scheme
 
 # What each kind of importance observes; kinds that observe the same share its passes. A backward pass counts as two
 # forward passes, and running the blocks again for it as one. The sizes of blocks' inputs take a forward pass.
@@ -15,6 +18,7 @@ OBSERVED = {
     "perturbation": PERTURBATION, "filtered": SIZES,
 }  # fmt: skip
 PASSES = {LOSS: 4.0, BLOCK: 4.0, ATTENTION: 1.0, PERTURBATION: 3.0, SIZES: 1.0}
+STEP = 4.0  # forward passes of a block that a gradient step on its norms takes: back and forth, and for the error
 FISHER = 5.0  # a backward pass, and a product for each weight's own gradient
 
 
@@ -38,3 +42,22 @@ def calibrating(
         "calibration": examples * times * (forward * (2 if path == "both" else 1) + products),
         "gradients": examples * backward * forward,
     }
+
+
+def tweaking(parts: ComponentMap, plans: Sequence[Plan], examples: int, forward: float) -> float:
+    """Seconds of gradient steps on norms: once for each block and schemes in it, or for each plan where those count."""
+    home = {weight.name: component.name for component in parts.components for weight in component.weights}
+    whole, seen = sum(weight.numel for weight in parts.weights), min(examples, TWEAKED_ON * ROWS // 4)
+    found = 0.0
+    for block in parts.regroup("block").components:
+        done: set[object] = set()
+        for plan in plans:
+            own = tuple(plan[home[weight.name]] for weight in block.weights)
+            tweaked = [scheme for scheme in own if scheme and scheme.get(TWEAK)]
+            exposed = any(scheme.get("path", "float") != "float" for scheme in tweaked)
+            if not tweaked or (key := plan if exposed else own) in done or block.weights[0].block is None:
+                continue
+            done.add(key)
+            steps = max(int(scheme.get(TWEAK) or 0) for scheme in tweaked)
+            found += seen * forward * ((2 if exposed else 1) + STEP * steps * block.numel / whole)
+    return found

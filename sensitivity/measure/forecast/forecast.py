@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from sensitivity.measure.forecast.calibrating import calibrating
+from sensitivity.measure.forecast.calibrating import calibrating, tweaking
 from sensitivity.measure.forecast.cost_model import CostModel, TaskSample
 from sensitivity.measure.forecast.hardware import Hardware
 from sensitivity.measure.forecast.rounding import in_queue_order, rounding_seconds
@@ -93,7 +93,8 @@ def forecast_sweep(
     kind = _dtype(vlm, parts, device, dtype)
     resident, hardware = _resident(), Hardware(_measured_device(device), kind, clock)
     model = CostModel(vlm, parts, hardware)
-    samples = [TaskSample.of(vlm, task, shard_ends(tasks), plain, clock) for task in tasks]
+    whole = plain or any(plan.prunes for plan in plans)  # one such plan is forecast as if all shared nothing
+    samples = [TaskSample.of(vlm, task, shard_ends(tasks), whole, clock) for task in tasks]
     used = list(dict.fromkeys(scheme for plan in plans for _, scheme in plan.schemes if scheme))
     schemes = list(dict.fromkeys(weights_of(scheme) for scheme in used if scheme.method != KEEP))
     passes = [model.passes(sample) for sample in samples]
@@ -115,6 +116,7 @@ def forecast_sweep(
         "loading": parts.numel * kind.itemsize / LOADING,
         "examples": sum(sample.preprocessing * sample.images for sample in samples),
         **calibrating(used, calibration, calibration_example, products, len(plans), scoring),
+        "tweaking norms": tweaking(parts, plans, calibration, calibration_example),
         "quantizing": sum(_quantizing(parts, plans, scheme, hardware) for scheme in schemes),
         "running": sum(_running(*one, runs, len(plans)) for one in zip(samples, passes, strict=True)),
         "rounding": rounding_seconds(parts, plans, samples, hardware, plain),

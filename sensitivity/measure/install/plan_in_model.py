@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -13,8 +14,10 @@ from sensitivity.measure.calibrate.absorbers import Absorber
 from sensitivity.measure.calibrate.cache import fingerprint
 from sensitivity.measure.calibrate.statistics import Statistics, by_importance
 from sensitivity.measure.install.past_cache import Sizes, cache_sizes, past_cache_hooks
+from sensitivity.measure.install.pruned_tokens import pruning_hooks
 from sensitivity.measure.install.rounding import check_cache
 from sensitivity.measure.install.run_time import RunTime
+from sensitivity.measure.install.tweaked_norms import TweakedNorms
 from sensitivity.measure.memory.own_weights import OwnWeights
 from sensitivity.measure.memory.weight_codes import CachedWeight, Key, WeightCodes, as_cached, from_tensors, tensors
 from sensitivity.quantize.layer.curvature import Curvature
@@ -60,6 +63,7 @@ def quantized(
         for block in each(blocks, *QUANTIZING, len(blocks)):
             quantizer.solve(block, {weight.name: {given[weight.name]} for weight in block})
     sizes = quantizer.cache_sizes(model, given)  # of the float model, too
+    asked = set(schemes)  # parameters to change; norms join them where a scheme tweaks those of a block
     with ExitStack() as installed:
         try:
             if not exposed:
@@ -80,15 +84,20 @@ def quantized(
                         parameters[weight.bias].data = quantizer.bias(weight.bias, scheme)
                     for hook in quantizer.run_time.hooks(weight, scheme, quantizer.stored(weight, scheme)):
                         installed.callback(hook.remove)
+                norms = quantizer.norms.of_block(block, given, quantizer.own)
+                for name, value in norms.items():
+                    parameters[name].data = value
+                asked |= set(norms)
                 quantizer.installed_so_far += [(weight.name, given[weight.name]) for weight in block]
-            for hook in past_cache_hooks(model, parts.weights, given, sizes):
+            beside = (past_cache_hooks(model, parts.weights, given, sizes), pruning_hooks(model, parts.weights, given))
+            for hook in itertools.chain(*beside):
                 installed.callback(hook.remove)
             for hook in quantizer.run_time.match(given):
                 installed.callback(hook.remove)
             # compared by address: a weight whose values survive quantizing unchanged counts as changed, too
             changed = {name for name, p in parameters.items() if p.data_ptr() != addresses[name]}
-            if changed != set(schemes):
-                missed, surplus = sorted(set(schemes) - changed), sorted(changed - set(schemes))
+            if changed != asked:
+                missed, surplus = sorted(asked - changed), sorted(changed - asked)
                 raise UserError(f"coverage: not quantized {missed[:4]}, quantized without being asked {surplus[:4]}")
             yield changed
         finally:
@@ -156,6 +165,8 @@ class _Quantizer:
         exposed = statistics is not None and statistics.exposed
         # what calibration gives for run time; on the exposed path it is this plan's alone
         self.run_time = RunTime(model, parts, statistics, {} if exposed else memory.run_time)
+        passes = statistics.passes if statistics else lambda: iter(())
+        self.norms = TweakedNorms(model, parts, passes, exposed, memory.norms)
         self.inputs: dict[str, list[Weight]] = {}
         self.weights = {weight.name: weight for weight in parts.weights}
         for weight in parts.weights:

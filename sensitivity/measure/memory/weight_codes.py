@@ -54,6 +54,7 @@ class WeightCodes(OrderedDict[Key, CachedWeight]):
         self.limit = limit
         self.bytes = 0
         self.run_time: dict[Hashable, object] = {}  # what rounds activations by calibration data (see RunTime)
+        self.norms: dict[Hashable, dict[str, Tensor]] = {}  # tweaked norms of blocks, by name (see TweakedNorms)
         self.cache_sizes: dict[str, Tensor] = {}  # largest magnitude of each channel of keys and values, by layer
         # per parameter, the weight that the last plan put into the model, and its key: neighboring plans share most
         self._dense: dict[str, tuple[Key, Tensor]] = {}

@@ -63,11 +63,22 @@ def recorded_forward(module: nn.Module, record: Callable[[object], None]) -> Abs
 def float_model(model: nn.Module, own: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside the block the model has its own weights, and none of the hooks that a plan has installed in it."""
     held = {name: parameter.data for name, parameter in model.named_parameters()}
-    every = [hooks for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)]
-    before = [(hooks, hooks.copy()) for hooks in every if any(map(_ours, hooks.values()))]
     try:
         for name, parameter in model.named_parameters():
             parameter.data = own[name]
+        with without_hooks(model):
+            yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = held[name]
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Inside the block, a module and those in it have none of the hooks that a plan has installed."""
+    every = [hooks for one in module.modules() for hooks in (one._forward_pre_hooks, one._forward_hooks)]
+    before = [(hooks, hooks.copy()) for hooks in every if any(map(_ours, hooks.values()))]
+    try:
         for hooks, copy in before:
             for key, hook in copy.items():
                 if _ours(hook):
@@ -77,8 +88,6 @@ def float_model(model: nn.Module, own: Mapping[str, Tensor]) -> Iterator[None]:
         for hooks, copy in before:
             hooks.clear()
             hooks.update(copy)
-        for name, parameter in model.named_parameters():
-            parameter.data = held[name]
 
 
 def _ours(hook: object) -> bool:

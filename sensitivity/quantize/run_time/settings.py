@@ -12,6 +12,7 @@ from sensitivity.spec.plan import (
     ACTIVATION_SCALE,
     ACTIVATIONS,
     ATTENTION,
+    BESIDE_WEIGHTS,
     CACHE,
     CACHE_GROUP,
     CACHE_PAST,
@@ -19,7 +20,10 @@ from sensitivity.spec.plan import (
     MATCH,
     NOT_ROUNDED,
     OF_ROUNDING,
+    PRUNE,
+    PRUNE_AFTER,
     SOFTMAX,
+    TWEAK,
     Scheme,
     Setting,
 )
@@ -30,9 +34,17 @@ NOTHING_ROUNDED: dict[str, Setting] = {SOFTMAX: NONE, ATTENTION: NONE, MATCH: Fa
 OF_ACTIVATIONS: dict[str, Setting] = {ACTIVATION_SCALE: TOKEN, **NOTHING_ROUNDED}
 # queries, keys and values: not rounded; each with one range; or also with the two peaks of keys folded into one
 OPERANDS = (NONE, OPERANDS_TENSOR := "tensor", FOLDED := "folded")
+UNTOUCHED: dict[str, Setting] = {TWEAK: 0, PRUNE: 0.0}  # of any scheme: norms and prompts stay as they are
+COMMON: dict[str, Setting] = {**UNTOUCHED, PRUNE_AFTER: 2}
+COMMON_RANGES = {TWEAK: (0, 10_000), PRUNE: (0, 1), PRUNE_AFTER: (0, 1_000)}
 AS_STORED: dict[str, Setting] = {CACHE_PAST: False, CACHE_SMOOTH: False}  # all tokens are rounded, channels not divided
 CHOICES: dict[str, tuple[Setting, ...]] = {ACTIVATION_SCALE: SCALES, SOFTMAX: GRIDS, ATTENTION: OPERANDS}
 CHANNELS = 32  # channels of a key or value that share a scale, as in KIVI (Liu et al. 2024)
+
+
+def with_common(row: Method) -> Method:
+    """A method's row with the settings that every scheme may have: they tweak norms, and prune image tokens."""
+    return replace(row, settings={**row.settings, **COMMON}, ranges={**row.ranges, **COMMON_RANGES})
 
 
 def with_run_time(row: Method, name: str, activations: int, cache: int) -> Method:
@@ -79,7 +91,13 @@ def matches_attention(scheme: Scheme) -> bool:
 def needs_run_time_data(scheme: Scheme) -> bool:
     """Whether what a scheme rounds in each forward pass is found from calibration data."""
     searched = scheme.get(ACTIVATION_SCALE, TOKEN) != TOKEN or scheme.get(SOFTMAX) == ADAPTIVE
-    return searched or operand_mode(scheme) is not None or matches_attention(scheme) or smooths_cache(scheme)
+    attention = operand_mode(scheme) is not None or matches_attention(scheme)
+    return searched or attention or smooths_cache(scheme) or tweaks_norms(scheme)
+
+
+def tweaks_norms(scheme: Scheme) -> bool:
+    """Whether the norms of quantized blocks take gradient steps."""
+    return bool(scheme.get(TWEAK))
 
 
 def smooths_cache(scheme: Scheme) -> bool:
@@ -91,9 +109,8 @@ def of_weights(scheme: Scheme, row: Method, facts: tuple[str, ...]) -> Scheme:
     """The part of a scheme that its weights depend on: equal for all widths of activations and cache.
 
     `facts` are the names under which a scheme records its calibration data; an uncalibrated method has them only
-    because of the range of its activations.
+    because of the range of its activations, or of its norms.
     """
     unrounded = scheme.without_rounding
-    if row.calibrated or unrounded is scheme:
-        return unrounded
-    return replace(unrounded, settings=tuple((name, value) for name, value in unrounded.settings if name not in facts))
+    others = BESIDE_WEIGHTS if row.calibrated else (*BESIDE_WEIGHTS, *facts)
+    return replace(unrounded, settings=tuple((name, value) for name, value in unrounded.settings if name not in others))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from sensitivity.spec.components import VOCABULARY, Component, ComponentMap, Weight
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import ACTIVATION_SCALE, ATTENTION, MATCH, NOT_ROUNDED, SOFTMAX, Plan, Scheme
+from sensitivity.spec.plan import ACTIVATION_SCALE, ATTENTION, MATCH, NOT_ROUNDED, PRUNE, SOFTMAX, TWEAK, Plan, Scheme
 from sensitivity.spec.runtimes.table import Choice, Runtime, runtime
 
 
@@ -53,6 +53,11 @@ def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
     yield from _not_rounded(scheme, able)
     if scheme.get("biases") and not able.biases:
         yield f"{able.title} keeps biases in full precision; leave out --biases"
+    if scheme.get(TWEAK) and able.title and not able.files:
+        yield (
+            f"{able.title} makes its files from the model's own norms; sweep with --set tweak=0, or use --format fake, "
+            "which writes the norms that the plan has"
+        )
     yield from _misfits(component.weights, scheme, able)
 
 
@@ -61,6 +66,8 @@ def _not_rounded(scheme: Scheme, able: Runtime) -> Iterator[str]:
     title = able.title or "a checkpoint of plain weights"
     if scheme.cache != NOT_ROUNDED and not able.cache:
         yield f"{title} has no place for a rounded cache; sweep without --cache-bits, or use --format plan"
+    if scheme.get(PRUNE) and not able.cache:
+        yield f"{title} reads all tokens of an image; sweep with --set prune=0, or use --format plan"
     if scheme.activations == NOT_ROUNDED:
         return
     beside = able.activations.get(scheme.bits, ())
