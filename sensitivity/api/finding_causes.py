@@ -45,7 +45,7 @@ def begin_causes(vlm: VLM, study: Study, plan: Plan, failed: Sequence[Change]) -
         if chosen:
             began = time.perf_counter()
             with quantized(vlm.model, study.parts, parts[number].plan, codes, statistics):
-                frames = [pd.DataFrame(evaluate(vlm, some)) for some in _some(tasks, chosen)]
+                frames = [pd.DataFrame(evaluate(vlm, some, plain=plan.prunes)) for some in _some(tasks, chosen)]
             _keep(study, parts[number].plan, frames)
             done, left = done + len(chosen), len(chosen) * (number_of_parts - number - 1)
             seconds = time.perf_counter() - began

@@ -35,6 +35,10 @@ from sensitivity.tasks.examples.types import Task
 
 MEMORY_GB = 8.0  # half for codes of quantized weights (the running plan's weights come on top), half for hidden states
 VERIFIED = 2  # examples that verify the prefix cache: which blocks may be skipped depends on the model, not the image
+WHOLE = (
+    "plans that prune image tokens are run prompt by prompt and share nothing but weights, since the last token of a "
+    "prompt decides what is pruned; they take longer"
+)
 LIBRARIES = ("torch", "transformers", "optuna", "numpy")
 
 
@@ -195,6 +199,8 @@ class _SharedWork:
         self.vlm, self.parts, self.tasks, self.plain, self.statistics = vlm, parts, tasks, plain, statistics
         self.ends = shard_ends(tasks, growing)
         self.batches: dict[str, list[Batch]] = {}
+        self.whole: dict[str, list[Batch]] = {}  # of plans that prune image tokens
+        self.whole_told = False  # whether it was said that these plans take longer
         self.shard_begin: int | None = None  # first image of the shard that `batches` holds
         self.cache_bytes = int(memory_gb * GB / 2)
         self.weights = None if plain else WeightCodes(self.cache_bytes)
@@ -226,13 +232,15 @@ class _SharedWork:
         if begin != self.shard_begin:
             self._load_shard(begin, end)
         rows: Rows = {}
-        if self.prefix_cache:
-            self.prefix_cache.set_plan(plan)
+        # skipped blocks would not decide what is pruned
+        prefix_cache = None if plan.prunes else self.prefix_cache
+        if prefix_cache:
+            prefix_cache.set_plan(plan)
         with quantized(self.vlm.model, self.parts, plan, self.weights, self.statistics):
             for task in self.tasks:
-                for number, batch in enumerate(self.batches[task.name]):
+                for number, batch in enumerate(self._batches_of(task, plan)):
                     columns = example_rows(
-                        task, batch, *answer(self.vlm, task, batch, self.prefix_cache, (task.name, number))
+                        task, batch, *answer(self.vlm, task, batch, prefix_cache, (task.name, number))
                     )
                     for name, values in columns.items():
                         rows.setdefault(name, []).extend(values)
@@ -241,9 +249,21 @@ class _SharedWork:
             self.weights.trim()
         return rows
 
+    def _batches_of(self, task: Task, plan: Plan) -> list[Batch]:
+        """A shard's examples as a plan reads them: as whole prompts if it prunes image tokens."""
+        if not plan.prunes or self.plain or task.gallery:
+            return self.batches[task.name]
+        if task.name not in self.whole:
+            if not self.whole_told:
+                warnings.warn(WHOLE, Notice, stacklevel=2)
+                self.whole_told = True
+            of_task = replace(task, examples=tuple(e for batch in self.batches[task.name] for e in batch.examples))
+            self.whole[task.name] = list(batches(self.vlm, of_task, plain=True)) if of_task.examples else []
+        return self.whole[task.name]
+
     def _load_shard(self, begin: int, end: int) -> None:
         """Load a shard's examples as tensors and drop the previous shard's: memory holds one shard at a time."""
-        self.batches = {}
+        self.batches, self.whole = {}, {}
         if self.prefix_cache:
             self.prefix_cache.clear()
         for task in self.tasks:

@@ -10,7 +10,7 @@ from typing import Any
 from sensitivity.cli.arguments import flags
 from sensitivity.cli.arguments.values import WIDEST
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import ATTENTION, KEEP, MATCH, SOFTMAX, Scheme
+from sensitivity.spec.plan import ATTENTION, KEEP, MATCH, PRUNE, SOFTMAX, Scheme
 
 
 def schemes(args: argparse.Namespace) -> list[Scheme]:
@@ -39,7 +39,10 @@ def schemes(args: argparse.Namespace) -> list[Scheme]:
             rounded |= {"cache": cache, "cache_group": args.cache_group}
         requested += schemes_of(names, args.bits, **given, **rounded)
     # the method `keep` changes no weights, so without other rounding it is full precision, which every sweep measures
-    if not (changing := [one for one in requested if one.method != KEEP or min(one.activations, one.cache) < WIDEST]):
+    changing = [
+        one for one in requested if one.method != KEEP or min(one.activations, one.cache) < WIDEST or one.get(PRUNE)
+    ]
+    if not changing:
         raise UserError("keep leaves weights as they are; name --activation-bits or --cache-bits below 16")
     return changing
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -102,6 +103,8 @@ def answer_logits(vlm: VLM, inputs: dict[str, Tensor], drafts: Sequence[Sequence
         return logits
     labels = labels[:, :-1]
     # drafts are padded on the right, where causal attention never looks
-    longer = with_answers(vlm, inputs, labels.clamp(min=0), labels >= 0)
-    logits = vlm.model(**longer, use_cache=False).logits[:, -labels.shape[1] - 1 :]
+    longer, keep = with_answers(vlm, inputs, labels.clamp(min=0), labels >= 0), labels.shape[1] + 1
+    how = {"use_cache": False, "logits_to_keep": keep}
+    taken = inspect.signature(vlm.model.forward).parameters
+    logits = vlm.model(**longer, **{name: value for name, value in how.items() if name in taken}).logits[:, -keep:]
     return logits

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from sensitivity.measure.activations.block_chain import BlockCalls, hidden_states, outputs, recorded_calls
 from sensitivity.measure.activations.joint_ranges import squared_error
 from sensitivity.measure.passes.block_modules import block_paths, float_model, without_hooks
+from sensitivity.quantize.stored.grid import as_16_bit
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.plan import TWEAK, Scheme
 
@@ -77,6 +78,7 @@ def tweaked(
     least = output_error(calls, best, target)
     with torch.inference_mode(False), torch.enable_grad():
         moving = {name: value.detach().clone().float().requires_grad_() for name, value in norms.items()}
+        both = {name: (value, norms[name]) for name, value in moving.items()}
         optimizer = torch.optim.Adam(moving.values(), lr=rate)
         wanted = [_moments(output.clone()) for output in target]
         arguments = [tree_map(_usable, call) for call in calls.calls]
@@ -86,7 +88,8 @@ def tweaked(
                 for (args, kwargs), moments in zip(arguments, wanted, strict=True):
                     _loss(calls.module, norms, moving, args, kwargs, moments).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            now = {name: value.detach().to(norms[name].dtype, copy=True) for name, value in moving.items()}
+            # rounded as they will be stored, so that what is measured is what is exported
+            now = {name: as_16_bit(value.detach(), own.dtype).to(own.dtype) for name, (value, own) in both.items()}
             if (error := output_error(calls, now, target)) < least:
                 best, least = now, error
     return best

@@ -17,12 +17,20 @@ SOFTMAX = (torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax)
 Attend = Callable[[Tensor, Tensor | None], Tensor | None]
 
 
-class AttentionFunctions(TorchFunctionMode):
+class AttentionMode(TorchFunctionMode):
+    """While it is active, it sees what torch computes, and counts the attentions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+
+class AttentionFunctions(AttentionMode):
     """While it is active, `attend` is called in each attention."""
 
     def __init__(self, attend: Attend) -> None:
         super().__init__()
-        self.attend, self.calls = attend, 0
+        self.attend = attend
 
     def __torch_function__(
         self,

@@ -9,7 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sensitivity.measure.passes.attention_functions import Attend, AttentionFunctions, probabilities_of
+from sensitivity.measure.passes.attention_functions import (
+    Attend,
+    AttentionFunctions,
+    AttentionMode,
+    probabilities_of,
+)
 from sensitivity.measure.passes.block_modules import block_path
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
@@ -49,34 +54,42 @@ def probability_hooks(
             logits = logits * by.to(logits).reshape(logits.shape[1], -1, 1)
         return change(probabilities_of(logits))
 
-    yield from attending_hooks(model.get_submodule(path), attend, lambda calls: _check_seen(path, calls))
+    yield from attending_hooks(model.get_submodule(path), attend, lambda calls: check_seen(path, calls))
 
 
 def attending_hooks(
     module: nn.Module, attend: Attend, check: Callable[[int], None] = lambda calls: None
 ) -> Iterator[RemovableHandle]:
-    """Call `attend` in each attention of a module; `check` gets the number of calls after each forward pass.
+    """Call `attend` in each attention of a module; `check` gets the number of calls after each forward pass."""
+    return mode_hooks(module, lambda: AttentionFunctions(attend), check)
+
+
+def mode_hooks(
+    module: nn.Module, mode: Callable[[], AttentionMode], check: Callable[[int], None]
+) -> Iterator[RemovableHandle]:
+    """Enter a new mode in each forward pass of a module; `check` gets how many attentions it saw.
 
     These are hooks, not a replaced forward, since `float_model` restores the float model by removing hooks.
     """
-    active: list[AttentionFunctions] = []
+    active: list[AttentionMode] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        active.append(AttentionFunctions(attend))
+        active.append(mode())
         active[-1].__enter__()  # type: ignore[no-untyped-call]
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         if active:  # not entered where a hook before this one raised an error
-            mode = active.pop()
-            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            left = active.pop()
+            left.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             if output is not None:  # None after an error in the module, which no error of `check` may hide
-                check(mode.calls)
+                check(left.calls)
 
     yield module.register_forward_pre_hook(enter, with_kwargs=True)
     yield module.register_forward_hook(leave, always_call=True)
 
 
-def _check_seen(path: str, calls: int) -> None:
+def check_seen(path: str, calls: int) -> None:
+    """Raise an error for an attention that was never seen."""
     if not calls:
         raise UserError(
             f"{path} shows no attention probabilities that could be changed, since it computes them inside one kernel; "

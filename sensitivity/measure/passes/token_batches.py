@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sensitivity.measure.generate import batches as evaluated
 from sensitivity.measure.generate.answer_tokens import with_answers
@@ -86,7 +86,7 @@ def _stacked(vlm: VLM, group: Sequence[Answered]) -> TokenBatch:
     answers = targets[:, :-1]  # the end token is predicted, never read
     prompt = inputs["input_ids"]
     text = torch.full_like(prompt, PROMPT)
-    text[prompt == image_token(vlm)] = VISION
+    text[prompt == image_token(vlm.model)] = VISION
     if "attention_mask" in inputs:
         text[inputs["attention_mask"] == 0] = PADDING
     answer_modalities = torch.full_like(answers, ANSWER)
@@ -122,10 +122,9 @@ def _qformer_sequences(vlm: VLM, inputs: Mapping[str, Tensor]) -> list[tuple[str
     return [("connector", torch.cat([queries, text], dim=1)), ("connector", text)]
 
 
-def image_token(vlm: VLM) -> int:
+def image_token(model: nn.Module) -> int:
     """The id of the placeholder token for image features; -1 if there is none."""
-    config = vlm.model.config
-    ids = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
+    ids = [getattr(model.config, name, None) for name in ("image_token_id", "image_token_index")]
     return next((int(token) for token in ids if token is not None), -1)
 
 
