@@ -32,13 +32,14 @@ from sensitivity.quantize.solvers.activations import int8_rows, split_inputs
 from sensitivity.quantize.solvers.clip import clip
 from sensitivity.quantize.solvers.gptq import gptq
 from sensitivity.quantize.solvers.nearest import rtn, uniform
+from sensitivity.quantize.solvers.qsvd import qsvd
 from sensitivity.quantize.solvers.scale_search import awq
 from sensitivity.quantize.solvers.smooth import smooth
 from sensitivity.quantize.solvers.vlm_ptq import vlm_ptq
 from sensitivity.quantize.stored.codebook import to_codebook
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.errors import unknown
-from sensitivity.spec.plan import KEEP, Scheme, Setting
+from sensitivity.spec.plan import JOINT, KEEP, Scheme, Setting
 
 OWN, UNIFORM = "own", "uniform"
 IMPORTANCE = (
@@ -227,6 +228,16 @@ METHODS: dict[str, Method] = {
         ranges={"damp": (0, 10)},
         choices={"importance": IMPORTANCE},
         fixed="per row and symmetric",
+    ),
+    JOINT: Method(
+        qsvd,
+        range(2, 9),
+        calibrated=True,
+        settings={"rank": 0.5, "beta": 0.2, "damp": 0.01, "importance": UNIFORM},
+        ranges={"rank": (0.001, 1), "beta": (0, 1), "damp": (1e-6, 10)},
+        choices={"importance": IMPORTANCE},
+        fixed="per row and symmetric",
+        latent=True,
     ),
 }
 # The methods that a scheme may name: METHODS, and KEEP, which leaves the weight unchanged in a scheme that only rounds

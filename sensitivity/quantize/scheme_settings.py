@@ -77,6 +77,8 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
         if PRUNE_AFTER in given:
             raise UserError(f"{PRUNE_AFTER} says after which block image tokens are pruned; set {PRUNE} beside it")
         settings.pop(PRUNE_AFTER)
+    if settings.get(CACHE_PAST) and row.latent:
+        raise UserError(f"{method} caches what keys and values are made of, not them; leave out cache_past")
     if settings.get("transform") == "blocks" and settings.get("learned"):
         raise UserError(f"{method} learns factors behind a rotation of all channels or none; set transform=hadamard")
     made = Scheme(name, bits, group, symmetric, tuple(settings.items()), activations, cache)

@@ -80,6 +80,13 @@ SOURCES: dict[str, Source] = {
         "channels compete within each weight, for stored bits, by added cost per saved bit",
         "code bits, averaged over channels and not over weights",
     ),
+    "qsvd": Source(
+        "QSVD",
+        CODE,
+        "one share of the rank in all layers, there chosen by the gradient of the answer loss; the Gram matrix, there "
+        "magnitudes of channels; the latent rotated, not the residual stream; other layers rounded to nearest",
+        "code bits, at the rank",
+    ),
     "paper-uniform": Source("Gautam et al. 2025", CODE),
     "paper-gptq": Source("Gautam et al. 2025", CODE),
     "paper-awq": Source("Gautam et al. 2025", CODE),

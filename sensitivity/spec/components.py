@@ -59,6 +59,12 @@ class Weight:
         return self.part == "language" and keys_or_values and "encoder" not in path
 
     @property
+    def joint(self) -> bool:
+        """Whether it makes queries, keys or values of self-attention from an input that all three read."""
+        fused = any(name in self.module.rpartition(".")[2] for name in ("qkv", "query_key_value"))
+        return self.kind == "attn" and self.block is not None and (self.shares_input is not None or fused)
+
+    @property
     def numel(self) -> int:
         """The number of elements."""
         return self.rows * self.cols

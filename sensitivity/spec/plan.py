@@ -277,12 +277,20 @@ def _few(names: Sequence[str]) -> str:
 # under these methods its rows are rounded to nearest on the same kind of grid.
 CALIBRATED = (
     *("clip", "gptq", "awq", "squeezellm", "leanquant", "leanquant-affine", "bpdq", "billm", "spqr", "vlm-ptq"),
-    *("gwq", "qvla", "smooth"),
+    *("gwq", "qvla", "smooth", "qsvd"),
 )
+
+
+# The method that factorizes queries, keys and values together, and its settings. It has nothing to say about other
+# weights, which are rounded to nearest.
+JOINT, OF_JOINT = "qsvd", ("rank", "beta", "damp", "importance")
 
 
 def scheme_of(weight: Weight, scheme: Scheme) -> Scheme:
     """The scheme that one weight really gets from the scheme of its component."""
     if weight.is_embedding and scheme.method in CALIBRATED:
         return Scheme("rtn", scheme.bits, scheme.group, scheme.symmetric)
+    if scheme.method == JOINT and not weight.joint:
+        others = tuple((name, value) for name, value in scheme.settings if name not in OF_JOINT)
+        return replace(scheme, method="rtn", settings=others)
     return scheme

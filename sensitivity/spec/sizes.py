@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError, unknown
-from sensitivity.spec.plan import CACHE_GROUP, CACHE_SMOOTH, KEEP, NOT_ROUNDED, Plan, Scheme, Setting, scheme_of
+from sensitivity.spec.plan import CACHE_GROUP, CACHE_SMOOTH, JOINT, KEEP, NOT_ROUNDED, Plan, Scheme, Setting, scheme_of
 from sensitivity.spec.plan_size import Size
 
 GRAPH_ENTRY = 16_000  # upper bound on the bytes of a weight and its operations in an OpenVINO graph: usually 9,000
@@ -149,11 +149,29 @@ def channel_budget(scheme: Scheme, rows: int, cols: int) -> int:
 def _channels(scheme: Scheme, rows: int, cols: int) -> int:
     """A 16-bit scale for each row, and 3 bits that say which width it has.
 
-    The codes of the chosen widths never exceed `channel_budget`, so that the size is an upper bound.
+    Codes of the chosen widths never exceed `channel_budget`: the size is an upper bound.
     """
     return 16 * rows + 3 * rows
 
 
+def latent_rank(scheme: Scheme, cols: int) -> int:
+    """The numbers of the latent vector from which weights of low rank make their outputs: a multiple of 16, or all."""
+    return min(cols, 16 * math.ceil(float(scheme.get("rank") or 1) * cols / 16))
+
+
+def _ups(scheme: Scheme, rows: int, cols: int) -> int:
+    """A weight's own factor with a 16-bit scale per row, in place of the codes of its rows."""
+    return scheme.bits * rows * (latent_rank(scheme, cols) - cols) + 16 * rows
+
+
+def _downs(scheme: Scheme, weights: Iterable[Weight]) -> int:
+    """The factor that weights with a common input share, with a 16-bit scale per row."""
+    inputs = {weight.shares_input or weight.module: weight.cols for weight in weights if weight.joint}
+    return sum(latent_rank(scheme, cols) * (scheme.bits * cols + 16) for cols in inputs.values())
+
+
+# method -> bits that the weights of a component store together
+SHARED: dict[str, Callable[[Scheme, Iterable[Weight]], int]] = {JOINT: _downs}
 # method -> bits stored beside the codes of a weight with `rows` and `cols`
 OVERHEAD: dict[str, Callable[[Scheme, int, int], int]] = {
     "uniform": lambda scheme, rows, cols: 64 * groups(scheme, rows, cols),  # minimum and range, float32
@@ -177,6 +195,7 @@ OVERHEAD: dict[str, Callable[[Scheme, int, int], int]] = {
     "gwq": _kept_apart,
     "adpq": _adpq,
     "qvla": _channels,
+    JOINT: _ups,
     KEEP: lambda scheme, rows, cols: 0,
     "codes": lambda scheme, rows, cols: 0,  # an imported table, of which only bit widths are known
 }
@@ -264,6 +283,8 @@ def weight_bits(scheme: Scheme | None, weight: Weight, native_bits: int, format:
 def component_bits(parts: ComponentMap, name: str, scheme: Scheme | None, format: str | None = None) -> int:
     """All bits of one component."""
     stored = sum(weight_bits(scheme, w, parts.native_bits, format) for w in parts[name].weights)
+    if scheme is not None and scheme.method in SHARED and format not in FILES:
+        stored += SHARED[scheme.method](scheme, parts[name].weights)
     # a 16-bit divisor for each channel of keys and values
     smoothed = scheme is not None and scheme.get(CACHE_SMOOTH)
     return stored + (16 * sum(w.rows for w in parts[name].weights if w.cached) if smoothed else 0)
@@ -336,18 +357,26 @@ def size(parts: ComponentMap, plan: Plan, format: str | None = None) -> Size:
 def cache_bits(parts: ComponentMap, plan: Plan) -> int | None:
     """Bits of all keys and values of one token; None where a plan rounds none of them.
 
-    A group of channels has a scale and a smallest value in 16 bits beside its codes.
+    A group of channels has a scale and a smallest value in 16 bits beside its codes. Where keys and values have low
+    rank, the latent vector from which they are made is cached, once for both.
     """
-    schemes = [(weight, plan[c.name]) for c in parts.components for weight in c.weights if weight.cached]
-    if not any(scheme and scheme.cache != NOT_ROUNDED for _, scheme in schemes):
+    cached = dict(_cached(weight, plan[c.name]) for c in parts.components for weight in c.weights if weight.cached)
+    if all(scheme is None or (scheme.cache == NOT_ROUNDED and scheme.method != JOINT) for scheme, _ in cached):
         return None
     total = 0
-    for weight, scheme in schemes:
+    for (scheme, _), numbers in cached.items():
         if scheme is None or scheme.cache == NOT_ROUNDED:
-            total += parts.native_bits * weight.rows
+            total += parts.native_bits * numbers
         else:
-            total += scheme.cache * weight.rows + 32 * math.ceil(weight.rows / int(scheme[CACHE_GROUP] or 1))
+            total += scheme.cache * numbers + 32 * math.ceil(numbers / int(scheme[CACHE_GROUP] or 1))
     return total
+
+
+def _cached(weight: Weight, scheme: Scheme | None) -> tuple[tuple[Scheme | None, str | None], int]:
+    """What a weight's outputs are cached as: equal for two weights whose common latent vector is; and its numbers."""
+    if scheme is not None and scheme.method == JOINT and weight.joint:
+        return (scheme, weight.shares_input), latent_rank(scheme, weight.cols)
+    return (scheme, weight.name), weight.rows
 
 
 def header_bytes(parts: ComponentMap, format: str | None) -> int:

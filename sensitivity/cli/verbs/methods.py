@@ -25,15 +25,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity.quantize.presets import PRESETS
     from sensitivity.quantize.scheme_settings import scheme
     from sensitivity.quantize.sources import SOURCES
-    from sensitivity.spec.components import Weight
-    from sensitivity.spec.sizes import weight_bits
+    from sensitivity.spec.components import ComponentMap, Weight
+    from sensitivity.spec.sizes import component_bits
 
+    # of an attention, since some methods store something for queries, keys and values together
+    weights = (Weight(f"{n}.weight", SIDE, SIDE, "language", 0, 1, "attn", shares_input="q") for n in "qkv")
+    layer = ComponentMap("", "part", tuple(weights), ())
     listed = []
     for name in (*METHODS, *PRESETS):
         row = METHODS[str(PRESETS.get(name, {"method": name})["method"])]
         one = scheme(name, row.widths[-1])
-        source, weight = SOURCES[name], Weight("weight", SIDE, SIDE, "language", None, 0, None)
-        stored = {bits: weight_bits(scheme(name, bits), weight, 16) / weight.numel for bits in row.widths}
+        source = SOURCES[name]
+        stored = {bits: component_bits(layer, "language", scheme(name, bits)) / layer.numel for bits in row.widths}
         listed.append(
             {
                 "name": name,

@@ -230,8 +230,8 @@ class _Quantizer:
         self.run_time.search(weights, given, self.own, lambda name: self.weight(name, given[name]))
 
     def stored(self, weight: Weight, scheme: Scheme) -> CachedWeight | None:
-        """The stored weight if the scheme rounds its inputs, which it may transform first; else None."""
-        if scheme.activations == NOT_ROUNDED or scheme.method == KEEP:
+        """The stored weight if the scheme rounds its inputs, which it may transform first, or a cache; else None."""
+        if min(scheme.activations, scheme.cache) == NOT_ROUNDED or scheme.method == KEEP:
             return None
         return self.memory[self.key(weight.name, scheme)]
 

@@ -30,6 +30,7 @@ from sensitivity.quantize.run_time.settings import (
     operand_mode,
     softmax_grid,
 )
+from sensitivity.quantize.stored.low_rank import LowRankWeight
 from sensitivity.quantize.stored.rotated import InputTransform
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.plan import ACTIVATION_SCALE, Scheme
@@ -103,7 +104,9 @@ class RunTime:
         # searched ranges are those of inputs without a transform
         as_they_are = stored is None or weight.is_embedding or weight.name in self.searched
         transform = None if as_they_are else InputTransform.of(stored, device)
-        yield from rounding_hooks(self.model, weight, chosen, transform, self._rounded(weight, chosen, transform))
+        low_rank = stored if isinstance(stored, LowRankWeight) else None
+        rounded = self._rounded(weight, chosen, transform)
+        yield from rounding_hooks(self.model, weight, chosen, transform, rounded, low_rank)
         if operand_mode(chosen) and is_operand(weight):
             yield self._operand_hook(weight, chosen)
         if (attention := self.attentions.get(weight)) and (softmax_grid(chosen) or matches_attention(chosen)):

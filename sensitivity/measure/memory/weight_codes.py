@@ -15,6 +15,7 @@ from sensitivity.quantize.stored.channels import ChannelWidthsWeight
 from sensitivity.quantize.stored.codebook import CodebookWeight
 from sensitivity.quantize.stored.grid import QuantizedWeight
 from sensitivity.quantize.stored.levels import BinaryWeight, BinnedWeight, LevelsWeight, PlanesWeight
+from sensitivity.quantize.stored.low_rank import LowRankWeight
 from sensitivity.quantize.stored.rotated import RotatedWeight
 from sensitivity.quantize.stored.sparse import SparseWeight, TwoScaleWeight
 from sensitivity.quantize.stored.weight import StoredWeight
@@ -34,6 +35,7 @@ Coded = (
     | TwoScaleWeight
     | RotatedWeight
     | ChannelWidthsWeight
+    | LowRankWeight
 )
 KINDS: tuple[type[Coded], ...] = get_args(Coded)
 # A plain tensor stands for what has no codes: biases, and weights that a method leaves alone.

@@ -83,6 +83,7 @@ class Method:
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # limits of numeric settings
     choices: Mapping[str, tuple[Setting, ...]] = field(default_factory=dict)  # allowed values of the others
     fixed: str = ""  # how messages describe a group and grid that cannot be chosen
+    latent: bool = False  # whether keys and values are made of one vector, which is cached in their place
     any_group: bool = False  # whether the group can be chosen although the grid is fixed
     both_paths: bool = False  # whether it needs the inputs of the float model beside those behind quantized layers
     fisher: bool = False  # whether it weighs each number of a weight by the gradient of the answer loss
