@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -63,7 +64,7 @@ def _latent_hook(layer: nn.Module, weight: Weight, scheme: Scheme, stored: LowRa
             latent = round_cached(latent, scheme.cache, int(scheme[CACHE_GROUP] or 0))
         found = latent @ up.T
         bias = getattr(module, "bias", None)
-        return (found if bias is None else found + bias.float()).to(output.dtype)
+        return torch.as_tensor(found if bias is None else found + bias.float()).to(output.dtype)
 
     return layer.register_forward_hook(hook, with_kwargs=True)
 

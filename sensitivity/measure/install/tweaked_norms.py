@@ -117,7 +117,8 @@ def _loss(
     wanted: tuple[Tensor, Tensor],
 ) -> Tensor:
     """The distance of the block's output moments in one call."""
-    values = {name: _usable(parameter.detach()) for name, parameter in module.named_parameters()}
+    own = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    values = {name: value.clone() if value.is_inference() else value for name, value in own.items()}
     values |= {name: value.to(norms[name].dtype) for name, value in moving.items()}
     mean, variance = _moments(hidden_states(functional_call(module, values, args, kwargs)))
     return (mean - wanted[0]).abs().mean() + (variance - wanted[1]).abs().mean()
