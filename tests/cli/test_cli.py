@@ -403,8 +403,10 @@ def test_methods_are_listed_with_what_they_store(capsys: pytest.CaptureFixture[s
     }  # fmt: skip
     assert all(method["calibrated"] for method in found if method["activations"] < 16)
     for method in found:
-        # a code of b bits takes b bits; everything else comes on top
-        assert all(stored > int(bits) for bits, stored in method["stored"].items()), method["name"]
+        # a code of b bits takes b bits; everything else comes on top. At half the rank, three square matrices have two
+        # thirds of their codes.
+        codes = 2 / 3 if method["name"] == "qsvd" else 1
+        assert all(codes * int(bits) < stored for bits, stored in method["stored"].items()), method["name"]
     printed = run(capsys, "methods")[1]
     assert "bivlm" in printed
     assert "text read in full" in printed
