@@ -9,17 +9,18 @@ from pathlib import Path
 from sensitivity.cli.arguments import flags as words
 from sensitivity.cli.arguments import values
 from sensitivity.cli.arguments.parsing import parser_of, run_verb
-from sensitivity.cli.verbs import export, inspect, rank, recommend, report, sweep, verify
+from sensitivity.cli.verbs import export, inspect, plan, rank, recommend, report, sweep, verify
 from sensitivity.cli.verbs.timing import bench, profile
 from sensitivity.spec.errors import unknown
 from sensitivity.spec.runtimes.layer_times import LAYOUTS
 
-ABOUT = "sweep, rank, recommend and report on the embedded model, in about a minute"
+ABOUT = "plan, sweep, rank, recommend and report on the embedded model, in about a minute"
 EXAMPLE = "sensitivity demo"
 MODEL = "embedded:scenes-llava"
+PLANNED = 5  # plan runs on so many times fewer examples than the sweep, so that the first answer comes in seconds
 STEPS = {
-    "inspect": inspect, "profile": profile, "sweep": sweep, "rank": rank, "recommend": recommend, "export": export,
-    "verify": verify, "bench": bench, "report": report,
+    "inspect": inspect, "plan": plan, "profile": profile, "sweep": sweep, "rank": rank, "recommend": recommend,
+    "export": export, "verify": verify, "bench": bench, "report": report,
 }  # fmt: skip
 
 
@@ -44,9 +45,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 def _alone(args: argparse.Namespace) -> list[str]:
     """The verbs that need no runtime."""
-    out = shlex.quote(str(args.out))
+    out, planned = shlex.quote(str(args.out)), shlex.quote(f"{args.out}-plan")
     return [
         f"inspect {MODEL} --by part --method uniform",
+        f"plan {MODEL} --task vqa --bits 2,3,4,8 --by part --method uniform --bpw {args.bpw!r} --calibration-n 32"
+        f" --n {-(-args.n // PLANNED)} --seed {args.seed} --out {planned}",
         f"sweep {MODEL} --task vqa --bits 2,3,4,8 --by part --method uniform --n {args.n} --seed {args.seed}"
         # plans that cannot reach the frontier see only some of the examples
         f" --until 'error<1%' --out {out}",
@@ -57,14 +60,14 @@ def _alone(args: argparse.Namespace) -> list[str]:
 
 
 def _in(runtime: str, args: argparse.Namespace) -> list[str]:
-    """The same for plans that a runtime can load, with the verbs that profile, export, verify and time them there."""
+    """The same without plan, for plans that a runtime can load, with the verbs that export and time them there."""
     if runtime not in LAYOUTS:
         raise unknown("runtime", runtime, LAYOUTS)
     from sensitivity.formats.timing.profile import check_runs_here
 
     check_runs_here(MODEL, runtime)
     out, exported = shlex.quote(str(args.out)), shlex.quote(f"{args.out}-{runtime}")
-    inspected, swept, ranked, recommended, reported = _alone(args)
+    inspected, _, swept, ranked, recommended, reported = _alone(args)
     return [
         inspected.replace("uniform", "rtn"),
         f"profile {MODEL} --runtime {runtime} --bits 2,3,4,8",
