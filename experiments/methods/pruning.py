@@ -16,7 +16,6 @@ from sensitivity.spec.plan import KEEP, Plan, Scheme
 from sensitivity.study.scores import difference, summarize
 from sensitivity.study.study import Study
 
-TASKS = ("vqa", "ground")
 PRUNED = (0.5, 0.75, 0.9, 1.0)
 PRECISIONS = {"full precision": (KEEP, 16), "bivlm": ("bivlm", 1)}
 
@@ -47,14 +46,15 @@ def rows(study: Study, unpruned: Plan, plans: dict[tuple[int, float], Plan], tas
 
 def main() -> None:
     p = parser(__doc__, "pruning", 300)
+    p.add_argument("--tasks", default="vqa,ground")
     args = p.parse_args()
-    vlm = load(args.model)
+    vlm, tasks = load(args.model), args.tasks.split(",")
     parts = inspect(vlm, by="part")
     blocks = max(int(w.block or 0) for w in parts["language"].weights) + 1
     lines = [
         "# Image tokens that are pruned",
         "",
-        f"    python -m experiments.methods.pruning --model {args.model} --n {args.n}",
+        f"    python -m experiments.methods.pruning --model {args.model} --tasks {args.tasks} --n {args.n}",
         "",
         f"The language part of {args.model}, which has {blocks} blocks; the other parts are native. After a block, the",
         "share of an image's tokens that got least attention there from the last token of the prompt is hidden from",
@@ -65,8 +65,8 @@ def main() -> None:
         plans = {(a, share): Plan.of(parts, {"language": one}) for a, share, one in schemes(method, bits, blocks)}
         unpruned = Plan.of(parts, {"language": None if method == KEEP else scheme(method, bits)})
         every = [unpruned, *plans.values()]
-        study = sweep(vlm, parts, every, list(TASKS), f"{args.work}-{method}", n=args.n)
-        for task in TASKS:
+        study = sweep(vlm, parts, every, tasks, f"{args.work}-{method}", n=args.n)
+        for task in tasks:
             frame = study.examples(unpruned)
             assert frame is not None
             own = frame[frame["task"] == task]
