@@ -10,6 +10,7 @@ from typing import NotRequired, TypedDict
 
 from sensitivity.formats import plan_json
 from sensitivity.formats.checkpoints import auto_round, awq, compressed_tensors, fake, gptq
+from sensitivity.formats.gguf import export as gguf
 from sensitivity.formats.openvino import export as openvino
 from sensitivity.formats.recipes import bnb, llama_cpp, llm_compressor, mlx, modelopt, torchao
 from sensitivity.formats.writing import manifest
@@ -34,6 +35,7 @@ FORMATS: dict[str, Callable[[Job, Path], Written]] = {
     "awq": awq.write,
     "auto-round": auto_round.write,
     "openvino": openvino.write,
+    "gguf": gguf.write,
     "llm-compressor": llm_compressor.write,
     "bnb": bnb.write,
     "torchao": torchao.write,
@@ -43,10 +45,10 @@ FORMATS: dict[str, Callable[[Job, Path], Written]] = {
 }
 
 
-CHECKPOINTS = ("fake", "compressed-tensors", "gptq", "awq", "auto-round", "openvino")  # formats that hold weights
+CHECKPOINTS = ("fake", "compressed-tensors", "gptq", "awq", "auto-round", "openvino", "gguf")  # they hold weights
 
 # runtimes that we run ourselves -> a check, before any slow work, that the runtime is installed and can run a model
-CHECKS: dict[str, Callable[[VLM | str], None]] = {"openvino": openvino.check}
+CHECKS: dict[str, Callable[[VLM | str], None]] = {"openvino": openvino.check, "gguf": gguf.check}
 
 
 EXPECTED = "expected.parquet"  # per-example answers of the trial, for `verify`

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from sensitivity.formats.gguf import export as gguf
 from sensitivity.formats.table import EXPECTED
 from sensitivity.formats.writing import manifest
 from sensitivity.formats.writing.manifest import Manifest, TrialFacts
@@ -20,6 +21,7 @@ from sensitivity.spec.errors import UserError
 from sensitivity.study import answers as examples
 
 if TYPE_CHECKING:
+    from sensitivity.formats.halved.model import Running
     from sensitivity.measure.evaluation import Rows
     from sensitivity.tasks.examples.types import Task
 
@@ -55,7 +57,10 @@ def verify(folder: Path, device: str = "cpu") -> dict[str, object]:
         }
     else:
         expected = _expected(folder, facts)
-        outcome |= compare(expected, _in_fresh_process(folder, facts["dtype"], facts["trial"], device))
+        found = compare(expected, _in_fresh_process(folder, facts["dtype"], facts["trial"], device))
+        if facts["format"] == "gguf":
+            found["words"] = f"{found['words']}{gguf.remark(folder, found['verdict'] == 'as measured')}"
+        outcome |= found
     manifest.store_verification(folder, outcome)
     return outcome
 
@@ -136,14 +141,33 @@ def rerun(folder: str, target: str, dtype: str, trial: TrialFacts, device: str) 
     pd.concat(frames).to_parquet(target, index=False)
 
 
+def _in_openvino(folder: Path) -> Running:
+    import torch
+
+    from sensitivity.formats.openvino.run import running
+
+    return running(folder, torch.get_num_threads())
+
+
+def _in_llama_cpp(folder: Path) -> Running:
+    import torch
+
+    from sensitivity.formats.gguf.run import running
+
+    return running(folder, torch.get_num_threads())
+
+
+# formats that are run in a runtime of their own
+RUN: dict[str, Callable[[Path], Running]] = {"openvino": _in_openvino, "gguf": _in_llama_cpp}
+
+
 def _answers(folder: Path, dtype: str, device: str, plain: bool) -> Callable[[Task], Rows]:
     """A function that runs an export on a task, in the runtime that its format is for."""
-    if manifest.read(folder)["format"] == "openvino":
-        from sensitivity.formats.openvino.run import Running
-
+    format = manifest.read(folder)["format"]
+    if format in RUN:
         if device != "cpu":
-            raise UserError(f"an export for openvino is verified on the cpu, not on {device}; leave out --device")
-        return Running(folder).evaluate
+            raise UserError(f"an export for {format} is verified on the cpu, not on {device}; leave out --device")
+        return RUN[format](folder).evaluate
     from sensitivity.measure.evaluation import evaluate
     from sensitivity.models.loading import load
 

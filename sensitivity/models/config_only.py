@@ -27,5 +27,5 @@ def without_weights(name: str) -> VLM:
     made = processor_for if is_original(read_config(folder, name)) else processor_of
     processor = made(folder, name, vlm.model.config)
     if processor is None:
-        raise UserError(f"{name} has no processor or tokenizer files; they are needed to predict the cost of a task")
+        raise UserError(f"{name} has no processor or tokenizer files; they are needed to read prompts and images")
     return replace(vlm, processor=processor)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable
 
-from sensitivity.spec.components import ComponentMap, Weight
+from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import CACHE_GROUP, CACHE_SMOOTH, JOINT, KEEP, NOT_ROUNDED, Plan, Scheme, Setting, scheme_of
 from sensitivity.spec.plan_size import Size
 
-GRAPH_ENTRY = 16_000  # upper bound on the bytes of a weight and its operations in an OpenVINO graph: usually 9,000
-HEADER_ENTRY = 112  # upper bound on the bytes of a tensor's entry in a safetensors header, without its name
 MB, GB = 1e6, 1e9  # bytes, as disks and hubs count them
 
 PAPER_NATIVE_BITS = 16  # bits that the published bpw figures count for every weight that is not quantized
@@ -250,6 +248,22 @@ def _openvino(scheme: Scheme, rows: int, cols: int) -> int:
     return _whole_bytes(width * rows * cols) + 16 * count + zeros
 
 
+GGUF_BLOCK = 32  # weights that share a scale in GGUF
+GGUF_BLOCK_BYTES = {"q4_0": 18, "q5_0": 22, "q8_0": 34}  # type -> a 16-bit scale and 32 codes of 4, 5 or 8 bits
+GGUF_MATRICES = ("embedding", "embedding, tied to the output head", "output head")  # kept in their own type
+
+
+def gguf_type(scheme: Scheme) -> str:
+    """The type in which GGUF stores codes exactly: a code minus its zero point takes a bit more than the code."""
+    width = scheme.bits if scheme.symmetric else scheme.bits + 1
+    return "q4_0" if width <= 4 else "q5_0" if width == 5 else "q8_0"
+
+
+def _gguf(scheme: Scheme, rows: int, cols: int) -> int:
+    """Whole blocks of 32 columns, whatever the group: its scale is repeated in each of them."""
+    return 8 * GGUF_BLOCK_BYTES[gguf_type(scheme)] * rows * math.ceil(cols / GGUF_BLOCK)
+
+
 # format -> all bits that its files hold for one weight; formats that are missing here are configurations, from which
 # the runtime's own tool makes the weights
 FILES: dict[str, Callable[[Scheme, int, int], int]] = {
@@ -258,6 +272,7 @@ FILES: dict[str, Callable[[Scheme, int, int], int]] = {
     "auto-round": _gptq,
     "awq": _awq,
     "openvino": _openvino,
+    "gguf": _gguf,
     "float32": lambda scheme, rows, cols: 32 * rows * cols,  # the values themselves
     "float16": lambda scheme, rows, cols: 16 * rows * cols,
     "bfloat16": lambda scheme, rows, cols: 16 * rows * cols,
@@ -292,14 +307,19 @@ def component_bits(parts: ComponentMap, name: str, scheme: Scheme | None, format
 
 def bits_of(parts: ComponentMap, plan: Plan, names: Collection[str], format: str | None = None) -> int:
     """All bits of some weights and kept parameters, by their names."""
-    kept = parts.native_bits * sum(k.numel for k in parts.kept if k.name in names)
+    kept = sum(_kept_width(parts, k, format) * k.numel for k in parts.kept if k.name in names)
     weights = ((plan[c.name], w) for c in parts.components for w in c.weights if w.name in names)
     return kept + sum(weight_bits(scheme, w, parts.native_bits, format) for scheme, w in weights)
 
 
-def kept_bits(parts: ComponentMap) -> int:
+def kept_bits(parts: ComponentMap, format: str | None = None) -> int:
     """All bits of the weights that no plan changes."""
-    return parts.native_bits * sum(kept.numel for kept in parts.kept)
+    return sum(_kept_width(parts, kept, format) * kept.numel for kept in parts.kept)
+
+
+def _kept_width(parts: ComponentMap, kept: Kept, format: str | None) -> int:
+    """Bits of one element that no plan changes: llama.cpp adds and multiplies only by norms and biases in float32."""
+    return 32 if format == "gguf" and kept.reason not in GGUF_MATRICES else parts.native_bits
 
 
 def choice_bits(
@@ -325,11 +345,6 @@ def bits_in(count: float) -> int:
     return math.floor(8 * count + 1e-6)
 
 
-def bpw_in_gb(parts: ComponentMap, gb: float, headers: int = 0) -> float:
-    """The bits per weight that fit in so many GB of files, whose headers take so many bytes."""
-    return max(8 * (gb * GB - headers), 1) / parts.numel
-
-
 def codes_in_mb(parts: ComponentMap, name: str, bits: float) -> float:
     """The megabytes of a component's codes at a bit width, or at a difference of widths."""
     return parts[name].numel * bits / (8 * MB)
@@ -347,7 +362,8 @@ def size(parts: ComponentMap, plan: Plan, format: str | None = None) -> Size:
     """
     plan.check(parts)
     kept = sum(k.numel for k in parts.kept)
-    stored = kept_bits(parts) + sum(component_bits(parts, c.name, plan[c.name], format) for c in parts.components)
+    stored = kept_bits(parts, format)
+    stored += sum(component_bits(parts, c.name, plan[c.name], format) for c in parts.components)
     # the papers count 16 bits for what is not quantized, whatever the checkpoint stores
     codes = sum(c.numel * (s.bits if (s := plan[c.name]) else PAPER_NATIVE_BITS) for c in parts.components)
     bpw_codes = (codes + kept * PAPER_NATIVE_BITS) / parts.numel
@@ -377,20 +393,6 @@ def _cached(weight: Weight, scheme: Scheme | None) -> tuple[tuple[Scheme | None,
     if scheme is not None and scheme.method == JOINT and weight.joint:
         return (scheme, weight.shares_input), latent_rank(scheme, weight.cols)
     return (scheme, weight.name), weight.rows
-
-
-def header_bytes(parts: ComponentMap, format: str | None) -> int:
-    """An upper bound on the bytes of files beside the tensors: safetensors headers, or OpenVINO's graphs.
-
-    A packed weight becomes four tensors or fewer. Each takes its name and about 90 characters more in the header. A
-    format that holds no weights has none.
-    """
-    if format is None:
-        return 0
-    if format == "openvino":
-        return GRAPH_ENTRY * len(parts.weights)
-    packed = sum(4 * (len(weight.name) + HEADER_ENTRY) for weight in parts.weights)
-    return packed + sum(len(kept.name) + HEADER_ENTRY for kept in parts.kept)
 
 
 def uniform_sizes(parts: ComponentMap, schemes: Iterable[Scheme]) -> dict[int, Size]:

@@ -47,9 +47,10 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import begin_folder
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read
+from sensitivity.spec.runtimes.headers import header_bytes
 from sensitivity.spec.runtimes.table import RUNTIMES
 from sensitivity.spec.schema import schema as schema_of
-from sensitivity.spec.sizes import component_bits, header_bytes, size
+from sensitivity.spec.sizes import component_bits, size
 
 EMBEDDED = "embedded:scenes-llava"
 
@@ -378,6 +379,7 @@ LEGAL: dict[str, tuple[dict[str, Scheme | None], Scheme]] = {
     "llama.cpp": ({"connector": None, "vision": rtn(8)}, rtn(5)),
     "mlx": ({"connector": None, "vision": rtn(8, 64, False)}, rtn(4, 32, False)),
     "openvino": ({"connector": None, "vision": rtn(8, 32)}, rtn(3, 32, False)),
+    "gguf": ({"connector": None, "vision": rtn(8, 32)}, rtn(3, 32, False)),
 }
 ABSENT = {name for name in ("openvino",) if importlib.util.find_spec(name) is None}  # of 60 MB, and not in CI
 HERE = [name for name in LEGAL if name not in ABSENT]

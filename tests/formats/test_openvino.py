@@ -31,7 +31,8 @@ from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.sizes import FILES, header_bytes, size
+from sensitivity.spec.runtimes.headers import header_bytes
+from sensitivity.spec.sizes import FILES, size
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.images import open_image
 from sensitivity.tasks.table import task

@@ -11,11 +11,11 @@ import pytest
 from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.runtimes.headers import bpw_in_gb
 from sensitivity.spec.sizes import (
     GB,
     OVERHEAD,
     bits_in,
-    bpw_in_gb,
     budget_bits,
     choice_bits,
     groups,

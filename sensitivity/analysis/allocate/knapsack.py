@@ -76,7 +76,9 @@ class Knapsack:
     ) -> Knapsack:
         """The knapsack of a space and of surrogates that were fitted already."""
         bits = choice_bits(parts, [(name,) for name in space.names], space.choices, format)
-        return cls(parts, space, tuple(np.array(b, dtype=float) for b in bits), dict(models), kept_bits(parts), format)
+        return cls(
+            parts, space, tuple(np.array(b, dtype=float) for b in bits), dict(models), kept_bits(parts, format), format
+        )
 
     def size(self, plan: Plan) -> Size:
         """The size of a plan, as the format stores it."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ABOUT = "write a plan as files that a runtime loads"
 EXAMPLE = "sensitivity export runs/first --bpw 4.0 --format compressed-tensors --out out/first"
 KNOWN = (
-    "plan, fake, compressed-tensors, gptq, awq, auto-round, openvino, llm-compressor, bnb, torchao, modelopt, "
+    "plan, fake, compressed-tensors, gptq, awq, auto-round, openvino, gguf, llm-compressor, bnb, torchao, modelopt, "
     "llama.cpp or mlx"
 )
 

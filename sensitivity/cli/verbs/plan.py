@@ -117,9 +117,9 @@ def _request(
     """The schemes that the runtime can load, and the request; its tasks get their names when the study exists."""
     from sensitivity.analysis.allocate.request import PlanRequest
     from sensitivity.api.planning import limits
+    from sensitivity.spec.runtimes.headers import bpw_in_gb, header_bytes
     from sensitivity.spec.runtimes.loadable import restrict
     from sensitivity.spec.runtimes.table import files_of
-    from sensitivity.spec.sizes import bpw_in_gb, header_bytes
 
     headers = header_bytes(parts, files_of(args.runtime))  # counted in a budget in GB, but not in bpw
     bpw = args.bpw if args.gb is None else tuple(bpw_in_gb(parts, gb, headers) for gb in args.gb)

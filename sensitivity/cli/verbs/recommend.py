@@ -117,9 +117,10 @@ def _request(args: argparse.Namespace, study: Study) -> PlanRequest:
     from sensitivity.analysis.allocate.request import PlanRequest
     from sensitivity.spec.errors import UserError
     from sensitivity.spec.plan import Plan
+    from sensitivity.spec.runtimes.headers import bpw_in_gb, header_bytes
     from sensitivity.spec.runtimes.layer_times import LIMITED
     from sensitivity.spec.runtimes.table import files_of
-    from sensitivity.spec.sizes import bpw_in_gb, header_bytes, size
+    from sensitivity.spec.sizes import size
 
     if args.gb is not None:
         flags.without_effect(args, ["--bpw"], "beside --gb, as there is one kind of budget")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sensitivity.formats.halved.halves import LANGUAGE, VISION, check_halves
 from sensitivity.formats.openvino import graph, layout, trace
-from sensitivity.formats.openvino.halves import LANGUAGE, VISION, check_halves
 from sensitivity.formats.openvino.layout import Constant
 from sensitivity.formats.writing import stream
 from sensitivity.formats.writing.checkpoint import on_integer_grid, save, unquantized

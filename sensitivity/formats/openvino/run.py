@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
+from sensitivity.formats.halved.halves import LANGUAGE, VISION, Array
+from sensitivity.formats.halved.model import HalvedModel, Running
 from sensitivity.formats.openvino.export import FILES, STORED, check
-from sensitivity.formats.openvino.halves import LANGUAGE, VISION, Array
-from sensitivity.measure.evaluation import Rows, example_rows
-from sensitivity.measure.generate.answer_tokens import (
-    Answer,
-    answer_of,
-    cannot_be_right,
-    end_tokens,
-    greedy_takes_argmax,
-    mean_nll,
-)
-from sensitivity.measure.generate.batches import Batch, batches
-from sensitivity.models.config_only import without_weights
 from sensitivity.spec.errors import UserError
-from sensitivity.tasks.examples.types import Task
 
 
-class OpenVINOModel:
+class OpenVINOModel(HalvedModel):
     """Both graphs of an export, compiled; one prompt with its image at a time."""
 
     def __init__(self, folder: Path | str, threads: int = 0) -> None:
@@ -46,7 +31,7 @@ class OpenVINOModel:
         self.language = core.compile_model(graphs[LANGUAGE], "CPU", options).create_infer_request()
         self.read = 0  # tokens in the cache
 
-    def image_features(self, pixel_values: Tensor) -> Array:
+    def image_features(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None) -> Array:
         """The rows that the language model reads in place of an image's placeholder tokens."""
         each = (self.vision.infer({"pixel_values": one[None].float().numpy()}) for one in pixel_values)
         return np.concatenate([np.array(output["image_features"]) for output in each])
@@ -72,61 +57,12 @@ class OpenVINOModel:
         self.language.reset_state()
         self.read = 0
 
-    def generate(
-        self,
-        ids: Sequence[int],
-        features: Array,
-        ends: set[int],
-        max_new_tokens: int,
-        stop: Callable[[list[int]], bool] | None = None,
-    ) -> list[int]:
-        """Greedy decoding, up to an end token, or until `stop` is true for the tokens so far."""
-        self.forget()
-        logits = self.logits(ids, 1, features)
-        tokens = [int(logits[-1].argmax())]
-        while len(tokens) < max_new_tokens and tokens[-1] not in ends and not (stop and stop(tokens)):
-            logits = self.logits(tokens[-1:], 1)
-            tokens.append(int(logits[-1].argmax()))
-        return tokens
 
-
-class Running:
-    """An export in OpenVINO with its processor, which evaluates tasks."""
-
-    def __init__(self, folder: Path) -> None:
-        check(str(folder))
-        check_arrived(folder)
-        self.vlm = without_weights(str(folder))
-        if (folder / "generation_config.json").exists():
-            self.vlm.model.generation_config = GenerationConfig.from_pretrained(folder)
-        if not greedy_takes_argmax(self.vlm):
-            raise UserError(
-                f"generation_config.json of {folder} asks for more than the most likely token, which only "
-                "transformers applies"
-            )
-        self.model = OpenVINOModel(folder, torch.get_num_threads())
-
-    def evaluate(self, task: Task) -> Rows:
-        """The same rows as `measure.evaluation.evaluate`, computed one example at a time."""
-        if task.gallery:
-            raise UserError(f"openvino generates text, and {task.name} ranks captions")
-        rows: Rows = {}
-        for example in task.examples:
-            (batch,) = batches(self.vlm, replace(task, examples=(example,)), plain=True)
-            for name, values in example_rows(task, batch, *self._answer(task, batch)).items():
-                rows.setdefault(name, []).extend(values)
-        return rows
-
-    def _answer(self, task: Task, batch: Batch) -> tuple[list[Answer], list[float]]:
-        """The answer to one example, and the negative log-likelihood per token of the right answer."""
-        ids, targets = batch.inputs["input_ids"][0].tolist(), batch.targets[0]
-        features = self.model.image_features(batch.inputs["pixel_values"])
-        never = cannot_be_right(self.vlm, task, batch.examples)
-        stop = partial(never, 0) if never else None
-        tokens = self.model.generate(ids, features, end_tokens(self.vlm), task.max_new_tokens, stop)
-        self.model.forget()
-        logits = torch.from_numpy(self.model.logits([*ids, *targets[:-1]], len(targets), features))
-        return [answer_of(self.vlm, tokens, task)], mean_nll(logits[None], torch.tensor([targets]))
+def running(folder: Path, threads: int) -> Running:
+    """An export in OpenVINO, which evaluates tasks."""
+    check(str(folder))
+    check_arrived(folder)
+    return Running.of(folder, OpenVINOModel(folder, threads), "openvino")
 
 
 def check_arrived(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sensitivity.formats.openvino.halves import HALVES, VISION
+from sensitivity.formats.halved.halves import HALVES, VISION
 from sensitivity.models.loading import load, quiet
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError, reason

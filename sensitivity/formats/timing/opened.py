@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from sensitivity.formats.gguf.export import check as check_gguf
+from sensitivity.formats.halved.halves import Array, Language, Vision, check_halves
+from sensitivity.formats.halved.model import HalvedModel
 from sensitivity.formats.openvino.export import check as check_openvino
-from sensitivity.formats.openvino.halves import Array, Language, Vision, check_halves
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 
 
-class HalvedModel(Protocol):
-    """A model in a runtime, one prompt with its image at a time."""
-
-    def image_features(self, pixel_values: Tensor) -> Array:
-        """The rows that the language model reads in place of an image's placeholder tokens."""
-
-    def logits(self, ids: Sequence[int], keep: int, features: Array | None = None) -> Array:
-        """Read the next tokens of the prompt that `forget` began; returns logits at the last `keep` of them."""
-
-    def forget(self) -> None:
-        """Begin a new prompt."""
-
-
-class TorchHalves:
+class TorchHalves(HalvedModel):
     """The halves as torch computes them."""
 
     def __init__(self, vlm: VLM) -> None:
@@ -38,7 +26,7 @@ class TorchHalves:
         self.forget()
 
     @torch.inference_mode()
-    def image_features(self, pixel_values: Tensor) -> Array:
+    def image_features(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None) -> Array:
         """The rows that the language model reads in place of an image's placeholder tokens."""
         found: Tensor = self.vision(pixel_values.to(self.dtype))["image_features"]
         return found.float().numpy()
@@ -72,14 +60,36 @@ def _in_openvino(model: str, dtype: str, threads: int) -> HalvedModel:
     return OpenVINOModel(model, threads)
 
 
+def _in_llama_cpp(model: str, dtype: str, threads: int) -> HalvedModel:
+    from sensitivity.formats.gguf.model import GGUFModel
+
+    return GGUFModel(model, threads)
+
+
+def _check_llama_cpp(model: str) -> None:
+    """Raise an error for a model that llama.cpp cannot run, or if it is not installed."""
+    from sensitivity.formats.gguf.library import check_installed
+
+    check_gguf(model)
+    check_installed()
+
+
 def check_in_torch(model: str) -> None:
     """Raise an error for a model that cannot be timed half by half."""
     check_halves(load(model, config_only=True))
 
 
 # runtimes that are timed -> the function that opens a model there, and the one that raises an error if it cannot
-OPEN: dict[str, Callable[[str, str, int], HalvedModel]] = {"openvino": _in_openvino, "transformers": _in_torch}
-CHECK: dict[str, Callable[[str], None]] = {"openvino": check_openvino, "transformers": check_in_torch}
+OPEN: dict[str, Callable[[str, str, int], HalvedModel]] = {
+    "openvino": _in_openvino,
+    "gguf": _in_llama_cpp,
+    "transformers": _in_torch,
+}
+CHECK: dict[str, Callable[[str], None]] = {
+    "openvino": check_openvino,
+    "gguf": _check_llama_cpp,
+    "transformers": check_in_torch,
+}
 
 
 def opened(model: str, runtime: str, dtype: str, threads: int) -> HalvedModel:
@@ -89,6 +99,10 @@ def opened(model: str, runtime: str, dtype: str, threads: int) -> HalvedModel:
 
 def warm_up(runtime: str) -> None:
     """Load the runtime's libraries, so that their memory is not taken for the model's."""
+    if runtime == "gguf":
+        from sensitivity.formats.gguf.library import library
+
+        library()
     if runtime != "openvino":
         torch.ones(8, 8) @ torch.ones(8, 8)
         return

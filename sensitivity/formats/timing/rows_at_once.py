@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sensitivity.formats.openvino.halves import Vision
+from sensitivity.formats.halved.halves import Vision
 from sensitivity.formats.openvino.trace import image_input, shapes_of_weights, without_values
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap, Weight

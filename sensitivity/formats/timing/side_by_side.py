@@ -111,7 +111,8 @@ def _checked(
     format = facts["format"]
     own = format if format in CHECK else "transformers"
     if not facts["runs"]:
-        timed = " and ".join(CHECK)
+        *some, last = CHECK
+        timed = f"{', '.join(some)} and {last}"
         raise UserError(f"{folder} is of the format {format}, which its own runtime loads; only {timed} are timed here")
     if runtime is not None and runtime not in CHECK:
         raise unknown("runtime", runtime, CHECK)

@@ -20,7 +20,7 @@ from sensitivity.spec.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sensitivity.formats.timing.opened import HalvedModel
+    from sensitivity.formats.halved.model import HalvedModel
 
 PROGRAM = "from sensitivity.formats.timing.timed_process import serve; serve()"
 NEW_TOKENS = 16  # of each answer, past any end token: real answers can be too short to time
@@ -181,7 +181,7 @@ def answered(model: HalvedModel, inputs: Mapping[str, Tensor]) -> Round:
     """Compute one answer, and time its stages."""
     ids = inputs["input_ids"][0].tolist()
     times = [_now()]
-    features = model.image_features(inputs["pixel_values"])
+    features = model.image_features(**model.pictures(inputs))
     times.append(_now())
     model.forget()
     logits = model.logits(ids, 1, features)

@@ -50,7 +50,8 @@ def _lines(job: Job, written: Written, format: str, facts: TrialFacts) -> Iterat
         yield f"| {escaped(component.name)} | {_scheme(scheme)} | {component.numel:,} | {predicted:,} | {stored} |"
     kept = sum(k.numel for k in job.parts.kept)
     stored = f"{written.bytes['kept']:,}" if written.bytes else "–"
-    sizes = f"{kept:,} | {kept_bits(job.parts) // 8:,} | {stored}"
+    predicted = kept_bits(job.parts, job.stored_as(format)) // 8
+    sizes = f"{kept:,} | {predicted:,} | {stored}"
     yield f"| kept ({_reasons(job.parts)}) | native | | | | {sizes} |"
     yield from ("", "## Size", "", *_size(job, written, format), "", "## Scores", "")
     yield from _scores(facts)

@@ -114,6 +114,18 @@ RUNTIMES: dict[str, Runtime] = {
         packed=True,
         files="openvino",
     ),
+    # llama.cpp 2026.10 has kernels for Q4_0, Q5_0 and Q8_0. Codes of 2 and 3 bits are stored in 4, those of 6 and 7 in
+    # 8, and asymmetric codes in one bit more, since a minimum of 16 bits (Q4_1, Q5_1) does not hold them exactly
+    "gguf": Runtime(
+        "llama.cpp reading our codes",
+        symmetric=tuple(range(2, 9)),
+        asymmetric=tuple(range(2, 8)),
+        groups=("tensor", "row", 32, 64, 96, 128, 256, 512, 1024),
+        cols=32,
+        packed=True,
+        vocabulary=(*VOCABULARY, "tied"),
+        files="gguf",
+    ),
     # compressed-tensors' pydantic scheme; llm-compressor computes the grids itself, so only methods that it has
     "llm-compressor": Runtime(
         "llm-compressor",

@@ -1,4 +1,4 @@
-"""The two halves of a model, image to features and tokens to logits: what a runtime executes, one after the other."""
+"""The two halves of a model as modules of torch, for types of models that tests compare with the whole."""
 
 from __future__ import annotations
 

@@ -1,0 +1,41 @@
+"""Bounds on the bytes of an export's files beside its tensors: headers, graphs, and a vocabulary."""
+
+from __future__ import annotations
+
+from sensitivity.spec.components import VOCABULARY, ComponentMap
+from sensitivity.spec.sizes import GB, GGUF_MATRICES
+
+GRAPH_ENTRY = 16_000  # upper bound on the bytes of a weight and its operations in an OpenVINO graph: usually 9,000
+GGUF_TOKEN = 80  # upper bound on the bytes of a token in a GGUF file: its text, score and type, and how it is merged
+GGUF_SETTINGS = 40_000  # upper bound on the bytes of a GGUF file's settings, chat template included
+HEADER_ENTRY = 112  # upper bound on the bytes of a tensor's entry in a safetensors header, without its name
+
+
+def header_bytes(parts: ComponentMap, format: str | None) -> int:
+    """An upper bound on the bytes of files beside the tensors: safetensors headers, or OpenVINO's graphs.
+
+    A packed weight becomes four tensors or fewer. Each takes its name and about 90 characters more in the header. A
+    format that holds no weights has none.
+    """
+    if format is None:
+        return 0
+    if format == "openvino":
+        return GRAPH_ENTRY * len(parts.weights)
+    if format == "gguf":
+        return _gguf_headers(parts)
+    packed = sum(4 * (len(weight.name) + HEADER_ENTRY) for weight in parts.weights)
+    return packed + sum(len(kept.name) + HEADER_ENTRY for kept in parts.kept)
+
+
+def _gguf_headers(parts: ComponentMap) -> int:
+    """An upper bound on the bytes beside the tensors: settings, the vocabulary, names, and gaps up to 32 bytes."""
+    width = min((weight.cols for weight in parts.weights if weight.part == "language"), default=1)
+    vocabulary = [weight.rows for weight in parts.weights if weight.kind in VOCABULARY]
+    vocabulary += [kept.numel // width for kept in parts.kept if kept.reason in GGUF_MATRICES]
+    tensors = 3 * (len(parts.weights) + len(parts.kept))  # one of q, k and v in one becomes three
+    return GGUF_SETTINGS + GGUF_TOKEN * max(vocabulary, default=0) + HEADER_ENTRY * tensors
+
+
+def bpw_in_gb(parts: ComponentMap, gb: float, headers: int = 0) -> float:
+    """The bits per weight that fit in so many GB of files, whose headers take so many bytes."""
+    return max(8 * (gb * GB - headers), 1) / parts.numel
