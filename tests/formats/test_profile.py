@@ -6,15 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sensitivity.cli import main as cli
 from sensitivity.formats.openvino.export import STORED
+from sensitivity.formats.openvino.layer_graph import LayerGraph
 from sensitivity.formats.timing.kept_times import kept_times
 from sensitivity.formats.timing.profile import _as_in_graphs, checked
 from sensitivity.formats.timing.rows_at_once import rows_at_once
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
+from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 
@@ -50,6 +53,19 @@ def test_a_layer_that_no_graph_reads_takes_no_time(tmp_path: Path) -> None:
         "b": 36,
         "c.weight": 0,
     }
+
+
+def test_a_layer_keeps_its_weights_until_it_has_packed_them() -> None:
+    """Passes of one token and of many are packed apart, each in its first pass: both see the same weights."""
+    pytest.importorskip("openvino", reason="needs the extra `openvino` (60 MB), which CI does not install")
+    weight = Weight("a.weight", 128, 128, "language", 0, 1, "ff")
+    layer = LayerGraph(weight, Scheme("rtn", 2, 32, True), 4, 1)
+    one, many = np.ones((1, 128), np.float32), np.ones((30, 128), np.float32)
+    first = [np.array(output) for output in layer.request.infer([one]).values()]
+    overwritten = [np.full(size, 255, np.uint8) for size in 8 * (128 * 128 // 4, 128 * 128, 1024)]
+    second = [np.array(output)[:1] for output in layer.request.infer([many]).values()]
+    np.testing.assert_allclose(np.concatenate(first), np.concatenate(second), atol=1e-4)
+    assert len(overwritten) == 24
 
 
 def test_what_cannot_be_timed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

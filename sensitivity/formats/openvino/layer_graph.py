@@ -25,7 +25,8 @@ class LayerGraph:
 
         self.copies = max(min(copies, MOST // (4 * weight.numel)), 1)
         draw = np.random.default_rng(0)
-        kept: list[openvino.Tensor] = []  # OpenVINO does not own the bytes of its constants
+        # OpenVINO does not own the bytes of its constants, and packs weights as late as in the first pass
+        self.kept: list[openvino.Tensor] = []
 
         def filled(constant: Constant) -> op.Constant:
             if constant.type in FLOATS.values():
@@ -34,8 +35,8 @@ class LayerGraph:
                 raw = content.view(torch.uint8).numpy().reshape(-1)
             else:
                 raw = draw.integers(0, 256, constant.bytes, np.uint8)
-            kept.append(openvino.Tensor(raw, list(constant.shape), getattr(Type, constant.type)))
-            return op.Constant(kept[-1])
+            self.kept.append(openvino.Tensor(raw, list(constant.shape), getattr(Type, constant.type)))
+            return op.Constant(self.kept[-1])
 
         x = op.Parameter(Type.f32, openvino.PartialShape([-1, weight.cols]))
         results = []
