@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import answered
 import pytest
-from answered import TWO
+from answered import HOSTILE, TWO
 from browser import browser
 
 from sensitivity.analysis.failures.changes import study_of
@@ -24,34 +23,15 @@ from sensitivity.study.study import Study
 from sensitivity.tasks.examples.types import Example
 from sensitivity.tasks.table import task
 
-HOSTILE = "</p><img src=x onerror=alert(1)>"
-
 
 def given(plan: Plan, example: Example) -> str:
     return example.answers[0] if plan.key != TWO.key else "wrong"
 
 
-def stored(study: Study, failures: bool, examples: list[str]) -> dict[str, Any]:
-    """An explanation as `explain` writes it."""
-    split = "evaluation" if failures else "calibration"
-    data = {
-        "components": {"vision": 0.3, "connector": 0.0, "language": 0.1},
-        "modalities": {"vision": 0.3, "prompt": 0.1, "answer": 0.0},
-        "change": 0.4, "examples": len(examples), "square_seen": None,
-        "regions": {name: [[0.0, 2.0], [-1.0, 1.0]] for name in examples},
-        "questions": {name: [["what", 0.5], [HOSTILE, 1.0], [" is", -1.0]] for name in examples},
-        "data": [{"task": "vqa", "split": split, "n": len(examples), "seed": 0}],
-    }  # fmt: skip
-    file = paths.explanation(study.path, TWO.key, failures)
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(data))
-    return data
-
-
 def test_a_place_is_red_by_its_share_of_the_worst_and_what_helps_is_not(tmp_path: Path) -> None:
     study = answered.study(tmp_path / "run", [task("vqa", n=30)], given, ["vqa"], n=30)
     name = changed(study, TWO)[0].example
-    stored(study, True, [name])
+    answered.explain(study, TWO, True, [name])
     (found,) = explained(study.path, TWO)
     one = found.examples[name]
     assert one.places == ((0.0, 1.0), (0.0, 0.5))
@@ -78,8 +58,8 @@ def test_the_places_are_of_what_the_model_sees() -> None:
 def test_the_page_shows_red_places_and_tokens_beside_the_image(tmp_path: Path) -> None:
     study = answered.study(tmp_path / "run", [task("vqa", n=30)], given, ["vqa"], n=30)
     failed = [one.example for one in changed(study, TWO)[:3]]
-    stored(study, True, failed)
-    stored(study, False, [one.id for one in task("vqa", "calibration", n=9).examples])
+    answered.explain(study, TWO, True, failed)
+    answered.explain(study, TWO, False, [one.id for one in task("vqa", "calibration", n=9).examples])
     (shown,) = galleries(study, [("x", TWO)], 5)
     assert [card.entering is not None for card in shown.cards] == [
         card.change.example in failed for card in shown.cards
@@ -102,7 +82,7 @@ def test_the_page_shows_red_places_and_tokens_beside_the_image(tmp_path: Path) -
 
 def test_what_an_earlier_version_stored_is_left_out(tmp_path: Path) -> None:
     study = answered.study(tmp_path / "run", [task("vqa", n=30)], given, ["vqa"], n=30)
-    data = stored(study, True, ["a"])
+    data = answered.explain(study, TWO, True, ["a"])
     file = paths.explanation(study.path, TWO.key, True)
     for broken in (
         {**data, "questions": None},

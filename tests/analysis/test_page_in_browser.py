@@ -1,49 +1,35 @@
-"""The report as people meet it: on a phone, a tablet, a desk and paper, light and dark; judged by a kept tool too."""
+"""Every page as people meet it: on a phone, a tablet, a desk and paper, light and dark; judged by a kept tool too."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import answered
-import numpy as np
-import planted
 import pytest
-from answered import NATIVE
 from browser import Page, browser
+from every_page import TEMPLATES, pages
 
-from sensitivity.analysis.allocate.budget import solve
-from sensitivity.analysis.allocate.recommendation import judge
-from sensitivity.analysis.report.page import report
-from sensitivity.spec.plan import Plan
-from sensitivity.tasks.examples.types import Example
-from sensitivity.tasks.table import task
+from sensitivity.analysis.report import environment
 
 ROOT = Path(__file__).parents[2]
-WIDTHS = (390, 768, 1200)
-
-
-def given(plan: Plan, example: Example) -> str:
-    """The fewer bits, the more answers are wrong, as if by a planted law."""
-    if plan.is_native:
-        return example.answers[0]
-    share = planted.product(np.array([list(plan.bits().values())], dtype=float))[0]
-    return example.answers[0] if int(example.id.split("-")[2]) % 20 < 20 * share else "wrong"
+WIDTHS = (390, 768, 1280)
+PAPER = 717  # CSS pixels of the lines on A4, with the margins of the browser
+NAMES = list(TEMPLATES)
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report with everything in it: two tasks, counts, galleries with boxes, rankings, budgets."""
-    plans = [NATIVE, *(planted.plan(planted.PARTS, row) for row in planted.grid((2, 8, 16))[:-1])]
-    tasks = [task(name, n=40) for name in ("vqa", "ground")]
-    made = answered.study(tmp_path_factory.mktemp("page") / "run", tasks, given, ["vqa", "ground"], n=40, plans=plans)
-    candidates = solve(made, bpw=6.0, top=2)
-    frames = {trial.key: rows for trial in made.trials() if (rows := made.examples(trial.plan)) is not None}
-    rival = next(c for c in solve(made, bpw=6.0, top=9) if c.plan.is_uniform or c is not candidates[0])
-    return report(made, made.path / "report", judge(made, candidates, rival, frames), bootstraps=2)
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return pages(tmp_path_factory.mktemp("pages"))
+
+
+@pytest.fixture(scope="module")
+def window() -> Iterator[Page]:
+    with browser() as opened:
+        yield opened
 
 
 def at(window: Page, width: int) -> None:
@@ -52,35 +38,62 @@ def at(window: Page, width: int) -> None:
     )
 
 
-def test_nothing_sticks_out_and_tables_scroll_inside_their_box(page: Path) -> None:
-    boxes = """return [...document.querySelectorAll('table')].map(table => {
-        const box = table.closest('.scroll'), place = box.getBoundingClientRect();
-        box.scrollLeft = 1e6;
-        return [place.left, place.right, box.scrollLeft, table.scrollWidth - box.clientWidth, box.tabIndex];
-    })"""
-    with browser() as window:
-        window.open(page)
-        scrolled = 0
-        for width in WIDTHS:
-            at(window, width)
-            wide, inner = window.run("return [document.documentElement.scrollWidth, window.innerWidth]")
-            assert wide <= inner == width
-            for left, right, moved, over, tab in window.run(boxes):
-                assert -0.5 <= left <= right <= width + 0.5
-                assert moved >= over - 1, "the last column can be reached"
-                assert tab == 0
-                scrolled += moved > 0
-        assert scrolled > 0
+def seen_as(window: Page, media: str, scheme: str = "light") -> None:
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    window.devtools("Emulation.setEmulatedMedia", media=media, features=features)
 
 
-def test_what_is_printed_is_all_there_and_has_no_controls(page: Path) -> None:
-    with browser() as window:
-        window.open(page)
-        window.devtools("Emulation.setEmulatedMedia", media="print")
-        shown = "return [...document.querySelectorAll(arguments[0])].map(e => getComputedStyle(e).display)"
-        assert set(window.run(shown, "nav, .filter")) == {"none"}
-        assert "none" not in window.run(shown, ".change, section, table")
-        assert len(window.devtools("Page.printToPDF")["data"]) > 10_000
+def test_every_template_is_among_the_pages() -> None:
+    templates = Path(environment.__file__).parent / "templates"
+    whole = {file.name for file in templates.glob("*.html") if '{% extends "frame.html" %}' in file.read_text()}
+    assert whole == set(TEMPLATES.values())
+
+
+# the boxes of everything that is seen and does not scroll in a box of its own, and of the text that has no room
+OUTSIDE = """const inner = innerWidth, wrong = [];
+for (const one of document.querySelectorAll('main *, header *, footer *')) {
+    if (one.closest('.scroll, pre, svg, .skip') || !one.offsetParent) continue;
+    const box = one.getBoundingClientRect();
+    if (box.left < -0.5 || box.right > inner + 0.5) wrong.push([one.outerHTML.slice(0, 90), box.left, box.right]);
+}
+return wrong"""
+TABLES = """return [...document.querySelectorAll('table')].map(table => {
+    const box = table.closest('.scroll'), place = box.getBoundingClientRect();
+    box.scrollLeft = 1e6;
+    return [place.left, place.right, box.scrollLeft, table.scrollWidth - box.clientWidth, box.tabIndex];
+})"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_sticks_out_and_tables_scroll_inside_their_box(name: str, made: dict[str, Path], window: Page) -> None:
+    window.open(made[name])
+    seen_as(window, "screen")
+    scrolled = 0
+    for width in WIDTHS:
+        at(window, width)
+        wide, inner = window.run("return [document.documentElement.scrollWidth, window.innerWidth]")
+        assert window.run(OUTSIDE) == []
+        assert wide <= inner == width
+        for left, right, moved, over, tab in window.run(TABLES):
+            assert -0.5 <= left <= right <= width + 0.5
+            assert moved >= over - 1, "the last column can be reached"
+            assert tab == 0
+            scrolled += moved > 0
+    assert scrolled > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_printed_is_all_there_and_has_no_controls(name: str, made: dict[str, Path], window: Page) -> None:
+    window.open(made[name])
+    at(window, PAPER)
+    seen_as(window, "print", "dark")
+    shown = "return [...document.querySelectorAll(arguments[0])].map(e => getComputedStyle(e).display)"
+    assert set(window.run(shown, "nav, .filter")) <= {"none"}
+    assert "none" not in window.run(shown, ".change, section, table")
+    right = "return Math.max(0, ...[...document.querySelectorAll('table')].map(t => t.getBoundingClientRect().right))"
+    assert 0 < window.run(right) <= PAPER, "paper cannot be scrolled"
+    assert window.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert len(window.devtools("Page.printToPDF")["data"]) > 10_000
 
 
 def axe() -> str:
@@ -96,22 +109,36 @@ def axe() -> str:
 
 
 def broken(window: Page) -> list[Any]:
-    """The rules of WCAG 2.2, levels A and AA, that the page breaks, and where."""
-    tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
+    """The rules of WCAG 2.2, levels A and AA, and of good practice, that the page breaks or may break, and where."""
+    tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
     run = "return axe.run(document, {runOnly: {type: 'tag', values: arguments[0]}})"
     found = window.run(run, tags)
-    assert {"color-contrast", "target-size"} <= {rule["id"] for rule in (*found["passes"], *found["violations"])}
-    return [(rule["id"], [node["html"][:120] for node in rule["nodes"]][:3]) for rule in found["violations"]]
+    looked_at = {rule["id"] for kind in ("passes", "violations") for rule in found[kind]}
+    assert {
+        "color-contrast",
+        *(["target-size"] if window.run("return !!document.querySelector('a')") else []),
+    } <= looked_at
+    # what stands behind a text of a drawing is not known to the tool; figures have a test of their own
+    undecided = [
+        {**rule, "nodes": nodes}
+        for rule in found["incomplete"]
+        if rule["id"] == "color-contrast" and (nodes := [n for n in rule["nodes"] if "<text" not in n["html"]])
+    ]
+    return [
+        (rule["id"], [node["html"][:120] for node in rule["nodes"]][:3]) for rule in (*found["violations"], *undecided)
+    ]
 
 
-def test_contrast_tap_targets_and_names_by_axe(page: Path) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_contrast_tap_targets_and_names_by_axe(name: str, made: dict[str, Path], window: Page) -> None:
     source = axe()
-    with browser() as window:
-        window.open(page)
-        at(window, 390)
-        window.run(source)
-        for scheme in ("light", "dark"):
-            window.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-            assert broken(window) == []
-        window.run("document.querySelector('main p').style.opacity = 0.3")
-        assert [rule for rule, _ in broken(window)] == ["color-contrast"], "the tool would notice"
+    window.open(made[name])
+    window.run(source)
+    # a gradient behind a table that scrolls leaves the contrast of its text undecided
+    window.run("document.querySelectorAll('.scroll').forEach(box => box.style.background = 'none')")
+    for width, scheme in ((390, "light"), (390, "dark"), (1280, "dark")):
+        at(window, width)
+        seen_as(window, "screen", scheme)
+        assert broken(window) == []
+    window.run("document.querySelector('main p').style.opacity = 0.3")
+    assert [rule for rule, _ in broken(window)] == ["color-contrast"], "the tool would notice"
