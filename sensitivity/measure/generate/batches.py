@@ -17,6 +17,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError, reason
 from sensitivity.tasks.examples.images import open_image, same_image
 from sensitivity.tasks.examples.types import SHORT, Example, Task
+from sensitivity.tasks.examples.videos import Frame
 from sensitivity.tasks.table import GALLERIES, SEARCHES
 
 IMAGES_PER_BATCH = 64
@@ -206,9 +207,10 @@ def prompt_text(vlm: VLM, example: Example) -> str:
                 "whichever of its files has the template, again"
             ) from error
     if example.more or example.turns:
+        video = ", such as the frames of a video," if isinstance(example.image, Frame) else ""
         raise UserError(
-            f"{vlm.name} has no chat template, so that it cannot be asked about several images or in several turns, as "
-            f"example {example.id} does"
+            f"{vlm.name} has no chat template, so that it cannot be asked about several images{video} or in several "
+            f"turns, as example {example.id} does"
         )
     if example.kind == "caption" and vlm.family.caption is not None:
         return vlm.family.caption

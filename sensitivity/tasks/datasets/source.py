@@ -16,6 +16,7 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.fields import Kind, Misfit, check, content, not_a_file, parsed, quoted, read, shortened
 from sensitivity.tasks.examples import images
 from sensitivity.tasks.examples.types import Example, Metric, Task
+from sensitivity.tasks.examples.videos import Frame
 
 SHARE = 0.02  # the largest share of examples that may be left out, with a note; with more flaws it is an error
 _BETWEEN = re.compile(r"[\s,]*")
@@ -214,7 +215,7 @@ def _named(example: Example) -> str:
     """An example's id, with its image's file name if it has one."""
     return (
         f"{shortened(example.id)}: {shortened(example.image.name)}"
-        if isinstance(example.image, Path)
+        if isinstance(example.image, Path | Frame)
         else shortened(example.id)
     )
 

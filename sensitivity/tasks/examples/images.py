@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from sensitivity.spec.errors import UserError, reason
 from sensitivity.spec.fields import MISSING, Misfit, not_a_file
+from sensitivity.tasks.examples import videos
 from sensitivity.tasks.examples.types import ImageSource
 
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
@@ -26,6 +27,8 @@ def why_unusable(image: NDArray[np.uint8] | ImageSource) -> str | None:
     """Why an image cannot be used; None if it can."""
     if isinstance(image, np.ndarray):
         return None
+    if isinstance(image, videos.Frame):
+        return image.why_unusable()
     if isinstance(image, Path) and (trouble := not_a_file(image)):
         return "no image file" if trouble == MISSING else f"no image file: {trouble}"
     try:

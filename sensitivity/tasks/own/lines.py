@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sensitivity.spec.errors import UserError
@@ -22,12 +22,14 @@ from sensitivity.spec.fields import (
     parsed,
 )
 from sensitivity.tasks.datasets import source as layout
-from sensitivity.tasks.examples.types import SPLITS, Example, Regions, Task, exact
+from sensitivity.tasks.examples import videos
+from sensitivity.tasks.examples.types import SPLITS, Example, ImageSource, Regions, Task, exact
 from sensitivity.tasks.own import saved
 from sensitivity.tasks.own.calibration_images import MIN_IMAGES, calibration_images
 from sensitivity.tasks.scoring import anls, captions, choices, grounding, numbers, vqa_accuracy, yes_no
 
 NEEDS = 'each line is like {"image": "a.jpg", "prompt": "What is this?", "answers": ["a cat"]}'
+VIDEO = 'a line about a video is like {"video": "a.mp4", "frames": 8, "prompt": "What happens?", "answers": ["a fall"]}'
 BOXES = 'each line is like {"image": "a.jpg", "prompt": "Where is it?", "boxes": [[10, 20, 50, 60]]}, in pixels'
 ANSWERS = either(ANY_TEXT, list_of(ANY_TEXT))  # empty answers pass here, and get a message of their own below
 REQUIRED = {"prompt": ANY_TEXT}
@@ -35,7 +37,11 @@ TURN = Kind(
     "[prompt, answer]", lambda value: isinstance(value, list) and len(value) == 2 and all(map(TEXT.fits, value))
 )
 OPTIONAL = {"id": NAME, "kind": TEXT, "split": one_of(*SPLITS), "turns": list_of(TURN, 0)}
-IMAGES = either(FILE, list_of(FILE))
+SHOWN = {"image": either(FILE, list_of(FILE)), "video": FILE}  # what a question is about: one of these
+FRAMES = Kind(
+    f"a whole number from 1 to {videos.MOST_FRAMES}",
+    lambda value: type(value) is int and 1 <= value <= videos.MOST_FRAMES,
+)
 MIN_ANSWERS = 4  # answers for VQA's accuracy: with one person left out, three others must be able to agree
 
 Scorer = Callable[[str, tuple[Example, ...], tuple[str, ...]], Task]
@@ -114,8 +120,8 @@ def _of_split(
 
 
 def _names(line: layout.Record) -> list[str]:
-    """The image files of a line: one, or several in a list."""
-    named = line["image"]
+    """The files of a line: an image, several in a list, or a video."""
+    named = line["video"] if "video" in line else line["image"]
     return list(named) if isinstance(named, list) else [named]
 
 
@@ -133,7 +139,7 @@ def task_from_lines(
     source = layout.DatasetFolder(path.stem, path.parent, "mend or take out those lines")
     drawn = layout.draw((_example(path, line, scorer in BOXED) for line in lines), n, seed, str(path), split)
     examples, left_out = source.readable(drawn)
-    notes = (*notes, *left_out)
+    notes = (*notes, *videos.note([example.image for example in examples]), *left_out)
     if scorer in BOXED:
         examples = tuple(map(grounding.with_image_size, examples))
         for example in examples:
@@ -161,10 +167,14 @@ def lines_of(path: Path, boxes: bool = False) -> Iterator[layout.Record]:
         except Misfit as error:
             raise UserError(f"{path}, line {number} is not JSON ({error}); {needs}") from error
         given = fields if isinstance(fields, dict) else {}
-        if missing := [name for name in ("image", "prompt", right) if given.get(name) in (None, "", [])]:
+        shown = "video" if "video" in given else "image"
+        if missing := [name for name in (shown, "prompt", right) if given.get(name) in (None, "", [])]:
             raise UserError(f"{path}, line {number} lacks {' and '.join(missing)}; {needs}")
+        if shown == "video" and ("image" in given or boxes):
+            other = "an image, too" if "image" in given else "boxes, which are those of one image"
+            raise UserError(f"{path}, line {number} has a video and {other}; {VIDEO}")
         try:
-            check(given, {"image": IMAGES, **REQUIRED}, OPTIONAL)
+            check(given, {shown: SHOWN[shown], **REQUIRED}, {**OPTIONAL, "frames": FRAMES})
         except Misfit as error:
             raise UserError(f"{path}, line {number}: {error}; {needs}") from error
         yield {**given, "split": given.get("split"), "number": number}
@@ -191,8 +201,7 @@ def _example(path: Path, fields: layout.Record, boxes: bool) -> Example:
         if whole is None:
             raise UserError(f"{line} has a box without an area; {needs}")
         regions = Regions(0, 0, whole)
-    # a file is named, and a saved data set holds the image itself
-    first, *more = (path.parent / one if isinstance(one, str) else one for one in _names(fields))
+    first, *more = _images(path.parent, fields)
     name = fields.get("id")
     return Example(
         id=f"line-{fields['number']:06d}" if name is None else str(name),
@@ -205,3 +214,11 @@ def _example(path: Path, fields: layout.Record, boxes: bool) -> Example:
         more=tuple(more),
         turns=tuple((prompt, answer) for prompt, answer in fields.get("turns") or ()),
     )
+
+
+def _images(folder: Path, fields: layout.Record) -> Sequence[ImageSource]:
+    """What a question is about: its images, or the frames of its video."""
+    if "video" in fields:
+        return videos.frames_of(folder / fields["video"], fields.get("frames", videos.FRAMES))
+    # a file is named, and a saved data set holds the image itself
+    return [folder / one if isinstance(one, str) else one for one in _names(fields)]
