@@ -39,8 +39,8 @@ def example_rows(task: Task, batch: Batch, answers: list[Answer], nll: list[floa
         "cluster": [example.cluster for example in batch.examples],
         "kind": [example.kind for example in batch.examples],
         "score": [
-            task.score(given.text, example) if math.isfinite(one_nll) else 0.0  # NaN logits: the text means nothing
-            for given, example, one_nll in zip(answers, batch.examples, nll, strict=True)
+            score if math.isfinite(one_nll) else 0.0  # NaN logits: the text means nothing
+            for score, one_nll in zip(task.scores([one.text for one in answers], batch.examples), nll, strict=True)
         ],
         "nll": [*nll],
         "answer": [given.text for given in answers],

@@ -11,7 +11,7 @@ from sensitivity.spec.errors import UserError, unknown
 from sensitivity.tasks import retrieval, scene_tasks
 from sensitivity.tasks.datasets import coco, geochat, gqa, image_pairs, rsvqa, scene_folders, vqav2
 from sensitivity.tasks.examples.types import SPLITS, Task
-from sensitivity.tasks.harness import lmms, task_files
+from sensitivity.tasks.harness import lmms, task_files, vlmeval
 from sensitivity.tasks.own import lines
 
 TASKS: dict[str, Callable[[str, int, int], Task]] = {
@@ -48,7 +48,13 @@ GALLERIES: dict[str, Callable[[Path, str, int, int], Task]] = {"flickr30k": retr
 
 
 # tasks of an evaluation library, by its name: --task lmms-eval:TASK, or lmms-eval:TASK:FOLDER
-LIBRARIES = ("lmms-eval",)
+LIBRARIES: dict[str, Callable[[str, str | None, str, int, int], Task]] = {
+    "lmms-eval": lmms.lmms_eval,
+    "vlmeval": vlmeval.vlmeval,
+}
+# what is checked of a name before any data are read, and a name for a message
+_CHECKS: dict[str, Callable[[str], object]] = {"lmms-eval": task_files.file_of, "vlmeval": vlmeval.check}
+_SUCH_AS = {"lmms-eval": "chartqa", "vlmeval": "MMStar"}
 
 
 def task(name: str, split: str = "evaluation", n: int = 1000, seed: int = 0, whole: bool = False) -> Task:
@@ -90,7 +96,7 @@ def find(name: str) -> Callable[[str, int, int], Task]:
         return tasks[name]
     head, colon, folder = name.partition(":")
     if head in LIBRARIES and colon:
-        return _of_library(folder)
+        return _of_library(head, folder)
     if head in sets:
         if not folder:
             raise UserError(f"{head} needs the folder where the data set is; type {head}:FOLDER")
@@ -104,10 +110,11 @@ def find(name: str) -> Callable[[str, int, int], Task]:
     raise unknown("task", name, [*tasks, *(f"{known}:FOLDER" for known in sets), *owns, *libraries])
 
 
-def _of_library(named: str) -> Callable[[str, int, int], Task]:
-    """A task of lmms-eval, with the folder of its data if one is named."""
+def _of_library(library: str, named: str) -> Callable[[str, int, int], Task]:
+    """A task of an evaluation library, with the folder of its data if one is named."""
     name, _, folder = named.partition(":")
     if not name:
-        raise UserError("lmms-eval needs the name of a task; type lmms-eval:TASK, such as lmms-eval:chartqa")
-    task_files.file_of(name)
-    return partial(lmms.lmms_eval, name, str(Path(folder).expanduser()) if folder else None)
+        such = f"{library}:{_SUCH_AS[library]}"
+        raise UserError(f"{library} needs the name of a task; type {library}:TASK, such as {such}")
+    _CHECKS[library](name)
+    return partial(LIBRARIES[library], name, str(Path(folder).expanduser()) if folder else None)

@@ -186,6 +186,7 @@ NAMED = (  # what people typed, and what must be named in the answer
     ("sweep MODEL --out new --storage sqlite:///table.csv", "cannot open the storage"),
     ("sweep MODEL --out new --storage nosuchdb://me:secret@host/x --dry-run", "cannot open the storage nosuchdb://me@"),
     ("sweep MODEL --out new --task lmms-eval:", "lmms-eval needs the name of a task; type lmms-eval:TASK"),
+    ("sweep MODEL --out new --task vlmeval:", "vlmeval needs the name of a task; type vlmeval:TASK"),
     ("sweep MODEL --out new --task retrieval", "cannot search"),
     ("sweep MODEL --out new --task retrieval --dry-run", "cannot search"),
     ("sweep MODEL --out new --until 1e999h", "is none of"),

@@ -186,7 +186,7 @@ def tasks(p: argparse.ArgumentParser) -> None:
         metavar="T[,T]",
         help="vqa, caption, scene, ground, retrieval; DATASET:FOLDER such as vqav2:FOLDER; your own FILE.jsonl, or"
         " SCORER:FILE.jsonl with exact, choice, number, yesno, anls, vqa, caption, iou or recall; lmms-eval:TASK[,TASK]"
-        " or lmms-eval:TASK:FOLDER (default: vqa)",
+        " or lmms-eval:TASK:FOLDER; the same with vlmeval: (default: vqa)",
     )
 
 

@@ -186,7 +186,7 @@ def comma_separated(one: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
     return read
 
 
-LIBRARIES = ("lmms-eval:",)  # prefixes that also apply to the names after them
+LIBRARIES = ("lmms-eval:", "vlmeval:")  # prefixes that also apply to the names after them
 
 
 def tasks(text: str) -> tuple[str, ...]:

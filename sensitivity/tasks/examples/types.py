@@ -79,6 +79,8 @@ class Task:
 
     `readable` says whether an answer holds what the score reads, such as a box; one that does not is malformed.
 
+    `together` scores many answers at once, where that takes less time than one after the other.
+
     `metrics` are further metrics of all answers together. Those in `slow` start another program and are not computed
     for every plan. `notes` say which examples were left out.
     """
@@ -94,6 +96,13 @@ class Task:
     slow: tuple[str, ...] = ()
     readable: Callable[[str], bool] = lambda answer: True
     search: Mapping[str, float] = field(default_factory=dict)
+    together: Callable[[Sequence[str], Sequence[Example]], list[float]] | None = None
+
+    def scores(self, answers: Sequence[str], examples: Sequence[Example]) -> list[float]:
+        """The score of each answer."""
+        if self.together is not None:
+            return self.together(answers, examples)
+        return [self.score(answer, example) for answer, example in zip(answers, examples, strict=True)]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -121,7 +130,7 @@ class Task:
         for kind in {example.kind for example in self.examples}:
             answers = Counter(example.answers[0] for example in self.examples if example.kind == kind)
             commonest[kind] = answers.most_common(1)[0][0]
-        return float(np.mean([self.score(commonest[example.kind], example) for example in self.examples]))
+        return float(np.mean(self.scores([commonest[example.kind] for example in self.examples], self.examples)))
 
     def measure(self, answers: Sequence[str]) -> dict[str, float]:
         """The further metrics, from one answer per example in the order of the examples."""

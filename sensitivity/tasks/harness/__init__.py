@@ -1,1 +1,1 @@
-"""Tasks of lmms-eval, with its prompts, answer rules and metrics."""
+"""Tasks of evaluation libraries, with their prompts, answer rules and metrics."""

@@ -122,19 +122,25 @@ def _example(documents: Documents, number: int, cluster: str, kind_of: str | Non
     documents.keep(number, images)
     for image in images:
         image.load()
-    texts = [str(one["text"]) if one["type"] == "text" else None for one in content]
-    images_first = texts[: len(images)] == [None] * len(images) and len(texts) == len(images) + 1
+    prompt, pieces = prompt_of([str(one["text"]) if one["type"] == "text" else None for one in content])
     lazy = [DocumentImage(documents, number, place, cluster) for place in range(len(images))]
     return Example(
         id=_id(documents.name, number),
         cluster=cluster,
         kind=str(doc[kind_of]) if kind_of else "all",
         image=lazy[0],
-        prompt="\n".join(text for text in texts if text),
+        prompt=prompt,
         answers=_answers(documents.task, doc),
         more=tuple(lazy[1:]),
-        pieces=() if images_first else tuple(texts),
+        pieces=pieces,
     )
+
+
+def prompt_of(texts: Sequence[str | None]) -> tuple[str, tuple[str | None, ...]]:
+    """The prompt of a message, where None is an image, and its pieces unless it is images and then one text."""
+    images = texts.count(None)
+    images_first = list(texts[:images]) == [None] * images and len(texts) == images + 1
+    return "\n".join(text for text in texts if text), () if images_first else tuple(texts)
 
 
 def _images_of(content: Sequence[Mapping[str, object]]) -> tuple[Image.Image, ...]:

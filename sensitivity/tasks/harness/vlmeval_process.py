@@ -1,0 +1,82 @@
+"""The process of a data set of VLMEvalKit: answers requests, one JSON value a line, until its input ends.
+
+python -m sensitivity.tasks.harness.vlmeval_process, started by `vlmeval.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sensitivity.spec.errors import UserError, reason
+from sensitivity.tasks.harness import vlmeval_library, vlmeval_scores
+
+PROBED = 30  # questions on which it is found out what scores a single answer
+Request = Mapping[str, Any]  # JSON from `vlmeval.py`
+
+
+class Served:
+    """The data set that the first request names, and what the others ask of it."""
+
+    def __init__(self, request: Request) -> None:
+        name, folder = request["name"], Path(request["folder"])
+        self.found = vlmeval_library.dataset(Path(request["package"]), name, folder, request["published"])
+        self.evaluation = vlmeval_scores.of_answers(self.found, name)
+        self.rows = vlmeval_library.rows_of(self.found)
+        # on the same questions for every split, number and seed, so that a score never means two things
+        self.by = self.evaluation.choose(vlmeval_library.first_answered(self.found, PROBED))
+
+    def asked(self, request: Request) -> list[dict[str, object]]:
+        """The prompts of some questions; of one that cannot be asked, why."""
+        prompts: list[dict[str, object]] = []
+        for number in request["numbers"]:
+            try:
+                prompts.append(vlmeval_library.asked(self.found, number, Path(request["images"])))
+            except UserError:
+                raise
+            except Exception as error:  # of Pillow, or of the data set's own code
+                prompts.append({"flaw": reason(error)})
+        return prompts
+
+    def scores(self, request: Request) -> list[float]:
+        """The score of each answer."""
+        return self.evaluation.scores([(number, text) for number, text in request["answers"]])
+
+    def figures(self, request: Request) -> dict[str, float]:
+        """The figures of all answers together."""
+        return self.evaluation.figures([(number, text) for number, text in request["answers"]])
+
+
+def main() -> None:
+    """Answer requests; whatever the library prints is not an answer."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    socket.socket.connect = _offline  # type: ignore[method-assign]
+    served: Served | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if served is None:
+                served = Served(request)
+                answer: object = {"rows": served.rows, "by": served.by}
+            else:
+                do: Callable[[Request], object] = getattr(served, request["do"])
+                answer = do(request)
+            print(json.dumps({"answer": answer}), file=answers, flush=True)
+        except UserError as error:
+            print(json.dumps({"error": str(error)}), file=answers, flush=True)
+        except Exception as error:  # of the library: it is told to the user in one sentence
+            print(json.dumps({"error": "", "why": reason(error)}), file=answers, flush=True)
+
+
+def _offline(*_: object) -> NoReturn:
+    raise UserError("it wants the network, which a sweep does not use")
+
+
+if __name__ == "__main__":
+    main()
