@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 FRAMES = 8  # of a video, where a line names no number
-MOST_FRAMES = 64
+MAX_FRAMES = 64
 KEPT = 2  # videos whose frames stay decoded, since the frames of one are read one after the other
 
 

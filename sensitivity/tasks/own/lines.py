@@ -39,8 +39,8 @@ TURN = Kind(
 OPTIONAL = {"id": NAME, "kind": TEXT, "split": one_of(*SPLITS), "turns": list_of(TURN, 0)}
 SHOWN = {"image": either(FILE, list_of(FILE)), "video": FILE}  # what a question is about: one of these
 FRAMES = Kind(
-    f"a whole number from 1 to {videos.MOST_FRAMES}",
-    lambda value: type(value) is int and 1 <= value <= videos.MOST_FRAMES,
+    f"a whole number from 1 to {videos.MAX_FRAMES}",
+    lambda value: type(value) is int and 1 <= value <= videos.MAX_FRAMES,
 )
 MIN_ANSWERS = 4  # answers for VQA's accuracy: with one person left out, three others must be able to agree
 
