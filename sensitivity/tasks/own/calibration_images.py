@@ -14,7 +14,7 @@ MIN_IMAGES = 5  # images that a file needs before one is kept for calibration: o
 
 
 def calibration_images(folder: Path, groups: Iterable[Sequence[str]]) -> frozenset[str]:
-    """The names of a tenth of the images, at least one; none where there are fewer than FEWEST.
+    """The names of a tenth of the images, at least one; none where there are fewer than MIN_IMAGES.
 
     `groups` are the images of each line. All images of a line stay together, as do lines that share an image.
 
