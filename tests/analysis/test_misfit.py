@@ -128,7 +128,7 @@ def test_a_space_too_large_to_list_is_searched_around_the_best(tmp_path: Path, m
     study = planted.study(tmp_path, {"a": worst})
     knapsack = Knapsack.of(study, ["a"])
     everything = solve(study, bpw=4.2, top=1, knapsack=knapsack)[0]
-    monkeypatch.setattr("sensitivity.analysis.allocate.one_by_one.ALL", 1)
+    monkeypatch.setattr("sensitivity.analysis.allocate.one_by_one.MAX_COMPARED", 1)
     assert solve(study, bpw=4.2, top=1, knapsack=knapsack)[0].plan == everything.plan
 
 

@@ -60,7 +60,7 @@ def test_fewer_examples_decide_than_verify(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is recommended later from the study is verified on as many examples as before."""
-    monkeypatch.setattr(planning, "FEWEST", 3)
+    monkeypatch.setattr(planning, "MIN_EXAMPLES", 3)
     line = PLAN.replace("--bpw 4,3", "--bpw 4").replace("--trials 6", "--trials 2 --top 1")
     found, _ = run(capsys, f"{line} --out {folder / 'few'}")
     assert Study(folder / "few").meta["n"] == 3

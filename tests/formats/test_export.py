@@ -203,7 +203,7 @@ def test_fake_loads_as_measured_with_any_method(shape: Path, tmp_path: Path) -> 
 def test_pieces_of_a_weight_are_quantized_as_the_whole(monkeypatch: pytest.MonkeyPatch, group: int | str) -> None:
     weight = torch.randn(50, 96)
     whole = codes_from_weights("a", weight, rtn(3, group, False))
-    monkeypatch.setattr(job_module, "PIECE", 7 * 96)
+    monkeypatch.setattr(job_module, "WEIGHTS_AT_ONCE", 7 * 96)
     pieces = codes_from_weights("a", weight, rtn(3, group, False))
     for part in ("codes", "scale", "zero", "group"):
         assert torch.equal(torch.as_tensor(getattr(whole, part)), torch.as_tensor(getattr(pieces, part))), part
