@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import saved_vlms
 import torch
 
 from sensitivity.cli import main as cli
+from sensitivity.formats.halved.model import HalvedModel
 from sensitivity.formats.table import write
 from sensitivity.formats.timing.intervals import FEWEST, interval, times, times_faster
 from sensitivity.formats.timing.memory import memory
@@ -66,17 +68,17 @@ def test_times_are_per_image_and_token_and_ratios_of_the_same_round() -> None:
     assert ratios["ms per image"]["high"] == 2
 
 
-class Sleeping:
+class Sleeping(HalvedModel):
     """A model that takes known times."""
 
-    def image_features(self, pixel_values: torch.Tensor) -> np.ndarray:
+    def image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None) -> np.ndarray:
         time.sleep(0.05)
         return np.zeros((32, 4))
 
     def forget(self) -> None:
         self.read = 0
 
-    def logits(self, ids: list[int], keep: int, features: Any = None) -> np.ndarray:
+    def logits(self, ids: Sequence[int], keep: int, features: Any = None) -> np.ndarray:
         time.sleep(0.1 if self.read == 0 else 0.02)
         self.read += len(ids)
         return np.eye(1, 8)

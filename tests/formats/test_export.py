@@ -714,8 +714,8 @@ def test_scales_without_a_place_are_refused_with_ways_out(parts: ComponentMap, t
 
 
 def test_an_unknown_format_is_told_the_known_ones(parts: ComponentMap, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"unknown format 'gguf'; choose from plan, fake, compressed-tensors"):
-        write(job(parts, {}), tmp_path / "out", "gguf")
+    with pytest.raises(UserError, match=r"unknown format 'ggml'; choose from plan, fake, compressed-tensors"):
+        write(job(parts, {}), tmp_path / "out", "ggml")
 
 
 def test_memory_is_used_again_only_when_nobody_looks_at_it() -> None:

@@ -58,6 +58,7 @@ def main() -> None:
     os.dup2(2, 1)
     socket.socket.connect = _offline  # type: ignore[method-assign]
     served: Served | None = None
+    said: dict[str, object]
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -67,11 +68,13 @@ def main() -> None:
             else:
                 do: Callable[[Request], object] = getattr(served, request["do"])
                 answer = do(request)
-            print(json.dumps({"answer": answer}), file=answers, flush=True)
+            said = {"answer": answer}
         except UserError as error:
-            print(json.dumps({"error": str(error)}), file=answers, flush=True)
+            said = {"error": str(error)}
         except Exception as error:  # of the library: it is told to the user in one sentence
-            print(json.dumps({"error": "", "why": reason(error)}), file=answers, flush=True)
+            said = {"error": "", "why": reason(error)}
+        answers.write(json.dumps(said) + "\n")
+        answers.flush()
 
 
 def _offline(*_: object) -> NoReturn:
