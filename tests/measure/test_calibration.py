@@ -394,7 +394,7 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 
 def calibrated(statistics: Statistics) -> list[Scheme]:
-    hosts = [("gptq", 2), ("gptq", 4), ("clip", 3), ("awq", 3), ("smooth", 3), ("qvla", 3)]
+    hosts = [("gptq", 2), ("gptq", 4), ("clip", 3), ("awq", 3), ("smooth", 3), ("qvla", 3), ("qsvd", 4)]
     grids = [("squeezellm", 3), ("leanquant", 3), ("leanquant-affine", 3), ("bpdq", 2), ("billm", 1), ("spqr", 3)]
     chosen = [*hosts, *grids]
     others = {"vlm-ptq", "gwq"}  # with inputs of both paths, or with gradients
