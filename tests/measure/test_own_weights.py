@@ -93,9 +93,10 @@ def test_dense_weights_are_kept_up_to_the_limit(model: nn.Module, parts: Compone
     plan = Plan.uniform(parts, scheme("rtn", 4))
     sizes = [4 * model.get_parameter(weight.name).numel() for weight in parts.weights]
     for limit, count in ((0, 0), (sizes[0], 1), (sum(sizes[:3]), 3), (sum(sizes), len(sizes))):
-        memory = WeightCodes(limit)
+        memory = WeightCodes()
         with quantized(model, parts, plan, memory) as changed:
             assert len(memory._dense) == len(changed)
+            memory.limit = memory.bytes + limit
         assert len(memory._dense) == count
 
 
@@ -110,3 +111,13 @@ def test_calibration_does_not_keep_the_weights_that_a_plan_replaces() -> None:
     with quantized(vlm.model, parts, Plan.uniform(parts, chosen), WeightCodes(0), statistics):
         gc.collect()
         assert was() is None
+
+
+def test_what_goes_back_into_the_model_is_kept_nowhere_else() -> None:
+    own = OwnWeights(layer(torch.randn(40, 7).bfloat16().float()))
+    own.narrow("weight")
+    kept = weakref.ref(own._kept["weight"].untyped_storage())
+    back = own.take("weight")
+    assert kept() is None
+    assert back.dtype == torch.float32
+    assert len(own) == 0

@@ -104,7 +104,7 @@ def quantized(
             # before the model's own weights come back, so that memory never holds both whole
             quantizer.memory.trim_dense()
             for name, parameter in parameters.items():
-                parameter.data = quantizer.own[name]
+                parameter.data = quantizer.own.take(name)
 
 
 def prepare(

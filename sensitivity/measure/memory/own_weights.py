@@ -32,6 +32,10 @@ class OwnWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._kept)
 
+    def take(self, name: str) -> Tensor:
+        """A parameter that goes back into the model; its 16 bits are let go: all of both widths would not fit."""
+        return self._kept.pop(name).to(self._dtypes[name])
+
     def narrow(self, name: str) -> None:
         """Keep a float32 parameter in 16 bits if all of its bits come back; the model must not use it meanwhile."""
         own = self._kept[name]

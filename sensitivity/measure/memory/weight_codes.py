@@ -80,8 +80,11 @@ class WeightCodes(OrderedDict[Key, CachedWeight]):
         return self._dense[name][1]
 
     def trim_dense(self) -> None:
-        """Keep dense weights up to the limit, those that have stayed longest: the next plan most likely shares them."""
-        held = 0
+        """Keep dense weights as far as the limit has room beside the codes.
+
+        Those that have stayed longest are kept: the next plan most likely shares them.
+        """
+        held = self.bytes
         for name, (_, tensor) in list(self._dense.items()):
             held += tensor.numel() * tensor.element_size()
             if held > self.limit:
