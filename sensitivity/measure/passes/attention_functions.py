@@ -18,19 +18,11 @@ Attend = Callable[[Tensor, Tensor | None], Tensor | None]
 
 
 class AttentionMode(TorchFunctionMode):
-    """While it is active, it sees what torch computes, and counts the attentions."""
+    """While it is active, its `fused` and `softmax` compute attention; `calls` counts those that are watched."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
-
-
-class AttentionFunctions(AttentionMode):
-    """While it is active, `attend` is called in each attention."""
-
-    def __init__(self, attend: Attend) -> None:
-        super().__init__()
-        self.attend = attend
 
     def __torch_function__(
         self,
@@ -42,15 +34,41 @@ class AttentionFunctions(AttentionMode):
         kwargs = kwargs or {}
         if func is FUSED:
             self.calls += 1
-            logits, value = _logits_and_value(*args, **kwargs)
-            chosen = self.attend(logits, value)
-            return func(*args, **kwargs) if chosen is None else chosen.to(value.dtype) @ value
-        result = func(*args, **kwargs)
-        if func in SOFTMAX and result.dim() == 4:
-            self.calls += 1
-            chosen = self.attend(args[0] if args else kwargs["input"], None)
-            result = result if chosen is None else chosen.to(result.dtype)
-        return result
+            return self.fused(*args, **kwargs)
+        if func in SOFTMAX:
+            logits, *more = args if args else (kwargs["input"],)
+            if logits.dim() == 4:
+                return self.softmax(func, logits, more, {k: v for k, v in kwargs.items() if k != "input"})
+        return func(*args, **kwargs)
+
+    def fused(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Fused attention, with torch's own arguments."""
+        return FUSED(*args, **kwargs)
+
+    def softmax(self, func: Callable[..., Tensor], logits: Tensor, more: Sequence[Any], how: dict[str, Any]) -> Tensor:
+        """A softmax of masked logits, examples x heads x queries x keys, with its other arguments."""
+        return func(logits, *more, **how)
+
+
+class AttentionFunctions(AttentionMode):
+    """While it is active, `attend` is called in each attention."""
+
+    def __init__(self, attend: Attend) -> None:
+        super().__init__()
+        self.attend = attend
+
+    def fused(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Fused attention with the probabilities that `attend` gives."""
+        logits, value = _logits_and_value(*args, **kwargs)
+        chosen = self.attend(logits, value)
+        return super().fused(*args, **kwargs) if chosen is None else chosen.to(value.dtype) @ value
+
+    def softmax(self, func: Callable[..., Tensor], logits: Tensor, more: Sequence[Any], how: dict[str, Any]) -> Tensor:
+        """The probabilities that `attend` gives, or the softmax itself."""
+        self.calls += 1
+        result = super().softmax(func, logits, more, how)
+        chosen = self.attend(logits, None)
+        return result if chosen is None else chosen.to(result.dtype)
 
 
 def probabilities_of(logits: Tensor) -> Tensor:

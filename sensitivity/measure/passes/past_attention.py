@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from sensitivity.measure.passes.attention_functions import FUSED, masked
+from sensitivity.measure.passes.attention_functions import AttentionMode, masked
 from sensitivity.spec.errors import UserError
 
 QUERY, KEY, VALUE = "query", "key", "value"
@@ -29,26 +28,14 @@ class Made:
     lost: dict[str, Tensor] = field(default_factory=dict)  # their values before rounding, minus the stored ones
 
 
-class PastAttention(TorchFunctionMode):
+class PastAttention(AttentionMode):
     """While it is active, each token reads its own key and value as they are, and those of others as stored."""
 
     def __init__(self, made: Made) -> None:
         super().__init__()
-        self.made, self.calls = made, 0
+        self.made = made
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is not FUSED:
-            return func(*args, **(kwargs or {}))
-        self.calls += 1
-        return self._unfolded(*args, **(kwargs or {}))
-
-    def _unfolded(self, query: Tensor, key: Tensor, value: Tensor, *more: Any, **how: Any) -> Tensor:
+    def fused(self, query: Tensor, key: Tensor, value: Tensor, *more: Any, **how: Any) -> Tensor:
         """Attention with each query head by itself.
 
         For a single token, transformers packs the query heads that share a key into the dimension of tokens.

@@ -12,7 +12,6 @@ from torch.utils.hooks import RemovableHandle
 
 from sensitivity.measure.passes.attention_functions import (
     FUSED,
-    SOFTMAX,
     AttentionMode,
     at_least_float32,
     masked,
@@ -88,25 +87,7 @@ class PrunedAttention(AttentionMode):
         super().__init__()
         self.prompts, self.share, self.prunes = prompts, share, prunes
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is FUSED:
-            self.calls += 1
-            return self._fused(*args, **kwargs)
-        if func in SOFTMAX:
-            logits, *more = args if args else (kwargs["input"],)
-            if logits.dim() == 4:
-                self.calls += 1
-                return self._softmax(func, logits, more, {k: v for k, v in kwargs.items() if k != "input"})
-        return func(*args, **kwargs)
-
-    def _fused(
+    def fused(
         self,
         query: Tensor,
         key: Tensor,
@@ -132,8 +113,9 @@ class PrunedAttention(AttentionMode):
             self._decide(masked(logits, mask, False))
         return FUSED(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
-    def _softmax(self, func: Callable[..., Tensor], logits: Tensor, more: Sequence[Any], how: dict[str, Any]) -> Tensor:
-        """A softmax of logits, which have attention's own mask."""
+    def softmax(self, func: Callable[..., Tensor], logits: Tensor, more: Sequence[Any], how: dict[str, Any]) -> Tensor:
+        """A softmax of logits, which have attention's own mask, with a narrower one."""
+        self.calls += 1
         rows, keys = logits.shape[0], logits.shape[3]
         if (seen := self.prompts.visible(rows, keys) if self.prunes else None) is not None:
             logits = _narrower(logits, seen)
