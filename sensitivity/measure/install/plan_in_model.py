@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sensitivity.measure.calibrate.absorbers import Absorber
-from sensitivity.measure.calibrate.cache import fingerprint
-from sensitivity.measure.calibrate.statistics import Statistics, by_importance
-from sensitivity.measure.install.past_cache import Sizes, cache_sizes, past_cache_hooks
+from sensitivity.measure.calibrate.statistics import Statistics
+from sensitivity.measure.install.past_cache import past_cache_hooks
 from sensitivity.measure.install.pruned_tokens import pruning_hooks
+from sensitivity.measure.install.quantizer import Quantizer
 from sensitivity.measure.install.rounding import check_cache
-from sensitivity.measure.install.run_time import RunTime
-from sensitivity.measure.install.tweaked_norms import TweakedNorms
-from sensitivity.measure.memory.own_weights import OwnWeights
-from sensitivity.measure.memory.weight_codes import CachedWeight, Key, WeightCodes, as_cached, from_tensors, tensors
-from sensitivity.quantize.layer.curvature import Curvature
-from sensitivity.quantize.layer.linears import Linears, input_of
-from sensitivity.quantize.methods import UNIFORM, method_of, needs_data, needs_fisher, quantize, solve, weights_of
-from sensitivity.quantize.run_time.settings import needs_run_time_data, smooths_cache
+from sensitivity.measure.memory.weight_codes import WeightCodes
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import KEEP, NOT_ROUNDED, Plan, Scheme, Setting, scheme_of
+from sensitivity.spec.plan import KEEP, Plan, Scheme, scheme_of
 from sensitivity.spec.stage import each
 
 QUANTIZING = "quantizing", "blocks"  # what progress lines call the work and its unit
@@ -57,7 +47,7 @@ def quantized(
     schemes, given = targets(parts, plan), _given(parts, plan)
     if unknown_names := sorted(set(schemes) - set(parameters)):
         raise UserError(f"the plan names weights that this model does not have: {', '.join(unknown_names[:4])}")
-    quantizer = _Quantizer(model, parts, WeightCodes(0) if memory is None else memory, statistics)
+    quantizer = Quantizer(model, parts, WeightCodes(0) if memory is None else memory, statistics)
     blocks, exposed = list(_blocks(parts, given)), statistics is not None and statistics.exposed
     if not exposed:  # float statistics are collected before the first weight is replaced
         for block in each(blocks, *QUANTIZING, len(blocks)):
@@ -125,7 +115,7 @@ def prepare(
     for plan in plans:
         for name, scheme in _given(parts, plan).items():
             schemes_of.setdefault(name, set()).add(scheme)
-    quantizer = _Quantizer(model, parts, memory, statistics)
+    quantizer = Quantizer(model, parts, memory, statistics)
     blocks = list(_blocks(parts, schemes_of))
     for block in each(blocks, *QUANTIZING, len(blocks)):
         quantizer.solve(block, schemes_of)
@@ -153,171 +143,8 @@ def _given(parts: ComponentMap, plan: Plan) -> dict[str, Scheme]:
     return scheme_by_weight
 
 
-class _Quantizer:
-    """Quantizes the weights of one model: its own weights, the memory of quantized ones, and those installed so far."""
-
-    def __init__(
-        self, model: nn.Module, parts: ComponentMap, memory: WeightCodes, statistics: Statistics | None
-    ) -> None:
-        self.own = OwnWeights(model)
-        self.memory, self.statistics = memory, statistics
-        self.installed_so_far: list[tuple[str, Scheme]] = []
-        exposed = statistics is not None and statistics.exposed
-        # what calibration gives for run time; on the exposed path it is this plan's alone
-        self.run_time = RunTime(model, parts, statistics, {} if exposed else memory.run_time)
-        passes = statistics.passes if statistics else lambda: iter(())
-        self.norms = TweakedNorms(model, parts, passes, exposed, memory.norms)
-        self.inputs: dict[str, list[Weight]] = {}
-        self.weights = {weight.name: weight for weight in parts.weights}
-        for weight in parts.weights:
-            self.inputs.setdefault(input_of(weight), []).append(weight)
-
-    def weight(self, name: str, scheme: Scheme) -> Tensor:
-        """The dequantized weight that a scheme puts into the model."""
-        return self.memory.dense(self.key(name, scheme), self.own[name])
-
-    def key(self, name: str, scheme: Scheme) -> Key:
-        """What a quantized weight depends on; on the exposed path also everything that was quantized before it."""
-        scheme = weights_of(scheme)
-        if self.statistics is not None and self.statistics.exposed and method_of(scheme).calibrated:
-            return name, scheme, tuple(self.installed_so_far)
-        return name, scheme
-
-    def solve(self, block: Iterable[Weight], schemes_of: Mapping[str, set[Scheme]]) -> None:
-        """Quantize what the memory lacks; weights that read one input are solved together, and always all of them."""
-        missing: dict[str, set[Scheme]] = {}
-        block = list(block)
-        ranges = self.run_time.ranges_to_find(block, schemes_of)
-        for weight in block:
-            every = {weights_of(scheme) for scheme in schemes_of[weight.name] if scheme.method != KEEP}
-            if missing_schemes := {s for s in every if self.key(weight.name, s) not in self.memory}:
-                missing.setdefault(input_of(weight), set()).update(missing_schemes)
-            for scheme in filter(needs_run_time_data, schemes_of[weight.name]):
-                self._check_calibrated(scheme)
-        # a method may choose scales for an input that its weights share; solving all of them together keeps the bits
-        # independent of which of them a plan names
-        for scheme in {s for schemes in missing.values() for s in schemes}:
-            self._check_calibrated(scheme)
-        curvatures: Mapping[str, Mapping[str, Curvature]] = {}
-        if self.statistics is not None:
-            curvatures = self.statistics.gather_for(missing, self.inputs, tuple(self.installed_so_far))
-            self._find_ranges(ranges, curvatures)
-        for shared, schemes in missing.items():
-            names = tuple(weight.name for weight in self.inputs[shared])
-            for name in names:
-                _check_finite(name, self.own[name])
-            # tracing absorbers costs a forward pass, so it waits until a scheme folds its scales
-            foldable = any(s.get("scales") == "folded" for s in schemes) and shared in self._absorbers()
-            fisher = None if self.statistics is None else self.statistics.fisher_of(names, schemes, self.own)
-            normed = self.statistics is not None and self.statistics.behind_norm_for(shared, schemes)
-            weights = tuple(self.own[name] for name in names)
-            whole = Linears(names, weights, foldable=foldable, behind_norm=normed, fisher=fisher)
-            for linears, alike in by_importance(whole, schemes, curvatures.get(shared, {})):
-                for chosen, values in zip(alike, self._values(linears, alike), strict=True):
-                    for name, value in zip(names, values, strict=True):
-                        self.memory[self.key(name, chosen)] = value
-
-    def _find_ranges(self, ranges: Mapping[str, Weight], curvatures_of: Mapping[str, Mapping[str, Curvature]]) -> None:
-        """Add the range of some inputs, from statistics in which all tokens count alike, gathered now if missing."""
-        known = {name: curvatures[UNIFORM] for name in ranges if UNIFORM in (curvatures := curvatures_of.get(name, {}))}
-        if (left := [weight for name, weight in ranges.items() if name not in known]) and self.statistics is not None:
-            known |= self.statistics.gather(left, tuple(self.installed_so_far))
-        self.run_time.add_ranges({name: known[name] for name in ranges})
-
-    def search(self, given: Mapping[str, Scheme]) -> None:
-        """Find how some weights' schemes round in each forward pass, on the model as it is."""
-        weights = [self.weights[name] for name in given]
-        self.run_time.search(weights, given, self.own, lambda name: self.weight(name, given[name]))
-
-    def stored(self, weight: Weight, scheme: Scheme) -> CachedWeight | None:
-        """The stored weight if the scheme rounds its inputs, which it may transform first, or a cache; else None."""
-        if min(scheme.activations, scheme.cache) == NOT_ROUNDED or scheme.method == KEEP:
-            return None
-        return self.memory[self.key(weight.name, scheme)]
-
-    def cache_sizes(self, model: nn.Module, given: Mapping[str, Scheme]) -> Sizes:
-        """The sizes of the channels of keys and values, where a scheme divides by them; `model` has its own weights."""
-        if smoothing := [scheme for scheme in given.values() if smooths_cache(scheme)]:
-            self._check_calibrated(smoothing[0])
-            if not self.memory.cache_sizes and self.statistics is not None:
-                self.memory.cache_sizes = dict(cache_sizes(model, self.weights.values(), self.statistics.passes))
-        return self.memory.cache_sizes
-
-    def _values(self, linears: Linears, schemes: Sequence[Scheme]) -> list[list[CachedWeight]]:
-        """The quantized weights for each scheme; calibrated ones come from the cache on disk if it has them."""
-        cache = self.statistics.cache if self.statistics is not None and linears.curvature is not None else None
-        # keyed by the bits of weights and statistics, not by names: the same content gives the same result in any model
-        content = (
-            None
-            if cache is None
-            else [
-                linears.foldable,
-                linears.behind_norm,
-                fingerprint([*linears.weights, *linears.input_statistics.content]),
-            ]
-        )
-        gradients = fingerprint(linears.fisher) if cache is not None and linears.fisher is not None else None
-        about: dict[Scheme, dict[str, object]] = {
-            s: {"scheme": replace(s, settings=_method_settings(s)).to_json(), "content": content}
-            | ({"gradients": gradients} if needs_fisher(s) else {})
-            for s in schemes
-        }
-        cached = {s: cache.load(about[s], linears.weights[0].device) for s in schemes} if cache is not None else {}
-        missing = [s for s in schemes if cached.get(s) is None]
-        values: dict[Scheme, list[CachedWeight]] = {}
-        for scheme, results in zip(missing, solve(linears, missing), strict=True):
-            pairs = zip(linears.weights, results, strict=True)
-            # None is a weight that the method leaves alone; its copy has an address of its own, as `quantized` expects
-            values[scheme] = [w.clone() if r is None else as_cached(r) for w, r in pairs]
-            if cache is not None:
-                every = enumerate(values[scheme])
-                stored = {f"{i}.{name}": tensor for i, value in every for name, tensor in tensors(value).items()}
-                cache.store(about[scheme], stored, linears.weights[0].device)
-        for scheme, kept in cached.items():
-            if kept is not None:
-                values[scheme] = [from_tensors(_without_prefix(f"{i}.", kept)) for i in range(len(linears.weights))]
-        return [values[scheme] for scheme in schemes]
-
-    def _absorbers(self) -> Mapping[str, Absorber]:
-        """What each input's scales can be folded into; nothing without statistics."""
-        return {} if self.statistics is None else self.statistics.absorbers
-
-    def bias(self, name: str, scheme: Scheme) -> Tensor:
-        """The dequantized bias that a scheme puts into the model; it is quantized as a matrix of one row."""
-        scheme = weights_of(scheme)
-        if (name, scheme) not in self.memory:
-            _check_finite(name, self.own[name])
-            bias = self.own[name]
-            self.memory[name, scheme] = quantize(bias.reshape(1, -1), scheme).reshape(bias.shape)
-        return self.memory.dense((name, scheme), self.own[name])
-
-    def _check_calibrated(self, scheme: Scheme) -> None:
-        """Raise an error for a scheme that needs statistics if there are none, or they are of other data."""
-        if not needs_data(scheme):
-            return
-        if self.statistics is None:
-            raise UserError(f"{scheme.method} needs calibration data: pass statistics, as calibrate() makes them")
-        self.statistics.check_scheme(scheme)
-
-
-def _without_prefix(prefix: str, cached: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in cached.items() if name.startswith(prefix)}
-
-
 def _blocks(parts: ComponentMap, schemes: Container[str]) -> Iterator[list[Weight]]:
     """The weights that are asked for, block by block in the direction of data flow."""
     for block in parts.regroup("block").components:
         if quantized_weights := [weight for weight in block.weights if weight.name in schemes]:
             yield quantized_weights
-
-
-def _method_settings(scheme: Scheme) -> tuple[tuple[str, Setting], ...]:
-    """A scheme's own settings, without the facts of its calibration data: the hash of the content covers those."""
-    return tuple((name, value) for name, value in scheme.settings if name in method_of(scheme).settings)
-
-
-def _check_finite(name: str, weight: Tensor) -> None:
-    """Raise an error if a weight holds NaN or infinite values."""
-    if not torch.isfinite(weight).all():
-        raise UserError(f"{name} holds NaN or infinite values and cannot be quantized")
