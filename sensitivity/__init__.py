@@ -30,7 +30,7 @@ _HOMES = {
     "ComponentMap": "spec.components",
     "Scheme": "spec.plan",
     "Plan": "spec.plan",
-    "Size": "spec.plan_size",
+    "Size": "spec.sizes",
     "size": "spec.sizes",
     "Study": "study.study",
     "task": "tasks.table",

@@ -17,7 +17,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import METHODS, quantize
 from sensitivity.quantize.sources import SOURCES
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.sizes import OVERHEAD
+from sensitivity.spec.stored_bits import OVERHEAD
 
 PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
 

@@ -36,7 +36,7 @@ from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read
 from sensitivity.spec.runtimes.rules import violations
 from sensitivity.spec.runtimes.table import files_of
-from sensitivity.spec.sizes import FILES
+from sensitivity.spec.stored_bits import FILES
 from sensitivity.study import exports
 from sensitivity.study.scores import paired_difference, summarize
 from sensitivity.study.storage import paths

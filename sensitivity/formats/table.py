@@ -23,8 +23,8 @@ from sensitivity.models.vlm import VLM
 from sensitivity.spec import plan_file
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.files import may_write
-from sensitivity.spec.plan_size import SizeJson
 from sensitivity.spec.runtimes.rules import check
+from sensitivity.spec.sizes import SizeJson
 
 # name -> the function that writes a job's plan into a new folder and returns what it wrote
 FORMATS: dict[str, Callable[[Job, Path], Written]] = {

@@ -3,16 +3,69 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import NotRequired, TypedDict
 
 from sensitivity.spec.components import ComponentMap, Kept, Weight
-from sensitivity.spec.errors import UserError, unknown
-from sensitivity.spec.plan import CACHE_GROUP, CACHE_SMOOTH, JOINT, KEEP, NOT_ROUNDED, Plan, Scheme, Setting, scheme_of
-from sensitivity.spec.plan_size import Size
+from sensitivity.spec.errors import unknown
+from sensitivity.spec.plan import CACHE_GROUP, CACHE_SMOOTH, JOINT, KEEP, NOT_ROUNDED, Plan, Scheme, scheme_of
+from sensitivity.spec.stored_bits import FILES, GGUF_MATRICES, OVERHEAD, SHARED, latent_rank
 
 MB, GB = 1e6, 1e9  # bytes, as disks and hubs count them
 
 PAPER_NATIVE_BITS = 16  # bits that the published bpw figures count for every weight that is not quantized
+
+
+class SizeJson(TypedDict):
+    """What a file stores of a size."""
+
+    bytes: int
+    bpw: float
+    bpw_codes: float
+    format: NotRequired[str]
+    cache_bits: NotRequired[int]
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a plan: `bpw` counts everything that is stored, `bpw_codes` only codes, as papers do.
+
+    Examples:
+        >>> weighs = size(parts, plan)
+        >>> weighs.bytes == weighs.bits / 8, weighs.bpw == weighs.bits / weighs.numel
+        (True, True)
+    """
+
+    bits: int
+    codes: int  # bits of the components' codes alone
+    numel: int
+    bpw_codes: float
+    format: str | None = None  # the format whose files are counted; None: what the methods themselves store
+    # of keys and values per token, where a plan rounds some; not part of `bits`, since no file holds a cache
+    cache_bits: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        """The size in whole bytes."""
+        return math.ceil(self.bits / 8)
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight of the whole model."""
+        return self.bits / self.numel
+
+    @property
+    def counted(self) -> str:
+        """What was counted, in words."""
+        return "all stored" if self.format is None else f"all stored in {self.format} files"
+
+    def to_json(self) -> SizeJson:
+        """Bytes and bits per weight as JSON values."""
+        content: SizeJson = {"bytes": self.bytes, "bpw": self.bpw, "bpw_codes": self.bpw_codes}
+        if self.cache_bits is not None:
+            content["cache_bits"] = self.cache_bits
+        return content if self.format is None else {**content, "format": self.format}
 
 
 def in_words(count: float) -> str:
@@ -21,262 +74,6 @@ def in_words(count: float) -> str:
         if count >= unit:
             return f"{count / unit:.{max(0, 2 - int(math.log10(count / unit)))}f} {name}"
     return f"{count / 1e3:.0f} kB"
-
-
-def groups(scheme: Scheme, rows: int, cols: int) -> int:
-    """How many scales a weight has; the last group of a row may be shorter and counts as one."""
-    if scheme.group == "tensor":
-        return 1
-    return rows if scheme.group == "row" else rows * math.ceil(cols / int(scheme.group))
-
-
-def _affine(scheme: Scheme, rows: int, cols: int) -> int:
-    """A 16-bit scale per group and, on asymmetric grids, a zero point as wide as a code."""
-    return groups(scheme, rows, cols) * (16 + (0 if scheme.symmetric else scheme.bits))
-
-
-def _scaled(scheme: Scheme, rows: int, cols: int) -> int:
-    """What `_affine` counts, and a 16-bit scale per input channel unless the layer before absorbs it."""
-    return _affine(scheme, rows, cols) + (0 if scheme.get("scales") in ("folded", "norms") else 16 * cols)
-
-
-def _blocks(scheme: Scheme, rows: int, cols: int) -> int:
-    """bitsandbytes' storage: a table of 16 float32 numbers, and a float32 scale per block of the flattened weight.
-
-    With `double`, block scales take 8 bits each; beside them are their float32 mean, a float32 scale per 256 of them,
-    and a table of 256 float32 numbers.
-    """
-    if isinstance(scheme.group, str):
-        raise UserError(f"the group of {scheme.method} is a number of weights, not '{scheme.group}'")
-    blocks = math.ceil(rows * cols / scheme.group)
-    # the tables are counted per weight, since bitsandbytes stores them with each one
-    table = 16 * 32
-    if scheme.get("double"):
-        return table + 8 * blocks + 32 * (math.ceil(blocks / 256) + 1 + 256)
-    return table + 32 * blocks
-
-
-def outliers(share: Setting, rows: int, cols: int) -> int:
-    """The number of outliers of a weight, from their share alone: a plan's size is needed before it is quantized."""
-    kept: int = round(float(share or 0) * rows * cols)
-    return kept
-
-
-RUN = 256  # columns within which the position of an outlier takes 8 bits
-
-
-def _positions(count: int, rows: int, cols: int) -> int:
-    """The positions of outliers: 8 bits for each, and a 16-bit count for every 256 columns of a row."""
-    return 8 * count + 16 * rows * math.ceil(cols / RUN) if count else 0
-
-
-def _sparse(count: int, rows: int, cols: int) -> int:
-    """Outliers with 16-bit values."""
-    return 16 * count + _positions(count, rows, cols)
-
-
-def _codebook(scheme: Scheme, rows: int, cols: int) -> int:
-    """A 16-bit codebook per row."""
-    return 16 * rows * (1 << scheme.bits)
-
-
-def _squeezellm(scheme: Scheme, rows: int, cols: int) -> int:
-    """What `_codebook` counts, and outliers."""
-    count = outliers(scheme.get("sensitive"), rows, cols) + outliers(scheme.get("outliers"), rows, cols)
-    return _codebook(scheme, rows, cols) + _sparse(count, rows, cols)
-
-
-def _planes(scheme: Scheme, rows: int, cols: int) -> int:
-    """For each group, a 16-bit coefficient per bit plane and a 16-bit offset."""
-    return groups(scheme, rows, cols) * 16 * (scheme.bits + 1)
-
-
-def _billm(scheme: Scheme, rows: int, cols: int) -> int:
-    """What BiLLM stores beside one bit per weight.
-
-    A second bit (the half, or the second sign of a salient column), mean and magnitude of each half, mean and two
-    magnitudes of salient columns, and a bit per column.
-    """
-    salient, split = bool(scheme.get("salient")), bool(scheme.get("split"))
-    numbers = (4 if split else 2) + (3 if salient else 0)
-    second = rows * cols if salient or split else 0
-    return second + 16 * numbers * groups(scheme, rows, cols) + (cols if salient else 0)
-
-
-def _bivlm(scheme: Scheme, rows: int, cols: int) -> int:
-    """What Bi-VLM stores beside signs: the index of each weight's bin, which the paper leaves out, and bin levels.
-
-    Salient weights are two more bins; they add a 16-bit scale per row, and a mean and a deviation per matrix.
-    """
-    bins, salient = int(scheme.get("bins") or 1), bool(scheme.get("salient"))
-    index = math.ceil(math.log2(bins + (2 if salient else 0)))
-    return index * rows * cols + 16 * bins + (16 * (rows + 2) if salient else 0)
-
-
-def _spqr(scheme: Scheme, rows: int, cols: int) -> int:
-    """Outliers, and grids in two levels.
-
-    The scales of 16 rows are quantized themselves, with one 16-bit scale and zero point; so are their zero points.
-    """
-    per_group = int(scheme.get("scale_bits") or 16)
-    shared = math.ceil(rows / 16) * groups(scheme, 1, cols)
-    # at 16 bits there is no second level, and a zero point is as wide as a code
-    grids = groups(scheme, rows, cols) * 2 * per_group + 64 * shared if per_group < 16 else _affine(scheme, rows, cols)
-    return grids + _sparse(outliers(scheme.get("outliers"), rows, cols), rows, cols)
-
-
-def _kept_apart(scheme: Scheme, rows: int, cols: int) -> int:
-    """A grid per group, and outliers."""
-    return _affine(scheme, rows, cols) + _sparse(outliers(scheme.get("outliers"), rows, cols), rows, cols)
-
-
-def _adpq(scheme: Scheme, rows: int, cols: int) -> int:
-    """Two grids per group, and the positions of outliers, whose values are codes like all others."""
-    count = outliers(scheme.get("outliers"), rows, cols)
-    return (2 if count else 1) * _affine(scheme, rows, cols) + _positions(count, rows, cols)
-
-
-CHANNEL_WIDTHS = (0, 2, 4, 8, 16)  # bits that QVLA may give an output channel
-
-
-def channel_budget(scheme: Scheme, rows: int, cols: int) -> int:
-    """The bits that a weight whose rows have different widths may take: codes, and a 16-bit scale per row."""
-    return scheme.bits * rows * cols + 16 * rows
-
-
-def _channels(scheme: Scheme, rows: int, cols: int) -> int:
-    """A 16-bit scale for each row, and 3 bits that say which width it has.
-
-    Codes of the chosen widths never exceed `channel_budget`: the size is an upper bound.
-    """
-    return 16 * rows + 3 * rows
-
-
-def latent_rank(scheme: Scheme, cols: int) -> int:
-    """The numbers of the latent vector from which weights of low rank make their outputs: a multiple of 16, or all."""
-    return min(cols, 16 * math.ceil(float(scheme.get("rank") or 1) * cols / 16))
-
-
-def _ups(scheme: Scheme, rows: int, cols: int) -> int:
-    """A weight's own factor with a 16-bit scale per row, in place of the codes of its rows."""
-    return scheme.bits * rows * (latent_rank(scheme, cols) - cols) + 16 * rows
-
-
-def _downs(scheme: Scheme, weights: Iterable[Weight]) -> int:
-    """The factor that weights with a common input share, with a 16-bit scale per row."""
-    inputs = {weight.shares_input or weight.module: weight.cols for weight in weights if weight.joint}
-    return sum(latent_rank(scheme, cols) * (scheme.bits * cols + 16) for cols in inputs.values())
-
-
-# method -> bits that the weights of a component store together
-SHARED: dict[str, Callable[[Scheme, Iterable[Weight]], int]] = {JOINT: _downs}
-# method -> bits stored beside the codes of a weight with `rows` and `cols`
-OVERHEAD: dict[str, Callable[[Scheme, int, int], int]] = {
-    "uniform": lambda scheme, rows, cols: 64 * groups(scheme, rows, cols),  # minimum and range, float32
-    "rtn": _affine,
-    "clip": _affine,
-    "gptq": _affine,
-    "vlm-ptq": _affine,
-    "awq": _scaled,
-    "smooth": _scaled,
-    "nf4": _blocks,
-    "fp4": _blocks,
-    "llm-int8": lambda scheme, rows, cols: 32 * rows,
-    "binary": _planes,
-    "squeezellm": _squeezellm,
-    "leanquant": _codebook,
-    "leanquant-affine": _affine,
-    "bpdq": _planes,
-    "billm": _billm,
-    "bivlm": _bivlm,
-    "spqr": _spqr,
-    "gwq": _kept_apart,
-    "adpq": _adpq,
-    "qvla": _channels,
-    JOINT: _ups,
-    KEEP: lambda scheme, rows, cols: 0,
-    "codes": lambda scheme, rows, cols: 0,  # an imported table, of which only bit widths are known
-}
-
-
-def _whole_words(bits: int) -> int:
-    """Bits rounded up to whole 32-bit words."""
-    return 32 * math.ceil(bits / 32)
-
-
-def _compressed_tensors(scheme: Scheme, rows: int, cols: int) -> int:
-    """Bits in the pack-quantized format, or in int-quantized where activations are rounded.
-
-    Codes fill whole words row by row; a 16-bit scale per group; two int64 for the shape; zero points are packed along
-    the rows, except the int8 of a whole tensor. In int-quantized each code takes a byte, whatever its width.
-    """
-    if scheme.activations != NOT_ROUNDED:
-        return 8 * rows * cols + 16 * groups(scheme, rows, cols)
-    stored = rows * _whole_words(cols * scheme.bits) + 16 * groups(scheme, rows, cols) + 2 * 64
-    if scheme.symmetric:
-        return stored
-    return stored + (8 if scheme.group == "tensor" else groups(scheme, 1, cols) * _whole_words(rows * scheme.bits))
-
-
-def _awq(scheme: Scheme, rows: int, cols: int) -> int:
-    """Codes and, per group, a 16-bit scale and a zero point, which symmetric grids store too."""
-    return scheme.bits * rows * cols + groups(scheme, rows, cols) * (16 + scheme.bits)
-
-
-def _gptq(scheme: Scheme, rows: int, cols: int) -> int:
-    """What `_awq` counts, and for each column the 32-bit index of its group."""
-    return _awq(scheme, rows, cols) + 32 * cols
-
-
-def openvino_width(bits: int) -> int:
-    """The width in which OpenVINO stores codes: its graphs know 2, 4 and 8 bits, and expand others to floats."""
-    return next(width for width in (2, 4, 8) if bits <= width)
-
-
-def _whole_bytes(bits: int) -> int:
-    """Bits rounded up to whole bytes."""
-    return 8 * math.ceil(bits / 8)
-
-
-def _openvino(scheme: Scheme, rows: int, cols: int) -> int:
-    """Codes in 2, 4 or 8 bits, a 16-bit scale per group, and zero points as wide as codes.
-
-    Symmetric codes of 4 and 8 bits are signed and have no zero point; those of 2 bits share one, in a byte.
-    """
-    width, count = openvino_width(scheme.bits), groups(scheme, rows, cols)
-    zeros = (8 if width == 2 else 0) if scheme.symmetric else _whole_bytes(width * count)
-    return _whole_bytes(width * rows * cols) + 16 * count + zeros
-
-
-GGUF_BLOCK = 32  # weights that share a scale in GGUF
-GGUF_BLOCK_BYTES = {"q4_0": 18, "q5_0": 22, "q8_0": 34}  # type -> a 16-bit scale and 32 codes of 4, 5 or 8 bits
-GGUF_MATRICES = ("embedding", "embedding, tied to the output head", "output head")  # kept in their own type
-
-
-def gguf_type(scheme: Scheme) -> str:
-    """The type in which GGUF stores codes exactly: a code minus its zero point takes a bit more than the code."""
-    width = scheme.bits if scheme.symmetric else scheme.bits + 1
-    return "q4_0" if width <= 4 else "q5_0" if width == 5 else "q8_0"
-
-
-def _gguf(scheme: Scheme, rows: int, cols: int) -> int:
-    """Whole blocks of 32 columns, whatever the group: its scale is repeated in each of them."""
-    return 8 * GGUF_BLOCK_BYTES[gguf_type(scheme)] * rows * math.ceil(cols / GGUF_BLOCK)
-
-
-# format -> all bits that its files hold for one weight; formats that are missing here are configurations, from which
-# the runtime's own tool makes the weights
-FILES: dict[str, Callable[[Scheme, int, int], int]] = {
-    "compressed-tensors": _compressed_tensors,
-    "gptq": _gptq,
-    "auto-round": _gptq,
-    "awq": _awq,
-    "openvino": _openvino,
-    "gguf": _gguf,
-    "float32": lambda scheme, rows, cols: 32 * rows * cols,  # the values themselves
-    "float16": lambda scheme, rows, cols: 16 * rows * cols,
-    "bfloat16": lambda scheme, rows, cols: 16 * rows * cols,
-}
 
 
 def weight_bits(scheme: Scheme | None, weight: Weight, native_bits: int, format: str | None = None) -> int:

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sensitivity.spec import schema
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
-from sensitivity.spec.plan_size import SizeJson
+from sensitivity.spec.sizes import SizeJson
 from sensitivity.study.owner import Owner
 from sensitivity.study.scores import TaskScore
 

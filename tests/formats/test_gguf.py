@@ -39,7 +39,7 @@ from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.headers import header_bytes
-from sensitivity.spec.sizes import FILES, gguf_type
+from sensitivity.spec.stored_bits import FILES, gguf_type
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.images import open_image
 from sensitivity.tasks.table import task

@@ -32,7 +32,8 @@ from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.headers import header_bytes
-from sensitivity.spec.sizes import FILES, size
+from sensitivity.spec.sizes import size
+from sensitivity.spec.stored_bits import FILES
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.images import open_image
 from sensitivity.tasks.table import task

@@ -14,7 +14,7 @@ from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.solvers.clip import RATIOS, clipped
 from sensitivity.quantize.solvers.scale_search import QUERY_KEY, errors, scales
 from sensitivity.quantize.stored.grid import QuantizedWeight, encode, ranges, scale_and_zero
-from sensitivity.spec.sizes import OVERHEAD
+from sensitivity.spec.stored_bits import OVERHEAD
 
 WIDTH, GROUP = 48, 16
 

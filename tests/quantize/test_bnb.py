@@ -21,7 +21,7 @@ from sensitivity.quantize.solvers.activations import split_inputs
 from sensitivity.quantize.stored.codebook import FP4, NF4, TABLES, to_codebook
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.sizes import OVERHEAD
+from sensitivity.spec.stored_bits import OVERHEAD
 
 FOURS = [scheme(name, 4, double=double) for name in ("nf4", "fp4") for double in (False, True)]
 

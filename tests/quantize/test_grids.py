@@ -29,7 +29,7 @@ from sensitivity.quantize.stored.low_rank import LowRankWeight
 from sensitivity.quantize.stored.sparse import SparseWeight, TwoScaleWeight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import CALIBRATED, Scheme
-from sensitivity.spec.sizes import OVERHEAD
+from sensitivity.spec.stored_bits import OVERHEAD
 
 ROWS, WIDTH = 24, 72
 NEW = ("binary", "squeezellm", "leanquant", "leanquant-affine", "bpdq", "billm", "bivlm", "spqr", "adpq", "qvla")

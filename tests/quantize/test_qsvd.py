@@ -28,7 +28,8 @@ from sensitivity.quantize.stored.low_rank import LowRankWeight
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme, scheme_of
-from sensitivity.spec.sizes import cache_bits, component_bits, latent_rank
+from sensitivity.spec.sizes import cache_bits, component_bits
+from sensitivity.spec.stored_bits import latent_rank
 from sensitivity.tasks.table import task
 
 ROWS, COLS = (40, 16, 16), 24  # queries, and keys and values of fewer heads

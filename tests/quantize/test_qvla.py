@@ -15,7 +15,7 @@ from sensitivity.quantize.methods import quantize, solve
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.stored.channels import ChannelWidthsWeight
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.sizes import CHANNEL_WIDTHS, channel_budget
+from sensitivity.spec.stored_bits import CHANNEL_WIDTHS, channel_budget
 
 COLS = 12
 

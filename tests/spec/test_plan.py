@@ -12,17 +12,8 @@ from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.headers import bpw_in_gb
-from sensitivity.spec.sizes import (
-    GB,
-    OVERHEAD,
-    bits_in,
-    budget_bits,
-    choice_bits,
-    groups,
-    in_words,
-    kept_bits,
-    size,
-)
+from sensitivity.spec.sizes import GB, bits_in, budget_bits, choice_bits, in_words, kept_bits, size
+from sensitivity.spec.stored_bits import OVERHEAD, groups
 
 
 @pytest.fixture

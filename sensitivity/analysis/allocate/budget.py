@@ -18,8 +18,7 @@ from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import Allowed
 from sensitivity.spec.plan import Plan
-from sensitivity.spec.plan_size import Size
-from sensitivity.spec.sizes import bits_in, budget_bits, in_words
+from sensitivity.spec.sizes import Size, bits_in, budget_bits, in_words
 from sensitivity.study.study import Study
 
 Floats = np.ndarray

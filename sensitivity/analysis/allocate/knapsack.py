@@ -14,8 +14,7 @@ from sensitivity.analysis.surrogate.surrogate import Surrogate, fit_surrogate
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
-from sensitivity.spec.plan_size import Size
-from sensitivity.spec.sizes import choice_bits, kept_bits, size
+from sensitivity.spec.sizes import Size, choice_bits, kept_bits, size
 from sensitivity.study.storage.expected import read as read_expected
 from sensitivity.study.study import Study
 

@@ -14,11 +14,10 @@ from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import Allowed, intersection, merge_groups
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.plan_size import Size
 from sensitivity.spec.runtimes.loadable import restrict, searches
 from sensitivity.spec.runtimes.rules import tied, violations
 from sensitivity.spec.runtimes.table import abilities, files_of
-from sensitivity.spec.sizes import budget_bits, size
+from sensitivity.spec.sizes import Size, budget_bits, size
 from sensitivity.study.study import Study
 
 

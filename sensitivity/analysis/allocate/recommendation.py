@@ -21,8 +21,7 @@ from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import finite
 from sensitivity.spec.plan import Plan, SchemeJson
-from sensitivity.spec.plan_size import Size, SizeJson
-from sensitivity.spec.sizes import size
+from sensitivity.spec.sizes import Size, SizeJson, size
 from sensitivity.study.identity import Meta
 from sensitivity.study.scores import Score, ScoreJson, summarize
 from sensitivity.study.study import Study

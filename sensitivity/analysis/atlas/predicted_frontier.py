@@ -21,8 +21,7 @@ from sensitivity.analysis.surrogate.transfer import moved, unknown_to
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.plan_size import Size
-from sensitivity.spec.sizes import size
+from sensitivity.spec.sizes import Size, size
 from sensitivity.study.scores import CONFIDENCE
 from sensitivity.study.storage import paths
 from sensitivity.study.storage.attributions import read as read_attributions

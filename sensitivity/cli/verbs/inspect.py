@@ -14,7 +14,7 @@ from sensitivity.spec.sizes import in_words
 if TYPE_CHECKING:
     from sensitivity.models.vlm import VLM
     from sensitivity.spec.components import ComponentMap
-    from sensitivity.spec.plan_size import Size
+    from sensitivity.spec.sizes import Size
 
 ABOUT = "list the parts of a model, what is kept and why, and what uniform plans weigh"
 EXAMPLE = "sensitivity inspect embedded:scenes-llava --by part"

@@ -17,7 +17,7 @@ from sensitivity.quantize.stored.grid import QuantizedWeight
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
-from sensitivity.spec.sizes import groups
+from sensitivity.spec.stored_bits import groups
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # order of eight rows' codes within a 32-bit word, as AutoAWQ's kernels read them
 

@@ -17,7 +17,7 @@ from sensitivity.formats.writing.stream import Spec
 from sensitivity.quantize.stored.grid import QuantizedWeight
 from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import NOT_ROUNDED, Scheme
-from sensitivity.spec.sizes import groups
+from sensitivity.spec.stored_bits import groups
 
 # names of the formats: codes packed into words; one byte per code, if activations are rounded; and a mix of both
 PACKED, BYTES, MIXED = "pack-quantized", "int-quantized", "mixed-precision"

@@ -19,7 +19,7 @@ from sensitivity.quantize.stored.grid import QuantizedWeight
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
-from sensitivity.spec.sizes import groups
+from sensitivity.spec.stored_bits import groups
 
 # GPTQModel's planar layout splits a code into pieces whose widths divide 32, so that no piece straddles two words.
 PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}

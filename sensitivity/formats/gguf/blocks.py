@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sensitivity.quantize.stored.grid import QuantizedWeight
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.sizes import GGUF_BLOCK, GGUF_BLOCK_BYTES
+from sensitivity.spec.stored_bits import GGUF_BLOCK, GGUF_BLOCK_BYTES
 
 ROWS = 2**22  # values at a time, so that intermediate values take little memory
 Bytes = NDArray[np.uint8]

@@ -25,7 +25,7 @@ from sensitivity.formats.writing.stream import Piece, Spec
 from sensitivity.models.config_only import without_weights
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.sizes import GGUF_BLOCK, GGUF_BLOCK_BYTES, GGUF_MATRICES, gguf_type
+from sensitivity.spec.stored_bits import GGUF_BLOCK, GGUF_BLOCK_BYTES, GGUF_MATRICES, gguf_type
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -21,8 +21,7 @@ from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.plan_size import Size
-from sensitivity.spec.sizes import bits_of, size
+from sensitivity.spec.sizes import Size, bits_of, size
 
 # for formats that are a configuration without weights: RUNTIME_QUANTIZES is their note, LOAD_WITH_SETTINGS their code
 RUNTIME_QUANTIZES = (
@@ -115,7 +114,7 @@ class Job:
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
 
     def stored_as(self, format: str) -> str:
-        """The name under which `sizes.FILES` counts a format: for `fake`, the type of its values."""
+        """The name under which `stored_bits.FILES` counts a format: for `fake`, the type of its values."""
         return str(self.dtype).removeprefix("torch.") if format == "fake" else format
 
     def modules(self, component: str) -> list[str]:

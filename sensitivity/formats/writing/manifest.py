@@ -12,7 +12,7 @@ from sensitivity.spec import schema
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.fields import quoted
 from sensitivity.spec.files import MARK, UNFINISHED, finite, write_atomically
-from sensitivity.spec.plan_size import SizeJson
+from sensitivity.spec.sizes import SizeJson
 from sensitivity.study.exports import BENCH, MANIFEST, VERIFIED
 from sensitivity.study.scores import TaskScore
 

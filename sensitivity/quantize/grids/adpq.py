@@ -9,7 +9,7 @@ from sensitivity.quantize.grids.outliers import largest
 from sensitivity.quantize.stored.grid import QuantizedWeight, encode, ranges, scale_and_zero
 from sensitivity.quantize.stored.sparse import TwoScaleWeight
 from sensitivity.spec.plan import Scheme
-from sensitivity.spec.sizes import outliers
+from sensitivity.spec.stored_bits import outliers
 
 
 def adpq(weight: Tensor, scheme: Scheme) -> TwoScaleWeight | QuantizedWeight:

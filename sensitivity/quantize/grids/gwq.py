@@ -12,7 +12,7 @@ from sensitivity.quantize.stored.grid import encode, ranges, scale_and_zero
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
-from sensitivity.spec.sizes import outliers
+from sensitivity.spec.stored_bits import outliers
 
 
 def gwq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight | None]]:

@@ -13,7 +13,7 @@ from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.stored.channels import ChannelWidthsWeight
 from sensitivity.quantize.stored.grid import as_16_bit, encode, ranges, scale_and_zero
 from sensitivity.spec.plan import Scheme
-from sensitivity.spec.sizes import CHANNEL_WIDTHS, channel_budget
+from sensitivity.spec.stored_bits import CHANNEL_WIDTHS, channel_budget
 
 
 def qvla(linears: Linears, schemes: Sequence[Scheme]) -> list[list[ChannelWidthsWeight | None]]:

@@ -16,7 +16,7 @@ from sensitivity.quantize.stored.grid import as_16_bit, columns, encode, ranges,
 from sensitivity.quantize.stored.sparse import SparseWeight
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.plan import Scheme
-from sensitivity.spec.sizes import outliers
+from sensitivity.spec.stored_bits import outliers
 
 TOGETHER = 16  # rows whose scales, and whose zero points, share one grid
 

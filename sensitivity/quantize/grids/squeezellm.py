@@ -11,7 +11,7 @@ from sensitivity.quantize.stored.grid import as_16_bit
 from sensitivity.quantize.stored.levels import LevelsWeight
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.plan import Scheme
-from sensitivity.spec.sizes import outliers
+from sensitivity.spec.stored_bits import outliers
 
 
 def squeezellm(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight | None]]:

@@ -12,7 +12,7 @@ from sensitivity.quantize.stored.grid import QuantizedWeight, encode, ranges, sc
 from sensitivity.quantize.stored.low_rank import LowRankWeight
 from sensitivity.quantize.stored.rotated import rotate
 from sensitivity.spec.plan import Scheme
-from sensitivity.spec.sizes import latent_rank
+from sensitivity.spec.stored_bits import latent_rank
 
 
 def qsvd(linears: Linears, schemes: Sequence[Scheme]) -> list[list[LowRankWeight]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from sensitivity.spec.components import VOCABULARY, ComponentMap
-from sensitivity.spec.sizes import GB, GGUF_MATRICES
+from sensitivity.spec.sizes import GB
+from sensitivity.spec.stored_bits import GGUF_MATRICES
 
 GRAPH_ENTRY = 16_000  # upper bound on the bytes of a weight and its operations in an OpenVINO graph: usually 9,000
 GGUF_TOKEN = 80  # upper bound on the bytes of a token in a GGUF file: its text, score and type, and how it is merged

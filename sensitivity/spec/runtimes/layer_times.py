@@ -10,7 +10,8 @@ from sensitivity.spec.components import VOCABULARY, ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import KEEP, Plan, Scheme, scheme_of
 from sensitivity.spec.runtimes.resident import resident_bytes
-from sensitivity.spec.sizes import GB, openvino_width
+from sensitivity.spec.sizes import GB
+from sensitivity.spec.stored_bits import openvino_width
 
 NATIVE = "native"  # the layout of a weight that is not quantized
 STAGES = ("image", "prompt", "token")  # one image; the whole prompt; one new token

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import KEEP, Scheme, scheme_of
-from sensitivity.spec.sizes import groups, openvino_width, weight_bits
+from sensitivity.spec.sizes import weight_bits
+from sensitivity.spec.stored_bits import groups, openvino_width
 
 FLOAT = 32  # bits of the numbers that it computes with
 
