@@ -25,7 +25,7 @@ from sensitivity.api.sweeping import sweep
 from sensitivity.cli import main as cli
 from sensitivity.formats.gguf import export
 from sensitivity.formats.gguf.blocks import packed
-from sensitivity.formats.gguf.names import QWEN, placed
+from sensitivity.formats.gguf.names import QWEN, TEXT_BLOCK, placed
 from sensitivity.formats.gguf.run import check_arrived
 from sensitivity.formats.table import write
 from sensitivity.formats.timing.side_by_side import bench
@@ -190,6 +190,15 @@ def test_a_tensor_that_was_swapped_is_told(saved: Callable[[str], Path], tmp_pat
 # -- what is refused
 
 
+def test_a_parameter_without_a_name_is_refused_before_the_sweep(
+    saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = str(saved("smolvlm"))
+    monkeypatch.delitem(TEXT_BLOCK, "mlp.up_proj")
+    with pytest.raises(UserError, match=r"llama\.cpp has no name for model\.text_model\.layers\.0\.mlp\.up_proj"):
+        export.check(source)
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -213,6 +222,7 @@ def test_a_model_that_it_cannot_hold_is_refused_before_the_sweep(name: str, says
         ({"vision_feature_select_strategy": "full"}, "features selected as full of clip_vision_model"),
         ({"projector_hidden_act": "relu"}, "relu in its projector"),
         ({"text_config.hidden_act": "gelu"}, "hidden_act gelu in its language model"),
+        ({"vision_config.hidden_act": "relu"}, "hidden_act relu in its vision tower"),
         ({"text_config.attention_bias": True}, "biases in its language model"),
         ({"text_config.rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn rotary"),
     ],

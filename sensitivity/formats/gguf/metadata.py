@@ -6,15 +6,11 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedConfig
 
-from sensitivity.formats.gguf.names import ARCHITECTURES, PROJECTORS, QWEN, depth, whole_attention_every
+from sensitivity.formats.gguf.names import ACTS, ARCHITECTURES, PROJECTORS, QWEN, depth, whole_attention_every
 from sensitivity.models.vlm import VLM
-from sensitivity.spec.errors import UserError
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
-
-# hidden_act of a vision tower -> llama.cpp's function; its one for the exact GELU is the one by tanh
-ACTS = {"quick_gelu": "quick", "gelu": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "silu": "silu"}
 
 
 def language_writer(config: PreTrainedConfig) -> GGUFWriter:
@@ -71,8 +67,6 @@ def vision_writer(vlm: VLM) -> GGUFWriter:
     writer.add_vision_attention_layernorm_eps(1e-6 if qwen else vision.layer_norm_eps)
     writer.add_vision_image_mean(list(pictures.image_mean))
     writer.add_vision_image_std(list(pictures.image_std))
-    if vision.hidden_act not in ACTS:
-        raise UserError(f"{vlm.name} has {vision.hidden_act} in its vision tower, which llama.cpp does not compute")
     writer.add_vision_use_gelu(ACTS[vision.hidden_act] == "gelu")
     writer.add_vision_use_silu(ACTS[vision.hidden_act] == "silu")
     _of_the_family(writer, kind, config, dict(pictures.size))

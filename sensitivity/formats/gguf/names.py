@@ -21,6 +21,8 @@ ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen2_vl_text": "qwen2vl",
 QWEN = ("qwen2_vl", "qwen2_5_vl")  # types whose images have any size, and positions in space
 CLIP = "clip_vision_model"
 TOWERS = {CLIP: "default", "siglip_vision_model": "full"}  # of LLaVA -> the features that its graph selects
+# hidden_act of a vision tower -> llama.cpp's function; its one for the exact GELU is the one by tanh
+ACTS = {"quick_gelu": "quick", "gelu": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "silu": "silu"}
 
 TEXT_BLOCK = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -139,9 +141,10 @@ def check_named(vlm: VLM) -> None:
             f"only models of the types {known} with a language model of the types {languages} can be written as GGUF, "
             f"and {vlm.name} is of type {config.model_type} with {text.model_type}"
         )
-    rope = dict(text.rope_parameters or {})
+    vision, rope = config.vision_config, dict(text.rope_parameters or {})
     wrong = {
         f"hidden_act {text.hidden_act} in its language model": text.hidden_act != "silu",
+        f"hidden_act {vision.hidden_act} in its vision tower": vision.hidden_act not in ACTS,
         f"{rope.get('rope_type')} rotary positions": rope.get("rope_type") not in ("default", "linear", "mrope"),
         "biases in its language model": getattr(text, "mlp_bias", False) or getattr(text, "attention_bias", False),
         "attention in a sliding window": bool(getattr(text, "use_sliding_window", False)),
@@ -149,13 +152,14 @@ def check_named(vlm: VLM) -> None:
     if config.model_type == "llava":
         wrong |= _wrong_in_llava(config)
     if config.model_type == "qwen2_5_vl":
-        windows = config.vision_config.window_size
         wrong |= {
-            f"windows of {windows} pixels": windows != WINDOW,
-            "whole attention in irregular blocks": not whole_attention_every(config.vision_config),
+            f"windows of {vision.window_size} pixels": vision.window_size != WINDOW,
+            "whole attention in irregular blocks": not whole_attention_every(vision),
         }
     if found := [what for what, is_so in wrong.items() if is_so]:
         raise UserError(f"{vlm.name} has {' and '.join(found)}, which llama.cpp does not compute; use another format")
+    for name, parameter in vlm.model.named_parameters():
+        placed(config, name, tuple(parameter.shape))  # raises an error for one without a name
 
 
 def whole_attention_every(vision: PreTrainedConfig) -> int:
