@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from sensitivity.measure.evaluation import Rows
     from sensitivity.tasks.examples.types import Task
 
+# format -> what it adds to the words, from the folder and whether all answers are those that were measured
+REMARKS: dict[str, Callable[[Path, bool], str]] = {"gguf": gguf.remark}
 PROGRAM = "import json, sys; from sensitivity.formats.verification import rerun; rerun(**json.load(sys.stdin))"
 NLL_TOLERANCE = (
     1e-4  # tolerated NLL difference: above what summation order causes in float32, below what a rounding step causes
@@ -58,8 +60,8 @@ def verify(folder: Path, device: str = "cpu") -> dict[str, object]:
     else:
         expected = _expected(folder, facts)
         found = compare(expected, _in_fresh_process(folder, facts["dtype"], facts["trial"], device))
-        if facts["format"] == "gguf":
-            found["words"] = f"{found['words']}{gguf.remark(folder, found['verdict'] == 'as measured')}"
+        if remark := REMARKS.get(facts["format"]):
+            found["words"] = f"{found['words']}{remark(folder, found['verdict'] == 'as measured')}"
         outcome |= found
     manifest.store_verification(folder, outcome)
     return outcome

@@ -11,9 +11,9 @@ import tokenizers as tk
 import transformers as T
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from sensitivity.formats.gguf.export import check_vocabulary, header_of
+from sensitivity.formats.gguf.export import header_of
 from sensitivity.formats.gguf.metadata import language_writer
-from sensitivity.formats.gguf.vocabulary import LLAMA, QWEN, add_vocabulary, kind_of, split_rule
+from sensitivity.formats.gguf.vocabulary import LLAMA, QWEN, add_vocabulary, check_vocabulary, kind_of, split_rule
 from sensitivity.spec.errors import UserError
 
 pytest.importorskip("gguf", reason="needs the extra `gguf`")

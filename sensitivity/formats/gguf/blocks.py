@@ -13,7 +13,7 @@ from sensitivity.quantize.stored.grid import QuantizedWeight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.stored_bits import GGUF_BLOCK, GGUF_BLOCK_BYTES
 
-ROWS = 2**22  # values at a time, so that intermediate values take little memory
+VALUES_AT_ONCE = 2**22  # so that intermediate values take little memory
 Bytes = NDArray[np.uint8]
 
 
@@ -62,7 +62,7 @@ def packed(name: str, stored: QuantizedWeight, type: str, order: Tensor | None =
     if order is not None:
         codes, half, zero = codes[order], half[order], zero[order]
     out = torch.empty(codes.numel() // GGUF_BLOCK * GGUF_BLOCK_BYTES[type], dtype=torch.uint8)
-    blocks, step = out.numpy().reshape(-1, GGUF_BLOCK_BYTES[type]), max(ROWS // codes.shape[1], 1)
+    blocks, step = out.numpy().reshape(-1, GGUF_BLOCK_BYTES[type]), max(VALUES_AT_ONCE // codes.shape[1], 1)
     begin = 0
     for some, scales, zeros in zip(*(torch.split(one, step) for one in (codes, half, zero)), strict=True):
         made = _blocks(name, some, scales, zeros, type)

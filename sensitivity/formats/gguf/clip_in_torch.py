@@ -14,7 +14,6 @@ from sensitivity.formats.gguf.model import GGUFModel
 from sensitivity.formats.gguf.names import placed
 from sensitivity.formats.halved.halves import VISION, Array, Vision
 from sensitivity.formats.openvino.trace import without_values
-from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 
 
@@ -23,8 +22,7 @@ class GGUFModelWithCLIP(GGUFModel):
 
     def __init__(self, folder: Path | str, threads: int = 0) -> None:
         super().__init__(folder, threads)
-        vlm = load(str(folder), config_only=True)
-        empty = replace(vlm, model=without_values(vlm.model))  # its buffers, such as positions, have values
+        empty = replace(self.vlm, model=without_values(self.vlm.model))  # its buffers, such as positions, have values
         self.tower = Vision(with_tower(empty, self.folder / FILES[VISION]))
 
     @torch.inference_mode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,11 @@ from sensitivity.formats.gguf.vocabulary import add_vocabulary, check_vocabulary
 from sensitivity.formats.halved.halves import LANGUAGE, VISION
 from sensitivity.formats.writing import stream
 from sensitivity.formats.writing.checkpoint import on_integer_grid, save, unquantized
-from sensitivity.formats.writing.job import Job, Written, codes_from_weights
+from sensitivity.formats.writing.job import Job, Written
 from sensitivity.formats.writing.source import CheckpointTensor
 from sensitivity.formats.writing.stream import Piece, Spec
 from sensitivity.models.config_only import without_weights
+from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.stored_bits import GGUF_BLOCK, GGUF_BLOCK_BYTES, GGUF_MATRICES, gguf_type
@@ -39,7 +39,7 @@ from sensitivity.formats.gguf.run import opened
 
 model, processor = opened(FOLDER), AutoProcessor.from_pretrained(FOLDER)
 inputs = processor(images=[image], text=[prompt], return_tensors="pt")
-features = model.image_features(**model.pictures(inputs))
+features = model.image_features(**model.image_inputs(inputs))
 ends = {processor.tokenizer.eos_token_id}
 tokens = model.generate(inputs["input_ids"][0].tolist(), features, ends, max_new_tokens=20)
 """
@@ -92,26 +92,27 @@ def write(job: Job, folder: Path) -> Written:
     vlm = with_processor(job.model)
     tensors = {tensor.parameter: tensor for tensor in job.source.tensors}
     names = [*job.weights, *(name for name in tensors if name not in job.weights)]  # codes in data-flow order
-    home = {w.name: c.name for c in job.parts.components for w in c.weights}
-    weight, headers = dict.fromkeys([*job.parts.names, "kept"], 0), 0
+    matrices = _matrices(job)
+    bytes: dict[str, int] = {}  # of each parameter
     hashes: dict[str, str] = {}
     stored: dict[str, dict[str, str]] = {}
     halves: dict[str, dict[str, list[_Tensor]]] = {half: {} for half in FILES}
     unread: list[str] = []
     for name in names:
         half, places = placed(vlm.model.config, name, tensors[name].shape)
-        halves[half] |= {name: [_tensor(job, tensors[name], one) for one in places]} if places else {}
-        unread += [] if places else [name]
+        if not places:
+            unread.append(name)
+            continue
+        halves[half][name] = [_tensor(job, tensors[name], one, name in matrices) for one in places]
+        bytes[name] = sum(one.bytes for one in halves[half][name])
     for half, file in FILES.items():
         hashes[file], stored[file] = _write_half(job, vlm, half, tensors, halves[half], folder / file)
-        for name, parts in halves[half].items():
-            weight[home.get(name, "kept")] += sum(one.bytes for one in parts)
-        headers += (folder / file).stat().st_size
     save(folder, STORED, stored)
     save(folder, "config.json", dict(job.source.config))
     job.source.copy_small_files(folder)
-    notes = _notes(vlm.model.config, unread)
-    return Written(LOAD, weight, hashes, notes, True, headers - sum(weight.values()), unread=unread)
+    weight = job.by_component(bytes)
+    headers = sum((folder / file).stat().st_size for file in FILES.values()) - sum(weight.values())
+    return Written(LOAD, weight, hashes, _notes(vlm.model.config), True, headers, unread=unread)
 
 
 def is_clip(config: PreTrainedConfig) -> bool:
@@ -120,28 +121,27 @@ def is_clip(config: PreTrainedConfig) -> bool:
 
 
 def remark(folder: Path, same: bool) -> str:
-    """What the outcome of a verification should say beside it."""
-    config = json.loads((folder / "config.json").read_bytes())
+    """What a verification adds to its words, about a difference and about the image half."""
     words = "" if same else "; llama.cpp rounds what quantized layers read to 8 bits"
-    if config["vision_config"].get("model_type") == CLIP:
+    if is_clip(load(str(folder), config_only=True).model.config):
         words += "; the image half was computed in transformers, since llama.cpp computes CLIP towers wrongly"
     return words
 
 
-def _tensor(job: Job, tensor: CheckpointTensor, place: Placed) -> _Tensor:
-    """The type and the bytes of a tensor."""
+def _tensor(job: Job, tensor: CheckpointTensor, place: Placed, matrix: bool) -> _Tensor:
+    """The type and the bytes of a tensor; llama.cpp takes all but matrices in float32 only."""
     count = torch.Size(place.shape).numel()
     if tensor.parameter in job.weights:
         type = gguf_type(job.schemes[tensor.parameter])
         return _Tensor(place, type, count // GGUF_BLOCK * GGUF_BLOCK_BYTES[type])
     if tensor.dtype not in FLOATS:
         raise UserError(f"{tensor.parameter} is stored as {tensor.dtype}, which GGUF does not hold; use --format fake")
-    dtype = tensor.dtype if tensor.parameter in _matrices(job) else torch.float32
+    dtype = tensor.dtype if matrix else torch.float32
     return _Tensor(place, FLOATS[dtype], count * dtype.itemsize)
 
 
 def _matrices(job: Job) -> set[str]:
-    """The parameters that stay in their own type; llama.cpp takes all others in float32 only."""
+    """The parameters that may stay in their own type."""
     kept = {kept.name for kept in job.parts.kept if kept.reason in GGUF_MATRICES}
     return kept | {weight.name for weight in job.parts.weights}
 
@@ -156,16 +156,16 @@ def _write_half(
 ) -> tuple[str, dict[str, str]]:
     """Write one file; returns its hash and that of each tensor."""
     writer = _writer(vlm, half)
-    for one in (one for several in parts.values() for one in several):
+    every = [one for several in parts.values() for one in several]
+    for one in every:
         _add(writer, one)
     begin = header_of(writer, file)
     offsets, end = {}, len(begin)
-    for one in (one for several in parts.values() for one in several):
+    for one in every:
         offsets[one.placed.name] = end
         end += one.bytes + -one.bytes % writer.data_alignment
     pieces = [_piece(job, tensors[name], several) for name, several in parts.items()]
-    ahead = stream.AT_ONCE if job.codes is codes_from_weights else 1
-    return stream.write_at(file, begin, pieces, offsets, ahead)
+    return stream.write_at(file, begin, pieces, offsets, job.at_once)
 
 
 def _writer(vlm: VLM, half: str) -> GGUFWriter:
@@ -214,8 +214,8 @@ def _piece(job: Job, tensor: CheckpointTensor, parts: Sequence[_Tensor]) -> Piec
     return Piece(tuple(Spec(one.placed.name, torch.uint8, (one.bytes,)) for one in parts), make)
 
 
-def _notes(config: PreTrainedConfig, unread: Sequence[str]) -> Sequence[str]:
-    """Notes for the model card, among them which parameters were left out."""
+def _notes(config: PreTrainedConfig) -> Sequence[str]:
+    """Notes for the model card: what llama.cpp computes otherwise."""
     notes = [
         ROUNDS_INPUTS,
         "llama.cpp resizes images by rules of its own; the lines above take those of the processor.",
@@ -224,6 +224,4 @@ def _notes(config: PreTrainedConfig, unread: Sequence[str]) -> Sequence[str]:
         notes.append(f"{DEFECT}. The lines above compute the image half in transformers, from mmproj.gguf.")
     if config.model_type in QWEN:
         notes.append(NO_EPSILON)
-    if unread:
-        notes.append(f"Left out, since the model never reads them: {', '.join(unread)}.")
     return notes

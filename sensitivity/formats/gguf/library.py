@@ -162,6 +162,3 @@ def library() -> ctypes.CDLL:
     found.mtmd_helper_log_set(SILENT, None)
     found.llama_backend_init()
     return found
-
-
-__all__ = ["F32", "FLASH_OFF", "IMAGE", "Batch", "Text", "check_installed", "library"]

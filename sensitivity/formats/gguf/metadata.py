@@ -48,7 +48,7 @@ def vision_writer(vlm: VLM) -> GGUFWriter:
     """A writer with the settings of the vision tower and of the projector."""
     from gguf import GGUFType, GGUFWriter
 
-    config, pictures = vlm.model.config, vlm.processor.image_processor
+    config, processor = vlm.model.config, vlm.processor.image_processor
     vision, kind = config.vision_config, config.model_type
     qwen = kind in QWEN
     width = vision.embed_dim if kind == "qwen2_vl" else vision.hidden_size
@@ -65,11 +65,11 @@ def vision_writer(vlm: VLM) -> GGUFWriter:
     writer.add_vision_block_count(depth(config))
     writer.add_vision_head_count(vision.num_heads if qwen else vision.num_attention_heads)
     writer.add_vision_attention_layernorm_eps(1e-6 if qwen else vision.layer_norm_eps)
-    writer.add_vision_image_mean(list(pictures.image_mean))
-    writer.add_vision_image_std(list(pictures.image_std))
+    writer.add_vision_image_mean(list(processor.image_mean))
+    writer.add_vision_image_std(list(processor.image_std))
     writer.add_vision_use_gelu(ACTS[vision.hidden_act] == "gelu")
     writer.add_vision_use_silu(ACTS[vision.hidden_act] == "silu")
-    _of_the_family(writer, kind, config, dict(pictures.size))
+    _of_the_family(writer, kind, config, dict(processor.size))
     return writer
 
 

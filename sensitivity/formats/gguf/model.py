@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sensitivity.formats.gguf.export import FILES
 from sensitivity.formats.gguf.library import F32, FLASH_OFF, IMAGE, Batch, Text, library
+from sensitivity.formats.gguf.names import QWEN, TILED
 from sensitivity.formats.gguf.pictures import as_bytes
 from sensitivity.formats.halved.halves import LANGUAGE, VISION, Array
 from sensitivity.formats.halved.model import HalvedModel
@@ -21,21 +22,17 @@ from sensitivity.spec.errors import UserError
 
 ROOM = 1024  # tokens; the cache grows by this many
 AHEAD = 256  # new tokens for which there is room at least when a prompt begins
-TILE = ("idefics3", "smolvlm")  # types whose processor cuts an image into tiles, each of which is read as it is
 
 
 class GGUFModel(HalvedModel):
     """Both files of an export, opened in llama.cpp; one prompt with its images at a time."""
 
-    def __init__(self, folder: Path | str, threads: int = 0, packed: bool = True) -> None:
-        """Open both files; `threads` is how many llama.cpp uses, and 0 leaves that to llama.cpp.
-
-        With `packed`, llama.cpp may lay out the codes of a weight anew, in a copy, so that it computes faster.
-        """
+    def __init__(self, folder: Path | str, threads: int = 0) -> None:
+        """Open both files; `threads` is how many llama.cpp uses, and 0 leaves that to llama.cpp."""
         self.folder, self.threads, self.lib = Path(folder), threads, library()
         self.vlm = without_weights(str(folder))
         params = self.lib.llama_model_default_params()
-        params.use_extra_bufts, params.n_gpu_layers = packed, 0
+        params.n_gpu_layers = 0
         self.language = self._opened(LANGUAGE, self.lib.llama_model_load_from_file(self._path(LANGUAGE), params))
         self.vision = self._opened(VISION, self.lib.mtmd_init_from_file(*self._vision_arguments()))
         self.width = self.lib.llama_model_n_embd_inp(self.language)
@@ -61,10 +58,10 @@ class GGUFModel(HalvedModel):
         if self.threads:
             params.n_threads = self.threads
         config = self.vlm.model.config
-        if config.model_type in TILE:
+        if config.model_type in TILED:  # each tile is read as it is
             side = config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor
             params.image_max_tokens = side * side
-        elif config.model_type != "llava":
+        elif config.model_type in QWEN:
             params.image_min_tokens, params.image_max_tokens = 1, 1 << 20
         return self._path(VISION), self.language, params
 

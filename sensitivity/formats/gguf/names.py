@@ -16,6 +16,7 @@ from sensitivity.spec.errors import UserError
 # config.model_type -> llama.cpp's name of what is between vision tower and language model
 PROJECTORS = {"llava": "mlp", "idefics3": "idefics3", "smolvlm": "idefics3"}
 PROJECTORS |= {"qwen2_vl": "qwen2vl_merger", "qwen2_5_vl": "qwen2.5vl_merger"}
+TILED = ("idefics3", "smolvlm")  # types whose processor cuts an image into tiles
 # the same of the language model -> llama.cpp's architecture
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen2_vl_text": "qwen2vl", "qwen2_5_vl_text": "qwen2vl"}
 QWEN = ("qwen2_vl", "qwen2_5_vl")  # types whose images have any size, and positions in space

@@ -23,8 +23,8 @@ def as_bytes(vlm: VLM, pixel_values: Tensor, grids: Tensor | None) -> list[Array
 
 def _bytes(vlm: VLM, image: Tensor) -> Array:
     """One image of 3 x rows x columns, before the processor scaled it."""
-    pictures = vlm.processor.image_processor
-    mean, std = (torch.tensor(list(one))[:, None, None] for one in (pictures.image_mean, pictures.image_std))
+    processor = vlm.processor.image_processor
+    mean, std = (torch.tensor(list(one))[:, None, None] for one in (processor.image_mean, processor.image_std))
     values = (image * std + mean) * 255
     if float((values - values.round()).abs().max()) > NEAR:
         raise UserError(f"the processor of {vlm.name} makes pixels that are no bytes, which llama.cpp does not take")

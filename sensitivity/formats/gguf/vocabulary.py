@@ -30,7 +30,8 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, rows:
     if kind == WORDS:
         texts = [text.replace("▁", " ") for text in texts]
     writer.add_token_list(texts)
-    writer.add_token_types([_type(tokens.get(n), rules, kind, tokenizer.unk_token) for n in range(rows)])
+    added = {one["content"]: one["special"] for one in rules["added_tokens"]}
+    writer.add_token_types([_type(tokens.get(n), added, kind, tokenizer.unk_token) for n in range(rows)])
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in rules["model"].get("merges", [])]
     if kind == SENTENCE:
         writer.add_tokenizer_model("llama")
@@ -39,7 +40,7 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, rows:
     else:  # llama.cpp splits text into whole words by none of its rules: that kind is only for the tests' models
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(split_rule(rules) if kind == BYTES else "gpt-2")
-        writer.add_token_merges(merges or ["a a"])
+        writer.add_token_merges(merges or ["a a"])  # llama.cpp asks for one at least
     for name in ("bos", "eos", "unk", "pad"):
         if (number := getattr(tokenizer, f"{name}_token_id", None)) is not None:
             getattr(writer, f"add_{name}_token_id")(number)
@@ -81,18 +82,17 @@ def split_rule(rules: Rules) -> str:
     raise UserError("llama.cpp has no name for the rule by which this tokenizer splits text; use another format")
 
 
-def _type(token: str | None, rules: Rules, kind: str, unknown: str | None) -> int:
-    """The type of a token; words of a word list are never merged of letters."""
+def _type(token: str | None, added: Mapping[str, bool], kind: str, unknown: str | None) -> int:
+    """The type of a token; `added` says of each added token whether it is special."""
     from gguf import TokenType
 
-    added = {one["content"]: one["special"] for one in rules["added_tokens"]}
     if token is None:
         return TokenType.UNUSED
     if token == unknown and kind != BYTES:
         return TokenType.UNKNOWN
     if token in added:
         return TokenType.CONTROL if added[token] else TokenType.USER_DEFINED
-    if kind == WORDS:
+    if kind == WORDS:  # such tokens are found whole, and never made of letters by merging
         return TokenType.USER_DEFINED
     byte = kind == SENTENCE and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
     return TokenType.BYTE if byte else TokenType.NORMAL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 from sensitivity.tasks.examples.types import Task
 
-PICTURES = ("pixel_values", "image_grid_thw")  # what of a processor's output the image half reads
+IMAGE_INPUTS = ("pixel_values", "image_grid_thw")  # what of a processor's output the image half reads
 
 
 class HalvedModel(ABC):
@@ -48,9 +49,9 @@ class HalvedModel(ABC):
         """Begin a new prompt."""
 
     @staticmethod
-    def pictures(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def image_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What of a processor's output the image half reads."""
-        return {name: inputs[name] for name in PICTURES if name in inputs}
+        return {name: inputs[name] for name in IMAGE_INPUTS if name in inputs}
 
     def generate(
         self,
@@ -68,6 +69,11 @@ class HalvedModel(ABC):
             logits = self.logits(tokens[-1:], 1)
             tokens.append(int(logits[-1].argmax()))
         return tokens
+
+
+def unlike(found: Mapping[str, Array], hashes: Mapping[str, str]) -> list[str]:
+    """The tensors that a runtime does not find by their names with the bytes that were written."""
+    return [n for n, sha in hashes.items() if n not in found or hashlib.sha256(found[n].tobytes()).hexdigest() != sha]
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ class Running:
     def _answer(self, task: Task, batch: Batch) -> tuple[list[Answer], list[float]]:
         """The answer to one example, and the negative log-likelihood per token of the right answer."""
         ids, targets = batch.inputs["input_ids"][0].tolist(), batch.targets[0]
-        features = self.model.image_features(**self.model.pictures(batch.inputs))
+        features = self.model.image_features(**self.model.image_inputs(batch.inputs))
         never = cannot_be_right(self.vlm, task, batch.examples)
         stop = partial(never, 0) if never else None
         tokens = self.model.generate(ids, features, end_tokens(self.vlm), task.max_new_tokens, stop)

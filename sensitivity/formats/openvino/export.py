@@ -14,7 +14,7 @@ from sensitivity.formats.openvino import graph, layout, trace
 from sensitivity.formats.openvino.layout import Constant
 from sensitivity.formats.writing import stream
 from sensitivity.formats.writing.checkpoint import on_integer_grid, save, unquantized
-from sensitivity.formats.writing.job import Job, Written, codes_from_weights
+from sensitivity.formats.writing.job import Job, Written
 from sensitivity.formats.writing.source import CheckpointTensor
 from sensitivity.formats.writing.stream import Piece, Spec
 from sensitivity.models.vlm import VLM
@@ -35,6 +35,7 @@ features = model.image_features(inputs["pixel_values"])
 ends = {processor.tokenizer.eos_token_id}
 tokens = model.generate(inputs["input_ids"][0].tolist(), features, ends, max_new_tokens=20)
 """
+NOTES = ("Run it with one image per prompt. Sums are in float32, so that its answers are those that were measured.",)
 
 
 def check(model: VLM | str) -> None:
@@ -55,8 +56,8 @@ def write(job: Job, folder: Path) -> Written:
     check(job.model)
     tensors = {tensor.parameter: tensor for tensor in job.source.tensors}
     names = [*job.weights, *(name for name in tensors if name not in job.weights)]  # codes in data-flow order
-    home = {w.name: c.name for c in job.parts.components for w in c.weights}
-    weight, headers = dict.fromkeys([*job.parts.names, "kept"], 0), 0
+    bytes: dict[str, int] = {}  # of each parameter
+    files = 0
     hashes: dict[str, str] = {}
     stored: dict[str, dict[str, str]] = {}
     unread = dict.fromkeys(names)
@@ -67,13 +68,14 @@ def write(job: Job, folder: Path) -> Written:
         binary = folder / file.replace(".xml", ".bin")
         hashes[binary.name], stored[file] = _write_half(job, tensors, constants, program, folder / file)
         for name, parts in constants.items():
-            weight[home.get(name, "kept")] += sum(constant.bytes for constant in parts)
+            bytes[name] = sum(constant.bytes for constant in parts)
             del unread[name]
-        headers += (folder / file).stat().st_size + binary.stat().st_size
+        files += (folder / file).stat().st_size + binary.stat().st_size
     save(folder, STORED, stored)
     save(folder, "config.json", dict(job.source.config))
     job.source.copy_small_files(folder)
-    return Written(LOAD, weight, hashes, _notes(unread), True, headers - sum(weight.values()), unread=tuple(unread))
+    weight = job.by_component(bytes)
+    return Written(LOAD, weight, hashes, NOTES, True, files - sum(weight.values()), unread=tuple(unread))
 
 
 def _constants(job: Job, tensor: CheckpointTensor) -> tuple[Constant, ...]:
@@ -94,8 +96,7 @@ def _write_half(
     """Write one graph and its binary file; returns the hash of the binary file and of each constant."""
     begin, offsets = graph.write_xml(program, [one for parts in constants.values() for one in parts], xml)
     pieces = [_piece(job, tensors[name], parts) for name, parts in constants.items()]
-    ahead = stream.AT_ONCE if job.codes is codes_from_weights else 1
-    return stream.write_at(xml.with_suffix(".bin"), begin, pieces, offsets, ahead)
+    return stream.write_at(xml.with_suffix(".bin"), begin, pieces, offsets, job.at_once)
 
 
 def _piece(job: Job, tensor: CheckpointTensor, constants: Sequence[Constant]) -> Piece:
@@ -109,11 +110,3 @@ def _piece(job: Job, tensor: CheckpointTensor, constants: Sequence[Constant]) ->
         return layout.contents(on_integer_grid(job, tensor, scheme), job.weights[name], scheme, job.half)
 
     return Piece(tuple(Spec(one.name, torch.uint8, (one.bytes,)) for one in constants), make)
-
-
-def _notes(unread: Mapping[str, None]) -> Sequence[str]:
-    """Notes for the model card, among them which parameters were left out."""
-    notes = ["Run it with one image per prompt. Sums are in float32, so that its answers are those that were measured."]
-    if unread:
-        notes.append(f"Left out, since the model never reads them: {', '.join(unread)}.")
-    return notes

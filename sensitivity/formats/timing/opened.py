@@ -63,6 +63,7 @@ def _in_openvino(model: str, dtype: str, threads: int) -> HalvedModel:
 def _in_llama_cpp(model: str, dtype: str, threads: int) -> HalvedModel:
     from sensitivity.formats.gguf.model import GGUFModel
 
+    # a CLIP tower is timed there, too: only its positions are wrong, and they take as long as right ones
     return GGUFModel(model, threads)
 
 
@@ -79,7 +80,28 @@ def check_in_torch(model: str) -> None:
     check_halves(load(model, config_only=True))
 
 
-# runtimes that are timed -> the function that opens a model there, and the one that raises an error if it cannot
+def _warm_torch() -> None:
+    torch.ones(8, 8) @ torch.ones(8, 8)
+
+
+def _warm_llama_cpp() -> None:
+    from sensitivity.formats.gguf.library import library
+
+    library()
+    _warm_torch()  # which makes its images
+
+
+def _warm_openvino() -> None:
+    import openvino
+    from openvino import Type, op, opset14
+
+    x = op.Parameter(Type.f32, openvino.PartialShape([-1, 8]))
+    graph = openvino.Model([opset14.result(opset14.matmul(x, torch.ones(8, 8).numpy(), False, True))], [x], "one")
+    openvino.Core().compile_model(graph, "CPU")(torch.ones(2, 8).numpy())
+
+
+# runtimes that are timed -> the function that opens a model there, the one that raises an error if it cannot, and the
+# one that loads the runtime's libraries
 OPEN: dict[str, Callable[[str, str, int], HalvedModel]] = {
     "openvino": _in_openvino,
     "gguf": _in_llama_cpp,
@@ -90,6 +112,11 @@ CHECK: dict[str, Callable[[str], None]] = {
     "gguf": _check_llama_cpp,
     "transformers": check_in_torch,
 }
+WARM_UP: dict[str, Callable[[], None]] = {
+    "openvino": _warm_openvino,
+    "gguf": _warm_llama_cpp,
+    "transformers": _warm_torch,
+}
 
 
 def opened(model: str, runtime: str, dtype: str, threads: int) -> HalvedModel:
@@ -99,16 +126,4 @@ def opened(model: str, runtime: str, dtype: str, threads: int) -> HalvedModel:
 
 def warm_up(runtime: str) -> None:
     """Load the runtime's libraries, so that their memory is not taken for the model's."""
-    if runtime == "gguf":
-        from sensitivity.formats.gguf.library import library
-
-        library()
-    if runtime != "openvino":
-        torch.ones(8, 8) @ torch.ones(8, 8)
-        return
-    import openvino
-    from openvino import Type, op, opset14
-
-    x = op.Parameter(Type.f32, openvino.PartialShape([-1, 8]))
-    graph = openvino.Model([opset14.result(opset14.matmul(x, torch.ones(8, 8).numpy(), False, True))], [x], "one")
-    openvino.Core().compile_model(graph, "CPU")(torch.ones(2, 8).numpy())
+    WARM_UP[runtime]()

@@ -181,7 +181,7 @@ def answered(model: HalvedModel, inputs: Mapping[str, Tensor]) -> Round:
     """Compute one answer, and time its stages."""
     ids = inputs["input_ids"][0].tolist()
     times = [_now()]
-    features = model.image_features(**model.pictures(inputs))
+    features = model.image_features(**model.image_inputs(inputs))
     times.append(_now())
     model.forget()
     logits = model.logits(ids, 1, features)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sensitivity.formats.writing import stream
-from sensitivity.formats.writing.job import Job, codes_from_weights
+from sensitivity.formats.writing.job import Job
 from sensitivity.formats.writing.source import CheckpointTensor
 from sensitivity.formats.writing.stream import Piece, Spec
 from sensitivity.quantize.stored.grid import QuantizedWeight
@@ -48,15 +48,10 @@ def checkpoint(
     for tensor in tensors:  # last: computing codes may have changed these, by folding
         if tensor.parameter not in job.schemes:
             pieces[tensor.parameter] = _copied(job, tensor)
-    home = {w.name: c.name for c in job.parts.components for w in c.weights}
-    weights = dict.fromkeys([*job.parts.names, "kept"], 0)
-    for name, piece in pieces.items():
-        weights[home.get(name, "kept")] += piece.bytes
-    # codes of calibrated methods must be computed in data-flow order, so only other methods run in parallel
-    hashes = stream.write(folder, pieces.values(), ahead=stream.AT_ONCE if job.codes is codes_from_weights else 1)
+    hashes = stream.write(folder, pieces.values(), ahead=job.at_once)
     (folder / "config.json").write_text(json.dumps({**job.source.config, **config}, indent=2) + "\n", encoding="utf-8")
     job.source.copy_small_files(folder)
-    return weights, hashes
+    return job.by_component({name: piece.bytes for name, piece in pieces.items()}), hashes
 
 
 def save(folder: Path, name: str, content: object) -> None:

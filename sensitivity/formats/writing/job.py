@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sensitivity.formats.writing.packing import reused_buffer
 from sensitivity.formats.writing.source import SourceCheckpoint, open_checkpoint
+from sensitivity.formats.writing.stream import AT_ONCE
 from sensitivity.measure.install.plan_in_model import targets
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import Linears
@@ -107,6 +108,19 @@ class Job:
         """The weights that the plan quantizes, by name, in data-flow order."""
         flow = (weight for block in self.parts.regroup("block").components for weight in block.weights)
         return {weight.name: weight for weight in flow if weight.name in self.schemes}
+
+    @property
+    def at_once(self) -> int:
+        """How many weights are computed at once: those of calibrated methods one by one, in data-flow order."""
+        return AT_ONCE if self.codes is codes_from_weights else 1
+
+    def by_component(self, stored: Mapping[str, int]) -> dict[str, int]:
+        """The bytes of each component, and of 'kept' for the rest, from those of each parameter."""
+        home = {weight.name: component.name for component in self.parts.components for weight in component.weights}
+        found = dict.fromkeys([*self.parts.names, "kept"], 0)
+        for name, count in stored.items():
+            found[home.get(name, "kept")] += count
+        return found
 
     @property
     def half(self) -> torch.dtype:

@@ -67,6 +67,8 @@ def _lines(job: Job, written: Written, format: str, facts: TrialFacts) -> Iterat
     )
     for note in written.notes:
         yield from ("", note)
+    if written.unread:
+        yield from ("", f"Left out, since the model never reads them: {', '.join(written.unread)}.")
     yield from ("", "`sensitivity verify FOLDER` says whether the files are whole and answer as measured.", "")
     yield from ("## License", "")
     if license == "unknown":

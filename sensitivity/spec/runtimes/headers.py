@@ -9,13 +9,13 @@ from sensitivity.spec.stored_bits import GGUF_MATRICES
 GRAPH_ENTRY = 16_000  # upper bound on the bytes of a weight and its operations in an OpenVINO graph: usually 9,000
 GGUF_TOKEN = 80  # upper bound on the bytes of a token in a GGUF file: its text, score and type, and how it is merged
 GGUF_SETTINGS = 40_000  # upper bound on the bytes of a GGUF file's settings, chat template included
-HEADER_ENTRY = 112  # upper bound on the bytes of a tensor's entry in a safetensors header, without its name
+HEADER_ENTRY = 112  # upper bound on the bytes of a tensor's entry in a header, in safetensors without its name
 
 
 def header_bytes(parts: ComponentMap, format: str | None) -> int:
-    """An upper bound on the bytes of files beside the tensors: safetensors headers, or OpenVINO's graphs.
+    """An upper bound on the bytes of files beside the tensors: headers, with a vocabulary in GGUF, or graphs.
 
-    A packed weight becomes four tensors or fewer. Each takes its name and about 90 characters more in the header. A
+    In safetensors a packed weight becomes four tensors or fewer. Each takes its name and about 90 characters more. A
     format that holds no weights has none.
     """
     if format is None:
@@ -29,11 +29,11 @@ def header_bytes(parts: ComponentMap, format: str | None) -> int:
 
 
 def _gguf_headers(parts: ComponentMap) -> int:
-    """An upper bound on the bytes beside the tensors: settings, the vocabulary, names, and gaps up to 32 bytes."""
+    """An upper bound on the bytes beside the tensors: settings, vocabulary, names, and gaps of less than 32 bytes."""
     width = min((weight.cols for weight in parts.weights if weight.part == "language"), default=1)
     vocabulary = [weight.rows for weight in parts.weights if weight.kind in VOCABULARY]
     vocabulary += [kept.numel // width for kept in parts.kept if kept.reason in GGUF_MATRICES]
-    tensors = 3 * (len(parts.weights) + len(parts.kept))  # one of q, k and v in one becomes three
+    tensors = 3 * (len(parts.weights) + len(parts.kept))  # a weight that holds q, k and v becomes three
     return GGUF_SETTINGS + GGUF_TOKEN * max(vocabulary, default=0) + HEADER_ENTRY * tensors
 
 
