@@ -18,7 +18,7 @@ import pytest
 import vlmeval_sets
 
 from sensitivity.spec.errors import UserError
-from sensitivity.tasks.harness import vlmeval
+from sensitivity.tasks.harness import vlmeval, vlmeval_library
 from sensitivity.tasks.harness.vlmeval_scores import Evaluation
 from sensitivity.tasks.table import find, task
 
@@ -347,3 +347,10 @@ def score(tables: dict[str, dict[str, list[Any]]], name: str, example: str) -> f
         if "eval_score" in written:
             return float(written["eval_score"][place])
     raise AssertionError(f"no score of {name} in {list(tables)}")
+
+
+def test_a_pool_of_one_thread_has_what_the_library_calls() -> None:
+    """VCR calls apply_async(), and others name the number of processes."""
+    with vlmeval_library._one_thread(processes=16, maxtasksperchild=50) as pool:
+        assert pool.apply_async(abs, args=(-1,)).get() == 1
+        assert list(pool.imap_unordered(abs, [-2])) == pool.map(abs, [-2]) == [2]

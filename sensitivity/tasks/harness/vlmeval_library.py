@@ -14,7 +14,8 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Protocol
 
@@ -55,34 +56,6 @@ class _Missing(UserError):
     """A file that the library would download."""
 
 
-class _InThisProcess:
-    """In place of a pool of sixteen processes, which would be started anew for a few answers."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def map(self, function: Callable[[object], object], values: Iterable[object]) -> list[object]:
-        """The function's value for each of the values."""
-        return [function(value) for value in values]
-
-    imap = imap_unordered = map
-
-    def starmap(self, function: Callable[..., object], values: Iterable[Sequence[object]]) -> list[object]:
-        """The function's value for each tuple of arguments."""
-        return [function(*value) for value in values]
-
-    def close(self) -> None:
-        """Nothing is to be closed."""
-
-    join = terminate = close
-
-    def __enter__(self) -> _InThisProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
 def dataset(package: Path, name: str, folder: Path, published: bool) -> Dataset:
     """The data set as the library makes it from FOLDER/NAME.tsv, which may have to be the published file."""
     _without_the_rest(package)
@@ -115,7 +88,12 @@ def _without_the_rest(package: Path) -> None:
     for module in (smp, files):
         module.download_file = _download  # type: ignore[attr-defined]
         module.file_size = lambda *_: 0  # type: ignore[attr-defined]  # a large table would be copied beside itself
-    multiprocessing.Pool = _InThisProcess  # type: ignore[assignment]
+    multiprocessing.Pool = _one_thread
+
+
+def _one_thread(*_: object, **__: object) -> ThreadPool:
+    """In place of a pool of sixteen processes, which would be started anew for a few answers."""
+    return ThreadPool(1)
 
 
 def _download(url: str, filename: str | None = None) -> None:
