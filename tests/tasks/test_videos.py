@@ -136,6 +136,7 @@ def test_videos_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         ({"video": "a.mp4", "image": "a.png"}, "line 1 has a video and an image, too; a line about a video is like"),
         ({"video": ["a.mp4"]}, "line 1: video is .* instead of"),
         ({"video": ""}, "line 1 lacks video"),
+        ({"video": "a.mp4", "prompt": ""}, r"line 1 lacks prompt.*; a line about a video is like"),
         ({"video": "a.mp4", "frames": 0}, "line 1: frames is 0 instead of a whole number from 1 to 64"),
         ({"video": "a.mp4", "frames": True}, "line 1: frames is true instead of a whole number from 1 to 64"),
     ],

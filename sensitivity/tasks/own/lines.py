@@ -168,15 +168,16 @@ def lines_of(path: Path, boxes: bool = False) -> Iterator[layout.Record]:
             raise UserError(f"{path}, line {number} is not JSON ({error}); {needs}") from error
         given = fields if isinstance(fields, dict) else {}
         shown = "video" if "video" in given else "image"
+        right_line = VIDEO if shown == "video" and not boxes else needs
         if missing := [name for name in (shown, "prompt", right) if given.get(name) in (None, "", [])]:
-            raise UserError(f"{path}, line {number} lacks {' and '.join(missing)}; {needs}")
+            raise UserError(f"{path}, line {number} lacks {' and '.join(missing)}; {right_line}")
         if shown == "video" and ("image" in given or boxes):
             other = "an image, too" if "image" in given else "boxes, which are those of one image"
             raise UserError(f"{path}, line {number} has a video and {other}; {VIDEO}")
         try:
             check(given, {shown: SHOWN[shown], **REQUIRED}, {**OPTIONAL, "frames": FRAMES})
         except Misfit as error:
-            raise UserError(f"{path}, line {number}: {error}; {needs}") from error
+            raise UserError(f"{path}, line {number}: {error}; {right_line}") from error
         yield {**given, "split": given.get("split"), "number": number}
 
 
