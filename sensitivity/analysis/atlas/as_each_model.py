@@ -10,7 +10,7 @@ import numpy as np
 
 from sensitivity.analysis.atlas.entry import Entry
 from sensitivity.analysis.surrogate.space import Expected
-from sensitivity.analysis.surrogate.transfer import LEAST, moved
+from sensitivity.analysis.surrogate.transfer import MIN_DAMAGE, moved
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import Plan, Scheme
 
@@ -29,7 +29,8 @@ class AsStudy:
             return self.damages
         return {
             name: {
-                scheme: damage * (max(errors[name][scheme], LEAST) / max(self.errors[name][scheme], LEAST)) ** trust
+                scheme: damage
+                * (max(errors[name][scheme], MIN_DAMAGE) / max(self.errors[name][scheme], MIN_DAMAGE)) ** trust
                 for scheme, damage in row.items()
             }
             for name, row in self.damages.items()
@@ -40,10 +41,14 @@ class AsStudy:
 class AsModel:
     """What the studies of one model say; `errors` and `trust` are those of the model that is predicted."""
 
-    name: str
     studies: tuple[AsStudy, ...]
     errors: Expected | None = None
     trust: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The model's name, as its first study has it."""
+        return self.studies[0].entry.about["model"]
 
     @cached_property
     def damages(self) -> tuple[Expected, ...]:
@@ -75,7 +80,7 @@ def as_each_model(entries: Sequence[Entry], parts: ComponentMap, schemes: Sequen
             moved(entry.errors, parts, schemes, entry.about["model"]) if known else None,
         )
         groups.setdefault(entry.model, []).append(own)
-    return [AsModel(studies[0].entry.about["model"], tuple(studies)) for studies in groups.values()]
+    return [AsModel(tuple(studies)) for studies in groups.values()]
 
 
 def with_errors(models: Sequence[AsModel], errors: Expected | None, trust: float) -> list[AsModel]:

@@ -17,8 +17,8 @@ from sensitivity.study.storage import attributions
 from sensitivity.study.study import Study
 
 ERROR = "gram"  # the score that is kept: a relative error, so that those of two models can be compared
-LEAST_LEFT = 1e-3  # least and largest share of full precision whose loss is taken: its logarithm stays finite
-MOST_LEFT = 1 - 1e-5
+MIN_SHARE = 1e-3  # least and largest share of full precision whose loss is taken: its logarithm stays finite
+MAX_SHARE = 1 - 1e-5
 
 
 class About(TypedDict):
@@ -60,7 +60,7 @@ class Entry:
 
 def loss_of(share: float) -> float:
     """The loss of a share of full precision, as log(-log(share)): on this scale models differ by about a constant."""
-    return math.log(-math.log(min(max(share, LEAST_LEFT), MOST_LEFT)))
+    return math.log(-math.log(min(max(share, MIN_SHARE), MAX_SHARE)))
 
 
 def share_of(loss: float) -> float:

@@ -29,9 +29,9 @@ from sensitivity.study.storage.attributions import read as read_attributions
 Floats = np.ndarray
 BUDGETS = 6  # between the smallest and the largest uniform plan, where none are given
 TRUSTS = (0.5, 1.0)  # how far relative errors may correct damages: the power of their ratio
-FEWEST = 3  # models with relative errors from which that is learned
+MIN_MODELS = 3  # models with relative errors from which that is learned
 WORTH = 0.8  # they count if models that are left out are then missed by at most this share of what they were
-MOST = 200  # measurements; beyond, nothing is promised
+MAX_PLANS = 200  # measured plans; beyond, nothing is promised
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,14 @@ def predict_frontier(
         >>> point.low <= point.share <= point.high, point.size.bpw <= 14
         (True, True)
     """
-    entries = _about(read(Path(atlas)), Path(atlas), parts, task)
+    entries = _fitting(read(Path(atlas)), Path(atlas), parts, task)
     limits = _budgets(parts, schemes, bpw)
     models = as_each_model(entries, parts, schemes)
     errors = _errors(attributions, parts, schemes)
     trust = 0.0 if errors is None else _trust(models, parts, limits)
-    plans = _plans(with_errors(models, errors, trust), parts, limits)
-    losses = [mean_loss(with_errors(models, errors, trust), plan) for plan in plans]
+    informed = with_errors(models, errors, trust)
+    plans = _plans(informed, parts, limits)
+    losses = [mean_loss(informed, plan) for plan in plans]
     missed = _left_out(models, parts, limits, trust)
     spread = _spread(missed, len(limits))
     reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(models) - 1) * spread if len(models) > 1 else spread
@@ -126,7 +127,7 @@ def predict_frontier(
     )
 
 
-def _about(entries: Sequence[Entry], atlas: Path, parts: ComponentMap, task: str | None) -> list[Entry]:
+def _fitting(entries: Sequence[Entry], atlas: Path, parts: ComponentMap, task: str | None) -> list[Entry]:
     """The entries of a task that have all parts of a model; an error where there are none."""
     tasks = list(dict.fromkeys(entry.about["task"] for entry in entries))
     if task is not None and task not in tasks:
@@ -187,7 +188,7 @@ def _left_out(models: Sequence[AsModel], parts: ComponentMap, limits: Sequence[f
 def _trust(models: Sequence[AsModel], parts: ComponentMap, limits: Sequence[float]) -> float:
     """How far relative errors correct damages: what misses least when each model that has them is left out."""
     having = [model for model in models if model.own_errors is not None]
-    if len(having) < FEWEST:
+    if len(having) < MIN_MODELS:
         return 0.0
     missed = {trust: float(np.linalg.norm(_left_out(having, parts, limits, trust))) for trust in (0.0, *TRUSTS)}
     best = min(TRUSTS, key=missed.__getitem__)
@@ -223,7 +224,7 @@ def _halved_by(missed: Floats, losses: Sequence[float], noises: Sequence[float])
     covariance = covariance * np.outer(steep, steep)
     noise = float(np.median(noises)) ** 2 if noises else 0.0
     before = _mean_spread(covariance)
-    for count in range(MOST):
+    for count in range(MAX_PLANS):
         if _mean_spread(covariance) <= before / 2:
             return count
         after = [covariance - np.outer(row, row) / max(row[i] + noise, 1e-300) for i, row in enumerate(covariance)]

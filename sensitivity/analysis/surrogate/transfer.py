@@ -17,9 +17,9 @@ from sensitivity.spec.plan import Scheme
 from sensitivity.study.study import Study
 
 Curve = tuple[tuple[float, ...], tuple[float, ...]]  # bits, rising, and the logarithm of the damage at each
-FEWEST = 5  # plans from which damages are learned
+MIN_PLANS = 5  # plans from which damages are learned
 FALL = 1.0  # how much the logarithm of a damage falls with a bit, where only one width was measured
-LEAST = 1e-8  # least damage: a smaller one counts as this, since its logarithm is taken
+MIN_DAMAGE = 1e-8  # a smaller damage counts as this, since its logarithm is taken
 
 
 def transferred(
@@ -65,10 +65,10 @@ def measured_damages(study: Study, task: str | None = None) -> dict[str, dict[Sc
 def additive_surrogate(study: Study, task: str | None = None) -> Surrogate:
     """The surrogate's formula without interactions, fitted to a study: damages that are moved are only added up."""
     observations = observations_of(study, task)
-    if len(set(observations.keys)) < FEWEST:
+    if len(set(observations.keys)) < MIN_PLANS:
         raise UserError(
             f"{study.path} has measured {len(set(observations.keys))} plans, too few to learn damages from; "
-            f"at least {FEWEST} are needed"
+            f"at least {MIN_PLANS} are needed"
         )
     space = Space.of(observations.plans)
     index = space.encode(observations.plans)
@@ -90,7 +90,7 @@ def _curves(damages: Mapping[Scheme, float]) -> dict[str, Curve]:
     """For each family of schemes, the logarithm of the damage at each width."""
     points: dict[str, dict[float, float]] = {}
     for scheme, damage in damages.items():
-        points.setdefault(family(scheme), {})[width(scheme)] = math.log(max(damage, LEAST))
+        points.setdefault(family(scheme), {})[width(scheme)] = math.log(max(damage, MIN_DAMAGE))
     return {key: (tuple(sorted(one)), tuple(one[bits] for bits in sorted(one))) for key, one in points.items()}
 
 
