@@ -292,6 +292,7 @@ def test_what_is_no_atlas_is_said_and_never_replaced(tmp_path: Path, atlas: Path
         with pytest.raises(UserError, match=why):
             add_to_atlas(study, file)
         assert before == (file.read_bytes() if file.is_file() else b"")
+        assert not file.with_suffix(".kernel-lock").exists()  # what is refused leaves nothing behind
     assert len(index["studies"]) == 2
     with pytest.raises(UserError, match=r"an atlas is a file such as runs/atlas\.parquet, not mine\.csv"):
         add_to_atlas(study, "mine.csv")

@@ -196,7 +196,7 @@ def infeasible(
     low, high = (knapsack.size(knapsack.space.decode(row)).bits for row, _ in (smallest, largest))
     if low > budget:
         return UserError(
-            f"{nothing} fits {budget / numel:.2f} bpw ({in_words(budget / 8)}): with the widths of this study "
+            f"{nothing} fits {budget / numel:.2f} bpw ({in_words(budget / 8)}): with the widths there are "
             f"{low / numel:.2f} to {high / numel:.2f} bpw ({in_words(low / 8)} to {in_words(high / 8)}"
             f"{f' in {knapsack.format} files' if knapsack.format else ''}) can be reached; "
             "ask for more, or sweep lower widths (--bits)"

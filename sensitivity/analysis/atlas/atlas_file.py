@@ -36,6 +36,8 @@ def add_to_atlas(study: Study, to: Path | str = DEFAULT) -> list[Entry]:
     if file.suffix != DEFAULT.suffix:
         raise UserError(f"an atlas is a file such as {DEFAULT}, not {file}")
     fresh = entries_of(study)
+    if file.exists():
+        read(file)  # what is no atlas is refused before a lock lies beside it
     lock = file.with_suffix(".kernel-lock").name
     with new_folder(file.parent, [lock]), held(ProcessLock(file)):  # else one of two processes would lose its study
         others = read(file) if file.exists() else []
