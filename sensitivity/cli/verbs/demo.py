@@ -14,7 +14,7 @@ from sensitivity.cli.verbs.timing import bench, profile
 from sensitivity.spec.errors import unknown
 from sensitivity.spec.runtimes.layer_times import LAYOUTS
 
-ABOUT = "plan, sweep, rank, recommend and report on the embedded model, in about a minute"
+ABOUT = "plan, sweep, rank, recommend and report on the embedded model, in a minute and a half"
 EXAMPLE = "sensitivity demo"
 MODEL = "embedded:scenes-llava"
 PLANNED = 5  # plan runs on so many times fewer examples than the sweep, so that the first answer comes in seconds
@@ -34,7 +34,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         help="folder for the study, its plan and its report (default: runs/demo)",
     )
     words.runtime(p, "go on in this runtime, openvino: export the plan, execute it, compare its answers, and time it")
-    words.samples(p, n=500)  # about a minute on two quiet cores: reports/busy.md
+    words.samples(p, n=500)  # a minute and a half on two quiet cores
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
