@@ -516,7 +516,7 @@ def test_quantized_weights_from_the_cache_are_the_same_bits(
         assert not missing, "computed again"
         return []
 
-    monkeypatch.setattr("sensitivity.measure.install.plan_in_model.solve", nothing_to_solve)
+    monkeypatch.setattr("sensitivity.measure.install.quantizer.solve", nothing_to_solve)
     again = installed(scenes_llava, finer, solved, WeightCodes(), cached)
     assert same(again, {name: expected[name] for name in again})
     monkeypatch.undo()
