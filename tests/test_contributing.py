@@ -14,7 +14,8 @@ import torch
 from sensitivity import export, inspect, one_at_a_time, rank, recommend, scheme, size, sweep
 from sensitivity.cli.main import main
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import METHODS, quantize
+from sensitivity.quantize.methods import METHODS
+from sensitivity.quantize.solving import quantize
 from sensitivity.quantize.sources import SOURCES
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.stored_bits import OVERHEAD

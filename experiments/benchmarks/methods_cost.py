@@ -20,9 +20,10 @@ from torch import Tensor
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.layer.two_paths import TwoPaths
-from sensitivity.quantize.methods import METHODS, method_of, needs_fisher, solve
+from sensitivity.quantize.methods import METHODS, method_of, needs_fisher
 from sensitivity.quantize.presets import PRESETS
 from sensitivity.quantize.scheme_settings import scheme
+from sensitivity.quantize.solving import solve
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Scheme
 

@@ -23,9 +23,9 @@ from sensitivity.measure.install.plan_in_model import prepare
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.methods import quantize, solve
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.solvers.scale_search import errors, scales
+from sensitivity.quantize.solving import quantize, solve
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan
 

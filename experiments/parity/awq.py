@@ -26,8 +26,8 @@ from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears, input_of
-from sensitivity.quantize.methods import quantize, solve
 from sensitivity.quantize.scheme_settings import scheme
+from sensitivity.quantize.solving import quantize, solve
 from sensitivity.tasks.table import task
 
 BITS = (2, 3, 4, 8)

@@ -20,8 +20,8 @@ from experiments.parity.layers import Layer, layers
 from experiments.parity.peers import ask, cell
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.methods import quantize, solve
 from sensitivity.quantize.scheme_settings import scheme
+from sensitivity.quantize.solving import quantize, solve
 from sensitivity.quantize.stored.grid import ranges, scale_and_zero
 from sensitivity.spec.plan import Scheme
 

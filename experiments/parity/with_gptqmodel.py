@@ -48,8 +48,8 @@ def quantize(weight: torch.Tensor, inputs: torch.Tensor, how: dict) -> tuple[tor
 def through(weight: torch.Tensor, inputs: torch.Tensor, how: dict) -> torch.Tensor:
     """The same through `--backend gptqmodel`, which passes the library a Gram matrix instead of inputs."""
     from sensitivity.quantize.layer.curvature import Curvature
-    from sensitivity.quantize.methods import quantize
     from sensitivity.quantize.scheme_settings import scheme
+    from sensitivity.quantize.solving import quantize
 
     seen = Curvature(weight.shape[1])
     seen.add(inputs)

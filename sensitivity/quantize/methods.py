@@ -1,13 +1,9 @@
-"""METHODS: every quantization method and what it needs; solve() quantizes weights with them."""
+"""METHODS: every quantization method, its settings, and what a scheme of it needs."""
 
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
-
-from torch import Tensor
 
 from sensitivity.quantize.grids.adpq import adpq
 from sensitivity.quantize.grids.billm import billm
@@ -15,57 +11,54 @@ from sensitivity.quantize.grids.binary import binary
 from sensitivity.quantize.grids.bivlm import bivlm
 from sensitivity.quantize.grids.bpdq import bpdq
 from sensitivity.quantize.grids.gwq import gwq
-from sensitivity.quantize.grids.leanquant import affine, leanquant
+from sensitivity.quantize.grids.leanquant import leanquant, leanquant_affine
 from sensitivity.quantize.grids.qvla import qvla
 from sensitivity.quantize.grids.spqr import spqr
 from sensitivity.quantize.grids.squeezellm import squeezellm
-from sensitivity.quantize.layer.curvature import Curvature
-from sensitivity.quantize.layer.linears import Linears, Method, per_weight
+from sensitivity.quantize.layer.linears import Method, per_weight
 from sensitivity.quantize.run_time.settings import (
-    AS_STORED,
-    NOTHING_ROUNDED,
-    UNTOUCHED,
+    ATTENTION_OFF,
+    CACHE_OFF,
+    COMMON_OFF,
     needs_run_time_data,
     of_weights,
 )
-from sensitivity.quantize.solvers.activations import int8_rows, split_inputs
 from sensitivity.quantize.solvers.clip import clip
 from sensitivity.quantize.solvers.gptq import gptq
+from sensitivity.quantize.solvers.llm_int8 import int8_rows, split_inputs
 from sensitivity.quantize.solvers.nearest import rtn, uniform
 from sensitivity.quantize.solvers.qsvd import qsvd
 from sensitivity.quantize.solvers.scale_search import awq
 from sensitivity.quantize.solvers.smooth import smooth
 from sensitivity.quantize.solvers.vlm_ptq import vlm_ptq
 from sensitivity.quantize.stored.codebook import to_codebook
-from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.errors import unknown
 from sensitivity.spec.plan import JOINT, KEEP, Scheme, Setting
 
 OWN, UNIFORM = "own", "uniform"
-IMPORTANCE = (
-    UNIFORM,
-    "modality",
-    "gradient",
-    "output",
-    "block",
-    "attention",
-    "perturbation",
-    "filtered",
-)  # how much each calibration token counts
+# what decides the weight r of each calibration token in the Gram matrix
+IMPORTANCE = (UNIFORM, "modality", "gradient", "output", "block", "attention", "perturbation", "filtered")
 GRADIENTS = ("modality", "gradient", "output", "block")  # those that need a backward pass
-# The output that a layer aims at where its inputs come from quantized layers. none: its own output for these inputs.
-# all: the float model's output, by shifting the weights of all columns. later: the same, but the difference of an input
-# channel shifts only the columns after it.
+# Which output a layer is fitted to when its inputs come from quantized layers. none: its own output for these inputs.
+# all: the float model's output; how an input channel differs from the float model shifts the weights of all columns.
+# later: as all, but it shifts only the weights of columns that are rounded later.
 SHIFTS = ("none", "later", "all")
 SHIFT: dict[str, Setting] = {"shift": "none", "strength": 1.0}
 TRANSFORMS = ("none", "hadamard")
 TRANSFORM: dict[str, Setting] = {"transform": "none"}
 SMOOTHING: dict[str, Setting] = {"spread": "largest", "scales": "stored", "learned": 0, **TRANSFORM}
-# the values with which a setting changes nothing; a scheme does not record these
-NOTHING: dict[str, Setting] = {"biases": False, "backend": OWN, "importance": UNIFORM, "gradient": False, "learned": 0}
-NOTHING |= {**SHIFT, **TRANSFORM, **NOTHING_ROUNDED, **AS_STORED, **UNTOUCHED}
-# what a calibrated scheme records about its calibration data (see Statistics.facts), and the type of each
+# the values that switch a setting off; a scheme does not record a setting with such a value
+NO_EFFECT: dict[str, Setting] = {
+    "biases": False,
+    "backend": OWN,
+    "importance": UNIFORM,
+    "gradient": False,
+    "learned": 0,
+}
+NO_EFFECT |= {**SHIFT, **TRANSFORM, **ATTENTION_OFF, **CACHE_OFF, **COMMON_OFF}
+# what a calibrated scheme records about its calibration data (see Statistics.facts), and the type of each value
 CALIBRATION = {"calibration": str, "examples": int, "seed": int, "data": str, "path": str}
+# ends of the message "METHOD is always ...", for methods whose group or grid cannot be chosen
 BLOCKS = "in blocks of 64 of the flattened weight, around zero"
 CODEBOOK, PLANES = "with one codebook per row", "of bit planes, and asymmetric"
 LEANQUANT: Any = {
@@ -88,8 +81,7 @@ METHODS: dict[str, Method] = {
     "gptq": Method(
         gptq,
         calibrated=True,
-        # neither order nor clipping adds stored bits; on the embedded model's layers they cut the output error by 20 to
-        # 40 %
+        # order and clip add no stored bits; on the embedded model's layers they cut the output error by 20 to 40 %
         settings={
             "damp": 0.01,
             "order": "activation",
@@ -164,7 +156,7 @@ METHODS: dict[str, Method] = {
         fixed=CODEBOOK,
     ),
     "leanquant": Method(leanquant, symmetric=False, calibrated=True, fixed=CODEBOOK, **LEANQUANT),
-    "leanquant-affine": Method(affine, range(2, 9), symmetric=False, calibrated=True, **LEANQUANT),
+    "leanquant-affine": Method(leanquant_affine, range(2, 9), symmetric=False, calibrated=True, **LEANQUANT),
     "bpdq": Method(
         bpdq,
         range(1, 5),
@@ -241,7 +233,7 @@ METHODS: dict[str, Method] = {
     ),
 }
 # The methods that a scheme may name: METHODS, and KEEP, which leaves the weight unchanged in a scheme that only rounds
-# activations or the cache. A view of METHODS, so that a method that is added later is found.
+# activations or the cache. A ChainMap, so that a method that is added to METHODS later is found here too.
 ROWS = ChainMap(
     {KEEP: Method(per_weight(lambda weight, scheme: None), range(16, 17), fixed="as stored before")}, METHODS
 )
@@ -260,17 +252,17 @@ def needs_data(scheme: Scheme) -> bool:
 
 
 def weights_of(scheme: Scheme) -> Scheme:
-    """The part of a scheme that its weights depend on, without what is rounded in each forward pass, and norms."""
+    """A scheme without the settings that its stored weights do not depend on: run-time rounding, norms and pruning."""
     return of_weights(scheme, method_of(scheme), tuple(CALIBRATION))
 
 
 def importance(scheme: Scheme) -> str:
-    """How much each calibration token counts for a scheme: UNIFORM, or another of IMPORTANCE."""
+    """What a scheme weighs calibration tokens by: UNIFORM, or another of IMPORTANCE."""
     return str(scheme.get("importance") or UNIFORM)
 
 
 def needs_both_paths(scheme: Scheme) -> bool:
-    """Whether a scheme compares a layer's inputs in the float model with those behind quantized layers."""
+    """Whether a scheme compares a layer's inputs in the float model with those after quantized layers."""
     return method_of(scheme).both_paths or scheme.get("shift", "none") != "none"
 
 
@@ -280,30 +272,5 @@ def needs_gradients(scheme: Scheme) -> bool:
 
 
 def needs_fisher(scheme: Scheme) -> bool:
-    """Whether a scheme weighs each number of a weight by the gradient of the answer loss."""
+    """Whether a scheme weighs each element of a weight by the gradient of the answer loss."""
     return method_of(scheme).fisher or bool(scheme.get("gradient"))
-
-
-def solve(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight | None]]:
-    """Quantize weights that share an input: for each scheme, one result per weight.
-
-    A result is None where there is nothing to round.
-    """
-    results: dict[Scheme, Sequence[StoredWeight | None]] = {}
-    for alike in _by_settings(schemes):
-        results.update(zip(alike, method_of(alike[0]).solve(linears, alike), strict=True))
-    return [list(results[scheme]) for scheme in schemes]
-
-
-def quantize(weight: Tensor, scheme: Scheme, curvature: Curvature | None = None) -> Tensor:
-    """One weight, quantized and dequantized, in its own type."""
-    ((result,),) = solve(Linears(("the weight",), (weight.detach(),), curvature), [scheme])
-    return weight.detach().clone() if result is None else result.dequantize().to(weight.dtype)
-
-
-def _by_settings(schemes: Iterable[Scheme]) -> list[list[Scheme]]:
-    """Schemes in lists whose members differ in bits alone, from the narrowest up."""
-    by_settings: dict[Scheme, list[Scheme]] = {}
-    for scheme in sorted(set(schemes), key=lambda s: s.bits):
-        by_settings.setdefault(replace(scheme, bits=1), []).append(scheme)
-    return list(by_settings.values())

@@ -32,10 +32,10 @@ PRESETS: dict[str, dict[str, Setting]] = {
         **{"method": "clip", "group": 128, "symmetric": False},
         **{"cache": 4, "cache_group": 128, "cache_past": True, "cache_smooth": True},
     },
-    # one step for each batch that is looked at, as one pass over as much data takes
+    # 30 gradient steps: about what one pass over as much data takes with a step for each batch
     "norm-tweak": {"method": "gptq", "tweak": 30},
     "salq-vlm": {"method": "gptq", "shift": "later", "strength": 0.25, "importance": "block"},
-    # those below quantize weights and activations; SOURCES says how each differs from what was published
+    # the presets below quantize weights and activations; SOURCES says how each differs from what was published
     "repq-vit": {
         **{"method": "smooth", "symmetric": False, "exponent": 1.0, "spread": "range", "scales": "norms"},
         **{"activations": 4, "activation_scale": "norm", "attention": "tensor", "softmax": "log-sqrt2"},

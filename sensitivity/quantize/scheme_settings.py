@@ -1,4 +1,4 @@
-"""Makes schemes of methods and presets with all their settings, and checks every setting."""
+"""Makes schemes from methods, presets and chosen settings, and checks every setting."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sensitivity.quantize.layer.linears import Method
-from sensitivity.quantize.methods import CALIBRATION, NOTHING, OWN, ROWS, method_of, needs_both_paths, needs_data
+from sensitivity.quantize.methods import CALIBRATION, NO_EFFECT, OWN, ROWS, method_of, needs_both_paths, needs_data
 from sensitivity.quantize.presets import PRESETS
 from sensitivity.quantize.run_time.inputs import TOKEN
 from sensitivity.quantize.run_time.settings import ROUNDED_BITS, RUN_TIME, with_common, with_run_time
@@ -30,8 +30,8 @@ from sensitivity.spec.plan import (
 def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None = None, **chosen: Any) -> Scheme:
     """A scheme of a method or preset: the defaults, the chosen settings, and the facts about its calibration data.
 
-    `calibration` is what `Statistics.facts` returns; only schemes that are calibrated record it. `activations` and
-    `cache` are the bits of each layer's input, and of keys and values; 16 leaves them as they are.
+    `calibration` is what `Statistics.facts` returns; only calibrated schemes record it. Among the chosen settings,
+    `activations` and `cache` are the bits of each layer's input, and of keys and values; 16 leaves them unrounded.
 
     Examples:
         >>> from sensitivity import scheme
@@ -47,10 +47,10 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     if name not in ROWS:
         raise unknown("method", method, [*ROWS, *PRESETS])
     chosen = {key: value for key, value in chosen.items() if value is not None}
-    # what is not rounded takes the preset's settings of that rounding with it
-    for bits_of, of_rounding in (("activations", set(RUN_TIME) - set(OF_CACHE)), ("cache", set(OF_CACHE))):
-        if chosen.get(bits_of) == NOT_ROUNDED:
-            preset = {key: value for key, value in preset.items() if key not in of_rounding}
+    # a preset without its rounding of activations or cache loses the settings of that rounding too
+    for rounded, its_settings in (("activations", set(RUN_TIME) - set(OF_CACHE)), ("cache", set(OF_CACHE))):
+        if chosen.get(rounded) == NOT_ROUNDED:
+            preset = {key: value for key, value in preset.items() if key not in its_settings}
     given: dict[str, Any] = {**preset, **chosen}
     activations, cache = given.pop("activations", NOT_ROUNDED), given.pop("cache", NOT_ROUNDED)
     row = with_common(with_run_time(ROWS[name], name, activations, cache))
@@ -67,20 +67,13 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     if (row.calibrated or row.any_group) and group == "tensor":
         raise UserError(f"{name} needs a scale per row or group; choose --group row or a number of columns")
     settings = {**row.settings, **{key: _checked(name, row, key, value) for key, value in given.items()}}
-    # a setting that changes nothing is not recorded, so that schemes from before it existed stay equal to new ones
-    settings = {key: value for key, value in settings.items() if NOTHING.get(key, settings) != value}
-    if settings.get("transform") and settings.get(ACTIVATION_SCALE, TOKEN) != TOKEN:
-        raise UserError(f"{method} rotates inputs, whose ranges are then not known; leave activation_scale at {TOKEN}")
-    if settings.get(CACHE_SMOOTH) and not settings.get(CACHE_PAST):
-        raise UserError(f"{method} divides the channels that attention reads; set cache_past=true beside cache_smooth")
+    # a setting that is off is not recorded, so that schemes from before it existed stay equal to new ones
+    settings = {key: value for key, value in settings.items() if key not in NO_EFFECT or NO_EFFECT[key] != value}
     if not settings.get(PRUNE):
         if PRUNE_AFTER in given:
             raise UserError(f"{PRUNE_AFTER} says after which block image tokens are pruned; set {PRUNE} beside it")
         settings.pop(PRUNE_AFTER)
-    if settings.get(CACHE_PAST) and row.latent:
-        raise UserError(f"{method} caches what keys and values are made of, not them; leave out cache_past")
-    if settings.get("transform") == "blocks" and settings.get("learned"):
-        raise UserError(f"{method} learns factors behind a rotation of all channels or none; set transform=hadamard")
+    _check_together(method, row, settings)
     made = Scheme(name, bits, group, symmetric, tuple(settings.items()), activations, cache)
     if calibration and needs_data(made):
         made = replace(made, settings=tuple({**settings, **calibration}.items()))
@@ -93,8 +86,22 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     return made
 
 
+def _check_together(method: str, row: Method, settings: Mapping[str, Setting]) -> None:
+    """Raise an error for settings that are allowed one by one but not together."""
+    if settings.get("transform") and settings.get(ACTIVATION_SCALE, TOKEN) != TOKEN:
+        raise UserError(f"{method} rotates inputs, whose ranges are then not known; leave activation_scale at {TOKEN}")
+    if settings.get(CACHE_SMOOTH) and not settings.get(CACHE_PAST):
+        raise UserError(f"{method} divides the channels that attention reads; set cache_past=true beside cache_smooth")
+    if settings.get(CACHE_PAST) and row.latent:
+        raise UserError(
+            f"{method} caches the latent vector that keys and values are computed from, not them; leave out cache_past"
+        )
+    if settings.get("transform") == "blocks" and settings.get("learned"):
+        raise UserError(f"{method} learns factors only with transform=hadamard or none, not blocks; set one of them")
+
+
 def schemes_of(methods: Sequence[str], bits: Sequence[int], **chosen: Any) -> list[Scheme]:
-    """The schemes of one or several methods; of several, each gets only the widths and settings that it takes.
+    """The schemes of one or several methods; if there are several, each gets only the widths and settings it takes.
 
     Examples:
         >>> from sensitivity.quantize.scheme_settings import schemes_of
@@ -129,8 +136,8 @@ def method_named(name: str) -> Method:
 
 
 def check_scheme(chosen: Scheme) -> None:
-    """Raise an error for a scheme that no method can have, such as one from a file: its bits, settings and types."""
-    if chosen.method == "codes":  # from an imported table, which tells only bit widths
+    """Raise an error where a scheme, such as one from a file, has bits or settings that its method does not take."""
+    if chosen.method == "codes":  # from an imported table, which says nothing but bit widths
         if chosen.settings:
             raise unknown("setting of codes", chosen.settings[0][0], ["none"])
         return

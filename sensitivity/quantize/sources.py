@@ -13,7 +13,7 @@ class Source:
 
     where: str
     read: str  # FULL, CODE, ABSTRACT, or "" where there is nothing to read
-    ours: str = ""  # what is inferred, or differs from the source
+    ours: str = ""  # what is inferred, or differs from the source; "there" means in the source
     claimed: str = "code bits alone"  # what the published bits per weight include
 
 
@@ -25,7 +25,7 @@ SOURCES: dict[str, Source] = {
     "vlm-ptq": Source(
         "VLM-PTQ (CVPR 2026)",
         "known from reviews that print its equations",
-        "the exact shift of each row, shares of the image, and a share per weight",
+        "the shift is exact, not a factor per column; the shares of image and text that are tried; a share per weight",
     ),
     "awq": Source("Lin et al. 2023", CODE, "errors from the Gram matrix, not from outputs"),
     "nf4": Source("Dettmers et al. 2023 (QLoRA), bitsandbytes", CODE),
@@ -35,26 +35,26 @@ SOURCES: dict[str, Source] = {
     "squeezellm": Source(
         "Kim et al. 2023",
         CODE,
-        "the Gram matrix's diagonal for gradients, which squeezellm-fisher has; partitions by dynamic programming; "
-        "outliers are exact shares",
+        "the Gram matrix's diagonal in place of gradients, which squeezellm-fisher has; partitions by dynamic "
+        "programming; outliers are a fixed share",
     ),
     "leanquant": Source(
         "Zhang and Shrivastava 2024", CODE, "partitions by dynamic programming; the default exponent was not read"
     ),
     "leanquant-affine": Source(
-        "Zhang and Shrivastava 2024", "that it exists was read, not its search", "ranges by clip search under d^-p"
+        "Zhang and Shrivastava 2024", "only that it exists was read, not its search", "ranges by clip search under d^-p"
     ),
-    "bpdq": Source("BPDQ", CODE, "each row keeps its own best turn; columns as they are stored"),
+    "bpdq": Source("BPDQ", CODE, "each row keeps its own best iteration; columns are rounded in stored order"),
     "billm": Source(
         "Huang et al. 2024",
         CODE,
-        "numbers of salient columns in powers of two, 17 splits for 81",
+        "numbers of salient columns are tried in powers of two; 17 splits are tried, there 81",
         "1.08: one bit, and the second bit of salient columns",
     ),
     "bivlm": Source(
         "Bi-VLM",
         FULL,
-        "the number of turns of the tail's scale; bin indices at a fixed width",
+        "the number of iterations for the tail's scale; bin indices at a fixed width",
         "1.01 to 1.1: without the index of each weight's bin",
     ),
     "spqr": Source(
@@ -64,27 +64,32 @@ SOURCES: dict[str, Source] = {
         "all, with 32 bits per outlier",
     ),
     "gwq": Source(
-        "GWQ", ABSTRACT, "a share of each weight; ranges without outliers; as many examples as are calibrated on"
+        "GWQ", ABSTRACT, "a share of each weight; ranges without outliers; gradients of all calibration examples"
     ),
-    "adpq": Source("AdpQ, statistical pre-calibration", ABSTRACT, "its threshold is the largest share by magnitude"),
+    "adpq": Source(
+        "AdpQ, statistical pre-calibration",
+        ABSTRACT,
+        "outliers are a fixed share by magnitude, there found by a threshold",
+    ),
     "wkv": Source(
         "WKVQuant",
         ABSTRACT,
-        "a token alone reads its own key and value as they are, also in a prompt; channels are divided by their "
-        "largest value, where published factors are learned",
+        "only the token itself reads its key and value unrounded, also in a prompt; channels are divided by their "
+        "largest value, there by learned factors",
         "code bits, of weights and cache",
     ),
     "qvla": Source(
         "QVLA",
-        "released proxy read, not the text",
-        "channels compete within each weight, for stored bits, by added cost per saved bit",
+        "the released proxy read, not the text",
+        "channels of one weight share a budget of stored bits, and lose bits where that costs least per bit",
         "code bits, averaged over channels and not over weights",
     ),
     "qsvd": Source(
         "QSVD",
         CODE,
-        "one share of the rank in all layers, there chosen by the gradient of the answer loss; the Gram matrix, there "
-        "magnitudes of channels; the latent rotated, not the residual stream; other layers rounded to nearest",
+        "all layers keep the same share of the rank, there chosen by the gradient of the answer loss; inputs are "
+        "weighed by the Gram matrix, there by magnitudes of channels; the latent is rotated, not the residual stream; "
+        "other layers are rounded to nearest",
         "code bits, at the rank",
     ),
     "paper-uniform": Source("Gautam et al. 2025", CODE),
@@ -97,58 +102,64 @@ SOURCES: dict[str, Source] = {
     "squeezellm-fisher": Source(
         "Kim et al. 2023", CODE, "as squeezellm, and squared gradients from the calibration data, not from text"
     ),
-    "rsq": Source("Sung et al. 2025 (RSQ)", CODE, "each layer's input rotated by itself, not the residual stream"),
+    "rsq": Source("Sung et al. 2025 (RSQ)", CODE, "each layer's input is rotated by itself, not the residual stream"),
     "norm-tweak": Source(
         "Li et al. 2023 (Norm Tweaking)",
         "known from an unofficial implementation",
-        "the step with the least output error is kept; images and questions, there text that the model generated; a "
-        "larger rate",
+        "the step with the least output error is kept; trained on images and questions, there on text that the model "
+        "generated; a larger learning rate",
     ),
-    "qig": Source("QIG", CODE, "attribution and error of layers, there of modules; three bits per row as the error"),
+    "qig": Source(
+        "QIG", CODE, "attribution and error of layers, there of modules; the error is that of 3 bits per row"
+    ),
     "salq-vlm": Source(
         "SalQ-VLM, formerly VLMQ", ABSTRACT, "the block's error is that of rounding to nearest at 3 bits"
     ),
     "gptaq": Source(
-        "Li et al. 2025 (GPTAQ)", CODE, "inputs differ from the whole float model's; shifts are of the original weights"
+        "Li et al. 2025 (GPTAQ)",
+        CODE,
+        "inputs are compared with the whole float model's; shifts start from the original weights",
     ),
     "smooth": Source(
-        "Xiao et al. 2023 (SmoothQuant)", "known from code that follows it", "factors with a mean of 1; weights per row"
+        "Xiao et al. 2023 (SmoothQuant)",
+        "known from code that follows it",
+        "factors have a mean of 1; weights have a scale per row",
     ),
     "repq-vit": Source(
         "Li et al. 2023 (RepQ-ViT)",
         CODE,
         "ranges are minimum and maximum, there the best of three percentiles, and include zero; the last code of a "
-        "softmax is zero, there zero stands beside all codes",
+        "softmax means zero, there zero is added to all codes",
     ),
     "ptq4sam": Source(
         "PTQ4SAM",
         CODE,
-        "GPTQ for AdaRound and QDrop; signs of keys around their rounding, before rotary positions, which is what "
-        "folding them into weights comes to; keys alone; steps of the largest probability",
+        "GPTQ in place of AdaRound and QDrop; keys alone change signs, around their rounding and before rotary "
+        "positions, which equals folding the signs into weights; steps are fractions of the largest probability",
     ),
     "quantvggt": Source(
         "QuantVGGT",
         CODE,
-        "training per layer on normal tokens with its Gram matrix; ranges of weights alone; smoothing by root mean "
-        "squares of rotated inputs and by rotated weights (its code: not rotated); each block leaves out its own "
-        "outlying examples, and none are chosen by clusters",
+        "trained per layer, on random normal tokens with its Gram matrix; only weights' ranges are trained; smoothing "
+        "by root mean squares of rotated inputs and by rotated weights (its code: not rotated); each block leaves out "
+        "its own outlying examples, and none are chosen by clusters",
     ),
     "quantvla": Source(
         "QuantVLA, after DuQuant",
         CODE,
-        "all layers of a component, there MLPs alone in the action head; a scale for each token, there the 99.9th "
-        "percentile; statistics of logits and outputs from the calibration data",
+        "all layers of a component, there only MLPs in the action head; a scale for each token, there the 99.9th "
+        "percentile; statistics of logits and outputs are from the calibration data",
     ),
     "qvlm": Source(
         "Q-VLM (NeurIPS 2024)",
         FULL,
-        "layers are transformer blocks; the threshold of dependency is its mean; levels are not assigned softly; a "
-        "block ends with its component; its training of the vision encoder is left out",
+        "layers are transformer blocks; the threshold of dependency is its mean; each number has one level, there "
+        "soft shares of several; a block ends with its component; the vision encoder is not trained",
     ),
     "qvlm-released": Source(
         "Q-VLM, its released code",
         CODE,
-        "inputs of output and down projections, and of the tower, have a range for each token: there one of the whole "
-        "prompt, which would depend on how prompts are batched, and a table by position for one image size",
+        "inputs of output and down projections, and of the tower, have a range for each token; there one for the whole "
+        "prompt, which depends on how prompts are batched, and in the tower a table by position for one image size",
     ),
 }

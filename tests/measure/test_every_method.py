@@ -17,9 +17,10 @@ from sensitivity.formats.verification import verify
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import METHODS, quantize
+from sensitivity.quantize.methods import METHODS
 from sensitivity.quantize.presets import PRESETS
 from sensitivity.quantize.scheme_settings import scheme
+from sensitivity.quantize.solving import quantize
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan

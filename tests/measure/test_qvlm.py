@@ -27,10 +27,10 @@ from sensitivity.measure.passes.token_batches import calibration_pass
 from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of
-from sensitivity.quantize.methods import quantize
 from sensitivity.quantize.run_time.dependency import DEPTH, blocks_of, codes_of, dependency
 from sensitivity.quantize.run_time.inputs import percentiles, round_between, round_each_token
 from sensitivity.quantize.scheme_settings import scheme
+from sensitivity.quantize.solving import quantize
 from sensitivity.spec.plan import Plan
 from sensitivity.tasks.table import task
 

@@ -28,10 +28,10 @@ from sensitivity.measure.passes.token_batches import calibration_pass
 from sensitivity.models.discover import discover, inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import quantize
 from sensitivity.quantize.run_time.inputs import round_inputs
 from sensitivity.quantize.run_time.keys_and_values import round_cached
 from sensitivity.quantize.scheme_settings import scheme
+from sensitivity.quantize.solving import quantize
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan

@@ -26,8 +26,8 @@ from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.grids.gwq import gwq
 from sensitivity.quantize.layer.linears import Linears, input_of
-from sensitivity.quantize.methods import quantize
 from sensitivity.quantize.scheme_settings import scheme
+from sensitivity.quantize.solving import quantize
 from sensitivity.quantize.stored.sparse import SparseWeight
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError

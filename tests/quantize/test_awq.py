@@ -9,10 +9,10 @@ from torch import Tensor
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.error_cost import STRIP, ErrorCost, low_rank_factor, quadratic, upper_half
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.methods import quantize, solve
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.solvers.clip import RATIOS, clipped
 from sensitivity.quantize.solvers.scale_search import QUERY_KEY, errors, scales
+from sensitivity.quantize.solving import quantize, solve
 from sensitivity.quantize.stored.grid import QuantizedWeight, encode, ranges, scale_and_zero
 from sensitivity.spec.stored_bits import OVERHEAD
 
@@ -61,7 +61,7 @@ def test_the_search_in_pieces_is_the_search_at_once(monkeypatch: pytest.MonkeyPa
     given = linears()
     grid = scales(given.input_statistics, 20, torch.float32)
     whole = errors(given.rows, grid, given.input_statistics.gram, [scheme("awq", 3)], torch.float32)
-    monkeypatch.setattr("sensitivity.quantize.solvers.scale_search.ROOM", 1)
+    monkeypatch.setattr("sensitivity.quantize.solvers.scale_search.NUMBERS_AT_ONCE", 1)
     torch.testing.assert_close(
         errors(given.rows, grid, given.input_statistics.gram, [scheme("awq", 3)], torch.float32), whole
     )

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from sensitivity.measure.install.bitsandbytes_modules import bitsandbytes_modules
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.models.discover import discover
-from sensitivity.quantize.methods import quantize
 from sensitivity.quantize.scheme_settings import scheme
-from sensitivity.quantize.solvers.activations import split_inputs
+from sensitivity.quantize.solvers.llm_int8 import split_inputs
+from sensitivity.quantize.solving import quantize
 from sensitivity.quantize.stored.codebook import FP4, NF4, TABLES, to_codebook
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme

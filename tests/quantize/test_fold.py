@@ -19,8 +19,8 @@ from sensitivity.measure.passes.token_batches import TokenBatch, calibration_pas
 from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import Linears, input_of
-from sensitivity.quantize.methods import solve
 from sensitivity.quantize.scheme_settings import scheme
+from sensitivity.quantize.solving import solve
 from sensitivity.quantize.stored.grid import QuantizedWeight
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError

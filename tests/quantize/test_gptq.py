@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.methods import quantize, solve
 from sensitivity.quantize.scheme_settings import scheme
+from sensitivity.quantize.solving import quantize, solve
 from sensitivity.quantize.stored.grid import ranges, scale_and_zero
 from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.plan import Scheme

@@ -18,9 +18,10 @@ from sensitivity.quantize.grids.outliers import largest
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.layer.two_paths import TwoPaths
-from sensitivity.quantize.methods import METHODS, quantize, solve
+from sensitivity.quantize.methods import METHODS
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.solvers.gptq import factor_of
+from sensitivity.quantize.solving import quantize, solve
 from sensitivity.quantize.stored.channels import ChannelWidthsWeight
 from sensitivity.quantize.stored.codebook import CodebookWeight
 from sensitivity.quantize.stored.grid import QuantizedWeight

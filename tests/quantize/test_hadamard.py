@@ -13,8 +13,8 @@ from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.methods import quantize, solve
 from sensitivity.quantize.scheme_settings import scheme
+from sensitivity.quantize.solving import quantize, solve
 from sensitivity.quantize.stored.rotated import RotatedWeight, rotate, rotate_back
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan

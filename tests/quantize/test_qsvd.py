@@ -19,11 +19,11 @@ from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.methods import quantize, solve
 from sensitivity.quantize.run_time.inputs import round_inputs
 from sensitivity.quantize.run_time.keys_and_values import round_cached
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.solvers.qsvd import factors
+from sensitivity.quantize.solving import quantize, solve
 from sensitivity.quantize.stored.low_rank import LowRankWeight
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
@@ -204,7 +204,7 @@ def test_a_sweep_is_the_same_fast_and_plain(scenes_llava: VLM, prepared: Prepare
 
 
 def test_what_makes_no_sense_is_refused() -> None:
-    with pytest.raises(UserError, match="qsvd caches what keys and values are made of, not them; leave out cache_past"):
+    with pytest.raises(UserError, match="qsvd caches the latent vector that keys and values are computed from"):
         scheme("qsvd", 4, cache=4, cache_past=True)
     with pytest.raises(UserError, match=r"rank of qsvd is a number from 0\.001 to 1, not 0"):
         scheme("qsvd", 4, rank=0.0)

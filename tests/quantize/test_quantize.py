@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.memory.weight_codes import WeightCodes, from_tensors, tensors
 from sensitivity.models.discover import discover
-from sensitivity.quantize.methods import METHODS, quantize, solve
+from sensitivity.quantize.methods import METHODS
 from sensitivity.quantize.presets import PRESETS
 from sensitivity.quantize.scheme_settings import scheme
+from sensitivity.quantize.solving import quantize, solve
 from sensitivity.quantize.stored.grid import QuantizedWeight
 from sensitivity.spec.components import GRANULARITIES, ComponentMap
 from sensitivity.spec.errors import UserError

@@ -11,8 +11,8 @@ from torch import Tensor
 from sensitivity.quantize.grids.qvla import _bits, allocated
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.methods import quantize, solve
 from sensitivity.quantize.scheme_settings import scheme
+from sensitivity.quantize.solving import quantize, solve
 from sensitivity.quantize.stored.channels import ChannelWidthsWeight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.stored_bits import CHANNEL_WIDTHS, channel_budget

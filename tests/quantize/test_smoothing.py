@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.methods import quantize, solve
 from sensitivity.quantize.run_time.inputs import round_between, round_inputs
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.solvers.learned_smoothing import _error, _rounded, _tokens, learned
+from sensitivity.quantize.solving import quantize, solve
 from sensitivity.quantize.stored.grid import QuantizedWeight
 from sensitivity.quantize.stored.rotated import InputTransform, RotatedWeight, rotate, rotate_back
 from sensitivity.spec.errors import UserError
@@ -56,7 +56,7 @@ def test_no_transform_changes_a_product_before_rounding(width: int) -> None:
         assert transform is not None
         assert torch.allclose(stored.dequantize(), weight, atol=1e-5)
         assert torch.allclose(transform.back(transform.forward(x)), x, atol=1e-5)
-        held = stored.turned.codes if isinstance(stored, RotatedWeight) else stored.codes
+        held = stored.rotated.codes if isinstance(stored, RotatedWeight) else stored.codes
         assert torch.allclose(transform.forward(x) @ held.T, x @ weight.T, atol=1e-3)
     assert InputTransform.of(exact(weight), CPU) is None
 
@@ -108,7 +108,7 @@ def test_reparameterized_layernorm_is_one_grid_after_dividing_by_r_and_shifting_
     """RepQ-ViT's equations written out: one scale and one zero for all channels, r and b folded into norm and layer."""
     x = numbers(200, 12) * torch.linspace(0.2, 8, 12) + torch.linspace(-1, 1, 12)
     weight, bits = numbers(5, 12, seed=1), 4
-    linears = layer(x, weight, behind_norm=True)
+    linears = layer(x, weight, after_norm=True)
     seen, codes = linears.input_statistics, 2**bits - 1
     scale = (seen.high - seen.low) / codes
     zero = (-seen.low / scale).round()
@@ -167,7 +167,7 @@ def test_tokens_in_training_have_the_gram_matrix_of_the_data() -> None:
 
 
 def test_wrong_settings_of_rows_are_refused() -> None:
-    with pytest.raises(UserError, match="quantvla learns factors behind a rotation of all channels or none"):
+    with pytest.raises(UserError, match="quantvla learns factors only with transform=hadamard or none"):
         scheme("quantvla", 4, learned=3)
     with pytest.raises(UserError, match="rotates inputs, whose ranges are then not known; leave activation_scale at"):
         scheme("quantvggt", 4, activation_scale="tensor")

@@ -11,10 +11,10 @@ from torch import Tensor
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.layer.two_paths import TwoPaths
-from sensitivity.quantize.methods import quantize, solve
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.solvers.shifting import shifted
 from sensitivity.quantize.solvers.vlm_ptq import SHARES, costs, vlm_ptq
+from sensitivity.quantize.solving import quantize, solve
 from sensitivity.spec.errors import UserError
 
 ROWS, WIDTH, TOKENS = 6, 16, 80

@@ -20,7 +20,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """List the methods."""
-    from sensitivity.quantize.costs import MEASURED_BY, cost
+    from sensitivity.quantize.method_seconds import MEASURED_BY, seconds_of
     from sensitivity.quantize.methods import METHODS, needs_both_paths, needs_data, needs_gradients
     from sensitivity.quantize.presets import PRESETS
     from sensitivity.quantize.scheme_settings import scheme
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "calibrated": needs_data(one),
                 "gradients": needs_gradients(one),
                 "both_paths": needs_both_paths(one),
-                "seconds": cost(name),
+                "seconds": seconds_of(name),
                 "group": one.group,
                 "settings": {**row.settings, **dict(one.settings)},
                 "source": source.where,

@@ -17,9 +17,9 @@ from sensitivity.measure.install.rounding import rounding_hooks
 from sensitivity.measure.install.tweaked_norms import TweakedNorms
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import Linears, input_of
-from sensitivity.quantize.methods import solve
 from sensitivity.quantize.run_time.settings import tweaks_norms
-from sensitivity.quantize.stored.grid import QuantizedWeight, to_16_bit
+from sensitivity.quantize.solving import solve
+from sensitivity.quantize.stored.grid import QuantizedWeight, scale_as_16_bit
 from sensitivity.quantize.stored.rotated import InputTransform
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.components import ComponentMap, Weight
@@ -114,9 +114,9 @@ class _BlockByBlock:
             names = tuple(weight.name for weight in self.inputs[key])
             foldable = any(s.get("scales") == "folded" for s in schemes) and key in self.statistics.absorbers
             weights = tuple(self.float_weights[name] for name in names)
-            normed = self.statistics.behind_norm_for(key, schemes)
+            normed = self.statistics.after_norm_for(key, schemes)
             fisher = self.statistics.fisher_of(names, schemes, self.float_weights)
-            whole = Linears(names, weights, foldable=foldable, behind_norm=normed, fisher=fisher)
+            whole = Linears(names, weights, foldable=foldable, after_norm=normed, fisher=fisher)
             for linears, alike in by_importance(whole, schemes, curvatures[key]):
                 for scheme, results in zip(alike, solve(linears, alike), strict=True):
                     self.found |= {
@@ -192,7 +192,7 @@ class _BlockByBlock:
                 parameter.data = held[name]
         for name, result in folded.items():  # folding divided this scale: round it to the 16 bits that are stored
             if result.scale is not results[name].scale:
-                result = replace(result, scale=to_16_bit(result.scale, self.float_weights[name].dtype))
+                result = replace(result, scale=scale_as_16_bit(result.scale, self.float_weights[name].dtype))
             self.found[name] = result
 
 

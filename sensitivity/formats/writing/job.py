@@ -16,7 +16,7 @@ from sensitivity.formats.writing.stream import AT_ONCE
 from sensitivity.measure.install.plan_in_model import targets
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.methods import solve
+from sensitivity.quantize.solving import solve
 from sensitivity.quantize.stored.grid import QuantizedWeight
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.components import ComponentMap, Weight

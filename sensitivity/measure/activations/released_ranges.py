@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sensitivity.measure.activations.joint_ranges import InputRange
 from sensitivity.quantize.layer.linears import input_of
-from sensitivity.quantize.run_time.dependency import codes_of, dependency, spread
+from sensitivity.quantize.run_time.dependency import codes_of, dependency, entropy
 from sensitivity.quantize.run_time.inputs import round_between, round_each_token
 from sensitivity.spec.components import Weight
 
@@ -78,7 +78,7 @@ def _measure(before: Tensor | None, values: Tensor, layer: _Layer, bits: int) ->
     """The dependency on the layer before; for a block's first layer, or if the widths differ, the input's entropy."""
     leaf = layer.weight.module.rpartition(".")[2]
     if before is None or before.shape != values.shape or leaf in ("q_proj", "down_proj", "fc2"):
-        return spread(codes_of(values.flatten(0, -2), bits))
+        return entropy(codes_of(values.flatten(0, -2), bits))
     return dependency(before, values, bits)
 
 

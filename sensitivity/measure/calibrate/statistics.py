@@ -109,13 +109,13 @@ class Statistics:
         """What each input's scales can be folded into, found by one forward pass when first asked for."""
         return self.find_absorbers()
 
-    def behind_norm(self, name: str) -> bool:
+    def after_norm(self, name: str) -> bool:
         """Whether a norm stands before an input, and nothing else reads the norm's output."""
         return name in self.absorbers and self.absorbers[name].norm
 
-    def behind_norm_for(self, name: str, schemes: Iterable[Scheme]) -> bool:
+    def after_norm_for(self, name: str, schemes: Iterable[Scheme]) -> bool:
         """The same, where a scheme asks for it; finding it out takes a forward pass."""
-        return any(scheme.get("scales") == "norms" for scheme in schemes) and self.behind_norm(name)
+        return any(scheme.get("scales") == "norms" for scheme in schemes) and self.after_norm(name)
 
     @property
     def exposed(self) -> bool:

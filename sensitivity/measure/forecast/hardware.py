@@ -12,10 +12,11 @@ import torch
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.layer.two_paths import TwoPaths
-from sensitivity.quantize.methods import method_of, needs_both_paths, needs_fisher, solve
+from sensitivity.quantize.methods import method_of, needs_both_paths, needs_fisher
 from sensitivity.quantize.run_time.inputs import round_inputs
 from sensitivity.quantize.run_time.keys_and_values import round_cached
 from sensitivity.quantize.run_time.settings import CHANNELS
+from sensitivity.quantize.solving import solve
 from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import Scheme
 

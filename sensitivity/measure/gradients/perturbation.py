@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from sensitivity.measure.gradients.backward import Once, add
 from sensitivity.measure.passes.token_batches import TokenBatch, calibration_pass
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import quantize
 from sensitivity.quantize.scheme_settings import scheme
+from sensitivity.quantize.solving import quantize
 from sensitivity.spec.components import Weight
 
 PROBE = scheme("rtn", 3)  # rounds weights where importance needs an error before a method has made one

@@ -18,8 +18,9 @@ from sensitivity.measure.memory.own_weights import OwnWeights
 from sensitivity.measure.memory.weight_codes import CachedWeight, Key, WeightCodes, as_cached, from_tensors, tensors
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears, input_of
-from sensitivity.quantize.methods import UNIFORM, method_of, needs_data, needs_fisher, quantize, solve, weights_of
+from sensitivity.quantize.methods import UNIFORM, method_of, needs_data, needs_fisher, weights_of
 from sensitivity.quantize.run_time.settings import needs_run_time_data, smooths_cache
+from sensitivity.quantize.solving import quantize, solve
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import KEEP, NOT_ROUNDED, Scheme, Setting
@@ -81,9 +82,9 @@ class Quantizer:
             # tracing absorbers costs a forward pass, so it waits until a scheme folds its scales
             foldable = any(s.get("scales") == "folded" for s in schemes) and shared in self._absorbers()
             fisher = None if self.statistics is None else self.statistics.fisher_of(names, schemes, self.own)
-            normed = self.statistics is not None and self.statistics.behind_norm_for(shared, schemes)
+            normed = self.statistics is not None and self.statistics.after_norm_for(shared, schemes)
             weights = tuple(self.own[name] for name in names)
-            whole = Linears(names, weights, foldable=foldable, behind_norm=normed, fisher=fisher)
+            whole = Linears(names, weights, foldable=foldable, after_norm=normed, fisher=fisher)
             for linears, alike in by_importance(whole, schemes, curvatures.get(shared, {})):
                 for chosen, values in zip(alike, self._values(linears, alike), strict=True):
                     for name, value in zip(names, values, strict=True):
@@ -124,7 +125,7 @@ class Quantizer:
             if cache is None
             else [
                 linears.foldable,
-                linears.behind_norm,
+                linears.after_norm,
                 fingerprint([*linears.weights, *linears.input_statistics.content]),
             ]
         )

@@ -78,7 +78,7 @@ class RunTime:
         for weight in weights:
             # now, since hooks that round a norm's output will read it, too, and the norm would not qualify
             if given[weight.name].get(ACTIVATION_SCALE) == NORM:
-                self.found.setdefault(("norm", input_of(weight)), self.statistics.behind_norm(input_of(weight)))
+                self.found.setdefault(("norm", input_of(weight)), self.statistics.after_norm(input_of(weight)))
         here = [(self.attentions[w], given[w.name]) for w in weights if w in self.attentions]
         adaptive: dict[str, set[int]] = {}
         for attention, chosen in here:

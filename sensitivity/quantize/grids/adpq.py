@@ -1,4 +1,4 @@
-"""AdpQ: the largest numbers of a weight get an integer grid of their own in each group."""
+"""AdpQ: the largest elements of a weight get an integer grid of their own in each group."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sensitivity.spec.stored_bits import outliers
 
 
 def adpq(weight: Tensor, scheme: Scheme) -> TwoScaleWeight | QuantizedWeight:
-    """Two grids per group, for outliers and for all others, both of the same few bits; no data is needed.
+    """Round on two grids of the same width per group, one for outliers and one for the others, without data.
 
-    Known from the abstract and two third-party implementations: the adaptive LASSO keeps |w| - lambda / |w| > 0, with
-    lambda such that 6 % are outliers. These are the largest 6 % by magnitude (inferred, and checked). Another
-    implementation, which is not followed, takes a threshold per group from the median deviation and keeps outliers in
-    full precision.
+    Known from the abstract and two third-party implementations. As in one of them, the adaptive LASSO keeps
+    |w| - lambda / |w| > 0 as outliers, with lambda such that they are 6 %; these are the largest 6 % by magnitude
+    (inferred, and checked). The other, which is not followed, takes a threshold per group from the median deviation and
+    keeps outliers in full precision.
     """
     values = weight.float()
     mask = largest(values.abs(), outliers(scheme["outliers"], *weight.shape))
@@ -26,7 +26,7 @@ def adpq(weight: Tensor, scheme: Scheme) -> TwoScaleWeight | QuantizedWeight:
     def on_grid(some: Tensor) -> QuantizedWeight:
         return encode(values, scheme, *scale_and_zero(some, scheme, *ranges(some, scheme), weight.dtype))
 
-    # every range includes zero, so zeros in place of the other grid's numbers do not widen it
+    # every range includes zero, so zeros in place of the other grid's elements do not widen it
     inliers = on_grid(values.masked_fill(mask, 0))
     if not bool(mask.any()):
         return inliers

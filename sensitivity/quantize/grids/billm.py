@@ -11,31 +11,32 @@ from torch import Tensor
 from sensitivity.quantize.grids.binary import residual
 from sensitivity.quantize.layer.curvature import Factor
 from sensitivity.quantize.layer.linears import Linears
+from sensitivity.quantize.solvers.column_pass import round_columns
 from sensitivity.quantize.solvers.gptq import factor_of
-from sensitivity.quantize.solvers.sweep import sweep
-from sensitivity.quantize.stored.grid import columns
+from sensitivity.quantize.stored.grid import group_size
 from sensitivity.quantize.stored.levels import BinaryWeight
 from sensitivity.spec.plan import Scheme
 
 SHARES = tuple(i / 20 for i in range(2, 19))  # of a block's weights that lie below the split; the release tries 81
-SAMPLE = 2**20  # about how many magnitudes of a block its quantiles are taken from
+SAMPLE = 2**20  # the quantiles of a block are those of about this many of its magnitudes
 
 
 def billm(linears: Linears, schemes: Sequence[Scheme]) -> list[list[BinaryWeight | None]]:
-    """Binary weights in blocks of columns (Huang et al. 2024), weight by weight.
+    """Round weight by weight, in blocks of columns, to one or two signs (Huang et al. 2024).
 
     Read in its code: the salient columns are those with the largest sum of w^2/d^2, as many (fewer than 50 of 128) as
-    give the least error, and have two signs. The other weights are split into two halves at the best of some quantiles
+    give the least error, and have two signs. The other elements are split into two halves at the best of some quantiles
     of their magnitude. Mean and magnitude are per row. Only later blocks compensate for the errors of a block. Ours:
-    the split is searched on the weights, in the release on w^2/d^2; numbers of columns are tried in powers of two; the
-    compensation in later blocks is exact for the errors that were made.
+    the split is searched on w, in the release on w^2/d^2; numbers of columns are tried in powers of two; later blocks
+    compensate exactly for the errors that were made.
     """
-    factor, by_scheme = factor_of(linears, schemes[0]), []
+    factor = factor_of(linears, schemes[0])
+    by_scheme: list[list[BinaryWeight | None]] = []
     for scheme in schemes:
         results: list[BinaryWeight | None] = []
         for weight in linears.weights:
-            grid = BlockGrid(scheme, factor, columns(scheme, weight), linears.dtype)
-            (codes,) = sweep(factor, weight.detach().float(), grid)
+            grid = BlockGrid(scheme, factor, group_size(scheme, weight), linears.dtype)
+            (codes,) = round_columns(factor, weight.detach().float(), grid)
             results.append(grid.result(codes))
         by_scheme.append(results)
     return by_scheme
@@ -65,10 +66,10 @@ class BlockGrid:
         block = binarized(weights, self.importance[a:b], self.salient, self.split, self.dtype)
         self.blocks.append(block)
         self.first = a
-        self.codes, self.values = block.codes.T.contiguous(), number(block).T.contiguous()
+        self.codes, self.values = block.codes.T.contiguous(), dequantized(block).T.contiguous()
 
     def round(self, column: int, target: Tensor, codes: Tensor) -> Tensor:
-        """What `fit` decided."""
+        """The codes and values that `fit` chose for a column."""
         codes.copy_(self.codes[column - self.first])
         return self.values[column - self.first]
 
@@ -85,7 +86,7 @@ class BlockGrid:
         )
 
 
-def number(block: Block) -> Tensor:
+def dequantized(block: Block) -> Tensor:
     """A block, dequantized."""
     return BinaryWeight(block.codes, block.halves, block.salient, block.columns, block.codes.shape[1]).dequantize()
 
@@ -94,11 +95,11 @@ def binarized(weights: Tensor, importance: Tensor, most: int, split: bool, dtype
     """Round a block (rows x columns): at most `most` salient columns, and its other weights in one or two halves."""
     two_signs = _salient_columns(weights, importance, most) if most else None
     salient = torch.zeros(weights.shape[1], device=weights.device) if two_signs is None else two_signs.float()
-    there = (1 - salient)[None].expand_as(weights)
-    above = _split(weights, there) if split else torch.zeros_like(weights)
+    mask = (1 - salient)[None].expand_as(weights)
+    above = _split(weights, mask) if split else torch.zeros_like(weights)
     means, magnitudes, codes = [], [], torch.zeros_like(weights, dtype=torch.uint8)
     for half in (1 - above, above) if split else (1 - above,):
-        mean, magnitude, sign = residual(weights, there * half, 1, dtype)
+        mean, magnitude, sign = residual(weights, mask * half, 1, dtype)
         means.append(mean)
         magnitudes.append(magnitude[:, 0])
         codes = torch.where(half > 0, sign, codes)
@@ -113,10 +114,10 @@ def binarized(weights: Tensor, importance: Tensor, most: int, split: bool, dtype
 
 
 def _salient_columns(weights: Tensor, importance: Tensor, most: int) -> Tensor:
-    """Which columns get two signs: of those with the largest sum of w^2/d^2, as many as give the least error.
+    """Which columns get two signs: those with the largest sum of w^2/d^2, as many as give the least error.
 
-    As in the release, the others are judged with two signs as well, so that the search finds the columns that differ
-    most from the rest; else more columns would always be better.
+    As in the release, the other columns are judged with two signs as well, so that the search finds the columns that
+    differ most from the rest; otherwise more columns would always be better.
     """
     rank = (weights.square().sum(0) * importance).argsort(descending=True, stable=True)
     best, least = torch.zeros(len(rank), dtype=torch.bool, device=weights.device), float("inf")
@@ -130,28 +131,28 @@ def _salient_columns(weights: Tensor, importance: Tensor, most: int) -> Tensor:
     return best
 
 
-def _split(weights: Tensor, there: Tensor) -> Tensor:
+def _split(weights: Tensor, mask: Tensor) -> Tensor:
     """1 where a weight lies in the upper half by magnitude, at the split of least error."""
     size = weights.abs()
-    some = size[there > 0]
+    some = size[mask > 0]
     if not len(some):
         return torch.zeros_like(weights)
     ordered = some[:: max(len(some) // SAMPLE, 1)].sort()[0]
     best, least = torch.zeros_like(weights), float("inf")
     for share in SHARES:
         above = (size > ordered[int(share * (len(ordered) - 1))]).float()
-        error = _error(weights, there * (1 - above), 1) + _error(weights, there * above, 1)
+        error = _error(weights, mask * (1 - above), 1) + _error(weights, mask * above, 1)
         if error < least:
             best, least = above, float(error)
     return best
 
 
-def _error(x: Tensor, there: Tensor, order: int) -> float:
-    """The squared error of a residual binary approximation of the numbers that are `there`."""
-    count = there.sum(-1, keepdim=True).clamp(min=1)
-    left = x * there
+def _error(x: Tensor, mask: Tensor, order: int) -> float:
+    """The squared error of a residual binary approximation of the elements under a mask (1 or 0)."""
+    count = mask.sum(-1, keepdim=True).clamp(min=1)
+    left = x * mask
     for _ in range(order):
-        left = (left - left.sum(-1, keepdim=True) / count) * there
+        left = (left - left.sum(-1, keepdim=True) / count) * mask
         magnitude = left.abs().sum(-1, keepdim=True) / count
-        left = (left.abs() - magnitude) * left.sign() * there
+        left = (left.abs() - magnitude) * left.sign() * mask
     return float(left.square().sum())

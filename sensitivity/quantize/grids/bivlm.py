@@ -12,12 +12,12 @@ from sensitivity.quantize.stored.grid import as_16_bit
 from sensitivity.quantize.stored.levels import BinnedWeight, salient_levels
 from sensitivity.spec.plan import Scheme
 
-TURNS = 10  # alternating updates of the salient row scale and the clipped weights; the paper gives no number
+ITERATIONS = 10  # alternating updates of the salient row scale and the clipped weights; the paper gives no number
 MIN_SHARE = 1e-6  # share of salient weights below which there are none
 
 
 def bivlm(weight: Tensor, scheme: Scheme) -> BinnedWeight:
-    """Binary weights with one magnitude per Gaussian-quantile bin of the whole matrix; nothing is compensated.
+    """Binary weights with one magnitude per Gaussian-quantile bin of the whole matrix, without error feedback.
 
     Read in full in the paper: bins of equal probability under the matrix's own mean and deviation, |w| against
     mu + sigma z; one scalar per bin, the mean of |w|; the tail in two bits with a scale per row; the tail's share by
@@ -52,12 +52,12 @@ def bivlm(weight: Tensor, scheme: Scheme) -> BinnedWeight:
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """The magnitudes of a matrix in rising order, and their sums: the error of any bin takes two look-ups."""
+    """The magnitudes of a matrix in rising order, and their running sums, which give the error of any bin at once."""
 
     weight: Tensor
     rising: Tensor
-    first: Tensor  # sums of the magnitudes before each place, and in `second` of their squares
-    second: Tensor
+    first: Tensor  # sums of the magnitudes before each place
+    second: Tensor  # sums of their squares
     mean: float
     deviation: float
 
@@ -72,7 +72,7 @@ class Magnitudes:
     def bounds(self, share: float, bins: int) -> Tensor:
         """The upper bounds mu + sigma z_k of the bins, z_k = PhiInv((1 + k u) / 2) and u = (1 - share) / bins.
 
-        Without a tail the last one is infinite.
+        Without a tail the last bound is infinite.
         """
         tail = share if share > MIN_SHARE else 0.0
         z = torch.from_numpy(ndtri([(1 + (k + 1) * (1 - tail) / bins) / 2 for k in range(bins)]))
@@ -105,12 +105,12 @@ class Magnitudes:
 
 
 def salient(values: Tensor, rows: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """A scale per row, mean and deviation of the scaled weights, and the nearest of the four levels of each.
+    """A scale per row, the mean and deviation of the scaled weights, and the code of the nearest of the four levels.
 
-    From b = sign(w), a_i = sum w b / sum b^2 and b = clip(w / a, -1, 1) are computed in turn.
+    Starting from b = sign(w), the row scales a = sum w b / sum b^2 and b = clip(w / a, -1, 1) are computed alternately.
     """
     b, scale = values.sign(), torch.ones(count, device=values.device)
-    for _ in range(TURNS):
+    for _ in range(ITERATIONS):
         top, bottom = (torch.zeros_like(scale).index_add_(0, rows, t) for t in (values * b, b * b))
         scale = as_16_bit(
             torch.where(bottom > 0, top / bottom.clamp(min=torch.finfo(torch.float32).tiny), scale), dtype

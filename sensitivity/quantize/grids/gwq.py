@@ -1,4 +1,4 @@
-"""GWQ: the weights with the largest gradients are kept in 16 bits, all others are rounded in groups."""
+"""GWQ: the elements with the largest gradients are kept in 16 bits, all others are rounded in groups."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sensitivity.spec.stored_bits import outliers
 
 
 def gwq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight | None]]:
-    """Keep the numbers with the largest |gradient| as outliers, and round the others to nearest.
+    """Keep the elements with the largest |gradient| as outliers, and round the others to nearest.
 
     Known from its abstract: one example, one backward pass, 1 % by the largest gradient, groups. Inferred: the share is
     of each weight, ranges leave outliers out, and with more examples |gradient| is the root of the summed squares.
@@ -24,11 +24,14 @@ def gwq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight |
     if linears.fisher is None:
         raise UserError(f"{linears.name}: gwq needs gradients of the answer loss, which these statistics do not have")
     pairs = list(zip(linears.weights, linears.fisher, strict=True))
-    return [[_one(weight.detach().float(), fisher, scheme, linears) for weight, fisher in pairs] for scheme in schemes]
+    return [
+        [_one_weight(weight.detach().float(), fisher, scheme, linears) for weight, fisher in pairs]
+        for scheme in schemes
+    ]
 
 
-def _one(weight: Tensor, fisher: Tensor, scheme: Scheme, linears: Linears) -> StoredWeight:
-    """One weight at one bit width."""
+def _one_weight(weight: Tensor, fisher: Tensor, scheme: Scheme, linears: Linears) -> StoredWeight:
+    """Quantize one weight at one bit width."""
     kept = largest(fisher.float(), outliers(scheme["outliers"], *weight.shape))
     inside = weight.masked_fill(kept, 0)
     base = encode(inside, scheme, *scale_and_zero(inside, scheme, *ranges(inside, scheme), linears.dtype))

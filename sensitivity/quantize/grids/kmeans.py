@@ -1,4 +1,4 @@
-"""Weighted k-means of each row: the best levels for its numbers, found by dynamic programming and Lloyd's steps."""
+"""Weighted k-means of each row's numbers, by dynamic programming and Lloyd's iterations."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 
 BINS = 64  # up to this many numbers of a row are partitioned exactly; more are first joined into this many bins
-FEW = 16  # levels up to which the partition is found by dynamic programming, whose cost grows with them
-STEPS = 50  # Lloyd's iterations, at most, as in SqueezeLLM
-NUMBERS_AT_ONCE = 1 << 20  # numbers held at once: those of a block of rows, or the costs of all their intervals
+FEW_LEVELS = 16  # up to this many levels are found by dynamic programming, which takes longer the more there are
+STEPS = 50  # at most this many of Lloyd's iterations, as in SqueezeLLM
+NUMBERS_AT_ONCE = 1 << 20  # a block of rows has at most about this many numbers, and costs of intervals of bins
 
 
 def kmeans(rows: Tensor, weights: Tensor, count: int) -> Tensor:
     """Levels (rows x count, rising) with a small sum of weights x (number - nearest level)^2.
 
-    `weights` has the shape of the rows, or one row for all. Numbers on a line that share a level are neighbors, so the
-    best partition is a dynamic program (Wang and Song 2011). Up to 64 numbers and 16 levels the result is the
-    optimum. Longer rows are first cut into 64 bins, and Lloyd's steps then move the partition to a local optimum.
+    `weights` has the shape of the rows, or one row for all. Sorted numbers that share a level are neighbors, so dynamic
+    programming finds the best partition (Wang and Song 2011). Up to 64 numbers and 16 levels the result is the
+    optimum. Longer rows are first cut into 64 bins, and Lloyd's iterations then move the partition to a local optimum.
     """
     size = max(NUMBERS_AT_ONCE // max(rows.shape[1], (BINS + 1) ** 2), 1)
     weights = weights.expand_as(rows)
     pairs = zip(torch.split(rows, size), torch.split(weights, size), strict=True)
-    return torch.cat([_levels(some.float(), heavy, count) for some, heavy in pairs])
+    return torch.cat([_levels(block.float(), its_weights, count) for block, its_weights in pairs])
 
 
 def nearest(rows: Tensor, levels: Tensor) -> Tensor:
@@ -33,39 +33,40 @@ def nearest(rows: Tensor, levels: Tensor) -> Tensor:
 def _levels(rows: Tensor, weights: Tensor, count: int) -> Tensor:
     """The levels of a block of rows."""
     values, order = rows.sort(1)
-    heavy = weights.double().gather(1, order)
-    heavy = torch.where(heavy.sum(1, keepdim=True) > 0, heavy, 1.0)  # a row without weight: all numbers count alike
-    # sums up to each number, from which those of any interval follow; subtracting the mean first loses fewer digits
+    weights = weights.double().gather(1, order)
+    weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, 1.0)  # where all are 0, all numbers count alike
+    # running sums, whose differences are the sums of any interval; subtracting the mean first loses fewer digits
     middle = values.double().mean(1, keepdim=True)
     x = values.double() - middle
-    sums = torch.nn.functional.pad(torch.stack([heavy, heavy * x, heavy * x * x]).cumsum(2), (1, 0))
-    bounds = _cut(values, heavy, BINS if count <= FEW else count)
-    if count <= FEW:
+    sums = torch.nn.functional.pad(torch.stack([weights, weights * x, weights * x * x]).cumsum(2), (1, 0))
+    bounds = _cut(values, weights, BINS if count <= FEW_LEVELS else count)
+    if count <= FEW_LEVELS:
         bounds = bounds.gather(1, _partition(sums.gather(2, bounds.expand(3, -1, -1)), count))
     levels = _lloyd(x.contiguous(), sums, bounds) + middle
-    return torch.where(_distinct(values) <= count, _all(values, count), levels).float()
+    return torch.where(_distinct_count(values) <= count, _distinct_values(values, count), levels).float()
 
 
-def _cut(values: Tensor, heavy: Tensor, bins: int) -> Tensor:
-    """Bounds (rows x bins + 1) of bins of neighbors; a row of at most `bins` numbers has a bin for each.
+def _cut(values: Tensor, weights: Tensor, bins: int) -> Tensor:
+    """Bounds (rows x bins + 1) that cut sorted numbers into bins; a row of at most `bins` numbers has a bin for each.
 
     For many levels the best density of levels is the cube root of the weighted density of numbers (Panter and Dite
-    1951). Between neighbors at distance d that density is heavy / d, so an interval has a share of (heavy d^2)^(1/3).
+    1951). Between neighbors at distance d and of weight w that density is w / d, so the share of levels between them is
+    proportional to (w d^2)^(1/3).
     """
     width = values.shape[1]
     if width <= bins:
         return torch.arange(bins + 1, device=values.device).clamp(max=width).expand(len(values), -1).contiguous()
     gaps = values.double().diff(dim=1)
-    share = torch.nn.functional.pad(((heavy[:, 1:] + heavy[:, :-1]) / 2 * gaps * gaps).pow(1 / 3), (1, 0)).cumsum(1)
+    share = torch.nn.functional.pad(((weights[:, 1:] + weights[:, :-1]) / 2 * gaps * gaps).pow(1 / 3), (1, 0)).cumsum(1)
     wanted = share[:, -1:] * torch.arange(1, bins, device=values.device) / bins
     inner = torch.searchsorted(share, wanted)
     return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=width)
 
 
 def _partition(sums: Tensor, count: int) -> Tensor:
-    """Which bounds (rows x count + 1) cut the bins into the intervals of least squared error.
+    """The indices (rows x count + 1) of the bounds that cut the bins into `count` intervals of least squared error.
 
-    `sums` (3 x rows x bins + 1) are those up to each bound.
+    `sums` (3 x rows x bins + 1) are the running sums up to each bound.
     """
     (weight, first, second), bins = sums, sums.shape[2] - 1
     # the squared error of bins i to j as one interval; infinite where i > j
@@ -85,7 +86,7 @@ def _partition(sums: Tensor, count: int) -> Tensor:
 
 
 def _lloyd(x: Tensor, sums: Tensor, bounds: Tensor) -> Tensor:
-    """The means of intervals, after moving each bound halfway between its means until no bound moves."""
+    """The means of the intervals, after moving each bound halfway between the means beside it until none moves."""
     means = x.gather(1, bounds[:, :-1].clamp(max=x.shape[1] - 1))
     for _ in range(STEPS):
         weight, first, _ = sums.gather(2, bounds.expand(3, -1, -1)).diff(dim=2)
@@ -99,13 +100,13 @@ def _lloyd(x: Tensor, sums: Tensor, bounds: Tensor) -> Tensor:
     return means
 
 
-def _distinct(values: Tensor) -> Tensor:
+def _distinct_count(values: Tensor) -> Tensor:
     """How many different numbers each sorted row has."""
     return (values.diff(dim=1) > 0).sum(1, keepdim=True) + 1
 
 
-def _all(values: Tensor, count: int) -> Tensor:
-    """The different numbers of each sorted row, the first `count` of them; the largest fills what is left."""
+def _distinct_values(values: Tensor, count: int) -> Tensor:
+    """The first `count` different numbers of each sorted row; where there are fewer, the largest is repeated."""
     rank = torch.nn.functional.pad((values.diff(dim=1) > 0).cumsum(1), (1, 0)).clamp(max=count - 1)
     levels = values[:, -1:].expand(-1, count).contiguous()
     return levels.scatter(1, rank, values)

@@ -1,4 +1,4 @@
-"""Outliers: which numbers of a weight are stored apart, by magnitude, by sensitivity or by error."""
+"""Outliers: the elements of a weight with the highest scores, which are stored apart in 16 bits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sensitivity.quantize.stored.weight import StoredWeight
 
 
 def largest(score: Tensor, count: int) -> Tensor:
-    """Where the `count` highest scores are, as a mask; of equal ones those that come first in the weight."""
+    """A mask of the `count` highest scores; of equal scores, those that come first in the weight."""
     mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
     if count:
         flat = score.reshape(-1)
@@ -25,6 +25,6 @@ def largest(score: Tensor, count: int) -> Tensor:
 
 
 def beside_outliers(base: StoredWeight, weight: Tensor, mask: Tensor, dtype: torch.dtype) -> StoredWeight:
-    """A stored weight with the numbers under a mask kept in 16 bits; the stored weight itself if there are none."""
+    """A stored weight with the elements under a mask kept in 16 bits; the stored weight itself if there are none."""
     index = mask.reshape(-1).nonzero().flatten()
     return SparseWeight(base, index, as_16_bit(weight.reshape(-1)[index], dtype)) if len(index) else base

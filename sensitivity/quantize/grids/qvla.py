@@ -27,11 +27,11 @@ def qvla(linears: Linears, schemes: Sequence[Scheme]) -> list[list[ChannelWidths
     """
     importance = linears.input_statistics.factor(float(schemes[0]["damp"] or 0)).importance
     weights = [weight.detach().float() for weight in linears.weights]
-    return [[_one(weight, importance, scheme, linears.dtype) for weight in weights] for scheme in schemes]
+    return [[_one_weight(weight, importance, scheme, linears.dtype) for weight in weights] for scheme in schemes]
 
 
-def _one(weight: Tensor, importance: Tensor, scheme: Scheme, dtype: torch.dtype) -> ChannelWidthsWeight:
-    """One weight."""
+def _one_weight(weight: Tensor, importance: Tensor, scheme: Scheme, dtype: torch.dtype) -> ChannelWidthsWeight:
+    """Quantize one weight at one bit width."""
     rows, cols = weight.shape
     grids = {bits: _on_grid(weight, bits, scheme, dtype) for bits in CHANNEL_WIDTHS if 0 < bits < 16}
     numbers = {bits: (codes.float() - 2 ** (bits - 1)) * scale for bits, (codes, scale) in grids.items()}
@@ -63,7 +63,7 @@ def allocated(costs: Sequence[Sequence[float]], cols: int, budget: int) -> list[
     total = len(costs) * bits[-1]
 
     def best_step(row: int) -> tuple[float, int, int]:
-        """The cost per saved bit of a row's best step, the row, and where it leads."""
+        """A row's best step: the cost it adds per saved bit, the row, and the index of the width that it leads to."""
         at = places[row]
         rates = [((costs[row][to] - costs[row][at]) / (bits[at] - bits[to]), row, to) for to in range(at)]
         return min(rates)
@@ -80,5 +80,5 @@ def allocated(costs: Sequence[Sequence[float]], cols: int, budget: int) -> list[
 
 
 def _bits(width: int, cols: int) -> int:
-    """The stored bits of a row: its numbers, and a 16-bit scale unless its width is 0 or 16."""
+    """The stored bits of a row: its elements, and a 16-bit scale unless its width is 0 or 16."""
     return width * cols + (16 if 0 < width < 16 else 0)

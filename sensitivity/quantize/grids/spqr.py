@@ -10,34 +10,32 @@ from torch import Tensor
 from sensitivity.quantize.grids.outliers import largest
 from sensitivity.quantize.layer.curvature import Factor
 from sensitivity.quantize.layer.linears import Linears
+from sensitivity.quantize.solvers.column_pass import round_columns
 from sensitivity.quantize.solvers.gptq import IntegerGrid, factor_of
-from sensitivity.quantize.solvers.sweep import sweep
-from sensitivity.quantize.stored.grid import as_16_bit, columns, encode, ranges, scale_and_zero
+from sensitivity.quantize.stored.grid import as_16_bit, encode, group_size, ranges, scale_and_zero
 from sensitivity.quantize.stored.sparse import SparseWeight
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.plan import Scheme
 from sensitivity.spec.stored_bits import outliers
 
-TOGETHER = 16  # rows whose scales, and whose zero points, share one grid
+ROWS_PER_GRID = 16  # rows whose scales share one grid, as do their zero points
 
 
 def spqr(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight | None]]:
-    """GPTQ in groups of 16 columns with outliers in 16 bits (Dettmers et al. 2023), weight by weight.
+    """GPTQ weight by weight, in groups of 16 columns, with outliers in 16 bits (Dettmers et al. 2023).
 
     Read in its code: groups of 16, scales and zero points in 3 bits for every 16 rows, columns in order of activation,
     a damping of 1, ranges without outliers, and outliers chosen by the error w - q divided by d and kept without error.
     Ours: outliers are a fixed share of the weight, so that a plan has a size before it is computed, where the release
     has a threshold (.2 of the mean variance); they are chosen once, from the original weights.
     """
-    factor, by_scheme = factor_of(linears, schemes[0]), []
-    for scheme in schemes:
-        weights = [weight.detach().float() for weight in linears.weights]
-        by_scheme.append([_one(weight, scheme, factor, linears.dtype) for weight in weights])
-    return [list(results) for results in by_scheme]
+    factor = factor_of(linears, schemes[0])
+    weights = [weight.detach().float() for weight in linears.weights]
+    return [[_one_weight(weight, scheme, factor, linears.dtype) for weight in weights] for scheme in schemes]
 
 
-def _one(weight: Tensor, scheme: Scheme, factor: Factor, dtype: torch.dtype) -> StoredWeight:
-    """One weight at one bit width."""
+def _one_weight(weight: Tensor, scheme: Scheme, factor: Factor, dtype: torch.dtype) -> StoredWeight:
+    """Quantize one weight at one bit width."""
     importance = factor.importance if factor.order is None else factor.importance[torch.argsort(factor.order)]
     mask = largest(gain(weight, scheme, importance, dtype), outliers(scheme["outliers"], *weight.shape))
 
@@ -48,8 +46,8 @@ def _one(weight: Tensor, scheme: Scheme, factor: Factor, dtype: torch.dtype) -> 
         return (scale, zero) if bits >= 16 else (second_level(scale, bits, dtype), second_level(zero, bits, dtype))
 
     rounded = mask if factor.order is None else mask[:, factor.order]
-    grid = Apart(IntegerGrid(factor, weight, [scheme], find), rounded, dtype)
-    codes = sweep(factor, weight, grid)
+    grid = OutlierGrid(IntegerGrid(factor, weight, [scheme], find), rounded, dtype)
+    codes = round_columns(factor, weight, grid)
     (whole,) = grid.inner.results(codes)
     if not bool(mask.any()):
         return whole
@@ -60,7 +58,7 @@ def _one(weight: Tensor, scheme: Scheme, factor: Factor, dtype: torch.dtype) -> 
     return SparseWeight(whole, index, torch.cat(grid.kept)[order])
 
 
-class Apart:
+class OutlierGrid:
     """A grid for the solver with outliers: an outlier becomes its target in 16 bits, which leaves almost no error."""
 
     def __init__(self, inner: IntegerGrid, mask: Tensor, dtype: torch.dtype) -> None:
@@ -69,7 +67,7 @@ class Apart:
         self.kept: list[Tensor] = []
 
     def fit(self, a: int, b: int, compensated: Sequence[Tensor]) -> None:
-        """Fit the grid of all other numbers."""
+        """Fit the grid of all other elements."""
         self.inner.fit(a, b, compensated)
 
     def round(self, column: int, target: Tensor, codes: Tensor) -> Tensor:
@@ -81,11 +79,11 @@ class Apart:
 
 
 def gain(weight: Tensor, scheme: Scheme, importance: Tensor, dtype: torch.dtype) -> Tensor:
-    """By how much the error of a group falls if a number is kept as an outlier, and the range is that of the others.
+    """By how much the error of a group falls if an element is an outlier, and the group's range is that of the others.
 
-    Only the smallest and the largest number of a group set its range; any other saves no more than its own error.
+    Only the smallest and the largest element of a group set its range; any other saves no more than its own error.
     """
-    group = columns(scheme, weight)
+    group = group_size(scheme, weight)
 
     def errors(inside: Tensor) -> Tensor:
         grid = scale_and_zero(inside, scheme, *ranges(inside, scheme), dtype)
@@ -106,8 +104,8 @@ def gain(weight: Tensor, scheme: Scheme, importance: Tensor, dtype: torch.dtype)
 def second_level(values: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Scales or zero points (rows x groups) on an asymmetric grid from the smallest to the largest of every 16 rows."""
     rows = len(values)
-    fill = values[-1:].expand(-rows % TOGETHER, -1)  # copies of the last row widen no range
-    blocks = torch.cat([values, fill]).reshape(-1, TOGETHER, values.shape[1])
+    fill = values[-1:].expand(-rows % ROWS_PER_GRID, -1)  # copies of the last row widen no range
+    blocks = torch.cat([values, fill]).reshape(-1, ROWS_PER_GRID, values.shape[1])
     low, high = as_16_bit(blocks.amin(1, keepdim=True), dtype), blocks.amax(1, keepdim=True)
     step = as_16_bit((high - low) / (2**bits - 1), dtype)
     codes = ((blocks - low) / step.clamp(min=torch.finfo(torch.float32).tiny)).round().clamp(0, 2**bits - 1)

@@ -1,1 +1,1 @@
-"""What a method is given: weights that read one input, and the statistics of that input."""
+"""What a method gets: weights that read the same input, and the statistics of that input."""

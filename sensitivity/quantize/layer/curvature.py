@@ -12,8 +12,8 @@ from torch import Tensor
 from sensitivity.quantize.layer.two_paths import TwoPaths
 from sensitivity.spec.errors import Notice, UserError
 
-COLUMNS_PER_PRODUCT = 256  # from this width on, products are as fast per FLOP as larger ones
-NUMBERS_AT_ONCE = 2**16  # that are reversed
+COLUMNS_PER_PRODUCT = 256  # a product of this width is as fast per FLOP as wider ones
+NUMBERS_AT_ONCE = 2**16  # numbers that one step swaps when a matrix is reversed in place
 DAMPING_GROWTH = 10.0  # factor on the damping after each failed Cholesky factorization
 
 
@@ -33,13 +33,13 @@ class Factor:
 
 
 class Curvature:
-    """Statistics of a layer's inputs: H = sum r x x', the token count, and each channel's sum r |x| and range."""
+    """Statistics of a layer's inputs: H = sum r x x', the number of tokens, and each channel's sum r |x| and range."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.gram = torch.zeros(width, width, device=device)
         self.magnitude = torch.zeros(width, device=device)
         self.low, self.high = torch.zeros(width, device=device), torch.zeros(width, device=device)
-        self.weight = 0.0
+        self.weight = 0.0  # sum r
         self.tokens = 0
         self.modalities = torch.zeros(4, dtype=torch.long)  # how many tokens of padding, vision, prompt and answer
         self.paths: TwoPaths | None = None  # where inputs are known on both calibration paths
@@ -79,7 +79,7 @@ class Curvature:
         self._factor = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that has to be stored; `of` reads it again."""
+        """The tensors that a file stores; `of` makes statistics from them again."""
         totals = torch.tensor([self.weight, self.tokens], dtype=torch.float64)
         sums = {"gram": self.gram, "magnitude": self.magnitude, "totals": totals, "modalities": self.modalities}
         return {**sums, "low": self.low, "high": self.high}
@@ -133,7 +133,7 @@ class Curvature:
         if not (torch.isfinite(self.magnitude).all() and torch.isfinite(self.gram.diagonal()).all()):
             raise UserError(
                 f"the inputs of {name} are NaN or infinite on the calibration data; run the model in float32 or "
-                "bfloat16 (--dtype), or look at what stands before this layer"
+                "bfloat16 (--dtype), or look at the layers before this one"
             )
 
     def factor(self, damp: float = 0.01, by_activation: bool = False) -> Factor:
@@ -170,7 +170,7 @@ class Curvature:
             scale = lower.diagonal().clone()
             if not failed and bool(torch.isfinite(scale).all()):
                 break
-            # with the floor, a damping of 0 rises too
+            # without the floor, a damping of 0 would never rise
             tried = max(tried, 1e-4) * DAMPING_GROWTH
         if tried > damp:
             # no layer's name in the message: warnings with equal text are shown once, however many layers are affected

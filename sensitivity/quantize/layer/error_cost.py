@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 STRIP = 64  # columns of the Gram matrix per matrix product
-SHARE = 8  # columns per direction of the bound, which on a trained model's layers is then .7 to .95 of the cost
-FAINT = 1e-6  # eigenvalues below this share of the largest are float32 noise of the Gram matrix
-SLACK = 1e-3  # relative margin for float32 rounding, which could lift the bound above the true cost
+# the lower bound keeps one direction of H per this many columns; on a trained model it is .7 to .95 of the cost
+COLUMNS_PER_DIRECTION = 8
+NOISE_FLOOR = 1e-6  # eigenvalues below this share of the largest are float32 noise of the Gram matrix
+SLACK = 1e-3  # relative margin, since float32 rounding could lift the bound above the true cost
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,12 @@ class ErrorCost:
     low_rank: Sequence[Tensor]  # per group: F with F F' <= H (size x directions); empty where H is too small to need it
 
     @classmethod
-    def of(cls, curvature: Tensor, size: int) -> ErrorCost:
-        """The cost for a Gram matrix, of which each group uses its own diagonal block, or for one weight per column."""
-        if curvature.dim() == 1:
-            return cls(torch.split(curvature, size), ())
-        blocks = [curvature[i : i + size, i : i + size] for i in range(0, len(curvature), size)]
+    def of(cls, gram_or_weights: Tensor, size: int) -> ErrorCost:
+        """The cost by a Gram matrix, of which each group uses its own diagonal block, or by one weight per column."""
+        if gram_or_weights.dim() == 1:
+            return cls(torch.split(gram_or_weights, size), ())
+        gram = gram_or_weights
+        blocks = [gram[i : i + size, i : i + size] for i in range(0, len(gram), size)]
         return cls(
             [upper_half(block) for block in blocks],
             [low_rank_factor(block) for block in blocks] if size > STRIP else (),
@@ -42,9 +44,8 @@ class ErrorCost:
         scales = torch.split(scale, len(self.exact[0]))
         return ErrorCost(
             [half / s[:, None] / s for half, s in zip(self.exact, scales, strict=True)],
-            [
-                low_rank / s[:, None] for low_rank, s in zip(self.low_rank, scales, strict=False)
-            ],  # `low_rank` may be empty
+            # not strict, since `low_rank` may be empty
+            [low_rank / s[:, None] for low_rank, s in zip(self.low_rank, scales, strict=False)],
         )
 
     def cheapest(self, group: int, error: Tensor) -> Tensor:
@@ -91,13 +92,13 @@ def low_rank_factor(gram: Tensor) -> Tensor:
 
     H - F F' is positive semidefinite (a Schur complement), so e F F' e' never exceeds e H e'.
     """
-    count = -(-len(gram) // SHARE)
+    count = -(-len(gram) // COLUMNS_PER_DIRECTION)
     # columns with the largest diagonal are a good first guess of the range of H, and need no random numbers
     basis = torch.linalg.qr(gram[:, gram.diagonal().topk(count).indices])[0]
     # float64 from here on: F divides by the root of small eigenvalues, and the bound must not exceed the cost
     exact = torch.linalg.qr(gram @ basis)[0].double()
     image = gram.double() @ exact
     values, vectors = torch.linalg.eigh(exact.T @ image)
-    kept = values > FAINT * values[-1].clamp(min=0)  # with few tokens or dead channels the rank of H is lower
+    kept = values > NOISE_FLOOR * values[-1].clamp(min=0)  # with few tokens or dead channels the rank of H is lower
     low_rank: Tensor = (image @ vectors[:, kept]) / values[kept].sqrt()
     return low_rank.to(gram.dtype).contiguous()

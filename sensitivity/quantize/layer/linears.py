@@ -25,11 +25,11 @@ class Linears:
     names: tuple[str, ...]
     weights: tuple[Tensor, ...]
     curvature: Curvature | None = None
-    foldable: bool = True  # whether the layer before them can absorb a scale per input channel
-    behind_norm: bool = False  # whether that layer is a norm
+    foldable: bool = True  # whether the layer before these can absorb a scale per input channel
+    after_norm: bool = False  # whether the layer before these is a norm
     # squared gradients of the loss, in the shape of each weight (a diagonal Fisher matrix); None: not collected
     fisher: tuple[Tensor, ...] | None = None
-    half: torch.dtype | None = None  # the type of the weights before a transform, if there was one
+    original_dtype: torch.dtype | None = None  # of the weights before a transform made them float32; None: no transform
 
     @cached_property
     def rows(self) -> Tensor:
@@ -38,8 +38,8 @@ class Linears:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights, which decides the 16-bit type of scales."""
-        return self.half or self.weights[0].dtype
+        """The dtype of the weights as the model has them, which decides the 16-bit dtype of scales."""
+        return self.original_dtype or self.weights[0].dtype
 
     @property
     def name(self) -> str:
@@ -60,13 +60,13 @@ class Linears:
         return self.input_statistics.paths
 
     def split(self, whole: QuantizedWeight) -> list[QuantizedWeight | None]:
-        """The result for the stacked rows as one result per weight."""
+        """Split the result for the stacked rows into one result per weight."""
         sizes = [len(weight) for weight in self.weights]
         pieces = zip(*(torch.split(t, sizes) for t in (whole.codes, whole.scale, whole.zero)), strict=True)
         return [QuantizedWeight(codes, scale, zero, whole.group, whole.inputs) for codes, scale, zero in pieces]
 
 
-# quantizes the weights of one input at several schemes that differ in bits alone; per scheme, one result per weight
+# quantizes weights that read one input at several schemes that differ in bits alone; per scheme, one result per weight
 Solve = Callable[[Linears, Sequence[Scheme]], Sequence[Sequence[StoredWeight | None]]]
 
 
@@ -83,10 +83,10 @@ class Method:
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # limits of numeric settings
     choices: Mapping[str, tuple[Setting, ...]] = field(default_factory=dict)  # allowed values of the others
     fixed: str = ""  # how messages describe a group and grid that cannot be chosen
-    latent: bool = False  # whether keys and values are made of one vector, which is cached in their place
+    latent: bool = False  # whether keys and values are computed from one vector, which is cached in their place
     any_group: bool = False  # whether the group can be chosen although the grid is fixed
-    both_paths: bool = False  # whether it needs the inputs of the float model beside those behind quantized layers
-    fisher: bool = False  # whether it weighs each number of a weight by the gradient of the answer loss
+    both_paths: bool = False  # whether it needs the inputs in the float model beside those after quantized layers
+    fisher: bool = False  # whether it weighs each element of a weight by the gradient of the answer loss
     inputs: Callable[[Tensor, Scheme], Tensor] | None = None  # changes a layer's inputs in each forward pass
 
     def takes(self, group: int | str, symmetric: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Statistics of both calibration paths: how float inputs differ from inputs that passed quantized layers."""
+"""Statistics of both calibration paths: how inputs after quantized layers differ from those in the float model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class TwoPaths:
-    """Sums over tokens whose input is x behind quantized layers and x~ in the float model, each with its weight r.
+    """Sums over tokens whose input is x after quantized layers and x~ in the float model, each with its weight r.
 
     The layer reads x, and its output should be W x~. So the error to minimize is that of W x~ - Q x, which follows from
     `cross` and the Gram matrix up to a constant.

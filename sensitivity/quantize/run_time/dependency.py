@@ -1,4 +1,4 @@
-"""How much the rounded inputs of one layer tell about those of the next, and the blocks that follow (Q-VLM)."""
+"""Q-VLM: how much a layer's rounded inputs depend on those of the layer before, and which layers form a block."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DEPTH = 3  # the most layers of a block, as in the paper
+DEPTH = 3  # at most this many layers form a block, as in the paper
 
 
 def codes_of(values: Tensor, bits: int) -> Tensor:
-    """Every number's code on one grid from the smallest to the largest."""
+    """The code of each number on one grid, which reaches from the smallest number to the largest."""
     low, high = values.min(), values.max()
     step = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
     found: Tensor = ((values - low) / step).round().long()
@@ -21,8 +21,8 @@ def codes_of(values: Tensor, bits: int) -> Tensor:
 def dependency(before: Tensor, after: Tensor, bits: int) -> float:
     """D = -sum p(x, y) log p(y | x) over the codes of one layer's inputs and those of the next, number by number.
 
-    It is 0 where the first code decides the second. The paper assigns each number to levels softly, so that D has a
-    gradient; here nothing is trained with D, and each number has one code.
+    It is 0 where the first code determines the second. In the paper a number has soft shares of several levels, so that
+    D has a gradient; here nothing is trained with D, and each number has one code.
     """
     first, second = codes_of(before.float(), bits).flatten(), codes_of(after.float(), bits).flatten()
     levels = 2**bits
@@ -32,21 +32,18 @@ def dependency(before: Tensor, after: Tensor, bits: int) -> float:
     return max(0.0, -float((joint * given.clamp(min=torch.finfo(torch.float64).tiny).log()).sum()))
 
 
-def spread(codes: Tensor) -> float:
-    """The entropy of |q(x)| (tokens x channels), each channel divided by its norm over tokens.
-
-    As in the released code.
-    """
+def entropy(codes: Tensor) -> float:
+    """The entropy of |codes| (tokens x channels), each channel divided by its norm over tokens, as in Q-VLM's code."""
     sizes = codes.double().abs()
     shares = sizes / sizes.norm(dim=0, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     return float(-(shares * shares.clamp(min=torch.finfo(torch.float64).tiny).log()).sum(0).mean())
 
 
 def blocks_of(dependencies: Sequence[float], cuts: Sequence[bool] = (), depth: int = DEPTH) -> list[list[int]]:
-    """Layers 0 to n in blocks: a layer joins the last block if the mean dependency in it is then above the mean of all.
+    """Layers 0 to n in blocks: a layer joins the last block if the block's mean dependency then exceeds the threshold.
 
-    `dependencies` are those of each layer and the next; `cuts` says where a block must end, whatever the dependency.
-    The paper gives no threshold; the released code takes the mean.
+    The threshold is the mean of all dependencies, as in the released code; the paper gives none. `dependencies` are
+    those between each layer and the next; `cuts` says after which layers a block must end, whatever the dependency.
     """
     threshold = sum(dependencies) / max(len(dependencies), 1)
     found, inside = [[0]], 0.0

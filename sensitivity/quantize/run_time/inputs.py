@@ -5,19 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# which inputs share a scale: a token's; all; or a channel's where a norm stands before the layer, else all
+# which inputs share a scale: those of a token; all of a layer; or those of a channel if the layer reads the output of a
+# norm, else all of the layer
 TOKEN, TENSOR, NORM = "token", "tensor", "norm"
-# Q-VLM: a scale per channel (per token in a vision tower), clipped for blocks of layers together; or as in its code
+# Q-VLM: a scale per channel (per token in a vision tower), clipped for each block of layers as the paper says, or as in
+# its released code
 BLOCKS, RELEASED = "blocks", "released"
 SCALES = (TOKEN, TENSOR, NORM, BLOCKS, RELEASED)
 
 
 def round_inputs(inputs: Tensor, bits: int, largest: Tensor | None = None) -> Tensor:
-    """Inputs rounded to `bits`, in their own type.
+    """Inputs rounded to `bits`, in their own dtype.
 
     The largest magnitude a lies half a step beyond the last code: scale = 2a / (2^b - 1), as for symmetric weights
     and in compressed-tensors. By default each token has its own a, so that its values depend on no other token.
-    `largest` is one a for all tokens, from calibration; what exceeds it is clipped.
+    `largest` is one a for all tokens, from calibration; larger inputs are clipped.
     """
     values = inputs.float()
     reach = values.abs().amax(-1, keepdim=True) if largest is None else largest.to(values)
@@ -29,9 +31,9 @@ def round_inputs(inputs: Tensor, bits: int, largest: Tensor | None = None) -> Te
 
 
 def round_between(inputs: Tensor, bits: int, low: Tensor, high: Tensor) -> Tensor:
-    """Inputs rounded to 2^b levels from `low` to `high`, which include zero, in their own type.
+    """Inputs rounded to 2^b levels from `low` <= 0 to `high` >= 0, in their own dtype; zero is a level.
 
-    `low` and `high` are one number, one per channel, or one per token. Zero is a level.
+    `low` and `high` are one number, one per channel, or one per token.
     """
     values, codes = inputs.float(), 2**bits - 1
     low, high = low.to(values), high.to(values)
@@ -42,7 +44,7 @@ def round_between(inputs: Tensor, bits: int, low: Tensor, high: Tensor) -> Tenso
 
 
 def percentiles(values: Tensor, share: float, dim: int) -> tuple[Tensor, Tensor]:
-    """The percentiles 1 - `share` and `share` along a dimension, clamped so that their range includes zero."""
+    """The quantiles 1 - `share` and `share` along a dimension, moved where necessary so that zero lies between them."""
     count = values.shape[dim]
     ordered = values.float().sort(dim).values
     index = round((1 - share) * (count - 1))
@@ -51,6 +53,6 @@ def percentiles(values: Tensor, share: float, dim: int) -> tuple[Tensor, Tensor]
 
 
 def round_each_token(inputs: Tensor, bits: int, share: float = 1.0, shrink: float = 1.0) -> Tensor:
-    """Inputs rounded between percentiles of their own token; `shrink` is a factor on both."""
+    """Inputs rounded between quantiles of their own token, both multiplied by `shrink`."""
     low, high = percentiles(inputs, share, -1)
     return round_between(inputs, bits, low * shrink, high * shrink)

@@ -1,4 +1,4 @@
-"""The settings of what is rounded in each forward pass, which every method takes."""
+"""The settings of rounding in each forward pass, of tweaked norms and of pruning, which every method takes."""
 
 from __future__ import annotations
 
@@ -28,22 +28,24 @@ from sensitivity.spec.plan import (
     Setting,
 )
 
-ROUNDED_BITS, RUN_TIME = (ACTIVATIONS, CACHE), OF_ROUNDING  # of any scheme: the names of its bit widths and settings
-# settings that rounding activations adds to any method, with their defaults; first those whose default rounds nothing
-NOTHING_ROUNDED: dict[str, Setting] = {SOFTMAX: NONE, ATTENTION: NONE, MATCH: False}
-OF_ACTIVATIONS: dict[str, Setting] = {ACTIVATION_SCALE: TOKEN, **NOTHING_ROUNDED}
-# queries, keys and values: not rounded; each with one range; or also with the two peaks of keys folded into one
+# what any scheme may have: the bits of what it rounds in each forward pass, and the settings of that rounding
+ROUNDED_BITS, RUN_TIME = (ACTIVATIONS, CACHE), OF_ROUNDING
+# Defaults of the settings that a scheme has if it rounds activations (OF_ACTIVATIONS) or the cache, and of those that
+# every scheme has (COMMON). Those in *_OFF change nothing, and a scheme does not record them.
+ATTENTION_OFF: dict[str, Setting] = {SOFTMAX: NONE, ATTENTION: NONE, MATCH: False}
+OF_ACTIVATIONS: dict[str, Setting] = {ACTIVATION_SCALE: TOKEN, **ATTENTION_OFF}
+# how queries, keys and values are rounded: not at all; each with one range; or also with the keys' two peaks folded
 OPERANDS = (NONE, OPERANDS_TENSOR := "tensor", FOLDED := "folded")
-UNTOUCHED: dict[str, Setting] = {TWEAK: 0, PRUNE: 0.0}  # of any scheme: norms and prompts stay as they are
-COMMON: dict[str, Setting] = {**UNTOUCHED, PRUNE_AFTER: 2}
+COMMON_OFF: dict[str, Setting] = {TWEAK: 0, PRUNE: 0.0}  # no norm is tweaked, no image token pruned
+COMMON: dict[str, Setting] = {**COMMON_OFF, PRUNE_AFTER: 2}
 COMMON_RANGES = {TWEAK: (0, 10_000), PRUNE: (0, 1), PRUNE_AFTER: (0, 1_000)}
-AS_STORED: dict[str, Setting] = {CACHE_PAST: False, CACHE_SMOOTH: False}  # all tokens are rounded, channels not divided
+CACHE_OFF: dict[str, Setting] = {CACHE_PAST: False, CACHE_SMOOTH: False}
 CHOICES: dict[str, tuple[Setting, ...]] = {ACTIVATION_SCALE: SCALES, SOFTMAX: GRIDS, ATTENTION: OPERANDS}
 CHANNELS = 32  # channels of a key or value that share a scale, as in KIVI (Liu et al. 2024)
 
 
 def with_common(row: Method) -> Method:
-    """A method's row with the settings that every scheme may have: they tweak norms, and prune image tokens."""
+    """A method's row with the settings that every scheme may have: tweaking norms, and pruning image tokens."""
     return replace(row, settings={**row.settings, **COMMON}, ranges={**row.ranges, **COMMON_RANGES})
 
 
@@ -60,7 +62,7 @@ def with_run_time(row: Method, name: str, activations: int, cache: int) -> Metho
     if cache != NOT_ROUNDED:
         row = replace(
             row,
-            settings={**row.settings, CACHE_GROUP: CHANNELS, **AS_STORED},
+            settings={**row.settings, CACHE_GROUP: CHANNELS, **CACHE_OFF},
             ranges={**row.ranges, CACHE_GROUP: (1, 65_536)},
         )
     return row
@@ -84,19 +86,19 @@ def operand_mode(scheme: Scheme) -> str | None:
 
 
 def matches_attention(scheme: Scheme) -> bool:
-    """Whether a scheme scales logits and outputs of attention to those of the float model."""
+    """Whether a scheme scales attention's logits and outputs to match those of the float model."""
     return bool(scheme.get(MATCH))
 
 
 def needs_run_time_data(scheme: Scheme) -> bool:
-    """Whether what a scheme rounds in each forward pass is found from calibration data."""
-    searched = scheme.get(ACTIVATION_SCALE, TOKEN) != TOKEN or scheme.get(SOFTMAX) == ADAPTIVE
+    """Whether the rounding in each forward pass, or what goes with it, needs calibration data."""
+    calibrated = scheme.get(ACTIVATION_SCALE, TOKEN) != TOKEN or scheme.get(SOFTMAX) == ADAPTIVE
     attention = operand_mode(scheme) is not None or matches_attention(scheme)
-    return searched or attention or smooths_cache(scheme) or tweaks_norms(scheme)
+    return calibrated or attention or smooths_cache(scheme) or tweaks_norms(scheme)
 
 
 def tweaks_norms(scheme: Scheme) -> bool:
-    """Whether the norms of quantized blocks take gradient steps."""
+    """Whether gradient steps tune the norms of quantized blocks."""
     return bool(scheme.get(TWEAK))
 
 
@@ -106,10 +108,10 @@ def smooths_cache(scheme: Scheme) -> bool:
 
 
 def of_weights(scheme: Scheme, row: Method, facts: tuple[str, ...]) -> Scheme:
-    """The part of a scheme that its weights depend on: equal for all widths of activations and cache.
+    """A scheme without the settings that its stored weights do not depend on; `row` is that of its method.
 
-    `facts` are the names under which a scheme records its calibration data; an uncalibrated method has them only
-    because of the range of its activations, or of its norms.
+    `facts` are the names under which a scheme records its calibration data. Where the method needs none, the scheme
+    records them only for its activations or norms, and they are left out too.
     """
     unrounded = scheme.without_rounding
     others = BESIDE_WEIGHTS if row.calibrated else (*BESIDE_WEIGHTS, *facts)

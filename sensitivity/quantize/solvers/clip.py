@@ -9,19 +9,19 @@ from torch import Tensor
 
 from sensitivity.quantize.layer.error_cost import ErrorCost
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.stored.grid import QuantizedWeight, columns, encode, ranges, scale_and_zero
+from sensitivity.quantize.stored.grid import QuantizedWeight, encode, group_size, ranges, scale_and_zero
 from sensitivity.spec.plan import Scheme
 
 # Lin et al. 2023 (AWQ): from 1 down to 0.55 of the largest magnitude in steps of 0.05; 0.5 itself is not tried
 RATIOS = tuple(1 - i / 20 for i in range(10))
-NUMBERS_AT_ONCE = 1 << 20  # that are rounded, so that they fit a CPU cache
-MIN_ROWS = 64  # that are rounded at once
+NUMBERS_AT_ONCE = 1 << 20  # numbers that are rounded at once, so few that they fit a CPU cache
+MIN_ROWS = 64  # but at least this many rows at once
 
 
 def clip(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
     """Search the best clipping range of each group, then round to nearest within it."""
     rows = linears.rows
-    cost = ErrorCost.of(linears.input_statistics.gram, columns(schemes[0], rows))
+    cost = ErrorCost.of(linears.input_statistics.gram, group_size(schemes[0], rows))
     results = []
     for scheme in schemes:
         low, high = clipped(rows, scheme, linears.dtype, cost)
@@ -37,9 +37,9 @@ def clipped(rows: Tensor, scheme: Scheme, dtype: torch.dtype, cost: ErrorCost) -
     low, high = ranges(rows, scheme)
     if scheme.symmetric and scheme.bits == 1:
         return low, high  # plus or minus the mean magnitude, whatever the range
-    # the ratio 1 comes first, and a tie goes to the first: a range is clipped only where that really costs less
+    # the ratio 1 comes first, and a tie goes to the first: a range is clipped only where that costs less
     ratios = torch.tensor(RATIOS, device=rows.device)[:, None]
-    for g, weights in enumerate(torch.split(rows, columns(scheme, rows), 1)):
+    for g, weights in enumerate(torch.split(rows, group_size(scheme, rows), 1)):
         # `block`, `block_low` and `block_high` are the weights and ranges of `block_rows` rows
         block_rows = max(NUMBERS_AT_ONCE // (len(RATIOS) * weights.shape[1]), MIN_ROWS)
         # one buffer for all blocks of the group, since the system takes time to provide new memory

@@ -11,10 +11,10 @@ from sensitivity.quantize.layer.curvature import Factor
 from sensitivity.quantize.layer.error_cost import ErrorCost
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.solvers.clip import clipped
+from sensitivity.quantize.solvers.column_pass import round_columns
 from sensitivity.quantize.solvers.gptqmodel_solver import gptqmodel
 from sensitivity.quantize.solvers.shifting import shifted
-from sensitivity.quantize.solvers.sweep import sweep
-from sensitivity.quantize.stored.grid import QuantizedWeight, columns, ranges, scale_and_zero
+from sensitivity.quantize.stored.grid import QuantizedWeight, group_size, ranges, scale_and_zero
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.quantize.transforms.hadamard import rotated
 from sensitivity.spec.plan import Scheme
@@ -38,18 +38,18 @@ def gptq(linears: Linears, schemes: Sequence[Scheme]) -> Sequence[Sequence[Store
 
 
 def by_columns(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
-    """What `gptq` does to weights as they are."""
+    """GPTQ on the weights that it is given, without a transform."""
     factor = factor_of(linears, schemes[0])
 
     def find(weights: Tensor, scheme: Scheme, importance: Tensor, _: int) -> tuple[Tensor, Tensor]:
-        return searched(weights, scheme, linears.dtype, importance if scheme.get("clip") else None)
+        return searched_grid(weights, scheme, linears.dtype, importance if scheme.get("clip") else None)
 
     rows = towards_float(linears, schemes[0], factor)
-    return [linears.split(whole) for whole in on_integers(factor, rows, schemes, find)]
+    return [linears.split(whole) for whole in on_integer_grids(factor, rows, schemes, find)]
 
 
 def towards_float(linears: Linears, scheme: Scheme, factor: Factor) -> Tensor:
-    """The weights, shifted so that the layer aims at the float model's output from inputs behind quantized layers."""
+    """The weights, shifted so that the layer's output fits the float model's for inputs from quantized layers."""
     if (shift := scheme.get("shift", "none")) == "none":
         return linears.rows
     return shifted(
@@ -62,22 +62,22 @@ def factor_of(linears: Linears, scheme: Scheme) -> Factor:
     return linears.input_statistics.factor(float(scheme["damp"] or 0), scheme.get("order") == "activation")
 
 
-def searched(weights: Tensor, scheme: Scheme, dtype: torch.dtype, cost: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of each group, after a clip search where columns have a cost.
+def searched_grid(weights: Tensor, scheme: Scheme, dtype: torch.dtype, cost: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each group: after a clip search if columns have a cost, else of the full range.
 
     The search weighs each column by the diagonal of D, not by H: later columns compensate for the rest.
     """
     if cost is None:
         low, high = ranges(weights, scheme)
     else:
-        low, high = clipped(weights, scheme, dtype, ErrorCost.of(cost, columns(scheme, weights)))
+        low, high = clipped(weights, scheme, dtype, ErrorCost.of(cost, group_size(scheme, weights)))
     return scale_and_zero(weights, scheme, low, high, dtype)
 
 
-def on_integers(factor: Factor, rows: Tensor, schemes: Sequence[Scheme], find: Find) -> list[QuantizedWeight]:
+def on_integer_grids(factor: Factor, rows: Tensor, schemes: Sequence[Scheme], find: Find) -> list[QuantizedWeight]:
     """Round a weight on integer grids, at several schemes that differ in bits alone."""
     grid = IntegerGrid(factor, rows, schemes, find)
-    return grid.results(sweep(factor, rows, grid, len(schemes)))
+    return grid.results(round_columns(factor, rows, grid, len(schemes)))
 
 
 class IntegerGrid:
@@ -85,15 +85,16 @@ class IntegerGrid:
 
     def __init__(self, factor: Factor, rows: Tensor, schemes: Sequence[Scheme], find: Find) -> None:
         self.schemes, self.find, self.importance = schemes, find, factor.importance
-        self.group, width = columns(schemes[0], rows), rows.shape[1]
-        # groups are of columns as they are stored, so with an order each rounded column looks its group up in `where`
+        self.group, width = group_size(schemes[0], rows), rows.shape[1]
+        # groups are of columns in stored order, so if columns are rounded in another order, `where` has their places
         where, stored = torch.arange(width), factor.importance
         if factor.order is not None:
             where = factor.order.cpu()
             # the factor lists importance in order of rounding; grids are computed in stored order
             stored = stored[torch.argsort(factor.order)]
-        self.of_column = (where // self.group).tolist()
-        # in another order a group is not rounded in one go, so its grid stays that of the original weights
+        self.group_of = (where // self.group).tolist()
+        # in another order the columns of a group are not rounded one after the other, so that compensated weights of
+        # the whole group never exist at once: the grid stays that of the original weights
         adaptive = isinstance(schemes[0].group, int) and factor.order is None
         self.span = max(SPAN // self.group, 1) * self.group if adaptive else 0
         grids = [find(rows, scheme, stored, 0) for scheme in schemes]
@@ -113,8 +114,8 @@ class IntegerGrid:
 
     def round(self, column: int, target: Tensor, codes: Tensor) -> Tensor:
         """The nearest codes of one column, and their values."""
-        group = self.of_column[column]
-        # scales are gathered only when the pass enters another group: for most columns they stay the same
+        group = self.group_of[column]
+        # scales are gathered only when a column is in another group than the one before it
         if self._held is None or self._held[0] != group:
             self._held = group, torch.cat([s[group] for s in self.scale]), torch.cat([z[group] for z in self.zero])
         _, scale, zero = self._held

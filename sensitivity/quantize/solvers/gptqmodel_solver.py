@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.stored.grid import QuantizedWeight, columns, encode, to_16_bit
+from sensitivity.quantize.stored.grid import QuantizedWeight, encode, group_size, scale_as_16_bit
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
 
@@ -36,11 +36,13 @@ def gptqmodel(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Quantize
     It sets to zero the weights of channels whose inputs were always zero.
     """
     with redirect_stdout(StringIO()):  # its banner would break the JSON of --json
-        return [[_one(linears, weight.detach().float(), scheme) for weight in linears.weights] for scheme in schemes]
+        return [
+            [_one_weight(linears, weight.detach().float(), scheme) for weight in linears.weights] for scheme in schemes
+        ]
 
 
-def _one(linears: Linears, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
-    """One weight at one bit width, through a linear layer that GPTQModel's solver takes."""
+def _one_weight(linears: Linears, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+    """Quantize one weight at one bit width, as a linear layer that GPTQModel's solver takes."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its default is more threads than some machines have cores
     from gptqmodel.looper.named_module import NamedModule
     from gptqmodel.quantization.config import QuantizeConfig
@@ -51,7 +53,7 @@ def _one(linears: Linears, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     layer.weight.data = weight.clone()
     config = QuantizeConfig(
         bits=scheme.bits,
-        group_size=-1 if scheme.group == "row" else columns(scheme, weight),
+        group_size=-1 if scheme.group == "row" else group_size(scheme, weight),
         sym=scheme.symmetric,
         desc_act=activation,
         static_groups=activation and scheme.group != "row",  # as in our solver: grids of the original weights
@@ -68,4 +70,4 @@ def _one(linears: Linears, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     # the library rounds to scales in 32 bits, then stores them in 16: scales are rounded here so that we measure what
     # a file would hold
     codes = encode(rounded.float(), scheme, scale.float(), zero.float())
-    return QuantizedWeight(codes.codes, to_16_bit(codes.scale, linears.dtype), codes.zero, codes.group)
+    return QuantizedWeight(codes.codes, scale_as_16_bit(codes.scale, linears.dtype), codes.zero, codes.group)

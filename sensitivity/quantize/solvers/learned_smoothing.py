@@ -1,4 +1,4 @@
-"""Learns smoothing factors and weights' ranges by gradient descent on a layer's output error (QuantVGGT)."""
+"""QuantVGGT: learns smoothing factors and the ranges of weights by gradient descent on a layer's output error."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sensitivity.spec.plan import Scheme
 
-TOKENS, BATCH = 512, 64
-RATE, RATE_OF_RANGES = 1e-3, 1e-2  # of AdamW, as released
-OPEN = 4.0  # where the gate starts, as released; its sigmoid, at first .982, is the share of a row's range that is used
+TOKENS, BATCH = 512, 64  # random tokens that are drawn, and how many one step takes
+RATE, RATE_OF_RANGES = 1e-3, 1e-2  # learning rates of AdamW for factors and for ranges, as released
+GATE_START = 4.0  # as released; the gate's sigmoid, at first .982, is the share of a row's range that is used
 
 
 def learned(rows: Tensor, gram: Tensor, factor: Tensor, scheme: Scheme, epochs: int) -> tuple[Tensor, Tensor | None]:
@@ -19,7 +19,7 @@ def learned(rows: Tensor, gram: Tensor, factor: Tensor, scheme: Scheme, epochs: 
 
     The released code trains on calibration tokens and on the output of a whole block. Here tokens are drawn from a
     normal distribution with the layer's Gram matrix, since calibration keeps no tokens, and inputs are rounded to as
-    many bits as weights. If training does not lower the error on these tokens, the start is returned.
+    many bits as weights. If training does not lower the error on these tokens, the given factors are returned.
     """
     with torch.inference_mode(False), torch.enable_grad():
         # copies, since a tensor from inference mode has no gradients
@@ -31,7 +31,7 @@ def _trained(rows: Tensor, gram: Tensor, factor: Tensor, scheme: Scheme, epochs:
     target = tokens @ rows.T
     start = float(_error(tokens, target, rows, factor, None, scheme))
     log = factor.log().requires_grad_()
-    gate = torch.full((len(rows), 1), OPEN, device=rows.device).requires_grad_()
+    gate = torch.full((len(rows), 1), GATE_START, device=rows.device).requires_grad_()
     steps = epochs * math.ceil(len(tokens) / BATCH)
     optimizer = torch.optim.AdamW([{"params": [log], "lr": RATE}, {"params": [gate], "lr": RATE_OF_RANGES}])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

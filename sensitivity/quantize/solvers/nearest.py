@@ -1,4 +1,4 @@
-"""Methods that need only the weight: round to nearest, and the paper's uniform k-bit grid."""
+"""Methods that need only the weight: round to nearest, and the uniform grid of Gautam et al. 2025."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""QSVD: queries, keys and values from one latent vector of low rank, which is all that attention caches."""
+"""QSVD: queries, keys and values are computed from one latent vector of low rank, which is all that is cached."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sensitivity.spec.stored_bits import latent_rank
 def qsvd(linears: Linears, schemes: Sequence[Scheme]) -> list[list[LowRankWeight]]:
     """Factorize the stacked weights, rotate the latent vector, and round both factors to nearest.
 
-    The rotation spreads the latent's numbers before they are rounded; it is part of the factors, and stores nothing. In
-    the release ranks are chosen over all layers, by the gradient of the answer loss, and inputs are weighed channel by
-    channel; here every layer keeps the same share, and the weights are the whole Gram matrix.
+    The rotation spreads large elements of the latent vector before it is rounded; the factors absorb it, so nothing is
+    stored. In the release ranks are chosen over all layers, by the gradient of the answer loss, and inputs are weighed
+    channel by channel; here every layer keeps the same share of the rank, and the Gram matrix weighs inputs.
     """
-    one, cols = schemes[0], linears.rows.shape[1]
-    factor = linears.input_statistics.factor(float(one["damp"] or 0))
+    first, cols = schemes[0], linears.rows.shape[1]
+    factor = linears.input_statistics.factor(float(first["damp"] or 0))
     root = factor.unit * factor.importance.sqrt()
-    up, down = factors(linears.rows, root, latent_rank(one, cols), float(one["beta"] or 0))
+    up, down = factors(linears.rows, root, latent_rank(first, cols), float(first["beta"] or 0))
     up, down = rotate(up), rotate(down.T).T.contiguous()
     found = []
     for scheme in schemes:
@@ -36,16 +36,16 @@ def qsvd(linears: Linears, schemes: Sequence[Scheme]) -> list[list[LowRankWeight
 
 
 def factors(rows: Tensor, root: Tensor, rank: int, beta: float) -> tuple[Tensor, Tensor]:
-    """The product of rank r whose outputs err least, for inputs with the Gram matrix root root'.
+    """The two factors of given rank whose product errs least on inputs with the Gram matrix root root'.
 
     With the singular value decomposition W root = U S V', the factors are U S^(1 - beta) and S^beta V' root^-1; a
     larger beta puts more of the scale into the latent vector.
     """
     weighed = rows @ root
-    # of the smaller of the two Gram matrices of W root; eigenvalues rise, so the largest are last
+    # V, as the eigenvectors of (W root)' (W root); torch sorts eigenvalues upwards, so the largest are last
     directions = torch.linalg.eigh(weighed.T @ weighed)[1].flip(1)[:, :rank]
     scaled = weighed @ directions
-    # without the floor a direction in which the weights are zero would divide by zero
+    # the floor avoids a division by zero in directions in which the weights are zero
     sizes = scaled.norm(dim=0)
     sizes = sizes.clamp(min=float(sizes.max()) * 1e-6 + torch.finfo(torch.float32).tiny) ** beta
     down = torch.linalg.solve_triangular(root, directions.T, upper=True, left=False)

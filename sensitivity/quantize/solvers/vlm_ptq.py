@@ -1,4 +1,4 @@
-"""VLM-PTQ: GPTQ towards the float model's output, with ranges searched under the best weights of image and text."""
+"""VLM-PTQ: GPTQ fitted to the float model's output; ranges are searched under the best mix of image and text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.error_cost import quadratic, upper_half
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.layer.two_paths import TwoPaths
-from sensitivity.quantize.solvers.gptq import factor_of, on_integers, searched, towards_float
+from sensitivity.quantize.solvers.gptq import factor_of, on_integer_grids, searched_grid, towards_float
 from sensitivity.quantize.stored.grid import QuantizedWeight
 from sensitivity.spec.plan import Scheme
 
@@ -20,7 +20,7 @@ SHARES = (0.5, 0.0, 0.25, 0.75, 1.0)
 
 
 def vlm_ptq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
-    """GPTQ towards the float model's outputs, with the best of a few shares of image and text in the range search.
+    """Shift and round as GPTQ does, with the best of a few shares of image and text in the range search.
 
     Known from reviews that print its equations: the least-squares shift of the weights, and ranges searched under
     mu diag(H_image) + (1 - mu) diag(H_text), mu by the error of W x~ - Q x. Ours: the exact shift, where it is printed
@@ -34,9 +34,9 @@ def vlm_ptq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedW
     for cost in costs(seen, linears.both_paths):
 
         def find(weights: Tensor, scheme: Scheme, _: Tensor, a: int, cost: Tensor = cost) -> tuple[Tensor, Tensor]:
-            return searched(weights, scheme, linears.dtype, cost[a : a + weights.shape[1]])
+            return searched_grid(weights, scheme, linears.dtype, cost[a : a + weights.shape[1]])
 
-        for s, whole in enumerate(on_integers(factor, rows, schemes, find)):
+        for s, whole in enumerate(on_integer_grids(factor, rows, schemes, find)):
             error = quadratic(whole.dequantize() - rows, half)
             for w, (piece, errors) in enumerate(zip(linears.split(whole), torch.split(error, sizes), strict=True)):
                 if (total := float(errors.sum())) < least[s, w]:
@@ -45,9 +45,9 @@ def vlm_ptq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedW
 
 
 def costs(seen: Curvature, paths: TwoPaths) -> list[Tensor]:
-    """The cost of each column's error under each share; a layer that reads only image or only text has one."""
+    """The cost of each column's error under each share; a layer that reads only image or only text has one cost."""
     image = paths.image
     text = (seen.gram.diagonal() - image).clamp(min=0)
     # `image` and the diagonal are summed in different orders, so without text their difference is not exactly zero
-    one = bool((text <= 1e-5 * seen.gram.diagonal()).all()) or not bool(image.any())
-    return [seen.gram.diagonal() / 2] if one else [mu * image + (1 - mu) * text for mu in SHARES]
+    alone = bool((text <= 1e-5 * seen.gram.diagonal()).all()) or not bool(image.any())
+    return [seen.gram.diagonal() / 2] if alone else [mu * image + (1 - mu) * text for mu in SHARES]

@@ -1,1 +1,1 @@
-"""What a method returns: codes and what turns them into numbers again."""
+"""What a method returns: codes, and the scales or tables that turn them into numbers again."""

@@ -1,4 +1,4 @@
-"""Weights whose rows have widths of their own, from 0 bits, where a row is left out, to 16, where it stays."""
+"""Weights whose rows each have their own width, from 0 bits (the row is zero) to 16 (the row is not quantized)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ChannelWidthsWeight:
-    """Symmetric codes and a scale for each row at its own width; rows of 16 bits are kept as numbers."""
+    """Symmetric codes and a scale for each row at its own width; rows of 16 bits are kept as floats."""
 
     codes: Tensor  # uint8, rows x columns
     scale: Tensor  # rows x 1, with values that 16 bits hold; 0 for rows of 0 bits

@@ -1,4 +1,4 @@
-"""NF4 and FP4: each weight becomes one of 16 fixed numbers times the absmax of its block."""
+"""NF4 and FP4: each element of a weight becomes one of 16 fixed numbers times the absmax of its block."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NF4 = (
 _HALF = (0.005208333333, 0.16666667, 0.25, 0.33333333, 0.5, 0.66666667, 1.0)
 FP4 = (*(-x for x in reversed(_HALF)), 0.0, *_HALF)
 TABLES = {"nf4": NF4, "fp4": FP4}
-NESTED = 256  # block scales that share one scale of their own with double quantization
+NESTED = 256  # with double quantization, this many block scales share one scale of their own
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class CodebookWeight:
 
 
 def to_codebook(weight: Tensor, scheme: Scheme) -> CodebookWeight:
-    """Round each weight to the nearest number of the table; with `double`, block scales take 8 bits instead of 32."""
+    """Round each element to the nearest number of the table; with `double`, block scales take 8 bits instead of 32."""
     table = torch.tensor(TABLES[scheme.method], device=weight.device)
     size = int(scheme.group)
     flat = weight.float().reshape(-1)

@@ -15,37 +15,45 @@ from sensitivity.spec.plan import Scheme
 class QuantizedWeight:
     """A weight on an integer grid: (codes - zero) * scale, with one scale and zero per row or group of columns.
 
-    `zero` is a whole number on the grids that runtimes can store; the paper's uniform grid has any real number.
+    `zero` is a whole number on the grids that runtimes can store; on those of the method `uniform` it is any number.
     """
 
     codes: Tensor  # uint8, rows x cols
-    scale: Tensor  # float32, for most methods with a value that 16 bits hold; 1 x 1, rows x 1 or rows x groups
+    scale: Tensor  # float32, with values that 16 bits hold for most methods; 1 x 1, rows x 1 or rows x groups
     zero: Tensor
     group: int  # columns that share a scale
     inputs: Tensor | None = None  # factor on each column before rounding (AWQ); the layer's input is divided by it
 
     def dequantize(self) -> Tensor:
-        """The weight in float32, with the factors of its inputs divided out."""
-        codes, (scale, zero) = self._aligned(self.codes.float(), self.scale, self.zero)
+        """The weight in float32, divided by the factors on its columns."""
+        codes, (scale, zero) = _aligned(self.codes.float(), self.group, self.scale, self.zero)
         weight = (codes - zero).mul_(scale).reshape(self.codes.shape)
         return weight if self.inputs is None else weight / self.inputs
 
     def spread(self, per_group: Tensor) -> Tensor:
-        """One value per group, repeated over its columns; the last group of a row may be shorter."""
-        if per_group.shape[1] == 1:
-            return per_group
-        return per_group.repeat_interleave(self.group, dim=1)[:, : self.codes.shape[1]]
-
-    def _aligned(self, numbers: Tensor, *per_group: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """`numbers` and values per group in shapes that broadcast; whole groups need no copy."""
-        rows, cols = numbers.shape
-        if cols % self.group or all(t.shape[1] == 1 for t in per_group):
-            return numbers, [self.spread(t) for t in per_group]
-        return numbers.reshape(rows, -1, self.group), [t[:, :, None] for t in per_group]
+        """One value per group, in a shape that broadcasts with the codes."""
+        return _spread(per_group, self.group, self.codes.shape[1])
 
 
-def columns(scheme: Scheme, weight: Tensor) -> int:
-    """How many columns share a scale; without groups, all of them."""
+def over_columns(per_group: Tensor, group: int, width: int) -> Tensor:
+    """Values per row and group, repeated over the columns of each group; the last group may be shorter."""
+    return per_group.repeat_interleave(group, dim=1)[:, :width]
+
+
+def _spread(per_group: Tensor, group: int, width: int) -> Tensor:
+    return per_group if per_group.shape[1] == 1 else over_columns(per_group, group, width)
+
+
+def _aligned(numbers: Tensor, group: int, *per_group: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """`numbers` and values per group in shapes that broadcast; without a short last group nothing is copied."""
+    rows, cols = numbers.shape
+    if cols % group or all(t.shape[1] == 1 for t in per_group):
+        return numbers, [_spread(t, group, cols) for t in per_group]
+    return numbers.reshape(rows, -1, group), [t[:, :, None] for t in per_group]
+
+
+def group_size(scheme: Scheme, weight: Tensor) -> int:
+    """How many columns share a scale: all of them where a scheme's group is a row or the tensor."""
     return weight.shape[1] if isinstance(scheme.group, str) else min(scheme.group, weight.shape[1])
 
 
@@ -54,7 +62,7 @@ def ranges(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     if scheme.group == "tensor":
         grouped = weight.reshape(1, 1, -1)
     else:
-        size = columns(scheme, weight)
+        size = group_size(scheme, weight)
         rows, cols = weight.shape
         if padding := -cols % size:  # every range includes zero, so padding with zeros changes none
             weight = torch.nn.functional.pad(weight, (0, padding))
@@ -63,13 +71,13 @@ def ranges(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 
 def as_16_bit(values: Tensor, like: torch.dtype) -> Tensor:
-    """Values rounded to the 16-bit type in which they will be stored."""
+    """Values rounded to the 16-bit dtype in which they will be stored, in float32."""
     return values.to(torch.bfloat16 if like == torch.bfloat16 else torch.float16).float()
 
 
-def to_16_bit(scale: Tensor, like: torch.dtype) -> Tensor:
-    """A scale rounded to the 16-bit type in which it will be stored, so that what is measured is what is exported."""
-    # a group of zeros has a range of zero, and its scale would divide by zero
+def scale_as_16_bit(scale: Tensor, like: torch.dtype) -> Tensor:
+    """A scale rounded to the 16-bit dtype in which it will be stored, so that what is measured is what is exported."""
+    # a group of zeros would get a scale of zero, by which its weights are divided
     tiny = torch.finfo(torch.bfloat16 if like == torch.bfloat16 else torch.float16).tiny
     return as_16_bit(scale.clamp(min=tiny), like)
 
@@ -86,26 +94,26 @@ def scale_and_zero(
     levels = 2**scheme.bits - 1
     if scheme.symmetric and scheme.bits == 1:
         # codes 0 and 1 with zero = 0.5 and scale = 2m give -m and m; the mean magnitude m minimizes the squared error
-        scale = to_16_bit(2 * _mean_magnitude(weight, scheme, low.shape), dtype)
+        scale = scale_as_16_bit(2 * _mean_magnitude(weight, scheme, low.shape), dtype)
         return scale, torch.full_like(scale, 0.5)
     if scheme.symmetric:
-        scale = to_16_bit(2 * torch.maximum(-low, high) / levels, dtype)
+        scale = scale_as_16_bit(2 * torch.maximum(-low, high) / levels, dtype)
         return scale, torch.full_like(scale, 2.0 ** (scheme.bits - 1))
-    scale = to_16_bit((high - low) / levels, dtype)
+    scale = scale_as_16_bit((high - low) / levels, dtype)
     return scale, (-low / scale).round().clamp(0, levels)
 
 
 def _mean_magnitude(weight: Tensor, scheme: Scheme, shape: torch.Size) -> Tensor:
     if scheme.group == "tensor":
         return weight.abs().mean().reshape(shape)
-    size = columns(scheme, weight)
+    size = group_size(scheme, weight)
     return torch.stack([chunk.abs().mean(1) for chunk in torch.split(weight, size, dim=1)], dim=1)
 
 
 def encode(weight: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor, overwrite: bool = False) -> QuantizedWeight:
     """The nearest codes on a given grid; with `overwrite` the weight may be overwritten, which saves memory."""
-    group = columns(scheme, weight)
-    numbers, (step, shift) = QuantizedWeight(weight, scale, zero, group)._aligned(weight, scale, zero)
+    group = group_size(scheme, weight)
+    numbers, (step, shift) = _aligned(weight, group, scale, zero)
     scaled = numbers.div_(step) if overwrite else numbers / step
     codes = scaled.add_(shift).round_().clamp_(0, 2**scheme.bits - 1)
     return QuantizedWeight(_bytes(codes).reshape(weight.shape), scale, zero, group)

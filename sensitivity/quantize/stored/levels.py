@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sensitivity.quantize.stored.grid import over_columns
+
 
 @dataclass(frozen=True)
 class LevelsWeight:
@@ -72,8 +74,8 @@ class BinnedWeight:
 
     codes: Tensor  # uint8, rows x columns
     magnitudes: Tensor  # one per bin, for the whole matrix
-    center: Tensor | None  # mean and standard deviation of salient weights in units of their row's scale
-    scale: Tensor | None  # of salient weights, one per row
+    center: Tensor | None  # mean and standard deviation of salient weights, in units of their row's scale
+    scale: Tensor | None  # one per row, of its salient weights
 
     def dequantize(self) -> Tensor:
         """The weight in float32."""
@@ -94,11 +96,6 @@ def salient_levels(center: Tensor) -> Tensor:
     return torch.stack(
         [mean - NEAR * deviation, mean + NEAR * deviation, mean - FAR * deviation, mean + FAR * deviation]
     )
-
-
-def over_columns(per_group: Tensor, group: int, width: int) -> Tensor:
-    """Values per row and group, repeated over the columns of each group; the last group may be shorter."""
-    return per_group.repeat_interleave(group, dim=1)[:, :width]
 
 
 def bit(codes: Tensor, place: int) -> Tensor:

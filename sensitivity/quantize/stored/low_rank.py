@@ -11,7 +11,7 @@ from sensitivity.quantize.stored.grid import QuantizedWeight
 
 @dataclass(frozen=True)
 class LowRankWeight:
-    """Weights that read one input share `down`, so that their outputs are made of one latent vector."""
+    """Weights that read one input share `down`, so that their outputs are computed from one latent vector."""
 
     up: QuantizedWeight  # rows x rank
     down: QuantizedWeight  # rank x columns

@@ -1,4 +1,4 @@
-"""Weights behind a rotation of their inputs, and the rotation itself."""
+"""Weights that are stored for rotated inputs, and the rotation itself."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ SEED = 0
 
 @dataclass(frozen=True)
 class RotatedWeight:
-    """A weight that is stored for rotated inputs: x is divided by `inputs`, rotated, and divided by `turned.inputs`."""
+    """A weight stored for rotated inputs: x is divided by `inputs`, rotated, and divided by `rotated.inputs`."""
 
-    turned: QuantizedWeight
+    rotated: QuantizedWeight
     inputs: Tensor | None = None
     block: int | None = None  # channels that are rotated together; None: as many as there can be
 
     def dequantize(self) -> Tensor:
         """The weight in float32, for inputs that are neither divided nor rotated."""
-        weight = rotate_back(self.turned.dequantize(), self.block)
+        weight = rotate_back(self.rotated.dequantize(), self.block)
         return weight if self.inputs is None else weight / self.inputs
 
 
@@ -31,16 +31,16 @@ class RotatedWeight:
 class InputTransform:
     """The transform of a stored weight's inputs before they are rounded, and its inverse."""
 
-    before: Tensor | None = None
+    before: Tensor | None = None  # inputs are divided by it before the rotation
     rotates: bool = False
-    block: int | None = None
-    after: Tensor | None = None
+    block: int | None = None  # as in RotatedWeight
+    after: Tensor | None = None  # inputs are divided by it after the rotation
 
     @classmethod
     def of(cls, stored: object, device: torch.device) -> InputTransform | None:
         """The transform of a stored weight's inputs; None where they stay as they are."""
         if isinstance(stored, RotatedWeight):
-            return cls(_on(stored.inputs, device), True, stored.block, _on(stored.turned.inputs, device))
+            return cls(_on(stored.inputs, device), True, stored.block, _on(stored.rotated.inputs, device))
         factor = _on(getattr(stored, "inputs", None), device)
         return None if factor is None else cls(factor)
 
@@ -70,7 +70,7 @@ def rotate(rows: Tensor, block: int | None = None) -> Tensor:
 
 
 def rotate_back(rows: Tensor, block: int | None = None) -> Tensor:
-    """Rows times R': a Hadamard matrix divided by the root of its width is its own inverse."""
+    """The inverse of `rotate`: a Hadamard matrix divided by the root of its width is its own inverse."""
     return _hadamard(rows, block) * _signs(rows)
 
 

@@ -1,4 +1,4 @@
-"""Weights with outliers: a few weights that are stored apart from the others, each with its position."""
+"""Weights with outliers: a few elements that are stored apart from the others, each with its position."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sensitivity.quantize.stored.weight import StoredWeight
 
 @dataclass(frozen=True)
 class SparseWeight:
-    """A stored weight, some numbers of which are replaced by 16-bit values."""
+    """A stored weight with some elements replaced by 16-bit values."""
 
     base: StoredWeight
     index: Tensor  # int64 positions in the flattened weight, rising
@@ -27,9 +27,9 @@ class SparseWeight:
 
 @dataclass(frozen=True)
 class TwoScaleWeight:
-    """A weight on two integer grids per group: one for most weights, a coarser one for outliers."""
+    """A weight on two integer grids per group: one for most elements, a coarser one for outliers."""
 
-    base: QuantizedWeight  # the codes of all weights, and the grid of those that are not outliers
+    base: QuantizedWeight  # the codes of all elements, and the grid of those that are not outliers
     scale: Tensor  # of outliers, in the shape of the other scales
     zero: Tensor
     index: Tensor  # int64 positions of outliers in the flattened weight, rising

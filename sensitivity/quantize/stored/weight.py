@@ -1,4 +1,4 @@
-"""StoredWeight: what every quantized weight can do."""
+"""StoredWeight: the interface of every quantized weight."""
 
 from __future__ import annotations
 

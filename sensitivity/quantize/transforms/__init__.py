@@ -1,1 +1,1 @@
-"""Transforms: exact changes of a weight and its input, after which rounding costs less."""
+"""Transforms: changes of a weight and its input that leave their product the same, and make rounding cost less."""

@@ -18,23 +18,23 @@ Solved = Sequence[Sequence[QuantizedWeight | None]]
 def rotated(
     linears: Linears, schemes: Sequence[Scheme], solve: Callable[[Linears, Sequence[Scheme]], Solved]
 ) -> list[list[RotatedWeight | None]]:
-    """Quantize W R under R' H R, for inputs x that become R' x: the product W x stays what it is.
+    """Quantize W R under R' H R, for inputs R' x in place of x: the product W x stays the same.
 
-    As in QuaRot and RSQ, R is a Hadamard matrix with random signs. They fuse R where a norm stands before the layer,
-    and rotate what layers write into the residual stream too. Here each layer's input is rotated by itself, online, so
-    that it is exact in any model. The signs follow from the width and are not stored.
+    As in QuaRot and RSQ, R is a Hadamard matrix with random signs. They fuse R into the norm before a layer, and also
+    rotate what layers write into the residual stream. Here each layer's input is rotated by itself in each forward
+    pass, so that the rotation is exact in any model. The signs follow from the width and are not stored.
     """
     weights = tuple(rotate(weight.detach().float()) for weight in linears.weights)
     curvature = None if linears.curvature is None else _curvature(linears.curvature)
-    turned = replace(linears, weights=weights, curvature=curvature, half=linears.dtype)
+    turned = replace(linears, weights=weights, curvature=curvature, original_dtype=linears.dtype)
     return [[None if w is None else RotatedWeight(w) for w in results] for results in solve(turned, schemes)]
 
 
 def _curvature(seen: Curvature) -> Curvature:
     """The statistics of rotated inputs: R' H R. Their magnitudes and ranges are not known, so the old ones stay."""
-    rotated = Curvature.of(seen.tensors())
-    rotated.gram = rotate(rotate(seen.gram).T).contiguous()
+    after = Curvature.of(seen.tensors())
+    after.gram = rotate(rotate(seen.gram).T).contiguous()
     if seen.paths is not None:
-        rotated.paths = TwoPaths(seen.width, seen.gram.device)
-        rotated.paths.cross = rotate(rotate(seen.paths.cross).T).T.contiguous()
-    return rotated
+        after.paths = TwoPaths(seen.width, seen.gram.device)
+        after.paths.cross = rotate(rotate(seen.paths.cross).T).T.contiguous()
+    return after

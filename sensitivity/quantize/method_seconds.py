@@ -5,8 +5,8 @@ from __future__ import annotations
 from sensitivity.quantize.presets import PRESETS
 
 MEASURED_BY = "python -m experiments.benchmarks.methods_cost"
-# CPU seconds of one thread for a weight of 4096 x 4096 at 4 bits, or the nearest width that the method takes, with the
-# factorization (reports/methods-cost.md); --dry-run measures on the machine where a sweep will run
+# CPU seconds of one thread for a weight of 4096 x 4096 at 4 bits, or at the nearest width that the method takes,
+# including the factorization of H (reports/methods-cost.md); --dry-run measures the machine where a sweep will run
 SECONDS: dict[str, float] = {
     "uniform": 0.12,
     "rtn": 0.11,
@@ -34,7 +34,7 @@ SECONDS: dict[str, float] = {
 }
 
 
-def cost(name: str) -> float | None:
+def seconds_of(name: str) -> float | None:
     """The seconds of a method or preset; a preset without an entry of its own takes as long as its method.
 
     None for a method that was not measured.

@@ -1,4 +1,4 @@
-"""The pass over columns with error feedback: each column is rounded on a grid that the caller passes."""
+"""The pass over columns with error feedback: rounds each column on a grid that the caller provides."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ LEAF = 32  # columns that are rounded one by one before one matrix product carri
 
 
 class Grid(Protocol):
-    """The levels that columns are rounded to; columns are counted in the order in which they are rounded."""
+    """The levels that columns are rounded to; columns are numbered in the order in which they are rounded."""
 
     @property
     def span(self) -> int:
-        """Columns whose levels are found together, from compensated weights; 0: all levels are known beforehand."""
+        """How many columns `fit` takes together; 0: all levels are known beforehand, and `fit` is not called."""
 
     def fit(self, a: int, b: int, compensated: Sequence[Tensor]) -> None:
-        """Find the levels of columns a to b for their compensated weights (rows x columns, for each problem)."""
+        """Find the levels of columns a to b from their compensated weights (rows x columns, one for each problem)."""
 
     def round(self, column: int, target: Tensor, codes: Tensor) -> Tensor:
         """Fill `codes` with the codes of one column, and return its values; all problems are concatenated."""
 
 
-def sweep(factor: Factor, rows: Tensor, grid: Grid, count: int = 1) -> list[Tensor]:
+def round_columns(factor: Factor, rows: Tensor, grid: Grid, count: int = 1) -> list[Tensor]:
     """Round the columns of a weight for `count` problems, such as bit widths, that the grid treats side by side.
 
     Returns the codes (rows x columns, in stored order) of each.
     """
-    work = _Sweep(factor, rows, grid, count)
+    work = _Pass(factor, rows, grid, count)
     _halve(0, len(work.target), grid.span or LEAF, work.fitted if grid.span else work.leaf, work.carry)
     back = slice(None) if factor.order is None else torch.argsort(factor.order)
     return [codes[back].T.contiguous() for codes in work.codes]
 
 
-class _Sweep:
+class _Pass:
     """The pass over the columns, which recursive halving turns into mostly large matrix products.
 
     The exactness rule needs a bit width to give the same codes whether it runs alone or beside others. Matrix products
@@ -51,17 +51,16 @@ class _Sweep:
     def __init__(self, factor: Factor, rows: Tensor, grid: Grid, count: int) -> None:
         self.unit, self.grid = factor.unit, grid
         self.target = (rows if factor.order is None else rows[:, factor.order]).T.contiguous()
-        # per problem: the compensated target of a column to come, the residual W - Q of one that is done
+        # per problem: the compensated target of each column that is not rounded yet, the residual W - Q of the others
         self.rest = [self.target.clone() for _ in range(count)]
         self.codes = [torch.empty_like(self.target, dtype=torch.uint8) for _ in range(count)]
 
     def fitted(self, a: int, b: int) -> None:
         """Let the grid find the levels of columns a to b, then round these columns.
 
-        `rest` holds w + c, where c is the compensation for all columns before a. If the span could stay
-        unrounded, its weights would become w + c M^-1 with the span's own block of M: inside the span each
-        column's shift is a residual that the later ones compensate for in turn. Grids are fitted to those
-        weights.
+        `rest` holds w + c, where c compensates for all columns before a. If columns a to b could stay unrounded, their
+        weights would become w + c M^-1 with their own block of M, since the shift of each of these columns is a
+        residual for which the later ones compensate. Grids are fitted to those weights.
         """
         unit, compensated = self.unit[a:b, a:b], []
         for rest in self.rest:
@@ -74,8 +73,8 @@ class _Sweep:
     def leaf(self, a: int, b: int) -> None:
         """Round columns a to b one by one, all problems side by side.
 
-        Each column's residual is added to the targets of the later columns of this leaf; `carry` adds it
-        to the columns after the leaf.
+        Each column's residual, times M, is added to the targets of the later columns of this leaf; `carry` adds it to
+        the columns after the leaf.
         """
         block = torch.cat([rest[a:b] for rest in self.rest], dim=1)
         original = self.target[a:b].repeat(1, len(self.rest))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.benchmarks.methods_cost import BESIDE, SIDES, WHY, cost, layer, near_4_bits
-from sensitivity.quantize.costs import MEASURED_BY, SECONDS
-from sensitivity.quantize.costs import cost as known
 from sensitivity.quantize.layer.two_paths import TwoPaths
+from sensitivity.quantize.method_seconds import MEASURED_BY, SECONDS, seconds_of
 from sensitivity.quantize.presets import PRESETS
 
 REPORT = Path(__file__).parents[2] / "reports" / "methods-cost.md"
@@ -26,9 +25,9 @@ def test_the_table_is_that_of_the_report() -> None:
 
 
 def test_a_preset_costs_what_its_method_does_unless_its_solver_is_another() -> None:
-    assert known("mbq") == SECONDS[str(PRESETS["mbq"]["method"])]
-    assert known("rsq") != SECONDS["gptq"]
-    assert known("a method of somebody else") is None
+    assert seconds_of("mbq") == SECONDS[str(PRESETS["mbq"]["method"])]
+    assert seconds_of("rsq") != SECONDS["gptq"]
+    assert seconds_of("a method of somebody else") is None
 
 
 def test_the_benchmark_counts_seconds_and_memory() -> None:
