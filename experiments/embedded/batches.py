@@ -123,7 +123,7 @@ def _patches(scene: S.Scene) -> tuple[np.ndarray, ...]:
         columns = (centers > x1 - S.STEP) & (centers < x2 + S.STEP)
         here = rows[:, None] & columns[None, :]
         filled |= here
-        words[here] = encode(str(d.value))[0], encode(d.colour)[0]
+        words[here] = encode(str(d.value))[0], encode(d.color)[0]
         corners[here] = [v // S.STEP for v in d.box]
         angle[here] = S.ANGLES.index(d.angle)
     return filled, words, corners, angle

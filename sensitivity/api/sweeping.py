@@ -34,7 +34,7 @@ from sensitivity.study.stopping import Until
 from sensitivity.study.storage.location import usable
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.types import Task
-from sensitivity.tasks.table import distinct, find
+from sensitivity.tasks.table import check_distinct, find
 from sensitivity.tasks.table import task as find_task
 
 BITS = (2, 3, 4, 6, 8)
@@ -175,7 +175,7 @@ def begin_sweep(
     """
     limit = Until.parse(until)
     evaluated = [find_task(name, "evaluation", n, seed, whole) for name in dict.fromkeys(tasks)]
-    distinct(evaluated, list(dict.fromkeys(tasks)))
+    check_distinct(evaluated, list(dict.fromkeys(tasks)))
     check_runs(vlm, evaluated)
     facts = comparability(vlm, evaluated, tasks, n, seed) | ({"whole_answers": True} if whole else {})
     check_tasks_fit(vlm, evaluated)

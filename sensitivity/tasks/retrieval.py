@@ -24,7 +24,7 @@ LISTED = {"filename": FILE_INSIDE, "split": TEXT, "sentences": list_of(SENTENCE,
 PARTS = {"evaluation": "test", "calibration": "train"}  # val stays free for choosing settings
 RANKS = (1, 5, 10)
 DIRECTIONS = ("text", "image")  # what is retrieved: the captions of an image, or the image of a caption
-POOL = 256  # scenes among which one is retrieved
+POOL = 256  # scenes from which one is retrieved
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +59,8 @@ def _rows(source: DatasetFolder, every: object, part: str) -> Iterator[Example |
             yield Example(name, name, "caption", file, "", texts) if texts else Flaw(name, "no caption")
 
 
-def of_flickr30k(folder: Path, split: str, n: int, seed: int) -> Task:
-    """n images and all their captions in one pool; the 128 most similar are re-ranked, as published."""
+def flickr30k_task(folder: Path, split: str, n: int, seed: int) -> Task:
+    """n images and all their captions in one pool; the 128 most similar candidates are re-ranked, as published."""
     pairs = flickr30k(folder, split, n, seed)
     captions: list[list[str]] = [[] for _ in pairs.images]
     for caption, image_index in zip(pairs.captions, pairs.owner, strict=True):
@@ -98,10 +98,10 @@ def _task(
     for direction in DIRECTIONS:
         metrics[f"{direction} mean"] = _mean([_recall(direction, k) for k in RANKS])
     metrics["mean"] = _mean([metrics[f"{direction} mean"] for direction in DIRECTIONS])
-    return Task(name, tuple(examples), first, metrics=metrics, notes=notes, gallery=gallery)
+    return Task(name, tuple(examples), ranks_first, metrics=metrics, notes=notes, gallery=gallery)
 
 
-def first(answer: str, example: Example) -> float:
+def ranks_first(answer: str, example: Example) -> float:
     """1 if a right image or caption ranks first."""
     return float(answer == "1")
 
@@ -117,18 +117,18 @@ def _mean(metrics: Sequence[Metric]) -> Metric:
 
 
 def ranks(similarity: NDArray[np.float64], right: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The rank of each row's best right column, 0 being first; equal similarities rank before it, so ties gain nothing.
+    """The rank of the best right column in each row, from 0; a NaN similarity ranks last.
 
-    A NaN similarity ranks last.
+    Wrong columns of equal similarity rank before it, so that a model gains nothing by ties.
     """
     values = np.where(np.isnan(similarity), -np.inf, similarity)
     best = np.where(right, values, -np.inf).max(axis=1, keepdims=True)
     return np.asarray(((values >= best) & ~right).sum(axis=1))
 
 
-def reranked(similarity: ArrayLike, again: ArrayLike, k: int) -> NDArray[np.float64]:
+def reranked(similarity: ArrayLike, second_scores: ArrayLike, k: int) -> NDArray[np.float64]:
     """The sum of both models' scores for the k most similar of each row by the first model; the others rank last."""
-    first, second = np.asarray(similarity, float), np.asarray(again, float)
+    first, second = np.asarray(similarity, float), np.asarray(second_scores, float)
     order = np.argsort(-first, axis=1, kind="stable")[:, :k]
     result = np.full(first.shape, -100.0)  # the published code's score for all that are not re-ranked
     np.put_along_axis(result, order, np.take_along_axis(first + second, order, axis=1), axis=1)

@@ -49,8 +49,8 @@ def _examples(split: str, n: int, seed: int, kinds: Sequence[str]) -> tuple[Exam
         questions = scenes.questions(one, seed)
         for kind in kinds:
             choice = [question for question in questions if question.kind == kind]
-            # the draw depends on the kind, not on its position: a task of one kind asks the same questions as a task of
-            # all
+            # the draw depends on the kind, not on its place in `kinds`: a task of one kind asks the same questions as
+            # a task of all kinds
             drawn = choice[int(np.random.default_rng([seed, index, scenes.KINDS.index(kind)]).integers(len(choice)))]
             examples.append(Example(f"{one.id}-{kind}", one.id, kind, one.image, drawn.prompt, (drawn.answer,)))
     return tuple(examples[:n])

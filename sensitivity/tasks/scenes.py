@@ -14,7 +14,7 @@ from PIL import Image
 SIDE = 48  # pixels
 STEP = 4  # of the grid for boxes, in percent of the image
 SPLITS = {"train": 1300, "calibration": 100, "evaluation": 397}  # of the 1,797 digits in scikit-learn
-COLOURS = {
+COLORS = {
     "red": (225, 25, 30),
     "green": (25, 180, 50),
     "blue": (45, 80, 240),
@@ -32,6 +32,7 @@ BACKGROUNDS = {
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 ANGLES = (-30, -15, 0, 15, 30)
 COUNTS = ("one", "two", "three", "four")
+# "colour" is spelled as in the vocabulary of the embedded models and in the studies that exist
 VQA_KINDS = ("position", "colour", "digit", "exists", "count")
 KINDS = (*VQA_KINDS, "caption", "scene", "ground")
 
@@ -44,7 +45,7 @@ class Digit:
     """One digit: its upright box in percent of the image, rotated counterclockwise by `angle` about its center."""
 
     value: int
-    colour: str
+    color: str
     cell: int
     box: Box
     angle: int
@@ -119,7 +120,7 @@ def _cut(bitmap: Array) -> Array:
 
 
 def _wobble(rng: np.random.Generator, bitmap: Array, amount: float) -> Array:
-    """The digit, slanted and squeezed like another handwriting: its four corners are moved at random."""
+    """The digit, slanted and squeezed as in another handwriting: its four corners are moved at random."""
     large = Image.fromarray(np.pad(bitmap, 1))
     width, height = 3 * large.width, 3 * large.height
     large = large.resize((width, height), Image.Resampling.BICUBIC)
@@ -152,16 +153,16 @@ def _layout(
     count = int(rng.integers(1, most + 1))
     background = list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
     values = rng.permutation(10)[:count]
-    colours = rng.permutation(len(COLOURS))[:count]
+    colors = rng.permutation(len(COLORS))[:count]
     cells = np.sort(rng.permutation(4)[:count])
     digits, bitmaps = [], []
-    for value, colour, cell in zip(values.tolist(), colours.tolist(), cells.tolist(), strict=True):
+    for value, color, cell in zip(values.tolist(), colors.tolist(), cells.tolist(), strict=True):
         samples = _samples(split)[value]
         bitmap = samples[int(rng.integers(len(samples)))]
         if wobble > 0:
             bitmap = _wobble(rng, bitmap, wobble)
         box, angle = _place(rng, cell, bitmap.shape[1] / bitmap.shape[0], hard)
-        digits.append(Digit(value, list(COLOURS)[colour], cell, box, angle))
+        digits.append(Digit(value, list(COLORS)[color], cell, box, angle))
         bitmaps.append(bitmap)
     return background, tuple(digits), tuple(bitmaps)
 
@@ -170,7 +171,7 @@ def _layout(
 
 
 def _texture(rng: np.random.Generator, background: str) -> NDArray[np.float32]:
-    """One of five backgrounds. Their colors alone would tell them apart; the pattern makes it a little harder."""
+    """A background with its pattern. Colors alone would tell the five apart; patterns make that a little harder."""
     y, x = np.mgrid[0:SIDE, 0:SIDE] + rng.integers(0, 24, size=2)[:, None, None]
     match background:
         case "paper":
@@ -184,8 +185,8 @@ def _texture(rng: np.random.Generator, background: str) -> NDArray[np.float32]:
         case _:
             shade = np.where((x // 3 + y // 3) % 2 == 0, -12.0, 12.0)
     shade = shade + rng.normal(0.0, 5.0, (SIDE, SIDE)) + rng.uniform(-10.0, 10.0)
-    colour = np.asarray(BACKGROUNDS[background], np.float32)
-    return (colour + shade[:, :, None]).astype(np.float32)
+    color = np.asarray(BACKGROUNDS[background], np.float32)
+    return (color + shade[:, :, None]).astype(np.float32)
 
 
 def _mask(bitmap: Array, digit: Digit) -> NDArray[np.float32]:
@@ -211,8 +212,8 @@ def _draw(rng: np.random.Generator, background: str, digits: tuple[Digit, ...], 
     image = _texture(rng, background)
     for digit, bitmap in zip(digits, bitmaps, strict=True):
         ink = _mask(bitmap, digit)[:, :, None]
-        colour = np.asarray(COLOURS[digit.colour], np.float32) + rng.normal(0.0, 8.0, 3).astype(np.float32)
-        image = image * (1 - ink) + colour * ink
+        color = np.asarray(COLORS[digit.color], np.float32) + rng.normal(0.0, 8.0, 3).astype(np.float32)
+        image = image * (1 - ink) + color * ink
     pixels: Array = np.clip(image + 0.5, 0, 255).astype(np.uint8)
     return pixels
 
@@ -241,12 +242,12 @@ def scenes(split: str, n: int, seed: int = 0) -> list[Scene]:
 
 def caption(scene: Scene) -> str:
     """The caption of a scene: every digit with its color and place, then the background."""
-    parts = [f"{d.colour} {d.value} {CELLS[d.cell]}" for d in scene.digits]
+    parts = [f"{d.color} {d.value} {CELLS[d.cell]}" for d in scene.digits]
     return ", ".join(parts) + f", on {scene.background}"
 
 
 def _exists(scene: Scene, seed: int) -> Iterator[Question]:
-    """One question about a digit that is there and one about a digit that is not: neither answer is likelier."""
+    """One question about a digit that is there and one about a digit that is not, so that yes and no are as likely."""
     rng = np.random.default_rng([seed, zlib.crc32(scene.id.encode())])
     present = [d.value for d in scene.digits]
     absent = [v for v in range(10) if v not in present]
@@ -259,8 +260,8 @@ def questions(scene: Scene, seed: int = 0) -> list[Question]:
     digits = scene.digits
     return [
         *(Question("position", f"where is the {d.value}?", CELLS[d.cell]) for d in digits),
-        *(Question("colour", f"what colour is the {d.value}?", d.colour) for d in digits),
-        *(Question("digit", f"which digit is {d.colour}?", str(d.value)) for d in digits),
+        *(Question("colour", f"what colour is the {d.value}?", d.color) for d in digits),
+        *(Question("digit", f"which digit is {d.color}?", str(d.value)) for d in digits),
         *_exists(scene, seed),
         Question("count", "how many digits are there?", COUNTS[len(digits) - 1]),
         Question("caption", "describe the image.", caption(scene)),

@@ -1,4 +1,4 @@
-"""TASKS and DATASETS: every task by its name, and task(), which finds the one that a name means."""
+"""TASKS, DATASETS and others: every task by its name; task() and find() return the one that a name means."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ TASKS: dict[str, Callable[[str, int, int], Task]] = {
     "scene": scene_tasks.scene,
     "ground": scene_tasks.ground,
 }
-
-
 # published data sets in a folder with their official layout: --task coco-captions:FOLDER
 DATASETS: dict[str, Callable[[Path, str, int, int], Task]] = {
     "coco-captions": coco.captions,
@@ -37,24 +35,19 @@ DATASETS: dict[str, Callable[[Path, str, int, int], Task]] = {
     "levir-cc": image_pairs.levir_captions,
     "xbd": image_pairs.building_damage,
 }
-
-
 # retrieval, for models that compare images with texts; here `n` counts images
-SEARCHES: dict[str, Callable[[str, int, int], Task]] = {"retrieval": retrieval.scene_retrieval}
-
-
+RETRIEVAL_TASKS: dict[str, Callable[[str, int, int], Task]] = {"retrieval": retrieval.scene_retrieval}
 # published data sets for retrieval: --task flickr30k:FOLDER
-GALLERIES: dict[str, Callable[[Path, str, int, int], Task]] = {"flickr30k": retrieval.of_flickr30k}
-
-
-# tasks of an evaluation library, by its name: --task lmms-eval:TASK, or lmms-eval:TASK:FOLDER
+RETRIEVAL_DATASETS: dict[str, Callable[[Path, str, int, int], Task]] = {"flickr30k": retrieval.flickr30k_task}
+# tasks of an evaluation library, by the library's name: --task lmms-eval:TASK, or lmms-eval:TASK:FOLDER
 LIBRARIES: dict[str, Callable[[str, str | None, str, int, int], Task]] = {
     "lmms-eval": lmms.lmms_eval,
     "vlmeval": vlmeval.vlmeval,
 }
-# what is checked of a name before any data are read, and a name for a message
+# checks of a task's name before any data are read
 _CHECKS: dict[str, Callable[[str], object]] = {"lmms-eval": task_files.file_of, "vlmeval": vlmeval.check}
-_SUCH_AS = {"lmms-eval": "chartqa", "vlmeval": "MMStar"}
+# an example of a task's name, for a message
+_EXAMPLES = {"lmms-eval": "chartqa", "vlmeval": "MMStar"}
 
 
 def task(name: str, split: str = "evaluation", n: int = 1000, seed: int = 0, whole: bool = False) -> Task:
@@ -73,7 +66,7 @@ def task(name: str, split: str = "evaluation", n: int = 1000, seed: int = 0, who
     return replace(named, exact=False) if whole else named
 
 
-def distinct(tasks: Sequence[Task], sources: Sequence[str]) -> None:
+def check_distinct(tasks: Sequence[Task], sources: Sequence[str]) -> None:
     """Raise an error if two tasks have the same name, under which their scores are stored."""
     for i, (one, source) in enumerate(zip(tasks, sources, strict=True)):
         for other, earlier in zip(tasks[:i], sources, strict=False):
@@ -91,7 +84,7 @@ def _named(name: str, split: str, n: int, seed: int) -> Task:
 
 def find(name: str) -> Callable[[str, int, int], Task]:
     """A function that makes the task of a name; no data are read before it is called."""
-    tasks, sets = {**TASKS, **SEARCHES}, {**DATASETS, **GALLERIES}
+    tasks, sets = {**TASKS, **RETRIEVAL_TASKS}, {**DATASETS, **RETRIEVAL_DATASETS}
     if name in tasks:
         return tasks[name]
     head, colon, folder = name.partition(":")
@@ -102,9 +95,9 @@ def find(name: str) -> Callable[[str, int, int], Task]:
             raise UserError(f"{head} needs the folder where the data set is; type {head}:FOLDER")
         return partial(sets[head], Path(folder).expanduser())
     if colon and head in lines.SCORERS:
-        return partial(lines.own, Path(folder).expanduser(), scorer=head)
+        return partial(lines.own_task, Path(folder).expanduser(), scorer=head)
     if name.endswith(".jsonl"):
-        return partial(lines.own, Path(name).expanduser())
+        return partial(lines.own_task, Path(name).expanduser())
     owns = (*(f"{scorer}:PATH" for scorer in lines.SCORERS), "FILE.jsonl")
     libraries = (f"{library}:TASK" for library in LIBRARIES)
     raise unknown("task", name, [*tasks, *(f"{known}:FOLDER" for known in sets), *owns, *libraries])
@@ -114,7 +107,7 @@ def _of_library(library: str, named: str) -> Callable[[str, int, int], Task]:
     """A task of an evaluation library, with the folder of its data if one is named."""
     name, _, folder = named.partition(":")
     if not name:
-        such = f"{library}:{_SUCH_AS[library]}"
+        such = f"{library}:{_EXAMPLES[library]}"
         raise UserError(f"{library} needs the name of a task; type {library}:TASK, such as {such}")
     _CHECKS[library](name)
     return partial(LIBRARIES[library], name, str(Path(folder).expanduser()) if folder else None)

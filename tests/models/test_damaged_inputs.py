@@ -34,7 +34,7 @@ from sensitivity.models.loading import load
 from sensitivity.models.processors import processor_of
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
-from sensitivity.tasks.examples.images import LARGEST_ASPECT, why_unusable
+from sensitivity.tasks.examples.images import MAX_ASPECT, why_unusable
 from sensitivity.tasks.table import task
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
@@ -289,9 +289,9 @@ def flipped() -> bytes:
 
 # name, content (None: something else than a file), why it is left out
 IMAGES: dict[str, tuple[str, bytes | None, str]] = {
-    "a bomb": ("x.png", png(60_000, 60_000), "an image of more pixels than Pillow holds to be safe"),
+    "a bomb": ("x.png", png(60_000, 60_000), "an image of more pixels than Pillow opens"),
     "a bomb as wide as can be": ("x.png", png(2**31 - 1, 2**31 - 1), "an image "),
-    "a line of pixels": ("x.png", png(LARGEST_ASPECT + 1, 1), "an image far longer than wide"),
+    "a line of pixels": ("x.png", png(MAX_ASPECT + 1, 1), "an image far longer than wide"),
     "a column of pixels": ("x.png", png(1, 60_000), "an image far longer than wide"),
     "no width": ("x.png", png(0, 8), "an image that cannot be read"),
     "a wrong checksum": ("x.png", flipped(), "an image that cannot be read"),

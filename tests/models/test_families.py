@@ -28,7 +28,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
-from sensitivity.tasks.examples.types import SHORT, Example, Task
+from sensitivity.tasks.examples.types import SHORT_ANSWER, Example, Task
 from sensitivity.tasks.table import task
 
 ASKING = [name for name in saved_vlms.BUILDERS if name != "blip2_itm"]
@@ -302,12 +302,12 @@ def example(kind: str, prompt: str) -> Example:
 @pytest.mark.parametrize(
     ("family", "kind", "prompt", "expected"),
     [
-        ("blip-2", "yes/no", "is it a cat?" + SHORT, "Question: is it a cat? Short answer:"),
+        ("blip-2", "yes/no", "is it a cat?" + SHORT_ANSWER, "Question: is it a cat? Short answer:"),
         ("blip-2", "caption", "Provide a caption.", ""),
-        ("paligemma", "yes/no", "is it a cat?" + SHORT, "<image>answer en is it a cat?"),
+        ("paligemma", "yes/no", "is it a cat?" + SHORT_ANSWER, "<image>answer en is it a cat?"),
         ("paligemma", "caption", "Provide a caption.", "<image>caption en"),
         ("llava", "caption", "Provide a caption.", "USER: <image>\nProvide a caption. ASSISTANT:"),
-        ("llava", "all", "is {it}?" + SHORT, f"USER: <image>\nis {{it}}?{SHORT} ASSISTANT:"),
+        ("llava", "all", "is {it}?" + SHORT_ANSWER, f"USER: <image>\nis {{it}}?{SHORT_ANSWER} ASSISTANT:"),
     ],
 )
 def test_prompts_as_the_family_wants_them(family: str, kind: str, prompt: str, expected: str) -> None:

@@ -24,7 +24,7 @@ from sensitivity.tasks.examples.images import open_image
 from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.own import lines as local
 from sensitivity.tasks.scoring import vqa_accuracy
-from sensitivity.tasks.table import DATASETS, GALLERIES, task
+from sensitivity.tasks.table import DATASETS, RETRIEVAL_DATASETS, task
 
 
 def change(path: Path, how: Callable[[Any], Any]) -> None:
@@ -55,7 +55,7 @@ def ids(found: Task) -> list[str]:
 
 
 def test_every_data_set_has_a_layout_here() -> None:
-    assert set(WRITE) == {*DATASETS, *GALLERIES}
+    assert set(WRITE) == {*DATASETS, *RETRIEVAL_DATASETS}
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -334,7 +334,7 @@ def test_own_lines_with_a_scorer(tmp_path: Path) -> None:
     found = task(f"iou:{tmp_path / 'b.jsonl'}")
     assert found.examples[0].answers == ("{<10><20><30><80>|<0>}",)
     assert found.score(found.examples[0].answers[0], found.examples[0]) == 1
-    longer = local.own(tmp_path / "q.jsonl", "evaluation", 5, 0, score=lambda answer, example: float(len(answer)))
+    longer = local.own_task(tmp_path / "q.jsonl", "evaluation", 5, 0, score=lambda answer, example: float(len(answer)))
     assert longer.score("four", longer.examples[0]) == 4
 
 

@@ -19,12 +19,13 @@ from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 from sensitivity.tasks import retrieval
-from sensitivity.tasks.datasets import rsvqa
 from sensitivity.tasks.examples.types import Example, Point, Regions, Task
 from sensitivity.tasks.scoring import answer_text as answers
 from sensitivity.tasks.scoring import captions, grounding, vqa_accuracy
+from sensitivity.tasks.scoring.answer_text import equals_squeezed
 from sensitivity.tasks.scoring.boxes import DECODINGS, convex, decoded, matches, polygon_iou, written
 from sensitivity.tasks.scoring.boxes import corners as corners_
+from sensitivity.tasks.scoring.by_kind import by_kind
 from sensitivity.tasks.scoring.caption_words import words
 from sensitivity.tasks.table import task as find_task
 
@@ -98,17 +99,17 @@ def test_rsvqa_by_category() -> None:
     asked = (example("yes", kind="presence"), example("no", kind="presence"), example("yes", kind="comp"),
              example("rural", kind="rural_urban"))  # fmt: skip
     said = ["Yes.", "yes", " y e s ", "Urban"]
-    task = Task("x", asked, rsvqa.match, metrics=rsvqa.by_kind(asked))
+    task = Task("x", asked, equals_squeezed, metrics=by_kind(asked))
     found = task.measure(said)
     assert found == {"comp": 1.0, "presence": 0.5, "rural_urban": 0.0, "mean of the kinds": 0.5}
-    assert [rsvqa.match(a, e) for a, e in zip(said, asked, strict=True)] == [1, 0, 1, 0]
+    assert [equals_squeezed(a, e) for a, e in zip(said, asked, strict=True)] == [1, 0, 1, 0]
     with pytest.raises(ValueError, match="3 answers for 4 examples"):
         task.measure(said[:3])
 
 
 @pytest.mark.parametrize(("said", "right", "score"), [("Bare Land.", "BareLand", 1), ("bare", "BareLand", 0)])
 def test_scene_names_are_compared_without_spaces(said: str, right: str, score: float) -> None:
-    assert rsvqa.match(said, example(right)) == score
+    assert equals_squeezed(said, example(right)) == score
 
 
 # -- answers
@@ -263,7 +264,7 @@ def test_quick_metrics_are_in_a_study_over_all_shards_and_slow_ones_are_not(scen
 
 def test_quick_metrics_of_some_of_the_examples_leave_out_what_has_no_value_yet() -> None:
     examples = tuple(example("yes", kind=kind, id=str(i)) for i, kind in enumerate(["presence", "presence", "comp"]))
-    asked = Task("x", examples, rsvqa.match, metrics=rsvqa.by_kind(examples))
+    asked = Task("x", examples, equals_squeezed, metrics=by_kind(examples))
     rows = {"task": ["x", "x", "other"], "example": ["1", "0", "2"], "answer": ["no", "Yes.", "yes"]}
     assert asked.quick(rows) == {"presence": 0.5}
     rows["task"][2] = "x"

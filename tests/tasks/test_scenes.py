@@ -63,7 +63,7 @@ def test_scenes_are_as_promised() -> None:
         assert (scene.image.shape, scene.image.dtype) == ((48, 48, 3), np.uint8)
         assert 1 <= len(scene.digits) <= 4
         assert scene.background in S.BACKGROUNDS
-        for attribute in ("value", "colour", "cell"):
+        for attribute in ("value", "color", "cell"):
             assert len({getattr(d, attribute) for d in scene.digits}) == len(scene.digits)
         for d in scene.digits:
             x1, y1, x2, y2 = d.box
@@ -74,12 +74,12 @@ def test_scenes_are_as_promised() -> None:
             assert ((x1 + x2) / 2 > 50, (y1 + y2) / 2 > 50) == (d.cell % 2 == 1, d.cell >= 2)
 
 
-def test_a_digit_is_drawn_in_its_turned_box_in_its_colour() -> None:
+def test_a_digit_is_drawn_in_its_turned_box_in_its_color() -> None:
     for scene in SAMPLE[:40]:
         for d in scene.digits:
             ys, xs = np.mgrid[0:48, 0:48]
             inside = _inside((*d.box, d.angle), (xs + 0.5) / 0.48, (ys + 0.5) / 0.48)
-            near = np.abs(scene.image.astype(int) - S.COLOURS[d.colour]).sum(-1) < 90
+            near = np.abs(scene.image.astype(int) - S.COLORS[d.color]).sum(-1) < 90
             cell = (xs >= 24) == (d.cell % 2 == 1)
             cell &= (ys >= 24) == (d.cell >= 2)
             assert (near & inside).sum() >= 15
@@ -89,16 +89,16 @@ def test_a_digit_is_drawn_in_its_turned_box_in_its_colour() -> None:
 def test_every_answer_is_true_of_its_scene() -> None:
     for scene in SAMPLE:
         asked = S.questions(scene, seed=2)
-        by_value, by_colour = {d.value: d for d in scene.digits}, {d.colour: d for d in scene.digits}
+        by_value, by_color = {d.value: d for d in scene.digits}, {d.color: d for d in scene.digits}
         for q in asked:
             number = next((int(c) for c in q.prompt if c.isdigit()), None)
             match q.kind:
                 case "position":
                     assert q.answer == S.CELLS[by_value[number].cell]
                 case "colour":
-                    assert q.answer == by_value[number].colour
+                    assert q.answer == by_value[number].color
                 case "digit":
-                    assert by_colour[q.prompt.removesuffix("?").split()[-1]].value == int(q.answer)
+                    assert by_color[q.prompt.removesuffix("?").split()[-1]].value == int(q.answer)
                 case "exists":
                     assert q.answer == ("yes" if number in by_value else "no")
                 case "count":
@@ -107,7 +107,7 @@ def test_every_answer_is_true_of_its_scene() -> None:
                     assert q.answer == scene.background
                 case "caption":
                     for d in scene.digits:
-                        assert f"{d.colour} {d.value} {S.CELLS[d.cell]}" in q.answer
+                        assert f"{d.color} {d.value} {S.CELLS[d.cell]}" in q.answer
                     assert q.answer.endswith(f"on {scene.background}")
                 case "ground":
                     assert parse(q.answer) == [(*by_value[number].box, by_value[number].angle)]

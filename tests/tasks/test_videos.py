@@ -59,7 +59,7 @@ def test_the_frames_are_those_in_the_middle_of_equal_parts(name: str, every: int
     expected = [[5, 15, 25, 35], [2, 7, 12, 17, 22, 27, 32, 37], [20]]
     for example, frames in zip(found.examples, expected, strict=True):
         assert shown(example) == pytest.approx(frames, abs=0.45)
-    assert "a video is 1 or 4 or 8 frames, the middle ones of equal parts of its time" in found.notes[-1]
+    assert "a video is shown as 1 or 4 or 8 frames, the middle ones of equally long parts" in found.notes[-1]
     before = found.fingerprint
     film(tmp_path / name, frames=20)
     videos._frames.cache_clear()

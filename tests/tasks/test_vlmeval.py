@@ -96,7 +96,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         file.write_text(text)
     (tmp_path / "data").mkdir()
     monkeypatch.setattr(vlmeval, "installed", lambda: tmp_path / "vlmeval")
-    vlmeval._library.cache_clear()
+    vlmeval._process_of.cache_clear()
     return tmp_path
 
 
@@ -148,7 +148,7 @@ def test_what_a_data_set_cannot_do_is_one_sentence(package: Path, monkeypatch: p
     for name, message in {
         "Judged": r"vlmeval:Judged cannot be swept: it asks another model to judge",
         "Online": r"vlmeval:Online cannot be swept: it wants the network",
-        "Stumbles": r"vlmeval:Stumbles cannot be swept: VLMEvalKit stumbles over it \(KeyError: 'rule'\)",
+        "Stumbles": r"vlmeval:Stumbles cannot be swept: VLMEvalKit fails on it \(KeyError: 'rule'\)",
         "Other": r"vlmeval:Other cannot be swept: it shows video, and only images can be shown",
         "Moving": r"vlmeval:Moving asks about videos",
         "Talk": r"vlmeval:Talk asks in several turns",
@@ -183,7 +183,7 @@ def test_a_table_of_your_own_needs_options_or_a_rule(package: Path) -> None:
     broken.write_text("index\tquestion\n1\tq\n")
     with pytest.raises(UserError, match=r"half.tsv needs the columns index, question, answer and image"):
         task(f"vlmeval:half:{package / 'data'}")
-    with pytest.raises(UserError, match=r"two questions of one index"):
+    with pytest.raises(UserError, match=r"two questions with one index"):
         task(table(package / "data", "twice", index="7"))
     with pytest.raises(UserError, match="at most 2% may be left out; fetch the table again"):
         task(table(package / "data", "damaged", image="bm8gaW1hZ2U="))
@@ -197,7 +197,7 @@ def test_a_process_that_ends_tells_its_last_words_and_leaves_nothing(package: Pa
         found.score("die", found.examples[0])
     with pytest.raises(UserError, match=r"has ended: no room left"):
         found.score("B", found.examples[1])
-    vlmeval._library.cache_clear()
+    vlmeval._process_of.cache_clear()
     del found
     gc.collect()
     assert not image.exists()

@@ -17,7 +17,7 @@ def quarters(batch: Batch) -> Tensor:
     found = torch.zeros(len(batch.scenes), blip2.CELLS, 4, dtype=torch.long)
     for row, scene in zip(found, batch.scenes, strict=True):
         for d in scene.digits:
-            row[d.cell] = torch.tensor(encode(f"{d.value} {d.colour} {S.CELLS[d.cell]}"))
+            row[d.cell] = torch.tensor(encode(f"{d.value} {d.color} {S.CELLS[d.cell]}"))
     return found
 
 
@@ -40,7 +40,7 @@ class QuarterHeads(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        most = {"digit": 11, "colour": len(S.COLOURS) + 1, "background": len(S.BACKGROUNDS)}
+        most = {"digit": 11, "colour": len(S.COLORS) + 1, "background": len(S.BACKGROUNDS)}
         self.out = nn.ModuleDict({name: nn.Linear(blip2.WIDTH, n) for name, n in most.items()})
 
     def forward(self, batch: Batch, found: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -49,7 +49,7 @@ class QuarterHeads(nn.Module):
         filled = there[..., 0] > 0
         truths = {
             "digit": torch.where(filled, there[..., 0] - first["digit"], 10),
-            "colour": torch.where(filled, there[..., 1] - first["colour"], len(S.COLOURS)),
+            "colour": torch.where(filled, there[..., 1] - first["colour"], len(S.COLORS)),
             "background": (batch.background - first["background"])[:, None].expand(-1, blip2.CELLS),
         }
         total, right = found.new_zeros(()), {}

@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (
 def vocabulary() -> list[str]:
     """Special tokens, numbers and punctuation; then words, which carry the space before them, as in SentencePiece."""
     numbers = [f"<{n}>" for n in range(101)] + [f"<{a}>" for a in S.ANGLES if a < 0]
-    words = [*WORDS, *S.COLOURS, *S.BACKGROUNDS, *map(str, range(10)), "{"]
+    words = [*WORDS, *S.COLORS, *S.BACKGROUNDS, *map(str, range(10)), "{"]
     return [*SPECIALS, *numbers, "|", "}", ",", ".", "?", *("▁" + word for word in words)]
 
 

@@ -42,7 +42,7 @@ class PatchHeads(nn.Module):
         self.out = nn.ModuleDict(
             {
                 "digit": nn.Linear(width, 11),
-                "colour": nn.Linear(width, len(S.COLOURS) + 1),
+                "colour": nn.Linear(width, len(S.COLORS) + 1),
                 "angle": nn.Linear(width, len(S.ANGLES)),
                 "background": nn.Linear(width, len(S.BACKGROUNDS)),
                 "box": nn.Linear(width, 4 * 26),
@@ -53,7 +53,7 @@ class PatchHeads(nn.Module):
         there = batch.filled
         first = {"digit": encode("0")[0], "colour": encode("red")[0], "background": encode("paper")[0]}
         digit = torch.where(there, batch.words[..., 0] - first["digit"], 10)
-        colour = torch.where(there, batch.words[..., 1] - first["colour"], len(S.COLOURS))
+        colour = torch.where(there, batch.words[..., 1] - first["colour"], len(S.COLORS))
         background = (batch.background - first["background"])[:, None].expand_as(there)
         asked = {
             "digit": (1.0, seen, digit),

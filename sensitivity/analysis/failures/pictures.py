@@ -17,7 +17,7 @@ from sensitivity.study.examples.questions import tasks_of
 from sensitivity.tasks.examples.images import open_image, opened
 from sensitivity.tasks.examples.types import Example, ImageSource, Point
 from sensitivity.tasks.scoring.boxes import decoded
-from sensitivity.tasks.scoring.grounding import LYING, ORIENTATION
+from sensitivity.tasks.scoring.grounding import ORIENTATION, SIDEWAYS
 
 SIDE = 320  # pixels of a picture's long side
 MOST = 60_000  # bytes of a picture: 60 of them and the rest of a report stay below 8 MB
@@ -94,7 +94,7 @@ def _opened(source: NDArray[np.uint8] | ImageSource) -> tuple[tuple[int, int], I
     if isinstance(source, Path):
         with opened(source) as image:
             if image.format == "JPEG":
-                lying = image.getexif().get(ORIENTATION, 1) in LYING
+                lying = image.getexif().get(ORIENTATION, 1) in SIDEWAYS
                 size = (image.height, image.width) if lying else image.size
                 image.draft("RGB", (2 * SIDE, 2 * SIDE))
                 return size, ImageOps.exif_transpose(image).convert("RGB")

@@ -21,7 +21,7 @@ def loaded(args: argparse.Namespace) -> tuple[VLM, ComponentMap, list[Task]]:
     from sensitivity.models.config_only import without_weights
     from sensitivity.models.discover import inspect
     from sensitivity.models.loading import load
-    from sensitivity.tasks.table import distinct, task
+    from sensitivity.tasks.table import check_distinct, task
 
     if args.dtype is None:
         args.dtype, why = dtype_for(args.model, args.device, args.out)
@@ -34,7 +34,7 @@ def loaded(args: argparse.Namespace) -> tuple[VLM, ComponentMap, list[Task]]:
     if any(weight.is_embedding for weight in parts.weights):
         print(NEAREST, file=sys.stderr)
     tasks = [task(name, n=args.n, seed=args.seed, whole=args.whole_answers) for name in args.task]
-    distinct(tasks, args.task)
+    check_distinct(tasks, args.task)
     for one in tasks:
         for note in one.notes:
             print(f"{one.name}: {note}", file=sys.stderr)

@@ -15,10 +15,10 @@ from sensitivity.measure.generate import retrieval
 from sensitivity.measure.generate.answer_tokens import check_no_image_token, greedy_takes_argmax, target_tokens
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError, reason
-from sensitivity.tasks.examples.images import open_image, same_image
-from sensitivity.tasks.examples.types import SHORT, Example, Task
+from sensitivity.tasks.examples.images import image_key, open_image
+from sensitivity.tasks.examples.types import SHORT_ANSWER, Example, Task
 from sensitivity.tasks.examples.videos import Frame
-from sensitivity.tasks.table import GALLERIES, SEARCHES
+from sensitivity.tasks.table import RETRIEVAL_DATASETS, RETRIEVAL_TASKS
 
 IMAGES_PER_BATCH = 64
 # Values in a batch's pixels, at most, such as eight images of 512 x 512. Larger batches are no faster, since what a
@@ -49,11 +49,11 @@ def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
         yield _gallery(vlm, task)
         return
     if not vlm.model.can_generate():
-        searches = " and ".join([*SEARCHES, *(f"{name}:FOLDER" for name in GALLERIES)])
+        searches = " and ".join([*RETRIEVAL_TASKS, *(f"{name}:FOLDER" for name in RETRIEVAL_DATASETS)])
         raise UserError(f"{vlm.name} generates no text: its tasks are {searches}")
     groups: dict[Hashable, list[Example]] = {}
     for example in task.examples:
-        groups.setdefault((example.cluster, *map(same_image, example.images)), []).append(example)
+        groups.setdefault((example.cluster, *map(image_key, example.images)), []).append(example)
     clusters = list(groups.values())
     sharing = vlm.family.shares_prefix and not (plain or task.search or vlm.encoder_decoder)
     sharing = sharing and greedy_takes_argmax(vlm)
@@ -214,7 +214,7 @@ def prompt_text(vlm: VLM, example: Example) -> str:
         )
     if example.kind == "caption" and vlm.family.caption is not None:
         return vlm.family.caption
-    question = example.prompt.removesuffix(SHORT) if vlm.family.brief else example.prompt
+    question = example.prompt.removesuffix(SHORT_ANSWER) if vlm.family.brief else example.prompt
     return vlm.family.prompt.format(question)
 
 

@@ -14,7 +14,7 @@ from sensitivity.measure.generate import batches as evaluated
 from sensitivity.measure.generate.answer_tokens import with_answers
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
-from sensitivity.tasks.examples.images import same_image
+from sensitivity.tasks.examples.images import image_key
 from sensitivity.tasks.examples.types import Task
 
 MODALITIES = ("padding", "vision", "prompt", "answer")
@@ -138,10 +138,10 @@ def calibration_pass(vlm: VLM, batch: TokenBatch) -> Any:  # the class of the ou
 def check_disjoint(calibration: Sequence[Task], evaluation: Sequence[Task]) -> None:
     """Raise an error if an example or image of the calibration data is also evaluated."""
     used = {example.id for task in evaluation for example in task.examples}
-    images = {same_image(one) for task in evaluation for example in task.examples for one in example.images}
+    images = {image_key(one) for task in evaluation for example in task.examples for one in example.images}
     for task in calibration:
         for example in task.examples:
-            if example.id in used or not images.isdisjoint(map(same_image, example.images)):
+            if example.id in used or not images.isdisjoint(map(image_key, example.images)):
                 raise UserError(
                     f"calibration example {example.id} of {task.name} is also evaluated on, which favors calibrated "
                     'methods; give it a split of its own ("split": "calibration" in a .jsonl file)'

@@ -24,7 +24,7 @@ REFERRING, REGIONS = "referring.jsonl", "region_captioning.jsonl"
 
 
 def grounding(folder: Path, split: str, n: int, seed: int, decoding: str = "turned") -> Task:
-    """acc@0.5; the kinds of question are ref (one described object) and grounding (all objects of a class)."""
+    """Boxes scored by acc@0.5; the kinds of question are ref (a described object) and grounding (all of a class)."""
     source = DatasetFolder("geochat-grounding", folder, GET)
     lines = source.lines(REFERRING)
     source.file("images")
@@ -33,9 +33,9 @@ def grounding(folder: Path, split: str, n: int, seed: int, decoding: str = "turn
 
 
 def region_captions(folder: Path, split: str, n: int, seed: int) -> Task:
-    """ROUGE-L as rouge_score computes it.
+    """Captions of a box, scored by ROUGE-L as rouge_score computes it.
 
-    The paper's METEOR is NLTK's and ours is METEOR 1.5, so these two figures are not comparable.
+    The paper's METEOR is NLTK's and ours is METEOR 1.5, so the two are not comparable.
     """
     source = DatasetFolder("geochat-region-captions", folder, GET)
     lines = source.lines(REGIONS)

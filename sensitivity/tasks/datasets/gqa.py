@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sensitivity.spec.fields import ANY_TEXT, FILE_INSIDE, OBJECT, TEXT, Misfit, check, quoted
 from sensitivity.tasks.datasets.source import DatasetFolder, Flaw
-from sensitivity.tasks.examples.types import SHORT, Example, Task
+from sensitivity.tasks.examples.types import SHORT_ANSWER, Example, Task
 from sensitivity.tasks.scoring import vqa_accuracy
 
 QUESTIONS = "{}_balanced_questions.json"
@@ -40,4 +40,4 @@ def _rows(source: DatasetFolder, part: str) -> Iterator[Example | Flaw]:
             yield Flaw(name, "no answer")
         else:
             file = source.folder / "images" / f"{image}.jpg"
-            yield Example(name, image, kind, file, question["question"] + SHORT, (answer,))
+            yield Example(name, image, kind, file, question["question"] + SHORT_ANSWER, (answer,))

@@ -1,4 +1,4 @@
-"""Change between two images of one place: LEVIR-CD and LEVIR-CC, and damage to buildings after a disaster: xBD."""
+"""Two images of one place: change in LEVIR-CD and LEVIR-CC, and buildings damaged by a disaster in xBD."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from sensitivity.spec.fields import ANY_TEXT, FILE_INSIDE, OBJECT, TEXT, Misfit, check, list_of
-from sensitivity.tasks.datasets.rsvqa import by_kind, match
 from sensitivity.tasks.datasets.source import DatasetFolder, Flaw, checked_records
 from sensitivity.tasks.examples.images import open_image, why_unusable
-from sensitivity.tasks.examples.types import SHORT, Example, Task
+from sensitivity.tasks.examples.types import SHORT_ANSWER, Example, Task
 from sensitivity.tasks.scoring import captions as caption_scores
 from sensitivity.tasks.scoring import yes_no
+from sensitivity.tasks.scoring.answer_text import equals_squeezed
+from sensitivity.tasks.scoring.by_kind import by_kind
 
 GET_CD = (
     "download the archives of LEVIR-CD (justchenhao.github.io/LEVIR) and unpack test there (train too, to calibrate on "
@@ -39,11 +40,11 @@ DAMAGE = {  # from the least to the worst: the name in xBD's labels -> the words
 }
 DAMAGED = f"{AFTER} Is any building damaged?"
 WORST = f"{AFTER} How badly is the most damaged building hit: {', '.join(DAMAGE.values())}?"
-WRITTEN = {"filename": FILE_INSIDE, "split": TEXT, "sentences": list_of(OBJECT, 0)}
+LISTED = {"filename": FILE_INSIDE, "split": TEXT, "sentences": list_of(OBJECT, 0)}
 
 
 def levir_change(folder: Path, split: str, n: int, seed: int) -> Task:
-    """LEVIR-CD: whether buildings changed, yes or no, as its masks say; with F1."""
+    """LEVIR-CD: whether buildings changed, yes or no, by its masks; with F1."""
     source = DatasetFolder("levir-cd", folder, GET_CD)
     part = source.part(split, PARTS, ("{}/A", "{}/B", "{}/label"))
     for name in ("A", "B", "label"):
@@ -69,7 +70,7 @@ def building_damage(folder: Path, split: str, n: int, seed: int) -> Task:
     labels = source.file(f"{part.name}/labels")
     rows = _damaged(source, labels, source.file(f"{part.name}/images"))
     examples, notes = source.drawn_examples(rows, part, n, seed)
-    return Task(source.name, examples, match, max_new_tokens=10, metrics=by_kind(examples), notes=notes)
+    return Task(source.name, examples, equals_squeezed, max_new_tokens=10, metrics=by_kind(examples), notes=notes)
 
 
 def _masked(folder: Path) -> Iterator[Example | Flaw]:
@@ -82,12 +83,12 @@ def _masked(folder: Path) -> Iterator[Example | Flaw]:
             continue
         answer = "yes" if np.asarray(open_image(mask)).any() else "no"
         first, second = folder / "A" / mask.name, folder / "B" / mask.name
-        yield Example(mask.stem, mask.stem, "change", first, CHANGED + SHORT, (answer,), more=(second,))
+        yield Example(mask.stem, mask.stem, "change", first, CHANGED + SHORT_ANSWER, (answer,), more=(second,))
 
 
 def _described(folder: Path, part: str, listed: object) -> Iterator[Example | Flaw]:
     """One description for each pair of a part, with all its sentences as right answers."""
-    for image in checked_records(listed, "an image", WRITTEN):
+    for image in checked_records(listed, "an image", LISTED):
         if image["split"] != part:
             continue
         name = image["filename"]
@@ -117,4 +118,4 @@ def _damaged(source: DatasetFolder, labels: Path, images: Path) -> Iterator[Exam
             first, second = (images / f"{name}_{when}_disaster.png" for when in ("pre", "post"))
             any_damage = "no" if damages == ["no-damage"] else "yes"
             for kind, prompt, right in (("any", DAMAGED, any_damage), ("worst", WORST, DAMAGE[damages[-1]])):
-                yield Example(f"{name}-{kind}", name, kind, first, prompt + SHORT, (right,), more=(second,))
+                yield Example(f"{name}-{kind}", name, kind, first, prompt + SHORT_ANSWER, (right,), more=(second,))

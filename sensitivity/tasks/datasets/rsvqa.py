@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
 
 from sensitivity.spec.fields import ANY_TEXT, FLAG, TEXT, WHOLE, check
 from sensitivity.tasks.datasets.source import DatasetFolder, Flaw, checked_records
-from sensitivity.tasks.examples.types import SHORT, Example, Metric, Task
-from sensitivity.tasks.scoring.answer_text import squeezed
+from sensitivity.tasks.examples.types import SHORT_ANSWER, Example, Task
+from sensitivity.tasks.scoring.answer_text import equals_squeezed
+from sensitivity.tasks.scoring.by_kind import by_kind
 
 KINDS = ("presence", "comp", "rural_urban")  # as in GeoChat's tables; the files also ask about count and area
 STATE = {"active": FLAG}
@@ -41,7 +39,7 @@ def _task(
     source.file(images)
     rows = _rows(source, prefix.format(part.name), source.folder / images)
     examples, notes = source.drawn_examples(rows, part, n, seed)
-    return Task(source.name, examples, match, max_new_tokens=10, metrics=by_kind(examples), notes=notes)
+    return Task(source.name, examples, equals_squeezed, max_new_tokens=10, metrics=by_kind(examples), notes=notes)
 
 
 def _rows(source: DatasetFolder, prefix: str, images: Path) -> Iterator[Example | Flaw]:
@@ -60,30 +58,7 @@ def _rows(source: DatasetFolder, prefix: str, images: Path) -> Iterator[Example 
         if not answers_by_question.get(question["id"]):
             yield Flaw(name, "no answer")
         else:
-            prompt = question["question"] + SHORT
+            prompt = question["question"] + SHORT_ANSWER
             yield Example(
                 name, image, question["type"], images / f"{image}.tif", prompt, (answers_by_question[question["id"]],)
             )
-
-
-def match(answer: str, example: Example) -> float:
-    """1 if the answer equals a right one apart from case, spaces and full stops."""
-    return float(squeezed(answer) in {squeezed(one) for one in example.answers})
-
-
-def by_kind(examples: Sequence[Example]) -> dict[str, Metric]:
-    """The accuracy of each kind of question that was drawn, and their unweighted mean.
-
-    The score of the task, in contrast, is the mean over all questions.
-    """
-    kinds = sorted({example.kind for example in examples})
-
-    def of(kinds: Sequence[str]) -> Metric:
-        def metric(answers: Sequence[str], examples: Sequence[Example]) -> float:
-            pairs = list(zip(answers, examples, strict=True))
-            of_kinds = [[match(a, e) for a, e in pairs if e.kind == kind] for kind in kinds]
-            return float(np.mean([np.mean(matches) for matches in of_kinds])) if all(of_kinds) else math.nan
-
-        return metric
-
-    return {kind: of([kind]) for kind in kinds} | {"mean of the kinds": of(kinds)}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.fields import TEXT
-from sensitivity.tasks.datasets.rsvqa import match
 from sensitivity.tasks.datasets.source import DatasetFolder, Flaw
 from sensitivity.tasks.examples.types import Example, Task
+from sensitivity.tasks.scoring.answer_text import equals_squeezed
 
 GET_AID = "download AID.zip (captain-whu.github.io/AID) and unpack it, to have Airport/airport_1.jpg and its like there"
 GET_UCMERCED = (
@@ -20,12 +20,12 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 
 
 def aid(folder: Path, split: str, n: int, seed: int) -> Task:
-    """The scenes of AID."""
+    """The classes of AID's scenes."""
     return _task(DatasetFolder("aid", folder, GET_AID), split, n, seed)
 
 
 def ucmerced(folder: Path, split: str, n: int, seed: int) -> Task:
-    """The scenes of UCMerced."""
+    """The classes of UCMerced's scenes."""
     return _task(DatasetFolder("ucmerced", folder / "Images", GET_UCMERCED), split, n, seed)
 
 
@@ -34,9 +34,8 @@ def _task(source: DatasetFolder, split: str, n: int, seed: int) -> Task:
     classes = {name: files for name, files in _classes(source).items() if files}
     if len(classes) < 2:
         raise UserError(f"{source.name} needs a folder of images for each class in {source.folder}; {source.get}")
-    prompt = f"Classify the image from the following classes: {', '.join(classes)}." + (
-        " Answer in one word or a short phrase."
-    )
+    listed = ", ".join(classes)
+    prompt = f"Classify the image from the following classes: {listed}. Answer in one word or a short phrase."
     rows: Iterator[Example | Flaw] = (
         Example(f"{name}/{file.name}", f"{name}/{file.name}", "scene", file, prompt, (name,))
         if TEXT.fits(f"{name}/{file.name}")
@@ -45,7 +44,7 @@ def _task(source: DatasetFolder, split: str, n: int, seed: int) -> Task:
         for file in files
     )
     examples, notes = source.drawn_examples(rows, source.part(split), n, seed)
-    return Task(source.name, examples, match, max_new_tokens=16, notes=notes)
+    return Task(source.name, examples, equals_squeezed, max_new_tokens=16, notes=notes)
 
 
 def _classes(source: DatasetFolder) -> dict[str, list[Path]]:

@@ -18,10 +18,10 @@ from sensitivity.tasks.examples import images
 from sensitivity.tasks.examples.types import Example, Metric, Task
 from sensitivity.tasks.examples.videos import Frame
 
-SHARE = 0.02  # the largest share of examples that may be left out, with a note; with more flaws it is an error
-_BETWEEN = re.compile(r"[\s,]*")
+MAX_FLAWED = 0.02  # the share of examples that may be left out, with a note; more are an error
+_SEPARATORS = re.compile(r"[\s,]*")
 Record = dict[str, Any]  # a JSON object; `checked_records` and `check` test the fields that are read
-TENTH = 10  # one image in ten is for calibration where a data set has no other split for it
+CALIBRATION_ONE_IN = 10  # one image in so many is for calibration if a data set has no other split for it
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Flaw:
 
 @dataclass(frozen=True)
 class Part:
-    """The official part that a split is read from.
+    """The part of a published data set that a split is read from, such as val2017.
 
-    `hashed` says that both splits share the part, and that a hash of each image decides between them.
+    `hashed` says that both splits share the part, and that a hash of each image decides to which split it belongs.
     """
 
     name: str
@@ -49,11 +49,12 @@ class Part:
 
     @property
     def note(self) -> tuple[str, ...]:
-        """A note for the user where the splits share one part."""
+        """A note for the user if the splits share one part."""
         if not self.hashed:
             return ()
         verb = "are" if self.split == "calibration" else "leave out"
-        return (f"no split for calibration here: {self.split} examples {verb} one image in {TENTH}, chosen by hash",)
+        which = f"one image in {CALIBRATION_ONE_IN}, chosen by hash"
+        return (f"no split for calibration here: {self.split} examples {verb} {which}",)
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ class DatasetFolder:
     def records(self, name: str, key: str) -> Iterator[Record]:
         """The objects of the list `key` in a JSON file, parsed one at a time.
 
-        All of VQAv2's annotations as Python objects would take gigabytes. The standard library's decoder can start at
-        any place in a text, so no other parser is needed.
+        All of VQAv2's annotations as Python objects would take gigabytes. The standard library's decoder can start
+        anywhere in a text, so no other parser is needed.
         """
         path = self.file(name)
         try:
@@ -119,9 +120,9 @@ class DatasetFolder:
                         raise UserError(f"{path}, line {number} is not a JSON object ({error}); {self.get}") from error
 
     def part(self, split: str, names: Sequence[str] = ("",), files: Sequence[str] = ()) -> Part:
-        """The part for a split: the first of `names` for evaluation, the next whose files all exist for calibration.
+        """The part for a split: for evaluation the first of `names`, for calibration the next whose files all exist.
 
-        Images are among `files`: COCO's archive of annotations includes those of training images, which may be missing.
+        `files` include the images: COCO's archive of annotations covers training images that may not be downloaded.
         Without a part for calibration, both splits share the first one, divided by a hash of the image.
         """
         evaluation, *others = names
@@ -159,17 +160,16 @@ class DatasetFolder:
             why = f"{self.name} in {self.folder} is not of the official layout: {error}; {self.get}"
             raise UserError(why) from error
         notes = [*part.note, *self.flaw_notes(flaws, len(flaws) + len(usable))]
-        usable.sort(
-            key=lambda example: example.id
-        )  # so that the sample does not depend on the order of a file or folder
+        # sorted, so that the sample does not depend on the order of a file or folder
+        usable.sort(key=lambda example: example.id)
         drawn = draw(usable, n, seed, f"{self.name} in {self.folder}", part.split)
-        seen, more = self.readable(drawn)
+        seen, more = self.with_usable_images(drawn)
         return seen, (*notes, *more)
 
-    def readable(self, drawn: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[str, ...]]:
-        """The examples whose image file is complete, and notes on the others.
+    def with_usable_images(self, drawn: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[str, ...]]:
+        """The examples whose images can be used, and notes on the others.
 
-        Checked after drawing, since opening every image of a data set would take minutes.
+        Images are checked after drawing, since opening all images of a data set would take minutes.
         """
         known: dict[tuple[str, int], str | None] = {}
 
@@ -193,10 +193,9 @@ class DatasetFolder:
             ids = [flaw.id for flaw in flaws if flaw.why == why]
             few = ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
             notes.append(f"{len(ids)} of {total} examples left out: {why} ({few})")
-        if len(flaws) > SHARE * total:
-            raise UserError(
-                f"{self.name} in {self.folder}: {'; '.join(notes)}; at most {SHARE:.0%} may be left out; {self.get}"
-            )
+        if len(flaws) > MAX_FLAWED * total:
+            most = f"at most {MAX_FLAWED:.0%} may be left out"
+            raise UserError(f"{self.name} in {self.folder}: {'; '.join(notes)}; {most}; {self.get}")
         return notes
 
 
@@ -222,14 +221,14 @@ def _named(example: Example) -> str:
 
 def _next_object(text: str, at: int) -> int:
     """The position after white space and commas: of the next object, or of the list's end."""
-    between = _BETWEEN.match(text, at)
+    between = _SEPARATORS.match(text, at)
     return between.end() if between else at
 
 
 def draw(examples: Iterable[Example], n: int, seed: int, where: str, split: str) -> list[Example]:
     """n examples drawn with the seed, in their given order.
 
-    A larger n with the same seed includes the smaller sample, as it is a prefix of the same permutation.
+    A sample with a larger n and the same seed includes a smaller one: both are prefixes of the same permutation.
     """
     known: dict[str, Example] = {}
     for example in examples:
@@ -244,8 +243,8 @@ def draw(examples: Iterable[Example], n: int, seed: int, where: str, split: str)
 
 
 def held_out(image: str) -> bool:
-    """Whether an image is in the tenth that is kept for calibration.
+    """Whether an image is one of those that are kept for calibration.
 
     It depends on the image's name alone, so that the splits stay apart for every n, seed and order.
     """
-    return int(hashlib.sha256(image.encode()).hexdigest(), 16) % TENTH == 0
+    return int(hashlib.sha256(image.encode()).hexdigest(), 16) % CALIBRATION_ONE_IN == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sensitivity.spec.fields import ANY_TEXT, COUNT, TEXT, WHOLE, Kind, list_of
 from sensitivity.tasks.datasets.source import DatasetFolder, Flaw, Record, checked_records
-from sensitivity.tasks.examples.types import SHORT, Example, Task, mean_of
+from sensitivity.tasks.examples.types import SHORT_ANSWER, Example, Task, mean_of
 from sensitivity.tasks.scoring import vqa_accuracy
 
 QUESTION = {"question_id": WHOLE, "image_id": COUNT, "question": TEXT}
@@ -33,9 +33,9 @@ def vqav2(folder: Path, split: str, n: int, seed: int) -> Task:
 
 
 def _rows(source: DatasetFolder, part: str) -> Iterator[Example | Flaw]:
-    """One example per question, with all people's answers; the annotations are a file of their own."""
+    """One example per question, with all people's answers, which come from the file of annotations."""
     answers_by_question = {
-        # interned: most of the millions of answers are the same few words
+        # interned, to save memory: most of the millions of answers are the same few words
         one["question_id"]: (one["image_id"], sys.intern(one.get("answer_type") or "all"), _people(one))
         for one in checked_records(
             source.records(ANNOTATIONS.format(part), "annotations"), "an annotation", ANNOTATION, MORE
@@ -57,7 +57,7 @@ def _rows(source: DatasetFolder, part: str) -> Iterator[Example | Flaw]:
             if image not in pictures:
                 pictures[image] = str(image), source.folder / part / f"COCO_{part}_{image:012d}.jpg"
             cluster, file = pictures[image]
-            yield Example(name, cluster, kind, file, question["question"] + SHORT, right)
+            yield Example(name, cluster, kind, file, question["question"] + SHORT_ANSWER, right)
     for name in answers_by_question.keys() - seen:
         yield Flaw(str(name), "an annotation of no question")
 

@@ -19,8 +19,8 @@ from sensitivity.spec.fields import MISSING, Misfit, not_a_file
 from sensitivity.tasks.examples import videos
 from sensitivity.tasks.examples.types import ImageSource
 
-ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
-TAIL = 4096  # bytes at the end of a file that are searched for the end marker: cameras append their own data after it
+END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+TAIL = 4096  # bytes at the end of a file in which the marker is searched, since cameras append data of their own
 
 
 def why_unusable(image: NDArray[np.uint8] | ImageSource) -> str | None:
@@ -32,23 +32,23 @@ def why_unusable(image: NDArray[np.uint8] | ImageSource) -> str | None:
     if isinstance(image, Path) and (trouble := not_a_file(image)):
         return "no image file" if trouble == MISSING else f"no image file: {trouble}"
     try:
-        return None if _whole(image) else "a truncated image"
+        return None if _is_complete(image) else "a truncated image"
     except Image.DecompressionBombError:
-        return "an image of more pixels than Pillow holds to be safe"
+        return "an image of more pixels than Pillow opens"
     except Misfit:
         return "an image far longer than wide"
-    except FileNotFoundError:  # a saved data set may refer to image files elsewhere
+    except FileNotFoundError:  # the rows of a saved data set may name image files elsewhere
         return "no image file"
     except Exception:  # on a damaged file, each of Pillow's readers has errors of its own
         return "an image that cannot be read"
 
 
-def _whole(image: ImageSource) -> bool:
+def _is_complete(image: ImageSource) -> bool:
     """Whether an image is complete: by its end marker if its format has one, otherwise by decoding it."""
     with opened(image) as picture:
-        if (mark := ENDS.get(picture.format or "")) is not None and mark in _tail(image):
+        if (mark := END_MARKERS.get(picture.format or "")) is not None and mark in _tail(image):
             if picture.format == "PNG":
-                picture.verify()  # checks its checksums without decoding; a JPEG has none
+                picture.verify()  # checks the checksums without decoding; a JPEG has none
             return True
     # without an end marker only decoding shows whether anything is missing
     with opened(image) as picture:
@@ -66,7 +66,7 @@ def _tail(image: ImageSource) -> bytes:
         return file.read()
 
 
-LARGEST_ASPECT = 200  # largest aspect ratio: a thinner image, its short side enlarged to a model's, takes gigabytes
+MAX_ASPECT = 200  # of a long side to the short one: enlarged to a model's input, a thinner image takes gigabytes
 
 
 def open_image(source: NDArray[np.uint8] | ImageSource) -> Image.Image:
@@ -96,12 +96,12 @@ def opened(source: ImageSource) -> Iterator[Image.Image]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow raises an error at twice that size
         with Image.open(stream(source)) as image:
-            if max(image.size) > LARGEST_ASPECT * min(image.size):
-                raise Misfit(f"it is {image.width} by {image.height} pixels, and {LARGEST_ASPECT} to 1 is the most")
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise Misfit(f"it is {image.width} by {image.height} pixels, and {MAX_ASPECT} to 1 is the most")
             yield image
 
 
-def same_image(image: NDArray[np.uint8] | ImageSource) -> Hashable:
+def image_key(image: NDArray[np.uint8] | ImageSource) -> Hashable:
     """A small key that is equal for equal images."""
     if isinstance(image, np.ndarray):
         return image.shape, hashlib.blake2b(image.tobytes()).digest()
@@ -109,5 +109,5 @@ def same_image(image: NDArray[np.uint8] | ImageSource) -> Hashable:
 
 
 def stream(source: ImageSource) -> Path | io.BytesIO:
-    """What Pillow can open: a path, of which it reads only what it needs, or bytes."""
+    """What Pillow can open: a path, from which it reads only what it needs, or all bytes."""
     return source if isinstance(source, Path) else io.BytesIO(source.read_bytes())

@@ -1,4 +1,4 @@
-"""Frames of a video as images of an example: the middle ones of equal parts of its time."""
+"""The frames of a video that an example shows: the middle frame of each of several equally long parts."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-FRAMES = 8  # of a video, where a line names no number
+FRAMES = 8  # of a video whose line names no number
 MAX_FRAMES = 64
-KEPT = 2  # videos whose frames stay decoded, since the frames of one are read one after the other
+KEPT = 2  # videos whose decoded frames are kept, since the frames of one video are read one after the other
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class Frame:
 
     file: Path
     number: int
-    of: int
+    count: int  # of all frames that stand for the video
 
     def read_bytes(self) -> bytes:
         """The frame, upright and uncompressed."""
-        return _frames(self.file, self.of)[self.number]
+        return _frames(self.file, self.count)[self.number]
 
     def resolve(self) -> tuple[Path, int, int]:
         """A value that is equal for equal frames."""
-        return self.file.resolve(), self.number, self.of
+        return self.file.resolve(), self.number, self.count
 
     @property
     def name(self) -> str:
@@ -57,7 +57,7 @@ class Frame:
         return None
 
     def __str__(self) -> str:
-        return f"frame {self.number + 1} of {self.of} of {self.file}"
+        return f"frame {self.number + 1} of {self.count} of {self.file}"
 
 
 def frames_of(file: Path, count: int) -> tuple[Frame, ...]:
@@ -73,23 +73,23 @@ def _frames(file: Path, count: int) -> tuple[bytes, ...]:
 
     with av.open(str(file)) as container:
         if not container.streams.video:
-            raise Misfit("it has sound alone")
-        shown = list(_shown(container, container.streams.video[0], count))
+            raise Misfit("it has sound only")
+        shown = list(_middle_frames(container, container.streams.video[0], count))
     images = []
     for frame in shown:
         written = io.BytesIO()
-        # phones store a video as the sensor lies, and how far it is to be turned
+        # phones store frames unrotated, with the angle by which a player has to rotate them
         frame.to_image().rotate(frame.rotation, expand=True).save(written, "PPM")
         images.append(written.getvalue())
     return tuple(images)
 
 
-def _shown(container: InputContainer, stream: VideoStream, count: int) -> Iterator[VideoFrame]:
-    """The frames that are seen in the middle of each of so many equal parts."""
+def _middle_frames(container: InputContainer, stream: VideoStream, count: int) -> Iterator[VideoFrame]:
+    """The frames that a player shows in the middle of each of `count` equally long parts."""
     first, last = _times(container, stream)
     for number in range(count):
         at = first + (last - first) * (number + 0.5) / count
-        container.seek(int(at / stream.time_base), stream=stream)  # to the last frame before it that needs no other
+        container.seek(int(at / stream.time_base), stream=stream)  # to the last key frame before it
         before = None
         for frame in container.decode(stream):
             if before is not None and (frame.time or 0.0) > at:
@@ -101,7 +101,7 @@ def _shown(container: InputContainer, stream: VideoStream, count: int) -> Iterat
 
 
 def _times(container: InputContainer, stream: VideoStream) -> tuple[float, float]:
-    """When a video begins and ends, in seconds; where its file does not say, by decoding all of it."""
+    """When a video begins and ends, in seconds; if its file does not say, all of it is decoded."""
     if stream.time_base and stream.duration:
         first = float((stream.start_time or 0) * stream.time_base)
         return first, first + float(stream.duration * stream.time_base)
@@ -112,9 +112,9 @@ def _times(container: InputContainer, stream: VideoStream) -> tuple[float, float
 
 
 def note(images: Sequence[object]) -> tuple[str, ...]:
-    """What is said of a task some of whose images are frames."""
-    counts = sorted({image.of for image in images if isinstance(image, Frame)})
+    """A note for the user about a task some of whose images are frames."""
+    counts = sorted({image.count for image in images if isinstance(image, Frame)})
     if not counts:
         return ()
     how_many = " or ".join(map(str, counts))
-    return (f"a video is {how_many} frames, the middle ones of equal parts of its time, as images without sound",)
+    return (f"a video is shown as {how_many} frames, the middle ones of equally long parts, without sound",)

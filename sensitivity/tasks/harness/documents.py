@@ -19,13 +19,13 @@ from sensitivity.tasks.harness.loading import Docs, LibraryTask, quiet
 
 # columns that name a question's kind
 KINDS = ("category", "question_type", "type", "subfield", "subject", "topic", "task")
-MOST_KINDS = 40  # a column with more values names no kinds
+MAX_KINDS = 40  # a column with more values does not name kinds
 RECENT = 4  # documents whose decoded images are kept
 
 
 @dataclass
 class Documents:
-    """The documents of a split with their images; `name` is the split's."""
+    """The documents of a split with their images; `name` is the name of the split."""
 
     task: LibraryTask
     name: str
@@ -33,11 +33,11 @@ class Documents:
     recent: OrderedDict[int, tuple[Image.Image, ...]] = field(default_factory=OrderedDict)
 
     def content(self, doc: Record) -> list[Mapping[str, object]]:
-        """What the user's message of a document holds, in order: texts and images."""
+        """The texts and images of a document's user message, in order."""
         with quiet():
             messages = self.task.doc_to_messages(doc)
         if not isinstance(messages, list) or len(messages) != 1 or messages[0].get("role") != "user":
-            raise _Unsupported("its prompt is not one message of a user")
+            raise _Unsupported("its prompt is not a single user message")
         content: list[Mapping[str, object]] = messages[0]["content"]
         if strange := {str(one.get("type")) for one in content} - {"text", "image"}:
             raise _Unsupported(f"it shows {' and '.join(sorted(strange))}, and only images can be shown")
@@ -50,7 +50,7 @@ class Documents:
         return self.recent[number]
 
     def keep(self, number: int, images: tuple[Image.Image, ...]) -> None:
-        """Keep a document's decoded images, since they are read one after the other; drop those of older documents."""
+        """Keep a document's decoded images, which are read one after the other, and drop those of older documents."""
         self.recent[number] = images
         while len(self.recent) > RECENT:
             self.recent.popitem(last=False)
@@ -137,7 +137,7 @@ def _example(documents: Documents, number: int, cluster: str, kind_of: str | Non
 
 
 def prompt_of(texts: Sequence[str | None]) -> tuple[str, tuple[str | None, ...]]:
-    """The prompt of a message, where None is an image, and its pieces unless it is images and then one text."""
+    """The prompt of a message, whose images are None in `texts`, and its pieces; none if a text follows all images."""
     images = texts.count(None)
     images_first = list(texts[:images]) == [None] * images and len(texts) == images + 1
     return "\n".join(text for text in texts if text), () if images_first else tuple(texts)
@@ -165,17 +165,17 @@ def _answers(task: LibraryTask, doc: Record) -> tuple[str, ...]:
 
 
 def _kind_column(docs: Docs) -> str | None:
-    """The column that names kinds of questions: one of few texts."""
+    """The column that names kinds of questions: one with few different texts."""
     for name in KINDS:
         if name in docs.column_names:
             values = set(docs.select_columns([name])[:][name])
-            if all(isinstance(value, str) for value in values) and 1 < len(values) <= MOST_KINDS:
+            if all(isinstance(value, str) for value in values) and 1 < len(values) <= MAX_KINDS:
                 return name
     return None
 
 
 def _undecoded(docs: Docs) -> Docs | None:
-    """The image columns as they are stored; None where there are none."""
+    """The image columns with encoded images, as they are stored; None if there are no such columns."""
     import datasets
 
     columns = {

@@ -5,11 +5,19 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 
-JUDGES = ("lmms_eval.llm_judge", "lmms_eval.verifiers", "openai", "anthropic", "requests", "httpx", "google.genai")
+JUDGE_MODULES = (
+    "lmms_eval.llm_judge",
+    "lmms_eval.verifiers",
+    "openai",
+    "anthropic",
+    "requests",
+    "httpx",
+    "google.genai",
+)
 
 
 def judge_of(function: object) -> str | None:
-    """The module by which a function, or what it calls, would ask a judge; None if it asks none."""
+    """The module through which a function, or what it calls, would ask a judge; None if it asks none."""
     seen: set[int] = set()
     waiting = [function]
     while waiting:
@@ -18,7 +26,7 @@ def judge_of(function: object) -> str | None:
             continue
         seen.add(id(one))
         module = one.__name__ if isinstance(one, types.ModuleType) else str(getattr(one, "__module__", ""))
-        if any(module == judge or module.startswith(f"{judge}.") for judge in JUDGES):
+        if any(module == judge or module.startswith(f"{judge}.") for judge in JUDGE_MODULES):
             return module
         waiting += _used_by(one)
     return None
@@ -39,7 +47,7 @@ def _used_by(one: object) -> Iterator[object]:
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    """The global names that a function reads, with those of the functions inside of it."""
+    """The global names that a function reads, with those of the functions inside it."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

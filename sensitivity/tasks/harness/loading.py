@@ -16,19 +16,19 @@ from PIL import ImageFile
 from sensitivity.spec.errors import UserError, reason
 from sensitivity.spec.fields import Misfit
 from sensitivity.tasks.harness import task_files
-from sensitivity.tasks.harness.judges import JUDGES, judge_of
+from sensitivity.tasks.harness.judges import JUDGE_MODULES, judge_of
 
 if TYPE_CHECKING:
     from sensitivity.tasks.datasets.source import Record
 
 GENERATES = "generate_until"
 LOGGING = ("lmms_eval", "utils")  # tasks are modules without a package, most of them named utils
-# arguments of load_dataset about downloads, which are left out
+# arguments of load_dataset that concern downloads, which are left out
 NETWORK = ("token", "max_retries", "num_proc", "revision", "force_download", "local_files_only")
 
 
 class Docs(Protocol):
-    """What is used of a `datasets.Dataset`, which has no type hints."""
+    """The part of a `datasets.Dataset` that is used here; the library has no type hints."""
 
     column_names: list[str]
     features: Mapping[str, object]
@@ -43,7 +43,7 @@ class Docs(Protocol):
 
 
 class Config(Protocol):
-    """The fields of a task's YAML that are read."""
+    """The fields of a task's YAML file that are used here."""
 
     generation_kwargs: Mapping[str, object] | None
     training_split: str | None
@@ -54,13 +54,13 @@ class Config(Protocol):
 
 
 class Filters(Protocol):
-    """What is used of lmms-eval's FilterEnsemble."""
+    """The part of lmms-eval's FilterEnsemble that is used here."""
 
     def apply(self, instances: Sequence[object], docs: Sequence[Record]) -> None: ...
 
 
 class LibraryTask(Protocol):
-    """What is used of lmms-eval's ConfigurableMessagesTask."""
+    """The part of lmms-eval's ConfigurableMessagesTask that is used here."""
 
     config: Config
     dataset: dict[str, Docs]
@@ -79,16 +79,16 @@ class LibraryTask(Protocol):
 
 
 class _Hub(Protocol):
-    """A module of settings that says whether the hub may be asked."""
+    """A module with the setting that forbids requests to the hub."""
 
     HF_HUB_OFFLINE: bool
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Until the block ends, lmms-eval prints and logs nothing, and truncated images stay errors.
+    """Keep lmms-eval from printing and logging until the block ends, and undo what it changes in Pillow.
 
-    The library lets Pillow read truncated images, in the whole process, when it is imported.
+    When it is imported, the library lets Pillow read truncated images in the whole process.
     """
     from loguru import logger
 
@@ -107,7 +107,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _from_this_machine() -> Iterator[None]:
-    """Until the block ends, `datasets` asks no hub, writes no cache beside the user's data and shows no progress."""
+    """Until the block ends, `datasets` asks no hub, writes no cache beside the data and shows no progress bar."""
     import datasets
     import huggingface_hub.constants
 
@@ -138,7 +138,8 @@ def library_task(name: str, folder: str | None) -> LibraryTask:
     """The task as lmms-eval makes it, with its data; kept, since several steps of a sweep ask for it."""
     path = task_files.file_of(name)
     with _needed_packages(name), quiet():
-        check_asks_about_images(name, _config(path, "simple"))  # without the task's own code, which may need packages
+        # checked before the task's own code is imported, which may need packages
+        check_asks_about_images(name, _config(path, "simple"))
         config = _config(path, "full")
     check_scored_by_rule(name, config)
     source, which = config["dataset_path"], config.get("dataset_name")
@@ -152,11 +153,11 @@ def library_task(name: str, folder: str | None) -> LibraryTask:
         config["dataset_kwargs"] = {key: value for key, value in kept if key not in NETWORK} or None
     try:
         with _needed_packages(name), quiet(), _from_this_machine():
-            ImageFile.LOAD_TRUNCATED_IMAGES = True  # the library tries one document, which may have such an image
+            ImageFile.LOAD_TRUNCATED_IMAGES = True  # the library tries one document, whose image may be truncated
             return _local_class()(config=config)
     except UserError:
         raise
-    except Exception as error:  # of datasets, of Arrow, of the task's own code
+    except Exception as error:  # of datasets, of Arrow, or of the task's own code
         if folder is not None:
             raise UserError(f"lmms-eval cannot read {folder} as the data of {name} ({reason(error)})") from error
         raise UserError(
@@ -173,14 +174,14 @@ def fetch(source: str, name: object) -> str:
 
 @contextlib.contextmanager
 def _needed_packages(name: str) -> Iterator[None]:
-    """Turn a missing package into a sentence that names it: each task may need packages of its own."""
+    """Turn an import error into a message that names the missing package: each task may need packages of its own."""
     try:
         yield
     except ImportError as error:
         missing = getattr(error, "name", None) or getattr(error.__cause__, "name", None)
         if missing is None:
             raise UserError(f"lmms-eval:{name} cannot be imported: {reason(error)}") from error
-        if missing.split(".")[0] in JUDGES:
+        if missing.split(".")[0] in JUDGE_MODULES:
             raise _judged(name, missing) from error
         raise UserError(f"lmms-eval:{name} needs the package {missing}; type pip install {missing}") from error
 
@@ -195,7 +196,7 @@ def _config(path: Path, mode: str) -> dict[str, object]:
 
 
 def check_asks_about_images(name: str, config: Mapping[str, object]) -> None:
-    """Raise an error unless a task asks about images and wants written answers."""
+    """Raise an error unless a task asks about images and its answers are generated."""
     if "class" in config:
         raise UserError(f"lmms-eval:{name} is a program of its own and not a list of questions; choose another task")
     output_type = config.get("output_type", GENERATES)

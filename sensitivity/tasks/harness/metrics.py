@@ -1,4 +1,4 @@
-"""Scores answers by the metrics of an lmms-eval task: a value for each example, and aggregates over all of them."""
+"""Scores answers by an lmms-eval task's metrics: one value for each example, and aggregates over all examples."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from sensitivity.tasks.datasets.source import Record
 from sensitivity.tasks.examples.types import Example, Metric
 from sensitivity.tasks.harness.loading import Docs, LibraryTask, quiet
 
-PROBED = 32  # examples on which a metric is checked to be the mean of a value per example
-CLOSE = 1e-4  # some aggregates are rounded to four or five digits
-RESULTS = 16_384  # answers whose results are kept: neighboring plans give many of the same
+PROBED = 32  # examples on which it is tested whether a metric is the mean of a value per example
+CLOSE = 1e-4  # a tolerance, since some aggregates are rounded to four or five digits
+RESULTS = 16_384  # answers whose results are cached, since neighboring plans give many equal answers
 
 Aggregate = Callable[[Sequence[object]], object]
 
 
 class Scorer:
-    """The metrics of a task for the documents of one split; `main` is the one that scores an example."""
+    """The metrics of a task for the documents of one split; `main` is the metric that scores an example."""
 
     def __init__(self, name: str, task: LibraryTask, docs: Mapping[str, Docs], examples: Sequence[Example]) -> None:
         self.name, self.task, self.docs = name, task, docs
@@ -50,7 +50,7 @@ class Scorer:
             self._results(answer, example.id).get(metric) for answer, example in zip(answers, examples, strict=True)
         )
         if not (values := [value for value in every if value is not None]):
-            return math.nan  # the metric of a kind of question that is not among them
+            return math.nan  # a metric of a kind of question that is not among these examples
         with quiet():
             return _number(self.aggregates[metric](values))
 
@@ -65,7 +65,7 @@ class Scorer:
         """The task's results for one answer: a value for each metric."""
         split, _, number = example_id.rpartition("-")
         with quiet(), _same_guess(example_id):
-            doc = self.docs[split][int(number)]  # read anew: some tasks change their document
+            doc = self.docs[split][int(number)]  # read again each time, since some tasks change their document
             try:
                 results: Mapping[str, object] = _process(self.task, doc, answer)
             except Exception as error:
@@ -98,9 +98,9 @@ class Scorer:
 
 @contextlib.contextmanager
 def _same_guess(example_id: str) -> Iterator[None]:
-    """Until the block ends, random numbers depend on the example alone.
+    """Until the block ends, random numbers depend only on the example.
 
-    Some rules guess where an answer names no option (mmmu_val). The same guess for every plan cancels in differences.
+    Some rules guess if an answer names no option (mmmu_val). The same guess for every plan cancels in differences.
     """
     before = random.getstate()
     random.seed(example_id)
@@ -111,7 +111,7 @@ def _same_guess(example_id: str) -> Iterator[None]:
 
 
 def _process(task: LibraryTask, doc: Record, answer: str) -> Mapping[str, object]:
-    """The metrics of one answer as the library computes them: by the task's first filter, then its rule."""
+    """The metrics of one answer as the library computes them: the task's first filter, then its rule."""
     request = SimpleNamespace(resps=[answer], filtered_resps={})
     task._filters[0].apply([request], [doc])
     filtered = list(request.filtered_resps.values())
@@ -127,7 +127,7 @@ def _number(value: object) -> float:
 
 
 def _aggregates(task: LibraryTask) -> dict[str, Aggregate]:
-    """The task's metrics for which higher is better."""
+    """The aggregates of the task's metrics for which higher is better, and which need only the metric's values."""
     better = task.higher_is_better()
     return {
         metric: aggregate

@@ -1,4 +1,4 @@
-"""Finds the YAML file of an lmms-eval task by its name, without importing lmms-eval, which takes seconds."""
+"""Finds the YAML file of an lmms-eval task by its name, without the seconds that importing lmms-eval takes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def installed() -> Path:
 
 @cache
 def task_files(package: Path) -> TaskFiles:
-    """All tasks and groups that lmms-eval's folder holds; the library's own index parses 2,000 files as YAML."""
+    """All tasks and groups in lmms-eval's folder, found without parsing 2,000 files as YAML as the library does."""
     files: dict[str, Path] = {}
     groups: dict[str, tuple[str, ...]] = {}
     for folder, _, names in os.walk(package / "tasks"):
@@ -53,7 +53,7 @@ def task_files(package: Path) -> TaskFiles:
 
 
 def file_of(name: str) -> Path:
-    """The YAML file of a task; of a group, the error names its tasks."""
+    """The YAML file of a task; if the name is that of a group, the error names its tasks."""
     known = task_files(installed())
     if name in known.files:
         return known.files[name]

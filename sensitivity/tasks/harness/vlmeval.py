@@ -1,4 +1,4 @@
-"""A data set of VLMEvalKit as a task: the library's prompts and scores come from a process of its own."""
+"""A data set of VLMEvalKit as a task: the library makes prompts and scores in a separate process."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from sensitivity.tasks.examples.types import Example, Metric, Task
 from sensitivity.tasks.harness.documents import prompt_of
 
 INSTALL = "pip install --no-deps ms-vlmeval==0.0.20 && pip install 'vlm-sensitivity[vlmeval]'"
-LIMIT = 128  # tokens of an answer: the library leaves it to each model
+LIMIT = 128  # tokens of an answer; the library leaves the limit to each model
 TABLES = "LMUData"  # the library's environment variable for the folder of its tables
 MODULE = "sensitivity.tasks.harness.vlmeval_process"
 
-Answered = tuple[tuple[str, str], ...]  # questions, each with an answer
+Answered = tuple[tuple[str, str], ...]  # ids of questions, each with an answer
 
 
 @dataclass(frozen=True)
 class DumpedImage:
-    """An image that the library wrote from its table, into a folder that ends with this process."""
+    """An image that the library wrote from its table into a folder that is deleted when this process ends."""
 
     file: Path
     name: str  # equal for equal images
@@ -53,20 +53,20 @@ class DumpedImage:
 
 
 @dataclass
-class Library:
-    """The process of a data set, and the scores that it gave; most plans give many of the same answers."""
+class DatasetProcess:
+    """The process of a data set, and the scores that it gave: most plans give many answers of earlier plans."""
 
     name: str
-    rows: Sequence[tuple[str, str, str]]  # name, images and kind of each question
+    rows: Sequence[tuple[str, str, str]]  # id, hash of the images and kind of each question
     by: str  # what scores a single answer
-    ask: Callable[..., Any]  # sends a request and returns the answer, as JSON values
-    images: Path
-    known: dict[tuple[str, str], float] = field(default_factory=dict)  # by question and answer
-    last: tuple[Answered, Mapping[str, float]] = ((), {})  # the figures that were asked for last
+    ask: Callable[..., Any]  # sends a request to the process and returns its answer, as JSON values
+    images: Path  # the folder into which the library writes images
+    known: dict[tuple[str, str], float] = field(default_factory=dict)  # scores by question and answer
+    last: tuple[Answered, Mapping[str, float]] = ((), {})  # the answers whose figures were asked for last, and these
 
     @cached_property
     def number_of(self) -> dict[str, int]:
-        """The place of each question in the table."""
+        """The row of each question in the table."""
         return {name: number for number, (name, _, _) in enumerate(self.rows)}
 
     def scores(self, answers: Sequence[str], examples: Sequence[Example]) -> list[float]:
@@ -81,7 +81,7 @@ class Library:
         return self.scores([answer], [example])[0]
 
     def figure(self, name: str, answers: Sequence[str], examples: Sequence[Example]) -> float:
-        """One of the library's figures for all answers together; NaN where it has none for them."""
+        """One of the library's figures for all answers together; NaN if it does not have it for these answers."""
         given = tuple((example.id, answer) for answer, example in zip(answers, examples, strict=True))
         if self.last[0] != given:
             self.last = given, self.ask("figures", answers=self._numbered(given))
@@ -97,19 +97,19 @@ class Library:
 
 def vlmeval(name: str, folder: str | None, split: str, n: int, seed: int) -> Task:
     """n questions of a data set, from the library's folder LMUData or from another one with NAME.tsv."""
-    library = _library(name, folder, installed())
+    served = _process_of(name, folder, installed())
     part = Part("all", split, hashed=True)  # the library has no training questions
-    examples, left_out = _drawn(library, part, n, seed, Path(folder or "LMUData"))
-    metrics: dict[str, Metric] = {one: partial(library.figure, one) for one in library.figures(examples)}
-    notes = (f"scored by VLMEvalKit: {library.by}", f"the library names no limit of tokens: answers end after {LIMIT}")
+    examples, left_out = _drawn(served, part, n, seed, Path(folder or "LMUData"))
+    metrics: dict[str, Metric] = {one: partial(served.figure, one) for one in served.figures(examples)}
+    notes = (f"scored by VLMEvalKit: {served.by}", f"the library names no limit of tokens: answers end after {LIMIT}")
     return Task(
         name,
         examples,
-        library.score,
+        served.score,
         max_new_tokens=LIMIT,
         metrics=metrics,
         notes=(*notes, *left_out),
-        together=library.scores,
+        together=served.scores,
     )
 
 
@@ -129,8 +129,8 @@ def installed() -> Path:
 
 
 @lru_cache(maxsize=8)
-def _library(name: str, folder: str | None, package: Path) -> Library:
-    """The process of a data set, kept since several steps of a sweep ask for it."""
+def _process_of(name: str, folder: str | None, package: Path) -> DatasetProcess:
+    """The process of a data set; it is kept, since several steps of a sweep ask for it."""
     place = Path(folder or os.environ.get(TABLES) or "~/LMUData").expanduser().absolute()
     if not place.is_dir():
         raise UserError(
@@ -142,19 +142,19 @@ def _library(name: str, folder: str | None, package: Path) -> Library:
     try:
         opened = ask("open", name=name, folder=str(place), package=str(package), published=folder is None)
         rows = [tuple(row) for row in opened["rows"]]
-        library = Library(name, rows, opened["by"], ask, Path(home.name) / "images")
-        if len(library.number_of) < len(rows):
-            raise UserError(f"{place / name}.tsv has two questions of one index; every question needs its own")
+        served = DatasetProcess(name, rows, opened["by"], ask, Path(home.name) / "images")
+        if len(served.number_of) < len(rows):
+            raise UserError(f"{place / name}.tsv has two questions with one index; every question needs its own")
     except BaseException:
         home.cleanup()
         raise
-    library.images.mkdir()
-    weakref.finalize(library, home.cleanup)
-    return library
+    served.images.mkdir()
+    weakref.finalize(served, home.cleanup)
+    return served
 
 
 def _started(name: str, place: Path, home: Path) -> Callable[..., Any]:
-    """Start the process of a data set; return the function that asks it. It ends when its input does."""
+    """Start the process of a data set, which ends when its input is closed; return the function that asks it."""
     environment = {**os.environ, TABLES: str(place), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(str(Path(one).absolute()) for one in sys.path if one)
     errors = (home / "errors").open("w+")
@@ -167,14 +167,14 @@ def _started(name: str, place: Path, home: Path) -> Callable[..., Any]:
         encoding="utf-8",
         cwd=home,  # the library writes some files where it was started
         env=environment,
-        start_new_session=True,  # an interrupt of the sweep is none of its business
+        start_new_session=True,  # so that interrupting the sweep does not interrupt it
     )
 
     def ask(do: str, **values: object) -> Any:
         assert process.stdin is not None
         assert process.stdout is not None
         line = ""
-        with contextlib.suppress(BrokenPipeError):  # the process has ended, and its last words are told
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, which the error below reports
             process.stdin.write(json.dumps({"do": do, **values}) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
@@ -182,7 +182,7 @@ def _started(name: str, place: Path, home: Path) -> Callable[..., Any]:
             raise UserError(f"the process of vlmeval:{name} has ended: {_last_line(errors)}")
         answer = json.loads(line)
         if "error" in answer:
-            raise UserError(_told(name, answer))
+            raise UserError(_sentence(name, answer))
         return answer["answer"]
 
     weakref.finalize(ask, _end, process, errors)
@@ -201,32 +201,32 @@ def _end(process: subprocess.Popen[str], errors: IO[str]) -> None:
 def _last_line(errors: IO[str]) -> str:
     errors.seek(0)
     lines = errors.read().strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "without a message"
 
 
-def _told(name: str, answer: Mapping[str, str]) -> str:
+def _sentence(name: str, answer: Mapping[str, str]) -> str:
     """An error of the process as a sentence that names the data set."""
-    text = answer["error"] or f"VLMEvalKit stumbles over it ({answer['why']})"
+    text = answer["error"] or f"VLMEvalKit fails on it ({answer['why']})"
     return text if name in text else f"vlmeval:{name} cannot be swept: {text}"
 
 
 def _drawn(
-    library: Library, part: Part, n: int, seed: int, folder: Path
+    served: DatasetProcess, part: Part, n: int, seed: int, folder: Path
 ) -> tuple[tuple[Example, ...], tuple[str, ...]]:
     """n questions of a part drawn with the seed, in the order of the table, and notes on those left out."""
-    source = DatasetFolder(f"vlmeval:{library.name}", folder, "fetch the table again")
-    order = np.random.default_rng(seed).permutation(len(library.rows)).tolist()
-    waiting = [number for number in order if part.contains(library.rows[number][1])]
+    source = DatasetFolder(f"vlmeval:{served.name}", folder, "fetch the table again")
+    order = np.random.default_rng(seed).permutation(len(served.rows)).tolist()
+    waiting = [number for number in order if part.contains(served.rows[number][1])]
     examples: dict[int, Example] = {}
     flaws: list[Flaw] = []
     # flawed questions are replaced by the next ones
     while waiting and len(examples) < n:
         some, waiting = waiting[: n - len(examples)], waiting[n - len(examples) :]
-        asked = library.ask("asked", numbers=some, images=str(library.images))
+        asked = served.ask("asked", numbers=some, images=str(served.images))
         for number, one in zip(some, asked, strict=True):
-            example = _example(library.rows[number], one)
+            example = _example(served.rows[number], one)
             if why := one.get("flaw") or _why_unusable(example):
-                flaws.append(Flaw(library.rows[number][0], f"no usable question ({why})"))
+                flaws.append(Flaw(served.rows[number][0], f"no usable question ({why})"))
             else:
                 examples[number] = example
     notes = source.flaw_notes(flaws, len(flaws) + len(examples))
@@ -236,7 +236,7 @@ def _drawn(
 
 
 def _example(row: tuple[str, str, str], asked: Mapping[str, Any]) -> Example:
-    """The example of a question; one without an image or an answer is found by `_why_unusable`."""
+    """The example of a question; `_why_unusable` finds one without an image or an answer."""
     name, cluster, kind = row
     pieces = asked.get("pieces", [])
     files = [

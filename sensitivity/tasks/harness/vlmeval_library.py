@@ -1,6 +1,6 @@
-"""One data set of VLMEvalKit, loaded without the rest of the library: its prompts, and its own evaluation of answers.
+"""Loads one data set of VLMEvalKit without the rest of the library, and reads its prompts and right answers.
 
-It is used in a process of its own only: the library changes settings of the process that imports it.
+This module is imported only in a separate process, since the library changes settings of the process that imports it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ import pandas as pd
 
 from sensitivity.spec.errors import UserError, reason
 
-FIRST = ("image_mcq", "image_yorn", "image_vqa")  # modules that hold most data sets, and need the fewest packages
-CUSTOM = {True: ("image_mcq", "CustomMCQDataset"), False: ("image_vqa", "CustomVQADataset")}  # of tables with options
+SEARCHED_FIRST = ("image_mcq", "image_yorn", "image_vqa")  # they hold most data sets and need few packages
+# whether a table of the user's has options -> module and class of the library for it
+CUSTOM = {True: ("image_mcq", "CustomMCQDataset"), False: ("image_vqa", "CustomVQADataset")}
 SHOWN = ("image", "text")  # kinds of pieces of a prompt
 JUDGE = "it asks another model to judge answers, which is not the same twice; choose a data set that is scored by rule"
 
 
 class Dataset(Protocol):
-    """What is used of the library's ImageBaseDataset."""
+    """The part of the library's ImageBaseDataset that is used here."""
 
     data: pd.DataFrame
     img_root: str
@@ -41,7 +42,7 @@ class Dataset(Protocol):
 
 
 class DatasetClass(Protocol):
-    """A class of data sets, by the name of each."""
+    """A class of the library for the data sets whose names it lists."""
 
     TYPE: str
     MODALITY: str
@@ -56,19 +57,20 @@ class _Missing(UserError):
     """A file that the library would download."""
 
 
-def dataset(package: Path, name: str, folder: Path, published: bool) -> Dataset:
-    """The data set as the library makes it from FOLDER/NAME.tsv, which may have to be the published file."""
+def load_dataset(package: Path, name: str, folder: Path, published: bool) -> Dataset:
+    """The data set as the library makes it from FOLDER/NAME.tsv; if `published`, the file must be the published one."""
     _without_the_rest(package)
-    made = _class_of(package, name, folder)
-    if made.MODALITY != "IMAGE" or made.TYPE == "MT":
-        asks = "in several turns" if made.TYPE == "MT" else f"about {made.MODALITY.lower()}s"
+    dataset_class = _class_of(package, name, folder)
+    modality, several_turns = dataset_class.MODALITY, dataset_class.TYPE == "MT"
+    if modality != "IMAGE" or several_turns:
+        asks = "in several turns" if several_turns else f"about {modality.lower()}s"
         raise UserError(f"vlmeval:{name} asks {asks}; choose a data set of single questions about images")
     if not published:
-        made.DATASET_MD5 = {}
+        dataset_class.DATASET_MD5 = {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return made(dataset=name)
+            return dataset_class(dataset=name)
     except _Missing:
         raise
     except Exception as error:  # of pandas, or of the data set's own code
@@ -76,9 +78,9 @@ def dataset(package: Path, name: str, folder: Path, published: bool) -> Dataset:
 
 
 def _without_the_rest(package: Path) -> None:
-    """Import modules of the library without its packages' own code, which imports every model and every data set.
+    """Let modules of the library be imported without the `__init__` of its packages; forbid downloads and pools.
 
-    That code also turns off the checks of certificates. Nothing is downloaded, and nobody is asked to judge.
+    Those files import every model and every data set, and turn off the checks of certificates.
     """
     for name, path in (("vlmeval", package), ("vlmeval.dataset", package / "dataset")):
         module = types.ModuleType(name)
@@ -87,12 +89,12 @@ def _without_the_rest(package: Path) -> None:
     smp, files = importlib.import_module("vlmeval.smp"), importlib.import_module("vlmeval.smp.file")
     for module in (smp, files):
         module.download_file = _download  # type: ignore[attr-defined]
-        module.file_size = lambda *_: 0  # type: ignore[attr-defined]  # a large table would be copied beside itself
+        module.file_size = lambda *_: 0  # type: ignore[attr-defined]  # so that no copy of a large table is written beside it
     multiprocessing.Pool = _one_thread
 
 
 def _one_thread(*_: object, **__: object) -> ThreadPool:
-    """In place of a pool of sixteen processes, which would be started anew for a few answers."""
+    """Replaces a pool of sixteen processes, which the library would start again for every few answers."""
     return ThreadPool(1)
 
 
@@ -108,12 +110,12 @@ def _download(url: str, filename: str | None = None) -> None:
 
 
 def _class_of(package: Path, name: str, folder: Path) -> DatasetClass:
-    """The class of a data set: the library's, or the one that it takes for a table of an unknown name."""
+    """The class of a data set: its own, or the library's class for tables of users if the name is unknown."""
     lacking: Exception | None = None
     for module in _modules(package, name):
         try:
             loaded = importlib.import_module(f"vlmeval.dataset.{module}")
-        except Exception as error:  # most lack a package; of the rest, some cannot be imported alone
+        except Exception as error:  # most lack a package; some of the others cannot be imported alone
             lacking = lacking if isinstance(lacking, ImportError) else error
             continue
         _without_judge()
@@ -138,16 +140,16 @@ def _class_of(package: Path, name: str, folder: Path) -> DatasetClass:
 
 
 def _modules(package: Path, name: str) -> Iterator[str]:
-    """The modules that name a data set, those that hold most of them first."""
+    """The modules whose code has the name of a data set; those that hold most data sets come first."""
     quoted = re.compile(rf"""["']{re.escape(name)}["']""")
-    files = sorted((package / "dataset").rglob("*.py"), key=lambda file: (file.stem not in FIRST, str(file)))
+    files = sorted((package / "dataset").rglob("*.py"), key=lambda file: (file.stem not in SEARCHED_FIRST, str(file)))
     for file in files:
         if file.name != "__init__.py" and quoted.search(file.read_text(encoding="utf-8", errors="replace")):
             yield ".".join(file.relative_to(package / "dataset").with_suffix("").parts)
 
 
 def _without_judge() -> None:
-    """Replace the function that connects to a judge in all modules, which imported it by its name."""
+    """Replace the function that connects to a judge, in every module that has imported it by its name."""
     for name, module in list(sys.modules.items()):
         if name.startswith("vlmeval.") and hasattr(module, "build_judge"):
             module.build_judge = _build_judge  # type: ignore[attr-defined]
@@ -157,9 +159,9 @@ def _build_judge(**_: object) -> None:
     raise UserError(JUDGE)
 
 
-def rows_of(found: Dataset) -> list[tuple[str, str, str]]:
-    """The name, the images' hash and the kind of every question."""
-    data = found.data
+def rows_of(dataset: Dataset) -> list[tuple[str, str, str]]:
+    """The id, the hash of the images and the kind of every question."""
+    data = dataset.data
     shown = data["image"] if "image" in data else data["image_path"]
     kinds = _kinds(data)
     clusters = [hashlib.sha256(str(one).encode()).hexdigest()[:16] for one in shown]
@@ -167,29 +169,29 @@ def rows_of(found: Dataset) -> list[tuple[str, str, str]]:
 
 
 def _kinds(data: pd.DataFrame) -> list[str]:
-    """The kind of each question: a column of few texts."""
-    from sensitivity.tasks.harness.documents import KINDS, MOST_KINDS
+    """The kind of each question, from a column with few different texts."""
+    from sensitivity.tasks.harness.documents import KINDS, MAX_KINDS
 
     for name in (*KINDS, "l2-category", "split"):
-        if name in data and data[name].map(type).eq(str).all() and 1 < data[name].nunique() <= MOST_KINDS:
+        if name in data and data[name].map(type).eq(str).all() and 1 < data[name].nunique() <= MAX_KINDS:
             return [str(one) for one in data[name]]
     return ["all"] * len(data)
 
 
-def asked(found: Dataset, number: int, images: Path) -> dict[str, object]:
+def asked(dataset: Dataset, number: int, images: Path) -> dict[str, object]:
     """The prompt of a question as pieces, with its images in a folder of ours, and its right answers."""
-    found.img_root = str(images)
-    line = found.data.iloc[number]
-    pieces = found.build_prompt(line)
+    dataset.img_root = str(images)
+    line = dataset.data.iloc[number]
+    pieces = dataset.build_prompt(line)
     if strange := {one["type"] for one in pieces} - set(SHOWN):
         raise UserError(f"it shows {' and '.join(sorted(strange))}, and only images can be shown")
     shown = [{**one, "value": os.path.abspath(one["value"])} if one["type"] == "image" else one for one in pieces]
     return {"pieces": shown, "answers": _right(line)}
 
 
-def first_answered(found: Dataset, count: int) -> list[tuple[int, str]]:
-    """The first questions that have a right answer, each with it."""
-    every = ((number, _right(found.data.iloc[number])) for number in range(len(found.data)))
+def first_answered(dataset: Dataset, count: int) -> list[tuple[int, str]]:
+    """The first `count` questions that have a right answer, each with that answer."""
+    every = ((number, _right(dataset.data.iloc[number])) for number in range(len(dataset.data)))
     return list(itertools.islice(((number, right[0]) for number, right in every if right), count))
 
 

@@ -1,6 +1,6 @@
-"""The process of a data set of VLMEvalKit: answers requests, one JSON value a line, until its input ends.
+"""The process of a data set of VLMEvalKit: answers requests, one JSON value per line, until its input ends.
 
-python -m sensitivity.tasks.harness.vlmeval_process, started by `vlmeval.py`.
+`vlmeval.py` starts it as python -m sensitivity.tasks.harness.vlmeval_process.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from typing import Any, NoReturn
 from sensitivity.spec.errors import UserError, reason
 from sensitivity.tasks.harness import vlmeval_library, vlmeval_scores
 
-PROBED = 30  # questions on which it is found out what scores a single answer
+PROBED = 30  # questions on which it is tested which of the library's values scores a single answer
 Request = Mapping[str, Any]  # JSON from `vlmeval.py`
 
 
 class Served:
-    """The data set that the first request names, and what the others ask of it."""
+    """The data set that the first request names, and a method for each kind of later request."""
 
     def __init__(self, request: Request) -> None:
         name, folder = request["name"], Path(request["folder"])
-        self.found = vlmeval_library.dataset(Path(request["package"]), name, folder, request["published"])
-        self.evaluation = vlmeval_scores.of_answers(self.found, name)
-        self.rows = vlmeval_library.rows_of(self.found)
-        # on the same questions for every split, number and seed, so that a score never means two things
-        self.by = self.evaluation.choose(vlmeval_library.first_answered(self.found, PROBED))
+        self.dataset = vlmeval_library.load_dataset(Path(request["package"]), name, folder, request["published"])
+        self.evaluation = vlmeval_scores.evaluation_of(self.dataset, name)
+        self.rows = vlmeval_library.rows_of(self.dataset)
+        # on the same questions for every split, n and seed, so that the meaning of a score never changes
+        self.by = self.evaluation.choose(vlmeval_library.first_answered(self.dataset, PROBED))
 
     def asked(self, request: Request) -> list[dict[str, object]]:
-        """The prompts of some questions; of one that cannot be asked, why."""
+        """The prompts of some questions, or the reason why a question cannot be asked."""
         prompts: list[dict[str, object]] = []
         for number in request["numbers"]:
             try:
-                prompts.append(vlmeval_library.asked(self.found, number, Path(request["images"])))
+                prompts.append(vlmeval_library.asked(self.dataset, number, Path(request["images"])))
             except UserError:
                 raise
             except Exception as error:  # of Pillow, or of the data set's own code
@@ -53,7 +53,7 @@ class Served:
 
 
 def main() -> None:
-    """Answer requests; whatever the library prints is not an answer."""
+    """Answer requests. What the library prints goes to standard error, so that it is not taken for an answer."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     socket.socket.connect = _offline  # type: ignore[method-assign]
@@ -71,7 +71,7 @@ def main() -> None:
             said = {"answer": answer}
         except UserError as error:
             said = {"error": str(error)}
-        except Exception as error:  # of the library: it is told to the user in one sentence
+        except Exception as error:  # of the library; the user gets it in one sentence
             said = {"error": "", "why": reason(error)}
         answers.write(json.dumps(said) + "\n")
         answers.flush()

@@ -1,4 +1,4 @@
-"""The score of each answer by VLMEvalKit: from the tables that its evaluation writes, checked against its figures."""
+"""Finds VLMEvalKit's score of each answer in the tables that its evaluation writes, or in its figures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     ".pkl": pd.read_pickle,
     ".json": pd.read_json,
 }
-ALONE = 6  # questions that are evaluated one by one to find a figure that is a mean
+ALONE = 6  # questions that are evaluated one by one, to test whether a figure of all is the mean of theirs
 WHOLE = ("overall", "none")  # names of splits that have every question
 
 Answered = Sequence[tuple[int, str]]  # the number of a question, and an answer to it
@@ -33,7 +33,7 @@ Answered = Sequence[tuple[int, str]]  # the number of a question, and an answer 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the library, and the questions that it is about."""
+    """A number that the library computes from many answers, and which of the questions it covers."""
 
     value: float
     about: tuple[bool, ...]
@@ -41,13 +41,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an evaluation returns and writes: figures by split and name, and columns with a number for each question."""
+    """What an evaluation returns, figures by split and name, and writes, columns with a number for each question."""
 
     figures: Mapping[tuple[str, str], Figure]
     columns: Mapping[str, Sequence[float]]
 
-    def alone(self) -> dict[str, float]:
-        """The figures over all questions."""
+    def overall(self) -> dict[str, float]:
+        """The figures that cover all questions."""
         return {name: figure.value for (_, name), figure in self.figures.items() if all(figure.about)}
 
 
@@ -55,10 +55,10 @@ class Outcome:
 class Evaluation:
     """The library's evaluation of answers to questions of one data set."""
 
-    found: Dataset
-    column: str = ""  # of a written table, with a score for each question; "" for a figure of each question alone
-    figure: str = ""  # the figure that is the mean of the scores; "" where none is
-    scale: float = 1.0
+    dataset: Dataset
+    column: str = ""  # of a written table, with a score for each question; "" if each question is evaluated alone
+    figure: str = ""  # the figure that is the mean of the scores; "" if there is none
+    scale: float = 1.0  # by which the figure of a question alone is divided: 100 for percentages
 
     def choose(self, right: Answered) -> str:
         """Find what scores a single answer, from some questions with right answers; return its name."""
@@ -74,7 +74,7 @@ class Evaluation:
                 self.figure = figure
                 return f"the column {self.column} of its tables, whose mean is its figure {figure}"
         self.column = ""
-        if self._is_mean_alone(right[:ALONE], mixed[:ALONE]):
+        if self._choose_figure_alone(right[:ALONE], mixed[:ALONE]):
             return f"its figure {self.figure} of each question alone"
         if columns:
             self.column = columns[0]
@@ -88,7 +88,7 @@ class Evaluation:
         """The score of each answer."""
         if not self.column:
             return [self._alone(one) for one in answers]
-        # an answer is one row of a table: two answers to one question go into two tables
+        # each question is one row of a table, so two answers to one question need two tables
         found: dict[tuple[int, str], float] = {}
         for some in _each_question_once(answers):
             columns = self.run(some).columns
@@ -102,9 +102,9 @@ class Evaluation:
         return {" ".join(filter(None, name)): figure.value for name, figure in self.run(answers).figures.items()}
 
     def run(self, answers: Answered) -> Outcome:
-        """Evaluate answers; a figure that needs questions that are not among them may be missing."""
+        """Evaluate answers; a figure may be missing if it needs questions that are not among them."""
         numbers = [number for number, _ in answers]
-        frame = self.found.data.iloc[numbers].drop(columns="image", errors="ignore").reset_index(drop=True)
+        frame = self.dataset.data.iloc[numbers].drop(columns="image", errors="ignore").reset_index(drop=True)
         frame["prediction"] = [text for _, text in answers]
         failed: Exception | None = None
         result: object = None
@@ -112,10 +112,11 @@ class Evaluation:
             file = Path(folder) / "model_answers.pkl"  # a table of text would turn an answer such as 007 into a number
             frame.to_pickle(file)
             try:
-                result = self.found.evaluate(str(file), model="exact_matching", nproc=1)
+                result = self.dataset.evaluate(str(file), model="exact_matching", nproc=1)
             except UserError:
                 raise
-            except Exception as error:  # the tables may be there, as where MME misses a second question
+            except Exception as error:
+                # its tables may be written nevertheless: MME fails later if the second question of a pair is missing
                 failed = error
             tables = list(_tables(Path(folder), file))
         columns: dict[str, list[float]] = {}
@@ -126,17 +127,17 @@ class Evaluation:
         return Outcome(_figures(result, frame), columns)
 
     def _alone(self, one: tuple[int, str]) -> float:
-        """The figure of one question alone."""
-        figures = self.run([one]).alone()
+        """The score of an answer whose question is evaluated alone."""
+        figures = self.run([one]).overall()
         if self.figure not in figures:
             raise UserError(f"its evaluation gave no {self.figure} to the answer '{one[1][:40]}'")
         return figures[self.figure] / self.scale
 
-    def _is_mean_alone(self, right: Answered, mixed: Answered) -> bool:
-        """Whether a figure of questions that are evaluated one by one has the figure of all as its mean."""
-        with contextlib.suppress(Exception):  # a figure of a group of questions cannot be computed of one
-            whole, best = self.run(mixed).alone(), self.run(right).alone()
-            each = [self.run([one]).alone() for one in mixed]
+    def _choose_figure_alone(self, right: Answered, mixed: Answered) -> bool:
+        """Choose a figure that is the mean of the figures of questions evaluated one by one; False if there is none."""
+        with contextlib.suppress(Exception):  # a figure of pairs or groups of questions cannot be computed from one
+            whole, best = self.run(mixed).overall(), self.run(right).overall()
+            each = [self.run([one]).overall() for one in mixed]
             for name in sorted(whole, key=_overall_first):
                 values = [one.get(name, math.nan) for one in each]
                 if math.isclose(float(np.mean(values)), whole[name], abs_tol=CLOSE) and best[name] > min(values):
@@ -146,16 +147,16 @@ class Evaluation:
 
 
 def _orders(seen: Sequence[Sequence[float] | None], is_right: np.ndarray) -> bool:
-    """Whether a column gives right answers more than wrong ones, and an answer the same among any others."""
+    """Whether a column gives right answers more than wrong ones, whatever the answers to other questions are."""
     if any(values is None for values in seen):
         return False
     right, wrong, mixed = (np.array(values) for values in seen)
-    as_alone = np.allclose(mixed, np.where(is_right, right, wrong))
-    return bool((right >= wrong).all() and right.mean() > wrong.mean() and as_alone)
+    independent = np.allclose(mixed, np.where(is_right, right, wrong))
+    return bool((right >= wrong).all() and right.mean() > wrong.mean() and independent)
 
 
 def _figure_of_mean(column: str, seen: Sequence[Outcome]) -> str:
-    """The figure that is the mean of a column over its questions, in every split; "" where none is."""
+    """The figure that equals the mean of a column over the figure's questions in every split; "" if there is none."""
     names = sorted({name for _, name in seen[0].figures}, key=_overall_first)
     for name, scale in itertools.product(names, (1.0, 100.0)):
         if all(
@@ -170,12 +171,12 @@ def _figure_of_mean(column: str, seen: Sequence[Outcome]) -> str:
 
 
 def _overall_first(name: str) -> tuple[bool, str]:
-    """Figures over everything come before those of a category, of which one can have all questions by chance."""
+    """A sort key: overall figures come before those of a category, which may cover all probed questions by chance."""
     return "overall" not in name.lower(), name
 
 
 def _each_question_once(answers: Answered) -> Iterator[list[tuple[int, str]]]:
-    """Answers in lists in which no question is twice."""
+    """The answers in several lists, none of which has a question twice."""
     waiting = list(dict.fromkeys(answers))
     while waiting:
         first: dict[int, tuple[int, str]] = {}
@@ -196,7 +197,7 @@ def _tables(folder: Path, given: Path) -> Iterator[pd.DataFrame]:
 
 
 def _numbers(table: pd.DataFrame, frame: pd.DataFrame) -> dict[str, list[float]]:
-    """The columns of a table that have a finite number for each question and are not of the data set."""
+    """The columns of a table that are not the data set's own and have a finite number for each question."""
     if "index" not in table or table["index"].duplicated().any():
         return {}
     rows = table.assign(index=table["index"].astype(str)).set_index("index")
@@ -222,7 +223,7 @@ def _figures(result: object, frame: pd.DataFrame) -> dict[tuple[str, str], Figur
             about = every
             if len(result) > 1 and split.lower() not in WHOLE:
                 if "split" not in frame or split not in set(frame["split"].astype(str)):
-                    continue  # a row of a category; only rows of splits say which questions they are about
+                    continue  # the row of a category, which, unlike a split's, does not say which questions it covers
                 about = tuple(frame["split"].astype(str) == split)
             for name, value in row.items():
                 if name != "split":
@@ -243,9 +244,9 @@ def _number(name: tuple[str, str], value: object, about: tuple[bool, ...]) -> di
     return {}
 
 
-def of_answers(found: Dataset, name: str) -> Evaluation:
-    """The evaluation of a data set; the library writes small tables as text."""
+def evaluation_of(dataset: Dataset, name: str) -> Evaluation:
+    """The evaluation of a data set, set to write its tables as text."""
     os.environ["PRED_FORMAT"], os.environ["EVAL_FORMAT"] = "tsv", "csv"
-    if type(found).evaluate.__qualname__.startswith("CustomVQADataset"):
+    if type(dataset).evaluate.__qualname__.startswith("CustomVQADataset"):
         raise UserError(f"VLMEvalKit has no rule for {name}, a table of your own without options A and B")
-    return Evaluation(found)
+    return Evaluation(dataset)

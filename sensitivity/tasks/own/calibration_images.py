@@ -8,25 +8,25 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from sensitivity.tasks.datasets.source import TENTH
+from sensitivity.tasks.datasets.source import CALIBRATION_ONE_IN
 
-MIN_IMAGES = 5  # images that a file needs before one is kept for calibration: of fewer, one is too large a share
+MIN_IMAGES = 5  # with fewer images, none is kept for calibration, since one would be too large a share
 
 
 def calibration_images(folder: Path, groups: Iterable[Sequence[str]]) -> frozenset[str]:
-    """The names of a tenth of the images, at least one; none where there are fewer than MIN_IMAGES.
+    """The names of a tenth of the images, but at least one; none if there are fewer than MIN_IMAGES.
 
     `groups` are the images of each line. All images of a line stay together, as do lines that share an image.
 
-    Drawn by a hash of the names and not by the task's seed: a plan is verified on examples of another seed, which must
-    not contain an image that it was calibrated on.
+    They are drawn by a hash of the names and not by the task's seed: a plan is verified on examples of another seed,
+    which must not contain an image that it was calibrated on.
     """
     groups = list(groups)
     image_of = _joined(_images(folder, sorted({name for group in groups for name in group})), groups)
     images = sorted(set(image_of.values()), key=lambda name: hashlib.sha256(name.encode()).digest())
     if len(images) < MIN_IMAGES:
         return frozenset()
-    drawn = set(images[: max(1, round(len(images) / TENTH))])
+    drawn = set(images[: max(1, round(len(images) / CALIBRATION_ONE_IN))])
     return frozenset(name for name, image in image_of.items() if image in drawn)
 
 
@@ -47,7 +47,7 @@ def _joined(image_of: dict[str, str], groups: Iterable[Sequence[str]]) -> dict[s
 
 
 def _images(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Each name with the first name of the same image, be it by another path, by a link, or in a copy of the file."""
+    """Each name with the first name of the same image: by another path, through a link, or in a copy of the file."""
     files = {name: os.path.realpath(folder / name) for name in names}
     sizes = {file: _size(file) for file in files.values()}
     of_size = Counter(sizes.values())
@@ -55,7 +55,7 @@ def _images(folder: Path, names: Sequence[str]) -> dict[str, str]:
     first_name = {}
     for name, file in files.items():
         size = sizes[file]
-        # only files of one size can be copies, so that few are read
+        # only files of equal size can be copies, so few files are read
         same = _content_hash(file) if size is not None and of_size[size] > 1 else file
         first_name[name] = first.setdefault(same, name)
     return first_name
@@ -64,7 +64,7 @@ def _images(folder: Path, names: Sequence[str]) -> dict[str, str]:
 def _size(file: str) -> int | None:
     try:
         return os.stat(file).st_size if os.path.isfile(file) else None
-    except (OSError, ValueError):  # a missing image is named when it is opened
+    except (OSError, ValueError):  # opening it later reports a missing image
         return None
 
 
@@ -72,5 +72,5 @@ def _content_hash(file: str) -> str:
     try:
         with open(file, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError:
+    except OSError:  # opening it later reports an unreadable image
         return file

@@ -21,7 +21,7 @@ from sensitivity.spec.fields import (
     one_of,
     parsed,
 )
-from sensitivity.tasks.datasets import source as layout
+from sensitivity.tasks.datasets.source import DatasetFolder, Record, draw
 from sensitivity.tasks.examples import videos
 from sensitivity.tasks.examples.types import SPLITS, Example, ImageSource, Regions, Task, exact
 from sensitivity.tasks.own import saved
@@ -31,18 +31,18 @@ from sensitivity.tasks.scoring import anls, captions, choices, grounding, number
 NEEDS = 'each line is like {"image": "a.jpg", "prompt": "What is this?", "answers": ["a cat"]}'
 VIDEO = 'a line about a video is like {"video": "a.mp4", "frames": 8, "prompt": "What happens?", "answers": ["a fall"]}'
 BOXES = 'each line is like {"image": "a.jpg", "prompt": "Where is it?", "boxes": [[10, 20, 50, 60]]}, in pixels'
-ANSWERS = either(ANY_TEXT, list_of(ANY_TEXT))  # empty answers pass here, and get a message of their own below
+ANSWERS = either(ANY_TEXT, list_of(ANY_TEXT))  # empty answers pass here, since they get a message of their own below
 REQUIRED = {"prompt": ANY_TEXT}
 TURN = Kind(
     "[prompt, answer]", lambda value: isinstance(value, list) and len(value) == 2 and all(map(TEXT.fits, value))
 )
 OPTIONAL = {"id": NAME, "kind": TEXT, "split": one_of(*SPLITS), "turns": list_of(TURN, 0)}
-SHOWN = {"image": either(FILE, list_of(FILE)), "video": FILE}  # what a question is about: one of these
+SHOWN = {"image": either(FILE, list_of(FILE)), "video": FILE}  # what a question is about: each line has one of these
 FRAMES = Kind(
     f"a whole number from 1 to {videos.MAX_FRAMES}",
     lambda value: type(value) is int and 1 <= value <= videos.MAX_FRAMES,
 )
-MIN_ANSWERS = 4  # answers for VQA's accuracy: with one person left out, three others must be able to agree
+MIN_ANSWERS = 4  # of a question, for VQA's accuracy: without one person, three others must be able to agree
 
 Scorer = Callable[[str, tuple[Example, ...], tuple[str, ...]], Task]
 
@@ -76,7 +76,7 @@ SCORERS: dict[str, Scorer] = {
 BOXED = ("iou", "recall")  # scorers of answers that are boxes
 
 
-def own(
+def own_task(
     path: Path,
     split: str,
     n: int,
@@ -86,9 +86,9 @@ def own(
 ) -> Task:
     """n examples of a file or folder, drawn with the seed; a line without a "split" is for evaluation.
 
-    Where no line has a split, a tenth of the images is for calibration.
+    If no line has a split, a tenth of the images is for calibration.
 
-    `score` may be any function from an answer and its example to a number, and replaces the scorer's.
+    `score` may be any function from an answer and its example to a number; it replaces the scorer's rule.
     """
     if path.is_dir():
         return task_from_lines(path, saved.lines_of(path, split, scorer in BOXED), split, n, seed, scorer, score)
@@ -97,10 +97,8 @@ def own(
     return task_from_lines(path, of_split, split, n, seed, scorer, score, notes)
 
 
-def _of_split(
-    path: Path, every: list[layout.Record], split: str, needs: str
-) -> tuple[list[layout.Record], tuple[str, ...]]:
-    """The lines of a split, and a note where the images for calibration had to be drawn."""
+def _of_split(path: Path, every: list[Record], split: str, needs: str) -> tuple[list[Record], tuple[str, ...]]:
+    """The lines of a split, and a note if the images for calibration had to be drawn."""
     if every and not any(line["split"] for line in every):
         groups = [_names(line) for line in every]
         held_out, names = calibration_images(path.parent, groups), {name for group in groups for name in group}
@@ -119,7 +117,7 @@ def _of_split(
     return of_split, ()
 
 
-def _names(line: layout.Record) -> list[str]:
+def _names(line: Record) -> list[str]:
     """The files of a line: an image, several in a list, or a video."""
     named = line["video"] if "video" in line else line["image"]
     return list(named) if isinstance(named, list) else [named]
@@ -127,7 +125,7 @@ def _names(line: layout.Record) -> list[str]:
 
 def task_from_lines(
     path: Path,
-    lines: Iterable[layout.Record],
+    lines: Iterable[Record],
     split: str,
     n: int,
     seed: int,
@@ -136,9 +134,9 @@ def task_from_lines(
     notes: tuple[str, ...] = (),
 ) -> Task:
     """The task of lines that were read from `path`."""
-    source = layout.DatasetFolder(path.stem, path.parent, "mend or take out those lines")
-    drawn = layout.draw((_example(path, line, scorer in BOXED) for line in lines), n, seed, str(path), split)
-    examples, left_out = source.readable(drawn)
+    source = DatasetFolder(path.stem, path.parent, "correct or remove those lines")
+    drawn = draw((_example(path, line, scorer in BOXED) for line in lines), n, seed, str(path), split)
+    examples, left_out = source.with_usable_images(drawn)
     notes = (*notes, *videos.note([example.image for example in examples]), *left_out)
     if scorer in BOXED:
         examples = tuple(map(grounding.with_image_size, examples))
@@ -152,8 +150,8 @@ def task_from_lines(
     return SCORERS[scorer](path.stem, examples, notes)
 
 
-def lines_of(path: Path, boxes: bool = False) -> Iterator[layout.Record]:
-    """The lines of a file as objects with their number and split, which is None where none is named."""
+def lines_of(path: Path, boxes: bool = False) -> Iterator[Record]:
+    """The lines of a file as objects, each with its number and its split, which is None if the line has none."""
     needs, right = (BOXES, "boxes") if boxes else (NEEDS, "answers")
     try:
         every = content(path).split(b"\n")  # not splitlines(): JSON may contain U+2028 and U+0085
@@ -181,7 +179,7 @@ def lines_of(path: Path, boxes: bool = False) -> Iterator[layout.Record]:
         yield {**given, "split": given.get("split"), "number": number}
 
 
-def _example(path: Path, fields: layout.Record, boxes: bool) -> Example:
+def _example(path: Path, fields: Record, boxes: bool) -> Example:
     """The example of one line."""
     line, needs = f"{path}, line {fields['number']}", BOXES if boxes else NEEDS
     try:
@@ -217,9 +215,9 @@ def _example(path: Path, fields: layout.Record, boxes: bool) -> Example:
     )
 
 
-def _images(folder: Path, fields: layout.Record) -> Sequence[ImageSource]:
+def _images(folder: Path, fields: Record) -> Sequence[ImageSource]:
     """What a question is about: its images, or the frames of its video."""
     if "video" in fields:
         return videos.frames_of(folder / fields["video"], fields.get("frames", videos.FRAMES))
-    # a file is named, and a saved data set holds the image itself
+    # a line of a file names images; a row of a saved data set has the image itself
     return [folder / one if isinstance(one, str) else one for one in _names(fields)]

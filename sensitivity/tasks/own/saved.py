@@ -1,4 +1,4 @@
-"""A data set that Hugging Face `datasets` saved, as lines whose images are read when needed."""
+"""A data set that Hugging Face `datasets` saved, as lines whose images are read when they are needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARTS = ("test", "validation", "val", "train")  # the first that exists is for e
 
 
 class Rows(Protocol):
-    """What is used of a `datasets.Dataset`, which has no type hints."""
+    """The part of a `datasets.Dataset` that is used here; the library has no type hints."""
 
     column_names: list[str]
 
@@ -58,15 +58,15 @@ class Cell:
 
 
 def lines_of(folder: Path, split: str, boxes: bool) -> Iterator[source.Record]:
-    """The rows of a split, in the form of JSON Lines.
+    """The rows of a split, as objects like the lines of a JSON Lines file.
 
-    Without a split for calibration, a tenth of the images is used for it.
+    If the data set has no split for calibration, a tenth of the images is used for it.
     """
     part, rows = _rows(folder, split)
     prompt = _column(folder, rows, "prompt", "question")
     right = _column(folder, rows, *(("boxes",) if boxes else ("answers", "answer")))
     images = rows.select_columns(["image"])
-    # iterating without the images, as each row would be read into memory with its image
+    # without the image column, since iterating would read each row's image into memory
     for number, row in enumerate(rows.remove_columns(["image"])):
         cell = Cell(images, number, f"{folder.name}/{part.name}/{row.get('image_id') or ''}")
         if row.get("image_id") is None:
@@ -78,7 +78,7 @@ def lines_of(folder: Path, split: str, boxes: bool) -> Iterator[source.Record]:
 
 
 def _rows(folder: Path, split: str) -> tuple[source.Part, Rows]:
-    """The part of a saved data set for a split, and its rows, whose images stay encoded."""
+    """The part of a saved data set that holds a split, and its rows, whose images stay encoded."""
     if importlib.util.find_spec("datasets") is None:
         why = f"{folder} is a folder; to read it as a saved data set"
         raise UserError(f"{why}, type pip install 'vlm-sensitivity[tasks]'")
@@ -86,7 +86,7 @@ def _rows(folder: Path, split: str) -> tuple[source.Part, Rows]:
 
     try:
         saved = datasets.load_from_disk(str(folder))
-    except Exception as error:  # of datasets, Arrow, JSON; a folder may be damaged in many ways
+    except Exception as error:  # datasets, Arrow and JSON raise many kinds on a damaged folder
         raise UserError(f"cannot read {folder} as a saved data set ({reason(error)}); {NEEDS}") from error
     part = source.Part("all", split, hashed=True)
     if isinstance(saved, datasets.DatasetDict):

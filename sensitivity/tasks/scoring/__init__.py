@@ -1,1 +1,1 @@
-"""Scoring: how an answer becomes a number."""
+"""The rules by which an answer becomes a score."""

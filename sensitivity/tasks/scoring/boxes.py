@@ -84,7 +84,7 @@ def convex(points: Sequence[Sequence[float]]) -> tuple[Point, ...] | None:
 
 
 def _diagonal(box: Box) -> list[Point]:
-    """Read the corners as the ends of a diagonal; its projections along and across the angle are the sides."""
+    """The corners if a box's two points are the ends of a diagonal, whose projections on the angle are the sides."""
     x1, y1, x2, y2, angle = box
     length = math.hypot(x2 - x1, y2 - y1)
     width, height = length * math.cos(math.radians(angle)), length * math.sin(math.radians(angle))
@@ -140,12 +140,12 @@ def matches(given: Sequence[Sequence[Point]], right: Sequence[Sequence[Point]], 
     near = [[polygon_iou(one, other) >= threshold for other in right] for one in given]
     taken: dict[int, int] = {}  # true box -> the given box that is matched with it
 
-    # whether given box `one` can get a true box, if need be by moving earlier ones; `tried` stops cycles
     def place(one: int, tried: set[int]) -> bool:
+        """Whether given box `one` can get a true box, if need be by moving earlier ones; `tried` stops cycles."""
         for other, good in enumerate(near[one]):
             if good and other not in tried:
                 tried.add(other)
-                # take a free true box, or one whose present holder can move to another
+                # take a true box that is free, or whose given box can move to another
                 if other not in taken or place(taken[other], tried):
                     taken[other] = one
                     return True

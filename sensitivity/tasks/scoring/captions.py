@@ -1,4 +1,4 @@
-"""CIDEr of each caption against the references of a whole task, and pycocoevalcap's corpus metrics."""
+"""CIDEr of each caption, with the references of a whole task, and pycocoevalcap's corpus metrics."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ INSTALL = "pip install 'vlm-sensitivity[tasks]'"
 SLOW = ("METEOR",)  # its Java program takes seconds to start, and 2 GB
 
 
-def task(name: str, examples: tuple[Example, ...], notes: tuple[str, ...] = (), most: int = 32) -> Task:
+def task(name: str, examples: tuple[Example, ...], notes: tuple[str, ...] = ()) -> Task:
     """Captions scored by CIDEr, with the other metrics that are usually reported."""
     further, missing = metrics()
-    return Task(name, examples, cider(examples), False, most, further, (*notes, *missing), slow=SLOW)
+    return Task(name, examples, cider(examples), metrics=further, notes=(*notes, *missing), slow=SLOW)
 
 
 def cider(examples: Sequence[Example]) -> Callable[[str, Example], float]:
@@ -32,7 +32,7 @@ def cider(examples: Sequence[Example]) -> Callable[[str, Example], float]:
     counts, an answer's counts are clipped to the reference's, and a Gaussian penalizes a difference in the number of
     bigrams. Its mean over the examples is pycocoevalcap's corpus CIDEr.
 
-    It is computed here because a sweep scores answers a few at a time, against the references of the whole task. It
+    It is computed here because a sweep scores a few answers at a time, with the references of the whole task. It
     depends on which images are evaluated: scores of different samples are not comparable, and with a single image every
     score is 0.
     """
@@ -75,7 +75,7 @@ def _grams(text: str) -> Counter[Gram]:
 
 
 def metrics() -> tuple[dict[str, Metric], tuple[str, ...]]:
-    """BLEU-4, ROUGE-L and METEOR as far as they are installed, and notes on those that are not."""
+    """Those of BLEU-4, ROUGE-L and METEOR that are installed, and notes on the others."""
     if importlib.util.find_spec("pycocoevalcap") is None:
         return {}, (f"BLEU-4, ROUGE-L and METEOR are left out: they need pycocoevalcap ({INSTALL})",)
     plain: dict[str, Metric] = {"BLEU-4": bleu4, "ROUGE-L": rouge_l}
@@ -99,7 +99,7 @@ def rouge_l(answers: Sequence[str], examples: Sequence[Example]) -> float:
 
 
 def meteor(answers: Sequence[str], examples: Sequence[Example]) -> float:
-    """METEOR 1.5 of all answers, from a Java program that comes with its synonyms."""
+    """METEOR 1.5 of all answers, from pycocoevalcap's Java program."""
     from pycocoevalcap.meteor.meteor import Meteor
 
     right, given = _corpus(answers, examples)
@@ -119,7 +119,7 @@ def meteor(answers: Sequence[str], examples: Sequence[Example]) -> float:
 
 
 def _corpus(answers: Sequence[str], examples: Sequence[Example]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """References and answers as pycocoevalcap takes them."""
+    """References and answers in the form that pycocoevalcap takes."""
     right = {i: [" ".join(words(one)) for one in example.answers] for i, example in enumerate(examples)}
     return right, {i: [" ".join(words(answer))] for i, answer in enumerate(answers)}
 

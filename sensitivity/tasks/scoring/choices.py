@@ -15,7 +15,7 @@ _SAID = re.compile(r"(?i:\b(?:answer|option|choice)\b(?:\s+is)?)\s*:?\s*[(\[]?([
 
 
 def task(name: str, examples: tuple[Example, ...], notes: tuple[str, ...] = ()) -> Task:
-    """1 if the chosen option is the right one; chance is that of a model that always gives the commonest letter."""
+    """1 if the chosen option is the right one; the chance level is that of always giving the commonest letter."""
     for example in examples:
         if not re.fullmatch(f"[{LETTERS}{LETTERS.lower()}]", example.answers[0]):
             raise UserError(
@@ -33,10 +33,10 @@ def score(answer: str, example: Example) -> float:
 
 
 def letter(answer: str) -> str | None:
-    """The letter of the option that an answer names, by the first of these rules that applies.
+    """The letter of the option that an answer names, by the first of three rules that applies.
 
-    The answer is a letter alone; it begins with one in brackets or before a full stop, bracket or colon; it says that
-    the answer, option or choice is one.
+    The answer is only a letter; it begins with a letter in brackets, or with one before a full stop, bracket or colon;
+    it names a letter after the word answer, option or choice.
     """
     text = answer.strip()
     if match := _ALONE.fullmatch(text):

@@ -14,8 +14,9 @@ from sensitivity.tasks.examples.images import opened
 from sensitivity.tasks.examples.types import Example, Metric, Point, Regions, Task
 from sensitivity.tasks.scoring.boxes import DECODINGS, convex, decoded, matches, polygon_iou, written
 
-ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap width and height
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF's tag of rotation, and its values that swap width and height
 MAX_NUMBERS = 1000  # numbers or corners of a box
+MAX_NEW_TOKENS = 256
 THRESHOLDS = (0.5, 0.25)  # of intersection over union; the first one decides the score
 
 
@@ -36,14 +37,13 @@ def task(
     examples: tuple[Example, ...],
     notes: tuple[str, ...] = (),
     decoding: str = "turned",
-    most: int = 256,
 ) -> Task:
     """The share of all true boxes that written boxes match one to one: acc@0.5, which is the score, and acc@0.25.
 
-    Further metrics are the lenient any match, and the accuracy with each other way to read a written box.
+    Further metrics are `any_match`, and the accuracy if written boxes are read in another way.
 
     An example's score is its number of found boxes divided by the mean number of boxes per example. The mean over
-    examples is then the published figure (found boxes / all boxes), and an example with many boxes can score above 1.
+    examples is then the published figure (found boxes / all boxes), but an example with many boxes can score above 1.
     """
     if decoding not in DECODINGS:
         raise unknown("decoding of boxes", decoding, DECODINGS)
@@ -60,11 +60,11 @@ def task(
     def readable(answer: str) -> bool:
         return bool(decoded(answer, 100, 100, decoding))
 
-    return Task(name, examples, score, max_new_tokens=most, metrics=further, notes=notes, readable=readable)
+    return Task(name, examples, score, max_new_tokens=MAX_NEW_TOKENS, metrics=further, notes=notes, readable=readable)
 
 
 def recall_task(name: str, examples: tuple[Example, ...], notes: tuple[str, ...] = ()) -> Task:
-    """For each example the share of its true boxes that are found; further written boxes cost nothing.
+    """The share of an example's true boxes that are found; wrong boxes cost nothing.
 
     Unlike in `task`, an image with many boxes counts as much as one with a single box, and scores lie from 0 to 1.
     The metric precision is the share of all written boxes that are right.
@@ -77,11 +77,11 @@ def recall_task(name: str, examples: tuple[Example, ...], notes: tuple[str, ...]
         return bool(decoded(answer, 100, 100))
 
     metrics: dict[str, Metric] = {"precision": precision, f"acc@{THRESHOLDS[0]}": accuracy(THRESHOLDS[0])}
-    return Task(name, examples, score, max_new_tokens=256, metrics=metrics, notes=notes, readable=readable)
+    return Task(name, examples, score, max_new_tokens=MAX_NEW_TOKENS, metrics=metrics, notes=notes, readable=readable)
 
 
 def precision(answers: Sequence[str], examples: Sequence[Example]) -> float:
-    """The share of all written boxes that find a true one; NaN while none is written."""
+    """The share of all written boxes that match a true one; NaN if none is written."""
     pairs = list(zip(answers, examples, strict=True))
     given = sum(len(decoded(a, _regions(e).width, _regions(e).height)) for a, e in pairs)
     return sum(found(a, e, THRESHOLDS[0]) for a, e in pairs) / given if given else math.nan
@@ -94,7 +94,7 @@ def found(answer: str, example: Example, threshold: float, decoding: str = "turn
 
 
 def accuracy(threshold: float, decoding: str = "turned") -> Metric:
-    """The share of all true boxes that answers find."""
+    """The share of all true boxes that the boxes in answers match."""
 
     def metric(answers: Sequence[str], examples: Sequence[Example]) -> float:
         hits = sum(found(a, e, threshold, decoding) for a, e in zip(answers, examples, strict=True))
@@ -104,7 +104,7 @@ def accuracy(threshold: float, decoding: str = "turned") -> Metric:
 
 
 def any_match(threshold: float, decoding: str = "turned") -> Metric:
-    """The lenient reading of the published figures: one box that matches any true box makes an answer right."""
+    """The share of answers with a box that matches any true box, in case the published figures are that lenient."""
 
     def hit(answer: str, example: Example) -> bool:
         right = _regions(example)
@@ -126,7 +126,7 @@ def with_image_size(example: Example) -> Example:
         else:
             with opened(image) as picture:
                 width, height = picture.size
-                if picture.getexif().get(ORIENTATION, 1) in LYING:
+                if picture.getexif().get(ORIENTATION, 1) in SIDEWAYS:
                     width, height = height, width
     except Exception as error:  # on a damaged file, each of Pillow's readers has errors of its own
         raise UserError(f"cannot read the image {image}: {reason(error)}") from error

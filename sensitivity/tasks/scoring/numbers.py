@@ -24,7 +24,7 @@ def task(name: str, examples: tuple[Example, ...], notes: tuple[str, ...] = ()) 
 
 
 def score(answer: str, example: Example) -> float:
-    """1 if the answer's number is near enough to a right one."""
+    """1 if the answer's number is within the tolerance of a right one."""
     given = number(answer)
     if given is None:
         return 0.0

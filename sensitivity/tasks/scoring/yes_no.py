@@ -13,7 +13,7 @@ _WORD = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 
 
 def task(name: str, examples: tuple[Example, ...], notes: tuple[str, ...] = ()) -> Task:
-    """1 for the right one of yes and no; the metrics are those of POPE, with yes as the positive answer."""
+    """1 for the right one of yes and no; the metrics are POPE's, where yes is the positive answer."""
     for example in examples:
         if says_yes(example.answers[0]) is None:
             raise UserError(
@@ -38,7 +38,7 @@ def says_yes(answer: str) -> bool | None:
 
 
 def _counts(answers: Sequence[str], examples: Sequence[Example]) -> tuple[int, int, int]:
-    """How many examples are answered yes rightly, are answered yes, and have yes as the right answer."""
+    """The number of examples rightly answered yes, of those answered yes, and of those whose right answer is yes."""
     pairs = [(says_yes(a) is True, says_yes(e.answers[0]) is True) for a, e in zip(answers, examples, strict=True)]
     return sum(a and b for a, b in pairs), sum(a for a, _ in pairs), sum(b for _, b in pairs)
 
