@@ -294,6 +294,8 @@ def test_what_is_no_atlas_is_said_and_never_replaced(tmp_path: Path, atlas: Path
         assert before == (file.read_bytes() if file.is_file() else b"")
         assert not file.with_suffix(".kernel-lock").exists()  # what is refused leaves nothing behind
     assert len(index["studies"]) == 2
+    if Path("/proc/self").exists():  # whoever asks, no file can be made there
+        assert cli.main(["atlas", "add", str(study.path), "--atlas", "/proc/x.parquet"]) == 1
     with pytest.raises(UserError, match=r"an atlas is a file such as runs/atlas\.parquet, not mine\.csv"):
         add_to_atlas(study, "mine.csv")
     with pytest.raises(UserError, match=r"no atlas at .*; `sensitivity atlas add STUDY --to .*` makes one"):

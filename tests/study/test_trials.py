@@ -6,10 +6,13 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ import pytest
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.study.storage.opening import close
+from sensitivity.study.storage.opening import ProcessLock, close, open_storage
 from sensitivity.study.study import Study
 from sensitivity.study.trial_cache import TrialCache
 
@@ -167,6 +170,43 @@ def test_where_the_file_system_has_no_locks_files_are_used(tmp_path: Path, monke
     study.enqueue([NATIVE])
     assert drain(study) == 1
     assert not list(tmp_path.rglob("*.lock"))
+
+
+def refused(work: Callable[[], object]) -> str:
+    """What an error says that must come soon: a lock that is waited for without end would hang the tests."""
+    said: list[str] = []
+
+    def watched() -> None:
+        try:
+            work()
+        except (UserError, OSError) as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=watched, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    return said[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody can make a file")
+@pytest.mark.parametrize("use", [lambda file: ProcessLock(file).acquire(), open_storage])
+def test_where_no_file_can_be_made_nobody_waits_for_a_lock(use: Callable[[Path], object]) -> None:
+    assert refused(lambda: use(Path("/proc/x.parquet"))).startswith("cannot use /proc/x.parquet: ")
+
+
+def test_a_study_whose_folder_is_gone_is_not_begun_again(tmp_path: Path) -> None:
+    study = new(tmp_path / "gone")
+    shutil.rmtree(study.path)
+    for work in (lambda: study.enqueue([NATIVE]), lambda: Study(study.path), lambda: drain(study)):
+        assert "gone" in refused(work)
+        assert not study.path.exists()
+
+
+def test_a_lock_is_no_link_to_a_file_of_others(tmp_path: Path) -> None:
+    (tmp_path / "x.kernel-lock").symlink_to(tmp_path / "elsewhere")
+    assert "cannot use" in refused(lambda: ProcessLock(tmp_path / "x").acquire())
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def _work(path: str, pause: float) -> None:

@@ -20,7 +20,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from sqlalchemy import create_engine, inspect, make_url
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
-from sensitivity.spec.errors import Notice, UserError, reason
+from sensitivity.spec.errors import Failed, Notice, UserError, reason
 from sensitivity.spec.files import disk_error
 from sensitivity.study.storage import waiting
 
@@ -40,16 +40,23 @@ class ProcessLock(JournalFileOpenLock):
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
-        self._path = path
-        self._lock: filelock.BaseFileLock = filelock.FileLock(path.with_suffix(".kernel-lock"), poll_interval=POLL)
+        self._path, self._file = path, path.with_suffix(".kernel-lock")
+        self._lock: filelock.BaseFileLock = filelock.FileLock(self._file, poll_interval=POLL)
 
     def acquire(self) -> bool:
-        """Wait for the lock and take it."""
+        """Wait for the lock and take it; an error of one sentence where no file can be made."""
         try:
+            # filelock makes missing folders, and where no file can be made, as in /proc, it tries again without end
+            if not os.path.lexists(self._file):
+                self._file.touch()
             self._lock.acquire()
+        except FileNotFoundError as error:
+            where = self._path.parent
+            why = "makes no files" if where.is_dir() else "is gone"
+            raise Failed(f"cannot use {self._path}: the folder {where} {why}; choose another") from error
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                raise
+                raise disk_error(self._path, error) from error
             self._lock = filelock.SoftFileLock(self._path.with_suffix(".lock"), poll_interval=POLL)
             self._lock.acquire()
         return True
