@@ -1,7 +1,10 @@
 """A sweep of a model of true shape, stage by stage: seconds, share of the bound, memory, the forecast.
 
 python -m experiments.true_shapes smolvlm-256m /tmp/256m
-python -m experiments.benchmarks.true_shapes /tmp/256m [--images 48] >> reports/true-shapes.md
+python -m experiments.benchmarks.true_shapes /tmp/256m [--images 48] [--whole-answers] >> reports/true-shapes.md
+
+Weights are random, so that no answer is right: with --whole-answers all run to the limit of 32 tokens, which is more
+decoding than a trained model does; without it, most end at their first token, which is less.
 """
 
 from __future__ import annotations
@@ -89,7 +92,7 @@ def measured(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"rate": rate(), "threads": torch.get_num_threads()}
     source, stages = str(pictures(work, args.images, args.calibration)), Stages()
     schemes = [scheme("gptq", int(width)) for width in args.bits.split(",")]
-    evaluation = find_task(source)
+    evaluation = find_task(source, whole=args.whole_answers)
     with stages("forecast"):
         without_weights = blank_(args.model)
         parts = inspect(without_weights, by=args.by)
@@ -103,7 +106,8 @@ def measured(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         how = {"n": args.calibration, "against": [evaluation], "cache_gb": 0}
         named, statistics = calibrated(vlm, parts, schemes, [source], **how)
         plans = one_at_a_time(parts, schemes=named)
-        steps = begin_sweep(vlm, parts, plans, [source], work / "study", statistics=statistics)[1]
+        shown: dict[str, Any] = {"statistics": statistics, "whole": args.whole_answers}
+        steps = begin_sweep(vlm, parts, plans, [source], work / "study", **shown)[1]
     with stages("plans"), counted() as operations:
         seconds = [step.seconds for step in steps]
     found |= {"stages": stages.found, "flops": sum(operations), "steps": seconds, "plans": len(plans)}
@@ -147,10 +151,11 @@ def page(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
     peak = max(stage["peak"] for stage in stages.values())
     share = found["flops"] / found["rate"] / stages["plans"]["cpu"]
     lines = [
-        f"## {Path(args.model).name}, {args.images} images, {args.calibration} calibration examples",
+        f"## {Path(args.model).name}, {args.images} images, {args.calibration} calibration examples"
+        f"{', whole answers' if args.whole_answers else ''}",
         "",
         f"    python -m experiments.benchmarks.true_shapes {args.model} --images {args.images} --calibration "
-        f"{args.calibration} --bits {args.bits} --by {args.by}",
+        f"{args.calibration} --bits {args.bits} --by {args.by}{' --whole-answers' if args.whole_answers else ''}",
         "",
         f"torch {torch.__version__}, {found['threads']} threads, {found['rate'] / 1e9:.0f} GFLOP a CPU second in "
         f"float32 products of {SIDE}.",
@@ -179,6 +184,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=128)
     parser.add_argument("--bits", default="3,4,8")
     parser.add_argument("--by", default="part")
+    parser.add_argument("--whole-answers", action="store_true", help="generate 32 tokens whatever they are")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         found = measured(args, Path(work))

@@ -45,7 +45,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def right(model: str, asked: str) -> str:
     """The same questions with what the model says as the right answers: where all is wrong there is nothing to rank."""
-    said = evaluate(load(model, dtype="float32"), task(asked, n=4))
+    said = evaluate(load(model, dtype="float32"), task(asked, n=4, whole=True))
     answers = dict(zip((str(one) for one in said["cluster"]), said["answer"], strict=True))
     lines = [json.loads(line) for line in Path(asked).read_text().splitlines()]
     for line in lines:

@@ -48,7 +48,7 @@ Scorer = Callable[[str, tuple[Example, ...], tuple[str, ...]], Task]
 
 
 def _exact(name: str, examples: tuple[Example, ...], notes: tuple[str, ...]) -> Task:
-    return Task(name, examples, exact, notes=notes)
+    return Task(name, examples, exact, exact=True, notes=notes)
 
 
 def _vqa(name: str, examples: tuple[Example, ...], notes: tuple[str, ...]) -> Task:
