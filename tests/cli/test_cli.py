@@ -252,8 +252,8 @@ def test_a_full_disk_is_a_sentence_and_the_sweep_goes_on_when_there_is_room(tmp_
 
 def test_workers_share_the_queue_and_one_that_dies_loses_nothing(study: Path, tmp_path: Path) -> None:
     """The first process is held until the second has begun a trial, in which it is killed: one table all the same."""
-    out = tmp_path / "crew"
-    command = [sys.executable, "-m", "sensitivity", *SWEEP.split(), "--out", str(out), "--workers", "2", "--json"]
+    out, some = tmp_path / "crew", SWEEP.replace("2,4,8", "2,8")  # 9 of the 28 plans
+    command = [sys.executable, "-m", "sensitivity", *some.split(), "--out", str(out), "--workers", "2", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         children: list[str] = []
         while not children and process.poll() is None:
@@ -273,11 +273,11 @@ def test_workers_share_the_queue_and_one_that_dies_loses_nothing(study: Path, tm
     assert begun
     assert "note: 1 of the workers ended early (signal 9); what they were running is run again" in told
     assert process.returncode == 0
-    assert one_object(printed)["done"] == 28
+    assert one_object(printed)["done"] == 9
     ours, theirs = (Study(path).table().set_index("key").sort_index() for path in (out, study))
-    assert Study(out).counts() == {"done": 28, "waiting": 0, "running": 0}
+    assert Study(out).counts() == {"done": 9, "waiting": 0, "running": 0}
     assert ours.index.is_unique
-    assert (ours["vqa"] == theirs["vqa"]).all()
+    assert (ours["vqa"] == theirs.loc[ours.index, "vqa"]).all()
 
 
 def journal(out: Path) -> list[dict[str, Any]]:

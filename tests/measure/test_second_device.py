@@ -62,8 +62,8 @@ def rows(
         assert {where(p) for p in vlm.model.parameters()} == {THERE if device == "cuda" else HERE}
         parts = inspect(vlm, "part", ("embedding", "head") if words else ())
         examples = task(source, n=4)
-        cache = Cache(folder.parent / f"cache-{device}")  # written, then read by the next call
-        for _ in range(2):
+        cache = Cache(folder.parent / f"cache-{device}")  # written, then read by the second round
+        for _ in range(1 if plain else 2):
             statistics = calibrate(vlm, parts, [source], 2, path=path, against=[examples], cache=cache, gram_bytes=2000)
             facts = statistics.facts
             plans = [Plan.uniform(parts, scheme(name, bits, calibration=facts, **more)) for name, bits, more in methods]
@@ -85,12 +85,12 @@ FAMILIES = ("llava", "qwen2_vl", "smolvlm", "blip2_opt", "blip2_t5", "gemma3")
 CASES = [f"{name} {path}" for name in FAMILIES for path in ("float", "exposed")]
 
 
-@pytest.mark.parametrize("case", few(CASES, ["llava float", "blip2_t5 exposed"]))
+@pytest.mark.parametrize("case", few(CASES, ["llava float", "llava exposed"]))
 def test_a_second_device_gives_the_same_answers(case: str, asked: str, tmp_path: Path) -> None:
     name, path = case.split()
     folder = saved_vlms.save(name, tmp_path / "model")
     plain = path == "exposed"
-    methods = METHODS if path == "float" else METHODS[:3]
+    methods = METHODS if path == "float" else METHODS[:2]
     there, here = (rows(folder, asked, device, path, plain, methods, words=True) for device in ("cuda", "cpu"))
     alike(there, here)
 

@@ -290,12 +290,13 @@ def test_until_takes_the_first_that_is_reached() -> None:
     assert not Until.parse([]).chooses
 
 
-def test_lines_for_machines_and_one_object_at_the_end(tmp_path: Path) -> None:
+def test_lines_for_machines_and_one_object_at_the_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = f"sweep embedded:scenes-llava --bits 2,8 --n 60 --until error<30% --out {tmp_path} --json"
-    done = subprocess.run([sys.executable, "-m", "sensitivity", *words.split()], capture_output=True, text=True)
-    facts = json.loads(done.stdout)
+    assert main(words.split()) == 0
+    printed, told = capfd.readouterr()
+    facts = json.loads(printed)
     assert facts["waiting"] > 0
-    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    lines = [json.loads(line) for line in told.splitlines()]
     assert lines[-1]["done"] > 0
     assert lines[-1]["left"] > 0
     best = lines[-1]["frontier"]
@@ -307,11 +308,11 @@ def test_lines_for_machines_and_one_object_at_the_end(tmp_path: Path) -> None:
 # -- a sweep that was stopped
 
 
-@pytest.fixture
-def stopped(scenes_llava: VLM, tmp_path: Path) -> Study:
+@pytest.fixture(scope="module")
+def stopped(scenes_llava: VLM, tmp_path_factory: pytest.TempPathFactory) -> Study:
     """Every plan has seen a first shard, a few a second one, and full precision alone all examples."""
     parts, plans = plans_for(scenes_llava, (2, 8))
-    study, steps = begin_sweep(scenes_llava, parts, plans, ["vqa"], tmp_path / "stopped", n=300)
+    study, steps = begin_sweep(scenes_llava, parts, plans, ["vqa"], tmp_path_factory.mktemp("study") / "stopped", n=300)
     for step in steps:
         if step.complete:
             break
