@@ -134,6 +134,7 @@ def test_videos_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ({"video": "a.mp4", "image": "a.png"}, "line 1 has a video and an image, too; a line about a video is like"),
+        ({"image": "a.png", "frames": 8}, "line 1 has frames and no video; a line about a video is like"),
         ({"video": ["a.mp4"]}, "line 1: video is .* instead of"),
         ({"video": ""}, "line 1 lacks video"),
         ({"video": "a.mp4", "prompt": ""}, r"line 1 lacks prompt.*; a line about a video is like"),

@@ -172,6 +172,8 @@ def lines_of(path: Path, boxes: bool = False) -> Iterator[Record]:
         if shown == "video" and ("image" in given or boxes):
             other = "an image, too" if "image" in given else "boxes, which are those of one image"
             raise UserError(f"{path}, line {number} has a video and {other}; {VIDEO}")
+        if shown == "image" and "frames" in given:
+            raise UserError(f"{path}, line {number} has frames and no video; {VIDEO}")
         try:
             check(given, {shown: SHOWN[shown], **REQUIRED}, {**OPTIONAL, "frames": FRAMES})
         except Misfit as error:
