@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,16 @@ from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 from sensitivity.study.trial import Trial
 
+Difference = tuple[float, float, int]  # mean, standard error, number of images
 RATE = 0.05  # largest probability, over a whole sweep, that any plan is dropped although no smaller one beats it
+
+
+class Seen(NamedTuple):
+    """The examples of a task that a trial has seen so far: the first `n` in its file of answers, which only grows."""
+
+    path: Path
+    n: int
+    task: str
 
 
 def frontier(size: ArrayLike, score: ArrayLike) -> list[int]:
@@ -52,7 +62,8 @@ def still_in_race(study: Study, rounds: int) -> set[str]:
         for trial in trials:
             # the frontier's scores rise with size, so its last plan of at most this size is the strongest rival
             rivals = [rival for rival in best if rival.bpw <= trial.bpw and rival is not trial]
-            if not rivals or not _beats(_sums(study, rivals[-1], task), _sums(study, trial, task), level):
+            pair = [_seen(study, one, task) for one in (*rivals[-1:], trial)]
+            if not rivals or not _beats(_compared(*pair, made_up=True), level):
                 staying.add(trial.key)
     return staying
 
@@ -67,23 +78,29 @@ def uncertainty(study: Study) -> float:
     for task in study.tasks:
         for trial in frontier_trials(trials, task):
             if trial is not native:
-                _, se, clusters = _difference(_sums(study, trial, task), _sums(study, native, task))
+                _, se, clusters = _compared(_seen(study, trial, task), _seen(study, native, task))
                 widest = max(widest, se * float(stdtrit(max(1, clusters - 1), 0.975)))
     return widest
 
 
-def _beats(rival: pd.DataFrame, plan: pd.DataFrame, level: float) -> bool:
-    """Whether the rival's score is significantly higher.
-
-    Two made-up images are added, one for and one against the rival, each with the largest difference seen. Without
-    them, a handful of images that happen to agree would have a standard error of 0, and would prove anything.
-    """
-    mean, se, clusters = _difference(rival, plan, made_up=True)
+def _beats(difference: Difference, level: float) -> bool:
+    """Whether the first of two plans scores significantly higher."""
+    mean, se, clusters = difference
     return mean > 0 and clusters > 3 and mean > -se * float(stdtrit(clusters - 1, level))
 
 
-def _difference(a: pd.DataFrame, b: pd.DataFrame, made_up: bool = False) -> tuple[float, float, int]:
-    """Mean difference of two plans over the images both have seen, its clustered standard error, number of images."""
+@lru_cache(maxsize=65536)  # after a step of a sweep, almost all pairs are those of the step before
+def _compared(first: Seen, second: Seen, made_up: bool = False) -> Difference:
+    """`_difference` of what two trials have seen."""
+    return _difference(_sums(first), _sums(second), made_up)
+
+
+def _difference(a: pd.DataFrame, b: pd.DataFrame, made_up: bool = False) -> Difference:
+    """Mean difference of two plans over the images both have seen, its clustered standard error, number of images.
+
+    With `made_up` two images are added, one for and one against the first, each with the largest difference seen.
+    Without them, a handful of images that happen to agree would have a standard error of 0, and would prove anything.
+    """
     both = a.index.intersection(b.index)
     counts = a.loc[both, "count"].to_numpy(dtype=float)
     differences = (a.loc[both, "sum"] - b.loc[both, "sum"]).to_numpy()
@@ -99,16 +116,15 @@ def _difference(a: pd.DataFrame, b: pd.DataFrame, made_up: bool = False) -> tupl
     return mean, math.sqrt(images / (images - 1) * spread) / float(counts.sum()), images
 
 
-def _sums(study: Study, trial: Trial, task: str) -> pd.DataFrame:
-    """A trial's scores summed per image, and the number of examples of each image."""
-    return _read(paths.answers(study.path, trial.key), trial.scores[task]["n"], task)
+def _seen(study: Study, trial: Trial, task: str) -> Seen:
+    return Seen(paths.answers(study.path, trial.key), trial.scores[task]["n"], task)
 
 
 @lru_cache(maxsize=4096)
-def _read(path: Path, n: int, task: str) -> pd.DataFrame:
-    """The sums from a file of answers, cached; `n` is an argument because the file grows with the examples."""
+def _sums(seen: Seen) -> pd.DataFrame:
+    """Scores summed per image, and the number of examples of each image."""
     try:
-        rows = answers.read(path)
+        rows = answers.read(seen.path)
     except answers.Damaged as error:
-        raise UserError(f"{path} is damaged ({error}); the same sweep command runs that plan again") from error
-    return rows[rows["task"] == task].groupby("cluster")["score"].agg(["sum", "count"])
+        raise UserError(f"{seen.path} is damaged ({error}); the same sweep command runs that plan again") from error
+    return rows[rows["task"] == seen.task].groupby("cluster")["score"].agg(["sum", "count"])

@@ -33,7 +33,7 @@ from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.study.queue import choose
-from sensitivity.study.racing import RATE, _beats, frontier_trials, still_in_race, uncertainty
+from sensitivity.study.racing import RATE, _beats, _difference, frontier_trials, still_in_race, uncertainty
 from sensitivity.study.stopping import Until
 from sensitivity.study.study import Study
 from sensitivity.study.trial import Trial
@@ -235,14 +235,15 @@ def test_a_plan_that_nobody_beats_is_seldom_dropped(sigma: float) -> None:
         for end in rounds:
             best = int(np.argmax(right[:end, 1:].mean(0))) + 1
             rival, plan = (pd.DataFrame({"sum": right[:end, i] * 1.0, "count": 1}) for i in (best, 0))
-            if _beats(rival, plan, level):
+            if _beats(_difference(rival, plan, made_up=True), level):
                 dropped += 1
                 break
     assert dropped / runs <= RATE
     worse = pd.DataFrame({"sum": (rng.random(256) < 0.3) * 1.0, "count": 1})
     better = pd.DataFrame({"sum": (rng.random(256) < 0.9) * 1.0, "count": 1})
-    assert _beats(better, worse, level)
-    assert not _beats(better.head(4), worse.head(4) * 0, level)  # four images are no proof, however clear they look
+    assert _beats(_difference(better, worse, made_up=True), level)
+    # four images are no proof, however clear they look
+    assert not _beats(_difference(better.head(4), worse.head(4) * 0, made_up=True), level)
 
 
 def test_only_what_is_worse_on_every_task_is_dropped(tmp_path: Path, scenes_llava: VLM) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-LARGE = 2**16  # numbers of a parameter that is worth the conversion
+LARGE = 2**18  # numbers of a parameter that is worth the conversion: a megabyte in float32
 PIECES = 16
 NARROW = (torch.bfloat16, torch.float16)  # what checkpoints are stored in
 

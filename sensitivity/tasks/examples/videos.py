@@ -87,9 +87,11 @@ def _frames(file: Path, count: int) -> tuple[bytes, ...]:
 def _middle_frames(container: InputContainer, stream: VideoStream, count: int) -> Iterator[VideoFrame]:
     """The frames that a player shows in the middle of each of `count` equally long parts."""
     first, last = _times(container, stream)
+    if (tick := stream.time_base) is None:
+        raise Misfit("it does not say when its frames are shown")
     for number in range(count):
         at = first + (last - first) * (number + 0.5) / count
-        container.seek(int(at / stream.time_base), stream=stream)  # to the last key frame before it
+        container.seek(int(at / tick), stream=stream)  # to the last key frame before it
         before = None
         for frame in container.decode(stream):
             if before is not None and (frame.time or 0.0) > at:
