@@ -18,7 +18,7 @@ def write(job: Job, folder: Path) -> Written:
 def why_foreign(out: Path) -> str:
     """Why a path is not a plan that we wrote; an empty string if it is one."""
     if out.is_dir():
-        return "it is a folder, and a file is meant"
+        return "it is a folder, not a file"
     try:
         read(out)
     except UserError:

@@ -43,14 +43,10 @@ FORMATS: dict[str, Callable[[Job, Path], Written]] = {
     "llama.cpp": llama_cpp.write,
     "mlx": mlx.write,
 }
-
-
 CHECKPOINTS = ("fake", "compressed-tensors", "gptq", "awq", "auto-round", "openvino", "gguf")  # they hold weights
 
-# runtimes that we run ourselves -> a check, before any slow work, that the runtime is installed and can run a model
+# for formats that we run ourselves: a check, before any slow work, that the runtime is installed and can run a model
 CHECKS: dict[str, Callable[[VLM | str], None]] = {"openvino": openvino.check, "gguf": gguf.check}
-
-
 EXPECTED = "expected.parquet"  # per-example answers of the trial, for `verify`
 
 
@@ -75,7 +71,7 @@ def write(
     """Write a plan in a format, and return a summary; an earlier export at `out` is replaced only with `force`.
 
     `facts` (scores, data, seeds) and `expected` (per-example answers) are those of the plan's trial and are stored with
-    the export. `notes` adds to the model card what is known only after the weights are written.
+    the export. `notes` returns notes for the model card that are known only after the weights are written.
     """
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
@@ -93,7 +89,7 @@ def write(
         summary = _summary(job, written, format)
         trial = {
             "trial": dict(facts or {}),
-            "dtype": str(job.dtype).removeprefix("torch."),
+            "dtype": job.dtype_name,
             "runtime": runtime or format,
         }
         document = plan_file.document(job.parts, job.plan, job.facts)
@@ -103,7 +99,7 @@ def write(
 
 
 def may_be_written(out: Path, format: str, force: bool, keep: Iterable[Path] = ()) -> None:
-    """Raise an error if writing to `out` would replace anything but an earlier export, or one without `force`."""
+    """Raise an error if writing to `out` would replace something that is no export, or an export without `force`."""
     if format == "plan" and out.suffix == ".json":
         if out.is_dir():
             raise UserError(f"{out} is a folder; name a file, such as {out / 'plan.json'}")

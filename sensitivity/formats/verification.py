@@ -18,23 +18,23 @@ from sensitivity.formats.table import EXPECTED
 from sensitivity.formats.writing import manifest
 from sensitivity.formats.writing.manifest import Manifest, TrialFacts
 from sensitivity.spec.errors import UserError
-from sensitivity.study import answers as examples
+from sensitivity.study import answers as stored_answers
 
 if TYPE_CHECKING:
     from sensitivity.formats.halved.model import Running
     from sensitivity.measure.evaluation import Rows
     from sensitivity.tasks.examples.types import Task
 
-# format -> what it adds to the words, from the folder and whether all answers are those that were measured
+# format -> what it adds to the words of a verdict, given the folder and whether all answers are as measured
 REMARKS: dict[str, Callable[[Path, bool], str]] = {"gguf": gguf.remark}
 PROGRAM = "import json, sys; from sensitivity.formats.verification import rerun; rerun(**json.load(sys.stdin))"
-NLL_TOLERANCE = (
-    1e-4  # tolerated NLL difference: above what summation order causes in float32, below what a rounding step causes
-)
+# differences of the negative log-likelihood up to this are not mentioned: the order of sums in float32 causes smaller
+# ones, and one rounding step causes larger ones
+NLL_TOLERANCE = 1e-4
 
 
 def verify(folder: Path, device: str = "cpu") -> dict[str, object]:
-    """Check that an export is undamaged and answers as measured; the outcome is stored in the export.
+    """Check that an export is undamaged and answers as measured, and store the outcome in the export.
 
     Examples:
         >>> from sensitivity import verify
@@ -68,18 +68,18 @@ def verify(folder: Path, device: str = "cpu") -> dict[str, object]:
 
 
 def _expected(folder: Path, facts: Manifest) -> pd.DataFrame:
-    """Read the measured answers; an error if the manifest does not say on which data they were measured."""
+    """The measured answers, or an error if the manifest does not say on which data they were measured."""
     meta = facts["trial"].get("meta", {})
     if lacking := [name for name in ("tasks", "n", "seed", "data") if name not in meta]:
         raise UserError(f"{folder} does not say on which data it was measured ({lacking[0]} is missing); export again")
     try:
-        return examples.read(folder / EXPECTED)
-    except examples.Damaged as error:
+        return stored_answers.read(folder / EXPECTED)
+    except stored_answers.Damaged as error:
         raise UserError(f"{folder / EXPECTED} is damaged ({error}); export again") from error
 
 
 def compare(expected: pd.DataFrame, answered: pd.DataFrame) -> dict[str, object]:
-    """Compare answers and scores example by example."""
+    """Compare answers and scores example by example; returns the verdict, its words and the counts."""
     both = expected.merge(answered, on=["task", "example"], how="outer", suffixes=("", "_found"), indicator=True)
     missing = int((both["_merge"] != "both").sum())
     both = both[both["_merge"] == "both"]
@@ -107,9 +107,9 @@ def compare(expected: pd.DataFrame, answered: pd.DataFrame) -> dict[str, object]
 
 
 def _in_fresh_process(folder: Path, dtype: str, trial: TrialFacts, device: str) -> pd.DataFrame:
-    """The answers of an export, computed by `rerun` in a process of its own."""
-    with tempfile.TemporaryDirectory() as space:
-        target = Path(space) / "rows.parquet"
+    """The answers of an export, which `rerun` computes in a separate process."""
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "rows.parquet"
         asked = {"folder": str(folder), "target": str(target), "dtype": dtype, "trial": dict(trial), "device": device}
         # a fresh process sees only the files: nothing that this one has loaded or patched can help
         done = subprocess.run(
@@ -122,7 +122,7 @@ def _in_fresh_process(folder: Path, dtype: str, trial: TrialFacts, device: str) 
 
 
 def rerun(folder: str, target: str, dtype: str, trial: TrialFacts, device: str) -> None:
-    """Runs in the fresh process: load the export, run the trial's tasks, write the rows to `target`."""
+    """Load the export, run the trial's tasks and write the rows to `target`; this runs in the fresh process."""
     import torch
 
     from sensitivity.tasks.table import task as find_task
@@ -159,17 +159,17 @@ def _in_llama_cpp(folder: Path) -> Running:
     return running(folder, torch.get_num_threads())
 
 
-# formats that are run in a runtime of their own
-RUN: dict[str, Callable[[Path], Running]] = {"openvino": _in_openvino, "gguf": _in_llama_cpp}
+# format -> the function that opens an export in the format's own runtime
+RUNTIMES: dict[str, Callable[[Path], Running]] = {"openvino": _in_openvino, "gguf": _in_llama_cpp}
 
 
 def _answers(folder: Path, dtype: str, device: str, plain: bool) -> Callable[[Task], Rows]:
-    """A function that runs an export on a task, in the runtime that its format is for."""
+    """A function that runs an export on a task: in the format's own runtime, or else in transformers."""
     format = manifest.read(folder)["format"]
-    if format in RUN:
+    if format in RUNTIMES:
         if device != "cpu":
             raise UserError(f"an export for {format} is verified on the cpu, not on {device}; leave out --device")
-        return RUN[format](folder).evaluate
+        return RUNTIMES[format](folder).evaluate
     from sensitivity.measure.evaluation import evaluate
     from sensitivity.models.loading import load
 

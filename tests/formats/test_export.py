@@ -502,7 +502,7 @@ def test_what_is_there_stays_without_force(parts: ComponentMap, tmp_path: Path) 
     with pytest.raises(UserError, match="already there; choose another --out or add --force"):
         write(job(parts, {}, rtn(4)), tmp_path / "out", "compressed-tensors")
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
-    with pytest.raises(UserError, match="out is not replaced: it holds other things than an export"):
+    with pytest.raises(UserError, match="out is not replaced: it is not an export"):
         write(job(parts, {}, rtn(4)), tmp_path / "out", "compressed-tensors", force=True)
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 

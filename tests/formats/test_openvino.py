@@ -90,7 +90,7 @@ def test_constants_hold_the_weight_in_the_bytes_that_are_counted(scheme: Scheme,
     ("name", "says"),
     [
         ("qwen2_5_vl", "llava and blip-2 can be run half by half, and .* is of type qwen2_5_vl"),
-        ("blip2_t5", "a language model that only decodes"),
+        ("blip2_t5", "only a decoder can be run half by half"),
     ],
 )
 def test_a_model_that_it_cannot_hold_is_refused_before_the_sweep(

@@ -244,13 +244,13 @@ def test_only_an_export_and_nothing_more_is_replaced(tmp_path: Path) -> None:
     (out / "mine" / "letter.txt").write_text("dear")
     assert "it also holds mine/letter.txt, which no export wrote; choose another --out" in refused(out)
     (tmp_path / "file").write_text("text")
-    assert "it is a file, and a folder is meant" in refused(tmp_path / "file")
+    assert "it is a file, not a folder" in refused(tmp_path / "file")
     (tmp_path / "other").mkdir()
     may_write(tmp_path / "other", False, manifest.why_foreign)  # an empty folder is as good as none
     (tmp_path / "other" / "file").write_text("text")
-    assert "it holds other things than an export (no sensitivity.json of ours)" in refused(tmp_path / "other")
+    assert "it is not an export (it has no sensitivity.json of ours)" in refused(tmp_path / "other")
     (tmp_path / "other" / manifest.MANIFEST).write_text(json.dumps({**FACTS, "files": {}}))
-    assert "its sensitivity.json has no mark that an export left" in refused(tmp_path / "other")
+    assert "its sensitivity.json lacks the mark of an export" in refused(tmp_path / "other")
 
 
 def replaced_while(out: Path, name: str | None) -> None:

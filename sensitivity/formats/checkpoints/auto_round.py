@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
 from sensitivity.formats.checkpoints.fake import LOAD
@@ -11,7 +10,6 @@ from sensitivity.formats.checkpoints.gptq import layout
 from sensitivity.formats.writing.checkpoint import checkpoint, headers
 from sensitivity.formats.writing.job import Job, Written
 from sensitivity.spec.components import VOCABULARY
-from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
 
 API = """\
@@ -31,18 +29,13 @@ def write(job: Job, folder: Path) -> Written:
     api = json.dumps(layer_config(job), indent=1) + "\n"
     (folder / "layer_config.json").write_text(api, encoding="utf-8")
     notes = ["This layout also stores a zero point for every group, and four bytes per column that name its group."]
-    load = API.format(load=LOAD.format(dtype=str(job.dtype).removeprefix("torch.")).rstrip())
+    load = API.format(load=LOAD.format(dtype=job.dtype_name).rstrip())
     return Written(load=load, bytes=weight, hashes=hashes, headers=headers(folder, weight), notes=notes)
 
 
 def config(job: Job) -> dict[str, object]:
-    """The most common scheme as the default, and an entry for every module that differs, native ones included."""
-    count = Counter({scheme: 0 for _, scheme, _ in job.groups()})
-    for _, scheme, modules in job.groups():
-        count[scheme] += len(modules)
-    if not count:
-        raise UserError("the plan quantizes nothing; export it as --format fake")
-    common = count.most_common(1)[0][0]
+    """The settings: the most common scheme as the default, and an entry for each module that differs from it."""
+    common = job.most_common_scheme()
     extra = {module: {"bits": 16, "data_type": "float"} for module in job.native()}
     for _, scheme, modules in job.groups():
         if scheme != common:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sensitivity.formats.checkpoints.fake import LOAD
-from sensitivity.formats.writing.checkpoint import PackedLayout, checkpoint, headers
+from sensitivity.formats.writing.checkpoint import PackedLayout, checkpoint, float16_scale, headers
 from sensitivity.formats.writing.job import Job, Written
 from sensitivity.formats.writing.packing import pack
 from sensitivity.formats.writing.stream import Spec
@@ -19,18 +19,18 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
 from sensitivity.spec.stored_bits import groups
 
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # order of eight rows' codes within a 32-bit word, as AutoAWQ's kernels read them
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of eight rows' codes in a 32-bit word, as AutoAWQ's kernels read them
 
 
 def write(job: Job, folder: Path) -> Written:
     """Write the `gemm` version: codes packed along the rows, and a zero point for every group."""
     weight, hashes = checkpoint(job, folder, PackedLayout(_specs, _tensors), {"quantization_config": config(job)})
     return Written(
-        load=LOAD.format(dtype=str(job.dtype).removeprefix("torch.")) + "# needs: pip install gptqmodel\n",
+        load=LOAD.format(dtype=job.dtype_name) + "# needs: pip install gptqmodel\n",
         bytes=weight,
         hashes=hashes,
         headers=headers(folder, weight),
-        notes=("This layout stores a zero point for every group, of a symmetric grid too.",),
+        notes=("This layout stores a zero point for every group, even on symmetric grids.",),
     )
 
 
@@ -63,10 +63,7 @@ def _specs(key: str, weight: Weight, scheme: Scheme) -> tuple[Spec, ...]:
 def _tensors(stored: QuantizedWeight, weight: Weight, scheme: Scheme) -> Sequence[Tensor]:
     count = _specs("", weight, scheme)[1].shape[0]
     zero = stored.zero.to(torch.uint8).T.expand(count, weight.rows)
-    scale = stored.scale.to(torch.float16)
-    # scales found in bfloat16 may overflow or lose bits in float16; answers would differ from the measured ones
-    if not torch.equal(scale.float(), stored.scale):
-        raise UserError(f"a scale of {weight.name} does not fit float16, as awq stores it; use --format fake")
+    scale = float16_scale(stored, weight.name, "awq")
     return _words(stored.codes.T), _words(zero), scale.T.expand(count, weight.rows).contiguous()
 
 

@@ -1,4 +1,4 @@
-"""compressed-tensors: packed weights of 1 to 8 bits, one config group per component, modules to ignore."""
+"""compressed-tensors: packed weights of 1 to 8 bits, with a config group for each component."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import NOT_ROUNDED, Scheme
 from sensitivity.spec.stored_bits import groups
 
-# names of the formats: codes packed into words; one byte per code, if activations are rounded; and a mix of both
+# its names for codes packed into words, for one byte per code (if activations are rounded), and for a mix of both
 PACKED, BYTES, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 UNPACK = "model.hf_quantizer.compressor.decompress_model(model)\n"
 LAST_LINE = (
@@ -29,8 +29,8 @@ LAST_LINE = (
     "quantized=True)`."
 )
 ROUNDED = (
-    "transformers unpacks the weights on loading, in 16 bits: a model in float32 differs from the measured one by the "
-    "last of them. `from sensitivity import load; vlm = load(FOLDER, quantized=True)` unpacks them as measured."
+    "transformers unpacks the weights on loading, in 16 bits, so that a model in float32 differs from the measured one "
+    "in the last bits. `from sensitivity import load; vlm = load(FOLDER, quantized=True)` unpacks them as measured."
 )
 STRATEGIES = {"tensor": "tensor", "row": "channel"}
 
@@ -38,22 +38,22 @@ STRATEGIES = {"tensor": "tensor", "row": "channel"}
 def write(job: Job, folder: Path) -> Written:
     """Write a checkpoint that plain `from_pretrained` loads where compressed-tensors is installed."""
     weight, hashes = checkpoint(job, folder, layout(job.half), {"quantization_config": config(job)})
-    load = LOAD.format(dtype=str(job.dtype).removeprefix("torch."))
+    load = LOAD.format(dtype=job.dtype_name)
     return Written(
-        load=load if alike(job) else load + UNPACK,
+        load=load if has_one_group(job) else load + UNPACK,
         bytes=weight,
         hashes=hashes,
         headers=headers(folder, weight),
         notes=(
             "Needs compressed-tensors (pip install compressed-tensors).",
-            ROUNDED if alike(job) else LAST_LINE,
+            ROUNDED if has_one_group(job) else LAST_LINE,
         ),
         runs=all(_loads(scheme) for _, scheme, _ in job.groups()),
     )
 
 
-def alike(job: Job) -> bool:
-    """Whether one group of settings describes every quantized weight: transformers can then unpack them on loading."""
+def has_one_group(job: Job) -> bool:
+    """Whether all quantized weights have the same settings, since transformers can then unpack them on loading."""
     return len({(scheme.bits, scheme.group, scheme.symmetric) for _, scheme, _ in job.groups()}) == 1
 
 
@@ -73,7 +73,7 @@ def config(job: Job) -> dict[str, object]:
         "config_groups": groups,
         "ignore": job.native(),
         # transformers 5.23 applies the first config group to all modules, so it cannot unpack mixed widths on loading
-        **({"dequantize": True} if alike(job) else {}),
+        **({"dequantize": True} if has_one_group(job) else {}),
         "kv_cache_scheme": None,
     }
 

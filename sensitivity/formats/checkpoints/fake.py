@@ -18,14 +18,14 @@ processor = AutoProcessor.from_pretrained(FOLDER)
 def write(job: Job, folder: Path) -> Written:
     """Write a checkpoint that loads everywhere and answers as the plan does, but is not smaller.
 
-    It is for comparisons, and for methods whose codes no format can hold.
+    It is for comparisons, and for methods whose codes no other format can hold.
     """
     weight, hashes = checkpoint(job, folder, None, {})
     return Written(
-        load=LOAD.format(dtype=str(job.dtype).removeprefix("torch.")),
+        load=LOAD.format(dtype=job.dtype_name),
         bytes=weight,
         hashes=hashes,
         headers=headers(folder, weight),
-        notes=("The values are quantized, the files are not smaller: they hold every weight in full precision.",),
+        notes=("The values are quantized, but the files are not smaller: they hold every weight in full precision.",),
         runs=True,
     )

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sensitivity.formats.writing.checkpoint import PackedLayout, checkpoint, headers
+from sensitivity.formats.writing.checkpoint import PackedLayout, checkpoint, float16_scale, headers
 from sensitivity.formats.writing.job import Job, Written
 from sensitivity.formats.writing.packing import pack
 from sensitivity.formats.writing.stream import Spec
 from sensitivity.quantize.stored.grid import QuantizedWeight
 from sensitivity.spec.components import Weight
-from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
 from sensitivity.spec.stored_bits import groups
 
-# GPTQModel's planar layout splits a code into pieces whose widths divide 32, so that no piece straddles two words.
+# GPTQModel's planar layout splits a code into pieces whose widths divide 32, so that each piece is in one word.
 PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 LOAD = """\
 from gptqmodel import GPTQModel
@@ -58,16 +56,10 @@ def checkpoint_format(job: Job) -> str:
 
 
 def config(job: Job, kind: str) -> dict[str, object]:
-    """The most common scheme as the default, and an entry for each other module; `-:` marks native modules."""
-    components = list(job.groups())
-    count: Counter[Scheme] = Counter()
-    for _, scheme, modules in components:
-        count[scheme] += len(modules)
-    if not count:
-        raise UserError("the plan quantizes nothing; export it as --format fake")
-    common = count.most_common(1)[0][0]
+    """The settings: the most common scheme as default, and an entry for each other module; `-:` marks native ones."""
+    common = job.most_common_scheme()
     dynamic: dict[str, dict[str, object]] = {f"-:^{re.escape(module)}$": {} for module in job.native()}
-    for _, scheme, modules in components:
+    for _, scheme, modules in job.groups():
         if scheme != common:
             dynamic |= {f"+:^{re.escape(module)}$": _arguments(scheme) for module in modules}
     return {
@@ -107,9 +99,7 @@ def layout(kind: str) -> PackedLayout:
         zero = stored.zero.to(torch.int16).T.expand(groups(scheme, 1, weight.cols), weight.rows)
         if kind == "gptq":
             zero = zero - 1
-        scale = stored.scale.to(torch.float16)
-        if not torch.equal(scale.float(), stored.scale):
-            raise UserError(f"a scale of {weight.name} does not fit float16, as gptq stores it; use --format fake")
+        scale = float16_scale(stored, weight.name, "gptq")
         return (
             pack_planes(stored.codes, bits, planar).T.contiguous(),
             pack_planes(zero.to(torch.uint8).contiguous(), bits, planar),

@@ -13,12 +13,12 @@ from sensitivity.quantize.stored.grid import QuantizedWeight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.stored_bits import GGUF_BLOCK, GGUF_BLOCK_BYTES
 
-VALUES_AT_ONCE = 2**22  # so that intermediate values take little memory
+VALUES_AT_ONCE = 2**22  # few, so that intermediate values take little memory
 Bytes = NDArray[np.uint8]
 
 
 def _nibbles(values: NDArray[np.int8], offset: int) -> tuple[Bytes, Bytes]:
-    """Values with an offset that makes them positive, and their low four bits, two to a byte."""
+    """Values plus an offset that makes them positive, and the low four bits of these, two per byte."""
     positive = (values + np.int8(offset)).astype(np.uint8)
     low = positive & 15
     half = GGUF_BLOCK // 2
@@ -48,16 +48,16 @@ TYPES: dict[str, tuple[int, int, Callable[[Bytes, NDArray[np.int8]], Bytes]]] = 
 
 
 def packed(name: str, stored: QuantizedWeight, type: str, order: Tensor | None = None) -> Tensor:
-    """The bytes of a quantized weight, its rows in another order if one is given.
+    """The bytes of a quantized weight, with its rows in another order if one is given.
 
-    Blocks have no zero point: a code minus its zero point is stored, for which the type must be wide enough. A type
-    with a minimum, such as Q4_1, would round the product of scale and zero point to 16 bits.
+    Blocks have no zero point, so each code is stored minus its zero point, for which the type must be wide enough. A
+    type with a minimum, such as Q4_1, would round the product of scale and zero point to 16 bits.
     """
     codes, scale, zero = stored.codes, per_block(stored, stored.scale), per_block(stored, stored.zero)
     half = scale.half()
     if not torch.equal(half.float(), scale.float()):
         raise UserError(
-            f"{name} has scales that 16-bit floats do not hold, and GGUF has no other; sweep with --dtype float16"
+            f"{name} has scales that 16-bit floats do not hold, and GGUF takes no others; sweep with --dtype float16"
         )
     if order is not None:
         codes, half, zero = codes[order], half[order], zero[order]
@@ -72,13 +72,13 @@ def packed(name: str, stored: QuantizedWeight, type: str, order: Tensor | None =
 
 
 def _blocks(name: str, codes: Tensor, scale: Tensor, zero: Tensor, type: str) -> Bytes:
-    """Some rows as blocks."""
-    least, most, made = TYPES[type]
+    """The blocks of some rows."""
+    least, most, joined = TYPES[type]
     values = codes.reshape(-1, GGUF_BLOCK).to(torch.int16) - zero.reshape(-1, 1).to(torch.int16)
     low, high = (int(end) for end in torch.aminmax(values))
     if low < least or high > most:
         raise UserError(f"{name} has codes from {low} to {high}, and {type.upper()} holds {least} to {most}")
-    return made(scale.contiguous().reshape(-1, 1).view(torch.uint8).numpy(), values.to(torch.int8).numpy())
+    return joined(scale.contiguous().reshape(-1, 1).view(torch.uint8).numpy(), values.to(torch.int8).numpy())
 
 
 def per_block(stored: QuantizedWeight, per_group: Tensor) -> Tensor:

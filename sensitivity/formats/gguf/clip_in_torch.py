@@ -33,7 +33,7 @@ class GGUFModelWithCLIP(GGUFModel):
 
 
 def with_tower(vlm: VLM, file: Path) -> VLM:
-    """A model without weights, given those of its vision tower and projector as the package gguf reads them."""
+    """Give a model without weights those of its vision tower and projector, as the package gguf reads them."""
     from gguf import GGUFReader, dequantize
 
     stored = {one.name: one for one in GGUFReader(file).tensors}
@@ -41,7 +41,7 @@ def with_tower(vlm: VLM, file: Path) -> VLM:
         half, places = placed(vlm.model.config, name, tuple(parameter.shape))
         if half != VISION:
             continue
-        values = torch.ones(parameter.shape)  # of what is never read
+        values = torch.ones(parameter.shape)  # for parameters that are never read
         if places:
             one = stored[places[0].name]
             values = torch.from_numpy(np.array(dequantize(one.data, one.tensor_type))).reshape(parameter.shape)

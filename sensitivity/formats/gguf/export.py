@@ -1,4 +1,4 @@
-"""gguf: the language model and the vision tower with its projector as GGUF files that hold our codes, as a stream."""
+"""gguf: writes the language model, and the vision tower with its projector, as GGUF files that hold our codes."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ ROUNDS_INPUTS = (
 )
 # https://github.com/ggml-org/llama.cpp/issues/25814: closed there as stale
 DEFECT = (
-    "llama.cpp up to at least 2026.10 computes CLIP towers wrongly: it puts the class token behind the patches, where "
-    "positions and the choice of features expect it in front (ggml-org/llama.cpp#25814). mmproj.gguf needs a build in "
-    "which that is fixed, by the one line of its pull request 25844"
+    "llama.cpp up to at least 2026.10 computes CLIP towers wrongly: it puts the class token after the patches, but "
+    "positions and the choice of features expect it before them (ggml-org/llama.cpp#25814). mmproj.gguf needs a build "
+    "with the one-line fix of pull request 25844"
 )
 NO_EPSILON = (
     "llama.cpp 2026.10 leaves out the epsilon of the norms in the language models of Qwen2-VL and Qwen2.5-VL, which "
@@ -60,8 +60,8 @@ NO_EPSILON = (
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """A tensor of a GGUF file: where its values come from, its type, and its bytes."""
+class _FileTensor:
+    """A tensor of a GGUF file: where its values come from, its type, and its number of bytes."""
 
     placed: Placed
     type: str
@@ -80,7 +80,7 @@ def check(model: VLM | str) -> None:
 
 
 def with_processor(model: VLM | str) -> VLM:
-    """A model with its processor: a loaded one as it is, one that is given by name without its weights."""
+    """A model with its processor: a loaded model as it is, and a model that is given by name without its weights."""
     if isinstance(model, VLM) and model.processor is not None:
         return model
     return without_weights(model if isinstance(model, str) else model.name)
@@ -96,7 +96,7 @@ def write(job: Job, folder: Path) -> Written:
     bytes: dict[str, int] = {}  # of each parameter
     hashes: dict[str, str] = {}
     stored: dict[str, dict[str, str]] = {}
-    halves: dict[str, dict[str, list[_Tensor]]] = {half: {} for half in FILES}
+    halves: dict[str, dict[str, list[_FileTensor]]] = {half: {} for half in FILES}
     unread: list[str] = []
     for name in names:
         half, places = placed(vlm.model.config, name, tensors[name].shape)
@@ -121,27 +121,27 @@ def is_clip(config: PreTrainedConfig) -> bool:
 
 
 def remark(folder: Path, same: bool) -> str:
-    """What a verification adds to its words, about a difference and about the image half."""
+    """What a verification adds to its words: why answers differ, and where the image half was computed."""
     words = "" if same else "; llama.cpp rounds what quantized layers read to 8 bits"
     if is_clip(load(str(folder), config_only=True).model.config):
         words += "; the image half was computed in transformers, since llama.cpp computes CLIP towers wrongly"
     return words
 
 
-def _tensor(job: Job, tensor: CheckpointTensor, place: Placed, matrix: bool) -> _Tensor:
-    """The type and the bytes of a tensor; llama.cpp takes all but matrices in float32 only."""
+def _tensor(job: Job, tensor: CheckpointTensor, place: Placed, matrix: bool) -> _FileTensor:
+    """The type and the number of bytes of a tensor."""
     count = torch.Size(place.shape).numel()
     if tensor.parameter in job.weights:
         type = gguf_type(job.schemes[tensor.parameter])
-        return _Tensor(place, type, count // GGUF_BLOCK * GGUF_BLOCK_BYTES[type])
+        return _FileTensor(place, type, count // GGUF_BLOCK * GGUF_BLOCK_BYTES[type])
     if tensor.dtype not in FLOATS:
         raise UserError(f"{tensor.parameter} is stored as {tensor.dtype}, which GGUF does not hold; use --format fake")
     dtype = tensor.dtype if matrix else torch.float32
-    return _Tensor(place, FLOATS[dtype], count * dtype.itemsize)
+    return _FileTensor(place, FLOATS[dtype], count * dtype.itemsize)
 
 
 def _matrices(job: Job) -> set[str]:
-    """The parameters that may stay in their own type."""
+    """The parameters that may keep their own dtype; llama.cpp takes all others in float32."""
     kept = {kept.name for kept in job.parts.kept if kept.reason in GGUF_MATRICES}
     return kept | {weight.name for weight in job.parts.weights}
 
@@ -151,7 +151,7 @@ def _write_half(
     vlm: VLM,
     half: str,
     tensors: Mapping[str, CheckpointTensor],
-    parts: Mapping[str, Sequence[_Tensor]],
+    parts: Mapping[str, Sequence[_FileTensor]],
     file: Path,
 ) -> tuple[str, dict[str, str]]:
     """Write one file; returns its hash and that of each tensor."""
@@ -179,7 +179,7 @@ def _writer(vlm: VLM, half: str) -> GGUFWriter:
     return writer
 
 
-def _add(writer: GGUFWriter, one: _Tensor) -> None:
+def _add(writer: GGUFWriter, one: _FileTensor) -> None:
     import numpy as np
     from gguf import GGMLQuantizationType
 
@@ -198,7 +198,7 @@ def header_of(writer: GGUFWriter, file: Path) -> bytes:
     return begin + bytes(-len(begin) % writer.data_alignment)
 
 
-def _piece(job: Job, tensor: CheckpointTensor, parts: Sequence[_Tensor]) -> Piece:
+def _piece(job: Job, tensor: CheckpointTensor, parts: Sequence[_FileTensor]) -> Piece:
     """The bytes of a parameter's tensors, computed when they are written."""
     name = tensor.parameter
 
@@ -215,10 +215,10 @@ def _piece(job: Job, tensor: CheckpointTensor, parts: Sequence[_Tensor]) -> Piec
 
 
 def _notes(config: PreTrainedConfig) -> Sequence[str]:
-    """Notes for the model card: what llama.cpp computes otherwise."""
+    """Notes for the model card about what llama.cpp computes in another way."""
     notes = [
         ROUNDS_INPUTS,
-        "llama.cpp resizes images by rules of its own; the lines above take those of the processor.",
+        "llama.cpp resizes images by its own rules; the lines above use those of the processor.",
     ]
     if is_clip(config):
         notes.append(f"{DEFECT}. The lines above compute the image half in transformers, from mmproj.gguf.")

@@ -1,4 +1,4 @@
-"""The C interfaces of libllama and libmtmd in the package xllamacpp, as far as they are used here."""
+"""The C functions and structures of libllama and libmtmd (package xllamacpp) that are used here."""
 
 from __future__ import annotations
 
@@ -136,23 +136,23 @@ def _silent(level: int, text: bytes, data: object) -> None:
     """Drop what llama.cpp would print."""
 
 
-SILENT = LOG(_silent)  # kept, since llama.cpp calls it as long as it runs
+SILENT = LOG(_silent)  # kept in a constant, since llama.cpp calls it as long as it runs
 
 
 def check_installed() -> None:
-    """Raise an error unless the build of llama.cpp is installed whose structures are those above."""
-    typed = "type `pip install 'vlm-sensitivity[gguf]'`"
+    """Raise an error unless the installed build of llama.cpp is the one that has the structures above."""
+    how = "type `pip install 'vlm-sensitivity[gguf]'`"
     try:
         found = version("xllamacpp")
     except PackageNotFoundError:
-        raise UserError(f"to run a GGUF export takes the package xllamacpp, which is not installed; {typed}") from None
+        raise UserError(f"running a GGUF export takes the package xllamacpp, which is not installed; {how}") from None
     if found != VERSION:
-        raise UserError(f"GGUF exports are run with xllamacpp {VERSION}, and {found} is installed; {typed}")
+        raise UserError(f"GGUF exports are run with xllamacpp {VERSION}, and {found} is installed; {how}")
 
 
 @cache
 def library() -> ctypes.CDLL:
-    """The library of xllamacpp, silent and ready."""
+    """The library of xllamacpp, initialized, and set to print nothing."""
     check_installed()
     found = ctypes.CDLL(str(importlib.import_module("xllamacpp.xllamacpp").__file__))
     for name, (result, arguments) in FUNCTIONS.items():

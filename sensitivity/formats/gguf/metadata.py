@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedConfig
 
-from sensitivity.formats.gguf.names import ACTS, ARCHITECTURES, PROJECTORS, QWEN, depth, whole_attention_every
+from sensitivity.formats.gguf.names import ACTS, ARCHITECTURES, PROJECTORS, QWEN, depth, full_attention_every
 from sensitivity.models.vlm import VLM
 
 if TYPE_CHECKING:
@@ -69,17 +69,17 @@ def vision_writer(vlm: VLM) -> GGUFWriter:
     writer.add_vision_image_std(list(processor.image_std))
     writer.add_vision_use_gelu(ACTS[vision.hidden_act] == "gelu")
     writer.add_vision_use_silu(ACTS[vision.hidden_act] == "silu")
-    _of_the_family(writer, kind, config, dict(processor.size))
+    _family_settings(writer, kind, config, dict(processor.size))
     return writer
 
 
-def _of_the_family(writer: GGUFWriter, kind: str, config: PreTrainedConfig, size: dict[str, int]) -> None:
+def _family_settings(writer: GGUFWriter, kind: str, config: PreTrainedConfig, size: dict[str, int]) -> None:
     """Settings that only one kind of projector has."""
     if kind == "llava":
         writer.add_array("clip.vision.feature_layer", [depth(config)])
     elif kind in QWEN:
         if kind == "qwen2_5_vl":
-            writer.add_vision_n_wa_pattern(whole_attention_every(config.vision_config))
+            writer.add_vision_n_wa_pattern(full_attention_every(config.vision_config))
         writer.add_vision_spatial_merge_size(config.vision_config.spatial_merge_size)
         writer.add_uint32("clip.vision.image_min_pixels", size["shortest_edge"])
         writer.add_uint32("clip.vision.image_max_pixels", size["longest_edge"])

@@ -1,4 +1,4 @@
-"""GGUFModel: an export in llama.cpp, which computes with its packed codes and reads images as transformers does."""
+"""GGUFModel: an export opened in llama.cpp, which gets images as transformers' processor prepared them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 from torch import Tensor
 
 from sensitivity.formats.gguf.export import FILES
+from sensitivity.formats.gguf.image_bytes import as_bytes
 from sensitivity.formats.gguf.library import F32, FLASH_OFF, IMAGE, Batch, Text, library
 from sensitivity.formats.gguf.names import QWEN, TILED
-from sensitivity.formats.gguf.pictures import as_bytes
 from sensitivity.formats.halved.halves import LANGUAGE, VISION, Array
 from sensitivity.formats.halved.model import HalvedModel
 from sensitivity.models.config_only import without_weights
 from sensitivity.spec.errors import UserError
 
-ROOM = 1024  # tokens; the cache grows by this many
-AHEAD = 256  # new tokens for which there is room at least when a prompt begins
+CACHE_STEP = 1024  # the size of the cache, in tokens, is a multiple of this
+AHEAD = 256  # when a prompt begins, there is room for at least this many new tokens
 
 
 class GGUFModel(HalvedModel):
@@ -36,8 +36,8 @@ class GGUFModel(HalvedModel):
         self.language = self._opened(LANGUAGE, self.lib.llama_model_load_from_file(self._path(LANGUAGE), params))
         self.vision = self._opened(VISION, self.lib.mtmd_init_from_file(*self._vision_arguments()))
         self.width = self.lib.llama_model_n_embd_inp(self.language)
-        self.words = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.language))
-        self.turns_in_space = self.lib.mtmd_decode_use_mrope(self.vision)
+        self.vocabulary_size = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.language))
+        self.uses_mrope = self.lib.mtmd_decode_use_mrope(self.vision)
         self.context: int | None = None
         self.room, self.ahead = 0, AHEAD
         self.grids: list[tuple[int, int]] = []  # rows and columns of each image's features
@@ -52,7 +52,7 @@ class GGUFModel(HalvedModel):
         return handle
 
     def _vision_arguments(self) -> tuple[bytes, int, ctypes.Structure]:
-        """Settings by which an image of the processor's size is read as it is."""
+        """Arguments with which llama.cpp does not resize an image of the processor's size."""
         params = self.lib.mtmd_context_params_default()
         params.use_gpu, params.print_timings, params.warmup, params.flash_attn_type = False, False, False, FLASH_OFF
         if self.threads:
@@ -84,7 +84,7 @@ class GGUFModel(HalvedModel):
             code = lib.mtmd_tokenize(self.vision, chunks, byref(text), (c_void_p * 1)(bitmap), 1)
             found = [lib.mtmd_input_chunks_get(chunks, i) for i in range(lib.mtmd_input_chunks_size(chunks))]
             found = [chunk for chunk in found if lib.mtmd_input_chunk_get_type(chunk) == IMAGE]
-            # the first is the whole image; Idefics3's one further tile is the same again
+            # the first is the whole image; Idefics3 has one tile more, which is the same image
             if code or not found or lib.mtmd_encode_chunk(self.vision, found[0]):
                 raise UserError(f"llama.cpp cannot read an image with {self.folder / FILES[VISION]}")
             rows = lib.mtmd_input_chunk_get_n_tokens(found[0])
@@ -133,7 +133,7 @@ class GGUFModel(HalvedModel):
         return int(self.vlm.model.config.image_token_id)
 
     def _runs(self, ids: Sequence[int], images: bool) -> Iterator[tuple[int, int]]:
-        """Begin and end of each run of tokens, and of placeholders of images."""
+        """Begin and end of each run of text tokens or of image placeholders."""
         is_image = np.equal(ids, self._image_token()) & images
         edges = [0, *(np.flatnonzero(is_image[1:] != is_image[:-1]) + 1), len(ids)]
         yield from pairwise(edges)
@@ -141,7 +141,7 @@ class GGUFModel(HalvedModel):
     def _image_positions(self, count: int, grids: Iterator[tuple[int, int]]) -> Array:
         """The positions of an image's rows: one after the other, or by time, row and column, as in Qwen2-VL."""
         begin = self.next
-        if not self.turns_in_space:
+        if not self.uses_mrope:
             self.next += count
             return np.arange(begin, begin + count)
         rows, cols = next(grids)
@@ -165,23 +165,23 @@ class GGUFModel(HalvedModel):
             raise UserError(f"llama.cpp cannot read a prompt of {self.read + len(wanted)} tokens with {self.folder}")
 
     def _row(self, index: int) -> Array:
-        return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, index), (self.words,)).copy()
+        return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, index), (self.vocabulary_size,)).copy()
 
     def _make_room(self, count: int) -> None:
-        """Make the cache large enough for a prompt that begins; it holds float32, as torch's does."""
+        """Make the cache large enough for a new prompt; it stores float32, as torch's cache does."""
         if self.read or count + self.ahead <= self.room:
             return
         if self.context:
             self.lib.llama_free(self.context)
         params = self.lib.llama_context_default_params()
-        self.room = params.n_ctx = params.n_batch = -(-(count + self.ahead) // ROOM) * ROOM
+        self.room = params.n_ctx = params.n_batch = -(-(count + self.ahead) // CACHE_STEP) * CACHE_STEP
         params.n_seq_max, params.flash_attn_type, params.type_k, params.type_v = 1, FLASH_OFF, F32, F32
         if self.threads:
             params.n_threads = params.n_threads_batch = self.threads
         self.context = self._opened(LANGUAGE, self.lib.llama_init_from_model(self.language, params))
 
     def __del__(self) -> None:
-        """Give back the memory that Python does not know of."""
+        """Free the memory that llama.cpp allocated."""
         for free, name in (("llama_free", "context"), ("mtmd_free", "vision"), ("llama_model_free", "language")):
             if handle := getattr(self, name, None):
                 getattr(self.lib, free)(handle)

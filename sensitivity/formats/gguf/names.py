@@ -1,4 +1,4 @@
-"""The names that llama.cpp gives to a model's tensors, and the models whose tensors have such names."""
+"""The names that llama.cpp gives to a model's tensors, and a check of whether it can run the model."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from sensitivity.formats.halved.halves import LANGUAGE, VISION
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 
-# config.model_type -> llama.cpp's name of what is between vision tower and language model
+# config.model_type -> llama.cpp's name of the projector between vision tower and language model
 PROJECTORS = {"llava": "mlp", "idefics3": "idefics3", "smolvlm": "idefics3"}
 PROJECTORS |= {"qwen2_vl": "qwen2vl_merger", "qwen2_5_vl": "qwen2.5vl_merger"}
 TILED = ("idefics3", "smolvlm")  # types whose processor cuts an image into tiles
-# the same of the language model -> llama.cpp's architecture
+# model_type of the language model -> llama.cpp's name of its architecture
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen2_vl_text": "qwen2vl", "qwen2_5_vl_text": "qwen2vl"}
-QWEN = ("qwen2_vl", "qwen2_5_vl")  # types whose images have any size, and positions in space
+QWEN = ("qwen2_vl", "qwen2_5_vl")  # types whose images have any size, and positions by row and column
 CLIP = "clip_vision_model"
-TOWERS = {CLIP: "default", "siglip_vision_model": "full"}  # of LLaVA -> the features that its graph selects
-# hidden_act of a vision tower -> llama.cpp's function; its one for the exact GELU is the one by tanh
+# vision tower of LLaVA -> the features that llama.cpp's graph selects
+TOWERS = {CLIP: "default", "siglip_vision_model": "full"}
+# hidden_act of a vision tower -> llama.cpp's function for it; llama.cpp computes the exact GELU by its tanh form
 ACTS = {"quick_gelu": "quick", "gelu": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "silu": "silu"}
 
 TEXT_BLOCK = {
@@ -47,8 +48,8 @@ QWEN_BLOCK = {
 QWEN_VIT = {
     "patch_embed.proj": "v.patch_embd", "merger.ln_q": "v.post_ln", "merger.mlp.0": "mm.0", "merger.mlp.2": "mm.2",
 }  # fmt: skip
-WINDOW = 112  # pixels, of attention in Qwen2.5-VL's tower: llama.cpp takes no other
-# path -> which file, the prefix of a block's names, and the names inside and outside of blocks
+WINDOW = 112  # pixels of an attention window in Qwen2.5-VL's tower: llama.cpp takes no other
+# begin of a parameter's path -> which file, the prefix of names in a block, and the names inside and outside of blocks
 ROOTS: dict[str, tuple[str, str, dict[str, str], dict[str, str]]] = {
     "model.language_model.": (LANGUAGE, "blk", TEXT_BLOCK, TEXT),
     "model.text_model.": (LANGUAGE, "blk", TEXT_BLOCK, TEXT),
@@ -69,18 +70,18 @@ class Placed:
 
     name: str
     shape: tuple[int, ...]
-    rows: Tensor | None = None  # the parameter's rows that it holds, in its order; None: all
-    frame: int | None = None  # of a convolution over time
+    rows: Tensor | None = None  # indices of the parameter's rows, in the order of the file; None: all rows as they are
+    frame: int | None = None  # which frame of a convolution over time
 
     def of(self, values: Tensor) -> Tensor:
-        """Its values, from those of the parameter."""
+        """The tensor's values, from those of the parameter."""
         if self.frame is not None:
             return values[:, :, self.frame]
         return values if self.rows is None else values[self.rows]
 
 
 def placed(config: PreTrainedConfig, parameter: str, shape: tuple[int, ...]) -> tuple[str, tuple[Placed, ...]]:
-    """The file of a parameter and what it becomes there; nothing for one that the model never reads."""
+    """The file of a parameter and the tensors that it becomes there: none if the model never reads it."""
     root = next(root for root in ROOTS if parameter.startswith(root))
     half, blocks, inside, outside = ROOTS[root]
     path, _, leaf = parameter[len(root) :].rpartition(".")
@@ -106,7 +107,10 @@ def placed(config: PreTrainedConfig, parameter: str, shape: tuple[int, ...]) -> 
 
 
 def _order(config: PreTrainedConfig, name: str, rows: int) -> Tensor | None:
-    """The order of a query's or key's rows: llama.cpp turns neighbors where transformers turns halves of a head."""
+    """The order of a query's or key's rows, since llama.cpp's rotary positions rotate pairs of neighboring rows.
+
+    In transformers, the rows of a pair are in the two halves of a head.
+    """
     text = config.get_text_config()
     if ARCHITECTURES[text.model_type] != "llama" or name not in ("attn_q", "attn_k"):
         return None
@@ -125,7 +129,7 @@ def depth(config: PreTrainedConfig) -> int:
 
 
 def _never_read(config: PreTrainedConfig, path: str) -> bool:
-    """Whether a LLaVA model never reads a module of its tower: behind the layer that it uses, or for pooling."""
+    """Whether a LLaVA model never reads a module of its tower: one after the layer that it uses, or for pooling."""
     if config.model_type != "llava":
         return False
     found = IN_BLOCK.fullmatch(path)
@@ -133,7 +137,7 @@ def _never_read(config: PreTrainedConfig, path: str) -> bool:
 
 
 def check_named(vlm: VLM) -> None:
-    """Raise an error for a model that llama.cpp computes otherwise than transformers, or not at all."""
+    """Raise an error for a model that llama.cpp computes in another way than transformers, or not at all."""
     config = vlm.model.config
     text = config.get_text_config()
     if config.model_type not in PROJECTORS or text.model_type not in ARCHITECTURES:
@@ -155,7 +159,7 @@ def check_named(vlm: VLM) -> None:
     if config.model_type == "qwen2_5_vl":
         wrong |= {
             f"windows of {vision.window_size} pixels": vision.window_size != WINDOW,
-            "whole attention in irregular blocks": not whole_attention_every(vision),
+            "full attention in irregular blocks": not full_attention_every(vision),
         }
     if found := [what for what, is_so in wrong.items() if is_so]:
         raise UserError(f"{vlm.name} has {' and '.join(found)}, which llama.cpp does not compute; use another format")
@@ -163,8 +167,8 @@ def check_named(vlm: VLM) -> None:
         placed(config, name, tuple(parameter.shape))  # raises an error for one without a name
 
 
-def whole_attention_every(vision: PreTrainedConfig) -> int:
-    """Every how many blocks Qwen2.5-VL's tower attends to the whole image; 0 if that is irregular."""
+def full_attention_every(vision: PreTrainedConfig) -> int:
+    """Every how many blocks Qwen2.5-VL's tower has full attention, without windows; 0 if that is irregular."""
     blocks = list(vision.fullatt_block_indexes)
     step = blocks[0] + 1 if blocks else 0
     return step if blocks == list(range(step - 1, blocks[-1] + 1, step)) else 0

@@ -1,4 +1,4 @@
-"""Opens a GGUF export in llama.cpp, once every tensor is found as it was written, and evaluates tasks on it."""
+"""Opens a GGUF export in llama.cpp, after checking that every tensor is as it was written, to evaluate tasks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sensitivity.spec.errors import UserError
 
 
 def running(folder: Path, threads: int) -> Running:
-    """An export in llama.cpp, which evaluates tasks."""
+    """An export opened in llama.cpp, which evaluates tasks."""
     check(str(folder))
     check_installed()
     check_arrived(folder)
@@ -24,7 +24,7 @@ def running(folder: Path, threads: int) -> Running:
 
 
 def opened(folder: Path | str, threads: int = 0) -> GGUFModel:
-    """An export in llama.cpp; the image half in transformers, where llama.cpp computes that wrongly."""
+    """An export opened in llama.cpp; its image half runs in transformers if llama.cpp computes that wrongly."""
     clip = is_clip(load(str(folder), config_only=True).model.config)
     return (GGUFModelWithCLIP if clip else GGUFModel)(folder, threads)
 

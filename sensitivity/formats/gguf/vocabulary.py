@@ -1,4 +1,4 @@
-"""The tokenizer in the header of a language model's GGUF file, from the tokenizer.json of its model."""
+"""Writes the tokenizer of tokenizer.json into the header of a language model's GGUF file."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sensitivity.spec.errors import UserError
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-Rules = Mapping[str, Any]  # of a tokenizer.json
+Rules = Mapping[str, Any]  # the content of a tokenizer.json
 BYTES, WORDS, SENTENCE = "bytes as letters", "whole words", "letters with bytes as fallback"  # kinds of tokenizers
-# llama.cpp's name of a rule that splits text before it is merged -> a part of that rule in tokenizer.json
+# ends of tokenizer.json's regular expressions that split text before merging; REGEX has llama.cpp's names of them
 QWEN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 REGEX = {"qwen2": QWEN, "llama-bpe": LLAMA}
@@ -36,28 +36,28 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, rows:
     if kind == SENTENCE:
         writer.add_tokenizer_model("llama")
         writer.add_token_scores(_scores(texts, merges))
-        writer.add_add_space_prefix(_puts_a_space_first(rules))
-    else:  # llama.cpp splits text into whole words by none of its rules: that kind is only for the tests' models
+        writer.add_add_space_prefix(_adds_space(rules))
+    else:  # llama.cpp has no rule that splits text into whole words: that kind is only for the tests' models
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(split_rule(rules) if kind == BYTES else "gpt-2")
-        writer.add_token_merges(merges or ["a a"])  # llama.cpp asks for one at least
+        writer.add_token_merges(merges or ["a a"])  # llama.cpp needs at least one
     for name in ("bos", "eos", "unk", "pad"):
         if (number := getattr(tokenizer, f"{name}_token_id", None)) is not None:
             getattr(writer, f"add_{name}_token_id")(number)
-    writer.add_add_bos_token(_begins(tokenizer))
+    writer.add_add_bos_token(_adds_bos(tokenizer))
     if isinstance(template, str):
         writer.add_chat_template(template)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raise an error for a tokenizer that llama.cpp does not have."""
+    """Raise an error for a tokenizer whose rules llama.cpp does not have."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     if kind_of(rules) == BYTES:
         split_rule(rules)
 
 
 def kind_of(rules: Rules) -> str:
-    """Which of llama.cpp's tokenizers has the rules of a tokenizer.json."""
+    """The kind of a tokenizer, which decides the tokenizer of llama.cpp that is used for it."""
     model = rules["model"]
     if model["type"] == "WordLevel":
         return WORDS
@@ -92,27 +92,27 @@ def _type(token: str | None, added: Mapping[str, bool], kind: str, unknown: str 
         return TokenType.UNKNOWN
     if token in added:
         return TokenType.CONTROL if added[token] else TokenType.USER_DEFINED
-    if kind == WORDS:  # such tokens are found whole, and never made of letters by merging
+    if kind == WORDS:  # llama.cpp finds such tokens as whole texts, and never merges letters into them
         return TokenType.USER_DEFINED
     byte = kind == SENTENCE and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
     return TokenType.BYTE if byte else TokenType.NORMAL
 
 
 def _scores(texts: Sequence[str], merges: Sequence[str]) -> list[float]:
-    """A score per token, by which llama.cpp merges letters in the order of the merges."""
+    """A score for each token, with which llama.cpp merges letters in the tokenizer's order of merges."""
     rank: dict[str, int] = {}
     for number, pair in enumerate(merges):
         rank.setdefault(pair.replace(" ", "", 1), number)
     return [-float(rank.get(text, len(merges))) for text in texts]
 
 
-def _puts_a_space_first(rules: Rules) -> bool:
-    """Whether text begins with a space that was not there."""
+def _adds_space(rules: Rules) -> bool:
+    """Whether the tokenizer puts a space before a text."""
     written = json.dumps([rules.get("normalizer"), rules.get("pre_tokenizer")])
     return '"Prepend"' in written or '"prepend_scheme": "always"' in written or '"prepend_scheme": "first"' in written
 
 
-def _begins(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether a prompt begins with the token for its begin."""
+def _adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the tokenizer puts the bos token before a prompt."""
     ids = tokenizer("a")["input_ids"]
     return bool(ids) and ids[0] == tokenizer.bos_token_id

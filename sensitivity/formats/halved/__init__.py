@@ -1,1 +1,1 @@
-"""A model in two halves, image to features and tokens to logits: what a runtime executes, one after the other."""
+"""A model in two halves that a runtime executes one after the other: image to features, and tokens to logits."""

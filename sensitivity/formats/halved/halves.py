@@ -1,4 +1,4 @@
-"""The two halves of a model as modules of torch, for types of models that tests compare with the whole."""
+"""The two halves of a model as torch modules: image to features, and tokens to logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sensitivity.spec.errors import UserError
 
 VISION, LANGUAGE = "vision", "language"
 Array = np.ndarray[Any, Any]
-# values of config.model_type for which tests compare the halves with the whole model
+# values of config.model_type; tests compare the halves of these with the whole model
 HALVED = ("llava", "blip-2")
 
 
@@ -24,7 +24,9 @@ def check_halves(vlm: VLM) -> None:
         known = " and ".join(HALVED)
         raise UserError(f"only models of the types {known} can be run half by half, and {vlm.name} is of type {kind}")
     if vlm.encoder_decoder:
-        raise UserError(f"a language model that only decodes can be run half by half, and that of {vlm.name} encodes")
+        raise UserError(
+            f"only a decoder can be run half by half, and the language model of {vlm.name} also has an encoder"
+        )
 
 
 class Vision(nn.Module):

@@ -30,7 +30,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 from sensitivity.tasks.examples.types import Task
 
-IMAGE_INPUTS = ("pixel_values", "image_grid_thw")  # what of a processor's output the image half reads
+IMAGE_INPUTS = ("pixel_values", "image_grid_thw")  # the processor's outputs that the image half reads
 
 
 class HalvedModel(ABC):
@@ -50,7 +50,7 @@ class HalvedModel(ABC):
 
     @staticmethod
     def image_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """What of a processor's output the image half reads."""
+        """The processor's outputs that the image half reads."""
         return {name: inputs[name] for name in IMAGE_INPUTS if name in inputs}
 
     def generate(
@@ -72,7 +72,7 @@ class HalvedModel(ABC):
 
 
 def unlike(found: Mapping[str, Array], hashes: Mapping[str, str]) -> list[str]:
-    """The tensors that a runtime does not find by their names with the bytes that were written."""
+    """The names of tensors that a runtime does not find, or finds with other bytes than were written."""
     return [n for n, sha in hashes.items() if n not in found or hashlib.sha256(found[n].tobytes()).hexdigest() != sha]
 
 

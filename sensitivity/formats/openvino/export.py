@@ -1,4 +1,4 @@
-"""openvino: the image half and the language half as OpenVINO graphs that hold our codes, written as a stream."""
+"""openvino: writes the image half and the language half as OpenVINO graphs that hold our codes."""
 
 from __future__ import annotations
 

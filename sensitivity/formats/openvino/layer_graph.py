@@ -17,7 +17,7 @@ MOST = 128 * 2**20  # bytes of float32 weights in one graph at most: more than a
 
 
 class LayerGraph:
-    """As many copies of a layer as the model has, all with the same input, so that weights come from memory."""
+    """As many copies of a layer as the model has, all with the same input, so that weights are read from memory."""
 
     def __init__(self, weight: Weight, scheme: Scheme | None, copies: int, threads: int) -> None:
         import openvino
@@ -25,7 +25,7 @@ class LayerGraph:
 
         self.copies = max(min(copies, MOST // (4 * weight.numel)), 1)
         draw = np.random.default_rng(0)
-        # OpenVINO does not own the bytes of its constants, and packs weights as late as in the first pass
+        # kept, since OpenVINO does not copy the bytes of its constants, and packs weights only in the first pass
         self.kept: list[openvino.Tensor] = []
 
         def filled(constant: Constant) -> op.Constant:

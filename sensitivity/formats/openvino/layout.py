@@ -31,7 +31,7 @@ class Constant:
 
     @property
     def bytes(self) -> int:
-        """The bytes that it takes; codes follow each other without gaps, across rows too."""
+        """The bytes that it takes; codes follow each other without gaps, also from row to row."""
         return math.ceil(math.prod(self.shape) * BITS[self.type] / 8)
 
 

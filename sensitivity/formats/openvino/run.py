@@ -58,7 +58,7 @@ class OpenVINOModel(HalvedModel):
 
 
 def running(folder: Path, threads: int) -> Running:
-    """An export in OpenVINO, which evaluates tasks."""
+    """An export opened in OpenVINO, which evaluates tasks."""
     check(str(folder))
     check_arrived(folder)
     return Running.of(folder, OpenVINOModel(folder, threads), "openvino")

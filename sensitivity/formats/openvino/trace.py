@@ -1,4 +1,4 @@
-"""Traces the two halves of a model into OpenVINO graphs. Weights are inputs there, so that none is read or copied."""
+"""Traces the two halves of a model into OpenVINO graphs, whose weights are inputs, so that none is read or copied."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROMPTS, CACHED, TOKENS, FEATURES, KEPT = 17, 19, 23, 29, 13
 
 
 class _WithWeights(nn.Module):
-    """A half as a function of its weights; it has no parameters of its own, which tracing would find."""
+    """A half as a function of its weights; it has no parameters itself, since tracing would find them."""
 
     def __init__(self, half: nn.Module) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def shapes_of_weights(vlm: VLM) -> dict[str, Tensor]:
 
 
 def skeleton(model: VLM | str) -> VLM:
-    """A loaded model as it is; one that is given by name, without its weights."""
+    """A loaded model as it is, or a model that is given by name without its weights."""
     return load(model, config_only=True) if isinstance(model, str) else model
 
 

@@ -1,1 +1,1 @@
-"""Export formats that are configurations: the runtime's own tool makes the weights."""
+"""Export formats that are configurations, from which the runtime's own tool makes the weights."""

@@ -64,7 +64,7 @@ def tensor_names(job: Job) -> dict[str, str]:
     blocks = {
         part: max((w.blocks for w in job.parts.weights if w.part == part), default=0) for part in ("vision", "language")
     }
-    # the map of names depends on the architecture; one that gguf does not know gets LLaMA's
+    # the map of names depends on the architecture; for an architecture that gguf does not know it is LLaMA's
     text = job.source.config.get("text_config")
     model_type = (text if isinstance(text, Mapping) else job.source.config).get("model_type", "")
     architecture = getattr(MODEL_ARCH, str(model_type).upper(), MODEL_ARCH.LLAMA)
@@ -98,7 +98,7 @@ def _name(module: str, known: Mapping[str, tuple[object, str]]) -> str | None:
     """
     words = module.split(".")
     ends = [".".join(words[start:]) for start in range(len(words))]
-    # leave out the tensors of audio towers (a., mm.a.): with them, other names would be ambiguous
+    # without the tensors of audio towers (a., mm.a.), which would make other names ambiguous
     names_by_key = {key: value[1] for key, value in known.items() if not value[1].startswith(("a.", "mm.a."))}
     for whole in (True, False):
         for end in ends:

@@ -25,7 +25,7 @@ def write(job: Job, folder: Path) -> Written:
     )
     load = (
         "from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format\n\n"
-        "# what ModelOpt and the engines that read its checkpoints make of it\n"
+        "# the settings as ModelOpt, and engines that read its checkpoints, understand them\n"
         'settings = convert_hf_quant_config_format(json.load(open("hf_quant_config.json")))\n'
     )
     return Written(load="import json\n" + load, notes=(RUNTIME_QUANTIZES,))

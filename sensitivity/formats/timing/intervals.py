@@ -11,7 +11,7 @@ from scipy import stats
 from sensitivity.formats.timing.timed_process import Round, Stage
 from sensitivity.study.scores import CONFIDENCE
 
-FEWEST = 6  # the fewest values whose range contains the true median with 95 % confidence
+FEWEST = 6  # the range of at least this many values contains the true median with 95 % confidence
 
 
 class Interval(TypedDict):

@@ -23,7 +23,7 @@ def keep(parts: ComponentMap, times: LayerTimes) -> None:
     """Store the times of a model's layers on this machine, merged with stored times of other layouts."""
     file = _file(parts, times.runtime, times.threads)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(UserError):  # none are stored yet, or they cannot be read
+    with suppress(UserError):  # no times are stored yet, or they cannot be read
         before = _read(file, "")
         if (before.at_once, before.tokens) == (times.at_once, times.tokens):
             times = replace(times, layers={**before.layers, **times.layers})

@@ -1,4 +1,4 @@
-"""A model opened in a runtime, image half and language half, ready to be timed."""
+"""Opens the image half and the language half of a model in a runtime, to time them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _in_openvino(model: str, dtype: str, threads: int) -> HalvedModel:
 def _in_llama_cpp(model: str, dtype: str, threads: int) -> HalvedModel:
     from sensitivity.formats.gguf.model import GGUFModel
 
-    # a CLIP tower is timed there, too: only its positions are wrong, and they take as long as right ones
+    # a CLIP tower is timed there, too: only its positions are wrong, which takes as long as right ones
     return GGUFModel(model, threads)
 
 
@@ -88,7 +88,7 @@ def _warm_llama_cpp() -> None:
     from sensitivity.formats.gguf.library import library
 
     library()
-    _warm_torch()  # which makes its images
+    _warm_torch()  # since torch makes the images that llama.cpp reads
 
 
 def _warm_openvino() -> None:
@@ -100,8 +100,8 @@ def _warm_openvino() -> None:
     openvino.Core().compile_model(graph, "CPU")(torch.ones(2, 8).numpy())
 
 
-# runtimes that are timed -> the function that opens a model there, the one that raises an error if it cannot, and the
-# one that loads the runtime's libraries
+# for each runtime that is timed: the function that opens a model there, the one that raises an error for a model that
+# cannot be opened there, and the one that loads the runtime's libraries
 OPEN: dict[str, Callable[[str, str, int], HalvedModel]] = {
     "openvino": _in_openvino,
     "gguf": _in_llama_cpp,

@@ -42,7 +42,7 @@ from sensitivity.spec.stage import each
 from sensitivity.tasks.table import task as find_task
 
 ROUNDS = 12
-PROMPTS = 32  # examples from whose answers the usual length of an answer is taken
+PROMPTS = 32  # examples whose right answers give the usual length of an answer
 
 
 @dataclass
@@ -65,7 +65,7 @@ def profile(
 ) -> LayerTimes:
     """Time the layers of a model in the layouts of some schemes, in turn with the whole model in full precision.
 
-    A layer is timed in as many copies as the model has of it, so that weights come from memory and not from the
+    A layer is timed in as many copies as the model has of it, so that weights are read from memory and not from the
     processor's cache. The time outside of layers is the time of the whole model minus that of its layers. The times
     are stored on this machine, where `recommend` finds them.
     """
@@ -122,7 +122,7 @@ def check_runs_here(model: str, runtime: str) -> None:
 
 
 def _as_in_graphs(at_once: dict[str, int], folder: Path) -> dict[str, int]:
-    """The counts, with 0 for weights that no graph reads, as in vision layers behind the one whose output is used."""
+    """The counts, with 0 for weights that no graph reads, as in vision layers after the one whose output is used."""
     graphs: dict[str, dict[str, str]] = json.loads((folder / STORED).read_bytes())
     kept = {constant.partition(":")[0] for constants in graphs.values() for constant in constants}
     return {name: count if name in kept else 0 for name, count in at_once.items()}

@@ -71,7 +71,7 @@ def bench(
     model: str | None = None,
     threads: int = 0,
 ) -> Bench:
-    """Time an export and full precision round by round in one run; the outcome is stored in the export.
+    """Time an export and full precision round by round in one run, and store the outcome in the export.
 
     Each round is the answer to one example of a task: its image, its prompt, and a fixed number of new tokens. `model`
     is the folder of the base model, if it is not the one that the export names.
@@ -107,7 +107,7 @@ def bench(
 def _checked(
     folder: Path, facts: Manifest, runtime: str | None, n: int, task: str | None, model: str | None
 ) -> tuple[str, str, str]:
-    """Make every check before any slow work; returns the runtime, the base model and the task."""
+    """Raise an error before any slow work if something is wrong; returns the runtime, the base model and the task."""
     format = facts["format"]
     own = format if format in CHECK else "transformers"
     if not facts["runs"]:
@@ -152,7 +152,7 @@ def in_turn(asked: Mapping[str, Asked], n: int) -> tuple[dict[str, list[Round]],
     with ExitStack() as stack:
         running: dict[str, TimedModel] = {name: stack.enter_context(timed_process(one)) for name, one in asked.items()}
         for one in running.values():
-            one.round(0)  # the first is slower, and not counted
+            one.round(0)  # the first round is slower, and is not counted
         rounds: dict[str, list[Round]] = {name: [] for name in running}
         for number in each(range(n), "timing", "rounds", n):
             for name in list(running)[:: 1 if number % 2 else -1]:  # in alternating order

@@ -1,4 +1,4 @@
-"""A process that holds one model in its runtime, and times one answer whenever it is asked to."""
+"""A process that opens one model in its runtime, and times one answer for each request."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class _Reply(TypedDict, total=False):
 
 
 class TimedModel:
-    """A model that is timed in a process of its own, so that its memory is its own too."""
+    """A model that is timed in a separate process, so that its memory can be measured, too."""
 
     def __init__(self, running: subprocess.Popen[str], name: str) -> None:
         self.running, self.name = running, name
@@ -87,7 +87,7 @@ class TimedModel:
         try:
             self.running.stdin.write(json.dumps(number) + "\n")
             self.running.stdin.flush()
-        except BrokenPipeError:  # the process ended, as `_reply` will say; closing later would try to write again
+        except BrokenPipeError:  # the process ended, which `_reply` reports; closing later would try to write again
             with suppress(OSError):
                 self.running.stdin.close()
         return self._reply()
@@ -119,8 +119,8 @@ def timed_process(asked: Asked) -> Iterator[TimedModel]:
 
 
 def serve() -> None:
-    """Runs in the process: open the model, then time one answer for each number that arrives."""
-    answers = os.fdopen(os.dup(1), "w")  # for replies alone: what libraries print goes elsewhere
+    """Open the model, then time one answer for each number that arrives; this runs in the separate process."""
+    answers = os.fdopen(os.dup(1), "w")  # for replies only; what libraries print goes to standard error
 
     def reply(**content: object) -> None:
         answers.write(json.dumps(content) + "\n")

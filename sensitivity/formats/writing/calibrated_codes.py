@@ -1,4 +1,4 @@
-"""Codes of calibrated methods, computed again block by block in data-flow order, as when they were measured."""
+"""Codes of calibrated methods, computed again block by block in data-flow order, as when the plan was measured."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sensitivity.spec.plan import Plan, Scheme
 
 @dataclass
 class CalibratedCodes:
-    """A function that computes the codes of weights in data-flow order, and what else changed on the way."""
+    """A function that computes the codes of weights in data-flow order, and what else has changed in the model."""
 
     codes: Codes
     changed: dict[str, Tensor] = field(default_factory=dict)  # norms that were tweaked, parameters that absorbed scales
@@ -37,18 +37,19 @@ class CalibratedCodes:
 
     @property
     def notes(self) -> list[str]:
-        """What the model card should say about folded scales."""
+        """Notes for the model card about folded scales."""
         if not self.folded and not self.unscaled:
             return []
         words = [
-            f"The scales of {len(self.folded)} inputs are folded into the layer before: what it computes is equal, but "
-            "for being rounded to what the file stores."
+            f"The scales of {len(self.folded)} inputs are folded into the layers before them, which changes what these "
+            "compute only by rounding to what the file stores."
         ]
         if self.unscaled:
             listed = "; ".join(f"{name}: {', '.join(sorted(layers))}" for name, layers in self.unscaled.items())
             words.append(
-                f"Layers behind nothing that can take over scales, such as a GELU, were measured and written without: "
-                f"{listed}. To scale them too, use --set scales=stored and --format fake; or gptq, which needs none."
+                f"Layers after something that cannot absorb scales, such as a GELU, were measured and written without "
+                f"scales: {listed}. To scale them too, use --set scales=stored and --format fake, or use gptq, which "
+                "needs no scales."
             )
         return [" ".join(words)]
 
@@ -57,7 +58,7 @@ class CalibratedCodes:
 def codes(
     vlm: VLM, parts: ComponentMap, plan: Plan, statistics: Statistics, folding: bool = False
 ) -> Iterator[CalibratedCodes]:
-    """Inside the `with` block, compute codes for weights that are requested in data-flow order, as by `checkpoint`.
+    """Inside the `with` block, compute codes of weights that are requested in data-flow order, as `checkpoint` does.
 
     On the exposed path, each block of layers is quantized inside the model before the next one is calibrated; at the
     end the model gets its own weights back. The codes of at most one block of layers are in memory. With `folding`, the
@@ -79,7 +80,7 @@ class _BlockByBlock:
         self.parameters = dict(vlm.model.named_parameters())
         self.float_weights = {name: parameter.data for name, parameter in self.parameters.items()}
         self.schemes = targets(parts, plan)
-        # at most one block is solved ahead, whatever the granularity of the plan
+        # by block, so that at most one block is solved ahead, whatever the granularity of the plan
         changed = ([w for w in c.weights if w.name in self.schemes] for c in parts.regroup("block").components)
         self.blocks = iter([block for block in changed if block])
         self.done: list[tuple[str, Scheme]] = []
@@ -91,11 +92,11 @@ class _BlockByBlock:
         }
         self.found: dict[str, StoredWeight | None] = {}
         self.result = CalibratedCodes(self.codes_of)
-        self.hooks: list[RemovableHandle] = []  # they round activations of the blocks in the model
+        self.hooks: list[RemovableHandle] = []  # they round the activations of blocks that are installed in the model
         self.norms = TweakedNorms(self.model, parts, statistics.passes, statistics.exposed, {})
 
     def codes_of(self, name: str, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
-        """The codes of one weight; blocks are solved up to the one that holds it."""
+        """The codes of one weight; all blocks are solved up to the one that contains it."""
         if name not in self.component_of:
             return codes_from_weights(name, weight, scheme)  # a bias
         while name not in self.found:
@@ -148,7 +149,7 @@ class _BlockByBlock:
                 self.parameters[weight.bias].data = rounded.dequantize().to(bias.dtype).reshape(bias.shape)
 
     def _tweak(self, block: Sequence[Weight]) -> None:
-        """Tweak the norms of a block that is in the model, which it leaves again on the float path."""
+        """Tweak the norms of a block that is installed in the model; on the float path, take the block out again."""
         norms = self.norms.of_block(block, self.schemes, self.float_weights)
         self.result.changed |= norms
         for name, tensor in norms.items():
@@ -165,9 +166,9 @@ class _BlockByBlock:
         self.hooks.clear()
 
     def _fold(self, block: Mapping[str, Weight]) -> None:
-        """Fold the scales of a block, store what that changes, and restore the model.
+        """Fold the scales of a block, keep what that changes for the export, and restore the model.
 
-        Later blocks must see the same activations as in the sweep; folded layers compute them only up to rounding.
+        Later blocks must see the same activations as in the sweep, and folded layers give them only up to rounding.
         """
         for name, weight in block.items():
             if self.schemes[name].get("scales") == "folded" and input_of(weight) not in self.statistics.absorbers:
@@ -177,7 +178,7 @@ class _BlockByBlock:
         if not scaled:
             return
         held = {name: parameter.data for name, parameter in self.parameters.items()}
-        # begin with what earlier folds have changed, such as a value layer's bias
+        # start from what earlier folds have changed, such as the bias of a value projection
         for name, tensor in self.result.changed.items():
             self.parameters[name].data = tensor
         try:

@@ -1,4 +1,4 @@
-"""Streams a model's tensors through a packed layout into a checkpoint."""
+"""Writes a model's tensors in a packed layout into a checkpoint, as a stream."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class PackedLayout:
 def checkpoint(
     job: Job, folder: Path, layout: PackedLayout | None, config: Mapping[str, object], renamed: bool = False
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """Write all tensors as a stream, and copy the small files of the model.
+    """Write all tensors as a stream, and copy the model's small files.
 
     Without a layout, quantized weights are written as dequantized values. With `renamed`, tensors get transformers'
-    parameter names instead of the checkpoint's keys, for runtimes that do not rename on loading. Returns the bytes of
-    each component, and the hash of each file.
+    parameter names instead of the source checkpoint's keys, for runtimes that do not rename on loading. Returns the
+    bytes of each component, and the hash of each file.
     """
     tensors = [replace(t, key=t.parameter) if renamed else t for t in job.source.tensors]
     stored = {tensor.parameter: tensor for tensor in tensors}
@@ -45,7 +45,7 @@ def checkpoint(
     for name in job.schemes:
         if name not in pieces:
             pieces[name] = _values(job, stored[name])  # a bias
-    for tensor in tensors:  # last: computing codes may have changed these, by folding
+    for tensor in tensors:  # last, since folding may change these while codes are computed
         if tensor.parameter not in job.schemes:
             pieces[tensor.parameter] = _copied(job, tensor)
     hashes = stream.write(folder, pieces.values(), ahead=job.at_once)
@@ -54,18 +54,29 @@ def checkpoint(
     return job.by_component({name: piece.bytes for name, piece in pieces.items()}), hashes
 
 
+def float16_scale(stored: QuantizedWeight, name: str, format: str) -> Tensor:
+    """The scales of a weight in float16, or an error if float16 does not hold them.
+
+    Scales that were found in bfloat16 may overflow or lose bits, and answers would differ from the measured ones.
+    """
+    scale = stored.scale.to(torch.float16)
+    if not torch.equal(scale.float(), stored.scale):
+        raise UserError(f"a scale of {name} does not fit float16, as {format} stores it; use --format fake")
+    return scale
+
+
 def save(folder: Path, name: str, content: object) -> None:
     """Write a JSON file of an export."""
     (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def headers(folder: Path, weight: Mapping[str, int]) -> int:
-    """Bytes of the safetensors files that are not tensors."""
+    """The bytes of the safetensors files that are not tensors."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) - sum(weight.values())
 
 
 def _read(job: Job, tensor: CheckpointTensor) -> Tensor:
-    """A parameter in the type in which the plan was measured: in another type, rounding could give other codes."""
+    """A parameter in the dtype in which the plan was measured: in another one, rounding could give other codes."""
     weight = tensor.read().to(job.dtype)
     if weight.numel() and not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(weight)):
         raise UserError(f"{tensor.parameter} holds NaN or infinite values and cannot be quantized")
@@ -73,7 +84,7 @@ def _read(job: Job, tensor: CheckpointTensor) -> Tensor:
 
 
 def unquantized(job: Job, tensor: CheckpointTensor) -> Tensor:
-    """A parameter that the plan leaves unquantized, after folding, in its stored type."""
+    """A parameter that the plan does not quantize, as folding has changed it, in the dtype of its checkpoint."""
     changed = job.changed.get(tensor.parameter)
     return tensor.read() if changed is None else changed.to(tensor.dtype)
 

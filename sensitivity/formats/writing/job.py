@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,8 +29,6 @@ from sensitivity.spec.sizes import Size, bits_of, size
 RUNTIME_QUANTIZES = (
     "The runtime's own tool makes the weights: widths and groups are the plan's, values can differ by a rounding step."
 )
-
-
 LOAD_WITH_SETTINGS = """\
 import json
 from transformers import AutoModelForImageTextToText, {kind}
@@ -37,16 +36,10 @@ from transformers import AutoModelForImageTextToText, {kind}
 settings = {kind}.from_dict(json.load(open("quantization_config.json")))
 model = AutoModelForImageTextToText.from_pretrained(MODEL, quantization_config=settings)
 """
-
-
 # (parameter name, its tensor, its scheme) -> what is stored of it, or None if its method rounds nothing
 Codes = Callable[[str, Tensor, Scheme], StoredWeight | None]
-
-
 BY_ROW = ("rtn",)  # methods that quantize each row independently
-
-
-WEIGHTS_AT_ONCE = 2**20  # weights at a time, so that intermediate values stay in the CPU's shared cache
+NUMBERS_AT_ONCE = 2**20  # numbers that are quantized at once: intermediate values then stay in the CPU's shared cache
 
 
 def codes_from_weights(name: str, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
@@ -58,11 +51,11 @@ def codes_from_weights(name: str, weight: Tensor, scheme: Scheme) -> StoredWeigh
             f"{scheme.method} needs its calibration data again to be exported; give `codes`, such as those of "
             "sensitivity.formats.writing.calibrated_codes.codes(vlm, parts, plan, statistics)"
         )
-    rows = max(WEIGHTS_AT_ONCE // weight.shape[1], 1)
+    rows = max(NUMBERS_AT_ONCE // weight.shape[1], 1)
     if scheme.method not in BY_ROW or scheme.group == "tensor" or len(weight) <= rows:
         ((result,),) = solve(Linears((name,), (weight,)), [scheme])
         return result
-    # a few rows at a time give the same codes, and their intermediate values fit the cache
+    # a few rows at a time get the same codes, and their intermediate values fit the cache
     codes, pieces = reused_buffer(weight.numel()).reshape(weight.shape), []
     for into, piece in zip(torch.split(codes, rows), torch.split(weight, rows), strict=True):
         ((result,),) = solve(Linears((name,), (piece,)), [scheme])
@@ -82,7 +75,7 @@ class Job:
     parts: ComponentMap
     plan: Plan
     facts: Mapping[str, object] = field(default_factory=dict)
-    dtype: torch.dtype = torch.float16  # the type in which the plan was measured, and codes are computed
+    dtype: torch.dtype = torch.float16  # in which the plan was measured and codes are computed
     codes: Codes = codes_from_weights
     changed: Mapping[str, Tensor] = field(default_factory=dict)  # parameters that folding changed
 
@@ -111,11 +104,11 @@ class Job:
 
     @property
     def at_once(self) -> int:
-        """How many weights are computed at once: those of calibrated methods one by one, in data-flow order."""
+        """How many weights are quantized at once: one for calibrated methods, which need them in data-flow order."""
         return AT_ONCE if self.codes is codes_from_weights else 1
 
     def by_component(self, stored: Mapping[str, int]) -> dict[str, int]:
-        """The bytes of each component, and of 'kept' for the rest, from those of each parameter."""
+        """The bytes of each component, and of 'kept' for the rest, from the bytes of each parameter."""
         home = {weight.name: component.name for component in self.parts.components for weight in component.weights}
         found = dict.fromkeys([*self.parts.names, "kept"], 0)
         for name, count in stored.items():
@@ -124,12 +117,17 @@ class Job:
 
     @property
     def half(self) -> torch.dtype:
-        """The 16-bit type to which scales were rounded, and in which they are stored."""
+        """The 16-bit dtype to which scales were rounded, and in which they are stored."""
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
 
+    @property
+    def dtype_name(self) -> str:
+        """The name of the dtype, such as float16."""
+        return str(self.dtype).removeprefix("torch.")
+
     def stored_as(self, format: str) -> str:
-        """The name under which `stored_bits.FILES` counts a format: for `fake`, the type of its values."""
-        return str(self.dtype).removeprefix("torch.") if format == "fake" else format
+        """The name under which `stored_bits.FILES` counts a format: for `fake`, the dtype of its values."""
+        return self.dtype_name if format == "fake" else format
 
     def modules(self, component: str) -> list[str]:
         """The modules of a component's weights."""
@@ -157,6 +155,15 @@ class Job:
             if (scheme := self.plan[component.name]) is not None:
                 yield component.name, scheme, self.modules(component.name)
 
+    def most_common_scheme(self) -> Scheme:
+        """The scheme of the most modules, or an error if the plan quantizes nothing."""
+        count: Counter[Scheme] = Counter()
+        for _, scheme, modules in self.groups():
+            count[scheme] += len(modules)
+        if not count:
+            raise UserError("the plan quantizes nothing; export it as --format fake")
+        return count.most_common(1)[0][0]
+
 
 @dataclass(frozen=True)
 class Written:
@@ -172,7 +179,7 @@ class Written:
 
 
 def predicted_size(job: Job, written: Written, format: str) -> Size:
-    """The predicted size of a format's files, without the parameters that the format left out."""
+    """The predicted size of an export's files, without the parameters that were left out."""
     stored_as = job.stored_as(format)
     whole = size(job.parts, job.plan, stored_as)
     return replace(whole, bits=whole.bits - bits_of(job.parts, job.plan, written.unread, stored_as))

@@ -81,7 +81,7 @@ def sha256(file: Path) -> str:
 
 
 def write(folder: Path, facts: Mapping[str, object], known: Mapping[str, str]) -> None:
-    """Write the manifest, the last file of an export; `known` holds hashes that were computed while writing."""
+    """Write the manifest, the last file of an export; `known` has the hashes that were computed while writing."""
     files = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": known.get(file.name) or sha256(file)}
         for file in sorted(folder.rglob("*"))
@@ -102,15 +102,15 @@ def read(folder: Path) -> Manifest:
 
 
 def why_foreign(out: Path) -> str:
-    """Why a path is not an export of ours, or what else it holds; an empty string for an export and nothing else."""
+    """Why a path is not an export of ours, or what else it holds; an empty string if it is only an export."""
     if not out.is_dir():
-        return "it is a file, and a folder is meant"
+        return "it is a file, not a folder"
     try:
         manifest = read(out)
     except UserError:
-        return f"it holds other things than an export (no {MANIFEST} of ours)"
+        return f"it is not an export (it has no {MANIFEST} of ours)"
     if manifest.get("written_by") != MARK:
-        return f"its {MANIFEST} has no mark that an export left"
+        return f"its {MANIFEST} lacks the mark of an export"
     ours = {MANIFEST, VERIFIED, BENCH, UNFINISHED, *manifest["files"]}
     others = sorted(
         str(file.relative_to(out))
@@ -127,7 +127,7 @@ def damage(folder: Path, manifest: Manifest) -> list[str]:
         file = folder / name
         if not file.is_file():
             faults.append(f"{name} is missing")
-        # the size first: it is free, and hashing reads the whole file
+        # the size first, since hashing reads the whole file
         elif (size := file.stat().st_size) != facts["bytes"]:
             faults.append(f"{name} has {size:,} bytes instead of {facts['bytes']:,}")
         elif sha256(file) != facts["sha256"]:
@@ -138,5 +138,5 @@ def damage(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def store_verification(folder: Path, outcome: Mapping[str, object]) -> None:
-    """Store the outcome of a verification in a file of its own, which the manifest does not hash."""
+    """Store the outcome of a verification in a separate file, which the manifest does not hash."""
     write_atomically(folder / VERIFIED, (json.dumps(finite(outcome), indent=1, default=str) + "\n").encode())

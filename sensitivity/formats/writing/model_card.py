@@ -157,9 +157,7 @@ def _scores(facts: TrialFacts) -> Iterator[str]:
 
 def _changes(facts: TrialFacts) -> Iterator[str]:
     """What the counts mean, and the kinds of question that lost most."""
-    yield (
-        "Changes are against full precision on the same examples; where scores are graded, to a lower and a higher one."
-    )
+    yield "Changes are against full precision on the same examples; of a graded score, wrong means lower, right higher."
     kinds = [row for row in facts.get("answers", ()) if row["kind"] is not None and row["to_wrong"]]
     if kinds:
         lost = sorted(kinds, key=lambda row: -int(str(row["to_wrong"])))[:5]
@@ -168,11 +166,11 @@ def _changes(facts: TrialFacts) -> Iterator[str]:
 
 
 def _measured(plan: Plan, facts: TrialFacts) -> Iterator[str]:
-    """On which data, by which methods and calibration, and by which versions the plan was measured."""
+    """On which data, with which methods, calibration and versions the plan was measured."""
     meta = facts.get("meta") or {}
     for source in meta.get("tasks", ()):
         head, colon, path = source.rpartition(":")
-        named = f"{head}{colon}{Path(path).name}"  # without folders of this machine, which are private
+        named = f"{head}{colon}{Path(path).name}"  # without the folders of this machine, which are private
         yield f"* benchmark: {escaped(named)}, at most {meta.get('n', 0):,} examples drawn with seed {meta.get('seed')}"
     for task, data in meta.get("data", {}).items():
         yield f"* data of {escaped(task)}: {escaped(data)} (a hash of questions, answers and images)"

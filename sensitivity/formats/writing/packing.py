@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-CODES_AT_ONCE = 2**18  # codes at a time: intermediate values then fit a core's cache, and their memory is reused
+CODES_AT_ONCE = 2**18  # so few that intermediate values fit a core's cache, and their memory is reused
 Bytes = NDArray[np.uint8]
 SMALLEST_BUFFER = 2**22  # bytes; a smaller buffer is not worth keeping
 FREE_BUFFERS: list[Bytes] = []  # buffers that no tensor uses at the moment, the latest first
-MOST_BUFFERS = 6  # free buffers that are kept at most
+MAX_FREE_BUFFERS = 6
 # reentrant, since garbage collection may give a buffer back at any moment, also in the thread that holds the lock
 LOCK = threading.RLock()
 
@@ -54,8 +54,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def reused_buffer(count: int) -> Tensor:
     """An uninitialized byte tensor to pack codes into; it reuses the memory of an earlier one if possible.
 
-    New memory from the operating system takes longer. A buffer is free again when the last tensor that views it is
-    gone.
+    To get new memory from the operating system takes longer. A buffer is free again when the last tensor that views it
+    is deleted.
     """
     if count < SMALLEST_BUFFER:
         return torch.empty(count, dtype=torch.uint8)
@@ -76,11 +76,11 @@ def reused_buffer(count: int) -> Tensor:
 def _give_back(memory: Bytes) -> None:
     with LOCK:
         FREE_BUFFERS.insert(0, memory)
-        del FREE_BUFFERS[MOST_BUFFERS:]
+        del FREE_BUFFERS[MAX_FREE_BUFFERS:]
 
 
 def _gather(codes: Bytes, bits: int, out: Bytes) -> None:
-    """Pack pieces whose number of codes is a multiple of 32, without a loop over codes.
+    """Pack codes, whose number must be a multiple of 32, without a loop over codes.
 
     Up to 4 bits, codes are merged in pairs: two bytes are one uint16, whose high code moves down beside the low one,
     and the pair is a code of twice the width. For 5 to 7 bits, eight codes are one uint64. In three steps, groups of 1,

@@ -1,4 +1,4 @@
-"""SourceCheckpoint: the tensors of a model, read one at a time from its checkpoint, each with its parameter's name."""
+"""SourceCheckpoint: a model's tensors, read one at a time from its checkpoint, each with its parameter's name."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from sensitivity.models.original_llava import is_original
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 
-CODES = {dtype: code for code, dtype in DTYPES.items()}  # the names of types in safetensors headers
-STALE = re.compile(r"(position_ids|inv_freq|masked_bias)$")  # buffers of old checkpoints, no longer read
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}  # in safetensors headers
+STALE = re.compile(r"(position_ids|inv_freq|masked_bias)$")  # buffers of old checkpoints that are no longer read
 SMALL_FILES = re.compile(r".*\.(json|jinja|txt|model)|(licen[cs]e|notice|use_policy).*", re.IGNORECASE)
 NOT_COPIED = re.compile(
     r"config\.json|(model\.safetensors|pytorch_model\.bin)\.index\.json|sensitivity\.json|(verified|openvino_weights|gguf_weights)\.json|trainer_state\.json"
@@ -68,7 +68,7 @@ class SourceCheckpoint:
     def copy_small_files(self, target: Path) -> None:
         """Copy tokenizer, processor, generation settings and license, but not what an export writes itself."""
         for file in sorted(self.folder.iterdir()):
-            # in another layout, generation settings were not read when the model was measured, so none are exported
+            # generation settings beside another layout were not read when the model was measured: none are exported
             unread = self.processor is not None and file.name == "generation_config.json"
             if (
                 file.is_file()
@@ -93,8 +93,8 @@ class SourceCheckpoint:
 def open_checkpoint(model: VLM | str, dtype: torch.dtype | None = None) -> SourceCheckpoint:
     """The checkpoint of a model, to be read tensor by tensor.
 
-    A model whose weights are in no file (an adapter merged in, outliers planted) is read from memory instead. If it is
-    not loaded yet, it is loaded here, and its adapter is merged in `dtype`, the type in which it was measured.
+    A model whose weights are in no file (a merged adapter, planted outliers) is read from memory instead. If it is not
+    loaded yet, it is loaded here, and its adapter is merged in `dtype`, in which the model was measured.
     """
     name = model if isinstance(model, str) else model.name
     folder, adapter = resolve(name)
@@ -111,7 +111,7 @@ def open_checkpoint(model: VLM | str, dtype: torch.dtype | None = None) -> Sourc
     skeleton = load(name, config_only=True).model
     rename = _renaming(skeleton, name)
     parameters, buffers = dict(skeleton.named_parameters()), dict(skeleton.named_buffers())
-    # further names of shared parameters: a checkpoint may store these twice, but an export writes them once
+    # other names of shared parameters: a checkpoint may store these twice, but an export writes them once
     tied = {path for path, _ in skeleton.named_parameters(remove_duplicate=False)} - set(parameters)
     tensors: list[CheckpointTensor] = []
     for file in files:
@@ -170,12 +170,12 @@ def _reader(file: Path, start: int, length: int, dtype: torch.dtype, shape: tupl
         page = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         try:
             with file.open("rb") as stream:
-                there = mmap.mmap(stream.fileno(), start - page + length, access=mmap.ACCESS_COPY, offset=page)
+                mapping = mmap.mmap(stream.fileno(), start - page + length, access=mmap.ACCESS_COPY, offset=page)
         except ValueError as error:
             raise UserError(f"{file.name} ends early; fetch it again") from error
         if hasattr(mmap, "MADV_WILLNEED"):
-            there.madvise(mmap.MADV_WILLNEED)  # all of it will be read: start reading ahead
-        content = torch.frombuffer(there, dtype=torch.uint8, offset=start - page)
+            mapping.madvise(mmap.MADV_WILLNEED)  # all of it will be read: start reading ahead
+        content = torch.frombuffer(mapping, dtype=torch.uint8, offset=start - page)
         if (start - page) % dtype.itemsize:  # old files have headers that do not align the data
             content = content.clone()
         return content.view(dtype).reshape(shape)
@@ -184,7 +184,7 @@ def _reader(file: Path, start: int, length: int, dtype: torch.dtype, shape: tupl
 
 
 def _renaming(skeleton: nn.Module, name: str) -> Callable[[str], str]:
-    """Checkpoint key to parameter name, with an error where transformers merges or splits tensors on loading."""
+    """Checkpoint key to parameter name, with an error if transformers merges or splits the tensor on loading."""
     renamed = renaming(skeleton)
 
     def rename(key: str) -> str:

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from sensitivity.formats.writing import packing
-from sensitivity.formats.writing.source import CODES
+from sensitivity.formats.writing.source import DTYPE_NAMES
 
-SHARD = 5_000_000_000  # bytes of tensors per file at most
-AT_ONCE = 2  # layers that are computed at once: more would cost memory and save no time
-WRITEBACK = 64_000_000  # bytes between two requests to write back to the disk
+MAX_SHARD = 5_000_000_000  # bytes of tensors in one file
+AT_ONCE = 2  # weights that are quantized at once: more would cost memory and save no time
+WRITEBACK = 64_000_000  # bytes between two requests to write to the disk
 
 
 @dataclass(frozen=True)
 class Spec:
-    """The key, type and shape of a tensor that will be written."""
+    """The key, dtype and shape of a tensor that will be written."""
 
     key: str
     dtype: torch.dtype
@@ -52,7 +52,7 @@ class Piece:
         return sum(spec.bytes for spec in self.specs)
 
 
-def write(folder: Path, pieces: Iterable[Piece], limit: int = SHARD, ahead: int = 1) -> dict[str, str]:
+def write(folder: Path, pieces: Iterable[Piece], limit: int = MAX_SHARD, ahead: int = 1) -> dict[str, str]:
     """Write all pieces into one file, or into several with an index; returns the SHA-256 of each file.
 
     With `ahead` above 1, that many pieces are computed at once, each in its own thread; they must not depend on each
@@ -64,7 +64,7 @@ def write(folder: Path, pieces: Iterable[Piece], limit: int = SHARD, ahead: int 
         for i in range(1, len(shards) + 1)
     ]
     hashes = {name: _file(folder / name, shard, ahead) for name, shard in zip(names, shards, strict=True)}
-    packing.FREE_BUFFERS.clear()  # the export is over, so its buffers are of no use
+    packing.FREE_BUFFERS.clear()  # the export is complete, so its buffers are no longer needed
     if len(shards) > 1:
         where = {spec.key: name for name, shard in zip(names, shards, strict=True) for p in shard for spec in p.specs}
         total = sum(piece.bytes for shard in shards for piece in shard)
@@ -115,7 +115,7 @@ def _file(target: Path, pieces: Sequence[Piece], ahead: int) -> str:
     offset = 0
     for spec in (spec for piece in pieces for spec in piece.specs):
         header[spec.key] = {
-            "dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, offset + spec.bytes],
+            "dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, offset + spec.bytes],
         }  # fmt: skip
         # offsets follow from the specs alone, so the header is complete before any tensor is computed
         offset += spec.bytes
@@ -131,7 +131,7 @@ def _file(target: Path, pieces: Sequence[Piece], ahead: int) -> str:
 
 
 def _content(spec: Spec, tensor: Tensor) -> memoryview:
-    """The bytes of a tensor; offsets are fixed before, so a tensor unlike its spec would corrupt the file."""
+    """The bytes of a tensor; offsets are fixed, so a tensor that differs from its spec would corrupt the file."""
     made = (tensor.dtype, tuple(tensor.shape))
     assert made == (spec.dtype, spec.shape), f"{spec.key}: {made} instead of {spec.dtype}, {spec.shape}"
     return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
@@ -187,19 +187,19 @@ class _Stream:
             raise self.failure
 
     def _run(self) -> None:
-        """The thread: write and hash what arrives until None does; an error is raised when the stream is closed."""
+        """Write and hash what arrives, until None arrives; closing the stream raises an error of this thread."""
         digest = hashlib.sha256()
         try:
             with self.target.open("wb") as file:
-                behind = 0
+                unwritten = 0
                 while (content := self.waiting.get()) is not None:
                     for start in range(0, len(content), WRITEBACK):
                         some = content[start : start + WRITEBACK]
                         file.write(some)
                         digest.update(some)
-                        behind += len(some)
-                        if behind >= WRITEBACK:
-                            behind = _start_writeback(file.fileno())
+                        unwritten += len(some)
+                        if unwritten >= WRITEBACK:
+                            unwritten = _start_writeback(file.fileno())
             self.sha256 = digest.hexdigest()
         except OSError as error:
             self.failure = error
@@ -208,9 +208,9 @@ class _Stream:
 
 
 def _start_writeback(file: int) -> int:
-    """Ask the kernel to write the file to the disk now, while the next layers are computed.
+    """Ask the kernel to write the file to the disk now, while the next weights are quantized.
 
-    Otherwise it would all be written at the end, in the final fsync. Returns 0, the new count of bytes to write back.
+    Otherwise all of it would be written at the end, by fsync. Returns 0, the new count of bytes to write.
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)  # the kernel must write pages back before it drops them

@@ -22,7 +22,7 @@ NAME = re.compile(r"\.(.+)\.\d+\.\d+\.unfinished(\.old)?")  # target, process, t
 def staging_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside the target, which is renamed to the target only if the block succeeds.
 
-    The caller must have called `may_write`; what is at the target is checked again before it is replaced.
+    The caller must have called `may_write`; the target is checked again before it is replaced.
     """
     made = out.with_name(f".{out.name}.{os.getpid()}.{time.monotonic_ns()}")
     unfinished = made.with_name(f"{made.name}.unfinished")
@@ -45,7 +45,7 @@ def staging_folder(out: Path) -> Iterator[Path]:
     finally:
         for folder in (made, unfinished):  # both names contain our process id and a time, so no other process uses them
             discard(folder, ours=begun)
-        for folder in missing:  # created above for a failed export; one that holds something stays
+        for folder in missing:  # created above; if the export failed, those that are empty are removed
             with contextlib.suppress(OSError):
                 folder.rmdir()
 

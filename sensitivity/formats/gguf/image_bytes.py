@@ -1,4 +1,4 @@
-"""The bytes of an image from a processor's pixels: llama.cpp takes bytes, and scales them as the processor did."""
+"""Turns a processor's pixels back into bytes: llama.cpp takes an image's bytes and scales them as the processor did."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sensitivity.formats.halved.halves import Array
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 
-NEAR = 0.02  # of a byte: float16 pixels are this near
+NEAR = 0.02  # pixels in float16 are at most this far from whole bytes
 
 
 def as_bytes(vlm: VLM, pixel_values: Tensor, grids: Tensor | None) -> list[Array]:
@@ -22,18 +22,20 @@ def as_bytes(vlm: VLM, pixel_values: Tensor, grids: Tensor | None) -> list[Array
 
 
 def _bytes(vlm: VLM, image: Tensor) -> Array:
-    """One image of 3 x rows x columns, before the processor scaled it."""
+    """The bytes that the processor scaled to one image (3 x rows x columns)."""
     processor = vlm.processor.image_processor
     mean, std = (torch.tensor(list(one))[:, None, None] for one in (processor.image_mean, processor.image_std))
     values = (image * std + mean) * 255
     if float((values - values.round()).abs().max()) > NEAR:
-        raise UserError(f"the processor of {vlm.name} makes pixels that are no bytes, which llama.cpp does not take")
+        raise UserError(
+            f"the processor of {vlm.name} makes pixels that are not whole bytes, which llama.cpp does not take"
+        )
     whole: Array = values.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
     return np.ascontiguousarray(whole)
 
 
 def _of_patches(vlm: VLM, patches: Tensor, grids: Tensor) -> Sequence[Tensor]:
-    """Images from the patches of Qwen2-VL, which come in squares that are merged, and twice, for two frames."""
+    """Images from Qwen2-VL's patches, which are in the order of the merged squares, and twice, for two frames."""
     vision, images, begin = vlm.model.config.vision_config, [], 0
     merge, side = int(vision.spatial_merge_size), int(vision.patch_size)
     for time, rows, cols in grids.tolist():
