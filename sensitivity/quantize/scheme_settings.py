@@ -42,16 +42,7 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
         >>> str(scheme("rtn", 4, activations=8, cache=4, cache_group=64))
         'rtn:4a8kv4'
     """
-    preset = dict(PRESETS.get(method, {"method": method}))
-    name = str(preset.pop("method"))
-    if name not in ROWS:
-        raise unknown("method", method, [*ROWS, *PRESETS])
-    chosen = {key: value for key, value in chosen.items() if value is not None}
-    # a preset without its rounding of activations or cache loses the settings of that rounding too
-    for rounded, its_settings in (("activations", set(RUN_TIME) - set(OF_CACHE)), ("cache", set(OF_CACHE))):
-        if chosen.get(rounded) == NOT_ROUNDED:
-            preset = {key: value for key, value in preset.items() if key not in its_settings}
-    given: dict[str, Any] = {**preset, **chosen}
+    name, given = _given(method, {key: value for key, value in chosen.items() if value is not None})
     activations, cache = given.pop("activations", NOT_ROUNDED), given.pop("cache", NOT_ROUNDED)
     row = with_common(with_run_time(ROWS[name], name, activations, cache))
     if bits not in row.widths:
@@ -84,6 +75,19 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
             )
         gptqmodel_solver.check(made)
     return made
+
+
+def _given(method: str, chosen: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The method that a method or preset names, and the preset's settings with the chosen ones in their place."""
+    preset = dict(PRESETS.get(method, {"method": method}))
+    name = str(preset.pop("method"))
+    if name not in ROWS:
+        raise unknown("method", method, [*ROWS, *PRESETS])
+    # a preset without its rounding of activations or cache loses the settings of that rounding too
+    for rounded, its_settings in (("activations", set(RUN_TIME) - set(OF_CACHE)), ("cache", set(OF_CACHE))):
+        if chosen.get(rounded) == NOT_ROUNDED:
+            preset = {key: value for key, value in preset.items() if key not in its_settings}
+    return name, {**preset, **chosen}
 
 
 def _check_together(method: str, row: Method, settings: Mapping[str, Setting]) -> None:

@@ -17,7 +17,7 @@ from sensitivity.quantize.stored.grid import group_size
 from sensitivity.quantize.stored.levels import BinaryWeight
 from sensitivity.spec.plan import Scheme
 
-SHARES = tuple(i / 20 for i in range(2, 19))  # of a block's weights that lie below the split; the release tries 81
+SHARES = tuple(i / 20 for i in range(2, 19))  # of a block's elements that lie below the split; the release tries 81
 SAMPLE = 2**20  # the quantiles of a block are those of about this many of its magnitudes
 
 
@@ -132,7 +132,7 @@ def _salient_columns(weights: Tensor, importance: Tensor, most: int) -> Tensor:
 
 
 def _split(weights: Tensor, mask: Tensor) -> Tensor:
-    """1 where a weight lies in the upper half by magnitude, at the split of least error."""
+    """1 where an element lies in the upper half by magnitude, at the split of least error."""
     size = weights.abs()
     some = size[mask > 0]
     if not len(some):

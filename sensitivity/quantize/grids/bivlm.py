@@ -1,4 +1,4 @@
-"""Bi-VLM: a sign and a magnitude bin per weight, bins by Gaussian quantiles per matrix; a row scale for the tail."""
+"""Bi-VLM: a sign and a magnitude bin per element, bins by Gaussian quantiles per matrix; a row scale for the tail."""
 
 from __future__ import annotations
 

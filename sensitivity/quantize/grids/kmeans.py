@@ -8,7 +8,7 @@ from torch import Tensor
 BINS = 64  # up to this many numbers of a row are partitioned exactly; more are first joined into this many bins
 FEW_LEVELS = 16  # up to this many levels are found by dynamic programming, which takes longer the more there are
 STEPS = 50  # at most this many of Lloyd's iterations, as in SqueezeLLM
-NUMBERS_AT_ONCE = 1 << 20  # a block of rows has at most about this many numbers, and costs of intervals of bins
+NUMBERS_AT_ONCE = 1 << 20  # a block of rows has at most this many numbers, and as many costs of intervals
 
 
 def kmeans(rows: Tensor, weights: Tensor, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Outliers: the elements of a weight with the highest scores, which are stored apart in 16 bits."""
+"""Outliers: finds the elements of a weight with the highest scores, and stores them apart in 16 bits."""
 
 from __future__ import annotations
 

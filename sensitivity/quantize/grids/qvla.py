@@ -31,7 +31,7 @@ def qvla(linears: Linears, schemes: Sequence[Scheme]) -> list[list[ChannelWidths
 
 
 def _one_weight(weight: Tensor, importance: Tensor, scheme: Scheme, dtype: torch.dtype) -> ChannelWidthsWeight:
-    """Quantize one weight at one bit width."""
+    """Quantize one weight, each row at a width of its own."""
     rows, cols = weight.shape
     grids = {bits: _on_grid(weight, bits, scheme, dtype) for bits in CHANNEL_WIDTHS if 0 < bits < 16}
     numbers = {bits: (codes.float() - 2 ** (bits - 1)) * scale for bits, (codes, scale) in grids.items()}
