@@ -35,7 +35,4 @@ def score(answer: str, example: Example) -> float:
 def number(text: str) -> float | None:
     """The last number in a text, or None if there is none; thousands separators and a percent sign are allowed."""
     numbers = _NUMBER.findall(text)
-    try:
-        return float(numbers[-1].replace(",", "").replace("−", "-")) if numbers else None
-    except (ValueError, OverflowError):
-        return None
+    return float(numbers[-1].replace(",", "").replace("−", "-")) if numbers else None
