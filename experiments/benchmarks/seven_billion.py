@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import transformers as T
 
-from sensitivity.measure.calibrate.calibration import GRAM_BYTES, unquantized
+from sensitivity.measure.calibrate.calibration import GRAM_BYTES, gather_float
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.install.plan_in_model import prepare
 from sensitivity.measure.passes.token_batches import PROMPT, VISION, TokenBatch
@@ -90,7 +90,7 @@ def main() -> None:
     blocks = [sum(4 * w.cols**2 for w in inputs if w.place("block") == name) / 1e9 for name in parts.names]
     facts = {"path": "float"}
     loaded, began = gigabytes(args.device), time.perf_counter()
-    gather = unquantized(vlm, parts, lambda rows: batches(vlm, args.examples, rows), {}, None, int(args.room * 1e9))
+    gather = gather_float(vlm, parts, lambda rows: batches(vlm, args.examples, rows), {}, None, int(args.room * 1e9))
     statistics = Statistics(facts, gather)
     widths = [int(bits) for bits in args.bits.split(",")]
     for name in parts.names:  # block by block, so that no more than one block's results are held

@@ -18,7 +18,7 @@ from sensitivity.analysis.failures.gallery import changed
 from sensitivity.analysis.surrogate.score_agreement import ScoreAgreement, score_agreement
 from sensitivity.api.sweeping import CACHE_GB, calibrated
 from sensitivity.measure.attribution.blame import Blame, blame
-from sensitivity.measure.attribution.boxes import NUMBERS, moved, tokens_of, writes_boxes
+from sensitivity.measure.attribution.boxes import NUMBERS, mean_shifts, tokens_of, writes_boxes
 from sensitivity.measure.attribution.checks import Checks
 from sensitivity.measure.attribution.scores import SCORES, WITH_ANSWERS, Attribution
 from sensitivity.measure.attribution.weight_errors import plan_changes
@@ -235,7 +235,7 @@ def distances_in(study: Study, plan: Plan, tasks: Sequence[str]) -> dict[str, fl
     for frame in (before, after):
         rows = frame[frame["task"].isin(tasks)]
         answers.append(dict(zip(rows["example"], rows["answer"], strict=True)))
-    return moved(*answers)
+    return mean_shifts(*answers)
 
 
 def save_explanation(study: Study, explanation: Explanation) -> Path:

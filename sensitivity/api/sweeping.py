@@ -16,7 +16,7 @@ from sensitivity.analysis.search.plan_lists import one_at_a_time as one_at_a_tim
 from sensitivity.measure.calibrate.cache import Cache, cache_folder
 from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.calibrate.statistics import Statistics, check_path
-from sensitivity.measure.forecast.hardware import NOTABLY, slowdown
+from sensitivity.measure.forecast.hardware import WORTH_MEMORY, slowdown
 from sensitivity.measure.generate.batches import check_tasks_fit
 from sensitivity.measure.loop import MEMORY_GB, Step, check_runs, comparability
 from sensitivity.measure.loop import run as run_plans
@@ -129,7 +129,7 @@ def dtype_for(name: str, device: str, out: Path | str | None) -> tuple[str | Non
     if stored not in (torch.bfloat16, torch.float16):
         return None, ""
     dtype, times = str(stored).removeprefix("torch."), slowdown(stored, target := torch.device(device))
-    if times < NOTABLY:
+    if times < WORTH_MEMORY:
         return dtype, ""
     size = 4 * sum(weight.numel() for weight in vlm.model.parameters())
     if target.type == "cpu" and size > free_memory():

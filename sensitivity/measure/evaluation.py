@@ -19,7 +19,7 @@ from sensitivity.measure.memory.prefix_cache import PrefixCache
 from sensitivity.models.vlm import VLM
 from sensitivity.tasks.examples.types import Task
 
-Rows = dict[str, list[str | float | bool]]  # columns of the examples table, all of the same length
+Rows = dict[str, list[str | float | bool]]  # rows of the examples table, stored by column
 
 
 def evaluate(vlm: VLM, task: Task, plain: bool = False) -> Rows:

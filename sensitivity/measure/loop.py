@@ -18,12 +18,11 @@ from sensitivity.measure.generate.batches import Batch, batches
 from sensitivity.measure.install.plan_in_model import prepare, quantized
 from sensitivity.measure.memory.prefix_cache import PrefixCache
 from sensitivity.measure.memory.weight_codes import BYTES_PER_CODE, WeightCodes
-from sensitivity.measure.passes.block_modules import is_defect
 from sensitivity.measure.shards import shard, shard_ends
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import weights_of
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.errors import Notice, UserError, reason
+from sensitivity.spec.errors import Notice, UserError, is_defect, reason
 from sensitivity.spec.plan import KEEP, Plan
 from sensitivity.spec.sizes import GB
 from sensitivity.spec.version import __version__
@@ -34,17 +33,18 @@ from sensitivity.study.trial import RunFacts, Trial, mixed_versions
 from sensitivity.tasks.examples.types import Task
 
 MEMORY_GB = 8.0  # half for codes of quantized weights (the running plan's weights come on top), half for hidden states
-VERIFIED = 2  # examples that verify the prefix cache: which blocks may be skipped depends on the model, not the image
-WHOLE = (
-    "plans that prune image tokens are run prompt by prompt and share nothing but weights, since the last token of a "
-    "prompt decides what is pruned; they take longer"
+# examples on which the prefix cache is verified: which blocks may be skipped depends on the model, not on the image
+VERIFYING_EXAMPLES = 2
+PRUNED_PLANS_TAKE_LONGER = (
+    "plans that prune image tokens read whole prompts and share only quantized weights with other plans, since the "
+    "last token of a prompt decides what is pruned; they take longer"
 )
-LIBRARIES = ("torch", "transformers", "optuna", "numpy")
+LIBRARIES = ("torch", "transformers", "optuna", "numpy")  # whose versions each trial records
 
 
 @dataclass(frozen=True)
 class Step:
-    """Some examples of a trial that were just run, and the sweep's progress, in images over all plans."""
+    """One shard of one plan, which was just run; and the sweep's progress, in images summed over all plans."""
 
     plan: Plan
     scores: Mapping[str, float]
@@ -52,8 +52,8 @@ class Step:
     complete: bool  # whether the plan has now seen all examples
     done: int
     left: int
-    images: int  # on which each plan runs until it is complete
-    new: int = 1  # images of this step
+    images: int  # that a plan has seen when it is complete
+    new: int = 1  # images of this shard
 
 
 def run(
@@ -115,7 +115,7 @@ def data_flow_order(plan: Plan) -> list[str]:
 
 
 def _run_queue(study: Study, shared: _SharedWork, more: Iterable[Plan], until: Until) -> Iterator[Step]:
-    """Run the plans in the queue, then those of `more`, one at a time."""
+    """Run the plans in the queue, then those that `more` draws, one at a time."""
     yield from _run_until_empty(study, shared, until)
     for plan in more:
         if until.reached(study):
@@ -135,7 +135,7 @@ def _run_until_empty(study: Study, shared: _SharedWork, until: Until) -> Iterato
         end = shared.end(asked.done)
         try:
             rows = shared.run(asked.plan, asked.done, end)
-            not_finite_count = not_finite(rows, asked.plan) + asked.not_finite
+            not_finite = count_not_finite(rows, asked.plan) + asked.not_finite
         except UserError as error:
             study.give_up(asked, str(error))
             raise
@@ -150,7 +150,7 @@ def _run_until_empty(study: Study, shared: _SharedWork, until: Until) -> Iterato
             "images": total,
             "versions": versions(),
             "path": "plain" if shared.plain else "fast",
-            "not_finite": not_finite_count,
+            "not_finite": not_finite,
         }
         if complete:
             facts["metrics"] = _metrics(study, shared, asked, rows)
@@ -169,8 +169,8 @@ def _metrics(study: Study, shared: _SharedWork, asked: Trial, rows: Rows) -> dic
     return {task.name: metrics for task in shared.tasks if (metrics := task.quick(every))}
 
 
-def not_finite(rows: Rows, plan: Plan) -> int:
-    """How many examples had NaN or infinite logits and so score 0; at full precision that is an error."""
+def count_not_finite(rows: Rows, plan: Plan) -> int:
+    """How many examples had NaN or infinite logits and so score 0; an error at full precision."""
     named = zip(rows["task"], rows["example"], rows["nll"], strict=True)
     affected = [
         f"{task} {example}" for task, example, nll in named if isinstance(nll, float) and not math.isfinite(nll)
@@ -199,8 +199,8 @@ class _SharedWork:
         self.vlm, self.parts, self.tasks, self.plain, self.statistics = vlm, parts, tasks, plain, statistics
         self.ends = shard_ends(tasks, growing)
         self.batches: dict[str, list[Batch]] = {}
-        self.whole: dict[str, list[Batch]] = {}  # of plans that prune image tokens
-        self.whole_told = False  # whether it was said that these plans take longer
+        self.whole_prompts: dict[str, list[Batch]] = {}  # for plans that prune image tokens
+        self.warned_of_pruning = False
         self.shard_begin: int | None = None  # first image of the shard that `batches` holds
         self.cache_bytes = int(memory_gb * GB / 2)
         self.weights = None if plain else WeightCodes(self.cache_bytes)
@@ -210,7 +210,7 @@ class _SharedWork:
         """A prefix cache with only those boundaries that change no answer and no likelihood on a few examples."""
         prefix_cache = PrefixCache(self.vlm.model, self.parts, self.cache_bytes)
         prefix_cache.set_plan(Plan.uniform(self.parts, None))
-        task = replace(self.tasks[0], examples=self.tasks[0].examples[:VERIFIED])
+        task = replace(self.tasks[0], examples=self.tasks[0].examples[:VERIFYING_EXAMPLES])
         few = next(batches(self.vlm, task))
         prefix_cache.verify_boundaries(lambda: answer(self.vlm, task, few, prefix_cache, "proof"))
         return prefix_cache
@@ -232,7 +232,7 @@ class _SharedWork:
         if begin != self.shard_begin:
             self._load_shard(begin, end)
         rows: Rows = {}
-        # skipped blocks would not decide what is pruned
+        # a block that the prefix cache skips cannot decide which tokens are pruned
         prefix_cache = None if plan.prunes else self.prefix_cache
         if prefix_cache:
             prefix_cache.set_plan(plan)
@@ -253,17 +253,17 @@ class _SharedWork:
         """A shard's examples as a plan reads them: as whole prompts if it prunes image tokens."""
         if not plan.prunes or self.plain or task.gallery:
             return self.batches[task.name]
-        if task.name not in self.whole:
-            if not self.whole_told:
-                warnings.warn(WHOLE, Notice, stacklevel=2)
-                self.whole_told = True
-            of_task = replace(task, examples=tuple(e for batch in self.batches[task.name] for e in batch.examples))
-            self.whole[task.name] = list(batches(self.vlm, of_task, plain=True)) if of_task.examples else []
-        return self.whole[task.name]
+        if task.name not in self.whole_prompts:
+            if not self.warned_of_pruning:
+                warnings.warn(PRUNED_PLANS_TAKE_LONGER, Notice, stacklevel=2)
+                self.warned_of_pruning = True
+            of_shard = replace(task, examples=tuple(e for batch in self.batches[task.name] for e in batch.examples))
+            self.whole_prompts[task.name] = list(batches(self.vlm, of_shard, plain=True)) if of_shard.examples else []
+        return self.whole_prompts[task.name]
 
     def _load_shard(self, begin: int, end: int) -> None:
         """Load a shard's examples as tensors and drop the previous shard's: memory holds one shard at a time."""
-        self.batches, self.whole = {}, {}
+        self.batches, self.whole_prompts = {}, {}
         if self.prefix_cache:
             self.prefix_cache.clear()
         for task in self.tasks:
@@ -289,6 +289,6 @@ def comparability(vlm: VLM, tasks: Sequence[Task], sources: Sequence[str], n: in
 
 @cache
 def versions() -> dict[str, str]:
-    """The versions of the libraries, and the number of threads, which each trial records."""
+    """What each trial records of its environment: the versions of the libraries, and the number of threads."""
     libraries = {name: version(name) for name in LIBRARIES}
     return {"sensitivity": __version__, **libraries, "threads": str(torch.get_num_threads())}

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 
 from sensitivity.tasks.examples.types import Example, Task
 
-FIRST = 4  # images of the first shard, fewer for a small task: enough for an interval, and a few percent of the sweep
-MIN_IMAGES = 2  # images: a score on fewer has no interval
+# images of the first shard, fewer for a small task: enough for an interval, and at most a few percent of the sweep
+FIRST_SHARD = 4
+MIN_IMAGES = 2  # a score on fewer images has no interval
 GROWTH = 4  # each shard ends at so many times the images of the one before
-MAX_IMAGES = 512  # images in a shard: bounds the memory of a sweep, however large the task is
+MAX_IMAGES = 512  # in one shard: this bounds the memory of a sweep, however large the task is
 
 
 def shard_ends(tasks: Sequence[Task], growing: bool = True) -> list[int]:
     """Where the shards end, counted in images of the task that has the most.
 
-    Growing shards give every plan a first score early and need few rounds; otherwise each shard is as large as memory
-    allows.
+    Growing shards give every plan a first score early and need few rounds. Otherwise every shard but the last has
+    MAX_IMAGES.
     """
     total = max(len({example.cluster for example in task.examples}) for task in tasks)
     if any(task.gallery for task in tasks):
@@ -28,7 +29,7 @@ def shard_ends(tasks: Sequence[Task], growing: bool = True) -> list[int]:
 def shard_ends_of_total(total: int, growing: bool = True) -> list[int]:
     """Where the shards of `total` images end."""
     ends: list[int] = []
-    done, size = 0, min(max(total // 20, MIN_IMAGES), FIRST) if growing else MAX_IMAGES
+    done, size = 0, min(max(total // 20, MIN_IMAGES), FIRST_SHARD) if growing else MAX_IMAGES
     while done < total:
         size = min(size, MAX_IMAGES)
         left = total - done - size
@@ -41,7 +42,7 @@ def shard_ends_of_total(total: int, growing: bool = True) -> list[int]:
 
 
 def shard(task: Task, begin: int, end: int, total: int) -> list[Example]:
-    """A task's share of the images from `begin` to `end` of `total`, the same in every process."""
+    """A task's examples in the shard from image `begin` to `end` of `total`, the same in every process."""
     clusters: dict[str, list[Example]] = {}
     for example in task.examples:
         clusters.setdefault(example.cluster, []).append(example)

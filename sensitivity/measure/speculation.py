@@ -90,9 +90,11 @@ def acceptance(
     gamma: int = GAMMA,
     statistics: Statistics | None = None,
 ) -> Iterator[tuple[str, int, Speculation]]:
-    """What `speculate` gives for each pattern of components at each width, while the plan is in the model once."""
+    """The result of `speculate` for each pattern of components at each width; the plan is put into the model once."""
     if any(scheme and scheme.activations != NOT_ROUNDED for _, scheme in plan.schemes):
-        raise UserError("the plan that verifies leaves activations at 16 bits; its drafts round them")
+        raise UserError(
+            "the plan rounds activations already; give one that leaves them at 16 bits, since only drafts round them"
+        )
     check_drafts(vlm, task)
     for pattern in components:
         parts.match(pattern)  # raises an error if it matches nothing
@@ -111,20 +113,20 @@ def check_drafts(vlm: VLM, task: Task) -> None:
 
 
 def _drafted(vlm: VLM, parts: ComponentMap, task: Task, components: str, bits: int, gamma: int) -> Speculation:
-    """All answers of the model as it is, drafted with rounded activations."""
+    """The answers of the model with its present weights, drafted with rounded activations."""
     found = Speculation([], [], [])
     for batch in batches(vlm, task, plain=True):
-        drafts = _Speculating(vlm, parts, batch, components, bits)
-        while drafts.state.unfinished:
-            drafts.one_round(gamma, task.max_new_tokens)
-        found.answers.extend(answer.text for answer in decoded_answers(vlm, drafts.state.answers, task))
-        found.counts.extend(zip(drafts.drafted, drafts.accepted, strict=True))
+        rounds = _Rounds(vlm, parts, batch, components, bits)
+        while rounds.state.unfinished:
+            rounds.one_round(gamma, task.max_new_tokens)
+        found.answers.extend(answer.text for answer in decoded_answers(vlm, rounds.state.answers, task))
+        found.counts.extend(zip(rounds.drafted, rounds.accepted, strict=True))
         found.clusters.extend(example.cluster for example in batch.examples)
     return found
 
 
-class _Speculating:
-    """A batch of whole prompts: rounds of drafting and verifying, without a cache of keys and values."""
+class _Rounds:
+    """Rounds of drafting and verifying on one batch of whole prompts, without a cache of keys and values."""
 
     def __init__(self, vlm: VLM, parts: ComponentMap, batch: Batch, components: str, activations: int) -> None:
         self.vlm, self.parts, self.batch = vlm, parts, batch
@@ -134,7 +136,7 @@ class _Speculating:
         self.state = Drafts.of([[] for _ in batch.examples])
         self.drafted, self.accepted = ([0] * len(batch.examples) for _ in range(2))
 
-    def one_round(self, gamma: int, most: int) -> None:
+    def one_round(self, gamma: int, max_tokens: int) -> None:
         """Draft up to `gamma` tokens for every row that is not finished, and verify them."""
         state = self.state
         rows = list(state.unfinished)
@@ -143,7 +145,7 @@ class _Speculating:
             del state.tokens[row][before[row] :]
         with self._rounded(self.vlm.model):
             for _ in range(gamma):
-                going = [row for row in rows if len(state.tokens[row]) < most and not self._ended(row)]
+                going = [row for row in rows if len(state.tokens[row]) < max_tokens and not self._ended(row)]
                 if not going:
                     break
                 drafts = [state.tokens[row] for row in going]
@@ -151,7 +153,7 @@ class _Speculating:
                 for row, token in zip(going, logits[:, 0].argmax(-1).tolist(), strict=True):
                     state.tokens[row] = [*state.tokens[row], token]
         drafted = {row: state.tokens[row][before[row] :] for row in rows}
-        state.verify(self._forward, self.ends, most)
+        state.verify(self._forward, self.ends, max_tokens)
         for row, draft in drafted.items():
             kept = state.tokens[row][before[row] : state.accepted[row]]
             same = [ours == theirs for ours, theirs in zip(draft, kept, strict=False)]
@@ -163,21 +165,21 @@ class _Speculating:
         return bool(tokens) and tokens[-1] in self.ends
 
     def _forward(self, rows: list[int], drafts: list[list[int]], accepted: list[int]) -> Tensor:
-        """Logits for the tokens of drafts from the accepted ones on, and for one more (ForwardPass in drafts.py)."""
+        """Logits for the draft tokens after the accepted ones, and for one token more (a ForwardPass of drafts.py)."""
         image = getattr(self.vlm.model.config, "image_token_id", None)
-        every: list[list[int]] = [[] for _ in self.batch.examples]
+        drafts_of_batch: list[list[int]] = [[] for _ in self.batch.examples]
         for row, draft in zip(rows, drafts, strict=True):
             if image in draft:
                 raise UserError(
                     f"an answer of {self.vlm.name} holds an image's placeholder, which cannot be read again"
                 )
-            every[row] = draft
-        logits = answer_logits(self.vlm, self.inputs, every)[rows]
+            drafts_of_batch[row] = draft
+        logits = answer_logits(self.vlm, self.inputs, drafts_of_batch)[rows]
         return logits_from(logits, accepted, logits.shape[1] - min(accepted))
 
     @contextmanager
     def _rounded(self, model: nn.Module) -> Iterator[None]:
-        """Inside the block, the drafting model: the same weights, with rounded activations."""
+        """Inside the block, the model is the one that drafts: with the same weights, and rounded activations."""
         with ExitStack() as installed:
             for component in self.parts.match(self.components):
                 for weight in component.weights:

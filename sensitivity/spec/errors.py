@@ -1,4 +1,4 @@
-"""UserError: a sentence that says what was wrong, what is allowed, and what to type next."""
+"""UserError: a sentence that says what was wrong, what is allowed, and what to type next; and messages of others."""
 
 from __future__ import annotations
 
@@ -66,3 +66,17 @@ def reason(error: BaseException) -> str:
         first = f"{type(error).__name__}: {first}"
     first = first.encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair cannot be printed
     return first if len(first) <= QUOTED else f"{first[:QUOTED]}..."
+
+
+def is_defect(error: Exception) -> bool:
+    """Whether an error is a defect of this package rather than of a model or an input.
+
+    Python raises these types for wrong code. Raised in a library, they may still come from an input: a model that is
+    given a shape or a file it does not expect.
+    """
+    if not isinstance(error, AssertionError | AttributeError | NameError | TypeError):
+        return False
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).partition(".")[0] == "sensitivity"

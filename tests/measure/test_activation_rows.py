@@ -11,7 +11,7 @@ from few import few
 from torch import Tensor, nn
 
 from sensitivity.api.sweeping import calibrated
-from sensitivity.measure.activations.adaptive_softmax import HALVINGS, REACHES, adaptive_grids
+from sensitivity.measure.activations.adaptive_softmax import LARGEST_SHARES, LEVELS_PER_HALVING, adaptive_grids
 from sensitivity.measure.activations.attention_operands import is_operand, operand_grids, signs_of, two_peaks
 from sensitivity.measure.activations.matching import AttentionScale, attention_scales, factors
 from sensitivity.measure.calibrate.calibration import calibrate
@@ -124,8 +124,8 @@ def test_the_adaptive_grid_is_the_best_of_an_exhaustive_search(attention: nn.Mod
                 float(((round_probabilities(p, bits, halving, largest * reach) @ v) - p @ v).square().sum())
                 for p, v in triples
             )
-            for halving in HALVINGS
-            for reach in REACHES
+            for halving in LEVELS_PER_HALVING
+            for reach in LARGEST_SHARES
         }
         best = min(errors, key=lambda grid: errors[grid])
         assert errors[found["a", bits]] == pytest.approx(errors[best], rel=1e-4)

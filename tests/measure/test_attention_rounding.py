@@ -133,7 +133,7 @@ def test_fast_equals_plain(family: str, tmp_path: Path, monkeypatch: pytest.Monk
         TASKS, "free",
         lambda *asked: dataclasses.replace(TASKS["vqa"](*asked), name="free", exact=False, max_new_tokens=4),
     )  # fmt: skip
-    monkeypatch.setattr(joint_ranges, "SHARES", (1.0, 0.98))
+    monkeypatch.setattr(joint_ranges, "PERCENTILES", (1.0, 0.98))
     rng = np.random.default_rng(sum(map(ord, family)))
     vlm = load(str(saved_vlms.save(family, tmp_path / "model")), dtype="float32")
     vlm = dataclasses.replace(vlm, model=vlm.model.double())

@@ -14,11 +14,11 @@ from few import few
 from torch import Tensor
 
 from sensitivity.measure.attribution import scores as scoring
-from sensitivity.measure.attribution.blame import Blame, blame, square, together
-from sensitivity.measure.attribution.boxes import NUMBERS, moved, tokens_of, writes_boxes
+from sensitivity.measure.attribution.blame import Blame, blame, patch_grid, summed_grids
+from sensitivity.measure.attribution.boxes import NUMBERS, mean_shifts, tokens_of, writes_boxes
 from sensitivity.measure.attribution.calibrated import Calibrated
-from sensitivity.measure.attribution.checks import checked
-from sensitivity.measure.attribution.coverage import inverted
+from sensitivity.measure.attribution.checks import check_scores
+from sensitivity.measure.attribution.coverage import coverage_of_shares
 from sensitivity.measure.attribution.scores import SCORES, attribute
 from sensitivity.measure.attribution.weight_errors import WeightErrors, plan_changes
 from sensitivity.measure.calibrate.calibration import calibrate, calibration_examples
@@ -129,7 +129,7 @@ def test_the_terms_sum_to_the_whole_change(given: Calibrated, bits: int) -> None
 
 def test_too_few_steps_are_not_enough_at_two_bits(given: Calibrated) -> None:
     """Why the path is followed until the terms sum up: one piece of it misses the change by far."""
-    coarse = integrated(given, Plan.uniform(given.parts, given.schemes[0]), most=2)
+    coarse = integrated(given, Plan.uniform(given.parts, given.schemes[0]), max_passes=2)
     assert coarse.passes == 2
     assert coarse.missing > 0.02
 
@@ -171,11 +171,11 @@ def test_biases_are_part_of_the_change(scenes_llava: VLM) -> None:
 
 
 def test_patches_become_rows_and_columns() -> None:
-    assert square(torch.arange(9.0)).tolist() == torch.arange(9.0).reshape(3, 3).tolist()  # type: ignore[union-attr]
-    assert square(torch.arange(10.0)).tolist() == torch.arange(1.0, 10).reshape(3, 3).tolist()  # type: ignore[union-attr]
-    assert square(torch.arange(7.0)) is None
+    assert patch_grid(torch.arange(9.0)).tolist() == torch.arange(9.0).reshape(3, 3).tolist()  # type: ignore[union-attr]
+    assert patch_grid(torch.arange(10.0)).tolist() == torch.arange(1.0, 10).reshape(3, 3).tolist()  # type: ignore[union-attr]
+    assert patch_grid(torch.arange(7.0)) is None
     fine, coarse = torch.ones(4, 4), torch.tensor([[4.0, 0.0], [0.0, 8.0]])
-    both = together([coarse, fine, torch.ones(3, 3)])
+    both = summed_grids([coarse, fine, torch.ones(3, 3)])
     assert both[0, 0] == 2
     assert both[3, 3] == 3
     assert both[0, 3] == 1
@@ -230,20 +230,20 @@ def test_what_components_cover_is_found_again() -> None:
     t = (np.arange(200_000) + 0.5) / 200_000
     left = 1 - t[:, None] * truth
     shares = (truth * left.prod(1, keepdims=True) / left).mean(0)
-    assert inverted(list(shares)) == pytest.approx(truth, abs=1e-6)
+    assert coverage_of_shares(list(shares)) == pytest.approx(truth, abs=1e-6)
     assert sum(shares) == pytest.approx(1 - np.prod(1 - truth), abs=1e-9)
-    assert max(inverted([5.0, 0.1])) < 1  # more than can be lost
+    assert max(coverage_of_shares([5.0, 0.1])) < 1  # more than can be lost
 
 
 def test_a_score_is_checked_by_plans_that_are_run(given: Calibrated) -> None:
     scores = attribute(given, ["weight", "kl"])
-    found = checked(given, scores, 6)
+    found = check_scores(given, scores, 6)
     assert found.pass_seconds > 0
     assert found.by_score["weight"].error is None  # it foretells an order, and no number
     assert found.by_score["kl"].plans == 6
     assert 0 < (found.by_score["kl"].error or 0) < 1
     assert (found.by_score["kl"].rank_correlation or 0) > 0
-    assert checked(given, scores, 0).by_score == {}
+    assert check_scores(given, scores, 0).by_score == {}
 
 
 def test_tokens_of_a_box_are_those_of_its_numbers(scenes_llava: VLM) -> None:
@@ -261,6 +261,6 @@ def test_tokens_of_a_box_are_those_of_its_numbers(scenes_llava: VLM) -> None:
         each = [float(answer_loss(scenes_llava, batch, lambda _, one=one: one)) for one in (*masks, rest)]
         assert sum(each) == pytest.approx(float(answer_loss(scenes_llava, batch)), rel=1e-9)
     before, after = "{<0><0><8><8>|<0>}", "{<4><0><8><20>|<15>}"
-    distances = moved({"a": before, "b": "none", "c": before}, {"a": after, "b": before, "c": "{<0>"})
+    distances = mean_shifts({"a": before, "b": "none", "c": before}, {"a": after, "b": before, "c": "{<0>"})
     assert distances == dict(zip(NUMBERS, (4, 0, 0, 12, 15), strict=True))
-    assert moved({}, {}) == {}
+    assert mean_shifts({}, {}) == {}

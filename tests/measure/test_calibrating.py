@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sensitivity.measure.forecast.calibrating import FISHER, OBSERVED, PASSES, calibrating
+from sensitivity.measure.forecast.calibrating import FISHER, OBSERVED, PASSES, calibration_seconds
 from sensitivity.quantize.methods import IMPORTANCE, UNIFORM
 from sensitivity.quantize.scheme_settings import scheme
 
@@ -13,7 +13,7 @@ FORWARD, PRODUCTS, N = 2.0, 0.5, 10
 
 def seconds(*names: str, path: str = "float", plans: int = 3) -> tuple[float, float]:
     schemes = [scheme(name, 4, calibration={"path": path}) for name in names]
-    found = calibrating(schemes, N, FORWARD, PRODUCTS, plans)
+    found = calibration_seconds(schemes, N, FORWARD, PRODUCTS, plans)
     return found["calibration"], found["gradients"]
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sensitivity.api.sweeping import calibrated as calibrated_
 from sensitivity.measure.calibrate.cache import Cache
-from sensitivity.measure.calibrate.calibration import calibrate, exposed, unquantized
+from sensitivity.measure.calibrate.calibration import calibrate, gather_exposed, gather_float
 from sensitivity.measure.calibrate.collecting import collect
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.install.plan_in_model import prepare, quantized
@@ -200,8 +200,8 @@ def test_block_by_block_is_bit_for_bit_what_whole_passes_find(name: str) -> None
     """On the float model, and on one whose blocks change on the way: feature layers, second stacks and all."""
     vlm = built(name)
     parts, batch = inspect(vlm, by="block"), fed(name, vlm)
-    few = unquantized(vlm, parts, lambda _: [batch], {}, None, gram_bytes=0)
-    sequential = exposed(vlm, parts, lambda _: [batch])
+    few = gather_float(vlm, parts, lambda _: [batch], {}, None, gram_bytes=0)
+    sequential = gather_exposed(vlm, parts, lambda _: [batch])
     found = collect(vlm, parts.weights, [batch])
     done: list[tuple[str, Scheme]] = []
     for component in parts.components:
@@ -219,7 +219,8 @@ def test_block_by_block_is_bit_for_bit_what_whole_passes_find(name: str) -> None
 def test_each_block_runs_twice_at_most_and_nothing_behind_it(scenes_llava: VLM, parts: ComponentMap) -> None:
     """Once to be seen, once more when it is quantized: the sequential path costs two passes, not one for each block."""
     finer, calls = parts.regroup("block"), Counter()
-    sequential = exposed(scenes_llava, finer, lambda _: batches(scenes_llava, [task("vqa", "calibration", 1, 0)]))
+    data = [task("vqa", "calibration", 1, 0)]
+    sequential = gather_exposed(scenes_llava, finer, lambda _: batches(scenes_llava, data))
     sequential(finer.components[0].weights, [])  # finds out what may be skipped
     one = [next(w for w in c.weights) for c in finer.components if c.weights[0].block is not None]
     handles = [
@@ -241,7 +242,7 @@ def test_another_plan_starts_where_it_differs(scenes_llava: VLM, parts: Componen
     """What was kept of one plan is not taken for what another would have: also after a plan that nobody described."""
     finer = parts.regroup("block")
     data = [task("vqa", "calibration", 2, 0)]
-    sequential = exposed(scenes_llava, finer, lambda rows: batches(scenes_llava, data, rows))
+    sequential = gather_exposed(scenes_llava, finer, lambda rows: batches(scenes_llava, data, rows))
     plain = lambda weights, done=None: collect(scenes_llava, weights, batches(scenes_llava, data))  # noqa: E731
     facts = {"path": "exposed"}
     three, two = (scheme("gptq", bits, order="given", clip=False, calibration=facts) for bits in (3, 2))
@@ -273,7 +274,7 @@ def test_what_a_pass_through_an_unknown_model_recorded_is_never_replayed(
     """A pass that was not told what is quantized may have seen anything, so it is no pass through the float model."""
     finer = parts.regroup("block")
     data = [task("vqa", "calibration", 2, 0)]
-    sequential = exposed(scenes_llava, finer, lambda rows: batches(scenes_llava, data, rows))
+    sequential = gather_exposed(scenes_llava, finer, lambda rows: batches(scenes_llava, data, rows))
     first, last = finer.components[0].weights, finer.components[-1].weights
     weight = scenes_llava.model.get_parameter(first[0].name)
     own = weight.data

@@ -23,7 +23,7 @@ from sensitivity.spec.plan import Plan
 
 @pytest.fixture(autouse=True)
 def _small_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_weights, "LARGE", 1)
+    monkeypatch.setattr(own_weights, "MIN_SIZE", 1)
 
 
 def bits(tensor: Tensor) -> Tensor:

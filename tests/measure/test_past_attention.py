@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sensitivity.api.sweeping import calibrated, sweep
 from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.evaluation import evaluate
-from sensitivity.measure.install.past_cache import _behind, cache_sizes
+from sensitivity.measure.install.past_cache import _divided, cache_magnitudes
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.passes.past_attention import past_hooks
 from sensitivity.models.discover import inspect
@@ -166,9 +166,9 @@ def test_keys_that_are_changed_before_attention_are_refused() -> None:
 def test_channels_are_divided_by_the_largest_value_that_calibration_saw(scenes_llava: VLM) -> None:
     parts = inspect(scenes_llava, by="part")
     statistics = calibrate(scenes_llava, parts, ["vqa"], 4)
-    sizes = cache_sizes(scenes_llava.model, parts.weights, statistics.passes)
+    magnitudes = cache_magnitudes(scenes_llava.model, parts.weights, statistics.passes)
     made = [weight for weight in parts.weights if weight.cached]
-    assert set(sizes) == {weight.module for weight in made}
+    assert set(magnitudes) == {weight.module for weight in made}
     seen: dict[str, Tensor] = {}
     hooks = [
         scenes_llava.model.get_submodule(weight.module).register_forward_hook(
@@ -183,17 +183,17 @@ def test_channels_are_divided_by_the_largest_value_that_calibration_saw(scenes_l
     for hook in hooks:
         hook.remove()
     for weight in made:
-        torch.testing.assert_close(sizes[weight.module], seen[weight.module])
+        torch.testing.assert_close(magnitudes[weight.module], seen[weight.module])
 
 
 def test_a_large_channel_costs_its_neighbors_nothing_behind_its_size() -> None:
     vectors = torch.randn(50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     vectors[:, 3] *= 50
-    plain, smoothed = ROUND(vectors), _behind(vectors.abs().amax(0), ROUND)(vectors)
+    plain, smoothed = ROUND(vectors), _divided(vectors.abs().amax(0), ROUND)(vectors)
     others = [channel for channel in range(8) if channel != 3]
     plain_error, error = (float((found - vectors)[:, others].square().mean()) for found in (plain, smoothed))
     assert error < 0.05 * plain_error
-    assert torch.equal(_behind(torch.zeros(8), ROUND)(vectors), plain)  # what was always zero has no size
+    assert torch.equal(_divided(torch.zeros(8), ROUND)(vectors), plain)  # what was always zero has no size
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -179,7 +179,7 @@ def test_a_sweep_takes_the_plain_path_and_says_so_once(scenes_llava: VLM, tmp_pa
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", Notice)
         fast = sweep(scenes_llava, by_group, plans, ["vqa"], tmp_path / "fast", n=8)
-    assert sum("plans that prune image tokens are run prompt by prompt" in str(one.message) for one in told) == 1
+    assert sum("plans that prune image tokens read whole prompts" in str(one.message) for one in told) == 1
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", Notice)
         plain = sweep(scenes_llava, by_group, plans, ["vqa"], tmp_path / "plain", n=8, plain=True)

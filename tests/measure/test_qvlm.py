@@ -114,7 +114,7 @@ def test_joint_ranges_are_the_best_and_never_worse_than_layer_by_layer(
     """All combinations on a copy whose layers round by themselves; and each layer chosen by its own output alone."""
     parts, statistics, layers, calls = language
     shares = (1.0, 0.99, 0.9)
-    monkeypatch.setattr(search, "SHARES", shares)
+    monkeypatch.setattr(search, "PERCENTILES", shares)
     chosen = scheme("rtn", 3, activations=3, activation_scale="blocks", calibration=statistics.facts)
     given = {weight.name: chosen for _, weights in layers for weight in weights}
     rounding = ClippedRanges(scenes_llava.model, parts, statistics.passes, {})
@@ -225,7 +225,7 @@ def test_released_ranges_are_of_channels_and_shrunk_by_their_own_error(
 
 @pytest.mark.parametrize("name", ["qvlm", "qvlm-released"])
 def test_rows_run_in_every_part(scenes_llava: VLM, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "SHARES", (1.0, 0.99))
+    monkeypatch.setattr(search, "PERCENTILES", (1.0, 0.99))
     parts = inspect(scenes_llava, by="part")
     asked = [scheme(name, 4), scheme(name, 4, activations=8)]
     schemes, statistics = calibrated(scenes_llava, parts, asked, ["vqa"], n=2, cache_gb=0)

@@ -26,7 +26,7 @@ from sensitivity.api.sweeping import begin_sweep, grid, sweep
 from sensitivity.cli.main import main
 from sensitivity.cli.output.progress import Pace
 from sensitivity.measure.loop import Step, _SharedWork, run
-from sensitivity.measure.shards import FIRST, MAX_IMAGES, shard, shard_ends, shard_ends_of_total
+from sensitivity.measure.shards import FIRST_SHARD, MAX_IMAGES, shard, shard_ends, shard_ends_of_total
 from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.scheme_settings import scheme
@@ -59,7 +59,7 @@ def test_shards_are_all_examples_once_and_never_too_many(sizes: list[tuple[int, 
         found = [e for begin, end in zip([0, *ends], ends, strict=False) for e in shard(one, begin, end, ends[-1])]
         assert sorted(e.id for e in found) == sorted(e.id for e in one.examples)
     if growing:
-        assert ends[0] <= FIRST
+        assert ends[0] <= FIRST_SHARD
         assert len(ends) <= 5 + ends[-1] // MAX_IMAGES
         assert all(shard(one, 0, ends[0], ends[-1]) for one in tasks)
 

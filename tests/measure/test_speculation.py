@@ -66,7 +66,7 @@ def test_a_part_that_rounds_little_has_a_higher_rate_than_all(scenes_llava: VLM)
 def test_a_plan_that_rounds_cannot_verify(scenes_llava: VLM) -> None:
     parts = inspect(scenes_llava, by="part")
     plan = Plan.uniform(parts, scheme("rtn", 4, activations=8))
-    with pytest.raises(UserError, match="the plan that verifies leaves activations at 16 bits"):
+    with pytest.raises(UserError, match="the plan rounds activations already; give one that leaves them at 16 bits"):
         speculate(scenes_llava, parts, plan, captions(1))
     with pytest.raises(UserError, match="no component matches 'visoin'"):
         speculate(scenes_llava, parts, Plan.uniform(parts, None), captions(1), components="visoin")

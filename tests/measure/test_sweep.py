@@ -176,7 +176,7 @@ def test_fast_equals_plain_on_random_models_plans_and_shards(
         TASKS, "free",
         lambda *asked: dataclasses.replace(TASKS["vqa"](*asked), name="free", exact=False, max_new_tokens=tokens),
     )  # fmt: skip
-    monkeypatch.setattr("sensitivity.measure.shards.FIRST", int(rng.integers(1, 4)))
+    monkeypatch.setattr("sensitivity.measure.shards.FIRST_SHARD", int(rng.integers(1, 4)))
     monkeypatch.setattr("sensitivity.measure.shards.GROWTH", int(rng.integers(2, 4)))
     monkeypatch.setattr("sensitivity.measure.generate.batches.IMAGES_PER_BATCH", int(rng.integers(1, 5)))
     vlm = load(str(saved_vlms.save(family, tmp_path / "model")), dtype="float32")

@@ -16,7 +16,7 @@ from sensitivity.api.sweeping import sweep
 from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.gradients.block_error import block_errors
 from sensitivity.measure.gradients.fisher import squared_gradients
-from sensitivity.measure.gradients.perturbation import PROBE, attribution, rounding
+from sensitivity.measure.gradients.perturbation import PROBE, probe_error, token_attribution
 from sensitivity.measure.gradients.token_importance import TokenNumbers, by_attention, by_block, by_perturbation
 from sensitivity.measure.passes.attention import attention_received
 from sensitivity.measure.passes.block_modules import block_paths
@@ -98,7 +98,7 @@ def test_outside_blocks_the_gradient_is_that_of_the_layers_own_error(scenes_llav
     with torch.no_grad():
         calibration_pass(scenes_llava, batch)
     hook.remove()
-    error = rounding(scenes_llava.model.get_parameter(connector.name).detach())
+    error = probe_error(scenes_llava.model.get_parameter(connector.name).detach())
     outputs = (read[0] @ error.T).requires_grad_()
     outputs.square().sum().backward()
     assert outputs.grad is not None
@@ -113,7 +113,7 @@ def test_attribution_is_the_integral_in_many_steps() -> None:
         (x @ error.T).abs().mean(1).sum().backward()
         assert x.grad is not None
         total += x.grad / steps
-    torch.testing.assert_close(attribution(inputs, error), (inputs * total).abs().mean(1))
+    torch.testing.assert_close(token_attribution(inputs, error), (inputs * total).abs().mean(1))
     # completeness of integrated gradients: the shares of all channels add up to the whole error of a token
     torch.testing.assert_close((inputs * total).sum(1), (inputs @ error.T).abs().mean(1))
 

@@ -16,7 +16,7 @@ from sensitivity.formats.writing.calibrated_codes import codes
 from sensitivity.measure.activations.block_chain import BlockCalls, hidden_states, outputs
 from sensitivity.measure.attribution.weight_errors import plan_changes
 from sensitivity.measure.calibrate.statistics import Statistics
-from sensitivity.measure.forecast.calibrating import STEP, tweaking
+from sensitivity.measure.forecast.calibrating import STEP, tweaking_seconds
 from sensitivity.measure.install.plan_in_model import quantized, targets
 from sensitivity.measure.install.tweaked_norms import output_error, tweaked
 from sensitivity.measure.memory.weight_codes import WeightCodes
@@ -262,7 +262,7 @@ def test_steps_are_in_the_forecast(scenes_llava: VLM) -> None:
 
     def seconds(steps: int, bits: tuple[int, ...], path: str = "float") -> float:
         made = [scheme("rtn", one, tweak=steps, calibration={"path": path}) for one in bits]
-        return tweaking(parts, [Plan.uniform(parts, one) for one in made], 4, 1.0)
+        return tweaking_seconds(parts, [Plan.uniform(parts, one) for one in made], 4, 1.0)
 
     assert seconds(0, (2, 3)) == 0
     in_blocks = sum(w.numel for w in parts.weights if w.block is not None) / sum(w.numel for w in parts.weights)

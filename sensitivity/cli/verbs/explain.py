@@ -102,7 +102,7 @@ def _components(args: argparse.Namespace) -> dict[str, object]:
         scoring = scored(vlm, parts, requested, data, args.scores, args.calibration_n, 0, (), args.cache_gb)
     measured = compared(args.out, scoring.scores, parts.names)
     in_words = not any(task.gallery for task in tasks)
-    checks = score_checks.checked(scoring.given, scoring.scores, args.check) if in_words else None
+    checks = score_checks.check_scores(scoring.given, scoring.scores, args.check) if in_words else None
     content = attributions_json(vlm.name, scoring.scores, measured, checks)
     file = save_attributions(args.out, content)
     if not args.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
@@ -12,9 +13,10 @@ from sensitivity.measure.passes.attention_functions import at_least_float32, pro
 from sensitivity.measure.passes.attention_hooks import attending_hooks
 from sensitivity.quantize.run_time.probabilities import round_probabilities
 
-HALVINGS = (1, 2, 4)  # levels for each halving of a probability, as in PTQ4SAM
-REACHES = (1.0, 0.9, 0.8, 0.7, 0.6)  # shares of the largest probability; we infer that PTQ4SAM takes these steps
-Grid = tuple[int, float]  # levels for each halving, and the largest level
+LEVELS_PER_HALVING = (1, 2, 4)  # levels each time that a probability halves, as in PTQ4SAM
+# the largest level, as a share of the largest probability; we infer that PTQ4SAM takes these steps
+LARGEST_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6)
+Grid = tuple[int, float]  # levels per halving, and the largest level
 
 
 def adaptive_grids(
@@ -27,7 +29,7 @@ def adaptive_grids(
     largest = dict.fromkeys(wanted, 0.0)
     errors: dict[tuple[str, int], dict[Grid, float]] = {(path, bits): {} for path in wanted for bits in wanted[path]}
 
-    def look(path: str) -> Callable[[Tensor, Tensor | None], None]:
+    def find_largest(path: str) -> Callable[[Tensor, Tensor | None], None]:
         def attend(logits: Tensor, value: Tensor | None) -> None:
             largest[path] = max(largest[path], float(probabilities_of(logits).max()))
 
@@ -38,14 +40,15 @@ def adaptive_grids(
             exact = probabilities_of(logits)
             for bits in wanted[path]:
                 of_bits = errors[path, bits]
-                for grid in ((halving, largest[path] * reach) for halving in HALVINGS for reach in REACHES):
+                for levels, share in itertools.product(LEVELS_PER_HALVING, LARGEST_SHARES):
+                    grid = levels, largest[path] * share
                     error = round_probabilities(exact, bits, *grid) - exact
                     error = error if value is None else error @ at_least_float32(value)
                     of_bits[grid] = of_bits.get(grid, 0.0) + float(error.square().sum(dtype=torch.float64))
 
         return attend
 
-    for observe in (look, compare):
+    for observe in (find_largest, compare):
         with ExitStack() as hooks:
             for path in wanted:
                 for hook in attending_hooks(model.get_submodule(path), observe(path)):

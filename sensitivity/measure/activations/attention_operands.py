@@ -15,14 +15,15 @@ from sensitivity.spec.components import KEY_VALUE, Weight
 from sensitivity.spec.errors import UserError
 
 QUERIES, KEYS, ALL = ("q_proj", "q", "query"), ("k_proj", "k", "key"), "qkv"
-# as in PTQ4SAM's code: points of the density, least distance of its peaks, and their least height as a share of its sum
-POINTS, APART, HEIGHT = 128, 32, 0.01
+# as in PTQ4SAM's code: points of the density, the least distance of its peaks in points, and their least height as a
+# share of its sum
+POINTS, MIN_DISTANCE, MIN_HEIGHT = 128, 32, 0.01
 SAMPLE = 4096  # values of the first batch from which the density is estimated
 
 
 @dataclass(frozen=True)
 class OperandGrid:
-    """How a layer's outputs are rounded: the signs that they are multiplied by before, and the range of each channel.
+    """How a layer's outputs are rounded: the signs by which they are multiplied first, and the range of each channel.
 
     All channels of an operand (queries, keys or values) have the same range, so that it has one scale.
     """
@@ -42,7 +43,7 @@ def is_operand(weight: Weight) -> bool:
 def operand_grids(
     model: nn.Module, weights: Sequence[Weight], mode: str, passes: Callable[[], Iterable[object]]
 ) -> dict[str, OperandGrid]:
-    """By weight: the range of its outputs over all passes; if folded, with the signs of keys that have two peaks."""
+    """By weight: the range of its outputs over all passes, and if folded the signs of keys that have two peaks."""
     seen = {weight.name: _Outputs() for weight in weights}
     with ExitStack() as hooks:
         for weight in weights:
@@ -64,14 +65,14 @@ def signs_of(mean: Tensor, sample: Tensor) -> Tensor:
 
 def two_peaks(sample: Tensor) -> bool:
     """Whether the density of some numbers has two peaks that are far apart and high enough."""
-    from scipy.signal import find_peaks  # the two take a second, which every sweep would wait for
+    from scipy.signal import find_peaks  # these two imports take a second, which every sweep would wait for
     from scipy.stats import gaussian_kde
 
     values = sample.double().cpu().numpy()
     if np.ptp(values) == 0:
         return False
     density = gaussian_kde(values)(np.linspace(values.min(), values.max(), POINTS))
-    peaks, _ = find_peaks(density, height=HEIGHT * density.sum(), distance=APART)
+    peaks, _ = find_peaks(density, height=MIN_HEIGHT * density.sum(), distance=MIN_DISTANCE)
     return len(peaks) == 2
 
 
@@ -92,6 +93,7 @@ class _Outputs:
 
 
 def _grid(weight: Weight, seen: _Outputs, folded: bool) -> OperandGrid:
+    """One range for each operand in a layer; a fused layer has three."""
     if seen.first is None:
         raise UserError(f"{weight.name} received no token of the calibration data, so its outputs have no range")
     leaf = weight.module.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Consecutive blocks as they are called in forward passes, to be run again by themselves."""
+"""Records how consecutive blocks are called in forward passes, and runs them again without the rest of the model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import Cache
+
+from sensitivity.measure.passes.block_modules import hidden_states
 
 Call = tuple[tuple[object, ...], dict[str, object]]
 
@@ -27,9 +29,9 @@ class BlockCalls:
 
 
 def recorded_calls(
-    model: nn.Module, paths: Sequence[str], passes: Callable[[], Iterable[object]], most: int
+    model: nn.Module, paths: Sequence[str], passes: Callable[[], Iterable[object]], max_passes: int
 ) -> list[BlockCalls]:
-    """The calls of some blocks in the first `most` passes, without the cache: a second run would append to it."""
+    """The calls of some blocks in the first `max_passes` passes, without the cache: a second run would append to it."""
     found = [BlockCalls(model.get_submodule(path)) for path in paths]
     with ExitStack() as hooks:
         for block in found:
@@ -41,7 +43,7 @@ def recorded_calls(
 
             hooks.callback(block.module.register_forward_pre_hook(note, with_kwargs=True).remove)
         for count, _ in enumerate(passes(), start=1):
-            if count == most:
+            if count == max_passes:
                 break
     return found
 
@@ -59,9 +61,11 @@ def outputs(chain: Sequence[BlockCalls]) -> list[Tensor]:
     return found
 
 
-def hidden_states(value: object) -> Tensor:
-    """The first tensor of a block's arguments or of its output."""
-    return next(leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+def squared_error(found: Sequence[Tensor], target: Sequence[Tensor]) -> float:
+    """The sum of squared differences."""
+    return sum(
+        float((a.float() - b.float()).square().sum(dtype=torch.float64)) for a, b in zip(found, target, strict=True)
+    )
 
 
 def with_hidden_states(call: Call, states: Tensor) -> Call:

@@ -1,4 +1,4 @@
-"""Searches for the clipping ranges of the inputs of consecutive blocks, jointly (Q-VLM)."""
+"""Searches for the clipping ranges of layers' inputs, jointly over consecutive blocks (Q-VLM)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sensitivity.measure.activations.block_chain import BlockCalls, outputs, recorded_calls
+from sensitivity.measure.activations.block_chain import BlockCalls, outputs, recorded_calls, squared_error
+from sensitivity.measure.passes.block_modules import layer_input
 from sensitivity.quantize.layer.linears import input_of
 from sensitivity.quantize.run_time.dependency import blocks_of, dependency
 from sensitivity.quantize.run_time.inputs import percentiles, round_between, round_each_token
 from sensitivity.spec.components import Weight
 
-SHARES = (1.0, 0.995, 0.99, 0.985, 0.98)  # percentiles that are tried, as in the paper
-PASSES = 4  # on which errors are compared: every combination of percentiles runs on them
+PERCENTILES = (1.0, 0.995, 0.99, 0.985, 0.98)  # percentiles that are tried, as in the paper
+PASSES = 4  # passes on which errors are compared: every combination of percentiles runs on them
 Passes = Callable[[], Iterable[object]]
 Change = Callable[[Tensor], Tensor]
 # a context in which some weights are quantized, and each one's input is changed by the given function
@@ -26,15 +27,15 @@ Install = Callable[[Sequence[Weight], Mapping[str, Change]], AbstractContextMana
 
 @dataclass(frozen=True)
 class InputRange:
-    """How a layer's inputs are rounded: between `low` and `high` of each channel, or percentiles of each token."""
+    """How a layer's inputs are rounded: between `low` and `high` of each channel, or in a range of each token."""
 
     low: Tensor | None = None
     high: Tensor | None = None
-    share: float = 1.0
-    shrink: float = 1.0
+    share: float = 1.0  # percentile of each token that its range covers
+    shrink: float = 1.0  # factor by which each token's range shrinks
 
     def rounded(self, bits: int) -> Change:
-        """The function that rounds."""
+        """The function that rounds inputs to so many bits."""
         low, high = self.low, self.high
         if low is None or high is None:
             return lambda x: round_each_token(x, bits, self.share, self.shrink)
@@ -49,8 +50,8 @@ def blocks_to_search(
 ) -> list[list[Layer]]:
     """One part's transformer blocks (the paper's layers), grouped into runs of dependent ones (the paper's blocks).
 
-    All of the part is looked at, whatever a plan rounds, and no group crosses from one component to another: so the
-    ranges of a component depend on its own schemes alone, and plans can share them.
+    Blocks are grouped alike whatever a plan rounds, and no group crosses from one component to another: so the ranges
+    of a component depend on its own schemes alone, and plans can share them.
     """
     calls = recorded_calls(model, [path for path, _ in layers], passes, PASSES)
     if not layers or not all(block.calls for block in calls):
@@ -92,7 +93,7 @@ def best_ranges(
     tables = _tables(model, chain, weights)
     best: dict[str, InputRange] = {}
     least = float("inf")
-    for shares in itertools.product(SHARES, repeat=len(block)):
+    for shares in itertools.product(PERCENTILES, repeat=len(block)):
         ranges = {
             weight.name: tables[input_of(weight)][share]
             for (_, of_layer), share in zip(block, shares, strict=True)
@@ -105,13 +106,6 @@ def best_ranges(
     return best, least
 
 
-def squared_error(found: Sequence[Tensor], target: Sequence[Tensor]) -> float:
-    """The sum of squared differences."""
-    return sum(
-        float((a.float() - b.float()).square().sum(dtype=torch.float64)) for a, b in zip(found, target, strict=True)
-    )
-
-
 def _tables(
     model: nn.Module, chain: Sequence[BlockCalls], weights: Sequence[Weight]
 ) -> dict[str, dict[float, InputRange]]:
@@ -121,7 +115,7 @@ def _tables(
         for name, weight in {input_of(w): w for w in weights if w.part != "vision"}.items():
 
             def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], name: str = name) -> None:
-                seen.setdefault(name, []).append((args[0] if args else kwargs["input"]).float().flatten(0, -2))
+                seen.setdefault(name, []).append(layer_input(args, kwargs).float().flatten(0, -2))
 
             layer = model.get_submodule(weight.reader)
             hooks.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
@@ -133,8 +127,8 @@ def _tables(
             continue
         if name in seen:
             tokens = torch.cat(seen.pop(name))
-            ends = {share: percentiles(tokens, share, 0) for share in SHARES}
+            ends = {share: percentiles(tokens, share, 0) for share in PERCENTILES}
             found[name] = {share: InputRange(low[0], high[0]) for share, (low, high) in ends.items()}
         else:
-            found[name] = {share: InputRange(share=share) for share in SHARES}
+            found[name] = {share: InputRange(share=share) for share in PERCENTILES}
     return found

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sensitivity.measure.passes.attention_hooks import attending_hooks
 
-# limits of the released code: factors are clamped to LEAST and MOST, and those within NEAR of 1 are not applied
+# limits of the released code: factors are clamped between LEAST and MOST, and those within NEAR of 1 are not applied
 LEAST_LOGIT, MOST_LOGIT, NEAR_LOGIT = 0.7, 1.4, 0.02
-MOST_OUTPUT, NEAR_OUTPUT = 0.30, 0.03  # of the logarithm of the factor
+MOST_OUTPUT, NEAR_OUTPUT = 0.30, 0.03  # the same, of the logarithm of the factor
 MASKED = -1e4  # logits below this are masked
 
 
@@ -30,7 +30,7 @@ def attention_scales(
     model: nn.Module, outputs: Mapping[str, str], passes: Callable[[], Iterable[object]]
 ) -> dict[str, AttentionScale]:
     """The scale of each attention over all passes, by path; `outputs` maps each path to the attention's last layer."""
-    logits: dict[str, _Moments] = {path: _Moments() for path in outputs}
+    logits: dict[str, _LogitSums] = {path: _LogitSums() for path in outputs}
     squares: dict[str, list[float]] = {path: [0.0, 0.0] for path in outputs}
 
     def attend(path: str) -> Callable[[Tensor, Tensor | None], None]:
@@ -51,13 +51,13 @@ def attention_scales(
         for _ in passes():
             pass
     return {
-        path: AttentionScale(logits[path].spread, math.sqrt(total / max(count, 1)))
+        path: AttentionScale(logits[path].deviation, math.sqrt(total / max(count, 1)))
         for path, (total, count) in squares.items()
     }
 
 
 def factors(float_: AttentionScale, quantized: AttentionScale) -> tuple[Tensor | None, float]:
-    """What logits (of each head) and outputs are multiplied by; 1 where they are close, and never beyond the limits."""
+    """The factors of each head's logits and of the outputs: 1 where they are close, and never beyond the limits."""
     output = 1.0
     if float_.output > 0 and quantized.output > 0:
         log = math.log(float_.output / quantized.output)
@@ -68,8 +68,8 @@ def factors(float_: AttentionScale, quantized: AttentionScale) -> tuple[Tensor |
     return torch.where((ratio - 1).abs() < NEAR_LOGIT, torch.ones_like(ratio), ratio), output
 
 
-class _Moments:
-    """Sums over each head's logits, without masked ones."""
+class _LogitSums:
+    """Number, sum and sum of squares of each head's logits, without masked ones."""
 
     def __init__(self) -> None:
         self.sums: Tensor | None = None  # number, sum and sum of squares by head
@@ -83,7 +83,7 @@ class _Moments:
         self.sums = sums if self.sums is None else self.sums + sums if sums.shape == self.sums.shape else self.sums
 
     @property
-    def spread(self) -> Tensor | None:
+    def deviation(self) -> Tensor | None:
         """The standard deviation of each head's logits; None where no logits were seen."""
         if self.sums is None:
             return None

@@ -10,22 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from sensitivity.measure.activations.joint_ranges import InputRange
+from sensitivity.measure.passes.block_modules import layer_input
 from sensitivity.quantize.layer.linears import input_of
 from sensitivity.quantize.run_time.dependency import codes_of, dependency, entropy
 from sensitivity.quantize.run_time.inputs import round_between, round_each_token
 from sensitivity.spec.components import Weight
 
-SAMPLES, SEARCHED = 8, 2  # passes whose ranges are collected, and those that shrink factors are compared on
+SAMPLES, SEARCHED = 8, 2  # passes whose ranges are collected, and passes on which shrink factors are compared
 SHRINK, SHRINK_VISION = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4), (1.0, 0.999, 0.998)
 POWER = 0.5  # to which absolute errors are raised before they are averaged
-EVERY, AT = 3, 1  # in blocks whose number modulo 3 is 1, every pass widens the ranges
+PERIOD, PHASE = 3, 1  # in every third block, those with number 1, 4, 7 ..., each pass widens the ranges
 # layers whose range the released code finds anew for each prompt; here each token has its own
 NEW_EACH_TIME = ("o_proj", "out_proj", "down_proj", "fc2")
 
 
 @dataclass
 class _Layer:
-    """One input of a layer, and its range so far."""
+    """A layer that reads an input of its own, and the range of that input so far."""
 
     weight: Weight
     low: Tensor | None = None
@@ -37,6 +38,7 @@ class _Layer:
         return self.weight.part != "vision" and self.weight.module.rpartition(".")[2] not in NEW_EACH_TIME
 
     def widen(self, values: Tensor) -> None:
+        """Widen the range to these values and to 0."""
         low, high = torch.aminmax(values.float().flatten(0, -2), dim=0)
         low, high = low.clamp(max=0), high.clamp(min=0)
         self.low = low if self.low is None else torch.minimum(self.low, low)
@@ -61,9 +63,9 @@ def released_ranges(
             values = inputs.get(layer.weight.name)
             if values is None:
                 continue
-            third = layer.weight.block is not None and layer.weight.block % EVERY == AT
-            certain = before is not None and before < sum(recorded) / len(recorded)
-            if not samples or third or not certain:
+            third = layer.weight.block is not None and layer.weight.block % PERIOD == PHASE
+            below_mean = before is not None and before < sum(recorded) / len(recorded)
+            if not samples or third or not below_mean:
                 layer.widen(values)
             before = _measure(None if previous is None else inputs.get(previous.weight.name), values, layer, bits)
             recorded.append(before)
@@ -92,7 +94,7 @@ def _shrunk(layer: _Layer, samples: Sequence[Mapping[str, Tensor]], bits: int) -
     for factor in SHRINK_VISION if vision else SHRINK:
         errors[factor] = 0.0
         for values in seen:
-            rounded = _between(layer, values, bits, factor)
+            rounded = _rounded(layer, values, bits, factor)
             errors[factor] += float((rounded.float() - values.float()).abs().pow(POWER).mean())
     factor = min(errors, key=lambda one: errors[one])
     if vision or layer.low is None or layer.high is None:
@@ -100,7 +102,8 @@ def _shrunk(layer: _Layer, samples: Sequence[Mapping[str, Tensor]], bits: int) -
     return InputRange(layer.low * factor, layer.high * factor)
 
 
-def _between(layer: _Layer, values: Tensor, bits: int, factor: float) -> Tensor:
+def _rounded(layer: _Layer, values: Tensor, bits: int, factor: float) -> Tensor:
+    """Values rounded in the layer's range, or in each token's own, times a factor."""
     if not layer.static or layer.low is None or layer.high is None:
         return round_each_token(values, bits, shrink=factor)
     return round_between(values, bits, layer.low * factor, layer.high * factor)
@@ -117,7 +120,7 @@ def _inputs(
             def note(
                 module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], name: str = layer.weight.name
             ) -> None:
-                current[name] = args[0] if args else kwargs["input"]
+                current[name] = layer_input(args, kwargs)
 
             module = model.get_submodule(layer.weight.reader)
             hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)

@@ -1,4 +1,4 @@
-"""How a changed model answers calibration data: its loss and its divergence, beside those of the float model."""
+"""How a changed model answers calibration data: the rise of its loss, and its divergence from the float model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sensitivity.measure.gradients.backward import answer_logits
+from sensitivity.measure.gradients.backward import teacher_forced_logits
 from sensitivity.measure.passes.token_batches import TokenBatch
 from sensitivity.models.vlm import VLM
 
@@ -23,21 +23,21 @@ class Change:
 
 
 class AnswerChanges:
-    """The float model's predictions of the right answers, and how those of the model as it is now differ."""
+    """The float model's predictions of the right answers, and how those of the changed model differ."""
 
     def __init__(self, vlm: VLM, data: Callable[[], Iterable[TokenBatch]]) -> None:
         self.vlm, self.data = vlm, data
-        self.own: list[Tensor] = []  # log-probabilities of all next tokens, by batch: rows x positions x vocabulary
-        self.loss = 0.0  # of the float model, summed over examples
+        self.log_probabilities: list[Tensor] = []  # of all next tokens, by batch: rows x positions x vocabulary
+        self.loss = 0.0  # summed over examples
         for predicted, targets in self._predictions():
-            self.own.append(predicted.float().cpu())
+            self.log_probabilities.append(predicted.float().cpu())
             self.loss -= float(predicted.gather(-1, targets[..., None]).mean(1).sum())
 
     def now(self) -> Change:
-        """How the answers of the model as it is now differ, from one forward pass over the data."""
+        """How the answers of the model differ at this moment, from one forward pass over the data."""
         divergence = loss = 0.0
-        for own, (predicted, targets) in zip(self.own, self._predictions(), strict=True):
-            before = own.to(predicted)
+        for unchanged, (predicted, targets) in zip(self.log_probabilities, self._predictions(), strict=True):
+            before = unchanged.to(predicted)
             # a token that the float model rules out has a log-probability of minus infinity, and adds nothing
             each = torch.where(before.isfinite(), before.exp() * (before - predicted), 0.0).sum(-1)
             divergence += float(each.mean(1).sum())
@@ -53,5 +53,5 @@ class AnswerChanges:
         """For each batch the log-probabilities of all next tokens, and the right ones."""
         with torch.inference_mode():
             for batch in self.data():
-                logits, targets = answer_logits(self.vlm, batch)
+                logits, targets = teacher_forced_logits(self.vlm, batch)
                 yield logits.log_softmax(-1), targets

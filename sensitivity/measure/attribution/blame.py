@@ -19,8 +19,8 @@ from sensitivity.spec.components import ComponentMap
 class Blame:
     """How much of the change of the loss comes from each component, modality and region of an image.
 
-    A token's modality is that of the sequence position at which a layer's output has changed; all tokens of a vision
-    tower are vision. Components, and modalities, sum to the whole change. Regions leave out tokens that are not
+    A token's modality is that of the position at which a layer's output has changed; all tokens of a vision tower are
+    vision. Components sum to the whole change, and so do modalities. Regions leave out tokens that are not
     patches: class tokens, queries and text.
     """
 
@@ -31,7 +31,7 @@ class Blame:
 
 
 def blame(parts: ComponentMap, family: Family, integral: PathIntegral) -> Blame:
-    """Sum the terms of a path integral."""
+    """Sum the terms of a path integral by component, by modality, by region and by token of the question."""
     components = dict.fromkeys(parts.names, 0.0)
     modalities = dict.fromkeys(MODALITIES[VISION:], 0.0)
     grids: dict[int, list[Tensor]] = {}
@@ -46,22 +46,22 @@ def blame(parts: ComponentMap, family: Family, integral: PathIntegral) -> Blame:
         if parts[name].part == "language" and (read := int((kinds == PROMPT).sum())):
             # an output head reads only the last token, so its terms belong to the end of the prompt
             prompts[example][-read:] += values[kinds == PROMPT]
-        if parts[name].part in family.patches and (grid := square(values[kinds == VISION])) is not None:
+        if parts[name].part in family.patches and (grid := patch_grid(values[kinds == VISION])) is not None:
             grids.setdefault(example, []).append(grid)
-    regions = {example: together(grid_list) for example, grid_list in sorted(grids.items())}
+    regions = {example: summed_grids(grid_list) for example, grid_list in sorted(grids.items())}
     return Blame(components, modalities, regions, prompts)
 
 
-def square(values: Tensor) -> Tensor | None:
-    """The values of patches as rows and columns, without a class token; None if their number is not a square."""
+def patch_grid(values: Tensor) -> Tensor | None:
+    """The values of patches as rows and columns, without a class token; None if they do not fill a square."""
     for patches in (values, values[1:]):
         if len(patches) and isqrt(len(patches)) ** 2 == len(patches):
             return patches.reshape(isqrt(len(patches)), -1)
     return None
 
 
-def together(grids: Sequence[Tensor]) -> Tensor:
-    """The sum of grids, at the size of the finest.
+def summed_grids(grids: Sequence[Tensor]) -> Tensor:
+    """The sum of grids, in rows and columns of the finest.
 
     The values of a coarser grid are spread evenly; it is left out if its side does not divide the finest one's.
     """

@@ -1,4 +1,4 @@
-"""Boxes: which tokens of an answer write which number of a box, and how far a plan moves each number."""
+"""Boxes: which tokens of an answer write each number of a box, and how far a plan moves that number."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def writes_boxes(tasks: Sequence[Task]) -> bool:
 
 
 def tokens_of(vlm: VLM, number: int, targets: Tensor) -> Tensor:
-    """1 for each token of right answers (rows x positions) that writes a part of this number of a box, otherwise 0."""
+    """1 for each token of right answers (rows x positions) that writes at least a part of this number, otherwise 0."""
     found = torch.zeros(targets.shape)
     for row, tokens in enumerate(targets.tolist()):
         # where each token begins and ends in the text: some tokens write several characters, some a part of one
@@ -36,8 +36,8 @@ def tokens_of(vlm: VLM, number: int, targets: Tensor) -> Tensor:
     return found
 
 
-def moved(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, float]:
-    """By how much each number moves, as a mean over the examples whose answers are one box both times."""
+def mean_shifts(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, float]:
+    """How far each number of a box is from before: the mean over examples whose answers are one box both times."""
     pairs = [(parse(before[name]), parse(after[name])) for name in before if name in after]
     both = [(one[0], other[0]) for one, other in pairs if len(one) == len(other) == 1]
     return {

@@ -1,4 +1,4 @@
-"""Calibrated: what component scores are computed from; each piece is computed once, when first asked for."""
+"""Calibrated: all that component scores are computed from; each part is computed once, when first asked for."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ Scores = dict[str, dict[Scheme, float]]  # component -> scheme -> damage, in the
 
 
 @dataclass(frozen=True)
-class Layer:
-    """The errors of one layer's weight and output under each scheme, and the norms that they are compared with."""
+class LayerErrors:
+    """The errors of one layer's weight and output under each scheme, and the norms with which they are compared."""
 
     weight: float  # squared norm of the weight
     output: float  # tr(W H W'), with H the Gram matrix of the inputs
@@ -39,7 +39,7 @@ class Layer:
 
 @dataclass
 class Calibrated:
-    """What scores are computed from: a model, schemes, the statistics of calibration data, and the data itself."""
+    """All that scores are computed from: a model, schemes, the statistics of calibration data, and the data itself."""
 
     vlm: VLM
     parts: ComponentMap
@@ -58,13 +58,13 @@ class Calibrated:
         return [weight for weight in self.parts.weights if not weight.is_embedding]
 
     @cached_property
-    def layers(self) -> dict[str, Layer]:
+    def layers(self) -> dict[str, LayerErrors]:
         """The errors of each layer, by weight name; computed block by block, so that few codes are in memory."""
         found = {}
         for weight in (weight for group in self.errors.by_group() for weight in group if not weight.is_embedding):
             own, gram = self.errors.own[weight.name].float(), self.statistics.gather([weight])[input_of(weight)].gram
             errors = [error.float() for error in self.errors.of(weight)]
-            found[weight.name] = Layer(
+            found[weight.name] = LayerErrors(
                 float(own.square().sum()),
                 float(_quadratic(own, gram).sum()),
                 [float(error.square().sum()) for error in errors],
@@ -88,6 +88,7 @@ class Calibrated:
         return found
 
     def _first_order_of(self, names: Collection[str]) -> FirstOrder:
+        """The first-order scores of a group of weights."""
         return in_rows_that_fit(
             self.vlm, self.data, lambda data: first_order(self.vlm, self.weights, self.errors.of, data(), names)
         )
@@ -99,7 +100,7 @@ class Calibrated:
 
     @cached_property
     def one_at_a_time(self) -> dict[str, dict[Scheme, Change]]:
-        """What each component at each scheme does to the answers by itself: a forward pass for each."""
+        """How the answers change with one component quantized, by component and scheme; a forward pass for each."""
         self.answers  # noqa: B018 - computed on the float model, before any component is quantized
         found: dict[str, dict[Scheme, Change]] = {}
         for name in self.parts.names:
@@ -117,7 +118,7 @@ class Calibrated:
         return Plan(tuple(choice.items()))
 
     @cached_property
-    def paths(self) -> dict[Scheme, dict[str, float]]:
+    def path_shares(self) -> dict[Scheme, dict[str, float]]:
         """For each uniform plan, each component's share of the change of the loss, from a path integral."""
         found: dict[Scheme, dict[str, float]] = {}
         for scheme in self.schemes:

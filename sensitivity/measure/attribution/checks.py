@@ -1,4 +1,4 @@
-"""Checks of scores: how well their sums predict what random plans really do to the answers of calibration data."""
+"""Checks of scores: how well their sums predict how random plans change the answers on calibration data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 from sensitivity.measure.attribution.answer_changes import Change
 from sensitivity.measure.attribution.calibrated import Calibrated
-from sensitivity.measure.attribution.scores import FORETOLD, Attribution
+from sensitivity.measure.attribution.scores import PREDICTS, Attribution
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.spec.plan import Plan, Scheme, fitted
 
@@ -21,10 +21,10 @@ TRIES = 20  # draws per wanted plan: with few components, many draws repeat a pl
 
 @dataclass(frozen=True)
 class Check:
-    """How a score compares with what plans really do to the calibration data."""
+    """How well a score predicts what measured plans do to the answers on calibration data."""
 
     plans: int
-    rank_correlation: float | None  # of the sums of scores with the divergence of the answers
+    rank_correlation: float | None  # between the sums of scores and the divergence of the answers
     error: float | None  # RMS error of the damage that the score predicts, as a share of the RMS of the true damage
 
     def to_json(self) -> dict[str, float | None]:
@@ -40,41 +40,43 @@ class Checks:
     pass_seconds: float
 
 
-def checked(given: Calibrated, scores: Sequence[Attribution], count: int, seed: int = 0) -> Checks:
+def check_scores(calibrated: Calibrated, scores: Sequence[Attribution], count: int, seed: int = 0) -> Checks:
     """Run random plans of various widths on the calibration data, and compare them with the sums of scores."""
-    own = given.answers
+    answers = calibrated.answers
     truth: list[tuple[Plan, Change]] = []
     began = time.process_time()
-    own.now()
+    answers.now()
     seconds = time.process_time() - began
-    for plan in random_plans(given, count, seed):
-        truth.append((plan, own.under(quantized(given.vlm.model, given.parts, plan, None, given.statistics))))
-    return Checks({one.name: _compared(given, one, truth) for one in scores} if truth else {}, seconds)
+    model, parts, statistics = calibrated.vlm.model, calibrated.parts, calibrated.statistics
+    for plan in random_plans(calibrated, count, seed):
+        truth.append((plan, answers.under(quantized(model, parts, plan, None, statistics))))
+    return Checks({one.name: _compared(calibrated, one, truth) for one in scores} if truth else {}, seconds)
 
 
-def random_plans(given: Calibrated, count: int, seed: int) -> list[Plan]:
+def random_plans(calibrated: Calibrated, count: int, seed: int) -> list[Plan]:
     """Random plans; each draws its schemes from two neighboring widths, so that plans also differ in size."""
-    draw, schemes = np.random.default_rng(seed), sorted(given.schemes, key=lambda scheme: scheme.bits)
+    draw, schemes = np.random.default_rng(seed), sorted(calibrated.schemes, key=lambda scheme: scheme.bits)
     plans: dict[Plan, None] = {}
     for i in range(TRIES * count):
         first = i % max(len(schemes) - 1, 1)
         two: list[Scheme] = list(schemes[first : first + 2])
-        which = draw.integers(len(two), size=len(given.parts.names))
-        chosen = zip(given.parts.components, which, strict=True)
+        which = draw.integers(len(two), size=len(calibrated.parts.names))
+        chosen = zip(calibrated.parts.components, which, strict=True)
         plans.setdefault(Plan(tuple((one.name, fitted(one, two[int(w)])) for one, w in chosen)))
         if len(plans) == count:
             break
     return list(plans)
 
 
-def _compared(given: Calibrated, score: Attribution, truth: Sequence[tuple[Plan, Change]]) -> Check:
+def _compared(calibrated: Calibrated, score: Attribution, truth: Sequence[tuple[Plan, Change]]) -> Check:
+    """Compare a score's sums with the changes that plans made."""
     sums = [sum(score.scores[name][scheme] for name, scheme in plan.schemes if scheme is not None) for plan, _ in truth]
     real = [change.divergence for _, change in truth]
     enough = min(len(set(sums)), len(set(real))) >= MIN_VALUES
     agreement = float(spearmanr(sums, real).statistic) if enough else None
-    if score.name not in FORETOLD:
+    if score.name not in PREDICTS:
         return Check(len(truth), agreement, None)
-    unit, foretell = FORETOLD[score.name]
-    wanted = np.array([getattr(change, unit) for _, change in truth])
-    missed = np.array([foretell(given, total) for total in sums]) - wanted
-    return Check(len(truth), agreement, float(np.sqrt(np.mean(missed**2) / max(np.mean(wanted**2), 1e-300))))
+    field, predict = PREDICTS[score.name]
+    wanted = np.array([getattr(change, field) for _, change in truth])
+    misses = np.array([predict(calibrated, total) for total in sums]) - wanted
+    return Check(len(truth), agreement, float(np.sqrt(np.mean(misses**2) / max(np.mean(wanted**2), 1e-300))))

@@ -1,4 +1,4 @@
-"""Scores from the path between the float model and a uniform plan: shares of its damage, and how damages overlap."""
+"""Scores from path integrals up to uniform plans: each component's share of the damage, and how damages overlap."""
 
 from __future__ import annotations
 
@@ -9,38 +9,40 @@ import numpy as np
 
 from sensitivity.measure.attribution.calibrated import Calibrated, Scores
 
-NEARLY_ALL = 0.99  # largest share of all that can be lost that a plan may lose, so that logarithms stay finite
+NEARLY_ALL = 0.99  # the most that a plan may lose, as a share of all that can be lost: logarithms stay finite
 ROUNDS = 200  # of the fixed-point iteration, at most; it converges long before
 
 
-def path(given: Calibrated) -> Scores:
-    """The share of a component in the damage of the uniform plan, integrated along the path from the float model."""
-    return {name: {scheme: given.paths[scheme][name] for scheme in given.schemes} for name in given.parts.names}
+def path(calibrated: Calibrated) -> Scores:
+    """Each component's share of the damage of the uniform plan, integrated along the path from the float model."""
+    shares = calibrated.path_shares
+    return {name: {scheme: shares[scheme][name] for scheme in calibrated.schemes} for name in calibrated.parts.names}
 
 
-def coverage(given: Calibrated) -> Scores:
+def coverage(calibrated: Calibrated) -> Scores:
     """-log(1 - a) of each component, where a plan covers 1 - prod (1 - a) of all that can be lost (arXiv 2607.12266).
 
     The integrals here are of the loss, not of the divergence, and `saturation` is all that can be lost. Damage that
     components share is not counted twice.
     """
-    limit = saturation(given)
-    found: Scores = {name: {} for name in given.parts.names}
-    for scheme in given.schemes:
-        covered = inverted([max(given.paths[scheme][name], 0.0) / limit for name in given.parts.names])
-        for name, share in zip(given.parts.names, covered, strict=True):
+    limit = saturation(calibrated)
+    found: Scores = {name: {} for name in calibrated.parts.names}
+    for scheme in calibrated.schemes:
+        shares = calibrated.path_shares[scheme]
+        covered = coverage_of_shares([max(shares[name], 0.0) / limit for name in calibrated.parts.names])
+        for name, share in zip(calibrated.parts.names, covered, strict=True):
             found[name][scheme] = -math.log1p(-share)
     return found
 
 
-def saturation(given: Calibrated) -> float:
+def saturation(calibrated: Calibrated) -> float:
     """All that can be lost: by how much a uniform guess raises the loss, or the worst uniform plan if that is more."""
-    guess = sum(math.log(own.shape[-1]) * len(own) for own in given.answers.own)
-    worst = max(sum(shares.values()) for shares in given.paths.values())
-    return max(guess - given.answers.loss, worst / NEARLY_ALL)
+    guess = sum(math.log(batch.shape[-1]) * len(batch) for batch in calibrated.answers.log_probabilities)
+    worst = max(sum(shares.values()) for shares in calibrated.path_shares.values())
+    return max(guess - calibrated.answers.loss, worst / NEARLY_ALL)
 
 
-def inverted(shares: Sequence[float]) -> list[float]:
+def coverage_of_shares(shares: Sequence[float]) -> list[float]:
     """Solve for a: the integral of a_i prod (1 - t a_j), j other than i, over t from 0 to 1 is share i.
 
     These integrals are the terms of the path integral of f(t) = 1 - prod (1 - t a_i).
@@ -62,5 +64,5 @@ def inverted(shares: Sequence[float]) -> list[float]:
 
 
 def predicted(covered: float, limit: float) -> float:
-    """The damage of a plan whose components' scores sum to this."""
+    """The damage of a plan, from the sum of its components' scores."""
     return limit * -math.expm1(-covered)

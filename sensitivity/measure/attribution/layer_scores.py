@@ -10,50 +10,50 @@ from sensitivity.measure.attribution.calibrated import Calibrated, Scores
 from sensitivity.spec.components import Weight
 
 
-def relative_weight_error(given: Calibrated) -> Scores:
+def relative_weight_error(calibrated: Calibrated) -> Scores:
     """|E|^2 / |W|^2 of each layer: what rounding does to the weights, whatever they are multiplied by."""
 
     def of_weight(weight: Weight) -> list[float]:
-        layer = given.layers[weight.name]
+        layer = calibrated.layers[weight.name]
         return [_ratio(error, layer.weight) for error in layer.weight_errors]
 
-    return given.by_component(of_weight)
+    return calibrated.by_component(of_weight)
 
 
-def relative_gram_error(given: Calibrated) -> Scores:
+def relative_gram_error(calibrated: Calibrated) -> Scores:
     """tr(E H E') / tr(W H W') of each layer: the share of its output on the calibration data that rounding changes."""
 
     def of_weight(weight: Weight) -> list[float]:
-        layer = given.layers[weight.name]
+        layer = calibrated.layers[weight.name]
         return [_ratio(float(error), layer.output) for error in layer.output_errors.sum(1)]
 
-    return given.by_component(of_weight)
+    return calibrated.by_component(of_weight)
 
 
-def kfac(given: Calibrated) -> Scores:
+def kfac(calibrated: Calibrated) -> Scores:
     """Fisher with inputs and gradients taken as independent, as K-FAC does: sum of g^2 E H E' over a layer's rows.
 
-    The backward pass does not use the errors of weights, so they need not be in memory during it.
+    The backward pass does not need the errors of weights, so they are not in memory during it.
     """
-    squares = given.output_gradients.squares
-    sums = {name: given.layers[name].output_errors.double() @ square for name, square in squares.items()}
-    return _first_order(given, sums)
+    squares = calibrated.output_gradients.squares
+    sums = {name: calibrated.layers[name].output_errors.double() @ square for name, square in squares.items()}
+    return _first_order(calibrated, sums)
 
 
-def fisher(given: Calibrated) -> Scores:
+def fisher(calibrated: Calibrated) -> Scores:
     """The sum of (gradient x change)^2 over a layer's outputs: ModelOpt's score of a quantized layer."""
-    return _first_order(given, given.first_order.fisher)
+    return _first_order(calibrated, calibrated.first_order.fisher)
 
 
-def gradient_times_change(given: Calibrated) -> Scores:
-    """|gradient x change| of each example: the first-order change of its loss (DeltaLoss, as it is described)."""
-    return _first_order(given, given.first_order.change)
+def gradient_times_change(calibrated: Calibrated) -> Scores:
+    """|gradient x change| of each example: the first-order change of its loss (DeltaLoss, as its paper has it)."""
+    return _first_order(calibrated, calibrated.first_order.change)
 
 
-def _first_order(given: Calibrated, sums: Mapping[str, Tensor]) -> Scores:
-    """By component; layers that the loss does not reach do no damage."""
-    nothing = [0.0] * len(given.schemes)
-    return given.by_component(lambda weight: sums[weight.name].tolist() if weight.name in sums else nothing)
+def _first_order(calibrated: Calibrated, sums: Mapping[str, Tensor]) -> Scores:
+    """Sum the scores of layers by component; layers that the loss does not reach score 0."""
+    nothing = [0.0] * len(calibrated.schemes)
+    return calibrated.by_component(lambda weight: sums[weight.name].tolist() if weight.name in sums else nothing)
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -16,42 +16,42 @@ NOISE = 0.01  # squared norm of the noise, as a share of the weight's: about the
 DRAWS = 2  # draws of noise for each component
 
 
-def divergence(given: Calibrated) -> Scores:
+def divergence(calibrated: Calibrated) -> Scores:
     """The divergence of the answers from the float model's with one component quantized: ModelOpt's KL."""
-    return {
-        name: {scheme: change.divergence for scheme, change in row.items()} for name, row in given.one_at_a_time.items()
-    }
+    changes = calibrated.one_at_a_time
+    return {name: {scheme: change.divergence for scheme, change in row.items()} for name, row in changes.items()}
 
 
-def loss(given: Calibrated) -> Scores:
+def loss(calibrated: Calibrated) -> Scores:
     """By how much the loss of right answers rises with one component quantized; negative where it falls."""
-    return {name: {scheme: change.loss for scheme, change in row.items()} for name, row in given.one_at_a_time.items()}
+    changes = calibrated.one_at_a_time
+    return {name: {scheme: change.loss for scheme, change in row.items()} for name, row in changes.items()}
 
 
-def linear_theorem(given: Calibrated) -> Scores:
-    """HIGGS: relative squared error of the weights, times the divergence that noise causes, per its squared norm.
+def linear_theorem(calibrated: Calibrated) -> Scores:
+    """HIGGS: the relative squared error of the weights, times the divergence that noise of such an error causes.
 
     For a small error the damage is linear in its squared norm, and equals that of noise with the same norm. HIGGS adds
     noise to each layer; here it is each component, so that the number of passes does not grow with the model's depth.
     """
     found: Scores = {}
-    for component in given.parts.components:
+    for component in calibrated.parts.components:
         weights = [weight for weight in component.weights if not weight.is_embedding]
         slope = 0.0
         for draw in range(DRAWS):
-            with disturbed(given.vlm.model, weights, draw):
-                slope += given.answers.now().divergence / NOISE / DRAWS
-        layers = [given.layers[weight.name] for weight in weights]
+            with noisy(calibrated.vlm.model, weights, draw):
+                slope += calibrated.answers.now().divergence / NOISE / DRAWS
+        layers = [calibrated.layers[weight.name] for weight in weights]
         found[component.name] = {
             scheme: slope * sum(one.weight_errors[i] / (one.weight or math.inf) for one in layers) / max(len(layers), 1)
-            for i, scheme in enumerate(given.schemes)
+            for i, scheme in enumerate(calibrated.schemes)
         }
     return found
 
 
 @contextmanager
-def disturbed(model: nn.Module, weights: Sequence[Weight], seed: int) -> Iterator[None]:
-    """Inside the block, each weight has noise of NOISE times its squared norm; afterwards all are as before."""
+def noisy(model: nn.Module, weights: Sequence[Weight], seed: int) -> Iterator[None]:
+    """Inside the block, noise is added to each weight, with NOISE times the weight's squared norm."""
     draw = torch.Generator().manual_seed(seed)
     parameters = [model.get_parameter(weight.name) for weight in weights]
     own = [parameter.data for parameter in parameters]

@@ -31,25 +31,25 @@ NEEDS = {
     "kfac": ("layers", "output_gradients"),
     "fisher": ("first_order",),
     "change": ("first_order",),
-    "path": ("paths",),
-    "coverage": ("paths", "answers"),
+    "path": ("path_shares",),
+    "coverage": ("path_shares", "answers"),
     "kl": ("answers", "one_at_a_time"),
     "loss": ("answers", "one_at_a_time"),
     "higgs": ("layers", "answers"),
 }
-WITH_ANSWERS = tuple(name for name in SCORES if name not in ("weight", "gram"))  # they need a loss of right answers
-# scores whose sum over a plan's components predicts a change of the answers: the field of Change that is predicted,
-# and the function that predicts it from the sum
-FORETOLD: dict[str, tuple[str, Callable[[Calibrated, float], float]]] = {
+WITH_ANSWERS = tuple(name for name in SCORES if name not in ("weight", "gram"))  # scores that need right answers
+# scores whose sum over a plan's components predicts a change of the answers: the field of Change, and the function
+# that predicts it from the sum
+PREDICTS: dict[str, tuple[str, Callable[[Calibrated, float], float]]] = {
     # near the float model the divergence is half the quadratic form of the Fisher matrix
-    "kfac": ("divergence", lambda given, total: total / 2),
-    "fisher": ("divergence", lambda given, total: total / 2),
-    "change": ("loss", lambda given, total: total),
-    "path": ("loss", lambda given, total: total),
-    "coverage": ("loss", lambda given, total: coverage.predicted(total, coverage.saturation(given))),
-    "kl": ("divergence", lambda given, total: total),
-    "loss": ("loss", lambda given, total: total),
-    "higgs": ("divergence", lambda given, total: total),
+    "kfac": ("divergence", lambda calibrated, total: total / 2),
+    "fisher": ("divergence", lambda calibrated, total: total / 2),
+    "change": ("loss", lambda calibrated, total: total),
+    "path": ("loss", lambda calibrated, total: total),
+    "coverage": ("loss", lambda calibrated, total: coverage.predicted(total, coverage.saturation(calibrated))),
+    "kl": ("divergence", lambda calibrated, total: total),
+    "loss": ("loss", lambda calibrated, total: total),
+    "higgs": ("divergence", lambda calibrated, total: total),
 }
 
 
@@ -65,7 +65,7 @@ class Attribution:
     seconds: float
 
 
-def attribute(given: Calibrated, names: Sequence[str]) -> list[Attribution]:
+def attribute(calibrated: Calibrated, names: Sequence[str]) -> list[Attribution]:
     """Compute some scores of SCORES."""
     for name in names:
         if name not in SCORES:
@@ -73,21 +73,21 @@ def attribute(given: Calibrated, names: Sequence[str]) -> list[Attribution]:
     shared = dict.fromkeys(dict.fromkeys(need for name in names for need in NEEDS.get(name, ())), 0.0)
     for need in shared:
         began = time.process_time()
-        getattr(given, need)
+        getattr(calibrated, need)
         shared[need] = time.process_time() - began
     found = []
     for name in names:
         began = time.process_time()
-        scores = SCORES[name](given)
+        scores = SCORES[name](calibrated)
         own = time.process_time() - began
         found.append(Attribution(name, scores, own + sum(shared[need] for need in NEEDS.get(name, ()))))
-    for one in found:
-        _check_finite(one)
+    for scored in found:
+        _check_finite(scored)
     return found
 
 
 def _check_finite(scored: Attribution) -> None:
-    """Raise an error where a score of SCORES is NaN or infinite: a plan that is chosen by it would be arbitrary."""
+    """Raise an error where a score is NaN or infinite: a plan that is chosen by it would be arbitrary."""
     for component, scores in scored.scores.items():
         for scheme, value in scores.items():
             if not math.isfinite(value):

@@ -15,7 +15,7 @@ from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import NOT_ROUNDED, Plan, Scheme
 
-CODES = 1 << 30  # bytes of codes in memory at once; one block of a 7B model has 1.2 GB at five widths
+CODE_BYTES = 1 << 30  # bytes of codes in memory at once; one block of a 7B model has 1.2 GB at five widths
 
 
 class WeightErrors:
@@ -27,7 +27,7 @@ class WeightErrors:
         parts: ComponentMap,
         schemes: Sequence[Scheme],
         statistics: Statistics | None,
-        limit: float = CODES,
+        limit: float = CODE_BYTES,
     ) -> None:
         if statistics is not None and statistics.exposed:
             raise UserError(
@@ -38,13 +38,13 @@ class WeightErrors:
         self.blocks = parts.regroup("block")
         self.own = {weight.name: model.get_parameter(weight.name).data for weight in parts.weights}
         self.groups: list[list[str]] = []  # neighboring blocks whose codes fit into the limit together, or one block
-        room = 0.0
+        bytes_left = 0.0
         for block in self.blocks.components:
             bytes_ = BYTES_PER_CODE * block.numel * len(schemes)
-            if not self.groups or bytes_ > room:
-                self.groups, room = [*self.groups, []], limit
+            if not self.groups or bytes_ > bytes_left:
+                self.groups, bytes_left = [*self.groups, []], limit
             self.groups[-1].append(block.name)
-            room -= bytes_
+            bytes_left -= bytes_
         self.place = {weight.name: i for i, group in enumerate(self.by_group()) for weight in group}
         self.held: tuple[int, WeightCodes] | None = None
 
@@ -54,10 +54,11 @@ class WeightErrors:
         return [codes.dense((weight.name, weights_of(scheme)), own) - own for scheme in self.schemes]
 
     def by_group(self) -> list[list[Weight]]:
-        """All weights in groups; if they are asked for in this order, each is quantized once."""
+        """All weights in groups; whoever asks for errors in this order has each weight quantized once."""
         return [[weight for name in group for weight in self.blocks[name].weights] for group in self.groups]
 
     def _codes(self, group: int) -> WeightCodes:
+        """The codes of a group, quantized now unless they are in memory."""
         if self.held is None or self.held[0] != group:
             self.held = None  # freed before the next ones are computed
             codes, asked = WeightCodes(), set(self.groups[group])
@@ -76,10 +77,10 @@ def plan_changes(
     """By how much a plan changes each parameter."""
     schemes = targets(parts, plan)
     if any(map(tweaks_norms, schemes.values())):
-        raise UserError("this plan also changes norms, and is not explained by changes of weights alone")
+        raise UserError("this plan also changes norms: changes of weights alone do not explain its damage")
     rounding = any(method_of(one).inputs or min(one.activations, one.cache) < NOT_ROUNDED for one in schemes.values())
     if rounding or plan.prunes:
-        raise UserError("this plan also changes what layers read, and is not explained by changes of weights alone")
+        raise UserError("this plan also changes what layers read: changes of weights alone do not explain its damage")
     if any((weight.is_embedding or weight.tied) and weight.name in schemes for weight in parts.weights):
         raise UserError("this plan quantizes the embedding, whose rows are looked up; explain one that keeps it")
     before = {name: model.get_parameter(name).data for name in schemes}

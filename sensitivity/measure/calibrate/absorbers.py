@@ -15,13 +15,9 @@ from sensitivity.spec.components import ComponentMap, Weight
 
 # Attention's output projection reads weighted means of value rows, which are linear in them.
 VALUE, OUTPUT = ("v_proj", "v", "value"), ("o_proj", "out_proj", "o")
-
-
 # Gated feed-forwards: down reads act(gate) * up, which is linear in up. In fc2(act(fc1)), no scale passes through the
 # activation, so nothing can be folded into fc1.
 UP, DOWN = ("up_proj", "wi_1", "w3"), ("down_proj", "wo", "w2")
-
-
 # The functions by which torch's linear layers multiply.
 LINEAR = (torch.nn.functional.linear, torch._C._nn.linear)
 
@@ -35,7 +31,7 @@ class Absorber:
 
 
 def absorbers(model: nn.Module, parts: ComponentMap, run: Callable[[], object]) -> dict[str, Absorber]:
-    """The absorber of each input: a norm that feeds it and nothing else; value for output; up for down.
+    """The absorber of each input: a norm that feeds it alone, or else the value or up projection in front of it.
 
     `run` is one forward pass, which is watched. A norm whose output is also added, viewed or read by another layer does
     not qualify, since these would be divided, too (as in a Q-Former, whose norms are on the residual stream).
@@ -44,8 +40,8 @@ def absorbers(model: nn.Module, parts: ComponentMap, run: Callable[[], object]) 
     by_module = {weight.module: weight for weight in parts.weights}
     for weight in parts.weights:
         writer = _sibling(weight, by_module, VALUE, OUTPUT) or _sibling(weight, by_module, UP, DOWN)
-        # a norm between the two (Kosmos-2) was found above, and feeds the input instead
-        # with grouped-query attention, value has fewer rows than output has columns: several heads share one
+        # A norm between the two (Kosmos-2) was found above, and feeds the input instead. With grouped-query attention,
+        # value has fewer rows than output has columns: several heads share one.
         if writer is not None and writer.rows == weight.cols and input_of(weight) not in absorber_of:
             absorber_of[input_of(weight)] = Absorber(writer.module, False)
     return absorber_of

@@ -39,12 +39,12 @@ class _Block:
 
 
 class BlockwisePass:
-    """Forward passes that continue where the previous one ended: calibrating all blocks costs about one full pass.
+    """Forward passes that each continue where the last one ended, so that all blocks together cost about one full pass.
 
     A pass stops once the wanted blocks have run. The blocks before them are replayed: each returns at once the output
     that it gave when its weights and inputs were final. Values are needed of the last replayed block in each part, and
     of blocks whose output is also read elsewhere (a feature layer, a second stack). The outputs of all others become
-    placeholders: tensors of the right shape that take no memory. `_probe` finds out which block is which.
+    placeholders: tensors of the right shape that take no memory. `_probe` finds out whose outputs are read elsewhere.
     """
 
     def __init__(
@@ -62,32 +62,20 @@ class BlockwisePass:
         self.outside_blocks = {w.reader: vlm.model.get_submodule(w.reader) for w in parts.weights if w.block is None}
         self.calls: Counter[str] = Counter()  # of layers outside blocks, in one forward pass
         self.blocks = _blocks(vlm.model, parts.weights)
-        self.recorded: dict[
-            BlockPosition, tuple[Upstream, list[list[object]]]
-        ] = {}  # see _upstream; per batch the output of each call
+        # what each block's outputs depend on (see `_upstream`), and per batch the output of each call
+        self.recorded: dict[BlockPosition, tuple[Upstream, list[list[object]]]] = {}
         self._probe(probe_batch or min(self.data, key=lambda batch: sum(t.numel() for t in batch.inputs.values())))
 
     @contextmanager
     def run_up_to(
         self, weights: Sequence[Weight], installed: Installed | None
     ) -> Iterator[Callable[[VLM, TokenBatch], None]]:
-        """Inside the block, a function that runs one forward pass up to these weights, by the cheapest way.
+        """Inside the `with` block, a function that runs one forward pass up to these weights in the cheapest way.
 
         `installed` lists the quantized weights that the model holds; None if unknown, and then nothing is replayed or
         recorded.
         """
-        if installed is None:
-            self.recorded.clear()
-        targets = [position_of(weight) for weight in weights]
-        # exposed: the asked blocks are quantized next, so only blocks before them are final; float: no block changes
-        final = min(targets) if self.exposed else max(targets)
-        ready = [b for b in self.blocks if b.position < final or (b.position == final and not self.exposed)]
-        # without knowing what the outputs depend on, none can be replayed now or later
-        skipped = (
-            [] if installed is None else self._skippable([b for b in ready if b.position < min(targets)], installed)
-        )
-        # recorded in this pass, to be replayed in the next
-        recording = [] if installed is None else [block for block in ready if block.calls and block not in skipped]
+        skipped, recording = self._skipped_and_recording(weights, installed)
         recorded = {block.position: self.recorded[block.position][1] for block in skipped}
         recorded |= {block.position: [[] for _ in self.data] for block in recording}
         index = {id(batch): i for i, batch in enumerate(self.data)}
@@ -102,7 +90,7 @@ class BlockwisePass:
                 self._stop_after(weights, patches)
                 calibration_pass(vlm, batch)
             for before, after in pairwise(self.blocks):
-                # `before` fed only `after`, whose output is recorded now: its values are never read again
+                # only `after` read the output of `before`, and its own output is recorded now
                 if after in recording and not before.read_later:
                     recorded[before.position][i] = [_without_values(output) for output in recorded[before.position][i]]
 
@@ -112,6 +100,21 @@ class BlockwisePass:
                 self._upstream(block.position, installed or ()),
                 recorded[block.position],
             )
+
+    def _skipped_and_recording(
+        self, weights: Sequence[Weight], installed: Installed | None
+    ) -> tuple[list[_Block], list[_Block]]:
+        """The blocks that are replayed in a pass up to these weights, and those that it records for later passes."""
+        if installed is None:  # without knowing what outputs depend on, none can be replayed now or later
+            self.recorded.clear()
+            return [], []
+        targets = [position_of(weight) for weight in weights]
+        # exposed: the blocks of these weights are quantized next, so only blocks before them are final; float: no block
+        # changes
+        final = min(targets) if self.exposed else max(targets)
+        ready = [b for b in self.blocks if b.position < final or (b.position == final and not self.exposed)]
+        skipped = self._skippable([b for b in ready if b.position < min(targets)], installed)
+        return skipped, [block for block in ready if block.calls and block not in skipped]
 
     def _skippable(self, candidates: list[_Block], installed: Installed) -> list[_Block]:
         """In each part the blocks up to the last one with a valid output; outdated outputs are dropped."""
@@ -239,10 +242,12 @@ def _lacks_values(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.numel() > 1 and not any(leaf.stride())
 
 
-def _same(calls: list[tuple[nn.Module, object]], expected: list[tuple[nn.Module, object]], but: set[nn.Module]) -> bool:
-    """Whether the same modules were called with equal inputs; the inputs of those in `but` are not compared."""
+def _same(
+    calls: list[tuple[nn.Module, object]], expected: list[tuple[nn.Module, object]], ignored: set[nn.Module]
+) -> bool:
+    """Whether the same modules were called with equal inputs; the inputs of `ignored` modules are not compared."""
     return len(calls) == len(expected) and all(
-        a is b and (a in but or _equal(tree_leaves(x), tree_leaves(y)))
+        a is b and (a in ignored or _equal(tree_leaves(x), tree_leaves(y)))
         for (a, x), (b, y) in zip(calls, expected, strict=True)
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -13,16 +13,16 @@ from sensitivity.measure.calibrate.collecting import Data, collect
 from sensitivity.measure.calibrate.statistics import Gather
 from sensitivity.measure.gradients.token_importance import TokenWeights
 from sensitivity.measure.memory.out_of_memory import run_or_halve
-from sensitivity.measure.passes.block_modules import float_model
-from sensitivity.measure.passes.token_batches import ROWS
+from sensitivity.measure.passes.block_modules import float_model, layer_input
+from sensitivity.measure.passes.token_batches import ROWS, TokenBatch
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import input_of
 from sensitivity.spec.components import ComponentMap, Weight
 
 
-def both(vlm: VLM, parts: ComponentMap, data: Data, token_weights: TokenWeights | None = None) -> Gather:
-    """Statistics of the model as it is when they are asked for, each token's input beside the float model's."""
+def gather_both(vlm: VLM, parts: ComponentMap, data: Data, token_weights: TokenWeights | None = None) -> Gather:
+    """Gathers statistics of the model with the weights that it then has, beside the float model's inputs."""
     return _BothPaths(vlm, parts, data, token_weights).gather
 
 
@@ -56,26 +56,25 @@ class _BothPaths:
     def _begin(self) -> tuple[BlockwisePass, BlockwisePass]:
         """A pass for each path, over the same batches."""
         data, one = list(self.data(self.rows)), next(iter(self.data(1)))
-        with float_model(self.vlm.model, self.own):  # which modules run when is the same in both
+        with float_model(self.vlm.model, self.own):  # both paths run the same modules in the same order
             first, second = (BlockwisePass(self.vlm, self.parts, data, exposed, one) for exposed in (False, True))
         return first, second
 
 
 def _inputs(
-    vlm: VLM, weights: Sequence[Weight], passes: BlockwisePass, forward: object
+    vlm: VLM, weights: Sequence[Weight], passes: BlockwisePass, forward: Callable[[VLM, TokenBatch], None]
 ) -> dict[tuple[int, str], list[Tensor]]:
-    """What layers read in each batch: by id(batch) and the input, one tensor for each call."""
+    """What layers read in each batch: by id(batch) and name of the input, one tensor for each call."""
     inputs: dict[tuple[int, str], list[Tensor]] = {}
     current = 0
     with ExitStack() as hooks, torch.inference_mode():
         for name, weight in {input_of(weight): weight for weight in weights}.items():
 
             def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], name: str = name) -> None:
-                inputs.setdefault((current, name), []).append(args[0] if args else kwargs["input"])
+                inputs.setdefault((current, name), []).append(layer_input(args, kwargs))
 
             layer = vlm.model.get_submodule(weight.reader)
             hooks.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        assert callable(forward)
         for batch in passes.data:
             current = id(batch)
             forward(vlm, batch)

@@ -20,7 +20,7 @@ from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.files import discard, replacing
 from sensitivity.spec.sizes import GB
 
-# Parts of the system's message where a folder cannot be written.
+# Parts of the system's messages that say why a folder cannot be written.
 NOT_WRITABLE = ("Permission denied", "Read-only", "No space", "quota", "Not a directory")
 VERSION = 6  # raised when the meaning of an entry changes
 
@@ -59,7 +59,7 @@ class Cache:
         return tensors
 
     def load(self, description: Mapping[str, object], device: torch.device) -> dict[str, Tensor] | None:
-        """The described tensors, or None if no whole file holds them."""
+        """The described tensors, or None if no complete file holds them."""
         file, _ = self._entry(description, device)
         tensors: dict[str, Tensor] | None = None
         with suppress(OSError, SafetensorError, RuntimeError):  # missing, deleted just now, or cut short
@@ -83,8 +83,8 @@ class Cache:
                 message = f"{error} {error.__cause__}"
                 # after any other error, the folder was deleted meanwhile: no reason to warn
                 if self.folder.is_file() or any(why in message for why in NOT_WRITABLE):
-                    again = "calibration is done again by the next run"
-                    warnings.warn(f"nothing can be kept in {self.folder}: {again}", Notice, stacklevel=2)
+                    kept = f"nothing can be kept in {self.folder}: calibration is done again by the next run"
+                    warnings.warn(kept, Notice, stacklevel=2)
 
     def _entry(self, description: Mapping[str, object], device: torch.device) -> tuple[Path, str]:
         """An entry's file and description, which includes torch's version and threads: they change how sums round."""

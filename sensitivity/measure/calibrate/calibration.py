@@ -10,10 +10,11 @@ from torch import Tensor
 
 from sensitivity.measure.calibrate.absorbers import Absorber, absorbers
 from sensitivity.measure.calibrate.blockwise import BlockwisePass, Installed
-from sensitivity.measure.calibrate.both_paths import both
+from sensitivity.measure.calibrate.both_paths import gather_both
 from sensitivity.measure.calibrate.cache import Cache
 from sensitivity.measure.calibrate.collecting import Data, collect
 from sensitivity.measure.calibrate.statistics import Gather, Statistics, check_path
+from sensitivity.measure.gradients.backward import in_rows_that_fit
 from sensitivity.measure.gradients.fisher import Fisher
 from sensitivity.measure.gradients.token_importance import TokenWeights, importance_of
 from sensitivity.measure.memory.out_of_memory import run_or_halve
@@ -70,11 +71,11 @@ def calibrate(
         "path": path,
     }
 
-    def trace() -> Mapping[str, Absorber]:
-        few = [replace(data[0], examples=data[0].examples[:1])]
-        return absorbers(vlm.model, parts, lambda: calibration_pass(vlm, next(batches(vlm, few))))
+    def find_absorbers() -> Mapping[str, Absorber]:
+        one_example = [replace(data[0], examples=data[0].examples[:1])]
+        return absorbers(vlm.model, parts, lambda: calibration_pass(vlm, next(batches(vlm, one_example))))
 
-    def of_rows(rows: int) -> Iterable[TokenBatch]:
+    def in_batches(rows: int) -> Iterable[TokenBatch]:
         return each(batches(vlm, data, rows), "calibrating", "examples", examples, lambda batch: len(batch.examples))
 
     def passes() -> Iterator[TokenBatch]:
@@ -84,26 +85,35 @@ def calibrate(
             yield batch
 
     token_weights: dict[str, TokenWeights | None] = {UNIFORM: None}
-    if others := sorted(set(importance) - {UNIFORM}):
-        # a forecast has no weights, and asks for no values
-        blank = vlm.device.type == "meta"
-        token_weights |= {kind: {} for kind in others} if blank else _token_weights(vlm, parts, of_rows, others)
-    if path == "both":
-        statistics = {name: both(vlm, parts, of_rows, weights) for name, weights in token_weights.items()}
-    elif path == "exposed":
-        statistics = {name: exposed(vlm, parts, of_rows, weights) for name, weights in token_weights.items()}
-    else:
-        description = {**facts, "model": vlm.fingerprint, "dtype": str(vlm.model.dtype)}
-        statistics = {
-            name: unquantized(
-                vlm, parts, of_rows, description if weights is None else description | {"importance": name}, cache,
-                gram_bytes, weights,
-            )
-            for name, weights in token_weights.items()
-        }  # fmt: skip
+    token_weights |= _token_weights(vlm, parts, in_batches, sorted(set(importance) - {UNIFORM}))
+    gathers = {
+        kind: _gather(vlm, parts, in_batches, facts, kind, weights, cache, gram_bytes)
+        for kind, weights in token_weights.items()
+    }
     layers = [weight for weight in parts.weights if not weight.is_embedding]
-    fisher = Fisher(vlm, layers, of_rows).of
-    return Statistics(facts, statistics.pop(UNIFORM), trace, cache, statistics, fisher, passes)
+    fisher = Fisher(vlm, layers, in_batches).of
+    return Statistics(facts, gathers.pop(UNIFORM), find_absorbers, cache, gathers, fisher, passes)
+
+
+def _gather(
+    vlm: VLM,
+    parts: ComponentMap,
+    data: Data,
+    facts: Mapping[str, Setting],
+    importance: str,
+    token_weights: TokenWeights | None,
+    cache: Cache | None,
+    gram_bytes: int,
+) -> Gather:
+    """Gathers statistics for one kind of importance, on the calibration path that `facts` names."""
+    if facts["path"] == "both":
+        return gather_both(vlm, parts, data, token_weights)
+    if facts["path"] == "exposed":
+        return gather_exposed(vlm, parts, data, token_weights)
+    description: dict[str, object] = {**facts, "model": vlm.fingerprint, "dtype": str(vlm.model.dtype)}
+    if token_weights is not None:
+        description["importance"] = importance
+    return gather_float(vlm, parts, data, description, cache, gram_bytes, token_weights)
 
 
 def calibration_examples(tasks: Sequence[str], n: int, seed: int) -> list[Task]:
@@ -115,17 +125,12 @@ def calibration_examples(tasks: Sequence[str], n: int, seed: int) -> list[Task]:
     return [find_task(name, "calibration", count, seed) for name, count in zip(names, counts, strict=True)]
 
 
-def _token_weights(vlm: VLM, parts: ComponentMap, data: Data, names: Sequence[str]) -> dict[str, TokenWeights]:
-    """The token weights of some kinds of importance, from one backward pass over the data."""
+def _token_weights(vlm: VLM, parts: ComponentMap, data: Data, kinds: Sequence[str]) -> dict[str, TokenWeights]:
+    """The token weights of some kinds of importance; kinds that observe the same share one pass over the data."""
+    if not kinds or vlm.device.type == "meta":  # a forecast has no weights, and asks for no values
+        return {kind: {} for kind in kinds}
     layers = [weight for weight in parts.weights if not weight.is_embedding]
-    rows = ROWS // 4  # a backward pass takes several times the memory of a forward pass
-
-    def compute() -> dict[str, TokenWeights]:
-        return importance_of(vlm, layers, data(rows), names)
-
-    while (token_weights := run_or_halve(compute, rows, "the calibration data", vlm.device)) is None:
-        rows //= 2
-    return token_weights
+    return in_rows_that_fit(vlm, data, lambda of_pass: importance_of(vlm, layers, of_pass(), kinds))
 
 
 class CalibrationBatches:
@@ -170,13 +175,13 @@ class CalibrationBatches:
         return statistics
 
 
-def exposed(vlm: VLM, parts: ComponentMap, data: Data, token_weights: TokenWeights | None = None) -> Gather:
-    """Statistics of the model as it is when they are asked for, block by block while a plan is installed."""
+def gather_exposed(vlm: VLM, parts: ComponentMap, data: Data, token_weights: TokenWeights | None = None) -> Gather:
+    """Gathers statistics of the model with the weights that it then has, block by block while a plan is installed."""
     passes = CalibrationBatches(vlm, parts, data, True, token_weights)
     return lambda weights, installed=None: passes.by_blocks(weights, installed)
 
 
-def unquantized(
+def gather_float(
     vlm: VLM,
     parts: ComponentMap,
     data: Data,
@@ -185,12 +190,12 @@ def unquantized(
     gram_bytes: int = GRAM_BYTES,
     token_weights: TokenWeights | None = None,
 ) -> Gather:
-    """Statistics of the float model: of all layers in one pass, or of a few blocks at a time if memory is short."""
+    """Gathers statistics of the float model: all in one pass, or those of a few blocks at a time if memory is short."""
     groups = _weight_groups(parts, gram_bytes)
-    at = {input_of(weight): i for i, group in enumerate(groups) for weight in group}
+    group_of = {input_of(weight): i for i, group in enumerate(groups) for weight in group}
     in_memory: dict[int, Mapping[str, Curvature]] = {}
     passes = CalibrationBatches(vlm, parts, data, False, token_weights)
-    # addresses of the float weights, by which `compute` notices a quantized one
+    # where the float weights are in memory, by which `compute` notices a quantized one
     addresses = {name: parameter.data_ptr() for name, parameter in vlm.model.named_parameters()}
 
     def compute(group: Sequence[Weight]) -> Mapping[str, Curvature]:
@@ -207,8 +212,8 @@ def unquantized(
 
     def gather(weights: Sequence[Weight], installed: Installed | None = None) -> Mapping[str, Curvature]:
         # in the order of the groups, so that each group is computed once
-        inputs = sorted({input_of(weight) for weight in weights}, key=lambda name: at[name])
-        return {name: statistics_of(at[name])[name] for name in inputs}
+        inputs = sorted({input_of(weight) for weight in weights}, key=lambda name: group_of[name])
+        return {name: statistics_of(group_of[name])[name] for name in inputs}
 
     if len(groups) == 1 and vlm.device.type != "meta":  # a forecast has no weights, and asks for none
         statistics_of(0)  # now, since later the model may hold quantized weights
@@ -244,7 +249,7 @@ def _stored(
     cache: Cache | None,
     device: torch.device,
 ) -> Mapping[str, Curvature]:
-    """Statistics of some inputs, through the cache on disk, where a tensor's name is `input|statistic`."""
+    """Statistics of some inputs, from the cache on disk if it has them; its tensors are named `input|statistic`."""
 
     def make() -> dict[str, Tensor]:
         return {f"{name}|{key}": t for name, curvature in compute().items() for key, t in curvature.tensors().items()}
@@ -253,4 +258,4 @@ def _stored(
     split: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         split.setdefault(name.rpartition("|")[0], {})[name.rpartition("|")[2]] = tensor
-    return {name: Curvature.of(of_one) for name, of_one in split.items()}
+    return {name: Curvature.of(named) for name, named in split.items()}

@@ -8,7 +8,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from sensitivity.measure.gradients.token_importance import TokenWeights, of_batch
+from sensitivity.measure.gradients.token_importance import TokenWeights, weights_of_batch
+from sensitivity.measure.passes.block_modules import layer_input
 from sensitivity.measure.passes.token_batches import PADDING, VISION, TokenBatch, calibration_pass
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.curvature import Curvature
@@ -27,10 +28,10 @@ def collect(
     token_weights: TokenWeights | None = None,
     unquantized: Mapping[tuple[int, str], list[Tensor]] | None = None,
 ) -> dict[str, Curvature]:
-    """Statistics of the inputs of some weights on the model as it is, summed over the batches.
+    """Statistics of the inputs of some weights, in the model with its present weights, summed over the batches.
 
     Without `token_weights` every token counts 1. `unquantized` has what the same layers read in the float model, by
-    id(batch) and the input.
+    id(batch) and name of the input.
     """
     one_per_input = {input_of(weight): weight for weight in weights}
     curvatures = {name: Curvature(w.cols, vlm.device) for name, w in one_per_input.items()}
@@ -42,11 +43,11 @@ def collect(
 
     def hook_of(name: str, part: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            x = args[0] if args else kwargs["input"]
+            x = layer_input(args, kwargs)
             modality, counts = current[0].modality(part, x.shape[:-1])
             # padding tokens are left out of the sums: no answer depends on them
             flat = x.reshape(-1, x.shape[-1])
-            weights = None if token_weights is None else of_batch(token_weights, current[0], name)
+            weights = None if token_weights is None else weights_of_batch(token_weights, current[0], name)
             kept = modality != PADDING if modality is not None and counts[PADDING] else slice(None)
             weights = None if weights is None else weights[kept]
             curvatures[name].add(flat[kept], weights)

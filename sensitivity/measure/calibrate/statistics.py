@@ -23,7 +23,7 @@ PATHS = ("float", "exposed", "both")
 
 
 def check_path(path: str, schemes: Iterable[Scheme] = ()) -> None:
-    """Raise an error for an unknown calibration path, or one that is not enough for a scheme."""
+    """Raise an error for an unknown calibration path, or for one that does not give a scheme what it needs."""
     if path not in PATHS:
         raise unknown("calibration path", path, PATHS)
     if path != "both" and (lacking := [one for one in schemes if needs_both_paths(one)]):
@@ -44,9 +44,9 @@ class Gather(Protocol):
 def by_importance(
     linears: Linears, schemes: Iterable[Scheme], curvatures: Mapping[str, Curvature]
 ) -> Iterator[tuple[Linears, list[Scheme]]]:
-    """Some weights with the curvature that each kind of importance gives them, and the schemes that ask for it.
+    """For each kind of importance, the weights with the curvature that it gives them, and the schemes that ask for it.
 
-    `curvatures` is by importance. The factor of each, as large as the Gram matrix, is freed before the next.
+    `curvatures` is by importance. The factor of each, as large as the Gram matrix, is freed before the next is used.
     """
     kinds: dict[str, list[Scheme]] = {}
     for scheme in sorted(schemes, key=str):
@@ -64,9 +64,8 @@ class Statistics:
 
     facts: Mapping[str, Setting]  # calibration, examples, seed, data and path
     gather: Gather
-    find_absorbers: Callable[[], Mapping[str, Absorber]] = field(
-        default=dict
-    )  # finds what scales can be folded into, by input
+    # finds, by input, the module into which its scales can be folded
+    find_absorbers: Callable[[], Mapping[str, Absorber]] = field(default=dict)
     cache: Cache | None = None  # of quantized weights
     weighted: Mapping[str, Gather] = field(default_factory=dict)  # by importance: `gather` with token weights
     # squared gradients of the loss, by weight name and the model's own weights, which are not kept here: see OwnWeights
@@ -106,7 +105,7 @@ class Statistics:
 
     @cached_property
     def absorbers(self) -> Mapping[str, Absorber]:
-        """What each input's scales can be folded into, found by one forward pass when first asked for."""
+        """The module into which each input's scales can be folded, found by one forward pass when first asked for."""
         return self.find_absorbers()
 
     def after_norm(self, name: str) -> bool:
@@ -114,7 +113,7 @@ class Statistics:
         return name in self.absorbers and self.absorbers[name].norm
 
     def after_norm_for(self, name: str, schemes: Iterable[Scheme]) -> bool:
-        """The same, where a scheme asks for it; finding it out takes a forward pass."""
+        """`after_norm`, only where a scheme asks for it, since it takes a forward pass to find out."""
         return any(scheme.get("scales") == "norms" for scheme in schemes) and self.after_norm(name)
 
     @property

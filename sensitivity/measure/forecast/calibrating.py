@@ -4,55 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sensitivity.measure.install.tweaked_norms import PASSES as TWEAKED_ON
+from sensitivity.measure.install.tweaked_norms import PASSES as TWEAKING_PASSES
 from sensitivity.measure.passes.token_batches import ROWS
 from sensitivity.quantize.methods import UNIFORM, importance, needs_data, needs_fisher
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import TWEAK, Plan, Scheme
 
-# What each kind of importance observes; kinds that observe the same share its passes. A backward pass counts as two
-# forward passes, and running the blocks again for it as one. The sizes of blocks' inputs take a forward pass.
-LOSS, BLOCK, ATTENTION, PERTURBATION, SIZES = "loss", "block", "attention", "perturbation", "sizes"
+# What each kind of importance observes; kinds that observe the same share its passes.
+LOSS, BLOCK, ATTENTION, PERTURBATION, BLOCK_INPUTS = "loss", "block", "attention", "perturbation", "block inputs"
 OBSERVED = {
     "modality": LOSS, "gradient": LOSS, "output": LOSS, "block": BLOCK, "attention": ATTENTION,
-    "perturbation": PERTURBATION, "filtered": SIZES,
+    "perturbation": PERTURBATION, "filtered": BLOCK_INPUTS,
 }  # fmt: skip
-PASSES = {LOSS: 4.0, BLOCK: 4.0, ATTENTION: 1.0, PERTURBATION: 3.0, SIZES: 1.0}
-STEP = 4.0  # forward passes of a block that a gradient step on its norms takes: back and forth, and for the error
+# Costs in forward passes: a backward pass counts as two, and running the blocks again for it as one.
+PASSES = {LOSS: 4.0, BLOCK: 4.0, ATTENTION: 1.0, PERTURBATION: 3.0, BLOCK_INPUTS: 1.0}
+STEP = 4.0  # of a block, for a gradient step on its norms: one forward, one backward, and one for the error
 FISHER = 5.0  # a backward pass, and a product for each weight's own gradient
 
 
-def calibrating(
+def calibration_seconds(
     schemes: Sequence[Scheme], examples: int, forward: float, products: float, plans: int, scoring: bool = False
 ) -> dict[str, float]:
-    """Seconds of calibration, and of gradients; `forward` and `products` are those of one example, through all parts.
+    """Seconds of calibration, and of gradients.
 
-    Each kind of importance has statistics of its own; on the exposed path, so does each plan. Comparing both paths
-    takes two passes. With `scoring`, components are scored, too: from statistics in which all tokens count alike, and
-    from the gradient of the loss.
+    `forward` and `products` are the seconds of one example in all parts: for its forward pass, and for adding its
+    inputs to the Gram matrices. Each kind of importance has statistics of its own; on the exposed path, so does each
+    plan. Comparing both paths takes two passes. With `scoring`, components are scored, too: from statistics in which
+    all tokens count alike, and from the gradient of the loss.
     """
     calibrated = [scheme for scheme in schemes if needs_data(scheme)]
     kinds = {importance(scheme) for scheme in calibrated}
     path = str(calibrated[0].get("path", "float")) if calibrated else "float"
-    times = len(kinds | ({UNIFORM} if scoring else set())) * (1 if path == "float" else plans)
+    passes = len(kinds | ({UNIFORM} if scoring else set())) * (1 if path == "float" else plans)
     backward = sum(PASSES[name] for name in {OBSERVED[kind] for kind in kinds if kind in OBSERVED})
     backward += PASSES[LOSS] if scoring else 0.0
     backward += FISHER if any(map(needs_fisher, calibrated)) else 0.0
     return {
-        "calibration": examples * times * (forward * (2 if path == "both" else 1) + products),
+        "calibration": examples * passes * (forward * (2 if path == "both" else 1) + products),
         "gradients": examples * backward * forward,
     }
 
 
-def tweaking(parts: ComponentMap, plans: Sequence[Plan], examples: int, forward: float) -> float:
-    """Seconds of gradient steps on norms: once for each block and schemes in it, or for each plan where those count."""
-    home = {weight.name: component.name for component in parts.components for weight in component.weights}
-    whole, seen = sum(weight.numel for weight in parts.weights), min(examples, TWEAKED_ON * ROWS // 4)
+def tweaking_seconds(parts: ComponentMap, plans: Sequence[Plan], examples: int, forward: float) -> float:
+    """Seconds of gradient steps on norms: once for each block and its schemes, or on the exposed path for each plan."""
+    component_of = {weight.name: component.name for component in parts.components for weight in component.weights}
+    whole, seen = sum(weight.numel for weight in parts.weights), min(examples, TWEAKING_PASSES * ROWS // 4)
     found = 0.0
     for block in parts.regroup("block").components:
         done: set[object] = set()
         for plan in plans:
-            own = tuple(plan[home[weight.name]] for weight in block.weights)
+            own = tuple(plan[component_of[weight.name]] for weight in block.weights)
             tweaked = [scheme for scheme in own if scheme and scheme.get(TWEAK)]
             exposed = any(scheme.get("path", "float") != "float" for scheme in tweaked)
             if not tweaked or (key := plan if exposed else own) in done or block.weights[0].block is None:

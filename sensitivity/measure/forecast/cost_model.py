@@ -16,13 +16,13 @@ from sensitivity.spec.components import PARTS, VOCABULARY, ComponentMap, Weight
 from sensitivity.tasks.examples.types import Gallery, Task
 
 SAMPLE_IMAGES = 8  # images that are made into tensors, to estimate all of them
-# times a block's hidden states are read and written beside products: norms, rotations, residuals, reshaping
-PASSES = 30
-COPIES = 6  # times keys and values are read and written to copy them, where questions share an image
+# how often a block reads and writes its hidden states besides products: norms, rotations, residuals, reshaping
+READS_AND_WRITES = 30
+COPIES = 6  # how often keys and values are read and written to copy them, where questions share an image
 # a pass costs so many times the sum of its operations, which are timed in loops with warm caches (reports/preflight.md)
 COLD_CACHE_FACTOR = 1.4
-EVERYTHING: Mapping[str | None, float] = {}  # every kind of layer reads all tokens
-CALLS = 12  # small operations per linear layer; calling them is most of the cost of a small model
+ALL_TOKENS: Mapping[str | None, float] = {}  # every kind of layer reads all tokens
+CALLS = 12  # small operations per linear layer; the overhead of calling them is most of the cost of a small model
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class TaskSample:
     ) -> TaskSample:
         """Estimate a whole task from its first few images."""
         clusters = list(dict.fromkeys(example.cluster for example in task.examples))
-        few = replace(task, examples=tuple(e for e in task.examples if e.cluster in set(clusters[:SAMPLE_IMAGES])))
+        sample = replace(task, examples=tuple(e for e in task.examples if e.cluster in set(clusters[:SAMPLE_IMAGES])))
         if task.gallery:  # one image and one caption; `_retrieval_passes` counts the pairs
-            few = replace(task, examples=task.examples[:1])
-        next(batches(vlm, few, plain))  # warm-up: the first call is slower
+            sample = replace(task, examples=task.examples[:1])
+        next(batches(vlm, sample, plain))  # warm-up: the first call is slower
         began = clock()
-        batch = next(batches(vlm, few, plain))
+        batch = next(batches(vlm, sample, plain))
         sample_images = len({example.cluster for example in batch.examples})
         preprocessing = (clock() - began) / sample_images
         max_images = images_at_once(
@@ -106,11 +106,11 @@ class CostModel:
         self.weights = {part: [w for w in layers if w.part == part] for part in PARTS}
         self.blocks = {part: max((w.blocks for w in weights), default=0) for part, weights in self.weights.items()}
         self.width = {part: _width(weights) for part, weights in self.weights.items()}
-        # numbers in the keys of one token: query heads may share them
-        self.caches = self.width["language"] * groups // self.heads
+        # channels of one token's keys: query heads may share them
+        self.key_width = self.width["language"] * groups // self.heads
 
     def part_seconds(
-        self, part: str, rows: int, tokens: int, before: int = 0, seen: Mapping[str | None, float] = EVERYTHING
+        self, part: str, rows: int, tokens: int, before: int = 0, seen: Mapping[str | None, float] = ALL_TOKENS
     ) -> float:
         """Seconds for one pass of rows x tokens through a part, which also attend to `before` earlier tokens.
 
@@ -124,10 +124,10 @@ class CostModel:
         heads = self.heads if width % self.heads == 0 else 1
         attention = self.hardware.attention(rows, heads, tokens, before + tokens, width // heads) if blocks else 0.0
         calls = CALLS * len(self.weights[part]) * self.hardware.call
-        return products + blocks * (attention + PASSES * self.hardware.elementwise(count * width)) + calls
+        return products + blocks * (attention + READS_AND_WRITES * self.hardware.elementwise(count * width)) + calls
 
     def passes(self, sample: TaskSample) -> dict[str, tuple[float, float]]:
-        """Per part, over all images: seconds of what plans can share, and of what each plan computes for itself."""
+        """By part, over all images: seconds of what plans can share, and of what each plan computes for itself."""
         if sample.task.gallery:
             return self._retrieval_passes(sample, sample.task.gallery)
         seconds = dict.fromkeys(PARTS, (0.0, 0.0))
@@ -156,34 +156,32 @@ class CostModel:
         }
 
     def _retrieval_passes(self, sample: TaskSample, gallery: Gallery) -> dict[str, tuple[float, float]]:
-        """Passes over images and captions, then over the pairs that the image or the caption ranks among its `top`.
+        """Passes over images and captions, then over the pairs that an image or a caption ranks among its `top`.
 
         Queries and text have feed-forwards of their own, and only queries attend to the image.
         """
         captions = sample.examples - sample.images
         pool = min(gallery.pool, sample.images)
         texts = max(captions * pool / sample.images, 1.0)
-        alone = min(gallery.top / texts, 1.0), min(gallery.top / pool, 1.0)
-        # images and captions choose mostly the same pairs: a weighted mean of the share if both choose the same pairs,
-        # and of the share if they choose independently
-        share = 0.75 * max(alone) + 0.25 * (1 - (1 - alone[0]) * (1 - alone[1]))
+        by_images, by_captions = min(gallery.top / texts, 1.0), min(gallery.top / pool, 1.0)  # shares of all pairs
+        # both choose mostly the same pairs: a weighted mean of the share if they choose the same, and if independently
+        share = 0.75 * max(by_images, by_captions) + 0.25 * (1 - (1 - by_images) * (1 - by_captions))
         pairs = round(share * texts * sample.images)
-        queries, logit_seconds = sample.image_tokens, max(sample.prompt_tokens - sample.image_tokens, 1)
+        queries, text_tokens = sample.image_tokens, max(sample.prompt_tokens - sample.image_tokens, 1)
 
-        def portions(part: str, rows: int, size: int, tokens: int, looking: float = 1.0) -> float:
+        def in_chunks(part: str, rows: int, size: int, tokens: int, cross: float = 1.0) -> float:
             count = -(-rows // size)
-            seen: Mapping[str | None, float] = {"ff": 0.5, "cross": looking} if part == "connector" else EVERYTHING
+            seen: Mapping[str | None, float] = {"ff": 0.5, "cross": cross} if part == "connector" else ALL_TOKENS
             return count * self.part_seconds(part, -(-rows // count), tokens, seen=seen) if count else 0.0
 
-        read = portions("connector", sample.images, CHUNK, queries)
-        read += portions("connector", captions, CHUNK, logit_seconds, looking=0.0)
-        read += portions(
-            "connector", pairs, 4 * CHUNK, queries + logit_seconds, looking=queries / (queries + logit_seconds)
-        )
-        vision = portions("vision", sample.images, CHUNK, sample.patches)
+        both = queries + text_tokens
+        connector = in_chunks("connector", sample.images, CHUNK, queries)
+        connector += in_chunks("connector", captions, CHUNK, text_tokens, cross=0.0)
+        connector += in_chunks("connector", pairs, 4 * CHUNK, both, cross=queries / both)
+        vision = in_chunks("vision", sample.images, CHUNK, sample.patches)
         return {
             "vision": (COLD_CACHE_FACTOR * vision, 0.0),
-            "connector": (COLD_CACHE_FACTOR * read, 0.0),
+            "connector": (COLD_CACHE_FACTOR * connector, 0.0),
             "language": (0.0, 0.0),
         }
 
@@ -238,7 +236,7 @@ class CostModel:
         images = min(sample.images, MAX_IMAGES)
         rows = images if sample.shared_image or sample.task.gallery else images * sample.questions
         if sample.shared_image:
-            numbers += 2 * self.blocks["language"] * sample.prompt_tokens * self.caches
+            numbers += 2 * self.blocks["language"] * sample.prompt_tokens * self.key_width
             numbers += round(sample.questions * states["language"] * sample.question_tokens * self.width["language"])
         return float(rows * self.hardware.dtype.itemsize * numbers)
 
@@ -255,14 +253,14 @@ class CostModel:
             * self.blocks["language"]
             * questions
             * (sample.prompt_tokens + sample.question_tokens)
-            * self.caches
+            * self.key_width
             * sample.shared_image
         )
         return float(logits + wide * (per_question + 8 * images * sample.prompt_tokens * self.width["language"]))
 
 
 def _added(one: tuple[float, float], shared: float, alone: float = 0.0) -> tuple[float, float]:
-    """A part's shared and own seconds, with these added."""
+    """A part's shared and own seconds, with more of both."""
     return one[0] + shared, one[1] + alone
 
 
@@ -278,7 +276,7 @@ def _chunks(images: int, max_images: int) -> list[int]:
 
 
 def _patches(vlm: VLM, batch: Batch, images: int) -> int:
-    """The patches of one image, for any family: the values in its pixels over those in one patch."""
+    """The patches of one image, for any family: its pixel values, divided by those of one patch."""
     config = getattr(vlm.model.config, "vision_config", None)
     side = getattr(config, "patch_size", None) or 16
     side = side[0] if isinstance(side, list | tuple) else side

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from sensitivity.measure.forecast.calibrating import calibrating, tweaking
+from sensitivity.measure.forecast.calibrating import calibration_seconds, tweaking_seconds
 from sensitivity.measure.forecast.cost_model import CostModel, TaskSample
 from sensitivity.measure.forecast.hardware import Hardware
 from sensitivity.measure.forecast.rounding import in_queue_order, rounding_seconds
@@ -31,8 +31,8 @@ from sensitivity.spec.sizes import GB, in_words
 from sensitivity.study.answers import COLUMNS
 from sensitivity.tasks.examples.types import Task
 
-LOADING = 1.0e9  # bytes of weights per second
-LATER = 50e6  # bytes of libraries that are imported only during the sweep
+LOADING = 1.0e9  # bytes of weights that are read per second
+LATER = 50e6  # bytes of memory for libraries that are imported only during the sweep
 STORING = 0.015  # seconds to store a trial's examples and scores, per shard
 JOURNAL = (1100, 300, 700)  # bytes that Optuna writes per trial, per shard, and per task in a shard
 
@@ -88,37 +88,34 @@ def forecast_sweep(
 ) -> Forecast:
     """The expected cost of running these plans, full precision included, on a device; measures for some seconds.
 
-    With `scoring`, components are scored before, as the command `plan` does.
+    With `scoring`, components are scored before the sweep, as the command `plan` does.
     """
     kind = _dtype(vlm, parts, device, dtype)
     resident, hardware = _resident(), Hardware(_measured_device(device), kind, clock)
     model = CostModel(vlm, parts, hardware)
-    whole = plain or any(plan.prunes for plan in plans)  # one such plan is forecast as if all shared nothing
-    samples = [TaskSample.of(vlm, task, shard_ends(tasks), whole, clock) for task in tasks]
+    # one plan that prunes is enough: all are forecast as if they read whole prompts
+    whole_prompts = plain or any(plan.prunes for plan in plans)
+    samples = [TaskSample.of(vlm, task, shard_ends(tasks), whole_prompts, clock) for task in tasks]
     used = list(dict.fromkeys(scheme for plan in plans for _, scheme in plan.schemes if scheme))
     schemes = list(dict.fromkeys(weights_of(scheme) for scheme in used if scheme.method != KEEP))
     passes = [model.passes(sample) for sample in samples]
     runs = {part: float(len(plans)) for part in PARTS} if plain else _runs(parts, plans)
     generating = len(plans) * sum(model.generation_seconds(sample) for sample in samples)
     calibrated = [scheme for scheme in schemes if needs_data(scheme)]
-    looking = scoring or any(map(needs_data, used))
-    seen = [weight for weight in parts.weights if not weight.is_embedding] if looking else []
-    inputs = {input_of(weight): weight for weight in seen}
+    calibrates = scoring or any(map(needs_data, used))
+    inputs = {input_of(weight): weight for weight in parts.weights if calibrates and not weight.is_embedding}
     grams = sum(4.0 * weight.cols**2 for weight in inputs.values())
-    # seconds of one calibration example through all parts
-    calibration_example = sum(first for of_parts in passes for first, _ in of_parts.values()) / sum(
-        s.examples for s in samples
-    )
+    # seconds of one calibration example: for its forward pass, and for adding its inputs to the Gram matrices
+    forward = sum(shared for of_parts in passes for shared, _ in of_parts.values()) / sum(s.examples for s in samples)
     tokens = max(sum(sample.prompt_tokens for sample in samples) // len(samples), 1)
-    weight_count = sum(w.numel for w in parts.weights)
     products = sum(hardware.matmul(tokens, w.cols, w.cols) for w in inputs.values())
     seconds = {
         "loading": parts.numel * kind.itemsize / LOADING,
         "examples": sum(sample.preprocessing * sample.images for sample in samples),
-        **calibrating(used, calibration, calibration_example, products, len(plans), scoring),
-        "tweaking norms": tweaking(parts, plans, calibration, calibration_example),
+        **calibration_seconds(used, calibration, forward, products, len(plans), scoring),
+        "tweaking norms": tweaking_seconds(parts, plans, calibration, forward),
         "quantizing": sum(_quantizing(parts, plans, scheme, hardware) for scheme in schemes),
-        "running": sum(_running(*one, runs, len(plans)) for one in zip(samples, passes, strict=True)),
+        "running": sum(_running(*both, runs, len(plans)) for both in zip(samples, passes, strict=True)),
         "rounding": rounding_seconds(parts, plans, samples, hardware, plain),
         "storing": STORING * len(plans) * len(shard_ends(tasks)),
     }
@@ -127,7 +124,8 @@ def forecast_sweep(
         "Python": float(resident + LATER),
         "examples": sum(sample.bytes * min(sample.images, MAX_IMAGES) for sample in samples),
     }
-    cached = min(cache_gb * GB, grams + BYTES_PER_CODE * weight_count * len(calibrated)) if inputs else 0.0
+    codes = BYTES_PER_CODE * sum(w.numel for w in parts.weights) * len(calibrated)
+    cached = min(cache_gb * GB, grams + codes) if inputs else 0.0
     return Forecast(
         plans=len(plans),
         examples=sum(sample.examples for sample in samples),
@@ -144,7 +142,7 @@ def forecast_sweep(
 def _work(
     parts: ComponentMap, model: CostModel, samples: Sequence[TaskSample], shared_bytes: float | None, schemes: int
 ) -> dict[str, float]:
-    """Bytes on the device that runs the model; plans share up to `shared_bytes`, or nothing (None)."""
+    """Bytes on the device that runs the model; plans share up to `shared_bytes`, or nothing if that is None."""
     weights, itemsize = sum(w.numel for w in parts.weights), model.hardware.dtype.itemsize
     quantized = states = 0.0
     if shared_bytes is not None:
@@ -195,20 +193,20 @@ def _running(
 ) -> float:
     """Seconds to run all plans: shared work once per distinct prefix, the rest once per plan."""
     return sum(
-        seconds * (runs[part] if sample.shares(part) else plans) + again * plans
-        for part, (seconds, again) in passes.items()
+        shared * (runs[part] if sample.shares(part) else plans) + own * plans
+        for part, (shared, own) in passes.items()
     )
 
 
 def _quantizing(parts: ComponentMap, plans: Sequence[Plan], scheme: Scheme, hardware: Hardware) -> float:
-    """Seconds to quantize with one scheme every weight that some plan gives it to."""
+    """Seconds to quantize, with one scheme, every weight to which some plan gives it."""
     used = {name for plan in plans for name, given in plan.schemes if given and weights_of(given) == scheme}
     weights = (w for c in parts.components if c.name in used for w in c.weights)
     return sum(hardware.quantizing(scheme_of(w, scheme), w) for w in weights)
 
 
 def _stored(parts: ComponentMap, tasks: Sequence[Task], plans: Sequence[Plan], shards: int) -> dict[str, float]:
-    """Bytes of the trials' files, if all answers were right, and of the journal, which holds each plan four times."""
+    """Bytes of the trials' files, if all answers are right, and of the journal, which holds each plan four times."""
     # random scores, since equal ones would compress to almost nothing
     draw = torch.rand(sum(len(task.examples) for task in tasks), 2, dtype=torch.float64).tolist()
     every = [(task, example) for task in tasks for example in task.examples]

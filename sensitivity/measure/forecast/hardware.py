@@ -1,4 +1,4 @@
-"""Measures how fast this machine runs the operations of a model, in seconds and without a model."""
+"""Measures how fast this machine runs the operations of a model, without the model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sensitivity.quantize.solving import solve
 from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import Scheme
 
-TOKENS = 1024  # in a measured product, at most; more are assumed to cost in proportion
+TOKENS = 1024  # in a measured product, at most; the cost of more is assumed to be in proportion
 SIDE = 512  # rows and columns of the weight whose quantization is measured, at most
 SECONDS_PER_MEASUREMENT = 0.05  # seconds for one measurement
 FLOAT32 = torch.float32  # holds every number of a narrower dtype
-NOTABLY = 1.25  # times: a dtype that is faster by less is not worth twice the memory
-SIZES = (128, 1024)  # tokens and width of the product that compares dtypes: a tenth of a second at 1 GFLOP/s
+WORTH_MEMORY = 1.25  # a dtype that is less than so many times as fast is not worth twice the memory
+PRODUCT = (128, 1024)  # tokens and width of the product that compares dtypes: .03 seconds a run at 1 GFLOP/s
 
 
 def slowdown(stored: torch.dtype, device: torch.device) -> float:
@@ -33,7 +33,7 @@ def slowdown(stored: torch.dtype, device: torch.device) -> float:
 
     CPUs without units for bfloat16 compute it number by number, a hundred times slower.
     """
-    tokens, width = SIZES
+    tokens, width = PRODUCT
     seconds: dict[torch.dtype, float] = {}
     with torch.inference_mode():
         for kind in (FLOAT32, stored):
@@ -81,10 +81,11 @@ class Hardware:
     def elementwise(self, numbers: int) -> float:
         """Seconds to read, change and write so many numbers, without the overhead of calling the operation."""
         measured_size = max(1, min(numbers, TOKENS * SIDE))
-        if ("over", measured_size) not in self.measured:
+        if ("elementwise", measured_size) not in self.measured:
             x = self._random(measured_size)
-            self.measured["over", measured_size] = max(self._time(lambda: torch.nn.functional.silu(x)) - self.call, 0.0)
-        return self.measured["over", measured_size] * numbers / measured_size
+            seconds = self._time(lambda: torch.nn.functional.silu(x)) - self.call
+            self.measured["elementwise", measured_size] = max(seconds, 0.0)
+        return self.measured["elementwise", measured_size] * numbers / measured_size
 
     def rounding(self, tokens: int, width: int, cached: bool = False) -> float:
         """Seconds to round the inputs of a layer for so many tokens, or keys or values; the bits make no difference."""
@@ -102,7 +103,7 @@ class Hardware:
         return self._time(lambda: module(x))
 
     def quantizing(self, scheme: Scheme, weight: Weight) -> float:
-        """Seconds to quantize one weight; calibrated methods are assumed to grow with the square of its columns."""
+        """Seconds to quantize one weight; with calibration, they are assumed to grow with the square of its columns."""
         method, rows, cols = method_of(scheme), min(weight.rows, SIDE), min(weight.cols, SIDE)
         if (scheme, rows, cols) not in self.measured:
             x = torch.randn(2 * cols, cols, device=self.device)
@@ -121,8 +122,8 @@ class Hardware:
                     stored.dequantize()
 
             self.measured[scheme, rows, cols] = self._time(once)
-        larger = weight.numel / (rows * cols) * (weight.cols / cols if method.calibrated else 1)
-        return self.measured[scheme, rows, cols] * larger
+        times_larger = weight.numel / (rows * cols) * (weight.cols / cols if method.calibrated else 1)
+        return self.measured[scheme, rows, cols] * times_larger
 
     @property
     def flops(self) -> float:

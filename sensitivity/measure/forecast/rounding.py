@@ -8,19 +8,20 @@ from itertools import pairwise
 
 from sensitivity.measure.forecast.cost_model import TaskSample
 from sensitivity.measure.forecast.hardware import Hardware
+from sensitivity.measure.loop import data_flow_order
 from sensitivity.spec.components import Component, ComponentMap
 from sensitivity.spec.plan import NOT_ROUNDED, Plan, Scheme
 
 
 def in_queue_order(plans: Sequence[Plan]) -> list[Plan]:
     """The order in which the loop queues plans: neighbors share the longest prefix."""
-    return sorted(plans, key=lambda plan: [str(scheme) for _, scheme in plan.schemes])
+    return sorted(plans, key=data_flow_order)
 
 
 def rounding_seconds(
     parts: ComponentMap, plans: Sequence[Plan], samples: Sequence[TaskSample], hardware: Hardware, plain: bool
 ) -> float:
-    """Seconds over all plans: once per distinct prefix where plans share it, and again for what each plan reads itself.
+    """Seconds over all plans: once per distinct prefix that plans share, and once per plan for what it reads itself.
 
     Every linear layer rounds its own input, also where several read the same one.
     """

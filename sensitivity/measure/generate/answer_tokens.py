@@ -14,7 +14,7 @@ from sensitivity.spec.errors import UserError
 from sensitivity.tasks.examples.types import Example, Task
 from sensitivity.tasks.scoring.answer_text import without_special
 
-WITHOUT_EFFECT = {  # generation settings that do not change which token greedy decoding takes
+WITHOUT_EFFECT = {  # generation settings that leave greedy decoding as it is: the argmax of the logits
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "do_sample",
     "temperature", "top_p", "top_k", "max_length", "max_new_tokens", "use_cache", "num_beams", "_from_model_config",
     "early_stopping", "length_penalty", "output_attentions", "output_hidden_states", "return_dict_in_generate",
@@ -36,7 +36,7 @@ def target_tokens(vlm: VLM, example: Example) -> list[int]:
 
 
 def check_no_image_token(vlm: VLM, text: str, what: str) -> None:
-    """Raise an error if a text holds the placeholder token of image features, which must mean nothing else."""
+    """Raise an error if a text holds the token that stands for image features: it would be taken for an image."""
     token = getattr(vlm.processor, "image_token", None)
     if isinstance(token, str) and token and token in text:
         raise UserError(f"{what} holds {token}, by which {vlm.name} marks images; write it differently")
@@ -60,7 +60,7 @@ def greedy_takes_argmax(vlm: VLM) -> bool:
 
 
 def continued(vlm: VLM, name: str, value: Tensor, ids: Tensor) -> Tensor:
-    """How a mask or token types continue over more text tokens, according to generate() itself."""
+    """A mask or token types for the text tokens `ids` after a prompt, as generate() itself continues them."""
     if not vlm.model.can_generate():  # a retrieval model, which reads plain text
         return torch.full_like(ids, int(name == "attention_mask"), dtype=value.dtype)
     more = vlm.model._update_model_kwargs_for_generation({}, {name: value}, is_encoder_decoder=False)
@@ -96,14 +96,14 @@ def cannot_be_right(vlm: VLM, task: Task, examples: Sequence[Example]) -> Callab
     def test(row: int, tokens: list[int]) -> bool:
         text = squeezed(tuple(tokens))
         # the last token may be part of a character, or of a special token that is removed: then it proves nothing
-        open_ = text.endswith("\N{REPLACEMENT CHARACTER}") or text.rfind("<") > text.rfind(">")
-        return not open_ and not any(answer.startswith(text) for answer in right[row])
+        unsettled = text.endswith("\N{REPLACEMENT CHARACTER}") or text.rfind("<") > text.rfind(">")
+        return not unsettled and not any(answer.startswith(text) for answer in right[row])
 
     return test
 
 
 def _squeezed(text: str) -> str:
-    """A text without case and white space, some of which a tokenizer may strip later."""
+    """A text in lower case without white space, some of which a tokenizer may strip later."""
     return "".join(text.casefold().split())
 
 
@@ -114,9 +114,9 @@ def _text(vlm: VLM, tokens: list[int]) -> str:
 
 def answer_of(vlm: VLM, tokens: list[int], task: Task) -> Answer:
     """The answer, with an ellipsis where decoding stopped because it could no longer be right."""
-    text, whole = _text(vlm, tokens), tokens[-1] in end_tokens(vlm)
-    if whole or len(tokens) >= task.max_new_tokens:
-        return Answer(text, cut=not whole)
+    text, ended = _text(vlm, tokens), tokens[-1] in end_tokens(vlm)
+    if ended or len(tokens) >= task.max_new_tokens:
+        return Answer(text, cut=not ended)
     return Answer(text + "…")
 
 

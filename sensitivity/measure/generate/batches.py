@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -42,7 +43,7 @@ class Batch:
 
 
 def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
-    """The task's examples as tensors, image by image; they depend on no plan, so they can be kept."""
+    """The task's examples as tensors, image by image; no plan changes them, so all plans can share them."""
     if vlm.processor is None:
         raise UserError(f"{vlm.name} has no processor or tokenizer files; they are needed to run a task")
     if task.gallery:
@@ -57,7 +58,7 @@ def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
     clusters = list(groups.values())
     sharing = vlm.family.shares_prefix and not (plain or task.search or vlm.encoder_decoder)
     sharing = sharing and greedy_takes_argmax(vlm)
-    max_images = images_at_once(_pixel_values(vlm, task.examples[0])) if len(clusters) > 1 else IMAGES_PER_BATCH
+    max_images = images_at_once(_pixel_count(vlm, task.examples[0])) if len(clusters) > 1 else IMAGES_PER_BATCH
     for start in range(0, len(clusters), max_images):
         chunk = clusters[start : start + max_images]
         shared = _image_batches(vlm, chunk) if sharing else []
@@ -69,12 +70,12 @@ def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
 
 
 def images_at_once(pixels: int) -> int:
-    """How many images of so many pixel values make a batch."""
+    """How many images make a batch, if each has so many pixel values."""
     return max(min(IMAGES_PER_BATCH, PIXELS_PER_BATCH // max(pixels, 1)), 1)
 
 
-def _pixel_values(vlm: VLM, example: Example) -> int:
-    """The pixel values that the processor makes of an image; images of one data set are assumed to be alike."""
+def _pixel_count(vlm: VLM, example: Example) -> int:
+    """How many pixel values the processor makes of an example; those of one data set are assumed to be alike."""
     pictures = [list(map(open_image, example.images))]
     seen = vlm.processor(images=pictures, text=[prompt_text(vlm, example)], return_tensors="pt")
     return int(seen["pixel_values"].numel())
@@ -88,7 +89,7 @@ def check_tasks_fit(vlm: VLM, tasks: Sequence[Task]) -> None:
 
 
 def _gallery(vlm: VLM, task: Task) -> Batch:
-    """All images and captions as one batch, read from disk when needed; a single example (calibration) as tensors."""
+    """All images and captions as one batch, read when it is run; a single example, as in calibration, as tensors."""
     retrieval.check_retrieval_model(vlm)
     tensors = retrieval.pair(vlm, task.examples[0]) if len(task.examples) == 1 else {}
     return Batch(task.examples, tensors, targets=[[0]] * len(task.examples), chunk_size=retrieval.CHUNK)
@@ -134,7 +135,7 @@ def _without_labels(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _image_batches(vlm: VLM, clusters: Sequence[Sequence[Example]]) -> list[Batch]:
-    """Images with their questions, in batches whose prompts begin alike; none where sharing saves nothing."""
+    """Images with their questions, in batches whose prompts begin alike; empty if sharing fails or saves nothing."""
     alike: dict[Hashable, list[_ImageWithQuestions]] = {}
     for cluster in clusters:
         if (image := _image_with_questions(vlm, tuple(cluster))) is None:
@@ -163,7 +164,7 @@ class _ImageWithQuestions:
 def _image_with_questions(vlm: VLM, examples: tuple[Example, ...]) -> _ImageWithQuestions | None:
     """One image with its questions; None if a prompt ends with its image, or the prompts begin differently.
 
-    Several images are read as whole prompts: families store them in ways of their own.
+    Examples of several images are not shared, since each family lays out their tensors in its own way.
     """
     if any(example.more for example in examples):
         return None
@@ -240,3 +241,9 @@ def on_device(vlm: VLM, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Inputs on the model's device, floats in the model's dtype."""
     floats = vlm.model.dtype
     return {k: v.to(vlm.device, floats) if v.is_floating_point() else v.to(vlm.device) for k, v in inputs.items()}
+
+
+def known_options(vlm: VLM, **options: object) -> dict[str, object]:
+    """Those options that the forward of this model takes; families differ."""
+    parameters = inspect.signature(vlm.model.forward).parameters
+    return {name: value for name, value in options.items() if name in parameters}

@@ -13,7 +13,7 @@ ForwardPass = Callable[[list[int], list[list[int]], list[int]], Tensor]
 # a row and its accepted tokens -> whether they can no longer become a right answer
 CannotBeRight = Callable[[int, list[int]], bool]
 
-# row by row the answers of earlier plans, the latest first
+# for each row, the answers of earlier plans in tokens, the latest first
 EarlierAnswers = list[list[list[int]]]
 ANSWERS_PER_ROW = 8  # enough that one of them continues like the next plan's, and few enough for memory
 
@@ -28,7 +28,7 @@ def with_earlier_answers(earlier: EarlierAnswers | None, answers: Sequence[list[
 
 
 def decided_length(row: int, tokens: list[int], cannot_be_right: CannotBeRight | None, start: int = 0) -> int | None:
-    """After how many tokens an answer could no longer be right, or None; it does not depend on the drafts."""
+    """The number of tokens after which an answer could no longer be right, or None if it still may be."""
     if cannot_be_right is None or not cannot_be_right(row, tokens):
         return None
     return next(place for place in range(start + 1, len(tokens) + 1) if cannot_be_right(row, tokens[:place]))
@@ -49,8 +49,8 @@ class Drafts:
     @classmethod
     def of(cls, guesses: Sequence[Sequence[int]]) -> Drafts:
         """Begin with one draft for each row."""
-        none = [0] * len(guesses)
-        return cls([list(guess) for guess in guesses], none, list(range(len(guesses))), list(none))
+        zeros = [0] * len(guesses)
+        return cls([list(guess) for guess in guesses], zeros, list(range(len(guesses))), list(zeros))
 
     def verify(
         self, forward: ForwardPass, ends: set[int], max_tokens: int, cannot_be_right: CannotBeRight | None = None
@@ -86,7 +86,7 @@ class Drafts:
     def take_earlier_answers(self, earlier: EarlierAnswers | None) -> bool:
         """Replace drafts by earlier plans' answers that begin with the accepted tokens; true if there were any.
 
-        Other rows keep twice as much of their draft as the last pass accepted: reading wrong tokens costs time, too.
+        Of another row's draft, twice as many tokens remain as the last pass accepted: reading wrong ones costs time.
         """
         replaced = False
         for row in self.unfinished:

@@ -21,7 +21,7 @@ from sensitivity.tasks.examples.types import Example, Task
 from sensitivity.tasks.retrieval import ranks, reranked
 
 CHUNK = 64  # images or captions in a forward pass, or four times as many pairs
-CAPTION_TOKENS = 35  # tokens of a caption, at most, as in the published evaluation
+CAPTION_TOKENS = 35  # tokens of a caption, at most, as in BLIP-2's published evaluation
 TEMPERATURE = 0.07  # of the softmax over similarities: the value that BLIP-2's training starts with
 Reuse = Callable[[Hashable], AbstractContextManager[None]]
 
@@ -56,12 +56,12 @@ def rank_matches(
 
 
 def _reuse_in_pool(reuse: Reuse, pool: int, chunk: Hashable) -> AbstractContextManager[None]:
-    """The prefix cache for one chunk of one pool."""
+    """`reuse`, under a name that no chunk of another pool has."""
     return reuse((pool, chunk))
 
 
 def _pools(examples: Sequence[Example], images: int) -> Iterator[list[Example]]:
-    """The examples of so many images at a time; each pool is searched by itself."""
+    """The examples in pools of so many images; each pool is searched by itself."""
     clusters = list(dict.fromkeys(example.cluster for example in examples))
     for start in range(0, len(clusters), images):
         here = set(clusters[start : start + images])
@@ -85,21 +85,18 @@ def _rank_pool(
     )
     match_scores = _match_scores(vlm, patches_of, ids, mask, _pairs_to_match(similarity, top), chunk_size)
     result: dict[str, tuple[str, float]] = {}
-    for way, scores, matched in (("text", similarity, match_scores), ("image", similarity.T, match_scores.T)):
-        rows = (
-            np.array([image_index[e.cluster] for e in examples_by_kind["text"]])
-            if way == "text"
-            else np.arange(len(image_of_caption))
-        )
-        right = (
-            image_of_caption[None, :] == rows[:, None]
-            if way == "text"
-            else image_of_caption[:, None] == np.arange(len(images))[None, :]
-        )
-        last = reranked(scores[rows], matched[rows], top) if top else scores[rows]
-        order = ranks(last, right)
+    # an example of kind "text" ranks the captions for its image, and one of kind "image" the images for its caption
+    for kind, scores, matched in (("text", similarity, match_scores), ("image", similarity.T, match_scores.T)):
+        if kind == "text":
+            rows = np.array([image_index[example.cluster] for example in examples_by_kind["text"]])
+            right = image_of_caption[None, :] == rows[:, None]
+        else:
+            rows = np.arange(len(image_of_caption))
+            right = image_of_caption[:, None] == np.arange(len(images))[None, :]
+        final_scores = reranked(scores[rows], matched[rows], top) if top else scores[rows]
+        order = ranks(final_scores, right)
         nll = _negative_log_likelihood(scores[rows], right)
-        result |= {e.id: (str(r + 1), float(s)) for e, r, s in zip(examples_by_kind[way], order, nll, strict=True)}
+        result |= {e.id: (str(r + 1), float(s)) for e, r, s in zip(examples_by_kind[kind], order, nll, strict=True)}
     return result
 
 
@@ -132,15 +129,15 @@ def _embed_captions(vlm: VLM, captions: Sequence[str], chunk_size: int) -> tuple
     caption_embeddings = []
     for some, token_mask in zip(torch.split(ids, chunk_size), torch.split(mask, chunk_size), strict=True):
         embedded = vlm.model.embeddings(input_ids=some)
-        read = vlm.model.qformer(query_embeds=embedded, query_length=0, attention_mask=token_mask).last_hidden_state
-        caption_embeddings.append(_projected(vlm.model.text_projection, read[:, 0]))
+        states = vlm.model.qformer(query_embeds=embedded, query_length=0, attention_mask=token_mask).last_hidden_state
+        caption_embeddings.append(_projected(vlm.model.text_projection, states[:, 0]))
     return ids, mask, torch.cat(caption_embeddings)
 
 
 def _projected(linear: nn.Linear, features: Tensor) -> Tensor:
     """Features projected into the shared space, at unit length."""
-    placed: Tensor = normalize(linear(features.to(linear.weight.dtype)), dim=-1)
-    return placed
+    embeddings: Tensor = normalize(linear(features.to(linear.weight.dtype)), dim=-1)
+    return embeddings
 
 
 def _similarity(image_embeddings: Tensor, caption_embeddings: Tensor) -> NDArray[np.float64]:
@@ -171,14 +168,14 @@ def _match_scores(
         embedded, token_mask = ids[columns.tolist()], mask[columns.tolist()]
         tokens = vlm.model.query_tokens.expand(len(rows), -1, -1)
         queries = tokens.shape[1]
-        read = vlm.model.qformer(
+        states = vlm.model.qformer(
             query_embeds=vlm.model.embeddings(input_ids=embedded, query_embeds=tokens),
             query_length=queries,
             attention_mask=torch.cat([token_mask.new_ones(len(rows), queries), token_mask], dim=1),
             encoder_hidden_states=patches,
         ).last_hidden_state[:, :queries]
         head = vlm.model.itm_head
-        scores[rows, columns] = head(read.to(head.weight.dtype)).mean(1)[:, 1].double().cpu().numpy()
+        scores[rows, columns] = head(states.to(head.weight.dtype)).mean(1)[:, 1].double().cpu().numpy()
     return scores
 
 

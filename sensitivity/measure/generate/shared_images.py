@@ -16,7 +16,7 @@ from sensitivity.measure.generate.drafts import Drafts, EarlierAnswers
 from sensitivity.models.vlm import VLM
 from sensitivity.tasks.examples.types import Task
 
-KeysAndValues = tuple[Tensor, Tensor]  # of one layer's attention: rows x heads x tokens x width
+KeysAndValues = tuple[Tensor, Tensor]  # of one layer, each rows x heads x tokens x width
 
 
 def prefill_images(vlm: VLM, batch: Batch) -> tuple[list[KeysAndValues | None], Tensor]:
@@ -24,8 +24,8 @@ def prefill_images(vlm: VLM, batch: Batch) -> tuple[list[KeysAndValues | None], 
 
     Where an image takes fewer positions than it has tokens, the model leaves the difference in `rope_deltas`.
     """
-    kept = DynamicCache()  # keeps all tokens, also in layers with a sliding window
-    output = vlm.model(**on_device(vlm, batch.inputs), past_key_values=kept, use_cache=True, logits_to_keep=1)
+    all_tokens = DynamicCache()  # keeps all tokens, also in layers with a sliding window
+    output = vlm.model(**on_device(vlm, batch.inputs), past_key_values=all_tokens, use_cache=True, logits_to_keep=1)
     positions = torch.full((len(batch.inputs["input_ids"]), 1), batch.prefix, device=vlm.device)
     offset = getattr(getattr(vlm.model, "model", None), "rope_deltas", None)
     cache = output.get("language_model_outputs", output).past_key_values
@@ -49,17 +49,17 @@ def drafted_answers(
     image: Sequence[KeysAndValues],
     positions: Tensor,
     earlier: EarlierAnswers | None,
-    first: Callable[[], AbstractContextManager[None]],
+    reuse: Callable[[], AbstractContextManager[None]],
 ) -> tuple[list[list[int]], list[float]]:
     """Greedy answers to the questions after their images, from drafts.
 
     The first draft is the right answer, so its likelihood comes from the same pass; where only right answers count,
     most rows are finished after it. The next drafts are what other plans answered, if that begins with the accepted
-    tokens; each pass continues from the token that differed.
+    tokens; each pass continues from the token that differed. `reuse` lets the first pass reuse hidden states.
     """
     drafts, forward = Drafts.of(batch.targets), _QuestionPasses(vlm, batch, image, positions)
     rules = end_tokens(vlm), task.max_new_tokens, cannot_be_right(vlm, task, batch.examples)
-    with first():  # later drafts depend on this plan's answers, so their hidden states are shared with no other plan
+    with reuse():  # later drafts depend on this plan's answers, so their hidden states are shared with no other plan
         logits = drafts.verify(forward, *rules)
     nll = mean_nll(logits, right_padded(batch.targets, fill=-100).to(vlm.device))
     del logits
@@ -128,11 +128,11 @@ class _QuestionPasses:
         cache, gap_end = DynamicCache(), max(starts)
         cached = self._cached_positions(rows, gap_end) if gap_end else None
         for number, (keys, values) in enumerate(self.image):
-            both = [half[images.to(half.device)] for half in (keys, values)]  # a model may lie on several devices
+            both = [one[images.to(one.device)] for one in (keys, values)]  # a model may lie on several devices
             if cached:
                 last, (row, place) = self._last(number), (index.to(keys.device) for index in cached)
                 # two index tensors around a slice come first: rows x tokens x heads x width
-                added = (half[row, :, place].transpose(1, 2) for half in last)
+                added = (one[row, :, place].transpose(1, 2) for one in last)
                 both = [torch.cat([one, more], dim=2) for one, more in zip(both, added, strict=True)]
             layer = DynamicLayer()  # type: ignore[no-untyped-call]
             layer.lazy_initialization(*both)
@@ -156,7 +156,7 @@ class _QuestionPasses:
         return torch.tensor(at)[:, None], place.clamp(max=self._last(0)[0].shape[2] - 1)
 
     def _last(self, number: int) -> KeysAndValues:
-        """A layer's keys and values after the last pass, which `_can_continue` has found."""
+        """A layer's keys and values after the last pass; `_can_continue` made sure that there are some."""
         layer = self.layers[number]
         assert layer is not None
         return layer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -17,7 +16,7 @@ from sensitivity.measure.generate.answer_tokens import (
     right_padded,
     with_answers,
 )
-from sensitivity.measure.generate.batches import Batch, on_device
+from sensitivity.measure.generate.batches import Batch, known_options, on_device
 from sensitivity.measure.generate.drafts import Drafts, EarlierAnswers, decided_length
 from sensitivity.models.vlm import VLM
 from sensitivity.tasks.examples.types import Task
@@ -25,7 +24,7 @@ from sensitivity.tasks.scoring.answer_text import without_special
 
 
 def generated_answers(vlm: VLM, task: Task, batch: Batch) -> tuple[list[Answer], list[float]]:
-    """Answers by transformers' own generate(), and likelihoods by one more forward pass."""
+    """Answers by transformers' own generate(), and likelihoods from one more forward pass."""
     inputs = on_device(vlm, batch.inputs)
     tokens, ends = _generate(vlm, task, inputs), end_tokens(vlm)
     texts = vlm.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -58,10 +57,8 @@ def drafted_answers(
             logits = answer_logits(vlm, inputs, drafts_of_batch)[rows]
         return logits_from(logits, accepted, logits.shape[1] - min(accepted)) if any(accepted) else logits
 
-    state, rules = (
-        Drafts.of(batch.targets),
-        (stop_tokens, task.max_new_tokens, cannot_be_right(vlm, task, batch.examples)),
-    )
+    state = Drafts.of(batch.targets)
+    rules = stop_tokens, task.max_new_tokens, cannot_be_right(vlm, task, batch.examples)
     logits = state.verify(forward, *rules)
     nll = mean_nll(logits, right_padded(batch.targets, fill=-100).to(vlm.device))
     if state.take_earlier_answers(earlier):
@@ -73,24 +70,36 @@ def drafted_answers(
             state.verify(forward, *rules)
         state.unfinished = sorted([*state.unfinished, *with_image_token])
     answers = state.answers
-    if state.unfinished:
-        inputs_left, rows = inputs, list(range(len(answers)))
-        # only inputs with one row per example can be cut to the unfinished rows: some families stack all patches
-        if all(len(value) == len(answers) for value in inputs.values()):
-            rows, inputs_left = state.unfinished, {name: value[state.unfinished] for name, value in inputs.items()}
-        # cached image features are those of the whole batch
-        with reuse() if inputs_left is inputs else nullcontext():
-            written = _generate(vlm, task, inputs_left).tolist()
-        for row, tokens in zip(rows, written, strict=True):
-            length = next((i + 1 for i, token in enumerate(tokens) if token in stop_tokens), len(tokens))
-            answers[row] = tokens[: decided_length(row, tokens[:length], rules[2]) or length]
+    for row, tokens in _generated_rows(vlm, task, inputs, state, reuse):
+        length = next((i + 1 for i, token in enumerate(tokens) if token in stop_tokens), len(tokens))
+        answers[row] = tokens[: decided_length(row, tokens[:length], rules[2]) or length]
     return answers, nll
+
+
+def _generated_rows(
+    vlm: VLM,
+    task: Task,
+    inputs: dict[str, Tensor],
+    state: Drafts,
+    reuse: Callable[..., AbstractContextManager[None]],
+) -> list[tuple[int, list[int]]]:
+    """Rows and their tokens, as generate() writes them: the unfinished rows, or the whole batch if it cannot be cut."""
+    if not state.unfinished:
+        return []
+    inputs_left, rows = inputs, list(range(len(state.tokens)))
+    # only inputs with one row per example can be cut to the unfinished rows: some families stack all patches
+    if all(len(value) == len(rows) for value in inputs.values()):
+        rows, inputs_left = state.unfinished, {name: value[state.unfinished] for name, value in inputs.items()}
+    # cached image features are those of the whole batch
+    with reuse() if inputs_left is inputs else nullcontext():
+        written = _generate(vlm, task, inputs_left).tolist()
+    return list(zip(rows, written, strict=True))
 
 
 def _generate(vlm: VLM, task: Task, inputs: dict[str, Tensor]) -> Tensor:
     """The tokens that transformers' own search generates after the prompts: greedy, unless the task sets a search."""
-    how = {"do_sample": False, "num_beams": 1, **task.search}
-    output: Tensor = vlm.model.generate(**inputs, max_new_tokens=task.max_new_tokens, **how)
+    options = {"do_sample": False, "num_beams": 1, **task.search}
+    output: Tensor = vlm.model.generate(**inputs, max_new_tokens=task.max_new_tokens, **options)
     return output[:, 1:] if vlm.encoder_decoder else output[:, inputs["input_ids"].shape[1] :]
 
 
@@ -104,7 +113,5 @@ def answer_logits(vlm: VLM, inputs: dict[str, Tensor], drafts: Sequence[Sequence
     labels = labels[:, :-1]
     # drafts are padded on the right, where causal attention never looks
     longer, keep = with_answers(vlm, inputs, labels.clamp(min=0), labels >= 0), labels.shape[1] + 1
-    how = {"use_cache": False, "logits_to_keep": keep}
-    taken = inspect.signature(vlm.model.forward).parameters
-    logits = vlm.model(**longer, **{name: value for name, value in how.items() if name in taken}).logits[:, -keep:]
+    logits = vlm.model(**longer, **known_options(vlm, use_cache=False, logits_to_keep=keep)).logits[:, -keep:]
     return logits

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
 from sensitivity.measure.memory.out_of_memory import run_or_halve
-from sensitivity.measure.passes.block_modules import block_paths, replaced_forward
+from sensitivity.measure.passes.block_modules import block_paths, layer_input, replaced_forward
 from sensitivity.measure.passes.token_batches import ROWS, TokenBatch, calibration_pass
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of
@@ -28,14 +28,14 @@ Visit = Callable[[Weight, Tensor, Tensor], None]
 Counted = Callable[[Tensor], Tensor]
 
 
-class Once:
-    """Raises an error for a layer that runs twice in a pass, since its tokens could then not be told apart."""
+class RunsOnce:
+    """Raises an error where a layer runs twice in a pass, since its tokens could then not be told apart."""
 
     def __init__(self) -> None:
         self.reached: set[str] = set()
 
     def check(self, weight: Weight) -> None:
-        """Count one run of a weight's layer."""
+        """Note that a weight's layer has run; an error if it had run before."""
         if weight.name in self.reached:
             raise UserError(
                 f"{weight.reader} runs several times in a forward pass, and the importance of its tokens is not "
@@ -44,13 +44,13 @@ class Once:
         self.reached.add(weight.name)
 
 
-def add(sums: dict[str, Tensor], weight: Weight, values: Tensor) -> None:
-    """Add a number for each token to those of other weights that read the same input."""
+def add_per_token(sums: dict[str, Tensor], weight: Weight, values: Tensor) -> None:
+    """Add a number for each token of a weight's input, over all weights that read this input."""
     name = input_of(weight)
     sums[name] = sums[name] + values if name in sums else values
 
 
-def answer_logits(vlm: VLM, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+def teacher_forced_logits(vlm: VLM, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """The logits of the right answers with teacher forcing (rows x positions x vocabulary), and the right tokens."""
     logits: Tensor | None = getattr(calibration_pass(vlm, batch), "logits", None)  # a model for retrieval has none
     if batch.targets is None or logits is None:
@@ -66,10 +66,10 @@ def answer_logits(vlm: VLM, batch: TokenBatch) -> tuple[Tensor, Tensor]:
 def answer_loss(vlm: VLM, batch: TokenBatch, counted: Counted | None = None) -> Tensor:
     """Cross-entropy of the right answers with teacher forcing: the mean over an answer's tokens, summed over rows.
 
-    A sum over rows, so that the gradient of an example does not depend on which examples share its batch. With
-    `counted`, only the tokens that it returns 1 for are summed; the mean is still over all.
+    It is a sum over rows, so that the gradient of an example does not depend on which examples share its batch. With
+    `counted`, only the tokens for which it returns 1 are summed; the mean is still over all tokens.
     """
-    logits, targets = answer_logits(vlm, batch)
+    logits, targets = teacher_forced_logits(vlm, batch)
     each = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").reshape(targets.shape)
     return (each if counted is None else each * counted(targets).to(each)).mean(1).sum()
 
@@ -77,43 +77,20 @@ def answer_loss(vlm: VLM, batch: TokenBatch, counted: Counted | None = None) -> 
 def backward(
     vlm: VLM, weights: Sequence[Weight], batch: TokenBatch, visit: Visit, counted: Counted | None = None
 ) -> float:
-    """Call `visit` for each weight's layer as the backward pass reaches it; return the loss.
+    """Call `visit` for each weight when the backward pass reaches its layer; return the loss.
 
     Only the hidden states between blocks are kept from the forward pass: each block runs again when the backward pass
     comes to it, so that one block's activations are in memory at a time.
     """
     # added to what a layer returns, so that gradients reach it even where nothing before it requires one
     zero = torch.zeros((), device=vlm.device, dtype=vlm.model.dtype, requires_grad=True)
-
-    def watch(weight: Weight) -> Callable[..., Tensor | None]:
-        def hook(
-            module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
-        ) -> Tensor | None:
-            if not torch.is_grad_enabled():  # the first of two runs of a block
-                return None
-            inputs = (args[0] if args else kwargs["input"]).detach()
-            output = output if output.requires_grad else output + zero
-
-            def reached(gradient: Tensor) -> None:
-                if not bool(torch.isfinite(gradient).all()):
-                    raise UserError(
-                        f"the gradient of the answer loss at {weight.name} is NaN or infinite; run the model in "
-                        "float32 (--dtype fp32)"
-                    )
-                visit(weight, inputs.flatten(0, -2), gradient.detach().flatten(0, -2))
-
-            output.register_hook(reached)  # type: ignore[no-untyped-call]
-            return output
-
-        return hook
-
     with ExitStack() as patches, torch.enable_grad():
         for path in block_paths(vlm.model, weights).values():
             module = vlm.model.get_submodule(path)
-            patches.enter_context(replaced_forward(module, _run_again(module.forward, zero)))
+            patches.enter_context(replaced_forward(module, _checkpointed(module.forward, zero)))
         for weight in weights:
-            layer = vlm.model.get_submodule(weight.reader)
-            patches.callback(layer.register_forward_hook(watch(weight), with_kwargs=True).remove)
+            layer, hook = vlm.model.get_submodule(weight.reader), _gradient_hook(weight, visit, zero)
+            patches.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
         loss = answer_loss(vlm, batch, counted)
         try:
             torch.autograd.backward(loss)
@@ -122,6 +99,29 @@ def backward(
                 raise
             raise UserError(f"this model has an operation without a gradient: {error}") from error
     return float(loss.detach())
+
+
+def _gradient_hook(weight: Weight, visit: Visit, zero: Tensor) -> Callable[..., Tensor | None]:
+    """A forward hook of a weight's layer that calls `visit` once the gradient of the layer's output is known."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():  # the first of two runs of a block
+            return None
+        inputs = layer_input(args, kwargs).detach()
+        output = output if output.requires_grad else output + zero
+
+        def reached(gradient: Tensor) -> None:
+            if not bool(torch.isfinite(gradient).all()):
+                raise UserError(
+                    f"the gradient of the answer loss at {weight.name} is NaN or infinite; run the model in "
+                    "float32 (--dtype fp32)"
+                )
+            visit(weight, inputs.flatten(0, -2), gradient.detach().flatten(0, -2))
+
+        output.register_hook(reached)  # type: ignore[no-untyped-call]
+        return output
+
+    return hook
 
 
 def in_rows_that_fit(
@@ -136,8 +136,8 @@ def in_rows_that_fit(
     takes several times the memory of a forward pass, so `rows` begins lower than for forward passes.
     """
     while True:
-        again = partial(run, partial(data, rows))
-        if (result := run_or_halve(again, rows, "the calibration data", vlm.device)) is not None:
+        attempt = partial(run, partial(data, rows))
+        if (result := run_or_halve(attempt, rows, "the calibration data", vlm.device)) is not None:
             return result
         rows //= 2
 
@@ -150,8 +150,8 @@ def _without_cache(value: object) -> object:
     return None if _is_cache(value) else value
 
 
-def _run_again(forward: Callable[..., object], zero: Tensor) -> Callable[..., object]:
-    """The same forward, which keeps only its inputs, and runs again in the backward pass."""
+def _checkpointed(forward: Callable[..., object], zero: Tensor) -> Callable[..., object]:
+    """The same forward with gradient checkpointing: it keeps only its inputs, and runs again in the backward pass."""
 
     def run(*args: object, **kwargs: object) -> object:
         # a cache holds the keys of the first run, which the second would attend to as well

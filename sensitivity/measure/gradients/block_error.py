@@ -7,11 +7,10 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from sensitivity.measure.gradients.backward import Once, add
-from sensitivity.measure.gradients.perturbation import rounding
-from sensitivity.measure.passes.block_modules import block_paths, replaced_forward
+from sensitivity.measure.gradients.backward import RunsOnce, add_per_token
+from sensitivity.measure.gradients.perturbation import probe_error
+from sensitivity.measure.passes.block_modules import block_paths, hidden_states, layer_input, replaced_forward
 from sensitivity.measure.passes.token_batches import TokenBatch, calibration_pass
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import Weight
@@ -22,29 +21,30 @@ def block_errors(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -> dict
 
     Each block runs twice on its float inputs, with its own weights and with rounded ones, as the forward pass comes to
     it; only the second run is differentiated, so that one block's activations are in memory. A layer outside blocks is
-    its own block, and its gradient is 2 E x for a rounding error E. At its own weights a block has no error, therefore
-    no gradient: rounding by PROBE stands in for the method's.
+    its own block, and its gradient is 2 E x for an error E of its weight. With its own weights a block has no error and
+    so no gradient: they are rounded by PROBE, whatever the method will be.
     """
     errors: dict[str, Tensor] = {}
-    once = Once()
+    once = RunsOnce()
     paths = block_paths(vlm.model, weights)
     inside = {path: [w for w in weights if (w.part, w.block) == block] for block, path in paths.items()}
 
     def gradient_at(weight: Weight, gradient: Tensor) -> None:
         once.check(weight)
-        add(errors, weight, gradient.float().flatten(0, -2).abs().mean(1))
+        add_per_token(errors, weight, gradient.float().flatten(0, -2).abs().mean(1))
 
     with ExitStack() as patches, torch.no_grad():
         for path, inner in inside.items():
             module = vlm.model.get_submodule(path)
-            patches.enter_context(replaced_forward(module, _beside(vlm, module.forward, inner, gradient_at)))
+            forward = _with_error_gradient(vlm, module.forward, inner, gradient_at)
+            patches.enter_context(replaced_forward(module, forward))
         for weight in (w for w in weights if w.block is None):
 
             def hook(
                 module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], weight: Weight = weight
             ) -> None:
-                inputs = (args[0] if args else kwargs["input"]).float()
-                error = rounding(vlm.model.get_parameter(weight.name).detach())
+                inputs = layer_input(args, kwargs).float()
+                error = probe_error(vlm.model.get_parameter(weight.name).detach())
                 gradient_at(weight, 2 * inputs @ error.T)
 
             layer = vlm.model.get_submodule(weight.reader)
@@ -53,7 +53,7 @@ def block_errors(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -> dict
     return errors
 
 
-def _beside(
+def _with_error_gradient(
     vlm: VLM,
     forward: Callable[..., object],
     weights: Sequence[Weight],
@@ -77,9 +77,9 @@ def _beside(
             for weight in weights:
                 layer = vlm.model.get_submodule(weight.reader)
                 patches.callback(layer.register_forward_hook(watch(weight)).remove)
-            again = _first(forward(*args, **kwargs))
+            again = hidden_states(forward(*args, **kwargs))
             if again.requires_grad:
-                torch.autograd.backward((again.float() - _first(output).float()).square().sum())
+                torch.autograd.backward((again.float() - hidden_states(output).float()).square().sum())
         return output
 
     return run
@@ -92,13 +92,8 @@ def _rounded(vlm: VLM, weights: Sequence[Weight]) -> Iterator[None]:
     held = [parameter.data for parameter in parameters]
     try:
         for parameter in parameters:
-            parameter.data = (parameter.data.float() + rounding(parameter.data)).to(parameter.dtype)
+            parameter.data = (parameter.data.float() + probe_error(parameter.data)).to(parameter.dtype)
         yield
     finally:
         for parameter, float_weight in zip(parameters, held, strict=True):
             parameter.data = float_weight
-
-
-def _first(output: object) -> Tensor:
-    """The hidden states that a block returns: its first tensor."""
-    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))

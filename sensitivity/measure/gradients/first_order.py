@@ -18,11 +18,10 @@ ErrorsOf = Callable[[Weight], Sequence[Tensor]]  # the error of a weight (rows x
 
 @dataclass
 class FirstOrder:
-    """For each weight, by name, a sum over examples for each scheme.
+    """By weight name: two scores for each scheme, summed over examples.
 
-    With g the gradient of the loss with respect to a layer's output, and d the change of that output when the weight is
-    quantized:
-    `fisher` sums (g d)^2 over tokens and outputs, `change` sums |sum of g d| over examples.
+    Let g be the gradient of the loss with respect to a layer's output, and d the change of that output when the weight
+    is quantized. `fisher` is the sum of (g d)^2 over tokens and outputs. `change` is |sum of g d| of each example.
     """
 
     fisher: dict[str, Tensor] = field(default_factory=dict)
@@ -54,7 +53,7 @@ class FirstOrder:
 def first_order(
     vlm: VLM, weights: Sequence[Weight], errors_of: ErrorsOf, data: Iterable[TokenBatch], scored: Collection[str]
 ) -> FirstOrder:
-    """First-order scores of those weights whose names are `scored`; what the loss does not reach is left out."""
+    """First-order scores of the weights that `scored` names; those that the loss does not reach are left out."""
     found = FirstOrder()
     for batch in data:
         found.add(vlm, weights, batch, errors_of, scored)

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sensitivity.measure.gradients.backward import backward
-from sensitivity.measure.memory.out_of_memory import run_or_halve
+from sensitivity.measure.gradients.backward import backward, in_rows_that_fit
 from sensitivity.measure.passes.block_modules import float_model
-from sensitivity.measure.passes.token_batches import ROWS, TokenBatch
+from sensitivity.measure.passes.token_batches import TokenBatch
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import Weight
 
@@ -21,32 +20,30 @@ class Fisher:
     """Squared gradients of the float model, a few blocks at a time, with a backward pass for each group of blocks."""
 
     def __init__(self, vlm: VLM, weights: Sequence[Weight], data: Callable[[int], Iterable[TokenBatch]]) -> None:
-        """`weights` in the order in which they will be asked for."""
+        """`weights` are in the order in which they will be asked for."""
         self.vlm, self.data = vlm, data
         self.group_of: dict[str, list[Weight]] = {}
         group: list[Weight] = []
-        room = 0
+        bytes_left = 0
         for weight in weights:
-            if 4 * weight.numel > room:
-                group, room = [], FISHER_BYTES
+            if 4 * weight.numel > bytes_left:
+                group, bytes_left = [], FISHER_BYTES
             group.append(weight)
-            room -= 4 * weight.numel
+            bytes_left -= 4 * weight.numel
             self.group_of[weight.name] = group
         self.found: Mapping[str, Tensor] = {}
 
     def of(self, name: str, own: Mapping[str, Tensor]) -> Tensor:
-        """The squared gradients of one weight, in the model with its own weights, whatever a plan has put there."""
+        """The squared gradients of one weight in the float model, with weights `own`, whatever plan is installed."""
         if name not in self.found:
-            group, rows = self.group_of[name], ROWS // 4  # a backward pass takes more memory than a forward pass
+            group = self.group_of[name]
             self.found = {}  # freed before the next are computed
 
-            def compute() -> Mapping[str, Tensor]:
+            def compute(batches: Callable[[], Iterable[TokenBatch]]) -> Mapping[str, Tensor]:
                 with float_model(self.vlm.model, own):
-                    return squared_gradients(self.vlm, group, self.data(rows))
+                    return squared_gradients(self.vlm, group, batches())
 
-            while (squares := run_or_halve(compute, rows, "the calibration data", self.vlm.device)) is None:
-                rows //= 2
-            self.found = squares
+            self.found = in_rows_that_fit(self.vlm, self.data, compute)
         return self.found[name]
 
 

@@ -14,12 +14,12 @@ from sensitivity.measure.passes.token_batches import TokenBatch
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap, Weight
 
-TOLERANCE = 0.01  # most that the sum of the terms may miss, as a share of the whole change of the loss
-MIN_SHARE = 1e-6  # share of the loss itself, below which a difference is float32 rounding
-MAX_PASSES = 128  # backward passes over the data; after these, what the terms miss is reported as it is
+TOLERANCE = 0.01  # the most by which the sum of the terms may miss the whole change of the loss, as a share of it
+MIN_SHARE = 1e-6  # of the loss itself: a smaller difference is float32 rounding
+MAX_PASSES = 128  # backward passes over the data; after these, what the terms still miss is reported
 NODES = ((0.5 - 0.5 / 3**0.5, 0.5), (0.5 + 0.5 / 3**0.5, 0.5))  # two-point Gauss-Legendre rule on [0, 1]
 
-Data = Callable[[], Iterable[TokenBatch]]  # called once for every pass
+MakeBatches = Callable[[], Iterable[TokenBatch]]  # called once for every pass
 Place = tuple[int, str, int]  # an example, by its number; a component; and how many of its tokens a layer reads
 Terms = dict[Place, Tensor]  # what each of these tokens adds to the loss
 
@@ -38,8 +38,8 @@ class _Piece:
 class PathIntegral:
     """The terms of a plan's damage, and how far they are from its whole: loss after minus loss before."""
 
-    before: float
-    after: float
+    before: float  # the loss of the float model
+    after: float  # the loss under the plan
     terms: Terms
     passes: int  # backward passes over the data
     modalities: dict[Place, Tensor | None] = field(default_factory=dict)  # None: all are vision
@@ -65,9 +65,9 @@ def path_integral(
     vlm: VLM,
     parts: ComponentMap,
     changes: Mapping[str, Tensor],
-    data: Data,
+    data: MakeBatches,
     tolerance: float = TOLERANCE,
-    most: int = MAX_PASSES,
+    max_passes: int = MAX_PASSES,
     counted: Counted | None = None,
 ) -> PathIntegral:
     """The integral of the loss gradient times the change of each layer's output, from float weights to quantized ones.
@@ -77,31 +77,31 @@ def path_integral(
     pieces miss is at most `tolerance` of the whole change. `changes` is by parameter; `counted` chooses the tokens of
     answers whose loss counts.
     """
-    run = _Path(vlm, parts, changes, data, counted)
-    before, after = run.loss(0.0), run.loss(1.0)
-    pieces = [run.piece(0.0, 1.0)]
-    while run.passes < most:
+    path = _Path(vlm, parts, changes, data, counted)
+    before, after = path.loss(0.0), path.loss(1.0)
+    pieces = [path.piece(0.0, 1.0)]
+    while path.passes < max_passes:
         missing = sum(abs(piece.missing) for piece in pieces)
         if missing <= max(tolerance * abs(after - before), MIN_SHARE * abs(before)):
             break
         worst = max(pieces, key=lambda piece: abs(piece.missing))
         middle = (worst.begin + worst.end) / 2
         pieces.remove(worst)
-        pieces += [run.piece(worst.begin, middle), run.piece(middle, worst.end)]
+        pieces += [path.piece(worst.begin, middle), path.piece(middle, worst.end)]
     terms: Terms = {}
     for piece in sorted(pieces, key=lambda piece: piece.begin):
         _add(terms, piece.terms, 1.0)
-    return PathIntegral(before, after, terms, run.passes, run.modalities, run.prompts)
+    return PathIntegral(before, after, terms, path.passes, path.modalities, path.prompts)
 
 
 class _Path:
     """The model at points between its own weights and the quantized ones, and the losses that were computed there."""
 
     def __init__(
-        self, vlm: VLM, parts: ComponentMap, changes: Mapping[str, Tensor], data: Data, counted: Counted | None
+        self, vlm: VLM, parts: ComponentMap, changes: Mapping[str, Tensor], data: MakeBatches, counted: Counted | None
     ) -> None:
         self.vlm, self.changes, self.data, self.counted = vlm, changes, data, counted
-        # unchanged ones, too: so every block runs again in the backward pass, and no activations are kept
+        # also those that do not change: then every block runs again in the backward pass, and no activations are kept
         self.weights = [weight for weight in parts.weights if not weight.is_embedding]
         self.component = {weight.name: c.name for c in parts.components for weight in c.weights}
         self.passes = 0
@@ -119,8 +119,8 @@ class _Path:
     def piece(self, begin: float, end: float) -> _Piece:
         """The terms of one piece of the path."""
         terms: Terms = {}
-        for at, share in NODES:
-            _add(terms, self.gradients(begin + at * (end - begin)), share * (end - begin))
+        for node, weight in NODES:
+            _add(terms, self.gradients(begin + node * (end - begin)), weight * (end - begin))
         total = sum(float(values.sum()) for values in terms.values())
         return _Piece(begin, end, terms, self.loss(end) - self.loss(begin) - total)
 
@@ -134,6 +134,7 @@ class _Path:
         return terms
 
     def _add_batch(self, terms: Terms, batch: TokenBatch) -> None:
+        """Add the terms of a batch's examples, and note the modality of their tokens."""
         count = len(batch.examples)
         self.prompts |= dict(zip(batch.examples, batch.prompts, strict=True))
 
@@ -156,7 +157,7 @@ class _Path:
 
 @contextmanager
 def _moved(model: nn.Module, changes: Mapping[str, Tensor], t: float) -> Iterator[None]:
-    """Inside the block, the changed parameters stand at W + t * change; afterwards they are the model's own again."""
+    """Inside the block, the changed parameters are W + t * change; afterwards they are the model's own again."""
     parameters = {name: model.get_parameter(name) for name in changes}
     float_weights = {name: parameter.data for name, parameter in parameters.items()}
     try:
@@ -168,6 +169,7 @@ def _moved(model: nn.Module, changes: Mapping[str, Tensor], t: float) -> Iterato
             parameter.data = float_weights[name]
 
 
-def _add(terms: Terms, more: Mapping[Place, Tensor], times: float) -> None:
+def _add(terms: Terms, more: Mapping[Place, Tensor], factor: float) -> None:
+    """Add other terms, times a factor, in place."""
     for place, values in more.items():
-        terms[place] = terms[place] + times * values if place in terms else times * values
+        terms[place] = terms[place] + factor * values if place in terms else factor * values

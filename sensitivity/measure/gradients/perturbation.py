@@ -8,7 +8,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from sensitivity.measure.gradients.backward import Once, add
+from sensitivity.measure.gradients.backward import RunsOnce, add_per_token
+from sensitivity.measure.passes.block_modules import layer_input
 from sensitivity.measure.passes.token_batches import TokenBatch, calibration_pass
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.scheme_settings import scheme
@@ -18,12 +19,12 @@ from sensitivity.spec.components import Weight
 PROBE = scheme("rtn", 3)  # rounds weights where importance needs an error before a method has made one
 
 
-def rounding(weight: Tensor) -> Tensor:
+def probe_error(weight: Tensor) -> Tensor:
     """The error of a weight that is rounded by PROBE, in float32."""
     return quantize(weight, PROBE).float() - weight.float()
 
 
-def attribution(inputs: Tensor, error: Tensor) -> Tensor:
+def token_attribution(inputs: Tensor, error: Tensor) -> Tensor:
     """Integrated gradients of mean |E x| from a zero input to each token's x, as the mean |share| of its channels.
 
     On the path a x, 0 < a < 1, the signs of E x do not change, so neither does the gradient: the integral is exact.
@@ -35,16 +36,17 @@ def attribution(inputs: Tensor, error: Tensor) -> Tensor:
 def perturbations(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -> dict[str, Tensor]:
     """The attribution of each token, summed over the layers that read it, from one forward pass.
 
-    QIG's code takes the error of a whole module, whose integral needs 32 steps. Here it is the error of each layer.
+    QIG's code takes the error of a whole module, whose integral needs 32 steps. Here each layer has its own error.
     """
     attributions: dict[str, Tensor] = {}
-    once = Once()
+    once = RunsOnce()
 
     def hook_of(weight: Weight) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             once.check(weight)
-            inputs = (args[0] if args else kwargs["input"]).flatten(0, -2).float()
-            add(attributions, weight, attribution(inputs, rounding(vlm.model.get_parameter(weight.name).detach())))
+            inputs = layer_input(args, kwargs).flatten(0, -2).float()
+            error = probe_error(vlm.model.get_parameter(weight.name).detach())
+            add_per_token(attributions, weight, token_attribution(inputs, error))
 
         return hook
 

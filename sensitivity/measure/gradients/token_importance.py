@@ -9,11 +9,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from sensitivity.measure.gradients.backward import Once, add, backward
+from sensitivity.measure.gradients.backward import RunsOnce, add_per_token, backward
 from sensitivity.measure.gradients.block_error import block_errors
 from sensitivity.measure.gradients.perturbation import perturbations
 from sensitivity.measure.passes.attention import attention_received
-from sensitivity.measure.passes.block_inputs import block_input_sizes
+from sensitivity.measure.passes.block_inputs import block_input_rms
 from sensitivity.measure.passes.token_batches import ANSWER, VISION, TokenBatch
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of
@@ -23,9 +23,7 @@ Key = tuple[int, str]  # a calibration example, by its number, and an input
 TokenWeights = Mapping[Key, Tensor]  # the weight of each token
 TINY = torch.finfo(torch.float32).tiny
 MIN_WEIGHT = 0.005  # the least weight that attention gives, as in RSQ's script
-
-
-# a number for each token of a batch at each input
+# returns, by input, a number for each token of a batch
 Observe = Callable[[VLM, Sequence[Weight], TokenBatch], Mapping[str, Tensor]]
 
 
@@ -51,11 +49,11 @@ class TokenNumbers:
 def answer_gradients(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -> dict[str, Tensor]:
     """The norm of the gradient of the answer loss, over the outputs of all layers that read an input."""
     squares: dict[str, Tensor] = {}
-    once = Once()
+    once = RunsOnce()
 
     def visit(weight: Weight, inputs: Tensor, gradient: Tensor) -> None:
         once.check(weight)
-        add(squares, weight, gradient.float().square().sum(1))
+        add_per_token(squares, weight, gradient.float().square().sum(1))
 
     backward(vlm, weights, batch, visit)
     return {name: total.sqrt() for name, total in squares.items()}
@@ -96,14 +94,14 @@ def by_gradient(seen: TokenNumbers) -> TokenWeights:
 
 
 def by_output(seen: TokenNumbers) -> TokenWeights:
-    """The squared norm of that gradient: OAC's curvature of the loss, without the terms between different tokens."""
+    """The squared norm of the loss gradient: OAC's curvature of the loss, without terms between different tokens."""
     return {key: norms.square() for key, norms in seen.numbers.items()}
 
 
 def by_block(seen: TokenNumbers) -> TokenWeights:
-    """The gradient of a block's own error: SalQ-VLM, as inferred from its abstract and reviews.
+    """The gradient of a block's own error, over its mean: SalQ-VLM, as inferred from its abstract and reviews.
 
-    It is divided by one mean over all data, so that examples keep their shares.
+    The mean is over all data, so that an example with larger gradients counts more.
     """
     totals: dict[str, list[Tensor]] = {}
     for (_, name), values in seen.numbers.items():
@@ -156,7 +154,7 @@ def by_filter(seen: TokenNumbers) -> TokenWeights:
     return found
 
 
-# how each kind observes the tokens of a batch, and how it makes weights of what all examples gave
+# for each kind: the function that observes the tokens of a batch, and the one that turns observations into weights
 IMPORTANCE: Mapping[str, tuple[Observe, Callable[[TokenNumbers], TokenWeights]]] = {
     "modality": (answer_gradients, by_modality),
     "gradient": (answer_gradients, by_gradient),
@@ -164,7 +162,7 @@ IMPORTANCE: Mapping[str, tuple[Observe, Callable[[TokenNumbers], TokenWeights]]]
     "block": (block_errors, by_block),
     "attention": (attention_received, by_attention),
     "perturbation": (perturbations, by_perturbation),
-    "filtered": (block_input_sizes, by_filter),
+    "filtered": (block_input_rms, by_filter),
 }
 
 
@@ -189,7 +187,7 @@ def importance_of(
     return by_kind
 
 
-def of_batch(token_weights: TokenWeights, batch: TokenBatch, name: str) -> Tensor | None:
+def weights_of_batch(token_weights: TokenWeights, batch: TokenBatch, name: str) -> Tensor | None:
     """The weights of the tokens that a batch has at one input, in the order in which its layer reads them.
 
     None where the loss does not reach the input: then all its tokens count alike.

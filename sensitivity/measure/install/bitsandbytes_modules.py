@@ -17,7 +17,7 @@ from sensitivity.spec.plan import Plan, Scheme
 
 @contextmanager
 def bitsandbytes_modules(model: nn.Module, parts: ComponentMap, plan: Plan) -> Iterator[dict[str, nn.Module]]:
-    """Inside the block the plan's linears are bitsandbytes modules, by path; the type of each is checked.
+    """Inside the block the plan's linear layers are bitsandbytes modules, by path; the type of each is checked.
 
     Loaders take lists of modules to skip, in which a path that is spelled differently silently matches nothing. Here
     each module is replaced by name, and the replaced modules are compared with those that the plan asks for.
@@ -31,7 +31,7 @@ def bitsandbytes_modules(model: nn.Module, parts: ComponentMap, plan: Plan) -> I
         wrong = [p for p, scheme in schemes.items() if type(model.get_submodule(p)) is not types[scheme.method]]
         surplus = [p for p, m in model.named_modules() if isinstance(m, tuple(types.values())) and p not in schemes]
         if wrong or surplus:
-            raise UserError(f"coverage: not placed {wrong[:4]}, placed without being asked {surplus[:4]}")
+            raise UserError(f"bitsandbytes: not replaced {wrong[:4]}, replaced without being asked {surplus[:4]}")
         yield {path: model.get_submodule(path) for path in schemes}
     finally:
         for path, module in originals.items():

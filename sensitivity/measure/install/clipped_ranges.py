@@ -23,11 +23,11 @@ from sensitivity.quantize.run_time.inputs import BLOCKS, RELEASED
 from sensitivity.spec.components import PARTS, ComponentMap, Weight
 from sensitivity.spec.plan import ACTIVATION_SCALE, KEEP, Scheme
 
-Quantized = Callable[[str], Tensor]  # a plan's weight, by name
+Quantized = Callable[[str], Tensor]  # returns the weight that a plan gives to a parameter of this name
 
 
 class ClippedRanges:
-    """Searches the ranges on one model; `found` keeps them for later plans."""
+    """Searches the ranges of one model's inputs; `found` keeps them for later plans."""
 
     def __init__(self, model: nn.Module, parts: ComponentMap, passes: Passes, found: dict[Hashable, object]) -> None:
         self.model, self.parts, self.passes, self.found = model, parts, passes, found
@@ -48,7 +48,7 @@ class ClippedRanges:
         return result
 
     def _released(self, part: str, weights: Sequence[Weight], bits: int) -> dict[str, InputRange]:
-        """Searched over all layers of the part, so that the range of one layer does not depend on the plan."""
+        """The released code's ranges, searched over all layers of a part, so that none of them depends on the plan."""
         key = RELEASED, part, bits
         if key not in self.found:
             every = [weight for weight in self.parts.weights if weight.part == part and not weight.is_embedding]
@@ -60,34 +60,36 @@ class ClippedRanges:
     def _joint(
         self, part: str, weights: Sequence[Weight], given: Mapping[str, Scheme], quantized: Quantized
     ) -> dict[str, InputRange]:
+        """The paper's ranges, searched over blocks of dependent layers with the weights that a plan gives them."""
         bits = given[weights[0].name].activations
         asked = {weight.name for weight in weights}
         missing: dict[Hashable, list[Layer]] = {}
         keys: list[Hashable] = []
+        key: Hashable
         for block in self._blocks(part, bits):
             rounded: list[Layer] = [
                 (path, inside) for path, own in block if (inside := [w for w in own if w.name in asked])
             ]
             if rounded:
-                # with all that is quantized in these blocks, since the best ranges depend on it
-                key: Hashable = (BLOCKS, tuple((w.name, given[w.name]) for _, own in rounded for w in own))
+                # the key names all that is quantized in these blocks, since the best ranges depend on it
+                key = (BLOCKS, tuple((w.name, given[w.name]) for _, own in rounded for w in own))
                 keys.append(key)
                 if key not in self.found:
                     missing[key] = rounded
         if missing:
             install = partial(self._installed, given, quantized)
             ranges = joint_ranges(self.model, list(missing.values()), bits, install, self.passes)
-            for searched, block in missing.items():
-                self.found[searched] = {w.name: ranges[w.name] for _, own in block for w in own}
+            for key, block in missing.items():
+                self.found[key] = {w.name: ranges[w.name] for _, own in block for w in own}
         result = {weight.name: InputRange() for weight in weights}  # those outside blocks: each token's own range
-        for one in keys:
-            known = self.found[one]
+        for key in keys:
+            known = self.found[key]
             assert isinstance(known, dict)
             result |= known
         return result
 
     def _blocks(self, part: str, bits: int) -> list[list[Layer]]:
-        """The blocks of a part that are searched together."""
+        """The blocks of a part, grouped into those that are searched together."""
         key = "blocks", part, bits
         if key not in self.found:
             every = [weight for weight in self.parts.weights if weight.part == part]
@@ -106,9 +108,9 @@ class ClippedRanges:
         weights: Sequence[Weight],
         changes: Mapping[str, Change],
     ) -> Iterator[None]:
-        """Inside the `with` block, some weights are those of the plan, and the inputs of their layers change."""
+        """Inside the `with` block, some weights are those of the plan, and the inputs of their layers are changed."""
         parameters = {w.name: self.model.get_parameter(w.name) for w in weights if given[w.name].method != KEEP}
-        held = {name: parameter.data for name, parameter in parameters.items()}
+        before = {name: parameter.data for name, parameter in parameters.items()}
         with ExitStack() as hooks:
             try:
                 for name, parameter in parameters.items():
@@ -119,4 +121,4 @@ class ClippedRanges:
                 yield
             finally:
                 for name, parameter in parameters.items():
-                    parameter.data = held[name]
+                    parameter.data = before[name]

@@ -1,4 +1,4 @@
-"""Folds the input scales of a scale search into the norm or linear layer before, exactly."""
+"""Folds input scales of a scale search into the norm or linear layer before the scaled one; codes do not change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sensitivity.spec.errors import UserError
 def fold(
     model: nn.Module, results: Mapping[str, QuantizedWeight], inputs: Mapping[str, str], into: Mapping[str, Absorber]
 ) -> dict[str, QuantizedWeight]:
-    """Divide the absorber before each scaled layer by its scales, in the model and in the results; codes do not change.
+    """Divide the absorber in front of each scaled layer by its scales, in the model and in the results.
 
     `inputs` names the input that each weight reads. The results are returned without input scales; a layer whose scales
     nothing absorbs is an error.
@@ -57,14 +57,14 @@ def _divide(parameter: nn.Parameter, scale: Tensor) -> None:
 
 
 def _divide_norm(norm: nn.Module, scale: Tensor) -> None:
-    """Divide a norm's output by a scale. Some norms multiply by 1 + weight (Gemma); a test shows which."""
+    """Divide a norm's output by a scale. Some norms multiply by 1 + weight (Gemma); trying both shows which."""
     gain = norm.get_parameter("weight")
     x = torch.randn(4, len(scale), device=gain.device, dtype=gain.dtype)
     expected, weight = norm(x).float(), gain.data.clone()
     if (bias := _bias(norm)) is not None:
         _divide(bias, scale)
-    # Only the output tells which formula a norm has: the right one gives the norm's own output again once it is
-    # multiplied by the scales. The test inputs are random, so that no channel is zero by chance.
+    # Only the output tells which formula a norm has: with the right one, the divided output times the scales is the
+    # norm's own output again. The inputs are random, so that no channel is zero by chance.
     for offset in (0.0, 1.0):
         gain.data = ((weight.float() + offset) / scale - offset).to(weight.dtype)
         # rounding of the divided output is multiplied by the scales, too, so the tolerance grows with them

@@ -15,41 +15,41 @@ from sensitivity.quantize.run_time.keys_and_values import round_cached
 from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import CACHE_GROUP, CACHE_PAST, CACHE_SMOOTH, NOT_ROUNDED, Scheme
 
-Sizes = Mapping[str, Tensor]  # by the path of the layer that makes keys or values: the largest |x| of each channel
+Magnitudes = Mapping[str, Tensor]  # by the path of a layer that returns keys or values: the largest |x| of each channel
 
 
-def keeps_own(scheme: Scheme, weight: Weight) -> bool:
+def reads_own_unrounded(scheme: Scheme, weight: Weight) -> bool:
     """Whether a token reads its own key and value as they are; in cross-attention no key is a token's own."""
     return scheme.cache != NOT_ROUNDED and bool(scheme.get(CACHE_PAST)) and weight.cached and weight.kind == "attn"
 
 
 def past_cache_hooks(
-    model: nn.Module, weights: Iterable[Weight], given: Mapping[str, Scheme], sizes: Sizes
+    model: nn.Module, weights: Iterable[Weight], given: Mapping[str, Scheme], magnitudes: Magnitudes
 ) -> Iterator[RemovableHandle]:
-    """Register hooks that round the cache of each attention as a plan's schemes say, for the tokens that follow."""
-    for path, made in cached_attentions(weights).items():
-        keeping = {n: w for n, w in made.items() if w.name in given and keeps_own(given[w.name], w)}
-        if not keeping:
+    """Register hooks that round what each attention caches for later tokens, where a plan's schemes say so."""
+    for path, layers in cached_attentions(weights).items():
+        rounded_layers = {n: w for n, w in layers.items() if w.name in given and reads_own_unrounded(given[w.name], w)}
+        if not rounded_layers:
             continue
         changes: dict[str, Change] = {}
-        for name, weight in keeping.items():
+        for name, weight in rounded_layers.items():
             scheme = given[weight.name]
             rounded = partial(round_cached, bits=scheme.cache, group=int(scheme[CACHE_GROUP] or 0))
-            changes[name] = _behind(sizes[weight.module], rounded) if scheme.get(CACHE_SMOOTH) else rounded
-        yield from past_hooks(model, path, {name: weight.module for name, weight in made.items()}, changes)
+            changes[name] = _divided(magnitudes[weight.module], rounded) if scheme.get(CACHE_SMOOTH) else rounded
+        yield from past_hooks(model, path, {name: weight.module for name, weight in layers.items()}, changes)
 
 
 def cached_attentions(weights: Iterable[Weight]) -> dict[str, dict[str, Weight]]:
-    """By the path of each self-attention with a cache, the layers that make its queries, keys and values."""
+    """By the path of each self-attention with a cache, the layers that return its queries, keys and values."""
     found: dict[str, dict[str, Weight]] = {}
     for weight in weights:
         path, _, name = weight.module.rpartition(".")
         if weight.part == "language" and weight.kind == "attn" and (weight.cached or name[:1] == "q"):
             found.setdefault(path, {})[{"q": QUERY, "k": KEY}.get(name[0], VALUE)] = weight
-    return {path: made for path, made in found.items() if len(made) == len((QUERY, KEY, VALUE))}
+    return {path: layers for path, layers in found.items() if len(layers) == len((QUERY, KEY, VALUE))}
 
 
-def cache_sizes(model: nn.Module, weights: Iterable[Weight], passes: Callable[[], Iterable[object]]) -> Sizes:
+def cache_magnitudes(model: nn.Module, weights: Iterable[Weight], passes: Callable[[], Iterable[object]]) -> Magnitudes:
     """The largest magnitude of each channel of the keys and values that are cached, over all passes."""
     largest: dict[str, Tensor] = {}
 
@@ -69,11 +69,11 @@ def cache_sizes(model: nn.Module, weights: Iterable[Weight], passes: Callable[[]
     return largest
 
 
-def _behind(size: Tensor, rounded: Change) -> Change:
-    """Rounds channels divided by their size, then multiplies back; a channel that was always zero is not divided."""
+def _divided(magnitude: Tensor, rounded: Change) -> Change:
+    """Rounds channels divided by their magnitude, then multiplies back; one that was always zero is not divided."""
 
     def change(vectors: Tensor) -> Tensor:
-        by = torch.where(size > 0, size, torch.ones_like(size)).half().to(vectors)  # stored in 16 bits
+        by = torch.where(magnitude > 0, magnitude, torch.ones_like(magnitude)).half().to(vectors)  # stored in 16 bits
         return rounded(vectors / by) * by
 
     return change

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from torch import nn
@@ -33,7 +33,7 @@ def quantized(
     """Inside the block the model has the plan's weights; afterwards, also after an exception, it has its own again.
 
     Yields the names of the changed parameters, which are exactly those that the plan asks for; else it is an error.
-    `memory` keeps the codes of quantized weights for later plans, and dequantizes only weights that change.
+    `memory` keeps the codes of quantized weights for later plans, and dequantizes only those that a plan changes.
     Methods that need calibration take it from `statistics`, block by block in the direction of data flow.
 
     Examples:
@@ -45,6 +45,7 @@ def quantized(
     parameters = dict(model.named_parameters())
     addresses = {name: parameter.data_ptr() for name, parameter in parameters.items()}
     schemes, given = targets(parts, plan), _given(parts, plan)
+    asked = set(schemes)  # parameters to change; norms join them where a scheme tweaks those of a block
     if unknown_names := sorted(set(schemes) - set(parameters)):
         raise UserError(f"the plan names weights that this model does not have: {', '.join(unknown_names[:4])}")
     quantizer = Quantizer(model, parts, WeightCodes(0) if memory is None else memory, statistics)
@@ -52,37 +53,23 @@ def quantized(
     if not exposed:  # float statistics are collected before the first weight is replaced
         for block in each(blocks, *QUANTIZING, len(blocks)):
             quantizer.solve(block, {weight.name: {given[weight.name]} for weight in block})
-    sizes = quantizer.cache_sizes(model, given)  # of the float model, too
-    asked = set(schemes)  # parameters to change; norms join them where a scheme tweaks those of a block
+    magnitudes = quantizer.cache_magnitudes(model, given)  # of the float model as well
     with ExitStack() as installed:
         try:
             if not exposed:
                 quantizer.search(given)
             for block in each(blocks, *QUANTIZING, len(blocks)):
-                # the blocks before this one hold their quantized weights by now, and its calibration inputs pass
-                # through them
+                # the blocks before this one hold quantized weights by now, through which its calibration inputs pass
                 if exposed:
                     quantizer.solve(block, {weight.name: {given[weight.name]} for weight in block})
                     quantizer.search({weight.name: given[weight.name] for weight in block})
-                for weight in block:
-                    scheme = given[weight.name]
-                    # the tensor is replaced and not overwritten, so that restoring it is exact and copies nothing
-                    if weight.name in schemes:
-                        parameters[weight.name].data = quantizer.weight(weight.name, scheme)
-                        quantizer.own.narrow(weight.name)
-                    if weight.bias and weight.bias in schemes:
-                        parameters[weight.bias].data = quantizer.bias(weight.bias, scheme)
-                    for hook in quantizer.run_time.hooks(weight, scheme, quantizer.stored(weight, scheme)):
-                        installed.callback(hook.remove)
-                norms = quantizer.norms.of_block(block, given, quantizer.own)
-                for name, value in norms.items():
-                    parameters[name].data = value
-                asked |= set(norms)
-                quantizer.installed_so_far += [(weight.name, given[weight.name]) for weight in block]
-            beside = (past_cache_hooks(model, parts.weights, given, sizes), pruning_hooks(model, parts.weights, given))
-            for hook in itertools.chain(*beside):
-                installed.callback(hook.remove)
-            for hook in quantizer.run_time.match(given):
+                asked |= _put_block(block, given, schemes, parameters, quantizer, installed)
+            # the hooks that match attention run the model, so they come last
+            for hook in itertools.chain(
+                past_cache_hooks(model, parts.weights, given, magnitudes),
+                pruning_hooks(model, parts.weights, given),
+                quantizer.run_time.match(given),
+            ):
                 installed.callback(hook.remove)
             # compared by address: a weight whose values survive quantizing unchanged counts as changed, too
             changed = {name for name, p in parameters.items() if p.data_ptr() != addresses[name]}
@@ -91,10 +78,36 @@ def quantized(
                 raise UserError(f"coverage: not quantized {missed[:4]}, quantized without being asked {surplus[:4]}")
             yield changed
         finally:
-            # before the model's own weights come back, so that memory never holds both whole
+            # before the model's own weights come back, so that memory never holds all of both
             quantizer.memory.trim_dense()
             for name, parameter in parameters.items():
                 parameter.data = quantizer.own.take(name)
+
+
+def _put_block(
+    block: Sequence[Weight],
+    given: Mapping[str, Scheme],
+    schemes: Container[str],
+    parameters: Mapping[str, nn.Parameter],
+    quantizer: Quantizer,
+    installed: ExitStack,
+) -> set[str]:
+    """Put a block's quantized weights and hooks into the model; return the norms that were tweaked with them."""
+    for weight in block:
+        scheme = given[weight.name]
+        # the tensor is replaced and not overwritten, so that restoring it is exact and copies nothing
+        if weight.name in schemes:
+            parameters[weight.name].data = quantizer.weight(weight.name, scheme)
+            quantizer.own.narrow(weight.name)
+        if weight.bias and weight.bias in schemes:
+            parameters[weight.bias].data = quantizer.bias(weight.bias, scheme)
+        for hook in quantizer.run_time.hooks(weight, scheme, quantizer.stored(weight, scheme)):
+            installed.callback(hook.remove)
+    norms = quantizer.norms.of_block(block, given, quantizer.own)
+    for name, value in norms.items():
+        parameters[name].data = value
+    quantizer.installed_so_far += [(weight.name, given[weight.name]) for weight in block]
+    return set(norms)
 
 
 def prepare(
@@ -134,7 +147,7 @@ def targets(parts: ComponentMap, plan: Plan) -> dict[str, Scheme]:
 
 
 def _given(parts: ComponentMap, plan: Plan) -> dict[str, Scheme]:
-    """The scheme of every weight that has one, also of those that stay as they are while their inputs are rounded."""
+    """The scheme of every weight that has one, also where the weight stays and only its inputs are rounded."""
     scheme_by_weight: dict[str, Scheme] = {}
     for component in parts.components:
         if (scheme := plan[component.name]) is not None:

@@ -22,8 +22,8 @@ def pruning_hooks(
 ) -> Iterator[RemovableHandle]:
     """Register hooks that hide image tokens from all blocks after those where a scheme prunes.
 
-    The scheme of a block's first attention layer decides whether the attention there prunes; in other parts, and at
-    other blocks, the settings have no effect.
+    A block prunes if the scheme of its first attention layer says so and names that block (`prune_after`); in other
+    blocks and parts, the settings have no effect.
     """
     if not any(scheme.get(PRUNE) for scheme in given.values()):
         return
@@ -33,7 +33,7 @@ def pruning_hooks(
         scheme, block = given.get(attention.first.name), int(attention.first.block or 0)
         if scheme is not None and scheme.get(PRUNE) and scheme[PRUNE_AFTER] == block:
             shares[block] = float(scheme[PRUNE] or 0)
-    _check(model, given, len(attentions))
+    _check_can_prune(model, given, len(attentions))
     if not shares:
         return
     prompts = Prompts(image_token(model))
@@ -45,11 +45,11 @@ def pruning_hooks(
             yield from mode_hooks(model.get_submodule(attention.path), mode, partial(check_seen, attention.path))
 
 
-def _check(model: nn.Module, given: Mapping[str, Scheme], blocks: int) -> None:
-    """Raise an error if a model's image tokens cannot be pruned, or not where a scheme says."""
-    taken = inspect.signature(model.forward).parameters
+def _check_can_prune(model: nn.Module, given: Mapping[str, Scheme], blocks: int) -> None:
+    """Raise an error if a model's image tokens cannot be pruned, or if a scheme names a block that it does not have."""
+    parameters = inspect.signature(model.forward).parameters
     encoder_decoder = model.config.get_text_config().is_encoder_decoder  # type: ignore[union-attr, operator]
-    if image_token(model) < 0 or "logits_to_keep" not in taken or encoder_decoder or not blocks:
+    if image_token(model) < 0 or "logits_to_keep" not in parameters or encoder_decoder or not blocks:
         raise UserError(
             f"{type(model).__name__} does not mark image tokens among those of its prompt, so none can be pruned; "
             "leave out --set prune"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from sensitivity.measure.calibrate.absorbers import Absorber
 from sensitivity.measure.calibrate.cache import fingerprint
 from sensitivity.measure.calibrate.statistics import Statistics, by_importance
-from sensitivity.measure.install.past_cache import Sizes, cache_sizes
-from sensitivity.measure.install.run_time import RunTime
+from sensitivity.measure.install.past_cache import Magnitudes, cache_magnitudes
+from sensitivity.measure.install.run_time_rounding import RunTimeRounding
 from sensitivity.measure.install.tweaked_norms import TweakedNorms
 from sensitivity.measure.memory.own_weights import OwnWeights
 from sensitivity.measure.memory.weight_codes import CachedWeight, Key, WeightCodes, as_cached, from_tensors, tensors
@@ -27,7 +27,7 @@ from sensitivity.spec.plan import KEEP, NOT_ROUNDED, Scheme, Setting
 
 
 class Quantizer:
-    """Quantizes the weights of one model: its own weights, the memory of quantized ones, and those installed so far."""
+    """Quantizes the weights of one model; it holds the model's own, a cache of quantized ones, and those installed."""
 
     def __init__(
         self, model: nn.Module, parts: ComponentMap, memory: WeightCodes, statistics: Statistics | None
@@ -36,8 +36,8 @@ class Quantizer:
         self.memory, self.statistics = memory, statistics
         self.installed_so_far: list[tuple[str, Scheme]] = []
         exposed = statistics is not None and statistics.exposed
-        # what calibration gives for run time; on the exposed path it is this plan's alone
-        self.run_time = RunTime(model, parts, statistics, {} if exposed else memory.run_time)
+        # what calibration found is kept for later plans; on the exposed path it is for this plan alone
+        self.run_time = RunTimeRounding(model, parts, statistics, {} if exposed else memory.run_time)
         passes = statistics.passes if statistics else lambda: iter(())
         self.norms = TweakedNorms(model, parts, passes, exposed, memory.norms)
         self.inputs: dict[str, list[Weight]] = {}
@@ -57,7 +57,7 @@ class Quantizer:
         return name, scheme
 
     def solve(self, block: Iterable[Weight], schemes_of: Mapping[str, set[Scheme]]) -> None:
-        """Quantize what the memory lacks; weights that read one input are solved together, and always all of them."""
+        """Quantize what the memory lacks; all weights that read one input are solved together, if any is missing."""
         missing: dict[str, set[Scheme]] = {}
         block = list(block)
         ranges = self.run_time.ranges_to_find(block, schemes_of)
@@ -67,8 +67,6 @@ class Quantizer:
                 missing.setdefault(input_of(weight), set()).update(missing_schemes)
             for scheme in filter(needs_run_time_data, schemes_of[weight.name]):
                 self._check_calibrated(scheme)
-        # a method may choose scales for an input that its weights share; solving all of them together keeps the bits
-        # independent of which of them a plan names
         for scheme in {s for schemes in missing.values() for s in schemes}:
             self._check_calibrated(scheme)
         curvatures: Mapping[str, Mapping[str, Curvature]] = {}
@@ -76,6 +74,8 @@ class Quantizer:
             curvatures = self.statistics.gather_for(missing, self.inputs, tuple(self.installed_so_far))
             self._find_ranges(ranges, curvatures)
         for shared, schemes in missing.items():
+            # a method may choose scales for an input that weights share; solving all of them keeps the bits independent
+            # of which of them a plan names
             names = tuple(weight.name for weight in self.inputs[shared])
             for name in names:
                 _check_finite(name, self.own[name])
@@ -91,14 +91,14 @@ class Quantizer:
                         self.memory[self.key(name, chosen)] = value
 
     def _find_ranges(self, ranges: Mapping[str, Weight], curvatures_of: Mapping[str, Mapping[str, Curvature]]) -> None:
-        """Add the range of some inputs, from statistics in which all tokens count alike, gathered now if missing."""
+        """Add the range of some inputs, from statistics in which all tokens count alike; gathered now where missing."""
         known = {name: curvatures[UNIFORM] for name in ranges if UNIFORM in (curvatures := curvatures_of.get(name, {}))}
         if (left := [weight for name, weight in ranges.items() if name not in known]) and self.statistics is not None:
             known |= self.statistics.gather(left, tuple(self.installed_so_far))
         self.run_time.add_ranges({name: known[name] for name in ranges})
 
     def search(self, given: Mapping[str, Scheme]) -> None:
-        """Find how some weights' schemes round in each forward pass, on the model as it is."""
+        """Find how some weights' schemes round in each forward pass, in the model with its present weights."""
         weights = [self.weights[name] for name in given]
         self.run_time.search(weights, given, self.own, lambda name: self.weight(name, given[name]))
 
@@ -108,13 +108,14 @@ class Quantizer:
             return None
         return self.memory[self.key(weight.name, scheme)]
 
-    def cache_sizes(self, model: nn.Module, given: Mapping[str, Scheme]) -> Sizes:
-        """The sizes of the channels of keys and values, where a scheme divides by them; `model` has its own weights."""
+    def cache_magnitudes(self, model: nn.Module, given: Mapping[str, Scheme]) -> Magnitudes:
+        """The magnitudes of cached channels, where a scheme divides by them; `model` must have its own weights."""
         if smoothing := [scheme for scheme in given.values() if smooths_cache(scheme)]:
             self._check_calibrated(smoothing[0])
-            if not self.memory.cache_sizes and self.statistics is not None:
-                self.memory.cache_sizes = dict(cache_sizes(model, self.weights.values(), self.statistics.passes))
-        return self.memory.cache_sizes
+            if not self.memory.cache_magnitudes and self.statistics is not None:
+                found = cache_magnitudes(model, self.weights.values(), self.statistics.passes)
+                self.memory.cache_magnitudes = dict(found)
+        return self.memory.cache_magnitudes
 
     def _values(self, linears: Linears, schemes: Sequence[Scheme]) -> list[list[CachedWeight]]:
         """The quantized weights for each scheme; calibrated ones come from the cache on disk if it has them."""
@@ -135,12 +136,12 @@ class Quantizer:
             | ({"gradients": gradients} if needs_fisher(s) else {})
             for s in schemes
         }
-        cached = {s: cache.load(about[s], linears.weights[0].device) for s in schemes} if cache is not None else {}
+        cached = {} if cache is None else {s: cache.load(about[s], linears.weights[0].device) for s in schemes}
         missing = [s for s in schemes if cached.get(s) is None]
         values: dict[Scheme, list[CachedWeight]] = {}
         for scheme, results in zip(missing, solve(linears, missing), strict=True):
             pairs = zip(linears.weights, results, strict=True)
-            # None is a weight that the method leaves alone; its copy has an address of its own, as `quantized` expects
+            # None: the method leaves the weight alone; its copy has an address of its own, as `quantized` expects
             values[scheme] = [w.clone() if r is None else as_cached(r) for w, r in pairs]
             if cache is not None:
                 every = enumerate(values[scheme])
@@ -152,7 +153,7 @@ class Quantizer:
         return [values[scheme] for scheme in schemes]
 
     def _absorbers(self) -> Mapping[str, Absorber]:
-        """What each input's scales can be folded into; nothing without statistics."""
+        """The module into which each input's scales can be folded; empty without statistics."""
         return {} if self.statistics is None else self.statistics.absorbers
 
     def bias(self, name: str, scheme: Scheme) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sensitivity.measure.install.past_cache import keeps_own
+from sensitivity.measure.install.past_cache import reads_own_unrounded
+from sensitivity.measure.passes.block_modules import layer_input
 from sensitivity.quantize.methods import method_of
 from sensitivity.quantize.run_time.inputs import round_inputs
 from sensitivity.quantize.run_time.keys_and_values import round_cached
@@ -30,41 +31,42 @@ def rounding_hooks(
     rounded: Change | None = None,
     low_rank: LowRankWeight | None = None,
 ) -> Iterator[RemovableHandle]:
-    """Register what a scheme rounds around one linear layer: its input, and its output where that is cached.
+    """Register hooks for what a scheme rounds at one linear layer: its input, and its output where that is cached.
 
     `transform` is applied to inputs before they are rounded, and undone afterwards; `rounded` replaces the default
-    rounding, which has a scale for each token. Behind a `low_rank` weight, its latent vector is cached, not its output.
+    rounding, which has a scale for each token. Of a `low_rank` weight, the latent vector is cached, not the output.
     """
     if weight.is_embedding:  # rows of an embedding are looked up: there is no input to round
         return
     if (change := method_of(scheme).inputs) is not None:
-        yield _before(model.get_submodule(weight.reader), lambda x: change(x, scheme))
+        yield _input_hook(model.get_submodule(weight.reader), lambda x: change(x, scheme))
     if scheme.activations != NOT_ROUNDED:
         bits = scheme.activations
-        how = rounded or (lambda x: round_inputs(x, bits))
-        yield _before(model.get_submodule(weight.reader), how if transform is None else _behind(transform, how))
+        rounding = rounded or (lambda x: round_inputs(x, bits))
+        change_input = rounding if transform is None else _transformed(transform, rounding)
+        yield _input_hook(model.get_submodule(weight.reader), change_input)
     if low_rank is not None:
         yield _latent_hook(model.get_submodule(weight.module), weight, scheme, low_rank)
-    elif scheme.cache != NOT_ROUNDED and weight.cached and not keeps_own(scheme, weight):
+    elif scheme.cache != NOT_ROUNDED and weight.cached and not reads_own_unrounded(scheme, weight):
         cache, group = scheme.cache, int(scheme[CACHE_GROUP] or 0)
         layer = model.get_submodule(weight.module)
         yield layer.register_forward_hook(lambda _, __, output: round_cached(output, cache, group))
 
 
 def _latent_hook(layer: nn.Module, weight: Weight, scheme: Scheme, stored: LowRankWeight) -> RemovableHandle:
-    """Round the latent vector of a weight of low rank, as an input of its second factor and as what is cached."""
+    """Round the latent vector of a weight of low rank: as the input of its second factor, and as what is cached."""
     device = layer.get_parameter("weight").device
     up, down = (factor.dequantize().to(device) for factor in (stored.up, stored.down))
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        latent = (args[0] if args else kwargs["input"]).float() @ down.T
+        latent = layer_input(args, kwargs).float() @ down.T
         if scheme.activations != NOT_ROUNDED:
             latent = round_inputs(latent, scheme.activations)
         if scheme.cache != NOT_ROUNDED and weight.cached:
             latent = round_cached(latent, scheme.cache, int(scheme[CACHE_GROUP] or 0))
-        found = latent @ up.T
+        result = latent @ up.T
         bias = getattr(module, "bias", None)
-        return torch.as_tensor(found if bias is None else found + bias.float()).to(output.dtype)
+        return torch.as_tensor(result if bias is None else result + bias.float()).to(output.dtype)
 
     return layer.register_forward_hook(hook, with_kwargs=True)
 
@@ -75,12 +77,12 @@ def check_cache(name: str, scheme: Scheme, weights: tuple[Weight, ...]) -> None:
         raise UserError(f"{name} has no keys and values that are cached; leave its cache at 16 bits")
 
 
-def _behind(transform: InputTransform, change: Change) -> Change:
-    """A change of transformed inputs, as the stored weight reads them."""
+def _transformed(transform: InputTransform, change: Change) -> Change:
+    """Change inputs in the transformed space, in which the stored weight reads them."""
     return lambda x: transform.back(change(transform.forward(x))).to(x.dtype)
 
 
-def _before(module: nn.Module, change: Change) -> RemovableHandle:
+def _input_hook(module: nn.Module, change: Change) -> RemovableHandle:
     """Change a layer's input, however it is passed."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Tweaks the norms of a quantized block by gradient steps, so that it puts out what the float block does."""
+"""Tweaks the norms of a quantized block by gradient steps, so that its outputs come close to the float block's."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from sensitivity.measure.activations.block_chain import BlockCalls, hidden_states, outputs, recorded_calls
-from sensitivity.measure.activations.joint_ranges import squared_error
-from sensitivity.measure.passes.block_modules import block_paths, float_model, without_hooks
+from sensitivity.measure.activations.block_chain import BlockCalls, outputs, recorded_calls, squared_error
+from sensitivity.measure.passes.block_modules import block_paths, float_model, hidden_states, without_hooks
 from sensitivity.quantize.stored.grid import as_16_bit
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.plan import TWEAK, Scheme
 
 PASSES = 8  # batches of calibration data whose hidden states are in memory at once
-RATE, GROWTH = 1e-3, 5.0  # of Adam in the first block, and how many times more in the last one
+RATE = 1e-3  # of Adam in the first block
+GROWTH = 5.0  # the last block's rate is higher by so many times that
 
 
 class TweakedNorms:
@@ -40,8 +40,8 @@ class TweakedNorms:
     ) -> dict[str, Tensor]:
         """The tweaked norms of a block whose weights are in the model as a plan stores them; `own` are the float ones.
 
-        Every norm inside the block is tweaked, whichever of its weights a scheme asks for it. Inputs are those of the
-        calibration path. On the float path they, and so the norms, depend on no other block.
+        Every norm inside the block is tweaked if the scheme of any of its weights asks for it. Inputs are those of the
+        calibration path; on the float path they, and so the norms, depend on no other block.
         """
         steps = max(int(given[weight.name].get(TWEAK) or 0) for weight in block)
         first = block[0]
@@ -70,26 +70,26 @@ def tweaked(
 ) -> dict[str, Tensor]:
     """The norms of a block, by name in it, after the step with the least squared error of the block's outputs.
 
-    No step at all is one of them, so the error never rises. A step follows the loss of Norm Tweaking: how far the mean
-    and the variance of each output channel are from the float block's. Rounded activations have no gradient, so steps
-    look at the block without that rounding, and errors at the block as it is.
+    The norms before any step are compared, too, so the error never rises. A step follows the loss of Norm Tweaking: how
+    far the mean and the variance of each output channel are from the float block's. Rounded activations have no
+    gradient, so steps are taken on the block without that rounding; errors are measured with it.
     """
     best = {name: value.clone() for name, value in norms.items()}
     least = output_error(calls, best, target)
     with torch.inference_mode(False), torch.enable_grad():
-        moving = {name: value.detach().clone().float().requires_grad_() for name, value in norms.items()}
-        both = {name: (value, norms[name]) for name, value in moving.items()}
-        optimizer = torch.optim.Adam(moving.values(), lr=rate)
+        trained = {name: value.detach().clone().float().requires_grad_() for name, value in norms.items()}
+        optimizer = torch.optim.Adam(trained.values(), lr=rate)
         wanted = [_moments(output.clone()) for output in target]
-        arguments = [tree_map(_usable, call) for call in calls.calls]
+        arguments = [tree_map(_ordinary, call) for call in calls.calls]
         for _ in range(steps if arguments else 0):
             optimizer.zero_grad()
             with without_hooks(calls.module):
                 for (args, kwargs), moments in zip(arguments, wanted, strict=True):
-                    _loss(calls.module, norms, moving, args, kwargs, moments).backward()  # type: ignore[no-untyped-call]
+                    loss = _loss(calls.module, norms, trained, args, kwargs, moments)
+                    loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             # rounded as they will be stored, so that what is measured is what is exported
-            now = {name: as_16_bit(value.detach(), own.dtype).to(own.dtype) for name, (value, own) in both.items()}
+            now = {name: _as_stored(value, norms[name].dtype) for name, value in trained.items()}
             if (error := output_error(calls, now, target)) < least:
                 best, least = now, error
     return best
@@ -111,17 +111,22 @@ def output_error(calls: BlockCalls, norms: Mapping[str, Tensor], target: Sequenc
 def _loss(
     module: nn.Module,
     norms: Mapping[str, Tensor],
-    moving: Mapping[str, Tensor],
+    trained: Mapping[str, Tensor],
     args: tuple[object, ...],
     kwargs: dict[str, object],
     wanted: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """The distance of the block's output moments in one call."""
+    """How far the moments of the block's output in one call are from the wanted ones."""
     own = {name: parameter.detach() for name, parameter in module.named_parameters()}
     values = {name: value.clone() if value.is_inference() else value for name, value in own.items()}
-    values |= {name: value.to(norms[name].dtype) for name, value in moving.items()}
+    values |= {name: value.to(norms[name].dtype) for name, value in trained.items()}
     mean, variance = _moments(hidden_states(functional_call(module, values, args, kwargs)))
     return (mean - wanted[0]).abs().mean() + (variance - wanted[1]).abs().mean()
+
+
+def _as_stored(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A norm as 16 bits store it, in the model's dtype."""
+    return as_16_bit(value.detach(), dtype).to(dtype)
 
 
 def _moments(output: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,6 +135,6 @@ def _moments(output: Tensor) -> tuple[Tensor, Tensor]:
     return tokens.mean(0), tokens.var(0, correction=0)
 
 
-def _usable(value: object) -> object:
-    """A tensor that was made in inference mode, which no gradient may pass, as an ordinary one."""
+def _ordinary(value: object) -> object:
+    """An ordinary copy of a tensor that was made in inference mode, through which no gradient may pass."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from sensitivity.measure.generate.drafts import EarlierAnswers
 from sensitivity.measure.generate.shared_images import KeysAndValues
-from sensitivity.measure.passes.block_modules import block_path, is_defect, recorded_forward, replaced_forward
+from sensitivity.measure.passes.block_modules import block_path, recorded_forward, replaced_forward
 from sensitivity.spec.components import HEAD, PARTS, ComponentMap, Weight
+from sensitivity.spec.errors import is_defect
 from sensitivity.spec.plan import Plan
 
 
@@ -123,7 +124,7 @@ class PrefixCache:
             self._enforce_limit(batch)
 
     def _enforce_limit(self, batch: Hashable) -> None:
-        """Give up a batch when all entries together exceed the limit."""
+        """Drop a batch for good when all entries together exceed the limit."""
         if self._bytes > self.limit:
             self.exclude(batch)
 
@@ -141,7 +142,7 @@ class PrefixCache:
         self._bytes = 0
 
     def verify_boundaries(self, run: Callable[[], object]) -> None:
-        """Run once and record, then once from every boundary; a boundary that changes the outcome is not used.
+        """Run once and record, then once more from each boundary; a boundary that changes the outcome is dropped.
 
         The limit is lifted for these few examples: where nothing is recorded, nothing can be verified.
         """
@@ -192,8 +193,8 @@ def _part_blocks(model: nn.Module, parts: ComponentMap, part: str) -> PartBlocks
     blocks = [model.get_submodule(block_path(model, names[i])) for i in sorted(names)]
     last = len(blocks)
     begins = {i for i in range(1, last) if owners[i] != owners[i - 1]}
-    # the end of a part, and before its last block, which has no effect in some models; not the end of language, since
-    # plans that agree on all language blocks differ in the output head at most
+    # also the end of a part, and before its last block, whose output some models do not read; not the end of language,
+    # since plans that agree on all language blocks differ in the output head at most
     ends = set() if part == "language" else {last, last - 1} - {0}
     return PartBlocks(blocks, sorted(begins | ends))
 

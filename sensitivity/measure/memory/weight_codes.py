@@ -38,10 +38,10 @@ Coded = (
     | LowRankWeight
 )
 KINDS: tuple[type[Coded], ...] = get_args(Coded)
-# A plain tensor stands for what has no codes: biases, and weights that a method leaves alone.
+# A plain tensor is cached where there are no codes: for biases, and for weights that a method leaves alone.
 CachedWeight = Tensor | Coded
-# by type of a field that is not a tensor: how it is read back from the tensor that stores it
-READ: dict[str, Callable[[Tensor], object]] = {
+# by type of a field that is not a tensor: the function that reads it back from the tensor that stores it
+FROM_TENSOR: dict[str, Callable[[Tensor], object]] = {
     "int": int,
     "int | None": int,
     "torch.Size": lambda sizes: torch.Size(sizes.tolist()),
@@ -55,9 +55,9 @@ class WeightCodes(OrderedDict[Key, CachedWeight]):
         super().__init__()
         self.limit = limit
         self.bytes = 0
-        self.run_time: dict[Hashable, object] = {}  # what rounds activations by calibration data (see RunTime)
+        self.run_time: dict[Hashable, object] = {}  # ranges and scales for rounding activations (see RunTimeRounding)
         self.norms: dict[Hashable, dict[str, Tensor]] = {}  # tweaked norms of blocks, by name (see TweakedNorms)
-        self.cache_sizes: dict[str, Tensor] = {}  # largest magnitude of each channel of keys and values, by layer
+        self.cache_magnitudes: dict[str, Tensor] = {}  # by layer: the largest of each channel of keys and values
         # per parameter, the weight that the last plan put into the model, and its key: neighboring plans share most
         self._dense: dict[str, tuple[Key, Tensor]] = {}
 
@@ -84,10 +84,10 @@ class WeightCodes(OrderedDict[Key, CachedWeight]):
 
         Those that have stayed longest are kept: the next plan most likely shares them.
         """
-        held = self.bytes
+        total = self.bytes
         for name, (_, tensor) in list(self._dense.items()):
-            held += tensor.numel() * tensor.element_size()
-            if held > self.limit:
+            total += tensor.numel() * tensor.element_size()
+            if total > self.limit:
                 del self._dense[name]
 
     def trim(self) -> None:
@@ -122,20 +122,20 @@ def from_tensors(named: Mapping[str, Tensor]) -> CachedWeight:
         return named["weight"]
     names = {name.partition(".")[0] for name in named}
     # the kinds differ in their fields, of which some may be None and are then missing here
-    (kind,) = (kind for kind in KINDS if _always(kind) <= names <= {field.name for field in dataclasses.fields(kind)})
+    (kind,) = (kind for kind in KINDS if _required(kind) <= names <= {field.name for field in dataclasses.fields(kind)})
     parts: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         inner = {k.partition(".")[2]: tensor for k, tensor in named.items() if k.startswith(f"{field.name}.")}
         if inner:
             parts[field.name] = from_tensors(inner)
         elif (tensor := named.get(field.name)) is not None:
-            parts[field.name] = READ[str(field.type)](tensor) if str(field.type) in READ else tensor
+            parts[field.name] = FROM_TENSOR[str(field.type)](tensor) if str(field.type) in FROM_TENSOR else tensor
         else:
             parts[field.name] = None
     return kind(**parts)
 
 
-def _always(kind: type[Any]) -> set[str]:
+def _required(kind: type[Any]) -> set[str]:
     """The fields of a kind that are never None."""
     return {field.name for field in dataclasses.fields(kind) if "None" not in str(field.type)}
 

@@ -1,1 +1,1 @@
-"""Forward passes over calibration data: the inputs of a batch, and the modules of transformer blocks."""
+"""What forward passes need: batches of calibration data, the modules of blocks, and hooks that change attention."""

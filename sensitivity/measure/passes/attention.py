@@ -1,4 +1,4 @@
-"""The attention that each token receives in a block, from one forward pass with whatever attention a model uses."""
+"""The attention that each token of a block receives, recorded in one forward pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sensitivity.measure.passes.attention_functions import AttentionFunctions, probabilities_of
-from sensitivity.measure.passes.block_modules import block_paths
+from sensitivity.measure.passes.block_modules import block_paths, layer_input
 from sensitivity.measure.passes.token_batches import TokenBatch, calibration_pass
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of
@@ -23,7 +23,7 @@ def attention_received(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -
     """
     received: dict[tuple[str, int], list[Tensor]] = {}
     current: list[tuple[str, int]] = []
-    tokens: dict[Weight, int] = {}
+    token_counts: dict[Weight, int] = {}
     with ExitStack() as hooks, torch.inference_mode():
         for block, path in block_paths(vlm.model, weights).items():
 
@@ -41,7 +41,7 @@ def attention_received(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -
             def count(
                 module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], weight: Weight = weight
             ) -> None:
-                tokens[weight] = (args[0] if args else kwargs["input"]).shape[:-1].numel()
+                token_counts[weight] = layer_input(args, kwargs).shape[:-1].numel()
 
             layer = vlm.model.get_submodule(weight.reader)
             hooks.callback(layer.register_forward_pre_hook(count, with_kwargs=True).remove)
@@ -53,15 +53,15 @@ def attention_received(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -
         hooks.enter_context(AttentionFunctions(note))
         calibration_pass(vlm, batch)
     of_input = {}
-    for weight, count_ in tokens.items():
-        per_head = received.get((weight.part, weight.block), []) if weight.block is not None else []
-        if (values := _of_tokens(per_head, count_)) is not None:
+    for weight, token_count in token_counts.items():
+        in_block = received.get((weight.part, weight.block), []) if weight.block is not None else []
+        if (values := _per_token(in_block, token_count)) is not None:
             of_input[input_of(weight)] = values
     return of_input
 
 
-def _of_tokens(received: Sequence[Tensor], count: int) -> Tensor | None:
-    """What so many tokens received: the sum over attentions to all of them, or attentions to parts of them, joined."""
+def _per_token(received: Sequence[Tensor], count: int) -> Tensor | None:
+    """What each of `count` tokens received: the sum over attentions to all of them, or attentions to parts, joined."""
     if whole := [values for values in received if len(values) == count]:
         return torch.stack(whole).sum(0)
     # a tower may attend to one image after the other

@@ -12,13 +12,16 @@ from torch.overrides import TorchFunctionMode
 
 FUSED = torch.nn.functional.scaled_dot_product_attention
 SOFTMAX = (torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax)
-# gets masked logits (examples x heads x queries x keys) and the values, unless attention is not fused; returns the
-# probabilities to use, or None for the model's own
+# gets masked logits (examples x heads x queries x keys) and the values, or None for them where attention is not fused;
+# returns the probabilities to use, or None for the model's own
 Attend = Callable[[Tensor, Tensor | None], Tensor | None]
 
 
 class AttentionMode(TorchFunctionMode):
-    """While it is active, its `fused` and `softmax` compute attention; `calls` counts those that are watched."""
+    """While it is active, its `fused` and `softmax` compute attention; `calls` counts the attentions that it saw.
+
+    A subclass counts the softmaxes that it handles.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,18 +39,20 @@ class AttentionMode(TorchFunctionMode):
             self.calls += 1
             return self.fused(*args, **kwargs)
         if func in SOFTMAX:
-            logits, *more = args if args else (kwargs["input"],)
+            logits, *rest = args if args else (kwargs["input"],)
             if logits.dim() == 4:
-                return self.softmax(func, logits, more, {k: v for k, v in kwargs.items() if k != "input"})
+                return self.softmax(func, logits, rest, {k: v for k, v in kwargs.items() if k != "input"})
         return func(*args, **kwargs)
 
     def fused(self, *args: Any, **kwargs: Any) -> Tensor:
         """Fused attention, with torch's own arguments."""
         return FUSED(*args, **kwargs)
 
-    def softmax(self, func: Callable[..., Tensor], logits: Tensor, more: Sequence[Any], how: dict[str, Any]) -> Tensor:
-        """A softmax of masked logits, examples x heads x queries x keys, with its other arguments."""
-        return func(logits, *more, **how)
+    def softmax(
+        self, func: Callable[..., Tensor], logits: Tensor, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """A softmax of masked logits (examples x heads x queries x keys), with its other arguments."""
+        return func(logits, *args, **kwargs)
 
 
 class AttentionFunctions(AttentionMode):
@@ -63,26 +68,28 @@ class AttentionFunctions(AttentionMode):
         chosen = self.attend(logits, value)
         return super().fused(*args, **kwargs) if chosen is None else chosen.to(value.dtype) @ value
 
-    def softmax(self, func: Callable[..., Tensor], logits: Tensor, more: Sequence[Any], how: dict[str, Any]) -> Tensor:
+    def softmax(
+        self, func: Callable[..., Tensor], logits: Tensor, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Tensor:
         """The probabilities that `attend` gives, or the softmax itself."""
         self.calls += 1
-        result = super().softmax(func, logits, more, how)
+        result = super().softmax(func, logits, args, kwargs)
         chosen = self.attend(logits, None)
         return result if chosen is None else chosen.to(result.dtype)
 
 
 def probabilities_of(logits: Tensor) -> Tensor:
-    """The softmax in at least float32; a token that may attend to nothing has zeros."""
+    """The softmax in at least float32; a token that may attend to nothing gets zeros."""
     return at_least_float32(logits).softmax(-1).nan_to_num()
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Half types in float32, float64 as it is."""
+    """Values in float32, or as they are where their dtype is wider."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def masked(logits: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Logits with the mask of fused attention: minus infinity where a query does not see a key, or what is added."""
+    """Logits masked as fused attention does it: a boolean mask hides keys, and any other mask is added."""
     if is_causal:
         attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
     if attn_mask is None:
@@ -100,8 +107,8 @@ def _logits_and_value(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The logits and the values, by query head, of fused attention, whose arguments these are."""
-    if (times := query.shape[1] // key.shape[1]) > 1:
-        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    """The logits and the values for each query head; the arguments are those of fused attention."""
+    if (repeats := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     logits = at_least_float32(query) @ at_least_float32(key).mT * (scale or 1 / math.sqrt(query.shape[-1]))
     return masked(logits, attn_mask, is_causal), value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -19,10 +19,12 @@ from sensitivity.measure.passes.block_modules import block_path
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 
+Mode = TypeVar("Mode", bound=AttentionMode)
+
 
 @dataclass(frozen=True)
 class AttentionModule:
-    """An attention of a block: its module, its first layer, whose scheme decides about probabilities, and its last."""
+    """An attention: its path, its first layer, whose scheme says how probabilities are rounded, and its last layer."""
 
     path: str
     first: Weight
@@ -46,10 +48,11 @@ def attention_modules(model: nn.Module, weights: Iterable[Weight]) -> list[Atten
 def probability_hooks(
     model: nn.Module, path: str, change: Callable[[Tensor], Tensor], factor: Callable[[], Tensor | None]
 ) -> Iterator[RemovableHandle]:
-    """Change the probabilities of one attention; `factor` gives what each head's logits are multiplied by before."""
+    """Change the probabilities of one attention; each head's logits are first multiplied by what `factor` returns."""
 
     def attend(logits: Tensor, value: Tensor | None) -> Tensor:
-        # where queries share keys, transformers puts the heads of a single query into rows of one head (pack_gqa)
+        # where query heads share keys, transformers moves the heads of a single query into the dimension of queries
+        # (pack_gqa), so that logits have fewer heads than there are factors
         if (by := factor()) is not None and len(by) % logits.shape[1] == 0:
             logits = logits * by.to(logits).reshape(logits.shape[1], -1, 1)
         return change(probabilities_of(logits))
@@ -65,13 +68,14 @@ def attending_hooks(
 
 
 def mode_hooks(
-    module: nn.Module, mode: Callable[[], AttentionMode], check: Callable[[int], None]
+    module: nn.Module, mode: Callable[[], Mode], check: Callable[[int], None], active: list[Mode] | None = None
 ) -> Iterator[RemovableHandle]:
     """Enter a new mode in each forward pass of a module; `check` gets how many attentions it saw.
 
-    These are hooks, not a replaced forward, since `float_model` restores the float model by removing hooks.
+    These are hooks, not a replaced forward, since `float_model` restores the float model by removing hooks. `active`
+    holds the mode while the module runs, for hooks of the caller.
     """
-    active: list[AttentionMode] = []
+    active = [] if active is None else active
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         active.append(mode())
@@ -89,7 +93,7 @@ def mode_hooks(
 
 
 def check_seen(path: str, calls: int) -> None:
-    """Raise an error for an attention that was never seen."""
+    """Raise an error if a forward pass showed no attention (`calls` is 0)."""
     if not calls:
         raise UserError(
             f"{path} shows no attention probabilities that could be changed, since it computes them inside one kernel; "

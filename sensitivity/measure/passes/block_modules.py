@@ -1,12 +1,13 @@
-"""Finds the modules of transformer blocks, and replaces or records their forward for a while."""
+"""Finds the modules of transformer blocks, reads what they get, and replaces their forward or weights for a while."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sensitivity.spec.components import Weight
 
@@ -33,9 +34,19 @@ def block_paths(model: nn.Module, weights: Iterable[Weight]) -> dict[tuple[str, 
     }
 
 
+def layer_input(args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> Tensor:
+    """What a linear layer reads, by position or by name, as a hook gets it."""
+    return args[0] if args else kwargs["input"]
+
+
+def hidden_states(value: object) -> Tensor:
+    """The hidden states among a block's arguments, or in its output: the first tensor."""
+    return next(leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
+
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
-    """Replace the forward and keep the module, since transformers records hidden states by a module's class."""
+    """Inside the block, a module has another forward; the module stays, since transformers finds it by its class."""
     # accelerate, which spreads a model over devices, sets a forward on each instance; it must be back afterwards
     instance_forward = vars(module).get("forward")
     module.forward = forward
@@ -62,7 +73,7 @@ def recorded_forward(module: nn.Module, record: Callable[[object], None]) -> Abs
 @contextmanager
 def float_model(model: nn.Module, own: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside the block the model has its own weights, and none of the hooks that a plan has installed in it."""
-    held = {name: parameter.data for name, parameter in model.named_parameters()}
+    of_plan = {name: parameter.data for name, parameter in model.named_parameters()}
     try:
         for name, parameter in model.named_parameters():
             parameter.data = own[name]
@@ -70,7 +81,7 @@ def float_model(model: nn.Module, own: Mapping[str, Tensor]) -> Iterator[None]:
             yield
     finally:
         for name, parameter in model.named_parameters():
-            parameter.data = held[name]
+            parameter.data = of_plan[name]
 
 
 @contextmanager
@@ -93,17 +104,3 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
 def _ours(hook: object) -> bool:
     """Whether this package made a hook; transformers has hooks of its own, by which it returns hidden states."""
     return str(getattr(hook, "__module__", "")).partition(".")[0] == "sensitivity"
-
-
-def is_defect(error: Exception) -> bool:
-    """Whether an error is a defect of this package rather than of a model or an input.
-
-    Python raises these types for wrong code. Raised in a library, they may still come from an input: a model that is
-    given a shape or a file it does not expect.
-    """
-    if not isinstance(error, AssertionError | AttributeError | NameError | TypeError):
-        return False
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).partition(".")[0] == "sensitivity"

@@ -1,4 +1,4 @@
-"""Attention from which image tokens are pruned: blocks after a chosen one see those that got most attention there."""
+"""Attention with pruned image tokens: blocks after a chosen one see only those that got most attention there."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ class Prompts:
         self.image = self.hidden = torch.zeros(0, 0, dtype=torch.bool)  # rows x tokens of the prompts
         self.end = 0  # position of the last token of each prompt
         self.keys = 0  # tokens that attention sees in this pass
-        self.reading = self.deciding = self.hides = False
+        self.reading = False  # a forward pass is under way
+        self.deciding = False  # ... over whole prompts, so that tokens can be chosen for pruning
+        self.hides = False  # some token is hidden
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pass begins, over prompts or over one more token of each answer."""
@@ -55,11 +57,11 @@ class Prompts:
 
     def decide(self, received: Tensor, share: float) -> None:
         """Hide the image tokens that received least attention, so that this share of each image is hidden."""
-        fewest = (share * self.image.sum(1)).round()
-        # those that are hidden come first, and what is not of the image last
+        hidden_count = (share * self.image.sum(1)).round()
+        # image tokens that are hidden already come first, and tokens that are not of the image last
         order = received.masked_fill(self.hidden, -1.0).masked_fill(~self.image, math.inf)
         rank = order.argsort(dim=1, stable=True).argsort(dim=1)
-        self.hidden = self.hidden | (rank < fewest[:, None])
+        self.hidden = self.hidden | (rank < hidden_count[:, None])
         self.hides = bool(self.hidden.any())
 
     def visible(self, rows: int, keys: int) -> Tensor | None:
@@ -81,7 +83,7 @@ class Prompts:
 
 
 class PrunedAttention(AttentionMode):
-    """While it is active, attention sees no hidden token; with a `share`, it decides what blocks after it see."""
+    """A block's attention: it sees no hidden token if it `prunes`; with a `share`, it decides what later blocks see."""
 
     def __init__(self, prompts: Prompts, share: float, prunes: bool) -> None:
         super().__init__()
@@ -98,7 +100,7 @@ class PrunedAttention(AttentionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Fused attention, whose arguments these are, with a narrower mask."""
+        """Fused attention, with its own arguments and a narrower mask."""
         rows, keys = key.shape[0], key.shape[2]
         if (seen := self.prompts.visible(rows, keys) if self.prunes else None) is not None:
             if is_causal:
@@ -113,7 +115,9 @@ class PrunedAttention(AttentionMode):
             self._decide(masked(logits, mask, False))
         return FUSED(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
-    def softmax(self, func: Callable[..., Tensor], logits: Tensor, more: Sequence[Any], how: dict[str, Any]) -> Tensor:
+    def softmax(
+        self, func: Callable[..., Tensor], logits: Tensor, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Tensor:
         """A softmax of logits, which have attention's own mask, with a narrower one."""
         self.calls += 1
         rows, keys = logits.shape[0], logits.shape[3]
@@ -122,12 +126,12 @@ class PrunedAttention(AttentionMode):
         if self.share and self.prompts.deciding:
             self.prompts.check(rows, keys)
             self._decide(logits[:, :, self.prompts.end : self.prompts.end + 1])
-        return func(logits, *more, **how)
+        return func(logits, *args, **kwargs)
 
     def _decide(self, logits: Tensor) -> None:
         """Decide by the attention of the prompts' last tokens (rows x heads x 1 x keys), the mean over heads."""
-        behind = torch.arange(logits.shape[-1], device=logits.device) > self.prompts.end
-        received = probabilities_of(logits.masked_fill(behind, -math.inf))
+        later = torch.arange(logits.shape[-1], device=logits.device) > self.prompts.end
+        received = probabilities_of(logits.masked_fill(later, -math.inf))
         self.prompts.decide(received.mean(1)[:, 0], self.share)
 
 
@@ -139,6 +143,6 @@ def _narrower(mask: Tensor | None, seen: Tensor) -> Tensor:
 
 
 def prompt_hooks(model: nn.Module, prompts: Prompts) -> Iterator[RemovableHandle]:
-    """Watch which prompts a model reads."""
+    """Tell `prompts` when a forward pass of the model begins and ends."""
     yield model.register_forward_pre_hook(prompts.begin, with_kwargs=True)
     yield model.register_forward_hook(prompts.finish, always_call=True)

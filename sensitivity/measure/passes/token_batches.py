@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,8 +19,6 @@ from sensitivity.tasks.examples.types import Task
 MODALITIES = ("padding", "vision", "prompt", "answer")
 PADDING, VISION, PROMPT, ANSWER = range(4)
 ROWS = 16  # examples in a batch, at most, so that memory does not grow with the data
-
-
 Answered = tuple[int, dict[str, Tensor], list[int]]  # an example: its number in the data, its inputs, its right answer
 
 
@@ -34,6 +31,7 @@ class TokenBatch:
     logits_to_keep: int = 1  # positions from the end that get logits: the input of an output head
     targets: Tensor | None = None  # the tokens of the right answers, end included, that the logits should predict
     examples: tuple[int, ...] = ()  # which examples of the data these are, in their order
+    # what `modality` returned, by part and shape
     counted: dict[tuple[str, tuple[int, ...]], tuple[Tensor | None, Tensor]] = field(default_factory=dict)
 
     @property
@@ -62,7 +60,7 @@ class TokenBatch:
 
 
 def batches(vlm: VLM, tasks: Sequence[Task], rows: int = ROWS) -> Iterator[TokenBatch]:
-    """Every example with its first right answer; only examples of equal shapes share a batch, so none is padded."""
+    """All examples with their first right answers; only examples of equal shapes share a batch, so none is padded."""
     waiting: dict[Hashable, list[Answered]] = {}
     number = 0
     for task in tasks:
@@ -129,10 +127,9 @@ def image_token(model: nn.Module) -> int:
 
 
 def calibration_pass(vlm: VLM, batch: TokenBatch) -> Any:  # the class of the output differs by family
-    """One forward pass without a cache, with logits of the answer alone where the model offers that; its output."""
-    sequences = inspect.signature(vlm.model.forward).parameters
-    options = {"use_cache": False, "logits_to_keep": batch.logits_to_keep}
-    return vlm.model(**batch.inputs, **{name: value for name, value in options.items() if name in sequences})
+    """The output of one forward pass without a cache, with logits of the answer alone where the model offers that."""
+    options = evaluated.known_options(vlm, use_cache=False, logits_to_keep=batch.logits_to_keep)
+    return vlm.model(**batch.inputs, **options)
 
 
 def check_disjoint(calibration: Sequence[Task], evaluation: Sequence[Task]) -> None:

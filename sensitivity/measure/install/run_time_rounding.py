@@ -1,4 +1,4 @@
-"""RunTime: what a plan rounds in each forward pass, and how, from calibration data where a scheme asks for it."""
+"""RunTimeRounding: how a plan rounds in each forward pass, by calibration data where a scheme asks for it."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from sensitivity.spec.plan import ACTIVATION_SCALE, Scheme
 Given = Mapping[str, Scheme]  # the scheme of each weight of a plan
 
 
-class RunTime:
-    """What one plan rounds in one model. `found` keeps what was found on calibration data for later plans."""
+class RunTimeRounding:
+    """What one plan rounds in one model; `found` keeps for later plans what calibration data gave."""
 
     def __init__(
         self, model: nn.Module, parts: ComponentMap, statistics: Statistics | None, found: dict[Hashable, object]
@@ -51,7 +51,7 @@ class RunTime:
         self.scales: dict[str, tuple[Tensor | None, float]] = {}  # of attentions that are matched, by path
 
     def ranges_to_find(self, weights: Iterable[Weight], schemes_of: Mapping[str, set[Scheme]]) -> dict[str, Weight]:
-        """The inputs whose range a scheme asks for and that is not known yet, each with a weight that reads it."""
+        """The inputs whose range a scheme asks for and is not known yet, each with a weight that reads it."""
         return {
             input_of(weight): weight
             for weight in weights
@@ -66,9 +66,9 @@ class RunTime:
             self.found["range", name] = seen.low.clone(), seen.high.clone()
 
     def search(self, weights: Sequence[Weight], given: Given, own: Mapping[str, Tensor], quantized: Quantized) -> None:
-        """Find what the schemes of some weights ask for, on the model as it is.
+        """Find the ranges and scales that the schemes of some weights ask for, in the model with its present weights.
 
-        `own` are its own weights, and `quantized` gives those of the plan.
+        `own` are the float weights, and `quantized` returns those of the plan.
         """
         if self.statistics is None:
             return
@@ -76,7 +76,7 @@ class RunTime:
             of_bits = [w for w in weights if given[w.name].activations == bits and not w.is_embedding]
             self.searched |= self.clips.find(of_bits, given, quantized)
         for weight in weights:
-            # now, since hooks that round a norm's output will read it, too, and the norm would not qualify
+            # found now: hooks that round a norm's output also read it, and then the norm would not qualify
             if given[weight.name].get(ACTIVATION_SCALE) == NORM:
                 self.found.setdefault(("norm", input_of(weight)), self.statistics.after_norm(input_of(weight)))
         here = [(self.attentions[w], given[w.name]) for w in weights if w in self.attentions]
@@ -99,11 +99,11 @@ class RunTime:
             self.found |= {("float", path): scale for path, scale in scales.items()}
 
     def hooks(self, weight: Weight, chosen: Scheme, stored: object) -> Iterator[RemovableHandle]:
-        """Register everything that a scheme rounds at one layer, and at the attention that begins or ends there."""
+        """Register hooks for all that a scheme rounds at one layer, and at the attention whose first layer it is."""
         device = self.model.get_parameter(weight.name).device
-        # searched ranges are those of inputs without a transform
-        as_they_are = stored is None or weight.is_embedding or weight.name in self.searched
-        transform = None if as_they_are else InputTransform.of(stored, device)
+        # ranges are searched for inputs without a transform
+        untransformed = stored is None or weight.is_embedding or weight.name in self.searched
+        transform = None if untransformed else InputTransform.of(stored, device)
         low_rank = stored if isinstance(stored, LowRankWeight) else None
         rounded = self._rounded(weight, chosen, transform)
         yield from rounding_hooks(self.model, weight, chosen, transform, rounded, low_rank)
@@ -114,7 +114,7 @@ class RunTime:
             yield from probability_hooks(self.model, attention.path, change, partial(self._factor, attention.path))
 
     def match(self, given: Given) -> Iterator[RemovableHandle]:
-        """Once all of a plan is in the model: scale attention to the float model's, where a scheme asks for it."""
+        """Scale attention to the float model's where a scheme asks for it, once all of a plan is in the model."""
         every = [one for one in self.attentions.values() if one.first.name in given]
         outputs = {one.path: one.last.module for one in every if matches_attention(given[one.first.name])}
         if not outputs or self.statistics is None:
@@ -122,16 +122,16 @@ class RunTime:
         key = "matched", frozenset(given.items())
         if key not in self.found:
             self.found[key] = attention_scales(self.model, outputs, self.statistics.passes)
-        now = self.found[key]
-        assert isinstance(now, dict)
+        quantized = self.found[key]
+        assert isinstance(quantized, dict)
         for path, last in outputs.items():
-            before = self.found["float", path]
-            assert isinstance(before, AttentionScale)
-            self.scales[path] = factors(before, now[path])
+            unquantized = self.found["float", path]
+            assert isinstance(unquantized, AttentionScale)
+            self.scales[path] = factors(unquantized, quantized[path])
             yield self._output_hook(last, self.scales[path][1])
 
     def _rounded(self, weight: Weight, chosen: Scheme, transform: InputTransform | None) -> Change | None:
-        """How a layer's inputs are rounded where calibration gives their range; None for a scale of each token."""
+        """The function that rounds a layer's inputs in a range from calibration; None where each token has its own."""
         if weight.name in self.searched:
             return self.searched[weight.name].rounded(chosen.activations)
         if not has_fixed_range(chosen) or weight.is_embedding:
