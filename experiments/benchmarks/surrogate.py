@@ -24,7 +24,7 @@ import pandas as pd
 
 from experiments.benchmarks.replay import BUDGETS
 from experiments.benchmarks.score_tables import Table, tables
-from sensitivity.analysis.allocate.believed import drawn_together
+from sensitivity.analysis.allocate.believed import shrunk_scores
 from sensitivity.analysis.allocate.knapsack import Predicted
 from sensitivity.analysis.surrogate import misfit
 from sensitivity.analysis.surrogate.surrogate import Surrogate, fit_surrogate
@@ -117,7 +117,7 @@ def verified(table: Table, seeds: int) -> Iterator[dict[str, float | str]]:
             ]  # fmt: skip
             readings = np.array([frame["score"].mean() for frame in frames])
             predicted = [Predicted(float(value[i]), float(low[i]), float(high[i]), 1.0) for i in top]
-            likely = np.array(drawn_together(predicted, frames))
+            likely = np.array(shrunk_scores(predicted, frames))
             luck = (readings - table.truth[top]).mean()  # what all candidates owe to the examples
             for name, by in (("highest reading", readings), ("drawn together", likely)):
                 best = int(np.argmax(by))

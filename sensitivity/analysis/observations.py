@@ -17,8 +17,8 @@ from sensitivity.study.scores import TaskScore
 from sensitivity.study.study import Study
 from sensitivity.study.trial import NATIVE, Trial, mixed_versions
 
-REPLICATES = 3  # least number of repeated readings from which noise is estimated
-MIN_NOISE_SHARE = 0.25  # least noise of one score, as a share of that of all scores together
+MIN_REPLICATES = 3  # repeated readings of plans from which noise is estimated
+MIN_NOISE_SHARE = 0.25  # least noise of one score, as a share of the mean noise of all scores
 ROUNDED_COLUMNS = (ACTIVATIONS, CACHE)  # endings of the names of a component's further columns
 
 
@@ -44,7 +44,7 @@ class Observations:
         return len(self.score)
 
     def where(self, mask: Floats | Sequence[int]) -> Observations:
-        """Only the trials of this mask, or of these indices."""
+        """Only the trials that a mask selects, or those with these indices."""
         rows = np.arange(len(self))[np.asarray(mask)]
         return replace(
             self,
@@ -76,7 +76,7 @@ class Observations:
         """Standard deviation of one score: from replicates of plans, else from the trials' standard errors."""
         groups = pd.DataFrame({"key": self.keys, "score": self.score}).groupby("key")["score"]
         spare = len(self.score) - groups.ngroups  # degrees of freedom
-        if spare >= REPLICATES:
+        if spare >= MIN_REPLICATES:
             return float(np.sqrt(((self.score - groups.transform("mean")) ** 2).sum() / spare))
         known = self.se[np.isfinite(self.se)]
         return float(np.sqrt(np.mean(known**2))) if len(known) else None
@@ -86,7 +86,7 @@ class Observations:
         """Standard deviation of each score, from replicates or its own standard error; None where neither is known."""
         if self.noise is None:
             return None
-        if len(self.score) - len(set(self.keys)) >= REPLICATES:
+        if len(self.score) - len(set(self.keys)) >= MIN_REPLICATES:
             return np.full(len(self), self.noise)
         # the standard error is 0 if all answers are right or all are wrong, yet such a score is noisy, too
         return np.maximum(np.where(np.isfinite(self.se), self.se, self.noise), MIN_NOISE_SHARE * self.noise)
@@ -139,7 +139,7 @@ def observations_of(study: Study, task: str | None = None, method: str | None = 
 
 
 def _comparable(study: Study, task: str, trials: Sequence[Trial]) -> list[TaskScore | None]:
-    """A task's scores by trial; those of a sweep that was stopped early are made comparable.
+    """A task's score of each trial; those of a sweep that was stopped early are made comparable.
 
     A trial that has seen fewer examples than full precision may have seen easier ones. So its score becomes that of
     full precision plus the paired difference on the examples that both have seen.
@@ -190,7 +190,7 @@ def observations_of_table(
 
 
 def _with_score(observations: Observations) -> Observations:
-    """The observations whose score is a finite number, with a note on the others."""
+    """The observations whose score is a finite number, with a note on those left out."""
     finite = np.isfinite(observations.score)
     if not finite.any():
         raise UserError(f"no trial has a score for '{observations.task}'")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sensitivity.analysis.allocate.run_time import in_words
+from sensitivity.analysis.allocate.run_time_limits import in_words
 from sensitivity.api.exporting import export
 from sensitivity.formats.timing.side_by_side import Bench, bench
 from sensitivity.formats.verification import verify

@@ -15,7 +15,7 @@ from sensitivity.analysis.allocate.kept_recommendation import Proposed, proposed
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.observations import observations_of
-from sensitivity.analysis.search.openings import opened
+from sensitivity.analysis.search.openings import openings_then_proposals
 from sensitivity.api.sweeping import CACHE_GB, SweepOptions, begin_sweep, calibrated, path_for
 from sensitivity.measure.attribution.calibrated import Calibrated
 from sensitivity.measure.attribution.scores import Attribution, attribute
@@ -119,7 +119,9 @@ def begin_plan(
         expected.save(study.path, combined([one.scores for one in scores]), ", ".join(one.name for one in scores))
         # in this order neighboring plans share most of their forward passes
         first = sorted(openings[: trials - 1], key=data_flow_order)
-        return opened(study, first, lambda now: proposal(now, replace(request, weights=weights_of(now))), trials)
+        return openings_then_proposals(
+            study, first, lambda now: proposal(now, replace(request, weights=weights_of(now))), trials
+        )
 
     study, steps = begin_sweep(vlm, parts, plans, tasks, out, **options)
     return Planning(study, steps, replace(request, weights=weights_of(study)), openings)

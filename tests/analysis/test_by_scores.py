@@ -13,7 +13,7 @@ from sensitivity.analysis.allocate.believed import believed
 from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.allocate.by_scores import combined, optimum
 from sensitivity.analysis.allocate.knapsack import Knapsack
-from sensitivity.analysis.search.openings import opened
+from sensitivity.analysis.search.openings import openings_then_proposals
 from sensitivity.analysis.surrogate.score_agreement import score_agreement
 from sensitivity.analysis.surrogate.space import Space
 from sensitivity.analysis.surrogate.surrogate import fit_surrogate
@@ -176,7 +176,7 @@ def test_plans_are_proposed_until_there_are_enough_or_none_is_new(tmp_path: Path
 
     def run(trials: int, proposals: list[Plan]) -> list[Plan]:
         asked = []
-        for plan in opened(made, [known[0], new[0], new[1]], lambda now: proposals, trials):
+        for plan in openings_then_proposals(made, [known[0], new[0], new[1]], lambda now: proposals, trials):
             asked.append(plan)
             made.append([plan], [{"score": 0.5}])
         return asked

@@ -13,7 +13,7 @@ from browser import browser
 
 from sensitivity.analysis.failures.changes import study_of
 from sensitivity.analysis.failures.entering import Entering, explained
-from sensitivity.analysis.failures.gallery import MOST_EXPLAINED, changed, galleries
+from sensitivity.analysis.failures.gallery import MAX_EXPLAINED, changed, galleries
 from sensitivity.analysis.report.failures_page import write
 from sensitivity.cli.main import main
 from sensitivity.models.processors import square_seen
@@ -64,12 +64,12 @@ def test_the_page_shows_red_places_and_tokens_beside_the_image(tmp_path: Path) -
     assert [card.entering is not None for card in shown.cards] == [
         card.change.example in failed for card in shown.cards
     ]
-    assert len(shown.calibration) == MOST_EXPLAINED
+    assert len(shown.calibration) == MAX_EXPLAINED
     write(tmp_path / "page.html", "m", [shown])
     with browser() as window:
         window.open(tmp_path / "page.html")
-        assert window.run("return document.querySelectorAll('.heat').length") == 3 + MOST_EXPLAINED
-        assert window.run("return document.images.length") == 5 + 3 + 2 * MOST_EXPLAINED
+        assert window.run("return document.querySelectorAll('.heat').length") == 3 + MAX_EXPLAINED
+        assert window.run("return document.images.length") == 5 + 3 + 2 * MAX_EXPLAINED
         assert window.run("return document.querySelector('.heat').querySelectorAll('rect').length") == 2
         image, red = window.run(
             "const heat = document.querySelector('.heat');"

@@ -176,7 +176,7 @@ def test_large_photographs_become_small_upright_pictures(tmp_path: Path) -> None
     assert found is not None
     assert (found.width, found.height) == (1500, 2000)
     assert image_of(found.uri).size == (240, 320)
-    assert len(found.uri) < 1.4 * pictures.MOST
+    assert len(found.uri) < 1.4 * pictures.MAX_BYTES
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:1000])
     assert pictures.picture(tmp_path / "cut.jpg") is None
     assert pictures.picture(tmp_path) is None

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from sensitivity.analysis.report import figures
+from sensitivity.analysis.report.table_rows import frontier_rows
 
 HOSTILE = '<script>alert("x")</script> $\\frac{1}{2}$ & {{ 7 * 7 }}'
 
@@ -27,7 +28,7 @@ def table(task: str = "vqa") -> pd.DataFrame:
 
 def test_the_frontier_holds_what_no_smaller_plan_outscores() -> None:
     frame = table()
-    best = figures.frontier_rows(frame, "vqa")
+    best = frontier_rows(frame, "vqa")
     for row in best.itertuples():
         assert not (frame[frame["bpw"] <= row.bpw]["vqa"] > row.vqa).any()
     rest = frame.drop(best.index)

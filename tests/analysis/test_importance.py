@@ -95,7 +95,7 @@ def test_a_grid_too_large_for_a_table_is_treeshap_leaf_by_leaf(columns: int, mon
     score = np.tanh(bits @ draw.random(columns) / 20) + bits[:, 0] * bits[:, 1] / 50
     forest = RandomForestRegressor(10, random_state=0).fit(bits, score)
     explainer, some = shap.TreeExplainer(forest), bits[:12]
-    monkeypatch.setattr(tree_shap, "ROOM", 60_000)  # in several portions
+    monkeypatch.setattr(tree_shap, "MAX_ENTRIES", 60_000)  # in several portions
     leaves = tree_shap.Leaves(forest, some)
     assert len(leaves._portions()) > 1
     np.testing.assert_allclose(leaves.values(), explainer.shap_values(some), atol=1e-10)

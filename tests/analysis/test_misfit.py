@@ -11,10 +11,10 @@ import planted
 import pytest
 from scipy.optimize import approx_fprime
 
-from sensitivity.analysis.allocate.believed import drawn_together
+from sensitivity.analysis.allocate.believed import shrunk_scores
 from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
-from sensitivity.analysis.surrogate.misfit import Evidence, Setting, merged
+from sensitivity.analysis.surrogate.misfit import Evidence, Hyperparameters, merged
 from sensitivity.analysis.surrogate.space import Space
 from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 from sensitivity.spec.plan import Plan, Scheme
@@ -92,7 +92,7 @@ def test_the_slope_of_the_evidence_is_its_derivative() -> None:
     logs = np.array([0.9, -2.5, -2.2, -0.1, -3.0])
     ours = evidence.cost(logs, True)[1]
     np.testing.assert_allclose(ours, approx_fprime(logs, lambda x: evidence.cost(x, True)[0], 1e-6), rtol=1e-3)
-    assert Setting.of(np.zeros(5)).distance == 1.0
+    assert Hyperparameters.of(np.zeros(5)).distance == 1.0
 
 
 def test_the_best_plan_within_a_budget_is_that_of_brute_force_with_limits_too(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_space_too_large_to_list_is_searched_around_the_best(tmp_path: Path, m
 def test_families_are_apart_and_full_precision_is_between_them() -> None:
     schemes = [None, Scheme("rtn", 4), Scheme("gptq", 4), Scheme("rtn", 2)]
     space = Space.of([Plan((("a", scheme),)) for scheme in schemes])
-    (apart,), place = space.apart(), {choice: i for i, choice in enumerate(space.choices[0])}
+    (apart,), place = space.distances(), {choice: i for i, choice in enumerate(space.choices[0])}
     between = {(a, b): apart[place[a], place[b]] for a in schemes for b in schemes}
     np.testing.assert_allclose(apart, apart.T)
     assert between[schemes[1], schemes[1]] == 0
@@ -163,7 +163,7 @@ def test_the_choice_among_verified_plans_is_worse_by_the_highest_reading() -> No
         predicted = [Predicted(score, score - 0.014, score + 0.014, 1.0) for score in expected]
         frames = _frames(list(truth), 0.3, seed)
         reading = [float(frame["score"].mean()) for frame in frames]
-        likely = drawn_together(predicted, frames)
+        likely = shrunk_scores(predicted, frames)
         top, best = int(np.argmax(reading)), int(np.argmax(likely))
         common = np.mean(reading) - np.mean(truth)  # what all plans owe to the examples
         curse.append(reading[top] - truth[top] - common)
@@ -177,5 +177,5 @@ def test_the_choice_among_verified_plans_is_worse_by_the_highest_reading() -> No
 
 def test_clear_readings_overrule_predictions() -> None:
     predicted = [Predicted(0.9, 0.899, 0.901, 1.0), Predicted(0.8, 0.799, 0.801, 1.0)]
-    likely = drawn_together(predicted, _frames([0.5, 0.8], 0.01, 0))
+    likely = shrunk_scores(predicted, _frames([0.5, 0.8], 0.01, 0))
     assert likely[1] > likely[0]

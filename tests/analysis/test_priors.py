@@ -12,7 +12,7 @@ from sensitivity.analysis.atlas.priors import check_priors, expect_from, schemes
 from sensitivity.analysis.search.frontier_sampler import FrontierSampler, PlanSizes
 from sensitivity.analysis.surrogate.space import Expected, Space
 from sensitivity.analysis.surrogate.surrogate import fit_surrogate
-from sensitivity.analysis.surrogate.transfer import measured_damages, transferred
+from sensitivity.analysis.surrogate.transfer import measured_damages, transfer_from
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.sizes import size
@@ -37,7 +37,7 @@ def study(path: Path, count: int = 60, noise: float = 0.005) -> Study:
 
 
 def test_damages_go_over_to_the_same_parts_and_other_widths(tmp_path: Path) -> None:
-    found = transferred(study(tmp_path / "s"), WHOLE, SCHEMES)
+    found = transfer_from(study(tmp_path / "s"), WHOLE, SCHEMES)
     truth = {"vision": 3.0, "connector": 0.5, "language": 2.5}
     unit = np.mean([np.log(found[name][SCHEMES[1]]) - (half - 3) for name, half in truth.items()])
     for name, half in truth.items():
@@ -48,7 +48,7 @@ def test_damages_go_over_to_the_same_parts_and_other_widths(tmp_path: Path) -> N
 
 def test_a_part_shares_its_damage_among_its_components_and_gathers_it_from_them(tmp_path: Path) -> None:
     source = study(tmp_path / "s")
-    coarse, fine = transferred(source, WHOLE, SCHEMES), transferred(source, FINE, SCHEMES)
+    coarse, fine = transfer_from(source, WHOLE, SCHEMES), transfer_from(source, FINE, SCHEMES)
     for scheme in SCHEMES:
         assert fine["vision.front"][scheme] == fine["vision.end"][scheme] == pytest.approx(coarse["vision"][scheme] / 2)
         assert fine["connector"][scheme] == coarse["connector"][scheme]
@@ -58,7 +58,7 @@ def test_a_part_shares_its_damage_among_its_components_and_gathers_it_from_them(
 
     rows = planted.grid((2, 3, 4, 16), 4)
     parts = planted.study(tmp_path / "f", {"a": four}, components=FINE, rows=rows[::5])
-    whole, own = transferred(parts, WHOLE, SCHEMES), transferred(parts, FINE, SCHEMES)
+    whole, own = transfer_from(parts, WHOLE, SCHEMES), transfer_from(parts, FINE, SCHEMES)
     for scheme in SCHEMES:
         assert whole["vision"][scheme] == pytest.approx(own["vision.front"][scheme] + own["vision.end"][scheme])
 
@@ -66,7 +66,7 @@ def test_a_part_shares_its_damage_among_its_components_and_gathers_it_from_them(
 def test_another_method_takes_the_curve_of_the_only_one(tmp_path: Path) -> None:
     source = study(tmp_path / "s")
     other = [Scheme("gptq", scheme.bits, group=128) for scheme in SCHEMES]
-    same, found = transferred(source, WHOLE, SCHEMES), transferred(source, WHOLE, other)
+    same, found = transfer_from(source, WHOLE, SCHEMES), transfer_from(source, WHOLE, other)
     for name in WHOLE.names:
         np.testing.assert_allclose(list(found[name].values()), list(same[name].values()))
 
@@ -81,7 +81,7 @@ def test_what_cannot_be_a_prior_is_said(tmp_path: Path) -> None:
     source = planted.study(tmp_path / "two", {"a": lambda bits: np.exp(-planted.damage(bits[:, 0], 2))},
                            components=two, rows=rows)  # fmt: skip
     with pytest.raises(UserError, match=r"says nothing about connector: it has vision, language; choose a prior"):
-        transferred(source, WHOLE, SCHEMES)
+        transfer_from(source, WHOLE, SCHEMES)
 
 
 def test_several_priors_are_averaged_and_kept_in_the_study(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_search_needs_fewer_plans_with_a_prior_and_hardly_more_with_a_wrong_on
     bits = tuple(np.array([(o.bits if o else 16) * one.numel for o in options], dtype=float)
                  for one, options in zip(WHOLE.components, SPACE.choices, strict=True))  # fmt: skip
     sizes = PlanSizes(bits, kept, WHOLE.numel)
-    right = transferred(study(tmp_path / "s"), WHOLE, SCHEMES)
+    right = transfer_from(study(tmp_path / "s"), WHOLE, SCHEMES)
     wrong = {name: right[other] for name, other in zip(right, ("connector", "language", "vision"), strict=True)}
     found = {
         name: sum(steps_to(planted.product(BITS), SPACE, sizes, expected, seed) for seed in range(3))

@@ -18,7 +18,7 @@ from sensitivity.analysis.allocate.budget import best_uniform, spend
 from sensitivity.analysis.allocate.kept_recommendation import check_request, proposed
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.request import PlanRequest
-from sensitivity.analysis.allocate.run_time import RunTimeLimits
+from sensitivity.analysis.allocate.run_time_limits import RunTimeLimits
 from sensitivity.analysis.report.page import report
 from sensitivity.api.in_runtime import InRuntime
 from sensitivity.formats.timing.kept_times import keep, kept_times
@@ -179,7 +179,7 @@ def test_the_report_says_what_bits_buy(tmp_path: Path) -> None:
     layer_times.save(study.path, replace(of, layers=layers, resident=1e4))
     page = report(study, tmp_path / "report").read_text(encoding="utf-8")
     section = page[page.index('id="run-time"') :]
-    for name, buys in (("language", "memory and time"), ("vision.end", "memory"), ("connector", "nothing to speak of")):
+    for name, buys in (("language", "memory and time"), ("vision.end", "memory"), ("connector", "hardly anything")):
         row = re.search(rf"<td>{re.escape(name)}</td>.*?</tr>", section)
         assert row is not None
         assert row[0].endswith(f"{buys}</td></tr>")

@@ -23,7 +23,7 @@ import pytest
 from few import few
 from referencing import Registry, Resource
 
-from sensitivity.analysis.allocate.kept_recommendation import recommended, save, since
+from sensitivity.analysis.allocate.kept_recommendation import recommended, save, what_changed_since
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.atlas import atlas_file
@@ -432,7 +432,7 @@ def test_what_was_recommended_is_read_back_as_it_was_written(table: Path) -> Non
     save(study, found)
     before = [one.to_json() for one in found]
     assert [one.to_json() for one in recommended(Study(table))] == json.loads(json.dumps(before))
-    assert since(study, recommended(study)) == []
+    assert what_changed_since(study, recommended(study)) == []
 
 
 def test_where_a_study_has_grown_the_old_recommendation_stays_and_the_new_one_is_named(table: Path) -> None:
@@ -442,7 +442,7 @@ def test_where_a_study_has_grown_the_old_recommendation_stays_and_the_new_one_is
     study.append([planted.plan(planted.PARTS, row) for row in rows], [{"vqa": v} for v in planted.product(rows)])
     now = Study(table)
     assert [one.plan for one in recommended(now)] == [one.plan for one in old]
-    told = since(now, recommended(now))
+    told = what_changed_since(now, recommended(now))
     assert told[0].startswith("The study has grown from 28 to 36 plans since this was recommended")
     best = recommend_each(now, PlanRequest((5.0, 4.0), {"vqa": 1.0}))
     assert [one.plan for one in best] != [one.plan for one in old], "the test is to show two different answers"

@@ -1,4 +1,4 @@
-"""Believed scores: the surrogate's prediction for each measured plan; the noisier its reading, the less that counts."""
+"""Believed scores: measured plans by the surrogate's prediction, or with readings shrunk towards predictions."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sensitivity.analysis.observations import observations_of
 from sensitivity.study.scores import paired_difference
 from sensitivity.study.study import Study
 
-FOUND_OUT = 0.99  # quantile of chi-squared: readings that scatter more disprove the uncertainty of predictions
+TOO_CERTAIN = 0.99  # quantile of chi-squared: readings that scatter more show that predictions are too certain
 Z95 = 1.96  # half a 95 % interval, in standard deviations
 
 
 def believed(study: Study, knapsack: Knapsack, weights: Mapping[str, float]) -> dict[str, float]:
     """For each measured plan, by key, its weighted mean share of full precision.
 
-    The best of several noisy readings is too high (the winner's curse). The surrogate runs through readings without
-    noise, and between noisy ones.
+    The best of several noisy readings is too high (the winner's curse). The surrogate's prediction equals a reading
+    without noise, and smooths noisy ones.
     """
     found: dict[str, float] = {}
     total = sum(weights.values())
@@ -33,7 +33,7 @@ def believed(study: Study, knapsack: Knapsack, weights: Mapping[str, float]) -> 
     return {key: score for key, score in found.items() if np.isfinite(score)}
 
 
-def drawn_together(predicted: Sequence[Predicted], rows: Sequence[pd.DataFrame]) -> list[float]:
+def shrunk_scores(predicted: Sequence[Predicted], rows: Sequence[pd.DataFrame]) -> list[float]:
     """The scores of plans that were run on the same examples, each shrunk towards its prediction.
 
     The highest of several readings is too high: part of it is luck. The mean difference between readings and
@@ -42,8 +42,8 @@ def drawn_together(predicted: Sequence[Predicted], rows: Sequence[pd.DataFrame])
     are uncertain.
     """
     expected = np.array([one.score for one in predicted])
-    missed = np.array([float(frame["score"].mean()) for frame in rows]) - expected
-    middle = float(missed.mean())
+    errors = np.array([float(frame["score"].mean()) for frame in rows]) - expected
+    middle = float(errors.mean())
     scores = pd.concat([frame.set_index("example")["score"] for frame in rows], axis=1).dropna()
     clusters = rows[0].set_index("example")["cluster"].reindex(scores.index)
     noise = np.array([
@@ -52,9 +52,9 @@ def drawn_together(predicted: Sequence[Predicted], rows: Sequence[pd.DataFrame])
     noise = np.where(np.isfinite(noise), noise, 0.0)
     uncertain = float(np.mean([((one.high - one.low) / (2 * Z95)) ** 2 for one in predicted]))
     if len(rows) > 1:
-        # a scatter beyond the quantile shows that predictions are too certain: it is rare by chance, even of few plans
-        spread, most = float(np.var(missed, ddof=1)), chi2.ppf(FOUND_OUT, len(rows) - 1) / (len(rows) - 1)
-        if spread > most * (uncertain + float(noise.mean())):
+        # a scatter beyond the quantile is rare by chance, even of few plans: then predictions are too certain
+        spread, limit = float(np.var(errors, ddof=1)), chi2.ppf(TOO_CERTAIN, len(rows) - 1) / (len(rows) - 1)
+        if spread > limit * (uncertain + float(noise.mean())):
             uncertain = spread
-    held = uncertain / np.maximum(uncertain + noise, 1e-18)
-    return list(expected + middle + held * (missed - middle))
+    true_share = uncertain / np.maximum(uncertain + noise, 1e-18)
+    return list(expected + middle + true_share * (errors - middle))

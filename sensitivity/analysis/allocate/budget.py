@@ -11,8 +11,8 @@ import numpy as np
 from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
 from sensitivity.analysis.allocate.one_by_one import one_by_one
 from sensitivity.analysis.allocate.program import Program
-from sensitivity.analysis.allocate.run_time import RunTimeLimits
-from sensitivity.analysis.allocate.run_time import in_words as in_words_of
+from sensitivity.analysis.allocate.run_time_limits import RunTimeLimits
+from sensitivity.analysis.allocate.run_time_limits import in_words as in_words_of
 from sensitivity.analysis.observations import check_task
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
@@ -114,7 +114,7 @@ def spend(
     """
     program = Program(knapsack, allowed, tied)
     program.at_most(budget - knapsack.kept)
-    program.run_time()
+    program.limit_run_time()
     if not all(knapsack.models[task].is_formula for task in {*weights, *(floors or {})}):
         rows = one_by_one(program, weights, floors or {}, budget, top)
     else:
@@ -135,7 +135,7 @@ def spend(
 
 
 def fits(knapsack: Knapsack, row: Floats, budget: int) -> bool:
-    """Whether a plan keeps to the budget, counted in bits, and to all limits: HiGHS tolerates a small excess."""
+    """Whether a plan keeps to the budget in bits and to all limits; checked, since HiGHS tolerates a small excess."""
     plan = knapsack.space.decode(row)
     limits = knapsack.limits
     return knapsack.size(plan).bits <= budget and (limits is None or limits.hold(knapsack.parts, plan))
@@ -156,7 +156,7 @@ def _several_tasks(program: Program, weights: Mapping[str, float], budget: int, 
     """The best plans for several tasks: solved in the order of an upper bound, each then scored exactly.
 
     The search ends when no remaining plan has a bound above the score of plan number `top`. So the result is exact,
-    although the linear program holds only a bound.
+    although the program maximizes only a bound.
     """
     knapsack = program.knapsack
     total = sum(weights.values())
@@ -244,7 +244,7 @@ def best_uniform(
     floors: Mapping[str, float] | None = None,
     fits: Callable[[Plan], bool] = lambda plan: True,
 ) -> Candidate | None:
-    """The uniform plan that is predicted to score best within a budget in bpw, under the same conditions, if any."""
+    """The uniform plan that is predicted to score best within a budget in bpw and under these conditions, if any."""
     parts = knapsack.parts
     shared = set.intersection(*(set(options) for options in knapsack.space.choices))
     plans = [Plan.uniform(parts, choice) for choice in sorted(shared, key=str)]
@@ -266,22 +266,9 @@ def mean_share(predicted: Mapping[str, Predicted], weights: Mapping[str, float])
 
 
 def as_measured(predicted: Mapping[str, Predicted], weights: Mapping[str, float]) -> Predicted:
-    """The prediction on the scale of what is measured: one task's score, or the weighted mean of several's shares."""
+    """The prediction on the scale of measurements: one task's score, or the weighted mean of the shares of several."""
     if len(weights) == 1:
         return predicted[next(iter(weights))]
     each = [(predicted[task], weight / sum(weights.values())) for task, weight in weights.items()]
     score, low, high = (sum(w * float(getattr(p, name)) / p.full for p, w in each) for name in ("score", "low", "high"))
     return Predicted(score, low, high, 1.0)
-
-
-__all__ = [
-    "Candidate",
-    "Knapsack",
-    "Predicted",
-    "as_measured",
-    "best_uniform",
-    "budgets",
-    "mean_share",
-    "solve",
-    "spend",
-]

@@ -1,4 +1,4 @@
-"""The best plan within a budget by additive scores alone, such as those of a calibration, before any plan has run."""
+"""The best plan within a budget by additive scores alone, such as those from calibration, before any plan has run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def optimum(
 ) -> Plan:
     """The plan of at most so many bits per weight with the least sum of scores; with `runtime`, one that it can load.
 
-    A narrower scheme of a family never counts for less damage than a wider one: a score that says otherwise is noise.
+    Within a family, a narrower scheme counts for at least the damage of a wider one: a score that differs is noise.
     """
     schemes = list(dict.fromkeys(scheme for one in scores.values() for scheme in one))
     knapsack = Knapsack.build(parts, Space.of([Plan.uniform(parts, None)], scores), {}, files_of(runtime))
@@ -69,12 +69,12 @@ def rising(space: Space, scores: Scores) -> list[np.ndarray]:
     """Per component, the damage of each choice, native first; within a family, fewer bits never do less damage."""
     per_component = []
     for name, options in zip(space.names, space.choices, strict=True):
-        damages, before = [0.0], None
+        damages, wider = [0.0], None
         for option in options[1:]:
             assert option is not None
-            narrower = before is not None and family(before) == family(option)
-            damages.append(max(scores[name].get(option, np.inf), damages[-1] if narrower else 0.0))
-            before = option
+            same_family = wider is not None and family(wider) == family(option)
+            damages.append(max(scores[name].get(option, np.inf), damages[-1] if same_family else 0.0))
+            wider = option
         per_component.append(np.array(damages))
     return per_component
 

@@ -33,7 +33,7 @@ class ComparisonJson(TypedDict):
 class Comparison:
     """A paired difference of our plan to another, and its verdict.
 
-    'better', 'tied' and 'worse' are said of our plan; 'no worse' is said of the other: it scores at least as high.
+    'better', 'tied' and 'worse' are about our plan; 'no worse' is about the other, which scores at least as high.
     """
 
     other: Plan
@@ -79,12 +79,12 @@ def compare(mine: pd.DataFrame, theirs: pd.DataFrame, other: Plan, name: str, tr
 
 
 def _corrected(difference: Score, tries: int) -> Score:
-    """Widen the interval, as our plan was picked as the best of several (Bonferroni)."""
+    """Widen the interval, since our plan was picked as the best of several (Bonferroni)."""
     if tries < 2 or difference.clusters < 2:
         return difference
-    half = float(stats.t.ppf(1 - 0.025 / tries, difference.clusters - 1)) * difference.se
+    half_width = float(stats.t.ppf(1 - 0.025 / tries, difference.clusters - 1)) * difference.se
     mean = difference.mean
-    return Score(mean, difference.se, difference.n, difference.clusters, mean - half, mean + half)
+    return Score(mean, difference.se, difference.n, difference.clusters, mean - half_width, mean + half_width)
 
 
 def _verdict(difference: Score, name: str) -> tuple[str, int | None, str]:

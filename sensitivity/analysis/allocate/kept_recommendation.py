@@ -1,4 +1,4 @@
-"""Saved recommendations of a study: written beside it, read back, and compared with what would be recommended now."""
+"""Recommendations saved in a study: written, read back, and compared with what would be recommended now."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.legal import candidates as legal_candidates
 from sensitivity.analysis.allocate.recommendation import Recommendation, RecommendationJson, digest
 from sensitivity.analysis.allocate.request import PlanRequest
-from sensitivity.analysis.allocate.run_time import RunTimeLimits, check_limits
+from sensitivity.analysis.allocate.run_time_limits import RunTimeLimits, check_limits
 from sensitivity.analysis.observations import check_task
 from sensitivity.spec import schema
 from sensitivity.spec.errors import UserError
@@ -24,6 +24,7 @@ from sensitivity.spec.runtimes.table import files_of
 from sensitivity.study.storage import layer_times, paths
 from sensitivity.study.study import Study
 
+Proposed = list[tuple[list[Candidate], Candidate | None]]  # for each budget
 REPAIR = "`sensitivity recommend` writes it anew; or delete it"
 # keys that `recommend` writes into a plan.json; one that `export` or a user wrote lacks them
 KEYS = ("task_weights", "budget_bpw", "stored_size", "predicted", "candidates", "fresh_examples", "verdict", "by_task")
@@ -84,7 +85,7 @@ def _read(study: Study, file: Path, data: RecommendationJson) -> Recommendation:
         raise wrong(str(error)) from error
 
 
-def since(study: Study, recommendations: Sequence[Recommendation]) -> list[str]:
+def what_changed_since(study: Study, recommendations: Sequence[Recommendation]) -> list[str]:
     """Sentences on how far a study has grown since these recommendations, and what would be recommended now."""
     asked = recommendations[0].provenance.get("asked") if recommendations else None
     if asked is None or recommendations[0].provenance.get("read") in (None, digest(study)):
@@ -99,11 +100,11 @@ def since(study: Study, recommendations: Sequence[Recommendation]) -> list[str]:
         fresh = proposed(study, request, layer_times.read(study.path))
     except UserError as error:
         return [*sentences, f"Nothing could be recommended now: {error}."]
-    ours = {f"{one.budget:.4g}": one.plan for one in recommendations}
+    saved_plans = {f"{one.budget:.4g}": one.plan for one in recommendations}
     for bpw, (candidates, _) in zip(request.bpw, fresh, strict=True):
         best = candidates[0]
-        old = ours.get(f"{best.budget:.4g}")
-        if old is not None and best.plan.key == old.key:
+        saved = saved_plans.get(f"{best.budget:.4g}")
+        if saved is not None and best.plan.key == saved.key:
             sentences.append(f"Asked again for {bpw:g} bpw, the same plan is predicted to be best.")
             continue
         score = "; ".join(f"{task} {best.predicted[task].score:.3f}" for task in request.weights)
@@ -112,9 +113,6 @@ def since(study: Study, recommendations: Sequence[Recommendation]) -> list[str]:
             f"`sensitivity recommend {study.path} --bpw {bpw:g}` verifies it."
         )
     return sentences
-
-
-Proposed = list[tuple[list[Candidate], Candidate | None]]
 
 
 def check_request(study: Study, request: PlanRequest) -> tuple[Allowed | None, list[tuple[str, ...]]]:

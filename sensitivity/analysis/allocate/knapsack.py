@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sensitivity.analysis.allocate.run_time import RunTimeLimits
+from sensitivity.analysis.allocate.run_time_limits import RunTimeLimits
 from sensitivity.analysis.observations import observations_of
 from sensitivity.analysis.surrogate.space import Space
 from sensitivity.analysis.surrogate.surrogate import Surrogate, fit_surrogate
@@ -37,7 +37,7 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Knapsack:
-    """What a budget can be spent on: measured choices, their bits (as a format stores them), a surrogate per task."""
+    """What a budget can be spent on: choices, their bits (as a format stores them), and a surrogate for each task."""
 
     parts: ComponentMap
     space: Space
@@ -104,6 +104,7 @@ class Knapsack:
 
 
 def _nothing_to_lose(task: str, full: float) -> str:
+    """Why plans cannot be compared by their share of this score of full precision."""
     if full == 0:
         return (
             f"full precision scored 0 on '{task}', so there is nothing to lose and no plan to prefer; have a look at "

@@ -1,4 +1,4 @@
-"""The best plan that a runtime can load, solved for under its constraints rather than rounded; and what it costs."""
+"""The best plan that a runtime can load, solved for under its constraints; and what it costs against another plan."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ def legalize(study: Study, plan: Plan, runtime: str, bpw: float | None = None, t
     """
     task = check_task(study, task)
     before = size(study.parts, plan, files_of(runtime))
-    broken = tuple(violations(study.parts, plan, runtime))
+    violated = tuple(violations(study.parts, plan, runtime))
     predicted = _predicted(study, plan, task)
     fits = bpw is None or before.bits <= budget_bits(study.parts, bpw)
-    if not broken and fits:
+    if not violated and fits:
         return Legal(runtime, task, plan, (), plan, before, before, predicted, predicted)
     best = legal(study, runtime, before.bpw if bpw is None else bpw, task)
-    return Legal(runtime, task, plan, broken, best.plan, before, best.size, predicted, best.predicted.get(task))
+    return Legal(runtime, task, plan, violated, best.plan, before, best.size, predicted, best.predicted.get(task))
 
 
 def legal(study: Study, runtime: str, bpw: float, task: str | None = None) -> Candidate:
@@ -104,8 +104,8 @@ def candidates(
     knapsack = knapsack or Knapsack.of(study, list(dict.fromkeys([*weights, *(floors or {})])), files_of(runtime))
     failure: UserError | None = None
     usable = _usable(study, runtime, knapsack)
-    # A runtime may offer alternatives, such as any single scheme for the whole model. Each is solved by itself; that
-    # one of them has no solution matters only if none has.
+    # A runtime may offer alternatives, such as any single scheme for the whole model. Each is solved by itself; it is
+    # an error only if none of them has a solution.
     for allowed in searches(study.parts, runtime, usable):
         try:
             solved += solve(

@@ -13,7 +13,7 @@ from sensitivity.analysis.allocate.program import Program
 
 Floats = np.ndarray
 MAX_COMPARED = 50_000  # of a space with at most so many plans, all are compared
-STARTS = 12  # plans of least damage from which further plans of a larger space are reached
+STARTS = 12  # plans of least damage, whose neighbors in a larger space are compared
 
 
 def one_by_one(
@@ -21,8 +21,8 @@ def one_by_one(
 ) -> list[Floats]:
     """The best plans of at most so many bits, by the weighted mean of predicted shares of full precision.
 
-    Exact for spaces of at most ALL plans. Of a larger one are compared: the plans of least damage, the measured ones,
-    and all plans that differ from these in one component.
+    The result is exact for spaces of at most MAX_COMPARED plans. Of a larger one, the plans of least damage, the
+    measured ones and all that differ from these in one component are compared.
     """
     knapsack = program.knapsack
     rows = (
@@ -49,17 +49,17 @@ def _near_the_best(program: Program, weights: Mapping[str, float], budget: int) 
     """The plans of least damage for each task, the measured plans, and all that differ from them in one component."""
     rows = [row for task in weights for row in _least_damage(program, task)]
     rows += [row for task in weights for row in _measured(program.knapsack, task)]
-    near = [np.array(rows)]
+    groups = [np.array(rows)]
     for c, count in enumerate(program.counts):
         for choice in range(count):
-            moved = near[0].copy()
-            moved[:, c] = choice
-            near.append(moved)
-    return np.unique(np.concatenate(near), axis=0)
+            neighbors = groups[0].copy()
+            neighbors[:, c] = choice
+            groups.append(neighbors)
+    return np.unique(np.concatenate(groups), axis=0)
 
 
 def _least_damage(program: Program, task: str) -> list[Floats]:
-    """A few plans that meet the constraints, by the formula alone."""
+    """The plans that do least damage by the formula alone and meet the constraints."""
     cost, found = program.damage(task), []
     constraints = len(program.rows)
     for _ in itertools.repeat(None, STARTS):
@@ -72,5 +72,6 @@ def _least_damage(program: Program, task: str) -> list[Floats]:
 
 
 def _measured(knapsack: Knapsack, task: str) -> Floats:
+    """The measured plans as rows, as far as the surrogate keeps them."""
     misfit = knapsack.models[task].misfit
     return np.zeros((0, len(knapsack.space.names)), dtype=int) if misfit is None else misfit.index

@@ -24,8 +24,8 @@ SEGMENTS = 24  # line segments that bound a task's score from above, where sever
 class Program:
     """The mixed-integer program: a binary variable per choice, and products of choices for interacting pairs.
 
-    `low`, `high` and `whole` are the bounds of each variable and whether it is an integer; `rows` are the constraints:
-    coefficients by variable, the least and the most that their sum may be.
+    `low` and `high` are the bounds of each variable, and `integral` is 1 for integers. `rows` are the constraints: the
+    coefficients of variables, and the least and the most that their sum may be.
     """
 
     def __init__(self, knapsack: Knapsack, allowed: Allowed | None = None, tied: Sequence[Sequence[str]] = ()) -> None:
@@ -34,32 +34,32 @@ class Program:
         self.first = np.cumsum([0, *self.counts])
         self.low: list[float] = []
         self.high: list[float] = []
-        self.whole: list[int] = []
+        self.integral: list[int] = []
         self.rows: list[tuple[dict[int, float], float, float]] = []
         self.products: dict[tuple[int, int], int] = {}
-        self._new(int(self.first[-1]), 0, 1, whole=True)
+        self._new(int(self.first[-1]), 0, 1, integral=True)
         for start, n in zip(self.first, self.counts, strict=False):  # exactly one choice per component
             self.rows.append(({start + i: 1.0 for i in range(n)}, 1, 1))
         self._allow(allowed)
         for group in tied:
             self._tie(group)
 
-    def _new(self, count: int, low: float, high: float, whole: bool = False) -> int:
+    def _new(self, count: int, low: float, high: float, integral: bool = False) -> int:
         """Add variables with these bounds; return the index of the first."""
         start = len(self.low)
         self.low += [low] * count
         self.high += [high] * count
-        self.whole += [int(whole)] * count
+        self.integral += [int(integral)] * count
         return start
 
     def _allow(self, allowed: Allowed | None) -> None:
         """Fix the choices that are not allowed at 0."""
         space = self.knapsack.space
         for start, name, options in zip(self.first, space.names, space.choices, strict=False):
-            fine = [allowed is None or allowed(name, option) for option in options]
-            if not any(fine):
+            permitted = [allowed is None or allowed(name, option) for option in options]
+            if not any(permitted):
                 raise UserError(f"no measured width of {name} is allowed; there are {_widths(options)}")
-            self.high[start : start + len(options)] = map(float, fine)
+            self.high[start : start + len(options)] = map(float, permitted)
 
     def _tie(self, group: Sequence[str]) -> None:
         """Make the components of a group choose the same scheme."""
@@ -91,14 +91,14 @@ class Program:
         unit = max(float(np.nanmax(np.abs(costs))), 1e-300)
         self.rows.append(({i: c / unit for i, c in enumerate(np.nan_to_num(costs))}, -np.inf, most / unit))
 
-    def run_time(self) -> None:
-        """Demand all limits of the knapsack on what a plan takes while it runs."""
+    def limit_run_time(self) -> None:
+        """Add the knapsack's limits on what a plan takes while it runs."""
         if self.knapsack.limits is not None:
             for costs, most in self.knapsack.limits.rows(self.knapsack.parts, self.knapsack.space).values():
                 self.limit(costs, most)
 
     def keep(self, task: str, share: float) -> None:
-        """Demand at least this share of full precision's score, as predicted: a limit on the total damage."""
+        """Demand at least this share of full precision's predicted score, by a limit on the total damage."""
         limit = self.knapsack.models[task].eta_at(share * self.knapsack.full(task))
         if limit < 0:
             raise UserError(f"a floor of {share:.0%} on '{task}' is more than full precision reaches")
@@ -144,7 +144,7 @@ class Program:
             model, full = self.knapsack.models[task], self.knapsack.full(task)
             damage = self.damage(task)
             knots, slopes, starts = _above(model)
-            pieces = self._new(len(slopes), 0, 1, whole=True)
+            pieces = self._new(len(slopes), 0, 1, integral=True)
             inside = self._new(len(slopes), -np.inf, np.inf)
             self.rows.append(({pieces + k: 1.0 for k in range(len(slopes))}, 1, 1))
             self.rows.append((damage | {inside + k: -1.0 for k in range(len(slopes))}, 0, 0))
@@ -158,14 +158,15 @@ class Program:
     def allows(self, rows: Floats) -> Floats:
         """Which plans meet the limits on single components and all constraints on choices alone, without products."""
         chosen = self.first[:-1] + rows
-        fine = np.all(np.array(self.high)[chosen] > 0, axis=1)
+        meets = np.all(np.array(self.high)[chosen] > 0, axis=1)
         for coefficients, low, high in self.rows:
             if max(coefficients) < self.first[-1]:
                 weights = np.zeros(int(self.first[-1]))
                 weights[list(coefficients)] = list(coefficients.values())
                 total = weights[chosen].sum(axis=1)
-                fine &= (low - 1e-9 <= total) & (total <= high + 1e-9)  # rounding; the caller counts the budget in bits
-        return np.asarray(fine)
+                # with room for rounding; the caller counts the budget in bits
+                meets &= (low - 1e-9 <= total) & (total <= high + 1e-9)
+        return np.asarray(meets)
 
     def exclude(self, row: Floats) -> None:
         """Forbid one plan, so that the next solution is the next best."""
@@ -184,14 +185,14 @@ class Program:
             solution = milp(
                 objective / scale,
                 constraints=limits,
-                integrality=np.array(self.whole),
+                integrality=np.array(self.integral),
                 bounds=Bounds(np.array(self.low), np.array(self.high)),
                 options={"mip_rel_gap": 0},  # by default HiGHS stops at a plan within 1e-4 of the best
             )
         if solution.x is None:
             return None
-        picked = [solution.x[start:end] for start, end in itertools.pairwise(self.first)]
-        return np.array([int(np.argmax(p)) for p in picked]), float(solution.fun) * scale
+        chosen = [solution.x[start:end] for start, end in itertools.pairwise(self.first)]
+        return np.array([int(np.argmax(one)) for one in chosen]), float(solution.fun) * scale
 
 
 def _above(model: Surrogate) -> tuple[Floats, Floats, Floats]:

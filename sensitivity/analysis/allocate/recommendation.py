@@ -11,7 +11,7 @@ from typing import NotRequired, TypedDict
 import numpy as np
 import pandas as pd
 
-from sensitivity.analysis.allocate.believed import drawn_together
+from sensitivity.analysis.allocate.believed import shrunk_scores
 from sensitivity.analysis.allocate.budget import Candidate, as_measured
 from sensitivity.analysis.allocate.comparison import Comparison, ComparisonJson, compare
 from sensitivity.analysis.allocate.knapsack import Predicted
@@ -119,15 +119,15 @@ class Recommendation:
     def from_json(cls, data: RecommendationJson, parts: ComponentMap) -> Recommendation:
         """The recommendation that `to_json` wrote, from a file that was checked against its schema."""
         plan = Plan.from_json(data["plan"])
-        weighs = size(parts, plan, data["stored_size"].get("format"))
+        stored_size = size(parts, plan, data["stored_size"].get("format"))
         predicted = {task: Predicted(**one) for task, one in data["predicted"].items()}
         measured, full, uniform = data.get("measured"), data.get("full_precision"), data.get("uniform")
         return cls(
             data["task_weights"],
             data["budget_bpw"],
             plan,
-            weighs,
-            Candidate(plan, weighs, data["budget_bpw"], 0, predicted),
+            stored_size,
+            Candidate(plan, stored_size, data["budget_bpw"], 0, predicted),
             Score.from_json(measured) if measured else None,
             Score.from_json(full) if full else None,
             Comparison.from_json(uniform) if uniform else None,
@@ -159,9 +159,8 @@ def judge(
     the same examples for all. Candidates without measurements are left out. weights: how much each task counts; by
     default the study's first alone. fresh: these examples had no part in finding the candidates.
 
-    Readings are shrunk towards predictions, since the highest of several noisy ones was partly lucky.
-
-    The rival is recommended only if it is clearly better than the best candidate.
+    Readings are shrunk towards predictions, since the highest of several noisy ones was partly lucky. The rival is
+    recommended only if it is clearly better than the best candidate.
     """
     weights = weights or {study.tasks[0]: 1.0}
     native = Plan.uniform(study.parts, None)
@@ -173,15 +172,17 @@ def judge(
     if not run:
         return unmeasured(study, candidates, weights, provenance)
     scores = {key: summarize(frame["score"], frame["cluster"]) for key, frame in rows.items()}
-    likely = drawn_together([as_measured(c.predicted, weights) for c in run], [rows[c.plan.key] for c in run])
+    likely = shrunk_scores([as_measured(c.predicted, weights) for c in run], [rows[c.plan.key] for c in run])
     best = run[int(np.argmax(likely))]
     # `len(run)` corrects each interval for having picked the best of that many
-    facing = None
+    against_rival = None
     if rival is not None and rival.plan.key in rows and rival.plan.key != best.plan.key:
-        facing = compare(rows[best.plan.key], rows[rival.plan.key], rival.plan, "the best uniform plan", len(run))
-    words = facing.words if facing else _without_rival(best, rival)
-    if rival is not None and facing is not None and facing.verdict == "worse":
-        best, facing, words = rival, None, f"A uniform plan is the best choice here. {words}"
+        against_rival = compare(
+            rows[best.plan.key], rows[rival.plan.key], rival.plan, "the best uniform plan", len(run)
+        )
+    words = against_rival.words if against_rival else _without_rival(best, rival)
+    if rival is not None and against_rival is not None and against_rival.verdict == "worse":
+        best, against_rival, words = rival, None, f"A uniform plan is the best choice here. {words}"
     others = tuple(
         compare(rows[best.plan.key], rows[c.plan.key], c.plan, "the runner-up", len(run))
         for c in run
@@ -195,7 +196,7 @@ def judge(
         best,
         scores[best.plan.key],
         scores.get(native.key),
-        facing,
+        against_rival,
         others,
         fresh,
         words,
@@ -277,8 +278,8 @@ def _full(study: Study, native: pd.DataFrame | None, task: str) -> float:
 def _weighed(frame: pd.DataFrame, weights: Mapping[str, float], full: Mapping[str, float]) -> pd.DataFrame:
     """Examples of all weighted tasks, scaled so that their mean is the weighted mean of shares of full precision.
 
-    In one table, so that standard errors are clustered by image over all tasks: two tasks about the same images are
-    not independent evidence.
+    They are in one table, so that standard errors are clustered by image over all tasks: two tasks about the same
+    images are not independent evidence.
     """
     if len(weights) == 1:
         return _of_task(frame, next(iter(weights)))

@@ -1,4 +1,4 @@
-"""AsModel: a new model as it would be if it were like one of the atlas's models."""
+"""AsModel: what is predicted of a new model if it behaves like one of the atlas's models."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 
 from sensitivity.analysis.atlas.entry import Entry
 from sensitivity.analysis.surrogate.space import Expected
-from sensitivity.analysis.surrogate.transfer import MIN_DAMAGE, moved
+from sensitivity.analysis.surrogate.transfer import MIN_DAMAGE, transfer
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import Plan, Scheme
 
 
 @dataclass(frozen=True)
 class AsStudy:
-    """The damages and relative errors of one entry, moved to the components and schemes of a new model."""
+    """The damages and relative errors of one entry, transferred to the components and schemes of a new model."""
 
     entry: Entry
     damages: Expected
@@ -39,7 +39,7 @@ class AsStudy:
 
 @dataclass(frozen=True)
 class AsModel:
-    """What the studies of one model say; `errors` and `trust` are those of the model that is predicted."""
+    """What the studies of one model predict; `errors` and `trust` are those of the new model."""
 
     studies: tuple[AsStudy, ...]
     errors: Expected | None = None
@@ -52,12 +52,12 @@ class AsModel:
 
     @cached_property
     def damages(self) -> tuple[Expected, ...]:
-        """The damages by each study."""
+        """The damages that each study predicts."""
         return tuple(one.adjusted(self.errors, self.trust) for one in self.studies)
 
     @property
     def own_errors(self) -> Expected | None:
-        """The relative errors of this model itself, by the first study that has them."""
+        """The relative errors of the atlas's own model, from the first study that has them."""
         return next((one.errors for one in self.studies if one.errors is not None), None)
 
     def loss(self, plan: Plan) -> float:
@@ -70,21 +70,21 @@ class AsModel:
 
 
 def as_each_model(entries: Sequence[Entry], parts: ComponentMap, schemes: Sequence[Scheme]) -> list[AsModel]:
-    """A new model as each model of an atlas, in the order of the atlas."""
+    """For each model of an atlas, in its order, the predictions for a new model."""
     groups: dict[str, list[AsStudy]] = {}
     for entry in entries:
         known = entry.errors.keys() == entry.damages.keys()
         own = AsStudy(
             entry,
-            moved(entry.damages, parts, schemes, entry.about["model"]),
-            moved(entry.errors, parts, schemes, entry.about["model"]) if known else None,
+            transfer(entry.damages, parts, schemes, entry.about["model"]),
+            transfer(entry.errors, parts, schemes, entry.about["model"]) if known else None,
         )
         groups.setdefault(entry.model, []).append(own)
     return [AsModel(tuple(studies)) for studies in groups.values()]
 
 
 def with_errors(models: Sequence[AsModel], errors: Expected | None, trust: float) -> list[AsModel]:
-    """The same models, with the relative errors of the model that is predicted."""
+    """The same models, with the relative errors of the new model."""
     return [replace(model, errors=errors, trust=trust) for model in models]
 
 

@@ -15,9 +15,9 @@ from sensitivity.spec.plan import Scheme
 from sensitivity.study.storage.opening import ProcessLock, held
 from sensitivity.study.study import Study
 
-KEY = b"sensitivity-atlas"  # of the metadata: marks a file as ours
+KEY = b"sensitivity-atlas"  # of the metadata, which marks a file as ours
 COLUMNS = ("study", "component", "numel", "scheme", "damage", "error")
-OWN = ("about", "parameters", "plans", "full", "floor", "power", "noise")  # what the JSON has of each study
+ENTRY_FIELDS = ("about", "parameters", "plans", "full", "floor", "power", "noise")  # of each study, in the JSON
 DEFAULT = Path("runs/atlas.parquet")
 REMEDY = "restore a copy, or name another file"
 
@@ -37,9 +37,9 @@ def add_to_atlas(study: Study, to: Path | str = DEFAULT) -> list[Entry]:
         raise UserError(f"an atlas is a file such as {DEFAULT}, not {file}")
     fresh = entries_of(study)
     if file.exists():
-        read(file)  # what is no atlas is refused before a lock lies beside it
+        read(file)  # refuses another file before a lock is made beside it
     lock = file.with_suffix(".kernel-lock").name
-    with new_folder(file.parent, [lock]), held(ProcessLock(file)):  # else one of two processes would lose its study
+    with new_folder(file.parent, [lock]), held(ProcessLock(file)):  # else one of two processes could lose its study
         others = read(file) if file.exists() else []
         known = [_about(entry) for entry in fresh]
         entries = sorted([*(one for one in others if _about(one) not in known), *fresh], key=_about)
@@ -96,7 +96,7 @@ def _entry(one: Mapping[str, Any]) -> Entry:
         damages.setdefault(name, {})[scheme] = row["damage"]
         if row["error"] is not None:
             errors.setdefault(name, {})[scheme] = row["error"]
-    return Entry(**{name: one[name] for name in OWN}, sizes=sizes, damages=damages, errors=errors)
+    return Entry(**{name: one[name] for name in ENTRY_FIELDS}, sizes=sizes, damages=damages, errors=errors)
 
 
 def _write(file: Path, entries: Sequence[Entry]) -> None:
@@ -112,7 +112,7 @@ def _write(file: Path, entries: Sequence[Entry]) -> None:
     ]
     kinds = (pa.int32(), pa.string(), pa.int64(), pa.string(), pa.float64(), pa.float64())
     columns = [pa.array(values, kind) for values, kind in zip(zip(*rows, strict=True), kinds, strict=True)]
-    content = {"version": 1, "studies": [{name: getattr(entry, name) for name in OWN} for entry in entries]}
+    content = {"version": 1, "studies": [{name: getattr(entry, name) for name in ENTRY_FIELDS} for entry in entries]}
     table = pa.table(dict(zip(COLUMNS, columns, strict=True))).replace_schema_metadata({KEY: json.dumps(content)})
     with replacing(file) as unfinished:
         parquet.write_table(table, unfinished)

@@ -17,8 +17,8 @@ from sensitivity.study.storage import attributions
 from sensitivity.study.study import Study
 
 ERROR = "gram"  # the score that is kept: a relative error, so that those of two models can be compared
-MIN_SHARE = 1e-3  # least and largest share of full precision whose loss is taken: its logarithm stays finite
-MAX_SHARE = 1 - 1e-5
+# shares of full precision are kept within these limits, so that their loss is finite
+MIN_SHARE, MAX_SHARE = 1e-3, 1 - 1e-5
 
 
 class About(TypedDict):
@@ -35,7 +35,7 @@ class About(TypedDict):
 
 @dataclass(frozen=True)
 class Entry:
-    """One task of one study. Scores are shares of full precision's."""
+    """One task of one study; scores are shares of full precision's."""
 
     about: About
     parameters: int
@@ -50,7 +50,7 @@ class Entry:
 
     @property
     def model(self) -> str:
-        """What tells its model from others."""
+        """What identifies the model: its fingerprint, or its name."""
         return self.about["weights"] or self.about["model"]
 
     def loss(self, damage: float) -> float:
@@ -74,6 +74,7 @@ def entries_of(study: Study) -> list[Entry]:
 
 
 def _entry(study: Study, task: str) -> Entry:
+    """The entry for a task, from the surrogate of the study."""
     observations = observations_of(study, check_task(study, task))
     model = additive_surrogate(study, task)
     full, floor = float(model.theta[0]), float(model.theta[1])

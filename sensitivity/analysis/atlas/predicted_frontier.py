@@ -17,7 +17,7 @@ from sensitivity.analysis.atlas.as_each_model import AsModel, as_each_model, mea
 from sensitivity.analysis.atlas.atlas_file import DEFAULT, read
 from sensitivity.analysis.atlas.entry import ERROR, Entry, share_of
 from sensitivity.analysis.surrogate.space import Expected
-from sensitivity.analysis.surrogate.transfer import moved, unknown_to
+from sensitivity.analysis.surrogate.transfer import transfer, without_counterpart
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Plan, Scheme
@@ -28,10 +28,10 @@ from sensitivity.study.storage.attributions import read as read_attributions
 
 Floats = np.ndarray
 BUDGETS = 6  # between the smallest and the largest uniform plan, where none are given
-TRUSTS = (0.5, 1.0)  # how far relative errors may correct damages: the power of their ratio
-MIN_MODELS = 3  # models with relative errors from which that is learned
-WORTH = 0.8  # they count if models that are left out are then missed by at most this share of what they were
-MAX_PLANS = 200  # measured plans; beyond, nothing is promised
+TRUSTS = (0.5, 1.0)  # powers of the ratio of relative errors, by which damages may be corrected
+MIN_MODELS = 3  # models with relative errors, from which the power is learned
+MAX_ERROR_SHARE = 0.8  # damages are corrected if that lowers the leave-one-out error to at most this share
+MAX_PLANS = 200  # plans to measure; beyond, no number is given
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class PredictedFrontier:
     """What an atlas says of a model of which nothing was measured."""
 
     points: tuple[FrontierPoint, ...]
-    models: tuple[str, ...]  # those that it learned from
+    models: tuple[str, ...]  # of the studies that were used
     studies: int
     tasks: tuple[str, ...]
-    trust: float  # how far relative errors of the new model counted: 0 not at all
+    trust: float  # how far relative errors of the new model counted; 0 means not at all
     halved_by: int | None  # plans to measure until intervals are half as wide; None where that is not known
     examples: int | None  # examples that each of these plans runs on
 
@@ -90,8 +90,8 @@ def predict_frontier(
     bpw: budgets; by default six, between the smallest and the largest uniform plan. task: learn from studies of this
     task alone. attributions: a folder with what `sensitivity explain` says of the new model.
 
-    The new model is taken to be like each model of the atlas in turn; the mean is the prediction. Its interval holds
-    the share of another such model: it is as wide as the atlas's own models are missed when each is left out.
+    The prediction is the mean of what the new model would score if it were like each model of the atlas. The width of
+    its interval comes from the errors of predicting each of the atlas's models from the others.
 
     Examples:
         >>> from sensitivity import predict_frontier
@@ -108,12 +108,12 @@ def predict_frontier(
     informed = with_errors(models, errors, trust)
     plans = _plans(informed, parts, limits)
     losses = [mean_loss(informed, plan) for plan in plans]
-    missed = _left_out(models, parts, limits, trust)
-    spread = _spread(missed, len(limits))
-    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(models) - 1) * spread if len(models) > 1 else spread
+    left_out = _left_out(models, parts, limits, trust)
+    spread = _spread(left_out, len(limits))
+    half_widths = stats.t.ppf((1 + CONFIDENCE) / 2, len(models) - 1) * spread if len(models) > 1 else spread
     points = tuple(
-        FrontierPoint(one, plan, size(parts, plan), share_of(y), share_of(y + far), share_of(y - far))
-        for one, plan, y, far in zip(limits, plans, losses, reach, strict=True)
+        FrontierPoint(one, plan, size(parts, plan), share_of(y), share_of(y + half), share_of(y - half))
+        for one, plan, y, half in zip(limits, plans, losses, half_widths, strict=True)
     )
     examples = [entry.about["n"] for entry in entries if entry.about["n"]]
     return PredictedFrontier(
@@ -122,7 +122,7 @@ def predict_frontier(
         len(entries),
         tuple(dict.fromkeys(entry.about["task"] for entry in entries)),
         trust,
-        _halved_by(missed, losses, [entry.noise for entry in entries if entry.noise is not None]),
+        _halved_by(left_out, losses, [entry.noise for entry in entries if entry.noise is not None]),
         int(np.median(examples)) if examples else None,
     )
 
@@ -133,9 +133,9 @@ def _fitting(entries: Sequence[Entry], atlas: Path, parts: ComponentMap, task: s
     if task is not None and task not in tasks:
         raise unknown(f"task of {atlas}", task, tasks)
     asked = [entry for entry in entries if task in (None, entry.about["task"])]
-    fitting = [entry for entry in asked if not unknown_to(entry.damages, parts)]
+    fitting = [entry for entry in asked if not without_counterpart(entry.damages, parts)]
     if not fitting:
-        missing = unknown_to(asked[0].damages, parts)[0]
+        missing = without_counterpart(asked[0].damages, parts)[0]
         raise UserError(f"no study of {atlas} says anything about {missing}; add one of a model with the same parts")
     return fitting
 
@@ -161,7 +161,7 @@ def _errors(folder: Path | str | None, parts: ComponentMap, schemes: Sequence[Sc
             f"{paths.attributions(Path(folder))} has no score called {ERROR}; "
             f"`sensitivity explain MODEL --scores {ERROR} --check 0 --out {folder}` writes it"
         )
-    return moved(found, parts, schemes, folder)
+    return transfer(found, parts, schemes, folder)
 
 
 def _plans(models: Sequence[AsModel], parts: ComponentMap, limits: Sequence[float]) -> list[Plan]:
@@ -176,52 +176,53 @@ def _plans(models: Sequence[AsModel], parts: ComponentMap, limits: Sequence[floa
 
 
 def _left_out(models: Sequence[AsModel], parts: ComponentMap, limits: Sequence[float], trust: float) -> Floats:
-    """How far each model's loss is from what the others predict, for the plans that they choose; models x budgets."""
-    missed = []
+    """Leave-one-out errors, models x budgets: each model's loss for the plans of the others, minus their prediction."""
+    errors = []
     for own in models if len(models) > 1 else ():
         others = with_errors([model for model in models if model is not own], own.own_errors, trust)
         plans = _plans(others, parts, limits)
-        missed.append([own.loss(plan) - mean_loss(others, plan) for plan in plans])
-    return np.array(missed).reshape(-1, len(limits))
+        errors.append([own.loss(plan) - mean_loss(others, plan) for plan in plans])
+    return np.array(errors).reshape(-1, len(limits))
 
 
 def _trust(models: Sequence[AsModel], parts: ComponentMap, limits: Sequence[float]) -> float:
-    """How far relative errors correct damages: what misses least when each model that has them is left out."""
+    """The power by which relative errors correct damages: that of the least leave-one-out error, or 0."""
     having = [model for model in models if model.own_errors is not None]
     if len(having) < MIN_MODELS:
         return 0.0
-    missed = {trust: float(np.linalg.norm(_left_out(having, parts, limits, trust))) for trust in (0.0, *TRUSTS)}
-    best = min(TRUSTS, key=missed.__getitem__)
-    return best if missed[best] <= WORTH * missed[0.0] else 0.0
+    errors = {trust: float(np.linalg.norm(_left_out(having, parts, limits, trust))) for trust in (0.0, *TRUSTS)}
+    best = min(TRUSTS, key=errors.__getitem__)
+    return best if errors[best] <= MAX_ERROR_SHARE * errors[0.0] else 0.0
 
 
 def _unbiased(models: int) -> float:
-    """From the mean square by which models are missed that are left out, to the variance of predicting another.
+    """The factor from the mean squared leave-one-out error to the expected squared error for a new model.
 
-    A model of variance v is missed by v (1 + 1/(J - 1)) if the mean of the others predicts it, and by v (1 + 1/J) if
-    the mean of all J does.
+    With a variance of v between J models, the first is v (1 + 1/(J - 1)), since the mean of the others predicts each;
+    the second is v (1 + 1/J), since the mean of all J predicts the new one.
     """
     return (models**2 - 1) / models**2
 
 
-def _spread(missed: Floats, limits: int) -> Floats:
+def _spread(errors: Floats, limits: int) -> Floats:
     """The standard deviation of the loss around the prediction, for each budget; infinite where it is not known."""
-    if not len(missed):
+    if not len(errors):
         return np.full(limits, np.inf)
-    return np.asarray(np.sqrt(np.mean(missed**2, axis=0) * _unbiased(len(missed))))
+    return np.asarray(np.sqrt(np.mean(errors**2, axis=0) * _unbiased(len(errors))))
 
 
-def _halved_by(missed: Floats, losses: Sequence[float], noises: Sequence[float]) -> int | None:
+def _halved_by(errors: Floats, losses: Sequence[float], noises: Sequence[float]) -> int | None:
     """How many plans on the frontier must be measured until intervals are half as wide on average.
 
-    Models that are missed at one budget are missed alike at others: their covariance says what a measurement at one
-    tells about all (kriging). Each time the plan is measured that narrows the intervals most.
+    Prediction errors at one budget go along with those at others: their covariance says what a measurement at one
+    budget tells about all (kriging). The plan to measure next is always the one that narrows intervals most.
     """
-    if not len(missed):
+    if not len(errors):
         return None
-    steep = np.array([math.exp(y - math.exp(min(y, 700.0))) for y in losses])  # of the share, by the loss
-    covariance = LedoitWolf(assume_centered=True).fit(missed).covariance_ * _unbiased(len(missed))
-    covariance = covariance * np.outer(steep, steep)
+    # how steeply the share falls with the loss
+    slopes = np.array([math.exp(y - math.exp(min(y, 700.0))) for y in losses])
+    covariance = LedoitWolf(assume_centered=True).fit(errors).covariance_ * _unbiased(len(errors))
+    covariance = covariance * np.outer(slopes, slopes)
     noise = float(np.median(noises)) ** 2 if noises else 0.0
     before = _mean_spread(covariance)
     for count in range(MAX_PLANS):
@@ -233,5 +234,5 @@ def _halved_by(missed: Floats, losses: Sequence[float], noises: Sequence[float])
 
 
 def _mean_spread(covariance: Floats) -> float:
-    """The mean standard deviation; rounding errors can make a variance of nothing negative."""
+    """The mean standard deviation; rounding errors can make a variance near zero negative."""
     return float(np.sqrt(np.maximum(np.diag(covariance), 0.0)).mean())

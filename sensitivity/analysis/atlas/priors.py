@@ -1,4 +1,4 @@
-"""Priors: what other studies measured is what a study expects of its components before it has scores."""
+"""Priors: damages that other studies measured, as what a study expects of its components before it has scores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from sensitivity.analysis.allocate.by_scores import combined
 from sensitivity.analysis.atlas.atlas_file import read
 from sensitivity.analysis.surrogate.space import Expected
-from sensitivity.analysis.surrogate.transfer import measured_damages, moved, unknown_to
+from sensitivity.analysis.surrogate.transfer import measured_damages, transfer, without_counterpart
 from sensitivity.spec.plan import Scheme
 from sensitivity.study.storage import expected
 from sensitivity.study.study import Study
@@ -26,8 +26,8 @@ def expect_from(study: Study, priors: Sequence[Path], schemes: Sequence[Scheme])
     for path in priors:
         known = _damages(path)
         # an atlas may also have studies of models with other parts; if it has no other, the first one says so
-        fitting = [one for one in known if not unknown_to(one, study.parts)] or known[:1]
-        found += [moved(one, study.parts, schemes, path) for one in fitting]
+        fitting = [one for one in known if not without_counterpart(one, study.parts)] or known[:1]
+        found += [transfer(one, study.parts, schemes, path) for one in fitting]
     return expected.save(study.path, combined(found), ", ".join(map(str, priors)))
 
 

@@ -55,13 +55,13 @@ def plan_of(study: Study, key: str) -> tuple[Study, Plan]:
 
 @dataclass(frozen=True)
 class Paired:
-    """A task's scores on both sides, and B minus A: on the examples that both have seen, or of the two means."""
+    """A task's scores on both sides, and B minus A: paired where both have seen the same examples, else unpaired."""
 
     task: str
     a: Score
     b: Score
     difference: Score
-    shared: int  # examples that both have seen; 0: the difference is that of independent samples
+    shared: int  # examples that both have seen; with 0, the difference is that of independent samples
     to_wrong: int
     to_right: int
 
@@ -120,21 +120,23 @@ class Pairing:
         if self._asked is None:
             self._asked = questions(self.a.path, self.a.meta), questions(self.b.path, self.b.meta)
         ours, theirs = (asked.get((task, example)) for asked in self._asked)
-        return ours is not None and theirs is not None and _what(ours) == _what(theirs)
+        return ours is not None and theirs is not None and _identity(ours) == _identity(theirs)
 
     @staticmethod
     def _data(study: Study, task: str) -> str | None:
+        """The fingerprint of a task's examples, if the study recorded one."""
         return study.meta.get("data", {}).get(task)
 
 
-def _what(asked: Question) -> tuple[object, ...]:
-    # the name alone: the same data set may lie in another folder
+def _identity(asked: Question) -> tuple[object, ...]:
+    """What makes two questions the same."""
+    # of an image its name alone: the same data set may lie in another folder
     return asked.prompt, asked.answers, tuple(file and file.name for file in asked.images)
 
 
 def _independent(a: Score, b: Score) -> Score:
     """The difference of two means over different examples."""
     se, clusters = math.hypot(a.se, b.se), min(a.clusters, b.clusters)
-    half = math.inf if clusters < 2 else float(stats.t.ppf((1 + CONFIDENCE) / 2, clusters - 1)) * se
+    half_width = math.inf if clusters < 2 else float(stats.t.ppf((1 + CONFIDENCE) / 2, clusters - 1)) * se
     mean = b.mean - a.mean
-    return Score(mean, se, min(a.n, b.n), clusters, mean - half, mean + half)
+    return Score(mean, se, min(a.n, b.n), clusters, mean - half_width, mean + half_width)

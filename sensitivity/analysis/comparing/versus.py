@@ -14,7 +14,7 @@ from sensitivity.study.study import Study
 from sensitivity.study.trial import Trial
 
 SAME = "the same plan"
-MAX_ROWS = 5  # rows of plans that both have measured: those that differ most
+MAX_ROWS = 5  # most rows of plans that both have measured; those that differ most are shown
 BUDGETS = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0)  # bits per weight at which frontiers are compared
 
 
@@ -54,11 +54,11 @@ class Versus:
 
     @property
     def shown(self) -> list[Row]:
-        """The rows for a reader: of plans that both have measured only those whose scores differ most."""
+        """The rows to show; of the plans that both have measured, only those whose scores differ most."""
         rows = [row for row in self.rows if row.what != SAME]
         for task in self.tasks:
-            apart = [row for row in self._same(task) if row.paired.difference.mean != 0]
-            rows += sorted(apart, key=lambda row: -abs(row.paired.difference.mean))[:MAX_ROWS]
+            different = [row for row in self._same(task) if row.paired.difference.mean != 0]
+            rows += sorted(different, key=lambda row: -abs(row.paired.difference.mean))[:MAX_ROWS]
         return rows
 
     @property
@@ -120,6 +120,7 @@ def _notes(a: Study, b: Study) -> Iterator[str]:
 
 
 def _same(study: Study, other: Side) -> Plan:
+    """The plan of the other side, as this study measured it."""
     assert other.plan is not None, "one side names a plan"
     return study.plan_named(other.plan.key)
 
@@ -142,9 +143,9 @@ def _of_studies(pairing: Pairing, task: str) -> Iterator[Row]:
             yield from _row(pairing, task, SAME, trial.plan, trial.plan)
 
 
-def _within(best: list[Trial], bpw: float) -> Trial | None:
+def _within(frontier: list[Trial], bpw: float) -> Trial | None:
     """The best quantized frontier plan of at most this size."""
-    fitting = [trial for trial in best if trial.bpw <= bpw and not trial.plan.is_native]
+    fitting = [trial for trial in frontier if trial.bpw <= bpw and not trial.plan.is_native]
     return fitting[-1] if fitting else None
 
 

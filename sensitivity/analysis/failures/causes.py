@@ -1,4 +1,4 @@
-"""Causes: the cheapest part of a plan that, with its bits put back, mends an answer; as measured, never guessed."""
+"""Causes: the cheapest part of a plan that mends an answer when it gets its bits back; measured, never guessed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NO_PART = "no single part"
 
 @dataclass(frozen=True)
 class Cause:
-    """What mends an answer: one part with more bits, or nothing less than several parts."""
+    """What mends an answer: one part with more bits, or no single part."""
 
     part: str | None  # None: every part was put back alone, and none of them is enough
     scheme: Scheme | None = None  # what the part was raised to; None: full precision
@@ -61,14 +61,14 @@ class PutBack:
         return next(((plan, scores[name]) for plan, scores in self.scores if name in scores), None)
 
     def is_final(self, change: Change) -> bool:
-        """Whether it is settled if the part mends an example: full precision was measured, or fewer bits mend it."""
+        """Whether it is known if the part mends an example: full precision was measured, or fewer bits suffice."""
         known = self.score(change)
         return known is not None and (known[0].key == self.plan.key or known[1] >= change.before.score)
 
 
 def put_back(study: Study, plan: Plan) -> list[PutBack]:
     """Every quantized part of a plan with its bits put back, the part that is cheapest to store first."""
-    now, restored = size(study.parts, plan).bits, []
+    own_bits, restored = size(study.parts, plan).bits, []
     measured = [(_differing(plan, trial.plan), trial.plan) for trial in study.measured()]
     for part, scheme in plan.schemes:
         if scheme is not None:
@@ -77,7 +77,7 @@ def put_back(study: Study, plan: Plan) -> list[PutBack]:
             wider = [(other.bits, one) for other, one in others if other is not None and other.bits > scheme.bits]
             plans = [native, *(one for _, one in sorted(wider, key=lambda pair: -pair[0]))]
             scores = tuple((one, known) for one in plans if (known := _scores(study, one)))
-            restored.append(PutBack(part, size(study.parts, native).bits - now, native, scores))
+            restored.append(PutBack(part, size(study.parts, native).bits - own_bits, native, scores))
     return sorted(restored, key=lambda one: one.bits)
 
 
@@ -128,6 +128,7 @@ def _scores(study: Study, plan: Plan) -> dict[tuple[str, str], float]:
 
 
 def _rows(frame: pd.DataFrame) -> Iterator[tuple[object, object, float]]:
+    """Task, example and score of each row."""
     return zip(frame["task"], frame["example"], frame["score"], strict=True)
 
 

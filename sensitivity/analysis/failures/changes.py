@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenAnswer:
     """An answer that was given, and the probability per token of the right one."""
 
     answer: str
     score: float
-    sure: float | None
+    sure: float | None  # that probability
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Change:
     task: str
     example: str
     kind: str
-    before: Given
-    after: Given
+    before: GivenAnswer
+    after: GivenAnswer
     question: Question | None  # None if neither the study nor its data still hold it
 
     @property
@@ -82,18 +82,20 @@ def _chosen(rows: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
 
 
 def _changes(rows: pd.DataFrame, asked: Questions) -> Iterator[Change]:
+    """A change for each row of both plans' answers."""
     for row in rows.to_dict("records"):
         task, example = str(row["task"]), str(row["example"])
         before, after = _given(row, "_before"), _given(row, "")
         yield Change(task, example, str(row["kind"]), before, after, asked.get((task, example)))
 
 
-def _given(row: Mapping[Hashable, Any], end: str) -> Given:
-    """The answer in the columns of one of the two plans."""
-    return Given(str(row[f"answer{end}"]), float(row[f"score{end}"]), _sure(row[f"nll{end}"]))
+def _given(row: Mapping[Hashable, Any], end: str) -> GivenAnswer:
+    """The answer of one of the two plans, whose columns end in `end`."""
+    return GivenAnswer(str(row[f"answer{end}"]), float(row[f"score{end}"]), _sure(row[f"nll{end}"]))
 
 
 def _sure(nll: float) -> float | None:
+    """The probability per token; None where it is not known."""
     return math.exp(-nll) if math.isfinite(nll) else None
 
 

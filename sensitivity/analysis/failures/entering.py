@@ -1,4 +1,4 @@
-"""Where the damage of a plan enters: the places of an image and the tokens of a question, as `explain` stored them."""
+"""Where a plan's damage enters: the patches of an image and the tokens of a question, as `explain` stored them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sensitivity.tasks.table import task as find_task
 
 @dataclass(frozen=True)
 class Entering:
-    """Where the damage enters one example: what makes its right answer less likely, as a share of the largest."""
+    """Where the damage enters one example: what makes the right answer less likely, as a share of the worst place."""
 
     places: tuple[tuple[float, ...], ...]  # rows of an image's patches, 0 to 1; empty where they are not known
     question: tuple[tuple[str, float], ...]  # pieces of the question, with a share from 0 to 1
@@ -79,7 +79,7 @@ def explained(study: Path, plan: Plan) -> list[Explained]:
     """What `explain` found of a plan: on answers that got worse, and on calibration examples, as far as it was run."""
     explanations = []
     for failures in (True, False):
-        # a file of an earlier version lacks what is drawn; `explain` writes it anew
+        # a file that is missing, damaged or of an earlier version counts as not explained; `explain` writes it anew
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             file = paths.explanation(study, plan.key, failures)
             explanations.append(_read(json.loads(file.read_text(encoding="utf-8")), failures))
@@ -94,6 +94,7 @@ def examples_of(found: Explained) -> Iterator[Example]:
 
 
 def _read(data: Mapping[str, Any], failures: bool) -> Explained:
+    """What `explain` found, from its JSON."""
     regions, questions = data["regions"], data["questions"]
     square = data["square_seen"]
     examples = {}

@@ -17,8 +17,8 @@ from sensitivity.study.examples.questions import questions
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.types import Example
 
-MOST_EXPLAINED = 6  # calibration examples that are shown
-LONGEST = 400  # characters of a question or an answer on a card
+MAX_EXPLAINED = 6  # calibration examples that are shown
+MAX_TEXT = 400  # characters of a question or an answer on a card
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class Gallery:
     other: str = "this plan"
     causes: tuple[tuple[str, int], ...] = ()  # how many answers each part mends, over all examples
     unexplained: int = 0  # how many answers got worse without a measured cause
-    ask: str = ""  # the command that measures it
+    ask: str = ""  # the command that measures their causes
     part: str = ""  # only answers that this part mends are shown
     explained: tuple[Explained, ...] = ()
     calibration: tuple[ExplainedCard, ...] = ()
 
     @property
     def filters(self) -> list[tuple[str, str, list[str]]]:
-        """What the cards can be filtered by: a title, the name of their data attribute, and its values."""
+        """Filters for the cards: a title, the data attribute by which they filter, and its values."""
         kinds = sorted({card.change.kind for card in self.cards})
         parts = sorted({card.cause.name for card in self.cards if card.cause})
         every = [("Kind of question", "kind", kinds), ("Mended by", "part", parts)]
@@ -134,7 +134,7 @@ def _calibration_cards(known: Sequence[Explained]) -> Iterator[ExplainedCard]:
     """The calibration examples that a plan damages most, if they were explained and their images are found."""
     for one in known:
         if not one.of_failures:
-            worst = sorted(one.examples, key=lambda name: -one.examples[name].damage)[:MOST_EXPLAINED]
+            worst = sorted(one.examples, key=lambda name: -one.examples[name].damage)[:MAX_EXPLAINED]
             found = {example.id: example for example in examples_of(one)}
             for name in worst:
                 if name in found and (shown := picture(found[name].image)) is not None:
@@ -144,13 +144,13 @@ def _calibration_cards(known: Sequence[Explained]) -> Iterator[ExplainedCard]:
 def changed(study: Study, plan: Plan, task: str = "", kind: str = "") -> list[Change]:
     """The examples that a plan answers differently from full precision, in the study that has its answers."""
     after, before = study.examples(plan), study.examples(study.native)
-    assert after is not None, "study_of has found it"
-    assert before is not None, "and full precision"
+    assert after is not None, "study_of has found the plan's answers"
+    assert before is not None, "study_of has found full precision's answers"
     return changes(after, before, questions(study.path, study.meta), task, kind)
 
 
 def notes_on(cards: Sequence[Card]) -> list[str]:
-    """What could not be shown."""
+    """Sentences on what could not be shown."""
     notes = []
     if lost := [card.change for card in cards if not card.pictures]:
         file = next((one for change in lost if change.question for one in change.question.images if one), None)
@@ -164,4 +164,4 @@ def notes_on(cards: Sequence[Card]) -> list[str]:
 def shortened(text: str) -> str:
     """A text that fits on a card."""
     flat = " ".join(text.split())
-    return flat if len(flat) <= LONGEST else f"{flat[:LONGEST]}…"
+    return flat if len(flat) <= MAX_TEXT else f"{flat[:MAX_TEXT]}…"

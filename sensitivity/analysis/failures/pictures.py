@@ -20,7 +20,7 @@ from sensitivity.tasks.scoring.boxes import decoded
 from sensitivity.tasks.scoring.grounding import ORIENTATION, SIDEWAYS
 
 SIDE = 320  # pixels of a picture's long side
-MOST = 60_000  # bytes of a picture: 60 of them and the rest of a report stay below 8 MB
+MAX_BYTES = 60_000  # of a picture: 60 of them and the rest of a report stay below 8 MB
 QUALITIES = (80, 60, 40, 20)  # of JPEG, tried one after the other
 TINY = 128  # pixels: pictures up to this side are stored without loss, and enlarged by the browser
 
@@ -82,9 +82,9 @@ def picture(source: NDArray[np.uint8] | ImageSource) -> Picture | None:
     kind, content = "png", b""
     if max(size) <= TINY:
         content = _encoded(image, "PNG")
-    for quality in QUALITIES if not content or len(content) > MOST else ():
+    for quality in QUALITIES if not content or len(content) > MAX_BYTES else ():
         kind, content = "jpeg", _encoded(image, "JPEG", quality)
-        if len(content) <= MOST:
+        if len(content) <= MAX_BYTES:
             break
     return Picture(f"data:image/{kind};base64,{base64.b64encode(content).decode()}", *size)
 
@@ -94,8 +94,8 @@ def _opened(source: NDArray[np.uint8] | ImageSource) -> tuple[tuple[int, int], I
     if isinstance(source, Path):
         with opened(source) as image:
             if image.format == "JPEG":
-                lying = image.getexif().get(ORIENTATION, 1) in SIDEWAYS
-                size = (image.height, image.width) if lying else image.size
+                sideways = image.getexif().get(ORIENTATION, 1) in SIDEWAYS
+                size = (image.height, image.width) if sideways else image.size
                 image.draft("RGB", (2 * SIDE, 2 * SIDE))
                 return size, ImageOps.exif_transpose(image).convert("RGB")
     whole = open_image(source)
@@ -120,8 +120,10 @@ def _with_boxes(one: Picture, change: Change) -> Picture:
 
 
 def _boxes(texts: tuple[str, ...], one: Picture) -> tuple[tuple[Point, ...], ...]:
+    """The boxes in some answers, in pixels of the original image."""
     return tuple(tuple(box) for text in texts for box in decoded(text, one.width, one.height))
 
 
 def _corners(box: tuple[Point, ...]) -> str:
+    """A box as the points of an SVG polygon."""
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in box)

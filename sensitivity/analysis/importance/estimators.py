@@ -27,13 +27,13 @@ Given = TypeVar("Given")
 Found = TypeVar("Found")
 TREES = 100
 REPEATS = 50  # shuffles of each component in permutation importance
-FEW_REPEATS = 10  # the same in a bootstrap resample
-MANY = 1000  # trials beyond which forests that serve only intervals and checks have half the trees
+FEW_REPEATS = 10  # shuffles in a bootstrap resample
+MANY_TRIALS = 1000  # beyond, forests that serve only intervals and checks have half the trees
 # trials from which threads pay off: two took 1.6 times as long as one at 65 trials, as long at 250, half at 1,500
-WORTH_A_THREAD = 300
+MIN_TRIALS_FOR_THREADS = 300
 EXPLAINED = 60  # plans that SHAP explains where the grid is too large for the table of all cells
-FEW = 10  # the same in a bootstrap resample
-SHUFFLED = 500  # most trials that permutation importance uses in a resample
+FEW_EXPLAINED = 10  # plans in a bootstrap resample
+SHUFFLED = 500  # most trials that permutation importance uses in a bootstrap resample
 FANOVA_TREES = 32
 FANOVA = 400  # trials that Optuna's fANOVA is given at most: its time grows faster than their number
 
@@ -47,7 +47,7 @@ class Fitted:
     y: Floats
     groups: tuple[tuple[int, ...], ...]
     seed: int
-    explained: int = EXPLAINED  # plans for SHAP; fewer than EXPLAINED marks a resample, for which all is made cheaper
+    explained: int = EXPLAINED  # plans that SHAP explains; fewer mark a resample, in which permutation is cheaper, too
 
     @cached_property
     def shap(self) -> tuple[Floats, Floats]:
@@ -90,12 +90,12 @@ def fit(
 
 def tree_count(trees: int, trials: int) -> int:
     """Number of trees of a forest that is grown many times: half as many where there are many trials."""
-    return trees if trials <= MANY else trees // 2
+    return trees if trials <= MANY_TRIALS else trees // 2
 
 
 def forest(fitted: Fitted) -> Floats:
     """Impurity importance: how much the splits on a component lower the squared error while the forest is grown."""
-    return _together(fitted, fitted.forest.feature_importances_)
+    return _by_component(fitted, fitted.forest.feature_importances_)
 
 
 def permutation(fitted: Fitted) -> Floats:
@@ -109,14 +109,14 @@ def permutation(fitted: Fitted) -> Floats:
     # the same shuffles for every component, so that components do not differ by the luck of the draw
     shuffles = np.stack([draw.permutation(len(x)) for _ in range(repeats)])
     base = r2_score(y, fitted.forest.predict(x))
-    spread = np.sum((y - y.mean()) ** 2)
+    total = np.sum((y - y.mean()) ** 2)
     lost = []
     for group in fitted.groups:
         columns = list(group)
         shuffled = np.repeat(x[None], repeats, axis=0)
         shuffled[:, :, columns] = x[shuffles][:, :, columns]
         predicted = _predict(fitted.forest, shuffled.reshape(-1, x.shape[1])).reshape(repeats, -1)
-        scores = 1 - np.sum((y - predicted) ** 2, axis=1) / spread
+        scores = 1 - np.sum((y - predicted) ** 2, axis=1) / total
         lost.append(base - scores.mean())
     return np.asarray(lost)
 
@@ -138,8 +138,8 @@ def shap(fitted: Fitted) -> Floats:
     """Mean absolute SHAP value of a component over the trials (TreeSHAP)."""
     values, weight = fitted.shap
     # a component's columns are added before the absolute value: effects that cancel are no effect
-    together = np.column_stack([values[:, list(group)].sum(axis=1) for group in fitted.groups])
-    return np.asarray(np.average(np.abs(together), axis=0, weights=weight))
+    summed = np.column_stack([values[:, list(group)].sum(axis=1) for group in fitted.groups])
+    return np.asarray(np.average(np.abs(summed), axis=0, weights=weight))
 
 
 def fanova(fitted: Fitted) -> Floats:
@@ -177,10 +177,10 @@ def _optuna(fitted: Fitted, evaluator: BaseImportanceEvaluator) -> Floats:
     with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError):  # the evaluator rejects these data: NaN
         importances = evaluator.evaluate(study)
         raw = np.array([importances.get(f"x{i}", 0.0) for i in range(fitted.x.shape[1])])
-    return _together(fitted, raw)
+    return _by_component(fitted, raw)
 
 
-def _together(fitted: Fitted, raw: Floats) -> Floats:
+def _by_component(fitted: Fitted, raw: Floats) -> Floats:
     """Values of columns, summed over the columns of each component."""
     return np.array([raw[list(group)].sum() for group in fitted.groups])
 
@@ -210,8 +210,8 @@ def consensus(fitted: Fitted) -> Floats:
 def chance(x: Floats, y: Floats, least: int, seed: int = 0, probes: int = 5) -> dict[str, float]:
     """The largest share that each estimator gives, in a few resamples, to a component that has no influence.
 
-    Such a component is made by shuffling the least important column. Whatever share it still gets is due to noise
-    that the forest fits with it, as much as a table of this size allows.
+    Such a component is made by shuffling the least important column. Whatever share it still gets is due to noise,
+    which a forest fits with any column, the more so the fewer trials there are.
     """
 
     def once(number: int) -> list[float]:
@@ -219,11 +219,11 @@ def chance(x: Floats, y: Floats, least: int, seed: int = 0, probes: int = 5) -> 
         shuffled = x.copy()
         shuffled[:, least] = draw.permutation(x[:, least])  # before resampling, so that copies of a trial stay equal
         rows = draw.integers(0, len(x), len(x))
-        fitted = fit(shuffled[rows], y[rows], seed=number, explained=FEW, trees=tree_count(50, len(x)))
+        fitted = fit(shuffled[rows], y[rows], seed=number, explained=FEW_EXPLAINED, trees=tree_count(50, len(x)))
         return [float(shares(ESTIMATORS[name](fitted))[least]) for name in CONSENSUS]
 
-    most = np.max(side_by_side(once, range(probes), len(x)), axis=0)
-    return {"consensus": float(most.mean()), **dict(zip(CONSENSUS, most.tolist(), strict=True))}
+    largest = np.max(side_by_side(once, range(probes), len(x)), axis=0)
+    return {"consensus": float(largest.mean()), **dict(zip(CONSENSUS, largest.tolist(), strict=True))}
 
 
 def side_by_side(once: Callable[[Given], Found], given: Iterable[Given], trials: int) -> list[Found]:
@@ -233,7 +233,7 @@ def side_by_side(once: Callable[[Given], Found], given: Iterable[Given], trials:
 
     scikit-learn resets the process's warning filters in every thread; they are restored at the end.
     """
-    cores = (threads.requested() or threads.cores()) if trials >= WORTH_A_THREAD else 1
+    cores = (threads.requested() or threads.cores()) if trials >= MIN_TRIALS_FOR_THREADS else 1
     with warnings.catch_warnings(record=True), ThreadPoolExecutor(cores) as pool:
         warnings.simplefilter("ignore")
         return list(pool.map(once, given))

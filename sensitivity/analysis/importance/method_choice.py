@@ -15,10 +15,10 @@ METHOD = "(method)"  # in parentheses, as no component can be called that
 def with_methods(observations: Observations) -> tuple[Observations, list[int]]:
     """The observations with further columns (1 where a component has a method, else 0), and the positions of these.
 
-    One method has no column, since zeros in all others imply it. Methods that differ in settings are different
-    ones. Without two of them, or where plans are not known, there is no such column.
+    The first method has no column, since zeros in all others imply it. Methods with other settings count as other
+    methods. With fewer than two methods, or where plans are not known, there are no such columns.
     """
-    # components of one width throughout are not ranked, yet their method may vary
+    # all components of the plans, since one whose width never changes is not ranked and may still change its method
     components = [name for name, _ in observations.plans[0].schemes] if observations.plans else []
     kinds = sorted({_kind(one) for plan in observations.plans for _, one in plan.schemes if one is not None})
     columns = [

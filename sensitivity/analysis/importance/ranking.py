@@ -22,16 +22,14 @@ from sensitivity.study.counting import count
 from sensitivity.study.study import Study
 
 Floats = np.ndarray
-
-
 BOOTSTRAPS = 100  # resamples of the trials, for the intervals
-RESAMPLED_TREES = 50  # of a resample's forest: half the usual trees, half the time, slightly too wide intervals
-MIN_TRIALS = 8  # trials below which nothing is ranked
+RESAMPLED_TREES = 50  # of a resample's forest: with half the usual trees, intervals are slightly too wide
+MIN_TRIALS = 8  # fewer trials are not ranked
 
 
 @dataclass(frozen=True)
 class RankOptions:
-    """How to rank, as the arguments of `rank` say: a part of a cached ranking's key."""
+    """The arguments of `rank`, which are a part of a cached ranking's key."""
 
     by: str | None = None
     method: str | None = None
@@ -93,25 +91,15 @@ def _rank(observations: Observations, parts: ComponentMap | None, options: RankO
     warnings += dropped
     names, groups, granularity = grouping(observations.names, parts, options.by)
     widths, (observations, columns) = observations, with_methods(observations)
-    every = [*groups, columns] if columns else groups
-    x, y = observations.bits, observations.score
-    r2 = estimators.cross_validated(x, y, observations.keys, seed)
+    r2 = estimators.cross_validated(observations.bits, observations.score, observations.keys, seed)
     if r2 <= 0:
         raise UserError(
             f"no ranking for '{observations.task}': the forest predicts unseen plans worse than the mean does "
             f"(cross-validated R2 {r2:.2f} over {count(len(observations), 'trial')}); measure more plans, or lower "
             "widths"
         )
-    fitted = estimators.fit(x, y, every, seed)
-    estimated = list(ESTIMATORS) if options.thorough else list(CONSENSUS)
-    raw = {name: ESTIMATORS[name](fitted) for name in estimated}
-    least = int(np.argmin(fitted.forest.feature_importances_))
-    nothing_but_chance = estimators.chance(x, y, least, seed) if options.bootstraps else {}
-    # chance is known for one column; a component of several columns gets as much for each
-    sizes = np.array([len(group) for group in every])
-    floor = {name: share * sizes for name, share in nothing_but_chance.items()}
     labels = (*names, METHOD) if columns else names
-    table = _table(labels, raw, bootstrap(observations, every, options.bootstraps, seed), floor)
+    fitted, table = _estimated(observations, [*groups, columns] if columns else groups, labels, options)
     choice = {str(name): float(share) for name, share in table.loc[METHOD].items()} if columns else None
     table = table.drop(index=[METHOD] if columns else [])
     fitted = replace(fitted, groups=tuple(map(tuple, groups)))  # what follows is about components
@@ -124,7 +112,7 @@ def _rank(observations: Observations, parts: ComponentMap | None, options: RankO
         widths.full,
         widths.noise,
         r2,
-        estimators.linear(x, y),
+        estimators.linear(observations.bits, observations.score),
         table,
         nothing,
         nothing,
@@ -139,11 +127,26 @@ def _rank(observations: Observations, parts: ComponentMap | None, options: RankO
     levels = robustness.without_levels(widths, names, groups, seed)
     return replace(
         ranking,
-        tau=robustness.agreement(table[estimated]),
+        tau=robustness.agreement(table[list(ESTIMATORS)]),
         levels=levels,
         pairs=robustness.interactions(fitted, names),
         warnings=(*warnings, *robustness.cautions(widths, ranking, levels)),
     )
+
+
+def _estimated(
+    observations: Observations, groups: Sequence[Sequence[int]], labels: Sequence[str], options: RankOptions
+) -> tuple[Fitted, pd.DataFrame]:
+    """The fitted forest, and the shares of each group of columns with their intervals."""
+    x, y, seed = observations.bits, observations.score, options.seed
+    fitted = estimators.fit(x, y, groups, seed)
+    raw = {name: ESTIMATORS[name](fitted) for name in (ESTIMATORS if options.thorough else CONSENSUS)}
+    least = int(np.argmin(fitted.forest.feature_importances_))
+    by_chance = estimators.chance(x, y, least, seed) if options.bootstraps else {}
+    # chance is known for one column; a component of several columns gets as much for each
+    sizes = np.array([len(group) for group in groups])
+    floor = {name: share * sizes for name, share in by_chance.items()}
+    return fitted, _table(labels, raw, bootstrap(observations, groups, options.bootstraps, seed), floor)
 
 
 def compare(rankings: Mapping[str, Ranking]) -> pd.DataFrame:
@@ -195,7 +198,8 @@ def bootstrap(observations: Observations, groups: Sequence[Sequence[int]], times
     def once(number: int) -> Floats:
         rows = np.random.default_rng([seed, number]).integers(0, len(observations), len(observations))
         x, y = observations.bits[rows], observations.score[rows]
-        fitted = estimators.fit(x, y, groups, number, estimators.FEW, estimators.tree_count(RESAMPLED_TREES, len(x)))
+        trees = estimators.tree_count(RESAMPLED_TREES, len(x))
+        fitted = estimators.fit(x, y, groups, number, estimators.FEW_EXPLAINED, trees)
         return np.stack([shares(ESTIMATORS[name](fitted)) for name in CONSENSUS])
 
     drawn = np.array(estimators.side_by_side(once, range(times), len(observations)))
@@ -221,7 +225,7 @@ def _table(
 def interval(point: Floats, drawn: Floats, chance: Floats) -> tuple[Floats, Floats]:
     """A 95 % interval: the middle of the resamples, widened to hold the estimate and to allow for fitted noise.
 
-    A forest also fits noise, with every component alike, and resampling does not show it. So the share that a
+    A forest also fits noise with every component, and resampling does not show this. So the share that a
     shuffled column gets (`chance`) is taken off the lower end. The upper end is divided by what remains of the 100 %
     without the chance shares of all components: noise took those from the components that matter.
     """

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from sensitivity.analysis.importance.types import Ranking
 
 Floats = np.ndarray
-MOVED = 15.0  # percentage points: the ranking rests on a level if a share changes by so much without it
+MOVED = 15.0  # percentage points; the ranking rests on a level if some share changes by so much without it
 
 
 def near_operating_point(observations: Observations, share: float) -> Observations:
     """Only trials that score at least this share of full precision.
 
-    Selected by the forest's out-of-bag prediction rather than by the measured score: a threshold on noisy scores
+    They are selected by the forest's out-of-bag prediction and not by the measured score: a threshold on noisy scores
     keeps the trials that were lucky, and the ranking would then explain luck.
     """
     if not 0 < share < 1:
@@ -52,7 +52,8 @@ def by_budget(observations: Observations, budgets: Sequence[float], reach: float
     for budget in budgets:
         around = observations.where(np.abs(observations.bpw / budget - 1) <= reach)
         if len(around) >= 8 and np.ptp(around.score) > 0:
-            share = estimators.consensus(estimators.fit(around.bits, around.score, explained=estimators.FEW, trees=50))
+            fitted = estimators.fit(around.bits, around.score, explained=estimators.FEW_EXPLAINED, trees=50)
+            share = estimators.consensus(fitted)
             rows[budget] = dict(zip(observations.names, share, strict=True)) | {"trials": len(around)}
     return pd.DataFrame.from_dict(rows, orient="index", columns=[*observations.names, "trials"]).rename_axis("bpw")
 
@@ -62,8 +63,8 @@ def without_levels(
 ) -> pd.DataFrame:
     """Rank again without the trials of one level (a component at one width): how far shares move, and who leads.
 
-    By forest importance alone, which is quick and agrees with the consensus on what a single level decides. With more
-    than six components, only the two lowest levels of each are left out: there scores collapse.
+    Shares are those of forest importance alone, which is quick and agrees with the consensus on what a single level
+    decides. With more than six components, only the two lowest levels of each are left out: scores collapse there.
     """
 
     def share(rest: Observations) -> Floats:
@@ -171,12 +172,12 @@ def without_effect(observations: Observations) -> list[str]:
     changed = observations.bits != 16
     equal = (observations.score == full[0]) & ~native
     for i, name in enumerate(observations.names):
-        # trials that quantized this component and no other: one equal score could be chance; at 8 bits, several could
+        # trials that quantized this component alone: one equal score could be chance, and at 8 bits even several
         alone = changed[:, i] & (changed.sum(axis=1) == 1)
         if alone.sum() >= 2 and equal[alone].all() and observations.bits[alone, i].min() <= 6:
             warnings.append(
-                f"{name} alone never moved the score, down to {observations.bits[alone, i].min():g} bits, not in the "
-                "last digit: was it quantized at all?"
+                f"{name} alone never moved the score, down to {observations.bits[alone, i].min():g} bits, not even "
+                "in the last digit: was it quantized at all?"
             )
     return warnings
 

@@ -14,12 +14,12 @@ from sklearn.tree import DecisionTreeRegressor
 # twelfth of the CPU seconds of shap's TreeExplainer for the values of 185 plans, and a 55th for their interactions.
 # Leaf by leaf, interactions of 60 plans of 12 components take a third, but their values twice as long (1.5 against
 # 0.7 s): python -m experiments.benchmarks.tree_shap. So shap need not be installed, nor the compiler it needs.
-CELLS = 40_000  # most cells of a table: the product, over features, of the number of levels and one for 'unknown'
-ROOM = 4_000_000  # most entries of an array of rows x leaves x features
+CELLS = 40_000  # most cells of a table: the product, over features, of its number of levels plus one for 'unknown'
+MAX_ENTRIES = 4_000_000  # of an array of rows x leaves x features
 
 
 class Tree(Protocol):
-    """What is used of scikit-learn's trees: arrays over the nodes of a tree; a leaf's children are -1."""
+    """The part of scikit-learn's trees that is used: arrays over the nodes of a tree; a leaf's children are -1."""
 
     node_count: int
     children_left: np.ndarray
@@ -27,7 +27,7 @@ class Tree(Protocol):
 
 
 class Forest(Protocol):
-    """What is used of a fitted forest, ours or scikit-learn's."""
+    """The part of a fitted forest, ours or scikit-learn's, that is used."""
 
     estimators_: list[DecisionTreeRegressor]
 
@@ -129,9 +129,9 @@ class Leaves:
         return out
 
     def _portions(self) -> list[np.ndarray]:
-        """The rows in batches that keep the arrays of `_of` within ROOM."""
-        most = max(1, ROOM // max(self.share.size, 1))
-        return [self.index[i : i + most] for i in range(0, len(self.index), most)]
+        """The rows in batches that keep the arrays of `_of` within MAX_ENTRIES."""
+        size = max(1, MAX_ENTRIES // max(self.share.size, 1))
+        return [self.index[i : i + size] for i in range(0, len(self.index), size)]
 
     def _of(self, rows: np.ndarray, pairs: bool) -> np.ndarray:
         """SHAP values of some rows, or their interaction values off the diagonal."""
@@ -161,8 +161,9 @@ def _boxes(forest: Forest, grid: list[np.ndarray]) -> tuple[np.ndarray, list[np.
     """
     trees = [estimator.tree_ for estimator in forest.estimators_]
     start = np.cumsum([0, *(tree.node_count for tree in trees)])
-    left = np.concatenate([np.where(t.children_left < 0, -1, t.children_left + s) for t, s in _zip(trees, start)])
-    right = np.concatenate([np.where(t.children_right < 0, -1, t.children_right + s) for t, s in _zip(trees, start)])
+    placed = list(_with_offsets(trees, start))
+    left = np.concatenate([np.where(t.children_left < 0, -1, t.children_left + s) for t, s in placed])
+    right = np.concatenate([np.where(t.children_right < 0, -1, t.children_right + s) for t, s in placed])
     feature, threshold, cover, value = (
         np.concatenate([getattr(tree, name).reshape(tree.node_count) for tree in trees])
         for name in ("feature", "threshold", "weighted_n_node_samples", "value")
@@ -177,16 +178,16 @@ def _boxes(forest: Forest, grid: list[np.ndarray]) -> tuple[np.ndarray, list[np.
             share[child, feature[open_nodes]] *= cover[child] / cover[open_nodes]
             for f, values in enumerate(grid):
                 inside[f][child] = inside[f][open_nodes]
-                mine = feature[open_nodes] == f
-                stays = values.astype(np.float32) <= threshold[open_nodes[mine], None]  # sklearn compares in float32
-                inside[f][child[mine]] &= stays if goes_left else ~stays
+                splits = feature[open_nodes] == f
+                stays = values.astype(np.float32) <= threshold[open_nodes[splits], None]  # sklearn compares in float32
+                inside[f][child[splits]] &= stays if goes_left else ~stays
         open_nodes = np.concatenate([left[open_nodes], right[open_nodes]])
     leaves = left < 0
     # divided, since a forest is the mean of its trees
     return value[leaves] / len(trees), [i[leaves] for i in inside], share[leaves]
 
 
-def _zip(trees: list[Tree], start: np.ndarray) -> Iterable[tuple[Tree, int]]:
+def _with_offsets(trees: list[Tree], start: np.ndarray) -> Iterable[tuple[Tree, int]]:
     """Each tree with the position of its first node."""
     return zip(trees, start[:-1], strict=True)
 

@@ -15,13 +15,14 @@ from sensitivity.analysis.failures.pictures import Pictures
 from sensitivity.analysis.report import figures
 from sensitivity.analysis.report.environment import check, rendered
 from sensitivity.analysis.report.static_figures import Picture, slug
+from sensitivity.analysis.report.table_rows import frontier_rows
 from sensitivity.spec.files import write_atomically
 from sensitivity.study.examples.answer_counts import counts_by_kind
 from sensitivity.study.examples.questions import questions
 
 __all__ = ["check", "write"]
 
-MOST = 60  # examples that are shown
+MAX_EXAMPLES = 60  # that are shown
 
 
 def write(out: Path, a: Side, b: Side, comparison: Versus) -> None:
@@ -40,7 +41,7 @@ def write(out: Path, a: Side, b: Side, comparison: Versus) -> None:
 
 def _frontiers(a: Side, b: Side, comparison: Versus, task: str) -> tuple[str, Markup]:
     """Both frontiers of a task in one figure, with its title."""
-    rows = {name: figures.frontier_rows(side.study.table(), task) for name, side in (("A", a), ("B", b))}
+    rows = {name: frontier_rows(side.study.table(), task) for name, side in (("A", a), ("B", b))}
     picture = Picture(
         f"frontiers-{slug(task)}", f"{task}: the frontiers of A and B", _frontiers_alt(comparison, task),
         figures.svg(figures.frontiers(rows, task)), b"", pd.concat(rows),
@@ -60,13 +61,13 @@ def _frontiers_alt(comparison: Versus, task: str) -> str:
 def _gallery(a: Side, b: Side, row: Row) -> Gallery:
     """The examples that both plans have seen and that they answer differently."""
     before, after = a.study.examples(row.a), b.study.examples(row.b)
-    assert before is not None, "the comparison has a row of it"
-    assert after is not None, "and of the other"
+    assert before is not None, "the comparison has a row for it"
+    assert after is not None, "the comparison has a row for it"
     pairing = Pairing(a.study, b.study)
     names = zip(after["task"], after["example"], strict=True)
     after = after[[pairing.is_same(str(task), str(example)) for task, example in names]]
     every = changes(after, before, questions(b.study.path, b.study.meta))
     pictures = Pictures(b.study.meta)
-    cards = tuple(Card(one, tuple(pictures.of(one))) for one in every[:MOST])
+    cards = tuple(Card(one, tuple(pictures.of(one))) for one in every[:MAX_EXAMPLES])
     counts = tuple(counts_by_kind(after, before))
     return Gallery("Answers that differ", row.b, "A", counts, len(every), cards, tuple(notes_on(cards)), "B")

@@ -16,13 +16,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-from sensitivity.study.racing import frontier
+from sensitivity.analysis.report.table_rows import frontier_rows, quantized, single
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d1f", "#666666")  # Okabe and Ito
-INK, FAINT, PAPER = "#1a1c20", "#c9ccd1", "#fefefe"  # the page replaces these three by CSS variables
+INK, FAINT, PAPER = "#1a1c20", "#c9ccd1", "#fefefe"  # the page replaces these three colors by CSS variables
 BPW_TICKS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 STYLE: dict[RcKeyType, object] = {
     "axes.edgecolor": INK,
@@ -56,16 +56,10 @@ def canvas(width: float = 7, height: float = 4.2) -> Iterator[tuple[Figure, Axes
         yield figure, figure.subplots()
 
 
-def frontier_rows(table: pd.DataFrame, task: str, column: str = "bpw") -> pd.DataFrame:
-    """The rows on the frontier of a task's score against size, or another cost, smallest first."""
-    rows = table[table[task].notna() & table[column].notna()]
-    return rows.iloc[frontier(rows[column], rows[task])]
-
-
-def short(name: object, most: int = 30) -> str:
+def short(name: object, length: int = 30) -> str:
     """A name, shortened in its middle where it would take the figure's room."""
     text = str(name)
-    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 + 1 :]}"
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[-length // 2 + 1 :]}"
 
 
 def colors(names: Sequence[str]) -> dict[str, str]:
@@ -110,7 +104,7 @@ def against_cost(
 def _score_against(
     axes: Axes, table: pd.DataFrame, task: str, column: str, full: float | None, chosen: Sequence[str]
 ) -> None:
-    """All plans, uniform ones, the frontier, full precision, the chosen plan."""
+    """Draw all plans, uniform ones, the frontier, full precision and the chosen plan."""
     mixed = table[~table["uniform"]]
     uniform = table[table["uniform"] & ~table["native"]]
     axes.scatter(mixed[column], mixed[task], s=14, color=PALETTE[5], alpha=0.7, linewidth=0, label="mixed plans")
@@ -120,8 +114,8 @@ def _score_against(
     axes.scatter(uniform[column], uniform[task], s=46, marker="s", color=PALETTE[1], label="uniform plans", zorder=3)
     if full is not None:
         axes.axhline(full, color=INK, linestyle="--", linewidth=1, label="full precision")
-    if len(mine := table[table["key"].isin(list(chosen))]):
-        axes.scatter(mine[column], mine[task], s=150, marker="*", color=PALETTE[2], label="recommended", zorder=4)
+    if len(stars := table[table["key"].isin(list(chosen))]):
+        axes.scatter(stars[column], stars[task], s=150, marker="*", color=PALETTE[2], label="recommended", zorder=4)
     axes.legend(loc="lower right")
 
 
@@ -187,28 +181,14 @@ def by_bits(table: pd.DataFrame, task: str, names: Sequence[str], alone: bool = 
                     curve.index.to_numpy(dtype=float), curve, marker="os^Dvp*X"[i % 8], color=color[name],
                     label=short(name), linewidth=1.4,
                 )  # fmt: skip
-        _widths(axes, np.unique(table[list(names)].to_numpy(dtype=float)))
+        width_axis(axes, np.unique(table[list(names)].to_numpy(dtype=float)))
         axes.set(xlabel=f"bits of one part, {'others native' if alone else 'mean over the others'}", ylabel=short(task))
         if axes.lines:
             axes.legend(loc="lower right", ncols=1 + len(names) // 7, fontsize=8 if len(names) > 6 else 10)
         return figure
 
 
-def quantized(table: pd.DataFrame) -> pd.DataFrame:
-    """All plans but full precision.
-
-    A figure that averages over the other components would show it alone at 16 bits, where nothing was averaged.
-    """
-    return table[~table["native"]]
-
-
-def single(table: pd.DataFrame, names: Sequence[str], name: str) -> pd.DataFrame:
-    """The plans in which no other component is quantized."""
-    others = [other for other in names if other != name]
-    return table[(table[others] == 16).all(axis=1)]
-
-
-def _widths(axes: Axes, widths: np.ndarray) -> None:
+def width_axis(axes: Axes, widths: np.ndarray) -> None:
     """A logarithmic axis with a tick at each width."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(list(widths)))
@@ -245,12 +225,12 @@ def heat(axes: Axes, grid: pd.DataFrame, form: str, center: float | None = None)
     """A heat map; with `center`, in diverging colors that are equally strong on both sides of it."""
     axes.grid(visible=False)
     grid = grid.rename(index=_name, columns=_name)
-    most = None if center is None else max(float(np.nanmax(np.abs(grid.to_numpy(dtype=float)))), 1e-12)
+    limit = None if center is None else max(float(np.nanmax(np.abs(grid.to_numpy(dtype=float)))), 1e-12)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PendingDeprecationWarning)  # seaborn uses an old interface of matplotlib
         sns.heatmap(
             grid, ax=axes, annot=bool(form), fmt=form or ".2g", cmap="viridis" if center is None else "PuOr",
-            center=center, vmin=most and -most, vmax=most, linewidths=0.5, annot_kws={"size": 8},
+            center=center, vmin=limit and -limit, vmax=limit, linewidths=0.5, annot_kws={"size": 8},
             cbar_kws={"shrink": 0.8},
         )  # fmt: skip
     axes.tick_params(axis="y", rotation=0)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from sensitivity.analysis.report.figures import frontier_rows
+from sensitivity.analysis.report.table_rows import frontier_rows
 
-MAX_ROWS = 12  # rows, the largest plans
+MAX_ROWS = 12  # if more plans are on the frontier, the largest are shown
 
 
 @dataclass(frozen=True)

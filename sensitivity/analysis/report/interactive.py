@@ -11,9 +11,10 @@ from matplotlib.ticker import MaxNLocator
 
 from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.analysis.report import figures
+from sensitivity.analysis.report.table_rows import frontier_rows
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 480, 66, 16, 16, 62
-CLOUDED = 400  # above so many points, they are small, and only the frontier and uniform plans have intervals
+CLOUDED = 400  # with more points, they are small, and only the frontier and uniform plans have intervals
 Scale = Callable[[float], float]
 
 
@@ -36,7 +37,7 @@ class Point(TypedDict):
 def pareto(
     table: pd.DataFrame, task: str, full: float | None, recommendations: Sequence[Recommendation] = ()
 ) -> dict[str, object] | None:
-    """What the template draws for one task, in pixels; None where no plan's size is known."""
+    """All that the template draws for one task, in pixels; None where no plan's size is known."""
     rows = table[table["bpw"].notna()]
     if not len(rows):
         return None
@@ -76,7 +77,7 @@ def _points(table: pd.DataFrame, rows: pd.DataFrame, task: str, across: Scale, u
     """A point per plan, with its interval where one is known."""
     nothing = pd.Series(math.nan, rows.index)
     low, high = (rows[name].astype(float) if (name := f"{task}.{end}") in rows else nothing for end in ("low", "high"))
-    best = set(figures.frontier_rows(rows, task).index)
+    best = set(frontier_rows(rows, task).index)
     place = {index: i for i, index in enumerate(table.index)}
     columns = (rows.index, rows["bpw"], rows[task], rows["native"], rows["uniform"], low, high)
     return [

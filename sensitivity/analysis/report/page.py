@@ -35,7 +35,7 @@ from sensitivity.study import exports
 from sensitivity.study.storage import layer_times, paths
 from sensitivity.study.study import Study
 
-MANY = 1000  # trials beyond which half the resamples are drawn
+MANY_TRIALS = 1000  # beyond, half the resamples are drawn
 NEAR = 0.9  # share of full precision that counts as near the operating point
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0)  # bpw; those that the study's widths can reach are shown
 
@@ -65,7 +65,7 @@ def report(
     if not any(out.iterdir()):
         mark_unfinished(out)
     recommendations = [recommendation] if isinstance(recommendation, Recommendation) else list(recommendation)
-    grown = kept_recommendation.since(study, recommendations)
+    grown = kept_recommendation.what_changed_since(study, recommendations)
     galleries, no_gallery = failing(study, recommendations)
     tasks = [_task_page(study, table, task, recommendations, rankings or {}, bootstraps, out) for task in study.tasks]
     page = rendered(
@@ -169,8 +169,8 @@ def _task_page(
     observations: Observations | None = None
     try:
         observations = observations_of(study, task)
-        few = bootstraps if len(table) <= MANY else max(1, bootstraps // 2)
-        page.ranking = rankings.get(task) or cached(study, task) or rank(study, task, bootstraps=few)
+        resamples = bootstraps if len(table) <= MANY_TRIALS else max(1, bootstraps // 2)
+        page.ranking = rankings.get(task) or cached(study, task) or rank(study, task, bootstraps=resamples)
         page.near, page.methods = _near(study, observations), _methods(study, observations)
         page.tau = sentences.agreement(page.ranking)
     except UserError as error:
@@ -183,7 +183,7 @@ def _task_page(
     drawn = pictures(rows, observations, page.ranking, full, [one.plan.key for one in recommendations])
     for picture in drawn:
         _write_picture(picture, out / f"{page.slug}-{picture.name}")
-    # the figure counts the size of every plan in the same way, whatever format a recommendation is for
+    # sizes in the figure are counted without a format, so that a recommended plan compares with all others
     page.pareto = pareto(rows, task, full, [replace(one, size=size(study.parts, one.plan)) for one in recommendations])
     page.pictures = [(picture, picture.inline(page.slug)) for picture in drawn if picture.name != "pareto"]
     page.best = frontier_table(rows, task)
@@ -206,9 +206,9 @@ def _near(study: Study, observations: Observations) -> pd.DataFrame | None:
 def _methods(study: Study, observations: Observations) -> pd.DataFrame | None:
     """Consensus shares for each quantization method, where the study has several."""
     columns = {}
-    several = sorted(set(observations.methods) - {"native"})
-    for method in several if len(several) > 1 else ():
-        with contextlib.suppress(UserError):
+    methods = sorted(set(observations.methods) - {"native"})
+    for method in methods if len(methods) > 1 else ():
+        with contextlib.suppress(UserError):  # too few plans of this method: no column
             one = rank(study, observations.task, method=method, bootstraps=0, thorough=False)
             columns[f"{method} ({one.trials} trials)"] = one.table["consensus"]
     return pd.DataFrame(columns).reindex(list(observations.names)) if columns else None
@@ -224,7 +224,7 @@ def _budgets(study: Study, task: str) -> list[Candidate]:
     for bpw in BUDGETS:
         try:
             best = spend(knapsack, budget_bits(study.parts, bpw), {task: 1.0}, top=1, asked=bpw)[0]
-        except UserError:
+        except UserError:  # no plan of the study is so small
             continue
         if not best_plans or best.plan.key != best_plans[-1].plan.key:
             best_plans.append(best)

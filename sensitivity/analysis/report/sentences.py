@@ -61,7 +61,7 @@ def _do(study: Study, recommendations: Sequence[Recommendation], ranked: Sequenc
 
 
 def _advice(ranking: Ranking) -> str:
-    """On which component to spend bits; or, where the score collapses at single widths, above which widths to stay."""
+    """On which component to spend bits, and above which widths to stay where the score collapses."""
     share = ranking.table["consensus"]
     first, last = ranking.order[0], ranking.order[-1]
     cliffs = dict(robustness.cliffs(ranking.levels))
@@ -113,6 +113,7 @@ def _sure(study: Study, recommendations: Sequence[Recommendation], ranked: Seque
 
 
 def _sentences(notes: Sequence[str]) -> str:
+    """Notes as sentences."""
     return " ".join(f"{note[:1].upper()}{note[1:]}." for note in notes)
 
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from sensitivity.analysis.importance.types import Ranking
 from sensitivity.analysis.observations import Observations
 from sensitivity.analysis.report import figures, sentences
+from sensitivity.analysis.report.table_rows import quantized, single
 from sensitivity.analysis.surrogate.space import Space
 from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 
@@ -87,13 +88,13 @@ def _of_ranking(ranking: Ranking) -> list[Drawn]:
 
 def _by_bits(table: pd.DataFrame, task: str, names: Sequence[str]) -> list[Drawn]:
     """Figures of the score over each component's width: as a mean over the others, and with the others native."""
-    means = figures.quantized(table).melt(id_vars=[task], value_vars=names, var_name="part", value_name="bits")
+    means = quantized(table).melt(id_vars=[task], value_vars=names, var_name="part", value_name="bits")
     means = means.groupby(["part", "bits"], as_index=False)[task].agg(["mean", "count"])
     drawn: list[Drawn] = []
     if means.groupby("part").size().max() > 1:
         drawn.append(("by-bits", "Sensitivity to the width of each part", sentences.by_bits_alt(means, task),
                       figures.by_bits(table, task, names), means))  # fmt: skip
-    alone = pd.concat([figures.single(table, names, name).assign(part=name) for name in names])
+    alone = pd.concat([single(table, names, name).assign(part=name) for name in names])
     if alone.groupby("part").size().max() > 2:
         drawn.append(("alone", "One part at a time, the others native", sentences.ALONE_ALT,
                       figures.by_bits(table, task, names, alone=True), alone))  # fmt: skip

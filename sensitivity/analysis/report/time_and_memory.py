@@ -9,13 +9,14 @@ import pandas as pd
 
 from sensitivity.analysis.report import figures
 from sensitivity.analysis.report.static_figures import Picture
+from sensitivity.analysis.report.table_rows import frontier_rows
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.layer_times import ANSWER, RESIDENT, LayerTimes
 from sensitivity.spec.runtimes.rules import violations
 from sensitivity.spec.sizes import GB
 
-WORTH = 0.02  # a share of full precision's time or memory below which a part's bits buy nothing to speak of
+WORTH = 0.02  # a saving that is a smaller share of full precision's time or memory is not worth a mention
 Measured = Sequence[tuple[str, Plan]]  # key and plan of each trial
 
 
@@ -58,14 +59,14 @@ class TimeAndMemory:
 def time_and_memory(
     parts: ComponentMap, times: LayerTimes, table: pd.DataFrame, measured: Measured, task: str, chosen: Sequence[str]
 ) -> TimeAndMemory | None:
-    """What the plans take that the runtime can run and whose layers were timed; None with fewer than two of them."""
+    """The section on plans that the runtime can run and whose layers were timed; None with fewer than two of them."""
     runs = {key: plan for key, plan in measured if _known(parts, times, plan)}
     rows = table[table["key"].isin(list(runs)) & table[task].notna()].copy()
     if len(rows) < 2:
         return None
     rows["ms"] = [times.plan_cost(parts, runs[key], ANSWER) for key in rows["key"]]
     rows["gb"] = [times.plan_cost(parts, runs[key], RESIDENT) for key in rows["key"]]
-    best = pd.concat([figures.frontier_rows(rows, task, cost) for cost in ("ms", "gb")])
+    best = pd.concat([frontier_rows(rows, task, cost) for cost in ("ms", "gb")])
     best = pd.concat([best[~best.index.duplicated()], rows[rows["key"].isin(list(chosen))]])
     best = best[~best.index.duplicated()].sort_values("ms")
     machine, tokens = times.machine, times.tokens
@@ -115,7 +116,7 @@ def _bought(parts: ComponentMap, times: LayerTimes, plans: Sequence[Plan]) -> li
         buys = [
             word for cost, word in ((RESIDENT, "memory"), (ANSWER, "time")) if saved[cost] > WORTH * abs(full[cost])
         ]
-        words = " and ".join(buys) or "nothing to speak of"
+        words = " and ".join(buys) or "hardly anything"
         if saved[ANSWER] < -WORTH * abs(full[ANSWER]):
             words += ", and costs time"
         found.append(Bought(name, narrow, saved[ANSWER], GB * saved[RESIDENT], words))

@@ -12,7 +12,7 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.study.study import Study
 
-MOST = 60  # pictures on a page
+MAX_PICTURES = 60  # on a page
 
 
 def failing(study: Study, recommendations: Sequence[Recommendation]) -> tuple[list[Gallery], list[str]]:
@@ -25,11 +25,12 @@ def failing(study: Study, recommendations: Sequence[Recommendation]) -> tuple[li
         ]
     measured = [(title, plan) for title, plan in plans if _has_answers(study, plan)]
     if measured:
-        return galleries(study, measured, MOST // len(plans)), []
+        return galleries(study, measured, MAX_PICTURES // len(plans)), []
     return [], ["The answers of these plans are not known: they were predicted and not run, or imported as a table."]
 
 
 def _has_answers(study: Study, plan: Plan) -> bool:
+    """Whether the study, or its verification, has the answers of a plan."""
     with contextlib.suppress(UserError):
         study_of(study, plan)
         return True

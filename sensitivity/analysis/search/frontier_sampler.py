@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 Floats = np.ndarray
 MAX_COMPARED = 20_000  # of a space with at most so many plans, all are compared
-DRAWS = 48  # draws from the surrogate, over which a gain is averaged
-MIN_GAIN = 0.001  # gain below which no plan is worth a trial: share of the full score, times log size
+DRAWS = 48  # scores drawn from the surrogate, over which a gain is averaged
+MIN_GAIN = 0.001  # a smaller predicted gain counts as none; as a share of full precision's score, times log size
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class PlanSizes:
 class FrontierSampler(BaseSampler):
     """Proposes plans: an integer parameter per component, its position among the choices; the last objective is bpw.
 
-    Scores are noisy. So neither the frontier nor a plan's gain is read off single measurements: both are predictions
-    of the surrogate, which is fitted to all trials, so that one lucky score changes little. A plan's gain is the area
-    that it adds under the frontier of score over log size. It is computed by turns from predicted scores, which favors
-    what would be recommended (exploitation), and as the mean over scores drawn from the surrogate's uncertainty, which
+    Scores are noisy, so neither the frontier nor a plan's gain is read off single measurements: both are predictions of
+    the surrogate, which is fitted to all trials, so that one lucky score changes little. A plan's gain is the area that
+    it adds under the frontier of score over log size. One proposal computes it from predicted scores, which favors what
+    would be recommended (exploitation); the next as the mean over scores drawn from the surrogate's uncertainty, which
     also favors plans whose score is uncertain (exploration).
     """
 
@@ -62,7 +62,7 @@ class FrontierSampler(BaseSampler):
         self.space, self.sizes, self.noise, self.expected = space, sizes, noise, expected
         self.low = tuple(low) if low is not None else (0,) * len(space.names)  # first position allowed
         self.draw = np.random.default_rng(seed)
-        self._other = RandomSampler(seed=seed)
+        self._random_sampler = RandomSampler(seed=seed)
         self.candidates = candidates
         counts = [len(options) for options in space.choices]
         if candidates is None and math.prod(counts) <= MAX_COMPARED:
@@ -90,7 +90,7 @@ class FrontierSampler(BaseSampler):
         self, study: OptunaStudy, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> object:
         """A random value, for a parameter that is not among the components."""
-        return self._other.sample_independent(study, trial, param_name, param_distribution)
+        return self._random_sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def next(self, index: Floats, scores: Floats) -> Floats:
         """The plan to measure next, given measured plans (rows of positions) and their scores (a column per task)."""
@@ -98,9 +98,9 @@ class FrontierSampler(BaseSampler):
             fit_surrogate,  # imports scipy's solvers, which takes a second
         )
 
-        start = [row for row in self.opening() if not (index == row).all(axis=1).any()]
-        if start:
-            return start[0]
+        opening = [row for row in self.opening() if not (index == row).all(axis=1).any()]
+        if opening:
+            return opening[0]
         task = int(self.draw.integers(scores.shape[1]))  # with several tasks, each plan is chosen for one of them
         native = (index == 0).all(axis=1)
         full = float(scores[native, task].mean()) if native.any() else None
@@ -118,7 +118,7 @@ class FrontierSampler(BaseSampler):
     def opening(self) -> list[Floats]:
         """The first plans: full precision and the uniform ones, which show at which width the score collapses.
 
-        With expected damages, every other one of the narrower half is enough to show how large the damages are.
+        With expected damages, every other plan of the narrower half is enough to show how large the damages are.
         """
         rows = [] if any(self.low) else [np.zeros(len(self.space.names), dtype=int)]
         uniform = [np.array(row) for row in self.space.uniform()]
@@ -130,7 +130,7 @@ class FrontierSampler(BaseSampler):
         return [row for row in rows if self.candidates is None or (self.candidates == row).all(axis=1).any()]
 
     def pool(self, model: Surrogate, index: Floats) -> Floats:
-        """Plans to choose among: all, or, where those are too many, the best under drawn surrogates and neighbors."""
+        """Plans to choose among: all, or if they are too many, the best under drawn surrogates and their neighbors."""
         if self.candidates is not None:
             return self.candidates
         rows = [*index]
@@ -151,27 +151,27 @@ class FrontierSampler(BaseSampler):
         plans = np.unique(np.array(rows), axis=0)
         counts = np.array([len(options) for options in self.space.choices])
         # neighbors with one component changed, for the sizes between two plans of the hull
-        moved = plans[self.draw.integers(len(plans), size=2000)].copy()
-        which = self.draw.integers(len(counts), size=len(moved))
-        moved[np.arange(len(moved)), which] = self.draw.integers(np.array(self.low)[which], counts[which])
-        plans = np.unique(np.concatenate([plans, moved]), axis=0)
+        neighbors = plans[self.draw.integers(len(plans), size=2000)].copy()
+        which = self.draw.integers(len(counts), size=len(neighbors))
+        neighbors[np.arange(len(neighbors)), which] = self.draw.integers(np.array(self.low)[which], counts[which])
+        plans = np.unique(np.concatenate([plans, neighbors]), axis=0)
         return plans[(plans >= np.array(self.low)).all(axis=1)]
 
     def gain(self, model: Surrogate, pool: Floats, index: Floats, draws: int = 0) -> Floats:
-        """Area that each plan of the pool would add under the frontier of measured plans: as predicted, or over draws.
+        """The area that each plan of the pool would add under the frontier of measured plans, predicted or over draws.
 
         The frontier is a step function of log size: each of its plans is the best one up to the size of the next.
         """
         steps = self.predicted_frontier(model, index)
         rows = np.concatenate([pool, *(row[None] for _, row in steps)])
         drawn = model.draws(rows, self.draw, draws) if draws else model.predict(rows)[None]
-        drawn, held = drawn[:, : len(pool)], drawn[:, len(pool) :]
+        drawn, at_steps = drawn[:, : len(pool)], drawn[:, len(pool) :]
         # below the smallest measured plan, the score to beat is 0, or less where scores can be negative
         nothing = np.minimum(0.0, drawn.min(axis=1, keepdims=True))
-        size, last = np.log(self.sizes.bpw(pool)), self.largest(index)
+        size, last = np.log(self.sizes.bpw(pool)), self.largest_log_size(index)
         begin = [min(float(size.min()), last), *(at for at, _ in steps)]
         total = np.zeros(len(pool))
-        for start, end, value in zip(begin, [*begin[1:], last], np.hstack([nothing, held]).T, strict=True):
+        for start, end, value in zip(begin, [*begin[1:], last], np.hstack([nothing, at_steps]).T, strict=True):
             # a plan adds, on the part of this step that is at least its size, what it scores above the step
             width = np.clip(end - np.maximum(size, start), 0, None)
             total += np.maximum(drawn - value[:, None], 0).mean(axis=0) * width
@@ -182,8 +182,8 @@ class FrontierSampler(BaseSampler):
         size, mean = np.log(self.sizes.bpw(index)), model.predict(index)
         return [(float(size[i]), index[i]) for i in frontier(size, mean)]
 
-    def largest(self, index: Floats) -> float:
-        """Log size up to which the frontier counts: that of the largest uniform plan other than full precision."""
+    def largest_log_size(self, index: Floats) -> float:
+        """The log size up to which the frontier counts: that of the largest uniform plan below full precision."""
         opening = np.array(self._proposable([np.array(row) for row in self.space.uniform()]))
         rows = opening if len(opening) else index
         return float(np.log(self.sizes.bpw(rows)).max()) + 0.02  # else a plan of that very size would gain nothing

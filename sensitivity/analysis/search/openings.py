@@ -1,4 +1,4 @@
-"""Yields plans one by one: first those that are given, then those that a function proposes from all measurements."""
+"""Yields plans one by one: first the given openings, then what a function proposes from all measurements so far."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from sensitivity.spec.plan import Plan
 from sensitivity.study.study import Study
 
 
-def opened(
+def openings_then_proposals(
     study: Study, openings: Sequence[Plan], propose: Callable[[Study], Iterable[Plan]], trials: int
 ) -> Iterator[Plan]:
-    """Yield plans that were not measured, until the study holds `trials` or nothing new is proposed."""
+    """Yield plans that the study does not hold, until it holds `trials` of them or nothing new is proposed."""
     for plan in openings:
         keys = {trial.key for trial in study.trials()}
         if len(keys) >= trials:

@@ -16,9 +16,7 @@ from sensitivity.spec.limits import Allowed
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.study.study import Study
 
-LARGEST = 20_000  # most plans in a grid: a larger one would hardly ever be finished
-
-
+MAX_GRID = 20_000  # plans; a larger grid would hardly ever be finished
 Plans = Iterable[Plan] | Callable[[Study], Iterable[Plan]]
 
 
@@ -39,18 +37,18 @@ def one_at_a_time(parts: ComponentMap, schemes: Sequence[Scheme]) -> list[Plan]:
 def _grid(space: SearchSpace, trials: int, seed: int) -> list[Plan]:
     # from the narrowest scheme to the widest; native only on an axis that allows nothing else
     choices = [range(len(options) - 1, min(1, len(options) - 1) - 1, -1) for options in space.joint.choices]
-    if (count := math.prod(map(len, choices)) + 1) > LARGEST:
+    if (count := math.prod(map(len, choices)) + 1) > MAX_GRID:
         raise UserError(_too_many(choices, count))
     return list(dict.fromkeys([space.native, *map(space.plan, itertools.product(*choices))]))
 
 
 def _too_many(choices: Sequence[Sequence[int]], count: int) -> str:
-    fewer = int(LARGEST ** (1 / len(choices)))
+    fewer = int(MAX_GRID ** (1 / len(choices)))
     hint = f"at most {fewer} widths (--bits)" if fewer > 1 else "a single width"
     shown = f"{count:,}" if count < 10**9 else f"about 10^{round(math.log10(count))}"
     return (
         f"a grid of {max(map(len, choices))} widths over {len(choices)} components has {shown} plans, more than "
-        f"{LARGEST:,}; choose coarser parts (--by part), {hint}, or let a search choose "
+        f"{MAX_GRID:,}; choose coarser parts (--by part), {hint}, or let a search choose "
         "(--search frontier --trials 200)"
     )
 

@@ -14,7 +14,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import NSGAIISampler
 
 from sensitivity.analysis.search.frontier_sampler import PlanSizes
-from sensitivity.analysis.surrogate.space import Expected, Space, together
+from sensitivity.analysis.surrogate.space import Expected, Space, summed_over_axes
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.limits import Allowed
@@ -34,7 +34,7 @@ class SearchSpace:
 
     names: tuple[str, ...]
     axes: tuple[tuple[str, ...], ...]
-    joint: Space  # the choices of each axis, as the surrogate takes them
+    joint: Space  # one axis as if it were one component: the space of the surrogate
     low: tuple[int, ...]
     sizes: PlanSizes
     cached: frozenset[str] = frozenset()  # the components that have a key-value cache
@@ -59,12 +59,12 @@ class SearchSpace:
             # a group without a cache has the same plan at all widths of the cache
             cached = any(parts[name].has_cache for name in group)
             every = dict.fromkeys((None, *(scheme if cached else scheme.without_cache for scheme in ordered)))
-            fine = [c for c in every if allowed is None or all(allowed(name, c) for name in group)]
-            if not fine:
+            permitted = [c for c in every if allowed is None or all(allowed(name, c) for name in group)]
+            if not permitted:
                 raise UserError(f"no scheme is allowed for {', '.join(group)}; there are native, {_listed(ordered)}")
             axes.append(group)
-            choices.append((None, *(choice for choice in fine if choice is not None)))
-            low.append(int(fine[0] is not None))
+            choices.append((None, *(choice for choice in permitted if choice is not None)))
+            low.append(int(permitted[0] is not None))
         bits = tuple(np.array(b, dtype=float) for b in choice_bits(parts, axes, choices))
         joint = Space(tuple("+".join(group) for group in axes), tuple(choices))
         sizes = PlanSizes(bits, kept_bits(parts), parts.numel)
@@ -73,7 +73,9 @@ class SearchSpace:
 
     def expecting(self, damages: Expected | None) -> SearchSpace:
         """This space, with what is expected of the components of each axis."""
-        return self if damages is None else replace(self, expected=together(damages, self.axes, self.joint.names))
+        if damages is None:
+            return self
+        return replace(self, expected=summed_over_axes(damages, self.axes, self.joint.names))
 
     @property
     def native(self) -> Plan:
@@ -156,6 +158,7 @@ class SearchSpace:
 
 
 def _scheme_order(scheme: Scheme) -> tuple[object, ...]:
+    """Sort key of schemes: by method and settings, each from the widest to the narrowest."""
     rounded = -scheme.activations, -scheme.cache
     return scheme.method, str(scheme.group), scheme.symmetric, scheme.settings, *rounded, -scheme.bits
 

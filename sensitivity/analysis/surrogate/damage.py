@@ -1,4 +1,4 @@
-"""The surrogate's formula: the damage of each component, its sum, the score, and the derivatives by each parameter."""
+"""The surrogate's formula: each component's damage, their sum, the score, and its derivatives by each parameter."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class DamageModel:
         """Expected logarithm of each step: as given, else from a damage of exp(3 - bits), which is 1 at three bits."""
         if self.expected is not None:
             return np.array(self.expected)
-        # a scheme no narrower than the one above it (16 bits stored as such) does next to no damage: -12
+        # a scheme that is no narrower than the one above it (16 bits stored as such) does hardly any damage: exp(-12)
         steps = zip(itertools.chain(*self.bits), itertools.chain(*self.above), strict=True)
         return np.array([math.log(math.exp(3 - b) - math.exp(3 - a)) if a > b else -12.0 for b, a in steps])
 
     @cached_property
     def falling(self) -> Floats:
-        """What the slope multiplies: how far each step's width lies below four bits."""
+        """How far each step's width lies below four bits, which the slope multiplies."""
         return np.array([4.0 - b for bits in self.bits for b in bits])
 
     @cached_property
@@ -77,7 +77,7 @@ class DamageModel:
                     matrix[self.first[c] + i] += matrix[self.first[c] + parent]
         return matrix
 
-    def flat(self, theta: Floats) -> tuple[Floats, Floats]:
+    def steps_and_damages(self, theta: Floats) -> tuple[Floats, Floats]:
         """The steps, and the damage of every choice but native; all components one after the other."""
         parts = len(self.sizes)
         log = self.base + theta[3] + theta[4] * self.falling + theta[5 + self.owner]
@@ -88,7 +88,7 @@ class DamageModel:
 
     def damages(self, theta: Floats) -> list[Floats]:
         """Per component, the damage of each of its choices; native is the first and has none."""
-        _, flat = self.flat(theta)
+        _, flat = self.steps_and_damages(theta)
         return [np.concatenate([[0.0], flat[a:b]]) for a, b in itertools.pairwise(self.first)]
 
     def predict(self, theta: Floats, index: Floats) -> Floats:
@@ -112,11 +112,11 @@ class DamageModel:
         """The score, the remaining fraction exp(-eta ** power), and the score's derivatives by eta and by log power."""
         top, floor, power = theta[0], theta[1], self.power(theta)
         eta = np.maximum(eta, 1e-9)  # the derivatives divide by eta and take its logarithm
-        bent = np.minimum(eta**power, 700.0)  # exp(-700) is about the smallest double
-        left = np.exp(-bent)
+        exponent = np.minimum(eta**power, 700.0)  # exp(-700) is about the smallest double
+        remaining = np.exp(-exponent)
         # derivative by log(eta ** power); the chain rule gives the two that are returned
-        slope = -(top - floor) * left * bent
-        return floor + (top - floor) * left, left, slope * power / eta, slope * power * np.log(eta)
+        slope = -(top - floor) * remaining * exponent
+        return floor + (top - floor) * remaining, remaining, slope * power / eta, slope * power * np.log(eta)
 
     def eta_at(self, theta: Floats, score: float) -> float:
         """The inverse of the curve: damage at this score; -1 above the top, infinite at or below the floor."""
@@ -130,13 +130,13 @@ class DamageModel:
 
         In closed form: finite differences would cost a prediction per parameter in every iteration of the fit.
         """
-        steps, flat = self.flat(theta)
+        steps, flat = self.steps_and_damages(theta)
         parts, gammas = len(self.sizes), theta[self.length - len(self.pairs) :]
         padded = [np.concatenate([[0.0], flat[a:b]]) for a, b in itertools.pairwise(self.first)]
         damages = np.column_stack([d[index[:, c]] for c, d in enumerate(padded)])
-        _, left, by_eta, by_power = self.curve(theta, self.eta(theta, damages))
+        _, remaining, by_eta, by_power = self.curve(theta, self.eta(theta, damages))
         out = np.zeros((len(index), self.length))
-        out[:, 0], out[:, 1], out[:, 2] = left, 1 - left, by_power
+        out[:, 0], out[:, 1], out[:, 2] = remaining, 1 - remaining, by_power
         by_step = np.zeros((len(index), self.steps))
         for c, first in enumerate(self.first[:-1]):
             # derivative of eta by the damage of component c: 1, plus gamma times the damage of each of its partners

@@ -12,22 +12,22 @@ from scipy.optimize import minimize
 from sensitivity.analysis.surrogate.damage import DamageModel
 
 Floats = np.ndarray
-MAX_PLANS = 256  # most plans from which the settings of the process are learned; all plans then correct the prediction
-# prior of the settings, as mean and spread of their logarithms. DISTANCE: over which two plans are alike, in octaves of
-# bits summed over components. EVERYWHERE: size of the misfit at any score, as a share of sigma. FALLING: its size where
-# the score falls. NUGGET and UNSTEADY: the same two for the noise
+MAX_PLANS = 256  # plans from which the hyperparameters are fitted; all plans then correct the prediction
+# the prior of the hyperparameters, as mean and spread of their logarithms. DISTANCE: how far plans may differ and still
+# be alike, in octaves of bits summed over components. EVERYWHERE: size of the misfit at any score, as a share of sigma.
+# FALLING: its size where the score falls. NUGGET and UNSTEADY: the same two for the noise
 DISTANCE, EVERYWHERE, FALLING, NUGGET, UNSTEADY = (0.9, 0.7), (-0.7, 1.5), (-2.3, 1.0), (-0.7, 1.5), (-3.5, 1.0)
-KNOWN = (0.0, 0.5)  # instead of NUGGET if noise is known: plans share examples, so differences are less noisy
+KNOWN = (0.0, 0.5)  # instead of NUGGET if the noise is known: plans share examples, so differences are less noisy
 BOUNDS = ((0.8, 4.0), (-12.0, 2.0), (-9.0, 2.0), (-9.0, 2.0), (-9.0, 2.0))
-NEVER = -40.0  # the logarithm of nothing
-ODDS = math.log(20)  # predictions use the process if it makes readings likelier by this factor (as a logarithm)
-NARROWEST = 1e-4  # least noise, as a share of the largest score: else the matrix may be singular
+LOG_ZERO = -40.0  # stands for the logarithm of zero
+ODDS = math.log(20)  # predictions use the process if it makes readings likelier by this factor (a logarithm)
+MIN_NOISE = 1e-4  # as a share of the largest score: with less, the matrix may be singular
 JITTER = 1e-12  # added to the diagonal of an indefinite covariance, as a share of its largest entry
-WIDEST = 1.5  # intervals are widened by at most this factor
+MAX_STRETCH = 1.5  # intervals are widened by at most this factor
 
 
 @dataclass(frozen=True)
-class Setting:
+class Hyperparameters:
     """How far the process reaches, how large it is, and how much of a reading is noise; in the order of the fit."""
 
     distance: float
@@ -37,8 +37,8 @@ class Setting:
     unsteady: float  # standard deviation of the logarithm of total damage between readings of one plan
 
     @classmethod
-    def of(cls, logs: Floats) -> Setting:
-        """The setting with these logarithms."""
+    def of(cls, logs: Floats) -> Hyperparameters:
+        """The hyperparameters with these logarithms."""
         return cls(*(math.exp(value) for value in logs))
 
 
@@ -53,11 +53,11 @@ class Misfit:
 
     formula: DamageModel
     theta: Floats  # of the fit
-    apart: tuple[Floats, ...]  # per component, the distance between any two of its choices
+    distances: tuple[Floats, ...]  # per component, between any two of its choices
     index: Floats  # the plans that were measured, each once
     score: Floats  # the mean of their readings
-    setting: Setting
-    counts: bool  # whether predictions are corrected; else the data do not show that the formula misses anything
+    fitted: Hyperparameters
+    corrects: bool  # whether predictions are corrected; if not, the data do not show that the formula misses anything
     noise: float  # standard deviation of one reading around the truth
     stretch: float  # factor that widens intervals, so that they hold readings that are predicted from all others
     root: Floats  # a square root of theta's covariance
@@ -66,8 +66,8 @@ class Misfit:
     _factor: Floats = field(repr=False)  # Cholesky's factor of the covariance of readings
 
     def corrected(self, theta: Floats, index: Floats, covariance: Floats | None = None) -> Floats:
-        """What the process adds to the predictions of plans, if theta is right."""
-        if not self.counts:
+        """What the process adds to the predictions of plans under this theta."""
+        if not self.corrects:
             return np.zeros(len(index))
         between = self.covariance(index) if covariance is None else covariance
         missed = self.score - self.formula.predict(theta, self.index) - self._shifted(self.index)
@@ -79,15 +79,16 @@ class Misfit:
 
     def covariance(self, index: Floats) -> Floats:
         """The covariance of plans with the measured ones, plans x measured."""
-        alike = _alike(_apart(self.apart, index, self.index), self.setting.distance)
-        return np.asarray(alike * _size(self.setting, self._steep(index), self._steep(self.index)))
+        correlation = _correlation(_distances(self.distances, index, self.index), self.fitted.distance)
+        return np.asarray(correlation * _variance(self.fitted, self._steep(index), self._steep(self.index)))
 
     def spread(self, index: Floats, covariance: Floats) -> Floats:
-        """Standard deviation of the process at plans, given all readings."""
-        own = self.setting.everywhere**2 + (self.setting.falling * self._steep(index)) ** 2
+        """Standard deviation of the process at some plans, given all readings."""
+        own = self.fitted.everywhere**2 + (self.fitted.falling * self._steep(index)) ** 2
         known = solve_triangular(self._factor, covariance.T, lower=True)
         missed = cho_solve((self._factor, True), self.score - self.formula.predict(self.theta, self.index))
-        left_out = np.zeros(len(index)) if self.counts else (covariance @ missed) ** 2  # a correction that is not made
+        # the correction, where it is not made
+        left_out = np.zeros(len(index)) if self.corrects else (covariance @ missed) ** 2
         order = np.argsort(self.score)
         shared = np.interp(self.formula.predict(self.theta, index), self.score[order], self.shared[order])
         return np.asarray(np.sqrt(np.maximum(own - (known**2).sum(axis=0), 0.0) + left_out + shared**2))
@@ -100,7 +101,7 @@ def fit_misfit(
     formula: DamageModel,
     theta: Floats,
     prior: tuple[Floats, Floats],
-    apart: tuple[Floats, ...],
+    distances: tuple[Floats, ...],
     index: Floats,
     score: Floats,
     noise: Floats | None,
@@ -112,38 +113,39 @@ def fit_misfit(
     readings around the formula.
     """
     unit = float(np.abs(score).max()) or 1.0
-    shape = np.full(len(score), max(sigma, NARROWEST * unit)) if noise is None else np.maximum(noise, NARROWEST * unit)
+    shape = np.full(len(score), max(sigma, MIN_NOISE * unit)) if noise is None else np.maximum(noise, MIN_NOISE * unit)
     index, score, shape = merged(index, score, shape)
     jac = formula.jacobian(theta, index)
     steep = steepness(formula, theta, index)
-    # theta itself is uncertain: to first order that is one more Gaussian process, with the covariance of its prior
+    # theta is uncertain as well: to first order, this is one more Gaussian process, with the covariance of its prior
     loose = (jac * prior[1]) @ (jac * prior[1]).T
     missed = score - formula.predict(theta, index)
     some = np.random.default_rng(0).permutation(len(score))[:MAX_PLANS]
     evidence = Evidence(
-        _apart(apart, index[some], index[some]),
+        _distances(distances, index[some], index[some]),
         steep[some],
         loose[np.ix_(some, some)],
         (missed + jac @ (theta - prior[0]))[some],
         shape[some],
-        _prior(max(sigma, NARROWEST * unit), noise is not None),
+        _prior(max(sigma, MIN_NOISE * unit), noise is not None),
         noise is not None,
     )
     plain, cost_plain = evidence.best(process=False)
     full, cost = evidence.best(process=True)
-    counts = cost_plain - cost > ODDS
-    between = _alike(_apart(apart, index, index), full.distance) * _size(full, steep, steep)
-    held = _definite(between + np.diag(_noise(full, shape, steep)))
-    factor = np.asarray(cho_factor(held, lower=True)[0])
+    corrects = cost_plain - cost > ODDS
+    best = full if corrects else plain
+    between = _correlation(_distances(distances, index, index), full.distance) * _variance(full, steep, steep)
+    covariance = _definite(between + np.diag(_noise(full, shape, steep)))
+    factor = np.asarray(cho_factor(covariance, lower=True)[0])
     inverse = np.linalg.inv(jac.T @ cho_solve((factor, True), jac) + np.diag(prior[1] ** -2.0))
     pulled = jac.T @ cho_solve((factor, True), missed) + (prior[0] - theta) / prior[1] ** 2
     values, vectors = np.linalg.eigh(inverse)
     root = vectors * np.sqrt(np.maximum(values, 0.0))
-    typical = float(np.sqrt(np.mean(_noise(full if counts else plain, shape, steep))))
+    typical = float(np.sqrt(np.mean(_noise(best, shape, steep))))
     # plans run on the same examples, so a part of their noise is common: the given noise less the fitted one
-    shared = shape * math.sqrt(max(1 - (full if counts else plain).noise ** 2, 0.0)) * (noise is not None)
+    shared = shape * math.sqrt(max(1 - best.noise**2, 0.0)) * (noise is not None)
     return Misfit(
-        formula, theta, apart, index, score, full, counts, typical, evidence.stretch(full if counts else plain, counts),
+        formula, theta, distances, index, score, full, corrects, typical, evidence.stretch(best, corrects),
         root, inverse @ pulled, shared, factor,
     )  # fmt: skip
 
@@ -157,17 +159,17 @@ def merged(index: Floats, score: Floats, noise: Floats) -> tuple[Floats, Floats,
 
 
 def _prior(sigma: float, known: bool) -> tuple[Floats, Floats]:
-    """Center and spread of the logarithms of a setting."""
+    """Center and spread of the logarithms of the hyperparameters."""
     misfit = DISTANCE, (EVERYWHERE[0] + math.log(sigma), EVERYWHERE[1]), FALLING
-    pairs = (*misfit, KNOWN, (NEVER, 1.0)) if known else (*misfit, NUGGET, UNSTEADY)
+    pairs = (*misfit, KNOWN, (LOG_ZERO, 1.0)) if known else (*misfit, NUGGET, UNSTEADY)
     return np.array([mean for mean, _ in pairs]), np.array([spread for _, spread in pairs])
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The likelihood of readings under a setting, integrated over the prior of theta."""
+    """The likelihood of readings under hyperparameters, integrated over the prior of theta."""
 
-    apart: Floats
+    distances: Floats
     steep: Floats
     loose: Floats
     missed: Floats  # difference of readings to the prediction of the prior's center, to first order
@@ -175,8 +177,8 @@ class Evidence:
     prior: tuple[Floats, Floats]
     known: bool  # whether the noise is known up to a factor
 
-    def best(self, process: bool) -> tuple[Setting, float]:
-        """The most likely setting, and its cost; without the process, only the noise is fitted."""
+    def best(self, process: bool) -> tuple[Hyperparameters, float]:
+        """The most likely hyperparameters, and their cost; without the process, only the noise is fitted."""
         free = [*([0, 1, 2] if process else []), 3, *([] if self.known else [4])]
         start = self.prior[0].copy()
 
@@ -191,46 +193,45 @@ class Evidence:
         )
         logs = start.copy()
         logs[free] = found.x
-        return Setting.of(logs), float(found.fun)
+        return Hyperparameters.of(logs), float(found.fun)
 
     def cost(self, logs: Floats, process: bool) -> tuple[float, Floats]:
-        """Minus the logarithm of the posterior density of a setting, and its derivatives."""
-        setting = Setting.of(logs)
-        held, parts = self._covariance(setting, process)
-        factor = np.linalg.cholesky(_definite(held))
-        inverse = cho_solve((factor, True), np.eye(len(held)))
+        """Minus the logarithm of the posterior density of hyperparameters, and its derivatives."""
+        covariance, parts = self._covariance(Hyperparameters.of(logs), process)
+        factor = np.linalg.cholesky(_definite(covariance))
+        inverse = cho_solve((factor, True), np.eye(len(covariance)))
         solved = inverse @ self.missed
-        wide = (logs - self.prior[0]) / self.prior[1]
-        wide[:3] *= process
-        value = 0.5 * self.missed @ solved + np.log(np.diag(factor)).sum() + 0.5 * wide @ wide
+        from_prior = (logs - self.prior[0]) / self.prior[1]
+        from_prior[:3] *= process
+        value = 0.5 * self.missed @ solved + np.log(np.diag(factor)).sum() + 0.5 * from_prior @ from_prior
         by_covariance = inverse - np.outer(solved, solved)
-        slope = np.array([0.5 * float((by_covariance * part).sum()) for part in parts]) + wide / self.prior[1]
+        slope = np.array([0.5 * float((by_covariance * part).sum()) for part in parts]) + from_prior / self.prior[1]
         return float(value), slope
 
-    def _covariance(self, setting: Setting, process: bool) -> tuple[Floats, list[Floats]]:
-        """The covariance of readings, and its derivatives by the logarithms of the setting."""
-        steady = np.diag((setting.noise * self.noise) ** 2)
-        unsteady = np.diag((setting.unsteady * self.steep) ** 2)
+    def _covariance(self, of: Hyperparameters, process: bool) -> tuple[Floats, list[Floats]]:
+        """The covariance of readings, and its derivatives by the logarithms of the hyperparameters."""
+        steady = np.diag((of.noise * self.noise) ** 2)
+        unsteady = np.diag((of.unsteady * self.steep) ** 2)
         if not process:
             nothing = np.zeros_like(steady)
             return self.loose + steady + unsteady, [nothing, nothing, nothing, 2 * steady, 2 * unsteady]
-        alike = _alike(self.apart, setting.distance)
-        everywhere = setting.everywhere**2 * alike
-        falling = setting.falling**2 * alike * np.outer(self.steep, self.steep)
+        correlation = _correlation(self.distances, of.distance)
+        everywhere = of.everywhere**2 * correlation
+        falling = of.falling**2 * correlation * np.outer(self.steep, self.steep)
         both = everywhere + falling
-        parts = [both * self.apart / setting.distance, 2 * everywhere, 2 * falling, 2 * steady, 2 * unsteady]
+        parts = [both * self.distances / of.distance, 2 * everywhere, 2 * falling, 2 * steady, 2 * unsteady]
         return self.loose + both + steady + unsteady, parts
 
-    def stretch(self, setting: Setting, process: bool) -> float:
+    def stretch(self, of: Hyperparameters, process: bool) -> float:
         """The factor by which 95 % intervals are widened to hold 95 % of readings, each predicted from the others."""
-        held, _ = self._covariance(setting, process)
-        inverse = cho_solve(cho_factor(_definite(held), lower=True), np.eye(len(held)))
-        away = np.abs(inverse @ self.missed) / np.sqrt(np.diag(inverse))
-        return float(np.clip(np.quantile(away, 0.95) / 1.96, 1.0, WIDEST))
+        covariance, _ = self._covariance(of, process)
+        inverse = cho_solve(cho_factor(_definite(covariance), lower=True), np.eye(len(covariance)))
+        deviations = np.abs(inverse @ self.missed) / np.sqrt(np.diag(inverse))
+        return float(np.clip(np.quantile(deviations, 0.95) / 1.96, 1.0, MAX_STRETCH))
 
 
 def _definite(covariance: Floats) -> Floats:
-    """The covariance; with more on its diagonal where rounding errors made an eigenvalue negative."""
+    """The covariance, with more on its diagonal where rounding errors made an eigenvalue negative."""
     try:
         np.linalg.cholesky(covariance)
     except np.linalg.LinAlgError:
@@ -238,9 +239,9 @@ def _definite(covariance: Floats) -> Floats:
     return covariance
 
 
-def _noise(setting: Setting, shape: Floats, steep: Floats) -> Floats:
+def _noise(of: Hyperparameters, shape: Floats, steep: Floats) -> Floats:
     """The variances of readings around the truth."""
-    return np.asarray((setting.noise * shape) ** 2 + (setting.unsteady * steep) ** 2)
+    return np.asarray((of.noise * shape) ** 2 + (of.unsteady * steep) ** 2)
 
 
 def steepness(formula: DamageModel, theta: Floats, index: Floats) -> Floats:
@@ -250,19 +251,19 @@ def steepness(formula: DamageModel, theta: Floats, index: Floats) -> Floats:
     return np.asarray(np.abs(formula.curve(theta, eta)[2]) * np.maximum(eta, 0.0))
 
 
-def _apart(apart: tuple[Floats, ...], some: Floats, others: Floats) -> Floats:
-    """The distances of plans to others: sums over components."""
+def _distances(distances: tuple[Floats, ...], some: Floats, others: Floats) -> Floats:
+    """The distances between plans and others: sums over components."""
     total = np.zeros((len(some), len(others)))
-    for c, between in enumerate(apart):
+    for c, between in enumerate(distances):
         total += between[some[:, c][:, None], others[:, c][None]]
     return total
 
 
-def _alike(apart: Floats, distance: float) -> Floats:
-    """The correlation of what the formula misses of two plans, from 0 to 1."""
-    return np.asarray(np.exp(-apart / distance))
+def _correlation(distances: Floats, distance: float) -> Floats:
+    """The correlation between what the formula misses of two plans, from 0 to 1."""
+    return np.asarray(np.exp(-distances / distance))
 
 
-def _size(setting: Setting, steep: Floats, others: Floats) -> Floats:
-    """The covariance of plans with others if they had the same widths; `_alike` scales it."""
-    return np.asarray(setting.everywhere**2 + setting.falling**2 * np.outer(steep, others))
+def _variance(of: Hyperparameters, steep: Floats, others: Floats) -> Floats:
+    """The covariance of plans with others if they had the same widths; `_correlation` scales it."""
+    return np.asarray(of.everywhere**2 + of.falling**2 * np.outer(steep, others))

@@ -12,7 +12,7 @@ from sensitivity.analysis.observations import observations_of
 from sensitivity.analysis.surrogate.space import Expected
 from sensitivity.study.study import Study
 
-MIN_PLANS = 4  # plans below which nothing is said
+MIN_PLANS = 4  # with fewer plans, agreement is not computed
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ScoreAgreement:
 
     plans: int
     rank_correlation: float  # between the sum of scores and the loss of task score; 1 if the order of plans is the same
-    error: float  # root mean square; a plan's task score is predicted by a falling curve through the other plans
+    error: float  # root mean square, where a falling curve through all other plans predicts a plan's task score
 
     def to_json(self) -> dict[str, float]:
         """The agreement as JSON values."""
@@ -41,7 +41,7 @@ def score_agreement(study: Study, scores: Expected, task: str | None = None) -> 
     ])  # fmt: skip
     if len(sums) < MIN_PLANS or len(set(sums)) < 2 or len(set(observations.score)) < 2:
         return None
-    missed = [
+    errors = [
         IsotonicRegression(increasing=False, out_of_bounds="clip")
         .fit(np.delete(sums, i), np.delete(observations.score, i))
         .predict(sums[i : i + 1])[0]
@@ -49,4 +49,4 @@ def score_agreement(study: Study, scores: Expected, task: str | None = None) -> 
         for i in range(len(sums))
     ]
     agreement = float(spearmanr(sums, -observations.score).statistic)
-    return ScoreAgreement(len(sums), agreement, float(np.sqrt(np.mean(np.square(missed)))))
+    return ScoreAgreement(len(sums), agreement, float(np.sqrt(np.mean(np.square(errors)))))

@@ -14,7 +14,7 @@ from sensitivity.spec.plan import NOT_ROUNDED, Plan, Scheme
 Floats = np.ndarray
 Choice = Scheme | None
 Expected = Mapping[str, Mapping[Scheme, float]]  # component -> scheme -> damage, of which only ratios count
-ELSEWHERE = 0.5  # octaves between a family of schemes and full precision, added to those of bits
+FAMILY_DISTANCE = 0.5  # octaves between a family of schemes and full precision, added to those of bits
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class Space:
         schemes = (options[int(i)] for options, i in zip(self.choices, row, strict=True))
         return Plan(tuple(zip(self.names, schemes, strict=True)))
 
-    def apart(self) -> tuple[Floats, ...]:
+    def distances(self) -> tuple[Floats, ...]:
         """Per component, the distances between its choices, in octaves of bits; full precision has 16 bits."""
         return tuple(
-            np.array([[_apart(one, other) for other in options] for one in options]) for options in self.choices
+            np.array([[_distance(one, other) for other in options] for one in options]) for options in self.choices
         )
 
 
-def together(expected: Expected, axes: Sequence[Sequence[str]], names: Sequence[str]) -> Expected:
+def summed_over_axes(expected: Expected, axes: Sequence[Sequence[str]], names: Sequence[str]) -> Expected:
     """The expected damage of each axis: the sum over its components, for each scheme that all of them have."""
     found = {}
     for name, group in zip(names, axes, strict=True):
@@ -75,6 +75,7 @@ def family(scheme: Scheme) -> str:
 
 
 def _order(choice: Choice) -> tuple[str, int]:
+    """Sort key of choices: native, then family after family, each by falling bits."""
     return ("", 0) if choice is None else (family(choice), -choice.bits)
 
 
@@ -88,10 +89,10 @@ def _place(options: Sequence[Choice], scheme: Scheme) -> int | None:
     return next((options.index(choice) for choice in fitting), None)
 
 
-def width(scheme: Scheme) -> float:
+def effective_bits(scheme: Scheme) -> float:
     """The bits of weights alone that, by the prior, do as much damage as a scheme's weights, activations and cache.
 
-    The prior's damage of b bits is exp(3 - b), so widths of 4 and 4 bits together do as much as 3.3 alone.
+    The prior's damage of b bits is exp(3 - b), so weights and activations of 4 bits do as much as weights of 3.3.
     """
     rounded = [width for width in (scheme.activations, scheme.cache) if width != NOT_ROUNDED]
     if not rounded:
@@ -99,12 +100,12 @@ def width(scheme: Scheme) -> float:
     return -math.log(sum(math.exp(-width) for width in (scheme.bits, *rounded)))
 
 
-def _apart(one: Choice, other: Choice) -> float:
+def _distance(one: Choice, other: Choice) -> float:
     """How many octaves of bits lie between two choices; schemes of different families are never the same."""
     octaves, labels = (
-        [math.log2(max(width(choice), 0.5)) if choice else 4.0 for choice in (one, other)],
+        [math.log2(max(effective_bits(choice), 0.5)) if choice else 4.0 for choice in (one, other)],
         [family(choice) if choice else None for choice in (one, other)],
     )
-    # ELSEWHERE counts once per family: two families differ by way of full precision
-    aside = 0 if labels[0] == labels[1] else sum(label is not None for label in labels)
-    return abs(octaves[0] - octaves[1]) + ELSEWHERE * aside
+    # counted once per family: the way from one family to another leads through full precision
+    families = 0 if labels[0] == labels[1] else sum(label is not None for label in labels)
+    return abs(octaves[0] - octaves[1]) + FAMILY_DISTANCE * families

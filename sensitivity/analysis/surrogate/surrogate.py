@@ -12,16 +12,16 @@ from scipy.stats import norm
 
 from sensitivity.analysis.surrogate.damage import DamageModel
 from sensitivity.analysis.surrogate.misfit import Misfit, fit_misfit
-from sensitivity.analysis.surrogate.space import Expected, Space, family, width
+from sensitivity.analysis.surrogate.space import Expected, Space, effective_bits, family
 
 Floats = np.ndarray
 DRAWS = 128  # parameter vectors that are drawn for an interval
 PAIRS = 6  # most interaction terms
 MIN_STEP = 1e-5  # least expected step, as a share of the largest
 PRIOR = (1.5, 1.0)  # spread of the logarithms of components and of steps around the formula's expectation
-TRUST = 0.8  # expected damages are dropped if the error without them is below this share of that with them
-TOLD = (0.8, 0.5)  # the same as PRIOR, around damages that were expected of this model
-WORTH = 0.03  # an interaction term stays if it lowers the residual error by at least this share
+EXPECTED_PRIOR = (0.8, 0.5)  # the same, around expected damages of this model
+MAX_ERROR_SHARE = 0.8  # expected damages are dropped if the error without them is below this share of that with them
+MIN_IMPROVEMENT = 0.03  # an interaction term stays if it lowers the residual error by at least this share
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Surrogate:
     pairs: tuple[tuple[int, int], ...]
     theta: Floats
     root: Floats
-    sigma: float  # standard deviation of one measured score around what is predicted of its plan
+    sigma: float  # standard deviation of one measured score around its plan's predicted one
     formula: DamageModel = field(repr=False)
     misfit: Misfit | None = field(default=None, repr=False)
 
@@ -59,7 +59,7 @@ class Surrogate:
     @property
     def is_formula(self) -> bool:
         """Whether predictions are those of the formula alone, in which the least damage is the best score."""
-        return self.misfit is None or not self.misfit.counts
+        return self.misfit is None or not self.misfit.corrects
 
     def sample(self, draw: np.random.Generator, times: int = DRAWS) -> Floats:
         """Parameter vectors drawn from the normal distribution with the fit's mean and covariance."""
@@ -68,7 +68,7 @@ class Surrogate:
     def draws(self, index: Floats, draw: np.random.Generator | None = None, times: int = DRAWS) -> Floats:
         """Scores of plans drawn from their uncertainty, draws x plans; without a generator, the same at every call.
 
-        What the formula misses is drawn independently for each plan, so draws are right for plans, not for differences.
+        What the formula misses is drawn for each plan by itself, so draws hold for plans, not for their differences.
         """
         draw = draw or np.random.default_rng(0)
         thetas = self.sample(draw, times)
@@ -106,8 +106,8 @@ def _formula(space: Space, pairs: tuple[tuple[int, int], ...], expected: Expecte
             # the first scheme of a family builds on native (-1), each other on the next wider one of its family
             before.append(i - 1 if i and family(schemes[i - 1]) == family(scheme) else -1)
         parents.append(tuple(before))
-        bits.append(tuple(width(scheme) for scheme in schemes))
-        above.append(tuple(width(schemes[p]) if p >= 0 else 16 for p in before))
+        bits.append(tuple(effective_bits(scheme) for scheme in schemes))
+        above.append(tuple(effective_bits(schemes[p]) if p >= 0 else 16 for p in before))
     plain = DamageModel(tuple(len(b) for b in bits), tuple(parents), tuple(bits), tuple(above), pairs)
     return plain if expected is None else replace(plain, expected=_expected_steps(space, plain, expected))
 
@@ -143,9 +143,9 @@ def fit_surrogate(
     """Fit the surrogate to measured scores; interaction terms are added one by one while they lower the error.
 
     `noise`: standard deviation of a reading, or of each one; it is estimated where it is not known. `corrected`: with
-    a process for what the formula misses, which makes intervals hold.
-    `expected`: damages that are known before any score, up to a factor. Scores correct them, and where a fit without
-    them is clearly closer to the scores, they are not used.
+    a process for what the formula misses, without which intervals are too narrow. `expected`: damages that are known
+    before any score, up to a factor. Scores correct them, and where a fit without them is clearly closer to the scores,
+    they are not used.
     """
     unit = float(np.max(np.abs(score))) or 1.0  # the prior is for scores of about 1: others (percent) are scaled
     top = (float(np.quantile(score, 0.9)) if full is None else full) / unit
@@ -153,7 +153,7 @@ def fit_surrogate(
     found = _fitted(space, index, score / unit, top, known, pairs, expected)
     if expected is not None:
         plain = _fitted(space, index, score / unit, top, known, pairs, None)
-        if plain.sigma < TRUST * found.sigma:
+        if plain.sigma < MAX_ERROR_SHARE * found.sigma:
             found, expected = plain, None
     if not corrected:
         return _in_units(found, unit)
@@ -181,7 +181,7 @@ def _corrected(
     center[:2] *= unit
     spread[:2] *= unit
     misfit = fit_misfit(
-        model.formula, plain.theta, (center, spread), model.space.apart(), index, score, noise, plain.sigma
+        model.formula, plain.theta, (center, spread), model.space.distances(), index, score, noise, plain.sigma
     )
     return replace(plain, root=misfit.root, sigma=misfit.noise, misfit=misfit)
 
@@ -195,21 +195,21 @@ def _fitted(
     pairs: bool,
     expected: Expected | None,
 ) -> Surrogate:
-    """The formula with given expectations, with as many interaction terms as are worth it."""
+    """The formula fitted to scores, with those interaction terms that lower the error enough."""
     # sigma's lower limit: few trials are fitted without any residual
     least = max(0.0 if noise is None else float(np.sqrt(np.mean(noise**2))), 1e-3)
     model = _fit(space, index, scaled, (), top, least, None, expected)
     while pairs and len(model.pairs) < PAIRS and (pair := _missing_pair(model, index, scaled)):
         better = _fit(space, index, scaled, (*model.pairs, pair), top, least, model, expected)
-        if better.sigma > (1 - WORTH) * model.sigma or better.gammas().min() < 0:
+        if better.sigma > (1 - MIN_IMPROVEMENT) * model.sigma or better.gammas().min() < 0:
             break
         model = better
     return model
 
 
-def _prior(formula: DamageModel, top: float, told: bool) -> tuple[Floats, Floats]:
+def _prior(formula: DamageModel, top: float, expects: bool) -> tuple[Floats, Floats]:
     """Mean and spread of theta before any score, in its order: top, floor, log power, level, slope; components, ..."""
-    parts, (of_component, of_step) = len(formula.sizes), TOLD if told else PRIOR
+    parts, (of_component, of_step) = len(formula.sizes), EXPECTED_PRIOR if expects else PRIOR
     pairs = len(formula.pairs)
     center = np.concatenate([[top, 0.0, 0.0, -0.5, 0.0], np.zeros(parts + formula.steps + pairs)])
     own = np.array([0.1, 0.3, 0.5, 2.0, 0.7])
@@ -251,7 +251,7 @@ def _fit(
         theta = solution.x
         data = solution.jac[: len(score)]
         inverse = np.linalg.inv(solution.jac.T @ solution.jac)
-        used = float(np.trace(data @ inverse @ data.T))  # effective parameters: those that data, not prior, determine
+        used = float(np.trace(data @ inverse @ data.T))  # effective parameters: determined by data, not by the prior
         misfit = float(np.sum((formula.predict(theta, index) - score) ** 2))
         sigma = max(least, math.sqrt(misfit / max(len(score) - used, 1.0)))
         if abs(sigma - scale) < 0.02 * scale:
@@ -265,25 +265,25 @@ def _fit(
 def _missing_pair(model: Surrogate, index: Floats, score: Floats) -> tuple[int, int] | None:
     """The pair whose interaction best explains the residuals, where a score test at 1 % over all pairs supports it.
 
-    Only pairs that do more damage together than the sum of both: with a negative gamma, two ruined components could
-    be predicted to make a good model, and damage below the sum is already described by the power of the curve.
+    It finds only pairs that do more damage together than the sum of both: with a negative gamma, two ruined components
+    could be predicted to make a good model, and damage below the sum is already described by the power of the curve.
     """
     formula, theta = model.formula, model.theta
     damages = np.column_stack([d[index[:, c]] for c, d in enumerate(model.damages())])
     by_eta = formula.curve(theta, formula.eta(theta, damages))[2]
-    left = (score - formula.predict(theta, index)) / model.sigma
+    residuals = (score - formula.predict(theta, index)) / model.sigma
     jac = formula.jacobian(theta, index) / model.sigma
     candidates = [pair for pair in itertools.combinations(range(len(formula.sizes)), 2) if pair not in model.pairs]
     # with fewer trials than half the parameters, nearly every pair explains the residuals
     if not candidates or len(score) < formula.length / 2:
         return None
     normal = model.root @ model.root.T
-    best, most = None, float(norm.isf(0.01 / len(candidates)))
+    best, strongest = None, float(norm.isf(0.01 / len(candidates)))
     for a, b in candidates:
         column = by_eta * damages[:, a] * damages[:, b] / model.sigma  # the prediction's derivative by this gamma
         spare = column - jac @ (normal @ (jac.T @ column))  # what no change of the other parameters explains as well
         weight = float(column @ spare)
-        strength = float(spare @ left) / math.sqrt(weight) if weight > 1e-6 else 0.0
-        if strength > most:
-            best, most = (a, b), strength
+        strength = float(spare @ residuals) / math.sqrt(weight) if weight > 1e-6 else 0.0
+        if strength > strongest:
+            best, strongest = (a, b), strength
     return best

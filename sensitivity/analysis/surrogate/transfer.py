@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sensitivity.analysis.observations import observations_of
-from sensitivity.analysis.surrogate.space import Expected, Space, family, width
+from sensitivity.analysis.surrogate.space import Expected, Space, effective_bits, family
 from sensitivity.analysis.surrogate.surrogate import Surrogate, fit_surrogate
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
@@ -18,33 +18,33 @@ from sensitivity.study.study import Study
 
 Curve = tuple[tuple[float, ...], tuple[float, ...]]  # bits, rising, and the logarithm of the damage at each
 MIN_PLANS = 5  # plans from which damages are learned
-FALL = 1.0  # how much the logarithm of a damage falls with a bit, where only one width was measured
-MIN_DAMAGE = 1e-8  # a smaller damage counts as this, since its logarithm is taken
+FALL = 1.0  # by how much the logarithm of a damage falls with each bit, where only one width was measured
+MIN_DAMAGE = 1e-8  # a smaller damage counts as this, so that its logarithm is finite
 
 
-def transferred(
+def transfer_from(
     study: Study, parts: ComponentMap, schemes: Sequence[Scheme], task: str | None = None
 ) -> dict[str, dict[Scheme, float]]:
-    """The damage of each scheme to each component of `parts`, as a study predicts it; only ratios mean anything."""
-    return moved(measured_damages(study, task), parts, schemes, study.path)
+    """The damage of each scheme to each component of `parts`, as a study predicts it; only ratios matter."""
+    return transfer(measured_damages(study, task), parts, schemes, study.path)
 
 
-def moved(
+def transfer(
     damages: Expected, parts: ComponentMap, schemes: Sequence[Scheme], source: Path | str
 ) -> dict[str, dict[Scheme, float]]:
-    """Damages of one model's components, as damages of the components of another.
+    """Transfer damages from the components of one model to those of another.
 
     Components are those of the same name, else those that they contain or are part of, else those of the same part of
     the model. Schemes are those of the same method, else all, at the same width; between widths, the logarithm of the
     damage is linear. `source` is named where a component of `parts` has no counterpart.
     """
-    if missing := unknown_to(damages, parts):
+    if missing := without_counterpart(damages, parts):
         raise UserError(
             f"{source} says nothing about {missing[0]}: it has {', '.join(damages)}; choose a prior with the same parts"
         )
     curves = {name: _curves(row) for name, row in damages.items()}
     owners = {name: _related(name, list(curves)) for name in parts.names}
-    # a component that several of ours belong to shares its damage among them
+    # where several of our components belong to one of theirs, its damage is divided among them
     shares = {source: sum(source in found for found in owners.values()) for source in curves}
     return {
         name: {scheme: sum(_at(curves[source], scheme) / shares[source] for source in found) for scheme in schemes}
@@ -52,7 +52,7 @@ def moved(
     }
 
 
-def unknown_to(damages: Expected, parts: ComponentMap) -> list[str]:
+def without_counterpart(damages: Expected, parts: ComponentMap) -> list[str]:
     """The components of `parts` that have no counterpart among those with damages."""
     return [name for name in parts.names if not _related(name, list(damages))]
 
@@ -63,7 +63,7 @@ def measured_damages(study: Study, task: str | None = None) -> dict[str, dict[Sc
 
 
 def additive_surrogate(study: Study, task: str | None = None) -> Surrogate:
-    """The surrogate's formula without interactions, fitted to a study: damages that are moved are only added up."""
+    """The surrogate's formula without interactions, fitted to a study: transferred damages are only added up."""
     observations = observations_of(study, task)
     if len(set(observations.keys)) < MIN_PLANS:
         raise UserError(
@@ -90,7 +90,7 @@ def _curves(damages: Mapping[Scheme, float]) -> dict[str, Curve]:
     """For each family of schemes, the logarithm of the damage at each width."""
     points: dict[str, dict[float, float]] = {}
     for scheme, damage in damages.items():
-        points.setdefault(family(scheme), {})[width(scheme)] = math.log(max(damage, MIN_DAMAGE))
+        points.setdefault(family(scheme), {})[effective_bits(scheme)] = math.log(max(damage, MIN_DAMAGE))
     return {key: (tuple(sorted(one)), tuple(one[bits] for bits in sorted(one))) for key, one in points.items()}
 
 
@@ -107,7 +107,8 @@ def _at(curves: Mapping[str, Curve], scheme: Scheme) -> float:
     """The damage of a scheme by the curve of its own family, else by the mean of all."""
     own = [curve for key, curve in curves.items() if key == family(scheme)]
     own = own or [curve for key, curve in curves.items() if key.startswith(f"{scheme.method}/")]
-    return math.exp(float(np.mean([_interpolated(curve, width(scheme)) for curve in own or list(curves.values())])))
+    bits = effective_bits(scheme)
+    return math.exp(float(np.mean([_interpolated(curve, bits) for curve in own or list(curves.values())])))
 
 
 def _interpolated(curve: Curve, bits: float) -> float:

@@ -264,7 +264,7 @@ def recommendation(best: Recommendation) -> None:
 
 def run_time(plan: Plan, parts: ComponentMap, times: LayerTimes, limits: Mapping[str, float]) -> None:
     """Print a plan's predicted costs in its runtime, and each stage's share of the time of an answer."""
-    from sensitivity.analysis.allocate.run_time import in_words as cost_in_words
+    from sensitivity.analysis.allocate.run_time_limits import in_words as cost_in_words
     from sensitivity.spec.runtimes.layer_times import COSTS, LIMITED
 
     took = {cost: times.plan_cost(parts, plan, cost) for cost in COSTS}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 MIN_SIZE = 2**18  # elements of a parameter that is worth the conversion: a megabyte in float32
+PIECES = 16  # in which a parameter is compared
 NARROW = (torch.bfloat16, torch.float16)  # what checkpoints are stored in
 
 

@@ -11,7 +11,7 @@ from sensitivity.cli.output.tables import answer_counts, table
 from sensitivity.spec.errors import UserError
 
 if TYPE_CHECKING:
-    from sensitivity.analysis.failures.changes import Given
+    from sensitivity.analysis.failures.changes import GivenAnswer
     from sensitivity.analysis.failures.gallery import Gallery
     from sensitivity.spec.plan import Plan
     from sensitivity.study.study import Study
@@ -137,10 +137,8 @@ def _show(failures: Gallery) -> None:
         counted = ", ".join(f"{part} {number}" for part, number in failures.causes)
         print(f"\nMended by the cheapest part that is enough, put back to full precision alone: {counted}.")
     if failures.unexplained:
-        how = f": {failures.ask} measures it" if failures.ask else " (--n sets for how many it is)"
-        print(
-            f"Which part's bits did it is not measured for {count(failures.unexplained, 'answer')} that got worse{how}."
-        )
+        how = f": {failures.ask} measures it" if failures.ask else " (--n sets for how many answers it is)"
+        print(f"The cause is not measured for {count(failures.unexplained, 'answer')} that got worse{how}.")
 
 
 def _changes(failures: Gallery) -> None:
@@ -166,7 +164,7 @@ def _changes(failures: Gallery) -> None:
     )
 
 
-def _given(given: Given) -> str:
+def _given(given: GivenAnswer) -> str:
     sure = "" if given.sure is None else f" ({given.sure:.0%} sure of the right one)"
     return f"{_cell(given.answer) or '(empty)'}{sure}"
 

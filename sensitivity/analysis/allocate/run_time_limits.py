@@ -30,7 +30,7 @@ class RunTimeLimits:
         assert set(self.most) <= set(LIMITED), self.most
 
     def predicted(self, parts: ComponentMap, plan: Plan) -> dict[str, float]:
-        """What a plan takes of each limited cost."""
+        """The predicted amount of each limited cost."""
         return {cost: self.times.plan_cost(parts, plan, cost) for cost in self.most}
 
     def hold(self, parts: ComponentMap, plan: Plan) -> bool:
@@ -42,7 +42,7 @@ class RunTimeLimits:
     def rows(self, parts: ComponentMap, space: Space) -> dict[str, tuple[np.ndarray, float]]:
         """For each cost, what every choice of every component adds to it, and how much of the limit is left for them.
 
-        NaN stands for a choice that was never timed. If no quantized choice of a component was, an error is raised.
+        NaN stands for a choice that was never timed. If no quantized choice of a component was timed, it is an error.
         """
         found = {}
         for cost, most in self.most.items():
@@ -54,6 +54,7 @@ class RunTimeLimits:
         return found
 
     def _of_component(self, parts: ComponentMap, name: str, options: Sequence[Choice], cost: str) -> np.ndarray:
+        """What each choice of a component adds to a cost; NaN where it was never timed."""
         costs, failure = np.full(len(options), np.nan), None
         for i, option in enumerate(options):
             try:
