@@ -17,7 +17,7 @@ from experiments.small.disturbed import SWEEP, WHOLE, Command, Found, Undisturbe
 from experiments.small.postgres import Postgres, initdb
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import discard
-from sensitivity.study.storage.opening import ProcessLock
+from sensitivity.study.storage.process_lock import ProcessLock
 from sensitivity.study.study import Study
 
 

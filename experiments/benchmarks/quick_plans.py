@@ -24,7 +24,7 @@ from sensitivity import inspect, load, scheme
 from sensitivity.analysis.allocate.by_scores import optimum
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.search.plan_lists import plans as plans_of
-from sensitivity.api.planning import OPENING, begin_plan, deciding, scored
+from sensitivity.api.planning import OPENING, begin_plan, scored, search_examples
 from sensitivity.api.recommending import begin_recommendation, recommend_each
 from sensitivity.api.sweeping import begin_sweep, calibrated, sweep
 from sensitivity.models.vlm import VLM
@@ -70,7 +70,7 @@ def by_plan(
     request = PlanRequest(budgets(parts), {task: 1.0}, top=2)
     scoring = time.process_time() - began
     statistics = found.given.statistics
-    few = deciding(n, [])
+    few = search_examples(n, [])
     planning = begin_plan(vlm, parts, [task], folder, request, found.scores, n=few, seed=seed, statistics=statistics)
     for _ in planning.steps:
         pass

@@ -87,7 +87,7 @@ def main() -> None:
     vlm = llava(args.shrink, args.device, dtype)
     parts = inspect(vlm, by="block")
     inputs = {input_of(weight): weight for weight in parts.weights}.values()
-    blocks = [sum(4 * w.cols**2 for w in inputs if w.place("block") == name) / 1e9 for name in parts.names]
+    blocks = [sum(4 * w.cols**2 for w in inputs if w.component_name("block") == name) / 1e9 for name in parts.names]
     facts = {"path": "float"}
     loaded, began = gigabytes(args.device), time.perf_counter()
     gather = gather_float(vlm, parts, lambda rows: batches(vlm, args.examples, rows), {}, None, int(args.room * 1e9))

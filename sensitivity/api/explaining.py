@@ -1,4 +1,4 @@
-"""Explains damage: how much comes from each component, modality, image region and token; writes attribution files."""
+"""Explains the damage of a plan: how much comes from each component, modality, image region and token."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from typing import TypedDict
 import torch
 
 from sensitivity.analysis.failures.gallery import changed
-from sensitivity.analysis.surrogate.score_agreement import ScoreAgreement, score_agreement
+from sensitivity.api.attribution_file import check_scores_apply
 from sensitivity.api.sweeping import CACHE_GB, calibrated
 from sensitivity.measure.attribution.blame import Blame, blame
 from sensitivity.measure.attribution.boxes import NUMBERS, mean_shifts, tokens_of, writes_boxes
-from sensitivity.measure.attribution.checks import Checks
-from sensitivity.measure.attribution.scores import SCORES, WITH_ANSWERS, Attribution
 from sensitivity.measure.attribution.weight_errors import plan_changes
 from sensitivity.measure.calibrate.calibration import calibration_examples
 from sensitivity.measure.gradients.backward import Counted, in_rows_that_fit
@@ -28,7 +26,7 @@ from sensitivity.measure.gradients.path_integral import TOLERANCE, PathIntegral,
 from sensitivity.measure.passes.token_batches import batches
 from sensitivity.models.processors import square_seen
 from sensitivity.models.vlm import VLM
-from sensitivity.spec.errors import Notice, UserError, unknown
+from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.files import finite, write_atomically
 from sensitivity.spec.plan import Plan
 from sensitivity.study.examples.questions import tasks_of
@@ -38,11 +36,8 @@ from sensitivity.study.trial import Trial
 from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.table import task as find_task
 
-VERSION = 1
-TITLE = "attributions"  # the title by which a file is known to be ours
 
-
-class Source(TypedDict):
+class DrawnExamples(TypedDict):
     """Where a task's examples were drawn from, so that they can be drawn again."""
 
     task: str
@@ -53,7 +48,7 @@ class Source(TypedDict):
 
 @dataclass(frozen=True)
 class MovedNumber:
-    """What a plan does to one number of a task's boxes: how far it moves, and what makes it uncertain."""
+    """What a plan does to one number of a task's boxes: how far it moves, and where the loss of its tokens rises."""
 
     moved: float  # mean distance from full precision's number over the study's examples; NaN where no answer is a box
     integral: PathIntegral  # of the loss of the tokens that write this number
@@ -67,7 +62,7 @@ class Explanation:
     plan: Plan
     integral: PathIntegral
     blame: Blame
-    data: tuple[Source, ...]
+    data: tuple[DrawnExamples, ...]
     examples: tuple[str, ...]  # the id of each example, by its number in `blame`
     questions: Mapping[str, tuple[str, ...]]  # id -> the text of each token of the question
     square_seen: tuple[str, float] | None  # of each image, as `models.processors.square_seen` says
@@ -113,19 +108,6 @@ class Explanation:
         }
 
 
-def check_explains(tasks: Sequence[Task], names: Sequence[str] = WITH_ANSWERS) -> None:
-    """Raise an error where a score needs the loss of right answers, and a task has none."""
-    for name in names:
-        if name not in SCORES:
-            raise unknown("score", name, SCORES)
-    searched = [task.name for task in tasks if task.gallery]
-    if searched and (needing := [name for name in names if name in WITH_ANSWERS]):
-        raise UserError(
-            f"{searched[0]} has no answers in words to take a loss of, which {', '.join(needing)} would need; "
-            "choose a task with answers, or --scores weight,gram"
-        )
-
-
 def trial_of(study: Study, wanted: str) -> Trial:
     """The measured trial that a number, a key or the beginning of a key names; it may be one of the verification."""
     trials = study.measured()
@@ -156,14 +138,12 @@ def explain_plan(
     The loss is that of the right answers to n calibration examples or, with `failures`, to the n evaluation examples
     whose scores the plan lowers most.
     """
-    if study.meta.get("fingerprint") != vlm.fingerprint:
-        raise UserError(f"{study.path} was measured on {study.meta.get('model')}, and {vlm.name} is another model")
+    study.check_model(vlm.name, vlm.fingerprint)
     names = list(tasks) or list(study.meta["tasks"])
-    check_explains([find_task(name, n=1) for name in names])
-    schemes = list(dict.fromkeys(scheme for _, scheme in plan.schemes if scheme is not None))
-    _, statistics = calibrated(vlm, study.parts, schemes, study.meta["tasks"], cache_gb=cache_gb)
+    check_scores_apply([find_task(name, n=1) for name in names])
+    _, statistics = calibrated(vlm, study.parts, plan.distinct_schemes, study.meta["tasks"], cache_gb=cache_gb)
     changes = plan_changes(vlm.model, study.parts, plan, statistics)
-    data = _failed(study, plan, names, n) if failures else calibration_examples(names, n, study.meta["seed"])
+    data = _failing_tasks(study, plan, names, n) if failures else calibration_examples(names, n, study.meta["seed"])
 
     def integrated(counted: Counted | None = None) -> PathIntegral:
         return in_rows_that_fit(
@@ -173,6 +153,28 @@ def explain_plan(
         )
 
     integral = integrated()
+    _check_precision(integral, vlm)
+    ids = tuple(example.id for task in data for example in task.examples)
+    boxes: dict[str, MovedNumber] = {}
+    if writes_boxes(data):
+        distances = distances_in(study, plan, names)
+        for number, name in enumerate(NUMBERS):
+            of_number = integrated(partial(tokens_of, vlm, number))
+            divided = blame(study.parts, vlm.family, of_number)
+            boxes[name] = MovedNumber(distances.get(name, math.nan), of_number, divided)
+    split, seed = "evaluation" if failures else "calibration", study.meta["seed"]
+    counts = [study.meta["n"] if failures else len(task.examples) for task in data]
+    drawn = tuple(
+        DrawnExamples(task=name, split=split, n=count, seed=seed)
+        for name, count in zip(_requested_names(data, names), counts, strict=True)
+    )
+    questions = {ids[number]: _pieces(vlm, tokens) for number, tokens in integral.prompts.items()}
+    divided = blame(study.parts, vlm.family, integral)
+    return Explanation(plan, integral, divided, drawn, ids, questions, square_seen(vlm.processor), boxes)
+
+
+def _check_precision(integral: PathIntegral, vlm: VLM) -> None:
+    """Raise an error if the change of the loss is not finite; warn if the terms do not add up to it."""
     if not math.isfinite(integral.change):
         raise UserError("the loss of this plan is NaN or infinite; run the model in float32 (--dtype fp32)")
     if integral.missing > TOLERANCE:
@@ -180,27 +182,11 @@ def explain_plan(
             f"after {integral.passes} backward passes the terms miss {integral.missing:.1%} of the change of the loss"
             f"{'' if vlm.model.dtype == torch.float32 else '; --dtype fp32 is more precise'}",
             Notice,
-            stacklevel=2,
+            stacklevel=3,
         )
-    ids = tuple(example.id for task in data for example in task.examples)
-    boxes: dict[str, MovedNumber] = {}
-    if writes_boxes(data):
-        distances = distances_in(study, plan, names)
-        for number, name in enumerate(NUMBERS):
-            one = integrated(partial(tokens_of, vlm, number))
-            boxes[name] = MovedNumber(distances.get(name, math.nan), one, blame(study.parts, vlm.family, one))
-    split, seed = "evaluation" if failures else "calibration", study.meta["seed"]
-    counts = [study.meta["n"] if failures else len(task.examples) for task in data]
-    sources = tuple(
-        Source(task=source, split=split, n=count, seed=seed)
-        for source, count in zip(_sources(data, names), counts, strict=True)
-    )
-    questions = {ids[number]: _pieces(vlm, tokens) for number, tokens in integral.prompts.items()}
-    divided = blame(study.parts, vlm.family, integral)
-    return Explanation(plan, integral, divided, sources, ids, questions, square_seen(vlm.processor), boxes)
 
 
-def _failed(study: Study, plan: Plan, names: Sequence[str], n: int) -> list[Task]:
+def _failing_tasks(study: Study, plan: Plan, names: Sequence[str], n: int) -> list[Task]:
     """The tasks, with only the n examples whose scores a plan lowers most."""
     worse = [one for one in changed(study, plan) if one.cost > 0]
     if not worse:
@@ -215,7 +201,7 @@ def _failed(study: Study, plan: Plan, names: Sequence[str], n: int) -> list[Task
     return failing
 
 
-def _sources(data: Sequence[Task], names: Sequence[str]) -> list[str]:
+def _requested_names(data: Sequence[Task], names: Sequence[str]) -> list[str]:
     """The name by which each task was requested."""
     return [next(name for name in names if find_task(name, n=1).name == task.name) for task in data]
 
@@ -244,60 +230,3 @@ def save_explanation(study: Study, explanation: Explanation) -> Path:
     file.parent.mkdir(exist_ok=True)
     write_atomically(file, json.dumps(finite(explanation.to_json()), indent=1).encode())
     return file
-
-
-def compared(out: Path, scores: Sequence[Attribution], names: Sequence[str]) -> dict[str, ScoreAgreement | None]:
-    """How well each score predicts the measured plans of the study in a folder; empty if it holds no study."""
-    if not paths.is_study(out):
-        return {}
-    study = Study(out)
-    if study.parts.names != tuple(names):
-        raise UserError(f"the study in {out} has other components than --by gives; choose another --out")
-    return {one.name: score_agreement(study, one.scores) for one in scores}
-
-
-def check_writable(out: Path) -> None:
-    """Raise an error if the attributions would replace a file that we did not write."""
-    file = paths.attributions(out)
-    try:
-        ours = not file.exists() or json.loads(file.read_text(encoding="utf-8"))["title"] == TITLE
-    except (OSError, ValueError, LookupError, TypeError):
-        ours = False
-    if not ours:
-        raise UserError(f"{file} was not written by `sensitivity explain`, and is not replaced; choose another --out")
-
-
-def attributions_json(
-    model: str,
-    scores: Sequence[Attribution],
-    measured: Mapping[str, ScoreAgreement | None],
-    checks: Checks | None = None,
-) -> dict[str, object]:
-    """Attributions as JSON values: for each score its cost, its agreement with measured plans, and its values."""
-    return {
-        "title": TITLE,
-        "version": VERSION,
-        "model": model,
-        "scores": {
-            one.name: {
-                "cpu_seconds": one.seconds,
-                "passes": one.seconds / checks.pass_seconds if checks else None,
-                "check": checks.by_score[one.name].to_json() if checks and checks.by_score else None,
-                "measured": found.to_json() if (found := measured.get(one.name)) else None,
-                "values": [
-                    {"component": name, "scheme": scheme.to_json(), "score": value}
-                    for name, row in one.scores.items()
-                    for scheme, value in row.items()
-                ],
-            }
-            for one in scores
-        },
-    }
-
-
-def save_attributions(out: Path, content: Mapping[str, object]) -> Path:
-    """Write attributions into a folder, which is made if it is missing."""
-    check_writable(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(paths.attributions(out), json.dumps(finite(dict(content)), indent=1).encode())
-    return paths.attributions(out)

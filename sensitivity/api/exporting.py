@@ -71,23 +71,20 @@ def export(
 ) -> Path:
     """Write a plan as files that a runtime loads; if it cannot load the plan, the error names the best that it can.
 
-    What is at `out` is replaced only with `force`, and only if an earlier export wrote it; what is in `keep`, never.
-    With another calibration `path` (float, exposed or both), calibrated methods are calibrated again on that path, and
-    the gain is measured. Without `note` the study does not list the export.
+    With `force` it replaces what is at `out`, but only if an earlier export wrote that; it never replaces what is in
+    `keep`. With another `path` (float, exposed or both), it calibrates again on that path, and measures the gain.
+    Without `note` the study does not list the export.
 
     Examples:
         >>> from sensitivity import export
         >>> folder = export(study, choice.plan, "out/vqa", format="fake", model=vlm)
     """
-    out, meta, loader = Path(out), study.meta, runtime or format
-    if format not in FORMATS:
-        raise unknown("format", format, FORMATS)
-    if broken := violations(study.parts, plan, loader):
-        raise UserError(f"{loader} cannot hold this plan: {'; '.join(broken)}. {_instead(study, plan, loader)}")
-    gain: TrialFacts = {}
+    out, meta = Path(out), study.meta
+    _check_loadable(study, plan, format, runtime or format)
     may_be_written(out, format, force, [study.path, *keep])  # before anything that takes long
     if format in CHECKS:
         CHECKS[format](model or meta.get("model", ""))
+    gain: TrialFacts = {}
     if path is not None:
         if not isinstance(model, VLM):
             model = load(model or meta["model"], dtype=meta["dtype"])
@@ -109,10 +106,18 @@ def export(
         return out if out.suffix == ".json" else out / "plan.json"
     if not note:
         return out
-    weighs = summary.get("written") or summary["predicted_size"]
-    about = {"format": format, "plan": plan.describe(), "bytes": weighs["bytes"], "bpw": weighs["bpw"]}
+    stored = summary.get("written") or summary["predicted_size"]
+    about = {"format": format, "plan": plan.describe(), "bytes": stored["bytes"], "bpw": stored["bpw"]}
     exports.write_note(study.path, out, {**about, "written": "written" in summary, **gain})
     return out
+
+
+def _check_loadable(study: Study, plan: Plan, format: str, loader: str) -> None:
+    """Raise an error for an unknown format, or a plan that the runtime (or the format's own) cannot load."""
+    if format not in FORMATS:
+        raise unknown("format", format, FORMATS)
+    if broken := violations(study.parts, plan, loader):
+        raise UserError(f"{loader} cannot hold this plan: {'; '.join(broken)}. {_instead(study, plan, loader)}")
 
 
 def _on_path(study: Study, plan: Plan, path: str, model: VLM) -> tuple[Plan, TrialFacts]:
@@ -126,14 +131,13 @@ def _on_path(study: Study, plan: Plan, path: str, model: VLM) -> tuple[Plan, Tri
 
     other = Plan(tuple((name, on_path(scheme)) for name, scheme in plan.schemes))
     if other == plan:
-        is_calibrated = any(scheme is not None and needs_data(scheme) for _, scheme in plan.schemes)
+        is_calibrated = any(map(needs_data, plan.distinct_schemes))
         why = f"was measured on the {path} path already" if is_calibrated else "has no method that is calibrated"
         raise UserError(f"--path {path} changes nothing: this plan {why}; leave it out")
     # one sweep for each plan, as their calibration statistics differ; both on the same fresh examples, in one study
     second, meta = study, study.meta
     for one in (plan, other):
-        schemes = list(dict.fromkeys(scheme for _, scheme in one.schemes if scheme is not None))
-        _, statistics = calibrated(model, study.parts, schemes, meta["tasks"])
+        _, statistics = calibrated(model, study.parts, one.distinct_schemes, meta["tasks"])
         n, seed, out = meta["n"], meta["seed"] + FRESH, paths.verification(study.path)
         second = sweep(model, study.parts, [one], meta["tasks"], out, n=n, seed=seed, statistics=statistics)
     return other, {"path_gain": {"path": path, **{task: _gain(second, other, plan, task) for task in study.tasks}}}
@@ -156,7 +160,7 @@ def _gain(study: Study, ours: Plan, theirs: Plan, task: str) -> dict[str, object
 
 def _codes(study: Study, job: Job, format: str) -> AbstractContextManager[CalibratedCodes]:
     """The source of quantized weights: computed from the weights alone, or calibrated on the data that schemes name."""
-    schemes = list(dict.fromkeys(scheme for _, scheme in job.plan.schemes if scheme is not None))
+    schemes = job.plan.distinct_schemes
     if format not in CHECKPOINTS or not any(needs_data(scheme) for scheme in schemes):
         return nullcontext(CalibratedCodes(codes_from_weights))
     vlm = load(job.model, dtype=study.meta["dtype"]) if isinstance(job.model, str) else job.model
@@ -171,17 +175,17 @@ def export_from(
     """Export a plan.json, or the plan of a study that is predicted to be best for a budget."""
     may_be_written(out, format, force, [source])  # before anything is read
     runtime = options.get("runtime")
-    study, plan, facts = _source(source, bpw, format if format in FILES else runtime, runtime)
+    study, plan, facts = _read_source(source, bpw, format if format in FILES else runtime, runtime)
     return export(study, plan, out, format, force, facts, keep=[source], **options)
 
 
 def legalize_from(source: Path, runtime: str, bpw: float | None, task: str | None = None) -> tuple[Study, Legal]:
     """The best plan that a runtime can load, given a plan.json, or a study and a budget."""
-    study, plan, _ = _source(source, bpw, runtime)
+    study, plan, _ = _read_source(source, bpw, runtime)
     return study, legalize(study, plan, runtime, bpw, task)
 
 
-def _source(
+def _read_source(
     source: Path, bpw: float | None, counted: str | None, legal_in: str | None = None
 ) -> tuple[Study, Plan, Mapping[str, object]]:
     """The study, the plan and the other facts of a plan.json, or of a study and a budget.
@@ -192,7 +196,7 @@ def _source(
         _, plan, facts = read(source)
         study = Study(source.parent if paths.is_study(source.parent) else str(facts.get("study", source.parent)))
         plan.check(study.parts)
-        for scheme in {scheme for _, scheme in plan.schemes if scheme is not None}:
+        for scheme in plan.distinct_schemes:
             check_scheme(scheme)
         return study, plan, facts
     if bpw is None:

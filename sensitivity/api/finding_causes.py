@@ -27,16 +27,14 @@ from sensitivity.tasks.examples.types import Task
 
 
 def begin_causes(vlm: VLM, study: Study, plan: Plan, failed: Sequence[Change]) -> Iterator[Step]:
-    """An iterator that measures which part mends each of these examples: each step is a part that was put back.
+    """An iterator that measures which part mends each of these examples: each step puts one part back.
 
-    The cheapest part runs on all of them, each further part on those that are not mended yet. What was measured is
-    kept in the study, and never run twice; `causes.cause` reads it.
+    The plan with the cheapest part put back runs on all of them, and each further one on those that are not mended
+    yet. The answers are stored in the study, and none is computed twice; `causes.cause` reads them.
     """
-    if study.meta.get("fingerprint") != vlm.fingerprint:
-        raise UserError(f"{study.path} was measured on {study.meta.get('model')}, and {vlm.name} is another model")
+    study.check_model(vlm.name, vlm.fingerprint)
     tasks = _tasks(study, failed)
-    schemes = list(dict.fromkeys(scheme for _, scheme in plan.schemes if scheme is not None))
-    _, statistics = calibrated(vlm, study.parts, schemes, study.meta["tasks"])
+    _, statistics = calibrated(vlm, study.parts, plan.distinct_schemes, study.meta["tasks"])
     codes = WeightCodes(int(MEMORY_GB * GB / 2))  # a weight is quantized once, for all parts that are put back
     done, number_of_parts = 0, len(put_back(study, plan))
     for number in range(number_of_parts):
@@ -45,8 +43,8 @@ def begin_causes(vlm: VLM, study: Study, plan: Plan, failed: Sequence[Change]) -
         if chosen:
             began = time.perf_counter()
             with quantized(vlm.model, study.parts, parts[number].plan, codes, statistics):
-                frames = [pd.DataFrame(evaluate(vlm, some, plain=plan.prunes)) for some in _some(tasks, chosen)]
-            _keep(study, parts[number].plan, frames)
+                frames = [pd.DataFrame(evaluate(vlm, some, plain=plan.prunes)) for some in _with_only(chosen, tasks)]
+            _store(study, parts[number].plan, frames)
             done, left = done + len(chosen), len(chosen) * (number_of_parts - number - 1)
             seconds = time.perf_counter() - began
             yield Step(parts[number].plan, {}, seconds, True, done, left, len(failed), len(chosen))
@@ -63,14 +61,14 @@ def _tasks(study: Study, failed: Sequence[Change]) -> list[Task]:
     return list(known.values())
 
 
-def _some(tasks: Sequence[Task], chosen: set[tuple[str, str]]) -> Iterator[Task]:
+def _with_only(chosen: set[tuple[str, str]], tasks: Sequence[Task]) -> Iterator[Task]:
     """The tasks, with only the chosen examples."""
     for task in tasks:
         if examples := tuple(example for example in task.examples if (task.name, example.id) in chosen):
             yield replace(task, examples=examples)
 
 
-def _keep(study: Study, plan: Plan, frames: Sequence[pd.DataFrame]) -> None:
+def _store(study: Study, plan: Plan, frames: Sequence[pd.DataFrame]) -> None:
     """Store the answers, together with stored answers to other examples."""
     before = measured_answers(study, plan)
     every = pd.concat([*([] if before is None else [before]), *frames], ignore_index=True)

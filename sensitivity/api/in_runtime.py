@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sensitivity.analysis.allocate.run_time_limits import in_words
+from sensitivity.analysis.allocate.run_time_limits import cost_in_words
 from sensitivity.api.exporting import export
 from sensitivity.formats.timing.side_by_side import Bench, bench
 from sensitivity.formats.verification import verify
@@ -18,18 +18,18 @@ from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.sizes import GB
 from sensitivity.study.study import Study
 
-ROUNDS = 10
+ROUNDS = 10  # how often each answer is timed
 
 
 @dataclass(frozen=True)
 class InRuntime:
-    """What a plan took in its runtime, as a median with its interval, beside the limits that were asked for."""
+    """The time and memory that a plan took in its runtime, as medians with intervals, beside the requested limits."""
 
     runtime: str
     answers: str  # whether they are the measured ones, in words
     same: bool
     costs: Mapping[str, tuple[float, float, float]]  # cost -> median, low, high
-    most: Mapping[str, float]  # cost -> its requested limit
+    limits: Mapping[str, float]  # cost -> its requested limit
 
     @property
     def words(self) -> str:
@@ -38,19 +38,19 @@ class InRuntime:
         return f"Run in {self.runtime}: {self.answers}; {'; '.join(took)}."
 
     def _verdict(self, cost: str, median: float, low: float, high: float) -> str:
-        found = in_words(cost, median) + (f" [{low:.4g}, {high:.4g}]" if low < high else "")
-        if cost not in self.most:
-            return found
-        most = self.most[cost]
-        if high <= most:
-            return f"{found}, within {most:g}"
-        return f"{found}, more than {most:g}" if low > most else f"{found}, about the {most:g} that were asked for"
+        taken = cost_in_words(cost, median) + (f" [{low:.4g}, {high:.4g}]" if low < high else "")
+        if cost not in self.limits:
+            return taken
+        limit = self.limits[cost]
+        if high <= limit:
+            return f"{taken}, within {limit:g}"
+        return f"{taken}, more than {limit:g}" if low > limit else f"{taken}, about the {limit:g} that were asked for"
 
     def to_json(self) -> dict[str, object]:
         """The verdict as JSON values."""
         costs = {cost: dict(zip(("median", "low", "high"), span, strict=True)) for cost, span in self.costs.items()}
         return {
-            "runtime": self.runtime, "same_answers": self.same, "costs": costs, "limits": dict(self.most),
+            "runtime": self.runtime, "same_answers": self.same, "costs": costs, "limits": dict(self.limits),
             "words": self.words,
         }  # fmt: skip
 
@@ -60,17 +60,17 @@ def run_in_runtime(
     plan: Plan,
     vlm: VLM,
     times: LayerTimes,
-    most: Mapping[str, float],
+    limits: Mapping[str, float],
 ) -> InRuntime:
     """Export a plan to a temporary folder, compare its answers with torch's, and time it."""
     format = files_of(times.runtime)
     assert format is not None  # a runtime with times reads files that we write
-    with tempfile.TemporaryDirectory() as space:
-        folder = export(study, plan, Path(space) / "plan", format, model=vlm, note=False)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = export(study, plan, Path(temporary) / "plan", format, model=vlm, note=False)
         outcome = verify(folder)
         timed = bench(folder, times.runtime, ROUNDS, task=times.task, model=vlm.name, threads=times.threads)
     same = outcome["verdict"] in ("as measured", "whole")
-    return InRuntime(times.runtime, str(outcome["words"]), same, costs_of(timed, times), dict(most))
+    return InRuntime(times.runtime, str(outcome["words"]), same, costs_of(timed, times), dict(limits))
 
 
 def costs_of(timed: Bench, times: LayerTimes) -> dict[str, tuple[float, float, float]]:
@@ -85,6 +85,6 @@ def costs_of(timed: Bench, times: LayerTimes) -> dict[str, tuple[float, float, f
     ]
     costs["ms_per_answer"] = (ends[0], ends[1], ends[2])
     if memory := timed["export"]["memory"]:
-        held = (memory["anonymous"] + memory["mapped"]) / GB
-        costs["gb_resident"] = (held, held, held)
+        resident = (memory["anonymous"] + memory["mapped"]) / GB
+        costs["gb_resident"] = (resident, resident, resident)
     return costs

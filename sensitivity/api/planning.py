@@ -37,9 +37,9 @@ from sensitivity.tasks.examples.types import Task
 
 MAX_EVALUATIONS = 10  # real evaluations, full precision included
 OPENING = ("gram", "kfac")  # the scores whose best plans are measured first
-DECIDING = 4  # the search runs plans on so many times fewer examples than the verification
+FEWER_EXAMPLES = 4  # how many times fewer examples the search runs plans on than the verification
 MIN_EXAMPLES = 100  # examples that the search runs plans on at least: fewer would save little time
-FAR = 0.3  # a warning is given where the calibration loss is below this share of the evaluation loss
+EASIER = 0.3  # a calibration loss below this share of the evaluation loss gives a warning
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ def scored(
     return Scored(named, given, attribute(given, names))
 
 
-def openings_by(tasks: Sequence[Task]) -> tuple[str, ...]:
+def opening_scores(tasks: Sequence[Task]) -> tuple[str, ...]:
     """The scores that give opening plans; without answers in words there is no loss, and no gradient of it."""
     return OPENING[:1] if any(task.gallery for task in tasks) else OPENING
 
 
-def deciding(n: int, tasks: Sequence[Task]) -> int:
+def search_examples(n: int, tasks: Sequence[Task]) -> int:
     """How many examples the search runs plans on; a gallery of fewer images would be another task."""
-    return n if any(task.gallery for task in tasks) else min(n, max(n // DECIDING, MIN_EXAMPLES))
+    return n if any(task.gallery for task in tasks) else min(n, max(n // FEWER_EXAMPLES, MIN_EXAMPLES))
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def begin_plan(
     """Begin a search that measures at most `trials` plans.
 
     The best plans of each score for all budgets come first. Then the surrogate, which starts from the scores and learns
-    from measurements, proposes its best plan for the budget with the largest predicted gain, while that gain is above
-    the noise of a reading.
+    from measurements, proposes its best plan for the budget with the largest predicted gain, as long as that gain is
+    above the noise of one measured score.
     """
     openings = opening_plans(parts, request, scores)
 
@@ -142,7 +142,7 @@ def opening_plans(parts: ComponentMap, request: PlanRequest, scores: Sequence[At
 def proposal(study: Study, request: PlanRequest) -> list[Plan]:
     """The surrogate's best plan for each budget, ordered by its predicted gain over the best measured plan.
 
-    A gain below the standard error of a reading is left to the verification, which runs more examples.
+    A gain below the standard error of one measured score is left to the verification, which runs more examples.
     """
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
     scores = believed(study, knapsack, request.weights)
@@ -162,7 +162,7 @@ def proposal(study: Study, request: PlanRequest) -> list[Plan]:
 
 
 def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> Proposed:
-    """For each budget, the few plans that are believed to be best, and the best uniform plan.
+    """For each budget, the few plans that are expected to be best, and the best uniform plan.
 
     Measured plans are ranked by their believed score. The surrogate's best, and opening plans that were not measured,
     are ranked by their predicted score.
@@ -173,10 +173,10 @@ def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> 
     for bpw, (ranked, rival) in zip(request.bpw, proposed(study, request), strict=True):
         plans = [trial.plan for trial in study.measured() if trial.key in scores and not trial.plan.is_native]
         plans = list(dict.fromkeys([*plans, *openings, ranked[0].plan]))
-        fine = [plan for plan in plans if _fits(study.parts, plan, bpw, request)]
+        fitting = [plan for plan in plans if _fits(study.parts, plan, bpw, request)]
         known = [
             Candidate(plan, knapsack.size(plan), ranked[0].budget, 0, predicted)
-            for plan, predicted in zip(fine, knapsack.predicted(fine), strict=True)
+            for plan, predicted in zip(fitting, knapsack.predicted(fitting), strict=True)
         ]
         # by the believed score of what was measured, by the predicted one of what was not
         known.sort(key=lambda one: -scores.get(one.plan.key, mean_share(one.predicted, request.weights)))
@@ -184,14 +184,14 @@ def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> 
     return per_budget
 
 
-def say_if_calibration_is_easier(given: Calibrated, study: Study) -> None:
+def warn_if_calibration_is_easier(given: Calibrated, study: Study) -> None:
     """Warn if the loss on calibration data is far below the loss on evaluation data: scores then say little."""
     if "output_gradients" not in given.__dict__ or not given.output_gradients.examples:
         return
     ours = given.output_gradients.loss / given.output_gradients.examples
     native = study.examples(study.native)
     theirs = float("nan") if native is None else float(native["nll"].mean())
-    if ours < FAR * theirs:
+    if ours < EASIER * theirs:
         warnings.warn(
             f"the loss on calibration data is {ours:.4f}, and {theirs:.4f} on evaluation data: either the model was "
             "trained on the former, or they hold few of the examples that it gets wrong; gradients there say little; "
@@ -209,7 +209,7 @@ def check_budgets(parts: ComponentMap, schemes: Sequence[Scheme], request: PlanR
         optimum(parts, nothing, bpw, request.runtime, allow, tie)
 
 
-def check_scores(schemes: Sequence[Scheme], path: str | None) -> None:
+def check_float_path(schemes: Sequence[Scheme], path: str | None) -> None:
     """Raise an error for a calibration path on which single components have no score."""
     if (used := path_for(schemes, path)) != "float":
         raise UserError(

@@ -12,7 +12,6 @@ from sensitivity.api.sweeping import begin_sweep
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.loop import Step, versions
 from sensitivity.models.vlm import VLM
-from sensitivity.spec.errors import UserError
 from sensitivity.spec.runtimes.layer_times import LayerTimes
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
@@ -73,7 +72,7 @@ def begin_recommendation(
     n: int | None = None,
     statistics: Statistics | None = None,
 ) -> tuple[Callable[[], list[Recommendation]], Iterator[Step]]:
-    """A function that returns the recommendations, and an iterator that runs the verification step by step.
+    """A function that returns the recommendations, and an iterator of the steps of their verification.
 
     The iterator must be exhausted first: the command line shows progress between its steps. `proposals`: for each
     budget the candidates to run and their rival, the best uniform plan; by default the best that the study's surrogate
@@ -83,11 +82,10 @@ def begin_recommendation(
     proposals = proposals or proposed(study, request, times)
     if run is None:
         return lambda: _judged(study, None, proposals, request), iter(())
-    if study.meta.get("fingerprint") != run.fingerprint:
-        raise UserError(f"{study.path} was measured on {study.meta.get('model')}, and {run.name} is another model")
+    study.check_model(run.name, run.fingerprint)
     plans = [one.plan for candidates, rival in proposals for one in (*candidates, *([rival] if rival else []))]
     meta = study.meta
-    second, steps = begin_sweep(
+    verification, steps = begin_sweep(
         run,
         study.parts,
         plans,
@@ -98,7 +96,7 @@ def begin_recommendation(
         statistics=statistics,
         whole=meta.get("whole_answers", False),
     )
-    return lambda: _judged(study, second, proposals, request), steps
+    return lambda: _judged(study, verification, proposals, request), steps
 
 
 def verified_on(study: Study) -> int:
@@ -110,16 +108,18 @@ def verified_on(study: Study) -> int:
     return int((Study(folder) if paths.is_study(folder) else study).meta["n"])
 
 
-def _judged(study: Study, second: Study | None, proposals: Proposed, request: PlanRequest) -> list[Recommendation]:
-    """A recommendation per budget: by the trials of the second study, or by prediction alone without one."""
+def _judged(
+    study: Study, verification: Study | None, proposals: Proposed, request: PlanRequest
+) -> list[Recommendation]:
+    """A recommendation per budget: by the trials of the verification, or by prediction alone without one."""
     facts: Provenance = {"asked": request.to_json()}
-    if second is None:
+    if verification is None:
         return [unmeasured(study, candidates, request.weights, facts) for candidates, _ in proposals]
     # if a task has too few examples, both studies share some, and the verdict must say so
-    chosen_on, run_on = study.examples(study.native), second.examples(second.native)
+    chosen_on, run_on = study.examples(study.native), verification.examples(verification.native)
     fresh = chosen_on is not None and run_on is not None and set(chosen_on["example"]).isdisjoint(run_on["example"])
-    facts |= {"verified": second.meta, "versions": versions()}
+    facts |= {"verified": verification.meta, "versions": versions()}
     return [
-        judge(study, candidates, rival, second, request.weights, fresh=fresh, provenance=facts)
+        judge(study, candidates, rival, verification, request.weights, fresh=fresh, provenance=facts)
         for candidates, rival in proposals
     ]

@@ -31,7 +31,7 @@ from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.threads import free_memory
 from sensitivity.study.examples import questions
 from sensitivity.study.stopping import Until
-from sensitivity.study.storage.location import usable
+from sensitivity.study.storage.location import reachable_database
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.table import check_distinct, find
@@ -104,7 +104,7 @@ def check_sweep(
     for name in tasks:
         find(name)
     if out is not None:
-        usable(out, storage)
+        reachable_database(out, storage)
     return any(needs_data(one) for one in schemes)
 
 
@@ -133,7 +133,7 @@ def dtype_for(name: str, device: str, out: Path | str | None) -> tuple[str | Non
         return dtype, ""
     size = 4 * sum(weight.numel() for weight in vlm.model.parameters())
     if target.type == "cpu" and size > free_memory():
-        return dtype, f"{dtype} is {times:.1f} times slower here than float32, for which memory has no room"
+        return dtype, f"{dtype} is {times:.1f} times slower here than float32, for which memory is too small"
     return "float32", f"computing in float32: {dtype}, as stored, is {times:.1f} times slower here (--dtype overrides)"
 
 
@@ -171,7 +171,7 @@ def begin_sweep(
 
     Methods that need calibration take it from `statistics`, by default computed on the calibration splits of the
     tasks. `until` may end the sweep early ("10min", "error<0.5%"); later examples then go to plans that still matter.
-    Generation stops at the token after which an answer can no longer be right, unless answers are wanted `whole`.
+    Generation stops at the token after which an answer can no longer be right, unless `whole` asks for whole answers.
     """
     limit = Until.parse(until)
     evaluated = [find_task(name, "evaluation", n, seed, whole) for name in dict.fromkeys(tasks)]
@@ -185,7 +185,7 @@ def begin_sweep(
         return study, run_plans(vlm, study, evaluated, plans(study), plain, statistics, limit, memory_gb)
     if statistics is None and isinstance(plans, Sequence):
         # a plan's key depends on its calibration data, so schemes must name the data before plans are queued
-        schemes = list(dict.fromkeys(one for plan in plans for _, one in plan.schemes if one))
+        schemes = list(dict.fromkeys(scheme for plan in plans for scheme in plan.distinct_schemes))
         named, statistics = calibrated(vlm, parts, schemes, tasks, against=evaluated)
         with_data: dict[Scheme | None, Scheme | None] = {None: None, **dict(zip(schemes, named, strict=True))}
         plans = [Plan(tuple((name, with_data[one]) for name, one in plan.schemes)) for plan in plans]

@@ -62,7 +62,7 @@ VERBS: dict[str, ModuleType] = {
 }
 FAILED, REFUSED, STOPPED = 1, 2, 130  # exit codes; 130 is the shell's for Ctrl-C
 # parts of an ImportError's message when there is no memory for a shared library
-NO_ROOM = ("failed to map segment", "annot allocate memory")
+OUT_OF_MEMORY = ("failed to map segment", "annot allocate memory")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         return fail(asked, str(error) or "out of memory", FAILED)
     except Exception as error:
-        if isinstance(error, ImportError) and any(sign in str(error) for sign in NO_ROOM):
+        if isinstance(error, ImportError) and any(sign in str(error) for sign in OUT_OF_MEMORY):
             return fail(asked, f"out of memory while a library was loaded: {error}", FAILED)
         return fail(asked, f"unexpected {type(error).__name__}: {error} (a defect; --debug shows where)", FAILED)
 
@@ -123,10 +123,10 @@ def quiet(args: argparse.Namespace) -> Iterator[None]:
         if not args.debug:
             warnings.simplefilter("ignore")
         warnings.simplefilter("default", Notice)
-        shown = warnings.showwarning
+        show_as_before = warnings.showwarning
         warnings.showwarning = lambda message, category, *where, **how: (
             print(f"note: {message}", file=sys.stderr)
             if issubclass(category, Notice)
-            else shown(message, category, *where, **how)
+            else show_as_before(message, category, *where, **how)
         )
         yield

@@ -22,7 +22,7 @@ from sensitivity.measure.calibrate.cache import cache_folder
 from sensitivity.models.vlm import VLM
 from sensitivity.spec import plan_file
 from sensitivity.spec.errors import UserError, unknown
-from sensitivity.spec.files import may_write
+from sensitivity.spec.files import check_may_write
 from sensitivity.spec.runtimes.rules import check
 from sensitivity.spec.sizes import SizeJson
 
@@ -103,9 +103,9 @@ def may_be_written(out: Path, format: str, force: bool, keep: Iterable[Path] = (
     if format == "plan" and out.suffix == ".json":
         if out.is_dir():
             raise UserError(f"{out} is a folder; name a file, such as {out / 'plan.json'}")
-        may_write(out, force, plan_json.why_foreign, keep)
+        check_may_write(out, force, plan_json.why_foreign, keep)
     else:
-        may_write(out, force, manifest.why_foreign, [cache_folder(), *keep])
+        check_may_write(out, force, manifest.why_foreign, [cache_folder(), *keep])
 
 
 def _summary(job: Job, written: Written, format: str) -> Summary:

@@ -140,7 +140,7 @@ def _run_until_empty(study: Study, shared: _SharedWork, until: Until) -> Iterato
             study.give_up(asked, str(error))
             raise
         except BaseException:  # Ctrl-C, most often: the plan goes back into the queue
-            study.put_back(asked)
+            study.requeue(asked)
             raise
         seconds = time.perf_counter() - began
         total = shared.ends[-1]
@@ -156,7 +156,7 @@ def _run_until_empty(study: Study, shared: _SharedWork, until: Until) -> Iterato
             facts["metrics"] = _metrics(study, shared, asked, rows)
         scores = study.tell(asked, rows, facts, None if complete else end)
         # a new shard: plans can be compared on the same images
-        if until.chooses and (last is None or asked.done != last.done):
+        if until.may_stop_early and (last is None or asked.done != last.done):
             racing = still_in_race(study, len(shared.ends))
         yield Step(asked.plan, scores, seconds, complete, *study.progress(total, racing), total, end - asked.done)
         last = asked

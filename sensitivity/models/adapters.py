@@ -27,17 +27,18 @@ class Adapter:
 
 def resolve(name: str, config_only: bool = False) -> tuple[Path, Adapter | None]:
     """The folder of a model name, and the adapter in it if there is one; `name` is a model, ADAPTER or ADAPTER@BASE."""
-    alone, at, base = (name, "", "") if Path(name).expanduser().is_dir() else name.rpartition("@")
-    alone = alone or name
-    folder = model_folder(alone, config_only)
-    config = adapter_config(folder, alone)
+    # an @ may also be part of a folder's name
+    first, at, base = (name, "", "") if Path(name).expanduser().is_dir() else name.rpartition("@")
+    first = first or name
+    folder = model_folder(first, config_only)
+    config = adapter_config(folder, first)
     if config is None:
         if at:
             raise UserError(
-                f"{alone} is not an adapter, and only an adapter takes a base model after an @; type {alone}"
+                f"{first} is not an adapter, and only an adapter takes a base model after an @; type {first}"
             )
         return folder, None
-    adapter = Adapter(folder, config, base or base_of(config, folder, alone))
+    adapter = Adapter(folder, config, base or base_of(config, folder, first))
     _check_chain(adapter, name)
     return folder, adapter
 
@@ -93,7 +94,7 @@ def base_of(config: dict[str, object], folder: Path, name: str) -> str:
 
 
 def merge_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> nn.Module:
-    """The model with the adapter merged into its weights; an error if a tensor matches no layer, or is missing."""
+    """Merge an adapter into the weights of a model; raise an error if a tensor matches no layer, or is missing."""
     folder = adapter.folder
     stored = header(folder / WEIGHTS)
     if rounded := [key for key, one in stored.items() if not one.dtype.is_floating_point or one.dtype.itemsize < 2]:

@@ -40,10 +40,10 @@ EMBEDDED = {  # name -> folder
     "scenes-blip2": "scenes-blip2",
     "scenes-blip2-itm": "scenes-blip2-itm",
 }
-HERE = Path(__file__).parent / "embedded"
-# Downloaded from a hub repository: no pickle, no code
+EMBEDDED_MODELS = Path(__file__).parent / "embedded"
+# the files that are downloaded from a hub repository: neither pickles nor code
 FILES_TO_DOWNLOAD = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-CONFIGS = ["config.json", "adapter_config.json"]
+CONFIG_FILES = ["config.json", "adapter_config.json"]
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {  # by safetensors' names; numbers of less than a byte have no dtype in torch
@@ -53,7 +53,7 @@ DTYPES = {  # by safetensors' names; numbers of less than a byte have no dtype i
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 DTYPE = either(OBJECT, one_of("auto", *(f"{at}{one}" for at in ("", "torch.") for one in FLOATS)))
-CONFIG = {  # fields that are checked before transformers reads a config; null counts as absent
+CONFIG_FIELDS = {  # fields that are checked before transformers reads a config; null counts as absent
     "model_type": TEXT, "architectures": list_of(TEXT, 0), "quantization_config": OBJECT, "auto_map": OBJECT,
     "dtype": DTYPE, "torch_dtype": DTYPE,
 }  # fmt: skip
@@ -62,10 +62,12 @@ OTHER_JSON_FILES = (  # files that transformers reads beside the config; it igno
     "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 LAYER_COUNTS = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?|experts?)$")  # counts of repeated modules
-MAX_COUNT = 1000  # the deepest models have some hundreds of layers; each module takes a millisecond and memory
-WEIGHT_MAP = Kind("tensors and their files", lambda value: isinstance(value, dict) and all(map(_shard, value.values())))
-HASHED_WHOLE = 100 * 2**20  # a file up to this size is hashed to the last byte
-PIECES, PIECE = 64, 2**16  # of a larger file, so many pieces of so many bytes are hashed beside its header
+MAX_COUNT = 1000  # the deepest models have some hundreds of layers; building a module takes a millisecond and memory
+WEIGHT_MAP = Kind(
+    "tensors and their files", lambda value: isinstance(value, dict) and all(map(_is_shard, value.values()))
+)
+HASHED_WHOLE = 100 * 2**20  # bytes; of a larger file, only the header and PIECE_COUNT pieces are hashed
+PIECE_COUNT, PIECE_BYTES = 64, 2**16
 
 
 def model_folder(name: str, config_only: bool = False) -> Path:
@@ -74,7 +76,7 @@ def model_folder(name: str, config_only: bool = False) -> Path:
     if kind == "embedded":
         if short not in EMBEDDED:
             raise unknown("embedded model", name, [f"embedded:{known}" for known in EMBEDDED])
-        folder = HERE / EMBEDDED[short]
+        folder = EMBEDDED_MODELS / EMBEDDED[short]
         if not (folder / "config.json").exists():
             raise UserError(f"{name} is not part of this installation; reinstall sensitivity, or give a model folder")
         return folder
@@ -90,7 +92,7 @@ def model_folder(name: str, config_only: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=CONFIGS if config_only else FILES_TO_DOWNLOAD))
+        return Path(snapshot_download(name, allow_patterns=CONFIG_FILES if config_only else FILES_TO_DOWNLOAD))
     except (OSError, ValueError) as error:
         why = (
             f"'{shortened(name)}' is neither a folder here nor a model that could be had from the hub ({reason(error)})"
@@ -112,7 +114,7 @@ def read_config(folder: Path, name: str, quantized: bool = False) -> dict[str, o
         )
     config = json_object(file, name)
     try:
-        check(config, {}, CONFIG)
+        check(config, {}, CONFIG_FIELDS)
         _check_counts(config)
     except Misfit as error:
         raise UserError(f"config.json of {name} does not fit: {error}; fetch it again") from error
@@ -146,7 +148,7 @@ def _check_counts(config: object, path: str = "") -> None:
         _check_counts(value, below)
 
 
-def _shard(value: object) -> bool:
+def _is_shard(value: object) -> bool:
     """Whether a value of an index is the name of a file in the same folder."""
     return FILE_INSIDE.fits(value) and "/" not in str(value)
 
@@ -189,7 +191,7 @@ def _no_weights(folder: Path, name: str) -> UserError:
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredTensor:
     """A tensor in a safetensors file, and the byte at which it begins."""
 
     dtype: torch.dtype
@@ -202,31 +204,31 @@ class Entry:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def header(file: Path) -> dict[str, Entry]:
+def header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, none of which is read; safetensors checks that all of their bytes exist.
 
-    safetensors does not report where a tensor begins. Since tensors follow each other without gaps, their sizes tell.
+    safetensors does not report where a tensor begins. Tensors follow each other without gaps, so their sizes give it.
     """
     if trouble := not_a_file(file):
         raise UserError(f"{file.name} is not a complete safetensors file ({trouble}); fetch it again")
     try:
         with safe_open(file, framework="pt") as opened:
             slices = [(key, opened.get_slice(key)) for key in opened.offset_keys()]
-            kinds = [(key, one.get_dtype(), tuple(one.get_shape())) for key, one in slices]
+            stored = [(key, one.get_dtype(), tuple(one.get_shape())) for key, one in slices]
     except (SafetensorError, OSError) as error:
         why = reason(error).removeprefix("Error while deserializing header: ")
         raise UserError(f"{file.name} is not a complete safetensors file ({why}); fetch it again") from error
-    if strange := sorted({dtype for _, dtype, _ in kinds} - set(DTYPES)):
+    if strange := sorted({dtype for _, dtype, _ in stored} - set(DTYPES)):
         raise UserError(f"{file.name} holds numbers of the type {strange[0]}; known are {', '.join(DTYPES)}")
-    entries, start = {}, file.stat().st_size - sum(prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in kinds)
-    for key, dtype, shape in kinds:
-        entries[key] = Entry(DTYPES[dtype], shape, start)
+    entries, start = {}, file.stat().st_size - sum(prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in stored)
+    for key, dtype, shape in stored:
+        entries[key] = StoredTensor(DTYPES[dtype], shape, start)
         start += entries[key].bytes
     return entries
 
 
-def stored_bits(files: Sequence[Path]) -> int | None:
-    """The bits per weight of most stored weights; None without files."""
+def common_width(files: Sequence[Path]) -> int | None:
+    """The bits in which most weights are stored; None without files."""
     widths: Counter[int] = Counter()
     for file in files:
         for entry in header(file).values() if file.suffix == ".safetensors" else ():
@@ -236,8 +238,8 @@ def stored_bits(files: Sequence[Path]) -> int | None:
 
 
 def fingerprint(config: Mapping[str, object], files: Sequence[Path], note: str | None = None) -> str:
-    """A hash that identifies a model in any folder: its config, its weight files, and what was done to it."""
-    # two fields change with the folder or the library, though the model is the same
+    """A hash of a model's config and weight files, and of a note on what was done to it; the same in any folder."""
+    # without the two fields that change with the folder or the library, though the model is the same
     lasting = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
     digest = hashlib.sha256(json.dumps(lasting, sort_keys=True).encode())
     for file in files:
@@ -249,8 +251,8 @@ def fingerprint(config: Mapping[str, object], files: Sequence[Path], note: str |
                 continue
             # the first 8 bytes are the header's length; of a pickle, which has no header, they may be any number
             digest.update(stream.read(8 + min(int.from_bytes(stream.read(8), "little"), HASHED_WHOLE)))
-            for i in range(PIECES):
-                stream.seek(i * (size - PIECE) // (PIECES - 1), os.SEEK_SET)
-                digest.update(stream.read(PIECE))
+            for i in range(PIECE_COUNT):
+                stream.seek(i * (size - PIECE_BYTES) // (PIECE_COUNT - 1), os.SEEK_SET)
+                digest.update(stream.read(PIECE_BYTES))
     digest.update((note or "").encode())
     return digest.hexdigest()[:16]

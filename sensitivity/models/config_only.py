@@ -8,12 +8,12 @@ from pathlib import Path
 from sensitivity.models.adapters import full_model
 from sensitivity.models.checkpoint import read_config
 from sensitivity.models.loading import load
-from sensitivity.models.original_llava import is_original, processor_for
-from sensitivity.models.processors import processor_of
+from sensitivity.models.original_llava import is_original, original_processor
+from sensitivity.models.processors import load_processor
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 
-SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]  # of a hub repository: all but the weights
+ALL_BUT_WEIGHTS = ["*.json", "*.txt", "*.model", "*.jinja"]  # of a hub repository: all but the weights
 
 
 def without_weights(name: str) -> VLM:
@@ -23,8 +23,8 @@ def without_weights(name: str) -> VLM:
     if not (name.startswith("embedded:") or Path(name).expanduser().is_dir()):
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(name, allow_patterns=SMALL))
-    made = processor_for if is_original(read_config(folder, name)) else processor_of
+        folder = Path(snapshot_download(name, allow_patterns=ALL_BUT_WEIGHTS))
+    made = original_processor if is_original(read_config(folder, name)) else load_processor
     processor = made(folder, name, vlm.model.config)
     if processor is None:
         raise UserError(f"{name} has no processor or tokenizer files; they are needed to read prompts and images")

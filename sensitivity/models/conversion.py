@@ -15,11 +15,11 @@ from sensitivity.models.original_llava import (
     converted,
     converted_config,
     is_original,
+    original_processor,
     original_weight_files,
-    processor_for,
 )
 
-__all__ = ["Converted", "as_converted", "as_written", "is_original"]
+__all__ = ["Converted", "as_converted", "config_json", "is_original"]
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Converted:
 
 
 def as_converted(folder: Path, name: str, raw: Mapping[str, object]) -> Converted:
-    """Describe a checkpoint in transformers' layout; its tensors are read and converted when asked for."""
+    """Describe a checkpoint in transformers' layout; each tensor is read and converted when its function is called."""
     config, files = converted_config(raw, name), original_weight_files(folder, name)
-    written = as_written(config, "LlavaForConditionalGeneration")
-    return Converted(written, processor_for(folder, name, config), files, converted(raw, config, files, name))
+    written = config_json(config, "LlavaForConditionalGeneration")
+    return Converted(written, original_processor(folder, name, config), files, converted(raw, config, files, name))
 
 
-def as_written(config: PreTrainedConfig, architecture: str) -> dict[str, object]:
-    """A configuration as config.json holds it."""
+def config_json(config: PreTrainedConfig, architecture: str) -> dict[str, object]:
+    """The content of config.json for a configuration and the class of its model."""
     return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [architecture]}

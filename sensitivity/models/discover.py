@@ -30,6 +30,7 @@ OVERRIDDEN_BY = {
     "output head": {HEAD},
     "embedding, tied to the output head": {EMBEDDING, HEAD},
 }
+# names of layers that read one input: queries beside keys and values, and gates beside what they multiply
 QUERY = {"q_proj", "q", "query"}
 GATED = {"gate_proj": "up_proj", "wi_0": "wi_1", "w1": "w3"}
 
@@ -42,7 +43,7 @@ def discover(
     native_bits: int = 16,
     include: Collection[str] = (),
 ) -> ComponentMap:
-    """Sort every parameter of a model, on any device including meta, into weights and kept parameters with a reason.
+    """Sort every parameter of a model, which may be on the meta device, into weights and those kept for a reason.
 
     `include` names the language model's embedding or output head, which become components instead of being kept.
     """
@@ -56,7 +57,7 @@ def discover(
         aliases.setdefault(id(parameter), []).append(model.get_submodule(path.rpartition(".")[0]))
     heads = {id(model.get_submodule(path)) for path in towers.heads}
     # torch's MultiheadAttention keeps q, k and v in one bare parameter, and its layers never run as linear layers
-    packed = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    packed_attention = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
 
     linears: list[str] = []
     kept: list[Kept] = []
@@ -64,20 +65,19 @@ def discover(
     parameters = dict(model.named_parameters())
     for path, parameter in parameters.items():
         owners = aliases[id(parameter)]
-        reason = _reason(path, owners, heads, packed, _is_router(model, path.rpartition(".")[0]))
+        reason = _reason(path, owners, heads, packed_attention, _is_router(model, path.rpartition(".")[0]))
+        is_head = any(id(owner) in heads for owner in owners)
         if reason is None:
             linears.append(path)
-            continue
-        head = any(id(owner) in heads for owner in owners)
-        within = {towers.part(towers.paths[id(owner)]) for owner in owners}
-        if not OVERRIDDEN_BY.get(reason, set()).isdisjoint(include) and (head or "language" in within):
+        elif _is_included(reason, owners, is_head, towers, include):
             included[path] = parameter
-            continue
-        kept.append(Kept(path, parameter.numel(), reason, towers.part(path) or ("language" if head else None)))
+        else:
+            part = towers.part(path) or ("language" if is_head else None)
+            kept.append(Kept(path, parameter.numel(), reason, part))
     if unplaced := [path for path in linears if towers.part(path) is None]:
         raise towers.unplaced_error(path.rpartition(".")[0] for path in unplaced)
 
-    weights = _weights(model, family, towers, linears, packed)
+    weights = _weights(model, family, towers, linears, packed_attention)
     blocks = max((weight.blocks for weight in weights if weight.part == "language"), default=0)
     weights += [
         _embedding_or_head(model, path, included[path], aliases[id(included[path])], heads, towers, blocks)
@@ -91,11 +91,20 @@ def discover(
     return parts.regroup(by)
 
 
-def _weights(model: nn.Module, family: Family, towers: Towers, linears: list[str], packed: list[str]) -> list[Weight]:
+def _is_included(reason: str, owners: list[nn.Module], is_head: bool, towers: Towers, include: Collection[str]) -> bool:
+    """Whether `include` overrides the reason to keep a parameter, which must be the language model's."""
+    if OVERRIDDEN_BY.get(reason, set()).isdisjoint(include):
+        return False
+    return is_head or "language" in {towers.part(towers.paths[id(owner)]) for owner in owners}
+
+
+def _weights(
+    model: nn.Module, family: Family, towers: Towers, linears: list[str], packed_attention: list[str]
+) -> list[Weight]:
     """The linear layers as weights, each with its part, block, kind and shared input."""
     modules = [path.rpartition(".")[0] for path in linears]
     paths_of: dict[str, list[str]] = {part: [] for part in PARTS}
-    for path in _blocks(model, "", False, [*modules, *packed], family):
+    for path in _blocks(model, "", False, [*modules, *packed_attention], family):
         paths_of[towers.part(path) or "connector"].append(path)
     block_of = {path: (part, i) for part, paths in paths_of.items() for i, path in enumerate(paths)}
     weights: list[Weight] = []
@@ -162,37 +171,39 @@ def _is_router(model: nn.Module, path: str) -> bool:
     return leaf in ("gate", "router") and hasattr(model.get_submodule(parent), "experts")
 
 
-def _reason(path: str, owners: list[nn.Module], heads: set[int], packed: list[str], router: bool) -> str | None:
+def _reason(
+    path: str, owners: list[nn.Module], heads: set[int], packed_attention: list[str], router: bool
+) -> str | None:
     """Why a parameter is kept at native precision; None for the weight of a linear layer, which is quantized."""
     module, _, leaf = path.rpartition(".")
     # The order matters: a tied head is an embedding first, a norm inside a head is a norm, and a head is a linear layer
     # that is kept all the same.
-    owner, kind = owners[0], type(owners[0]).__name__
-    head = any(id(o) in heads for o in owners)
+    owner, class_name = owners[0], type(owners[0]).__name__
+    is_head = any(id(o) in heads for o in owners)
     if any(isinstance(o, nn.Embedding) for o in owners):
         if re.search(r"pos|relative|row_emb|column_emb|tile", path.lower()):
             return "position embedding"
-        return "embedding, tied to the output head" if head else "embedding"
-    if "norm" in kind.lower():
+        return "embedding, tied to the output head" if is_head else "embedding"
+    if "norm" in class_name.lower():
         return "norm"
-    if head:
+    if is_head:
         return "bias" if leaf == "bias" else "output head"
-    if any(inside(module, attention) for attention in packed):
+    if any(inside(module, attention) for attention in packed_attention):
         return "bias" if leaf.endswith("bias") else "packed attention, which is not read through linear layers"
     if leaf == "bias":
         return "bias"
     if isinstance(owner, nn.Linear) and leaf == "weight":
         return "router" if router else None
-    if kind.startswith("Conv") and isinstance(owner, nn.modules.conv._ConvNd):
+    if class_name.startswith("Conv") and isinstance(owner, nn.modules.conv._ConvNd):
         return "patch convolution" if "patch" in path else "convolution"
-    return _bare(path.lower(), kind)
+    return _reason_by_name(path.lower(), class_name)
 
 
-def _bare(path: str, kind: str) -> str:
-    """The reason to keep a parameter that belongs to no known kind of layer."""
+def _reason_by_name(path: str, class_name: str) -> str:
+    """The reason to keep a parameter of no known kind of layer, by the words of its path."""
     if "expert" in path:
         return "expert weights, which are not linear layers"
-    if "router" in path or "router" in kind.lower():
+    if "router" in path or "router" in class_name.lower():
         return "router"
     if re.search(r"pos(ition)?_?emb|positional", path):
         return "position embedding"
@@ -200,7 +211,7 @@ def _bare(path: str, kind: str) -> str:
         return "learned token"
     if re.search(r"scale|gate|lambda|logit|temperature|gamma", path):
         return "scale or gate"
-    return f"bare parameter of {kind}, not a linear layer"
+    return f"bare parameter of {class_name}, not a linear layer"
 
 
 def _enclosing_paths(path: str) -> Iterator[str]:
@@ -260,7 +271,7 @@ def _shares_input(model: nn.Module, path: str, family: Family) -> str | None:
 def inspect(vlm: VLM | str, by: str = "group.kind", include: Collection[str] = ()) -> ComponentMap:
     """Every weight of a model in exactly one named component, or kept with a reason.
 
-    For the name of a model, no weights are loaded. `include` may name embedding and head, which are kept otherwise.
+    Given the name of a model, it loads no weights. `include` may name embedding and head, which are kept otherwise.
 
     Examples:
         >>> from sensitivity import inspect

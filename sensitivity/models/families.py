@@ -11,7 +11,7 @@ from sensitivity.spec.components import PARTS
 
 @dataclass(frozen=True)
 class Family:
-    """Module paths and prompts of a family; where a path is empty, the model's getters are asked.
+    """Module paths and prompts of a family; where a path is empty, the model's getters find the module.
 
     A path matches at any depth of the module tree, and the longest match wins.
     """
@@ -57,7 +57,7 @@ FAMILIES: dict[str, Family] = {
     "siglip": Family("SigLIP", connector=("text_model.head",)),
 }
 
-# Retrieval models, named in an error message
+# retrieval models that an error message suggests
 RETRIEVAL_MODELS = "Salesforce/blip2-itm-vit-g-coco or embedded:scenes-blip2-itm"
 
 

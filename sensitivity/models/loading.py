@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,28 +17,24 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils.import_utils import is_accelerate_available
 
 from sensitivity.models.adapters import WEIGHTS, Adapter, merge_adapter, resolve
-from sensitivity.models.checkpoint import fingerprint, header, read_config, stored_bits, weight_files
+from sensitivity.models.checkpoint import common_width, fingerprint, header, read_config, weight_files
 from sensitivity.models.families import FAMILIES, family_of
-from sensitivity.models.match import check_none, check_tensors, first_names
 from sensitivity.models.original_llava import (
     converted,
     converted_config,
     is_original,
+    original_processor,
     original_weight_files,
-    processor_for,
     with_geochat_label,
 )
 from sensitivity.models.outliers import NOTE, plant_outliers
-from sensitivity.models.processors import processor_of
+from sensitivity.models.processors import load_processor
+from sensitivity.models.tensor_check import check_none, check_tensors, first_names
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError, reason, unknown
 
 DTYPES = ("float32", "float16", "bfloat16")
-
-
 DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
-
 UNUSED_BUFFERS = re.compile(r"(position_ids|inv_freq|masked_bias)$")  # buffers in old checkpoints that no model reads
 
 
@@ -58,11 +54,11 @@ def load(
     config_only: bool = False,
     quantized: bool = False,
 ) -> VLM:
-    """Load a model from a folder, the hub, or `embedded:...`; with config_only, weights are neither needed nor loaded.
+    """Load a model from a folder, the hub, or `embedded:...`.
 
-    `quantized` accepts a checkpoint that is already quantized, such as an export; its weights are unpacked at once.
-    The device `auto` spreads a model over all devices. An adapter is merged into its base model, which it names
-    itself, or which follows an @ in its name.
+    With `config_only` it neither needs nor loads weights. With `quantized` it accepts a checkpoint that is already
+    quantized, such as an export, and unpacks its weights at once. The device `auto` spreads a model over all devices.
+    An adapter is merged into its base model, which its config names, or `name` itself after an @.
 
     Examples:
         >>> from sensitivity import load
@@ -79,6 +75,8 @@ def load(
     with_outliers = name == "embedded:scenes-llava-heavy"
     if torch_dtype is None and name.startswith("embedded:") and device == "cpu":
         torch_dtype = torch.float32
+    # outliers are planted in float32 and rounded afterwards, which changes the model's function least
+    loaded_dtype = torch.float32 if with_outliers else torch_dtype
     model: nn.Module
     with quiet():
         config, architecture = _config(folder, name, raw)
@@ -92,17 +90,12 @@ def load(
             stored = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
             check_tensors(_meta_model(architecture, config, name), stored, name)
             model = _with_weights(architecture, config, None, name, torch_dtype, torch_device, tensors)
-            processor = processor_for(folder, name, config)
+            processor = original_processor(folder, name, config)
         else:
-            # checked on an empty model, so that a wrong checkpoint is refused before it fills memory
             if not quantized:
-                stored = {key: (one.dtype, one.shape) for file in files for key, one in header(file).items()}
-                check_tensors(_meta_model(architecture, config, name), stored, name)
-            # outliers are planted in float32 and rounded afterwards, which changes the model's function least
-            model = _with_weights(
-                architecture, config, folder, name, torch.float32 if with_outliers else torch_dtype, torch_device
-            )
-            processor = processor_of(folder, name, config)
+                _check_files(architecture, config, files, name)
+            model = _with_weights(architecture, config, folder, name, loaded_dtype, torch_device)
+            processor = load_processor(folder, name, config)
     if quantized and not config_only:
         _unpack(model)
     if with_outliers and not config_only:
@@ -115,8 +108,8 @@ def load(
         processor=processor,
         family=with_geochat_label(raw, family_of(model)) if original else family_of(model),
         fingerprint=fingerprint(raw, files, NOTE if with_outliers else None),
-        native_bits=stored_bits(files) or _config_bits(config),
-        note=NOTE if with_outliers else _dead_blocks(config),
+        native_bits=common_width(files) or _config_bits(config),
+        note=NOTE if with_outliers else _note_on_dead_blocks(config),
     )
 
 
@@ -130,7 +123,7 @@ def _with_adapter(base: VLM, adapter: Adapter, name: str, config_only: bool) -> 
 
 
 def _config(folder: Path, name: str, raw: Mapping[str, object]) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
-    """The config, and the model class that it names in transformers, or else the class for images and text."""
+    """The config, and the model class that it names, or else transformers' class for its type."""
     if is_original(raw):
         return converted_config(raw, name), transformers.LlavaForConditionalGeneration
     known = raw.get("model_type") in transformers.CONFIG_MAPPING
@@ -171,6 +164,14 @@ def _meta_model(architecture: type[PreTrainedModel], config: PreTrainedConfig, n
     except Exception as error:
         why = f"{architecture.__name__} cannot be built from the config of {name} ({reason(error)})"
         raise UserError(why) from error
+
+
+def _check_files(
+    architecture: type[PreTrainedModel], config: PreTrainedConfig, files: Sequence[Path], name: str
+) -> None:
+    """Refuse weight files that do not fit the model, by their headers alone: before they fill memory."""
+    stored = {key: (one.dtype, one.shape) for file in files for key, one in header(file).items()}
+    check_tensors(_meta_model(architecture, config, name), stored, name)
 
 
 def _with_weights(
@@ -219,8 +220,8 @@ def _unpack(model: nn.Module) -> None:
         compressor.decompress_model(model)
 
 
-def _dead_blocks(config: PreTrainedConfig) -> str | None:
-    """A note if the last vision blocks have no effect, as in LLaVA, which reads an earlier block's output."""
+def _note_on_dead_blocks(config: PreTrainedConfig) -> str | None:
+    """A note on the last vision blocks if they have no effect, as in LLaVA, which reads an earlier block's output."""
     layer = getattr(config, "vision_feature_layer", None)
     if not isinstance(layer, int) or layer >= -1:
         return None
@@ -266,7 +267,7 @@ def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' load report and progress bar: what they report is an error here, or nothing."""
+    """Silence transformers' load report and progress bar: `load` raises an error for what the report would warn of."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -30,7 +30,9 @@ TOWERS = {  # towers whose config need not be fetched; their weights may be in t
     },
 }  # fmt: skip
 Config = Mapping[str, Any]  # fields of a config.json; transformers checks the type of each
-VOCABULARY = Kind("a number of words from 1 to 10,000,000", lambda value: type(value) is int and 1 <= value <= 10**7)
+VOCABULARY_SIZE = Kind(
+    "a number of tokens from 1 to 10,000,000", lambda value: type(value) is int and 1 <= value <= 10**7
+)
 # Keys of the original layout and their names in transformers; the first pattern that matches is applied.
 RENAMED = (
     (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
@@ -40,7 +42,7 @@ RENAMED = (
 )
 TOWER, POSITIONS = "model.vision_tower.", "model.vision_tower.embeddings.position_embedding.weight"
 VOCABULARY_WEIGHTS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
-SYSTEM = (  # of the conversation named llava_v1, which GeoChat uses, too
+SYSTEM = (  # the system prompt of LLaVA's conversation llava_v1, which GeoChat uses, too
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
@@ -69,7 +71,7 @@ def converted_config(raw: Config, name: str) -> LlavaConfig:
             "LLaVA-1.5 and GeoChat, is known"
         )
     try:
-        check(raw, {"vocab_size": VOCABULARY, "mm_vision_tower": FILE}, {"rope_scaling": OBJECT})
+        check(raw, {"vocab_size": VOCABULARY_SIZE, "mm_vision_tower": FILE}, {"rope_scaling": OBJECT})
         return _converted_config(raw, name)
     except UserError:
         raise
@@ -130,8 +132,8 @@ def original_weight_files(folder: Path, name: str) -> list[Path]:
         return weight_files(folder, name)
     if not_a_file(index) == not_a_file(whole) == MISSING:
         raise UserError(
-            f"{name} has no weights here; those in LLaVA's own layout are often pickles, which are not fetched by "
-            "themselves: type `hf download NAME --local-dir FOLDER` and give the folder"
+            f"{name} has no weights here; those in LLaVA's own layout are often pickles, which sensitivity does not "
+            "download: type `hf download NAME --local-dir FOLDER` and give the folder"
         )
     return [whole] if not_a_file(index) == MISSING else shards_of(index, name)
 
@@ -207,15 +209,15 @@ def _read_tensor(file: Path, key: str) -> Tensor:
 
 def interpolated(positions: Tensor, side: int) -> Tensor:
     """Position embeddings for `side` x `side` patches: bicubic, corners aligned; the class token's is kept."""
-    before = round((len(positions) - 1) ** 0.5)
-    if before == side:
+    stored_side = round((len(positions) - 1) ** 0.5)
+    if stored_side == side:
         return positions
-    grid = positions[1:].float().T.reshape(1, -1, before, before)
+    grid = positions[1:].float().T.reshape(1, -1, stored_side, stored_side)
     larger = torch.nn.functional.interpolate(grid, size=side, mode="bicubic", align_corners=True)
     return torch.cat([positions[:1], larger.flatten(2)[0].T.to(positions.dtype)])
 
 
-def processor_for(folder: Path, name: str, config: LlavaConfig) -> ProcessorMixin | None:
+def original_processor(folder: Path, name: str, config: LlavaConfig) -> ProcessorMixin | None:
     """LLaVA's processor for the image size of the tower, with the checkpoint's own tokenizer."""
     if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
         return None
@@ -229,7 +231,7 @@ def processor_for(folder: Path, name: str, config: LlavaConfig) -> ProcessorMixi
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
     if tokenizer.convert_tokens_to_ids("<image>") != config.image_token_index:
         raise UserError(
-            f"the tokenizer of {name} has {len(tokenizer) - 1} words and its config.json {config.image_token_index} "
+            f"the tokenizer of {name} has {len(tokenizer) - 1} tokens and its config.json {config.image_token_index} "
             "(vocab_size); fetch both again"
         )
     vision, build = config.vision_config, cast(Callable[..., ProcessorMixin], LlavaProcessor)

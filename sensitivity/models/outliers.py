@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from sensitivity.spec.errors import UserError
 
 NOTE = "synthetic outliers, same function"
-SIGMA, OUTLIER_CHANNELS, OUTLIER_FACTOR = (
-    0.4,
-    2,
-    6.0,
-)  # sigma of the log-normal factors; how many channels are outliers; how many times larger their factors are
+SIGMA = 0.4  # of the log-normal factors
+OUTLIER_CHANNELS = 2  # of each weight
+OUTLIER_FACTOR = 6.0  # by which the factors of outlier channels are larger
 
 
 @torch.no_grad()
@@ -39,7 +37,7 @@ def plant_outliers(model: nn.Module, seed: int = 0) -> None:
 
 
 def _norm_to_columns(norm: nn.Module, readers: list[nn.Linear], generator: torch.Generator) -> None:
-    """Divide a norm's output channels, and multiply the columns of the linear layers that read them."""
+    """Divide a norm's output channels by random factors, and multiply the columns that read them by the same."""
     factor = _factors(readers[0].in_features, generator)
     for parameter in norm.parameters():  # the gain, and the bias of a LayerNorm
         _scale(parameter, 1 / factor)
@@ -48,7 +46,7 @@ def _norm_to_columns(norm: nn.Module, readers: list[nn.Linear], generator: torch
 
 
 def _rows_to_columns(writer: nn.Linear, reader: nn.Linear, generator: torch.Generator, head: int = 1) -> None:
-    """Multiply the rows of one linear layer, and divide the columns of the one that reads them."""
+    """Multiply a linear layer's rows by random factors, and divide the columns that read them by the same."""
     factor = _factors(writer.out_features, generator)
     _scale(writer.weight, factor[:, None])
     if writer.bias is not None:

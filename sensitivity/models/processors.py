@@ -18,13 +18,13 @@ from sensitivity.spec.fields import MISSING, not_a_file
 FILES = ("processor_config.json", "preprocessor_config.json")
 LONGEST_SIDE = 8192  # pixels of a model's input: more is an error here, before it fills memory
 LARGEST_AREA = LONGEST_SIDE**2  # where a size counts pixels, as in Qwen2-VL
-MOST_TOKENS = 2**16  # per image: each prompt gets as many placeholder tokens
+MOST_TOKENS = 2**16  # per image; each prompt gets as many placeholder tokens
 SIZE_FIELDS = ("size", "crop_size", "max_image_size", "pad_size", "min_pixels", "max_pixels")
 TOKEN_COUNT_FIELDS = ("image_seq_length", "image_seq_len", "num_query_tokens", "num_additional_image_tokens")
 OPTIONS: dict[str, bool] = {"trust_remote_code": False, "local_files_only": True}
 
 
-def processor_of(folder: Path, name: str, config: PreTrainedConfig) -> ProcessorMixin | None:
+def load_processor(folder: Path, name: str, config: PreTrainedConfig) -> ProcessorMixin | None:
     """The processor in a folder; None if there is none."""
     there = [folder / file for file in FILES if not_a_file(folder / file) != MISSING]
     if not there:
@@ -34,7 +34,7 @@ def processor_of(folder: Path, name: str, config: PreTrainedConfig) -> Processor
     listed = PROCESSOR_MAPPING.get(type(config), None)
     processor: ProcessorMixin
     try:
-        if isinstance(listed, type) and "video_processor" in _parts(listed) and not is_torchvision_available():
+        if isinstance(listed, type) and "video_processor" in _attributes(listed) and not is_torchvision_available():
             processor = _without_video(listed).from_pretrained(folder, local_files_only=True)
         else:
             processor = transformers.AutoProcessor.from_pretrained(folder, **OPTIONS)  # type: ignore[no-untyped-call]
@@ -76,7 +76,7 @@ def _check_sizes(settings: Mapping[str, object], file: str, name: str) -> None:
                 )
 
 
-def _parts(processor: type[ProcessorMixin]) -> list[str]:
+def _attributes(processor: type[ProcessorMixin]) -> list[str]:
     """The names of a processor's components."""
     names: Callable[[], list[str]] = processor.get_attributes
     return names()
@@ -84,27 +84,28 @@ def _parts(processor: type[ProcessorMixin]) -> list[str]:
 
 def _without_video(processor: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """The same processor class without its video processor, which needs torchvision; images do not."""
-    place = _parts(processor).index("video_processor")
+    position = _attributes(processor).index("video_processor")
 
     class WithoutVideo(processor):  # type: ignore[misc,valid-type]
         video_processor = SimpleNamespace(num_frames=0, fps=0)  # SmolVLM reads these even without a video
 
         @classmethod
         def get_attributes(cls) -> list[str]:
-            return [part for part in _parts(processor) if part != "video_processor"]
+            return [name for name in _attributes(processor) if name != "video_processor"]
 
         @classmethod
         def from_args_and_dict(
             cls, args: list[object], processor_dict: dict[str, object], **kwargs: object
         ) -> ProcessorMixin:
             known = {key: value for key, value in processor_dict.items() if key != "video_processor"}
-            # the constructor takes components by position, so the video processor's place holds None
-            made: ProcessorMixin = super().from_args_and_dict([*args[:place], None, *args[place:]], known, **kwargs)
+            # the constructor takes components by position, so None stands in for the video processor
+            made: ProcessorMixin = super().from_args_and_dict(
+                [*args[:position], None, *args[position:]], known, **kwargs
+            )
             return made
 
-    WithoutVideo.__name__ = WithoutVideo.__qualname__ = (
-        processor.__name__
-    )  # save_pretrained writes the name of the class
+    # save_pretrained writes the name of the class
+    WithoutVideo.__name__ = WithoutVideo.__qualname__ = processor.__name__
     return WithoutVideo
 
 
@@ -118,9 +119,9 @@ def _check_image_token(processor: ProcessorMixin, config: PreTrainedConfig, name
     if token is not None and token_text not in (known := tokenizer.get_vocab()):
         why = f"does not know '{token_text}', which marks images in a prompt"
     elif not 0 <= image_token_id < len(tokenizer):
-        why = f"has no word number {image_token_id}, by which config.json marks images (image_token_id)"
+        why = f"has no token with id {image_token_id}, by which config.json marks images (image_token_id)"
     elif token is not None and image_token_id not in (known[token_text], getattr(tokenizer, "image_token_id", None)):
-        why = f"has '{token_text}', which marks images in a prompt, as word {known[token_text]}, and config.json has "
+        why = f"has '{token_text}', which marks images in a prompt, as token {known[token_text]}, and config.json has "
         why += str(image_token_id)
     else:
         return

@@ -19,7 +19,7 @@ CONNECTOR = re.compile(
 
 
 class Towers:
-    """The modules of each part (vision, connector, language), and the part that a path belongs to."""
+    """The modules of each part (vision, connector, language), which tell to which part a path belongs."""
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.model = model
@@ -62,9 +62,9 @@ class Towers:
         outer_paths = (".".join(names[: i + 1]) for i in range(len(names)))
         return next(top for top in outer_paths if not any(inside(known, top) for known in self.part_of_module))
 
-    def _from_getter(self, getter: str, **how: str) -> list[str]:
+    def _from_getter(self, getter: str, **arguments: str) -> list[str]:
         """The path of the module that a getter returns; empty if it returns nothing, or falls back to the model."""
-        found = getattr(self.model, getter, lambda **_: None)(**how)
+        found = getattr(self.model, getter, lambda **_: None)(**arguments)
         path = self.paths.get(id(found), "")
         return [path] if path else []
 
@@ -72,9 +72,9 @@ class Towers:
         """The modules whose paths end with a name; the nearest to the root, so that wrappers do not matter."""
         result = []
         for word in names:
-            fits = [path for path in self.paths.values() if f".{path}".endswith(f".{word}")]
-            depth = min((path.count(".") for path in fits), default=0)
-            result += [path for path in fits if path.count(".") == depth]
+            matching = [path for path in self.paths.values() if f".{path}".endswith(f".{word}")]
+            depth = min((path.count(".") for path in matching), default=0)
+            result += [path for path in matching if path.count(".") == depth]
         return result
 
     def _not_found(self, part: str) -> str:

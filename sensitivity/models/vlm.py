@@ -29,7 +29,7 @@ class VLM:
     family: Family
     fingerprint: str
     native_bits: int  # per weight, as stored in the checkpoint
-    transformers: str = transformers.__version__
+    transformers: str = transformers.__version__  # the version that loaded it
     note: str | None = None  # what a reader of its scores must know
 
     @property

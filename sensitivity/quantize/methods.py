@@ -33,7 +33,7 @@ from sensitivity.quantize.solvers.smooth import smooth
 from sensitivity.quantize.solvers.vlm_ptq import vlm_ptq
 from sensitivity.quantize.stored.codebook import to_codebook
 from sensitivity.spec.errors import unknown
-from sensitivity.spec.plan import JOINT, KEEP, Scheme, Setting
+from sensitivity.spec.plan import KEEP, QSVD, Scheme, Setting
 
 OWN, UNIFORM = "own", "uniform"
 # what decides the weight r of each calibration token in the Gram matrix
@@ -221,7 +221,7 @@ METHODS: dict[str, Method] = {
         choices={"importance": IMPORTANCE},
         fixed="per row and symmetric",
     ),
-    JOINT: Method(
+    QSVD: Method(
         qsvd,
         range(2, 9),
         calibrated=True,

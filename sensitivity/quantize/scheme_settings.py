@@ -15,11 +15,11 @@ from sensitivity.quantize.solvers import gptqmodel_solver
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import (
     ACTIVATION_SCALE,
-    BESIDE_WEIGHTS,
     CACHE_PAST,
+    CACHE_SETTINGS,
     CACHE_SMOOTH,
+    NORM_AND_TOKEN_SETTINGS,
     NOT_ROUNDED,
-    OF_CACHE,
     PRUNE,
     PRUNE_AFTER,
     Scheme,
@@ -84,7 +84,7 @@ def _given(method: str, chosen: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
     if name not in ROWS:
         raise unknown("method", method, [*ROWS, *PRESETS])
     # a preset without its rounding of activations or cache loses the settings of that rounding too
-    for rounded, its_settings in (("activations", set(RUN_TIME) - set(OF_CACHE)), ("cache", set(OF_CACHE))):
+    for rounded, its_settings in (("activations", set(RUN_TIME) - set(CACHE_SETTINGS)), ("cache", set(CACHE_SETTINGS))):
         if chosen.get(rounded) == NOT_ROUNDED:
             preset = {key: value for key, value in preset.items() if key not in its_settings}
     return name, {**preset, **chosen}
@@ -117,7 +117,7 @@ def schemes_of(methods: Sequence[str], bits: Sequence[int], **chosen: Any) -> li
     chosen = {key: value for key, value in chosen.items() if value is not None}
     rows = {name: method_named(name) for name in methods}
     known = sorted({setting for row in rows.values() for setting in row.settings})
-    rounded = {key: chosen.pop(key) for key in (*ROUNDED_BITS, *RUN_TIME, *BESIDE_WEIGHTS) if key in chosen}
+    rounded = {key: chosen.pop(key) for key in (*ROUNDED_BITS, *RUN_TIME, *NORM_AND_TOKEN_SETTINGS) if key in chosen}
     for setting in chosen:
         if setting not in ("group", "symmetric", *known):
             raise unknown(f"setting of {' and '.join(methods)}", setting, known or ["none"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -59,7 +60,7 @@ class Weight:
         return self.part == "language" and keys_or_values and "encoder" not in path
 
     @property
-    def joint(self) -> bool:
+    def is_qkv(self) -> bool:
         """Whether it makes queries, keys or values of self-attention from an input that all three read."""
         fused = any(name in self.module.rpartition(".")[2] for name in ("qkv", "query_key_value"))
         return self.kind == "attn" and self.block is not None and (self.shares_input is not None or fused)
@@ -82,16 +83,16 @@ class Weight:
         """
         if self.block is not None:
             # of L blocks, block i is in the front if i < L // 3, in the middle if i < 2L // 3, otherwise at the end
-            third = self.blocks // 3, 2 * self.blocks // 3
-            return GROUPS[(self.block >= third[0]) + (self.block >= third[1])]
+            middle, end = self.blocks // 3, 2 * self.blocks // 3
+            return GROUPS[(self.block >= middle) + (self.block >= end)]
         if self.kind in VOCABULARY:
             return self.kind
         if not self.blocks:
             return None
         return "projection" if self.part == "connector" else "other"
 
-    def place(self, by: str) -> str:
-        """The name of this weight's component at a granularity."""
+    def component_name(self, by: str) -> str:
+        """The name of the component that this weight belongs to at a granularity."""
         return GRANULARITIES[by](self)
 
 
@@ -109,7 +110,7 @@ def _join(*words: str | None) -> str:
     return ".".join(word for word in words if word)
 
 
-def _kind(w: Weight) -> str | None:
+def _kind_in_block(w: Weight) -> str | None:
     return w.kind if w.block is not None else None
 
 
@@ -125,8 +126,8 @@ GRANULARITIES: dict[str, Callable[[Weight], str]] = {
     # embedding and head stay components of their own
     "part": lambda w: _join(w.part, w.kind if w.kind in VOCABULARY else None),
     "group": lambda w: _join(w.part, w.group),
-    "kind": lambda w: _join(w.part, _kind(w) or w.group),
-    "group.kind": lambda w: _join(w.part, w.group, _kind(w)),
+    "kind": lambda w: _join(w.part, _kind_in_block(w) or w.group),
+    "group.kind": lambda w: _join(w.part, w.group, _kind_in_block(w)),
     "block": _block,
     "linear": lambda w: w.module,
 }
@@ -193,7 +194,7 @@ class ComponentMap:
         """The components in the order of data flow."""
         members: dict[str, list[Weight]] = {}
         for weight in sorted(self.weights, key=lambda weight: _flow_order(weight, self.by)):
-            members.setdefault(weight.place(self.by), []).append(weight)
+            members.setdefault(weight.component_name(self.by), []).append(weight)
         return tuple(Component(name, tuple(weights)) for name, weights in members.items())
 
     @property
@@ -270,8 +271,7 @@ def natural_order(name: str) -> list[tuple[int, str]]:
 def check(weights: Iterable[Weight], kept: Iterable[Kept], parameters: Mapping[str, int]) -> None:
     """Raise an error unless every parameter is exactly once in a component or among the kept weights."""
     placed = [w.name for w in weights] + [k.name for k in kept]
-    # counting per name takes quadratic time, so it runs only if something is placed twice
-    twice = sorted({name for name in placed if placed.count(name) > 1}) if len(set(placed)) < len(placed) else []
+    twice = sorted(name for name, times in Counter(placed).items() if times > 1)
     lost = sorted(set(parameters) - set(placed), key=natural_order)
     invented = sorted(set(placed) - set(parameters), key=natural_order)
     findings = {"in no component and not kept": lost, "placed twice": twice, "not in the model": invented}

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
-LONGEST = 1_000_000  # characters of a text
-LARGEST = 2**53  # the largest whole number: a float cannot hold every larger one, and JSON readers may round
+LONGEST_TEXT = 1_000_000  # characters of a text
+LARGEST = 2**53  # the largest whole number: a float does not hold all larger ones, so JSON readers may round them
 LARGEST_COORDINATE = 1e9  # pixels
 MISSING, FOLDER = "it is not there", "it is a folder"
 SHOWN = 60  # characters of a wrong value that a message quotes
@@ -29,8 +29,8 @@ class Kind:
     fits: Callable[[object], bool]
 
 
-def _text(value: object) -> TypeGuard[str]:
-    return isinstance(value, str) and value.strip() != "" and len(value) <= LONGEST and _encodes(value)
+def _is_text(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and value.strip() != "" and len(value) <= LONGEST_TEXT and _encodes(value)
 
 
 def _encodes(value: str) -> bool:
@@ -41,34 +41,33 @@ def _encodes(value: str) -> bool:
     return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
-def _whole(value: object) -> TypeGuard[int]:
+def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
-def _number(value: object) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_COORDINATE
-    )  # not NaN
+def _is_number(value: object) -> bool:
+    # the comparison also refuses NaN
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_COORDINATE
 
 
 def _is_file_inside(value: object) -> bool:
     """Whether a field of JSON names a file inside its data set's folder: a relative path without `..`."""
     return (
-        _text(value)
+        _is_text(value)
         and "\0" not in value
         and not PurePosixPath(value).is_absolute()
         and ".." not in PurePosixPath(value).parts
     )
 
 
-TEXT = Kind("text that is not empty", _text)
-ANY_TEXT = Kind("text", lambda value: value == "" or (isinstance(value, str) and not value.strip()) or _text(value))
-WHOLE = Kind("a whole number", _whole)
-COUNT = Kind("a whole number from 0", lambda value: _whole(value) and value >= 0)
-NUMBER = Kind(f"a number between -{LARGEST_COORDINATE:g} and {LARGEST_COORDINATE:g}", _number)
+TEXT = Kind("text that is not empty", _is_text)
+ANY_TEXT = Kind("text", lambda value: value == "" or (isinstance(value, str) and not value.strip()) or _is_text(value))
+WHOLE = Kind("a whole number", _is_whole)
+COUNT = Kind("a whole number from 0", lambda value: _is_whole(value) and value >= 0)
+NUMBER = Kind(f"a number between -{LARGEST_COORDINATE:g} and {LARGEST_COORDINATE:g}", _is_number)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-NAME = Kind("text or a whole number", lambda value: _text(value) or _whole(value))
-FILE = Kind("the name of a file", lambda value: _text(value) and "\0" not in value)
+NAME = Kind("text or a whole number", lambda value: _is_text(value) or _is_whole(value))
+FILE = Kind("the name of a file", lambda value: _is_text(value) and "\0" not in value)
 FILE_INSIDE = Kind("the name of a file inside the folder", _is_file_inside)
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 

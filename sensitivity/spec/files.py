@@ -56,15 +56,15 @@ def replacing(target: Path) -> Iterator[Path]:
 def new_folder(folder: Path, ours: Iterable[str] = ()) -> Iterator[None]:
     """Create a folder; if the block fails, remove what was created: the files named in `ours`, and empty folders."""
     # folders that do not exist yet, the innermost first: only these may be removed again
-    before = [place for place in (folder, *folder.parents) if not place.exists()]
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
         with contextlib.suppress(OSError):
-            for name in ours if before else ():
+            for name in ours if missing else ():
                 (folder / name).unlink(missing_ok=True)
-            for place in before:
+            for place in missing:
                 place.rmdir()  # fails unless it is empty, so nothing else is lost
         raise
 
@@ -81,8 +81,8 @@ def finite(value: object) -> object:
 def csv_bytes(rows: pd.DataFrame) -> bytes:
     """Rows as CSV whose text no spreadsheet runs as a formula (OWASP: CSV injection).
 
-    Text that begins with =, +, -, @, a tab or a carriage return gets an apostrophe in front, by which spreadsheets take
-    it for text.
+    Text that begins with =, +, -, @, a tab or a carriage return gets an apostrophe in front, so that spreadsheets read
+    it as text.
     """
 
     def inert(value: object) -> object:
@@ -114,7 +114,7 @@ def overwrite(target: Path, text: str) -> None:
     write_atomically(target, text.encode())
 
 
-def may_write(out: Path, force: bool, why_foreign: WhyForeign, keep: Iterable[Path] = ()) -> None:
+def check_may_write(out: Path, force: bool, why_foreign: WhyForeign, keep: Iterable[Path] = ()) -> None:
     """Raise an error unless `out` may be written: it is free, or we wrote it and `force` is given.
 
     It may neither be nor contain anything in `keep` (a study, a model, a plan, a cache).
@@ -200,7 +200,7 @@ def is_unfinished(folder: Path) -> bool:
 def move_into_place(folder: Path, out: Path, why_foreign: WhyForeign) -> None:
     """Move a finished folder to its target; what it replaces is deleted only after the move.
 
-    A kill between two renames leaves the old folder under a name from which `put_back` restores it.
+    A kill between two renames leaves the old folder under a name from which `restore` brings it back.
     """
     mark_finished(folder)
     if not out.is_dir() or out.is_symlink():
@@ -215,7 +215,7 @@ def move_into_place(folder: Path, out: Path, why_foreign: WhyForeign) -> None:
     # a folder that is not empty cannot be replaced by one rename, so the old one is moved away first
     old = folder.with_name(folder.name + ".old")
     os.replace(out, old)
-    # checked again, as it may have changed since `may_write`; under the new name no other program writes to it
+    # checked again, as it may have changed since `check_may_write`; under the new name no other program writes to it
     if why := why_foreign(old):
         os.replace(old, out)
         raise UserError(f"{out} is not replaced: {why}; choose another --out")
@@ -223,7 +223,7 @@ def move_into_place(folder: Path, out: Path, why_foreign: WhyForeign) -> None:
     shutil.rmtree(old)
 
 
-def put_back(old: Path, out: Path) -> None:
+def restore(old: Path, out: Path) -> None:
     """Rename an old folder back to `out`, unless something else is there now."""
     if not out.exists() and not out.is_symlink():
         os.replace(old, out)

@@ -15,15 +15,15 @@ Allowed = Callable[[str, Scheme | None], bool]  # whether a component may have a
 def allowed_by(names: Sequence[str], widths: Mapping[str, Sequence[int]] | None) -> Allowed | None:
     """A function that says whether a component may have a scheme, from the bit widths that each pattern allows.
 
-    The longest matching pattern decides; 16 stands for native precision. Without patterns it is None, which allows all.
+    The longest matching pattern decides; 16 stands for native precision. None, without patterns, allows all.
     """
     if not widths:
         return None
-    fine: dict[str, Sequence[int]] = {}
+    widths_of: dict[str, Sequence[int]] = {}
     # shortest first, so that longer patterns, which are more specific, overwrite them
     for pattern in sorted(widths, key=len):
-        fine |= dict.fromkeys(members(names, pattern), widths[pattern])
-    return lambda name, scheme: name not in fine or (scheme.bits if scheme else NATIVE) in fine[name]
+        widths_of |= dict.fromkeys(members(names, pattern), widths[pattern])
+    return lambda name, scheme: name not in widths_of or (scheme.bits if scheme else NATIVE) in widths_of[name]
 
 
 def tied_groups(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:

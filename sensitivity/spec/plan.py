@@ -14,27 +14,27 @@ from sensitivity.spec.errors import UserError, unknown
 
 Setting = str | int | float | bool | None
 
-
 WIDEST_GROUP = 2**24  # columns that share a scale: more than any layer has
 NOT_ROUNDED = 16  # the width of activations, or of keys and values, that stay as the model computes them
 ROUNDED = range(2, 9)  # the widths to which they can be rounded
 ACTIVATIONS, CACHE = "activations", "cache"  # endings of names such as vision.activations
 ACTIVATION_SCALE = "activation_scale"  # the setting that says which activations share a scale
-# the setting that says to which grid attention's probabilities are rounded, to the bits of activations
+# the setting that names the grid to which attention's probabilities are rounded, with as many bits as activations
 SOFTMAX = "softmax"
 CACHE_GROUP = "cache_group"  # the setting that says how many channels of a key or value share a scale
-ATTENTION = "attention"  # the setting that says how queries, keys and values are rounded, to the bits of activations
+# the setting that says how queries, keys and values are rounded, with as many bits as activations
+ATTENTION = "attention"
 MATCH = "match"  # the setting that says whether attention's logits and outputs are scaled to the float model's
 CACHE_PAST = "cache_past"  # the setting that says whether a token reads its own key and value unrounded
 CACHE_SMOOTH = "cache_smooth"  # the setting that says whether channels are divided by their size before rounding
 TWEAK = "tweak"  # the setting that says how many gradient steps the norms of a quantized block take
 # the settings that say which share of an image's tokens is pruned, and after which block of the language model
 PRUNE, PRUNE_AFTER = "prune", "prune_after"
-# the settings, of any scheme, that leave stored weights and what rounds them alone
-BESIDE_WEIGHTS = (TWEAK, PRUNE, PRUNE_AFTER)
-OF_CACHE = (CACHE_GROUP, CACHE_PAST, CACHE_SMOOTH)
-# the settings that say nothing about how weights are stored
-OF_ROUNDING = (ACTIVATION_SCALE, SOFTMAX, ATTENTION, MATCH, *OF_CACHE)
+# settings of any method that change norms or image tokens, but not how weights are quantized
+NORM_AND_TOKEN_SETTINGS = (TWEAK, PRUNE, PRUNE_AFTER)
+CACHE_SETTINGS = (CACHE_GROUP, CACHE_PAST, CACHE_SMOOTH)
+# settings of what is rounded in each forward pass, which say nothing about how weights are stored
+ROUNDING_SETTINGS = (ACTIVATION_SCALE, SOFTMAX, ATTENTION, MATCH, *CACHE_SETTINGS)
 KEEP = "keep"  # the method that leaves weights as they are, for a component whose activations or cache are rounded
 
 
@@ -52,7 +52,7 @@ class SchemeJson(TypedDict):
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the weights of one component are stored, and to how many bits it rounds its inputs, keys and values.
+    """How the weights of one component are stored, and to how many bits its inputs, keys and values are rounded.
 
     Examples:
         >>> from sensitivity import Scheme
@@ -104,7 +104,7 @@ class Scheme:
         """The same scheme without rounding of keys and values; None (native precision) if nothing else is quantized."""
         if self.method == KEEP and self.activations == NOT_ROUNDED and not self.get(PRUNE):
             return None
-        settings = tuple((name, value) for name, value in self.settings if name not in OF_CACHE)
+        settings = tuple((name, value) for name, value in self.settings if name not in CACHE_SETTINGS)
         return replace(self, settings=settings, cache=NOT_ROUNDED) if self.cache != NOT_ROUNDED else self
 
     @property
@@ -112,7 +112,7 @@ class Scheme:
         """The same scheme without rounding of activations and cache: only how its weights are stored."""
         if self.activations == NOT_ROUNDED and self.cache == NOT_ROUNDED:
             return self
-        settings = tuple((name, value) for name, value in self.settings if name not in OF_ROUNDING)
+        settings = tuple((name, value) for name, value in self.settings if name not in ROUNDING_SETTINGS)
         return replace(self, settings=settings, activations=NOT_ROUNDED, cache=NOT_ROUNDED)
 
     def __str__(self) -> str:
@@ -172,7 +172,7 @@ class Plan:
             for pattern, scheme in choice.items():
                 if matches(name, pattern):
                     schemes[name] = scheme
-        return cls(tuple((name, fitted(parts[name], scheme)) for name, scheme in schemes.items()))
+        return cls(tuple((name, without_unused_cache(parts[name], scheme)) for name, scheme in schemes.items()))
 
     @classmethod
     def uniform(cls, parts: ComponentMap, scheme: Scheme | None) -> Plan:
@@ -198,6 +198,11 @@ class Plan:
             )
 
     @property
+    def distinct_schemes(self) -> list[Scheme]:
+        """The schemes of its components, each once."""
+        return list(dict.fromkeys(scheme for _, scheme in self.schemes if scheme is not None))
+
+    @property
     def is_native(self) -> bool:
         """Whether nothing is quantized."""
         return all(scheme is None for _, scheme in self.schemes)
@@ -209,7 +214,7 @@ class Plan:
 
     @property
     def prunes(self) -> bool:
-        """Whether image tokens are pruned: then a prompt is read whole, and questions cannot share their image."""
+        """Whether image tokens are pruned: a prompt's end decides which, so questions cannot share the image's pass."""
         return any(scheme is not None and bool(scheme.get(PRUNE)) for _, scheme in self.schemes)
 
     def is_uniform_in(self, parts: ComponentMap) -> bool:
@@ -235,7 +240,7 @@ class Plan:
 
     def describe(self) -> str:
         """A short text for tables and figures, such as 'vision 4 · connector 8 · language 3'."""
-        methods = {scheme.method for _, scheme in self.schemes if scheme}
+        methods = {scheme.method for scheme in self.distinct_schemes}
         if self.is_uniform:
             return f"all {self.schemes[0][1]}" if methods else "full precision"
         return " · ".join(
@@ -256,14 +261,14 @@ class Plan:
         return cls(tuple((name, scheme and Scheme.from_json(scheme)) for name, scheme in data.items()))
 
 
-def component_of(name: str) -> tuple[str, str]:
-    """The component in the name of a column of bits, and the ending after it: nothing, .activations or .cache."""
+def split_ending(name: str) -> tuple[str, str]:
+    """Split the name of a column of bits: the component, and what follows it (nothing, .activations or .cache)."""
     ending = next((f".{word}" for word in (ACTIVATIONS, CACHE) if name.endswith(f".{word}")), "")
     return name.removesuffix(ending), ending
 
 
-def fitted(component: Component, scheme: Scheme | None) -> Scheme | None:
-    """The scheme that a component gets: without cache bits if none of its outputs are cached."""
+def without_unused_cache(component: Component, scheme: Scheme | None) -> Scheme | None:
+    """The scheme for a component: without its cache bits if no output of the component is cached."""
     if scheme is None or (component.has_cache and scheme.cache != NOT_ROUNDED):
         return scheme
     return scheme.without_cache
@@ -273,24 +278,21 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
 
 
-# Methods that calibrate on a layer's inputs. An embedding has none, since its rows are looked up and not multiplied;
-# under these methods its rows are rounded to nearest on the same kind of grid.
+# Methods that calibrate on a layer's inputs. An embedding has no inputs, since its rows are looked up and not
+# multiplied; under these methods its rows are rounded to nearest on the same kind of grid.
 CALIBRATED = (
     *("clip", "gptq", "awq", "squeezellm", "leanquant", "leanquant-affine", "bpdq", "billm", "spqr", "vlm-ptq"),
     *("gwq", "qvla", "smooth", "qsvd"),
 )
-
-
-# The method that factorizes queries, keys and values together, and its settings. It has nothing to say about other
-# weights, which are rounded to nearest.
-JOINT, OF_JOINT = "qsvd", ("rank", "beta", "damp", "importance")
+# The method that factorizes queries, keys and values together, and its settings; it rounds other weights to nearest.
+QSVD, QSVD_SETTINGS = "qsvd", ("rank", "beta", "damp", "importance")
 
 
 def scheme_of(weight: Weight, scheme: Scheme) -> Scheme:
-    """The scheme that one weight really gets from the scheme of its component."""
+    """The scheme of one weight of a component: rounding to nearest where the component's method does not apply."""
     if weight.is_embedding and scheme.method in CALIBRATED:
         return Scheme("rtn", scheme.bits, scheme.group, scheme.symmetric)
-    if scheme.method == JOINT and not weight.joint:
-        others = tuple((name, value) for name, value in scheme.settings if name not in OF_JOINT)
+    if scheme.method == QSVD and not weight.is_qkv:
+        others = tuple((name, value) for name, value in scheme.settings if name not in QSVD_SETTINGS)
         return replace(scheme, method="rtn", settings=others)
     return scheme

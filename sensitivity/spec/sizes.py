@@ -9,7 +9,7 @@ from typing import NotRequired, TypedDict
 
 from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.errors import unknown
-from sensitivity.spec.plan import CACHE_GROUP, CACHE_SMOOTH, JOINT, KEEP, NOT_ROUNDED, Plan, Scheme, scheme_of
+from sensitivity.spec.plan import CACHE_GROUP, CACHE_SMOOTH, KEEP, NOT_ROUNDED, QSVD, Plan, Scheme, scheme_of
 from sensitivity.spec.stored_bits import FILES, GGUF_MATRICES, OVERHEAD, SHARED, latent_rank
 
 MB, GB = 1e6, 1e9  # bytes, as disks and hubs count them
@@ -42,7 +42,7 @@ class Size:
     numel: int
     bpw_codes: float
     format: str | None = None  # the format whose files are counted; None: what the methods themselves store
-    # of keys and values per token, where a plan rounds some; not part of `bits`, since no file holds a cache
+    # bits of keys and values per token, where a plan rounds some; not part of `bits`, since no file holds a cache
     cache_bits: int | None = None
 
     @property
@@ -68,7 +68,7 @@ class Size:
         return content if self.format is None else {**content, "format": self.format}
 
 
-def in_words(count: float) -> str:
+def bytes_in_words(count: float) -> str:
     """A number of bytes with three digits and a unit, such as 13.5 GB."""
     for unit, name in ((GB, "GB"), (MB, "MB")):
         if count >= unit:
@@ -103,7 +103,7 @@ def component_bits(parts: ComponentMap, name: str, scheme: Scheme | None, format
 
 
 def bits_of(parts: ComponentMap, plan: Plan, names: Collection[str], format: str | None = None) -> int:
-    """All bits of some weights and kept parameters, by their names."""
+    """All bits of the weights and kept parameters that have these names."""
     kept = sum(_kept_width(parts, k, format) * k.numel for k in parts.kept if k.name in names)
     weights = ((plan[c.name], w) for c in parts.components for w in c.weights if w.name in names)
     return kept + sum(weight_bits(scheme, w, parts.native_bits, format) for scheme, w in weights)
@@ -115,20 +115,20 @@ def kept_bits(parts: ComponentMap, format: str | None = None) -> int:
 
 
 def _kept_width(parts: ComponentMap, kept: Kept, format: str | None) -> int:
-    """Bits of one element that no plan changes: llama.cpp adds and multiplies only by norms and biases in float32."""
+    """Bits of one element of a kept weight: 32 for norms and biases in GGUF, since llama.cpp reads them in float32."""
     return 32 if format == "gguf" and kept.reason not in GGUF_MATRICES else parts.native_bits
 
 
 def choice_bits(
     parts: ComponentMap,
-    axes: Iterable[Iterable[str]],
+    groups: Iterable[Iterable[str]],
     choices: Iterable[Iterable[Scheme | None]],
     format: str | None = None,
 ) -> list[list[int]]:
     """For each group of components and each of its choices: the bits of the group's components together."""
     return [
         [sum(component_bits(parts, name, choice, format) for name in names) for choice in options]
-        for names, options in zip(axes, choices, strict=True)
+        for names, options in zip(groups, choices, strict=True)
     ]
 
 
@@ -137,8 +137,8 @@ def budget_bits(parts: ComponentMap, bpw: float) -> int:
     return math.floor(bpw * parts.numel + 1e-6)  # without 1e-6, 4.1 bpw may round to a bit too few
 
 
-def bits_in(count: float) -> int:
-    """The whole bits in a number of bytes, which may be a fraction."""
+def bits_in_bytes(count: float) -> int:
+    """The whole bits in a number of bytes, which need not be whole."""
     return math.floor(8 * count + 1e-6)
 
 
@@ -150,7 +150,8 @@ def codes_in_mb(parts: ComponentMap, name: str, bits: float) -> float:
 def size(parts: ComponentMap, plan: Plan, format: str | None = None) -> Size:
     """The size of a plan with everything counted: codes, scales, zero points, codebooks, kept weights.
 
-    With `format`, as its files store it: some hold zero points of symmetric grids too, or the group of each column.
+    With `format`, what files of that format store: some also hold zero points of symmetric grids, or the group of each
+    column.
 
     Examples:
         >>> from sensitivity import size
@@ -170,24 +171,24 @@ def size(parts: ComponentMap, plan: Plan, format: str | None = None) -> Size:
 def cache_bits(parts: ComponentMap, plan: Plan) -> int | None:
     """Bits of all keys and values of one token; None where a plan rounds none of them.
 
-    A group of channels has a scale and a smallest value in 16 bits beside its codes. Where keys and values have low
-    rank, the latent vector from which they are made is cached, once for both.
+    Beside its codes, a group of channels has a scale and a smallest value of 16 bits each. Where keys and values have
+    low rank, the cache holds the latent vector from which both are computed, once.
     """
-    cached = dict(_cached(weight, plan[c.name]) for c in parts.components for weight in c.weights if weight.cached)
-    if all(scheme is None or (scheme.cache == NOT_ROUNDED and scheme.method != JOINT) for scheme, _ in cached):
+    cached = dict(_cache_entry(weight, plan[c.name]) for c in parts.components for weight in c.weights if weight.cached)
+    if all(scheme is None or (scheme.cache == NOT_ROUNDED and scheme.method != QSVD) for scheme, _ in cached):
         return None
     total = 0
-    for (scheme, _), numbers in cached.items():
+    for (scheme, _), length in cached.items():
         if scheme is None or scheme.cache == NOT_ROUNDED:
-            total += parts.native_bits * numbers
+            total += parts.native_bits * length
         else:
-            total += scheme.cache * numbers + 32 * math.ceil(numbers / int(scheme[CACHE_GROUP] or 1))
+            total += scheme.cache * length + 32 * math.ceil(length / int(scheme[CACHE_GROUP] or 1))
     return total
 
 
-def _cached(weight: Weight, scheme: Scheme | None) -> tuple[tuple[Scheme | None, str | None], int]:
-    """What a weight's outputs are cached as: equal for two weights whose common latent vector is; and its numbers."""
-    if scheme is not None and scheme.method == JOINT and weight.joint:
+def _cache_entry(weight: Weight, scheme: Scheme | None) -> tuple[tuple[Scheme | None, str | None], int]:
+    """A key and the length of what attention caches for a weight; weights with a common latent vector share a key."""
+    if scheme is not None and scheme.method == QSVD and weight.is_qkv:
         return (scheme, weight.shares_input), latent_rank(scheme, weight.cols)
     return (scheme, weight.name), weight.rows
 

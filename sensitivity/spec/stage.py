@@ -1,4 +1,4 @@
-"""What this process is doing now, and how far it has come: for the lines that show progress."""
+"""Stages: what this process is doing now and how many items of it are done, as text for progress lines."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ T = TypeVar("T")
 
 @dataclass
 class Stage:
-    """Work of known length: its name, and how many of its items are done."""
+    """Work on a known number of items: its name, the noun for an item, and how many items are done."""
 
     name: str
-    items: str
+    noun: str  # plural, such as examples
     total: int
     done: int = 0
     began: float = field(default_factory=lambda: time.monotonic())
 
     def line(self) -> str:
-        """Such as `calibrating: 3 of 16 examples, 0:02:10 left`; no time before the first item is done."""
-        line = f"{self.name}: {self.done} of {self.total} {self.items}"
+        """A text such as `calibrating: 3 of 16 examples, 0:02:10 left`, without a time until the first item is done."""
+        line = f"{self.name}: {self.done} of {self.total} {self.noun}"
         if not self.done:
             return line
         seconds = (time.monotonic() - self.began) / self.done * (self.total - self.done)
         return f"{line}, {clock(seconds)} left"
 
 
-# stages that run now; one that was begun inside another comes after it
+# the stages that run now; one that began inside another comes after it
 _running: list[Stage] = []
 
 
-def each(items: Iterable[T], name: str, kind: str, total: int, size: Callable[[T], int] = lambda _: 1) -> Iterator[T]:
-    """The same items, while `now` tells how many of them are done; one item counts `size(item)`."""
-    stage = Stage(name, kind, total)
+def each(items: Iterable[T], name: str, noun: str, total: int, size: Callable[[T], int] = lambda _: 1) -> Iterator[T]:
+    """Yield the items and count those that are done, for `now` to show; an item counts as `size(item)`."""
+    stage = Stage(name, noun, total)
     _running.append(stage)
     try:
         for item in items:
@@ -47,7 +47,7 @@ def each(items: Iterable[T], name: str, kind: str, total: int, size: Callable[[T
 
 
 def now() -> str:
-    """What runs now, from the outer stage to the inner one; nothing where no stage is known."""
+    """The stages that run now as one text, the outer one first; an empty text if there is none."""
     return ", ".join(stage.line() for stage in tuple(_running))
 
 

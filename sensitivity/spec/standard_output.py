@@ -1,4 +1,4 @@
-"""Keeps standard output for a command's result: what libraries print, in Python or C, goes elsewhere."""
+"""Keeps standard output for a command's result: what libraries print, in Python or C, is redirected."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 @contextlib.contextmanager
 def reserved() -> Iterator[None]:
     """Until the block ends, prints of this process go to standard error, including those of compiled code."""
-    with contextlib.redirect_stdout(sys.stderr), _elsewhere(2):  # for Python's prints, and for those of C
+    with contextlib.redirect_stdout(sys.stderr), _redirected_to(2):  # Python's prints, and those of C
         yield
 
 
@@ -21,14 +21,14 @@ def silenced() -> Iterator[None]:
     """Until the block ends, discard what compiled code prints, for libraries without a flag to silence them."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        with _elsewhere(nowhere):
+        with _redirected_to(nowhere):
             yield
     finally:
         os.close(nowhere)
 
 
 @contextlib.contextmanager
-def _elsewhere(target: int) -> Iterator[None]:
+def _redirected_to(target: int) -> Iterator[None]:
     """Point file descriptor 1 at another one until the block ends.
 
     Python's and C's buffers are flushed on both sides: what they hold would otherwise go to the wrong place.
@@ -49,6 +49,7 @@ def _elsewhere(target: int) -> Iterator[None]:
 
 
 def _flush() -> None:
+    # standard output may be closed, None, or a pipe that nobody reads; Windows has no CDLL(None)
     with contextlib.suppress(OSError, AttributeError, ValueError):
         sys.stdout.flush()
     with contextlib.suppress(OSError, AttributeError, TypeError):

@@ -1,4 +1,4 @@
-"""Stored bits of one weight: what each method stores beside its codes, and what each format of files stores."""
+"""Stored bits of one weight: what each method stores beside its codes, and what each file format stores."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import JOINT, KEEP, NOT_ROUNDED, Scheme, Setting
+from sensitivity.spec.plan import KEEP, NOT_ROUNDED, QSVD, Scheme, Setting
 
 
 def groups(scheme: Scheme, rows: int, cols: int) -> int:
@@ -45,16 +45,15 @@ def _blocks(scheme: Scheme, rows: int, cols: int) -> int:
 
 def outliers(share: Setting, rows: int, cols: int) -> int:
     """The number of outliers of a weight, from their share alone: a plan's size is needed before it is quantized."""
-    kept: int = round(float(share or 0) * rows * cols)
-    return kept
+    return round(float(share or 0) * rows * cols)
 
 
-RUN = 256  # columns within which the position of an outlier takes 8 bits
+POSITION_SPAN = 256  # columns within which the position of an outlier takes 8 bits
 
 
 def _positions(count: int, rows: int, cols: int) -> int:
     """The positions of outliers: 8 bits for each, and a 16-bit count for every 256 columns of a row."""
-    return 8 * count + 16 * rows * math.ceil(cols / RUN) if count else 0
+    return 8 * count + 16 * rows * math.ceil(cols / POSITION_SPAN) if count else 0
 
 
 def _sparse(count: int, rows: int, cols: int) -> int:
@@ -81,8 +80,9 @@ def _planes(scheme: Scheme, rows: int, cols: int) -> int:
 def _billm(scheme: Scheme, rows: int, cols: int) -> int:
     """What BiLLM stores beside one bit per weight.
 
-    A second bit (the half, or the second sign of a salient column), mean and magnitude of each half, mean and two
-    magnitudes of salient columns, and a bit per column.
+    A second bit for each weight: the half that it is in, or its second sign in a salient column. For each group, the
+    mean and magnitude of each half, and the mean and two magnitudes of salient columns. A bit for each column: whether
+    it is salient.
     """
     salient, split = bool(scheme.get("salient")), bool(scheme.get("split"))
     numbers = (4 if split else 2) + (3 if salient else 0)
@@ -101,9 +101,9 @@ def _bivlm(scheme: Scheme, rows: int, cols: int) -> int:
 
 
 def _spqr(scheme: Scheme, rows: int, cols: int) -> int:
-    """Outliers, and grids in two levels.
+    """Outliers, and grids whose scales and zero points are quantized themselves.
 
-    The scales of 16 rows are quantized themselves, with one 16-bit scale and zero point; so are their zero points.
+    The scales of 16 rows share one 16-bit scale and zero point of their own, and so do their zero points.
     """
     per_group = int(scheme.get("scale_bits") or 16)
     shared = math.ceil(rows / 16) * groups(scheme, 1, cols)
@@ -112,13 +112,13 @@ def _spqr(scheme: Scheme, rows: int, cols: int) -> int:
     return grids + _sparse(outliers(scheme.get("outliers"), rows, cols), rows, cols)
 
 
-def _kept_apart(scheme: Scheme, rows: int, cols: int) -> int:
-    """A grid per group, and outliers."""
+def _gwq(scheme: Scheme, rows: int, cols: int) -> int:
+    """What `_affine` counts, and outliers."""
     return _affine(scheme, rows, cols) + _sparse(outliers(scheme.get("outliers"), rows, cols), rows, cols)
 
 
 def _adpq(scheme: Scheme, rows: int, cols: int) -> int:
-    """Two grids per group, and the positions of outliers, whose values are codes like all others."""
+    """A second grid per group for outliers, which are codes like all other weights, and their positions."""
     count = outliers(scheme.get("outliers"), rows, cols)
     return (2 if count else 1) * _affine(scheme, rows, cols) + _positions(count, rows, cols)
 
@@ -131,7 +131,7 @@ def channel_budget(scheme: Scheme, rows: int, cols: int) -> int:
     return scheme.bits * rows * cols + 16 * rows
 
 
-def _channels(scheme: Scheme, rows: int, cols: int) -> int:
+def _qvla(scheme: Scheme, rows: int, cols: int) -> int:
     """A 16-bit scale for each row, and 3 bits that say which width it has.
 
     Codes of the chosen widths never exceed `channel_budget`: the size is an upper bound.
@@ -140,23 +140,23 @@ def _channels(scheme: Scheme, rows: int, cols: int) -> int:
 
 
 def latent_rank(scheme: Scheme, cols: int) -> int:
-    """The numbers of the latent vector from which weights of low rank make their outputs: a multiple of 16, or all."""
+    """The length of the latent vector between the factors of a low-rank weight: a multiple of 16, at most `cols`."""
     return min(cols, 16 * math.ceil(float(scheme.get("rank") or 1) * cols / 16))
 
 
-def _ups(scheme: Scheme, rows: int, cols: int) -> int:
-    """A weight's own factor with a 16-bit scale per row, in place of the codes of its rows."""
+def _own_factor(scheme: Scheme, rows: int, cols: int) -> int:
+    """A weight's own low-rank factor with a 16-bit scale per row, minus the codes of the full weight."""
     return scheme.bits * rows * (latent_rank(scheme, cols) - cols) + 16 * rows
 
 
-def _downs(scheme: Scheme, weights: Iterable[Weight]) -> int:
-    """The factor that weights with a common input share, with a 16-bit scale per row."""
-    inputs = {weight.shares_input or weight.module: weight.cols for weight in weights if weight.joint}
+def _shared_factors(scheme: Scheme, weights: Iterable[Weight]) -> int:
+    """The low-rank factor that weights with a common input share, with a 16-bit scale per row; one for each input."""
+    inputs = {weight.shares_input or weight.module: weight.cols for weight in weights if weight.is_qkv}
     return sum(latent_rank(scheme, cols) * (scheme.bits * cols + 16) for cols in inputs.values())
 
 
 # method -> bits that the weights of a component store together
-SHARED: dict[str, Callable[[Scheme, Iterable[Weight]], int]] = {JOINT: _downs}
+SHARED: dict[str, Callable[[Scheme, Iterable[Weight]], int]] = {QSVD: _shared_factors}
 # method -> bits stored beside the codes of a weight with `rows` and `cols`
 OVERHEAD: dict[str, Callable[[Scheme, int, int], int]] = {
     "uniform": lambda scheme, rows, cols: 64 * groups(scheme, rows, cols),  # minimum and range, float32
@@ -177,10 +177,10 @@ OVERHEAD: dict[str, Callable[[Scheme, int, int], int]] = {
     "billm": _billm,
     "bivlm": _bivlm,
     "spqr": _spqr,
-    "gwq": _kept_apart,
+    "gwq": _gwq,
     "adpq": _adpq,
-    "qvla": _channels,
-    JOINT: _ups,
+    "qvla": _qvla,
+    QSVD: _own_factor,
     KEEP: lambda scheme, rows, cols: 0,
     "codes": lambda scheme, rows, cols: 0,  # an imported table, of which only bit widths are known
 }
@@ -216,7 +216,7 @@ def _gptq(scheme: Scheme, rows: int, cols: int) -> int:
 
 
 def openvino_width(bits: int) -> int:
-    """The width in which OpenVINO stores codes: its graphs know 2, 4 and 8 bits, and expand others to floats."""
+    """The width in which OpenVINO stores codes: 2, 4 or 8 bits, since it expands codes of other widths to floats."""
     return next(width for width in (2, 4, 8) if bits <= width)
 
 
@@ -237,7 +237,8 @@ def _openvino(scheme: Scheme, rows: int, cols: int) -> int:
 
 GGUF_BLOCK = 32  # weights that share a scale in GGUF
 GGUF_BLOCK_BYTES = {"q4_0": 18, "q5_0": 22, "q8_0": 34}  # type -> a 16-bit scale and 32 codes of 4, 5 or 8 bits
-GGUF_MATRICES = ("embedding", "embedding, tied to the output head", "output head")  # kept in their own type
+# reasons to keep a weight that GGUF stores in the checkpoint's own type; norms and biases become float32
+GGUF_MATRICES = ("embedding", "embedding, tied to the output head", "output head")
 
 
 def gguf_type(scheme: Scheme) -> str:

@@ -1,4 +1,4 @@
-"""Threads, cores and memory: how many this process may use, and that waiting threads sleep."""
+"""How many threads and cores and how much memory this process may use; makes threads sleep while they wait."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cores() -> int:
 
 
 def free_memory() -> int:
-    """Bytes of memory that are free or can be freed; without /proc/meminfo, half of the memory."""
+    """Bytes of memory that are free or can be freed; without /proc/meminfo, half of all memory; on Windows, 4 GiB."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

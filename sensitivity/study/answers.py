@@ -33,7 +33,7 @@ def write(path: Path, frame: pd.DataFrame) -> None:
 
 
 def read(path: Path) -> pd.DataFrame:
-    """The rows, or Damaged with what is wrong with them."""
+    """The rows of a file; raises Damaged with what is wrong with them."""
     try:
         if not path.is_file():
             raise Damaged("there is no such file")
@@ -83,7 +83,7 @@ class Answers:
         try:
             return read(file)
         except Damaged as error:
-            what = f"the answers of the plan {plan.describe()} are damaged ({file}: {error})"
+            what = _damage(plan, file, error)
         if what not in self._warned:
             self._warned.add(what)
             end = "its mean scores still count, and the same sweep command runs that plan again"
@@ -94,7 +94,7 @@ class Answers:
         """Add new answers to those that a trial already has, write all of them, and return them."""
         frame = _with_flags(pd.DataFrame(dict(examples), columns=[*COLUMNS, *(f for f in FLAGS if f in examples)]))
         if trial.done:
-            before = self._before(trial.plan)
+            before = self._stored(trial.plan)
             # an example is in both if a process was killed after it wrote the answers and before it stored `done`
             new = set(zip(frame["task"], frame["example"], strict=True))
             again = [one in new for one in zip(before["task"], before["example"], strict=True)]
@@ -102,23 +102,25 @@ class Answers:
         write(self.file(trial.key), frame)
         return frame
 
-    def _before(self, plan: Plan) -> pd.DataFrame:
+    def _stored(self, plan: Plan) -> pd.DataFrame:
         """The answers that a plan already has; an error if they are missing or damaged."""
         file = self.file(plan.key)
         try:
             return read(file)
         except Damaged as error:
-            raise UserError(
-                f"the answers of the plan {plan.describe()} are damaged ({file}: {error}); the same command runs that "
-                "plan again"
-            ) from error
+            raise UserError(f"{_damage(plan, file, error)}; the same command runs that plan again") from error
 
     def is_whole(self, trial: Trial) -> bool:
         """Whether a trial's answers can be read; warns where they cannot."""
         file = self.file(trial.key)
         try:
-            return len(read(file)) > 0
+            read(file)
         except Damaged as error:
-            what = f"the answers of the plan {trial.plan.describe()} are damaged ({file}: {error})"
-            warnings.warn(f"{what}; that plan is run again", Notice, stacklevel=2)
+            warnings.warn(f"{_damage(trial.plan, file, error)}; that plan is run again", Notice, stacklevel=2)
             return False
+        return True
+
+
+def _damage(plan: Plan, file: Path, error: Damaged) -> str:
+    """The beginning of a message about damaged answers."""
+    return f"the answers of the plan {plan.describe()} are damaged ({file}: {error})"

@@ -11,7 +11,7 @@ Floats = np.ndarray
 
 
 def numbers(table: pd.DataFrame, column: str) -> Floats:
-    """A column as numbers, NaN where it is empty; text in it is an error that names the row."""
+    """A column as numbers, NaN where it is empty; raises an error that names the row if it holds text."""
     values = pd.to_numeric(table[column], errors="coerce")
     wrong = values.isna() & table[column].notna()
     if wrong.any():

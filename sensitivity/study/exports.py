@@ -14,7 +14,7 @@ from sensitivity.study.storage import paths
 
 MANIFEST = "sensitivity.json"  # in an export: which files were written
 VERIFIED = "verified.json"  # in an export: the result of its verification
-BENCH = "bench.json"  # in an export: its times and memory, and those of full precision
+BENCH = "bench.json"  # in an export: its measured time and memory, and those of full precision
 
 
 def write_note(study: Path, out: Path, facts: Mapping[str, object]) -> None:
@@ -47,7 +47,7 @@ def _state(folder: Path) -> str:
     return str(schema.read(folder / VERIFIED, "verified", f"`sensitivity verify {folder}` writes it anew")["verdict"])
 
 
-def path_gain(gain: Mapping[str, object]) -> str:
+def path_gain_sentences(gain: Mapping[str, object]) -> str:
     """Sentences on how calibrating on another path changed the scores, with paired differences."""
     differences = {task: difference for task, difference in gain.items() if isinstance(difference, dict)}
     tasks = []

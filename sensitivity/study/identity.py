@@ -16,7 +16,7 @@ from sensitivity.spec import schema
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.study.storage import paths
-from sensitivity.study.storage.opening import ProcessLock, held
+from sensitivity.study.storage.process_lock import ProcessLock, held
 from sensitivity.study.trial import REPAIR
 
 NAME = "sensitivity"  # of the study in Optuna's storage
@@ -97,20 +97,20 @@ def load(path: Path, storage: BaseStorage) -> tuple[optuna.Study, Identity]:
 
 def copy(study: optuna.Study, storage: BaseStorage) -> None:
     """Copy all trials and what the study is about, without the folders of this machine, so that it can be shared."""
-    made = optuna.create_study(study_name=NAME, storage=storage, directions=study.directions)
+    copied = optuna.create_study(study_name=NAME, storage=storage, directions=study.directions)
     for name, value in study.user_attrs.items():
-        made.set_user_attr(name, _as_shown(value) if name in ("meta", "parts") else value)
-    made.add_trials(study.get_trials(deepcopy=False))
+        copied.set_user_attr(name, _without_folders(value) if name in ("meta", "parts") else value)
+    copied.add_trials(study.get_trials(deepcopy=False))
 
 
-def _as_shown(about: Mapping[str, object]) -> dict[str, object]:
-    """The model and the tasks without the folders of this machine."""
-    found, tasks = dict(about), about.get("tasks")
-    if "model" in about:
-        found["model"] = without_folder(str(about["model"]))
+def _without_folders(attribute: Mapping[str, object]) -> dict[str, object]:
+    """An attribute whose model and tasks, where it has them, are named without the folders of this machine."""
+    portable, tasks = dict(attribute), attribute.get("tasks")
+    if "model" in attribute:
+        portable["model"] = without_folder(str(attribute["model"]))
     if isinstance(tasks, list):
-        found["tasks"] = [without_folder(str(task)) for task in tasks]
-    return found
+        portable["tasks"] = [without_folder(str(task)) for task in tasks]
+    return portable
 
 
 def without_folder(source: str) -> str:

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from sensitivity.spec.plan import Plan
 from sensitivity.study.owner import Owner, this_process
 from sensitivity.study.storage import paths
-from sensitivity.study.storage.opening import ProcessLock, held
+from sensitivity.study.storage.process_lock import ProcessLock, held
 from sensitivity.study.stored_trials import StoredTrials
 from sensitivity.study.trial import ABANDONED, Trial
 
@@ -38,7 +38,7 @@ class Queue:
                 present.add(plan.key)
                 added += 1
         if added:
-            self._trials.now()
+            self._trials.now()  # so that the cache has them, too
         return added
 
     def next(self, last: Trial | None, wanted: Container[str] | None) -> Trial | None:
@@ -59,7 +59,7 @@ class Queue:
     def _waiting(self, last: Trial | None, wanted: Container[str] | None) -> Trial | None:
         """The trial to claim: from the cache, else from the storage, else one whose earlier claim was lost."""
         number = last.number if last else None
-        trial = choose(self._trials.lately(), number, wanted)
+        trial = choose(self._trials.cached(), number, wanted)
         if trial is None:  # the cache may lack trials that others queued or released
             trial = choose(self._trials.now(), number, wanted)
         if trial is None and self.release(lambda owner: owner == this_process()):
@@ -69,10 +69,10 @@ class Queue:
 
     def _is_elsewhere(self, trial: Trial) -> bool:
         """Whether a trial's plan is finished in another trial, or waits or runs in an earlier one."""
-        others = [t for t in self._trials.lately() if t.key == trial.key and t.number != trial.number]
+        others = [t for t in self._trials.cached() if t.key == trial.key and t.number != trial.number]
         if others:
             self._trials.read_discarded()
-            others = self._trials.counted(others)
+            others = self._trials.without_discarded(others)
         return any(
             t.state == TrialState.COMPLETE or (t.number < trial.number and t.state not in ABANDONED) for t in others
         )

@@ -20,7 +20,8 @@ from sensitivity.study.study import Study
 from sensitivity.study.trial import Trial
 
 Difference = tuple[float, float, int]  # mean, standard error, number of images
-RATE = 0.05  # largest probability, over a whole sweep, that any plan is dropped although no smaller one beats it
+# largest probability, over a whole sweep, that any plan is dropped although no smaller one beats it
+FALSE_DROP_RATE = 0.05
 
 
 class Seen(NamedTuple):
@@ -33,13 +34,13 @@ class Seen(NamedTuple):
 
 def frontier(size: ArrayLike, score: ArrayLike) -> list[int]:
     """The Pareto frontier as positions, smallest first: each scores higher than everything of at most its size."""
-    best, highest = -math.inf, []
+    best, on_frontier = -math.inf, []
     scores = np.asarray(score, dtype=float)
     for i in np.lexsort((-scores, np.asarray(size, dtype=float))):  # of equal sizes and scores the first
         if scores[i] > best:
             best = scores[i]
-            highest.append(int(i))
-    return highest
+            on_frontier.append(int(i))
+    return on_frontier
 
 
 def frontier_trials(trials: Sequence[Trial], task: str) -> list[Trial]:
@@ -51,11 +52,11 @@ def frontier_trials(trials: Sequence[Trial], task: str) -> list[Trial]:
 def still_in_race(study: Study, rounds: int) -> set[str]:
     """The keys of the plans that stay in the race: all but those that a plan of at most their size beats on every task.
 
-    Each is compared by a one-sided paired test over images, at RATE divided by the number of plans and of rounds of
-    examples (Bonferroni), so that RATE holds for the whole sweep.
+    Each is compared by a one-sided paired test over images. Its level is FALSE_DROP_RATE divided by the number of plans
+    and of rounds of examples (Bonferroni), so that FALSE_DROP_RATE holds for the whole sweep.
     """
     trials = study.measured()
-    level = RATE / (rounds * max(1, len(trials)))
+    level = FALSE_DROP_RATE / (rounds * max(1, len(trials)))
     staying = study.unmeasured() | {study.native.key}
     for task in study.tasks:
         best = frontier_trials(trials, task)

@@ -14,7 +14,7 @@ from sensitivity.study.study import Study
 
 UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 MAX_NUMBER = 1e6  # largest number that --until takes, in any unit
-HOW = "complete, a time such as 10min (s, min, h), or error<0.5%"
+CONDITIONS = "complete, a time such as 10min (s, min, h), or error<0.5%"
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Until:
             elif parsed := re.fullmatch(r"error<([0-9.]+)(%?)", plain):
                 error = max(error, _number(parsed[1], word) / (100 if parsed[2] else 1))
             elif plain != "complete":
-                raise UserError(f"--until {word!r} is none of: {HOW}")
+                raise UserError(f"--until {word!r} is none of: {CONDITIONS}")
         return cls(seconds, error)
 
     @property
-    def chooses(self) -> bool:
+    def may_stop_early(self) -> bool:
         """Whether the sweep may stop early, so that later examples go only to plans that still matter."""
         return self.seconds < math.inf or self.error > 0
 

@@ -15,7 +15,7 @@ from sensitivity.study.trial_cache import TrialCache
 
 
 class StoredTrials:
-    """All trials of a study, without those whose answers were lost and whose plans are run again."""
+    """All trials of a study but the discarded ones, whose answers were lost and whose plans are run again."""
 
     def __init__(self, study: optuna.Study, storage: BaseStorage, reader: TrialReader) -> None:
         self._study, self._storage, self._reader = study, storage, reader
@@ -29,13 +29,13 @@ class StoredTrials:
 
     def now(self) -> list[Trial]:
         """All trials, read from the storage, in the order in which they were queued."""
-        return self.counted(self._cache.now())
+        return self.without_discarded(self._cache.now())
 
-    def lately(self) -> list[Trial]:
+    def cached(self) -> list[Trial]:
         """All trials from the cache, which may lack changes by other processes."""
-        return self.counted(self._cache.lately())
+        return self.without_discarded(self._cache.cached())
 
-    def counted(self, trials: Iterable[Trial]) -> list[Trial]:
+    def without_discarded(self, trials: Iterable[Trial]) -> list[Trial]:
         """These trials without the discarded ones."""
         return [trial for trial in trials if trial.number not in self._discarded]
 

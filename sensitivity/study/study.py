@@ -22,7 +22,8 @@ from sensitivity.study.owner import Owner, is_dead
 from sensitivity.study.queue import Queue
 from sensitivity.study.scores import Score, difference, task_score
 from sensitivity.study.storage import location, paths
-from sensitivity.study.storage.opening import close, held, open_storage
+from sensitivity.study.storage.opening import close, open_storage
+from sensitivity.study.storage.process_lock import held
 from sensitivity.study.stored_trials import StoredTrials
 from sensitivity.study.table import row
 from sensitivity.study.trial import ABANDONED, NATIVE, RunFacts, Trial, TrialReader
@@ -66,7 +67,7 @@ class Study:
     ) -> Study:
         """Create a study, or open an existing one if its model, tasks and settings are the same."""
         path = Path(path)
-        storage = location.usable(path, storage)
+        storage = location.reachable_database(path, storage)
         with location.study_folder(path):
             address = location.address(path)
             backend = open_storage(storage or path / paths.JOURNAL, wait=address is not None)
@@ -77,6 +78,11 @@ class Study:
             finally:
                 close(backend)  # else a database's connection stays open until it is garbage-collected
         return cls(path, storage)
+
+    def check_model(self, name: str, fingerprint: str) -> None:
+        """Raise an error unless this is the model that the study was measured on."""
+        if self.meta.get("fingerprint") != fingerprint:
+            raise UserError(f"{self.path} was measured on {self.meta.get('model')}, and {name} is another model")
 
     # -- queueing and running -------------------------------------------------------------------------------------
 
@@ -103,18 +109,18 @@ class Study:
         The answers are written first: if the process is killed in between, no scores without answers remain.
         """
         frame = self._answers.add(trial, examples)
-        weighs = size(self.parts, trial.plan)
+        plan_size = size(self.parts, trial.plan)
         measured = replace(
             replace(trial, **facts),
             seconds=facts.get("seconds", 0.0) + (trial.seconds or 0.0),
-            size=weighs.to_json(),
+            size=plan_size.to_json(),
             scores={str(task): task_score(rows) for task, rows in frame.groupby("task", sort=False)},
             done=trial.done if done is None else done,
         )
         self._trials.change(trial, measured)
         means = {task: float(measured.scores[task]["mean"]) for task in self.tasks}
         if done is None:
-            self._trials.end(trial, [*means.values(), weighs.bpw])
+            self._trials.end(trial, [*means.values(), plan_size.bpw])
         else:
             # after `done` is stored: once the trial waits, another process may claim it and must know where to continue
             self._trials.requeue(trial)
@@ -124,14 +130,14 @@ class Study:
         """Add finished trials of which only mean scores are known; repeated plans stay separate trials (replicates)."""
         trials = []
         for plan, means in zip(plans, scores, strict=True):
-            weighs = size(self.parts, plan)
+            plan_size = size(self.parts, plan)
             values = [float(means[task]) for task in self.tasks]
             trials.append(
                 replace(
                     Trial.of(plan),
-                    size=weighs.to_json(),
+                    size=plan_size.to_json(),
                     scores={task: {"mean": mean} for task, mean in zip(self.tasks, values, strict=True)},
-                    values=(*values, weighs.bpw),
+                    values=(*values, plan_size.bpw),
                 )
             )
         self._trials.add_finished(trials)
@@ -141,7 +147,7 @@ class Study:
         self._trials.change(trial, replace(trial, failure=why))
         self._trials.end(trial, state=TrialState.FAIL)
 
-    def put_back(self, trial: Trial) -> None:
+    def requeue(self, trial: Trial) -> None:
         """Queue an interrupted trial again."""
         self._trials.requeue(trial)
 
@@ -151,8 +157,8 @@ class Study:
 
     def _discard_damaged(self) -> None:
         """Stop counting trials whose answers are lost, so that their plans are queued again; needs the queue's lock."""
-        over = [trial for trial in self.measured() if trial.state != TrialState.RUNNING and trial.has_answers]
-        self._trials.discard([trial for trial in over if not self._answers.is_whole(trial)])
+        idle = [trial for trial in self.measured() if trial.state != TrialState.RUNNING and trial.has_answers]
+        self._trials.discard([trial for trial in idle if not self._answers.is_whole(trial)])
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -168,25 +174,25 @@ class Study:
         """The keys of plans that are queued or running and have no score yet."""
         return {trial.key for trial in self._trials.now() if trial.is_open and not trial.scores}
 
-    def counts(self, lately: bool = False) -> dict[str, int]:
-        """How many plans are done, waiting and running; `lately` reads the cache, which may lack changes by others."""
-        trials = self._trials.lately() if lately else self._trials.now()
+    def counts(self, cached: bool = False) -> dict[str, int]:
+        """How many plans are done, waiting and running; `cached` reads the cache, which may lack changes by others."""
+        trials = self._trials.cached() if cached else self._trials.now()
         states = {"done": TrialState.COMPLETE, "waiting": TrialState.WAITING, "running": TrialState.RUNNING}
         return {name: sum(trial.state == state for trial in trials) for name, state in states.items()}
 
     def progress(self, total: int, wanted: Container[str] | None = None) -> tuple[int, int]:
         """How many images all trials have seen, and how many wanted ones have yet to see; finished ones saw `total`."""
-        trials = [trial for trial in self._trials.lately() if trial.state not in ABANDONED]
+        trials = [trial for trial in self._trials.cached() if trial.state not in ABANDONED]
         seen = [total if trial.state == TrialState.COMPLETE else trial.done for trial in trials]
-        going_on = [wanted is None or trial.key in wanted for trial in trials]
-        return sum(seen), sum(total - images for images, goes_on in zip(seen, going_on, strict=True) if goes_on)
+        is_wanted = [wanted is None or trial.key in wanted for trial in trials]
+        return sum(seen), sum(total - images for images, counts in zip(seen, is_wanted, strict=True) if counts)
 
     def table(self) -> pd.DataFrame:
         """One row per measured trial: bits per component, size, and per task the score and its interval (see `row`)."""
         native = self.examples(self.native)
-        to_native = partial(self.difference_to_native, native), partial(self.counts_against_native, native)
+        against_native = partial(self.difference_to_native, native), partial(self.counts_against_native, native)
         trials = self.measured()
-        rows = pd.DataFrame([row(trial, self.parts, self.tasks, *to_native) for trial in trials])
+        rows = pd.DataFrame([row(trial, self.parts, self.tasks, *against_native) for trial in trials])
         # a plan that does not round what others round has 16 bits there
         rounded = list(dict.fromkeys(name for trial in trials for name in trial.plan.rounded_bits()))
         return rows.fillna(dict.fromkeys(rounded, NATIVE))
@@ -205,16 +211,16 @@ class Study:
         self, native: pd.DataFrame | None, plan: Plan, task: str, n: int
     ) -> tuple[Score | None, AnswerCounts | None]:
         """Difference and counts together, since a file of answers takes longer to read than to compare."""
-        cached = plan.key, task, n, 0 if native is None else len(native)
-        if cached not in self._compared:
+        cache_key = plan.key, task, n, 0 if native is None else len(native)
+        if cache_key not in self._compared:
             rows = self.examples(plan)
             if rows is None:
-                self._compared[cached] = None, None
+                self._compared[cache_key] = None, None
             else:
                 base = None if native is None or plan.is_native else native[native["task"] == task]
                 counts = count_answers(rows[rows["task"] == task], base)
-                self._compared[cached] = difference(rows, native, task), counts
-        return self._compared[cached]
+                self._compared[cache_key] = difference(rows, native, task), counts
+        return self._compared[cache_key]
 
     def counts_by_kind(self, plan: Plan) -> list[dict[str, object]]:
         """A plan's scores and counts of answers for each task and each kind of its questions."""

@@ -21,8 +21,8 @@ from sensitivity.study.owner import Owner
 from sensitivity.study.scores import TaskScore
 
 NATIVE = 16  # the 'bits' of a component at native precision, as an Optuna parameter and in tables
-REPAIR = "restore a copy of the study, or sweep into another --out"
-ABANDONED = (TrialState.FAIL, TrialState.PRUNED)
+REPAIR = "restore a copy of the study, or sweep into another --out"  # the end of messages about a damaged study
+ABANDONED = (TrialState.FAIL, TrialState.PRUNED)  # pruned: queued twice; failed: given up, or its answers were lost
 
 
 class RunFacts(TypedDict, total=False):
@@ -86,6 +86,7 @@ class Trial:
         return any("n" in score for score in self.scores.values())
 
 
+# the fields that are stored as user attributes
 STORED = tuple(Trial.__dataclass_fields__)[list(Trial.__dataclass_fields__).index("owner") :]
 
 
@@ -135,7 +136,7 @@ def _attributes(trial: Trial) -> dict[str, object]:
 
 
 class TrialReader:
-    """Reads and checks the trials of a study, each once per state, since all are asked for again and again."""
+    """Reads and checks the trials of a study, each only when it has changed, since all are read again and again."""
 
     def __init__(self, study: Path, tasks: Sequence[str], components: Sequence[str]) -> None:
         self.study, self.tasks, self.components = study, tasks, tuple(components)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from sensitivity.study.trial import Trial
 
-PART = 20  # the cache is used for this many times the seconds that reading took: reads take about 5 % of the time
+AGE_PER_READ = 20  # the cache is used for 20 times the seconds that reading took: reads take about 5 % of the time
 
 
 class TrialCache:
@@ -26,10 +26,10 @@ class TrialCache:
         began = time.monotonic()
         self._trials = {trial.number: trial for trial in self._read()}
         ended = time.monotonic()
-        self._until = ended + PART * (ended - began)
+        self._until = ended + AGE_PER_READ * (ended - began)
         return list(self._trials.values())
 
-    def lately(self) -> list[Trial]:
+    def cached(self) -> list[Trial]:
         """All trials from the cache, or from the storage where the cache is too old."""
         return list(self._trials.values()) if time.monotonic() < self._until else self.now()
 

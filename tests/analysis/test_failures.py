@@ -101,7 +101,7 @@ def test_changes_are_all_that_differ_and_those_that_cost_most_come_first(study: 
     after, before = study.examples(TWO), study.examples(NATIVE)
     assert after is not None
     assert before is not None
-    found = changes(after, before, questions.questions(study.path, study.meta))
+    found = changes(after, before, questions.read_questions(study.path, study.meta))
     both = before.merge(after, on=["task", "example"])
     differ = both[both["answer_x"] != both["answer_y"]]
     assert {(one.task, one.example) for one in found} == set(zip(differ["task"], differ["example"], strict=True))

@@ -21,7 +21,7 @@ from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
-from sensitivity.study.examples.questions import questions
+from sensitivity.study.examples.questions import read_questions
 from sensitivity.tasks.table import task
 
 TURN = ["what is this?", "a red 3"]
@@ -80,7 +80,7 @@ def test_images_and_turns_reach_the_model(name: str, tmp_path: Path) -> None:
     fast = study.examples(study.native)
     assert fast is not None
     assert dict(zip(fast["example"], fast["nll"], strict=True)) == pytest.approx(nll, abs=1e-4)
-    known = questions(study.path, study.meta)["q", "both"]
+    known = read_questions(study.path, study.meta)["q", "both"]
     assert [file and file.name for file in known.images] == ["a.png", "b.png"]
     assert "a red 3" in known.prompt
 

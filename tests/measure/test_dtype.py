@@ -36,7 +36,7 @@ def test_float32_is_as_quick_as_itself() -> None:
         (90.0, 1 << 40, "float32", "computing in float32: float16, as stored, is 90.0 times slower here"),
         (1.1, 1 << 40, "float16", ""),
         (0.5, 1 << 40, "float16", ""),
-        (90.0, 1 << 20, "float16", "float16 is 90.0 times slower here than float32, for which memory has no room"),
+        (90.0, 1 << 20, "float16", "float16 is 90.0 times slower here than float32, for which memory is too small"),
     ],
 )
 def test_the_quicker_one_is_taken_where_it_fits(

@@ -33,7 +33,7 @@ from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.study.queue import choose
-from sensitivity.study.racing import RATE, _beats, _difference, frontier_trials, still_in_race, uncertainty
+from sensitivity.study.racing import FALSE_DROP_RATE, _beats, _difference, frontier_trials, still_in_race, uncertainty
 from sensitivity.study.stopping import Until
 from sensitivity.study.study import Study
 from sensitivity.study.trial import Trial
@@ -231,14 +231,14 @@ def test_a_plan_that_nobody_beats_is_seldom_dropped(sigma: float) -> None:
     for _ in range(runs):
         skill = rng.normal(0.7, sigma * 0.3, size=(256, 1)).clip(0, 1)  # images differ in difficulty
         right = rng.random((256, rivals + 1)) < skill
-        level = RATE / (len(rounds) * (rivals + 1))
+        level = FALSE_DROP_RATE / (len(rounds) * (rivals + 1))
         for end in rounds:
             best = int(np.argmax(right[:end, 1:].mean(0))) + 1
             rival, plan = (pd.DataFrame({"sum": right[:end, i] * 1.0, "count": 1}) for i in (best, 0))
             if _beats(_difference(rival, plan, made_up=True), level):
                 dropped += 1
                 break
-    assert dropped / runs <= RATE
+    assert dropped / runs <= FALSE_DROP_RATE
     worse = pd.DataFrame({"sum": (rng.random(256) < 0.3) * 1.0, "count": 1})
     better = pd.DataFrame({"sum": (rng.random(256) < 0.9) * 1.0, "count": 1})
     assert _beats(_difference(better, worse, made_up=True), level)
@@ -265,7 +265,7 @@ def test_only_what_is_worse_on_every_task_is_dropped(tmp_path: Path, scenes_llav
             frame = pd.DataFrame(rows).assign(nll=0.0, answer="")
             study.tell(found, frame.to_dict("list"), {}, 4)
             if found.done:
-                study.put_back(found)
+                study.requeue(found)
                 return
 
     told()
@@ -288,7 +288,7 @@ def test_until_says_what_it_wants(word: str, message: str) -> None:
 def test_until_takes_the_first_that_is_reached() -> None:
     until = Until.parse(["2h", "90 min", "error < 0.5%", "complete"])
     assert (until.seconds, until.error) == (5400, 0.005)
-    assert not Until.parse([]).chooses
+    assert not Until.parse([]).may_stop_early
 
 
 def test_lines_for_machines_and_one_object_at_the_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ from sensitivity.api.sweeping import grid, sweep
 from sensitivity.measure.loop import check_runs
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
-from sensitivity.models.processors import processor_of
+from sensitivity.models.processors import load_processor
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 from sensitivity.tasks.examples.images import MAX_ASPECT, why_unusable
@@ -492,7 +492,7 @@ def first_look(folder: Path, loaded: VLM | None = None) -> None:
     """As far as a sweep goes before it writes anything; of a loaded model, the processor alone is read again."""
     vlm = loaded or load(str(folder))
     if loaded:
-        vlm = replace(loaded, processor=processor_of(folder, str(folder), loaded.model.config))
+        vlm = replace(loaded, processor=load_processor(folder, str(folder), loaded.model.config))
     check_runs(vlm, [task("vqa", n=1)])
 
 
@@ -606,8 +606,8 @@ UNFIT: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
     "odd numbers": (("dtype",), "int8", "dtype is"),
     "numbers in a list": (("dtype",), ["float16"], "dtype is"),
     "another image word": (("image_token_index",), 3, "image"),
-    "an image word beyond": (("image_token_index",), 10**12, "no word number|image"),
-    "a negative image word": (("image_token_index",), -1, "no word number|image"),
+    "an image word beyond": (("image_token_index",), 10**12, "no token|image"),
+    "a negative image word": (("image_token_index",), -1, "no token|image"),
     "no such block": (("vision_feature_layer",), 400, "cannot be run on the first example"),
     "a block beyond": (("vision_feature_layer",), 10**12, "vision_feature_layer is"),
     "heads that do not divide": (("vision_config", "num_attention_heads"), 3, "llava"),

@@ -348,7 +348,7 @@ def test_a_tokenizer_without_an_image_token_is_named(tmp_path: Path) -> None:
     shutil.copy(saved_vlms.save("llava", tmp_path / "whole") / "tokenizer.json", folder)
     config = folder / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "image_token_index": 999}))
-    with pytest.raises(UserError, match=r"has no word number 999, by which config.json marks images"):
+    with pytest.raises(UserError, match=r"has no token with id 999, by which config.json marks images"):
         load(str(folder))
 
 

@@ -15,7 +15,7 @@ import transformers as T
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sensitivity.models.checkpoint import HERE
+from sensitivity.models.checkpoint import EMBEDDED_MODELS
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.outliers import NOTE, plant_outliers
@@ -251,7 +251,7 @@ def test_outliers_are_the_same_each_time_and_only_for_known_blocks() -> None:
         plant_outliers(nn.Linear(2, 2))
 
 
-@pytest.mark.skipif(not (HERE / "scenes-llava" / "config.json").exists(), reason="the embedded model is not there yet")
+@pytest.mark.skipif(not (EMBEDDED_MODELS / "scenes-llava" / "config.json").exists(), reason="no embedded model yet")
 def test_the_embedded_model_and_its_heavy_twin() -> None:
     plain, loud = load("embedded:scenes-llava"), load("embedded:scenes-llava-heavy")
     assert (plain.note, loud.note) == (None, NOTE)

@@ -210,5 +210,5 @@ def test_configurations_that_do_not_fit_are_named(folder: Path, values: dict[str
 
 def test_a_tokenizer_of_another_size_is_named(folder: Path) -> None:
     save_words(folder, strange_token="<strange>")
-    with pytest.raises(UserError, match=r"has 165 words and its config.json 164 \(vocab_size\)"):
+    with pytest.raises(UserError, match=r"has 165 tokens and its config.json 164 \(vocab_size\)"):
         load(str(folder))

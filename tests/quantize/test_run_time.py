@@ -16,7 +16,7 @@ from sensitivity.quantize.run_time.keys_and_values import round_cached
 from sensitivity.quantize.scheme_settings import check_scheme, method_named, scheme
 from sensitivity.quantize.stored.rotated import InputTransform
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import OF_CACHE, Scheme
+from sensitivity.spec.plan import CACHE_SETTINGS, Scheme
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:
@@ -153,6 +153,7 @@ def test_what_is_not_rounded_takes_its_own_settings_out_of_a_preset(name: str) -
     whole = scheme(name, width)
     without_activations, without_cache = scheme(name, width, activations=16), scheme(name, width, cache=16)
     assert without_activations.cache == whole.cache
-    assert {key for key in OF_CACHE if whole.get(key)} == {key for key in OF_CACHE if without_activations.get(key)}
+    of_cache, left = ({key for key in CACHE_SETTINGS if one.get(key)} for one in (whole, without_activations))
+    assert of_cache == left
     assert without_cache.activations == whole.activations
-    assert not any(without_cache.get(key) for key in OF_CACHE)
+    assert not any(without_cache.get(key) for key in CACHE_SETTINGS)

@@ -22,7 +22,7 @@ from sensitivity.formats.writing.unfinished import remove_unfinished, staging_fo
 from sensitivity.measure.calibrate.cache import Cache
 from sensitivity.spec import files
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.files import MARK, UNFINISHED, discard, may_write, overwrite
+from sensitivity.spec.files import MARK, UNFINISHED, check_may_write, discard, overwrite
 
 # -- the one place that deletes ------------------------------------------------------------------------------------
 
@@ -43,7 +43,7 @@ ALLOWED = {
         "sensitivity/study/importing/imported_study.py",
         "rename",
     ): "a study that it has just made, to a name that is free",
-    ("sensitivity/study/storage/opening.py", "truncate"): "the torn last line of a study's own journal",
+    ("sensitivity/study/storage/journal.py", "truncate"): "the torn last line of a study's own journal",
 }
 
 
@@ -170,7 +170,7 @@ def test_nothing_outside_the_target_changes(
             and (is_export(path) or ((path / UNFINISHED).is_file() and (path / UNFINISHED).read_text() == MARK))
         }
         try:
-            may_write(out, force, manifest.why_foreign, [root / "study"])
+            check_may_write(out, force, manifest.why_foreign, [root / "study"])
             with staging_folder(out) as folder:
                 (folder / "text").write_text("new")
                 if fails:
@@ -209,7 +209,7 @@ def exported(folder: Path) -> Path:
 
 def refused(out: Path, keep: list[Path] | None = None) -> str:
     with pytest.raises(UserError) as caught:
-        may_write(out, True, manifest.why_foreign, keep or [])
+        check_may_write(out, True, manifest.why_foreign, keep or [])
     return str(caught.value)
 
 
@@ -237,16 +237,16 @@ def test_places_that_are_never_written_to(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_only_an_export_and_nothing_more_is_replaced(tmp_path: Path) -> None:
     out = exported(tmp_path / "out")
-    may_write(out, True, manifest.why_foreign)
+    check_may_write(out, True, manifest.why_foreign)
     with pytest.raises(UserError, match="out is already there; choose another --out or add --force"):
-        may_write(out, False, manifest.why_foreign)
+        check_may_write(out, False, manifest.why_foreign)
     (out / "mine").mkdir()
     (out / "mine" / "letter.txt").write_text("dear")
     assert "it also holds mine/letter.txt, which no export wrote; choose another --out" in refused(out)
     (tmp_path / "file").write_text("text")
     assert "it is a file, not a folder" in refused(tmp_path / "file")
     (tmp_path / "other").mkdir()
-    may_write(tmp_path / "other", False, manifest.why_foreign)  # an empty folder is as good as none
+    check_may_write(tmp_path / "other", False, manifest.why_foreign)  # an empty folder is as good as none
     (tmp_path / "other" / "file").write_text("text")
     assert "it is not an export (it has no sensitivity.json of ours)" in refused(tmp_path / "other")
     (tmp_path / "other" / manifest.MANIFEST).write_text(json.dumps({**FACTS, "files": {}}))

@@ -12,7 +12,7 @@ from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.headers import bpw_in_gb
-from sensitivity.spec.sizes import GB, bits_in, budget_bits, choice_bits, in_words, kept_bits, size
+from sensitivity.spec.sizes import GB, bits_in_bytes, budget_bits, bytes_in_words, choice_bits, kept_bits, size
 from sensitivity.spec.stored_bits import OVERHEAD, groups
 
 
@@ -63,7 +63,7 @@ def test_budgets_in_bits_per_weight_and_in_bytes(parts: ComponentMap) -> None:
     assert budget_bits(parts, 4.125) == 2013  # 4.125 * 488 is a whole number of bits
     assert budget_bits(parts, 4.1) == 2000  # and 2000.8 is not
     assert budget_bits(parts, size(parts, Plan.uniform(parts, None)).bpw) == 16 * 488
-    assert bits_in(12.5) == 100
+    assert bits_in_bytes(12.5) == 100
     assert bpw_in_gb(parts, 488 / GB) == pytest.approx(8)
     assert bpw_in_gb(parts, 488 / GB, headers=244) == pytest.approx(4)
     assert bpw_in_gb(parts, 0.0, headers=244) > 0  # a budget below the headers is a budget that nothing fits
@@ -81,7 +81,7 @@ def test_budgets_in_bits_per_weight_and_in_bytes(parts: ComponentMap) -> None:
     ],
 )
 def test_bytes_in_words(count: float, words: str) -> None:
-    assert in_words(count) == words
+    assert bytes_in_words(count) == words
 
 
 def test_quantized_biases_are_counted(parts: ComponentMap) -> None:

@@ -561,7 +561,7 @@ ADDRESSES: dict[str, bytes] = {
 
 @pytest.mark.parametrize("name", ADDRESSES)
 def test_addresses(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sensitivity.study.storage.waiting.SECONDS", 0.0)
+    monkeypatch.setattr("sensitivity.study.storage.retrying_storage.LONGEST_OUTAGE", 0.0)
     (tmp_path / "storage.url").write_bytes(ADDRESSES[name])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Notice)
@@ -668,7 +668,7 @@ def test_answers_damaged_half_way_are_begun_anew(answered: Path) -> None:
     asked = study.ask()
     assert asked is not None
     refused(lambda: study.tell(asked, answers(plan), {"seconds": 1.0}), "the same command runs that plan again")
-    study.put_back(asked)
+    study.requeue(asked)
     with pytest.warns(Notice, match="run again"):
         assert study.enqueue([plan]) == 1
     assert run(study) == [plan]
@@ -1089,7 +1089,7 @@ def test_an_import_that_is_killed_leaves_no_study_and_the_next_one_works(tmp_pat
     (tmp_path / "table.csv").write_text(GOOD)
     line = ["import", str(tmp_path / "table.csv"), *PARTS, *SCORE, "--out", str(tmp_path / "run")]
     code = f"""
-import os, sensitivity.study.storage.opening as s
+import os, sensitivity.study.storage.journal as s
 append, count = s.Journal.append_logs, [0]
 def dying(self, logs):
     count[0] += any(log["op_code"] == 4 for log in logs)

@@ -22,7 +22,8 @@ import pytest
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.study.storage.opening import ProcessLock, close, open_storage
+from sensitivity.study.storage.opening import close, open_storage
+from sensitivity.study.storage.process_lock import ProcessLock
 from sensitivity.study.study import Study
 from sensitivity.study.trial_cache import TrialCache
 
@@ -142,7 +143,7 @@ def test_a_journal_that_is_something_else_is_named(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from sensitivity.study.storage.opening import ProcessLock
+from sensitivity.study.storage.process_lock import ProcessLock
 lock = ProcessLock(Path(sys.argv[1])); lock.acquire(); print("held", flush=True); time.sleep(60)
 """
 
@@ -267,7 +268,7 @@ def test_an_old_cache_of_the_queue_takes_no_plan_twice_and_loses_none(
     storage: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "sensitivity.study.trial_cache.PART", 1e9
+        "sensitivity.study.trial_cache.AGE_PER_READ", 1e9
     )  # neither ever reads the queue again of its own accord
     where = storage and storage.format(tmp_path)
     ours = Study.create(tmp_path, PARTS, ["vqa"], {"seed": 0}, where)
@@ -298,6 +299,6 @@ def test_the_cache_reads_again_when_reading_is_cheap_beside_the_time_since(monke
 
     cache = TrialCache(read)
     for _ in range(100):
-        cache.lately()
+        cache.cached()
         clock[0] += 1
     assert readings == [2, 44, 86]  # each is good for twenty times as long as it took

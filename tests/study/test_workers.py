@@ -161,8 +161,8 @@ def test_all_that_optuna_asks_of_a_database_is_waited_for(
     postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the cache that Optuna puts before it, too, which calls what is not public."""
-    monkeypatch.setattr("sensitivity.study.storage.waiting.SECONDS", 0.2)
-    monkeypatch.setattr("sensitivity.study.storage.waiting.AGAIN", 0.1)
+    monkeypatch.setattr("sensitivity.study.storage.retrying_storage.LONGEST_OUTAGE", 0.2)
+    monkeypatch.setattr("sensitivity.study.storage.retrying_storage.RETRY_AFTER", 0.1)
     study = optuna.create_study(storage=open_storage(postgres.url))
     trial = study.ask()
     postgres.stop()
@@ -177,7 +177,7 @@ def test_all_that_optuna_asks_of_a_database_is_waited_for(
 def test_a_database_that_stays_away_is_one_sentence(
     postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sensitivity.study.storage.waiting.SECONDS", 1.0)
+    monkeypatch.setattr("sensitivity.study.storage.retrying_storage.LONGEST_OUTAGE", 1.0)
     storage = open_storage(postgres.url)
     postgres.stop()
     with pytest.raises(UserError, match=r"the database has been away for 1 seconds .*the same command continues"):

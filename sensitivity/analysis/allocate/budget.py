@@ -11,14 +11,13 @@ import numpy as np
 from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
 from sensitivity.analysis.allocate.one_by_one import one_by_one
 from sensitivity.analysis.allocate.program import Program
-from sensitivity.analysis.allocate.run_time_limits import RunTimeLimits
-from sensitivity.analysis.allocate.run_time_limits import in_words as in_words_of
+from sensitivity.analysis.allocate.run_time_limits import RunTimeLimits, cost_in_words
 from sensitivity.analysis.observations import check_task
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import Allowed
 from sensitivity.spec.plan import Plan
-from sensitivity.spec.sizes import Size, bits_in, budget_bits, in_words
+from sensitivity.spec.sizes import Size, bits_in_bytes, budget_bits, bytes_in_words
 from sensitivity.study.study import Study
 
 Floats = np.ndarray
@@ -94,7 +93,7 @@ def budgets(
     if bad := [limit for limit in limits if not (math.isfinite(limit) and limit > 0)]:
         raise UserError(f"a budget must be above 0, not {bad[0]:g}")
     if size_in_bytes is not None:
-        return [(bits, bits / parts.numel) for bits in map(bits_in, limits)]
+        return [(bits, bits / parts.numel) for bits in map(bits_in_bytes, limits)]
     return [(budget_bits(parts, limit), limit) for limit in limits]
 
 
@@ -196,8 +195,8 @@ def infeasible(
     low, high = (knapsack.size(knapsack.space.decode(row)).bits for row, _ in (smallest, largest))
     if low > budget:
         return UserError(
-            f"{nothing} fits {budget / numel:.2f} bpw ({in_words(budget / 8)}): with the widths there are "
-            f"{low / numel:.2f} to {high / numel:.2f} bpw ({in_words(low / 8)} to {in_words(high / 8)}"
+            f"{nothing} fits {budget / numel:.2f} bpw ({bytes_in_words(budget / 8)}): with the widths there are "
+            f"{low / numel:.2f} to {high / numel:.2f} bpw ({bytes_in_words(low / 8)} to {bytes_in_words(high / 8)}"
             f"{f' in {knapsack.format} files' if knapsack.format else ''}) can be reached; "
             "ask for more, or sweep lower widths (--bits)"
         )
@@ -230,10 +229,10 @@ def _too_slow(
         reached = limits.times.fixed_cost(cost) + least[1]
         if reached > limits.most[cost]:
             return (
-                f"no measured plan takes at most {in_words_of(cost, limits.most[cost])} in {limits.times.runtime} on "
-                f"this machine: {in_words_of(cost, reached)} can be reached; ask for more"
+                f"no measured plan takes at most {cost_in_words(cost, limits.most[cost])} in {limits.times.runtime} on "
+                f"this machine: {cost_in_words(cost, reached)} can be reached; ask for more"
             )
-    asked = " and ".join(in_words_of(cost, most) for cost, most in limits.most.items())
+    asked = " and ".join(cost_in_words(cost, most) for cost, most in limits.most.items())
     return f"no measured plan meets {budget}, {asked} and every floor at once; ask for more of one of them"
 
 

@@ -66,7 +66,7 @@ class RunTimeLimits:
         return costs
 
 
-def in_words(cost: str, value: float) -> str:
+def cost_in_words(cost: str, value: float) -> str:
     """A cost with its unit, such as 12.3 ms per token."""
     return f"{value:.4g} {UNITS[cost]}"
 

@@ -12,7 +12,7 @@ from sensitivity.spec import schema
 from sensitivity.spec.errors import UserError, reason
 from sensitivity.spec.files import disk_error, new_folder, replacing
 from sensitivity.spec.plan import Scheme
-from sensitivity.study.storage.opening import ProcessLock, held
+from sensitivity.study.storage.process_lock import ProcessLock, held
 from sensitivity.study.study import Study
 
 KEY = b"sensitivity-atlas"  # of the metadata, which marks a file as ours

@@ -12,7 +12,7 @@ from scipy import stats
 from sensitivity.analysis.allocate.comparison import more_examples
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
-from sensitivity.study.examples.questions import Question, Questions, questions
+from sensitivity.study.examples.questions import Question, Questions, read_questions
 from sensitivity.study.scores import CONFIDENCE, Score, paired_difference, summarize
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
@@ -118,7 +118,7 @@ class Pairing:
         if self._same or self._data(self.a, task) == self._data(self.b, task) is not None:
             return True
         if self._asked is None:
-            self._asked = questions(self.a.path, self.a.meta), questions(self.b.path, self.b.meta)
+            self._asked = read_questions(self.a.path, self.a.meta), read_questions(self.b.path, self.b.meta)
         ours, theirs = (asked.get((task, example)) for asked in self._asked)
         return ours is not None and theirs is not None and _identity(ours) == _identity(theirs)
 

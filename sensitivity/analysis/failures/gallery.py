@@ -13,7 +13,7 @@ from sensitivity.analysis.failures.pictures import Picture, Pictures, picture
 from sensitivity.spec.errors import unknown
 from sensitivity.spec.plan import Plan
 from sensitivity.study.counting import count
-from sensitivity.study.examples.questions import questions
+from sensitivity.study.examples.questions import read_questions
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.types import Example
 
@@ -146,7 +146,7 @@ def changed(study: Study, plan: Plan, task: str = "", kind: str = "") -> list[Ch
     after, before = study.examples(plan), study.examples(study.native)
     assert after is not None, "study_of has found the plan's answers"
     assert before is not None, "study_of has found full precision's answers"
-    return changes(after, before, questions(study.path, study.meta), task, kind)
+    return changes(after, before, read_questions(study.path, study.meta), task, kind)
 
 
 def notes_on(cards: Sequence[Card]) -> list[str]:

@@ -16,7 +16,7 @@ from sensitivity.analysis.importance.types import Ranking
 from sensitivity.analysis.observations import Observations, check_task, observations_of
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import component_of
+from sensitivity.spec.plan import split_ending
 from sensitivity.spec.sizes import codes_in_mb
 from sensitivity.study.counting import count
 from sensitivity.study.study import Study
@@ -184,7 +184,7 @@ def grouping(
     coarse = parts.regroup(by)
     owner = {weight.name: component.name for component in coarse.components for weight in component.weights}
     columns: dict[str, list[int]] = {}
-    for column, (name, ending) in enumerate(map(component_of, names)):
+    for column, (name, ending) in enumerate(map(split_ending, names)):
         owners = {owner[weight.name] for weight in parts[name].weights}
         if len(owners) > 1:
             raise UserError(f"'{by}' is finer than this study's '{native}': {name} lies in {', '.join(sorted(owners))}")

@@ -18,7 +18,7 @@ from sensitivity.analysis.report.static_figures import Picture, slug
 from sensitivity.analysis.report.table_rows import frontier_rows
 from sensitivity.spec.files import write_atomically
 from sensitivity.study.examples.answer_counts import counts_by_kind
-from sensitivity.study.examples.questions import questions
+from sensitivity.study.examples.questions import read_questions
 
 __all__ = ["check", "write"]
 
@@ -66,7 +66,7 @@ def _gallery(a: Side, b: Side, row: Row) -> Gallery:
     pairing = Pairing(a.study, b.study)
     names = zip(after["task"], after["example"], strict=True)
     after = after[[pairing.is_same(str(task), str(example)) for task, example in names]]
-    every = changes(after, before, questions(b.study.path, b.study.meta))
+    every = changes(after, before, read_questions(b.study.path, b.study.meta))
     pictures = Pictures(b.study.meta)
     cards = tuple(Card(one, tuple(pictures.of(one))) for one in every[:MAX_EXAMPLES])
     counts = tuple(counts_by_kind(after, before))

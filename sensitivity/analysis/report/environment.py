@@ -11,7 +11,7 @@ import jinja2
 
 from sensitivity.analysis.failures.gallery import shortened
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.sizes import in_words
+from sensitivity.spec.sizes import bytes_in_words
 from sensitivity.spec.version import __version__
 
 GENERATOR = '<meta name="generator" content="sensitivity">'  # marks a page that we wrote and may replace
@@ -27,7 +27,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     filters: dict[str, Callable[..., str]] = {
-        "score": _score, "percent": _percent, "in_words": in_words, "shortened": shortened,
+        "score": _score, "percent": _percent, "in_words": bytes_in_words, "shortened": shortened,
     }  # fmt: skip
     made.filters |= filters
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -28,7 +28,14 @@ from sensitivity.analysis.report.time_and_memory import TimeAndMemory, time_and_
 from sensitivity.analysis.report.what_breaks import failing
 from sensitivity.spec.components import LABELS, ComponentMap
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.files import csv_bytes, is_unfinished, mark_finished, mark_unfinished, may_write, write_atomically
+from sensitivity.spec.files import (
+    check_may_write,
+    csv_bytes,
+    is_unfinished,
+    mark_finished,
+    mark_unfinished,
+    write_atomically,
+)
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import budget_bits, size
 from sensitivity.study import exports
@@ -57,7 +64,7 @@ def report(
         'index.html'
     """
     out = Path(out)
-    may_write(out, True, lambda target: _why_foreign(target, study), [study.path])
+    check_may_write(out, True, lambda target: _why_foreign(target, study), [study.path])
     table = study.table()
     if not len(table):
         raise UserError(f"no trial of {study.path} is finished yet: nothing to report")
@@ -80,7 +87,7 @@ def report(
         galleries=galleries,
         no_gallery=no_gallery,
         exports=exports.notes_of(study.path),
-        path_gain=exports.path_gain,
+        path_gain=exports.path_gain_sentences,
         kept=_kept(study.parts),
         plans=_plans(study),
         labels=LABELS,

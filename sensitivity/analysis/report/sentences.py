@@ -14,7 +14,7 @@ from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.analysis.importance import robustness
 from sensitivity.analysis.importance.ranking import compare
 from sensitivity.analysis.importance.types import Ranking
-from sensitivity.spec.sizes import in_words
+from sensitivity.spec.sizes import bytes_in_words
 from sensitivity.study.counting import count
 from sensitivity.study.study import Study
 
@@ -48,7 +48,7 @@ def _do(study: Study, recommendations: Sequence[Recommendation], ranked: Sequenc
     """What to do: the plans to use, and where to spend bits."""
     lines = [
         f"Use the plan {one.plan.describe()}: {one.size.bpw:.2f} bits per weight"
-        f"{f' in {one.size.format} files' if one.size.format else ''} ({in_words(one.size.bytes)}) "
+        f"{f' in {one.size.format} files' if one.size.format else ''} ({bytes_in_words(one.size.bytes)}) "
         f"within a budget of {one.budget:.2f}."
         for one in recommendations
     ]

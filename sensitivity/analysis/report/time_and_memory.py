@@ -87,7 +87,7 @@ def _known(parts: ComponentMap, times: LayerTimes, plan: Plan) -> bool:
 
 def _plan_cost(parts: ComponentMap, times: LayerTimes, plan: Plan, row: pd.Series, task: str) -> PlanCost:
     """One row of the table of plans."""
-    each = {name: max(ms, 0.0) for name, ms in times.answer_by_part(parts, plan).items()}
+    each = {name: max(ms, 0.0) for name, ms in times.answer_by_stage(parts, plan).items()}
     total = sum(each.values()) or 1.0
     return PlanCost(
         plan.describe(),

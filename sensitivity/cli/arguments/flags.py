@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from sensitivity.cli.arguments import values
+from sensitivity.cli.arguments import path_values, values
 from sensitivity.cli.arguments.values import WIDEST
 from sensitivity.spec.errors import UserError
 
@@ -40,7 +40,7 @@ def device(p: argparse.ArgumentParser) -> None:
 def source(p: argparse.ArgumentParser) -> None:
     """Add STUDY|plan.json."""
     about = "a study, or a plan that was recommended"
-    p.add_argument("source", type=values.path, metavar="STUDY|plan.json", help=about)
+    p.add_argument("source", type=path_values.path, metavar="STUDY|plan.json", help=about)
 
 
 def runtime(p: argparse.ArgumentParser, about: str, required: bool = False) -> None:
@@ -76,7 +76,7 @@ def include(p: argparse.ArgumentParser) -> None:
         type=values.comma_separated(values.choice("embedding", "head")),
         default=(),
         metavar="W[,W]",
-        help="quantize the embedding or the output head too (default: both are kept); tied, they are one component",
+        help="quantize the embedding or the output head too (default: both are kept); if tied, they are one component",
     )
 
 
@@ -174,7 +174,7 @@ def budget(p: argparse.ArgumentParser) -> None:
 
 def study(p: argparse.ArgumentParser) -> None:
     """Add STUDY."""
-    p.add_argument("study", type=values.path, metavar="STUDY", help="the folder of a sweep, such as runs/demo")
+    p.add_argument("study", type=path_values.path, metavar="STUDY", help="the folder of a sweep, such as runs/demo")
 
 
 def tasks(p: argparse.ArgumentParser) -> None:
@@ -211,7 +211,7 @@ def study_folder(p: argparse.ArgumentParser) -> None:
     """Add --out, the folder of a study."""
     p.add_argument(
         "--out",
-        type=values.folder,
+        type=path_values.folder,
         required=True,
         metavar="runs/NAME",
         help="folder of the study; the same command again continues it",
@@ -248,7 +248,7 @@ def calibration(p: argparse.ArgumentParser) -> None:
         type=values.name,
         metavar="float|exposed|both",
         help="inputs of the float model, those behind quantized layers, or both side by side (the last two are slow:"
-        " again for each plan; default: float, both for methods that need it)",
+        " they calibrate again for each plan; default: float, or both for methods that need both)",
     )
     g.add_argument(
         "--cache-gb",
@@ -262,7 +262,7 @@ def prior(p: argparse.ArgumentParser) -> None:
     """Add --prior."""
     p.add_argument(
         "--prior",
-        type=values.comma_separated(values.path),
+        type=values.comma_separated(path_values.path),
         default=(),
         metavar="STUDY[,STUDY]",
         help="studies of another method, task, size or model, or atlases of such studies, from whose damages the"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sensitivity.spec.components import ComponentMap
     from sensitivity.tasks.examples.types import Task
 
-NEAREST = "rows of the embedding are looked up, not multiplied: methods that calibrate round them to nearest"
+EMBEDDING_NOTE = "rows of the embedding are looked up, not multiplied: methods that calibrate round them to nearest"
 
 
 def loaded(args: argparse.Namespace) -> tuple[VLM, ComponentMap, list[Task]]:
@@ -32,7 +32,7 @@ def loaded(args: argparse.Namespace) -> tuple[VLM, ComponentMap, list[Task]]:
         CHECKS[args.runtime](vlm)
     parts = inspect(vlm, by=args.by, include=args.include)
     if any(weight.is_embedding for weight in parts.weights):
-        print(NEAREST, file=sys.stderr)
+        print(EMBEDDING_NOTE, file=sys.stderr)
     tasks = [task(name, n=args.n, seed=args.seed, whole=args.whole_answers) for name in args.task]
     check_distinct(tasks, args.task)
     for one in tasks:

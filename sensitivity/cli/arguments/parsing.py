@@ -31,11 +31,11 @@ def parser_of(verbs: Mapping[str, ModuleType], typed: Sequence[str] | None = Non
     choices = top.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, verb in verbs.items():
         described = f"{verb.ABOUT[0].upper()}{verb.ABOUT[1:]}."
-        one = choices.add_parser(
+        verb_parser = choices.add_parser(
             name, parents=[common], help=verb.ABOUT, description=described, epilog=f"example: {verb.EXAMPLE}"
         )
         if typed is None or name in typed[:1]:
-            verb.arguments(one)
+            verb.arguments(verb_parser)
     return top
 
 
@@ -56,12 +56,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's message in our words: the flag, what it takes, what it got."""
-        about = re.sub(r"^argument (\S+): ", r"\1 ", message).replace("expected one argument", "needs a value")
-        about = re.sub(r"invalid choice: (.*) \(choose from (.*)\)$", r"is one of \2, not \1", about)
-        if about != message:
-            raise UserError(about)
-        about = about.replace("the following arguments are required", "still needed").replace("arguments", "words")
-        raise UserError(f"{about}; `{self.prog} --help` shows what there is")
+        ours = re.sub(r"^argument (\S+): ", r"\1 ", message).replace("expected one argument", "needs a value")
+        ours = re.sub(r"invalid choice: (.*) \(choose from (.*)\)$", r"is one of \2, not \1", ours)
+        if ours != message:
+            raise UserError(ours)
+        ours = ours.replace("the following arguments are required", "still needed").replace("arguments", "words")
+        raise UserError(f"{ours}; `{self.prog} --help` shows what there is")
 
 
 class Once(argparse.Action):

@@ -1,31 +1,36 @@
-"""The schemes that flags ask for, and every check of a sweep's flags that needs no model."""
+"""The schemes that flags ask for, those of them that a runtime can load, and checks that need no model."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sensitivity.cli.arguments import flags
 from sensitivity.cli.arguments.values import WIDEST
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import ATTENTION, KEEP, MATCH, PRUNE, SOFTMAX, Scheme
 
+if TYPE_CHECKING:
+    from sensitivity.spec.components import ComponentMap
+    from sensitivity.spec.limits import Allowed
+
 
 def schemes(args: argparse.Namespace) -> list[Scheme]:
     """The schemes of each method and combination of widths, from the flags of `methods` and `run_time`."""
     from sensitivity.quantize.scheme_settings import schemes_of
 
-    plain = ("group", "symmetric", "biases", "backend")
+    own_flags = ("group", "symmetric", "biases", "backend")
     settings = dict(flags.distinct("--set", args.set))
-    for name in ("method", "bits", *plain, "activation_scale", "cache_group"):
+    for name in ("method", "bits", *own_flags, "activation_scale", "cache_group"):
         if name in settings:
             flag = name.replace("_", "-")
             raise UserError(f"--set {name}={settings[name]}: {name} is a flag of its own; type --{flag}")
     names = (args.method,) if isinstance(args.method, str) else args.method
     of_rounding = {name: settings.pop(name) for name in (SOFTMAX, ATTENTION, MATCH) if name in settings}
-    given: dict[str, Any] = {**{flag: getattr(args, flag) for flag in plain}, **settings}
+    given: dict[str, Any] = {**{flag: getattr(args, flag) for flag in own_flags}, **settings}
     requested: list[Scheme] = []
     for activations, cache in itertools.product(*_rounded_widths(args)):
         rounded: dict[str, Any] = {}
@@ -58,6 +63,20 @@ def checked(
         args.by, search, requested, tasks, args.device, args.dtype, args.path, args.runtime, until, args.out, storage
     )
     return requested, calibrated
+
+
+def loadable(
+    args: argparse.Namespace, parts: ComponentMap, requested: list[Scheme], allow: Allowed | None
+) -> list[Scheme]:
+    """The schemes that --runtime can load and --allow allows; prints what the runtime leaves out."""
+    from sensitivity.spec.runtimes.loadable import restrict
+
+    if not args.runtime:
+        return requested
+    legal, left_out = restrict(parts, requested, args.runtime, allow)
+    for line in left_out:
+        print(f"{args.runtime} restricts the space: {line}", file=sys.stderr)
+    return legal
 
 
 def _rounded_widths(args: argparse.Namespace) -> tuple[Sequence[int], Sequence[int]]:

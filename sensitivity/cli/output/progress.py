@@ -56,14 +56,14 @@ def show_progress(
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn
     from rich.text import Text
 
-    class Doing(ProgressColumn):
+    class Status(ProgressColumn):
         """The last scores; before the first, what runs now."""
 
         def render(self, task: Task) -> Text:
             return Text(task.fields["last"] or stage.now() or "preparing")
 
     finished, pace, began = 0, Pace(plans, seconds), time.monotonic()
-    bar = Progress("{task.description}", BarColumn(), TaskProgressColumn(), "{task.fields[time]}", Doing())
+    bar = Progress("{task.description}", BarColumn(), TaskProgressColumn(), "{task.fields[time]}", Status())
     line = bar.add_task(title, total=None, time="", last="")
     with Live(bar, console=Console(stderr=True), refresh_per_second=4) as live:
         shown = 0.0
@@ -92,7 +92,7 @@ def show_stages(quiet: bool = False) -> Iterator[None]:
     from rich.live import Live
     from rich.text import Text
 
-    # transient: what is printed next takes its place
+    # transient: what is printed next takes the line's place
     with Live(console=Console(stderr=True), get_renderable=lambda: Text(stage.now(), style="dim"), transient=True):
         yield
 
@@ -134,7 +134,7 @@ def show_progress_in_json(steps: Iterable[Step], study: Study, plans: int = 0, s
 
 def _print_json(step: Step, images: int, seconds: float, study: Study) -> None:
     """Print one line of JSON."""
-    counts = study.counts(lately=True)
+    counts = study.counts(cached=True)
     facts = {
         "done": step.done,
         "left": images,

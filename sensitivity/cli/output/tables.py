@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from sensitivity.spec.sizes import in_words
+from sensitivity.spec.sizes import bytes_in_words
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from sensitivity.study.study import Study
 
 
-COUNTED = {
+COUNT_HEADS = {  # count of answers -> the head of its column
     "to_wrong": "right → wrong",
     "to_right": "wrong → right",
     "empty": "empty",
     "cut": "cut off",
     "malformed": "malformed",
 }
-KEY = 8  # characters of a plan's key that are shown: enough to name it
+KEY_LENGTH = 8  # characters of a plan's key that are printed: enough to name the plan
 WIDTH = 120  # columns where there is no terminal to ask
 
 
@@ -55,8 +55,10 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[object]]) ->
 
 def frontier(study: Study, most: int = 12) -> None:
     """Print the plans that no smaller plan beats on the first task."""
-    rows = study.table().sort_values(["bpw", study.tasks[0]], ascending=[True, False])
-    best = rows[rows[study.tasks[0]] > rows[study.tasks[0]].cummax().shift(fill_value=-1.0)].tail(most)
+    from sensitivity.study.racing import frontier as positions
+
+    rows = study.table()
+    best = rows.iloc[positions(rows["bpw"], rows[study.tasks[0]])].tail(most)
     table(
         f"Frontier: no smaller plan scores higher on {study.tasks[0]} (95 % intervals where they are known"
         f"{'' if rows['complete'].all() else '; n where not all examples were seen'})",
@@ -68,8 +70,8 @@ def frontier(study: Study, most: int = 12) -> None:
     )
     answer_counts(
         {
-            f"{row['key'][:KEY]} {row['plan']}": [
-                {"task": task, **{name: row.get(f"{task}.{name}") for name in ("n", *COUNTED)}, "score": row[task]}
+            f"{row['key'][:KEY_LENGTH]} {row['plan']}": [
+                {"task": task, **{name: row.get(f"{task}.{name}") for name in ("n", *COUNT_HEADS)}, "score": row[task]}
                 for task in study.tasks
                 if f"{task}.empty" in row
             ]
@@ -81,7 +83,7 @@ def frontier(study: Study, most: int = 12) -> None:
 def answer_counts(plans: Mapping[str, Sequence[Mapping[str, object]]]) -> None:
     """Print what happened to the answers of some plans, for each task and kind of question."""
     rows = [(plan, row) for plan, counts in plans.items() for row in counts]
-    known = [name for name in COUNTED if any(_number(row.get(name)) for _, row in rows)]
+    known = [name for name in COUNT_HEADS if any(_number(row.get(name)) for _, row in rows)]
     if not known:
         return  # an imported table has no answers; a study of an earlier version did not count
     kinds = any(row.get("kind") for _, row in rows)
@@ -94,7 +96,7 @@ def answer_counts(plans: Mapping[str, Sequence[Mapping[str, object]]]) -> None:
             *(["kind"] if kinds else []),
             "n",
             "score",
-            *(COUNTED[name] for name in known),
+            *(COUNT_HEADS[name] for name in known),
         ),
         [
             (
@@ -183,7 +185,7 @@ def _score_checks(
         ))  # fmt: skip
     plans = next((check.plans for check in checks.by_score.values()), 0)
     table(
-        f"Cost of each score, and how it foretells {plans} random plans on calibration data and those of the study",
+        f"Cost of each score, and how well it predicts {plans} random plans on calibration data, and the study's plans",
         ("score", "CPU s", "passes", "order", "error", "order in the study", "error of task score"),
         rows,
     )
@@ -239,7 +241,7 @@ def _boxes(explained: Explanation) -> None:
 def score_costs(scored: Sequence[Attribution]) -> None:
     """Print what each score of the components cost."""
     costs = ", ".join(f"{one.name} {one.seconds:.1f} s" for one in scored)
-    print(f"\nScored on calibration data, in seconds of processor: {costs}")
+    print(f"\nScored on calibration data, in CPU seconds: {costs}")
 
 
 def recommendation(best: Recommendation) -> None:
@@ -248,7 +250,7 @@ def recommendation(best: Recommendation) -> None:
     print(f"Best plan for {best.budget:.4g} bits per weight, judged by {best.task}:")
     print(f"  {best.plan.describe()}")
     size = best.size
-    print(f"  {size.bpw:.2f} bpw {size.counted} ({size.bpw_codes:.2f} codes only), {in_words(size.bytes)}")
+    print(f"  {size.bpw:.2f} bpw {size.counted} ({size.bpw_codes:.2f} codes only), {bytes_in_words(size.bytes)}")
     if best.measured is None:
         expected = best.predicted
         print(f"  predicted {best.task} {expected.score:.3f} [{expected.low:.3f}, {expected.high:.3f}]")
@@ -264,7 +266,7 @@ def recommendation(best: Recommendation) -> None:
 
 def run_time(plan: Plan, parts: ComponentMap, times: LayerTimes, limits: Mapping[str, float]) -> None:
     """Print a plan's predicted costs in its runtime, and each stage's share of the time of an answer."""
-    from sensitivity.analysis.allocate.run_time_limits import in_words as cost_in_words
+    from sensitivity.analysis.allocate.run_time_limits import cost_in_words
     from sensitivity.spec.runtimes.layer_times import COSTS, LIMITED
 
     took = {cost: times.plan_cost(parts, plan, cost) for cost in COSTS}

@@ -79,9 +79,8 @@ class _Actors:
 
     def _start(self) -> None:
         actor = self.worker.remote()
-        identity = (
-            actor.identity.remote()
-        )  # ask now: a dead actor cannot answer, and the queue has its plans under this identity
+        # asked now, since a dead actor cannot answer; the queue has its plans under this identity
+        identity = actor.identity.remote()
         self.at_work[actor.run.remote(list(self.args.typed), str(Path.cwd()))] = (actor, identity)
 
     def replace_lost(self, seconds: float = PAUSE) -> None:
@@ -132,8 +131,8 @@ class _Actors:
                 if done != before:
                     new, before = done - before, done
                     scores = {task: score["mean"] for task, score in latest.scores.items()}
-                    where = latest.state.is_finished(), done, left, images, max(new, 1)
-                    yield Step(latest.plan, scores, latest.seconds or 0.0, *where)
+                    seconds, finished = latest.seconds or 0.0, latest.state.is_finished()
+                    yield Step(latest.plan, scores, seconds, finished, done, left, images, max(new, 1))
             if not self.at_work:
                 return
             self.replace_lost()

@@ -25,11 +25,10 @@ if TYPE_CHECKING:
 
 CHILD = "SENSITIVITY_WORKER"  # environment variable of a worker, which starts no workers itself
 STOPS_WITH_LAUNCHER = "follows"  # its value if the worker's standard input closes when its launcher ends
-WORTH_A_WORKER = (
-    20.0  # workers join if more seconds of work than this are left: on a busy machine they take about as long to load
-)
+# workers join if more seconds of work than this are left: on a busy machine they take about as long to load
+WORTH_A_WORKER = 20.0
 SECONDS_TO_STOP = 5.0  # for a worker to end cleanly after its launcher is gone; a kill loses only its plan
-BYTES_PER_WORKER = 1.5e9  # bytes that a worker needs beside its model and quantized weights
+BYTES_PER_WORKER = 1.5e9  # beside its model and quantized weights
 
 
 def is_child() -> bool:
@@ -62,9 +61,9 @@ def count(args: argparse.Namespace, parts: ComponentMap, plans: int, schemes: in
     if args.device != "cpu" or args.plain or is_child():
         return 1
     # per weight: 8 bytes for the model and the running plan in float32, and 1.25 bytes for the codes of each scheme
-    apiece = parts.numel * (8 + 1.25 * schemes) + BYTES_PER_WORKER
-    room = int(0.8 * threads.free_memory() / apiece)
-    return max(1, min(threads.cores() // (threads.requested() or 1), plans, room))
+    bytes_of_one = parts.numel * (8 + 1.25 * schemes) + BYTES_PER_WORKER
+    fit_in_memory = int(0.8 * threads.free_memory() / bytes_of_one)
+    return max(1, min(threads.cores() // (threads.requested() or 1), plans, fit_in_memory))
 
 
 @contextlib.contextmanager
@@ -103,8 +102,8 @@ def beside_workers(args: argparse.Namespace, processes: int, steps: Iterator[Ste
         # this process has no plan left; workers may still run their last ones
         if ended := [worker for worker in at_work if worker.process.wait()]:
             how_it_ended = "; ".join(worker.how_it_ended() for worker in ended)
-            stderr = f"{len(ended)} of the workers ended early ({how_it_ended}); what they were running is run again"
-            warnings.warn(stderr, Notice, stacklevel=2)
+            message = f"{len(ended)} of the workers ended early ({how_it_ended}); what they were running is run again"
+            warnings.warn(message, Notice, stacklevel=2)
     finally:
         for process, stderr_file in at_work:
             if process.poll() is None:

@@ -6,8 +6,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from sensitivity.cli.arguments import flags as words
-from sensitivity.cli.arguments import values
+from sensitivity.cli.arguments import flags, path_values
 from sensitivity.cli.arguments.parsing import parser_of, run_verb
 from sensitivity.cli.verbs import export, inspect, plan, rank, recommend, report, sweep, verify
 from sensitivity.cli.verbs.timing import bench, profile
@@ -17,7 +16,7 @@ from sensitivity.spec.runtimes.layer_times import LAYOUTS
 ABOUT = "plan, sweep, rank, recommend and report on the embedded model, in a minute and a half"
 EXAMPLE = "sensitivity demo"
 MODEL = "embedded:scenes-llava"
-PLANNED = 5  # plan runs on so many times fewer examples than the sweep, so that the first answer comes in seconds
+FEWER_EXAMPLES = 5  # how many times fewer examples plan runs on than sweep: so its answer comes in seconds
 STEPS = {
     "inspect": inspect, "plan": plan, "profile": profile, "sweep": sweep, "rank": rank, "recommend": recommend,
     "export": export, "verify": verify, "bench": bench, "report": report,
@@ -26,30 +25,30 @@ STEPS = {
 
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    words.budget(p)
+    flags.budget(p)
     p.add_argument(
         "--out",
-        type=values.folder,
+        type=path_values.folder,
         default=Path("runs/demo"),
         help="folder for the study, its plan and its report (default: runs/demo)",
     )
-    words.runtime(p, "go on in this runtime, openvino: export the plan, execute it, compare its answers, and time it")
-    words.samples(p, n=500)  # a minute and a half on two quiet cores
+    flags.runtime(p, "go on in this runtime, openvino: export the plan, execute it, compare its answers, and time it")
+    flags.samples(p, n=500)  # a minute and a half on two quiet cores
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Run the verbs one after the other, as a person would type them."""
-    lines = _in(args.runtime, args) if args.runtime else _alone(args)
+    lines = _in_runtime(args.runtime, args) if args.runtime else _without_runtime(args)
     return {line.split()[0]: _typed(line, args) for line in lines}
 
 
-def _alone(args: argparse.Namespace) -> list[str]:
-    """The verbs that need no runtime."""
+def _without_runtime(args: argparse.Namespace) -> list[str]:
+    """The command lines of the verbs that need no runtime."""
     out, planned = shlex.quote(str(args.out)), shlex.quote(f"{args.out}-plan")
     return [
         f"inspect {MODEL} --by part --method uniform",
         f"plan {MODEL} --task vqa --bits 2,3,4,8 --by part --method uniform --bpw {args.bpw!r} --calibration-n 32"
-        f" --n {-(-args.n // PLANNED)} --seed {args.seed} --out {planned}",
+        f" --n {-(-args.n // FEWER_EXAMPLES)} --seed {args.seed} --out {planned}",
         f"sweep {MODEL} --task vqa --bits 2,3,4,8 --by part --method uniform --n {args.n} --seed {args.seed}"
         # plans that cannot reach the frontier see only some of the examples
         f" --until 'error<1%' --out {out}",
@@ -59,15 +58,15 @@ def _alone(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def _in(runtime: str, args: argparse.Namespace) -> list[str]:
-    """The same without plan, for plans that a runtime can load, with the verbs that export and time them there."""
+def _in_runtime(runtime: str, args: argparse.Namespace) -> list[str]:
+    """The same lines without plan, for plans that a runtime can load, and lines that export and time one there."""
     if runtime not in LAYOUTS:
         raise unknown("runtime", runtime, LAYOUTS)
     from sensitivity.formats.timing.profile import check_runs_here
 
     check_runs_here(MODEL, runtime)
     out, exported = shlex.quote(str(args.out)), shlex.quote(f"{args.out}-{runtime}")
-    inspected, _, swept, ranked, recommended, reported = _alone(args)
+    inspected, _, swept, ranked, recommended, reported = _without_runtime(args)
     return [
         inspected.replace("uniform", "rtn"),
         f"profile {MODEL} --runtime {runtime} --bits 2,3,4,8",
@@ -84,7 +83,7 @@ def _in(runtime: str, args: argparse.Namespace) -> list[str]:
 def _typed(line: str, args: argparse.Namespace) -> dict[str, object]:
     if not args.json:
         print(f"\n$ sensitivity {line}")
-    flags = [flag for flag, on in (("--json", args.json), ("--debug", args.debug)) if on]
-    words = [*shlex.split(line), *flags, *(["--threads", str(args.threads)] if args.threads else [])]
-    one = parser_of(STEPS).parse_args(words, argparse.Namespace(typed=words))
-    return run_verb(STEPS[one.verb], one)
+    passed_on = [flag for flag, on in (("--json", args.json), ("--debug", args.debug)) if on]
+    words = [*shlex.split(line), *passed_on, *(["--threads", str(args.threads)] if args.threads else [])]
+    parsed = parser_of(STEPS).parse_args(words, argparse.Namespace(typed=words))
+    return run_verb(STEPS[parsed.verb], parsed)

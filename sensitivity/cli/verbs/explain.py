@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.arguments.model_and_tasks import loaded
 from sensitivity.cli.arguments.scheme_flags import checked
 from sensitivity.cli.output.progress import show_stages
@@ -14,7 +14,8 @@ from sensitivity.spec.errors import UserError
 
 ABOUT = "score every component from a few backward passes; or say where the damage of a measured plan comes from"
 EXAMPLE = "sensitivity explain embedded:scenes-llava --task vqa --bits 2,3,4 --out runs/why"
-OF_MODEL = ("--bits", "--method", "--group", "--symmetric", "--biases", "--set", "--backend", "--by", "--scores",
+# flags that have an effect only with a model
+MODEL_FLAGS = ("--bits", "--method", "--group", "--symmetric", "--biases", "--set", "--backend", "--by", "--scores",
             "--check", "--out", "--path", "--calibration")  # fmt: skip
 
 
@@ -46,7 +47,10 @@ def arguments(p: argparse.ArgumentParser) -> None:
         help="random plans that are run on the calibration data to check each score; 0 for none (default: 8)",
     )
     p.add_argument(
-        "--out", type=values.folder, metavar="runs/NAME", help="folder for attributions.json, such as that of a study"
+        "--out",
+        type=path_values.folder,
+        metavar="runs/NAME",
+        help="folder for attributions.json, such as that of a study",
     )
     p.add_argument(
         "--plan",
@@ -75,14 +79,14 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 def _components(args: argparse.Namespace) -> dict[str, object]:
     """Score every component at every width."""
-    from sensitivity.api.explaining import (
+    from sensitivity.api.attribution_file import (
+        agreements,
         attributions_json,
-        check_explains,
+        check_scores_apply,
         check_writable,
-        compared,
         save_attributions,
     )
-    from sensitivity.api.planning import check_scores, scored
+    from sensitivity.api.planning import check_float_path, scored
     from sensitivity.measure.attribution import checks as score_checks
     from sensitivity.measure.generate.batches import check_tasks_fit
 
@@ -90,19 +94,19 @@ def _components(args: argparse.Namespace) -> dict[str, object]:
     if args.out is None:
         raise UserError("still needed: --out, the folder for the scores (or, for a study, --plan)")
     requested, _ = checked(args, "grid")
-    check_scores(requested, args.path)
+    check_float_path(requested, args.path)
     check_writable(args.out)
     args.model = args.source
-    check_explains((), args.scores)
+    check_scores_apply((), args.scores)
     vlm, parts, tasks = loaded(args)
-    check_explains(tasks, args.scores)
+    check_scores_apply(tasks, args.scores)
     check_tasks_fit(vlm, tasks)
     data = args.calibration or args.task
     with show_stages(args.json):
         scoring = scored(vlm, parts, requested, data, args.scores, args.calibration_n, 0, (), args.cache_gb)
-    measured = compared(args.out, scoring.scores, parts.names)
-    in_words = not any(task.gallery for task in tasks)
-    checks = score_checks.check_scores(scoring.given, scoring.scores, args.check) if in_words else None
+    measured = agreements(args.out, scoring.scores, parts.names)
+    have_loss = not any(task.gallery for task in tasks)  # a check runs plans and compares losses of right answers
+    checks = score_checks.check_scores(scoring.given, scoring.scores, args.check) if have_loss else None
     content = attributions_json(vlm.name, scoring.scores, measured, checks)
     file = save_attributions(args.out, content)
     if not args.json:
@@ -120,9 +124,11 @@ def _plan(args: argparse.Namespace) -> dict[str, object]:
 
     if args.plan is None:
         raise UserError("still needed: --plan, the number or key of a plan; `sensitivity sweep --json` lists them")
-    flags.without_effect(args, OF_MODEL, "with a study, whose plans name all of it")
+    flags.without_effect(args, MODEL_FLAGS, "with a study, whose plans already say it")
     if args.failures is not None:
-        flags.without_effect(args, ["--calibration-n", "--task"], "with --failures, which no calibration data is for")
+        flags.without_effect(
+            args, ["--calibration-n", "--task"], "with --failures, which uses evaluated answers instead"
+        )
     device_of(args.device)
     dtype_of(args.dtype)
     study = Study(Path(args.source).expanduser())
@@ -132,8 +138,8 @@ def _plan(args: argparse.Namespace) -> dict[str, object]:
     tasks = args.task if "task" in getattr(args, "given", ()) else ()
     vlm = load(str(study.meta["model"]), device=args.device, dtype=args.dtype or study.meta["dtype"])
     n, failures = args.failures or args.calibration_n, args.failures is not None
-    where = study_of(study, trial.plan) if failures else study
-    explained = explain_plan(vlm, where, trial.plan, n, tasks, args.cache_gb, failures)
+    measured_in = study_of(study, trial.plan) if failures else study
+    explained = explain_plan(vlm, measured_in, trial.plan, n, tasks, args.cache_gb, failures)
     file = save_explanation(study, explained)
     if not args.json:
         explanation(explained)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.output.progress import show_stages
 from sensitivity.cli.output.tables import table
 from sensitivity.spec.errors import unknown
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 ABOUT = "write a plan as files that a runtime loads"
 EXAMPLE = "sensitivity export runs/first --bpw 4.0 --format compressed-tensors --out out/first"
-KNOWN = (
+FORMAT_NAMES = (
     "plan, fake, compressed-tensors, gptq, awq, auto-round, openvino, gguf, llm-compressor, bnb, torchao, modelopt, "
     "llama.cpp or mlx"
 )
@@ -27,10 +27,10 @@ def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     flags.source(p)
     p.add_argument("--bpw", type=values.bpw, metavar="X", help="the budget, where the source is a study")
-    p.add_argument("--format", type=values.name, default="plan", help=f"{KNOWN} (default: plan)")
+    p.add_argument("--format", type=values.name, default="plan", help=f"{FORMAT_NAMES} (default: plan)")
     flags.runtime(p, "runtime that will load the export, such as vllm (default: that of the format)")
     flags.moved_model(p)
-    p.add_argument("--out", type=values.out, required=True, help="the folder to write")
+    p.add_argument("--out", type=path_values.out, required=True, help="the folder to write")
     p.add_argument(
         "--path",
         type=values.name,
@@ -82,14 +82,14 @@ def _check(args: argparse.Namespace) -> None:
 
 def show(path: Path, known: Manifest | None) -> None:
     """Print where the export is, its size, and what to type next; a plan.json has no manifest."""
-    from sensitivity.study.exports import path_gain
+    from sensitivity.study.exports import path_gain_sentences
 
     print(f"wrote {path}")
     if known is None:
         print(f"next: sensitivity export {path} --format NAME --out DIR")
         return
     if gain := known["trial"].get("path_gain"):
-        print(path_gain(gain))
+        print(path_gain_sentences(gain))
     planned, predicted = known["size"], known["predicted_size"]
     if written := known.get("written"):
         table(

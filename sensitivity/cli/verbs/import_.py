@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.output.tables import frontier
 
 ABOUT = "turn a CSV table of bits and scores into a study that rank, recommend and report accept"
 EXAMPLE = "sensitivity import table.csv --part vit_bits=vision --part llm_bits=language --score cider --out runs/table"
-
 
 # flag -> (metavar, help); each flag may be repeated
 PAIRS = {
@@ -26,7 +25,10 @@ PAIRS = {
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     p.add_argument(
-        "table", type=values.path, metavar="TABLE.csv", help="one row per trial; repeated plans stay repeats"
+        "table",
+        type=path_values.path,
+        metavar="TABLE.csv",
+        help="one row per trial; repeated plans stay separate trials",
     )
     for flag, (metavar, about) in PAIRS.items():
         kind = values.pair_of(values.count) if flag == "--numel" else values.pair
@@ -49,7 +51,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--total", type=values.weights, metavar="N", help="weights of the whole model, kept ones included")
     p.add_argument("--method", type=values.name, default="codes", help="what to call the method of quantization")
     p.add_argument("--model", type=values.name, help="what to call the model (default: the table's name)")
-    p.add_argument("--out", type=values.folder, required=True, metavar="runs/NAME", help="where the study goes")
+    p.add_argument("--out", type=path_values.folder, required=True, metavar="runs/NAME", help="folder of the new study")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:

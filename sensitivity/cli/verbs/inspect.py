@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sensitivity.cli.arguments import flags
 from sensitivity.cli.arguments.scheme_flags import schemes
 from sensitivity.cli.output.tables import table
-from sensitivity.spec.sizes import in_words
+from sensitivity.spec.sizes import bytes_in_words
 
 if TYPE_CHECKING:
     from sensitivity.models.vlm import VLM
@@ -81,5 +81,5 @@ def show(
     table(
         f"Uniform plans ({method})",
         ("bits", "bpw, all stored", "bpw, codes only", "size"),
-        [(bits, f"{one.bpw:.3f}", f"{one.bpw_codes:.3f}", in_words(one.bytes)) for bits, one in sizes.items()],
+        [(bits, f"{one.bpw:.3f}", f"{one.bpw_codes:.3f}", bytes_in_words(one.bytes)) for bits, one in sizes.items()],
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.spec.errors import UserError
 
 ABOUT = "find the best plan that a runtime can load, and what that costs"
@@ -18,7 +18,10 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--bpw", type=values.bpw, metavar="X", help="the budget (default: the size of the plan)")
     flags.task(p)
     p.add_argument(
-        "--out", type=values.file, metavar="plan.json", help="where to write the plan (default: it is only printed)"
+        "--out",
+        type=path_values.file,
+        metavar="plan.json",
+        help="where to write the plan (default: it is only printed)",
     )
     p.add_argument("--force", action="store_true", help="replace a plan that is there")
 

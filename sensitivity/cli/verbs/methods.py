@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from sensitivity.cli.output.tables import table
+from sensitivity.spec.plan import NOT_ROUNDED
 
 ABOUT = "list the quantization methods: widths, calibration, stored bits beside claimed ones, and sources"
 EXAMPLE = "sensitivity methods"
-NATIVE = 16  # bits of activations that are not rounded
 SIDE = 4096  # rows and columns of the weight whose stored bits are shown
 
 
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sensitivity.spec.components import ComponentMap, Weight
     from sensitivity.spec.sizes import component_bits
 
-    # of an attention, since some methods store something for queries, keys and values together
+    # the weights of an attention, since some methods store something for queries, keys and values together
     weights = (Weight(f"{n}.weight", SIDE, SIDE, "language", 0, 1, "attn", shares_input="q") for n in "qkv")
     layer = ComponentMap("", "part", tuple(weights), ())
     listed = []
@@ -78,7 +78,7 @@ def show_methods(listed: list[dict[str, Any]]) -> None:
             for m in listed
         ],
     )
-    rounding = [f"{m['name']} to {m['activations']} bits" for m in listed if m["activations"] < NATIVE]
+    rounding = [f"{m['name']} to {m['activations']} bits" for m in listed if m["activations"] < NOT_ROUNDED]
     print(f"Inputs of layers are rounded, too, by {', '.join(rounding)}.\n")
     table(
         "Where they are from",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.arguments.budgets import budgets_in_bpw, check_budget_flags
 from sensitivity.cli.arguments.model_and_tasks import loaded
-from sensitivity.cli.arguments.scheme_flags import checked
+from sensitivity.cli.arguments.scheme_flags import checked, loadable
 from sensitivity.cli.output.progress import show_progress, show_progress_in_json, show_stages
 from sensitivity.cli.output.tables import forecast, recommendation, score_costs
 
@@ -68,10 +68,10 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.api.planning import (
         begin_plan,
         check_budgets,
-        deciding,
-        openings_by,
-        say_if_calibration_is_easier,
+        opening_scores,
         scored,
+        search_examples,
+        warn_if_calibration_is_easier,
     )
     from sensitivity.measure.generate.batches import check_tasks_fit
 
@@ -84,30 +84,29 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     data = args.calibration or args.task
     with show_stages(args.json):
         scoring = scored(
-            vlm, parts, requested, data, openings_by(tasks), args.calibration_n, args.seed, tasks, args.cache_gb
+            vlm, parts, requested, data, opening_scores(tasks), args.calibration_n, args.seed, tasks, args.cache_gb
         )
     left = math.inf if args.minutes is None else max(60 * args.minutes - (time.monotonic() - began), 0.001)
     planning = begin_plan(
         vlm, parts, args.task, args.out, request, scoring.scores, args.trials,
-        n=deciding(args.n, tasks), seed=args.seed, statistics=scoring.given.statistics,
+        n=search_examples(args.n, tasks), seed=args.seed, statistics=scoring.given.statistics,
         until=() if args.minutes is None else (f"{left:.3f}s",),
     )  # fmt: skip
     if args.json:
         show_progress_in_json(planning.steps, planning.study, args.trials, left)
     else:
         show_progress(planning.steps, "measuring", planning.study, args.trials, left)
-    say_if_calibration_is_easier(scoring.given, planning.study)
+    warn_if_calibration_is_easier(scoring.given, planning.study)
     return _verified(args, vlm, scoring, planning.study, planning.request, planning.proposals())
 
 
 def _checked(args: argparse.Namespace) -> list[Scheme]:
     """The schemes, after every check that needs no model."""
-    from sensitivity.api.planning import check_scores
+    from sensitivity.api.planning import check_float_path
 
-    if args.gb is not None:
-        flags.without_effect(args, ["--bpw"], "beside --gb, as there is one kind of budget")
+    check_budget_flags(args)
     requested, _ = checked(args, "random")
-    check_scores(requested, args.path)
+    check_float_path(requested, args.path)
     return requested
 
 
@@ -117,20 +116,10 @@ def _request(
     """The schemes that the runtime can load, and the request; its tasks get their names when the study exists."""
     from sensitivity.analysis.allocate.request import PlanRequest
     from sensitivity.api.planning import limits
-    from sensitivity.spec.runtimes.headers import bpw_in_gb, header_bytes
-    from sensitivity.spec.runtimes.loadable import restrict
-    from sensitivity.spec.runtimes.table import files_of
 
-    headers = header_bytes(parts, files_of(args.runtime))  # counted in a budget in GB, but not in bpw
-    bpw = args.bpw if args.gb is None else tuple(bpw_in_gb(parts, gb, headers) for gb in args.gb)
-    allow = dict(flags.distinct("--allow", args.allow))
+    bpw, allow = budgets_in_bpw(args, parts), dict(flags.distinct("--allow", args.allow))
     request = PlanRequest(bpw, dict.fromkeys(args.task, 1.0), {}, allow, args.tie, args.runtime, args.top)
-    allowed, _ = limits(parts, request)
-    if args.runtime:
-        requested, left_out = restrict(parts, requested, args.runtime, allowed)
-        for line in left_out:
-            print(f"{args.runtime} restricts the space: {line}", file=sys.stderr)
-    return requested, request
+    return loadable(args, parts, requested, limits(parts, request)[0]), request
 
 
 def _verified(
@@ -163,13 +152,13 @@ def _forecast(
 ) -> dict[str, object]:
     """Forecast the scores, and all plans that may be run, verified ones included; random plans stand in for them."""
     from sensitivity.analysis.search.plan_lists import plans
-    from sensitivity.api.planning import deciding
+    from sensitivity.api.planning import search_examples
     from sensitivity.measure.forecast.forecast import forecast_sweep
 
     verified = 1 + (args.top + 1) * len(args.gb or args.bpw)
     # plans run before the verification see fewer examples: count them as fewer plans with all examples
-    decide = -(-args.trials * deciding(args.n, tasks) // args.n)
-    listed = plans(parts, requested, "random", decide + verified, args.seed)
+    searched = -(-args.trials * search_examples(args.n, tasks) // args.n)
+    listed = plans(parts, requested, "random", searched + verified, args.seed)
     assert isinstance(listed, list)
     options = {"device": args.device, "dtype": args.dtype, "calibration": args.calibration_n, "cache_gb": args.cache_gb}
     predicted = forecast_sweep(vlm, parts, listed, tasks, **options, scoring=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.arguments.budgets import budgets_in_bpw, check_budget_flags
 from sensitivity.cli.output.progress import show_progress, show_stages
-from sensitivity.cli.output.tables import answer_counts, recommendation, run_time
+from sensitivity.cli.output.tables import KEY_LENGTH, answer_counts, recommendation, run_time
 
 if TYPE_CHECKING:
     from sensitivity.analysis.allocate.recommendation import Recommendation
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.api.exporting import write_cards
     from sensitivity.api.recommending import begin_recommendation
     from sensitivity.formats.timing.kept_times import kept_times
-    from sensitivity.models.loading import device_of, dtype_of, load
+    from sensitivity.models.loading import device_of, dtype_of
     from sensitivity.study.storage import layer_times
     from sensitivity.study.study import Study
 
@@ -76,14 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if args.prior:
         check_priors(args.prior)
         expect_from(study, args.prior, schemes_of(study))
-    if "fingerprint" not in study.meta:
-        flags.without_effect(
-            args, ["--model", "--device", "--dtype"], "for an imported table, which has no model to run"
-        )
-    model = args.model or study.meta.get("model")
-    vlm = None
-    if not args.no_run and "fingerprint" in study.meta:
-        vlm = load(str(model), device=args.device, dtype=args.dtype or study.meta["dtype"])
+    vlm = _model(args, study)
     recommendations, steps = begin_recommendation(study, request, vlm, times=times)
     if vlm is not None:
         show_progress(steps, "verifying")
@@ -98,13 +93,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         for note in notes:
             print(f"note: {note}")
         for one, path, outcome in zip(best, paths, ran, strict=True):
-            recommendation(one)
-            if times is not None:
-                run_time(one.plan, study.parts, times, request.limits)
-            if outcome is not None:
-                print(f"  {outcome.words}")
-            print(f"  plan: {path}; its model card: {path.with_suffix('.md')}")
-        answer_counts({f"{one.plan.key[:8]} {one.plan.describe()}": _counts(study, one) for one in best})
+            _show(study, one, path, times, request, outcome)
+        answer_counts({f"{one.plan.key[:KEY_LENGTH]} {one.plan.describe()}": _counts(study, one) for one in best})
     facts = [
         {**one.to_json(), "path": str(path), "answers": _counts(study, one), **_run_time(study, one, times, outcome)}
         for one, path, outcome in zip(best, paths, ran, strict=True)
@@ -112,22 +102,45 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     return facts[0] | {"notes": list(notes)} | ({"budgets": facts} if len(facts) > 1 else {})
 
 
+def _model(args: argparse.Namespace, study: Study) -> VLM | None:
+    """The study's model; None with --no-run, and for an imported table."""
+    from sensitivity.models.loading import load
+
+    if "fingerprint" not in study.meta:
+        flags.without_effect(
+            args, ["--model", "--device", "--dtype"], "for an imported table, which has no model to run"
+        )
+        return None
+    if args.no_run:
+        return None
+    return load(str(args.model or study.meta["model"]), device=args.device, dtype=args.dtype or study.meta["dtype"])
+
+
+def _show(
+    study: Study, one: Recommendation, path: Path, times: LayerTimes | None, request: PlanRequest,
+    outcome: InRuntime | None,
+) -> None:  # fmt: skip
+    """Print a recommendation, its costs in the runtime, and its files."""
+    recommendation(one)
+    if times is not None:
+        run_time(one.plan, study.parts, times, request.limits)
+    if outcome is not None:
+        print(f"  {outcome.words}")
+    print(f"  plan: {path}; its model card: {path.with_suffix('.md')}")
+
+
 def _request(args: argparse.Namespace, study: Study) -> PlanRequest:
     """The request that the flags make: budgets, tasks, floors and limits."""
     from sensitivity.analysis.allocate.request import PlanRequest
     from sensitivity.spec.errors import UserError
     from sensitivity.spec.plan import Plan
-    from sensitivity.spec.runtimes.headers import bpw_in_gb, header_bytes
     from sensitivity.spec.runtimes.layer_times import LIMITED
-    from sensitivity.spec.runtimes.table import files_of
     from sensitivity.spec.sizes import size
 
-    if args.gb is not None:
-        flags.without_effect(args, ["--bpw"], "beside --gb, as there is one kind of budget")
+    check_budget_flags(args)
     if args.task and args.weight:
         raise UserError("either --task names the one task that decides, or --weight says how much each counts")
-    headers = header_bytes(study.parts, files_of(args.runtime))  # counted in a budget in GB, but not in bpw
-    bpw = args.bpw if args.gb is None else tuple(bpw_in_gb(study.parts, gb, headers) for gb in args.gb)
+    bpw = budgets_in_bpw(args, study.parts)
     limits = {cost: getattr(args, cost) for cost in LIMITED if getattr(args, cost) is not None}
     if limits and args.gb is None and "bpw" not in getattr(args, "given", ()):  # no other budget was asked for
         bpw = (size(study.parts, Plan.uniform(study.parts, None)).bpw,)

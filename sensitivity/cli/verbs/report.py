@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.arguments import flags, path_values
 
 ABOUT = "write a page with the frontier, the importance of each part, and what to do"
 EXAMPLE = "sensitivity report runs/first"
@@ -13,7 +13,7 @@ EXAMPLE = "sensitivity report runs/first"
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     flags.study(p)
-    p.add_argument("--out", type=values.folder, help="where to write (default: STUDY/report)")
+    p.add_argument("--out", type=path_values.folder, help="where to write (default: STUDY/report)")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:

@@ -13,11 +13,9 @@ from sensitivity.cli.arguments.scheme_flags import checked
 from sensitivity.cli.output.progress import show_stages
 from sensitivity.cli.output.tables import table
 
-ABOUT = (
-    "say how sensitive each part is to the bits of its activations, by the drafts that hold; no right answers needed"
-)
+ABOUT = "say how sensitive each part is to the bits of its activations: the share of drafted tokens that are accepted"
 EXAMPLE = "sensitivity speculate embedded:scenes-llava --task caption --activation-bits 3,4 --n 20"
-EVERY = "*"  # the pattern of all components
+ALL = "*"  # the pattern of all components
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
@@ -71,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     for scheme in schemes:
         plan = Plan.uniform(parts, scheme)
         for one in tasks:
-            patterns = [*parts.names, EVERY]
+            patterns = [*parts.names, ALL]
             for pattern, bits, found in acceptance(
                 vlm, parts, plan, one, args.activation_bits, patterns, args.draft, statistics
             ):
@@ -93,13 +91,13 @@ def show(rows: list[dict[str, Any]], draft: int) -> None:
     found = {(row["weights"], row["task"], row["component"], row["activations"]): row for row in rows}
     kinds = list(dict.fromkeys(key[:3] for key in found))
     table(
-        f"Drafted tokens that hold, of {draft} at a time, plus or minus a standard error",
+        f"Share of drafted tokens that are accepted, {draft} at a time, plus or minus a standard error",
         ("weights", "task", "rounded", *(f"{bits} bits" for bits in widths)),
         [
             (
                 weights,
                 name,
-                "all" if component == EVERY else component,
+                "all" if component == ALL else component,
                 *(_rate(found[weights, name, component, bits]) for bits in widths),
             )
             for weights, name, component in kinds

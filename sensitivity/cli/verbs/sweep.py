@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.arguments.model_and_tasks import loaded
-from sensitivity.cli.arguments.scheme_flags import checked
-from sensitivity.cli.output.progress import best_so_far, points, show_progress, show_progress_in_json, show_stages
+from sensitivity.cli.arguments.scheme_flags import checked, loadable
+from sensitivity.cli.output.progress import show_progress, show_progress_in_json, show_stages
+from sensitivity.cli.output.sweep_summary import show_summary
 from sensitivity.cli.output.tables import forecast, frontier
 from sensitivity.cli.processes import ray_workers, workers
 
@@ -57,11 +55,11 @@ def arguments(p: argparse.ArgumentParser) -> None:
     flags.study_folder(p)
     flags.samples(p)
     flags.calibration(p)
-    _running(p)
+    _run_flags(p)
     p.set_defaults(plans=None)  # no flag: a program may set a function of parts and schemes
 
 
-def _running(p: argparse.ArgumentParser) -> None:
+def _run_flags(p: argparse.ArgumentParser) -> None:
     """Add the flags that say where, with how much memory and for how long plans are run."""
     p.add_argument(
         "--until",
@@ -109,7 +107,7 @@ def _running(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--storage",
-        type=values.address,
+        type=path_values.address,
         metavar="URL",
         help="an Optuna storage for a team, such as postgresql+psycopg://host/db",
     )
@@ -150,7 +148,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             plans = plans_of(schemes, "random" if callable(searched) else args.search)
             return _forecast(args, vlm, parts, plans, tasks)
         study = _run_plans(args, vlm, parts, plans_of(schemes, args.search), schemes, statistics, processes, expected)
-    return {} if workers.is_child() else _summary(args, study)
+    return {} if workers.is_child() else show_summary(args, study)
 
 
 def _search_space(
@@ -160,14 +158,10 @@ def _search_space(
     from sensitivity.analysis.allocate.legal import plans_for
     from sensitivity.analysis.search.plan_lists import plans as plans_
     from sensitivity.spec.limits import allowed_by, tied_groups
-    from sensitivity.spec.runtimes.loadable import restrict
 
     allow = allowed_by(parts.names, dict(flags.distinct("--allow", args.allow)))
     tie = tied_groups(parts.names, args.tie)
-    if args.runtime:
-        requested, left_out = restrict(parts, requested, args.runtime, allow)
-        for line in left_out:
-            print(f"{args.runtime} restricts the space: {line}", file=sys.stderr)
+    requested = loadable(args, parts, requested, allow)
 
     def plans_of(schemes: Sequence[Scheme], search: str) -> Plans:
         if args.plans:
@@ -259,46 +253,11 @@ def _forecast(
     return predicted.to_json()
 
 
-def _summary(args: argparse.Namespace, study: Study) -> dict[str, object]:
-    """Print the state of the study, and return it."""
-    from sensitivity.study.racing import uncertainty
-    from sensitivity.study.stopping import Until
-
-    goal = Until.parse(args.until).error
-    trials, best = json.loads(study.table().to_json(orient="records")), points(study)
-    kinds = [{"key": trial.key, **row} for trial in best_so_far(study) for row in study.counts_by_kind(trial.plan)]
-    facts = {"study": str(args.out), **study.counts(), "frontier": best, "answers": kinds, "trials": trials}
-    if goal:
-        facts["error"] = known = uncertainty(study)
-    if not args.json:
-        frontier(study)
-        if goal:
-            missed = "; all examples were used, so a smaller error needs a larger --n in another --out"
-            print(
-                f"The differences of frontier plans to full precision are known to within {known:.4f}; --until asked "
-                f"for {goal:.4f}"
-                f"{missed if known >= goal and not facts['waiting'] else ''}"
-            )
-        legal = f" --runtime {args.runtime}" if args.runtime else ""
-        print(f"{_progress_words(facts, args.out)}; next: sensitivity recommend {args.out} --bpw 4{legal}")
-    return facts
-
-
-def _progress_words(counts: Mapping[str, object], out: Path) -> str:
-    """How many plans are done, waiting and running, in words."""
-    words = [f"{counts['done']} plans in {out} have seen all examples"]
-    if counts["waiting"]:
-        words.append(f"{counts['waiting']} more have not (the same command without --until goes on)")
-    if counts["running"]:
-        words.append(f"{counts['running']} more are running in another process")
-    return ", ".join(words)
-
-
 def _on_a_cluster(args: argparse.Namespace) -> dict[str, object]:
     """Run the sweep on Ray: the actors run the same command, and this process only watches the queue."""
     args.workers = 1 if args.workers == "auto" else args.workers
     study = ray_workers.sweep(args, lambda steps, study: _show_steps(args, steps, f"sweeping {args.model}", study))
-    return _summary(args, study)
+    return show_summary(args, study)
 
 
 def _show_steps(args: argparse.Namespace, steps: Iterator[Step], title: str, study: Study, plans: int = 0) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sensitivity.cli.arguments import values
+from sensitivity.cli.arguments import path_values, values
 from sensitivity.spec.errors import Failed
 
 ABOUT = "load an export in a fresh process, and compare its answers with the measured ones"
@@ -13,7 +13,7 @@ EXAMPLE = "sensitivity verify out/first"
 
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    p.add_argument("folder", type=values.path, metavar="DIR", help="a folder that `sensitivity export` wrote")
+    p.add_argument("folder", type=path_values.path, metavar="DIR", help="a folder that `sensitivity export` wrote")
     p.add_argument("--device", type=values.name, default="cpu", help="where to run, such as cuda (default: cpu)")
 
 

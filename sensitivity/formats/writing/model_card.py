@@ -10,7 +10,7 @@ from sensitivity.formats.writing.manifest import TrialFacts
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.sizes import component_bits, kept_bits, size
-from sensitivity.study.exports import path_gain
+from sensitivity.study.exports import path_gain_sentences
 from sensitivity.study.sharing.markdown import escaped, yaml_text
 
 COUNTED = {
@@ -147,7 +147,7 @@ def _scores(facts: TrialFacts) -> Iterator[str]:
     if gain := facts.get("path_gain"):
         yield from (
             "",
-            path_gain(
+            path_gain_sentences(
                 {escaped(name): escaped(value) if isinstance(value, str) else value for name, value in gain.items()}
             ),
         )

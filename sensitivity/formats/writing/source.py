@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from sensitivity.models.adapters import full_model, resolve
 from sensitivity.models.checkpoint import DTYPES, fingerprint, header, read_config, weight_files
-from sensitivity.models.conversion import as_converted, as_written
+from sensitivity.models.conversion import as_converted, config_json
 from sensitivity.models.loading import load
-from sensitivity.models.match import renaming
 from sensitivity.models.original_llava import is_original
+from sensitivity.models.tensor_check import renaming
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 
@@ -130,7 +130,7 @@ def _in_memory(vlm: VLM) -> SourceCheckpoint:
     base, folder = full_model(vlm.name)
     config, processor = read_config(folder, base), None
     if is_original(config):
-        config, processor = as_written(vlm.model.config, type(vlm.model).__name__), vlm.processor
+        config, processor = config_json(vlm.model.config, type(vlm.model).__name__), vlm.processor
     return SourceCheckpoint(vlm.name, folder, config, tuple(_tensors_in_memory(vlm.model)), vlm.fingerprint, processor)
 
 

@@ -13,7 +13,7 @@ import filelock
 
 from sensitivity.formats.writing.manifest import why_foreign
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.files import begin_folder, discard, is_unfinished, move_into_place, put_back
+from sensitivity.spec.files import begin_folder, discard, is_unfinished, move_into_place, restore
 
 NAME = re.compile(r"\.(.+)\.\d+\.\d+\.unfinished(\.old)?")  # target, process, time; .old: the export that it replaces
 
@@ -22,7 +22,7 @@ NAME = re.compile(r"\.(.+)\.\d+\.\d+\.unfinished(\.old)?")  # target, process, t
 def staging_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside the target, which is renamed to the target only if the block succeeds.
 
-    The caller must have called `may_write`; the target is checked again before it is replaced.
+    The caller must have called `check_may_write`; the target is checked again before it is replaced.
     """
     made = out.with_name(f".{out.name}.{os.getpid()}.{time.monotonic_ns()}")
     unfinished = made.with_name(f"{made.name}.unfinished")
@@ -63,7 +63,7 @@ def remove_unfinished(parent: Path) -> list[Path]:
             if not free or not (is_unfinished(folder) or not why_foreign(folder)):
                 continue
             if name[2] and not (parent / name[1]).exists():  # killed between the two renames of move_into_place
-                put_back(folder, parent / name[1])
+                restore(folder, parent / name[1])
             elif discard(folder, ours=True):
                 removed.append(folder)
     return removed

@@ -22,7 +22,7 @@ from sensitivity.measure.passes.token_batches import ROWS, TokenBatch
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of
 from sensitivity.spec.components import ComponentMap, Weight
-from sensitivity.spec.plan import Plan, Scheme, fitted
+from sensitivity.spec.plan import Plan, Scheme, without_unused_cache
 
 Scores = dict[str, dict[Scheme, float]]  # component -> scheme -> damage, in the score's own unit
 
@@ -114,7 +114,9 @@ class Calibrated:
 
     def alone(self, name: str, scheme: Scheme) -> Plan:
         """The plan that quantizes one component."""
-        choice = {one.name: fitted(one, scheme) if one.name == name else None for one in self.parts.components}
+        choice = {
+            one.name: without_unused_cache(one, scheme) if one.name == name else None for one in self.parts.components
+        }
         return Plan(tuple(choice.items()))
 
     @cached_property
@@ -134,7 +136,7 @@ class Calibrated:
         """Sum the scores of weights, one for each scheme, over each component."""
         found: Scores = {name: dict.fromkeys(self.schemes, 0.0) for name in self.parts.names}
         for weight in self.weights:
-            sums = found[weight.place(self.parts.by)]
+            sums = found[weight.component_name(self.parts.by)]
             for scheme, value in zip(self.schemes, of_weight(weight), strict=True):
                 sums[scheme] += float(value)
         return found

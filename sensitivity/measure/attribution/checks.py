@@ -13,7 +13,7 @@ from sensitivity.measure.attribution.answer_changes import Change
 from sensitivity.measure.attribution.calibrated import Calibrated
 from sensitivity.measure.attribution.scores import PREDICTS, Attribution
 from sensitivity.measure.install.plan_in_model import quantized
-from sensitivity.spec.plan import Plan, Scheme, fitted
+from sensitivity.spec.plan import Plan, Scheme, without_unused_cache
 
 MIN_VALUES = 4  # distinct values; with fewer, no rank correlation is computed
 TRIES = 20  # draws per wanted plan: with few components, many draws repeat a plan
@@ -62,7 +62,7 @@ def random_plans(calibrated: Calibrated, count: int, seed: int) -> list[Plan]:
         two: list[Scheme] = list(schemes[first : first + 2])
         which = draw.integers(len(two), size=len(calibrated.parts.names))
         chosen = zip(calibrated.parts.components, which, strict=True)
-        plans.setdefault(Plan(tuple((one.name, fitted(one, two[int(w)])) for one, w in chosen)))
+        plans.setdefault(Plan(tuple((one.name, without_unused_cache(one, two[int(w)])) for one, w in chosen)))
         if len(plans) == count:
             break
     return list(plans)

@@ -27,7 +27,7 @@ from sensitivity.quantize.layer.linears import input_of
 from sensitivity.quantize.methods import needs_data, weights_of
 from sensitivity.spec.components import PARTS, ComponentMap
 from sensitivity.spec.plan import KEEP, Plan, Scheme, scheme_of
-from sensitivity.spec.sizes import GB, in_words
+from sensitivity.spec.sizes import GB, bytes_in_words
 from sensitivity.study.answers import COLUMNS
 from sensitivity.tasks.examples.types import Task
 
@@ -68,7 +68,7 @@ class Forecast:
             amounts = getattr(self, name)
             if amounts:
                 label = name if name == "disk" else f"{name} memory"
-                lines.append((label, in_words(sum(amounts.values())), _summed(amounts, in_words)))
+                lines.append((label, bytes_in_words(sum(amounts.values())), _summed(amounts, bytes_in_words)))
         return lines
 
 

@@ -12,16 +12,16 @@ from sensitivity.spec.plan import (
     ACTIVATION_SCALE,
     ACTIVATIONS,
     ATTENTION,
-    BESIDE_WEIGHTS,
     CACHE,
     CACHE_GROUP,
     CACHE_PAST,
     CACHE_SMOOTH,
     MATCH,
+    NORM_AND_TOKEN_SETTINGS,
     NOT_ROUNDED,
-    OF_ROUNDING,
     PRUNE,
     PRUNE_AFTER,
+    ROUNDING_SETTINGS,
     SOFTMAX,
     TWEAK,
     Scheme,
@@ -29,7 +29,7 @@ from sensitivity.spec.plan import (
 )
 
 # what any scheme may have: the bits of what it rounds in each forward pass, and the settings of that rounding
-ROUNDED_BITS, RUN_TIME = (ACTIVATIONS, CACHE), OF_ROUNDING
+ROUNDED_BITS, RUN_TIME = (ACTIVATIONS, CACHE), ROUNDING_SETTINGS
 # Defaults of the settings that a scheme has if it rounds activations (OF_ACTIVATIONS) or the cache, and of those that
 # every scheme has (COMMON). Those in *_OFF change nothing, and a scheme does not record them.
 ATTENTION_OFF: dict[str, Setting] = {SOFTMAX: NONE, ATTENTION: NONE, MATCH: False}
@@ -114,5 +114,5 @@ def of_weights(scheme: Scheme, row: Method, facts: tuple[str, ...]) -> Scheme:
     records them only for its activations or norms, and they are left out too.
     """
     unrounded = scheme.without_rounding
-    others = BESIDE_WEIGHTS if row.calibrated else (*BESIDE_WEIGHTS, *facts)
+    others = NORM_AND_TOKEN_SETTINGS if row.calibrated else (*NORM_AND_TOKEN_SETTINGS, *facts)
     return replace(unrounded, settings=tuple((name, value) for name, value in unrounded.settings if name not in others))

@@ -7,7 +7,7 @@ from sensitivity.spec.sizes import GB
 from sensitivity.spec.stored_bits import GGUF_MATRICES
 
 GRAPH_ENTRY = 16_000  # upper bound on the bytes of a weight and its operations in an OpenVINO graph: usually 9,000
-GGUF_TOKEN = 80  # upper bound on the bytes of a token in a GGUF file: its text, score and type, and how it is merged
+GGUF_TOKEN = 80  # upper bound on the bytes of a token in a GGUF file: its text, score and type, and its BPE merge
 GGUF_SETTINGS = 40_000  # upper bound on the bytes of a GGUF file's settings, chat template included
 HEADER_ENTRY = 112  # upper bound on the bytes of a tensor's entry in a header, in safetensors without its name
 
@@ -15,8 +15,8 @@ HEADER_ENTRY = 112  # upper bound on the bytes of a tensor's entry in a header, 
 def header_bytes(parts: ComponentMap, format: str | None) -> int:
     """An upper bound on the bytes of files beside the tensors: headers, with a vocabulary in GGUF, or graphs.
 
-    In safetensors a packed weight becomes four tensors or fewer. Each takes its name and about 90 characters more. A
-    format that holds no weights has none.
+    In safetensors a packed weight becomes four tensors or fewer, and each takes its name and about 90 characters more.
+    Without a format there are no files, and the bound is 0.
     """
     if format is None:
         return 0

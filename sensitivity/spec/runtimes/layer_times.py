@@ -102,7 +102,7 @@ class LayerTimes:
             return False
         return True
 
-    def answer_by_part(self, parts: ComponentMap, plan: Plan) -> dict[str, float]:
+    def answer_by_stage(self, parts: ComponentMap, plan: Plan) -> dict[str, float]:
         """The milliseconds of an answer, by stage; those of an image are split into vision and connector.
 
         Each stage includes the time that belongs to no layer.

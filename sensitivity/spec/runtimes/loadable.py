@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
+from sensitivity.spec.limits import Allowed
 from sensitivity.spec.plan import Scheme
 from sensitivity.spec.runtimes.rules import comma_list, refusals, tied
 from sensitivity.spec.runtimes.table import Choice, runtime
 
 
-def allowed(parts: ComponentMap, name: str, only: Choice = None) -> Callable[[str, Choice], bool]:
+def allowed(parts: ComponentMap, name: str, only: Choice = None) -> Allowed:
     """A function that says whether a component may have a scheme in a runtime.
 
-    With `only`, no scheme but that one and native precision.
+    With `only`, it allows no scheme but that one and native precision.
     """
     runtime(name)
 
-    def fine(component: str, scheme: Choice) -> bool:
+    def can_load(component: str, scheme: Choice) -> bool:
         if only is not None and scheme not in (None, only):
             return False
         return not any(refusals(parts[component], scheme, name))
 
-    return fine
+    return can_load
 
 
-def searches(parts: ComponentMap, name: str, schemes: Sequence[Choice]) -> list[Callable[[str, Choice], bool]]:
+def searches(parts: ComponentMap, name: str, schemes: Sequence[Choice]) -> list[Allowed]:
     """An `allowed` function for each search that is needed to find the best legal plan.
 
     A runtime that takes one scheme for everything needs one search per scheme; any other needs one search.
@@ -37,7 +38,7 @@ def searches(parts: ComponentMap, name: str, schemes: Sequence[Choice]) -> list[
 
 
 def restrict(
-    parts: ComponentMap, schemes: Sequence[Scheme], name: str, wanted: Callable[[str, Choice], bool] | None = None
+    parts: ComponentMap, schemes: Sequence[Scheme], name: str, wanted: Allowed | None = None
 ) -> tuple[list[Scheme], list[str]]:
     """The schemes that a runtime can load for at least one component, and one sentence per rule that excludes some.
 

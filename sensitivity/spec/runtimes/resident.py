@@ -9,7 +9,7 @@ from sensitivity.spec.plan import KEEP, Scheme, scheme_of
 from sensitivity.spec.sizes import weight_bits
 from sensitivity.spec.stored_bits import groups, openvino_width
 
-FLOAT = 32  # bits of the numbers that it computes with
+FLOAT = 32  # bits of the floats that OpenVINO computes with
 
 
 def _openvino(scheme: Scheme | None, weight: Weight) -> int:
@@ -21,7 +21,7 @@ def _openvino(scheme: Scheme | None, weight: Weight) -> int:
     return openvino_width(scheme.bits) * weight.numel + per_group * groups(scheme, weight.rows, weight.cols)
 
 
-# runtime -> bits of the copy that it makes of a weight; the mapped file is added to them
+# runtime -> bits of the copy that it makes of a weight, to which `resident_bytes` adds the mapped file
 COPIES: dict[str, Callable[[Scheme | None, Weight], int]] = {"openvino": _openvino}
 
 

@@ -6,16 +6,33 @@ from collections.abc import Iterator, Sequence
 
 from sensitivity.spec.components import VOCABULARY, Component, ComponentMap, Weight
 from sensitivity.spec.errors import UserError
+from sensitivity.spec.limits import merge_groups
 from sensitivity.spec.plan import ACTIVATION_SCALE, ATTENTION, MATCH, NOT_ROUNDED, PRUNE, SOFTMAX, TWEAK, Plan, Scheme
 from sensitivity.spec.runtimes.table import Choice, Runtime, runtime
 
 
 def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
-    """Why a runtime cannot load one component at one scheme: each rule that it breaks, as the end of a sentence."""
+    """Why a runtime cannot load one component at one scheme: each rule that this breaks, as the end of a sentence."""
     # no rule names the component, so that `violations` and `restrict` can list all components under one sentence
     able = runtime(name)
     if scheme is None:
         return
+    yield from _of_component(component, able)
+    yield from _of_method(scheme, able)
+    yield from _of_grid(scheme, able)
+    yield from _of_rounding(scheme, able)
+    if scheme.get("biases") and not able.biases:
+        yield f"{able.title} keeps biases in full precision; leave out --biases"
+    if scheme.get(TWEAK) and able.title and not able.files:
+        yield (
+            f"{able.title} makes its files from the model's own norms; sweep with --set tweak=0, or use --format fake, "
+            "which writes the norms that the plan has"
+        )
+    yield from _of_shape(component.weights, scheme, able)
+
+
+def _of_component(component: Component, able: Runtime) -> Iterator[str]:
+    """Rules about parts, embeddings and output heads that the runtime keeps in full precision."""
     if component.part not in able.parts:
         yield f"{able.title} keeps {component.part} in full precision"
     if lost := [word for word in map(_vocabulary_weight, component.weights) if word and word not in able.vocabulary]:
@@ -23,6 +40,10 @@ def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
             f"{able.title} keeps the {VOCABULARY_NAMES[lost[0]]} in full precision; sweep without --include "
             f"{'embedding,head' if lost[0] == 'tied' else lost[0]}, or use --format fake"
         )
+
+
+def _of_method(scheme: Scheme, able: Runtime) -> Iterator[str]:
+    """Rules about methods, and about factors and rotations of inputs."""
     if able.methods is not None and scheme.method not in able.methods:
         yield (
             f"{able.title} cannot hold what {scheme.method} stores; use --method {able.instead}, or --format fake, "
@@ -38,6 +59,10 @@ def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
             f"{able.title} does not rotate inputs; sweep with --set transform=none, or use --format fake, which writes "
             "the values themselves"
         )
+
+
+def _of_grid(scheme: Scheme, able: Runtime) -> Iterator[str]:
+    """Rules about widths, groups and zero points."""
     widths = able.symmetric if scheme.symmetric else able.asymmetric
     if scheme.bits not in widths:
         kind = "symmetric" if scheme.symmetric else "asymmetric"
@@ -50,19 +75,10 @@ def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
     elif not scheme.symmetric and able.zeros is not None and scheme.group not in able.zeros:
         zeros = comma_list(able.zeros)
         yield f"{able.title} loads zero points of {zeros} groups, not of {scheme.group}; use --symmetric"
-    yield from _not_rounded(scheme, able)
-    if scheme.get("biases") and not able.biases:
-        yield f"{able.title} keeps biases in full precision; leave out --biases"
-    if scheme.get(TWEAK) and able.title and not able.files:
-        yield (
-            f"{able.title} makes its files from the model's own norms; sweep with --set tweak=0, or use --format fake, "
-            "which writes the norms that the plan has"
-        )
-    yield from _misfits(component.weights, scheme, able)
 
 
-def _not_rounded(scheme: Scheme, able: Runtime) -> Iterator[str]:
-    """Rules about activations and keys and values that are rounded in each forward pass."""
+def _of_rounding(scheme: Scheme, able: Runtime) -> Iterator[str]:
+    """Rules about what is rounded in each forward pass, and about pruned image tokens."""
     title = able.title or "a checkpoint of plain weights"
     if scheme.cache != NOT_ROUNDED and not able.cache:
         yield f"{title} has no place for a rounded cache; sweep without --cache-bits, or use --format plan"
@@ -92,7 +108,7 @@ def _vocabulary_weight(weight: Weight) -> str | None:
     return "tied" if weight.tied else weight.kind if weight.kind in VOCABULARY else None
 
 
-def _misfits(weights: Sequence[Weight], scheme: Scheme, able: Runtime) -> Iterator[str]:
+def _of_shape(weights: Sequence[Weight], scheme: Scheme, able: Runtime) -> Iterator[str]:
     """Rules about rows and columns that the group size or the packing does not divide."""
     rows, cols = sorted({w.rows for w in weights}), sorted({w.cols for w in weights})
     if isinstance(scheme.group, int) and not able.ragged and (odd := [n for n in cols if n % scheme.group]):
@@ -117,7 +133,7 @@ def violations(parts: ComponentMap, plan: Plan, name: str) -> list[str]:
         if len(schemes) > 1:
             widths = ", ".join(f"{member} at {_scheme(plan[member])}" for member in group)
             broken.append(f"{widths}: {able.title} makes one layer of them, so they must have one scheme")
-    used = {scheme for _, scheme in plan.schemes if scheme is not None}
+    used = plan.distinct_schemes
     if able.one_scheme and len(used) > 1:
         broken.append(
             f"the plan has {len(used)} schemes ({', '.join(sorted(map(_scheme, used)))}), and {able.title} takes one "
@@ -135,12 +151,9 @@ def tied(parts: ComponentMap, name: str) -> list[tuple[str, ...]]:
     for weight in parts.weights:
         if weight.shares_input is not None:
             sharing.setdefault(weight.shares_input, set()).add(home[weight.name])
-    merged: list[set[str]] = []
-    for names in sharing.values():
-        # each input ties the components of its readers; sets that overlap are merged, as ties are transitive
-        near = [group for group in merged if group & names]
-        merged = [group for group in merged if not group & names] + [names.union(*near)]
     order = {component: place for place, component in enumerate(parts.names)}
+    # each input ties the components of its readers, and ties are transitive
+    merged = merge_groups([tuple(names) for names in sharing.values()])
     return sorted(tuple(sorted(group, key=order.__getitem__)) for group in merged if len(group) > 1)
 
 

@@ -12,12 +12,12 @@ from sensitivity.spec.plan import ROUNDED, Scheme
 Choice = Scheme | None
 # methods with integer codes and an integer zero point
 INTEGER_GRIDS = ("rtn", "clip", "gptq", "awq", "leanquant-affine", "vlm-ptq")
-ANY = tuple(range(1, 17))
+ANY_WIDTH = tuple(range(1, 17))
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What one runtime can load; a bit width that no field names is one that it cannot load."""
+    """What one runtime can load; it refuses bit widths that neither `symmetric` nor `asymmetric` lists."""
 
     title: str  # what messages call it
     symmetric: tuple[int, ...] = ()  # bit widths of symmetric grids
@@ -40,15 +40,18 @@ class Runtime:
     cache: bool = False  # whether keys and values can be rounded
     packed: bool = False  # whether it loads our packed codes, which leave no place for AWQ's factor per input channel
     instead: str = "rtn"  # the method that a message suggests in place of one that it cannot load
-    files: str | None = None  # the format that it reads if we write the weights: budgets count its bits
+    # the format of ours that it reads, whose bits budgets count; None: the runtime's own tool makes the weights
+    files: str | None = None
 
 
 # a checkpoint of plain values: any width and method, but no rounded activations and no rounded cache
-NAMED = Runtime("", ANY, ANY, methods=None, biases=True, ragged=True, vocabulary=(*VOCABULARY, "tied"))
-# The bit widths come from the source of the libraries in the comments; reports/export.md says which were also loaded.
+PLAIN_VALUES = Runtime(
+    "", ANY_WIDTH, ANY_WIDTH, methods=None, biases=True, ragged=True, vocabulary=(*VOCABULARY, "tied")
+)
+# The bit widths are from the source code of the libraries in the comments; reports/export.md says which were loaded.
 RUNTIMES: dict[str, Runtime] = {
-    "plan": replace(NAMED, activations=dict.fromkeys(ANY, tuple(ROUNDED)), cache=True),
-    "fake": NAMED,
+    "plan": replace(PLAIN_VALUES, activations=dict.fromkeys(ANY_WIDTH, tuple(ROUNDED)), cache=True),
+    "fake": PLAIN_VALUES,
     # compressed-tensors 0.20: one symmetric bit means -1 or 0 there, not plus or minus one step. Packed zero points are
     # written and unpacked, but transformers builds the model on the meta device, where their shape comes out unpacked,
     # and refuses the checkpoint (vllm-project/llm-compressor#1618); one zero point per tensor is not packed
@@ -185,7 +188,7 @@ def files_of(name: str | None) -> str | None:
 
 
 def abilities(name: str) -> str:
-    """What a runtime can load, in the flags of a sweep."""
+    """What a runtime can load, as flags of `sensitivity sweep`."""
     able = runtime(name)
     zeros = "" if able.zeros is None else f" --group {' or '.join(map(str, able.zeros))}"
     grids = (("--symmetric", able.symmetric), (f"--no-symmetric{zeros}", able.asymmetric))

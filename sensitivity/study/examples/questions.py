@@ -43,7 +43,7 @@ def store(study: Path, tasks: Iterable[Task]) -> None:
             frame.to_parquet(unfinished, index=False)
 
 
-def questions(study: Path, meta: Mapping[str, object]) -> Questions:
+def read_questions(study: Path, meta: Mapping[str, object]) -> Questions:
     """The questions of a study: from their file, else (earlier versions) from its data; empty if those are gone."""
     file = paths.questions(study)
     if file.exists():

@@ -21,13 +21,14 @@ from sensitivity.study.trial import NATIVE
 # columns of the study's own table, which no task may be called
 RESERVED = {"number", "key", "plan", "uniform", "native", "complete", "bytes", "bpw", "bpw_codes", "format", "seconds"}
 RESERVED |= {"not_finite"}
-ABOUT = ("nll", "se", "low", "high", "n", "delta", "delta.se", "delta.low", "delta.high")  # suffixes of columns
+# suffixes of a task's columns in the study's own table
+SCORE_SUFFIXES = ("nll", "se", "low", "high", "n", "delta", "delta.se", "delta.low", "delta.high")
 LARGEST_SCORE = 1e9
 
 
 @dataclass(frozen=True)
 class Switches:
-    """The second form of a table: a 0/1 column per component, one column of bits, perhaps one of layer kinds.
+    """A table with a 0/1 column per component, one column of bits, and perhaps one of layer kinds.
 
     A component has the row's bits where its switch is 1, and is native where it is 0. kinds: a value of the kind
     column -> the kinds of layer that it means, such as {"BOTH": ("attn", "ff")}.
@@ -74,7 +75,7 @@ def check_tasks(table: pd.DataFrame, scores: Sequence[str]) -> None:
         raise UserError(f"name at least one column of scores (--score); there are {', '.join(table.columns)}")
     if twice := [name for name in scores if list(scores).count(name) > 1]:
         raise UserError(f"the score '{twice[0]}' is named twice; name each column once")
-    taken = RESERVED | {f"{name}.{about}" for name in scores for about in ABOUT}
+    taken = RESERVED | {f"{name}.{suffix}" for name in scores for suffix in SCORE_SUFFIXES}
     if wrong := [name for name in scores if name in taken]:
         raise UserError(
             f"a score cannot be called '{wrong[0]}': the study's own table uses that name; rename the column"
@@ -147,7 +148,7 @@ def _means_kind(table: pd.DataFrame, switches: Switches, kind: str) -> np.ndarra
     return np.array([np.nan if pd.isna(value) else float(kind in meanings[str(value)]) for value in column])
 
 
-def complete(bits: pd.DataFrame, scores: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
+def complete_rows(bits: pd.DataFrame, scores: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
     """Which rows have all bits and scores, and notes on those that do not."""
     no_bits = bits.isna().any(axis=1).to_numpy()
     no_score = ~np.isfinite(scores.to_numpy(dtype=float)).all(axis=1) & ~no_bits

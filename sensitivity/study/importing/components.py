@@ -13,7 +13,7 @@ COMPONENT = re.compile(
     rf"({'|'.join(PARTS)})(\.({'|'.join(GROUPS)}|other|projection))?(\.({'|'.join(KINDS)}))?"
     rf"|({'|'.join(PARTS)})\.\d{{1,4}}"
 )
-UNKNOWN = 1_000_000  # weights of each component if no sizes are given: all equal, so that bpw is the mean width
+EQUAL_SIZE = 1_000_000  # weights of each component if no sizes are given; bpw is then the mean width
 MOST_WEIGHTS = 10**15
 
 
@@ -43,7 +43,7 @@ def component_map(names: Sequence[str], numel: Mapping[str, int], total: int | N
     if rest < 0:
         raise UserError(f"the components have {sum(sizes.values()):,} weights, more than the whole model's {total:,}")
     kept = (Kept("rest", rest, "not in the table"),) if rest else ()
-    fitting = [by for by in GRANULARITIES if all(weight.place(by) == weight.module for weight in weights)]
+    fitting = [by for by in GRANULARITIES if all(weight.component_name(by) == weight.module for weight in weights)]
     return ComponentMap(model, fitting[0], weights, kept)
 
 
@@ -55,14 +55,14 @@ def _sizes(names: Sequence[str], numel: Mapping[str, int]) -> dict[str, int]:
         members = [name for name in names if matches(name, pattern)]
         if not members:
             raise unknown("component in --numel", pattern, names)
-        open_ = [name for name in members if name not in sizes]
-        left = weights - sum(sizes[name] for name in members if name in sizes)
-        if left < len(open_) or weights < 1:
+        unsized = [name for name in members if name not in sizes]
+        rest = weights - sum(sizes[name] for name in members if name in sizes)
+        if rest < len(unsized) or weights < 1:
             raise UserError(f"{pattern} cannot have {weights:,} weights")
-        sizes |= {name: left // len(open_) + (i < left % len(open_)) for i, name in enumerate(open_)}
+        sizes |= {name: rest // len(unsized) + (i < rest % len(unsized)) for i, name in enumerate(unsized)}
     if sizes and (without := [name for name in names if name not in sizes]):
         raise UserError(f"no size given for {', '.join(without)}; give all or none (--numel {without[0]}=...)")
-    return sizes or dict.fromkeys(names, UNKNOWN)
+    return sizes or dict.fromkeys(names, EQUAL_SIZE)
 
 
 def _weight(name: str, numel: int) -> Weight:

@@ -64,31 +64,38 @@ def import_table(
         _check_free(Path(out))
     columns.check_tasks(table, scores)
     bits = columns.bits(table, parts) if parts is not None else columns.switched_bits(table, switches)
-    if taken := [name for name in scores if name in bits.columns]:
-        raise UserError(f"a score cannot be called '{taken[0]}': that is a component; rename the column")
-    values = pd.DataFrame({name: numbers(table, name) for name in scores})
-    whole, notes = columns.complete(bits, values)
-    if not whole.any():
-        raise UserError(f"no row of {path} has all bits and scores")
-    columns.check_bits(bits[whole])
-    columns.check_scores(values[whole])
-    notes += columns.remarks(bits[whole])
+    bits, values, notes = _usable_rows(table, bits, scores, path)
     components = component_map(list(bits.columns), numel or {}, total, model or Path(path).stem)
     if components.numel == sum(w.numel for w in components.weights) and not numel:
         notes.append("no sizes given (--numel): every component counts the same, bpw is their mean width")
-    plans = [_plan(components, row, method) for _, row in bits[whole].iterrows()]
+    plans = [_plan(components, row, method) for _, row in bits.iterrows()]
     meta = {
         "model": components.model,
         "imported": Path(path).name,
         "rows": len(table),
-        "used": int(whole.sum()),
+        "used": len(bits),
         "left_out": notes,
         "columns": dict(parts or (switches.columns if switches else {})),
     }
-    rows = [dict(zip(scores, row, strict=True)) for row in values[whole].to_numpy(dtype=float)]
-    with _beside(Path(out)) as unfinished:
-        Study.create(unfinished, components, list(scores), meta).append(plans, rows)
-    return Imported(Study(out), len(table), int(whole.sum()), tuple(notes))
+    means = [dict(zip(scores, row, strict=True)) for row in values.to_numpy(dtype=float)]
+    with _new_study_at(Path(out)) as unfinished:
+        Study.create(unfinished, components, list(scores), meta).append(plans, means)
+    return Imported(Study(out), len(table), len(bits), tuple(notes))
+
+
+def _usable_rows(
+    table: pd.DataFrame, bits: pd.DataFrame, scores: Sequence[str], path: Path | str
+) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """The bits and scores of the rows that have all of them, checked, and notes on the others."""
+    if taken := [name for name in scores if name in bits.columns]:
+        raise UserError(f"a score cannot be called '{taken[0]}': that is a component; rename the column")
+    values = pd.DataFrame({name: numbers(table, name) for name in scores})
+    whole, notes = columns.complete_rows(bits, values)
+    if not whole.any():
+        raise UserError(f"no row of {path} has all bits and scores")
+    columns.check_bits(bits[whole])
+    columns.check_scores(values[whole])
+    return bits[whole], values[whole], [*notes, *columns.remarks(bits[whole])]
 
 
 def _check_free(out: Path) -> None:
@@ -101,7 +108,7 @@ def _check_free(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _beside(out: Path) -> Iterator[Path]:
+def _new_study_at(out: Path) -> Iterator[Path]:
     """A hidden folder beside the target, renamed to it at the end: a killed import leaves no study of half a table."""
     try:
         with (

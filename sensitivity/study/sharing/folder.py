@@ -47,7 +47,7 @@ def write(study: Study, out: Path, answers: bool) -> int:
 
 def _journal(study: Study) -> bytes:
     """A journal with all trials of a study, wherever they are stored."""
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / paths.JOURNAL
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / paths.JOURNAL
         identity.copy(study.optuna_study, open_storage(file))
         return file.read_bytes()

@@ -14,8 +14,8 @@ from sensitivity.study.sharing.markdown import escaped, yaml_text
 from sensitivity.study.study import Study
 
 SUFFIXES = (".parquet", ".csv")
-# after the card of a folder that holds the study itself
-PLANS = (
+# the end of the card of a folder that holds the study itself
+CHOOSING_A_PLAN = (
     "## How to choose a plan for a budget of your own", "",
     "`journal.log` holds the trials of the study. With the package `vlm-sensitivity`, and this data set in the folder",
     "`theirs` (`hf download OWNER/NAME --repo-type dataset --local-dir theirs`), no GPU is needed:", "", "```sh",
@@ -59,7 +59,7 @@ def write(study: Study, out: Path, each_example: bool) -> int:
 def folder_card(study: Study, out: Path, rows: int, files: Mapping[str, str]) -> str:
     """The card of a folder with the study itself, its table of trials, and maybe one of answers."""
     columns = list(tidy.trials(study).columns)
-    return "\n".join([*_card(study, columns, rows, False, files), *PLANS])
+    return "\n".join([*_card(study, columns, rows, False, files), *CHOOSING_A_PLAN])
 
 
 def write_rows(study: Study, out: Path, each_example: bool) -> tuple[list[str], int]:
@@ -110,7 +110,7 @@ def _write_parquet(out: Path, frames: Iterable[pd.DataFrame]) -> int:
 def _card(study: Study, columns: list[str], rows: int, each_example: bool, files: Mapping[str, str]) -> Iterator[str]:
     """The card: what the table is, what it was measured on, what each column means. files: configuration -> file."""
     meta, first = study.meta, next(iter(files.values()))
-    kind = first.rpartition(".")[2]
+    suffix = first.rpartition(".")[2]
     model = escaped(Path(study.parts.model).name)
     yield from ("---", MARK, f"pretty_name: {yaml_text(f'sensitivity of {Path(study.parts.model).name}')}")
     yield from ("tags:", "- quantization", "- vision-language models", "configs:")
@@ -139,11 +139,9 @@ def _card(study: Study, columns: list[str], rows: int, each_example: bool, files
         meaning = tidy.MEANINGS.get(name) or tidy.MEANINGS.get(f"{head}.NAME", "")
         yield f"| {escaped(name)} | {meaning} |"
     yield from ("", "## How to load it", "", "```python", "import datasets", "")
-    yield from (f'datasets.load_dataset("{kind}", data_files={first!r})', "```", "")
-    if kind == "csv":
-        yield from (
-            "Text that begins with =, +, - or @ has an apostrophe in front, so that no spreadsheet runs it.",
-            "",
-        )
+    yield from (f'datasets.load_dataset("{suffix}", data_files={first!r})', "```", "")
+    if suffix == "csv":
+        yield "Text that begins with =, +, - or @ has an apostrophe in front, so that no spreadsheet runs it."
+        yield ""
     yield "The license of the questions and answers is that of the data they are from; images are not in this table."
     yield ""

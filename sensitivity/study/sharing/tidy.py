@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pandas as pd
 
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import component_of
-from sensitivity.study.examples.questions import questions
+from sensitivity.spec.plan import split_ending
+from sensitivity.study.examples.questions import read_questions
 from sensitivity.study.study import Study
 
 # the columns of a task T in a study's table, without their prefix `T.`
@@ -16,8 +16,8 @@ SCORES = (
     "se", "low", "high", "n", "nll", "delta", "delta.se", "delta.low", "delta.high",
     "to_wrong", "to_right", "empty", "cut", "malformed",
 )  # fmt: skip
-OF_PLAN = ("key", "plan", "uniform", "native", "complete")
-SIZES = ("bytes", "bpw", "bpw_codes")
+PLAN_COLUMNS = ("key", "plan", "uniform", "native", "complete")
+SIZE_COLUMNS = ("bytes", "bpw", "bpw_codes")
 MEANINGS = {
     "model": "the model",
     "trial": "number of the trial in the study",
@@ -67,16 +67,16 @@ def trials(study: Study) -> pd.DataFrame:
         raise UserError(f"no trial of {study.path} is finished yet: there is nothing to write")
     plans = {trial.number: trial.plan for trial in study.measured()}
     shared = pd.DataFrame({"model": study.parts.model, "trial": table["number"]})
-    for name in OF_PLAN:
+    for name in PLAN_COLUMNS:
         shared[name] = table[name]
     schemes = [plans[number] for number in table["number"]]
     shared.insert(4, "scheme", [plan.dumps() for plan in schemes])
     shared.insert(
         5, "methods", [",".join(sorted({s.method for _, s in plan.schemes if s})) or "native" for plan in schemes]
     )
-    for name in (*study.parts.names, *(column for column in table if component_of(column)[1])):
+    for name in (*study.parts.names, *(column for column in table if split_ending(column)[1])):
         shared[f"bits.{name}"] = table[name]
-    for name in (*SIZES, *(["cache_bits"] if "cache_bits" in table else []), "seconds"):
+    for name in (*SIZE_COLUMNS, *(["cache_bits"] if "cache_bits" in table else []), "seconds"):
         shared[name] = table.get(name)
     frames = [_of_task(shared, table, task) for task in study.tasks if task in table]
     return pd.concat(frames, ignore_index=True).sort_values(["trial", "task"], kind="stable", ignore_index=True)
@@ -96,17 +96,17 @@ def _of_task(shared: pd.DataFrame, table: pd.DataFrame, task: str) -> pd.DataFra
 
 def examples(study: Study) -> Iterator[pd.DataFrame]:
     """One row per plan and example: a frame for each plan, since all of them together may not fit in memory."""
-    asked, any_ = questions(study.path, study.meta), False
+    asked, has_answers = read_questions(study.path, study.meta), False
     for trial in study.measured():
         rows = study.examples(trial.plan)
         if rows is None:
             continue
-        any_ = True
+        has_answers = True
         about = [asked.get((task, example)) for task, example in zip(rows["task"], rows["example"], strict=True)]
         rows = rows.assign(
             question=[one and one.prompt for one in about], right=[one and "\n".join(one.answers) for one in about]
         )
         facts = {"model": study.parts.model, "trial": trial.number, "key": trial.key, "plan": trial.plan.describe()}
         yield pd.DataFrame({**facts, "bpw": trial.bpw}, index=rows.index).join(rows)
-    if not any_:
+    if not has_answers:
         raise UserError(f"{study.path} has no answers to single examples; an imported table has means alone")

@@ -12,7 +12,7 @@ REPAIR = "compute it again with `sensitivity explain`"
 
 
 def read(folder: Path, score: str) -> dict[str, dict[Scheme, float]]:
-    """A score of each component at each scheme; empty where the folder has none of this name."""
+    """The scores of this name, of each component at each scheme; empty where the folder has none."""
     file = paths.attributions(folder)
     if not file.exists():
         return {}

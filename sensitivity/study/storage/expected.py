@@ -16,7 +16,7 @@ Expected = Mapping[str, Mapping[Scheme, float]]  # component -> scheme -> damage
 
 
 def save(study: Path, expected: Expected, source: str) -> Path:
-    """Write what is expected beside a study's trials."""
+    """Write the expected damages beside a study's trials."""
     damages = [
         {"component": name, "scheme": one.to_json(), "damage": damage}
         for name, schemes in expected.items()
@@ -28,7 +28,7 @@ def save(study: Path, expected: Expected, source: str) -> Path:
 
 
 def read(study: Path) -> Expected | None:
-    """What a study expected; None where nothing was."""
+    """The damages that a study expected; None where it expected none."""
     file = paths.expected(study)
     if not file.exists():
         return None

@@ -1,4 +1,4 @@
-"""Times of layers in a runtime, by which plans were chosen: stored with the study for its report, on any machine."""
+"""Times of layers in a runtime by which plans were chosen: stored with the study, for its report on any machine."""
 
 from __future__ import annotations
 

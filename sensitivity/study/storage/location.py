@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import NO_SPACE, disk_error, new_folder, write_atomically
-from sensitivity.study.storage.opening import check, without_password
+from sensitivity.study.storage.opening import check_database, without_password
 from sensitivity.study.storage.paths import ADDRESS, FIRST_FILES, JOURNAL
 
 
@@ -26,7 +26,7 @@ def address(path: Path) -> str | None:
     return url
 
 
-def agreed(path: Path, asked: str | None) -> str | None:
+def database_for(path: Path, asked: str | None) -> str | None:
     """The URL of the database to use for a folder; an error where another one would hide trials that exist."""
     if asked is not None and "://" not in asked:
         raise UserError(f"'{asked}' is not a storage; give a URL such as postgresql+psycopg://HOST/DB")
@@ -44,11 +44,11 @@ def agreed(path: Path, asked: str | None) -> str | None:
     return asked
 
 
-def usable(path: Path, asked: str | None) -> str | None:
+def reachable_database(path: Path, asked: str | None) -> str | None:
     """The URL of the database to use; one that is new to this folder is checked to be reachable."""
-    url = agreed(path, asked)  # the folder's own database may be down for a while: opening it waits
+    url = database_for(path, asked)  # the folder's own database may be down for a while: opening it waits
     if url is not None and url != address(path):
-        check(url)
+        check_database(url)
     return url
 
 

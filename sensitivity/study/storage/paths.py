@@ -43,7 +43,7 @@ def expected(study: Path) -> Path:
 
 
 def layer_times(study: Path) -> Path:
-    """The times of the model's layers in a runtime, as they were when a plan was last chosen by them."""
+    """The times of the model's layers in a runtime by which a plan was last chosen."""
     return study / "layer-times.json"
 
 
@@ -58,7 +58,7 @@ def explanation(folder: Path, key: str, failures: bool = False) -> Path:
 
 
 def put_back(study: Path, key: str) -> Path:
-    """Answers of a plan with one part put back to full precision, to examples whose answers had got worse."""
+    """Answers of a plan with one part put back to full precision, only to examples that the plan answers worse."""
     return study / "put_back" / f"{key}.parquet"
 
 

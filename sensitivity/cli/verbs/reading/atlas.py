@@ -7,18 +7,21 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.arguments.scheme_flags import schemes
 from sensitivity.cli.output.tables import table
-from sensitivity.spec.sizes import in_words
+from sensitivity.spec.sizes import bytes_in_words
 
 if TYPE_CHECKING:
     from sensitivity.analysis.atlas.predicted_frontier import PredictedFrontier
 
 ABOUT = "collect studies in a file (add), and predict the frontier of a model that was never measured (predict)"
 EXAMPLE = "sensitivity atlas predict embedded:scenes-llava --bpw 5,6 --atlas runs/atlas.parquet"
-OF_MODEL = ("--bpw", "--task", "--attributions", "--by", "--bits", "--method", "--group", "--symmetric", "--biases",
-            "--set", "--backend")  # fmt: skip
+# flags that have an effect only on a prediction
+PREDICTION_FLAGS = (
+    "--bpw", "--task", "--attributions", "--by", "--bits", "--method", "--group", "--symmetric", "--biases", "--set",
+    "--backend",
+)  # fmt: skip
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
@@ -31,7 +34,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         "--to",
         "--atlas",
         dest="atlas",
-        type=values.file,
+        type=path_values.file,
         default=Path("runs/atlas.parquet"),
         metavar="FILE",
         help="the atlas: a Parquet file without weights, images or questions (default: runs/atlas.parquet)",
@@ -48,7 +51,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--attributions",
-        type=values.folder,
+        type=path_values.folder,
         metavar="FOLDER",
         help="where `sensitivity explain MODEL --scores gram --out FOLDER` wrote relative errors of the new model; they"
         " count as far as they would have helped to predict the atlas's own models",
@@ -66,7 +69,7 @@ def _add(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.analysis.atlas.atlas_file import add_to_atlas
     from sensitivity.study.study import Study
 
-    flags.without_effect(args, OF_MODEL, "with add: it is about predictions")
+    flags.without_effect(args, PREDICTION_FLAGS, "with add: it is about predictions")
     entries = add_to_atlas(Study(Path(args.source).expanduser()), args.atlas)
     models = sorted({entry.about["model"] for entry in entries})
     if not args.json:
@@ -80,7 +83,7 @@ def _add(args: argparse.Namespace) -> dict[str, object]:
             ],
         )  # fmt: skip
         if len({entry.model for entry in entries}) < 2:
-            print("an interval needs studies of at least two models: this says how far models differ")
+            print("an interval needs studies of at least two models, which show how far models differ")
     return {"atlas": str(args.atlas), "entries": len(entries), "models": models}
 
 
@@ -108,14 +111,14 @@ def _show(args: argparse.Namespace, found: PredictedFrontier) -> None:
         f"({', '.join(found.models)}; {', '.join(found.tasks)}); nothing of it was measured",
         ("budget", "bpw", "size", "share of full precision", "95 % interval", "plan"),
         [
-            (f"{p.bpw:.2f}", f"{p.size.bpw:.2f}", in_words(p.size.bytes), f"{p.share:.3f}",
+            (f"{p.bpw:.2f}", f"{p.size.bpw:.2f}", bytes_in_words(p.size.bytes), f"{p.share:.3f}",
              f"{p.low:.3f} to {p.high:.3f}", p.plan.describe())
             for p in found.points
         ],
     )  # fmt: skip
     if args.attributions is not None:
         counted = f"count to the power of {found.trust:g}" if found.trust else "do not count"
-        print(f"relative errors {counted}: so the atlas's own models are missed least when each is left out")
+        print(f"relative errors {counted}, as that predicts each of the atlas's models best from the others")
     if one:
         print("one model says nothing about how far models differ: add studies of others")
     elif found.halved_by is not None:

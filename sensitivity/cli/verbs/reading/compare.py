@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from sensitivity.cli.arguments import values
+from sensitivity.cli.arguments import path_values, values
 from sensitivity.cli.output.tables import table
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         )
     p.add_argument(
         "--out",
-        type=values.file,
+        type=path_values.file,
         metavar="page.html",
         help="write a page: of two plans with images, of two studies with their frontiers",
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.output.progress import show_progress
-from sensitivity.cli.output.tables import answer_counts, table
+from sensitivity.cli.output.tables import KEY_LENGTH, answer_counts, table
 from sensitivity.spec.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,11 +36,11 @@ def arguments(p: argparse.ArgumentParser) -> None:
         "--part",
         type=values.name,
         metavar="NAME",
-        help="only answers that this part mends: the cheapest one that is enough, put back to full precision alone;"
+        help="only answers that this part mends when it alone is put back to full precision, and no cheaper part does;"
         " or 'no single part'",
     )
     p.add_argument("--n", type=values.on_a_page, default=20, help="examples to show (default: 20)")
-    p.add_argument("--out", type=values.file, metavar="failures.html", help="write a page with the images, too")
+    p.add_argument("--out", type=path_values.file, metavar="failures.html", help="write a page with the images, too")
     p.add_argument(
         "--causes",
         action="store_true",
@@ -69,12 +69,12 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if args.causes:
         _measure_causes(args, where, plan)
     pictures = None if args.out is None else Pictures(where.meta)
-    ask = "" if args.causes else f"sensitivity failures {study.path} --plan {plan.key[:8]} --causes"
+    ask = "" if args.causes else f"sensitivity failures {study.path} --plan {plan.key[:KEY_LENGTH]} --causes"
     failures = gallery("What breaks first", where, plan, pictures, args.n, task, kind, args.part or "", ask, study.path)
     if args.out is not None:
         failures_page.write(args.out, study.parts.model, [failures])
     if not args.json:
-        answer_counts({f"{plan.key[:8]} {plan.describe()}": failures.counts})
+        answer_counts({f"{plan.key[:KEY_LENGTH]} {plan.describe()}": failures.counts})
         _show(failures)
         if args.out is not None:
             print(f"page: {args.out}")
@@ -144,10 +144,19 @@ def _show(failures: Gallery) -> None:
 def _changes(failures: Gallery) -> None:
     """Print a row for each change."""
     mended = [card.cause.words if card.cause else "" for card in failures.cards]
-    any_ = any(mended)
+    has_causes = any(mended)
     table(
         f"Changed answers: {len(failures.cards)} of {failures.changed}, those that cost most first",
-        ("cost", "task", "kind", "question", "right", "full precision", "this plan", *(["mended by"] if any_ else [])),
+        (
+            "cost",
+            "task",
+            "kind",
+            "question",
+            "right",
+            "full precision",
+            "this plan",
+            *(["mended by"] if has_causes else []),
+        ),
         [
             (
                 f"{one.cost:.3g}",
@@ -157,7 +166,7 @@ def _changes(failures: Gallery) -> None:
                 _cell(" | ".join(one.question.answers[:2]) if one.question else "?"),
                 _given(one.before),
                 _given(one.after),
-                *([why] if any_ else []),
+                *([why] if has_causes else []),
             )
             for one, why in ((card.change, why) for card, why in zip(failures.cards, mended, strict=True))
         ],

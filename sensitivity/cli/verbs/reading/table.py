@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.arguments import flags, path_values
 from sensitivity.spec.errors import UserError
 
 ABOUT = "write a study as a table for other programs, or as a folder from which others choose plans"
@@ -17,13 +17,13 @@ def arguments(p: argparse.ArgumentParser) -> None:
     flags.study(p)
     p.add_argument(
         "--out",
-        type=values.file,
+        type=path_values.file,
         metavar="trials.parquet|csv",
         help="where to write; a card beside it (trials.parquet.md) says what the columns mean",
     )
     p.add_argument(
         "--share",
-        type=values.folder,
+        type=path_values.folder,
         metavar="FOLDER",
         help="instead of --out: a folder for a hub, with the table, a card and the trials of the study, from which"
         " others choose plans for budgets of their own without a GPU",

@@ -21,8 +21,8 @@ EXAMPLE = "sensitivity watch runs/first"
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     flags.study(p)
-    p.add_argument("--every", type=values.pause, default=5, metavar="S", help="seconds between looks (default: 5)")
-    p.add_argument("--once", action="store_true", help="look once; --json does so, too")
+    p.add_argument("--every", type=values.pause, default=5, metavar="S", help="seconds between updates (default: 5)")
+    p.add_argument("--once", action="store_true", help="print the state once and end; so does --json")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:

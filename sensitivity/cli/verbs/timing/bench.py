@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from sensitivity.cli.arguments import flags, values
+from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.output.progress import show_stages
 from sensitivity.cli.output.tables import table
-from sensitivity.spec.sizes import in_words
+from sensitivity.spec.sizes import bytes_in_words
 
 if TYPE_CHECKING:
     from sensitivity.formats.timing.intervals import Interval
@@ -20,13 +20,16 @@ EXAMPLE = "sensitivity bench out/first --n 20"
 
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    p.add_argument("folder", type=values.path, metavar="DIR", help="a folder that `sensitivity export` wrote")
-    flags.runtime(p, "what runs it, openvino, gguf or transformers (default: what its format is for)")
+    p.add_argument("folder", type=path_values.path, metavar="DIR", help="a folder that `sensitivity export` wrote")
+    flags.runtime(p, "what runs the export: openvino, gguf or transformers (default: that of its format)")
     p.add_argument(
         "--n", type=values.rounds, default=20, metavar="N", help="rounds, each the answer to an example (default: 20)"
     )
     p.add_argument(
-        "--task", type=values.model_or_task, metavar="T", help="whose prompts are timed (default: what was measured)"
+        "--task",
+        type=values.model_or_task,
+        metavar="T",
+        help="task whose prompts are timed (default: the one that was measured)",
     )
     flags.moved_model(p)
 
@@ -47,8 +50,8 @@ def show(found: Bench) -> None:
     ours, full, tokens = found["export"], found["full_precision"], found["tokens"]
     rows: list[tuple[str, ...]] = [("on disk", _size(ours["bytes"]), _size(full["bytes"]), "")]
     if ours["memory"] and full["memory"]:
-        for kind, held in ours["memory"].items():
-            rows.append((f"memory, {kind}", _size(held), _size(dict(full["memory"])[kind]), ""))
+        for kind, count in ours["memory"].items():
+            rows.append((f"memory, {kind}", _size(count), _size(dict(full["memory"])[kind]), ""))
     for name, interval in ours["times"].items():
         ratio = found["times_faster"].get(name)
         rows.append((name, _words(interval), _words(full["times"][name]), _words(ratio) if ratio else ""))
@@ -63,7 +66,7 @@ def show(found: Bench) -> None:
 
 
 def _size(count: object) -> str:
-    return in_words(count) if isinstance(count, int) else "–"
+    return bytes_in_words(count) if isinstance(count, int) else "–"
 
 
 def _words(of: Interval) -> str:

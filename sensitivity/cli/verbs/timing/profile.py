@@ -23,7 +23,7 @@ EXAMPLE = "sensitivity profile embedded:scenes-llava --runtime openvino --bits 2
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     flags.model(p)
-    flags.runtime(p, "what is to run the plans, such as openvino", required=True)
+    flags.runtime(p, "runtime that will run the plans, such as openvino", required=True)
     flags.widths(p, (2, 4, 8))
     flags.grid(p)
     p.add_argument("--n", type=values.rounds, default=12, metavar="N", help="how often each is timed (default: 12)")
@@ -32,7 +32,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         type=values.model_or_task,
         default="vqa",
         metavar="T",
-        help="whose images, prompts and answers say for how many tokens (default: vqa)",
+        help="task whose images, prompts and answers set the numbers of tokens (default: vqa)",
     )
 
 
@@ -66,7 +66,7 @@ def uniform(parts: ComponentMap, schemes: Sequence[Scheme], times: LayerTimes) -
 
 
 def show(times: LayerTimes, plans: Mapping[str, Mapping[str, float]]) -> None:
-    """Print the times of uniform plans, of layers, and at which widths no time is gained."""
+    """Print the times of uniform plans and of layers, and the plans that are no faster than full precision."""
     tokens, full = times.tokens, plans[FULL]
     heads = {"ms_per_image": "ms, image", "ms_per_prompt": "prompt", "ms_per_token": "new token"}
     heads |= {"ms_per_answer": "answer", "gb_resident": "GB resident"}

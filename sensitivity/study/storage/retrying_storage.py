@@ -1,4 +1,4 @@
-"""Patient: an Optuna storage that retries while the connection to its database is lost, for some minutes."""
+"""RetryingStorage: an Optuna storage that retries calls while the connection to its database is lost."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlche
 
 from sensitivity.spec.errors import UserError, reason
 
-SECONDS = 300.0  # how long a database may be down: a sweep with days of work behind it should not end at once
-AGAIN = 0.5  # seconds between two attempts
+LONGEST_OUTAGE = 300.0  # seconds: a sweep with days of work behind it should survive a restart of its database
+RETRY_AFTER = 0.5  # seconds between two attempts
 
 
-def lost(error: BaseException) -> bool:
+def is_connection_lost(error: BaseException) -> bool:
     """Whether an error means a lost connection, which is retried, rather than a wrong request, which is not."""
     cause: BaseException | None = error
     while cause is not None:
@@ -27,8 +27,8 @@ def lost(error: BaseException) -> bool:
     return False
 
 
-def _pass_on(storage: type[Patient]) -> type[Patient]:
-    """Give a class every method of Optuna's storage interface, so that those of later versions are retried, too."""
+def _pass_on(storage: type[RetryingStorage]) -> type[RetryingStorage]:
+    """Give a class all methods of Optuna's storage interface, including those of later versions: each is retried."""
     for name, value in vars(BaseStorage).items():
         if callable(value) and not name.startswith("_"):
             setattr(storage, name, partialmethod(storage.call, name))
@@ -36,7 +36,7 @@ def _pass_on(storage: type[Patient]) -> type[Patient]:
 
 
 @_pass_on
-class Patient(BaseStorage):
+class RetryingStorage(BaseStorage):
     """Passes each call on to Optuna's storage, with Optuna's cache, and retries it while the connection is lost."""
 
     def __init__(self, database: RDBStorage) -> None:
@@ -54,10 +54,10 @@ class Patient(BaseStorage):
                     raise
                 return True  # the first attempt was carried out, and only its reply was lost: success
             except (StorageInternalError, SQLAlchemyError) as error:
-                if not lost(error):
+                if not is_connection_lost(error):
                     raise
                 began = began or time.monotonic()
-                if time.monotonic() - began > SECONDS:
-                    why = f"the database has been away for {SECONDS:g} seconds ({reason(error)})"
+                if time.monotonic() - began > LONGEST_OUTAGE:
+                    why = f"the database has been away for {LONGEST_OUTAGE:g} seconds ({reason(error)})"
                     raise UserError(f"{why}; the same command continues when it is back") from error
-                time.sleep(AGAIN)
+                time.sleep(RETRY_AFTER)

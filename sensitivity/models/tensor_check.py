@@ -15,6 +15,7 @@ from sensitivity.spec.errors import UserError
 Shape = tuple[int, ...]
 # The most numbers in all buffers. No file holds them, so a wrong config can make them huge; real models have thousands
 BUFFER_NUMBERS = 2**30
+# problem -> the verb of the message
 VERBS = {
     "lacks": "lacks",
     "unknown": "has unknown",
@@ -25,7 +26,7 @@ VERBS = {
 def check_tensors(skeleton: nn.Module, stored: Mapping[str, tuple[torch.dtype, Shape]], name: str) -> None:
     """Raise an error for missing, misshapen or already rounded tensors, before they fill memory.
 
-    `skeleton` is the model without its weights. Tensors that it does not have are found when the weights are loaded.
+    `skeleton` is the model on the meta device. Tensors that it does not have are reported when the weights are loaded.
     """
     rename = renaming(skeleton)
     every = dict(skeleton.named_parameters(remove_duplicate=False))  # a tied parameter under each of its names
@@ -54,10 +55,10 @@ def check_tensors(skeleton: nn.Module, stored: Mapping[str, tuple[torch.dtype, S
     check_none(
         skeleton, name, "lacks", [path for path in lacking if not any(one.search(path) for one in may_be_missing)]
     )
-    if (room := sum(buffer.numel() for buffer in skeleton.buffers())) > BUFFER_NUMBERS:
+    if (numbers := sum(buffer.numel() for buffer in skeleton.buffers())) > BUFFER_NUMBERS:
         raise UserError(
-            f"config.json of {name} asks for tables of {room:,} numbers beside the weights, and at most "
-            f"{BUFFER_NUMBERS:,} are believed; mend its sizes (image_size, max_position_embeddings, rope_parameters)"
+            f"config.json of {name} asks for buffers of {numbers:,} numbers beside the weights, and at most "
+            f"{BUFFER_NUMBERS:,} are allowed; mend its sizes (image_size, max_position_embeddings, rope_parameters)"
         )
 
 
@@ -85,11 +86,11 @@ def renaming(skeleton: nn.Module) -> Callable[[str], tuple[str, bool]]:
     mapping = get_model_conversion_mapping(skeleton)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    there: dict[str, Tensor] = skeleton.state_dict()
+    state: dict[str, Tensor] = skeleton.state_dict()
 
     def rename(key: str) -> tuple[str, bool]:
         prefix = getattr(skeleton, "base_model_prefix", None)
-        known, converted = rename_source_key(key, renamings, converters, prefix, there)
+        known, converted = rename_source_key(key, renamings, converters, prefix, state)
         return str(known), converted is not None
 
     return rename

@@ -1,0 +1,89 @@
+"""Scores of components as a file: which scores a task allows, how well they agree with a study, and writing them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sensitivity.analysis.surrogate.score_agreement import ScoreAgreement, score_agreement
+from sensitivity.measure.attribution.checks import Checks
+from sensitivity.measure.attribution.scores import SCORES, WITH_ANSWERS, Attribution
+from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.files import finite, write_atomically
+from sensitivity.study.storage import paths
+from sensitivity.study.study import Study
+from sensitivity.tasks.examples.types import Task
+
+VERSION = 1
+TITLE = "attributions"  # the title by which a file is known to be ours
+
+
+def check_scores_apply(tasks: Sequence[Task], names: Sequence[str] = WITH_ANSWERS) -> None:
+    """Raise an error where a score needs the loss of right answers, and a task has none."""
+    for name in names:
+        if name not in SCORES:
+            raise unknown("score", name, SCORES)
+    searched = [task.name for task in tasks if task.gallery]
+    if searched and (needing := [name for name in names if name in WITH_ANSWERS]):
+        raise UserError(
+            f"{searched[0]} has no answers in words to take a loss of, which {', '.join(needing)} would need; "
+            "choose a task with answers, or --scores weight,gram"
+        )
+
+
+def agreements(out: Path, scores: Sequence[Attribution], names: Sequence[str]) -> dict[str, ScoreAgreement | None]:
+    """How well each score predicts the measured plans of the study in a folder; empty if the folder holds no study."""
+    if not paths.is_study(out):
+        return {}
+    study = Study(out)
+    if study.parts.names != tuple(names):
+        raise UserError(f"the study in {out} has other components than --by gives; choose another --out")
+    return {one.name: score_agreement(study, one.scores) for one in scores}
+
+
+def check_writable(out: Path) -> None:
+    """Raise an error if the attributions would replace a file that we did not write."""
+    file = paths.attributions(out)
+    try:
+        ours = not file.exists() or json.loads(file.read_text(encoding="utf-8"))["title"] == TITLE
+    except (OSError, ValueError, LookupError, TypeError):
+        ours = False
+    if not ours:
+        raise UserError(f"{file} was not written by `sensitivity explain`, and is not replaced; choose another --out")
+
+
+def attributions_json(
+    model: str,
+    scores: Sequence[Attribution],
+    measured: Mapping[str, ScoreAgreement | None],
+    checks: Checks | None = None,
+) -> dict[str, object]:
+    """Attributions as JSON values: for each score its cost, its agreement with measured plans, and its values."""
+    return {
+        "title": TITLE,
+        "version": VERSION,
+        "model": model,
+        "scores": {
+            one.name: {
+                "cpu_seconds": one.seconds,
+                "passes": one.seconds / checks.pass_seconds if checks else None,
+                "check": checks.by_score[one.name].to_json() if checks and checks.by_score else None,
+                "measured": found.to_json() if (found := measured.get(one.name)) else None,
+                "values": [
+                    {"component": name, "scheme": scheme.to_json(), "score": value}
+                    for name, row in one.scores.items()
+                    for scheme, value in row.items()
+                ],
+            }
+            for one in scores
+        },
+    }
+
+
+def save_attributions(out: Path, content: Mapping[str, object]) -> Path:
+    """Write attributions into a folder, which is made if it is missing."""
+    check_writable(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(paths.attributions(out), json.dumps(finite(dict(content)), indent=1).encode())
+    return paths.attributions(out)

@@ -1,0 +1,28 @@
+"""The budgets that --bpw or --gb ask for, in bits per weight."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from sensitivity.cli.arguments import flags
+
+if TYPE_CHECKING:
+    from sensitivity.spec.components import ComponentMap
+
+
+def check_budget_flags(args: argparse.Namespace) -> None:
+    """Raise an error if both kinds of budgets are given."""
+    if args.gb is not None:
+        flags.without_effect(args, ["--bpw"], "beside --gb, as there is one kind of budget")
+
+
+def budgets_in_bpw(args: argparse.Namespace, parts: ComponentMap) -> tuple[float, ...]:
+    """The budgets in bits per weight; one in GB is for the files of --runtime, headers included."""
+    from sensitivity.spec.runtimes.headers import bpw_in_gb, header_bytes
+    from sensitivity.spec.runtimes.table import files_of
+
+    if args.gb is None:
+        return tuple(args.bpw)
+    headers = header_bytes(parts, files_of(args.runtime))
+    return tuple(bpw_in_gb(parts, gb, headers) for gb in args.gb)
