@@ -30,6 +30,7 @@ from experiments.benchmarks.score_tables import Table, tables
 from sensitivity.analysis.search.frontier_sampler import FrontierSampler, PlanSizes
 from sensitivity.analysis.search.samplers import MAXIMIZE, MINIMIZE, SAMPLERS, sampled_plans
 from sensitivity.analysis.search.search_space import SearchSpace
+from sensitivity.analysis.surrogate.space import Expected
 from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan
@@ -42,8 +43,8 @@ GP_MOST = 64  # evaluations of the GP sampler
 WHOLE = "the whole table"
 
 
-def walk(table: Table, search: str, count: int, seed: int) -> list[int]:
-    """The plans that a search asks for, in order, as row numbers."""
+def walk(table: Table, search: str, count: int, seed: int, folder: Path = Path("nowhere")) -> list[int]:
+    """The plans that a search asks for, in order, as row numbers; a folder may hold damages that it expects."""
     if search in ("random", "one-at-a-time"):
         lot = np.random.default_rng(seed).permutation(len(table.plans))
         if search == "one-at-a-time":  # full precision, uniform plans and each part alone; then at random
@@ -53,7 +54,7 @@ def walk(table: Table, search: str, count: int, seed: int) -> list[int]:
         return walk_rows(table, search, count, seed)
     place = {plan.key: i for i, plan in enumerate(table.plans)}
     bpw, rows, trials = table.bpw, list[int](), list[SimpleNamespace]()
-    study = SimpleNamespace(tasks=("score",), parts=table.parts, trials=lambda: trials, path=Path("nowhere"))
+    study = SimpleNamespace(tasks=("score",), parts=table.parts, trials=lambda: trials, path=folder)
     schemes = sorted({s for plan in table.plans for _, s in plan.schemes if s}, key=lambda s: s.bits)
     choices = dict(zip(table.space.names, table.space.choices, strict=True))
     search_space = SearchSpace.of(
@@ -109,7 +110,7 @@ def walk_rows(table: Table, search: str, count: int, seed: int) -> list[int]:
     return rows
 
 
-def regrets(table: Table, rows: list[int]) -> dict[str, float]:
+def regrets(table: Table, rows: list[int], expected: Expected | None = None) -> dict[str, float]:
     """Mean over budgets of the score that is lost, in percent of full precision, for three ways to choose a plan.
 
     reading: the measured plan with the highest measured score; believed: the measured plan with the best score
@@ -118,7 +119,7 @@ def regrets(table: Table, rows: list[int]) -> dict[str, float]:
     chosen, bpw, space = np.array(rows), table.bpw, table.space
     index = space.encode(table.plans)
     noise = table.noise if table.noises is None else table.noises[chosen]
-    model = fit_surrogate(space, index[chosen], table.reading[chosen], noise=noise)
+    model = fit_surrogate(space, index[chosen], table.reading[chosen], noise=noise, expected=expected)
     ways = {
         "reading": (chosen, table.reading[chosen]),
         "believed": (chosen, model.predict(index[chosen])),
