@@ -13,18 +13,22 @@ import numpy as np
 import pytest
 import saved_vlms
 import torch
+from few import few
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from sensitivity.api import exporting
 from sensitivity.api.sweeping import sweep
 from sensitivity.cli import main as cli
 from sensitivity.formats.openvino import export, layout
 from sensitivity.formats.table import write
+from sensitivity.formats.timing.opened import TorchHalves
 from sensitivity.formats.timing.side_by_side import bench
 from sensitivity.formats.verification import verify
 from sensitivity.formats.writing.job import Job, codes_from_weights
-from sensitivity.measure.generate.batches import prompt_text
+from sensitivity.measure.generate.answer_tokens import end_tokens
+from sensitivity.measure.generate.batches import on_device, prompt_text
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
@@ -89,7 +93,7 @@ def test_constants_hold_the_weight_in_the_bytes_that_are_counted(scheme: Scheme,
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("qwen2_5_vl", "llava and blip-2 can be run half by half, and .* is of type qwen2_5_vl"),
+        ("internvl", "llava, blip-2, idefics3, smolvlm, qwen2_vl, qwen2_5_vl can be run .* is of type internvl"),
         ("blip2_t5", "only a decoder can be run half by half"),
     ],
 )
@@ -232,6 +236,46 @@ def test_an_export_without_weights_read_by_name(openvino: Any, tmp_path: Path) -
     job = Job(str(folder), parts, Plan.uniform(parts, rtn(4)), dtype=torch.float32)
     found = write(job, tmp_path / "out", "openvino")
     assert found["written"]["bytes"] == found["predicted_size"]["bytes"]
+
+
+FAMILIES = ("smolvlm", "idefics3", "qwen2_vl", "qwen2_5_vl")
+
+
+@pytest.mark.parametrize("name", few(FAMILIES, ()))
+def test_other_families_answer_as_torch_does(openvino: Any, name: str, tmp_path: Path) -> None:
+    """Tiles of a picture, and patches of an image of any size with places in a plane, some within windows."""
+    vlm = load(str(saved_vlms.save(name, tmp_path / name)))
+    parts = inspect(vlm, by="part")
+    plan = Plan.uniform(parts, rtn(3))
+    study = sweep(vlm, parts, [plan], ["vqa"], tmp_path / "run", n=6)
+    out = exporting.export(study, plan, tmp_path / "out", "openvino", model=vlm)
+    found = verify(out)
+    assert (found["verdict"], found["examples"]) == ("as measured", 6)
+    mine, native = (study.examples(one) for one in (plan, study.native))
+    assert mine is not None
+    assert native is not None
+    moved = (mine["nll"] - native["nll"]).abs().max()  # by the plan: it does something
+    assert found["largest_nll_difference"] < min(1e-4, moved / 10)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", few(FAMILIES, ("qwen2_5_vl",)))
+def test_halves_in_torch_are_the_whole_model(name: str, tmp_path: Path) -> None:
+    """Images of several sizes, so that windows at their edges are smaller, and each prompt has two of them."""
+    vlm = load(str(saved_vlms.save(name, tmp_path / name)))
+    vlm.model.double()
+    halves, draw = TorchHalves(vlm), np.random.default_rng(0)
+    for sides in ((16, 16, 32, 20), (40, 24, 12, 48)):
+        pictures = [Image.fromarray(draw.integers(0, 256, (*size, 3), np.uint8)) for size in (sides[:2], sides[2:])]
+        words = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "what is this"}]
+        text = vlm.processor.apply_chat_template([{"role": "user", "content": words}], add_generation_prompt=True)
+        inputs = on_device(vlm, vlm.processor(images=[pictures], text=[text], return_tensors="pt"))
+        tokens = vlm.model.generate(**inputs, do_sample=False, max_new_tokens=4)[0]
+        whole = vlm.model(**inputs).logits[0].float().numpy()
+        ids = inputs["input_ids"][0].tolist()
+        features = halves.image_features(**halves.image_inputs(inputs))
+        halves.forget()
+        np.testing.assert_allclose(halves.logits(ids, len(ids), features), whole, atol=1e-6)
+        assert halves.generate(ids, features, end_tokens(vlm), 4) == tokens[len(ids) :].tolist()
 
 
 def test_bench_finds_packed_codes_in_memory(folder: Path) -> None:

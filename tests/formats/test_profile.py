@@ -13,7 +13,7 @@ from sensitivity.cli import main as cli
 from sensitivity.formats.openvino.export import STORED
 from sensitivity.formats.openvino.layer_graph import LayerGraph
 from sensitivity.formats.timing.kept_times import kept_times
-from sensitivity.formats.timing.profile import _as_in_graphs, checked
+from sensitivity.formats.timing.profile import _as_in_graphs, checked, first_inputs
 from sensitivity.formats.timing.rows_at_once import rows_at_once
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
@@ -29,7 +29,7 @@ def test_tokens_are_counted_without_weights() -> None:
     vlm = load(MODEL, config_only=True)
     parts, vision = inspect(vlm, by="part"), vlm.model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
-    found = rows_at_once(vlm, parts)
+    found = rows_at_once(vlm, parts, first_inputs(MODEL, "vqa"))
     assert set(found) == {weight.name for weight in parts.weights if weight.part != "language"}
     assert {found[w.name] for w in parts["connector"].weights} == {patches}
     used = {found[w.name] for w in parts["vision"].weights}
@@ -40,7 +40,7 @@ def test_tokens_are_counted_without_weights() -> None:
 def test_a_query_transformer_reads_its_queries_and_the_patches() -> None:
     vlm = load("embedded:scenes-blip2", config_only=True)
     parts, config = inspect(vlm, by="kind"), vlm.model.config
-    found = rows_at_once(vlm, parts)
+    found = rows_at_once(vlm, parts, first_inputs("embedded:scenes-blip2", "vqa"))
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
     seen = {found[weight.name] for weight in parts.weights if weight.part == "connector"}
     assert seen == {config.num_query_tokens, patches}  # keys and values of cross attention come from the patches

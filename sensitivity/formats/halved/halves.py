@@ -8,38 +8,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sensitivity.formats.halved.vision_half import VISIONS, vision_half
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
+from sensitivity.spec.runtimes.rules import comma_list
 
 VISION, LANGUAGE = "vision", "language"
 Array = np.ndarray[Any, Any]
-# values of config.model_type; tests compare the halves of these with the whole model
-HALVED = ("llava", "blip-2")
 
 
 def check_halves(vlm: VLM) -> None:
     """Raise an error for a model that cannot be split into an image half and a language half."""
     kind = vlm.model.config.model_type
-    if kind not in HALVED or not hasattr(vlm.model, "get_image_features"):
-        known = " and ".join(HALVED)
+    if kind not in VISIONS or not hasattr(vlm.model, "get_image_features"):
+        known = comma_list(list(VISIONS))
         raise UserError(f"only models of the types {known} can be run half by half, and {vlm.name} is of type {kind}")
     if vlm.encoder_decoder:
         raise UserError(
             f"only a decoder can be run half by half, and the language model of {vlm.name} also has an encoder"
         )
-
-
-class Vision(nn.Module):
-    """Pixels to image features, projector included: the rows that replace the placeholder tokens."""
-
-    def __init__(self, vlm: VLM) -> None:
-        super().__init__()
-        self.model = vlm.model
-
-    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        output = self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
-        features = output if isinstance(output, Tensor) else torch.cat(list(output))
-        return {"image_features": features.reshape(-1, features.shape[-1])}
 
 
 class Language(nn.Module):
@@ -58,6 +45,7 @@ class Language(nn.Module):
         attention_mask: Tensor,
         past_key_values: Any,
         logits_to_keep: Tensor,
+        position_ids: Tensor | None = None,
     ) -> dict[str, Any]:
         embedded = self.model.get_input_embeddings()(input_ids)
         width = embedded.shape[-1]
@@ -73,8 +61,11 @@ class Language(nn.Module):
             past_key_values=past_key_values,
             use_cache=True,
             logits_to_keep=logits_to_keep,
+            **({} if position_ids is None else {"position_ids": position_ids}),
         )
         return {"logits": output.logits, "past_key_values": output.past_key_values}
 
 
-HALVES: dict[str, type[nn.Module]] = {VISION: Vision, LANGUAGE: Language}
+def half_of(vlm: VLM, half: str) -> nn.Module:
+    """One half of a model as a module."""
+    return vision_half(vlm)(vlm) if half == VISION else Language(vlm)

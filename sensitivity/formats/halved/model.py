@@ -51,7 +51,19 @@ class HalvedModel(ABC):
     @staticmethod
     def image_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The processor's outputs that the image half reads."""
+        mask = inputs.get("pixel_attention_mask")
+        if mask is not None and not bool(mask.all()):
+            raise UserError(
+                "the processor puts borders around images, which the image half does not read; set do_image_splitting "
+                "in preprocessor_config.json to true"
+            )
         return {name: inputs[name] for name in IMAGE_INPUTS if name in inputs}
+
+    @staticmethod
+    def image_count(inputs: Mapping[str, Tensor]) -> int:
+        """The number of images, or of tiles, in a processor's output."""
+        grids = inputs.get("image_grid_thw")
+        return len(inputs["pixel_values"].flatten(0, -4)) if grids is None else len(grids)
 
     def generate(
         self,

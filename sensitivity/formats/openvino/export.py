@@ -31,7 +31,7 @@ from sensitivity.formats.openvino.run import OpenVINOModel
 
 model, processor = OpenVINOModel(FOLDER), AutoProcessor.from_pretrained(FOLDER)
 inputs = processor(images=[image], text=[prompt], return_tensors="pt")
-features = model.image_features(inputs["pixel_values"])
+features = model.image_features(**model.image_inputs(inputs))
 ends = {processor.tokenizer.eos_token_id}
 tokens = model.generate(inputs["input_ids"][0].tolist(), features, ends, max_new_tokens=20)
 """

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from sensitivity.formats.halved.halves import LANGUAGE, VISION, Array
 from sensitivity.formats.halved.model import HalvedModel, Running, unlike
+from sensitivity.formats.halved.positions import positions_of
+from sensitivity.formats.halved.vision_half import vision_half
 from sensitivity.formats.openvino.export import FILES, STORED, check
+from sensitivity.models.loading import load
 from sensitivity.spec.errors import UserError
 
 
 class OpenVINOModel(HalvedModel):
-    """Both graphs of an export, compiled; one prompt with its image at a time."""
+    """Both graphs of an export, compiled; one prompt with its images at a time."""
 
     def __init__(self, folder: Path | str, threads: int = 0) -> None:
         """Compile both graphs; `threads` is how many threads OpenVINO uses, and 0 leaves that to OpenVINO."""
@@ -28,26 +31,32 @@ class OpenVINOModel(HalvedModel):
         graphs = {half: core.read_model(self.folder / file) for half, file in FILES.items()}
         self.vision = core.compile_model(graphs[VISION], "CPU", options).create_infer_request()
         self.language = core.compile_model(graphs[LANGUAGE], "CPU", options).create_infer_request()
+        vlm = load(str(self.folder), config_only=True)
+        self.half, self.config, self.positions = vision_half(vlm), vlm.model.config, positions_of(vlm)
         self.read = 0  # tokens in the cache
 
     def image_features(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None) -> Array:
         """The rows that the language model reads in place of an image's placeholder tokens."""
-        each = (self.vision.infer({"pixel_values": one[None].float().numpy()}) for one in pixel_values)
+        if self.positions:
+            self.positions.grids = image_grid_thw
+        images = self.half.images(self.config, pixel_values.float(), image_grid_thw)
+        each = (self.vision.infer({name: value.numpy() for name, value in one.items()}) for one in images)
         return np.concatenate([np.array(output["image_features"]) for output in each])
 
     def logits(self, ids: Sequence[int], keep: int, features: Array | None = None) -> Array:
         """Read the next tokens of the prompt that `forget` began; returns logits at the last `keep` of them."""
         width = self.language.get_compiled_model().input("image_features").get_partial_shape()[1].get_length()
         seen = self.read + len(ids)
-        output = self.language.infer(
-            {
-                "input_ids": np.array([ids], np.int64),
-                "image_features": np.zeros((1, width), np.float32) if features is None else features,
-                "attention_mask": np.ones((1, seen), np.int64),
-                "logits_to_keep": np.arange(len(ids) - keep, len(ids), dtype=np.int64),
-                "beam_idx": np.zeros(1, np.int32),
-            }
-        )
+        given: dict[str, Array] = {
+            "input_ids": np.array([ids], np.int64),
+            "image_features": np.zeros((1, width), np.float32) if features is None else features,
+            "attention_mask": np.ones((1, seen), np.int64),
+            "logits_to_keep": np.arange(len(ids) - keep, len(ids), dtype=np.int64),
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        if self.positions:
+            given["position_ids"] = self.positions.next(ids, self.read).numpy()
+        output = self.language.infer(given)
         self.read = seen
         return np.array(output["logits"][0])
 

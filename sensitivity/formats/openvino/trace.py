@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sensitivity.formats.halved.halves import HALVES, VISION
+from sensitivity.formats.halved.halves import VISION, half_of
+from sensitivity.formats.halved.positions import in_plane
+from sensitivity.formats.halved.vision_half import vision_half
 from sensitivity.models.loading import load, quiet
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError, reason
@@ -43,12 +45,13 @@ def traced(vlm: VLM, half: str) -> Model:
     from transformers.exporters.exporter_openvino import OpenVINOExporter
 
     empty = replace(vlm, model=without_values(vlm.model))
-    module: Any = _WithWeights(HALVES[half](empty))
+    module: Any = _WithWeights(half_of(empty, half))
     register_cache_pytrees_for_model(module)
     with FakeTensorMode(allow_non_fake_inputs=True):  # tensors with a type and a shape, but no values
         weights = shapes_of_weights(empty)
         inputs = _inputs(empty, half)
-    shapes = {name: None if half == VISION else get_auto_dynamic_shapes(value) for name, value in inputs.items()}
+    varying = vision_half(vlm).varies if half == VISION else tuple(inputs)
+    shapes = {name: get_auto_dynamic_shapes(value) if name in varying else None for name, value in inputs.items()}
     config = OpenVINOConfig(dynamic_shapes={**shapes, WEIGHTS: dict.fromkeys(weights)})
     try:
         with quiet(), warnings.catch_warnings():  # warnings about versions and deprecations do not help a user
@@ -82,7 +85,7 @@ def _inputs(vlm: VLM, half: str) -> dict[str, Any]:
     from transformers import DynamicCache
 
     if half == VISION:
-        return {"pixel_values": image_input(vlm)}
+        return dict(vision_half(vlm).example(vlm.model.config))
     text = vlm.model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -90,19 +93,15 @@ def _inputs(vlm: VLM, half: str) -> dict[str, Any]:
     for layer in range(text.num_hidden_layers):
         keys, values = (torch.empty(PROMPTS, heads, CACHED, width) for _ in range(2))
         cache.update(keys, values, layer)
+    positions = {"position_ids": torch.empty(3, PROMPTS, TOKENS, dtype=torch.int64)} if in_plane(vlm) else {}
     return {
         "input_ids": torch.empty(PROMPTS, TOKENS, dtype=torch.int64),
         "image_features": torch.empty(FEATURES, text.hidden_size),
         "attention_mask": torch.empty(PROMPTS, CACHED + TOKENS, dtype=torch.int64),
         "past_key_values": cache,
         "logits_to_keep": torch.empty(KEPT, dtype=torch.int64),
+        **positions,
     }
-
-
-def image_input(vlm: VLM) -> Tensor:
-    """One image; only its shape matters. Some families make a list of images, whose length tracing fixes."""
-    vision = vlm.model.config.vision_config
-    return torch.empty(1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
 
 
 def without_values(model: nn.Module) -> Any:

@@ -9,8 +9,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sensitivity.formats.gguf.export import check as check_gguf
-from sensitivity.formats.halved.halves import Array, Language, Vision, check_halves
+from sensitivity.formats.halved.halves import Array, Language, check_halves
 from sensitivity.formats.halved.model import HalvedModel
+from sensitivity.formats.halved.positions import positions_of
+from sensitivity.formats.halved.vision_half import vision_half
 from sensitivity.formats.openvino.export import check as check_openvino
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
@@ -20,7 +22,8 @@ class TorchHalves(HalvedModel):
     """The halves as torch computes them."""
 
     def __init__(self, vlm: VLM) -> None:
-        self.vision, self.language = Vision(vlm), Language(vlm)
+        self.vision, self.language = vision_half(vlm)(vlm), Language(vlm)
+        self.config, self.positions = vlm.model.config, positions_of(vlm)
         self.dtype = vlm.model.dtype
         self.nothing = torch.empty(0, vlm.model.config.get_text_config().hidden_size, dtype=self.dtype)
         self.forget()
@@ -28,12 +31,16 @@ class TorchHalves(HalvedModel):
     @torch.inference_mode()
     def image_features(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None) -> Array:
         """The rows that the language model reads in place of an image's placeholder tokens."""
-        found: Tensor = self.vision(pixel_values.to(self.dtype))["image_features"]
+        if self.positions:
+            self.positions.grids = image_grid_thw
+        images = self.vision.images(self.config, pixel_values.to(self.dtype), image_grid_thw)
+        found: Tensor = torch.cat([self.vision(**one)["image_features"] for one in images])
         return found.float().numpy()
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], keep: int, features: Array | None = None) -> Array:
         """Read the next tokens of the prompt that `forget` began; returns logits at the last `keep` of them."""
+        places = self.positions.next(ids, self.read) if self.positions else None
         self.read += len(ids)
         found = self.language(
             input_ids=torch.tensor([ids]),
@@ -41,6 +48,7 @@ class TorchHalves(HalvedModel):
             attention_mask=torch.ones(1, self.read, dtype=torch.int64),
             past_key_values=self.cache,
             logits_to_keep=torch.arange(len(ids) - keep, len(ids)),
+            position_ids=places,
         )
         logits: Tensor = found["logits"]
         return logits[0].float().numpy()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sensitivity.formats.openvino.export import STORED
 from sensitivity.formats.openvino.layer_graph import LayerGraph
@@ -71,7 +72,7 @@ def profile(
     """
     parts, tokens = checked(model, schemes, runtime, task)
     threads = threads or torch.get_num_threads()
-    at_once = rows_at_once(load(model, config_only=True), parts)
+    at_once = rows_at_once(load(model, config_only=True), parts, first_inputs(model, task))
     with full_precision(model, runtime, "float32") as full:
         at_once = _as_in_graphs(at_once, Path(full))
         asked = Asked(full, model, runtime, "float32", threads, task, 1, 0)
@@ -114,6 +115,12 @@ def checked(model: str, schemes: Sequence[Scheme], runtime: str, task: str) -> t
     vlm = without_weights(model)
     lengths = [len(target) for batch in batches(vlm, examples, plain=True) for target in batch.targets]
     return parts, {"answer": int(np.median(lengths))}
+
+
+def first_inputs(model: str, task: str) -> dict[str, Tensor]:
+    """The processor's output for the example whose answer is timed."""
+    (batch,) = batches(without_weights(model), find_task(task, "evaluation", 1), plain=True)
+    return batch.inputs
 
 
 def check_runs_here(model: str, runtime: str) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from sensitivity.formats.halved.halves import Vision
-from sensitivity.formats.openvino.trace import image_input, shapes_of_weights, without_values
+from sensitivity.formats.halved.model import HalvedModel
+from sensitivity.formats.halved.vision_half import vision_half
+from sensitivity.formats.openvino.trace import shapes_of_weights, without_values
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError, reason
 
 
-def rows_at_once(vlm: VLM, parts: ComponentMap) -> dict[str, int]:
-    """Weight -> rows of its layer's input for one image; the values of the weights are not read."""
+def rows_at_once(vlm: VLM, parts: ComponentMap, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+    """Weight -> rows of its layer's input for the first image of a processor's output.
+
+    The values of the weights and of the image are not read.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     empty = replace(vlm, model=without_values(vlm.model))
@@ -32,9 +37,13 @@ def rows_at_once(vlm: VLM, parts: ComponentMap) -> dict[str, int]:
         if weight.name in found:
             count(weight)
     try:
+        half, read = vision_half(vlm), HalvedModel.image_inputs(inputs)
+        first = half.images(vlm.model.config, read["pixel_values"], read.get("image_grid_thw"))[0]
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # tensors that have no values
-            inputs = {"pixel_values": image_input(vlm)}
-            torch.func.functional_call(Vision(empty), shapes_of_weights(empty), kwargs=inputs, tie_weights=True)
+            image = {name: torch.empty_like(value) for name, value in first.items()}
+            torch.func.functional_call(half(empty), shapes_of_weights(empty), kwargs=image, tie_weights=True)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"the tokens of an image cannot be counted for {vlm.name} ({reason(error)})") from error
     return found

@@ -189,7 +189,7 @@ def answered(model: HalvedModel, inputs: Mapping[str, Tensor]) -> Round:
     for _ in range(NEW_TOKENS):
         logits = model.logits([int(logits[-1].argmax())], 1)
     times.append(_now())
-    images = len(inputs["pixel_values"])
+    images = model.image_count(inputs)
     spent = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(times)]
     counts = (images, len(ids), NEW_TOKENS)
     image, prompt, new = (Stage(*took, count) for took, count in zip(spent, counts, strict=True))

@@ -193,8 +193,7 @@ def _running(
 ) -> float:
     """Seconds to run all plans: shared work once per distinct prefix, the rest once per plan."""
     return sum(
-        shared * (runs[part] if sample.shares(part) else plans) + own * plans
-        for part, (shared, own) in passes.items()
+        shared * (runs[part] if sample.shares(part) else plans) + own * plans for part, (shared, own) in passes.items()
     )
 
 
