@@ -1,0 +1,1 @@
+"""Plans as users of other tools would choose them, beside ours."""
