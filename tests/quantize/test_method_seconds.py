@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.benchmarks.methods_cost import BESIDE, SIDES, WHY, cost, layer, near_4_bits
-from sensitivity.quantize.layer.two_paths import TwoPaths
 from sensitivity.quantize.method_seconds import MEASURED_BY, SECONDS, seconds_of
 from sensitivity.quantize.presets import PRESETS
 
@@ -32,8 +31,8 @@ def test_a_preset_costs_what_its_method_does_unless_its_solver_is_another() -> N
 
 def test_the_benchmark_counts_seconds_and_memory() -> None:
     weight, inputs, seen = layer(256, 256)
-    seen.paths = TwoPaths(256)
-    seen.paths.add(inputs, inputs, None, None)
-    cheap, dear = (cost(near_4_bits(name), weight, seen) for name in ("rtn", "bpdq"))
+    cheap, dear = (cost(near_4_bits(name), weight, inputs, seen) for name in ("rtn", "bpdq"))
     assert 0 <= cheap["seconds"] < dear["seconds"]
+    gptq, tweaked = (cost(near_4_bits(name), weight, inputs, seen) for name in ("gptq", "norm-tweak"))
+    assert gptq["seconds"] < tweaked["seconds"]
     assert near_4_bits("llm-int8").bits == 8

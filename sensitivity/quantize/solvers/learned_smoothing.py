@@ -49,10 +49,12 @@ def _trained(rows: Tensor, gram: Tensor, factor: Tensor, scheme: Scheme, epochs:
 
 def _tokens(gram: Tensor) -> Tensor:
     """Random tokens whose expected Gram matrix is that of the calibration data, up to a factor."""
-    damp = 1e-6 * gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    values, vectors = torch.linalg.eigh((gram + damp * torch.eye(len(gram), device=gram.device)).double())
+    mean = float(gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
+    one, damp = torch.eye(len(gram), device=gram.device, dtype=torch.float64), 1e-6
+    while int((factor := torch.linalg.cholesky_ex(gram.double() + damp * mean * one)).info):
+        damp *= 10  # a sum in float32 may be slightly indefinite
     normal = torch.randn(TOKENS, len(gram), generator=torch.Generator().manual_seed(len(gram)), dtype=torch.float64)
-    found: Tensor = normal.to(values) * values.clamp(min=0).sqrt() @ vectors.T
+    found: Tensor = normal.to(gram.device) @ factor.L.T
     return (found / found.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)).float()
 
 
@@ -66,16 +68,28 @@ def _error(
 
 def _rounded(values: Tensor, bits: int, symmetric: bool, share: Tensor | None) -> Tensor:
     """Each row on its own grid; rounding counts as the identity in the backward pass."""
-    low, high = values.amin(1, keepdim=True).clamp(max=0), values.amax(1, keepdim=True).clamp(min=0)
+    # gathered, since the backward pass of amin and amax counts equal numbers, which takes half of the time
+    at = values.detach().argmin(1, keepdim=True), values.detach().argmax(1, keepdim=True)
+    low, high = values.gather(1, at[0]).clamp(max=0), values.gather(1, at[1]).clamp(min=0)
     low, high = (low, high) if share is None else (low * share, high * share)
     if symmetric:
         scale = (2 * torch.maximum(-low, high) / (2**bits - 1)).clamp(min=1e-12)
-        least, most = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
+        zero = torch.full_like(scale, 2.0 ** (bits - 1))
     else:
         scale = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
         zero = (-low / scale).round().detach()
-        least, most = -zero, 2.0**bits - 1 - zero
-    codes = values / scale
-    codes = codes + (codes.round() - codes).detach()
-    rounded: Tensor = torch.minimum(torch.maximum(codes, torch.as_tensor(least)), torch.as_tensor(most)) * scale
+    codes: Tensor = _Nearest.apply(values / scale)  # type: ignore[no-untyped-call]
+    rounded: Tensor = codes.clamp(-zero, 2.0**bits - 1 - zero) * scale
     return rounded
+
+
+class _Nearest(torch.autograd.Function):
+    """Rounding that counts as the identity in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: object, values: Tensor) -> Tensor:
+        return values.round()
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return gradient

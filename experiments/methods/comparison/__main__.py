@@ -1,0 +1,113 @@
+"""Measures what the record lacks, and writes the page.
+
+python -m experiments.methods.comparison                  # writes reports/methods-comparison.csv and .md
+python -m experiments.methods.comparison --minutes 40     # begins no further row afterwards; again, and it goes on
+python -m experiments.methods.comparison --minutes 0      # only the page
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from experiments.methods.comparison import page, record
+from experiments.methods.comparison.record import Measured, Record
+from experiments.methods.comparison.rows import (
+    BOTH,
+    MODELS,
+    ROWS,
+    TASKS,
+    WHERE,
+    WIDTHS,
+    Cell,
+    cells,
+    plan_of,
+    scheme_of,
+    stored_bits,
+)
+from sensitivity.api.sweeping import calibrated, sweep
+from sensitivity.measure.loop import data_flow_order
+from sensitivity.models.discover import inspect
+from sensitivity.models.loading import load
+from sensitivity.spec.files import overwrite
+from sensitivity.spec.plan import Plan
+from sensitivity.tasks.examples.types import Task
+from sensitivity.tasks.table import task
+
+
+def measure(what: str, wanted: Sequence[Cell], asked: Sequence[Task], args: argparse.Namespace, ends: float) -> Record:
+    """The cells of one model that are whole when the time is over; what a killed run measured is not run again."""
+    model, names = wanted[0].model, [one.name for one in asked]
+    vlm = load(model)
+    parts = inspect(vlm, by="part")
+    keys = list(dict.fromkeys((cell.row, cell.bits) for cell in wanted))
+    bare, path = [scheme_of(*key) for key in keys], "both" if what == BOTH else "float"
+    named, statistics = calibrated(vlm, parts, bare, names, n=args.examples, path=path, against=asked)
+    schemes = dict(zip(keys, named, strict=True))
+    plans = {cell: plan_of(parts, cell.where, schemes[cell.row, cell.bits]) for cell in wanted}
+
+    def in_time() -> Iterator[Plan]:
+        for plan in sorted(set(plans.values()), key=data_flow_order):
+            if time.monotonic() >= ends:
+                return
+            yield plan
+
+    out = Path(args.work) / f"{model.removeprefix('embedded:')}-{path}-{'-'.join(names)}-{args.n}-{args.examples}"
+    study = sweep(vlm, parts, in_time(), names, out, n=args.n, statistics=statistics)
+    found = {cell: study.examples(plan) for cell, plan in plans.items()}
+    stored = {cell: stored_bits(parts, cell.where, schemes[cell.row, cell.bits]) for cell in wanted}
+    whole = {cell: Measured(stored[cell], right(frame, asked)) for cell, frame in found.items() if frame is not None}
+    full = study.examples(study.native)
+    return {record.native(model): Measured(16.0, right(full, asked)), **whole}
+
+
+def right(frame: pd.DataFrame | None, asked: Sequence[Task]) -> dict[str, np.ndarray]:
+    """Per task, the scores in the order of its examples."""
+    assert frame is not None
+    found = {}
+    for one in asked:
+        scores = frame[frame["task"] == one.name].set_index("example")["score"]
+        found[one.name] = scores.loc[[example.id for example in one.examples]].to_numpy(dtype=float)
+    return found
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--models", default=",".join(MODELS))
+    p.add_argument("--tasks", default=",".join(TASKS))
+    p.add_argument("--rows", default=",".join(ROWS))
+    p.add_argument("--widths", default=",".join(map(str, WIDTHS)))
+    p.add_argument("--where", default=",".join(WHERE))
+    p.add_argument("--n", type=int, default=500, help="examples of each task")
+    p.add_argument("--examples", type=int, default=64, help="examples to calibrate on")
+    p.add_argument("--minutes", type=float, default=float("inf"), help="no further row is begun afterwards")
+    p.add_argument("--work", default="runs/methods-comparison")
+    p.add_argument("--record", type=Path, default=Path("reports/methods-comparison.csv"))
+    p.add_argument("--out", type=Path, default=Path("reports/methods-comparison.md"))
+    args = p.parse_args()
+    asked = [task(name, n=args.n) for name in args.tasks.split(",")]
+    names = {one.name for one in asked}
+    widths = [int(bits) for bits in args.widths.split(",")]
+    portions = list(cells(args.models.split(","), args.rows.split(","), widths, args.where.split(",")))
+    ends = time.monotonic() + 60 * args.minutes
+    known = record.read(args.record, args.n, args.examples)
+    for what, portion in portions:
+        lacking = [cell for cell in portion if cell not in known or not known[cell].right.keys() >= names]
+        if lacking and time.monotonic() < ends:
+            known |= measure(what, lacking, asked, args, ends)
+            record.write(args.record, known, args.examples)
+            left = sum(cell not in known for _, one in portions for cell in one)
+            print(f"{lacking[0].model}, {what}, {lacking[0].bits} bits: done; {left} left", file=sys.stderr, flush=True)
+    every = [cell for _, portion in portions for cell in portion]
+    lines = page.page(known, every, asked, args.examples)
+    overwrite(args.out, "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
