@@ -118,7 +118,7 @@ def test_the_page_says_what_was_planted(vqa: Task) -> None:
     asked = [cell for cell in known if cell.row != record.NATIVE] + [Cell(MODEL, "spqr", 2, "all")]
     text = "\n".join(page.page(known, asked, [vqa], 32))
     assert "5 of 6 cells" in text
-    assert f"* {MODEL}, weights at 2 bits: 1" in text
+    assert "* vqa, weights at 2 bits: 1" in text
     assert "| gptq | – | 1 of 1 | 1 of 1 | 1 of 1 | 1.00 |" in text
     assert "| clip | – | 0 of 1 | 0 of 1 | 0 of 1 | 0.00 |" in text
     assert "**gptq 2** (2.10) -0.040" in text

@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +42,14 @@ from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.table import task
 
 
-def measure(what: str, wanted: Sequence[Cell], asked: Sequence[Task], args: argparse.Namespace, ends: float) -> Record:
+def measure(what: str, wanted: Sequence[Cell], asked: Task, args: argparse.Namespace, ends: float) -> Record:
     """The cells of one model that are whole when the time is over; what a killed run measured is not run again."""
-    model, names = wanted[0].model, [one.name for one in asked]
+    model = wanted[0].model
     vlm = load(model)
     parts = inspect(vlm, by="part")
     keys = list(dict.fromkeys((cell.row, cell.bits) for cell in wanted))
     bare, path = [scheme_of(*key) for key in keys], "both" if what == BOTH else "float"
-    named, statistics = calibrated(vlm, parts, bare, names, n=args.examples, path=path, against=asked)
+    named, statistics = calibrated(vlm, parts, bare, [asked.name], n=args.examples, path=path, against=[asked])
     schemes = dict(zip(keys, named, strict=True))
     plans = {cell: plan_of(parts, cell.where, schemes[cell.row, cell.bits]) for cell in wanted}
 
@@ -58,8 +59,8 @@ def measure(what: str, wanted: Sequence[Cell], asked: Sequence[Task], args: argp
                 return
             yield plan
 
-    out = Path(args.work) / f"{model.removeprefix('embedded:')}-{path}-{'-'.join(names)}-{args.n}-{args.examples}"
-    study = sweep(vlm, parts, in_time(), names, out, n=args.n, statistics=statistics)
+    out = Path(args.work) / f"{model.removeprefix('embedded:')}-{path}-{asked.name}-{args.n}-{args.examples}"
+    study = sweep(vlm, parts, in_time(), [asked.name], out, n=args.n, statistics=statistics)
     found = {cell: study.examples(plan) for cell, plan in plans.items()}
     stored = {cell: stored_bits(parts, cell.where, schemes[cell.row, cell.bits]) for cell in wanted}
     whole = {cell: Measured(stored[cell], right(frame, asked)) for cell, frame in found.items() if frame is not None}
@@ -67,14 +68,17 @@ def measure(what: str, wanted: Sequence[Cell], asked: Sequence[Task], args: argp
     return {record.native(model): Measured(16.0, right(full, asked)), **whole}
 
 
-def right(frame: pd.DataFrame | None, asked: Sequence[Task]) -> dict[str, np.ndarray]:
-    """Per task, the scores in the order of its examples."""
+def right(frame: pd.DataFrame | None, asked: Task) -> dict[str, np.ndarray]:
+    """The scores of a task, in the order of its examples."""
     assert frame is not None
-    found = {}
-    for one in asked:
-        scores = frame[frame["task"] == one.name].set_index("example")["score"]
-        found[one.name] = scores.loc[[example.id for example in one.examples]].to_numpy(dtype=float)
-    return found
+    scores = frame.set_index("example")["score"]
+    return {asked.name: scores.loc[[example.id for example in asked.examples]].to_numpy(dtype=float)}
+
+
+def merged(known: Record, found: Record) -> Record:
+    """What is known of each cell, with further tasks."""
+    both = {cell: {**known[cell].right, **one.right} if cell in known else one.right for cell, one in found.items()}
+    return known | {cell: Measured(found[cell].stored, right) for cell, right in both.items()}
 
 
 def main() -> None:
@@ -92,18 +96,16 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=Path("reports/methods-comparison.md"))
     args = p.parse_args()
     asked = [task(name, n=args.n) for name in args.tasks.split(",")]
-    names = {one.name for one in asked}
     widths = [int(bits) for bits in args.widths.split(",")]
     portions = list(cells(args.models.split(","), args.rows.split(","), widths, args.where.split(",")))
     ends = time.monotonic() + 60 * args.minutes
     known = record.read(args.record, args.n, args.examples)
-    for what, portion in portions:
-        lacking = [cell for cell in portion if cell not in known or not known[cell].right.keys() >= names]
+    for one, (what, portion) in product(asked, portions):
+        lacking = [cell for cell in portion if cell not in known or one.name not in known[cell].right]
         if lacking and time.monotonic() < ends:
-            known |= measure(what, lacking, asked, args, ends)
+            known = merged(known, measure(what, lacking, one, args, ends))
             record.write(args.record, known, args.examples)
-            left = sum(cell not in known for _, one in portions for cell in one)
-            print(f"{lacking[0].model}, {what}, {lacking[0].bits} bits: done; {left} left", file=sys.stderr, flush=True)
+            print(f"{one.name}, {lacking[0].model}, {what}, {lacking[0].bits} bits", file=sys.stderr, flush=True)
     every = [cell for _, portion in portions for cell in portion]
     lines = page.page(known, every, asked, args.examples)
     overwrite(args.out, "\n".join(lines) + "\n")

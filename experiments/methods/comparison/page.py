@@ -43,6 +43,9 @@ class Scores:
         self.known, self.tasks = known, [one.name for one in asked]
         self.clusters = {one.name: np.array([example.cluster for example in one.examples]) for one in asked}
 
+    def has(self, cell: Cell, task: str) -> bool:
+        return cell in self.known and task in self.known[cell].right
+
     def difference(self, one: Cell, other: Cell, task: str) -> Score:
         first, second = self.known[one].right[task], self.known[other].right[task]
         return paired_difference(first, second, self.clusters[task])
@@ -57,21 +60,22 @@ def page(known: Record, every: Sequence[Cell], asked: Sequence[Task], calibratio
     measured = [cell for cell in every if cell in known]
     models = list(dict.fromkeys(cell.model for cell in measured))
     full = [
-        f"* {model}: " + ", ".join(f"{name} {scores.mean(native(model), name):.3f}" for name in scores.tasks)
-        for model in models
+        f"* {model}: {name} {scores.mean(native(model), name):.3f}"
+        for model, name in product(models, scores.tasks)
+        if scores.has(native(model), name)
     ]
     return [
         "# Methods side by side at equal stored bits",
         "",
         "    python -m experiments.methods.comparison",
         "",
-        f"{n} examples of each task, {calibration} calibration examples of the same tasks, disjoint from them.",
+        f"{n} examples of each task, {calibration} calibration examples of the same task, disjoint from them.",
         "Differences are paired on the same examples, with 95 % intervals clustered by image. Stored bits count codes,",
         "scales, zero points, codebooks, outliers and bin indices, per weight of the quantized part; other parts are",
         "native. Scores of every row are beside this page in `methods-comparison.csv`, with which the command goes on",
         "where it was.",
         "",
-        *coverage(measured, every),
+        *coverage(scores, every),
         "",
         "Full precision:",
         "",
@@ -95,16 +99,17 @@ def page(known: Record, every: Sequence[Cell], asked: Sequence[Task], calibratio
     ]
 
 
-def coverage(measured: Sequence[Cell], every: Sequence[Cell]) -> list[str]:
+def coverage(scores: Scores, every: Sequence[Cell]) -> list[str]:
     """How many cells are measured, and which are missing."""
-    if len(measured) == len(every):
-        return [f"All {len(every)} cells (row, width, part, model) are measured."]
-    held = set(measured)
-    missing = Counter((cell.model, kind(cell.row, cell.bits), cell.bits) for cell in every if cell not in held)
+    asked = list(product(scores.tasks, every))
+    missing = [(task, cell) for task, cell in asked if not scores.has(cell, task)]
+    if not missing:
+        return [f"All {len(asked)} cells (row, width, part, model, task) are measured."]
+    kinds = Counter((task, kind(cell.row, cell.bits), cell.bits) for task, cell in missing)
     return [
-        f"{len(measured)} of {len(every)} cells (row, width, part, model) are measured. Missing:",
+        f"{len(asked) - len(missing)} of {len(asked)} cells (row, width, part, model, task) are measured. Missing:",
         "",
-        *(f"* {model}, {what} at {bits} bits: {count}" for (model, what, bits), count in missing.items()),
+        *(f"* {task}, {what} at {bits} bits: {count}" for (task, what, bits), count in kinds.items()),
     ]
 
 
@@ -116,8 +121,8 @@ def within(scores: Scores, model: str, where: str, budget: float, task: str) -> 
     """Of rows that change weights alone, each at its best width within the budget, the best row first."""
     best: dict[str, Cell] = {}
     for cell, one in scores.known.items():
-        here = cell.row in ROWS and (cell.model, cell.where) == (model, where) and one.stored <= budget
-        if here and kind(cell.row, cell.bits) in (WEIGHTS, BOTH):
+        here = cell.row in ROWS and (cell.model, cell.where) == (model, where) and task in one.right
+        if here and one.stored <= budget and kind(cell.row, cell.bits) in (WEIGHTS, BOTH):
             held = best.get(cell.row)
             if held is None or scores.mean(cell, task) > scores.mean(held, task):
                 best[cell.row] = cell
@@ -176,14 +181,15 @@ def winners(scores: Scores, models: Sequence[str]) -> list[str]:
     for model, where, budget in product(models, WHERE, BUDGETS):
         cells = []
         for task in tasks:
+            cells.append("–")
             if len(found := within(scores, model, where, budget, task)) > 1:
                 ties = [f"{cell.row} {cell.bits}" for cell in tied(scores, found, task)]
                 more = f" and {len(ties) - NAMED} more" if len(ties) > NAMED else ""
                 first = found[0]
                 head = f"**{first.row} {first.bits}** ({scores.known[first].stored:.2f})"
                 lost = scores.difference(first, native(model), task)
-                cells.append(f"{head} {shown(lost)}; {', '.join(ties[:NAMED]) or 'no other'}{more}")
-        if cells:
+                cells[-1] = f"{head} {shown(lost)}; {', '.join(ties[:NAMED]) or 'no other'}{more}"
+        if set(cells) != {"–"}:
             lines.append(f"| {short(model)} | {where} | {budget} | {' | '.join(cells)} |")
     return lines
 
@@ -201,9 +207,9 @@ def against_hosts(scores: Scores, measured: Sequence[Cell]) -> list[str]:
     by: dict[tuple[str, str, int], list[tuple[str, Score]]] = {}
     for cell in measured:
         host = Cell(cell.model, ADDS_TO.get(cell.row, ""), cell.bits, cell.where)
-        if host in scores.known:
-            found = by.setdefault((cell.row, cell.model, cell.bits), [])
-            found += [(f"{cell.where}, {task}", scores.difference(cell, host, task)) for task in scores.tasks]
+        for task in (task for task in scores.tasks if scores.has(host, task) and scores.has(cell, task)):
+            score = scores.difference(cell, host, task)
+            by.setdefault((cell.row, cell.model, cell.bits), []).append((f"{cell.where}, {task}", score))
     told: Counter[str] = Counter()
     for row in ADDS_TO:
         for (name, model, bits), differences in sorted(by.items()):
@@ -240,16 +246,16 @@ def claims(by: Mapping[tuple[str, str, int], Sequence[tuple[str, Score]]]) -> li
 def beside_weights(scores: Scores, measured: Sequence[Cell]) -> list[str]:
     """Rows whose stored bits do not say what else they change: minus full precision, and minus their host."""
     tasks = scores.tasks
-    heads = " | ".join(f"{task} − full precision | − host" for task in tasks)
+    heads = " | ".join(f"{task} − {other}" for other, task in product(("full precision", "host"), tasks))
     lines = [f"| model | part | row | bits | stored | {heads} |", "|---" * (5 + 2 * len(tasks)) + "|"]
     for cell in sorted(measured, key=place):
         if kind(cell.row, cell.bits) not in (ROUNDED, PRUNED):
             continue
         host = Cell(cell.model, ADDS_TO.get(cell.row, ""), cell.bits, cell.where)
         found = []
-        for task in tasks:
-            found.append(shown(scores.difference(cell, native(cell.model), task)))
-            found.append(shown(scores.difference(cell, host, task)) if host in scores.known else "–")
+        for other, task in product((native(cell.model), host), tasks):
+            both = scores.has(cell, task) and scores.has(other, task)
+            found.append(shown(scores.difference(cell, other, task)) if both else "–")
         head = f"| {short(cell.model)} | {cell.where} | {cell.row} | {cell.bits} | {scores.known[cell].stored:.2f}"
         lines.append(f"{head} | {' | '.join(found)} |")
     return lines

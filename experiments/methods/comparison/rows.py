@@ -54,7 +54,7 @@ ADDS_TO = {
     "clip": "rtn", "gptq": "rtn", "awq": "rtn, groups of 128, asymmetric", "mbq": "awq, no clip", "qig": "awq, no clip",
     "tlq": "awq", "tlq-gptq": "gptq", "oac": "gptq", "rsq": "gptq, order given", "gptaq": "gptq, exposed",
     "salq-vlm": "gptaq", "vlm-ptq": "gptq, asymmetric, exposed", "squeezellm-fisher": "squeezellm",
-    "norm-tweak": "gptq", "qvla": "rtn", JOINT: "rtn", "quantvggt": "rtn, inputs of 4 bits",
+    "norm-tweak": "gptq", "qvla": "rtn", "quantvggt": "rtn, inputs of 4 bits",
     "repq-vit": "rtn, inputs and attention of 4 bits", "ptq4sam": "gptq, inputs and attention of 4 bits",
     "quantvla": "quantvla, no scalars", "qvlm": "nf4, inputs of 4 bits",
     "qvlm-released": "nf4, double, inputs of 4 bits", "wkv": "clip, cache of 4 bits", PRUNES: "bivlm",
