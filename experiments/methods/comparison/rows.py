@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from sensitivity.quantize.methods import METHODS, needs_both_paths
@@ -122,12 +123,14 @@ def cells(
         for bits in METHODS[str(settings_of(row)["method"])].widths
         if bits in widths
     ]
-    for what, width in TURNS:
+    # a turn of the next model and the next turn of this one come together, so that none of them waits for all others
+    order = sorted(product(range(len(TURNS)), range(len(models))), key=lambda place: (sum(place), place[1]))
+    for turn, number in order:
+        (what, width), model = TURNS[turn], models[number]
         alike = [row for row, bits in every if bits == width and kind(row, bits) == what]
-        for model in models:
-            parts = [(row, one) for row in alike for one in where if row not in IN_LANGUAGE or one in WHERE[2:]]
-            if parts:
-                yield what, [Cell(model, row, width, one) for row, one in parts]
+        parts = [(row, one) for row in alike for one in where if row not in IN_LANGUAGE or one in WHERE[2:]]
+        if parts:
+            yield what, [Cell(model, row, width, one) for row, one in parts]
 
 
 def plan_of(parts: ComponentMap, where: str, one: Scheme) -> Plan:
