@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.benchmarks.methods_cost import BESIDE, SIDES, WHY, cost, layer, near_4_bits
+import pytest
+
+from experiments.benchmarks import methods_cost
+from experiments.benchmarks.methods_cost import BESIDE, SIDES, WHY, cost, in_few_steps, layer, near_4_bits
 from sensitivity.quantize.method_seconds import MEASURED_BY, SECONDS, seconds_of
 from sensitivity.quantize.presets import PRESETS
+from sensitivity.quantize.scheme_settings import scheme
+from sensitivity.spec.plan import Scheme
 
 REPORT = Path(__file__).parents[2] / "reports" / "methods-cost.md"
 
@@ -33,6 +38,18 @@ def test_the_benchmark_counts_seconds_and_memory() -> None:
     weight, inputs, seen = layer(256, 256)
     cheap, dear = (cost(near_4_bits(name), weight, inputs, seen) for name in ("rtn", "bpdq"))
     assert 0 <= cheap["seconds"] < dear["seconds"]
-    gptq, tweaked = (cost(near_4_bits(name), weight, inputs, seen) for name in ("gptq", "norm-tweak"))
-    assert gptq["seconds"] < tweaked["seconds"]
     assert near_4_bits("llm-int8").bits == 8
+
+
+def test_steps_that_are_alike_are_not_all_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 2 seconds before the steps and half a second in each, 30 steps take 17, and no more than a few are run."""
+    ran: list[int] = []
+
+    def planted(chosen: Scheme, *_: object) -> dict[str, float]:
+        ran.append(int(chosen.get("tweak") or 0))
+        return {"seconds": 2 + 0.5 * ran[-1], "gb": float(ran[-1])}
+
+    monkeypatch.setattr(methods_cost, "cost", planted)
+    assert in_few_steps(scheme("norm-tweak", 4), *layer(16, 16)) == {"seconds": 17.0, "gb": 3.0}
+    assert max(ran) == 3
+    assert in_few_steps(scheme("gptq", 4), *layer(16, 16))["seconds"] == 2.0
