@@ -11,7 +11,7 @@ from sensitivity.quantize.methods import METHODS, needs_both_paths
 from sensitivity.quantize.presets import PRESETS
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.plan import JOINT, NOT_ROUNDED, PRUNE, Plan, Scheme, Setting
+from sensitivity.spec.plan import NOT_ROUNDED, PRUNE, QSVD, Plan, Scheme, Setting
 from sensitivity.spec.sizes import component_bits
 
 MODELS = ("embedded:scenes-llava-heavy", "embedded:scenes-llava", "embedded:scenes-blip2")
@@ -61,7 +61,7 @@ ADDS_TO = {
     "qvlm-released": "nf4, double, inputs of 4 bits", "wkv": "clip, cache of 4 bits", PRUNES: "bivlm",
 }  # fmt: skip
 # rows that equal their host where there is no cache, and no attention that reads image tokens
-IN_LANGUAGE = ("wkv", "clip, cache of 4 bits", JOINT, PRUNES)
+IN_LANGUAGE = ("wkv", "clip, cache of 4 bits", QSVD, PRUNES)
 ROWS = [*METHODS, *PRESETS, *EXTRA]
 # What is measured first tells most: at 2 bits methods differ, rounded inputs are published at 4, and at 4 bits of
 # weights alone nearly every row keeps the score.
