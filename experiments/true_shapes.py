@@ -61,7 +61,11 @@ def fast(inner: Any, **tokens: str) -> Any:
 Made = tuple[Any, Any, Any, dict[str, Any], str]  # model class and config, tokenizer, image processor, processor, chat
 
 
-def smolvlm(hidden: int, inner: int, layers: int, heads: int, shared: int) -> Made:
+SIGLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+          "image_size": 512, "patch_size": 16}  # fmt: skip
+
+
+def smolvlm(hidden: int, inner: int, layers: int, heads: int, shared: int, vision: dict[str, int] = SIGLIP) -> Made:
     """SmolVLM: a SigLIP of 12 x 768 at 512 pixels, sixteen patches to a token, and a SmolLM2 whose head is its own."""
     tiles = [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
     tokens = {
@@ -81,24 +85,22 @@ def smolvlm(hidden: int, inner: int, layers: int, heads: int, shared: int) -> Ma
         "max_position_embeddings": 8192, "rope_theta": 100000, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
         **named,
     }  # fmt: skip
-    vision = {
-        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "image_size": 512, "patch_size": 16,
-    }  # fmt: skip
     config = T.Idefics3Config(
         vision_config=vision, text_config=text, scale_factor=4, tie_word_embeddings=False, **named,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
     # the published processor cuts a picture into up to 17 of this size; here each is one
-    pictures = Idefics3ImageProcessorPil(
-        size={"longest_edge": 512}, max_image_size={"longest_edge": 512}, do_image_splitting=False
-    )
+    edge = {"longest_edge": vision["image_size"]}
+    pictures = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
     chat = CHAT.replace("BEGIN", "<|im_start|>User:").replace("IMAGE", "<image>").replace("END", "<end_of_utterance>\n")
-    how = {"processor_class": "Idefics3Processor", "image_seq_len": 64}
+    how = {
+        "processor_class": "Idefics3Processor",
+        "image_seq_len": (vision["image_size"] // vision["patch_size"] // 4) ** 2,
+    }
     return (T.Idefics3ForConditionalGeneration, config), tokenizer, pictures, how, chat.replace("AFTER", "Assistant:")
 
 
-def qwen2_vl() -> Made:
+def qwen2_vl(language: dict[str, int] | None = None, vision: dict[str, int] | None = None) -> Made:
     """Qwen2-VL-2B: a ViT of 32 x 1280 at any size, four patches to a token, and a tied head of 151,936 words."""
     tokens = {
         "vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>",
@@ -114,13 +116,13 @@ def qwen2_vl() -> Made:
     text = {
         "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
         "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True, "rope_parameters": rope, **named,
+        "tie_word_embeddings": True, "rope_parameters": rope, **named, **(language or {}),
     }  # fmt: skip
-    vision = {
+    tower = {
         "depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14,
-        "spatial_merge_size": 2, "temporal_patch_size": 2,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, **(vision or {}),
     }  # fmt: skip
-    config = T.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids, **named)
+    config = T.Qwen2VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=True, **ids, **named)
     pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280})
     chat = CHAT.replace("BEGIN", "<|im_start|>user\n").replace("END", "<|im_end|>\n")
     chat = chat.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
