@@ -14,6 +14,7 @@ SECONDS: dict[str, float] = {
     "gptq": 2.84,
     "vlm-ptq": 25.26,
     "awq": 39.18,
+    "smooth": 0.30,
     "nf4": 0.81,
     "fp4": 0.68,
     "llm-int8": 0.27,
@@ -28,9 +29,13 @@ SECONDS: dict[str, float] = {
     "gwq": 0.66,
     "adpq": 0.99,
     "qvla": 2.47,
+    "qsvd": 22.78,
     "gptaq": 8.20,
     "rsq": 11.77,
+    "norm-tweak": 222.59,
     "salq-vlm": 8.08,
+    "quantvggt": 176.70,
+    "quantvla": 1.13,
 }
 
 
