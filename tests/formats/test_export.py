@@ -203,7 +203,7 @@ def test_fake_loads_as_measured_with_any_method(shape: Path, tmp_path: Path) -> 
 def test_pieces_of_a_weight_are_quantized_as_the_whole(monkeypatch: pytest.MonkeyPatch, group: int | str) -> None:
     weight = torch.randn(50, 96)
     whole = codes_from_weights("a", weight, rtn(3, group, False))
-    monkeypatch.setattr(job_module, "WEIGHTS_AT_ONCE", 7 * 96)
+    monkeypatch.setattr(job_module, "NUMBERS_AT_ONCE", 7 * 96)
     pieces = codes_from_weights("a", weight, rtn(3, group, False))
     for part in ("codes", "scale", "zero", "group"):
         assert torch.equal(torch.as_tensor(getattr(whole, part)), torch.as_tensor(getattr(pieces, part))), part
@@ -691,7 +691,7 @@ def test_scales_of_inputs_are_folded_into_the_layer_before(tmp_path: Path, symme
     assert found.unscaled == {"vision": {"fc2"}}  # behind a GELU
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f"The scales of {len(found.folded)} inputs are folded" in card
-    assert "such as a GELU, were measured and written without: vision: fc2" in card
+    assert "such as a GELU, were measured and written without scales: vision: fc2" in card
     if not symmetric:
         return  # the layout is tried above, and read by transformers in reports/export.md
     model = load(str(tmp_path / "out"), dtype="float32", quantized=True).model

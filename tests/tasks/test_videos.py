@@ -123,7 +123,7 @@ def test_videos_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         "gone.mp4": "no video file (line-000001: gone.mp4)",
         "text.mp4": "a video that cannot be read",
         "half.mp4": "a video that cannot be read",
-        "sound.mp4": "a video without pictures (it has sound alone)",
+        "sound.mp4": "a video without pictures (it has sound only)",
     }.items():
         with pytest.raises(UserError) as error:
             task(lines(tmp_path, {"video": name}))
