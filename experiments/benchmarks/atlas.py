@@ -34,7 +34,7 @@ from sensitivity.analysis.atlas.priors import schemes_of
 from sensitivity.analysis.observations import observations_of
 from sensitivity.analysis.surrogate.space import Space
 from sensitivity.analysis.surrogate.surrogate import fit_surrogate
-from sensitivity.analysis.surrogate.transfer import measured_damages, moved
+from sensitivity.analysis.surrogate.transfer import measured_damages, transfer
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.sizes import size
@@ -105,7 +105,7 @@ def searches(
     own: Study, table: Table, others: Sequence[Study], folder: Path, seeds: int
 ) -> Iterator[dict[str, object]]:
     """The loss after every plan of a search, with the others' damages as prior, without, and with shuffled ones."""
-    told = combined([moved(measured_damages(one), own.parts, schemes_of(own), one.path) for one in others])
+    told = combined([transfer(measured_damages(one), own.parts, schemes_of(own), one.path) for one in others])
     names = list(told)
     wrong = {name: told[other] for name, other in zip(names, names[1:] + names[:1], strict=True)}
     for prior, damages in {"none": None, "others": told, "wrong parts": wrong}.items():
