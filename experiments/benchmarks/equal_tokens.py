@@ -111,7 +111,7 @@ def main() -> None:
     names = ("model", "plan", "answers with equal tokens", "tokens", "different answers", "changed by the plan")
     heads = f"| {' | '.join(names)} |\n{'|---' * len(names)}|"
     about = (__doc__ or "").split("\n\n")
-    lines = [f"# {about[0]}", f"    {about[1].partition('   ')[0]}", *about[2:]]
+    lines = [f"# {about[0].rstrip('.')}", f"    {about[1].partition('   ')[0]}", *about[2:]]
     REPORT.write_text("\n\n".join([*lines, "\n".join([heads, *rows])]).rstrip() + "\n", encoding="utf-8")
 
 

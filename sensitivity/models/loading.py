@@ -247,7 +247,7 @@ def device_of(device: str) -> torch.device | None:
         raise UserError(f"unknown device '{device}'; {usable}") from None
     try:  # torch raises an AssertionError where it was built without CUDA, and others for other devices
         torch.empty(0, device=torch_device)
-    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"device '{device}' cannot be used ({reason(error)}); {usable}") from error
     if torch_device.type == "meta" or (torch_device.type == "cpu" and torch_device.index):
         why = "it computes nothing" if torch_device.type == "meta" else "a machine has one cpu, and it has no number"

@@ -16,6 +16,7 @@ from PIL import Image
 
 from sensitivity.spec.errors import UserError
 from sensitivity.tasks.examples.types import Task
+from sensitivity.tasks.own.lines import BOXED, SCORERS, own_task
 from sensitivity.tasks.scoring import anls, choices, numbers
 from sensitivity.tasks.table import task
 
@@ -25,6 +26,22 @@ def own(folder: Path, scorer: str, *lines: dict[str, Any]) -> Task:
     asked = [{"image": "a.png", "prompt": "?", **line} for line in lines]
     (folder / "q.jsonl").write_text("\n".join(map(json.dumps, asked)))
     return task(f"{scorer}:{folder / 'q.jsonl'}")
+
+
+def test_only_an_exact_match_may_end_an_answer_early(tmp_path: Path) -> None:
+    """An answer that no longer begins like a right one cannot match, but may still please any other rule."""
+    lines = [{"answers": ["a cat"], "split": "evaluation"}]
+    assert own(tmp_path, "exact", *lines).exact
+    assert task(str(tmp_path / "q.jsonl")).exact
+    assert not task(str(tmp_path / "q.jsonl"), whole=True).exact
+    assert not own_task(
+        tmp_path / "q.jsonl", "evaluation", 5, 0, score=lambda answer, example: float("cat" in answer)
+    ).exact
+    for scorer in set(SCORERS) - {"exact", *BOXED}:
+        more = {
+            "answers": {"choice": ["b", "a cat"], "number": ["3"], "yesno": ["yes"], "vqa": ["a"] * 10}.get(scorer, "a")
+        }
+        assert not own(tmp_path, scorer, more).exact, scorer
 
 
 @pytest.mark.parametrize(

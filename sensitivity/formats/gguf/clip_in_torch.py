@@ -13,8 +13,8 @@ from sensitivity.formats.gguf.export import FILES
 from sensitivity.formats.gguf.model import GGUFModel
 from sensitivity.formats.gguf.names import placed
 from sensitivity.formats.halved.halves import VISION, Array
-from sensitivity.formats.halved.vision_half import Vision
 from sensitivity.formats.openvino.trace import without_values
+from sensitivity.models.halves.vision_half import Vision
 from sensitivity.models.vlm import VLM
 
 

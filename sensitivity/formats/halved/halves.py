@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sensitivity.formats.halved.vision_half import VISIONS, vision_half
+from sensitivity.models.halves.vision_half import VISIONS, vision_half
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.runtimes.rules import comma_list

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sensitivity.formats.halved.halves import LANGUAGE, VISION, Array
 from sensitivity.formats.halved.model import HalvedModel, Running, unlike
-from sensitivity.formats.halved.positions import positions_of
-from sensitivity.formats.halved.vision_half import vision_half
 from sensitivity.formats.openvino.export import FILES, STORED, check
+from sensitivity.models.halves.positions import positions_of
+from sensitivity.models.halves.vision_half import vision_half
 from sensitivity.models.loading import load
 from sensitivity.spec.errors import UserError
 

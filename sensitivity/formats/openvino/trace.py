@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sensitivity.formats.halved.halves import VISION, half_of
-from sensitivity.formats.halved.positions import in_plane
-from sensitivity.formats.halved.vision_half import vision_half
+from sensitivity.models.halves.positions import in_plane
+from sensitivity.models.halves.vision_half import vision_half
 from sensitivity.models.loading import load, quiet
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError, reason

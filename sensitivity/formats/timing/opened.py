@@ -11,9 +11,9 @@ from transformers import DynamicCache
 from sensitivity.formats.gguf.export import check as check_gguf
 from sensitivity.formats.halved.halves import Array, Language, check_halves
 from sensitivity.formats.halved.model import HalvedModel
-from sensitivity.formats.halved.positions import positions_of
-from sensitivity.formats.halved.vision_half import vision_half
 from sensitivity.formats.openvino.export import check as check_openvino
+from sensitivity.models.halves.positions import positions_of
+from sensitivity.models.halves.vision_half import vision_half
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sensitivity.formats.halved.model import HalvedModel
-from sensitivity.formats.halved.vision_half import vision_half
 from sensitivity.formats.openvino.trace import shapes_of_weights, without_values
+from sensitivity.models.halves.vision_half import vision_half
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError, reason
