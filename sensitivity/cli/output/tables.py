@@ -55,10 +55,10 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[object]]) ->
 
 def frontier(study: Study, most: int = 12) -> None:
     """Print the plans that no smaller plan beats on the first task."""
-    from sensitivity.study.racing import frontier as positions
+    from sensitivity.analysis.report.table_rows import frontier_rows
 
     rows = study.table()
-    best = rows.iloc[positions(rows["bpw"], rows[study.tasks[0]])].tail(most)
+    best = frontier_rows(rows, study.tasks[0]).tail(most)
     table(
         f"Frontier: no smaller plan scores higher on {study.tasks[0]} (95 % intervals where they are known"
         f"{'' if rows['complete'].all() else '; n where not all examples were seen'})",
