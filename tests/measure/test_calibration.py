@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from fed_vlms import FAMILIES, built, fed
+from few import few
 from PIL import Image
 from torch import Tensor, nn
 
@@ -394,20 +395,26 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def calibrated(statistics: Statistics) -> list[Scheme]:
-    hosts = [("gptq", 2), ("gptq", 4), ("clip", 3), ("awq", 3), ("smooth", 3), ("qvla", 3), ("qsvd", 4)]
-    grids = [("squeezellm", 3), ("leanquant", 3), ("leanquant-affine", 3), ("bpdq", 2), ("billm", 1), ("spqr", 3)]
-    chosen = [*hosts, *grids]
+HOSTS = [("gptq", 2), ("gptq", 4), ("clip", 3), ("awq", 3), ("smooth", 3), ("qvla", 3), ("qsvd", 4)]
+GRIDS = [("squeezellm", 3), ("leanquant", 3), ("leanquant-affine", 3), ("bpdq", 2), ("billm", 1), ("spqr", 3)]
+CALIBRATED = {"quick": [("gptq", 2), ("gptq", 4), ("awq", 3), ("leanquant-affine", 3)], "all": [*HOSTS, *GRIDS]}
+
+
+def test_all_calibrated_methods_are_meant() -> None:
     others = {"vlm-ptq", "gwq"}  # with inputs of both paths, or with gradients
-    assert {name for name, _ in chosen} == {name for name, row in METHODS.items() if row.calibrated} - others
-    return [scheme(name, bits, calibration=statistics.facts) for name, bits in chosen]
+    assert {name for name, _ in CALIBRATED["all"]} == {n for n, row in METHODS.items() if row.calibrated} - others
 
 
+def calibrated(which: str, statistics: Statistics) -> list[Scheme]:
+    return [scheme(name, bits, calibration=statistics.facts) for name, bits in CALIBRATED[which]]
+
+
+@pytest.mark.parametrize("which", few(CALIBRATED, ["quick"]))
 def test_prepared_weights_are_those_found_plan_by_plan(
-    scenes_llava: VLM, parts: ComponentMap, statistics: Statistics
+    which: str, scenes_llava: VLM, parts: ComponentMap, statistics: Statistics
 ) -> None:
     finer = parts.regroup("group")
-    plans = [Plan.of(finer, {"vision.front": one, "language.end": one}) for one in calibrated(statistics)]
+    plans = [Plan.of(finer, {"connector": one, "language.end": one}) for one in calibrated(which, statistics)]
     memory = WeightCodes()
     prepare(scenes_llava.model, finer, plans, memory, statistics)
     size = len(memory)
@@ -419,12 +426,13 @@ def test_prepared_weights_are_those_found_plan_by_plan(
     assert len(memory) == size
 
 
+@pytest.mark.parametrize("which", few(CALIBRATED, ["quick"]))
 def test_a_weight_does_not_depend_on_what_else_the_plan_holds(
-    scenes_llava: VLM, parts: ComponentMap, statistics: Statistics
+    which: str, scenes_llava: VLM, parts: ComponentMap, statistics: Statistics
 ) -> None:
     finest, blocks = parts.regroup("linear"), parts.regroup("block")
     name = "model.language_model.layers.1.self_attn.k_proj"
-    for one in calibrated(statistics):
+    for one in calibrated(which, statistics):
         alone = installed(scenes_llava, finest, Plan.of(finest, {name: one}), WeightCodes(), statistics)
         full = installed(scenes_llava, blocks, Plan.of(blocks, {"language.0*": one}), WeightCodes(), statistics)
         assert list(alone) == [f"{name}.weight"]
@@ -529,6 +537,36 @@ def test_quantized_weights_from_the_cache_are_the_same_bits(
         assert not torch.equal(installed(scenes_llava, finer, solved, WeightCodes(), cached)[name], again[name])
     finally:
         parameter.data = own
+
+
+def test_where_statistics_exceed_the_cache_quantized_weights_are_found_without_them(
+    scenes_llava: VLM, parts: ComponentMap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for an export of a large model: its Gram matrices are not stored, their hashes are."""
+    finer = parts.regroup("block")
+    matrices = sum(4 * weight.cols**2 for weight in {input_of(w): w for w in parts.weights}.values())
+    cache = Cache(tmp_path, limit_gb=1.5 * matrices / 1e9)
+
+    def calibrated(n: int = 3) -> Statistics:
+        return calibrate(scenes_llava, parts, ["vqa"], n=n, cache=cache, gram_bytes=0)
+
+    first = calibrated()
+    names = finer.names[1:3]
+    plan = Plan.of(
+        finer, {name: scheme("gptq", bits, calibration=first.facts) for name, bits in zip(names, (3, 4), strict=True)}
+    )
+    expected = installed(scenes_llava, finer, plan, WeightCodes(), first)
+    size = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert 0 < size < matrices / 2
+    with monkeypatch.context() as never:
+        never.setattr("sensitivity.measure.calibrate.calibration.collect", lambda *_: pytest.fail("calibrated again"))
+        assert same(installed(scenes_llava, finer, plan, WeightCodes(), calibrated()), expected)
+    more = calibrated(n=4)
+    other = Plan.of(finer, {names[0]: scheme("gptq", 3, calibration=more.facts)})
+    found = installed(scenes_llava, finer, other, WeightCodes(), more)
+    fresh = calibrate(scenes_llava, parts, ["vqa"], n=4, gram_bytes=0)
+    assert same(found, installed(scenes_llava, finer, other, WeightCodes(), fresh))
+    assert not same(found, {name: expected[name] for name in found})
 
 
 def test_the_cache_survives_damage_and_stays_small(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from sensitivity.quantize.methods import UNIFORM
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Setting
+from sensitivity.spec.sizes import GB
 from sensitivity.spec.stage import each
 from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.table import task as find_task
@@ -86,34 +87,34 @@ def calibrate(
 
     token_weights: dict[str, TokenWeights | None] = {UNIFORM: None}
     token_weights |= _token_weights(vlm, parts, in_batches, sorted(set(importance) - {UNIFORM}))
+    origin = {**facts, "model": vlm.fingerprint, "dtype": str(vlm.model.dtype)} if path == "float" else None
     gathers = {
-        kind: _gather(vlm, parts, in_batches, facts, kind, weights, cache, gram_bytes)
+        kind: _gather(vlm, parts, in_batches, path, origin, kind, weights, cache, gram_bytes)
         for kind, weights in token_weights.items()
     }
     layers = [weight for weight in parts.weights if not weight.is_embedding]
     fisher = Fisher(vlm, layers, in_batches).of
-    return Statistics(facts, gathers.pop(UNIFORM), find_absorbers, cache, gathers, fisher, passes)
+    return Statistics(facts, gathers.pop(UNIFORM), find_absorbers, cache, gathers, fisher, origin, passes)
 
 
 def _gather(
     vlm: VLM,
     parts: ComponentMap,
     data: Data,
-    facts: Mapping[str, Setting],
+    path: str,
+    origin: Mapping[str, object] | None,
     importance: str,
     token_weights: TokenWeights | None,
     cache: Cache | None,
     gram_bytes: int,
 ) -> Gather:
-    """Gathers statistics for one kind of importance, on the calibration path that `facts` names."""
-    if facts["path"] == "both":
+    """Gathers statistics for one kind of importance, on one calibration path."""
+    if path == "both":
         return gather_both(vlm, parts, data, token_weights)
-    if facts["path"] == "exposed":
+    if path == "exposed":
         return gather_exposed(vlm, parts, data, token_weights)
-    description: dict[str, object] = {**facts, "model": vlm.fingerprint, "dtype": str(vlm.model.dtype)}
-    if token_weights is not None:
-        description["importance"] = importance
-    return gather_float(vlm, parts, data, description, cache, gram_bytes, token_weights)
+    kind = {} if token_weights is None else {"importance": importance}
+    return gather_float(vlm, parts, data, {**(origin or {}), **kind}, cache, gram_bytes, token_weights)
 
 
 def calibration_examples(tasks: Sequence[str], n: int, seed: int) -> list[Task]:
@@ -192,6 +193,8 @@ def gather_float(
 ) -> Gather:
     """Gathers statistics of the float model: all in one pass, or those of a few blocks at a time if memory is short."""
     groups = _weight_groups(parts, gram_bytes)
+    if cache is not None and sum(_gram_bytes(w) for group in groups for w in group) > cache.limit_gb * GB / 2:
+        cache = None  # each pass over the blocks would delete what the next one asks for, and quantized weights with it
     group_of = {input_of(weight): i for i, group in enumerate(groups) for weight in group}
     in_memory: dict[int, Mapping[str, Curvature]] = {}
     passes = CalibrationBatches(vlm, parts, data, False, token_weights)
@@ -233,13 +236,18 @@ def _weight_groups(parts: ComponentMap, gram_bytes: int) -> list[list[Weight]]:
             if input_of(weight) not in seen
         ]
         seen |= {input_of(weight) for weight in group}
-        # a Gram matrix is float32; a group has at least one block, even if that alone exceeds `gram_bytes`
-        bytes_ = sum(4 * weight.cols * weight.cols for weight in group)
+        # a group has at least one block, even if that alone exceeds `gram_bytes`
+        bytes_ = sum(map(_gram_bytes, group))
         if not groups or bytes_ > bytes_left:
             groups, bytes_left = [*groups, []], gram_bytes
         groups[-1] += group
         bytes_left -= bytes_
     return groups
+
+
+def _gram_bytes(weight: Weight) -> int:
+    """Bytes of the Gram matrix of a weight's input, in float32."""
+    return 4 * weight.cols * weight.cols
 
 
 def _stored(

@@ -70,6 +70,8 @@ class Statistics:
     weighted: Mapping[str, Gather] = field(default_factory=dict)  # by importance: `gather` with token weights
     # squared gradients of the loss, by weight name and the model's own weights, which are not kept here: see OwnWeights
     fisher: Callable[[str, Mapping[str, Tensor]], Tensor] | None = None
+    # what `gather` and `weighted` depend on, for the cache; None: also on the plan that is installed
+    origin: Mapping[str, object] | None = None
     # forward passes over the calibration data through the model as it is, one by one
     passes: Callable[[], Iterator[object]] = field(default=lambda: iter(()))
 

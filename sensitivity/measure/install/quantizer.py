@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from sensitivity.measure.calibrate.absorbers import Absorber
-from sensitivity.measure.calibrate.cache import fingerprint
 from sensitivity.measure.calibrate.statistics import Statistics, by_importance
+from sensitivity.measure.install.codes_on_disk import CodesOnDisk
 from sensitivity.measure.install.past_cache import Magnitudes, cache_magnitudes
 from sensitivity.measure.install.run_time_rounding import RunTimeRounding
 from sensitivity.measure.install.tweaked_norms import TweakedNorms
 from sensitivity.measure.memory.own_weights import OwnWeights
-from sensitivity.measure.memory.weight_codes import CachedWeight, Key, WeightCodes, as_cached, from_tensors, tensors
+from sensitivity.measure.memory.weight_codes import CachedWeight, Key, WeightCodes, as_cached
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears, input_of
-from sensitivity.quantize.methods import UNIFORM, method_of, needs_data, needs_fisher, weights_of
+from sensitivity.quantize.methods import UNIFORM, importance, method_of, needs_data, needs_fisher, weights_of
 from sensitivity.quantize.run_time.settings import needs_run_time_data, smooths_cache
 from sensitivity.quantize.solving import quantize, solve
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import KEEP, NOT_ROUNDED, Scheme, Setting
+from sensitivity.spec.plan import KEEP, NOT_ROUNDED, Scheme
 
 
 class Quantizer:
@@ -39,6 +38,8 @@ class Quantizer:
         # what calibration found is kept for later plans; on the exposed path it is for this plan alone
         self.run_time = RunTimeRounding(model, parts, statistics, {} if exposed else memory.run_time)
         passes = statistics.passes if statistics else lambda: iter(())
+        cache = statistics.cache if statistics else None
+        self.on_disk = CodesOnDisk(cache, statistics.origin) if cache and statistics else None
         self.norms = TweakedNorms(model, parts, passes, exposed, memory.norms)
         self.inputs: dict[str, list[Weight]] = {}
         self.weights = {weight.name: weight for weight in parts.weights}
@@ -69,26 +70,54 @@ class Quantizer:
                 self._check_calibrated(scheme)
         for scheme in {s for schemes in missing.values() for s in schemes}:
             self._check_calibrated(scheme)
+        missing = self._without_those_on_disk(missing)
         curvatures: Mapping[str, Mapping[str, Curvature]] = {}
         if self.statistics is not None:
             curvatures = self.statistics.gather_for(missing, self.inputs, tuple(self.installed_so_far))
             self._find_ranges(ranges, curvatures)
         for shared, schemes in missing.items():
-            # a method may choose scales for an input that weights share; solving all of them keeps the bits independent
-            # of which of them a plan names
-            names = tuple(weight.name for weight in self.inputs[shared])
-            for name in names:
-                _check_finite(name, self.own[name])
-            # tracing absorbers costs a forward pass, so it waits until a scheme folds its scales
-            foldable = any(s.get("scales") == "folded" for s in schemes) and shared in self._absorbers()
-            fisher = None if self.statistics is None else self.statistics.fisher_of(names, schemes, self.own)
-            normed = self.statistics is not None and self.statistics.after_norm_for(shared, schemes)
-            weights = tuple(self.own[name] for name in names)
-            whole = Linears(names, weights, foldable=foldable, after_norm=normed, fisher=fisher)
+            whole = self._linears(shared, schemes)
             for linears, alike in by_importance(whole, schemes, curvatures.get(shared, {})):
-                for chosen, values in zip(alike, self._values(linears, alike), strict=True):
-                    for name, value in zip(names, values, strict=True):
-                        self.memory[self.key(name, chosen)] = value
+                self._remember(linears, self._solved(shared, linears, alike))
+
+    def _linears(self, shared: str, schemes: Iterable[Scheme]) -> Linears:
+        """All weights that read an input, without statistics.
+
+        A method may choose scales for an input that weights share; solving all of them keeps the bits independent of
+        which of them a plan names.
+        """
+        names = tuple(weight.name for weight in self.inputs[shared])
+        for name in names:
+            _check_finite(name, self.own[name])
+        # tracing absorbers costs a forward pass, so it waits until a scheme folds its scales
+        foldable = any(s.get("scales") == "folded" for s in schemes) and shared in self._absorbers()
+        fisher = None if self.statistics is None else self.statistics.fisher_of(names, schemes, self.own)
+        normed = self.statistics is not None and self.statistics.after_norm_for(shared, schemes)
+        weights = tuple(self.own[name] for name in names)
+        return Linears(names, weights, foldable=foldable, after_norm=normed, fisher=fisher)
+
+    def _remember(self, linears: Linears, values_of: Mapping[Scheme, Sequence[CachedWeight]]) -> None:
+        """Put quantized weights into the memory."""
+        for scheme, values in values_of.items():
+            for name, value in zip(linears.names, values, strict=True):
+                self.memory[self.key(name, scheme)] = value
+
+    def _without_those_on_disk(self, missing: Mapping[str, set[Scheme]]) -> dict[str, set[Scheme]]:
+        """Remember those weights that the cache on disk has although no statistics are here; return what is left."""
+        left: dict[str, set[Scheme]] = {}
+        for shared, schemes in missing.items():
+            found: set[Scheme] = set()
+            plain = {scheme for scheme in schemes if method_of(scheme).calibrated and not needs_fisher(scheme)}
+            if self.on_disk is not None and plain:
+                for linears, alike in by_importance(self._linears(shared, plain), plain, {}):
+                    device = linears.weights[0].device
+                    if known := self.on_disk.statistics_hash(shared, importance(alike[0]), device):
+                        cached = self.on_disk.load(linears, known, alike)
+                        self._remember(linears, cached)
+                        found |= set(cached)
+            if schemes - found:
+                left[shared] = schemes - found
+        return left
 
     def _find_ranges(self, ranges: Mapping[str, Weight], curvatures_of: Mapping[str, Mapping[str, Curvature]]) -> None:
         """Add the range of some inputs, from statistics in which all tokens count alike; gathered now where missing."""
@@ -117,40 +146,20 @@ class Quantizer:
                 self.memory.cache_magnitudes = dict(found)
         return self.memory.cache_magnitudes
 
-    def _values(self, linears: Linears, schemes: Sequence[Scheme]) -> list[list[CachedWeight]]:
-        """The quantized weights for each scheme; calibrated ones come from the cache on disk if it has them."""
-        cache = self.statistics.cache if self.statistics is not None and linears.curvature is not None else None
-        # keyed by the bits of weights and statistics, not by names: the same content gives the same result in any model
-        content = (
-            None
-            if cache is None
-            else [
-                linears.foldable,
-                linears.after_norm,
-                fingerprint([*linears.weights, *linears.input_statistics.content]),
-            ]
-        )
-        gradients = fingerprint(linears.fisher) if cache is not None and linears.fisher is not None else None
-        about: dict[Scheme, dict[str, object]] = {
-            s: {"scheme": replace(s, settings=_method_settings(s)).to_json(), "content": content}
-            | ({"gradients": gradients} if needs_fisher(s) else {})
-            for s in schemes
-        }
-        cached = {} if cache is None else {s: cache.load(about[s], linears.weights[0].device) for s in schemes}
-        missing = [s for s in schemes if cached.get(s) is None]
-        values: dict[Scheme, list[CachedWeight]] = {}
+    def _solved(self, shared: str, linears: Linears, schemes: Sequence[Scheme]) -> dict[Scheme, Sequence[CachedWeight]]:
+        """The quantized weights for each scheme; those with statistics come from the cache on disk if it has them."""
+        disk = self.on_disk if linears.curvature is not None else None
+        statistics_hash = "" if disk is None else disk.hash_statistics(shared, importance(schemes[0]), linears)
+        found = {} if disk is None else disk.load(linears, statistics_hash, schemes)
+        missing = [scheme for scheme in schemes if scheme not in found]
+        solved: dict[Scheme, Sequence[CachedWeight]] = {}
         for scheme, results in zip(missing, solve(linears, missing), strict=True):
             pairs = zip(linears.weights, results, strict=True)
             # None: the method leaves the weight alone; its copy has an address of its own, as `quantized` expects
-            values[scheme] = [w.clone() if r is None else as_cached(r) for w, r in pairs]
-            if cache is not None:
-                every = enumerate(values[scheme])
-                stored = {f"{i}.{name}": tensor for i, value in every for name, tensor in tensors(value).items()}
-                cache.store(about[scheme], stored, linears.weights[0].device)
-        for scheme, kept in cached.items():
-            if kept is not None:
-                values[scheme] = [from_tensors(_without_prefix(f"{i}.", kept)) for i in range(len(linears.weights))]
-        return [values[scheme] for scheme in schemes]
+            solved[scheme] = [w.clone() if r is None else as_cached(r) for w, r in pairs]
+        if disk is not None:
+            disk.store(linears, statistics_hash, solved)
+        return {**found, **solved}
 
     def _absorbers(self) -> Mapping[str, Absorber]:
         """The module into which each input's scales can be folded; empty without statistics."""
@@ -172,16 +181,6 @@ class Quantizer:
         if self.statistics is None:
             raise UserError(f"{scheme.method} needs calibration data: pass statistics, as calibrate() makes them")
         self.statistics.check_scheme(scheme)
-
-
-def _without_prefix(prefix: str, cached: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in cached.items() if name.startswith(prefix)}
-
-
-def _method_settings(scheme: Scheme) -> tuple[tuple[str, Setting], ...]:
-    """A scheme's own settings, without the facts of its calibration data: the hash of the content covers those."""
-    return tuple((name, value) for name, value in scheme.settings if name in method_of(scheme).settings)
 
 
 def _check_finite(name: str, weight: Tensor) -> None:
