@@ -21,7 +21,9 @@ from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import Scheme
 
 TOKENS = 1024  # in a measured product, at most; the cost of more is assumed to be in proportion
-SIDE = 512  # rows and columns of the weight whose quantization is measured, at most
+SIDE = 1024  # rows and columns of the weight whose quantization is measured, at most
+FEW = 16  # rows of a weight whose quantization takes little more than its steps from column to column
+NUMBERS = TOKENS * 512  # of an operation on each number, at most
 SECONDS_PER_MEASUREMENT = 0.05  # seconds for one measurement
 FLOAT32 = torch.float32  # holds every number of a narrower dtype
 WORTH_MEMORY = 1.25  # a dtype that is less than so many times as fast is not worth twice the memory
@@ -80,7 +82,7 @@ class Hardware:
 
     def elementwise(self, numbers: int) -> float:
         """Seconds to read, change and write so many numbers, without the overhead of calling the operation."""
-        measured_size = max(1, min(numbers, TOKENS * SIDE))
+        measured_size = max(1, min(numbers, NUMBERS))
         if ("elementwise", measured_size) not in self.measured:
             x = self._random(measured_size)
             seconds = self._time(lambda: torch.nn.functional.silu(x)) - self.call
@@ -103,27 +105,58 @@ class Hardware:
         return self._time(lambda: module(x))
 
     def quantizing(self, scheme: Scheme, weight: Weight) -> float:
-        """Seconds to quantize one weight; with calibration, they are assumed to grow with the square of its columns."""
-        method, rows, cols = method_of(scheme), min(weight.rows, SIDE), min(weight.cols, SIDE)
+        """Seconds to quantize one weight.
+
+        A calibrated method takes a step for each column, which few rows measure, and what is left grows with the square
+        of the columns. The factor of its input's Gram matrix is not counted: all schemes and all weights that read the
+        input share it.
+        """
+        rows, cols = min(weight.rows, SIDE), min(weight.cols, SIDE)
+        whole, larger = self._solving(scheme, rows, cols), weight.numel / (rows * cols)
+        if not method_of(scheme).calibrated:
+            return whole * larger
+        steps = min(self._solving(scheme, min(rows, FEW), cols), whole)
+        return steps * weight.cols / cols + (whole - steps) * larger * weight.cols / cols
+
+    def _solving(self, scheme: Scheme, rows: int, cols: int) -> float:
+        """Seconds to quantize a weight of this shape, when its input's Gram matrix has been factorized."""
         if (scheme, rows, cols) not in self.measured:
-            x = torch.randn(2 * cols, cols, device=self.device)
             values = (torch.randn(rows, cols, device=self.device).to(self.dtype),)
+            seen = self._curvature(cols) if method_of(scheme).calibrated else None
+            if seen is not None:
+                seen.factor()
+                if needs_both_paths(scheme):
+                    x = torch.randn(2 * cols, cols, device=self.device)
+                    seen.paths = TwoPaths(cols, self.device)
+                    seen.paths.add(x, x, None, None)
+            fisher = tuple(w.float().square() for w in values) if needs_fisher(scheme) else None
 
             def once() -> None:
-                seen = Curvature(cols, self.device) if method.calibrated else None
-                if seen is not None:
-                    seen.add(x)
-                    if needs_both_paths(scheme):
-                        seen.paths = TwoPaths(cols, self.device)
-                        seen.paths.add(x, x, None, None)
-                fisher = tuple(w.float().square() for w in values) if needs_fisher(scheme) else None
                 ((stored,),) = solve(Linears(("a probe",), values, seen, fisher=fisher), [scheme])
                 if stored is not None:
                     stored.dequantize()
 
             self.measured[scheme, rows, cols] = self._time(once)
-        times_larger = weight.numel / (rows * cols) * (weight.cols / cols if method.calibrated else 1)
-        return self.measured[scheme, rows, cols] * times_larger
+        return self.measured[scheme, rows, cols]
+
+    def factorizing(self, cols: int) -> float:
+        """Seconds to factorize the Gram matrix of an input."""
+        side = min(cols, SIDE)
+        if ("factor", side) not in self.measured:
+            seen = self._curvature(side)
+
+            def once() -> None:
+                seen.free_factor()
+                seen.factor()
+
+            self.measured["factor", side] = self._time(once)
+        return self.measured["factor", side] * (cols / side) ** 3
+
+    def _curvature(self, cols: int) -> Curvature:
+        """Statistics of random inputs."""
+        seen = Curvature(cols, self.device)
+        seen.add(torch.randn(2 * cols, cols, device=self.device))
+        return seen
 
     @property
     def flops(self) -> float:
@@ -134,10 +167,16 @@ class Hardware:
         return torch.randn(*shape, device=self.device).to(self.dtype)
 
     def _time(self, run: Callable[[], object]) -> float:
-        """The mean of as many runs as there is time for, after one to warm up; other load on the machine counts."""
+        """The mean of as many runs as there is time for, after one to warm up; other load on the machine counts.
+
+        A run that takes long is not done again.
+        """
         with torch.inference_mode():
+            began = self.clock()
             run()
             self._wait()
+            if (first := self.clock() - began) > 10 * SECONDS_PER_MEASUREMENT:
+                return first
             began, runs = self.clock(), 0
             while not runs or self.clock() - began < SECONDS_PER_MEASUREMENT:
                 run()
