@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,6 +17,12 @@ ROOT = Path(__file__).parent.parent
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores: a test that waits for a process of its own, or for a lock, computes nothing."""
     return (os.cpu_count() or 1) + 1
+
+
+def pytest_collection_finish() -> None:
+    """Modules and collected tests stay: the garbage collector need not visit them again (9 % of some files' time)."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

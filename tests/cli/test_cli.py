@@ -93,7 +93,7 @@ def test_sweep_rank_recommend_report_export(study: Path, tmp_path: Path, capsys:
     assert status == 0
     assert "nothing was left to do" in err
     assert "28 plans in" in out
-    status, out, _ = run(capsys, "rank", study)
+    status, out, _ = run(capsys, "rank", study, "--bootstraps", "10")
     assert status == 0
     assert "Importance for vqa" in out
     status, out, _ = run(capsys, "recommend", study, "--bpw", "5")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from few import few
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
@@ -26,11 +27,13 @@ def pictures(notebook: nbformat.NotebookNode) -> int:
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
-def test_it_runs_and_shows_its_figures(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", few([path.stem for path in NOTEBOOKS], ["01_a_plan_for_a_budget", "02_published_tables"])
+)
+def test_it_runs_and_shows_its_figures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
-    shown = pictures(executed(path))
-    assert shown >= 2 if SHARED.exists() or "published" not in path.stem else shown == 0
+    shown = pictures(executed(FOLDER / f"{name}.ipynb"))
+    assert shown >= 2 if SHARED.exists() or "published" not in name else shown == 0
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])

@@ -77,6 +77,7 @@ def test_an_export_answers_as_measured(
     assert json.loads((out / "config.json").read_bytes())["architectures"] == ["LlavaForConditionalGeneration"]
 
 
+@pytest.mark.slow
 def test_from_the_command_line_to_a_fresh_process(
     folder: Path, studies: dict[str, Study], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -52,7 +52,7 @@ def proven(vlm: VLM, parts: Any, limit: int = 1 << 30) -> PrefixCache:
     return prefix_cache
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     by=st.sampled_from(["part", "group", "kind", "group.kind", "block"]),
     name=st.sampled_from(["vqa", "ground"]),

@@ -95,6 +95,7 @@ def test_a_second_device_gives_the_same_answers(case: str, asked: str, tmp_path:
     alike(there, here)
 
 
+@pytest.mark.slow
 def test_retrieval_on_a_second_device(tmp_path: Path) -> None:
     folder = saved_vlms.save("blip2_itm", tmp_path / "model")
     there, here = (rows(folder, "retrieval", d, "float", False, METHODS[:2], words=False) for d in ("cuda", "cpu"))

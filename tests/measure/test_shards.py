@@ -403,7 +403,7 @@ def test_the_time_left_is_of_this_run_alone() -> None:
 
 @pytest.mark.parametrize("name", few(["vqa", "caption"], ["vqa"]))
 def test_whole_answers_are_those_of_the_plain_path_letter_for_letter(name: str, tmp_path: Path) -> None:
-    words = ["sweep", "embedded:scenes-blip2", "--task", name, "--bits", "2,4", "--n", "20", "--json"]
+    words = ["sweep", "embedded:scenes-blip2", "--task", name, "--by", "part", "--bits", "2", "--n", "20", "--json"]
     found = {}
     for how in ((), ("--whole-answers",), ("--whole-answers", "--plain")):
         out = tmp_path / "-".join(["study", *how])

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 # in a process of its own, which forks: a test's process has threads
@@ -23,6 +25,7 @@ print(json.dumps({name: vars(one) for name, one in found.items()}))
 """
 
 
+@pytest.mark.slow  # quick ones: a worker is killed in tests/cli/test_cli.py, a launcher in tests/study/test_workers.py
 def test_whatever_was_killed_the_answers_are_those_of_an_undisturbed_run() -> None:
     done = subprocess.run([sys.executable, "-c", SHORT], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

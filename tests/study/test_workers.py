@@ -212,6 +212,7 @@ def test_a_ray_cluster_that_loses_an_actor(tmp_path: Path, undisturbed: Study) -
     pd.testing.assert_frame_equal(table(Study(out)), table(undisturbed), check_exact=True)
 
 
+@pytest.mark.slow
 def test_an_actors_mistake_is_the_launchers_sentence(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
     launcher = start(tmp_path / "out", "--executor", "ray", "--search", "gird")
