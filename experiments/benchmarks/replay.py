@@ -138,6 +138,7 @@ def regrets(table: Table, rows: list[int], expected: Expected | None = None) -> 
 
 
 def main() -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--searches", default="random,one-at-a-time,tpe,nsga2,gp,frontier")

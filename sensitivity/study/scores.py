@@ -123,8 +123,18 @@ def difference(ours: pd.DataFrame | None, theirs: pd.DataFrame | None, task: str
     """The paired difference in a task's score on the examples that both have seen."""
     if ours is None or theirs is None:
         return None
-    both = ours[ours["task"] == task].merge(theirs[theirs["task"] == task], on="example", suffixes=("", "_base"))
-    return paired_difference(both["score"], both["score_base"], both["cluster"]) if len(both) else None
+    mine = ours[ours["task"] == task]
+    base = base_scores(mine, theirs[theirs["task"] == task])
+    both = mine[base.notna()]
+    return paired_difference(both["score"], base[base.notna()], both["cluster"]) if len(both) else None
+
+
+def base_scores(rows: pd.DataFrame, base: pd.DataFrame) -> pd.Series:
+    """For each row of one task, the score of its example in `base`; missing where that has not seen the example.
+
+    This is what a merge of the two would find, without joining columns that nobody reads.
+    """
+    return rows["example"].map(base.set_index("example")["score"])
 
 
 def _student(mean: float, se: float, clusters: int) -> tuple[float, float]:

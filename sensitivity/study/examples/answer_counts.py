@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from sensitivity.study.scores import base_scores
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -35,8 +37,8 @@ def count_answers(rows: pd.DataFrame, base: pd.DataFrame | None) -> AnswerCounts
     """The counts of one task's rows; changes are against `base`, the rows of full precision."""
     worse = better = None
     if base is not None:
-        both = rows.merge(base[["example", "score"]], on="example", suffixes=("", "_base"))
-        worse, better = int((both["score"] < both["score_base"]).sum()), int((both["score"] > both["score_base"]).sum())
+        before = base_scores(rows, base)
+        worse, better = int((rows["score"] < before).sum()), int((rows["score"] > before).sum())
     empty = int((rows["answer"].astype(str).str.strip() == "").sum())
     cut, malformed = (None if rows[name].isna().any() else int(rows[name].sum()) for name in ("cut", "malformed"))
     return AnswerCounts(worse, better, empty, cut, malformed)

@@ -18,11 +18,11 @@ from sensitivity.study.storage import retrying_storage
 from sensitivity.study.storage.journal import Journal, first_bad_line
 from sensitivity.study.storage.retrying_storage import RetryingStorage, is_connection_lost
 
-optuna.logging.set_verbosity(logging.WARNING)
-
 
 def open_storage(where: Path | str, wait: bool = False) -> BaseStorage:
     """The journal at a path or the database at a URL; with `wait`, wait for a database that is down for a while."""
+    if optuna.logging.get_verbosity() == logging.INFO:  # Optuna's default: a line for each trial, as we print ourselves
+        optuna.logging.set_verbosity(logging.WARNING)
     if isinstance(where, str) and "://" in where:
         return _open_database(where, wait)
     journal = Path(where).absolute()
