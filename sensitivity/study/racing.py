@@ -15,6 +15,7 @@ from scipy.special import stdtrit
 
 from sensitivity.spec.errors import UserError
 from sensitivity.study import answers
+from sensitivity.study.scores import se_of_residuals
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 from sensitivity.study.trial import Trial
@@ -111,10 +112,10 @@ def _difference(a: pd.DataFrame, b: pd.DataFrame, made_up: bool = False) -> Diff
     images = len(counts)
     if images < 2:
         return 0.0, math.inf, images
-    # images have different numbers of examples: the mean is a ratio of sums, with the error of a ratio estimator
-    mean = float(differences.sum() / counts.sum())
-    spread = float(np.sum((differences - mean * counts) ** 2))
-    return mean, math.sqrt(images / (images - 1) * spread) / float(counts.sum()), images
+    # images have different numbers of examples: the mean is a ratio of sums
+    n = float(counts.sum())
+    mean = float(differences.sum()) / n
+    return mean, se_of_residuals(differences - mean * counts, n), images
 
 
 def _seen(study: Study, trial: Trial, task: str) -> Seen:

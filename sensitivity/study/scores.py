@@ -80,15 +80,20 @@ class Score:
 def clustered_se(values: np.ndarray, clusters: np.ndarray) -> tuple[float, int]:
     """Standard error of the mean when examples of one cluster are correlated, and the number of clusters.
 
-    The usual sandwich estimator: residuals are summed within clusters before they are squared, with the small-sample
-    factor G / (G - 1) for G clusters. With one cluster the spread is unknown, and the error infinite.
+    With one cluster the spread is unknown, and the error infinite.
     """
     _, index = np.unique(clusters, return_inverse=True)
-    count = int(index.max()) + 1
-    if count < 2:
-        return math.inf, count
-    sums = np.bincount(index, weights=values - values.mean())
-    return float(math.sqrt(count / (count - 1) * np.sum(sums**2)) / len(values)), count
+    residuals = np.bincount(index, weights=values - values.mean())
+    return se_of_residuals(residuals, len(values)), len(residuals)
+
+
+def se_of_residuals(residuals: np.ndarray, n: float) -> float:
+    """The standard error of a mean over n examples, from its residuals, summed within each cluster.
+
+    The usual sandwich estimator, with the small-sample factor G / (G - 1) for G clusters.
+    """
+    count = len(residuals)
+    return math.sqrt(count / (count - 1) * float(np.sum(residuals**2))) / n if count > 1 else math.inf
 
 
 def summarize(values: ArrayLike, clusters: ArrayLike) -> Score:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -160,7 +159,11 @@ def plans_for(
 
 
 def _predicted(study: Study, plan: Plan, task: str) -> Predicted | None:
-    """A plan's predicted score; None where it holds a scheme that was never measured."""
-    with contextlib.suppress(UserError, KeyError, ValueError):
-        return Knapsack.of(study, [task]).predicted([plan])[0][task]
-    return None
+    """A plan's predicted score; None where nothing predicts it, since it holds a scheme that was never measured."""
+    try:
+        knapsack = Knapsack.of(study, [task])
+    except UserError:  # nothing was measured, or full precision scored 0
+        return None
+    choices = zip(knapsack.space.names, knapsack.space.choices, strict=True)
+    known = all(plan[name] in options for name, options in choices)
+    return knapsack.predicted([plan])[0][task] if known else None

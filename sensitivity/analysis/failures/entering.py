@@ -79,8 +79,9 @@ def explained(study: Path, plan: Plan) -> list[Explained]:
     """What `explain` found of a plan: on answers that got worse, and on calibration examples, as far as it was run."""
     explanations = []
     for failures in (True, False):
-        # a file that is missing, damaged or of an earlier version counts as not explained; `explain` writes it anew
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        # not explained: a file that is missing (OSError), that is no JSON (ValueError), or of an earlier version, which
+        # lacks a field (KeyError) or has one of another type (TypeError); `explain` writes it anew
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             file = paths.explanation(study, plan.key, failures)
             explanations.append(_read(json.loads(file.read_text(encoding="utf-8")), failures))
     return explanations
