@@ -1,25 +1,31 @@
 """Each model left out of an atlas: do the intervals hold, what do its plans lose, and how many measurements it saves.
 
-    python -m experiments.benchmarks.atlas [--n 500] [--seeds 5] [--runs runs/atlas]
+    python -m experiments.benchmarks.atlas [--n 500] [--seeds 5] [--kinds embedded,published]
 
-Studies of the embedded models (a grid by part, rounded to nearest), and the two published tables of BLIP-2 where
-SENSITIVITY_SHARED or ../shared has them. Each is left out once, and predicted from the others.
+Studies of the embedded models (a grid by part, rounded to nearest), or the two published tables of BLIP-2 (GPTQ by
+part; min-max rounding of 18 components), read from SENSITIVITY_SHARED or ../shared; or both. Each is left out once,
+and predicted from the others.
 
 * Intervals: what is true of a plan is its score in the study that was left out, or where that did not measure the plan,
   its surrogate's prediction.
 * Loss: score of the best measured plan within the budget minus that of the atlas's plan, of which nothing was measured;
   beside it the loss of the best uniform plan within the budget. Only where all plans were measured.
-* Measurements: `frontier` searches the left-out table with the others' damages as prior, without a prior, and with
-  damages of the wrong parts. A search reads the first 200 examples of each plan, what is true is the mean over all
-  others (measured_grids.py). Counted are the plans until those that it believes to be best lose at most 1 %.
+* Measurements: `frontier` searches the left-out table without a prior; with the damages of the others of its kind as
+  prior, for a published table those of the other one; with those of the wrong parts; and with those of all others. A
+  search of an embedded model reads the first 200 examples of each plan, what is true is the mean over all others
+  (measured_grids.py); of a table it reads the table (score_tables.py). Counted are the plans until those that it
+  believes to be best lose at most 1 %.
+
+Searches that reports/atlas.csv holds are not run again; it was measured with the --n of the page.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +33,12 @@ import pandas as pd
 
 from experiments.benchmarks.measured_grids import read
 from experiments.benchmarks.replay import regrets, walk
-from experiments.benchmarks.score_tables import SHARED, Table, gptq, of_grid, uniform
+from experiments.benchmarks.score_tables import Table, gptq, of_grid, uniform
 from sensitivity import Study, add_to_atlas, grid, inspect, load, predict_frontier, sweep
 from sensitivity.analysis.allocate.by_scores import combined
 from sensitivity.analysis.atlas.priors import schemes_of
 from sensitivity.analysis.observations import observations_of
-from sensitivity.analysis.surrogate.space import Space
+from sensitivity.analysis.surrogate.space import Expected, Space
 from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 from sensitivity.analysis.surrogate.transfer import measured_damages, transfer
 from sensitivity.spec.files import overwrite
@@ -42,28 +48,43 @@ from sensitivity.study.storage import expected
 
 ROOT = Path(__file__).parent.parent.parent
 MODELS = ("scenes-llava", "scenes-llava-heavy", "scenes-blip2")
-PUBLISHED = "; the published tables of BLIP-2 (GPTQ; min-max rounding of 18 components)"
+WALKS = ROOT / "reports" / "atlas.csv"
 BITS = (2, 3, 4, 8)
 AVERAGES = (3.0, 4.0, 5.0, 6.0)  # budgets: mean bits of the quantized weights
 AFTER = (3, 5, 10, 20)  # numbers of plans after which the loss is shown
-MOST, ENOUGH = 20, 1.0  # plans that a search measures; loss in % of full precision at which it has found its plans
+MOST = {"embedded": 20, "published": 30}  # plans that a search measures
+ENOUGH = 1.0  # loss in % of full precision at which a search has found its plans
+NONE, ALIKE, WRONG, ALL = "none", "others of its kind", "of the wrong parts", "all others"
 
 
-def embedded(name: str, n: int, folder: Path) -> tuple[Study, Table]:
+@dataclass(frozen=True)
+class Known:
+    """A study, and its scores as a table that a search can read."""
+
+    study: Study
+    table: Table
+    kind: str
+
+    @property
+    def name(self) -> str:
+        return self.study.path.name
+
+
+def embedded(name: str, n: int, folder: Path) -> Known:
     vlm = load(f"embedded:{name}")
     parts = inspect(vlm, by="part")
     study = sweep(vlm, parts, grid(parts, bits=BITS, method="rtn"), tasks=["vqa"], out=folder / name, n=n)
-    return study, of_grid(read(study))
+    return Known(study, of_grid(read(study)), "embedded")
 
 
-def published(table: Table, folder: Path) -> tuple[Study, Table]:
+def published(table: Table, folder: Path) -> Known:
     parts = replace(table.parts, model=table.name)
     path = folder / table.name.replace(" ", "-")
     fresh = not path.exists()
     study = Study.create(path, parts, ["score"], {"model": table.name}) if fresh else Study(path)
     if fresh:
         study.append(table.plans, [{"score": float(one)} for one in table.reading])
-    return study, replace(table, name=study.path.name)
+    return Known(study, table, "published")
 
 
 def shares(study: Study, plans: Sequence[Plan], schemes: Sequence[Scheme]) -> list[float]:
@@ -101,57 +122,75 @@ def frontier(own: Study, atlas: Path, complete: bool) -> Iterator[dict[str, obje
         }  # fmt: skip
 
 
-def searches(
-    own: Study, table: Table, others: Sequence[Study], folder: Path, seeds: int
-) -> Iterator[dict[str, object]]:
-    """The loss after every plan of a search, with the others' damages as prior, without, and with shuffled ones."""
-    told = combined([transfer(measured_damages(one), own.parts, schemes_of(own), one.path) for one in others])
-    names = list(told)
-    wrong = {name: told[other] for name, other in zip(names, names[1:] + names[:1], strict=True)}
-    for prior, damages in {"none": None, "others": told, "wrong parts": wrong}.items():
-        place = folder / "priors" / f"{own.path.name}-{prior.replace(' ', '-')}"
+def priors(own: Known, studies: Sequence[Known]) -> dict[str, Expected | None]:
+    """The damages that a search of a table may expect."""
+    others = [one for one in studies if one is not own]
+    alike, every = (
+        combined(
+            [transfer(measured_damages(one.study), own.study.parts, schemes_of(own.study), one.name) for one in some]
+        )
+        for some in ([one for one in others if one.kind == own.kind], others)
+    )
+    names = list(alike)
+    wrong = {name: alike[other] for name, other in zip(names, names[1:] + names[:1], strict=True)}
+    return {NONE: None, ALIKE: alike, WRONG: wrong, **({ALL: every} if every != alike else {})}
+
+
+def searches(own: Known, studies: Sequence[Known], folder: Path, seeds: int) -> None:
+    """Add to the record the loss after every plan of a search, with each prior and seed."""
+    for (prior, damages), seed in itertools.product(priors(own, studies).items(), range(seeds)):
+        done = pd.read_csv(WALKS) if WALKS.exists() else pd.DataFrame({"model": [], "prior": [], "seed": []})
+        if ((done["model"] == own.name) & (done["prior"] == prior) & (done["seed"] == seed)).any():
+            continue
+        place = folder / "priors" / f"{own.name}-{prior.replace(' ', '-')}"
         place.mkdir(parents=True, exist_ok=True)
         if damages is not None:
             expected.save(place, damages, prior)
-        for seed in range(seeds):
-            rows = walk(table, "frontier", MOST, seed, place)
-            for plans in range(2, MOST + 1):
-                lost = regrets(table, rows[:plans], damages)["believed"]
-                yield {"model": own.path.name, "prior": prior, "seed": seed, "plans": plans, "lost": lost}
+        began = time.process_time()
+        rows = walk(own.table, "frontier", MOST[own.kind], seed, place)
+        found = [
+            {"model": own.name, "prior": prior, "seed": seed, "plans": plans,
+             "lost": regrets(own.table, rows[:plans], damages)["believed"]}
+            for plans in range(2, MOST[own.kind] + 1)
+        ]  # fmt: skip
+        seconds = round(time.process_time() - began, 1)
+        rows_ = pd.concat([done, pd.DataFrame(found).assign(cpu_s=seconds)], ignore_index=True)
+        overwrite(WALKS, rows_.to_csv(index=False, float_format="%.4g"))
+        print(own.name, prior, seed, f"{seconds} CPU s", flush=True)
 
 
-def left_out(studies: Sequence[tuple[Study, Table]], folder: Path, seeds: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Each study predicted from the others, and searched with them as prior."""
+def left_out(studies: Sequence[Known], folder: Path) -> pd.DataFrame:
+    """Each study predicted from the others."""
     points: list[dict[str, object]] = []
-    walks: list[dict[str, object]] = []
-    for own, table in studies:
-        others = [study for study, _ in studies if study is not own]
-        atlas = folder / "atlases" / f"without-{own.path.name}.parquet"
-        for other in others:
-            add_to_atlas(other, atlas)
-        complete = table.factors is None
-        points += frontier(own, atlas, complete)
+    for own in studies:
+        atlas = folder / "atlases" / f"without-{own.name}.parquet"
+        for other in studies:
+            if other is not own:
+                add_to_atlas(other.study, atlas)
+        points += frontier(own.study, atlas, own.table.factors is None)
         print(pd.DataFrame(points).tail(len(AVERAGES)).to_string(), flush=True)
-        if complete:
-            walks += searches(own, table, others, folder, seeds)
-            print(reached(pd.DataFrame(walks)).to_string(), flush=True)
-    return pd.DataFrame(points), pd.DataFrame(walks)
+    return pd.DataFrame(points)
 
 
 def reached(walks: pd.DataFrame) -> pd.DataFrame:
-    """The plans until a search has found its plans, and its loss after some numbers of plans; means over seeds."""
+    """The plans until a search has found its plans, and its loss after some numbers of plans; means over seeds.
+
+    A search that does not find them counts as one plan more than it measured.
+    """
     rows = []
     for (model, prior), own in walks.groupby(["model", "prior"], sort=False):
+        most = int(own["plans"].max())
         first = [
-            float(one.loc[one["lost"] <= ENOUGH, "plans"].min()) if (one["lost"] <= ENOUGH).any() else MOST + 1
+            int(one.loc[one["lost"] <= ENOUGH, "plans"].min()) if (one["lost"] <= ENOUGH).any() else most + 1
             for _, one in own.groupby("seed")
         ]
         after = {f"after {n}": own.loc[own["plans"] == n, "lost"].mean() for n in AFTER}
-        rows.append({"model": model, "prior": prior, "plans": np.mean(first), "all": first, **after})
+        all_ = ", ".join(f"over {most}" if one > most else f"{one}" for one in first)
+        rows.append({"model": model, "prior": prior, "plans": np.mean(first), "all": all_, **after})
     return pd.DataFrame(rows)
 
 
-def page(points: pd.DataFrame, walks: pd.DataFrame, args: argparse.Namespace, studies: int, seconds: float) -> str:
+def page(points: pd.DataFrame, walks: pd.DataFrame, args: argparse.Namespace, studies: Sequence[Known]) -> str:
     heads = ("left out", "bits", "predicted", "95 % interval", "measured", "held", "lost", "uniform lost", "halved by")
     rows = [
         f"| {row['model']} | {row['bits']:g} | {row['predicted']:.3f} | {row['low']:.3f} to {row['high']:.3f} | "
@@ -162,18 +201,15 @@ def page(points: pd.DataFrame, walks: pd.DataFrame, args: argparse.Namespace, st
     found = reached(walks)
     table = [
         f"| {row['model']} | {row['prior']} | {row['plans']:.1f} | "
-        f"{', '.join(f'{one:g}' if one <= MOST else f'over {MOST}' for one in row['all'])} | "
-        + " | ".join(f"{row[f'after {n}']:.2f}" for n in AFTER)
-        + " |"
+        f"{row['all']} | " + " | ".join(f"{row[f'after {n}']:.2f}" for n in AFTER) + " |"
         for _, row in found.iterrows()
     ]
     full = points.dropna(subset=["lost"])
     return (
         "# Models left out of an atlas\n\n"
-        f"`python -m experiments.benchmarks.atlas --n {args.n} --seeds {args.seeds}` ({seconds:.0f} CPU s): {studies}\n"
-        "studies, each predicted from the others. The embedded models by part, rounded to nearest at 2, 3, 4 and 8\n"
-        f"bits{PUBLISHED if studies > len(MODELS) else ''}. Shares are of full\n"
-        "precision's score, bits are a mean over the quantized weights.\n\n"
+        f"`python -m experiments.benchmarks.atlas --n {args.n} --seeds {args.seeds} --kinds {args.kinds}`, whose\n"
+        f"first lines say how: {len(studies)} studies, each predicted from the others. Shares are of full precision's\n"
+        "score, bits are a mean over the quantized weights.\n\n"
         "## Predictions without a measurement\n\n"
         f"Intervals hold {points['held'].sum()} of {len(points)} plans; their median width is "
         f"{np.median(points['high'] - points['low']):.2f}.\n"
@@ -182,8 +218,9 @@ def page(points: pd.DataFrame, walks: pd.DataFrame, args: argparse.Namespace, st
         "intervals, as the atlas says itself; that was not checked.\n\n"
         f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}\n" + "\n".join(rows) + "\n\n"
         "## Measurements with and without\n\n"
-        f"Plans until those that `frontier` believes to be best lose at most {ENOUGH:g} % (mean over budgets), of at\n"
-        f"most {MOST}; {args.seeds} seeds; and the loss (%) after some numbers of plans.\n\n"
+        f"Plans until those that `frontier` believes to be best lose at most {ENOUGH:g} % (mean over budgets), as a\n"
+        f"mean over {args.seeds} seeds, and the loss (%) after some numbers of plans. The searches took "
+        f"{walks.groupby(['model', 'prior', 'seed'])['cpu_s'].first().sum():.0f} CPU s.\n\n"
         f"| left out | prior | plans | each seed | {' | '.join(f'after {n}' for n in AFTER)} |\n|{'---|' * 8}\n"
         + "\n".join(table) + "\n"
     )  # fmt: skip
@@ -197,15 +234,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--kinds", default="embedded")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "atlas", help="where studies are kept")
     args = parser.parse_args()
-    began = time.process_time()
-    studies = [embedded(name, args.n, args.runs) for name in MODELS]
-    if SHARED.exists():
+    kinds = args.kinds.split(",")
+    studies = [embedded(name, args.n, args.runs) for name in MODELS if "embedded" in kinds]
+    if "published" in kinds:
         studies += [published(table, args.runs) for table in (gptq("cider"), uniform())]
-    points, walks = left_out(studies, args.runs, args.seeds)
-    seconds = time.process_time() - began
-    overwrite(ROOT / "reports" / "atlas.md", page(points, walks, args, len(studies), seconds))
+    points = left_out(studies, args.runs)
+    for own in reversed(studies):
+        searches(own, studies, args.runs, args.seeds)
+    walks = pd.read_csv(WALKS)
+    walks = walks[walks["model"].isin([one.name for one in studies])]
+    name = "atlas" if "embedded" in kinds else "atlas-published"
+    overwrite(ROOT / "reports" / f"{name}.md", page(points, walks, args, studies))
 
 
 if __name__ == "__main__":

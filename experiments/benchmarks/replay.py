@@ -35,6 +35,7 @@ from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import size
+from sensitivity.study.storage.expected import read as read_expected
 
 ROOT = Path(__file__).parent.parent.parent
 BUDGETS = np.arange(3.5, 8.01, 0.25)
@@ -51,7 +52,7 @@ def walk(table: Table, search: str, count: int, seed: int, folder: Path = Path("
             lot = np.array(sorted(lot, key=lambda i: not _simple(table.plans[i])))
         return [int(i) for i in lot[:count]]
     if table.factors is not None:
-        return walk_rows(table, search, count, seed)
+        return walk_rows(table, search, count, seed, read_expected(folder))
     place = {plan.key: i for i, plan in enumerate(table.plans)}
     bpw, rows, trials = table.bpw, list[int](), list[SimpleNamespace]()
     study = SimpleNamespace(tasks=("score",), parts=table.parts, trials=lambda: trials, path=folder)
@@ -73,7 +74,7 @@ def _simple(plan: Plan) -> bool:
     return plan.is_uniform or sum(scheme is not None for _, scheme in plan.schemes) <= 1
 
 
-def walk_rows(table: Table, search: str, count: int, seed: int) -> list[int]:
+def walk_rows(table: Table, search: str, count: int, seed: int, expected: Expected | None = None) -> list[int]:
     """The same for a table without all combinations: a plan that is missing is replaced by the nearest one."""
     assert table.factors is not None
     bpw, rows = table.bpw, list[int]()
@@ -87,7 +88,7 @@ def walk_rows(table: Table, search: str, count: int, seed: int) -> list[int]:
             for c, options in zip(table.parts.components, space.choices, strict=True)
         )
         weights = PlanSizes(bits, native - sum(b[0] for b in bits), table.parts.numel)
-        sampler = FrontierSampler(space, weights, candidates=index, seed=seed)
+        sampler = FrontierSampler(space, weights, candidates=index, seed=seed, expected=expected)
         while len(rows) < count:
             rows.append(place[tuple(sampler.next(index[rows], table.reading[rows][:, None]))])
         return rows
