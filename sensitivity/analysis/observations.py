@@ -17,7 +17,7 @@ from sensitivity.study.scores import TaskScore
 from sensitivity.study.study import Study
 from sensitivity.study.trial import NATIVE, Trial, mixed_versions
 
-MIN_REPLICATES = 3  # repeated readings of plans from which noise is estimated
+MIN_REPLICATES = 3  # noise is estimated from replicates of plans if there are at least so many
 MIN_NOISE_SHARE = 0.25  # least noise of one score, as a share of the mean noise of all scores
 ROUNDED_COLUMNS = (ACTIVATIONS, CACHE)  # endings of the names of a component's further columns
 

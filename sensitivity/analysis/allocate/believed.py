@@ -1,4 +1,4 @@
-"""Believed scores: measured plans by the surrogate's prediction, or with readings shrunk towards predictions."""
+"""Believed scores of measured plans: predicted by the surrogate, or measured and shrunk towards the prediction."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sensitivity.analysis.observations import observations_of
 from sensitivity.study.scores import paired_difference
 from sensitivity.study.study import Study
 
-TOO_CERTAIN = 0.99  # quantile of chi-squared: readings that scatter more show that predictions are too certain
+TOO_CERTAIN = 0.99  # quantile of chi-squared: scores that scatter more show that predictions are too certain
 Z95 = 1.96  # half a 95 % interval, in standard deviations
 
 
 def believed(study: Study, knapsack: Knapsack, weights: Mapping[str, float]) -> dict[str, float]:
-    """For each measured plan, by key, its weighted mean share of full precision.
+    """For each measured plan, by key, its predicted share of full precision, as a weighted mean over tasks.
 
-    The best of several noisy readings is too high (the winner's curse). The surrogate's prediction equals a reading
-    without noise, and smooths noisy ones.
+    The best of several noisy scores is too high (the winner's curse). The surrogate's prediction equals a measured
+    score that has no noise, and smooths noisy ones.
     """
     found: dict[str, float] = {}
     total = sum(weights.values())
@@ -36,10 +36,10 @@ def believed(study: Study, knapsack: Knapsack, weights: Mapping[str, float]) -> 
 def shrunk_scores(predicted: Sequence[Predicted], rows: Sequence[pd.DataFrame]) -> list[float]:
     """The scores of plans that were run on the same examples, each shrunk towards its prediction.
 
-    The highest of several readings is too high: part of it is luck. The mean difference between readings and
-    predictions is due to the examples, and decides nothing. What remains of a plan's difference is partly true, as far
-    as predictions are uncertain or disagree with readings, and partly noise, as far as paired differences between plans
-    are uncertain.
+    The highest of several measured scores is too high: part of it is luck. The mean difference between measured scores
+    and predictions is due to the examples, and decides nothing. What remains of a plan's difference is partly true, as
+    far as predictions are uncertain or disagree with measured scores, and partly noise, as far as paired differences
+    between plans are uncertain.
     """
     expected = np.array([one.score for one in predicted])
     errors = np.array([float(frame["score"].mean()) for frame in rows]) - expected

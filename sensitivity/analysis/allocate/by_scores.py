@@ -32,7 +32,7 @@ def optimum(
 ) -> Plan:
     """The plan of at most so many bits per weight with the least sum of scores; with `runtime`, one that it can load.
 
-    Within a family, a narrower scheme counts for at least the damage of a wider one: a score that differs is noise.
+    Within a family, a narrower scheme counts for at least the damage of a wider one; a lower score is noise.
     """
     schemes = list(dict.fromkeys(scheme for one in scores.values() for scheme in one))
     knapsack = Knapsack.build(parts, Space.of([Plan.uniform(parts, None)], scores), {}, files_of(runtime))

@@ -69,7 +69,7 @@ class Comparison:
 
 
 def compare(mine: pd.DataFrame, theirs: pd.DataFrame, other: Plan, name: str, tries: int = 1) -> Comparison:
-    """Compare our per-example scores with another plan's on shared examples; tries: plans that ours was chosen from."""
+    """Compare our scores of shared examples with another plan's; tries: how many plans ours was chosen from."""
     both = mine.merge(theirs, on="example", suffixes=("", "_other"))
     if not len(both):
         raise UserError(f"{other.describe()} was measured on other examples: nothing can be compared")

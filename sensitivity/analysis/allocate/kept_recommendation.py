@@ -46,7 +46,7 @@ def _files(study: Study, budgets: Sequence[float]) -> list[Path]:
 
 
 def recommended(study: Study) -> list[Recommendation]:
-    """The recommendations that were last saved for a study, unchanged; an empty list without any."""
+    """The recommendations that were last saved for a study, as they were saved; an empty list if there are none."""
     if not paths.recommendation(study.path).exists():
         return []
     first = schema.read(paths.recommendation(study.path), "plan", REPAIR)

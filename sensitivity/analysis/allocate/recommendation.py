@@ -159,8 +159,8 @@ def judge(
     the same examples for all. Candidates without measurements are left out. weights: how much each task counts; by
     default the study's first alone. fresh: these examples had no part in finding the candidates.
 
-    Readings are shrunk towards predictions, since the highest of several noisy ones was partly lucky. The rival is
-    recommended only if it is clearly better than the best candidate.
+    Measured scores are shrunk towards predictions, since the highest of several noisy ones was partly lucky. The rival
+    is recommended only if it is clearly better than the best candidate.
     """
     weights = weights or {study.tasks[0]: 1.0}
     native = Plan.uniform(study.parts, None)

@@ -214,8 +214,8 @@ def _spread(errors: Floats, limits: int) -> Floats:
 def _halved_by(errors: Floats, losses: Sequence[float], noises: Sequence[float]) -> int | None:
     """How many plans on the frontier must be measured until intervals are half as wide on average.
 
-    Prediction errors at one budget go along with those at others: their covariance says what a measurement at one
-    budget tells about all (kriging). The plan to measure next is always the one that narrows intervals most.
+    Prediction errors at different budgets are correlated: their covariance says what a measurement at one budget tells
+    about all (kriging). The plan to measure next is always the one that narrows intervals most.
     """
     if not len(errors):
         return None

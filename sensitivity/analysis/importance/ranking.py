@@ -52,10 +52,10 @@ def rank(
 ) -> Ranking:
     """Rank the components of a study by how much of a task's score each decides.
 
-    by: a coarser granularity than the study's own. near: use only trials whose score is at least this share of full
-    precision, such as 0.9, where a plan would really be used. thorough=False leaves out what only explains the
-    ranking (levels, pairs, Optuna's estimators). Where plans differ in their methods too, that choice has a share of
-    its own (`Ranking.choice`). The ranking of a study is cached in its folder.
+    by: a coarser granularity than the study's own. near: use only trials that are predicted to score at least this
+    share of full precision, such as 0.9, where a plan would really be used. thorough=False leaves out what only
+    explains the ranking (levels, pairs, Optuna's estimators). Where plans differ in their methods too, that choice has
+    a share of its own (`Ranking.choice`). The ranking of a study is cached in its folder.
 
     Examples:
         >>> from sensitivity import rank

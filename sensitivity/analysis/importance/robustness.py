@@ -108,8 +108,9 @@ def cliffs(levels: pd.DataFrame) -> list[tuple[str, int]]:
 def interactions(fitted: estimators.Fitted, names: Sequence[str]) -> pd.DataFrame:
     """How far the joint effect of each pair of components is from the sum of the two effects, strongest pair first.
 
-    strength: mean absolute SHAP interaction (both halves). both_low: its mean over the plans in which both are in the
-    lower half of their widths: negative means that they hurt each other more than the sum says.
+    strength: mean absolute SHAP interaction (both halves). both_low: the mean of the interaction, with its sign, over
+    the plans in which both are in the lower half of their widths; negative means that together they hurt more than the
+    sum says.
     """
     values, weight, plans = fitted.shap_pairs
     low = plans <= np.median(plans, axis=0)

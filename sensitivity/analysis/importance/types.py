@@ -58,7 +58,7 @@ class Ranking:
     levels: pd.DataFrame  # component, bits, trials, shift, moves, tau, changes_first: what changes without that level
     warnings: tuple[str, ...]
     method: str | None = None
-    near: float | None = None  # only trials with at least this share of full precision
+    near: float | None = None  # only trials that are predicted to keep at least this share of full precision
     choice: dict[str, float] | None = None  # what the choice of method decides: its shares, as the columns of `table`
 
     @property

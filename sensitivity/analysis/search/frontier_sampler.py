@@ -118,7 +118,7 @@ class FrontierSampler(BaseSampler):
     def opening(self) -> list[Floats]:
         """The first plans: full precision and the uniform ones, which show at which width the score collapses.
 
-        With expected damages, every other plan of the narrower half is enough to show how large the damages are.
+        Where damages are expected, every other uniform plan of the narrower half is enough to show how large they are.
         """
         rows = [] if any(self.low) else [np.zeros(len(self.space.names), dtype=int)]
         uniform = [np.array(row) for row in self.space.uniform()]

@@ -20,7 +20,7 @@ DISTANCE, EVERYWHERE, FALLING, NUGGET, UNSTEADY = (0.9, 0.7), (-0.7, 1.5), (-2.3
 KNOWN = (0.0, 0.5)  # instead of NUGGET if the noise is known: plans share examples, so differences are less noisy
 BOUNDS = ((0.8, 4.0), (-12.0, 2.0), (-9.0, 2.0), (-9.0, 2.0), (-9.0, 2.0))
 LOG_ZERO = -40.0  # stands for the logarithm of zero
-ODDS = math.log(20)  # predictions use the process if it makes readings likelier by this factor (a logarithm)
+ODDS = math.log(20)  # predictions use the process if it makes scores likelier by this factor (a logarithm)
 MIN_NOISE = 1e-4  # as a share of the largest score: with less, the matrix may be singular
 JITTER = 1e-12  # added to the diagonal of an indefinite covariance, as a share of its largest entry
 MAX_STRETCH = 1.5  # intervals are widened by at most this factor
@@ -28,13 +28,13 @@ MAX_STRETCH = 1.5  # intervals are widened by at most this factor
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """How far the process reaches, how large it is, and how much of a reading is noise; in the order of the fit."""
+    """How far the process reaches, how large it is, and how much of a score is noise; in the order of the fit."""
 
     distance: float
     everywhere: float  # standard deviation of the misfit at any score
     falling: float  # standard deviation of the logarithm of total damage, which matters where the score falls
     noise: float  # factor of the noise that was given
-    unsteady: float  # standard deviation of the logarithm of total damage between readings of one plan
+    unsteady: float  # standard deviation of the logarithm of total damage between scores of one plan
 
     @classmethod
     def of(cls, logs: Floats) -> Hyperparameters:
@@ -44,26 +44,26 @@ class Hyperparameters:
 
 @dataclass(frozen=True)
 class Misfit:
-    """A Gaussian process on the differences of readings to the formula.
+    """A Gaussian process on the differences between measured scores and the formula's predictions.
 
     The more alike the widths of two plans, the more alike the formula misses their scores: the covariance falls
     exponentially with the sum of their distances in octaves of bits. It is larger where the score falls steeply, since
-    an error in the damage shows there. Without noise in the readings, the process runs through them.
+    an error in the damage shows there. Without noise in the scores, the process runs through them.
     """
 
     formula: DamageModel
     theta: Floats  # of the fit
     distances: tuple[Floats, ...]  # per component, between any two of its choices
     index: Floats  # the plans that were measured, each once
-    score: Floats  # the mean of their readings
+    score: Floats  # the mean of each plan's measured scores
     fitted: Hyperparameters
     corrects: bool  # whether predictions are corrected; if not, the data do not show that the formula misses anything
-    noise: float  # standard deviation of one reading around the truth
-    stretch: float  # factor that widens intervals, so that they hold readings that are predicted from all others
+    noise: float  # standard deviation of one measured score around the truth
+    stretch: float  # factor that widens intervals, so that they hold scores that are predicted from all others
     root: Floats  # a square root of theta's covariance
     shift: Floats  # the change of theta, to first order, once the process explains a part of what was noise
     shared: Floats  # per measured plan, standard deviation of the noise that all plans have in common
-    _factor: Floats = field(repr=False)  # Cholesky's factor of the covariance of readings
+    _factor: Floats = field(repr=False)  # Cholesky's factor of the covariance of measured scores
 
     def corrected(self, theta: Floats, index: Floats, covariance: Floats | None = None) -> Floats:
         """What the process adds to the predictions of plans under this theta."""
@@ -83,11 +83,11 @@ class Misfit:
         return np.asarray(correlation * _variance(self.fitted, self._steep(index), self._steep(self.index)))
 
     def spread(self, index: Floats, covariance: Floats) -> Floats:
-        """Standard deviation of the process at some plans, given all readings."""
+        """Standard deviation of the process at some plans, given all measured scores."""
         own = self.fitted.everywhere**2 + (self.fitted.falling * self._steep(index)) ** 2
         known = solve_triangular(self._factor, covariance.T, lower=True)
         missed = cho_solve((self._factor, True), self.score - self.formula.predict(self.theta, self.index))
-        # the correction, where it is not made
+        # where predictions are not corrected, the correction counts as uncertainty
         left_out = np.zeros(len(index)) if self.corrects else (covariance @ missed) ** 2
         order = np.argsort(self.score)
         shared = np.interp(self.formula.predict(self.theta, index), self.score[order], self.shared[order])
@@ -109,8 +109,8 @@ def fit_misfit(
 ) -> Misfit:
     """The process that best explains what the formula with its fitted theta misses.
 
-    prior: center and spread of theta. noise: standard deviation of each reading, where it is known. sigma: that of
-    readings around the formula.
+    prior: center and spread of theta. noise: standard deviation of each score, where it is known. sigma: that of
+    scores around the formula's predictions.
     """
     unit = float(np.abs(score).max()) or 1.0
     shape = np.full(len(score), max(sigma, MIN_NOISE * unit)) if noise is None else np.maximum(noise, MIN_NOISE * unit)
@@ -151,7 +151,7 @@ def fit_misfit(
 
 
 def merged(index: Floats, score: Floats, noise: Floats) -> tuple[Floats, Floats, Floats]:
-    """Each plan once, with the mean of its readings and the noise of that mean."""
+    """Each plan once, with the mean of its scores and the noise of that mean."""
     rows, place, count = np.unique(index, axis=0, return_inverse=True, return_counts=True)
     place = place.ravel()
     mean = np.bincount(place, score) / count
@@ -167,12 +167,12 @@ def _prior(sigma: float, known: bool) -> tuple[Floats, Floats]:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The likelihood of readings under hyperparameters, integrated over the prior of theta."""
+    """The likelihood of measured scores under hyperparameters, integrated over the prior of theta."""
 
     distances: Floats
     steep: Floats
     loose: Floats
-    missed: Floats  # difference of readings to the prediction of the prior's center, to first order
+    missed: Floats  # measured scores minus the prediction of the prior's center, to first order
     noise: Floats
     prior: tuple[Floats, Floats]
     known: bool  # whether the noise is known up to a factor
@@ -209,7 +209,7 @@ class Evidence:
         return float(value), slope
 
     def _covariance(self, of: Hyperparameters, process: bool) -> tuple[Floats, list[Floats]]:
-        """The covariance of readings, and its derivatives by the logarithms of the hyperparameters."""
+        """The covariance of measured scores, and its derivatives by the logarithms of the hyperparameters."""
         steady = np.diag((of.noise * self.noise) ** 2)
         unsteady = np.diag((of.unsteady * self.steep) ** 2)
         if not process:
@@ -223,7 +223,7 @@ class Evidence:
         return self.loose + both + steady + unsteady, parts
 
     def stretch(self, of: Hyperparameters, process: bool) -> float:
-        """The factor by which 95 % intervals are widened to hold 95 % of readings, each predicted from the others."""
+        """The factor by which 95 % intervals are widened to hold 95 % of scores, each predicted from the others."""
         covariance, _ = self._covariance(of, process)
         inverse = cho_solve(cho_factor(_definite(covariance), lower=True), np.eye(len(covariance)))
         deviations = np.abs(inverse @ self.missed) / np.sqrt(np.diag(inverse))
@@ -240,7 +240,7 @@ def _definite(covariance: Floats) -> Floats:
 
 
 def _noise(of: Hyperparameters, shape: Floats, steep: Floats) -> Floats:
-    """The variances of readings around the truth."""
+    """The variances of measured scores around the truth."""
     return np.asarray((of.noise * shape) ** 2 + (of.unsteady * steep) ** 2)
 
 

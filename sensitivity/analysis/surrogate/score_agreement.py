@@ -21,7 +21,7 @@ class ScoreAgreement:
 
     plans: int
     rank_correlation: float  # between the sum of scores and the loss of task score; 1 if the order of plans is the same
-    error: float  # root mean square, where a falling curve through all other plans predicts a plan's task score
+    error: float  # root mean square error of each plan's task score, predicted by a falling curve through all others
 
     def to_json(self) -> dict[str, float]:
         """The agreement as JSON values."""

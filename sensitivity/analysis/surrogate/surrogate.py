@@ -142,10 +142,10 @@ def fit_surrogate(
 ) -> Surrogate:
     """Fit the surrogate to measured scores; interaction terms are added one by one while they lower the error.
 
-    `noise`: standard deviation of a reading, or of each one; it is estimated where it is not known. `corrected`: with
-    a process for what the formula misses, without which intervals are too narrow. `expected`: damages that are known
-    before any score, up to a factor. Scores correct them, and where a fit without them is clearly closer to the scores,
-    they are not used.
+    `noise`: one standard deviation for all scores, or one for each; it is estimated where it is not known. `corrected`:
+    with a process for what the formula misses, without which intervals are too narrow. `expected`: damages that are
+    known before any score, up to a factor. Scores correct them, and where a fit without them is clearly closer to the
+    scores, they are not used.
     """
     unit = float(np.max(np.abs(score))) or 1.0  # the prior is for scores of about 1: others (percent) are scaled
     top = (float(np.quantile(score, 0.9)) if full is None else full) / unit

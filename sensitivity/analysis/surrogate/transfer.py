@@ -35,8 +35,8 @@ def transfer(
     """Transfer damages from the components of one model to those of another.
 
     Components are those of the same name, else those that they contain or are part of, else those of the same part of
-    the model. Schemes are those of the same method, else all, at the same width; between widths, the logarithm of the
-    damage is linear. `source` is named where a component of `parts` has no counterpart.
+    the model. Schemes are those of the same family, else of the same method, else all, at the same width; between
+    widths, the logarithm of the damage is linear. `source` is named where a component of `parts` has no counterpart.
     """
     if missing := without_counterpart(damages, parts):
         raise UserError(
@@ -104,7 +104,7 @@ def _related(name: str, sources: Sequence[str]) -> list[str]:
 
 
 def _at(curves: Mapping[str, Curve], scheme: Scheme) -> float:
-    """The damage of a scheme by the curve of its own family, else by the mean of all."""
+    """The damage of a scheme by the curve of its family, else by the mean of its method's curves, else of all."""
     own = [curve for key, curve in curves.items() if key == family(scheme)]
     own = own or [curve for key, curve in curves.items() if key.startswith(f"{scheme.method}/")]
     bits = effective_bits(scheme)
