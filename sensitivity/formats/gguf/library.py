@@ -23,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from sensitivity.spec.errors import UserError
 
-VERSION = "2026.10.11549"  # structures have no version of their own, so only the build that was read is called
+VERSION = "2026.10.11549"  # structures carry no version, so only the build whose headers they follow is called
 F32, FLASH_OFF, IMAGE = 0, 0, 1  # ggml_type, llama_flash_attn_type, mtmd_input_chunk_type
 LOG = CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
 

@@ -125,7 +125,7 @@ class GGUFModel(HalvedModel):
 
     def forget(self) -> None:
         """Begin a new prompt."""
-        self.read = self.next = 0  # tokens in the cache, and the position of the next: an image can take fewer
+        self.read = self.next = 0  # cached tokens, next position: images can take fewer positions than tokens
         if self.context:
             self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
 
@@ -133,7 +133,7 @@ class GGUFModel(HalvedModel):
         return int(self.vlm.model.config.image_token_id)
 
     def _runs(self, ids: Sequence[int], images: bool) -> Iterator[tuple[int, int]]:
-        """Begin and end of each run of text tokens or of image placeholders."""
+        """Start and end of each run of text tokens or of image placeholders."""
         is_image = np.equal(ids, self._image_token()) & images
         edges = [0, *(np.flatnonzero(is_image[1:] != is_image[:-1]) + 1), len(ids)]
         yield from pairwise(edges)

@@ -49,7 +49,7 @@ QWEN_VIT = {
     "patch_embed.proj": "v.patch_embd", "merger.ln_q": "v.post_ln", "merger.mlp.0": "mm.0", "merger.mlp.2": "mm.2",
 }  # fmt: skip
 WINDOW = 112  # pixels of an attention window in Qwen2.5-VL's tower: llama.cpp takes no other
-# begin of a parameter's path -> which file, the prefix of names in a block, and the names inside and outside of blocks
+# start of a parameter's path -> which file, the prefix of names in a block, and the names inside and outside of blocks
 ROOTS: dict[str, tuple[str, str, dict[str, str], dict[str, str]]] = {
     "model.language_model.": (LANGUAGE, "blk", TEXT_BLOCK, TEXT),
     "model.text_model.": (LANGUAGE, "blk", TEXT_BLOCK, TEXT),

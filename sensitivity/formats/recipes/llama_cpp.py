@@ -64,7 +64,7 @@ def tensor_names(job: Job) -> dict[str, str]:
     blocks = {
         part: max((w.blocks for w in job.parts.weights if w.part == part), default=0) for part in ("vision", "language")
     }
-    # the map of names depends on the architecture; for an architecture that gguf does not know it is LLaMA's
+    # the map of names depends on the architecture; LLaMA's stands in for one that gguf does not know
     text = job.source.config.get("text_config")
     model_type = (text if isinstance(text, Mapping) else job.source.config).get("model_type", "")
     architecture = getattr(MODEL_ARCH, str(model_type).upper(), MODEL_ARCH.LLAMA)

@@ -160,7 +160,7 @@ def _computed(pieces: Sequence[Piece], ahead: int) -> Iterator[tuple[Piece, Sequ
 
 
 class _Stream:
-    """A file that another thread writes and hashes, at most one tensor behind.
+    """A file that another thread writes and hashes, at most two tensors behind: it writes one while the next waits.
 
     Writing and hashing then overlap with computing the next tensor, and memory stays bounded.
     """
