@@ -40,14 +40,14 @@ OWN, UNIFORM = "own", "uniform"
 IMPORTANCE = (UNIFORM, "modality", "gradient", "output", "block", "attention", "perturbation", "filtered")
 GRADIENTS = ("modality", "gradient", "output", "block")  # those that need a backward pass
 # Which output a layer is fitted to when its inputs come from quantized layers. none: its own output for these inputs.
-# all: the float model's output; how an input channel differs from the float model shifts the weights of all columns.
-# later: as all, but it shifts only the weights of columns that are rounded later.
+# all: the float model's output; each input channel's difference from the float model shifts the weights of all columns.
+# later: as all, but each difference shifts only the weights of columns that are rounded later.
 SHIFTS = ("none", "later", "all")
 SHIFT: dict[str, Setting] = {"shift": "none", "strength": 1.0}
 TRANSFORMS = ("none", "hadamard")
 TRANSFORM: dict[str, Setting] = {"transform": "none"}
 SMOOTHING: dict[str, Setting] = {"spread": "largest", "scales": "stored", "learned": 0, **TRANSFORM}
-# the values that switch a setting off; a scheme does not record a setting with such a value
+# the value at which each of these settings changes nothing; a scheme does not record a setting with that value
 NO_EFFECT: dict[str, Setting] = {
     "biases": False,
     "backend": OWN,

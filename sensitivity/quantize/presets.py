@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from sensitivity.spec.plan import Setting
 
-# Each row is the method as its authors describe it. Gautam et al. 2025 ("Towards Understanding Best Practices for
-# Quantization of Vision-Language Models") released code that differs: its uniform path misses OPT attention
-# and all of the Q-Former's feed-forwards and cross-attentions; its GPTQ goes by chunks of 32 linear layers and
-# calibrates each on inputs that passed the quantized chunks before it (like `path` = "exposed", which goes by blocks),
-# and quantizes the head too; its AWQ takes the exponents 0, 1, ..., 19.
+# Where released code differs from its paper, rows follow the paper, unless a comment says otherwise. The code of Gautam
+# et al. 2025 ("Towards Understanding Best Practices for Quantization of Vision-Language Models") differs: its uniform
+# path misses OPT attention and all of the Q-Former's feed-forwards and cross-attentions; its GPTQ goes by chunks of 32
+# linear layers and calibrates each on inputs that passed the quantized chunks before it (like `path` = "exposed", which
+# goes by blocks), and quantizes the head too; its AWQ takes the exponents 0, 1, ..., 19.
 PRESETS: dict[str, dict[str, Setting]] = {
     "paper-uniform": {"method": "uniform", "biases": True},
     "paper-gptq": {"method": "gptq", "group": "row", "symmetric": True, "damp": 0.01, "order": "given", "clip": False},
@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Setting]] = {
         **{"method": "clip", "group": 128, "symmetric": False},
         **{"cache": 4, "cache_group": 128, "cache_past": True, "cache_smooth": True},
     },
-    # 30 gradient steps: about what one pass over as much data takes with a step for each batch
+    # 30 gradient steps, each on all calibration data: about as many as one pass with a step for each batch takes
     "norm-tweak": {"method": "gptq", "tweak": 30},
     "salq-vlm": {"method": "gptq", "shift": "later", "strength": 0.25, "importance": "block"},
     # the presets below quantize weights and activations; SOURCES says how each differs from what was published

@@ -58,7 +58,7 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     if (row.calibrated or row.any_group) and group == "tensor":
         raise UserError(f"{name} needs a scale per row or group; choose --group row or a number of columns")
     settings = {**row.settings, **{key: _checked(name, row, key, value) for key, value in given.items()}}
-    # a setting that is off is not recorded, so that schemes from before it existed stay equal to new ones
+    # a setting that changes nothing is not recorded, so that schemes from before it existed stay equal to new ones
     settings = {key: value for key, value in settings.items() if key not in NO_EFFECT or NO_EFFECT[key] != value}
     if not settings.get(PRUNE):
         if PRUNE_AFTER in given:
@@ -78,7 +78,7 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
 
 
 def _given(method: str, chosen: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The method that a method or preset names, and the preset's settings with the chosen ones in their place."""
+    """The method behind the name of a method or preset, and the preset's settings, overridden by the chosen ones."""
     preset = dict(PRESETS.get(method, {"method": method}))
     name = str(preset.pop("method"))
     if name not in ROWS:

@@ -24,11 +24,11 @@ SAMPLE = 2**20  # the quantiles of a block are those of about this many of its m
 def billm(linears: Linears, schemes: Sequence[Scheme]) -> list[list[BinaryWeight | None]]:
     """Round weight by weight, in blocks of columns, to one or two signs (Huang et al. 2024).
 
-    Read in its code: the salient columns are those with the largest sum of w^2/d^2, as many (fewer than 50 of 128) as
-    give the least error, and have two signs. The other elements are split into two halves at the best of some quantiles
-    of their magnitude. Mean and magnitude are per row. Only later blocks compensate for the errors of a block. Ours:
-    the split is searched on w, in the release on w^2/d^2; numbers of columns are tried in powers of two; later blocks
-    compensate exactly for the errors that were made.
+    Read in its code: the salient columns are those with the largest sum of w^2/d^2 (1/d^2 is our D, see Factor), as
+    many (fewer than 50 of 128) as give the least error, and have two signs. The other elements are split into two
+    halves at the best of some quantiles of their magnitude. Mean and magnitude are per row. Only later blocks
+    compensate for the errors of a block. Ours: the split is searched on w, in the release on w^2/d^2; numbers of
+    columns are tried in powers of two; later blocks compensate exactly for the errors that were made.
     """
     factor = factor_of(linears, schemes[0])
     by_scheme: list[list[BinaryWeight | None]] = []

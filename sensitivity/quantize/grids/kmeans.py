@@ -16,7 +16,8 @@ def kmeans(rows: Tensor, weights: Tensor, count: int) -> Tensor:
 
     `weights` has the shape of the rows, or one row for all. Sorted numbers that share a level are neighbors, so dynamic
     programming finds the best partition (Wang and Song 2011). Up to 64 numbers and 16 levels the result is the
-    optimum. Longer rows are first cut into 64 bins, and Lloyd's iterations then move the partition to a local optimum.
+    optimum. Longer rows are first cut into 64 bins. More levels get one bin each, without dynamic programming. Lloyd's
+    iterations then move the partition to a local optimum.
     """
     size = max(NUMBERS_AT_ONCE // max(rows.shape[1], (BINS + 1) ** 2), 1)
     weights = weights.expand_as(rows)

@@ -25,9 +25,10 @@ def spqr(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight 
     """GPTQ weight by weight, in groups of 16 columns, with outliers in 16 bits (Dettmers et al. 2023).
 
     Read in its code: groups of 16, scales and zero points in 3 bits for every 16 rows, columns in order of activation,
-    a damping of 1, ranges without outliers, and outliers chosen by the error w - q divided by d and kept without error.
-    Ours: outliers are a fixed share of the weight, so that a plan has a size before it is computed, where the release
-    has a threshold (.2 of the mean variance); they are chosen once, from the original weights.
+    a damping of 1, ranges without outliers, and outliers chosen by the error w - q divided by d (1/d^2 is our D, see
+    Factor) and kept without error. Ours: outliers are a fixed share of the weight, so that a plan has a size before it
+    is computed, where the release has a threshold (.2 of the mean variance); they are chosen once, from the original
+    weights.
     """
     factor = factor_of(linears, schemes[0])
     weights = [weight.detach().float() for weight in linears.weights]

@@ -86,7 +86,7 @@ class Curvature:
 
     @property
     def content(self) -> list[Tensor]:
-        """The tensors that quantized weights depend on, for the hash of a cached result."""
+        """The tensors whose hash identifies these statistics in the cache; the ranges of inputs are not among them."""
         both = [] if self.paths is None else [self.paths.cross, self.paths.image]
         return [self.gram, self.magnitude, torch.tensor(self.weight, dtype=torch.float64), *both]
 

@@ -21,7 +21,7 @@ class ErrorCost:
     """The cost of rounding errors within each group of columns; products across groups are left out."""
 
     exact: Sequence[Tensor]  # per group: H folded onto its upper half (size x size), or one weight per column
-    low_rank: Sequence[Tensor]  # per group: F with F F' <= H (size x directions); empty where H is too small to need it
+    low_rank: Sequence[Tensor]  # per group: F with F F' <= H (size x directions); empty where `exact` is cheap enough
 
     @classmethod
     def of(cls, gram_or_weights: Tensor, size: int) -> ErrorCost:
@@ -58,8 +58,8 @@ class ErrorCost:
             return error.square_().mul_(exact).sum(-1).argmin(0)
         if not self.low_rank:
             return quadratic(error.flatten(0, 1), exact).reshape(error.shape[:2]).argmin(0)
-        # e F F' e' <= e H e' for every candidate. The exact cost of the candidate with the lowest bound is therefore
-        # enough to rule out all whose bound is higher, and the minimum is found exactly.
+        # e F F' e' <= e H e' for every candidate. The exact cost of the candidate with the lowest bound therefore rules
+        # out all candidates whose bound exceeds it. The others get their exact costs, so the minimum is exact.
         bound = (error @ self.low_rank[group]).square_().sum(-1)
         cost = torch.full_like(bound, math.inf)
         first = bound.argmin(0), torch.arange(bound.shape[1], device=bound.device)

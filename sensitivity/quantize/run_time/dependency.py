@@ -1,4 +1,4 @@
-"""Q-VLM: how much a layer's rounded inputs depend on those of the layer before, and which layers form a block."""
+"""Q-VLM: the entropy of a layer's rounded inputs given those of the layer before, and which layers form a block."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def codes_of(values: Tensor, bits: int) -> Tensor:
 
 
 def dependency(before: Tensor, after: Tensor, bits: int) -> float:
-    """D = -sum p(x, y) log p(y | x) over the codes of one layer's inputs and those of the next, number by number.
+    """D = -sum p(x, y) log p(y | x) over the codes x of one layer's inputs and y of the next, number by number.
 
-    It is 0 where the first code determines the second. In the paper a number has soft shares of several levels, so that
-    D has a gradient; here nothing is trained with D, and each number has one code.
+    This is an entropy, and 0 where x determines y, although Q-VLM calls it dependency. In the paper a number has soft
+    shares of several levels, so that D has a gradient; here nothing is trained with D, and each number has one code.
     """
     first, second = codes_of(before.float(), bits).flatten(), codes_of(after.float(), bits).flatten()
     levels = 2**bits

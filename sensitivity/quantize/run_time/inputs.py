@@ -8,8 +8,9 @@ from torch import Tensor
 # which inputs share a scale: those of a token; all of a layer; or those of a channel if the layer reads the output of a
 # norm, else all of the layer
 TOKEN, TENSOR, NORM = "token", "tensor", "norm"
-# Q-VLM: a scale per channel (per token in a vision tower), clipped for each block of layers as the paper says, or as in
-# its released code
+# Q-VLM: a range per channel, or per token in a vision tower. BLOCKS clips it by a search over blocks of layers, as the
+# paper says. RELEASED clips it layer by layer, as the released code does; output and down projections have a range per
+# token.
 BLOCKS, RELEASED = "blocks", "released"
 SCALES = (TOKEN, TENSOR, NORM, BLOCKS, RELEASED)
 

@@ -34,7 +34,8 @@ ROUNDED_BITS, RUN_TIME = (ACTIVATIONS, CACHE), ROUNDING_SETTINGS
 # every scheme has (COMMON). Those in *_OFF change nothing, and a scheme does not record them.
 ATTENTION_OFF: dict[str, Setting] = {SOFTMAX: NONE, ATTENTION: NONE, MATCH: False}
 OF_ACTIVATIONS: dict[str, Setting] = {ACTIVATION_SCALE: TOKEN, **ATTENTION_OFF}
-# how queries, keys and values are rounded: not at all; each with one range; or also with the keys' two peaks folded
+# how queries, keys and values are rounded: not at all; each with one range; or each with one range, after signs were
+# changed so that the two peaks of the keys fall together (PTQ4SAM)
 OPERANDS = (NONE, OPERANDS_TENSOR := "tensor", FOLDED := "folded")
 COMMON_OFF: dict[str, Setting] = {TWEAK: 0, PRUNE: 0.0}  # no norm is tweaked, no image token pruned
 COMMON: dict[str, Setting] = {**COMMON_OFF, PRUNE_AFTER: 2}

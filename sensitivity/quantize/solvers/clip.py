@@ -63,7 +63,7 @@ def rounding_error(
 ) -> Tensor:
     """The rounding error (quantized minus original) of weights (... x size) within given ranges (shape ...).
 
-    Every step is in place in `out`, since the search calls this for each candidate.
+    Every step is in place in `out`, since the search passes all candidates at once.
     """
     scale, zero = (t[..., None] for t in scale_and_zero(weights, scheme, low, high, dtype))
     torch.div(weights, scale, out=out).add_(zero).round_().clamp_(0, 2**scheme.bits - 1)

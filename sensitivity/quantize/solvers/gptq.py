@@ -19,9 +19,9 @@ from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.quantize.transforms.hadamard import rotated
 from sensitivity.spec.plan import Scheme
 
-# All groups within this many columns get their grids at once, from the compensated weights at the first of these
-# columns. Released code does the same, and it is more accurate: at 2 bits in groups of 64, a grid fitted anew for each
-# group costs 4 % more error, since compensation widens the ranges of the weights (reports/parity-gptq.md).
+# All groups within this many columns get their grids at once, from the compensated weights when rounding reaches the
+# first of these columns. Released code does the same, and it is more accurate: at 2 bits in groups of 64, a new grid
+# for each group costs 4 % more error, since compensation widens the ranges of the weights (reports/parity-gptq.md).
 SPAN = 128
 # Finds scale and zero point of each group in a span of columns, from the weights of these columns, the scheme, their
 # importance (the diagonal of D), and the first column

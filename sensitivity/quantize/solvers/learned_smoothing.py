@@ -15,11 +15,12 @@ GATE_START = 4.0  # as released; the gate's sigmoid, at first .982, is the share
 
 
 def learned(rows: Tensor, gram: Tensor, factor: Tensor, scheme: Scheme, epochs: int) -> tuple[Tensor, Tensor | None]:
-    """The factor of each channel and the share of each row's range with the least error |W x - Q x_q|^2 in training.
+    """The factor of each channel and the share of each row's range, trained to lower the error |W x - Q x_q|^2.
 
     The released code trains on calibration tokens and on the output of a whole block. Here tokens are drawn from a
     normal distribution with the layer's Gram matrix, since calibration keeps no tokens, and inputs are rounded to as
-    many bits as weights. If training does not lower the error on these tokens, the given factors are returned.
+    many bits as weights. If training does not lower the error on these tokens, the given factors are returned, with
+    None in place of shares.
     """
     with torch.inference_mode(False), torch.enable_grad():
         # copies, since a tensor from inference mode has no gradients

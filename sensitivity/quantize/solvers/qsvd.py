@@ -18,9 +18,10 @@ from sensitivity.spec.stored_bits import latent_rank
 def qsvd(linears: Linears, schemes: Sequence[Scheme]) -> list[list[LowRankWeight]]:
     """Factorize the stacked weights, rotate the latent vector, and round both factors to nearest.
 
-    The rotation spreads large elements of the latent vector before it is rounded; the factors absorb it, so nothing is
-    stored. In the release ranks are chosen over all layers, by the gradient of the answer loss, and inputs are weighed
-    channel by channel; here every layer keeps the same share of the rank, and the Gram matrix weighs inputs.
+    The rotation spreads the large elements of the latent vector over others, so that rounding it costs less; both
+    factors absorb the rotation, so it is not stored. In the release ranks are chosen over all layers, by the gradient
+    of the answer loss, and inputs are weighed channel by channel; here every layer keeps the same share of the rank,
+    and the Gram matrix weighs inputs.
     """
     first, cols = schemes[0], linears.rows.shape[1]
     factor = linears.input_statistics.factor(float(first["damp"] or 0))

@@ -20,7 +20,7 @@ MIN_FACTOR = 1e-3  # factors are at least this, which 16-bit floats hold
 
 
 def smooth(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Smoothed]]:
-    """Divide inputs by c = spread(x)^a / spread(W)^(1 - a) of each channel, multiply weights by it, round to nearest.
+    """Divide inputs by c = spread(x)^a / max|W|^(1 - a) of each channel, multiply weights by it, round to nearest.
 
     SmoothQuant (Xiao et al. 2023) has a = .5 and the largest magnitude as spread. With `transform` = hadamard, c is
     found after the rotation (QuantVGGT); with blocks, before it (DuQuant). With `scales` = norms, inputs are divided

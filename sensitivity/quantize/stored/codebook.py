@@ -1,4 +1,4 @@
-"""NF4 and FP4: each element of a weight becomes one of 16 fixed numbers times the absmax of its block."""
+"""NF4 and FP4: each element of a weight becomes a number from a fixed table times the absmax of its block."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def _signs(rows: Tensor) -> Tensor:
 
 
 def _hadamard(rows: Tensor, most: int | None) -> Tensor:
-    """The fast Hadamard transform: each step replaces pairs at a distance by their sum and their difference."""
+    """The fast Hadamard transform: each step replaces two numbers `step` apart by their sum and their difference."""
     width = rows.shape[-1]
     block = min(width & -width, most or width)
     sums, step = rows, 1

@@ -20,9 +20,9 @@ def rotated(
 ) -> list[list[RotatedWeight | None]]:
     """Quantize W R under R' H R, for inputs R' x in place of x: the product W x stays the same.
 
-    As in QuaRot and RSQ, R is a Hadamard matrix with random signs. They fuse R into the norm before a layer, and also
-    rotate what layers write into the residual stream. Here each layer's input is rotated by itself in each forward
-    pass, so that the rotation is exact in any model. The signs follow from the width and are not stored.
+    As in QuaRot and RSQ, R is a Hadamard matrix with random signs. They rotate the residual stream, and fuse R into the
+    weights that write to it and read from it. Here each layer's input is rotated by itself in each forward pass, so
+    that the rotation is exact in any model. The signs follow from the width and are not stored.
     """
     weights = tuple(rotate(weight.detach().float()) for weight in linears.weights)
     curvature = None if linears.curvature is None else _curvature(linears.curvature)
