@@ -227,7 +227,7 @@ def chance(x: Floats, y: Floats, least: int, seed: int = 0, probes: int = 5) -> 
 
 
 def side_by_side(once: Callable[[Given], Found], given: Iterable[Given], trials: int) -> list[Found]:
-    """Apply a function to each item, results in order; on all cores if there are enough trials for threads to pay off.
+    """Apply a function to each item, results in order; in threads if there are enough trials for them to pay off.
 
     Trees grow without Python's lock, so threads suffice; with small trees, they mostly wait for the lock.
 

@@ -24,7 +24,7 @@ MOVED = 15.0  # percentage points; the ranking rests on a level if some share ch
 
 
 def near_operating_point(observations: Observations, share: float) -> Observations:
-    """Only trials that score at least this share of full precision.
+    """Only trials that are predicted to score at least this share of full precision.
 
     They are selected by the forest's out-of-bag prediction and not by the measured score: a threshold on noisy scores
     keeps the trials that were lucky, and the ranking would then explain luck.

@@ -103,7 +103,7 @@ def report(
 def _time_and_memory(
     study: Study, table: pd.DataFrame, chosen: Sequence[Recommendation], out: Path
 ) -> TimeAndMemory | None:
-    """What plans take in a runtime, if one was asked about; also writes its figures as files."""
+    """What plans take in a runtime, if plans were chosen by its times; also writes its figures as files."""
     times = layer_times.read(study.path)
     if times is None:
         return None

@@ -29,9 +29,10 @@ class Surrogate:
     """A fitted surrogate: score = floor + (top - floor) * exp(-eta ** power), where eta is the plan's total damage.
 
     Within a family of schemes a component's damage rises step by step as bits fall. Steps are fitted as logarithms,
-    hence positive: fewer bits never predict a better score. A normal prior says that damage doubles or trebles with
-    each bit less, and that components and steps differ by some factors; the data soon outweigh it. `theta` holds the
-    fitted parameters, `root` a square root of their covariance. What this formula misses is a Gaussian process.
+    hence positive: by this formula, fewer bits never predict a better score. A normal prior says that damage doubles or
+    trebles with each bit less, and that components and steps differ by some factors; the data soon outweigh it. `theta`
+    holds the fitted parameters, `root` a square root of their covariance. What this formula misses is a Gaussian
+    process, which may raise or lower a prediction.
     """
 
     space: Space
