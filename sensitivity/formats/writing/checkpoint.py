@@ -45,7 +45,7 @@ def checkpoint(
     for name in job.schemes:
         if name not in pieces:
             pieces[name] = _values(job, stored[name])  # a bias
-    for tensor in tensors:  # last, since folding may change these while codes are computed
+    for tensor in tensors:  # last, since folding and tweaking may change these while codes are computed
         if tensor.parameter not in job.schemes:
             pieces[tensor.parameter] = _copied(job, tensor)
     hashes = stream.write(folder, pieces.values(), ahead=job.at_once)
@@ -84,7 +84,7 @@ def _read(job: Job, tensor: CheckpointTensor) -> Tensor:
 
 
 def unquantized(job: Job, tensor: CheckpointTensor) -> Tensor:
-    """A parameter that the plan does not quantize, as folding has changed it, in the dtype of its checkpoint."""
+    """A parameter that the plan does not quantize, as folding or tweaking changed it, in its checkpoint's dtype."""
     changed = job.changed.get(tensor.parameter)
     return tensor.read() if changed is None else changed.to(tensor.dtype)
 

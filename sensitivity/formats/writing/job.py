@@ -77,7 +77,7 @@ class Job:
     facts: Mapping[str, object] = field(default_factory=dict)
     dtype: torch.dtype = torch.float16  # in which the plan was measured and codes are computed
     codes: Codes = codes_from_weights
-    changed: Mapping[str, Tensor] = field(default_factory=dict)  # parameters that folding changed
+    changed: Mapping[str, Tensor] = field(default_factory=dict)  # tweaked norms, and parameters that absorbed scales
 
     @cached_property
     def source(self) -> SourceCheckpoint:

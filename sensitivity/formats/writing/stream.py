@@ -1,4 +1,4 @@
-"""Writes safetensors as a stream: the header needs only shapes, so memory never holds all tensors."""
+"""Writes safetensors and GGUF files as a stream: the header needs only shapes, so memory never holds all tensors."""
 
 from __future__ import annotations
 
