@@ -1,4 +1,4 @@
-"""Runs a model on a task: greedy answers, their scores, and the likelihood of each right answer."""
+"""Runs a model on a task: its answers, their scores, and the likelihood of each right answer."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def example_rows(task: Task, batch: Batch, answers: list[Answer], nll: list[floa
 def answer(
     vlm: VLM, task: Task, batch: Batch, prefix_cache: PrefixCache | None = None, name: Hashable = None
 ) -> tuple[list[Answer], list[float]]:
-    """Greedy answers of a batch, and the negative log-likelihood per token of each right answer.
+    """Answers of a batch, greedy unless the task sets a search, and right answers' negative log-likelihood per token.
 
     A batch that runs out of memory is split in two, and stays split for this plan and all later ones. With a prefix
     cache, forward passes reuse the hidden states that this plan shares with the previous one; `name` is the batch's

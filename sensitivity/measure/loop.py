@@ -155,7 +155,7 @@ def _run_until_empty(study: Study, shared: _SharedWork, until: Until) -> Iterato
         if complete:
             facts["metrics"] = _metrics(study, shared, asked, rows)
         scores = study.tell(asked, rows, facts, None if complete else end)
-        # a new shard: plans can be compared on the same images
+        # the first plan of a new shard: the plans have seen the same images by now, and can be compared
         if until.may_stop_early and (last is None or asked.done != last.done):
             racing = still_in_race(study, len(shared.ends))
         yield Step(asked.plan, scores, seconds, complete, *study.progress(total, racing), total, end - asked.done)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from sensitivity.tasks.examples.types import Example, Task
 
-# images of the first shard, fewer for a small task: enough for an interval, and at most a few percent of the sweep
+# images of the first shard, enough for an interval; a task of fewer than 80 begins with 5 % of its images
 FIRST_SHARD = 4
-MIN_IMAGES = 2  # a score on fewer images has no interval
+MIN_IMAGES = 2  # in the first shard of any task: a score on fewer images has no interval
 GROWTH = 4  # each shard ends at so many times the images of the one before
 MAX_IMAGES = 512  # in one shard: this bounds the memory of a sweep, however large the task is
 

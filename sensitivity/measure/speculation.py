@@ -179,7 +179,7 @@ class _Rounds:
 
     @contextmanager
     def _rounded(self, model: nn.Module) -> Iterator[None]:
-        """Inside the block, the model is the one that drafts: with the same weights, and rounded activations."""
+        """Inside the `with` block, the model drafts: same weights, but the chosen components round their inputs."""
         with ExitStack() as installed:
             for component in self.parts.match(self.components):
                 for weight in component.weights:

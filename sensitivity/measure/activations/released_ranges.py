@@ -50,9 +50,9 @@ def released_ranges(
 ) -> dict[str, InputRange]:
     """By weight: the range of its input.
 
-    A pass widens a layer's range if it is the first pass, if the layer is in every third block, or if the entropy or
-    dependency of the layer before is at least the mean of those recorded so far. Then the range is multiplied by the
-    factor with the least mean square root of the input's absolute error.
+    A pass widens a layer's range if it is the first pass, if the layer is the first or in every third block, or if the
+    entropy or dependency of the layer before is at least the mean of those recorded so far. Then the range is
+    multiplied by the factor with the least mean square root of the input's absolute error.
     """
     layers = [_Layer(weight) for weight in {input_of(w): w for w in reversed(weights)}.values()][::-1]
     recorded: list[float] = []

@@ -27,7 +27,7 @@ class Blame:
     components: Mapping[str, float]
     modalities: Mapping[str, float]
     regions: Mapping[int, Tensor]  # example, by its number -> rows x columns of patches; empty where none are known
-    prompts: Mapping[int, Tensor]  # example -> its question's tokens, as the language model reads them
+    prompts: Mapping[int, Tensor]  # example -> what comes from each token of its question, in the language model
 
 
 def blame(parts: ComponentMap, family: Family, integral: PathIntegral) -> Blame:

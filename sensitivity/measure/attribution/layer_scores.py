@@ -33,7 +33,8 @@ def relative_gram_error(calibrated: Calibrated) -> Scores:
 def kfac(calibrated: Calibrated) -> Scores:
     """Fisher with inputs and gradients taken as independent, as K-FAC does: sum of g^2 E H E' over a layer's rows.
 
-    The backward pass does not need the errors of weights, so they are not in memory during it.
+    The backward pass does not need the errors of weights, so one pass serves all layers; `fisher` takes one for each
+    group of blocks.
     """
     squares = calibrated.output_gradients.squares
     sums = {name: calibrated.layers[name].output_errors.double() @ square for name, square in squares.items()}

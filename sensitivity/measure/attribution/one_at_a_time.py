@@ -29,7 +29,7 @@ def loss(calibrated: Calibrated) -> Scores:
 
 
 def linear_theorem(calibrated: Calibrated) -> Scores:
-    """HIGGS: the relative squared error of the weights, times the divergence that noise of such an error causes.
+    """HIGGS: the mean relative squared error of the weights, times the divergence that noise causes per unit of it.
 
     For a small error the damage is linear in its squared norm, and equals that of noise with the same norm. HIGGS adds
     noise to each layer; here it is each component, so that the number of passes does not grow with the model's depth.
@@ -51,7 +51,7 @@ def linear_theorem(calibrated: Calibrated) -> Scores:
 
 @contextmanager
 def noisy(model: nn.Module, weights: Sequence[Weight], seed: int) -> Iterator[None]:
-    """Inside the block, noise is added to each weight, with NOISE times the weight's squared norm."""
+    """Inside the `with` block, noise is added to each weight, with NOISE times the weight's squared norm."""
     draw = torch.Generator().manual_seed(seed)
     parameters = [model.get_parameter(weight.name) for weight in weights]
     own = [parameter.data for parameter in parameters]

@@ -11,7 +11,7 @@ from sensitivity.measure.attribution import coverage, layer_scores, one_at_a_tim
 from sensitivity.measure.attribution.calibrated import Calibrated, Scores
 from sensitivity.spec.errors import UserError, unknown
 
-# name -> a function of what calibration found that scores every component at every scheme
+# name -> the function that scores every component at every scheme, from what calibration found
 SCORES: dict[str, Callable[[Calibrated], Scores]] = {
     "weight": layer_scores.relative_weight_error,
     "gram": layer_scores.relative_gram_error,

@@ -117,7 +117,7 @@ class BlockwisePass:
         return skipped, [block for block in ready if block.calls and block not in skipped]
 
     def _skippable(self, candidates: list[_Block], installed: Installed) -> list[_Block]:
-        """In each part the blocks up to the last one with a valid output; outdated outputs are dropped."""
+        """In each part the blocks up to the last one with a valid output that has values; later outputs are dropped."""
         skippable: list[_Block] = []
         for part in range(len(PARTS)):
             blocks = [block for block in candidates if block.position[0] == part and block.calls]

@@ -22,7 +22,7 @@ from sensitivity.spec.components import ComponentMap, Weight
 
 
 def gather_both(vlm: VLM, parts: ComponentMap, data: Data, token_weights: TokenWeights | None = None) -> Gather:
-    """Gathers statistics of the model with the weights that it then has, beside the float model's inputs."""
+    """A `Gather` of the model with the weights that it has at each call, beside the float model's inputs."""
     return _BothPaths(vlm, parts, data, token_weights).gather
 
 

@@ -81,7 +81,7 @@ class Cache:
                     save_file(unshared, unfinished, metadata={"about": text})
             except (OSError, SafetensorError, UserError) as error:
                 message = f"{error} {error.__cause__}"
-                # after any other error, the folder was deleted meanwhile: no reason to warn
+                # any other error means that the folder was deleted meanwhile, which is no reason to warn
                 if self.folder.is_file() or any(why in message for why in NOT_WRITABLE):
                     kept = f"nothing can be kept in {self.folder}: calibration is done again by the next run"
                     warnings.warn(kept, Notice, stacklevel=2)

@@ -55,7 +55,7 @@ def calibrate(
     """Statistics of the inputs of all layers in `parts`, on n calibration examples divided among the tasks.
 
     Each `importance` beside "uniform" gives statistics of its own, in which every token has its own weight. The weights
-    come from the float model, on both paths.
+    come from the float model, whatever the path.
 
     `against` lists the evaluation tasks, which must share no example and no image with the calibration data. Gram
     matrices that exceed `gram_bytes` bytes together are computed a few blocks at a time, when they are asked for.
@@ -108,7 +108,7 @@ def _gather(
     cache: Cache | None,
     gram_bytes: int,
 ) -> Gather:
-    """Gathers statistics for one kind of importance, on one calibration path."""
+    """The `Gather` for one kind of importance, on one calibration path."""
     if path == "both":
         return gather_both(vlm, parts, data, token_weights)
     if path == "exposed":
@@ -177,7 +177,7 @@ class CalibrationBatches:
 
 
 def gather_exposed(vlm: VLM, parts: ComponentMap, data: Data, token_weights: TokenWeights | None = None) -> Gather:
-    """Gathers statistics of the model with the weights that it then has, block by block while a plan is installed."""
+    """A `Gather` of the model with the weights that it has at each call, block by block while a plan is installed."""
     passes = CalibrationBatches(vlm, parts, data, True, token_weights)
     return lambda weights, installed=None: passes.by_blocks(weights, installed)
 
@@ -191,7 +191,7 @@ def gather_float(
     gram_bytes: int = GRAM_BYTES,
     token_weights: TokenWeights | None = None,
 ) -> Gather:
-    """Gathers statistics of the float model: all in one pass, or those of a few blocks at a time if memory is short."""
+    """A `Gather` of the float model: all statistics in one pass, or a few blocks at a time if memory is short."""
     groups = _weight_groups(parts, gram_bytes)
     if cache is not None and sum(_gram_bytes(w) for group in groups for w in group) > cache.limit_gb * GB / 2:
         cache = None  # each pass over the blocks would delete what the next one asks for, and quantized weights with it

@@ -68,7 +68,8 @@ class Statistics:
     find_absorbers: Callable[[], Mapping[str, Absorber]] = field(default=dict)
     cache: Cache | None = None  # of quantized weights
     weighted: Mapping[str, Gather] = field(default_factory=dict)  # by importance: `gather` with token weights
-    # squared gradients of the loss, by weight name and the model's own weights, which are not kept here: see OwnWeights
+    # takes a weight's name and the model's own weights, which are not kept here (see OwnWeights), and returns the
+    # squared gradients of the loss with respect to that weight
     fisher: Callable[[str, Mapping[str, Tensor]], Tensor] | None = None
     # what `gather` and `weighted` depend on, for the cache; None: also on the plan that is installed
     origin: Mapping[str, object] | None = None

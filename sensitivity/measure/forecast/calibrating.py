@@ -28,9 +28,9 @@ def calibration_seconds(
     """Seconds of calibration, and of gradients.
 
     `forward` and `products` are the seconds of one example in all parts: for its forward pass, and for adding its
-    inputs to the Gram matrices. Each kind of importance has statistics of its own; on the exposed path, so does each
-    plan. Comparing both paths takes two passes. With `scoring`, components are scored, too: from statistics in which
-    all tokens count alike, and from the gradient of the loss.
+    inputs to the Gram matrices. Each kind of importance has statistics of its own; on any path but float, so does
+    each plan. Comparing both paths takes two passes. With `scoring`, components are scored, too: from statistics in
+    which all tokens count alike, and from the gradient of the loss.
     """
     calibrated = [scheme for scheme in schemes if needs_data(scheme)]
     kinds = {importance(scheme) for scheme in calibrated}
@@ -46,7 +46,7 @@ def calibration_seconds(
 
 
 def tweaking_seconds(parts: ComponentMap, plans: Sequence[Plan], examples: int, forward: float) -> float:
-    """Seconds of gradient steps on norms: once for each block and its schemes, or on the exposed path for each plan."""
+    """Seconds of gradient steps on norms: once for each block and its schemes; on any path but float, for each plan."""
     component_of = {weight.name: component.name for component in parts.components for weight in component.weights}
     whole, seen = sum(weight.numel for weight in parts.weights), min(examples, TWEAKING_PASSES * ROWS // 4)
     found = 0.0

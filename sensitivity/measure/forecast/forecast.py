@@ -148,8 +148,8 @@ def _work(
     weights, itemsize = sum(w.numel for w in parts.weights), model.hardware.dtype.itemsize
     quantized = states = 0.0
     if shared_bytes is not None:
-        # codes, and dequantized weights: the running plan's, beside 16 bits of the model's own where those hold all of
-        # it, and between two plans as many as plans may share
+        # codes, and dequantized weights. Of the latter, memory holds most either while a plan runs (all of its weights,
+        # less what the model's own save in 16 bits, see OwnWeights) or between two plans (as many as plans may share)
         dense = weights * itemsize
         saved = weights * (itemsize - 2) if parts.native_bits == 16 else 0
         quantized = min(shared_bytes / 2, schemes * BYTES_PER_CODE * weights) + max(

@@ -22,8 +22,8 @@ from sensitivity.spec.plan import Scheme
 
 TOKENS = 1024  # in a measured product, at most; the cost of more is assumed to be in proportion
 SIDE = 1024  # rows and columns of the weight whose quantization is measured, at most
-FEW = 16  # rows of a weight whose quantization takes little more than its steps from column to column
-NUMBERS = TOKENS * 512  # of an operation on each number, at most
+FEW = 16  # rows: so few that quantizing them takes little more than the steps from column to column
+NUMBERS = TOKENS * 512  # in a measured elementwise operation, at most
 SECONDS_PER_MEASUREMENT = 0.05  # seconds for one measurement
 FLOAT32 = torch.float32  # holds every number of a narrower dtype
 WORTH_MEMORY = 1.25  # a dtype that is less than so many times as fast is not worth twice the memory
@@ -107,9 +107,9 @@ class Hardware:
     def quantizing(self, scheme: Scheme, weight: Weight) -> float:
         """Seconds to quantize one weight.
 
-        A calibrated method takes a step for each column, which few rows measure, and what is left grows with the square
-        of the columns. The factor of its input's Gram matrix is not counted: all schemes and all weights that read the
-        input share it.
+        A calibrated method takes a step for each column, which is timed on few rows; the rest of its time grows with
+        the rows, and with the square of the columns. The factor of the input's Gram matrix is not counted: all schemes
+        and all weights that read the input share it.
         """
         rows, cols = min(weight.rows, SIDE), min(weight.cols, SIDE)
         whole, larger = self._solving(scheme, rows, cols), weight.numel / (rows * cols)

@@ -1,1 +1,1 @@
-"""Turns examples into tensors, and generates greedy answers from them."""
+"""Turns examples into tensors, and generates answers from them."""

@@ -164,7 +164,7 @@ class _ImageWithQuestions:
 def _image_with_questions(vlm: VLM, examples: tuple[Example, ...]) -> _ImageWithQuestions | None:
     """One image with its questions; None if a prompt ends with its image, or the prompts begin differently.
 
-    Examples of several images are not shared, since each family lays out their tensors in its own way.
+    Examples of several images share no prefix, since each family lays out their tensors in its own way.
     """
     if any(example.more for example in examples):
         return None

@@ -86,7 +86,7 @@ class Drafts:
     def take_earlier_answers(self, earlier: EarlierAnswers | None) -> bool:
         """Replace drafts by earlier plans' answers that begin with the accepted tokens; true if there were any.
 
-        Of another row's draft, twice as many tokens remain as the last pass accepted: reading wrong ones costs time.
+        Without one, a draft keeps twice as many tokens as the last pass accepted: reading wrong ones costs time.
         """
         replaced = False
         for row in self.unfinished:

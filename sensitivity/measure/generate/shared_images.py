@@ -70,7 +70,7 @@ def drafted_answers(
 
 
 class _QuestionPasses:
-    """Forward passes over questions and drafts after their images; a cache saves reading tokens twice."""
+    """Forward passes over questions and drafts after their images, with a cache so that few tokens are read twice."""
 
     def __init__(self, vlm: VLM, batch: Batch, image: Sequence[KeysAndValues], positions: Tensor) -> None:
         self.vlm, self.batch, self.image, self.positions = vlm, batch, image, positions

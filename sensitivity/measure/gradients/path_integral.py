@@ -20,7 +20,7 @@ MAX_PASSES = 128  # backward passes over the data; after these, what the terms s
 NODES = ((0.5 - 0.5 / 3**0.5, 0.5), (0.5 + 0.5 / 3**0.5, 0.5))  # two-point Gauss-Legendre rule on [0, 1]
 
 MakeBatches = Callable[[], Iterable[TokenBatch]]  # called once for every pass
-Place = tuple[int, str, int]  # an example, by its number; a component; and how many of its tokens a layer reads
+Place = tuple[int, str, int]  # an example, by its number; a component; how many of the example's tokens a layer reads
 Terms = dict[Place, Tensor]  # what each of these tokens adds to the loss
 
 
@@ -157,7 +157,7 @@ class _Path:
 
 @contextmanager
 def _moved(model: nn.Module, changes: Mapping[str, Tensor], t: float) -> Iterator[None]:
-    """Inside the block, the changed parameters are W + t * change; afterwards they are the model's own again."""
+    """Inside the `with` block, the changed parameters are W + t * change; afterwards they are the model's own again."""
     parameters = {name: model.get_parameter(name) for name in changes}
     float_weights = {name: parameter.data for name, parameter in parameters.items()}
     try:

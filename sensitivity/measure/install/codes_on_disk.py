@@ -79,7 +79,7 @@ class CodesOnDisk:
 
 
 def _where_scales_go(linears: Linears, scheme: Scheme) -> bool:
-    """Whether the layer before these can take what the scheme wants it to take: scales, or a norm's scales."""
+    """Whether the layer before these can fold their scales, or is a norm, whichever the scheme asks for; else False."""
     return {"folded": linears.foldable, "norms": linears.after_norm}.get(str(scheme.get("scales")), False)
 
 

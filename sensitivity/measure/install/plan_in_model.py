@@ -30,7 +30,7 @@ def quantized(
     memory: WeightCodes | None = None,
     statistics: Statistics | None = None,
 ) -> Iterator[set[str]]:
-    """Inside the block the model has the plan's weights; afterwards, also after an exception, it has its own again.
+    """Inside the `with` block the model has the plan's weights; afterwards, even after an exception, its own again.
 
     Yields the names of the changed parameters, which are exactly those that the plan asks for; else it is an error.
     `memory` keeps the codes of quantized weights for later plans, and dequantizes only those that a plan changes.
@@ -64,7 +64,7 @@ def quantized(
                     quantizer.solve(block, {weight.name: {given[weight.name]} for weight in block})
                     quantizer.search({weight.name: given[weight.name] for weight in block})
                 asked |= _put_block(block, given, schemes, parameters, quantizer, installed)
-            # the hooks that match attention run the model, so they come last
+            # matching attention runs the model, so its hooks come last
             for hook in itertools.chain(
                 past_cache_hooks(model, parts.weights, given, magnitudes),
                 pruning_hooks(model, parts.weights, given),

@@ -103,7 +103,7 @@ class Quantizer:
                 self.memory[self.key(name, scheme)] = value
 
     def _without_those_on_disk(self, missing: Mapping[str, set[Scheme]]) -> dict[str, set[Scheme]]:
-        """Remember those weights that the cache on disk has although no statistics are here; return what is left."""
+        """Fill the memory from the cache on disk, without collecting statistics; return what is still missing."""
         left: dict[str, set[Scheme]] = {}
         for shared, schemes in missing.items():
             found: set[Scheme] = set()
@@ -132,7 +132,7 @@ class Quantizer:
         self.run_time.search(weights, given, self.own, lambda name: self.weight(name, given[name]))
 
     def stored(self, weight: Weight, scheme: Scheme) -> CachedWeight | None:
-        """The stored weight if the scheme rounds its inputs, which it may transform first, or a cache; else None."""
+        """The stored weight if the scheme rounds inputs or a cache, else None; it tells how inputs are transformed."""
         if min(scheme.activations, scheme.cache) == NOT_ROUNDED or scheme.method == KEEP:
             return None
         return self.memory[self.key(weight.name, scheme)]

@@ -45,7 +45,7 @@ class PrefixCache:
         self._current_keys: dict[tuple[str, int], Hashable] = {}
         # one state per batch and boundary: a plan with another prefix overwrites it, so memory holds one plan's path
         self._states: dict[tuple[Hashable, str, int], tuple[Hashable, object]] = {}
-        # per batch and layer: the upstream schemes, then attention's keys and values after the image tokens
+        # per batch and layer: the upstream schemes, then attention's keys and values up to the image's last token
         self._caches: dict[Hashable, list[tuple[Hashable, Tensor, Tensor]]] = {}
         self.answers: dict[Hashable, EarlierAnswers] = {}  # in tokens, as drafts for later plans
         self._excluded: set[Hashable] = set()  # batches that exceeded the limit
@@ -69,7 +69,7 @@ class PrefixCache:
 
     @contextmanager
     def reuse(self, batch: Hashable, *parts: str) -> Iterator[None]:
-        """Inside the block, one forward pass over a batch skips blocks with known outputs and records at boundaries."""
+        """Inside the `with` block, a forward pass skips blocks with known outputs and records others at boundaries."""
         with ExitStack() as patches:
             for part in parts:
                 if part in self.stages and batch not in self._excluded:
@@ -124,7 +124,7 @@ class PrefixCache:
             self._enforce_limit(batch)
 
     def _enforce_limit(self, batch: Hashable) -> None:
-        """Drop a batch for good when all entries together exceed the limit."""
+        """Drop a batch, until `clear` is called, when all entries together exceed the limit."""
         if self._bytes > self.limit:
             self.exclude(batch)
 

@@ -46,7 +46,7 @@ def hidden_states(value: object) -> Tensor:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
-    """Inside the block, a module has another forward; the module stays, since transformers finds it by its class."""
+    """Inside the `with` block, a module has another forward; it stays itself, since transformers finds it by class."""
     # accelerate, which spreads a model over devices, sets a forward on each instance; it must be back afterwards
     instance_forward = vars(module).get("forward")
     module.forward = forward
@@ -59,7 +59,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., object]) -> Itera
 
 
 def recorded_forward(module: nn.Module, record: Callable[[object], None]) -> AbstractContextManager[None]:
-    """Inside the block, `record` gets every output of the module."""
+    """Inside the `with` block, `record` gets every output of the module."""
     original = module.forward
 
     def recording(*args: object, **kwargs: object) -> object:
@@ -72,7 +72,7 @@ def recorded_forward(module: nn.Module, record: Callable[[object], None]) -> Abs
 
 @contextmanager
 def float_model(model: nn.Module, own: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside the block the model has its own weights, and none of the hooks that a plan has installed in it."""
+    """Inside the `with` block the model has its own weights, and none of the hooks that a plan has installed in it."""
     of_plan = {name: parameter.data for name, parameter in model.named_parameters()}
     try:
         for name, parameter in model.named_parameters():
@@ -86,7 +86,7 @@ def float_model(model: nn.Module, own: Mapping[str, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def without_hooks(module: nn.Module) -> Iterator[None]:
-    """Inside the block, a module and those in it have none of the hooks that a plan has installed."""
+    """Inside the `with` block, a module and those in it have none of the hooks that a plan has installed."""
     every = [hooks for one in module.modules() for hooks in (one._forward_pre_hooks, one._forward_hooks)]
     before = [(hooks, hooks.copy()) for hooks in every if any(map(_ours, hooks.values()))]
     try:

@@ -26,7 +26,7 @@ class LayerOutputs:
     """The queries, keys and values that an attention's layers return in a forward pass, before rotary embedding."""
 
     path: str
-    stored: dict[str, Tensor] = field(default_factory=dict)  # keys and values after rounding
+    stored: dict[str, Tensor] = field(default_factory=dict)  # queries, and keys and values after rounding
     lost: dict[str, Tensor] = field(default_factory=dict)  # keys and values before rounding, minus the stored ones
 
 
