@@ -17,7 +17,7 @@ from sensitivity.spec.components import ComponentMap
 
 @dataclass(frozen=True)
 class Blame:
-    """How much of the change of the loss comes from each component, modality and region of an image.
+    """How much of the change of the loss comes from each component, modality, image region and token of a question.
 
     A token's modality is that of the position at which a layer's output has changed; all tokens of a vision tower are
     vision. Components sum to the whole change, and so do modalities. Regions leave out tokens that are not

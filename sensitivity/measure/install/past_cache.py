@@ -1,4 +1,4 @@
-"""Rounds keys and values only for later tokens, each channel divided by its largest magnitude (WKVQuant)."""
+"""Rounds keys and values only for later tokens, if asked with channels divided by their magnitudes (WKVQuant)."""
 
 from __future__ import annotations
 

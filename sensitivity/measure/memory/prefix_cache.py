@@ -48,7 +48,7 @@ class PrefixCache:
         # per batch and layer: the upstream schemes, then attention's keys and values up to the image's last token
         self._caches: dict[Hashable, list[tuple[Hashable, Tensor, Tensor]]] = {}
         self.answers: dict[Hashable, EarlierAnswers] = {}  # in tokens, as drafts for later plans
-        self._excluded: set[Hashable] = set()  # batches that exceeded the limit
+        self._excluded: set[Hashable] = set()  # batches that exceeded the limit, or that were halved
         self._bytes = 0
 
     def set_plan(self, plan: Plan) -> None:
@@ -116,7 +116,7 @@ class PrefixCache:
         return [(keys, values) for _, keys, values in entries]
 
     def _record(self, slot: tuple[Hashable, str, int], key: Hashable, output: object) -> None:
-        """Record a hidden state, unless its batch has exceeded the limit."""
+        """Record a hidden state, unless its batch is excluded."""
         batch = slot[0]
         if batch not in self._excluded:
             self._bytes += _size(output) - _size(self._states.get(slot))
