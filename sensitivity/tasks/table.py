@@ -1,4 +1,4 @@
-"""TASKS, DATASETS and others: every task by its name; task() and find() return the one that a name means."""
+"""TASKS, DATASETS and others: functions that make tasks, by name; find() returns the one of a name, task() calls it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _EXAMPLES = {"lmms-eval": "chartqa", "vlmeval": "MMStar"}
 
 
 def task(name: str, split: str = "evaluation", n: int = 1000, seed: int = 0, whole: bool = False) -> Task:
-    """A task by its name, DATASET:FOLDER, or SCORER:PATH for a user's own data; `n` counts examples.
+    """A task by its name, DATASET:FOLDER, LIBRARY:TASK, or SCORER:PATH for a user's own data; `n` counts examples.
 
     With `whole`, answers are generated to their end even when they can no longer be right.
 

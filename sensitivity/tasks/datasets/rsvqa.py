@@ -43,7 +43,7 @@ def _task(
 
 
 def _rows(source: DatasetFolder, prefix: str, images: Path) -> Iterator[Example | Flaw]:
-    """One example per active question of the scored kinds; others belong to other splits or were withdrawn."""
+    """One example per active question of the scored kinds; inactive ones belong to other splits or were withdrawn."""
     answers_by_question = {}
     for one in checked_records(source.records(f"{prefix}_answers.json", "answers"), "an answer", {}, STATE):
         if one.get("active"):  # withdrawn answers stay in the files as an id alone

@@ -44,7 +44,7 @@ def why_unusable(image: NDArray[np.uint8] | ImageSource) -> str | None:
 
 
 def _is_complete(image: ImageSource) -> bool:
-    """Whether an image is complete: by its end marker if its format has one, otherwise by decoding it."""
+    """Whether an image is complete: by the end marker of its format or, where none is found, by decoding it."""
     with opened(image) as picture:
         if (mark := END_MARKERS.get(picture.format or "")) is not None and mark in _tail(image):
             if picture.format == "PNG":
@@ -102,7 +102,7 @@ def opened(source: ImageSource) -> Iterator[Image.Image]:
 
 
 def image_key(image: NDArray[np.uint8] | ImageSource) -> Hashable:
-    """A small key that is equal for equal images."""
+    """A small key by which images are compared: the hash of an array, or what `resolve` returns."""
     if isinstance(image, np.ndarray):
         return image.shape, hashlib.blake2b(image.tobytes()).digest()
     return image.resolve()

@@ -24,7 +24,7 @@ class ImageSource(Protocol):
     def read_bytes(self) -> bytes: ...
 
     def resolve(self) -> Hashable:
-        """A value that is equal for equal images."""
+        """A value by which images are compared, such as the real path of a file."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)  # slots: there may be hundreds of thousands (reports/memory.md)
@@ -81,7 +81,7 @@ class Task:
     `together` scores many answers at once, where that is faster than one after the other.
 
     `metrics` are further metrics of all answers together. Those in `slow` start another program and are not computed
-    for every plan. `notes` say which examples were left out.
+    for every plan. `notes` are sentences for the user, such as which examples were left out.
     """
 
     name: str

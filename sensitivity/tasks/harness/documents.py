@@ -137,7 +137,7 @@ def _example(documents: Documents, number: int, cluster: str, kind_of: str | Non
 
 
 def prompt_of(texts: Sequence[str | None]) -> tuple[str, tuple[str | None, ...]]:
-    """The prompt of a message, whose images are None in `texts`, and its pieces; none if a text follows all images."""
+    """The prompt of a message (images are None in `texts`), and its pieces: () if all images come before one text."""
     images = texts.count(None)
     images_first = list(texts[:images]) == [None] * images and len(texts) == images + 1
     return "\n".join(text for text in texts if text), () if images_first else tuple(texts)

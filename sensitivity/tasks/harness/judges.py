@@ -33,7 +33,7 @@ def judge_of(function: object) -> str | None:
 
 
 def _used_by(one: object) -> Iterator[object]:
-    """What a function, or the class of an object, refers to by a global name, if it belongs to a task."""
+    """What to search next: globals that a function of lmms-eval reads, a class's functions, or an object's class."""
     one = getattr(one, "__wrapped__", one)
     if isinstance(one, types.FunctionType):
         if "lmms_eval" in str(one.__globals__.get("__file__", "")):

@@ -54,7 +54,7 @@ class DumpedImage:
 
 @dataclass
 class DatasetProcess:
-    """The process of a data set, and the scores that it gave: most plans give many answers of earlier plans."""
+    """The process of a data set, and a cache of its scores, since most plans repeat many answers of earlier plans."""
 
     name: str
     rows: Sequence[tuple[str, str, str]]  # id, hash of the images and kind of each question

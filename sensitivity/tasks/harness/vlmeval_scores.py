@@ -41,7 +41,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an evaluation returns, figures by split and name, and writes, columns with a number for each question."""
+    """What an evaluation returns (figures by split and name) and writes (columns with a number for each question)."""
 
     figures: Mapping[tuple[str, str], Figure]
     columns: Mapping[str, Sequence[float]]

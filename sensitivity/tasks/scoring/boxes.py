@@ -84,7 +84,7 @@ def convex(points: Sequence[Sequence[float]]) -> tuple[Point, ...] | None:
 
 
 def _diagonal(box: Box) -> list[Point]:
-    """The corners if a box's two points are the ends of a diagonal, whose projections on the angle are the sides."""
+    """The corners if a box's two points are the ends of a diagonal d: the sides are d cos(angle) and d sin(angle)."""
     x1, y1, x2, y2, angle = box
     length = math.hypot(x2 - x1, y2 - y1)
     width, height = length * math.cos(math.radians(angle)), length * math.sin(math.radians(angle))
@@ -94,7 +94,7 @@ def _diagonal(box: Box) -> list[Point]:
 
 # Ways to turn the corners and angle of a written box into a polygon. GeoChat's paper does not say which; its demo
 # rotates the box counterclockwise (cv2.getRotationMatrix2D). Other evaluators rotate it clockwise, or read the corners
-# as a diagonal, by which most upright boxes (angle 0) have no area.
+# as a diagonal, by which upright boxes (angle 0) have no area.
 DECODINGS: dict[str, Callable[[Box], list[Point]]] = {
     "turned": corners,
     "clockwise": lambda box: corners((*box[:4], -box[4])),

@@ -57,8 +57,8 @@ def accuracy(answer: str, example: Example) -> float:
 def verbatim(answer: str, example: Example) -> float:
     """The official script's accuracy: where all people agree, nothing is normalized, so that Yes is not yes.
 
-    Answers are therefore normalized before they are sent to the evaluation server. Models that write lower case without
-    full stops score the same under both.
+    People who send answers to the evaluation server therefore normalize them first. Models that write lower case
+    without full stops score the same under both.
     """
     given, right = _flat(answer), [_flat(one) for one in example.answers]
     return accuracy(answer, example) if len(set(right)) > 1 else _agreement(given, right)
