@@ -15,8 +15,8 @@ from sensitivity.spec.stored_bits import outliers
 def adpq(weight: Tensor, scheme: Scheme) -> TwoScaleWeight | QuantizedWeight:
     """Round on two grids of the same width per group, one for outliers and one for the others, without data.
 
-    Known from the abstract and two third-party implementations. As in one of them, the adaptive LASSO keeps
-    |w| - lambda / |w| > 0 as outliers, with lambda such that they are 6 %; these are the largest 6 % by magnitude
+    Known from the abstract and two third-party implementations. As in one of them, the adaptive LASSO keeps elements
+    with |w| - lambda / |w| > 0 as outliers, with lambda such that they are 6 %; these are the largest 6 % by magnitude
     (inferred, and checked). The other, which is not followed, takes a threshold per group from the median deviation and
     keeps outliers in full precision.
     """

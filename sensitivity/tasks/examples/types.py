@@ -19,7 +19,7 @@ SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 
 
 class ImageSource(Protocol):
-    """An image that is read only when it is needed: a Path, or a cell of a saved data set."""
+    """An image that is read only when it is needed, such as a Path or a frame of a video."""
 
     def read_bytes(self) -> bytes: ...
 

@@ -114,7 +114,7 @@ def _times(container: InputContainer, stream: VideoStream) -> tuple[float, float
 
 
 def note(images: Sequence[object]) -> tuple[str, ...]:
-    """A note for the user about a task some of whose images are frames."""
+    """A note for the user if a task shows frames of videos; () if it shows none."""
     counts = sorted({image.count for image in images if isinstance(image, Frame)})
     if not counts:
         return ()

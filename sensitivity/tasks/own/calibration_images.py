@@ -18,7 +18,7 @@ def calibration_images(folder: Path, groups: Iterable[Sequence[str]]) -> frozens
 
     `groups` are the images of each line. All images of a line stay together, as do lines that share an image.
 
-    They are drawn by a hash of the names and not by the task's seed: a plan is verified on examples of another seed,
+    Images are drawn by a hash of their names, not by the task's seed: a plan is verified on examples of another seed,
     which must not contain an image that it was calibrated on.
     """
     groups = list(groups)
