@@ -112,7 +112,7 @@ class _Path:
     def loss(self, t: float) -> float:
         """The answer loss over all data at a point of the path."""
         if t not in self.losses:
-            with _moved(self.vlm.model, self.changes, t), torch.inference_mode():
+            with moved(self.vlm.model, self.changes, t), torch.inference_mode():
                 self.losses[t] = sum(float(answer_loss(self.vlm, batch, self.counted)) for batch in self.data())
         return self.losses[t]
 
@@ -128,7 +128,7 @@ class _Path:
         """By how much each token of each component moves the loss as t grows."""
         terms: Terms = {}
         self.passes += 1
-        with _moved(self.vlm.model, self.changes, t):
+        with moved(self.vlm.model, self.changes, t):
             for batch in self.data():
                 self._add_batch(terms, batch)
         return terms
@@ -141,10 +141,10 @@ class _Path:
         def visit(weight: Weight, inputs: Tensor, gradient: Tensor) -> None:
             if weight.name not in self.changes:
                 return
-            moved = inputs @ self.changes[weight.name].to(inputs.dtype).T
+            shift = inputs @ self.changes[weight.name].to(inputs.dtype).T
             if weight.bias in self.changes:
-                moved = moved + self.changes[str(weight.bias)].to(moved.dtype)
-            values = (moved * gradient).sum(1).cpu().double().reshape(count, -1)
+                shift = shift + self.changes[str(weight.bias)].to(shift.dtype)
+            values = (shift * gradient).sum(1).cpu().double().reshape(count, -1)
             modality, _ = batch.modality(weight.part, torch.Size((values.numel(),)))
             for row, example in enumerate(batch.examples):
                 place = example, self.component[weight.name], values.shape[1]
@@ -156,7 +156,7 @@ class _Path:
 
 
 @contextmanager
-def _moved(model: nn.Module, changes: Mapping[str, Tensor], t: float) -> Iterator[None]:
+def moved(model: nn.Module, changes: Mapping[str, Tensor], t: float) -> Iterator[None]:
     """Inside the `with` block, the changed parameters are W + t * change; afterwards they are the model's own again."""
     parameters = {name: model.get_parameter(name) for name in changes}
     float_weights = {name: parameter.data for name, parameter in parameters.items()}
