@@ -108,6 +108,8 @@ def check_drafts(vlm: VLM, task: Task) -> None:
     """Raise an error where answers cannot be drafted and verified."""
     if task.gallery:
         raise UserError(f"{task.name} has no answers to draft; choose a task that a model answers in words")
+    if task.search:
+        raise UserError(f"{task.name} searches among several answers; drafts are verified one token at a time")
     if not greedy_takes_argmax(vlm):
         raise UserError(f"{vlm.name} does not generate the most likely token, so drafts cannot be verified")
 

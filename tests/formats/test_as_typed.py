@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.plan import NOT_ROUNDED, Plan, Scheme
 from sensitivity.tasks.examples.types import Example
 
 FAMILIES = [name for name in saved_vlms.BUILDERS if name != "blip2_itm"]  # which generates nothing
@@ -44,6 +45,7 @@ assert "sensitivity" not in sys.modules
 
 FAST = ("llava", "blip2_opt", "qwen2_5_vl")
 LOW, HIGH = Scheme("rtn", 3, "row", True), Scheme("rtn", 5, "row", True)
+ROUNDED = Scheme("rtn", 8, "row", True, activations=8)
 
 
 REST = tuple(name for name in FAMILIES if name not in FAST)
@@ -61,7 +63,10 @@ def test_the_lines_of_the_card_generate(names: tuple[str, ...], tmp_path: Path) 
         parts = inspect(vlm, by="part")
         question = Example("0", "0", "question", tmp_path / "picture.png", "where is the 3?", ("top left",))
         prompt = prompt_text(vlm, question)
-        for plan in (Plan.uniform(parts, LOW), Plan.of(parts, {"vision": LOW, "language": HIGH})):
+        plans = [Plan.uniform(parts, LOW), Plan.of(parts, {"vision": LOW, "language": HIGH})]
+        if name == "llava":  # equal weights, in bytes where inputs are rounded and packed elsewhere
+            plans.append(Plan.of(parts, {"vision": replace(ROUNDED, activations=NOT_ROUNDED), "language": ROUNDED}))
+        for plan in plans:
             out = tmp_path / f"{name}.{len(asked)}"
             write(Job(str(folder), parts, plan, dtype=torch.float32), out, "compressed-tensors")
             config = json.loads((out / "config.json").read_bytes())["quantization_config"]

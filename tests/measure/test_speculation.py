@@ -55,6 +55,12 @@ def test_random_models_whose_drafts_are_mostly_wrong(family: str, tmp_path: Path
         assert found.drafted > 0
 
 
+def test_a_task_that_searches_is_refused(scenes_llava: VLM) -> None:
+    parts, beams = inspect(scenes_llava, by="part"), dataclasses.replace(captions(1), search={"num_beams": 2})
+    with pytest.raises(UserError, match="caption searches among several answers; drafts are verified one token at a"):
+        speculate(scenes_llava, parts, Plan.uniform(parts, None), beams, activations=8)
+
+
 def test_a_part_that_rounds_little_has_a_higher_rate_than_all(scenes_llava: VLM) -> None:
     parts, asked = inspect(scenes_llava, by="part"), captions(2)
     native = Plan.uniform(parts, None)

@@ -54,7 +54,9 @@ def write(job: Job, folder: Path) -> Written:
 
 def has_one_group(job: Job) -> bool:
     """Whether all quantized weights have the same settings, since transformers can then unpack them on loading."""
-    return len({(scheme.bits, scheme.group, scheme.symmetric) for _, scheme, _ in job.groups()}) == 1
+    # weights whose inputs are rounded are stored in bytes, others packed into words
+    stored = {(s.bits, s.group, s.symmetric, s.activations == NOT_ROUNDED) for _, s, _ in job.groups()}
+    return len(stored) == 1
 
 
 def _loads(scheme: Scheme) -> bool:

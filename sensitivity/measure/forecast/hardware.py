@@ -22,8 +22,8 @@ from sensitivity.spec.plan import Scheme
 
 TOKENS = 1024  # in a measured product, at most; the cost of more is assumed to be in proportion
 SIDE = 1024  # rows and columns of the weight whose quantization is measured, at most
-FEW = 16  # rows: so few that quantizing them takes little more than the steps from column to column
-NUMBERS = TOKENS * 512  # in a measured elementwise operation, at most
+ROWS_OF_STEPS = 16  # rows: so few that quantizing them takes little more than the steps from column to column
+ELEMENTWISE_NUMBERS = TOKENS * 512  # in a measured elementwise operation, at most
 SECONDS_PER_MEASUREMENT = 0.05  # seconds for one measurement
 FLOAT32 = torch.float32  # holds every number of a narrower dtype
 WORTH_MEMORY = 1.25  # a dtype that is less than so many times as fast is not worth twice the memory
@@ -82,7 +82,7 @@ class Hardware:
 
     def elementwise(self, numbers: int) -> float:
         """Seconds to read, change and write so many numbers, without the overhead of calling the operation."""
-        measured_size = max(1, min(numbers, NUMBERS))
+        measured_size = max(1, min(numbers, ELEMENTWISE_NUMBERS))
         if ("elementwise", measured_size) not in self.measured:
             x = self._random(measured_size)
             seconds = self._time(lambda: torch.nn.functional.silu(x)) - self.call
@@ -115,7 +115,7 @@ class Hardware:
         whole, larger = self._solving(scheme, rows, cols), weight.numel / (rows * cols)
         if not method_of(scheme).calibrated:
             return whole * larger
-        steps = min(self._solving(scheme, min(rows, FEW), cols), whole)
+        steps = min(self._solving(scheme, min(rows, ROWS_OF_STEPS), cols), whole)
         return steps * weight.cols / cols + (whole - steps) * larger * weight.cols / cols
 
     def _solving(self, scheme: Scheme, rows: int, cols: int) -> float:

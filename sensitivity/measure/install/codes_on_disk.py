@@ -69,7 +69,7 @@ class CodesOnDisk:
         gradients = None if linears.fisher is None else fingerprint(linears.fisher)
         return {
             scheme: {"scheme": replace(scheme, settings=_method_settings(scheme)).to_json()}
-            | {"content": [_where_scales_go(linears, scheme), *content]}
+            | {"content": [_takes_scales(linears, scheme), *content]}
             | ({"gradients": gradients} if needs_fisher(scheme) else {})
             for scheme in schemes
         }
@@ -78,7 +78,7 @@ class CodesOnDisk:
         return {"hash of statistics": {**(self.origin or {}), "input": input_name, "importance": importance}}
 
 
-def _where_scales_go(linears: Linears, scheme: Scheme) -> bool:
+def _takes_scales(linears: Linears, scheme: Scheme) -> bool:
     """Whether the layer before these can fold their scales, or is a norm, whichever the scheme asks for; else False."""
     return {"folded": linears.foldable, "norms": linears.after_norm}.get(str(scheme.get("scales")), False)
 

@@ -86,9 +86,10 @@ class Curvature:
 
     @property
     def content(self) -> list[Tensor]:
-        """The tensors whose hash identifies these statistics in the cache; the ranges of inputs are not among them."""
+        """The tensors that quantized weights depend on: their hash identifies these statistics in the cache."""
         both = [] if self.paths is None else [self.paths.cross, self.paths.image]
-        return [self.gram, self.magnitude, torch.tensor(self.weight, dtype=torch.float64), *both]
+        total = torch.tensor(self.weight, dtype=torch.float64)
+        return [self.gram, self.magnitude, self.low, self.high, total, *both]
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Curvature:
