@@ -21,10 +21,11 @@ import torch
 from sensitivity.cli import main as cli
 from sensitivity.formats.halved.model import HalvedModel
 from sensitivity.formats.table import write
+from sensitivity.formats.timing import timed_process
 from sensitivity.formats.timing.intervals import FEWEST, interval, times, times_faster
 from sensitivity.formats.timing.memory import memory
 from sensitivity.formats.timing.side_by_side import bench
-from sensitivity.formats.timing.timed_process import NEW_TOKENS, Round, Stage, TimedModel, answered
+from sensitivity.formats.timing.timed_process import NEW_TOKENS, Asked, Round, Stage, TimedModel, answered
 from sensitivity.formats.writing.job import Job
 from sensitivity.formats.writing.manifest import why_foreign
 from sensitivity.models.discover import inspect
@@ -157,6 +158,33 @@ def test_a_process_that_is_killed_is_told_in_a_sentence() -> None:
         os.kill(running.pid, signal.SIGKILL)
         with pytest.raises(UserError, match=r"a model cannot be timed: its process ended \(was it killed"):
             timed.round(0)
+
+
+@pytest.mark.parametrize(
+    ("ending", "says"),
+    [
+        ("os._exit(3)", r"its process ended \(.*\); it wrote last: b \| c \| no kernel$"),
+        ('print(\'{"failed": "OSError: 5"}\', flush=True)', r"OSError: 5; it wrote last: b \| c \| no kernel$"),
+        ('print(\'{"error": "no such model"}\', flush=True)', "timed: no such model$"),  # a sentence says it all
+    ],
+)
+def test_what_a_failing_process_wrote_last_is_in_the_message(
+    ending: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that fails says why on standard error, behind much else."""
+    said = "import os; os.write(2, b'a' * 100_000 + b'\\nb\\nc\\n\\nno kernel\\n')"  # more than a pipe holds
+    monkeypatch.setattr(timed_process, "PROGRAM", f"print('{{}}', flush=True); input(); input(); {said}; {ending}")
+    asked = Asked("a model", MODEL, "openvino", "float32", 1, "vqa", 1, 0)
+    with timed_process.timed_process(asked) as timed, pytest.raises(UserError, match=says):
+        timed.round(0)
+
+
+def test_a_process_that_ends_before_it_is_asked_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timed_process, "PROGRAM", "import sys; sys.exit('no module named openvino')")
+    asked = Asked("a model", MODEL, "openvino", "float32", 1, "vqa", 1, 0)
+    says = r"a model cannot be timed: its process ended \(.*\); it wrote last: no module named openvino"
+    with pytest.raises(UserError, match=says), timed_process.timed_process(asked):
+        pass
 
 
 # -- what is refused, before anything is loaded

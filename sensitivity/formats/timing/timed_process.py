@@ -7,11 +7,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import IO, TYPE_CHECKING, TypedDict, cast
 
 from sensitivity.formats.timing.memory import Memory, begin_peak, memory, resident
 from sensitivity.spec import standard_output
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "from sensitivity.formats.timing.timed_process import serve; serve()"
 NEW_TOKENS = 16  # of each answer, past any end token: real answers can be too short to time
+LAST_LINES, LAST_BYTES = 3, 1000  # of a process's standard error that the message on its failure shows
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,15 @@ class Round:
 class _Reply(TypedDict, total=False):
     memory: Memory | None
     round: dict[str, dict[str, float] | int]
-    error: str
+    error: str  # a sentence for the user
+    failed: str  # anything else, of which libraries may say more on standard error
 
 
 class TimedModel:
     """A model that is timed in a separate process, so that its memory can be measured, too."""
 
-    def __init__(self, running: subprocess.Popen[str], name: str) -> None:
-        self.running, self.name = running, name
+    def __init__(self, running: subprocess.Popen[str], name: str, errors: IO[bytes] | None = None) -> None:
+        self.running, self.name, self.errors = running, name, errors
         self._reply()
 
     def round(self, number: int) -> Round:
@@ -83,37 +86,50 @@ class TimedModel:
         return self._ask(None)["memory"]
 
     def _ask(self, number: int | None) -> _Reply:
-        assert self.running.stdin is not None
-        try:
-            self.running.stdin.write(json.dumps(number) + "\n")
-            self.running.stdin.flush()
-        except BrokenPipeError:  # the process ended, which `_reply` reports; closing later would try to write again
-            with suppress(OSError):
-                self.running.stdin.close()
+        _send(self.running, number)
         return self._reply()
 
     def _reply(self) -> _Reply:
         assert self.running.stdout is not None
         line = self.running.stdout.readline()
-        found: _Reply = json.loads(line) if line else {"error": "its process ended (was it killed, or out of memory?)"}
+        found: _Reply = json.loads(line) if line else {"failed": "its process ended (was it killed, or out of memory?)"}
+        if "failed" in found:
+            found["error"] = found["failed"] + self._last_lines()
         if "error" in found:
             raise UserError(f"{self.name} cannot be timed: {found['error']}")
         return found
+
+    def _last_lines(self) -> str:
+        """The end of the process's standard error, as a part of a message."""
+        if self.errors is None:
+            return ""
+        self.errors.seek(max(self.errors.seek(0, os.SEEK_END) - LAST_BYTES, 0))
+        lines = [line.strip() for line in self.errors.read().decode(errors="replace").splitlines() if line.strip()]
+        return f"; it wrote last: {' | '.join(lines[-LAST_LINES:])}" if lines else ""
+
+
+def _send(running: subprocess.Popen[str], what: object) -> None:
+    """Write a line to a process; one that has ended is noticed when its reply is read."""
+    assert running.stdin is not None
+    try:
+        running.stdin.write(json.dumps(what) + "\n")
+        running.stdin.flush()
+    except BrokenPipeError:  # closing later would try to write again
+        with suppress(OSError):
+            running.stdin.close()
 
 
 @contextmanager
 def timed_process(asked: Asked) -> Iterator[TimedModel]:
     """Start a process for a model, and end it with the block."""
-    with subprocess.Popen(
+    with tempfile.TemporaryFile() as errors, subprocess.Popen(  # a file, since nobody reads a pipe until it is full
         [sys.executable, "-W", "ignore", "-c", PROGRAM],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
         env={**os.environ, "OMP_NUM_THREADS": str(asked.threads)},
     ) as running:  # fmt: skip
         try:
-            assert running.stdin is not None
-            running.stdin.write(json.dumps(asdict(asked)) + "\n")
-            running.stdin.flush()
-            yield TimedModel(running, asked.model)
+            _send(running, asdict(asked))
+            yield TimedModel(running, asked.model, errors)
         finally:
             running.kill()
 
@@ -136,8 +152,10 @@ def serve() -> None:
                     reply(memory=timed.memory())
                 else:
                     reply(round=asdict(timed.round(number)))
+        except UserError as error:
+            reply(error=str(error))
         except Exception as error:
-            reply(error=str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+            reply(failed=f"{type(error).__name__}: {error}")
 
 
 class _Timed:
