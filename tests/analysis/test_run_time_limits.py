@@ -210,7 +210,7 @@ def test_times_survive_the_journey_to_the_disk(tmp_path: Path, monkeypatch: pyte
     file.write_text(json.dumps({**times().to_json(), "threads": "two"}))
     with pytest.raises(UserError, match=r"cannot be used: 'threads' is .*`sensitivity profile planted"):
         kept_times(FOUR, "openvino", 1)
-    with pytest.raises(UserError, match="no times are measured in gptq"):
+    with pytest.raises(UserError, match="layers are not timed in gptq"):
         kept_times(FOUR, "gptq")
 
 

@@ -69,8 +69,12 @@ def test_a_layer_keeps_its_weights_until_it_has_packed_them() -> None:
 
 
 def test_what_cannot_be_timed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["profile", MODEL, "--runtime", "gptq"]) == 2
-    assert "unknown runtime 'gptq'; choose from openvino" in capsys.readouterr().err
+    for verb in (["profile", MODEL], ["demo", "--out", str(tmp_path / "demo")]):
+        assert cli.main([*verb, "--runtime", "gguf"]) == 2
+        assert "layers are not timed in gguf" in (said := capsys.readouterr().err)
+        assert said.rstrip().endswith("name openvino, or time an export with `sensitivity bench`")
+        assert cli.main([*verb, "--runtime", "opnvino"]) == 2
+        assert "unknown runtime 'opnvino'; choose from openvino" in capsys.readouterr().err
     with pytest.raises(UserError, match="ranks captions"):
         checked(MODEL, [Scheme("rtn", 4)], "openvino", "retrieval")
     with pytest.raises(UserError, match="openvino can load nothing of this space"):

@@ -10,8 +10,7 @@ from sensitivity.cli.arguments import flags, path_values
 from sensitivity.cli.arguments.parsing import parser_of, run_verb
 from sensitivity.cli.verbs import export, inspect, plan, rank, recommend, report, sweep, verify
 from sensitivity.cli.verbs.timing import bench, profile
-from sensitivity.spec.errors import unknown
-from sensitivity.spec.runtimes.layer_times import LAYOUTS
+from sensitivity.spec.runtimes.layer_times import check_timed
 
 ABOUT = "plan, sweep, rank, recommend and report on the embedded model, in a minute and a half"
 EXAMPLE = "sensitivity demo"
@@ -60,8 +59,7 @@ def _without_runtime(args: argparse.Namespace) -> list[str]:
 
 def _in_runtime(runtime: str, args: argparse.Namespace) -> list[str]:
     """The same lines without plan, for plans that a runtime can load, and lines that export and time one there."""
-    if runtime not in LAYOUTS:
-        raise unknown("runtime", runtime, LAYOUTS)
+    check_timed(runtime)
     from sensitivity.formats.timing.profile import check_runs_here
 
     check_runs_here(MODEL, runtime)

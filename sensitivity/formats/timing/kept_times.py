@@ -16,7 +16,7 @@ from sensitivity.spec import schema
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import write_atomically
-from sensitivity.spec.runtimes.layer_times import LAYOUTS, LayerTimes
+from sensitivity.spec.runtimes.layer_times import LayerTimes, check_timed
 
 
 def keep(parts: ComponentMap, times: LayerTimes) -> None:
@@ -30,10 +30,9 @@ def keep(parts: ComponentMap, times: LayerTimes) -> None:
     write_atomically(file, (json.dumps(times.to_json(), indent=1) + "\n").encode())
 
 
-def kept_times(parts: ComponentMap, runtime: str | None, threads: int = 0) -> LayerTimes:
+def kept_times(parts: ComponentMap, runtime: str, threads: int = 0) -> LayerTimes:
     """The times that `profile` measured here for a model of these shapes, or an error that says what to type."""
-    if runtime not in LAYOUTS:
-        raise UserError(f"no times are measured in {runtime}; a limit in milliseconds takes --runtime openvino")
+    check_timed(runtime)
     threads = threads or torch.get_num_threads()
     file = _file(parts, runtime, threads)
     again = f"`sensitivity profile {parts.model} --runtime {runtime} --threads {threads}` measures them"

@@ -26,14 +26,14 @@ from sensitivity.models.config_only import without_weights
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.spec.components import ComponentMap, Weight
-from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.layer_times import (
-    LAYOUTS,
     NATIVE,
     RESIDENT,
     STAGES,
     LayerTimes,
+    check_timed,
     layout_of,
     tokens_at_once,
 )
@@ -104,8 +104,7 @@ def profile(
 
 def checked(model: str, schemes: Sequence[Scheme], runtime: str, task: str) -> tuple[ComponentMap, dict[str, int]]:
     """Make every check before any slow work; returns the model's parts and the number of tokens of an answer."""
-    if runtime not in LAYOUTS:
-        raise unknown("runtime", runtime, LAYOUTS)
+    check_timed(runtime)
     examples = find_task(task, "evaluation", PROMPTS)
     if examples.gallery:
         raise UserError(f"the task {task} ranks captions; name one with answers to generate, as --task vqa")

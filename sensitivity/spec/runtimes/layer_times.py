@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from sensitivity.spec.components import VOCABULARY, ComponentMap, Weight
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import KEEP, Plan, Scheme, scheme_of
 from sensitivity.spec.runtimes.resident import resident_bytes
+from sensitivity.spec.runtimes.table import RUNTIMES
 from sensitivity.spec.sizes import GB
 from sensitivity.spec.stored_bits import openvino_width
 
@@ -166,6 +167,17 @@ class LayerTimes:
             data["runtime"], data["machine"], data["threads"], data["versions"], data["task"], data["at_once"],
             data["tokens"], data["rest"], data["resident"], layers,
         )  # fmt: skip
+
+
+def check_timed(runtime: str | None) -> None:
+    """Raise an error for a runtime in which no layers are timed."""
+    if runtime not in LAYOUTS:
+        if runtime not in RUNTIMES:
+            raise unknown("runtime", runtime, LAYOUTS)
+        raise UserError(
+            f"layers are not timed in {runtime}, so that no plan's time or memory there can be predicted; name "
+            f"{', '.join(LAYOUTS)}, or time an export with `sensitivity bench`"
+        )
 
 
 def layout_of(weight: Weight, scheme: Scheme | None, runtime: str) -> str:
