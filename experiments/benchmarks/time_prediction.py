@@ -3,41 +3,36 @@
 python -m experiments.benchmarks.time_prediction [--plans 20] [--rounds 5] [--depth 0.1] [--out FILE.csv]
 
 The model is wired as LLaVA, with the shapes of CLIP's ViT-B/16 and SmolLM2-135M and random weights: the embedded models
-are all overhead. One thread, CPU time: what the clock would show on an idle machine. Plans are timed in turn with full
-precision. A plan's measured time is its share of full precision's in the same rounds, times full precision's in the
-profile, so that a slow minute changes nothing.
+are all overhead. One thread, CPU time: what the clock would show on an idle machine. Each plan has a process of its
+own, and is timed in turn with full precision. Its measured time is its share of full precision's in the same rounds,
+times full precision's in the profile, so that a slow minute changes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import pandas as pd
 import torch
 from scipy.stats import spearmanr
-from torch import Tensor
 
 from experiments.true_shapes import save
+from sensitivity.formats.openvino.trace import kept as kept_traces
 from sensitivity.formats.table import write
 from sensitivity.formats.timing.intervals import STAGES, interval
-from sensitivity.formats.timing.memory import memory
-from sensitivity.formats.timing.opened import HalvedModel, opened, warm_up
 from sensitivity.formats.timing.profile import profile
-from sensitivity.formats.timing.timed_process import answered
+from sensitivity.formats.timing.timed_process import Asked, Round, TimedModel, timed_process
 from sensitivity.formats.writing.job import Job
-from sensitivity.measure.generate.batches import batches
-from sensitivity.models.config_only import without_weights
 from sensitivity.models.discover import inspect
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.layer_times import LayerTimes
-from sensitivity.tasks.table import task
+from sensitivity.spec.sizes import GB
 
 SHAPE, RUNTIME = "llava-vit-b-smollm2-135m", "openvino"
 AT_ONCE = 4  # plans in memory beside full precision
@@ -47,39 +42,38 @@ COLUMNS = dict(zip(("image", "prompt", "token"), STAGES.values(), strict=True))
 
 def run(model: str, parts: ComponentMap, plans: Sequence[Plan], rounds: int, space: Path) -> pd.DataFrame:
     """A row per plan: each stage's share of full precision's time, and the memory that the model took."""
-    examples = task("vqa", n=1)
-    (batch,) = batches(without_weights(model), replace(examples, examples=examples.examples[:1]), plain=True)
-    warm_up(RUNTIME)
-    native, _ = begun(model, parts, Plan.uniform(parts, None), space / "native", batch.inputs)
     rows: list[dict[str, object]] = []
-    for start in range(0, len(plans), AT_ONCE):
-        some = plans[start : start + AT_ONCE]
-        running = [begun(model, parts, plan, space / plan.key, batch.inputs) for plan in some]
-        times = [[answered(one, batch.inputs) for one in (native, *(one for one, _ in running))] for _ in range(rounds)]
-        for number, (plan, (_, (anonymous, mapped))) in enumerate(zip(some, running, strict=True), 1):
-            row: dict[str, object] = {"plan": plan.describe(), "anonymous": anonymous / 1e9, "mapped": mapped / 1e9}
-            row["resident"] = (anonymous + mapped) / 1e9
-            for name, stage in COLUMNS.items():
-                row[name] = interval([stage(one[number]).cpu / stage(one[0]).cpu for one in times])["median"]
-            rows.append(row)
-            print(row, flush=True)
-        running.clear()
-        gc.collect()
+    with kept_traces(), ExitStack() as open_all_the_time:
+        native = open_all_the_time.enter_context(running(model, parts, Plan.uniform(parts, None), space / "native"))
+        for start in range(0, len(plans), AT_ONCE):
+            some = plans[start : start + AT_ONCE]
+            with ExitStack() as stack:
+                models = [native, *(stack.enter_context(running(model, parts, p, space / p.key)) for p in some)]
+                times = [[one.round(0) for one in models] for _ in range(rounds + 1)][1:]  # the first is slower
+                rows += [
+                    row(plan, one, [(of[number], of[0]) for of in times])
+                    for number, (plan, one) in enumerate(zip(some, models[1:], strict=True), 1)
+                ]
     return pd.DataFrame(rows)
 
 
-def begun(
-    model: str, parts: ComponentMap, plan: Plan, out: Path, inputs: Mapping[str, Tensor]
-) -> tuple[HalvedModel, tuple[int, int]]:
-    """A plan in the runtime after its first answer, and the bytes that it added to this process."""
+def running(model: str, parts: ComponentMap, plan: Plan, out: Path) -> AbstractContextManager[TimedModel]:
+    """A process that holds a plan in the runtime."""
     write(Job(model, parts, plan, {"model": model}, dtype=torch.float32), out, RUNTIME)
-    before = memory()
-    found = opened(str(out), RUNTIME, "float32", 1)
-    answered(found, inputs)
-    after = memory()
-    assert before is not None
-    assert after is not None
-    return found, (after["anonymous"] - before["anonymous"], after["mapped"] - before["mapped"])
+    return timed_process(Asked(str(out), model, RUNTIME, "float32", 1, "vqa", 1, 0))
+
+
+def row(plan: Plan, one: TimedModel, times: Sequence[tuple[Round, Round]]) -> dict[str, object]:
+    """What was measured of a plan."""
+    held = one.memory()
+    assert held is not None
+    found: dict[str, object] = {"plan": plan.describe()}
+    found |= {kind: held[kind] / GB for kind in ("anonymous", "mapped")}
+    found["resident"] = (held["anonymous"] + held["mapped"]) / GB
+    for name, stage in COLUMNS.items():
+        found[name] = interval([stage(ours).cpu / stage(full).cpu for ours, full in times])["median"]
+    print(found, flush=True)
+    return found
 
 
 def compared(table: pd.DataFrame, parts: ComponentMap, plans: Sequence[Plan], times: LayerTimes) -> pd.DataFrame:

@@ -33,6 +33,7 @@ NAMES = ("vision.front", "vision.end", "connector", "language")
 FOUR = planted.parts(NAMES, (700, 900, 100, 2500))
 TOKENS = {"image": 16, "prompt": 30, "answer": 5}
 LAYOUTS = {16: "native", 8: "symmetric 8 row", 4: "symmetric 4 row", 2: "symmetric 2 row"}
+HALVES = ("image", "language")
 STORED = {2: 2, 3: 4, 4: 4, 6: 8, 8: 8, 16: 16}  # bits -> those of the layout that holds them
 
 
@@ -48,7 +49,8 @@ def times(seed: int = 0) -> LayerTimes:
     at_once = {w.name: 64 if w.part == "vision" else 16 for w in FOUR.weights if w.part != "language"}
     rest = {"image": 2.0, "prompt": 3.0, "token": -0.25}
     machine = {"processor": "one", "instructions": ["avx2"]}
-    return LayerTimes("openvino", machine, 1, {"openvino": "1"}, "vqa", at_once, TOKENS, rest, 5e4, layers)
+    memory = {(half, layout): float(draw.uniform(-2, 1)) for half in HALVES for layout in LAYOUTS.values()}
+    return LayerTimes("openvino", machine, 1, {"openvino": "1"}, "vqa", at_once, TOKENS, rest, 5e4, memory, layers)
 
 
 def plain(of: LayerTimes, bits: Mapping[str, int]) -> dict[str, float]:
@@ -61,12 +63,9 @@ def plain(of: LayerTimes, bits: Mapping[str, int]) -> dict[str, float]:
     prompt, token = 3.0 + ms("language", 30), -0.25 + ms("language", 1)
     held = 5e4
     for name in NAMES:
-        n, width = FOUR[name].numel, STORED[bits[name]]
-        if width == 16:
-            held += 4 * n + 2 * n  # floats, and the file
-        else:
-            held += -(-n * width // 8) + 2 + (1 if width == 2 else 0)  # of the file: codes, a scale, a zero point
-            held += n * width / 8 + 4  # the packed copy with its scale as a float
+        if bits[name] != 16:
+            half = "language" if name == "language" else "image"
+            held += FOUR[name].numel * of.memory[half, LAYOUTS[STORED[bits[name]]]]
     return {
         "ms_per_token": token, "ms_per_answer": image + prompt + 4 * token, "gb_resident": held / 1e9,
     }  # fmt: skip
@@ -176,7 +175,8 @@ def test_the_report_says_what_bits_buy(tmp_path: Path) -> None:
     study.append(plans, [{"a": float(score)} for score in rough(bits)])
     of = times()
     layers = {key: 0.0 if key[3] != 1 else 100.0 if key[2] == "native" else 50.0 for key in of.layers}
-    layer_times.save(study.path, replace(of, layers=layers, resident=1e4))
+    memory = dict.fromkeys(of.memory, -4.0)
+    layer_times.save(study.path, replace(of, layers=layers, resident=2e4, memory=memory))
     page = report(study, tmp_path / "report").read_text(encoding="utf-8")
     section = page[page.index('id="run-time"') :]
     for name, buys in (("language", "memory and time"), ("vision.end", "memory"), ("connector", "hardly anything")):

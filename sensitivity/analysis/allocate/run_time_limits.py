@@ -35,7 +35,7 @@ class RunTimeLimits:
 
     def hold(self, parts: ComponentMap, plan: Plan) -> bool:
         """Whether a plan is predicted to keep to all limits; False if one of its layers was never timed."""
-        return self.times.knows(parts, plan) and all(
+        return self.times.knows(parts, plan, self.most) and all(
             value <= self.most[cost] for cost, value in self.predicted(parts, plan).items()
         )
 

@@ -48,6 +48,10 @@ class HalvedModel(ABC):
     def forget(self) -> None:
         """Begin a new prompt."""
 
+    def layer_seconds(self) -> Mapping[str, float]:
+        """Weight -> the seconds that its layer has taken so far; empty if the runtime counts none."""
+        return {}
+
     @staticmethod
     def image_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The processor's outputs that the image half reads."""

@@ -37,8 +37,30 @@ class _WithWeights(nn.Module):
         return torch.func.functional_call(self.inner[0], dict(weights), kwargs=inputs, tie_weights=True)
 
 
+_kept: dict[tuple[str, str], Model] | None = None  # inside `kept`: (model, half) -> its graph
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Inside the block each half of a model is traced once, which takes longer than writing a small model does."""
+    global _kept
+    _kept = {}
+    try:
+        yield
+    finally:
+        _kept = None
+
+
 def traced(vlm: VLM, half: str) -> Model:
     """One half of a model as an openvino.Model; the input of parameter P is named `parameter_input(P)`."""
+    if _kept is None:
+        return _traced(vlm, half)
+    if (vlm.name, half) not in _kept:
+        _kept[vlm.name, half] = _traced(vlm, half)
+    return _kept[vlm.name, half].clone()
+
+
+def _traced(vlm: VLM, half: str) -> Model:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers.exporters.configs import OpenVINOConfig
     from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes, register_cache_pytrees_for_model

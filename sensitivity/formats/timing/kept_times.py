@@ -26,7 +26,8 @@ def keep(parts: ComponentMap, times: LayerTimes) -> None:
     with suppress(UserError):  # no times are stored yet, or they cannot be read
         before = _read(file, "")
         if (before.at_once, before.tokens) == (times.at_once, times.tokens):
-            times = replace(times, layers={**before.layers, **times.layers})
+            layers, memory = {**before.layers, **times.layers}, {**before.memory, **times.memory}
+            times = replace(times, layers=layers, memory=memory)
     write_atomically(file, (json.dumps(times.to_json(), indent=1) + "\n").encode())
 
 

@@ -68,6 +68,12 @@ def _in_openvino(model: str, dtype: str, threads: int) -> HalvedModel:
     return OpenVINOModel(model, threads)
 
 
+def _counted_in_openvino(model: str, threads: int) -> HalvedModel:
+    from sensitivity.formats.openvino.run import OpenVINOModel
+
+    return OpenVINOModel(model, threads, counted=True)
+
+
 def _in_llama_cpp(model: str, dtype: str, threads: int) -> HalvedModel:
     from sensitivity.formats.gguf.model import GGUFModel
 
@@ -115,6 +121,8 @@ OPEN: dict[str, Callable[[str, str, int], HalvedModel]] = {
     "gguf": _in_llama_cpp,
     "transformers": _in_torch,
 }
+# runtimes that count the time of each layer
+COUNT: dict[str, Callable[[str, int], HalvedModel]] = {"openvino": _counted_in_openvino}
 CHECK: dict[str, Callable[[str], None]] = {
     "openvino": check_openvino,
     "gguf": _check_llama_cpp,
@@ -127,8 +135,10 @@ WARM_UP: dict[str, Callable[[], None]] = {
 }
 
 
-def opened(model: str, runtime: str, dtype: str, threads: int) -> HalvedModel:
-    """Open a model in a runtime."""
+def opened(model: str, runtime: str, dtype: str, threads: int, counted: bool = False) -> HalvedModel:
+    """Open a model in a runtime; with `counted`, the runtime counts the time of each layer."""
+    if counted:
+        return COUNT[runtime](model, threads)
     return OPEN[runtime](model, dtype, threads)
 
 

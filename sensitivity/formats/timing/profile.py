@@ -1,11 +1,12 @@
-"""profile(): times each layer of a model in each layout of a runtime, and the whole model, and stores the times."""
+"""profile(): times each layer of a model in each layout of a runtime, inside the whole model, and stores the times."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,46 +14,40 @@ import torch
 from torch import Tensor
 
 from sensitivity.formats.openvino.export import STORED
-from sensitivity.formats.openvino.layer_graph import LayerGraph
+from sensitivity.formats.openvino.trace import kept as kept_traces
+from sensitivity.formats.table import write
 from sensitivity.formats.timing.intervals import STAGES as STAGES_OF_A_ROUND
 from sensitivity.formats.timing.kept_times import keep
 from sensitivity.formats.timing.machine import machine, versions_of
 from sensitivity.formats.timing.opened import CHECK
 from sensitivity.formats.timing.rows_at_once import rows_at_once
-from sensitivity.formats.timing.side_by_side import full_precision
-from sensitivity.formats.timing.timed_process import Asked, Round, timed_process
+from sensitivity.formats.timing.timed_process import Asked, Counted, Round, timed_process
+from sensitivity.formats.writing.job import Job
 from sensitivity.measure.generate.batches import batches
 from sensitivity.models.config_only import without_weights
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
-from sensitivity.spec.components import ComponentMap, Weight
+from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.layer_times import (
+    LAYOUTS,
     NATIVE,
-    RESIDENT,
     STAGES,
+    Key,
     LayerTimes,
     check_timed,
+    half_of,
     layout_of,
     tokens_at_once,
 )
 from sensitivity.spec.runtimes.loadable import restrict
-from sensitivity.spec.sizes import GB
+from sensitivity.spec.runtimes.rules import refusals
 from sensitivity.spec.stage import each
 from sensitivity.tasks.table import task as find_task
 
 ROUNDS = 12
 PROMPTS = 32  # examples whose right answers give the usual length of an answer
-
-
-@dataclass
-class _Layers:
-    """The layers of one shape in one layout: their graph, and the numbers of tokens at which it is timed."""
-
-    graph: LayerGraph
-    key: tuple[int, int, str]
-    at_once: list[int]
 
 
 def profile(
@@ -64,40 +59,37 @@ def profile(
     *,
     threads: int = 0,
 ) -> LayerTimes:
-    """Time the layers of a model in the layouts of some schemes, in turn with the whole model in full precision.
+    """Time the layers of a model in the layouts of some schemes, inside the whole model.
 
-    A layer is timed in as many copies as the model has of it, so that weights are read from memory and not from the
-    processor's cache. The time outside of layers is the time of the whole model minus that of its layers. The times
-    are stored on this machine, where `recommend` finds them.
+    For each layout the model is written with all weights in it and run, while the runtime counts the time of each
+    layer: alone, a layer would find other things in the processor's cache. Each is run in turn with full precision, by
+    whose time a slow minute is told and divided out. The time outside of layers is the time of the whole model minus
+    that of its layers. The times are stored on this machine, where `recommend` finds them.
     """
     parts, tokens = checked(model, schemes, runtime, task)
-    threads = threads or torch.get_num_threads()
     at_once = rows_at_once(load(model, config_only=True), parts, first_inputs(model, task))
-    with full_precision(model, runtime, "float32") as full:
-        at_once = _as_in_graphs(at_once, Path(full))
-        asked = Asked(full, model, runtime, "float32", threads, task, 1, 0)
-        with timed_process(asked) as whole:
-            first = whole.round(0)
-            tokens |= {"image": first.image_tokens, "prompt": first.prompt.count}
-            layers = _layers(parts, schemes, runtime, at_once, tokens, threads)
-            rounds, times = [], dict[tuple[int, int, str, int], list[float]]()
-            for _ in each(range(n), "timing", "rounds", n):
-                rounds.append(whole.round(0))
-                for one in layers:
-                    for count in one.at_once:
-                        times.setdefault((*one.key, count), []).append(_ms(*one.graph.seconds(count), threads))
-            memory = whole.memory()
-    medians = {key: float(np.median(values)) for key, values in times.items()}
-    nothing = dict.fromkeys(STAGES, 0.0)
+    threads = threads or torch.get_num_threads()
+    linears = inspect(model, by="linear")
+    plans = in_layouts(linears, schemes, runtime)
+    with _written(model, linears, plans, runtime) as folders:
+        at_once = _as_in_graphs(at_once, folders[NATIVE])
+        full = Asked(str(folders[NATIVE]), model, runtime, "float32", threads, task, 1, 0)
+        asked = {layout: replace(full, model=str(folder), counted=True) for layout, folder in folders.items()}
+        beside, counted = _in_turn(full, asked, n)
+    rounds = [one for several in beside.values() for one in several]
+    tokens |= {"image": rounds[0].image_tokens, "prompt": rounds[0].prompt.count}
+    layers, memory = dict[Key, float](), dict[tuple[str, str], float]()
+    for layout, plan in plans.items():
+        slower = {stage: _whole(beside[layout], stage, threads) / _whole(rounds, stage, threads) for stage in STAGES}
+        layers |= _by_shape(linears, plan, runtime, _without(slower, counted[layout]["layers"]), at_once, tokens)
+        memory |= _per_weight(linears, plan, layout, counted[NATIVE]["memory"], counted[layout]["memory"])
     found = LayerTimes(
-        runtime, dict(machine()), threads, versions_of(runtime), task, at_once, tokens, nothing, 0.0, medians
-    )
+        runtime, dict(machine()), threads, versions_of(runtime), task, at_once, tokens, dict.fromkeys(STAGES, 0.0),
+        sum(counted[NATIVE]["memory"].values()), memory, layers,
+    )  # fmt: skip
     native = Plan.uniform(parts, None)
     of_layers = {stage: found.plan_cost(parts, native, f"ms_per_{stage}") for stage in STAGES}
-    rest = {stage: _whole(rounds, stage, threads) - of_layers[stage] for stage in STAGES}
-    held = memory["anonymous"] + memory["mapped"] if memory else 0
-    resident = held - GB * found.plan_cost(parts, native, RESIDENT)
-    found = replace(found, rest=rest, resident=resident)
+    found = replace(found, rest={stage: _whole(rounds, stage, threads) - of_layers[stage] for stage in STAGES})
     keep(parts, found)
     return found
 
@@ -134,51 +126,95 @@ def _as_in_graphs(at_once: dict[str, int], folder: Path) -> dict[str, int]:
     return {name: count if name in kept else 0 for name, count in at_once.items()}
 
 
-def _layers(
-    parts: ComponentMap,
-    schemes: Sequence[Scheme],
+def in_layouts(linears: ComponentMap, schemes: Sequence[Scheme], runtime: str) -> dict[str, Plan]:
+    """Layout -> the plan with all weights in it that it fits; rounding to nearest, since values change no time."""
+    plans = {NATIVE: Plan.uniform(linears, None)}
+    for scheme in restrict(linears, schemes, runtime)[0]:
+        plain = Scheme("rtn", scheme.bits, scheme.group, scheme.symmetric)
+        fits = {c.name: None if any(refusals(c, plain, runtime)) else plain for c in linears.components}
+        plans.setdefault(LAYOUTS[runtime](plain), Plan.of(linears, fits))
+    return plans
+
+
+@contextmanager
+def _written(model: str, linears: ComponentMap, plans: Mapping[str, Plan], runtime: str) -> Iterator[dict[str, Path]]:
+    """A temporary export of each plan."""
+    with tempfile.TemporaryDirectory() as space, kept_traces():
+        folders = {layout: Path(space) / layout for layout in plans}
+        for layout in each(list(plans), "writing", "layouts", len(plans)):
+            write(Job(model, linears, plans[layout], dtype=torch.float32), folders[layout], runtime)
+        yield folders
+
+
+def _in_turn(full: Asked, asked: Mapping[str, Asked], n: int) -> tuple[dict[str, list[Round]], dict[str, Counted]]:
+    """Time each layout in turn with full precision; returns full precision's rounds beside each, and what was counted.
+
+    Only two models are in memory at once.
+    """
+    beside, found = dict[str, list[Round]](), dict[str, Counted]()
+    with timed_process(full) as whole:
+        whole.round(0)  # the first is slower, and not counted
+        for layout in each(list(asked), "timing", "layouts", len(asked)):
+            with timed_process(asked[layout]) as inside:
+                inside.round(0)
+                beside[layout] = []
+                for _ in range(n):
+                    beside[layout].append(whole.round(0))
+                    inside.round(0)
+                found[layout] = inside.counted()
+    return beside, found
+
+
+def _without(slower: Mapping[str, float], seconds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Stage -> weight -> seconds, as if the machine had been as fast as in all rounds together."""
+    return {
+        stage: {name: took / slower[stage] for name, took in of.items()}
+        for stage, of in zip(STAGES, seconds.values(), strict=True)
+    }
+
+
+def _by_shape(
+    linears: ComponentMap,
+    plan: Plan,
     runtime: str,
-    at_once: dict[str, int],
-    tokens: dict[str, int],
-    threads: int,
-) -> list[_Layers]:
-    """A warmed-up graph for each shape and layout, with the numbers of tokens at which the model runs it."""
-    needed: dict[tuple[int, int], set[int]] = {}
-    copies: Counter[tuple[int, int]] = Counter()
-    example: dict[tuple[int, int], Weight] = {}
-    for weight in parts.weights:
-        shape = weight.rows, weight.cols
-        example.setdefault(shape, weight)
-        copies[shape] += 1
-        counts = {tokens_at_once(weight, stage, at_once, tokens) for stage in STAGES} - {0}
-        needed.setdefault(shape, set()).update(counts)
-    found = []
-    for shape, weight in example.items():
-        options: dict[str, Scheme | None] = {NATIVE: None}
-        for scheme in restrict(parts, schemes, runtime)[0]:
-            options.setdefault(layout_of(weight, scheme, runtime), scheme)
-        for layout, option in options.items():
-            if needed[shape] and _divides(weight, option):
-                graph = LayerGraph(weight, option, copies[shape], threads)
-                found.append(_Layers(graph, (*shape, layout), sorted(needed[shape])))
-    for one in found:
-        for count in one.at_once:
-            one.graph.seconds(count)  # the first run is slower, and is not counted
+    seconds: Mapping[str, Mapping[str, float]],
+    at_once: Mapping[str, int],
+    tokens: Mapping[str, int],
+) -> dict[Key, float]:
+    """The milliseconds of a plan's layers: of each shape, the mean."""
+    found: dict[Key, list[float]] = {}
+    quantized = any(scheme for _, scheme in plan.schemes)
+    for component in linears.components:
+        for weight in component.weights:
+            layout = layout_of(weight, plan[component.name], runtime)
+            if layout == NATIVE and quantized:  # the layout does not fit its shape
+                continue
+            for stage, took in seconds.items():
+                if count := tokens_at_once(weight, stage, at_once, tokens):
+                    if weight.name not in took:
+                        raise UserError(f"{runtime} does not tell the time of {weight.name}")
+                    key = weight.rows, weight.cols, layout, count
+                    found.setdefault(key, []).append(1e3 * max(took[weight.name], 0.0))
+    return {key: float(np.mean(values)) for key, values in found.items()}
+
+
+def _per_weight(
+    linears: ComponentMap, plan: Plan, layout: str, full: Mapping[str, int], held: Mapping[str, int]
+) -> dict[tuple[str, str], float]:
+    """For each half, the bytes in memory that a weight in a plan's layout adds to full precision."""
+    found = {}
+    for half in full:
+        inside = [w.numel for c in linears.components for w in c.weights if plan[c.name] and half_of(w) == half]
+        if inside:
+            found[half, layout] = (held[half] - full[half]) / sum(inside)
     return found
 
 
-def _divides(weight: Weight, scheme: Scheme | None) -> bool:
-    """Whether the group size of a scheme divides the number of columns of a weight."""
-    return scheme is None or isinstance(scheme.group, str) or weight.cols % scheme.group == 0
-
-
-def _ms(wall: float, cpu: float, threads: int) -> float:
-    """Wall-clock milliseconds; with one thread, CPU time, which is the wall-clock time of an idle machine."""
-    return 1e3 * (cpu if threads == 1 else wall)
-
-
 def _whole(rounds: Sequence[Round], stage: str, threads: int) -> float:
-    """The median milliseconds of a stage of the whole model: for one image, the whole prompt, or one new token."""
+    """The median milliseconds of a stage of the whole model: for one image, the whole prompt, or one new token.
+
+    With one thread it is CPU time, which is the wall-clock time of an idle machine.
+    """
     of = dict(zip(STAGES, STAGES_OF_A_ROUND.values(), strict=True))[stage]
-    each = [_ms(of(one).wall, of(one).cpu, threads) / (1 if stage == "prompt" else of(one).count) for one in rounds]
-    return float(np.median(each))
+    spent = [(of(one).cpu if threads == 1 else of(one).wall, of(one).count) for one in rounds]
+    return 1e3 * float(np.median([took / (1 if stage == "prompt" else count) for took, count in spent]))

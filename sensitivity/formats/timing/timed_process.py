@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import IO, TYPE_CHECKING, TypedDict, cast
@@ -40,6 +40,7 @@ class Asked:
     task: str
     n: int
     seed: int
+    counted: bool = False  # whether the time of each layer is counted
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,17 @@ class Round:
     image_tokens: int  # per image
 
 
+class Counted(TypedDict):
+    """What was counted inside a model."""
+
+    layers: dict[str, dict[str, float]]  # stage -> weight -> mean seconds per image, per prompt, per new token
+    memory: dict[str, int]  # half -> bytes that it added to its process; 0 where the system does not tell
+
+
 class _Reply(TypedDict, total=False):
     memory: Memory | None
     round: dict[str, dict[str, float] | int]
+    counted: Counted
     error: str  # a sentence for the user
     failed: str  # anything else, of which libraries may say more on standard error
 
@@ -83,10 +92,14 @@ class TimedModel:
 
     def memory(self) -> Memory | None:
         """What the process holds beyond what it held before it opened the model."""
-        return self._ask(None)["memory"]
+        return self._ask("memory")["memory"]
 
-    def _ask(self, number: int | None) -> _Reply:
-        _send(self.running, number)
+    def counted(self) -> Counted:
+        """The times of layers and the memory of both halves, if they were asked for."""
+        return self._ask("counted")["counted"]
+
+    def _ask(self, what: int | str) -> _Reply:
+        _send(self.running, what)
         return self._reply()
 
     def _reply(self) -> _Reply:
@@ -147,11 +160,13 @@ def serve() -> None:
             timed = _Timed(Asked(**json.loads(sys.stdin.readline())))
             reply()
             for line in sys.stdin:
-                number = json.loads(line)
-                if number is None:
+                what = json.loads(line)
+                if what == "memory":
                     reply(memory=timed.memory())
+                elif what == "counted":
+                    reply(counted=timed.counted())
                 else:
-                    reply(round=asdict(timed.round(number)))
+                    reply(round=asdict(timed.round(what)))
         except UserError as error:
             reply(error=str(error))
         except Exception as error:
@@ -177,11 +192,35 @@ class _Timed:
         warm_up(asked.runtime)
         begin_peak()
         self.before, self.held = memory(), resident()
-        self.model = opened(asked.model, asked.runtime, asked.dtype, asked.threads)
+        self.model = opened(asked.model, asked.runtime, asked.dtype, asked.threads, asked.counted)
+        self.layers = LayerSeconds(asked.threads) if asked.counted else None
+        self.after_image = -1  # bytes, after the first image: the language half is opened when it is first read
 
     def round(self, number: int) -> Round:
         """Time the answer to one example."""
-        return answered(self.model, self.inputs[number % len(self.inputs)])
+        inputs = self.inputs[number % len(self.inputs)]
+        if self.layers is None:
+            return answered(self.model, inputs)
+        totals = [self.model.layer_seconds()]
+
+        def between() -> None:
+            totals.append(self.model.layer_seconds())
+            if self.after_image < 0:
+                self.after_image = self._added()
+
+        found = answered(self.model, inputs, between)
+        self.layers.add(found, totals)
+        return found
+
+    def counted(self) -> Counted:
+        """The times of layers, and the memory of both halves."""
+        assert self.layers is not None
+        halves = {"image": self.after_image, "language": self._added() - self.after_image}
+        return {"layers": self.layers.means(), "memory": halves}
+
+    def _added(self) -> int:
+        now = self.memory()
+        return now["anonymous"] + now["mapped"] if now else 0
 
     def memory(self) -> Memory | None:
         """What opening and running the model has added."""
@@ -195,22 +234,57 @@ class _Timed:
         }
 
 
-def answered(model: HalvedModel, inputs: Mapping[str, Tensor]) -> Round:
-    """Compute one answer, and time its stages."""
+class LayerSeconds:
+    """The mean seconds of each layer in each stage of an answer, over all rounds but the first, which is slower."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads, self.rounds = threads, -1
+        self.sums: dict[str, dict[str, float]] = {"image": {}, "prompt": {}, "new": {}}
+
+    def add(self, one: Round, totals: Sequence[Mapping[str, float]]) -> None:
+        """Add a round: the seconds that layers had taken before it, and after each of its stages.
+
+        With one thread, the time that others took from this process is left out, as everywhere.
+        """
+        self.rounds += 1
+        if not self.rounds:
+            return
+        stages = ((one.image, one.image.count), (one.prompt, 1), (one.new, one.new.count))
+        for sums, (stage, count), (before, after) in zip(
+            self.sums.values(), stages, itertools.pairwise(totals), strict=True
+        ):
+            own = stage.cpu / stage.wall if self.threads == 1 else 1.0
+            for name, total in after.items():
+                took = total - before.get(name, 0.0)  # a difference of rounded totals, so that some are below 0
+                sums[name] = sums.get(name, 0.0) + own * took / count
+
+    def means(self) -> dict[str, dict[str, float]]:
+        """Stage -> weight -> seconds per image, per prompt or per new token."""
+        return {stage: {name: took / self.rounds for name, took in sums.items()} for stage, sums in self.sums.items()}
+
+
+def answered(model: HalvedModel, inputs: Mapping[str, Tensor], between: Callable[[], None] = lambda: None) -> Round:
+    """Compute one answer, and time its stages; `between` is called after each of them, and is not timed."""
     ids = inputs["input_ids"][0].tolist()
-    times = [_now()]
+    spent, began = [], _now()
+
+    def ended() -> None:
+        nonlocal began
+        spent.append([now - before for now, before in zip(_now(), began, strict=True)])
+        between()
+        began = _now()
+
     features = model.image_features(**model.image_inputs(inputs))
-    times.append(_now())
+    ended()
     model.forget()
     logits = model.logits(ids, 1, features)
-    times.append(_now())
+    ended()
     for _ in range(NEW_TOKENS):
         logits = model.logits([int(logits[-1].argmax())], 1)
-    times.append(_now())
+    ended()
     images = model.image_count(inputs)
-    spent = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(times)]
     counts = (images, len(ids), NEW_TOKENS)
-    image, prompt, new = (Stage(*took, count) for took, count in zip(spent, counts, strict=True))
+    image, prompt, new = (Stage(wall, cpu, count) for (wall, cpu), count in zip(spent, counts, strict=True))
     return Round(image, prompt, new, len(features) // images)
 
 

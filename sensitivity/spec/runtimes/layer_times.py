@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from sensitivity.spec.components import VOCABULARY, ComponentMap, Weight
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import KEEP, Plan, Scheme, scheme_of
-from sensitivity.spec.runtimes.resident import resident_bytes
 from sensitivity.spec.runtimes.table import RUNTIMES
 from sensitivity.spec.sizes import GB
 from sensitivity.spec.stored_bits import openvino_width
@@ -38,6 +37,14 @@ class EntryJson(TypedDict):
     ms: float
 
 
+class MemoryJson(TypedDict):
+    """The memory of a layout as JSON values."""
+
+    half: str
+    layout: str
+    bytes: float
+
+
 class TimesJson(TypedDict):
     """The times of a model's layers as JSON values."""
 
@@ -50,6 +57,7 @@ class TimesJson(TypedDict):
     tokens: dict[str, int]
     rest: dict[str, float]
     resident: float
+    memory: NotRequired[list[MemoryJson]]  # not in tables from before memory was measured
     layers: list[EntryJson]
 
 
@@ -62,7 +70,8 @@ class LayerTimes:
 
     at_once: the tokens that each weight of the vision tower and the connector reads for one image. tokens: how many
     an image, the prompt and an answer have. rest: milliseconds of each stage that belong to no layer. resident: bytes
-    in memory that belong to no layer.
+    that the whole model takes in memory in full precision. memory: the bytes that a weight in a layout adds to them,
+    below 0 where it takes less; halves differ, since what reads prompts and single tokens may be held twice.
     """
 
     runtime: str
@@ -74,13 +83,14 @@ class LayerTimes:
     tokens: Mapping[str, int]
     rest: Mapping[str, float]
     resident: float
+    memory: Mapping[tuple[str, str], float]  # (half, layout) -> bytes per weight
     layers: Mapping[Key, float]
 
     def component_cost(self, parts: ComponentMap, name: str, scheme: Scheme | None, cost: str) -> float:
         """The cost of one component at one scheme: milliseconds, or GB for memory."""
         weights = parts[name].weights
         if cost == RESIDENT:
-            return sum(resident_bytes(self.runtime, scheme, weight, parts.native_bits) for weight in weights) / GB
+            return sum(self._bytes(weight, scheme) for weight in weights) / GB
         return sum(times * self._weight_ms(w, scheme, stage) for stage, times in self._stages(cost) for w in weights)
 
     def fixed_cost(self, cost: str) -> float:
@@ -95,10 +105,11 @@ class LayerTimes:
             self.component_cost(parts, c.name, plan[c.name], cost) for c in parts.components
         )
 
-    def knows(self, parts: ComponentMap, plan: Plan) -> bool:
-        """Whether all layers of a plan were timed."""
+    def knows(self, parts: ComponentMap, plan: Plan, costs: Iterable[str] = (ANSWER, RESIDENT)) -> bool:
+        """Whether all layers of a plan were measured."""
         try:
-            self.plan_cost(parts, plan, ANSWER)
+            for cost in costs:
+                self.plan_cost(parts, plan, cost)
         except UserError:
             return False
         return True
@@ -132,13 +143,25 @@ class LayerTimes:
         layout = layout_of(weight, scheme, self.runtime)
         key = (weight.rows, weight.cols, layout, at_once)
         if key not in self.layers:
-            known = sorted({one for rows, cols, one, _ in self.layers if (rows, cols) == (weight.rows, weight.cols)})
-            raise UserError(
-                f"no time is known of {weight.name} at {scheme}, which {self.runtime} stores as '{layout}'; known are "
-                f"{', '.join(known) or 'none of this shape'}; `sensitivity profile MODEL --runtime "
-                f"{self.runtime}` measures those of its --bits, --group and --symmetric"
-            )
+            raise self._unknown(weight, scheme, layout, "time")
         return self.layers[key]
+
+    def _bytes(self, weight: Weight, scheme: Scheme | None) -> float:
+        """The bytes in memory that a weight adds to full precision; none if the runtime never reads it."""
+        layout = layout_of(weight, scheme, self.runtime)
+        if layout == NATIVE or not any(tokens_at_once(weight, stage, self.at_once, self.tokens) for stage in STAGES):
+            return 0.0
+        if (half_of(weight), layout) not in self.memory:
+            raise self._unknown(weight, scheme, layout, "memory")
+        return weight.numel * self.memory[half_of(weight), layout]
+
+    def _unknown(self, weight: Weight, scheme: Scheme | None, layout: str, what: str) -> UserError:
+        known = sorted({one for rows, cols, one, _ in self.layers if (rows, cols) == (weight.rows, weight.cols)})
+        return UserError(
+            f"no {what} is known of {weight.name} at {scheme}, which {self.runtime} stores as '{layout}'; known are "
+            f"{', '.join(known) or 'none of this shape'}; `sensitivity profile MODEL --runtime "
+            f"{self.runtime}` measures those of its --bits, --group and --symmetric"
+        )
 
     def to_json(self) -> TimesJson:
         """The times as JSON values."""
@@ -156,6 +179,7 @@ class LayerTimes:
             "tokens": dict(self.tokens),
             "rest": dict(self.rest),
             "resident": self.resident,
+            "memory": [{"half": half, "layout": one, "bytes": value} for (half, one), value in self.memory.items()],
             "layers": layers,
         }
 
@@ -163,9 +187,10 @@ class LayerTimes:
     def from_json(cls, data: TimesJson) -> LayerTimes:
         """The times that `to_json` wrote."""
         layers = {(one["rows"], one["cols"], one["layout"], one["at_once"]): one["ms"] for one in data["layers"]}
+        memory = {(one["half"], one["layout"]): one["bytes"] for one in data.get("memory", ())}
         return cls(
             data["runtime"], data["machine"], data["threads"], data["versions"], data["task"], data["at_once"],
-            data["tokens"], data["rest"], data["resident"], layers,
+            data["tokens"], data["rest"], data["resident"], memory, layers,
         )  # fmt: skip
 
 
@@ -178,6 +203,11 @@ def check_timed(runtime: str | None) -> None:
             f"layers are not timed in {runtime}, so that no plan's time or memory there can be predicted; name "
             f"{', '.join(LAYOUTS)}, or time an export with `sensitivity bench`"
         )
+
+
+def half_of(weight: Weight) -> str:
+    """The half of the model that holds a weight: the image half has the vision tower and the connector."""
+    return "language" if weight.part == "language" else "image"
 
 
 def layout_of(weight: Weight, scheme: Scheme | None, runtime: str) -> str:
