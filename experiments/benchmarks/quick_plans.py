@@ -15,6 +15,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,11 +47,21 @@ def budgets(parts: ComponentMap) -> tuple[float, ...]:
     return tuple(round(least + above, 2) for above in ABOVE)
 
 
-def by_sweep(vlm: VLM, parts: ComponentMap, task: str, n: int, seed: int, folder: Path) -> tuple[list[Plan], float]:
+@dataclass(frozen=True)
+class Asked:
+    """The schemes that plans are chosen from, and the data that they are calibrated on: by default the task's."""
+
+    schemes: tuple[Scheme, ...] = tuple(scheme("gptq", bits) for bits in BITS)
+    calibration: str = ""
+    examples: int = 128
+
+
+def by_sweep(
+    vlm: VLM, parts: ComponentMap, task: str, n: int, seed: int, folder: Path, asked: Asked = Asked()
+) -> tuple[list[Plan], float]:
     os.environ["SENSITIVITY_CACHE"] = f"{folder}-cache"  # an empty one
     began = time.process_time()
-    asked = [scheme("gptq", bits) for bits in BITS]
-    schemes, statistics = calibrated(vlm, parts, asked, [task])
+    schemes, statistics = calibrated(vlm, parts, asked.schemes, [asked.calibration or task], asked.examples)
     listed = plans_of(parts, schemes, "frontier", TRIALS, seed)
     study, steps = begin_sweep(vlm, parts, listed, [task], folder, n=n, seed=seed, statistics=statistics)
     for _ in steps:
@@ -60,13 +71,12 @@ def by_sweep(vlm: VLM, parts: ComponentMap, task: str, n: int, seed: int, folder
 
 
 def by_plan(
-    vlm: VLM, parts: ComponentMap, task: str, n: int, seed: int, folder: Path, calibration: str = ""
+    vlm: VLM, parts: ComponentMap, task: str, n: int, seed: int, folder: Path, asked: Asked = Asked()
 ) -> tuple[dict[str, list[Plan]], dict[str, float], int]:
     """What `sensitivity plan` chooses; the optima of its scores alone; seconds of each; and how many plans it ran."""
     os.environ["SENSITIVITY_CACHE"] = f"{folder}-cache"  # an empty one
     began = time.process_time()
-    asked = [scheme("gptq", bits) for bits in BITS]
-    found = scored(vlm, parts, asked, [calibration or task], OPENING)
+    found = scored(vlm, parts, asked.schemes, [asked.calibration or task], OPENING, asked.examples)
     request = PlanRequest(budgets(parts), {task: 1.0}, top=2)
     scoring = time.process_time() - began
     statistics = found.given.statistics
