@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import ndtri, stdtrit  # scipy.stats has the same, and takes a second to import
 
+from sensitivity.study.examples.pairing import base_scores
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -132,14 +134,6 @@ def difference(ours: pd.DataFrame | None, theirs: pd.DataFrame | None, task: str
     base = base_scores(mine, theirs[theirs["task"] == task])
     both = mine[base.notna()]
     return paired_difference(both["score"], base[base.notna()], both["cluster"]) if len(both) else None
-
-
-def base_scores(rows: pd.DataFrame, base: pd.DataFrame) -> pd.Series:
-    """For each row of one task, the score of its example in `base`; missing where that has not seen the example.
-
-    This is what a merge of the two would find, without joining columns that nobody reads.
-    """
-    return rows["example"].map(base.set_index("example")["score"])
 
 
 def _student(mean: float, se: float, clusters: int) -> tuple[float, float]:

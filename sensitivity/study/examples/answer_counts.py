@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from sensitivity.study.scores import base_scores
+from sensitivity.study.examples.pairing import base_scores
 
 if TYPE_CHECKING:
     import pandas as pd
