@@ -11,6 +11,7 @@ from typing import NotRequired, TypedDict
 from sensitivity.formats import plan_json
 from sensitivity.formats.checkpoints import auto_round, awq, compressed_tensors, fake, gptq
 from sensitivity.formats.gguf import export as gguf
+from sensitivity.formats.onnx import export as onnx
 from sensitivity.formats.openvino import export as openvino
 from sensitivity.formats.recipes import bnb, llama_cpp, llm_compressor, mlx, modelopt, torchao
 from sensitivity.formats.writing import manifest
@@ -35,6 +36,7 @@ FORMATS: dict[str, Callable[[Job, Path], Written]] = {
     "awq": awq.write,
     "auto-round": auto_round.write,
     "openvino": openvino.write,
+    "onnx": onnx.write,
     "gguf": gguf.write,
     "llm-compressor": llm_compressor.write,
     "bnb": bnb.write,
@@ -43,10 +45,16 @@ FORMATS: dict[str, Callable[[Job, Path], Written]] = {
     "llama.cpp": llama_cpp.write,
     "mlx": mlx.write,
 }
-CHECKPOINTS = ("fake", "compressed-tensors", "gptq", "awq", "auto-round", "openvino", "gguf")  # they hold weights
+# formats that hold weights
+CHECKPOINTS = ("fake", "compressed-tensors", "gptq", "awq", "auto-round", "openvino", "onnx", "gguf")
 
-# for formats that we run ourselves: a check, before any slow work, that the runtime is installed and can run a model
-CHECKS: dict[str, Callable[[VLM | str], None]] = {"openvino": openvino.check, "gguf": gguf.check}
+# for runtimes that we run ourselves: a check, before any slow work, that one is installed and can run a model
+CHECKS: dict[str, Callable[[VLM | str], None]] = {
+    "openvino": openvino.check,
+    "onnx": onnx.check,
+    "onnx-int8": onnx.check,
+    "gguf": gguf.check,
+}
 EXPECTED = "expected.parquet"  # per-example answers of the trial, for `verify`
 
 

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from sensitivity.measure.evaluation import Rows
     from sensitivity.tasks.examples.types import Task
 
+# format -> other runtimes that read it and compute otherwise, and what they do; their answers are compared, too
+FURTHER = {"onnx": {"onnx-int8": "with what quantized layers read rounded to 8 bits, as --runtime onnx-int8 runs it"}}
 # format -> what it adds to the words of a verdict, given the folder and whether all answers are as measured
 REMARKS: dict[str, Callable[[Path, bool], str]] = {"gguf": gguf.remark}
 PROGRAM = "import json, sys; from sensitivity.formats.verification import rerun; rerun(**json.load(sys.stdin))"
@@ -59,9 +62,13 @@ def verify(folder: Path, device: str = "cpu") -> dict[str, object]:
         }
     else:
         expected = _expected(folder, facts)
-        found = compare(expected, _in_fresh_process(folder, facts["dtype"], facts["trial"], device))
-        if remark := REMARKS.get(facts["format"]):
+        format = facts["format"]
+        found = compare(expected, _in_fresh_process(folder, facts, device, format))
+        if remark := REMARKS.get(format):
             found["words"] = f"{found['words']}{remark(folder, found['verdict'] == 'as measured')}"
+        for runtime, does in FURTHER.get(format, {}).items():
+            other = found[runtime] = compare(expected, _in_fresh_process(folder, facts, device, runtime))
+            found["words"] = f"{found['words']}; {does}, {other['words']}"
         outcome |= found
     manifest.store_verification(folder, outcome)
     return outcome
@@ -106,11 +113,14 @@ def compare(expected: pd.DataFrame, answered: pd.DataFrame) -> dict[str, object]
     }
 
 
-def _in_fresh_process(folder: Path, dtype: str, trial: TrialFacts, device: str) -> pd.DataFrame:
-    """The answers of an export, which `rerun` computes in a separate process."""
+def _in_fresh_process(folder: Path, facts: Manifest, device: str, runtime: str) -> pd.DataFrame:
+    """The answers of an export in a runtime, which `rerun` computes in a separate process."""
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "rows.parquet"
-        asked = {"folder": str(folder), "target": str(target), "dtype": dtype, "trial": dict(trial), "device": device}
+        asked = {
+            "folder": str(folder), "target": str(target), "dtype": facts["dtype"], "trial": dict(facts["trial"]),
+            "device": device, "runtime": runtime,
+        }  # fmt: skip
         # a fresh process sees only the files: nothing that this one has loaded or patched can help
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", PROGRAM], input=json.dumps(asked), capture_output=True, text=True
@@ -121,7 +131,7 @@ def _in_fresh_process(folder: Path, dtype: str, trial: TrialFacts, device: str) 
         return pd.read_parquet(target)
 
 
-def rerun(folder: str, target: str, dtype: str, trial: TrialFacts, device: str) -> None:
+def rerun(folder: str, target: str, dtype: str, trial: TrialFacts, device: str, runtime: str | None = None) -> None:
     """Load the export, run the trial's tasks and write the rows to `target`; this runs in the fresh process."""
     import torch
 
@@ -130,7 +140,8 @@ def rerun(folder: str, target: str, dtype: str, trial: TrialFacts, device: str) 
     meta = trial["meta"]
     # the order of float sums depends on the number of threads
     torch.set_num_threads(int((trial.get("versions") or {}).get("threads", torch.get_num_threads())))
-    answers = _answers(Path(folder), dtype, device, trial.get("path") == "plain")
+    runtime = runtime or manifest.read(Path(folder))["format"]
+    answers = _answers(Path(folder), dtype, device, trial.get("path") == "plain", runtime)
     frames = []
     for source in dict.fromkeys(meta["tasks"]):
         task = find_task(source, "evaluation", meta["n"], meta["seed"], meta.get("whole_answers", False))
@@ -151,6 +162,14 @@ def _in_openvino(folder: Path) -> Running:
     return running(folder, torch.get_num_threads())
 
 
+def _in_onnx_runtime(folder: Path, accuracy_level: int | None = None) -> Running:
+    import torch
+
+    from sensitivity.formats.onnx.run import running
+
+    return running(folder, torch.get_num_threads(), accuracy_level)
+
+
 def _in_llama_cpp(folder: Path) -> Running:
     import torch
 
@@ -159,17 +178,21 @@ def _in_llama_cpp(folder: Path) -> Running:
     return running(folder, torch.get_num_threads())
 
 
-# format -> the function that opens an export in the format's own runtime
-RUNTIMES: dict[str, Callable[[Path], Running]] = {"openvino": _in_openvino, "gguf": _in_llama_cpp}
+# runtimes of their own in which formats are run -> the function that opens an export there
+RUNTIMES: dict[str, Callable[[Path], Running]] = {
+    "openvino": _in_openvino,
+    "onnx": _in_onnx_runtime,
+    "onnx-int8": partial(_in_onnx_runtime, accuracy_level=4),
+    "gguf": _in_llama_cpp,
+}
 
 
-def _answers(folder: Path, dtype: str, device: str, plain: bool) -> Callable[[Task], Rows]:
-    """A function that runs an export on a task: in the format's own runtime, or else in transformers."""
-    format = manifest.read(folder)["format"]
-    if format in RUNTIMES:
+def _answers(folder: Path, dtype: str, device: str, plain: bool, runtime: str) -> Callable[[Task], Rows]:
+    """A function that runs an export on a task: in a runtime of its own, or else in transformers."""
+    if runtime in RUNTIMES:
         if device != "cpu":
-            raise UserError(f"an export for {format} is verified on the cpu, not on {device}; leave out --device")
-        return RUNTIMES[format](folder).evaluate
+            raise UserError(f"an export for {runtime} is verified on the cpu, not on {device}; leave out --device")
+        return RUNTIMES[runtime](folder).evaluate
     from sensitivity.measure.evaluation import evaluate
     from sensitivity.models.loading import load
 

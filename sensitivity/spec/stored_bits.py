@@ -235,6 +235,27 @@ def _openvino(scheme: Scheme, rows: int, cols: int) -> int:
     return _whole_bytes(width * rows * cols) + 16 * count + zeros
 
 
+def onnx_block(scheme: Scheme, cols: int) -> int:
+    """The codes of a block in ONNX Runtime: a power of two that divides the group, whose scale repeats.
+
+    Blocks of a row or tensor may not fit, and the last is padded. The fastest kernels want 32 to 128 codes.
+    """
+    whole = cols if isinstance(scheme.group, str) else scheme.group
+    fitting = min(whole & -whole, 128)
+    return max(fitting, 32) if isinstance(scheme.group, str) else fitting
+
+
+def _onnx(scheme: Scheme, rows: int, cols: int) -> int:
+    """Codes in 2, 4 or 8 bits in whole blocks, a 16-bit scale per group, and zero points of asymmetric codes.
+
+    Where a row or the tensor has one zero point, it is stored once, in a byte; else for each block, as wide as a code.
+    """
+    width, block = openvino_width(scheme.bits), onnx_block(scheme, cols)
+    blocks = math.ceil(cols / block)
+    zeros = {"tensor": 8, "row": 8 * rows}.get(str(scheme.group), rows * _whole_bytes(width * blocks))
+    return width * rows * blocks * block + 16 * groups(scheme, rows, cols) + (0 if scheme.symmetric else zeros)
+
+
 GGUF_BLOCK = 32  # weights that share a scale in GGUF
 GGUF_BLOCK_BYTES = {"q4_0": 18, "q5_0": 22, "q8_0": 34}  # type -> a 16-bit scale and 32 codes of 4, 5 or 8 bits
 # reasons to keep a weight that GGUF stores in the checkpoint's own type; norms and biases become float32
@@ -260,6 +281,7 @@ FILES: dict[str, Callable[[Scheme, int, int], int]] = {
     "auto-round": _gptq,
     "awq": _awq,
     "openvino": _openvino,
+    "onnx": _onnx,
     "gguf": _gguf,
     "float32": lambda scheme, rows, cols: 32 * rows * cols,  # the values themselves
     "float16": lambda scheme, rows, cols: 16 * rows * cols,

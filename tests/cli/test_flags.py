@@ -235,7 +235,7 @@ NAMED = (  # what people typed, and what must be named in the answer
     ("speculate MODEL --method llm-int8 --bits 8", "llm-int8 rounds activations by itself"),
     ("speculate MODEL --calibration vqa", "--calibration would do nothing with --method rtn"),
     ("bench export --n 5", "--n takes a whole number from 6 to 10,000"),
-    ("bench export --task vqa --runtime gptq", "unknown runtime 'gptq'; choose from openvino, gguf, transformers"),
+    ("bench export --task vqa --runtime gptq", "unknown runtime 'gptq'; choose from openvino, onnx, onnx-int8, gguf"),
     ("bench study --task vqa", "study is not an export: it has no sensitivity.json"),
     ("profile MODEL", "still needed: --runtime"),
     ("recommend study --ms-per-token 5", "--ms-per-token is about a runtime on this machine; name it too"),

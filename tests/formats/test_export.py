@@ -379,9 +379,10 @@ LEGAL: dict[str, tuple[dict[str, Scheme | None], Scheme]] = {
     "llama.cpp": ({"connector": None, "vision": rtn(8)}, rtn(5)),
     "mlx": ({"connector": None, "vision": rtn(8, 64, False)}, rtn(4, 32, False)),
     "openvino": ({"connector": None, "vision": rtn(8, 32)}, rtn(3, 32, False)),
+    "onnx": ({"connector": None, "vision": rtn(8, 32)}, rtn(3, 32, False)),
     "gguf": ({"connector": None, "vision": rtn(8, 32)}, rtn(3, 32, False)),
 }
-ABSENT = {name for name in ("openvino",) if importlib.util.find_spec(name) is None}  # of 60 MB, and not in CI
+ABSENT = {name for name in ("openvino", "onnx") if importlib.util.find_spec(name) is None}  # large, and not in CI
 HERE = [name for name in LEGAL if name not in ABSENT]
 
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 ABOUT = "write a plan as files that a runtime loads"
 EXAMPLE = "sensitivity export runs/first --bpw 4.0 --format compressed-tensors --out out/first"
 FORMAT_NAMES = (
-    "plan, fake, compressed-tensors, gptq, awq, auto-round, openvino, gguf, llm-compressor, bnb, torchao, modelopt, "
-    "llama.cpp or mlx"
+    "plan, fake, compressed-tensors, gptq, awq, auto-round, openvino, onnx, gguf, llm-compressor, bnb, torchao, "
+    "modelopt, llama.cpp or mlx"
 )
 
 

@@ -37,6 +37,23 @@ class _WithWeights(nn.Module):
         return torch.func.functional_call(self.inner[0], dict(weights), kwargs=inputs, tie_weights=True)
 
 
+def prepared(vlm: VLM, half: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """One half of a model as a function of its weights, example inputs, and which of their sizes are free."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes, register_cache_pytrees_for_model
+
+    empty = replace(vlm, model=without_values(vlm.model))
+    module: Any = _WithWeights(half_of(empty, half))
+    register_cache_pytrees_for_model(module)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # tensors with a type and a shape, but no values
+        weights = shapes_of_weights(empty)
+        inputs = _inputs(empty, half)
+    varying = vision_half(vlm).varies if half == VISION else tuple(inputs)
+    shapes = {name: get_auto_dynamic_shapes(value) if name in varying else None for name, value in inputs.items()}
+    # weights last: the exporter reads the batch size from the first input
+    return module, {**inputs, WEIGHTS: weights}, {**shapes, WEIGHTS: dict.fromkeys(weights)}
+
+
 _kept: dict[tuple[str, str], Model] | None = None  # inside `kept`: (model, half) -> its graph
 
 
@@ -61,27 +78,15 @@ def traced(vlm: VLM, half: str) -> Model:
 
 
 def _traced(vlm: VLM, half: str) -> Model:
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers.exporters.configs import OpenVINOConfig
-    from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes, register_cache_pytrees_for_model
     from transformers.exporters.exporter_openvino import OpenVINOExporter
 
-    empty = replace(vlm, model=without_values(vlm.model))
-    module: Any = _WithWeights(half_of(empty, half))
-    register_cache_pytrees_for_model(module)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # tensors with a type and a shape, but no values
-        weights = shapes_of_weights(empty)
-        inputs = _inputs(empty, half)
-    varying = vision_half(vlm).varies if half == VISION else tuple(inputs)
-    shapes = {name: get_auto_dynamic_shapes(value) if name in varying else None for name, value in inputs.items()}
-    config = OpenVINOConfig(dynamic_shapes={**shapes, WEIGHTS: dict.fromkeys(weights)})
+    module, inputs, shapes = prepared(vlm, half)
+    config = OpenVINOConfig(dynamic_shapes=shapes)
     try:
         with quiet(), warnings.catch_warnings():  # warnings about versions and deprecations do not help a user
             warnings.simplefilter("ignore")
-            # weights last: the exporter reads the batch size from the first input
-            program, _ = OpenVINOExporter().export_program(  # type: ignore[no-untyped-call]
-                module, {**inputs, WEIGHTS: weights}, config
-            )
+            program, _ = OpenVINOExporter().export_program(module, inputs, config)  # type: ignore[no-untyped-call]
     except Exception as error:
         raise UserError(f"the {half} half of {vlm.name} cannot be traced for openvino ({reason(error)})") from error
     return program

@@ -36,7 +36,7 @@ def machine() -> Machine:
 
 def versions_of(runtime: str) -> dict[str, str]:
     """Versions of the libraries on which times in a runtime depend."""
-    package = {"gguf": "xllamacpp"}.get(runtime, runtime)
+    package = {"gguf": "xllamacpp", "onnx": "onnxruntime", "onnx-int8": "onnxruntime"}.get(runtime, runtime)
     with suppress(PackageNotFoundError):  # a runtime that has no package of its own name
         return {package: version(package), **versions()}
     return versions()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from transformers import DynamicCache
 from sensitivity.formats.gguf.export import check as check_gguf
 from sensitivity.formats.halved.halves import Array, Language, check_halves
 from sensitivity.formats.halved.model import HalvedModel
+from sensitivity.formats.onnx.export import check as check_onnx
 from sensitivity.formats.openvino.export import check as check_openvino
 from sensitivity.models.halves.positions import positions_of
 from sensitivity.models.halves.vision_half import vision_half
@@ -74,6 +76,12 @@ def _counted_in_openvino(model: str, threads: int) -> HalvedModel:
     return OpenVINOModel(model, threads, counted=True)
 
 
+def _in_onnx_runtime(model: str, dtype: str, threads: int, accuracy_level: int | None = None) -> HalvedModel:
+    from sensitivity.formats.onnx.run import ONNXModel
+
+    return ONNXModel(model, threads, accuracy_level)
+
+
 def _in_llama_cpp(model: str, dtype: str, threads: int) -> HalvedModel:
     from sensitivity.formats.gguf.model import GGUFModel
 
@@ -114,10 +122,22 @@ def _warm_openvino() -> None:
     openvino.Core().compile_model(graph, "CPU")(torch.ones(2, 8).numpy())
 
 
+def _warm_onnx_runtime() -> None:
+    import onnx
+    import onnxruntime
+
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "x"], ["y"])], "one", [x], [y])
+    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 21)])
+    onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": torch.ones(2).numpy()})
+
+
 # for each runtime that is timed: the function that opens a model there, the one that raises an error for a model that
 # cannot be opened there, and the one that loads the runtime's libraries
 OPEN: dict[str, Callable[[str, str, int], HalvedModel]] = {
     "openvino": _in_openvino,
+    "onnx": _in_onnx_runtime,
+    "onnx-int8": partial(_in_onnx_runtime, accuracy_level=4),
     "gguf": _in_llama_cpp,
     "transformers": _in_torch,
 }
@@ -125,11 +145,15 @@ OPEN: dict[str, Callable[[str, str, int], HalvedModel]] = {
 COUNT: dict[str, Callable[[str, int], HalvedModel]] = {"openvino": _counted_in_openvino}
 CHECK: dict[str, Callable[[str], None]] = {
     "openvino": check_openvino,
+    "onnx": check_onnx,
+    "onnx-int8": check_onnx,
     "gguf": _check_llama_cpp,
     "transformers": check_in_torch,
 }
 WARM_UP: dict[str, Callable[[], None]] = {
     "openvino": _warm_openvino,
+    "onnx": _warm_onnx_runtime,
+    "onnx-int8": _warm_onnx_runtime,
     "gguf": _warm_llama_cpp,
     "transformers": _warm_torch,
 }

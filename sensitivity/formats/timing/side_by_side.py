@@ -24,6 +24,7 @@ from sensitivity.models.discover import inspect
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.files import finite, write_atomically
 from sensitivity.spec.plan import Plan
+from sensitivity.spec.runtimes.table import RUNTIMES, files_of
 from sensitivity.spec.stage import each
 from sensitivity.study.exports import BENCH
 from sensitivity.tasks.table import task as find_task
@@ -116,7 +117,7 @@ def _checked(
         raise UserError(f"{folder} is of the format {format}, which its own runtime loads; only {timed} are timed here")
     if runtime is not None and runtime not in CHECK:
         raise unknown("runtime", runtime, CHECK)
-    if runtime not in (None, own):
+    if runtime not in (None, own) and (runtime not in RUNTIMES or files_of(runtime) != format):
         raise UserError(f"{folder} is of the format {format}, which {own} runs and not {runtime}; leave out --runtime")
     if n < FEWEST:
         raise UserError(f"an interval of a median takes at least {FEWEST} rounds, not {n}")
@@ -130,8 +131,8 @@ def _checked(
     base = model or facts["model"]
     if find_task(source, "evaluation", 1).gallery:
         raise UserError(f"the task {source} ranks captions; name one with answers to generate, as --task vqa")
-    CHECK[own](base)
-    return own, base, source
+    CHECK[runtime or own](base)
+    return runtime or own, base, source
 
 
 @contextmanager
@@ -143,7 +144,8 @@ def full_precision(base: str, runtime: str, dtype: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as space:
         parts = inspect(base, by="part")
         out = Path(space) / "native"
-        write(Job(base, parts, Plan.uniform(parts, None), dtype=getattr(torch, dtype)), out, runtime)
+        job = Job(base, parts, Plan.uniform(parts, None), dtype=getattr(torch, dtype))
+        write(job, out, files_of(runtime) or runtime)
         yield str(out)
 
 

@@ -132,7 +132,8 @@ def damage(folder: Path, manifest: Manifest) -> list[str]:
             faults.append(f"{name} has {size:,} bytes instead of {facts['bytes']:,}")
         elif sha256(file) != facts["sha256"]:
             faults.append(f"{name} was changed")
-    weights = (file.name for kind in ("*.safetensors", "*.bin", "*.gguf") for file in folder.glob(kind))
+    kinds = ("*.safetensors", "*.bin", "*.onnx", "*.data", "*.gguf")
+    weights = (file.name for kind in kinds for file in folder.glob(kind))
     added = set(weights) - set(manifest["files"])
     return faults + [f"{name} was added" for name in sorted(added)]
 

@@ -27,7 +27,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}  # in safetensors 
 STALE = re.compile(r"(position_ids|inv_freq|masked_bias)$")  # buffers of old checkpoints that are no longer read
 SMALL_FILES = re.compile(r".*\.(json|jinja|txt|model)|(licen[cs]e|notice|use_policy).*", re.IGNORECASE)
 NOT_COPIED = re.compile(
-    r"config\.json|(model\.safetensors|pytorch_model\.bin)\.index\.json|sensitivity\.json|(verified|openvino_weights|gguf_weights)\.json|trainer_state\.json"
+    r"config\.json|(model\.safetensors|pytorch_model\.bin)\.index\.json|sensitivity\.json|(verified|openvino_weights|onnx_weights|gguf_weights)\.json|trainer_state\.json"
 )
 
 

@@ -9,6 +9,7 @@ from sensitivity.spec.stored_bits import GGUF_MATRICES
 GRAPH_ENTRY = 16_000  # upper bound on the bytes of a weight and its operations in an OpenVINO graph: usually 9,000
 GGUF_TOKEN = 80  # upper bound on the bytes of a token in a GGUF file: its text, score and type, and its BPE merge
 GGUF_SETTINGS = 40_000  # upper bound on the bytes of a GGUF file's settings, chat template included
+ONNX_ENTRY = 6_000  # upper bound on the bytes of a weight and its operations in an ONNX graph: usually 3,000
 HEADER_ENTRY = 112  # upper bound on the bytes of a tensor's entry in a header, in safetensors without its name
 
 
@@ -22,6 +23,8 @@ def header_bytes(parts: ComponentMap, format: str | None) -> int:
         return 0
     if format == "openvino":
         return GRAPH_ENTRY * len(parts.weights)
+    if format == "onnx":
+        return ONNX_ENTRY * len(parts.weights)
     if format == "gguf":
         return _gguf_headers(parts)
     packed = sum(4 * (len(weight.name) + HEADER_ENTRY) for weight in parts.weights)

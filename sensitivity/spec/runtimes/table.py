@@ -48,6 +48,15 @@ class Runtime:
 PLAIN_VALUES = Runtime(
     "", ANY_WIDTH, ANY_WIDTH, methods=None, biases=True, ragged=True, vocabulary=(*VOCABULARY, "tied")
 )
+ONNX = Runtime(
+    "ONNX Runtime",
+    symmetric=tuple(range(2, 9)),
+    asymmetric=tuple(range(2, 9)),
+    groups=("tensor", "row", 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024),
+    packed=True,
+    vocabulary=(*VOCABULARY, "tied"),
+    files="onnx",
+)
 # The bit widths are from the source code of the libraries in the comments; reports/export.md says which were loaded.
 RUNTIMES: dict[str, Runtime] = {
     "plan": replace(PLAIN_VALUES, activations=dict.fromkeys(ANY_WIDTH, tuple(ROUNDED)), cache=True),
@@ -117,6 +126,11 @@ RUNTIMES: dict[str, Runtime] = {
         packed=True,
         files="openvino",
     ),
+    # ONNX Runtime 1.32 has MatMulNBits for 2, 4 and 8 bits, in blocks of a power of two from 16 up, and refuses other
+    # widths: codes of 3 bits are stored in 4, and those of 5 to 7 in 8
+    "onnx": ONNX,
+    # the same files with accuracy level 4: what a quantized layer reads is rounded to 8 bits, block by block
+    "onnx-int8": replace(ONNX, title="ONNX Runtime, rounding what layers read to 8 bits,"),
     # llama.cpp 2026.10 has kernels for Q4_0, Q5_0 and Q8_0. Codes of 2 and 3 bits are stored in 4, those of 6 and 7 in
     # 8, and asymmetric codes in one bit more, since a minimum of 16 bits (Q4_1, Q5_1) does not hold them exactly
     "gguf": Runtime(

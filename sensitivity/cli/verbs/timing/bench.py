@@ -21,7 +21,7 @@ EXAMPLE = "sensitivity bench out/first --n 20"
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     p.add_argument("folder", type=path_values.path, metavar="DIR", help="a folder that `sensitivity export` wrote")
-    flags.runtime(p, "what runs the export: openvino, gguf or transformers (default: that of its format)")
+    flags.runtime(p, "what runs it: openvino, onnx, onnx-int8, gguf or transformers (default: that of its format)")
     p.add_argument(
         "--n", type=values.rounds, default=20, metavar="N", help="rounds, each the answer to an example (default: 20)"
     )
