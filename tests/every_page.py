@@ -94,11 +94,12 @@ def times(made: Study) -> None:
         for layout, ms in layouts.items()
         for tokens in ((30, 1) if weight.part == "language" else (16,))
     }
+    memory = {(half, layout): -1.5 for half in ("image", "language") for layout in layouts if layout != "native"}
     tokens, rest = {"image": 16, "prompt": 30, "answer": 5}, {"image": 2.0, "prompt": 3.0, "token": 0.25}
     machine = {"processor": "one", "instructions": ["avx2"]}
     layer_times.save(
         made.path,
-        LayerTimes("openvino", machine, 1, {"openvino": "1"}, "ground", at_once, tokens, rest, 5e4, layers),
+        LayerTimes("openvino", machine, 1, {"openvino": "1"}, "ground", at_once, tokens, rest, 5e4, memory, layers),
     )
 
 

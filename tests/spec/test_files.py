@@ -358,9 +358,10 @@ def test_no_verb_replaces_a_foreign_folder(
         (out / "index.html").write_text("<p>mine</p>")
         words = [{"STUDY": str(study), "OUT": str(out)}.get(word, word) for word in FORCED[verb]]
         assert cli.main(words) != 0
-        said = capsys.readouterr().err
-        assert said.startswith("error: ")
-        assert len(said.strip().splitlines()) == 1
+        # a busy machine may take so long that a line says that it is still running
+        said = [line for line in capsys.readouterr().err.splitlines() if not line.endswith(" so far")]
+        assert len(said) == 1
+        assert said[0].startswith("error: ")
         assert seen(out) == {"deep": "folder", "deep/letter": "dear", "index.html": "<p>mine</p>"}
 
 

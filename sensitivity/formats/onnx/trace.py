@@ -23,6 +23,7 @@ from sensitivity.formats.openvino.trace import WEIGHTS, parameter_input, prepare
 from sensitivity.models.loading import quiet
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError, reason
+from sensitivity.spec.files import replacing
 
 if TYPE_CHECKING:
     from onnx_ir import Model
@@ -76,8 +77,8 @@ def trace(model: str, files: dict[str, str]) -> None:
             program = converted(module, inputs, shapes, kept)
         except Exception as error:
             raise UserError(f"the {half} half: {reason(error)}") from error
-        onnx_ir.save(without_notes(program), f"{file}.unfinished")
-        os.replace(f"{file}.unfinished", file)
+        with replacing(Path(file)) as unfinished:
+            onnx_ir.save(without_notes(program), unfinished)
     os._exit(0)  # nothing is freed
 
 
@@ -90,12 +91,21 @@ def converted(module: Any, inputs: dict[str, Any], shapes: dict[str, Any], kept:
         exported, _ = DynamoExporter().export_program(  # type: ignore[no-untyped-call]
             module, inputs, DynamoConfig(dynamic_shapes=shapes)
         )
+        _drop_assertions(exported.graph)
         # not transformers' exporter for ONNX, which replaces methods of tensors: it crashes still more often
         found = torch.onnx.export(exported, args=(), opset_version=OPSET, verbose=False)
     assert found is not None
     kept += [module, inputs, exported, found]
     _name(found.model, inputs)
     return found.model
+
+
+def _drop_assertions(graph: torch.fx.Graph) -> None:
+    """Drop the tracer's checks of shapes, with what only they read: ONNX lacks operations that Qwen2-VL's use."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_scalar.default:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
 
 
 def _name(program: Model, inputs: dict[str, Any]) -> None:
