@@ -6,18 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from sensitivity.formats.halved.halves import LANGUAGE, VISION, check_halves
+from sensitivity.formats.halved.pieces import pieces
 from sensitivity.formats.onnx import graph, layout, trace
 from sensitivity.formats.onnx.layout import Blocks, Constant
 from sensitivity.formats.openvino.trace import skeleton
 from sensitivity.formats.writing import stream
-from sensitivity.formats.writing.checkpoint import on_integer_grid, save, unquantized
+from sensitivity.formats.writing.checkpoint import save
 from sensitivity.formats.writing.job import Job, Written
 from sensitivity.formats.writing.source import CheckpointTensor
-from sensitivity.formats.writing.stream import Piece, Spec
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 
@@ -104,18 +101,5 @@ def _write_half(
     offsets = graph.offsets_of([one for parts in constants.values() for one in parts])
     graph.put_constants(program, constants, blocks, data.name, offsets)
     onnx_ir.save(program, data.with_suffix(""))
-    pieces = [_piece(job, tensors[name], parts) for name, parts in constants.items()]
-    return stream.write_at(data, b"", pieces, offsets, job.at_once)
-
-
-def _piece(job: Job, tensor: CheckpointTensor, constants: Sequence[Constant]) -> Piece:
-    """The bytes of a parameter's constants, computed when they are written."""
-    name = tensor.parameter
-
-    def make() -> Sequence[Tensor]:
-        if name not in job.weights:
-            return (unquantized(job, tensor).contiguous().reshape(-1).view(torch.uint8),)
-        scheme = job.schemes[name]
-        return layout.contents(on_integer_grid(job, tensor, scheme), job.weights[name], scheme, job.half)
-
-    return Piece(tuple(Spec(one.name, torch.uint8, (one.bytes,)) for one in constants), make)
+    parts = pieces(job, tensors, constants, layout.contents)
+    return stream.write_at(data, b"", parts, offsets, job.at_once)
