@@ -15,7 +15,7 @@ from sensitivity import export, inspect, one_at_a_time, rank, recommend, scheme,
 from sensitivity.cli.main import main
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import METHODS
-from sensitivity.quantize.solving import quantize
+from sensitivity.quantize.solving import fake_quantize
 from sensitivity.quantize.sources import SOURCES
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.stored_bits import OVERHEAD
@@ -62,9 +62,9 @@ def test_it_goes_the_whole_way(
 
 def test_it_keeps_what_it_says(shown: str) -> None:
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    for row in quantize(weight, scheme("pow2", 4)):
+    for row in fake_quantize(weight, scheme("pow2", 4)):
         assert float(torch.diff(row.unique()).min().log2()) % 1 == 0
-    errors = [float((quantize(weight, scheme("pow2", bits)) - weight).square().sum()) for bits in (2, 3, 4, 8)]
+    errors = [float((fake_quantize(weight, scheme("pow2", bits)) - weight).square().sum()) for bits in (2, 3, 4, 8)]
     assert errors == sorted(errors, reverse=True)
     with pytest.raises(UserError, match="pow2 is always per row and symmetric"):
         scheme("pow2", 4, group=32)

@@ -24,8 +24,8 @@ from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.scheme_settings import scheme
-from sensitivity.quantize.solvers.scale_search import errors, scales
-from sensitivity.quantize.solving import quantize, solve
+from sensitivity.quantize.solvers.scale_search import output_errors, scales
+from sensitivity.quantize.solving import fake_quantize, solve
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan
 
@@ -90,7 +90,7 @@ def large(side: int, peer: str | None) -> list[str]:
         times = [theirs(peer, one, [("key", "layer", wish)])[1]["seconds"]["key"] for _ in range(2)]
         rows.append(("GPTQModel 7.6.0", min(times)))
     plain = rows[0][1]
-    found, other = (quantize(weight, chosen, seen), published(weight, seen.gram, chosen))
+    found, other = (fake_quantize(weight, chosen, seen), published(weight, seen.gram, chosen))
     same = float((found - other).abs().gt(1e-6).float().mean())
     lines = [f"| {side} x {side}, 4 bits, per row | seconds | times ours |", "|---|---|---|"]
     lines += [f"| {name} | {seconds:.2f} | {seconds / plain:.2f} |" for name, seconds in rows]
@@ -112,11 +112,11 @@ def search(side: int, tokens: int) -> list[str]:
 
     def loop() -> Tensor:
         right = inputs @ weight.T
-        return torch.stack([(inputs @ (quantize(weight * s, nearest) / s).T - right).square().sum() for s in grid])
+        return torch.stack([(inputs @ (fake_quantize(weight * s, nearest) / s).T - right).square().sum() for s in grid])
 
-    at_once, slow = errors(weight, grid, seen.gram, [chosen], torch.float32)[0], loop()
+    at_once, slow = output_errors(weight, grid, seen.gram, [chosen], torch.float32)[0], loop()
     assert int(at_once.argmin()) == int(slow.argmin())
-    batched, looped = timed(lambda: errors(weight, grid, seen.gram, [chosen], torch.float32), 2), timed(loop, 1)
+    batched, looped = timed(lambda: output_errors(weight, grid, seen.gram, [chosen], torch.float32), 2), timed(loop, 1)
     return [f"| {side} x {side}, {tokens} tokens | {batched:.2f} s | {looped:.2f} s | {looped / batched:.1f} |"]
 
 

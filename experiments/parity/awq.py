@@ -27,7 +27,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears, input_of
 from sensitivity.quantize.scheme_settings import scheme
-from sensitivity.quantize.solving import quantize, solve
+from sensitivity.quantize.solving import fake_quantize, solve
 from sensitivity.tasks.table import task
 
 BITS = (2, 3, 4, 8)
@@ -87,7 +87,7 @@ def main() -> None:
                 for name, one in zip(names, ours, strict=True):
                     ratios[bits, f"{label}, alone"].append(found[name].error(one) / found[name].error(peer[name]))
             nearest = scheme("rtn", bits, group=GROUP, symmetric=False)
-            plain = whole.error(quantize(whole.weight, nearest), fresh=True)
+            plain = whole.error(fake_quantize(whole.weight, nearest), fresh=True)
             ratios[bits, "theirs / nearest"].append(whole.error(other, fresh=True) / plain)
         seconds["ours, both searches and the comparison"] += time.perf_counter() - began
     judged = ("search", "search, fresh", "search, alone", "search and clip", "search and clip, fresh")

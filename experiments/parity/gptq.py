@@ -21,8 +21,8 @@ from experiments.parity.peers import ask, cell
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.scheme_settings import scheme
-from sensitivity.quantize.solving import quantize, solve
-from sensitivity.quantize.stored.grid import ranges, scale_and_zero
+from sensitivity.quantize.solving import fake_quantize, solve
+from sensitivity.quantize.stored.integer_grid import ranges, scale_and_zero
 from sensitivity.spec.plan import Scheme
 
 ROOT = Path(__file__).parents[2]  # so that the other interpreter can import this package
@@ -101,7 +101,7 @@ def main() -> None:
             seen.free_factor()
             for chosen, (result,) in zip(schemes, results, strict=True):
                 ours = result.dequantize()  # type: ignore[union-attr]
-                others = {"nearest": quantize(layer.weight, scheme("rtn", chosen.bits, group=chosen.group,
+                others = {"nearest": fake_quantize(layer.weight, scheme("rtn", chosen.bits, group=chosen.group,
                                                                    symmetric=chosen.symmetric))}  # fmt: skip
                 if how is PLAIN:
                     began = time.process_time()

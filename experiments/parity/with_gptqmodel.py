@@ -49,12 +49,12 @@ def through(weight: torch.Tensor, inputs: torch.Tensor, how: dict) -> torch.Tens
     """The same through `--backend gptqmodel`, which passes the library a Gram matrix instead of inputs."""
     from sensitivity.quantize.layer.curvature import Curvature
     from sensitivity.quantize.scheme_settings import scheme
-    from sensitivity.quantize.solving import quantize
+    from sensitivity.quantize.solving import fake_quantize
 
     seen = Curvature(weight.shape[1])
     seen.add(inputs)
     grid = {"group": how["group"], "symmetric": how["symmetric"], "order": how.get("order", "given")}
-    return quantize(weight, scheme("gptq", how["bits"], backend="gptqmodel", **grid), seen)
+    return fake_quantize(weight, scheme("gptq", how["bits"], backend="gptqmodel", **grid), seen)
 
 
 def main(source: str, target: str, root: str) -> None:

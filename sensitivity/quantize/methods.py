@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import ChainMap
 from typing import Any
 
-from sensitivity.quantize.grids.adpq import adpq
-from sensitivity.quantize.grids.billm import billm
-from sensitivity.quantize.grids.binary import binary
-from sensitivity.quantize.grids.bivlm import bivlm
-from sensitivity.quantize.grids.bpdq import bpdq
-from sensitivity.quantize.grids.gwq import gwq
-from sensitivity.quantize.grids.leanquant import leanquant, leanquant_affine
-from sensitivity.quantize.grids.qvla import qvla
-from sensitivity.quantize.grids.spqr import spqr
-from sensitivity.quantize.grids.squeezellm import squeezellm
+from sensitivity.quantize.grids.adpq import quantize_adpq
+from sensitivity.quantize.grids.billm import quantize_billm
+from sensitivity.quantize.grids.binary import quantize_binary
+from sensitivity.quantize.grids.bivlm import quantize_bivlm
+from sensitivity.quantize.grids.bpdq import quantize_bpdq
+from sensitivity.quantize.grids.gwq import quantize_gwq
+from sensitivity.quantize.grids.leanquant import quantize_leanquant, quantize_leanquant_affine
+from sensitivity.quantize.grids.qvla import quantize_qvla
+from sensitivity.quantize.grids.spqr import quantize_spqr
+from sensitivity.quantize.grids.squeezellm import quantize_squeezellm
 from sensitivity.quantize.layer.linears import Method, per_weight
 from sensitivity.quantize.run_time.settings import (
     ATTENTION_OFF,
@@ -23,14 +23,14 @@ from sensitivity.quantize.run_time.settings import (
     needs_run_time_data,
     of_weights,
 )
-from sensitivity.quantize.solvers.clip import clip
-from sensitivity.quantize.solvers.gptq import gptq
+from sensitivity.quantize.solvers.clip import quantize_clip
+from sensitivity.quantize.solvers.gptq import quantize_gptq
 from sensitivity.quantize.solvers.llm_int8 import int8_rows, split_inputs
-from sensitivity.quantize.solvers.nearest import rtn, uniform
-from sensitivity.quantize.solvers.qsvd import qsvd
-from sensitivity.quantize.solvers.scale_search import awq
-from sensitivity.quantize.solvers.smooth import smooth
-from sensitivity.quantize.solvers.vlm_ptq import vlm_ptq
+from sensitivity.quantize.solvers.nearest import quantize_rtn, quantize_uniform
+from sensitivity.quantize.solvers.qsvd import quantize_qsvd
+from sensitivity.quantize.solvers.scale_search import quantize_awq
+from sensitivity.quantize.solvers.smooth import quantize_smooth
+from sensitivity.quantize.solvers.vlm_ptq import quantize_vlm_ptq
 from sensitivity.quantize.stored.codebook import to_codebook
 from sensitivity.spec.errors import unknown
 from sensitivity.spec.plan import KEEP, QSVD, Scheme, Setting
@@ -68,18 +68,22 @@ LEANQUANT: Any = {
 }
 METHODS: dict[str, Method] = {
     "uniform": Method(
-        per_weight(uniform),
+        per_weight(quantize_uniform),
         group="tensor",
         symmetric=False,
         settings={"biases": False},
         fixed="per tensor and asymmetric",
     ),
-    "rtn": Method(per_weight(rtn), settings={"biases": False}),
+    "rtn": Method(per_weight(quantize_rtn), settings={"biases": False}),
     "clip": Method(
-        clip, range(2, 9), calibrated=True, settings={"importance": UNIFORM}, choices={"importance": IMPORTANCE}
+        quantize_clip,
+        range(2, 9),
+        calibrated=True,
+        settings={"importance": UNIFORM},
+        choices={"importance": IMPORTANCE},
     ),
     "gptq": Method(
-        gptq,
+        quantize_gptq,
         calibrated=True,
         # order and clip add no stored bits; on the embedded model's layers they cut the output error by 20 to 40 %
         settings={
@@ -101,7 +105,7 @@ METHODS: dict[str, Method] = {
         },
     ),
     "vlm-ptq": Method(
-        vlm_ptq,
+        quantize_vlm_ptq,
         range(2, 9),
         symmetric=False,
         calibrated=True,
@@ -111,7 +115,7 @@ METHODS: dict[str, Method] = {
         both_paths=True,
     ),
     "awq": Method(
-        awq,
+        quantize_awq,
         range(2, 9),
         group=128,
         symmetric=False,
@@ -122,7 +126,7 @@ METHODS: dict[str, Method] = {
         choices={"scales": ("stored", "folded"), "importance": IMPORTANCE},
     ),
     "smooth": Method(
-        smooth,
+        quantize_smooth,
         range(2, 9),
         calibrated=True,
         settings={"exponent": 0.5, **SMOOTHING, "importance": UNIFORM},
@@ -145,9 +149,9 @@ METHODS: dict[str, Method] = {
         fixed="per row and symmetric",
         inputs=split_inputs,
     ),
-    "binary": Method(per_weight(binary), symmetric=False, fixed=PLANES, any_group=True),
+    "binary": Method(per_weight(quantize_binary), symmetric=False, fixed=PLANES, any_group=True),
     "squeezellm": Method(
-        squeezellm,
+        quantize_squeezellm,
         symmetric=False,
         calibrated=True,
         settings={"outliers": 0.0045, "sensitive": 0.0005, "gradient": False, "importance": UNIFORM},
@@ -155,10 +159,10 @@ METHODS: dict[str, Method] = {
         choices={"importance": IMPORTANCE},
         fixed=CODEBOOK,
     ),
-    "leanquant": Method(leanquant, symmetric=False, calibrated=True, fixed=CODEBOOK, **LEANQUANT),
-    "leanquant-affine": Method(leanquant_affine, range(2, 9), symmetric=False, calibrated=True, **LEANQUANT),
+    "leanquant": Method(quantize_leanquant, symmetric=False, calibrated=True, fixed=CODEBOOK, **LEANQUANT),
+    "leanquant-affine": Method(quantize_leanquant_affine, range(2, 9), symmetric=False, calibrated=True, **LEANQUANT),
     "bpdq": Method(
-        bpdq,
+        quantize_bpdq,
         range(1, 5),
         group=128,
         symmetric=False,
@@ -170,7 +174,7 @@ METHODS: dict[str, Method] = {
         any_group=True,
     ),
     "billm": Method(
-        billm,
+        quantize_billm,
         range(1, 2),
         group=128,
         calibrated=True,
@@ -181,7 +185,7 @@ METHODS: dict[str, Method] = {
         any_group=True,
     ),
     "bivlm": Method(
-        per_weight(bivlm),
+        per_weight(quantize_bivlm),
         range(1, 2),
         group="tensor",
         settings={"bins": 5, "salient": 0.01},
@@ -189,7 +193,7 @@ METHODS: dict[str, Method] = {
         fixed="per tensor and symmetric",
     ),
     "spqr": Method(
-        spqr,
+        quantize_spqr,
         range(2, 9),
         group=16,
         symmetric=False,
@@ -201,7 +205,7 @@ METHODS: dict[str, Method] = {
         any_group=True,
     ),
     "gwq": Method(
-        gwq,
+        quantize_gwq,
         range(2, 9),
         group=128,
         symmetric=False,
@@ -211,10 +215,10 @@ METHODS: dict[str, Method] = {
         ranges={"outliers": (0, 0.5)},
     ),
     "adpq": Method(
-        per_weight(adpq), range(2, 9), group=128, settings={"outliers": 0.06}, ranges={"outliers": (0, 0.5)}
+        per_weight(quantize_adpq), range(2, 9), group=128, settings={"outliers": 0.06}, ranges={"outliers": (0, 0.5)}
     ),
     "qvla": Method(
-        qvla,
+        quantize_qvla,
         calibrated=True,
         settings={"damp": 0.01, "importance": UNIFORM},
         ranges={"damp": (0, 10)},
@@ -222,7 +226,7 @@ METHODS: dict[str, Method] = {
         fixed="per row and symmetric",
     ),
     QSVD: Method(
-        qsvd,
+        quantize_qsvd,
         range(2, 9),
         calibrated=True,
         settings={"rank": 0.5, "beta": 0.2, "damp": 0.01, "importance": UNIFORM},
@@ -256,7 +260,7 @@ def weights_of(scheme: Scheme) -> Scheme:
     return of_weights(scheme, method_of(scheme), tuple(CALIBRATION))
 
 
-def importance(scheme: Scheme) -> str:
+def importance_of(scheme: Scheme) -> str:
     """What a scheme weighs calibration tokens by: UNIFORM, or another of IMPORTANCE."""
     return str(scheme.get("importance") or UNIFORM)
 
@@ -268,7 +272,7 @@ def needs_both_paths(scheme: Scheme) -> bool:
 
 def needs_gradients(scheme: Scheme) -> bool:
     """Whether a scheme needs a backward pass: of the answer loss, or of a block's own error."""
-    return importance(scheme) in GRADIENTS or needs_fisher(scheme)
+    return importance_of(scheme) in GRADIENTS or needs_fisher(scheme)
 
 
 def needs_fisher(scheme: Scheme) -> bool:

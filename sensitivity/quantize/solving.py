@@ -1,4 +1,4 @@
-"""solve() and quantize(): quantize weights with the methods that their schemes name."""
+"""solve() and fake_quantize(): quantize weights with the methods that their schemes name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def solve(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight
     return [list(results[scheme]) for scheme in schemes]
 
 
-def quantize(weight: Tensor, scheme: Scheme, curvature: Curvature | None = None) -> Tensor:
+def fake_quantize(weight: Tensor, scheme: Scheme, curvature: Curvature | None = None) -> Tensor:
     """Quantize and dequantize one weight; the result has the weight's own dtype."""
     ((result,),) = solve(Linears(("the weight",), (weight.detach(),), curvature), [scheme])
     return weight.detach().clone() if result is None else result.dequantize().to(weight.dtype)

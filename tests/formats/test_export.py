@@ -41,7 +41,7 @@ from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.quantize.scheme_settings import scheme
-from sensitivity.quantize.solvers.nearest import rtn as rtn_of
+from sensitivity.quantize.solvers.nearest import quantize_rtn as rtn_of
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import begin_folder

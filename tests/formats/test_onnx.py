@@ -29,7 +29,7 @@ from sensitivity.measure.generate.batches import prompt_text
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme

@@ -20,7 +20,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import METHODS
 from sensitivity.quantize.presets import PRESETS
 from sensitivity.quantize.scheme_settings import scheme
-from sensitivity.quantize.solving import quantize
+from sensitivity.quantize.solving import fake_quantize
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
@@ -105,7 +105,7 @@ def test_weights_beside_rounded_activations_are_bytes(scenes_llava: VLM, tmp_pat
     held = load_file(out / "model.safetensors")
     key = next(name for name in held if "multi_modal_projector" in name and held[name].dtype == torch.int8)
     own = scenes_llava.model.get_parameter(next(w.name for w in parts["connector"].weights if key.endswith(w.name[6:])))
-    assert torch.equal(held[key].float() * held[f"{key}_scale"].float(), quantize(own.detach(), chosen))
+    assert torch.equal(held[key].float() * held[f"{key}_scale"].float(), fake_quantize(own.detach(), chosen))
     manifest = json.loads((out / MANIFEST).read_bytes())
     assert manifest["written"]["bytes"] == manifest["predicted_size"]["bytes"]
 

@@ -27,10 +27,10 @@ from sensitivity.measure.passes.token_batches import calibration_pass
 from sensitivity.models.discover import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of
-from sensitivity.quantize.run_time.dependency import DEPTH, blocks_of, codes_of, dependency
+from sensitivity.quantize.run_time.dependency import DEPTH, blocks_of, codes_of, conditional_entropy
 from sensitivity.quantize.run_time.inputs import percentiles, round_between, round_each_token
 from sensitivity.quantize.scheme_settings import scheme
-from sensitivity.quantize.solving import quantize
+from sensitivity.quantize.solving import fake_quantize
 from sensitivity.spec.plan import Plan
 from sensitivity.tasks.table import task
 
@@ -47,11 +47,11 @@ def test_dependency_is_the_conditional_entropy_of_codes() -> None:
         both = sum(a == x and b == y for a, b in zip(first, second, strict=True))
         if both:
             slow -= both / len(first) * math.log(both / first.count(x))
-    assert dependency(before, after, 2) == pytest.approx(slow)
+    assert conditional_entropy(before, after, 2) == pytest.approx(slow)
     # the code of the first decides that of the second
-    assert dependency(before, 3 * before + 1, 4) == pytest.approx(0, abs=1e-9)
+    assert conditional_entropy(before, 3 * before + 1, 4) == pytest.approx(0, abs=1e-9)
     even = torch.arange(16).float()
-    assert dependency(even // 4, even % 4, 2) == pytest.approx(math.log(4))
+    assert conditional_entropy(even // 4, even % 4, 2) == pytest.approx(math.log(4))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -91,7 +91,7 @@ class Rounding(nn.Module):
     def __init__(self, linear: nn.Linear, how: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.bias, self.how = linear.bias, how
-        self.weight = nn.Parameter(quantize(linear.weight.detach(), scheme("rtn", 3)))
+        self.weight = nn.Parameter(fake_quantize(linear.weight.detach(), scheme("rtn", 3)))
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(self.how(x), self.weight, self.bias)
@@ -118,7 +118,7 @@ def test_joint_ranges_are_the_best_and_never_worse_than_layer_by_layer(
     chosen = scheme("rtn", 3, activations=3, activation_scale="blocks", calibration=statistics.facts)
     given = {weight.name: chosen for _, weights in layers for weight in weights}
     rounding = ClippedRanges(scenes_llava.model, parts, statistics.passes, {})
-    own = {name: quantize(scenes_llava.model.get_parameter(name).detach(), scheme("rtn", 3)) for name in given}
+    own = {name: fake_quantize(scenes_llava.model.get_parameter(name).detach(), scheme("rtn", 3)) for name in given}
     block = [(one, weights) for one, (_, weights) in zip(calls, layers, strict=True)]
 
     def install(weights: Any, changes: Any) -> Any:

@@ -31,7 +31,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.quantize.run_time.inputs import round_inputs
 from sensitivity.quantize.run_time.keys_and_values import round_cached
 from sensitivity.quantize.scheme_settings import scheme
-from sensitivity.quantize.solving import quantize
+from sensitivity.quantize.solving import fake_quantize
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
@@ -49,7 +49,7 @@ class Slow(nn.Module):
 
     def __init__(self, linear: nn.Linear, activations: int, cache: int, largest: torch.Tensor | None = None) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(quantize(linear.weight.detach(), scheme("rtn", 4))), linear.bias
+        self.weight, self.bias = nn.Parameter(fake_quantize(linear.weight.detach(), scheme("rtn", 4))), linear.bias
         self.activations, self.cache, self.largest = activations, cache, largest
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -24,10 +24,10 @@ from sensitivity.measure.passes.token_batches import TokenBatch, batches, calibr
 from sensitivity.models.discover import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.grids.gwq import gwq
+from sensitivity.quantize.grids.gwq import quantize_gwq
 from sensitivity.quantize.layer.linears import Linears, input_of
 from sensitivity.quantize.scheme_settings import scheme
-from sensitivity.quantize.solving import quantize
+from sensitivity.quantize.solving import fake_quantize
 from sensitivity.quantize.stored.sparse import SparseWeight
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
@@ -64,7 +64,7 @@ def test_the_error_of_a_block_is_differentiated_as_by_hand(scenes_llava: VLM) ->
     held = {w.name: scenes_llava.model.get_parameter(w.name).data for w in own}
     with ExitStack() as hooks:
         for w in own:
-            scenes_llava.model.get_parameter(w.name).data = quantize(held[w.name], PROBE)
+            scenes_llava.model.get_parameter(w.name).data = fake_quantize(held[w.name], PROBE)
 
             def keep(m: nn.Module, a: object, out: Tensor, name: str = w.name) -> Tensor:
                 out = out.detach().requires_grad_() + 0 if not out.requires_grad else out.clone()
@@ -203,7 +203,7 @@ def test_gwq_keeps_the_largest_gradients() -> None:
 
     def stored(scale: float = 1.0) -> SparseWeight:
         linears = Linears(("w",), (weight,), fisher=(scale * fisher,))
-        ((found,),) = gwq(linears, [scheme("gwq", 3, outliers=0.05)])
+        ((found,),) = quantize_gwq(linears, [scheme("gwq", 3, outliers=0.05)])
         assert isinstance(found, SparseWeight)
         return found
 
@@ -212,11 +212,11 @@ def test_gwq_keeps_the_largest_gradients() -> None:
     assert found.index.tolist() == sorted(first)
     assert torch.equal(found.dequantize().view(-1)[found.index], weight.float().view(-1)[found.index])
     assert torch.equal(stored(7.0).dequantize(), found.dequantize())  # whatever the scale of the loss
-    ((plain,),) = gwq(Linears(("w",), (weight,), fisher=(fisher,)), [scheme("gwq", 3, outliers=0)])
+    ((plain,),) = quantize_gwq(Linears(("w",), (weight,), fisher=(fisher,)), [scheme("gwq", 3, outliers=0)])
     assert plain is not None
-    assert torch.equal(plain.dequantize(), quantize(weight.float(), scheme("rtn", 3, group=128, symmetric=False)))
+    assert torch.equal(plain.dequantize(), fake_quantize(weight.float(), scheme("rtn", 3, group=128, symmetric=False)))
     with pytest.raises(UserError, match="w: gwq needs gradients of the answer loss"):
-        gwq(Linears(("w",), (weight,)), [scheme("gwq", 3)])
+        quantize_gwq(Linears(("w",), (weight,)), [scheme("gwq", 3)])
 
 
 @pytest.mark.parametrize("path", few(["float", "both"], ["float"]))

@@ -11,9 +11,9 @@ from sensitivity.quantize.layer.error_cost import STRIP, ErrorCost, low_rank_fac
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.solvers.clip import RATIOS, clipped
-from sensitivity.quantize.solvers.scale_search import QUERY_KEY, errors, scales
-from sensitivity.quantize.solving import quantize, solve
-from sensitivity.quantize.stored.grid import QuantizedWeight, encode, ranges, scale_and_zero
+from sensitivity.quantize.solvers.scale_search import QUERY_KEY, output_errors, scales
+from sensitivity.quantize.solving import fake_quantize, solve
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight, encode, ranges, scale_and_zero
 from sensitivity.spec.stored_bits import OVERHEAD
 
 WIDTH, GROUP = 48, 16
@@ -48,11 +48,11 @@ def test_errors_from_the_gram_matrix_are_those_of_the_outputs(bits: int, group: 
     given = linears()
     chosen = scheme("awq", bits, group=group)
     grid = scales(given.input_statistics, 20, torch.float32)
-    (found,) = errors(given.rows, grid, given.input_statistics.gram, [chosen], torch.float32)
+    (found,) = output_errors(given.rows, grid, given.input_statistics.gram, [chosen], torch.float32)
     for s, error in zip(grid, found.tolist(), strict=True):
         slow = 0.0
         for weight in given.weights:
-            nearest = quantize(weight * s, scheme("rtn", bits, group=group, symmetric=False)) / s
+            nearest = fake_quantize(weight * s, scheme("rtn", bits, group=group, symmetric=False)) / s
             slow += output_error(weight, nearest)
         assert error == pytest.approx(slow, rel=1e-4)
 
@@ -60,10 +60,10 @@ def test_errors_from_the_gram_matrix_are_those_of_the_outputs(bits: int, group: 
 def test_the_search_in_pieces_is_the_search_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     given = linears()
     grid = scales(given.input_statistics, 20, torch.float32)
-    whole = errors(given.rows, grid, given.input_statistics.gram, [scheme("awq", 3)], torch.float32)
+    whole = output_errors(given.rows, grid, given.input_statistics.gram, [scheme("awq", 3)], torch.float32)
     monkeypatch.setattr("sensitivity.quantize.solvers.scale_search.NUMBERS_AT_ONCE", 1)
     torch.testing.assert_close(
-        errors(given.rows, grid, given.input_statistics.gram, [scheme("awq", 3)], torch.float32), whole
+        output_errors(given.rows, grid, given.input_statistics.gram, [scheme("awq", 3)], torch.float32), whole
     )
 
 
@@ -95,7 +95,7 @@ def test_exponent_0_is_nearest() -> None:
     found = result(given, exponents=1, clip=False)
     assert found.inputs is None
     nearest = scheme("rtn", 3, group=GROUP, symmetric=False)
-    assert torch.equal(found.dequantize(), quantize(given.weights[0], nearest))
+    assert torch.equal(found.dequantize(), fake_quantize(given.weights[0], nearest))
 
 
 def test_scales_and_clipping_each_help() -> None:
@@ -246,5 +246,5 @@ def test_what_a_few_directions_rule_out_would_not_have_been_chosen(
 def test_clipping_never_costs_more_than_nearest_within_a_row() -> None:
     given = linears(("w",))
     for bits in (2, 3, 4, 8):
-        clip_error = output_error(given.rows, quantize(given.rows, scheme("clip", bits), given.input_statistics))
-        assert clip_error <= output_error(given.rows, quantize(given.rows, scheme("rtn", bits)))
+        clip_error = output_error(given.rows, fake_quantize(given.rows, scheme("clip", bits), given.input_statistics))
+        assert clip_error <= output_error(given.rows, fake_quantize(given.rows, scheme("rtn", bits)))

@@ -21,7 +21,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import Linears, input_of
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.solving import solve
-from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan

@@ -12,8 +12,8 @@ from torch import Tensor
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.scheme_settings import scheme
-from sensitivity.quantize.solving import quantize, solve
-from sensitivity.quantize.stored.grid import ranges, scale_and_zero
+from sensitivity.quantize.solving import fake_quantize, solve
+from sensitivity.quantize.stored.integer_grid import ranges, scale_and_zero
 from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.plan import Scheme
 
@@ -73,7 +73,7 @@ def test_it_is_the_published_algorithm(group: int | str, symmetric: bool, order:
     seen, w = curvature(inputs()), weights()
     for bits in (1, 2, 3, 4, 8):
         chosen = scheme("gptq", bits, group=group, symmetric=symmetric, order=order, clip=False)
-        ours, theirs = quantize(w, chosen, seen), published(w, seen.gram, chosen)
+        ours, theirs = fake_quantize(w, chosen, seen), published(w, seen.gram, chosen)
         # a number that lies on the edge between two codes may fall either way, and then changes those after it
         assert (ours - theirs).abs().gt(1e-4).any(1).float().mean() <= 0.2
         assert cost(w, ours, seen) == pytest.approx(cost(w, theirs, seen), rel=0.02)
@@ -82,7 +82,7 @@ def test_it_is_the_published_algorithm(group: int | str, symmetric: bool, order:
 def test_grids_are_found_for_128_columns_at_a_time_as_released() -> None:
     seen, w = curvature(inputs(600, 200)), weights(16, 200)
     chosen = scheme("gptq", 3, group=48, symmetric=False, order="given", clip=False)  # spans of 96: 0, 96, 192
-    ours, theirs = quantize(w, chosen, seen), published(w, seen.gram, chosen)
+    ours, theirs = fake_quantize(w, chosen, seen), published(w, seen.gram, chosen)
     assert (ours - theirs).abs().gt(1e-4).any(1).float().mean() <= 0.2
 
 
@@ -127,7 +127,9 @@ def test_the_real_library_through_our_statistics_is_as_good_and_keeps_quiet(
     seen, w = curvature(inputs()), weights()
     for bits in (2, 3, 4, 8):
         how = {"group": group, "symmetric": symmetric, "clip": False}
-        ours, theirs = (quantize(w, scheme("gptq", bits, **how, **b), seen) for b in ({}, {"backend": "gptqmodel"}))
+        ours, theirs = (
+            fake_quantize(w, scheme("gptq", bits, **how, **b), seen) for b in ({}, {"backend": "gptqmodel"})
+        )
         assert cost(w, ours, seen) == pytest.approx(cost(w, theirs, seen), rel=0.1)
     assert not capsys.readouterr().out
 
@@ -137,11 +139,11 @@ def test_the_real_library_through_our_statistics_is_as_good_and_keeps_quiet(
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_it_costs_no_more_than_nearest_on_the_same_grid(group: int | str, symmetric: bool, bits: int) -> None:
     seen, w = curvature(inputs()), weights()
-    nearest = cost(w, quantize(w, scheme("rtn", bits, group=group, symmetric=symmetric)), seen)
+    nearest = cost(w, fake_quantize(w, scheme("rtn", bits, group=group, symmetric=symmetric)), seen)
     for order in ("given", "activation"):
         for clip in (False, True):
             chosen = scheme("gptq", bits, group=group, symmetric=symmetric, order=order, clip=clip)
-            assert cost(w, quantize(w, chosen, seen), seen) < nearest
+            assert cost(w, fake_quantize(w, chosen, seen), seen) < nearest
 
 
 def test_endless_damping_is_nearest() -> None:
@@ -150,20 +152,20 @@ def test_endless_damping_is_nearest() -> None:
         endless = replace(
             chosen, settings=tuple({**dict(chosen.settings), "damp": 1e9}.items())
         )  # more than is allowed
-        found = quantize(weights(), endless, curvature(inputs()))
-        torch.testing.assert_close(found, quantize(weights(), scheme("rtn", 3, group=group)), rtol=0, atol=1e-6)
+        found = fake_quantize(weights(), endless, curvature(inputs()))
+        torch.testing.assert_close(found, fake_quantize(weights(), scheme("rtn", 3, group=group)), rtol=0, atol=1e-6)
 
 
 def test_inputs_that_know_nothing_of_each_other_are_nearest() -> None:
-    found = quantize(weights(), scheme("gptq", 3, clip=False), curvature(torch.eye(WIDTH)))
-    assert torch.equal(found, quantize(weights(), scheme("rtn", 3)))
+    found = fake_quantize(weights(), scheme("gptq", 3, clip=False), curvature(torch.eye(WIDTH)))
+    assert torch.equal(found, fake_quantize(weights(), scheme("rtn", 3)))
 
 
 def test_a_group_as_wide_as_the_row_is_the_row() -> None:
     seen = curvature(inputs())
     for chosen in ({}, {"order": "given"}, {"order": "given", "clip": False}):
-        per_row = quantize(weights(), scheme("gptq", 3, **chosen), seen)
-        torch.testing.assert_close(quantize(weights(), scheme("gptq", 3, group=WIDTH, **chosen), seen), per_row)
+        per_row = fake_quantize(weights(), scheme("gptq", 3, **chosen), seen)
+        torch.testing.assert_close(fake_quantize(weights(), scheme("gptq", 3, group=WIDTH, **chosen), seen), per_row)
 
 
 def test_the_result_is_on_its_grid() -> None:
@@ -182,13 +184,17 @@ def test_a_token_twice_is_a_token_of_double_weight() -> None:
     twice, weighted = curvature(torch.cat([x, x[7:8]])), curvature(x, r)
     torch.testing.assert_close(twice.gram, weighted.gram, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(twice.mean_magnitude, weighted.mean_magnitude)
-    assert torch.equal(quantize(weights(), scheme("gptq", 3), twice), quantize(weights(), scheme("gptq", 3), weighted))
+    assert torch.equal(
+        fake_quantize(weights(), scheme("gptq", 3), twice), fake_quantize(weights(), scheme("gptq", 3), weighted)
+    )
 
 
 def test_equal_weights_are_no_weights() -> None:
     x = inputs()
     plain, weighted = curvature(x), curvature(x, torch.full((len(x),), 4.0))
-    assert torch.equal(quantize(weights(), scheme("gptq", 3), plain), quantize(weights(), scheme("gptq", 3), weighted))
+    assert torch.equal(
+        fake_quantize(weights(), scheme("gptq", 3), plain), fake_quantize(weights(), scheme("gptq", 3), weighted)
+    )
 
 
 def test_a_token_of_no_weight_was_not_seen() -> None:
@@ -222,7 +228,9 @@ def test_batches_add_up() -> None:
 def test_stored_and_read_again() -> None:
     seen = curvature(inputs())
     again = Curvature.of(seen.tensors())
-    assert torch.equal(quantize(weights(), scheme("gptq", 3), again), quantize(weights(), scheme("gptq", 3), seen))
+    assert torch.equal(
+        fake_quantize(weights(), scheme("gptq", 3), again), fake_quantize(weights(), scheme("gptq", 3), seen)
+    )
 
 
 def test_the_factor_is_computed_once() -> None:
@@ -236,7 +244,7 @@ def test_a_matrix_that_will_not_factorize_gets_more_damping_and_says_so_once() -
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default", Notice)  # as the command line has it
         for _ in range(3):  # layers; 5 tokens cannot tell 72 channels apart
-            assert torch.isfinite(quantize(weights(), scheme("gptq", 4, damp=0.0), curvature(inputs(5)))).all()
+            assert torch.isfinite(fake_quantize(weights(), scheme("gptq", 4, damp=0.0), curvature(inputs(5)))).all()
     (notice,) = said
     assert notice.category is Notice
     assert str(notice.message).startswith("damping raised from 0 to 0.001, since a Gram matrix would not factorize")
@@ -247,7 +255,10 @@ def test_a_channel_that_was_always_zero_is_rounded_to_nearest() -> None:
     x[:, [3, 40]] = 0
     seen = curvature(x)
     assert seen.dead.nonzero().flatten().tolist() == [3, 40]
-    found, nearest = quantize(weights(), scheme("gptq", 3, clip=False), seen), quantize(weights(), scheme("rtn", 3))
+    found, nearest = (
+        fake_quantize(weights(), scheme("gptq", 3, clip=False), seen),
+        fake_quantize(weights(), scheme("rtn", 3)),
+    )
     assert torch.equal(found[:, [3, 40]], nearest[:, [3, 40]])  # and not zeroed, as in the paper's code
 
 
@@ -265,4 +276,6 @@ def test_inputs_that_are_no_numbers_name_the_layer() -> None:
 
 def test_inputs_of_nothing_but_zeros_leave_nearest() -> None:
     seen = curvature(torch.zeros(10, WIDTH))
-    assert torch.equal(quantize(weights(), scheme("gptq", 3, clip=False), seen), quantize(weights(), scheme("rtn", 3)))
+    assert torch.equal(
+        fake_quantize(weights(), scheme("gptq", 3, clip=False), seen), fake_quantize(weights(), scheme("rtn", 3))
+    )

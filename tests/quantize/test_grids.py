@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sensitivity.measure.memory.weight_codes import from_tensors, tensors
 from sensitivity.quantize.grids.billm import BlockGrid
-from sensitivity.quantize.grids.kmeans import kmeans, nearest
+from sensitivity.quantize.grids.kmeans import kmeans_levels, nearest_levels
 from sensitivity.quantize.grids.outliers import largest
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
@@ -21,10 +21,10 @@ from sensitivity.quantize.layer.two_paths import TwoPaths
 from sensitivity.quantize.methods import METHODS
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.solvers.gptq import factor_of
-from sensitivity.quantize.solving import quantize, solve
+from sensitivity.quantize.solving import fake_quantize, solve
 from sensitivity.quantize.stored.channels import ChannelWidthsWeight
 from sensitivity.quantize.stored.codebook import CodebookWeight
-from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight
 from sensitivity.quantize.stored.levels import BinaryWeight, BinnedWeight, LevelsWeight, PlanesWeight
 from sensitivity.quantize.stored.low_rank import LowRankWeight
 from sensitivity.quantize.stored.sparse import SparseWeight, TwoScaleWeight
@@ -86,8 +86,8 @@ def optimum(values: list[float], heavy: list[float], count: int) -> float:
 def test_clusters_are_the_optimum(count: int, equal: bool) -> None:
     rows = random(4, 25)
     heavy = torch.ones(4, 25) if equal else torch.rand(4, 25, generator=torch.Generator().manual_seed(3)).square()
-    levels = kmeans(rows, heavy, count)
-    found = (heavy * (rows - levels.gather(1, nearest(rows, levels).long())).square()).sum(1)
+    levels = kmeans_levels(rows, heavy, count)
+    found = (heavy * (rows - levels.gather(1, nearest_levels(rows, levels).long())).square()).sum(1)
     for i in range(4):
         assert float(found[i]) == pytest.approx(optimum(rows[i].tolist(), heavy[i].tolist(), count), rel=1e-4)
 
@@ -97,15 +97,15 @@ def test_long_rows_are_no_worse_than_lloyd_from_quantiles(count: int) -> None:
     rows, heavy = random(3, 1000), random(1, 1000, seed=5).square().expand(3, -1)
     start = torch.quantile(rows, (torch.arange(count) + 0.5) / count, dim=1).T.contiguous()
     for _ in range(50):
-        place = nearest(rows, start).long()
+        place = nearest_levels(rows, start).long()
         total = torch.zeros_like(start).scatter_add(1, place, heavy)
         mean = torch.zeros_like(start).scatter_add(1, place, heavy * rows) / total
         start = torch.where(total > 0, mean, start).sort(1)[0]
 
     def error(levels: Tensor) -> Tensor:
-        return (heavy * (rows - levels.gather(1, nearest(rows, levels).long())).square()).sum()
+        return (heavy * (rows - levels.gather(1, nearest_levels(rows, levels).long())).square()).sum()
 
-    assert error(kmeans(rows, heavy, count)) <= 1.001 * error(start)
+    assert error(kmeans_levels(rows, heavy, count)) <= 1.001 * error(start)
 
 
 @pytest.mark.parametrize("method", ["squeezellm", "leanquant"])
@@ -113,13 +113,13 @@ def test_long_rows_are_no_worse_than_lloyd_from_quantiles(count: int) -> None:
 def test_as_many_levels_as_numbers_lose_nothing(method: str, distinct: int) -> None:
     numbers = random(distinct).half().float()
     weight = numbers[torch.randint(0, distinct, (ROWS, 200), generator=torch.Generator().manual_seed(0))]
-    assert torch.equal(quantize(weight, scheme(method, 3), seen(200)), weight)
+    assert torch.equal(fake_quantize(weight, scheme(method, 3), seen(200)), weight)
 
 
 def test_numbers_without_weight_do_not_count() -> None:
     rows, heavy = torch.tensor([[0.0, 1.0, 50.0, 100.0]]), torch.tensor([[1.0, 1.0, 0.0, 0.0]])
-    assert kmeans(rows, heavy, 2)[0, :2].tolist() == [0.0, 1.0]
-    assert torch.isfinite(kmeans(rows, torch.zeros(1, 4), 2)).all()
+    assert kmeans_levels(rows, heavy, 2)[0, :2].tolist() == [0.0, 1.0]
+    assert torch.isfinite(kmeans_levels(rows, torch.zeros(1, 4), 2)).all()
 
 
 # -- outliers
@@ -152,7 +152,7 @@ def test_squeezellm_weighs_by_the_fisher_matrix_where_there_is_one() -> None:
     assert result is not None
     ((other,),) = solve(linears, [asked := scheme("squeezellm", 2, outliers=0, sensitive=0)])
     assert other is not None
-    assert torch.equal(other.dequantize(), quantize(weight, asked, seen()))  # which does not ask for gradients
+    assert torch.equal(other.dequantize(), fake_quantize(weight, asked, seen()))  # which does not ask for gradients
 
     def error(found: Tensor) -> float:
         return float((fisher * (weight - found).square()).sum())
@@ -160,7 +160,7 @@ def test_squeezellm_weighs_by_the_fisher_matrix_where_there_is_one() -> None:
     best = sum(optimum(weight[i].tolist(), fisher[i].tolist(), 4) for i in range(2))
     assert float((fisher * (weight - result.dequantize()).square())[:2].sum()) == pytest.approx(best, rel=0.01)
     assert error(result.dequantize()) < error(
-        quantize(weight, scheme("squeezellm", 2, outliers=0, sensitive=0), seen())
+        fake_quantize(weight, scheme("squeezellm", 2, outliers=0, sensitive=0), seen())
     )
 
 
@@ -176,7 +176,7 @@ def test_adpq_puts_the_largest_on_a_grid_of_their_own() -> None:
         mask = torch.zeros(weight.numel(), dtype=torch.bool).index_fill(0, result.index, True).view_as(weight)
         mask = mask[i : i + 1, 24 * g : 24 * g + 24]
         plain = scheme("rtn", 3, group="row")
-        inner, outer = (quantize(some.masked_fill(m, 0), plain) for m in (mask, ~mask))
+        inner, outer = (fake_quantize(some.masked_fill(m, 0), plain) for m in (mask, ~mask))
         torch.testing.assert_close(found[i : i + 1, 24 * g : 24 * g + 24], torch.where(mask, outer, inner))
 
 
@@ -191,7 +191,9 @@ def test_adpq_codes_do_not_depend_on_scale() -> None:
 
 def test_no_outliers_leave_the_plain_grid() -> None:
     weight = random(ROWS, WIDTH)
-    assert torch.equal(quantize(weight, scheme("adpq", 3, outliers=0)), quantize(weight, scheme("rtn", 3, group=128)))
+    assert torch.equal(
+        fake_quantize(weight, scheme("adpq", 3, outliers=0)), fake_quantize(weight, scheme("rtn", 3, group=128))
+    )
 
 
 # -- the column-wise solver on other grids
@@ -231,7 +233,8 @@ def test_leanquant_weighs_by_the_inverse_cholesky_factor() -> None:
     for i in range(2):
         heavy = (d / d.min()).pow(-4)
         found = (
-            heavy * (weight[i] - result.levels[i, nearest(weight[i : i + 1], result.levels[i : i + 1])[0].long()]) ** 2
+            heavy
+            * (weight[i] - result.levels[i, nearest_levels(weight[i : i + 1], result.levels[i : i + 1])[0].long()]) ** 2
         )
         assert float(found.sum()) == pytest.approx(optimum(weight[i].tolist(), heavy.tolist(), 4), rel=0.01)
 
@@ -239,16 +242,16 @@ def test_leanquant_weighs_by_the_inverse_cholesky_factor() -> None:
 def test_leanquant_on_integers_with_exponent_2_is_gptq_with_its_clip_search() -> None:
     weight, curvature = random(ROWS, WIDTH), seen()
     for group in ("row", 24):
-        found = quantize(weight, scheme("leanquant-affine", 3, exponent=2, group=group), curvature)
-        assert torch.equal(found, quantize(weight, scheme("gptq", 3, symmetric=False, group=group), curvature))
+        found = fake_quantize(weight, scheme("leanquant-affine", 3, exponent=2, group=group), curvature)
+        assert torch.equal(found, fake_quantize(weight, scheme("gptq", 3, symmetric=False, group=group), curvature))
 
 
 @pytest.mark.parametrize("order", ["given", "activation"])
 def test_spqr_without_outliers_is_gptq_on_its_grid(order: str) -> None:
     weight, curvature = random(ROWS, WIDTH), seen()
-    found = quantize(weight, scheme("spqr", 3, outliers=0, scale_bits=16, order=order), curvature)
+    found = fake_quantize(weight, scheme("spqr", 3, outliers=0, scale_bits=16, order=order), curvature)
     gptq = scheme("gptq", 3, group=16, symmetric=False, damp=1.0, order=order, clip=False)
-    assert torch.equal(found, quantize(weight, gptq, curvature))
+    assert torch.equal(found, fake_quantize(weight, gptq, curvature))
 
 
 @pytest.mark.parametrize("order", ["given", "activation"])
@@ -295,7 +298,7 @@ def test_bpdq_is_no_worse_than_its_first_planes() -> None:
     weight, curvature = random(ROWS, WIDTH), seen()
 
     def cost(turns: int) -> float:
-        error = (weight - quantize(weight, scheme("bpdq", 2, group=24, turns=turns), curvature)).double()
+        error = (weight - fake_quantize(weight, scheme("bpdq", 2, group=24, turns=turns), curvature)).double()
         return float(((error @ curvature.gram.double()) * error).sum())
 
     assert cost(10) < cost(1) < float(((weight @ curvature.gram) * weight).sum())
@@ -305,7 +308,7 @@ def test_bpdq_without_correlation_is_alternating_least_squares() -> None:
     """With H = 1 nothing is compensated: bits are the nearest sums, coefficients plain least squares."""
     weight, curvature = random(5, 24), Curvature(24)
     curvature.add(torch.eye(24))
-    found = quantize(weight, scheme("bpdq", 2, group=24, turns=6, damp=0), curvature)
+    found = fake_quantize(weight, scheme("bpdq", 2, group=24, turns=6, damp=0), curvature)
     for i in range(5):
         row, best = weight[i].double(), (math.inf, torch.zeros(24))
         codes = ((row - row.min()) / (row.max() - row.min()) * 255).round().long() >> 6
@@ -323,7 +326,7 @@ def test_bpdq_without_correlation_is_alternating_least_squares() -> None:
 def test_residual_binary_never_gets_worse_with_its_order() -> None:
     for group in ("row", 16, 50):
         weight = random(ROWS, WIDTH).exp()  # skewed, so that means matter
-        errors = [share(weight, quantize(weight, scheme("binary", order, group=group))) for order in range(1, 9)]
+        errors = [share(weight, fake_quantize(weight, scheme("binary", order, group=group))) for order in range(1, 9)]
         assert all(later <= earlier + 1e-6 for earlier, later in pairwise(errors))
 
 
@@ -344,28 +347,28 @@ def loop(row: list[float], order: int) -> list[float]:
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_residual_binary_is_a_loop_over_numbers(order: int) -> None:
     weight = random(4, 20)
-    found = quantize(weight, scheme("binary", order, group=8))
+    found = fake_quantize(weight, scheme("binary", order, group=8))
     expected = [list(chain(*(loop(row[a : a + 8], order) for a in (0, 8, 16)))) for row in weight.tolist()]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=2e-3, atol=2e-3)
 
 
 def test_billm_without_salient_columns_and_halves_is_binary() -> None:
     weight = random(ROWS, WIDTH)
-    one_block = quantize(weight, scheme("billm", 1, salient=0, split=False, group=WIDTH), seen())
-    torch.testing.assert_close(one_block, quantize(weight, scheme("binary", 1, group=WIDTH)), rtol=0, atol=2e-3)
+    one_block = fake_quantize(weight, scheme("billm", 1, salient=0, split=False, group=WIDTH), seen())
+    torch.testing.assert_close(one_block, fake_quantize(weight, scheme("binary", 1, group=WIDTH)), rtol=0, atol=2e-3)
 
 
 def test_billm_blocks_hear_of_earlier_blocks() -> None:
     """Each block is the binary form of its compensated weights; found here from the inverse, block by block."""
     weight, curvature, group = random(ROWS, WIDTH), seen(), 24
-    found = quantize(weight, scheme("billm", 1, salient=0, split=False, group=group), curvature)
+    found = fake_quantize(weight, scheme("billm", 1, salient=0, split=False, group=group), curvature)
     h = curvature.gram.double()
     h.diagonal().add_(0.01 * h.diagonal().mean())
     for a in range(0, WIDTH, group):
         error = (weight[:, :a] - found[:, :a]).double()
         # the best that later columns can do about these errors, before any of them is rounded
         later = weight[:, a:].double() + error @ h[:a, a:] @ torch.linalg.inv(h[a:, a:])
-        block = quantize(later[:, :group].float(), scheme("binary", 1))
+        block = fake_quantize(later[:, :group].float(), scheme("binary", 1))
         torch.testing.assert_close(found[:, a : a + group], block, rtol=0, atol=5e-3)
 
 
@@ -373,7 +376,7 @@ def test_billm_parts_lower_the_error() -> None:
     weight, curvature = random(ROWS, 128), seen(128)
     weight[:, [4, 90]] *= 6
     errors = [
-        share(weight, quantize(weight, scheme("billm", 1, **how), curvature))
+        share(weight, fake_quantize(weight, scheme("billm", 1, **how), curvature))
         for how in ({"salient": 0, "split": False}, {"salient": 0}, {})
     ]
     assert errors[0] > errors[1] > errors[2]
@@ -391,7 +394,7 @@ def test_billm_parts_lower_the_error() -> None:
 
 def test_one_bin_of_gaussian_weights_loses_1_minus_2_over_pi() -> None:
     weight = random(400, 400)
-    assert share(weight, quantize(weight, scheme("bivlm", 1, bins=1, salient=0))) == pytest.approx(
+    assert share(weight, fake_quantize(weight, scheme("bivlm", 1, bins=1, salient=0))) == pytest.approx(
         1 - 2 / math.pi, abs=0.005
     )
 
@@ -414,7 +417,7 @@ def test_bins_are_gaussian_quantiles_and_their_levels_the_mean_magnitude(bins: i
 @pytest.mark.parametrize(("bins", "error"), [(1, 0.329), (2, 0.124), (3, 0.072), (5, 0.039), (6, 0.032)])
 def test_more_bins_lower_the_error_as_known(bins: int, error: float) -> None:
     weight = random(300, 300)
-    assert share(weight, quantize(weight, scheme("bivlm", 1, bins=bins))) == pytest.approx(error, abs=0.025)
+    assert share(weight, fake_quantize(weight, scheme("bivlm", 1, bins=bins))) == pytest.approx(error, abs=0.025)
 
 
 @pytest.mark.parametrize("bins", [1, 2, 3, 5, 6, 20])
@@ -513,21 +516,21 @@ def test_a_width_has_the_same_bits_alone_and_beside_other_weights(chosen: Scheme
     together = dict(zip(schemes, solve(Linears(("a", "b"), (a, b), seen()), schemes), strict=True))[chosen]
     for weight, result in zip((a, b), together, strict=True):
         assert result is not None
-        assert torch.equal(result.dequantize(), quantize(weight, chosen, seen()))
+        assert torch.equal(result.dequantize(), fake_quantize(weight, chosen, seen()))
 
 
 @pytest.mark.parametrize("chosen", every(), ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_weights_and_odd_shapes(chosen: Scheme, dtype: torch.dtype) -> None:
     weight = random(5, 19).to(dtype)
-    found = quantize(weight, chosen, seen(19))
+    found = fake_quantize(weight, chosen, seen(19))
     assert found.dtype == dtype
     assert torch.isfinite(found).all()
 
 
 @pytest.mark.parametrize("chosen", every(), ids=str)
 def test_zeros_stay_finite(chosen: Scheme) -> None:
-    assert quantize(torch.zeros(4, WIDTH), chosen, seen()).abs().max() < 1e-3
+    assert fake_quantize(torch.zeros(4, WIDTH), chosen, seen()).abs().max() < 1e-3
 
 
 def test_calibrated_methods_are_those_that_need_inputs() -> None:

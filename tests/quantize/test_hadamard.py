@@ -14,7 +14,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.scheme_settings import scheme
-from sensitivity.quantize.solving import quantize, solve
+from sensitivity.quantize.solving import fake_quantize, solve
 from sensitivity.quantize.stored.rotated import RotatedWeight, rotate, rotate_back
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
@@ -52,8 +52,8 @@ def test_gptq_under_it_is_gptq_of_the_rotated_layer() -> None:
     plain.add(tokens)
     turned.add(rotate(tokens))
     asked = scheme("gptq", 3, order="given")
-    expected = rotate_back(quantize(rotate(weight), asked, turned))
-    found = quantize(weight, scheme("gptq", 3, order="given", transform="hadamard"), plain)
+    expected = rotate_back(fake_quantize(rotate(weight), asked, turned))
+    found = fake_quantize(weight, scheme("gptq", 3, order="given", transform="hadamard"), plain)
     # a number on the edge between two codes may fall to either side
     error, reference = (float(((q - weight) @ tokens.T).square().sum()) for q in (found, expected))
     assert error == pytest.approx(reference, rel=0.02)
@@ -65,7 +65,7 @@ def test_few_large_weights_cost_less_behind_it() -> None:
     weight[:, 5] *= 30
     errors = []
     for transform in ("none", "hadamard"):
-        found = quantize(weight, scheme("gptq", 3, clip=False, transform=transform), curvature) - weight
+        found = fake_quantize(weight, scheme("gptq", 3, clip=False, transform=transform), curvature) - weight
         errors.append(float(torch.einsum("ij,jk,ik->", found, curvature.gram, found)))
     assert errors[1] < 0.5 * errors[0]
 

@@ -23,7 +23,7 @@ from sensitivity.quantize.run_time.inputs import round_inputs
 from sensitivity.quantize.run_time.keys_and_values import round_cached
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.solvers.qsvd import factors
-from sensitivity.quantize.solving import quantize, solve
+from sensitivity.quantize.solving import fake_quantize, solve
 from sensitivity.quantize.stored.low_rank import LowRankWeight
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
@@ -208,4 +208,4 @@ def test_what_makes_no_sense_is_refused() -> None:
         scheme("qsvd", 4, cache=4, cache_past=True)
     with pytest.raises(UserError, match=r"rank of qsvd is a number from 0\.001 to 1, not 0"):
         scheme("qsvd", 4, rank=0.0)
-    assert torch.isfinite(quantize(torch.zeros(4, COLS), scheme("qsvd", 4), attention()[0].curvature)).all()
+    assert torch.isfinite(fake_quantize(torch.zeros(4, COLS), scheme("qsvd", 4), attention()[0].curvature)).all()

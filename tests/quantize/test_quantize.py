@@ -15,8 +15,8 @@ from sensitivity.models.discover import discover
 from sensitivity.quantize.methods import METHODS
 from sensitivity.quantize.presets import PRESETS
 from sensitivity.quantize.scheme_settings import scheme
-from sensitivity.quantize.solving import quantize, solve
-from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.solving import fake_quantize, solve
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight
 from sensitivity.spec.components import GRANULARITIES, ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
@@ -72,7 +72,7 @@ def plain_rtn(weight: Tensor, chosen: Scheme) -> Tensor:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_nearest_is_what_a_loop_over_numbers_gives(bits: int, group: int | str, symmetric: bool) -> None:
     chosen = scheme("rtn", bits, group=group, symmetric=symmetric)
-    torch.testing.assert_close(quantize(weights(), chosen), plain_rtn(weights(), chosen), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fake_quantize(weights(), chosen), plain_rtn(weights(), chosen), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -80,7 +80,7 @@ def test_uniform_is_the_papers_formula(bits: int) -> None:
     w = weights()
     low, span, levels = w.min(), w.max() - w.min(), 2**bits - 1
     expected = span * torch.round(levels * (w - low) / span) / levels + low
-    found = quantize(w, scheme("uniform", bits))
+    found = fake_quantize(w, scheme("uniform", bits))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert found.unique().numel() <= 2**bits
 
@@ -90,22 +90,22 @@ def test_uniform_is_the_papers_formula(bits: int) -> None:
 def test_a_constant_tensor_stays_what_it_is(method: str, value: float) -> None:
     w = torch.full((4, 8), value)
     # a symmetric grid ends half a step short of the largest magnitude on the positive side: 1/15 at four bits
-    torch.testing.assert_close(quantize(w, scheme(method, 4)), w, rtol=0.067, atol=1e-3)
-    assert torch.equal(quantize(w, scheme("uniform", 4)), w)
+    torch.testing.assert_close(fake_quantize(w, scheme(method, 4)), w, rtol=0.067, atol=1e-3)
+    assert torch.equal(fake_quantize(w, scheme("uniform", 4)), w)
 
 
 def test_a_group_as_wide_as_the_row_is_the_row() -> None:
     for symmetric in (True, False):
-        per_row = quantize(weights(), scheme("rtn", 3, symmetric=symmetric))
-        assert torch.equal(quantize(weights(), scheme("rtn", 3, group=20, symmetric=symmetric)), per_row)
-        assert torch.equal(quantize(weights(), scheme("rtn", 3, group=999, symmetric=symmetric)), per_row)
+        per_row = fake_quantize(weights(), scheme("rtn", 3, symmetric=symmetric))
+        assert torch.equal(fake_quantize(weights(), scheme("rtn", 3, group=20, symmetric=symmetric)), per_row)
+        assert torch.equal(fake_quantize(weights(), scheme("rtn", 3, group=999, symmetric=symmetric)), per_row)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_weights_keep_their_type(dtype: torch.dtype) -> None:
     w = weights().to(dtype)
     for method, bits in (("uniform", 4), ("rtn", 4), ("nf4", 4), ("llm-int8", 8)):
-        found = quantize(w, scheme(method, bits))
+        found = fake_quantize(w, scheme(method, bits))
         assert found.dtype == dtype
         assert (found - w).abs().max() < 0.6
 
@@ -143,7 +143,7 @@ def test_presets_are_rows_of_settings() -> None:
         (lambda: scheme("gptq", 4, order="best"), "unknown order of gptq 'best'; choose from given, activation"),
         (lambda: scheme("gptq", 4, damp="much"), "damp of gptq is a number from 0 to 10, not 'much'"),
         (lambda: scheme("gptq", 4, damp=-1.0), "damp of gptq is a number from 0 to 10, not -1.0"),
-        (lambda: quantize(weights(), Scheme("best", 4)), "unknown method 'best'"),
+        (lambda: fake_quantize(weights(), Scheme("best", 4)), "unknown method 'best'"),
     ],
 )
 def test_a_wrong_wish_is_refused_in_one_sentence(make: object, message: str) -> None:
@@ -267,4 +267,4 @@ def test_results_come_in_the_order_asked() -> None:
     for chosen, results in zip(schemes, solve(linears, schemes), strict=True):
         for weight, result in zip(linears.weights, results, strict=True):
             assert result is not None
-            assert torch.equal(result.dequantize(), quantize(weight, chosen))
+            assert torch.equal(result.dequantize(), fake_quantize(weight, chosen))

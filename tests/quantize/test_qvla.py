@@ -12,7 +12,7 @@ from sensitivity.quantize.grids.qvla import _bits, allocated
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.scheme_settings import scheme
-from sensitivity.quantize.solving import quantize, solve
+from sensitivity.quantize.solving import fake_quantize, solve
 from sensitivity.quantize.stored.channels import ChannelWidthsWeight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.stored_bits import CHANNEL_WIDTHS, channel_budget
@@ -86,7 +86,7 @@ def test_alike_rows_are_alike_at_a_width_that_there_is() -> None:
     for bits in (2, 4, 8):
         found = stored(weight, bits)
         assert set(found.widths.tolist()) == {bits}
-        torch.testing.assert_close(found.dequantize(), quantize(weight, scheme("rtn", bits)))
+        torch.testing.assert_close(found.dequantize(), fake_quantize(weight, scheme("rtn", bits)))
 
 
 def test_a_budget_for_all_rows_in_16_bits_keeps_them() -> None:

@@ -13,8 +13,8 @@ from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.run_time.inputs import round_between, round_inputs
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.solvers.learned_smoothing import _error, _rounded, _tokens, learned
-from sensitivity.quantize.solving import quantize, solve
-from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.solving import fake_quantize, solve
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight
 from sensitivity.quantize.stored.rotated import InputTransform, RotatedWeight, rotate, rotate_back
 from sensitivity.spec.errors import UserError
 
@@ -87,7 +87,7 @@ def test_factors_are_those_of_a_loop_over_channels(exponent: float) -> None:
     assert torch.allclose(one.inputs, expected, rtol=1e-3)
     assert two.inputs is not None
     assert torch.equal(one.inputs, two.inputs)
-    assert torch.allclose(one.dequantize(), quantize(first * one.inputs, scheme("rtn", 8)) / one.inputs)
+    assert torch.allclose(one.dequantize(), fake_quantize(first * one.inputs, scheme("rtn", 8)) / one.inputs)
 
 
 @pytest.mark.parametrize("transform", ["none", "hadamard", "blocks"])
@@ -99,7 +99,7 @@ def test_channels_that_are_large_cost_less(transform: str) -> None:
     behind = InputTransform.of(stored, CPU)
     assert behind is not None
     smoothed = behind.back(round_inputs(behind.forward(x), 4)) @ stored.dequantize().T
-    plain = round_inputs(x, 4) @ quantize(weight, scheme("rtn", 8)).T
+    plain = round_inputs(x, 4) @ fake_quantize(weight, scheme("rtn", 8)).T
     error, of_plain = ((one - x @ weight.T).square().mean() for one in (smoothed, plain))
     assert error < of_plain / 2
 
@@ -128,7 +128,7 @@ def test_reparameterized_layernorm_is_one_grid_after_dividing_by_r_and_shifting_
     ((plain,),) = solve(layer(x, weight), [chosen])
     assert isinstance(plain, QuantizedWeight)
     assert plain.inputs is None
-    assert torch.equal(plain.dequantize(), quantize(weight, scheme("rtn", bits, symmetric=False)))
+    assert torch.equal(plain.dequantize(), fake_quantize(weight, scheme("rtn", bits, symmetric=False)))
 
 
 def test_learning_is_never_worse_than_its_start_and_mends_a_bad_one() -> None:
@@ -151,7 +151,7 @@ def test_the_rounding_in_training_is_that_of_the_stored_weight() -> None:
     weight = numbers(6, 32)
     for symmetric in (True, False):
         chosen = scheme("rtn", 4, symmetric=symmetric)
-        same = (_rounded(weight, 4, symmetric, None) - quantize(weight, chosen)).abs() < 2e-3
+        same = (_rounded(weight, 4, symmetric, None) - fake_quantize(weight, chosen)).abs() < 2e-3
         assert same.float().mean() > 0.95  # a stored scale has 16 bits, which moves a number between two levels
     values = weight.clone().requires_grad_()
     torch.autograd.backward(_rounded(values, 4, True, None).sum())

@@ -13,8 +13,8 @@ from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.layer.two_paths import TwoPaths
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.solvers.shifting import shifted
-from sensitivity.quantize.solvers.vlm_ptq import SHARES, costs, vlm_ptq
-from sensitivity.quantize.solving import quantize, solve
+from sensitivity.quantize.solvers.vlm_ptq import SHARES, costs, quantize_vlm_ptq
+from sensitivity.quantize.solving import fake_quantize, solve
 from sensitivity.spec.errors import UserError
 
 ROWS, WIDTH, TOKENS = 6, 16, 80
@@ -93,7 +93,7 @@ def test_both_paths_bring_the_output_closer_to_the_float_models() -> None:
     totals = []
     for shift in ("none", "later", "all"):
         asked = scheme("gptq", 4, order="given", shift=shift)
-        found = [quantize(random(ROWS, WIDTH, seed=s), asked, seen(0.3)) for s in range(8)]
+        found = [fake_quantize(random(ROWS, WIDTH, seed=s), asked, seen(0.3)) for s in range(8)]
         totals.append(sum(output_error(random(ROWS, WIDTH, seed=s), q, 0.3) for s, q in enumerate(found)))
     assert totals[0] > 1.05 * totals[1] > 1.05 * totals[2]
 
@@ -102,15 +102,17 @@ def test_both_paths_bring_the_output_closer_to_the_float_models() -> None:
 @pytest.mark.parametrize("shift", ["later", "all"])
 def test_equal_paths_give_gptq(order: str, shift: str) -> None:
     weight, curvature = random(ROWS, WIDTH), seen(0.0)
-    host = quantize(weight, scheme("gptq", 3, order=order), curvature)
-    assert torch.equal(quantize(weight, scheme("gptq", 3, order=order, shift=shift), curvature), host)
-    assert torch.equal(quantize(weight, scheme("gptaq", 3, order=order), curvature), host)
+    host = fake_quantize(weight, scheme("gptq", 3, order=order), curvature)
+    assert torch.equal(fake_quantize(weight, scheme("gptq", 3, order=order, shift=shift), curvature), host)
+    assert torch.equal(fake_quantize(weight, scheme("gptaq", 3, order=order), curvature), host)
 
 
 def test_equal_importance_gives_gptaq() -> None:
     weight = random(ROWS, WIDTH)
     plain, weighed = (seen(importance=r) for r in (None, torch.ones(TOKENS)))
-    assert torch.equal(quantize(weight, scheme("gptaq", 3), plain), quantize(weight, scheme("salq-vlm", 3), weighed))
+    assert torch.equal(
+        fake_quantize(weight, scheme("gptaq", 3), plain), fake_quantize(weight, scheme("salq-vlm", 3), weighed)
+    )
 
 
 def test_a_token_counts_as_often_as_its_weight_says() -> None:
@@ -144,7 +146,7 @@ def test_vlm_ptq_takes_the_best_share_of_each_weight() -> None:
     curvature.gram = curvature.gram * (torch.arange(WIDTH)[:, None] == torch.arange(WIDTH)) + 0.1 * curvature.gram
     weights = tuple(random(ROWS, WIDTH, seed=s) for s in (5, 6))
     asked = [scheme("vlm-ptq", bits, group=4) for bits in (2, 3)]
-    found = vlm_ptq(Linears(("a", "b"), weights, curvature), asked)
+    found = quantize_vlm_ptq(Linears(("a", "b"), weights, curvature), asked)
     rows, gram = torch.cat(weights), curvature.gram.double()
     assert curvature.paths is not None
     target = shifted(rows, curvature.factor(0.01, True), curvature.paths.cross, 1.0, later=False).double()
@@ -164,7 +166,7 @@ def test_vlm_ptq_takes_the_best_share_of_each_weight() -> None:
 def vlm_ptq_of(curvature: Curvature, weights: tuple[Tensor, ...], chosen: object, cost: Tensor) -> list[Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sensitivity.quantize.solvers.vlm_ptq.costs", lambda seen, paths: [cost])
-        ((first, second),) = vlm_ptq(Linears(("a", "b"), weights, curvature), [chosen])  # type: ignore[list-item]
+        ((first, second),) = quantize_vlm_ptq(Linears(("a", "b"), weights, curvature), [chosen])  # type: ignore[list-item]
     assert first is not None
     assert second is not None
     return [first.dequantize(), second.dequantize()]
@@ -175,7 +177,7 @@ def test_one_path_is_not_enough(name: str) -> None:
     curvature = Curvature(WIDTH)
     curvature.add(inputs()[0])
     with pytest.raises(UserError, match=r"a shifted target needs the inputs of both paths; calibrate on path 'both'"):
-        quantize(random(ROWS, WIDTH), scheme(name, 3), curvature)
+        fake_quantize(random(ROWS, WIDTH), scheme(name, 3), curvature)
 
 
 def test_the_other_solver_shifts_nothing() -> None:

@@ -14,7 +14,7 @@ from sensitivity.formats.writing.checkpoint import PackedLayout, checkpoint, flo
 from sensitivity.formats.writing.job import Job, Written
 from sensitivity.formats.writing.packing import pack
 from sensitivity.formats.writing.stream import Spec
-from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight
 from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import Scheme
 from sensitivity.spec.stored_bits import groups

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.stored_bits import GGUF_BLOCK, GGUF_BLOCK_BYTES
 

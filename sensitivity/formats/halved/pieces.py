@@ -12,7 +12,7 @@ from sensitivity.formats.writing.checkpoint import on_integer_grid, unquantized
 from sensitivity.formats.writing.job import Job
 from sensitivity.formats.writing.source import CheckpointTensor
 from sensitivity.formats.writing.stream import Piece, Spec
-from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight
 from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import Scheme
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sensitivity.formats.writing.packing import pack
-from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme

@@ -19,7 +19,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import Linears, input_of
 from sensitivity.quantize.run_time.settings import tweaks_norms
 from sensitivity.quantize.solving import solve
-from sensitivity.quantize.stored.grid import QuantizedWeight, scale_as_16_bit
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight, scale_as_16_bit
 from sensitivity.quantize.stored.rotated import InputTransform
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.components import ComponentMap, Weight

@@ -14,7 +14,7 @@ from sensitivity.formats.writing import stream
 from sensitivity.formats.writing.job import Job
 from sensitivity.formats.writing.source import CheckpointTensor
 from sensitivity.formats.writing.stream import Piece, Spec
-from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme

@@ -18,7 +18,7 @@ from sensitivity.measure.install.plan_in_model import targets
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.solving import solve
-from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError

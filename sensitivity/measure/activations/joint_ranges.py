@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sensitivity.measure.activations.block_chain import BlockCalls, outputs, recorded_calls, squared_error
 from sensitivity.measure.passes.block_modules import layer_input
 from sensitivity.quantize.layer.linears import input_of
-from sensitivity.quantize.run_time.dependency import blocks_of, dependency
+from sensitivity.quantize.run_time.dependency import blocks_of, conditional_entropy
 from sensitivity.quantize.run_time.inputs import percentiles, round_between, round_each_token
 from sensitivity.spec.components import Weight
 
@@ -61,7 +61,7 @@ def blocks_to_search(
     dependencies, cuts = [], []
     for (before, after), (first, second) in zip(itertools.pairwise(states), itertools.pairwise(owners), strict=True):
         cuts.append(first != second or len(before) != len(after))
-        dependencies.append(dependency(before, after, bits) if len(before) == len(after) else 0.0)
+        dependencies.append(conditional_entropy(before, after, bits) if len(before) == len(after) else 0.0)
     return [[layers[i] for i in block] for block in blocks_of(dependencies, cuts)]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sensitivity.measure.activations.joint_ranges import InputRange
 from sensitivity.measure.passes.block_modules import layer_input
 from sensitivity.quantize.layer.linears import input_of
-from sensitivity.quantize.run_time.dependency import codes_of, dependency, entropy
+from sensitivity.quantize.run_time.dependency import codes_of, conditional_entropy, entropy
 from sensitivity.quantize.run_time.inputs import round_between, round_each_token
 from sensitivity.spec.components import Weight
 
@@ -81,7 +81,7 @@ def _measure(before: Tensor | None, values: Tensor, layer: _Layer, bits: int) ->
     leaf = layer.weight.module.rpartition(".")[2]
     if before is None or before.shape != values.shape or leaf in ("q_proj", "down_proj", "fc2"):
         return entropy(codes_of(values.flatten(0, -2), bits))
-    return dependency(before, values, bits)
+    return conditional_entropy(before, values, bits)
 
 
 def _shrunk(layer: _Layer, samples: Sequence[Mapping[str, Tensor]], bits: int) -> InputRange:

@@ -13,7 +13,7 @@ from sensitivity.measure.passes.block_modules import layer_input
 from sensitivity.measure.passes.token_batches import TokenBatch, calibration_pass
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.scheme_settings import scheme
-from sensitivity.quantize.solving import quantize
+from sensitivity.quantize.solving import fake_quantize
 from sensitivity.spec.components import Weight
 
 PROBE = scheme("rtn", 3)  # rounds weights where importance needs an error before a method has made one
@@ -21,7 +21,7 @@ PROBE = scheme("rtn", 3)  # rounds weights where importance needs an error befor
 
 def probe_error(weight: Tensor) -> Tensor:
     """The error of a weight that is rounded by PROBE, in float32."""
-    return quantize(weight, PROBE).float() - weight.float()
+    return fake_quantize(weight, PROBE).float() - weight.float()
 
 
 def token_attribution(inputs: Tensor, error: Tensor) -> Tensor:

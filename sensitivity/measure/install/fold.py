@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sensitivity.measure.calibrate.absorbers import Absorber
-from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight
 from sensitivity.spec.errors import UserError
 
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from sensitivity.measure.activations.block_chain import BlockCalls, outputs, recorded_calls, squared_error
 from sensitivity.measure.passes.block_modules import block_paths, float_model, hidden_states, without_hooks
-from sensitivity.quantize.stored.grid import as_16_bit
+from sensitivity.quantize.stored.integer_grid import as_16_bit
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.plan import TWEAK, Scheme
 

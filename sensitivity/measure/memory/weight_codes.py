@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sensitivity.quantize.stored.channels import ChannelWidthsWeight
 from sensitivity.quantize.stored.codebook import CodebookWeight
-from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight
 from sensitivity.quantize.stored.levels import BinaryWeight, BinnedWeight, LevelsWeight, PlanesWeight
 from sensitivity.quantize.stored.low_rank import LowRankWeight
 from sensitivity.quantize.stored.rotated import RotatedWeight

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from sensitivity.quantize.grids.outliers import largest
-from sensitivity.quantize.stored.grid import QuantizedWeight, encode, ranges, scale_and_zero
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight, encode, ranges, scale_and_zero
 from sensitivity.quantize.stored.sparse import TwoScaleWeight
 from sensitivity.spec.plan import Scheme
 from sensitivity.spec.stored_bits import outliers
 
 
-def adpq(weight: Tensor, scheme: Scheme) -> TwoScaleWeight | QuantizedWeight:
+def quantize_adpq(weight: Tensor, scheme: Scheme) -> TwoScaleWeight | QuantizedWeight:
     """Round on two grids of the same width per group, one for outliers and one for the others, without data.
 
     Known from the abstract and two third-party implementations. As in one of them, the adaptive LASSO keeps elements

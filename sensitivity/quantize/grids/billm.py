@@ -13,7 +13,7 @@ from sensitivity.quantize.layer.curvature import Factor
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.solvers.column_pass import round_columns
 from sensitivity.quantize.solvers.gptq import factor_of
-from sensitivity.quantize.stored.grid import group_size
+from sensitivity.quantize.stored.integer_grid import group_size
 from sensitivity.quantize.stored.levels import BinaryWeight
 from sensitivity.spec.plan import Scheme
 
@@ -21,7 +21,7 @@ SHARES = tuple(i / 20 for i in range(2, 19))  # of a block's elements that lie b
 SAMPLE = 2**20  # the quantiles of a block are those of about this many of its magnitudes
 
 
-def billm(linears: Linears, schemes: Sequence[Scheme]) -> list[list[BinaryWeight | None]]:
+def quantize_billm(linears: Linears, schemes: Sequence[Scheme]) -> list[list[BinaryWeight | None]]:
     """Round weight by weight, in blocks of columns, to one or two signs (Huang et al. 2024).
 
     Read in its code: the salient columns are those with the largest sum of w^2/d^2 (1/d^2 is our D, see Factor), as

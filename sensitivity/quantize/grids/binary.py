@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensitivity.quantize.stored.grid import as_16_bit, group_size
+from sensitivity.quantize.stored.integer_grid import as_16_bit, group_size
 from sensitivity.quantize.stored.levels import PlanesWeight
 from sensitivity.spec.plan import Scheme
 
 
-def binary(weight: Tensor, scheme: Scheme) -> PlanesWeight:
+def quantize_binary(weight: Tensor, scheme: Scheme) -> PlanesWeight:
     """Each bit is one more binary approximation of the residual, mean + magnitude x sign, per row and group.
 
     This is the residual approximation of Li et al. 2021 as in BiLLM's code, which was read: every order has a mean.

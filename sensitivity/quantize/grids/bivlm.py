@@ -8,7 +8,7 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
-from sensitivity.quantize.stored.grid import as_16_bit
+from sensitivity.quantize.stored.integer_grid import as_16_bit
 from sensitivity.quantize.stored.levels import BinnedWeight, salient_levels
 from sensitivity.spec.plan import Scheme
 
@@ -16,7 +16,7 @@ ITERATIONS = 10  # alternating updates of the salient row scale and the clipped 
 MIN_SHARE = 1e-6  # share of salient weights below which there are none
 
 
-def bivlm(weight: Tensor, scheme: Scheme) -> BinnedWeight:
+def quantize_bivlm(weight: Tensor, scheme: Scheme) -> BinnedWeight:
     """Binary weights with one magnitude per Gaussian-quantile bin of the whole matrix, without error feedback.
 
     Read in full in the paper: bins of equal probability under the matrix's own mean and deviation, |w| against

@@ -12,7 +12,7 @@ from sensitivity.quantize.layer.curvature import Factor
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.solvers.column_pass import round_columns
 from sensitivity.quantize.solvers.gptq import factor_of
-from sensitivity.quantize.stored.grid import as_16_bit, group_size
+from sensitivity.quantize.stored.integer_grid import as_16_bit, group_size
 from sensitivity.quantize.stored.levels import PlanesWeight, bit
 from sensitivity.spec.plan import Scheme
 
@@ -20,7 +20,7 @@ RIDGE = 1e-4  # share of the mean diagonal of a row's normal equations
 START_BITS = 8  # the width of the integer codes whose highest bits are the planes that iterations start from
 
 
-def bpdq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[PlanesWeight | None]]:
+def quantize_bpdq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[PlanesWeight | None]]:
     """Round to q = c_0 + sum_k c_k b_k per row and group, with bits b and coefficients c improved alternately.
 
     Read in its code: the first planes are the highest bits of 8-bit codes; coefficients are least squares with a ridge

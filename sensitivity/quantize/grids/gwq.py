@@ -8,14 +8,14 @@ from torch import Tensor
 
 from sensitivity.quantize.grids.outliers import beside_outliers, largest
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.stored.grid import encode, ranges, scale_and_zero
+from sensitivity.quantize.stored.integer_grid import encode, ranges, scale_and_zero
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
 from sensitivity.spec.stored_bits import outliers
 
 
-def gwq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight | None]]:
+def quantize_gwq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight | None]]:
     """Keep the elements with the largest |gradient| as outliers, and round the others to nearest.
 
     Known from its abstract: one example, one backward pass, 1 % by the largest gradient, groups. Inferred: the share is

@@ -11,7 +11,7 @@ STEPS = 50  # at most this many of Lloyd's iterations, as in SqueezeLLM
 NUMBERS_AT_ONCE = 1 << 20  # a block of rows has at most this many numbers, and as many costs of intervals
 
 
-def kmeans(rows: Tensor, weights: Tensor, count: int) -> Tensor:
+def kmeans_levels(rows: Tensor, weights: Tensor, count: int) -> Tensor:
     """Levels (rows x count, rising) with a small sum of weights x (number - nearest level)^2.
 
     `weights` has the shape of the rows, or one row for all. Sorted numbers that share a level are neighbors, so dynamic
@@ -25,7 +25,7 @@ def kmeans(rows: Tensor, weights: Tensor, count: int) -> Tensor:
     return torch.cat([_levels(block.float(), its_weights, count) for block, its_weights in pairs])
 
 
-def nearest(rows: Tensor, levels: Tensor) -> Tensor:
+def nearest_levels(rows: Tensor, levels: Tensor) -> Tensor:
     """The index of the nearest level of each number, as uint8."""
     middles = ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
     return torch.searchsorted(middles, rows.contiguous()).to(torch.uint8)

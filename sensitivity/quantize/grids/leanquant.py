@@ -7,17 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sensitivity.quantize.grids.kmeans import kmeans
+from sensitivity.quantize.grids.kmeans import kmeans_levels
 from sensitivity.quantize.grids.level_grid import LevelGrid
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.solvers.column_pass import round_columns
 from sensitivity.quantize.solvers.gptq import factor_of, on_integer_grids, searched_grid
-from sensitivity.quantize.stored.grid import QuantizedWeight, as_16_bit
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight, as_16_bit
 from sensitivity.quantize.stored.levels import LevelsWeight
 from sensitivity.spec.plan import Scheme
 
 
-def leanquant(linears: Linears, schemes: Sequence[Scheme]) -> list[list[LevelsWeight | None]]:
+def quantize_leanquant(linears: Linears, schemes: Sequence[Scheme]) -> list[list[LevelsWeight | None]]:
     """GPTQ on a codebook per row by k-means with the weights d^-p (Zhang and Shrivastava 2024).
 
     Read in its code: d is the diagonal of the Cholesky factor of the inverse of H, so that 1/d^2 is our D; p is a
@@ -29,7 +29,7 @@ def leanquant(linears: Linears, schemes: Sequence[Scheme]) -> list[list[LevelsWe
     weights = _weights(stored, schemes[0])[None]
     by_scheme: list[list[LevelsWeight | None]] = []
     for scheme in schemes:
-        levels = as_16_bit(kmeans(linears.rows, weights, 2**scheme.bits), linears.dtype)
+        levels = as_16_bit(kmeans_levels(linears.rows, weights, 2**scheme.bits), linears.dtype)
         (codes,) = round_columns(factor, linears.rows, LevelGrid(levels))
         sizes = [len(weight) for weight in linears.weights]
         pieces = zip(torch.split(codes, sizes), torch.split(levels, sizes), strict=True)
@@ -37,7 +37,7 @@ def leanquant(linears: Linears, schemes: Sequence[Scheme]) -> list[list[LevelsWe
     return by_scheme
 
 
-def leanquant_affine(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
+def quantize_leanquant_affine(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
     """LeanQuant on integer grids: ranges are searched under the weights d^-p, then GPTQ rounds on these grids.
 
     Only that there is such a version was read, not how it searches. Ours is the clip search of `gptq`, which is the

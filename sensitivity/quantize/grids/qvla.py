@@ -11,12 +11,12 @@ from torch import Tensor
 
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.stored.channels import ChannelWidthsWeight
-from sensitivity.quantize.stored.grid import as_16_bit, encode, ranges, scale_and_zero
+from sensitivity.quantize.stored.integer_grid import as_16_bit, encode, ranges, scale_and_zero
 from sensitivity.spec.plan import Scheme
 from sensitivity.spec.stored_bits import CHANNEL_WIDTHS, channel_budget
 
 
-def qvla(linears: Linears, schemes: Sequence[Scheme]) -> list[list[ChannelWidthsWeight | None]]:
+def quantize_qvla(linears: Linears, schemes: Sequence[Scheme]) -> list[list[ChannelWidthsWeight | None]]:
     """Round each row to nearest at its own width, so that the weight stores no more than its scheme says.
 
     As in the released code, a row's cost at b bits is sum_j (w_j - q_j)^2 D_j, where D_j is what an error of column j

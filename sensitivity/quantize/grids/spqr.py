@@ -12,7 +12,7 @@ from sensitivity.quantize.layer.curvature import Factor
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.solvers.column_pass import round_columns
 from sensitivity.quantize.solvers.gptq import IntegerGrid, factor_of
-from sensitivity.quantize.stored.grid import as_16_bit, encode, group_size, ranges, scale_and_zero
+from sensitivity.quantize.stored.integer_grid import as_16_bit, encode, group_size, ranges, scale_and_zero
 from sensitivity.quantize.stored.sparse import SparseWeight
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.plan import Scheme
@@ -21,7 +21,7 @@ from sensitivity.spec.stored_bits import outliers
 ROWS_PER_GRID = 16  # rows whose scales share one grid, as do their zero points
 
 
-def spqr(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight | None]]:
+def quantize_spqr(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight | None]]:
     """GPTQ weight by weight, in groups of 16 columns, with outliers in 16 bits (Dettmers et al. 2023).
 
     Read in its code: groups of 16, scales and zero points in 3 bits for every 16 rows, columns in order of activation,

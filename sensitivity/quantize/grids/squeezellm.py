@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sensitivity.quantize.grids.kmeans import kmeans, nearest
+from sensitivity.quantize.grids.kmeans import kmeans_levels, nearest_levels
 from sensitivity.quantize.grids.outliers import beside_outliers, largest
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.stored.grid import as_16_bit
+from sensitivity.quantize.stored.integer_grid import as_16_bit
 from sensitivity.quantize.stored.levels import LevelsWeight
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.plan import Scheme
 from sensitivity.spec.stored_bits import outliers
 
 
-def squeezellm(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight | None]]:
+def quantize_squeezellm(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight | None]]:
     """Round each weight to the nearest level of its row's codebook (Kim et al. 2023).
 
     Read in its code: k-means weighted by the squared gradients of the loss; the .05 % most sensitive elements and the
@@ -36,5 +36,7 @@ def _one_weight(linears: Linears, i: int, scheme: Scheme) -> StoredWeight:
     # sensitive elements are kept already, so they take no place among the largest
     size = weight.abs().masked_fill(sensitive, -1)
     kept = sensitive | largest(size, outliers(scheme["outliers"], *weight.shape))
-    levels = as_16_bit(kmeans(weight, importance.expand_as(weight).masked_fill(kept, 0), 2**scheme.bits), linears.dtype)
-    return beside_outliers(LevelsWeight(nearest(weight, levels), levels), weight, kept, linears.dtype)
+    levels = as_16_bit(
+        kmeans_levels(weight, importance.expand_as(weight).masked_fill(kept, 0), 2**scheme.bits), linears.dtype
+    )
+    return beside_outliers(LevelsWeight(nearest_levels(weight, levels), levels), weight, kept, linears.dtype)

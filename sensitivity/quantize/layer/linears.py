@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.two_paths import TwoPaths
-from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError

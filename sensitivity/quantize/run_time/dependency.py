@@ -18,7 +18,7 @@ def codes_of(values: Tensor, bits: int) -> Tensor:
     return found
 
 
-def dependency(before: Tensor, after: Tensor, bits: int) -> float:
+def conditional_entropy(before: Tensor, after: Tensor, bits: int) -> float:
     """D = -sum p(x, y) log p(y | x) over the codes x of one layer's inputs and y of the next, number by number.
 
     This is an entropy, and 0 where x determines y, although Q-VLM calls it dependency. In the paper a number has soft

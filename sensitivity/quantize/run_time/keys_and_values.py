@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensitivity.quantize.stored.grid import as_16_bit, scale_as_16_bit
+from sensitivity.quantize.stored.integer_grid import as_16_bit, scale_as_16_bit
 
 
 def round_cached(vectors: Tensor, bits: int, group: int) -> Tensor:

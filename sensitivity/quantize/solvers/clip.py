@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sensitivity.quantize.layer.error_cost import ErrorCost
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.stored.grid import QuantizedWeight, encode, group_size, ranges, scale_and_zero
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight, encode, group_size, ranges, scale_and_zero
 from sensitivity.spec.plan import Scheme
 
 # Lin et al. 2023 (AWQ): from 1 down to 0.55 of the largest magnitude in steps of 0.05; 0.5 itself is not tried
@@ -18,7 +18,7 @@ NUMBERS_AT_ONCE = 1 << 20  # numbers that are rounded at once, so few that they 
 MIN_ROWS = 64  # but at least this many rows at once
 
 
-def clip(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
+def quantize_clip(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
     """Search the best clipping range of each group, then round to nearest within it."""
     rows = linears.rows
     cost = ErrorCost.of(linears.input_statistics.gram, group_size(schemes[0], rows))

@@ -14,9 +14,9 @@ from sensitivity.quantize.solvers.clip import clipped
 from sensitivity.quantize.solvers.column_pass import round_columns
 from sensitivity.quantize.solvers.gptqmodel_solver import gptqmodel
 from sensitivity.quantize.solvers.shifting import shifted
-from sensitivity.quantize.stored.grid import QuantizedWeight, group_size, ranges, scale_and_zero
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight, group_size, ranges, scale_and_zero
 from sensitivity.quantize.stored.weight import StoredWeight
-from sensitivity.quantize.transforms.hadamard import rotated
+from sensitivity.quantize.transforms.hadamard import quantize_rotated
 from sensitivity.spec.plan import Scheme
 
 # All groups within this many columns get their grids at once, from the compensated weights when rounding reaches the
@@ -28,12 +28,12 @@ SPAN = 128
 Find = Callable[[Tensor, Scheme, Tensor, int], tuple[Tensor, Tensor]]
 
 
-def gptq(linears: Linears, schemes: Sequence[Scheme]) -> Sequence[Sequence[StoredWeight | None]]:
+def quantize_gptq(linears: Linears, schemes: Sequence[Scheme]) -> Sequence[Sequence[StoredWeight | None]]:
     """Quantize at all bit widths at once: they share the factor and each step over the columns."""
     if schemes[0].get("backend") == "gptqmodel":
         return gptqmodel(linears, schemes)
     if schemes[0].get("transform") == "hadamard":
-        return rotated(linears, schemes, by_columns)
+        return quantize_rotated(linears, schemes, by_columns)
     return by_columns(linears, schemes)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.stored.grid import QuantizedWeight, encode, group_size, scale_as_16_bit
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight, encode, group_size, scale_as_16_bit
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sensitivity.quantize.stored.grid import QuantizedWeight, encode, ranges, scale_and_zero
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight, encode, ranges, scale_and_zero
 from sensitivity.spec.plan import Scheme
 
 
-def rtn(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+def quantize_rtn(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     """Round to nearest on a symmetric or asymmetric grid per tensor, row or group."""
     values = weight.float()
     low, high = ranges(values, scheme)
@@ -17,7 +17,7 @@ def rtn(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     )
 
 
-def uniform(weight: Tensor, scheme: Scheme) -> QuantizedWeight | None:
+def quantize_uniform(weight: Tensor, scheme: Scheme) -> QuantizedWeight | None:
     """Round on a min-max grid over the whole tensor; None for a constant tensor, which is left unchanged.
 
     Gautam et al., "Towards Understanding Best Practices for Quantization of Vision-Language Models", 2025: the

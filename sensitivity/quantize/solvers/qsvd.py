@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.stored.grid import QuantizedWeight, encode, ranges, scale_and_zero
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight, encode, ranges, scale_and_zero
 from sensitivity.quantize.stored.low_rank import LowRankWeight
 from sensitivity.quantize.stored.rotated import rotate
 from sensitivity.spec.plan import Scheme
 from sensitivity.spec.stored_bits import latent_rank
 
 
-def qsvd(linears: Linears, schemes: Sequence[Scheme]) -> list[list[LowRankWeight]]:
+def quantize_qsvd(linears: Linears, schemes: Sequence[Scheme]) -> list[list[LowRankWeight]]:
     """Factorize the stacked weights, rotate the latent vector, and round both factors to nearest.
 
     The rotation spreads the large elements of the latent vector over others, so that rounding it costs less; both

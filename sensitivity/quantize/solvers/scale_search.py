@@ -13,7 +13,7 @@ from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.error_cost import ErrorCost, quadratic, upper_half
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.solvers.clip import clipped, rounding_error
-from sensitivity.quantize.stored.grid import (
+from sensitivity.quantize.stored.integer_grid import (
     QuantizedWeight,
     encode,
     group_size,
@@ -29,13 +29,13 @@ NUMBERS_AT_ONCE = 1 << 18  # numbers that the search holds at once, but at least
 QUERY_KEY = re.compile(r"(^|[._])(q|k|query|key|w?qkv|q_proj|k_proj|query_key_value)[._]weight$", re.IGNORECASE)
 
 
-def awq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
+def quantize_awq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
     """Find one scale per input channel for all weights that read the input, then clip, then round to nearest."""
     seen, first = linears.input_statistics, schemes[0]
     scaled_at_all = linears.foldable or first["scales"] == "stored"
     # where nothing can absorb a scale, the only candidate is a = 0, which scales nothing
     candidates = scales(seen, int(first["exponents"] or 1) if scaled_at_all else 1, linears.dtype)
-    costs = errors(linears.rows, candidates, seen.gram, schemes, linears.dtype) if len(candidates) > 1 else None
+    costs = output_errors(linears.rows, candidates, seen.gram, schemes, linears.dtype) if len(candidates) > 1 else None
     best = [0] * len(schemes) if costs is None else costs.argmin(1).tolist()
     cost = ErrorCost.of(seen.gram, group_size(first, linears.rows)) if first["clip"] else None
     return [_rounded(linears, scheme, candidates[i], cost) for scheme, i in zip(schemes, best, strict=True)]
@@ -72,7 +72,9 @@ def scales(seen: Curvature, steps: int, dtype: torch.dtype) -> Tensor:
     )
 
 
-def errors(rows: Tensor, candidates: Tensor, gram: Tensor, schemes: Sequence[Scheme], dtype: torch.dtype) -> Tensor:
+def output_errors(
+    rows: Tensor, candidates: Tensor, gram: Tensor, schemes: Sequence[Scheme], dtype: torch.dtype
+) -> Tensor:
     """The output error tr(E H E') of the rounding error E, for each bit width under each candidate scale.
 
     With the Gram matrix H, the layer need not run on its inputs. All candidates are one batch, whose ranges serve

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.solvers.learned_smoothing import learned
-from sensitivity.quantize.stored.grid import QuantizedWeight, encode, ranges, scale_and_zero, scale_as_16_bit
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight, encode, ranges, scale_and_zero, scale_as_16_bit
 from sensitivity.quantize.stored.rotated import RotatedWeight, rotate
 from sensitivity.spec.plan import Scheme
 
@@ -19,7 +19,7 @@ BLOCK = 64  # channels that DuQuant's release rotates together
 MIN_FACTOR = 1e-3  # factors are at least this, which 16-bit floats hold
 
 
-def smooth(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Smoothed]]:
+def quantize_smooth(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Smoothed]]:
     """Divide inputs by c = spread(x)^a / max|W|^(1 - a) of each channel, multiply weights by it, round to nearest.
 
     SmoothQuant (Xiao et al. 2023) has a = .5 and the largest magnitude as spread. With `transform` = hadamard, c is

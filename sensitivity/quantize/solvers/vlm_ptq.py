@@ -12,14 +12,14 @@ from sensitivity.quantize.layer.error_cost import quadratic, upper_half
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.layer.two_paths import TwoPaths
 from sensitivity.quantize.solvers.gptq import factor_of, on_integer_grids, searched_grid, towards_float
-from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight
 from sensitivity.spec.plan import Scheme
 
 # shares of the image; .5, which weighs image and text alike, comes first and wins ties
 SHARES = (0.5, 0.0, 0.25, 0.75, 1.0)
 
 
-def vlm_ptq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
+def quantize_vlm_ptq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[QuantizedWeight | None]]:
     """Shift and round as GPTQ does, with the best of a few shares of image and text in the range search.
 
     Known from reviews that print its equations: the least-squares shift of the weights, and ranges searched under

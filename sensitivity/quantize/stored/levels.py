@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sensitivity.quantize.stored.grid import over_columns
+from sensitivity.quantize.stored.integer_grid import over_columns
 
 
 @dataclass(frozen=True)

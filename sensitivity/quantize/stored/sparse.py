@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight
 from sensitivity.quantize.stored.weight import StoredWeight
 
 

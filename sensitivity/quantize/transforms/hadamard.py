@@ -8,14 +8,14 @@ from dataclasses import replace
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.layer.two_paths import TwoPaths
-from sensitivity.quantize.stored.grid import QuantizedWeight
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight
 from sensitivity.quantize.stored.rotated import RotatedWeight, rotate
 from sensitivity.spec.plan import Scheme
 
 Solved = Sequence[Sequence[QuantizedWeight | None]]
 
 
-def rotated(
+def quantize_rotated(
     linears: Linears, schemes: Sequence[Scheme], solve: Callable[[Linears, Sequence[Scheme]], Solved]
 ) -> list[list[RotatedWeight | None]]:
     """Quantize W R under R' H R, for inputs R' x in place of x: the product W x stays the same.
