@@ -12,7 +12,7 @@ sleep_while_waiting()  # before anything imports torch: its threads read this on
 # public name -> the module that defines it, imported on first use: `import sensitivity` loads neither torch nor pandas
 _HOMES = {
     "load": "models.loading",
-    "inspect": "models.discover",
+    "inspect": "models.discovery",
     "VLM": "models.vlm",
     "grid": "api.sweeping",
     "one_at_a_time": "api.sweeping",

@@ -14,7 +14,7 @@ from PIL import Image
 from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.allocate.recommendation import Recommendation, judge, unmeasured
 from sensitivity.analysis.comparing.sides import side
-from sensitivity.analysis.comparing.versus import compare
+from sensitivity.analysis.comparing.versus import compare_sides
 from sensitivity.analysis.failures.gallery import galleries
 from sensitivity.analysis.report import comparison_page, failures_page
 from sensitivity.analysis.report.page import report
@@ -51,7 +51,7 @@ def pages(folder: Path) -> dict[str, Path]:
     failures_page.write(made["failures"], "planted", galleries(first, [("What breaks first", TWO)], 60))
     for name, keys in (("two plans", (f":{FOUR.key[:8]}", f":{TWO.key[:8]}")), ("two studies", ("", ""))):
         a, b = (side(f"{of.path}{key}") for of, key in zip((first, second), keys, strict=True))
-        comparison_page.write(made[name], a, b, compare(a, b))
+        comparison_page.write(made[name], a, b, compare_sides(a, b))
     return {"report": report(first, first.path / "report", recommended(first), bootstraps=2), **made}
 
 

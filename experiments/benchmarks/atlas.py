@@ -40,7 +40,7 @@ from sensitivity.analysis.atlas.priors import schemes_of
 from sensitivity.analysis.observations import observations_of
 from sensitivity.analysis.surrogate.space import Expected, Space
 from sensitivity.analysis.surrogate.surrogate import fit_surrogate
-from sensitivity.analysis.surrogate.transfer import measured_damages, transfer
+from sensitivity.analysis.surrogate.transfer import measured_damages, transfer_damages
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.sizes import size
@@ -127,7 +127,10 @@ def priors(own: Known, studies: Sequence[Known]) -> dict[str, Expected | None]:
     others = [one for one in studies if one is not own]
     alike, every = (
         combined(
-            [transfer(measured_damages(one.study), own.study.parts, schemes_of(own.study), one.name) for one in some]
+            [
+                transfer_damages(measured_damages(one.study), own.study.parts, schemes_of(own.study), one.name)
+                for one in some
+            ]
         )
         for some in ([one for one in others if one.kind == own.kind], others)
     )

@@ -22,9 +22,9 @@ from sensitivity.formats.openvino.run import OpenVINOModel, check_arrived
 from sensitivity.formats.table import write
 from sensitivity.formats.writing.job import Job
 from sensitivity.measure.generate.answer_tokens import end_tokens
-from sensitivity.measure.generate.batches import batches, on_device
+from sensitivity.measure.generate.batches import batches_by_image, on_device
 from sensitivity.measure.install.plan_in_model import quantized
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap
@@ -58,7 +58,7 @@ def tokens_in_torch(vlm: VLM, task: Task) -> list[list[int]]:
     """The tokens that transformers' greedy search generates for each example."""
     found = []
     for example in task.examples:
-        (batch,) = batches(vlm, replace(task, examples=(example,)), plain=True)
+        (batch,) = batches_by_image(vlm, replace(task, examples=(example,)), plain=True)
         inputs = on_device(vlm, batch.inputs)
         output = vlm.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=task.max_new_tokens)
         found.append(output[0, inputs["input_ids"].shape[1] :].tolist())
@@ -70,7 +70,7 @@ def tokens_in_openvino(vlm: VLM, folder: Path, task: Task) -> list[list[int]]:
     check_arrived(folder)
     model, found = OpenVINOModel(folder, torch.get_num_threads()), []
     for example in task.examples:
-        (batch,) = batches(vlm, replace(task, examples=(example,)), plain=True)
+        (batch,) = batches_by_image(vlm, replace(task, examples=(example,)), plain=True)
         features, ids = model.image_features(**model.image_inputs(batch.inputs)), batch.inputs["input_ids"][0].tolist()
         found.append(model.generate(ids, features, end_tokens(vlm), task.max_new_tokens))
     return found

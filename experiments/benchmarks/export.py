@@ -24,7 +24,7 @@ from sensitivity.formats.writing.job import Job, codes_from_weights
 from sensitivity.formats.writing.packing import pack, unpack
 from sensitivity.formats.writing.source import open_checkpoint
 from sensitivity.formats.writing.stream import Piece, Spec
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.files import discard, overwrite

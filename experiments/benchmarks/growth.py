@@ -46,8 +46,8 @@ PATCHES = 577
 
 def point(kind: str, value: int) -> float:
     """CPU seconds of one measurement, without loading the model."""
-    from sensitivity.api.sweeping import calibrated, grid, sweep
-    from sensitivity.models.discover import inspect
+    from sensitivity.api.sweeping import grid, sweep, with_calibration
+    from sensitivity.models.discovery import inspect
     from sensitivity.models.loading import load
     from sensitivity.quantize.scheme_settings import scheme
     from sensitivity.tasks.table import task
@@ -60,7 +60,7 @@ def point(kind: str, value: int) -> float:
     if kind == "calibration examples":
         examples = task("vqa", n=50)
         schemes = [scheme("gptq", 4)]
-        return spent(lambda: calibrated(vlm, parts, schemes, ["vqa"], value, against=[examples], cache_gb=0))
+        return spent(lambda: with_calibration(vlm, parts, schemes, ["vqa"], value, against=[examples], cache_gb=0))
     given = {"plans": 27, "examples": 200} | {kind: value}
     plans = grid(parts, schemes=[scheme("rtn", w) for w in (2, 3, 4, 6)])[: given["plans"]]
     with tempfile.TemporaryDirectory() as out:
@@ -84,7 +84,7 @@ def wide(width: int):  # type: ignore[no-untyped-def]
 def step(plans: int, database: bool) -> float:
     """CPU seconds to ask for a plan, tell its result and count progress once, with this many plans queued."""
     from sensitivity.api.sweeping import grid
-    from sensitivity.models.discover import inspect
+    from sensitivity.models.discovery import inspect
     from sensitivity.models.loading import load
     from sensitivity.quantize.scheme_settings import scheme
     from sensitivity.study.study import Study

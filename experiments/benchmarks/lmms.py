@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from PIL import Image
 
 from sensitivity.api.sweeping import begin_sweep, grid
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.spec.files import overwrite
 from sensitivity.tasks import table

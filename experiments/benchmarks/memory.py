@@ -71,7 +71,7 @@ def swept(images: int) -> int:
 
     from experiments.small import datasets, models
     from sensitivity.api.sweeping import one_at_a_time, sweep
-    from sensitivity.models.discover import inspect
+    from sensitivity.models.discovery import inspect
     from sensitivity.models.loading import load
 
     torch.set_num_threads(1)

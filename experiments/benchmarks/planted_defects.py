@@ -12,12 +12,12 @@ from torch import Tensor
 
 from experiments.benchmarks.put_back import ROUGHLY
 from sensitivity import Plan, inspect, load, scheme
-from sensitivity.measure.attribution.blame import Blame, blame
+from sensitivity.measure.attribution.blame import Blame, blame_of
 from sensitivity.measure.attribution.weight_errors import plan_changes
 from sensitivity.measure.calibrate.calibration import calibration_examples
 from sensitivity.measure.gradients.backward import answer_loss
-from sensitivity.measure.gradients.path_integral import PathIntegral, moved, path_integral
-from sensitivity.measure.passes.token_batches import TokenBatch, batches
+from sensitivity.measure.gradients.path_integral import PathIntegral, integrate_path, moved
+from sensitivity.measure.passes.token_batches import TokenBatch, answer_batches
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap, Weight
 
@@ -61,12 +61,12 @@ class Subject:
 
     def examples(self, seed: int) -> list[TokenBatch]:
         """Examples of equal length, which share a batch."""
-        drawn = batches(self.vlm, calibration_examples(["vqa"], DRAWN, seed), EXAMPLES)
+        drawn = answer_batches(self.vlm, calibration_examples(["vqa"], DRAWN, seed), EXAMPLES)
         return [max(drawn, key=lambda batch: len(batch.examples))]
 
     def blame(self, changes: Changes, data: list[TokenBatch]) -> tuple[Blame, PathIntegral]:
-        integral = path_integral(self.vlm, self.parts, changes, lambda: data, ROUGHLY, PASSES)
-        return blame(self.parts, self.vlm.family, integral), integral
+        integral = integrate_path(self.vlm, self.parts, changes, lambda: data, ROUGHLY, PASSES)
+        return blame_of(self.parts, self.vlm.family, integral), integral
 
     def loss(self, changes: Changes, data: Iterable[TokenBatch]) -> float:
         with moved(self.vlm.model, changes, 1.0), torch.inference_mode():

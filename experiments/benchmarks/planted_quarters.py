@@ -15,7 +15,7 @@ from experiments.benchmarks.planted_defects import Case, Changes, Subject, compa
 from sensitivity.measure.calibrate.calibration import calibration_examples
 from sensitivity.measure.gradients.backward import answer_loss
 from sensitivity.measure.gradients.path_integral import moved
-from sensitivity.measure.passes.token_batches import VISION, TokenBatch, batches, calibration_pass
+from sensitivity.measure.passes.token_batches import VISION, TokenBatch, answer_batches, calibration_pass
 from sensitivity.spec.components import Weight
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
@@ -75,7 +75,7 @@ def tower_inputs(subject: Subject, weight: Weight) -> Tensor:
     with ExitStack() as stack, torch.inference_mode():
         hook = layer.register_forward_pre_hook(lambda module, args: kept.append(args[0].float()))
         stack.callback(hook.remove)
-        for batch in batches(subject.vlm, calibration_examples(["scene"], IMAGES, 9)):
+        for batch in answer_batches(subject.vlm, calibration_examples(["scene"], IMAGES, 9)):
             calibration_pass(subject.vlm, batch)
     every = torch.cat(kept).clone()
     return every[:, every.shape[1] - isqrt(every.shape[1]) ** 2 :]

@@ -201,12 +201,12 @@ def measured(case: Case) -> dict[str, Any]:
     import torch
 
     from experiments.small import datasets, models
-    from sensitivity.api.sweeping import calibrated, grid, sweep
+    from sensitivity.api.sweeping import grid, sweep, with_calibration
     from sensitivity.measure.forecast import cost_model as passes
     from sensitivity.measure.forecast import forecast as preflight
     from sensitivity.measure.shards import shard_ends
     from sensitivity.models.config_only import without_weights
-    from sensitivity.models.discover import inspect
+    from sensitivity.models.discovery import inspect
     from sensitivity.models.loading import load
     from sensitivity.quantize.scheme_settings import scheme
     from sensitivity.tasks.table import task
@@ -231,7 +231,7 @@ def measured(case: Case) -> dict[str, Any]:
         said = preflight.forecast_sweep(vlm, parts, plans, asked, **how)
         began = time.process_time()
         vlm = load(name, dtype="float32")
-        schemes, statistics = calibrated(vlm, parts, schemes, [about], n=32, against=asked, cache_gb=0)
+        schemes, statistics = with_calibration(vlm, parts, schemes, [about], n=32, against=asked, cache_gb=0)
         plans = grid(parts, schemes=schemes)
         study = sweep(vlm, parts, plans, [about], Path(folder) / "run", n=case.n, statistics=statistics)
         seconds = time.process_time() - began

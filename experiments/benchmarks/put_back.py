@@ -10,12 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from sensitivity import Plan, inspect, scheme
-from sensitivity.measure.attribution.blame import Blame, blame
+from sensitivity.measure.attribution.blame import Blame, blame_of
 from sensitivity.measure.attribution.weight_errors import plan_changes
 from sensitivity.measure.evaluation import evaluate
-from sensitivity.measure.gradients.path_integral import path_integral
+from sensitivity.measure.gradients.path_integral import integrate_path
 from sensitivity.measure.install.plan_in_model import quantized
-from sensitivity.measure.passes.token_batches import batches
+from sensitivity.measure.passes.token_batches import answer_batches
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap
 from sensitivity.tasks.examples.types import Example, Task
@@ -30,9 +30,9 @@ def behind(vlm: VLM) -> tuple[str, int]:
     return BEHIND["blip2" if "blip2" in vlm.name else "llava"]
 
 
-def blame_of(vlm: VLM, parts: ComponentMap, changes: Mapping[str, Tensor], task: Task, passes: int = 32) -> Blame:
-    integral = path_integral(vlm, parts, changes, lambda: batches(vlm, [task], 8), ROUGHLY, passes)
-    return blame(parts, vlm.family, integral)
+def blame_on_task(vlm: VLM, parts: ComponentMap, changes: Mapping[str, Tensor], task: Task, passes: int = 32) -> Blame:
+    integral = integrate_path(vlm, parts, changes, lambda: answer_batches(vlm, [task], 8), ROUGHLY, passes)
+    return blame_of(parts, vlm.family, integral)
 
 
 def right(vlm: VLM, task: Task) -> np.ndarray:
@@ -101,7 +101,7 @@ def tokens(vlm: VLM, answers: int, bits: int) -> dict[str, object]:
     chosen = {"vision": scheme("rtn", bits)} | ({} if "blip2" in vlm.name else {"connector": scheme("rtn", bits)})
     plan = Plan.of(parts, chosen)
     task, asked = lost(vlm, parts, plan, answers)
-    found = blame_of(vlm, parts, plan_changes(vlm.model, parts, plan), task)
+    found = blame_on_task(vlm, parts, plan_changes(vlm.model, parts, plan), task)
     grids = {i: grid.flatten() for i, grid in found.regions.items()}
     draw, hits = np.random.default_rng(0), {"most": 0.0, "random": 0.0, "least": 0.0, "all": 0.0}
     for i, example in enumerate(task.examples):
@@ -127,7 +127,7 @@ def parts_back(vlm: VLM, answers: int, bits: int = 3) -> dict[str, object]:
     # blame is of other examples than those that are mended: half of them
     half = len(task.examples) // 2
     blamed, mended = (replace(task, examples=some) for some in (task.examples[:half], task.examples[half:]))
-    shares = blame_of(vlm, parts, plan_changes(vlm.model, parts, plan), blamed).components
+    shares = blame_on_task(vlm, parts, plan_changes(vlm.model, parts, plan), blamed).components
     sizes = {component.name: component.numel for component in parts.components}
     draw = np.random.default_rng(0)
     orders = {

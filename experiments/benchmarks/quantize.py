@@ -20,7 +20,7 @@ from experiments.parity.gptq import published, theirs
 from experiments.parity.layers import Layer
 from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.install.plan_in_model import prepare
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.quantize.layer.linears import Linears
 from sensitivity.quantize.scheme_settings import scheme

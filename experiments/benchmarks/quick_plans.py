@@ -27,7 +27,7 @@ from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.search.plan_lists import plans as plans_of
 from sensitivity.api.planning import OPENING, begin_plan, scored, search_examples
 from sensitivity.api.recommending import begin_recommendation, recommend_each
-from sensitivity.api.sweeping import begin_sweep, calibrated, sweep
+from sensitivity.api.sweeping import begin_sweep, sweep, with_calibration
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.files import overwrite
@@ -61,7 +61,7 @@ def by_sweep(
 ) -> tuple[list[Plan], float]:
     os.environ["SENSITIVITY_CACHE"] = f"{folder}-cache"  # an empty one
     began = time.process_time()
-    schemes, statistics = calibrated(vlm, parts, asked.schemes, [asked.calibration or task], asked.examples)
+    schemes, statistics = with_calibration(vlm, parts, asked.schemes, [asked.calibration or task], asked.examples)
     listed = plans_of(parts, schemes, "frontier", TRIALS, seed)
     study, steps = begin_sweep(vlm, parts, listed, [task], folder, n=n, seed=seed, statistics=statistics)
     for _ in steps:
@@ -112,7 +112,7 @@ def compared(name: str, task: str, seed: int, n: int, test: int, before: pd.Data
     parts = inspect(vlm, by="group.kind")
     with tempfile.TemporaryDirectory() as place:
         if len(before):
-            schemes, _ = calibrated(vlm, parts, [scheme("gptq", bits) for bits in BITS], [task])
+            schemes, _ = with_calibration(vlm, parts, [scheme("gptq", bits) for bits in BITS], [task])
             swept, seconds = kept(before, schemes)
         else:
             swept, seconds = by_sweep(vlm, parts, task, n, seed, Path(place) / "sweep")

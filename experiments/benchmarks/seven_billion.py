@@ -20,7 +20,7 @@ from sensitivity.measure.calibrate.calibration import GRAM_BYTES, gather_float
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.install.plan_in_model import prepare
 from sensitivity.measure.passes.token_batches import PROMPT, VISION, TokenBatch
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.families import family_of
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of

@@ -35,15 +35,15 @@ import transformers as T
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from sensitivity.api.sweeping import begin_sweep, calibrated
+from sensitivity.api.sweeping import begin_sweep, with_calibration
 from sensitivity.api.sweeping import grid as grid_
 from sensitivity.measure.evaluation import answer, evaluate
-from sensitivity.measure.generate.batches import batches
+from sensitivity.measure.generate.batches import batches_by_image
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.loop import _SharedWork
 from sensitivity.measure.memory.prefix_cache import PrefixCache
 from sensitivity.models.checkpoint import model_folder
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.scheme_settings import scheme
@@ -129,7 +129,7 @@ def plain(folder: Path | str, plan: Plan, asked: str, examples: Task) -> None:
     vlm = load(str(folder), dtype="float32")
     parts = inspect(vlm, by="part")
     schemes = list(dict.fromkeys(one for _, one in plan.schemes if one))
-    named, gathered = calibrated(vlm, parts, schemes, [asked], CALIBRATION, against=[examples], cache_gb=0)
+    named, gathered = with_calibration(vlm, parts, schemes, [asked], CALIBRATION, against=[examples], cache_gb=0)
     facts = {None: None, **dict(zip(schemes, named, strict=True))}
     chosen = Plan(tuple((name, facts[one]) for name, one in plan.schemes))
     with quantized(vlm.model, parts, chosen, statistics=gathered):
@@ -155,7 +155,7 @@ def fast(vlm: VLM, plans: list[Plan], asked: str, n: int, out: Path) -> Cost:
     schemes = list(dict.fromkeys(one for plan in plans for _, one in plan.schemes if one))
     examples, started = task(asked, n=n), time.perf_counter()
     calibration, (named, gathered) = spent(
-        lambda: calibrated(vlm, parts, schemes, [asked], CALIBRATION, against=[examples], cache_gb=0)
+        lambda: with_calibration(vlm, parts, schemes, [asked], CALIBRATION, against=[examples], cache_gb=0)
     )
     facts = {None: None, **dict(zip(schemes, named, strict=True))}
     some = [Plan(tuple((name, facts[one]) for name, one in plan.schemes)) for plan in plans]
@@ -210,7 +210,7 @@ def bound(vlm: VLM, plans: list[Plan], asked: str, n: int, cost: Cost) -> tuple[
     connector = [getattr(inner, name) for name in ("qformer", "language_projection", "multi_modal_projector")
                  if hasattr(inner, name)]  # fmt: skip
     parts: dict[str, float] = {}
-    some = list(batches(vlm, examples))
+    some = list(batches_by_image(vlm, examples))
     with timed({"vision": [vlm.vision], "connector": connector}, parts):
         whole, _ = spent(lambda: [answer(vlm, examples, batch, unshared, i) for i, batch in enumerate(some)])
     parts["language"] = whole - parts["vision"] - parts["connector"]
@@ -262,7 +262,7 @@ def drafts(n: int = 200) -> str:
     parts = inspect(vlm, by="part")
     asked = dataclasses.replace(task("caption", n=n), exact=False)
     schemes = [scheme("gptq", width) for width in (2, 4, 8)]
-    named, gathered = calibrated(vlm, parts, schemes, ["caption"], CALIBRATION, against=[asked], cache_gb=0)
+    named, gathered = with_calibration(vlm, parts, schemes, ["caption"], CALIBRATION, against=[asked], cache_gb=0)
     plans = sorted(grid_(parts, schemes=named), key=lambda plan: [str(scheme) for _, scheme in plan.schemes])
     seconds = {}
     for name in (True, False):

@@ -28,7 +28,7 @@ from sensitivity.formats.timing.intervals import STAGES, interval
 from sensitivity.formats.timing.profile import profile
 from sensitivity.formats.timing.timed_process import Asked, Round, TimedModel, timed_process
 from sensitivity.formats.writing.job import Job
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.layer_times import LayerTimes

@@ -25,10 +25,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sensitivity.api.sweeping import begin_sweep, calibrated, one_at_a_time
+from sensitivity.api.sweeping import begin_sweep, one_at_a_time, with_calibration
 from sensitivity.measure.forecast.forecast import forecast_sweep
 from sensitivity.models.config_only import without_weights as blank_
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.tasks.table import task as find_task
@@ -104,7 +104,7 @@ def measured(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         vlm = load(args.model, dtype="float32")
     with stages("calibrate and quantize"):
         how = {"n": args.calibration, "against": [evaluation], "cache_gb": 0}
-        named, statistics = calibrated(vlm, parts, schemes, [source], **how)
+        named, statistics = with_calibration(vlm, parts, schemes, [source], **how)
         plans = one_at_a_time(parts, schemes=named)
         shown: dict[str, Any] = {"statistics": statistics, "whole": args.whole_answers}
         steps = begin_sweep(vlm, parts, plans, [source], work / "study", **shown)[1]

@@ -45,7 +45,7 @@ def lengths(style: PromptStyle = LLAVA_STYLE) -> tuple[int, ...]:
     most = dict.fromkeys(S.KINDS, 0)
     for index in itertools.count():
         scene = S.scene("train", 0, index, draw=False)
-        for q in S.questions(scene):
+        for q in S.questions_about(scene):
             most[q.kind] = max(most[q.kind], len(style.encode(style.template(q))) + len(encode(q.answer)) + 1)
         if len(scene.digits) == 4:
             return tuple(most[kind] for kind in style.kinds)
@@ -89,7 +89,7 @@ class Batch:
 def _pick(scene: S.Scene, rng: np.random.Generator, kinds: tuple[str, ...]) -> list[S.Question]:
     """One question of each kind at random; of `exists` both, the one answered yes and the one answered no."""
     found: dict[str, list[S.Question]] = {}
-    for q in S.questions(scene, int(rng.integers(2**31))):
+    for q in S.questions_about(scene, int(rng.integers(2**31))):
         found.setdefault(q.kind, []).append(q)
     picked = {kind: questions[int(rng.integers(len(questions)))] for kind, questions in found.items()}
     both = iter(found["exists"])

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.stats import bootstrap, kendalltau, spearmanr
 
 from experiments.methods.measured import measured, parser, write
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import ComponentMap

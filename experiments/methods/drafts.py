@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from experiments.methods.measured import parser, write
 from sensitivity.api.sweeping import sweep
 from sensitivity.measure.speculation import acceptance
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.scheme_settings import scheme

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sensitivity.measure.gradients.token_importance import IMPORTANCE, importance_of
-from sensitivity.measure.passes.token_batches import batches
-from sensitivity.models.discover import inspect
+from sensitivity.measure.passes.token_batches import answer_batches
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.quantize.layer.linears import input_of
 from sensitivity.tasks.table import task
@@ -28,7 +28,7 @@ def main() -> None:
     vlm = load(args.model)
     weights = [weight for weight in inspect(vlm, by="part").weights if not weight.is_embedding]
     language = {input_of(weight) for weight in weights if weight.part == "language"}
-    data = list(batches(vlm, [task(args.task, "calibration", args.examples, 0)], 4))
+    data = list(answer_batches(vlm, [task(args.task, "calibration", args.examples, 0)], 4))
     print("| importance | tokens of a language layer | effective, median layer | least | largest example's share |")
     print("|---|---|---|---|---|")
     for kind, weighed in importance_of(vlm, weights, data, list(IMPORTANCE)).items():

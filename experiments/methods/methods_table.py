@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from experiments.methods.measured import measured, parser, write
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import ComponentMap

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from experiments.methods.measured import parser, write
 from sensitivity.api.sweeping import sweep
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.plan import KEEP, Plan, Scheme

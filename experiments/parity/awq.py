@@ -19,9 +19,9 @@ from torch import Tensor
 from experiments.methods.measured import write
 from experiments.parity.layers import TASKS, layers
 from experiments.parity.peers import ask, cell
-from sensitivity.measure.passes.token_batches import batches
+from sensitivity.measure.passes.token_batches import answer_batches
 from sensitivity.models.checkpoint import model_folder
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.curvature import Curvature
@@ -40,7 +40,7 @@ def theirs(peer: str, folder: Path, vlm: VLM, bits: int) -> tuple[dict[str, Tens
     for name in TASKS:
         data = task(name, "calibration", N // len(TASKS), 0)
         for example in data.examples:
-            (batch,) = batches(vlm, [replace(data, examples=(example,))])
+            (batch,) = answer_batches(vlm, [replace(data, examples=(example,))])
             found.append({key: value[0] for key, value in batch.inputs.items()})
     names = sorted(found[0])
     tensors = {f"{i}|{name}": row[name] for i, row in enumerate(found) for name in names}

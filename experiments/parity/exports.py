@@ -28,7 +28,7 @@ def make(space: Path) -> None:
     """Export the embedded model in every format, and in gptq a small model of a family that GPTQModel supports."""
     from sensitivity.formats.table import write
     from sensitivity.formats.writing.job import Job
-    from sensitivity.models.discover import inspect
+    from sensitivity.models.discovery import inspect
     from sensitivity.spec.plan import Plan, Scheme
 
     def rtn(bits: int, group: int | str = "row", symmetric: bool = True, method: str = "rtn", **more: Any) -> Scheme:
@@ -83,7 +83,7 @@ def folded(space: Path) -> None:
     from sensitivity.formats.writing.calibrated_codes import codes
     from sensitivity.formats.writing.job import Job
     from sensitivity.measure.calibrate.calibration import calibrate
-    from sensitivity.models.discover import inspect
+    from sensitivity.models.discovery import inspect
     from sensitivity.models.loading import load
     from sensitivity.quantize.scheme_settings import scheme
     from sensitivity.spec.plan import Plan

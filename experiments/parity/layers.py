@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sensitivity.measure.passes.token_batches import batches, calibration_pass
-from sensitivity.models.discover import inspect
+from sensitivity.measure.passes.token_batches import answer_batches, calibration_pass
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.tasks.table import task
@@ -51,6 +51,6 @@ def _inputs(vlm: VLM, names: list[str], split: str, n: int) -> dict[str, Tensor]
             module = vlm.model.get_submodule(name.rpartition(".")[0])
             hooks.callback(module.register_forward_pre_hook(hook).remove)
         data = [replace(task(name, split, n // len(TASKS), 0)) for name in TASKS]
-        for batch in batches(vlm, data):
+        for batch in answer_batches(vlm, data):
             calibration_pass(vlm, batch)
     return {name: torch.cat(chunks) for name, chunks in found.items()}

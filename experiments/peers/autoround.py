@@ -7,7 +7,7 @@ from collections import defaultdict
 from torch import Tensor
 
 from sensitivity.measure.attribution.calibrated import Calibrated, Scores
-from sensitivity.measure.gradients.backward import backward
+from sensitivity.measure.gradients.backward import backward_pass
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import Plan
@@ -32,5 +32,5 @@ def delta_loss(given: Calibrated) -> Scores:
                 sums[weight.name][place] += float(product.abs().sum())
 
             for batch in given.data(ROWS):
-                backward(given.vlm, given.weights, batch, visit)
+                backward_pass(given.vlm, given.weights, batch, visit)
     return given.by_component(lambda weight: sums[weight.name])

@@ -15,14 +15,14 @@ from experiments.peers.autoround import delta_loss
 from sensitivity import inspect, load, scheme
 from sensitivity.analysis.allocate.by_scores import Scores, optimum
 from sensitivity.api.planning import scored
-from sensitivity.api.sweeping import calibrated, sweep
-from sensitivity.measure.attribution.blame import blame
+from sensitivity.api.sweeping import sweep, with_calibration
+from sensitivity.measure.attribution.blame import blame_of
 from sensitivity.measure.attribution.calibrated import Calibrated
 from sensitivity.measure.attribution.scores import NEEDS, SCORES
 from sensitivity.measure.attribution.weight_errors import plan_changes
 from sensitivity.measure.calibrate.calibration import calibration_examples
-from sensitivity.measure.gradients.path_integral import path_integral
-from sensitivity.measure.passes.token_batches import batches
+from sensitivity.measure.gradients.path_integral import integrate_path
+from sensitivity.measure.passes.token_batches import answer_batches
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.files import overwrite
@@ -116,7 +116,7 @@ def choices(setting: Setting, n: int, folder: Path) -> tuple[VLM, ComponentMap, 
 
 def run_alone(setting: Setting, vlm: VLM, parts: ComponentMap, n: int, found: Chosen, folder: Path) -> None:
     """Each component at each width really run on n examples; what it loses is added up."""
-    schemes, statistics = calibrated(
+    schemes, statistics = with_calibration(
         vlm, parts, setting.asked.schemes, [setting.asked.calibration or setting.task], setting.asked.examples
     )
     began = time.process_time()
@@ -154,12 +154,12 @@ def by_scores(setting: Setting, vlm: VLM, parts: ComponentMap, found: Chosen) ->
 def integrate(given: Calibrated, task: str, examples: int) -> None:
     """Path integrals up to the uniform plans, of fewer examples and passes than `explain` takes: minutes otherwise."""
     some = min(examples, INTEGRATED)
-    data = list(batches(given.vlm, calibration_examples([task], some, 0)))
+    data = list(answer_batches(given.vlm, calibration_examples([task], some, 0)))
     shares: dict[Scheme, dict[str, float]] = {}
     for one in given.schemes:
         changes = plan_changes(given.vlm.model, given.parts, Plan.uniform(given.parts, one), given.statistics)
-        integral = path_integral(given.vlm, given.parts, changes, lambda: data, ROUGHLY, PASSES)
-        found = blame(given.parts, given.vlm.family, integral).components
+        integral = integrate_path(given.vlm, given.parts, changes, lambda: data, ROUGHLY, PASSES)
+        found = blame_of(given.parts, given.vlm.family, integral).components
         shares[one] = {name: value * examples / some for name, value in found.items()}
     given.path_shares = shares
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from experiments.published.page import measure
 from experiments.small import datasets, models
-from sensitivity.api.sweeping import calibrated, sweep
-from sensitivity.models.discover import inspect
+from sensitivity.api.sweeping import sweep, with_calibration
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import ComponentMap
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> str:
     vlm = load(args.model, device=args.device, dtype="bfloat16")
     parts = inspect(vlm, by="part")
     asked = [scheme(name, 8 if name == "llm-int8" else 4) for name in COLUMNS.values() if name]
-    schemes, statistics = calibrated(vlm, parts, asked, [sources[CALIBRATED_ON]], n=16, against=tasks)
+    schemes, statistics = with_calibration(vlm, parts, asked, [sources[CALIBRATED_ON]], n=16, against=tasks)
     plans = [Plan.uniform(parts, None), *(Plan.uniform(parts, chosen) for chosen in schemes)]
     out = args.out or ROOT / "runs" / "geochat_qvlm"
     study = sweep(vlm, parts, plans, list(sources.values()), out, n=args.n, statistics=statistics)

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import ACTIVATIONS, CACHE, Plan
-from sensitivity.study.counting import Floats, count, numbers
+from sensitivity.study.counting import Floats, count, numbers_of
 from sensitivity.study.scores import TaskScore
 from sensitivity.study.study import Study
 from sensitivity.study.trial import NATIVE, Trial, mixed_versions
@@ -169,7 +169,7 @@ def observations_of_table(
     for column in (*components, score):
         if column not in table:
             raise unknown("column", column, table.columns)
-    bits = np.column_stack([numbers(table, column) for column in components])
+    bits = np.column_stack([numbers_of(table, column) for column in components])
     whole = np.isfinite(bits).all(axis=1)
     nothing = np.full(len(table), np.nan)
     keys = tuple("/".join(f"{b:g}" for b in row) for row in bits)
@@ -177,10 +177,10 @@ def observations_of_table(
         score,
         tuple(components),
         bits,
-        numbers(table, score),
-        numbers(table, se) if se else nothing,
+        numbers_of(table, score),
+        numbers_of(table, se) if se else nothing,
         keys,
-        numbers(table, bpw) if bpw else nothing,
+        numbers_of(table, bpw) if bpw else nothing,
         ("",) * len(table),
     )
     if (~whole).any():

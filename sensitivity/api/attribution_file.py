@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sensitivity.analysis.surrogate.score_agreement import ScoreAgreement, score_agreement
+from sensitivity.analysis.surrogate.score_agreement import ScoreAgreement, agreement_of_scores
 from sensitivity.measure.attribution.checks import Checks
 from sensitivity.measure.attribution.scores import SCORES, WITH_ANSWERS, Attribution
 from sensitivity.spec.errors import UserError, unknown
@@ -39,7 +39,7 @@ def agreements(out: Path, scores: Sequence[Attribution], names: Sequence[str]) -
     study = Study(out)
     if study.parts.names != tuple(names):
         raise UserError(f"the study in {out} has other components than --by gives; choose another --out")
-    return {one.name: score_agreement(study, one.scores) for one in scores}
+    return {one.name: agreement_of_scores(study, one.scores) for one in scores}
 
 
 def check_writable(out: Path) -> None:

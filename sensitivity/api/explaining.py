@@ -16,14 +16,14 @@ import torch
 
 from sensitivity.analysis.failures.gallery import changed
 from sensitivity.api.attribution_file import check_scores_apply
-from sensitivity.api.sweeping import CACHE_GB, calibrated
-from sensitivity.measure.attribution.blame import Blame, blame
+from sensitivity.api.sweeping import CACHE_GB, with_calibration
+from sensitivity.measure.attribution.blame import Blame, blame_of
 from sensitivity.measure.attribution.boxes import NUMBERS, mean_shifts, tokens_of, writes_boxes
 from sensitivity.measure.attribution.weight_errors import plan_changes
 from sensitivity.measure.calibrate.calibration import calibration_examples
 from sensitivity.measure.gradients.backward import Counted, in_rows_that_fit
-from sensitivity.measure.gradients.path_integral import TOLERANCE, PathIntegral, path_integral
-from sensitivity.measure.passes.token_batches import batches
+from sensitivity.measure.gradients.path_integral import TOLERANCE, PathIntegral, integrate_path
+from sensitivity.measure.passes.token_batches import answer_batches
 from sensitivity.models.processors import square_seen
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import Notice, UserError
@@ -141,15 +141,15 @@ def explain_plan(
     study.check_model(vlm.name, vlm.fingerprint)
     names = list(tasks) or list(study.meta["tasks"])
     check_scores_apply([find_task(name, n=1) for name in names])
-    _, statistics = calibrated(vlm, study.parts, plan.distinct_schemes, study.meta["tasks"], cache_gb=cache_gb)
+    _, statistics = with_calibration(vlm, study.parts, plan.distinct_schemes, study.meta["tasks"], cache_gb=cache_gb)
     changes = plan_changes(vlm.model, study.parts, plan, statistics)
     data = _failing_tasks(study, plan, names, n) if failures else calibration_examples(names, n, study.meta["seed"])
 
     def integrated(counted: Counted | None = None) -> PathIntegral:
         return in_rows_that_fit(
             vlm,
-            lambda rows: batches(vlm, data, rows),
-            lambda again: path_integral(vlm, study.parts, changes, again, counted=counted),
+            lambda rows: answer_batches(vlm, data, rows),
+            lambda again: integrate_path(vlm, study.parts, changes, again, counted=counted),
         )
 
     integral = integrated()
@@ -160,7 +160,7 @@ def explain_plan(
         distances = distances_in(study, plan, names)
         for number, name in enumerate(NUMBERS):
             of_number = integrated(partial(tokens_of, vlm, number))
-            divided = blame(study.parts, vlm.family, of_number)
+            divided = blame_of(study.parts, vlm.family, of_number)
             boxes[name] = MovedNumber(distances.get(name, math.nan), of_number, divided)
     split, seed = "evaluation" if failures else "calibration", study.meta["seed"]
     counts = [study.meta["n"] if failures else len(task.examples) for task in data]
@@ -169,7 +169,7 @@ def explain_plan(
         for name, count in zip(_requested_names(data, names), counts, strict=True)
     )
     questions = {ids[number]: _pieces(vlm, tokens) for number, tokens in integral.prompts.items()}
-    divided = blame(study.parts, vlm.family, integral)
+    divided = blame_of(study.parts, vlm.family, integral)
     return Explanation(plan, integral, divided, drawn, ids, questions, square_seen(vlm.processor), boxes)
 
 

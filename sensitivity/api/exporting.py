@@ -13,10 +13,10 @@ import torch
 
 from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.allocate.knapsack import Knapsack
-from sensitivity.analysis.allocate.legal import Legal, legal, legalize
+from sensitivity.analysis.allocate.legal import Legal, best_legal_plan, legalize
 from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.api.recommending import FRESH
-from sensitivity.api.sweeping import calibrated, sweep
+from sensitivity.api.sweeping import sweep, with_calibration
 from sensitivity.formats.table import CHECKPOINTS, CHECKS, FORMATS, may_be_written, write
 from sensitivity.formats.verification import verify
 from sensitivity.formats.writing.calibrated_codes import CalibratedCodes
@@ -137,7 +137,7 @@ def _on_path(study: Study, plan: Plan, path: str, model: VLM) -> tuple[Plan, Tri
     # one sweep for each plan, as their calibration statistics differ; both on the same fresh examples, in one study
     second, meta = study, study.meta
     for one in (plan, other):
-        _, statistics = calibrated(model, study.parts, one.distinct_schemes, meta["tasks"])
+        _, statistics = with_calibration(model, study.parts, one.distinct_schemes, meta["tasks"])
         n, seed, out = meta["n"], meta["seed"] + FRESH, paths.verification(study.path)
         second = sweep(model, study.parts, [one], meta["tasks"], out, n=n, seed=seed, statistics=statistics)
     return other, {"path_gain": {"path": path, **{task: _gain(second, other, plan, task) for task in study.tasks}}}
@@ -164,7 +164,7 @@ def _codes(study: Study, job: Job, format: str) -> AbstractContextManager[Calibr
     if format not in CHECKPOINTS or not any(needs_data(scheme) for scheme in schemes):
         return nullcontext(CalibratedCodes(codes_from_weights))
     vlm = load(job.model, dtype=study.meta["dtype"]) if isinstance(job.model, str) else job.model
-    _, statistics = calibrated(vlm, study.parts, schemes, study.meta["tasks"])
+    _, statistics = with_calibration(vlm, study.parts, schemes, study.meta["tasks"])
     assert statistics is not None
     return calibrated_codes(vlm, study.parts, job.plan, statistics, folding=format in FILES)
 
@@ -203,7 +203,7 @@ def _read_source(
         raise UserError(f"a study holds many plans: name a budget, `{source} --bpw 4.0`, or give a plan.json")
     study = Study(source)
     if legal_in is not None:
-        return study, legal(study, legal_in, bpw).plan, {}
+        return study, best_legal_plan(study, legal_in, bpw).plan, {}
     return study, solve(study, bpw=bpw, knapsack=Knapsack.of(study, study.tasks[:1], files_of(counted)))[0].plan, {}
 
 

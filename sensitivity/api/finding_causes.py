@@ -10,7 +10,7 @@ import pandas as pd
 
 from sensitivity.analysis.failures.causes import measured_answers, next_part, put_back
 from sensitivity.analysis.failures.changes import Change
-from sensitivity.api.sweeping import calibrated
+from sensitivity.api.sweeping import with_calibration
 from sensitivity.measure.evaluation import evaluate
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.loop import MEMORY_GB, Step
@@ -34,7 +34,7 @@ def begin_causes(vlm: VLM, study: Study, plan: Plan, failed: Sequence[Change]) -
     """
     study.check_model(vlm.name, vlm.fingerprint)
     tasks = _tasks(study, failed)
-    _, statistics = calibrated(vlm, study.parts, plan.distinct_schemes, study.meta["tasks"])
+    _, statistics = with_calibration(vlm, study.parts, plan.distinct_schemes, study.meta["tasks"])
     codes = WeightCodes(int(MEMORY_GB * GB / 2))  # a weight is quantized once, for all parts that are put back
     done, number_of_parts = 0, len(put_back(study, plan))
     for number in range(number_of_parts):

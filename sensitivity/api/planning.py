@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
 
-from sensitivity.analysis.allocate.believed import believed
+from sensitivity.analysis.allocate.believed import predicted_shares
 from sensitivity.analysis.allocate.budget import Candidate, mean_share
 from sensitivity.analysis.allocate.by_scores import combined, optimum
 from sensitivity.analysis.allocate.kept_recommendation import Proposed, proposed
@@ -16,13 +16,13 @@ from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.observations import observations_of
 from sensitivity.analysis.search.openings import openings_then_proposals
-from sensitivity.api.sweeping import CACHE_GB, SweepOptions, begin_sweep, calibrated, path_for
+from sensitivity.api.sweeping import CACHE_GB, SweepOptions, begin_sweep, path_for, with_calibration
 from sensitivity.measure.attribution.calibrated import Calibrated
 from sensitivity.measure.attribution.scores import Attribution, attribute
 from sensitivity.measure.calibrate.cache import Cache, cache_folder
 from sensitivity.measure.calibrate.calibration import calibrate, calibration_examples
 from sensitivity.measure.loop import Step, data_flow_order
-from sensitivity.measure.passes.token_batches import batches
+from sensitivity.measure.passes.token_batches import answer_batches
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import Notice, UserError
@@ -64,12 +64,12 @@ def scored(
 ) -> Scored:
     """Calibrate on n examples of the tasks' calibration splits, and compute some of SCORES."""
     against = list(against)
-    named, statistics = calibrated(vlm, parts, schemes, tasks, n, seed, "float", against, cache_gb)
+    named, statistics = with_calibration(vlm, parts, schemes, tasks, n, seed, "float", against, cache_gb)
     if statistics is None:  # the methods need none, the scores do
         cache = Cache(cache_folder(), cache_gb) if cache_gb > 0 else None
         statistics = calibrate(vlm, parts, tasks, n, seed, "float", against, cache)
     data = calibration_examples(tasks, n, seed)
-    given = Calibrated(vlm, parts, named, statistics, lambda rows: batches(vlm, data, rows))
+    given = Calibrated(vlm, parts, named, statistics, lambda rows: answer_batches(vlm, data, rows))
     return Scored(named, given, attribute(given, names))
 
 
@@ -134,7 +134,7 @@ def weights_of(study: Study) -> dict[str, float]:
 
 def opening_plans(parts: ComponentMap, request: PlanRequest, scores: Sequence[Attribution]) -> tuple[Plan, ...]:
     """The best plans of the first score for all budgets, then those of the next."""
-    allow, tie = limits(parts, request)
+    allow, tie = allowed_and_tied(parts, request)
     best = [optimum(parts, one.scores, bpw, request.runtime, allow, tie) for one in scores for bpw in request.bpw]
     return tuple(plan for plan in dict.fromkeys(best) if not plan.is_native)
 
@@ -145,7 +145,7 @@ def proposal(study: Study, request: PlanRequest) -> list[Plan]:
     A gain below the standard error of one measured score is left to the verification, which runs more examples.
     """
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
-    scores = believed(study, knapsack, request.weights)
+    scores = predicted_shares(study, knapsack, request.weights)
     total = sum(request.weights.values())
     least = sum(
         weight / total * (observations_of(study, task).noise or 0.0) / (knapsack.full(task) or 1.0)
@@ -168,7 +168,7 @@ def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> 
     are ranked by their predicted score.
     """
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
-    scores = believed(study, knapsack, request.weights)
+    scores = predicted_shares(study, knapsack, request.weights)
     per_budget: Proposed = []
     for bpw, (ranked, rival) in zip(request.bpw, proposed(study, request), strict=True):
         plans = [trial.plan for trial in study.measured() if trial.key in scores and not trial.plan.is_native]
@@ -203,7 +203,7 @@ def warn_if_calibration_is_easier(given: Calibrated, study: Study) -> None:
 
 def check_budgets(parts: ComponentMap, schemes: Sequence[Scheme], request: PlanRequest) -> None:
     """Raise an error for a budget that no plan meets, before anything is calibrated."""
-    allow, tie = limits(parts, request)
+    allow, tie = allowed_and_tied(parts, request)
     nothing = {name: dict.fromkeys(schemes, 0.0) for name in parts.names}
     for bpw in request.bpw:
         optimum(parts, nothing, bpw, request.runtime, allow, tie)
@@ -218,14 +218,14 @@ def check_float_path(schemes: Sequence[Scheme], path: str | None) -> None:
         )
 
 
-def limits(parts: ComponentMap, request: PlanRequest) -> tuple[Allowed | None, list[tuple[str, ...]]]:
+def allowed_and_tied(parts: ComponentMap, request: PlanRequest) -> tuple[Allowed | None, list[tuple[str, ...]]]:
     """Which choices a request allows, and which components it ties."""
     return allowed_by(parts.names, request.allow), tied_groups(parts.names, request.tie)
 
 
 def _fits(parts: ComponentMap, plan: Plan, bpw: float, request: PlanRequest) -> bool:
     """Whether a plan meets a budget and all limits of a request."""
-    allow, tie = limits(parts, request)
+    allow, tie = allowed_and_tied(parts, request)
     return (
         size(parts, plan, files_of(request.runtime)).bits <= budget_bits(parts, bpw)
         and (allow is None or all(allow(*one) for one in plan.schemes))

@@ -19,7 +19,7 @@ from sensitivity.measure.calibrate.statistics import Statistics, check_path
 from sensitivity.measure.forecast.hardware import WORTH_MEMORY, slowdown
 from sensitivity.measure.generate.batches import check_tasks_fit
 from sensitivity.measure.loop import MEMORY_GB, Step, check_runs, comparability
-from sensitivity.measure.loop import run as run_plans
+from sensitivity.measure.loop import run_plans as run_plans
 from sensitivity.models.loading import device_of, dtype_of, load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import importance_of, needs_both_paths, needs_data
@@ -186,13 +186,13 @@ def begin_sweep(
     if statistics is None and isinstance(plans, Sequence):
         # a plan's key depends on its calibration data, so schemes must name the data before plans are queued
         schemes = list(dict.fromkeys(scheme for plan in plans for scheme in plan.distinct_schemes))
-        named, statistics = calibrated(vlm, parts, schemes, tasks, against=evaluated)
+        named, statistics = with_calibration(vlm, parts, schemes, tasks, against=evaluated)
         with_data: dict[Scheme | None, Scheme | None] = {None: None, **dict(zip(schemes, named, strict=True))}
         plans = [Plan(tuple((name, with_data[one]) for name, one in plan.schemes)) for plan in plans]
     return study, run_plans(vlm, study, evaluated, plans, plain, statistics, limit, memory_gb)
 
 
-def calibrated(
+def with_calibration(
     vlm: VLM,
     parts: ComponentMap,
     schemes: Sequence[Scheme],

@@ -12,7 +12,7 @@ import torch
 
 from sensitivity.measure.generate import retrieval, shared_images, whole_prompts
 from sensitivity.measure.generate.answer_tokens import Answer, decoded_answers, greedy_takes_argmax
-from sensitivity.measure.generate.batches import Batch, batches
+from sensitivity.measure.generate.batches import Batch, batches_by_image
 from sensitivity.measure.generate.drafts import with_earlier_answers
 from sensitivity.measure.memory.out_of_memory import run_or_halve
 from sensitivity.measure.memory.prefix_cache import PrefixCache
@@ -25,7 +25,7 @@ Rows = dict[str, list[str | float | bool]]  # rows of the examples table, stored
 def evaluate(vlm: VLM, task: Task, plain: bool = False) -> Rows:
     """One row per example: its answer, its score, and the right answer's negative log-likelihood per token."""
     rows: Rows = {}
-    for batch in batches(vlm, task, plain):
+    for batch in batches_by_image(vlm, task, plain):
         for name, values in example_rows(task, batch, *answer(vlm, task, batch)).items():
             rows.setdefault(name, []).extend(values)
     return rows
@@ -86,7 +86,7 @@ def _halve(vlm: VLM, task: Task, batch: Batch) -> None:
     middle = middle if len(clusters) > 1 else len(batch.examples) // 2
     for examples in (batch.examples[:middle], batch.examples[middle:]):
         # a batch of whole prompts is halved into batches of whole prompts, so that `_answered` takes the same path
-        batch.halves += batches(vlm, replace(task, examples=examples), plain=not batch.prefix)
+        batch.halves += batches_by_image(vlm, replace(task, examples=examples), plain=not batch.prefix)
     batch.inputs.clear()
 
 

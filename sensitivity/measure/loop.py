@@ -14,7 +14,7 @@ import torch
 
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.evaluation import Rows, answer, example_rows
-from sensitivity.measure.generate.batches import Batch, batches
+from sensitivity.measure.generate.batches import Batch, batches_by_image
 from sensitivity.measure.install.plan_in_model import prepare, quantized
 from sensitivity.measure.memory.prefix_cache import PrefixCache
 from sensitivity.measure.memory.weight_codes import BYTES_PER_CODE, WeightCodes
@@ -56,7 +56,7 @@ class Step:
     new: int = 1  # images of this shard
 
 
-def run(
+def run_plans(
     vlm: VLM,
     study: Study,
     tasks: Sequence[Task],
@@ -96,7 +96,7 @@ def check_runs(vlm: VLM, tasks: Sequence[Task]) -> None:
         first = [example for example in task.examples if example.cluster == task.examples[0].cluster]
         one = replace(task, examples=tuple(first if task.gallery else first[:1]), max_new_tokens=1)
         try:
-            for batch in batches(vlm, one):
+            for batch in batches_by_image(vlm, one):
                 answer(vlm, one, batch)
         except (UserError, torch.OutOfMemoryError):
             raise
@@ -211,7 +211,7 @@ class _SharedWork:
         prefix_cache = PrefixCache(self.vlm.model, self.parts, self.cache_bytes)
         prefix_cache.set_plan(Plan.uniform(self.parts, None))
         task = replace(self.tasks[0], examples=self.tasks[0].examples[:VERIFYING_EXAMPLES])
-        few = next(batches(self.vlm, task))
+        few = next(batches_by_image(self.vlm, task))
         prefix_cache.verify_boundaries(lambda: answer(self.vlm, task, few, prefix_cache, "proof"))
         return prefix_cache
 
@@ -258,7 +258,9 @@ class _SharedWork:
                 warnings.warn(PRUNED_PLANS_TAKE_LONGER, Notice, stacklevel=2)
                 self.warned_of_pruning = True
             of_shard = replace(task, examples=tuple(e for batch in self.batches[task.name] for e in batch.examples))
-            self.whole_prompts[task.name] = list(batches(self.vlm, of_shard, plain=True)) if of_shard.examples else []
+            self.whole_prompts[task.name] = (
+                list(batches_by_image(self.vlm, of_shard, plain=True)) if of_shard.examples else []
+            )
         return self.whole_prompts[task.name]
 
     def _load_shard(self, begin: int, end: int) -> None:
@@ -268,7 +270,9 @@ class _SharedWork:
             self.prefix_cache.clear()
         for task in self.tasks:
             of_shard = replace(task, examples=tuple(shard(task, begin, end, self.ends[-1])))
-            self.batches[task.name] = list(batches(self.vlm, of_shard, self.plain)) if of_shard.examples else []
+            self.batches[task.name] = (
+                list(batches_by_image(self.vlm, of_shard, self.plain)) if of_shard.examples else []
+            )
         self.shard_begin = begin
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.generate.answer_tokens import decoded_answers, end_tokens, greedy_takes_argmax, logits_from
-from sensitivity.measure.generate.batches import Batch, batches, on_device
+from sensitivity.measure.generate.batches import Batch, batches_by_image, on_device
 from sensitivity.measure.generate.drafts import Drafts
 from sensitivity.measure.generate.whole_prompts import answer_logits
 from sensitivity.measure.install.plan_in_model import quantized
@@ -117,7 +117,7 @@ def check_drafts(vlm: VLM, task: Task) -> None:
 def _drafted(vlm: VLM, parts: ComponentMap, task: Task, components: str, bits: int, gamma: int) -> Speculation:
     """The answers of the model with its present weights, drafted with rounded activations."""
     found = Speculation([], [], [])
-    for batch in batches(vlm, task, plain=True):
+    for batch in batches_by_image(vlm, task, plain=True):
         rounds = _Rounds(vlm, parts, batch, components, bits)
         while rounds.state.unfinished:
             rounds.one_round(gamma, task.max_new_tokens)

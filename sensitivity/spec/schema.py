@@ -55,7 +55,7 @@ IS_TYPE: dict[str, Callable[[object], bool]] = {
 
 
 @cache
-def schema(name: str) -> Schema:
+def schema_of(name: str) -> Schema:
     """A schema by its name."""
     content: Schema = json.loads((FOLDER / f"{name}.schema.json").read_bytes())
     return content
@@ -81,7 +81,7 @@ def read(path: Path, name: str, remedy: str) -> Any:
 
 def check(value: object, name: str, what: str, remedy: str) -> None:
     """Raise an error with the first fault of a value."""
-    if wrong := fault(value, schema(name), name):
+    if wrong := fault(value, schema_of(name), name):
         raise UserError(f"{what}: {wrong}; {remedy}")
 
 
@@ -175,7 +175,7 @@ def _resolved(ref: str, home: str) -> tuple[str, Schema]:
     """What a `$ref` points to, in this schema file or in another, and the name of that file."""
     file, _, place = ref.partition("#/$defs/")
     home = file.removesuffix(".schema.json") or home
-    return home, schema(home)["$defs"][place] if place else schema(home)
+    return home, schema_of(home)["$defs"][place] if place else schema_of(home)
 
 
 def _mismatch(value: object, wanted: Schema, home: str, at: str) -> str:

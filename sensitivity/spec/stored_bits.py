@@ -43,7 +43,7 @@ def _blocks(scheme: Scheme, rows: int, cols: int) -> int:
     return table + 32 * blocks
 
 
-def outliers(share: Setting, rows: int, cols: int) -> int:
+def outlier_count(share: Setting, rows: int, cols: int) -> int:
     """The number of outliers of a weight, from their share alone: a plan's size is needed before it is quantized."""
     return round(float(share or 0) * rows * cols)
 
@@ -68,7 +68,7 @@ def _codebook(scheme: Scheme, rows: int, cols: int) -> int:
 
 def _squeezellm(scheme: Scheme, rows: int, cols: int) -> int:
     """What `_codebook` counts, and outliers."""
-    count = outliers(scheme.get("sensitive"), rows, cols) + outliers(scheme.get("outliers"), rows, cols)
+    count = outlier_count(scheme.get("sensitive"), rows, cols) + outlier_count(scheme.get("outliers"), rows, cols)
     return _codebook(scheme, rows, cols) + _sparse(count, rows, cols)
 
 
@@ -109,17 +109,17 @@ def _spqr(scheme: Scheme, rows: int, cols: int) -> int:
     shared = math.ceil(rows / 16) * groups(scheme, 1, cols)
     # at 16 bits there is no second level, and a zero point is as wide as a code
     grids = groups(scheme, rows, cols) * 2 * per_group + 64 * shared if per_group < 16 else _affine(scheme, rows, cols)
-    return grids + _sparse(outliers(scheme.get("outliers"), rows, cols), rows, cols)
+    return grids + _sparse(outlier_count(scheme.get("outliers"), rows, cols), rows, cols)
 
 
 def _gwq(scheme: Scheme, rows: int, cols: int) -> int:
     """What `_affine` counts, and outliers."""
-    return _affine(scheme, rows, cols) + _sparse(outliers(scheme.get("outliers"), rows, cols), rows, cols)
+    return _affine(scheme, rows, cols) + _sparse(outlier_count(scheme.get("outliers"), rows, cols), rows, cols)
 
 
 def _adpq(scheme: Scheme, rows: int, cols: int) -> int:
     """A second grid per group for outliers, which are codes like all other weights, and their positions."""
-    count = outliers(scheme.get("outliers"), rows, cols)
+    count = outlier_count(scheme.get("outliers"), rows, cols)
     return (2 if count else 1) * _affine(scheme, rows, cols) + _positions(count, rows, cols)
 
 

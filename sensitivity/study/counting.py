@@ -10,7 +10,7 @@ from sensitivity.spec.errors import UserError
 Floats = np.ndarray
 
 
-def numbers(table: pd.DataFrame, column: str) -> Floats:
+def numbers_of(table: pd.DataFrame, column: str) -> Floats:
     """A column as numbers, NaN where it is empty; raises an error that names the row if it holds text."""
     values = pd.to_numeric(table[column], errors="coerce")
     wrong = values.isna() & table[column].notna()

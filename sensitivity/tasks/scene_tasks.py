@@ -46,7 +46,7 @@ def _examples(split: str, n: int, seed: int, kinds: Sequence[str]) -> tuple[Exam
     examples: list[Example] = []
     for index in range(math.ceil(n / len(kinds))):
         one = scenes.scene(split, seed, index)
-        questions = scenes.questions(one, seed)
+        questions = scenes.questions_about(one, seed)
         for kind in kinds:
             choice = [question for question in questions if question.kind == kind]
             # the draw depends on the kind, not on its place in `kinds`: a task of one kind asks the same questions as

@@ -235,7 +235,7 @@ def scene(
     return Scene(f"{split}-{seed}-{index:06d}", image, background, digits)
 
 
-def scenes(split: str, n: int, seed: int = 0) -> list[Scene]:
+def draw_scenes(split: str, n: int, seed: int = 0) -> list[Scene]:
     """The first `n` scenes of a split; a longer list starts with the same ones."""
     return [scene(split, seed, index) for index in range(n)]
 
@@ -255,7 +255,7 @@ def _exists(scene: Scene, seed: int) -> Iterator[Question]:
         yield Question("exists", f"is there any {values[int(rng.integers(len(values)))]}?", answer)
 
 
-def questions(scene: Scene, seed: int = 0) -> list[Question]:
+def questions_about(scene: Scene, seed: int = 0) -> list[Question]:
     """Every question about a scene, kind by kind; only the two existence questions depend on `seed`."""
     digits = scene.digits
     return [

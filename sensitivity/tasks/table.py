@@ -22,14 +22,14 @@ TASKS: dict[str, Callable[[str, int, int], Task]] = {
 }
 # published data sets in a folder with their official layout: --task coco-captions:FOLDER
 DATASETS: dict[str, Callable[[Path, str, int, int], Task]] = {
-    "coco-captions": coco.captions,
-    "vqav2": vqav2.vqav2,
-    "gqa": gqa.gqa,
+    "coco-captions": coco.coco_captions,
+    "vqav2": vqav2.vqav2_questions,
+    "gqa": gqa.gqa_questions,
     "rsvqa-lrben": rsvqa.lrben,
     "rsvqa-hrben": rsvqa.hrben,
     "aid": scene_folders.aid,
     "ucmerced": scene_folders.ucmerced,
-    "geochat-grounding": geochat.grounding,
+    "geochat-grounding": geochat.geochat_boxes,
     "geochat-region-captions": geochat.region_captions,
     "levir-cd": image_pairs.levir_change,
     "levir-cc": image_pairs.levir_captions,
@@ -42,7 +42,7 @@ RETRIEVAL_DATASETS: dict[str, Callable[[Path, str, int, int], Task]] = {"flickr3
 # tasks of an evaluation library, by the library's name: --task lmms-eval:TASK, or lmms-eval:TASK:FOLDER
 LIBRARIES: dict[str, Callable[[str, str | None, str, int, int], Task]] = {
     "lmms-eval": lmms.lmms_eval,
-    "vlmeval": vlmeval.vlmeval,
+    "vlmeval": vlmeval.vlmeval_task,
 }
 # checks of a task's name before any data are read
 _CHECKS: dict[str, Callable[[str], object]] = {"lmms-eval": task_files.file_of, "vlmeval": vlmeval.check}

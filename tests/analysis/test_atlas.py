@@ -19,7 +19,7 @@ from few import few
 
 from sensitivity import UserError, add_to_atlas, predict_frontier
 from sensitivity.analysis.atlas import atlas_file, predicted_frontier
-from sensitivity.analysis.atlas.as_each_model import as_each_model
+from sensitivity.analysis.atlas.as_each_model import predictions_by_model
 from sensitivity.analysis.atlas.atlas_file import KEY, read
 from sensitivity.analysis.atlas.entry import About, Entry, loss_of, share_of
 from sensitivity.analysis.atlas.predicted_frontier import PredictedFrontier
@@ -65,7 +65,7 @@ def predicted(
 
 def held(found: PredictedFrontier, new: Entry, parts: ComponentMap) -> list[bool]:
     """Whether the interval of each budget holds the true share of its plan."""
-    (truth,) = as_each_model([new], parts, SCHEMES)
+    (truth,) = predictions_by_model([new], parts, SCHEMES)
     return [point.low - 1e-9 <= share_of(truth.loss(point.plan)) <= point.high + 1e-9 for point in found.points]
 
 

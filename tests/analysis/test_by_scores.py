@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from sensitivity.analysis.allocate.believed import believed
+from sensitivity.analysis.allocate.believed import predicted_shares
 from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.allocate.by_scores import combined, optimum
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.search.openings import openings_then_proposals
-from sensitivity.analysis.surrogate.score_agreement import score_agreement
+from sensitivity.analysis.surrogate.score_agreement import agreement_of_scores
 from sensitivity.analysis.surrogate.space import Space
 from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 from sensitivity.spec.components import ComponentMap, Kept, Weight
@@ -143,7 +143,7 @@ def test_the_best_reading_is_drawn_towards_the_surrogate(tmp_path: Path) -> None
     for seed in range(6):
         made, truth = study(tmp_path / str(seed), 0.07, 40, seed, times=2)
         knapsack = Knapsack.of(made, ["score"])
-        scores = believed(made, knapsack, {"score": 1.0})
+        scores = predicted_shares(made, knapsack, {"score": 1.0})
         readings: dict[str, list[float]] = {}
         for trial in made.measured():
             readings.setdefault(trial.key, []).append(trial.scores["score"]["mean"])
@@ -158,15 +158,15 @@ def test_the_best_reading_is_drawn_towards_the_surrogate(tmp_path: Path) -> None
 
 def test_scores_that_are_the_truth_foretell_every_plan(tmp_path: Path) -> None:
     made, truth = study(tmp_path / "s", 0.0, 40)
-    found = score_agreement(made, truth)
+    found = agreement_of_scores(made, truth)
     assert found is not None
     assert found.rank_correlation == pytest.approx(1.0)
     assert found.plans == 39
-    wrong = score_agreement(made, {name: {s: -v for s, v in row.items()} for name, row in truth.items()})
+    wrong = agreement_of_scores(made, {name: {s: -v for s, v in row.items()} for name, row in truth.items()})
     assert wrong is not None
     assert wrong.rank_correlation == pytest.approx(-1.0)
     assert wrong.error > 5 * found.error
-    assert score_agreement(study(tmp_path / "few", 0.0, 3)[0], truth) is None
+    assert agreement_of_scores(study(tmp_path / "few", 0.0, 3)[0], truth) is None
 
 
 def test_plans_are_proposed_until_there_are_enough_or_none_is_new(tmp_path: Path) -> None:

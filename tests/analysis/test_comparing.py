@@ -13,7 +13,7 @@ from answered import FOUR, NATIVE, TWO
 from browser import browser
 
 from sensitivity.analysis.comparing.sides import side
-from sensitivity.analysis.comparing.versus import MAX_ROWS, SAME, compare
+from sensitivity.analysis.comparing.versus import MAX_ROWS, SAME, compare_sides
 from sensitivity.cli.main import main
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
@@ -41,7 +41,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Study]:
 
 
 def test_studies_are_paired_on_the_examples_that_both_have_seen(pair: tuple[Study, Study]) -> None:
-    found = compare(side(str(pair[0].path)), side(str(pair[1].path)))
+    found = compare_sides(side(str(pair[0].path)), side(str(pair[1].path)))
     assert found.notes == ("they differ in n: 200 in A, 100 in B",)
     assert {row.what for row in found.rows} >= {"full precision", "the same plan"}
     row = next(row for row in found.rows if row.what == "the same plan" and row.a.key == FOUR.key)
@@ -59,7 +59,7 @@ def test_studies_are_paired_on_the_examples_that_both_have_seen(pair: tuple[Stud
 
 
 def test_budgets_compare_the_best_measured_plans_within_them(pair: tuple[Study, Study]) -> None:
-    rows = [row for row in compare(side(str(pair[0].path)), side(str(pair[1].path))).rows if "within" in row.what]
+    rows = [row for row in compare_sides(side(str(pair[0].path)), side(str(pair[1].path))).rows if "within" in row.what]
     assert rows
     for row in rows:
         budget = float(row.what.split()[2])
@@ -80,11 +80,11 @@ def test_other_questions_of_the_same_name_are_not_paired(tmp_path: Path) -> None
     for name, prompt in (("a", "is it?"), ("b", "was it?"), ("c", "is it?")):
         answered.study(tmp_path / name, [numbered(prompt)], worse(3), seed=ord(name))
     a, b, c = (side(str(tmp_path / name)) for name in "abc")
-    first = compare(a, b).rows[1].paired
+    first = compare_sides(a, b).rows[1].paired
     assert first.shared == 0
     assert "unpaired: they have seen other examples" in first.words
     assert first.difference.se == pytest.approx(np.hypot(first.a.se, first.b.se))
-    assert compare(a, c).rows[1].paired.shared == 30
+    assert compare_sides(a, c).rows[1].paired.shared == 30
 
 
 def test_two_plans_of_one_study(pair: tuple[Study, Study], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,7 +132,7 @@ def test_of_many_plans_that_both_measured_those_are_shown_that_differ_most(tmp_p
 
     for name, flip in (("a", 1), ("b", 3)):
         answered.study(tmp_path / name, [task("vqa", n=60)], by_bits(flip), ["vqa"], n=60, plans=plans)
-    found = compare(*(side(str(tmp_path / name)) for name in "ab"))
+    found = compare_sides(*(side(str(tmp_path / name)) for name in "ab"))
     every = [row for row in found.rows if row.what == SAME]
     shown = [row for row in found.shown if row.what == SAME]
     assert (len(every), len(shown)) == (12, MAX_ROWS)
@@ -145,7 +145,7 @@ def test_of_many_plans_that_both_measured_those_are_shown_that_differ_most(tmp_p
         in found.words[1]
     )
     assert len(found.to_json()["rows"]) == len(found.rows)  # type: ignore[arg-type]
-    same = compare(side(str(tmp_path / "a")), side(str(tmp_path / "a")))
+    same = compare_sides(side(str(tmp_path / "a")), side(str(tmp_path / "a")))
     assert [row for row in same.shown if row.what == SAME] == [], "equal scores need no row"
 
 
@@ -156,8 +156,8 @@ def test_what_cannot_be_compared_is_said(pair: tuple[Study, Study], tmp_path: Pa
         side(f"{pair[0].path}:abc")
     table = planted.study(tmp_path / "table", {"vqa": planted.product}, levels=(4, 16))
     with pytest.raises(UserError, match="hold no answers that could be compared"):
-        compare(side(str(table.path)), side(str(pair[0].path)))
+        compare_sides(side(str(table.path)), side(str(pair[0].path)))
     other = planted.study(tmp_path / "other", {"cider": planted.product}, levels=(4, 16))
     with pytest.raises(UserError, match=r"they share no task: .* has cider, and .* has vqa"):
-        compare(side(str(other.path)), side(str(pair[0].path)))
-    assert compare(side(f"{pair[0].path}:{NATIVE.key}"), side(str(pair[1].path))).rows[0].b.is_native
+        compare_sides(side(str(other.path)), side(str(pair[0].path)))
+    assert compare_sides(side(f"{pair[0].path}:{NATIVE.key}"), side(str(pair[1].path))).rows[0].b.is_native

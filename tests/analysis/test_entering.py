@@ -12,7 +12,7 @@ from answered import HOSTILE, TWO
 from browser import browser
 
 from sensitivity.analysis.failures.changes import study_of
-from sensitivity.analysis.failures.entering import Entering, explained
+from sensitivity.analysis.failures.damage_places import DamagePlaces, explanations_of
 from sensitivity.analysis.failures.gallery import MAX_EXPLAINED, changed, galleries
 from sensitivity.analysis.report.failures_page import write
 from sensitivity.cli.main import main
@@ -32,7 +32,7 @@ def test_a_place_is_red_by_its_share_of_the_worst_and_what_helps_is_not(tmp_path
     study = answered.study(tmp_path / "run", [task("vqa", n=30)], given, ["vqa"], n=30)
     name = changed(study, TWO)[0].example
     answered.explain(study, TWO, True, [name])
-    (found,) = explained(study.path, TWO)
+    (found,) = explanations_of(study.path, TWO)
     one = found.examples[name]
     assert one.places == ((0.0, 1.0), (0.0, 0.5))
     assert one.question == (("what", 0.5), (HOSTILE, 1.0), (" is", 0.0))
@@ -51,7 +51,7 @@ def test_the_places_are_of_what_the_model_sees() -> None:
     }
     for expected, settings in processors.items():
         assert square_seen(SimpleNamespace(image_processor=SimpleNamespace(**settings))) == expected
-    frames = [Entering((), (), 0.0, square).frame(200, 100) for square in processors]
+    frames = [DamagePlaces((), (), 0.0, square).frame(200, 100) for square in processors]
     assert frames == [(0, 0, 200, 100), (75, 25, 50, 50), (0, -50, 200, 200)]
 
 
@@ -91,9 +91,9 @@ def test_what_an_earlier_version_stored_is_left_out(tmp_path: Path) -> None:
         {**data, "change": None},
     ):
         file.write_text(json.dumps(broken))
-        assert explained(study.path, TWO) == []
+        assert explanations_of(study.path, TWO) == []
     file.write_bytes(b"\xff")
-    assert explained(study.path, TWO) == []
+    assert explanations_of(study.path, TWO) == []
 
 
 def test_answers_that_got_worse_are_explained_on_their_own_images(
@@ -107,7 +107,7 @@ def test_answers_that_got_worse_are_explained_on_their_own_images(
     assert main(["explain", str(study.path), "--plan", plan.key, "--failures", "1"]) == 0
     assert "on 1 answer that got worse" in capsys.readouterr().out
     worst = {one.example for one in changed(study_of(study, plan), plan)[:1]}
-    (found,) = explained(study.path, plan)
+    (found,) = explanations_of(study.path, plan)
     assert set(found.examples) == worst
     asked = {one.id: one.prompt for one in task("vqa", n=6).examples}
     for name, one in found.examples.items():

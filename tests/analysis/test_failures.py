@@ -21,7 +21,7 @@ from PIL import Image
 from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.allocate.recommendation import judge
 from sensitivity.analysis.failures import pictures
-from sensitivity.analysis.failures.changes import changes, study_of
+from sensitivity.analysis.failures.changes import changed_answers, study_of
 from sensitivity.analysis.failures.gallery import galleries
 from sensitivity.analysis.report.failures_page import write
 from sensitivity.analysis.report.page import report
@@ -101,7 +101,7 @@ def test_changes_are_all_that_differ_and_those_that_cost_most_come_first(study: 
     after, before = study.examples(TWO), study.examples(NATIVE)
     assert after is not None
     assert before is not None
-    found = changes(after, before, questions.read_questions(study.path, study.meta))
+    found = changed_answers(after, before, questions.read_questions(study.path, study.meta))
     both = before.merge(after, on=["task", "example"])
     differ = both[both["answer_x"] != both["answer_y"]]
     assert {(one.task, one.example) for one in found} == set(zip(differ["task"], differ["example"], strict=True))
@@ -113,11 +113,11 @@ def test_changes_are_all_that_differ_and_those_that_cost_most_come_first(study: 
         assert one.question is not None
         assert (one.question.prompt, one.question.answers) == (asked[one.example].prompt, asked[one.example].answers)
         assert one.before.sure == pytest.approx(np.exp(-0.1))
-    only = changes(after, before, {}, "vqa", "count")
+    only = changed_answers(after, before, {}, "vqa", "count")
     assert {one.kind for one in only} == {"count"}
     assert {one.question for one in only} == {None}
     with pytest.raises(UserError, match="unknown kind 'cuont'; choose from colour, count"):
-        changes(after, before, {}, "vqa", "cuont")
+        changed_answers(after, before, {}, "vqa", "cuont")
 
 
 def image_of(uri: str) -> Image.Image:

@@ -47,14 +47,14 @@ def drawings(task: str = "vqa", part: str = "vision") -> dict[str, figures.Figur
     seen = pd.DataFrame({"measured": [0.1, 0.9], "expected": [0.2, 0.8], "low": [0, 0.7], "high": [0.3, 1]})
     return {
         "pareto": figures.pareto(frame, task, 0.99, ["k3"]),
-        "importance": figures.importance(ranking),
+        "importance": figures.importance_shares(ranking),
         "by_bits": figures.by_bits(frame, task, names),
         "alone": figures.by_bits(frame, task, names, alone=True),
         "colored": figures.colored(frame, task, part),
         "pairwise": figures.pairwise(frame, task, part, "language"),
         "interactions": figures.interactions(pairs, names),
-        "levels": figures.levels(moves),
-        "calibration": figures.calibration(seen, task),
+        "levels": figures.effect_of_widths(moves),
+        "calibration": figures.predicted_against_measured(seen, task),
     }
 
 

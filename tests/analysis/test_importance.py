@@ -18,7 +18,7 @@ from sklearn.inspection import permutation_importance
 from sensitivity.analysis.importance import estimators, robustness, tree_shap
 from sensitivity.analysis.importance.estimators import CONSENSUS, ESTIMATORS, shares
 from sensitivity.analysis.importance.random_forest import RandomForest
-from sensitivity.analysis.importance.ranking import cached, compare, rank
+from sensitivity.analysis.importance.ranking import cached, rank, rank_correlations
 from sensitivity.analysis.observations import observations_of, observations_of_table
 from sensitivity.spec.errors import UserError
 
@@ -176,7 +176,7 @@ def test_per_megabyte_and_coarser_parts(tmp_path: Path) -> None:
     coarse = rank(study, "a", by="part", bootstraps=0, thorough=False)
     assert set(coarse.order) == {"vision", "language"}
     both = rank(study, "b", by="part", bootstraps=0, thorough=False)
-    tau = compare({"a": coarse, "b": both})
+    tau = rank_correlations({"a": coarse, "b": both})
     assert tau.loc["a", "b"] in (-1.0, 1.0)
     data = json.loads(found.dumps())
     assert data["components"]["vision.front"]["consensus"] > 50

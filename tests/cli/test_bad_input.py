@@ -25,8 +25,8 @@ from sensitivity.cli.main import main
 from sensitivity.measure import shards
 from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.evaluation import answer, evaluate
-from sensitivity.measure.generate.batches import batches
-from sensitivity.models.discover import inspect
+from sensitivity.measure.generate.batches import batches_by_image
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import Notice, UserError
@@ -241,7 +241,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(mine: VLM, plain: boo
 
 def test_halves_are_kept_for_the_plans_that_follow(mine: VLM) -> None:
     asked = task("vqa", n=20)
-    (batch,) = batches(mine, asked)
+    (batch,) = batches_by_image(mine, asked)
     with Small(mine, 5), pytest.warns(Notice):
         first = answer(mine, asked, batch)
     with Small(mine, 5) as device, warnings.catch_warnings():

@@ -215,7 +215,7 @@ def test_published_plans_come_first_where_not_all_are_run() -> None:
 def test_every_published_score_is_of_a_plan_that_is_run_and_a_metric_that_is_measured(folder: Path) -> None:
     """In full, without running: widths, parts and names of metrics are checked against a small model of the family."""
     from experiments.small import datasets, models
-    from sensitivity.models.discover import inspect
+    from sensitivity.models.discovery import inspect
     from sensitivity.quantize.scheme_settings import scheme
     from sensitivity.tasks.table import task
 

@@ -18,7 +18,7 @@ from sensitivity.formats.table import write
 from sensitivity.formats.writing.job import Job
 from sensitivity.measure.generate.batches import prompt_text
 from sensitivity.measure.install.plan_in_model import quantized
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap

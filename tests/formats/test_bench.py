@@ -28,7 +28,7 @@ from sensitivity.formats.timing.side_by_side import bench
 from sensitivity.formats.timing.timed_process import NEW_TOKENS, Asked, Round, Stage, TimedModel, answered
 from sensitivity.formats.writing.job import Job
 from sensitivity.formats.writing.manifest import why_foreign
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 

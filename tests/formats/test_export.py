@@ -38,7 +38,7 @@ from sensitivity.formats.writing.source import _reader, open_checkpoint
 from sensitivity.formats.writing.unfinished import remove_unfinished, staging_folder
 from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.install.plan_in_model import quantized
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.solvers.nearest import quantize_rtn as rtn_of
@@ -49,7 +49,7 @@ from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read
 from sensitivity.spec.runtimes.headers import header_bytes
 from sensitivity.spec.runtimes.table import RUNTIMES
-from sensitivity.spec.schema import schema as schema_of
+from sensitivity.spec.schema import schema_of as schema_of
 from sensitivity.spec.sizes import component_bits, size
 
 EMBEDDED = "embedded:scenes-llava"

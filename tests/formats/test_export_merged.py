@@ -19,7 +19,7 @@ from sensitivity.cli import main as cli
 from sensitivity.formats.verification import compare, rerun
 from sensitivity.formats.writing.job import Job
 from sensitivity.formats.writing.source import open_checkpoint
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.errors import UserError

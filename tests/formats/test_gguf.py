@@ -31,8 +31,8 @@ from sensitivity.formats.table import write
 from sensitivity.formats.timing.side_by_side import bench
 from sensitivity.formats.verification import verify
 from sensitivity.formats.writing.job import Job, codes_from_weights
-from sensitivity.measure.generate.batches import batches, prompt_text
-from sensitivity.models.discover import inspect
+from sensitivity.measure.generate.batches import batches_by_image, prompt_text
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap
@@ -276,7 +276,7 @@ def llama_cpp() -> Any:
 def inputs(vlm: VLM) -> dict[str, Tensor]:
     """An example with its image, as tensors."""
     asked = task("vqa", n=40, seed=0)
-    (batch,) = batches(vlm, replace(asked, examples=asked.examples[:1]), plain=True)
+    (batch,) = batches_by_image(vlm, replace(asked, examples=asked.examples[:1]), plain=True)
     return batch.inputs
 
 

@@ -26,7 +26,7 @@ from sensitivity.formats.timing.side_by_side import bench
 from sensitivity.formats.verification import verify
 from sensitivity.formats.writing.job import Job, codes_from_weights
 from sensitivity.measure.generate.batches import prompt_text
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.stored.integer_grid import QuantizedWeight

@@ -29,7 +29,7 @@ from sensitivity.formats.verification import verify
 from sensitivity.formats.writing.job import Job, codes_from_weights
 from sensitivity.measure.generate.answer_tokens import end_tokens
 from sensitivity.measure.generate.batches import on_device, prompt_text
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import Weight

@@ -16,7 +16,7 @@ from sensitivity.formats.timing.kept_times import kept_times
 from sensitivity.formats.timing.profile import _as_in_graphs, checked, first_inputs
 from sensitivity.formats.timing.rows_at_once import rows_at_once
 from sensitivity.formats.timing.timed_process import LayerSeconds, Round, Stage
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme

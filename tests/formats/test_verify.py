@@ -25,7 +25,7 @@ from sensitivity.formats.table import EXPECTED
 from sensitivity.formats.verification import compare, rerun, verify
 from sensitivity.formats.writing import manifest
 from sensitivity.measure.calibrate.calibration import calibrate
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.scheme_settings import scheme

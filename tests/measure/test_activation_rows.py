@@ -10,7 +10,7 @@ import torch
 from few import few
 from torch import Tensor, nn
 
-from sensitivity.api.sweeping import calibrated
+from sensitivity.api.sweeping import with_calibration
 from sensitivity.measure.activations.adaptive_softmax import LARGEST_SHARES, LEVELS_PER_HALVING, adaptive_grids
 from sensitivity.measure.activations.attention_operands import is_operand, operand_grids, signs_of, two_peaks
 from sensitivity.measure.activations.matching import AttentionScale, attention_scales, factors
@@ -20,9 +20,9 @@ from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.install.rounding import rounding_hooks
 from sensitivity.measure.memory.weight_codes import WeightCodes
 from sensitivity.measure.passes.attention_hooks import attention_modules, probability_hooks
-from sensitivity.measure.passes.token_batches import batches as token_batches
+from sensitivity.measure.passes.token_batches import answer_batches as token_batches
 from sensitivity.measure.passes.token_batches import calibration_pass
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.run_time.inputs import round_between
 from sensitivity.quantize.run_time.probabilities import round_probabilities
@@ -49,7 +49,7 @@ def test_a_row_runs_in_every_part_and_leaves_the_model_as_it_was(scenes_llava: V
     parts, before = inspect(scenes_llava, by="part"), logits(scenes_llava)
     less = {"learned": 1} if name == "quantvggt" else {}
     asked = [scheme(name, bits, activations=bits, **less) for bits in (3, 8)]
-    schemes, statistics = calibrated(scenes_llava, parts, asked, ["vqa"], n=2, cache_gb=0)
+    schemes, statistics = with_calibration(scenes_llava, parts, asked, ["vqa"], n=2, cache_gb=0)
     found = []
     for chosen, memory in ((schemes[0], WeightCodes()), (schemes[0], None), (schemes[1], None)):
         with quantized(scenes_llava.model, parts, Plan.uniform(parts, chosen), memory, statistics):
@@ -65,7 +65,7 @@ def test_transforms_without_rounding_leave_the_logits(scenes_llava: VLM, transfo
     """Every input goes through the transform of a stored weight and back."""
     parts, before = inspect(scenes_llava, by="part"), logits(scenes_llava)
     asked = scheme("smooth", 8, transform=transform, activations=8)
-    (chosen,), statistics = calibrated(scenes_llava, parts, [asked], ["vqa"], n=2, cache_gb=0)
+    (chosen,), statistics = with_calibration(scenes_llava, parts, [asked], ["vqa"], n=2, cache_gb=0)
     memory, plan = WeightCodes(), Plan.uniform(parts, chosen)
     with quantized(scenes_llava.model, parts, plan, memory, statistics):
         pass
@@ -193,7 +193,7 @@ def test_attention_that_lost_its_spread_gets_it_back(scenes_llava: VLM) -> None:
     """A plan whose rounding shrinks queries and outputs: afterwards both scales are the float model's."""
     parts = inspect(scenes_llava, by="kind")
     asked = scheme("rtn", 3, group="tensor", activations=3, match=True)
-    (chosen,), statistics = calibrated(scenes_llava, parts, [asked], ["vqa"], n=2, cache_gb=0)
+    (chosen,), statistics = with_calibration(scenes_llava, parts, [asked], ["vqa"], n=2, cache_gb=0)
     assert statistics is not None
     model, plan = scenes_llava.model, Plan.of(parts, {"vision.attn": chosen, "language.attn": chosen})
     modules = attention_modules(model, parts.weights)

@@ -15,15 +15,15 @@ import saved_vlms
 import torch
 from few import few
 
-from sensitivity.api.sweeping import calibrated, sweep
+from sensitivity.api.sweeping import sweep, with_calibration
 from sensitivity.measure.activations import joint_ranges
 from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.passes.attention_functions import FUSED
 from sensitivity.measure.passes.attention_hooks import attention_modules
-from sensitivity.measure.passes.token_batches import batches as token_batches
+from sensitivity.measure.passes.token_batches import answer_batches as token_batches
 from sensitivity.measure.passes.token_batches import calibration_pass
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.run_time.probabilities import round_probabilities
@@ -148,7 +148,7 @@ def test_fast_equals_plain(family: str, tmp_path: Path, monkeypatch: pytest.Monk
         scheme("rtn", 4, activations=4, activation_scale="blocks"),
         scheme("keep", 16, activations=4, activation_scale="released"),
     ]
-    some, statistics = calibrated(vlm, parts, some, ["vqa"], n=4, cache_gb=0)
+    some, statistics = with_calibration(vlm, parts, some, ["vqa"], n=4, cache_gb=0)
     plans = [Plan.of(parts, {name: some[rng.integers(len(some))] for name in parts.names}) for _ in range(2)]
     plans += [Plan.of(parts, {"language": some[4]}), Plan.of(parts, {"vision": some[2], "language": some[3]})]
     plans += [Plan.of(parts, {"vision": one, "language": two}) for one, two in (some[5:], some[:4:-1])]

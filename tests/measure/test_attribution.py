@@ -14,7 +14,7 @@ from few import few
 from torch import Tensor
 
 from sensitivity.measure.attribution import scores as scoring
-from sensitivity.measure.attribution.blame import Blame, blame, patch_grid, summed_grids
+from sensitivity.measure.attribution.blame import Blame, blame_of, patch_grid, summed_grids
 from sensitivity.measure.attribution.boxes import NUMBERS, mean_shifts, tokens_of, writes_boxes
 from sensitivity.measure.attribution.calibrated import Calibrated
 from sensitivity.measure.attribution.checks import check_scores
@@ -22,11 +22,11 @@ from sensitivity.measure.attribution.coverage import coverage_of_shares
 from sensitivity.measure.attribution.scores import SCORES, attribute
 from sensitivity.measure.attribution.weight_errors import WeightErrors, plan_changes
 from sensitivity.measure.calibrate.calibration import calibrate, calibration_examples
-from sensitivity.measure.gradients.backward import answer_loss, backward
-from sensitivity.measure.gradients.path_integral import PathIntegral, path_integral
+from sensitivity.measure.gradients.backward import answer_loss, backward_pass
+from sensitivity.measure.gradients.path_integral import PathIntegral, integrate_path
 from sensitivity.measure.install.plan_in_model import quantized
-from sensitivity.measure.passes.token_batches import VISION, TokenBatch, batches
-from sensitivity.models.discover import inspect
+from sensitivity.measure.passes.token_batches import VISION, TokenBatch, answer_batches
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.scheme_settings import scheme
@@ -43,7 +43,9 @@ def calibrated(vlm: VLM, by: str = "part", n: int = 4) -> Calibrated:
     parts = inspect(vlm, by=by)
     data = calibration_examples(["vqa"], n, 0)
     schemes = [scheme("rtn", bits) for bits in BITS]
-    return Calibrated(vlm, parts, schemes, calibrate(vlm, parts, ["vqa"], n), lambda rows: batches(vlm, data, rows))
+    return Calibrated(
+        vlm, parts, schemes, calibrate(vlm, parts, ["vqa"], n), lambda rows: answer_batches(vlm, data, rows)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def layers(given: Calibrated) -> dict[str, list[tuple[Tensor, Tensor, TokenBatch
         def visit(weight: Weight, inputs: Tensor, gradient: Tensor, batch: TokenBatch = batch) -> None:
             found.setdefault(weight.name, []).append((inputs, gradient, batch))
 
-        backward(given.vlm, given.weights, batch, visit)
+        backward_pass(given.vlm, given.weights, batch, visit)
     return found
 
 
@@ -108,7 +110,7 @@ def test_the_last_score_is_a_path_and_every_score_is_refused_by_name(given: Cali
 
 def integrated(given: Calibrated, plan: Plan, **how: Any) -> PathIntegral:
     changes = plan_changes(given.vlm.model, given.parts, plan, given.statistics)
-    return path_integral(given.vlm, given.parts, changes, lambda: given.data(4), **how)
+    return integrate_path(given.vlm, given.parts, changes, lambda: given.data(4), **how)
 
 
 @pytest.mark.parametrize("bits", few([2, 3, 6], [2]))
@@ -118,7 +120,7 @@ def test_the_terms_sum_to_the_whole_change(given: Calibrated, bits: int) -> None
     assert found.missing <= 0.0101
     assert found.passes >= 2
     assert all(torch.equal(before[name], p) for name, p in given.vlm.model.named_parameters())
-    told = blame(given.parts, given.vlm.family, found)
+    told = blame_of(given.parts, given.vlm.family, found)
     for table in (told.components, told.modalities):
         assert sum(table.values()) == pytest.approx(found.total)
     assert set(told.modalities) == {"vision", "prompt", "answer"}
@@ -151,7 +153,7 @@ def test_what_a_plan_leaves_alone_has_no_blame(given: Calibrated) -> None:
 
 
 def told_of(given: Calibrated, plan: Plan) -> Blame:
-    return blame(given.parts, given.vlm.family, integrated(given, plan))
+    return blame_of(given.parts, given.vlm.family, integrated(given, plan))
 
 
 def test_damage_in_a_tower_is_of_the_image_and_of_every_patch(given: Calibrated) -> None:
@@ -252,7 +254,7 @@ def test_tokens_of_a_box_are_those_of_its_numbers(scenes_llava: VLM) -> None:
     assert writes_boxes([task])
     assert not writes_boxes(calibration_examples(["vqa"], 3, 0))
     tokenizer = scenes_llava.processor.tokenizer
-    for batch in batches(scenes_llava, [task], 1):
+    for batch in answer_batches(scenes_llava, [task], 1):
         assert batch.targets is not None
         masks = [tokens_of(scenes_llava, number, batch.targets) for number in range(len(NUMBERS))]
         right = [f"<{value:.0f}>" for value in parse(task.examples[batch.examples[0]].answers[0])[0]]

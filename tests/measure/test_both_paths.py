@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sensitivity.api.sweeping import calibrated, sweep
+from sensitivity.api.sweeping import sweep, with_calibration
 from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.install.plan_in_model import quantized
-from sensitivity.measure.passes.token_batches import VISION, batches, calibration_pass
-from sensitivity.models.discover import inspect
+from sensitivity.measure.passes.token_batches import VISION, answer_batches, calibration_pass
+from sensitivity.models.discovery import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of
 from sensitivity.quantize.scheme_settings import scheme
@@ -48,7 +48,7 @@ def read(vlm: VLM, weights: Sequence[Weight]) -> tuple[dict[str, Tensor], Tensor
                 found.setdefault(name, []).append(args[0].flatten(0, -2).double())
 
             hooks.callback(vlm.model.get_submodule(weight.reader).register_forward_pre_hook(hook).remove)
-        for batch in batches(vlm, [task("vqa", "calibration", N, 0)]):
+        for batch in answer_batches(vlm, [task("vqa", "calibration", N, 0)]):
             calibration_pass(vlm, batch)
             modality, _ = batch.modality("language", found[input_of(weights[-1])][-1].shape[:1])
             assert modality is not None
@@ -127,8 +127,8 @@ def test_a_layer_whose_inputs_did_not_change_is_that_of_gptq(
 
 
 def test_the_path_is_chosen_by_what_needs_it(scenes_llava: VLM, parts: ComponentMap) -> None:
-    both, _ = calibrated(scenes_llava, parts, [scheme("gptq", 3), scheme("gptaq", 3)], ["vqa"], n=N, cache_gb=0)
+    both, _ = with_calibration(scenes_llava, parts, [scheme("gptq", 3), scheme("gptaq", 3)], ["vqa"], n=N, cache_gb=0)
     assert {one["path"] for one in both} == {"both"}
     message = "gptq with shift=later compares inputs behind .* the calibration path is float; type --path both"
     with pytest.raises(UserError, match=message):
-        calibrated(scenes_llava, parts, [scheme("gptaq", 3)], ["vqa"], n=N, path="float")
+        with_calibration(scenes_llava, parts, [scheme("gptaq", 3)], ["vqa"], n=N, path="float")

@@ -21,7 +21,7 @@ from few import few
 from PIL import Image
 from torch import Tensor, nn
 
-from sensitivity.api.sweeping import calibrated as calibrated_
+from sensitivity.api.sweeping import with_calibration as calibrated_
 from sensitivity.measure.calibrate.cache import Cache
 from sensitivity.measure.calibrate.calibration import calibrate, gather_exposed, gather_float
 from sensitivity.measure.calibrate.collecting import collect
@@ -35,10 +35,10 @@ from sensitivity.measure.passes.token_batches import (
     VISION,
     TokenBatch,
     _stacked,
-    batches,
+    answer_batches,
     calibration_pass,
 )
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears, input_of
@@ -126,7 +126,7 @@ def test_every_token_is_counted_once_by_what_it_is(
 
 
 def test_padding_never_counts(scenes_llava: VLM, parts: ComponentMap) -> None:
-    (batch,) = batches(scenes_llava, [task("vqa", "calibration", 1, 0)])
+    (batch,) = answer_batches(scenes_llava, [task("vqa", "calibration", 1, 0)])
     language = [w for w in parts.weights if w.part == "language"]
     plain = collect(scenes_llava, language, [batch])
     (_, text), said = batch.sequences[0], batch.sequences[1]
@@ -143,7 +143,9 @@ def test_padding_never_counts(scenes_llava: VLM, parts: ComponentMap) -> None:
 
 
 def test_examples_are_put_together_only_where_nothing_needs_padding(scenes_llava: VLM) -> None:
-    made = list(batches(scenes_llava, [task("vqa", "calibration", 40, 0), task("caption", "calibration", 10, 0)]))
+    made = list(
+        answer_batches(scenes_llava, [task("vqa", "calibration", 40, 0), task("caption", "calibration", 10, 0)])
+    )
     assert sum(len(batch.sequences[0][1]) for batch in made) == 50
     assert len(made) < 50
     for batch in made:
@@ -221,7 +223,7 @@ def test_each_block_runs_twice_at_most_and_nothing_behind_it(scenes_llava: VLM, 
     """Once to be seen, once more when it is quantized: the sequential path costs two passes, not one for each block."""
     finer, calls = parts.regroup("block"), Counter()
     data = [task("vqa", "calibration", 1, 0)]
-    sequential = gather_exposed(scenes_llava, finer, lambda _: batches(scenes_llava, data))
+    sequential = gather_exposed(scenes_llava, finer, lambda _: answer_batches(scenes_llava, data))
     sequential(finer.components[0].weights, [])  # finds out what may be skipped
     one = [next(w for w in c.weights) for c in finer.components if c.weights[0].block is not None]
     handles = [
@@ -243,8 +245,8 @@ def test_another_plan_starts_where_it_differs(scenes_llava: VLM, parts: Componen
     """What was kept of one plan is not taken for what another would have: also after a plan that nobody described."""
     finer = parts.regroup("block")
     data = [task("vqa", "calibration", 2, 0)]
-    sequential = gather_exposed(scenes_llava, finer, lambda rows: batches(scenes_llava, data, rows))
-    plain = lambda weights, done=None: collect(scenes_llava, weights, batches(scenes_llava, data))  # noqa: E731
+    sequential = gather_exposed(scenes_llava, finer, lambda rows: answer_batches(scenes_llava, data, rows))
+    plain = lambda weights, done=None: collect(scenes_llava, weights, answer_batches(scenes_llava, data))  # noqa: E731
     facts = {"path": "exposed"}
     three, two = (scheme("gptq", bits, order="given", clip=False, calibration=facts) for bits in (3, 2))
     first, middle, last = finer.names[1], finer.names[4], finer.names[-1]
@@ -275,7 +277,7 @@ def test_what_a_pass_through_an_unknown_model_recorded_is_never_replayed(
     """A pass that was not told what is quantized may have seen anything, so it is no pass through the float model."""
     finer = parts.regroup("block")
     data = [task("vqa", "calibration", 2, 0)]
-    sequential = gather_exposed(scenes_llava, finer, lambda rows: batches(scenes_llava, data, rows))
+    sequential = gather_exposed(scenes_llava, finer, lambda rows: answer_batches(scenes_llava, data, rows))
     first, last = finer.components[0].weights, finer.components[-1].weights
     weight = scenes_llava.model.get_parameter(first[0].name)
     own = weight.data
@@ -284,7 +286,7 @@ def test_what_a_pass_through_an_unknown_model_recorded_is_never_replayed(
         sequential(last)
     finally:
         weight.data = own
-    expected = collect(scenes_llava, last, batches(scenes_llava, data))
+    expected = collect(scenes_llava, last, answer_batches(scenes_llava, data))
     assert alike(sequential(last, ()), expected)
 
 
@@ -331,7 +333,7 @@ def test_a_layer_without_tokens_is_named() -> None:
 
 
 def test_inputs_that_are_no_numbers_name_the_layer(scenes_llava: VLM, parts: ComponentMap) -> None:
-    (batch,) = batches(scenes_llava, [task("vqa", "calibration", 1, 0)])
+    (batch,) = answer_batches(scenes_llava, [task("vqa", "calibration", 1, 0)])
     broken = {**batch.inputs, "pixel_values": torch.full_like(batch.inputs["pixel_values"], float("nan"))}
     with pytest.raises(UserError, match=r"inputs of \S*vision_tower\.\S*layers\.0\.\S+ are NaN or infinite"):
         collect(scenes_llava, parts.weights, [dataclasses.replace(batch, inputs=broken)])

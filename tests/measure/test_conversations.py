@@ -17,7 +17,7 @@ from PIL import Image
 from sensitivity.api.sweeping import sweep
 from sensitivity.measure.evaluation import evaluate
 from sensitivity.measure.generate.batches import on_device, prompt_text
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError

@@ -18,7 +18,7 @@ from sensitivity.measure import loop
 from sensitivity.measure.evaluation import evaluate
 from sensitivity.measure.generate.answer_tokens import cannot_be_right
 from sensitivity.measure.install.plan_in_model import quantized
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.families import FAMILIES
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.scheme_settings import scheme

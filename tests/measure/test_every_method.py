@@ -11,11 +11,11 @@ from few import few
 from safetensors.torch import load_file
 
 from sensitivity.api.exporting import export
-from sensitivity.api.sweeping import calibrated, sweep
+from sensitivity.api.sweeping import sweep, with_calibration
 from sensitivity.cli.main import main
 from sensitivity.formats.verification import verify
 from sensitivity.measure.calibrate.statistics import Statistics
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import METHODS
 from sensitivity.quantize.presets import PRESETS
@@ -40,7 +40,7 @@ def width_of(name: str) -> int:
 def prepared(scenes_llava: VLM) -> Prepared:
     parts = inspect(scenes_llava, by="part")
     asked = [scheme(name, width_of(name)) for name in METHODS]
-    schemes, statistics = calibrated(scenes_llava, parts, asked, ["vqa"], n=4, cache_gb=0)
+    schemes, statistics = with_calibration(scenes_llava, parts, asked, ["vqa"], n=4, cache_gb=0)
     assert statistics is not None
     return scenes_llava, parts, [Plan.of(parts, {"connector": chosen}) for chosen in schemes], statistics
 
@@ -89,7 +89,7 @@ def test_a_preset_with_gradients_is_exported_as_measured(tmp_path: Path, capsys:
 def export_of(plan: Plan, vlm: VLM, parts: ComponentMap, folder: Path) -> Path:
     """A plan after a sweep of a few examples, as compressed-tensors holds it."""
     asked = [one for _, one in plan.schemes if one]
-    schemes, statistics = calibrated(vlm, parts, asked, ["vqa"], n=4, cache_gb=0)
+    schemes, statistics = with_calibration(vlm, parts, asked, ["vqa"], n=4, cache_gb=0)
     plan = Plan(tuple(zip(parts.names, schemes, strict=True)))
     study = sweep(vlm, parts, [plan], ["vqa"], folder / "study", n=8, statistics=statistics)
     return export(study, plan, folder / "out", "compressed-tensors")

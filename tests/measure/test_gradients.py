@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sensitivity.api.sweeping import sweep
 from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.gradients import token_importance
-from sensitivity.measure.gradients.backward import backward
+from sensitivity.measure.gradients.backward import backward_pass
 from sensitivity.measure.gradients.token_importance import (
     TokenNumbers,
     answer_gradients,
@@ -26,8 +26,15 @@ from sensitivity.measure.gradients.token_importance import (
     by_output,
     importance_of,
 )
-from sensitivity.measure.passes.token_batches import ANSWER, PROMPT, VISION, TokenBatch, batches, calibration_pass
-from sensitivity.models.discover import inspect
+from sensitivity.measure.passes.token_batches import (
+    ANSWER,
+    PROMPT,
+    VISION,
+    TokenBatch,
+    answer_batches,
+    calibration_pass,
+)
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.curvature import Curvature
@@ -71,14 +78,14 @@ def plain(vlm: VLM, weights: list[Weight], batch: TokenBatch) -> dict[str, Tenso
 def test_gradients_are_those_of_plain_autograd(name: str, tmp_path: Path) -> None:
     vlm = loaded(name, tmp_path)
     weights = [weight for weight in inspect(vlm, by="part").weights if not weight.is_embedding]
-    batch = next(iter(batches(vlm, [task("vqa", "calibration", 2, 0)])))
+    batch = next(iter(answer_batches(vlm, [task("vqa", "calibration", 2, 0)])))
     found: dict[str, Tensor] = {}
     read: dict[str, Tensor] = {}
 
     def visit(weight: Weight, inputs: Tensor, gradient: Tensor) -> None:
         found[weight.name], read[weight.name] = gradient, inputs
 
-    loss = backward(vlm, weights, batch, visit)
+    loss = backward_pass(vlm, weights, batch, visit)
     expected = plain(vlm, weights, batch)
     assert loss > 0
     assert set(found) == set(expected)
@@ -117,14 +124,14 @@ def most_saved(run: Callable[[], object]) -> int:
 
 def test_one_block_is_in_memory_at_a_time(scenes_llava: VLM) -> None:
     weights = [weight for weight in inspect(scenes_llava, by="block").weights if not weight.is_embedding]
-    batch = next(iter(batches(scenes_llava, [task("vqa", "calibration", 1, 0)])))
+    batch = next(iter(answer_batches(scenes_llava, [task("vqa", "calibration", 1, 0)])))
     order: list[int | None] = []
 
     def visit(weight: Weight, inputs: Tensor, gradient: Tensor) -> None:
         if weight.part == "language":
             order.append(weight.block)
 
-    ours = most_saved(lambda: backward(scenes_llava, weights, batch, visit))
+    ours = most_saved(lambda: backward_pass(scenes_llava, weights, batch, visit))
     blocks = [block for block, _ in itertools.groupby(order)]
     assert blocks == sorted(blocks, key=lambda block: -1 if block is None else block, reverse=True)
     whole = most_saved(lambda: plain(scenes_llava, weights, batch))
@@ -139,7 +146,9 @@ def test_an_example_counts_the_same_whatever_shares_its_batch(scenes_llava: VLM)
     weights = [weight for weight in inspect(scenes_llava, by="part").weights if not weight.is_embedding]
     data = [task("vqa", "calibration", 8, 0)]
     alone, together = (
-        importance_of(scenes_llava, weights, batches(scenes_llava, data, rows), list(token_importance.IMPORTANCE))
+        importance_of(
+            scenes_llava, weights, answer_batches(scenes_llava, data, rows), list(token_importance.IMPORTANCE)
+        )
         for rows in (1, 8)
     )
     for name, weighed in alone.items():
@@ -233,10 +242,10 @@ def test_what_has_no_loss_is_a_sentence(tmp_path: Path, scenes_llava: VLM) -> No
         sweep(scenes_llava, parts, [Plan.uniform(parts, asked)], ["vqa"], tmp_path / "a", n=2, statistics=statistics)
     with pytest.raises(UserError, match="unknown importance of gptq 'gradients'"):
         scheme("gptq", 3, importance="gradients")
-    batch = next(iter(batches(scenes_llava, [task("vqa", "calibration", 1, 0)])))
+    batch = next(iter(answer_batches(scenes_llava, [task("vqa", "calibration", 1, 0)])))
     batch.targets = None
     with pytest.raises(UserError, match="no answers in words"):
-        backward(scenes_llava, list(parts.weights), batch, lambda *_: None)
+        backward_pass(scenes_llava, list(parts.weights), batch, lambda *_: None)
     matching = load("embedded:scenes-blip2-itm", dtype="float32")
     with pytest.raises(UserError, match="no answers in words"):
         calibrate(matching, inspect(matching, by="part"), ["retrieval"], 2, importance=["gradient"])
@@ -244,11 +253,11 @@ def test_what_has_no_loss_is_a_sentence(tmp_path: Path, scenes_llava: VLM) -> No
 
 def test_a_gradient_that_is_not_finite_is_a_sentence(scenes_llava: VLM) -> None:
     weights = [weight for weight in inspect(scenes_llava, by="part").weights if weight.part == "language"]
-    batch = next(iter(batches(scenes_llava, [task("vqa", "calibration", 1, 0)])))
+    batch = next(iter(answer_batches(scenes_llava, [task("vqa", "calibration", 1, 0)])))
     layer = scenes_llava.model.get_submodule(weights[-1].reader)
     handle = layer.register_forward_hook(lambda module, args, output: output * float("inf"))
     try:
         with pytest.raises(UserError, match=r"the gradient of the answer loss at .* is NaN or infinite; run the model"):
-            backward(scenes_llava, weights, batch, lambda *_: None)
+            backward_pass(scenes_llava, weights, batch, lambda *_: None)
     finally:
         handle.remove()

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sensitivity.api.sweeping import calibrated
+from sensitivity.api.sweeping import with_calibration
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.memory import own_weights
 from sensitivity.measure.memory.own_weights import OwnWeights
 from sensitivity.measure.memory.weight_codes import WeightCodes
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import ComponentMap
@@ -104,7 +104,7 @@ def test_calibration_does_not_keep_the_weights_that_a_plan_replaces() -> None:
     """Whatever else held them, such as statistics for gradients, they would be in memory in both widths."""
     vlm = load("embedded:scenes-llava")
     parts = inspect(vlm, by="part")
-    (chosen,), statistics = calibrated(vlm, parts, [scheme("gptq", 4)], ["vqa"], n=4, cache_gb=0)
+    (chosen,), statistics = with_calibration(vlm, parts, [scheme("gptq", 4)], ["vqa"], n=4, cache_gb=0)
     name = next(weight.name for weight in parts.components[-1].weights)
     was = weakref.ref(vlm.model.get_parameter(name).data.untyped_storage())
     assert was() is not None  # the storage, and not only its wrapper, is what is watched

@@ -17,13 +17,13 @@ from few import few
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from sensitivity.api.sweeping import calibrated, sweep
+from sensitivity.api.sweeping import sweep, with_calibration
 from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.evaluation import evaluate
 from sensitivity.measure.install.past_cache import _divided, cache_magnitudes
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.passes.past_attention import past_hooks
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.run_time.keys_and_values import round_cached
@@ -210,7 +210,7 @@ def test_fast_equals_plain(family: str, tmp_path: Path, monkeypatch: pytest.Monk
     smooth = {"cache_past": True, "cache_smooth": True}
     asked = [scheme("keep", 16, cache=2, cache_past=True), scheme("keep", 16, cache=2, **smooth)]
     asked += [scheme("rtn", 4, cache=2), scheme("wkv", 4)]
-    schemes, statistics = calibrated(vlm, parts, asked, ["vqa"], n=4, cache_gb=0)
+    schemes, statistics = with_calibration(vlm, parts, asked, ["vqa"], n=4, cache_gb=0)
     plans = [Plan.uniform(parts, one) for one in schemes]
     fast = sweep(vlm, parts, plans, ["vqa", "free"], tmp_path / "fast", n=6, statistics=statistics)
     plain = sweep(vlm, parts, plans, ["vqa", "free"], tmp_path / "plain", n=6, statistics=statistics, plain=True)

@@ -21,12 +21,12 @@ from sensitivity.measure.forecast.forecast import Forecast, _running, _runs, _st
 from sensitivity.measure.forecast.hardware import Hardware
 from sensitivity.measure.forecast.rounding import rounding_seconds
 from sensitivity.measure.generate import shared_images
-from sensitivity.measure.generate.batches import batches
+from sensitivity.measure.generate.batches import batches_by_image
 from sensitivity.measure.install import rounding
 from sensitivity.measure.loop import _SharedWork, data_flow_order
 from sensitivity.measure.shards import shard_ends
 from sensitivity.models.config_only import without_weights
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.scheme_settings import scheme
@@ -70,7 +70,7 @@ def test_products_are_counted_as_a_forward_pass_really_has_them(folder: Path, na
     once = dataclasses.replace(asked, exact=True, max_new_tokens=1)  # no second reading of wrong answers
     sample = TaskSample.of(empty, once, [12], plain=False)
     products, images = 0, set()
-    for number, batch in enumerate(batches(vlm, asked)):  # large images come in several
+    for number, batch in enumerate(batches_by_image(vlm, asked)):  # large images come in several
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             if batch.prefix:
                 layers, positions = shared_images.prefill_images(vlm, batch)

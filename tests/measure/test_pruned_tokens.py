@@ -17,9 +17,9 @@ from sensitivity.measure.evaluation import evaluate
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.install.pruned_tokens import pruning_hooks
 from sensitivity.measure.passes.pruned_attention import Prompts
-from sensitivity.measure.passes.token_batches import batches as token_batches
+from sensitivity.measure.passes.token_batches import answer_batches as token_batches
 from sensitivity.measure.passes.token_batches import calibration_pass, image_token
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import weights_of
 from sensitivity.quantize.scheme_settings import check_scheme, scheme
@@ -129,10 +129,10 @@ def test_what_a_prompt_hides_stays_hidden_in_its_answer(scenes_llava: VLM, parts
     some = task("caption", n=4, seed=1)
     model = scenes_llava.model
     with pruned(scenes_llava, parts, pruning(0.8, 0)), torch.inference_mode():
-        from sensitivity.measure.generate.batches import batches
+        from sensitivity.measure.generate.batches import batches_by_image
         from sensitivity.measure.generate.whole_prompts import answer_logits
 
-        batch = next(batches(scenes_llava, some, plain=True))
+        batch = next(batches_by_image(scenes_llava, some, plain=True))
         written = model.generate(**batch.inputs, do_sample=False, num_beams=1, max_new_tokens=8)
         written = written[:, batch.inputs["input_ids"].shape[1] :]
         once = answer_logits(scenes_llava, batch.inputs, [row.tolist() for row in written])

@@ -12,19 +12,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sensitivity.api.sweeping import calibrated
+from sensitivity.api.sweeping import with_calibration
 from sensitivity.measure.activations import joint_ranges as search
 from sensitivity.measure.activations.block_chain import outputs, recorded_calls
 from sensitivity.measure.activations.joint_ranges import best_ranges, blocks_to_search
-from sensitivity.measure.activations.released_ranges import SHRINK, released_ranges
+from sensitivity.measure.activations.released_ranges import SHRINK, search_released_ranges
 from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.install.clipped_ranges import ClippedRanges
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.memory.weight_codes import WeightCodes
 from sensitivity.measure.passes.block_modules import block_paths
-from sensitivity.measure.passes.token_batches import batches as token_batches
+from sensitivity.measure.passes.token_batches import answer_batches as token_batches
 from sensitivity.measure.passes.token_batches import calibration_pass
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of
 from sensitivity.quantize.run_time.dependency import DEPTH, blocks_of, codes_of, conditional_entropy
@@ -188,7 +188,7 @@ def test_released_ranges_are_of_channels_and_shrunk_by_their_own_error(
 ) -> None:
     parts, statistics, *_ = language
     every = [weight for weight in parts.weights if weight.part == "language" and not weight.is_embedding]
-    found = released_ranges(scenes_llava.model, every, 4, statistics.passes)
+    found = search_released_ranges(scenes_llava.model, every, 4, statistics.passes)
     assert set(found) == {weight.name for weight in every}
     seen: dict[str, list[Tensor]] = {}
     handles = [
@@ -228,7 +228,7 @@ def test_rows_run_in_every_part(scenes_llava: VLM, name: str, monkeypatch: pytes
     monkeypatch.setattr(search, "PERCENTILES", (1.0, 0.99))
     parts = inspect(scenes_llava, by="part")
     asked = [scheme(name, 4), scheme(name, 4, activations=8)]
-    schemes, statistics = calibrated(scenes_llava, parts, asked, ["vqa"], n=2, cache_gb=0)
+    schemes, statistics = with_calibration(scenes_llava, parts, asked, ["vqa"], n=2, cache_gb=0)
     memory, batch = WeightCodes(), next(token_batches(scenes_llava, [task("vqa", n=3)]))
 
     def logits() -> Tensor:

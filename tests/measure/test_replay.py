@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sensitivity.measure.evaluation import Rows, answer, example_rows
-from sensitivity.measure.generate.batches import batches
+from sensitivity.measure.generate.batches import batches_by_image
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.memory.prefix_cache import PrefixCache
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.scheme_settings import scheme
@@ -36,7 +36,7 @@ def run(vlm: VLM, asked: Task, parts: Any, plan: Plan, prefix_cache: PrefixCache
         for start in range(0, len(clusters), size):
             some = set(clusters[start : start + size])
             few = dataclasses.replace(asked, examples=tuple(e for e in asked.examples if e.cluster in some))
-            for number, batch in enumerate(batches(vlm, few)):
+            for number, batch in enumerate(batches_by_image(vlm, few)):
                 found = example_rows(asked, batch, *answer(vlm, asked, batch, prefix_cache, (start, number)))
                 for name, values in found.items():
                     rows.setdefault(name, []).extend(values)
@@ -47,7 +47,7 @@ def proven(vlm: VLM, parts: Any, limit: int = 1 << 30) -> PrefixCache:
     prefix_cache = PrefixCache(vlm.model, parts, limit)
     prefix_cache.set_plan(Plan.uniform(parts, None))
     asked = task("vqa", n=4)
-    few = next(batches(vlm, asked))
+    few = next(batches_by_image(vlm, asked))
     prefix_cache.verify_boundaries(lambda: answer(vlm, asked, few, prefix_cache, "proof"))
     return prefix_cache
 

@@ -18,14 +18,14 @@ from torch import nn
 
 from sensitivity.analysis.importance.ranking import rank
 from sensitivity.analysis.observations import observations_of
-from sensitivity.api.sweeping import calibrated, grid, sweep
+from sensitivity.api.sweeping import grid, sweep, with_calibration
 from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.evaluation import evaluate
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.memory.weight_codes import WeightCodes
-from sensitivity.measure.passes.token_batches import batches as token_batches
+from sensitivity.measure.passes.token_batches import answer_batches as token_batches
 from sensitivity.measure.passes.token_batches import calibration_pass
-from sensitivity.models.discover import discover, inspect
+from sensitivity.models.discovery import discover, inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.run_time.inputs import round_inputs
@@ -288,7 +288,7 @@ def test_a_sweep_counts_and_ranks_what_it_rounds(scenes_llava: VLM, tmp_path: Pa
 def test_calibrated_says_which_data_a_fixed_range_is_from(scenes_llava: VLM) -> None:
     parts = inspect(scenes_llava, by="part")
     asked = [scheme("rtn", 4, activations=8, activation_scale="tensor"), scheme("rtn", 4)]
-    found, statistics = calibrated(scenes_llava, parts, asked, ["vqa"], n=2, cache_gb=0)
+    found, statistics = with_calibration(scenes_llava, parts, asked, ["vqa"], n=2, cache_gb=0)
     assert statistics is not None
     assert found[0]["data"] == statistics.facts["data"]
     assert found[1] == asked[1]

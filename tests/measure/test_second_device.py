@@ -19,7 +19,7 @@ from second_device import HERE, THERE, SecondDevice, where
 from sensitivity.measure.calibrate.cache import Cache
 from sensitivity.measure.calibrate.calibration import calibrate
 from sensitivity.measure.loop import _SharedWork
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.plan import Plan

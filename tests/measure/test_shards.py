@@ -25,9 +25,9 @@ from sensitivity.analysis.observations import observations_of
 from sensitivity.api.sweeping import begin_sweep, grid, sweep
 from sensitivity.cli.main import main
 from sensitivity.cli.output.progress import Pace
-from sensitivity.measure.loop import Step, _SharedWork, run
+from sensitivity.measure.loop import Step, _SharedWork, run_plans
 from sensitivity.measure.shards import FIRST_SHARD, MAX_IMAGES, shard, shard_ends, shard_ends_of_total
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.errors import UserError
@@ -84,7 +84,7 @@ def test_a_task_of_few_images_beside_one_of_many_has_a_score_at_once(scenes_llav
     parts = inspect(scenes_llava, by="part")
     tasks, sources = [task("caption", n=90), task(str(tmp_path / "few.jsonl"), n=90)], ["caption", "few"]
     study = Study.create(tmp_path / "study", parts, ["caption", "few"], {"tasks": sources})
-    steps = run(scenes_llava, study, tasks, [])
+    steps = run_plans(scenes_llava, study, tasks, [])
     assert set(next(steps).scores) == {"caption", "few"}
 
 
@@ -203,7 +203,7 @@ def test_a_tight_memory_budget_is_kept_and_changes_nothing(
 def test_time_ends_it(scenes_llava: VLM, tmp_path: Path) -> None:
     parts, plans = plans_for(scenes_llava)
     study = Study.create(tmp_path, parts, ["vqa"], {})
-    steps = run(scenes_llava, study, [task("vqa", n=300)], plans, until=Until(seconds=0.0))
+    steps = run_plans(scenes_llava, study, [task("vqa", n=300)], plans, until=Until(seconds=0.0))
     assert len(list(steps)) == 1  # one is always run, so that every call gets on
     assert study.counts() == {"done": 0, "waiting": len(plans), "running": 0}
 
@@ -215,7 +215,7 @@ def test_an_interrupted_plan_waits_again(scenes_llava: VLM, tmp_path: Path, monk
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    steps = run(scenes_llava, study, [task("vqa", n=20)], plans)
+    steps = run_plans(scenes_llava, study, [task("vqa", n=20)], plans)
     next(steps)
     monkeypatch.setattr(_SharedWork, "run", stop)
     with pytest.raises(KeyboardInterrupt):

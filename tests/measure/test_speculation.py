@@ -16,7 +16,7 @@ from sensitivity.cli.verbs.speculate import show
 from sensitivity.measure.evaluation import evaluate
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.speculation import GAMMA, Speculation, speculate
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.scheme_settings import scheme

@@ -21,7 +21,7 @@ import saved_vlms
 from few import few
 
 from sensitivity.api.sweeping import begin_sweep, grid, sweep
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.scheme_settings import scheme

@@ -20,8 +20,8 @@ from sensitivity.measure.gradients.perturbation import PROBE, probe_error, token
 from sensitivity.measure.gradients.token_importance import TokenNumbers, by_attention, by_block, by_perturbation
 from sensitivity.measure.passes.attention import attention_received
 from sensitivity.measure.passes.block_modules import block_paths
-from sensitivity.measure.passes.token_batches import TokenBatch, batches, calibration_pass
-from sensitivity.models.discover import inspect
+from sensitivity.measure.passes.token_batches import TokenBatch, answer_batches, calibration_pass
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.grids.gwq import quantize_gwq
@@ -46,7 +46,7 @@ def layers(vlm: VLM) -> list[Weight]:
 
 
 def batch_of(vlm: VLM, n: int = 2) -> TokenBatch:
-    return next(iter(batches(vlm, [task("vqa", "calibration", n, 0)])))
+    return next(iter(answer_batches(vlm, [task("vqa", "calibration", n, 0)])))
 
 
 def test_the_error_of_a_block_is_differentiated_as_by_hand(scenes_llava: VLM) -> None:
@@ -180,11 +180,11 @@ def test_weights_of_planted_tokens() -> None:
 
 def test_squared_gradients_are_those_of_autograd(scenes_llava: VLM) -> None:
     """Example by example, so that G of a batch is not mistaken for that of its examples."""
-    weights, data = layers(scenes_llava), list(batches(scenes_llava, [task("vqa", "calibration", 3, 0)]))
+    weights, data = layers(scenes_llava), list(answer_batches(scenes_llava, [task("vqa", "calibration", 3, 0)]))
     few_weights = [w for w in weights if w.part == "connector" or (w.part == "language" and w.block == 1)]
     found = squared_gradients(scenes_llava, few_weights, data)
     expected = {w.name: torch.zeros(w.rows, w.cols) for w in few_weights}
-    for one in batches(scenes_llava, [task("vqa", "calibration", 3, 0)], rows=1):
+    for one in answer_batches(scenes_llava, [task("vqa", "calibration", 3, 0)], rows=1):
         parameters = [scenes_llava.model.get_parameter(w.name).requires_grad_() for w in few_weights]
         assert one.targets is not None
         logits = calibration_pass(scenes_llava, one).logits[:, -one.targets.shape[1] :].double()

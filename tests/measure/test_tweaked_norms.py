@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sensitivity.api.exporting import export
-from sensitivity.api.sweeping import calibrated, sweep
+from sensitivity.api.sweeping import sweep, with_calibration
 from sensitivity.formats.verification import verify
 from sensitivity.formats.writing.calibrated_codes import codes
 from sensitivity.measure.activations.block_chain import BlockCalls, hidden_states, outputs
@@ -21,7 +21,7 @@ from sensitivity.measure.install.plan_in_model import quantized, targets
 from sensitivity.measure.install.tweaked_norms import output_error, tweaked
 from sensitivity.measure.memory.weight_codes import WeightCodes
 from sensitivity.measure.passes.block_modules import block_paths
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import weights_of
@@ -114,7 +114,7 @@ def blocks(scenes_llava: VLM) -> ComponentMap:
 
 def named(vlm: VLM, parts: ComponentMap, asked: list[Scheme], path: str = "float") -> tuple[list[Scheme], Statistics]:
     """Schemes with their calibration data, on four examples."""
-    schemes, statistics = calibrated(vlm, parts, asked, ["vqa"], n=4, path=path, cache_gb=0)
+    schemes, statistics = with_calibration(vlm, parts, asked, ["vqa"], n=4, path=path, cache_gb=0)
     assert statistics is not None
     return schemes, statistics
 

@@ -13,12 +13,12 @@ import torch
 from few import few
 from PIL import Image
 
-from sensitivity.api.sweeping import calibrated
+from sensitivity.api.sweeping import with_calibration
 from sensitivity.cli.main import main
 from sensitivity.measure.evaluation import evaluate
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.loop import _SharedWork
-from sensitivity.models.discover import discover, inspect
+from sensitivity.models.discovery import discover, inspect
 from sensitivity.models.loading import load
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import HEAD, VOCABULARY
@@ -97,7 +97,7 @@ def test_the_fast_path_is_the_plain_one(name: str, method: str, asked: str, tmp_
     parts = inspect(vlm, "part", VOCABULARY)
     widths = [scheme(method, bits, group=8) for bits in (3, 8)]
     examples = task(asked, n=4)
-    (low, high), statistics = calibrated(vlm, parts, widths, [asked], n=2, against=[examples], cache_gb=0)
+    (low, high), statistics = with_calibration(vlm, parts, widths, [asked], n=2, against=[examples], cache_gb=0)
     words = [one for one in parts.names if one.rpartition(".")[2] in VOCABULARY]
     plans = [
         Plan.uniform(parts, high),

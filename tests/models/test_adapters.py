@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sensitivity.api.sweeping import sweep
 from sensitivity.measure.evaluation import evaluate
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.scheme_settings import scheme

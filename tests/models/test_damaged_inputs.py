@@ -29,7 +29,7 @@ from experiments.small import datasets
 from experiments.small import models as published
 from sensitivity.api.sweeping import grid, sweep
 from sensitivity.measure.loop import check_runs
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.processors import load_processor
 from sensitivity.models.vlm import VLM

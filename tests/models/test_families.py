@@ -19,9 +19,9 @@ from PIL import Image
 from sensitivity.api.sweeping import sweep
 from sensitivity.measure.evaluation import answer, evaluate
 from sensitivity.measure.generate import shared_images
-from sensitivity.measure.generate.batches import Batch, batches, prompt_text
+from sensitivity.measure.generate.batches import Batch, batches_by_image, prompt_text
 from sensitivity.measure.loop import _SharedWork
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.families import FAMILIES
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
@@ -128,7 +128,7 @@ SHARING = [name for name in ASKING if name not in ("blip2_t5", "paligemma")]  # 
 @pytest.mark.parametrize("name", ASKING)
 def test_questions_on_top_of_their_images_are_answered_as_whole_prompts_are(name: str, tmp_path: Path) -> None:
     vlm, asked = talkative(name, tmp_path / name), asked_of_many_sizes(tmp_path)
-    apart = list(batches(vlm, asked))
+    apart = list(batches_by_image(vlm, asked))
     assert all(bool(batch.prefix) == (name in SHARING) for batch in apart)
     assert len(apart) == (2 if name in ("smolvlm", "idefics3") else 1)  # they cut high pictures into more
     ours, theirs = evaluate(vlm, asked), evaluate(vlm, asked, plain=True)
@@ -219,9 +219,9 @@ def test_the_image_s_own_token_in_a_text_is_named(tmp_path: Path) -> None:
     vlm, asked = talkative("llava", tmp_path / "llava"), asked_of_many_sizes(tmp_path)
     one = asked.examples[0]
     with pytest.raises(UserError, match=r"the prompt of example one-0 holds <image>, by which .* marks images"):
-        list(batches(vlm, replace(asked, examples=(replace(one, prompt="what is <image>?"),))))
+        list(batches_by_image(vlm, replace(asked, examples=(replace(one, prompt="what is <image>?"),))))
     with pytest.raises(UserError, match="the first right answer of example one-0 holds <image>"):
-        list(batches(vlm, replace(asked, examples=(replace(one, answers=("<image>",)),))))
+        list(batches_by_image(vlm, replace(asked, examples=(replace(one, answers=("<image>",)),))))
 
 
 def test_images_may_take_fewer_places_than_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +255,7 @@ def test_layers_that_look_back_only_so_far(window: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SHARING)
 def test_what_is_accepted_is_not_read_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vlm, asked = talkative(name, tmp_path / name), asked_of_many_sizes(tmp_path)
-    batch = next(batches(vlm, asked))
+    batch = next(batches_by_image(vlm, asked))
     read = []
     before = shared_images._QuestionPasses.__call__
 
@@ -278,14 +278,14 @@ def test_penalties_are_left_to_generate(tmp_path: Path) -> None:
     vlm, asked = talkative("llava", tmp_path / "llava"), asked_of_many_sizes(tmp_path)
     before = evaluate(vlm, asked)["answer"]
     vlm.model.generation_config.repetition_penalty = 3.0
-    assert not any(batch.prefix for batch in batches(vlm, asked))
+    assert not any(batch.prefix for batch in batches_by_image(vlm, asked))
     assert evaluate(vlm, asked)["answer"] == evaluate(vlm, asked, plain=True)["answer"] != before
 
 
 def test_pictures_of_many_sizes_with_a_question_each_stay_together(tmp_path: Path) -> None:
     vlm, asked = talkative("smolvlm", tmp_path / "smolvlm"), asked_of_many_sizes(tmp_path)
     one_each = replace(asked, examples=asked.examples[::3])
-    assert [(batch.prefix, len(batch.examples)) for batch in batches(vlm, one_each)] == [(0, 4)]
+    assert [(batch.prefix, len(batch.examples)) for batch in batches_by_image(vlm, one_each)] == [(0, 4)]
 
 
 def test_video_parts_are_left_out_and_pictures_stay(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sensitivity.models.checkpoint import EMBEDDED_MODELS
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.outliers import NOTE, plant_outliers
 from sensitivity.spec.errors import UserError

@@ -11,7 +11,7 @@ import torch
 import transformers as T
 from torch import nn
 
-from sensitivity.models.discover import discover
+from sensitivity.models.discovery import discover
 from sensitivity.models.families import FAMILIES, Family
 from sensitivity.spec.components import GRANULARITIES, GROUPS, ComponentMap
 from sensitivity.spec.errors import UserError

@@ -12,9 +12,9 @@ import small_vlms
 import torch
 from torch import Tensor, nn
 
-from sensitivity.measure.install.bitsandbytes_modules import bitsandbytes_modules
+from sensitivity.measure.install.bitsandbytes_modules import with_bitsandbytes
 from sensitivity.measure.install.plan_in_model import quantized
-from sensitivity.models.discover import discover
+from sensitivity.models.discovery import discover
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.solvers.llm_int8 import split_inputs
 from sensitivity.quantize.solving import fake_quantize
@@ -153,7 +153,7 @@ def test_eight_bits_agree_with_bitsandbytes(bitsandbytes: Any, threshold: float)
         own = layer(x)
         with quantized(layer, parts, plan):
             simulated = layer(x)
-        with bitsandbytes_modules(layer, parts, plan) as modules:
+        with with_bitsandbytes(layer, parts, plan) as modules:
             assert list(modules) == ["0"]
             real = layer(x)
         assert torch.equal(layer(x), own)
@@ -177,7 +177,7 @@ def test_real_modules_are_placed_per_component_and_taken_out(bitsandbytes: Any) 
     before = {name: (id(module), type(module)) for name, module in model.named_modules()}
     eight, four = scheme("llm-int8", 8, outliers="call"), scheme("nf4", 4)
     plan = Plan.of(parts, {"vision": eight, "language": four})
-    with bitsandbytes_modules(model, parts, plan) as modules:
+    with with_bitsandbytes(model, parts, plan) as modules:
         kinds = {path: type(module).__name__ for path, module in modules.items()}
         for weight in parts.weights:
             expected = {"vision": "Linear8bitLt", "language": "Linear4bit", "connector": None}[weight.part]
@@ -199,7 +199,7 @@ def test_what_bitsandbytes_does_not_have_is_refused(bitsandbytes: Any) -> None:
         (scheme("rtn", 4), "bitsandbytes has no rtn; choose from nf4, fp4, llm-int8"),
         (scheme("llm-int8", 8), "make the scheme with outliers='call'"),
     ):
-        with pytest.raises(UserError, match=message), bitsandbytes_modules(layer, parts, Plan.uniform(parts, chosen)):
+        with pytest.raises(UserError, match=message), with_bitsandbytes(layer, parts, Plan.uniform(parts, chosen)):
             pass
         assert type(layer[0]) is nn.Linear
 
@@ -210,6 +210,6 @@ def test_without_the_extra_the_error_says_what_to_type(monkeypatch: pytest.Monke
     parts = discover_one(layer)
     with (
         pytest.raises(UserError, match=r"pip install 'vlm-sensitivity\[bnb\]'"),
-        bitsandbytes_modules(layer, parts, Plan.uniform(parts, scheme("nf4", 4))),
+        with_bitsandbytes(layer, parts, Plan.uniform(parts, scheme("nf4", 4))),
     ):
         pass

@@ -10,13 +10,13 @@ import torch
 from fed_vlms import FAMILIES, built, fed
 from torch import Tensor, nn
 
-from sensitivity.measure.calibrate.absorbers import Absorber, absorbers
+from sensitivity.measure.calibrate.absorbers import Absorber, absorbers_of
 from sensitivity.measure.calibrate.collecting import collect
 from sensitivity.measure.calibrate.statistics import Statistics
-from sensitivity.measure.install.fold import fold
+from sensitivity.measure.install.fold import fold_scales
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.passes.token_batches import TokenBatch, calibration_pass
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import Linears, input_of
 from sensitivity.quantize.scheme_settings import scheme
@@ -36,7 +36,7 @@ def output(vlm: VLM, batch: TokenBatch) -> Tensor:
 
 
 def folds(vlm: VLM, parts: ComponentMap, batch: TokenBatch) -> dict[str, Absorber]:
-    return absorbers(vlm.model, parts, lambda: calibration_pass(vlm, batch))
+    return absorbers_of(vlm.model, parts, lambda: calibration_pass(vlm, batch))
 
 
 def randomized(vlm: VLM) -> VLM:
@@ -63,7 +63,7 @@ def test_unrounded_scales_leave_the_output_unchanged(name: str) -> None:
         scale = scales.get(input_of(weight))
         codes = own if scale is None else own * scale
         results[weight.name] = QuantizedWeight(codes, torch.ones(len(own), 1), torch.zeros(1, 1), own.shape[1], scale)
-    folded = fold(vlm.model, results, {w.name: input_of(w) for w in parts.weights}, into)
+    folded = fold_scales(vlm.model, results, {w.name: input_of(w) for w in parts.weights}, into)
     changed = 0
     for name_, result in folded.items():
         changed += not torch.equal(vlm.model.get_parameter(name_), result.dequantize())
@@ -124,7 +124,7 @@ def test_a_folded_model_equals_the_unfolded_one(name: str) -> None:
     assert scaled
     assert scaled <= set(statistics.absorbers)
     own = copy.deepcopy(vlm.model.state_dict())
-    for name_, result in fold(vlm.model, results, inputs, statistics.absorbers).items():
+    for name_, result in fold_scales(vlm.model, results, inputs, statistics.absorbers).items():
         assert result.inputs is None
         assert torch.equal(result.codes, results[name_].codes)
         vlm.model.get_parameter(name_).data = result.dequantize()
@@ -145,7 +145,7 @@ def test_a_scale_that_nothing_absorbs_is_an_error() -> None:
     with pytest.raises(
         UserError, match="nothing before fc2 can absorb its scales; make the scheme with scales='folded'"
     ):
-        fold(nn.Sequential(), {"fc2": result}, {"fc2": "fc2"}, {})
+        fold_scales(nn.Sequential(), {"fc2": result}, {"fc2": "fc2"}, {})
 
 
 def test_a_norm_that_ignores_its_weight_is_refused() -> None:
@@ -156,4 +156,4 @@ def test_a_norm_that_ignores_its_weight_is_refused() -> None:
     model = nn.ModuleDict({"norm": Stubborn(4), "fc": nn.Linear(4, 2)})
     result = QuantizedWeight(torch.ones(2, 4), torch.ones(2, 1), torch.zeros(1, 1), 4, torch.full((4,), 2.0))
     with pytest.raises(UserError, match="Stubborn is not proportional to its weight"):
-        fold(model, {"fc.weight": result}, {"fc.weight": "fc"}, {"fc": Absorber("norm", True)})
+        fold_scales(model, {"fc.weight": result}, {"fc.weight": "fc"}, {"fc": Absorber("norm", True)})

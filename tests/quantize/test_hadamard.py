@@ -8,8 +8,8 @@ from scipy.linalg import hadamard
 from torch import Tensor
 
 from sensitivity.measure.memory.weight_codes import from_tensors, tensors
-from sensitivity.measure.passes.token_batches import batches, calibration_pass
-from sensitivity.models.discover import inspect
+from sensitivity.measure.passes.token_batches import answer_batches, calibration_pass
+from sensitivity.models.discovery import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
@@ -72,7 +72,7 @@ def test_few_large_weights_cost_less_behind_it() -> None:
 
 def test_every_transform_at_full_width_leaves_the_logits(scenes_llava: VLM) -> None:
     weights = [w for w in inspect(scenes_llava, by="part").weights if not w.is_embedding]
-    batch = next(iter(batches(scenes_llava, [task("vqa", "calibration", 1, 0)])))
+    batch = next(iter(answer_batches(scenes_llava, [task("vqa", "calibration", 1, 0)])))
     parameters = dict(scenes_llava.model.named_parameters())
     held = {w.name: parameters[w.name].data for w in weights}
     with torch.no_grad():

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sensitivity.api.sweeping import calibrated, sweep
+from sensitivity.api.sweeping import sweep, with_calibration
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.memory.weight_codes import WeightCodes, from_tensors, tensors
-from sensitivity.measure.passes.token_batches import batches as token_batches
+from sensitivity.measure.passes.token_batches import answer_batches as token_batches
 from sensitivity.measure.passes.token_batches import calibration_pass
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
@@ -145,7 +145,7 @@ def prepared(scenes_llava: VLM) -> Prepared:
         scheme("qsvd", 8, rank=1.0), scheme("qsvd", 4), scheme("qsvd", 4, cache=2, cache_group=16),
         scheme("qsvd", 4, activations=8, cache=4),
     ]  # fmt: skip
-    schemes, statistics = calibrated(scenes_llava, parts, asked, ["vqa"], n=4, cache_gb=0)
+    schemes, statistics = with_calibration(scenes_llava, parts, asked, ["vqa"], n=4, cache_gb=0)
     assert statistics is not None
     return parts, schemes, statistics
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.memory.weight_codes import WeightCodes, from_tensors, tensors
-from sensitivity.models.discover import discover
+from sensitivity.models.discovery import discover
 from sensitivity.quantize.methods import METHODS
 from sensitivity.quantize.presets import PRESETS
 from sensitivity.quantize.scheme_settings import scheme

@@ -946,11 +946,11 @@ def documents(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def test_the_reader_agrees_with_a_full_reader_of_schemas(documents: dict[str, Any], name: str) -> None:
     """Our few lines know a part of JSON Schema; the library knows all of it."""
     files = [(file.name, Resource.from_contents(json.loads(file.read_bytes()))) for file in schema.FOLDER.iterdir()]
-    full = jsonschema.Draft202012Validator(schema.schema(name), registry=Registry().with_resources(files))
-    assert schema.fault(documents[name], schema.schema(name), name) is None
+    full = jsonschema.Draft202012Validator(schema.schema_of(name), registry=Registry().with_resources(files))
+    assert schema.fault(documents[name], schema.schema_of(name), name) is None
     wrong = right = 0
     for document in mutated(documents[name]):
-        found = schema.fault(document, schema.schema(name), name)
+        found = schema.fault(document, schema.schema_of(name), name)
         whole = not any(isinstance(value, bool) for value in (document,)) and full.is_valid(document)
         assert (found is None) == whole, (found, document)
         wrong, right = wrong + (not whole), right + whole
@@ -964,7 +964,7 @@ def test_every_value_of_a_recommendation_replaced(table: Path, documents: dict[s
     """What passes the schema is a recommendation that can be told in words, or says in a sentence why not."""
     study, told = Study(table), 0
     for document in mutated(documents["plan"]):
-        if schema.fault(document, schema.schema("plan"), "plan") is not None:
+        if schema.fault(document, schema.schema_of("plan"), "plan") is not None:
             continue
         (table / "plan.json").write_text(json.dumps(document))
         try:

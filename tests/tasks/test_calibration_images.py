@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sensitivity.api.sweeping import calibrated
+from sensitivity.api.sweeping import with_calibration
 from sensitivity.cli.main import main
 from sensitivity.measure.passes.token_batches import check_disjoint
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.errors import UserError
@@ -119,7 +119,7 @@ def test_a_calibrated_method_takes_one_file_and_says_what_is_left_out(
     assert main([*words, "--out", str(tmp_path / "run")]) == 0
     assert "q: no line has a split: evaluation examples leave out 1 of 10 images" in capsys.readouterr().err
     parts = inspect(scenes_llava, by="part")
-    (named,), statistics = calibrated(
+    (named,), statistics = with_calibration(
         scenes_llava, parts, [scheme("gptq", 4)], [file], against=[task(file)], cache_gb=0
     )
     assert statistics is not None

@@ -14,7 +14,7 @@ from recalls import recalls
 
 from experiments.small.datasets import COUNT, WRITE, bench, coco, flickr, gqa, picture, rsvqa, vqav2, write
 from sensitivity.measure.evaluation import evaluate
-from sensitivity.measure.generate.batches import batches
+from sensitivity.measure.generate.batches import batches_by_image
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 from sensitivity.tasks import retrieval
@@ -256,7 +256,7 @@ def test_grounding_knows_each_images_size_and_writes_its_boxes(whole: dict[str, 
     assert (ref.regions.width, ref.regions.height) == (60, 40)
     assert found.measure([example.answers[0] for example in found.examples])["acc@0.5"] == 1
     assert found.measure([example.answers[0] for example in found.examples])["acc@0.5, read as diagonal"] == 0
-    diagonal = geochat.grounding(whole["geochat-grounding"], "evaluation", 60, 0, decoding="diagonal")
+    diagonal = geochat.geochat_boxes(whole["geochat-grounding"], "evaluation", 60, 0, decoding="diagonal")
     assert diagonal.measure([example.answers[0] for example in found.examples])["acc@0.5"] == 0
 
 
@@ -312,7 +312,7 @@ def test_a_truncated_image_is_named_while_tensors_are_made_before_any_plan(scene
     assert isinstance(broken, Path)
     broken.write_bytes(picture(tmp_path / "large.jpg", (90, 90)).read_bytes()[:400])
     with pytest.raises(UserError, match=f"cannot read the image .*{broken.name}"):
-        list(batches(scenes_llava, found))
+        list(batches_by_image(scenes_llava, found))
 
 
 # -- a user's own

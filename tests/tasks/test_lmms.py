@@ -69,7 +69,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_names_of_tasks_and_groups(package: Path) -> None:
-    known = task_files.task_files(package)
+    known = task_files.find_task_files(package)
     assert known.files.keys() == {"chartqa", "chartqa_lite", "pope"}
     assert known.groups == {"ref": ("ref_a", "ref_b")}
     assert find("lmms-eval:pope")
@@ -413,6 +413,6 @@ def test_nothing_is_written_beside_the_data_and_nothing_stays_switched(sets: dic
 def test_names_are_those_of_the_librarys_own_index() -> None:
     from lmms_eval.tasks import TaskManager
 
-    manager, known = TaskManager(), task_files.task_files(task_files.installed())
+    manager, known = TaskManager(), task_files.find_task_files(task_files.installed())
     assert set(known.files) <= set(manager.all_tasks)
     assert set(manager.all_subtasks) <= set(known.files)

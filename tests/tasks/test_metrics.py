@@ -15,7 +15,7 @@ from PIL import Image
 from recalls import recalls
 
 from sensitivity.api.sweeping import grid, sweep
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 from sensitivity.tasks import retrieval
@@ -25,7 +25,7 @@ from sensitivity.tasks.scoring import captions, grounding, vqa_accuracy
 from sensitivity.tasks.scoring.answer_text import equals_squeezed
 from sensitivity.tasks.scoring.boxes import DECODINGS, convex, decoded, matches, polygon_iou, written
 from sensitivity.tasks.scoring.boxes import corners as corners_
-from sensitivity.tasks.scoring.by_kind import by_kind
+from sensitivity.tasks.scoring.by_kind import accuracies_by_kind
 from sensitivity.tasks.scoring.caption_words import words
 from sensitivity.tasks.table import task as find_task
 
@@ -99,7 +99,7 @@ def test_rsvqa_by_category() -> None:
     asked = (example("yes", kind="presence"), example("no", kind="presence"), example("yes", kind="comp"),
              example("rural", kind="rural_urban"))  # fmt: skip
     said = ["Yes.", "yes", " y e s ", "Urban"]
-    task = Task("x", asked, equals_squeezed, metrics=by_kind(asked))
+    task = Task("x", asked, equals_squeezed, metrics=accuracies_by_kind(asked))
     found = task.measure(said)
     assert found == {"comp": 1.0, "presence": 0.5, "rural_urban": 0.0, "mean of the kinds": 0.5}
     assert [equals_squeezed(a, e) for a, e in zip(said, asked, strict=True)] == [1, 0, 1, 0]
@@ -264,7 +264,7 @@ def test_quick_metrics_are_in_a_study_over_all_shards_and_slow_ones_are_not(scen
 
 def test_quick_metrics_of_some_of_the_examples_leave_out_what_has_no_value_yet() -> None:
     examples = tuple(example("yes", kind=kind, id=str(i)) for i, kind in enumerate(["presence", "presence", "comp"]))
-    asked = Task("x", examples, equals_squeezed, metrics=by_kind(examples))
+    asked = Task("x", examples, equals_squeezed, metrics=accuracies_by_kind(examples))
     rows = {"task": ["x", "x", "other"], "example": ["1", "0", "2"], "answer": ["no", "Yes.", "yes"]}
     assert asked.quick(rows) == {"presence": 0.5}
     rows["task"][2] = "x"

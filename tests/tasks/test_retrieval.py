@@ -12,10 +12,10 @@ import torch
 from recalls import recalls
 
 from experiments.small.datasets import flickr
-from sensitivity.api.sweeping import calibrated, one_at_a_time, sweep
+from sensitivity.api.sweeping import one_at_a_time, sweep, with_calibration
 from sensitivity.measure.evaluation import evaluate
 from sensitivity.measure.install.plan_in_model import quantized
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.scheme_settings import scheme
@@ -122,7 +122,7 @@ def test_a_sweep_from_a_folder_is_the_plain_loop(folder: Path, tmp_path: Path) -
 
 def test_calibrated_methods_read_pairs(itm: VLM) -> None:
     parts = inspect(itm, by="part")
-    schemes, statistics = calibrated(itm, parts, [scheme("gptq", 3)], ["retrieval"], n=4, cache_gb=0)
+    schemes, statistics = with_calibration(itm, parts, [scheme("gptq", 3)], ["retrieval"], n=4, cache_gb=0)
     plan = Plan.uniform(parts, schemes[0])
     before = evaluate(itm, task("retrieval", n=8))["nll"]
     with quantized(itm.model, parts, plan, None, statistics):

@@ -14,7 +14,7 @@ from sensitivity.tasks.examples.types import Box
 from sensitivity.tasks.scoring.boxes import corners, oriented_iou, parse, upright_iou
 
 FOLDER = Path(__file__).resolve().parents[2] / "sensitivity" / "models" / "embedded" / "scenes-llava"
-SAMPLE = S.scenes("evaluation", 120, seed=5)
+SAMPLE = S.draw_scenes("evaluation", 120, seed=5)
 
 
 def test_splits_share_no_handwriting_and_cover_all_of_it() -> None:
@@ -42,19 +42,19 @@ def test_no_bitmap_of_one_split_is_in_another() -> None:
 
 @pytest.mark.parametrize("split", S.SPLITS)
 def test_the_same_seed_makes_the_same_scenes_and_a_longer_list_starts_alike(split: str) -> None:
-    short, long = S.scenes(split, 5, seed=3), S.scenes(split, 9, seed=3)
+    short, long = S.draw_scenes(split, 5, seed=3), S.draw_scenes(split, 9, seed=3)
     for a, b in zip(short, long, strict=False):
         assert (a.id, a.background, a.digits) == (b.id, b.background, b.digits)
         assert np.array_equal(a.image, b.image)
-        assert S.questions(a, 1) == S.questions(b, 1)
+        assert S.questions_about(a, 1) == S.questions_about(b, 1)
     assert len({s.id for s in long}) == 9
-    assert not np.array_equal(S.scenes(split, 1, seed=4)[0].image, short[0].image)
+    assert not np.array_equal(S.draw_scenes(split, 1, seed=4)[0].image, short[0].image)
 
 
 def test_a_layout_without_a_drawing_is_the_same_layout() -> None:
     drawn, not_drawn = S.scene("train", 0, 7), S.scene("train", 0, 7, draw=False)
     assert (drawn.digits, drawn.background) == (not_drawn.digits, not_drawn.background)
-    assert S.questions(drawn) == S.questions(not_drawn)
+    assert S.questions_about(drawn) == S.questions_about(not_drawn)
 
 
 def test_scenes_are_as_promised() -> None:
@@ -88,7 +88,7 @@ def test_a_digit_is_drawn_in_its_turned_box_in_its_color() -> None:
 
 def test_every_answer_is_true_of_its_scene() -> None:
     for scene in SAMPLE:
-        asked = S.questions(scene, seed=2)
+        asked = S.questions_about(scene, seed=2)
         by_value, by_color = {d.value: d for d in scene.digits}, {d.color: d for d in scene.digits}
         for q in asked:
             number = next((int(c) for c in q.prompt if c.isdigit()), None)
@@ -118,7 +118,7 @@ def test_every_answer_is_true_of_its_scene() -> None:
 
 
 def test_answers_are_balanced() -> None:
-    asked = [q for i in range(1500) for q in S.questions(S.scene("evaluation", 1, i, draw=False))]
+    asked = [q for i in range(1500) for q in S.questions_about(S.scene("evaluation", 1, i, draw=False))]
     for kind, n in {"position": 4, "colour": 6, "digit": 10, "exists": 2, "count": 4, "scene": 5}.items():
         answers = [q.answer for q in asked if q.kind == kind]
         for answer in set(answers):
@@ -130,7 +130,7 @@ def test_the_tokenizer_knows_every_word_and_gives_it_back() -> None:
     transformers = pytest.importorskip("transformers")
     words = transformers.AutoTokenizer.from_pretrained(FOLDER)
     for scene in SAMPLE:
-        for q in S.questions(scene):
+        for q in S.questions_about(scene):
             for text in (q.prompt, q.answer):
                 ids = words.encode(text)
                 assert words.unk_token_id not in ids

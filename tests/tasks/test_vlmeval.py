@@ -209,7 +209,7 @@ def test_the_process_ends_with_the_one_that_started_it(package: Path) -> None:
     script = (
         "import os, sys, time\nfrom pathlib import Path\nfrom sensitivity.tasks.harness import vlmeval\n"
         f"vlmeval.installed = lambda: Path({str(package / 'vlmeval')!r})\n"
-        f"vlmeval.vlmeval('own', {str(package / 'data')!r}, 'evaluation', 9, 0)\n"
+        f"vlmeval.vlmeval_task('own', {str(package / 'data')!r}, 'evaluation', 9, 0)\n"
         "children = Path(f'/proc/{os.getpid()}/task/{os.getpid()}/children').read_text()\n"
         "print(children, flush=True)\ntime.sleep(60)\n"
     )

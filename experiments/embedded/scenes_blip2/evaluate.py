@@ -40,8 +40,8 @@ class Blip2Reader(Reader):
 
 def answering(folder: Path, n: int, seed: int) -> dict[str, Any]:
     """Scores of every kind of question, and the mean of the five that count as VQA."""
-    reader, scenes = Blip2Reader(folder), S.scenes("evaluation", n, seed)
-    asked = [(i, q) for i, scene in enumerate(scenes) for q in S.questions(scene, seed)]
+    reader, scenes = Blip2Reader(folder), S.draw_scenes("evaluation", n, seed)
+    asked = [(i, q) for i, scene in enumerate(scenes) for q in S.questions_about(scene, seed)]
     kinds: dict[str, Any] = {}
     for kind in KINDS:
         mine = [(i, q) for i, q in asked if q.kind == kind]

@@ -138,8 +138,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    reader, scenes = Reader(args.folder), S.scenes("evaluation", args.scenes, args.seed)
-    asked = [(i, q) for i, scene in enumerate(scenes) for q in S.questions(scene, args.seed)]
+    reader, scenes = Reader(args.folder), S.draw_scenes("evaluation", args.scenes, args.seed)
+    asked = [(i, q) for i, scene in enumerate(scenes) for q in S.questions_about(scene, args.seed)]
     kinds = {}
     for kind in S.KINDS:
         kinds[kind] = measure(reader, kind, [(i, q) for i, q in asked if q.kind == kind], scenes)

@@ -32,9 +32,9 @@ from experiments.methods.comparison.rows import (
     scheme_of,
     stored_bits,
 )
-from sensitivity.api.sweeping import calibrated, sweep
+from sensitivity.api.sweeping import sweep, with_calibration
 from sensitivity.measure.loop import data_flow_order
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan
@@ -49,7 +49,7 @@ def measure(what: str, wanted: Sequence[Cell], asked: Task, args: argparse.Names
     parts = inspect(vlm, by="part")
     keys = list(dict.fromkeys((cell.row, cell.bits) for cell in wanted))
     bare, path = [scheme_of(*key) for key in keys], "both" if what == BOTH else "float"
-    named, statistics = calibrated(vlm, parts, bare, [asked.name], n=args.examples, path=path, against=[asked])
+    named, statistics = with_calibration(vlm, parts, bare, [asked.name], n=args.examples, path=path, against=[asked])
     schemes = dict(zip(keys, named, strict=True))
     plans = {cell: plan_of(parts, cell.where, schemes[cell.row, cell.bits]) for cell in wanted}
 

@@ -17,7 +17,7 @@ TOO_CERTAIN = 0.99  # quantile of chi-squared: scores that scatter more show tha
 Z95 = 1.96  # half a 95 % interval, in standard deviations
 
 
-def believed(study: Study, knapsack: Knapsack, weights: Mapping[str, float]) -> dict[str, float]:
+def predicted_shares(study: Study, knapsack: Knapsack, weights: Mapping[str, float]) -> dict[str, float]:
     """For each measured plan, by key, its predicted share of full precision, as a weighted mean over tasks.
 
     The best of several noisy scores is too high (the winner's curse). The surrogate's prediction equals a measured

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
-from sensitivity.analysis.allocate.one_by_one import one_by_one
+from sensitivity.analysis.allocate.one_by_one import best_of_compared
 from sensitivity.analysis.allocate.program import Program
 from sensitivity.analysis.allocate.run_time_limits import RunTimeLimits, cost_in_words
 from sensitivity.analysis.observations import check_task
@@ -77,12 +77,12 @@ def solve(
     knapsack = knapsack or Knapsack.of(study, list(dict.fromkeys([*weights, *(floors or {})])))
     return [
         candidate
-        for budget, asked in budgets(study.parts, bpw, bytes)
+        for budget, asked in budgets_in_bits(study.parts, bpw, bytes)
         for candidate in spend(knapsack, budget, weights, floors, allowed, tied, top, asked)
     ]
 
 
-def budgets(
+def budgets_in_bits(
     parts: ComponentMap, bpw: float | Iterable[float] | None, size_in_bytes: float | Iterable[float] | None
 ) -> list[tuple[int, float]]:
     """Each limit in bits, and in bits per weight as the user gave it."""
@@ -115,7 +115,7 @@ def spend(
     program.at_most(budget - knapsack.kept)
     program.limit_run_time()
     if not all(knapsack.models[task].is_formula for task in {*weights, *(floors or {})}):
-        rows = one_by_one(program, weights, floors or {}, budget, top)
+        rows = best_of_compared(program, weights, floors or {}, budget, top)
     else:
         for name, share in (floors or {}).items():
             program.keep(name, share)

@@ -68,7 +68,7 @@ class Comparison:
         )
 
 
-def compare(mine: pd.DataFrame, theirs: pd.DataFrame, other: Plan, name: str, tries: int = 1) -> Comparison:
+def compare_with_plan(mine: pd.DataFrame, theirs: pd.DataFrame, other: Plan, name: str, tries: int = 1) -> Comparison:
     """Compare our scores of shared examples with another plan's; tries: how many plans ours was chosen from."""
     both = mine.merge(theirs, on="example", suffixes=("", "_other"))
     if not len(both):

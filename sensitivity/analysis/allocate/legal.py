@@ -75,11 +75,11 @@ def legalize(study: Study, plan: Plan, runtime: str, bpw: float | None = None, t
     fits = bpw is None or before.bits <= budget_bits(study.parts, bpw)
     if not violated and fits:
         return Legal(runtime, task, plan, (), plan, before, before, predicted, predicted)
-    best = legal(study, runtime, before.bpw if bpw is None else bpw, task)
+    best = best_legal_plan(study, runtime, before.bpw if bpw is None else bpw, task)
     return Legal(runtime, task, plan, violated, best.plan, before, best.size, predicted, best.predicted.get(task))
 
 
-def legal(study: Study, runtime: str, bpw: float, task: str | None = None) -> Candidate:
+def best_legal_plan(study: Study, runtime: str, bpw: float, task: str | None = None) -> Candidate:
     """The best plan for a budget among those that a runtime can load."""
     return candidates(study, runtime, bpw, task, top=1)[0]
 

@@ -16,7 +16,7 @@ MAX_COMPARED = 50_000  # of a space with at most so many plans, all are compared
 STARTS = 12  # plans of least damage, whose neighbors in a larger space are compared
 
 
-def one_by_one(
+def best_of_compared(
     program: Program, weights: Mapping[str, float], floors: Mapping[str, float], budget: int, top: int
 ) -> list[Floats]:
     """The best plans of at most so many bits, by the weighted mean of predicted shares of full precision.

@@ -13,7 +13,7 @@ import pandas as pd
 
 from sensitivity.analysis.allocate.believed import shrunk_scores
 from sensitivity.analysis.allocate.budget import Candidate, as_measured
-from sensitivity.analysis.allocate.comparison import Comparison, ComparisonJson, compare
+from sensitivity.analysis.allocate.comparison import Comparison, ComparisonJson, compare_with_plan
 from sensitivity.analysis.allocate.knapsack import Predicted
 from sensitivity.analysis.allocate.request import RequestJson
 from sensitivity.analysis.observations import observations_of
@@ -177,14 +177,14 @@ def judge(
     # `len(run)` corrects each interval for having picked the best of that many
     against_rival = None
     if rival is not None and rival.plan.key in rows and rival.plan.key != best.plan.key:
-        against_rival = compare(
+        against_rival = compare_with_plan(
             rows[best.plan.key], rows[rival.plan.key], rival.plan, "the best uniform plan", len(run)
         )
     words = against_rival.words if against_rival else _without_rival(best, rival)
     if rival is not None and against_rival is not None and against_rival.verdict == "worse":
         best, against_rival, words = rival, None, f"A uniform plan is the best choice here. {words}"
     others = tuple(
-        compare(rows[best.plan.key], rows[c.plan.key], c.plan, "the runner-up", len(run))
+        compare_with_plan(rows[best.plan.key], rows[c.plan.key], c.plan, "the runner-up", len(run))
         for c in run
         if c.plan.key != best.plan.key
     )
@@ -200,7 +200,7 @@ def judge(
         others,
         fresh,
         words,
-        source(study) | (provenance or {}),
+        provenance_of(study) | (provenance or {}),
         {str(task): summarize(rows["score"], rows["cluster"]) for task, rows in frames[best.plan.key].groupby("task")},
     )
 
@@ -238,12 +238,12 @@ def unmeasured(
         best.plan,
         best.size,
         best,
-        provenance=source(study) | (provenance or {}),
+        provenance=provenance_of(study) | (provenance or {}),
         words="Predicted only: nothing was run to check it.",
     )
 
 
-def source(study: Study) -> Provenance:
+def provenance_of(study: Study) -> Provenance:
     """Where a plan came from: the study's metadata, and the trials that were read."""
     trials = study.measured()
     return {

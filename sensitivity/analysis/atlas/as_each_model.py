@@ -10,7 +10,7 @@ import numpy as np
 
 from sensitivity.analysis.atlas.entry import Entry
 from sensitivity.analysis.surrogate.space import Expected
-from sensitivity.analysis.surrogate.transfer import MIN_DAMAGE, transfer
+from sensitivity.analysis.surrogate.transfer import MIN_DAMAGE, transfer_damages
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import Plan, Scheme
 
@@ -69,15 +69,15 @@ class AsModel:
         return float(np.mean([one.entry.loss(total) for one, total in zip(self.studies, totals, strict=True)]))
 
 
-def as_each_model(entries: Sequence[Entry], parts: ComponentMap, schemes: Sequence[Scheme]) -> list[AsModel]:
+def predictions_by_model(entries: Sequence[Entry], parts: ComponentMap, schemes: Sequence[Scheme]) -> list[AsModel]:
     """For each model of an atlas, in its order, the predictions for a new model."""
     groups: dict[str, list[AsStudy]] = {}
     for entry in entries:
         known = entry.errors.keys() == entry.damages.keys()
         own = AsStudy(
             entry,
-            transfer(entry.damages, parts, schemes, entry.about["model"]),
-            transfer(entry.errors, parts, schemes, entry.about["model"]) if known else None,
+            transfer_damages(entry.damages, parts, schemes, entry.about["model"]),
+            transfer_damages(entry.errors, parts, schemes, entry.about["model"]) if known else None,
         )
         groups.setdefault(entry.model, []).append(own)
     return [AsModel(tuple(studies)) for studies in groups.values()]

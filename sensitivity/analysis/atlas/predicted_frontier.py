@@ -11,13 +11,13 @@ import numpy as np
 from scipy import stats
 from sklearn.covariance import LedoitWolf
 
-from sensitivity.analysis.allocate.budget import budgets
+from sensitivity.analysis.allocate.budget import budgets_in_bits
 from sensitivity.analysis.allocate.by_scores import combined, optimum
-from sensitivity.analysis.atlas.as_each_model import AsModel, as_each_model, mean_loss, with_errors
+from sensitivity.analysis.atlas.as_each_model import AsModel, mean_loss, predictions_by_model, with_errors
 from sensitivity.analysis.atlas.atlas_file import DEFAULT, read
 from sensitivity.analysis.atlas.entry import ERROR, Entry, share_of
 from sensitivity.analysis.surrogate.space import Expected
-from sensitivity.analysis.surrogate.transfer import transfer, without_counterpart
+from sensitivity.analysis.surrogate.transfer import transfer_damages, without_counterpart
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Plan, Scheme
@@ -102,7 +102,7 @@ def predict_frontier(
     """
     entries = _fitting(read(Path(atlas)), Path(atlas), parts, task)
     limits = _budgets(parts, schemes, bpw)
-    models = as_each_model(entries, parts, schemes)
+    models = predictions_by_model(entries, parts, schemes)
     errors = _errors(attributions, parts, schemes)
     trust = 0.0 if errors is None else _trust(models, parts, limits)
     informed = with_errors(models, errors, trust)
@@ -145,7 +145,7 @@ def _budgets(parts: ComponentMap, schemes: Sequence[Scheme], bpw: float | Iterab
     if not schemes:
         raise UserError("no scheme to choose from; name some, such as scheme('gptq', 4)")
     if bpw is not None:
-        return sorted({asked for _, asked in budgets(parts, bpw, None)})
+        return sorted({asked for _, asked in budgets_in_bits(parts, bpw, None)})
     sizes = [size(parts, Plan.uniform(parts, scheme)).bpw for scheme in schemes]
     # rounded up, so that the smallest plan fits the smallest budget
     return sorted({math.ceil(100 * one) / 100 for one in np.linspace(min(sizes), max(sizes), BUDGETS)})
@@ -161,7 +161,7 @@ def _errors(folder: Path | str | None, parts: ComponentMap, schemes: Sequence[Sc
             f"{paths.attributions(Path(folder))} has no score called {ERROR}; "
             f"`sensitivity explain MODEL --scores {ERROR} --check 0 --out {folder}` writes it"
         )
-    return transfer(found, parts, schemes, folder)
+    return transfer_damages(found, parts, schemes, folder)
 
 
 def _plans(models: Sequence[AsModel], parts: ComponentMap, limits: Sequence[float]) -> list[Plan]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from sensitivity.analysis.allocate.by_scores import combined
 from sensitivity.analysis.atlas.atlas_file import read
 from sensitivity.analysis.surrogate.space import Expected
-from sensitivity.analysis.surrogate.transfer import measured_damages, transfer, without_counterpart
+from sensitivity.analysis.surrogate.transfer import measured_damages, transfer_damages, without_counterpart
 from sensitivity.spec.plan import Scheme
 from sensitivity.study.storage import expected
 from sensitivity.study.study import Study
@@ -27,7 +27,7 @@ def expect_from(study: Study, priors: Sequence[Path], schemes: Sequence[Scheme])
         known = _damages(path)
         # an atlas may also have studies of models with other parts; if it has no other, the first one says so
         fitting = [one for one in known if not without_counterpart(one, study.parts)] or known[:1]
-        found += [transfer(one, study.parts, schemes, path) for one in fitting]
+        found += [transfer_damages(one, study.parts, schemes, path) for one in fitting]
     return expected.save(study.path, combined(found), ", ".join(map(str, priors)))
 
 

@@ -1,4 +1,4 @@
-"""compare(): two plans by their answers, or two studies by full precision, shared plans and what each budget buys."""
+"""compare_sides(): two plans by their answers, or two studies by full precision, shared plans and each budget."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Versus:
         return {"a": self.a, "b": self.b, "rows": rows, "words": self.words, "notes": list(self.notes)}
 
 
-def compare(a: Side, b: Side) -> Versus:
+def compare_sides(a: Side, b: Side) -> Versus:
     """Compare two sides, B against A; if only one names a plan, the other side is the same plan of its study."""
     tasks = [task for task in a.study.tasks if task in b.study.tasks]
     if not tasks:

@@ -47,7 +47,7 @@ class Cause:
 
 
 @dataclass(frozen=True)
-class PutBack:
+class RestoredPart:
     """A part of a plan with more bits, the others unchanged: at full precision, or at wider widths of the study."""
 
     part: str
@@ -66,7 +66,7 @@ class PutBack:
         return known is not None and (known[0].key == self.plan.key or known[1] >= change.before.score)
 
 
-def put_back(study: Study, plan: Plan) -> list[PutBack]:
+def put_back(study: Study, plan: Plan) -> list[RestoredPart]:
     """Every quantized part of a plan with its bits put back, the part that is cheapest to store first."""
     own_bits, restored = size(study.parts, plan).bits, []
     measured = [(_differing(plan, trial.plan), trial.plan) for trial in study.measured()]
@@ -77,11 +77,11 @@ def put_back(study: Study, plan: Plan) -> list[PutBack]:
             wider = [(other.bits, one) for other, one in others if other is not None and other.bits > scheme.bits]
             plans = [native, *(one for _, one in sorted(wider, key=lambda pair: -pair[0]))]
             scores = tuple((one, known) for one in plans if (known := _scores(study, one)))
-            restored.append(PutBack(part, size(study.parts, native).bits - own_bits, native, scores))
+            restored.append(RestoredPart(part, size(study.parts, native).bits - own_bits, native, scores))
     return sorted(restored, key=lambda one: one.bits)
 
 
-def cause(change: Change, parts: Sequence[PutBack]) -> Cause | None:
+def cause(change: Change, parts: Sequence[RestoredPart]) -> Cause | None:
     """The cheapest part that mends an answer; None while that is not measured, or where no score fell.
 
     Parts are tried in their order, so an answer is blamed on a part only if every cheaper one is known to mend nothing.
@@ -98,7 +98,7 @@ def cause(change: Change, parts: Sequence[PutBack]) -> Cause | None:
     return Cause(None)
 
 
-def next_part(change: Change, parts: Sequence[PutBack]) -> PutBack | None:
+def next_part(change: Change, parts: Sequence[RestoredPart]) -> RestoredPart | None:
     """The part to put back next to find the cause of a change; None where its cause is known for certain."""
     for one in parts if change.cost > 0 else ():
         if not one.is_final(change):

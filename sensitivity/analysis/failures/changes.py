@@ -58,7 +58,7 @@ class Change:
         }
 
 
-def changes(
+def changed_answers(
     after: pd.DataFrame, before: pd.DataFrame, asked: Questions, task: str = "", kind: str = ""
 ) -> list[Change]:
     """All examples that both plans have seen and whose answers or scores differ, those that cost most first.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sensitivity.analysis.failures.causes import NO_PART, Cause, cause, put_back, tally
-from sensitivity.analysis.failures.changes import Change, changes, study_of
-from sensitivity.analysis.failures.entering import Entering, Explained, examples_of, explained
+from sensitivity.analysis.failures.changes import Change, changed_answers, study_of
+from sensitivity.analysis.failures.damage_places import DamagePlaces, Explained, examples_of, explanations_of
 from sensitivity.analysis.failures.pictures import Picture, Pictures, picture
 from sensitivity.spec.errors import unknown
 from sensitivity.spec.plan import Plan
@@ -28,7 +28,7 @@ class Card:
     change: Change
     pictures: tuple[Picture, ...]
     cause: Cause | None = None  # None: its score did not fall, or no cause was measured
-    entering: Entering | None = None  # where the damage enters, if `explain` was run on this example
+    entering: DamagePlaces | None = None  # where the damage enters, if `explain` was run on this example
 
     @property
     def boxed(self) -> bool:
@@ -42,7 +42,7 @@ class ExplainedCard:
 
     example: Example
     picture: Picture
-    entering: Entering
+    entering: DamagePlaces
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ def galleries(
         where = study_of(study, plan)
         pictures = known.setdefault(str(where.path), Pictures(where.meta))
         ask = f"sensitivity failures {study.path} --plan {plan.key[:8]} --causes"
-        made.append(gallery(title, where, plan, pictures, most, task, kind, ask=ask, home=study.path))
+        made.append(gallery_of(title, where, plan, pictures, most, task, kind, ask=ask, home=study.path))
     return made
 
 
-def gallery(
+def gallery_of(
     title: str,
     study: Study,
     plan: Plan,
@@ -112,7 +112,7 @@ def gallery(
     every, parts = changed(study, plan, task, kind), put_back(study, plan)
     causes = [cause(one, parts) for one in every]
     shown = [pair for pair in zip(every, causes, strict=True) if not part or (pair[1] and pair[1].name == part)]
-    known = explained(home or study.path, plan) if pictures else []
+    known = explanations_of(home or study.path, plan) if pictures else []
     entering = next((one.examples for one in known if one.of_failures), {})
     cards = tuple(
         Card(one, tuple(pictures.of(one)) if pictures else (), why, entering.get(one.example))
@@ -146,7 +146,7 @@ def changed(study: Study, plan: Plan, task: str = "", kind: str = "") -> list[Ch
     after, before = study.examples(plan), study.examples(study.native)
     assert after is not None, "study_of has found the plan's answers"
     assert before is not None, "study_of has found full precision's answers"
-    return changes(after, before, read_questions(study.path, study.meta), task, kind)
+    return changed_answers(after, before, read_questions(study.path, study.meta), task, kind)
 
 
 def notes_on(cards: Sequence[Card]) -> list[str]:

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from sensitivity.analysis.failures.changes import Change
 from sensitivity.study.examples.questions import tasks_of
-from sensitivity.tasks.examples.images import open_image, opened
+from sensitivity.tasks.examples.images import open_image, opened_image
 from sensitivity.tasks.examples.types import Example, ImageSource, Point
 from sensitivity.tasks.scoring.boxes import decoded
 from sensitivity.tasks.scoring.grounding import ORIENTATION, SIDEWAYS
@@ -92,7 +92,7 @@ def picture(source: NDArray[np.uint8] | ImageSource) -> Picture | None:
 def _opened(source: NDArray[np.uint8] | ImageSource) -> tuple[tuple[int, int], Image.Image]:
     """The size of the upright image, and the image; a large JPEG is decoded at a reduced size."""
     if isinstance(source, Path):
-        with opened(source) as image:
+        with opened_image(source) as image:
             if image.format == "JPEG":
                 sideways = image.getexif().get(ORIENTATION, 1) in SIDEWAYS
                 size = (image.height, image.width) if sideways else image.size

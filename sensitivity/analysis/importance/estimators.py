@@ -222,11 +222,11 @@ def chance(x: Floats, y: Floats, least: int, seed: int = 0, probes: int = 5) -> 
         fitted = fit(shuffled[rows], y[rows], seed=number, explained=FEW_EXPLAINED, trees=tree_count(50, len(x)))
         return [float(shares(ESTIMATORS[name](fitted))[least]) for name in CONSENSUS]
 
-    largest = np.max(side_by_side(once, range(probes), len(x)), axis=0)
+    largest = np.max(map_in_threads(once, range(probes), len(x)), axis=0)
     return {"consensus": float(largest.mean()), **dict(zip(CONSENSUS, largest.tolist(), strict=True))}
 
 
-def side_by_side(once: Callable[[Given], Found], given: Iterable[Given], trials: int) -> list[Found]:
+def map_in_threads(once: Callable[[Given], Found], given: Iterable[Given], trials: int) -> list[Found]:
     """Apply a function to each item, results in order; in threads if there are enough trials for them to pay off.
 
     Trees grow without Python's lock, so threads suffice; with small trees, they mostly wait for the lock.
@@ -249,7 +249,7 @@ def cross_validated(x: Floats, y: Floats, keys: Sequence[str], seed: int = 0) ->
         return unseen, RandomForest(tree_count(TREES, len(x)), seed).fit(x[seen], y[seen]).predict(x[unseen])
 
     predicted = np.empty(len(y))
-    for unseen, values in side_by_side(fold, split.split(x, y, groups=list(keys)), len(x)):
+    for unseen, values in map_in_threads(fold, split.split(x, y, groups=list(keys)), len(x)):
         predicted[unseen] = values
     return float(r2_score(y, predicted))
 

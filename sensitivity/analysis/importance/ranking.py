@@ -149,7 +149,7 @@ def _estimated(
     return fitted, _table(labels, raw, bootstrap(observations, groups, options.bootstraps, seed), floor)
 
 
-def compare(rankings: Mapping[str, Ranking]) -> pd.DataFrame:
+def rank_correlations(rankings: Mapping[str, Ranking]) -> pd.DataFrame:
     """Kendall's tau between rankings of the same components, such as those for different tasks or methods."""
     return robustness.agreement(pd.DataFrame({name: ranking.table["consensus"] for name, ranking in rankings.items()}))
 
@@ -202,7 +202,7 @@ def bootstrap(observations: Observations, groups: Sequence[Sequence[int]], times
         fitted = estimators.fit(x, y, groups, number, estimators.FEW_EXPLAINED, trees)
         return np.stack([shares(ESTIMATORS[name](fitted)) for name in CONSENSUS])
 
-    drawn = np.array(estimators.side_by_side(once, range(times), len(observations)))
+    drawn = np.array(estimators.map_in_threads(once, range(times), len(observations)))
     drawn = drawn.reshape(times, len(CONSENSUS), len(groups))
     return {"consensus": drawn.mean(axis=1), **{name: drawn[:, i] for i, name in enumerate(CONSENSUS)}}
 

@@ -80,7 +80,7 @@ def without_levels(
             if len(rest) >= max(8, len(observations) / 2) and np.ptp(rest.score) > 0:
                 left_out.append((name, int(bits), int(touched.sum()), rest))
     tables = [observations, *(rest for *_, rest in left_out)]
-    base, *remaining = estimators.side_by_side(share, tables, len(observations))
+    base, *remaining = estimators.map_in_threads(share, tables, len(observations))
     rows = []
     for (name, bits, trials, _), shares in zip(left_out, remaining, strict=True):
         most = int(np.argmax(np.abs(shares - base)))

@@ -32,14 +32,14 @@ class Forest(Protocol):
     estimators_: list[DecisionTreeRegressor]
 
 
-def levels(x: np.ndarray) -> list[np.ndarray]:
+def distinct_values(x: np.ndarray) -> list[np.ndarray]:
     """The distinct values of each feature."""
     return [np.unique(column) for column in x.T]
 
 
 def fits(x: np.ndarray) -> bool:
     """Whether the grid of these rows' levels is small enough for a table of all its cells."""
-    return x.shape[1] <= 6 and math.prod(len(values) + 1 for values in levels(x)) <= CELLS
+    return x.shape[1] <= 6 and math.prod(len(values) + 1 for values in distinct_values(x)) <= CELLS
 
 
 class ShapleyTable:
@@ -52,7 +52,7 @@ class ShapleyTable:
     """
 
     def __init__(self, forest: Forest, x: np.ndarray) -> None:
-        self.grid = levels(x)
+        self.grid = distinct_values(x)
         self.index = np.column_stack([np.searchsorted(g, c) for g, c in zip(self.grid, x.T, strict=True)])
         value, inside, share = _boxes(forest, self.grid)
         features = range(x.shape[1])
@@ -109,7 +109,7 @@ class Leaves:
     """
 
     def __init__(self, forest: Forest, x: np.ndarray) -> None:
-        self.grid = levels(x)
+        self.grid = distinct_values(x)
         self.index = np.column_stack([np.searchsorted(g, c) for g, c in zip(self.grid, x.T, strict=True)])
         self.value, self.inside, self.share = _boxes(forest, self.grid)
         longest = int(((self.share < 1).sum(axis=1)).max(initial=1))  # features on one path

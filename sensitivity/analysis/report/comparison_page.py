@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from sensitivity.analysis.comparing.sides import Pairing, Side
 from sensitivity.analysis.comparing.versus import Row, Versus
-from sensitivity.analysis.failures.changes import changes
+from sensitivity.analysis.failures.changes import changed_answers
 from sensitivity.analysis.failures.gallery import Card, Gallery, notes_on
 from sensitivity.analysis.failures.pictures import Pictures
 from sensitivity.analysis.report import figures
@@ -66,7 +66,7 @@ def _gallery(a: Side, b: Side, row: Row) -> Gallery:
     pairing = Pairing(a.study, b.study)
     names = zip(after["task"], after["example"], strict=True)
     after = after[[pairing.is_same(str(task), str(example)) for task, example in names]]
-    every = changes(after, before, read_questions(b.study.path, b.study.meta))
+    every = changed_answers(after, before, read_questions(b.study.path, b.study.meta))
     pictures = Pictures(b.study.meta)
     cards = tuple(Card(one, tuple(pictures.of(one))) for one in every[:MAX_EXAMPLES])
     counts = tuple(counts_by_kind(after, before))

@@ -17,7 +17,7 @@ from sensitivity.spec.version import __version__
 GENERATOR = '<meta name="generator" content="sensitivity">'  # marks a page that we wrote and may replace
 
 
-def environment() -> jinja2.Environment:
+def jinja_environment() -> jinja2.Environment:
     """Jinja with our templates and filters, and what the frame of a page says; an undefined name is an error."""
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("sensitivity.analysis.report"),
@@ -37,7 +37,7 @@ def environment() -> jinja2.Environment:
 
 def rendered(template: str, **values: object) -> bytes:
     """A page made from a template; a lone surrogate code point, which an answer may hold, becomes a question mark."""
-    return environment().get_template(template).render(**values).encode("utf-8", "replace")
+    return jinja_environment().get_template(template).render(**values).encode("utf-8", "replace")
 
 
 def _percent(value: float | None) -> str:

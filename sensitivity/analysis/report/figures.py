@@ -142,7 +142,9 @@ def bpw_axis(axes: Axes, bpw: pd.Series) -> None:
     axes.set_xlim(bpw.min() * 0.94, bpw.max() * 1.06)
 
 
-def importance(ranking: pd.DataFrame, names: Sequence[str] = ("consensus", "forest", "permutation", "shap")) -> Figure:
+def importance_shares(
+    ranking: pd.DataFrame, names: Sequence[str] = ("consensus", "forest", "permutation", "shap")
+) -> Figure:
     """Shares of each component by several estimators, with their intervals."""
     with canvas(7, max(2.4, 0.45 * len(ranking) + 1.3)) as (figure, axes):
         height = 0.8 / len(names)
@@ -251,7 +253,7 @@ def interactions(pairs: pd.DataFrame, names: Sequence[str]) -> Figure:
         return figure
 
 
-def calibration(predicted: pd.DataFrame, task: str) -> Figure:
+def predicted_against_measured(predicted: pd.DataFrame, task: str) -> Figure:
     """Measured scores of plans that the surrogate had not seen, against its predictions."""
     with canvas(4.6, 4.2) as (figure, axes):
         ends = [predicted[["expected", "measured"]].min().min(), predicted[["expected", "measured"]].max().max()]
@@ -263,7 +265,7 @@ def calibration(predicted: pd.DataFrame, task: str) -> Figure:
         return figure
 
 
-def levels(moves: pd.DataFrame) -> Figure:
+def effect_of_widths(moves: pd.DataFrame) -> Figure:
     """By how many points a share changes when the trials with one width of one component are left out."""
     grid = moves.pivot_table(index="component", columns="bits", values="shift", sort=False)
     grid = grid[sorted(grid.columns)]

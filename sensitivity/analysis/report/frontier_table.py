@@ -31,7 +31,7 @@ class FrontierRow:
     malformed: int | None
 
 
-def frontier_table(table: pd.DataFrame, task: str) -> list[FrontierRow]:
+def largest_on_frontier(table: pd.DataFrame, task: str) -> list[FrontierRow]:
     """The rows of a study's table that are on the frontier of a task, smallest first."""
     return [_row(row, task) for row in frontier_rows(table, task).tail(MAX_ROWS).to_dict("records")]
 

@@ -21,10 +21,10 @@ from sensitivity.analysis.importance.types import Ranking
 from sensitivity.analysis.observations import Observations, observations_of
 from sensitivity.analysis.report import sentences
 from sensitivity.analysis.report.environment import GENERATOR, rendered
-from sensitivity.analysis.report.frontier_table import FrontierRow, frontier_table
+from sensitivity.analysis.report.frontier_table import FrontierRow, largest_on_frontier
 from sensitivity.analysis.report.interactive import pareto
-from sensitivity.analysis.report.static_figures import Picture, pictures, slug
-from sensitivity.analysis.report.time_and_memory import TimeAndMemory, time_and_memory
+from sensitivity.analysis.report.static_figures import Picture, figures_of_task, slug
+from sensitivity.analysis.report.time_and_memory import TimeAndMemory, time_and_memory_section
 from sensitivity.analysis.report.what_breaks import failing
 from sensitivity.spec.components import LABELS, ComponentMap
 from sensitivity.spec.errors import UserError
@@ -109,7 +109,7 @@ def _time_and_memory(
         return None
     measured = [(trial.key, trial.plan) for trial in study.measured()]
     keys = [one.plan.key for one in chosen]
-    found = time_and_memory(study.parts, times, table, measured, study.tasks[0], keys)
+    found = time_and_memory_section(study.parts, times, table, measured, study.tasks[0], keys)
     for picture in found.pictures if found else ():
         _write_picture(picture, out / picture.name)
     return found
@@ -187,13 +187,13 @@ def _task_page(
     rows = table[table[task].notna()]
     native = rows[rows["native"]]
     full = float(native[task].mean()) if len(native) else None
-    drawn = pictures(rows, observations, page.ranking, full, [one.plan.key for one in recommendations])
+    drawn = figures_of_task(rows, observations, page.ranking, full, [one.plan.key for one in recommendations])
     for picture in drawn:
         _write_picture(picture, out / f"{page.slug}-{picture.name}")
     # sizes in the figure are counted without a format, so that a recommended plan compares with all others
     page.pareto = pareto(rows, task, full, [replace(one, size=size(study.parts, one.plan)) for one in recommendations])
     page.pictures = [(picture, picture.inline(page.slug)) for picture in drawn if picture.name != "pareto"]
-    page.best = frontier_table(rows, task)
+    page.best = largest_on_frontier(rows, task)
     page.budgets = _budgets(study, task)
     return page
 

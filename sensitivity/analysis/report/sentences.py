@@ -12,7 +12,7 @@ import pandas as pd
 
 from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.analysis.importance import robustness
-from sensitivity.analysis.importance.ranking import compare
+from sensitivity.analysis.importance.ranking import rank_correlations
 from sensitivity.analysis.importance.types import Ranking
 from sensitivity.spec.sizes import bytes_in_words
 from sensitivity.study.counting import count
@@ -105,7 +105,7 @@ def _sure(study: Study, recommendations: Sequence[Recommendation], ranked: Seque
                 f"{ranking.task} [{low:.0f}, {high:.0f}]; the shares of the parts are of their widths."
             )
     if len(ranked) > 1:
-        tau = compare({ranking.task: ranking for ranking in ranked}).to_numpy()
+        tau = rank_correlations({ranking.task: ranking for ranking in ranked}).to_numpy()
         least = float(np.nanmin(tau))
         alike = f"agrees with a Kendall's tau of at least {least:.2f} (1: the same)" if least < 0.999 else "is the same"
         lines.append(f"Between tasks the order of the parts {alike}.")

@@ -46,7 +46,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "task"
 
 
-def pictures(
+def figures_of_task(
     table: pd.DataFrame,
     observations: Observations,
     ranking: Ranking | None,
@@ -68,8 +68,9 @@ def pictures(
             for name in order[:3]
         ]  # fmt: skip
     if (checked := unseen(observations)) is not None:
-        drawn.append(("calibration", "Predicted and measured scores of unseen plans",
-                      sentences.calibration_alt(checked), figures.calibration(checked, task), checked))  # fmt: skip
+        figure = figures.predicted_against_measured(checked, task)
+        title = "Predicted and measured scores of unseen plans"
+        drawn.append(("calibration", title, sentences.calibration_alt(checked), figure, checked))
     return [
         Picture(name, title, alt, figures.svg(figure), figures.png(figure), rows)
         for name, title, alt, figure, rows in drawn
@@ -79,10 +80,10 @@ def pictures(
 def _of_ranking(ranking: Ranking) -> list[Drawn]:
     """Figures of the ranking: importance, and how far it rests on single levels."""
     drawn = [("importance", "Importance of the parts", sentences.importance_alt(ranking),
-              figures.importance(ranking.table), ranking.table.reset_index())]  # fmt: skip
+              figures.importance_shares(ranking.table), ranking.table.reset_index())]  # fmt: skip
     if len(ranking.levels):
         drawn.append(("levels", "How much the ranking depends on single bit widths", sentences.levels_alt(ranking),
-                      figures.levels(ranking.levels), ranking.levels))  # fmt: skip
+                      figures.effect_of_widths(ranking.levels), ranking.levels))  # fmt: skip
     return drawn
 
 

@@ -56,7 +56,7 @@ class TimeAndMemory:
     pictures: list[Picture]
 
 
-def time_and_memory(
+def time_and_memory_section(
     parts: ComponentMap, times: LayerTimes, table: pd.DataFrame, measured: Measured, task: str, chosen: Sequence[str]
 ) -> TimeAndMemory | None:
     """The section on plans that the runtime can run and whose layers were timed; None with fewer than two of them."""

@@ -28,7 +28,7 @@ class ScoreAgreement:
         return {"plans": self.plans, "rank_correlation": self.rank_correlation, "error": self.error}
 
 
-def score_agreement(study: Study, scores: Expected, task: str | None = None) -> ScoreAgreement | None:
+def agreement_of_scores(study: Study, scores: Expected, task: str | None = None) -> ScoreAgreement | None:
     """How well the sums of scores order and predict the measured plans; None where too few plans can be compared."""
     observations = observations_of(study, task)
     known = [

@@ -26,10 +26,10 @@ def transfer_from(
     study: Study, parts: ComponentMap, schemes: Sequence[Scheme], task: str | None = None
 ) -> dict[str, dict[Scheme, float]]:
     """The damage of each scheme to each component of `parts`, as a study predicts it; only ratios matter."""
-    return transfer(measured_damages(study, task), parts, schemes, study.path)
+    return transfer_damages(measured_damages(study, task), parts, schemes, study.path)
 
 
-def transfer(
+def transfer_damages(
     damages: Expected, parts: ComponentMap, schemes: Sequence[Scheme], source: Path | str
 ) -> dict[str, dict[Scheme, float]]:
     """Transfer damages from the components of one model to those of another.

@@ -19,7 +19,7 @@ def loaded(args: argparse.Namespace) -> tuple[VLM, ComponentMap, list[Task]]:
     from sensitivity.api.sweeping import dtype_for
     from sensitivity.formats.table import CHECKS
     from sensitivity.models.config_only import without_weights
-    from sensitivity.models.discover import inspect
+    from sensitivity.models.discovery import inspect
     from sensitivity.models.loading import load
     from sensitivity.tasks.table import check_distinct, task
 

@@ -31,7 +31,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """List components, kept weights and the sizes of uniform plans."""
-    from sensitivity.models.discover import inspect
+    from sensitivity.models.discovery import inspect
     from sensitivity.models.loading import load
     from sensitivity.spec.components import granularity
     from sensitivity.spec.sizes import uniform_sizes

@@ -115,11 +115,11 @@ def _request(
 ) -> tuple[list[Scheme], PlanRequest]:
     """The schemes that the runtime can load, and the request; its tasks get their names when the study exists."""
     from sensitivity.analysis.allocate.request import PlanRequest
-    from sensitivity.api.planning import limits
+    from sensitivity.api.planning import allowed_and_tied
 
     bpw, allow = budgets_in_bpw(args, parts), dict(flags.distinct("--allow", args.allow))
     request = PlanRequest(bpw, dict.fromkeys(args.task, 1.0), {}, allow, args.tie, args.runtime, args.top)
-    return loadable(args, parts, requested, limits(parts, request)[0]), request
+    return loadable(args, parts, requested, allowed_and_tied(parts, request)[0]), request
 
 
 def _verified(

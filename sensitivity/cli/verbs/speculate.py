@@ -46,7 +46,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Draft and verify answers with each component rounded, and with all of them."""
-    from sensitivity.api.sweeping import calibrated
+    from sensitivity.api.sweeping import with_calibration
     from sensitivity.measure.generate.batches import check_tasks_fit
     from sensitivity.measure.speculation import acceptance, check_drafts
     from sensitivity.spec.plan import Plan
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     check_tasks_fit(vlm, tasks)
     data = args.calibration or args.task
     with show_stages(args.json):
-        schemes, statistics = calibrated(
+        schemes, statistics = with_calibration(
             vlm, parts, weights, data, args.calibration_n, args.seed, args.path, tasks, args.cache_gb
         )
     rows: list[dict[str, Any]] = []

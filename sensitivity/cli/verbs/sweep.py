@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     requested = _checked(args)
     if args.executor == "ray" and not workers.is_child() and not args.dry_run:
         return _on_a_cluster(args)
-    from sensitivity.api.sweeping import calibrated as calibrated_
+    from sensitivity.api.sweeping import with_calibration as calibrated_
     from sensitivity.measure.generate.batches import check_tasks_fit
 
     vlm, parts, tasks = loaded(args)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sensitivity.models.halves.vision_half import VISIONS, vision_half
+from sensitivity.models.halves.vision_half import VISIONS, vision_half_of
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.runtimes.rules import comma_list
@@ -68,4 +68,4 @@ class Language(nn.Module):
 
 def half_of(vlm: VLM, half: str) -> nn.Module:
     """One half of a model as a module."""
-    return vision_half(vlm)(vlm) if half == VISION else Language(vlm)
+    return vision_half_of(vlm)(vlm) if half == VISION else Language(vlm)

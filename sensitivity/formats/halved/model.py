@@ -24,7 +24,7 @@ from sensitivity.measure.generate.answer_tokens import (
     greedy_takes_argmax,
     mean_nll,
 )
-from sensitivity.measure.generate.batches import Batch, batches
+from sensitivity.measure.generate.batches import Batch, batches_by_image
 from sensitivity.models.config_only import without_weights
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
@@ -119,7 +119,7 @@ class Running:
             raise UserError(f"{self.runtime} generates text, and {task.name} ranks captions")
         rows: Rows = {}
         for example in task.examples:
-            (batch,) = batches(self.vlm, replace(task, examples=(example,)), plain=True)
+            (batch,) = batches_by_image(self.vlm, replace(task, examples=(example,)), plain=True)
             for name, values in example_rows(task, batch, *self._answer(task, batch)).items():
                 rows.setdefault(name, []).extend(values)
         return rows

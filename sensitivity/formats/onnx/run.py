@@ -17,7 +17,7 @@ from sensitivity.formats.halved.model import HalvedModel, Running
 from sensitivity.formats.onnx.export import FILES, STORED, check
 from sensitivity.formats.onnx.trace import PAST, PRESENT
 from sensitivity.models.halves.positions import positions_of
-from sensitivity.models.halves.vision_half import vision_half
+from sensitivity.models.halves.vision_half import vision_half_of
 from sensitivity.models.loading import load
 from sensitivity.spec.errors import UserError
 
@@ -43,7 +43,7 @@ class ONNXModel(HalvedModel):
         self.past: dict[str, OrtValue] = dict(self.empty)
         self.read = 0  # tokens in the cache
         vlm = load(str(folder), config_only=True)
-        self.half, self.config, self.positions = vision_half(vlm), vlm.model.config, positions_of(vlm)
+        self.half, self.config, self.positions = vision_half_of(vlm), vlm.model.config, positions_of(vlm)
 
     def image_features(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None) -> Array:
         """The rows that the language model reads in place of an image's placeholder tokens."""

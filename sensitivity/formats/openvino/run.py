@@ -16,7 +16,7 @@ from sensitivity.formats.halved.model import HalvedModel, Running, unlike
 from sensitivity.formats.openvino.export import FILES, STORED, check
 from sensitivity.formats.openvino.layer_counters import LayerCounters, name_layers
 from sensitivity.models.halves.positions import positions_of
-from sensitivity.models.halves.vision_half import vision_half
+from sensitivity.models.halves.vision_half import vision_half_of
 from sensitivity.models.loading import load
 from sensitivity.spec.errors import UserError
 
@@ -36,7 +36,7 @@ class OpenVINOModel(HalvedModel):
         self.options = {"PERFORMANCE_HINT": "LATENCY", **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
         self.counters: dict[str, LayerCounters] = {}
         vlm = load(str(self.folder), config_only=True)
-        self.half, self.config, self.positions = vision_half(vlm), vlm.model.config, positions_of(vlm)
+        self.half, self.config, self.positions = vision_half_of(vlm), vlm.model.config, positions_of(vlm)
         self.read = 0  # tokens in the cache
 
     @cached_property

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sensitivity.formats.halved.halves import VISION, half_of
 from sensitivity.models.halves.positions import in_plane
-from sensitivity.models.halves.vision_half import vision_half
+from sensitivity.models.halves.vision_half import vision_half_of
 from sensitivity.models.loading import load, quiet
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError, reason
@@ -48,7 +48,7 @@ def prepared(vlm: VLM, half: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     with FakeTensorMode(allow_non_fake_inputs=True):  # tensors with a type and a shape, but no values
         weights = shapes_of_weights(empty)
         inputs = _inputs(empty, half)
-    varying = vision_half(vlm).varies if half == VISION else tuple(inputs)
+    varying = vision_half_of(vlm).varies if half == VISION else tuple(inputs)
     shapes = {name: get_auto_dynamic_shapes(value) if name in varying else None for name, value in inputs.items()}
     # weights last: the exporter reads the batch size from the first input
     return module, {**inputs, WEIGHTS: weights}, {**shapes, WEIGHTS: dict.fromkeys(weights)}
@@ -112,7 +112,7 @@ def _inputs(vlm: VLM, half: str) -> dict[str, Any]:
     from transformers import DynamicCache
 
     if half == VISION:
-        return dict(vision_half(vlm).example(vlm.model.config))
+        return dict(vision_half_of(vlm).example(vlm.model.config))
     text = vlm.model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -15,7 +15,7 @@ from sensitivity.formats.halved.model import HalvedModel
 from sensitivity.formats.onnx.export import check as check_onnx
 from sensitivity.formats.openvino.export import check as check_openvino
 from sensitivity.models.halves.positions import positions_of
-from sensitivity.models.halves.vision_half import vision_half
+from sensitivity.models.halves.vision_half import vision_half_of
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 
@@ -24,7 +24,7 @@ class TorchHalves(HalvedModel):
     """The halves as torch computes them."""
 
     def __init__(self, vlm: VLM) -> None:
-        self.vision, self.language = vision_half(vlm)(vlm), Language(vlm)
+        self.vision, self.language = vision_half_of(vlm)(vlm), Language(vlm)
         self.config, self.positions = vlm.model.config, positions_of(vlm)
         self.dtype = vlm.model.dtype
         self.nothing = torch.empty(0, vlm.model.config.get_text_config().hidden_size, dtype=self.dtype)

@@ -23,9 +23,9 @@ from sensitivity.formats.timing.opened import CHECK
 from sensitivity.formats.timing.rows_at_once import rows_at_once
 from sensitivity.formats.timing.timed_process import Asked, Counted, Round, timed_process
 from sensitivity.formats.writing.job import Job
-from sensitivity.measure.generate.batches import batches
+from sensitivity.measure.generate.batches import batches_by_image
 from sensitivity.models.config_only import without_weights
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
@@ -104,13 +104,13 @@ def checked(model: str, schemes: Sequence[Scheme], runtime: str, task: str) -> t
     restrict(parts, schemes, runtime)
     check_runs_here(model, runtime)
     vlm = without_weights(model)
-    lengths = [len(target) for batch in batches(vlm, examples, plain=True) for target in batch.targets]
+    lengths = [len(target) for batch in batches_by_image(vlm, examples, plain=True) for target in batch.targets]
     return parts, {"answer": int(np.median(lengths))}
 
 
 def first_inputs(model: str, task: str) -> dict[str, Tensor]:
     """The processor's output for the example whose answer is timed."""
-    (batch,) = batches(without_weights(model), find_task(task, "evaluation", 1), plain=True)
+    (batch,) = batches_by_image(without_weights(model), find_task(task, "evaluation", 1), plain=True)
     return batch.inputs
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sensitivity.formats.halved.model import HalvedModel
 from sensitivity.formats.openvino.trace import shapes_of_weights, without_values
-from sensitivity.models.halves.vision_half import vision_half
+from sensitivity.models.halves.vision_half import vision_half_of
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError, reason
@@ -37,7 +37,7 @@ def rows_at_once(vlm: VLM, parts: ComponentMap, inputs: Mapping[str, Tensor]) ->
         if weight.name in found:
             count(weight)
     try:
-        half, read = vision_half(vlm), HalvedModel.image_inputs(inputs)
+        half, read = vision_half_of(vlm), HalvedModel.image_inputs(inputs)
         first = half.images(vlm.model.config, read["pixel_values"], read.get("image_grid_thw"))[0]
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # tensors that have no values
             image = {name: torch.empty_like(value) for name, value in first.items()}

@@ -20,7 +20,7 @@ from sensitivity.formats.timing.timed_process import Asked, Round, TimedModel, t
 from sensitivity.formats.writing import manifest
 from sensitivity.formats.writing.job import Job
 from sensitivity.formats.writing.manifest import Manifest
-from sensitivity.models.discover import inspect
+from sensitivity.models.discovery import inspect
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.files import finite, write_atomically
 from sensitivity.spec.plan import Plan

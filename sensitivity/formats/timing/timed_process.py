@@ -180,7 +180,7 @@ class _Timed:
         import torch
 
         from sensitivity.formats.timing.opened import opened, warm_up
-        from sensitivity.measure.generate.batches import batches
+        from sensitivity.measure.generate.batches import batches_by_image
         from sensitivity.models.config_only import without_weights
         from sensitivity.tasks.table import task as find_task
 
@@ -188,7 +188,7 @@ class _Timed:
         vlm = without_weights(asked.processor)
         task = find_task(asked.task, "evaluation", asked.n, asked.seed)
         alone = (replace(task, examples=(example,)) for example in task.examples)
-        self.inputs = [batch.inputs for one in alone for batch in batches(vlm, one, plain=True)]
+        self.inputs = [batch.inputs for one in alone for batch in batches_by_image(vlm, one, plain=True)]
         warm_up(asked.runtime)
         begin_peak()
         self.before, self.held = memory(), resident()

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sensitivity.formats.writing.job import Codes, codes_from_weights
 from sensitivity.measure.calibrate.statistics import Statistics, by_importance
-from sensitivity.measure.install.fold import fold
+from sensitivity.measure.install.fold import fold_scales
 from sensitivity.measure.install.plan_in_model import targets
 from sensitivity.measure.install.rounding import rounding_hooks
 from sensitivity.measure.install.tweaked_norms import TweakedNorms
@@ -183,7 +183,7 @@ class _BlockByBlock:
             self.parameters[name].data = tensor
         try:
             into = self.statistics.absorbers
-            folded = fold(self.model, results, {name: input_of(weight) for name, weight in block.items()}, into)
+            folded = fold_scales(self.model, results, {name: input_of(weight) for name, weight in block.items()}, into)
             self.result.folded |= {key: into[key].path for key in scaled}
             for name, parameter in self.parameters.items():
                 if parameter.data is not held[name] and name not in folded:

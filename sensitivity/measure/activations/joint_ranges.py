@@ -65,7 +65,7 @@ def blocks_to_search(
     return [[layers[i] for i in block] for block in blocks_of(dependencies, cuts)]
 
 
-def joint_ranges(
+def search_joint_ranges(
     model: nn.Module, blocks: Sequence[Sequence[Layer]], bits: int, install: Install, passes: Passes
 ) -> dict[str, InputRange]:
     """By weight: its input's range, from blocks of consecutive layers that are searched together."""

@@ -45,7 +45,7 @@ class _Layer:
         self.high = high if self.high is None else torch.maximum(self.high, high)
 
 
-def released_ranges(
+def search_released_ranges(
     model: nn.Module, weights: Sequence[Weight], bits: int, passes: Callable[[], Iterable[object]]
 ) -> dict[str, InputRange]:
     """By weight: the range of its input.

@@ -30,7 +30,7 @@ class Blame:
     prompts: Mapping[int, Tensor]  # example -> what comes from each token of its question, in the language model
 
 
-def blame(parts: ComponentMap, family: Family, integral: PathIntegral) -> Blame:
+def blame_of(parts: ComponentMap, family: Family, integral: PathIntegral) -> Blame:
     """Sum the terms of a path integral by component, by modality, by region and by token of the question."""
     components = dict.fromkeys(parts.names, 0.0)
     modalities = dict.fromkeys(MODALITIES[VISION:], 0.0)

@@ -13,9 +13,9 @@ from sensitivity.measure.attribution.answer_changes import AnswerChanges, Change
 from sensitivity.measure.attribution.weight_errors import WeightErrors, plan_changes
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.gradients.backward import in_rows_that_fit
-from sensitivity.measure.gradients.first_order import FirstOrder, first_order
-from sensitivity.measure.gradients.output_gradients import OutputGradients, output_gradients
-from sensitivity.measure.gradients.path_integral import path_integral
+from sensitivity.measure.gradients.first_order import FirstOrder, first_order_scores
+from sensitivity.measure.gradients.output_gradients import OutputGradients, squared_output_gradients
+from sensitivity.measure.gradients.path_integral import integrate_path
 from sensitivity.measure.install.plan_in_model import prepare, quantized
 from sensitivity.measure.memory.weight_codes import WeightCodes
 from sensitivity.measure.passes.token_batches import ROWS, TokenBatch
@@ -75,7 +75,9 @@ class Calibrated:
     @cached_property
     def output_gradients(self) -> OutputGradients:
         """Squared gradients of the loss with respect to layers' outputs, from one backward pass over the data."""
-        return in_rows_that_fit(self.vlm, self.data, lambda data: output_gradients(self.vlm, self.weights, data()))
+        return in_rows_that_fit(
+            self.vlm, self.data, lambda data: squared_output_gradients(self.vlm, self.weights, data())
+        )
 
     @cached_property
     def first_order(self) -> FirstOrder:
@@ -90,7 +92,7 @@ class Calibrated:
     def _first_order_of(self, names: Collection[str]) -> FirstOrder:
         """The first-order scores of a group of weights."""
         return in_rows_that_fit(
-            self.vlm, self.data, lambda data: first_order(self.vlm, self.weights, self.errors.of, data(), names)
+            self.vlm, self.data, lambda data: first_order_scores(self.vlm, self.weights, self.errors.of, data(), names)
         )
 
     @cached_property
@@ -126,7 +128,7 @@ class Calibrated:
         for scheme in self.schemes:
             plan = Plan.uniform(self.parts, scheme)
             changes = plan_changes(self.vlm.model, self.parts, plan, self.statistics)
-            integral = in_rows_that_fit(self.vlm, self.data, partial(path_integral, self.vlm, self.parts, changes))
+            integral = in_rows_that_fit(self.vlm, self.data, partial(integrate_path, self.vlm, self.parts, changes))
             found[scheme] = dict.fromkeys(self.parts.names, 0.0)
             for (_, name, _), values in integral.terms.items():
                 found[scheme][name] += float(values.sum())

@@ -13,13 +13,13 @@ NEARLY_ALL = 0.99  # the most that a plan may lose, as a share of all that can b
 ROUNDS = 200  # of the fixed-point iteration, at most; it converges long before
 
 
-def path(calibrated: Calibrated) -> Scores:
+def path_scores(calibrated: Calibrated) -> Scores:
     """Each component's share of the damage of the uniform plan, integrated along the path from the float model."""
     shares = calibrated.path_shares
     return {name: {scheme: shares[scheme][name] for scheme in calibrated.schemes} for name in calibrated.parts.names}
 
 
-def coverage(calibrated: Calibrated) -> Scores:
+def coverage_scores(calibrated: Calibrated) -> Scores:
     """-log(1 - a) of each component, where a plan covers 1 - prod (1 - a) of all that can be lost (arXiv 2607.12266).
 
     The integrals here are of the loss, not of the divergence, and `saturation` is all that can be lost. Damage that

@@ -41,7 +41,7 @@ def kfac(calibrated: Calibrated) -> Scores:
     return _first_order(calibrated, sums)
 
 
-def fisher(calibrated: Calibrated) -> Scores:
+def fisher_scores(calibrated: Calibrated) -> Scores:
     """The sum of (gradient x change)^2 over a layer's outputs: ModelOpt's score of a quantized layer."""
     return _first_order(calibrated, calibrated.first_order.fisher)
 

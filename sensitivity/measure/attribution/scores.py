@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sensitivity.measure.attribution import coverage, layer_scores, one_at_a_time
+from sensitivity.measure.attribution import coverage, layer_scores, pass_scores
 from sensitivity.measure.attribution.calibrated import Calibrated, Scores
 from sensitivity.spec.errors import UserError, unknown
 
@@ -16,13 +16,13 @@ SCORES: dict[str, Callable[[Calibrated], Scores]] = {
     "weight": layer_scores.relative_weight_error,
     "gram": layer_scores.relative_gram_error,
     "kfac": layer_scores.kfac,
-    "fisher": layer_scores.fisher,
+    "fisher": layer_scores.fisher_scores,
     "change": layer_scores.gradient_times_change,
-    "path": coverage.path,
-    "coverage": coverage.coverage,
-    "kl": one_at_a_time.divergence,
-    "loss": one_at_a_time.loss,
-    "higgs": one_at_a_time.linear_theorem,
+    "path": coverage.path_scores,
+    "coverage": coverage.coverage_scores,
+    "kl": pass_scores.divergence,
+    "loss": pass_scores.loss,
+    "higgs": pass_scores.linear_theorem,
 }
 # the properties of Calibrated that each score needs; scores that need the same one share it
 NEEDS = {

@@ -30,7 +30,7 @@ class Absorber:
     norm: bool
 
 
-def absorbers(model: nn.Module, parts: ComponentMap, run: Callable[[], object]) -> dict[str, Absorber]:
+def absorbers_of(model: nn.Module, parts: ComponentMap, run: Callable[[], object]) -> dict[str, Absorber]:
     """The absorber of each input: a norm that feeds it alone, or else the value or up projection in front of it.
 
     `run` is one forward pass, which is watched. A norm whose output is also added, viewed or read by another layer does

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sensitivity.measure.calibrate.absorbers import Absorber, absorbers
+from sensitivity.measure.calibrate.absorbers import Absorber, absorbers_of
 from sensitivity.measure.calibrate.blockwise import BlockwisePass, Installed
 from sensitivity.measure.calibrate.both_paths import gather_both
 from sensitivity.measure.calibrate.cache import Cache
@@ -21,7 +21,7 @@ from sensitivity.measure.memory.out_of_memory import run_or_halve
 from sensitivity.measure.passes.token_batches import (
     ROWS,
     TokenBatch,
-    batches,
+    answer_batches,
     calibration_pass,
     check_disjoint,
 )
@@ -74,13 +74,19 @@ def calibrate(
 
     def find_absorbers() -> Mapping[str, Absorber]:
         one_example = [replace(data[0], examples=data[0].examples[:1])]
-        return absorbers(vlm.model, parts, lambda: calibration_pass(vlm, next(batches(vlm, one_example))))
+        return absorbers_of(vlm.model, parts, lambda: calibration_pass(vlm, next(answer_batches(vlm, one_example))))
 
     def in_batches(rows: int) -> Iterable[TokenBatch]:
-        return each(batches(vlm, data, rows), "calibrating", "examples", examples, lambda batch: len(batch.examples))
+        return each(
+            answer_batches(vlm, data, rows),
+            "calibrating",
+            "examples",
+            examples,
+            lambda batch: len(batch.examples),
+        )
 
     def passes() -> Iterator[TokenBatch]:
-        for batch in batches(vlm, data, ROWS // 4):  # hooks on attention hold the probabilities of all heads
+        for batch in answer_batches(vlm, data, ROWS // 4):  # hooks on attention hold the probabilities of all heads
             with torch.inference_mode():
                 calibration_pass(vlm, batch)
             yield batch

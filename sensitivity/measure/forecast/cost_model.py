@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sensitivity.measure.forecast.hardware import Hardware
-from sensitivity.measure.generate.batches import Batch, batches, images_at_once
+from sensitivity.measure.generate.batches import Batch, batches_by_image, images_at_once
 from sensitivity.measure.generate.retrieval import CHUNK
 from sensitivity.measure.shards import MAX_IMAGES
 from sensitivity.models.vlm import VLM
@@ -51,9 +51,9 @@ class TaskSample:
         sample = replace(task, examples=tuple(e for e in task.examples if e.cluster in set(clusters[:SAMPLE_IMAGES])))
         if task.gallery:  # one image and one caption; `_retrieval_passes` counts the pairs
             sample = replace(task, examples=task.examples[:1])
-        next(batches(vlm, sample, plain))  # warm-up: the first call is slower
+        next(batches_by_image(vlm, sample, plain))  # warm-up: the first call is slower
         began = clock()
-        batch = next(batches(vlm, sample, plain))
+        batch = next(batches_by_image(vlm, sample, plain))
         sample_images = len({example.cluster for example in batch.examples})
         preprocessing = (clock() - began) / sample_images
         max_images = images_at_once(

@@ -42,7 +42,7 @@ class Batch:
     halves: list[Batch] = field(default_factory=list)
 
 
-def batches(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
+def batches_by_image(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
     """The task's examples as tensors, image by image; no plan changes them, so all plans can share them."""
     if vlm.processor is None:
         raise UserError(f"{vlm.name} has no processor or tokenizer files; they are needed to run a task")
@@ -84,7 +84,7 @@ def _pixel_count(vlm: VLM, example: Example) -> int:
 def check_tasks_fit(vlm: VLM, tasks: Sequence[Task]) -> None:
     """Raise an error if one example of each task cannot be made into tensors, before a study begins."""
     for task in tasks:
-        for _ in batches(vlm, replace(task, examples=task.examples[:1])):
+        for _ in batches_by_image(vlm, replace(task, examples=task.examples[:1])):
             pass
 
 

@@ -29,10 +29,10 @@ def prefill_images(vlm: VLM, batch: Batch) -> tuple[list[KeysAndValues | None], 
     positions = torch.full((len(batch.inputs["input_ids"]), 1), batch.prefix, device=vlm.device)
     offset = getattr(getattr(vlm.model, "model", None), "rope_deltas", None)
     cache = output.get("language_model_outputs", output).past_key_values
-    return keys_and_values(cache), positions if offset is None else positions + offset.to(positions.device)
+    return cached_keys_and_values(cache), positions if offset is None else positions + offset.to(positions.device)
 
 
-def keys_and_values(cache: Cache) -> list[KeysAndValues | None]:
+def cached_keys_and_values(cache: Cache) -> list[KeysAndValues | None]:
     """Each layer's keys and values; None for a layer that wrote none, since the prefix cache skipped its block."""
     per_layer: list[KeysAndValues | None] = []
     for layer in cache.layers:
@@ -109,7 +109,12 @@ class _QuestionPasses:
             logits_to_keep=ids.shape[1] - min(logit_starts),
             **masked,
         ).logits
-        self.rows, self.tokens_read, self.gap_end, self.layers = list(rows), starts, gap_end, keys_and_values(cache)
+        self.rows, self.tokens_read, self.gap_end, self.layers = (
+            list(rows),
+            starts,
+            gap_end,
+            cached_keys_and_values(cache),
+        )
         longest = max(len(draft) - count for draft, count in zip(drafts, accepted, strict=True)) + 1
         return logits_from(logits, [place - min(logit_starts) for place in logit_starts], longest)
 

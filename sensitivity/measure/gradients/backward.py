@@ -74,7 +74,7 @@ def answer_loss(vlm: VLM, batch: TokenBatch, counted: Counted | None = None) -> 
     return (each if counted is None else each * counted(targets).to(each)).mean(1).sum()
 
 
-def backward(
+def backward_pass(
     vlm: VLM, weights: Sequence[Weight], batch: TokenBatch, visit: Visit, counted: Counted | None = None
 ) -> float:
     """Call `visit` for each weight when the backward pass reaches its layer; return the loss.

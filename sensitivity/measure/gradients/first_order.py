@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sensitivity.measure.gradients.backward import backward
+from sensitivity.measure.gradients.backward import backward_pass
 from sensitivity.measure.passes.token_batches import TokenBatch
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import Weight
@@ -45,12 +45,12 @@ class FirstOrder:
             _add(self.fisher, weight.name, torch.stack(fisher).cpu().double())
             _add(moved_loss, weight.name, torch.stack(moved).cpu().double())  # a layer may run several times in a pass
 
-        backward(vlm, weights, batch, visit)
+        backward_pass(vlm, weights, batch, visit)
         for name, moved in moved_loss.items():
             _add(self.change, name, moved.abs().sum(1))
 
 
-def first_order(
+def first_order_scores(
     vlm: VLM, weights: Sequence[Weight], errors_of: ErrorsOf, data: Iterable[TokenBatch], scored: Collection[str]
 ) -> FirstOrder:
     """First-order scores of the weights that `scored` names; those that the loss does not reach are left out."""

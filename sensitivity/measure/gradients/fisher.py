@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sensitivity.measure.gradients.backward import backward, in_rows_that_fit
+from sensitivity.measure.gradients.backward import backward_pass, in_rows_that_fit
 from sensitivity.measure.passes.block_modules import float_model
 from sensitivity.measure.passes.token_batches import TokenBatch
 from sensitivity.models.vlm import VLM
@@ -64,5 +64,5 @@ def squared_gradients(vlm: VLM, weights: Sequence[Weight], data: Iterable[TokenB
 
     for batch in data:
         examples = len(batch.examples)
-        backward(vlm, weights, batch, visit)
+        backward_pass(vlm, weights, batch, visit)
     return squares

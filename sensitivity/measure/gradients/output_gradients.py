@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from sensitivity.measure.gradients.backward import backward
+from sensitivity.measure.gradients.backward import backward_pass
 from sensitivity.measure.passes.token_batches import TokenBatch
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import Weight
@@ -22,7 +22,7 @@ class OutputGradients:
     examples: int = 0
 
 
-def output_gradients(vlm: VLM, weights: Sequence[Weight], data: Iterable[TokenBatch]) -> OutputGradients:
+def squared_output_gradients(vlm: VLM, weights: Sequence[Weight], data: Iterable[TokenBatch]) -> OutputGradients:
     """Squared gradients over all batches, from one backward pass; weights that the loss does not reach are left out."""
     found, tokens = OutputGradients(), dict.fromkeys((weight.name for weight in weights), 0)
 
@@ -32,7 +32,7 @@ def output_gradients(vlm: VLM, weights: Sequence[Weight], data: Iterable[TokenBa
         tokens[weight.name] += len(inputs)
 
     for batch in data:
-        found.loss += backward(vlm, weights, batch, visit)
+        found.loss += backward_pass(vlm, weights, batch, visit)
         found.examples += len(batch.examples)
     for name, squares in found.squares.items():
         squares /= tokens[name]

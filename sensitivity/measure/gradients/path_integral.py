@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sensitivity.measure.gradients.backward import Counted, answer_loss, backward
+from sensitivity.measure.gradients.backward import Counted, answer_loss, backward_pass
 from sensitivity.measure.passes.token_batches import TokenBatch
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap, Weight
@@ -61,7 +61,7 @@ class PathIntegral:
         return abs(self.total - self.change) / max(abs(self.change), MIN_SHARE * abs(self.before), 1e-300)
 
 
-def path_integral(
+def integrate_path(
     vlm: VLM,
     parts: ComponentMap,
     changes: Mapping[str, Tensor],
@@ -152,7 +152,7 @@ class _Path:
                 if place not in self.modalities:
                     self.modalities[place] = None if modality is None else modality.reshape(count, -1)[row].cpu()
 
-        backward(self.vlm, self.weights, batch, visit, self.counted)
+        backward_pass(self.vlm, self.weights, batch, visit, self.counted)
 
 
 @contextmanager

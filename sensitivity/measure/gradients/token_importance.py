@@ -9,7 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from sensitivity.measure.gradients.backward import RunsOnce, add_per_token, backward
+from sensitivity.measure.gradients.backward import RunsOnce, add_per_token, backward_pass
 from sensitivity.measure.gradients.block_error import block_errors
 from sensitivity.measure.gradients.perturbation import perturbations
 from sensitivity.measure.passes.attention import attention_received
@@ -55,7 +55,7 @@ def answer_gradients(vlm: VLM, weights: Sequence[Weight], batch: TokenBatch) -> 
         once.check(weight)
         add_per_token(squares, weight, gradient.float().square().sum(1))
 
-    backward(vlm, weights, batch, visit)
+    backward_pass(vlm, weights, batch, visit)
     return {name: total.sqrt() for name, total in squares.items()}
 
 

@@ -16,7 +16,7 @@ from sensitivity.spec.plan import Plan, Scheme
 
 
 @contextmanager
-def bitsandbytes_modules(model: nn.Module, parts: ComponentMap, plan: Plan) -> Iterator[dict[str, nn.Module]]:
+def with_bitsandbytes(model: nn.Module, parts: ComponentMap, plan: Plan) -> Iterator[dict[str, nn.Module]]:
     """Inside the `with` block the plan's linear layers are bitsandbytes modules, by path; the type of each is checked.
 
     Loaders take lists of modules to skip, in which a path that is spelled differently silently matches nothing. Here

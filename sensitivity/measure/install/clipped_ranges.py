@@ -14,9 +14,9 @@ from sensitivity.measure.activations.joint_ranges import (
     Layer,
     Passes,
     blocks_to_search,
-    joint_ranges,
+    search_joint_ranges,
 )
-from sensitivity.measure.activations.released_ranges import released_ranges
+from sensitivity.measure.activations.released_ranges import search_released_ranges
 from sensitivity.measure.install.rounding import rounding_hooks
 from sensitivity.measure.passes.block_modules import block_paths
 from sensitivity.quantize.run_time.inputs import BLOCKS, RELEASED
@@ -52,7 +52,7 @@ class ClippedRanges:
         key = RELEASED, part, bits
         if key not in self.found:
             every = [weight for weight in self.parts.weights if weight.part == part and not weight.is_embedding]
-            self.found[key] = released_ranges(self.model, every, bits, self.passes)
+            self.found[key] = search_released_ranges(self.model, every, bits, self.passes)
         known = self.found[key]
         assert isinstance(known, dict)
         return {weight.name: known[weight.name] for weight in weights}
@@ -78,7 +78,7 @@ class ClippedRanges:
                     missing[key] = rounded
         if missing:
             install = partial(self._installed, given, quantized)
-            ranges = joint_ranges(self.model, list(missing.values()), bits, install, self.passes)
+            ranges = search_joint_ranges(self.model, list(missing.values()), bits, install, self.passes)
             for key, block in missing.items():
                 self.found[key] = {w.name: ranges[w.name] for _, own in block for w in own}
         result = {weight.name: InputRange() for weight in weights}  # those outside blocks: each token's own range

@@ -13,7 +13,7 @@ from sensitivity.quantize.stored.integer_grid import QuantizedWeight
 from sensitivity.spec.errors import UserError
 
 
-def fold(
+def fold_scales(
     model: nn.Module, results: Mapping[str, QuantizedWeight], inputs: Mapping[str, str], into: Mapping[str, Absorber]
 ) -> dict[str, QuantizedWeight]:
     """Divide the absorber in front of each scaled layer by its scales, in the model and in the results.

@@ -59,13 +59,13 @@ class TokenBatch:
         return self.counted[key]
 
 
-def batches(vlm: VLM, tasks: Sequence[Task], rows: int = ROWS) -> Iterator[TokenBatch]:
+def answer_batches(vlm: VLM, tasks: Sequence[Task], rows: int = ROWS) -> Iterator[TokenBatch]:
     """All examples with their first right answers; only examples of equal shapes share a batch, so none is padded."""
     waiting: dict[Hashable, list[Answered]] = {}
     number = 0
     for task in tasks:
         for example in task.examples:
-            (one,) = evaluated.batches(vlm, replace(task, examples=(example,)), plain=True)
+            (one,) = evaluated.batches_by_image(vlm, replace(task, examples=(example,)), plain=True)
             target_tokens = one.targets[0]
             shapes = tuple((name, tuple(value.shape)) for name, value in sorted(one.inputs.items()))
             group = waiting.setdefault((shapes, len(target_tokens)), [])

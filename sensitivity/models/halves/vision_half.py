@@ -176,6 +176,6 @@ VISIONS: dict[str, type[Vision]] = {
 }
 
 
-def vision_half(vlm: VLM) -> type[Vision]:
+def vision_half_of(vlm: VLM) -> type[Vision]:
     """The image half of a model's type."""
     return VISIONS[vlm.model.config.model_type]

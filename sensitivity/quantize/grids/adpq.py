@@ -9,7 +9,7 @@ from sensitivity.quantize.grids.outliers import largest
 from sensitivity.quantize.stored.integer_grid import QuantizedWeight, encode, ranges, scale_and_zero
 from sensitivity.quantize.stored.sparse import TwoScaleWeight
 from sensitivity.spec.plan import Scheme
-from sensitivity.spec.stored_bits import outliers
+from sensitivity.spec.stored_bits import outlier_count
 
 
 def quantize_adpq(weight: Tensor, scheme: Scheme) -> TwoScaleWeight | QuantizedWeight:
@@ -21,7 +21,7 @@ def quantize_adpq(weight: Tensor, scheme: Scheme) -> TwoScaleWeight | QuantizedW
     keeps outliers in full precision.
     """
     values = weight.float()
-    mask = largest(values.abs(), outliers(scheme["outliers"], *weight.shape))
+    mask = largest(values.abs(), outlier_count(scheme["outliers"], *weight.shape))
 
     def on_grid(some: Tensor) -> QuantizedWeight:
         return encode(values, scheme, *scale_and_zero(some, scheme, *ranges(some, scheme), weight.dtype))

@@ -12,7 +12,7 @@ from sensitivity.quantize.stored.integer_grid import encode, ranges, scale_and_z
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
-from sensitivity.spec.stored_bits import outliers
+from sensitivity.spec.stored_bits import outlier_count
 
 
 def quantize_gwq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight | None]]:
@@ -32,7 +32,7 @@ def quantize_gwq(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Store
 
 def _one_weight(weight: Tensor, fisher: Tensor, scheme: Scheme, linears: Linears) -> StoredWeight:
     """Quantize one weight at one bit width."""
-    kept = largest(fisher.float(), outliers(scheme["outliers"], *weight.shape))
+    kept = largest(fisher.float(), outlier_count(scheme["outliers"], *weight.shape))
     inside = weight.masked_fill(kept, 0)
     base = encode(inside, scheme, *scale_and_zero(inside, scheme, *ranges(inside, scheme), linears.dtype))
     return beside_outliers(base, weight, kept, linears.dtype)

@@ -16,7 +16,7 @@ from sensitivity.quantize.stored.integer_grid import as_16_bit, encode, group_si
 from sensitivity.quantize.stored.sparse import SparseWeight
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.plan import Scheme
-from sensitivity.spec.stored_bits import outliers
+from sensitivity.spec.stored_bits import outlier_count
 
 ROWS_PER_GRID = 16  # rows whose scales share one grid, as do their zero points
 
@@ -38,7 +38,7 @@ def quantize_spqr(linears: Linears, schemes: Sequence[Scheme]) -> list[list[Stor
 def _one_weight(weight: Tensor, scheme: Scheme, factor: Factor, dtype: torch.dtype) -> StoredWeight:
     """Quantize one weight at one bit width."""
     importance = factor.importance if factor.order is None else factor.importance[torch.argsort(factor.order)]
-    mask = largest(gain(weight, scheme, importance, dtype), outliers(scheme["outliers"], *weight.shape))
+    mask = largest(gain(weight, scheme, importance, dtype), outlier_count(scheme["outliers"], *weight.shape))
 
     def find(weights: Tensor, scheme: Scheme, _: Tensor, a: int) -> tuple[Tensor, Tensor]:
         inside = weights.masked_fill(mask[:, a : a + weights.shape[1]], 0)

@@ -11,7 +11,7 @@ from sensitivity.quantize.stored.integer_grid import as_16_bit
 from sensitivity.quantize.stored.levels import LevelsWeight
 from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.plan import Scheme
-from sensitivity.spec.stored_bits import outliers
+from sensitivity.spec.stored_bits import outlier_count
 
 
 def quantize_squeezellm(linears: Linears, schemes: Sequence[Scheme]) -> list[list[StoredWeight | None]]:
@@ -31,11 +31,11 @@ def _one_weight(linears: Linears, i: int, scheme: Scheme) -> StoredWeight:
     fisher = linears.fisher[i].float() if linears.fisher is not None and scheme.get("gradient") else None
     importance = linears.input_statistics.gram.diagonal()[None] if fisher is None else fisher
     sensitive = largest(
-        importance * weight.square() if fisher is None else fisher, outliers(scheme["sensitive"], *weight.shape)
+        importance * weight.square() if fisher is None else fisher, outlier_count(scheme["sensitive"], *weight.shape)
     )
     # sensitive elements are kept already, so they take no place among the largest
     size = weight.abs().masked_fill(sensitive, -1)
-    kept = sensitive | largest(size, outliers(scheme["outliers"], *weight.shape))
+    kept = sensitive | largest(size, outlier_count(scheme["outliers"], *weight.shape))
     levels = as_16_bit(
         kmeans_levels(weight, importance.expand_as(weight).masked_fill(kept, 0), 2**scheme.bits), linears.dtype
     )

@@ -14,7 +14,7 @@ import pandas as pd
 from sensitivity.spec.components import KINDS
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.fields import quoted
-from sensitivity.study.counting import count, numbers
+from sensitivity.study.counting import count, numbers_of
 from sensitivity.study.importing.components import check_names
 from sensitivity.study.trial import NATIVE
 
@@ -106,17 +106,17 @@ def bits(table: pd.DataFrame, parts: Mapping[str, str]) -> pd.DataFrame:
     """Bits per component, from a column for each."""
     _check_present(table, list(parts))
     check_names(list(parts.values()))
-    return pd.DataFrame({component: numbers(table, column) for column, component in parts.items()})
+    return pd.DataFrame({component: numbers_of(table, column) for column, component in parts.items()})
 
 
 def switched_bits(table: pd.DataFrame, switches: Switches | None) -> pd.DataFrame:
     """Bits per component: the row's bits where its switch is 1 and its kind is meant, native elsewhere."""
     assert switches is not None
     _check_present(table, [*switches.columns, switches.bits, *([switches.kind] if switches.kind else [])])
-    bits = numbers(table, switches.bits)
+    bits = numbers_of(table, switches.bits)
     by_component: dict[str, np.ndarray] = {}
     for column, component in switches.columns.items():
-        on = numbers(table, column)
+        on = numbers_of(table, column)
         if wrong := sorted(set(on[np.isfinite(on)]) - {0.0, 1.0}):
             raise UserError(f"a switch is 0 or 1, and column '{column}' holds {wrong[0]:g}")
         if switches.kind is None:

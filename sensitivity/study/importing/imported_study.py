@@ -14,7 +14,7 @@ from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import disk_error, new_folder
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.study.counting import count, numbers
+from sensitivity.study.counting import count, numbers_of
 from sensitivity.study.importing import columns
 from sensitivity.study.importing.columns import Switches
 from sensitivity.study.importing.components import component_map
@@ -89,7 +89,7 @@ def _usable_rows(
     """The bits and scores of the rows that have all of them, checked, and notes on the others."""
     if taken := [name for name in scores if name in bits.columns]:
         raise UserError(f"a score cannot be called '{taken[0]}': that is a component; rename the column")
-    values = pd.DataFrame({name: numbers(table, name) for name in scores})
+    values = pd.DataFrame({name: numbers_of(table, name) for name in scores})
     whole, notes = columns.complete_rows(bits, values)
     if not whole.any():
         raise UserError(f"no row of {path} has all bits and scores")

@@ -20,7 +20,7 @@ CAPTION = {"id": WHOLE, "image_id": WHOLE, "caption": ANY_TEXT}
 FILE = "annotations/captions_{}.json"
 
 
-def captions(folder: Path, split: str, n: int, seed: int) -> Task:
+def coco_captions(folder: Path, split: str, n: int, seed: int) -> Task:
     """The captions of COCO, scored by CIDEr."""
     source = DatasetFolder("coco-captions", folder, GET)
     part = source.part(split, ("val2017", "train2017"), (FILE, "{}"))

@@ -23,7 +23,7 @@ IDENTIFY = "[identify] What is the object present at {}"
 REFERRING, REGIONS = "referring.jsonl", "region_captioning.jsonl"
 
 
-def grounding(folder: Path, split: str, n: int, seed: int, decoding: str = "turned") -> Task:
+def geochat_boxes(folder: Path, split: str, n: int, seed: int, decoding: str = "turned") -> Task:
     """Boxes scored by acc@0.5; the kinds of question are ref (a described object) and grounding (all of a class)."""
     source = DatasetFolder("geochat-grounding", folder, GET)
     lines = source.lines(REFERRING)
@@ -49,7 +49,7 @@ def region_captions(folder: Path, split: str, n: int, seed: int) -> Task:
     def rouge_1(answer: str, example: Example) -> float:
         return max(first(phrase(answer), right.lower()) for right in example.answers)
 
-    further, missing = captions.metrics()
+    further, missing = captions.caption_metrics()
     kept: dict[str, Metric] = {"ROUGE-1": mean_of(rouge_1)}
     kept |= {name: metric for name, metric in further.items() if name == "METEOR"}
     all_notes = (*notes, *missing)

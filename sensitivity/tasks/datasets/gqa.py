@@ -18,7 +18,7 @@ GET = (
 )
 
 
-def gqa(folder: Path, split: str, n: int, seed: int) -> Task:
+def gqa_questions(folder: Path, split: str, n: int, seed: int) -> Task:
     """The questions of GQA, scored by exact match after VQA's normalization."""
     source = DatasetFolder("gqa", folder, GET)
     part = source.part(split, ("testdev", "val", "train"), (QUESTIONS,))

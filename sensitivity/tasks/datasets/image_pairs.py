@@ -14,7 +14,7 @@ from sensitivity.tasks.examples.types import SHORT_ANSWER, Example, Task
 from sensitivity.tasks.scoring import captions as caption_scores
 from sensitivity.tasks.scoring import yes_no
 from sensitivity.tasks.scoring.answer_text import equals_squeezed
-from sensitivity.tasks.scoring.by_kind import by_kind
+from sensitivity.tasks.scoring.by_kind import accuracies_by_kind
 
 GET_CD = (
     "download the archives of LEVIR-CD (justchenhao.github.io/LEVIR) and unpack test there (train too, to calibrate on "
@@ -70,7 +70,9 @@ def building_damage(folder: Path, split: str, n: int, seed: int) -> Task:
     labels = source.file(f"{part.name}/labels")
     rows = _damaged(source, labels, source.file(f"{part.name}/images"))
     examples, notes = source.drawn_examples(rows, part, n, seed)
-    return Task(source.name, examples, equals_squeezed, max_new_tokens=10, metrics=by_kind(examples), notes=notes)
+    return Task(
+        source.name, examples, equals_squeezed, max_new_tokens=10, metrics=accuracies_by_kind(examples), notes=notes
+    )
 
 
 def _masked(folder: Path) -> Iterator[Example | Flaw]:

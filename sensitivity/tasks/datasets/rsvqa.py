@@ -9,7 +9,7 @@ from sensitivity.spec.fields import ANY_TEXT, FLAG, TEXT, WHOLE, check
 from sensitivity.tasks.datasets.source import DatasetFolder, Flaw, checked_records
 from sensitivity.tasks.examples.types import SHORT_ANSWER, Example, Task
 from sensitivity.tasks.scoring.answer_text import equals_squeezed
-from sensitivity.tasks.scoring.by_kind import by_kind
+from sensitivity.tasks.scoring.by_kind import accuracies_by_kind
 
 KINDS = ("presence", "comp", "rural_urban")  # as in GeoChat's tables; the files also ask about count and area
 STATE = {"active": FLAG}
@@ -39,7 +39,9 @@ def _task(
     source.file(images)
     rows = _rows(source, prefix.format(part.name), source.folder / images)
     examples, notes = source.drawn_examples(rows, part, n, seed)
-    return Task(source.name, examples, equals_squeezed, max_new_tokens=10, metrics=by_kind(examples), notes=notes)
+    return Task(
+        source.name, examples, equals_squeezed, max_new_tokens=10, metrics=accuracies_by_kind(examples), notes=notes
+    )
 
 
 def _rows(source: DatasetFolder, prefix: str, images: Path) -> Iterator[Example | Flaw]:

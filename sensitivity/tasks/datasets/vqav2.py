@@ -23,7 +23,7 @@ GET = (
 )
 
 
-def vqav2(folder: Path, split: str, n: int, seed: int) -> Task:
+def vqav2_questions(folder: Path, split: str, n: int, seed: int) -> Task:
     """The questions of VQAv2, scored by the official accuracy."""
     source = DatasetFolder("vqav2", folder, GET)
     part = source.part(split, ("val2014", "train2014"), (QUESTIONS, ANNOTATIONS, "{}"))

@@ -45,13 +45,13 @@ def why_unusable(image: NDArray[np.uint8] | ImageSource) -> str | None:
 
 def _is_complete(image: ImageSource) -> bool:
     """Whether an image is complete: by the end marker of its format or, where none is found, by decoding it."""
-    with opened(image) as picture:
+    with opened_image(image) as picture:
         if (mark := END_MARKERS.get(picture.format or "")) is not None and mark in _tail(image):
             if picture.format == "PNG":
                 picture.verify()  # checks the checksums without decoding; a JPEG has none
             return True
     # without an end marker only decoding shows whether anything is missing
-    with opened(image) as picture:
+    with opened_image(image) as picture:
         try:
             picture.load()
         except OSError:
@@ -60,7 +60,7 @@ def _is_complete(image: ImageSource) -> bool:
 
 
 def _tail(image: ImageSource) -> bytes:
-    source = stream(image)
+    source = image_stream(image)
     with source.open("rb") if isinstance(source, Path) else source as file:
         file.seek(max(file.seek(0, os.SEEK_END) - TAIL, 0))
         return file.read()
@@ -74,7 +74,7 @@ def open_image(source: NDArray[np.uint8] | ImageSource) -> Image.Image:
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
     try:
-        with opened(source) as image:
+        with opened_image(source) as image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16 bits per channel, which convert() would clip to white
                 return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")
@@ -86,7 +86,7 @@ def open_image(source: NDArray[np.uint8] | ImageSource) -> Image.Image:
 
 
 @contextmanager
-def opened(source: ImageSource) -> Iterator[Image.Image]:
+def opened_image(source: ImageSource) -> Iterator[Image.Image]:
     """An image whose header is read and whose pixels are not.
 
     Anything but a regular file is refused, since opening a pipe could wait forever.
@@ -95,7 +95,7 @@ def opened(source: ImageSource) -> Iterator[Image.Image]:
         raise FileNotFoundError(source) if trouble == MISSING else Misfit(trouble)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow raises an error at twice that size
-        with Image.open(stream(source)) as image:
+        with Image.open(image_stream(source)) as image:
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise Misfit(f"it is {image.width} by {image.height} pixels, and {MAX_ASPECT} to 1 is the most")
             yield image
@@ -108,6 +108,6 @@ def image_key(image: NDArray[np.uint8] | ImageSource) -> Hashable:
     return image.resolve()
 
 
-def stream(source: ImageSource) -> Path | io.BytesIO:
+def image_stream(source: ImageSource) -> Path | io.BytesIO:
     """What Pillow can open: a path, from which it reads only what it needs, or all bytes."""
     return source if isinstance(source, Path) else io.BytesIO(source.read_bytes())

@@ -36,7 +36,7 @@ def installed() -> Path:
 
 
 @cache
-def task_files(package: Path) -> TaskFiles:
+def find_task_files(package: Path) -> TaskFiles:
     """All tasks and groups in lmms-eval's folder, found without parsing 2,000 files as YAML as the library does."""
     files: dict[str, Path] = {}
     groups: dict[str, tuple[str, ...]] = {}
@@ -54,7 +54,7 @@ def task_files(package: Path) -> TaskFiles:
 
 def file_of(name: str) -> Path:
     """The YAML file of a task; if the name is that of a group, the error names its tasks."""
-    known = task_files(installed())
+    known = find_task_files(installed())
     if name in known.files:
         return known.files[name]
     if members := known.groups.get(name):

@@ -95,7 +95,7 @@ class DatasetProcess:
         return [(self.number_of[name], text) for name, text in answers]
 
 
-def vlmeval(name: str, folder: str | None, split: str, n: int, seed: int) -> Task:
+def vlmeval_task(name: str, folder: str | None, split: str, n: int, seed: int) -> Task:
     """n questions of a data set, from the library's folder LMUData or from another one with NAME.tsv."""
     served = _process_of(name, folder, installed())
     part = Part("all", split, hashed=True)  # the library has no training questions

@@ -13,7 +13,7 @@ from sensitivity.tasks.datasets.source import CALIBRATION_ONE_IN
 MIN_IMAGES = 5  # with fewer images, none is kept for calibration, since one would be too large a share
 
 
-def calibration_images(folder: Path, groups: Iterable[Sequence[str]]) -> frozenset[str]:
+def choose_calibration_images(folder: Path, groups: Iterable[Sequence[str]]) -> frozenset[str]:
     """The names of a tenth of the images, but at least one; none if there are fewer than MIN_IMAGES.
 
     `groups` are the images of each line. All images of a line stay together, as do lines that share an image.

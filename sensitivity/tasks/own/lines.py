@@ -25,7 +25,7 @@ from sensitivity.tasks.datasets.source import DatasetFolder, Record, draw
 from sensitivity.tasks.examples import videos
 from sensitivity.tasks.examples.types import SPLITS, Example, ImageSource, Regions, Task, exact
 from sensitivity.tasks.own import saved
-from sensitivity.tasks.own.calibration_images import MIN_IMAGES, calibration_images
+from sensitivity.tasks.own.calibration_images import MIN_IMAGES, choose_calibration_images
 from sensitivity.tasks.scoring import anls, captions, choices, grounding, numbers, vqa_accuracy, yes_no
 
 NEEDS = 'each line is like {"image": "a.jpg", "prompt": "What is this?", "answers": ["a cat"]}'
@@ -101,7 +101,7 @@ def _of_split(path: Path, every: list[Record], split: str, needs: str) -> tuple[
     """The lines of a split, and a note if the images for calibration had to be drawn."""
     if every and not any(line["split"] for line in every):
         groups = [_names(line) for line in every]
-        held_out, names = calibration_images(path.parent, groups), {name for group in groups for name in group}
+        held_out, names = choose_calibration_images(path.parent, groups), {name for group in groups for name in group}
         if split == "calibration" and not held_out:
             raise UserError(
                 f"{path} asks about fewer than {MIN_IMAGES} images, too few to keep one for calibration; add lines "

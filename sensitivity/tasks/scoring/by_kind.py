@@ -11,7 +11,7 @@ from sensitivity.tasks.examples.types import Example, Metric
 from sensitivity.tasks.scoring.answer_text import equals_squeezed
 
 
-def by_kind(examples: Sequence[Example]) -> dict[str, Metric]:
+def accuracies_by_kind(examples: Sequence[Example]) -> dict[str, Metric]:
     """The accuracy of each kind of question that was drawn, and their unweighted mean.
 
     The score of the task, in contrast, is the mean over all questions.

@@ -21,7 +21,7 @@ SLOW = ("METEOR",)  # its Java program takes seconds to start, and 2 GB
 
 def task(name: str, examples: tuple[Example, ...], notes: tuple[str, ...] = ()) -> Task:
     """Captions scored by CIDEr, with the other metrics that are usually reported."""
-    further, missing = metrics()
+    further, missing = caption_metrics()
     return Task(name, examples, cider(examples), metrics=further, notes=(*notes, *missing), slow=SLOW)
 
 
@@ -74,7 +74,7 @@ def _grams(text: str) -> Counter[Gram]:
     return Counter(tuple(tokens[i : i + n]) for n in range(1, ORDERS + 1) for i in range(len(tokens) - n + 1))
 
 
-def metrics() -> tuple[dict[str, Metric], tuple[str, ...]]:
+def caption_metrics() -> tuple[dict[str, Metric], tuple[str, ...]]:
     """Those of BLEU-4, ROUGE-L and METEOR that are installed, and notes on the others."""
     if importlib.util.find_spec("pycocoevalcap") is None:
         return {}, (f"BLEU-4, ROUGE-L and METEOR are left out: they need pycocoevalcap ({INSTALL})",)

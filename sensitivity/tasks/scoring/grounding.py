@@ -10,7 +10,7 @@ import numpy as np
 
 from sensitivity.spec.errors import UserError, reason, unknown
 from sensitivity.spec.fields import NUMBER, Kind, list_of
-from sensitivity.tasks.examples.images import opened
+from sensitivity.tasks.examples.images import opened_image
 from sensitivity.tasks.examples.types import Example, Metric, Point, Regions, Task
 from sensitivity.tasks.scoring.boxes import DECODINGS, convex, decoded, matches, polygon_iou, written
 
@@ -124,7 +124,7 @@ def with_image_size(example: Example) -> Example:
         if isinstance(image, np.ndarray):
             height, width = image.shape[:2]
         else:
-            with opened(image) as picture:
+            with opened_image(image) as picture:
                 width, height = picture.size
                 if picture.getexif().get(ORIENTATION, 1) in SIDEWAYS:
                     width, height = height, width

@@ -89,7 +89,7 @@ def _add(args: argparse.Namespace) -> dict[str, object]:
 
 def _predict(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.analysis.atlas.predicted_frontier import predict_frontier
-    from sensitivity.models.discover import inspect
+    from sensitivity.models.discovery import inspect
     from sensitivity.models.loading import load
     from sensitivity.spec.components import granularity
 

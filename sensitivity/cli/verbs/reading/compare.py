@@ -32,13 +32,13 @@ def arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Compare, print the rows, and write the page with --out."""
     from sensitivity.analysis.comparing.sides import side
-    from sensitivity.analysis.comparing.versus import compare
+    from sensitivity.analysis.comparing.versus import compare_sides
     from sensitivity.analysis.report import comparison_page
 
     if args.out is not None:
         comparison_page.check(args.out)
     a, b = side(args.a), side(args.b)
-    comparison = compare(a, b)
+    comparison = compare_sides(a, b)
     if args.out is not None:
         comparison_page.write(args.out, a, b, comparison)
     if not args.json:

@@ -54,7 +54,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Print the changes, and write them as a page with --out."""
     from sensitivity.analysis.failures.changes import study_of
-    from sensitivity.analysis.failures.gallery import gallery
+    from sensitivity.analysis.failures.gallery import gallery_of
     from sensitivity.analysis.failures.pictures import Pictures
     from sensitivity.analysis.report import failures_page
     from sensitivity.study.study import Study
@@ -70,7 +70,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         _measure_causes(args, where, plan)
     pictures = None if args.out is None else Pictures(where.meta)
     ask = "" if args.causes else f"sensitivity failures {study.path} --plan {plan.key[:KEY_LENGTH]} --causes"
-    failures = gallery("What breaks first", where, plan, pictures, args.n, task, kind, args.part or "", ask, study.path)
+    failures = gallery_of(
+        "What breaks first", where, plan, pictures, args.n, task, kind, args.part or "", ask, study.path
+    )
     if args.out is not None:
         failures_page.write(args.out, study.parts.model, [failures])
     if not args.json:

@@ -18,7 +18,7 @@ from sensitivity.tasks.table import task as find_task
 
 
 @dataclass(frozen=True)
-class Entering:
+class DamagePlaces:
     """Where the damage enters one example: what makes the right answer less likely, as a share of the worst place."""
 
     places: tuple[tuple[float, ...], ...]  # rows of an image's patches, 0 to 1; empty where they are not known
@@ -59,7 +59,7 @@ class Explained:
     change: float
     count: int  # of examples
     of_failures: bool
-    examples: Mapping[str, Entering]  # by the example's id
+    examples: Mapping[str, DamagePlaces]  # by the example's id
     sources: Sequence[Mapping[str, Any]]  # task, split, n and seed, by which the examples are found again
 
     @property
@@ -75,7 +75,7 @@ class Explained:
         return f"Of the damage on {which}, by part: {parts}. It enters at tokens of: {modalities}."
 
 
-def explained(study: Path, plan: Plan) -> list[Explained]:
+def explanations_of(study: Path, plan: Plan) -> list[Explained]:
     """What `explain` found of a plan: on answers that got worse, and on calibration examples, as far as it was run."""
     explanations = []
     for failures in (True, False):
@@ -104,7 +104,7 @@ def _read(data: Mapping[str, Any], failures: bool) -> Explained:
         patches = [float(value) for row in places for value in row]
         tokens = [float(value) for _, value in question]
         # an image has hundreds of places and a question few tokens: on a common scale, the image would seem undamaged
-        examples[name] = Entering(
+        examples[name] = DamagePlaces(
             tuple(tuple(_share(value, patches) for value in row) for row in places),
             tuple((str(piece), _share(value, tokens)) for piece, value in question),
             sum(patches) + sum(tokens),
