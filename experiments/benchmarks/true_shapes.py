@@ -70,13 +70,13 @@ def rate() -> float:
     return 2 * SIDE**3 / min(times)
 
 
-def pictures(folder: Path, images: int, calibration: int) -> Path:
-    """Noise in large spots as images of 512 pixels, with two questions each, for evaluation and for calibration."""
+def pictures(folder: Path, images: int, calibration: int, side: int = 512) -> Path:
+    """Noise in large spots as square images, with two questions each, for evaluation and for calibration."""
     draw = np.random.default_rng(0)
     lines: list[str] = []
     for number in range(images + calibration):
         spots = draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(spots).resize((512, 512), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+        Image.fromarray(spots).resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
         split = "evaluation" if number < images else "calibration"
         asked = QUESTIONS if number < images else QUESTIONS[:1]
         for question in asked:
