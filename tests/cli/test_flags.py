@@ -252,6 +252,9 @@ NAMED = (  # what people typed, and what must be named in the answer
     ("atlas add study --bpw 4", "--bpw would do nothing with add: it is about predictions"),
     ("atlas add study --to table.csv", "an atlas is a file such as runs/atlas.parquet, not table.csv"),
     ("atlas predict MODEL --atlas table.csv", "table.csv is no atlas, or was cut short"),
+    ("atlas add study --set damp=1", "--set would do nothing with add: it is about predictions"),
+    ("atlas add study --no-symmetric", "--symmetric would do nothing with add: it is about predictions"),
+    ("explain study --plan 1 --set damp=1", "--set would do nothing with a study, of which one plan is explained"),
     ("atlas add nowhere", "no study at nowhere"),
     ("atlas predict MODEL", "no atlas at runs/atlas.parquet; `sensitivity atlas add STUDY --to runs/atlas.parquet`"),
     ("atlas predict MODEL --atlas atlas.parquet --task caption", "unknown task of atlas.parquet 'caption'"),
@@ -414,7 +417,7 @@ def there(place: Path, scenes_llava: Any, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("study.importing.imported_study", "component_map"),
         ("study.sharing.table_file", "write"),
         ("study.sharing.folder", "write"),
-        ("cli.verbs.demo", "_typed"),
+        ("cli.verbs.demo", "_run_line"),
     ):
         monkeypatch.setattr(import_module(f"sensitivity.{module}"), name, stop)
     monkeypatch.chdir(place)

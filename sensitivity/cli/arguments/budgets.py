@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 def check_budget_flags(args: argparse.Namespace) -> None:
     """Raise an error if both kinds of budgets are given."""
     if args.gb is not None:
-        flags.without_effect(args, ["--bpw"], "beside --gb, as there is one kind of budget")
+        flags.without_effect(args, ["--bpw"], "beside --gb: budgets are either in bpw or in GB")
 
 
 def budgets_in_bpw(args: argparse.Namespace, parts: ComponentMap) -> tuple[float, ...]:
-    """The budgets in bits per weight; one in GB is for the files of --runtime, headers included."""
+    """The budgets in bits per weight; a budget in GB also pays for the headers of the files of --runtime."""
     from sensitivity.spec.runtimes.headers import bpw_in_gb, header_bytes
     from sensitivity.spec.runtimes.table import files_of
 

@@ -11,7 +11,7 @@ from sensitivity.cli.arguments.values import WIDEST
 from sensitivity.spec.errors import UserError
 
 T = TypeVar("T")
-WIDTHS = (2, 3, 4, 5, 6, 8)  # bits whose sizes `inspect` lists by default
+WIDTHS = (2, 3, 4, 5, 6, 8)  # `inspect` lists the sizes of uniform plans at these widths by default
 
 
 def model(p: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def device(p: argparse.ArgumentParser) -> None:
 
 def source(p: argparse.ArgumentParser) -> None:
     """Add STUDY|plan.json."""
-    about = "a study, or a plan that was recommended"
+    about = "a study, or a plan.json that recommend, plan, legalize or export wrote"
     p.add_argument("source", type=path_values.path, metavar="STUDY|plan.json", help=about)
 
 
@@ -117,7 +117,9 @@ def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str, severa
             "--method", type=values.name, default=method, help=f"how weights are quantized (default: {method})"
         )
     grid(p)
-    p.add_argument("--biases", action="store_true", default=None, help="quantize biases too, as the paper's code did")
+    p.add_argument(
+        "--biases", action="store_true", default=None, help="quantize biases too (default: only paper-uniform does)"
+    )
     pairs(p, "--set", values.setting, "NAME=VALUE", "a setting of the method's own, such as damp=0.05 for gptq")
     p.add_argument(
         "--backend",
@@ -137,21 +139,22 @@ def run_time(p: argparse.ArgumentParser) -> None:
         type=values.comma_separated(values.rounded_width),
         default=(WIDEST,),
         metavar="B,B,...",
-        help="widths of the inputs of layers to try, 2 to 8, or 16 for as they are (default: 16)",
+        help="widths to try for the inputs of layers: 2 to 8, or 16, which leaves them unrounded (default: 16)",
     )
     g.add_argument(
         "--activation-scale",
         type=values.choice("token", "tensor", "norm", "blocks", "released"),
         metavar="SCALE",
-        help="what shares a scale: token, tensor, norm (as RepQ-ViT), blocks or released (both as Q-VLM); all but token"
-        " from calibration (default: the method's, most often token)",
+        help="what shares a scale: token, tensor, norm (as in RepQ-ViT), blocks or released (both as in Q-VLM); all but"
+        " token take their scales from calibration data (default: the method's, most often token)",
     )
     g.add_argument(
         "--cache-bits",
         type=values.comma_separated(values.rounded_width),
         default=(WIDEST,),
         metavar="B,B,...",
-        help="widths of the language model's keys and values to try, 2 to 8, or 16 for as they are (default: 16)",
+        help="widths to try for the language model's keys and values: 2 to 8, or 16, which leaves them unrounded"
+        " (default: 16)",
     )
     g.add_argument(
         "--cache-group",
@@ -265,22 +268,22 @@ def prior(p: argparse.ArgumentParser) -> None:
         type=values.comma_separated(path_values.path),
         default=(),
         metavar="STUDY[,STUDY]",
-        help="studies of another method, task, size or model, or atlases of such studies, from whose damages the"
-        " surrogate starts; it drops them where scores disagree",
+        help="studies of another method, task, size or model, or atlases of such studies; the surrogate expects the"
+        " damage that they measured, until scores of this study disagree",
     )
 
 
 def limits(p: argparse.ArgumentParser) -> None:
     """Add --allow and --tie, which restrict plans."""
-    widths = "bit widths that a part may have, such as vision=4,8; 16 is native precision"
-    pairs(p, "--allow", values.allowed, "PART=B,B,...", widths)
+    widths = "widths that a component may have, such as vision=4,8 or '*.ff=4'; 16 is native precision"
+    pairs(p, "--allow", values.allowed, "NAME=B,B,...", widths)
     p.add_argument(
         "--tie",
         type=values.comma_separated(values.name),
         action="append",
         default=[],
-        metavar="PART,PART",
-        help="parts that must have the same width",
+        metavar="NAME,NAME",
+        help="components that must have the same scheme, such as vision,language",
     )
 
 
@@ -294,7 +297,11 @@ def distinct(flag: str, pairs: Sequence[tuple[str, T]]) -> Sequence[tuple[str, T
 
 def without_effect(args: argparse.Namespace, flags: Iterable[str], where: str) -> None:
     """Raise an error for flags that were given and would have no effect, so that nobody relies on them."""
-    # `given` holds the flags that took a value (see Once); a switch that is on is True in the namespace
-    given = getattr(args, "given", set()) | {name for name, value in vars(args).items() if value is True}
+    # `given` holds the flags that took a value (see Once); a switch that is on is True in the namespace, and a flag
+    # that may be repeated has a list
+    switched = {name for name, value in vars(args).items() if value is True or (isinstance(value, list) and value)}
+    given = getattr(args, "given", set()) | switched
+    if getattr(args, "symmetric", None) is False:  # --no-symmetric; other switches are False where they are not given
+        given = given | {"symmetric"}
     if idle := [flag for flag in flags if flag.removeprefix("--").replace("-", "_") in given]:
         raise UserError(f"{' and '.join(idle)} would do nothing {where}; leave it out")

@@ -28,7 +28,7 @@ def loaded(args: argparse.Namespace) -> tuple[VLM, ComponentMap, list[Task]]:
         if why:
             print(f"note: {why}", file=sys.stderr)
     vlm = without_weights(args.model) if args.dry_run else load(args.model, device=args.device, dtype=args.dtype)
-    if args.runtime in CHECKS:  # raises an error before any slow work
+    if args.runtime in CHECKS:  # raises an error before calibration
         CHECKS[args.runtime](vlm)
     parts = inspect(vlm, by=args.by, include=args.include)
     if any(weight.is_embedding for weight in parts.weights):

@@ -1,4 +1,4 @@
-"""Types of flag values that name files, folders and databases; what is written is checked before anything runs."""
+"""Types of flag values that name files, folders and databases; a path to write to is checked before anything runs."""
 
 from __future__ import annotations
 

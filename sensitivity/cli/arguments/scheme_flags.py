@@ -43,7 +43,8 @@ def schemes(args: argparse.Namespace) -> list[Scheme]:
         if cache < WIDEST:
             rounded |= {"cache": cache, "cache_group": args.cache_group}
         requested += schemes_of(names, args.bits, **given, **rounded)
-    # the method `keep` changes no weights, so without other rounding it is full precision, which every sweep measures
+    # the method `keep` changes no weights: without rounded activations, a rounded cache or pruned image tokens it is
+    # full precision, which every sweep measures anyway
     changing = [
         one for one in requested if one.method != KEEP or min(one.activations, one.cache) < WIDEST or one.get(PRUNE)
     ]
@@ -68,7 +69,7 @@ def checked(
 def loadable(
     args: argparse.Namespace, parts: ComponentMap, requested: list[Scheme], allow: Allowed | None
 ) -> list[Scheme]:
-    """The schemes that --runtime can load and --allow allows; prints what the runtime leaves out."""
+    """The schemes that --runtime can load for a component that may have them; prints what the runtime leaves out."""
     from sensitivity.spec.runtimes.loadable import restrict
 
     if not args.runtime:

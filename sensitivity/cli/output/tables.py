@@ -134,7 +134,7 @@ def ranking(ranked: Ranking) -> None:
         rows.append((name, span, *shares))
     table(
         f"Importance for {ranked.task}, in percent ({ranked.trials} trials; R2 of the forest {ranked.r2:.2f}, "
-        f"of a line {ranked.linear_r2:.2f})",
+        f"of a linear model {ranked.linear_r2:.2f})",
         ("component", "consensus", "forest", "permutation", "SHAP"),
         rows,
     )
@@ -186,7 +186,15 @@ def _score_checks(
     plans = next((check.plans for check in checks.by_score.values()), 0)
     table(
         f"Cost of each score, and how well it predicts {plans} random plans on calibration data, and the study's plans",
-        ("score", "CPU s", "passes", "order", "error", "order in the study", "error of task score"),
+        (
+            "score",
+            "CPU s",
+            "passes",
+            "rank correlation",
+            "error",
+            "rank correlation, study",
+            "error of task score, study",
+        ),
         rows,
     )
 
@@ -203,7 +211,7 @@ def explanation(explained: Explanation) -> None:
     )
     print(
         f"  the loss of right answers rises from {facts.before / count:.4f} to {facts.after / count:.4f} on "
-        f"{which} ({facts.passes} backward passes; the terms miss {facts.missing:.1%} of that)"
+        f"{which} ({facts.passes} backward passes; the shares below miss {facts.missing:.1%} of that rise)"
     )
     for title, shares in (("component", explained.blame.components), ("modality", explained.blame.modalities)):
         rows = [(name, f"{100 * value / change if change else 0:.1f}") for name, value in shares.items()]
@@ -278,7 +286,7 @@ def run_time(plan: Plan, parts: ComponentMap, times: LayerTimes, limits: Mapping
     tokens = (times.tokens["answer"] - 1) * took["ms_per_token"]
     stages = {"image": took["ms_per_image"], "prompt": took["ms_per_prompt"], "tokens after the first": tokens}
     shares = [f"{name} {ms / sum(stages.values()):.0%}" for name, ms in stages.items()]
-    print(f"  of an answer: {', '.join(shares)}")
+    print(f"  time of an answer: {', '.join(shares)}")
 
 
 def _interval(row: pd.Series, task: str) -> str:

@@ -15,7 +15,7 @@ from sensitivity.spec.runtimes.layer_times import check_timed
 ABOUT = "plan, sweep, rank, recommend and report on the embedded model, in a minute and a half"
 EXAMPLE = "sensitivity demo"
 MODEL = "embedded:scenes-llava"
-FEWER_EXAMPLES = 5  # how many times fewer examples plan runs on than sweep: so its answer comes in seconds
+FEWER_EXAMPLES = 5  # `plan` runs on this many times fewer examples than `sweep`, so that it takes seconds
 STEPS = {
     "inspect": inspect, "plan": plan, "profile": profile, "sweep": sweep, "rank": rank, "recommend": recommend,
     "export": export, "verify": verify, "bench": bench, "report": report,
@@ -29,16 +29,19 @@ def arguments(p: argparse.ArgumentParser) -> None:
         "--out",
         type=path_values.folder,
         default=Path("runs/demo"),
-        help="folder for the study, its plan and its report (default: runs/demo)",
+        help="folder for the study, its plan and its report (default: runs/demo); further folders, such as that of"
+        " `plan`, stand beside it",
     )
-    flags.runtime(p, "go on in this runtime, openvino: export the plan, execute it, compare its answers, and time it")
+    flags.runtime(
+        p, "also run the plan in this runtime (openvino): export it, compare its answers with the sweep's, and time it"
+    )
     flags.samples(p, n=500)  # a minute and a half on two quiet cores
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Run the verbs one after the other, as a person would type them."""
     lines = _in_runtime(args.runtime, args) if args.runtime else _without_runtime(args)
-    return {line.split()[0]: _typed(line, args) for line in lines}
+    return {line.split()[0]: _run_line(line, args) for line in lines}
 
 
 def _without_runtime(args: argparse.Namespace) -> list[str]:
@@ -58,7 +61,7 @@ def _without_runtime(args: argparse.Namespace) -> list[str]:
 
 
 def _in_runtime(runtime: str, args: argparse.Namespace) -> list[str]:
-    """The same lines without plan, for plans that a runtime can load, and lines that export and time one there."""
+    """The same lines without `plan`, for plans that the runtime can load; and lines that export one and time it."""
     check_timed(runtime)
     from sensitivity.formats.timing.profile import check_runs_here
 
@@ -78,7 +81,8 @@ def _in_runtime(runtime: str, args: argparse.Namespace) -> list[str]:
     ]
 
 
-def _typed(line: str, args: argparse.Namespace) -> dict[str, object]:
+def _run_line(line: str, args: argparse.Namespace) -> dict[str, object]:
+    """Print a command line, and run it with the flags that all verbs take."""
     if not args.json:
         print(f"\n$ sensitivity {line}")
     passed_on = [flag for flag, on in (("--json", args.json), ("--debug", args.debug)) if on]

@@ -36,7 +36,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         default=("weight", "gram", "kfac", "fisher", "change"),
         metavar="S[,S]",
         help="weight and gram (relative errors of weights and of outputs), kfac, fisher and change (from gradients);"
-        " slower: kl, loss and higgs (a component at a time), path and coverage (integrated)"
+        " slower: kl, loss and higgs (a component at a time), path and coverage (from integrated gradients)"
         " (default: weight,gram,kfac,fisher,change)",
     )
     p.add_argument(
@@ -63,7 +63,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         type=values.examples,
         metavar="N",
         help="explain the plan on the N evaluated answers that it made worst, instead of on calibration examples;"
-        " `sensitivity failures` and the report then show where the damage enters their images and questions",
+        " `sensitivity failures` and the report then show where in each image and question the damage enters",
     )
     flags.calibration(p)
     flags.device(p)
@@ -105,7 +105,7 @@ def _components(args: argparse.Namespace) -> dict[str, object]:
     with show_stages(args.json):
         scoring = scored(vlm, parts, requested, data, args.scores, args.calibration_n, 0, (), args.cache_gb)
     measured = agreements(args.out, scoring.scores, parts.names)
-    have_loss = not any(task.gallery for task in tasks)  # a check runs plans and compares losses of right answers
+    have_loss = not any(task.gallery for task in tasks)  # checks compare losses of answers; retrieval has no answers
     checks = score_checks.check_scores(scoring.given, scoring.scores, args.check) if have_loss else None
     content = attributions_json(vlm.name, scoring.scores, measured, checks)
     file = save_attributions(args.out, content)
@@ -124,7 +124,7 @@ def _plan(args: argparse.Namespace) -> dict[str, object]:
 
     if args.plan is None:
         raise UserError("still needed: --plan, the number or key of a plan; `sensitivity sweep --json` lists them")
-    flags.without_effect(args, MODEL_FLAGS, "with a study, whose plans already say it")
+    flags.without_effect(args, MODEL_FLAGS, "with a study, of which one plan is explained")
     if args.failures is not None:
         flags.without_effect(
             args, ["--calibration-n", "--task"], "with --failures, which uses evaluated answers instead"
@@ -134,7 +134,7 @@ def _plan(args: argparse.Namespace) -> dict[str, object]:
     study = Study(Path(args.source).expanduser())
     trial = trial_of(study, args.plan)
     if "fingerprint" not in study.meta:
-        raise UserError(f"{args.source} was imported from a table, and there is no model to explain its plans by")
+        raise UserError(f"{args.source} was imported from a table, and there is no model to explain its plans with")
     tasks = args.task if "task" in getattr(args, "given", ()) else ()
     vlm = load(str(study.meta["model"]), device=args.device, dtype=args.dtype or study.meta["dtype"])
     n, failures = args.failures or args.calibration_n, args.failures is not None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sensitivity.spec.components import ComponentMap
     from sensitivity.spec.sizes import Size
 
-ABOUT = "list the parts of a model, what is kept and why, and what uniform plans weigh"
+ABOUT = "list the components of a model, what is kept and why, and what uniform plans weigh"
 EXAMPLE = "sensitivity inspect embedded:scenes-llava --by part"
 
 

@@ -113,7 +113,10 @@ def _checked(args: argparse.Namespace) -> list[Scheme]:
 def _request(
     args: argparse.Namespace, parts: ComponentMap, requested: list[Scheme]
 ) -> tuple[list[Scheme], PlanRequest]:
-    """The schemes that the runtime can load, and the request; its tasks get their names when the study exists."""
+    """The schemes that the runtime can load, and the request.
+
+    Its tasks are called as they were typed; `begin_plan` replaces that by the names that the study gives them.
+    """
     from sensitivity.analysis.allocate.request import PlanRequest
     from sensitivity.api.planning import allowed_and_tied
 
@@ -150,11 +153,12 @@ def _verified(
 def _forecast(
     args: argparse.Namespace, vlm: VLM, parts: ComponentMap, requested: list[Scheme], tasks: list[Task]
 ) -> dict[str, object]:
-    """Forecast the scores, and all plans that may be run, verified ones included; random plans stand in for them."""
+    """Forecast the cost of scoring and of all plans that may be run; random plans stand in for them."""
     from sensitivity.analysis.search.plan_lists import plans
     from sensitivity.api.planning import search_examples
     from sensitivity.measure.forecast.forecast import forecast_sweep
 
+    # full precision, and for each budget its candidates and the best uniform plan
     verified = 1 + (args.top + 1) * len(args.gb or args.bpw)
     # plans run before the verification see fewer examples: count them as fewer plans with all examples
     searched = -(-args.trials * search_examples(args.n, tasks) // args.n)

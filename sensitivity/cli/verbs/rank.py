@@ -7,7 +7,7 @@ import argparse
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.output.tables import ranking
 
-ABOUT = "say how much of the score each part decides, with intervals"
+ABOUT = "say how much of the score each component decides, with intervals"
 EXAMPLE = "sensitivity rank runs/first"
 
 
@@ -18,7 +18,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--method", type=values.name, metavar="METHOD", help="only plans of this method, where a study holds several"
     )
-    p.add_argument("--by", type=values.name, metavar="GRANULARITY", help="rank coarser parts than the study's own")
+    p.add_argument("--by", type=values.name, metavar="GRANULARITY", help="rank coarser components than the study's")
     p.add_argument(
         "--near",
         type=values.fraction,

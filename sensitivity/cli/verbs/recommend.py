@@ -41,7 +41,10 @@ def arguments(p: argparse.ArgumentParser) -> None:
     flags.prior(p)
     flags.limits(p)
     flags.runtime(p, "only plans that this runtime can load, such as compressed-tensors")
-    g = p.add_argument_group("in the runtime", "limits, alone or beside --bpw or --gb, by what `profile` measured here")
+    g = p.add_argument_group(
+        "limits in the runtime",
+        "predicted from what `profile` measured on this machine; alone, or beside --bpw or --gb",
+    )
     g.add_argument("--ms-per-token", type=values.milliseconds, metavar="X", help="for one new token, at most")
     g.add_argument(
         "--ms-per-answer", type=values.milliseconds, metavar="X", help="for image, prompt and answer, at most"
@@ -142,7 +145,8 @@ def _request(args: argparse.Namespace, study: Study) -> PlanRequest:
         raise UserError("either --task names the one task that decides, or --weight says how much each counts")
     bpw = budgets_in_bpw(args, study.parts)
     limits = {cost: getattr(args, cost) for cost in LIMITED if getattr(args, cost) is not None}
-    if limits and args.gb is None and "bpw" not in getattr(args, "given", ()):  # no other budget was asked for
+    # with limits alone, a plan may be as large as full precision
+    if limits and args.gb is None and "bpw" not in getattr(args, "given", ()):
         bpw = (size(study.parts, Plan.uniform(study.parts, None)).bpw,)
     weights = dict(flags.distinct("--weight", args.weight)) or {args.task or study.tasks[0]: 1.0}
     floors, allow = dict(flags.distinct("--floor", args.floor)), dict(flags.distinct("--allow", args.allow))

@@ -6,7 +6,7 @@ import argparse
 
 from sensitivity.cli.arguments import flags, path_values
 
-ABOUT = "write a page with the frontier, the importance of each part, and what to do"
+ABOUT = "write a page with the frontier, the importance of each component, and what to do"
 EXAMPLE = "sensitivity report runs/first"
 
 

@@ -1,4 +1,4 @@
-"""sensitivity speculate: how many drafted tokens are accepted when activations are rounded, part by part (QSpec)."""
+"""sensitivity speculate: how many drafted tokens are accepted if the activations of a component are rounded (QSpec)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sensitivity.cli.arguments.scheme_flags import checked
 from sensitivity.cli.output.progress import show_stages
 from sensitivity.cli.output.tables import table
 
-ABOUT = "say how sensitive each part is to the bits of its activations: the share of drafted tokens that are accepted"
+ABOUT = "say how sensitive each component is to the bits of its activations: the share of drafted tokens accepted"
 EXAMPLE = "sensitivity speculate embedded:scenes-llava --task caption --activation-bits 3,4 --n 20"
 ALL = "*"  # the pattern of all components
 

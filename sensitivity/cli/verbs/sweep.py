@@ -50,7 +50,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         "--trials",
         type=values.plans,
         metavar="N",
-        help="how many plans are tried (default: all of a grid, 100 of a search)",
+        help="how many plans are tried (default: all of grid and one-at-a-time, 100 of the other searches)",
     )
     flags.study_folder(p)
     flags.samples(p)
@@ -67,9 +67,9 @@ def _run_flags(p: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="WHEN",
-        help="complete (the default), a time such as 10min, or error<0.5%%: half the 95 %% interval of each frontier"
-        " plan's difference to full precision. All plans get a first shard of examples, then those that matter get"
-        " more; the same command without it completes the sweep",
+        help="when to stop: complete (the default); a time such as 10min; or error<0.5%%, as soon as half the 95 %%"
+        " interval of each frontier plan's difference to full precision is below 0.005. All plans get a first shard of"
+        " examples, then those that matter get more; the same command without it completes the sweep",
     )
     p.add_argument(
         "--memory-gb",
@@ -126,7 +126,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     vlm, parts, tasks = loaded(args)
     requested, plans_of = _search_space(args, parts, requested)
     check_tasks_fit(vlm, tasks)
-    # built twice: here for its length, and below with calibrated schemes, for which the model must calibrate first
+    # plans are built twice: here to count them, since calibration already needs the number of processes; and below
+    # from the schemes that calibration returns
     searched = plans_of(requested, args.search)
     expected = len(searched) if isinstance(searched, Sequence) else args.trials or 100
     processes = 1 if args.dry_run else workers.count(args, parts, expected, len(requested))

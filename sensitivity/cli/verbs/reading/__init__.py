@@ -1,1 +1,1 @@
-"""Verbs that only read a study: failures, table, compare, atlas, watch."""
+"""Verbs that read what studies have measured: failures, table, compare, atlas, watch."""

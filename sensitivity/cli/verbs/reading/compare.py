@@ -1,4 +1,4 @@
-"""sensitivity compare: compares two studies, or two plans, on the examples that both have seen."""
+"""sensitivity compare: compares two studies, or two plans, paired where both have seen the same examples."""
 
 from __future__ import annotations
 

@@ -36,16 +36,16 @@ def arguments(p: argparse.ArgumentParser) -> None:
         "--part",
         type=values.name,
         metavar="NAME",
-        help="only answers that this part mends when it alone is put back to full precision, and no cheaper part does;"
-        " or 'no single part'",
+        help="only answers for which this component is the cheapest one that mends them when it alone is put back to"
+        " full precision; or 'no single part'",
     )
     p.add_argument("--n", type=values.on_a_page, default=20, help="examples to show (default: 20)")
     p.add_argument("--out", type=path_values.file, metavar="failures.html", help="write a page with the images, too")
     p.add_argument(
         "--causes",
         action="store_true",
-        help="run the model on the first --n answers that got worse, with one part after the other put back to full"
-        " precision, to measure which one mends each; what was measured is kept",
+        help="run the model on the first --n answers that got worse, with one component after the other put back to"
+        " full precision, to measure which one mends each; what was measured is kept",
     )
     flags.moved_model(p)
     flags.device(p)
@@ -65,13 +65,13 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         failures_page.check(args.out)
     study = Study(args.study)
     plan = _plan(study, args.plan)
-    where, task, kind = study_of(study, plan), args.task or "", args.kind or ""
+    measured_in, task, kind = study_of(study, plan), args.task or "", args.kind or ""
     if args.causes:
-        _measure_causes(args, where, plan)
-    pictures = None if args.out is None else Pictures(where.meta)
+        _measure_causes(args, measured_in, plan)
+    pictures = None if args.out is None else Pictures(measured_in.meta)
     ask = "" if args.causes else f"sensitivity failures {study.path} --plan {plan.key[:KEY_LENGTH]} --causes"
     failures = gallery_of(
-        "What breaks first", where, plan, pictures, args.n, task, kind, args.part or "", ask, study.path
+        "What breaks first", measured_in, plan, pictures, args.n, task, kind, args.part or "", ask, study.path
     )
     if args.out is not None:
         failures_page.write(args.out, study.parts.model, [failures])
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         if args.out is not None:
             print(f"page: {args.out}")
     return {
-        "study": str(where.path),
+        "study": str(measured_in.path),
         "key": plan.key,
         "plan": plan.describe(),
         "base": failures.base,
@@ -139,7 +139,7 @@ def _show(failures: Gallery) -> None:
         counted = ", ".join(f"{part} {number}" for part, number in failures.causes)
         print(f"\nMended by the cheapest part that is enough, put back to full precision alone: {counted}.")
     if failures.unexplained:
-        how = f": {failures.ask} measures it" if failures.ask else " (--n sets for how many answers it is)"
+        how = f": {failures.ask} measures it" if failures.ask else " (--n sets for how many it is measured)"
         print(f"The cause is not measured for {count(failures.unexplained, 'answer')} that got worse{how}.")
 
 

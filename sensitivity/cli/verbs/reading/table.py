@@ -37,7 +37,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
-    """Write the table and its card."""
+    """Write the table and its card, or the folder for a hub."""
     from sensitivity.study.sharing import folder, table_file
     from sensitivity.study.study import Study
 

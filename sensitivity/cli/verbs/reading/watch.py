@@ -14,7 +14,7 @@ from sensitivity.cli.output.tables import frontier
 if TYPE_CHECKING:
     from sensitivity.study.study import Study
 
-ABOUT = "show how a sweep in other processes stands, until it is over; it may be stopped at any time"
+ABOUT = "show the state of a sweep in other processes until it is over; stopping this does not stop the sweep"
 EXAMPLE = "sensitivity watch runs/first"
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sensitivity.spec.plan import Scheme
     from sensitivity.spec.runtimes.layer_times import LayerTimes
 
-ABOUT = "time the layers of a model in a runtime, at each width, so that `recommend` can keep to milliseconds"
+ABOUT = "time the layers of a model in a runtime, at each width, so that `recommend` can keep to a time limit"
 FULL = "full precision"
 EXAMPLE = "sensitivity profile embedded:scenes-llava --runtime openvino --bits 2,4,8"
 
@@ -26,7 +26,9 @@ def arguments(p: argparse.ArgumentParser) -> None:
     flags.runtime(p, "runtime that will run the plans, such as openvino", required=True)
     flags.widths(p, (2, 4, 8))
     flags.grid(p)
-    p.add_argument("--n", type=values.rounds, default=12, metavar="N", help="how often each is timed (default: 12)")
+    p.add_argument(
+        "--n", type=values.rounds, default=12, metavar="N", help="how often each layer is timed (default: 12)"
+    )
     p.add_argument(
         "--task",
         type=values.model_or_task,
@@ -72,7 +74,8 @@ def show(times: LayerTimes, plans: Mapping[str, Mapping[str, float]]) -> None:
     heads |= {"ms_per_answer": "answer", "gb_resident": "GB resident"}
     table(
         f"{times.runtime}, {times.threads} threads: uniform plans, predicted, with {tokens['image']} tokens an image, "
-        f"{tokens['prompt']} a prompt and {tokens['answer']} an answer ({times.task})",
+        f"{tokens['prompt']} a prompt and {tokens['answer']} an answer ({times.task}); "
+        "÷: how many times less than full precision",
         ("plan", *heads.values()),
         [(name, *(f"{of[cost]:.3g} (÷ {full[cost] / of[cost]:.2f})" for cost in heads)) for name, of in plans.items()],
     )
