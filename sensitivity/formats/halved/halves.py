@@ -30,7 +30,10 @@ def check_halves(vlm: VLM) -> None:
 
 
 class Language(nn.Module):
-    """Tokens, image features and the cache to logits and the new cache; holds the embedding and the output head."""
+    """The language half: it reads tokens, image features and the cache, and returns logits and the new cache.
+
+    It holds the embedding and the output head.
+    """
 
     def __init__(self, vlm: VLM) -> None:
         super().__init__()

@@ -58,8 +58,8 @@ class HalvedModel(ABC):
         mask = inputs.get("pixel_attention_mask")
         if mask is not None and not bool(mask.all()):
             raise UserError(
-                "the processor puts borders around images, which the image half does not read; set do_image_splitting "
-                "in preprocessor_config.json to true"
+                "the processor pads images, and the image half does not read the mask of the padding; set "
+                "do_image_splitting in preprocessor_config.json to true"
             )
         return {name: inputs[name] for name in IMAGE_INPUTS if name in inputs}
 
@@ -108,7 +108,7 @@ class Running:
             vlm.model.generation_config = GenerationConfig.from_pretrained(folder)
         if not greedy_takes_argmax(vlm):
             raise UserError(
-                f"generation_config.json of {folder} asks for more than the most likely token, which only "
+                f"generation_config.json of {folder} asks for settings beside greedy decoding, which only "
                 "transformers applies"
             )
         return cls(model, vlm, runtime)

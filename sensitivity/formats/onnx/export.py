@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from onnx_ir import Model
 
 FILES = {VISION: "vision.onnx", LANGUAGE: "language.onnx"}
-DATA = ".data"  # what the name of a graph's file of constants adds to the graph's
+DATA = ".data"  # the file of a graph's constants has the graph's name with this suffix
 STORED = "onnx_weights.json"  # graph -> constant -> the SHA-256 of its bytes
 LOAD = """\
 from transformers import AutoProcessor
@@ -58,7 +58,7 @@ def write(job: Job, folder: Path) -> Written:
     tensors = {tensor.parameter: tensor for tensor in job.source.tensors}
     names = [*job.weights, *(name for name in tensors if name not in job.weights)]  # codes in data-flow order
     bytes: dict[str, int] = {}  # of each parameter
-    files = 0
+    file_bytes = 0
     hashes: dict[str, str] = {}
     stored: dict[str, dict[str, str]] = {}
     unread = dict.fromkeys(names)
@@ -71,12 +71,13 @@ def write(job: Job, folder: Path) -> Written:
         for name, parts in constants.items():
             bytes[name] = sum(constant.bytes for constant in parts)
             del unread[name]
-        files += (folder / file).stat().st_size + data.stat().st_size
+        file_bytes += (folder / file).stat().st_size + data.stat().st_size
     save(folder, STORED, stored)
     save(folder, "config.json", dict(job.source.config))
     job.source.copy_small_files(folder)
-    weight = job.by_component(bytes)
-    return Written(LOAD, weight, hashes, NOTES, True, files - sum(weight.values()), unread=tuple(unread))
+    by_component = job.by_component(bytes)
+    headers = file_bytes - sum(by_component.values())
+    return Written(LOAD, by_component, hashes, NOTES, True, headers, unread=tuple(unread))
 
 
 def _constants(job: Job, tensor: CheckpointTensor) -> tuple[Constant, ...]:

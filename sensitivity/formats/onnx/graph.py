@@ -1,4 +1,4 @@
-"""Replaces a graph's weight inputs by constants in a file of their own, and its layers by MatMulNBits."""
+"""Replaces a graph's weight inputs by constants in a file of their own, and its quantized layers by MatMulNBits."""
 
 from __future__ import annotations
 
@@ -107,11 +107,13 @@ def _use_codes(program: Model, name: str, old: Value, stored: Sequence[Value], b
         if use.node.op_type == "Gather" and use.idx == 0:
             _look_up(program, use.node, [codes, scale, *zeros], blocks)
         elif not products:
-            raise UserError(f"{name} is read by {use.node.op_type}, and not as codes that the onnx format can hold")
+            raise UserError(
+                f"{name} is read by {use.node.op_type}, which the onnx format cannot do with a quantized weight"
+            )
 
 
 def _products(node: Node, place: int) -> list[Node]:
-    """The multiplications by a transposed weight to which one of its readers leads."""
+    """The products with a transposed weight that one of its readers computes (Gemm) or prepares (Transpose)."""
     given = {name: attribute.value for name, attribute in node.attributes.items()}
     if node.op_type == "Gemm":
         plain = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0, **given}
@@ -127,7 +129,7 @@ def _multiply(program: Model, product: Node, stored: Sequence[Value], blocks: Bl
     """Put MatMulNBits in place of a multiplication."""
     inputs: list[Value | None] = [product.inputs[0], *stored]
     if product.op_type == "Gemm" and len(product.inputs) > 2:
-        inputs += [*[None] * (5 - len(inputs)), product.inputs[2]]  # a bias has its place behind what is left out
+        inputs += [*[None] * (5 - len(inputs)), product.inputs[2]]  # the bias is input 5; those before may be missing
     attributes = {
         "K": blocks.cols, "N": blocks.rows, "bits": blocks.width, "block_size": blocks.size,
         "accuracy_level": FLOAT_SUMS,
@@ -172,7 +174,7 @@ def _resized(program: Model, op: str, value: Value, shape: Sequence[int], name: 
 
 
 def _numbers(program: Model, numbers: Sequence[int], name: str) -> Value:
-    """A few whole numbers, in front of everything that reads them."""
+    """A few whole numbers as a constant at the start of the graph."""
     import onnx_ir
 
     node = onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(np.array(numbers, np.int64))})
@@ -182,14 +184,14 @@ def _numbers(program: Model, numbers: Sequence[int], name: str) -> Value:
 
 
 def _node(program: Model, op: str, inputs: Sequence[Value], name: str, **attributes: Any) -> Value:
-    """The output of a new operation, placed behind the last one that makes an input of it."""
+    """The output of a new operation, which is placed behind those that compute its inputs."""
     import onnx_ir
 
     node = onnx_ir.node(op, inputs, attributes)
     node.outputs[0].name = name
     made = [producer for value in inputs if (producer := value.producer())]
     if made:
-        program.graph.insert_after(made[0], node)  # a shape is always in front of what it resizes
+        program.graph.insert_after(made[0], node)  # the other inputs are from `_numbers`, at the start of the graph
     else:
         program.graph.insert_before(program.graph[0], node)
     return node.outputs[0]

@@ -37,13 +37,13 @@ class Constant:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the codes of a weight lie: each row in blocks that have one scale, the last of which may be padded."""
+    """How the codes of a weight are stored: each row in blocks, each with one scale; its last block may be padded."""
 
     rows: int
     cols: int
     width: int  # bits of a code
-    size: int  # codes of a block
-    scales: tuple[int, int]  # how many scales are stored: of rows, and in each row
+    size: int  # codes in a block
+    scales: tuple[int, int]  # the shape of the stored scales: rows (1 for a whole tensor), and scales in each row
 
     @classmethod
     def of(cls, weight: Weight, scheme: Scheme) -> Blocks:
@@ -58,7 +58,7 @@ class Blocks:
 
     @property
     def count(self) -> int:
-        """The blocks of a row."""
+        """How many blocks a row has."""
         return math.ceil(self.cols / self.size)
 
     @property
@@ -85,7 +85,7 @@ def constants(weight: Weight, scheme: Scheme, half: torch.dtype) -> tuple[Consta
     if scheme.symmetric:
         return placed
     rows, groups = blocks.scales
-    # where a row has one zero point, a byte of it is stored; all zero points of other rows
+    # if a row has only one zero point, a byte is filled with it; otherwise the zero point of every block is stored
     return (*placed, Constant(f"{weight.name}{ZERO}", "UINT8", (rows, 1 if groups == 1 else blocks.zero_bytes)))
 
 
@@ -102,7 +102,7 @@ def contents(stored: QuantizedWeight, weight: Weight, scheme: Scheme, half: torc
 
 
 def _zeros(stored: QuantizedWeight, blocks: Blocks) -> Tensor:
-    """Zero points as packed bytes: of each block, or a byte where all blocks of a row have the same one."""
+    """Zero points as packed bytes: one for each block, or a byte filled with the only one of a row."""
     rows, groups = blocks.scales
     zero = stored.zero.to(torch.uint8).reshape(rows, groups)
     repeated = 8 // blocks.width if groups == 1 else blocks.count // groups

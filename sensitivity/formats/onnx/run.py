@@ -95,7 +95,7 @@ def check_arrived(folder: Path) -> None:
         model = onnx.load(folder / file, load_external_data=False)
         read = {name for node in model.graph.node for name in node.input}
         external = [one for one in model.graph.initializer if one.data_location == onnx.TensorProto.EXTERNAL]
-        # a graph of constants alone, so that ONNX Runtime gives them out
+        # only the constants stay in the graph, and each becomes an output, so that ONNX Runtime returns it
         del model.graph.node[:], model.graph.input[:], model.graph.output[:], model.graph.initializer[:]
         model.graph.initializer.extend(external)
         model.graph.output.extend(
@@ -138,7 +138,7 @@ def _opened(model: onnx.ModelProto, folder: Path, threads: int) -> InferenceSess
 
 
 def _empty(shape: Sequence[int | str]) -> OrtValue:
-    """The cache of one layer before the first token; a batch is one prompt."""
+    """The keys or the values of one layer before the first token, for a batch of one prompt."""
     from onnxruntime import OrtValue
 
     _, heads, _, width = shape

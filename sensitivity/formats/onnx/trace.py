@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CACHE = "past_key_values"  # the argument that holds the cache
 PAST, PRESENT = "past.", "present."  # what its inputs and outputs are named, with a number for each tensor
 OPSET = 21
-TRIES = 3  # processes that may crash
+TRIES = 3  # how many processes may crash before an error is raised
 PROGRAM = "import json, sys; from sensitivity.formats.onnx.trace import trace; trace(**json.load(sys.stdin))"
 
 
@@ -55,6 +55,7 @@ def traced(vlm: VLM) -> dict[str, Model]:
 
 
 def _in_own_process(model: str, files: dict[str, str]) -> None:
+    """Run `trace` in a process; if that crashes, some files are missing, and if it fails, an error is raised."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM],
         input=json.dumps({"model": model, "files": files}), capture_output=True, text=True,
@@ -65,7 +66,7 @@ def _in_own_process(model: str, files: dict[str, str]) -> None:
 
 
 def trace(model: str, files: dict[str, str]) -> None:
-    """Runs in the process that traces: write the graphs of some halves to files, and end."""
+    """Write the graphs of some halves to files, and end the process: this runs in the process that traces."""
     import onnx_ir
 
     gc.disable()
@@ -83,7 +84,7 @@ def trace(model: str, files: dict[str, str]) -> None:
 
 
 def converted(module: Any, inputs: dict[str, Any], shapes: dict[str, Any], kept: list[Any]) -> Model:
-    """The graph of one half; what was made on the way is added to `kept`."""
+    """The graph of one half; what was made on the way is added to `kept`, so that nothing is freed."""
     from transformers.exporters.configs import DynamoConfig
     from transformers.exporters.exporter_dynamo import DynamoExporter
 
@@ -101,7 +102,7 @@ def converted(module: Any, inputs: dict[str, Any], shapes: dict[str, Any], kept:
 
 
 def _drop_assertions(graph: torch.fx.Graph) -> None:
-    """Drop the tracer's checks of shapes, with what only they read: ONNX lacks operations that Qwen2-VL's use."""
+    """Drop the tracer's checks of shapes, with what only they read: for Qwen2-VL they need what ONNX does not have."""
     for node in list(graph.nodes):
         if node.target is torch.ops.aten._assert_scalar.default:
             graph.erase_node(node)
@@ -127,7 +128,7 @@ def _name(program: Model, inputs: dict[str, Any]) -> None:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Warnings about versions and operators of other libraries do not help a user."""
+    """Silence other libraries' warnings about versions and operators, which do not help a user."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -54,7 +54,7 @@ def write(job: Job, folder: Path) -> Written:
     tensors = {tensor.parameter: tensor for tensor in job.source.tensors}
     names = [*job.weights, *(name for name in tensors if name not in job.weights)]  # codes in data-flow order
     bytes: dict[str, int] = {}  # of each parameter
-    files = 0
+    file_bytes = 0
     hashes: dict[str, str] = {}
     stored: dict[str, dict[str, str]] = {}
     unread = dict.fromkeys(names)
@@ -67,12 +67,13 @@ def write(job: Job, folder: Path) -> Written:
         for name, parts in constants.items():
             bytes[name] = sum(constant.bytes for constant in parts)
             del unread[name]
-        files += (folder / file).stat().st_size + binary.stat().st_size
+        file_bytes += (folder / file).stat().st_size + binary.stat().st_size
     save(folder, STORED, stored)
     save(folder, "config.json", dict(job.source.config))
     job.source.copy_small_files(folder)
-    weight = job.by_component(bytes)
-    return Written(LOAD, weight, hashes, NOTES, True, files - sum(weight.values()), unread=tuple(unread))
+    by_component = job.by_component(bytes)
+    headers = file_bytes - sum(by_component.values())
+    return Written(LOAD, by_component, hashes, NOTES, True, headers, unread=tuple(unread))
 
 
 def _constants(job: Job, tensor: CheckpointTensor) -> tuple[Constant, ...]:

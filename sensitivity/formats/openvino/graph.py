@@ -46,7 +46,7 @@ def put_constants(graph: Model, parameters: Mapping[str, Sequence[Constant]]) ->
             node = op.Parameter(getattr(Type, constant.type), PartialShape(list(constant.shape)))
             node.set_friendly_name(constant.name)
             made.append(node)
-        value = numbers(stored, made)
+        value = dequantized(stored, made)
         for reader in old.output(0).get_target_inputs():
             reader.replace_source_output(value.output(0))
         graph.add_parameters(made)
@@ -60,8 +60,11 @@ def put_constants(graph: Model, parameters: Mapping[str, Sequence[Constant]]) ->
     graph.validate_nodes_and_infer_types()
 
 
-def numbers(stored: Sequence[Constant], made: Sequence[Node]) -> Node:
-    """The operations that dequantize one weight, in the form for which OpenVINO keeps the codes packed in memory."""
+def dequantized(stored: Sequence[Constant], made: Sequence[Node]) -> Node:
+    """One weight as floats: the last of the operations that dequantize it.
+
+    They have the form for which OpenVINO keeps the codes packed in memory.
+    """
     from openvino import opset14 as ops
 
     node = made[0]

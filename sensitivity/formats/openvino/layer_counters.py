@@ -9,7 +9,8 @@ from sensitivity.formats.openvino.layout import CODES
 if TYPE_CHECKING:
     from openvino import CompiledModel, InferRequest, Model, Node
 
-# names of the matrix product that reads a weight, and of the addition of its bias, whose name OpenVINO gives to both
+# the names that we give to the matrix product that reads a weight, and to the addition of its bias: if OpenVINO fuses
+# both, the fused operation has the name of the addition
 NAME, WITH_BIAS = "layer {}", "layer {} with bias"
 # operations between a constant and the product that reads it
 BETWEEN = ("Convert", "Multiply", "Reshape", "Subtract", "Transpose")
@@ -46,9 +47,10 @@ class LayerCounters:
         self.weights_of: dict[str, list[str]] = {}  # operation as it runs -> the weights that it reads
         for node in compiled.get_runtime_model().get_ops():
             info = node.get_rt_info()
-            # where a norm before it is merged into it, a product has its name alone, and the list has the norm's
-            merged = (node.get_friendly_name(), *info["originalLayersNames"].astype(str).split(","))
-            read = list(dict.fromkeys(names[name] for name in merged if name in names))
+            # if OpenVINO fuses a norm into the product behind it, the list names only the norm, and the operation
+            # itself still has the name of the product
+            fused = (node.get_friendly_name(), *info["originalLayersNames"].astype(str).split(","))
+            read = list(dict.fromkeys(names[name] for name in fused if name in names))
             if read and info["layerType"].astype(str) in PRODUCTS:
                 self.weights_of[node.get_friendly_name()] = read
 

@@ -41,7 +41,7 @@ class OpenVINOModel(HalvedModel):
 
     @cached_property
     def vision(self) -> InferRequest:
-        """The image half, compiled when it is first run, so that the memory of each half can be told."""
+        """The image half, compiled when it is first run, so that the memory of each half can be measured."""
         return self._compiled(VISION)
 
     @cached_property

@@ -38,7 +38,7 @@ class _WithWeights(nn.Module):
 
 
 def prepared(vlm: VLM, half: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """One half of a model as a function of its weights, example inputs, and which of their sizes are free."""
+    """One half of a model as a function of its weights, example inputs, and which of their sizes are dynamic."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes, register_cache_pytrees_for_model
 
@@ -59,7 +59,7 @@ _kept: dict[tuple[str, str], Model] | None = None  # inside `kept`: (model, half
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Inside the block each half of a model is traced once, which takes longer than writing a small model does."""
+    """Inside the block, each half of a model is traced only once: tracing takes longer than writing a small model."""
     global _kept
     _kept = {}
     try:
@@ -103,7 +103,7 @@ def shapes_of_weights(vlm: VLM) -> dict[str, Tensor]:
 
 
 def skeleton(model: VLM | str) -> VLM:
-    """A loaded model as it is, or a model that is given by name without its weights."""
+    """A model without its weights, loaded by name; a model that is loaded already is returned as it is."""
     return load(model, config_only=True) if isinstance(model, str) else model
 
 
