@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from sensitivity.api.sweeping import sweep
 from sensitivity.cli import main as cli
 from sensitivity.formats.gguf import export
 from sensitivity.formats.gguf.blocks import packed
+from sensitivity.formats.gguf.model import GGUFModel
 from sensitivity.formats.gguf.names import QWEN, TEXT_BLOCK, placed
 from sensitivity.formats.gguf.run import check_arrived
 from sensitivity.formats.table import write
@@ -379,6 +381,20 @@ def test_the_patches_of_a_clip_tower_are_right_where_positions_are(
     features, _ = expected(vlm, given)
     read = model.image_features(**model.image_inputs(given))
     np.testing.assert_allclose(read[:-1], features[1:], rtol=0, atol=1e-3 * np.abs(features).max())
+
+
+def test_a_cache_that_cannot_grow_is_freed_once() -> None:
+    """Freeing it again when the model is deleted would end the process."""
+    freed: list[int] = []
+    refuses = {"llama_context_default_params": SimpleNamespace, "llama_init_from_model": lambda *_: None}
+    model = GGUFModel.__new__(GGUFModel)
+    model.lib = cast(Any, SimpleNamespace(llama_free=freed.append, **refuses))
+    model.folder, model.threads, model.language = Path("out"), 0, 0
+    model.context, model.read, model.room, model.ahead = 7, 0, 1024, 256
+    with pytest.raises(UserError, match="cannot open"):
+        model._make_room(2000)
+    model.__del__()
+    assert freed == [7]
 
 
 # -- the whole way

@@ -80,7 +80,7 @@ def check(model: VLM | str) -> None:
 
 
 def with_processor(model: VLM | str) -> VLM:
-    """A model with its processor: a loaded model as it is, and a model that is given by name without its weights."""
+    """A model with its processor: loaded by name without weights, or as it is if it is loaded and has one."""
     if isinstance(model, VLM) and model.processor is not None:
         return model
     return without_weights(model if isinstance(model, str) else model.name)
@@ -110,9 +110,9 @@ def write(job: Job, folder: Path) -> Written:
     save(folder, STORED, stored)
     save(folder, "config.json", dict(job.source.config))
     job.source.copy_small_files(folder)
-    weight = job.by_component(bytes)
-    headers = sum((folder / file).stat().st_size for file in FILES.values()) - sum(weight.values())
-    return Written(LOAD, weight, hashes, _notes(vlm.model.config), True, headers, unread=unread)
+    by_component = job.by_component(bytes)
+    headers = sum((folder / file).stat().st_size for file in FILES.values()) - sum(by_component.values())
+    return Written(LOAD, by_component, hashes, _notes(vlm.model.config), True, headers, unread=unread)
 
 
 def is_clip(config: PreTrainedConfig) -> bool:
@@ -183,6 +183,7 @@ def _add(writer: GGUFWriter, one: _FileTensor) -> None:
     import numpy as np
     from gguf import GGMLQuantizationType
 
+    # not the type of the values, which GGMLQuantizationType says: a dtype of uint8 would mean a shape in bytes
     writer.add_tensor_info(
         one.placed.name, one.placed.shape, np.dtype(np.float32), one.bytes, GGMLQuantizationType[one.type.upper()]
     )

@@ -1,4 +1,4 @@
-"""The C functions and structures of libllama and libmtmd (package xllamacpp) that are used here."""
+"""The C functions and structures of libllama and libmtmd (package xllamacpp) that this package and its tests use."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class GGUFModel(HalvedModel):
         self.vocabulary_size = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.language))
         self.uses_mrope = self.lib.mtmd_decode_use_mrope(self.vision)
         self.context: int | None = None
-        self.room, self.ahead = 0, AHEAD
+        self.room, self.ahead = 0, AHEAD  # tokens that fit in the cache, and how many of them a prompt leaves free
         self.grids: list[tuple[int, int]] = []  # rows and columns of each image's features
         self.forget()
 
@@ -139,7 +139,7 @@ class GGUFModel(HalvedModel):
         yield from pairwise(edges)
 
     def _image_positions(self, count: int, grids: Iterator[tuple[int, int]]) -> Array:
-        """The positions of an image's rows: one after the other, or by time, row and column, as in Qwen2-VL."""
+        """The positions of an image's features: one after the other, or by time, row and column, as in Qwen2-VL."""
         begin = self.next
         if not self.uses_mrope:
             self.next += count
@@ -173,6 +173,7 @@ class GGUFModel(HalvedModel):
             return
         if self.context:
             self.lib.llama_free(self.context)
+            self.context = None  # if the next one cannot be made, this one must not be freed again
         params = self.lib.llama_context_default_params()
         self.room = params.n_ctx = params.n_batch = -(-(count + self.ahead) // CACHE_STEP) * CACHE_STEP
         params.n_seq_max, params.flash_attn_type, params.type_k, params.type_v = 1, FLASH_OFF, F32, F32
