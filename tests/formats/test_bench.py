@@ -207,7 +207,7 @@ def test_what_cannot_be_timed_is_refused_in_a_sentence(folder: Path, tmp_path: P
     parts = inspect(MODEL, by="part")
     write(Job(MODEL, parts, Plan.uniform(parts, RTN), {"model": MODEL}), config, "torchao")
     timed = "openvino, onnx, onnx-int8, gguf and transformers"
-    refused(f"of the format torchao, which its own runtime loads; only {timed}", config)
+    refused(f"of the format torchao, which only its own runtime loads; here {timed}", config)
 
 
 def test_a_damaged_export_is_not_timed(folder: Path, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Measures times and memory of an export in its runtime, beside full precision in the same run."""
+"""Measures time and memory in a runtime: of an export beside full precision, and of each layer."""

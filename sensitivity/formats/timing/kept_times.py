@@ -20,7 +20,10 @@ from sensitivity.spec.runtimes.layer_times import LayerTimes, check_timed
 
 
 def keep(parts: ComponentMap, times: LayerTimes) -> None:
-    """Store the times of a model's layers on this machine, merged with stored times of other layouts."""
+    """Store the times of a model's layers on this machine.
+
+    Times of other layouts stay in the file, if they were measured with the same numbers of tokens.
+    """
     file = _file(parts, times.runtime, times.threads)
     file.parent.mkdir(parents=True, exist_ok=True)
     with suppress(UserError):  # no times are stored yet, or they cannot be read

@@ -42,7 +42,7 @@ class TorchHalves(HalvedModel):
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], keep: int, features: Array | None = None) -> Array:
         """Read the next tokens of the prompt that `forget` began; returns logits at the last `keep` of them."""
-        places = self.positions.next(ids, self.read) if self.positions else None
+        position_ids = self.positions.next(ids, self.read) if self.positions else None
         self.read += len(ids)
         found = self.language(
             input_ids=torch.tensor([ids]),
@@ -50,7 +50,7 @@ class TorchHalves(HalvedModel):
             attention_mask=torch.ones(1, self.read, dtype=torch.int64),
             past_key_values=self.cache,
             logits_to_keep=torch.arange(len(ids) - keep, len(ids)),
-            position_ids=places,
+            position_ids=position_ids,
         )
         logits: Tensor = found["logits"]
         return logits[0].float().numpy()
@@ -132,8 +132,7 @@ def _warm_onnx_runtime() -> None:
     onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": torch.ones(2).numpy()})
 
 
-# for each runtime that is timed: the function that opens a model there, the one that raises an error for a model that
-# cannot be opened there, and the one that loads the runtime's libraries
+# runtime -> the function that opens a model there
 OPEN: dict[str, Callable[[str, str, int], HalvedModel]] = {
     "openvino": _in_openvino,
     "onnx": _in_onnx_runtime,
@@ -141,8 +140,9 @@ OPEN: dict[str, Callable[[str, str, int], HalvedModel]] = {
     "gguf": _in_llama_cpp,
     "transformers": _in_torch,
 }
-# runtimes that count the time of each layer
+# the same for runtimes that count the time of each layer, while they count it
 COUNT: dict[str, Callable[[str, int], HalvedModel]] = {"openvino": _counted_in_openvino}
+# runtime -> the function that raises an error if the runtime is not installed, or cannot open the model
 CHECK: dict[str, Callable[[str], None]] = {
     "openvino": check_openvino,
     "onnx": check_onnx,
@@ -150,6 +150,7 @@ CHECK: dict[str, Callable[[str], None]] = {
     "gguf": _check_llama_cpp,
     "transformers": check_in_torch,
 }
+# runtime -> the function that loads its libraries
 WARM_UP: dict[str, Callable[[], None]] = {
     "openvino": _warm_openvino,
     "onnx": _warm_onnx_runtime,

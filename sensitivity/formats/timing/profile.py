@@ -62,9 +62,10 @@ def profile(
     """Time the layers of a model in the layouts of some schemes, inside the whole model.
 
     For each layout the model is written with all weights in it and run, while the runtime counts the time of each
-    layer: alone, a layer would find other things in the processor's cache. Each is run in turn with full precision, by
-    whose time a slow minute is told and divided out. The time outside of layers is the time of the whole model minus
-    that of its layers. The times are stored on this machine, where `recommend` finds them.
+    layer: alone, a layer would find other things in the processor's cache. Each runs in turn with full precision: where
+    that was slower than in all rounds together, the machine was slow, and the times are divided by the ratio. The time
+    outside of layers is the time of the whole model minus that of its layers. The times are stored on this machine,
+    where `recommend` finds them.
     """
     parts, tokens = checked(model, schemes, runtime, task)
     at_once = rows_at_once(load(model, config_only=True), parts, first_inputs(model, task))
@@ -81,7 +82,7 @@ def profile(
     layers, memory = dict[Key, float](), dict[tuple[str, str], float]()
     for layout, plan in plans.items():
         slower = {stage: _whole(beside[layout], stage, threads) / _whole(rounds, stage, threads) for stage in STAGES}
-        layers |= _by_shape(linears, plan, runtime, _without(slower, counted[layout]["layers"]), at_once, tokens)
+        layers |= _by_shape(linears, plan, runtime, _at_usual_speed(slower, counted[layout]["layers"]), at_once, tokens)
         memory |= _per_weight(linears, plan, layout, counted[NATIVE]["memory"], counted[layout]["memory"])
     found = LayerTimes(
         runtime, dict(machine()), threads, versions_of(runtime), task, at_once, tokens, dict.fromkeys(STAGES, 0.0),
@@ -95,7 +96,7 @@ def profile(
 
 
 def checked(model: str, schemes: Sequence[Scheme], runtime: str, task: str) -> tuple[ComponentMap, dict[str, int]]:
-    """Make every check before any slow work; returns the model's parts and the number of tokens of an answer."""
+    """Make every check before any slow work; returns the model's components and the number of tokens of an answer."""
     check_timed(runtime)
     examples = find_task(task, "evaluation", PROMPTS)
     if examples.gallery:
@@ -120,14 +121,17 @@ def check_runs_here(model: str, runtime: str) -> None:
 
 
 def _as_in_graphs(at_once: dict[str, int], folder: Path) -> dict[str, int]:
-    """The counts, with 0 for weights that no graph reads, as in vision layers after the one whose output is used."""
+    """The counts, with 0 for weights that no graph reads, such as those of vision layers behind the last one used."""
     graphs: dict[str, dict[str, str]] = json.loads((folder / STORED).read_bytes())
     kept = {constant.partition(":")[0] for constants in graphs.values() for constant in constants}
     return {name: count if name in kept else 0 for name, count in at_once.items()}
 
 
 def in_layouts(linears: ComponentMap, schemes: Sequence[Scheme], runtime: str) -> dict[str, Plan]:
-    """Layout -> the plan with all weights in it that it fits; rounding to nearest, since values change no time."""
+    """Layout -> the plan in which every weight that can have this layout has it.
+
+    Weights are rounded to nearest, since times do not depend on values.
+    """
     plans = {NATIVE: Plan.uniform(linears, None)}
     for scheme in restrict(linears, schemes, runtime)[0]:
         plain = Scheme("rtn", scheme.bits, scheme.group, scheme.symmetric)
@@ -165,7 +169,9 @@ def _in_turn(full: Asked, asked: Mapping[str, Asked], n: int) -> tuple[dict[str,
     return beside, found
 
 
-def _without(slower: Mapping[str, float], seconds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+def _at_usual_speed(
+    slower: Mapping[str, float], seconds: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
     """Stage -> weight -> seconds, as if the machine had been as fast as in all rounds together."""
     return {
         stage: {name: took / slower[stage] for name, took in of.items()}
@@ -192,7 +198,7 @@ def _by_shape(
             for stage, took in seconds.items():
                 if count := tokens_at_once(weight, stage, at_once, tokens):
                     if weight.name not in took:
-                        raise UserError(f"{runtime} does not tell the time of {weight.name}")
+                        raise UserError(f"{runtime} does not report the time of {weight.name}")
                     key = weight.rows, weight.cols, layout, count
                     found.setdefault(key, []).append(1e3 * max(took[weight.name], 0.0))
     return {key: float(np.mean(values)) for key, values in found.items()}

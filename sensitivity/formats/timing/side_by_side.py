@@ -79,11 +79,11 @@ def bench(
     """
     folder = Path(folder)
     facts = manifest.read(folder)
-    runtime, base, source = _checked(folder, facts, runtime, n, task, model)
+    runtime, base, timed_task = _checked(folder, facts, runtime, n, task, model)
     threads = threads or torch.get_num_threads()
     with full_precision(base, runtime, facts["dtype"]) as full:
         asked = {
-            name: Asked(path, base, runtime, facts["dtype"], threads, source, n, 0)
+            name: Asked(path, base, runtime, facts["dtype"], threads, timed_task, n, 0)
             for name, path in (("export", str(folder)), ("full", full))
         }
         rounds, memory = in_turn(asked, n)
@@ -91,7 +91,7 @@ def bench(
     ours, theirs = rounds["export"], rounds["full"]
     found: Bench = {
         "runtime": runtime,
-        "task": source,
+        "task": timed_task,
         "n": n,
         "threads": threads,
         "machine": machine(),
@@ -114,7 +114,7 @@ def _checked(
     if not facts["runs"]:
         *some, last = CHECK
         timed = f"{', '.join(some)} and {last}"
-        raise UserError(f"{folder} is of the format {format}, which its own runtime loads; only {timed} are timed here")
+        raise UserError(f"{folder} is of the format {format}, which only its own runtime loads; here {timed} are timed")
     if runtime is not None and runtime not in CHECK:
         raise unknown("runtime", runtime, CHECK)
     if runtime not in (None, own) and (runtime not in RUNTIMES or files_of(runtime) != format):
@@ -123,16 +123,16 @@ def _checked(
         raise UserError(f"an interval of a median takes at least {FEWEST} rounds, not {n}")
     if damage := manifest.damage(folder, facts):
         raise UserError(f"{folder} is not as it was written: {'; '.join(damage)}; export again")
-    source = task or next(iter(facts["trial"].get("meta", {}).get("tasks", [])), None)
-    if source is None:
+    timed_task = task or next(iter(facts["trial"].get("meta", {}).get("tasks", [])), None)
+    if timed_task is None:
         raise UserError(
             f"the plan of {folder} was never measured; name the task whose prompts are timed, as --task vqa"
         )
     base = model or facts["model"]
-    if find_task(source, "evaluation", 1).gallery:
-        raise UserError(f"the task {source} ranks captions; name one with answers to generate, as --task vqa")
+    if find_task(timed_task, "evaluation", 1).gallery:
+        raise UserError(f"the task {timed_task} ranks captions; name one with answers to generate, as --task vqa")
     CHECK[runtime or own](base)
-    return runtime or own, base, source
+    return runtime or own, base, timed_task
 
 
 @contextmanager

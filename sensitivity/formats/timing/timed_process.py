@@ -66,7 +66,7 @@ class Counted(TypedDict):
     """What was counted inside a model."""
 
     layers: dict[str, dict[str, float]]  # stage -> weight -> mean seconds per image, per prompt, per new token
-    memory: dict[str, int]  # half -> bytes that it added to its process; 0 where the system does not tell
+    memory: dict[str, int]  # half -> bytes that it added to its process; 0 where the system does not report them
 
 
 class _Reply(TypedDict, total=False):
@@ -135,7 +135,8 @@ def _send(running: subprocess.Popen[str], what: object) -> None:
 @contextmanager
 def timed_process(asked: Asked) -> Iterator[TimedModel]:
     """Start a process for a model, and end it with the block."""
-    with tempfile.TemporaryFile() as errors, subprocess.Popen(  # a file, since nobody reads a pipe until it is full
+    # standard error goes to a file: nobody reads it while the process runs, and a full pipe would block the process
+    with tempfile.TemporaryFile() as errors, subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", PROGRAM],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
         env={**os.environ, "OMP_NUM_THREADS": str(asked.threads)},
@@ -194,7 +195,7 @@ class _Timed:
         self.before, self.held = memory(), resident()
         self.model = opened(asked.model, asked.runtime, asked.dtype, asked.threads, asked.counted)
         self.layers = LayerSeconds(asked.threads) if asked.counted else None
-        self.after_image = -1  # bytes, after the first image: the language half is opened when it is first read
+        self.after_image = -1  # bytes that were added by the first image: the language half opens when it first runs
 
     def round(self, number: int) -> Round:
         """Time the answer to one example."""
@@ -244,7 +245,7 @@ class LayerSeconds:
     def add(self, one: Round, totals: Sequence[Mapping[str, float]]) -> None:
         """Add a round: the seconds that layers had taken before it, and after each of its stages.
 
-        With one thread, the time that others took from this process is left out, as everywhere.
+        With one thread, seconds are scaled to CPU time: what other processes took from this one is left out.
         """
         self.rounds += 1
         if not self.rounds:
