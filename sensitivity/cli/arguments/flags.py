@@ -118,7 +118,10 @@ def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str, severa
         )
     grid(p)
     p.add_argument(
-        "--biases", action="store_true", default=None, help="quantize biases too (default: only paper-uniform does)"
+        "--biases",
+        action="store_true",
+        default=None,
+        help="quantize biases too (default: only the method paper-uniform does)",
     )
     pairs(p, "--set", values.setting, "NAME=VALUE", "a setting of the method's own, such as damp=0.05 for gptq")
     p.add_argument(

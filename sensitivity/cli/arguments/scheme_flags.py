@@ -69,7 +69,7 @@ def checked(
 def loadable(
     args: argparse.Namespace, parts: ComponentMap, requested: list[Scheme], allow: Allowed | None
 ) -> list[Scheme]:
-    """The schemes that --runtime can load for a component that may have them; prints what the runtime leaves out."""
+    """The schemes that --runtime can load for at least one component within --allow; prints what it leaves out."""
     from sensitivity.spec.runtimes.loadable import restrict
 
     if not args.runtime:

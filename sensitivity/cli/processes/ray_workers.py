@@ -54,8 +54,8 @@ def _ray() -> ModuleType:
     check()
     import ray
 
-    # what coming versions of Ray do by default: an actor without a GPU keeps CUDA_VISIBLE_DEVICES as it is; until then
-    # Ray prints a warning if this is not set
+    # the default of Ray 2.60: an actor without a GPU keeps CUDA_VISIBLE_DEVICES as it is; some earlier versions print a
+    # warning unless this is set
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # join a running cluster only if RAY_ADDRESS names it, never one that Ray happens to find
     where = os.environ.get("RAY_ADDRESS", "local")

@@ -33,7 +33,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         " `plan`, stand beside it",
     )
     flags.runtime(
-        p, "also run the plan in this runtime (openvino): export it, compare its answers with the sweep's, and time it"
+        p, "also run the plan in this runtime (openvino): export it, compare its answers with those measured, time it"
     )
     flags.samples(p, n=500)  # a minute and a half on two quiet cores
 

@@ -115,7 +115,7 @@ def _request(
 ) -> tuple[list[Scheme], PlanRequest]:
     """The schemes that the runtime can load, and the request.
 
-    Its tasks are called as they were typed; `begin_plan` replaces that by the names that the study gives them.
+    The request names tasks as they were typed; `begin_plan` replaces these by the names that the study gives them.
     """
     from sensitivity.analysis.allocate.request import PlanRequest
     from sensitivity.api.planning import allowed_and_tied

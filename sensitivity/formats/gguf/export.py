@@ -183,7 +183,7 @@ def _add(writer: GGUFWriter, one: _FileTensor) -> None:
     import numpy as np
     from gguf import GGMLQuantizationType
 
-    # not the type of the values, which GGMLQuantizationType says: a dtype of uint8 would mean a shape in bytes
+    # float32 is not the type of the values, which the last argument says; it says that the shape counts no bytes
     writer.add_tensor_info(
         one.placed.name, one.placed.shape, np.dtype(np.float32), one.bytes, GGMLQuantizationType[one.type.upper()]
     )

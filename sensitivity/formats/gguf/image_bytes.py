@@ -35,7 +35,7 @@ def _bytes(vlm: VLM, image: Tensor) -> Array:
 
 
 def _of_patches(vlm: VLM, patches: Tensor, grids: Tensor) -> Sequence[Tensor]:
-    """Images from Qwen2-VL's patches: those that are merged stand together, and each has its pixels in two frames."""
+    """Images from Qwen2-VL's patches, in which those that are merged are neighbors, and each has two equal frames."""
     vision, images, begin = vlm.model.config.vision_config, [], 0
     merge, side = int(vision.spatial_merge_size), int(vision.patch_size)
     for time, rows, cols in grids.tolist():

@@ -108,8 +108,7 @@ class Running:
             vlm.model.generation_config = GenerationConfig.from_pretrained(folder)
         if not greedy_takes_argmax(vlm):
             raise UserError(
-                f"generation_config.json of {folder} asks for settings beside greedy decoding, which only "
-                "transformers applies"
+                f"generation_config.json of {folder} asks for more than greedy decoding, which only transformers can do"
             )
         return cls(model, vlm, runtime)
 

@@ -102,7 +102,7 @@ def contents(stored: QuantizedWeight, weight: Weight, scheme: Scheme, half: torc
 
 
 def _zeros(stored: QuantizedWeight, blocks: Blocks) -> Tensor:
-    """Zero points as packed bytes: one for each block, or a byte filled with the only one of a row."""
+    """Zero points as packed bytes: one for each block, or, if a row has only one, a byte filled with it."""
     rows, groups = blocks.scales
     zero = stored.zero.to(torch.uint8).reshape(rows, groups)
     repeated = 8 // blocks.width if groups == 1 else blocks.count // groups

@@ -102,7 +102,7 @@ def converted(module: Any, inputs: dict[str, Any], shapes: dict[str, Any], kept:
 
 
 def _drop_assertions(graph: torch.fx.Graph) -> None:
-    """Drop the tracer's checks of shapes, with what only they read: for Qwen2-VL they need what ONNX does not have."""
+    """Drop the tracer's checks of shapes, with what only they read: Qwen2-VL's use operations that ONNX lacks."""
     for node in list(graph.nodes):
         if node.target is torch.ops.aten._assert_scalar.default:
             graph.erase_node(node)

@@ -140,7 +140,7 @@ OPEN: dict[str, Callable[[str, str, int], HalvedModel]] = {
     "gguf": _in_llama_cpp,
     "transformers": _in_torch,
 }
-# the same for runtimes that count the time of each layer, while they count it
+# runtime -> the function that opens a model there, with counters of the time of each layer
 COUNT: dict[str, Callable[[str, int], HalvedModel]] = {"openvino": _counted_in_openvino}
 # runtime -> the function that raises an error if the runtime is not installed, or cannot open the model
 CHECK: dict[str, Callable[[str], None]] = {
