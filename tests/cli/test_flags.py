@@ -92,7 +92,7 @@ INSTEAD = {  # what must be left out for it
     **{(verb, "--gb"): ("--bpw",) for verb in ("recommend", "plan")},
     ("table", "--share"): ("--out",),
 }
-PREDICT = ("--bpw", "--attributions", "--task", "--by", "--bits", "--method", "--group", "--symmetric", "--biases",
+PREDICT = ("--bpw", "--attributions", "--task", "--by", "--bits", "--method", "--group", "--no-symmetric", "--biases",
            "--set", "--backend")  # fmt: skip
 OTHER = {  # the line for a flag that is for a study, where that of the verb has a model; or for another action
     ("explain", "--plan"): "study",
