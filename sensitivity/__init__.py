@@ -21,7 +21,7 @@ _HOMES = {
     "verify": "formats.verification",
     "export": "api.exporting",
     "rank": "analysis.importance.ranking",
-    "report": "analysis.report.page",
+    "report": "analysis.reporting.page",
     "add_to_atlas": "analysis.atlas.atlas_file",
     "predict_frontier": "analysis.atlas.predicted_frontier",
     "quantized": "measure.install.plan_in_model",

@@ -61,7 +61,7 @@ def explain(study: Study, plan: Plan, failures: bool, examples: Sequence[str]) -
         "questions": {name: [["what", 0.5], [HOSTILE, 1.0], [" is", -1.0]] for name in examples},
         "data": [{"task": "vqa", "split": split, "n": len(examples), "seed": 0}],
     }  # fmt: skip
-    file = paths.explanation(study.path, plan.key, failures)
+    file = paths.explanation_file(study.path, plan.key, failures)
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(data))
     return data

@@ -16,8 +16,8 @@ from sensitivity.analysis.allocate.recommendation import Recommendation, judge, 
 from sensitivity.analysis.comparing.sides import side
 from sensitivity.analysis.comparing.versus import compare_sides
 from sensitivity.analysis.failures.gallery import galleries
-from sensitivity.analysis.report import comparison_page, failures_page
-from sensitivity.analysis.report.page import report
+from sensitivity.analysis.reporting import comparison_page, failures_page
+from sensitivity.analysis.reporting.page import report
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.runtimes.layer_times import LayerTimes
 from sensitivity.study import exports

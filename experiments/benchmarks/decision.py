@@ -24,7 +24,7 @@ from sensitivity.analysis.importance import estimators
 from sensitivity.analysis.importance.ranking import bootstrap, rank
 from sensitivity.analysis.importance.robustness import without_levels
 from sensitivity.analysis.observations import observations_of
-from sensitivity.analysis.report.page import report
+from sensitivity.analysis.reporting.page import report
 from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan, Scheme

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sensitivity.formats.timing.machine import machine, versions_of
+from sensitivity.formats.timing.machine import this_machine, versions_of
 from sensitivity.spec.files import overwrite
 
 ROOT = Path(__file__).parent.parent.parent
@@ -77,7 +77,7 @@ def main() -> None:
             mine, full = (np.array(one[count][1:]) for one in (times, took["float32", ""]))  # the first is slower
             lines[-1] += [f"{np.median(mine):.3g}", f"{np.median(full / mine):.2f}"]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    about, facts = machine(), versions_of("onnxruntime")
+    about, facts = this_machine(), versions_of("onnxruntime")
     overwrite(
         ROOT / "reports" / "onnx-levels.md",
         "# The time of a layer in ONNX Runtime\n\n"

@@ -18,7 +18,7 @@ from torch import Tensor
 from experiments.benchmarks.methods_cost import layer, most
 from experiments.parity.gptq import published, theirs
 from experiments.parity.layers import Layer
-from sensitivity.measure.calibrate.calibration import calibrate
+from sensitivity.measure.calibrate.calibration import calibration_statistics
 from sensitivity.measure.install.plan_in_model import prepare
 from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
@@ -49,9 +49,9 @@ def shared(model: str) -> list[str]:
     parts = inspect(vlm, by="part")
     lines = ["| method | statistics | and one width | and six widths | six / one |", "|---|---|---|---|---|"]
     tasks = ["vqa", "caption", "scene", "ground"]
-    calibrate(vlm, parts, tasks)  # not timed: the first call loads libraries
-    study = timed(lambda: calibrate(vlm, parts, tasks))
-    statistics = calibrate(vlm, parts, tasks)
+    calibration_statistics(vlm, parts, tasks)  # not timed: the first call loads libraries
+    study = timed(lambda: calibration_statistics(vlm, parts, tasks))
+    statistics = calibration_statistics(vlm, parts, tasks)
     prepare(vlm.model, parts, [Plan.uniform(parts, scheme("rtn", 4))], {})
     for method in ("gptq", "paper-gptq", "clip", "awq"):
 

@@ -25,8 +25,8 @@ from experiments.true_shapes import save
 from sensitivity.formats.openvino.trace import kept as kept_traces
 from sensitivity.formats.table import write
 from sensitivity.formats.timing.intervals import STAGES, interval
-from sensitivity.formats.timing.profile import profile
-from sensitivity.formats.timing.timed_process import Asked, Round, TimedModel, timed_process
+from sensitivity.formats.timing.profile import profile_layers
+from sensitivity.formats.timing.timed_process import Asked, Round, TimedModel, timed_model
 from sensitivity.formats.writing.job import Job
 from sensitivity.models.discovery import inspect
 from sensitivity.spec.components import ComponentMap
@@ -60,7 +60,7 @@ def run(model: str, parts: ComponentMap, plans: Sequence[Plan], rounds: int, spa
 def running(model: str, parts: ComponentMap, plan: Plan, out: Path) -> AbstractContextManager[TimedModel]:
     """A process that holds a plan in the runtime."""
     write(Job(model, parts, plan, {"model": model}, dtype=torch.float32), out, RUNTIME)
-    return timed_process(Asked(str(out), model, RUNTIME, "float32", 1, "vqa", 1, 0))
+    return timed_model(Asked(str(out), model, RUNTIME, "float32", 1, "vqa", 1, 0))
 
 
 def row(plan: Plan, one: TimedModel, times: Sequence[tuple[Round, Round]]) -> dict[str, object]:
@@ -112,7 +112,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as space:
         model = str(save(SHAPE, Path(space) / "model", args.depth))
         parts = inspect(model, by="group.kind")
-        times = profile(model, SCHEMES, RUNTIME, "vqa", args.rounds, threads=1)
+        times = profile_layers(model, SCHEMES, RUNTIME, "vqa", args.rounds, threads=1)
         print({name: round(value, 3) for name, value in times.rest.items()}, times.tokens, times.resident, flush=True)
         plans = [Plan.of(parts, {c: draw.choice([None, *SCHEMES]) for c in parts.names}) for _ in range(args.plans)]
         table = compared(run(model, parts, plans, args.rounds, Path(space)), parts, plans, times)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sensitivity.api.sweeping import sweep
-from sensitivity.measure.calibrate.calibration import calibrate
+from sensitivity.measure.calibrate.calibration import calibration_statistics
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.files import overwrite
@@ -40,7 +40,7 @@ def measured(
     `plans` is a function because a plan names its calibration data, which are known only after calibration.
     """
     evaluation = [task(name, n=args.n) for name in tasks]
-    statistics = calibrate(vlm, parts, tasks, args.examples, path=path, against=evaluation)
+    statistics = calibration_statistics(vlm, parts, tasks, args.examples, path=path, against=evaluation)
     chosen = plans(statistics.facts)
     work = f"{args.work}-{path}"
     return sweep(vlm, parts, chosen, tasks, work, n=args.n, statistics=statistics), chosen

@@ -82,7 +82,7 @@ def folded(space: Path) -> None:
     from sensitivity.formats.table import write
     from sensitivity.formats.writing.calibrated_codes import codes
     from sensitivity.formats.writing.job import Job
-    from sensitivity.measure.calibrate.calibration import calibrate
+    from sensitivity.measure.calibrate.calibration import calibration_statistics
     from sensitivity.models.discovery import inspect
     from sensitivity.models.loading import load
     from sensitivity.quantize.scheme_settings import scheme
@@ -90,7 +90,7 @@ def folded(space: Path) -> None:
 
     vlm = load("embedded:scenes-llava")
     parts = inspect(vlm)
-    statistics = calibrate(vlm, parts, ["vqa"], n=16)
+    statistics = calibration_statistics(vlm, parts, ["vqa"], n=16)
     chosen = scheme("awq", 4, group=32, scales="folded", calibration=statistics.facts)
     plan = Plan.of(parts, {"connector": None}, chosen)
     for name, format in (("awq-folded", "awq"), ("awq-folded-values", "fake")):

@@ -24,7 +24,7 @@ import numpy as np
 from experiments.published.declaration import PublishedStudy, plan_of
 from experiments.published.page import page
 from experiments.published.table import STUDIES
-from sensitivity.analysis.report.page import report
+from sensitivity.analysis.reporting.page import report
 from sensitivity.cli import main as cli
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError

@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 
 # what the commands import on their way, so that they begin with it: a limit of memory then falls into their work
-from sensitivity.analysis.report import page  # noqa: F401
+from sensitivity.analysis.reporting import page  # noqa: F401
 from sensitivity.api import exporting, recommending, sweeping  # noqa: F401
 from sensitivity.cli.main import main
 from sensitivity.spec.errors import UserError

@@ -44,7 +44,7 @@ def agreements(out: Path, scores: Sequence[Attribution], names: Sequence[str]) -
 
 def check_writable(out: Path) -> None:
     """Raise an error if the attributions would replace a file that we did not write."""
-    file = paths.attributions(out)
+    file = paths.attributions_file(out)
     try:
         ours = not file.exists() or json.loads(file.read_text(encoding="utf-8"))["title"] == TITLE
     except (OSError, ValueError, LookupError, TypeError):
@@ -85,5 +85,5 @@ def save_attributions(out: Path, content: Mapping[str, object]) -> Path:
     """Write attributions into a folder, which is made if it is missing."""
     check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(paths.attributions(out), json.dumps(finite(dict(content)), indent=1).encode())
-    return paths.attributions(out)
+    write_atomically(paths.attributions_file(out), json.dumps(finite(dict(content)), indent=1).encode())
+    return paths.attributions_file(out)

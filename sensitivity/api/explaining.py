@@ -113,7 +113,7 @@ def trial_of(study: Study, wanted: str) -> Trial:
     trials = study.measured()
     matching = [one for one in trials if one.key.startswith(wanted)] if len(wanted) >= 4 else []
     matching = matching or [one for one in trials if str(one.number) == wanted]
-    if not matching and len(wanted) >= 4 and paths.is_study(fresh := paths.verification(study.path)):
+    if not matching and len(wanted) >= 4 and paths.is_study(fresh := paths.verification_folder(study.path)):
         matching = [one for one in Study(fresh).measured() if one.key.startswith(wanted)]
     if len({one.key for one in matching}) != 1:
         names = ", ".join(f"{one.number} ({one.plan.describe()})" for one in trials[:4])
@@ -226,7 +226,7 @@ def distances_in(study: Study, plan: Plan, tasks: Sequence[str]) -> dict[str, fl
 
 def save_explanation(study: Study, explanation: Explanation) -> Path:
     """Write an explanation into the study's folder."""
-    file = paths.explanation(study.path, explanation.plan.key, explanation.of_failures)
+    file = paths.explanation_file(study.path, explanation.plan.key, explanation.of_failures)
     file.parent.mkdir(exist_ok=True)
     write_atomically(file, json.dumps(finite(explanation.to_json()), indent=1).encode())
     return file

@@ -138,7 +138,7 @@ def _on_path(study: Study, plan: Plan, path: str, model: VLM) -> tuple[Plan, Tri
     second, meta = study, study.meta
     for one in (plan, other):
         _, statistics = with_calibration(model, study.parts, one.distinct_schemes, meta["tasks"])
-        n, seed, out = meta["n"], meta["seed"] + FRESH, paths.verification(study.path)
+        n, seed, out = meta["n"], meta["seed"] + FRESH, paths.verification_folder(study.path)
         second = sweep(model, study.parts, [one], meta["tasks"], out, n=n, seed=seed, statistics=statistics)
     return other, {"path_gain": {"path": path, **{task: _gain(second, other, plan, task) for task in study.tasks}}}
 
@@ -212,7 +212,7 @@ def write_cards(study: Study, recommendations: Sequence[Recommendation], files: 
     for one, file in zip(recommendations, files, strict=True):
         facts, _ = _measured(study, one.plan)
         content = plan_card(study.parts, one.plan, facts, one.words)
-        write_atomically(paths.card(file), content.encode("utf-8", "replace"))
+        write_atomically(paths.card_file(file), content.encode("utf-8", "replace"))
 
 
 def _instead(study: Study, plan: Plan, name: str) -> str:
@@ -230,7 +230,7 @@ def _instead(study: Study, plan: Plan, name: str) -> str:
 
 def _measured(study: Study, plan: Plan) -> tuple[TrialFacts, Path | None]:
     """What the trial of a plan measured, on fresh examples where it was verified, and the file of its answers."""
-    verification = paths.verification(study.path)
+    verification = paths.verification_folder(study.path)
     verified = [Study(verification)] if (verification / paths.JOURNAL).exists() else []
     for one in (*verified, study):
         trials = {trial.key: trial for trial in one.trials()}
@@ -245,5 +245,5 @@ def _measured(study: Study, plan: Plan) -> tuple[TrialFacts, Path | None]:
                 "meta": one.meta,
                 "note": one.meta.get("note"),
             }
-            return facts, paths.answers(one.path, plan.key) if one.examples(plan) is not None else None
+            return facts, paths.answers_file(one.path, plan.key) if one.examples(plan) is not None else None
     return {}, None

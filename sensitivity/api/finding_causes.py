@@ -72,4 +72,4 @@ def _store(study: Study, plan: Plan, frames: Sequence[pd.DataFrame]) -> None:
     """Store the answers, together with stored answers to other examples."""
     before = measured_answers(study, plan)
     every = pd.concat([*([] if before is None else [before]), *frames], ignore_index=True)
-    answers.write(paths.put_back(study.path, plan.key), every.drop_duplicates(["task", "example"], keep="last"))
+    answers.write(paths.put_back_file(study.path, plan.key), every.drop_duplicates(["task", "example"], keep="last"))

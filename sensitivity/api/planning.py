@@ -20,7 +20,7 @@ from sensitivity.api.sweeping import CACHE_GB, SweepOptions, begin_sweep, path_f
 from sensitivity.measure.attribution.calibrated import Calibrated
 from sensitivity.measure.attribution.scores import Attribution, attribute
 from sensitivity.measure.calibrate.cache import Cache, cache_folder
-from sensitivity.measure.calibrate.calibration import calibrate, calibration_examples
+from sensitivity.measure.calibrate.calibration import calibration_examples, calibration_statistics
 from sensitivity.measure.loop import Step, data_flow_order
 from sensitivity.measure.passes.token_batches import answer_batches
 from sensitivity.models.vlm import VLM
@@ -67,7 +67,7 @@ def scored(
     named, statistics = with_calibration(vlm, parts, schemes, tasks, n, seed, "float", against, cache_gb)
     if statistics is None:  # the methods need none, the scores do
         cache = Cache(cache_folder(), cache_gb) if cache_gb > 0 else None
-        statistics = calibrate(vlm, parts, tasks, n, seed, "float", against, cache)
+        statistics = calibration_statistics(vlm, parts, tasks, n, seed, "float", against, cache)
     data = calibration_examples(tasks, n, seed)
     given = Calibrated(vlm, parts, named, statistics, lambda rows: answer_batches(vlm, data, rows))
     return Scored(named, given, attribute(given, names))

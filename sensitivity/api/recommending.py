@@ -90,7 +90,7 @@ def begin_recommendation(
         study.parts,
         plans,
         meta["tasks"],
-        paths.verification(study.path),
+        paths.verification_folder(study.path),
         n=n or verified_on(study),
         seed=meta["seed"] + FRESH,
         statistics=statistics,
@@ -104,7 +104,7 @@ def verified_on(study: Study) -> int:
 
     `sensitivity plan` verifies on more examples than its search used, so an earlier verification counts first.
     """
-    folder = paths.verification(study.path)
+    folder = paths.verification_folder(study.path)
     return int((Study(folder) if paths.is_study(folder) else study).meta["n"])
 
 

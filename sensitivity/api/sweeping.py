@@ -14,7 +14,7 @@ from sensitivity.analysis.search.plan_lists import Plans, check_search
 from sensitivity.analysis.search.plan_lists import grid as grid_
 from sensitivity.analysis.search.plan_lists import one_at_a_time as one_at_a_time_
 from sensitivity.measure.calibrate.cache import Cache, cache_folder
-from sensitivity.measure.calibrate.calibration import calibrate
+from sensitivity.measure.calibrate.calibration import calibration_statistics
 from sensitivity.measure.calibrate.statistics import Statistics, check_path
 from sensitivity.measure.forecast.hardware import WORTH_MEMORY, slowdown
 from sensitivity.measure.generate.batches import check_tasks_fit
@@ -220,7 +220,7 @@ def with_calibration(
     check_path(path, needing)
     cache = Cache(cache_folder(), cache_gb) if cache_gb > 0 else None
     kinds = {importance_of(one) for one in needing}
-    statistics = calibrate(vlm, parts, tasks, n, seed, path, against, cache, importance=kinds)
+    statistics = calibration_statistics(vlm, parts, tasks, n, seed, path, against, cache, importance=kinds)
     return [
         replace(one, settings=tuple({**dict(one.settings), **statistics.facts}.items())) if one in needing else one
         for one in schemes

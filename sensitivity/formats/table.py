@@ -10,9 +10,9 @@ from typing import NotRequired, TypedDict
 
 from sensitivity.formats import plan_json
 from sensitivity.formats.checkpoints import auto_round, awq, compressed_tensors, fake, gptq
-from sensitivity.formats.gguf import export as gguf
-from sensitivity.formats.onnx import export as onnx
-from sensitivity.formats.openvino import export as openvino
+from sensitivity.formats.gguf import exporter as gguf
+from sensitivity.formats.onnx import exporter as onnx
+from sensitivity.formats.openvino import exporter as openvino
 from sensitivity.formats.recipes import bnb, llama_cpp, llm_compressor, mlx, modelopt, torchao
 from sensitivity.formats.writing import manifest
 from sensitivity.formats.writing.job import Job, Written, predicted_size

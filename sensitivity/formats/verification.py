@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from sensitivity.formats.gguf import export as gguf
+from sensitivity.formats.gguf import exporter as gguf
 from sensitivity.formats.table import EXPECTED
 from sensitivity.formats.writing import manifest
 from sensitivity.formats.writing.manifest import Manifest, TrialFacts
@@ -46,7 +46,7 @@ def verify(folder: Path, device: str = "cpu") -> dict[str, object]:
     """
     facts = manifest.read(folder)
     outcome: dict[str, object] = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "key": facts["key"]}
-    if damage := manifest.damage(folder, facts):
+    if damage := manifest.damaged_files(folder, facts):
         outcome |= {"verdict": "damaged", "words": f"not as it was written: {'; '.join(damage)}; export again"}
     elif not facts["runs"]:
         outcome |= {
@@ -63,11 +63,11 @@ def verify(folder: Path, device: str = "cpu") -> dict[str, object]:
     else:
         expected = _expected(folder, facts)
         format = facts["format"]
-        found = compare(expected, _in_fresh_process(folder, facts, device, format))
+        found = compare_answers(expected, _in_fresh_process(folder, facts, device, format))
         if remark := REMARKS.get(format):
             found["words"] = f"{found['words']}{remark(folder, found['verdict'] == 'as measured')}"
         for runtime, does in FURTHER.get(format, {}).items():
-            other = found[runtime] = compare(expected, _in_fresh_process(folder, facts, device, runtime))
+            other = found[runtime] = compare_answers(expected, _in_fresh_process(folder, facts, device, runtime))
             found["words"] = f"{found['words']}; {does}, {other['words']}"
         outcome |= found
     manifest.store_verification(folder, outcome)
@@ -85,7 +85,7 @@ def _expected(folder: Path, facts: Manifest) -> pd.DataFrame:
         raise UserError(f"{folder / EXPECTED} is damaged ({error}); export again") from error
 
 
-def compare(expected: pd.DataFrame, answered: pd.DataFrame) -> dict[str, object]:
+def compare_answers(expected: pd.DataFrame, answered: pd.DataFrame) -> dict[str, object]:
     """Compare answers and scores example by example; returns the verdict, its words and the counts."""
     both = expected.merge(answered, on=["task", "example"], how="outer", suffixes=("", "_found"), indicator=True)
     missing = int((both["_merge"] != "both").sum())

@@ -73,7 +73,7 @@ class Answers:
 
     def file(self, key: str) -> Path:
         """The file of a plan's answers, by the plan's key."""
-        return paths.answers(self._study, key)
+        return paths.answers_file(self._study, key)
 
     def of(self, plan: Plan) -> pd.DataFrame | None:
         """Per-example scores of a plan; None where there are none, or, with one warning, where they are damaged."""

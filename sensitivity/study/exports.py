@@ -20,7 +20,7 @@ BENCH = "bench.json"  # in an export: its measured time and memory, and those of
 def write_note(study: Path, out: Path, facts: Mapping[str, object]) -> None:
     """Write a note on an export, named after its folder: a later export to the same folder replaces the note."""
     folder = str(out.resolve())
-    notes = paths.export_notes(study)
+    notes = paths.export_notes_folder(study)
     notes.mkdir(exist_ok=True)
     target = notes / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}.json"
     content = {"folder": folder, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}
@@ -29,7 +29,7 @@ def write_note(study: Path, out: Path, facts: Mapping[str, object]) -> None:
 
 def notes_of(study: Path) -> list[dict[str, object]]:
     """All exports of a study by their notes, oldest first, each with its `state`: verified, not verified, or gone."""
-    files = sorted(paths.export_notes(study).glob("*.json"))
+    files = sorted(paths.export_notes_folder(study).glob("*.json"))
     notes = [schema.read(file, "export", "delete it; the export itself is not touched") for file in files]
     notes.sort(key=lambda note: str(note["time"]))
     return [{"path_gain": None, **note, "state": _state(Path(note["folder"]))} for note in notes]

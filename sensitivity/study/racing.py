@@ -119,7 +119,7 @@ def _difference(a: pd.DataFrame, b: pd.DataFrame, made_up: bool = False) -> Diff
 
 
 def _seen(study: Study, trial: Trial, task: str) -> Seen:
-    return Seen(paths.answers(study.path, trial.key), trial.scores[task]["n"], task)
+    return Seen(paths.answers_file(study.path, trial.key), trial.scores[task]["n"], task)
 
 
 @lru_cache(maxsize=4096)

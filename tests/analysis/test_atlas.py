@@ -138,7 +138,7 @@ def test_relative_errors_count_as_far_as_they_help(monkeypatch: pytest.MonkeyPat
     new = right[0].errors
     rows = [{"component": n, "scheme": s.to_json(), "score": e} for n, row in new.items() for s, e in row.items()]
     content = {"title": "attributions", "version": 1, "scores": {"gram": {"values": rows}}}
-    paths.attributions(folder).write_text(json.dumps(content))
+    paths.attributions_file(folder).write_text(json.dumps(content))
     plain = predicted(right[1:], parts, monkeypatch, bpw=[5])
     helped = predicted(right[1:], parts, monkeypatch, bpw=[5], attributions=folder)
     misled = predicted(wrong[1:], parts, monkeypatch, bpw=[5], attributions=folder)

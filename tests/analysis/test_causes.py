@@ -17,7 +17,7 @@ from answered import NATIVE
 from sensitivity.analysis.failures.causes import NO_PART, Cause, cause, put_back, tally
 from sensitivity.analysis.failures.changes import Change
 from sensitivity.analysis.failures.gallery import changed, galleries
-from sensitivity.analysis.report.failures_page import write
+from sensitivity.analysis.reporting.failures_page import write
 from sensitivity.api.finding_causes import begin_causes
 from sensitivity.cli.main import main
 from sensitivity.measure.evaluation import evaluate
@@ -152,7 +152,7 @@ def test_measured_causes_are_those_of_running_every_part_on_every_example(
     capsys.readouterr()
     assert main(["failures", str(made.path), "--plan", plan.key, "--causes", "--n", "60"]) == 0
     assert "nothing was left to do" in capsys.readouterr().err
-    file = paths.put_back(made.path, put_back(made, plan)[0].plan.key)
+    file = paths.put_back_file(made.path, put_back(made, plan)[0].plan.key)
     whole = file.read_bytes()
     file.write_bytes(whole[:-20])
     assert next(iter(begin_causes(scenes_llava, made, plan, failed))).new == len(failed), "a damaged file is replaced"

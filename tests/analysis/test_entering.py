@@ -14,7 +14,7 @@ from browser import browser
 from sensitivity.analysis.failures.changes import study_of
 from sensitivity.analysis.failures.damage_places import DamagePlaces, explanations_of
 from sensitivity.analysis.failures.gallery import MAX_EXPLAINED, changed, galleries
-from sensitivity.analysis.report.failures_page import write
+from sensitivity.analysis.reporting.failures_page import write
 from sensitivity.cli.main import main
 from sensitivity.models.processors import square_seen
 from sensitivity.spec.plan import Plan
@@ -83,7 +83,7 @@ def test_the_page_shows_red_places_and_tokens_beside_the_image(tmp_path: Path) -
 def test_what_an_earlier_version_stored_is_left_out(tmp_path: Path) -> None:
     study = answered.study(tmp_path / "run", [task("vqa", n=30)], given, ["vqa"], n=30)
     data = answered.explain(study, TWO, True, ["a"])
-    file = paths.explanation(study.path, TWO.key, True)
+    file = paths.explanation_file(study.path, TWO.key, True)
     for broken in (
         {**data, "questions": None},
         {name: data[name] for name in data if name != "data"},

@@ -23,9 +23,9 @@ from sensitivity.analysis.allocate.recommendation import judge
 from sensitivity.analysis.failures import pictures
 from sensitivity.analysis.failures.changes import changed_answers, study_of
 from sensitivity.analysis.failures.gallery import galleries
-from sensitivity.analysis.report.failures_page import write
-from sensitivity.analysis.report.page import report
-from sensitivity.analysis.report.what_breaks import failing
+from sensitivity.analysis.reporting.failures_page import write
+from sensitivity.analysis.reporting.page import report
+from sensitivity.analysis.reporting.what_breaks import failing
 from sensitivity.cli.main import main
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan

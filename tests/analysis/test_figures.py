@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sensitivity.analysis.report import figures
-from sensitivity.analysis.report.table_rows import frontier_rows
+from sensitivity.analysis.reporting import figures
+from sensitivity.analysis.reporting.table_rows import frontier_rows
 
 HOSTILE = '<script>alert("x")</script> $\\frac{1}{2}$ & {{ 7 * 7 }}'
 

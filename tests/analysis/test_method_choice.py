@@ -12,7 +12,7 @@ from sensitivity.analysis.importance.method_choice import METHOD, with_methods
 from sensitivity.analysis.importance.ranking import rank
 from sensitivity.analysis.importance.types import Ranking
 from sensitivity.analysis.observations import Observations
-from sensitivity.cli.output.tables import ranking as show
+from sensitivity.cli.output.tables import print_ranking as show
 from sensitivity.spec.plan import Plan, Scheme
 
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]

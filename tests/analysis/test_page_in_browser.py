@@ -13,7 +13,7 @@ import pytest
 from browser import Page, browser
 from every_page import TEMPLATES, pages
 
-from sensitivity.analysis.report import environment
+from sensitivity.analysis.reporting import environment
 
 ROOT = Path(__file__).parents[2]
 WIDTHS = (390, 768, 1280)

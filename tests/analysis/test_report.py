@@ -15,7 +15,7 @@ from planted import frame
 
 from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.allocate.recommendation import Recommendation, judge, unmeasured
-from sensitivity.analysis.report.page import report
+from sensitivity.analysis.reporting.page import report
 from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import mark_unfinished

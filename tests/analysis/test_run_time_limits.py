@@ -19,9 +19,9 @@ from sensitivity.analysis.allocate.kept_recommendation import check_request, pro
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.allocate.run_time_limits import RunTimeLimits
-from sensitivity.analysis.report.page import report
+from sensitivity.analysis.reporting.page import report
 from sensitivity.api.in_runtime import InRuntime
-from sensitivity.formats.timing.kept_times import keep, kept_times
+from sensitivity.formats.timing.kept_times import keep, load_kept_times
 from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
@@ -193,25 +193,25 @@ def test_times_survive_the_journey_to_the_disk(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(
         UserError, match=r"not timed on this machine with 1 threads; `sensitivity profile planted --run"
     ):
-        kept_times(FOUR, "openvino", 1)
+        load_kept_times(FOUR, "openvino", 1)
     keep(FOUR, times())
-    assert kept_times(FOUR, "openvino", 1) == times()
+    assert load_kept_times(FOUR, "openvino", 1) == times()
     more = replace(times(), layers={(1, 700, "asymmetric 4 32", 64): 1.0, (1, 700, "native", 64): 9.0})
     keep(FOUR, more)  # another layout joins those that are known; what is measured again is replaced
-    assert kept_times(FOUR, "openvino", 1).layers == {**times().layers, **more.layers}
+    assert load_kept_times(FOUR, "openvino", 1).layers == {**times().layers, **more.layers}
     keep(FOUR, replace(more, tokens={**TOKENS, "prompt": 99}))  # of other prompts: nothing is comparable
-    assert kept_times(FOUR, "openvino", 1).layers == more.layers
+    assert load_kept_times(FOUR, "openvino", 1).layers == more.layers
     other = ComponentMap("planted", "linear", (*FOUR.weights[1:], Weight("x", 1, 7, "language", None, 0, None)), ())
     with pytest.raises(UserError, match="not timed"):  # of another shape
-        kept_times(other, "openvino", 1)
+        load_kept_times(other, "openvino", 1)
     with pytest.raises(UserError, match="not timed"):
-        kept_times(FOUR, "openvino", 2)
+        load_kept_times(FOUR, "openvino", 2)
     (file,) = tmp_path.rglob("*.json")
     file.write_text(json.dumps({**times().to_json(), "threads": "two"}))
     with pytest.raises(UserError, match=r"cannot be used: 'threads' is .*`sensitivity profile planted"):
-        kept_times(FOUR, "openvino", 1)
+        load_kept_times(FOUR, "openvino", 1)
     with pytest.raises(UserError, match="layers are not timed in gptq"):
-        kept_times(FOUR, "gptq")
+        load_kept_times(FOUR, "gptq")
 
 
 def test_a_request_with_limits(study: Study) -> None:

@@ -23,7 +23,7 @@ from sensitivity.api.sweeping import begin_sweep, grid, one_at_a_time
 from sensitivity.api.sweeping import sweep as sweep_
 from sensitivity.cli.main import main
 from sensitivity.measure import shards
-from sensitivity.measure.calibrate.calibration import calibrate
+from sensitivity.measure.calibrate.calibration import calibration_statistics
 from sensitivity.measure.evaluation import answer, evaluate
 from sensitivity.measure.generate.batches import batches_by_image
 from sensitivity.models.discovery import inspect
@@ -329,10 +329,10 @@ def test_calibration_begins_anew_with_fewer_rows_and_finds_the_same(mine: VLM, p
     """The memory is full in the middle of a pass, when the blocks before have counted its tokens already."""
     parts = inspect(mine, by="block")
     weights = [weight for weight in parts.weights if weight.part == "language"]
-    whole = calibrate(mine, parts, ["vqa"], n=24, path=path, gram_bytes=room).gather(weights)
+    whole = calibration_statistics(mine, parts, ["vqa"], n=24, path=path, gram_bytes=room).gather(weights)
     layer = mine.model.get_submodule("model.language_model.layers.3")
     with small(layer, 5) as sizes, pytest.warns(Notice, match="on cpu: batches of the calibration data are halved"):
-        parted = calibrate(mine, parts, ["vqa"], n=24, path=path, gram_bytes=room).gather(weights)
+        parted = calibration_statistics(mine, parts, ["vqa"], n=24, path=path, gram_bytes=room).gather(weights)
     assert max(sizes) <= 5
     for name, found in whole.items():
         assert parted[name].tokens == found.tokens
@@ -343,7 +343,7 @@ def test_calibration_begins_anew_with_fewer_rows_and_finds_the_same(mine: VLM, p
 def test_calibration_data_that_does_not_fit_row_by_row_is_an_error(mine: VLM) -> None:
     alone = "a single example of the calibration data does not fit into the memory of cpu"
     with small(mine.model, 0), pytest.warns(Notice), pytest.raises(UserError, match=alone):
-        calibrate(mine, inspect(mine, by="part"), ["vqa"], n=3)
+        calibration_statistics(mine, inspect(mine, by="part"), ["vqa"], n=3)
 
 
 def test_an_example_that_does_not_fit_alone_is_an_error(mine: VLM) -> None:

@@ -406,7 +406,7 @@ def there(place: Path, scenes_llava: Any, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("api.explaining", "explain_plan"),
         ("measure.speculation", "acceptance"),
         ("api.finding_causes", "begin_causes"),
-        ("analysis.report.page", "report"),
+        ("analysis.reporting.page", "report"),
         ("analysis.importance.estimators", "cross_validated"),
         ("api.exporting", "write"),
         ("api.exporting", "_on_path"),

@@ -23,7 +23,7 @@ from sensitivity.formats.halved.model import HalvedModel
 from sensitivity.formats.table import write
 from sensitivity.formats.timing import timed_process
 from sensitivity.formats.timing.intervals import FEWEST, interval, times, times_faster
-from sensitivity.formats.timing.memory import memory
+from sensitivity.formats.timing.memory import memory_now
 from sensitivity.formats.timing.side_by_side import bench
 from sensitivity.formats.timing.timed_process import NEW_TOKENS, Asked, Round, Stage, TimedModel, answered
 from sensitivity.formats.writing.job import Job
@@ -98,18 +98,18 @@ def test_the_stages_of_an_answer_are_told_apart() -> None:
 
 
 def test_anonymous_and_mapped_memory_are_counted_apart(tmp_path: Path) -> None:
-    if memory() is None:
+    if memory_now() is None:
         pytest.skip("needs Linux")
     file = tmp_path / "weights.bin"
     file.write_bytes(bytes(30 << 20))
     program = f"""
 import json, mmap, numpy as np
-from sensitivity.formats.timing.memory import begin_peak, memory, resident
-begin_peak(); before, held = memory(), resident()
+from sensitivity.formats.timing.memory import begin_peak, memory_now, resident
+begin_peak(); before, held = memory_now(), resident()
 much = np.ones(80 << 20, np.uint8); del much
 kept = np.ones(50 << 20, np.uint8)
 mapped = np.memmap({str(file)!r}, np.uint8, "r"); mapped.sum()
-after = memory()
+after = memory_now()
 print(json.dumps([after["peak"] - held] + [after[k] - before[k] for k in ("anonymous", "mapped")]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -175,7 +175,7 @@ def test_what_a_failing_process_wrote_last_is_in_the_message(
     said = "import os; os.write(2, b'a' * 100_000 + b'\\nb\\nc\\n\\nno kernel\\n')"  # more than a pipe holds
     monkeypatch.setattr(timed_process, "PROGRAM", f"print('{{}}', flush=True); input(); input(); {said}; {ending}")
     asked = Asked("a model", MODEL, "openvino", "float32", 1, "vqa", 1, 0)
-    with timed_process.timed_process(asked) as timed, pytest.raises(UserError, match=says):
+    with timed_process.timed_model(asked) as timed, pytest.raises(UserError, match=says):
         timed.round(0)
 
 
@@ -183,7 +183,7 @@ def test_a_process_that_ends_before_it_is_asked_is_told_in_a_sentence(monkeypatc
     monkeypatch.setattr(timed_process, "PROGRAM", "import sys; sys.exit('no module named openvino')")
     asked = Asked("a model", MODEL, "openvino", "float32", 1, "vqa", 1, 0)
     says = r"a model cannot be timed: its process ended \(.*\); it wrote last: no module named openvino"
-    with pytest.raises(UserError, match=says), timed_process.timed_process(asked):
+    with pytest.raises(UserError, match=says), timed_process.timed_model(asked):
         pass
 
 

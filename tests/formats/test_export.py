@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sensitivity.formats.checkpoints.awq import ORDER, _words
-from sensitivity.formats.checkpoints.gptq import PLANES, layout, pack_planes
+from sensitivity.formats.checkpoints.gptq import PLANES, pack_planes, packed_layout
 from sensitivity.formats.table import FORMATS, write
 from sensitivity.formats.writing import job as job_module
 from sensitivity.formats.writing import manifest, stream
@@ -36,7 +36,7 @@ from sensitivity.formats.writing.job import Job, codes_from_weights
 from sensitivity.formats.writing.packing import SMALLEST_BUFFER, pack, reused_buffer, unpack
 from sensitivity.formats.writing.source import _reader, open_checkpoint
 from sensitivity.formats.writing.unfinished import remove_unfinished, staging_folder
-from sensitivity.measure.calibrate.calibration import calibrate
+from sensitivity.measure.calibrate.calibration import calibration_statistics
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
@@ -136,8 +136,8 @@ def test_gptq_tensors_give_the_values_back(kind: str, bits: int) -> None:
     values, weight = torch.randn(64, 96), Weight("a.weight", 64, 96, "language", 0, 1, "ff")
     scheme = rtn(bits, 32, kind == "gptq")
     codes = codes_from_weights("a.weight", values, scheme)
-    tensors = layout(kind).tensors(codes, weight, scheme)
-    for spec, tensor in zip(layout(kind).specs("a.", weight, scheme), tensors, strict=True):
+    tensors = packed_layout(kind).tensors(codes, weight, scheme)
+    for spec, tensor in zip(packed_layout(kind).specs("a.", weight, scheme), tensors, strict=True):
         assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), spec.key
     if kind == "gptq_p":
         return  # read back with GPTQModel's own kernels: reports/export.md
@@ -359,7 +359,7 @@ def test_shards_are_read_as_one_model(parts: ComponentMap, tmp_path: Path, monke
     assert len(files) > 5
     assert set(index["weight_map"].values()) == {file.name for file in files}
     load(str(tmp_path / "out"), dtype="float32", quantized=True)
-    assert manifest.damage(tmp_path / "out", manifest.read(tmp_path / "out")) == []
+    assert manifest.damaged_files(tmp_path / "out", manifest.read(tmp_path / "out")) == []
 
 
 # -- the other formats
@@ -406,7 +406,7 @@ def test_every_export_has_a_card_and_a_manifest_and_no_pickle(exports: Path, nam
     for heading in ("## Plan", "## Size", "## Scores", "## How to load it", "## License"):
         assert heading in card
     assert "| vision |" in card
-    assert manifest.damage(folder, manifest.read(folder)) == []
+    assert manifest.damaged_files(folder, manifest.read(folder)) == []
     graphs = {file.with_suffix(".bin") for file in folder.glob("*.xml")}  # the numbers of OpenVINO's graphs
     assert not [file for file in {*folder.rglob("*")} - graphs if file.suffix in (".bin", ".pt", ".pkl", ".pth")]
 
@@ -546,7 +546,7 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(parts: ComponentMap,
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert not (tmp_path / "new").exists()
-    assert manifest.damage(tmp_path / "old", manifest.read(tmp_path / "old")) == []
+    assert manifest.damaged_files(tmp_path / "old", manifest.read(tmp_path / "old")) == []
     (left,) = (path for path in tmp_path.iterdir() if path.name != "old")  # the second one cleared what the first left
     assert left.name.startswith(".old.")
     assert not (left / manifest.MANIFEST).exists()
@@ -593,7 +593,7 @@ def test_damage_is_found(exports: Path, tmp_path: Path, what: str) -> None:
         (folder / "config.json").unlink()
     else:
         (folder / "model-extra.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
-    (found,) = manifest.damage(folder, manifest.read(folder))
+    (found,) = manifest.damaged_files(folder, manifest.read(folder))
     says = {"cut": "bytes instead of", "changed": "was changed", "gone": "is missing", "added": "was added"}
     assert says[what] in found
 
@@ -625,7 +625,7 @@ def test_calibrated_methods_ask_for_their_codes(parts: ComponentMap, tmp_path: P
 def test_calibrated_codes_are_those_that_were_measured(tmp_path: Path, path: str) -> None:
     vlm = load(EMBEDDED)
     parts = inspect(vlm, by="part")
-    statistics = calibrate(vlm, parts, ["vqa"], n=4, path=path)
+    statistics = calibration_statistics(vlm, parts, ["vqa"], n=4, path=path)
     chosen = scheme("gptq", 3, calibration=statistics.facts)
     plan = Plan.of(parts, {"vision": chosen, "connector": None, "language": rtn(4)})
     if path == "exposed":
@@ -650,7 +650,7 @@ def test_the_exposed_path_visits_each_block_about_once() -> None:
         vlm.model.get_submodule(weight.module).register_forward_pre_hook(hear)
     calls, found = {}, {}
     for way in ("again", "onwards"):
-        statistics = calibrate(vlm, parts, ["vqa"], n=1, path="exposed")
+        statistics = calibration_statistics(vlm, parts, ["vqa"], n=1, path="exposed")
         if way == "again":
             anew = functools.partial(lambda gather, weights, done=None: gather(weights), statistics.gather)
             statistics = replace(statistics, gather=anew)
@@ -675,7 +675,7 @@ def test_scales_of_inputs_are_folded_into_the_layer_before(tmp_path: Path, symme
     """A packed file answers as the measured weights do; without the folding it would be nowhere near."""
     vlm = load(EMBEDDED)
     parts = inspect(vlm, by="part")
-    statistics = calibrate(vlm, parts, ["vqa"], n=4)
+    statistics = calibration_statistics(vlm, parts, ["vqa"], n=4)
     chosen = scheme("awq", 4, group=32, symmetric=symmetric, scales="folded", calibration=statistics.facts)
     plan, ids = Plan.of(parts, {"connector": None}, chosen), torch.randint(5, 160, (1, 48))
     ids[0, :36] = 4

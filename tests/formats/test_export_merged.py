@@ -16,7 +16,7 @@ from experiments.small import models
 from sensitivity.api import exporting
 from sensitivity.api.sweeping import sweep
 from sensitivity.cli import main as cli
-from sensitivity.formats.verification import compare, rerun
+from sensitivity.formats.verification import compare_answers, rerun
 from sensitivity.formats.writing.job import Job
 from sensitivity.formats.writing.source import open_checkpoint
 from sensitivity.models.discovery import inspect
@@ -68,7 +68,7 @@ def test_an_export_answers_as_measured(
     rerun(str(out), str(tmp_path / "rows"), facts["dtype"], facts["trial"], "cpu")
     expected = study.examples(plan)
     assert expected is not None
-    outcome = compare(expected, pd.read_parquet(tmp_path / "rows"))
+    outcome = compare_answers(expected, pd.read_parquet(tmp_path / "rows"))
     assert (outcome["verdict"], outcome["examples"]) == ("as measured", 4)
     assert outcome["largest_nll_difference"] < 1e-4
     written = {file.name for file in out.iterdir()}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sensitivity.api import exporting
 from sensitivity.api.sweeping import sweep
 from sensitivity.cli import main as cli
-from sensitivity.formats.gguf import export
+from sensitivity.formats.gguf import exporter
 from sensitivity.formats.gguf.blocks import packed
 from sensitivity.formats.gguf.model import GGUFModel
 from sensitivity.formats.gguf.names import QWEN, TEXT_BLOCK, placed
@@ -163,7 +163,7 @@ def test_every_weight_is_read_back_as_it_is_measured(name: str, saved: Callable[
     vlm = load(str(tmp_path / "fake"), dtype="float32")
     found = {
         one.name: numbers(torch.from_numpy(np.array(one.data)), one.tensor_type.name, tuple(one.shape[::-1].tolist()))
-        for file in export.FILES.values()
+        for file in exporter.FILES.values()
         for one in gguf.GGUFReader(tmp_path / "gguf" / file).tensors
     }
     for parameter, values in vlm.model.named_parameters():
@@ -173,14 +173,14 @@ def test_every_weight_is_read_back_as_it_is_measured(name: str, saved: Callable[
     assert not found
     assert facts["written"]["bytes"] == facts["predicted_size"]["bytes"]
     assert facts["written"]["headers"] <= header_bytes(parts, "gguf")
-    files = [tmp_path / "gguf" / file for file in export.FILES.values()]
+    files = [tmp_path / "gguf" / file for file in exporter.FILES.values()]
     assert sum(f.stat().st_size for f in files) == facts["written"]["bytes"] + facts["written"]["headers"]
 
 
 def test_a_tensor_that_was_swapped_is_told(saved: Callable[[str], Path], tmp_path: Path) -> None:
     exported(saved("smolvlm"), tmp_path, MIXED)
     check_arrived(tmp_path / "gguf")
-    file = tmp_path / "gguf" / export.FILES["language"]
+    file = tmp_path / "gguf" / exporter.FILES["language"]
     content = file.read_bytes()
     for old, new in ((0, 9), (1, 0), (9, 1)):
         content = content.replace(b"blk.%d.ffn_up" % old, b"blk.%d.ffn_up" % new)
@@ -191,9 +191,9 @@ def test_a_tensor_that_was_swapped_is_told(saved: Callable[[str], Path], tmp_pat
 
 def test_a_tensor_that_nobody_wrote_is_told(saved: Callable[[str], Path], tmp_path: Path) -> None:
     exported(saved("smolvlm"), tmp_path, MIXED)
-    file = tmp_path / "gguf" / export.STORED
+    file = tmp_path / "gguf" / exporter.STORED
     stored = json.loads(file.read_text())
-    del stored[export.FILES["language"]]["output_norm.weight"]
+    del stored[exporter.FILES["language"]]["output_norm.weight"]
     file.write_text(json.dumps(stored))
     with pytest.raises(UserError, match=r"does not hold output_norm\.weight as written"):
         check_arrived(tmp_path / "gguf")
@@ -208,7 +208,7 @@ def test_a_parameter_without_a_name_is_refused_before_the_sweep(
     source = str(saved("smolvlm"))
     monkeypatch.delitem(TEXT_BLOCK, "mlp.up_proj")
     with pytest.raises(UserError, match=r"llama\.cpp has no name for model\.text_model\.layers\.0\.mlp\.up_proj"):
-        export.check(source)
+        exporter.check(source)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_a_parameter_without_a_name_is_refused_before_the_sweep(
 def test_a_model_that_it_cannot_hold_is_refused_before_the_sweep(name: str, says: str, tmp_path: Path) -> None:
     folder = saved_vlms.save(name, tmp_path / name)
     with pytest.raises(UserError, match=says):
-        export.check(str(folder))
+        exporter.check(str(folder))
     typed = ["sweep", str(folder), "--task", "vqa", "--runtime", "gguf", "--bits", "4", "--method", "rtn"]
     assert cli.main([*typed, "--group", "32", "--out", str(tmp_path / "r")]) == 2
     assert not (tmp_path / "r").exists()
@@ -252,7 +252,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(
         (config[within] if within else config)[name] = value
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=says):
-        export.check(str(folder))
+        exporter.check(str(folder))
 
 
 @pytest.mark.parametrize("verb", ["sweep", "plan"])
@@ -351,7 +351,7 @@ def test_the_packed_codes_compute_as_torch_does_with_inputs_of_8_bits(
 def test_llama_cpp_holds_every_tensor_as_written(llama_cpp: Any, saved: Callable[[str], Path], tmp_path: Path) -> None:
     """What llama.cpp writes of the model that it has loaded."""
     exported(saved("smolvlm"), tmp_path, MIXED)
-    lib, language = llama_cpp.library(), str(tmp_path / "gguf" / export.FILES["language"])
+    lib, language = llama_cpp.xllamacpp_library(), str(tmp_path / "gguf" / exporter.FILES["language"])
     params = lib.llama_model_default_params()
     params.use_extra_bufts = False  # with it, codes may be laid out anew, so that llama.cpp computes faster
     model = lib.llama_model_load_from_file(language.encode(), params)
@@ -360,7 +360,7 @@ def test_llama_cpp_holds_every_tensor_as_written(llama_cpp: Any, saved: Callable
     lib.llama_model_free(model)
     again, ours = (
         {one.name: one.data.tobytes() for one in gguf.GGUFReader(file).tensors}
-        for file in (tmp_path / "again.gguf", tmp_path / "gguf" / export.FILES["language"])
+        for file in (tmp_path / "again.gguf", tmp_path / "gguf" / exporter.FILES["language"])
     )
     assert again == ours
 
@@ -370,7 +370,7 @@ def test_the_patches_of_a_clip_tower_are_right_where_positions_are(
 ) -> None:
     """With rows of positions in the order of the defect, all features but the first, which it drops, are right."""
     exported(saved("llava"), tmp_path, {})
-    file = tmp_path / "gguf" / export.FILES["vision"]
+    file = tmp_path / "gguf" / exporter.FILES["vision"]
     (table,) = (one for one in gguf.GGUFReader(file).tensors if one.name == "v.position_embd.weight")
     content = bytearray(file.read_bytes())
     rolled = np.roll(np.array(table.data), -1, axis=0).tobytes()

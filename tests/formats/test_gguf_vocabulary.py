@@ -11,7 +11,7 @@ import tokenizers as tk
 import transformers as T
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from sensitivity.formats.gguf.export import header_of
+from sensitivity.formats.gguf.exporter import header_of
 from sensitivity.formats.gguf.metadata import language_writer
 from sensitivity.formats.gguf.vocabulary import LLAMA, QWEN, add_vocabulary, check_vocabulary, kind_of, split_rule
 from sensitivity.spec.errors import UserError
@@ -78,14 +78,14 @@ def test_text_becomes_the_same_tokens(name: str, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="needs xllamacpp of the extra `gguf`, which CI does not install")
     import ctypes
 
-    from sensitivity.formats.gguf.library import library
+    from sensitivity.formats.gguf.library import xllamacpp_library
 
     tokenizer = of_letters() if name == "letters" else of_bytes(name)
     rows = len(tokenizer) + 4
     writer = language_writer(T.LlamaConfig(vocab_size=rows, hidden_size=64, num_attention_heads=2))
     add_vocabulary(writer, tokenizer, rows)
     header_of(writer, tmp_path / "words.gguf")
-    lib = library()
+    lib = xllamacpp_library()
     params = lib.llama_model_default_params()
     params.vocab_only = True
     model = lib.llama_model_load_from_file(str(tmp_path / "words.gguf").encode(), params)

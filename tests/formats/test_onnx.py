@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from sensitivity.api import exporting
 from sensitivity.api.sweeping import sweep
 from sensitivity.cli import main as cli
-from sensitivity.formats.onnx import export, layout
+from sensitivity.formats.onnx import exporter, layout
 from sensitivity.formats.table import write
 from sensitivity.formats.timing.side_by_side import bench
 from sensitivity.formats.verification import verify
@@ -170,7 +170,7 @@ def test_a_model_that_it_cannot_hold_is_refused_before_the_sweep(
 ) -> None:
     folder = saved_vlms.save(name, tmp_path / name)
     with pytest.raises(UserError, match=says):
-        export.check(str(folder))
+        exporter.check(str(folder))
     typed = ["sweep", str(folder), "--task", "vqa", "--runtime", "onnx", "--bits", "4", "--method", "rtn"]
     assert cli.main([*typed, "--out", str(tmp_path / "r")]) == 2
     assert not (tmp_path / "r").exists()
@@ -235,9 +235,9 @@ def test_predicted_bytes_are_written_bytes(study: Study, folder: Path) -> None:
     assert facts["written"]["bytes"] == facts["predicted_size"]["bytes"]
     assert 0.4 * header_bytes(study.parts, "onnx") < facts["written"]["headers"]
     assert facts["written"]["headers"] <= header_bytes(study.parts, "onnx")  # what --gb leaves for them
-    files = [folder / name for file in export.FILES.values() for name in (file, f"{file}{export.DATA}")]
+    files = [folder / name for file in exporter.FILES.values() for name in (file, f"{file}{exporter.DATA}")]
     assert sum(file.stat().st_size for file in files) == facts["written"]["bytes"] + facts["written"]["headers"]
-    graph = (folder / export.FILES["language"]).read_bytes()
+    graph = (folder / exporter.FILES["language"]).read_bytes()
     assert b"site-packages" not in graph  # the tracer notes source files of this machine beside each operation
 
 
@@ -246,7 +246,7 @@ def test_a_weight_that_did_not_arrive_is_told(onnxruntime: Any, folder: Path, tm
 
     check_arrived(folder)
     copy = shutil.copytree(folder, tmp_path / "copy")
-    graph = copy / export.FILES["language"]
+    graph = copy / exporter.FILES["language"]
     names = [f"layers.{i}.mlp.up_proj.weight:codes".encode() for i in (0, 1)]
     swapped = graph.read_bytes().replace(names[0], b"@" * len(names[0])).replace(names[1], names[0])
     graph.write_bytes(swapped.replace(b"@" * len(names[0]), names[1]))

@@ -17,13 +17,13 @@ from few import few
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sensitivity.formats.timing.open_models import TorchHalves
 
 from sensitivity.api import exporting
 from sensitivity.api.sweeping import sweep
 from sensitivity.cli import main as cli
-from sensitivity.formats.openvino import export, layout
+from sensitivity.formats.openvino import exporter, layout
 from sensitivity.formats.table import write
-from sensitivity.formats.timing.opened import TorchHalves
 from sensitivity.formats.timing.side_by_side import bench
 from sensitivity.formats.verification import verify
 from sensitivity.formats.writing.job import Job, codes_from_weights
@@ -102,7 +102,7 @@ def test_a_model_that_it_cannot_hold_is_refused_before_the_sweep(
 ) -> None:
     folder = saved_vlms.save(name, tmp_path / name)
     with pytest.raises(UserError, match=says):
-        export.check(str(folder))
+        exporter.check(str(folder))
     typed = ["sweep", str(folder), "--task", "vqa", "--runtime", "openvino", "--bits", "4", "--method", "rtn"]
     assert cli.main([*typed, "--out", str(tmp_path / "r")]) == 2
     assert not (tmp_path / "r").exists()
@@ -168,7 +168,7 @@ def test_predicted_bytes_are_written_bytes(study: Study, folder: Path) -> None:
     assert facts["written"]["headers"] <= header_bytes(study.parts, "openvino")  # what --gb leaves for them
     norm = 2 * 2 * 128  # the norm behind the last vision block, which this model never reads
     assert facts["written"]["bytes"] == size(study.parts, Plan.of(study.parts, CHANGES), "openvino").bytes - norm
-    files = [folder / name for xml in export.FILES.values() for name in (xml, xml.replace(".xml", ".bin"))]
+    files = [folder / name for xml in exporter.FILES.values() for name in (xml, xml.replace(".xml", ".bin"))]
     assert sum(file.stat().st_size for file in files) == facts["written"]["bytes"] + facts["written"]["headers"]
 
 
@@ -177,7 +177,7 @@ def test_a_graph_computes_with_the_numbers_of_the_codes(openvino: Any, scheme: S
     """The decompression of one weight, as OpenVINO itself evaluates it."""
     from openvino import Type, op, opset14
 
-    from sensitivity.formats.openvino.graph import numbers
+    from sensitivity.formats.openvino.graph import dequantized
 
     rows, cols = 8, 96
     weight = Weight("a.weight", rows, cols, "language", 0, 1, "ff")
@@ -191,7 +191,7 @@ def test_a_graph_computes_with_the_numbers_of_the_codes(openvino: Any, scheme: S
         tensor = openvino.Tensor(content.numpy(), list(constant.shape), getattr(Type, constant.type))
         made.append(op.Constant(tensor))
     x = op.Parameter(Type.f32, openvino.PartialShape([-1, cols]))
-    product = opset14.matmul(x, numbers(stored, made), False, True)
+    product = opset14.matmul(x, dequantized(stored, made), False, True)
     model = openvino.Model([opset14.result(product)], [x], "one")
     run = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     inputs = torch.randn(5, cols, generator=torch.Generator().manual_seed(1))
@@ -205,7 +205,7 @@ def test_a_weight_that_did_not_arrive_is_told(openvino: Any, folder: Path, tmp_p
     check_arrived(folder)
     for file in folder.glob("openvino_*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    xml = tmp_path / export.FILES["language"]
+    xml = tmp_path / exporter.FILES["language"]
     text, names = xml.read_text(), [f"layers.{i}.mlp.up_proj.weight:codes" for i in (0, 1)]
     swapped = text.replace(names[0], "@").replace(names[1], names[0]).replace("@", names[1])
     xml.write_text(swapped)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from sensitivity.cli import main as cli
-from sensitivity.formats.openvino.export import STORED
+from sensitivity.formats.openvino.exporter import STORED
 from sensitivity.formats.openvino.layer_counters import LayerCounters, name_layers
-from sensitivity.formats.timing.kept_times import kept_times
+from sensitivity.formats.timing.kept_times import load_kept_times
 from sensitivity.formats.timing.profile import _as_in_graphs, checked, first_inputs
-from sensitivity.formats.timing.rows_at_once import rows_at_once
+from sensitivity.formats.timing.rows_at_once import rows_by_weight
 from sensitivity.formats.timing.timed_process import LayerSeconds, Round, Stage
 from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
@@ -29,7 +29,7 @@ def test_tokens_are_counted_without_weights() -> None:
     vlm = load(MODEL, config_only=True)
     parts, vision = inspect(vlm, by="part"), vlm.model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
-    found = rows_at_once(vlm, parts, first_inputs(MODEL, "vqa"))
+    found = rows_by_weight(vlm, parts, first_inputs(MODEL, "vqa"))
     assert set(found) == {weight.name for weight in parts.weights if weight.part != "language"}
     assert {found[w.name] for w in parts["connector"].weights} == {patches}
     used = {found[w.name] for w in parts["vision"].weights}
@@ -40,7 +40,7 @@ def test_tokens_are_counted_without_weights() -> None:
 def test_a_query_transformer_reads_its_queries_and_the_patches() -> None:
     vlm = load("embedded:scenes-blip2", config_only=True)
     parts, config = inspect(vlm, by="kind"), vlm.model.config
-    found = rows_at_once(vlm, parts, first_inputs("embedded:scenes-blip2", "vqa"))
+    found = rows_by_weight(vlm, parts, first_inputs("embedded:scenes-blip2", "vqa"))
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
     seen = {found[weight.name] for weight in parts.weights if weight.part == "connector"}
     assert seen == {config.num_query_tokens, patches}  # keys and values of cross attention come from the patches
@@ -125,7 +125,7 @@ def test_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert cli.main(words) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     parts = inspect(MODEL, by="part")
-    times = kept_times(parts, "openvino", 1)
+    times = load_kept_times(parts, "openvino", 1)
     assert found["layers"] == times.to_json()["layers"]
     # OpenVINO counts whole microseconds, and some of these layers take as few for a single token
     assert all(ms > 0 for (_, _, _, at_once), ms in times.layers.items() if at_once > 1)

@@ -16,15 +16,15 @@ import pytest
 import saved_vlms
 from PIL import Image
 
-from sensitivity.analysis.report.page import report
+from sensitivity.analysis.reporting.page import report
 from sensitivity.api import exporting
 from sensitivity.api.recommending import recommend
 from sensitivity.api.sweeping import sweep
 from sensitivity.cli import main as cli
 from sensitivity.formats.table import EXPECTED
-from sensitivity.formats.verification import compare, rerun, verify
+from sensitivity.formats.verification import compare_answers, rerun, verify
 from sensitivity.formats.writing import manifest
-from sensitivity.measure.calibrate.calibration import calibrate
+from sensitivity.measure.calibrate.calibration import calibration_statistics
 from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
@@ -67,7 +67,7 @@ def test_an_export_answers_as_measured(export: Path, study: Study, capsys: pytes
     assert (stored["verdict"], stored["examples"], stored["answers_that_differ"]) == ("as measured", 20, 0)
     row = study.table().set_index("key").loc[Plan.of(study.parts, MIXED).key]
     assert stored["mean_score"]["vqa"] == pytest.approx(row["vqa"])
-    assert manifest.damage(export, manifest.read(export)) == []
+    assert manifest.damaged_files(export, manifest.read(export)) == []
 
 
 def test_the_card_tells_scores_size_and_how_to_load(export: Path, study: Study) -> None:
@@ -103,7 +103,7 @@ def test_other_families_answer_as_measured(name: str, tmp_path: Path) -> None:
     out = exporting.export(study, plan, tmp_path / "out", "compressed-tensors")
     facts = manifest.read(out)
     rerun(str(out), str(tmp_path / "rows.parquet"), facts["dtype"], facts["trial"], "cpu")
-    found = compare(pd.read_parquet(out / EXPECTED), pd.read_parquet(tmp_path / "rows.parquet"))
+    found = compare_answers(pd.read_parquet(out / EXPECTED), pd.read_parquet(tmp_path / "rows.parquet"))
     assert (found["verdict"], found["examples"]) == ("as measured", 3)
     assert found["largest_nll_difference"] < 1e-4
 
@@ -147,14 +147,14 @@ def rows(answers: str, scores: str, nll: float = 1.0) -> pd.DataFrame:
 
 
 def test_differences_are_counted_example_by_example() -> None:
-    same = compare(rows("abcd", "1101"), rows("abcd", "1101"))
+    same = compare_answers(rows("abcd", "1101"), rows("abcd", "1101"))
     assert (same["verdict"], same["largest_nll_difference"]) == ("as measured", 0.0)
-    other = compare(rows("abcd", "1101"), rows("abxd", "1111"))
+    other = compare_answers(rows("abcd", "1101"), rows("abxd", "1111"))
     assert (other["verdict"], other["answers_that_differ"], other["scores_that_differ"]) == ("different", 1, 1)
-    fewer = compare(rows("abcd", "1101"), rows("abc", "110"))
+    fewer = compare_answers(rows("abcd", "1101"), rows("abc", "110"))
     assert fewer["verdict"] == "different"
     assert "1 examples are not in both" in fewer["words"]
-    drift = compare(rows("abcd", "1101"), rows("abcd", "1101", nll=1.01))
+    drift = compare_answers(rows("abcd", "1101"), rows("abcd", "1101", nll=1.01))
     assert drift["verdict"] == "as measured"
     assert "log-likelihoods differ by up to 0.01" in drift["words"]
 
@@ -201,7 +201,7 @@ def test_a_sweep_of_what_a_runtime_cannot_load_does_not_begin(
 def calibrated(scenes_llava: VLM, tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Plan]:
     """A study in which one plan of GPTQ at 2 bits was measured on the float path."""
     parts = inspect(scenes_llava, by="part")
-    statistics = calibrate(scenes_llava, parts, ["vqa"], n=4)
+    statistics = calibration_statistics(scenes_llava, parts, ["vqa"], n=4)
     chosen = scheme("gptq", 2, group=32, calibration=statistics.facts)
     plan = Plan.of(parts, {"vision": chosen, "connector": chosen})
     out = tmp_path_factory.mktemp("runs") / "gptq"

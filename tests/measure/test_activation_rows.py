@@ -14,7 +14,7 @@ from sensitivity.api.sweeping import with_calibration
 from sensitivity.measure.activations.adaptive_softmax import LARGEST_SHARES, LEVELS_PER_HALVING, adaptive_grids
 from sensitivity.measure.activations.attention_operands import is_operand, operand_grids, signs_of, two_peaks
 from sensitivity.measure.activations.matching import AttentionScale, attention_scales, factors
-from sensitivity.measure.calibrate.calibration import calibrate
+from sensitivity.measure.calibrate.calibration import calibration_statistics
 from sensitivity.measure.gradients.token_importance import TokenNumbers, by_filter
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.install.rounding import rounding_hooks
@@ -153,7 +153,7 @@ def test_signs_fold_two_peaks_and_leave_every_product() -> None:
 
 def test_operands_of_a_model_have_one_range_each(scenes_llava: VLM) -> None:
     parts = inspect(scenes_llava, by="part")
-    statistics = calibrate(scenes_llava, parts, ["vqa"], n=2)
+    statistics = calibration_statistics(scenes_llava, parts, ["vqa"], n=2)
     weights = [weight for weight in parts.weights if is_operand(weight)]
     assert len(weights) == 3 * sum(len({w.block for w in parts[part].weights}) for part in ("vision", "language"))
     found = operand_grids(scenes_llava.model, weights, "tensor", statistics.passes)
@@ -270,7 +270,7 @@ def test_examples_outside_the_fences_count_nothing() -> None:
 def test_filtered_statistics_are_those_of_the_examples_that_are_left(scenes_llava: VLM) -> None:
     parts = inspect(scenes_llava, by="part")
     weights = [weight for weight in parts.weights if weight.block == 0 and weight.part == "language"]
-    every = calibrate(scenes_llava, parts, ["vqa"], n=8, importance=("filtered",))
+    every = calibration_statistics(scenes_llava, parts, ["vqa"], n=8, importance=("filtered",))
     plain, filtered = every.gather(weights), every.weighted["filtered"](weights)
     assert plain.keys() == filtered.keys()
     for name in plain:

@@ -17,7 +17,7 @@ from few import few
 
 from sensitivity.api.sweeping import sweep, with_calibration
 from sensitivity.measure.activations import joint_ranges
-from sensitivity.measure.calibrate.calibration import calibrate
+from sensitivity.measure.calibrate.calibration import calibration_statistics
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.passes.attention_functions import FUSED
 from sensitivity.measure.passes.attention_hooks import attention_modules
@@ -169,6 +169,6 @@ def test_statistics_are_needed_where_something_is_searched(scenes_llava: VLM) ->
         plan = Plan.of(parts, {"vision": scheme("keep", 16, activations=4, **more)})
         with pytest.raises(UserError, match="keep needs calibration data"):
             quantized(scenes_llava.model, parts, plan).__enter__()
-    statistics = calibrate(scenes_llava, parts, ["vqa"], n=2)
+    statistics = calibration_statistics(scenes_llava, parts, ["vqa"], n=2)
     with pytest.raises(UserError, match="keep asks for calibration with calibration = None"):
         quantized(scenes_llava.model, parts, plan, statistics=statistics).__enter__()

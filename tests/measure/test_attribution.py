@@ -21,7 +21,7 @@ from sensitivity.measure.attribution.checks import check_scores
 from sensitivity.measure.attribution.coverage import coverage_of_shares
 from sensitivity.measure.attribution.scores import SCORES, attribute
 from sensitivity.measure.attribution.weight_errors import WeightErrors, plan_changes
-from sensitivity.measure.calibrate.calibration import calibrate, calibration_examples
+from sensitivity.measure.calibrate.calibration import calibration_examples, calibration_statistics
 from sensitivity.measure.gradients.backward import answer_loss, backward_pass
 from sensitivity.measure.gradients.path_integral import PathIntegral, integrate_path
 from sensitivity.measure.install.plan_in_model import quantized
@@ -44,7 +44,11 @@ def calibrated(vlm: VLM, by: str = "part", n: int = 4) -> Calibrated:
     data = calibration_examples(["vqa"], n, 0)
     schemes = [scheme("rtn", bits) for bits in BITS]
     return Calibrated(
-        vlm, parts, schemes, calibrate(vlm, parts, ["vqa"], n), lambda rows: answer_batches(vlm, data, rows)
+        vlm,
+        parts,
+        schemes,
+        calibration_statistics(vlm, parts, ["vqa"], n),
+        lambda rows: answer_batches(vlm, data, rows),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sensitivity.api.sweeping import sweep, with_calibration
-from sensitivity.measure.calibrate.calibration import calibrate
+from sensitivity.measure.calibrate.calibration import calibration_statistics
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.passes.token_batches import VISION, answer_batches, calibration_pass
@@ -34,7 +34,7 @@ def parts(scenes_llava: VLM) -> ComponentMap:
 
 @pytest.fixture(scope="module")
 def statistics(scenes_llava: VLM, parts: ComponentMap) -> Statistics:
-    return calibrate(scenes_llava, parts, ["vqa"], N, path="both", importance=["block"])
+    return calibration_statistics(scenes_llava, parts, ["vqa"], N, path="both", importance=["block"])
 
 
 def read(vlm: VLM, weights: Sequence[Weight]) -> tuple[dict[str, Tensor], Tensor]:
@@ -82,7 +82,7 @@ def test_before_anything_is_quantized_the_paths_are_one(
         for curvature in gather(weights, ()).values():
             assert curvature.paths is not None
             assert not curvature.paths.cross.any()
-    exposed = calibrate(scenes_llava, parts, ["vqa"], N, path="exposed")
+    exposed = calibration_statistics(scenes_llava, parts, ["vqa"], N, path="exposed")
     for name, curvature in exposed.gather(weights, ()).items():
         assert torch.equal(curvature.gram, statistics.gather(weights, ())[name].gram)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sensitivity.api.sweeping import with_calibration as calibrated_
 from sensitivity.measure.calibrate.cache import Cache
-from sensitivity.measure.calibrate.calibration import calibrate, gather_exposed, gather_float
+from sensitivity.measure.calibrate.calibration import calibration_statistics, gather_exposed, gather_float
 from sensitivity.measure.calibrate.collecting import collect
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.install.plan_in_model import prepare, quantized
@@ -68,7 +68,7 @@ def parts(scenes_llava: VLM) -> ComponentMap:
 
 @pytest.fixture(scope="module")
 def statistics(scenes_llava: VLM, parts: ComponentMap) -> Statistics:
-    return calibrate(scenes_llava, parts, ["vqa", "caption"], n=N)
+    return calibration_statistics(scenes_llava, parts, ["vqa", "caption"], n=N)
 
 
 # -- one pass, all layers
@@ -303,9 +303,9 @@ def test_no_more_matrices_are_held_than_there_is_room_for(
         alive.add(self)
         most[0] = max(most[0], sum(4 * one.width**2 for one in alive))
 
-    whole = calibrate(scenes_llava, parts, ["vqa"], n=3)
+    whole = calibration_statistics(scenes_llava, parts, ["vqa"], n=3)
     monkeypatch.setattr(Curvature, "__init__", counting)
-    little = calibrate(scenes_llava, parts, ["vqa"], n=3, gram_bytes=0)
+    little = calibration_statistics(scenes_llava, parts, ["vqa"], n=3, gram_bytes=0)
     finer = parts.regroup("block")
     blocks = [sum(4 * w.cols**2 for w in {input_of(w): w for w in c.weights}.values()) for c in finer.components]
     plan = Plan.uniform(finer, scheme("gptq", 3, calibration=whole.facts))
@@ -343,7 +343,7 @@ def test_inputs_that_are_no_numbers_name_the_layer(scenes_llava: VLM, parts: Com
 
 
 def test_calibration_data_is_never_evaluated_on(scenes_llava: VLM, parts: ComponentMap, tmp_path: Path) -> None:
-    calibrate(scenes_llava, parts, ["vqa"], n=2, against=[task("vqa", "evaluation", 50)])
+    calibration_statistics(scenes_llava, parts, ["vqa"], n=2, against=[task("vqa", "evaluation", 50)])
     Image.new("RGB", (48, 48)).save(tmp_path / "a.png")
     lines = [
         {"image": "a.png", "prompt": "where is the 3?", "answers": ["top left"], "split": split, "id": split}
@@ -352,7 +352,7 @@ def test_calibration_data_is_never_evaluated_on(scenes_llava: VLM, parts: Compon
     file = tmp_path / "mine.jsonl"
     file.write_text("\n".join(json.dumps(line) for line in lines))
     with pytest.raises(UserError, match="calibration example calibration of mine is also evaluated on"):
-        calibrate(scenes_llava, parts, [str(file)], n=1, against=[task(str(file), "evaluation")])
+        calibration_statistics(scenes_llava, parts, [str(file)], n=1, against=[task(str(file), "evaluation")])
 
 
 def test_facts_name_the_data(statistics: Statistics) -> None:
@@ -371,7 +371,7 @@ def test_facts_name_the_data(statistics: Statistics) -> None:
 )
 def test_a_wrong_wish_is_refused(scenes_llava: VLM, parts: ComponentMap, how: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        calibrate(scenes_llava, parts, ["vqa"], **how)
+        calibration_statistics(scenes_llava, parts, ["vqa"], **how)
 
 
 def test_statistics_must_be_those_of_the_scheme(scenes_llava: VLM, parts: ComponentMap, statistics: Statistics) -> None:
@@ -456,13 +456,13 @@ def test_coverage_at_every_granularity(scenes_llava: VLM, parts: ComponentMap, s
 
 @pytest.fixture(scope="module")
 def on_the_way(scenes_llava: VLM, parts: ComponentMap) -> Statistics:
-    return calibrate(scenes_llava, parts, ["vqa"], n=2, path="exposed")
+    return calibration_statistics(scenes_llava, parts, ["vqa"], n=2, path="exposed")
 
 
 def test_the_exposed_path_sees_what_the_layers_before_it_became(
     scenes_llava: VLM, parts: ComponentMap, on_the_way: Statistics
 ) -> None:
-    float_path = calibrate(scenes_llava, parts, ["vqa"], n=2)
+    float_path = calibration_statistics(scenes_llava, parts, ["vqa"], n=2)
     parts = parts.regroup("group")
     ends = ("vision.front", "language.end")
     first, last = (
@@ -498,16 +498,16 @@ def test_statistics_from_the_cache_are_the_same_bits(
     scenes_llava: VLM, parts: ComponentMap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     cache, files = Cache(tmp_path), 1 if room else len(parts.regroup("block").names)
-    a = calibrate(scenes_llava, parts, ["vqa"], n=3, cache=cache, gram_bytes=room).gather(parts.weights)
+    a = calibration_statistics(scenes_llava, parts, ["vqa"], n=3, cache=cache, gram_bytes=room).gather(parts.weights)
     assert len(list(tmp_path.glob("*.safetensors"))) == files
     monkeypatch.setattr("sensitivity.measure.calibrate.calibration.collect", lambda *_: pytest.fail("computed again"))
-    b = calibrate(scenes_llava, parts, ["vqa"], n=3, cache=cache, gram_bytes=room).gather(parts.weights)
+    b = calibration_statistics(scenes_llava, parts, ["vqa"], n=3, cache=cache, gram_bytes=room).gather(parts.weights)
     for name in a:
         assert torch.equal(a[name].gram, b[name].gram)
         assert torch.equal(a[name].mean_magnitude, b[name].mean_magnitude)
         assert a[name].modalities.tolist() == b[name].modalities.tolist()
     monkeypatch.undo()
-    calibrate(scenes_llava, parts, ["vqa"], n=4, cache=cache)
+    calibration_statistics(scenes_llava, parts, ["vqa"], n=4, cache=cache)
     assert len(list(tmp_path.glob("*.safetensors"))) == files + 1
 
 
@@ -515,11 +515,11 @@ def test_quantized_weights_from_the_cache_are_the_same_bits(
     scenes_llava: VLM, parts: ComponentMap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finer = parts.regroup("group")
-    plain = calibrate(scenes_llava, parts, ["vqa"], n=3)
+    plain = calibration_statistics(scenes_llava, parts, ["vqa"], n=3)
     one = scheme("gptq", 3, calibration=plain.facts)
     plan = Plan.of(finer, {"vision.front": one, "connector": scheme("rtn", 3)})
     expected = installed(scenes_llava, finer, plan, WeightCodes(), plain)
-    cached = calibrate(scenes_llava, parts, ["vqa"], n=3, cache=Cache(tmp_path))
+    cached = calibration_statistics(scenes_llava, parts, ["vqa"], n=3, cache=Cache(tmp_path))
     assert same(installed(scenes_llava, finer, plan, WeightCodes(), cached), expected)
     solved = Plan.of(finer, {"vision.front": one})
 
@@ -550,7 +550,7 @@ def test_where_statistics_exceed_the_cache_quantized_weights_are_found_without_t
     cache = Cache(tmp_path, limit_gb=1.5 * matrices / 1e9)
 
     def calibrated(n: int = 3) -> Statistics:
-        return calibrate(scenes_llava, parts, ["vqa"], n=n, cache=cache, gram_bytes=0)
+        return calibration_statistics(scenes_llava, parts, ["vqa"], n=n, cache=cache, gram_bytes=0)
 
     first = calibrated()
     names = finer.names[1:3]
@@ -566,7 +566,7 @@ def test_where_statistics_exceed_the_cache_quantized_weights_are_found_without_t
     more = calibrated(n=4)
     other = Plan.of(finer, {names[0]: scheme("gptq", 3, calibration=more.facts)})
     found = installed(scenes_llava, finer, other, WeightCodes(), more)
-    fresh = calibrate(scenes_llava, parts, ["vqa"], n=4, gram_bytes=0)
+    fresh = calibration_statistics(scenes_llava, parts, ["vqa"], n=4, gram_bytes=0)
     assert same(found, installed(scenes_llava, finer, other, WeightCodes(), fresh))
     assert not same(found, {name: expected[name] for name in found})
 
@@ -645,5 +645,5 @@ def test_how_much_is_kept_is_the_callers_choice(
 
 def test_only_tasks_that_exist(scenes_llava: VLM, parts: ComponentMap) -> None:
     with pytest.raises(UserError, match="unknown task 'vqua'"):
-        calibrate(scenes_llava, parts, ["vqua"])
+        calibration_statistics(scenes_llava, parts, ["vqua"])
     assert isinstance(task("vqa", "calibration", 1), Task)

@@ -16,7 +16,7 @@ from few import few
 from torch import Tensor, nn
 
 from sensitivity.api.sweeping import sweep
-from sensitivity.measure.calibrate.calibration import calibrate
+from sensitivity.measure.calibrate.calibration import calibration_statistics
 from sensitivity.measure.gradients import token_importance
 from sensitivity.measure.gradients.backward import backward_pass
 from sensitivity.measure.gradients.token_importance import (
@@ -195,7 +195,7 @@ def test_equal_importance_changes_nothing(scenes_llava: VLM, path: str, monkeypa
         {"gradient": (answer_gradients, lambda seen: {key: torch.ones_like(x) for key, x in seen.numbers.items()})},
     )
     parts = inspect(scenes_llava, by="part")
-    statistics = calibrate(scenes_llava, parts, ["vqa"], 4, path=path, importance=["gradient"])
+    statistics = calibration_statistics(scenes_llava, parts, ["vqa"], 4, path=path, importance=["gradient"])
     weights = [weight for weight in parts.weights if weight.part == "connector"]
     plain, weighed = statistics.gather(weights, ()), statistics.weighted["gradient"](weights, ())
     for weight in weights:
@@ -208,7 +208,9 @@ def test_a_plan_mixes_kinds_of_importance(scenes_llava: VLM, path: str, tmp_path
     """Each part by a method of its own; the fast path answers as the plain one."""
     parts = inspect(scenes_llava, by="part")
     kinds = ("mbq", "tlq-gptq", "oac")
-    statistics = calibrate(scenes_llava, parts, ["vqa"], 4, path=path, importance=("modality", "gradient", "output"))
+    statistics = calibration_statistics(
+        scenes_llava, parts, ["vqa"], 4, path=path, importance=("modality", "gradient", "output")
+    )
     mixed = Plan(
         tuple(
             (name, scheme(kind, 3, calibration=statistics.facts)) for name, kind in zip(parts.names, kinds, strict=True)
@@ -236,7 +238,7 @@ def test_a_plan_mixes_kinds_of_importance(scenes_llava: VLM, path: str, tmp_path
 
 def test_what_has_no_loss_is_a_sentence(tmp_path: Path, scenes_llava: VLM) -> None:
     parts = inspect(scenes_llava, by="part")
-    statistics = calibrate(scenes_llava, parts, ["vqa"], 2)
+    statistics = calibration_statistics(scenes_llava, parts, ["vqa"], 2)
     asked = scheme("gptq", 3, importance="gradient", calibration=statistics.facts)
     with pytest.raises(UserError, match=r"calibrate with importance=\('gradient',\)"):
         sweep(scenes_llava, parts, [Plan.uniform(parts, asked)], ["vqa"], tmp_path / "a", n=2, statistics=statistics)
@@ -248,7 +250,7 @@ def test_what_has_no_loss_is_a_sentence(tmp_path: Path, scenes_llava: VLM) -> No
         backward_pass(scenes_llava, list(parts.weights), batch, lambda *_: None)
     matching = load("embedded:scenes-blip2-itm", dtype="float32")
     with pytest.raises(UserError, match="no answers in words"):
-        calibrate(matching, inspect(matching, by="part"), ["retrieval"], 2, importance=["gradient"])
+        calibration_statistics(matching, inspect(matching, by="part"), ["retrieval"], 2, importance=["gradient"])
 
 
 def test_a_gradient_that_is_not_finite_is_a_sentence(scenes_llava: VLM) -> None:

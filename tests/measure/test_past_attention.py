@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from sensitivity.api.sweeping import sweep, with_calibration
-from sensitivity.measure.calibrate.calibration import calibrate
+from sensitivity.measure.calibrate.calibration import calibration_statistics
 from sensitivity.measure.evaluation import evaluate
 from sensitivity.measure.install.past_cache import _divided, cache_magnitudes
 from sensitivity.measure.install.plan_in_model import quantized
@@ -165,7 +165,7 @@ def test_keys_that_are_changed_before_attention_are_refused() -> None:
 
 def test_channels_are_divided_by_the_largest_value_that_calibration_saw(scenes_llava: VLM) -> None:
     parts = inspect(scenes_llava, by="part")
-    statistics = calibrate(scenes_llava, parts, ["vqa"], 4)
+    statistics = calibration_statistics(scenes_llava, parts, ["vqa"], 4)
     magnitudes = cache_magnitudes(scenes_llava.model, parts.weights, statistics.passes)
     made = [weight for weight in parts.weights if weight.cached]
     assert set(magnitudes) == {weight.module for weight in made}

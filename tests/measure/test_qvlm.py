@@ -17,7 +17,7 @@ from sensitivity.measure.activations import joint_ranges as search
 from sensitivity.measure.activations.block_chain import outputs, recorded_calls
 from sensitivity.measure.activations.joint_ranges import best_ranges, blocks_to_search
 from sensitivity.measure.activations.released_ranges import SHRINK, search_released_ranges
-from sensitivity.measure.calibrate.calibration import calibrate
+from sensitivity.measure.calibrate.calibration import calibration_statistics
 from sensitivity.measure.install.clipped_ranges import ClippedRanges
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.memory.weight_codes import WeightCodes
@@ -100,7 +100,7 @@ class Rounding(nn.Module):
 @pytest.fixture(scope="module")
 def language(scenes_llava: VLM) -> tuple[Any, ...]:
     parts = inspect(scenes_llava, by="part")
-    statistics = calibrate(scenes_llava, parts, ["vqa"], n=2)
+    statistics = calibration_statistics(scenes_llava, parts, ["vqa"], n=2)
     every = [weight for weight in parts.weights if weight.part == "language" and weight.block in (0, 1)]
     paths = block_paths(scenes_llava.model, every)
     layers = [(paths[of], [w for w in every if (w.part, w.block) == of]) for of in sorted(paths)]

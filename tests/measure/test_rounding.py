@@ -19,7 +19,7 @@ from torch import nn
 from sensitivity.analysis.importance.ranking import rank
 from sensitivity.analysis.observations import observations_of
 from sensitivity.api.sweeping import grid, sweep, with_calibration
-from sensitivity.measure.calibrate.calibration import calibrate
+from sensitivity.measure.calibrate.calibration import calibration_statistics
 from sensitivity.measure.evaluation import evaluate
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.memory.weight_codes import WeightCodes
@@ -118,7 +118,7 @@ def test_16_bits_are_full_precision_and_leave_no_hook(scenes_llava: VLM) -> None
 
 def test_a_fixed_range_is_the_largest_input_of_the_calibration_data(scenes_llava: VLM) -> None:
     parts = inspect(scenes_llava, by="part")
-    statistics = calibrate(scenes_llava, parts, ["vqa"], n=4)
+    statistics = calibration_statistics(scenes_llava, parts, ["vqa"], n=4)
     inputs = {weight.shares_input or weight.reader: weight for weight in parts.weights}
     seen = {name: torch.zeros(()) for name in inputs}
 
@@ -148,7 +148,7 @@ def test_a_fixed_range_is_the_largest_input_of_the_calibration_data(scenes_llava
 def test_a_scale_search_rounds_what_the_layer_before_hands_on(scenes_llava: VLM) -> None:
     """With awq's factors inputs arrive divided, and are rounded so; at 8 bits it is nearly the same as not at all."""
     parts = inspect(scenes_llava, by="part")
-    statistics = calibrate(scenes_llava, parts, ["vqa"], n=4)
+    statistics = calibration_statistics(scenes_llava, parts, ["vqa"], n=4)
     memory = WeightCodes()
     found = []
     for more in ({}, {"activations": 8}, {"activations": 8, "activation_scale": "tensor"}, {"activations": 3}):
@@ -166,7 +166,7 @@ def test_the_exposed_path_calibrates_behind_rounded_layers(scenes_llava: VLM, sc
     parts = inspect(scenes_llava, by="part")
     found = {}
     for path in ("float", "exposed"):
-        statistics = calibrate(scenes_llava, parts, ["vqa"], n=2, path=path)
+        statistics = calibration_statistics(scenes_llava, parts, ["vqa"], n=2, path=path)
         how = {"activations": 3, "activation_scale": scale, "calibration": statistics.facts}
         plan = Plan.of(parts, {"vision": scheme("gptq", 3, **how)})
         runs = []

@@ -17,7 +17,7 @@ from PIL import Image
 from second_device import HERE, THERE, SecondDevice, where
 
 from sensitivity.measure.calibrate.cache import Cache
-from sensitivity.measure.calibrate.calibration import calibrate
+from sensitivity.measure.calibrate.calibration import calibration_statistics
 from sensitivity.measure.loop import _SharedWork
 from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
@@ -64,7 +64,9 @@ def rows(
         examples = task(source, n=4)
         cache = Cache(folder.parent / f"cache-{device}")  # written, then read by the second round
         for _ in range(1 if plain else 2):
-            statistics = calibrate(vlm, parts, [source], 2, path=path, against=[examples], cache=cache, gram_bytes=2000)
+            statistics = calibration_statistics(
+                vlm, parts, [source], 2, path=path, against=[examples], cache=cache, gram_bytes=2000
+            )
             facts = statistics.facts
             plans = [Plan.uniform(parts, scheme(name, bits, calibration=facts, **more)) for name, bits, more in methods]
             trial = _SharedWork(vlm, parts, [examples], plain, statistics)

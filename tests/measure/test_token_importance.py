@@ -13,7 +13,7 @@ from few import few
 from torch import Tensor, nn
 
 from sensitivity.api.sweeping import sweep
-from sensitivity.measure.calibrate.calibration import calibrate
+from sensitivity.measure.calibrate.calibration import calibration_statistics
 from sensitivity.measure.gradients.block_error import block_errors
 from sensitivity.measure.gradients.fisher import squared_gradients
 from sensitivity.measure.gradients.perturbation import PROBE, probe_error, token_attribution
@@ -223,7 +223,9 @@ def test_gwq_keeps_the_largest_gradients() -> None:
 def test_every_row_that_observes_tokens_runs_exactly(scenes_llava: VLM, path: str, tmp_path: Path) -> None:
     """In one plan, on each path; the fast path scores as the plain one, and gradients are those of the float model."""
     parts = inspect(scenes_llava, by="part")
-    statistics = calibrate(scenes_llava, parts, ["vqa"], 4, path=path, importance=("attention", "perturbation"))
+    statistics = calibration_statistics(
+        scenes_llava, parts, ["vqa"], 4, path=path, importance=("attention", "perturbation")
+    )
     rows = ("rsq", "gwq", "qig"), ("rsq", "squeezellm-fisher", "gwq")
     plans = [
         Plan(tuple((n, scheme(row, 3, calibration=statistics.facts)) for n, row in zip(parts.names, one, strict=True)))

@@ -31,7 +31,7 @@ from sensitivity.analysis.atlas.atlas_file import add_to_atlas
 from sensitivity.analysis.importance import kept_rankings
 from sensitivity.analysis.importance.ranking import rank
 from sensitivity.analysis.observations import observations_of
-from sensitivity.analysis.report.page import report
+from sensitivity.analysis.reporting.page import report
 from sensitivity.api.exporting import export_from, legalize_from
 from sensitivity.api.recommending import recommend_each
 from sensitivity.cli import main as cli

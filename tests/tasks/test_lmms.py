@@ -47,7 +47,7 @@ def test_without_the_extra_one_sentence_names_it(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_the_librarys_name_holds_for_the_tasks_after_it(typed: str, tasks: tuple[str, ...]) -> None:
-    assert values.tasks(typed) == tasks
+    assert values.task_names(typed) == tasks
 
 
 @pytest.fixture

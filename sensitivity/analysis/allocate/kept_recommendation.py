@@ -42,14 +42,14 @@ def save(study: Study, recommendations: Sequence[Recommendation]) -> list[Path]:
 
 def _files(study: Study, budgets: Sequence[float]) -> list[Path]:
     """The file of each budget's recommendation."""
-    return [paths.recommendation(study.path), *(paths.recommendation(study.path, bpw) for bpw in budgets[1:])]
+    return [paths.recommendation_file(study.path), *(paths.recommendation_file(study.path, bpw) for bpw in budgets[1:])]
 
 
 def recommended(study: Study) -> list[Recommendation]:
     """The recommendations that were last saved for a study, as they were saved; an empty list if there are none."""
-    if not paths.recommendation(study.path).exists():
+    if not paths.recommendation_file(study.path).exists():
         return []
-    first = schema.read(paths.recommendation(study.path), "plan", REPAIR)
+    first = schema.read(paths.recommendation_file(study.path), "plan", REPAIR)
     asked = first.get("provenance", {}).get("asked")
     if asked is None:
         return []

@@ -158,7 +158,7 @@ def _errors(folder: Path | str | None, parts: ComponentMap, schemes: Sequence[Sc
     found = read_attributions(Path(folder), ERROR)
     if not found:
         raise UserError(
-            f"{paths.attributions(Path(folder))} has no score called {ERROR}; "
+            f"{paths.attributions_file(Path(folder))} has no score called {ERROR}; "
             f"`sensitivity explain MODEL --scores {ERROR} --check 0 --out {folder}` writes it"
         )
     return transfer_damages(found, parts, schemes, folder)

@@ -43,7 +43,7 @@ def side(typed: str) -> Side:
 
 def plan_of(study: Study, key: str) -> tuple[Study, Plan]:
     """The plan whose key begins with `key`, and the study that measured it: this one, or that of its verification."""
-    fresh = paths.verification(study.path)
+    fresh = paths.verification_folder(study.path)
     try:
         return study, study.plan_named(key)
     except UserError:

@@ -117,7 +117,7 @@ def tally(causes: Sequence[Cause | None]) -> list[tuple[str, int]]:
 def measured_answers(study: Study, plan: Plan) -> pd.DataFrame | None:
     """Answers of a plan that was run on examples that had failed; None where it was not, or the file is damaged."""
     with contextlib.suppress(answers.Damaged):  # running them again replaces it
-        return answers.read(paths.put_back(study.path, plan.key))
+        return answers.read(paths.put_back_file(study.path, plan.key))
     return None
 
 

@@ -101,7 +101,7 @@ def _sure(nll: float) -> float | None:
 
 def study_of(study: Study, plan: Plan) -> Study:
     """Where a plan's answers are: in the study of its verification on fresh examples, else in the study itself."""
-    verification = paths.verification(study.path)
+    verification = paths.verification_folder(study.path)
     places = [Study(verification), study] if paths.is_study(verification) else [study]
     for one in places:
         if one.examples(plan) is not None and one.examples(one.native) is not None:

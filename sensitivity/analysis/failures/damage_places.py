@@ -82,7 +82,7 @@ def explanations_of(study: Path, plan: Plan) -> list[Explained]:
         # not explained: a file that is missing (OSError), that is no JSON (ValueError), or of an earlier version, which
         # lacks a field (KeyError) or has one of another type (TypeError); `explain` writes it anew
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            file = paths.explanation(study, plan.key, failures)
+            file = paths.explanation_file(study, plan.key, failures)
             explanations.append(_read(json.loads(file.read_text(encoding="utf-8")), failures))
     return explanations
 

@@ -23,7 +23,7 @@ def file_of(study: Study, task: str, options: object) -> Path:
     """The file of a ranking, whose name is a hash of all that it depends on: trials, arguments and code."""
     trials = [[t.state.name, t.key, t.size, t.scores, t.versions] for t in study.measured()]
     content = json.dumps([_code(), task, repr(options), study.parts.to_json(), trials], sort_keys=True, default=str)
-    return paths.ranking(study.path, hashlib.sha256(content.encode()).hexdigest()[:24])
+    return paths.ranking_file(study.path, hashlib.sha256(content.encode()).hexdigest()[:24])
 
 
 def read(path: Path) -> RankingJson | None:

@@ -14,7 +14,7 @@ T = TypeVar("T")
 WIDTHS = (2, 3, 4, 5, 6, 8)  # `inspect` lists the sizes of uniform plans at these widths by default
 
 
-def model(p: argparse.ArgumentParser) -> None:
+def add_model(p: argparse.ArgumentParser) -> None:
     """Add MODEL."""
     p.add_argument(
         "model",
@@ -25,7 +25,7 @@ def model(p: argparse.ArgumentParser) -> None:
     )
 
 
-def device(p: argparse.ArgumentParser) -> None:
+def add_device(p: argparse.ArgumentParser) -> None:
     """Add --device and --dtype."""
     p.add_argument(
         "--device",
@@ -37,28 +37,28 @@ def device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dtype", type=values.name, help=dtypes)
 
 
-def source(p: argparse.ArgumentParser) -> None:
+def add_source(p: argparse.ArgumentParser) -> None:
     """Add STUDY|plan.json."""
     about = "a study, or a plan.json that recommend, plan, legalize or export wrote"
     p.add_argument("source", type=path_values.path, metavar="STUDY|plan.json", help=about)
 
 
-def runtime(p: argparse.ArgumentParser, about: str, required: bool = False) -> None:
+def add_runtime(p: argparse.ArgumentParser, about: str, required: bool = False) -> None:
     """Add --runtime."""
     p.add_argument("--runtime", type=values.name, required=required, metavar="NAME", help=about)
 
 
-def moved_model(p: argparse.ArgumentParser) -> None:
+def add_moved_model(p: argparse.ArgumentParser) -> None:
     """Add --model, for a model whose folder has moved since the sweep."""
     p.add_argument("--model", type=values.model_or_task, help="folder of the model, if it has moved since the sweep")
 
 
-def pairs(p: argparse.ArgumentParser, flag: str, value: Callable[[str], object], metavar: str, about: str) -> None:
+def add_pairs(p: argparse.ArgumentParser, flag: str, value: Callable[[str], object], metavar: str, about: str) -> None:
     """Add a flag that takes NAME=VALUE and may be repeated."""
     p.add_argument(flag, type=values.pair_of(value), action="append", default=[], metavar=metavar, help=about)
 
 
-def by(p: argparse.ArgumentParser, default: str) -> None:
+def add_granularity(p: argparse.ArgumentParser, default: str) -> None:
     """Add --by, the granularity of components."""
     p.add_argument(
         "--by",
@@ -69,7 +69,7 @@ def by(p: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def include(p: argparse.ArgumentParser) -> None:
+def add_include(p: argparse.ArgumentParser) -> None:
     """Add --include, for weights that otherwise stay at native precision."""
     p.add_argument(
         "--include",
@@ -80,7 +80,7 @@ def include(p: argparse.ArgumentParser) -> None:
     )
 
 
-def widths(p: argparse.ArgumentParser, bits: Sequence[int]) -> None:
+def add_widths(p: argparse.ArgumentParser, bits: Sequence[int]) -> None:
     """Add --bits."""
     p.add_argument(
         "--bits",
@@ -91,7 +91,7 @@ def widths(p: argparse.ArgumentParser, bits: Sequence[int]) -> None:
     )
 
 
-def grid(p: argparse.ArgumentParser) -> None:
+def add_grid(p: argparse.ArgumentParser) -> None:
     """Add --group and --symmetric."""
     p.add_argument(
         "--group", type=values.group, metavar="N|row|tensor", help="weights that share a scale (default: the method's)"
@@ -101,9 +101,9 @@ def grid(p: argparse.ArgumentParser) -> None:
     )
 
 
-def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str, several: bool = False) -> None:
+def add_methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str, several: bool = False) -> None:
     """Add the flags that choose schemes: --bits, --method and the settings of methods."""
-    widths(p, bits)
+    add_widths(p, bits)
     if several:
         p.add_argument(
             "--method",
@@ -132,7 +132,7 @@ def methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str, severa
     )
 
 
-def run_time(p: argparse.ArgumentParser) -> None:
+def add_run_time(p: argparse.ArgumentParser) -> None:
     """Add the flags of activations and of the cache, which are rounded in each forward pass."""
     g = p.add_argument_group(
         "activations and cache", "rounded in each forward pass; they add nothing to what a plan stores"
@@ -167,7 +167,7 @@ def run_time(p: argparse.ArgumentParser) -> None:
     )
 
 
-def budget(p: argparse.ArgumentParser) -> None:
+def add_budget(p: argparse.ArgumentParser) -> None:
     """Add --bpw."""
     p.add_argument(
         "--bpw",
@@ -178,16 +178,16 @@ def budget(p: argparse.ArgumentParser) -> None:
     )
 
 
-def study(p: argparse.ArgumentParser) -> None:
+def add_study(p: argparse.ArgumentParser) -> None:
     """Add STUDY."""
     p.add_argument("study", type=path_values.path, metavar="STUDY", help="the folder of a sweep, such as runs/demo")
 
 
-def tasks(p: argparse.ArgumentParser) -> None:
+def add_tasks(p: argparse.ArgumentParser) -> None:
     """Add --task for verbs that run tasks."""
     p.add_argument(
         "--task",
-        type=values.tasks,
+        type=values.task_names,
         default=("vqa",),
         metavar="T[,T]",
         help="vqa, caption, scene, ground, retrieval; DATASET:FOLDER such as vqav2:FOLDER; your own FILE.jsonl, or"
@@ -196,7 +196,7 @@ def tasks(p: argparse.ArgumentParser) -> None:
     )
 
 
-def budgets(p: argparse.ArgumentParser) -> None:
+def add_budgets(p: argparse.ArgumentParser) -> None:
     """Add --bpw and --gb, each a list."""
     p.add_argument(
         "--bpw",
@@ -213,23 +213,23 @@ def budgets(p: argparse.ArgumentParser) -> None:
     )
 
 
-def study_folder(p: argparse.ArgumentParser) -> None:
+def add_study_folder(p: argparse.ArgumentParser) -> None:
     """Add --out, the folder of a study."""
     p.add_argument(
         "--out",
-        type=path_values.folder,
+        type=path_values.out_folder,
         required=True,
         metavar="runs/NAME",
         help="folder of the study; the same command again continues it",
     )
 
 
-def task(p: argparse.ArgumentParser) -> None:
+def add_task(p: argparse.ArgumentParser) -> None:
     """Add --task for verbs that decide by one task."""
     p.add_argument("--task", type=values.name, metavar="T", help="the task that decides (default: the study's first)")
 
 
-def samples(p: argparse.ArgumentParser, n: int = 1000) -> None:
+def add_samples(p: argparse.ArgumentParser, n: int = 1000) -> None:
     """Add --n and --seed."""
     p.add_argument(
         "--n", type=values.examples, default=n, help=f"examples per task, drawn with the seed (default: {n})"
@@ -237,12 +237,12 @@ def samples(p: argparse.ArgumentParser, n: int = 1000) -> None:
     p.add_argument("--seed", type=values.seed, default=0, help="seed of the examples and of the search (default: 0)")
 
 
-def calibration(p: argparse.ArgumentParser) -> None:
+def add_calibration(p: argparse.ArgumentParser) -> None:
     """Add the flags of calibration as a group of their own."""
     g = p.add_argument_group("calibration", "for methods that use the inputs of a layer, such as gptq and awq")
     g.add_argument(
         "--calibration",
-        type=values.tasks,
+        type=values.task_names,
         metavar="T[,T]",
         help="tasks whose calibration split is used (default: those of --task)",
     )
@@ -264,7 +264,7 @@ def calibration(p: argparse.ArgumentParser) -> None:
     )
 
 
-def prior(p: argparse.ArgumentParser) -> None:
+def add_prior(p: argparse.ArgumentParser) -> None:
     """Add --prior."""
     p.add_argument(
         "--prior",
@@ -276,7 +276,7 @@ def prior(p: argparse.ArgumentParser) -> None:
     )
 
 
-def limits(p: argparse.ArgumentParser) -> None:
+def add_limits(p: argparse.ArgumentParser) -> None:
     """Add --allow and --tie, which restrict plans."""
     widths = "widths that a component may have, such as vision=4,8 or '*.ff=4'; 16 is native precision"
     pairs(p, "--allow", values.allowed, "NAME=B,B,...", widths)

@@ -35,7 +35,7 @@ def out(text: str) -> Path:
     return target
 
 
-def folder(text: str) -> Path:
+def out_folder(text: str) -> Path:
     """The path of a folder to be written."""
     target = out(text)
     if target.exists() and not target.is_dir():

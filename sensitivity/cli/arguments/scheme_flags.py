@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def schemes(args: argparse.Namespace) -> list[Scheme]:
-    """The schemes of each method and combination of widths, from the flags of `methods` and `run_time`."""
+    """The schemes of each method and combination of widths, from the flags of `add_methods` and `add_run_time`."""
     from sensitivity.quantize.scheme_settings import schemes_of
 
     own_flags = ("group", "symmetric", "biases", "backend")
@@ -66,7 +66,7 @@ def checked(
     return requested, calibrated
 
 
-def loadable(
+def loadable_schemes(
     args: argparse.Namespace, parts: ComponentMap, requested: list[Scheme], allow: Allowed | None
 ) -> list[Scheme]:
     """The schemes that --runtime can load for at least one component within --allow; prints what it leaves out."""

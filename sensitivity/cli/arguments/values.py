@@ -186,7 +186,7 @@ def comma_separated(one: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
 LIBRARIES = ("lmms-eval:", "vlmeval:")  # prefixes that also apply to the names after them
 
 
-def tasks(text: str) -> tuple[str, ...]:
+def task_names(text: str) -> tuple[str, ...]:
     """Tasks, separated by commas; the prefix of an evaluation library applies to the tasks after it, too."""
     names, library = [], ""
     for name in comma_separated(model_or_task)(text):
@@ -216,7 +216,7 @@ def pair_of(one: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
     return read
 
 
-def importance(text: str) -> float:
+def task_weight(text: str) -> float:
     """How much a task counts beside others."""
     return _number(text, "a weight above 0 and at most 1,000,000, such as vqa=2", 1e6, above=True)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sensitivity.cli.output.progress import best_so_far, points
-from sensitivity.cli.output.tables import frontier
+from sensitivity.cli.output.tables import print_frontier
 
 if TYPE_CHECKING:
     from sensitivity.study.study import Study
@@ -27,7 +27,7 @@ def show_summary(args: argparse.Namespace, study: Study) -> dict[str, object]:
     if goal:
         facts["error"] = known = uncertainty(study)
     if not args.json:
-        frontier(study)
+        print_frontier(study)
         if goal:
             missed = "; all examples were used, so a smaller error needs a larger --n in another --out"
             print(

@@ -35,7 +35,7 @@ KEY_LENGTH = 8  # characters of a plan's key that are printed: enough to name th
 WIDTH = 120  # columns where there is no terminal to ask
 
 
-def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table; columns of numbers are right-aligned, and long cells wrap."""
     from rich.console import Console
     from rich.markup import escape
@@ -53,13 +53,13 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[object]]) ->
     console.print(grid, highlight=False)
 
 
-def frontier(study: Study, most: int = 12) -> None:
+def print_frontier(study: Study, most: int = 12) -> None:
     """Print the plans that no smaller plan beats on the first task."""
-    from sensitivity.analysis.report.table_rows import frontier_rows
+    from sensitivity.analysis.reporting.table_rows import frontier_rows
 
     rows = study.table()
     best = frontier_rows(rows, study.tasks[0]).tail(most)
-    table(
+    print_table(
         f"Frontier: no smaller plan scores higher on {study.tasks[0]} (95 % intervals where they are known"
         f"{'' if rows['complete'].all() else '; n where not all examples were seen'})",
         ("bpw", *study.tasks, "plan"),
@@ -68,7 +68,7 @@ def frontier(study: Study, most: int = 12) -> None:
             for _, row in best.iterrows()
         ],
     )
-    answer_counts(
+    print_answer_counts(
         {
             f"{row['key'][:KEY_LENGTH]} {row['plan']}": [
                 {"task": task, **{name: row.get(f"{task}.{name}") for name in ("n", *COUNT_HEADS)}, "score": row[task]}
@@ -80,7 +80,7 @@ def frontier(study: Study, most: int = 12) -> None:
     )
 
 
-def answer_counts(plans: Mapping[str, Sequence[Mapping[str, object]]]) -> None:
+def print_answer_counts(plans: Mapping[str, Sequence[Mapping[str, object]]]) -> None:
     """Print what happened to the answers of some plans, for each task and kind of question."""
     rows = [(plan, row) for plan, counts in plans.items() for row in counts]
     known = [name for name in COUNT_HEADS if any(_number(row.get(name)) for _, row in rows)]
@@ -88,7 +88,7 @@ def answer_counts(plans: Mapping[str, Sequence[Mapping[str, object]]]) -> None:
         return  # an imported table has no answers; a study of an earlier version did not count
     kinds = any(row.get("kind") for _, row in rows)
     of = f" of {next(iter(plans))}" if len(plans) == 1 else ""  # a single plan is named only here
-    table(
+    print_table(
         f"What happened to the answers{of} (changes against full precision, on the same examples)",
         (
             *([] if of else ["plan"]),
@@ -117,14 +117,14 @@ def _number(count: object) -> str:
     return f"{count:.0f}" if isinstance(count, int | float) and count == count else ""
 
 
-def forecast(predicted: Forecast) -> None:
+def print_forecast(predicted: Forecast) -> None:
     """Print the predicted cost of a sweep."""
     rate = f"{predicted.flops / 1e9:,.0f} GFLOP/s in products of this model's shapes"
     count = f"{predicted.plans:,} plans, {predicted.examples:,} examples of {predicted.images:,} images"
-    table(f"{count}; {rate}", ("what", "how much", "of which"), predicted.rows())
+    print_table(f"{count}; {rate}", ("what", "how much", "of which"), predicted.rows())
 
 
-def ranking(ranked: Ranking) -> None:
+def print_ranking(ranked: Ranking) -> None:
     """Print the importance of each component, with the estimators side by side."""
     rows = []
     every = [*ranked.table.iterrows(), *([("choice of method", ranked.choice)] if ranked.choice else [])]
@@ -132,7 +132,7 @@ def ranking(ranked: Ranking) -> None:
         shares = [f"{row[column]:.1f}" for column in ("forest", "permutation", "shap") if column in row]
         span = f"{row['consensus']:.1f} [{row['consensus.low']:.1f}, {row['consensus.high']:.1f}]"
         rows.append((name, span, *shares))
-    table(
+    print_table(
         f"Importance for {ranked.task}, in percent ({ranked.trials} trials; R2 of the forest {ranked.r2:.2f}, "
         f"of a linear model {ranked.linear_r2:.2f})",
         ("component", "consensus", "forest", "permutation", "SHAP"),
@@ -142,7 +142,7 @@ def ranking(ranked: Ranking) -> None:
         print(f"  note: {warning}")
 
 
-def attributions(
+def print_attributions(
     scored: Sequence[Attribution], measured: Mapping[str, ScoreAgreement | None], checks: Checks | None = None
 ) -> None:
     """Print the scores of all components, each scaled so that the largest is 100, with their costs and errors below."""
@@ -156,7 +156,7 @@ def attributions(
         for name, row in scored[0].scores.items()
         for scheme in row
     ]
-    table(
+    print_table(
         "Scores on calibration data: 100 is the most damage",
         ("component", "scheme", *(one.name for one in scored)),
         rows,
@@ -169,7 +169,7 @@ def _score_checks(
 ) -> None:
     """Print what each score cost, and how well it predicts the damage of plans that were run."""
     if checks is None:
-        score_costs(scored)
+        print_score_costs(scored)
         return
     rows = []
     for one in scored:
@@ -184,7 +184,7 @@ def _score_checks(
             f"{study.error:.4f}" if study else "–",
         ))  # fmt: skip
     plans = next((check.plans for check in checks.by_score.values()), 0)
-    table(
+    print_table(
         f"Cost of each score, and how well it predicts {plans} random plans on calibration data, and the study's plans",
         (
             "score",
@@ -199,7 +199,7 @@ def _score_checks(
     )
 
 
-def explanation(explained: Explanation) -> None:
+def print_explanation(explained: Explanation) -> None:
     """Print where the damage of a plan comes from, in percent of the change of the loss."""
     from sensitivity.study.counting import count as counted
 
@@ -215,7 +215,7 @@ def explanation(explained: Explanation) -> None:
     )
     for title, shares in (("component", explained.blame.components), ("modality", explained.blame.modalities)):
         rows = [(name, f"{100 * value / change if change else 0:.1f}") for name, value in shares.items()]
-        table(f"Share of the damage by {title}, in percent", (title, "share"), rows)
+        print_table(f"Share of the damage by {title}, in percent", (title, "share"), rows)
     if explained.boxes:
         _boxes(explained)
     if explained.blame.regions:
@@ -223,7 +223,7 @@ def explanation(explained: Explanation) -> None:
         mean = sum(grids[1:], start=grids[0]) if len({grid.shape for grid in grids}) == 1 else None
         if mean is not None:
             places = [[f"{100 * float(value) / change if change else 0:.1f}" for value in row] for row in mean]
-            table("Share by place in the image, in percent", [""] * len(mean), places)
+            print_table("Share by place in the image, in percent", [""] * len(mean), places)
 
 
 def _boxes(explained: Explanation) -> None:
@@ -238,7 +238,7 @@ def _boxes(explained: Explanation) -> None:
         )
         for name, one in explained.boxes.items()
     ]
-    table(
+    print_table(
         "Boxes: how far each number moves from full precision's, how much the loss of its tokens rises, and each "
         "component's share in that, in percent",
         ("number", "moved", "loss", *names),
@@ -246,13 +246,13 @@ def _boxes(explained: Explanation) -> None:
     )
 
 
-def score_costs(scored: Sequence[Attribution]) -> None:
+def print_score_costs(scored: Sequence[Attribution]) -> None:
     """Print what each score of the components cost."""
     costs = ", ".join(f"{one.name} {one.seconds:.1f} s" for one in scored)
     print(f"\nScored on calibration data, in CPU seconds: {costs}")
 
 
-def recommendation(best: Recommendation) -> None:
+def print_recommendation(best: Recommendation) -> None:
     """Print a plan with its size, and its score beside full precision and the best uniform plan."""
     print()
     print(f"Best plan for {best.budget:.4g} bits per weight, judged by {best.task}:")
@@ -272,7 +272,7 @@ def recommendation(best: Recommendation) -> None:
     print(f"  {best.words}")
 
 
-def run_time(plan: Plan, parts: ComponentMap, times: LayerTimes, limits: Mapping[str, float]) -> None:
+def print_runtime_costs(plan: Plan, parts: ComponentMap, times: LayerTimes, limits: Mapping[str, float]) -> None:
     """Print a plan's predicted costs in its runtime, and each stage's share of the time of an answer."""
     from sensitivity.analysis.allocate.run_time_limits import cost_in_words
     from sensitivity.spec.runtimes.layer_times import COSTS, LIMITED

@@ -29,7 +29,7 @@ LIVES = 3  # how many actors per worker may be lost before the sweep fails
 PAUSE = 0.5  # seconds between two looks at the queue
 
 
-def sweep(args: argparse.Namespace, show: Callable[[Iterator[Step], Study], None]) -> Study:
+def sweep_on_ray(args: argparse.Namespace, show: Callable[[Iterator[Step], Study], None]) -> Study:
     """Start the actors, and show the progress of the study until its queue is empty."""
     ray = _ray()
     share = {"num_gpus": 1} if args.device.startswith("cuda") else {"num_cpus": max(1, _cores(ray) // args.workers)}

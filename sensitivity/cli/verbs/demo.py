@@ -24,10 +24,10 @@ STEPS = {
 
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    flags.budget(p)
+    flags.add_budget(p)
     p.add_argument(
         "--out",
-        type=path_values.folder,
+        type=path_values.out_folder,
         default=Path("runs/demo"),
         help="folder for the study, its plan and its report (default: runs/demo); further folders, such as that of"
         " `plan`, stand beside it",

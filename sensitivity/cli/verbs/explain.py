@@ -9,7 +9,7 @@ from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.arguments.model_and_tasks import loaded
 from sensitivity.cli.arguments.scheme_flags import checked
 from sensitivity.cli.output.progress import show_stages
-from sensitivity.cli.output.tables import attributions, explanation
+from sensitivity.cli.output.tables import print_attributions, print_explanation
 from sensitivity.spec.errors import UserError
 
 ABOUT = "score every component from a few backward passes; or say where the damage of a measured plan comes from"
@@ -27,9 +27,9 @@ def arguments(p: argparse.ArgumentParser) -> None:
         metavar="MODEL|STUDY",
         help="a model, whose components are scored; or a study, of which --plan is explained",
     )
-    flags.tasks(p)
-    flags.by(p, "group.kind")
-    flags.methods(p, (2, 3, 4, 6, 8), "gptq")
+    flags.add_tasks(p)
+    flags.add_granularity(p, "group.kind")
+    flags.add_methods(p, (2, 3, 4, 6, 8), "gptq")
     p.add_argument(
         "--scores",
         type=values.comma_separated(values.name),
@@ -48,7 +48,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--out",
-        type=path_values.folder,
+        type=path_values.out_folder,
         metavar="runs/NAME",
         help="folder for attributions.json, such as that of a study",
     )
@@ -65,8 +65,8 @@ def arguments(p: argparse.ArgumentParser) -> None:
         help="explain the plan on the N evaluated answers that it made worst, instead of on calibration examples;"
         " `sensitivity failures` and the report then show where in each image and question the damage enters",
     )
-    flags.calibration(p)
-    flags.device(p)
+    flags.add_calibration(p)
+    flags.add_device(p)
     p.set_defaults(include=(), whole_answers=False, n=1, seed=0, dry_run=False, runtime=None)
 
 
@@ -110,7 +110,7 @@ def _components(args: argparse.Namespace) -> dict[str, object]:
     content = attributions_json(vlm.name, scoring.scores, measured, checks)
     file = save_attributions(args.out, content)
     if not args.json:
-        attributions(scoring.scores, measured, checks)
+        print_attributions(scoring.scores, measured, checks)
         print(f"  all of it: {file}")
     return content | {"path": str(file)}
 
@@ -142,6 +142,6 @@ def _plan(args: argparse.Namespace) -> dict[str, object]:
     explained = explain_plan(vlm, measured_in, trial.plan, n, tasks, args.cache_gb, failures)
     file = save_explanation(study, explained)
     if not args.json:
-        explanation(explained)
+        print_explanation(explained)
         print(f"  all of it: {file}")
     return explained.to_json() | {"path": str(file)}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.output.progress import show_stages
-from sensitivity.cli.output.tables import table
+from sensitivity.cli.output.tables import print_table
 from sensitivity.spec.errors import unknown
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ FORMAT_NAMES = (
 
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    flags.source(p)
+    flags.add_source(p)
     p.add_argument("--bpw", type=values.bpw, metavar="X", help="the budget, where the source is a study")
     p.add_argument("--format", type=values.name, default="plan", help=f"{FORMAT_NAMES} (default: plan)")
-    flags.runtime(p, "runtime that will load the export, such as vllm (default: that of the format)")
-    flags.moved_model(p)
+    flags.add_runtime(p, "runtime that will load the export, such as vllm (default: that of the format)")
+    flags.add_moved_model(p)
     p.add_argument("--out", type=path_values.out, required=True, help="the folder to write")
     p.add_argument(
         "--path",
@@ -92,7 +92,7 @@ def show(path: Path, known: Manifest | None) -> None:
         print(path_gain_sentences(gain))
     planned, predicted = known["size"], known["predicted_size"]
     if written := known.get("written"):
-        table(
+        print_table(
             "Size",
             ("", "bytes of tensors", "bpw, all stored"),
             [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sensitivity.cli.arguments import flags, path_values, values
-from sensitivity.cli.output.tables import frontier
+from sensitivity.cli.output.tables import print_frontier
 
 ABOUT = "turn a CSV table of bits and scores into a study that rank, recommend and report accept"
 EXAMPLE = "sensitivity import table.csv --part vit_bits=vision --part llm_bits=language --score cider --out runs/table"
@@ -51,7 +51,9 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--total", type=values.weights, metavar="N", help="weights of the whole model, kept ones included")
     p.add_argument("--method", type=values.name, default="codes", help="what to call the method of quantization")
     p.add_argument("--model", type=values.name, help="what to call the model (default: the table's name)")
-    p.add_argument("--out", type=path_values.folder, required=True, metavar="runs/NAME", help="folder of the new study")
+    p.add_argument(
+        "--out", type=path_values.out_folder, required=True, metavar="runs/NAME", help="folder of the new study"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
@@ -80,6 +82,6 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         print(f"{imported.used} of {imported.rows} rows became trials in {args.out}")
         for note in imported.notes:
             print(f"  note: {note}")
-        frontier(imported.study)
+        print_frontier(imported.study)
         print(f"next: sensitivity rank {args.out}")
     return imported.to_json()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags
 from sensitivity.cli.arguments.scheme_flags import schemes
-from sensitivity.cli.output.tables import table
+from sensitivity.cli.output.tables import print_table
 from sensitivity.spec.sizes import bytes_in_words
 
 if TYPE_CHECKING:
@@ -22,10 +22,10 @@ EXAMPLE = "sensitivity inspect embedded:scenes-llava --by part"
 
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    flags.model(p)
-    flags.by(p, "group.kind")
-    flags.include(p)
-    flags.methods(p, flags.WIDTHS, "rtn")
+    flags.add_model(p)
+    flags.add_granularity(p, "group.kind")
+    flags.add_include(p)
+    flags.add_methods(p, flags.WIDTHS, "rtn")
     p.add_argument("--config-only", action="store_true", help="read config.json alone; no weights are needed")
 
 
@@ -68,17 +68,17 @@ def show(
     print(f"{vlm.name}: {type(vlm.model).__name__}, {parts.numel:,} parameters")
     if vlm.note:
         print(vlm.note)
-    table(
+    print_table(
         "Components",
         ("name", "modules", "parameters", "share"),
         [(c.name, len(c.weights), f"{c.numel:,}", f"{c.numel / parts.numel:.1%}") for c in parts.components],
     )
-    table(
+    print_table(
         "Kept at native precision",
         ("why", "tensors", "parameters", "share"),
         [(why, len(n), f"{sum(n):,}", f"{sum(n) / parts.numel:.1%}") for why, n in kept.items()],
     )
-    table(
+    print_table(
         f"Uniform plans ({method})",
         ("bits", "bpw, all stored", "bpw, codes only", "size"),
         [(bits, f"{one.bpw:.3f}", f"{one.bpw_codes:.3f}", bytes_in_words(one.bytes)) for bits, one in sizes.items()],

@@ -16,7 +16,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     flags.source(p)
     flags.runtime(p, "runtime that must load the plan: a format, vllm or onnx-int8", required=True)
     p.add_argument("--bpw", type=values.bpw, metavar="X", help="the budget (default: the size of the plan)")
-    flags.task(p)
+    flags.add_task(p)
     p.add_argument(
         "--out",
         type=path_values.file,

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from sensitivity.cli.output.tables import table
+from sensitivity.cli.output.tables import print_table
 from sensitivity.spec.plan import NOT_ROUNDED
 
 ABOUT = "list the quantization methods: widths, calibration, stored bits beside claimed ones, and sources"
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def show_methods(listed: list[dict[str, Any]]) -> None:
     """Print two tables: what the methods take and store, and where they are from."""
-    table(
+    print_table(
         f"Methods (stored bits per weight and CPU seconds at {SIDE} x {SIDE}, default settings)",
         ("name", "bits", "stored", "seconds", "calibration", "published bits count"),
         [
@@ -80,7 +80,7 @@ def show_methods(listed: list[dict[str, Any]]) -> None:
     )
     rounding = [f"{m['name']} to {m['activations']} bits" for m in listed if m["activations"] < NOT_ROUNDED]
     print(f"Inputs of layers are rounded, too, by {', '.join(rounding)}.\n")
-    table(
+    print_table(
         "Where they are from",
         ("name", "source", "read", "ours or inferred"),
         [(m["name"], m["source"], m["read"], m["ours"]) for m in listed],

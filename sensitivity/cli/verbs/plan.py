@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.arguments.budgets import budgets_in_bpw, check_budget_flags
 from sensitivity.cli.arguments.model_and_tasks import loaded
-from sensitivity.cli.arguments.scheme_flags import checked, loadable
+from sensitivity.cli.arguments.scheme_flags import checked, loadable_schemes
 from sensitivity.cli.output.progress import show_progress, show_progress_in_json, show_stages
-from sensitivity.cli.output.tables import forecast, recommendation, score_costs
+from sensitivity.cli.output.tables import print_forecast, print_recommendation, print_score_costs
 
 if TYPE_CHECKING:
     from sensitivity.analysis.allocate.kept_recommendation import Proposed
@@ -30,13 +30,13 @@ EXAMPLE = "sensitivity plan embedded:scenes-llava --task vqa --bpw 3 --out runs/
 
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    flags.model(p)
-    flags.tasks(p)
-    flags.budgets(p)
-    flags.by(p, "group.kind")
-    flags.methods(p, (2, 3, 4, 6, 8), "gptq")
-    flags.limits(p)
-    flags.runtime(p, "only plans that this runtime can load, such as vllm or gptq")
+    flags.add_model(p)
+    flags.add_tasks(p)
+    flags.add_budgets(p)
+    flags.add_granularity(p, "group.kind")
+    flags.add_methods(p, (2, 3, 4, 6, 8), "gptq")
+    flags.add_limits(p)
+    flags.add_runtime(p, "only plans that this runtime can load, such as vllm or gptq")
     p.add_argument(
         "--trials",
         type=values.few_plans,
@@ -53,10 +53,10 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--top", type=values.top, default=2, metavar="K", help="how many plans are verified per budget (default: 2)"
     )
-    flags.study_folder(p)
-    flags.samples(p)
-    flags.calibration(p)
-    flags.device(p)
+    flags.add_study_folder(p)
+    flags.add_samples(p)
+    flags.add_calibration(p)
+    flags.add_device(p)
     p.add_argument("--dry-run", action="store_true", help="predict time, disk and memory; no weights are loaded")
     p.set_defaults(include=(), whole_answers=False)
 
@@ -122,7 +122,7 @@ def _request(
 
     bpw, allow = budgets_in_bpw(args, parts), dict(flags.distinct("--allow", args.allow))
     request = PlanRequest(bpw, dict.fromkeys(args.task, 1.0), {}, allow, args.tie, args.runtime, args.top)
-    return loadable(args, parts, requested, allowed_and_tied(parts, request)[0]), request
+    return loadable_schemes(args, parts, requested, allowed_and_tied(parts, request)[0]), request
 
 
 def _verified(
@@ -140,10 +140,10 @@ def _verified(
     files = save(study, best)
     measured = len(study.trials())
     if not args.json:
-        score_costs(scoring.scores)
+        print_score_costs(scoring.scores)
         print(f"{measured} plans were measured in {args.out}")
         for one, file in zip(best, files, strict=True):
-            recommendation(one)
+            print_recommendation(one)
             print(f"  plan: {file}")
     facts = [{**one.to_json(), "path": str(file)} for one, file in zip(best, files, strict=True)]
     costs = {one.name: {"cpu_seconds": one.seconds} for one in scoring.scores}
@@ -167,5 +167,5 @@ def _forecast(
     options = {"device": args.device, "dtype": args.dtype, "calibration": args.calibration_n, "cache_gb": args.cache_gb}
     predicted = forecast_sweep(vlm, parts, listed, tasks, **options, scoring=True)
     if not args.json:
-        forecast(predicted)
+        print_forecast(predicted)
     return predicted.to_json()

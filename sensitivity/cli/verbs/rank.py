@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sensitivity.cli.arguments import flags, values
-from sensitivity.cli.output.tables import ranking
+from sensitivity.cli.output.tables import print_ranking
 
 ABOUT = "say how much of the score each component decides, with intervals"
 EXAMPLE = "sensitivity rank runs/first"
@@ -13,8 +13,8 @@ EXAMPLE = "sensitivity rank runs/first"
 
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    flags.study(p)
-    flags.task(p)
+    flags.add_study(p)
+    flags.add_task(p)
     p.add_argument(
         "--method", type=values.name, metavar="METHOD", help="only plans of this method, where a study holds several"
     )
@@ -42,5 +42,5 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     }
     if not args.json:
         for one in rankings.values():
-            ranking(one)
+            print_ranking(one)
     return {task: one.to_json() for task, one in rankings.items()}

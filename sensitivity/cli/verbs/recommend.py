@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.arguments.budgets import budgets_in_bpw, check_budget_flags
 from sensitivity.cli.output.progress import show_progress, show_stages
-from sensitivity.cli.output.tables import KEY_LENGTH, answer_counts, recommendation, run_time
+from sensitivity.cli.output.tables import KEY_LENGTH, print_answer_counts, print_recommendation, print_runtime_costs
 
 if TYPE_CHECKING:
     from sensitivity.analysis.allocate.recommendation import Recommendation
@@ -25,17 +25,17 @@ EXAMPLE = "sensitivity recommend runs/first --bpw 4.0"
 
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    flags.study(p)
-    flags.budgets(p)
-    flags.task(p)
-    flags.pairs(
+    flags.add_study(p)
+    flags.add_budgets(p)
+    flags.add_task(p)
+    flags.add_pairs(
         p,
         "--weight",
-        values.importance,
+        values.task_weight,
         "TASK=W",
         "instead of --task: how much each of several tasks counts, such as vqa=2",
     )
-    flags.pairs(
+    flags.add_pairs(
         p, "--floor", values.floor, "TASK=SHARE", "keep a task at this share of full precision, such as ground=0.95"
     )
     flags.prior(p)
@@ -54,8 +54,8 @@ def arguments(p: argparse.ArgumentParser) -> None:
         "--top", type=values.top, default=3, metavar="K", help="how many plans are run per budget (default: 3)"
     )
     p.add_argument("--no-run", action="store_true", help="predict only; the model is not loaded")
-    flags.moved_model(p)
-    flags.device(p)
+    flags.add_moved_model(p)
+    flags.add_device(p)
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.analysis.observations import observations_of
     from sensitivity.api.exporting import write_cards
     from sensitivity.api.recommending import begin_recommendation
-    from sensitivity.formats.timing.kept_times import kept_times
+    from sensitivity.formats.timing.kept_times import load_kept_times
     from sensitivity.models.loading import device_of, dtype_of
     from sensitivity.study.storage import layer_times
     from sensitivity.study.study import Study
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     study = Study(args.study)
     request = _request(args, study)
     check_request(study, request)
-    times = kept_times(study.parts, args.runtime, args.threads or 0) if request.limits else None
+    times = load_kept_times(study.parts, args.runtime, args.threads or 0) if request.limits else None
     if args.prior:
         check_priors(args.prior)
         expect_from(study, args.prior, schemes_of(study))
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             print(f"note: {note}")
         for one, path, outcome in zip(best, paths, ran, strict=True):
             _show(study, one, path, times, request, outcome)
-        answer_counts({f"{one.plan.key[:KEY_LENGTH]} {one.plan.describe()}": _counts(study, one) for one in best})
+        print_answer_counts({f"{one.plan.key[:KEY_LENGTH]} {one.plan.describe()}": _counts(study, one) for one in best})
     facts = [
         {**one.to_json(), "path": str(path), "answers": _counts(study, one), **_run_time(study, one, times, outcome)}
         for one, path, outcome in zip(best, paths, ran, strict=True)
@@ -124,9 +124,9 @@ def _show(
     outcome: InRuntime | None,
 ) -> None:  # fmt: skip
     """Print a recommendation, its costs in the runtime, and its files."""
-    recommendation(one)
+    print_recommendation(one)
     if times is not None:
-        run_time(one.plan, study.parts, times, request.limits)
+        print_runtime_costs(one.plan, study.parts, times, request.limits)
     if outcome is not None:
         print(f"  {outcome.words}")
     print(f"  plan: {path}; its model card: {path.with_suffix('.md')}")

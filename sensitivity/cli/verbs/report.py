@@ -12,19 +12,19 @@ EXAMPLE = "sensitivity report runs/first"
 
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    flags.study(p)
-    p.add_argument("--out", type=path_values.folder, help="where to write (default: STUDY/report)")
+    flags.add_study(p)
+    p.add_argument("--out", type=path_values.out_folder, help="where to write (default: STUDY/report)")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Write the report."""
     from sensitivity.analysis.allocate.kept_recommendation import recommended
-    from sensitivity.analysis.report.page import report
+    from sensitivity.analysis.reporting.page import report
     from sensitivity.study.storage import paths
     from sensitivity.study.study import Study
 
     study = Study(args.study)
-    path = report(study, args.out or paths.report(args.study), recommended(study))
+    path = report(study, args.out or paths.report_folder(args.study), recommended(study))
     if not args.json:
         print(f"report: {path}")
     return {"report": str(path)}

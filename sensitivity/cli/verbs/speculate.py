@@ -11,7 +11,7 @@ from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.arguments.model_and_tasks import loaded
 from sensitivity.cli.arguments.scheme_flags import checked
 from sensitivity.cli.output.progress import show_stages
-from sensitivity.cli.output.tables import table
+from sensitivity.cli.output.tables import print_table
 
 ABOUT = "say how sensitive each component is to the bits of its activations: the share of drafted tokens accepted"
 EXAMPLE = "sensitivity speculate embedded:scenes-llava --task caption --activation-bits 3,4 --n 20"
@@ -20,10 +20,10 @@ ALL = "*"  # the pattern of all components
 
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    flags.model(p)
-    flags.tasks(p)
-    flags.by(p, "part")
-    flags.methods(p, (4,), "rtn")
+    flags.add_model(p)
+    flags.add_tasks(p)
+    flags.add_granularity(p, "part")
+    flags.add_methods(p, (4,), "rtn")
     p.add_argument(
         "--activation-bits",
         type=values.comma_separated(values.whole(2, 8)),
@@ -38,9 +38,9 @@ def arguments(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens that are drafted before a pass verifies them (default: 3)",
     )
-    flags.samples(p, 100)
-    flags.calibration(p)
-    flags.device(p)
+    flags.add_samples(p, 100)
+    flags.add_calibration(p)
+    flags.add_device(p)
     p.set_defaults(include=(), whole_answers=False, dry_run=False, runtime=None, out=None, activation_scale=None)
 
 
@@ -90,7 +90,7 @@ def show(rows: list[dict[str, Any]], draft: int) -> None:
     widths = list(dict.fromkeys(row["activations"] for row in rows))
     found = {(row["weights"], row["task"], row["component"], row["activations"]): row for row in rows}
     kinds = list(dict.fromkeys(key[:3] for key in found))
-    table(
+    print_table(
         f"Share of drafted tokens that are accepted, {draft} at a time, plus or minus a standard error",
         ("weights", "task", "rounded", *(f"{bits} bits" for bits in widths)),
         [

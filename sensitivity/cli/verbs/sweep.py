@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.arguments.model_and_tasks import loaded
-from sensitivity.cli.arguments.scheme_flags import checked, loadable
+from sensitivity.cli.arguments.scheme_flags import checked, loadable_schemes
 from sensitivity.cli.output.progress import show_progress, show_progress_in_json, show_stages
 from sensitivity.cli.output.sweep_summary import show_summary
-from sensitivity.cli.output.tables import forecast, frontier
+from sensitivity.cli.output.tables import print_forecast, print_frontier
 from sensitivity.cli.processes import ray_workers, workers
 
 if TYPE_CHECKING:
@@ -31,30 +31,30 @@ EXAMPLE = "sensitivity sweep embedded:scenes-llava --task vqa --bits 2,3,4,6,8 -
 
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    flags.model(p)
-    flags.tasks(p)
-    flags.by(p, "part")
-    flags.include(p)
-    flags.methods(p, (2, 3, 4, 6, 8), "rtn", several=True)
-    flags.run_time(p)
+    flags.add_model(p)
+    flags.add_tasks(p)
+    flags.add_granularity(p, "part")
+    flags.add_include(p)
+    flags.add_methods(p, (2, 3, 4, 6, 8), "rtn", several=True)
+    flags.add_run_time(p)
     p.add_argument(
         "--search",
         type=values.name,
         default="grid",
         help="grid, one-at-a-time, random, tpe, nsga2, gp or frontier (default: grid)",
     )
-    flags.prior(p)
-    flags.limits(p)
-    flags.runtime(p, "only plans that this runtime can load, such as vllm or gptq")
+    flags.add_prior(p)
+    flags.add_limits(p)
+    flags.add_runtime(p, "only plans that this runtime can load, such as vllm or gptq")
     p.add_argument(
         "--trials",
         type=values.plans,
         metavar="N",
         help="how many plans are tried (default: all of grid and one-at-a-time, 100 of the other searches)",
     )
-    flags.study_folder(p)
-    flags.samples(p)
-    flags.calibration(p)
+    flags.add_study_folder(p)
+    flags.add_samples(p)
+    flags.add_calibration(p)
     _run_flags(p)
     p.set_defaults(plans=None)  # no flag: a program may set a function of parts and schemes
 
@@ -94,7 +94,7 @@ def _run_flags(p: argparse.ArgumentParser) -> None:
         help="where the workers run: on this machine, or as Ray actors, with a GPU each where --device is cuda, on the"
         " cluster that RAY_ADDRESS names or on this machine (default: local)",
     )
-    flags.device(p)
+    flags.add_device(p)
     p.add_argument(
         "--plain",
         action="store_true",
@@ -162,7 +162,7 @@ def _search_space(
 
     allow = allowed_by(parts.names, dict(flags.distinct("--allow", args.allow)))
     tie = tied_groups(parts.names, args.tie)
-    requested = loadable(args, parts, requested, allow)
+    requested = loadable_schemes(args, parts, requested, allow)
 
     def plans_of(schemes: Sequence[Scheme], search: str) -> Plans:
         if args.plans:
@@ -208,7 +208,7 @@ def _run_plans(
     except KeyboardInterrupt:
         study.release_lost(this_process())  # Ctrl-C inside ask or tell leaves its plan marked as running
         if not args.json and study.measured():
-            frontier(study)
+            print_frontier(study)
         raise
     if study.release_lost():  # plans of a worker that died
         rest = begin_sweep(vlm, parts, [], args.task, args.out, **options)[1]
@@ -250,14 +250,16 @@ def _forecast(
     options |= {"cache_gb": args.cache_gb, "memory_gb": args.memory_gb}
     predicted = forecast_sweep(vlm, parts, list(plans), tasks, **options)
     if not args.json:
-        forecast(predicted)
+        print_forecast(predicted)
     return predicted.to_json()
 
 
 def _on_a_cluster(args: argparse.Namespace) -> dict[str, object]:
     """Run the sweep on Ray: the actors run the same command, and this process only watches the queue."""
     args.workers = 1 if args.workers == "auto" else args.workers
-    study = ray_workers.sweep(args, lambda steps, study: _show_steps(args, steps, f"sweeping {args.model}", study))
+    study = ray_workers.sweep_on_ray(
+        args, lambda steps, study: _show_steps(args, steps, f"sweeping {args.model}", study)
+    )
     return show_summary(args, study)
 
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from sensitivity.formats.checkpoints.fake import LOAD
-from sensitivity.formats.checkpoints.gptq import layout
-from sensitivity.formats.writing.checkpoint import checkpoint, headers
+from sensitivity.formats.checkpoints.gptq import packed_layout
+from sensitivity.formats.writing.checkpoint import header_bytes, write_checkpoint
 from sensitivity.formats.writing.job import Job, Written
 from sensitivity.spec.components import VOCABULARY
 from sensitivity.spec.plan import Scheme
@@ -25,12 +25,12 @@ AutoRound(MODEL, layer_config=json.load(open("layer_config.json"))).quantize_and
 
 def write(job: Job, folder: Path) -> Written:
     """Write a checkpoint in GPTQ's tensor layout, which AutoRound calls auto_round:auto_gptq."""
-    weight, hashes = checkpoint(job, folder, layout("gptq"), {"quantization_config": config(job)})
+    weight, hashes = write_checkpoint(job, folder, packed_layout("gptq"), {"quantization_config": config(job)})
     api = json.dumps(layer_config(job), indent=1) + "\n"
     (folder / "layer_config.json").write_text(api, encoding="utf-8")
     notes = ["This layout also stores a zero point for every group, and four bytes per column that name its group."]
     load = API.format(load=LOAD.format(dtype=job.dtype_name).rstrip())
-    return Written(load=load, bytes=weight, hashes=hashes, headers=headers(folder, weight), notes=notes)
+    return Written(load=load, bytes=weight, hashes=hashes, headers=header_bytes(folder, weight), notes=notes)
 
 
 def config(job: Job) -> dict[str, object]:
@@ -39,13 +39,13 @@ def config(job: Job) -> dict[str, object]:
     extra = {module: {"bits": 16, "data_type": "float"} for module in job.native()}
     for _, scheme, modules in job.groups():
         if scheme != common:
-            extra |= {module: arguments(scheme) for module in modules}
+            extra |= {module: quantization_settings(scheme) for module in modules}
     return {
         "quant_method": "auto-round",
         "packing_format": "auto_round:auto_gptq",
-        **arguments(common),
+        **quantization_settings(common),
         "autoround_version": "0.16.1",
-        "block_name_to_quantize": ",".join(blocks(job)),
+        "block_name_to_quantize": ",".join(block_paths(job)),
         "extra_config": extra,
     }
 
@@ -53,16 +53,16 @@ def config(job: Job) -> dict[str, object]:
 def layer_config(job: Job) -> dict[str, object]:
     """An entry for every module, in the form that AutoRound's API takes."""
     native: dict[str, object] = {module: {"bits": 16, "data_type": "float"} for module in job.native()}
-    return native | {module: arguments(scheme) for _, scheme, modules in job.groups() for module in modules}
+    return native | {module: quantization_settings(scheme) for _, scheme, modules in job.groups() for module in modules}
 
 
-def arguments(scheme: Scheme) -> dict[str, object]:
+def quantization_settings(scheme: Scheme) -> dict[str, object]:
     """A scheme as AutoRound's settings; a group size of -1 means the whole row."""
     group = -1 if scheme.group == "row" else int(scheme.group)
     return {"bits": scheme.bits, "group_size": group, "sym": scheme.symmetric, "data_type": "int"}
 
 
-def blocks(job: Job) -> list[str]:
+def block_paths(job: Job) -> list[str]:
     """The path of each list of blocks (without a block's number), and of each module outside any block."""
     layers = [w for w in job.parts.weights if w.kind not in VOCABULARY]
     paths = [w.module if w.block is None else _before(w.module, w.block) for w in layers]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sensitivity.formats.checkpoints.fake import LOAD
-from sensitivity.formats.writing.checkpoint import PackedLayout, checkpoint, float16_scale, headers
+from sensitivity.formats.writing.checkpoint import PackedLayout, float16_scale, header_bytes, write_checkpoint
 from sensitivity.formats.writing.job import Job, Written
 from sensitivity.formats.writing.packing import pack
 from sensitivity.formats.writing.stream import Spec
@@ -24,12 +24,12 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of eight rows' codes in a 32-bit word, as Au
 
 def write(job: Job, folder: Path) -> Written:
     """Write the `gemm` version: codes packed along the rows, and a zero point for every group."""
-    weight, hashes = checkpoint(job, folder, PackedLayout(_specs, _tensors), {"quantization_config": config(job)})
+    weight, hashes = write_checkpoint(job, folder, PackedLayout(_specs, _tensors), {"quantization_config": config(job)})
     return Written(
         load=LOAD.format(dtype=job.dtype_name) + "# needs: pip install gptqmodel\n",
         bytes=weight,
         hashes=hashes,
-        headers=headers(folder, weight),
+        headers=header_bytes(folder, weight),
         notes=("This layout stores a zero point for every group, even on symmetric grids.",),
     )
 

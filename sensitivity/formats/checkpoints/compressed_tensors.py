@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sensitivity.formats.checkpoints.fake import LOAD
-from sensitivity.formats.writing.checkpoint import PackedLayout, checkpoint, headers
+from sensitivity.formats.writing.checkpoint import PackedLayout, header_bytes, write_checkpoint
 from sensitivity.formats.writing.job import Job, Written
 from sensitivity.formats.writing.packing import pack
 from sensitivity.formats.writing.stream import Spec
@@ -37,13 +37,13 @@ STRATEGIES = {"tensor": "tensor", "row": "channel"}
 
 def write(job: Job, folder: Path) -> Written:
     """Write a checkpoint that plain `from_pretrained` loads where compressed-tensors is installed."""
-    weight, hashes = checkpoint(job, folder, layout(job.half), {"quantization_config": config(job)})
+    weight, hashes = write_checkpoint(job, folder, packed_layout(job.half), {"quantization_config": config(job)})
     load = LOAD.format(dtype=job.dtype_name)
     return Written(
         load=load if has_one_group(job) else load + UNPACK,
         bytes=weight,
         hashes=hashes,
-        headers=headers(folder, weight),
+        headers=header_bytes(folder, weight),
         notes=(
             "Needs compressed-tensors (pip install compressed-tensors).",
             ROUNDED if has_one_group(job) else LAST_LINE,
@@ -83,14 +83,14 @@ def config(job: Job) -> dict[str, object]:
 def _group(scheme: Scheme, modules: list[str]) -> dict[str, object]:
     """A component's config group: its modules, and the arguments of their weights and of rounded inputs."""
     if scheme.activations == NOT_ROUNDED:
-        return {"targets": modules, "format": PACKED, "weights": arguments(scheme)}
+        return {"targets": modules, "format": PACKED, "weights": quantization_args(scheme)}
     inputs = {
         "num_bits": scheme.activations, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True,
     }  # fmt: skip
-    return {"targets": modules, "format": BYTES, "weights": arguments(scheme), "input_activations": inputs}
+    return {"targets": modules, "format": BYTES, "weights": quantization_args(scheme), "input_activations": inputs}
 
 
-def arguments(scheme: Scheme) -> dict[str, object]:
+def quantization_args(scheme: Scheme) -> dict[str, object]:
     """A scheme as compressed-tensors' QuantizationArgs."""
     grouped = isinstance(scheme.group, int)
     return {
@@ -103,7 +103,7 @@ def arguments(scheme: Scheme) -> dict[str, object]:
     }
 
 
-def layout(half: torch.dtype) -> PackedLayout:
+def packed_layout(half: torch.dtype) -> PackedLayout:
     """The layout of one weight: weight_packed, weight_scale, weight_shape, and weight_zero_point on asymmetric grids.
 
     Zero points are packed along the rows. If activations are rounded, the tensors are weight (signed bytes) and

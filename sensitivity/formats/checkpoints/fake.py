@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sensitivity.formats.writing.checkpoint import checkpoint, headers
+from sensitivity.formats.writing.checkpoint import header_bytes, write_checkpoint
 from sensitivity.formats.writing.job import Job, Written
 
 LOAD = """\
@@ -20,12 +20,12 @@ def write(job: Job, folder: Path) -> Written:
 
     It is for comparisons, and for methods whose codes no other format can hold.
     """
-    weight, hashes = checkpoint(job, folder, None, {})
+    weight, hashes = write_checkpoint(job, folder, None, {})
     return Written(
         load=LOAD.format(dtype=job.dtype_name),
         bytes=weight,
         hashes=hashes,
-        headers=headers(folder, weight),
+        headers=header_bytes(folder, weight),
         notes=("The values are quantized, but the files are not smaller: they hold every weight in full precision.",),
         runs=True,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sensitivity.formats.writing.checkpoint import PackedLayout, checkpoint, float16_scale, headers
+from sensitivity.formats.writing.checkpoint import PackedLayout, float16_scale, header_bytes, write_checkpoint
 from sensitivity.formats.writing.job import Job, Written
 from sensitivity.formats.writing.packing import pack
 from sensitivity.formats.writing.stream import Spec
@@ -32,7 +32,7 @@ def write(job: Job, folder: Path) -> Written:
     """Write codes packed along the columns, zero points along the rows, float16 scales, and each column's group."""
     kind = checkpoint_format(job)
     settings = config(job, kind)
-    weight, hashes = checkpoint(job, folder, layout(kind), {"quantization_config": settings}, renamed=True)
+    weight, hashes = write_checkpoint(job, folder, packed_layout(kind), {"quantization_config": settings}, renamed=True)
     (folder / "quantize_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     notes = [
         "This layout also stores a zero point for every group of a symmetric grid, and four bytes per column that name "
@@ -40,7 +40,7 @@ def write(job: Job, folder: Path) -> Written:
         "transformers' own GPTQ loader takes one width for all; mixed widths need GPTQModel, whose definitions cover "
         "the language model of most families and leave vision and connector alone.",
     ]
-    return Written(load=LOAD, bytes=weight, hashes=hashes, headers=headers(folder, weight), notes=notes)
+    return Written(load=LOAD, bytes=weight, hashes=hashes, headers=header_bytes(folder, weight), notes=notes)
 
 
 def checkpoint_format(job: Job) -> str:
@@ -82,7 +82,7 @@ def _group(scheme: Scheme) -> int:
     return -1 if scheme.group == "row" else int(scheme.group)
 
 
-def layout(kind: str) -> PackedLayout:
+def packed_layout(kind: str) -> PackedLayout:
     """The tensors of one packed weight in a layout: gptq, gptq_v2 or gptq_p."""
 
     def specs(key: str, weight: Weight, scheme: Scheme) -> tuple[Spec, ...]:

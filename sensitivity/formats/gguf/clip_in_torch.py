@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sensitivity.formats.gguf.export import FILES
+from sensitivity.formats.gguf.exporter import FILES
 from sensitivity.formats.gguf.model import GGUFModel
 from sensitivity.formats.gguf.names import placed
 from sensitivity.formats.halved.halves import VISION, Array

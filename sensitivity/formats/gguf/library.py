@@ -151,7 +151,7 @@ def check_installed() -> None:
 
 
 @cache
-def library() -> ctypes.CDLL:
+def xllamacpp_library() -> ctypes.CDLL:
     """The library of xllamacpp, initialized, and set to print nothing."""
     check_installed()
     found = ctypes.CDLL(str(importlib.import_module("xllamacpp.xllamacpp").__file__))

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from sensitivity.formats.gguf.export import FILES
+from sensitivity.formats.gguf.exporter import FILES
 from sensitivity.formats.gguf.image_bytes import as_bytes
-from sensitivity.formats.gguf.library import F32, FLASH_OFF, IMAGE, Batch, Text, library
+from sensitivity.formats.gguf.library import F32, FLASH_OFF, IMAGE, Batch, Text, xllamacpp_library
 from sensitivity.formats.gguf.names import QWEN, TILED
 from sensitivity.formats.halved.halves import LANGUAGE, VISION, Array
 from sensitivity.formats.halved.model import HalvedModel
@@ -29,7 +29,7 @@ class GGUFModel(HalvedModel):
 
     def __init__(self, folder: Path | str, threads: int = 0) -> None:
         """Open both files; `threads` is how many llama.cpp uses, and 0 leaves that to llama.cpp."""
-        self.folder, self.threads, self.lib = Path(folder), threads, library()
+        self.folder, self.threads, self.lib = Path(folder), threads, xllamacpp_library()
         self.vlm = without_weights(str(folder))
         params = self.lib.llama_model_default_params()
         params.n_gpu_layers = 0

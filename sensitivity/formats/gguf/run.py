@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sensitivity.formats.gguf.clip_in_torch import GGUFModelWithCLIP
-from sensitivity.formats.gguf.export import STORED, check, is_clip
+from sensitivity.formats.gguf.exporter import STORED, check, is_clip
 from sensitivity.formats.gguf.library import check_installed
 from sensitivity.formats.gguf.model import GGUFModel
 from sensitivity.formats.halved.model import Running, unlike
@@ -20,10 +20,10 @@ def running(folder: Path, threads: int) -> Running:
     check(str(folder))
     check_installed()
     check_arrived(folder)
-    return Running.of(folder, opened(folder, threads), "llama.cpp")
+    return Running.of(folder, open_export(folder, threads), "llama.cpp")
 
 
-def opened(folder: Path | str, threads: int = 0) -> GGUFModel:
+def open_export(folder: Path | str, threads: int = 0) -> GGUFModel:
     """An export opened in llama.cpp; its image half runs in transformers if llama.cpp computes that wrongly."""
     clip = is_clip(load(str(folder), config_only=True).model.config)
     return (GGUFModelWithCLIP if clip else GGUFModel)(folder, threads)

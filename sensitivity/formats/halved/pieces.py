@@ -32,7 +32,7 @@ class Sized(Protocol):
         """The bytes that it takes."""
 
 
-def pieces(
+def pieces_of(
     job: Job,
     tensors: Mapping[str, CheckpointTensor],
     constants: Mapping[str, Sequence[Sized]],

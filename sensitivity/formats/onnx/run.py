@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sensitivity.formats.halved.halves import LANGUAGE, VISION, Array
 from sensitivity.formats.halved.model import HalvedModel, Running
-from sensitivity.formats.onnx.export import FILES, STORED, check
+from sensitivity.formats.onnx.exporter import FILES, STORED, check
 from sensitivity.formats.onnx.trace import PAST, PRESENT
 from sensitivity.models.halves.positions import positions_of
 from sensitivity.models.halves.vision_half import vision_half_of

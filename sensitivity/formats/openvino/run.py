@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sensitivity.formats.halved.halves import LANGUAGE, VISION, Array
 from sensitivity.formats.halved.model import HalvedModel, Running, unlike
-from sensitivity.formats.openvino.export import FILES, STORED, check
+from sensitivity.formats.openvino.exporter import FILES, STORED, check
 from sensitivity.formats.openvino.layer_counters import LayerCounters, name_layers
 from sensitivity.models.halves.positions import positions_of
 from sensitivity.models.halves.vision_half import vision_half_of

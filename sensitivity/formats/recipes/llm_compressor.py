@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypedDict
 
-from sensitivity.formats.checkpoints.compressed_tensors import arguments
+from sensitivity.formats.checkpoints.compressed_tensors import quantization_args
 from sensitivity.formats.writing.checkpoint import save
 from sensitivity.formats.writing.job import RUNTIME_QUANTIZES, Job, Written
 from sensitivity.spec.errors import UserError
@@ -30,7 +30,7 @@ def write(job: Job, folder: Path) -> Written:
     stages: dict[str, Modifier] = {}
     for name, scheme, modules in job.groups():
         modifier = stages.setdefault(MODIFIERS[scheme.method], {"config_groups": {}, "ignore": job.native()})
-        modifier["config_groups"][name] = {"targets": modules, "weights": arguments(scheme)}
+        modifier["config_groups"][name] = {"targets": modules, "weights": quantization_args(scheme)}
     if not stages:
         raise UserError("the plan quantizes nothing, so there is no recipe to write; use --format plan")
     save(folder, "recipe.yaml", {"quant_stage": {"quant_modifiers": stages}})

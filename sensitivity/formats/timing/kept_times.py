@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from sensitivity.formats.timing.machine import machine, versions_of
+from sensitivity.formats.timing.machine import this_machine, versions_of
 from sensitivity.measure.calibrate.cache import cache_folder
 from sensitivity.spec import schema
 from sensitivity.spec.components import ComponentMap
@@ -34,7 +34,7 @@ def keep(parts: ComponentMap, times: LayerTimes) -> None:
     write_atomically(file, (json.dumps(times.to_json(), indent=1) + "\n").encode())
 
 
-def kept_times(parts: ComponentMap, runtime: str, threads: int = 0) -> LayerTimes:
+def load_kept_times(parts: ComponentMap, runtime: str, threads: int = 0) -> LayerTimes:
     """The times that `profile` measured here for a model of these shapes, or an error that says what to type."""
     check_timed(runtime)
     threads = threads or torch.get_num_threads()
@@ -52,6 +52,6 @@ def _read(file: Path, remedy: str) -> LayerTimes:
 def _file(parts: ComponentMap, runtime: str, threads: int) -> Path:
     """The file that stores the times of a model."""
     shapes = sorted([weight.name, weight.rows, weight.cols] for weight in parts.weights)
-    facts = [shapes, runtime, versions_of(runtime).get(runtime), dict(machine()), threads]
+    facts = [shapes, runtime, versions_of(runtime).get(runtime), dict(this_machine()), threads]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "layer-times" / f"{digest[:24]}.json"

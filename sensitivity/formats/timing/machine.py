@@ -22,7 +22,7 @@ class Machine(TypedDict):
     instructions: list[str]
 
 
-def machine() -> Machine:
+def this_machine() -> Machine:
     """The processor of this machine, and which vector instructions it has."""
     text = CPU.read_text() if CPU.exists() else ""
     name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)

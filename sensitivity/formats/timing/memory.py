@@ -20,7 +20,7 @@ class Memory(TypedDict):
     mapped: int  # of files other than programs and libraries; the system may drop these pages and read them again
 
 
-def memory() -> Memory | None:
+def memory_now() -> Memory | None:
     """The memory of this process now; None if this is not Linux."""
     if not (PROCESS / "smaps").exists():
         return None

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from sensitivity.formats.gguf.export import check as check_gguf
+from sensitivity.formats.gguf.exporter import check as check_gguf
 from sensitivity.formats.halved.halves import Array, Language, check_halves
 from sensitivity.formats.halved.model import HalvedModel
-from sensitivity.formats.onnx.export import check as check_onnx
-from sensitivity.formats.openvino.export import check as check_openvino
+from sensitivity.formats.onnx.exporter import check as check_onnx
+from sensitivity.formats.openvino.exporter import check as check_openvino
 from sensitivity.models.halves.positions import positions_of
 from sensitivity.models.halves.vision_half import vision_half_of
 from sensitivity.models.loading import load
@@ -107,9 +107,9 @@ def _warm_torch() -> None:
 
 
 def _warm_llama_cpp() -> None:
-    from sensitivity.formats.gguf.library import library
+    from sensitivity.formats.gguf.library import xllamacpp_library
 
-    library()
+    xllamacpp_library()
     _warm_torch()  # since torch makes the images that llama.cpp reads
 
 
@@ -160,7 +160,7 @@ WARM_UP: dict[str, Callable[[], None]] = {
 }
 
 
-def opened(model: str, runtime: str, dtype: str, threads: int, counted: bool = False) -> HalvedModel:
+def open_model(model: str, runtime: str, dtype: str, threads: int, counted: bool = False) -> HalvedModel:
     """Open a model in a runtime; with `counted`, the runtime counts the time of each layer."""
     if counted:
         return COUNT[runtime](model, threads)

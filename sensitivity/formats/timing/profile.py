@@ -1,4 +1,4 @@
-"""profile(): times each layer of a model in each layout of a runtime, inside the whole model, and stores the times."""
+"""profile_layers(): times each layer of a model in each layout of a runtime, inside the whole model, and stores the times."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sensitivity.formats.openvino.export import STORED
+from sensitivity.formats.openvino.exporter import STORED
 from sensitivity.formats.openvino.trace import kept as kept_traces
 from sensitivity.formats.table import write
 from sensitivity.formats.timing.intervals import STAGES as STAGES_OF_A_ROUND
 from sensitivity.formats.timing.kept_times import keep
-from sensitivity.formats.timing.machine import machine, versions_of
-from sensitivity.formats.timing.opened import CHECK
-from sensitivity.formats.timing.rows_at_once import rows_at_once
-from sensitivity.formats.timing.timed_process import Asked, Counted, Round, timed_process
+from sensitivity.formats.timing.machine import this_machine, versions_of
+from sensitivity.formats.timing.open_models import CHECK
+from sensitivity.formats.timing.rows_at_once import rows_by_weight
+from sensitivity.formats.timing.timed_process import Asked, Counted, Round, timed_model
 from sensitivity.formats.writing.job import Job
 from sensitivity.measure.generate.batches import batches_by_image
 from sensitivity.models.config_only import without_weights
@@ -50,7 +50,7 @@ ROUNDS = 12
 PROMPTS = 32  # examples whose right answers give the usual length of an answer
 
 
-def profile(
+def profile_layers(
     model: str,
     schemes: Sequence[Scheme],
     runtime: str = "openvino",
@@ -68,7 +68,7 @@ def profile(
     where `recommend` finds them.
     """
     parts, tokens = checked(model, schemes, runtime, task)
-    at_once = rows_at_once(load(model, config_only=True), parts, first_inputs(model, task))
+    at_once = rows_by_weight(load(model, config_only=True), parts, first_inputs(model, task))
     threads = threads or torch.get_num_threads()
     linears = inspect(model, by="linear")
     plans = in_layouts(linears, schemes, runtime)
@@ -85,7 +85,7 @@ def profile(
         layers |= _by_shape(linears, plan, runtime, _at_usual_speed(slower, counted[layout]["layers"]), at_once, tokens)
         memory |= _per_weight(linears, plan, layout, counted[NATIVE]["memory"], counted[layout]["memory"])
     found = LayerTimes(
-        runtime, dict(machine()), threads, versions_of(runtime), task, at_once, tokens, dict.fromkeys(STAGES, 0.0),
+        runtime, dict(this_machine()), threads, versions_of(runtime), task, at_once, tokens, dict.fromkeys(STAGES, 0.0),
         sum(counted[NATIVE]["memory"].values()), memory, layers,
     )  # fmt: skip
     native = Plan.uniform(parts, None)
@@ -156,10 +156,10 @@ def _in_turn(full: Asked, asked: Mapping[str, Asked], n: int) -> tuple[dict[str,
     Only two models are in memory at once.
     """
     beside, found = dict[str, list[Round]](), dict[str, Counted]()
-    with timed_process(full) as whole:
+    with timed_model(full) as whole:
         whole.round(0)  # the first is slower, and not counted
         for layout in each(list(asked), "timing", "layouts", len(asked)):
-            with timed_process(asked[layout]) as inside:
+            with timed_model(asked[layout]) as inside:
                 inside.round(0)
                 beside[layout] = []
                 for _ in range(n):

@@ -16,7 +16,7 @@ from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError, reason
 
 
-def rows_at_once(vlm: VLM, parts: ComponentMap, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+def rows_by_weight(vlm: VLM, parts: ComponentMap, inputs: Mapping[str, Tensor]) -> dict[str, int]:
     """Weight -> rows of its layer's input for the first image of a processor's output.
 
     The values of the weights and of the image are not read.

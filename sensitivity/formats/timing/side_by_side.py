@@ -13,10 +13,10 @@ import torch
 
 from sensitivity.formats.table import write
 from sensitivity.formats.timing.intervals import FEWEST, Interval, times, times_faster
-from sensitivity.formats.timing.machine import Machine, machine, versions_of
+from sensitivity.formats.timing.machine import Machine, this_machine, versions_of
 from sensitivity.formats.timing.memory import Memory
-from sensitivity.formats.timing.opened import CHECK
-from sensitivity.formats.timing.timed_process import Asked, Round, TimedModel, timed_process
+from sensitivity.formats.timing.open_models import CHECK
+from sensitivity.formats.timing.timed_process import Asked, Round, TimedModel, timed_model
 from sensitivity.formats.writing import manifest
 from sensitivity.formats.writing.job import Job
 from sensitivity.formats.writing.manifest import Manifest
@@ -94,7 +94,7 @@ def bench(
         "task": timed_task,
         "n": n,
         "threads": threads,
-        "machine": machine(),
+        "machine": this_machine(),
         "versions": {**versions_of(runtime), "threads": str(threads)},
         "tokens": tokens_of(theirs),
         "export": {"bytes": sizes["export"], "memory": memory["export"], "times": times(ours)},
@@ -121,7 +121,7 @@ def _checked(
         raise UserError(f"{folder} is of the format {format}, which {own} runs and not {runtime}; leave out --runtime")
     if n < FEWEST:
         raise UserError(f"an interval of a median takes at least {FEWEST} rounds, not {n}")
-    if damage := manifest.damage(folder, facts):
+    if damage := manifest.damaged_files(folder, facts):
         raise UserError(f"{folder} is not as it was written: {'; '.join(damage)}; export again")
     timed_task = task or next(iter(facts["trial"].get("meta", {}).get("tasks", [])), None)
     if timed_task is None:
@@ -152,7 +152,7 @@ def full_precision(base: str, runtime: str, dtype: str) -> Iterator[str]:
 def in_turn(asked: Mapping[str, Asked], n: int) -> tuple[dict[str, list[Round]], dict[str, Memory | None]]:
     """Time the models in turn, so that other load on the machine affects all alike; returns rounds and memory."""
     with ExitStack() as stack:
-        running: dict[str, TimedModel] = {name: stack.enter_context(timed_process(one)) for name, one in asked.items()}
+        running: dict[str, TimedModel] = {name: stack.enter_context(timed_model(one)) for name, one in asked.items()}
         for one in running.values():
             one.round(0)  # the first round is slower, and is not counted
         rounds: dict[str, list[Round]] = {name: [] for name in running}

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import IO, TYPE_CHECKING, TypedDict, cast
 
-from sensitivity.formats.timing.memory import Memory, begin_peak, memory, resident
+from sensitivity.formats.timing.memory import Memory, begin_peak, memory_now, resident
 from sensitivity.spec import standard_output
 from sensitivity.spec.errors import UserError
 
@@ -133,7 +133,7 @@ def _send(running: subprocess.Popen[str], what: object) -> None:
 
 
 @contextmanager
-def timed_process(asked: Asked) -> Iterator[TimedModel]:
+def timed_model(asked: Asked) -> Iterator[TimedModel]:
     """Start a process for a model, and end it with the block."""
     # standard error goes to a file: nobody reads it while the process runs, and a full pipe would block the process
     with tempfile.TemporaryFile() as errors, subprocess.Popen(
@@ -180,7 +180,7 @@ class _Timed:
     def __init__(self, asked: Asked) -> None:
         import torch
 
-        from sensitivity.formats.timing.opened import opened, warm_up
+        from sensitivity.formats.timing.open_models import open_model, warm_up
         from sensitivity.measure.generate.batches import batches_by_image
         from sensitivity.models.config_only import without_weights
         from sensitivity.tasks.table import task as find_task
@@ -192,8 +192,8 @@ class _Timed:
         self.inputs = [batch.inputs for one in alone for batch in batches_by_image(vlm, one, plain=True)]
         warm_up(asked.runtime)
         begin_peak()
-        self.before, self.held = memory(), resident()
-        self.model = opened(asked.model, asked.runtime, asked.dtype, asked.threads, asked.counted)
+        self.before, self.held = memory_now(), resident()
+        self.model = open_model(asked.model, asked.runtime, asked.dtype, asked.threads, asked.counted)
         self.layers = LayerSeconds(asked.threads) if asked.counted else None
         self.after_image = -1  # bytes that were added by the first image: the language half opens when it first runs
 
@@ -225,7 +225,7 @@ class _Timed:
 
     def memory(self) -> Memory | None:
         """What opening and running the model has added."""
-        now = memory()
+        now = memory_now()
         if now is None or self.before is None:
             return None
         return {

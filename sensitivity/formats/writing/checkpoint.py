@@ -28,7 +28,7 @@ class PackedLayout:
     tensors: Callable[[QuantizedWeight, Weight, Scheme], Sequence[Tensor]]
 
 
-def checkpoint(
+def write_checkpoint(
     job: Job, folder: Path, layout: PackedLayout | None, config: Mapping[str, object], renamed: bool = False
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Write all tensors as a stream, and copy the model's small files.
@@ -70,7 +70,7 @@ def save(folder: Path, name: str, content: object) -> None:
     (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def headers(folder: Path, weight: Mapping[str, int]) -> int:
+def header_bytes(folder: Path, weight: Mapping[str, int]) -> int:
     """The bytes of the safetensors files that are not tensors."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) - sum(weight.values())
 

@@ -16,7 +16,7 @@ from sensitivity.spec.sizes import SizeJson
 from sensitivity.study.exports import BENCH, MANIFEST, VERIFIED
 from sensitivity.study.scores import TaskScore
 
-__all__ = ["MANIFEST", "VERIFIED", "damage", "read", "sha256", "store_verification", "why_foreign", "write"]
+__all__ = ["MANIFEST", "VERIFIED", "damaged_files", "read", "sha256", "store_verification", "why_foreign", "write"]
 
 
 class FileFacts(TypedDict):
@@ -120,7 +120,7 @@ def why_foreign(out: Path) -> str:
     return f"it also holds {', '.join(others[:3])}, which no export wrote" if others else ""
 
 
-def damage(folder: Path, manifest: Manifest) -> list[str]:
+def damaged_files(folder: Path, manifest: Manifest) -> list[str]:
     """Files that are missing, cut short or changed since they were written, and weight files that were added."""
     faults = []
     for name, facts in manifest["files"].items():

@@ -1,4 +1,4 @@
-"""calibrate(): statistics of each layer's inputs, from one pass over the data or block by block."""
+"""calibration_statistics(): statistics of each layer's inputs, from one pass over the data or block by block."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from sensitivity.tasks.table import task as find_task
 GRAM_BYTES = 1 << 30  # bytes of Gram matrices in memory at once; one block of a 7B model has 0.7 GB
 
 
-def calibrate(
+def calibration_statistics(
     vlm: VLM,
     parts: ComponentMap,
     tasks: Sequence[str],

@@ -179,7 +179,9 @@ class Quantizer:
         if not needs_data(scheme):
             return
         if self.statistics is None:
-            raise UserError(f"{scheme.method} needs calibration data: pass statistics, as calibrate() makes them")
+            raise UserError(
+                f"{scheme.method} needs calibration data: pass statistics, as calibration_statistics() makes them"
+            )
         self.statistics.check_scheme(scheme)
 
 

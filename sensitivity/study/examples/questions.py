@@ -36,7 +36,7 @@ Questions = dict[tuple[str, str], Question]  # by task and example
 
 def store(study: Path, tasks: Iterable[Task]) -> None:
     """Write the questions of a study's tasks, unless that was done: their data may be moved or changed later."""
-    file = paths.questions(study)
+    file = paths.questions_file(study)
     if not file.exists():
         frame = pd.DataFrame([_row(task, one) for task in tasks for one in task.examples], columns=list(COLUMNS))
         with replacing(file) as unfinished:
@@ -45,7 +45,7 @@ def store(study: Path, tasks: Iterable[Task]) -> None:
 
 def read_questions(study: Path, meta: Mapping[str, object]) -> Questions:
     """The questions of a study: from their file, else (earlier versions) from its data; empty if those are gone."""
-    file = paths.questions(study)
+    file = paths.questions_file(study)
     if file.exists():
         try:
             return dict(_read(pd.read_parquet(file, use_threads=False)))

@@ -13,7 +13,7 @@ REPAIR = "compute it again with `sensitivity explain`"
 
 def read(folder: Path, score: str) -> dict[str, dict[Scheme, float]]:
     """The scores of this name, of each component at each scheme; empty where the folder has none."""
-    file = paths.attributions(folder)
+    file = paths.attributions_file(folder)
     if not file.exists():
         return {}
     found: dict[str, dict[Scheme, float]] = {}

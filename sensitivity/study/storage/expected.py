@@ -22,14 +22,14 @@ def save(study: Path, expected: Expected, source: str) -> Path:
         for name, schemes in expected.items()
         for one, damage in schemes.items()
     ]
-    file = paths.expected(study)
+    file = paths.expected_file(study)
     write_atomically(file, json.dumps({"version": 1, "from": source, "damages": damages}, indent=1).encode())
     return file
 
 
 def read(study: Path) -> Expected | None:
     """The damages that a study expected; None where it expected none."""
-    file = paths.expected(study)
+    file = paths.expected_file(study)
     if not file.exists():
         return None
     damages: dict[str, dict[Scheme, float]] = {}

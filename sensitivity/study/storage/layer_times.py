@@ -15,12 +15,12 @@ REPAIR = "delete it, and the report says nothing of time and memory"
 
 def save(study: Path, times: LayerTimes) -> Path:
     """Write the times beside a study's trials."""
-    file = paths.layer_times(study)
+    file = paths.layer_times_file(study)
     write_atomically(file, (json.dumps(times.to_json(), indent=1) + "\n").encode())
     return file
 
 
 def read(study: Path) -> LayerTimes | None:
     """The times of a study; None where no plan was chosen by them."""
-    file = paths.layer_times(study)
+    file = paths.layer_times_file(study)
     return LayerTimes.from_json(schema.read(file, "layer_times", REPAIR)) if file.exists() else None

@@ -17,66 +17,66 @@ def is_study(folder: Path) -> bool:
     return (folder / JOURNAL).exists() or (folder / ADDRESS).exists()
 
 
-def answers(study: Path, key: str) -> Path:
+def answers_file(study: Path, key: str) -> Path:
     """The per-example answers and scores of a plan, by the plan's key."""
     return study / "examples" / f"{key}.parquet"
 
 
-def questions(study: Path) -> Path:
+def questions_file(study: Path) -> Path:
     """What was asked in each example."""
     return study / "questions.parquet"
 
 
-def verification(study: Path) -> Path:
+def verification_folder(study: Path) -> Path:
     """The folder of a second study, in which plans run on fresh examples."""
     return study / "verify"
 
 
-def ranking(study: Path, digest: str) -> Path:
+def ranking_file(study: Path, digest: str) -> Path:
     """A cached ranking, by a hash of all that it depends on."""
     return study / "rankings" / f"{digest}.json"
 
 
-def expected(study: Path) -> Path:
+def expected_file(study: Path) -> Path:
     """What each component's schemes were expected to cost before any plan was measured."""
     return study / "expected.json"
 
 
-def layer_times(study: Path) -> Path:
+def layer_times_file(study: Path) -> Path:
     """The times of the model's layers in a runtime by which a plan was last chosen."""
     return study / "layer-times.json"
 
 
-def attributions(folder: Path) -> Path:
+def attributions_file(folder: Path) -> Path:
     """A table of attributions, in a study's folder or in one of its own."""
     return folder / "attributions.json"
 
 
-def explanation(folder: Path, key: str, failures: bool = False) -> Path:
+def explanation_file(folder: Path, key: str, failures: bool = False) -> Path:
     """Where a plan's damage comes from, by the plan's key: on calibration examples, or on answers that got worse."""
     return folder / "explained" / f"{key}{'-failures' if failures else ''}.json"
 
 
-def put_back(study: Path, key: str) -> Path:
+def put_back_file(study: Path, key: str) -> Path:
     """Answers of a plan with one part put back to full precision, only to examples that the plan answers worse."""
     return study / "put_back" / f"{key}.parquet"
 
 
-def recommendation(study: Path, budget: float | None = None) -> Path:
+def recommendation_file(study: Path, budget: float | None = None) -> Path:
     """A saved recommendation: the first one, or that for a further budget in bits per weight."""
     return study / (PLAN if budget is None else f"plan-{budget:g}bpw.json")
 
 
-def card(recommendation: Path) -> Path:
+def card_file(recommendation: Path) -> Path:
     """The model card of a recommended plan, beside the plan's file."""
     return recommendation.with_suffix(".md")
 
 
-def export_notes(study: Path) -> Path:
+def export_notes_folder(study: Path) -> Path:
     """The folder of notes on exports."""
     return study / "exports"
 
 
-def report(study: Path) -> Path:
+def report_folder(study: Path) -> Path:
     """The folder of the report, unless another one is named."""
     return study / "report"

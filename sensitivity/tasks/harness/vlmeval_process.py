@@ -52,7 +52,7 @@ class Served:
         return self.evaluation.figures([(number, text) for number, text in request["answers"]])
 
 
-def main() -> None:
+def answer_requests() -> None:
     """Answer requests. What the library prints goes to standard error, so that it is not taken for an answer."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -82,4 +82,4 @@ def _offline(*_: object) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main()
+    answer_requests()

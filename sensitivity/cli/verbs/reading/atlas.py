@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.arguments.scheme_flags import schemes
-from sensitivity.cli.output.tables import table
+from sensitivity.cli.output.tables import print_table
 from sensitivity.spec.sizes import bytes_in_words
 
 if TYPE_CHECKING:
@@ -51,13 +51,13 @@ def arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--attributions",
-        type=path_values.folder,
+        type=path_values.out_folder,
         metavar="FOLDER",
         help="where `sensitivity explain MODEL --scores gram --out FOLDER` wrote relative errors of the new model; they"
         " count as far as they would have helped to predict the atlas's own models",
     )
-    flags.by(p, "group.kind")
-    flags.methods(p, (2, 3, 4, 6, 8), "gptq")
+    flags.add_granularity(p, "group.kind")
+    flags.add_methods(p, (2, 3, 4, 6, 8), "gptq")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
@@ -73,7 +73,7 @@ def _add(args: argparse.Namespace) -> dict[str, object]:
     entries = add_to_atlas(Study(Path(args.source).expanduser()), args.atlas)
     models = sorted({entry.about["model"] for entry in entries})
     if not args.json:
-        table(
+        print_table(
             f"{args.atlas}: what it has",
             ("model", "task", "by", "methods", "plans", "full precision"),
             [
@@ -106,7 +106,7 @@ def _predict(args: argparse.Namespace) -> dict[str, object]:
 def _show(args: argparse.Namespace, found: PredictedFrontier) -> None:
     """Print the frontier, and what would make it surer."""
     one = len(found.models) == 1
-    table(
+    print_table(
         f"{args.source}, predicted from {'one model' if one else f'{len(found.models)} models'} "
         f"({', '.join(found.models)}; {', '.join(found.tasks)}); nothing of it was measured",
         ("budget", "bpw", "size", "share of full precision", "95 % interval", "plan"),

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import path_values, values
-from sensitivity.cli.output.tables import table
+from sensitivity.cli.output.tables import print_table
 
 if TYPE_CHECKING:
     from sensitivity.analysis.comparing.versus import Row, Versus
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     """Compare, print the rows, and write the page with --out."""
     from sensitivity.analysis.comparing.sides import side
     from sensitivity.analysis.comparing.versus import compare_sides
-    from sensitivity.analysis.report import comparison_page
+    from sensitivity.analysis.reporting import comparison_page
 
     if args.out is not None:
         comparison_page.check(args.out)
@@ -52,7 +52,7 @@ def _show(comparison: Versus) -> None:
     """Print the comparison: a row for each pair of plans, and what to conclude for each task."""
     for note in comparison.notes:
         print(f"note: {note}")
-    table(
+    print_table(
         f"A: {comparison.a}; B: {comparison.b} (B minus A, with 95 % intervals)",
         ("what", "task", "A", "B", "difference", "right → wrong", "wrong → right", "A's plan", "B's plan"),
         [_cells(row) for row in comparison.shown],

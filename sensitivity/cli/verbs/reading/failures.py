@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.output.progress import show_progress
-from sensitivity.cli.output.tables import KEY_LENGTH, answer_counts, table
+from sensitivity.cli.output.tables import KEY_LENGTH, print_answer_counts, print_table
 from sensitivity.spec.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ CELL = 60  # characters of a text in a table
 
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    flags.study(p)
+    flags.add_study(p)
     p.add_argument(
         "--plan",
         type=values.name,
@@ -47,8 +47,8 @@ def arguments(p: argparse.ArgumentParser) -> None:
         help="run the model on the first --n answers that got worse, with one component after the other put back to"
         " full precision, to measure which one mends each; what was measured is kept",
     )
-    flags.moved_model(p)
-    flags.device(p)
+    flags.add_moved_model(p)
+    flags.add_device(p)
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.analysis.failures.changes import study_of
     from sensitivity.analysis.failures.gallery import gallery_of
     from sensitivity.analysis.failures.pictures import Pictures
-    from sensitivity.analysis.report import failures_page
+    from sensitivity.analysis.reporting import failures_page
     from sensitivity.study.study import Study
 
     if not args.causes:
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if args.out is not None:
         failures_page.write(args.out, study.parts.model, [failures])
     if not args.json:
-        answer_counts({f"{plan.key[:KEY_LENGTH]} {plan.describe()}": failures.counts})
+        print_answer_counts({f"{plan.key[:KEY_LENGTH]} {plan.describe()}": failures.counts})
         _show(failures)
         if args.out is not None:
             print(f"page: {args.out}")
@@ -147,7 +147,7 @@ def _changes(failures: Gallery) -> None:
     """Print a row for each change."""
     mended = [card.cause.words if card.cause else "" for card in failures.cards]
     has_causes = any(mended)
-    table(
+    print_table(
         f"Changed answers: {len(failures.cards)} of {failures.changed}, those that cost most first",
         (
             "cost",

@@ -14,7 +14,7 @@ EXAMPLE = "sensitivity table runs/first --out trials.parquet"
 
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    flags.study(p)
+    flags.add_study(p)
     p.add_argument(
         "--out",
         type=path_values.file,
@@ -23,7 +23,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--share",
-        type=path_values.folder,
+        type=path_values.out_folder,
         metavar="FOLDER",
         help="instead of --out: a folder for a hub, with the table, a card and the trials of the study, from which"
         " others choose plans for budgets of their own without a GPU",

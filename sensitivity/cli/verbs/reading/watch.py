@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.output.progress import frontier_lines, points
-from sensitivity.cli.output.tables import frontier
+from sensitivity.cli.output.tables import print_frontier
 
 if TYPE_CHECKING:
     from sensitivity.study.study import Study
@@ -20,7 +20,7 @@ EXAMPLE = "sensitivity watch runs/first"
 
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    flags.study(p)
+    flags.add_study(p)
     p.add_argument("--every", type=values.pause, default=5, metavar="S", help="seconds between updates (default: 5)")
     p.add_argument("--once", action="store_true", help="print the state once and end; so does --json")
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if not args.json:
         print(_words(counts))
         if study.measured():
-            frontier(study)
+            print_frontier(study)
     return {"study": str(args.study), **counts, "frontier": points(study)}
 
 

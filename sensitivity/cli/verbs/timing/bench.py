@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.output.progress import show_stages
-from sensitivity.cli.output.tables import table
+from sensitivity.cli.output.tables import print_table
 from sensitivity.spec.sizes import bytes_in_words
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ EXAMPLE = "sensitivity bench out/first --n 20"
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     p.add_argument("folder", type=path_values.path, metavar="DIR", help="a folder that `sensitivity export` wrote")
-    flags.runtime(p, "what runs it: openvino, onnx, onnx-int8, gguf or transformers (default: that of its format)")
+    flags.add_runtime(p, "what runs it: openvino, onnx, onnx-int8, gguf or transformers (default: that of its format)")
     p.add_argument(
         "--n", type=values.rounds, default=20, metavar="N", help="rounds, each the answer to an example (default: 20)"
     )
@@ -31,7 +31,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         metavar="T",
         help="task whose prompts are timed (default: the one that was measured)",
     )
-    flags.moved_model(p)
+    flags.add_moved_model(p)
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
@@ -55,7 +55,7 @@ def show(found: Bench) -> None:
     for name, interval in ours["times"].items():
         ratio = found["times_faster"].get(name)
         rows.append((name, _words(interval), _words(full["times"][name]), _words(ratio) if ratio else ""))
-    table(
+    print_table(
         f"{found['runtime']}, {found['threads']} threads, {found['n']} rounds in turn: {tokens['per_image']} tokens per"
         f" image, {tokens['prompt']} per prompt, {tokens['new']} new ones",
         ("", "export", "full precision", "times faster"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.output.progress import show_stages
-from sensitivity.cli.output.tables import table
+from sensitivity.cli.output.tables import print_table
 
 if TYPE_CHECKING:
     from sensitivity.spec.components import ComponentMap
@@ -40,12 +40,12 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Time the layers, print the times of uniform plans and of layers, and return the table."""
-    from sensitivity.formats.timing.profile import checked, profile
+    from sensitivity.formats.timing.profile import checked, profile_layers
     from sensitivity.quantize.scheme_settings import schemes_of
 
     schemes = schemes_of(("rtn",), args.bits, group=args.group, symmetric=args.symmetric)
     with show_stages(args.json):
-        times = profile(args.model, schemes, args.runtime, args.task, args.n, threads=args.threads or 0)
+        times = profile_layers(args.model, schemes, args.runtime, args.task, args.n, threads=args.threads or 0)
     parts, _ = checked(args.model, schemes, args.runtime, args.task)
     plans = uniform(parts, schemes, times)
     if not args.json:
@@ -72,7 +72,7 @@ def show(times: LayerTimes, plans: Mapping[str, Mapping[str, float]]) -> None:
     tokens, full = times.tokens, plans[FULL]
     heads = {"ms_per_image": "ms, image", "ms_per_prompt": "prompt", "ms_per_token": "new token"}
     heads |= {"ms_per_answer": "answer", "gb_resident": "GB resident"}
-    table(
+    print_table(
         f"{times.runtime}, {times.threads} threads: uniform plans, predicted, with {tokens['image']} tokens an image, "
         f"{tokens['prompt']} a prompt and {tokens['answer']} an answer ({times.task}); "
         "÷: how many times less than full precision",
@@ -81,7 +81,7 @@ def show(times: LayerTimes, plans: Mapping[str, Mapping[str, float]]) -> None:
     )
     layouts = list(dict.fromkeys(layout for _, _, layout, _ in times.layers))
     shapes = list(dict.fromkeys((rows, cols, count) for rows, cols, _, count in times.layers))
-    table(
+    print_table(
         "milliseconds of one layer",
         ("rows", "columns", "tokens at once", *layouts),
         [

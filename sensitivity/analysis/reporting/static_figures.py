@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from sensitivity.analysis.importance.types import Ranking
 from sensitivity.analysis.observations import Observations
-from sensitivity.analysis.report import figures, sentences
-from sensitivity.analysis.report.table_rows import quantized, single
+from sensitivity.analysis.reporting import figures, sentences
+from sensitivity.analysis.reporting.table_rows import quantized, single
 from sensitivity.analysis.surrogate.space import Space
 from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-from sensitivity.analysis.report.table_rows import frontier_rows, quantized, single
+from sensitivity.analysis.reporting.table_rows import frontier_rows, quantized, single
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType

@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
 from sensitivity.analysis.allocate.recommendation import Recommendation
-from sensitivity.analysis.report import figures
-from sensitivity.analysis.report.table_rows import frontier_rows
+from sensitivity.analysis.reporting import figures
+from sensitivity.analysis.reporting.table_rows import frontier_rows
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 480, 66, 16, 16, 62
 CLOUDED = 400  # with more points, they are small, and only the frontier and uniform plans have intervals

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from sensitivity.analysis.report import figures
-from sensitivity.analysis.report.static_figures import Picture
-from sensitivity.analysis.report.table_rows import frontier_rows
+from sensitivity.analysis.reporting import figures
+from sensitivity.analysis.reporting.static_figures import Picture
+from sensitivity.analysis.reporting.table_rows import frontier_rows
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.layer_times import ANSWER, RESIDENT, LayerTimes

@@ -20,7 +20,7 @@ GENERATOR = '<meta name="generator" content="sensitivity">'  # marks a page that
 def jinja_environment() -> jinja2.Environment:
     """Jinja with our templates and filters, and what the frame of a page says; an undefined name is an error."""
     made = jinja2.Environment(
-        loader=jinja2.PackageLoader("sensitivity.analysis.report"),
+        loader=jinja2.PackageLoader("sensitivity.analysis.reporting"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -19,13 +19,13 @@ from sensitivity.analysis.importance import robustness
 from sensitivity.analysis.importance.ranking import cached, rank
 from sensitivity.analysis.importance.types import Ranking
 from sensitivity.analysis.observations import Observations, observations_of
-from sensitivity.analysis.report import sentences
-from sensitivity.analysis.report.environment import GENERATOR, rendered
-from sensitivity.analysis.report.frontier_table import FrontierRow, largest_on_frontier
-from sensitivity.analysis.report.interactive import pareto
-from sensitivity.analysis.report.static_figures import Picture, figures_of_task, slug
-from sensitivity.analysis.report.time_and_memory import TimeAndMemory, time_and_memory_section
-from sensitivity.analysis.report.what_breaks import failing
+from sensitivity.analysis.reporting import sentences
+from sensitivity.analysis.reporting.environment import GENERATOR, rendered
+from sensitivity.analysis.reporting.frontier_table import FrontierRow, largest_on_frontier
+from sensitivity.analysis.reporting.interactive import pareto
+from sensitivity.analysis.reporting.static_figures import Picture, figures_of_task, slug
+from sensitivity.analysis.reporting.time_and_memory import TimeAndMemory, time_and_memory_section
+from sensitivity.analysis.reporting.what_breaks import failing
 from sensitivity.spec.components import LABELS, ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import (
@@ -126,7 +126,7 @@ def _why_foreign(out: Path, study: Study) -> str:
     """Why a folder may not be replaced by a report; an empty string where it holds an earlier one."""
     if not out.is_dir():
         return "it is a file, and a folder is meant"
-    if out.resolve() == paths.report(study.path).resolve() or is_unfinished(out):
+    if out.resolve() == paths.report_folder(study.path).resolve() or is_unfinished(out):
         return ""
     page = out / "index.html"
     with contextlib.suppress(OSError):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sensitivity.analysis.failures.gallery import Gallery
-from sensitivity.analysis.report.environment import check, rendered
+from sensitivity.analysis.reporting.environment import check, rendered
 from sensitivity.spec.files import write_atomically
 
 __all__ = ["check", "write"]

@@ -1,4 +1,4 @@
-"""openvino: writes the image half and the language half as OpenVINO graphs that hold our codes."""
+"""onnx: the image half and the language half as ONNX graphs that hold our codes, written as a stream."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sensitivity.formats.halved.halves import LANGUAGE, VISION, check_halves
-from sensitivity.formats.halved.pieces import pieces
-from sensitivity.formats.openvino import graph, layout, trace
-from sensitivity.formats.openvino.layout import Constant
+from sensitivity.formats.halved.pieces import pieces_of
+from sensitivity.formats.onnx import graph, layout, trace
+from sensitivity.formats.onnx.layout import Blocks, Constant
+from sensitivity.formats.openvino.trace import skeleton
 from sensitivity.formats.writing import stream
 from sensitivity.formats.writing.checkpoint import save
 from sensitivity.formats.writing.job import Job, Written
@@ -18,15 +19,16 @@ from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 
 if TYPE_CHECKING:
-    from openvino import Model
+    from onnx_ir import Model
 
-FILES = {VISION: "openvino_vision.xml", LANGUAGE: "openvino_language.xml"}
-STORED = "openvino_weights.json"  # graph -> constant -> the SHA-256 of its bytes
+FILES = {VISION: "vision.onnx", LANGUAGE: "language.onnx"}
+DATA = ".data"  # the file of a graph's constants has the graph's name with this suffix
+STORED = "onnx_weights.json"  # graph -> constant -> the SHA-256 of its bytes
 LOAD = """\
 from transformers import AutoProcessor
-from sensitivity.formats.openvino.run import OpenVINOModel
+from sensitivity.formats.onnx.run import ONNXModel
 
-model, processor = OpenVINOModel(FOLDER), AutoProcessor.from_pretrained(FOLDER)
+model, processor = ONNXModel(FOLDER), AutoProcessor.from_pretrained(FOLDER)
 inputs = processor(images=[image], text=[prompt], return_tensors="pt")
 features = model.image_features(**model.image_inputs(inputs))
 ends = {processor.tokenizer.eos_token_id}
@@ -36,16 +38,18 @@ NOTES = ("Run it with one image per prompt. Sums are in float32, so that its ans
 
 
 def check(model: VLM | str) -> None:
-    """Raise an error if OpenVINO is not installed or the model cannot be split; called before any slow work."""
+    """Raise an error if ONNX Runtime is not installed or the model cannot be split; called before any slow work."""
     try:
-        import openvino  # noqa: F401
+        import onnx_ir  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
         import transformers.exporters  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"openvino needs OpenVINO, and transformers 5.23 or newer ({error}); type "
-            "`pip install 'vlm-sensitivity[openvino]'`"
+            f"onnx needs ONNX Runtime, and transformers 5.23 or newer ({error}); type "
+            "`pip install 'vlm-sensitivity[onnx]'`"
         ) from error
-    check_halves(trace.skeleton(model))
+    check_halves(skeleton(model))
 
 
 def write(job: Job, folder: Path) -> Written:
@@ -58,16 +62,16 @@ def write(job: Job, folder: Path) -> Written:
     hashes: dict[str, str] = {}
     stored: dict[str, dict[str, str]] = {}
     unread = dict.fromkeys(names)
+    programs = trace.traced(skeleton(job.model))
     for half, file in FILES.items():
-        program = trace.traced(trace.skeleton(job.model), half)
+        program = programs[half]
         constants = {name: _constants(job, tensors[name]) for name in graph.weights_of(program, names)}
-        graph.put_constants(program, constants)
-        binary = folder / file.replace(".xml", ".bin")
-        hashes[binary.name], stored[file] = _write_half(job, tensors, constants, program, folder / file)
+        data = folder / f"{file}{DATA}"
+        hashes[data.name], stored[file] = _write_half(job, tensors, constants, program, data)
         for name, parts in constants.items():
             bytes[name] = sum(constant.bytes for constant in parts)
             del unread[name]
-        file_bytes += (folder / file).stat().st_size + binary.stat().st_size
+        file_bytes += (folder / file).stat().st_size + data.stat().st_size
     save(folder, STORED, stored)
     save(folder, "config.json", dict(job.source.config))
     job.source.copy_small_files(folder)
@@ -89,9 +93,14 @@ def _write_half(
     tensors: Mapping[str, CheckpointTensor],
     constants: Mapping[str, Sequence[Constant]],
     program: Model,
-    xml: Path,
+    data: Path,
 ) -> tuple[str, dict[str, str]]:
-    """Write one graph and its binary file; returns the hash of the binary file and of each constant."""
-    begin, offsets = graph.write_xml(program, [one for parts in constants.values() for one in parts], xml)
-    parts = pieces(job, tensors, constants, layout.contents)
-    return stream.write_at(xml.with_suffix(".bin"), begin, parts, offsets, job.at_once)
+    """Write one graph and the file of its constants; returns the hash of that file and of each constant."""
+    import onnx_ir
+
+    blocks = {name: Blocks.of(job.weights[name], job.schemes[name]) for name in constants if name in job.weights}
+    offsets = graph.offsets_of([one for parts in constants.values() for one in parts])
+    graph.put_constants(program, constants, blocks, data.name, offsets)
+    onnx_ir.save(program, data.with_suffix(""))
+    parts = pieces_of(job, tensors, constants, layout.contents)
+    return stream.write_at(data, b"", parts, offsets, job.at_once)

@@ -12,10 +12,10 @@ from sensitivity.analysis.comparing.versus import Row, Versus
 from sensitivity.analysis.failures.changes import changed_answers
 from sensitivity.analysis.failures.gallery import Card, Gallery, notes_on
 from sensitivity.analysis.failures.pictures import Pictures
-from sensitivity.analysis.report import figures
-from sensitivity.analysis.report.environment import check, rendered
-from sensitivity.analysis.report.static_figures import Picture, slug
-from sensitivity.analysis.report.table_rows import frontier_rows
+from sensitivity.analysis.reporting import figures
+from sensitivity.analysis.reporting.environment import check, rendered
+from sensitivity.analysis.reporting.static_figures import Picture, slug
+from sensitivity.analysis.reporting.table_rows import frontier_rows
 from sensitivity.spec.files import write_atomically
 from sensitivity.study.examples.answer_counts import counts_by_kind
 from sensitivity.study.examples.questions import read_questions

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from sensitivity.analysis.report.table_rows import frontier_rows
+from sensitivity.analysis.reporting.table_rows import frontier_rows
 
 MAX_ROWS = 12  # if more plans are on the frontier, the largest are shown
 
