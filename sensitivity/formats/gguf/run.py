@@ -20,10 +20,10 @@ def running(folder: Path, threads: int) -> Running:
     check(str(folder))
     check_installed()
     check_arrived(folder)
-    return Running.of(folder, open_export(folder, threads), "llama.cpp")
+    return Running.of(folder, opened(folder, threads), "llama.cpp")
 
 
-def open_export(folder: Path | str, threads: int = 0) -> GGUFModel:
+def opened(folder: Path | str, threads: int = 0) -> GGUFModel:
     """An export opened in llama.cpp; its image half runs in transformers if llama.cpp computes that wrongly."""
     clip = is_clip(load(str(folder), config_only=True).model.config)
     return (GGUFModelWithCLIP if clip else GGUFModel)(folder, threads)

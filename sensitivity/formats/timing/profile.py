@@ -1,4 +1,4 @@
-"""profile_layers(): times each layer of a model in each layout of a runtime, inside the whole model, and stores the times."""
+"""profile_layers(): times each layer of a model in each layout of a runtime, inside the whole model; stores them."""
 
 from __future__ import annotations
 
