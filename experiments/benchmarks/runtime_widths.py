@@ -112,7 +112,7 @@ def write_exports(model: Path, parts: ComponentMap, runtime: str, widths: Sequen
 def running(model: Path, runtime: str, bits: int, task: str) -> Iterator[TimedModel]:
     """A process that holds an export, after a first round, which is slower."""
     asked = Asked(str(place(model, runtime, bits)), str(model), runtime, "float32", 1, task, 1, 0)
-    with timed_process(asked) as one:
+    with timed_model(asked) as one:
         one.round(0)
         yield one
 
@@ -133,7 +133,7 @@ def measure(model: Path, runtime: str, widths: Sequence[int], n: int, task: str,
         found = {**size[bits], **shares, **figures(rounds, took[FULL])}
         found = {key: float(f"{value:.4g}") for key, value in found.items()}
         versions = ", ".join(f"{name} {version}" for name, version in list(versions_of(runtime).items())[:1])
-        rows.add(model, runtime, bits, **found, **tokens, n=n, processor=machine()["processor"], version=versions)
+        rows.add(model, runtime, bits, **found, **tokens, n=n, processor=this_machine()["processor"], version=versions)
 
 
 def sizes(folder: Path, one: TimedModel) -> dict[str, float]:
