@@ -18,7 +18,7 @@ import shap
 from sklearn.ensemble import RandomForestRegressor
 
 from sensitivity.analysis.importance import tree_shap
-from sensitivity.analysis.importance.estimators import EXPLAINED, TREES
+from sensitivity.analysis.importance.estimators import SHAP_PLANS, TREES
 
 LEVELS = (2, 3, 4, 6, 8, 16)
 TRIALS = 448
@@ -56,7 +56,7 @@ def main() -> None:
         score = 1 - np.exp(1 - bits).sum(axis=1) / components + 0.01 * draw.standard_normal(TRIALS)
         plans = np.unique(bits, axis=0)
         if not tree_shap.fits(plans):  # then a ranking explains some plans only
-            plans = plans[draw.choice(len(plans), EXPLAINED, replace=False)]
+            plans = plans[draw.choice(len(plans), SHAP_PLANS, replace=False)]
         compare(RandomForestRegressor(TREES, random_state=0).fit(bits, score), plans, components)
 
 

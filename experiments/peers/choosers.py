@@ -133,7 +133,7 @@ def run_alone(setting: Setting, vlm: VLM, parts: ComponentMap, n: int, found: Ch
 
 def by_scores(setting: Setting, vlm: VLM, parts: ComponentMap, found: Chosen) -> None:
     """The best plan by each score; an integral along the path sees no rounding of inputs, and is left out there."""
-    names = [name for name in SCORES if "path_shares" not in NEEDS[name]]
+    names = [name for name in SCORES if "path_integral_shares" not in NEEDS[name]]
     asked, task = setting.asked, setting.asked.calibration or setting.task
     known = scored(vlm, parts, asked.schemes, [task], names, asked.examples)
     smallest = [Plan.uniform(parts, one) for one in known.schemes]
@@ -161,7 +161,7 @@ def integrate(given: Calibrated, task: str, examples: int) -> None:
         integral = integrate_path(given.vlm, given.parts, changes, lambda: data, ROUGHLY, PASSES)
         found = blame_of(given.parts, given.vlm.family, integral).components
         shares[one] = {name: value * examples / some for name, value in found.items()}
-    given.path_shares = shares
+    given.path_integral_shares = shares
 
 
 def optima(parts: ComponentMap, scores: Scores) -> list[Plan]:

@@ -120,7 +120,7 @@ def sweep_arguments(study: PublishedStudy, args: argparse.Namespace, more: Seque
     for option, value in (("--n", study.n), ("--dtype", study.dtype)):
         if value and option not in given:
             typed += [option, str(value)]
-    found = cli.parser_of(cli.VERBS).parse_args([*typed, *more], argparse.Namespace(typed=[*typed, *more]))
+    found = cli.parser_of(cli.VERBS).parse_args([*typed, *more], argparse.Namespace(argv=[*typed, *more]))
     found.task = tuple(one.format(data=args.data) for one in study.tasks)  # a folder's name may hold a comma
     if args.smoke is not None:
         found.n, found.calibration_n = min(found.n, SMOKE_N), SMOKE_CALIBRATION

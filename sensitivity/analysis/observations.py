@@ -171,16 +171,16 @@ def observations_of_table(
             raise unknown("column", column, table.columns)
     bits = np.column_stack([numbers_of(table, column) for column in components])
     whole = np.isfinite(bits).all(axis=1)
-    nothing = np.full(len(table), np.nan)
+    unknown_values = np.full(len(table), np.nan)
     keys = tuple("/".join(f"{b:g}" for b in row) for row in bits)
     observations = Observations(
         score,
         tuple(components),
         bits,
         numbers_of(table, score),
-        numbers_of(table, se) if se else nothing,
+        numbers_of(table, se) if se else unknown_values,
         keys,
-        numbers_of(table, bpw) if bpw else nothing,
+        numbers_of(table, bpw) if bpw else unknown_values,
         ("",) * len(table),
     )
     if (~whole).any():

@@ -204,9 +204,9 @@ def warn_if_calibration_is_easier(given: Calibrated, study: Study) -> None:
 def check_budgets(parts: ComponentMap, schemes: Sequence[Scheme], request: PlanRequest) -> None:
     """Raise an error for a budget that no plan meets, before anything is calibrated."""
     allow, tie = allowed_and_tied(parts, request)
-    nothing = {name: dict.fromkeys(schemes, 0.0) for name in parts.names}
+    no_damage = {name: dict.fromkeys(schemes, 0.0) for name in parts.names}
     for bpw in request.bpw:
-        optimum(parts, nothing, bpw, request.runtime, allow, tie)
+        optimum(parts, no_damage, bpw, request.runtime, allow, tie)
 
 
 def check_float_path(schemes: Sequence[Scheme], path: str | None) -> None:

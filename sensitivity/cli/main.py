@@ -70,11 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Every code but 0 comes with a sentence on standard error, unless the reader of our output is gone (a broken pipe).
     """
-    typed = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     # looked up before parsing, so that errors of parsing honor --json and --debug too
-    asked = argparse.Namespace(typed=typed, json="--json" in typed, debug="--debug" in typed)
+    asked = argparse.Namespace(argv=words, json="--json" in words, debug="--debug" in words)
     try:
-        args = parser_of(VERBS, typed).parse_args(typed, asked)  # keeps `typed`: workers run the same command
+        args = parser_of(VERBS, words).parse_args(words, asked)  # keeps `argv`: workers run the same command
         if args.threads:
             threads.limit(args.threads)
         if not sys.stdout.isatty() and isinstance(sys.stdout, io.TextIOWrapper):

@@ -85,7 +85,7 @@ def test_the_jacobian_is_the_derivative() -> None:
     space = Space.of([planted.plan(planted.PARTS, row) for row in planted.grid()])
     index = space.encode([planted.plan(planted.PARTS, row) for row in planted.grid()[::7]])
     formula = fit_surrogate(space, index, np.linspace(0.2, 1, len(index)), pairs=False).formula
-    formula = type(formula)(formula.sizes, formula.family_start, formula.bits, formula.above, ((0, 1), (1, 2)))
+    formula = type(formula)(formula.sizes, formula.parents, formula.bits, formula.above, ((0, 1), (1, 2)))
     theta = np.random.default_rng(0).normal(0, 0.3, formula.length)
     theta[:2] = 1.0, 0.1
     step = 1e-6

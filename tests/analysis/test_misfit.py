@@ -92,7 +92,7 @@ def test_the_slope_of_the_evidence_is_its_derivative() -> None:
     logs = np.array([0.9, -2.5, -2.2, -0.1, -3.0])
     ours = evidence.cost(logs, True)[1]
     np.testing.assert_allclose(ours, approx_fprime(logs, lambda x: evidence.cost(x, True)[0], 1e-6), rtol=1e-3)
-    assert Hyperparameters.of(np.zeros(5)).distance == 1.0
+    assert Hyperparameters.of(np.zeros(5)).length_scale == 1.0
 
 
 def test_the_best_plan_within_a_budget_is_that_of_brute_force_with_limits_too(tmp_path: Path) -> None:

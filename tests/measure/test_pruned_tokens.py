@@ -16,7 +16,7 @@ from sensitivity.api.sweeping import sweep
 from sensitivity.measure.evaluation import evaluate
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.install.pruned_tokens import pruning_hooks
-from sensitivity.measure.passes.pruned_attention import Prompts
+from sensitivity.measure.passes.pruned_attention import PruningState
 from sensitivity.measure.passes.token_batches import answer_batches as token_batches
 from sensitivity.measure.passes.token_batches import calibration_pass, image_token
 from sensitivity.models.discovery import inspect
@@ -155,7 +155,7 @@ def test_ways_of_attention_agree(scenes_llava: VLM, parts: ComponentMap, attenti
 
 
 def test_the_least_attended_go_and_ties_by_position() -> None:
-    prompts = Prompts(7)
+    prompts = PruningState(7)
     ids = torch.tensor([[1, 7, 7, 7, 7, 2], [7, 7, 1, 1, 1, 2]])
     prompts.begin(nn.Identity(), (), {"input_ids": ids, "logits_to_keep": 2})
     assert prompts.end == 4

@@ -31,13 +31,13 @@ class Side:
         return f"{self.study.path}:{self.plan.key[:8]}" if self.plan else str(self.study.path)
 
 
-def side(typed: str) -> Side:
+def side(text: str) -> Side:
     """The side that STUDY, or STUDY:KEY, means."""
-    if paths.is_study(Path(typed)):
-        return Side(Study(typed))
-    folder, colon, key = typed.rpartition(":")
+    if paths.is_study(Path(text)):
+        return Side(Study(text))
+    folder, colon, key = text.rpartition(":")
     if not colon or not paths.is_study(Path(folder)):
-        raise UserError(f"{typed} is neither a study nor STUDY:KEY, a plan of one by its key")
+        raise UserError(f"{text} is neither a study nor STUDY:KEY, a plan of one by its key")
     return Side(*plan_of(Study(folder), key))
 
 

@@ -28,7 +28,7 @@ class Card:
     change: Change
     pictures: tuple[Picture, ...]
     cause: Cause | None = None  # None: its score did not fall, or no cause was measured
-    entering: DamagePlaces | None = None  # where the damage enters, if `explain` was run on this example
+    places: DamagePlaces | None = None  # where the damage enters, if `explain` was run on this example
 
     @property
     def boxed(self) -> bool:
@@ -42,7 +42,7 @@ class ExplainedCard:
 
     example: Example
     picture: Picture
-    entering: DamagePlaces
+    places: DamagePlaces
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ def gallery_of(
     causes = [cause(one, parts) for one in every]
     shown = [pair for pair in zip(every, causes, strict=True) if not part or (pair[1] and pair[1].name == part)]
     known = explanations_of(home or study.path, plan) if pictures else []
-    entering = next((one.examples for one in known if one.of_failures), {})
+    places = next((one.examples for one in known if one.of_failures), {})
     cards = tuple(
-        Card(one, tuple(pictures.of(one)) if pictures else (), why, entering.get(one.example))
+        Card(one, tuple(pictures.of(one)) if pictures else (), why, places.get(one.example))
         for one, why in shown[:most]
     )
     counts = [row for row in study.counts_by_kind(plan) if (not task or row["task"] == task)]

@@ -31,8 +31,8 @@ FEW_REPEATS = 10  # shuffles in a bootstrap resample
 MANY_TRIALS = 1000  # beyond, forests that serve only intervals and checks have half the trees
 # trials from which threads pay off: two took 1.6 times as long as one at 65 trials, as long at 250, half at 1,500
 MIN_TRIALS_FOR_THREADS = 300
-EXPLAINED = 60  # plans that SHAP explains where the grid is too large for the table of all cells
-FEW_EXPLAINED = 10  # plans in a bootstrap resample
+SHAP_PLANS = 60  # plans that SHAP explains where the grid is too large for the table of all cells
+FEW_SHAP_PLANS = 10  # plans in a bootstrap resample
 SHUFFLED = 500  # most trials that permutation importance uses in a bootstrap resample
 FANOVA_TREES = 32
 FANOVA = 400  # trials that Optuna's fANOVA is given at most: its time grows faster than their number
@@ -47,7 +47,9 @@ class Fitted:
     y: Floats
     groups: tuple[tuple[int, ...], ...]
     seed: int
-    explained: int = EXPLAINED  # plans that SHAP explains; fewer mark a resample, in which permutation is cheaper, too
+    shap_plans: int = (
+        SHAP_PLANS  # plans that SHAP explains; fewer mark a resample, in which permutation is cheaper, too
+    )
 
     @cached_property
     def shap(self) -> tuple[Floats, Floats]:
@@ -56,8 +58,8 @@ class Fitted:
         plans, weight = np.unique(self.x, axis=0, return_counts=True)
         if tree_shap.fits(plans):
             return tree_shap.ShapleyTable(self.forest, plans).values(), weight
-        if len(plans) > self.explained:
-            rows = np.random.default_rng(self.seed).choice(len(plans), self.explained, replace=False)
+        if len(plans) > self.shap_plans:
+            rows = np.random.default_rng(self.seed).choice(len(plans), self.shap_plans, replace=False)
             plans, weight = plans[rows], weight[rows]
         return tree_shap.Leaves(self.forest, plans).values(), weight
 
@@ -67,7 +69,7 @@ class Fitted:
         plans, weight = np.unique(self.x, axis=0, return_counts=True)
         if tree_shap.fits(plans):
             return tree_shap.ShapleyTable(self.forest, plans).interactions(), weight, plans
-        few = min(self.explained // 4, 10_000 // plans.shape[1] ** 2)  # the cost grows with the square of features
+        few = min(self.shap_plans // 4, 10_000 // plans.shape[1] ** 2)  # the cost grows with the square of features
         if len(plans) > few:
             rows = np.random.default_rng(self.seed).choice(len(plans), few, replace=False)
             plans, weight = plans[rows], weight[rows]
@@ -80,12 +82,12 @@ def fit(
     y: Floats,
     groups: Sequence[Sequence[int]] | None = None,
     seed: int = 0,
-    explained: int = EXPLAINED,
+    shap_plans: int = SHAP_PLANS,
     trees: int = TREES,
 ) -> Fitted:
     """Fit a forest that predicts scores y from bits x; without `groups`, each column is a component."""
     groups = tuple((i,) for i in range(x.shape[1])) if groups is None else tuple(tuple(group) for group in groups)
-    return Fitted(RandomForest(trees, seed).fit(x, y), x, y, groups, seed, explained)
+    return Fitted(RandomForest(trees, seed).fit(x, y), x, y, groups, seed, shap_plans)
 
 
 def tree_count(trees: int, trials: int) -> int:
@@ -102,10 +104,10 @@ def permutation(fitted: Fitted) -> Floats:
     """Permutation importance: how much R2 falls when a component's widths are shuffled among trials (50 times)."""
     draw = np.random.default_rng(fitted.seed)
     x, y = fitted.x, fitted.y
-    if fitted.explained < EXPLAINED and len(x) > SHUFFLED:
+    if fitted.shap_plans < SHAP_PLANS and len(x) > SHUFFLED:
         rows = draw.choice(len(x), SHUFFLED, replace=False)
         x, y = x[rows], y[rows]
-    repeats = REPEATS if fitted.explained >= EXPLAINED else FEW_REPEATS
+    repeats = REPEATS if fitted.shap_plans >= SHAP_PLANS else FEW_REPEATS
     # the same shuffles for every component, so that components do not differ by the luck of the draw
     shuffles = np.stack([draw.permutation(len(x)) for _ in range(repeats)])
     base = r2_score(y, fitted.forest.predict(x))
@@ -219,7 +221,7 @@ def chance(x: Floats, y: Floats, least: int, seed: int = 0, probes: int = 5) -> 
         shuffled = x.copy()
         shuffled[:, least] = draw.permutation(x[:, least])  # before resampling, so that copies of a trial stay equal
         rows = draw.integers(0, len(x), len(x))
-        fitted = fit(shuffled[rows], y[rows], seed=number, explained=FEW_EXPLAINED, trees=tree_count(50, len(x)))
+        fitted = fit(shuffled[rows], y[rows], seed=number, shap_plans=FEW_SHAP_PLANS, trees=tree_count(50, len(x)))
         return [float(shares(ESTIMATORS[name](fitted))[least]) for name in CONSENSUS]
 
     largest = np.max(map_in_threads(once, range(probes), len(x)), axis=0)

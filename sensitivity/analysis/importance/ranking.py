@@ -104,7 +104,7 @@ def _rank(observations: Observations, parts: ComponentMap | None, options: RankO
     table = table.drop(index=[METHOD] if columns else [])
     fitted = replace(fitted, groups=tuple(map(tuple, groups)))  # what follows is about components
     table = table.join(_gains(fitted, names, parts, widths.names)).sort_values("consensus", ascending=False)
-    nothing = pd.DataFrame()
+    not_computed = pd.DataFrame()
     ranking = Ranking(
         widths.task,
         granularity,
@@ -114,9 +114,9 @@ def _rank(observations: Observations, parts: ComponentMap | None, options: RankO
         r2,
         estimators.linear(observations.bits, observations.score),
         table,
-        nothing,
-        nothing,
-        nothing,
+        not_computed,
+        not_computed,
+        not_computed,
         tuple(warnings),
         options.method,
         options.near,
@@ -199,7 +199,7 @@ def bootstrap(observations: Observations, groups: Sequence[Sequence[int]], times
         rows = np.random.default_rng([seed, number]).integers(0, len(observations), len(observations))
         x, y = observations.bits[rows], observations.score[rows]
         trees = estimators.tree_count(RESAMPLED_TREES, len(x))
-        fitted = estimators.fit(x, y, groups, number, estimators.FEW_EXPLAINED, trees)
+        fitted = estimators.fit(x, y, groups, number, estimators.FEW_SHAP_PLANS, trees)
         return np.stack([shares(ESTIMATORS[name](fitted)) for name in CONSENSUS])
 
     drawn = np.array(estimators.map_in_threads(once, range(times), len(observations)))

@@ -52,7 +52,7 @@ def by_budget(observations: Observations, budgets: Sequence[float], reach: float
     for budget in budgets:
         around = observations.where(np.abs(observations.bpw / budget - 1) <= reach)
         if len(around) >= 8 and np.ptp(around.score) > 0:
-            fitted = estimators.fit(around.bits, around.score, explained=estimators.FEW_EXPLAINED, trees=50)
+            fitted = estimators.fit(around.bits, around.score, shap_plans=estimators.FEW_SHAP_PLANS, trees=50)
             share = estimators.consensus(fitted)
             rows[budget] = dict(zip(observations.names, share, strict=True)) | {"trials": len(around)}
     return pd.DataFrame.from_dict(rows, orient="index", columns=[*observations.names, "trials"]).rename_axis("bpw")

@@ -14,7 +14,7 @@ from sensitivity.analysis.reporting import figures
 from sensitivity.analysis.reporting.table_rows import frontier_rows
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 480, 66, 16, 16, 62
-CLOUDED = 400  # with more points, they are small, and only the frontier and uniform plans have intervals
+MANY_POINTS = 400  # with more points, they are small, and only the frontier and uniform plans have intervals
 Scale = Callable[[float], float]
 
 
@@ -68,15 +68,15 @@ def pareto(
         "right": WIDTH - RIGHT,
         "bottom": HEIGHT - BOTTOM,
         "top": TOP,
-        "clouded": len(points) > CLOUDED,
+        "many": len(points) > MANY_POINTS,
         "bars": any(point["y1"] is not None for point in points),
     }
 
 
 def _points(table: pd.DataFrame, rows: pd.DataFrame, task: str, across: Scale, up: Scale) -> list[Point]:
     """A point per plan, with its interval where one is known."""
-    nothing = pd.Series(math.nan, rows.index)
-    low, high = (rows[name].astype(float) if (name := f"{task}.{end}") in rows else nothing for end in ("low", "high"))
+    missing = pd.Series(math.nan, rows.index)
+    low, high = (rows[name].astype(float) if (name := f"{task}.{end}") in rows else missing for end in ("low", "high"))
     best = set(frontier_rows(rows, task).index)
     place = {index: i for i, index in enumerate(table.index)}
     columns = (rows.index, rows["bpw"], rows[task], rows["native"], rows["uniform"], low, high)

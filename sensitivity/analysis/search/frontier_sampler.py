@@ -167,11 +167,11 @@ class FrontierSampler(BaseSampler):
         drawn = model.draws(rows, self.draw, draws) if draws else model.predict(rows)[None]
         drawn, at_steps = drawn[:, : len(pool)], drawn[:, len(pool) :]
         # below the smallest measured plan, the score to beat is 0, or less where scores can be negative
-        nothing = np.minimum(0.0, drawn.min(axis=1, keepdims=True))
+        below = np.minimum(0.0, drawn.min(axis=1, keepdims=True))
         size, last = np.log(self.sizes.bpw(pool)), self.largest_log_size(index)
         begin = [min(float(size.min()), last), *(at for at, _ in steps)]
         total = np.zeros(len(pool))
-        for start, end, value in zip(begin, [*begin[1:], last], np.hstack([nothing, at_steps]).T, strict=True):
+        for start, end, value in zip(begin, [*begin[1:], last], np.hstack([below, at_steps]).T, strict=True):
             # a plan adds, on the part of this step that is at least its size, what it scores above the step
             width = np.clip(end - np.maximum(size, start), 0, None)
             total += np.maximum(drawn - value[:, None], 0).mean(axis=0) * width

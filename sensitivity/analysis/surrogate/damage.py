@@ -26,7 +26,7 @@ class DamageModel:
     """
 
     sizes: tuple[int, ...]  # per component: how many schemes it may have besides native
-    family_start: tuple[tuple[int, ...], ...]  # per component, per step: which step it adds to, or -1 for native
+    parents: tuple[tuple[int, ...], ...]  # per component, per step: which step it adds to, or -1 for native
     bits: tuple[tuple[float, ...], ...]  # per component, per step
     above: tuple[tuple[float, ...], ...]  # the bits one step higher in the family (16 = native)
     pairs: tuple[tuple[int, int], ...]
@@ -62,7 +62,7 @@ class DamageModel:
         return np.array([math.log(math.exp(3 - b) - math.exp(3 - a)) if a > b else -12.0 for b, a in steps])
 
     @cached_property
-    def falling(self) -> Floats:
+    def below_four(self) -> Floats:
         """How far each step's width lies below four bits, which the slope multiplies."""
         return np.array([4.0 - b for bits in self.bits for b in bits])
 
@@ -71,8 +71,8 @@ class DamageModel:
         """Steps x steps, of 0 and 1: row i marks the steps that add up to the damage of choice i."""
         # a parent stands before its child (Space sorts by falling bits), so its row is complete when it is added
         matrix = np.eye(self.steps)
-        for c, parents in enumerate(self.family_start):
-            for i, parent in enumerate(parents):
+        for c, own in enumerate(self.parents):
+            for i, parent in enumerate(own):
                 if parent >= 0:
                     matrix[self.first[c] + i] += matrix[self.first[c] + parent]
         return matrix
@@ -80,7 +80,7 @@ class DamageModel:
     def steps_and_damages(self, theta: Floats) -> tuple[Floats, Floats]:
         """The steps, and the damage of every choice but native; all components one after the other."""
         parts = len(self.sizes)
-        log = self.base + theta[3] + theta[4] * self.falling + theta[5 + self.owner]
+        log = self.base + theta[3] + theta[4] * self.below_four + theta[5 + self.owner]
         log = log + theta[5 + parts : 5 + parts + self.steps]
         # the optimizer tries extreme parameters on its way, for which exp would overflow
         steps = np.exp(np.clip(log, -30, 6))
@@ -147,7 +147,7 @@ class DamageModel:
             by_step[used] += weight[used, None] * self.chain[first + index[used, c] - 1]
         by_step *= by_eta[:, None] * steps  # parameters enter as the logarithm of a step, whose derivative is the step
         out[:, 3] = by_step.sum(axis=1)
-        out[:, 4] = by_step @ self.falling
+        out[:, 4] = by_step @ self.below_four
         out[:, 5 + parts : 5 + parts + self.steps] = by_step
         for c in range(parts):
             out[:, 5 + c] = by_step[:, self.owner == c].sum(axis=1)

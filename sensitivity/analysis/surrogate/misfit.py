@@ -13,11 +13,10 @@ from sensitivity.analysis.surrogate.damage import DamageModel
 
 Floats = np.ndarray
 MAX_PLANS = 256  # plans from which the hyperparameters are fitted; all plans then correct the prediction
-# the prior of the hyperparameters, as mean and spread of their logarithms. DISTANCE: how far plans may differ and still
-# be alike, in octaves of bits summed over components. EVERYWHERE: size of the misfit at any score, as a share of sigma.
-# FALLING: its size where the score falls. NUGGET and UNSTEADY: the same two for the noise
-DISTANCE, EVERYWHERE, FALLING, NUGGET, UNSTEADY = (0.9, 0.7), (-0.7, 1.5), (-2.3, 1.0), (-0.7, 1.5), (-3.5, 1.0)
-KNOWN = (0.0, 0.5)  # instead of NUGGET if the noise is known: plans share examples, so differences are less noisy
+# the prior of the hyperparameters: mean and spread of their logarithms, those of SCORE_SD as a share of sigma
+LENGTH_SCALE, SCORE_SD, LOG_DAMAGE_SD = (0.9, 0.7), (-0.7, 1.5), (-2.3, 1.0)
+NOISE_SCALE, LOG_DAMAGE_NOISE = (-0.7, 1.5), (-3.5, 1.0)
+KNOWN = (0.0, 0.5)  # instead of NOISE_SCALE if the noise is known: plans share examples, so differences are less noisy
 BOUNDS = ((0.8, 4.0), (-12.0, 2.0), (-9.0, 2.0), (-9.0, 2.0), (-9.0, 2.0))
 LOG_ZERO = -40.0  # stands for the logarithm of zero
 ODDS = math.log(20)  # predictions use the process if it makes scores likelier by this factor (a logarithm)
@@ -30,11 +29,11 @@ MAX_STRETCH = 1.5  # intervals are widened by at most this factor
 class Hyperparameters:
     """How far the process reaches, how large it is, and how much of a score is noise; in the order of the fit."""
 
-    distance: float
-    everywhere: float  # standard deviation of the misfit at any score
-    falling: float  # standard deviation of the logarithm of total damage, which matters where the score falls
-    noise: float  # factor of the noise that was given
-    unsteady: float  # standard deviation of the logarithm of total damage between scores of one plan
+    length_scale: float  # of the correlation, in octaves of bits summed over components
+    score_sd: float  # standard deviation of the misfit at any score
+    log_damage_sd: float  # standard deviation of the logarithm of total damage, which matters where the score falls
+    noise_scale: float  # factor of the noise that was given
+    log_damage_noise: float  # standard deviation of the logarithm of total damage between scores of one plan
 
     @classmethod
     def of(cls, logs: Floats) -> Hyperparameters:
@@ -79,12 +78,12 @@ class Misfit:
 
     def covariance(self, index: Floats) -> Floats:
         """The covariance of plans with the measured ones, plans x measured."""
-        correlation = _correlation(_distances(self.distances, index, self.index), self.fitted.distance)
+        correlation = _correlation(_distances(self.distances, index, self.index), self.fitted.length_scale)
         return np.asarray(correlation * _variance(self.fitted, self._steep(index), self._steep(self.index)))
 
     def spread(self, index: Floats, covariance: Floats) -> Floats:
         """Standard deviation of the process at some plans, given all measured scores."""
-        own = self.fitted.everywhere**2 + (self.fitted.falling * self._steep(index)) ** 2
+        own = self.fitted.score_sd**2 + (self.fitted.log_damage_sd * self._steep(index)) ** 2
         known = solve_triangular(self._factor, covariance.T, lower=True)
         missed = cho_solve((self._factor, True), self.score - self.formula.predict(self.theta, self.index))
         # where predictions are not corrected, the correction counts as uncertainty
@@ -134,7 +133,7 @@ def fit_misfit(
     full, cost = evidence.best(process=True)
     corrects = cost_plain - cost > ODDS
     best = full if corrects else plain
-    between = _correlation(_distances(distances, index, index), full.distance) * _variance(full, steep, steep)
+    between = _correlation(_distances(distances, index, index), full.length_scale) * _variance(full, steep, steep)
     covariance = _definite(between + np.diag(_noise(full, shape, steep)))
     factor = np.asarray(cho_factor(covariance, lower=True)[0])
     inverse = np.linalg.inv(jac.T @ cho_solve((factor, True), jac) + np.diag(prior[1] ** -2.0))
@@ -143,7 +142,7 @@ def fit_misfit(
     root = vectors * np.sqrt(np.maximum(values, 0.0))
     typical = float(np.sqrt(np.mean(_noise(best, shape, steep))))
     # plans run on the same examples, so a part of their noise is common: the given noise less the fitted one
-    shared = shape * math.sqrt(max(1 - best.noise**2, 0.0)) * (noise is not None)
+    shared = shape * math.sqrt(max(1 - best.noise_scale**2, 0.0)) * (noise is not None)
     return Misfit(
         formula, theta, distances, index, score, full, corrects, typical, evidence.stretch(best, corrects),
         root, inverse @ pulled, shared, factor,
@@ -160,8 +159,8 @@ def merged(index: Floats, score: Floats, noise: Floats) -> tuple[Floats, Floats,
 
 def _prior(sigma: float, known: bool) -> tuple[Floats, Floats]:
     """Center and spread of the logarithms of the hyperparameters."""
-    misfit = DISTANCE, (EVERYWHERE[0] + math.log(sigma), EVERYWHERE[1]), FALLING
-    pairs = (*misfit, KNOWN, (LOG_ZERO, 1.0)) if known else (*misfit, NUGGET, UNSTEADY)
+    misfit = LENGTH_SCALE, (SCORE_SD[0] + math.log(sigma), SCORE_SD[1]), LOG_DAMAGE_SD
+    pairs = (*misfit, KNOWN, (LOG_ZERO, 1.0)) if known else (*misfit, NOISE_SCALE, LOG_DAMAGE_NOISE)
     return np.array([mean for mean, _ in pairs]), np.array([spread for _, spread in pairs])
 
 
@@ -210,17 +209,18 @@ class Evidence:
 
     def _covariance(self, of: Hyperparameters, process: bool) -> tuple[Floats, list[Floats]]:
         """The covariance of measured scores, and its derivatives by the logarithms of the hyperparameters."""
-        steady = np.diag((of.noise * self.noise) ** 2)
-        unsteady = np.diag((of.unsteady * self.steep) ** 2)
+        noise = np.diag((of.noise_scale * self.noise) ** 2)
+        damage_noise = np.diag((of.log_damage_noise * self.steep) ** 2)
         if not process:
-            nothing = np.zeros_like(steady)
-            return self.loose + steady + unsteady, [nothing, nothing, nothing, 2 * steady, 2 * unsteady]
-        correlation = _correlation(self.distances, of.distance)
-        everywhere = of.everywhere**2 * correlation
-        falling = of.falling**2 * correlation * np.outer(self.steep, self.steep)
-        both = everywhere + falling
-        parts = [both * self.distances / of.distance, 2 * everywhere, 2 * falling, 2 * steady, 2 * unsteady]
-        return self.loose + both + steady + unsteady, parts
+            zero = np.zeros_like(noise)
+            return self.loose + noise + damage_noise, [zero, zero, zero, 2 * noise, 2 * damage_noise]
+        correlation = _correlation(self.distances, of.length_scale)
+        at_any_score = of.score_sd**2 * correlation
+        where_it_falls = of.log_damage_sd**2 * correlation * np.outer(self.steep, self.steep)
+        misfit = at_any_score + where_it_falls
+        by_length = misfit * self.distances / of.length_scale
+        parts = [by_length, 2 * at_any_score, 2 * where_it_falls, 2 * noise, 2 * damage_noise]
+        return self.loose + misfit + noise + damage_noise, parts
 
     def stretch(self, of: Hyperparameters, process: bool) -> float:
         """The factor by which 95 % intervals are widened to hold 95 % of scores, each predicted from the others."""
@@ -241,7 +241,7 @@ def _definite(covariance: Floats) -> Floats:
 
 def _noise(of: Hyperparameters, shape: Floats, steep: Floats) -> Floats:
     """The variances of measured scores around the truth."""
-    return np.asarray((of.noise * shape) ** 2 + (of.unsteady * steep) ** 2)
+    return np.asarray((of.noise_scale * shape) ** 2 + (of.log_damage_noise * steep) ** 2)
 
 
 def steepness(formula: DamageModel, theta: Floats, index: Floats) -> Floats:
@@ -259,11 +259,11 @@ def _distances(distances: tuple[Floats, ...], some: Floats, others: Floats) -> F
     return total
 
 
-def _correlation(distances: Floats, distance: float) -> Floats:
+def _correlation(distances: Floats, length_scale: float) -> Floats:
     """The correlation between what the formula misses of two plans, from 0 to 1."""
-    return np.asarray(np.exp(-distances / distance))
+    return np.asarray(np.exp(-distances / length_scale))
 
 
 def _variance(of: Hyperparameters, steep: Floats, others: Floats) -> Floats:
     """The covariance of plans with others if they had the same widths; `_correlation` scales it."""
-    return np.asarray(of.everywhere**2 + of.falling**2 * np.outer(steep, others))
+    return np.asarray(of.score_sd**2 + of.log_damage_sd**2 * np.outer(steep, others))

@@ -121,7 +121,7 @@ def _expected_steps(space: Space, plain: DamageModel, expected: Expected) -> tup
     steps = np.full(plain.steps, np.nan)
     for c, (name, options) in enumerate(zip(space.names, space.choices, strict=True)):
         damages = [expected.get(name, {}).get(option, np.nan) if option else 0.0 for option in options]
-        for i, parent in enumerate(plain.family_start[c]):
+        for i, parent in enumerate(plain.parents[c]):
             steps[plain.first[c] + i] = damages[i + 1] - (damages[parent + 1] if parent >= 0 else 0.0)
     if not (steps > 0).any():
         return tuple(plain.base)

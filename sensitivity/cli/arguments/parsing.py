@@ -13,7 +13,7 @@ from sensitivity.cli.output.ticker import working
 from sensitivity.spec.errors import UserError
 
 
-def parser_of(verbs: Mapping[str, ModuleType], typed: Sequence[str] | None = None) -> argparse.ArgumentParser:
+def parser_of(verbs: Mapping[str, ModuleType], words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     """A parser of these verbs, with the flags that all of them take.
 
     With what was typed, only the verb that it names gets flags of its own: those of all verbs take a while to list.
@@ -34,7 +34,7 @@ def parser_of(verbs: Mapping[str, ModuleType], typed: Sequence[str] | None = Non
         verb_parser = choices.add_parser(
             name, parents=[common], help=verb.ABOUT, description=described, epilog=f"example: {verb.EXAMPLE}"
         )
-        if typed is None or name in typed[:1]:
+        if words is None or name in words[:1]:
             verb.arguments(verb_parser)
     return top
 

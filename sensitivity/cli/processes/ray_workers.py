@@ -83,7 +83,7 @@ class _Actors:
         actor = self.worker.remote()
         # asked now, since a dead actor cannot answer; the queue has its plans under this identity
         identity = actor.identity.remote()
-        self.at_work[actor.run.remote(list(self.args.typed), str(Path.cwd()))] = (actor, identity)
+        self.at_work[actor.run.remote(list(self.args.argv), str(Path.cwd()))] = (actor, identity)
 
     def replace_lost(self, seconds: float = PAUSE) -> None:
         """Wait a moment, replace lost actors, and raise the error of one that failed."""
@@ -149,12 +149,12 @@ class RayWorker:
 
         return this_process()
 
-    def run(self, typed: list[str], folder: str) -> str | None:
+    def run(self, argv: list[str], folder: str) -> str | None:
         """Run the command; returns the error that ended it, or None."""
         os.chdir(folder)
         os.environ[workers.CHILD] = "1"
         output, typed_before = io.StringIO(), sys.argv
-        sys.argv = ["sensitivity", *typed, "--json"]
+        sys.argv = ["sensitivity", *argv, "--json"]
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()):
             try:
                 # in the actor's own process, not a child's: the queue's identity and Ray's GPU are this process's

@@ -120,7 +120,7 @@ def _start_worker(args: argparse.Namespace) -> Worker:
 
     stderr = tempfile.TemporaryFile()  # noqa: SIM115 - read when the worker has ended
     process = subprocess.Popen(
-        [sys.executable, "-m", "sensitivity", *args.typed, "--json"],
+        [sys.executable, "-m", "sensitivity", *args.argv, "--json"],
         env={**os.environ, CHILD: STOPS_WITH_LAUNCHER, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         # never written to: it closes when this process ends, which the worker waits for (see stop_with_launcher)
         stdin=subprocess.PIPE,

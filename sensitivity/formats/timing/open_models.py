@@ -27,7 +27,7 @@ class TorchHalves(HalvedModel):
         self.vision, self.language = vision_half_of(vlm)(vlm), Language(vlm)
         self.config, self.positions = vlm.model.config, positions_of(vlm)
         self.dtype = vlm.model.dtype
-        self.nothing = torch.empty(0, vlm.model.config.get_text_config().hidden_size, dtype=self.dtype)
+        self.no_features = torch.empty(0, vlm.model.config.get_text_config().hidden_size, dtype=self.dtype)
         self.forget()
 
     @torch.inference_mode()
@@ -46,7 +46,7 @@ class TorchHalves(HalvedModel):
         self.read += len(ids)
         found = self.language(
             input_ids=torch.tensor([ids]),
-            image_features=self.nothing if features is None else torch.from_numpy(features).to(self.dtype),
+            image_features=self.no_features if features is None else torch.from_numpy(features).to(self.dtype),
             attention_mask=torch.ones(1, self.read, dtype=torch.int64),
             past_key_values=self.cache,
             logits_to_keep=torch.arange(len(ids) - keep, len(ids)),

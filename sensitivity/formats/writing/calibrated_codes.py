@@ -93,7 +93,7 @@ class _BlockByBlock:
         self.found: dict[str, StoredWeight | None] = {}
         self.result = CalibratedCodes(self.codes_of)
         self.hooks: list[RemovableHandle] = []  # they round the activations of blocks that are installed in the model
-        self.norms = TweakedNorms(self.model, parts, statistics.passes, statistics.exposed, {})
+        self.norms = TweakedNorms(self.model, parts, statistics.passes, statistics.depends_on_plan, {})
 
     def codes_of(self, name: str, weight: Tensor, scheme: Scheme) -> StoredWeight | None:
         """The codes of one weight; all blocks are solved up to the one that contains it."""
@@ -126,7 +126,7 @@ class _BlockByBlock:
                         if self.schemes.get(name) == scheme
                     }
         tweaking = any(tweaks_norms(self.schemes[weight.name]) for weight in block)
-        if self.statistics.exposed or tweaking:
+        if self.statistics.depends_on_plan or tweaking:
             self._install(block)
         if tweaking:
             self._tweak(block)
@@ -154,7 +154,7 @@ class _BlockByBlock:
         self.result.changed |= norms
         for name, tensor in norms.items():
             self.parameters[name].data = tensor
-        if not self.statistics.exposed:
+        if not self.statistics.depends_on_plan:
             self.restore()
 
     def restore(self) -> None:

@@ -122,7 +122,7 @@ class Calibrated:
         return Plan(tuple(choice.items()))
 
     @cached_property
-    def path_shares(self) -> dict[Scheme, dict[str, float]]:
+    def path_integral_shares(self) -> dict[Scheme, dict[str, float]]:
         """For each uniform plan, each component's share of the change of the loss, from a path integral."""
         found: dict[Scheme, dict[str, float]] = {}
         for scheme in self.schemes:

@@ -15,7 +15,7 @@ ROUNDS = 200  # of the fixed-point iteration, at most; it converges long before
 
 def path_scores(calibrated: Calibrated) -> Scores:
     """Each component's share of the damage of the uniform plan, integrated along the path from the float model."""
-    shares = calibrated.path_shares
+    shares = calibrated.path_integral_shares
     return {name: {scheme: shares[scheme][name] for scheme in calibrated.schemes} for name in calibrated.parts.names}
 
 
@@ -28,7 +28,7 @@ def coverage_scores(calibrated: Calibrated) -> Scores:
     limit = saturation(calibrated)
     found: Scores = {name: {} for name in calibrated.parts.names}
     for scheme in calibrated.schemes:
-        shares = calibrated.path_shares[scheme]
+        shares = calibrated.path_integral_shares[scheme]
         covered = coverage_of_shares([max(shares[name], 0.0) / limit for name in calibrated.parts.names])
         for name, share in zip(calibrated.parts.names, covered, strict=True):
             found[name][scheme] = -math.log1p(-share)
@@ -38,7 +38,7 @@ def coverage_scores(calibrated: Calibrated) -> Scores:
 def saturation(calibrated: Calibrated) -> float:
     """All that can be lost: by how much a uniform guess raises the loss, or the worst uniform plan if that is more."""
     guess = sum(math.log(batch.shape[-1]) * len(batch) for batch in calibrated.answers.log_probabilities)
-    worst = max(sum(shares.values()) for shares in calibrated.path_shares.values())
+    worst = max(sum(shares.values()) for shares in calibrated.path_integral_shares.values())
     return max(guess - calibrated.answers.loss, worst / NEARLY_ALL)
 
 

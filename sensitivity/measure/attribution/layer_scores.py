@@ -53,8 +53,8 @@ def gradient_times_change(calibrated: Calibrated) -> Scores:
 
 def _first_order(calibrated: Calibrated, sums: Mapping[str, Tensor]) -> Scores:
     """Sum the scores of layers by component; layers that the loss does not reach score 0."""
-    nothing = [0.0] * len(calibrated.schemes)
-    return calibrated.by_component(lambda weight: sums[weight.name].tolist() if weight.name in sums else nothing)
+    zeros = [0.0] * len(calibrated.schemes)
+    return calibrated.by_component(lambda weight: sums[weight.name].tolist() if weight.name in sums else zeros)
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -29,7 +29,7 @@ class WeightErrors:
         statistics: Statistics | None,
         limit: float = CODE_BYTES,
     ) -> None:
-        if statistics is not None and statistics.exposed:
+        if statistics is not None and statistics.depends_on_plan:
             raise UserError(
                 "scores of single components need float inputs, and behind quantized layers they differ from plan to "
                 "plan; leave out --path"

@@ -120,7 +120,7 @@ class Statistics:
         return any(scheme.get("scales") == "norms" for scheme in schemes) and self.after_norm(name)
 
     @property
-    def exposed(self) -> bool:
+    def depends_on_plan(self) -> bool:
         """Whether inputs come through quantized layers; then they differ from plan to plan."""
         return self.facts["path"] != "float"
 

@@ -49,18 +49,18 @@ def quantized(
     if unknown_names := sorted(set(schemes) - set(parameters)):
         raise UserError(f"the plan names weights that this model does not have: {', '.join(unknown_names[:4])}")
     quantizer = Quantizer(model, parts, WeightCodes(0) if memory is None else memory, statistics)
-    blocks, exposed = list(_blocks(parts, given)), statistics is not None and statistics.exposed
-    if not exposed:  # float statistics are collected before the first weight is replaced
+    blocks, depends_on_plan = list(_blocks(parts, given)), statistics is not None and statistics.depends_on_plan
+    if not depends_on_plan:  # float statistics are collected before the first weight is replaced
         for block in each(blocks, *QUANTIZING, len(blocks)):
             quantizer.solve(block, {weight.name: {given[weight.name]} for weight in block})
     magnitudes = quantizer.cache_magnitudes(model, given)  # of the float model as well
     with ExitStack() as installed:
         try:
-            if not exposed:
+            if not depends_on_plan:
                 quantizer.search(given)
             for block in each(blocks, *QUANTIZING, len(blocks)):
                 # the blocks before this one hold quantized weights by now, through which its calibration inputs pass
-                if exposed:
+                if depends_on_plan:
                     quantizer.solve(block, {weight.name: {given[weight.name]} for weight in block})
                     quantizer.search({weight.name: given[weight.name] for weight in block})
                 asked |= _put_block(block, given, schemes, parameters, quantizer, installed)
@@ -122,7 +122,7 @@ def prepare(
     The bits are those that `quantized` would compute plan by plan. On the exposed path they depend on the plan, so
     there is nothing to prepare.
     """
-    if statistics is not None and statistics.exposed:
+    if statistics is not None and statistics.depends_on_plan:
         return
     schemes_of: dict[str, set[Scheme]] = {}
     for plan in plans:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from sensitivity.measure.passes.attention_hooks import attention_modules, check_seen, mode_hooks
-from sensitivity.measure.passes.pruned_attention import Prompts, PrunedAttention, prompt_hooks
+from sensitivity.measure.passes.pruned_attention import PrunedAttention, PruningState, prompt_hooks
 from sensitivity.measure.passes.token_batches import image_token
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
@@ -36,7 +36,7 @@ def pruning_hooks(
     _check_can_prune(model, given, len(attentions))
     if not shares:
         return
-    prompts = Prompts(image_token(model))
+    prompts = PruningState(image_token(model))
     yield from prompt_hooks(model, prompts)
     for attention in attentions:
         block = int(attention.first.block or 0)

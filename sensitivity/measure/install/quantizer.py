@@ -34,13 +34,13 @@ class Quantizer:
         self.own = OwnWeights(model)
         self.memory, self.statistics = memory, statistics
         self.installed_so_far: list[tuple[str, Scheme]] = []
-        exposed = statistics is not None and statistics.exposed
+        depends_on_plan = statistics is not None and statistics.depends_on_plan
         # what calibration found is kept for later plans; on the exposed path it is for this plan alone
-        self.run_time = RunTimeRounding(model, parts, statistics, {} if exposed else memory.run_time)
+        self.run_time = RunTimeRounding(model, parts, statistics, {} if depends_on_plan else memory.run_time)
         passes = statistics.passes if statistics else lambda: iter(())
         cache = statistics.cache if statistics else None
         self.on_disk = CodesOnDisk(cache, statistics.origin) if cache and statistics else None
-        self.norms = TweakedNorms(model, parts, passes, exposed, memory.norms)
+        self.norms = TweakedNorms(model, parts, passes, depends_on_plan, memory.norms)
         self.inputs: dict[str, list[Weight]] = {}
         self.weights = {weight.name: weight for weight in parts.weights}
         for weight in parts.weights:
@@ -53,7 +53,7 @@ class Quantizer:
     def key(self, name: str, scheme: Scheme) -> Key:
         """What a quantized weight depends on; on the exposed path also everything that was quantized before it."""
         scheme = weights_of(scheme)
-        if self.statistics is not None and self.statistics.exposed and method_of(scheme).calibrated:
+        if self.statistics is not None and self.statistics.depends_on_plan and method_of(scheme).calibrated:
             return name, scheme, tuple(self.installed_so_far)
         return name, scheme
 

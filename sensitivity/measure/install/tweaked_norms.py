@@ -28,10 +28,10 @@ class TweakedNorms:
         model: nn.Module,
         parts: ComponentMap,
         passes: Callable[[], Iterable[object]],
-        exposed: bool,
+        depends_on_plan: bool,
         found: dict[Hashable, dict[str, Tensor]],
     ) -> None:
-        self.model, self.passes, self.exposed, self.found = model, passes, exposed, found
+        self.model, self.passes, self.depends_on_plan, self.found = model, passes, depends_on_plan, found
         self.paths = block_paths(model, parts.weights)
         self.norms = [kept.name for kept in parts.kept if kept.reason == "norm"]
 
@@ -54,12 +54,12 @@ class TweakedNorms:
             with float_model(self.model, own):
                 (calls,) = recorded_calls(self.model, [path], self.passes, PASSES)
                 target = outputs([calls])
-            if self.exposed:
+            if self.depends_on_plan:
                 (calls,) = recorded_calls(self.model, [path], self.passes, PASSES)
             rate = RATE * (1 + GROWTH * (first.block or 0) / first.blocks)
             norms = {name.removeprefix(f"{path}."): own[name] for name in inside}
             found = tweaked(calls, norms, target, steps, rate)
-            if self.exposed:  # no other plan has these inputs
+            if self.depends_on_plan:  # no other plan has these inputs
                 return {f"{path}.{name}": value for name, value in found.items()}
             self.found[key] = {f"{path}.{name}": value for name, value in found.items()}
         return {name: value.clone() for name, value in self.found[key].items()}

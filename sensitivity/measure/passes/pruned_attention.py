@@ -20,7 +20,7 @@ from sensitivity.measure.passes.attention_functions import (
 from sensitivity.spec.errors import UserError
 
 
-class Prompts:
+class PruningState:
     """The prompts that a model reads, and which of their image tokens later blocks do not see.
 
     A token of the answer sees what its prompt sees: the last token of the prompt decides. In a pass without a cache
@@ -85,7 +85,7 @@ class Prompts:
 class PrunedAttention(AttentionMode):
     """A block's attention: it sees no hidden token if it `prunes`; with a `share`, it decides what later blocks see."""
 
-    def __init__(self, prompts: Prompts, share: float, prunes: bool) -> None:
+    def __init__(self, prompts: PruningState, share: float, prunes: bool) -> None:
         super().__init__()
         self.prompts, self.share, self.prunes = prompts, share, prunes
 
@@ -142,7 +142,7 @@ def _narrower(mask: Tensor | None, seen: Tensor) -> Tensor:
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
 
 
-def prompt_hooks(model: nn.Module, prompts: Prompts) -> Iterator[RemovableHandle]:
+def prompt_hooks(model: nn.Module, prompts: PruningState) -> Iterator[RemovableHandle]:
     """Tell `prompts` when a forward pass of the model begins and ends."""
     yield model.register_forward_pre_hook(prompts.begin, with_kwargs=True)
     yield model.register_forward_hook(prompts.finish, always_call=True)

@@ -61,9 +61,7 @@ def test_the_page_shows_red_places_and_tokens_beside_the_image(tmp_path: Path) -
     answered.explain(study, TWO, True, failed)
     answered.explain(study, TWO, False, [one.id for one in task("vqa", "calibration", n=9).examples])
     (shown,) = galleries(study, [("x", TWO)], 5)
-    assert [card.entering is not None for card in shown.cards] == [
-        card.change.example in failed for card in shown.cards
-    ]
+    assert [card.places is not None for card in shown.cards] == [card.change.example in failed for card in shown.cards]
     assert len(shown.calibration) == MAX_EXPLAINED
     write(tmp_path / "page.html", "m", [shown])
     with browser() as window:
@@ -115,7 +113,7 @@ def test_answers_that_got_worse_are_explained_on_their_own_images(
         assert {len(row) for row in one.places} == {len(one.places)}
         assert max(value for row in one.places for value in row) == 1
     (shown,) = galleries(study, [("x", plan)], 5)
-    assert {card.change.example for card in shown.cards if card.entering} == worst
+    assert {card.change.example for card in shown.cards if card.places} == worst
     native = study.native.key
     assert main(["explain", str(study.path), "--plan", native, "--failures", "2"]) == 2
     assert "full precision has no damage to explain" in capsys.readouterr().err
