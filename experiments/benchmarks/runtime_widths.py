@@ -24,14 +24,14 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from sensitivity.formats.timing.open_models import CHECK
 
 from experiments.benchmarks.true_shapes import pictures
 from sensitivity.formats.openvino.trace import kept as kept_traces
 from sensitivity.formats.table import write
 from sensitivity.formats.timing.intervals import CLOCKS, FEWEST, STAGES, interval
-from sensitivity.formats.timing.machine import machine, versions_of
-from sensitivity.formats.timing.timed_process import Asked, Round, TimedModel, timed_process
+from sensitivity.formats.timing.machine import this_machine, versions_of
+from sensitivity.formats.timing.open_models import CHECK
+from sensitivity.formats.timing.timed_process import Asked, Round, TimedModel, timed_model
 from sensitivity.formats.writing.job import Job
 from sensitivity.models.discovery import inspect
 from sensitivity.spec.components import ComponentMap

@@ -17,13 +17,13 @@ from few import few
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sensitivity.formats.timing.open_models import TorchHalves
 
 from sensitivity.api import exporting
 from sensitivity.api.sweeping import sweep
 from sensitivity.cli import main as cli
 from sensitivity.formats.openvino import exporter, layout
 from sensitivity.formats.table import write
+from sensitivity.formats.timing.open_models import TorchHalves
 from sensitivity.formats.timing.side_by_side import bench
 from sensitivity.formats.verification import verify
 from sensitivity.formats.writing.job import Job, codes_from_weights

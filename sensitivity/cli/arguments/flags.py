@@ -116,14 +116,14 @@ def add_methods(p: argparse.ArgumentParser, bits: Sequence[int], method: str, se
         p.add_argument(
             "--method", type=values.name, default=method, help=f"how weights are quantized (default: {method})"
         )
-    grid(p)
+    add_grid(p)
     p.add_argument(
         "--biases",
         action="store_true",
         default=None,
         help="quantize biases too (default: only the method paper-uniform does)",
     )
-    pairs(p, "--set", values.setting, "NAME=VALUE", "a setting of the method's own, such as damp=0.05 for gptq")
+    add_pairs(p, "--set", values.setting, "NAME=VALUE", "a setting of the method's own, such as damp=0.05 for gptq")
     p.add_argument(
         "--backend",
         type=values.name,
@@ -279,7 +279,7 @@ def add_prior(p: argparse.ArgumentParser) -> None:
 def add_limits(p: argparse.ArgumentParser) -> None:
     """Add --allow and --tie, which restrict plans."""
     widths = "widths that a component may have, such as vision=4,8 or '*.ff=4'; 16 is native precision"
-    pairs(p, "--allow", values.allowed, "NAME=B,B,...", widths)
+    add_pairs(p, "--allow", values.allowed, "NAME=B,B,...", widths)
     p.add_argument(
         "--tie",
         type=values.comma_separated(values.name),

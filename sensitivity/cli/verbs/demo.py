@@ -32,10 +32,10 @@ def arguments(p: argparse.ArgumentParser) -> None:
         help="folder for the study, its plan and its report (default: runs/demo); further folders, such as that of"
         " `plan`, stand beside it",
     )
-    flags.runtime(
+    flags.add_runtime(
         p, "also run the plan in this runtime (openvino): export it, compare its answers with those measured, time it"
     )
-    flags.samples(p, n=500)  # a minute and a half on two quiet cores
+    flags.add_samples(p, n=500)  # a minute and a half on two quiet cores
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:

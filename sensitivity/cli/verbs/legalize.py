@@ -13,8 +13,8 @@ EXAMPLE = "sensitivity legalize runs/first --bpw 4.0 --runtime vllm --out out/pl
 
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    flags.source(p)
-    flags.runtime(p, "runtime that must load the plan: a format, vllm or onnx-int8", required=True)
+    flags.add_source(p)
+    flags.add_runtime(p, "runtime that must load the plan: a format, vllm or onnx-int8", required=True)
     p.add_argument("--bpw", type=values.bpw, metavar="X", help="the budget (default: the size of the plan)")
     flags.add_task(p)
     p.add_argument(

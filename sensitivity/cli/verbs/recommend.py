@@ -38,9 +38,9 @@ def arguments(p: argparse.ArgumentParser) -> None:
     flags.add_pairs(
         p, "--floor", values.floor, "TASK=SHARE", "keep a task at this share of full precision, such as ground=0.95"
     )
-    flags.prior(p)
-    flags.limits(p)
-    flags.runtime(p, "only plans that this runtime can load, such as compressed-tensors")
+    flags.add_prior(p)
+    flags.add_limits(p)
+    flags.add_runtime(p, "only plans that this runtime can load, such as compressed-tensors")
     g = p.add_argument_group(
         "limits in the runtime",
         "predicted from what `profile` measured on this machine; alone, or beside --bpw or --gb",

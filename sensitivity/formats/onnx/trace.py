@@ -65,7 +65,7 @@ def _in_own_process(model: str, files: dict[str, str]) -> None:
         raise UserError(f"{model} cannot be traced for onnx ({last.partition('UserError: ')[2] or last})")
 
 
-def trace(model: str, files: dict[str, str]) -> None:
+def write_graphs(model: str, files: dict[str, str]) -> None:
     """Write the graphs of some halves to files, and end the process: this runs in the process that traces."""
     import onnx_ir
 

@@ -22,10 +22,10 @@ EXAMPLE = "sensitivity profile embedded:scenes-llava --runtime openvino --bits 2
 
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    flags.model(p)
-    flags.runtime(p, "runtime that will run the plans, such as openvino", required=True)
-    flags.widths(p, (2, 4, 8))
-    flags.grid(p)
+    flags.add_model(p)
+    flags.add_runtime(p, "runtime that will run the plans, such as openvino", required=True)
+    flags.add_widths(p, (2, 4, 8))
+    flags.add_grid(p)
     p.add_argument(
         "--n", type=values.rounds, default=12, metavar="N", help="how often each layer is timed (default: 12)"
     )
