@@ -153,7 +153,7 @@ class RayWorker:
         """Run the command; returns the error that ended it, or None."""
         os.chdir(folder)
         os.environ[workers.CHILD] = "1"
-        output, typed_before = io.StringIO(), sys.argv
+        output, argv_before = io.StringIO(), sys.argv
         sys.argv = ["sensitivity", *argv, "--json"]
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()):
             try:
@@ -163,5 +163,5 @@ class RayWorker:
             except SystemExit as end:
                 status = end.code
             finally:
-                sys.argv = typed_before
+                sys.argv = argv_before
         return str(json.loads(output.getvalue())["error"]) if status else None

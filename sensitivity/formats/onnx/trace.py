@@ -32,7 +32,7 @@ CACHE = "past_key_values"  # the argument that holds the cache
 PAST, PRESENT = "past.", "present."  # what its inputs and outputs are named, with a number for each tensor
 OPSET = 21
 TRIES = 3  # how many processes may crash before an error is raised
-PROGRAM = "import json, sys; from sensitivity.formats.onnx.trace import trace; trace(**json.load(sys.stdin))"
+PROGRAM = "import json, sys; from sensitivity.formats.onnx import trace; trace.write_graphs(**json.load(sys.stdin))"
 
 
 def traced(vlm: VLM) -> dict[str, Model]:
