@@ -28,7 +28,7 @@ import pandas as pd
 from scipy import stats
 
 from experiments.benchmarks.planted_defects import EXAMPLES, Subject, cases, component
-from experiments.benchmarks.planted_quarters import ERRORS, FLAT_DRAWS, QUARTERS, flat, quarter
+from experiments.benchmarks.planted_quarters import ERRORS, FLAT_DRAWS, QUARTERS, flat, quarter, tenth_of_noise
 from experiments.benchmarks.put_back import SHARE, parts_back, tokens
 from sensitivity.spec.files import overwrite
 
@@ -36,7 +36,8 @@ ROOT = Path(__file__).parent.parent.parent
 TABLE, PLANTED = ROOT / "reports" / "blame.csv", ROOT / "reports" / "blame-planted.csv"
 MODELS = ("scenes-llava", "scenes-llava-heavy", "scenes-blip2")
 PUT_BACK = ("asked", "flipped", "most", "random", "least", "all")
-FLAT = ("tenth", "deviation", "chance", "rank")
+FLAT = ("tenth", "deviation", "chance", "rank", "order")
+PLACES = 36  # of an image in the embedded models
 COLUMNS = {
     TABLE: ("model", "what", *PUT_BACK, *(f"{weights} {name}" for weights in ("trained", "shuffled") for name in FLAT),
             "cpu_s"),
@@ -139,7 +140,7 @@ def share(right: pd.Series) -> str:
 
 def flatness(rows: pd.DataFrame) -> list[str]:
     lines = ["| model | weights | share of the tenth of the places with most | deviation of the mean image | in random "
-             "order | rank |", "|---|---|---|---|---|---|"]  # fmt: skip
+             "order | rank | reading order |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     for (_, row), weights in itertools.product(rows.iterrows(), ("trained", "shuffled")):
         tenth, *rest = (row[f"{weights} {name}"] for name in FLAT)
         lines.append(f"| {row['model']} | {weights} | {tenth:.0%} | {' | '.join(f'{one:.2f}' for one in rest)} |")
@@ -169,10 +170,13 @@ def page(answers: int) -> str:
     if (rows := table[table["what"] == "flat"]).size:
         lines += [
             "## Blame of a model with shuffled weights", "",
-            f"All at 3 bits, {FLAT_DRAWS * EXAMPLES} examples. Where blame is flat, a tenth of the places of an",
-            "image have a tenth of it.",
+            f"All at 3 bits, {FLAT_DRAWS * EXAMPLES} examples. Were blame normal noise, alike and independent at all",
+            f"places, the tenth of the places with most would have {tenth_of_noise(PLACES):.0%} of it by chance,",
+            "as the largest of each image.",
             "`rank`: in which share of random orders of each image's places their mean image is at least as uneven; a",
-            "small one says that the same places have more blame in all images.", "",
+            "small one says that the same places have more blame in all images. `reading order`: the rank correlation",
+            "of the mean image with the order in which the language model reads the places. It reads causally: with",
+            "random weights each token is an average of all before it, so the first ones count most.", "",
             *flatness(rows), "",
         ]  # fmt: skip
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from math import isqrt
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from experiments.benchmarks.planted_defects import Case, Changes, Subject, compared
@@ -135,13 +136,25 @@ def evenness(grids: np.ndarray) -> dict[str, float]:
     """Of images x places: the share of the tenth with most blame, by image; deviation over mean of the mean image.
 
     The deviation's rank is the share of random orders of each image's places in which it is at least as large: a small
-    one says that the same places have more blame in all images.
+    one says that the same places have more blame in all images. `order` is the rank correlation of the mean image with
+    the order in which the language model reads the places.
     """
-    tenth = np.sort(grids, 1)[:, ::-1][:, : max(1, round(TENTH * grids.shape[1]))].sum(1)
     own, draw = deviation(grids), np.random.default_rng(0)
     drawn = np.array([deviation(draw.permuted(grids, axis=1)) for _ in range(ORDERS)])
-    return {"tenth": float(tenth.mean()), "deviation": own, "chance": float(drawn.mean()),
-            "rank": float((drawn >= own).mean())}  # fmt: skip
+    order = spearmanr(np.arange(grids.shape[1]), grids.mean(0)).statistic
+    return {"tenth": tenth_with_most(grids), "deviation": own, "chance": float(drawn.mean()),
+            "rank": float((drawn >= own).mean()), "order": float(order)}  # fmt: skip
+
+
+def tenth_with_most(grids: np.ndarray) -> float:
+    """The share of its sum that the tenth of an image's places with most blame has: the mean over images."""
+    most = np.sort(grids, 1)[:, ::-1][:, : max(1, round(TENTH * grids.shape[1]))]
+    return float((most.sum(1) / grids.sum(1)).mean())
+
+
+def tenth_of_noise(places: int) -> float:
+    """The same share where blame is normal noise, alike and independent at all places: what flat blame shows."""
+    return tenth_with_most(np.abs(np.random.default_rng(0).standard_normal((10_000, places))))
 
 
 def deviation(grids: np.ndarray) -> float:

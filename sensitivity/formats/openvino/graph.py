@@ -70,14 +70,17 @@ def dequantized(stored: Sequence[Constant], made: Sequence[Node]) -> Node:
     node = made[0]
     if not stored[0].name.endswith(CODES):
         return node if stored[0].type == "f32" else ops.convert(node, "f32")
-    node = ops.convert(node, "f16")
+    scale, type = made[1], stored[1].type
+    if type == "bf16":  # in which OpenVINO does not compute
+        scale, type = ops.convert(scale, "f32"), "f32"
+    node = ops.convert(node, type)
     if stored[-1].name.endswith(ZERO):
-        node = ops.subtract(node, ops.convert(made[-1], "f16"))
-    node = ops.multiply(node, made[1])
+        node = ops.subtract(node, ops.convert(made[-1], type))
+    node = ops.multiply(node, scale)
     if len(stored[0].shape) > 2:
         rows, groups, columns = stored[0].shape
         node = ops.reshape(node, ops.constant(np.array([rows, groups * columns], np.int64)), special_zero=False)
-    return ops.convert(node, "f32")
+    return node if type == "f32" else ops.convert(node, "f32")
 
 
 def write_xml(graph: Model, constants: Sequence[Constant], xml: Path) -> tuple[bytes, dict[str, int]]:
