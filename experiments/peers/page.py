@@ -25,9 +25,10 @@ def page(table: pd.DataFrame) -> str:
         f"`python -m experiments.peers --settings \"{','.join(known)}\" --n {first['n']} --test {first['test']}`; its",
         "first lines say how. Differences are to the plans that a sweep of 60 plans chose, on the same examples, which",
         "no chooser saw, as a mean over three budgets, with 95 % intervals clustered by image.", "",
-        f"*{GOOD}*: the whole interval lies above -{MARGIN:g}. *{BAD}*: it lies below. *{OPEN}*: neither.",
+        f"*{GOOD}*: the whole interval lies above -{MARGIN:g}. *{BAD}*: it lies below. *{OPEN}*: neither. Seconds",
+        "compare within a setting alone: settings ran on machines of different speed and load.",
         f"Versions: {used}.", "",
-        *said(table, known), "", *matrix(table, known),
+        *said(table, known), "", *matrix(table, known), "", *counted(table),
     ]  # fmt: skip
     for name in known:
         lines += ["", *of_setting(table[table["setting"] == name], name)]
@@ -35,7 +36,7 @@ def page(table: pd.DataFrame) -> str:
 
 
 def said(table: pd.DataFrame, known: list[str]) -> list[str]:
-    """A sentence for each setting."""
+    """A line for each setting."""
     lines = []
     for name in known:
         rows = means(table, name)
@@ -43,7 +44,26 @@ def said(table: pd.DataFrame, known: list[str]) -> list[str]:
                          and verdict(row["low"], row["high"]) == what] for what in (GOOD, BAD, OPEN)}  # fmt: skip
         texts = [f"{what} as measuring: {', '.join(own)}" if what == GOOD else f"{what}: {', '.join(own)}"
                  for what, own in groups.items() if own]  # fmt: skip
-        lines.append(f"* **{name}** ({SETTINGS[name].model}, {SETTINGS[name].says}). Scores {'; '.join(texts)}.")
+        quick = verdict(*rows.loc["plan", ["low", "high"]])
+        lines.append(f"* **{name}** ({SETTINGS[name].model}, {SETTINGS[name].says}). Scores {'; '.join(texts)}. "
+                     f"`plan`: {quick}.")  # fmt: skip
+    return lines
+
+
+def counted(table: pd.DataFrame) -> list[str]:
+    """In how many settings each chooser is as good, worse or open, and what it loses at the worst single budget."""
+    lines = [f"| chooser | settings | {GOOD} | {BAD} | {OPEN} | worst budget of all |", "|---|---|---|---|---|---|"]
+    rows = []
+    for chooser, own in table[table["chooser"] != BASE].groupby("chooser"):
+        means = own[own["bpw"] == "mean"]
+        found = [verdict(low, high) for low, high in zip(means["low"], means["high"], strict=True)]
+        worst = own.loc[own[own["bpw"] != "mean"]["to_sweep"].idxmin()]
+        rows.append((found.count(BAD), -found.count(GOOD), chooser, len(found), found.count(OPEN), worst))
+    for bad, good, chooser, settings, open_, worst in sorted(rows, key=lambda row: row[:3]):
+        lines.append(
+            f"| {chooser} | {settings} | {-good} | {bad} | {open_} | "
+            f"{worst['to_sweep']:+.3f} ({worst['setting']}, {worst['bpw']} bpw) |"
+        )
     return lines
 
 
