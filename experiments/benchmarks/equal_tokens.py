@@ -1,15 +1,20 @@
-"""Whether packed codes in OpenVINO give the tokens of the quantized model in torch, on 500 examples of several models.
+"""Whether packed codes in a runtime give the tokens of the quantized model in torch, on 500 examples of several models.
 
-python -m experiments.benchmarks.equal_tokens [--n 500] [--only MODEL,...]   writes reports/equal-tokens.md
+python -m experiments.benchmarks.equal_tokens [--format openvino|onnx] [--n 500] [--only MODEL,...]
+
+Writes reports/equal-tokens.md from the rows of reports/equal-tokens.csv, of which it replaces those that it measures.
 
 Every answer is generated to its end by both, one example at a time, in float32 with one thread. Plans are coarse, since
 one that changes no answer proves nothing: how many it changes is counted on the first 100 examples. The embedded models
 are trained; the others have random weights, so that their answers mean nothing, but their tokens are as exact.
+Likelihoods are those of the right answers, per token. onnx-int8 runs the files of onnx with accuracy level 4, where
+what quantized layers read is rounded to 8 bits: its tokens may differ, and the row says how many answers do.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -18,10 +23,11 @@ from pathlib import Path
 import torch
 
 from experiments.true_shapes import SHAPES, qwen2_vl, save, smolvlm
-from sensitivity.formats.openvino.run import OpenVINOModel, check_arrived
+from sensitivity.formats.halved.model import HalvedModel
 from sensitivity.formats.table import write
+from sensitivity.formats.verification import FURTHER, RUNTIMES
 from sensitivity.formats.writing.job import Job
-from sensitivity.measure.generate.answer_tokens import end_tokens
+from sensitivity.measure.generate.answer_tokens import end_tokens, mean_nll, with_answers
 from sensitivity.measure.generate.batches import batches_by_image, on_device
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.models.discovery import inspect
@@ -34,6 +40,12 @@ from sensitivity.tasks.table import task as find_task
 
 CHANGED = 100  # examples on which full precision is run, too
 REPORT = Path(__file__).parents[2] / "reports" / "equal-tokens.md"
+TABLE = REPORT.with_suffix(".csv")
+FORMATS = ("openvino", "onnx")
+COLUMNS = (
+    "runtime", "model", "plan", "answers with equal tokens", "tokens", "different answers", "changed by the plan",
+    "largest difference of log-likelihoods",
+)  # fmt: skip
 # the families' own wiring, tokenizers and processors, with narrow layers
 SIGLIP = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
           "image_size": 128, "patch_size": 16}  # fmt: skip
@@ -54,65 +66,86 @@ PLANS: dict[str, dict[str, Scheme]] = {
 }
 
 
-def tokens_in_torch(vlm: VLM, task: Task) -> list[list[int]]:
-    """The tokens that transformers' greedy search generates for each example."""
-    found = []
+Answered = tuple[list[list[int]], list[float]]  # the tokens of each example, and the right answer's log-likelihood
+
+
+@torch.inference_mode()
+def in_torch(vlm: VLM, task: Task) -> Answered:
+    """What transformers' greedy search generates for each example."""
+    tokens, nll = [], []
     for example in task.examples:
         (batch,) = batches_by_image(vlm, replace(task, examples=(example,)), plain=True)
-        inputs = on_device(vlm, batch.inputs)
+        inputs, right = on_device(vlm, batch.inputs), torch.tensor(batch.targets)
         output = vlm.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=task.max_new_tokens)
-        found.append(output[0, inputs["input_ids"].shape[1] :].tolist())
-    return found
+        tokens.append(output[0, inputs["input_ids"].shape[1] :].tolist())
+        logits = vlm.model(**with_answers(vlm, inputs, right, torch.ones_like(right))).logits
+        nll += mean_nll(logits[:, -right.shape[1] - 1 : -1], right)
+    return tokens, nll
 
 
-def tokens_in_openvino(vlm: VLM, folder: Path, task: Task) -> list[list[int]]:
-    """The tokens that the packed codes generate."""
-    check_arrived(folder)
-    model, found = OpenVINOModel(folder, torch.get_num_threads()), []
+def in_runtime(vlm: VLM, model: HalvedModel, task: Task) -> Answered:
+    """What the packed codes generate."""
+    tokens, nll = [], []
     for example in task.examples:
         (batch,) = batches_by_image(vlm, replace(task, examples=(example,)), plain=True)
         features, ids = model.image_features(**model.image_inputs(batch.inputs)), batch.inputs["input_ids"][0].tolist()
-        found.append(model.generate(ids, features, end_tokens(vlm), task.max_new_tokens))
-    return found
+        tokens.append(model.generate(ids, features, end_tokens(vlm), task.max_new_tokens))
+        (right,) = batch.targets
+        model.forget()
+        logits = torch.from_numpy(model.logits([*ids, *right[:-1]], len(right), features))
+        nll += mean_nll(logits[None], torch.tensor([right]))
+    return tokens, nll
 
 
-def compared(name: str, n: int, space: Path) -> str:
-    """One row of the report."""
+def compared(name: str, format: str, n: int, space: Path) -> list[list[str]]:
+    """One row of the report for each runtime that reads the format."""
     model = str(save(name, space / "model")) if name in SHAPES else name
     vlm = load(model, dtype="float32")
     parts: ComponentMap = inspect(vlm, by="part")
     plan, task = Plan.of(parts, PLANS[name]), find_task("vqa", "evaluation", n)
-    write(Job(vlm, parts, plan, {"model": model}, dtype=torch.float32), space / "out", "openvino")
-    native = tokens_in_torch(vlm, replace(task, examples=task.examples[:CHANGED]))
+    write(Job(vlm, parts, plan, {"model": model}, dtype=torch.float32), space / "out", format)
+    native, _ = in_torch(vlm, replace(task, examples=task.examples[:CHANGED]))
     with quantized(vlm.model, parts, plan):
-        expected = tokens_in_torch(vlm, task)
-    found = tokens_in_openvino(vlm, space / "out", task)
-    same = sum(a == b for a, b in zip(found, expected, strict=True))
+        expected, likely = in_torch(vlm, task)
     changed = sum(a != b for a, b in zip(native, expected, strict=False))
-    distinct = len(set(map(tuple, expected)))
-    row = (
-        f"| {name} | {plan.describe()} | {same} of {len(expected)} | {sum(map(len, expected))} | {distinct} | "
-        f"{changed} of {len(native)} |"
-    )
-    print(row, flush=True)
-    return row
+    rows = []
+    for runtime in (format, *FURTHER.get(format, ())):
+        found, nll = in_runtime(vlm, RUNTIMES[runtime](space / "out").model, task)
+        same = sum(a == b for a, b in zip(found, expected, strict=True))
+        apart = max(abs(a - b) for a, b in zip(nll, likely, strict=True))
+        row = [
+            runtime, name, plan.describe(), f"{same} of {len(expected)}", f"{sum(map(len, expected))}",
+            f"{len(set(map(tuple, expected)))}", f"{changed} of {len(native)}", f"{apart:.1g}",
+        ]  # fmt: skip
+        print(" | ".join(row), flush=True)
+        rows.append(row)
+    return rows
+
+
+def keep(rows: list[list[str]]) -> None:
+    """Write rows to the table, in the order of runtimes and models, and the report from it."""
+    known = list(csv.reader(TABLE.read_text(encoding="utf-8").splitlines()))[1:] if TABLE.exists() else []
+    table = {(row[0], row[1]): row for row in [*known, *rows]}
+    runtimes = [runtime for format in FORMATS for runtime in (format, *FURTHER.get(format, ()))]
+    ordered = [table[key] for key in ((runtime, name) for runtime in runtimes for name in PLANS) if key in table]
+    with TABLE.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *ordered])
+    title, command, *about = (__doc__ or "").strip().split("\n\n")
+    lines = [f"| {' | '.join(row)} |" for row in [COLUMNS, ["---"] * len(COLUMNS), *ordered]]
+    pieces = [f"# {title.rstrip('.')}", f"    {command}", *about[1:], "\n".join(lines)]
+    REPORT.write_text("\n\n".join(pieces) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--format", choices=FORMATS, default="openvino")
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--only", default=",".join(PLANS))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
     for name in args.only.split(","):
         with tempfile.TemporaryDirectory() as space:
-            rows.append(compared(name, args.n, Path(space)))
-    names = ("model", "plan", "answers with equal tokens", "tokens", "different answers", "changed by the plan")
-    heads = f"| {' | '.join(names)} |\n{'|---' * len(names)}|"
-    about = (__doc__ or "").split("\n\n")
-    lines = [f"# {about[0].rstrip('.')}", f"    {about[1].partition('   ')[0]}", *about[2:]]
-    REPORT.write_text("\n\n".join([*lines, "\n".join([heads, *rows])]).rstrip() + "\n", encoding="utf-8")
+            keep(compared(name, args.format, args.n, Path(space)))
 
 
 if __name__ == "__main__":

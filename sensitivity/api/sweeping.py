@@ -52,6 +52,7 @@ class SweepOptions(TypedDict, total=False):
     until: Sequence[str]
     memory_gb: float
     whole: bool
+    runtime: str | None
 
 
 def grid(
@@ -166,12 +167,14 @@ def begin_sweep(
     until: Sequence[str] = (),
     memory_gb: float = MEMORY_GB,
     whole: bool = False,
+    runtime: str | None = None,
 ) -> tuple[Study, Iterator[Step]]:
     """The study, and an iterator that runs the sweep: each step is a finished trial.
 
     Methods that need calibration take it from `statistics`, by default computed on the calibration splits of the
     tasks. `until` may end the sweep early ("10min", "error<0.5%"); later examples then go to plans that still matter.
     Generation stops at the token after which an answer can no longer be right, unless `whole` asks for whole answers.
+    Plans are for `runtime`: their sizes are those of its files.
     """
     limit = Until.parse(until)
     evaluated = [find_task(name, "evaluation", n, seed, whole) for name in dict.fromkeys(tasks)]
@@ -179,7 +182,7 @@ def begin_sweep(
     check_runs(vlm, evaluated)
     facts = comparability(vlm, evaluated, tasks, n, seed) | ({"whole_answers": True} if whole else {})
     check_tasks_fit(vlm, evaluated)
-    study = Study.create(out, parts, [task.name for task in evaluated], facts, storage)
+    study = Study.create(out, parts, [task.name for task in evaluated], facts, storage, runtime)
     questions.store(study.path, evaluated)
     if callable(plans):
         return study, run_plans(vlm, study, evaluated, plans(study), plain, statistics, limit, memory_gb)

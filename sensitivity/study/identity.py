@@ -20,6 +20,7 @@ from sensitivity.study.storage.process_lock import ProcessLock, held
 from sensitivity.study.trial import REPAIR
 
 NAME = "sensitivity"  # of the study in Optuna's storage
+RUNTIME = "runtime"  # attribute of a study: the runtime that its plans are for, whose files their sizes count
 DISCARDED = "again"  # attribute of a study: numbers of trials whose answers were lost and whose plans are run again
 
 
@@ -50,12 +51,21 @@ class Identity:
     meta: Meta
     tasks: tuple[str, ...]
     parts: ComponentMap
+    runtime: str | None = None  # whose files sizes count; None: the bits that plans themselves count
 
 
 def store_or_compare(
-    path: Path, parts: ComponentMap, tasks: Sequence[str], meta: Mapping[str, object], storage: BaseStorage
+    path: Path,
+    parts: ComponentMap,
+    tasks: Sequence[str],
+    meta: Mapping[str, object],
+    storage: BaseStorage,
+    runtime: str | None = None,
 ) -> None:
-    """Store what a new study is about; for an existing one, raise an error unless it is about the same."""
+    """Store what a new study is about; for an existing one, raise an error unless it is about the same.
+
+    Only the runtime may change, since nothing that was measured depends on it; None leaves an earlier one.
+    """
     # one maximized value per task, and bits per weight as the last, minimized one
     directions = [StudyDirection.MAXIMIZE] * len(tasks) + [StudyDirection.MINIMIZE]
     wanted = json.loads(json.dumps({"meta": dict(meta), "tasks": list(tasks), "parts": parts.to_json()}))
@@ -69,6 +79,8 @@ def store_or_compare(
             elif stored != value:
                 why = _first_difference(name, stored, value)
                 raise UserError(f"{path} holds another study ({why}); choose another --out")
+        if runtime not in (None, study.user_attrs.get(RUNTIME)):
+            study.set_user_attr(RUNTIME, runtime)
 
 
 def load(path: Path, storage: BaseStorage) -> tuple[optuna.Study, Identity]:
@@ -92,7 +104,7 @@ def load(path: Path, storage: BaseStorage) -> tuple[optuna.Study, Identity]:
         raise UserError(f"the study at {path} is damaged: its weights are in no component; {REPAIR}") from error
     if nameless or repeated:
         raise UserError(f"the study at {path} is damaged: its weights have no names of their own; {REPAIR}")
-    return study, Identity(attrs["meta"], tuple(attrs["tasks"]), parts)
+    return study, Identity(attrs["meta"], tuple(attrs["tasks"]), parts, attrs.get(RUNTIME))
 
 
 def copy(study: optuna.Study, storage: BaseStorage) -> None:

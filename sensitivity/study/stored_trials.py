@@ -25,7 +25,7 @@ class StoredTrials:
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's parameters of a trial: the bits of each component."""
-        return {name: IntDistribution(1, NATIVE) for name in self._reader.components}
+        return {name: IntDistribution(1, NATIVE) for name in self._reader.parts.names}
 
     def now(self) -> list[Trial]:
         """All trials, read from the storage, in the order in which they were queued."""

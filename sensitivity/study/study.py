@@ -14,7 +14,9 @@ from optuna.trial import TrialState
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
-from sensitivity.spec.sizes import size
+from sensitivity.spec.runtimes.rules import size_for
+from sensitivity.spec.runtimes.table import files_of
+from sensitivity.spec.sizes import Size
 from sensitivity.study import identity
 from sensitivity.study.answers import Answers
 from sensitivity.study.examples.answer_counts import AnswerCounts, count_answers, counts_by_kind
@@ -50,7 +52,8 @@ class Study:
         self._storage = open_storage(storage or self.path / paths.JOURNAL, wait=address is not None)
         self._optuna, about = identity.load(self.path, self._storage)
         self.meta, self.tasks, self.parts = about.meta, about.tasks, about.parts
-        reader = TrialReader(self.path, self.tasks, self.parts.names)
+        self.runtime = about.runtime  # whose files sizes count
+        reader = TrialReader(self.path, self.tasks, self.parts, self.runtime)
         self._trials = StoredTrials(self._optuna, self._storage, reader)
         self._queue = Queue(self.path, self._trials)
         self._answers = Answers(self.path)
@@ -64,8 +67,12 @@ class Study:
         tasks: Sequence[str],
         meta: Mapping[str, object],
         storage: str | None = None,
+        runtime: str | None = None,
     ) -> Study:
-        """Create a study, or open an existing one if its model, tasks and settings are the same."""
+        """Create a study, or open an existing one if its model, tasks and settings are the same.
+
+        From then on sizes are those of the runtime's files; None leaves them as they are.
+        """
         path = Path(path)
         storage = location.reachable_database(path, storage)
         with location.study_folder(path):
@@ -74,7 +81,7 @@ class Study:
             try:
                 if storage is not None and address is None:
                     location.write_address(path, storage)
-                identity.store_or_compare(path, parts, tasks, meta, backend)
+                identity.store_or_compare(path, parts, tasks, meta, backend, runtime)
             finally:
                 close(backend)  # else a database's connection stays open until it is garbage-collected
         return cls(path, storage)
@@ -109,7 +116,7 @@ class Study:
         The answers are written first: if the process is killed in between, no scores without answers remain.
         """
         frame = self._answers.add(trial, examples)
-        plan_size = size(self.parts, trial.plan)
+        plan_size = self.size(trial.plan)
         measured = replace(
             replace(trial, **facts),
             seconds=facts.get("seconds", 0.0) + (trial.seconds or 0.0),
@@ -130,7 +137,7 @@ class Study:
         """Add finished trials of which only mean scores are known; repeated plans stay separate trials (replicates)."""
         trials = []
         for plan, means in zip(plans, scores, strict=True):
-            plan_size = size(self.parts, plan)
+            plan_size = self.size(plan)
             values = [float(means[task]) for task in self.tasks]
             trials.append(
                 replace(
@@ -230,6 +237,15 @@ class Study:
     def compare(self, plan: Plan, base: Plan, task: str) -> Score | None:
         """The paired difference in a task's score between two plans; None without per-example scores."""
         return difference(self.examples(plan), self.examples(base), task)
+
+    @property
+    def format(self) -> str | None:
+        """The format in whose files sizes are counted; None: as plans themselves count them."""
+        return files_of(self.runtime)
+
+    def size(self, plan: Plan) -> Size:
+        """The size of a plan, as those of all measured plans are counted."""
+        return size_for(self.parts, plan, self.runtime)
 
     def plan(self, number: int) -> Plan:
         """The plan of a trial, by the trial's number."""

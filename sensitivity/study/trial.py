@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TypedDict
@@ -14,8 +14,11 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from sensitivity.spec import schema
+from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
+from sensitivity.spec.runtimes.rules import size_for
+from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.sizes import SizeJson
 from sensitivity.study.owner import Owner
 from sensitivity.study.scores import TaskScore
@@ -136,10 +139,13 @@ def _attributes(trial: Trial) -> dict[str, object]:
 
 
 class TrialReader:
-    """Reads and checks the trials of a study, each only when it has changed, since all are read again and again."""
+    """Reads and checks the trials of a study, each only when it has changed, since all are read again and again.
 
-    def __init__(self, study: Path, tasks: Sequence[str], components: Sequence[str]) -> None:
-        self.study, self.tasks, self.components = study, tasks, tuple(components)
+    Sizes are those in the files of `runtime`, also those of trials from before the study was for it.
+    """
+
+    def __init__(self, study: Path, tasks: Sequence[str], parts: ComponentMap, runtime: str | None = None) -> None:
+        self.study, self.tasks, self.parts, self.runtime = study, tasks, parts, runtime
         self._read: dict[int, tuple[object, Trial | None]] = {}
 
     def read_all(self, trials: Iterable[FrozenTrial]) -> list[Trial]:
@@ -163,7 +169,7 @@ class TrialReader:
             return None
         schema.check(attrs, "trial", what, REPAIR)
         trial = _from_optuna(frozen)
-        if set(attrs["plan"]) != set(self.components):
+        if set(attrs["plan"]) != set(self.parts.names):
             raise UserError(f"{what}: its plan is for other components than the study's; {REPAIR}")
         if not scored:
             return trial
@@ -173,6 +179,8 @@ class TrialReader:
             raise UserError(f"{what}: '{missing[0]}' is missing; {REPAIR}")
         if trial.plan.key != trial.key:
             raise UserError(f"{what}: its plan is not the one that its key names; {REPAIR}")
+        if trial.size is not None and trial.size.get("format") != files_of(self.runtime):
+            return replace(trial, size=size_for(self.parts, trial.plan, self.runtime).to_json())
         return trial
 
 

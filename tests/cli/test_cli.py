@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -14,8 +15,14 @@ from typing import Any
 
 import pytest
 
+from sensitivity.analysis.allocate import kept_recommendation
+from sensitivity.analysis.reporting.table_rows import frontier_rows
 from sensitivity.cli import main as cli
 from sensitivity.cli.processes import workers
+from sensitivity.formats.table import CHECKS
+from sensitivity.spec.plan import Plan
+from sensitivity.spec.runtimes.table import files_of
+from sensitivity.spec.sizes import size
 from sensitivity.study.study import Study
 
 MODEL = "embedded:scenes-llava"
@@ -119,6 +126,44 @@ def test_sweep_rank_recommend_report_export(study: Path, tmp_path: Path, capsys:
     status, _, _ = run(capsys, "export", study / "plan.json", "--out", tmp_path / "copy.json")
     assert status == 0
     assert json.loads((tmp_path / "copy.json").read_text())["plan"] == plan["plan"]
+
+
+def test_sizes_are_those_of_the_runtimes_files_in_every_verb(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO stores codes of 3 bits in 4; a study that is swept for another runtime counts as that one does."""
+    monkeypatch.delitem(CHECKS, "openvino")  # nothing is run there
+    monkeypatch.delitem(CHECKS, "onnx")
+    out = tmp_path / "run"
+    grid = f"sweep {MODEL} --task vqa --bits 3,8 --by part --method rtn --n 6 --out {out} --runtime"
+    printed = run(capsys, f"{grid} openvino")[1]
+    study = Study(out)
+    sizes = {trial.key: trial.bpw for trial in study.measured()}
+    for trial in study.measured():
+        assert trial.bpw == size(study.parts, trial.plan, "openvino").bpw
+        assert trial.values[-1] == trial.bpw  # what searches minimize
+    (scheme,) = {one for trial in study.measured() for one in trial.plan.distinct_schemes if one.bits == 3}
+    three = Plan.uniform(study.parts, scheme)
+    assert sizes[three.key] > size(study.parts, three).bpw + 0.7
+    frontier = frontier_rows(study.table(), "vqa").set_index("key")["bpw"]
+    assert "no smaller plan as openvino stores it" in printed
+    for bpw in frontier:
+        assert re.search(rf"^ *{bpw:.2f} ", printed, re.MULTILINE)
+    # 4 bits and their scales do not fit where 3 would
+    assert run(capsys, f"recommend {out} --bpw 3.9 --runtime openvino --no-run")[0] == 2
+    assert run(capsys, f"recommend {out} --bpw 7 --runtime openvino --no-run")[0] == 0
+    (plan,) = kept_recommendation.recommended(study)
+    assert plan.size.bpw == sizes[plan.plan.key]
+    assert run(capsys, f"report {out}")[0] == 0
+    page = (out / "report" / "index.html").read_text(encoding="utf-8")
+    assert "Sizes are those in openvino files" in page
+    for key, bpw in frontier.items():
+        assert re.search(rf"<tr><td>{bpw:.2f}</td>.*<td>{str(key)[:8]}</td></tr>", page)
+    for other in ("onnx", "plan"):
+        points = json.loads(run(capsys, f"{grid} {other} --json")[1])["frontier"]
+        plans = {trial.key: trial.plan for trial in study.measured()}
+        wanted = {key: size(study.parts, plan, files_of(other)).bpw for key, plan in plans.items()}
+        assert [point["bpw"] for point in points] == [round(wanted[point["key"]], 4) for point in points]
 
 
 def test_a_list_of_budgets_is_run_once(study: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,11 @@ from hypothesis import strategies as st
 from sensitivity.api import exporting
 from sensitivity.api.sweeping import sweep
 from sensitivity.cli import main as cli
-from sensitivity.formats.onnx import exporter, layout
+from sensitivity.formats.onnx import exporter, graph, layout
 from sensitivity.formats.table import write
 from sensitivity.formats.timing.side_by_side import bench
 from sensitivity.formats.verification import verify
+from sensitivity.formats.writing import manifest
 from sensitivity.formats.writing.job import Job, codes_from_weights
 from sensitivity.measure.generate.batches import prompt_text
 from sensitivity.models.discovery import inspect
@@ -252,6 +255,91 @@ def test_a_weight_that_did_not_arrive_is_told(onnxruntime: Any, folder: Path, tm
     graph.write_bytes(swapped.replace(b"@" * len(names[0]), names[1]))
     with pytest.raises(UserError, match=r"does not read .*up_proj\.weight:codes"):
         check_arrived(copy)
+
+
+# runs a command, and kills it when so many tensors were written
+KILLED = """
+import os, signal, sys
+from sensitivity.cli import main
+from sensitivity.formats.writing import stream
+content, left = stream._content, [int(sys.argv[1])]
+def last(*tensor):
+    left[0] -= 1
+    return content(*tensor) if left[0] else os.kill(os.getpid(), signal.SIGKILL)
+stream._content = last
+main.main(sys.argv[2:])
+"""
+
+
+def test_after_a_kill_in_the_middle_the_same_command_writes_a_whole_export(
+    study: Study, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sensitivity.formats.onnx.run import check_arrived
+
+    out = shutil.copytree(folder, tmp_path / "out")
+    mine = tmp_path / ".mine.1.2.unfinished" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    there = set(tmp_path.iterdir())
+    typed = ["export", str(study.path), "--bpw", "9", "--format", "onnx", "--out", str(out), "--force"]
+    first = len(json.loads((folder / exporter.STORED).read_bytes())[exporter.FILES["vision"]])
+    program = [sys.executable, "-c", KILLED, str(first + 20)]
+    killed = subprocess.run([*program, *typed], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    for line in killed.stderr.splitlines():  # without a terminal
+        assert re.fullmatch(r"export: (writing: \d+ of \d+ weights(, \d:\d\d:\d\d left)?; )?\d:\d\d:\d\d so far", line)
+    (left,) = set(tmp_path.iterdir()) - there
+    assert (left / "language.onnx.data").exists()
+    assert manifest.damage(out, manifest.read(out)) == []
+    assert manifest.read(out)["key"] == manifest.read(folder)["key"]
+    assert cli.main(typed) == 0
+    assert str(left) in capsys.readouterr().err
+    assert manifest.damage(out, manifest.read(out)) == []
+    assert manifest.read(out)["key"] != manifest.read(folder)["key"]
+    check_arrived(out)
+    assert set(tmp_path.iterdir()) == there
+    assert mine.read_text() == "mine"
+
+
+# a tracing process that crashes before it has begun, and then between the two halves
+CRASHING = """
+import json, os, signal, sys
+from pathlib import Path
+asked, runs = json.load(sys.stdin), Path({runs!r})
+with runs.open("a") as file:
+    file.write(" ".join(asked["files"]) + "\\n")
+count = len(runs.read_text().splitlines())
+if count == 1 or {always}:
+    os.kill(os.getpid(), signal.SIGKILL)
+from sensitivity.formats.onnx import trace
+if count == 2:
+    asked["files"].pop("language")
+    os._exit = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+trace.write_graphs(**asked)
+"""
+
+
+@pytest.mark.parametrize("always", [False, True], ids=["twice", "always"])
+def test_tracing_that_crashes_is_started_again_for_what_is_missing(
+    onnxruntime: Any, always: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sensitivity.formats.onnx import trace
+
+    vlm = load(str(saved_vlms.save("llava", tmp_path / "llava")), config_only=True)
+    runs = tmp_path / "runs"
+    monkeypatch.setattr(trace, "PROGRAM", CRASHING.format(runs=str(runs), always=always))
+    if always:
+        with pytest.raises(UserError, match=r"tracing the vision half of .* for onnx crashed 3 times; try again"):
+            trace.traced(vlm)
+        return
+    programs = trace.traced(vlm)
+    assert runs.read_text().splitlines() == ["vision language", "vision language", "language"]
+    for half, program in programs.items():
+        assert {output.name for output in program.graph.outputs} >= {HALVES[half]}
+        assert graph.weights_of(program, [name for name, _ in vlm.model.named_parameters()])
+
+
+HALVES = {"vision": "image_features", "language": "logits"}  # the first output of each
 
 
 @pytest.mark.slow

@@ -26,12 +26,14 @@ from sensitivity.formats.table import write
 from sensitivity.formats.timing.open_models import TorchHalves
 from sensitivity.formats.timing.side_by_side import bench
 from sensitivity.formats.verification import verify
+from sensitivity.formats.writing import manifest
 from sensitivity.formats.writing.job import Job, codes_from_weights
 from sensitivity.measure.generate.answer_tokens import end_tokens
 from sensitivity.measure.generate.batches import on_device, prompt_text
 from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
@@ -279,6 +281,41 @@ def test_halves_in_torch_are_the_whole_model(name: str, tmp_path: Path) -> None:
         assert halves.generate(ids, features, end_tokens(vlm), 4) == tokens[len(ids) :].tolist()
 
 
+CALIBRATED = {"gptq": [], "awq": ["--set", "scales=folded"]}
+
+
+@pytest.mark.parametrize("method", few(tuple(CALIBRATED), ()))
+def test_a_recommended_plan_of_a_calibrated_method_answers_as_measured(
+    openvino: Any, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Quantized again from the same statistics; AWQ's factors go into the layers before, some of which are no codes."""
+    monkeypatch.setenv("SENSITIVITY_CACHE", str(tmp_path / "cache"))
+    run, out = tmp_path / "run", tmp_path / "out"
+    words = ["--method", method, "--bits", "3", "--group", "32", "--symmetric", *CALIBRATED[method], "--out", str(run)]
+    words += ["--search", "one-at-a-time", "--calibration-n", "8", "--n", "20", "--runtime", "openvino"]
+    assert cli.main(["sweep", "embedded:scenes-llava", "--task", "vqa", *words]) == 0
+    budget = min(trial.bpw for trial in Study(run).measured()) + 0.01
+    words = ["--bpw", f"{budget:.4f}", "--runtime", "openvino", "--top", "1"]
+    assert cli.main(["recommend", str(run), *words]) == 0
+    assert cli.main(["export", str(run / "plan.json"), "--format", "openvino", "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert cli.main(["verify", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["verdict"], found["examples"]) == ("as measured", 20)
+    assert found["largest_nll_difference"] < (1e-4 if method == "gptq" else 1e-2)
+    schemes = manifest.read(out)["plan"].values()
+    assert {one["method"] for one in schemes if one} == {method}
+    assert all(schemes)
+
+
+def test_codebooks_are_refused_with_what_can_be_exported(study: Study, tmp_path: Path) -> None:
+    plan = Plan.uniform(study.parts, scheme("squeezellm", 3))
+    says = r"OpenVINO cannot hold what squeezellm stores; use --method rtn, or --format fake.*\. \S"
+    with pytest.raises(UserError, match=says):
+        exporting.export(study, plan, tmp_path / "out", "openvino")
+    assert not (tmp_path / "out").exists()
+
+
 def test_bench_finds_packed_codes_in_memory(folder: Path) -> None:
     """Twelve times fewer bytes of language weights than in float32 cannot be resident by chance."""
     found = bench(folder, n=6, threads=1)
@@ -291,16 +328,24 @@ def test_bench_finds_packed_codes_in_memory(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_recommended_plan_is_run_before_it_is_recommended(
-    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    openvino: Any,
+    scenes_llava: VLM,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Two layouts, since each is timed by a process of its own, and few examples."""
     monkeypatch.setenv("SENSITIVITY_CACHE", str(tmp_path))
-    asked = ["--bits", "2,4,5", "--n", "6", "--threads", "1", "--json"]
-    for more in (["--symmetric", "--group", "row"], ["--symmetric", "--group", "32"], ["--group", "32"]):
-        assert cli.main(["profile", study.parts.model, "--runtime", "openvino", *asked, *more]) == 0
+    parts = inspect(scenes_llava, by="part")
+    plans = [Plan.uniform(parts, rtn(bits)) for bits in (2, 4)]
+    study = sweep(scenes_llava, parts, plans, ["vqa"], tmp_path / "run", n=10)
+    asked = ["--symmetric", "--group", "row", "--bits", "2,4", "--n", "6", "--threads", "1", "--json"]
+    assert cli.main(["profile", study.parts.model, "--runtime", "openvino", *asked]) == 0
     capsys.readouterr()
     words = ["recommend", str(study.path), "--runtime", "openvino", "--top", "1", "--threads", "1", "--json"]
-    assert cli.main([*words, "--ms-per-answer", "100000", "--gb-resident", "5"]) == 0
+    assert cli.main([*words, "--bpw", "7", "--ms-per-answer", "100000", "--gb-resident", "5"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["size"]["bpw"] <= 7
     ran = found["in_runtime"]
     assert ran["same_answers"]
     assert "answers and scores are those that were measured" in ran["words"]

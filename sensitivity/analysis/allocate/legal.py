@@ -143,7 +143,7 @@ def plans_for(
     """The plans of a search that a runtime can load; `loadable.restrict` says what that leaves out."""
     together = merge_groups([*tied(parts, runtime), *tie])
     ways = [
-        plans(parts, schemes, search, trials, seed, intersection(allowed, allow), together)
+        plans(parts, schemes, search, trials, seed, intersection(allowed, allow), together, files_of(runtime))
         for allowed in searches(parts, runtime, schemes)
     ]
     # one list of plans can be appended to another; a sampler has a single search space

@@ -37,7 +37,7 @@ from sensitivity.spec.files import (
     write_atomically,
 )
 from sensitivity.spec.plan import Plan
-from sensitivity.spec.sizes import budget_bits, size
+from sensitivity.spec.sizes import budget_bits
 from sensitivity.study import exports
 from sensitivity.study.storage import layer_times, paths
 from sensitivity.study.study import Study
@@ -80,6 +80,7 @@ def report(
         model=study.parts.model,
         by=study.parts.by,
         trials=len(table),
+        format=study.format,
         tasks=tasks,
         meta=study.meta,
         recommendations=[(one, _plan_rows(study.parts, one.plan)) for one in recommendations],
@@ -190,8 +191,8 @@ def _task_page(
     drawn = figures_of_task(rows, observations, page.ranking, full, [one.plan.key for one in recommendations])
     for picture in drawn:
         _write_picture(picture, out / f"{page.slug}-{picture.name}")
-    # sizes in the figure are counted without a format, so that a recommended plan compares with all others
-    page.pareto = pareto(rows, task, full, [replace(one, size=size(study.parts, one.plan)) for one in recommendations])
+    # sizes in the figure are counted as those of the study, so that a recommended plan compares with all others
+    page.pareto = pareto(rows, task, full, [replace(one, size=study.size(one.plan)) for one in recommendations])
     page.pictures = [(picture, picture.inline(page.slug)) for picture in drawn if picture.name != "pareto"]
     page.best = largest_on_frontier(rows, task)
     page.budgets = _budgets(study, task)
@@ -225,7 +226,7 @@ def _budgets(study: Study, task: str) -> list[Candidate]:
     """The plan that is predicted to be best for each of BUDGETS that the study's widths can reach."""
     best_plans: list[Candidate] = []
     try:
-        knapsack = Knapsack.of(study, [task])
+        knapsack = Knapsack.of(study, [task], study.format)
     except UserError:  # full precision scored 0 or less: there are no shares of it
         return []
     for bpw in BUDGETS:

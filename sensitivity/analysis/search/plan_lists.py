@@ -91,12 +91,16 @@ def plans(
     seed: int = 0,
     allowed: Allowed | None = None,
     tied: Sequence[Sequence[str]] = (),
+    format: str | None = None,
 ) -> Plans:
-    """The plans of a search: a list, or a function that yields each plan after the last one was measured."""
+    """The plans of a search: a list, or a function that yields each plan after the last one was measured.
+
+    `format`: in whose files a search counts sizes.
+    """
     check_search(search)
     if trials is not None and trials < 1:
         raise UserError(f"a search needs at least one trial (--trials), not {trials}")
-    space = SearchSpace.of(parts, schemes, allowed, tied)
+    space = SearchSpace.of(parts, schemes, allowed, tied, format)
     if search in LISTS:
         return LISTS[search](space, trials or 100, seed)[:trials]
     return lambda study: sampled_plans(study, space, search, trials or 100, seed)

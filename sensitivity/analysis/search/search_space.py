@@ -47,8 +47,12 @@ class SearchSpace:
         schemes: Sequence[Scheme],
         allowed: Allowed | None = None,
         tied: Sequence[Sequence[str]] = (),
+        format: str | None = None,
     ) -> SearchSpace:
-        """The space of these schemes; an axis has those that are allowed for all of its components."""
+        """The space of these schemes; an axis has those that are allowed for all of its components.
+
+        Sizes are those in the files of `format`.
+        """
         if not schemes:
             raise UserError("no widths given; name some, such as --bits 2,3,4,6,8")
         ordered = sorted(set(schemes), key=_scheme_order)
@@ -65,9 +69,9 @@ class SearchSpace:
             axes.append(group)
             choices.append((None, *(choice for choice in permitted if choice is not None)))
             low.append(int(permitted[0] is not None))
-        bits = tuple(np.array(b, dtype=float) for b in choice_bits(parts, axes, choices))
+        bits = tuple(np.array(b, dtype=float) for b in choice_bits(parts, axes, choices, format))
         joint = Space(tuple("+".join(group) for group in axes), tuple(choices))
-        sizes = PlanSizes(bits, kept_bits(parts), parts.numel)
+        sizes = PlanSizes(bits, kept_bits(parts, format), parts.numel)
         with_cache = frozenset(component.name for component in parts.components if component.has_cache)
         return cls(parts.names, tuple(axes), joint, tuple(low), sizes, with_cache)
 

@@ -59,8 +59,9 @@ def print_frontier(study: Study, most: int = 12) -> None:
 
     rows = study.table()
     best = frontier_rows(rows, study.tasks[0]).tail(most)
+    stored = f" as {study.format} stores it" if study.format else ""
     print_table(
-        f"Frontier: no smaller plan scores higher on {study.tasks[0]} (95 % intervals where they are known"
+        f"Frontier: no smaller plan{stored} scores higher on {study.tasks[0]} (95 % intervals where they are known"
         f"{'' if rows['complete'].all() else '; n where not all examples were seen'})",
         ("bpw", *study.tasks, "plan"),
         [

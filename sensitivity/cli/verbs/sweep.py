@@ -196,6 +196,7 @@ def _run_plans(
         "storage": args.storage,
         "statistics": statistics,
         "whole": args.whole_answers,
+        "runtime": args.runtime,
         "until": args.until,
         "memory_gb": args.memory_gb,
     }

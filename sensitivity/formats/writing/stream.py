@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sensitivity.formats.writing import packing
 from sensitivity.formats.writing.source import DTYPE_NAMES
+from sensitivity.spec.stage import each
 
 MAX_SHARD = 5_000_000_000  # bytes of tensors in one file
 AT_ONCE = 2  # weights that are quantized at once: more would cost memory and save no time
@@ -138,7 +139,12 @@ def _content(spec: Spec, tensor: Tensor) -> memoryview:
 
 
 def _computed(pieces: Sequence[Piece], ahead: int) -> Iterator[tuple[Piece, Sequence[Tensor]]]:
-    """Each piece with its tensors, in order; torch's threads are divided among the pieces that are computed at once."""
+    """Each piece with its tensors, in order, counted for progress lines."""
+    return each(_made(pieces, ahead), "writing", "weights", len(pieces))
+
+
+def _made(pieces: Sequence[Piece], ahead: int) -> Iterator[tuple[Piece, Sequence[Tensor]]]:
+    """Each piece with its tensors; torch's threads are divided among the pieces that are computed at once."""
     available = torch.get_num_threads()
     if (makers := min(ahead, available)) < 2:
         yield from ((piece, piece.make()) for piece in pieces)

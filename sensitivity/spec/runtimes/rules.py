@@ -8,7 +8,8 @@ from sensitivity.spec.components import VOCABULARY, Component, ComponentMap, Wei
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import merge_groups
 from sensitivity.spec.plan import ACTIVATION_SCALE, ATTENTION, MATCH, NOT_ROUNDED, PRUNE, SOFTMAX, TWEAK, Plan, Scheme
-from sensitivity.spec.runtimes.table import Choice, Runtime, runtime
+from sensitivity.spec.runtimes.table import Choice, Runtime, files_of, runtime
+from sensitivity.spec.sizes import Size, size
 
 
 def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
@@ -162,6 +163,13 @@ def check(parts: ComponentMap, plan: Plan, name: str) -> None:
     if broken := violations(parts, plan, name):
         shown = "; ".join(broken[:4]) + (f"; and {len(broken) - 4} more" if len(broken) > 4 else "")
         raise UserError(f"{name} cannot hold this plan: {shown}. `sensitivity legalize` finds the best plan that fits")
+
+
+def size_for(parts: ComponentMap, plan: Plan, name: str | None) -> Size:
+    """The size of a plan in the files that a runtime loads, or as the plan itself counts it where there are none."""
+    format = files_of(name)
+    can_load = name is not None and format is not None and not violations(parts, plan, name)
+    return size(parts, plan, format if can_load else None)
 
 
 def _scheme(scheme: Choice) -> str:
