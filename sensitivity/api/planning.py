@@ -123,7 +123,8 @@ def begin_plan(
             study, first, lambda now: proposal(now, replace(request, weights=weights_of(now))), trials
         )
 
-    study, steps = begin_sweep(vlm, parts, plans, tasks, out, runtime=request.runtime, **options)
+    options["runtime"] = request.runtime
+    study, steps = begin_sweep(vlm, parts, plans, tasks, out, **options)
     return Planning(study, steps, replace(request, weights=weights_of(study)), openings)
 
 

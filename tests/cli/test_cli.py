@@ -153,7 +153,7 @@ def test_sizes_are_those_of_the_runtimes_files_in_every_verb(
     assert run(capsys, f"recommend {out} --bpw 3.9 --runtime openvino --no-run")[0] == 2
     assert run(capsys, f"recommend {out} --bpw 7 --runtime openvino --no-run")[0] == 0
     (plan,) = kept_recommendation.recommended(study)
-    assert plan.size.bpw == sizes[plan.plan.key]
+    assert plan.size.bpw == study.size(plan.plan).bpw <= 7
     assert run(capsys, f"report {out}")[0] == 0
     page = (out / "report" / "index.html").read_text(encoding="utf-8")
     assert "Sizes are those in openvino files" in page
