@@ -3,6 +3,7 @@
 python -m experiments.benchmarks.equal_tokens [--format openvino|onnx] [--n 500] [--only MODEL,...]
 
 Writes reports/equal-tokens.md from the rows of reports/equal-tokens.csv, of which it replaces those that it measures.
+Answers lie in --work (default runs/equal-tokens), and a run that was stopped goes on there; delete it to begin again.
 
 Every answer is generated to its end by both, one example at a time, in float32 with one thread. Plans are coarse, since
 one that changes no answer proves nothing: how many it changes is counted on the first 100 examples. The embedded models
@@ -15,10 +16,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -28,7 +32,7 @@ from sensitivity.formats.table import write
 from sensitivity.formats.verification import FURTHER, RUNTIMES
 from sensitivity.formats.writing.job import Job
 from sensitivity.measure.generate.answer_tokens import end_tokens, mean_nll, with_answers
-from sensitivity.measure.generate.batches import batches_by_image, on_device
+from sensitivity.measure.generate.batches import Batch, batches_by_image, on_device
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
@@ -66,56 +70,66 @@ PLANS: dict[str, dict[str, Scheme]] = {
 }
 
 
-Answered = tuple[list[list[int]], list[float]]  # the tokens of each example, and the right answer's log-likelihood
+class Answered(NamedTuple):
+    """What was answered to one example, and the log-likelihood of its right answer."""
+
+    tokens: list[int]
+    nll: float
+
+
+def resumed(file: Path, vlm: VLM, task: Task, answer: Callable[[Batch], Answered]) -> list[Answered]:
+    """The answers to all examples; those that an earlier run wrote to the file are not computed again."""
+    done = file.read_text().splitlines() if file.exists() else []
+    with file.open("a") as lines:
+        for example in task.examples[len(done) :]:
+            (batch,) = batches_by_image(vlm, replace(task, examples=(example,)), plain=True)
+            done.append(json.dumps(answer(batch)))
+            lines.write(f"{done[-1]}\n")
+            lines.flush()
+    return [Answered(*json.loads(line)) for line in done[: len(task.examples)]]
 
 
 @torch.inference_mode()
-def in_torch(vlm: VLM, task: Task) -> Answered:
-    """What transformers' greedy search generates for each example."""
-    tokens, nll = [], []
-    for example in task.examples:
-        (batch,) = batches_by_image(vlm, replace(task, examples=(example,)), plain=True)
-        inputs, right = on_device(vlm, batch.inputs), torch.tensor(batch.targets)
-        output = vlm.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=task.max_new_tokens)
-        tokens.append(output[0, inputs["input_ids"].shape[1] :].tolist())
-        logits = vlm.model(**with_answers(vlm, inputs, right, torch.ones_like(right))).logits
-        nll += mean_nll(logits[:, -right.shape[1] - 1 : -1], right)
-    return tokens, nll
+def in_torch(vlm: VLM, task: Task, batch: Batch) -> Answered:
+    """What transformers' greedy search generates."""
+    inputs, right = on_device(vlm, batch.inputs), torch.tensor(batch.targets)
+    output = vlm.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=task.max_new_tokens)
+    tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
+    logits = vlm.model(**with_answers(vlm, inputs, right, torch.ones_like(right))).logits
+    return Answered(tokens, *mean_nll(logits[:, -right.shape[1] - 1 : -1], right))
 
 
-def in_runtime(vlm: VLM, model: HalvedModel, task: Task) -> Answered:
+def in_runtime(vlm: VLM, model: HalvedModel, task: Task, batch: Batch) -> Answered:
     """What the packed codes generate."""
-    tokens, nll = [], []
-    for example in task.examples:
-        (batch,) = batches_by_image(vlm, replace(task, examples=(example,)), plain=True)
-        features, ids = model.image_features(**model.image_inputs(batch.inputs)), batch.inputs["input_ids"][0].tolist()
-        tokens.append(model.generate(ids, features, end_tokens(vlm), task.max_new_tokens))
-        (right,) = batch.targets
-        model.forget()
-        logits = torch.from_numpy(model.logits([*ids, *right[:-1]], len(right), features))
-        nll += mean_nll(logits[None], torch.tensor([right]))
-    return tokens, nll
+    features, ids = model.image_features(**model.image_inputs(batch.inputs)), batch.inputs["input_ids"][0].tolist()
+    tokens = model.generate(ids, features, end_tokens(vlm), task.max_new_tokens)
+    (right,) = batch.targets
+    model.forget()
+    logits = torch.from_numpy(model.logits([*ids, *right[:-1]], len(right), features))
+    return Answered(tokens, *mean_nll(logits[None], torch.tensor([right])))
 
 
-def compared(name: str, format: str, n: int, space: Path) -> list[list[str]]:
+def compared(name: str, format: str, n: int, work: Path, space: Path) -> list[list[str]]:
     """One row of the report for each runtime that reads the format."""
     model = str(save(name, space / "model")) if name in SHAPES else name
     vlm = load(model, dtype="float32")
     parts: ComponentMap = inspect(vlm, by="part")
     plan, task = Plan.of(parts, PLANS[name]), find_task("vqa", "evaluation", n)
     write(Job(vlm, parts, plan, {"model": model}, dtype=torch.float32), space / "out", format)
-    native, _ = in_torch(vlm, replace(task, examples=task.examples[:CHANGED]))
+    first, torchs = replace(task, examples=task.examples[:CHANGED]), partial(in_torch, vlm, task)
+    native = resumed(work / f"{name}-native.jsonl", vlm, first, torchs)
     with quantized(vlm.model, parts, plan):
-        expected, likely = in_torch(vlm, task)
-    changed = sum(a != b for a, b in zip(native, expected, strict=False))
+        expected = resumed(work / f"{name}-torch.jsonl", vlm, task, torchs)
+    changed = sum(a.tokens != b.tokens for a, b in zip(native, expected, strict=False))
     rows = []
     for runtime in (format, *FURTHER.get(format, ())):
-        found, nll = in_runtime(vlm, RUNTIMES[runtime](space / "out").model, task)
-        same = sum(a == b for a, b in zip(found, expected, strict=True))
-        apart = max(abs(a - b) for a, b in zip(nll, likely, strict=True))
+        opened = RUNTIMES[runtime](space / "out").model
+        found = resumed(work / f"{name}-{runtime}.jsonl", vlm, task, partial(in_runtime, vlm, opened, task))
+        same = sum(a.tokens == b.tokens for a, b in zip(found, expected, strict=True))
+        apart = max(abs(a.nll - b.nll) for a, b in zip(found, expected, strict=True))
         row = [
-            runtime, name, plan.describe(), f"{same} of {len(expected)}", f"{sum(map(len, expected))}",
-            f"{len(set(map(tuple, expected)))}", f"{changed} of {len(native)}", f"{apart:.1g}",
+            runtime, name, plan.describe(), f"{same} of {len(expected)}", f"{sum(len(a.tokens) for a in expected)}",
+            f"{len({tuple(a.tokens) for a in expected})}", f"{changed} of {len(native)}", f"{apart:.1g}",
         ]  # fmt: skip
         print(" | ".join(row), flush=True)
         rows.append(row)
@@ -141,11 +155,13 @@ def main() -> None:
     parser.add_argument("--format", choices=FORMATS, default="openvino")
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--only", default=",".join(PLANS))
+    parser.add_argument("--work", type=Path, default=Path("runs/equal-tokens"))
     args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for name in args.only.split(","):
         with tempfile.TemporaryDirectory() as space:
-            keep(compared(name, args.format, args.n, Path(space)))
+            keep(compared(name, args.format, args.n, args.work, Path(space)))
 
 
 if __name__ == "__main__":
