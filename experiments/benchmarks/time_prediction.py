@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
@@ -36,8 +36,24 @@ from sensitivity.spec.sizes import GB
 
 SHAPE, RUNTIME = "llava-vit-b-smollm2-135m", "openvino"
 AT_ONCE = 4  # plans in memory beside full precision
+CONCENTRATION = 0.3  # small, so that most plans take one or two widths nearly everywhere
 SCHEMES = [Scheme("rtn", bits, 32, bits > 2) for bits in (2, 4, 8)]
 COLUMNS = dict(zip(("image", "prompt", "token"), STAGES.values(), strict=True))
+
+
+def random_plans(parts: ComponentMap, count: int, draw: random.Random) -> Iterator[Plan]:
+    """Different plans from the whole range of budgets: how often each takes each width is drawn first.
+
+    Were every width as likely in every plan, all plans of many components would take about the same time.
+    """
+    widths = [None, *SCHEMES]
+    drawn = {Plan.uniform(parts, None)}
+    while len(drawn) <= count:
+        often = [draw.gammavariate(CONCENTRATION, 1) for _ in widths]  # a draw from a Dirichlet distribution
+        plan = Plan.of(parts, {c: draw.choices(widths, often)[0] for c in parts.names})
+        if plan not in drawn:
+            drawn.add(plan)
+            yield plan
 
 
 def run(model: str, parts: ComponentMap, plans: Sequence[Plan], rounds: int, space: Path) -> pd.DataFrame:
@@ -108,13 +124,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as space:
         model = str(save(SHAPE, Path(space) / "model", args.depth))
         parts = inspect(model, by="group.kind")
         times = profile_layers(model, SCHEMES, RUNTIME, "vqa", args.rounds, threads=1)
         print({name: round(value, 3) for name, value in times.rest.items()}, times.tokens, times.resident, flush=True)
-        plans = [Plan.of(parts, {c: draw.choice([None, *SCHEMES]) for c in parts.names}) for _ in range(args.plans)]
+        plans = list(random_plans(parts, args.plans, random.Random(args.seed)))
         table = compared(run(model, parts, plans, args.rounds, Path(space)), parts, plans, times)
     if args.out:
         table.to_csv(args.out, index=False, float_format="%.4g")
