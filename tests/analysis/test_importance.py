@@ -106,7 +106,7 @@ def test_a_large_grid_ranks() -> None:
     draw = np.random.default_rng(0)
     bits = draw.choice([2, 3, 4, 6, 8], size=(60, 9)).astype(float)
     assert not tree_shap.fits(bits)
-    fitted = estimators.fit(bits, bits[:, 0] + 0.1 * bits[:, 1], explained=30, trees=10)
+    fitted = estimators.fit(bits, bits[:, 0] + 0.1 * bits[:, 1], shap_plans=30, trees=10)
     assert int(np.argmax(estimators.shap(fitted))) == 0
     assert robustness.interactions(fitted, [f"c{i}" for i in range(9)]).shape == (36, 4)
 

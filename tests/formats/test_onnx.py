@@ -290,11 +290,11 @@ def test_after_a_kill_in_the_middle_the_same_command_writes_a_whole_export(
         assert re.fullmatch(r"export: (writing: \d+ of \d+ weights(, \d:\d\d:\d\d left)?; )?\d:\d\d:\d\d so far", line)
     (left,) = set(tmp_path.iterdir()) - there
     assert (left / "language.onnx.data").exists()
-    assert manifest.damage(out, manifest.read(out)) == []
+    assert manifest.damaged_files(out, manifest.read(out)) == []
     assert manifest.read(out)["key"] == manifest.read(folder)["key"]
     assert cli.main(typed) == 0
     assert str(left) in capsys.readouterr().err
-    assert manifest.damage(out, manifest.read(out)) == []
+    assert manifest.damaged_files(out, manifest.read(out)) == []
     assert manifest.read(out)["key"] != manifest.read(folder)["key"]
     check_arrived(out)
     assert set(tmp_path.iterdir()) == there
