@@ -163,8 +163,8 @@ def report(table: pd.DataFrame) -> str:
     for model, some in table.groupby("model", sort=False):
         timed = some[some["n"] > 0]
         tokens = {name: int(timed[name].iloc[0]) for name in ("image tokens", "prompt tokens", "new tokens")}
-        text += f"\n## {model}\n\n{', '.join(f'{count} {name}' for name, count in tokens.items())}. "
-        text += f"{timed['processor'].iloc[0]}; {', '.join(timed['version'].unique())}.\n\n"
+        text += f"\n## {model}\n\n{', '.join(f'{count} {name}' for name, count in tokens.items())} an answer. "
+        text += f"{timed['processor'].iloc[0]}; {', '.join(timed['version'].unique())}. {by_the_clock(timed)}\n\n"
         heads = ["runtime", "width", "stored bits", *SIZES, *TIMES, "n"]
         text += f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|\n"
         order = some.assign(
@@ -173,6 +173,18 @@ def report(table: pd.DataFrame) -> str:
         for _, row in order.sort_values(["place", "width"]).iterrows():
             text += f"| {' | '.join(cells(row, len(heads)))} |\n"
     return text
+
+
+def by_the_clock(timed: pd.DataFrame) -> str:
+    """How much longer times are by the clock than in CPU time."""
+    more = [(timed[f"{key.removeprefix('CPU ')} median"] / timed[f"{key} median"]) for key in TIMES]
+    least, most = min(one.min() for one in more), max(one.max() for one in more)
+    return f"By the clock, times are {least:.2f} to {most:.2f} times as long (in the file beside this page)."
+
+
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def cells(row: pd.Series, count: int) -> list[str]:
@@ -188,9 +200,9 @@ def cells(row: pd.Series, count: int) -> list[str]:
         median, *edges = (row[f"{key} {edge}"] for edge in EDGES)
         share, *around = (row[f"share of {key} {edge}"] for edge in EDGES)
         if bits == FULL:
-            found.append(f"{median:.3g} [{edges[0]:.3g}, {edges[1]:.3g}]")
+            found.append(f"{number(median)} [{', '.join(map(number, edges))}]")
         else:
-            found.append(f"{median:.3g} (x {share:.2f} [{around[0]:.2f}, {around[1]:.2f}])")
+            found.append(f"{number(median)} (x {share:.2f} [{around[0]:.2f}, {around[1]:.2f}])")
     return [*found, str(int(row["n"]))]
 
 
